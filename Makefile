@@ -1,0 +1,35 @@
+# make demo: train and judge the small model on the data in the package, two cores, some minutes
+# make test, make check: what every change must pass
+# PYTHON names the interpreter for the environment, e.g. make PYTHON=python3.12 demo
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.ready
+	$(BIN)/openm6 demo
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.ready: pyproject.toml tools/make_venv.py
+	$(PYTHON) tools/make_venv.py $(VENV) -e '.[report]'
+	touch $@
+
+$(VENV)/.ready-dev: pyproject.toml tools/make_venv.py
+	$(PYTHON) tools/make_venv.py $(VENV) -e '.[dev]'
+	touch $@ $(VENV)/.ready

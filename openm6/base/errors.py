@@ -1,0 +1,25 @@
+"""The errors that a person is meant to read: one sentence that says what is wrong and how to mend it."""
+
+
+class OpenM6Error(Exception):
+    """Base of every expected failure; the command line prints it without a traceback and exits with 1."""
+
+
+class ConfigError(OpenM6Error):
+    """A setting, key, preset, task or recipe that cannot be used as given."""
+
+
+class DataError(OpenM6Error):
+    """Input that is missing, broken, out of bounds or lacks a column."""
+
+
+class CheckpointError(OpenM6Error):
+    """A checkpoint that is missing, incomplete, of another shape, or could not be written."""
+
+
+class TrainingError(OpenM6Error):
+    """A run that cannot go on: too many broken records or too many non-finite steps."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The person stopped a run, which saved itself first; the message says how to go on, the exit code is 130."""

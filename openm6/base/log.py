@@ -1,0 +1,28 @@
+"""One way to say something to the person who runs the program: plain lines on standard error."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+class _CurrentStandardError(logging.Handler):
+    """Writes to whatever `sys.stderr` is now, since a live display replaces it while it runs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+        sys.stderr.flush()
+
+
+def get_log() -> logging.Logger:
+    """The program's logger; silent in a library user's program until that program sets logging up."""
+    return logging.getLogger("openm6")
+
+
+def start_log(verbose: bool = False) -> None:
+    """Show the program's messages on standard error; called once by the command line."""
+    log = get_log()
+    if not log.handlers:
+        log.addHandler(_CurrentStandardError())
+        log.propagate = False
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)

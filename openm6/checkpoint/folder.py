@@ -1,0 +1,118 @@
+"""Finding, checking and clearing away the `step-N` folders of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from openm6.base.errors import CheckpointError
+
+STATE_FILE = "state.json"
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+JOB_FILE = "job.safetensors"
+_STEP_NAME = re.compile(r"step-(\d+)")
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of one step lies."""
+    return checkpoints / f"step-{step}"
+
+
+def partial_folder(checkpoints: Path, step: int) -> Path:
+    """Where it is written before it gets its name; never looked at by a reader."""
+    return checkpoints / f".step-{step}.partial"
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name.
+
+    Raises:
+        CheckpointError: the name is not `step-N`.
+    """
+    match = _STEP_NAME.fullmatch(folder.name)
+    if match is None:
+        raise CheckpointError(f"{folder} is not a checkpoint: its name must be step-N")
+    return int(match.group(1))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON state of one checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or not JSON, or a file that it lists is missing or cut short.
+    """
+    path = folder / STATE_FILE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} holds no {STATE_FILE}, so it is incomplete: use an earlier step-N"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): use an earlier step-N") from None
+    sizes = state.get("files") if isinstance(state, dict) else None
+    if not isinstance(sizes, dict):
+        raise CheckpointError(f"{path} is not the state of a checkpoint: use an earlier step-N")
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise CheckpointError(
+                f"{file} is missing or cut short (expected {size} bytes): use an earlier step-N"
+            )
+    return state
+
+
+def is_complete(folder: Path) -> bool:
+    """True if everything that was saved there is there."""
+    try:
+        read_state(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints in a run's `checkpoints` folder, oldest step first."""
+    if not checkpoints.is_dir():
+        return []
+    folders = [folder for folder in checkpoints.iterdir() if _STEP_NAME.fullmatch(folder.name)]
+    return sorted((folder for folder in folders if is_complete(folder)), key=step_of)
+
+
+def latest(path: Path | str) -> Path:
+    """The newest complete checkpoint of a run's folder, of its `checkpoints` folder, or the one that `path` itself is.
+
+    Raises:
+        CheckpointError: nothing is there, or nothing complete.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise CheckpointError(f"there is no run or checkpoint at {given}: check the path")
+    if _STEP_NAME.fullmatch(given.name):
+        read_state(given)
+        return given
+    inner = given / "checkpoints"
+    found = list_checkpoints(inner if inner.is_dir() else given)
+    if not found:
+        raise CheckpointError(
+            f"{given} holds no complete checkpoint yet: train it first, or name another run"
+        )
+    return found[-1]
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the last `keep` complete checkpoints."""
+    for folder in list_checkpoints(checkpoints)[:-keep]:
+        # Without its state a folder counts as incomplete: a crash half way through the removal does no harm.
+        (folder / STATE_FILE).unlink()
+        shutil.rmtree(folder)
+
+
+def clear_partial(checkpoints: Path) -> None:
+    """Remove what a killed save left behind."""
+    for folder in checkpoints.glob(".step-*.partial"):
+        shutil.rmtree(folder)

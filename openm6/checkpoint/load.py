@@ -1,0 +1,74 @@
+"""Loading what a checkpoint holds into a model and an optimizer; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from openm6.base.errors import CheckpointError
+from openm6.checkpoint.folder import JOB_FILE, MODEL_FILE, OPTIMIZER_FILE
+from openm6.checkpoint.tensors import named_tensors, open_tensors, read_into
+
+SEPARATOR = "::"  # between a parameter's name and the name of one of its optimizer's tensors
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Fill a placed model (not on `meta`) with the weights of a checkpoint folder.
+
+    Raises:
+        CheckpointError: names or shapes differ, or the file is missing or unreadable.
+    """
+    with open_tensors(folder / MODEL_FILE) as source:
+        read_into(source, named_tensors(model))
+
+
+def load_job_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors that the job added to the checkpoint; empty if it added none."""
+    path = folder / JOB_FILE
+    if not path.exists():
+        return {}
+    with open_tensors(path) as source:
+        return {name: source[name] for name in source.names}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's tensors, each under `parameter::tensor`, for `Snapshot.optimizer`.
+
+    Raises:
+        ValueError: the optimizer holds a parameter that the model does not have, or a state that is not a tensor.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    for parameter, state in optimizer.state.items():
+        if id(parameter) not in names:
+            raise ValueError("the optimizer moves a parameter that is not part of the job's model")
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"the optimizer's state {key!r} must be a tensor to be saved")
+            tensors[f"{names[id(parameter)]}{SEPARATOR}{key}"] = value
+    return tensors
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Put the saved tensors in place of the optimizer's state; learning rates are left as they are.
+
+    Raises:
+        CheckpointError: the file is missing or unreadable, or names a parameter that the optimizer does not move.
+    """
+    parameters = dict(model.named_parameters())
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    optimizer.state.clear()
+    with open_tensors(folder / OPTIMIZER_FILE) as source:
+        for full_name in source.names:
+            name, _, key = full_name.partition(SEPARATOR)
+            parameter = parameters.get(name)
+            if parameter is None or id(parameter) not in groups:
+                raise CheckpointError(
+                    f"{source.path} has state for {name!r}, which is not trained here: "
+                    "go on with the config of that run, or start a new one"
+                )
+            # A fused update counts its steps on the device; the others count on the host, which spares a wait.
+            on_host = key == "step" and not groups[id(parameter)].get("fused", False)
+            optimizer.state[parameter][key] = source[full_name].to("cpu" if on_host else parameter.device)

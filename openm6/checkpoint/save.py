@@ -1,0 +1,86 @@
+"""Saving a checkpoint: all of it under a temporary name, then one rename, so that it is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from openm6 import __version__
+from openm6.base.errors import CheckpointError
+from openm6.base.files import sync_file, sync_folder, write_synced
+from openm6.checkpoint.folder import (
+    JOB_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    clear_partial,
+    partial_folder,
+    prune,
+    step_folder,
+)
+from openm6.checkpoint.tensors import named_tensors, write_tensors
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that one checkpoint holds."""
+
+    step: int
+    model: nn.Module
+    optimizer: dict[str, Tensor]  # as `optimizer_tensors` gives it; empty: no such file
+    state: dict[str, Any]  # JSON-able
+    job: dict[str, Tensor] = field(default_factory=dict)  # tensors of the job, such as averaged weights
+    files: dict[str, str] = field(default_factory=dict)  # text files beside the weights
+
+
+def save(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
+    """Write `checkpoints/step-N` and remove all but the last `keep`.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; the temporary folder is gone then, and earlier checkpoints
+            are as they were.
+    """
+    partial = partial_folder(checkpoints, snapshot.step)
+    target = step_folder(checkpoints, snapshot.step)
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        clear_partial(checkpoints)
+        partial.mkdir()
+        _write(snapshot, partial)
+        if target.exists():
+            shutil.rmtree(target)  # a broken or older one of the same step
+        os.rename(partial, target)
+        sync_folder(checkpoints)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror or str(error)
+        raise CheckpointError(
+            f"{target} could not be written ({reason}): free some space or choose another folder, "
+            "earlier checkpoints are intact"
+        ) from error
+    prune(checkpoints, keep)
+    return target
+
+
+def _write(snapshot: Snapshot, folder: Path) -> None:
+    write_tensors(folder / MODEL_FILE, named_tensors(snapshot.model))
+    if snapshot.optimizer:
+        write_tensors(folder / OPTIMIZER_FILE, snapshot.optimizer)
+    if snapshot.job:
+        write_tensors(folder / JOB_FILE, snapshot.job)
+    for name, text in snapshot.files.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    for path in folder.iterdir():
+        sync_file(path)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    state = {"format": FORMAT, "openm6": __version__, "step": snapshot.step, "files": sizes, **snapshot.state}
+    write_synced(folder / STATE_FILE, json.dumps(state, indent=1, ensure_ascii=False, allow_nan=False))
+    sync_folder(folder)

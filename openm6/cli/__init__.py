@@ -1,0 +1,1 @@
+"""Floor 9: words on the command line become one validated call."""

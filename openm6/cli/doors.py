@@ -1,0 +1,23 @@
+"""The one door through which commands reach the rest: imported when called, so that `--help` stays instant."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+DOORS = {
+    "train": "openm6.train.run:train_recipe",
+    "evaluate": "openm6.evaluate.run:evaluate",
+    "generate": "openm6.generate.run:generate",
+    "inspect": "openm6.data.inspect:inspect_path",
+    "show judgement": "openm6.evaluate.table:print_table",
+    "show inspection": "openm6.cli.inspection:show_inspection",
+    "list tasks": "openm6.cli.list_tasks:list_tasks",
+    "list presets": "openm6.cli.list_presets:list_presets",
+}
+
+
+def door(name: str) -> Any:
+    """The function behind a door."""
+    module, _, function = DOORS[name].partition(":")
+    return getattr(importlib.import_module(module), function)

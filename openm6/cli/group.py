@@ -1,0 +1,34 @@
+"""How every command fails: one sentence on standard error and an exit code, no traceback for what was foreseen."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from typer.core import TyperGroup
+
+from openm6.base.errors import OpenM6Error
+from openm6.base.log import start_log
+
+FAILED, INTERRUPTED = 1, 130
+
+
+class PlainGroup(TyperGroup):
+    """Turns foreseen errors into exit code 1 and Ctrl-C into 130; anything else is a bug and keeps its traceback."""
+
+    def invoke(
+        self, ctx: Any
+    ) -> Any:  # the type of a context lives in another place in each release of typer
+        start_log()
+        try:
+            return super().invoke(ctx)
+        except OpenM6Error as error:
+            _say(f"error: {error}")
+            ctx.exit(FAILED)
+        except KeyboardInterrupt as stop:
+            _say(str(stop) or "stopped")
+            ctx.exit(INTERRUPTED)
+
+
+def _say(sentence: str) -> None:
+    sys.stderr.write(sentence + "\n")

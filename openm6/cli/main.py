@@ -1,0 +1,188 @@
+"""The `openm6` command: words become one call each; what the calls do lives on lower floors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from openm6 import __version__
+from openm6.base.errors import ConfigError
+from openm6.cli.doors import door
+from openm6.cli.group import PlainGroup
+
+DEMO = "demo"  # the shipped recipe that `openm6 demo` trains
+
+app = typer.Typer(
+    cls=PlainGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at your own data.")
+app.add_typer(data_app, name="data")
+
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's latest checkpoint.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the run; by default runs/NAME of the recipe.")
+]
+Trained = Annotated[
+    Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")
+]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="openm6")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """One sparse-expert transformer that takes in and gives out text, images, sound and numbers.
+
+    Start with: openm6 demo
+    """
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/demo"),
+    resume: Resume = False,
+) -> None:
+    """Train and judge the small model; about ten minutes on two cores.
+
+    It learns from the data in the package and ends with a report.
+
+    \b
+    Example: openm6 demo --out runs/demo
+    """
+    _show(door("train")(DEMO, [], resume, out))
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None, resume: Resume = False, out: Out = None) -> None:
+    """Train what a recipe describes.
+
+    \b
+    Example: openm6 train recipes/demo.yaml loop.steps=2000 --out runs/longer
+    """
+    _show(door("train")(recipe, overrides or [], resume, out))
+
+
+@app.command()
+def evaluate(
+    trained: Trained,
+    tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B", help="Only these tasks.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the scores there.")
+    ] = None,
+) -> None:
+    """Judge a trained model on held-out records.
+
+    \b
+    Example: openm6 evaluate runs/demo --tasks name_picture,draw --json scores.json
+    """
+    judgement = door("evaluate")(trained, tasks=_names(tasks), json_path=json_path)
+    door("show judgement")(judgement, Console())
+
+
+@app.command()
+def generate(
+    trained: Trained,
+    want: Annotated[str, typer.Option("--want", help="text, image, sound or numbers.")],
+    text: Annotated[str | None, typer.Option("--text", help="What to say to the model.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="A picture to show it.")] = None,
+    sound: Annotated[Path | None, typer.Option("--sound", help="A recording to play to it.")] = None,
+    numbers: Annotated[
+        str | None, typer.Option("--numbers", metavar="NAME=VALUE,...", help="Numbers to tell it.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File for the answer.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same answer.")] = 0,
+) -> None:
+    """Ask a trained model for an answer.
+
+    \b
+    Example: openm6 generate runs/demo --text "a red apple" --want image --out apple.png
+    """
+    given = {"text": text, "image": image, "sound": sound, "numbers": parse_numbers(numbers)}
+    _show(door("generate")(trained, want=want, out=out, seed=seed, **given))
+
+
+@data_app.command()
+def inspect(path: Annotated[str, typer.Argument(help="A folder, a table, or their address.")]) -> None:
+    """Say what is in your data, what is broken, and propose a recipe for it.
+
+    \b
+    Example: openm6 data inspect ~/photos
+    """
+    door("show inspection")(door("inspect")(path), Console())
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks: what each one reads, what it gives.
+
+    \b
+    Example: openm6 tasks
+    """
+    _show(door("list tasks")())
+
+
+@app.command()
+def presets() -> None:
+    """List the named model sizes.
+
+    \b
+    Example: openm6 presets
+    """
+    _show(door("list presets")())
+
+
+def parse_numbers(words: str | None) -> dict[str, float | None] | None:
+    """`mass=3.5,length=` as a mapping; nothing after the equals sign means missing.
+
+    Raises:
+        ConfigError: a part without a name, or with a value that is not a number.
+    """
+    if words is None:
+        return None
+    numbers: dict[str, float | None] = {}
+    for part in words.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        try:
+            numbers[name] = float(value) if value else None
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise ConfigError(f"--numbers has {part!r}, which must look like name=3.5")
+    return numbers
+
+
+def _names(words: str | None) -> list[str] | None:
+    return [word.strip() for word in words.split(",") if word.strip()] if words else None
+
+
+def _show(result: Any) -> None:
+    """Print what a call gave back, if anything: rich knows how to draw tables, the rest says itself by `str`."""
+    if result is not None:
+        Console().print(result, soft_wrap=True, highlight=False, markup=False)

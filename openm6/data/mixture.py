@@ -1,0 +1,128 @@
+"""The order in which a run sees its data: one seeded global sequence of draws, with a state of a few integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from openm6.base.errors import DataError
+from openm6.data.records import Record
+from openm6.data.shuffle import mix, name_seed, permutation, uniform
+from openm6.data.source import Source
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One place in the sequence: the `serial`-th draw takes record `index` of `component` in its `epoch`."""
+
+    component: int
+    epoch: int
+    index: int
+    serial: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """A source read through a task, with its weight in the mixture; `options` are the task's own."""
+
+    source: Source
+    task: str
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name by which the mixture's state knows the component."""
+        return self.name or f"{self.source.name}/{self.task}"
+
+
+class Mixture:
+    """Draws components by weight, and each component's records shuffled without replacement per epoch.
+
+    Every draw is a pure function of the seed, its serial and the component's own count, so the sequence is the same
+    for any number of workers or ranks, and any of them may jump to a place of it by `restore`.
+    """
+
+    def __init__(self, components: Sequence[Component], seed: int) -> None:
+        _check(components)
+        self.components = tuple(components)
+        self._seed = seed
+        self._bounds = np.cumsum([component.weight for component in components]).tolist()
+        self._names = [name_seed(component.key) for component in components]
+        self._serial = 0
+        self._cursor = [(0, 0) for _ in components]  # epoch, offset
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # component -> the epoch shuffled last
+
+    def draw(self) -> Draw:
+        """The next draw of the sequence."""
+        place = uniform(self._seed, self._serial) * self._bounds[-1]
+        component = next(number for number, bound in enumerate(self._bounds) if place < bound)
+        epoch, offset = self._cursor[component]
+        index = int(self._order(component, epoch)[offset])
+        draw = Draw(component, epoch, index, self._serial)
+        last = offset + 1 == len(self.components[component].source)
+        self._cursor[component] = (epoch + 1, 0) if last else (epoch, offset + 1)
+        self._serial += 1
+        return draw
+
+    def record(self, draw: Draw) -> Record:
+        """The record of a draw; DataError where its row is broken."""
+        return self.components[draw.component].source.at(draw.index, draw.epoch)
+
+    def state(self) -> dict[str, Any]:
+        """The place in the sequence, as JSON-able values."""
+        cursors = {
+            component.key: {"epoch": epoch, "offset": offset, "length": len(component.source)}
+            for component, (epoch, offset) in zip(self.components, self._cursor, strict=True)
+        }
+        return {"seed": self._seed, "serial": self._serial, "components": cursors}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes to a place that `state` gave; the draws after it are exactly those that followed then.
+
+        Raises:
+            DataError: the state is of another seed, of other components, or a source has another length now.
+        """
+        cursors = state["components"]
+        names = {component.key for component in self.components}
+        if state["seed"] != self._seed or set(cursors) != names:
+            raise DataError(
+                "the data of this run has changed (seed or sources): resume with the recipe it began with"
+            )
+        for component in self.components:
+            was, now = cursors[component.key]["length"], len(component.source)
+            if was != now:
+                raise DataError(
+                    f"{component.key} had {was} records and has {now} now: restore the data, or begin anew"
+                )
+        self._cursor = [
+            (int(c["epoch"]), int(c["offset"])) for c in (cursors[x.key] for x in self.components)
+        ]
+        self._serial = int(state["serial"])
+
+    def _order(self, component: int, epoch: int) -> np.ndarray:
+        known = self._orders.get(component)
+        if known is None or known[0] != epoch:
+            length = len(self.components[component].source)
+            known = (epoch, permutation(length, mix(self._seed, self._names[component]), epoch))
+            self._orders[component] = known
+        return known[1]
+
+
+def _check(components: Sequence[Component]) -> None:
+    if not components:
+        raise DataError("the mixture is empty: add at least one source with a task")
+    keys = [component.key for component in components]
+    for component in components:
+        if len(component.source) == 0:
+            raise DataError(f"{component.key} has no records to draw: check its path and split")
+        if not component.weight > 0 or component.weight == float("inf"):
+            raise DataError(
+                f"{component.key} has weight {component.weight}: give a number above 0 or leave it out"
+            )
+        if keys.count(component.key) > 1:
+            raise DataError(f"two parts of the mixture are called {component.key!r}: give one of them a name")

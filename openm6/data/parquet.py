@@ -1,0 +1,136 @@
+"""Parquet files, and the ones that come with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, field_validator
+
+from openm6.base.config import nearest
+from openm6.base.errors import DataError
+from openm6.data.fields import RowReader, check_columns
+from openm6.data.source import Neighbour, Source, SourceConfig, Split
+from openm6.data.storage import TableFolder, find_files, is_remote
+from openm6.data.table import ArrowTable, ChooseColumns, TableConfig, TableSource
+
+EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
+EMBEDDED = ("emoji", "countries", "digits", "espeak_digits", "poems_zh", "wordnet_en", "penguins", "iris")
+EMBEDDED_TABLES = ("seattle_weather_daily",)
+EMBEDDED_MARK = "embedded:"
+
+
+def embedded_path(name: str) -> str:
+    """The file of an embedded table, such as `emoji-train` or `seattle_weather_daily`.
+
+    Raises:
+        DataError: no such table; the sentence names the nearest.
+    """
+    path = EMBEDDED_FOLDER / f"{name}.parquet"
+    if not path.is_file():
+        known = sorted(file.stem for file in EMBEDDED_FOLDER.glob("*.parquet"))
+        raise DataError(f"no embedded table {name!r}; {nearest(name, known)}")
+    return str(path)
+
+
+def parquet_files(path: str) -> list[str]:
+    """The files of `path`: a file, a folder, a glob, an address, or `embedded:NAME`."""
+    if path.startswith(EMBEDDED_MARK):
+        return [embedded_path(path.removeprefix(EMBEDDED_MARK))]
+    return find_files(path, (".parquet",))
+
+
+def read_parquet(path: str, choose: ChooseColumns = list, max_gib: float = 8.0) -> pa.Table:
+    """The Parquet files at a path as one Arrow table in memory, with the columns that `choose` picks.
+
+    Raises:
+        DataError: not Parquet, files of unlike columns, or more than `max_gib` GiB when unpacked.
+    """
+    files = parquet_files(path)
+    with _open(files[0]) as file:
+        columns = list(choose(file.schema_arrow.names))
+    tables = []
+    room = int(max_gib * 2**30)
+    for file_path in files:
+        with _open(file_path) as file:
+            room -= _unpacked_bytes(file, columns)
+            if room < 0:
+                raise DataError(
+                    f"{path} takes more than {max_gib} GiB of memory: raise max_gib or use a tar source"
+                )
+            tables.append(_read(file, file_path, columns))
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(f"the files at {path} have columns of unlike kinds: {_first_line(error)}") from None
+
+
+def _read(file: pq.ParquetFile, path: str, columns: Sequence[str]) -> pa.Table:
+    check_columns(
+        columns, file.schema_arrow.names, path
+    )  # a column that is not there would be left out silently
+    try:
+        return file.read(columns=list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged: {_first_line(error)}") from None
+
+
+def _open(path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(fsspec.open(path, "rb").open() if is_remote(path) else path)
+    except (pa.ArrowException, OSError, ImportError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {_first_line(error)}") from None
+
+
+def _unpacked_bytes(file: pq.ParquetFile, columns: Sequence[str]) -> int:
+    metadata = file.metadata
+    total = 0
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            if column.path_in_schema.split(".")[0] in columns:
+                total += column.total_uncompressed_size
+    return total
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+class ParquetConfig(TableConfig):
+    """Parquet: a file, a folder of them, a glob, or an address; held in memory column by column."""
+
+    kind: Literal["parquet"] = "parquet"
+    max_gib: float = Field(default=8.0, gt=0)
+
+    def load(self, path: str, choose: ChooseColumns) -> ArrowTable:
+        """The chosen columns in Arrow memory."""
+        return ArrowTable(read_parquet(path, choose, self.max_gib), path)
+
+
+class EmbeddedConfig(SourceConfig):
+    """A data set that comes with the package, with its own split; names in `EMBEDDED`."""
+
+    kind: Literal["embedded"] = "embedded"
+    name: str
+    limit: int | None = Field(default=None, ge=1)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in EMBEDDED:
+            raise ValueError(f"no embedded data set {name!r}; {nearest(name, EMBEDDED)}")
+        return name
+
+    def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
+        """The records of one split; see SourceConfig.open."""
+        path = embedded_path(f"{self.name}-{split}")
+        table = read_parquet(path)
+        reader = RowReader(table.column_names, None, TableFolder(path), path)
+        rows = np.arange(table.num_rows)[: self.limit]
+        return TableSource(name, ArrowTable(table, Path(path).name), reader, rows)

@@ -1,0 +1,192 @@
+"""What a record is: the canonical keys, and how a cell of a user's table becomes the value of such a key."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from datetime import date, datetime, time
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from openm6.base.errors import DataError
+
+Record = dict[str, Any]
+"""One row of data. Keys that the row does not fill are absent.
+
+`id`, `source`, `license`: str · `image`, `audio`: bytes of a PNG, JPEG, FLAC, Ogg, … file, not yet decoded ·
+`text_en`, `text_zh`, `label`, `label_zh`, `question`, `answer`: str · `label_id`: int ·
+`tags_en`, `tags_zh`, `choices`: list[str] · `numbers`: dict[str, float | None] (None = missing) ·
+`series`: dict[str, list[float | None]] · `extra`: dict of anything else.
+"""
+
+TEXT_KEYS = ("id", "source", "license", "text_en", "text_zh", "label", "label_zh", "question", "answer")
+LIST_KEYS = ("tags_en", "tags_zh", "choices")
+IMAGE_KEYS = ("image",)
+AUDIO_KEYS = ("audio",)
+COLUMN_KEYS = (*TEXT_KEYS, *LIST_KEYS, *IMAGE_KEYS, *AUDIO_KEYS, "label_id")
+CANONICAL_KEYS = (*COLUMN_KEYS, "numbers", "series", "extra")
+
+MAX_TEXT_BYTES = 1 << 20
+MAX_IMAGE_BYTES = 32 << 20
+MAX_AUDIO_BYTES = 64 << 20
+MISSING_WORDS = frozenset({"", "na", "n/a", "nan", "null", "none", "-"})
+
+OpenFile = Callable[[str, int], bytes]
+"""Reads the file a table names: (path as written in the table, most bytes allowed) -> bytes."""
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: None, NaN or an empty string."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def as_text(value: Any, column: str) -> str | None:
+    """A cell as text; None where the cell is missing.
+
+    Raises:
+        DataError: not UTF-8, longer than 1 MiB, or not a scalar.
+    """
+    if is_missing(value):
+        return None
+    if isinstance(value, bytes):
+        value = decode_utf8(value, column)
+    if isinstance(value, (datetime, date, time)):
+        value = value.isoformat()
+    if isinstance(value, (bool, int, float, Decimal)):
+        value = str(value)
+    if not isinstance(value, str):
+        raise DataError(f"column {column!r} holds a {type(value).__name__} where text is wanted")
+    if len(value) > MAX_TEXT_BYTES or len(value.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
+        raise DataError(f"column {column!r} holds a text of more than {MAX_TEXT_BYTES:,} bytes: shorten it")
+    return value or None
+
+
+def decode_utf8(value: bytes, column: str) -> str:
+    """The text of a cell's bytes; DataError where they are not UTF-8."""
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"column {column!r} is not UTF-8 at byte {error.start}: save the file as UTF-8"
+        ) from None
+
+
+def as_number(value: Any, column: str) -> float | None:
+    """A cell as a finite float; None where it is missing (None, NaN, empty, `NA`, `null`, …).
+
+    Raises:
+        DataError: text that is no number, or an infinite value.
+    """
+    if isinstance(value, bytes):
+        value = decode_utf8(value, column)
+    if isinstance(value, str):
+        value = value.strip()
+        if value.lower() in MISSING_WORDS:
+            return None
+    if is_missing(value):
+        return None
+    # float() would read "1_000" as 1000, which no table means.
+    if not isinstance(value, (str, bool, int, float, Decimal)) or (isinstance(value, str) and "_" in value):
+        raise DataError(f"column {column!r} holds {value!r}, which is not a number")
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise DataError(f"column {column!r} holds {str(value)[:40]!r}, which is not a number") from None
+    if math.isnan(number):
+        return None
+    if math.isinf(number):
+        raise DataError(f"column {column!r} holds an infinite value: leave the cell empty instead")
+    return number
+
+
+def as_whole_number(value: Any, column: str) -> int | None:
+    """A cell as an int; DataError where it has a fraction."""
+    number = as_number(value, column)
+    if number is not None and number != int(number):
+        raise DataError(f"column {column!r} holds {number}, where a whole number is wanted")
+    return None if number is None else int(number)
+
+
+def as_list(value: Any, column: str) -> list[str] | None:
+    """A cell as a list of texts: a list, a JSON list, or texts separated by comma, semicolon or `|`."""
+    if isinstance(value, bytes):
+        value = decode_utf8(value, column)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = as_json(value, column)
+    elif isinstance(value, str):
+        value = re.split(r"[,;|，；、]", value)
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise DataError(f"column {column!r} holds a {type(value).__name__} where a list of texts is wanted")
+    texts = [as_text(item, column) for item in value]
+    return [text.strip() for text in texts if text is not None and text.strip()] or None
+
+
+def as_json(value: Any, column: str) -> Any:
+    """The content of a cell that may be JSON text."""
+    if not isinstance(value, (str, bytes)):
+        return value
+    text = as_text(value, column)
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        raise DataError(f"column {column!r} holds text that is not JSON") from None
+
+
+def as_numbers(value: Any, column: str) -> dict[str, float | None] | None:
+    """A cell that maps names to numbers (a dict, or JSON text of one)."""
+    value = as_json(value, column)
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise DataError(f"column {column!r} must map names to numbers, such as {{'price': 3.5}}")
+    return {str(name): as_number(number, f"{column}.{name}") for name, number in value.items()}
+
+
+def as_series(value: Any, column: str) -> dict[str, list[float | None]] | None:
+    """A cell that maps names to lists of numbers (a dict, or JSON text of one)."""
+    value = as_json(value, column)
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(numbers, list) for numbers in value.values()):
+        raise DataError(
+            f"column {column!r} must map names to lists of numbers, such as {{'price': [3.5, 4]}}"
+        )
+    return {
+        str(k): [as_number(number, f"{column}.{k}") for number in numbers] for k, numbers in value.items()
+    }
+
+
+def as_bytes(value: Any, column: str, limit: int, open_file: OpenFile) -> bytes | None:
+    """A cell as the bytes of a picture or sound file: bytes, `{bytes, path}` or the name of a file.
+
+    Raises:
+        DataError: larger than `limit`, empty, of another kind, or `open_file` cannot read the file named.
+    """
+    if isinstance(value, Mapping):  # the {bytes, path} struct of `datasets`
+        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    if is_missing(value):
+        return None
+    if isinstance(value, str):
+        value = open_file(value, limit)
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise DataError(
+            f"column {column!r} holds a {type(value).__name__} where a file's bytes or name is wanted"
+        )
+    if len(value) > limit:
+        raise DataError(
+            f"column {column!r} holds a file of {len(value):,} bytes; the most allowed is {limit:,}"
+        )
+    if len(value) == 0:
+        raise DataError(f"column {column!r} holds an empty file")
+    return bytes(value)
+
+
+def plain(value: Any) -> Any:
+    """A cell for `extra`: NumPy scalars and arrays as plain Python values, everything else as it is."""
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value

@@ -1,0 +1,162 @@
+"""Sources that are tables held as Arrow columns: one row becomes Python objects only when it is asked for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from openm6.base.errors import DataError
+from openm6.data.fields import Fields, RowReader, check_columns
+from openm6.data.records import Record
+from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
+from openm6.data.split import rows_by_hash, rows_by_word
+from openm6.data.storage import TableFolder
+
+ChooseColumns = Callable[[Sequence[str]], Sequence[str]]
+"""Picks, from the names of all columns, those to read; raises DataError where one is not there."""
+
+
+class Table(ABC):
+    """Rows and named columns, whatever they are stored as; `where` names the table in error sentences."""
+
+    where: str
+    names: list[str]
+    unreadable: Sequence[str] = ()  # why some rows cannot be taken apart, where that shows on opening
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
+        """The cells of one row, the columns named at least; DataError where the row is broken."""
+
+    @abstractmethod
+    def column(self, column: str) -> list[Any]:
+        """A whole column as Python values, None for rows that cannot be read."""
+
+    def place(self, row: int) -> str:
+        """Where a row is, for a person."""
+        return f"row {row}"
+
+
+class ArrowTable(Table):
+    """Columns in Arrow memory."""
+
+    def __init__(self, arrow: pa.Table, where: str) -> None:
+        self.arrow = arrow
+        self.where = where
+        self.names = list(arrow.column_names)
+
+    def __len__(self) -> int:
+        return int(self.arrow.num_rows)
+
+    def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
+        """The named cells of one row as Python values; DataError where a cell cannot become one."""
+        try:
+            return {name: self.arrow.column(name)[row].as_py() for name in columns}
+        except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond the calendar
+            raise DataError(f"a cell cannot be read: {error}") from None
+
+    def column(self, column: str) -> list[Any]:
+        """A whole column as Python values."""
+        try:
+            return list(self.arrow.column(column).to_pylist())
+        except (ValueError, OverflowError):
+            return [self._quiet(row, column) for row in range(len(self))]
+
+    def _quiet(self, row: int, column: str) -> Any:
+        try:
+            return self.row(row, (column,))[column]
+        except DataError:
+            return None
+
+
+class TableSource(Source):
+    """The rows of a table that belong to one split, read through a RowReader."""
+
+    def __init__(self, name: str, table: Table, reader: RowReader, rows: np.ndarray) -> None:
+        self.name = name
+        self._table = table
+        self._reader = reader
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        row = int(self._rows[check_index(index, len(self))])
+        try:
+            record = self._reader.read(self._table.row(row, self._reader.columns))
+        except DataError as error:
+            raise DataError(
+                f"{self.name}, {self._table.place(row)} of {self._table.where}: {error}"
+            ) from None
+        record.setdefault("id", f"{self.name}/{row}")
+        return record
+
+    def values(self, key: str) -> list[Any]:
+        """One key of every record from its column alone; a broken cell counts as absent."""
+        column = self._reader.column_of(key)
+        if column is None:
+            return super().values(key)
+        cells = self._table.column(column)
+        return [self._value(key, cells[row]) for row in self._rows]
+
+    def _value(self, key: str, cell: Any) -> Any:
+        try:
+            return self._reader.convert(key, cell)
+        except DataError:
+            return None
+
+
+class TableConfig(SourceConfig):
+    """Settings that every table shares: the columns, and how it is split."""
+
+    path: str
+    fields: Fields | None = None
+    split: str | None = None  # the column that says train or test; `split` where the table has one
+    test_path: str | None = None  # a second table with the test rows; `path` is then all training
+    test_share: float = Field(default=0.1, ge=0.0, le=0.9)  # by a stable hash, where neither is given
+    test_by: str | None = None  # rows with equal values here stay on one side (a speaker, a patient)
+    limit: int | None = Field(default=None, ge=1)  # at most so many records of a split, the first ones
+
+    def load(self, path: str, choose: ChooseColumns) -> Table:
+        """The table at a path; at least the columns that `choose` picks from its names can be read."""
+        raise NotImplementedError
+
+    def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
+        """The rows of one split, as TableConfig's fields describe; see SourceConfig.open."""
+        path = self.test_path if self.test_path is not None and split == "test" else self.path
+        table = self.load(path, lambda names: self._needed(names, path))
+        reader = RowReader(table.names, self.fields, TableFolder(path), path)
+        return TableSource(name, table, reader, self._rows(table, split)[: self.limit])
+
+    def _needed(self, names: Sequence[str], path: str) -> list[str]:
+        reader = RowReader(names, self.fields, TableFolder(path), path)
+        needed = {*reader.columns, *filter(None, (self._split_column(names), self._hash_column(names)))}
+        check_columns(sorted(needed), names, path)
+        return [column for column in names if column in needed]
+
+    def _split_column(self, names: Sequence[str]) -> str | None:
+        return self.split or ("split" if "split" in names else None)
+
+    def _hash_column(self, names: Sequence[str]) -> str | None:
+        own = self.fields.id if self.fields is not None else None
+        return self.test_by or own or ("id" if "id" in names else None)
+
+    def _rows(self, table: Table, split: Split) -> np.ndarray:
+        if self.test_path is not None:
+            return np.arange(len(table))
+        split_column = self._split_column(table.names)
+        if split_column is not None:
+            return rows_by_word(table.column(split_column), split, table.where)
+        column = self._hash_column(table.names)
+        keys = [None] * len(table) if column is None else table.column(column)
+        return rows_by_hash(
+            [row if key is None else key for row, key in enumerate(keys)], self.test_share, split
+        )

@@ -1,0 +1,1 @@
+"""Floor 7: tasks through the decoder, metrics against baselines, bits gained, and the report."""

@@ -1,0 +1,19 @@
+"""Settings of an evaluation: the section `judge` of a recipe."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from openm6.base.config import Config
+from openm6.generate.masked import MaskedSampling
+
+
+class JudgeConfig(Config):
+    """How many test records are judged, and how pictures and sounds are decoded."""
+
+    records: int = Field(default=160, ge=2)  # per task, for bits gained
+    answers: int = Field(default=60, ge=1)  # of them answered in text or numbers
+    drawn: int = Field(default=20, ge=1)  # of them answered in pictures or sound
+    decoding: MaskedSampling = MaskedSampling()
+    samples: int = Field(default=6, ge=0)  # kept for the report
+    seed: int = 0

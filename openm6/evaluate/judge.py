@@ -1,0 +1,119 @@
+"""Every lesson of a model judged on the test records of its source."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from openm6.base.errors import DataError
+from openm6.base.log import get_log
+from openm6.base.seeds import numpy_generator
+from openm6.data.prepare import with_others
+from openm6.data.source import Source
+from openm6.evaluate.answers import answer
+from openm6.evaluate.baselines import baseline_value, point_predictions, spreads, training_examples
+from openm6.evaluate.config import JudgeConfig
+from openm6.evaluate.likelihood import BITS, bootstrap_interval, gained_bits
+from openm6.evaluate.metrics import METRICS, Scored, all_metrics
+from openm6.evaluate.recognise import build_recogniser
+from openm6.evaluate.results import Judgement, Sample, TaskResult
+from openm6.generate.load import Loaded
+from openm6.models.description import Lesson
+from openm6.tasks.registry import task_named
+from openm6.tasks.task import Example, Task
+
+Sources = Mapping[str, Source]
+
+
+def judge(
+    loaded: Loaded,
+    lessons: list[Lesson],
+    train: Sources,
+    test: Sources,
+    config: JudgeConfig,
+    tell: Callable[[TaskResult], None] = lambda result: None,
+) -> Judgement:
+    """Judges each lesson that has test records; `tell` hears of each result as it comes."""
+    began = time.perf_counter()
+    results = []
+    for lesson in lessons:
+        examples = test_examples(task_named(lesson.task), test[lesson.source], config)
+        if not examples:
+            get_log().info(f"{lesson.task}/{lesson.source}: no test records, not judged")
+            continue
+        results.append(judge_lesson(loaded, lesson, examples, train[lesson.source], config))
+        tell(results[-1])
+    return Judgement(results, time.perf_counter() - began, str(loaded.checkpoint))
+
+
+def test_examples(task: Task, source: Source, config: JudgeConfig) -> list[Example]:
+    """Up to `records` test records, spread over the source, through the task; broken ones are left out."""
+    examples = []
+    spread = np.linspace(0, len(source) - 1, min(len(source), config.records)).astype(int) if len(source) else []
+    for index in spread:
+        rng = numpy_generator(config.seed, task.name, int(index))
+        try:
+            record = source[int(index)]
+            record = with_others(record, source, rng) if task.compares else record
+            examples.append(task.example(record, rng))
+        except DataError as error:
+            get_log().info(f"{task.name}: a test record is left out: {error}")
+    return examples
+
+
+def judge_lesson(
+    loaded: Loaded, lesson: Lesson, examples: list[Example], train: Source, config: JudgeConfig
+) -> TaskResult:
+    """Bits gained over all examples, metrics and samples over those that are answered."""
+    task = task_named(lesson.task)
+    nats, bits = gained_bits(loaded, examples)
+    most = config.drawn if task.gives in ("image", "sound") else config.answers
+    chosen = np.linspace(0, len(examples) - 1, min(len(examples), most)).astype(int)
+    scored = _score(loaded, task, [examples[row] for row in chosen], nats[chosen], train, config)
+    metrics = all_metrics(task.metrics, scored)
+    metric = task.metrics[0]
+    lectures = training_examples(task, train, config.seed)
+    low, high = bootstrap_interval(bits, config.seed)
+    return TaskResult(
+        task=task.name,
+        source=lesson.source,
+        reads=task.reads,
+        gives=task.gives,
+        metric=metric,
+        value=metrics[metric],
+        baseline=baseline_value(task, metric, scored, lectures, loaded),
+        better=METRICS[metric].better,
+        baseline_name=task.baseline.replace("_", " "),
+        bits_gained=float(bits.mean()) if len(bits) else float("nan"),
+        bits_interval=(low, high),
+        records=len(bits),
+        answered=len(chosen),
+        metrics=metrics,
+        samples=_samples(scored, config.samples),
+    )
+
+
+def _score(
+    loaded: Loaded, task: Task, examples: list[Example], nats: np.ndarray, train: Source, config: JudgeConfig
+) -> Scored:
+    answers = answer(loaded, examples, config.decoding)
+    if task.gives == "numbers":
+        references = point_predictions(task, examples, loaded)
+        return Scored(examples, answers, spread=spreads(examples, loaded), reference=references)
+    if task.gives == "text":
+        return Scored(examples, answers)
+    recogniser = build_recogniser(loaded, train, task.gives) if "recognised" in task.metrics else None
+    modality = loaded.image if task.gives == "image" else loaded.sound
+    hidden = [modality.target(e.target.raw, **e.target.options).arrays["hidden"].sum() for e in examples]
+    bits = nats * BITS / np.asarray(hidden) / modality.codec.groups
+    return Scored(examples, answers, code_bits=bits, recogniser=recogniser)
+
+
+def _samples(scored: Scored, count: int) -> list[Sample]:
+    rows = np.linspace(0, len(scored.examples) - 1, min(count, len(scored.examples))).astype(int)
+    return [
+        Sample(e.source, scored.answers[row], e.answer, e.record_id)
+        for row, e in ((int(row), scored.examples[int(row)]) for row in rows)
+    ]

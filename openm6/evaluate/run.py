@@ -1,0 +1,84 @@
+"""`openm6 evaluate`: a checkpoint judged on the test records of the sources it was trained on, or of others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from openm6.base.config import build, nearest
+from openm6.base.errors import ConfigError
+from openm6.base.files import replace_text
+from openm6.data.source import SourceConfig
+from openm6.data.sources import AnySourceConfig, open_sources
+from openm6.evaluate.config import JudgeConfig
+from openm6.evaluate.judge import judge
+from openm6.evaluate.results import Judgement, TaskResult
+from openm6.generate.load import load
+from openm6.models.description import Lesson, ModelDescription
+
+_CONFIGS: TypeAdapter[dict[str, SourceConfig]] = TypeAdapter(dict[str, AnySourceConfig])
+
+
+def source_configs(values: dict[str, Any], where: str) -> dict[str, SourceConfig]:
+    """Source settings from plain values.
+
+    Raises:
+        ConfigError: a kind or key that does not exist.
+    """
+    try:
+        return _CONFIGS.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def chosen_lessons(description: ModelDescription, tasks: list[str] | None) -> list[Lesson]:
+    """The lessons of a model, or those whose task (or task/source) is named.
+
+    Raises:
+        ConfigError: a name that the model was not trained on.
+    """
+    lessons = list(description.lessons)
+    if tasks is None:
+        return lessons
+    known = {name for lesson in lessons for name in (lesson.task, f"{lesson.task}/{lesson.source}")}
+    for name in tasks:
+        if name not in known:
+            raise ConfigError(f"this model was not trained on task {name!r}; {nearest(name, sorted(known))}")
+    return [x for x in lessons if x.task in tasks or f"{x.task}/{x.source}" in tasks]
+
+
+def evaluate(
+    path: Path,
+    tasks: list[str] | None = None,
+    json_path: Path | None = None,
+    overrides: dict[str, Any] | None = None,
+    tell: Callable[[TaskResult], None] = lambda result: None,
+) -> Judgement:
+    """Judges a run or checkpoint; `overrides` change fields of its `judge` settings.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged.
+        ConfigError: an unknown task.
+        DataError: the sources are not where they were.
+    """
+    loaded = load(path)
+    description = loaded.description
+    lessons = chosen_lessons(description, tasks)
+    config = build(JudgeConfig, {**description.judge, **(overrides or {})}, "judge")
+    configs = source_configs(description.sources, str(loaded.checkpoint))
+    judgement = judge(loaded, lessons, open_sources(configs, "train"), open_sources(configs, "test"), config, tell)
+    if json_path is not None:
+        replace_text(json_path, to_json(judgement))
+    return judgement
+
+
+def to_json(judgement: Judgement) -> str:
+    """The JSON of `openm6 evaluate --json`: `seconds`, `checkpoint` and `tasks` by name."""
+    tasks = {result.name: result.to_json() for result in judgement.results}
+    content = {"checkpoint": judgement.checkpoint, "seconds": round(judgement.seconds, 2), "tasks": tasks}
+    return json.dumps(content, ensure_ascii=False, indent=1)

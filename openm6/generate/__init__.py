@@ -1,0 +1,1 @@
+"""Floor 6: from a checkpoint and a question to text, pictures, sound and numbers."""

@@ -1,0 +1,82 @@
+"""A checkpoint opened for use: the model in evaluation mode, its modalities, and what it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from openm6.base.errors import CheckpointError
+from openm6.checkpoint.folder import latest
+from openm6.checkpoint.load import load_model
+from openm6.modalities.image import Image
+from openm6.modalities.numbers import Numbers
+from openm6.modalities.registry import Modalities
+from openm6.modalities.sound import Sound
+from openm6.modalities.text import Text
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescription, build_model, read_description
+from openm6.models.omni import Omni
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer."""
+
+    omni: Omni
+    modalities: Modalities
+    description: ModelDescription
+    checkpoint: Path
+
+    @property
+    def text(self) -> Text:
+        modality = self.modalities["text"]
+        assert isinstance(modality, Text)
+        return modality
+
+    @property
+    def image(self) -> Image:
+        modality = self.modalities["image"]
+        assert isinstance(modality, Image)
+        return modality
+
+    @property
+    def sound(self) -> Sound:
+        modality = self.modalities["sound"]
+        assert isinstance(modality, Sound)
+        return modality
+
+    @property
+    def numbers(self) -> Numbers:
+        modality = self.modalities["numbers"]
+        assert isinstance(modality, Numbers)
+        return modality
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(path: Path, device: torch.device | None = None) -> Loaded:
+    """The model of a run (its newest complete checkpoint) or of one checkpoint.
+
+    Raises:
+        CheckpointError: there is none, it is not of a multimodal model, or its parts do not fit one another.
+    """
+    folder = latest(path)
+    texts = {name: _read(folder / name) for name in (MODEL_FILE, TOKENIZER_FILE)}
+    description = read_description(texts[MODEL_FILE], str(folder / MODEL_FILE))
+    omni, modalities = build_model(description, texts[TOKENIZER_FILE], str(folder / TOKENIZER_FILE))
+    load_model(folder, omni)
+    omni.to(device or best_device()).eval().requires_grad_(False)
+    return Loaded(omni, modalities, description, folder)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}: it is not a checkpoint of a multimodal model") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): use another checkpoint") from None

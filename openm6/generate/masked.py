@@ -1,0 +1,116 @@
+"""Pictures and sounds from codes: all hidden places predicted at once, the surest kept, the rest predicted again.
+
+MaskGIT's decoding (arXiv 2202.04200, section 3.2) with classifier-free guidance that grows over the steps. Places
+whose codes are given stay as they are, so filling in a hole is the same loop.
+"""
+
+# Letters: B prompts, N places, G codes a place, C codebook size, D width
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from openm6.base.config import Config
+from openm6.generate.prompt import Prompt, Reading, read_prompts
+from openm6.generate.sampling import RowNoise
+from openm6.modalities.codes import CodesAdapter
+from openm6.models.omni import Omni
+
+
+class MaskedSampling(Config):
+    """`guidance` 0 leaves the unconditional pass out; `noise` is what the confidences are shaken with at first."""
+
+    steps: int = Field(default=8, ge=1, le=256)
+    guidance: float = Field(default=2.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
+    noise: float = Field(default=2.0, ge=0)
+    order: Literal["confidence", "random"] = "confidence"
+    seed: int = 0
+
+
+@torch.inference_mode()
+def fill_codes(
+    omni: Omni,
+    kind: str,
+    prompts: list[Prompt],
+    grid: Tensor,
+    sampling: MaskedSampling,
+    given: Tensor | None = None,
+    hidden: Tensor | None = None,
+) -> Tensor:
+    """Codes for every place of `grid` N 3 in answer to each prompt; row i draws from seed + i.  # -> B N G
+
+    `given` B N G holds known codes wherever `hidden` B N is False.
+    """
+    adapter = omni.adapter(kind)
+    assert isinstance(adapter, CodesAdapter)
+    guided = sampling.guidance > 0
+    rows = [*prompts, *([] for _ in prompts)] if guided else prompts  # conditional rows first
+    reading = read_prompts(omni, rows, len(grid))
+    device = reading.place.device
+    shape = (len(prompts), len(grid))
+    unknown = torch.ones(shape, dtype=torch.bool, device=device) if hidden is None else hidden.to(device).clone()
+    codes = torch.zeros(*shape, adapter.groups, dtype=torch.long, device=device)
+    if given is not None:
+        codes = torch.where(unknown[..., None], codes, given.to(device))
+    noise = RowNoise([sampling.seed + row for row in range(len(prompts))])
+    first_unknown = unknown.sum(1)  # of this request, not of the grid: a small hole must not be filled one by one
+    for step in range(1, sampling.steps + 1):
+        share = step / sampling.steps
+        states = _run(reading, kind, codes, unknown, grid.to(device), guided)
+        scale = sampling.guidance * share if guided else 0.0
+        drawn, confidence = _draw(adapter, states, codes, scale, sampling, noise)
+        codes = torch.where(unknown[..., None], drawn, codes)
+        shaken = confidence + sampling.noise * (1 - share) * noise.gumbel(len(grid)).to(device)
+        if sampling.order == "random":
+            shaken = noise.gumbel(len(grid)).to(device)
+        keep_hidden = torch.floor(first_unknown * math.cos(math.pi / 2 * share)).long() * (step < sampling.steps)
+        unknown = _least_sure(shaken, unknown, keep_hidden)
+        if not bool(unknown.any()):
+            break
+    return codes
+
+
+def _run(reading: Reading, kind: str, codes: Tensor, unknown: Tensor, grid: Tensor, guided: bool) -> Tensor:
+    """Hidden states of all places, for the conditional and (when guided) the empty prompt.  # -> B' N D"""
+    repeat = 2 if guided else 1
+    flat = codes.repeat(repeat, 1, 1).flatten(0, 1)  # B' N G -> B'*N G
+    arrays = {"shown": flat, "codes": flat, "hidden": unknown.repeat(repeat, 1).flatten()}
+    states = reading.run(kind, arrays, reading.layout(1, grid, private=1))
+    reading.forget()
+    return states
+
+
+def _draw(
+    adapter: CodesAdapter, states: Tensor, codes: Tensor, scale: float, sampling: MaskedSampling, noise: RowNoise
+) -> tuple[Tensor, Tensor]:
+    """A code for each group of each place in turn, and the log-probability of what was drawn.  # -> B N G, B N"""
+    batch, places, groups = codes.shape
+    drawn = torch.zeros_like(codes)
+    confidence = torch.zeros(batch, places, device=codes.device)
+    for group in range(groups):
+        before = drawn.repeat(len(states) // batch, 1, 1).flatten(0, 1)
+        logits = adapter.group_logits(states.flatten(0, 1), before, group).float().unflatten(0, (len(states), places))
+        if scale:
+            with_prompt, without = logits[:batch], logits[batch:]
+            logits = with_prompt + scale * (with_prompt - without)
+        logits = logits[:batch]
+        scores = logits
+        if sampling.temperature > 0:
+            scores = logits / sampling.temperature + noise.gumbel(places, logits.shape[-1]).to(logits.device)
+        chosen = scores.argmax(-1)
+        drawn[..., group] = chosen
+        confidence += logits.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
+    return drawn, confidence
+
+
+def _least_sure(confidence: Tensor, unknown: Tensor, count: Tensor) -> Tensor:
+    """The `count` unknown places of each row with the lowest confidence.  # B N, B N, B -> B N"""
+    rank = confidence.masked_fill(~unknown, float("inf")).argsort(-1).argsort(-1)
+    still = torch.minimum(count, (unknown.sum(1) - 1).clamp(min=0))  # every step settles at least one place
+    return unknown & (rank < still[:, None])

@@ -1,0 +1,64 @@
+"""Prompts read once: their keys and values are kept, and every wanted token is then run against them."""
+
+# Letters: B prompts, S tokens of the longest prompt, T wanted tokens a row, D width
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openm6.modalities.interface import Tokens
+from openm6.modalities.sequence import KindOfTokens, collate, lay_out
+from openm6.models.omni import Omni
+from openm6.nn.cache import KVCache
+from openm6.ops.sequence import Layout
+
+Prompt = list[Tokens]
+
+
+@dataclass
+class Reading:
+    """Prompts in the cache, and where each row goes on: `place` B is the next position."""
+
+    omni: Omni
+    cache: KVCache
+    place: Tensor
+    read: int  # tokens of the cache that are prompts
+
+    @property
+    def batch(self) -> int:
+        return len(self.place)
+
+    def layout(self, order: int, grid: Tensor, private: int = 0) -> Layout:
+        """The layout of T wanted tokens in every row; `grid` T 3 counts from each row's place."""
+        shape = (self.batch, len(grid))
+        sample = torch.zeros(shape, dtype=torch.int32, device=self.place.device)
+        positions = grid + self.place[:, None, None]  # T 3 -> B T 3
+        return Layout(sample, sample + order, sample + private, positions.to(torch.int32))
+
+    def run(self, kind: str, arrays: dict[str, Tensor], layout: Layout) -> Tensor:
+        """Hidden states of wanted tokens, which stay in the cache; arrays hold B*T rows.  # -> B T D"""
+        count = layout.batch * layout.length
+        index = torch.arange(count, device=self.place.device)
+        kinds = {kind: KindOfTokens(index, arrays, index, index.float())}
+        return self.omni(kinds, layout, self.cache)[0]
+
+    def forget(self) -> None:
+        """Takes back all that came after the prompts."""
+        self.cache.truncate(self.read)
+
+
+def read_prompts(omni: Omni, prompts: list[Prompt], room: int) -> Reading:
+    """Runs prompts (source pieces; an empty list is the empty prompt) into a cache with room for `room` more tokens."""
+    sequences = [lay_out(pieces) if pieces else None for pieces in prompts]
+    longest = max(1, *(len(sequence) if sequence else 0 for sequence in sequences), 0)
+    batch = collate([[sequence] if sequence else [] for sequence in sequences], longest).to(omni.device)
+    cache = omni.backbone.new_cache(len(prompts), longest + room)
+    if batch.kinds:
+        omni(batch.kinds, batch.layout, cache)
+    else:  # nothing but empty prompts: the cache holds padding alone
+        cache.extend(batch.layout)
+    place = [sum(piece.span for piece in pieces) for pieces in prompts]
+    return Reading(omni, cache, torch.tensor(place, device=omni.device), longest)

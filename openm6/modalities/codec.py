@@ -1,0 +1,76 @@
+"""Codecs by name or file: one safetensors file each, the config in its metadata; small trained ones are shipped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from openm6.base.config import Config, build, nearest
+from openm6.base.errors import CheckpointError, ConfigError
+from openm6.modalities.codec_base import Codec, QuantizerConfig
+from openm6.modalities.codec_image import ImageCodec, ImageCodecConfig
+from openm6.modalities.codec_sound import SoundCodec, SoundCodecConfig
+
+__all__ = ["CODECS", "Codec", "QuantizerConfig", "load_codec", "save_codec", "shipped_codecs"]
+
+CODECS: dict[str, tuple[type[Config], type[Codec]]] = {
+    "image": (ImageCodecConfig, ImageCodec),
+    "sound": (SoundCodecConfig, SoundCodec),
+}
+METADATA_KEY = "openm6_codec"
+SHIPPED = Path(__file__).parent / "weights"
+
+
+def shipped_codecs() -> tuple[str, ...]:
+    """Names of the trained codecs that came with the package."""
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.safetensors")))
+
+
+def save_codec(codec: Codec, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
+    """Writes weights (matrices as `dtype`, the rest in fp32) and config to one safetensors file."""
+    tensors = {
+        name: (tensor.to(dtype) if tensor.dim() > 1 else tensor.float()).contiguous().cpu()
+        for name, tensor in codec.state_dict().items()
+    }
+    about = {"kind": codec.kind, "config": codec.config.model_dump(mode="json")}
+    # A single key: safetensors writes several in random order, and equal codecs should be equal files.
+    save_file(tensors, str(path), {METADATA_KEY: json.dumps(about)})
+
+
+def load_codec(name_or_path: Path | str) -> Codec:
+    """A codec in fp32 on the CPU, in evaluation mode, without gradients.
+
+    Raises:
+        ConfigError: neither a shipped name nor a file.
+        CheckpointError: the file is no codec, or its weights do not fit its config.
+    """
+    path = _find(str(name_or_path))
+    try:
+        with safe_open(str(path), "pt") as file:
+            about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as a codec: {error}") from None
+    if about.get("kind") not in CODECS:
+        raise CheckpointError(f"{path} holds no codec: name a file written by training a codec-… recipe")
+    config_class, codec_class = CODECS[about["kind"]]
+    codec = codec_class(build(config_class, about["config"], str(path)))
+    try:
+        codec.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"the weights in {path} do not fit its config: {reason}") from None
+    return codec.requires_grad_(False).eval()
+
+
+def _find(name: str) -> Path:
+    shipped = SHIPPED / f"{name}.safetensors"
+    if "/" not in name and shipped.is_file():
+        return shipped
+    if Path(name).is_file():
+        return Path(name)
+    raise ConfigError(f"no codec {name!r}, neither as a file nor by name; {nearest(name, shipped_codecs())}")

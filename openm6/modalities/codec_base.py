@@ -1,0 +1,235 @@
+"""What every codec offers, and the two ways to quantize its latent: groups side by side, or stage after stage."""
+
+# Letters: B batch, P places (any number of axes), C numbers of a latent, G groups or stages, D numbers of one code
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import field_validator
+from torch import Tensor, nn
+
+from openm6.base.config import Config
+from openm6.ops.quantize import SATURATION, bits_per_channel, cell_values, pack, quantize, unpack
+
+MAX_CODEBOOK = 1024  # one softmax of the transformer per code
+
+
+class QuantizerConfig(Config):
+    """How many codes a place has, and the FSQ levels of one code."""
+
+    groups: int
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+
+    @field_validator("levels")
+    @classmethod
+    def _small_enough(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
+        if not levels or min(levels) < 2 or math.prod(levels) > MAX_CODEBOOK:
+            raise ValueError(
+                f"levels must be at least 2 and multiply to at most {MAX_CODEBOOK}, as [8, 5, 5, 5]"
+            )
+        return levels
+
+    @field_validator("groups")
+    @classmethod
+    def _some_groups(cls, groups: int) -> int:
+        if groups < 1:
+            raise ValueError("groups must be 1 or more")
+        return groups
+
+    @property
+    def codebook_size(self) -> int:
+        return math.prod(self.levels)
+
+    @property
+    def vector_size(self) -> int:
+        return self.groups * len(self.levels)
+
+
+@dataclass(frozen=True)
+class Health:
+    """Whether a quantizer is alive: a saturated one learns nothing, a starved channel carries nothing.
+
+    `bits` holds the entropy of each channel in bits and `capacity` the most it could be, log2(levels).
+    """
+
+    mean_magnitude: Tensor
+    saturated: Tensor
+    bits: Tensor
+    capacity: Tensor
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A latent after quantizing: what the decoder reads, and the codes that stand for it."""
+
+    latent: Tensor
+    codes: Tensor
+    health: Health
+
+
+class LatentNorm(nn.Module):
+    """Brings each channel of a latent to zero mean and unit variance; without it the latent explodes and FSQ dies."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, channels: int, momentum: float = 0.02) -> None:
+        super().__init__()
+        self.momentum = momentum
+        # Set for the last part of training, so that the decoder settles on fixed statistics.
+        self.frozen = False
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """# B P C -> B P C, in fp32"""
+        if not self.training or self.frozen:
+            return (z - self.mean) * torch.rsqrt(self.variance + 1e-5)
+        rows = z.flatten(0, -2)
+        variance, mean = torch.var_mean(rows, 0, correction=0)
+        with torch.no_grad():
+            self.mean.lerp_(mean, self.momentum)
+            self.variance.lerp_(variance, self.momentum)
+        return (z - mean) * torch.rsqrt(variance + 1e-5)
+
+
+class GroupedQuantizer(nn.Module):
+    """Splits a latent into G groups that are quantized side by side and weigh the same."""
+
+    levels: Tensor
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.groups = config.groups
+        self.norm = LatentNorm(config.vector_size)
+        self.register_buffer("levels", torch.tensor(config.levels), persistent=False)
+
+    def forward(self, latent: Tensor) -> Quantized:
+        """# B P C -> latent B P C, codes B P G"""
+        z = self.norm(latent.float()).unflatten(-1, (self.groups, -1))  # B P C -> B P G D
+        values, cells = quantize(z, self.levels)
+        return Quantized(values.flatten(-2), pack(cells, self.levels), _health(z, cells, self.levels))
+
+    def latent_of(self, codes: Tensor) -> Tensor:
+        """# B P G -> B P C"""
+        return cell_values(unpack(codes, self.levels), self.levels).flatten(-2)
+
+
+class ResidualQuantizer(nn.Module):
+    """Quantizes a latent in G stages, each what the stages before left over, through its own small projection.
+
+    Each stage's input is normalised to unit variance, without which later stages fade (arXiv 2508.15860).
+    """
+
+    levels: Tensor
+
+    def __init__(self, config: QuantizerConfig, channels: int, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.dropout = dropout
+        dims = len(config.levels)
+        self.into = nn.ModuleList(nn.Linear(channels, dims) for _ in range(config.groups))
+        self.norms = nn.ModuleList(LatentNorm(dims) for _ in range(config.groups))
+        self.out = nn.ModuleList(nn.Linear(dims, channels) for _ in range(config.groups))
+        self.register_buffer("levels", torch.tensor(config.levels), persistent=False)
+
+    def forward(self, latent: Tensor) -> Quantized:
+        """# B P C -> latent B P C, codes B P G; while training, a share of the rows keeps only its first stages"""
+        rest = latent.float()
+        used = self._stages_used(rest)
+        total, inputs, cells = torch.zeros_like(rest), [], []
+        for stage, (into, norm, out) in enumerate(zip(self.into, self.norms, self.out, strict=True)):
+            z = norm(into(rest))  # B P C -> B P D
+            values, cell = quantize(z, self.levels)
+            step = out(values)  # B P D -> B P C
+            rest = rest - step
+            total = total + step * (used > stage)
+            inputs.append(z)
+            cells.append(cell)
+        stacked, chosen = torch.stack(inputs, -2), torch.stack(cells, -2)  # B P G D
+        return Quantized(total, pack(chosen, self.levels), _health(stacked, chosen, self.levels))
+
+    def _stages_used(self, latent: Tensor) -> Tensor:
+        """How many stages each row of the batch keeps.  # B 1 1"""
+        stages = len(self.into)
+        shape = (latent.shape[0],) + (1,) * (latent.dim() - 1)
+        full = torch.full(shape, stages, device=latent.device)
+        if not self.training or self.dropout == 0.0:
+            return full
+        draw = torch.rand(shape, device=latent.device)
+        count = torch.randint(1, stages + 1, shape, device=latent.device)
+        return torch.where(draw < self.dropout, count, full)
+
+    def latent_of(self, codes: Tensor) -> Tensor:
+        """The latent of the first stages, as many as `codes` has.  # B P G -> B P C"""
+        values = cell_values(unpack(codes, self.levels), self.levels)  # B P G -> B P G D
+        stages = zip(self.out, values.unbind(-2), strict=False)
+        return torch.stack([out(value) for out, value in stages]).sum(0)
+
+
+def _health(z: Tensor, cells: Tensor, levels: Tensor) -> Health:
+    """# B P G D, B P G D -> four numbers or rows of G*D"""
+    with torch.no_grad():
+        size = z.detach().abs()
+        groups = cells.shape[-2]
+        bits = bits_per_channel(cells.flatten(0, -3).flatten(1), levels.repeat(groups))
+        capacity = levels.float().log2().repeat(groups)
+        return Health(size.mean(), (size > SATURATION).float().mean(), bits, capacity)
+
+
+class Codec(nn.Module, ABC):
+    """Turns raw pictures or sound into a grid of discrete codes and back."""
+
+    kind: ClassVar[str]
+    config: QuantizerConfig
+    quantizer_config: QuantizerConfig
+
+    @property
+    def groups(self) -> int:
+        """Codes at each place."""
+        return self.quantizer_config.groups
+
+    @property
+    def codebook_size(self) -> int:
+        """Values a code can take."""
+        return self.quantizer_config.codebook_size
+
+    @property
+    def vector_size(self) -> int:
+        """Numbers in one place's FSQ vector, over all groups."""
+        return self.quantizer_config.vector_size
+
+    @abstractmethod
+    def reconstruct(self, raw: Tensor) -> tuple[Tensor, Quantized]:
+        """`raw` after a way through the codes, with a gradient, and what the quantizer did."""
+
+    @abstractmethod
+    def encode(self, raw: Tensor) -> Tensor:
+        """Codes of raw input; no gradient.  # B raw -> B places G, int64"""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Raw output of codes; no gradient.  # B places G -> B raw"""
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """FSQ coordinates in [-1, 1] of codes: near vectors mean like content.  # ... G -> ... vector_size"""
+        levels = torch.tensor(self.quantizer_config.levels, device=codes.device)
+        return cell_values(unpack(codes, levels), levels).flatten(-2)
+
+    def latent_norms(self) -> list[LatentNorm]:
+        """The normalisers whose statistics can be frozen."""
+        return [module for module in self.modules() if isinstance(module, LatentNorm)]
+
+
+def code_bits(codes: Tensor, codec: Codec) -> float:
+    """Bits that one place's codes carry, channel by channel, out of vector_size channels.  # N G -> float"""
+    values = codec.vectors(codes)  # N G -> N C
+    total = 0.0
+    for channel in values.unbind(-1):
+        share = channel.unique(return_counts=True)[1].double() / len(channel)
+        total -= float((share * share.log2()).sum())
+    return total

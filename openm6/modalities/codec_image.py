@@ -1,0 +1,141 @@
+"""The picture codec: a small convolutional autoencoder whose latent is a grid of grouped FSQ codes."""
+
+# Letters: B batch, H W height and width in pixels, h w in places, C channels of the latent, G groups
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from openm6.base.errors import DataError
+from openm6.modalities.codec_base import Codec, GroupedQuantizer, Quantized, QuantizerConfig
+
+STEM = 4  # pixels folded into channels before the first convolution: what makes the codec quick on a CPU
+
+
+class ImageCodecConfig(QuantizerConfig):
+    """Shape of the network: one width and number of residual blocks per scale, the first at a quarter of the size."""
+
+    groups: int = 4
+    widths: tuple[int, ...] = (96, 192)
+    encoder_blocks: tuple[int, ...] = (2, 2)
+    decoder_blocks: tuple[int, ...] = (2, 2)
+
+    @model_validator(mode="after")
+    def _scales_agree(self) -> ImageCodecConfig:
+        if not len(self.widths) == len(self.encoder_blocks) == len(self.decoder_blocks) >= 1:
+            raise ValueError("widths, encoder_blocks and decoder_blocks must have one entry per scale each")
+        if any(width % 8 for width in self.widths):
+            raise ValueError("widths must be multiples of 8, for the group normalisation")
+        return self
+
+    @property
+    def stride(self) -> int:
+        """Pixels per place, along each side."""
+        return STEM * 2 ** (len(self.widths) - 1)
+
+
+class Residual(nn.Module):
+    """Adds two convolutions to its input; the last begins at zero, so that a fresh network is near linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first_norm, self.second_norm = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        for parameter in self.second.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.first(F.silu(self.first_norm(x)))
+        return x + self.second(F.silu(self.second_norm(inner)))  # B C h w -> B C h w
+
+
+def _blocks(width: int, count: int) -> list[nn.Module]:
+    return [Residual(width) for _ in range(count)]
+
+
+def _output(width: int, channels: int) -> list[nn.Module]:
+    return [nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)]
+
+
+def make_encoder(config: ImageCodecConfig) -> nn.Sequential:
+    """Pixels to the latent.  # B 3 H W -> B C h w"""
+    first = config.widths[0]
+    layers: list[nn.Module] = [nn.PixelUnshuffle(STEM), nn.Conv2d(3 * STEM**2, first, 3, padding=1)]
+    for scale, (width, count) in enumerate(zip(config.widths, config.encoder_blocks, strict=True)):
+        if scale:
+            layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * config.widths[scale - 1], width, 1)]
+        layers += _blocks(width, count)
+    return nn.Sequential(*layers, *_output(config.widths[-1], config.vector_size))
+
+
+def make_decoder(config: ImageCodecConfig) -> nn.Sequential:
+    """The latent to pixels.  # B C h w -> B 3 H W"""
+    layers: list[nn.Module] = [nn.Conv2d(config.vector_size, config.widths[-1], 3, padding=1)]
+    for scale in reversed(range(len(config.widths))):
+        layers += _blocks(config.widths[scale], config.decoder_blocks[scale])
+        if scale:
+            layers += [nn.Conv2d(config.widths[scale], 4 * config.widths[scale - 1], 1), nn.PixelShuffle(2)]
+    return nn.Sequential(*layers, *_output(config.widths[0], 3 * STEM**2), nn.PixelShuffle(STEM))
+
+
+class ImageCodec(Codec):
+    """Pictures in [-1, 1] of any size divisible by the stride, to codes and back."""
+
+    kind: ClassVar[str] = "image"
+    config: ImageCodecConfig
+    quantizer_config: ImageCodecConfig
+
+    def __init__(self, config: ImageCodecConfig) -> None:
+        super().__init__()
+        self.config = self.quantizer_config = config
+        self.encoder = make_encoder(config)
+        self.decoder = make_decoder(config)
+        self.quantizer = GroupedQuantizer(config)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per place, along each side."""
+        return self.config.stride
+
+    def quantized(self, pictures: Tensor) -> Quantized:
+        """The quantized latent of pictures.  # B 3 H W -> B h w C"""
+        _check_size(pictures, self.stride)
+        latent = self.encoder(pictures).movedim(1, -1)  # B C h w -> B h w C
+        # Rounding must not depend on the precision around it.
+        with torch.autocast(pictures.device.type, enabled=False):
+            return self.quantizer(latent)
+
+    def reconstruct(self, raw: Tensor) -> tuple[Tensor, Quantized]:
+        """# B 3 H W -> B 3 H W"""
+        quantized = self.quantized(raw)
+        return self.decoder(quantized.latent.movedim(-1, 1)).float(), quantized
+
+    @torch.no_grad()
+    def encode(self, raw: Tensor) -> Tensor:
+        """Codes of pictures.  # B 3 H W -> B h w G
+
+        Raises:
+            DataError: the pictures' sides are not multiples of the stride.
+        """
+        return self.quantized(raw).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pictures of codes, within [-1, 1].  # B h w G -> B 3 H W"""
+        latent = self.quantizer.latent_of(codes).movedim(-1, 1)  # B h w G -> B C h w
+        return self.decoder(latent).float().clamp(-1.0, 1.0)
+
+
+def _check_size(pictures: Tensor, stride: int) -> None:
+    sides = pictures.shape[2:]
+    if pictures.dim() != 4 or pictures.shape[1] != 3 or any(side % stride or side == 0 for side in sides):
+        raise DataError(
+            f"pictures of shape {tuple(pictures.shape)} do not fit the codec: it reads B 3 H W with H and W"
+            f" multiples of {stride}; resize or pad them"
+        )

@@ -1,0 +1,164 @@
+"""The sound codec: log-mels to residual FSQ codes, and back through a predicted spectrum (Vocos, 2306.00814)."""
+
+# Letters: B batch, S samples, T places, N = stride·T frames, D width, M mels, K frequencies, C latent, G stages
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from openm6.base.errors import DataError
+from openm6.modalities.codec_base import Codec, Quantized, QuantizerConfig, ResidualQuantizer
+from openm6.ops.spectrum import log_mel, mel_filters, overlap_add, spectrum, unit_window
+
+LOUDEST = 3.0  # log of the largest magnitude of a frame: twice that of a full-scale sine in a unit window
+QUIET = -4.0  # where the log-magnitudes begin, or a fresh network would start as loud noise
+
+
+class SoundCodecConfig(QuantizerConfig):
+    """Shape of the network; `stride` frames of `hop` samples make one place (25 a second by default)."""
+
+    groups: int = 4
+    rate: int = 16000
+    hop: int = 160
+    window: int = 640
+    num_mels: int = 80
+    stride: int = 4
+    width: int = 192
+    encoder_blocks: int = 6
+    decoder_blocks: int = 8
+    expansion: int = 3
+    latent: int = 16
+    stage_dropout: float = 0.5
+
+    @model_validator(mode="after")
+    def _frames_overlap(self) -> SoundCodecConfig:
+        if self.window % self.hop or self.window < 2 * self.hop:
+            raise ValueError("window must be a multiple of hop, at least twice it, so that frames overlap")
+        return self
+
+    @property
+    def samples_per_place(self) -> int:
+        return self.hop * self.stride
+
+
+class ConvNext(nn.Module):
+    """Adds to a sequence what a wide convolution per channel and a small network per frame make of it (2201.03545)."""
+
+    def __init__(self, width: int, expansion: int, scale: float) -> None:
+        super().__init__()
+        self.across = nn.Conv1d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, expansion * width), nn.Linear(expansion * width, width)
+        self.scale = nn.Parameter(torch.full((width,), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.norm(self.across(x.mT).mT)  # B N D -> B N D
+        return x + self.scale * self.down(F.gelu(self.up(mixed)))
+
+
+class Fold(nn.Module):
+    """Joins `stride` frames into one place by a linear layer.  # B N D -> B T C"""
+
+    def __init__(self, width: int, stride: int, out: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.project = nn.Linear(width * stride, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x.unflatten(1, (-1, self.stride)).flatten(2))
+
+
+class Unfold(nn.Module):
+    """Opens each place into `stride` frames.  # B T C -> B N D"""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.project = nn.Linear(channels, width * stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x).unflatten(2, (self.stride, -1)).flatten(1, 2)
+
+
+class SoundCodec(Codec):
+    """Mono sound in [-1, 1] at the config's rate, to codes and back."""
+
+    kind: ClassVar[str] = "sound"
+    config: SoundCodecConfig
+    quantizer_config: SoundCodecConfig
+    filters: Tensor
+    window: Tensor
+
+    def __init__(self, config: SoundCodecConfig) -> None:
+        super().__init__()
+        self.config = self.quantizer_config = config
+        width, count = config.width, config.encoder_blocks + config.decoder_blocks
+        blocks = [ConvNext(width, config.expansion, 1.0 / count) for _ in range(count)]
+        self.first = nn.Conv1d(config.num_mels, width, 7, padding=3)
+        self.encoder = nn.Sequential(*blocks[: config.encoder_blocks], nn.LayerNorm(width))
+        self.fold = Fold(width, config.stride, config.latent)
+        self.quantizer = ResidualQuantizer(config, config.latent, config.stage_dropout)
+        self.unfold = Unfold(config.latent, width, config.stride)
+        self.decoder = nn.Sequential(*blocks[config.encoder_blocks :], nn.LayerNorm(width))
+        self.head = nn.Linear(width, 2 * (config.window // 2 + 1))
+        nn.init.constant_(self.head.bias[: config.window // 2 + 1], QUIET)
+        filters = mel_filters(config.num_mels, config.window, config.rate)
+        self.register_buffer("filters", filters, persistent=False)
+        self.register_buffer("window", unit_window(config.window), persistent=False)
+
+    def mels(self, samples: Tensor) -> Tensor:
+        """Log-mels that the encoder reads, scaled to about unit variance.  # B S -> B N M"""
+        magnitudes = spectrum(samples.float(), self.window, self.config.hop).abs()
+        return (log_mel(magnitudes, self.filters) + 4.0) / 3.0
+
+    def quantized(self, samples: Tensor) -> Quantized:
+        """The quantized latent of sound; the end is padded with silence to a whole place.  # B S -> B T C"""
+        _check_sound(samples)
+        samples = F.pad(samples, (0, -samples.shape[1] % self.config.samples_per_place))
+        with torch.autocast(samples.device.type, enabled=False):  # spectra and rounding want fp32
+            mels = self.mels(samples)
+        hidden = self.encoder(self.first(mels.mT).mT)  # B N M -> B N D
+        latent = self.fold(hidden)  # B N D -> B T C
+        with torch.autocast(samples.device.type, enabled=False):
+            return self.quantizer(latent)
+
+    def synthesise(self, latent: Tensor) -> Tensor:
+        """Sound of a quantized latent.  # B T C -> B S"""
+        hidden = self.decoder(self.unfold(latent))  # B T C -> B N D
+        with torch.autocast(latent.device.type, enabled=False):
+            values = F.linear(hidden.float(), self.head.weight, self.head.bias)
+            level, phase = values.chunk(2, -1)  # B N 2K -> B N K
+            return overlap_add(
+                torch.polar(level.clamp(max=LOUDEST).exp(), phase), self.window, self.config.hop
+            )
+
+    def reconstruct(self, raw: Tensor) -> tuple[Tensor, Quantized]:
+        """# B S -> B S rounded up to whole places"""
+        quantized = self.quantized(raw)
+        return self.synthesise(quantized.latent), quantized
+
+    @torch.no_grad()
+    def encode(self, raw: Tensor) -> Tensor:
+        """Codes of sound, one place per started `samples_per_place`.  # B S -> B T G
+
+        Raises:
+            DataError: not a batch of mono sounds, or an empty one.
+        """
+        return self.quantized(raw).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Sound of codes, within [-1, 1]; codes of the first stages alone give a coarser sound.  # B T G -> B S"""
+        return self.synthesise(self.quantizer.latent_of(codes)).clamp(-1.0, 1.0)
+
+
+def _check_sound(samples: Tensor) -> None:
+    if samples.dim() != 2 or samples.shape[1] == 0:
+        raise DataError(
+            f"sound of shape {tuple(samples.shape)} does not fit the codec: it reads B samples, mono and not empty"
+        )

@@ -1,0 +1,121 @@
+"""Pictures and sounds as wanted output: a grid of codec codes, partly hidden, predicted in parallel.
+
+Training hides a random share of the places (MaskGIT, arXiv 2202.04200, section 3.1); decoding fills them in a few
+steps. One place holds G codes (groups or residual levels); they are predicted one after the other by a small head,
+p(c_1 … c_G | h) = Π_g p(c_g | h, c_<g), so that a place is drawn from one joint distribution.
+"""
+
+# Letters: N tokens, D width, G codes a place, C codebook size, V numbers in one place's vector, B bottleneck
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openm6.modalities.interface import Adapter
+from openm6.ops.quantize import cell_values, unpack
+
+RANDOM_SHARE, ALL_SHARE, INSIDE_SHARE = 0.6, 0.2, 0.1  # the rest: everything but a rectangle is hidden
+WRONG_SHARE = 0.05  # visible codes replaced by random ones, and learned too: teaches repair
+
+
+def hide(height: int, width: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Which places of a grid are hidden for one training example; without a generator, all.  # H*W bool"""
+    places = height * width
+    if rng is None:
+        return np.ones(places, bool)
+    draw = rng.random()
+    if draw < RANDOM_SHARE:
+        hidden = np.zeros(places, bool)
+        count = max(1, round(places * math.cos(math.pi / 2 * rng.random())))
+        hidden[rng.permutation(places)[:count]] = True
+        return hidden
+    if draw < RANDOM_SHARE + ALL_SHARE:
+        return np.ones(places, bool)
+    inside = random_rectangle(height, width, rng)
+    hidden = inside if draw < RANDOM_SHARE + ALL_SHARE + INSIDE_SHARE else ~inside
+    return hidden if hidden.any() else np.ones(places, bool)  # a rectangle may fill a tiny grid
+
+
+def random_rectangle(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """A rectangle of a quarter to three quarters of each side, somewhere in the grid.  # H*W bool"""
+    tall = int(rng.integers(math.ceil(height / 4), max(2, math.ceil(height * 3 / 4) + 1)))
+    wide = int(rng.integers(math.ceil(width / 4), max(2, math.ceil(width * 3 / 4) + 1)))
+    tall, wide = min(tall, height), min(wide, width)
+    top, left = int(rng.integers(0, height - tall + 1)), int(rng.integers(0, width - wide + 1))
+    inside = np.zeros((height, width), bool)
+    inside[top : top + tall, left : left + wide] = True
+    return inside.reshape(-1)
+
+
+def masked_arrays(
+    codes: np.ndarray, hidden: np.ndarray, codebook_size: int, rng: np.random.Generator | None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Arrays of a masked target and the places that learn.  # N G, N -> {codes N G, shown N G, hidden N}, N"""
+    shown, learn = codes.copy(), hidden.copy()
+    if rng is not None:
+        wrong = ~hidden & (rng.random(len(codes)) < WRONG_SHARE)
+        shown[wrong] = rng.integers(0, codebook_size, shown[wrong].shape)
+        learn |= wrong
+    arrays = {"codes": codes.astype(np.int64), "shown": shown.astype(np.int64), "hidden": hidden}
+    return arrays, learn
+
+
+class CodesAdapter(Adapter):
+    """Embeds shown codes by their FSQ vectors (near codes stay near) and predicts the codes of a place in turn."""
+
+    earlier: Tensor
+
+    def __init__(self, width: int, levels: tuple[int, ...], groups: int, bottleneck: int = 64) -> None:
+        super().__init__()
+        self.levels, self.groups, self.bottleneck = levels, groups, bottleneck
+        self.codebook_size = math.prod(levels)
+        dims = len(levels)
+        self.shown = nn.Linear(groups * dims, width)
+        self.mask = nn.Parameter(torch.empty(width))
+        self.hidden_to_groups = nn.Linear(width, groups * bottleneck)
+        self.codes_to_groups = nn.Linear(groups * dims, groups * bottleneck, bias=False)
+        self.to_codes = nn.Parameter(torch.empty(groups, bottleneck, self.codebook_size))
+        # Row block g (bottleneck rows) may look at column block j (dims columns) only where j < g.
+        blocks = torch.ones(groups, groups).tril(-1)
+        self.register_buffer("earlier", torch.kron(blocks, torch.ones(bottleneck, dims)), persistent=False)
+        nn.init.normal_(self.mask, std=0.02)
+        nn.init.normal_(self.to_codes, std=bottleneck**-0.5)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """FSQ coordinates in [-1, 1] of the codes of a place.  # N G -> N V"""
+        levels = torch.tensor(self.levels, device=codes.device)
+        return cell_values(unpack(codes, levels), levels).flatten(-2)  # N G L -> N V
+
+    def embed(self, arrays: dict[str, Tensor]) -> Tensor:
+        seen = self.shown(self.vectors(arrays["shown"]).to(self.shown.weight.dtype))  # N V -> N D
+        return torch.where(arrays["hidden"][:, None], self.mask.to(seen.dtype), seen)
+
+    def group_states(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        """The head's inner state for each group, given the codes of the groups before it.  # N D, N G -> N G B"""
+        context = F.linear(self.vectors(codes).to(hidden.dtype), self.codes_to_groups.weight * self.earlier)
+        return F.gelu(self.hidden_to_groups(hidden) + context).unflatten(-1, (self.groups, self.bottleneck))
+
+    def logits(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        """Scores of every group's code, each given the true codes of the earlier groups.  # N D, N G -> N G C"""
+        return torch.einsum("ngb,gbc->ngc", self.group_states(hidden, codes), self.to_codes)
+
+    def group_logits(self, hidden: Tensor, codes: Tensor, group: int) -> Tensor:
+        """Scores of one group's code; the codes of later groups do not matter.  # N D, N G -> N C"""
+        return self.group_states(hidden, codes)[:, group] @ self.to_codes[group]
+
+    def group_nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+        """Nats of each code of each place.  # N D -> N G"""
+        logits = self.logits(hidden, arrays["codes"]).float().flatten(0, 1)  # N G C -> N*G C
+        return F.cross_entropy(logits, arrays["codes"].flatten(), reduction="none").view(-1, self.groups)
+
+    def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+        return self.group_nll(hidden, arrays).sum(-1)
+
+    def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+        # The mean over groups keeps a place as loud as a text token.
+        return self.group_nll(hidden, arrays).mean(-1)

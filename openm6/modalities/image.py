@@ -1,0 +1,184 @@
+"""Pictures: continuous patches in, codes of an autoencoder out, drawn masked-parallel."""
+
+# Letters: N tokens, H and W tokens down and across, P side of a patch in pixels, G codes a place
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image as Pillow
+from PIL import UnidentifiedImageError
+from torch import Tensor, nn
+
+from openm6.base.errors import DataError
+from openm6.modalities.codec_image import ImageCodec
+from openm6.modalities.codes import CodesAdapter, hide, masked_arrays, random_rectangle
+from openm6.modalities.interface import Adapter, Modality, Tokens, rectangle
+from openm6.modalities.recall import Recall
+
+PATCH = 8
+MAX_PIXELS = 32_000_000
+
+
+def read_image(raw: Any, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
+    """An RGB picture (transparency over white) from file bytes, a Pillow image, or an array H W 3 of bytes.
+
+    Raises:
+        DataError: not a picture, broken, or more than `max_pixels`; the size is read from the header, before
+            anything is unpacked, so a decompression bomb costs nothing.
+    """
+    if isinstance(raw, np.ndarray):
+        return Pillow.fromarray(raw.astype(np.uint8)).convert("RGB")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Pillow.DecompressionBombWarning)
+            picture = raw if isinstance(raw, Pillow.Image) else Pillow.open(io.BytesIO(raw))
+        if picture.width * picture.height > max_pixels:
+            raise DataError(
+                f"the picture has {picture.width} x {picture.height} pixels, over the bound of {max_pixels:,}: shrink it"
+            )
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            layers = picture.convert("RGBA")
+            picture = Pillow.alpha_composite(Pillow.new("RGBA", layers.size, "white"), layers)
+        return picture.convert("RGB")
+    except DataError:
+        raise
+    except Pillow.DecompressionBombError:
+        raise DataError(f"the picture is over the bound of {max_pixels:,} pixels: shrink it") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, TypeError) as error:
+        raise DataError(f"the picture is broken or of an unknown format ({error}): save it anew as PNG or JPEG") from None
+
+
+def to_square(picture: Pillow.Image, side: int) -> Pillow.Image:
+    """The picture within a white square of `side` pixels, its aspect kept."""
+    if picture.size == (side, side):
+        return picture
+    share = side / max(picture.size)
+    size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
+    square = Pillow.new("RGB", (side, side), "white")
+    square.paste(picture.resize(size, Pillow.Resampling.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2))
+    return square
+
+
+def pixels(picture: Pillow.Image) -> np.ndarray:
+    """Values in [-1, 1].  # H W 3"""
+    return np.asarray(picture, dtype=np.float32) / 127.5 - 1
+
+
+class Image(Modality):
+    """Reads a picture as patches, at its own aspect up to a budget of tokens; draws squares of `side` pixels."""
+
+    name: ClassVar[str] = "image"
+
+    def __init__(self, codec: ImageCodec, side: int = 64, max_patches: int = 64, max_pixels: int = MAX_PIXELS) -> None:
+        self.codec = codec
+        self.side = side
+        self.places = side // codec.quantizer_config.stride  # across, and down
+        self.max_patches = max_patches
+        self.max_pixels = max_pixels
+        self.recall = Recall()
+
+    def source(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+        """Patches of the picture; `hole` (a share-of-the-side box left, top, right, bottom) hides what it touches."""
+        picture = self._fit(read_image(raw, self.max_pixels))
+        values = pixels(picture)
+        if rng is not None:
+            values = _shifted(values, rng)
+        down, across = values.shape[0] // PATCH, values.shape[1] // PATCH
+        patches = values.reshape(down, PATCH, across, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1)
+        gone = hole_places(options.get("hole"), down, across)
+        arrays = {"patches": np.where(gone[:, None], 0, patches).astype(np.float32), "gone": gone}
+        return Tokens("image_in", arrays, rectangle(down, across), max(down, across), np.zeros(len(gone), bool))
+
+    def _fit(self, picture: Pillow.Image) -> Pillow.Image:
+        """The picture resized to whole patches within the budget; small ones keep their size."""
+        down, across = picture.height / PATCH, picture.width / PATCH
+        share = min(1.0, (self.max_patches / max(down * across, 1e-9)) ** 0.5)
+        rows = min(max(1, round(down * share)), self.max_patches)
+        columns = min(max(1, round(across * share)), self.max_patches // rows)
+        size = (columns * PATCH, rows * PATCH)
+        return picture if picture.size == size else picture.resize(size, Pillow.Resampling.BICUBIC)
+
+    def target(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+        """Codes of the picture, hidden by the training pattern, or, with `hole`, in the hole alone."""
+        codes = self.encode(raw)
+        if options.get("hole") is not None:
+            hidden = hole_places(options["hole"], self.places, self.places)
+            if rng is not None and rng.random() < 0.5:
+                hidden = hidden | hide(self.places, self.places, rng)
+        else:
+            hidden = hide(self.places, self.places, rng)
+        arrays, learn = masked_arrays(codes, hidden, self.codec.codebook_size, rng)
+        return Tokens("image_out", arrays, rectangle(self.places, self.places), self.places, learn, "block")
+
+    def encode(self, raw: Any) -> np.ndarray:
+        """Codes of a picture squared to `side`; remembered by the bytes of the file.  # N G"""
+        key = hashlib.blake2b(raw, digest_size=16).digest() if isinstance(raw, bytes) else None
+        known = self.recall.get(key)
+        if known is not None:
+            return known
+        values = torch.from_numpy(pixels(to_square(read_image(raw, self.max_pixels), self.side)))
+        with torch.no_grad():
+            codes = self.codec.encode(values.permute(2, 0, 1)[None])  # 1 3 H W -> 1 h w G
+        return self.recall.put(key, codes[0].flatten(0, 1).numpy().astype(np.int16))
+
+    def decode(self, codes: Tensor) -> Pillow.Image:
+        """The picture of one grid of codes.  # H*W G"""
+        with torch.no_grad():
+            values = self.codec.decode(codes.cpu().view(1, self.places, self.places, -1))[0]
+        return Pillow.fromarray(((values.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+    def adapters(self, width: int) -> dict[str, Adapter]:
+        out = CodesAdapter(width, self.codec.quantizer_config.levels, self.codec.groups)
+        return {"image_in": PatchAdapter(PATCH * PATCH * 3, width), "image_out": out}
+
+    def examples(self) -> list[Any]:
+        rng = np.random.default_rng(0)
+        return [rng.integers(0, 256, size, dtype=np.uint8) for size in ((64, 64, 3), (32, 32, 3), (20, 50, 3))]
+
+
+def hole_places(hole: tuple[float, float, float, float] | None, down: int, across: int) -> np.ndarray:
+    """Places that a box in shares of the side (left, top, right, bottom) touches.  # H*W bool"""
+    if hole is None:
+        return np.zeros(down * across, bool)
+    left, top, right, bottom = hole
+    row, column = np.divmod(np.arange(down * across), across)
+    beside = (column + 1 <= left * across + 1e-6) | (column >= right * across - 1e-6)
+    above = (row + 1 <= top * down + 1e-6) | (row >= bottom * down - 1e-6)
+    return ~(beside | above)
+
+
+def random_hole(rng: np.random.Generator, grid: int = 8) -> tuple[float, float, float, float]:
+    """A box on a `grid` × `grid` raster, as shares of the side: left, top, right, bottom."""
+    inside = np.flatnonzero(random_rectangle(grid, grid, rng))
+    rows, columns = np.divmod(inside, grid)
+    return (columns.min() / grid, rows.min() / grid, (columns.max() + 1) / grid, (rows.max() + 1) / grid)
+
+
+def _shifted(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Training augmentation: moved by up to 1/16 of the side, edges repeated; contrast changed a little."""
+    reach = max(1, values.shape[0] // 16)
+    down, across = rng.integers(-reach, reach + 1, 2)
+    padded = np.pad(values, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    moved = padded[reach + down :, reach + across :][: values.shape[0], : values.shape[1]]
+    return moved * np.float32(rng.uniform(0.85, 1.1))
+
+
+class PatchAdapter(Adapter):
+    """Flat patches of raw values to vectors; `gone` patches become one learned vector."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(features, width)
+        self.outer = nn.Linear(width, width)
+        self.gone = nn.Parameter(torch.empty(width))
+        nn.init.normal_(self.gone, std=0.02)
+
+    def embed(self, arrays: dict[str, Tensor]) -> Tensor:
+        seen = self.outer(nn.functional.gelu(self.inner(arrays["patches"].to(self.gone.dtype))))  # N F -> N D
+        return torch.where(arrays["gone"][:, None], self.gone.to(seen.dtype), seen)

@@ -1,0 +1,96 @@
+"""What every modality offers: raw input to tokens on the way in, hidden states to a loss and to raw output on the way out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+Placement = Literal["source", "causal", "block"]
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One piece of raw input as N tokens: what the sequence rule and an adapter need to know of it.
+
+    `kind` names the adapter that embeds them. `arrays` holds one array per feature, each with leading length N.
+    `grid` (N 3, int) is each token's offset in time, height and width from where the piece begins; `span` is how
+    far the next piece moves on. `learn` (N, bool) marks the tokens that carry a loss. `placement` is `source`
+    (order 0), `causal` (one order after the other) or `block` (one order for all, private).
+    """
+
+    kind: str
+    arrays: Arrays
+    grid: np.ndarray
+    span: int
+    learn: np.ndarray
+    placement: Placement = "source"
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Raw input of one modality on its way into a sequence, with the options its modality understands."""
+
+    modality: str
+    raw: Any
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def line(length: int) -> np.ndarray:
+    """The grid of a run of tokens in time: the same offset on all three axes, as rotary text positions want it.  # N 3"""
+    return np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, axis=1)
+
+
+def rectangle(height: int, width: int) -> np.ndarray:
+    """The grid of a picture of `height` × `width` tokens, row by row, at one moment.  # H*W 3"""
+    rows, columns = np.divmod(np.arange(height * width, dtype=np.int32), width)
+    return np.stack([np.zeros_like(rows), rows, columns], axis=1)
+
+
+class Adapter(nn.Module, ABC):
+    """Carries one kind of token into the backbone's width and, where it can be wanted, back out to a loss."""
+
+    @abstractmethod
+    def embed(self, arrays: dict[str, Tensor]) -> Tensor:
+        """Features of N tokens to vectors.  # N … -> N D"""
+
+    def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+        """Negative log-likelihood in nats of what each of N tokens should give.  # N D -> N"""
+        raise NotImplementedError(f"{type(self).__name__} is only read, never wanted")
+
+    def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+        """What training minimises; the likelihood itself unless a smoothed form teaches better.  # N D -> N"""
+        return self.nll(hidden, arrays)
+
+
+class Modality(ABC):
+    """Turns raw input into source or target tokens (in data workers, checking bounds) and makes its adapters."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def source(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+        """Tokens to read. A generator asks for augmentation; None gives the plain, repeatable form.
+
+        Raises:
+            DataError: the input is broken, empty or out of the stated bounds.
+        """
+
+    @abstractmethod
+    def target(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+        """Tokens to produce. A generator draws the training mask; None hides all there is to hide."""
+
+    @abstractmethod
+    def adapters(self, width: int) -> dict[str, Adapter]:
+        """The adapters of this modality's kinds of token, by kind, for a backbone of this width."""
+
+    @abstractmethod
+    def examples(self) -> list[Any]:
+        """A few raw inputs, made without files: what the contract test runs on."""

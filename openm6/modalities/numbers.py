@@ -1,0 +1,256 @@
+"""Numbers: values with column names in, distributions out; a column or a patch of a series is one token.
+
+A value is scaled by its column's statistics and squashed, t = asinh((x - centre) / spread), so that tails stay
+finite. Out comes a histogram over t: mean, median, intervals and samples follow from it.
+"""
+
+# Letters: N tokens, P values in a token, K word ids of a name, D width, B bins, Q frequencies
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openm6.base.config import nearest
+from openm6.base.errors import DataError
+from openm6.modalities.interface import Adapter, Modality, Tokens, line
+from openm6.modalities.text import Text
+
+PATCH = 8
+BINS = 160
+LIMIT = 4.5  # in t: asinh(45), so 45 spreads from the centre before a value is clipped into the outer bin
+FREQUENCIES = 16
+FREQUENCY_SPREAD = 0.3  # small on purpose: large ones memorise (arXiv 2203.05556 and its authors' later advice)
+SMOOTHING = 0.75  # of a bin: standard deviation of the soft target while training (HL-Gauss, arXiv 2403.03950)
+
+Scales = dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class NumberSeries:
+    """Values of one column over time; None or NaN where nothing was observed."""
+
+    name: str
+    values: list[float | None]
+
+
+def fit_scale(values: np.ndarray) -> tuple[float, float]:
+    """Centre (median) and spread (interquartile range / 1.349, the normal's sigma) of a column's observed values."""
+    seen = values[np.isfinite(values)]
+    if not len(seen):
+        return 0.0, 1.0
+    low, middle, high = np.quantile(seen, (0.25, 0.5, 0.75))
+    spread = (high - low) / 1.349 or float(seen.std()) or abs(float(middle)) or 1.0
+    return float(middle), float(spread)
+
+
+class Numbers(Modality):
+    """Reads `{column: value}` or a series, one token a value or a patch of PATCH steps; wants one column or a series."""
+
+    name: ClassVar[str] = "numbers"
+
+    def __init__(self, text: Text, scales: Scales) -> None:
+        self.text = text
+        self.scales = scales
+
+    def source(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+        """Tokens of a mapping of columns (missing values allowed: None or NaN) or of a NumberSeries."""
+        arrays = self._arrays(raw)
+        length = len(arrays["values"])
+        return Tokens("numbers_in", arrays, line(length), length, np.zeros(length, bool))
+
+    def target(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+        """Queries for a mapping of columns or a series; unobserved values are not learned."""
+        arrays = self._arrays(raw)
+        length = len(arrays["values"])
+        return Tokens("numbers_out", arrays, line(length), length, arrays["observed"].any(1), "block")
+
+    def _arrays(self, raw: Any) -> dict[str, np.ndarray]:
+        if isinstance(raw, NumberSeries):
+            return self._columns([raw.name], [raw.values], patches=True)
+        if isinstance(raw, Mapping) and raw:
+            return self._columns(list(raw), [[value] for value in raw.values()], patches=False)
+        raise DataError("numbers were expected as {column: value} or a series, and at least one of them")
+
+    def _columns(self, names: list[str], rows: list[list[float | None]], patches: bool) -> dict[str, np.ndarray]:
+        values, observed, scales, owners = [], [], [], []
+        for name, row in zip(names, rows, strict=True):
+            centre, spread = self.scale(name)
+            plain = np.asarray([math.nan if value is None else _number(name, value) for value in row])
+            count = -(-len(plain) // PATCH)
+            padded = np.full(count * PATCH, math.nan)
+            padded[: len(plain)] = plain
+            seen = np.isfinite(padded)
+            squashed = np.arcsinh((np.where(seen, padded, centre) - centre) / spread)
+            values.append(squashed.reshape(count, PATCH))
+            observed.append(seen.reshape(count, PATCH))
+            scales.extend([(centre, spread)] * count)
+            owners.extend([name] * count)
+        return {
+            "values": np.clip(np.concatenate(values), -LIMIT, LIMIT).astype(np.float32),
+            "observed": np.concatenate(observed),
+            "scale": np.asarray(scales, dtype=np.float32),
+            "name_ids": self._name_ids(owners),
+            "is_series": np.full(len(owners), patches),
+        }
+
+    def scale(self, name: str) -> tuple[float, float]:
+        """Centre and spread of a column.
+
+        Raises:
+            DataError: the model has not seen this column.
+        """
+        if name not in self.scales:
+            raise DataError(f"the model knows no column {name!r}; {nearest(name, sorted(self.scales))}")
+        return self.scales[name]
+
+    def _name_ids(self, names: list[str]) -> np.ndarray:
+        """Word ids of column names, eight at most, padded with -1.  # N -> N 8"""
+        ids = np.full((len(names), 8), -1, dtype=np.int64)
+        for row, name in enumerate(names):
+            words = self.text.encode(" " + name.replace("_", " "))[:8]
+            ids[row, : len(words)] = words
+        return ids
+
+    def adapters(self, width: int) -> dict[str, Adapter]:
+        return {"numbers_in": NumbersIn(width), "numbers_out": NumbersOut(width)}
+
+    def examples(self) -> list[Any]:
+        first, *others = self.scales
+        series = NumberSeries(first, [1.0, None, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+        return [{first: 1.0}, {name: None for name in self.scales}, series]
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise DataError(f"{name}={value!r} is not a number: mend or map the column") from None
+    if math.isinf(number):
+        raise DataError(f"{name} is infinite: mend the value or leave it empty")
+    return number
+
+
+class NumbersIn(Adapter):
+    """Periodic and plain features of the values of a token; the model adds the name's words."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.empty(FREQUENCIES))
+        self.series = nn.Embedding(2, width)
+        self.inner = nn.Linear(PATCH * (2 + 2 * FREQUENCIES), width)
+        self.outer = nn.Linear(width, width)
+        nn.init.normal_(self.frequencies, std=FREQUENCY_SPREAD)
+        nn.init.normal_(self.series.weight, std=0.02)
+
+    def embed(self, arrays: dict[str, Tensor]) -> Tensor:
+        observed = arrays["observed"].to(self.frequencies.dtype)  # N P
+        values = arrays["values"].to(self.frequencies.dtype) * observed
+        angle = 2 * math.pi * values[..., None] * self.frequencies  # N P -> N P Q
+        waves = torch.cat((angle.sin(), angle.cos()), -1) * observed[..., None]
+        features = torch.cat((waves.flatten(1), values, observed), -1)  # N P*(2Q+2)
+        return self.outer(F.silu(self.inner(features))) + self.series(arrays["is_series"].long())
+
+
+class NumbersOut(Adapter):
+    """A query for up to PATCH values; the head gives a histogram over t for each."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Embedding(2, width)
+        self.step = nn.Parameter(torch.empty(PATCH, width))
+        self.inner = nn.Linear(width, width)
+        self.bins = nn.Linear(width, BINS)
+        nn.init.normal_(self.query.weight, std=0.02)
+        nn.init.normal_(self.step, std=0.02)
+
+    def embed(self, arrays: dict[str, Tensor]) -> Tensor:
+        return self.query(arrays["is_series"].long())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the bins of each step of a patch.  # N D -> N P B"""
+        return self.bins(F.silu(self.inner(hidden)[:, None] + self.step))
+
+    def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+        return self._expected(hidden, arrays, one_hot_bins(arrays["values"]))
+
+    def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+        mean = self._expected(hidden, arrays, smooth_bins(arrays["values"]))
+        return mean / arrays["observed"].sum(-1).clamp(min=1)
+
+    def _expected(self, hidden: Tensor, arrays: dict[str, Tensor], wanted: Tensor) -> Tensor:
+        """Cross-entropy with soft targets, summed over the observed steps of a token.  # N P B -> N"""
+        log_probability = self.logits(hidden).float().log_softmax(-1)
+        return -((log_probability * wanted).sum(-1) * arrays["observed"]).sum(-1)
+
+
+def edges(device: torch.device | None = None) -> Tensor:
+    """Borders of the bins in t.  # B+1"""
+    return torch.linspace(-LIMIT, LIMIT, BINS + 1, device=device)
+
+
+def one_hot_bins(values: Tensor) -> Tensor:
+    """The bin of each value as a distribution.  # N P -> N P B"""
+    index = ((values.float() + LIMIT) * (BINS / (2 * LIMIT))).long().clamp(0, BINS - 1)
+    return F.one_hot(index, BINS).float()
+
+
+def smooth_bins(values: Tensor) -> Tensor:
+    """Mass of a narrow Gaussian around each value in every bin.  # N P -> N P B"""
+    sigma = SMOOTHING * 2 * LIMIT / BINS
+    below = torch.special.ndtr((edges(values.device) - values.float()[..., None]) / sigma)  # N P B+1
+    mass = below.diff(dim=-1)
+    return mass / mass.sum(-1, keepdim=True).clamp(min=1e-6)
+
+
+class Histogram:
+    """Predicted distributions of M values: everything one may ask of them, in the column's own units.
+
+    `probability` is M B over bins in t; `scale` M 2 holds centre and spread.
+    """
+
+    def __init__(self, probability: np.ndarray, scale: np.ndarray) -> None:
+        self.probability = probability.astype(np.float64)
+        self.centre, self.spread = scale[:, 0].astype(np.float64), scale[:, 1].astype(np.float64)
+        self.edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
+
+    def _raw(self, squashed: np.ndarray) -> np.ndarray:
+        return self.centre + self.spread * np.sinh(squashed)
+
+    def mean(self) -> np.ndarray:
+        """Expected value, bin by bin.  # M"""
+        middles = np.sinh((self.edges[:-1] + self.edges[1:]) / 2)
+        return self.centre + self.spread * (self.probability @ middles)
+
+    def quantile(self, share: float | np.ndarray) -> np.ndarray:
+        """Value below which `share` of the mass lies, linear in t within a bin.  # M"""
+        below = np.concatenate([np.zeros((len(self.probability), 1)), self.probability.cumsum(1)], axis=1)
+        below /= below[:, -1:]
+        wanted = np.broadcast_to(share, (len(below),))
+        return self._raw(np.array([np.interp(w, b, self.edges) for w, b in zip(wanted, below, strict=True)]))
+
+    def median(self) -> np.ndarray:
+        """Half lies below.  # M"""
+        return self.quantile(0.5)
+
+    def interval(self, coverage: float = 0.8) -> tuple[np.ndarray, np.ndarray]:
+        """Central interval that should hold `coverage` of the truths.  # M, M"""
+        return self.quantile((1 - coverage) / 2), self.quantile((1 + coverage) / 2)
+
+    def sample(self, rng: np.random.Generator) -> np.ndarray:
+        """One draw of each distribution.  # M"""
+        return self.quantile(rng.random(len(self.probability)))
+
+    def crps(self, truth: np.ndarray) -> np.ndarray:
+        """Continuous ranked probability score in the column's units, by quantile losses at 1 … 99 %.  # M"""
+        shares = np.arange(0.01, 1.0, 0.02)
+        losses = [np.where(truth >= q, s * (truth - q), (1 - s) * (q - truth)) for s, q in
+                  ((s, self.quantile(s)) for s in shares)]  # fmt: skip
+        return 2 * np.mean(losses, axis=0)

@@ -1,0 +1,115 @@
+"""The list of modalities, their settings, and raw parts turned into pieces of a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from pydantic import Field
+from tokenizers import Tokenizer
+
+from openm6.base.config import Config, nearest
+from openm6.base.errors import ConfigError, DataError
+from openm6.modalities.codec import load_codec
+from openm6.modalities.codec_image import ImageCodec
+from openm6.modalities.codec_sound import SoundCodec
+from openm6.modalities.image import MAX_PIXELS, Image
+from openm6.modalities.interface import Modality, Part, Tokens
+from openm6.modalities.numbers import Numbers, Scales
+from openm6.modalities.sound import MAX_SECONDS, Sound
+from openm6.modalities.text import Text
+
+Modalities = dict[str, Modality]
+MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Sound, Numbers)}
+
+
+class TextConfig(Config):
+    """`vocabulary` tokens are learned from the mixture, unless `tokenizer` names a tokenizer.json."""
+
+    vocabulary: int = Field(default=4096, ge=320, le=1_000_000)
+    tokenizer: str | None = None
+    max_tokens: int = Field(default=2048, ge=1)
+
+
+class ImageConfig(Config):
+    """`codec` is a shipped name or a file; wanted pictures are squares of `side` pixels."""
+
+    codec: str = "image-64"
+    side: int = Field(default=64, ge=8, le=4096)
+    max_patches: int = Field(default=64, ge=1)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=64)
+
+
+class SoundConfig(Config):
+    """`codec` is a shipped name or a file; wanted sounds last `seconds` unless a task says otherwise."""
+
+    codec: str = "sound"
+    seconds: float = Field(default=1.2, gt=0)
+    max_seconds: float = Field(default=MAX_SECONDS, gt=0)
+
+
+class ModalitiesConfig(Config):
+    """Settings of the four modalities: the section `modalities` of a recipe."""
+
+    text: TextConfig = TextConfig()
+    image: ImageConfig = ImageConfig()
+    sound: SoundConfig = SoundConfig()
+
+
+def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Scales) -> Modalities:
+    """The four modalities of one model.
+
+    Raises:
+        ConfigError: a codec of another modality, or a picture side that its stride does not divide.
+    """
+    image_codec, sound_codec = load_codec(config.image.codec), load_codec(config.sound.codec)
+    if not isinstance(image_codec, ImageCodec):
+        raise ConfigError(f"modalities.image.codec={config.image.codec!r} is no picture codec: name one, as image-64")
+    if not isinstance(sound_codec, SoundCodec):
+        raise ConfigError(f"modalities.sound.codec={config.sound.codec!r} is no sound codec: name one, as sound")
+    if config.image.side % image_codec.quantizer_config.stride:
+        raise ConfigError(
+            f"modalities.image.side={config.image.side} must be a multiple of the codec's stride, "
+            f"{image_codec.quantizer_config.stride}"
+        )
+    text = Text(tokenizer, config.text.max_tokens)
+    return {
+        "text": text,
+        "image": Image(image_codec, config.image.side, config.image.max_patches, config.image.max_pixels),
+        "sound": Sound(sound_codec, config.sound.seconds, config.sound.max_seconds),
+        "numbers": Numbers(text, scales),
+    }
+
+
+def modality_named(modalities: Modalities, name: str) -> Modality:
+    """The modality of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in modalities:
+        raise ConfigError(f"no modality is called {name!r}; {nearest(name, sorted(modalities))}")
+    return modalities[name]
+
+
+def source_pieces(
+    parts: Sequence[Part], modalities: Modalities, rng: np.random.Generator | None = None
+) -> list[Tokens]:
+    """Raw parts as source tokens; a generator asks for augmentation.
+
+    Raises:
+        DataError: a part is broken or out of bounds.
+    """
+    return [modality_named(modalities, part.modality).source(part.raw, rng, **part.options) for part in parts]
+
+
+def target_piece(part: Part, modalities: Modalities, rng: np.random.Generator | None = None) -> Tokens:
+    """A raw part as target tokens; a generator draws the training mask.
+
+    Raises:
+        DataError: the part is broken, or there is nothing in it to learn.
+    """
+    piece = modality_named(modalities, part.modality).target(part.raw, rng, **part.options)
+    if not piece.learn.any():
+        raise DataError(f"nothing of this {part.modality} is observed, so there is nothing to learn from it")
+    return piece

@@ -1,0 +1,191 @@
+"""Sound: log-mel patches in, residual codes of a neural codec out, filled in masked-parallel; 16 kHz mono."""
+
+# Letters: S samples, N tokens, F frames of 10 ms, M mels, T places of 40 ms, G codes a place
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import Any, ClassVar
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from openm6.base.errors import DataError
+from openm6.modalities.codec_sound import SoundCodec
+from openm6.modalities.codes import CodesAdapter, hide, masked_arrays
+from openm6.modalities.image import PatchAdapter
+from openm6.modalities.interface import Adapter, Modality, Tokens, line
+from openm6.modalities.recall import Recall
+from openm6.ops.resample import resample
+
+RATE = 16_000
+FRAMES = 8  # of 10 ms in one source token
+MAX_SECONDS = 30.0
+
+
+def read_sound(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+    """Mono samples in [-1, 1] at 16 kHz from the bytes of a WAV, FLAC, Ogg or MP3 file, or from such samples.  # S
+
+    Raises:
+        DataError: not a sound, broken, empty, or longer than `max_seconds`, which the header tells before decoding.
+    """
+    if isinstance(raw, np.ndarray):
+        samples, rate = raw.astype(np.float32), RATE
+    else:
+        samples, rate = _decode(raw, max_seconds)
+    if samples.ndim != 1 or not len(samples):
+        raise DataError("the sound is empty: record it anew")
+    if len(samples) > max_seconds * rate:
+        raise DataError(f"the sound lasts {len(samples) / rate:.0f} s, over the bound of {max_seconds:g} s: cut it")
+    if not np.isfinite(samples).all():
+        raise DataError("the sound holds values that are not finite: export it anew")
+    return np.clip(resample(torch.from_numpy(samples), rate, RATE).numpy(), -1, 1)
+
+
+def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
+    try:
+        with soundfile.SoundFile(io.BytesIO(raw)) as file:
+            seconds = file.frames / file.samplerate
+            if seconds > max_seconds:
+                raise DataError(f"the sound lasts {seconds:.0f} s, over the bound of {max_seconds:g} s: cut it")
+            # A header may lie about the length: never decode more than the bound.
+            samples = file.read(int(max_seconds * file.samplerate) + 1, dtype="float32", always_2d=True)
+            return samples.mean(1), file.samplerate
+    except (soundfile.LibsndfileError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise DataError(f"the sound is broken or of an unknown format ({error}): save it anew as WAV or FLAC") from None
+
+
+class Sound(Modality):
+    """Reads a sound as patches of 8 log-mel frames; speaks up to a number of seconds in places of 40 ms."""
+
+    name: ClassVar[str] = "sound"
+
+    def __init__(self, codec: SoundCodec, seconds: float = 1.2, max_seconds: float = MAX_SECONDS) -> None:
+        self.codec = codec
+        self.seconds = seconds
+        self.max_seconds = max_seconds
+        self.place = codec.quantizer_config.samples_per_place
+        self.num_mels = codec.quantizer_config.num_mels
+        self.recall = Recall()
+        self.heard = Recall()
+
+    def source(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+        """Log-mel patches; `gap` (start and end as shares of the length) hides what it touches."""
+        frames = self._frames(raw, options.get("seconds"))  # F M
+        if rng is not None:
+            frames = _augmented(frames, rng)
+        count = -(-len(frames) // FRAMES)
+        padded = np.full((count * FRAMES, self.num_mels), frames.min(), np.float32)
+        padded[: len(frames)] = frames
+        gone = gap_places(options.get("gap"), count)
+        patches = np.where(gone[:, None], 0, padded.reshape(count, -1)).astype(np.float32)
+        arrays = {"patches": patches, "gone": gone}
+        return Tokens("sound_in", arrays, line(count), count, np.zeros(count, bool))
+
+    def _frames(self, raw: Any, seconds: float | None) -> np.ndarray:
+        """Log-mels of the sound, cut or padded to `seconds` where given.  # F M"""
+        key = _key(raw, seconds)
+        known = self.heard.get(key)
+        if known is not None:
+            return known
+        samples = self._samples(raw, seconds)
+        whole = np.pad(samples, (0, -len(samples) % (self.place // 4)))
+        with torch.no_grad():
+            return self.heard.put(key, self.codec.mels(torch.from_numpy(whole)[None])[0].numpy())
+
+    def _samples(self, raw: Any, seconds: float | None) -> np.ndarray:
+        samples = read_sound(raw, self.max_seconds)
+        if seconds is None:
+            return samples
+        wanted = self.length(seconds) * self.place
+        return np.pad(samples[:wanted], (0, max(0, wanted - len(samples))))
+
+    def length(self, seconds: float | None) -> int:
+        """Places of a wanted sound."""
+        return max(1, round((seconds or self.seconds) * RATE / self.place))
+
+    def target(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+        """Codes of `seconds` of sound, hidden by the training pattern, or, with `gap`, in the gap alone."""
+        codes = self.encode(raw, options.get("seconds"))
+        count = len(codes)
+        if options.get("gap") is not None:
+            hidden = gap_places(options["gap"], count)
+            if rng is not None and rng.random() < 0.5:
+                hidden = hidden | hide(1, count, rng)
+        else:
+            hidden = hide(1, count, rng)
+        arrays, learn = masked_arrays(codes, hidden, self.codec.codebook_size, rng)
+        return Tokens("sound_out", arrays, line(count), count, learn, "block")
+
+    def encode(self, raw: Any, seconds: float | None = None) -> np.ndarray:
+        """Codes of the sound, cut or padded with silence; remembered by the bytes of the file.  # T G"""
+        seconds = seconds or self.seconds
+        key = _key(raw, seconds)
+        known = self.recall.get(key)
+        if known is not None:
+            return known
+        codes = self.codec.encode(torch.from_numpy(self._samples(raw, seconds))[None])[0]
+        return self.recall.put(key, codes.numpy().astype(np.int16))
+
+    def decode(self, codes: Tensor) -> np.ndarray:
+        """Samples at 16 kHz of one run of codes.  # T G -> S"""
+        return self.codec.decode(codes.cpu()[None])[0].numpy()
+
+    def adapters(self, width: int) -> dict[str, Adapter]:
+        out = CodesAdapter(width, self.codec.quantizer_config.levels, self.codec.groups)
+        return {"sound_in": PatchAdapter(FRAMES * self.num_mels, width), "sound_out": out}
+
+    def examples(self) -> list[Any]:
+        time = np.arange(RATE // 2) / RATE
+        return [0.3 * np.sin(2 * np.pi * 440 * time).astype(np.float32), np.zeros(4000, np.float32)]
+
+
+def _key(raw: Any, seconds: float | None) -> bytes | None:
+    if not isinstance(raw, bytes):
+        return None
+    return hashlib.blake2b(raw, digest_size=16).digest() + str(seconds).encode()
+
+
+def gap_places(gap: tuple[float, float] | None, count: int) -> np.ndarray:
+    """Places that a gap (start and end as shares of the length) touches.  # N bool"""
+    if gap is None:
+        return np.zeros(count, bool)
+    place = np.arange(count)
+    return (place + 1 > gap[0] * count + 1e-6) & (place < gap[1] * count - 1e-6)
+
+
+def random_gap(rng: np.random.Generator) -> tuple[float, float]:
+    """A gap of a fifth to a half of the length within the first four fifths, where most sounds are not yet over."""
+    share = rng.uniform(0.2, 0.5)
+    start = rng.uniform(0.0, 0.8 - share)
+    return float(start), float(start + share)
+
+
+def _augmented(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Another speaker in another room: mel axis stretched, tempo changed, level, start and a few bands varied.  # F M"""
+    count, mels = frames.shape
+    warp = rng.uniform(0.85, 1.18)
+    tempo = rng.uniform(0.8, 1.25)
+    rows = np.clip(np.arange(int(count / tempo)) * tempo, 0, count - 1)
+    columns = np.clip(np.arange(mels) * warp, 0, mels - 1)
+    changed = _sampled(_sampled(frames, rows).T, columns).T
+    changed = changed + rng.normal(0, 0.25) + rng.normal(0, 0.08, changed.shape)
+    changed = changed + np.linspace(rng.normal(0, 0.3), rng.normal(0, 0.3), mels)  # another microphone
+    quiet = np.full((int(rng.integers(0, 12)), mels), changed.min())
+    changed = np.concatenate([quiet, changed])
+    for axis, most in ((0, 12), (1, 14)):  # SpecAugment, arXiv 1904.08779
+        width = int(rng.integers(0, most))
+        start = int(rng.integers(0, max(1, changed.shape[axis] - width)))
+        np.moveaxis(changed, axis, 0)[start : start + width] = changed.mean()
+    return changed.astype(np.float32)
+
+
+def _sampled(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Rows of `values` at fractional places, linear in between.  # F M, R -> R M"""
+    below = np.floor(places).astype(int)
+    above = np.minimum(below + 1, len(values) - 1)
+    share = (places - below)[:, None]
+    return values[below] * (1 - share) + values[above] * share

@@ -1,0 +1,135 @@
+"""Text: byte-level BPE in and out; autoregressive when wanted; nothing is ever unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from openm6.base.errors import ConfigError, DataError
+from openm6.modalities.interface import Adapter, Modality, Tokens, line
+
+# Our own marks lie above the tokenizer's ids, so no text that a user writes can spell one.
+NUM_MARKS = 3
+START, END, HOLE = 0, 1, 2
+GAP = "\N{OBJECT REPLACEMENT CHARACTER}"  # how a gap is written in a text on its way to HOLE
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer learned from `texts`: every byte is a token, so no text is unknown."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def read_tokenizer(text: str, where: str) -> Tokenizer:
+    """The tokenizer in the JSON `text` of a tokenizer.json.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"{where} is not a tokenizer.json: {error}") from None
+
+
+class Text(Modality):
+    """Reads and writes text through a tokenizer; START opens a wanted text, END closes it, HOLE stands for a gap."""
+
+    name: ClassVar[str] = "text"
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 2048) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.first_mark = tokenizer.get_vocab_size()
+        # A multiple of 64 keeps the rows of the embedding aligned for the matrix units.
+        self.vocabulary_size = -(-(self.first_mark + NUM_MARKS) // 64) * 64
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; each GAP becomes the HOLE mark."""
+        ids: list[int] = []
+        for number, piece in enumerate(text.split(GAP)):
+            if number:
+                ids.append(self.first_mark + HOLE)
+            ids.extend(self.tokenizer.encode(piece, add_special_tokens=False).ids)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; our marks and unused ids are left out."""
+        return self.tokenizer.decode([token for token in ids if token < self.first_mark])
+
+    @property
+    def end(self) -> int:
+        """The id that closes a wanted text."""
+        return self.first_mark + END
+
+    @property
+    def start(self) -> int:
+        """The id that opens a wanted text."""
+        return self.first_mark + START
+
+    def source(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+        """`raw` text as source tokens, at most `max_tokens` (cut at the end, as in prompts)."""
+        ids = np.asarray(self.encode(_checked(raw))[: self.max_tokens], dtype=np.int64)
+        arrays = {"ids": ids, "labels": np.full_like(ids, -1)}
+        return Tokens("text", arrays, line(len(ids)), len(ids), np.zeros(len(ids), bool))
+
+    def target(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+        """START t1 … tn with the labels t1 … tn END: each token is asked for the next."""
+        ids = self.encode(_checked(raw))[: int(options.get("max_tokens", self.max_tokens))]
+        arrays = {
+            "ids": np.asarray([self.start, *ids], dtype=np.int64),
+            "labels": np.asarray([*ids, self.end], dtype=np.int64),
+        }
+        length = len(ids) + 1
+        return Tokens("text", arrays, line(length), length, np.ones(length, bool), "causal")
+
+    def adapters(self, width: int) -> dict[str, Adapter]:
+        return {"text": TextAdapter(self.vocabulary_size, width)}
+
+    def examples(self) -> list[Any]:
+        return ["seven red apples", "七个红苹果", "", "naïve 🙂 \u0000 <end>"]
+
+
+def _checked(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise DataError(f"text was expected, not {type(raw).__name__}: map a text column to this field")
+    return raw
+
+
+class TextAdapter(Adapter):
+    """Embedding and, tied to it, the output layer."""
+
+    def __init__(self, vocabulary_size: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def embed(self, arrays: dict[str, Tensor]) -> Tensor:
+        return self.embedding(arrays["ids"])  # N -> N D
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token.  # N D -> N V"""
+        return F.linear(hidden, self.embedding.weight)
+
+    def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(self.logits(hidden).float(), arrays["labels"], reduction="none")
+
+    def name_vectors(self, name_ids: Tensor) -> Tensor:
+        """Mean embedding of the words of a name; -1 pads.  # N K -> N D"""
+        present = name_ids >= 0
+        vectors = self.embedding(name_ids.clamp(min=0)) * present[..., None]  # N K D
+        return vectors.sum(1) / present.sum(1, keepdim=True).clamp(min=1)
+

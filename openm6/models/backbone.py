@@ -1,0 +1,138 @@
+"""The transformer between embedding and heads: a stack of blocks under the sequence rule."""
+
+# Letters: B rows, S new tokens, T tokens with those of the cache, D width, E experts
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from openm6.models.config import BackboneConfig
+from openm6.nn.attention import Mask
+from openm6.nn.block import Block, Context, LayerParts
+from openm6.nn.cache import KVCache
+from openm6.nn.config import ExpertsConfig
+from openm6.nn.exchange import ExpertExchange, LocalExchange
+from openm6.nn.experts import Router, RouterLoad
+from openm6.nn.norm import RMSNorm
+from openm6.ops.attention import piece_mask
+from openm6.ops.rotary import rotary_table
+from openm6.ops.sequence import BLOCK, Layout, additive_mask, block_mask, visible
+
+
+class Backbone(nn.Module):
+    """Turns embedded tokens into hidden states, from which heads predict.
+
+    `sets` holds the weight sets and `layers` what each layer keeps to itself; layer l uses sets[weight_sets[l]].
+    Built under `torch.device("meta")` it costs no memory; then `to_empty(device=...)` and `reset_parameters()`, or
+    load a checkpoint.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        sets = config.weight_sets
+        self.sets = nn.ModuleList(
+            Block(config.attention, config.feed_forward(layer), _router(config, layer, shared=True))
+            for layer in (sets.index(number) for number in range(config.num_sets))
+        )
+        self.layers = nn.ModuleList(
+            LayerParts(config.attention, _router(config, layer, shared=False))
+            for layer in range(config.num_layers)
+        )
+        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """First values: truncated normal, smaller where a part adds to the stream; follows torch's seed."""
+        with torch.no_grad():
+            for block in self.sets:
+                cast(Block, block).reset_parameters(self.config.deviation, self.config.output_deviation)
+            for parts in self.layers:
+                cast(LayerParts, parts).reset_parameters(self.config.deviation)
+            self.final_norm.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        cache: KVCache | None = None,
+        exchange: ExpertExchange | None = None,
+    ) -> tuple[Tensor, list[RouterLoad]]:
+        """Embedded tokens B S D -> hidden states B S D after the final norm, and a report for each sparse layer.
+
+        With a cache, the S tokens are added to it and see all of it by the same rule.
+
+        Raises:
+            ValueError: x does not fit the config or the layout.
+            ConfigError: the cache is too small.
+        """
+        if x.shape != (layout.batch, layout.length, self.config.width):
+            expected = (layout.batch, layout.length, self.config.width)
+            raise ValueError(f"embedded tokens have the shape {tuple(x.shape)}, expected {expected}")
+        context = Context(
+            rotary=rotary_table(layout.positions, self.config.rope_theta, self.config.sections),
+            mask=choose_mask(layout, cache, x),
+            valid=layout.valid,
+            cache=cache,
+            exchange=exchange or LocalExchange(),
+        )
+        loads: list[RouterLoad] = []
+        for layer, number in enumerate(self.config.weight_sets):
+            x, load = self.sets[number](x, self.layers[layer], context, layer)
+            loads += [] if load is None else [load]
+        return self.final_norm(x), loads
+
+    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache on the weights' device, in their dtype (or that of autocast)."""
+        weight = self.final_norm.weight
+        config, kind = self.config, weight.device.type
+        if dtype is None:
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return KVCache(
+            config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim, weight.device, dtype
+        )
+
+    def router(self, layer: int) -> Router | None:
+        """The router of a layer, None where it is dense."""
+        own = cast(LayerParts, self.layers[layer]).router
+        return own if own is not None else cast(Block, self.sets[self.config.weight_sets[layer]]).router
+
+    @torch.no_grad()
+    def update_balance(self, loads: list[RouterLoad]) -> None:
+        """Moves the routers' biases a step towards balance; call it once after each training step.
+
+        `loads` may hold several reports of a layer (micro-batches); they are summed, as those of a shared router are.
+        """
+        totals: dict[Router, Tensor] = {}
+        for load in loads:
+            router = self.router(load.layer)
+            if router is not None:
+                totals[router] = totals[router] + load.load if router in totals else load.load
+        for router, total in totals.items():
+            router.update_balance(total)
+
+
+def side_loss(loads: list[RouterLoad]) -> Tensor | float:
+    """The weighted side losses of all routers, to be added to the training loss."""
+    return sum((load.side_loss for load in loads), start=0.0)
+
+
+def choose_mask(layout: Layout, cache: KVCache | None, x: Tensor) -> Mask:
+    """The rule in the form that is fastest here: pieces or blocks for whole rows, else a mask of all pairs."""
+    if cache is None and x.is_cpu:
+        return piece_mask(layout, x.dtype)
+    if cache is None and x.is_cuda and layout.length % BLOCK == 0:
+        return block_mask(layout, layout)
+    mask = visible(layout, layout if cache is None else cache.extend(layout))
+    return additive_mask(mask, x.dtype) if x.is_cpu else mask
+
+
+def _router(config: BackboneConfig, layer: int, shared: bool) -> Router | None:
+    """A router for a sparse layer, if it belongs where the caller is building: with the set or with the layer."""
+    part = config.feed_forward(layer)
+    if not isinstance(part, ExpertsConfig) or shared != config.share_routers:
+        return None
+    return Router(config.width, part)

@@ -1,0 +1,177 @@
+"""The size and shape of a backbone, and how many parameters that makes; without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from openm6.base.config import Config
+from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig, matrices_of
+
+
+class BackboneConfig(Config):
+    """A stack of `num_layers` layers; which of them hold experts, and which share their weights.
+
+    experts_every: of `experts_every` layers the last holds experts, the others `dense`; `dense_layers` never do.
+    rope_sections: frequencies (half of head_dim) driven by time, height and width; default 6 : 5 : 5.
+    sharing: layer -> number of its weight set; "all" gives one set to all layers of a kind; None shares nothing.
+    initial_deviation: of the first weights; default 0.64/sqrt(width), which is 0.02 at a width of 1024.
+    """
+
+    width: int = Field(gt=0, multiple_of=8)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0, multiple_of=8)
+    dense: DenseConfig | None = None
+    experts: ExpertsConfig | None = None
+    experts_every: int = Field(default=1, gt=0)
+    dense_layers: tuple[int, ...] = ()
+    qk_norm: bool = True
+    norm_eps: float = Field(default=1e-6, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=1)
+    rope_sections: tuple[int, int, int] | None = None
+    sharing: tuple[int, ...] | Literal["all"] | None = None
+    share_routers: bool = False
+    initial_deviation: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> BackboneConfig:
+        self._check_kinds()
+        if sum(self.sections) != self.head_dim // 2 or min(self.sections) < 0:
+            raise ValueError(
+                f"rope_sections {list(self.sections)} must sum to half of head_dim={self.head_dim}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        self._check_sharing()
+        return self
+
+    def _check_kinds(self) -> None:
+        kinds = [self.has_experts(layer) for layer in range(self.num_layers)]
+        if any(kinds) and self.experts is None:
+            raise ValueError("give experts, or dense alone with experts_every left out")
+        if not all(kinds) and self.dense is None:
+            raise ValueError("some layers hold no experts: give dense its hidden size, too")
+        wrong = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
+        if wrong:
+            raise ValueError(f"dense_layers {wrong} do not exist: layers are 0 to {self.num_layers - 1}")
+
+    def _check_sharing(self) -> None:
+        sets = self.weight_sets
+        if len(sets) != self.num_layers:
+            raise ValueError(f"sharing names {len(sets)} layers, but num_layers={self.num_layers}")
+        if sorted(set(sets)) != list(range(len(set(sets)))):
+            raise ValueError("sharing must number its weight sets from 0 without a gap")
+        for layer, number in enumerate(sets):
+            if self.has_experts(layer) != self.has_experts(sets.index(number)):
+                raise ValueError(
+                    f"layers {sets.index(number)} and {layer} share weight set {number}, "
+                    f"but only one of them holds experts"
+                )
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer is sparse. A config with `dense` alone has no sparse layer."""
+        dense_only = self.experts is None and self.dense is not None
+        return not dense_only and (layer + 1) % self.experts_every == 0 and layer not in self.dense_layers
+
+    def feed_forward(self, layer: int) -> DenseConfig | ExpertsConfig:
+        """The feed-forward part of a layer."""
+        part = self.experts if self.has_experts(layer) else self.dense
+        if part is None:
+            raise ValueError(f"layer {layer} has no feed-forward part: give dense or experts")
+        return part
+
+    @property
+    def weight_sets(self) -> tuple[int, ...]:
+        """layer -> number of its weight set."""
+        if self.sharing is None:
+            return tuple(range(self.num_layers))
+        if self.sharing != "all":
+            return self.sharing
+        first = self.has_experts(0)
+        return tuple(int(self.has_experts(layer) != first) for layer in range(self.num_layers))
+
+    @property
+    def num_sets(self) -> int:
+        return len(set(self.weight_sets))
+
+    @property
+    def sections(self) -> tuple[int, int, int]:
+        """Frequencies of time, height and width."""
+        if self.rope_sections is not None:
+            return self.rope_sections
+        part = self.head_dim // 2 * 5 // 16
+        return self.head_dim // 2 - 2 * part, part, part
+
+    @property
+    def attention(self) -> AttentionConfig:
+        return AttentionConfig(
+            width=self.width,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            qk_norm=self.qk_norm,
+            norm_eps=self.norm_eps,
+        )
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the first weights."""
+        return self.initial_deviation or 0.64 / self.width**0.5
+
+    @property
+    def output_deviation(self) -> float:
+        """The same for what is added to the stream: its variance is to stay, however many layers add to it."""
+        return self.deviation / (2 * self.num_layers) ** 0.5
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters that exist, and those that one token meets (a weight set counts once for each layer it serves)."""
+
+    total: int
+    active: int
+
+
+def count_parameters(config: BackboneConfig) -> ParameterCount:
+    """Parameters of a backbone (no embedding, no head), from its config alone."""
+    sets = config.weight_sets
+    total = active = config.width  # the final norm
+    for layer in range(config.num_layers):
+        own = _count_own(config, layer)
+        matrices = _count_matrices(config, layer)
+        first_use = sets.index(sets[layer]) == layer
+        shared_router = config.share_routers and not first_use
+        total += own.total - (_count_router(config, layer) if shared_router else 0)
+        total += matrices.total if first_use else 0
+        active += own.active + matrices.active
+    return ParameterCount(total, active)
+
+
+def _count_own(config: BackboneConfig, layer: int) -> ParameterCount:
+    """Norms and router."""
+    norms = 2 * config.width + (2 * config.head_dim if config.qk_norm else 0)
+    count = norms + _count_router(config, layer)
+    return ParameterCount(count, count)
+
+
+def _count_router(config: BackboneConfig, layer: int) -> int:
+    part = config.feed_forward(layer)
+    return part.num_experts * config.width if isinstance(part, ExpertsConfig) else 0
+
+
+def _count_matrices(config: BackboneConfig, layer: int) -> ParameterCount:
+    """Attention and feed-forward."""
+    query = config.num_heads * config.head_dim
+    attention = config.width * (2 * query + 2 * config.num_kv_heads * config.head_dim)
+    part = config.feed_forward(layer)
+    network = matrices_of(part.ffn) * config.width * part.hidden
+    if isinstance(part, DenseConfig):
+        return ParameterCount(attention + network, attention + network)
+    always = attention + part.num_shared * network
+    return ParameterCount(always + part.num_experts * network, always + part.choices * network)

@@ -1,0 +1,65 @@
+"""Everything besides weights and tokenizer that rebuilds a model: model.json in each checkpoint."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from openm6.base.config import Config, build
+from openm6.base.errors import CheckpointError
+from openm6.modalities.registry import Modalities, ModalitiesConfig, build_modalities
+from openm6.modalities.text import read_tokenizer
+from openm6.models.config import BackboneConfig
+from openm6.models.omni import Omni
+
+MODEL_FILE, TOKENIZER_FILE = "model.json", "tokenizer.json"
+FORMAT = 1
+
+
+class Lesson(Config):
+    """One thing the model was trained on: a task over a source."""
+
+    task: str
+    source: str
+
+
+class ModelDescription(Config):
+    """Sizes, modalities, the scales of number columns, and what was learned."""
+
+    format: int = FORMAT
+    preset: str = ""
+    backbone: BackboneConfig
+    modalities: ModalitiesConfig
+    scales: dict[str, tuple[float, float]]
+    lessons: list[Lesson]
+    sources: dict[str, Any] = {}  # where the lessons' records came from, as in the recipe
+    judge: dict[str, Any] = {}  # how to judge it, as in the recipe
+
+    def to_json(self) -> str:
+        """The text of model.json."""
+        return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1)
+
+
+def read_description(text: str, where: str) -> ModelDescription:
+    """The description in the text of a model.json.
+
+    Raises:
+        CheckpointError: it is not JSON, or of another version.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError:
+        raise CheckpointError(f"{where} is damaged: use another checkpoint") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{where} is not a model description of format {FORMAT}: it is from another version"
+        )
+    return build(ModelDescription, values, where)
+
+
+def build_model(description: ModelDescription, tokenizer: str, where: str) -> tuple[Omni, Modalities]:
+    """A model with fresh weights and its modalities, from a description and the text of a tokenizer.json."""
+    modalities = build_modalities(
+        description.modalities, read_tokenizer(tokenizer, where), description.scales
+    )
+    return Omni(description.backbone, modalities), modalities

@@ -1,0 +1,99 @@
+"""The whole model: adapters carry every kind of token into one backbone and its hidden states back to a loss."""
+
+# Letters: R rows, S tokens a row, N = R*S, D width, n tokens of one kind, m of them learned
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from openm6.modalities.interface import Adapter
+from openm6.modalities.registry import Modalities
+from openm6.modalities.sequence import Batch, KindOfTokens
+from openm6.modalities.text import TextAdapter
+from openm6.models.backbone import Backbone
+from openm6.models.config import BackboneConfig
+from openm6.nn.cache import KVCache
+from openm6.nn.experts import RouterLoad
+from openm6.ops.sequence import Layout
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Losses of the learned tokens of one kind: nats each (m), their example (m) and their weight (m)."""
+
+    nats: Tensor
+    example: Tensor
+    weight: Tensor
+
+
+class Omni(nn.Module):
+    """Text, pictures, sound and numbers in; a loss, or hidden states to decode from, out."""
+
+    def __init__(self, config: BackboneConfig, modalities: Modalities) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        adapters: dict[str, Adapter] = {}
+        for modality in modalities.values():
+            adapters |= modality.adapters(config.width)
+        self.adapters = nn.ModuleDict(adapters)
+
+    def adapter(self, kind: str) -> Adapter:
+        """The adapter of one kind of token."""
+        adapter = self.adapters[kind]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    @property
+    def text(self) -> TextAdapter:
+        """The adapter that holds the words."""
+        adapter = self.adapters["text"]
+        assert isinstance(adapter, TextAdapter)
+        return adapter
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.embedding.weight.device
+
+    def embed(self, kinds: dict[str, KindOfTokens], rows: int, length: int) -> Tensor:
+        """All tokens of a batch at their places; padding is zero.  # -> R S D"""
+        vectors = [self._embed_kind(name, kind) for name, kind in kinds.items()]
+        index = torch.cat([kind.index for kind in kinds.values()])
+        dtype = (
+            torch.get_autocast_dtype(self.device.type)
+            if torch.is_autocast_enabled(self.device.type)
+            else None
+        )
+        joined = torch.cat([v.to(dtype or v.dtype) for v in vectors])
+        empty = joined.new_zeros(rows * length, self.config.width)
+        return empty.index_copy(0, index, joined).view(rows, length, -1)
+
+    def _embed_kind(self, name: str, kind: KindOfTokens) -> Tensor:
+        vectors = self.adapter(name).embed(kind.arrays)  # n D
+        if "name_ids" in kind.arrays:  # a token that has a name carries the mean of its words
+            vectors = vectors + self.text.name_vectors(kind.arrays["name_ids"])
+        return vectors
+
+    def forward(
+        self, kinds: dict[str, KindOfTokens], layout: Layout, cache: KVCache | None = None
+    ) -> tuple[Tensor, list[RouterLoad]]:
+        """Hidden states after the final norm, and what each sparse layer routed.  # -> R S D"""
+        return self.backbone(self.embed(kinds, layout.batch, layout.length), layout, cache)
+
+    def judge(self, batch: Batch) -> tuple[dict[str, Judged], list[RouterLoad]]:
+        """Losses of every learned token of a batch, by kind: the training loss while training, else the likelihood."""
+        hidden, loads = self(batch.kinds, batch.layout)
+        flat = hidden.flatten(0, 1)  # R S D -> N D
+        judged = {}
+        for name, kind in batch.kinds.items():
+            chosen = kind.weight.nonzero()[:, 0]  # m
+            if len(chosen):
+                arrays = {key: array[chosen] for key, array in kind.arrays.items()}
+                adapter = self.adapter(name)
+                loss = adapter.training_loss if self.training else adapter.nll
+                nats = loss(flat[kind.index[chosen]], arrays)  # m D -> m
+                judged[name] = Judged(nats.float(), kind.example[chosen], kind.weight[chosen])
+        return judged, loads

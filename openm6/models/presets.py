@@ -1,0 +1,145 @@
+"""Named sizes: four to train and the papers' own, from which everything else of a model's shape follows."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from openm6.base.config import Config, nearest
+from openm6.base.errors import ConfigError
+from openm6.models.config import BackboneConfig, ParameterCount, count_parameters
+from openm6.nn.config import DenseConfig, ExpertsConfig
+
+
+class Preset(Config):
+    """A backbone with the vocabulary it was sized for; embedding and text head share their weights."""
+
+    name: str
+    description: str
+    backbone: BackboneConfig
+    vocabulary: int = Field(gt=0)
+
+    @property
+    def parameters(self) -> ParameterCount:
+        """Backbone and word embedding; a token counts the whole embedding as active, as it is the text head too."""
+        count = count_parameters(self.backbone)
+        embedding = self.vocabulary * self.backbone.width
+        return ParameterCount(count.total + embedding, count.active + embedding)
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ConfigError: no such preset; the sentence names the nearest.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"no preset {name!r}; {nearest(name, list(PRESETS))}")
+    return PRESETS[name]
+
+
+def _sparse(
+    name: str,
+    description: str,
+    *,
+    width: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    experts: ExpertsConfig,
+    vocabulary: int,
+) -> Preset:
+    """A model of ours: every layer holds SwiGLU experts, heads of 64 share keys and values in groups."""
+    backbone = BackboneConfig(
+        width=width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=64,
+        experts=experts,
+    )
+    return Preset(name=name, description=description, backbone=backbone, vocabulary=vocabulary)
+
+
+def _paper(
+    name: str,
+    description: str,
+    *,
+    width: int,
+    num_layers: int,
+    num_heads: int,
+    hidden: int,
+    experts: ExpertsConfig | None = None,
+    experts_every: int = 1,
+) -> Preset:
+    """A model of the M6 papers: one key-value head for each query head, GELU networks of two matrices."""
+    needs_dense = experts is None or experts_every > 1
+    backbone = BackboneConfig(
+        width=width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=width // num_heads,
+        dense=DenseConfig(hidden=hidden, ffn="gelu") if needs_dense else None,
+        experts=experts,
+        experts_every=experts_every,
+        qk_norm=False,
+    )
+    return Preset(name=name, description=description, backbone=backbone, vocabulary=21_128)
+
+
+def _gelu_experts(hidden: int, num_experts: int, num_prototypes: int) -> ExpertsConfig:
+    """Experts as M6-T ran them: one in each prototype, no balancing, a capacity of 1.25 times the fair share."""
+    return ExpertsConfig(
+        hidden=hidden,
+        num_experts=num_experts,
+        num_prototypes=num_prototypes,
+        ffn="gelu",
+        balance="none",
+        z_weight=0.0,
+        capacity=1.25,
+    )
+
+
+_ALL = (
+    _sparse(
+        "nano", "for two cores and the demo",
+        width=192, num_layers=4, num_heads=3, num_kv_heads=1, vocabulary=4096,
+        experts=ExpertsConfig(hidden=192, num_experts=8, top_k=2),
+    ),
+    _sparse(
+        "tiny", "for one small GPU",
+        width=384, num_layers=8, num_heads=6, num_kv_heads=2, vocabulary=16_384,
+        experts=ExpertsConfig(hidden=512, num_experts=8, top_k=2),
+    ),
+    _sparse(
+        "small", "for one GPU",
+        width=768, num_layers=12, num_heads=12, num_kv_heads=4, vocabulary=32_768,
+        experts=ExpertsConfig(hidden=576, num_experts=16, top_k=2),
+    ),
+    _sparse(
+        "base", "for one large GPU",
+        width=1536, num_layers=18, num_heads=24, num_kv_heads=8, vocabulary=32_768,
+        experts=ExpertsConfig(hidden=512, num_experts=64, top_k=4),
+    ),
+    _paper(
+        "m6-base", "M6 base, dense (2103.00823)", width=1024, num_layers=24, num_heads=16, hidden=4096
+    ),
+    _paper(
+        "m6-10b", "M6-10B, dense (2103.00823)", width=4096, num_layers=50, num_heads=128, hidden=16_384
+    ),
+    _paper(
+        "m6-100b", "M6-100B, experts in every other layer (2103.00823)",
+        width=1024, num_layers=24, num_heads=16, hidden=4096,
+        experts=_gelu_experts(4096, 1024, 1), experts_every=2,
+    ),
+    _paper(
+        "m6t-1t", "M6-T, a trillion parameters (2105.15082)",
+        width=1024, num_layers=24, num_heads=16, hidden=21_248, experts=_gelu_experts(21_248, 960, 1),
+    ),
+    _paper(
+        "m6-10t", "M6-10T, ten trillion parameters in 80 prototypes (2110.03888)",
+        width=1024, num_layers=48, num_heads=16, hidden=9984, experts=_gelu_experts(9984, 10_240, 80),
+    ),
+)  # fmt: skip
+
+PRESETS: dict[str, Preset] = {entry.name: entry for entry in _ALL}

@@ -1,0 +1,94 @@
+"""Grouped-query attention with one fused query-key-value product."""
+
+# Letters: B rows, S queries, T keys, D width, H query heads, G key-value heads, d size of a head
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from openm6.nn.cache import KVCache
+from openm6.nn.config import AttentionConfig
+from openm6.nn.initial import fill_normal
+from openm6.ops.attention import PieceMask, attend_pieces
+from openm6.ops.normalise import rms_norm
+from openm6.ops.rotary import rotate
+
+Mask = Tensor | PieceMask | BlockMask
+
+
+class HeadNorms(nn.Module):
+    """The learnt weights that normalise each query and each key head; they stay with the layer, unshared."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(head_dim))
+        self.key = nn.Parameter(torch.empty(head_dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.query)
+        nn.init.ones_(self.key)
+
+    def forward(self, num_heads: int, num_kv_heads: int) -> Tensor:
+        """One weight for each of the H + G heads, so that queries and keys are normalised in one pass: H+G d."""
+        return torch.cat([self.query.expand(num_heads, -1), self.key.expand(num_kv_heads, -1)])
+
+
+class Attention(nn.Module):
+    """Lets each token read the tokens that it may see."""
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads = config.num_heads + 2 * config.num_kv_heads
+        self.qkv = nn.Parameter(torch.empty(heads * config.head_dim, config.width))  # (H+2G)·d D
+        self.output = nn.Parameter(torch.empty(config.width, config.num_heads * config.head_dim))  # D H·d
+
+    def reset_parameters(self, deviation: float, output_deviation: float) -> None:
+        fill_normal(self.qkv, deviation)
+        fill_normal(self.output, output_deviation)
+
+    def forward(
+        self,
+        x: Tensor,
+        head_norms: HeadNorms | None,
+        rotary: tuple[Tensor, Tensor],
+        mask: Mask,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        """B S D -> B S D; `rotary` is the table of the S new tokens, `mask` spans all T keys."""
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        qkv = F.linear(x, self.qkv).unflatten(-1, (-1, self.config.head_dim))  # B S D -> B S H+2G d
+        qk, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
+        if head_norms is not None:
+            qk = rms_norm(qk, head_norms(heads, kv_heads), self.config.norm_eps)
+        query, key = rotate(qk, *rotary).split([heads, kv_heads], dim=2)
+        if cache is not None:
+            key, value = (part.to(query.dtype) for part in cache.write(layer, key, value))  # B T G d
+        answer = attend(query, key, value, mask)
+        return F.linear(answer.flatten(2), self.output)  # B S H·d -> B S D
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+    """Softmax attention under any of the masks: B S H d, B T G d twice -> B S H d."""
+    if isinstance(mask, PieceMask):
+        return attend_pieces(query, key, value, mask)
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # B H S d
+    if isinstance(mask, BlockMask):
+        answer = _flex()(query, key, value, block_mask=mask, enable_gqa=True)
+    else:
+        grouped = query.shape[1] != key.shape[1]
+        answer = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+    return answer.transpose(1, 2)
+
+
+@functools.cache
+def _flex() -> Callable[..., Tensor]:
+    """FlexAttention is fast only when compiled; made on first use, as nothing works at import."""
+    return torch.compile(flex_attention)

@@ -1,0 +1,83 @@
+"""Sizes and choices of the layers; without torch, so that presets and plans are read at once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from openm6.base.config import Config
+
+Activation = Literal["swiglu", "gelu"]
+
+
+def matrices_of(activation: Activation) -> int:
+    """Weight matrices of one feed-forward network: gate, up and down, or up and down."""
+    return 3 if activation == "swiglu" else 2
+
+
+class DenseConfig(Config):
+    """One feed-forward network that every token goes through."""
+
+    hidden: int = Field(gt=0, multiple_of=8)
+    ffn: Activation = "swiglu"
+
+
+class ExpertsConfig(Config):
+    """Many feed-forward networks, a few of which each token goes through.
+
+    Either `top_k` experts of all, or one expert in each of `num_prototypes` equal groups (M6-T). `num_shared` more
+    see every token. `balance: bias` steers the choice by a bias that `update_balance` moves by `balance_rate`;
+    `aux` adds a loss. `capacity` is the factor γ above which an expert drops tokens; None drops nothing.
+    """
+
+    hidden: int = Field(gt=0, multiple_of=8)
+    num_experts: int = Field(gt=0)
+    top_k: int | None = Field(default=None, gt=0)
+    num_prototypes: int | None = Field(default=None, gt=0)
+    num_shared: int = Field(default=0, ge=0)
+    ffn: Activation = "swiglu"
+    normalise_gates: bool = True
+    balance: Literal["bias", "aux", "none"] = "bias"
+    balance_rate: float = Field(default=0.01, gt=0)
+    aux_weight: float = Field(default=0.01, ge=0)
+    z_weight: float = Field(default=0.001, ge=0)
+    capacity: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> ExpertsConfig:
+        if (self.top_k is None) == (self.num_prototypes is None):
+            raise ValueError("give either top_k or num_prototypes, not both and not neither")
+        if self.top_k is not None and self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k={self.top_k} exceeds num_experts={self.num_experts}: lower top_k or raise num_experts"
+            )
+        if self.num_prototypes is not None and self.num_experts % self.num_prototypes:
+            raise ValueError(
+                f"num_experts={self.num_experts} must be a multiple of num_prototypes={self.num_prototypes}"
+            )
+        return self
+
+    @property
+    def choices(self) -> int:
+        """Routed experts that one token goes through."""
+        return self.top_k or self.num_prototypes or 0
+
+
+class AttentionConfig(Config):
+    """Heads and positions of one attention layer."""
+
+    width: int = Field(gt=0, multiple_of=8)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0, multiple_of=8)
+    qk_norm: bool = True
+    norm_eps: float = Field(default=1e-6, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> AttentionConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        return self

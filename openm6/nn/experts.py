@@ -1,0 +1,155 @@
+"""The sparse feed-forward part: a router, many small networks, and what the router reports."""
+
+# Letters: B rows, S tokens of a row, N = B·S, D width, F hidden, P first product, E experts, K choices, R rows sent
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.nn.exchange import ExpertExchange
+from openm6.nn.feedforward import FeedForward, activate, first_width
+from openm6.nn.initial import fill_normal
+from openm6.ops.grouped import grouped_product
+from openm6.ops.routing import (
+    RowPlan,
+    balance_loss,
+    balanced_bias,
+    capacity_of,
+    choose_prototypes,
+    choose_top_k,
+    combine_rows,
+    expert_load,
+    plan_capacity,
+    plan_dropless,
+    send_rows,
+    variation,
+    z_loss,
+)
+
+
+@dataclass(frozen=True)
+class RouterLoad:
+    """What one layer's router did with the valid tokens of a step.
+
+    load: E, tokens per expert, before any were dropped; dropped: share of choices dropped (0 without a capacity)
+    aux_loss, z_loss: as defined in ops/routing.py, for the log; side_loss: their weighted sum, to be added to the loss
+    """
+
+    layer: int
+    load: Tensor
+    aux_loss: Tensor
+    z_loss: Tensor
+    dropped: Tensor
+    side_loss: Tensor
+
+    @property
+    def variation(self) -> Tensor:
+        """c_v = σ/μ of the load."""
+        return variation(self.load)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The router's choice for N tokens: gates N K, chosen experts N K, load E, the two side losses."""
+
+    gate: Tensor
+    chosen: Tensor
+    load: Tensor
+    aux_loss: Tensor
+    z_loss: Tensor
+
+
+class Router(nn.Module):
+    """Scores all experts for each token, in fp32, and chooses."""
+
+    bias: Tensor | None
+
+    def __init__(self, width: int, config: ExpertsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, width))
+        self.register_buffer("bias", torch.empty(config.num_experts) if config.balance == "bias" else None)
+
+    def reset_parameters(self, deviation: float) -> None:
+        fill_normal(self.weight, deviation)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def forward(self, x: Tensor, valid: Tensor) -> Routing:
+        """N D, N bool -> the routing of N tokens; tokens that are not valid are routed, but not counted."""
+        config = self.config
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.weight.float())  # N E
+            if config.num_prototypes is not None:
+                gate, chosen, probability = choose_prototypes(logits, self.bias, config.num_prototypes)
+            else:
+                gate, chosen, probability = choose_top_k(
+                    logits, self.bias, config.choices, config.normalise_gates
+                )
+            load = expert_load(chosen, valid, config.num_experts)
+            none = logits.new_zeros(())
+            aux = balance_loss(probability, load, valid) if config.balance == "aux" else none
+            z = z_loss(logits, valid, config.num_prototypes or 1) if config.z_weight else none
+        return Routing(gate, chosen, load, aux, z)
+
+    def update_balance(self, load: Tensor) -> None:
+        """Moves the bias a step towards balance; `load` is summed over layers, micro-batches and ranks first."""
+        if self.bias is not None:
+            self.bias.copy_(balanced_bias(self.bias, load.to(self.bias.device), self.config.balance_rate))
+
+
+class Experts(nn.Module):
+    """Sends each token through its K of E small networks and sums the answers by their gates."""
+
+    def __init__(self, width: int, config: ExpertsConfig) -> None:
+        super().__init__()
+        self.config = config
+        experts, hidden = config.num_experts, config.hidden
+        self.up = nn.Parameter(torch.empty(experts, width, first_width(hidden, config.ffn)))  # E D P
+        self.down = nn.Parameter(torch.empty(experts, hidden, width))  # E F D
+        shared = DenseConfig(hidden=hidden * config.num_shared, ffn=config.ffn) if config.num_shared else None
+        self.shared = FeedForward(width, shared) if shared else None
+
+    def reset_parameters(self, deviation: float, output_deviation: float) -> None:
+        fill_normal(self.up, deviation)
+        fill_normal(self.down, output_deviation)
+        if self.shared is not None:
+            self.shared.reset_parameters(deviation, output_deviation)
+
+    def forward(
+        self, x: Tensor, router: Router, valid: Tensor, exchange: ExpertExchange, layer: int
+    ) -> tuple[Tensor, RouterLoad]:
+        """B S D, B S bool -> B S D and the report of the router."""
+        flat = x.flatten(0, 1)  # N D
+        routing = router(flat, valid.flatten())
+        plan = self._plan(routing, valid.flatten())
+        rows, counts, way_back = exchange.dispatch(send_rows(flat, plan), plan.counts)  # R D
+        hidden = activate(grouped_product(rows, self.up, counts), self.config.ffn)  # R D -> R P -> R F
+        answers = exchange.collect(grouped_product(hidden, self.down, counts), way_back)  # R F -> R D
+        y = combine_rows(answers, routing.gate, plan).view_as(x)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y, self._report(routing, plan, valid, layer)
+
+    def _plan(self, routing: Routing, valid: Tensor) -> RowPlan:
+        config = self.config
+        if config.capacity is None:
+            return plan_dropless(routing.chosen, config.num_experts)
+        capacity = capacity_of(len(valid), config.choices, config.num_experts, config.capacity)
+        return plan_capacity(routing.chosen, valid, config.num_experts, capacity)
+
+    def _report(self, routing: Routing, plan: RowPlan, valid: Tensor, layer: int) -> RouterLoad:
+        config = self.config
+        dropped = routing.load.new_zeros(())
+        if plan.kept is not None:
+            wanted = valid.sum().clamp(min=1) * config.choices
+            dropped = 1 - plan.kept.sum() / wanted
+        side = config.aux_weight * routing.aux_loss + config.z_weight * routing.z_loss
+        return RouterLoad(
+            layer, routing.load, routing.aux_loss.detach(), routing.z_loss.detach(), dropped, side
+        )

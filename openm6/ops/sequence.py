@@ -1,0 +1,177 @@
+"""The sequence rule: who sees whom in a packed row, written once for boolean masks and for FlexAttention."""
+
+# Letters: B rows, S tokens of a row, Q queries, K keys, n blocks of 128 tokens
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+PADDING = -1  # the sample number of tokens that belong to no example
+BLOCK = 128  # FlexAttention decides per block of this many queries and keys
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each token of a packed row belongs, and where it stands.
+
+    sample:    B S int32, the example within the row; padding has -1 and sees only padding, so no row is empty
+    order:     B S int32, 0 for a bidirectional source; a token sees what has its own order or a lower one
+    private:   B S int32, 0, or the number of a block that nobody outside may see
+    positions: B S 3, time, height and width for the rotary embedding (equal on all three for text)
+    """
+
+    sample: Tensor
+    order: Tensor
+    private: Tensor
+    positions: Tensor
+
+    def __post_init__(self) -> None:
+        shape = self.sample.shape
+        if self.order.shape != shape or self.private.shape != shape or self.positions.shape != (*shape, 3):
+            raise ValueError(
+                f"a layout needs sample, order and private of one shape B S and positions B S 3, not "
+                f"{tuple(shape)}, {tuple(self.order.shape)}, {tuple(self.private.shape)} and "
+                f"{tuple(self.positions.shape)}"
+            )
+
+    @property
+    def batch(self) -> int:
+        return self.sample.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.sample.shape[1]
+
+    @property
+    def valid(self) -> Tensor:
+        """B S bool: tokens that belong to an example."""
+        return self.sample >= 0
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same layout on another device."""
+        return Layout(*(part.to(device) for part in self.parts()))
+
+    def narrow(self, start: int, stop: int) -> Layout:
+        """Tokens start to stop - 1 of each row, as views."""
+        return Layout(*(part[:, start:stop] for part in self.parts()))
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """sample, order, private, positions."""
+        return self.sample, self.order, self.private, self.positions
+
+
+def causal_layout(
+    batch: int, length: int, start: int = 0, device: torch.device | str | None = None
+) -> Layout:
+    """Rows of one example each, read strictly from left to right, whose first token stands at `start`."""
+    order = torch.arange(start, start + length, dtype=torch.int32, device=device).expand(batch, length)
+    zero = torch.zeros_like(order)
+    return Layout(zero, order, zero, order.unsqueeze(-1).expand(batch, length, 3))
+
+
+def padding_layout(batch: int, length: int, device: torch.device | str | None = None) -> Layout:
+    """Tokens that belong to no example: they see, and are seen by, other padding only."""
+    zero = torch.zeros(batch, length, dtype=torch.int32, device=device)
+    return Layout(torch.full_like(zero, PADDING), zero, zero, zero.unsqueeze(-1).expand(batch, length, 3))
+
+
+def join(layouts: list[Layout]) -> Layout:
+    """Several layouts one after the other along the row."""
+    columns = zip(*(layout.parts() for layout in layouts), strict=True)
+    return Layout(*(torch.cat(column, dim=1) for column in columns))
+
+
+def _sees(
+    sample_q: Tensor, order_q: Tensor, private_q: Tensor, sample_k: Tensor, order_k: Tensor, private_k: Tensor
+) -> Tensor:
+    """The rule itself, on anything that broadcasts."""
+    open_to_query = (private_k == 0) | (private_k == private_q)
+    return (sample_k == sample_q) & (order_k <= order_q) & open_to_query
+
+
+def visible(query: Layout, key: Layout) -> Tensor:
+    """True where a query sees a key: same sample, order not later, and not another's private block.
+
+    Every token sees itself, hence no row of the mask is empty. Returns B 1 Q K, bool.
+    """
+    queries = (part[:, None, :, None] for part in query.parts()[:3])  # B 1 Q 1
+    keys = (part[:, None, None, :] for part in key.parts()[:3])  # B 1 1 K
+    return _sees(*queries, *keys)
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible and -inf elsewhere: SDPA on a CPU would convert a boolean mask anew in every layer."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def mask_mod(query: Layout, key: Layout) -> MaskMod:
+    """The same rule in the form that FlexAttention asks for: (batch, head, query index, key index) -> bool."""
+    sample_q, order_q, private_q, _ = query.parts()
+    sample_k, order_k, private_k, _ = key.parts()
+
+    def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return _sees(
+            sample_q[batch, q], order_q[batch, q], private_q[batch, q],
+            sample_k[batch, k], order_k[batch, k], private_k[batch, k],
+        )  # fmt: skip
+
+    return sees
+
+
+def block_mask(query: Layout, key: Layout, block: int = BLOCK) -> BlockMask:
+    """FlexAttention's mask from per-block summaries: empty blocks are skipped, whole ones need no rule.
+
+    `create_block_mask` would evaluate the rule on all Q·K pairs; this reads each token once.
+
+    Raises:
+        ValueError: a length that is no multiple of the block.
+    """
+    if query.length % block or key.length % block:
+        raise ValueError(f"lengths {query.length} and {key.length} must be multiples of the block of {block}")
+    some, whole = block_kinds(query, key, block)  # B n n each
+    partial = some & ~whole
+    num_partial, partial_index = _listed(partial)
+    num_whole, whole_index = _listed(whole)
+    return BlockMask.from_kv_blocks(
+        num_partial,
+        partial_index,
+        num_whole,
+        whole_index,
+        BLOCK_SIZE=block,
+        mask_mod=mask_mod(query, key),
+        seq_lengths=(query.length, key.length),
+    )
+
+
+def block_kinds(query: Layout, key: Layout, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """For each pair of blocks, whether anything may be visible, and whether all is: B n n bool each.
+
+    Careful rather than sharp: an unclear pair counts as visible in part, where the rule decides.
+    """
+    low_q, high_q, low_order_q, high_order_q, _ = (part[:, :, None] for part in _summary(query, block))
+    low_k, high_k, low_order_k, high_order_k, private_k = (part[:, None, :] for part in _summary(key, block))
+    apart = (high_q < low_k) | (high_k < low_q)
+    one_sample = (low_q == high_q) & (low_k == high_k) & (low_q == low_k)
+    later = one_sample & (low_order_k > high_order_q)
+    whole = one_sample & (high_order_k <= low_order_q) & (private_k == 0)
+    return ~(apart | later), whole
+
+
+def _summary(layout: Layout, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Lowest and highest sample, lowest and highest order, highest private number of each block: B n."""
+    sample, order, private = (part.unflatten(1, (-1, block)) for part in layout.parts()[:3])
+    return sample.amin(-1), sample.amax(-1), order.amin(-1), order.amax(-1), private.amax(-1)
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """B n n bool -> how many per query block (B 1 n) and their numbers, the wanted ones first (B 1 n n)."""
+    count = blocks.sum(-1, dtype=torch.int32)
+    index = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return count.unsqueeze(1), index.unsqueeze(1)

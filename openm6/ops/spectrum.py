@@ -1,0 +1,73 @@
+"""Short-time spectra with frames that tile the signal, mel filters, and the way back from a spectrum to samples."""
+
+# Letters: B batch, S samples, W window, H hop (W a multiple of H), N = S / H frames, K = W/2 + 1 frequencies, M mels
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLOOR = 1e-4  # noise 80 dB below full scale, with unit windows; what is softer is silence to the logarithm
+
+
+def unit_window(size: int) -> Tensor:
+    """A Hann window of unit energy: white noise of deviation s has spectral magnitudes of about s at any size.  # W"""
+    window = torch.hann_window(size, dtype=torch.float64)
+    return (window / window.square().sum().sqrt()).float()
+
+
+def spectrum(samples: Tensor, window: Tensor, hop: int) -> Tensor:
+    """Complex spectrum of S / hop frames, frame n centred on samples n·hop … (n+1)·hop.  # B S -> B N K
+
+    `samples` must be fp32 and S a multiple of `hop`; the ends are padded with silence.
+    """
+    size = window.shape[-1]
+    margin = (size - hop) // 2
+    frames = F.pad(samples, (margin, size - hop - margin)).unfold(-1, size, hop)  # B S -> B N W
+    return torch.fft.rfft(frames * window)
+
+
+def overlap_add(values: Tensor, window: Tensor, hop: int) -> Tensor:
+    """Samples whose `spectrum` is nearest to `values` in the least-squares sense.  # B N K -> B N*H"""
+    size = window.shape[-1]
+    frames = torch.fft.irfft(values, n=size) * window  # B N K -> B N W
+    weight = (window * window).expand(1, frames.shape[1], size)
+    margin = (size - hop) // 2
+    length = frames.shape[1] * hop
+    total = _add_frames(frames, hop)[:, margin : margin + length]
+    envelope = _add_frames(weight, hop)[:, margin : margin + length]
+    return total / envelope.clamp(min=1e-6)
+
+
+def _add_frames(frames: Tensor, hop: int) -> Tensor:
+    """Adds overlapping frames at their places.  # B N W -> B (N-1)*H+W"""
+    count, size = frames.shape[1], frames.shape[2]
+    num_shifts = size // hop
+    rows = frames.new_zeros(frames.shape[0], count + num_shifts - 1, hop)
+    for shift in range(num_shifts):  # hop by hop, a frame is W/H rows; four slices beat one scatter
+        rows[:, shift : shift + count] += frames[:, :, shift * hop : (shift + 1) * hop]
+    return rows.flatten(1)
+
+
+def mel_filters(num_mels: int, size: int, rate: int) -> Tensor:
+    """Triangular filters up to rate / 2, even on the mel scale 2595·log10(1 + f/700), each of sum 1.  # K M"""
+    frequencies = torch.linspace(0.0, rate / 2, size // 2 + 1, dtype=torch.float64)
+    top = 2595.0 * math.log10(1.0 + rate / 2 / 700.0)
+    mels = torch.linspace(0.0, top, num_mels + 2, dtype=torch.float64)
+    corners = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
+    left, peak, right = corners[:-2], corners[1:-1], corners[2:]
+    rise = (frequencies[:, None] - left) / (peak - left)
+    fall = (right - frequencies[:, None]) / (right - peak)
+    filters = torch.minimum(rise, fall).clamp(min=0.0)
+    # A low filter can be narrower than the grid of frequencies and miss it: give it its nearest frequency.
+    empty = (filters.sum(0) == 0).nonzero()[:, 0]
+    filters[(frequencies[:, None] - peak[empty]).abs().argmin(0), empty] = 1.0
+    return (filters / filters.sum(0)).float()
+
+
+def log_mel(magnitudes: Tensor, filters: Tensor) -> Tensor:
+    """Natural logarithm of mel-averaged magnitudes, floored.  # B N K -> B N M"""
+    return (magnitudes @ filters).clamp(min=FLOOR).log()

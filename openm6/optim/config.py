@@ -1,0 +1,35 @@
+"""Settings of the update rule and of the learning rate over time."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from openm6.base.config import Config
+
+
+class ScheduleConfig(Config):
+    """Warm-up, a stable part, then a decay over the last `decay_share` of the run (warmup-stable-decay)."""
+
+    warmup_steps: int = Field(default=50, ge=0)
+    decay_share: float = Field(default=0.2, ge=0.0, le=1.0)
+    decay: Literal["sqrt", "linear"] = "sqrt"
+    floor: float = Field(default=0.0, ge=0.0, le=1.0)  # share of the full rate that is left at the end
+
+
+class OptimizerConfig(Config):
+    """Which update rule, and its numbers; a rule ignores the numbers that it has no use for."""
+
+    name: str = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    betas: tuple[float, float] = (0.9, 0.95)  # adamw, and muon's vectors and embeddings
+    epsilon: float = Field(default=1e-8, gt=0.0)
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)  # muon
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> OptimizerConfig:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError("betas must both be at least 0 and below 1: lower them, e.g. [0.9, 0.95]")
+        return self

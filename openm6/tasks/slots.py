@@ -1,0 +1,278 @@
+"""The slots tasks are made of: a text, a picture, a sound, numbers or a series of a record, whole or with a hole."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from openm6.modalities.image import random_hole
+from openm6.modalities.interface import Part
+from openm6.modalities.numbers import NumberSeries
+from openm6.modalities.sound import random_gap
+from openm6.modalities.text import GAP
+from openm6.tasks.task import Record, Scene, Slot
+
+YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
+
+
+def localised(record: Record, name: str, language: str) -> Any:
+    """`text` and `tags` carry a language suffix; `label` is English and `label_zh` Chinese; the rest has none."""
+    if name in ("text", "tags"):
+        return record.get(f"{name}_{language}")
+    if name == "label" and language == "zh":
+        return record.get("label_zh")
+    return record.get(name)
+
+
+def as_text(value: Any) -> str:
+    """A field as text: lists are joined with commas."""
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+@dataclass(frozen=True)
+class Text(Slot):
+    """A text field in the example's language; a list is joined."""
+
+    name: str
+    max_tokens: int = 256
+
+    def present(self, record: Record, language: str) -> bool:
+        return bool(localised(record, self.name, language))
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        text = as_text(localised(record, self.name, scene.language))
+        return [Part("text", text, {"max_tokens": self.max_tokens})]
+
+    def key(self, record: Record, scene: Scene) -> str:
+        return as_text(localised(record, self.name, scene.language))
+
+
+@dataclass(frozen=True)
+class OtherLanguage(Text):
+    """The same field in the other language: what a translation wants."""
+
+    def present(self, record: Record, language: str) -> bool:
+        return bool(localised(record, self.name, _other(language)))
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        text = as_text(localised(record, self.name, _other(scene.language)))
+        return [Part("text", text, {"max_tokens": self.max_tokens})]
+
+    def key(self, record: Record, scene: Scene) -> str:
+        return as_text(localised(record, self.name, _other(scene.language)))
+
+
+def _other(language: str) -> str:
+    return "zh" if language == "en" else "en"
+
+
+@dataclass(frozen=True)
+class TextWithHoles(Text):
+    """The text with some words (Chinese: characters) left out, each run of them marked by one gap."""
+
+    share: float = 0.15
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        text = as_text(localised(record, self.name, scene.language))
+        chinese = scene.language == "zh"
+        units = list(text) if chinese else text.split(" ")
+        lost = max(1, round(self.share * len(units)))
+        start = int(scene.rng.integers(0, max(1, len(units) - lost + 1)))
+        units[start : start + lost] = [GAP]
+        return [Part("text", ("" if chinese else " ").join(units))]
+
+
+@dataclass(frozen=True)
+class FirstPart(Text):
+    """The beginning of a text, up to a cut that the wanted `Rest` shares."""
+
+    def present(self, record: Record, language: str) -> bool:
+        return len(localised(record, self.name, language) or "") >= 12
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        text = as_text(localised(record, self.name, scene.language))
+        return [Part("text", text[: _cut(text, scene)])]
+
+
+@dataclass(frozen=True)
+class Rest(FirstPart):
+    """What follows the cut."""
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        text = as_text(localised(record, self.name, scene.language))
+        return [Part("text", text[_cut(text, scene) :], {"max_tokens": self.max_tokens})]
+
+
+def _cut(text: str, scene: Scene) -> int:
+    """Somewhere in the middle half, at a space where there is one; drawn once for both halves."""
+    if "cut" not in scene.shared:
+        place = int(scene.rng.integers(len(text) // 4, max(len(text) // 4 + 1, 3 * len(text) // 4)))
+        space = text.find(" ", place)
+        scene.shared["cut"] = space if 0 <= space < len(text) - 1 else place
+    return scene.shared["cut"]
+
+
+@dataclass(frozen=True)
+class Picture(Slot):
+    """The record's picture; drawn when wanted."""
+
+    def present(self, record: Record, language: str) -> bool:
+        return bool(record.get("image"))
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        return [Part("image", record["image"])]
+
+
+@dataclass(frozen=True)
+class PictureWithHole(Picture):
+    """The picture with a box hidden; given and wanted share the box."""
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        hole = scene.shared.setdefault("hole", random_hole(scene.rng))
+        return [Part("image", record["image"], {"hole": hole})]
+
+    def key(self, record: Record, scene: Scene) -> str:
+        return str(record.get("id"))
+
+
+@dataclass(frozen=True)
+class Sound(Slot):
+    """The record's sound; spoken when wanted, `seconds` long (silence follows what is shorter)."""
+
+    seconds: float | None = None
+
+    def present(self, record: Record, language: str) -> bool:
+        return bool(record.get("audio"))
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        options = {} if self.seconds is None else {"seconds": self.seconds}
+        return [Part("sound", record["audio"], options)]
+
+
+@dataclass(frozen=True)
+class SoundWithGap(Sound):
+    """The sound with a stretch silenced; given and wanted share the stretch."""
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        gap = scene.shared.setdefault("gap", random_gap(scene.rng))
+        return [Part("sound", record["audio"], {"gap": gap, "seconds": self.seconds})]
+
+    def key(self, record: Record, scene: Scene) -> str:
+        return str(record.get("id"))
+
+
+def observed(record: Record) -> dict[str, float]:
+    """The columns of a record that hold a value."""
+    numbers = record.get("numbers") or {}
+    return {name: value for name, value in numbers.items() if value is not None and not math.isnan(value)}
+
+
+@dataclass(frozen=True)
+class Columns(Slot):
+    """The record's number columns, without the one that is wanted."""
+
+    at_least: int = 1
+
+    def present(self, record: Record, language: str) -> bool:
+        return len(record.get("numbers") or {}) >= self.at_least
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        wanted = scene.shared.get("column")
+        return [Part("numbers", {name: value for name, value in record["numbers"].items() if name != wanted})]
+
+
+@dataclass(frozen=True)
+class OneColumn(Slot):
+    """One observed column, drawn anew each time, or always the one named."""
+
+    name: str | None = None
+
+    def present(self, record: Record, language: str) -> bool:
+        seen = observed(record)
+        return bool(seen) if self.name is None else self.name in seen
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        seen = observed(record)
+        if "column" not in scene.shared:
+            scene.shared["column"] = self.name or sorted(seen)[int(scene.rng.integers(len(seen)))]
+        name = scene.shared["column"]
+        return [Part("numbers", {name: seen[name]})]
+
+    def key(self, record: Record, scene: Scene) -> str:
+        return f"{scene.shared['column']}={observed(record)[scene.shared['column']]}"
+
+
+@dataclass(frozen=True)
+class Past(Slot):
+    """The context of a window over a series: one column, drawn when there are several."""
+
+    def present(self, record: Record, language: str) -> bool:
+        return bool(record.get("series"))
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        name, values = _series(record, scene)
+        return [Part("numbers", NumberSeries(name, values[: len(values) - record["extra"]["horizon"]]))]
+
+
+@dataclass(frozen=True)
+class Future(Past):
+    """The steps to forecast."""
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        name, values = _series(record, scene)
+        return [Part("numbers", NumberSeries(name, values[len(values) - record["extra"]["horizon"] :]))]
+
+    def key(self, record: Record, scene: Scene) -> str:
+        return str(record.get("id"))
+
+
+def _series(record: Record, scene: Scene) -> tuple[str, list[float | None]]:
+    series = record["series"]
+    if "column" not in scene.shared:
+        scene.shared["column"] = sorted(series)[int(scene.rng.integers(len(series)))]
+    return scene.shared["column"], series[scene.shared["column"]]
+
+
+@dataclass(frozen=True)
+class MaybeText(Text):
+    """The record's own text or, half the time, another one of `others`: the pair to match."""
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        text = as_text(localised(record, self.name, scene.language))
+        others = [other for other in record.get("others", ()) if other.get(scene.language) not in (None, text)]
+        fits = not others or bool(scene.rng.random() < 0.5)
+        scene.shared["fits"] = fits
+        if not fits:
+            text = others[int(scene.rng.integers(len(others)))][scene.language]
+        return [Part("text", text)]
+
+
+@dataclass(frozen=True)
+class Fits(Slot):
+    """Yes or no, in the example's language: whether the text of a `MaybeText` was the record's own."""
+
+    text: MaybeText
+
+    def present(self, record: Record, language: str) -> bool:
+        return self.text.present(record, language)
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        if "shown" not in scene.shared:
+            scene.shared["shown"] = self.text.parts(record, scene)
+        return [Part("text", YES_NO[scene.language][int(scene.shared["fits"])])]
+
+    def key(self, record: Record, scene: Scene) -> str:
+        return str(scene.shared["fits"])
+
+
+@dataclass(frozen=True)
+class Shown(Slot):
+    """The text that the wanted `Fits` has drawn."""
+
+    def present(self, record: Record, language: str) -> bool:
+        return True
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        return scene.shared["shown"]
+

@@ -1,0 +1,139 @@
+"""A task turns a record into an example: parts to read, one part to give, in the words of one prompt.
+
+A task is data: slots for what is given and what is wanted, prompts in English and Chinese, the metrics that judge
+the answer and the baseline it must beat. `{name}` in a prompt marks where a given slot goes.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from openm6.base.errors import ConfigError, DataError
+from openm6.modalities.interface import Part
+
+Record = dict[str, Any]
+LANGUAGES = ("en", "zh")
+_SLOT = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A record seen through a task. `answer` is the truth as metrics want it; `key` tells like answers apart."""
+
+    task: str
+    language: str
+    source: list[Part]
+    target: Part
+    answer: Any
+    key: str
+    record_id: str = ""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the slots of one example share: the language, the draw, and choices that given and wanted agree on."""
+
+    language: str
+    rng: np.random.Generator
+    train: bool
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+class Slot(ABC):
+    """Finds one part in a record."""
+
+    @abstractmethod
+    def present(self, record: Record, language: str) -> bool:
+        """Whether the record holds what this slot needs."""
+
+    @abstractmethod
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        """The part (or parts) to read, or, for a wanted slot, the single part to give."""
+
+    def answer(self, record: Record, scene: Scene) -> Any:
+        """The truth, as metrics want it."""
+        return self.parts(record, scene)[0].raw
+
+    def key(self, record: Record, scene: Scene) -> str:
+        """What makes two answers the same: the label where there is one, else the record itself."""
+        return str(record.get("label") or record.get("id"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One thing to learn. `given` maps prompt names to slots; without prompts the slots are read in order."""
+
+    name: str
+    summary: str
+    given: dict[str, Slot]
+    wanted: Slot
+    prompts: dict[str, tuple[str, ...]]
+    metrics: tuple[str, ...]
+    baseline: str
+    reads: str  # modality named first in the 4×4 table of pairs
+    gives: str
+    compares: bool = False  # the record must come with `others`, texts of other records
+
+    def __post_init__(self) -> None:
+        for language, prompts in self.prompts.items():
+            for prompt in prompts:
+                unknown = set(_SLOT.findall(prompt)) - set(self.given) - {"column"}
+                if language not in LANGUAGES or unknown:
+                    raise ConfigError(f"task {self.name}: prompt {prompt!r} names {unknown or language}, not given")
+
+    def languages(self, record: Record) -> list[str]:
+        """Languages in which this record can be posed; a spoken record is bound to the language it is spoken in."""
+        spoken = (record.get("extra") or {}).get("spoken_language")
+        slots = [*self.given.values(), self.wanted]
+        fits = [
+            language
+            for language in self.prompts
+            if all(slot.present(record, language) for slot in slots) and spoken in (None, language)
+        ]
+        return fits
+
+    def example(self, record: Record, rng: np.random.Generator, train: bool = False) -> Example:
+        """The record as an example; the generator draws language, prompt and whatever the slots leave open.
+
+        Raises:
+            DataError: the record lacks a field that the task needs.
+        """
+        languages = self.languages(record)
+        if not languages:
+            raise DataError(f"record {record.get('id')!r} lacks a field that task {self.name} needs: map it or choose another")
+        language = languages[int(rng.integers(len(languages)))]
+        prompt = self.prompts[language][int(rng.integers(len(self.prompts[language]))) if train else 0]
+        scene = Scene(language, rng, train)
+        # The wanted slot goes first: it may choose what the given ones must then leave out.
+        target = self.wanted.parts(record, scene)[0]
+        return Example(
+            task=self.name,
+            language=language,
+            source=self._source(prompt, record, scene),
+            target=target,
+            answer=self.wanted.answer(record, scene),
+            key=self.wanted.key(record, scene),
+            record_id=str(record.get("id", "")),
+        )
+
+    def _source(self, prompt: str, record: Record, scene: Scene) -> list[Part]:
+        """The prompt with each `{name}` replaced by its slot's parts; neighbouring texts become one."""
+        parts: list[Part] = []
+        for number, piece in enumerate(_SLOT.split(prompt)):
+            if number % 2 == 0:
+                found = [Part("text", piece)] if piece else []
+            elif piece == "column":
+                found = [Part("text", str(scene.shared.get("column", "")).replace("_", " "))]
+            else:
+                found = self.given[piece].parts(record, scene)
+            for part in found:
+                if part.modality == "text" and parts and parts[-1].modality == "text":
+                    parts[-1] = Part("text", parts[-1].raw + part.raw)
+                else:
+                    parts.append(part)
+        return parts

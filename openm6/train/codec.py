@@ -1,0 +1,292 @@
+"""Training a codec: a Job whose batches are seeds, whose data lives on the device, and whose result is one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from openm6.base.errors import DataError, TrainingError
+from openm6.base.files import replace_text
+from openm6.base.log import get_log
+from openm6.base.run_folder import RunFolder
+from openm6.base.seeds import derive_seed
+from openm6.data.source import Source, Split
+from openm6.data.sources import open_sources
+from openm6.modalities.codec import save_codec
+from openm6.modalities.codec_base import Codec, Health
+from openm6.modalities.codec_image import ImageCodec
+from openm6.modalities.codec_sound import SoundCodec
+from openm6.train.codec_pictures import PictureLessons, picture_scores, read_small, to_pixels
+from openm6.train.codec_recipe import CodecRecipe, ImageCodecRecipe, SoundCodecRecipe
+from openm6.train.codec_sounds import SoundLessons, read_clip, sound_scores
+from openm6.train.job import Job, StepResult
+from openm6.train.step import seed_everything
+
+CODEC_FILE = "codec.safetensors"
+SCORES_FILE = "scores.json"
+AVERAGED, BEST = "averaged.", "best."
+
+Raw = TypeVar("Raw")  # a decoded picture or sound
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One step's batch: only its number, from which the device makes the data."""
+
+    step: int
+    tokens: int
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+
+class Lessons(Protocol):
+    """What differs between pictures and sounds: data and loss."""
+
+    def draw(self, seed: int) -> Tensor: ...
+
+    def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor: ...
+
+
+class CodecJob(Job):
+    """Trains a codec, averages its weights, keeps the average that does best on held-out records, and writes it."""
+
+    recipe: CodecRecipe
+    lessons: Lessons
+
+    def __init__(self, recipe: CodecRecipe, codec: Codec, device: torch.device) -> None:
+        self.recipe = recipe
+        self.device = device
+        self.codec = self.model = codec.to(device)
+        self.averaged = deepcopy(codec).requires_grad_(False).eval()
+        self.best = deepcopy(self.averaged)
+        self.best_score = float("-inf")
+        self.updates = 0
+        self.health: Health | None = None
+        self._begin = 0
+
+    def batches(self) -> Iterator[Lesson]:
+        step = self._begin
+        while True:
+            step += 1
+            yield Lesson(step, self.places_per_batch())
+
+    def restore(self, cursor: dict[str, Any]) -> None:
+        self._begin = int(cursor["step"])
+
+    def places_per_batch(self) -> int:
+        """Places that a batch trains on: what counts as tokens here."""
+        raise NotImplementedError
+
+    def loss(self, batch: Lesson) -> StepResult:
+        settling = batch.step > self.recipe.settle_from
+        for norm in self.codec.latent_norms():
+            norm.frozen = settling
+        # Data, losses and rounding stay in fp32; the loop's autocast holds for the networks alone.
+        with torch.autocast(self.device.type, enabled=False):
+            raw = self.lessons.draw(derive_seed(self.recipe.loop.seed, "lesson", batch.step))
+        output, quantized = self.codec.reconstruct(raw)
+        with torch.autocast(self.device.type, enabled=False):
+            loss = self.lessons.loss(raw, output, settling)
+        self.health = quantized.health
+        return StepResult(loss, health_metrics(quantized.health))
+
+    def after_step(self, result: StepResult) -> None:
+        self.updates += 1
+        keep = min(self.recipe.average, (1 + self.updates) / (10 + self.updates))
+        with torch.no_grad():
+            pairs = zip(self.averaged.state_dict().values(), self.codec.state_dict().values(), strict=True)
+            for average, new in pairs:
+                average.lerp_(new, 1.0 - keep)
+
+    def state(self) -> dict[str, Any]:
+        averaged = {AVERAGED + name: value for name, value in self.averaged.state_dict().items()}
+        best = {BEST + name: value for name, value in self.best.state_dict().items()}
+        # JSON knows no infinity.
+        score = None if self.best_score == float("-inf") else self.best_score
+        return {**averaged, **best, "updates": self.updates, "best_score": score}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for codec, prefix in ((self.averaged, AVERAGED), (self.best, BEST)):
+            tensors = {
+                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+            }
+            codec.load_state_dict(tensors)
+        self.updates = int(state["updates"])
+        self.best_score = float("-inf") if state["best_score"] is None else float(state["best_score"])
+
+    def files(self) -> dict[str, str]:
+        return {"codec.json": self.codec.config.model_dump_json(indent=2) + "\n"}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Scores of the averaged weights on held-out records; the best so far are kept."""
+        if self.health is not None and step > self.recipe.guard_from:
+            check_health(self.health, self.recipe)
+        with torch.autocast(self.device.type, enabled=False):
+            scores = self.held_out_scores(self.averaged)
+        if self.goodness(scores) > self.best_score:
+            self.best_score = self.goodness(scores)
+            self.best.load_state_dict(self.averaged.state_dict())
+        return scores
+
+    def held_out_scores(self, codec: Codec) -> dict[str, float]:
+        """Scores on training records that are never trained on."""
+        raise NotImplementedError
+
+    def goodness(self, scores: dict[str, float]) -> float:
+        """One number, higher is better."""
+        raise NotImplementedError
+
+    def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
+        """Scores on each source's test records."""
+        raise NotImplementedError
+
+    def finish(self, run: RunFolder) -> None:
+        """Writes codec.safetensors and scores.json into the run's folder."""
+        if self.best_score == float("-inf"):
+            self.best.load_state_dict(self.averaged.state_dict())
+        save_codec(self.best, run.path / CODEC_FILE)
+        scores = {"held_out": self.held_out_scores(self.best), "test": self.test_scores(self.best)}
+        replace_text(run.path / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
+        get_log().info(f"wrote {run.path / CODEC_FILE}: {json.dumps(scores['test'])}")
+
+
+class ImageCodecJob(CodecJob):
+    """Trains a picture codec from the `image` field of its sources."""
+
+    recipe: ImageCodecRecipe
+
+    def __init__(self, recipe: ImageCodecRecipe, device: torch.device) -> None:
+        seed_everything(recipe.loop.seed, "weights")
+        super().__init__(recipe, ImageCodec(recipe.codec), device)
+        self.side = max(recipe.lessons.sides, key=lambda side: recipe.lessons.sides[side])
+        kept, held = hold_out(self._read("train"), recipe.held_out)
+        self.lessons = PictureLessons(recipe.lessons, kept, device)
+        self.held_out = to_pixels([picture for part in held.values() for picture in part], self.side)
+
+    def _read(self, split: Split) -> dict[str, list[Image]]:
+        largest = max(self.recipe.lessons.sides)
+        return read_records(self.recipe, split, "image", lambda data: read_small(data, largest))
+
+    def places_per_batch(self) -> int:
+        return self.recipe.lessons.batch * (self.side // self.recipe.codec.stride) ** 2
+
+    def held_out_scores(self, codec: Codec) -> dict[str, float]:
+        return picture_scores(codec, self.held_out)
+
+    def goodness(self, scores: dict[str, float]) -> float:
+        return scores["psnr"]
+
+    def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
+        return {
+            f"{name}_{side}": picture_scores(codec, to_pixels(part, side))
+            for name, part in self._read("test").items()
+            for side in self.recipe.lessons.sides
+        }
+
+
+class SoundCodecJob(CodecJob):
+    """Trains a sound codec from the `audio` field of its sources."""
+
+    recipe: SoundCodecRecipe
+
+    def __init__(self, recipe: SoundCodecRecipe, device: torch.device) -> None:
+        seed_everything(recipe.loop.seed, "weights")
+        super().__init__(recipe, SoundCodec(recipe.codec), device)
+        kept, held = hold_out(read_records(recipe, "train", "audio", read_clip), recipe.held_out)
+        self.lessons = self.sounds = SoundLessons(recipe.lessons, recipe.codec, kept, device)
+        self.held_out = [clip for part in held.values() for clip in part]
+
+    def places_per_batch(self) -> int:
+        return self.recipe.lessons.batch * self.sounds.length // self.recipe.codec.samples_per_place
+
+    def held_out_scores(self, codec: Codec) -> dict[str, float]:
+        return sound_scores(codec, self.held_out)
+
+    def goodness(self, scores: dict[str, float]) -> float:
+        return -scores["log_mel_l1"]
+
+    def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
+        clips = read_records(self.recipe, "test", "audio", read_clip)
+        return {name: sound_scores(codec, part) for name, part in clips.items()}
+
+
+def read_records(
+    recipe: CodecRecipe, split: Split, key: str, read: Callable[[bytes], Raw]
+) -> dict[str, list[Raw]]:
+    """The decoded pictures or sounds of each source that has some in this split; broken ones are told and left out.
+
+    Raises:
+        DataError: a source of training records has none.
+    """
+    found: dict[str, list[Raw]] = {}
+    for name, source in open_sources(recipe.sources, split).items():
+        records = list(_decoded(source, key, read))
+        if not records and split == "train":
+            raise DataError(
+                f"source {name!r} has no usable {key} in its records: map a column with fields, or drop it"
+            )
+        if records:
+            found[name] = records
+    return found
+
+
+def _decoded(source: Source, key: str, read: Callable[[bytes], Raw]) -> Iterator[Raw]:
+    for index in range(len(source)):
+        try:
+            data = source[index].get(key)
+            if data is not None:
+                yield read(data)
+        except DataError as error:
+            get_log().warning(f"source {source.name!r}, record {index} is left out: {error}")
+
+
+def hold_out(records: dict[str, list[Raw]], every: int) -> tuple[dict[str, list[Raw]], dict[str, list[Raw]]]:
+    """Each source's records without, and only, the second of every `every`.
+
+    Raises:
+        DataError: no source has two records.
+    """
+    kept = {name: [raw for index, raw in enumerate(part) if index % every != 1] for name, part in records.items()}
+    held = {name: part[1::every] for name, part in records.items()}
+    if not any(held.values()):
+        raise DataError("no source has two records, one to learn from and one to judge by: add records")
+    return kept, held
+
+
+def health_metrics(health: Health) -> dict[str, float | Tensor]:
+    """What the guards watch, for the run's metrics."""
+    return {
+        "latent/mean_magnitude": health.mean_magnitude,
+        "latent/saturated": health.saturated,
+        "latent/bits": health.bits.sum(),
+        "latent/poorest_channel": (health.bits / health.capacity).min(),
+    }
+
+
+def check_health(health: Health, recipe: CodecRecipe) -> None:
+    """Stops a run whose latent has died, since longer training cannot revive it.
+
+    Raises:
+        TrainingError: too much of the latent is saturated, or a channel carries too few bits.
+    """
+    saturated = health.saturated.item()
+    if saturated > recipe.max_saturated:
+        raise TrainingError(
+            f"{saturated:.0%} of the latent is saturated, over {recipe.max_saturated:.0%}:"
+            " lower loop.optimizer.learning_rate"
+        )
+    share = health.bits / health.capacity
+    if share.min() < recipe.min_bits:
+        raise TrainingError(
+            f"channel {int(share.argmin())} of the latent carries {share.min():.0%} of its bits, under"
+            f" {recipe.min_bits:.0%}: lower loop.optimizer.learning_rate or train on more varied data"
+        )

@@ -1,0 +1,59 @@
+"""Settings of the training loop: the section `loop:` of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from openm6.base.config import Config
+from openm6.base.errors import ConfigError
+from openm6.optim.config import OptimizerConfig, ScheduleConfig
+from openm6.optim.registry import check_optimizer_name
+
+LOOP_SECTION = "loop"  # the name of this section in a run's config.yaml
+
+
+class LoopConfig(Config):
+    """How long to train, by which rule, and how often to log, judge and save."""
+
+    steps: int | Literal["auto"] = 1000
+    minutes: float | None = Field(default=None, gt=0.0)  # with steps: auto, the time that the run may take
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    clip: float | None = Field(default=1.0, gt=0.0)  # bound on the gradient's global norm
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes it fast
+    seed: int = 0
+    log_every: int = Field(default=10, ge=1)
+    evaluate_every: int | None = Field(default=None, ge=1)
+    save_every: int = Field(default=500, ge=1)
+    keep: int = Field(default=2, ge=1)  # checkpoints kept
+    prefetch: int = Field(default=2, ge=1)  # batches made ahead
+    max_non_finite: int = Field(default=10, ge=0)  # skipped steps in a row before the run gives up
+    tensorboard: bool = True  # where the package is installed
+
+    @field_validator("steps")
+    @classmethod
+    def _at_least_one(cls, steps: int | str) -> int | str:
+        if isinstance(steps, int) and steps < 1:
+            raise ValueError("must be at least 1, or auto")
+        return steps
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known(cls, optimizer: OptimizerConfig) -> OptimizerConfig:
+        try:
+            check_optimizer_name(optimizer.name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return optimizer
+
+    @model_validator(mode="after")
+    def _time_for_auto(self) -> LoopConfig:
+        if self.steps == "auto" and self.minutes is None:
+            raise ValueError("steps: auto needs minutes: add e.g. minutes: 8")
+        if self.steps == "auto" and self.schedule.decay_share > 0.9:
+            raise ValueError(
+                "steps: auto needs some steps at the full rate: set schedule.decay_share to 0.9 or less"
+            )
+        return self

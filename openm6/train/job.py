@@ -1,0 +1,86 @@
+"""What a way of training brings to the loop: a model, batches, a loss, and what to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from openm6.base.run_folder import RunFolder
+from openm6.nn.experts import RouterLoad
+from openm6.optim.groups import default_groups
+
+
+class Batch(Protocol):
+    """One step's data; what else it holds is between the job's `batches` and its `loss`."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens (or positions) it trains on, for the speed shown."""
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        """JSON-able state of the data *after* this batch; `Job.restore` goes on from it."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one forward pass gave.
+
+    `metrics` are scalars such as `loss/text`; a tensor among them stays on its device until the loop reads them all
+    at once. `loads` has one entry per sparse layer.
+    """
+
+    loss: Tensor
+    metrics: dict[str, float | Tensor] = field(default_factory=dict)
+    loads: Sequence[RouterLoad] = ()
+
+
+class Job:
+    """Parent of every way of training; `model`, `batches`, `restore` and `loss` must be supplied.
+
+    The loop seeds torch, numpy and random anew from (seed, step) before each `loss`, so what is drawn there repeats
+    exactly. `batches` runs in another thread: it must draw from generators of its own (`base.seeds`), never from the
+    global ones, and must not touch the model.
+    """
+
+    model: nn.Module
+
+    def batches(self) -> Iterator[Batch]:
+        """An endless stream from where `restore` put it."""
+        raise NotImplementedError
+
+    def restore(self, cursor: dict[str, Any]) -> None:
+        """Go on after the batch that had this cursor; called before `batches`."""
+        raise NotImplementedError
+
+    def loss(self, batch: Any) -> StepResult:
+        """Forward pass of one batch, on the model's device, under the loop's autocast."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups as `optim.groups.default_groups` describes them."""
+        return default_groups(self.model)
+
+    def files(self) -> dict[str, str]:
+        """Text files to put beside the weights in each checkpoint: name → content."""
+        return {}
+
+    def after_step(self, result: StepResult) -> None:
+        """After an applied update (not after a skipped one): balance biases, averaged weights."""
+
+    def state(self) -> dict[str, Any]:
+        """What else must survive a restart: a flat mapping of names to tensors or JSON-able values."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Scores of the model as it is now, called in evaluation mode without gradients; empty: none."""
+        return {}
+
+    def finish(self, run: RunFolder) -> None:
+        """After the last step and its checkpoint: export, report. May be called again by a resumed run."""

@@ -1,0 +1,223 @@
+"""The training loop: next batch, step, log, judge, save; every way to train is a Job, never another loop."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openm6.base.errors import CheckpointError, Interrupted, TrainingError
+from openm6.base.log import get_log
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest, list_checkpoints, read_state
+from openm6.checkpoint.load import load_job_tensors, load_model, load_optimizer, optimizer_tensors
+from openm6.checkpoint.save import Snapshot, save
+from openm6.train.config import LoopConfig
+from openm6.train.display import open_display
+from openm6.train.interrupt import Interrupt
+from openm6.train.job import Batch, Job
+from openm6.train.length import RunLength
+from openm6.train.prefetch import Prefetch
+from openm6.train.recorder import MetricsFile, Recorder, Sink
+from openm6.train.step import StepReport, Updater, seed_everything
+from openm6.train.tensorboard import open_tensorboard
+from openm6.train.watch import SpikeWatch
+
+
+@dataclass
+class Progress:
+    """Where a run stands; goes into checkpoints as it is."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    non_finite: int = 0  # skipped steps
+    non_finite_in_a_row: int = 0
+    spikes: int = 0
+    cursor: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    non_finite: int
+    spikes: int
+    checkpoint: Path
+    scores: dict[str, float]  # of the last evaluation; empty: there was none
+
+    def __str__(self) -> str:
+        minutes = f"{self.seconds / 60:.1f} min" if self.seconds >= 100 else f"{self.seconds:.0f} s"
+        skipped = f", {self.non_finite} skipped" if self.non_finite else ""
+        return (
+            f"{self.steps:,} steps{skipped}, {self.tokens:,} tokens in {minutes}, saved as {self.checkpoint}"
+        )
+
+
+def train(job: Job, config: LoopConfig, run: RunFolder, resume: bool = False) -> TrainResult:
+    """Train `job` into `run`, from the start or, with `resume`, from the latest complete checkpoint.
+
+    A run killed at any step and resumed equals an unbroken one bit for bit on the CPU, since all randomness comes
+    from (seed, step) and the data's cursor is saved.
+
+    Raises:
+        TrainingError: the run exists and `resume` is off; too many steps in a row without a finite loss; data ended.
+        CheckpointError: a checkpoint does not fit the job, or cannot be written.
+        Interrupted: the person stopped the run; it has saved itself.
+    """
+    return _Run(job, config, run, resume).to_the_end()
+
+
+class _Run:
+    """One call of `train`: the parts of a run and the moments at which they act."""
+
+    def __init__(self, job: Job, config: LoopConfig, run: RunFolder, resume: bool) -> None:
+        self.job, self.config, self.run = job, config, run
+        self.updater = Updater(job, config)
+        self.recorder, self.watch, self.progress = Recorder(), SpikeWatch(), Progress()
+        self.saved: Path | None = None
+        self.scores: dict[str, float] = {}
+        if list_checkpoints(run.checkpoints):
+            if not resume:
+                raise TrainingError(
+                    f"{run.path} already holds a run: add --resume to go on, or choose another folder"
+                )
+            self._restore(latest(run.path))
+        self.length = RunLength(config, run)
+
+    def to_the_end(self) -> TrainResult:
+        job, progress = self.job, self.progress
+        job.model.train()
+        with ExitStack() as stack:
+            interrupt = stack.enter_context(Interrupt())
+            sinks = self._open_sinks(stack)
+            batches = stack.enter_context(Prefetch(job.batches(), self.config.prefetch))
+            while not self.length.reached(progress.step):
+                began = time.perf_counter()
+                batch = next(batches)
+                report = self.updater.update(batch, progress.step + 1, self.length.steps)
+                self._account(report, batch, time.perf_counter() - began)
+                self._tell(report, sinks)
+                if self._due(self.config.evaluate_every):
+                    self._evaluate(sinks)
+                if self._due(self.config.save_every) or interrupt.requested:
+                    self._save()
+                if interrupt.requested and not self.length.reached(progress.step):
+                    raise Interrupted(
+                        f"stopped at step {progress.step}, saved as {self.saved}: go on with --resume"
+                    )
+        job.finish(self.run)
+        return self._result()
+
+    def _account(self, report: StepReport, batch: Batch, seconds: float) -> None:
+        """Count the step, and give up if nothing finite comes any more."""
+        progress, log = self.progress, get_log()
+        progress.step, progress.cursor = report.step, batch.cursor
+        progress.tokens += report.tokens
+        progress.seconds += seconds
+        self.recorder.add(report, seconds)
+        self.length.observe(report.step, seconds)
+        progress.non_finite_in_a_row = 0 if report.applied else progress.non_finite_in_a_row + 1
+        if not report.applied:
+            progress.non_finite += 1
+            log.warning(
+                f"step {report.step} skipped: loss {report.loss:g}, gradient norm {report.grad_norm:g}"
+            )
+        if self.watch.observe(report.loss):
+            progress.spikes += 1
+            log.warning(
+                f"step {report.step}: loss spike, {report.loss:.3f} after a mean of {self.watch.mean:.3f}"
+            )
+        if progress.non_finite_in_a_row > self.config.max_non_finite:
+            raise TrainingError(
+                f"no finite loss in {progress.non_finite_in_a_row} steps up to step {report.step}: "
+                "lower loop.optimizer.learning_rate, or lengthen loop.schedule.warmup_steps"
+            )
+
+    def _tell(self, report: StepReport, sinks: list[Sink]) -> None:
+        progress = self.progress
+        for sink in sinks:
+            sink.step(progress.step, self.length.steps)
+        if progress.step % self.config.log_every and not self.length.reached(progress.step):
+            return
+        counts = {"tokens": progress.tokens, "non_finite": progress.non_finite, "spikes": progress.spikes}
+        times = {"learning_rate": report.learning_rate, "seconds": progress.seconds}
+        line = {"step": progress.step, **self.recorder.take(), **counts, **times}
+        for sink in sinks:
+            sink.line(line)
+
+    def _due(self, every: int | None) -> bool:
+        """True every so many steps and at the end; never for None."""
+        return every is not None and (
+            self.progress.step % every == 0 or self.length.reached(self.progress.step)
+        )
+
+    def _evaluate(self, sinks: list[Sink]) -> None:
+        seed_everything(self.config.seed, "evaluate", self.progress.step)
+        self.job.model.eval()
+        with torch.no_grad(), self.updater.autocast():
+            self.scores = self.job.evaluate(self.progress.step)
+        self.job.model.train()
+        for sink in sinks if self.scores else []:
+            sink.line({"step": self.progress.step, "evaluation": self.scores})
+
+    def _open_sinks(self, stack: ExitStack) -> list[Sink]:
+        step = self.progress.step
+        sinks: list[Sink] = [MetricsFile(self.run, step), open_display(self.run.name, step)]
+        events = open_tensorboard(self.run, step) if self.config.tensorboard else None
+        sinks += [events] if events is not None else []
+        for sink in sinks:
+            stack.callback(sink.close)
+        return sinks
+
+    def _save(self) -> None:
+        extra = self.job.state()
+        tensors = {name: value for name, value in extra.items() if isinstance(value, Tensor)}
+        state = {
+            "progress": asdict(self.progress),
+            "optimizer": self.config.optimizer.name,
+            "recorder": self.recorder.state(),
+            "watch": self.watch.state(),
+            "scores": self.scores,
+            "job": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
+        }
+        moments = optimizer_tensors(self.updater.optimizer, self.job.model)
+        snapshot = Snapshot(self.progress.step, self.job.model, moments, state, tensors, self.job.files())
+        self.saved = save(snapshot, self.run.checkpoints, self.config.keep)
+
+    def _restore(self, folder: Path) -> None:
+        state = read_state(folder)
+        if state["optimizer"] != self.config.optimizer.name:
+            raise CheckpointError(
+                f"{folder} was trained with {state['optimizer']}, not {self.config.optimizer.name}: "
+                "set loop.optimizer.name back, or start a new run"
+            )
+        load_model(folder, self.job.model)
+        load_optimizer(folder, self.updater.optimizer, self.job.model)
+        self.job.load_state({**state["job"], **load_job_tensors(folder)})
+        self.recorder.load_state(state["recorder"])
+        self.watch.load_state(state["watch"])
+        self.progress, self.scores, self.saved = Progress(**state["progress"]), state["scores"], folder
+        self.job.restore(self.progress.cursor)
+        get_log().info(f"resumed from {folder}")
+
+    def _result(self) -> TrainResult:
+        progress = self.progress
+        saved = self.saved if self.saved is not None else latest(self.run.path)
+        return TrainResult(
+            progress.step,
+            progress.tokens,
+            progress.seconds,
+            progress.non_finite,
+            progress.spikes,
+            saved,
+            self.scores,
+        )

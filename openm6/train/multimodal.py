@@ -1,0 +1,169 @@
+"""The way of training that the project is for: one model, many tasks over many sources, packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openm6.base.errors import ConfigError, DataError
+from openm6.base.files import replace_text
+from openm6.base.log import get_log
+from openm6.base.run_folder import RunFolder
+from openm6.data.mixture import Component, Mixture
+from openm6.data.packing import Packer
+from openm6.data.prepare import Preparer
+from openm6.data.quarantine import Quarantine
+from openm6.data.source import Source
+from openm6.data.sources import open_sources
+from openm6.modalities.numbers import Scales, fit_scale
+from openm6.modalities.sequence import Batch
+from openm6.modalities.text import train_tokenizer
+from openm6.models.backbone import side_loss
+from openm6.models.description import (
+    MODEL_FILE,
+    TOKENIZER_FILE,
+    Lesson,
+    ModelDescription,
+    build_model,
+)
+from openm6.models.omni import Judged
+from openm6.tasks.registry import TASKS
+from openm6.tasks.task import LANGUAGES
+from openm6.train.job import Job, StepResult
+from openm6.train.recipe import MultimodalRecipe, build_backbone
+from openm6.train.step import seed_everything
+
+TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
+SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
+
+
+class MultimodalJob(Job):
+    """Builds modalities and model from a recipe (or takes those of a checkpoint) and trains them on its mixture."""
+
+    def __init__(self, recipe: MultimodalRecipe, run: RunFolder, device: torch.device) -> None:
+        self.recipe = recipe
+        self.run = run
+        sources = open_sources(recipe.sources, "train")
+        used = {lecture.source: sources[lecture.source] for lecture in recipe.mixture}
+        self.tokenizer = _tokenizer_text(recipe, used, run)
+        self.description = ModelDescription(
+            preset=recipe.model.preset,
+            backbone=build_backbone(recipe.model),
+            modalities=recipe.modalities,
+            scales=_fit_scales(used.values()),
+            lessons=[Lesson(task=lecture.task, source=lecture.source) for lecture in recipe.mixture],
+            sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},
+            judge=recipe.judge.model_dump(mode="json"),
+        )
+        seed_everything(recipe.loop.seed, "weights")
+        self.omni, self.modalities = build_model(self.description, self.tokenizer, "the tokenizer")
+        self.model = self.omni.to(device)
+        _check_lessons(recipe, sources)
+        components = [
+            Component(source=sources[lecture.source], task=lecture.task, weight=lecture.weight)
+            for lecture in recipe.mixture
+        ]
+        seed = recipe.loop.seed
+        preparer = Preparer(Mixture(components, seed), self.modalities, seed, recipe.loss_weights)
+        self.packer = Packer(preparer, recipe.packing, Quarantine(run.quarantine, recipe.max_broken))
+
+    def batches(self) -> Iterator[Batch]:
+        return self.packer.batches()
+
+    def restore(self, cursor: dict[str, Any]) -> None:
+        self.packer.restore(cursor)
+
+    def loss(self, batch: Batch) -> StepResult:
+        """Mean over examples of each one's mean over its learned tokens, plus the routers' side losses."""
+        batch = batch.to(self.omni.device)
+        judged, loads = self.omni.judge(batch)
+        total = sum(((part.nats * part.weight).sum() for part in judged.values()), start=torch.zeros((), device=self.omni.device))
+        metrics: dict[str, float | Tensor] = {f"loss/{kind}": _mean(part) for kind, part in judged.items()}
+        metrics["fill"] = batch.tokens / batch.layout.sample.numel()
+        return StepResult(total / batch.num_examples + side_loss(loads), metrics, loads)
+
+    def after_step(self, result: StepResult) -> None:
+        self.omni.backbone.update_balance(list(result.loads))  # type: ignore[arg-type]
+
+    def files(self) -> dict[str, str]:
+        return {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
+
+
+def _mean(part: Judged) -> Tensor:
+    return part.nats.detach().mean()
+
+
+def _check_lessons(recipe: MultimodalRecipe, sources: dict[str, Source]) -> None:
+    """Each task must find what it needs in at least one of the first records of its source."""
+    for lecture in recipe.mixture:
+        source, task = sources[lecture.source], TASKS[lecture.task]
+        for index in range(min(20, len(source))):
+            try:
+                if task.languages(source[index]):
+                    break
+            except DataError:
+                continue
+        else:
+            raise ConfigError(
+                f"task {task.name} finds nothing to read in source {lecture.source!r}: "
+                f"map the fields it needs ({task.summary}), or choose another task"
+            )
+
+
+def _texts(source: Source, record_index: int) -> Iterator[str]:
+    try:
+        record = source[record_index]
+    except DataError:  # the quarantine will name it when it is drawn
+        return
+    for key in TEXT_KEYS:
+        if isinstance(record.get(key), str):
+            yield record[key]
+    for key in ("tags_en", "tags_zh"):
+        yield ", ".join(record.get(key) or ())
+    for name in (*(record.get("numbers") or ()), *(record.get("series") or ())):
+        yield " " + name.replace("_", " ")
+
+
+def _tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: RunFolder) -> str:
+    """The tokenizer.json of the run: its own from before, the one named, or one learned from sources and prompts."""
+    kept = run.path / TOKENIZER_FILE
+    named = str(kept) if kept.is_file() else recipe.modalities.text.tokenizer
+    if named is None:
+        replace_text(kept, _learned_tokenizer(recipe, sources))
+        named = str(kept)
+    try:
+        return Path(named).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"modalities.text.tokenizer={named!r} cannot be read: {error}") from None
+
+
+def _learned_tokenizer(recipe: MultimodalRecipe, sources: dict[str, Source]) -> str:
+    prompts = [
+        prompt for lecture in recipe.mixture for language in LANGUAGES
+        for prompt in TASKS[lecture.task].prompts.get(language, ())
+    ]  # fmt: skip
+    spread = {name: np.linspace(0, len(s) - 1, min(len(s), SCANNED)).astype(int) for name, s in sources.items()}
+    words = (text for name, s in sources.items() for index in spread[name] for text in _texts(s, int(index)))
+    get_log().info("learning a tokenizer from the sources")
+    return train_tokenizer([*prompts * 20, *words], recipe.modalities.text.vocabulary).to_str()
+
+
+def _fit_scales(sources: Iterable[Source]) -> Scales:
+    """Centre and spread of every number column, from training records alone."""
+    columns: dict[str, list[float]] = {}
+    for source in sources:
+        for index in np.linspace(0, len(source) - 1, min(len(source), SCANNED)).astype(int):
+            try:
+                record = source[int(index)]
+            except DataError:
+                continue
+            for name, value in (record.get("numbers") or {}).items():
+                columns.setdefault(name, []).append(np.nan if value is None else float(value))
+            for name, values in (record.get("series") or {}).items():
+                columns.setdefault(name, []).extend(np.nan if v is None else float(v) for v in values)
+    return {name: fit_scale(np.asarray(values)) for name, values in sorted(columns.items())}

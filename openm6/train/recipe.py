@@ -1,0 +1,82 @@
+"""A recipe of multimodal training: which model learns which tasks from which sources, and how it is judged."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from openm6.base.config import Config, build, nearest
+from openm6.data.packing import PackingConfig
+from openm6.data.sources import AnySourceConfig
+from openm6.evaluate.config import JudgeConfig
+from openm6.modalities.registry import MODALITIES, ModalitiesConfig
+from openm6.models.config import BackboneConfig
+from openm6.models.presets import preset
+from openm6.tasks.registry import TASKS
+from openm6.train.config import LoopConfig
+
+
+class ModelChoice(Config):
+    """A preset by name, with any field of the backbone overridden."""
+
+    preset: str = "nano"
+    overrides: dict[str, Any] = {}
+
+
+def build_backbone(choice: ModelChoice) -> BackboneConfig:
+    """The backbone of a preset with its overrides; a mapping overrides field by field.
+
+    Raises:
+        ConfigError: no such preset, or sizes that do not fit one another.
+    """
+    values = preset(choice.preset).backbone.model_dump(exclude_defaults=True)
+    for name, value in choice.overrides.items():
+        known = values.get(name)
+        values[name] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+    return build(BackboneConfig, values, "model.overrides")
+
+
+class Lecture(Config):
+    """One component of the mixture: a task over a source, drawn with a weight."""
+
+    source: str
+    task: str
+    weight: float = Field(default=1.0, gt=0)
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, task: str) -> str:
+        if task not in TASKS:
+            raise ValueError(f"no task is called {task!r}; {nearest(task, sorted(TASKS))}")
+        return task
+
+
+class MultimodalRecipe(Config):
+    """What `openm6 train` reads when `kind` is `multimodal`."""
+
+    kind: Literal["multimodal"] = "multimodal"
+    model: ModelChoice = ModelChoice()
+    modalities: ModalitiesConfig = ModalitiesConfig()
+    sources: dict[str, AnySourceConfig]
+    mixture: list[Lecture] = Field(min_length=1)
+    packing: PackingConfig = PackingConfig()
+    loss_weights: dict[str, float] = {}
+    max_broken: float = Field(default=0.05, ge=0, le=1)  # share of records that may be quarantined
+    loop: LoopConfig = LoopConfig()
+    judge: JudgeConfig = JudgeConfig()
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> MultimodalRecipe:
+        for lecture in self.mixture:
+            if lecture.source not in self.sources:
+                hint = nearest(lecture.source, sorted(self.sources))
+                raise ValueError(f"the mixture names source {lecture.source!r}, which sources does not hold; {hint}")
+        for name in self.loss_weights:
+            if name not in MODALITIES:
+                raise ValueError(f"loss_weights names {name!r}; {nearest(name, sorted(MODALITIES))}")
+        pairs = [(lecture.source, lecture.task) for lecture in self.mixture]
+        twice = next((pair for pair in pairs if pairs.count(pair) > 1), None)
+        if twice:
+            raise ValueError(f"the mixture names task {twice[1]} over {twice[0]} twice: add up the weights")
+        return self

@@ -1,0 +1,111 @@
+"""One training step: forward, backward, clip, update; a step whose loss or gradient is not finite changes nothing."""
+
+from __future__ import annotations
+
+import math
+import random
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openm6.base.seeds import derive_seed
+from openm6.optim.registry import build_optimizer, set_rate
+from openm6.optim.schedule import rate_factor
+from openm6.train.config import LoopConfig
+from openm6.train.job import Batch, Job, StepResult
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What is known after one step; all of it plain numbers."""
+
+    step: int
+    tokens: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    applied: bool  # False: not finite, so nothing was changed
+    metrics: dict[str, float]
+    c_v: list[
+        float
+    ]  # per sparse layer, the load's σ/μ (M6-T, arXiv 2105.15082, section 3.1): 0 is a perfect balance
+    dropped: list[float]  # per sparse layer, share of choices dropped
+
+
+def seed_everything(seed: int, *purpose: str | int) -> None:
+    """Seed torch (all devices), numpy and random from the run's seed and the purpose."""
+    value = derive_seed(seed, *purpose)
+    torch.manual_seed(value)
+    np.random.seed(value % 2**32)
+    random.seed(value)
+
+
+class Updater:
+    """Moves a job's model by one batch at a time."""
+
+    def __init__(self, job: Job, config: LoopConfig) -> None:
+        self.job = job
+        self.config = config
+        self.optimizer = build_optimizer(job.parameter_groups(), config.optimizer)
+        self.parameters = [
+            parameter for group in self.optimizer.param_groups for parameter in group["params"]
+        ]
+        self.device = self.parameters[0].device
+        self._half = _computes_in_half(config.precision, self.device)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision in which forward passes run."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._half)
+
+    def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
+        """Train on one batch as step number `step`, the first being 1."""
+        rate = self.config.optimizer.learning_rate * rate_factor(step, total, self.config.schedule)
+        set_rate(self.optimizer, rate)
+        seed_everything(self.config.seed, "step", step)
+        with self.autocast():
+            result = self.job.loss(batch)
+        result.loss.backward()
+        norm = self._clip()
+        measured = _measure(result, norm)
+        applied = math.isfinite(measured["loss"]) and math.isfinite(measured["grad_norm"])
+        if applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if applied:
+            self.job.after_step(result)
+        c_v, dropped = (_take_layers(measured, f"{name} ") for name in ("c_v", "dropped"))
+        loss, norm_read = measured.pop("loss"), measured.pop("grad_norm")
+        return StepReport(step, batch.tokens, loss, norm_read, rate, applied, measured, c_v, dropped)
+
+    def _clip(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+        return norm
+
+
+def _measure(result: StepResult, norm: Tensor) -> dict[str, float]:
+    """Every scalar of a step as a float, fetched from the device in one transfer: each one costs a wait."""
+    scalars = {name: value.detach() for name, value in result.metrics.items() if isinstance(value, Tensor)}
+    for index, report in enumerate(result.loads):
+        scalars[f"c_v {index}"] = report.variation.detach()
+        scalars[f"dropped {index}"] = report.dropped.detach()
+    scalars |= {"loss": result.loss.detach(), "grad_norm": norm}
+    stacked = torch.stack([value.to(norm.device, torch.float32).reshape(()) for value in scalars.values()])
+    plain = {name: float(value) for name, value in result.metrics.items() if not isinstance(value, Tensor)}
+    return {**plain, **dict(zip(scalars, stacked.tolist(), strict=True))}
+
+
+def _take_layers(measured: dict[str, float], prefix: str) -> list[float]:
+    return [measured.pop(name) for name in list(measured) if name.startswith(prefix)]
+
+
+def _computes_in_half(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> bool:
+    # On a processor bf16 is mostly emulated, and slower than fp32: `auto` leaves it alone.
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return precision == "bf16" or (precision == "auto" and fast)

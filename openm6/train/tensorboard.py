@@ -1,0 +1,45 @@
+"""Metrics as TensorBoard events, where that package is installed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from openm6.base.run_folder import RunFolder
+from openm6.train.recorder import Line
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoardEvents:
+    """Writes every number of a line as a scalar."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        self._writer = writer
+
+    def step(self, step: int, steps: int | None) -> None:
+        pass
+
+    def line(self, line: Line) -> None:
+        scores = line.get("evaluation")
+        numbers = (
+            {f"evaluation/{name}": value for name, value in scores.items()} if scores is not None else line
+        )
+        for name, value in numbers.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._writer.add_scalar(name, value, line["step"])
+        for name in ("c_v", "dropped"):
+            for layer, value in enumerate(line.get(name, [])):
+                self._writer.add_scalar(f"{name}/{layer}", value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def open_tensorboard(run: RunFolder, step: int) -> TensorBoardEvents | None:
+    """Events from `step` on, hiding later ones of an earlier try; None where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package
+    except ImportError:
+        return None
+    return TensorBoardEvents(SummaryWriter(str(run.tensorboard), purge_step=step + 1))

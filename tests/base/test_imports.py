@@ -1,0 +1,29 @@
+"""The lowest floor and the command line's help come up without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+LOADED = "import sys; print([name for name in ('pydantic', 'torch', 'transformers') if name in sys.modules])"
+
+
+@pytest.mark.parametrize(
+    ("statement", "heavy"),
+    [
+        ("import openm6, openm6.train, openm6.models, openm6.data", []),
+        ("import openm6.cli.main", []),
+        (
+            "import openm6.base.run_folder, openm6.base.seeds, openm6.base.log, openm6.base.files",
+            ["pydantic"],
+        ),
+        ("import openm6.models.presets", ["pydantic"]),
+    ],
+)
+def test_imports_stay_light(statement: str, heavy: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{statement}; {LOADED}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(heavy)

@@ -1,0 +1,148 @@
+"""The command line: help with examples, arguments that arrive, failures in one sentence."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from openm6.base.errors import DataError, Interrupted
+from openm6.cli import main as cli
+from openm6.cli.doors import DOORS, door
+
+COMMANDS = ["demo", "train", "evaluate", "generate", "data inspect", "tasks", "presets"]
+runner = CliRunner()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    shown = runner.invoke(cli.app, [*command.split(), "--help"])
+    assert shown.exit_code == 0
+    assert f"Example: openm6 {command}" in shown.stdout
+
+
+def test_the_first_page_lists_the_commands() -> None:
+    shown = runner.invoke(cli.app, ["--help"])
+    assert all(command.split()[0] in shown.stdout for command in COMMANDS)
+    assert "openm6 demo" in shown.stdout
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_every_door_opens(name: str) -> None:
+    assert callable(door(name))
+
+
+class Called:
+    """Stands where a door leads to, and keeps what it was called with."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def door(self, name: str) -> Any:
+        def stand_in(*words: Any, **named: Any) -> Any:
+            self.calls.append((name, words, named))
+            if self.error is not None:
+                raise self.error
+            return f"{name} is done"
+
+        return stand_in
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        ("demo", ("train", ("demo", [], False, Path("runs/demo")), {})),
+        (
+            "train my.yaml loop.steps=3 a=b --resume --out here",
+            ("train", ("my.yaml", ["loop.steps=3", "a=b"], True, Path("here")), {}),
+        ),
+        ("train my.yaml", ("train", ("my.yaml", [], False, None), {})),
+        (
+            "generate runs/x --text hello --numbers mass=3.5,length= --want image --out o.png --seed 4",
+            (
+                "generate",
+                (Path("runs/x"),),
+                {
+                    "want": "image",
+                    "out": Path("o.png"),
+                    "seed": 4,
+                    "text": "hello",
+                    "image": None,
+                    "sound": None,
+                    "numbers": {"mass": 3.5, "length": None},
+                },
+            ),
+        ),
+    ],
+)
+def test_words_arrive(monkeypatch: pytest.MonkeyPatch, words: str, call: tuple) -> None:
+    called = Called()
+    monkeypatch.setattr(cli, "door", called.door)
+    shown = runner.invoke(cli.app, words.split())
+    assert shown.exit_code == 0, shown.output
+    assert called.calls == [call]
+    assert shown.stdout == f"{call[0]} is done\n"
+
+
+def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = Called()
+    monkeypatch.setattr(cli, "door", called.door)
+    shown = runner.invoke(cli.app, ["evaluate", "runs/x", "--tasks", "a,b", "--json", "s.json"])
+    assert shown.exit_code == 0, shown.output
+    (name, words, named), (show, shown_words, _) = called.calls
+    assert (name, words, named) == (
+        "evaluate",
+        (Path("runs/x"),),
+        {"tasks": ["a", "b"], "json_path": Path("s.json")},
+    )
+    assert (show, shown_words[0]) == ("show judgement", "evaluate is done")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (DataError("row 3 has no picture: remove it"), 1, "error: row 3 has no picture: remove it\n"),
+        (Interrupted("stopped at step 9"), 130, "stopped at step 9\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+    ],
+)
+def test_foreseen_failures_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, sentence: str
+) -> None:
+    monkeypatch.setattr(cli, "door", Called(error).door)
+    shown = runner.invoke(cli.app, ["train", "x.yaml"])
+    assert (shown.exit_code, shown.stderr, shown.stdout) == (code, sentence, "")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "door", Called(ZeroDivisionError()).door)
+    assert isinstance(runner.invoke(cli.app, ["train", "x.yaml"]).exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("words", ["a", "a=x", "=3", "a=1,,b=2"])
+def test_numbers_that_are_none(words: str) -> None:
+    shown = runner.invoke(cli.app, ["generate", "x", "--want", "text", "--numbers", words])
+    assert shown.exit_code == 1
+    assert "must look like name=3.5" in shown.stderr
+
+
+def test_an_unknown_command_or_option_is_an_error() -> None:
+    assert runner.invoke(cli.app, ["trian"]).exit_code == 2
+    assert runner.invoke(cli.app, ["train", "x.yaml", "--reusme"]).exit_code == 2
+
+
+def test_the_module_runs_as_a_program_in_a_terminal() -> None:
+    """Also where standard output is a terminal, as for most people."""
+    ours, theirs = pty.openpty()
+    done = subprocess.run([sys.executable, "-m", "openm6", "--version"], stdout=theirs, timeout=60)
+    os.close(theirs)
+    assert done.returncode == 0
+    assert os.read(ours, 100).decode().strip()[0].isdigit()
+    os.close(ours)

@@ -1,0 +1,232 @@
+"""The backbone's promises: packed = alone, cached = uncached, shared = summed, built on meta = built here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from openm6.models.backbone import Backbone, side_loss
+from openm6.models.config import BackboneConfig, count_parameters
+from openm6.nn.experts import RouterLoad
+from openm6.ops.sequence import Layout, causal_layout, join, padding_layout
+
+SIZE: dict[str, Any] = {"width": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+DENSE = {"hidden": 48}
+EXPERTS = {"hidden": 24, "num_experts": 4, "top_k": 2}
+PROTOTYPES = {"hidden": 24, "num_experts": 4, "num_prototypes": 2, "ffn": "gelu", "num_shared": 1}
+
+CONFIGS = {
+    "dense": {"dense": DENSE},
+    "experts": {"experts": EXPERTS},
+    "every other": {"experts": PROTOTYPES, "dense": {"hidden": 40, "ffn": "gelu"}, "experts_every": 2},
+    "first dense": {"experts": EXPERTS, "dense": DENSE, "dense_layers": (0,)},
+    "shared": {"experts": EXPERTS, "sharing": "all"},
+    "shared routers": {"experts": EXPERTS, "sharing": (0, 0, 1, 1), "share_routers": True},
+    "shared kinds": {"experts": EXPERTS, "dense": DENSE, "experts_every": 2, "sharing": "all"},
+    "plain heads": {"dense": DENSE, "qk_norm": False, "rope_sections": (8, 0, 0)},
+}
+
+
+def make(name: str, seed: int = 0) -> Backbone:
+    torch.manual_seed(seed)
+    return Backbone(BackboneConfig(**SIZE, **CONFIGS[name], initial_deviation=0.2))
+
+
+def example(sample: int, seed: int) -> Layout:
+    """A source of 5 tokens with positions in the plane, 3 words, and a private picture of 4 codes."""
+    order = torch.tensor([[0] * 5 + [1, 2, 3] + [4] * 4], dtype=torch.int32)
+    private = torch.tensor([[0] * 8 + [1] * 4], dtype=torch.int32)
+    positions = torch.randint(0, 9, (1, 12, 3), generator=torch.Generator().manual_seed(seed))
+    return Layout(torch.full_like(order, sample), order, private, positions)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_examples_answer_as_alone(name):
+    model = make(name)
+    layouts = [example(0, 1), example(1, 2), padding_layout(1, 3), example(2, 3)]
+    x = torch.randn(1, 39, 32)
+    packed, _ = model(x, join(layouts))
+    for start, layout in ((0, layouts[0]), (12, layouts[1]), (27, layouts[3])):
+        alone, _ = model(x[:, start : start + 12], layout)
+        torch.testing.assert_close(packed[:, start : start + 12], alone, rtol=1e-4, atol=1e-5)
+    assert packed.isfinite().all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cached_steps_equal_one_pass(name):
+    model, x, layout = make(name).eval(), torch.randn(2, 20, 32), causal_layout(2, 20)
+    with torch.no_grad():
+        whole, _ = model(x, layout)
+        cache = model.new_cache(2, 20)
+        parts = [
+            model(x[:, start:stop], layout.narrow(start, stop), cache)[0]
+            for start, stop in ((0, 9), (9, 10), (10, 11), (11, 20))
+        ]
+    assert cache.length == 20
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_ragged_prompts_share_a_cache():
+    """Rows of 7 and 4 tokens, filled up in front, answer as each would alone."""
+    model = make("experts")
+    long, short = torch.randn(1, 9, 32), torch.randn(1, 6, 32)
+    first = Layout(*(torch.cat(pair) for pair in zip(
+        causal_layout(1, 7).parts(), join([padding_layout(1, 3), causal_layout(1, 4)]).parts(), strict=True
+    )))  # fmt: skip
+    with torch.no_grad():
+        cache = model.new_cache(2, 16)
+        prompt = torch.cat([long[:, :7], torch.cat([torch.randn(1, 3, 32), short[:, :4]], dim=1)])
+        model(prompt, first, cache)
+        answers = []
+        for step in range(2):
+            starts = [causal_layout(1, 1, start=7 + step), causal_layout(1, 1, start=4 + step)]
+            layout = Layout(
+                *(torch.cat(pair) for pair in zip(*(start.parts() for start in starts), strict=True))
+            )
+            token = torch.cat([long[:, 7 + step : 8 + step], short[:, 4 + step : 5 + step]])
+            answers.append(model(token, layout, cache)[0])
+        steps = torch.cat(answers, dim=1)
+        torch.testing.assert_close(
+            steps[:1], model(long, causal_layout(1, 9))[0][:, 7:], rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            steps[1:], model(short, causal_layout(1, 6))[0][:, 4:], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_masked_parallel_target_is_taken_back():
+    """A private picture is judged twice on the same cache; the second time must not see the first."""
+    model, layout = make("experts"), example(0, 4)
+    x, other = torch.randn(1, 12, 32), torch.randn(1, 4, 32)
+    with torch.no_grad():
+        cache = model.new_cache(1, 12)
+        model(x[:, :8], layout.narrow(0, 8), cache)
+        model(other, layout.narrow(8, 12), cache)
+        cache.truncate(8)
+        judged, _ = model(x[:, 8:], layout.narrow(8, 12), cache)
+        torch.testing.assert_close(judged, model(x, layout)[0][:, 8:], rtol=1e-4, atol=1e-5)
+
+
+def test_later_tokens_do_not_see_a_private_picture():
+    model, layout = make("dense"), example(0, 5)
+    after = Layout(*(part[:, :1] for part in layout.parts()))
+    after = Layout(after.sample, after.order + 9, after.private, after.positions)
+    x = torch.randn(1, 13, 32, requires_grad=True)
+    hidden, _ = model(x, join([layout, after]))
+    hidden[0, 12].square().sum().backward()
+    assert x.grad is not None
+    assert not x.grad[0, 8:12].any()
+    assert x.grad[0, :8].abs().sum(-1).min() > 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_learns_and_is_counted(name):
+    model = make(name)
+    hidden, loads = model(torch.randn(2, 24, 32), causal_layout(2, 24))
+    (hidden.square().mean() * 3 + hidden.sum() + side_loss(loads)).backward()
+    lazy = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert lazy == []
+    assert count_parameters(model.config).total == sum(p.numel() for p in model.parameters())
+    assert [load.layer for load in loads] == [i for i in range(4) if model.config.has_experts(i)]
+
+
+def test_active_parameters_follow_the_choices():
+    config = make("every other").config
+    network = 2 * 32 * 24
+    idle = 2 * (4 - 2) * network  # two sparse layers leave two of four experts idle
+    assert count_parameters(config).active == count_parameters(config).total - idle
+    shared = make("shared").config
+    assert count_parameters(shared).active == count_parameters(make("experts").config).active
+
+
+def test_delinked_copies_answer_as_the_shared_set():
+    """Copying each set into its layers changes the names of tensors and nothing else."""
+    shared = make("shared")
+    plain = Backbone(BackboneConfig(**SIZE, **CONFIGS["experts"]))
+    state = {name: value for name, value in shared.state_dict().items() if not name.startswith("sets.")}
+    for layer, number in enumerate(shared.config.weight_sets):
+        for name, value in shared.sets[number].state_dict().items():
+            state[f"sets.{layer}.{name}"] = value
+    plain.load_state_dict(state)
+    x, layout = torch.randn(1, 9, 32), causal_layout(1, 9)
+    assert torch.equal(shared(x, layout)[0], plain(x, layout)[0])
+
+
+def test_meta_build_fills_as_a_direct_one():
+    direct = make("first dense", seed=3)
+    with torch.device("meta"):
+        model = Backbone(direct.config)
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    torch.manual_seed(3)
+    model.reset_parameters()
+    for (name, ours), theirs in zip(model.state_dict().items(), direct.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_first_weights_have_the_stated_spread():
+    torch.manual_seed(0)
+    model = Backbone(BackboneConfig(**{**SIZE, "width": 128}, experts={**EXPERTS, "hidden": 128}))
+    block = model.sets[0]
+    assert block.feed_forward.up.std().item() == pytest.approx(0.64 / 128**0.5, rel=0.05)
+    assert block.attention.output.std().item() == pytest.approx(0.64 / 128**0.5 / 8**0.5, rel=0.05)
+
+
+def report(layer: int, load: list[float]) -> RouterLoad:
+    zero = torch.zeros(())
+    return RouterLoad(layer, torch.tensor(load), zero, zero, zero, zero)
+
+
+def biases(model: Backbone) -> list[Tensor]:
+    routers = [model.router(layer) for layer in range(4)]
+    return [router.bias for router in routers if router is not None and router.bias is not None]
+
+
+def test_balance_sums_reports_of_a_router():
+    model = make("experts")
+    model.update_balance([report(1, [3.0, 0, 0, 1]), report(1, [0, 3.0, 1, 0])])
+    rate = 0.01
+    torch.testing.assert_close(biases(model)[1], torch.tensor([-rate, -rate, rate, rate]))
+    assert not biases(model)[0].any()
+
+
+def test_a_shared_router_moves_once_by_the_sum_of_its_layers():
+    model = make("shared routers")
+    model.update_balance([report(0, [8.0, 0, 0, 0]), report(1, [0, 8.0, 8, 8])])
+    assert not biases(model)[0].any(), "the two layers balance each other"
+    model.update_balance([report(2, [8.0, 0, 0, 0])])
+    assert biases(model)[2] is biases(model)[3]
+    assert biases(model)[2].tolist() == pytest.approx([-0.01, 0.01, 0.01, 0.01])
+
+
+def test_autocast_runs_forward_and_backward():
+    model = make("experts")
+    x, layout = torch.randn(2, 10, 32), causal_layout(2, 10)
+    plain, _ = model(x, layout)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden, loads = model(x, layout)
+        (hidden.float().square().mean() + side_loss(loads)).backward()
+        cache = model.new_cache(2, 10)
+        with torch.no_grad():
+            cached, _ = model(x, layout, cache)
+    assert cache.keys.dtype == torch.bfloat16
+    assert (hidden.float() - plain).abs().mean() < 0.05
+    torch.testing.assert_close(cached.float(), hidden.float(), rtol=0.05, atol=0.05)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_half_precision_weights():
+    model, layout = make("experts"), causal_layout(1, 10)
+    x = torch.randn(1, 10, 32)
+    plain, _ = model(x, layout)
+    half, _ = model.bfloat16()(x.bfloat16(), layout)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - plain).abs().mean() < 0.1
+
+
+def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"expected \(1, 9, 32\)"):
+        make("dense")(torch.randn(1, 8, 32), causal_layout(1, 9))

@@ -1,0 +1,66 @@
+"""Presets have the sizes that they promise, and the papers' are those of the papers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from openm6.base.errors import ConfigError
+from openm6.models.backbone import Backbone
+from openm6.models.config import count_parameters
+from openm6.models.presets import PRESETS, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_counts_equal_the_modules_on_meta(name):
+    config = preset(name).backbone
+    with torch.device("meta"):
+        model = Backbone(config)
+    assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "digits"),
+    [
+        ("m6-base", 0.3e9, 1),
+        ("m6-10b", 10.07e9, 4),
+        ("m6-100b", 103e9, 3),
+        ("m6t-1t", 1.003e12, 4),
+        ("m6-10t", 10.05e12, 4),
+    ],
+)
+def test_papers_sizes(name, total, digits):
+    found = count_parameters(preset(name).backbone).total
+    assert float(f"{found:.{digits - 1}e}") == total
+
+
+def test_active_experts_of_the_largest():
+    config = preset("m6-10t").backbone
+    assert config.experts is not None
+    assert (
+        2 * config.num_layers * config.experts.choices * config.width * config.experts.hidden
+        == 78_517_370_880
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("nano", 5e6, 2e6), ("tiny", 50e6, 20e6), ("small", 0.3e9, 0.08e9), ("base", 3e9, 0.3e9)],
+)
+def test_our_sizes(name, total, active):
+    count = preset(name).parameters
+    assert count.total == pytest.approx(total, rel=0.12)
+    assert count.active == pytest.approx(active, rel=0.12)
+
+
+def test_a_mistyped_name_gets_a_hint():
+    with pytest.raises(ConfigError, match="did you mean 'm6-10t'"):
+        preset("m6_10t")
+
+
+def test_presets_are_read_without_torch():
+    code = "import sys, openm6.models.presets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,69 @@
+"""Attention against softmax written out, head by head."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from openm6.nn.attention import Attention, HeadNorms, attend
+from openm6.nn.config import AttentionConfig
+from openm6.ops.rotary import rotary_table, rotate_reference
+from openm6.ops.sequence import additive_mask, causal_layout, visible
+
+CONFIG = AttentionConfig(width=24, num_heads=4, num_kv_heads=2, head_dim=8, norm_eps=1e-5)
+
+
+def naive_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """B S H d, B T G d: query head h reads key head h // (H / G)."""
+    share = query.shape[2] // key.shape[2]
+    heads = []
+    for h in range(query.shape[2]):
+        score = query[:, :, h] @ key[:, :, h // share].transpose(1, 2) / math.sqrt(query.shape[-1])
+        weight = score.masked_fill(~mask[:, 0], float("-inf")).softmax(-1)
+        heads.append(weight @ value[:, :, h // share])
+    return torch.stack(heads, dim=2)
+
+
+@pytest.mark.parametrize("additive", [True, False])
+def test_attend_equals_softmax_written_out(additive):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 5, 4, 8), torch.randn(2, 9, 2, 8), torch.randn(2, 9, 2, 8)
+    mask = visible(causal_layout(2, 5, start=4), causal_layout(2, 9))
+    given = additive_mask(mask, torch.float32) if additive else mask
+    torch.testing.assert_close(attend(query, key, value, given), naive_attend(query, key, value, mask))
+
+
+def test_layer_equals_its_parts():
+    torch.manual_seed(1)
+    layer, norms = Attention(CONFIG), HeadNorms(8)
+    layer.reset_parameters(0.3, 0.3)
+    with torch.no_grad():
+        norms.query.uniform_(0.5, 2)
+        norms.key.uniform_(0.5, 2)
+    x, layout = torch.randn(2, 6, 24), causal_layout(2, 6)
+    table = rotary_table(layout.positions, 100.0, (2, 1, 1))
+    mask = visible(layout, layout)
+    query, key, value = (
+        part.unflatten(-1, (-1, 8)) for part in (x @ layer.qkv.t()).split([4 * 8, 2 * 8, 2 * 8], dim=-1)
+    )
+
+    def ready(part: Tensor, weight: Tensor) -> Tensor:
+        normal = part / (part.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return rotate_reference(normal * weight, *table)
+
+    answer = naive_attend(ready(query, norms.query), ready(key, norms.key), value, mask)
+    torch.testing.assert_close(layer(x, norms, table, mask, None, 0), answer.flatten(2) @ layer.output.t())
+
+
+def test_without_head_norms_queries_keep_their_length():
+    torch.manual_seed(2)
+    layer = Attention(CONFIG)
+    layer.reset_parameters(0.3, 0.3)
+    layout = causal_layout(1, 6)
+    table = rotary_table(layout.positions, 100.0, (2, 1, 1))
+    x, mask, norms = torch.randn(1, 6, 24), visible(layout, layout), HeadNorms(8)
+    norms.reset_parameters()
+    assert not torch.allclose(layer(x, None, table, mask, None, 0), layer(x, norms, table, mask, None, 0))

@@ -1,0 +1,59 @@
+"""The key-value cache by itself: writing, going back, choosing rows, and its bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openm6.base.errors import ConfigError
+from openm6.nn.cache import KVCache
+from openm6.ops.sequence import causal_layout, visible
+
+
+def make(batch: int = 2, capacity: int = 6) -> KVCache:
+    return KVCache(3, batch, capacity, 2, 4, "cpu", torch.float32)
+
+
+def test_written_tokens_come_back_in_order():
+    torch.manual_seed(0)
+    cache, key, value = make(), torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 4)
+    cache.extend(causal_layout(2, 3))
+    cache.write(1, key[:, :3], value[:, :3])
+    seen = cache.extend(causal_layout(2, 2, start=3))
+    keys, values = cache.write(1, key[:, 3:], value[:, 3:])
+    assert torch.equal(keys, key)
+    assert torch.equal(values, value)
+    assert seen.order[0].tolist() == [0, 1, 2, 3, 4]
+    assert not cache.keys[0].any()
+    assert not cache.keys[2].any()
+
+
+def test_truncate_makes_room_again():
+    cache = make()
+    cache.extend(causal_layout(2, 6))
+    cache.truncate(2)
+    layout = cache.extend(causal_layout(2, 1, start=9))
+    assert layout.order[1].tolist() == [0, 1, 9]
+
+
+def test_select_repeats_and_drops_rows():
+    cache = make(batch=3)
+    cache.extend(causal_layout(3, 2))
+    cache.write(0, torch.arange(3.0).view(3, 1, 1, 1).expand(3, 2, 2, 4), torch.zeros(3, 2, 2, 4))
+    cache.select(torch.tensor([2, 2, 0, 1]))
+    assert cache.keys[0, :, 0, 0, 0].tolist() == [2, 2, 0, 1]
+    assert cache.layout.batch == 4
+
+
+def test_unwritten_places_are_padding():
+    cache = make()
+    assert not visible(causal_layout(2, 1), cache.layout).any()
+
+
+def test_bounds():
+    cache = make()
+    with pytest.raises(ConfigError, match="make the cache larger"):
+        cache.extend(causal_layout(2, 7))
+    cache.extend(causal_layout(2, 4))
+    with pytest.raises(ValueError, match="the cache holds 4"):
+        cache.truncate(5)

@@ -1,0 +1,64 @@
+"""Attention by pieces against scaled_dot_product_attention under the whole mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openm6.ops.attention import PIECE, attend_pieces, piece_mask
+from openm6.ops.sequence import Layout, causal_layout, join, padding_layout, visible
+
+
+def of_sample(layout: Layout, number: int) -> Layout:
+    return Layout(torch.full_like(layout.sample, number), layout.order, layout.private, layout.positions)
+
+
+def packed(seed: int) -> Layout:
+    """Per row: a long example, a short one with a bidirectional source and a private block, padding, another."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.tensor([[0] * 9 + [1, 2] + [3] * 5], dtype=torch.int32).expand(2, -1)
+    private = torch.tensor([[0] * 11 + [2] * 5], dtype=torch.int32).expand(2, -1)
+    short = Layout(torch.ones_like(order), order, private, torch.zeros(2, 16, 3))
+    long = int(torch.randint(1, 2 * PIECE, (1,), generator=generator))
+    return join([causal_layout(2, long), short, padding_layout(2, 3), of_sample(causal_layout(2, 30), 2)])
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    parts = (part.transpose(1, 2) for part in (query, key, value))
+    mask = visible(layout, layout)
+    return F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+def test_values_and_gradients_equal_the_whole_mask(heads):
+    torch.manual_seed(sum(heads))
+    layout = packed(seed=sum(heads))
+    query = torch.randn(2, layout.length, heads[0], 8, requires_grad=True)
+    key, value = (torch.randn(2, layout.length, heads[1], 8, requires_grad=True) for _ in range(2))
+    upstream = torch.randn_like(query)
+    ours = attend_pieces(query, key, value, piece_mask(layout, torch.float32))
+    twin = reference(query, key, value, layout)
+    torch.testing.assert_close(ours, twin)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, (query, key, value), upstream),
+        torch.autograd.grad(twin, (query, key, value), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_pieces_cover_each_query_once_and_hold_all_it_sees():
+    layout = packed(seed=5)
+    mask, pieces = visible(layout, layout), piece_mask(layout, torch.float32).pieces
+    covered = torch.zeros(2, layout.length)
+    for piece in pieces:
+        covered[piece.row, piece.start : piece.stop] += 1
+        outside = mask[piece.row, 0, piece.start : piece.stop].clone()
+        outside[:, piece.first : piece.last] = False
+        assert not outside.any()
+        assert piece.stop - piece.start <= PIECE
+    assert (covered == 1).all()
+    spent = sum((piece.stop - piece.start) * (piece.last - piece.first) for piece in pieces)
+    assert spent < 0.8 * 2 * layout.length**2, "nothing was saved"

@@ -1,0 +1,62 @@
+"""Rotary positions: equal to complex products, relative, and 1-D where the axes agree."""
+
+from __future__ import annotations
+
+import torch
+
+from openm6.ops.rotary import axis_of_frequency, rotary_table, rotate, rotate_reference
+
+SECTIONS = (4, 2, 2)
+
+
+def test_axes_are_taken_in_turn():
+    assert axis_of_frequency((4, 2, 2)) == [0, 1, 2, 0, 1, 2, 0, 0]
+    assert axis_of_frequency((1, 0, 3)) == [0, 2, 2, 2]
+
+
+def test_rotate_equals_its_twin():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, 16)
+    table = rotary_table(torch.randint(0, 900, (2, 5, 3)), 10_000.0, SECTIONS)
+    torch.testing.assert_close(rotate(x, *table), rotate_reference(x, *table))
+
+
+def test_gradient_equals_that_of_the_twin():
+    torch.manual_seed(1)
+    x = torch.randn(2, 5, 3, 16, requires_grad=True)
+    table = rotary_table(torch.randint(0, 900, (2, 5, 3)), 10_000.0, SECTIONS)
+    upstream = torch.randn_like(x)
+    (ours,) = torch.autograd.grad(rotate(x, *table), x, upstream)
+    (twin,) = torch.autograd.grad(rotate_reference(x, *table), x, upstream)
+    torch.testing.assert_close(ours, twin)
+
+
+def test_equal_axes_are_one_dimensional_rotary():
+    positions = torch.arange(7)[None, :, None].expand(1, 7, 3)
+    ours = rotary_table(positions, 500.0, SECTIONS)
+    one_axis = rotary_table(positions, 500.0, (8, 0, 0))
+    angle = torch.arange(7)[:, None] / 500.0 ** (torch.arange(8) / 8)
+    torch.testing.assert_close(ours[0][0, :, 0], angle.cos())
+    torch.testing.assert_close(ours[1], one_axis[1])
+
+
+def test_products_depend_on_the_difference_of_positions():
+    torch.manual_seed(2)
+    query, key = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    where = torch.tensor([[[3, 10, 7]]]), torch.tensor([[[1, 4, 9]]])
+
+    def product(shift: torch.Tensor) -> torch.Tensor:
+        tables = [rotary_table(place + shift, 100.0, SECTIONS) for place in where]
+        return (rotate(query, *tables[0]) * rotate(key, *tables[1])).sum()
+
+    torch.testing.assert_close(product(torch.tensor([0, 0, 0])), product(torch.tensor([5, 2, 40])))
+    apart = rotary_table(where[0] + torch.tensor([0, 3, 0]), 100.0, SECTIONS)
+    moved = (rotate(query, *apart) * rotate(key, *rotary_table(where[1], 100.0, SECTIONS))).sum()
+    assert not torch.allclose(product(torch.tensor([0, 0, 0])), moved)
+
+
+def test_half_precision_is_rounded_once():
+    torch.manual_seed(3)
+    x = torch.randn(1, 4, 2, 16, dtype=torch.bfloat16)
+    table = rotary_table(torch.randint(0, 90, (1, 4, 3)), 10_000.0, SECTIONS)
+    assert torch.equal(rotate(x, *table), rotate(x.float(), *table).bfloat16())

@@ -1,0 +1,117 @@
+"""The sequence rule: a brute-force reading of it, and its three written forms held equal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask
+
+from openm6.ops.sequence import (
+    Layout,
+    additive_mask,
+    block_kinds,
+    block_mask,
+    causal_layout,
+    join,
+    mask_mod,
+    padding_layout,
+    visible,
+)
+
+
+def random_layout(batch: int, length: int, seed: int) -> Layout:
+    """Rows of a few examples with a source, text, private blocks and padding at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randint(0, 3, (batch, length), generator=generator, dtype=torch.int32).sort(dim=1).values
+    order = torch.randint(0, 4, (batch, length), generator=generator, dtype=torch.int32)
+    private = torch.randint(-3, 3, (batch, length), generator=generator, dtype=torch.int32).clamp(min=0)
+    layout = Layout(sample, order, private, torch.zeros(batch, length, 3))
+    return join([layout.narrow(0, length - length // 5), padding_layout(batch, length // 5)])
+
+
+def test_visible_reads_as_the_rule():
+    query, key = random_layout(2, 11, 0), random_layout(2, 23, 1)
+    mask = visible(query, key)
+    assert mask.shape == (2, 1, 11, 23)
+    for b in range(2):
+        for q in range(11):
+            for k in range(23):
+                same = query.sample[b, q] == key.sample[b, k]
+                not_later = key.order[b, k] <= query.order[b, q]
+                open_to = key.private[b, k] == 0 or key.private[b, k] == query.private[b, q]
+                assert mask[b, 0, q, k].item() == bool(same and not_later and open_to)
+
+
+def test_every_token_sees_itself():
+    layout = random_layout(3, 40, 2)
+    assert visible(layout, layout).diagonal(dim1=-2, dim2=-1).all()
+
+
+def test_source_text_and_private_block():
+    """Two source tokens, one word, then a private picture of two codes, then another word."""
+    order = torch.tensor([[0, 0, 1, 2, 2, 3]], dtype=torch.int32)
+    private = torch.tensor([[0, 0, 0, 1, 1, 0]], dtype=torch.int32)
+    layout = Layout(torch.zeros_like(order), order, private, torch.zeros(1, 6, 3))
+    expected = torch.tensor(
+        [
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [1, 1, 1, 1, 1, 0],
+            [1, 1, 1, 1, 1, 0],
+            [1, 1, 1, 0, 0, 1],
+        ]
+    )
+    assert torch.equal(visible(layout, layout)[0, 0].int(), expected.int())
+
+
+def test_causal_layout_is_lower_triangular():
+    layout = causal_layout(2, 7, start=5)
+    assert torch.equal(visible(layout, layout)[1, 0], torch.ones(7, 7).tril().bool())
+    assert layout.positions[0, :, 2].tolist() == list(range(5, 12))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mask_mod_equals_boolean_mask(seed):
+    query, key = random_layout(2, 32, seed), random_layout(2, 48, seed + 100)
+    flex = create_mask(mask_mod(query, key), 2, 1, 32, 48, device="cpu")
+    assert torch.equal(flex, visible(query, key))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_block_kinds_never_contradict_the_rule(seed):
+    packed = random_layout(2, 160, seed)
+    order = packed.order.sort(dim=1).values  # long runs, so that some blocks are whole and some empty
+    layout = Layout(packed.sample, order, packed.private * (seed % 2), packed.positions)
+    some, whole = block_kinds(layout, layout, block=8)
+    pairs = visible(layout, layout)[:, 0].unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3)
+    assert pairs.flatten(3).all(-1)[whole].all()
+    assert not pairs.flatten(3).any(-1)[~some].any()
+    assert (~some).any(), "nothing is skipped: the summary is of no use"
+    if seed % 2 == 0:
+        assert whole.any(), "nothing is whole: the summary is of no use"
+
+
+def test_block_mask_lists_the_blocks():
+    layout = random_layout(2, 160, 3)
+    some, _ = block_kinds(layout, layout, block=8)
+    assert torch.equal(block_mask(layout, layout, block=8).to_dense()[:, 0].bool(), some)
+
+
+def test_block_mask_refuses_odd_lengths():
+    with pytest.raises(ValueError, match="multiples of the block of 128"):
+        block_mask(causal_layout(1, 100), causal_layout(1, 100))
+
+
+def test_additive_mask_is_the_boolean_mask_in_logs():
+    layout = random_layout(1, 20, 5)
+    mask = visible(layout, layout)
+    assert torch.equal(additive_mask(mask, torch.float32).exp(), mask.float())
+
+
+def test_layout_refuses_unequal_shapes():
+    good = causal_layout(2, 5)
+    with pytest.raises(ValueError, match="positions B S 3"):
+        Layout(good.sample, good.order, good.private, good.positions[..., :2])
+    with pytest.raises(ValueError, match="one shape"):
+        Layout(good.sample, good.order[:, :3], good.private, good.positions)

@@ -1,0 +1,63 @@
+"""Frames that tile the signal: there and back, against torch's own transform, and mel filters."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from openm6.ops.spectrum import FLOOR, log_mel, mel_filters, overlap_add, spectrum, unit_window
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("size", "hop"), [(640, 160), (64, 32), (96, 16)])
+def test_a_spectrum_brings_its_sound_back(size: int, hop: int) -> None:
+    sound = noise(2, 20 * hop)
+    window = unit_window(size)
+    back = overlap_add(spectrum(sound, window, hop), window, hop)
+    assert back.shape == sound.shape
+    assert torch.allclose(back, sound, atol=1e-4)
+
+
+def test_frames_are_those_of_torch_where_the_signal_is_inside() -> None:
+    sound, window = noise(1, 1600), unit_window(640)
+    ours = spectrum(sound, window, 160)
+    # Our frame n begins (640 - 160) / 2 = 240 samples before n·160, so frame 2 begins at sample 80.
+    theirs = torch.stft(sound[:, 80:], 640, 160, window=window, center=False, return_complex=True).mT
+    assert ours.shape == (1, 10, 321)
+    assert torch.allclose(ours[:, 2 : 2 + theirs.shape[1]], theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [32, 640, 2048])
+def test_white_noise_has_the_same_magnitude_at_any_window(size: int) -> None:
+    values = spectrum(0.1 * noise(1, 16 * 2048), unit_window(size), size // 4)
+    assert math.isclose(float(values.abs().square().mean().sqrt()), 0.1, rel_tol=0.05)
+
+
+def test_a_tone_peaks_at_its_frequency_and_in_its_mel_band() -> None:
+    time = torch.arange(16000) / 16000
+    magnitudes = spectrum(torch.sin(2 * math.pi * 1000 * time)[None], unit_window(640), 160).abs()
+    assert (magnitudes[0, 5:-5].argmax(1) == 40).all()  # 1000 Hz · 640 / 16000
+    filters = mel_filters(80, 640, 16000)
+    loudest = (magnitudes @ filters)[0, 50].argmax()
+    frequencies = torch.linspace(0, 8000, 321)
+    assert abs(float((filters[:, loudest] * frequencies).sum()) - 1000) < 60
+
+
+@pytest.mark.parametrize(("mels", "size"), [(80, 640), (5, 32), (320, 2048), (160, 1024)])
+def test_every_filter_hears_something_and_averages(mels: int, size: int) -> None:
+    filters = mel_filters(mels, size, 16000)
+    assert filters.shape == (size // 2 + 1, mels)
+    assert (filters >= 0).all()
+    assert torch.allclose(filters.sum(0), torch.ones(mels), atol=1e-5)
+    centres = (filters * torch.linspace(0, 8000, size // 2 + 1)[:, None]).sum(0)
+    assert (centres.diff() >= 0).all()
+
+
+def test_silence_is_the_floor() -> None:
+    filters = mel_filters(10, 64, 16000)
+    assert torch.allclose(log_mel(torch.zeros(1, 2, 33), filters), torch.tensor(math.log(FLOOR)))

@@ -1,0 +1,65 @@
+"""Muon against torch's own on matrices, and stacks against their matrices one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from openm6.optim.muon import Muon, orthogonalise
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16), (20, 20), (1, 8)])
+def test_equals_torch_on_matrices(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    ours = nn.Parameter(torch.randn(shape))
+    theirs = nn.Parameter(ours.detach().clone())
+    mine = Muon([{"params": [ours], "muon": True}], lr=0.02, weight_decay=0.1, momentum=0.9)
+    reference = torch.optim.Muon(
+        [theirs], lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(4):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        reference.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_rest_equals_adamw() -> None:
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(7))]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    mine = Muon([{"params": ours, "muon": False}], lr=0.02, weight_decay=0.1, betas=(0.9, 0.95))
+    reference = torch.optim.AdamW(theirs, lr=0.02, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    for _ in range(4):
+        for left, right in zip(ours, theirs, strict=True):
+            left.grad = torch.randn_like(left)
+            right.grad = left.grad.clone()
+        mine.step()
+        reference.step()
+        assert all(torch.equal(left, right) for left, right in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 10), (4, 10, 6)])
+def test_a_stack_is_its_matrices_one_by_one(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    stack = torch.randn(shape)
+    together = orthogonalise(stack).float()
+    apart = torch.stack([orthogonalise(matrix) for matrix in stack]).float()
+    torch.testing.assert_close(together, apart, rtol=0, atol=0.02)  # bfloat16 sums in another order
+
+
+def test_the_result_is_nearly_orthogonal() -> None:
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(3, 32, 64)).float())
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_a_gradient_of_zero_gives_no_update() -> None:
+    assert torch.equal(orthogonalise(torch.zeros(4, 6)), torch.zeros(4, 6, dtype=torch.bfloat16))
+
+
+def test_a_vector_is_refused() -> None:
+    with pytest.raises(ValueError, match="matrices or stacks"):
+        Muon([{"params": [nn.Parameter(torch.ones(3))], "muon": True}], lr=0.1)

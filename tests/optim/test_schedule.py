@@ -1,0 +1,49 @@
+"""The learning rate over a run: up, flat, down."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openm6.optim.config import ScheduleConfig
+from openm6.optim.schedule import decay_start, rate_factor
+
+
+def test_warmup_stable_decay() -> None:
+    config = ScheduleConfig(warmup_steps=10, decay_share=0.2, decay="linear")
+    factors = [rate_factor(step, 100, config) for step in range(1, 101)]
+    assert factors[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert factors[10:80] == [1.0] * 70
+    assert factors[80:] == pytest.approx([1 - step / 21 for step in range(1, 21)])
+
+
+def test_the_square_root_falls_faster_at_first() -> None:
+    linear, root = (
+        ScheduleConfig(warmup_steps=0, decay_share=0.5, decay=kind) for kind in ("linear", "sqrt")
+    )
+    for step in range(51, 100):
+        assert rate_factor(step, 100, root) < rate_factor(step, 100, linear)
+
+
+def test_an_unknown_length_has_no_decay() -> None:
+    config = ScheduleConfig(warmup_steps=4, decay_share=1.0)
+    assert [rate_factor(step, None, config) for step in (2, 4, 9999)] == [0.5, 1.0, 1.0]
+
+
+@given(
+    total=st.integers(1, 500),
+    warmup=st.integers(0, 600),
+    share=st.floats(0, 1),
+    floor=st.floats(0, 1),
+    decay=st.sampled_from(["sqrt", "linear"]),
+)
+def test_every_step_moves_and_none_exceeds_the_rate(
+    total: int, warmup: int, share: float, floor: float, decay: str
+) -> None:
+    config = ScheduleConfig(warmup_steps=warmup, decay_share=share, floor=floor, decay=decay)  # type: ignore[arg-type]
+    factors = [rate_factor(step, total, config) for step in range(1, total + 1)]
+    assert all(0 < factor <= 1 for factor in factors)
+    start = decay_start(total, config)
+    tail = factors[max(start, warmup) :]
+    assert tail == sorted(tail, reverse=True)

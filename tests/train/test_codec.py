@@ -1,0 +1,262 @@
+"""Training codecs: the latent stays alive, runs resume exactly, the best average is written, guards stop dead runs."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from openm6.base.config import build, read_config
+from openm6.base.errors import ConfigError, DataError, TrainingError
+from openm6.base.run_folder import RunFolder
+from openm6.modalities.codec import load_codec
+from openm6.modalities.codec_base import Health
+from openm6.train.codec import (
+    CODEC_FILE,
+    SCORES_FILE,
+    CodecJob,
+    ImageCodecJob,
+    Lesson,
+    SoundCodecJob,
+    check_health,
+    hold_out,
+)
+from openm6.train.codec_recipe import ImageCodecRecipe, SoundCodecRecipe
+from openm6.train.loop import train
+
+RECIPES = Path(__file__).parents[2] / "openm6" / "recipes"
+CPU = torch.device("cpu")
+
+
+def image_recipe(**changes: object) -> ImageCodecRecipe:
+    values: dict[str, object] = {
+        "sources": {"emoji": {"kind": "embedded", "name": "emoji", "limit": 24}},
+        "codec": {"groups": 2, "widths": [16], "encoder_blocks": [1], "decoder_blocks": [1]},
+        "lessons": {"batch": 6, "sides": {32: 1.0}},
+        "held_out": 8,
+        "loop": {"steps": 6, "save_every": 3, "evaluate_every": 2, "tensorboard": False, "log_every": 3},
+    }
+    return build(ImageCodecRecipe, values | changes, "the test")
+
+
+def image_job(**changes: object) -> ImageCodecJob:
+    return ImageCodecJob(image_recipe(**changes), CPU)
+
+
+def test_a_run_writes_a_codec_that_loads_and_its_scores(tmp_path: Path) -> None:
+    job = image_job()
+    result = train(job, job.recipe.loop, RunFolder.open(tmp_path))
+    codec = load_codec(tmp_path / CODEC_FILE)
+    assert codec.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 8, 2)
+    scores = json.loads((tmp_path / SCORES_FILE).read_text())
+    assert scores["held_out"]["psnr"] == pytest.approx(job.best_score)
+    assert set(scores["test"]) == {"emoji_32"} and scores["test"]["emoji_32"]["psnr"] > 0
+    assert result.scores["psnr"] <= job.best_score
+
+
+def test_a_resumed_run_writes_the_same_codec_bit_for_bit(tmp_path: Path) -> None:
+    whole = image_job()
+    train(whole, whole.recipe.loop, RunFolder.open(tmp_path / "whole"))
+    cut = image_job()
+    _stop_after(cut, 4)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, cut.recipe.loop, RunFolder.open(tmp_path / "cut"))
+    again = image_job()
+    train(again, again.recipe.loop, RunFolder.open(tmp_path / "cut"), resume=True)
+    assert (tmp_path / "cut" / CODEC_FILE).read_bytes() == (tmp_path / "whole" / CODEC_FILE).read_bytes()
+    assert again.updates == whole.updates == 6
+
+
+def _stop_after(job: CodecJob, steps: int) -> None:
+    """Cuts a run between two checkpoints, as a crash would."""
+    plain = job.loss
+
+    def loss(batch: Lesson) -> object:
+        if batch.step > steps:
+            raise KeyboardInterrupt
+        return plain(batch)
+
+    job.loss = loss  # type: ignore[method-assign, assignment]
+
+
+def test_the_latent_stays_alive_at_twice_the_rate() -> None:
+    """A bare latent at a hot rate saturates within 100 steps and never recovers; the norm must prevent it."""
+    torch.manual_seed(0)
+    job = image_job(
+        codec={"groups": 4, "widths": [16, 16], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]}
+    )
+    job.model.train()
+    optimizer = torch.optim.AdamW(job.model.parameters(), lr=0.016, betas=(0.9, 0.99))
+    losses = []
+    for step in range(1, 151):
+        result = job.loss(Lesson(step, 1))
+        optimizer.zero_grad()
+        result.loss.backward()
+        torch.nn.utils.clip_grad_norm_(job.model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(result.loss.item())
+    assert job.health is not None
+    assert job.health.saturated < 0.1
+    assert (job.health.bits > 0.5 * job.health.capacity).all()
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+
+
+def health(saturated: float, bits: tuple[float, ...]) -> Health:
+    return Health(torch.tensor(1.0), torch.tensor(saturated), torch.tensor(bits), torch.tensor([3.0, 2.0]))
+
+
+def test_a_saturated_or_starved_latent_stops_the_run_with_the_mend() -> None:
+    recipe = image_recipe()
+    check_health(health(0.05, (2.9, 1.9)), recipe)
+    with pytest.raises(TrainingError, match=r"97% of the latent is saturated.*learning_rate"):
+        check_health(health(0.97, (2.9, 1.9)), recipe)
+    with pytest.raises(TrainingError, match=r"channel 1 of the latent carries 45% of its bits"):
+        check_health(health(0.05, (2.9, 0.9)), recipe)
+
+
+def test_guards_wait_for_their_step() -> None:
+    job = image_job(guard_from=10)
+    job.health = health(0.97, (2.9, 1.9))
+    job.evaluate(10)
+    with pytest.raises(TrainingError, match="saturated"):
+        job.evaluate(11)
+
+
+def test_health_goes_into_the_metrics() -> None:
+    metrics = image_job().loss(Lesson(1, 1)).metrics
+    assert set(metrics) == {
+        "latent/mean_magnitude",
+        "latent/saturated",
+        "latent/bits",
+        "latent/poorest_channel",
+    }
+
+
+def test_statistics_freeze_in_the_last_part_only() -> None:
+    job = image_job(settle_share=0.5)
+    norm = job.codec.latent_norms()[0]
+    job.model.train()
+    job.loss(Lesson(3, 1))
+    before = norm.mean.clone()
+    assert not norm.frozen and before.abs().sum() > 0
+    job.loss(Lesson(4, 1))
+    assert norm.frozen and torch.equal(norm.mean, before)
+
+
+def test_the_average_follows_the_weights_by_the_stated_rule() -> None:
+    job = image_job()
+    name = "decoder.0.weight"
+    first = job.averaged.state_dict()[name].clone()
+    with torch.no_grad():
+        job.codec.state_dict()[name].add_(1.0)
+    job.after_step(job.loss(Lesson(1, 1)))
+    keep = 2 / 11
+    assert torch.allclose(job.averaged.state_dict()[name], first + (1 - keep), atol=1e-6)
+    job.updates = 10**6
+    now = job.averaged.state_dict()[name].clone()
+    job.after_step(job.loss(Lesson(2, 1)))
+    expected = now.lerp(job.codec.state_dict()[name], 1 - 0.999)
+    assert torch.allclose(job.averaged.state_dict()[name], expected, atol=1e-6)
+
+
+def test_the_best_average_is_kept_when_later_ones_are_worse() -> None:
+    job = image_job()
+    scores = iter([{"psnr": 20.0}, {"psnr": 25.0}, {"psnr": 21.0}])
+    job.held_out_scores = lambda codec: next(scores)  # type: ignore[method-assign]
+    name = "decoder.0.bias"
+    for step in range(3):
+        job.averaged.state_dict()[name].fill_(float(step))
+        job.evaluate(step)
+    assert job.best_score == 25.0
+    assert (job.best.state_dict()[name] == 1.0).all()
+
+
+def test_state_survives_a_round_trip_before_and_after_the_first_score() -> None:
+    for score in (float("-inf"), 12.5):
+        job, other = image_job(), image_job()
+        job.best_score, job.updates = score, 7
+        job.averaged.state_dict()["decoder.0.bias"].fill_(3.0)
+        state = job.state()
+        json.dumps(
+            {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)},
+            allow_nan=False,
+        )
+        other.load_state(state)
+        assert (other.best_score, other.updates) == (score, 7)
+        assert (other.averaged.state_dict()["decoder.0.bias"] == 3.0).all()
+
+
+def test_held_out_files_are_never_trained_on() -> None:
+    files = {"a": [bytes([n]) for n in range(10)], "b": [b"x", b"y"]}
+    kept, held = hold_out(files, 4)
+    assert held == {"a": [b"\x00", b"\x04", b"\x08"], "b": [b"x"]}
+    assert all(not set(kept[name]) & set(held[name]) for name in files)
+    assert sum(map(len, kept.values())) + sum(map(len, held.values())) == 12
+
+
+def test_a_source_without_pictures_is_named() -> None:
+    with pytest.raises(DataError, match=r"source 'poems' has no usable image"):
+        image_job(sources={"poems": {"kind": "embedded", "name": "poems_zh", "limit": 4}})
+
+
+def test_broken_pictures_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = image_job()
+    assert len(plain.held_out) == 3
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(10), 16000, format="WAV")
+    (tmp_path / "good.png").write_bytes(_embedded_picture())
+    job = image_job(
+        sources={"mine": {"kind": "folder", "path": str(tmp_path), "test_share": 0.0}}, held_out=2
+    )
+    assert len(job.held_out) == 1
+    assert "broken.png" in caplog.text
+
+
+def _embedded_picture() -> bytes:
+    source = image_recipe().sources["emoji"].open("emoji", "train", lambda name: pytest.fail(name))
+    return source[0]["image"]
+
+
+def test_mistakes_in_a_recipe_are_told_with_the_mend() -> None:
+    for changes, message in (
+        ({"loop": {"steps": "auto", "minutes": 1.0}}, "loop.steps must be a number"),
+        ({"lessons": {"sides": {30: 1.0}}}, "30 must be a multiple of 4"),
+        ({"lessons": {"shares": {"emojis": 1.0}}}, "did you mean 'emoji'"),
+        ({"lesson": {}}, "did you mean 'lessons'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            image_recipe(**changes)
+
+
+@pytest.mark.parametrize(("name", "stride"), [("codec-image-64", 8), ("codec-image-256", 4)])
+def test_the_recipes_of_the_shipped_picture_codecs_are_valid(name: str, stride: int) -> None:
+    recipe = read_config(ImageCodecRecipe, RECIPES / f"{name}.yaml")
+    assert recipe.codec.stride == stride and recipe.codec.codebook_size == 1000
+
+
+def test_a_sound_codec_trains_and_is_written(tmp_path: Path) -> None:
+    changes = [
+        "loop.steps=3", "loop.save_every=3", "loop.tensorboard=false", "lessons.batch=4", "lessons.seconds=0.24",
+        "codec.width=16", "codec.encoder_blocks=1", "codec.decoder_blocks=1", "sources.digits.limit=8", "held_out=4",
+    ]  # fmt: skip
+    recipe = read_config(SoundCodecRecipe, RECIPES / "codec-sound.yaml", changes)
+    job = SoundCodecJob(recipe, CPU)
+    train(job, recipe.loop, RunFolder.open(tmp_path))
+    assert load_codec(tmp_path / CODEC_FILE).encode(torch.zeros(1, 16000)).shape == (1, 25, 4)
+    assert json.loads((tmp_path / SCORES_FILE).read_text())["test"]["digits"]["log_mel_l1"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_codec_trains_on_the_gpu_in_half_precision(tmp_path: Path) -> None:
+    recipe = image_recipe()
+    train(ImageCodecJob(recipe, torch.device("cuda")), recipe.loop, RunFolder.open(tmp_path))
+    assert load_codec(tmp_path / CODEC_FILE).encode(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 8, 2)

@@ -1,0 +1,34 @@
+"""Settings of the loop that cannot work are refused, with the mend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from openm6.base.config import build
+from openm6.base.errors import ConfigError
+from openm6.train.config import LoopConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"steps": 0}, "steps: must be at least 1, or auto"),
+        ({"steps": "auto"}, "steps: auto needs minutes"),
+        ({"steps": "auto", "minutes": 3, "schedule": {"decay_share": 1.0}}, "decay_share to 0.9 or less"),
+        ({"optimizer": {"name": "adamm"}}, "no optimizer 'adamm'; did you mean 'adamw'"),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, "betas must both be at least 0 and below 1"),
+        ({"save_evry": 3}, "did you mean 'save_every'"),
+        ({"keep": 0}, "keep"),
+    ],
+)
+def test_what_cannot_work_is_refused(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        build(LoopConfig, values, "loop")
+    assert sentence in str(refusal.value)
+
+
+def test_the_config_survives_a_file() -> None:
+    config = LoopConfig(steps="auto", minutes=2)
+    assert LoopConfig.model_validate(config.model_dump(mode="json")) == config

@@ -1,0 +1,61 @@
+"""What a person sees of a run."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from openm6.train.display import LiveDisplay, Pace, PlainDisplay, describe, open_display
+
+LINE = {
+    "step": 20,
+    "loss": 2.5,
+    "loss/text": 2.25,
+    "grad_norm": 1.0,
+    "c_v": [0.5, 0.7],
+    "tokens_per_second": 6123.4,
+}
+LINE |= {"tokens": 1000, "non_finite": 0, "spikes": 0, "learning_rate": 0.001, "seconds": 3.0}
+SCORES = {"step": 20, "evaluation": {"accuracy": 0.625}}
+
+
+def test_a_line_in_words() -> None:
+    pace = Pace(0)
+    pace.observe(20)
+    words = describe(LINE, 40, pace)
+    assert words.startswith("step 20/40  loss 2.5000  loss/text 2.2500  6,123 tokens/s  c_v 0.60  ")
+    assert words.endswith("s left")
+    assert describe(SCORES, 40, pace) == "step 20/40  scores  accuracy 0.625"
+    assert "measuring the speed" in describe(LINE, None, pace)
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    display = open_display("demo", 0)
+    assert isinstance(display, PlainDisplay)
+    display.step(20, 40)
+    display.line(LINE)
+    display.close()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_live_table_shows_losses_speed_balance_and_scores() -> None:
+    screen = io.StringIO()
+    display = LiveDisplay("demo", 0, Console(file=screen, force_terminal=True, width=100))
+    display.line(LINE)
+    display.line(SCORES)
+    display.step(20, 40)
+    display.close()
+    shown = screen.getvalue()
+    for words in (
+        "demo",
+        "step 20 of 40",
+        "loss/text",
+        "2.2500",
+        "6,123",
+        "0.50 0.70",
+        "accuracy (step 20)",
+        "0.625",
+    ):
+        assert words in shown

@@ -1,0 +1,258 @@
+"""The loop: a resumed run equals an unbroken one, a stop saves, a step that is not finite changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from openm6.base.errors import CheckpointError, Interrupted, TrainingError
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest, list_checkpoints, read_state
+from openm6.train.job import StepResult
+from openm6.train.loop import TrainResult, train
+from openm6.train.recorder import Line, read_metrics
+from tests.train.toy_job import ToyBatch, ToyJob, toy_config
+
+ROOT = Path(__file__).parents[2]
+
+
+class CrashingJob(ToyJob):
+    """Dies in the middle of a step, as a machine might."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.crash_step = step
+
+    def loss(self, batch: ToyBatch) -> StepResult:
+        if batch.index + 1 == self.crash_step:
+            raise OSError("the lights went out")
+        return super().loss(batch)
+
+
+def untimed(run: RunFolder) -> list[Line]:
+    """The metrics of a run without what the clock decides."""
+    return [
+        {name: value for name, value in line.items() if name not in ("seconds", "tokens_per_second")}
+        for line in read_metrics(run)
+    ]
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Weights, optimizer, averages and metrics agree to the bit."""
+    ours, theirs = RunFolder(left), RunFolder(right)
+    first, second = latest(left), latest(right)
+    assert first.name == second.name
+    for name in ("model.safetensors", "optimizer.safetensors", "job.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    states = [read_state(folder) for folder in (first, second)]
+    for state in states:
+        state["progress"].pop("seconds")
+        state["recorder"].pop("seconds")
+    assert states[0] == states[1]
+    assert untimed(ours) == untimed(theirs)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 40 steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    train(ToyJob(), toy_config(), RunFolder.open(folder))
+    return folder
+
+
+def test_training_learns_and_tells(unbroken: Path) -> None:
+    lines = read_metrics(RunFolder(unbroken))
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
+    assert steps[-1]["tokens"] == 40 * 16 and steps[0]["seen"] == 1.0
+    assert len(steps[0]["c_v"]) == 1 and steps[0]["dropped"] == [0.25]
+    assert [line["step"] for line in lines if "evaluation" in line] == [9, 18, 27, 36, 40]
+    assert 0 < steps[-1]["learning_rate"] < 0.1 * steps[1]["learning_rate"]
+
+
+def test_the_last_checkpoints_are_kept(unbroken: Path) -> None:
+    checkpoints = list_checkpoints(unbroken / "checkpoints")
+    assert [folder.name for folder in checkpoints] == ["step-35", "step-40"]
+    assert (checkpoints[-1] / "model.json").read_text() == '{"kind": "toy"}\n'
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("crash", [3, 22, 40])
+def test_resumed_equals_unbroken(tmp_path: Path, optimizer: str, crash: int) -> None:
+    config = toy_config(optimizer)
+    train(ToyJob(), config, RunFolder.open(tmp_path / "whole"))
+    broken = RunFolder.open(tmp_path / "broken")
+    with pytest.raises(OSError, match="lights"):
+        train(CrashingJob(crash), config, broken)
+    train(ToyJob(), config, broken, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """The toy job in a process of its own, slow enough to be hit in the middle."""
+    command = [sys.executable, "-m", "tests.train.toy_job", str(folder), "--pause", "0.03", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    """Returns once the run's metrics tell of `step` or a later one."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = read_metrics(RunFolder(folder))
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.01)
+    process.kill()
+    pytest.fail(f"the run ended or hung before step {step}: {process.communicate()[1]}")
+
+
+def test_killed_at_a_random_step_and_resumed_equals_unbroken(tmp_path: Path, unbroken: Path) -> None:
+    """The kill falls at another moment in each run of the test; whichever it is, the end is the same."""
+    process = start(tmp_path)
+    wait_for_step(process, tmp_path, random.choice([5, 10, 15, 20, 25, 30]))
+    time.sleep(random.random() * 0.1)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert latest(tmp_path).name != "step-40"
+    train(ToyJob(), toy_config(), RunFolder(tmp_path), resume=True)
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_ctrl_c_saves_and_says_so_in_one_sentence(tmp_path: Path, unbroken: Path) -> None:
+    process = start(tmp_path)
+    wait_for_step(process, tmp_path, 10)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    checkpoint = latest(tmp_path)
+    assert errors.splitlines()[-1].startswith(f"stopped at step {checkpoint.name[5:]}, saved as {checkpoint}")
+    assert 10 <= read_state(checkpoint)["step"] < 40
+    train(ToyJob(), toy_config(), RunFolder(tmp_path), resume=True)
+    assert_same_run(unbroken, tmp_path)
+
+
+class StoppedJob(ToyJob):
+    """Gets a signal, as from a cluster that wants its machine back, once or twice within one step."""
+
+    def __init__(self, step: int, times: int) -> None:
+        super().__init__()
+        self.stop_step, self.times = step, times
+
+    def loss(self, batch: ToyBatch) -> StepResult:
+        if batch.index + 1 == self.stop_step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return super().loss(batch)
+
+
+def test_a_polite_kill_saves_too(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match=r"stopped at step 12, saved as .*step-12: go on with --resume"):
+        train(StoppedJob(12, times=1), toy_config(), RunFolder.open(tmp_path))
+    assert latest(tmp_path).name == "step-12"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_stop_ends_at_once(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(StoppedJob(12, times=2), toy_config(), RunFolder.open(tmp_path))
+    assert not isinstance(stop.value, Interrupted)
+    assert latest(tmp_path).name == "step-7"
+
+
+def test_a_stop_in_the_last_step_lets_the_run_finish(tmp_path: Path) -> None:
+    job = StoppedJob(40, times=1)
+    train(job, toy_config(), RunFolder.open(tmp_path))
+    assert job.finished == [tmp_path]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
+    job = ToyJob(spoilt=(4, 5, 9))
+    result = train(job, toy_config(steps=12), RunFolder.open(tmp_path))
+    assert result.non_finite == 3 and job.applied == 9
+    assert all(torch.isfinite(parameter).all() for parameter in job.model.parameters())
+    lines = [line for line in read_metrics(RunFolder(tmp_path)) if "loss" in line]
+    assert [line["non_finite"] for line in lines] == [2, 3, 3]
+    assert all(line["loss"] is not None for line in lines)
+
+
+def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path: Path) -> None:
+    """A run whose step 6 is spoilt ends like one that never took it: only the data went on."""
+    spoilt, plain = ToyJob(spoilt=(6,)), ToyJob()
+    train(spoilt, toy_config(steps=6, save_every=5), RunFolder.open(tmp_path / "spoilt"))
+    folders = [tmp_path / "spoilt/checkpoints" / name for name in ("step-5", "step-6")]
+    for name in ("optimizer.safetensors", "job.safetensors"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    train(plain, toy_config(steps=6), RunFolder.open(tmp_path / "plain"))
+    assert not torch.equal(plain.model[0].weight, spoilt.model[0].weight)
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    config = toy_config().model_copy(update={"max_non_finite": 3})
+    with pytest.raises(TrainingError, match=r"4 steps up to step 13: lower loop\.optimizer\.learning_rate"):
+        train(ToyJob(spoilt=tuple(range(10, 40))), config, RunFolder.open(tmp_path))
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path: Path, unbroken: Path) -> None:
+    with pytest.raises(TrainingError, match="already holds a run: add --resume"):
+        train(ToyJob(), toy_config(), RunFolder(unbroken))
+
+
+def test_resuming_nothing_starts_from_the_beginning(tmp_path: Path, unbroken: Path) -> None:
+    train(ToyJob(), toy_config(), RunFolder.open(tmp_path), resume=True)
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_resuming_a_finished_run_finishes_again(tmp_path: Path) -> None:
+    config = toy_config(steps=6)
+    first = train(ToyJob(), config, RunFolder.open(tmp_path))
+    job = ToyJob()
+    second = train(job, config, RunFolder(tmp_path), resume=True)
+    assert job.finished == [tmp_path] and job.applied == 6
+    assert isinstance(second, TrainResult) and second.checkpoint == first.checkpoint
+    assert second.scores == first.scores != {}
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    train(ToyJob(), toy_config(steps=6), RunFolder.open(tmp_path))
+    with pytest.raises(
+        CheckpointError, match=r"trained with adamw, not muon: set loop\.optimizer\.name back"
+    ):
+        train(ToyJob(), toy_config("muon"), RunFolder(tmp_path), resume=True)
+
+
+def test_a_broken_checkpoint_is_passed_over(tmp_path: Path, unbroken: Path) -> None:
+    run = RunFolder.open(tmp_path)
+    with pytest.raises(OSError, match="lights"):
+        train(CrashingJob(30), toy_config(), run)
+    weights = tmp_path / "checkpoints/step-28/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert latest(tmp_path).name == "step-21"
+    train(ToyJob(), toy_config(), run, resume=True)
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_a_failure_while_making_batches_is_told_in_the_main_thread(tmp_path: Path) -> None:
+    job = ToyJob()
+    stream = job.batches()
+    job.batches = lambda: (next(stream) for _ in range(3))  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="the data ended"):
+        train(job, toy_config(), RunFolder.open(tmp_path))
+
+
+def test_metrics_are_valid_json(unbroken: Path) -> None:
+    for text in (unbroken / "metrics.jsonl").read_text().splitlines():
+        json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))

@@ -1,0 +1,51 @@
+"""One step: what is drawn repeats, and the gradient is clipped as asked."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from openm6.train.step import Updater, seed_everything
+from tests.train.toy_job import ToyJob, toy_config
+
+
+def test_seeding_covers_every_generator_and_depends_on_the_purpose() -> None:
+    def draws(step: int) -> tuple[float, float, float]:
+        seed_everything(1, "step", step)
+        return float(torch.rand(())), float(np.random.rand()), random.random()
+
+    first, second, again = draws(1), draws(2), draws(1)
+    assert first == again
+    assert all(left != right for left, right in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_clipping(clip: float | None) -> None:
+    """The update sees the clipped gradient; the norm that is told is the one before."""
+    job = ToyJob()
+    updater = Updater(job, toy_config().model_copy(update={"clip": clip}))
+    seen: list[float] = []
+    updater.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in updater.parameters])))
+    )
+    report = updater.update(next(job.batches()), 1, 10)
+    assert report.grad_norm > 0.05
+    assert seen[0] == pytest.approx(report.grad_norm if clip is None else clip, rel=1e-3)
+
+
+def test_gradients_do_not_pile_up() -> None:
+    job = ToyJob()
+    updater = Updater(job, toy_config())
+    updater.update(next(job.batches()), 1, 10)
+    assert all(parameter.grad is None for parameter in updater.parameters)
+
+
+def test_half_precision_is_used_where_asked() -> None:
+    updater = Updater(ToyJob(), toy_config().model_copy(update={"precision": "bf16"}))
+    with updater.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with Updater(ToyJob(), toy_config()).autocast():  # auto, on a processor
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32

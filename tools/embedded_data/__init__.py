@@ -1,0 +1,1 @@
+"""How each data set that comes with the package is made from published packages."""
