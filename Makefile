@@ -1,9 +1,10 @@
 # make demo: train and judge the small model on the data in the package, two cores, some minutes
 # make test, make check: what every change must pass
-# PYTHON names the interpreter for the environment, e.g. make PYTHON=python3.12 demo
+# PYTHON names the interpreter for the environment, e.g. make PYTHON=python3.12 demo; WORKERS, processes for the tests
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: demo test check format clean
@@ -12,7 +13,7 @@ demo: $(VENV)/.ready
 	$(BIN)/openm6 demo
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

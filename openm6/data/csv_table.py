@@ -12,7 +12,7 @@ from pydantic import Field
 from openm6.base.errors import DataError
 from openm6.data.records import decode_utf8
 from openm6.data.storage import find_files, open_binary
-from openm6.data.table import ArrowTable, ChooseColumns, TableConfig
+from openm6.data.table import ArrowTable, ChooseColumns, TableConfig, UnreadableRowError
 
 BLOCK_BYTES = 16 << 20  # the longest row that can be read
 
@@ -30,7 +30,7 @@ class CsvTable(ArrowTable):
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
         """The cells of one row as text; DataError where the row is broken."""
         if row >= self.arrow.num_rows:
-            raise DataError(self.unreadable[row - self.arrow.num_rows])
+            raise UnreadableRowError(self.unreadable[row - self.arrow.num_rows])
         return {name: decode_utf8(cell, name) for name, cell in super().row(row, columns).items()}
 
     def column(self, column: str) -> list[Any]:

@@ -18,7 +18,7 @@ from openm6.data.propose import is_canonical, propose_fields, propose_tasks, rec
 from openm6.data.records import Record
 from openm6.data.source import Source, SourceConfig, Split
 from openm6.data.storage import is_remote
-from openm6.data.table import Table, TableConfig
+from openm6.data.table import Table, TableConfig, UnreadableRowError
 from openm6.data.tables import TABLE_ENDINGS, load_table, table_config
 from openm6.data.windows import WindowsConfig
 from openm6.modalities.image import read_image
@@ -52,7 +52,7 @@ class DataSet:
     columns: list[Column] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     unreadable: int = 0  # rows of all that cannot be taken apart
-    broken: int = 0  # of the sampled rows
+    broken: int = 0  # of the sampled rows, the unreadable ones not among them
     problems: list[Problem] = field(default_factory=list)  # the first MAX_PROBLEMS
     tasks: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
@@ -193,6 +193,8 @@ def _read(data_set: DataSet, source: Source) -> list[Record]:
         data_set.sampled += 1
         try:
             record = source[index]
+        except UnreadableRowError:  # reported when the table was opened
+            continue
         except DataError as error:
             data_set.broken += 1
             data_set.report("", error)

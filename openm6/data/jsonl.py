@@ -24,7 +24,7 @@ class JsonlTable(Table):
         self.where = path
         self._content = _content(path)
         self._ends = _line_ends(self._content)
-        starts = np.concatenate([[0], self._ends[:-1] + 1]).astype(np.int64)
+        starts = np.concatenate([[0], self._ends + 1])[: len(self._ends)].astype(np.int64)
         filled = [
             bool(self._content[a:b].strip())
             for a, b in zip(starts.tolist(), self._ends.tolist(), strict=True)

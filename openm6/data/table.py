@@ -21,6 +21,10 @@ ChooseColumns = Callable[[Sequence[str]], Sequence[str]]
 """Picks, from the names of all columns, those to read; raises DataError where one is not there."""
 
 
+class UnreadableRowError(DataError):
+    """A row that could not be taken apart when the table was opened."""
+
+
 class Table(ABC):
     """Rows and named columns, whatever they are stored as; `where` names the table in error sentences."""
 
@@ -93,7 +97,7 @@ class TableSource(Source):
         try:
             record = self._reader.read(self._table.row(row, self._reader.columns))
         except DataError as error:
-            raise DataError(
+            raise type(error)(
                 f"{self.name}, {self._table.place(row)} of {self._table.where}: {error}"
             ) from None
         record.setdefault("id", f"{self.name}/{row}")

@@ -12,12 +12,24 @@ UNITS = {"psnr": "dB"}  # by the last word of a metric's name; `code_bits` has i
 METRIC_NOTES = {  # name: title, and what it tells
     "exact_match": ("exact match", "answers equal to the truth, but for case and full stops"),
     "character_f1": ("character F1", "overlap of character pairs with the truth; 100 % is equal"),
-    "code_bits": ("bits a code", "what is still surprising about the codes of the true picture or sound: lower is better"),
-    "recognised": ("recognised", "drawings or utterances that a plain classifier of real ones takes for the right thing"),
+    "code_bits": (
+        "bits a code",
+        "what is still surprising about the codes of the true picture or sound: lower is better",
+    ),
+    "recognised": (
+        "recognised",
+        "drawings or utterances that a plain classifier of real ones takes for the right thing",
+    ),
     "hole_psnr": ("PSNR in the hole", "likeness of what was filled in to the truth, in decibels"),
-    "crps_share": ("CRPS share", "error of the whole predicted distribution (CRPS), as a part of the baseline’s error"),
+    "crps_share": (
+        "CRPS share",
+        "error of the whole predicted distribution (CRPS), as a part of the baseline’s error",
+    ),
     "mae": ("median’s error", "mean absolute error of the predicted median, in spreads of the column"),
-    "coverage_80": ("80 % coverage", "truths inside the 80 % interval: 80 % is right, more is timid, less is rash"),
+    "coverage_80": (
+        "80 % coverage",
+        "truths inside the 80 % interval: 80 % is right, more is timid, less is rash",
+    ),
 }
 _SCALES = ((10**12, "trillion", "T"), (10**9, "billion", "B"), (10**6, "million", "M"))
 _TIMES = ((86400, "days"), (3600, "hours"), (60, "minutes"))

@@ -57,9 +57,13 @@ def report_html(run: RunFolder, judgement: Judgement, facts: RunFacts) -> str:
         training(run, judgement, facts),
         _codecs(facts.codecs),
         _metrics(results),
-        tag("footer", "Written by OpenM6. The same figures for programs are in report.json, beside this file."),
+        tag(
+            "footer", "Written by OpenM6. The same figures for programs are in report.json, beside this file."
+        ),
     )
-    return "<!doctype html>\n" + tag("html", _head(facts), tag("body", body), attributes={"lang": "en"}) + "\n"
+    return (
+        "<!doctype html>\n" + tag("html", _head(facts), tag("body", body), attributes={"lang": "en"}) + "\n"
+    )
 
 
 def _head(facts: RunFacts) -> Markup:
@@ -89,7 +93,7 @@ def _opening(judgement: Judgement, facts: RunFacts) -> Markup:
         tag("h1", quoted(words(facts.name))),
         tag("p.summary", _trained(facts, judgement.results), " ", _found(judgement.results)),
         tag("dl.tiles", *[tag("div", tag("dd", value), tag("dt", name)) for name, value in tiles.items()]),
-        _contents(judgement.results),
+        _contents(judgement.results, facts),
     )
 
 
@@ -120,11 +124,15 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1] if names else ""
 
 
-def _contents(results: list[TaskResult]) -> Markup:
+def _contents(results: list[TaskResult], facts: RunFacts) -> Markup:
     links = {"pairs": "Pairs"}
     shown = {result.gives for result in results if result.samples}
     links |= {f"gives-{kind}": title for kind, (title, _) in HEADINGS.items() if kind in shown}
-    links |= {"training": "Training", "scores": "Reading the scores"}
+    links |= {
+        "training": "Training",
+        **({"codecs": "Codecs"} if facts.codecs else {}),
+        "scores": "Reading the scores",
+    }
     return tag("nav", *[tag("a", text, attributes={"href": f"#{place}"}) for place, text in links.items()])
 
 
@@ -137,21 +145,35 @@ def _codecs(codecs: dict[str, dict[str, float]]) -> Markup | None:
         rows = [tag("div", tag("dt", words(key)), tag("dd", plain(value))) for key, value in scores.items()]
         cards.append(tag("div.codec", tag("h3", name), tag("dl.scores", *rows)))
     lead = "Pictures and sounds are given as codes; their autoencoders bound how good an answer can look or sound."
-    return tag("section", tag("h2", "Codecs", attributes={"id": "codecs"}), tag("p.lead", lead), tag("div.codecs", *cards))
+    return tag(
+        "section",
+        tag("h2", "Codecs", attributes={"id": "codecs"}),
+        tag("p.lead", lead),
+        tag("div.codecs", *cards),
+    )
 
 
 def _metrics(results: list[TaskResult]) -> Markup:
     used = {name for result in results for name in (result.metric, *result.metrics)}
-    rows = [tag("div", tag("dt", title), tag("dd", note)) for name, (title, note) in METRIC_NOTES.items() if name in used]
-    records = tag("p.lead", "Scores are means over test records; a baseline knows the habits of the training data, no more.")
+    rows = [
+        tag("div", tag("dt", title), tag("dd", note))
+        for name, (title, note) in METRIC_NOTES.items()
+        if name in used
+    ]
+    records = tag(
+        "p.lead",
+        "Scores are means over test records; a baseline knows the habits of the training data, no more.",
+    )
     head = tag("h2", "Reading the scores", attributes={"id": "scores"})
     return tag("section", head, records, tag("dl.glossary", *rows))
 
 
 def _plain_data(value: Any) -> Any:
-    """A copy that JSON can hold: numpy's numbers as Python's, and null for what is not finite."""
+    """A copy that JSON and UTF-8 can hold: numpy's numbers as Python's, null for what is not finite."""
     if isinstance(value, dict):
-        return {str(key): _plain_data(inner) for key, inner in value.items()}
+        return {_plain_data(str(key)): _plain_data(inner) for key, inner in value.items()}
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become question marks
     if isinstance(value, (list, tuple)):
         return [_plain_data(inner) for inner in value]
     if isinstance(value, Real) and not isinstance(value, Integral):

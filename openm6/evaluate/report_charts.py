@@ -14,6 +14,7 @@ from openm6.evaluate.figures import plain, short_count
 from openm6.evaluate.report_markup import Markup, tag
 
 MOST_POINTS = 90
+_STRETCHED = {"viewBox": "0 0 100 100", "preserveAspectRatio": "none"}
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,18 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
 
 def path(frame: Frame, xs: np.ndarray, ys: np.ndarray, name: str) -> Markup:
     """A line through the points, broken where one is not finite; `name` is its class."""
-    pieces, pen = [], "M"
+    pieces, drawing = [], False
     for x, y in zip(frame.x(xs), frame.y(ys), strict=True):
         if math.isfinite(x) and math.isfinite(y):
-            pieces.append(f"{pen}{x:.2f} {y:.2f}")
-            pen = "L"
-        else:
-            pen = "M"
-    # A lone point has no length; `h0` with round ends makes it a dot.
-    pieces += ["h0"] if pieces else []
+            # `h0` gives a lone point a length of nothing, which round ends turn into a dot.
+            pieces.append(f"L{x:.2f} {y:.2f}" if drawing else f"M{x:.2f} {y:.2f}h0")
+        drawing = math.isfinite(x) and math.isfinite(y)
     return tag(f"path.{name}", attributes={"d": "".join(pieces)})
 
 
 def band(frame: Frame, xs: np.ndarray, low: np.ndarray, high: np.ndarray, name: str) -> Markup:
     """The area between two lines over the points at which both are finite."""
-    seen = np.isfinite(low) & np.isfinite(high)
+    seen = np.isfinite(low) & np.isfinite(high) & np.isfinite(xs)
     xs = frame.x(np.concatenate([xs[seen], xs[seen][::-1]]))
     ys = frame.y(np.concatenate([low[seen], high[seen][::-1]]))
     corners = "L".join(f"{x:.2f} {y:.2f}" for x, y in zip(xs, ys, strict=True))
@@ -87,7 +85,8 @@ def band(frame: Frame, xs: np.ndarray, low: np.ndarray, high: np.ndarray, name: 
 def upright(frame: Frame, x: float, name: str, top: float = 0, bottom: float = 100) -> Markup:
     """A line up and down at `x`, between two heights of the box."""
     place = float(frame.x(np.array(x)))
-    return tag(f"path.{name}", attributes={"d": f"M{place:.2f} {bottom:.2f}V{top:.2f}"})
+    shape = f"M{place:.2f} {bottom:.2f}V{top:.2f}" if math.isfinite(place) else ""
+    return tag(f"path.{name}", attributes={"d": shape})
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def plot(frame: Frame, layers: Sequence[Markup], axes: Axes, told: str, name: st
         tag("path.grid", attributes={"d": f"M0 {y:.2f}H100"})
         for y in frame.y(np.array([value for value, _ in axes.y]))
     ]
-    box: dict[str, str] = {"viewBox": "0 0 100 100", "preserveAspectRatio": "none", "role": "img", "aria-label": told}
+    box = {**_STRETCHED, "role": "img", "aria-label": told}
     rows = [_label("y", "top", float(frame.y(np.array(value))), text) for value, text in axes.y]
     columns = [_label("x", "left", float(frame.x(np.array(value))), text) for value, text in axes.x]
     return tag(f"div.{name}", tag("svg", *grid, *layers, attributes=box), *rows, *columns)
@@ -112,7 +111,8 @@ def plot(frame: Frame, layers: Sequence[Markup], axes: Axes, told: str, name: st
 
 def _label(axis: str, side: str, place: float, text: str) -> Markup:
     edge = ".first" if place < 8 else ".last" if place > 92 else ""
-    return tag(f"span.{axis}{edge}", text, attributes={"style": f"{side}:{place:.2f}%", "aria-hidden": "true"})
+    where = {"style": f"{side}:{place:.2f}%", "aria-hidden": "true"}
+    return tag(f"span.{axis}{edge}", text, attributes=where)
 
 
 def thin(values: np.ndarray, most: int = MOST_POINTS) -> list[np.ndarray]:
@@ -130,19 +130,26 @@ def history(steps: np.ndarray, lines: np.ndarray, told: str, from_zero: bool = F
     """Values over steps: one line in full, or several as fine lines with their mean in full.  # P, lines P"""
     places = np.array([mean_of(group) for group in thin(steps)])
     means = np.array([[mean_of(group) for group in thin(line)] for line in lines])
-    frame = Frame.around(places, means, from_zero)
+    low, high = _spread(lines[0]) if len(lines) == 1 else (means, means)
+    frame = Frame.around(places, np.stack([low, high]), from_zero)
     if len(lines) == 1:
-        ends = [[np.nanquantile(g, q) if np.isfinite(g).any() else math.nan for g in thin(lines[0])] for q in (0.1, 0.9)]
-        frame = Frame.around(places, np.array(ends), from_zero)
-        layers = [band(frame, places, np.array(ends[0]), np.array(ends[1]), "spread")]
+        layers = [band(frame, places, low, high, "spread")]
     else:
         layers = [path(frame, places, line, "fine") for line in means]
     layers.append(path(frame, places, np.array([mean_of(column) for column in means.T]), "line"))
+    whole = [value for value in ticks(frame.left, frame.right, 4) if value == round(value)]  # no half steps
     axes = Axes(
-        x=[(value, short_count(value)) for value in ticks(frame.left, frame.right, 4)],
+        x=[(value, short_count(value)) for value in whole],
         y=[(value, plain(value)) for value in ticks(frame.bottom, frame.top, 4)],
     )
     return plot(frame, layers, axes, told)
+
+
+def _spread(line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Between which values eight tenths of each group lie.  # P -> groups, groups"""
+    seen = [group[np.isfinite(group)] for group in thin(line)]
+    low, high = ([float(np.quantile(g, q)) if len(g) else math.nan for g in seen] for q in (0.1, 0.9))
+    return np.array(low), np.array(high)
 
 
 def bar(value: float, baseline: float, whole: float | None) -> Markup:
@@ -154,5 +161,4 @@ def bar(value: float, baseline: float, whole: float | None) -> Markup:
         tag("path.fill", attributes={"d": f"M0 50H{length:.1f}"}),
         tag("path.mark", attributes={"d": f"M{mark:.1f} 0V100"}),
     ]
-    box = {"viewBox": "0 0 100 100", "preserveAspectRatio": "none", "aria-hidden": "true"}
-    return tag("svg.bar", *shapes, attributes=box)
+    return tag("svg.bar", *shapes, attributes={**_STRETCHED, "aria-hidden": "true"})

@@ -18,11 +18,14 @@ from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
 from openm6.modalities.sound import RATE, read_sound
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of the side
 LARGEST_SIDE = 320  # pixels kept of a larger picture
-SHOWN = 128  # pixels on the page of the longer side of a small picture; whole multiples of 32 and 64 stay crisp
+SHOWN = 128  # pixels on the page of a picture's longer side: 32 and 64 go into it evenly and stay crisp
 MOST_SECONDS = 8.0
 WINDOW, BANDS, FRAMES = 512, 48, 120  # of a spectrogram
-_COLOURS = np.array([[17, 18, 33], [48, 44, 107], [28, 103, 133], [56, 166, 137], [197, 205, 104], [255, 246, 214]])
+_COLOURS = np.array(
+    [[17, 18, 33], [48, 44, 107], [28, 103, 133], [56, 166, 137], [197, 205, 104], [255, 246, 214]]
+)
 
 
 class Media:
@@ -31,9 +34,12 @@ class Media:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
+        self.full = False
 
-    def picture(self, raw: Any, caption: str, hole: tuple[float, float, float, float] | None = None) -> Markup:
+    def picture(self, raw: Any, caption: str, hole: Box | None = None) -> Markup:
         """A picture from file bytes, a Pillow image or an array, with the box that was hidden from the model."""
+        if self.full:
+            return _left_out(caption)
         try:
             picture = read_image(raw)
         except DataError as error:
@@ -43,35 +49,39 @@ class Media:
         if address is None:
             return _left_out(caption)
         share = SHOWN / max(picture.size)
-        size = {"width": max(1, round(picture.width * share)), "height": max(1, round(picture.height * share))}
-        small = ".tiny" if max(picture.size) < SHOWN else ""
-        image = tag(f"img{small}", attributes={"src": address, "alt": caption, "loading": "lazy", **size})
+        width, height = (max(1, round(side * share)) for side in picture.size)
+        small = ".tiny" if share > 1 else ""
+        about: dict[str, str | float] = {"src": address, "alt": caption, "width": width, "height": height}
+        image = tag(f"img{small}", attributes=about)
         veil = None if hole is None else _veil(hole)
         return tag("figure.picture", tag("div.frame", image, veil), tag("figcaption", caption))
 
     def sound(self, raw: Any, caption: str, gap: tuple[float, float] | None = None) -> Markup:
         """A player with a spectrogram for file bytes or 16 kHz samples; the stretch in `gap` is silent and veiled."""
+        if self.full:
+            return _left_out(caption)
         try:
             samples = read_sound(raw)
         except DataError as error:
             return _cannot(caption, error)
-        if gap is not None:
-            start, stop = (round(share * len(samples)) for share in gap)
-            samples = np.concatenate([samples[:start], np.zeros(stop - start, samples.dtype), samples[stop:]])
-        samples = samples[: int(MOST_SECONDS * RATE)]
+        start, stop = (round(share * len(samples)) for share in gap or (0, 0))
+        place = np.arange(len(samples))
+        samples = np.where((place >= start) & (place < stop), 0, samples)[: int(MOST_SECONDS * RATE)]
         view = self._address("image/png", _png(spectrogram(samples)))
         player = self._address("audio/wav", _wav(samples))
         if view is None or player is None:
             return _left_out(caption)
-        image = tag("img", attributes={"src": view, "alt": f"spectrogram: {caption}", "loading": "lazy"})
-        veil = None if gap is None else _veil((gap[0], 0.0, gap[1], 1.0))
-        audio = tag("audio", attributes={"controls": "", "preload": "none", "src": player, "aria-label": caption})
+        image = tag("img", attributes={"src": view, "alt": f"spectrogram: {caption}"})
+        veil = None if gap is None else _veil((start / len(samples), 0.0, stop / len(samples), 1.0))
+        controls = {"controls": "", "preload": "none", "src": player, "aria-label": caption}
+        audio = tag("audio", attributes=controls)
         said = f"{caption}, {len(samples) / RATE:.1f} s"
         return tag("figure.sound", tag("div.frame", image, veil), audio, tag("figcaption", said))
 
     def _address(self, kind: str, content: bytes) -> str | None:
         """The bytes as a data address, or None when they no longer fit."""
-        if self.used + len(content) > self.limit:
+        self.full = self.full or self.used + len(content) > self.limit
+        if self.full:
             return None
         self.used += len(content)
         return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
@@ -129,8 +139,8 @@ def _wav(samples: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _veil(box: tuple[float, float, float, float]) -> Markup:
-    """A hatched cover over a box given as shares: left, top, right, bottom."""
+def _veil(box: Box) -> Markup:
+    """A hatched cover over a box."""
     left, top, right, bottom = (100 * min(1.0, max(0.0, float(share))) for share in box)
     style = f"left:{left:.2f}%;top:{top:.2f}%;width:{right - left:.2f}%;height:{bottom - top:.2f}%"
     return tag("span.veil", attributes={"style": style})

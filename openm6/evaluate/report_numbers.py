@@ -20,7 +20,7 @@ SHARES = np.concatenate([[0.01], np.arange(0.025, 1, 0.025), [0.99]])
 
 
 def true_values(truth: Any) -> tuple[list[str], np.ndarray]:
-    """Names and values of a truth given as columns, as a series, or as bare numbers; NaN where nothing was seen.  # M"""
+    """Names and values of a truth given as columns, a series or bare numbers; NaN where none was seen.  # M"""
     if isinstance(truth, dict):
         return [str(name) for name in truth], _floats(truth.values())
     if isinstance(truth, NumberSeries):
@@ -37,7 +37,10 @@ def prediction(answer: Histogram, truth: Any) -> Markup:
     """One strip for each predicted value: shape of the distribution, 80 % interval, median and truth."""
     names, values = true_values(truth)
     values, names = _asked(answer, values, names)
-    strips = [_strip(answer, index, name, value) for index, (name, value) in enumerate(zip(names, values, strict=True))]
+    strips = [
+        _strip(answer, index, name, value)
+        for index, (name, value) in enumerate(zip(names, values, strict=True))
+    ]
     rest = len(strips) - MOST_STRIPS
     more = tag("p.more", f"and {rest} more") if rest > 0 else None
     return join([*strips[:MOST_STRIPS], more])
@@ -95,7 +98,7 @@ def _caption(name: str, cuts: tuple[float, float, float], truth: float) -> Marku
 def forecast(past: NumberSeries, answer: Histogram, truth: Any) -> Markup:
     """The past of a series, the fan of its predicted future (80 % and 50 %) and what came."""
     _, future = true_values(truth)
-    before = _floats(past.values)[-max(LEAST_PAST, PAST_SHARE * len(future)) :]
+    before = _floats(past.values or [None])[-max(LEAST_PAST, PAST_SHARE * len(future)) :]
     steps = np.arange(1, len(future) + 1)
     seen = np.isfinite(future) if len(answer.probability) != len(future) else np.ones(len(future), bool)
     if seen.sum() != len(answer.probability):
@@ -112,8 +115,8 @@ def forecast(past: NumberSeries, answer: Histogram, truth: Any) -> Markup:
         path(frame, np.concatenate([[0], steps]), np.concatenate([before[-1:], future]), "truth"),
         path(frame, steps[seen], cuts[0.5], "line"),
     ]
-    return tag("figure.number", plot(frame, layers, _clock(frame, len(future)), _told(past, cuts[0.5], future)),
-               _inside(past.name, cuts, future[seen]))  # fmt: skip
+    drawing = plot(frame, layers, _clock(frame, len(future)), _told(past, cuts[0.5], future))
+    return tag("figure.number", drawing, _inside(past.name, cuts, future[seen]))
 
 
 def _clock(frame: Frame, horizon: int) -> Axes:

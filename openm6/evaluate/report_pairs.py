@@ -20,11 +20,19 @@ _VERDICTS = {
 
 def pairs(results: list[TaskResult], numbers: dict[str, int]) -> Markup:
     """The table with its legend and the note on bits; `numbers` gives each task's anchor, where it has samples."""
-    legend = tag("ul.legend", *[tag("li", _sign(kind), text) for kind, text in _VERDICTS.items()])
-    table = tag("table.pairs", _head(), tag("tbody", *[_row(reads, results, numbers) for reads in MODALITIES]))
+    signs = [tag("li", _sign(kind), text) for kind, text in _VERDICTS.items()]
+    legend = tag("ul.legend", *signs, tag("li", tag("span.sign.better", "✓"), "better than the baseline"))
+    table = tag(
+        "table.pairs", _head(), tag("tbody", *[_row(reads, results, numbers) for reads in MODALITIES])
+    )
     lead = "Rows: what the model reads. Columns: what it gives. Each bar is a score, its mark the baseline."
     head = tag("h2", "Sixteen pairs", attributes={"id": "pairs"})
     return tag("section", head, tag("p.lead", lead), table, legend, bits_note())
+
+
+def pair(reads: str, gives: str) -> Markup:
+    """The names of two modalities with an arrow, each in its colour."""
+    return tag("p.pair", tag(f"b.tone-{reads}", reads), " → ", tag(f"b.tone-{gives}", gives))
 
 
 def bits_note() -> Markup:
@@ -58,10 +66,11 @@ def _head() -> Markup:
 def _row(reads: str, results: list[TaskResult], numbers: dict[str, int]) -> Markup:
     cells = []
     for gives in MODALITIES:
-        inside = [_entry(result, numbers) for result in results if (result.reads, result.gives) == (reads, gives)]
+        inside = [
+            _entry(result, numbers) for result in results if (result.reads, result.gives) == (reads, gives)
+        ]
         if inside:
-            pair = tag("p.pair", tag(f"b.tone-{reads}", reads), " → ", tag(f"b.tone-{gives}", gives))
-            cells.append(tag("td", pair, *inside))
+            cells.append(tag("td", pair(reads, gives), *inside))
         else:
             cells.append(tag("td.empty", tag("span", "not taught")))
     head = tag(f"th.tone-{reads}", tag("b", reads), " →", attributes={"scope": "row"})
@@ -75,7 +84,12 @@ def _entry(result: TaskResult, numbers: dict[str, int]) -> Markup:
         name = tag("a", name, attributes={"href": f"#task-{numbers[result.name]}"})
     low, high = (signed(end) for end in result.bits_interval)
     bits = tag("p.bits", _sign(kind), " ", tag("b", signed(result.bits_gained)), f" bits [{low}, {high}]")
-    return tag(f"div.entry.{kind}", tag("p.name", name, " ", tag("small", words(result.source))), *_value(result), bits)
+    return tag(
+        f"div.entry.{kind}",
+        tag("p.name", name, " ", tag("small", words(result.source))),
+        *_value(result),
+        bits,
+    )
 
 
 def _value(result: TaskResult) -> list[Markup]:
@@ -84,8 +98,8 @@ def _value(result: TaskResult) -> list[Markup]:
     line = [value, f" {metric_title(result.metric)}"]
     known = math.isfinite(result.baseline)
     if known:
-        better = tag("span.better", " ✓ better") if beats(result.value, result.baseline, result.better) else None
-        line += [tag("span.base", f"{result.baseline_name}: {score(result.metric, result.baseline)}", better)]
+        better = tag("span.better", " ✓") if beats(result.value, result.baseline, result.better) else None
+        line += [tag("span.base", f"{result.baseline_name} {score(result.metric, result.baseline)}", better)]
     drawn = known and math.isfinite(result.value) and min(result.value, result.baseline) >= 0
     whole = 1.0 if is_share(result.metric) and result.better == "higher" else None
     chart = bar(result.value, result.baseline, whole) if drawn else None

@@ -13,9 +13,11 @@ from openm6.evaluate.metrics import same_text
 from openm6.evaluate.report_markup import Markup, join, quoted, tag
 from openm6.evaluate.report_media import Media, heard
 from openm6.evaluate.report_numbers import forecast, prediction
+from openm6.evaluate.report_pairs import pair
 from openm6.evaluate.results import Sample, TaskResult
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram, NumberSeries
+from openm6.modalities.sound import RATE
 from openm6.tasks.registry import TASKS
 
 AT_ONCE, MOST_SAMPLES = 3, 6  # of one task: shown at once, and with those that unfold
@@ -37,7 +39,8 @@ def samples_by_answer(results: list[TaskResult], numbers: dict[str, int]) -> Mar
     for kind, (title, lead) in HEADINGS.items():
         cards = []
         for result in (result for result in results if result.samples and result.gives == kind):
-            media = Media(left // waiting)  # an equal share of what is left: what one task saves, the next may use
+            # An equal share of what is left: what one task saves, the next may use.
+            media = Media(left // waiting)
             cards.append(_task(result, numbers[result.name], media))
             left, waiting = left - media.used, waiting - 1
         if cards:
@@ -48,19 +51,20 @@ def samples_by_answer(results: list[TaskResult], numbers: dict[str, int]) -> Mar
 
 
 def _legend() -> Markup:
-    entries = {"shape": "predicted", "interval": "80 % interval", "median": "median", "truth": "truth", "past": "past"}
+    entries = {"shape": "predicted", "interval": "80 % interval"}
+    entries |= {name: name for name in ("median", "truth", "past")}
     return tag("ul.legend", *[tag("li", tag(f"i.{name}"), text) for name, text in entries.items()])
 
 
 def _task(result: TaskResult, number: int, media: Media) -> Markup:
     task = TASKS.get(result.task)
     title = tag("h3", words(result.task), tag("small", words(result.source)))
-    pair = tag("p.pair", tag(f"b.tone-{result.reads}", result.reads), " → ", tag(f"b.tone-{result.gives}", result.gives))
     about = tag("p.about", f"{task.summary[0].upper()}{task.summary[1:]}.") if task else None
     cards = [_sample(sample, media) for sample in result.samples[:MOST_SAMPLES]]
-    head = tag("header", tag("div", pair, title, about), _scores(result))
-    return tag("article.task", head, tag("div.samples", *cards[:AT_ONCE]), _more(cards[AT_ONCE:]),
-               attributes={"id": f"task-{number}"})  # fmt: skip
+    head = tag("header", tag("div", pair(result.reads, result.gives), title, about), _scores(result))
+    place = {"id": f"task-{number}"}
+    shown = tag("div.samples", *cards[:AT_ONCE])
+    return tag("article.task", head, shown, _more(cards[AT_ONCE:]), attributes=place)
 
 
 def _more(cards: list[Markup]) -> Markup | None:
@@ -75,7 +79,8 @@ def _scores(result: TaskResult) -> Markup:
     for name, value in ({result.metric: result.value} | result.metrics).items():
         against = f" ({result.baseline_name} {score(name, result.baseline)})" if name == result.metric else ""
         against = against if np.isfinite(result.baseline) else ""
-        rows.append(tag("div", tag("dt", metric_title(name)), tag("dd", tag("b", score(name, value)), against)))
+        value_said = tag("dd", tag("b", score(name, value)), against)
+        rows.append(tag("div", tag("dt", metric_title(name)), value_said))
     bits = tag(f"b.{standing(result.bits_interval)}", signed(result.bits_gained))
     rows.append(tag("div", tag("dt", "bits gained"), tag("dd", bits)))
     return tag("dl.scores", *rows)
@@ -107,7 +112,7 @@ def _cut_like(answer: Any, truth: Any) -> Any:
     if not isinstance(answer, np.ndarray):
         return truth
     try:
-        return heard(Part("sound", truth, {"seconds": len(answer) / 16_000}))
+        return heard(Part("sound", truth, {"seconds": len(answer) / RATE}))
     except DataError:
         return truth
 
@@ -138,10 +143,11 @@ def _given(part: Part, media: Media) -> Markup:
 
 
 def _columns(values: dict[str, Any]) -> Markup:
-    rows = [
-        tag("div", tag("dt", words(str(name))), tag("dd", "missing" if value is None else plain(float(value))))
+    said = {
+        words(str(name)): "missing" if value is None else plain(float(value))
         for name, value in list(values.items())[:MOST_COLUMNS]
-    ]
+    }
+    rows = [tag("div", tag("dt", name), tag("dd", value)) for name, value in said.items()]
     rest = len(values) - MOST_COLUMNS
     more = tag("div", tag("dt", f"and {rest} more"), tag("dd", "…")) if rest > 0 else None
     return tag("dl.columns", *rows, more)

@@ -12,7 +12,7 @@ import numpy as np
 
 from openm6.base.run_folder import RunFolder
 from openm6.evaluate.figures import count, duration, plain
-from openm6.evaluate.report_charts import history
+from openm6.evaluate.report_charts import history, mean_of
 from openm6.evaluate.report_markup import Markup, tag
 from openm6.evaluate.report_pairs import MODALITIES
 from openm6.evaluate.results import Judgement, RunFacts
@@ -42,8 +42,8 @@ def training(run: RunFolder, judgement: Judgement, facts: RunFacts) -> Markup:
     lines = read_lines(run)
     head = tag("h2", "How it was trained", attributes={"id": "training"})
     if len(lines) < 2:
-        return tag("section", head, tag("p.lead", "No curves: metrics.jsonl of this run holds fewer than two lines."),
-                   _facts(lines, judgement, facts))  # fmt: skip
+        none = tag("p.lead", "No curves: metrics.jsonl of this run holds fewer than two lines.")
+        return tag("section", head, _facts(lines, judgement, facts), none)
     steps = np.array([line["step"] for line in lines], float)
     lead = "Surprise at the true answers while training, by what the model gives, in nats a token: lower is better."
     losses = [_loss(name, steps, lines) for name in loss_names(lines)]
@@ -73,7 +73,8 @@ def _loss(name: str, steps: np.ndarray, lines: Lines) -> Markup:
     kind = _kind(name)
     values = _column(lines, name)
     first, last = _ends(values)
-    return _chart(kind, f"{plain(first, 3)} → {plain(last, 3)}", history(steps, values[None], f"loss {kind} over steps"), kind)
+    drawing = history(steps, values[None], f"loss {kind} over steps")
+    return _chart(kind, f"{plain(first, 3)} → {plain(last, 3)}", drawing, kind)
 
 
 def _load(steps: np.ndarray, lines: Lines) -> Markup | None:
@@ -81,7 +82,7 @@ def _load(steps: np.ndarray, lines: Lines) -> Markup | None:
     if not len(layers):
         return None
     chart = history(steps, layers, "load variation of the experts over steps", from_zero=True)
-    last = _ends(np.array([np.nanmean(column) if np.isfinite(column).any() else math.nan for column in layers.T]))[1]
+    last = _ends(np.array([mean_of(column) for column in layers.T]))[1]
     note = "σ/μ of the tokens per expert, by layer (fine) and on average: 0 is a perfect balance."
     return _chart("expert load c_v", plain(last, 3), chart, "plain", note)
 
@@ -90,7 +91,8 @@ def _speed(steps: np.ndarray, lines: Lines) -> Markup:
     values = _column(lines, "tokens_per_second")
     middle = float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
     chart = history(steps, values[None], "tokens a second over steps", from_zero=True)
-    return _chart("tokens a second", plain(middle), chart, "plain", "Packed tokens, source and target, median above.")
+    note = "Packed tokens, source and target, median above."
+    return _chart("tokens a second", plain(middle), chart, "plain", note)
 
 
 def _chart(title: str, reading: str, drawing: Markup, tone: str, note: str | None = None) -> Markup:
@@ -121,7 +123,9 @@ def _layers(lines: Lines, name: str) -> np.ndarray:
     """Values of a key that holds one value for each layer.  # L P"""
     rows = [line.get(name) or [] for line in lines]
     deep = max((len(row) for row in rows), default=0)
-    return np.array([[_number(row[layer] if layer < len(row) else None) for row in rows] for layer in range(deep)])
+    return np.array(
+        [[_number(row[layer] if layer < len(row) else None) for row in rows] for layer in range(deep)]
+    )
 
 
 def _number(value: Any) -> float:

@@ -29,6 +29,14 @@ def print_table(judgement: Judgement, console: Console) -> None:
     console.print(Text(_summary(judgement), style="dim"))
 
 
+def summary(result: TaskResult) -> str:
+    """One result as a line of a log."""
+    low, high = (signed(end) for end in result.bits_interval)
+    value, baseline = (score(result.metric, figure) for figure in (result.value, result.baseline))
+    bits = f"{signed(result.bits_gained)} bits ({low} … {high})"
+    return f"{result.name}: {metric_title(result.metric)} {value}, baseline {baseline}, {bits}"
+
+
 def _cells(result: TaskResult) -> list[Text]:
     # Text, not str: rich would read square brackets in a name as its own markup.
     better = beats(result.value, result.baseline, result.better)

@@ -14,7 +14,7 @@ from openm6.modalities.registry import Modalities
 from openm6.modalities.sequence import Batch, KindOfTokens
 from openm6.modalities.text import TextAdapter
 from openm6.models.backbone import Backbone
-from openm6.models.config import BackboneConfig
+from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.cache import KVCache
 from openm6.nn.experts import RouterLoad
 from openm6.ops.sequence import Layout
@@ -57,6 +57,12 @@ class Omni(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.text.embedding.weight.device
+
+    def count_parameters(self) -> tuple[int, int]:
+        """All parameters, and those that one token meets: the backbone's active ones and all adapters."""
+        adapters = sum(parameter.numel() for parameter in self.adapters.parameters())
+        backbone = count_parameters(self.config)
+        return backbone.total + adapters, backbone.active + adapters
 
     def embed(self, kinds: dict[str, KindOfTokens], rows: int, length: int) -> Tensor:
         """All tokens of a batch at their places; padding is zero.  # -> R S D"""

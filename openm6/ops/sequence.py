@@ -159,7 +159,7 @@ def block_kinds(query: Layout, key: Layout, block: int = BLOCK) -> tuple[Tensor,
     low_k, high_k, low_order_k, high_order_k, private_k = (part[:, None, :] for part in _summary(key, block))
     apart = (high_q < low_k) | (high_k < low_q)
     one_sample = (low_q == high_q) & (low_k == high_k) & (low_q == low_k)
-    later = one_sample & (low_order_k > high_order_q)
+    later = low_order_k > high_order_q
     whole = one_sample & (high_order_k <= low_order_q) & (private_k == 0)
     return ~(apart | later), whole
 

@@ -14,12 +14,18 @@ from openm6.base.errors import ConfigError, DataError
 from openm6.base.files import replace_text
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest, read_state
 from openm6.data.mixture import Component, Mixture
 from openm6.data.packing import Packer
 from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
+from openm6.evaluate.report import write_report
+from openm6.evaluate.results import RunFacts
+from openm6.evaluate.run import evaluate
+from openm6.evaluate.table import summary
+from openm6.modalities.codec import codec_scores
 from openm6.modalities.numbers import Scales, fit_scale
 from openm6.modalities.sequence import Batch
 from openm6.modalities.text import train_tokenizer
@@ -89,6 +95,25 @@ class MultimodalJob(Job):
 
     def after_step(self, result: StepResult) -> None:
         self.omni.backbone.update_balance(list(result.loads))  # type: ignore[arg-type]
+
+    def finish(self, run: RunFolder) -> None:
+        """Judges the run on its test records and writes report.html and report.json."""
+        judgement = evaluate(run.path, tell=lambda result: get_log().info(summary(result)))
+        progress = read_state(latest(run.path))["progress"]
+        total, active = self.omni.count_parameters()
+        codecs = {name: codec_scores(name) for name in (self.recipe.modalities.image.codec, self.recipe.modalities.sound.codec)}
+        facts = RunFacts(
+            name=run.name,
+            preset=self.recipe.model.preset,
+            total_parameters=total,
+            active_parameters=active,
+            tokens=int(progress["tokens"]),
+            steps=int(progress["step"]),
+            seconds=float(progress["seconds"]),
+            codecs=codecs,
+        )
+        write_report(run, judgement, facts)
+        get_log().info(f"wrote {run.path / 'report.html'}")
 
     def files(self) -> dict[str, str]:
         return {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}

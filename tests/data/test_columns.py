@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from datetime import datetime
+
+import pytest
+
+from openm6.data.columns import column_of
+from tests.data.pictures import png, wav
+
+TITLES = ["a red cup", "two blue plates", "the last green bowl", "one fork", "a set of six knives"]
+
+
+@pytest.mark.parametrize(
+    "name, cells, kind",
+    [
+        ("photo", ["a.PNG", "b/c.jpeg", None], "picture"),
+        ("photo", [png(), None], "picture"),
+        ("photo", [{"bytes": png(), "path": None}], "picture"),
+        ("clip", ["a.wav", "b.flac"], "sound"),
+        ("clip", [wav()], "sound"),
+        ("price", ["1.5", "", "-2e3", "NA", None], "number"),
+        ("price", [1, 2, 2.5, float("nan")], "number"),
+        ("colour", ["red", "blue", "red", "blue", "red"], "category"),
+        ("label", [0, 1, 0, 2] * 5, "category"),
+        ("title", TITLES, "free text"),
+        ("id", [3, 1, 2], "identifier"),
+        ("sku", [f"AB-{number}" for number in range(20)], "identifier"),
+        ("day", ["2024-01-01", "2024-01-02"], "date"),
+        ("day", [datetime(2024, 1, 1)], "date"),
+        ("split", ["train", "test", "train"], "split"),
+        ("tags", [["a"], ["b", "c"]], "list"),
+        ("about", [{"a": 1}], "mapping"),
+        ("nothing", [None, "", "n/a"], "empty"),
+    ],
+)
+def test_kinds(name, cells, kind):
+    assert column_of(name, cells).kind == kind
+
+
+def test_what_is_said_of_a_column():
+    column = column_of("price", [1, 3, "", "cheap", 2] + [2] * 15)
+    assert (column.kind, column.missing, column.odd) == ("number", 1, 1)
+    assert column.summary == "1 to 3, mean 2"
+    assert column_of("colour", ["red"] * 3 + ["blue"] * 3).summary == "red (3), blue (3)"
+    assert column_of("colour", ["red"] * 3 + ["blue"] * 3).distinct == 2
+
+
+def test_languages():
+    assert column_of("t", ["一只红色的杯子", "两个蓝色的盘子，很大"]).language == "zh"
+    assert column_of("t", TITLES).language == "en"
+    assert column_of("price", [1, 2]).language is None
+
+
+def test_years_of_eight_digits_are_numbers_and_half_broken_columns_are_text():
+    assert column_of("n", ["20240101", "20240102"]).kind == "number"
+    assert column_of("n", ["1", "2", "x y z", "long words here", "5"]).kind == "free text"

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from openm6.base.config import build
+from openm6.base.errors import DataError
+from openm6.data.inspect import Inspection, inspect_path
+from openm6.data.sources import open_sources
+from openm6.train.recipe import MultimodalRecipe
+from tests.data.pictures import png, wav
+
+
+def recipe_of(inspection: Inspection) -> MultimodalRecipe:
+    """The proposed recipe, which must be one that training accepts and whose sources open."""
+    assert inspection.recipe is not None
+    recipe = build(MultimodalRecipe, yaml.safe_load(inspection.recipe), "proposal")
+    open_sources(recipe.sources, "train")
+    return recipe
+
+
+def tasks_of(inspection: Inspection, name: str) -> list[str]:
+    return next(found.tasks for found in inspection.data_sets if found.name == name)
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A shop's table with a picture that is broken, one that is missing, a wrong cell and a wrong line."""
+    for number in range(40):
+        (tmp_path / f"{number}.png").write_bytes(png() if number != 5 else b"\x89PNG broken")
+    (tmp_path / "6.png").unlink()
+    lines = ["photo,title,price,rating,category,seller"]
+    for number in range(40):
+        price = "cheap" if number == 7 else "NaN" if number == 8 else str(number)
+        lines.append(f"{number}.png,a fine thing no {number},{price},{number % 5},{'ab'[number % 2]}-ware,Jo")
+    lines.append("1.png,too,many,cells,in,this,line")
+    (tmp_path / "shop.csv").write_bytes("\n".join(lines).encode() + b"\n2.png,\xff\xfe,1,1,a-ware,Jo\n")
+    return tmp_path / "shop.csv"
+
+
+def test_a_shop_with_troubles(shop):
+    inspection = inspect_path(str(shop))
+    (found,) = inspection.data_sets
+    assert (found.name, found.kind, found.rows) == ("shop", "csv", 42)
+    assert {column.name: column.kind for column in found.columns} == {
+        "photo": "picture",
+        "title": "free text",
+        "price": "number",
+        "rating": "number",
+        "category": "category",
+        "seller": "category",
+    }
+    assert found.source["fields"] == {
+        "image": "photo",
+        "text_en": "title",
+        "label": "category",
+        "numbers": ["price", "rating"],
+    }
+    assert found.unused == ["seller"]
+    assert (found.unreadable, found.broken) == (1, 4)
+    reasons = " | ".join(f"{problem.where} {problem.reason}" for problem in found.problems)
+    for wanted in (
+        "7 cells where the header has 6",
+        "no file '6.png'",
+        "shop/5 the picture",
+        "'cheap'",
+        "not UTF-8",
+    ):
+        assert wanted in reasons
+    assert {"classify_picture", "describe_picture", "draw", "number_from_picture", "predict_number"} <= set(
+        found.tasks
+    )
+    assert recipe_of(inspection).sources["shop"].kind == "csv"
+    json.dumps(asdict(inspection))
+
+
+def test_a_folder_of_tables_with_test_parts(tmp_path):
+    for part, count in (("train", 30), ("test", 10)):
+        rows = {
+            "text_en": [f"words {n} of the {part} part" for n in range(count)],
+            "label": ["x", "y"] * (count // 2),
+        }
+        pq.write_table(pa.table(rows), tmp_path / f"notes-{part}.parquet")
+    inspection = inspect_path(str(tmp_path))
+    (found,) = inspection.data_sets
+    assert (found.name, found.train, found.test, found.source["kind"]) == ("notes", 30, 10, "parquet")
+    assert "fields" not in found.source  # the columns have canonical names already
+    assert found.tasks == ["classify_text"]
+    recipe_of(inspection)
+
+
+def test_a_folder_of_pictures(tmp_path):
+    for kind in ("cat", "dog"):
+        (tmp_path / kind).mkdir()
+        for number in range(10):
+            (tmp_path / kind / f"{number}.png").write_bytes(png())
+    (tmp_path / "dog" / "bad.png").write_bytes(b"no picture")
+    inspection = inspect_path(str(tmp_path))
+    (found,) = inspection.data_sets
+    assert (found.kind, found.rows, found.broken) == ("folder", 21, 1)
+    assert found.tasks == ["classify_picture"]
+    assert [column.summary for column in found.columns] == ["cat (10), dog (10)"]
+    recipe_of(inspection)
+
+
+def test_sounds_and_their_words(tmp_path):
+    rows = [{"clip": f"{number}.wav", "sentence": f"word number {number} is said"} for number in range(12)]
+    for row in rows:
+        (tmp_path / row["clip"]).write_bytes(wav())
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inspection = inspect_path(str(tmp_path / "said.jsonl"))
+    assert tasks_of(inspection, "said") == ["transcribe", "speak"]
+    recipe_of(inspection)
+
+
+def test_a_series(tmp_path):
+    days = [f"20{10 + n // 336}-{1 + n // 28 % 12:02d}-{1 + n % 28:02d},{n % 7},{n}" for n in range(400)]
+    (tmp_path / "w.csv").write_text("date,rain,wind\n" + "\n".join(days) + "\n")
+    inspection = inspect_path(str(tmp_path / "w.csv"))
+    assert tasks_of(inspection, "w_series") == ["forecast"]
+    assert recipe_of(inspection).sources["w_series"].columns == ["rain", "wind"]
+
+
+def test_a_text_that_tells_its_label_is_no_task(tmp_path):
+    rows = [f"the {kind} ware number {n},{kind}" for n in range(30) for kind in ("red", "blue")]
+    (tmp_path / "t.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    assert "classify_text" not in tasks_of(inspect_path(str(tmp_path / "t.csv")), "t")
+
+
+@pytest.mark.parametrize("content", ["", "no table at all", "\n\n"])
+def test_a_file_without_anything_usable(tmp_path, content):
+    (tmp_path / "x.csv").write_text(content)
+    inspection = inspect_path(str(tmp_path / "x.csv"))
+    assert inspection.recipe is None and inspection.data_sets[0].problems
+
+
+def test_nothing_there(tmp_path):
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(DataError, match="nothing at|holds no tables"):
+            inspect_path(str(path))

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openm6.base.errors import DataError
+from openm6.data.mixture import Component, Draw, Mixture
+from tests.data.lists import ListSource
+
+
+def components(lengths: list[int], weights: list[float] | None = None) -> list[Component]:
+    sources = [
+        ListSource(f"s{n}", [{"id": f"{n}/{i}"} for i in range(length)]) for n, length in enumerate(lengths)
+    ]
+    return [
+        Component(source=source, task="t", weight=weight)
+        for source, weight in zip(sources, weights or [1.0] * len(lengths), strict=True)
+    ]
+
+
+def draws(mixture: Mixture, count: int) -> list[Draw]:
+    return [mixture.draw() for _ in range(count)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(0, 2**63), st.integers(0, 60))
+def test_resuming_anywhere_goes_on_exactly(lengths, seed, before):
+    unbroken = Mixture(components(lengths), seed)
+    draws(unbroken, before)
+    state = json.loads(json.dumps(unbroken.state()))
+    resumed = Mixture(components(lengths), seed)
+    resumed.restore(state)
+    assert draws(resumed, 50) == draws(unbroken, 50)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 2**32))
+def test_each_epoch_holds_each_record_once(lengths, seed):
+    seen: Counter[tuple[int, int, int]] = Counter()
+    found = draws(Mixture(components(lengths), seed), 200)
+    for draw in found:
+        seen[draw.component, draw.epoch, draw.index] += 1
+        assert 0 <= draw.index < lengths[draw.component]
+    assert max(seen.values()) == 1
+    assert [draw.serial for draw in found] == list(range(200))
+    for number, length in enumerate(lengths):
+        finished = max((draw.epoch for draw in found if draw.component == number), default=0)
+        for epoch in range(finished):
+            assert sum((number, epoch, index) in seen for index in range(length)) == length
+
+
+def test_weights_are_kept():
+    counts = Counter(
+        draw.component for draw in draws(Mixture(components([5, 5, 5], [1.0, 2.0, 5.0]), 3), 8000)
+    )
+    assert [counts[n] / 8000 for n in range(3)] == pytest.approx([0.125, 0.25, 0.625], abs=0.02)
+
+
+def test_epochs_are_shuffled_anew_and_seeds_differ():
+    orders = [[draw.index for draw in draws(Mixture(components([30]), seed), 60)] for seed in (1, 2)]
+    assert orders[0][:30] != orders[0][30:] and orders[0] != orders[1]
+    assert orders[0][:30] != sorted(orders[0][:30])
+
+
+def test_an_unrelated_component_does_not_reorder_the_others():
+    alone = [draw.index for draw in draws(Mixture(components([20]), 5), 20)]
+    together = [draw.index for draw in draws(Mixture(components([20, 7]), 5), 80) if draw.component == 0]
+    assert together[:20] == alone
+
+
+def test_a_draw_gives_its_record():
+    mixture = Mixture(components([4, 3]), 0)
+    for draw in draws(mixture, 20):
+        assert mixture.record(draw)["id"] == f"{draw.component}/{draw.index}"
+
+
+def test_a_broken_record_is_an_error_and_the_sequence_goes_on():
+    mixture = Mixture([Component(source=ListSource("x", [None]), task="t")], 0)
+    with pytest.raises(DataError, match="x, row 0"):
+        mixture.record(mixture.draw())
+    assert mixture.draw() == Draw(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("change", ["seed", "length", "name"])
+def test_changed_data_is_noticed(change):
+    state = Mixture(components([4, 3]), 0).state()
+    other = {"seed": Mixture(components([4, 3]), 1), "length": Mixture(components([4, 2]), 0)}
+    renamed = [Component(source=part.source, task="other") for part in components([4, 3])]
+    mixture = other.get(change) or Mixture(renamed, 0)
+    with pytest.raises(DataError, match="restore the data|resume with the recipe"):
+        mixture.restore(state)
+
+
+@pytest.mark.parametrize(
+    "parts, reason",
+    [
+        ([], "empty"),
+        (components([0]), "no records"),
+        (components([1], [0.0]), "weight 0.0"),
+        (components([1], [float("nan")]), "weight nan"),
+        (components([1]) * 2, "give one of them a name"),
+    ],
+)
+def test_mixtures_that_cannot_be(parts, reason):
+    with pytest.raises(DataError, match=reason):
+        Mixture(parts, 0)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+
+from openm6.base.errors import DataError
+from openm6.data.pairs import PairsConfig
+from openm6.data.parquet import EmbeddedConfig
+from openm6.data.sources import open_sources
+from tests.data.lists import ListConfig
+
+DIGITS = {
+    "digits": EmbeddedConfig(name="digits"),
+    "spoken": EmbeddedConfig(name="espeak_digits"),
+    "pairs": PairsConfig(left="digits", right="spoken"),
+}
+
+
+def test_a_written_digit_meets_a_spoken_one():
+    pairs = open_sources(DIGITS, "train")["pairs"]
+    assert len(pairs) == 1618
+    for index in range(0, 1618, 97):
+        record = pairs[index]
+        assert record["image"] and record["audio"]
+        written, spoken = record["id"].split(" + ")
+        assert written.startswith("digits/") and int(spoken.rsplit("_", 1)[1]) == record["label_id"]
+        assert record["extra"]["spoken_language"] in ("en", "zh")
+        assert (
+            "Debian" not in record["license"] and "CC-BY" in record["license"] and "CC0" in record["license"]
+        )
+
+
+def test_partners_change_with_the_epoch_and_nothing_else():
+    pairs = open_sources(DIGITS, "train")["pairs"]
+    again = open_sources(DIGITS, "train")["pairs"]
+    partners = [[pairs.at(index, epoch)["id"] for index in range(40)] for epoch in range(3)]
+    assert partners[1] == [again.at(index, 1)["id"] for index in reversed(range(40))][::-1]
+    assert partners[0] == [pairs[index]["id"] for index in range(40)]
+    assert len({tuple(names) for names in partners}) == 3
+
+
+def test_test_pairs_hold_test_records_only():
+    train, test = open_sources(DIGITS, "train"), open_sources(DIGITS, "test")
+    spoken = set(test["spoken"].values("id"))
+    written = set(test["digits"].values("id"))
+    for index in range(len(test["pairs"])):
+        left, right = test["pairs"][index]["id"].split(" + ")
+        assert left in written and right in spoken
+    assert not spoken & set(train["spoken"].values("id"))
+
+
+def sources(left: list[dict], right: list[dict], **settings: object):
+    configs = {
+        "left": ListConfig(records=left),
+        "right": ListConfig(records=right),
+        "pairs": PairsConfig(left="left", right="right", **settings),
+    }
+    return open_sources(configs, "train")["pairs"]
+
+
+LEFT = [{"id": "1", "label": "cat", "image": b"c", "text_en": "left"}, {"id": "2", "label": "cow"}]
+RIGHT = [{"id": "3", "label": "cat", "audio": b"m", "text_en": "right", "text_zh": "喵"}]
+
+
+def test_left_wins_and_records_without_partner_are_left_out():
+    pairs = sources(LEFT, RIGHT)
+    assert len(pairs) == 1
+    assert pairs[0]["text_en"] == "left" and pairs[0]["text_zh"] == "喵" and pairs[0]["id"] == "1 + 3"
+
+
+def test_keys_can_be_chosen():
+    pairs = sources(LEFT, RIGHT, left_keys=["image", "label"], right_keys=["audio", "text_en"])
+    assert set(pairs[0]) == {"id", "image", "label", "audio", "text_en"}
+    assert pairs[0]["text_en"] == "right"
+    assert pairs.values("label") == ["cat"] and pairs.values("text_en") == ["right"]
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [({"key": "labl"}, "no record key"), ({"key": "answer"}, "no 'answer' of 'left' is found")],
+)
+def test_keys_that_join_nothing(settings, reason):
+    with pytest.raises(DataError, match=reason):
+        sources(LEFT, RIGHT, **settings)

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from openm6.base.config import build
+from openm6.base.errors import ConfigError, DataError
+from openm6.data.fields import Fields
+from openm6.data.parquet import EMBEDDED, EMBEDDED_TABLES, EmbeddedConfig, ParquetConfig, embedded_path
+from openm6.data.sources import open_sources
+from tests.data.pictures import png
+
+LENGTHS = {
+    "emoji": (1468, 181),
+    "countries": (225, 24),
+    "digits": (1618, 179),
+    "espeak_digits": (210, 60),
+    "poems_zh": (284, 36),
+    "wordnet_en": (1014, 110),
+    "penguins": (261, 72),
+    "iris": (124, 26),
+}
+
+
+def embedded(name: str, split: str):
+    return open_sources({name: EmbeddedConfig(name=name)}, split)[name]
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_sets_are_whole_and_apart(name):
+    train, test = embedded(name, "train"), embedded(name, "test")
+    assert (len(train), len(test)) == LENGTHS[name]
+    assert not set(train.values("id")) & set(test.values("id"))
+    for source in (train, test):
+        for index in range(0, len(source), 29):
+            record = source[index]
+            assert record["source"] and record["license"]
+            assert {"image", "audio", "text_en", "text_zh"} & set(record)
+
+
+def test_embedded_records_have_what_the_tasks_need():
+    assert embedded("espeak_digits", "test")[0]["extra"]["spoken_language"] == "en"
+    assert set(embedded("penguins", "train")[0]["numbers"]) > {"body_mass_g"}
+    digit = embedded("digits", "test")[5]
+    assert digit["numbers"] == {"digit": float(digit["label_id"])}
+    assert Image.open(io.BytesIO(digit["image"])).size == (32, 32)
+
+
+def test_digits_of_the_test_split_are_a_tenth_of_each():
+    labels = embedded("digits", "test").values("label_id")
+    assert {labels.count(digit) for digit in range(10)} <= {17, 18}
+
+
+def test_embedded_tables_and_names():
+    assert all(pq.ParquetFile(embedded_path(name)).metadata.num_rows > 0 for name in EMBEDDED_TABLES)
+    with pytest.raises(ConfigError, match="did you mean 'emoji'"):
+        build(EmbeddedConfig, {"name": "emojy"}, "r.yaml")
+    with pytest.raises(DataError, match="no embedded table"):
+        embedded_path("../../base/config")
+
+
+@pytest.fixture
+def shop(tmp_path):
+    (tmp_path / "1.png").write_bytes(png())
+    rows = {
+        "photo": ["1.png", "2.png", "../1.png", None] * 10,
+        "title": [f"thing {number}" for number in range(40)],
+        "price": [1.5, float("nan"), float("inf"), None] * 10,
+    }
+    pq.write_table(pa.table(rows), tmp_path / "shop.parquet")
+    return tmp_path / "shop.parquet"
+
+
+FIELDS = Fields(image="photo", text_en="title", numbers=["price"])
+
+
+def test_rows_and_broken_rows(shop):
+    source = open_sources({"shop": ParquetConfig(path=str(shop), fields=FIELDS, test_share=0.0)}, "train")[
+        "shop"
+    ]
+    assert source[0] == {"id": "shop/0", "image": png(), "text_en": "thing 0", "numbers": {"price": 1.5}}
+    assert source[3] == {"id": "shop/3", "text_en": "thing 3", "numbers": {"price": None}}
+    with pytest.raises(DataError, match=r"shop, row 1 of .*no file '2\.png'"):
+        source[1]
+    with pytest.raises(DataError, match="leads out"):
+        source[2]
+    with pytest.raises(IndexError):
+        source[40]
+    assert source.values("text_en")[39] == "thing 39"
+
+
+def test_only_needed_columns_are_held(shop):
+    table = ParquetConfig(path=str(shop)).load(
+        str(shop), lambda names: [name for name in names if name == "title"]
+    )
+    assert table.names == ["title"]
+
+
+def test_memory_is_bounded(shop):
+    with pytest.raises(DataError, match="max_gib"):
+        open_sources({"shop": ParquetConfig(path=str(shop), fields=FIELDS, max_gib=1e-9)}, "train")
+
+
+def test_many_files_and_files_of_unlike_columns(tmp_path):
+    for number in range(3):
+        pq.write_table(pa.table({"id": [f"{number}"], "text_en": ["a"]}), tmp_path / f"{number}.parquet")
+    config = ParquetConfig(path=str(tmp_path), test_share=0.0)
+    assert open_sources({"x": config}, "train")["x"].values("id") == ["0", "1", "2"]
+    pq.write_table(pa.table({"id": ["3"]}), tmp_path / "3.parquet")
+    with pytest.raises(DataError, match=r"3\.parquet has no column 'text_en'"):
+        open_sources({"x": config}, "train")
+
+
+def test_not_parquet_and_cut_off(tmp_path, shop):
+    (tmp_path / "x.parquet").write_text("not parquet")
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(shop.read_bytes()[:-100])
+    for path in (tmp_path / "x.parquet", cut):
+        with pytest.raises(DataError, match="cannot be read as Parquet"):
+            open_sources({"x": ParquetConfig(path=str(path))}, "train")
+
+
+def test_text_that_is_not_utf8_breaks_its_row_only(tmp_path):
+    column = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).view(pa.utf8())
+    pq.write_table(pa.table({"text_en": column}), tmp_path / "t.parquet")
+    source = open_sources({"t": ParquetConfig(path=str(tmp_path / "t.parquet"), test_share=0.0)}, "train")[
+        "t"
+    ]
+    assert source[0]["text_en"] == "good" and source[2]["text_en"] == "fine"
+    with pytest.raises(DataError, match="row 1"):
+        source[1]
+    assert source.values("text_en") == ["good", None, "fine"]
+
+
+def test_split_by_column_by_file_and_by_group(tmp_path):
+    people = [number // 4 for number in range(200)]
+    rows = {"text_en": [str(n) for n in range(200)], "who": people, "part": ["train", "test"] * 100}
+    path = str(tmp_path / "t.parquet")
+    pq.write_table(pa.table(rows), path)
+    fields = Fields(text_en="text_en")
+
+    def texts(side: str, **settings: object) -> list[str]:
+        return open_sources({"t": ParquetConfig(path=path, fields=fields, **settings)}, side)["t"].values(
+            "text_en"
+        )
+
+    assert texts("test", split="part") == rows["text_en"][1::2]
+    assert texts("train", test_path=path) == texts("test", test_path=path) == rows["text_en"]
+    held = {int(text) // 4 for text in texts("test", test_by="who")}
+    assert held and not held & {int(text) // 4 for text in texts("train", test_by="who")}
+    assert texts("train", split="part", limit=3) == ["0", "2", "4"]
+
+
+def test_extra_survives_as_json(tmp_path):
+    pq.write_table(
+        pa.table({"text_en": ["a"], "extra": [json.dumps({"voice": "x"})]}), tmp_path / "t.parquet"
+    )
+    source = open_sources({"t": ParquetConfig(path=str(tmp_path / "t.parquet"), test_share=0.0)}, "train")[
+        "t"
+    ]
+    assert source[0]["extra"] == {"voice": "x"}

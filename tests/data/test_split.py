@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openm6.base.errors import DataError
+from openm6.data.split import rows_by_hash, rows_by_word, stable_share
+
+
+def test_the_hash_never_changes():
+    # Written down once: another value would move records from training into tests of runs that exist.
+    assert stable_share("emoji/1F600") == pytest.approx(0.66021, abs=1e-5)
+
+
+@given(st.lists(st.text(max_size=5)), st.floats(0, 0.9))
+def test_every_row_is_on_one_side_and_equal_keys_together(keys, share):
+    train, test = rows_by_hash(keys, share, "train"), rows_by_hash(keys, share, "test")
+    assert sorted([*train.tolist(), *test.tolist()]) == list(range(len(keys)))
+    assert not {keys[row] for row in train} & {keys[row] for row in test}
+
+
+def test_the_share_is_kept():
+    assert 0.08 < len(rows_by_hash(range(5000), 0.1, "test")) / 5000 < 0.12
+
+
+def test_adding_rows_moves_none():
+    few, many = rows_by_hash(range(100), 0.2, "test"), rows_by_hash(range(200), 0.2, "test")
+    assert few.tolist() == many[many < 100].tolist()
+
+
+def test_words():
+    words = ["train", "Test", None, "validation", "TRAINING"]
+    assert rows_by_word(words, "train", "t.csv").tolist() == [0, 2, 4]
+    assert np.array_equal(rows_by_word(words, "test", "t.csv"), [1, 3])
+    with pytest.raises(DataError, match=r"t\.csv: the split column holds 'maybe'"):
+        rows_by_word(["train", "maybe"], "train", "t.csv")

@@ -1,0 +1,154 @@
+"""A made-up judgement that holds all four kinds of answer, with data that tries to be markup."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from PIL import Image
+
+from openm6.base.run_folder import RunFolder
+from openm6.evaluate.results import Answer, Judgement, RunFacts, Sample, TaskResult
+from openm6.modalities.interface import Part
+from openm6.modalities.numbers import BINS, LIMIT, Histogram, NumberSeries
+
+EVIL = "</p><script>alert('1')</script><img src=x onerror=\"alert(2)\"> & 中文\x00\ud800"
+
+
+def picture(side: int = 64, colour: int = 200) -> Image.Image:
+    pixels = np.full((side, side, 3), 255, np.uint8)
+    pixels[side // 4 : 3 * side // 4, side // 4 : 3 * side // 4] = (colour, 60, 40)
+    return Image.fromarray(pixels)
+
+
+def picture_bytes(side: int = 64) -> bytes:
+    stream = io.BytesIO()
+    picture(side).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def sound(seconds: float = 0.5) -> np.ndarray:
+    time = np.arange(round(16_000 * seconds)) / 16_000
+    return (0.3 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
+
+
+def sound_bytes(seconds: float = 0.5) -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, sound(seconds), 16_000, format="FLAC")
+    return stream.getvalue()
+
+
+def histogram(count: int = 1, centre: float = 10.0, spread: float = 2.0) -> Histogram:
+    """A normal distribution around `centre`, in units of `spread`, `count` times."""
+    middles = np.linspace(-LIMIT, LIMIT, BINS + 1)[:-1] + LIMIT / BINS
+    shape = np.exp(-0.5 * np.square(np.sinh(middles))) * np.cosh(middles)
+    return Histogram(np.tile(shape / shape.sum(), (count, 1)), np.tile([[centre, spread]], (count, 1)))
+
+
+def result(
+    task: str,
+    pair: tuple[str, str],
+    metric: str,
+    samples: list[Sample],
+    interval: tuple[float, float] = (0.5, 1.5),
+) -> TaskResult:
+    return TaskResult(
+        task=task,
+        source="things",
+        reads=pair[0],
+        gives=pair[1],
+        metric=metric,
+        value=0.625,
+        baseline=0.25,
+        better="higher" if metric == "exact_match" else "lower",
+        baseline_name="frequent answer",
+        bits_gained=sum(interval) / 2,
+        bits_interval=interval,
+        records=40,
+        answered=20,
+        metrics={metric: 0.625, "recognised": np.float32(0.5)},
+        samples=samples,
+    )
+
+
+def sample(given: list[Part], answer: Answer, truth: object) -> Sample:
+    return Sample(given, answer, truth, "record/1")
+
+
+def results() -> list[TaskResult]:
+    say, draw = Part("text", f"say {EVIL}"), Part("text", "draw it")
+    holed = Part("image", picture_bytes(), {"hole": (0.25, 0.5, 0.75, 1.0)})
+    silenced = Part("sound", sound_bytes(), {"gap": (0.25, 0.5), "seconds": 1.0})
+    row = Part("numbers", {EVIL: 4.5, "mass_g": None})
+    past = Part("numbers", NumberSeries("temp_max", [5.0, None, 7.0, *range(8, 30)]))
+    future = NumberSeries("temp_max", [11.0, None, 9.0, 10.0])
+    return [
+        result(
+            "name_picture",
+            ("image", "text"),
+            "exact_match",
+            [sample([Part("image", picture_bytes())], EVIL, "ship")],
+        ),
+        result(
+            "write",
+            ("text", "text"),
+            "exact_match",
+            [sample([say], "ship", "Ship."), sample([say], "", EVIL)],
+        ),
+        result(
+            "draw",
+            ("text", "image"),
+            "code_bits",
+            [sample([draw], picture(32), picture_bytes())],
+            (-1.0, 2.0),
+        ),
+        result(
+            "fill_picture", ("image", "image"), "code_bits", [sample([holed], picture(), picture_bytes())]
+        ),
+        result(
+            "speak", ("text", "sound"), "code_bits", [sample([say], sound(), sound_bytes())], (-3.0, -1.0)
+        ),
+        result(
+            "fill_sound", ("sound", "sound"), "code_bits", [sample([silenced], sound(1.0), sound_bytes())]
+        ),
+        result(
+            "predict_number", ("numbers", "numbers"), "crps_share", [sample([row], histogram(), {EVIL: 10.5})]
+        ),
+        result("forecast", ("numbers", "numbers"), "crps_share", [sample([past], histogram(3), future)]),
+    ]
+
+
+def judgement() -> Judgement:
+    return Judgement(results(), 61.5, f"runs/x/checkpoints/step-{EVIL}")
+
+
+def facts() -> RunFacts:
+    return RunFacts(
+        f"demo {EVIL}", "nano", 5_123_456, 2_034_567, 3_512_000, 2140, 391.0, {EVIL: {"psnr": 23.5}}
+    )
+
+
+def run_folder(path: Path, steps: int = 400) -> RunFolder:
+    """A run with metrics as the recorder writes them, a score line and a broken last line among them."""
+    run = RunFolder.open(path)
+    lines = [
+        {
+            "step": step,
+            "loss": 3.0,
+            "loss/numbers_out": None if step == 50 else 2 + 100 / step,
+            "loss/text": 1 + 100 / step,
+            f"loss/{EVIL}": 1.0,
+            "c_v": [1 / step, 2 / step],
+            "tokens_per_second": 9000.0 + step,
+            "non_finite": 2,
+            "spikes": 1,
+        }
+        for step in range(10, steps + 1, 10)
+    ]
+    lines.insert(3, {"step": 40, "evaluation": {"score": 0.5}})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    run.metrics.write_text(text + '{"step": 410, "los', encoding="utf-8")
+    return run

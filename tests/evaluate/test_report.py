@@ -1,0 +1,271 @@
+"""The report: complete, self-contained, bounded, and deaf to markup in data."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from openm6.evaluate.report import report_html, report_json, write_report
+from openm6.evaluate.report_samples import MEDIA_BYTES
+from openm6.evaluate.results import Judgement, Sample
+from openm6.modalities.interface import Part
+from openm6.modalities.numbers import Histogram
+from tests.evaluate import example_judgement as example
+
+VOID = {"meta", "img", "br", "hr"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with their attributes, text, and whether every tag closes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.stack: list[str] = []
+        self.feed(html)
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        if self.stack and self.stack[-1] != "style":
+            self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def classes(self) -> set[str]:
+        return {name for _, attributes in self.elements for name in (attributes.get("class") or "").split()}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Page:
+    run = example.run_folder(tmp_path_factory.mktemp("run"))
+    write_report(run, example.judgement(), example.facts())
+    return Page((run.path / "report.html").read_text(encoding="utf-8"))
+
+
+def page_of(path: Path, judgement: Judgement) -> Page:
+    return Page(report_html(example.run_folder(path), judgement, example.facts()))
+
+
+def test_data_cannot_become_markup(page: Page) -> None:
+    names = {name for name, _ in page.elements}
+    assert not names & {"script", "iframe", "object", "link", "form", "base"}
+    assert not [key for _, attributes in page.elements for key in attributes if key.startswith("on")]
+    assert "".join(page.text).count("<script>alert('1')</script>") >= 8  # shown as text wherever it came from
+    assert "\x00" not in "".join(page.text)
+
+
+def test_nothing_is_fetched(page: Page) -> None:
+    addresses = [
+        value
+        for _, attributes in page.elements
+        for key, value in attributes.items()
+        if key in ("src", "href")
+    ]
+    assert addresses
+    assert all(
+        re.match(r"data:(image/png|audio/wav);base64,|#[a-z0-9-]+$", value or "") for value in addresses
+    )
+    policies = [
+        meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policies and "default-src 'none'" in (policies[0] or "")
+
+
+def test_the_style_sheet_fetches_nothing(tmp_path: Path) -> None:
+    html = report_html(example.run_folder(tmp_path), example.judgement(), example.facts())
+    style = html.split("<style>")[1].split("</style>")[0]
+    assert "prefers-color-scheme: dark" in style
+    assert "url(" not in style and "@import" not in style
+
+
+def test_every_link_leads_somewhere(page: Page) -> None:
+    places = {attributes.get("id") for _, attributes in page.elements}
+    links = {(attributes["href"] or "").removeprefix("#") for attributes in page.all("a")}
+    assert len(links) >= 12
+    assert links <= places
+
+
+def test_summary_tells_size_tokens_and_time(page: Page) -> None:
+    text = "".join(page.text)
+    for said in (
+        "5.12 million parameters",
+        "2.03 million work on any one token",
+        "3.51 million tokens",
+        "6.5 minutes",
+    ):
+        assert said in text
+    assert "text, pictures, sound and numbers" in text
+    assert "in 6 of 8 it surely makes use of what it is given" in text
+
+
+def test_pairs_are_coloured_by_their_interval(page: Page) -> None:
+    entries = [
+        attributes["class"] for attributes in page.all("div") if "entry" in (attributes.get("class") or "")
+    ]
+    assert sorted(entries) == ["entry gain"] * 6 + ["entry loss", "entry unsure"]
+    text = "".join(page.text)
+    assert "+1.00 bits [+0.50, +1.50]" in text
+    assert "−2.00 bits [−3.00, −1.00]" in text
+    assert "What “bits gained” means" in text
+    assert text.count("not taught") == 9  # eight results in seven of sixteen pairs
+
+
+def test_pictures_are_shown_whole_and_large(page: Page) -> None:
+    pictures = [image for image in page.all("img") if not (image["alt"] or "").startswith("spectrogram")]
+    assert len(pictures) == 6  # given; drawn and real; given with its hole, drawn and real
+    for image in pictures:
+        content = base64.b64decode((image["src"] or "").removeprefix("data:image/png;base64,"))
+        assert Image.open(io.BytesIO(content)).size in ((64, 64), (32, 32))
+        assert int(image["width"] or 0) == int(image["height"] or 0) == 128
+        assert image["class"] == "tiny"
+
+
+def test_hidden_box_and_gap_are_veiled(page: Page) -> None:
+    veils = [attributes["style"] for attributes in page.all("span") if attributes.get("class") == "veil"]
+    assert veils == [
+        "left:25.00%;top:50.00%;width:50.00%;height:50.00%",
+        "left:25.00%;top:0.00%;width:25.00%;height:100.00%",
+    ]
+
+
+def test_sounds_can_be_played_and_the_gap_is_silent(page: Page) -> None:
+    players = {player["aria-label"]: player["src"] or "" for player in page.all("audio")}
+    assert len(page.all("audio")) == 5  # model and real; given, model and real
+    content = base64.b64decode(players["given"].removeprefix("data:audio/wav;base64,"))
+    samples, rate = soundfile.read(io.BytesIO(content))
+    assert (rate, len(samples)) == (
+        16_000,
+        16_000,
+    )  # half a second of sound, padded to the second that was asked for
+    assert np.abs(samples[:4000]).max() > 0.2
+    assert np.abs(samples[4000:8000]).max() == 0
+
+
+def test_numbers_show_median_interval_and_truth(page: Page) -> None:
+    text = "".join(page.text)
+    assert "10 (80 %: 7.44 to 12.6)" in text
+    assert "10.5" in text and "inside" in text
+    assert "3 of 3 steps inside the 80 % fan" in text
+    assert {"shape", "interval", "median", "truth", "fan", "past"} <= page.classes()
+
+
+def test_a_value_outside_its_interval_is_called_so(tmp_path: Path) -> None:
+    given = [Part("text", "how much?")]
+    task = example.result(
+        "predict_number",
+        ("text", "numbers"),
+        "mae",
+        [Sample(given, example.histogram(), {"price": 99.0}, "1")],
+    )
+    text = "".join(page_of(tmp_path, Judgement([task], 1.0, "x")).text)
+    assert (
+        "outside" in text and "inside" not in text.split("What it predicts")[1].split("Reading the scores")[0]
+    )
+
+
+def test_training_curves_by_modality(page: Page) -> None:
+    charts = [
+        attributes["class"] or ""
+        for attributes in page.all("figure")
+        if "chart" in (attributes["class"] or "")
+    ]
+    assert charts[0] == "chart tone-text" and charts[1] == "chart tone-numbers"  # the report's order
+    text = "".join(page.text)
+    assert "expert load c_v" in text and "tokens a second" in text
+    assert "11 → 1.26" in text  # 1 + 100/10 at first, the mean of the last four lines at the end
+    assert len([path for path in page.all("path") if path.get("class") == "fine"]) == 2  # one line a layer
+
+
+def test_a_run_without_metrics_still_has_a_report(tmp_path: Path) -> None:
+    run = example.run_folder(tmp_path)
+    run.metrics.unlink()
+    write_report(run, Judgement([], 0.0, "none"), example.facts())
+    text = "".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text)
+    assert "No curves" in text and "No task was judged." in text
+
+
+@pytest.mark.parametrize(
+    ("part", "answer"),
+    [
+        (Part("image", b"not a picture"), "ship"),
+        (Part("sound", b"not a sound", {"seconds": 1.0}), "ship"),
+        (Part("text", "draw"), Image.new("RGB", (8, 8))),
+        (Part("text", "say"), np.array([np.nan, 0.0], np.float32)),
+        (Part("text", "how much"), Histogram(np.full((1, 160), np.nan), np.array([[0.0, 1.0]]))),
+    ],
+)
+def test_broken_data_never_stops_the_report(tmp_path: Path, part: Part, answer) -> None:
+    truth = {"x": None} if isinstance(answer, Histogram) else b"broken"
+    task = example.result("draw", ("text", "image"), "code_bits", [Sample([part], answer, truth, "1")])
+    page = page_of(tmp_path, Judgement([task], 1.0, "x"))
+    drawn = "".join(str(attributes.get("d", "")) for attributes in page.all("path"))
+    assert "nan" not in drawn and "sample" in page.classes()
+
+
+def test_size_is_bounded(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (480, 400, 3), dtype=np.uint8))
+    long = rng.normal(0, 0.1, 16_000 * 29).astype(np.float32)
+    wordy = [Part("text", "word " * 5000)]
+    drawings = example.result("draw", ("text", "image"), "code_bits", [Sample(wordy, noise, noise, "1")] * 40)
+    sayings = example.result("speak", ("text", "sound"), "code_bits", [Sample(wordy, long, long, "1")] * 40)
+    many = [dataclasses.replace(task, source=f"s{i}") for i in range(6) for task in (drawings, sayings)]
+    html = report_html(example.run_folder(tmp_path, steps=5_000), Judgement(many, 1.0, "x"), example.facts())
+    assert len(html) < 1.4 * MEDIA_BYTES + 1_500_000
+    assert "left out to keep this page small" in html
+
+
+def test_json_holds_what_its_schema_says(tmp_path: Path) -> None:
+    run = example.run_folder(tmp_path)
+    write_report(run, example.judgement(), example.facts())
+    content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert set(content) == {"seconds", "params", "tokens", "steps", "tasks", "codecs"}
+    assert content["params"] == {"total": 5_123_456, "active": 2_034_567}
+    assert (content["seconds"], content["tokens"], content["steps"]) == (391.0, 3_512_000, 2140)
+    task = content["tasks"]["draw/things"]
+    assert (task["value"], task["baseline"], task["bits_ci"]) == (0.625, 0.25, [-1.0, 2.0])
+    assert task["metrics"] == {"code_bits": 0.625, "recognised": 0.5}  # a float32 of numpy among them
+
+
+def test_json_says_null_for_what_is_not_finite() -> None:
+    task = dataclasses.replace(
+        example.results()[0], baseline=float("nan"), bits_interval=(float("-inf"), 1.0)
+    )
+    content = json.loads(report_json(Judgement([task], 1.0, "x"), example.facts()))
+    entry = content["tasks"]["name_picture/things"]
+    assert entry["baseline"] is None and entry["bits_ci"] == [None, 1.0]
+
+
+def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch) -> None:
+    run = example.run_folder(tmp_path)
+    write_report(run, example.judgement(), example.facts())
+    old = (tmp_path / "report.html").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("openm6.base.files.os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_report(run, Judgement([], 0.0, "x"), example.facts())
+    assert (tmp_path / "report.html").read_bytes() == old
+    assert not list(tmp_path.glob(".*.partial"))

@@ -1,0 +1,35 @@
+"""The table of an evaluation in the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+from rich.console import Console
+
+from openm6.evaluate.results import Judgement
+from openm6.evaluate.table import print_table
+from tests.evaluate import example_judgement as example
+
+
+def printed(judgement: Judgement) -> str:
+    stream = io.StringIO()
+    print_table(judgement, Console(file=stream, width=150))
+    return stream.getvalue()
+
+
+def test_one_row_a_task_with_score_baseline_and_bits() -> None:
+    judgement = dataclasses.replace(example.judgement(), checkpoint="runs/x/step-9")
+    text = printed(judgement)
+    row = next(line for line in text.splitlines() if "name_picture/things" in line)
+    assert row.split() == ["name_picture/things", "image", "→", "text", "exact", "match", "62.5", "%", "25.0", "%",
+                           "+1.00", "+0.50", "…", "+1.50", "40"]  # fmt: skip
+    assert sum("/things" in line for line in text.splitlines()) == len(judgement.results)
+    assert "6 of 8 tasks surely use what they are given" in text and "runs/x/step-9" in text
+
+
+def test_square_brackets_in_names_are_no_markup() -> None:
+    task = dataclasses.replace(example.results()[0], source="[red]shop[/red]", baseline=float("nan"))
+    text = printed(Judgement([task], 2.0, "x"))
+    assert "name_picture/[red]shop[/red]" in text
+    assert "–" in text

@@ -1,0 +1,60 @@
+"""The backbone on a CUDA device: FlexAttention and grouped bf16 products agree with the CPU, and nothing waits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from openm6.models.backbone import Backbone, side_loss
+from openm6.models.presets import preset
+from openm6.ops.sequence import Layout, causal_layout, join, padding_layout
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def layout() -> Layout:
+    """512 tokens: a source, words and a private picture, then a text, then padding."""
+    order = torch.tensor([[0] * 50 + list(range(1, 31)) + [31] * 48], dtype=torch.int32).expand(2, 128)
+    private = torch.tensor([[0] * 80 + [1] * 48], dtype=torch.int32).expand(2, 128)
+    picture = Layout(torch.ones_like(order), order, private, torch.randint(0, 30, (2, 128, 3)))
+    return join([picture, causal_layout(2, 356), padding_layout(2, 28)])
+
+
+def gradients(model: Backbone, x: Tensor, where: Layout, upstream: Tensor) -> list[Tensor]:
+    """The hidden states, then the gradient of each parameter, on the CPU in fp32."""
+    model.zero_grad()
+    hidden, loads = model(x, where)
+    ((hidden.float() * upstream).sum() + side_loss(loads)).backward()
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [tensor.detach().float().cpu().clone() for tensor in (hidden, *grads)]
+
+
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 0.05)])
+def test_gpu_agrees_with_cpu(autocast, tolerance):
+    torch.manual_seed(0)
+    model, where = Backbone(preset("nano").backbone), layout()
+    x, upstream = torch.randn(2, 512, 192), torch.randn(2, 512, 192)
+    here = gradients(model, x, where, upstream)
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+        there = gradients(model.cuda(), x.cuda(), where.to("cuda"), upstream.cuda())
+    for ours, theirs in zip(there, here, strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_a_step_never_makes_the_gpu_wait():
+    model, where, x = Backbone(preset("nano").backbone).cuda(), layout().to("cuda"), torch.randn(2, 512, 192)
+    x = x.cuda()
+    for mode in ("default", "error"):  # the first step compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                hidden, loads = model(x, where)
+                (hidden.float().square().mean() + side_loss(loads)).backward()
+            model.update_balance(loads)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert hidden.isfinite().all()

@@ -1,0 +1,54 @@
+"""The embedded data is what tools/embedded_data makes of the packages, as far as that needs no network."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EMBEDDED = ROOT / "openm6" / "data" / "embedded"
+
+
+@pytest.fixture
+def builders(monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return {
+        name: importlib.import_module(f"embedded_data.{name}") for name in ("pictures", "numbers", "tables")
+    }
+
+
+@pytest.mark.parametrize("name, room", [("digits", "pictures"), ("iris", "numbers")])
+def test_what_comes_from_pypi_is_rebuilt_exactly(builders, name, room, tmp_path):
+    rows = getattr(builders[room], name)(tmp_path)
+    for split in ("train", "test"):
+        known = pq.read_table(EMBEDDED / f"{name}-{split}.parquet")
+        made = [
+            {**row, "source": ""} for row in rows if row["split"] == split
+        ]  # it names the version installed
+        column = known.column_names.index("source")
+        blank = known.set_column(column, "source", [[""] * known.num_rows])
+        path = tmp_path / f"{name}-{split}.parquet"
+        builders["tables"].write(blank, path)
+        assert builders["tables"].differences(builders["tables"].table_of(made), path) == []
+
+
+def test_a_difference_is_found(builders, tmp_path):
+    tables = builders["tables"]
+    known = pq.read_table(EMBEDDED / "digits-test.parquet").slice(0, 2)
+    tables.write(known, tmp_path / "x.parquet")
+    rows = known.to_pylist()
+    assert tables.differences(tables.table_of(rows), tmp_path / "x.parquet") == []
+    rows[0]["image"], rows[1]["label"] = rows[1]["image"], "eleven"
+    found = tables.differences(tables.table_of(rows), tmp_path / "x.parquet")
+    assert found == ["x.parquet row 0: image", "x.parquet row 1: label"]
+    assert "rows" in tables.differences(tables.table_of(rows[:1]), tmp_path / "x.parquet")[0]
+
+
+def test_splits_never_change(builders):
+    split_of = builders["tables"].split_of
+    assert [split_of(key) for key in ("1F600", "1F601", "BEN", "ABW")] == ["train", "test", "test", "train"]
+    assert split_of("i10", tenths=2) == "test"
