@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pyarrow as pa
-from embedded_data import numbers, pictures, speech, tables, texts
+from embedded_data import numbers, pictures, questions, speech, tables, texts
 
 RECORDS = {
     "emoji": pictures.emoji,
@@ -23,6 +23,7 @@ RECORDS = {
     "wordnet_en": texts.wordnet_en,
     "penguins": numbers.penguins,
     "iris": numbers.iris,
+    "questions": questions.questions,
 }
 PLAIN = {"seattle_weather_daily": numbers.seattle_weather_daily}
 EMBEDDED = Path(__file__).resolve().parents[1] / "openm6" / "data" / "embedded"

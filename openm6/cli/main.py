@@ -93,6 +93,10 @@ def train(recipe: Recipe, overrides: Overrides = None, resume: Resume = False, o
 def evaluate(
     trained: Trained,
     tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B", help="Only these tasks.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="FILE", help="Judge on these records instead (Parquet, CSV, JSONL)."),
+    ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the scores there.")
     ] = None,
@@ -102,7 +106,7 @@ def evaluate(
     \b
     Example: openm6 evaluate runs/demo --tasks name_picture,draw --json scores.json
     """
-    judgement = door("evaluate")(trained, tasks=_names(tasks), json_path=json_path)
+    judgement = door("evaluate")(trained, tasks=_names(tasks), data=data, json_path=json_path)
     door("show judgement")(judgement, Console())
 
 
@@ -114,7 +118,27 @@ def generate(
     image: Annotated[Path | None, typer.Option("--image", help="A picture to show it.")] = None,
     sound: Annotated[Path | None, typer.Option("--sound", help="A recording to play to it.")] = None,
     numbers: Annotated[
-        str | None, typer.Option("--numbers", metavar="NAME=VALUE,...", help="Numbers to tell it.")
+        str | None,
+        typer.Option("--numbers", metavar="NAME=VALUE,...", help="Numbers to tell it; NAME= is missing."),
+    ] = None,
+    series: Annotated[
+        str | None, typer.Option("--series", metavar="NAME=V,V,...", help="A series to forecast.")
+    ] = None,
+    column: Annotated[str | None, typer.Option("--column", help="The number wanted.")] = None,
+    ahead: Annotated[int, typer.Option("--ahead", min=1, max=64, help="Steps to forecast.")] = 8,
+    hole: Annotated[
+        str | None,
+        typer.Option("--hole", metavar="L,T,R,B", help="Box of the picture to fill in, as shares."),
+    ] = None,
+    gap: Annotated[
+        str | None,
+        typer.Option("--gap", metavar="START,END", help="Stretch of the sound to fill in, as shares."),
+    ] = None,
+    decoding: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="text.temperature, text.top_p, masked.steps, masked.guidance…"
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File for the answer.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same answer.")] = 0,
@@ -122,10 +146,22 @@ def generate(
     """Ask a trained model for an answer.
 
     \b
-    Example: openm6 generate runs/demo --text "a red apple" --want image --out apple.png
+    Example: openm6 generate runs/demo --text "draw the digit seven" --want image --out seven.png
     """
-    given = {"text": text, "image": image, "sound": sound, "numbers": parse_numbers(numbers)}
-    _show(door("generate")(trained, want=want, out=out, seed=seed, **given))
+    question = door("question")(
+        want=want,
+        text=text,
+        image=image,
+        sound=sound,
+        numbers=parse_numbers(numbers),
+        series=door("series")(series),
+        column=column,
+        ahead=ahead,
+        hole=door("shares")(hole, 4, "--hole"),
+        gap=door("shares")(gap, 2, "--gap"),
+    )
+    seeds = [f"text.seed={seed}", f"masked.seed={seed}"]
+    _show(door("generate")(trained, question, door("decoding")([*seeds, *(decoding or [])]), out))
 
 
 @data_app.command()

@@ -81,7 +81,8 @@ class Packer:
             sequence = self.preparer.sequence(draw)
             if len(sequence) > self.config.length:
                 raise DataError(
-                    f"{len(sequence)} tokens do not fit a row of {self.config.length}: raise packing.length or shorten it"
+                    f"{len(sequence)} tokens do not fit a row of {self.config.length}: "
+                    "raise packing.length or shorten it"
                 )
         except DataError as error:
             self.quarantine.add(*self.preparer.name(draw), error)

@@ -20,7 +20,17 @@ from openm6.data.storage import TableFolder, find_files, is_remote
 from openm6.data.table import ArrowTable, ChooseColumns, TableConfig, TableSource
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
-EMBEDDED = ("emoji", "countries", "digits", "espeak_digits", "poems_zh", "wordnet_en", "penguins", "iris")
+EMBEDDED = (
+    "emoji",
+    "countries",
+    "digits",
+    "espeak_digits",
+    "poems_zh",
+    "wordnet_en",
+    "penguins",
+    "iris",
+    "questions",
+)
 EMBEDDED_TABLES = ("seattle_weather_daily",)
 EMBEDDED_MARK = "embedded:"
 

@@ -67,7 +67,13 @@ def point_predictions(task: Task, examples: list[Example], loaded: Loaded) -> li
     for example in examples:
         truth = truths(example)
         if task.baseline == "last_value":
-            past = [v for part in example.source if part.modality == "numbers" for v in part.raw.values if v is not None]
+            past = [
+                v
+                for part in example.source
+                if part.modality == "numbers"
+                for v in part.raw.values
+                if v is not None
+            ]
             point = float(past[-1]) if past else 0.0
         else:
             point = loaded.numbers.scale(next(iter(example.answer)))[0]
@@ -91,12 +97,14 @@ def _unigram_bits(examples: list[Example], train: list[Example], loaded: Loaded)
     size = modality.codec.codebook_size
 
     def codes(example: Example) -> np.ndarray:
-        tokens = modality.target(example.target.raw, **example.target.options)
+        tokens = modality.target(example.target.raw, options=example.target.options)
         return tokens.arrays["codes"][tokens.arrays["hidden"]]  # N G
 
     seen = np.concatenate([codes(example) for example in train])
     groups = seen.shape[1]
     counts = np.stack([np.bincount(seen[:, group], minlength=size) for group in range(groups)]) + 0.5  # G C
     bits = -np.log2(counts / counts.sum(1, keepdims=True))
-    per_example = [np.mean([bits[group, codes(e)[:, group]].mean() for group in range(groups)]) for e in examples]
+    per_example = [
+        np.mean([bits[group, codes(e)[:, group]].mean() for group in range(groups)]) for e in examples
+    ]
     return float(np.mean(per_example))

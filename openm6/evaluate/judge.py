@@ -50,8 +50,8 @@ def judge(
 
 def test_examples(task: Task, source: Source, config: JudgeConfig) -> list[Example]:
     """Up to `records` test records, spread over the source, through the task; broken ones are left out."""
-    examples = []
-    spread = np.linspace(0, len(source) - 1, min(len(source), config.records)).astype(int) if len(source) else []
+    examples: list[Example] = []
+    spread = np.linspace(0, max(0, len(source) - 1), min(len(source), config.records)).astype(int)
     for index in spread:
         rng = numpy_generator(config.seed, task.name, int(index))
         try:
@@ -106,7 +106,9 @@ def _score(
         return Scored(examples, answers)
     recogniser = build_recogniser(loaded, train, task.gives) if "recognised" in task.metrics else None
     modality = loaded.image if task.gives == "image" else loaded.sound
-    hidden = [modality.target(e.target.raw, **e.target.options).arrays["hidden"].sum() for e in examples]
+    hidden = [
+        modality.target(e.target.raw, options=e.target.options).arrays["hidden"].sum() for e in examples
+    ]
     bits = nats * BITS / np.asarray(hidden) / modality.codec.groups
     return Scored(examples, answers, code_bits=bits, recogniser=recogniser)
 

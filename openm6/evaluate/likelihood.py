@@ -52,7 +52,9 @@ def strangers(examples: list[Example]) -> list[int | None]:
     found: list[int | None] = []
     for row, example in enumerate(examples):
         others = ((row + step) % count for step in range(1 + count // 2, count + count // 2))
-        fits = (o for o in others if examples[o].language == example.language and examples[o].key != example.key)
+        fits = (
+            o for o in others if examples[o].language == example.language and examples[o].key != example.key
+        )
         found.append(next(fits, None))
     return found
 

@@ -72,7 +72,9 @@ def character_overlap(answer: str, truth: str) -> float:
 
 
 def _exact_match(scored: Scored) -> float:
-    return float(np.mean([same_text(str(a), e.answer) for a, e in zip(scored.answers, scored.examples, strict=True)]))
+    return float(
+        np.mean([same_text(str(a), e.answer) for a, e in zip(scored.answers, scored.examples, strict=True)])
+    )
 
 
 def _character_f1(scored: Scored) -> float:
@@ -119,13 +121,17 @@ def _recognised(scored: Scored) -> float | None:
     if scored.recogniser is None:
         return None
     labels = scored.recogniser.labels(scored.answers)
-    return float(np.mean([label == example.key for label, example in zip(labels, scored.examples, strict=True)]))
+    return float(
+        np.mean([label == example.key for label, example in zip(labels, scored.examples, strict=True)])
+    )
 
 
 def _hole_psnr(scored: Scored) -> float:
     """PSNR in dB inside the hole."""
     pairs = zip(scored.answers, scored.examples, strict=True)
-    return float(np.mean([hole_psnr(answer, example) for answer, example in pairs if isinstance(answer, Pillow.Image)]))
+    return float(
+        np.mean([hole_psnr(answer, example) for answer, example in pairs if isinstance(answer, Pillow.Image)])
+    )
 
 
 def hole_psnr(answer: Pillow.Image, example: Example) -> float:

@@ -26,7 +26,9 @@ MOST_LABELS, FEWEST_EACH, MOST_RECORDS = 50, 5, 2000
 class Recogniser:
     """Labels an answer by its nearest training records."""
 
-    def __init__(self, features: np.ndarray, labels: list[str], describe: Callable[[object], np.ndarray]) -> None:
+    def __init__(
+        self, features: np.ndarray, labels: list[str], describe: Callable[[object], np.ndarray]
+    ) -> None:
         self.features, self.known, self.describe = features, labels, describe
 
     def labels(self, answers: list[Answer]) -> list[str]:

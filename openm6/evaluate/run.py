@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from openm6.base.config import build, nearest
-from openm6.base.errors import ConfigError
+from openm6.base.errors import ConfigError, DataError
 from openm6.base.files import replace_text
-from openm6.data.source import SourceConfig
+from openm6.data.source import Source, SourceConfig
 from openm6.data.sources import AnySourceConfig, open_sources
 from openm6.evaluate.config import JudgeConfig
 from openm6.evaluate.judge import judge
@@ -20,7 +20,7 @@ from openm6.evaluate.results import Judgement, TaskResult
 from openm6.generate.load import load
 from openm6.models.description import Lesson, ModelDescription
 
-_CONFIGS: TypeAdapter[dict[str, SourceConfig]] = TypeAdapter(dict[str, AnySourceConfig])
+_CONFIGS = TypeAdapter(dict[str, AnySourceConfig])
 
 
 def source_configs(values: dict[str, Any], where: str) -> dict[str, SourceConfig]:
@@ -30,7 +30,7 @@ def source_configs(values: dict[str, Any], where: str) -> dict[str, SourceConfig
         ConfigError: a kind or key that does not exist.
     """
     try:
-        return _CONFIGS.validate_python(values)
+        return dict(_CONFIGS.validate_python(values))
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -55,11 +55,15 @@ def chosen_lessons(description: ModelDescription, tasks: list[str] | None) -> li
 def evaluate(
     path: Path,
     tasks: list[str] | None = None,
+    data: Path | None = None,
     json_path: Path | None = None,
     overrides: dict[str, Any] | None = None,
     tell: Callable[[TaskResult], None] = lambda result: None,
 ) -> Judgement:
     """Judges a run or checkpoint; `overrides` change fields of its `judge` settings.
+
+    `data` names a table whose records (with canonical column names) stand in for every test split; baselines are
+    then fitted to it, too, which only makes them harder to beat.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
@@ -70,11 +74,29 @@ def evaluate(
     description = loaded.description
     lessons = chosen_lessons(description, tasks)
     config = build(JudgeConfig, {**description.judge, **(overrides or {})}, "judge")
-    configs = source_configs(description.sources, str(loaded.checkpoint))
-    judgement = judge(loaded, lessons, open_sources(configs, "train"), open_sources(configs, "test"), config, tell)
+    if data is not None:
+        train = test = _same_for_all(data, lessons)
+    else:
+        configs = source_configs(description.sources, str(loaded.checkpoint))
+        train, test = open_sources(configs, "train"), open_sources(configs, "test")
+    judgement = judge(loaded, lessons, train, test, config, tell)
     if json_path is not None:
         replace_text(json_path, to_json(judgement))
     return judgement
+
+
+def _same_for_all(path: Path, lessons: list[Lesson]) -> dict[str, Source]:
+    """The records of one table under the name of every lesson's source.
+
+    Raises:
+        DataError: it is missing, or not a table we read.
+    """
+    kind = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl"}.get(path.suffix.lower())
+    if kind is None or not path.is_file():
+        raise DataError(f"--data {path} must be a .parquet, .csv or .jsonl file that exists")
+    configs = source_configs({path.stem: {"kind": kind, "path": str(path), "test_share": 0.0}}, str(path))
+    source = open_sources(configs, "train")[path.stem]
+    return {lesson.source: source for lesson in lessons}
 
 
 def to_json(judgement: Judgement) -> str:

@@ -15,7 +15,13 @@ from openm6.modalities.numbers import Numbers
 from openm6.modalities.registry import Modalities
 from openm6.modalities.sound import Sound
 from openm6.modalities.text import Text
-from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescription, build_model, read_description
+from openm6.models.description import (
+    MODEL_FILE,
+    TOKENIZER_FILE,
+    ModelDescription,
+    build_model,
+    read_description,
+)
 from openm6.models.omni import Omni
 
 
@@ -77,6 +83,8 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}: it is not a checkpoint of a multimodal model") from None
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}: it is not a checkpoint of a multimodal model"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): use another checkpoint") from None

@@ -54,12 +54,16 @@ def fill_codes(
     reading = read_prompts(omni, rows, len(grid))
     device = reading.place.device
     shape = (len(prompts), len(grid))
-    unknown = torch.ones(shape, dtype=torch.bool, device=device) if hidden is None else hidden.to(device).clone()
+    unknown = (
+        torch.ones(shape, dtype=torch.bool, device=device) if hidden is None else hidden.to(device).clone()
+    )
     codes = torch.zeros(*shape, adapter.groups, dtype=torch.long, device=device)
     if given is not None:
         codes = torch.where(unknown[..., None], codes, given.to(device))
     noise = RowNoise([sampling.seed + row for row in range(len(prompts))])
-    first_unknown = unknown.sum(1)  # of this request, not of the grid: a small hole must not be filled one by one
+    first_unknown = unknown.sum(
+        1
+    )  # of this request, not of the grid: a small hole must not be filled one by one
     for step in range(1, sampling.steps + 1):
         share = step / sampling.steps
         states = _run(reading, kind, codes, unknown, grid.to(device), guided)
@@ -69,7 +73,9 @@ def fill_codes(
         shaken = confidence + sampling.noise * (1 - share) * noise.gumbel(len(grid)).to(device)
         if sampling.order == "random":
             shaken = noise.gumbel(len(grid)).to(device)
-        keep_hidden = torch.floor(first_unknown * math.cos(math.pi / 2 * share)).long() * (step < sampling.steps)
+        keep_hidden = torch.floor(first_unknown * math.cos(math.pi / 2 * share)).long() * (
+            step < sampling.steps
+        )
         unknown = _least_sure(shaken, unknown, keep_hidden)
         if not bool(unknown.any()):
             break
@@ -87,7 +93,12 @@ def _run(reading: Reading, kind: str, codes: Tensor, unknown: Tensor, grid: Tens
 
 
 def _draw(
-    adapter: CodesAdapter, states: Tensor, codes: Tensor, scale: float, sampling: MaskedSampling, noise: RowNoise
+    adapter: CodesAdapter,
+    states: Tensor,
+    codes: Tensor,
+    scale: float,
+    sampling: MaskedSampling,
+    noise: RowNoise,
 ) -> tuple[Tensor, Tensor]:
     """A code for each group of each place in turn, and the log-probability of what was drawn.  # -> B N G, B N"""
     batch, places, groups = codes.shape
@@ -95,7 +106,11 @@ def _draw(
     confidence = torch.zeros(batch, places, device=codes.device)
     for group in range(groups):
         before = drawn.repeat(len(states) // batch, 1, 1).flatten(0, 1)
-        logits = adapter.group_logits(states.flatten(0, 1), before, group).float().unflatten(0, (len(states), places))
+        logits = (
+            adapter.group_logits(states.flatten(0, 1), before, group)
+            .float()
+            .unflatten(0, (len(states), places))
+        )
         if scale:
             with_prompt, without = logits[:batch], logits[batch:]
             logits = with_prompt + scale * (with_prompt - without)

@@ -33,7 +33,9 @@ def _predict_alike(omni: Omni, prompts: list[Prompt], wanted: list[Tokens]) -> l
     }
     layout = reading.layout(1, torch.from_numpy(wanted[0].grid).to(omni.device), private=1)
     hidden = reading.run("numbers_out", arrays, layout)  # B T D
-    probability = adapter.logits(hidden.flatten(0, 1)).float().softmax(-1).unflatten(0, hidden.shape[:2])  # B T P B
+    probability = (
+        adapter.logits(hidden.flatten(0, 1)).float().softmax(-1).unflatten(0, hidden.shape[:2])
+    )  # B T P B
     answers = []
     for row, tokens in zip(probability.flatten(1, 2).cpu().numpy(), wanted, strict=True):
         scale = np.repeat(tokens.arrays["scale"], tokens.arrays["observed"].shape[1], axis=0)  # T*P 2

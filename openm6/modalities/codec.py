@@ -71,7 +71,9 @@ def codec_scores(name: str) -> dict[str, float]:
     """Scores on test records that a shipped codec came with, as `source metric`; empty for one of your own."""
     path = SHIPPED / f"{name}.json"
     scores = json.loads(path.read_text(encoding="utf-8"))["test"] if path.is_file() else {}
-    return {f"{source} {metric}": value for source, found in scores.items() for metric, value in found.items()}
+    return {
+        f"{source} {metric}": value for source, found in scores.items() for metric, value in found.items()
+    }
 
 
 def _find(name: str) -> Path:

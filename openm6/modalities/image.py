@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from openm6.base.errors import DataError
 from openm6.modalities.codec_image import ImageCodec
 from openm6.modalities.codes import CodesAdapter, hide, masked_arrays, random_rectangle
-from openm6.modalities.interface import Adapter, Modality, Tokens, rectangle
+from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Tokens, rectangle
 from openm6.modalities.recall import Recall
 
 PATCH = 8
@@ -40,7 +40,8 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
             picture = raw if isinstance(raw, Pillow.Image) else Pillow.open(io.BytesIO(raw))
         if picture.width * picture.height > max_pixels:
             raise DataError(
-                f"the picture has {picture.width} x {picture.height} pixels, over the bound of {max_pixels:,}: shrink it"
+                f"the picture has {picture.width} x {picture.height} pixels, "
+                f"over the bound of {max_pixels:,}: shrink it"
             )
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             layers = picture.convert("RGBA")
@@ -51,7 +52,9 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
     except Pillow.DecompressionBombError:
         raise DataError(f"the picture is over the bound of {max_pixels:,} pixels: shrink it") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, TypeError) as error:
-        raise DataError(f"the picture is broken or of an unknown format ({error}): save it anew as PNG or JPEG") from None
+        raise DataError(
+            f"the picture is broken or of an unknown format ({error}): save it anew as PNG or JPEG"
+        ) from None
 
 
 def to_square(picture: Pillow.Image, side: int) -> Pillow.Image:
@@ -61,7 +64,9 @@ def to_square(picture: Pillow.Image, side: int) -> Pillow.Image:
     share = side / max(picture.size)
     size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
     square = Pillow.new("RGB", (side, side), "white")
-    square.paste(picture.resize(size, Pillow.Resampling.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2))
+    square.paste(
+        picture.resize(size, Pillow.Resampling.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2)
+    )
     return square
 
 
@@ -75,7 +80,9 @@ class Image(Modality):
 
     name: ClassVar[str] = "image"
 
-    def __init__(self, codec: ImageCodec, side: int = 64, max_patches: int = 64, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, codec: ImageCodec, side: int = 64, max_patches: int = 64, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self.codec = codec
         self.side = side
         self.places = side // codec.quantizer_config.stride  # across, and down
@@ -83,17 +90,23 @@ class Image(Modality):
         self.max_pixels = max_pixels
         self.recall = Recall()
 
-    def source(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+    def source(
+        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
+    ) -> Tokens:
         """Patches of the picture; `hole` (a share-of-the-side box left, top, right, bottom) hides what it touches."""
         picture = self._fit(read_image(raw, self.max_pixels))
         values = pixels(picture)
         if rng is not None:
             values = _shifted(values, rng)
         down, across = values.shape[0] // PATCH, values.shape[1] // PATCH
-        patches = values.reshape(down, PATCH, across, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1)
+        patches = (
+            values.reshape(down, PATCH, across, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1)
+        )
         gone = hole_places(options.get("hole"), down, across)
         arrays = {"patches": np.where(gone[:, None], 0, patches).astype(np.float32), "gone": gone}
-        return Tokens("image_in", arrays, rectangle(down, across), max(down, across), np.zeros(len(gone), bool))
+        return Tokens(
+            "image_in", arrays, rectangle(down, across), max(down, across), np.zeros(len(gone), bool)
+        )
 
     def _fit(self, picture: Pillow.Image) -> Pillow.Image:
         """The picture resized to whole patches within the budget; small ones keep their size."""
@@ -104,7 +117,9 @@ class Image(Modality):
         size = (columns * PATCH, rows * PATCH)
         return picture if picture.size == size else picture.resize(size, Pillow.Resampling.BICUBIC)
 
-    def target(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+    def target(
+        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
+    ) -> Tokens:
         """Codes of the picture, hidden by the training pattern, or, with `hole`, in the hole alone."""
         codes = self.encode(raw)
         if options.get("hole") is not None:
@@ -113,6 +128,14 @@ class Image(Modality):
                 hidden = hidden | hide(self.places, self.places, rng)
         else:
             hidden = hide(self.places, self.places, rng)
+        return self._masked(codes, hidden, rng)
+
+    def blank(self) -> Tokens:
+        """A picture of which nothing is known: every place hidden."""
+        hidden = hide(self.places, self.places, None)
+        return self._masked(np.zeros((len(hidden), self.codec.groups), np.int64), hidden, None)
+
+    def _masked(self, codes: np.ndarray, hidden: np.ndarray, rng: np.random.Generator | None) -> Tokens:
         arrays, learn = masked_arrays(codes, hidden, self.codec.codebook_size, rng)
         return Tokens("image_out", arrays, rectangle(self.places, self.places), self.places, learn, "block")
 
@@ -139,7 +162,9 @@ class Image(Modality):
 
     def examples(self) -> list[Any]:
         rng = np.random.default_rng(0)
-        return [rng.integers(0, 256, size, dtype=np.uint8) for size in ((64, 64, 3), (32, 32, 3), (20, 50, 3))]
+        return [
+            rng.integers(0, 256, size, dtype=np.uint8) for size in ((64, 64, 3), (32, 32, 3), (20, 50, 3))
+        ]
 
 
 def hole_places(hole: tuple[float, float, float, float] | None, down: int, across: int) -> np.ndarray:

@@ -1,9 +1,11 @@
-"""What every modality offers: raw input to tokens on the way in, hidden states to a loss and to raw output on the way out."""
+"""What every modality offers: raw input to tokens on the way in, hidden states to a loss and raw output out."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 
 Placement = Literal["source", "causal", "block"]
 Arrays = dict[str, np.ndarray]
+Options = Mapping[str, Any]
+NO_OPTIONS: Options = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Part:
 
 
 def line(length: int) -> np.ndarray:
-    """The grid of a run of tokens in time: the same offset on all three axes, as rotary text positions want it.  # N 3"""
+    """The grid of a run of tokens in time: one offset on all three axes, as for text.  # N 3"""
     return np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, axis=1)
 
 
@@ -76,7 +80,9 @@ class Modality(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def source(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+    def source(
+        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
+    ) -> Tokens:
         """Tokens to read. A generator asks for augmentation; None gives the plain, repeatable form.
 
         Raises:
@@ -84,7 +90,9 @@ class Modality(ABC):
         """
 
     @abstractmethod
-    def target(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+    def target(
+        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
+    ) -> Tokens:
         """Tokens to produce. A generator draws the training mask; None hides all there is to hide."""
 
     @abstractmethod

@@ -20,15 +20,19 @@ from torch import Tensor, nn
 
 from openm6.base.config import nearest
 from openm6.base.errors import DataError
-from openm6.modalities.interface import Adapter, Modality, Tokens, line
+from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Tokens, line
 from openm6.modalities.text import Text
 
 PATCH = 8
 BINS = 160
 LIMIT = 4.5  # in t: asinh(45), so 45 spreads from the centre before a value is clipped into the outer bin
 FREQUENCIES = 16
-FREQUENCY_SPREAD = 0.3  # small on purpose: large ones memorise (arXiv 2203.05556 and its authors' later advice)
-SMOOTHING = 0.75  # of a bin: standard deviation of the soft target while training (HL-Gauss, arXiv 2403.03950)
+FREQUENCY_SPREAD = (
+    0.3  # small on purpose: large ones memorise (arXiv 2203.05556 and its authors' later advice)
+)
+SMOOTHING = (
+    0.75  # of a bin: standard deviation of the soft target while training (HL-Gauss, arXiv 2403.03950)
+)
 
 Scales = dict[str, tuple[float, float]]
 
@@ -52,7 +56,7 @@ def fit_scale(values: np.ndarray) -> tuple[float, float]:
 
 
 class Numbers(Modality):
-    """Reads `{column: value}` or a series, one token a value or a patch of PATCH steps; wants one column or a series."""
+    """Reads `{column: value}` or a series, a token per value or per PATCH steps; wants columns or a series."""
 
     name: ClassVar[str] = "numbers"
 
@@ -60,17 +64,22 @@ class Numbers(Modality):
         self.text = text
         self.scales = scales
 
-    def source(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+    def source(
+        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
+    ) -> Tokens:
         """Tokens of a mapping of columns (missing values allowed: None or NaN) or of a NumberSeries."""
         arrays = self._arrays(raw)
         length = len(arrays["values"])
         return Tokens("numbers_in", arrays, line(length), length, np.zeros(length, bool))
 
-    def target(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+    def target(
+        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
+    ) -> Tokens:
         """Queries for a mapping of columns or a series; unobserved values are not learned."""
         arrays = self._arrays(raw)
         length = len(arrays["values"])
-        return Tokens("numbers_out", arrays, line(length), length, arrays["observed"].any(1), "block")
+        learn = np.asarray(arrays["observed"].any(1))
+        return Tokens("numbers_out", arrays, line(length), length, learn, "block")
 
     def _arrays(self, raw: Any) -> dict[str, np.ndarray]:
         if isinstance(raw, NumberSeries):
@@ -79,7 +88,9 @@ class Numbers(Modality):
             return self._columns(list(raw), [[value] for value in raw.values()], patches=False)
         raise DataError("numbers were expected as {column: value} or a series, and at least one of them")
 
-    def _columns(self, names: list[str], rows: list[list[float | None]], patches: bool) -> dict[str, np.ndarray]:
+    def _columns(
+        self, names: list[str], rows: list[list[float | None]], patches: bool
+    ) -> dict[str, np.ndarray]:
         values, observed, scales, owners = [], [], [], []
         for name, row in zip(names, rows, strict=True):
             centre, spread = self.scale(name)
@@ -123,9 +134,9 @@ class Numbers(Modality):
         return {"numbers_in": NumbersIn(width), "numbers_out": NumbersOut(width)}
 
     def examples(self) -> list[Any]:
-        first, *others = self.scales
+        first = next(iter(self.scales))
         series = NumberSeries(first, [1.0, None, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
-        return [{first: 1.0}, {name: None for name in self.scales}, series]
+        return [{first: 1.0}, dict.fromkeys(self.scales), series]
 
 
 def _number(name: str, value: Any) -> float:

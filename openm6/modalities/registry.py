@@ -64,9 +64,13 @@ def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Sca
     """
     image_codec, sound_codec = load_codec(config.image.codec), load_codec(config.sound.codec)
     if not isinstance(image_codec, ImageCodec):
-        raise ConfigError(f"modalities.image.codec={config.image.codec!r} is no picture codec: name one, as image-64")
+        raise ConfigError(
+            f"modalities.image.codec={config.image.codec!r} is no picture codec: name one, as image-64"
+        )
     if not isinstance(sound_codec, SoundCodec):
-        raise ConfigError(f"modalities.sound.codec={config.sound.codec!r} is no sound codec: name one, as sound")
+        raise ConfigError(
+            f"modalities.sound.codec={config.sound.codec!r} is no sound codec: name one, as sound"
+        )
     if config.image.side % image_codec.quantizer_config.stride:
         raise ConfigError(
             f"modalities.image.side={config.image.side} must be a multiple of the codec's stride, "
@@ -100,7 +104,7 @@ def source_pieces(
     Raises:
         DataError: a part is broken or out of bounds.
     """
-    return [modality_named(modalities, part.modality).source(part.raw, rng, **part.options) for part in parts]
+    return [modality_named(modalities, part.modality).source(part.raw, rng, part.options) for part in parts]
 
 
 def target_piece(part: Part, modalities: Modalities, rng: np.random.Generator | None = None) -> Tokens:
@@ -109,7 +113,7 @@ def target_piece(part: Part, modalities: Modalities, rng: np.random.Generator | 
     Raises:
         DataError: the part is broken, or there is nothing in it to learn.
     """
-    piece = modality_named(modalities, part.modality).target(part.raw, rng, **part.options)
+    piece = modality_named(modalities, part.modality).target(part.raw, rng, part.options)
     if not piece.learn.any():
         raise DataError(f"nothing of this {part.modality} is observed, so there is nothing to learn from it")
     return piece

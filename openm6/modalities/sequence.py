@@ -1,4 +1,4 @@
-"""Pieces of tokens laid out as one example, and examples packed into rows: where the sequence rule gets its integers."""
+"""Pieces of tokens laid out as one example, and examples packed into rows, with the sequence rule's integers."""
 
 # Letters: R rows, S tokens a row, n tokens of one kind in the batch
 
@@ -128,7 +128,8 @@ def _add_pieces(
 
 def _gather(found: list[tuple[Tokens, int, int, np.ndarray]]) -> KindOfTokens:
     arrays = {
-        name: torch.from_numpy(np.concatenate([piece.arrays[name] for piece, *_ in found])) for name in found[0][0].arrays
+        name: torch.from_numpy(np.concatenate([piece.arrays[name] for piece, *_ in found]))
+        for name in found[0][0].arrays
     }
     index = np.concatenate([np.arange(start, start + len(piece)) for piece, start, _, _ in found])
     example = np.concatenate([np.full(len(piece), number) for piece, _, number, _ in found])

@@ -17,7 +17,7 @@ from openm6.base.errors import DataError
 from openm6.modalities.codec_sound import SoundCodec
 from openm6.modalities.codes import CodesAdapter, hide, masked_arrays
 from openm6.modalities.image import PatchAdapter
-from openm6.modalities.interface import Adapter, Modality, Tokens, line
+from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Tokens, line
 from openm6.modalities.recall import Recall
 from openm6.ops.resample import resample
 
@@ -39,7 +39,9 @@ def read_sound(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     if samples.ndim != 1 or not len(samples):
         raise DataError("the sound is empty: record it anew")
     if len(samples) > max_seconds * rate:
-        raise DataError(f"the sound lasts {len(samples) / rate:.0f} s, over the bound of {max_seconds:g} s: cut it")
+        raise DataError(
+            f"the sound lasts {len(samples) / rate:.0f} s, over the bound of {max_seconds:g} s: cut it"
+        )
     if not np.isfinite(samples).all():
         raise DataError("the sound holds values that are not finite: export it anew")
     return np.clip(resample(torch.from_numpy(samples), rate, RATE).numpy(), -1, 1)
@@ -50,12 +52,16 @@ def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
         with soundfile.SoundFile(io.BytesIO(raw)) as file:
             seconds = file.frames / file.samplerate
             if seconds > max_seconds:
-                raise DataError(f"the sound lasts {seconds:.0f} s, over the bound of {max_seconds:g} s: cut it")
+                raise DataError(
+                    f"the sound lasts {seconds:.0f} s, over the bound of {max_seconds:g} s: cut it"
+                )
             # A header may lie about the length: never decode more than the bound.
             samples = file.read(int(max_seconds * file.samplerate) + 1, dtype="float32", always_2d=True)
             return samples.mean(1), file.samplerate
     except (soundfile.LibsndfileError, TypeError, ZeroDivisionError, RuntimeError) as error:
-        raise DataError(f"the sound is broken or of an unknown format ({error}): save it anew as WAV or FLAC") from None
+        raise DataError(
+            f"the sound is broken or of an unknown format ({error}): save it anew as WAV or FLAC"
+        ) from None
 
 
 class Sound(Modality):
@@ -72,7 +78,9 @@ class Sound(Modality):
         self.recall = Recall()
         self.heard = Recall()
 
-    def source(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+    def source(
+        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
+    ) -> Tokens:
         """Log-mel patches; `gap` (start and end as shares of the length) hides what it touches."""
         frames = self._frames(raw, options.get("seconds"))  # F M
         if rng is not None:
@@ -107,7 +115,9 @@ class Sound(Modality):
         """Places of a wanted sound."""
         return max(1, round((seconds or self.seconds) * RATE / self.place))
 
-    def target(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+    def target(
+        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
+    ) -> Tokens:
         """Codes of `seconds` of sound, hidden by the training pattern, or, with `gap`, in the gap alone."""
         codes = self.encode(raw, options.get("seconds"))
         count = len(codes)
@@ -117,8 +127,16 @@ class Sound(Modality):
                 hidden = hidden | hide(1, count, rng)
         else:
             hidden = hide(1, count, rng)
+        return self._masked(codes, hidden, rng)
+
+    def blank(self, seconds: float | None = None) -> Tokens:
+        """A sound of which nothing is known: every place hidden."""
+        count = self.length(seconds)
+        return self._masked(np.zeros((count, self.codec.groups), np.int64), hide(1, count, None), None)
+
+    def _masked(self, codes: np.ndarray, hidden: np.ndarray, rng: np.random.Generator | None) -> Tokens:
         arrays, learn = masked_arrays(codes, hidden, self.codec.codebook_size, rng)
-        return Tokens("sound_out", arrays, line(count), count, learn, "block")
+        return Tokens("sound_out", arrays, line(len(codes)), len(codes), learn, "block")
 
     def encode(self, raw: Any, seconds: float | None = None) -> np.ndarray:
         """Codes of the sound, cut or padded with silence; remembered by the bytes of the file.  # T G"""
@@ -165,7 +183,7 @@ def random_gap(rng: np.random.Generator) -> tuple[float, float]:
 
 
 def _augmented(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another speaker in another room: mel axis stretched, tempo changed, level, start and a few bands varied.  # F M"""
+    """Another speaker in another room: mel axis stretched, tempo, level, start and a few bands changed.  # F M"""
     count, mels = frames.shape
     warp = rng.uniform(0.85, 1.18)
     tempo = rng.uniform(0.8, 1.25)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from openm6.base.errors import ConfigError, DataError
-from openm6.modalities.interface import Adapter, Modality, Tokens, line
+from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Tokens, line
 
 # Our own marks lie above the tokenizer's ids, so no text that a user writes can spell one.
 NUM_MARKS = 3
@@ -80,13 +80,17 @@ class Text(Modality):
         """The id that opens a wanted text."""
         return self.first_mark + START
 
-    def source(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+    def source(
+        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
+    ) -> Tokens:
         """`raw` text as source tokens, at most `max_tokens` (cut at the end, as in prompts)."""
         ids = np.asarray(self.encode(_checked(raw))[: self.max_tokens], dtype=np.int64)
         arrays = {"ids": ids, "labels": np.full_like(ids, -1)}
         return Tokens("text", arrays, line(len(ids)), len(ids), np.zeros(len(ids), bool))
 
-    def target(self, raw: Any, rng: np.random.Generator | None = None, **options: Any) -> Tokens:
+    def target(
+        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
+    ) -> Tokens:
         """START t1 … tn with the labels t1 … tn END: each token is asked for the next."""
         ids = self.encode(_checked(raw))[: int(options.get("max_tokens", self.max_tokens))]
         arrays = {
@@ -132,4 +136,3 @@ class TextAdapter(Adapter):
         present = name_ids >= 0
         vectors = self.embedding(name_ids.clamp(min=0)) * present[..., None]  # N K D
         return vectors.sum(1) / present.sum(1, keepdim=True).clamp(min=1)
-

@@ -26,4 +26,3 @@ def resample(samples: Tensor, old_rate: int, new_rate: int) -> Tensor:
     out = torch.zeros(count // 2 + 1, dtype=values.dtype)
     out[:kept] = values[:kept]
     return (torch.fft.irfft(out, n=count) * (count / padded))[:wanted].to(samples.dtype)
-

@@ -10,7 +10,10 @@ NAME_PICTURE = Task(
     summary="say in a word what a picture shows",
     given={"image": Picture()},
     wanted=Text("label", max_tokens=16),
-    prompts={"en": ("{image} What is this?", "{image} Name it."), "zh": ("{image} 这是什么？", "{image} 叫什么？")},
+    prompts={
+        "en": ("{image} What is this?", "{image} Name it."),
+        "zh": ("{image} 这是什么？", "{image} 叫什么？"),
+    },
     metrics=("exact_match",),
     baseline="frequent_answer",
     reads="image",
@@ -67,7 +70,10 @@ DRAW = Task(
     summary="draw what a text says",
     given={"text": Text("text")},
     wanted=Picture(),
-    prompts={"en": ("draw {text}", "Draw {text}.", "A picture of {text}"), "zh": ("画{text}", "画一个{text}。")},
+    prompts={
+        "en": ("draw {text}", "Draw {text}.", "A picture of {text}"),
+        "zh": ("画{text}", "画一个{text}。"),
+    },
     metrics=("code_bits", "recognised"),
     baseline="unigram_codes",
     reads="text",

@@ -49,6 +49,17 @@ class Text(Slot):
 
 
 @dataclass(frozen=True)
+class Gloss(Text):
+    """A text without the words before its first colon where the label is among them: a definition without its word."""
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        text = as_text(localised(record, self.name, scene.language))
+        head, colon, rest = text.partition(": ")
+        label = as_text(localised(record, "label", scene.language) or "")
+        return [Part("text", rest if colon and label and label in head else text)]
+
+
+@dataclass(frozen=True)
 class OtherLanguage(Text):
     """The same field in the other language: what a translation wants."""
 
@@ -240,7 +251,9 @@ class MaybeText(Text):
 
     def parts(self, record: Record, scene: Scene) -> list[Part]:
         text = as_text(localised(record, self.name, scene.language))
-        others = [other for other in record.get("others", ()) if other.get(scene.language) not in (None, text)]
+        others = [
+            other for other in record.get("others", ()) if other.get(scene.language) not in (None, text)
+        ]
         fits = not others or bool(scene.rng.random() < 0.5)
         scene.shared["fits"] = fits
         if not fits:
@@ -275,4 +288,3 @@ class Shown(Slot):
 
     def parts(self, record: Record, scene: Scene) -> list[Part]:
         return scene.shared["shown"]
-

@@ -84,7 +84,9 @@ class Task:
             for prompt in prompts:
                 unknown = set(_SLOT.findall(prompt)) - set(self.given) - {"column"}
                 if language not in LANGUAGES or unknown:
-                    raise ConfigError(f"task {self.name}: prompt {prompt!r} names {unknown or language}, not given")
+                    raise ConfigError(
+                        f"task {self.name}: prompt {prompt!r} names {unknown or language}, not given"
+                    )
 
     def languages(self, record: Record) -> list[str]:
         """Languages in which this record can be posed; a spoken record is bound to the language it is spoken in."""
@@ -105,7 +107,9 @@ class Task:
         """
         languages = self.languages(record)
         if not languages:
-            raise DataError(f"record {record.get('id')!r} lacks a field that task {self.name} needs: map it or choose another")
+            raise DataError(
+                f"record {record.get('id')!r} lacks a field that task {self.name} needs: map it or choose another"
+            )
         language = languages[int(rng.integers(len(languages)))]
         prompt = self.prompts[language][int(rng.integers(len(self.prompts[language]))) if train else 0]
         scene = Scene(language, rng, train)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openm6.tasks.slots import FirstPart, OneColumn, OtherLanguage, Rest, Text, TextWithHoles
+from openm6.tasks.slots import FirstPart, Gloss, OneColumn, OtherLanguage, Rest, Text, TextWithHoles
 from openm6.tasks.task import Task
 
 WRITE = Task(
@@ -63,7 +63,7 @@ TRANSLATE_LABEL = Task(
 DEFINE = Task(
     name="define",
     summary="find the word that a gloss defines",
-    given={"text": Text("text")},
+    given={"text": Gloss("text")},
     wanted=Text("label", max_tokens=16),
     prompts={"en": ("{text} In a word:",), "zh": ("{text} 一言以蔽之：",)},
     metrics=("exact_match", "character_f1"),

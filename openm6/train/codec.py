@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from openm6.base.errors import DataError, TrainingError
+from openm6.base.errors import TrainingError
 from openm6.base.files import replace_text
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.base.seeds import derive_seed
-from openm6.data.source import Source, Split
-from openm6.data.sources import open_sources
+from openm6.data.source import Split
 from openm6.modalities.codec import save_codec
 from openm6.modalities.codec_base import Codec, Health
 from openm6.modalities.codec_image import ImageCodec
 from openm6.modalities.codec_sound import SoundCodec
 from openm6.train.codec_pictures import PictureLessons, picture_scores, read_small, to_pixels
 from openm6.train.codec_recipe import CodecRecipe, ImageCodecRecipe, SoundCodecRecipe
+from openm6.train.codec_records import hold_out, read_records
 from openm6.train.codec_sounds import SoundLessons, read_clip, sound_scores
 from openm6.train.job import Job, StepResult
 from openm6.train.step import seed_everything
@@ -32,8 +32,6 @@ from openm6.train.step import seed_everything
 CODEC_FILE = "codec.safetensors"
 SCORES_FILE = "scores.json"
 AVERAGED, BEST = "averaged.", "best."
-
-Raw = TypeVar("Raw")  # a decoded picture or sound
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class ImageCodecJob(CodecJob):
 
     def _read(self, split: Split) -> dict[str, list[Image]]:
         largest = max(self.recipe.lessons.sides)
-        return read_records(self.recipe, split, "image", lambda data: read_small(data, largest))
+        return read_records(self.recipe.sources, split, "image", lambda data: read_small(data, largest))
 
     def places_per_batch(self) -> int:
         return self.recipe.lessons.batch * (self.side // self.recipe.codec.stride) ** 2
@@ -201,7 +199,7 @@ class SoundCodecJob(CodecJob):
     def __init__(self, recipe: SoundCodecRecipe, device: torch.device) -> None:
         seed_everything(recipe.loop.seed, "weights")
         super().__init__(recipe, SoundCodec(recipe.codec), device)
-        kept, held = hold_out(read_records(recipe, "train", "audio", read_clip), recipe.held_out)
+        kept, held = hold_out(read_records(recipe.sources, "train", "audio", read_clip), recipe.held_out)
         self.lessons = self.sounds = SoundLessons(recipe.lessons, recipe.codec, kept, device)
         self.held_out = [clip for part in held.values() for clip in part]
 
@@ -215,51 +213,8 @@ class SoundCodecJob(CodecJob):
         return -scores["log_mel_l1"]
 
     def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
-        clips = read_records(self.recipe, "test", "audio", read_clip)
+        clips = read_records(self.recipe.sources, "test", "audio", read_clip)
         return {name: sound_scores(codec, part) for name, part in clips.items()}
-
-
-def read_records(
-    recipe: CodecRecipe, split: Split, key: str, read: Callable[[bytes], Raw]
-) -> dict[str, list[Raw]]:
-    """The decoded pictures or sounds of each source that has some in this split; broken ones are told and left out.
-
-    Raises:
-        DataError: a source of training records has none.
-    """
-    found: dict[str, list[Raw]] = {}
-    for name, source in open_sources(recipe.sources, split).items():
-        records = list(_decoded(source, key, read))
-        if not records and split == "train":
-            raise DataError(
-                f"source {name!r} has no usable {key} in its records: map a column with fields, or drop it"
-            )
-        if records:
-            found[name] = records
-    return found
-
-
-def _decoded(source: Source, key: str, read: Callable[[bytes], Raw]) -> Iterator[Raw]:
-    for index in range(len(source)):
-        try:
-            data = source[index].get(key)
-            if data is not None:
-                yield read(data)
-        except DataError as error:
-            get_log().warning(f"source {source.name!r}, record {index} is left out: {error}")
-
-
-def hold_out(records: dict[str, list[Raw]], every: int) -> tuple[dict[str, list[Raw]], dict[str, list[Raw]]]:
-    """Each source's records without, and only, the second of every `every`.
-
-    Raises:
-        DataError: no source has two records.
-    """
-    kept = {name: [raw for index, raw in enumerate(part) if index % every != 1] for name, part in records.items()}
-    held = {name: part[1::every] for name, part in records.items()}
-    if not any(held.values()):
-        raise DataError("no source has two records, one to learn from and one to judge by: add records")
-    return kept, held
 
 
 def health_metrics(health: Health) -> dict[str, float | Tensor]:

@@ -28,7 +28,8 @@ STFT_WINDOWS = (512, 1024, 2048)
 class SoundLessonsConfig(Config):
     """How training sounds are drawn, and what each part of the loss weighs.
 
-    `voices` is the share made by formula. Of the rest, `mixed` are two clips at once and `noisy` carry noise.
+    `voices` is the share made by formula; of the rest, `mixed` are two clips at once. Of all, `coloured` come from
+    another room and `noisy` carry noise.
     """
 
     batch: int = Field(default=32, ge=2)

@@ -10,9 +10,9 @@ from openm6.optim.schedule import decay_start
 from openm6.train.config import LOOP_SECTION, LoopConfig
 
 SKIPPED = 2  # first steps, slow through caches, compilation and memory that is claimed
-MEASURED_SHARE = 0.05  # part of the time that is spent before the speed is believed
-MEASURED_LEAST, MEASURED_MOST = 5, 200  # steps
-TIME_FOR_STEPS = 0.93  # the rest is for judging and saving
+MEASURED_SHARE = 0.2  # part of the time that is spent before the speed is believed
+MEASURED_LEAST = 5  # steps
+TIME_FOR_STEPS = 0.96  # the rest is for judging and saving
 
 
 class RunLength:
@@ -41,13 +41,12 @@ class RunLength:
         self._spent.append(seconds)
         measured, spent, budget = self._spent[SKIPPED:], sum(self._spent), self._config.minutes * 60
         believed = len(measured) >= MEASURED_LEAST and spent >= budget * MEASURED_SHARE
-        pressed = (
-            len(measured) >= 1 and spent >= budget / 2
-        )  # steps so slow that there is no time to measure well
-        if not (believed or pressed or len(measured) >= MEASURED_MOST):
+        pressed = len(measured) >= 1 and spent >= budget / 2  # steps too slow to be measured well
+        if not (believed or pressed):
             return
+        recent = measured[len(measured) // 2 :]  # the first ones fill caches that the later ones find filled
         left = budget * TIME_FOR_STEPS - spent
-        self._fix(step, step + max(0, math.floor(left / (sum(measured) / len(measured)))))
+        self._fix(step, step + max(0, math.floor(left / (sum(recent) / len(recent)))))
 
     def _fix(self, step: int, total: int) -> None:
         # The steps so far were taken at the full rate: the decay must not start before them, or a repeated run differs.

@@ -88,20 +88,26 @@ class MultimodalJob(Job):
         """Mean over examples of each one's mean over its learned tokens, plus the routers' side losses."""
         batch = batch.to(self.omni.device)
         judged, loads = self.omni.judge(batch)
-        total = sum(((part.nats * part.weight).sum() for part in judged.values()), start=torch.zeros((), device=self.omni.device))
+        total = sum(
+            ((part.nats * part.weight).sum() for part in judged.values()),
+            start=torch.zeros((), device=self.omni.device),
+        )
         metrics: dict[str, float | Tensor] = {f"loss/{kind}": _mean(part) for kind, part in judged.items()}
         metrics["fill"] = batch.tokens / batch.layout.sample.numel()
         return StepResult(total / batch.num_examples + side_loss(loads), metrics, loads)
 
     def after_step(self, result: StepResult) -> None:
-        self.omni.backbone.update_balance(list(result.loads))  # type: ignore[arg-type]
+        self.omni.backbone.update_balance(list(result.loads))
 
     def finish(self, run: RunFolder) -> None:
         """Judges the run on its test records and writes report.html and report.json."""
         judgement = evaluate(run.path, tell=lambda result: get_log().info(summary(result)))
         progress = read_state(latest(run.path))["progress"]
         total, active = self.omni.count_parameters()
-        codecs = {name: codec_scores(name) for name in (self.recipe.modalities.image.codec, self.recipe.modalities.sound.codec)}
+        codecs = {
+            name: codec_scores(name)
+            for name in (self.recipe.modalities.image.codec, self.recipe.modalities.sound.codec)
+        }
         facts = RunFacts(
             name=run.name,
             preset=self.recipe.model.preset,
@@ -172,7 +178,9 @@ def _learned_tokenizer(recipe: MultimodalRecipe, sources: dict[str, Source]) -> 
         prompt for lecture in recipe.mixture for language in LANGUAGES
         for prompt in TASKS[lecture.task].prompts.get(language, ())
     ]  # fmt: skip
-    spread = {name: np.linspace(0, len(s) - 1, min(len(s), SCANNED)).astype(int) for name, s in sources.items()}
+    spread = {
+        name: np.linspace(0, len(s) - 1, min(len(s), SCANNED)).astype(int) for name, s in sources.items()
+    }
     words = (text for name, s in sources.items() for index in spread[name] for text in _texts(s, int(index)))
     get_log().info("learning a tokenizer from the sources")
     return train_tokenizer([*prompts * 20, *words], recipe.modalities.text.vocabulary).to_str()

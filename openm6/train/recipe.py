@@ -71,7 +71,9 @@ class MultimodalRecipe(Config):
         for lecture in self.mixture:
             if lecture.source not in self.sources:
                 hint = nearest(lecture.source, sorted(self.sources))
-                raise ValueError(f"the mixture names source {lecture.source!r}, which sources does not hold; {hint}")
+                raise ValueError(
+                    f"the mixture names source {lecture.source!r}, which sources does not hold; {hint}"
+                )
         for name in self.loss_weights:
             if name not in MODALITIES:
                 raise ValueError(f"loss_weights names {name!r}; {nearest(name, sorted(MODALITIES))}")

@@ -42,7 +42,9 @@ def recipe_path(name: str) -> Path:
     if shipped.is_file() and str(given.parent) in (".", "recipes"):
         return shipped
     known = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-    raise ConfigError(f"no recipe at {name!r}: check the path, or use a shipped one; {nearest(given.stem, known)}")
+    raise ConfigError(
+        f"no recipe at {name!r}: check the path, or use a shipped one; {nearest(given.stem, known)}"
+    )
 
 
 def read_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, dict[str, Any]]:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm6.ops.spectrum import overlap_add, spectrum
 from openm6.train.dice import Dice
 
 NUM_HARMONICS = 48
@@ -87,38 +86,3 @@ def voices(count: int, length: int, rate: int, dice: Dice) -> Tensor:
     voiced = curve(2.5 * dice.normal(count, points) + 1.0, length).clamp(0.0, 1.0)
     hissing = curve(2.5 * dice.normal(count, points) - 2.0, length).clamp(0.0, 1.0)
     return 0.5 * sound * voiced + 0.15 * noise(count, length, rate, dice) * hissing
-
-
-def excitation(count: int, length: int, rate: int, dice: Dice) -> Tensor:
-    """The sound of vocal folds and breath before any throat: flat-spectrum pulses of a gliding pitch, and white noise.
-
-    Pulses are Σ_k cos(kφ) over the harmonics below the band's end, in closed form (the Dirichlet kernel).  # -> B S
-    """
-    octaves = dice.uniform(count, 1, low=6.2, high=8.7)
-    pitch = torch.exp2(octaves + 0.2 * curve(dice.normal(count, 8), length))
-    # In double precision: the phase grows to thousands of turns.
-    phase = (2.0 * math.pi * torch.cumsum(pitch.double() / rate, 1)).remainder(2.0 * math.pi)
-    harmonics = torch.floor(0.48 * rate / pitch)
-    half = torch.sin(phase / 2.0)
-    half = torch.where(half.abs() < 1e-4, torch.full_like(half, 1e-4), half)
-    pulses = (torch.sin((harmonics + 0.5) * phase) / half - 1.0).float() / (2.0 * harmonics.sqrt())
-    breath = dice.uniform(count, 1).square() * (dice.chance(0.85, count, 1)) + dice.chance(0.1, count, 1)
-    return pulses * 1.4 + dice.normal(count, length) * (0.1 + breath)
-
-
-def revoice(sounds: Tensor, window: Tensor, filters: Tensor, hop: int, rate: int, dice: Dice) -> Tensor:
-    """The same words by another throat: smoothed spectra, stretched in time and frequency, on a new excitation.
-
-    A channel vocoder: `filters` (K M) smooth each frame's spectrum so far that the old pitch is gone.  # B S -> B S
-    """
-    count, length = sounds.shape
-    bands = spectrum(sounds, window, hop).abs() @ filters  # B S -> B N M
-    bends = torch.exp2(dice.uniform(count, 2, low=-0.3, high=0.3))
-    bent = torch.zeros(count, 2, 3, device=dice.device)
-    bent[:, 0, 0], bent[:, 0, 2] = bends[:, 0], bends[:, 0] - 1.0  # frequency: the low end stays where it is
-    bent[:, 1, 1] = bends[:, 1]  # time: about the middle
-    grid = F.affine_grid(bent, [count, 1, *bands.shape[1:]], align_corners=True)
-    bands = F.grid_sample(bands[:, None], grid, padding_mode="zeros", align_corners=True)[:, 0]
-    spread = filters.mT / filters.sum(1).clamp(min=1e-3)  # M K: each frequency takes the mean of its bands
-    driven = spectrum(excitation(count, length, rate, dice), window, hop) * (bands @ spread)
-    return overlap_add(driven, window, hop)

@@ -21,9 +21,9 @@ from openm6.train.codec import (
     Lesson,
     SoundCodecJob,
     check_health,
-    hold_out,
 )
 from openm6.train.codec_recipe import ImageCodecRecipe, SoundCodecRecipe
+from openm6.train.codec_records import hold_out
 from openm6.train.loop import train
 
 RECIPES = Path(__file__).parents[2] / "openm6" / "recipes"

@@ -1,0 +1,136 @@
+"""`openm6 generate`: one question, one answer, to a file or to the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+
+from openm6.base.config import Config, apply_overrides, build
+from openm6.base.errors import ConfigError, DataError
+from openm6.generate.load import Loaded, load
+from openm6.generate.masked import MaskedSampling, fill_codes
+from openm6.generate.numbers import predict
+from openm6.generate.question import Question, prompt_parts, read_file
+from openm6.generate.sampling import Sampling
+from openm6.generate.text import write
+from openm6.modalities.image import Image
+from openm6.modalities.interface import Tokens
+from openm6.modalities.numbers import Histogram, NumberSeries
+from openm6.modalities.registry import source_pieces
+from openm6.modalities.sound import RATE, Sound
+
+SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "sound": (".wav", ".flac", ".ogg")}
+
+
+class Decoding(Config):
+    """How answers are drawn: text by `text`, pictures and sounds by `masked`."""
+
+    text: Sampling = Sampling()
+    masked: MaskedSampling = MaskedSampling()
+
+
+def read_decoding(settings: list[str]) -> Decoding:
+    """Decoding from `key=value` settings, such as `masked.steps=16`.
+
+    Raises:
+        ConfigError: an unknown key or a value out of range.
+    """
+    return build(Decoding, apply_overrides({}, settings), "decoding")
+
+
+def generate(path: Path, question: Question, decoding: Decoding, out: Path | None = None) -> str:
+    """Asks the model of a run or checkpoint; gives the text to print, and writes `out` where it is given.
+
+    Pictures and sounds are always written, to answer.png or answer.wav unless told otherwise.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: the model, the question or its files cannot be used.
+    """
+    target = _target(question.want, out)
+    return answer_question(load(path), question, decoding, target)
+
+
+def _target(want: str, out: Path | None) -> Path | None:
+    """Where the answer goes, checked before any work is done."""
+    if want in SUFFIXES:
+        out = out or Path(f"answer{SUFFIXES[want][0]}")
+        if out.suffix.lower() not in SUFFIXES[want]:
+            raise ConfigError(f"--out {out} must end in one of {', '.join(SUFFIXES[want])} for --want {want}")
+    if out is not None and not out.resolve().parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.resolve().parent}; make it first")
+    return out
+
+
+def answer_question(loaded: Loaded, question: Question, decoding: Decoding, out: Path | None) -> str:
+    """The printed answer to a question; files are written on the way."""
+    prompt = source_pieces(prompt_parts(question, loaded), loaded.modalities)
+    if question.want == "text":
+        return _kept(write(loaded, [prompt], decoding.text)[0], out)
+    if question.want == "numbers":
+        return _kept(_numbers(loaded, question, prompt), out)
+    assert out is not None
+    if question.want == "image":
+        loaded.image.decode(_codes(loaded, loaded.image, question, prompt, decoding.masked)).save(out)
+    else:
+        samples = loaded.sound.decode(_codes(loaded, loaded.sound, question, prompt, decoding.masked))
+        soundfile.write(out, samples, RATE)
+    return f"wrote {out}"
+
+
+def _kept(answer: str, out: Path | None) -> str:
+    if out is not None:
+        try:
+            out.write_text(answer + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"{out} cannot be written: {error.strerror}") from None
+    return answer
+
+
+def _codes(
+    loaded: Loaded,
+    modality: Image | Sound,
+    question: Question,
+    prompt: list[Tokens],
+    sampling: MaskedSampling,
+) -> torch.Tensor:
+    """Codes of the wanted picture or sound; those outside a hole or gap are the given one's own.  # -> N G"""
+    if question.hole is not None and question.image is not None:
+        wanted = loaded.image.target(read_file(question.image), options={"hole": question.hole})
+    elif question.gap is not None and question.sound is not None:
+        wanted = loaded.sound.target(read_file(question.sound), options={"gap": question.gap})
+    else:
+        wanted = modality.blank()
+    given, hidden = (torch.from_numpy(wanted.arrays[name])[None] for name in ("codes", "hidden"))
+    grid = torch.from_numpy(wanted.grid)
+    return fill_codes(loaded.omni, wanted.kind, [prompt], grid, sampling, given, hidden)[0].cpu()
+
+
+def _numbers(loaded: Loaded, question: Question, prompt: list[Tokens]) -> str:
+    """Distributions of the wanted column or of the steps ahead, as JSON."""
+    raw: Any
+    if question.series is not None:
+        name = question.series.name
+        raw = NumberSeries(
+            name, [loaded.numbers.scale(name)[0]] * question.ahead
+        )  # any value: only asked for
+    else:
+        name = question.wanted_column()
+        raw = {name: loaded.numbers.scale(name)[0]}
+    histogram = predict(loaded.omni, [prompt], [loaded.numbers.target(raw)])[0]
+    return json.dumps({name: _described(histogram)}, ensure_ascii=False)
+
+
+def _described(histogram: Histogram) -> dict[str, Any]:
+    low, high = histogram.interval(0.8)
+    found = {"mean": histogram.mean(), "median": histogram.median(), "low_80": low, "high_80": high}
+    return {name: _plain(values) for name, values in found.items()}
+
+
+def _plain(values: np.ndarray) -> float | list[float]:
+    rounded = [float(f"{value:.5g}") for value in values]
+    return rounded[0] if len(rounded) == 1 else rounded

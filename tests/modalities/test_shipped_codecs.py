@@ -1,0 +1,51 @@
+"""The trained codecs that come with the package: small, loadable by name, and as good as the README says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from openm6.data.parquet import EmbeddedConfig
+from openm6.data.sources import open_sources
+from openm6.modalities.codec import SHIPPED, load_codec, shipped_codecs
+from openm6.modalities.codec_image import ImageCodec
+from openm6.modalities.codec_sound import SoundCodec
+from openm6.train.codec_pictures import picture_scores, read_small, to_pixels
+from openm6.train.codec_sounds import read_clip, sound_scores
+
+
+def test_three_codecs_are_shipped_each_a_few_megabytes_with_its_scores() -> None:
+    assert shipped_codecs() == ("image-256", "image-64", "sound")
+    for name in shipped_codecs():
+        assert (SHIPPED / f"{name}.safetensors").stat().st_size < 8_000_000
+        assert set(json.loads((SHIPPED / f"{name}.json").read_text())) >= {"held_out", "test"}
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "groups", "decibels"), [("image-64", 8, 4, 27.5), ("image-256", 16, 2, 30.5)]
+)
+def test_unseen_emoji_survive(name: str, grid: int, groups: int, decibels: float) -> None:
+    codec = load_codec(name)
+    assert isinstance(codec, ImageCodec) and codec.groups == groups and codec.codebook_size == 1000
+    source = open_sources({"emoji": EmbeddedConfig(name="emoji")}, "test")["emoji"]
+    pixels = to_pixels([read_small(source[index]["image"], 64) for index in range(0, len(source), 4)], 64)
+    assert codec.encode(torch.zeros(1, 3, 64, 64)).shape == (1, grid, grid, groups)
+    assert picture_scores(codec, pixels)["psnr"] > decibels
+
+
+def test_an_unseen_voice_survives_and_stages_refine() -> None:
+    codec = load_codec("sound")
+    assert isinstance(codec, SoundCodec) and codec.groups == 4 and codec.codebook_size == 1000
+    source = open_sources({"digits": EmbeddedConfig(name="espeak_digits")}, "test")["digits"]
+    clips = [read_clip(source[index]["audio"]) for index in range(0, len(source), 6)]
+    assert sound_scores(codec, clips)["log_mel_l1"] < 0.65
+    clip = clips[0][None]
+    whole = codec.mels(clip[:, : clip.shape[1] // 640 * 640])
+    codes = codec.encode(clip)
+    errors = [
+        float((codec.mels(codec.decode(codes[..., :stages]))[:, : whole.shape[1]] - whole).abs().mean())
+        for stages in (1, 2, 4)
+    ]
+    assert errors == sorted(errors, reverse=True)

@@ -1,0 +1,45 @@
+"""Questions about countries and penguins whose answers stand in the text."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from embedded_data.numbers import penguins
+from embedded_data.pictures import countries
+from embedded_data.tables import Row
+
+_COUNTRY = re.compile(
+    r"The flag of (?P<country>.+?)\. Capital: (?P<capital>.+?)\. Region: (?P<region>.+?)\.$"
+)
+_PENGUIN = re.compile(r"A (?P<sex>\w+) (?P<species>\w+) penguin on (?P<island>\w+) island\.$")
+QUESTIONS = {
+    "country": "Which country?",
+    "capital": "What is the capital?",
+    "region": "Which region?",
+    "sex": "Male or female?",
+    "species": "Which species?",
+    "island": "Which island?",
+}
+
+
+def questions(cache: Path) -> list[Row]:
+    """One record per country or penguin and thing that its text tells; split as the record it comes from."""
+    return [
+        _question(row, asked, answer)
+        for rows, pattern in ((countries(cache), _COUNTRY), (penguins(cache), _PENGUIN))
+        for row in rows
+        if (found := pattern.match(row["text_en"]))
+        for asked, answer in found.groupdict().items()
+    ]
+
+
+def _question(row: Row, asked: str, answer: str) -> Row:
+    copied = {key: row[key] for key in ("source", "license", "split", "text_en")}
+    own = {
+        "id": f"question/{row['id']}/{asked}",
+        "kind": "text",
+        "question": QUESTIONS[asked],
+        "answer": answer,
+    }
+    return {**copied, **own}
