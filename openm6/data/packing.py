@@ -68,8 +68,9 @@ class Packer:
                 continue
             row = next((number for number, left in enumerate(room) if left >= len(sequence)), None)
             if row is None:
-                self.waiting.append(draw)
+                self.waiting.append(draw)  # made again for the next batch, and counted only then
             else:
+                self.quarantine.accept()
                 rows[row].append(sequence)
                 room[row] -= len(sequence)
         self.waiting.extend(earlier)
@@ -87,5 +88,4 @@ class Packer:
         except DataError as error:
             self.quarantine.add(*self.preparer.name(draw), error)
             return None
-        self.quarantine.accept()
         return sequence

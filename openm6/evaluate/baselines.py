@@ -16,21 +16,24 @@ from openm6.data.source import Source
 from openm6.evaluate.metrics import METRICS, Scored, truths
 from openm6.generate.load import Loaded
 from openm6.modalities.image import Image
+from openm6.modalities.registry import Modalities, target_piece
 from openm6.modalities.sound import Sound
 from openm6.tasks.task import Example, Task
 
 FITTED = 400  # training records a baseline looks at
 
 
-def training_examples(task: Task, source: Source, seed: int) -> list[Example]:
-    """Some training records of a source through a task, for baselines."""
+def training_examples(task: Task, source: Source, seed: int, modalities: Modalities) -> list[Example]:
+    """Some training records of a source through a task, for baselines; those that are broken are left out."""
     examples = []
     for index in np.linspace(0, len(source) - 1, min(len(source), FITTED)).astype(int):
         rng = numpy_generator(seed, "baseline", int(index))
         try:
             record = source[int(index)]
             record = with_others(record, source, rng) if task.compares else record
-            examples.append(task.example(record, rng))
+            example = task.example(record, rng)
+            target_piece(example.target, modalities)  # a broken picture or sound shows only when it is opened
+            examples.append(example)
         except DataError:
             continue
     return examples

@@ -10,7 +10,7 @@ import numpy as np
 from openm6.base.errors import DataError
 from openm6.base.log import get_log
 from openm6.base.seeds import numpy_generator
-from openm6.data.prepare import with_others
+from openm6.data.prepare import example_sequence, with_others
 from openm6.data.source import Source
 from openm6.evaluate.answers import answer
 from openm6.evaluate.baselines import baseline_value, point_predictions, spreads, training_examples
@@ -20,6 +20,7 @@ from openm6.evaluate.metrics import METRICS, Scored, all_metrics
 from openm6.evaluate.recognise import build_recogniser
 from openm6.evaluate.results import Judgement, Sample, TaskResult
 from openm6.generate.load import Loaded
+from openm6.modalities.registry import Modalities
 from openm6.models.description import Lesson
 from openm6.tasks.registry import task_named
 from openm6.tasks.task import Example, Task
@@ -39,7 +40,7 @@ def judge(
     began = time.perf_counter()
     results = []
     for lesson in lessons:
-        examples = test_examples(task_named(lesson.task), test[lesson.source], config)
+        examples = test_examples(task_named(lesson.task), test[lesson.source], config, loaded.modalities)
         if not examples:
             get_log().info(f"{lesson.task}/{lesson.source}: no test records, not judged")
             continue
@@ -48,7 +49,9 @@ def judge(
     return Judgement(results, time.perf_counter() - began, str(loaded.checkpoint))
 
 
-def test_examples(task: Task, source: Source, config: JudgeConfig) -> list[Example]:
+def test_examples(
+    task: Task, source: Source, config: JudgeConfig, modalities: Modalities
+) -> list[Example]:
     """Up to `records` test records, spread over the source, through the task; broken ones are left out."""
     examples: list[Example] = []
     spread = np.linspace(0, max(0, len(source) - 1), min(len(source), config.records)).astype(int)
@@ -57,7 +60,9 @@ def test_examples(task: Task, source: Source, config: JudgeConfig) -> list[Examp
         try:
             record = source[int(index)]
             record = with_others(record, source, rng) if task.compares else record
-            examples.append(task.example(record, rng))
+            example = task.example(record, rng)
+            example_sequence(example, modalities)  # a broken picture or sound shows only when it is opened
+            examples.append(example)
         except DataError as error:
             get_log().info(f"{task.name}: a test record is left out: {error}")
     return examples
@@ -74,7 +79,7 @@ def judge_lesson(
     scored = _score(loaded, task, [examples[row] for row in chosen], nats[chosen], train, config)
     metrics = all_metrics(task.metrics, scored)
     metric = task.metrics[0]
-    lectures = training_examples(task, train, config.seed)
+    lectures = training_examples(task, train, config.seed, loaded.modalities)
     low, high = bootstrap_interval(bits, config.seed)
     return TaskResult(
         task=task.name,

@@ -51,7 +51,7 @@ def strangers(examples: list[Example]) -> list[int | None]:
     count = len(examples)
     found: list[int | None] = []
     for row, example in enumerate(examples):
-        others = ((row + step) % count for step in range(1 + count // 2, count + count // 2))
+        others = ((row + step) % count for step in range(1 + count // 2, count + 1 + count // 2))
         fits = (
             o for o in others if examples[o].language == example.language and examples[o].key != example.key
         )

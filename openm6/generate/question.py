@@ -95,7 +95,9 @@ def prompt_parts(question: Question, loaded: Loaded) -> list[Part]:
     if question.image is not None:
         parts.append(Part("image", read_file(question.image), {"hole": question.hole}))
     if question.sound is not None:
-        parts.append(Part("sound", read_file(question.sound), {"gap": question.gap}))
+        # A gap is a share of the length, so what is read must be as long as what will be filled in.
+        seconds = None if question.gap is None else loaded.sound.seconds
+        parts.append(Part("sound", read_file(question.sound), {"gap": question.gap, "seconds": seconds}))
     if question.numbers is not None:
         wanted = question.wanted_column() if question.want == "numbers" else None
         rest = {name: value for name, value in question.numbers.items() if name != wanted}

@@ -74,11 +74,15 @@ def answer_question(loaded: Loaded, question: Question, decoding: Decoding, out:
     if question.want == "numbers":
         return _kept(_numbers(loaded, question, prompt), out)
     assert out is not None
-    if question.want == "image":
-        loaded.image.decode(_codes(loaded, loaded.image, question, prompt, decoding.masked)).save(out)
-    else:
-        samples = loaded.sound.decode(_codes(loaded, loaded.sound, question, prompt, decoding.masked))
-        soundfile.write(out, samples, RATE)
+    modality = loaded.image if question.want == "image" else loaded.sound
+    codes = _codes(loaded, modality, question, prompt, decoding.masked)
+    try:
+        if isinstance(modality, Image):
+            modality.decode(codes).save(out)
+        else:
+            soundfile.write(out, modality.decode(codes), RATE)
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise DataError(f"{out} cannot be written: {error}") from None
     return f"wrote {out}"
 
 

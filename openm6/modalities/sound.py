@@ -24,13 +24,15 @@ from openm6.ops.resample import resample
 RATE = 16_000
 FRAMES = 8  # of 10 ms in one source token
 MAX_SECONDS = 30.0
+LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000  # a header may claim any: resampling takes memory in step with the rate
 
 
 def read_sound(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     """Mono samples in [-1, 1] at 16 kHz from the bytes of a WAV, FLAC, Ogg or MP3 file, or from such samples.  # S
 
     Raises:
-        DataError: not a sound, broken, empty, or longer than `max_seconds`, which the header tells before decoding.
+        DataError: not a sound, broken, empty, of a rate that nobody records at, or longer than `max_seconds`, which
+            the header tells before decoding.
     """
     if isinstance(raw, np.ndarray):
         samples, rate = raw.astype(np.float32), RATE
@@ -50,6 +52,11 @@ def read_sound(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
 def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(io.BytesIO(raw)) as file:
+            if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
+                raise DataError(
+                    f"the sound has {file.samplerate:,} samples a second, outside {LOWEST_RATE:,} to "
+                    f"{HIGHEST_RATE:,}: export it anew at 16,000"
+                )
             seconds = file.frames / file.samplerate
             if seconds > max_seconds:
                 raise DataError(

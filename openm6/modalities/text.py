@@ -53,7 +53,8 @@ class Text(Modality):
     def __init__(self, tokenizer: Tokenizer, max_tokens: int = 2048) -> None:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.first_mark = tokenizer.get_vocab_size()
+        # Not the number of entries: a tokenizer of another maker may leave ids unused.
+        self.first_mark = max(tokenizer.get_vocab().values(), default=-1) + 1
         # A multiple of 64 keeps the rows of the embedding aligned for the matrix units.
         self.vocabulary_size = -(-(self.first_mark + NUM_MARKS) // 64) * 64
 
@@ -63,8 +64,12 @@ class Text(Modality):
         for number, piece in enumerate(text.split(GAP)):
             if number:
                 ids.append(self.first_mark + HOLE)
-            ids.extend(self.tokenizer.encode(piece, add_special_tokens=False).ids)
+            ids.extend(self.encode_plain(piece))
         return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of `text` to the letter: a GAP, too, is a character like any other."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; our marks and unused ids are left out."""
@@ -92,7 +97,7 @@ class Text(Modality):
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Tokens:
         """START t1 … tn with the labels t1 … tn END: each token is asked for the next."""
-        ids = self.encode(_checked(raw))[: int(options.get("max_tokens", self.max_tokens))]
+        ids = self.encode_plain(_checked(raw))[: int(options.get("max_tokens", self.max_tokens))]
         arrays = {
             "ids": np.asarray([self.start, *ids], dtype=np.int64),
             "labels": np.asarray([*ids, self.end], dtype=np.int64),
@@ -110,6 +115,10 @@ class Text(Modality):
 def _checked(raw: Any) -> str:
     if not isinstance(raw, str):
         raise DataError(f"text was expected, not {type(raw).__name__}: map a text column to this field")
+    try:
+        raw.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON's \ud800 gives
+        raise DataError(f"the text is not Unicode at character {error.start}: mend or remove it") from None
     return raw
 
 

@@ -19,8 +19,9 @@ class CodecRecipe(Config):
     """What picture and sound codecs have in common.
 
     One record in `held_out` of each source is never trained on and picks the best averaged weights. In the last
-    `settle_share` of the run the latent's statistics stay as they are. A run fails where more than `max_saturated`
-    of the latent is beyond reach of the gradient, or a channel carries less than `min_bits` of what it could.
+    `settle_share` of the run the latent's statistics stay as they are. A run fails where, after `guard_from` steps,
+    more than `max_saturated` of the latent is beyond reach of the gradient, or a channel carries less than the share
+    `min_bits` of what it could.
     """
 
     sources: dict[str, AnySourceConfig] = Field(min_length=1)

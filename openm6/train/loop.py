@@ -76,6 +76,14 @@ def train(job: Job, config: LoopConfig, run: RunFolder, resume: bool = False) ->
     return _Run(job, config, run, resume).to_the_end()
 
 
+def refuse_overwriting(run: RunFolder, resume: bool) -> None:
+    """Raises TrainingError where the folder holds a run that is not to be resumed; call it before writing there."""
+    if not resume and list_checkpoints(run.checkpoints):
+        raise TrainingError(
+            f"{run.path} already holds a run: add --resume to go on, or choose another folder"
+        )
+
+
 class _Run:
     """One call of `train`: the parts of a run and the moments at which they act."""
 
@@ -85,11 +93,8 @@ class _Run:
         self.recorder, self.watch, self.progress = Recorder(), SpikeWatch(), Progress()
         self.saved: Path | None = None
         self.scores: dict[str, float] = {}
+        refuse_overwriting(run, resume)
         if list_checkpoints(run.checkpoints):
-            if not resume:
-                raise TrainingError(
-                    f"{run.path} already holds a run: add --resume to go on, or choose another folder"
-                )
             self._restore(latest(run.path))
         self.length = RunLength(config, run)
 

@@ -14,7 +14,7 @@ from openm6.base.errors import ConfigError, DataError
 from openm6.base.files import replace_text
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
-from openm6.checkpoint.folder import latest, read_state
+from openm6.checkpoint.folder import latest, list_checkpoints, read_state
 from openm6.data.mixture import Component, Mixture
 from openm6.data.packing import Packer
 from openm6.data.prepare import Preparer
@@ -163,7 +163,9 @@ def _texts(source: Source, record_index: int) -> Iterator[str]:
 def _tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: RunFolder) -> str:
     """The tokenizer.json of the run: its own from before, the one named, or one learned from sources and prompts."""
     kept = run.path / TOKENIZER_FILE
-    named = str(kept) if kept.is_file() else recipe.modalities.text.tokenizer
+    # Without a checkpoint the run never began: what lies there may be of another recipe.
+    begun = kept.is_file() and bool(list_checkpoints(run.checkpoints))
+    named = str(kept) if begun else recipe.modalities.text.tokenizer
     if named is None:
         replace_text(kept, _learned_tokenizer(recipe, sources))
         named = str(kept)

@@ -14,7 +14,7 @@ from openm6.base.run_folder import RunFolder
 from openm6.train.codec import ImageCodecJob, SoundCodecJob
 from openm6.train.codec_recipe import CodecRecipe, ImageCodecRecipe, SoundCodecRecipe
 from openm6.train.job import Job
-from openm6.train.loop import TrainResult, train
+from openm6.train.loop import TrainResult, refuse_overwriting, train
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.recipe import MultimodalRecipe
 
@@ -77,6 +77,7 @@ def train_recipe(
         path = folder / "config.yaml"
     checked, values = read_recipe(path, overrides or [])
     run = RunFolder.open(folder)
+    refuse_overwriting(run, resume)
     if path != run.config or overrides:
         run.write_config(values)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

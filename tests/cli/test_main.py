@@ -64,22 +64,6 @@ class Called:
             ("train", ("my.yaml", ["loop.steps=3", "a=b"], True, Path("here")), {}),
         ),
         ("train my.yaml", ("train", ("my.yaml", [], False, None), {})),
-        (
-            "generate runs/x --text hello --numbers mass=3.5,length= --want image --out o.png --seed 4",
-            (
-                "generate",
-                (Path("runs/x"),),
-                {
-                    "want": "image",
-                    "out": Path("o.png"),
-                    "seed": 4,
-                    "text": "hello",
-                    "image": None,
-                    "sound": None,
-                    "numbers": {"mass": 3.5, "length": None},
-                },
-            ),
-        ),
     ],
 )
 def test_words_arrive(monkeypatch: pytest.MonkeyPatch, words: str, call: tuple) -> None:
@@ -91,6 +75,29 @@ def test_words_arrive(monkeypatch: pytest.MonkeyPatch, words: str, call: tuple) 
     assert shown.stdout == f"{call[0]} is done\n"
 
 
+def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = Called()
+    monkeypatch.setattr(cli, "door", called.door)
+    words = "generate runs/x --text hello --numbers mass=3.5,length= --want image --hole 0,0,1,.5 --out o.png"
+    shown = runner.invoke(cli.app, [*words.split(), "--seed", "4", "--set", "masked.steps=2"])
+    assert shown.exit_code == 0, shown.output
+    calls = {name: (words, named) for name, words, named in called.calls}
+    asked = {name: value for name, value in calls["question"][1].items() if value is not None}
+    assert asked == {
+        "want": "image",
+        "text": "hello",
+        "numbers": {"mass": 3.5, "length": None},
+        "series": "series is done",
+        "ahead": 8,
+        "hole": "shares is done",
+        "gap": "shares is done",
+    }
+    assert calls["decoding"][0] == (["text.seed=4", "masked.seed=4", "masked.steps=2"],)
+    assert ("shares", ("0,0,1,.5", 4, "--hole"), {}) in called.calls
+    assert calls["generate"] == ((Path("runs/x"), "question is done", "decoding is done", Path("o.png")), {})
+    assert shown.stdout == "generate is done\n"
+
+
 def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     called = Called()
     monkeypatch.setattr(cli, "door", called.door)
@@ -100,7 +107,7 @@ def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> N
     assert (name, words, named) == (
         "evaluate",
         (Path("runs/x"),),
-        {"tasks": ["a", "b"], "json_path": Path("s.json")},
+        {"tasks": ["a", "b"], "data": None, "json_path": Path("s.json")},
     )
     assert (show, shown_words[0]) == ("show judgement", "evaluate is done")
 

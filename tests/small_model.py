@@ -1,0 +1,75 @@
+"""A model of four modalities small enough for tests: width 64, two layers, four experts, untrained."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from openm6.data.source import Source, SourceConfig
+from openm6.data.sources import open_sources
+from openm6.evaluate.run import source_configs
+from openm6.generate.load import Loaded
+from openm6.modalities.registry import ModalitiesConfig, Modalities, build_modalities
+from openm6.modalities.text import train_tokenizer
+from openm6.models.config import BackboneConfig
+from openm6.models.description import Lesson, ModelDescription
+from openm6.models.omni import Omni
+from openm6.nn.config import ExpertsConfig
+from openm6.train.run import read_recipe, recipe_path
+
+BACKBONE = BackboneConfig(
+    width=64,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=32,
+    experts=ExpertsConfig(hidden=64, num_experts=4, top_k=2),
+)
+SCALES = {"mass": (10.0, 2.0), "length": (3.0, 0.5), "digit": (4.5, 2.0), "temp_max": (15.0, 7.0)}
+WORDS = ("draw the digit seven", "画数字七", "say zero", "the mass of a small red apple", "What is this?")
+LESSONS = (("draw", "digits"), ("fill_picture", "digits"), ("predict_number", "penguins"), ("fill_sound", "spoken"))
+
+
+@cache
+def modalities() -> Modalities:
+    """The four modalities with the shipped codecs; made once a process, since nothing in them learns."""
+    return build_modalities(ModalitiesConfig(), train_tokenizer(WORDS, 320), SCALES)
+
+
+def omni(seed: int = 0) -> Omni:
+    """An untrained model in evaluation mode, its weights large enough for every token to matter."""
+    torch.manual_seed(seed)
+    model = Omni(BACKBONE, modalities())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return model.eval().requires_grad_(False)
+
+
+def loaded(seed: int = 0, lessons: tuple[tuple[str, str], ...] = LESSONS) -> Loaded:
+    """The untrained model as if it came from a checkpoint."""
+    description = ModelDescription(
+        backbone=BACKBONE,
+        modalities=ModalitiesConfig(),
+        scales=SCALES,
+        lessons=[Lesson(task=task, source=source) for task, source in lessons],
+    )
+    return Loaded(omni(seed), modalities(), description, Path("nowhere/checkpoints/step-1"))
+
+
+@cache
+def demo_configs() -> dict[str, SourceConfig]:
+    """The sources of the demo recipe."""
+    recipe, values = read_recipe(recipe_path("demo"), [])
+    assert recipe.kind == "multimodal"
+    return source_configs(values["sources"], "demo")
+
+
+@cache
+def demo_sources(split: str = "train") -> dict[str, Source]:
+    """All embedded data as the demo uses it, pairs and windows among it, and the countries, which it leaves out."""
+    configs = {**demo_configs(), **source_configs({"countries": {"kind": "embedded", "name": "countries"}}, "")}
+    return open_sources(configs, "train" if split == "train" else "test")

@@ -1,0 +1,99 @@
+"""Writes docs/tasks.md from the list of tasks, or checks that the page says what the list says.
+
+python tools/tasks_page.py
+python tools/tasks_page.py --check
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from openm6.base.files import replace_text
+from openm6.evaluate.figures import METRIC_NOTES
+from openm6.modalities.registry import MODALITIES
+from openm6.tasks.registry import TASKS
+from openm6.tasks.task import Task
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "tasks.md"
+HEAD = ("task", "reads", "gives", "what it learns", "metrics", "baseline", "English prompt")
+BASELINES = {
+    "frequent_answer": "the commonest training answer in the language of the question",
+    "unigram_codes": "how often each code occurs in the training pictures or sounds, whatever is given",
+    "column_median": "the median of the column in the training records",
+    "last_value": "the last value that was seen, repeated",
+}
+OPENING = """\
+# Tasks
+
+A task says which fields of a record are given, which one is wanted, in what words, and by what the answer is judged. \
+The rows are sorted by pair: what is read, then what is given back. `{name}` in a prompt is where a field of the record \
+goes. Most tasks know several prompts, in English and in Chinese, and training draws among them; judging uses the first. \
+The first metric is the one that is set against the baseline.
+
+`openm6 tasks` prints the short form of this table. A recipe names a task together with a source; \
+[your own data](own-data.md) shows how. This page is written by `python tools/tasks_page.py` from the list in \
+`openm6/tasks/`, and a test keeps the two equal.
+"""
+
+
+def page(tasks: Iterable[Task]) -> str:
+    """The whole page in Markdown."""
+    order = list(MODALITIES)
+    ordered = sorted(tasks, key=lambda task: (order.index(task.reads), order.index(task.gives)))
+    parts = [
+        OPENING,
+        table(HEAD, [row(task) for task in ordered]),
+        "## What the metrics say\n",
+        table(("metric", "what it tells"), [(f"`{name}`", _note(name)) for name in _metrics(ordered)]),
+        "## What the baselines do\n",
+        table(("baseline", "its answer"), [(f"`{name}`", BASELINES[name]) for name in _baselines(ordered)]),
+    ]
+    return "\n".join(parts)
+
+
+def row(task: Task) -> tuple[str, ...]:
+    """One task as the cells of a row."""
+    metrics = ", ".join(f"`{name}`" for name in task.metrics)
+    prompt = f"`{task.prompts['en'][0]}`"
+    return (f"`{task.name}`", task.reads, task.gives, task.summary, metrics, f"`{task.baseline}`", prompt)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    cells = [list(head), *map(list, rows)]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "---|" * len(cells[0]), *lines[1:]]) + "\n"
+
+
+def _metrics(tasks: list[Task]) -> list[str]:
+    return [name for name in METRIC_NOTES if any(name in task.metrics for task in tasks)]
+
+
+def _baselines(tasks: list[Task]) -> list[str]:
+    return [name for name in BASELINES if any(name == task.baseline for task in tasks)]
+
+
+def _note(metric: str) -> str:
+    title, note = METRIC_NOTES[metric]
+    return f"{title}: {note}"
+
+
+def main(words: list[str] | None = None) -> int:
+    """Writes the page, or with --check returns 1 where it differs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare with the page instead of writing it")
+    wanted = page(TASKS.values())
+    if not parser.parse_args(words).check:
+        replace_text(PAGE, wanted)
+        return 0
+    same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == wanted
+    print("docs/tasks.md is up to date" if same else "docs/tasks.md differs: run python tools/tasks_page.py")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
