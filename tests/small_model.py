@@ -27,7 +27,25 @@ BACKBONE = BackboneConfig(
     head_dim=32,
     experts=ExpertsConfig(hidden=64, num_experts=4, top_k=2),
 )
-SCALES = {"mass": (10.0, 2.0), "length": (3.0, 0.5), "digit": (4.5, 2.0), "temp_max": (15.0, 7.0)}
+SCALES = {
+    "mass": (10.0, 2.0),
+    "length": (3.0, 0.5),
+    "digit": (4.5, 2.0),
+    "temp_max": (15.0, 7.0),
+    "bill_length_mm": (44.0, 5.5),
+    "bill_depth_mm": (17.2, 2.0),
+    "flipper_length_mm": (200.0, 14.0),
+    "body_mass_g": (4050.0, 800.0),
+    "sepal_length_cm": (5.8, 0.9),
+    "sepal_width_cm": (3.0, 0.4),
+    "petal_length_cm": (4.3, 1.7),
+    "petal_width_cm": (1.3, 0.8),
+    "latitude": (17.0, 27.0),
+    "longitude": (20.0, 70.0),
+    "area_km2": (8e4, 4e5),
+    "land_neighbours": (3.0, 2.0),
+    "languages": (1.0, 1.0),
+}
 WORDS = ("draw the digit seven", "画数字七", "say zero", "the mass of a small red apple", "What is this?")
 LESSONS = (("draw", "digits"), ("fill_picture", "digits"), ("predict_number", "penguins"), ("fill_sound", "spoken"))
 
@@ -70,6 +88,7 @@ def demo_configs() -> dict[str, SourceConfig]:
 
 @cache
 def demo_sources(split: str = "train") -> dict[str, Source]:
-    """All embedded data as the demo uses it, pairs and windows among it, and the countries, which it leaves out."""
-    configs = {**demo_configs(), **source_configs({"countries": {"kind": "embedded", "name": "countries"}}, "")}
+    """All embedded data as the demo uses it, pairs and windows among it, and questions asked about flags."""
+    asked = {"kind": "pairs", "left": "countries", "right": "questions", "key": "text_en"}
+    configs = {**demo_configs(), **source_configs({"asked": asked}, "asked")}
     return open_sources(configs, "train" if split == "train" else "test")

@@ -28,8 +28,8 @@ OPENING = """\
 # Tasks
 
 A task says which fields of a record are given, which one is wanted, in what words, and by what the answer is judged. \
-The rows are sorted by pair: what is read, then what is given back. `{name}` in a prompt is where a field of the record \
-goes. Most tasks know several prompts, in English and in Chinese, and training draws among them; judging uses the first. \
+The rows are sorted by pair: what is read first of all (the prompt shows what else is), then what is given back. \
+`{name}` in a prompt is where a field of the record goes. Most tasks know several prompts, in English and in Chinese, and training draws among them; judging uses the first. \
 The first metric is the one that is set against the baseline.
 
 `openm6 tasks` prints the short form of this table. A recipe names a task together with a source; \

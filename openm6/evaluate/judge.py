@@ -49,9 +49,7 @@ def judge(
     return Judgement(results, time.perf_counter() - began, str(loaded.checkpoint))
 
 
-def test_examples(
-    task: Task, source: Source, config: JudgeConfig, modalities: Modalities
-) -> list[Example]:
+def test_examples(task: Task, source: Source, config: JudgeConfig, modalities: Modalities) -> list[Example]:
     """Up to `records` test records, spread over the source, through the task; broken ones are left out."""
     examples: list[Example] = []
     spread = np.linspace(0, max(0, len(source) - 1), min(len(source), config.records)).astype(int)

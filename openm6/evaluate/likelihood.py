@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -60,13 +62,25 @@ def strangers(examples: list[Example]) -> list[int | None]:
 
 
 def gained_bits(loaded: Loaded, examples: list[Example]) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of each target given its own source, and the bits lost when another record's source stands there.  # N, M"""
+    """Nats of each target given its own source, and the bits lost when another record's source stands there.  # N, M
+
+    A picture or sound is judged with all its codes hidden, also where only a hole is wanted: shown codes would tell
+    what the source tells, and hide whether the model reads it.
+    """
     other = strangers(examples)
+    examples = [replace(example, target=all_hidden(example.target)) for example in examples]
     own = [example_sequence(example, loaded.modalities) for example in examples]
     rows = [row for row, stranger in enumerate(other) if stranger is not None]
     swapped = [_with_source(loaded, examples[row], examples[other[row] or 0].source) for row in rows]
     nats = sequence_nats(loaded.omni, [*own, *swapped])
     return nats[: len(own)], (nats[len(own) :] - nats[: len(own)][rows]) * BITS
+
+
+def all_hidden(target: Part) -> Part:
+    """The target without its hole or gap."""
+    return replace(
+        target, options={name: v for name, v in target.options.items() if name not in ("hole", "gap")}
+    )
 
 
 def _with_source(loaded: Loaded, example: Example, source: list[Part]) -> Sequence:

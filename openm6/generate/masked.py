@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -19,6 +20,7 @@ from openm6.base.config import Config
 from openm6.generate.prompt import Prompt, Reading, read_prompts
 from openm6.generate.sampling import RowNoise
 from openm6.modalities.codes import CodesAdapter
+from openm6.modalities.interface import Tokens
 from openm6.models.omni import Omni
 
 
@@ -34,60 +36,53 @@ class MaskedSampling(Config):
 
 
 @torch.inference_mode()
-def fill_codes(
-    omni: Omni,
-    kind: str,
-    prompts: list[Prompt],
-    grid: Tensor,
-    sampling: MaskedSampling,
-    given: Tensor | None = None,
-    hidden: Tensor | None = None,
-) -> Tensor:
-    """Codes for every place of `grid` N 3 in answer to each prompt; row i draws from seed + i.  # -> B N G
+def fill_codes(omni: Omni, prompts: list[Prompt], wanted: list[Tokens], sampling: MaskedSampling) -> Tensor:
+    """Codes of the wanted target tokens, those that are hidden drawn in answer to each prompt.  # -> B N G
 
-    `given` B N G holds known codes wherever `hidden` B N is False.
+    All of `wanted` are of one kind and size; their codes are read only where they are not hidden. Row i draws from
+    seed + i.
     """
-    adapter = omni.adapter(kind)
+    adapter = omni.adapter(wanted[0].kind)
     assert isinstance(adapter, CodesAdapter)
-    guided = sampling.guidance > 0
-    rows = [*prompts, *([] for _ in prompts)] if guided else prompts  # conditional rows first
-    reading = read_prompts(omni, rows, len(grid))
-    device = reading.place.device
-    shape = (len(prompts), len(grid))
-    unknown = (
-        torch.ones(shape, dtype=torch.bool, device=device) if hidden is None else hidden.to(device).clone()
-    )
-    codes = torch.zeros(*shape, adapter.groups, dtype=torch.long, device=device)
-    if given is not None:
-        codes = torch.where(unknown[..., None], codes, given.to(device))
+    rows = (
+        [*prompts, *([] for _ in prompts)] if sampling.guidance > 0 else prompts
+    )  # the empty prompts come last
+    reading = read_prompts(omni, rows, len(wanted[0]))
+    unknown, given = (
+        _stacked(wanted, name, reading.place.device) for name in ("hidden", "codes")
+    )  # B N, B N G
+    codes = given.masked_fill(unknown[..., None], 0)
     noise = RowNoise([sampling.seed + row for row in range(len(prompts))])
     first_unknown = unknown.sum(
         1
     )  # of this request, not of the grid: a small hole must not be filled one by one
     for step in range(1, sampling.steps + 1):
         share = step / sampling.steps
-        states = _run(reading, kind, codes, unknown, grid.to(device), guided)
-        scale = sampling.guidance * share if guided else 0.0
-        drawn, confidence = _draw(adapter, states, codes, scale, sampling, noise)
+        states = _run(reading, wanted[0], codes, unknown)
+        drawn, confidence = _draw(adapter, states, codes, sampling.guidance * share, sampling, noise)
         codes = torch.where(unknown[..., None], drawn, codes)
-        shaken = confidence + sampling.noise * (1 - share) * noise.gumbel(len(grid)).to(device)
-        if sampling.order == "random":
-            shaken = noise.gumbel(len(grid)).to(device)
-        keep_hidden = torch.floor(first_unknown * math.cos(math.pi / 2 * share)).long() * (
-            step < sampling.steps
-        )
-        unknown = _least_sure(shaken, unknown, keep_hidden)
+        shaken = noise.gumbel(codes.shape[1]).to(codes.device)
+        if sampling.order == "confidence":
+            shaken = confidence + sampling.noise * (1 - share) * shaken
+        left = torch.floor(first_unknown * math.cos(math.pi / 2 * share)).long() * (step < sampling.steps)
+        unknown = _least_sure(shaken, unknown, left)
         if not bool(unknown.any()):
             break
     return codes
 
 
-def _run(reading: Reading, kind: str, codes: Tensor, unknown: Tensor, grid: Tensor, guided: bool) -> Tensor:
-    """Hidden states of all places, for the conditional and (when guided) the empty prompt.  # -> B' N D"""
-    repeat = 2 if guided else 1
-    flat = codes.repeat(repeat, 1, 1).flatten(0, 1)  # B' N G -> B'*N G
-    arrays = {"shown": flat, "codes": flat, "hidden": unknown.repeat(repeat, 1).flatten()}
-    states = reading.run(kind, arrays, reading.layout(1, grid, private=1))
+def _stacked(wanted: list[Tokens], name: str, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.stack([tokens.arrays[name] for tokens in wanted])).to(device)
+
+
+def _run(reading: Reading, like: Tokens, codes: Tensor, unknown: Tensor) -> Tensor:
+    """Hidden states of all places for every prompt read; codes and unknown are repeated for the empty ones.  # -> B' N D"""
+    repeat = reading.batch // len(codes)
+    flat = codes.repeat(repeat, 1, 1).flatten(0, 1)  # B N G -> B'*N G
+    places = torch.from_numpy(like.arrays["places"]).to(codes.device).repeat(reading.batch, 1)
+    arrays = {"shown": flat, "codes": flat, "hidden": unknown.repeat(repeat, 1).flatten(), "places": places}
+    grid = torch.from_numpy(like.grid).to(codes.device)
+    states = reading.run(like.kind, arrays, reading.layout(1, grid, private=1))
     reading.forget()
     return states
 

@@ -109,9 +109,7 @@ def _codes(
         wanted = loaded.sound.target(read_file(question.sound), options={"gap": question.gap})
     else:
         wanted = modality.blank()
-    given, hidden = (torch.from_numpy(wanted.arrays[name])[None] for name in ("codes", "hidden"))
-    grid = torch.from_numpy(wanted.grid)
-    return fill_codes(loaded.omni, wanted.kind, [prompt], grid, sampling, given, hidden)[0].cpu()
+    return fill_codes(loaded.omni, [prompt], [wanted], sampling)[0].cpu()
 
 
 def _numbers(loaded: Loaded, question: Question, prompt: list[Tokens]) -> str:

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.modalities.interface import Adapter
+from openm6.modalities.places import PlaceEmbedding
 from openm6.ops.quantize import cell_values, unpack
 
 RANDOM_SHARE, ALL_SHARE, INSIDE_SHARE = 0.6, 0.2, 0.1  # the rest: everything but a rectangle is hidden
+SMOOTHING = 0.1  # of the training labels, as MaskGIT does: unseen voices and hands must not surprise too much
 WRONG_SHARE = 0.05  # visible codes replaced by random ones, and learned too: teaches repair
 
 
@@ -53,15 +55,24 @@ def random_rectangle(height: int, width: int, rng: np.random.Generator) -> np.nd
 
 
 def masked_arrays(
-    codes: np.ndarray, hidden: np.ndarray, codebook_size: int, rng: np.random.Generator | None
+    codes: np.ndarray,
+    hidden: np.ndarray,
+    places: np.ndarray,
+    codebook_size: int,
+    rng: np.random.Generator | None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Arrays of a masked target and the places that learn.  # N G, N -> {codes N G, shown N G, hidden N}, N"""
+    """Arrays of a masked target and the places that learn.  # N G, N, N 2 -> {…}, N"""
     shown, learn = codes.copy(), hidden.copy()
     if rng is not None:
         wrong = ~hidden & (rng.random(len(codes)) < WRONG_SHARE)
         shown[wrong] = rng.integers(0, codebook_size, shown[wrong].shape)
         learn |= wrong
-    arrays = {"codes": codes.astype(np.int64), "shown": shown.astype(np.int64), "hidden": hidden}
+    arrays = {
+        "codes": codes.astype(np.int64),
+        "shown": shown.astype(np.int64),
+        "hidden": hidden,
+        "places": places,
+    }
     return arrays, learn
 
 
@@ -77,6 +88,7 @@ class CodesAdapter(Adapter):
         dims = len(levels)
         self.shown = nn.Linear(groups * dims, width)
         self.mask = nn.Parameter(torch.empty(width))
+        self.place = PlaceEmbedding(width)
         self.hidden_to_groups = nn.Linear(width, groups * bottleneck)
         self.codes_to_groups = nn.Linear(groups * dims, groups * bottleneck, bias=False)
         self.to_codes = nn.Parameter(torch.empty(groups, bottleneck, self.codebook_size))
@@ -93,7 +105,8 @@ class CodesAdapter(Adapter):
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
         seen = self.shown(self.vectors(arrays["shown"]).to(self.shown.weight.dtype))  # N V -> N D
-        return torch.where(arrays["hidden"][:, None], self.mask.to(seen.dtype), seen)
+        shown = torch.where(arrays["hidden"][:, None], self.mask.to(seen.dtype), seen)
+        return shown + self.place(arrays["places"])
 
     def group_states(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """The head's inner state for each group, given the codes of the groups before it.  # N D, N G -> N G B"""
@@ -110,12 +123,17 @@ class CodesAdapter(Adapter):
 
     def group_nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         """Nats of each code of each place.  # N D -> N G"""
+        return self._cross_entropy(hidden, arrays, 0.0)
+
+    def _cross_entropy(self, hidden: Tensor, arrays: dict[str, Tensor], smoothing: float) -> Tensor:
         logits = self.logits(hidden, arrays["codes"]).float().flatten(0, 1)  # N G C -> N*G C
-        return F.cross_entropy(logits, arrays["codes"].flatten(), reduction="none").view(-1, self.groups)
+        wanted = arrays["codes"].flatten()
+        nats = F.cross_entropy(logits, wanted, reduction="none", label_smoothing=smoothing)
+        return nats.view(-1, self.groups)
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         return self.group_nll(hidden, arrays).sum(-1)
 
     def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         # The mean over groups keeps a place as loud as a text token.
-        return self.group_nll(hidden, arrays).mean(-1)
+        return self._cross_entropy(hidden, arrays, SMOOTHING).mean(-1)

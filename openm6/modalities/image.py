@@ -19,6 +19,7 @@ from openm6.base.errors import DataError
 from openm6.modalities.codec_image import ImageCodec
 from openm6.modalities.codes import CodesAdapter, hide, masked_arrays, random_rectangle
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Tokens, rectangle
+from openm6.modalities.places import PlaceEmbedding, picture_places
 from openm6.modalities.recall import Recall
 
 PATCH = 8
@@ -103,7 +104,11 @@ class Image(Modality):
             values.reshape(down, PATCH, across, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1)
         )
         gone = hole_places(options.get("hole"), down, across)
-        arrays = {"patches": np.where(gone[:, None], 0, patches).astype(np.float32), "gone": gone}
+        arrays = {
+            "patches": np.where(gone[:, None], 0, patches).astype(np.float32),
+            "gone": gone,
+            "places": picture_places(down, across),
+        }
         return Tokens(
             "image_in", arrays, rectangle(down, across), max(down, across), np.zeros(len(gone), bool)
         )
@@ -124,8 +129,8 @@ class Image(Modality):
         codes = self.encode(raw)
         if options.get("hole") is not None:
             hidden = hole_places(options["hole"], self.places, self.places)
-            if rng is not None and rng.random() < 0.5:
-                hidden = hidden | hide(self.places, self.places, rng)
+            if rng is not None and rng.random() < 0.5:  # learn to fill from the given picture alone, too
+                hidden = np.ones_like(hidden)
         else:
             hidden = hide(self.places, self.places, rng)
         return self._masked(codes, hidden, rng)
@@ -136,7 +141,8 @@ class Image(Modality):
         return self._masked(np.zeros((len(hidden), self.codec.groups), np.int64), hidden, None)
 
     def _masked(self, codes: np.ndarray, hidden: np.ndarray, rng: np.random.Generator | None) -> Tokens:
-        arrays, learn = masked_arrays(codes, hidden, self.codec.codebook_size, rng)
+        places = picture_places(self.places, self.places)
+        arrays, learn = masked_arrays(codes, hidden, places, self.codec.codebook_size, rng)
         return Tokens("image_out", arrays, rectangle(self.places, self.places), self.places, learn, "block")
 
     def encode(self, raw: Any) -> np.ndarray:
@@ -202,8 +208,10 @@ class PatchAdapter(Adapter):
         self.inner = nn.Linear(features, width)
         self.outer = nn.Linear(width, width)
         self.gone = nn.Parameter(torch.empty(width))
+        self.place = PlaceEmbedding(width)
         nn.init.normal_(self.gone, std=0.02)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
         seen = self.outer(nn.functional.gelu(self.inner(arrays["patches"].to(self.gone.dtype))))  # N F -> N D
-        return torch.where(arrays["gone"][:, None], self.gone.to(seen.dtype), seen)
+        shown = torch.where(arrays["gone"][:, None], self.gone.to(seen.dtype), seen)
+        return shown + self.place(arrays["places"])

@@ -18,13 +18,17 @@ from openm6.modalities.codec_sound import SoundCodec
 from openm6.modalities.codes import CodesAdapter, hide, masked_arrays
 from openm6.modalities.image import PatchAdapter
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Tokens, line
+from openm6.modalities.places import sound_places
 from openm6.modalities.recall import Recall
 from openm6.ops.resample import resample
 
 RATE = 16_000
 FRAMES = 8  # of 10 ms in one source token
 MAX_SECONDS = 30.0
-LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000  # a header may claim any: resampling takes memory in step with the rate
+LOWEST_RATE, HIGHEST_RATE = (
+    1_000,
+    768_000,
+)  # a header may claim any: resampling takes memory in step with the rate
 
 
 def read_sound(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
@@ -97,7 +101,7 @@ class Sound(Modality):
         padded[: len(frames)] = frames
         gone = gap_places(options.get("gap"), count)
         patches = np.where(gone[:, None], 0, padded.reshape(count, -1)).astype(np.float32)
-        arrays = {"patches": patches, "gone": gone}
+        arrays = {"patches": patches, "gone": gone, "places": sound_places(count, FRAMES / 100)}
         return Tokens("sound_in", arrays, line(count), count, np.zeros(count, bool))
 
     def _frames(self, raw: Any, seconds: float | None) -> np.ndarray:
@@ -130,8 +134,8 @@ class Sound(Modality):
         count = len(codes)
         if options.get("gap") is not None:
             hidden = gap_places(options["gap"], count)
-            if rng is not None and rng.random() < 0.5:
-                hidden = hidden | hide(1, count, rng)
+            if rng is not None and rng.random() < 0.5:  # learn to fill from the given sound alone, too
+                hidden = np.ones_like(hidden)
         else:
             hidden = hide(1, count, rng)
         return self._masked(codes, hidden, rng)
@@ -142,7 +146,8 @@ class Sound(Modality):
         return self._masked(np.zeros((count, self.codec.groups), np.int64), hide(1, count, None), None)
 
     def _masked(self, codes: np.ndarray, hidden: np.ndarray, rng: np.random.Generator | None) -> Tokens:
-        arrays, learn = masked_arrays(codes, hidden, self.codec.codebook_size, rng)
+        places = sound_places(len(codes), self.place / RATE)
+        arrays, learn = masked_arrays(codes, hidden, places, self.codec.codebook_size, rng)
         return Tokens("sound_out", arrays, line(len(codes)), len(codes), learn, "block")
 
     def encode(self, raw: Any, seconds: float | None = None) -> np.ndarray:

@@ -1,0 +1,165 @@
+"""What every registered modality must do, on its own examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from openm6.base.errors import DataError
+from openm6.modalities.interface import Part, Tokens
+from openm6.modalities.registry import MODALITIES, source_pieces, target_piece
+from openm6.modalities.sequence import collate, lay_out
+from openm6.models.omni import Omni
+from tests.small_model import BACKBONE, modalities, omni
+
+CASES = [(name, number) for name in MODALITIES for number in range(len(modalities()[name].examples()))]
+
+
+def example(name: str, number: int) -> Any:
+    return modalities()[name].examples()[number]
+
+
+def tensors(tokens: Tokens) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in tokens.arrays.items()}
+
+
+def check_shapes(tokens: Tokens) -> None:
+    count = len(tokens)
+    assert tokens.grid.shape == (count, 3) and tokens.grid.min(initial=0) >= 0
+    assert tokens.learn.shape == (count,) and tokens.learn.dtype == bool
+    assert {len(array) for array in tokens.arrays.values()} == {count}
+    assert tokens.span > tokens.grid.max(initial=-1), "the next piece would stand on this one's places"
+    for name, array in tokens.arrays.items():
+        assert array.dtype.kind in "biuf" and np.isfinite(array).all(), name
+
+
+def test_the_model_is_made_of_every_registered_modality() -> None:
+    assert set(modalities()) == set(MODALITIES)
+    assert all(modalities()[name].name == name for name in MODALITIES)
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_a_source_is_read_and_never_learned(name: str, number: int) -> None:
+    tokens = modalities()[name].source(example(name, number))
+    check_shapes(tokens)
+    assert tokens.placement == "source" and not tokens.learn.any()
+    again = modalities()[name].source(example(name, number))
+    for key, array in tokens.arrays.items():
+        assert np.array_equal(array, again.arrays[key]), "without a generator a source must repeat exactly"
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_a_target_is_learned_and_never_read_as_a_source(name: str, number: int) -> None:
+    for rng in (None, np.random.default_rng(3)):
+        tokens = modalities()[name].target(example(name, number), rng)
+        check_shapes(tokens)
+        assert tokens.placement in ("causal", "block")
+        if "hidden" in tokens.arrays:
+            assert tokens.arrays["hidden"].any() and tokens.learn[tokens.arrays["hidden"]].all()
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_without_a_generator_all_there_is_to_hide_is_hidden(name: str, number: int) -> None:
+    tokens = modalities()[name].target(example(name, number))
+    if "hidden" in tokens.arrays:
+        assert tokens.arrays["hidden"].all() and tokens.learn.all()
+    elif "observed" in tokens.arrays:
+        assert np.array_equal(tokens.learn, tokens.arrays["observed"].any(1))
+    else:
+        assert tokens.learn.all()
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_augmentation_follows_the_generator(name: str, number: int, seed: int) -> None:
+    for method in (modalities()[name].source, modalities()[name].target):
+        first, second = (method(example(name, number), np.random.default_rng(seed)) for _ in range(2))
+        for key, array in first.arrays.items():
+            assert np.array_equal(array, second.arrays[key])
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_adapters_embed_and_judge(name: str, number: int) -> None:
+    torch.manual_seed(0)
+    adapters = modalities()[name].adapters(64)
+    for tokens in (
+        modalities()[name].source(example(name, number)),
+        modalities()[name].target(example(name, number), np.random.default_rng(0)),
+    ):
+        vectors = adapters[tokens.kind].embed(tensors(tokens))
+        assert vectors.shape == (len(tokens), 64) and bool(vectors.isfinite().all())
+    hidden = torch.randn(len(tokens), 64, requires_grad=True)
+    for loss in (adapters[tokens.kind].nll, adapters[tokens.kind].training_loss):
+        nats = loss(hidden, tensors(tokens))
+        assert nats.shape == (len(tokens),) and bool((nats >= 0).all()) and bool(nats.isfinite().all())
+    learned = torch.from_numpy(tokens.learn)
+    (gradient,) = torch.autograd.grad(nats[learned].sum(), hidden)
+    assert bool((gradient[learned].abs().sum(-1) > 0).all()), "a token without a gradient learns nothing"
+
+
+@pytest.mark.parametrize("name", MODALITIES)
+def test_kinds_of_token_belong_to_one_modality_alone(name: str) -> None:
+    others = {kind for other in MODALITIES if other != name for kind in modalities()[other].adapters(64)}
+    assert modalities()[name].adapters(64) and not set(modalities()[name].adapters(64)) & others
+
+
+@pytest.mark.parametrize("reads", MODALITIES)
+@pytest.mark.parametrize("gives", MODALITIES)
+def test_any_modality_can_follow_from_any(reads: str, gives: str) -> None:
+    source = source_pieces([Part(reads, example(reads, 0))], modalities())
+    target = target_piece(Part(gives, example(gives, 0)), modalities(), np.random.default_rng(0))
+    batch = collate([[lay_out([*source, target], "x")]], len(source[0]) + len(target) + 3)
+    judged, _ = omni().judge(batch)
+    assert list(judged) == [target.kind]
+    assert len(judged[target.kind].nats) == target.learn.sum()
+    assert bool(judged[target.kind].nats.isfinite().all())
+    assert float(judged[target.kind].weight.sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", MODALITIES)
+@pytest.mark.parametrize("raw", [object(), 3.5, b"", b"\x00\x01 nonsense"])
+def test_nonsense_is_a_data_error_of_one_sentence(name: str, raw: object) -> None:
+    for method in (modalities()[name].source, modalities()[name].target):
+        with pytest.raises(DataError) as caught:
+            method(raw)
+        assert 10 < len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+def test_a_text_is_given_back_by_decode() -> None:
+    text: Any = modalities()["text"]
+    for raw in text.examples():
+        labels = text.target(raw).arrays["labels"]
+        assert text.decode(labels.tolist()) == raw
+
+
+@pytest.mark.parametrize("name", ["image", "sound"])
+def test_codes_are_given_back_by_decode(name: str) -> None:
+    modality: Any = modalities()[name]
+    for raw in modality.examples():
+        tokens = modality.target(raw)
+        codes = torch.from_numpy(tokens.arrays["codes"])
+        assert 0 <= int(codes.min()) and int(codes.max()) < modality.codec.codebook_size
+        decoded = modality.decode(codes)
+        if name == "image":
+            assert decoded.size == (modality.side, modality.side) and decoded.mode == "RGB"
+        else:
+            assert decoded.shape == (len(tokens) * modality.place,) and np.isfinite(decoded).all()
+
+
+def test_numbers_are_given_back_by_their_scale() -> None:
+    numbers: Any = modalities()["numbers"]
+    arrays = numbers.target({"mass": 12.5}).arrays
+    centre, spread = arrays["scale"][0]
+    assert centre + spread * np.sinh(arrays["values"][0, 0]) == pytest.approx(12.5, rel=1e-5)
+
+
+def test_all_parameters_are_counted() -> None:
+    with torch.device("meta"):
+        model = Omni(BACKBONE, modalities())
+    total, active = model.count_parameters()
+    assert total == sum(parameter.numel() for parameter in model.parameters())
+    assert 0 < active < total

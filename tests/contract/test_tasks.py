@@ -1,0 +1,222 @@
+"""What every registered task must do, on a real record that has what it needs."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from openm6.base.errors import ConfigError, DataError
+from openm6.data.prepare import example_sequence, with_others
+from openm6.data.records import Record
+from openm6.data.source import Source
+from openm6.evaluate.metrics import METRICS
+from openm6.modalities.registry import MODALITIES
+from openm6.tasks.registry import TASKS, task_named
+from openm6.tasks.slots import OneColumn
+from openm6.tasks.task import LANGUAGES, Example, Task
+from openm6.tasks import pictures, sounds, tables, texts
+from tests.small_model import demo_sources, modalities
+
+BASELINES = {
+    "frequent_answer": {"text"},
+    "unigram_codes": {"image", "sound"},
+    "column_median": {"numbers"},
+    "last_value": {"numbers"},
+}
+LOOKED_AT = 40  # records of a source
+
+
+def sources_of(task: Task) -> list[Source]:
+    """Embedded sources in whose first records the task finds what it needs."""
+    return [
+        source
+        for source in demo_sources().values()
+        if any(task.languages(source[index]) for index in range(min(LOOKED_AT, len(source))))
+    ]
+
+
+def records_of(task: Task) -> list[Record]:
+    """The first fitting record of every source that fits, with what the task needs besides."""
+    found = []
+    for source in sources_of(task):
+        record = next(source[i] for i in range(LOOKED_AT) if task.languages(source[i]))
+        found.append(with_others(record, source, np.random.default_rng(0)) if task.compares else record)
+    return found
+
+
+def examples_of(task: Task, count: int = 8) -> list[tuple[Record, Example]]:
+    return [
+        (record, task.example(record, np.random.default_rng(seed), train=True))
+        for record in records_of(task)
+        for seed in range(count)
+    ]
+
+
+def plain_texts(example: Example) -> str:
+    return " ".join(part.raw for part in example.source if part.modality == "text")
+
+
+def test_names_are_unique_and_their_own() -> None:
+    listed = [task for family in (texts, pictures, sounds, tables) for task in family.TASKS]
+    assert len(listed) == len(TASKS), "two tasks share a name"
+    assert all(task_named(name).name == name for name in TASKS)
+
+
+def test_all_pairs_of_modalities_are_covered() -> None:
+    assert {(task.reads, task.gives) for task in TASKS.values()} == set(product(MODALITIES, MODALITIES))
+
+
+def test_a_mistyped_name_gets_a_hint() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'name_picture'"):
+        task_named("name_pictur")
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_prompts_metrics_and_baseline_exist(task: Task) -> None:
+    assert set(task.prompts) == set(LANGUAGES) and all(task.prompts.values())
+    assert task.metrics and set(task.metrics) <= set(METRICS)
+    assert task.gives in BASELINES[task.baseline]
+    assert task.summary and not task.summary.endswith(".")
+    for prompt in (prompt for prompts in task.prompts.values() for prompt in prompts):
+        for name in task.given:
+            assert prompt.count(f"{{{name}}}") == 1, "a given slot that no prompt shows is lost"
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_real_record_becomes_an_example(task: Task) -> None:
+    examples = examples_of(task)
+    assert examples, "no embedded record has what this task needs"
+    for record, example in examples:
+        assert example.task == task.name and example.record_id == record["id"] and example.key
+        assert example.language in task.languages(record)
+        assert task.reads in {part.modality for part in example.source}
+        assert example.target.modality == task.gives
+        sequence = example_sequence(example, modalities())
+        assert sequence.pieces[-1].learn.any() and not any(p.learn.any() for p in sequence.pieces[:-1])
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_an_example_follows_from_record_and_generator(task: Task) -> None:
+    for record in records_of(task):
+        first, second = (task.example(record, np.random.default_rng(5), train=True) for _ in range(2))
+        assert first == second
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_an_empty_record_is_refused(task: Task) -> None:
+    with pytest.raises(DataError, match=f"'r1' lacks a field that task {task.name} needs"):
+        task.example({"id": "r1"}, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_what_is_wanted_is_not_among_what_is_given(task: Task) -> None:
+    """Neither the very part, nor the wanted column among the given numbers."""
+    for _, example in examples_of(task):
+        assert example.target not in [p for p in example.source if p.options == example.target.options] or (
+            "hole" in example.target.options or "gap" in example.target.options
+        )
+        if isinstance(task.wanted, OneColumn):
+            (column,) = example.target.raw
+            for part in example.source:
+                if part.modality == "numbers":
+                    assert column not in part.raw and part.raw
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_holes_and_gaps_are_the_same_in_both(task: Task) -> None:
+    for _, example in examples_of(task):
+        for name in ("hole", "gap"):
+            if name in example.target.options:
+                given = [part.options for part in example.source if part.modality == task.gives]
+                assert given == [example.target.options]
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_spoken_record_is_posed_in_the_language_it_is_spoken_in(task: Task) -> None:
+    for source in sources_of(task):
+        for index in range(0, LOOKED_AT, 4):
+            record = source[index]
+            spoken = (record.get("extra") or {}).get("spoken_language")
+            if spoken is not None:
+                assert set(task.languages(record)) <= {spoken}
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_words_are_of_the_language_of_the_example(task: Task) -> None:
+    def chinese(words: str) -> bool:
+        return any("\u4e00" <= letter <= "\u9fff" for letter in words)
+
+    for _, example in examples_of(task):
+        prompts = "".join(task.prompts[example.language])
+        assert chinese(prompts) == (example.language == "zh") or not chinese(prompts)
+        if task.gives == "text" and not task.name.startswith("translate"):
+            neutral = {"label", "answer", "question"}  # English, or of no language
+            if getattr(task.wanted, "name", "") not in neutral:
+                assert not (example.language == "en" and chinese(example.answer))
+
+
+def test_the_label_does_not_leak_into_a_definition() -> None:
+    task, source = TASKS["define"], demo_sources()["wordnet"]
+    for index in range(60):
+        example = task.example(source[index], np.random.default_rng(index))
+        head = source[index]["text_en"].partition(": ")[0]
+        assert head not in plain_texts(example).split(" In a word:")[0].split(": ")[0]
+
+
+def test_a_text_to_match_says_nothing_of_whether_it_fits() -> None:
+    """Prompt and truth share one draw: both occur, the text shown is the record's own exactly where it says yes."""
+    task, source = TASKS["match_picture"], demo_sources()["emoji"]
+    seen = set()
+    for seed in range(40):
+        record = with_others(source[3], source, np.random.default_rng(seed))
+        example = task.example(record, np.random.default_rng(seed))
+        own = record[f"text_{example.language}"] in plain_texts(example)
+        assert own == (example.key == "True") == (example.answer in ("yes", "是"))
+        seen.add(example.key)
+    assert seen == {"True", "False"}
+
+
+def test_both_halves_of_a_text_make_the_whole() -> None:
+    task, source = TASKS["continue"], demo_sources()["poems"]
+    for seed in range(20):
+        record = source[seed]
+        example = task.example(record, np.random.default_rng(seed), train=True)
+        (given,) = example.source
+        assert given.raw and example.answer and given.raw + example.answer == record["text_zh"]
+
+
+def test_a_forecast_gives_the_past_alone() -> None:
+    task, source = TASKS["forecast"], demo_sources()["weather"]
+    record = source[5]
+    example = task.example(record, np.random.default_rng(0))
+    past = next(part.raw for part in example.source if part.modality == "numbers")
+    assert len(past.values) == 48 and len(example.target.raw.values) == 8
+    assert past.values + example.target.raw.values == record["series"]["temp_max"]
+
+
+def test_a_gap_stands_where_words_are_missing() -> None:
+    task, source = TASKS["denoise"], demo_sources()["wordnet"]
+    for seed in range(10):
+        example = task.example(source[seed], np.random.default_rng(seed))
+        (given,) = example.source
+        before, gap, after = given.raw.removeprefix("Restore: ").partition("\N{OBJECT REPLACEMENT CHARACTER}")
+        assert gap and example.answer.startswith(before) and example.answer.endswith(after)
+        assert len(before) + len(after) < len(example.answer)
+
+
+def test_a_prompt_that_names_a_slot_that_is_not_there_is_refused() -> None:
+    task = TASKS["draw"]
+    with pytest.raises(ConfigError, match="names"):
+        Task(
+            name="x",
+            summary="",
+            given=task.given,
+            wanted=task.wanted,
+            prompts={"en": ("{picture}",)},
+            metrics=(),
+            baseline="unigram_codes",
+            reads="text",
+            gives="image",
+        )
