@@ -11,7 +11,7 @@ from openm6.data.source import Source, SourceConfig
 from openm6.data.sources import open_sources
 from openm6.evaluate.run import source_configs
 from openm6.generate.load import Loaded
-from openm6.modalities.registry import ModalitiesConfig, Modalities, build_modalities
+from openm6.modalities.registry import Modalities, ModalitiesConfig, build_modalities
 from openm6.modalities.text import train_tokenizer
 from openm6.models.config import BackboneConfig
 from openm6.models.description import Lesson, ModelDescription
@@ -47,7 +47,12 @@ SCALES = {
     "languages": (1.0, 1.0),
 }
 WORDS = ("draw the digit seven", "画数字七", "say zero", "the mass of a small red apple", "What is this?")
-LESSONS = (("draw", "digits"), ("fill_picture", "digits"), ("predict_number", "penguins"), ("fill_sound", "spoken"))
+LESSONS = (
+    ("draw", "digits"),
+    ("fill_picture", "digits"),
+    ("predict_number", "penguins"),
+    ("fill_sound", "spoken"),
+)
 
 
 @cache

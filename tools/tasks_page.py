@@ -29,8 +29,8 @@ OPENING = """\
 
 A task says which fields of a record are given, which one is wanted, in what words, and by what the answer is judged. \
 The rows are sorted by pair: what is read first of all (the prompt shows what else is), then what is given back. \
-`{name}` in a prompt is where a field of the record goes. Most tasks know several prompts, in English and in Chinese, and training draws among them; judging uses the first. \
-The first metric is the one that is set against the baseline.
+`{name}` in a prompt is where a field of the record goes. Most tasks know several prompts, in English and in Chinese, \
+and training draws among them; judging uses the first. The first metric is the one that is set against the baseline.
 
 `openm6 tasks` prints the short form of this table. A recipe names a task together with a source; \
 [your own data](own-data.md) shows how. This page is written by `python tools/tasks_page.py` from the list in \

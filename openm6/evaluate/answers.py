@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from openm6.evaluate.results import Answer
@@ -72,56 +71,6 @@ def _codes(
         modality.target(example.target.raw, options=example.target.options) for example in examples
     ]
     return fill_codes(loaded.omni, prompts, wanted, sampling).cpu()
-
-
-_ANSWERS[part[0].target.modality](loaded, part, prompts, sampling))
-    return found
-
-
-def _texts(
-    loaded: Loaded, examples: list[Example], prompts: list[Prompt], sampling: MaskedSampling
-) -> list[Answer]:
-    longest = max(int(example.target.options.get("max_tokens", 64)) for example in examples)
-    return list(write(loaded, prompts, Sampling(max_tokens=min(longest, 96))))
-
-
-def _numbers(
-    loaded: Loaded, examples: list[Example], prompts: list[Prompt], sampling: MaskedSampling
-) -> list[Answer]:
-    wanted = [target_piece(example.target, loaded.modalities) for example in examples]
-    return list(predict(loaded.omni, prompts, wanted))
-
-
-def _pictures(
-    loaded: Loaded, examples: list[Example], prompts: list[Prompt], sampling: MaskedSampling
-) -> list[Answer]:
-    codes = _codes(loaded, loaded.image, examples, prompts, sampling)
-    return [loaded.image.decode(row) for row in codes]
-
-
-def _sounds(
-    loaded: Loaded, examples: list[Example], prompts: list[Prompt], sampling: MaskedSampling
-) -> list[Answer]:
-    codes = _codes(loaded, loaded.sound, examples, prompts, sampling)
-    return [loaded.sound.decode(row) for row in codes]
-
-
-def _codes(
-    loaded: Loaded,
-    modality: Image | Sound,
-    examples: list[Example],
-    prompts: list[Prompt],
-    sampling: MaskedSampling,
-) -> torch.Tensor:
-    wanted: list[Tokens] = [
-        modality.target(example.target.raw, options=example.target.options) for example in examples
-    ]
-    given, hidden = (
-        torch.from_numpy(np.stack([tokens.arrays[name] for tokens in wanted])) for name in ("codes", "hidden")
-    )
-    grid = torch.from_numpy(wanted[0].grid)
-    # The true codes of hidden places are never read: fill_codes keeps only what is not hidden.
-    return fill_codes(loaded.omni, wanted[0].kind, prompts, grid, sampling, given, hidden).cpu()
 
 
 _ANSWERS: dict[str, Any] = {"text": _texts, "numbers": _numbers, "image": _pictures, "sound": _sounds}

@@ -13,6 +13,7 @@ from openm6.base.errors import DataError
 from openm6.base.seeds import numpy_generator
 from openm6.data.prepare import with_others
 from openm6.data.source import Source
+from openm6.evaluate.likelihood import all_hidden
 from openm6.evaluate.metrics import METRICS, Scored, truths
 from openm6.generate.load import Loaded
 from openm6.modalities.image import Image
@@ -100,8 +101,8 @@ def _unigram_bits(examples: list[Example], train: list[Example], loaded: Loaded)
     size = modality.codec.codebook_size
 
     def codes(example: Example) -> np.ndarray:
-        tokens = modality.target(example.target.raw, options=example.target.options)
-        return tokens.arrays["codes"][tokens.arrays["hidden"]]  # N G
+        tokens = modality.target(example.target.raw, options=all_hidden(example.target).options)
+        return tokens.arrays["codes"]  # N G
 
     seen = np.concatenate([codes(example) for example in train])
     groups = seen.shape[1]

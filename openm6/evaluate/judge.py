@@ -15,7 +15,7 @@ from openm6.data.source import Source
 from openm6.evaluate.answers import answer
 from openm6.evaluate.baselines import baseline_value, point_predictions, spreads, training_examples
 from openm6.evaluate.config import JudgeConfig
-from openm6.evaluate.likelihood import BITS, bootstrap_interval, gained_bits
+from openm6.evaluate.likelihood import BITS, all_hidden, bootstrap_interval, gained_bits
 from openm6.evaluate.metrics import METRICS, Scored, all_metrics
 from openm6.evaluate.recognise import build_recogniser
 from openm6.evaluate.results import Judgement, Sample, TaskResult
@@ -94,7 +94,7 @@ def judge_lesson(
         records=len(bits),
         answered=len(chosen),
         metrics=metrics,
-        samples=_samples(scored, config.samples),
+        samples=_samples(scored, config),
     )
 
 
@@ -109,16 +109,14 @@ def _score(
         return Scored(examples, answers)
     recogniser = build_recogniser(loaded, train, task.gives) if "recognised" in task.metrics else None
     modality = loaded.image if task.gives == "image" else loaded.sound
-    hidden = [
-        modality.target(e.target.raw, options=e.target.options).arrays["hidden"].sum() for e in examples
-    ]
-    bits = nats * BITS / np.asarray(hidden) / modality.codec.groups
+    whole = all_hidden(examples[0].target)
+    places = len(modality.target(whole.raw, options=whole.options))
+    bits = nats * BITS / places / modality.codec.groups
     return Scored(examples, answers, code_bits=bits, recogniser=recogniser)
 
 
-def _samples(scored: Scored, count: int) -> list[Sample]:
-    rows = np.linspace(0, len(scored.examples) - 1, min(count, len(scored.examples))).astype(int)
-    return [
-        Sample(e.source, scored.answers[row], e.answer, e.record_id)
-        for row, e in ((int(row), scored.examples[int(row)]) for row in rows)
-    ]
+def _samples(scored: Scored, config: JudgeConfig) -> list[Sample]:
+    """A few answered records, picked by lot: neighbours in a table are often alike."""
+    lot = numpy_generator(config.seed, "samples").permutation(len(scored.examples))[: config.samples]
+    found = [(scored.examples[int(row)], scored.answers[int(row)]) for row in lot]
+    return [Sample(example.source, given, example.answer, example.record_id) for example, given in found]

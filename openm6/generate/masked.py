@@ -76,7 +76,7 @@ def _stacked(wanted: list[Tokens], name: str, device: torch.device) -> Tensor:
 
 
 def _run(reading: Reading, like: Tokens, codes: Tensor, unknown: Tensor) -> Tensor:
-    """Hidden states of all places for every prompt read; codes and unknown are repeated for the empty ones.  # -> B' N D"""
+    """Hidden states of all places for every prompt read, the empty ones included.  # -> B' N D"""
     repeat = reading.batch // len(codes)
     flat = codes.repeat(repeat, 1, 1).flatten(0, 1)  # B N G -> B'*N G
     places = torch.from_numpy(like.arrays["places"]).to(codes.device).repeat(reading.batch, 1)

@@ -1,4 +1,4 @@
-"""Where a token lies within its own picture or sound, as features: rotary positions tell only how far two tokens are."""
+"""Where a token lies within its own picture or sound: rotary positions only tell how far apart two tokens are."""
 
 # Letters: N tokens, H and W tokens down and across, Q frequencies, D width
 

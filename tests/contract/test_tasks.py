@@ -13,10 +13,10 @@ from openm6.data.records import Record
 from openm6.data.source import Source
 from openm6.evaluate.metrics import METRICS
 from openm6.modalities.registry import MODALITIES
+from openm6.tasks import pictures, sounds, tables, texts
 from openm6.tasks.registry import TASKS, task_named
 from openm6.tasks.slots import OneColumn
 from openm6.tasks.task import LANGUAGES, Example, Task
-from openm6.tasks import pictures, sounds, tables, texts
 from tests.small_model import demo_sources, modalities
 
 BASELINES = {
@@ -149,8 +149,7 @@ def test_words_are_of_the_language_of_the_example(task: Task) -> None:
         return any("\u4e00" <= letter <= "\u9fff" for letter in words)
 
     for _, example in examples_of(task):
-        prompts = "".join(task.prompts[example.language])
-        assert chinese(prompts) == (example.language == "zh") or not chinese(prompts)
+        assert example.language == "zh" or not chinese("".join(task.prompts[example.language]))
         if task.gives == "text" and not task.name.startswith("translate"):
             neutral = {"label", "answer", "question"}  # English, or of no language
             if getattr(task.wanted, "name", "") not in neutral:
@@ -160,9 +159,10 @@ def test_words_are_of_the_language_of_the_example(task: Task) -> None:
 def test_the_label_does_not_leak_into_a_definition() -> None:
     task, source = TASKS["define"], demo_sources()["wordnet"]
     for index in range(60):
-        example = task.example(source[index], np.random.default_rng(index))
-        head = source[index]["text_en"].partition(": ")[0]
-        assert head not in plain_texts(example).split(" In a word:")[0].split(": ")[0]
+        record = source[index]
+        assert record["text_en"].startswith(record["label"] + ": ")
+        example = task.example(record, np.random.default_rng(index))
+        assert plain_texts(example) == record["text_en"].removeprefix(record["label"] + ": ") + " In a word:"
 
 
 def test_a_text_to_match_says_nothing_of_whether_it_fits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -18,7 +19,9 @@ def test_the_page_is_what_the_list_gives() -> None:
 
 
 def test_every_task_has_one_row_with_its_pair_and_prompt() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \|.*\| `([^`]+)` \|$", page(TASKS.values()), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)` \| (\w+) \| (\w+) \|.*\| `([^`]+)` \|$", page(TASKS.values()), re.MULTILINE
+    )
     assert sorted(rows) == sorted(
         (task.name, task.reads, task.gives, task.prompts["en"][0]) for task in TASKS.values()
     )
@@ -28,7 +31,7 @@ def test_rows_are_sorted_by_pair_and_all_sixteen_pairs_are_there() -> None:
     rows = re.findall(r"^\| `\w+` \| (\w+) \| (\w+) \| ", page(TASKS.values()), re.MULTILINE)
     seen = list(dict.fromkeys(rows))
     assert len(seen) == len(set(rows)) == 16
-    assert sum(1 for first, second in zip(rows, rows[1:], strict=False) if first != second) == 15
+    assert sum(1 for first, second in pairwise(rows) if first != second) == 15
 
 
 def test_what_tasks_name_is_explained() -> None:

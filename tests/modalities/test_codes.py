@@ -1,0 +1,160 @@
+"""Grids of codes as a target: what is hidden, what is learned, and the head that predicts a place's codes in turn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from openm6.modalities.codec import load_codec
+from openm6.modalities.codes import SMOOTHING, CodesAdapter, hide, masked_arrays, random_rectangle
+from openm6.ops.quantize import pack
+
+LEVELS, GROUPS, WIDTH = (4, 3), 3, 16
+
+
+@pytest.fixture
+def adapter() -> CodesAdapter:
+    torch.manual_seed(0)
+    return CodesAdapter(WIDTH, LEVELS, GROUPS, bottleneck=8)
+
+
+@pytest.fixture
+def codes() -> Tensor:
+    return torch.randint(0, 12, (20, GROUPS), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def hidden() -> Tensor:
+    return torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32))
+def test_something_is_always_hidden(height: int, width: int, seed: int) -> None:
+    hidden = hide(height, width, np.random.default_rng(seed))
+    assert hidden.shape == (height * width,) and hidden.dtype == bool and hidden.any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**32))
+def test_a_rectangle_is_one(height: int, width: int, seed: int) -> None:
+    inside = random_rectangle(height, width, np.random.default_rng(seed)).reshape(height, width)
+    rows, columns = inside.any(1).nonzero()[0], inside.any(0).nonzero()[0]
+    assert inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+    assert inside.sum() == len(rows) * len(columns) > 0
+    assert len(rows) <= math.ceil(height * 3 / 4) and len(columns) <= math.ceil(width * 3 / 4)
+
+
+def test_all_is_hidden_without_a_generator() -> None:
+    assert hide(5, 4, None).all()
+
+
+def test_all_patterns_occur() -> None:
+    rng = np.random.default_rng(0)
+    shares = np.array([hide(8, 8, rng).mean() for _ in range(600)])
+    assert 0.15 < (shares == 1).mean() < 0.4, "all hidden in about a fifth"
+    assert (shares < 0.1).any() and ((shares > 0.4) & (shares < 0.6)).any()
+
+
+def test_wrong_codes_are_shown_and_learned() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 12, (4000, GROUPS))
+    hidden = np.zeros(4000, bool)
+    hidden[:2000] = True
+    arrays, learn = masked_arrays(codes, hidden, np.zeros((4000, 2), np.float32), 12, rng)
+    changed = (arrays["shown"] != codes).any(1)
+    assert np.array_equal(arrays["codes"], codes), "the truth stays the truth"
+    assert not changed[:2000].any() and 0.03 < changed[2000:].mean() < 0.07
+    assert learn[hidden].all() and learn[changed].all()
+    # A wrong code may be right by chance; beyond those nothing visible is learned.
+    assert learn[2000:].mean() < 0.07
+
+
+def test_without_a_generator_nothing_wrong_is_shown() -> None:
+    codes = np.arange(30).reshape(10, 3) % 12
+    hidden = np.arange(10) < 4
+    arrays, learn = masked_arrays(codes, hidden, np.zeros((10, 2), np.float32), 12, None)
+    assert np.array_equal(arrays["shown"], codes) and np.array_equal(learn, hidden)
+
+
+def test_all_groups_at_once_equal_one_after_the_other(
+    adapter: CodesAdapter, codes: Tensor, hidden: Tensor
+) -> None:
+    together = adapter.logits(hidden, codes)
+    known = torch.zeros_like(codes)
+    for group in range(GROUPS):
+        alone = adapter.group_logits(hidden, known, group)
+        torch.testing.assert_close(alone, together[:, group])
+        known[:, group] = codes[:, group]
+
+
+@pytest.mark.parametrize("changed", range(GROUPS))
+def test_a_group_sees_only_the_groups_before_it(
+    adapter: CodesAdapter, codes: Tensor, hidden: Tensor, changed: int
+) -> None:
+    other = codes.clone()
+    other[:, changed] = (other[:, changed] + 5) % 12
+    before, after = adapter.logits(hidden, codes), adapter.logits(hidden, other)
+    torch.testing.assert_close(before[:, : changed + 1], after[:, : changed + 1], rtol=0, atol=0)
+    for later in range(changed + 1, GROUPS):
+        assert (before[:, later] - after[:, later]).abs().max() > 1e-4, "later groups must depend on it"
+
+
+def test_the_likelihood_of_a_place_is_the_product_over_its_groups(
+    adapter: CodesAdapter, codes: Tensor, hidden: Tensor
+) -> None:
+    arrays = {"codes": codes, "shown": codes, "hidden": torch.ones(20, dtype=torch.bool)}
+    direct, blurred = torch.zeros(20), torch.zeros(20)
+    for group in range(GROUPS):
+        log_probability = adapter.group_logits(hidden, codes, group).log_softmax(-1)
+        direct -= log_probability[torch.arange(20), codes[:, group]]
+        blurred -= log_probability.mean(-1)
+    torch.testing.assert_close(adapter.nll(hidden, arrays), direct)
+    smoothed = (1 - SMOOTHING) * direct + SMOOTHING * blurred
+    torch.testing.assert_close(adapter.training_loss(hidden, arrays), smoothed / GROUPS)
+
+
+def test_the_probabilities_of_all_codes_of_a_place_sum_to_one() -> None:
+    torch.manual_seed(0)
+    adapter = CodesAdapter(WIDTH, (2, 2), 2, bottleneck=4)
+    every = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    hidden = torch.randn(1, WIDTH).expand(16, -1)
+    arrays = {"codes": every, "shown": every, "hidden": torch.ones(16, dtype=torch.bool)}
+    assert float((-adapter.nll(hidden, arrays)).exp().sum().detach()) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["image-64", "image-256", "sound"])
+def test_vectors_are_those_of_the_codec(name: str) -> None:
+    codec = load_codec(name)
+    adapter = CodesAdapter(WIDTH, codec.quantizer_config.levels, codec.groups)
+    codes = torch.randint(
+        0, codec.codebook_size, (50, codec.groups), generator=torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(adapter.vectors(codes), codec.vectors(codes))
+    assert adapter.codebook_size == codec.codebook_size
+
+
+def test_vectors_are_coordinates(adapter: CodesAdapter) -> None:
+    cells = torch.tensor([[0, 0], [3, 2], [1, 1]])
+    codes = pack(cells, torch.tensor(LEVELS))[:, None].expand(-1, GROUPS)
+    found = adapter.vectors(codes).view(3, GROUPS, 2)[:, 0]
+    assert float(found.min()) >= -1 and float(found.max()) <= 1
+    assert (found[1] > found[0]).all(), "a higher cell lies at a higher coordinate"
+
+
+def test_hidden_codes_do_not_show(adapter: CodesAdapter, codes: Tensor) -> None:
+    hidden = torch.arange(20) < 10
+    other = torch.where(hidden[:, None], (codes + 1) % 12, codes)
+    places = torch.rand(20, 2)
+    first, second = (
+        adapter.embed({"shown": shown, "hidden": hidden, "places": places}) for shown in (codes, other)
+    )
+    assert torch.equal(first, second)
+    visible = adapter.embed({"shown": (codes + 1) % 12, "hidden": hidden, "places": places})
+    assert not torch.equal(visible[10:], first[10:])

@@ -1,0 +1,218 @@
+"""Pictures: what is read from which files, what is refused, how many patches, and where holes lie."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Pillow
+
+from openm6.base.errors import DataError
+from openm6.modalities.image import (
+    PATCH,
+    Image,
+    PatchAdapter,
+    hole_places,
+    pixels,
+    random_hole,
+    read_image,
+    to_square,
+)
+from tests.data.pictures import png
+from tests.small_model import modalities
+
+
+@pytest.fixture(scope="module")
+def image() -> Image:
+    found = modalities()["image"]
+    assert isinstance(found, Image)
+    return found
+
+
+def file_of(picture: Pillow.Image, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind)
+    return stream.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of a few hundred bytes whose header promises `side` × `side` pixels."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(99))),
+    ]
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in [*chunks, (b"IEND", b"")]
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(mode: str) -> None:
+    picture = Pillow.new("RGBA", (4, 2), (200, 0, 0, 0))
+    picture.paste((0, 0, 200, 255), (0, 0, 2, 2))
+    found = np.asarray(read_image(file_of(picture.convert(mode))))
+    assert (found[:, 2:] == 255).all(), "the right half is transparent"
+    assert (found[:, :2] < 255).any(), "the left half is not"
+
+
+def test_half_transparent_is_half_white() -> None:
+    found = read_image(file_of(Pillow.new("RGBA", (1, 1), (0, 0, 0, 128)))).getpixel((0, 0))
+    assert all(abs(value - 127) <= 1 for value in found)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP"])
+def test_common_formats_are_read(kind: str) -> None:
+    found = np.asarray(read_image(file_of(Pillow.new("RGB", (9, 5), (250, 120, 10)), kind)))
+    assert found.shape == (5, 9, 3)
+    assert np.abs(found.astype(int) - (250, 120, 10)).max() < 12
+
+
+@pytest.mark.parametrize("side", [6000, 20_000, 2_000_000])
+def test_a_decompression_bomb_is_refused_from_its_header(side: int) -> None:
+    with pytest.raises(DataError, match="over the bound of 32,000,000"):
+        read_image(bomb(side))
+
+
+def test_the_bound_can_be_set() -> None:
+    assert read_image(png(side=10), max_pixels=100).size == (10, 10)
+    with pytest.raises(DataError, match="11 x 11 pixels, over the bound of 100: shrink it"):
+        read_image(png(side=11), max_pixels=100)
+
+
+@pytest.mark.parametrize("raw", [b"", b"hello, I am a text", png()[:30], png()[:-20], None, 5])
+def test_what_is_no_picture_is_one_sentence(raw: object) -> None:
+    with pytest.raises(DataError, match="broken or of an unknown format") as caught:
+        read_image(raw)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_files_never_raise_anything_else() -> None:
+    rng = np.random.default_rng(0)
+    noise = Pillow.fromarray(rng.integers(0, 256, (24, 30, 3), dtype=np.uint8))
+    read = refused = 0
+    for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP"):
+        whole = file_of(noise, kind)
+        for _ in range(60):
+            damaged = bytearray(whole)
+            for place in rng.integers(0, min(len(whole), 100), 4):
+                damaged[place] = rng.integers(0, 256)
+            try:
+                assert read_image(bytes(damaged)).mode == "RGB"
+                read += 1
+            except DataError:
+                refused += 1
+    assert read > 20 and refused > 20, "the test must meet both"
+
+
+@pytest.mark.parametrize(
+    "size", [(64, 64), (8, 8), (3, 3), (1000, 10), (1, 1000), (2000, 1500), (20, 50), (640, 64)]
+)
+def test_patches_keep_within_the_budget_and_near_the_aspect(image: Image, size: tuple[int, int]) -> None:
+    tokens = image.source(Pillow.new("RGB", size))
+    down, across = tokens.grid[:, 1].max() + 1, tokens.grid[:, 2].max() + 1
+    assert len(tokens) == down * across <= image.max_patches
+    assert tokens.span == max(down, across)
+    wanted, found = size[0] / size[1], across / down
+    if 1 / 8 <= wanted <= 8 and min(size) >= 2 * PATCH:
+        assert found == pytest.approx(wanted, rel=0.35)
+    assert (across >= down) == (size[0] >= size[1])
+
+
+def test_patches_are_the_pixels(image: Image) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    tokens = image.source(values)
+    assert len(tokens) == 6
+    row, column = 1, 2
+    block = values[row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH]
+    assert np.allclose(tokens.arrays["patches"][row * 3 + column], (block / 127.5 - 1).reshape(-1), atol=1e-6)
+    assert tokens.grid[row * 3 + column].tolist() == [0, row, column]
+
+
+def test_a_square_keeps_the_aspect_on_white() -> None:
+    square = np.asarray(to_square(Pillow.new("RGB", (40, 20), "black"), 64))
+    assert (square[:15] == 255).all() and (square[-15:] == 255).all() and (square[20:44] == 0).all()
+
+
+def test_pixels_lie_between_minus_one_and_one() -> None:
+    found = pixels(Pillow.fromarray(np.array([[[0, 128, 255]]], np.uint8)))
+    assert found[0, 0].tolist() == pytest.approx([-1, 128 / 127.5 - 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("hole", "touched"),
+    [
+        (None, []),
+        ((0.0, 0.0, 1.0, 1.0), list(range(16))),
+        ((0.25, 0.25, 0.75, 0.75), [5, 6, 9, 10]),
+        ((0.25, 0.0, 0.5, 0.25), [1]),
+        ((0.3, 0.3, 0.31, 0.31), [5]),
+        ((0.2, 0.0, 0.3, 0.1), [0, 1]),
+        ((0.0, 0.75, 1.0, 1.0), [12, 13, 14, 15]),
+    ],
+)
+def test_a_hole_takes_all_places_it_touches(hole: tuple[float, ...] | None, touched: list[int]) -> None:
+    assert np.flatnonzero(hole_places(hole, 4, 4)).tolist() == touched  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_random_hole_is_the_same_box_at_every_raster(seed: int) -> None:
+    hole = random_hole(np.random.default_rng(seed))
+    left, top, right, bottom = hole
+    assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
+    share = (right - left) * (bottom - top)
+    for side in (8, 16, 64):
+        assert hole_places(hole, side, side).mean() == pytest.approx(share)
+
+
+def test_a_hole_hides_from_the_source_and_alone_is_learned(image: Image) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    options = {"hole": (0.25, 0.5, 0.75, 1.0)}
+    inside = hole_places(options["hole"], 8, 8)
+    read, wanted = image.source(values, options=options), image.target(values, options=options)
+    assert np.array_equal(read.arrays["gone"], inside) and np.array_equal(wanted.learn, inside)
+    assert (read.arrays["patches"][inside] == 0).all()
+    other = values.copy()
+    other[32:, 16:48] = 0
+    assert np.array_equal(image.source(other, options=options).arrays["patches"], read.arrays["patches"])
+
+
+def test_what_is_gone_is_one_vector() -> None:
+    torch.manual_seed(0)
+    adapter = PatchAdapter(12, 8)
+    arrays = {
+        "patches": torch.randn(4, 12),
+        "gone": torch.tensor([True, False, True, False]),
+        "places": torch.full((4, 2), 0.5),
+    }
+    first, second, third, fourth = adapter.embed(arrays)
+    assert torch.equal(first, third) and not torch.equal(second, fourth)
+
+
+def test_augmentation_moves_and_keeps_the_size(image: Image) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    plain, moved = image.source(values), image.source(values, np.random.default_rng(1))
+    assert plain.arrays["patches"].shape == moved.arrays["patches"].shape
+    assert not np.array_equal(plain.arrays["patches"], moved.arrays["patches"])
+
+
+def test_a_file_seen_before_gives_the_same_codes(image: Image) -> None:
+    raw = png("green", 64)
+    first = image.encode(raw).copy()
+    assert np.array_equal(image.encode(raw), first)
+    assert np.array_equal(image.encode(read_image(raw)), first), "remembered or not must be the same"
+
+
+def test_a_picture_survives_the_codec_roughly(image: Image) -> None:
+    red = image.decode(torch.from_numpy(image.encode(png("red", 64)).astype(np.int64)))
+    assert np.abs(np.asarray(red).astype(int) - (255, 0, 0)).mean() < 30
+
+
+def test_a_blank_is_all_hidden(image: Image) -> None:
+    tokens = image.blank()
+    assert len(tokens) == image.places**2 and tokens.arrays["hidden"].all()

@@ -1,0 +1,89 @@
+"""Pieces laid out by the sequence rule, and examples gathered into rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from openm6.modalities.interface import Placement, Tokens, line, rectangle
+from openm6.modalities.sequence import collate, lay_out
+
+
+def piece(
+    length: int, placement: Placement = "source", kind: str = "a", learn: list[int] | None = None
+) -> Tokens:
+    learned = np.zeros(length, bool)
+    learned[[] if learn is None else learn] = True
+    return Tokens(kind, {"number": np.arange(length)}, line(length), length, learned, placement)
+
+
+def test_sources_causal_text_and_blocks() -> None:
+    square = Tokens("c", {"number": np.arange(4)}, rectangle(2, 2), 2, np.ones(4, bool), "block")
+    found = lay_out([piece(2), piece(1), piece(3, "causal"), square, piece(2, "block")])
+    assert found.order.tolist() == [0, 0, 0, 1, 2, 3, 4, 4, 4, 4, 5, 5]
+    assert found.private.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert found.positions[:6, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert found.positions[6:10].tolist() == [[6, 6, 6], [6, 6, 7], [6, 7, 6], [6, 7, 7]]
+    assert found.positions[10].tolist() == [8, 8, 8], "a picture moves on by its longer side"
+    assert len(found) == 12
+
+
+def test_text_stands_on_one_place_on_all_axes() -> None:
+    assert (lay_out([piece(5)]).positions == np.arange(5)[:, None]).all()
+
+
+def test_an_empty_piece_changes_nothing() -> None:
+    with_it, without = (
+        lay_out([piece(2), piece(0), piece(2, "causal")]),
+        lay_out([piece(2), piece(2, "causal")]),
+    )
+    assert np.array_equal(with_it.order, without.order) and np.array_equal(
+        with_it.positions, without.positions
+    )
+
+
+def test_rows_tokens_and_padding() -> None:
+    first, second, third = (lay_out([piece(n), piece(2, "causal", learn=[0, 1])], f"t{n}") for n in (1, 2, 3))
+    batch = collate([[first, second], [third], []], 8, {"serial": 3})
+    assert batch.layout.sample.tolist() == [[0] * 3 + [1] * 4 + [-1], [0] * 5 + [-1] * 3, [-1] * 8]
+    assert batch.layout.order[0].tolist() == [0, 1, 2, 0, 0, 1, 2, 0]
+    assert batch.layout.positions[0, :, 0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0], "each example begins at 0"
+    assert batch.tokens == 12 and batch.tasks == ["t1", "t2", "t3"] and batch.num_examples == 3
+    assert batch.cursor == {"serial": 3}
+
+
+def test_each_token_is_found_at_its_index() -> None:
+    rows = [
+        [
+            lay_out([piece(2, kind="x"), piece(3, "causal", "y", [0])]),
+            lay_out([piece(1, "causal", "x", [0])]),
+        ],
+        [lay_out([piece(2, kind="y"), piece(2, "block", "x", [1])])],
+    ]
+    batch = collate(rows, 7)
+    place = torch.full((14,), -1)
+    for kind in batch.kinds.values():
+        assert (place[kind.index] == -1).all(), "two tokens at one place"
+        place[kind.index] = kind.arrays["number"]
+        assert len(kind.index) == len(kind.example) == len(kind.weight)
+    assert place.tolist() == [0, 1, 0, 1, 2, 0, -1, 0, 1, 0, 1, -1, -1, -1]
+    assert batch.kinds["x"].example.tolist() == [0, 0, 1, 2, 2]
+    assert batch.kinds["y"].index.tolist() == [2, 3, 4, 7, 8]
+
+
+def test_each_example_weighs_the_same_whatever_its_length() -> None:
+    short = lay_out([piece(1), piece(2, "causal", learn=[0, 1])])
+    long = lay_out([piece(1), piece(9, "causal", learn=list(range(9)))], weight=0.5)
+    mixed = lay_out([piece(3, "causal", "x", [2]), piece(4, "block", "y", [0, 1, 2])])
+    batch = collate([[short, long], [mixed]], 16)
+    total = torch.zeros(3)
+    for kind in batch.kinds.values():
+        total.index_add_(0, kind.example, kind.weight)
+    assert total.tolist() == pytest.approx([1.0, 0.5, 1.0])
+    assert batch.kinds["a"].weight[:3].tolist() == pytest.approx([0.0, 0.5, 0.5])
+
+
+def test_an_example_that_learns_nothing_weighs_nothing() -> None:
+    batch = collate([[lay_out([piece(3)])]], 4)
+    assert batch.kinds["a"].weight.tolist() == [0, 0, 0]

@@ -1,0 +1,174 @@
+"""Sounds: what is read from which files, what is refused, gaps, and lengths."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from openm6.base.errors import DataError
+from openm6.modalities.sound import HIGHEST_RATE, RATE, Sound, gap_places, random_gap, read_sound
+from tests.small_model import modalities
+
+
+@pytest.fixture(scope="module")
+def sound() -> Sound:
+    found = modalities()["sound"]
+    assert isinstance(found, Sound)
+    return found
+
+
+def sine(seconds: float, rate: int = RATE, pitch: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * pitch * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def file_of(samples: np.ndarray, rate: int = RATE, kind: str = "WAV", subtype: str = "PCM_16") -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, rate, format=kind, subtype=subtype)
+    return stream.getvalue()
+
+
+def loudest(samples: np.ndarray) -> float:
+    """Frequency of the highest peak in Hz."""
+    power = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
+    return float(power.argmax() * RATE / len(samples))
+
+
+@pytest.mark.parametrize("rate", [8000, 11_025, 16_000, 22_050, 44_100, 48_000])
+def test_any_rate_becomes_sixteen_thousand_with_the_same_pitch(rate: int) -> None:
+    found = read_sound(file_of(sine(0.5, rate), rate))
+    assert len(found) == RATE // 2 and found.dtype == np.float32
+    assert loudest(found) == pytest.approx(440, abs=2.1)
+    inner = slice(800, -800)
+    assert np.abs(found[inner] - sine(0.5)[inner]).max() < 0.02
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS")])
+def test_common_formats_are_read(kind: str, subtype: str) -> None:
+    found = read_sound(file_of(sine(0.25), RATE, kind, subtype))
+    assert len(found) == RATE // 4 and loudest(found) == pytest.approx(440, abs=5)
+
+
+def test_stereo_is_mixed() -> None:
+    both = np.stack([sine(0.1), -sine(0.1)], axis=1)
+    assert np.abs(read_sound(file_of(both))).max() < 1e-3
+
+
+def test_two_hours_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = file_of(np.zeros(7200 * 1000, np.int16), 1000, subtype="PCM_U8")
+
+    def read(*words: object, **named: object) -> None:
+        raise AssertionError("decoded, although the header tells the length")
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", read)
+    with pytest.raises(DataError, match="lasts 7200 s, over the bound of 30 s: cut it"):
+        read_sound(raw)
+
+
+def test_the_bound_can_be_set() -> None:
+    assert len(read_sound(file_of(sine(1.0)), max_seconds=1.0)) == RATE
+    with pytest.raises(DataError, match="over the bound of 0.5 s"):
+        read_sound(file_of(sine(1.0)), max_seconds=0.5)
+    with pytest.raises(DataError, match="over the bound of 0.5 s"):
+        read_sound(sine(1.0), max_seconds=0.5)
+
+
+@pytest.mark.parametrize("rate", [1, 999, HIGHEST_RATE + 1, 2_000_000_011])
+def test_a_rate_that_nobody_records_at_is_refused(rate: int) -> None:
+    """A prime rate in the header of a short file would else ask for gigabytes."""
+    header = bytearray(file_of(np.zeros(10, np.float32)))
+    header[24:28] = rate.to_bytes(4, "little")
+    with pytest.raises(DataError, match="samples a second, outside 1,000 to 768,000"):
+        read_sound(bytes(header))
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"hello, I am a text", file_of(np.zeros(500, np.float32))[:20], None, 5]
+)
+def test_what_is_no_sound_is_one_sentence(raw: object) -> None:
+    with pytest.raises(DataError, match="broken or of an unknown format") as caught:
+        read_sound(raw)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "samples", [np.zeros(0, np.float32), np.full(20, np.nan, np.float32), np.zeros((3, 2))]
+)
+def test_samples_that_are_none(samples: np.ndarray) -> None:
+    with pytest.raises(DataError, match="empty|not finite"):
+        read_sound(samples)
+
+
+def test_a_file_of_values_that_are_not_finite_is_refused() -> None:
+    with pytest.raises(DataError, match="not finite"):
+        read_sound(file_of(np.array([0.1, np.inf, 0.2], np.float32), subtype="FLOAT"))
+
+
+@pytest.mark.parametrize("seconds", [0.04, 0.5, 1.2])
+def test_a_target_is_as_long_as_wanted(sound: Sound, seconds: float) -> None:
+    for given in (0.1, 2.0):
+        tokens = sound.target(sine(given), options={"seconds": seconds})
+        assert len(tokens) == sound.length(seconds) == round(seconds * 25)
+    assert len(sound.blank(seconds)) == len(tokens)
+
+
+def test_what_follows_a_short_sound_is_silence(sound: Sound) -> None:
+    short = sound.encode(sine(0.4), 1.2)
+    padded = sound.encode(np.pad(sine(0.4), (0, RATE)), 1.2)
+    assert np.array_equal(short, padded)
+    decoded = sound.decode(torch.from_numpy(short.astype(np.int64)))
+    assert np.abs(decoded[RATE:]).mean() < 0.1 * np.abs(decoded[: RATE // 4]).mean()
+
+
+@pytest.mark.parametrize(
+    ("gap", "touched"),
+    [(None, []), ((0.0, 1.0), [0, 1, 2, 3]), ((0.25, 0.5), [1]), ((0.3, 0.6), [1, 2]), ((0.9, 1.0), [3])],
+)
+def test_a_gap_takes_all_places_it_touches(gap: tuple[float, float] | None, touched: list[int]) -> None:
+    assert np.flatnonzero(gap_places(gap, 4)).tolist() == touched
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_random_gap_always_hides_something(seed: int) -> None:
+    start, end = random_gap(np.random.default_rng(seed))
+    assert 0 <= start < end <= 0.8
+    assert gap_places((start, end), 30).sum() >= 5
+
+
+def test_a_gap_hides_from_the_source_and_alone_is_learned(sound: Sound) -> None:
+    options = {"gap": (0.25, 0.5), "seconds": 1.2}
+    read, wanted = (method(sine(0.6), options=options) for method in (sound.source, sound.target))
+    assert np.array_equal(read.arrays["gone"], gap_places((0.25, 0.5), len(read)))
+    assert np.array_equal(wanted.learn, gap_places((0.25, 0.5), len(wanted)))
+    assert (read.arrays["patches"][read.arrays["gone"]] == 0).all() and 0 < wanted.learn.sum() < len(wanted)
+
+
+def test_augmentation_stays_finite_and_differs(sound: Sound) -> None:
+    plain = sound.source(sine(0.6))
+    for seed in range(30):
+        tokens = sound.source(sine(0.6), np.random.default_rng(seed))
+        assert np.isfinite(tokens.arrays["patches"]).all() and len(tokens) > 0
+        assert tokens.arrays["patches"].shape != plain.arrays["patches"].shape or not np.array_equal(
+            tokens.arrays["patches"], plain.arrays["patches"]
+        )
+
+
+@pytest.mark.parametrize("count", [1, 10, 159, 161, 641])
+def test_very_short_sounds_are_read_and_spoken(sound: Sound, count: int) -> None:
+    for rng in (None, np.random.default_rng(0)):
+        assert len(sound.source(np.full(count, 0.1, np.float32), rng)) >= 1
+        assert len(sound.target(np.full(count, 0.1, np.float32), rng)) == 30
+
+
+def test_a_file_heard_before_gives_the_same(sound: Sound) -> None:
+    raw = file_of(sine(0.3))
+    first, second = sound.source(raw), sound.source(raw)
+    assert np.array_equal(first.arrays["patches"], second.arrays["patches"])
+    assert np.array_equal(first.arrays["patches"], sound.source(read_sound(raw)).arrays["patches"])
+    assert np.array_equal(sound.encode(raw), sound.encode(read_sound(raw)))
+    # A gap must not stick to what is remembered.
+    holed = sound.source(raw, options={"gap": (0.0, 0.5)})
+    assert holed.arrays["gone"].any() and not sound.source(raw).arrays["gone"].any()

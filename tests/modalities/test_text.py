@@ -1,0 +1,104 @@
+"""Text: nothing is unknown, nothing a user writes is a mark, all comes back as it was."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from openm6.base.errors import ConfigError, DataError
+from openm6.modalities.text import GAP, HOLE, START, Text, read_tokenizer, train_tokenizer
+
+LESSON = ["draw the digit seven", "画数字七", "what is this", "这是什么"] * 4
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    return Text(train_tokenizer(LESSON, 340))
+
+
+@settings(max_examples=200, deadline=None)
+@given(words=st.text(max_size=60))
+def test_any_text_comes_back(text: Text, words: str) -> None:
+    words = words.replace(GAP, "")
+    ids = text.encode(words)
+    assert text.decode(ids) == words
+    assert all(0 <= token < text.first_mark for token in ids)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        " two  spaces ",
+        "naïve façade",
+        "七个红苹果。",
+        "👩‍🚀🙂",
+        "a\x00b\x07\n\t\r",
+        "<end>",
+        "[MASK] </s> <|endoftext|>",
+        "￿",
+    ],
+)
+def test_what_looks_like_a_mark_is_only_text(text: Text, words: str) -> None:
+    ids = text.source(words).arrays["ids"]
+    assert (ids < text.first_mark).all()
+    assert text.decode(ids.tolist()) == words
+
+
+def test_marks_lie_above_every_id_of_the_tokenizer(text: Text) -> None:
+    assert text.start > max(text.tokenizer.get_vocab().values())
+    assert text.first_mark + HOLE < text.vocabulary_size and text.vocabulary_size % 64 == 0
+
+
+def test_a_tokenizer_with_unused_ids_does_not_run_into_the_marks() -> None:
+    spec = train_tokenizer(LESSON, 300).to_str()
+    last = max(Tokenizer.from_str(spec).get_vocab().values())
+    # The last entry moves 40 ids up, as where a maker reserves room.
+    token = Tokenizer.from_str(spec).id_to_token(last)
+    moved = Tokenizer.from_str(spec.replace(f'"{token}":{last}', f'"{token}":{last + 40}'))
+    assert max(moved.get_vocab().values()) == last + 40, "the test did not move an id"
+    text = Text(moved)
+    assert text.first_mark + START == last + 41 and text.vocabulary_size > last + 40
+
+
+def test_training_is_repeatable() -> None:
+    assert train_tokenizer(LESSON, 340).to_str() == train_tokenizer(LESSON, 340).to_str()
+
+
+def test_a_gap_is_a_hole_to_read_and_a_character_to_write(text: Text) -> None:
+    words = f"a {GAP} c"
+    read = text.source(words).arrays["ids"]
+    assert (read == text.first_mark + HOLE).sum() == 1 and (read >= text.first_mark).sum() == 1
+    written = text.target(words).arrays["labels"]
+    assert (written[:-1] < text.first_mark).all() and text.decode(written.tolist()) == words
+
+
+def test_each_token_of_a_target_is_asked_for_the_next(text: Text) -> None:
+    tokens = text.target("digit seven")
+    ids, labels = tokens.arrays["ids"], tokens.arrays["labels"]
+    assert ids[0] == text.start and labels[-1] == text.end
+    assert (ids[1:] == labels[:-1]).all() and tokens.placement == "causal"
+
+
+def test_an_empty_answer_is_just_the_end(text: Text) -> None:
+    assert text.target("").arrays["labels"].tolist() == [text.end]
+
+
+def test_lengths_are_bounded(text: Text) -> None:
+    short = Text(text.tokenizer, max_tokens=5)
+    assert len(short.source("x" * 100)) == 5
+    assert len(text.target("x" * 100, options={"max_tokens": 7})) == 8
+    assert len(short.target("x" * 100)) == 6
+
+
+def test_half_a_surrogate_pair_is_refused(text: Text) -> None:
+    for method in (text.source, text.target):
+        with pytest.raises(DataError, match="not Unicode at character 2"):
+            method("ab\ud800")
+
+
+def test_a_file_that_is_no_tokenizer_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"there/tokenizer.json is not a tokenizer.json"):
+        read_tokenizer('{"model": 3}', "there/tokenizer.json")

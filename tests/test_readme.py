@@ -1,0 +1,172 @@
+"""What the pages tell a reader to type can be typed, and what they point at is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from openm6.base.errors import ConfigError
+from openm6.cli import main as cli
+from openm6.cli.doors import door
+from openm6.modalities.codec import shipped_codecs
+from openm6.tasks.registry import TASKS
+from openm6.train.run import read_recipe, recipe_path
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+READERS_OWN = ("my.yaml",)  # recipes that only the reader has
+HARMLESS = ("question", "series", "shares", "decoding")  # doors to what only reads words
+
+
+def quoted(text: str) -> Iterator[str]:
+    """Lines of code blocks, and code within sentences."""
+    for block in FENCE.findall(text):
+        yield from block.splitlines()
+    yield from re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+def commands(program: str) -> list[tuple[str, str]]:
+    """Page and words of every call of a program with arguments."""
+    return sorted(
+        (page.name, line)
+        for page in PAGES
+        for line in set(quoted(page.read_text(encoding="utf-8")))
+        if line.startswith(f"{program} ")
+    )
+
+
+def check_training(recipe: str, overrides: list[str], resume: bool, out: Path | None) -> None:
+    """A recipe of the package is read with the overrides; nothing is trained."""
+    if recipe not in READERS_OWN:
+        read_recipe(recipe_path(recipe), overrides)
+
+
+def check_evaluation(
+    trained: Path, tasks: list[str] | None, data: Path | None, json_path: Path | None
+) -> None:
+    known = {f"{lecture['task']}/{lecture['source']}" for lecture in demo_mixture()} | set(TASKS)
+    assert set(tasks or ()) <= known
+
+
+def demo_mixture() -> list[dict[str, Any]]:
+    return read_recipe(recipe_path("demo"), [])[1]["mixture"]
+
+
+def stand_in(name: str) -> Any:
+    """A door behind which nothing heavy happens, but the words that reach it are checked."""
+    if name in HARMLESS:
+        return door(name)
+    return {"train": check_training, "evaluate": check_evaluation}.get(name, lambda *words: None)
+
+
+def parse(line: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(cli, "door", stand_in)
+    words = shlex.split(line, comments=True)
+    return CliRunner().invoke(cli.app, words[1:])
+
+
+@pytest.mark.parametrize(("page", "line"), commands("openm6"))
+def test_quoted_commands_are_understood(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = parse(line, monkeypatch)
+    assert shown.exception is None or isinstance(shown.exception, SystemExit), shown.exception
+    assert shown.exit_code == 0, f"{page}: {line}\n{shown.output}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "openm6 sreve runs/demo",
+        "openm6 demo --fast",
+        "openm6 generate runs/demo --text hello",
+        "openm6 generate runs/demo --text hello --want video",
+        "openm6 generate runs/demo --text hello --want text --set text.heat=1",
+        "openm6 train recipes/demo.yaml loop.stepz=3",
+        "openm6 train recipes/demonstration.yaml",
+    ],
+)
+def test_a_command_that_does_not_exist_is_found(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse(line, monkeypatch).exit_code != 0
+
+
+def test_an_unknown_task_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse("openm6 evaluate runs/demo --tasks name_picutre", monkeypatch).exit_code != 0
+
+
+def test_enough_is_quoted_to_be_worth_the_test() -> None:
+    lines = [line for page, line in commands("openm6") if page == "README.md"]
+    wants = {word for line in lines for word in re.findall(r"--want (\w+)", line)}
+    assert wants == {"text", "image", "sound", "numbers"}
+    assert {line.split()[1] for line in lines} >= {"demo", "train", "evaluate", "generate", "data", "tasks"}
+
+
+@pytest.mark.parametrize(("page", "line"), commands("make"))
+def test_quoted_targets_of_make_exist(page: str, line: str) -> None:
+    target = shlex.split(line, comments=True)[1]
+    assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), (
+        f"{page}: {line}"
+    )
+
+
+@pytest.mark.parametrize(("page", "line"), commands("python"))
+def test_quoted_scripts_exist(page: str, line: str) -> None:
+    assert (ROOT / shlex.split(line)[1]).is_file(), f"{page}: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_resolve(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, heading = target.partition("#")
+        found = (page.parent / path) if path else page
+        assert found.exists(), f"{page.name} points at {target}"
+        assert not heading or heading in headings(found), f"{page.name} points at {target}"
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, made of its headings as GitHub makes them."""
+    lines = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_every_room_is_on_the_map() -> None:
+    rooms = {path.parent.name for path in (ROOT / "openm6").glob("*/__init__.py")} | {"recipes"}
+    assert set(re.findall(r"^\|[ \d]*\| `openm6/(\w+)` \| \w", README, re.MULTILINE)) == rooms
+
+
+@pytest.mark.parametrize("name", shipped_codecs())
+def test_scores_of_the_codecs_are_those_that_were_measured(name: str) -> None:
+    scores = json.loads((ROOT / f"openm6/modalities/weights/{name}.json").read_text())["test"]
+    row = re.search(rf"^\| `{name}` \| [^|]+ \| (.+) \|$", README, re.MULTILINE)
+    assert row, f"no row for codec {name}"
+    cells = [float(cell.split()[0]) for cell in row[1].split(" | ")]
+    if name == "sound":
+        wanted = [round(scores["digits"]["log_mel_l1"], 2), round(scores["digits"]["bits"], 1)]
+    else:
+        wanted = [round(scores[f"{source}_64"]["psnr"], 1) for source in ("emoji", "flags", "digits")]
+        wanted.append(round(scores["emoji_64"]["bits"], 1))
+    assert cells == wanted
+
+
+def test_no_figure_is_left_open() -> None:
+    assert re.findall(r"@@\w*@@", README) == []
+
+
+def test_the_figures_shown_are_of_lessons_of_the_demo() -> None:
+    shown = set(re.findall(r"^\| `(\w+/\w+)` \|", README, re.MULTILINE))
+    assert shown and shown <= {f"{lecture['task']}/{lecture['source']}" for lecture in demo_mixture()}
+
+
+def test_a_missing_recipe_says_so() -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        check_training("recipes/nowhere.yaml", [], False, None)
