@@ -25,6 +25,9 @@ from openm6.ops.resample import resample
 RATE = 16_000
 FRAMES = 8  # of 10 ms in one source token
 MAX_SECONDS = 30.0
+# Wanted sounds are sped up or slowed down while training, which changes the voice (Ko et al., Interspeech 2015); a
+# few fixed speeds, so that the codes can be remembered.
+SPEEDS = (0.85, 0.92, 1.0, 1.08, 1.17)
 LOWEST_RATE, HIGHEST_RATE = (
     1_000,
     768_000,
@@ -115,8 +118,10 @@ class Sound(Modality):
         with torch.no_grad():
             return self.heard.put(key, self.codec.mels(torch.from_numpy(whole)[None])[0].numpy())
 
-    def _samples(self, raw: Any, seconds: float | None) -> np.ndarray:
+    def _samples(self, raw: Any, seconds: float | None, speed: float = 1.0) -> np.ndarray:
         samples = read_sound(raw, self.max_seconds)
+        if speed != 1.0:
+            samples = resample(torch.from_numpy(samples), round(RATE * speed), RATE).numpy()
         if seconds is None:
             return samples
         wanted = self.length(seconds) * self.place
@@ -130,7 +135,8 @@ class Sound(Modality):
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Tokens:
         """Codes of `seconds` of sound, hidden by the training pattern, or, with `gap`, in the gap alone."""
-        codes = self.encode(raw, options.get("seconds"))
+        speed = 1.0 if rng is None else SPEEDS[int(rng.integers(len(SPEEDS)))]
+        codes = self.encode(raw, options.get("seconds"), speed)
         count = len(codes)
         if options.get("gap") is not None:
             hidden = gap_places(options["gap"], count)
@@ -150,14 +156,14 @@ class Sound(Modality):
         arrays, learn = masked_arrays(codes, hidden, places, self.codec.codebook_size, rng)
         return Tokens("sound_out", arrays, line(len(codes)), len(codes), learn, "block")
 
-    def encode(self, raw: Any, seconds: float | None = None) -> np.ndarray:
+    def encode(self, raw: Any, seconds: float | None = None, speed: float = 1.0) -> np.ndarray:
         """Codes of the sound, cut or padded with silence; remembered by the bytes of the file.  # T G"""
         seconds = seconds or self.seconds
-        key = _key(raw, seconds)
+        key = _key(raw, seconds, speed)
         known = self.recall.get(key)
         if known is not None:
             return known
-        codes = self.codec.encode(torch.from_numpy(self._samples(raw, seconds))[None])[0]
+        codes = self.codec.encode(torch.from_numpy(self._samples(raw, seconds, speed))[None])[0]
         return self.recall.put(key, codes.numpy().astype(np.int16))
 
     def decode(self, codes: Tensor) -> np.ndarray:
@@ -173,10 +179,10 @@ class Sound(Modality):
         return [0.3 * np.sin(2 * np.pi * 440 * time).astype(np.float32), np.zeros(4000, np.float32)]
 
 
-def _key(raw: Any, seconds: float | None) -> bytes | None:
+def _key(raw: Any, seconds: float | None, speed: float = 1.0) -> bytes | None:
     if not isinstance(raw, bytes):
         return None
-    return hashlib.blake2b(raw, digest_size=16).digest() + str(seconds).encode()
+    return hashlib.blake2b(raw, digest_size=16).digest() + f"{seconds} {speed}".encode()
 
 
 def gap_places(gap: tuple[float, float] | None, count: int) -> np.ndarray:

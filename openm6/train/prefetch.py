@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
 
+import torch
+
 from openm6.base.errors import TrainingError
 
 Item = TypeVar("Item")
@@ -46,6 +48,8 @@ class Prefetch(Generic[Item]):
         return item
 
     def _fill(self) -> None:
+        # Of this thread alone: two teams of threads on the same cores would wait for one another at every barrier.
+        torch.set_num_threads(1)
         try:
             for item in self._source:
                 if not self._put(item):

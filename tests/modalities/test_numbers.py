@@ -53,7 +53,7 @@ def test_missing_values_are_seen_as_missing_and_never_learned(
 
 def test_what_is_missing_weighs_nothing(numbers: Numbers) -> None:
     torch.manual_seed(0)
-    adapter, hidden = NumbersOut(16), torch.randn(2, 16)
+    adapter, hidden = NumbersOut(16).requires_grad_(False), torch.randn(2, 16)
     arrays = numbers.target(NumberSeries("length", [40.0, None, 50.0] + [None] * 6 + [41.0])).arrays
     assert arrays["observed"].sum() == 3 and arrays["values"].shape == (2, PATCH)
     bins = one_hot_bins(torch.from_numpy(arrays["values"])).argmax(-1)

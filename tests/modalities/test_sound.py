@@ -86,7 +86,9 @@ def test_a_rate_that_nobody_records_at_is_refused(rate: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"hello, I am a text", file_of(np.zeros(500, np.float32))[:20], None, 5]
+    "raw",
+    [b"", b"hello, I am a text", file_of(np.zeros(500, np.float32))[:20], None, 5],
+    ids=["empty", "text", "header", "none", "number"],
 )
 def test_what_is_no_sound_is_one_sentence(raw: object) -> None:
     with pytest.raises(DataError, match="broken or of an unknown format") as caught:

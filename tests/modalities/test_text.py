@@ -38,7 +38,7 @@ def test_any_text_comes_back(text: Text, words: str) -> None:
         "a\x00b\x07\n\t\r",
         "<end>",
         "[MASK] </s> <|endoftext|>",
-        "￿",
+        "\uffff",
     ],
 )
 def test_what_looks_like_a_mark_is_only_text(text: Text, words: str) -> None:

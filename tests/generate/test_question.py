@@ -1,0 +1,161 @@
+"""Questions: what fits together, what is refused, and the words in which they reach the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openm6.base.errors import ConfigError, DataError
+from openm6.generate.question import Question, parse_series, parse_shares, prompt_parts
+from openm6.modalities.interface import Part
+from openm6.modalities.numbers import NumberSeries
+from tests.data.pictures import png, wav
+from tests.small_model import loaded
+
+MODEL = loaded(
+    lessons=(
+        ("name_picture", "digits"),
+        ("fill_picture", "digits"),
+        ("number_from_picture", "digits"),
+        ("classify_numbers", "penguins"),
+        ("predict_number", "penguins"),
+        ("forecast", "weather"),
+        ("fill_sound", "spoken"),
+    )
+)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "a.png"
+    path.write_bytes(png())
+    return path
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Path:
+    path = tmp_path / "a.wav"
+    path.write_bytes(wav())
+    return path
+
+
+def shown(question: Question) -> list[Any]:
+    """Texts as they are, everything else by the name of its modality."""
+    parts = prompt_parts(question, MODEL)
+    return [part.raw if part.modality == "text" else part.modality for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"want": "video", "text": "x"}, "'video' is not one of text, image, sound, numbers"),
+        ({"want": "text"}, "nothing is given"),
+        ({"want": "text", "text": ""}, "nothing is given"),
+        ({"want": "image", "text": "x", "hole": (0, 0, 1, 1)}, "--hole fills in a picture"),
+        ({"want": "text", "image": Path("a"), "hole": (0, 0, 1, 1)}, "--hole fills in a picture"),
+        ({"want": "sound", "text": "x", "gap": (0, 1)}, "--gap fills in a sound"),
+        ({"want": "image", "image": Path("a"), "hole": (0.5, 0, 0.5, 1)}, "each start below its end"),
+        ({"want": "image", "image": Path("a"), "hole": (0, 0, 1, 1.5)}, "between 0 and 1"),
+        ({"want": "sound", "sound": Path("a"), "gap": (-0.1, 0.5)}, "between 0 and 1"),
+        ({"want": "sound", "sound": Path("a"), "gap": (0.6, 0.5)}, "each start below its end"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_sentence(asked: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        Question(**asked)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_alone_is_asked_in_taught_words(picture: Path) -> None:
+    assert shown(Question(want="text", image=picture)) == ["image", " What is this?"]
+
+
+def test_a_persons_words_win(picture: Path) -> None:
+    assert shown(Question(want="text", image=picture, text="How many?")) == ["image", " How many?"]
+    assert shown(Question(want="image", text="draw the digit seven")) == ["draw the digit seven"]
+
+
+def test_a_hole_is_asked_for_as_in_training(picture: Path) -> None:
+    hole = (0.25, 0.25, 0.75, 0.75)
+    parts = prompt_parts(Question(want="image", image=picture, hole=hole), MODEL)
+    assert parts == [Part("image", png(), {"hole": hole}), Part("text", " Fill in.")]
+
+
+def test_a_gap_is_read_at_the_length_that_will_be_filled(recording: Path) -> None:
+    """As in training: a share of the length must be the same stretch in what is read and what is wanted."""
+    parts = prompt_parts(Question(want="sound", sound=recording, gap=(0.2, 0.5)), MODEL)
+    assert parts[0].options == {"gap": (0.2, 0.5), "seconds": MODEL.sound.seconds}
+    read = MODEL.sound.source(parts[0].raw, options=parts[0].options)
+    assert len(read) * 0.08 == pytest.approx(MODEL.sound.seconds, abs=0.08)
+    assert parts[1].raw == " Fill in."
+
+
+def test_a_number_is_asked_for_by_name(picture: Path) -> None:
+    asked = Question(want="numbers", image=picture, column="body_mass_g")
+    assert shown(asked) == ["image", " What is the body mass g?"]
+
+
+def test_the_missing_number_is_the_wanted_one() -> None:
+    asked = Question(want="numbers", numbers={"bill_length_mm": 40.0, "body_mass_g": None})
+    assert asked.wanted_column() == "body_mass_g"
+    parts = prompt_parts(asked, MODEL)
+    assert parts[0] == Part("numbers", {"bill_length_mm": 40.0})
+    assert parts[1].raw == " What is its body mass g?"
+
+
+def test_a_wanted_column_is_never_told() -> None:
+    numbers = {"bill_length_mm": 40.0, "body_mass_g": 4000.0}
+    parts = prompt_parts(Question(want="numbers", numbers=numbers, column="body_mass_g"), MODEL)
+    assert parts[0].raw == {"bill_length_mm": 40.0}
+
+
+@pytest.mark.parametrize("numbers", [{"a": 1.0}, {"a": None, "b": None}])
+def test_an_open_question_for_a_number_is_refused(numbers: dict[str, float | None]) -> None:
+    with pytest.raises(ConfigError, match="say which number is wanted: add --column"):
+        prompt_parts(Question(want="numbers", numbers=numbers), MODEL)
+
+
+def test_missing_numbers_are_told_as_missing_where_none_is_wanted() -> None:
+    parts = prompt_parts(Question(want="text", numbers={"mass": None, "length": 3.0}), MODEL)
+    assert parts[0].raw == {"mass": None, "length": 3.0} and parts[1].raw == " What is this?"
+
+
+def test_a_series_is_asked_to_go_on() -> None:
+    series = NumberSeries("temp_max", [1.0, None, 3.0])
+    assert shown(Question(want="numbers", series=series)) == ["numbers", " What comes next?"]
+
+
+def test_what_was_never_taught_is_asked_without_words(recording: Path, picture: Path) -> None:
+    assert shown(Question(want="image", sound=recording)) == ["sound"]
+    assert shown(Question(want="text", sound=recording, image=picture)) == ["image", "sound"]
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no file at .*nowhere.png: check the path"):
+        prompt_parts(Question(want="text", image=tmp_path / "nowhere.png"), MODEL)
+    with pytest.raises(DataError, match="cannot be read"):
+        prompt_parts(Question(want="text", image=tmp_path), MODEL)
+
+
+def test_words_as_shares() -> None:
+    assert parse_shares("0, 0.25,1,.5", 4, "--hole") == (0.0, 0.25, 1.0, 0.5)
+    assert parse_shares(None, 4, "--hole") is None
+    for words in ("", "0,1", "a,b,c,d", "0,0,1,1,1"):
+        with pytest.raises(ConfigError, match="must be 4 numbers"):
+            parse_shares(words, 4, "--hole")
+
+
+def test_words_as_a_series() -> None:
+    assert parse_series("t=1,,-2.5") == NumberSeries("t", [1.0, None, -2.5])
+    assert parse_series(None) is None
+    for words in ("t", "=1,2", "t=a,b"):
+        with pytest.raises(ConfigError, match="must look like temp_max="):
+            parse_series(words)
+
+
+def test_shares_that_are_not_numbers_are_refused() -> None:
+    hole = parse_shares("nan,0,1,1", 4, "--hole")
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        Question(want="image", image=Path("a"), hole=hole)  # type: ignore[arg-type]

@@ -1,0 +1,153 @@
+"""`openm6 generate` on a tiny checkpoint: all four kinds of answer, and every bad input as one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from openm6.cli.main import app
+from openm6.train.run import train_recipe
+from tests.data.pictures import png, wav
+from tests.train.tiny_recipe import tiny_recipe, write_recipe
+
+FAST = ["--set", "masked.steps=2", "--set", "text.max_tokens=6"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two steps: it knows nothing, but it answers."""
+    folder = tmp_path_factory.mktemp("run")
+    train_recipe(write_recipe(folder, tiny_recipe(2, save_every=2)), out=folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to stand in, with inputs good and bad."""
+    (tmp_path / "a.png").write_bytes(png("red", 40))
+    (tmp_path / "a.wav").write_bytes(wav(seconds=0.5))
+    (tmp_path / "broken.png").write_bytes(png()[:40])
+    (tmp_path / "broken.wav").write_bytes(wav()[:20])
+    (tmp_path / "text.txt").write_text("I am a text, not a picture", encoding="utf-8")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ask(run: Path, *words: str) -> Result:
+    return CliRunner().invoke(app, ["generate", str(run), *FAST, *words])
+
+
+def test_text(run: Path, files: Path) -> None:
+    shown = ask(run, "--image", "a.png", "--want", "text", "--out", "t.txt")
+    assert shown.exit_code == 0, shown.output
+    assert (files / "t.txt").read_text(encoding="utf-8") == shown.stdout
+
+
+def test_a_picture(run: Path, files: Path) -> None:
+    shown = ask(run, "--text", "draw the digit seven", "--want", "image")
+    assert shown.exit_code == 0 and "answer.png" in shown.stdout
+    assert Image.open(files / "answer.png").size == (64, 64)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_pictures_of_several_formats(run: Path, files: Path, suffix: str) -> None:
+    assert ask(run, "--text", "draw", "--want", "image", "--out", f"x{suffix}").exit_code == 0
+    assert Image.open(files / f"x{suffix}").size == (64, 64)
+
+
+def test_a_hole_keeps_what_is_around_it(run: Path, files: Path) -> None:
+    words = ["--image", "a.png", "--hole", "0.25,0.25,0.75,0.75", "--want", "image", "--out", "x.png"]
+    assert ask(run, *words).exit_code == 0
+    filled = np.asarray(Image.open(files / "x.png")).astype(int)
+    assert np.abs(filled[:4, :4] - (255, 0, 0)).mean() < 60, "the corner is red as it was"
+
+
+@pytest.mark.parametrize("words", [["--text", "say zero"], ["--sound", "a.wav", "--gap", "0.2,0.4"]])
+def test_a_sound(run: Path, files: Path, words: list[str]) -> None:
+    assert ask(run, *words, "--want", "sound", "--out", "x.wav").exit_code == 0
+    samples, rate = soundfile.read(files / "x.wav")
+    assert rate == 16_000 and len(samples) == 19_200 and np.isfinite(samples).all()
+
+
+def test_numbers(run: Path, files: Path) -> None:
+    shown = ask(run, "--numbers", "bill_length_mm=40,body_mass_g=", "--want", "numbers")
+    assert shown.exit_code == 0, shown.output
+    (found,) = json.loads(shown.stdout).values()
+    assert list(json.loads(shown.stdout)) == ["body_mass_g"]
+    assert set(found) == {"mean", "median", "low_80", "high_80"}
+    assert found["low_80"] < found["median"] < found["high_80"]
+
+
+def test_a_forecast(run: Path, files: Path) -> None:
+    words = ["--series", "body_mass_g=4000,,4200", "--want", "numbers", "--ahead", "11"]
+    shown = ask(run, *words)
+    assert shown.exit_code == 0, shown.output
+    assert len(json.loads(shown.stdout)["body_mass_g"]["median"]) == 11
+
+
+def test_the_same_seed_gives_the_same_answer(run: Path, files: Path) -> None:
+    found = []
+    for seed in ("1", "1", "2"):
+        assert ask(run, "--text", "draw", "--want", "image", "--out", "x.png", "--seed", seed).exit_code == 0
+        found.append((files / "x.png").read_bytes())
+    assert found[0] == found[1] != found[2]
+
+
+BAD = {
+    "no picture": ("--image nowhere.png --want text", "no file at nowhere.png: check the path"),
+    "no sound": ("--sound nowhere.wav --want text", "no file at nowhere.wav: check the path"),
+    "broken picture": ("--image broken.png --want text", "the picture is broken or of an unknown format"),
+    "broken sound": ("--sound broken.wav --want text", "the sound is broken or of an unknown format"),
+    "text as picture": ("--image text.txt --want text", "the picture is broken or of an unknown format"),
+    "text as sound": ("--sound text.txt --want text", "the sound is broken or of an unknown format"),
+    "picture as sound": ("--sound a.png --want text", "the sound is broken or of an unknown format"),
+    "a folder": ("--image folder.png --want text", "cannot be read"),
+    "unknown column": ("--numbers bill_lenght_mm=3 --want text", "did you mean 'bill_length_mm'"),
+    "unknown wanted column": ("--text x --want numbers --column mass", "knows no column 'mass'"),
+    "unknown series": ("--series x=1,2 --want numbers", "knows no column 'x'"),
+    "no column": ("--text x --want numbers", "say which number is wanted"),
+    "hole without picture": ("--text x --hole 0,0,1,1 --want image", "it needs --image"),
+    "hole of words": ("--image a.png --hole big --want image", "must be 4 numbers"),
+    "gap without sound": ("--text x --gap 0,1 --want sound", "it needs --sound"),
+    "suffix of a picture": ("--text x --want image --out x.bmp", "must end in one of .png"),
+    "suffix of a sound": ("--text x --want sound --out x.mp3", "must end in one of .wav"),
+    "no such folder": ("--text x --want image --out no/x.png", "there is no folder"),
+    "out is a folder": ("--text x --want image --out folder.png", "cannot be written"),
+    "unknown want": ("--text x --want smell", "is not one of text, image, sound, numbers"),
+    "nothing given": ("--want text", "nothing is given"),
+    "bad setting": ("--text x --want text --set text.topp=1", "did you mean 'top_p'"),
+    "infinite": ("--numbers body_mass_g=inf --want text", "body_mass_g is infinite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_input_is_one_sentence(run: Path, files: Path, case: str) -> None:
+    words, sentence = BAD[case]
+    shown = ask(run, *words.split())
+    assert shown.exit_code == 1, shown.output
+    assert sentence in shown.stderr and shown.stderr.startswith("error: ")
+    assert shown.stderr.count("\n") == 1 and shown.stdout == ""
+
+
+def test_a_model_that_is_not_there_is_one_sentence(files: Path) -> None:
+    shown = ask(files / "nowhere", "--text", "x", "--want", "text")
+    assert shown.exit_code == 1 and "there is no run or checkpoint at" in shown.stderr
+
+
+@pytest.mark.parametrize(("name", "content"), [("model.json", "{"), ("model.json", '{"format": 9}')])
+def test_a_damaged_model_is_one_sentence(run: Path, tmp_path: Path, name: str, content: str) -> None:
+    copy = tmp_path / "step-2"
+    copy.mkdir()
+    for file in (run / "checkpoints" / "step-2").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / name).write_text(content, encoding="utf-8")
+    shown = ask(copy, "--text", "x", "--want", "text")
+    assert shown.exit_code == 1 and shown.stderr.count("\n") == 1 and name in shown.stderr

@@ -1,0 +1,111 @@
+"""Text from the cache equals text from a naive twin; a row alone equals the row in a crowd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openm6.generate.load import Loaded
+from openm6.generate.prompt import Prompt, read_prompts
+from openm6.generate.sampling import Sampling
+from openm6.generate.text import write
+from openm6.modalities.interface import Part, Tokens, line
+from openm6.modalities.registry import source_pieces
+from openm6.modalities.sequence import collate, lay_out
+from tests.small_model import demo_sources, loaded, modalities
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def model() -> Loaded:
+    return loaded(3)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    """Ragged: a picture, a sound, long and short texts, numbers, and nothing at all."""
+    parts = [
+        [Part("image", demo_sources()["digits"][0]["image"]), Part("text", " What is this?")],
+        [Part("sound", demo_sources()["spoken"][0]["audio"])],
+        [Part("text", "hi")],
+        [Part("text", "a longer prompt, with many words in it " * 3)],
+        [Part("numbers", {"mass": 3.0, "length": None})],
+        [],
+    ]
+    return [source_pieces(found, modalities()) for found in parts]
+
+
+def naive(model: Loaded, prompt: Prompt, steps: int) -> str:
+    """Greedy decoding without a cache: the whole sequence anew for each token."""
+    text = model.text
+    ids: list[int] = [text.start]
+    for _ in range(steps):
+        arrays = {"ids": torch.tensor(ids).numpy(), "labels": torch.tensor(ids).numpy()}
+        wanted = Tokens("text", arrays, line(len(ids)), len(ids), arrays["ids"] >= 0, "causal")
+        sequence = lay_out([*prompt, wanted])
+        batch = collate([[sequence]], len(sequence))
+        logits = model.omni.text.logits(model.omni(batch.kinds, batch.layout)[0][0, -1])
+        for token in range(text.first_mark, text.vocabulary_size):
+            if token != text.end:
+                logits[token] = float("-inf")
+        ids.append(int(logits.argmax()))
+        if ids[-1] == text.end:
+            break
+    return text.decode(ids)
+
+
+def test_cached_equals_uncached(model: Loaded, prompts: list[Prompt]) -> None:
+    found = write(model, prompts, Sampling(max_tokens=STEPS))
+    assert found == [naive(model, prompt, STEPS) for prompt in prompts]
+    assert len(set(found)) > 2, "the prompts must matter"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_alone_equals_the_row_in_a_crowd(
+    model: Loaded, prompts: list[Prompt], temperature: float
+) -> None:
+    settings = Sampling(max_tokens=STEPS, temperature=temperature, seed=40)
+    crowd = write(model, prompts, settings)
+    for row, prompt in enumerate(prompts):
+        alone = write(model, [prompt], settings.model_copy(update={"seed": 40 + row}))
+        assert alone == [crowd[row]]
+
+
+def test_seeds_matter_only_where_something_is_drawn(model: Loaded, prompts: list[Prompt]) -> None:
+    def answers(temperature: float, seed: int) -> list[str]:
+        return write(model, prompts[:1], Sampling(max_tokens=STEPS, temperature=temperature, seed=seed))
+
+    assert answers(0.0, 1) == answers(0.0, 2)
+    assert answers(1.0, 1) == answers(1.0, 1)
+    assert len({answers(1.0, seed)[0] for seed in range(5)}) > 1
+
+
+def test_marks_are_never_written(prompts: list[Prompt]) -> None:
+    """Even a model that wants nothing but marks writes text or stops."""
+    model = loaded(3)
+    with torch.no_grad():
+        model.omni.text.embedding.weight[model.text.first_mark :] *= 100
+    for answer in write(model, prompts, Sampling(max_tokens=4, temperature=2.0)):
+        assert isinstance(answer, str)
+
+
+def test_the_end_ends_its_row_alone(model: Loaded, prompts: list[Prompt]) -> None:
+    long = write(model, prompts, Sampling(max_tokens=STEPS))
+    short = write(model, prompts, Sampling(max_tokens=2))
+    for first, second in zip(short, long, strict=True):
+        kept = first.rstrip("\ufffd")  # two tokens may end in the middle of a character
+        assert second.startswith(kept)
+
+
+def test_a_reading_can_be_taken_back(model: Loaded, prompts: list[Prompt]) -> None:
+    reading = read_prompts(model.omni, prompts, 8)
+    assert reading.batch == len(prompts) and reading.place.tolist() == [
+        sum(piece.span for piece in prompt) for prompt in prompts
+    ]
+    grid = torch.zeros(1, 3)
+    arrays = {"ids": torch.full((len(prompts),), model.text.start)}
+    first = reading.run("text", arrays, reading.layout(1, grid))
+    reading.forget()
+    assert reading.cache.length == reading.read
+    assert torch.equal(reading.run("text", arrays, reading.layout(1, grid)), first)

@@ -1,0 +1,164 @@
+"""The whole model: packing changes nothing, hidden codes do not leak, padding does not matter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from openm6.data.prepare import example_sequence
+from openm6.evaluate.likelihood import sequence_nats
+from openm6.modalities.interface import Part, Tokens
+from openm6.modalities.registry import source_pieces, target_piece
+from openm6.modalities.sequence import Sequence, collate, lay_out
+from openm6.models.omni import Omni
+from openm6.tasks.registry import TASKS
+from tests.small_model import demo_sources, modalities, omni
+
+PICKED = (
+    ("draw", "digits"),
+    ("name_picture", "digits"),
+    ("fill_picture", "emoji"),
+    ("fill_sound", "spoken"),
+    ("say_picture", "spoken_digits"),
+    ("transcribe", "spoken"),
+    ("predict_number", "penguins"),
+    ("forecast", "weather"),
+    ("number_from_sound", "spoken"),
+    ("continue", "poems"),
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Omni:
+    return omni()
+
+
+@pytest.fixture(scope="module")
+def sequences() -> list[Sequence]:
+    """One training example of every kind of target."""
+    found = []
+    for number, (task, source) in enumerate(PICKED):
+        rng = np.random.default_rng(number)
+        example = TASKS[task].example(demo_sources()[source][number], rng, train=True)
+        found.append(example_sequence(example, modalities(), rng))
+    return found
+
+
+def nats(model: Omni, rows: list[list[Sequence]], length: int) -> torch.Tensor:
+    batch = collate(rows, length)
+    found = torch.zeros(batch.num_examples)
+    for part in model.judge(batch)[0].values():
+        found.index_add_(0, part.example, part.nats)
+    return found
+
+
+def test_a_packed_example_is_judged_as_alone(model: Omni, sequences: list[Sequence]) -> None:
+    alone = torch.cat([nats(model, [[sequence]], len(sequence)) for sequence in sequences])
+    packed = nats(model, [sequences[:4], sequences[4:7], sequences[7:]], 512)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-3)
+    assert float(alone.min()) > 1, "each example must have something to be wrong about"
+
+
+def test_order_and_neighbours_do_not_matter(model: Omni, sequences: list[Sequence]) -> None:
+    forth, back = (sequence_nats(model, found) for found in (sequences, sequences[::-1]))
+    np.testing.assert_allclose(forth, back[::-1], rtol=1e-5)
+
+
+def test_padding_does_not_matter(model: Omni, sequences: list[Sequence]) -> None:
+    short = nats(model, [[sequences[0]]], len(sequences[0]))
+    for length in (len(sequences[0]) + 1, 300):
+        torch.testing.assert_close(nats(model, [[sequences[0]], []], length), short, rtol=1e-5, atol=1e-3)
+
+
+def picture_target(seed: int) -> Tokens:
+    values = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return target_piece(Part("image", values), modalities(), np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_hidden_codes_do_not_leak(model: Omni, seed: int) -> None:
+    """Codes of hidden places, and the truth of all places, change no hidden state; shown ones do."""
+    source = source_pieces([Part("text", "draw it")], modalities())
+    target = picture_target(seed)
+    hidden = target.arrays["hidden"]
+    size = modalities()["image"].codec.codebook_size  # type: ignore[attr-defined]
+
+    def states(arrays: dict[str, np.ndarray]) -> torch.Tensor:
+        sequence = lay_out([*source, replace(target, arrays={**target.arrays, **arrays})])
+        batch = collate([[sequence]], len(sequence))
+        return model(batch.kinds, batch.layout)[0]
+
+    plain = states({})
+    other = (target.arrays["shown"] + 1) % size
+    unseen = np.where(hidden[:, None], other, target.arrays["shown"])
+    assert torch.equal(states({"shown": unseen, "codes": other}), plain)
+    if not hidden.all():
+        seen = np.where(hidden[:, None], target.arrays["shown"], other)
+        assert not torch.equal(states({"shown": seen}), plain)
+
+
+def test_nothing_to_learn_gives_no_loss(model: Omni) -> None:
+    sequence = lay_out(source_pieces([Part("text", "hello")], modalities()))
+    assert model.judge(collate([[sequence]], 16))[0] == {}
+
+
+def test_the_wanted_number_does_not_leak(model: Omni) -> None:
+    found = []
+    for value in (1.0, 9.0):
+        pieces = source_pieces([Part("text", "what is the mass?")], modalities())
+        target = target_piece(Part("numbers", {"mass": value}), modalities())
+        batch = collate([[lay_out([*pieces, target])]], 64)
+        found.append(model(batch.kinds, batch.layout)[0])
+    assert torch.equal(found[0], found[1])
+
+
+def test_later_words_do_not_leak(model: Omni) -> None:
+    pieces = source_pieces([Part("text", "say")], modalities())
+    found, ids = [], []
+    for words in ("seven apples", "seven pears!"):
+        target = target_piece(Part("text", words), modalities())
+        batch = collate([[lay_out([*pieces, target])]], 48)
+        found.append(model(batch.kinds, batch.layout)[0])
+        ids.append(target.arrays["ids"].tolist())
+    alike = next(place for place, pair in enumerate(zip(*ids, strict=False)) if pair[0] != pair[1])
+    same = len(pieces[0]) + alike
+    assert alike > 2
+    torch.testing.assert_close(found[0][:, :same], found[1][:, :same], rtol=0, atol=1e-6)
+    assert not torch.allclose(found[0][:, same], found[1][:, same])
+
+
+def test_a_name_carries_its_words(model: Omni) -> None:
+    found = []
+    for column in ("mass", "length"):
+        tokens = modalities()["numbers"].source({column: None})
+        batch = collate([[lay_out([tokens])]], 1)
+        found.append(model.embed(batch.kinds, 1, 1))
+    assert not torch.equal(found[0], found[1])
+
+
+def test_training_minimises_the_training_loss_and_judging_the_likelihood(sequences: list[Sequence]) -> None:
+    model = omni()
+    batch = collate([[sequences[0]]], 256)
+    likelihood = model.judge(batch)[0]["image_out"].nats
+    model.train()
+    trained = model.judge(batch)[0]["image_out"].nats
+    groups = modalities()["image"].codec.groups  # type: ignore[attr-defined]
+    assert float(trained.mean()) < float(likelihood.mean()) / (groups - 1), (
+        "a mean over groups, not their sum"
+    )
+
+
+def test_gradients_reach_every_adapter(sequences: list[Sequence]) -> None:
+    model = omni().requires_grad_(True).train()
+    pictures = (picture_target(seed) for seed in range(20))
+    partly = next(tokens for tokens in pictures if not tokens.arrays["hidden"].all())
+    sequences = [lay_out([partly]), *sequences]
+    judged, _ = model.judge(collate([sequences[:4], sequences[4:7], sequences[7:]], 512))
+    sum(part.nats.mean() for part in judged.values()).backward()
+    silent = [
+        name for name, p in model.adapters.named_parameters() if p.grad is None or not p.grad.abs().sum()
+    ]
+    assert silent == []

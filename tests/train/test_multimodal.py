@@ -1,0 +1,260 @@
+"""Multimodal training end to end, tiny: a report at the end, exact resuming, broken records, refused recipes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openm6.base.errors import OpenM6Error, TrainingError
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest, list_checkpoints
+from openm6.evaluate.run import evaluate
+from openm6.generate.load import load
+from openm6.modalities.registry import MODALITIES
+from openm6.tasks.registry import TASKS
+from openm6.train.recorder import Line, read_metrics
+from openm6.train.run import train_recipe
+from tests.data.pictures import png
+from tests.train.tiny_recipe import tiny_recipe, write_recipe
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_recipe(tmp_path_factory.mktemp("recipe"), tiny_recipe(STEPS, save_every=3))
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    result = train_recipe(recipe, out=folder)
+    assert result.steps == STEPS and result.non_finite == 0
+    return folder
+
+
+def report_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "report.json").read_text(encoding="utf-8"))
+
+
+def losses(run: Path) -> list[Line]:
+    """The metrics without what the clock decides."""
+    clock = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in clock} for line in read_metrics(RunFolder(run))]
+
+
+def test_the_report_has_its_documented_parts(unbroken: Path) -> None:
+    report = report_of(unbroken)
+    assert set(report) == {"seconds", "params", "tokens", "steps", "tasks", "codecs"}
+    assert report["steps"] == STEPS and report["tokens"] > 0 and report["seconds"] > 0
+    assert 0 < report["params"]["active"] < report["params"]["total"]
+    assert set(report["codecs"]) == {"image-64", "sound"} and report["codecs"]["sound"]
+    expected = [f"{part['task']}/{part['source']}" for part in tiny_recipe()["mixture"]]
+    assert sorted(report["tasks"]) == sorted(expected)
+
+
+def test_each_task_in_the_report_is_complete(unbroken: Path) -> None:
+    for name, entry in report_of(unbroken)["tasks"].items():
+        task = TASKS[name.split("/")[0]]
+        assert (entry["source"], entry["target"]) == (task.reads, task.gives)
+        assert {entry["source"], entry["target"]} <= set(MODALITIES)
+        assert entry["metric"] == task.metrics[0] and entry["better"] in ("higher", "lower")
+        assert math.isfinite(entry["value"]) and entry["baseline_name"] == task.baseline.replace("_", " ")
+        low, high = entry["bits_ci"]
+        assert low <= entry["bits_gained"] <= high
+        assert 0 < entry["n_answered"] <= 4 and 0 < entry["n"] <= 4
+        assert entry["metrics"][entry["metric"]] == entry["value"]
+
+
+def test_the_page_is_written_and_needs_nothing_else(unbroken: Path) -> None:
+    page = (unbroken / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and "<script" not in page and 'src="http' not in page
+
+
+def test_metrics_tell_of_every_modality(unbroken: Path) -> None:
+    names = {name for line in losses(unbroken) for name in line}
+    assert {"loss/text", "loss/image_out", "loss/sound_out", "loss/numbers_out", "c_v", "fill"} <= names
+    assert [line["step"] for line in losses(unbroken)] == list(range(1, STEPS + 1))
+
+
+def test_a_checkpoint_is_enough_to_judge_again(unbroken: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    judgement = evaluate(unbroken, json_path=scores)
+    again = json.loads(scores.read_text(encoding="utf-8"))
+    assert set(again) == {"checkpoint", "seconds", "tasks"} and again["tasks"] == report_of(unbroken)["tasks"]
+    assert all(len(result.samples) == 1 for result in judgement.results)
+    loaded = load(latest(unbroken))
+    assert loaded.description.preset == "nano" and not loaded.omni.training
+
+
+def kill_after(recipe: str, folder: Path, steps: int) -> None:
+    """Trains in another process and kills it, without a chance to tidy up, once so many steps are written."""
+    command = [sys.executable, "-m", "openm6", "train", recipe, "--out", str(folder)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}
+    )
+    metrics, waited = folder / "metrics.jsonl", time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < waited:
+        if metrics.is_file() and metrics.read_bytes().count(b"\n") >= steps:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL, "it ended before it could be killed"
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_killed_and_resumed_equals_unbroken(recipe: str, unbroken: Path, tmp_path: Path, step: int) -> None:
+    folder = tmp_path / "run"
+    kill_after(recipe, folder, step)
+    assert not (folder / "report.json").exists()
+    kept = list_checkpoints(folder / "checkpoints")
+    assert all(int(found.name.removeprefix("step-")) < STEPS for found in kept)
+    result = train_recipe(recipe, resume=True, out=folder)
+    assert result.steps == STEPS and result.checkpoint.name == f"step-{STEPS}"
+    for name in ("model.safetensors", "optimizer.safetensors", "model.json", "tokenizer.json"):
+        assert (latest(folder) / name).read_bytes() == (latest(unbroken) / name).read_bytes(), name
+    assert losses(folder) == losses(unbroken)
+    assert report_of(folder)["tasks"] == report_of(unbroken)["tasks"]
+
+
+def test_a_finished_run_is_not_trained_over(recipe: str, unbroken: Path, tmp_path: Path) -> None:
+    """Nor are its settings replaced by those of another recipe."""
+    before = (unbroken / "config.yaml").read_bytes()
+    other = write_recipe(tmp_path, tiny_recipe(99), "other")
+    with pytest.raises(TrainingError, match="already holds a run: add --resume"):
+        train_recipe(other, out=unbroken)
+    assert (unbroken / "config.yaml").read_bytes() == before
+
+
+def test_resuming_a_finished_run_trains_no_more(recipe: str, unbroken: Path) -> None:
+    before = (latest(unbroken) / "model.safetensors").read_bytes()
+    assert train_recipe(recipe, resume=True, out=unbroken).steps == STEPS
+    assert (latest(unbroken) / "model.safetensors").read_bytes() == before
+
+
+def test_a_tokenizer_of_a_run_that_never_began_is_not_taken_over(unbroken: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("left behind", encoding="utf-8")
+    train_recipe(write_recipe(tmp_path, {**tiny_recipe(1), **text_only()}), out=folder)
+    assert "left behind" not in (folder / "tokenizer.json").read_text(encoding="utf-8")
+
+
+def text_only() -> dict[str, Any]:
+    """The cheapest mixture."""
+    return {
+        "sources": {"penguins": {"kind": "embedded", "name": "penguins", "limit": 40}},
+        "mixture": [{"source": "penguins", "task": "translate"}],
+    }
+
+
+def pictures(folder: Path, broken: int, count: int = 60) -> dict[str, Any]:
+    """A recipe over a table of pictures, some of them broken, in the test split, too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(count):
+        file = folder / f"{number}.png"
+        file.write_bytes(b"\x89PNG no more" if number < broken else png(("red", "green", "blue")[number % 3]))
+        label = "broken" if number < broken else ("red", "green", "blue")[number % 3]
+        lines.append({"id": f"p{number}", "image": file.name, "label": label, "text_en": label})
+        lines.append({**lines[-1], "id": f"t{number}", "split": "test"} if number % 5 == 0 else {})
+    table = folder / "pictures.jsonl"
+    table.write_text("".join(json.dumps(line) + "\n" for line in lines if line), encoding="utf-8")
+    source = {"kind": "jsonl", "path": str(table), "split": "split"}
+    return {
+        "sources": {"pictures": source},
+        "mixture": [{"source": "pictures", "task": "name_picture"}, {"source": "pictures", "task": "draw"}],
+    }
+
+
+def test_a_few_broken_records_are_set_aside_and_listed(tmp_path: Path) -> None:
+    recipe = tiny_recipe(10) | pictures(tmp_path / "data", broken=2)
+    recipe["mixture"] = recipe["mixture"][:1]
+    run = tmp_path / "run"
+    train_recipe(write_recipe(tmp_path, recipe), out=run)
+    listed = [
+        json.loads(line) for line in (run / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert {entry["id"] for entry in listed} == {"p0", "p1"}
+    assert all(e["source"] == "pictures" and "broken or of an unknown format" in e["reason"] for e in listed)
+    assert report_of(run)["tasks"]["name_picture/pictures"]["n"] > 0, "a broken test record must not stop it"
+
+
+def test_broken_pictures_do_not_stop_the_judging_of_drawings(tmp_path: Path) -> None:
+    recipe = (
+        tiny_recipe(2, save_every=2) | pictures(tmp_path / "data", broken=4, count=30) | {"max_broken": 0.5}
+    )
+    recipe["judge"] = {**recipe["judge"], "records": 12}
+    recipe["mixture"] = recipe["mixture"][1:]
+    train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+    assert math.isfinite(report_of(tmp_path / "run")["tasks"]["draw/pictures"]["baseline"])
+
+
+def test_too_many_broken_records_stop_the_run(tmp_path: Path) -> None:
+    recipe = tiny_recipe(400, save_every=400) | pictures(tmp_path / "data", broken=15)
+    with pytest.raises(
+        TrainingError, match=r"of the records are broken, most \(\d+\) in 'pictures'.*limit of 5%"
+    ):
+        train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+    assert (tmp_path / "run" / "quarantine.jsonl").is_file()
+
+
+def test_examples_that_fit_no_row_are_set_aside(tmp_path: Path) -> None:
+    poems = {
+        "sources": {"poems": {"kind": "embedded", "name": "poems_zh"}},
+        "mixture": [{"source": "poems", "task": "continue"}],
+    }
+    recipe = tiny_recipe(400) | poems | {"packing": {"rows": 1, "length": 16}}
+    with pytest.raises(TrainingError, match="do not fit a row of 16: raise packing.length"):
+        train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+
+
+REFUSED = {
+    "task": (["mixture.0.task=name_pictur"], "no task is called 'name_pictur'; did you mean 'name_picture'"),
+    "preset": (["model.preset=nanoo"], "no preset 'nanoo'; did you mean 'nano'"),
+    "key": (["loop.stepz=3"], "unknown key 'loop.stepz'; did you mean 'steps'"),
+    "deep key": (["judge.decoding.step=3"], "unknown key 'judge.decoding.step'; did you mean 'steps'"),
+    "source": (["mixture.0.source=digit"], "names source 'digit', .*did you mean 'digits'"),
+    "source kind": (["sources.digits.kind=embeded"], "embedded"),
+    "source key": (["sources.digits.limits=3"], "did you mean 'limit'"),
+    "data set": (["sources.digits.name=digit"], "did you mean 'digits'"),
+    "override": (["model.overrides.widht=64"], "did you mean 'width'"),
+    "sizes": (["model.overrides.num_kv_heads=3"], "num_heads=2 must be a multiple"),
+    "kind": (["kind=multimodel"], "did you mean 'multimodal'"),
+    "codec": (["modalities.image.codec=image-65"], "did you mean 'image-64'"),
+    "wrong codec": (["modalities.image.codec=sound"], "is no picture codec"),
+    "side": (["modalities.image.side=60"], "must be a multiple of the codec's stride"),
+    "weight": (["mixture.0.weight=0"], "greater than 0"),
+    "loss weight": (["loss_weights={images: 2}"], "did you mean 'image'"),
+    "twice": (["mixture.1.task=name_picture"], "twice: add up the weights"),
+    "optimizer": (["loop.optimizer.name=adamv"], "did you mean 'adamw'"),
+    "no such field": (["mixture.4.task=transcribe"], "finds nothing to read in source 'penguins'"),
+    "not a setting": (["loop.steps"], "must look like key.path=value"),
+    "nowhere": (["mixture.9.task=draw"], "does not lead anywhere"),
+    "tokenizer": (["modalities.text.tokenizer=nowhere.json"], "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_recipe_cannot_say_is_one_sentence_with_a_hint(recipe: str, tmp_path: Path, case: str) -> None:
+    overrides, sentence = REFUSED[case]
+    with pytest.raises(OpenM6Error, match=sentence) as caught:
+        train_recipe(recipe, overrides, out=tmp_path / "run")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_recipe_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(OpenM6Error, match="no recipe at 'demoo'.*did you mean 'demo'"):
+        train_recipe("demoo", out=tmp_path)

@@ -1,0 +1,57 @@
+"""The recipes in the package are valid, and everything that they name is there."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from openm6.data.sources import open_sources
+from openm6.modalities.registry import MODALITIES
+from openm6.models.presets import preset
+from openm6.tasks.registry import TASKS
+from openm6.train.recipe import ModelChoice, MultimodalRecipe, build_backbone
+from openm6.train.run import SHIPPED, read_recipe, recipe_path
+
+DEMO = read_recipe(recipe_path("demo"), [])[0]
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid(path) -> None:
+    assert read_recipe(path, [])[0].kind == read_recipe(recipe_path(path.stem), [])[1]["kind"]
+
+
+def test_the_demo_is_found_by_its_path_in_the_package() -> None:
+    assert recipe_path("recipes/demo.yaml").name == "demo.yaml"
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_source_of_the_demo_opens_with_what_its_tasks_need(split) -> None:
+    assert isinstance(DEMO, MultimodalRecipe)
+    sources = open_sources(DEMO.sources, split)
+    for lecture in DEMO.mixture:
+        source = sources[lecture.source]
+        assert len(source) > 20
+        assert all(TASKS[lecture.task].languages(source[index]) for index in (0, len(source) // 2, -1))
+
+
+def test_the_demo_learns_all_pairs_of_modalities() -> None:
+    assert isinstance(DEMO, MultimodalRecipe)
+    pairs = {(TASKS[part.task].reads, TASKS[part.task].gives) for part in DEMO.mixture}
+    assert pairs == set(product(MODALITIES, MODALITIES))
+
+
+def test_training_and_test_records_of_the_demo_are_not_the_same() -> None:
+    assert isinstance(DEMO, MultimodalRecipe)
+    train, test = (open_sources(DEMO.sources, split) for split in ("train", "test"))
+    for name in DEMO.sources:
+        assert not set(train[name].values("id")) & set(test[name].values("id")), name
+
+
+def test_overrides_change_a_preset_field_by_field() -> None:
+    choice = ModelChoice(preset="nano", overrides={"num_layers": 2, "experts": {"num_experts": 4}})
+    found, plain = build_backbone(choice), preset("nano").backbone
+    assert found.num_layers == 2 and found.width == plain.width
+    assert found.experts is not None and plain.experts is not None
+    assert (found.experts.num_experts, found.experts.hidden) == (4, plain.experts.hidden)
+    assert build_backbone(ModelChoice(preset="nano")) == plain

@@ -1,0 +1,53 @@
+"""A recipe small enough to be trained in a test: three sources, five tasks, width 64, a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MODEL = {
+    "preset": "nano",
+    "overrides": {
+        "width": 64,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 32,
+        "experts": {"hidden": 64, "num_experts": 4},
+    },
+}
+JUDGE = {"records": 4, "answers": 2, "drawn": 2, "samples": 1, "decoding": {"steps": 2}}
+
+
+def tiny_recipe(steps: int = 6, **loop: Any) -> dict[str, Any]:
+    """The recipe as plain values; words of `loop` change its training loop."""
+    return {
+        "kind": "multimodal",
+        "model": MODEL,
+        "modalities": {"text": {"vocabulary": 400}},
+        "sources": {
+            "digits": {"kind": "embedded", "name": "digits", "limit": 30},
+            "spoken": {"kind": "embedded", "name": "espeak_digits", "limit": 20},
+            "penguins": {"kind": "embedded", "name": "penguins", "limit": 40},
+        },
+        "mixture": [
+            {"source": "digits", "task": "name_picture"},
+            {"source": "digits", "task": "draw"},
+            {"source": "spoken", "task": "transcribe"},
+            {"source": "spoken", "task": "speak"},
+            {"source": "penguins", "task": "predict_number"},
+        ],
+        "packing": {"rows": 2, "length": 160},
+        "loop": {"steps": steps, "save_every": 2, "log_every": 1, "tensorboard": False, **loop},
+        "judge": JUDGE,
+    }
+
+
+def write_recipe(folder: Path, recipe: dict[str, Any], name: str = "tiny") -> str:
+    """The path of the recipe's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    return str(path)
