@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.protocol import is_renderable
 
 from openm6 import __version__
 from openm6.base.errors import ConfigError
@@ -221,4 +222,6 @@ def _names(words: str | None) -> list[str] | None:
 def _show(result: Any) -> None:
     """Print what a call gave back, if anything: rich knows how to draw tables, the rest says itself by `str`."""
     if result is not None:
-        Console().print(result, soft_wrap=True, highlight=False, markup=False)
+        # rich would print a dataclass field by field, where its own words are meant.
+        shown = result if is_renderable(result) else str(result)
+        Console().print(shown, soft_wrap=True, highlight=False, markup=False)

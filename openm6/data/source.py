@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from openm6.base.config import Config
+from openm6.base.errors import DataError
 from openm6.data.records import Record
 
 Split = Literal["train", "test"]
@@ -31,8 +32,15 @@ class Source(ABC):
         return self[index]
 
     def values(self, key: str) -> list[Any]:
-        """The value of one key in every record, None where absent; tables read only that column."""
-        return [self[index].get(key) for index in range(len(self))]
+        """The value of one key in every record, None where absent or broken; tables read only that column."""
+        return [_value_at(self, index, key) for index in range(len(self))]
+
+
+def _value_at(source: Source, index: int, key: str) -> Any:
+    try:
+        return source[index].get(key)
+    except DataError:
+        return None
 
 
 Neighbour = Callable[[str], Source]

@@ -12,19 +12,26 @@ from rich.text import Text
 from openm6.evaluate.figures import beats, duration, metric_title, score, signed, standing
 from openm6.evaluate.results import Judgement, TaskResult
 
+WIDE = 120  # characters in a line, below which the table leaves something out
 _STYLES = {"gain": "green", "unsure": "yellow", "loss": "red"}
 
 
 def print_table(judgement: Judgement, console: Console) -> None:
-    """One row per task: pair, score against baseline, bits gained with its 95 % interval, and how many records."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("task")
-    table.add_column("pair", no_wrap=True)
-    table.add_column("metric")
-    for name in ("value", "baseline", "bits gained", "95 % interval", "records"):
+    """One row per task: pair, score against baseline, bits gained with its 95 % interval, and how many records.
+
+    A narrow terminal is told neither pair nor records; names are folded: one cut short could not be typed again.
+    """
+    narrow = console.width < WIDE
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0) if narrow else (0, 1))
+    table.add_column("task", overflow="fold", min_width=14)
+    if not narrow:
+        table.add_column("pair", no_wrap=True)
+    table.add_column("metric", min_width=7)
+    for name in ("value", "baseline", "bits gained", "95 % interval", *([] if narrow else ["records"])):
         table.add_column(name, justify="right", no_wrap=True)
     for result in judgement.results:
-        table.add_row(*_cells(result))
+        task, pair, *rest, records = _cells(result)
+        table.add_row(*((task, *rest) if narrow else (task, pair, *rest, records)))
     console.print(table)
     console.print(Text(_summary(judgement), style="dim"))
 

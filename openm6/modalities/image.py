@@ -207,11 +207,12 @@ class PatchAdapter(Adapter):
         super().__init__()
         self.inner = nn.Linear(features, width)
         self.outer = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
         self.gone = nn.Parameter(torch.empty(width))
         self.place = PlaceEmbedding(width)
         nn.init.normal_(self.gone, std=0.02)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
-        seen = self.outer(nn.functional.gelu(self.inner(arrays["patches"].to(self.gone.dtype))))  # N F -> N D
+        seen = self.norm(self.outer(nn.functional.gelu(self.inner(arrays["patches"].to(self.gone.dtype)))))  # N F -> N D
         shown = torch.where(arrays["gone"][:, None], self.gone.to(seen.dtype), seen)
         return shown + self.place(arrays["places"])

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from openm6.base.errors import DataError, Interrupted
 from openm6.cli import main as cli
 from openm6.cli.doors import DOORS, door
+from openm6.train.loop import TrainResult
 
 COMMANDS = ["demo", "train", "evaluate", "generate", "data inspect", "tasks", "presets"]
 runner = CliRunner()
@@ -96,6 +97,13 @@ def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("shares", ("0,0,1,.5", 4, "--hole"), {}) in called.calls
     assert calls["generate"] == ((Path("runs/x"), "question is done", "decoding is done", Path("o.png")), {})
     assert shown.stdout == "generate is done\n"
+
+
+def test_how_a_training_ended_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = TrainResult(8, 1234, 3.0, 0, 0, Path("runs/x/checkpoints/step-8"), {})
+    monkeypatch.setattr(cli, "door", lambda name: lambda *words: ended)
+    shown = runner.invoke(cli.app, ["train", "x.yaml"])
+    assert shown.stdout == "8 steps, 1,234 tokens in 3 s, saved as runs/x/checkpoints/step-8\n"
 
 
 def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

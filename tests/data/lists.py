@@ -30,7 +30,7 @@ class ListConfig(SourceConfig):
     """Opens a ListSource; the same records train and test."""
 
     kind: str = "list"
-    records: list[dict]
+    records: list[dict | None]
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         return ListSource(name, self.records)

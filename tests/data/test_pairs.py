@@ -81,3 +81,19 @@ def test_keys_can_be_chosen():
 def test_keys_that_join_nothing(settings, reason):
     with pytest.raises(DataError, match=reason):
         sources(LEFT, RIGHT, **settings)
+
+
+def test_a_broken_partner_is_no_value_and_stops_nothing():
+    """Whoever asks for a column must not fall over one broken record; drawing it still tells of it."""
+    left = ListConfig(records=[{"id": "a", "label": "x"}, None, {"id": "b", "label": "y"}])
+    right = ListConfig(records=[{"id": "c", "label": "x"}, {"id": "d", "label": "y"}])
+    configs = {
+        "left": left,
+        "right": right,
+        "pairs": PairsConfig(left="left", right="right", right_keys=["id"]),
+    }
+    sources = open_sources(configs, "train")
+    assert sources["left"].values("label") == ["x", None, "y"]
+    assert sources["pairs"].values("label") == ["x", "y"]
+    with pytest.raises(DataError, match="row 1: broken"):
+        sources["left"][1]

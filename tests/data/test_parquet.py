@@ -24,6 +24,7 @@ LENGTHS = {
     "wordnet_en": (1014, 110),
     "penguins": (261, 72),
     "iris": (124, 26),
+    "questions": (1458, 288),
 }
 
 

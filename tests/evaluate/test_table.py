@@ -12,9 +12,9 @@ from openm6.evaluate.table import print_table
 from tests.evaluate import example_judgement as example
 
 
-def printed(judgement: Judgement) -> str:
+def printed(judgement: Judgement, width: int = 150) -> str:
     stream = io.StringIO()
-    print_table(judgement, Console(file=stream, width=150))
+    print_table(judgement, Console(file=stream, width=width))
     return stream.getvalue()
 
 
@@ -33,3 +33,13 @@ def test_square_brackets_in_names_are_no_markup() -> None:
     text = printed(Judgement([task], 2.0, "x"))
     assert "name_picture/[red]shop[/red]" in text
     assert "–" in text
+
+
+def test_a_narrow_terminal_cuts_no_name_and_no_number() -> None:
+    task = dataclasses.replace(example.results()[0], task="number_from_picture", source="spoken_digits")
+    text = printed(Judgement([task], 2.0, "x"), width=80)
+    first, second = next(
+        two for two in zip(text.splitlines(), text.splitlines()[1:], strict=False) if "62.5" in two[0]
+    )
+    assert first.split()[0] + second.split()[0] == "number_from_picture/spoken_digits"
+    assert "25.0" in first and first.rstrip().endswith("+0.50 … +1.50")

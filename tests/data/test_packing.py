@@ -1,0 +1,180 @@
+"""Packing: nothing is lost or seen twice, any batch can be made again, what is broken or too long is counted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from openm6.base.errors import TrainingError
+from openm6.data.mixture import Component, Draw, Mixture
+from openm6.data.packing import Packer, PackingConfig
+from openm6.data.prepare import Preparer
+from openm6.data.quarantine import Quarantine
+from openm6.modalities.sequence import Batch, Sequence
+from openm6.modalities.text import Text
+from tests.data.lists import ListSource
+from tests.small_model import modalities
+
+CONFIG = PackingConfig(rows=2, length=64, waiting=3)
+
+
+def texts(count: int, broken: tuple[int, ...] = (), longest: int = 30) -> list[dict | None]:
+    """Records of all lengths; the answer tells which one it is."""
+    return [
+        None
+        if n in broken
+        else {"id": f"r{n}", "text_en": "x" * (1 + n * 7 % longest), "question": "?", "answer": f"{n}."}
+        for n in range(count)
+    ]
+
+
+def packer(
+    records: list[dict | None],
+    config: PackingConfig = CONFIG,
+    quarantine: Quarantine | None = None,
+    second: list[dict | None] | None = None,
+) -> Packer:
+    parts = [Component(source=ListSource("first", records), task="answer")]
+    if second is not None:
+        parts.append(Component(source=ListSource("second", second), task="answer", weight=2.0))
+    preparer = Preparer(Mixture(parts, 5), modalities(), 5, {})
+    return Packer(preparer, config, quarantine or Quarantine(limit=1.0))
+
+
+def batches(made: Packer, count: int) -> list[Batch]:
+    return list(itertools.islice(made.batches(), count))
+
+
+def answers(batch: Batch) -> list[str]:
+    """The answers of all examples of a batch, in order."""
+    text = modalities()["text"]
+    assert isinstance(text, Text)
+    kind = batch.kinds["text"]
+    return [
+        text.decode([i for i in kind.arrays["labels"][kind.example == e].tolist() if i >= 0])
+        for e in range(batch.num_examples)
+    ]
+
+
+def same(first: Batch, second: Batch) -> bool:
+    layouts = zip(first.layout.parts(), second.layout.parts(), strict=True)
+    return (
+        first.cursor == second.cursor
+        and first.kinds.keys() == second.kinds.keys()
+        and all(torch.equal(a, b) for a, b in layouts)
+        and all(
+            torch.equal(a, second.kinds[k].arrays[n])
+            for k, kind in first.kinds.items()
+            for n, a in kind.arrays.items()
+        )
+    )
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 9])
+def test_the_cursor_gives_the_very_next_batches(after: int) -> None:
+    records = texts(23, broken=(4,))
+    unbroken = batches(packer(records, second=texts(7)), after + 5)
+    resumed = packer(records, second=texts(7))
+    if after:
+        resumed.restore(json.loads(json.dumps(unbroken[after - 1].cursor)))
+    for wanted, found in zip(unbroken[after:], batches(resumed, 5), strict=True):
+        assert same(wanted, found)
+
+
+def test_no_example_is_lost_or_seen_twice() -> None:
+    """Every draw up to the last batch is in a batch, waits, or was broken: each once."""
+    made = packer(texts(17, broken=(3, 11)))
+    seen = Counter(answer for batch in batches(made, 12) for answer in answers(batch))
+    drawn = made.preparer.mixture.state()["serial"]
+    plan = Mixture(list(made.preparer.mixture.components), 5)
+    wanted = Counter(f"{plan.draw().index}." for _ in range(drawn))
+    del wanted["3."], wanted["11."]
+    waiting = Counter(f"{draw.index}." for draw in made.waiting)
+    assert seen + waiting == wanted and sum(seen.values()) > 60
+
+
+def test_each_record_is_seen_about_once_an_epoch() -> None:
+    seen = Counter(answer for batch in batches(packer(texts(20)), 20) for answer in answers(batch))
+    assert set(seen) == {f"{n}." for n in range(20)}
+    assert max(seen.values()) - min(seen.values()) <= 2, "the longest may wait, but not starve"
+
+
+def test_rows_are_full_and_hold_whole_examples() -> None:
+    for batch in batches(packer(texts(30)), 8):
+        assert batch.layout.sample.shape == (2, 64)
+        assert int(batch.layout.valid.sum()) == batch.tokens > 0.75 * 2 * 64
+        for row in batch.layout.sample.tolist():
+            numbers = [number for number, _ in itertools.groupby(row)]
+            assert numbers in (list(range(len(numbers))), [*range(len(numbers) - 1), -1])
+
+
+def test_what_is_broken_is_counted_once_for_each_draw(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "q.jsonl", limit=1.0)
+    made = packer(texts(10, broken=(2, 7)), quarantine=quarantine)
+    placed = sum(batch.num_examples for batch in batches(made, 10))
+    drawn = made.preparer.mixture.state()["serial"]
+    assert quarantine.total == drawn - placed - len(made.waiting)
+    assert quarantine.seen == placed + quarantine.total, "an example that waits is counted when it is placed"
+    listed = [json.loads(line)["id"] for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert sorted(listed) == ["row 2", "row 7"], "each is listed once"
+    assert quarantine.share == pytest.approx(0.2, abs=0.05)
+
+
+def test_what_is_too_long_is_set_aside_with_advice(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "q.jsonl", limit=1.0)
+    records = [*texts(6), {"id": "long", "text_en": "word " * 200, "question": "?", "answer": "never"}]
+    made = packer(records, quarantine=quarantine)
+    assert not any("never" in answers(batch) for batch in batches(made, 6))
+    (line,) = (tmp_path / "q.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "long" and "raise packing.length" in json.loads(line)["reason"]
+
+
+def test_only_broken_records_stop_instead_of_searching_forever() -> None:
+    made = packer([None, None], quarantine=Quarantine(limit=0.05, minimum=20))
+    with pytest.raises(TrainingError, match="100.0% of the records are broken"):
+        batches(made, 1)
+
+
+def test_counts_survive_a_restart() -> None:
+    made = packer(texts(9, broken=(1,)), quarantine=Quarantine(limit=1.0))
+    last = batches(made, 6)[-1]
+    fresh = packer(texts(9, broken=(1,)), quarantine=Quarantine(limit=1.0))
+    fresh.restore(json.loads(json.dumps(last.cursor)))
+    assert fresh.state() == last.cursor and fresh.quarantine.total > 0
+
+
+class Watched(Packer):
+    """Notes which draws become sequences."""
+
+    made: list[Draw]
+
+    def _sequence(self, draw: Draw) -> Sequence | None:
+        self.made.append(draw)
+        return super()._sequence(draw)
+
+
+def test_one_that_waits_comes_first_in_the_next_batch() -> None:
+    plain = packer(texts(23))
+    watched = Watched(plain.preparer, CONFIG, Quarantine(limit=1.0))
+    watched.made = []
+    for _ in itertools.islice(watched.batches(), 5):
+        waiting, before = list(watched.waiting), len(watched.made)
+        next(iter(watched.batches()))
+        assert watched.made[before : before + len(waiting)] == waiting
+
+
+def test_those_still_waiting_when_the_rows_are_full_wait_on() -> None:
+    """Examples as long as a row: the first that waited fills it, and the others must not be forgotten."""
+    long = [{"id": f"l{n}", "text_en": "x" * 30, "question": "?", "answer": f"{n}."} for n in range(5)]
+    records = [*long, {"id": "short", "text_en": "x", "question": "?", "answer": "5."}]
+    length = max(len(packer(long).preparer.sequence(Draw(0, 0, n, 0))) for n in range(5))
+    made = packer(records, PackingConfig(rows=1, length=length, waiting=3))
+    seen = Counter(answer for batch in batches(made, 24) for answer in answers(batch))
+    plan = Mixture(list(made.preparer.mixture.components), 5)
+    drawn = Counter(f"{plan.draw().index}." for _ in range(made.preparer.mixture.state()["serial"]))
+    assert seen + Counter(f"{draw.index}." for draw in made.waiting) == drawn

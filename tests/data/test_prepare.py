@@ -1,0 +1,114 @@
+"""A record becomes tokens: the same ones for the same draw, without its source now and then, never with its answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from openm6.base.errors import DataError
+from openm6.data.mixture import Component, Draw, Mixture
+from openm6.data.prepare import UNCONDITIONAL_SHARE, Preparer, example_sequence, with_others
+from openm6.modalities.interface import Part
+from openm6.modalities.sequence import Sequence
+from openm6.tasks.registry import TASKS
+from tests.data.lists import ListSource
+from tests.data.pictures import png
+from tests.small_model import modalities
+
+RECORDS = [
+    {
+        "id": f"r{n}",
+        "image": png(("red", "blue")[n % 2]),
+        "text_en": f"a red thing, number {n}",
+        "label": "red",
+    }
+    for n in range(12)
+]
+
+
+def preparer(
+    task: str, records: list | None = None, weights: dict[str, float] | None = None, seed: int = 0
+) -> Preparer:
+    source = ListSource("things", RECORDS if records is None else records)
+    return Preparer(Mixture([Component(source=source, task=task)], 0), modalities(), seed, weights or {})
+
+
+def alike(first: Sequence, second: Sequence) -> bool:
+    return len(first) == len(second) and all(
+        np.array_equal(array, other.arrays[name])
+        for piece, other in zip(first.pieces, second.pieces, strict=True)
+        for name, array in piece.arrays.items()
+    )
+
+
+@pytest.mark.parametrize("task", ["name_picture", "draw", "match_picture", "fill_picture", "denoise"])
+def test_a_sequence_follows_from_seed_and_draw(task: str) -> None:
+    draws = [Draw(0, 0, n, n) for n in range(6)]
+    first, second, third = ([preparer(task, seed=s).sequence(d) for d in draws] for s in (0, 0, 1))
+    assert all(alike(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(alike(a, b) for a, b in zip(first, third, strict=True)), "another seed, other choices"
+    # Where in the run a draw lies does not matter, but its epoch does.
+    moved = [preparer(task).sequence(Draw(0, 0, n, n + 99)) for n in range(6)]
+    later = [preparer(task).sequence(Draw(0, 1, n, n)) for n in range(6)]
+    assert all(alike(a, b) for a, b in zip(first, moved, strict=True))
+    assert not all(alike(a, b) for a, b in zip(first, later, strict=True))
+
+
+def test_a_share_of_drawings_loses_its_source() -> None:
+    maker = preparer("draw")
+    found = [maker.sequence(Draw(0, epoch, n, 0)) for epoch in range(50) for n in range(12)]
+    empty = sum(len(sequence.pieces) == 1 for sequence in found) / len(found)
+    assert empty == pytest.approx(UNCONDITIONAL_SHARE, abs=0.04)
+
+
+@pytest.mark.parametrize("task", ["name_picture", "denoise"])
+def test_what_is_answered_in_words_keeps_its_source(task: str) -> None:
+    maker = preparer(task)
+    assert all(len(maker.sequence(Draw(0, epoch, 0, 0)).pieces) > 1 for epoch in range(60))
+
+
+def test_a_loss_weight_is_that_of_what_is_wanted() -> None:
+    weights = {"image": 3.0, "text": 0.5}
+    assert preparer("draw", weights=weights).sequence(Draw(0, 0, 0, 0)).weight == 3.0
+    assert preparer("name_picture", weights=weights).sequence(Draw(0, 0, 0, 0)).weight == 0.5
+    assert preparer("draw").sequence(Draw(0, 0, 0, 0)).weight == 1.0
+
+
+def test_another_source_can_stand_there() -> None:
+    example = TASKS["name_picture"].example(RECORDS[0], np.random.default_rng(0))
+    own = example_sequence(example, modalities())
+    other = example_sequence(example, modalities(), source=[Part("text", "no picture at all")])
+    assert [piece.kind for piece in own.pieces] == ["image_in", "text", "text"]
+    assert [piece.kind for piece in other.pieces] == ["text", "text"]
+    assert np.array_equal(own.pieces[-1].arrays["labels"], other.pieces[-1].arrays["labels"])
+
+
+def test_others_are_of_the_same_source() -> None:
+    record = with_others(RECORDS[0], ListSource("things", RECORDS), np.random.default_rng(0))
+    texts = {entry["text_en"] for entry in RECORDS}
+    assert len(record["others"]) == 2 and all(other["en"] in texts for other in record["others"])
+    assert "others" not in RECORDS[0]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"id": "x", "image": b"no picture", "label": "red"}, "broken or of an unknown format"),
+        ({"id": "x", "label": "red"}, "lacks a field that task name_picture needs"),
+        (None, "row 0: broken"),
+    ],
+)
+def test_a_broken_record_is_a_data_error_with_a_name(record: dict | None, reason: str) -> None:
+    maker = preparer("name_picture", [record])
+    with pytest.raises(DataError, match=reason):
+        maker.sequence(Draw(0, 0, 0, 0))
+    assert maker.name(Draw(0, 0, 0, 0)) == ("things", "x" if record else "row 0")
+
+
+def test_nothing_to_learn_is_a_data_error() -> None:
+    example = TASKS["draw_numbers"].example(
+        {**RECORDS[0], "numbers": {"mass": 1.0}}, np.random.default_rng(0)
+    )
+    wanted = Part("numbers", {"mass": None})
+    with pytest.raises(DataError, match="nothing of this numbers is observed"):
+        example_sequence(type(example)(**{**vars(example), "target": wanted}), modalities())

@@ -1,0 +1,128 @@
+"""Judging end to end with an untrained model and a few records of every kind of lesson."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from openm6.evaluate.config import JudgeConfig
+from openm6.evaluate.judge import judge, test_examples
+from openm6.evaluate.results import Judgement, TaskResult
+from openm6.generate.masked import MaskedSampling
+from openm6.modalities.numbers import Histogram
+from openm6.models.description import Lesson
+from openm6.tasks.registry import TASKS
+from tests.data.lists import ListSource
+from tests.data.pictures import png
+from tests.small_model import demo_sources, loaded
+
+examples_of = test_examples
+del test_examples  # or pytest would take it for a test
+
+LESSONS = [
+    Lesson(task=task, source=source)
+    for task, source in (
+        ("name_picture", "digits"),
+        ("match_picture", "emoji"),
+        ("draw", "digits"),
+        ("fill_picture", "emoji"),
+        ("speak", "spoken"),
+        ("fill_sound", "spoken"),
+        ("predict_number", "penguins"),
+        ("forecast", "weather"),
+    )
+]
+CONFIG = JudgeConfig(records=5, answers=3, drawn=2, samples=2, decoding=MaskedSampling(steps=2))
+
+
+def judged(config: JudgeConfig = CONFIG, lessons: list[Lesson] = LESSONS, **tell: Any) -> Judgement:
+    return judge(loaded(4), lessons, demo_sources(), demo_sources("test"), config, **tell)
+
+
+@pytest.fixture(scope="module")
+def judgement() -> Judgement:
+    return judged()
+
+
+def test_every_lesson_is_judged_and_told_of() -> None:
+    heard: list[TaskResult] = []
+    found = judged(lessons=LESSONS[:2], tell=heard.append)
+    assert [result.name for result in found.results] == ["name_picture/digits", "match_picture/emoji"]
+    assert heard == found.results and found.seconds > 0
+
+
+def test_results_are_complete(judgement: Judgement) -> None:
+    assert [(r.task, r.source) for r in judgement.results] == [(x.task, x.source) for x in LESSONS]
+    for result in judgement.results:
+        task = TASKS[result.task]
+        assert result.metric == task.metrics[0] and result.value == result.metrics[result.metric]
+        assert all(math.isfinite(value) for value in result.metrics.values())
+        assert math.isfinite(result.baseline)
+        assert 2 <= result.records <= 5
+        assert result.answered == (2 if result.gives in ("image", "sound") else 3)
+        low, high = result.bits_interval
+        assert low <= result.bits_gained <= high
+
+
+def test_samples_are_of_the_right_kind(judgement: Judgement) -> None:
+    kinds = {"text": str, "image": Image.Image, "sound": np.ndarray, "numbers": Histogram}
+    for result in judgement.results:
+        assert len(result.samples) == 2
+        for sample in result.samples:
+            assert isinstance(sample.answer, kinds[result.gives])
+            assert sample.record_id and sample.given and sample.truth is not None
+
+
+def test_an_untrained_model_gains_no_bits_worth_speaking_of(judgement: Judgement) -> None:
+    for result in judgement.results:
+        assert abs(result.bits_gained) < 40
+        if result.metric == "code_bits":
+            assert result.value > np.log2(1000) - 3
+
+
+def test_judging_is_repeatable(judgement: Judgement) -> None:
+    again = {result.name: result.to_json() for result in judged(lessons=LESSONS[:4]).results}
+    first = {result.name: result.to_json() for result in judgement.results[:4]}
+    assert again == first
+
+
+def test_more_records_are_judged_where_asked_for() -> None:
+    found = judged(CONFIG.model_copy(update={"records": 30}), LESSONS[:1]).results[0]
+    assert 20 <= found.records <= 30
+
+
+def test_a_lesson_without_test_records_is_left_out() -> None:
+    test = {**demo_sources("test"), "digits": ListSource("digits", [])}
+    found = judge(loaded(), LESSONS[:2], demo_sources(), test, CONFIG)
+    assert [result.task for result in found.results] == ["match_picture"]
+
+
+def test_broken_test_records_are_left_out() -> None:
+    good = {"id": "a", "label": "x", "label_zh": "某", "text_en": "a thing", "image": png()}
+    records = [
+        good,
+        {**good, "id": "b", "image": b"broken"},
+        None,
+        {"id": "c"},
+        {**good, "id": "d", "label": "y"},
+    ]
+    source = ListSource("s", records)
+    config = JudgeConfig(records=5)
+    for name in ("name_picture", "draw"):
+        found = examples_of(TASKS[name], source, config, loaded().modalities)
+        assert [example.record_id for example in found] == ["a", "d"]
+    lessons = [Lesson(task="draw", source="s")]
+    (result,) = judge(loaded(), lessons, {"s": source}, {"s": source}, CONFIG).results
+    assert result.records == 2 and math.isfinite(result.value) and math.isfinite(result.baseline)
+
+
+def test_records_are_spread_over_the_source() -> None:
+    found = examples_of(
+        TASKS["draw"], demo_sources("test")["digits"], JudgeConfig(records=4), loaded().modalities
+    )
+    ids = demo_sources("test")["digits"].values("id")
+    assert found[0].record_id == ids[0] and found[-1].record_id == ids[-1] and len(found) == 4

@@ -1,0 +1,175 @@
+"""Every metric: a perfect answer scores best, a wrong one worse, and all stay in their range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from openm6.evaluate.metrics import (
+    METRICS,
+    Scored,
+    all_metrics,
+    character_overlap,
+    same_text,
+    truths,
+)
+from openm6.evaluate.recognise import Recogniser, picture_features
+from openm6.modalities.image import read_image
+from openm6.modalities.interface import Part
+from openm6.modalities.numbers import BINS, LIMIT, Histogram, NumberSeries
+from openm6.tasks.registry import TASKS
+from openm6.tasks.task import Example
+from tests.data.pictures import png
+
+HOLE = (0.25, 0.25, 0.75, 0.75)
+
+
+def example(answer: Any, key: str = "", options: dict[str, Any] | None = None) -> Example:
+    return Example("t", "en", [], Part("text", answer, options or {}), answer, key or str(answer))
+
+
+def texts(*pairs: tuple[str, str]) -> Scored:
+    return Scored([example(truth) for _, truth in pairs], [answer for answer, _ in pairs])
+
+
+def around(value: float, width: float) -> Histogram:
+    """A bump at `value` in a column of centre 0 and spread 1, `width` bins wide."""
+    place = (np.arcsinh(value) + LIMIT) * BINS / (2 * LIMIT) - 0.5
+    mass = np.exp(-0.5 * ((np.arange(BINS) - place) / width) ** 2)
+    return Histogram((mass / mass.sum())[None], np.array([[0.0, 1.0]]))
+
+
+def numbers(answers: list[Histogram], wanted: list[float], baseline: float = 0.0) -> Scored:
+    examples = [example({"x": value}) for value in wanted]
+    count = len(wanted)
+    return Scored(
+        examples, list(answers), spread=[np.ones(1)] * count, reference=[np.full(1, baseline)] * count
+    )
+
+
+def pictures(colours: list[str], wanted: list[str]) -> Scored:
+    known = Recogniser(
+        np.stack([picture_features(striped(c)) for c in ("red", "blue") for _ in range(3)]),
+        ["red"] * 3 + ["blue"] * 3,
+        picture_features,
+    )
+    examples = [example(png(c, 64), c, {"hole": HOLE}) for c in wanted]
+    return Scored(examples, [striped(c) for c in colours], recogniser=known)
+
+
+def striped(colour: str) -> Image.Image:
+    """Stripes down for red, across for blue: the recogniser looks at shapes, not at colours."""
+    picture = Image.new("RGB", (64, 64), "white")
+    for place in range(0, 64, 16):
+        picture.paste(colour, (place, 0, place + 8, 64) if colour == "red" else (0, place, 64, place + 8))
+    return picture
+
+
+def plain(colours: list[str], wanted: list[str]) -> Scored:
+    examples = [example(png(c, 64), c, {"hole": HOLE}) for c in wanted]
+    return Scored(examples, [read_image(png(c, 64)) for c in colours])
+
+
+CASES: dict[str, tuple[Scored, Scored, float | None]] = {  # perfect, worse, the best there is
+    "exact_match": (texts(("a", "a"), ("b", "b")), texts(("a", "a"), ("x", "b")), 1.0),
+    "character_f1": (texts(("seven", "seven")), texts(("seventeen", "seven")), 1.0),
+    "crps_share": (numbers([around(2, 0.3)], [2.0]), numbers([around(-2, 0.3)], [2.0]), None),
+    "mae": (numbers([around(2, 0.3)], [2.0]), numbers([around(0, 0.3)], [2.0]), None),
+    "coverage_80": (numbers([around(2, 3)] * 2, [2.0, 2.0]), numbers([around(2, 3)] * 2, [2.0, -3.0]), 1.0),
+    "code_bits": (
+        Scored([], [], code_bits=np.array([0.5, 1.5])),
+        Scored([], [], code_bits=np.array([9.5, 1.5])),
+        None,
+    ),
+    "recognised": (
+        pictures(["red", "blue"], ["red", "blue"]),
+        pictures(["red", "red"], ["red", "blue"]),
+        1.0,
+    ),
+    "hole_psnr": (plain(["red"], ["red"]), plain(["blue"], ["red"]), 60.0),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_perfect_answer_scores_best(name: str) -> None:
+    perfect, worse, best = CASES[name]
+    metric = METRICS[name]
+    good, bad = metric.measure(perfect), metric.measure(worse)
+    assert metric.name == name and good is not None and bad is not None
+    assert good > bad if metric.better == "higher" else good < bad
+    if best is not None:
+        assert good == pytest.approx(best)
+    assert (good >= 0 and bad >= 0) or name == "hole_psnr"
+
+
+@pytest.mark.parametrize("name", ["exact_match", "character_f1", "coverage_80", "recognised"])
+def test_shares_lie_between_zero_and_one(name: str) -> None:
+    for scored in CASES[name][:2]:
+        assert 0 <= (METRICS[name].measure(scored) or 0.0) <= 1
+
+
+def test_every_metric_has_a_case_and_is_used() -> None:
+    assert set(CASES) == set(METRICS)
+    assert {name for task in TASKS.values() for name in task.metrics} == set(METRICS)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        ("Seven.", "seven", True),
+        (" 七。", "七", True),
+        ("seven", "eleven", False),
+        ("", "a", False),
+        ("A\n", "a", True),
+    ],
+)
+def test_same_text(answer: str, truth: str, same: bool) -> None:
+    assert same_text(answer, truth) is same
+
+
+def test_character_overlap_by_hand() -> None:
+    assert character_overlap("abcd", "abcx") == pytest.approx(2 * 2 / 6)
+    assert character_overlap("七", "七个") == pytest.approx(2 / 3)
+    assert character_overlap("", "") == 1.0 and character_overlap("", "a") == 0.0
+    assert character_overlap("aaaa", "aa") == pytest.approx(2 * 1 / 4), (
+        "a pair counts as often as both have it"
+    )
+
+
+def test_the_baseline_itself_has_a_share_of_one() -> None:
+    """A point at the baseline's place has the baseline's error as its CRPS."""
+    scored = numbers([around(0.0, 0.05)] * 2, [2.0, -3.0])
+    assert METRICS["crps_share"].measure(scored) == pytest.approx(1.0, rel=0.03)
+
+
+def test_mae_by_hand() -> None:
+    scored = numbers([around(1.0, 0.2), around(-1.0, 0.2)], [1.5, -3.0])
+    assert METRICS["mae"].measure(scored) == pytest.approx((0.5 + 2.0) / 2, abs=0.05)
+
+
+def test_psnr_by_hand() -> None:
+    """Half a step of brightness off, all over: -10 log10(0.25)."""
+    examples = [example(np.zeros((64, 64, 3), np.uint8), options={"hole": HOLE})]
+    grey = Image.new("RGB", (64, 64), (128, 128, 128))
+    found = METRICS["hole_psnr"].measure(Scored(examples, [grey]))
+    assert found == pytest.approx(-20 * np.log10(128 / 255), abs=0.01)
+
+
+def test_only_the_hole_counts() -> None:
+    examples = [example(np.zeros((64, 64, 3), np.uint8), options={"hole": HOLE})]
+    picture = Image.new("RGB", (64, 64), "white")
+    picture.paste("black", (16, 16, 48, 48))
+    assert METRICS["hole_psnr"].measure(Scored(examples, [picture])) == pytest.approx(60)
+
+
+def test_truths_are_the_observed_values() -> None:
+    assert truths(example({"a": 1.5})).tolist() == [1.5]
+    assert truths(example(NumberSeries("a", [1.0, None, 3.0, float("nan")]))).tolist() == [1.0, 3.0]
+
+
+def test_a_metric_that_does_not_apply_is_left_out() -> None:
+    scored = Scored([example("a")], [Image.new("RGB", (64, 64))], code_bits=np.array([2.0]))
+    assert all_metrics(("code_bits", "recognised"), scored) == {"code_bits": 2.0}

@@ -1,0 +1,110 @@
+"""`openm6 evaluate`: which lessons, on whose records, with what scores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from openm6.base.errors import CheckpointError, ConfigError, DataError
+from openm6.cli.main import app
+from openm6.evaluate.run import evaluate, source_configs
+from openm6.train.run import train_recipe
+from tests.train.tiny_recipe import tiny_recipe, write_recipe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    train_recipe(write_recipe(folder, tiny_recipe(2, save_every=2)), out=folder / "run")
+    return folder / "run"
+
+
+def table(folder: Path, name: str = "mine.csv") -> Path:
+    """A few penguins of one's own, one of them without a mass."""
+    path = folder / name
+    rows = [
+        {"id": f"p{n}", "label": "Adelie", "text_en": f"penguin {n}", "numbers": {"bill_length_mm": 40 + n,
+         "body_mass_g": None if n == 2 else 3000 + 100 * n}} for n in range(6)
+    ]  # fmt: skip
+    if name.endswith("jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        lines = [
+            f'{r["id"]},{r["label"]},{r["text_en"]},"{json.dumps(r["numbers"]).replace(chr(34), chr(34) * 2)}"'
+            for r in rows
+        ]
+        path.write_text("id,label,text_en,numbers\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_only_the_tasks_named(run: Path) -> None:
+    assert [r.name for r in evaluate(run, ["draw", "transcribe/spoken"]).results] == [
+        "draw/digits",
+        "transcribe/spoken",
+    ]
+
+
+def test_a_task_that_was_not_learned_gets_a_hint(run: Path) -> None:
+    with pytest.raises(ConfigError, match="was not trained on task 'drew'; did you mean 'draw'"):
+        evaluate(run, ["drew"])
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.csv"])
+def test_records_of_ones_own(run: Path, tmp_path: Path, name: str) -> None:
+    found = evaluate(run, ["predict_number"], data=table(tmp_path, name))
+    assert [(result.name, result.records) for result in found.results] == [("predict_number/penguins", 4)]
+
+
+def test_tasks_that_find_nothing_in_them_are_left_out(run: Path, tmp_path: Path) -> None:
+    found = evaluate(run, data=table(tmp_path, "mine.jsonl"))
+    assert [result.task for result in found.results] == ["predict_number"]
+
+
+@pytest.mark.parametrize("name", ["nowhere.csv", "notes.txt", "folder.csv"])
+def test_records_that_cannot_be_read(run: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(DataError, match=r"must be a .parquet, .csv or .jsonl file that exists"):
+        evaluate(run, data=tmp_path / name)
+
+
+def test_settings_can_be_changed(run: Path) -> None:
+    found = evaluate(run, ["name_picture"], overrides={"records": 12, "answers": 7})
+    assert found.results[0].answered == 7
+    with pytest.raises(ConfigError, match="unknown key 'record'"):
+        evaluate(run, overrides={"record": 3})
+
+
+def test_from_the_command_line(run: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "s.json"
+    shown = CliRunner().invoke(app, ["evaluate", str(run), "--tasks", "draw", "--json", str(scores)])
+    assert shown.exit_code == 0, shown.output
+    assert "draw/digits" in shown.stdout and "bits gained" in shown.stdout
+    assert list(json.loads(scores.read_text(encoding="utf-8"))["tasks"]) == ["draw/digits"]
+
+
+def test_a_run_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no run or checkpoint at"):
+        evaluate(tmp_path / "nowhere")
+
+
+def test_a_checkpoint_without_its_description(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run / "checkpoints" / "step-2", tmp_path / "step-2")
+    state = json.loads((copy / "state.json").read_text(encoding="utf-8"))
+    del state["files"]["model.json"]
+    (copy / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (copy / "model.json").unlink()
+    with pytest.raises(
+        CheckpointError, match="has no model.json: it is not a checkpoint of a multimodal model"
+    ):
+        evaluate(copy)
+
+
+def test_a_source_of_an_unknown_kind_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="recipe: a") as caught:
+        source_configs({"a": {"kind": "excel", "path": "x"}}, "recipe")
+    assert "\n" not in str(caught.value)

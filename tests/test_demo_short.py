@@ -1,0 +1,107 @@
+"""The demo in small, as a person would run it: train, report, and an answer of every kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from tests.data.pictures import png, wav
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = [
+    "loop.steps=8",
+    "loop.save_every=8",
+    "packing.rows=2",
+    "judge.records=4",
+    "judge.answers=2",
+    "judge.drawn=2",
+    "judge.samples=1",
+    "judge.decoding.steps=2",
+]
+LIMITED = ("digits", "spoken", "emoji", "questions", "wordnet", "poems")  # or the tokenizer takes the time
+
+pytestmark = pytest.mark.slow
+
+
+def openm6(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The program in another process, standing in `folder`."""
+    return subprocess.run(
+        [sys.executable, "-m", "openm6", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo was trained, with a picture and a recording at hand."""
+    found = tmp_path_factory.mktemp("demo")
+    limits = [f"sources.{name}.limit=60" for name in LIMITED]
+    done = openm6(found, "train", "demo", *SETTINGS, *limits, "--out", "run")
+    assert done.returncode == 0, done.stderr
+    assert "8 steps" in done.stdout
+    (found / "a.png").write_bytes(png(side=40))
+    (found / "a.wav").write_bytes(wav(seconds=0.4))
+    return found
+
+
+def test_a_report_is_written(folder: Path) -> None:
+    report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
+    assert report["steps"] == 8 and len(report["tasks"]) >= 20
+    pairs = {(task["source"], task["target"]) for task in report["tasks"].values()}
+    assert len(pairs) == 16, "all pairs of modalities"
+    page = (folder / "run" / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
+
+
+def test_a_picture_is_drawn(folder: Path) -> None:
+    done = openm6(
+        folder, "generate", "run", "--text", "draw the digit seven", "--want", "image", "--out", "7.png"
+    )
+    assert done.returncode == 0, done.stderr
+    picture = Image.open(folder / "7.png")
+    assert (picture.format, picture.size, picture.mode) == ("PNG", (64, 64), "RGB")
+
+
+def test_a_sound_is_spoken(folder: Path) -> None:
+    done = openm6(folder, "generate", "run", "--image", "a.png", "--want", "sound", "--out", "x.wav")
+    assert done.returncode == 0, done.stderr
+    samples, rate = soundfile.read(folder / "x.wav")
+    assert rate == 16_000 and len(samples) > 8000 and np.isfinite(samples).all()
+
+
+def test_a_text_is_written(folder: Path) -> None:
+    done = openm6(folder, "generate", "run", "--sound", "a.wav", "--want", "text")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+
+
+def test_numbers_are_predicted(folder: Path) -> None:
+    words = ["--numbers", "bill_length_mm=40,flipper_length_mm=190,body_mass_g=", "--want", "numbers"]
+    done = openm6(folder, "generate", "run", *words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["body_mass_g"]
+    assert found["low_80"] < found["median"] < found["high_80"]
+
+
+def test_it_is_judged_again(folder: Path) -> None:
+    done = openm6(folder, "evaluate", "run", "--tasks", "name_picture", "--json", "scores.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["tasks"]
+    assert list(scores) == ["name_picture/digits"]
+    assert scores["name_picture/digits"]["value"] == report["tasks"]["name_picture/digits"]["value"]
+    assert scores["name_picture/digits"]["bits_gained"] == pytest.approx(
+        report["tasks"]["name_picture/digits"]["bits_gained"], rel=1e-4
+    )
