@@ -97,7 +97,9 @@ class Image(Modality):
         """Patches of the picture; `hole` (a share-of-the-side box left, top, right, bottom) hides what it touches."""
         picture = self._fit(read_image(raw, self.max_pixels))
         values = pixels(picture)
-        if rng is not None:
+        if (
+            rng is not None and options.get("hole") is None
+        ):  # what is filled in must lie where its source lies
             values = _shifted(values, rng)
         down, across = values.shape[0] // PATCH, values.shape[1] // PATCH
         patches = (
@@ -213,6 +215,8 @@ class PatchAdapter(Adapter):
         nn.init.normal_(self.gone, std=0.02)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
-        seen = self.norm(self.outer(nn.functional.gelu(self.inner(arrays["patches"].to(self.gone.dtype)))))  # N F -> N D
+        seen = self.norm(
+            self.outer(nn.functional.gelu(self.inner(arrays["patches"].to(self.gone.dtype))))
+        )  # N F -> N D
         shown = torch.where(arrays["gone"][:, None], self.gone.to(seen.dtype), seen)
         return shown + self.place(arrays["places"])

@@ -97,7 +97,7 @@ class Sound(Modality):
     ) -> Tokens:
         """Log-mel patches; `gap` (start and end as shares of the length) hides what it touches."""
         frames = self._frames(raw, options.get("seconds"))  # F M
-        if rng is not None:
+        if rng is not None and options.get("gap") is None:  # what is filled in must keep time with its source
             frames = _augmented(frames, rng)
         count = -(-len(frames) // FRAMES)
         padded = np.full((count * FRAMES, self.num_mels), frames.min(), np.float32)
@@ -135,7 +135,9 @@ class Sound(Modality):
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Tokens:
         """Codes of `seconds` of sound, hidden by the training pattern, or, with `gap`, in the gap alone."""
-        speed = 1.0 if rng is None else SPEEDS[int(rng.integers(len(SPEEDS)))]
+        speed = 1.0
+        if rng is not None and options.get("gap") is None:
+            speed = SPEEDS[int(rng.integers(len(SPEEDS)))]
         codes = self.encode(raw, options.get("seconds"), speed)
         count = len(codes)
         if options.get("gap") is not None:
