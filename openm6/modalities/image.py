@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image as Pillow
-from PIL import UnidentifiedImageError
+from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from openm6.base.errors import DataError
@@ -44,10 +44,7 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
                 f"the picture has {picture.width} x {picture.height} pixels, "
                 f"over the bound of {max_pixels:,}: shrink it"
             )
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            layers = picture.convert("RGBA")
-            picture = Pillow.alpha_composite(Pillow.new("RGBA", layers.size, "white"), layers)
-        return picture.convert("RGB")
+        return _in_colour(ImageOps.exif_transpose(picture))  # as the camera was held
     except DataError:
         raise
     except Pillow.DecompressionBombError:
@@ -56,6 +53,17 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
         raise DataError(
             f"the picture is broken or of an unknown format ({error}): save it anew as PNG or JPEG"
         ) from None
+
+
+def _in_colour(picture: Pillow.Image) -> Pillow.Image:
+    """RGB of any mode, transparency over white."""
+    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
+        levels = np.asarray(picture, np.float32) / 257
+        picture = Pillow.fromarray(levels.clip(0, 255).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        layers = picture.convert("RGBA")
+        picture = Pillow.alpha_composite(Pillow.new("RGBA", layers.size, "white"), layers)
+    return picture.convert("RGB")
 
 
 def to_square(picture: Pillow.Image, side: int) -> Pillow.Image:

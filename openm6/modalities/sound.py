@@ -27,7 +27,7 @@ FRAMES = 8  # of 10 ms in one source token
 MAX_SECONDS = 30.0
 # Wanted sounds are sped up or slowed down while training, which changes the voice (Ko et al., Interspeech 2015); a
 # few fixed speeds, so that the codes can be remembered.
-SPEEDS = (0.85, 0.92, 1.0, 1.08, 1.17)
+SPEEDS = (0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.12, 1.2, 1.28)
 LOWEST_RATE, HIGHEST_RATE = (
     1_000,
     768_000,
@@ -96,7 +96,7 @@ class Sound(Modality):
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Tokens:
         """Log-mel patches; `gap` (start and end as shares of the length) hides what it touches."""
-        frames = self._frames(raw, options.get("seconds"))  # F M
+        frames = self._frames(raw, options.get("seconds"), options.get("speed", 1.0))  # F M
         if rng is not None and options.get("gap") is None:  # what is filled in must keep time with its source
             frames = _augmented(frames, rng)
         count = -(-len(frames) // FRAMES)
@@ -107,13 +107,13 @@ class Sound(Modality):
         arrays = {"patches": patches, "gone": gone, "places": sound_places(count, FRAMES / 100)}
         return Tokens("sound_in", arrays, line(count), count, np.zeros(count, bool))
 
-    def _frames(self, raw: Any, seconds: float | None) -> np.ndarray:
+    def _frames(self, raw: Any, seconds: float | None, speed: float = 1.0) -> np.ndarray:
         """Log-mels of the sound, cut or padded to `seconds` where given.  # F M"""
-        key = _key(raw, seconds)
+        key = _key(raw, seconds, speed)
         known = self.heard.get(key)
         if known is not None:
             return known
-        samples = self._samples(raw, seconds)
+        samples = self._samples(raw, seconds, speed)
         whole = np.pad(samples, (0, -len(samples) % (self.place // 4)))
         with torch.no_grad():
             return self.heard.put(key, self.codec.mels(torch.from_numpy(whole)[None])[0].numpy())
@@ -135,9 +135,9 @@ class Sound(Modality):
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Tokens:
         """Codes of `seconds` of sound, hidden by the training pattern, or, with `gap`, in the gap alone."""
-        speed = 1.0
-        if rng is not None and options.get("gap") is None:
-            speed = SPEEDS[int(rng.integers(len(SPEEDS)))]
+        speed = options.get("speed", 1.0)
+        if rng is not None and "speed" not in options:
+            speed = random_speed(rng)
         codes = self.encode(raw, options.get("seconds"), speed)
         count = len(codes)
         if options.get("gap") is not None:
@@ -200,6 +200,11 @@ def random_gap(rng: np.random.Generator) -> tuple[float, float]:
     share = rng.uniform(0.2, 0.5)
     start = rng.uniform(0.0, 0.8 - share)
     return float(start), float(start + share)
+
+
+def random_speed(rng: np.random.Generator) -> float:
+    """One of the speeds at which wanted sounds are played while training."""
+    return SPEEDS[int(rng.integers(len(SPEEDS)))]
 
 
 def _augmented(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:

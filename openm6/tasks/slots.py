@@ -9,7 +9,7 @@ from typing import Any
 from openm6.modalities.image import random_hole
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
-from openm6.modalities.sound import random_gap
+from openm6.modalities.sound import random_gap, random_speed
 from openm6.modalities.text import GAP
 from openm6.tasks.task import Record, Scene, Slot
 
@@ -166,8 +166,12 @@ class SoundWithGap(Sound):
     """The sound with a stretch silenced; given and wanted share the stretch."""
 
     def parts(self, record: Record, scene: Scene) -> list[Part]:
-        gap = scene.shared.setdefault("gap", random_gap(scene.rng))
-        return [Part("sound", record["audio"], {"gap": gap, "seconds": self.seconds})]
+        shared = scene.shared
+        if "gap" not in shared:  # one gap and one speed for what is given and what is wanted
+            shared["gap"] = random_gap(scene.rng)
+            shared["speed"] = random_speed(scene.rng) if scene.train else 1.0
+        options = {"gap": shared["gap"], "speed": shared["speed"], "seconds": self.seconds}
+        return [Part("sound", record["audio"], options)]
 
     def key(self, record: Record, scene: Scene) -> str:
         return str(record.get("id"))

@@ -220,3 +220,18 @@ def test_a_picture_survives_the_codec_roughly(image: Image) -> None:
 def test_a_blank_is_all_hidden(image: Image) -> None:
     tokens = image.blank()
     assert len(tokens) == image.places**2 and tokens.arrays["hidden"].all()
+
+
+def test_sixteen_bit_grey_keeps_its_shades() -> None:
+    levels = np.array([[0, 32768], [65535, 16384]], np.uint16)
+    shades = np.asarray(read_image(file_of(Pillow.fromarray(levels))))[..., 0]
+    assert np.abs(shades - np.array([[0, 127.5], [255, 63.8]])).max() <= 1
+
+
+def test_a_photograph_stands_as_the_camera_was_held() -> None:
+    picture = Pillow.new("RGB", (4, 2), "white")
+    tags = picture.getexif()
+    tags[0x0112] = 6  # turned by a quarter
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", exif=tags)
+    assert read_image(stream.getvalue()).size == (2, 4)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from embedded_data.numbers import penguins
 from embedded_data.pictures import countries
-from embedded_data.tables import Row
+from embedded_data.tables import Row, split_of
 
 _COUNTRY = re.compile(
     r"The flag of (?P<country>.+?)\. Capital: (?P<capital>.+?)\. Region: (?P<region>.+?)\.$"
@@ -24,10 +24,12 @@ QUESTIONS = {
 
 
 def questions(cache: Path) -> list[Row]:
-    """One record per country or penguin and thing that its text tells; split as the record it comes from."""
+    """One record per text about a country or a penguin and thing that it tells; no text stands in both splits."""
+    # Penguins alike in sex, species and island have one text, so it is the text that decides the split.
+    texts = {row["text_en"]: {**row, "split": split_of(row["text_en"])} for row in penguins(cache)}
     return [
         _question(row, asked, answer)
-        for rows, pattern in ((countries(cache), _COUNTRY), (penguins(cache), _PENGUIN))
+        for rows, pattern in ((countries(cache), _COUNTRY), (list(texts.values()), _PENGUIN))
         for row in rows
         if (found := pattern.match(row["text_en"]))
         for asked, answer in found.groupdict().items()
