@@ -95,5 +95,6 @@ def demo_configs() -> dict[str, SourceConfig]:
 def demo_sources(split: str = "train") -> dict[str, Source]:
     """All embedded data as the demo uses it, pairs and windows among it, and questions asked about flags."""
     asked = {"kind": "pairs", "left": "countries", "right": "questions", "key": "text_en"}
-    configs = {**demo_configs(), **source_configs({"asked": asked}, "asked")}
+    more = {"asked": asked, "countries": {"kind": "embedded", "name": "countries"}}
+    configs = {**demo_configs(), **source_configs(more, "more")}
     return open_sources(configs, "train" if split == "train" else "test")

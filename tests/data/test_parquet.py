@@ -24,7 +24,7 @@ LENGTHS = {
     "wordnet_en": (1014, 110),
     "penguins": (261, 72),
     "iris": (124, 26),
-    "questions": (1458, 288),
+    "questions": (705, 72),
 }
 
 
