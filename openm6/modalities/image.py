@@ -49,10 +49,12 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
         raise
     except Pillow.DecompressionBombError:
         raise DataError(f"the picture is over the bound of {max_pixels:,} pixels: shrink it") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, TypeError) as error:
+    except UnidentifiedImageError:  # its own words name an object in memory
         raise DataError(
-            f"the picture is broken or of an unknown format ({error}): save it anew as PNG or JPEG"
+            "this is no picture, or of an unknown format: give a PNG, JPEG or WebP file"
         ) from None
+    except (OSError, ValueError, SyntaxError, TypeError) as error:
+        raise DataError(f"the picture is broken ({error}): save it anew as PNG or JPEG") from None
 
 
 def _in_colour(picture: Pillow.Image) -> Pillow.Image:
