@@ -54,7 +54,9 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
             "this is no picture, or of an unknown format: give a PNG, JPEG or WebP file"
         ) from None
     except (OSError, ValueError, SyntaxError, TypeError) as error:
-        raise DataError(f"the picture is broken ({error}): save it anew as PNG or JPEG") from None
+        raise DataError(
+            f"the picture is broken or of an unknown format ({error}): save it anew as PNG or JPEG"
+        ) from None
 
 
 def _in_colour(picture: Pillow.Image) -> Pillow.Image:
