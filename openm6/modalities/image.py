@@ -51,7 +51,7 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
         raise DataError(f"the picture is over the bound of {max_pixels:,} pixels: shrink it") from None
     except UnidentifiedImageError:  # its own words name an object in memory
         raise DataError(
-            "this is no picture, or of an unknown format: give a PNG, JPEG or WebP file"
+            "the picture is broken or of an unknown format: save it anew as PNG or JPEG"
         ) from None
     except (OSError, ValueError, SyntaxError, TypeError) as error:
         raise DataError(
