@@ -23,7 +23,8 @@ FLOORS = {
     "evaluate": 7,
     "train": 8,
     "serve": 8,
-    "cli": 9,
+    "bench": 9,
+    "cli": 10,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 

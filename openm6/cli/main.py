@@ -11,6 +11,7 @@ from rich.protocol import is_renderable
 
 from openm6 import __version__
 from openm6.base.errors import ConfigError
+from openm6.cli.bench import bench_app
 from openm6.cli.doors import door
 from openm6.cli.group import PlainGroup
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at your own data.")
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
