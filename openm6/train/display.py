@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from openm6.base.energy.units import in_joules
 from openm6.train.recorder import Line, Sink
 
 _NOT_SHOWN = {
@@ -18,6 +19,9 @@ _NOT_SHOWN = {
     "tokens_per_second",
     "learning_rate",
     "grad_norm",
+    "joules",
+    "joules_per_token",
+    "watts",
 }  # numbers that are not the job's own
 
 
@@ -78,6 +82,8 @@ class LiveDisplay:
             table.add_row(name, f"{value:.4f}")
         if self._last:
             table.add_row("tokens/s", f"{self._last['tokens_per_second']:,.0f}")
+        if "joules" in self._last:
+            table.add_row("energy", energy(self._last))
         if self._last.get("c_v"):
             table.add_row("c_v by layer", " ".join(f"{value:.2f}" for value in self._last["c_v"]))
         for name, value in self._scores.get("evaluation", {}).items():
@@ -112,6 +118,11 @@ def losses(line: Line) -> dict[str, float]:
     }
 
 
+def energy(line: Line) -> str:
+    """Joules so far and the draw of late, such as `12.3 kJ at 41 W (estimate)`."""
+    return f"{in_joules(line['joules'])} at {line['watts']:.0f} W ({line['energy_source']})"
+
+
 def describe(line: Line, steps: int | None, pace: Pace) -> str:
     """One plain sentence for a line of metrics or scores."""
     place = f"step {line['step']}" + (f"/{steps}" if steps is not None else "")
@@ -121,6 +132,8 @@ def describe(line: Line, steps: int | None, pace: Pace) -> str:
         )
     parts = [place, *(f"{name} {value:.4f}" for name, value in losses(line).items())]
     parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
+    if "joules" in line:
+        parts.append(energy(line))
     if line["c_v"]:
         parts.append(f"c_v {sum(line['c_v']) / len(line['c_v']):.2f}")
     return "  ".join([*parts, pace.time_left(line["step"], steps)])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,27 +19,17 @@ from openm6.checkpoint.load import load_job_tensors, load_model, load_optimizer,
 from openm6.checkpoint.save import Snapshot, save
 from openm6.train.config import LoopConfig
 from openm6.train.display import open_display
+from openm6.train.hooks import Hook
 from openm6.train.interrupt import Interrupt
 from openm6.train.job import Batch, Job
 from openm6.train.length import RunLength
+from openm6.train.metering import MeterHook
 from openm6.train.prefetch import Prefetch
+from openm6.train.progress import Progress
 from openm6.train.recorder import MetricsFile, Recorder, Sink
 from openm6.train.step import StepReport, Updater, seed_everything
 from openm6.train.tensorboard import open_tensorboard
 from openm6.train.watch import SpikeWatch
-
-
-@dataclass
-class Progress:
-    """Where a run stands; goes into checkpoints as it is."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    non_finite: int = 0  # skipped steps
-    non_finite_in_a_row: int = 0
-    spikes: int = 0
-    cursor: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,8 +52,12 @@ class TrainResult:
         )
 
 
-def train(job: Job, config: LoopConfig, run: RunFolder, resume: bool = False) -> TrainResult:
+def train(
+    job: Job, config: LoopConfig, run: RunFolder, resume: bool = False, hooks: Sequence[Hook] = ()
+) -> TrainResult:
     """Train `job` into `run`, from the start or, with `resume`, from the latest complete checkpoint.
+
+    `hooks` act at every step, after the energy meter, in their order.
 
     A run killed at any step and resumed equals an unbroken one bit for bit on the CPU, since all randomness comes
     from (seed, step) and the data's cursor is saved.
@@ -73,7 +67,7 @@ def train(job: Job, config: LoopConfig, run: RunFolder, resume: bool = False) ->
         CheckpointError: a checkpoint does not fit the job, or cannot be written.
         Interrupted: the person stopped the run; it has saved itself.
     """
-    return _Run(job, config, run, resume).to_the_end()
+    return _Run(job, config, run, resume, hooks).to_the_end()
 
 
 def refuse_overwriting(run: RunFolder, resume: bool) -> None:
@@ -87,9 +81,12 @@ def refuse_overwriting(run: RunFolder, resume: bool) -> None:
 class _Run:
     """One call of `train`: the parts of a run and the moments at which they act."""
 
-    def __init__(self, job: Job, config: LoopConfig, run: RunFolder, resume: bool) -> None:
+    def __init__(
+        self, job: Job, config: LoopConfig, run: RunFolder, resume: bool, hooks: Sequence[Hook]
+    ) -> None:
         self.job, self.config, self.run = job, config, run
         self.updater = Updater(job, config)
+        self.hooks: list[Hook] = [MeterHook(), *hooks]
         self.recorder, self.watch, self.progress = Recorder(), SpikeWatch(), Progress()
         self.saved: Path | None = None
         self.scores: dict[str, float] = {}
@@ -103,11 +100,16 @@ class _Run:
         job.model.train()
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
+            for hook in self.hooks:
+                stack.callback(hook.close)
+                hook.start(self)
             sinks = self._open_sinks(stack)
             batches = stack.enter_context(Prefetch(job.batches(), self.config.prefetch))
             while not self.length.reached(progress.step):
                 began = time.perf_counter()
                 batch = next(batches)
+                for hook in self.hooks:
+                    hook.before_step(progress.step + 1)
                 report = self.updater.update(batch, progress.step + 1, self.length.steps)
                 self._account(report, batch, time.perf_counter() - began)
                 self._tell(report, sinks)
@@ -129,6 +131,8 @@ class _Run:
         progress.tokens += report.tokens
         progress.seconds += seconds
         self.recorder.add(report, seconds)
+        for hook in self.hooks:
+            self.recorder.add_numbers(hook.after_step(report))
         self.length.observe(report.step, seconds)
         progress.non_finite_in_a_row = 0 if report.applied else progress.non_finite_in_a_row + 1
         if not report.applied:
@@ -156,6 +160,8 @@ class _Run:
         counts = {"tokens": progress.tokens, "non_finite": progress.non_finite, "spikes": progress.spikes}
         times = {"learning_rate": report.learning_rate, "seconds": progress.seconds}
         line = {"step": progress.step, **self.recorder.take(), **counts, **times}
+        for hook in self.hooks:
+            line |= hook.totals()
         for sink in sinks:
             sink.line(line)
 
@@ -192,6 +198,7 @@ class _Run:
             "recorder": self.recorder.state(),
             "watch": self.watch.state(),
             "scores": self.scores,
+            "hooks": {hook.name: hook.state() for hook in self.hooks},
             "job": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         }
         moments = optimizer_tensors(self.updater.optimizer, self.job.model)
@@ -210,6 +217,10 @@ class _Run:
         self.job.load_state({**state["job"], **load_job_tensors(folder)})
         self.recorder.load_state(state["recorder"])
         self.watch.load_state(state["watch"])
+        kept = state.get("hooks", {})
+        for hook in self.hooks:
+            if hook.name in kept:
+                hook.load_state(kept[hook.name])
         self.progress, self.scores, self.saved = Progress(**state["progress"]), state["scores"], folder
         self.job.restore(self.progress.cursor)
         get_log().info(f"resumed from {folder}")

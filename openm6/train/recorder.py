@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from openm6.base.files import replace_text
@@ -47,6 +47,10 @@ class Recorder:
         named = {"loss": report.loss, "grad_norm": report.grad_norm, **report.metrics}
         named |= {f"c_v {layer}": value for layer, value in enumerate(report.c_v)}
         named |= {f"dropped {layer}": value for layer, value in enumerate(report.dropped)}
+        self.add_numbers(named)
+
+    def add_numbers(self, named: Mapping[str, float]) -> None:
+        """Take in further numbers of one step."""
         for name, value in named.items():
             total = self._sums.setdefault(name, [0.0, 0])
             total[0] += value

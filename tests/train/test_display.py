@@ -21,6 +21,12 @@ LINE |= {"tokens": 1000, "non_finite": 0, "spikes": 0, "learning_rate": 0.001, "
 SCORES = {"step": 20, "evaluation": {"accuracy": 0.625}}
 
 
+def test_the_energy_of_a_line() -> None:
+    metered = LINE | {"joules": 12_340.0, "watts": 41.2, "joules_per_token": 0.01, "energy_source": "rapl"}
+    words = describe(metered, 40, Pace(0))
+    assert "6,123 tokens/s  12.3 kJ at 41 W (rapl)  c_v" in words and "joules" not in words
+
+
 def test_a_line_in_words() -> None:
     pace = Pace(0)
     pace.observe(20)

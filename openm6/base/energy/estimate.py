@@ -1,0 +1,85 @@
+"""The declared estimate where nothing can be read: rated power times load for processors, watts a GiB for memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from openm6.base.energy.counter import SILENCE
+from openm6.base.energy.reading import Source
+
+IDLE_SHARE = 0.1  # of its rated power that a processor draws at no load, as codecarbon assumes
+WATTS_A_CORE = 5.0  # rated power by core: 64 cores of a server share some 350 W, 8 of a laptop some 45 W
+WATTS_A_GIB = 0.375  # of memory: 3 W for 8 GB, as codecarbon assumed
+
+Clock = Callable[[], float]
+
+
+def own_cpu_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
+class ProcessorEstimate:
+    """Rated watts × (0.1 of the time + 0.9 of the share of cores that this process kept busy)."""
+
+    source: Source = "estimate"
+
+    def __init__(
+        self,
+        rated_watts: float,
+        cores: int,
+        clock: Clock = time.monotonic,
+        cpu_clock: Clock = own_cpu_seconds,
+    ) -> None:
+        self.name = f"processor, {rated_watts:g} W rated"
+        self._rated, self._cores, self._clock, self._cpu_clock = rated_watts, cores, clock, cpu_clock
+        self._joules, self._now, self._busy = 0.0, clock(), cpu_clock()
+
+    def joules(self) -> float:
+        now, busy = self._clock(), self._cpu_clock()
+        share = max(0.0, busy - self._busy) / self._cores  # seconds at full load
+        seconds = now - self._now
+        awake = seconds if seconds <= SILENCE else 0.0  # a machine that slept counts only what was computed
+        self._joules += self._rated * (IDLE_SHARE * awake + (1 - IDLE_SHARE) * share)
+        self._now, self._busy = now, busy
+        return self._joules
+
+    def close(self) -> None:
+        pass
+
+
+class MemoryEstimate:
+    """Watts a GiB of installed memory, whatever is stored in it."""
+
+    source: Source = "estimate"
+
+    def __init__(self, gib: float, clock: Clock = time.monotonic) -> None:
+        self.name = f"memory, {gib:.0f} GiB at {WATTS_A_GIB} W"
+        self._watts, self._clock = gib * WATTS_A_GIB, clock
+        self._joules, self._now = 0.0, clock()
+
+    def joules(self) -> float:
+        now = self._clock()
+        if now - self._now <= SILENCE:
+            self._joules += self._watts * (now - self._now)
+        self._now = now
+        return self._joules
+
+    def close(self) -> None:
+        pass
+
+
+def usable_cores() -> int:
+    """Cores that the machine shows."""
+    return os.cpu_count() or 1
+
+
+def installed_gib() -> float:
+    """Memory of the machine; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (ValueError, OSError, AttributeError):  # AttributeError: Windows has no sysconf
+        return 0.0

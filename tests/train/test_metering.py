@@ -1,0 +1,84 @@
+"""The meter in the loop: every line tells joules, and a resumed run goes on from those of its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest, read_state
+from openm6.train.hooks import Hook, Running
+from openm6.train.loop import train
+from openm6.train.recorder import read_metrics
+from openm6.train.step import StepReport
+from tests.train.toy_job import ToyJob, toy_config
+
+
+class Witness(Hook):
+    """Writes down what it is told."""
+
+    name = "witness"
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.seen = 0
+
+    def start(self, run: Running) -> None:
+        self.told.append(f"start {run.progress.step}")
+
+    def before_step(self, step: int) -> None:
+        self.told.append(f"before {step}")
+
+    def after_step(self, report: StepReport) -> dict[str, float]:
+        self.told.append(f"after {report.step}")
+        self.seen += 1
+        return {"seen twice": 2.0 * report.step}
+
+    def totals(self) -> dict[str, Any]:
+        return {"stage": "real"}
+
+    def state(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
+
+    def close(self) -> None:
+        self.told.append("close")
+
+
+def test_hooks_are_called_in_order_and_their_state_is_kept(tmp_path: Path) -> None:
+    run, first = RunFolder.open(tmp_path), Witness()
+    train(ToyJob(), toy_config(steps=5), run, hooks=[first])
+    assert first.told[:3] == ["start 0", "before 1", "after 1"] and first.told[-2:] == ["after 5", "close"]
+    line = read_metrics(run)[0]
+    assert line["seen twice"] == pytest.approx(6.0) and line["stage"] == "real"
+    second = Witness()
+    train(ToyJob(), toy_config(steps=8), run, resume=True, hooks=[second])
+    assert second.told[0] == "start 5" and second.seen == 8
+
+
+def test_a_hook_is_closed_when_the_run_fails(tmp_path: Path) -> None:
+    class Failing(Witness):
+        def after_step(self, report: StepReport) -> dict[str, float]:
+            raise OSError("the lights went out")
+
+    hook = Failing()
+    with pytest.raises(OSError, match="lights"):
+        train(ToyJob(), toy_config(steps=5), RunFolder.open(tmp_path), hooks=[hook])
+    assert hook.told[-1] == "close"
+
+
+def test_lines_and_checkpoints_tell_joules_and_a_resumed_run_carries_them_on(tmp_path: Path) -> None:
+    run = RunFolder.open(tmp_path)
+    train(ToyJob(), toy_config(steps=10), run)
+    lines = [line for line in read_metrics(run) if "joules" in line]
+    assert len(lines) == 2 and 0 < lines[0]["joules"] <= lines[1]["joules"]
+    assert lines[1]["energy_source"] and lines[1]["watts"] >= 0 and lines[1]["joules_per_token"] >= 0
+    kept = read_state(latest(tmp_path))["hooks"]["meter"]["by_source"]
+    assert sum(kept.values()) >= lines[1]["joules"]
+    train(ToyJob(), toy_config(steps=15), run, resume=True)
+    after = [line for line in read_metrics(run) if "joules" in line][-1]
+    assert after["step"] == 15 and after["joules"] >= sum(kept.values())
