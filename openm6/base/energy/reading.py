@@ -21,7 +21,7 @@ class Reading:
     @classmethod
     def of(cls, by_source: Mapping[str, float]) -> Reading:
         """The reading of parts, of which a source without a counter has none."""
-        known = {source: by_source[source] for source in SOURCES if source in by_source}
+        known: dict[str, float] = {source: by_source[source] for source in SOURCES if source in by_source}
         return cls(sum(known.values()), "+".join(known), known)
 
     def since(self, earlier: Reading) -> Reading:
