@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from openm6.data.source import Source, SourceConfig
 from openm6.data.sources import open_sources
 from openm6.evaluate.run import source_configs
 from openm6.generate.load import Loaded
+from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import Modalities, ModalitiesConfig, build_modalities
 from openm6.modalities.text import train_tokenizer
 from openm6.models.config import BackboneConfig
@@ -61,10 +63,10 @@ def modalities() -> Modalities:
     return build_modalities(ModalitiesConfig(), train_tokenizer(WORDS, 320), SCALES)
 
 
-def omni(seed: int = 0) -> Omni:
+def omni(seed: int = 0, embedding: PoolConfig | None = None) -> Omni:
     """An untrained model in evaluation mode, its weights large enough for every token to matter."""
     torch.manual_seed(seed)
-    model = Omni(BACKBONE, modalities())
+    model = Omni(BACKBONE, modalities(), embedding)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -81,6 +83,14 @@ def loaded(seed: int = 0, lessons: tuple[tuple[str, str], ...] = LESSONS) -> Loa
         lessons=[Lesson(task=task, source=source) for task, source in lessons],
     )
     return Loaded(omni(seed), modalities(), description, Path("nowhere/checkpoints/step-1"))
+
+
+@cache
+def embedding_model() -> Loaded:
+    """The untrained model with a head for embeddings."""
+    plain, embedding = loaded(lessons=(("pair_picture", "digits"),)), PoolConfig(size=16)
+    description = plain.description.model_copy(update={"embedding": embedding})
+    return replace(plain, omni=omni(embedding=embedding), description=description)
 
 
 @cache

@@ -22,6 +22,7 @@ BASELINES = {
     "frequent_answer": "the commonest training answer in the language of the question",
     "unigram_codes": "how often each code occurs in the training pictures or sounds, whatever is given",
     "column_median": "the median of the column in the training records",
+    "chance": "the test records in random order",
     "last_value": "the last value that was seen, repeated",
 }
 OPENING = """\

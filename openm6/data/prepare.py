@@ -12,8 +12,9 @@ from openm6.data.mixture import Draw, Mixture
 from openm6.data.records import Record
 from openm6.data.source import Source
 from openm6.modalities.interface import Part
+from openm6.modalities.pool import pool_piece
 from openm6.modalities.registry import Modalities, source_pieces, target_piece
-from openm6.modalities.sequence import Sequence, lay_out
+from openm6.modalities.sequence import Sequence, lay_out, lay_out_pair
 from openm6.tasks.registry import task_named
 from openm6.tasks.task import Example
 
@@ -35,12 +36,26 @@ def example_sequence(
     Raises:
         DataError: a part is broken or out of bounds.
     """
+    if task_named(example.task).contrasts:
+        return _pair_sequence(example, modalities, rng, weight)
     target = target_piece(example.target, modalities, rng)
     parts = example.source if source is None else source
     drops = rng is not None and target.placement == "block" and example.target.modality != "numbers"
     if drops and rng is not None and rng.random() < UNCONDITIONAL_SHARE:
         parts = []
     return lay_out([*source_pieces(parts, modalities, rng), target], example.task, weight)
+
+
+def _pair_sequence(
+    example: Example, modalities: Modalities, rng: np.random.Generator | None, weight: float
+) -> Sequence:
+    """Both sides of a contrastive example, each closed by the token that pools it."""
+    kinds = {part.modality for part in example.source}
+    space = f"{sorted(kinds)} {example.target.modality}"
+    left = source_pieces(example.source, modalities, rng)
+    right = source_pieces([example.target], modalities, rng)
+    pool = pool_piece(example.key, space, learn=True)
+    return lay_out_pair([*left, pool], [*right, pool], example.task, weight)
 
 
 def with_others(record: Record, source: Source, rng: np.random.Generator) -> Record:

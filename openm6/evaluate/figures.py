@@ -26,6 +26,11 @@ METRIC_NOTES = {  # name: title, and what it tells
         "error of the whole predicted distribution (CRPS), as a part of the baseline’s error",
     ),
     "mae": ("median’s error", "mean absolute error of the predicted median, in spreads of the column"),
+    "recall_at_1": (
+        "recall at 1",
+        "queries whose partner is nearest of all test records, both ways and languages",
+    ),
+    "recall_at_5": ("recall at 5", "queries whose partner is among the nearest five"),
     "coverage_80": (
         "80 % coverage",
         "truths inside the 80 % interval: 80 % is right, more is timid, less is rash",
@@ -86,7 +91,7 @@ def score(metric: str, value: float) -> str:
 
 def is_share(metric: str) -> bool:
     """Whether a metric is to be said in per cent."""
-    return metric in SHARES
+    return metric in SHARES or "recall_at_" in metric or "chance_at_" in metric
 
 
 def metric_title(metric: str) -> str:

@@ -19,6 +19,7 @@ from openm6.evaluate.likelihood import BITS, all_hidden, bootstrap_interval, gai
 from openm6.evaluate.metrics import METRICS, Scored, all_metrics
 from openm6.evaluate.recognise import build_recogniser
 from openm6.evaluate.results import Judgement, Sample, TaskResult
+from openm6.evaluate.retrieval import judge_retrieval
 from openm6.generate.load import Loaded
 from openm6.modalities.registry import Modalities
 from openm6.models.description import Lesson
@@ -40,13 +41,23 @@ def judge(
     began = time.perf_counter()
     results = []
     for lesson in lessons:
-        examples = test_examples(task_named(lesson.task), test[lesson.source], config, loaded.modalities)
-        if not examples:
+        result = _judged(loaded, lesson, train[lesson.source], test[lesson.source], config)
+        if result is None:
             get_log().info(f"{lesson.task}/{lesson.source}: no test records, not judged")
             continue
-        results.append(judge_lesson(loaded, lesson, examples, train[lesson.source], config))
-        tell(results[-1])
+        results.append(result)
+        tell(result)
     return Judgement(results, time.perf_counter() - began, str(loaded.checkpoint))
+
+
+def _judged(
+    loaded: Loaded, lesson: Lesson, train: Source, test: Source, config: JudgeConfig
+) -> TaskResult | None:
+    task = task_named(lesson.task)
+    if task.contrasts:
+        return judge_retrieval(loaded, lesson, test, config)
+    examples = test_examples(task, test, config, loaded.modalities)
+    return judge_lesson(loaded, lesson, examples, train, config) if examples else None
 
 
 def test_examples(task: Task, source: Source, config: JudgeConfig, modalities: Modalities) -> list[Example]:

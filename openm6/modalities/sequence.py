@@ -53,6 +53,15 @@ def lay_out(pieces: list[Tokens], task: str = "", weight: float = 1.0) -> Sequen
     return Sequence(pieces, join(orders), join(privates), join(positions).astype(np.int32), task, weight)
 
 
+def lay_out_pair(left: list[Tokens], right: list[Tokens], task: str = "", weight: float = 1.0) -> Sequence:
+    """Two sides that never see each other, as if each stood alone: both of order 0, private, from place 0."""
+    first, second = lay_out(left), lay_out(right)
+    join = np.concatenate
+    private = join([np.full(len(first), 1, np.int32), np.full(len(second), 2, np.int32)])
+    order, positions = join([first.order, second.order]), join([first.positions, second.positions])
+    return Sequence([*left, *right], order, private, positions, task, weight)
+
+
 @dataclass(frozen=True)
 class KindOfTokens:
     """All tokens of one kind in a batch, whichever rows they lie in.

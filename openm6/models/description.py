@@ -7,6 +7,7 @@ from typing import Any
 
 from openm6.base.config import Config, build
 from openm6.base.errors import CheckpointError
+from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import Modalities, ModalitiesConfig, build_modalities
 from openm6.modalities.text import read_tokenizer
 from openm6.models.config import BackboneConfig
@@ -32,6 +33,7 @@ class ModelDescription(Config):
     modalities: ModalitiesConfig
     scales: dict[str, tuple[float, float]]
     lessons: list[Lesson]
+    embedding: PoolConfig | None = None  # None: made no embeddings, as all models before 0.2
     sources: dict[str, Any] = {}  # where the lessons' records came from, as in the recipe
     judge: dict[str, Any] = {}  # how to judge it, as in the recipe
 
@@ -62,4 +64,4 @@ def build_model(description: ModelDescription, tokenizer: str, where: str) -> tu
     modalities = build_modalities(
         description.modalities, read_tokenizer(tokenizer, where), description.scales
     )
-    return Omni(description.backbone, modalities), modalities
+    return Omni(description.backbone, modalities, description.embedding), modalities

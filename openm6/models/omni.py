@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from openm6.modalities.interface import Adapter
+from openm6.modalities.pool import POOL, PoolAdapter, PoolConfig
 from openm6.modalities.registry import Modalities
 from openm6.modalities.sequence import Batch, KindOfTokens
 from openm6.modalities.text import TextAdapter
@@ -32,13 +33,17 @@ class Judged:
 class Omni(nn.Module):
     """Text, pictures, sound and numbers in; a loss, or hidden states to decode from, out."""
 
-    def __init__(self, config: BackboneConfig, modalities: Modalities) -> None:
+    def __init__(
+        self, config: BackboneConfig, modalities: Modalities, embedding: PoolConfig | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.backbone = Backbone(config)
         adapters: dict[str, Adapter] = {}
         for modality in modalities.values():
             adapters |= modality.adapters(config.width)
+        if embedding is not None:
+            adapters[POOL] = PoolAdapter(config.width, embedding)
         self.adapters = nn.ModuleDict(adapters)
 
     def adapter(self, kind: str) -> Adapter:
@@ -52,6 +57,13 @@ class Omni(nn.Module):
         """The adapter that holds the words."""
         adapter = self.adapters["text"]
         assert isinstance(adapter, TextAdapter)
+        return adapter
+
+    @property
+    def pool(self) -> PoolAdapter | None:
+        """The adapter that makes embeddings; None where the model has learned none."""
+        adapter = dict(self.adapters.items()).get(POOL)
+        assert adapter is None or isinstance(adapter, PoolAdapter)
         return adapter
 
     @property

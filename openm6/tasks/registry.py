@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from openm6.base.config import nearest
 from openm6.base.errors import ConfigError
-from openm6.tasks import pictures, sounds, tables, texts
+from openm6.tasks import contrasts, pictures, sounds, tables, texts
 from openm6.tasks.task import Task
 
-TASKS: dict[str, Task] = {
-    task.name: task for family in (texts, pictures, sounds, tables) for task in family.TASKS
-}
+FAMILIES = (texts, pictures, sounds, tables, contrasts)
+TASKS: dict[str, Task] = {task.name: task for family in FAMILIES for task in family.TASKS}
 
 
 def task_named(name: str) -> Task:

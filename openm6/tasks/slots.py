@@ -60,6 +60,14 @@ class Gloss(Text):
 
 
 @dataclass(frozen=True)
+class Caption(Text):
+    """A text that says what goes with it; records of one English text say the same, in whatever language."""
+
+    def key(self, record: Record, scene: Scene) -> str:
+        return str(record.get("text_en") or record.get("text_zh") or record.get("id"))
+
+
+@dataclass(frozen=True)
 class OtherLanguage(Text):
     """The same field in the other language: what a translation wants."""
 

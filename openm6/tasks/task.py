@@ -77,7 +77,8 @@ class Task:
     baseline: str
     reads: str  # modality named first in the 4×4 table of pairs
     gives: str
-    compares: bool = False  # the record must come with `others`, texts of other records
+    compares: bool = False  # the record must come with `others`, fields of other records
+    contrasts: bool = False  # nothing is answered: given and wanted are to be embedded alike (InfoNCE)
 
     def __post_init__(self) -> None:
         for language, prompts in self.prompts.items():
@@ -99,13 +100,15 @@ class Task:
         ]
         return fits
 
-    def example(self, record: Record, rng: np.random.Generator, train: bool = False) -> Example:
+    def example(
+        self, record: Record, rng: np.random.Generator, train: bool = False, language: str | None = None
+    ) -> Example:
         """The record as an example; the generator draws language, prompt and whatever the slots leave open.
 
         Raises:
-            DataError: the record lacks a field that the task needs.
+            DataError: the record lacks a field that the task needs (in `language`, where one is given).
         """
-        languages = self.languages(record)
+        languages = [found for found in self.languages(record) if language in (None, found)]
         if not languages:
             raise DataError(
                 f"record {record.get('id')!r} lacks a field that task {self.name} needs: map it or choose another"
@@ -121,9 +124,13 @@ class Task:
             source=self._source(prompt, record, scene),
             target=target,
             answer=self.wanted.answer(record, scene),
-            key=self.wanted.key(record, scene),
+            key=self._key(record, scene),
             record_id=str(record.get("id", "")),
         )
+
+    def _key(self, record: Record, scene: Scene) -> str:
+        slot = next(iter(self.given.values())) if self.contrasts else self.wanted
+        return slot.key(record, scene)
 
     def _source(self, prompt: str, record: Record, scene: Scene) -> list[Part]:
         """The prompt with each `{name}` replaced by its slot's parts; neighbouring texts become one."""

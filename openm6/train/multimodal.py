@@ -27,6 +27,7 @@ from openm6.evaluate.run import evaluate
 from openm6.evaluate.table import summary
 from openm6.modalities.codec import codec_scores
 from openm6.modalities.numbers import Scales, fit_scale
+from openm6.modalities.pool import POOL
 from openm6.modalities.sequence import Batch
 from openm6.modalities.text import train_tokenizer
 from openm6.models.backbone import side_loss
@@ -38,6 +39,7 @@ from openm6.models.description import (
     build_model,
 )
 from openm6.models.omni import Judged
+from openm6.parallel.gather import open_gather
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES
 from openm6.train.job import Job, StepResult
@@ -62,6 +64,7 @@ class MultimodalJob(Job):
             backbone=build_backbone(recipe.model),
             modalities=recipe.modalities,
             scales=_fit_scales(used.values()),
+            embedding=recipe.pooling,
             lessons=[Lesson(task=lecture.task, source=lecture.source) for lecture in recipe.mixture],
             sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},
             judge=recipe.judge.model_dump(mode="json"),
@@ -69,6 +72,8 @@ class MultimodalJob(Job):
         seed_everything(recipe.loop.seed, "weights")
         self.omni, self.modalities = build_model(self.description, self.tokenizer, "the tokenizer")
         self.model = self.omni.to(device)
+        if self.omni.pool is not None:
+            self.omni.pool.gather = open_gather()
         _check_lessons(recipe, sources)
         components = [
             Component(source=sources[lecture.source], task=lecture.task, weight=lecture.weight)
@@ -92,6 +97,8 @@ class MultimodalJob(Job):
             ((part.nats * part.weight).sum() for part in judged.values()),
             start=torch.zeros((), device=self.omni.device),
         )
+        if self.omni.pool is not None and POOL not in judged:
+            total = total + self.omni.pool.none()
         metrics: dict[str, float | Tensor] = {f"loss/{kind}": _mean(part) for kind, part in judged.items()}
         metrics["fill"] = batch.tokens / batch.layout.sample.numel()
         return StepResult(total / batch.num_examples + side_loss(loads), metrics, loads)

@@ -10,6 +10,7 @@ from openm6.base.config import Config, build, nearest
 from openm6.data.packing import PackingConfig
 from openm6.data.sources import AnySourceConfig
 from openm6.evaluate.config import JudgeConfig
+from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import preset
@@ -60,6 +61,7 @@ class MultimodalRecipe(Config):
     modalities: ModalitiesConfig = ModalitiesConfig()
     sources: dict[str, AnySourceConfig]
     mixture: list[Lecture] = Field(min_length=1)
+    embedding: PoolConfig | None = None  # where not given: the usual one if a task contrasts, else none
     packing: PackingConfig = PackingConfig()
     loss_weights: dict[str, float] = {}
     max_broken: float = Field(default=0.05, ge=0, le=1)  # share of records that may be quarantined
@@ -82,3 +84,9 @@ class MultimodalRecipe(Config):
         if twice:
             raise ValueError(f"the mixture names task {twice[1]} over {twice[0]} twice: add up the weights")
         return self
+
+    @property
+    def pooling(self) -> PoolConfig | None:
+        """How the model makes embeddings, if any task of the mixture teaches it to."""
+        contrasts = any(TASKS[lecture.task].contrasts for lecture in self.mixture)
+        return self.embedding or (PoolConfig() if contrasts else None)

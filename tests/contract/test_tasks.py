@@ -11,10 +11,11 @@ from openm6.base.errors import ConfigError, DataError
 from openm6.data.prepare import example_sequence, with_others
 from openm6.data.records import Record
 from openm6.data.source import Source
+from openm6.evaluate.figures import METRIC_NOTES
 from openm6.evaluate.metrics import METRICS
+from openm6.modalities.pool import POOL
 from openm6.modalities.registry import MODALITIES
-from openm6.tasks import pictures, sounds, tables, texts
-from openm6.tasks.registry import TASKS, task_named
+from openm6.tasks.registry import FAMILIES, TASKS, task_named
 from openm6.tasks.slots import OneColumn
 from openm6.tasks.task import LANGUAGES, Example, Task
 from tests.small_model import demo_sources, modalities
@@ -24,6 +25,7 @@ BASELINES = {
     "unigram_codes": {"image", "sound"},
     "column_median": {"numbers"},
     "last_value": {"numbers"},
+    "chance": {"image", "sound"},
 }
 LOOKED_AT = 40  # records of a source
 
@@ -59,7 +61,7 @@ def plain_texts(example: Example) -> str:
 
 
 def test_names_are_unique_and_their_own() -> None:
-    listed = [task for family in (texts, pictures, sounds, tables) for task in family.TASKS]
+    listed = [task for family in FAMILIES for task in family.TASKS]
     assert len(listed) == len(TASKS), "two tasks share a name"
     assert all(task_named(name).name == name for name in TASKS)
 
@@ -76,7 +78,8 @@ def test_a_mistyped_name_gets_a_hint() -> None:
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_prompts_metrics_and_baseline_exist(task: Task) -> None:
     assert set(task.prompts) == set(LANGUAGES) and all(task.prompts.values())
-    assert task.metrics and set(task.metrics) <= set(METRICS)
+    assert task.metrics and set(task.metrics) <= set(METRIC_NOTES)
+    assert task.contrasts or set(task.metrics) <= set(METRICS)
     assert task.gives in BASELINES[task.baseline]
     assert task.summary and not task.summary.endswith(".")
     for prompt in (prompt for prompts in task.prompts.values() for prompt in prompts):
@@ -94,7 +97,9 @@ def test_a_real_record_becomes_an_example(task: Task) -> None:
         assert task.reads in {part.modality for part in example.source}
         assert example.target.modality == task.gives
         sequence = example_sequence(example, modalities())
-        assert sequence.pieces[-1].learn.any() and not any(p.learn.any() for p in sequence.pieces[:-1])
+        learned = [piece.kind for piece in sequence.pieces if piece.learn.any()]
+        assert learned == [POOL, POOL] if task.contrasts else len(learned) == 1
+        assert sequence.pieces[-1].learn.any()
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)

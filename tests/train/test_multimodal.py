@@ -18,6 +18,7 @@ from openm6.base.errors import OpenM6Error, TrainingError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints
 from openm6.evaluate.run import evaluate
+from openm6.generate.embed import embedding_size
 from openm6.generate.load import load
 from openm6.modalities.registry import MODALITIES
 from openm6.tasks.registry import TASKS
@@ -258,3 +259,18 @@ def test_what_a_recipe_cannot_say_is_one_sentence_with_a_hint(recipe: str, tmp_p
 def test_a_recipe_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(OpenM6Error, match="no recipe at 'demoo'.*did you mean 'demo'"):
         train_recipe("demoo", out=tmp_path)
+
+
+def test_embeddings_are_taught_beside_answers(tmp_path: Path) -> None:
+    """A mixture of both kinds of task has both losses; its checkpoint makes embeddings, its report tells recall."""
+    values = tiny_recipe(3)
+    values["mixture"] = [
+        {"source": "digits", "task": "pair_picture", "weight": 3},
+        {"source": "digits", "task": "name_picture"},
+    ]
+    train_recipe(write_recipe(tmp_path, values), out=tmp_path / "run")
+    names = {name for line in losses(tmp_path / "run") for name in line}
+    assert {"loss/pool", "loss/text"} <= names
+    entry = report_of(tmp_path / "run")["tasks"]["pair_picture/digits"]
+    assert entry["metric"] == "recall_at_1" and entry["baseline_name"] == "chance"
+    assert embedding_size(load(tmp_path / "run")) == 128

@@ -1,0 +1,86 @@
+"""One vector for a text, a picture or a sound: a token that reads the others, and the loss that teaches it."""
+
+# Letters: n pool tokens, P = n/2 pairs, M pairs of all ranks, D width, E size of an embedding
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from openm6.base.config import Config
+from openm6.modalities.interface import Adapter, Tokens, line
+from openm6.nn.gather import Gather, LocalGather
+from openm6.ops.contrast import contrast_nats
+
+POOL = "pool"  # the kind of token
+FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # arXiv 2103.00020, section 2.5
+
+
+class PoolConfig(Config):
+    """`size` numbers make an embedding."""
+
+    size: int = Field(default=128, ge=2, le=8192)
+
+
+def pool_piece(key: str = "", space: str = "", learn: bool = False) -> Tokens:
+    """The token that pools what stands before it; pairs compete within a `space`, equal keys never."""
+    arrays = {"key": np.asarray([_number(key)]), "space": np.asarray([_number(space)])}
+    return Tokens(POOL, arrays, line(1), 1, np.asarray([learn]))
+
+
+def _number(word: str) -> int:
+    """63 bits that stand for a word."""
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class PoolAdapter(Adapter):
+    """Embeds the pool token, turns its hidden state into a unit vector, and judges pairs by symmetric InfoNCE.
+
+    Pool tokens come in pairs: rows 2i and 2i + 1 of a batch are the two sides of pair i. `gather` is set by whoever
+    trains on several ranks; each rank then judges its own pairs against everybody's.
+    """
+
+    def __init__(self, width: int, config: PoolConfig) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(width).normal_(std=0.02))
+        self.project = nn.Linear(width, config.size, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
+        self.gather: Gather = LocalGather()
+
+    def embed(self, arrays: dict[str, Tensor]) -> Tensor:
+        return self.query.expand(len(arrays["key"]), -1)  # n -> n D
+
+    def vectors(self, hidden: Tensor) -> Tensor:
+        """Embeddings of length 1.  # n D -> n E"""
+        return F.normalize(self.project(hidden).float(), dim=-1)
+
+    @property
+    def scale(self) -> Tensor:
+        """What similarities are multiplied with; learned, and bounded."""
+        return self.log_scale.exp().clamp(max=LARGEST_SCALE)
+
+    def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+        """Nats of each side's partner among all partners of the batch.  # n D -> n"""
+        sides = self.vectors(hidden).unflatten(0, (-1, 2))  # n E -> P 2 E
+        everybody, start = self.gather.rows(sides)  # M 2 E
+        words = torch.stack([arrays["key"][::2], arrays["space"][::2]], dim=1)  # P 2
+        key, space = self.gather.rows(words)[0].unbind(1)  # M, M
+        same = (words[:, :1] == key) | (words[:, 1:] != space)  # P M
+        partner = torch.arange(start, start + len(sides), device=hidden.device)
+        nats = [
+            contrast_nats(sides[:, side], everybody[:, 1 - side], same, partner, self.scale)
+            for side in (0, 1)
+        ]
+        return torch.stack(nats, dim=1).flatten()  # P 2 -> n
+
+    def none(self) -> Tensor:
+        """The loss of no pairs, 0: a rank without pairs must take part in gathering all the same."""
+        hidden = self.query.new_zeros(0, len(self.query))
+        empty = torch.zeros(0, dtype=torch.int64, device=hidden.device)
+        return self.nll(hidden, {"key": empty, "space": empty}).sum()

@@ -1,0 +1,65 @@
+"""Recall and its chance on galleries small enough to be counted by hand, and a model judged by them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from openm6.evaluate.config import JudgeConfig
+from openm6.evaluate.retrieval import Search, both_directions, examples_in, judge_retrieval
+from openm6.models.description import Lesson
+from openm6.tasks.registry import TASKS
+from tests.small_model import demo_sources, embedding_model
+
+SIMILAR = np.asarray([[0.9, 0.1, 0.5], [0.8, 0.7, 0.6]])
+RIGHT = np.asarray([[True, False, False], [False, False, True]])
+
+
+def test_recall_counts_queries_with_something_right_on_top() -> None:
+    search = Search("x", SIMILAR, RIGHT)
+    assert [search.recall(k) for k in (1, 2, 3)] == [0.5, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_chance_is_the_mean_over_all_orders(rank: int) -> None:
+    right = np.asarray([[True, False, True, False], [False, False, False, True]])
+    orders = list(itertools.permutations(range(4)))
+    hits = np.mean([right[:, list(order[:rank])].any(1).mean() for order in orders])
+    assert Search("x", np.zeros((2, 4)), right).chance(rank) == pytest.approx(hits)
+
+
+def test_bits_are_none_by_chance_and_log_of_the_size_at_best() -> None:
+    right = np.eye(8, dtype=bool)
+    assert Search("x", np.zeros((8, 8)), right).bits(10.0) == pytest.approx(np.zeros(8))
+    assert Search("x", right.astype(float), right).bits(1000.0) == pytest.approx(np.full(8, 3.0))
+
+
+def test_equal_texts_are_one_query() -> None:
+    loaded, task = embedding_model(), TASKS["pair_picture"]
+    examples = examples_in(task, demo_sources("test")["digits"], "zh", JudgeConfig(), loaded)[:40]
+    there, back = both_directions(loaded, task, examples, "zh")
+    assert there.similar.shape == (len({example.key for example in examples}), 40)
+    assert back.similar.shape == there.similar.shape[::-1]
+    assert (there.right.sum(0) == 1).all() and (there.name, back.name) == (
+        "text_to_image_zh",
+        "image_to_text_zh",
+    )
+
+
+def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
+    loaded = embedding_model()
+    lesson = Lesson(task="pair_sound", source="spoken")
+    result = judge_retrieval(loaded, lesson, demo_sources("test")["spoken"], JudgeConfig())
+    assert result is not None and result.metric == "recall_at_1" and result.baseline == pytest.approx(0.1)
+    directions = {
+        name.removesuffix("_recall_at_1") for name in result.metrics if name.endswith("_recall_at_1")
+    }
+    assert directions == {f"{x}_{y}" for x in ("text_to_sound", "sound_to_text") for y in ("en", "zh")}
+    assert np.isfinite(list(result.metrics.values())).all()
+
+
+def test_a_source_that_fits_nothing_is_not_judged() -> None:
+    lesson = Lesson(task="pair_sound", source="iris")
+    assert judge_retrieval(embedding_model(), lesson, demo_sources("test")["iris"], JudgeConfig()) is None

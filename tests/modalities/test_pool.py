@@ -1,0 +1,78 @@
+"""Pooling: sides of a pair do not see each other, pairs are judged both ways, a learned scale stays bounded."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from openm6.modalities.pool import LARGEST_SCALE, POOL, PoolAdapter, PoolConfig, pool_piece
+from openm6.modalities.sequence import collate, lay_out, lay_out_pair
+from openm6.ops.sequence import visible
+from tests.small_model import modalities
+
+
+def adapter(width: int = 16, size: int = 8) -> PoolAdapter:
+    torch.manual_seed(0)
+    return PoolAdapter(width, PoolConfig(size=size))
+
+
+def arrays(keys: list[str], space: str = "a") -> dict[str, torch.Tensor]:
+    """What a batch of pairs with these keys holds: each key once a side."""
+    pieces = [pool_piece(key, space, learn=True) for key in keys for _ in range(2)]
+    return {
+        name: torch.from_numpy(np.concatenate([piece.arrays[name] for piece in pieces]))
+        for name in ("key", "space")
+    }
+
+
+def test_the_sides_of_a_pair_are_strangers() -> None:
+    text = modalities()["text"]
+    left = [text.source("seven"), pool_piece("7", "s", learn=True)]
+    right = [text.source("draw the digit"), pool_piece("7", "s", learn=True)]
+    pair, alone = lay_out_pair(left, right), lay_out(right)
+    seen = visible(*[collate([[pair]], len(pair)).layout] * 2)[0, 0]
+    half = sum(map(len, left))
+    assert seen[:half, :half].all() and seen[half:, half:].all()
+    assert not seen[:half, half:].any() and not seen[half:, :half].any()
+    assert (pair.positions[half:] == alone.positions).all() and (pair.order == 0).all()
+
+
+def test_the_loss_is_the_mean_of_both_directions() -> None:
+    pool, hidden = adapter(), torch.randn(6, 16)
+    nats = pool.nll(hidden, arrays(["a", "b", "c"]))
+    sides = pool.vectors(hidden).unflatten(0, (3, 2))
+    scores = pool.scale * sides[:, 0] @ sides[:, 1].t()
+    assert nats[::2].tolist() == pytest.approx((-scores.log_softmax(1).diagonal()).tolist(), rel=1e-5)
+    assert nats[1::2].tolist() == pytest.approx((-scores.log_softmax(0).diagonal()).tolist(), rel=1e-5)
+
+
+def test_equal_keys_and_other_spaces_do_not_compete() -> None:
+    pool, hidden = adapter(), torch.randn(4, 16)
+    assert pool.nll(hidden, arrays(["a", "a"])).abs().max() < 1e-6
+    apart = {
+        name: torch.cat([arrays(["a"], "x")[name], arrays(["b"], "y")[name]]) for name in ("key", "space")
+    }
+    assert pool.nll(hidden, apart).abs().max() < 1e-6
+    assert pool.nll(hidden, arrays(["a", "b"])).max() > 1e-3
+
+
+def test_no_pairs_cost_nothing_and_still_have_a_gradient() -> None:
+    pool = adapter()
+    pool.none().backward()
+    assert pool.project.weight.grad is not None and not pool.project.weight.grad.any()
+
+
+def test_vectors_have_length_one_and_the_scale_a_bound() -> None:
+    pool = adapter()
+    assert torch.allclose(pool.vectors(torch.randn(5, 16)).norm(dim=-1), torch.ones(5))
+    with torch.no_grad():
+        pool.log_scale.fill_(50.0)
+    assert pool.scale.item() == LARGEST_SCALE
+
+
+def test_a_piece_is_one_token_of_its_own_kind() -> None:
+    piece = pool_piece("seven", "text image")
+    assert piece.kind == POOL and len(piece) == 1 and piece.span == 1 and not piece.learn.any()
+    assert pool_piece("seven").arrays["key"] == piece.arrays["key"] >= 0
+    assert pool_piece("eight").arrays["key"] != piece.arrays["key"]
