@@ -7,6 +7,7 @@ from typing import Any
 
 DOORS = {
     "train": "openm6.train.run:train_recipe",
+    "launch": "openm6.parallel.launch:launch",
     "evaluate": "openm6.evaluate.run:evaluate",
     "generate": "openm6.generate.run:generate",
     "question": "openm6.generate.question:Question",

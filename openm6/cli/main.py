@@ -36,6 +36,12 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's latest checkpoint.")]
+Processes = Annotated[
+    int, typer.Option("--nproc", min=1, help="Processes on this machine, a GPU each where there are some.")
+]
+Restarts = Annotated[
+    int, typer.Option("--max-restarts", min=0, help="How often to start again after a process has failed.")
+]
 Out = Annotated[
     Path | None, typer.Option("--out", help="Folder of the run; by default runs/NAME of the recipe.")
 ]
@@ -83,13 +89,25 @@ def demo(
 
 
 @app.command()
-def train(recipe: Recipe, overrides: Overrides = None, resume: Resume = False, out: Out = None) -> None:
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    out: Out = None,
+    nproc: Processes = 1,
+    max_restarts: Restarts = 0,
+) -> None:
     """Train what a recipe describes.
 
     \b
     Example: openm6 train recipes/demo.yaml loop.steps=2000 --out runs/longer
+    Several processes: openm6 train recipes/demo.yaml --nproc 2
     """
-    _show(door("train")(recipe, overrides or [], resume, out))
+    if nproc > 1 or max_restarts:
+        words = ["train", recipe, *(overrides or []), *(["--resume"] if resume else [])]
+        door("launch")([*words, *(["--out", str(out)] if out else [])], nproc, max_restarts)
+    else:
+        _show(door("train")(recipe, overrides or [], resume, out))
 
 
 @app.command()

@@ -73,13 +73,21 @@ class Mixture:
         """The record of a draw; DataError where its row is broken."""
         return self.components[draw.component].source.at(draw.index, draw.epoch)
 
-    def state(self) -> dict[str, Any]:
-        """The place in the sequence, as JSON-able values."""
-        cursors = {
-            component.key: {"epoch": epoch, "offset": offset, "length": len(component.source)}
-            for component, (epoch, offset) in zip(self.components, self._cursor, strict=True)
-        }
-        return {"seed": self._seed, "serial": self._serial, "components": cursors}
+    @property
+    def serial(self) -> int:
+        """The number of the next draw."""
+        return self._serial
+
+    def state(self, undo: Sequence[Draw] = ()) -> dict[str, Any]:
+        """The place in the sequence, as JSON-able values; before the last draws where those are given in `undo`."""
+        cursors = {}
+        for number, (component, (epoch, offset)) in enumerate(
+            zip(self.components, self._cursor, strict=True)
+        ):
+            length = len(component.source)
+            taken = epoch * length + offset - sum(draw.component == number for draw in undo)
+            cursors[component.key] = {"epoch": taken // length, "offset": taken % length, "length": length}
+        return {"seed": self._seed, "serial": self._serial - len(undo), "components": cursors}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes to a place that `state` gave; the draws after it are exactly those that followed then.

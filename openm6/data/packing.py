@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import astuple
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from openm6.base.config import Config
-from openm6.base.errors import DataError
+from openm6.base.errors import ConfigError, DataError
+from openm6.data.lanes import Lane, Lanes, merge, own_lanes
 from openm6.data.mixture import Draw
 from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine
@@ -17,63 +19,90 @@ from openm6.modalities.sequence import Batch, Sequence, collate
 
 
 class PackingConfig(Config):
-    """A batch is `rows` rows of `length` tokens; up to `waiting` examples that do not fit wait for the next one."""
+    """A batch is `rows` rows of `length` tokens; up to `waiting` examples that do not fit wait for the next one.
+
+    The rows are divided among `lanes`, each of which packs its own; a lane belongs to one rank. `auto`: one lane for
+    one rank, a lane for each row for several.
+    """
 
     rows: int = Field(default=4, ge=1)
     length: int = Field(default=512, ge=16)
     waiting: int = Field(default=8, ge=1)
+    lanes: int | Literal["auto"] = "auto"
+
+    @model_validator(mode="after")
+    def _lanes_divide(self) -> PackingConfig:
+        if isinstance(self.lanes, int) and (self.lanes < 1 or self.rows % self.lanes):
+            raise ValueError(f"rows={self.rows} must be a multiple of lanes={self.lanes}: change one of them")
+        return self
 
 
 class Packer:
     """First fit: each drawn example goes into the first row with room; those that fit nowhere open the next batch.
 
-    A batch is closed when `waiting` examples did not fit. They are remembered as draws, not as tokens, so the
-    cursor stays small and a resumed run makes the same rows.
+    A lane's rows are closed when `waiting` examples did not fit. They are remembered as draws, not as tokens, so the
+    cursor stays small and a resumed run makes the same rows. Of `size` ranks this is number `rank`, which packs the
+    rows of its own lanes.
     """
 
-    def __init__(self, preparer: Preparer, config: PackingConfig, quarantine: Quarantine) -> None:
+    def __init__(
+        self, preparer: Preparer, config: PackingConfig, quarantine: Quarantine, rank: int = 0, size: int = 1
+    ) -> None:
         self.preparer = preparer
         self.config = config
         self.quarantine = quarantine
-        self.waiting: list[Draw] = []
+        self.rank, self.size = rank, size
+        self._begin(_number_of_lanes(config, size))
+
+    def _begin(self, count: int) -> None:
+        self.lanes = Lanes(self.preparer.mixture, count, own_lanes(count, self.rank, self.size))
+
+    @property
+    def waiting(self) -> list[Draw]:
+        """The draws that found no room yet."""
+        return [draw for lane in self.lanes.own for draw in lane.waiting]
 
     def state(self) -> dict[str, Any]:
-        """JSON-able: the mixture's place, the draws that wait, and the quarantine's counts."""
-        return {
-            "mixture": self.preparer.mixture.state(),
-            "waiting": [astuple(draw) for draw in self.waiting],
-            "quarantine": self.quarantine.state(),
-        }
+        """JSON-able: the mixture's place, the draws that wait in this rank's lanes, and the quarantine's counts."""
+        return {**self.lanes.state(), "quarantine": self.quarantine.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to a place that `state` gave."""
-        self.preparer.mixture.restore(state["mixture"])
-        self.waiting = [Draw(*draw) for draw in state["waiting"]]
-        self.quarantine.restore(state["quarantine"])
+        """Goes to a place that `merge_cursors` put together; a number of lanes that still fits is kept."""
+        state = _with_lanes(state)
+        if state["count"] >= self.size and self.config.rows % state["count"] == 0:
+            self._begin(state["count"])
+        else:
+            self._begin(_number_of_lanes(self.config, self.size))
+        self.lanes.restore(state)
+        if self.rank == 0:  # the counts of all ranks live on in one
+            self.quarantine.restore(state["quarantine"])
 
     def batches(self) -> Iterator[Batch]:
-        """An endless stream of packed batches."""
+        """An endless stream of this rank's part of each packed batch."""
         while True:
-            rows = self._fill()
-            yield collate(rows, self.config.length, self.state())
+            filled = [self._fill(lane) for lane in self.lanes.own]
+            rows = [[sequence for _, sequence in row] for rows in filled for row in rows]
+            draws = [draw for rows in filled for row in rows for draw, _ in row]
+            yield replace(collate(rows, self.config.length, self.state()), draws=draws)
 
-    def _fill(self) -> list[list[Sequence]]:
-        rows: list[list[Sequence]] = [[] for _ in range(self.config.rows)]
-        room = [self.config.length] * self.config.rows
-        earlier, self.waiting = self.waiting, []
-        while len(self.waiting) < self.config.waiting and any(room):
-            draw = earlier.pop(0) if earlier else self.preparer.mixture.draw()
+    def _fill(self, lane: Lane) -> list[list[tuple[Draw, Sequence]]]:
+        count = self.config.rows // self.lanes.count
+        rows: list[list[tuple[Draw, Sequence]]] = [[] for _ in range(count)]
+        room = [self.config.length] * count
+        earlier, lane.waiting = lane.waiting, []
+        while len(lane.waiting) < self.config.waiting and any(room):
+            draw = earlier.pop(0) if earlier else self.lanes.take(lane)
             sequence = self._sequence(draw)
             if sequence is None:
                 continue
             row = next((number for number, left in enumerate(room) if left >= len(sequence)), None)
             if row is None:
-                self.waiting.append(draw)  # made again for the next batch, and counted only then
+                lane.waiting.append(draw)  # made again for the next batch, and counted only then
             else:
                 self.quarantine.accept()
-                rows[row].append(sequence)
+                rows[row].append((draw, sequence))
                 room[row] -= len(sequence)
-        self.waiting.extend(earlier)
+        lane.waiting.extend(earlier)
         return rows
 
     def _sequence(self, draw: Draw) -> Sequence | None:
@@ -89,3 +118,30 @@ class Packer:
             self.quarantine.add(*self.preparer.name(draw), error)
             return None
         return sequence
+
+
+def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The cursor of the whole run from those of its ranks' packers."""
+    counts: Counter[str] = Counter()
+    for state in states:
+        counts.update(state["quarantine"]["counts"])
+    seen = sum(state["quarantine"]["seen"] for state in states)
+    return {**merge(states), "quarantine": {"seen": seen, "counts": dict(counts)}}
+
+
+def _number_of_lanes(config: PackingConfig, size: int) -> int:
+    lanes = config.lanes if isinstance(config.lanes, int) else config.rows if size > 1 else 1
+    if lanes < size:
+        raise ConfigError(
+            f"packing has {lanes} lanes for {size} ranks, so some would have nothing to do: "
+            f"raise packing.rows to a multiple of {size}"
+        )
+    return lanes
+
+
+def _with_lanes(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of version 0.1, which knew no lanes, as that of a single one."""
+    if "lanes" in state:
+        return state
+    lane = {"next": state["mixture"]["serial"], "waiting": state["waiting"]}
+    return {**state, "count": 1, "lanes": {"0": lane}}

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,17 @@ class KindOfTokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows of examples, ready for the model; `cursor` is the data state after it."""
+    """Packed rows of examples, ready for the model; `cursor` is the data state after it.
+
+    `draws` says of each example where in the data it was drawn, as the packer names it.
+    """
 
     layout: Layout
     kinds: dict[str, KindOfTokens]
     tokens: int
     tasks: list[str]
     cursor: dict[str, Any] = field(default_factory=dict)
+    draws: Many[Any] = ()
 
     @property
     def num_examples(self) -> int:
@@ -99,7 +104,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         kinds = {name: kind.to(device) for name, kind in self.kinds.items()}
-        return Batch(self.layout.to(device), kinds, self.tokens, self.tasks, self.cursor)
+        return replace(self, layout=self.layout.to(device), kinds=kinds)
 
 
 def collate(rows: list[list[Sequence]], length: int, cursor: dict[str, Any] | None = None) -> Batch:

@@ -1,1 +1,1 @@
-"""Floor 4: what crosses devices: gathered rows, exchanged experts, streamed weights."""
+"""Floor 4: many processes on one model: sums and gathers over ranks, meshes, expert exchange, streamed weights."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from openm6.base.run_folder import RunFolder
 from openm6.nn.experts import RouterLoad
 from openm6.optim.groups import default_groups
+from openm6.parallel.ranks import Ranks
 
 
 class Batch(Protocol):
@@ -27,7 +28,7 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one forward pass gave.
+    """What one forward pass gave; with several ranks each gives its share, so that the shares add up to the whole.
 
     `metrics` are scalars such as `loss/text`; a tensor among them stays on its device until the loop reads them all
     at once. `loads` has one entry per sparse layer.
@@ -47,6 +48,7 @@ class Job:
     """
 
     model: nn.Module
+    ranks: Ranks = Ranks()  # who trains the same model beside this process
 
     def batches(self) -> Iterator[Batch]:
         """An endless stream from where `restore` put it."""
@@ -55,6 +57,10 @@ class Job:
     def restore(self, cursor: dict[str, Any]) -> None:
         """Go on after the batch that had this cursor; called before `batches`."""
         raise NotImplementedError
+
+    def merge_cursors(self, cursors: list[dict[str, Any]]) -> dict[str, Any]:
+        """One cursor for all ranks from that of each, on any number of which `restore` can go on."""
+        return cursors[0]
 
     def loss(self, batch: Any) -> StepResult:
         """Forward pass of one batch, on the model's device, under the loop's autocast."""

@@ -7,6 +7,7 @@ import math
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.optim.schedule import decay_start
+from openm6.parallel.ranks import Ranks
 from openm6.train.config import LOOP_SECTION, LoopConfig
 
 SKIPPED = 2  # first steps, slow through caches, compilation and memory that is claimed
@@ -22,10 +23,11 @@ class RunLength:
     repeated with that file takes exactly the same steps.
     """
 
-    def __init__(self, config: LoopConfig, run: RunFolder) -> None:
+    def __init__(self, config: LoopConfig, run: RunFolder, ranks: Ranks | None = None) -> None:
         self.steps: int | None = None if config.steps == "auto" else int(config.steps)
         self._config = config
         self._run = run
+        self._ranks = ranks or Ranks()
         self._spent: list[float] = []
         if self.steps is None:
             written = run.read_config().get(LOOP_SECTION, {}).get("steps")
@@ -38,7 +40,7 @@ class RunLength:
         """Take note of how long step `step` took; fixes the length once enough is known."""
         if self.steps is not None or self._config.minutes is None:
             return
-        self._spent.append(seconds)
+        self._spent.append(self._ranks.from_first(seconds))  # all ranks must come to the same number
         measured, spent, budget = self._spent[SKIPPED:], sum(self._spent), self._config.minutes * 60
         believed = len(measured) >= MEASURED_LEAST and spent >= budget * MEASURED_SHARE
         pressed = len(measured) >= 1 and spent >= budget / 2  # steps too slow to be measured well
@@ -53,7 +55,8 @@ class RunLength:
         while decay_start(total, self._config.schedule) < step:
             total += 1
         self.steps = total
-        self._run.set_config(LOOP_SECTION, "steps", total)
+        if self._ranks.first:
+            self._run.set_config(LOOP_SECTION, "steps", total)
         get_log().info(
             f"{total} steps fit into {self._config.minutes:g} minutes; written to {self._run.config}"
         )

@@ -93,7 +93,7 @@ class _Run:
         refuse_overwriting(run, resume)
         if list_checkpoints(run.checkpoints):
             self._restore(latest(run.path))
-        self.length = RunLength(config, run)
+        self.length = RunLength(config, run, job.ranks)
 
     def to_the_end(self) -> TrainResult:
         job, progress = self.job, self.progress
@@ -115,14 +115,22 @@ class _Run:
                 self._tell(report, sinks)
                 if self._due(self.config.evaluate_every):
                     self._evaluate(sinks)
-                if self._due(self.config.save_every) or interrupt.requested:
+                stopping = self._stopping(interrupt)
+                if self._due(self.config.save_every) or stopping:
                     self._save()
-                if interrupt.requested and not self.length.reached(progress.step):
+                if stopping and not self.length.reached(progress.step):
                     raise Interrupted(
                         f"stopped at step {progress.step}, saved as {self.saved}: go on with --resume"
                     )
-        job.finish(self.run)
-        return self._result()
+        result = self._result()
+        job.ranks.close()  # what follows is for one process
+        if job.ranks.first:
+            job.finish(self.run)
+        return result
+
+    def _stopping(self, interrupt: Interrupt) -> bool:
+        """Whether any rank was asked to stop: then all do, after the same step."""
+        return bool(self.job.ranks.total([interrupt.requested])[0])
 
     def _account(self, report: StepReport, batch: Batch, seconds: float) -> None:
         """Count the step, and give up if nothing finite comes any more."""
@@ -182,6 +190,8 @@ class _Run:
 
     def _open_sinks(self, stack: ExitStack) -> list[Sink]:
         step = self.progress.step
+        if not self.job.ranks.first:
+            return []
         sinks: list[Sink] = [MetricsFile(self.run, step), open_display(self.run.name, step)]
         events = open_tensorboard(self.run, step) if self.config.tensorboard else None
         sinks += [events] if events is not None else []
@@ -190,6 +200,12 @@ class _Run:
         return sinks
 
     def _save(self) -> None:
+        self.progress.cursor = self.job.merge_cursors(self.job.ranks.gather(self.progress.cursor))
+        if self.job.ranks.first:
+            self._write()
+        self.saved = self.job.ranks.from_first(self.saved)
+
+    def _write(self) -> None:
         extra = self.job.state()
         tensors = {name: value for name, value in extra.items() if isinstance(value, Tensor)}
         state = {

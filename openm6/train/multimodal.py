@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints, read_state
 from openm6.data.mixture import Component, Mixture
-from openm6.data.packing import Packer
+from openm6.data.packing import Packer, merge_cursors
 from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine
 from openm6.data.source import Source
@@ -38,8 +39,8 @@ from openm6.models.description import (
     ModelDescription,
     build_model,
 )
-from openm6.models.omni import Judged
 from openm6.parallel.gather import open_gather
+from openm6.parallel.ranks import Ranks
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES
 from openm6.train.job import Job, StepResult
@@ -50,15 +51,29 @@ TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
 SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """Examples, tokens, places in rows, and learned tokens of each kind in one step of all ranks."""
+
+    examples: float
+    tokens: float
+    places: float
+    learned: dict[str, float]
+
+
 class MultimodalJob(Job):
     """Builds modalities and model from a recipe (or takes those of a checkpoint) and trains them on its mixture."""
 
-    def __init__(self, recipe: MultimodalRecipe, run: RunFolder, device: torch.device) -> None:
+    def __init__(
+        self, recipe: MultimodalRecipe, run: RunFolder, device: torch.device, ranks: Ranks | None = None
+    ) -> None:
         self.recipe = recipe
+        self.ranks = ranks or Ranks()
         self.run = run
         sources = open_sources(recipe.sources, "train")
         used = {lecture.source: sources[lecture.source] for lecture in recipe.mixture}
-        self.tokenizer = _tokenizer_text(recipe, used, run)
+        first = self.ranks.first
+        self.tokenizer = self.ranks.from_first(_tokenizer_text(recipe, used, run) if first else "")
         self.description = ModelDescription(
             preset=recipe.model.preset,
             backbone=build_backbone(recipe.model),
@@ -81,7 +96,8 @@ class MultimodalJob(Job):
         ]
         seed = recipe.loop.seed
         preparer = Preparer(Mixture(components, seed), self.modalities, seed, recipe.loss_weights)
-        self.packer = Packer(preparer, recipe.packing, Quarantine(run.quarantine, recipe.max_broken))
+        quarantine = Quarantine(run.quarantine, recipe.max_broken)
+        self.packer = Packer(preparer, recipe.packing, quarantine, self.ranks.rank, self.ranks.size)
 
     def batches(self) -> Iterator[Batch]:
         return self.packer.batches()
@@ -89,8 +105,15 @@ class MultimodalJob(Job):
     def restore(self, cursor: dict[str, Any]) -> None:
         self.packer.restore(cursor)
 
+    def merge_cursors(self, cursors: list[dict[str, Any]]) -> dict[str, Any]:
+        return merge_cursors(cursors)
+
     def loss(self, batch: Batch) -> StepResult:
-        """Mean over examples of each one's mean over its learned tokens, plus the routers' side losses."""
+        """Mean over examples of each one's mean over its learned tokens, plus the routers' side losses.
+
+        Each rank gives its share of what all of them together have.
+        """
+        counts = self._count(batch)
         batch = batch.to(self.omni.device)
         judged, loads = self.omni.judge(batch)
         total = sum(
@@ -99,9 +122,25 @@ class MultimodalJob(Job):
         )
         if self.omni.pool is not None and POOL not in judged:
             total = total + self.omni.pool.none()
-        metrics: dict[str, float | Tensor] = {f"loss/{kind}": _mean(part) for kind, part in judged.items()}
-        metrics["fill"] = batch.tokens / batch.layout.sample.numel()
-        return StepResult(total / batch.num_examples + side_loss(loads), metrics, loads)
+        none = torch.zeros((), device=self.omni.device)
+        nats = {kind: part.nats.detach().sum() for kind, part in judged.items()}
+        metrics: dict[str, float | Tensor] = {
+            f"loss/{kind}": nats.get(kind, none) / count for kind, count in counts.learned.items() if count
+        }
+        metrics["fill"] = batch.tokens / counts.places
+        share = batch.tokens / max(1.0, counts.tokens)  # the routers' own means are over this rank's tokens
+        loads = [replace(load, dropped=load.dropped * share) for load in loads]
+        return StepResult(total / counts.examples + share * side_loss(loads), metrics, loads)
+
+    def _count(self, batch: Batch) -> _Counts:
+        """What all ranks together have in this step."""
+        kinds = list(self.omni.adapters)
+        learned = [int((batch.kinds[kind].weight != 0).sum()) if kind in batch.kinds else 0 for kind in kinds]
+        places = batch.layout.sample.numel()
+        examples, tokens, places_, *rest = self.ranks.total(
+            [batch.num_examples, batch.tokens, places, *learned]
+        )
+        return _Counts(max(1.0, examples), tokens, places_, dict(zip(kinds, rest, strict=True)))
 
     def after_step(self, result: StepResult) -> None:
         self.omni.backbone.update_balance(list(result.loads))
@@ -130,10 +169,6 @@ class MultimodalJob(Job):
 
     def files(self) -> dict[str, str]:
         return {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
-
-
-def _mean(part: Judged) -> Tensor:
-    return part.nats.detach().mean()
 
 
 def _check_lessons(recipe: MultimodalRecipe, sources: dict[str, Source]) -> None:

@@ -14,6 +14,7 @@ from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import preset
+from openm6.parallel.config import ParallelConfig
 from openm6.tasks.registry import TASKS
 from openm6.train.config import LoopConfig
 
@@ -66,6 +67,7 @@ class MultimodalRecipe(Config):
     loss_weights: dict[str, float] = {}
     max_broken: float = Field(default=0.05, ge=0, le=1)  # share of records that may be quarantined
     loop: LoopConfig = LoopConfig()
+    parallel: ParallelConfig = ParallelConfig()
     judge: JudgeConfig = JudgeConfig()
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 
 from openm6.base.config import apply_overrides, build, nearest, read_yaml
 from openm6.base.errors import ConfigError
+from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
+from openm6.parallel.ranks import Ranks, launched, open_ranks, own_device, restarted
 from openm6.train.codec import ImageCodecJob, SoundCodecJob
 from openm6.train.codec_recipe import CodecRecipe, ImageCodecRecipe, SoundCodecRecipe
 from openm6.train.job import Job
@@ -19,12 +22,12 @@ from openm6.train.multimodal import MultimodalJob
 from openm6.train.recipe import MultimodalRecipe
 
 Recipe = MultimodalRecipe | CodecRecipe
-Build = Callable[[Any, RunFolder, torch.device], Job]
+Build = Callable[[Any, RunFolder, torch.device, Ranks], Job]
 
 WAYS: dict[str, tuple[type[Recipe], Build]] = {
     "multimodal": (MultimodalRecipe, MultimodalJob),
-    "codec-image": (ImageCodecRecipe, lambda recipe, run, device: ImageCodecJob(recipe, device)),
-    "codec-sound": (SoundCodecRecipe, lambda recipe, run, device: SoundCodecJob(recipe, device)),
+    "codec-image": (ImageCodecRecipe, lambda recipe, run, device, ranks: ImageCodecJob(recipe, device)),
+    "codec-sound": (SoundCodecRecipe, lambda recipe, run, device, ranks: SoundCodecJob(recipe, device)),
 }
 SHIPPED = Path(__file__).parents[1] / "recipes"
 
@@ -62,8 +65,10 @@ def read_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, dict[str, Any
 
 def train_recipe(
     recipe: str, overrides: list[str] | None = None, resume: bool = False, out: Path | None = None
-) -> TrainResult:
-    """Trains by a recipe into `out` (default runs/NAME).
+) -> TrainResult | None:
+    """Trains by a recipe into `out` (default runs/NAME), as one of several ranks where torchrun started this process.
+
+    Only rank 0 writes, and only it returns a result. After a restart by the launcher the run is resumed.
 
     Resuming reads the settings that the run began with from its own config.yaml; overrides come on top.
 
@@ -71,6 +76,7 @@ def train_recipe(
         ConfigError: the recipe is unusable.
         TrainingError, DataError, CheckpointError: as `train` says.
     """
+    resume = resume or restarted()
     path = recipe_path(recipe)
     folder = out or Path("runs") / path.stem
     if resume and (folder / "config.yaml").is_file():
@@ -78,8 +84,26 @@ def train_recipe(
     checked, values = read_recipe(path, overrides or [])
     run = RunFolder.open(folder)
     refuse_overwriting(run, resume)
-    if path != run.config or overrides:
+    device = own_device()
+    ranks = _open_ranks(checked, device)
+    if ranks.first and (path != run.config or overrides):
         run.write_config(values)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    job = WAYS[checked.kind][1](checked, run, device)  # type: ignore[union-attr]
-    return train(job, checked.loop, run, resume)
+    job = WAYS[checked.kind][1](checked, run, device, ranks)  # type: ignore[union-attr]
+    result = train(job, checked.loop, run, resume)
+    return result if ranks.first else None
+
+
+def _open_ranks(recipe: Recipe, device: torch.device) -> Ranks:
+    """The ranks that train by this recipe; only the first one speaks.
+
+    Raises:
+        ConfigError: a codec, which one process trains, was started in several.
+    """
+    if not isinstance(recipe, MultimodalRecipe):
+        if launched():
+            raise ConfigError("a codec is trained by one process: leave --nproc out")
+        return Ranks()
+    ranks = open_ranks(device, recipe.parallel.timeout_seconds)
+    if not ranks.first:
+        get_log().setLevel(logging.ERROR)
+    return ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from openm6.base.seeds import derive_seed
 from openm6.optim.registry import build_optimizer, set_rate
 from openm6.optim.schedule import rate_factor
+from openm6.parallel.ranks import Ranks
 from openm6.train.config import LoopConfig
 from openm6.train.job import Batch, Job, StepResult
 
@@ -69,7 +70,9 @@ class Updater:
         with self.autocast():
             result = self.job.loss(batch)
         result.loss.backward()
+        self.job.ranks.sum_gradients(self.parameters)
         norm = self._clip()
+        result, tokens = sum_over_ranks(result, batch.tokens, self.job.ranks)
         measured = _measure(result, norm)
         applied = math.isfinite(measured["loss"]) and math.isfinite(measured["grad_norm"])
         if applied:
@@ -79,7 +82,7 @@ class Updater:
             self.job.after_step(result)
         c_v, dropped = (_take_layers(measured, f"{name} ") for name in ("c_v", "dropped"))
         loss, norm_read = measured.pop("loss"), measured.pop("grad_norm")
-        return StepReport(step, batch.tokens, loss, norm_read, rate, applied, measured, c_v, dropped)
+        return StepReport(step, tokens, loss, norm_read, rate, applied, measured, c_v, dropped)
 
     def _clip(self) -> Tensor:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -87,6 +90,30 @@ class Updater:
         if self.config.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
         return norm
+
+
+def sum_over_ranks(result: StepResult, tokens: int, ranks: Ranks) -> tuple[StepResult, int]:
+    """Loss, metrics and router loads of all ranks together, and their tokens, in one exchange."""
+    if ranks.size == 1:
+        return result, tokens
+    device = result.loss.device
+    metrics = [torch.as_tensor(value, device=device).detach() for value in result.metrics.values()]
+    pieces = [result.loss.detach(), *metrics, torch.tensor(float(tokens), device=device)]
+    for report in result.loads:
+        pieces += [report.load, report.dropped]
+    # fp64, so that the number of tokens stays a whole number.
+    flat = ranks.sum(torch.cat([piece.reshape(-1).double() for piece in pieces]))
+    summed = [
+        part.view_as(piece).to(piece.dtype)
+        for part, piece in zip(flat.split([piece.numel() for piece in pieces]), pieces, strict=True)
+    ]
+    named = dict(zip(result.metrics, summed[1 : 1 + len(metrics)], strict=True))
+    rest = summed[2 + len(metrics) :]
+    loads = [
+        replace(report, load=load, dropped=dropped)
+        for report, load, dropped in zip(result.loads, rest[::2], rest[1::2], strict=True)
+    ]
+    return StepResult(summed[0], {**named}, loads), round(float(summed[1 + len(metrics)]))
 
 
 def _measure(result: StepResult, norm: Tensor) -> dict[str, float]:

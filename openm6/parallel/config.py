@@ -1,0 +1,91 @@
+"""How the processes of a run divide a model: the section `parallel:` of a recipe; without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from openm6.base.config import Config
+from openm6.base.errors import ConfigError
+
+Axis = int | Literal["auto"]
+
+
+class ParallelConfig(Config):
+    """Sizes of the three axes; their product is the number of ranks. Every rank trains on rows of its own.
+
+    data: copies of the model; shard: ranks among which weights, gradients and moments are cut; experts: ranks among
+    which the experts of each layer are dealt out. `auto` takes what the other axes leave (one automatic axis), or, with
+    all three automatic, experts where there are any and a GPU each, else copies.
+    parts: pieces in which rows travel to experts, so that one travels while another is computed.
+    timeout_seconds: how long a rank waits for the others before the run is given up.
+    """
+
+    data: Axis = "auto"
+    shard: Axis = "auto"
+    experts: Axis = "auto"
+    parts: int = Field(default=1, ge=1)
+    timeout_seconds: float = Field(default=600.0, gt=0)
+
+    def resolve(self, size: int, num_experts: int | None, accelerated: bool) -> MeshShape:
+        """The axes for `size` ranks; `num_experts` is that of the model's sparse layers, None without any.
+
+        Raises:
+            ConfigError: the axes do not multiply out to the ranks, or the experts cannot be dealt out evenly.
+        """
+        data, shard, experts = self._fill(size, num_experts, accelerated)
+        if data * shard * experts != size:
+            raise ConfigError(
+                f"parallel: data={data} × shard={shard} × experts={experts} is {data * shard * experts} ranks, but "
+                f"{size} run: change an axis or the number of processes"
+            )
+        if experts > 1 and (num_experts is None or num_experts % experts):
+            raise ConfigError(
+                f"parallel.experts={experts} cannot deal out {num_experts or 'no'} experts evenly: "
+                "choose a divisor of num_experts"
+            )
+        return MeshShape(data, shard, experts)
+
+    def _fill(self, size: int, num_experts: int | None, accelerated: bool) -> tuple[int, int, int]:
+        given = {"data": self.data, "shard": self.shard, "experts": self.experts}
+        fixed = {name: int(value) for name, value in given.items() if value != "auto"}
+        if wrong := [name for name, value in fixed.items() if value < 1]:
+            raise ConfigError(f"parallel.{wrong[0]} must be at least 1, or auto")
+        left = size
+        for value in fixed.values():
+            left //= value
+        sizes = dict.fromkeys(given, 1) | fixed
+        free = [name for name in given if name not in fixed]
+        if free:
+            sizes[_widest(free, left, num_experts, accelerated)] = max(1, left)
+        return sizes["data"], sizes["shard"], sizes["experts"]
+
+
+def _widest(free: list[str], left: int, num_experts: int | None, accelerated: bool) -> str:
+    """The automatic axis that takes the ranks which the fixed ones leave."""
+    divides = num_experts is not None and num_experts % max(1, left) == 0
+    # On processors the exchange costs more than the experts' memory is worth.
+    if "experts" in free and divides and (accelerated or free == ["experts"]):
+        return "experts"
+    order = ["shard", "data", "experts"] if accelerated else ["data", "shard", "experts"]
+    return next(name for name in order if name in free)
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """The three axes of a run as numbers."""
+
+    data: int
+    shard: int
+    experts: int
+
+    @property
+    def size(self) -> int:
+        return self.data * self.shard * self.experts
+
+    @property
+    def copies_only(self) -> bool:
+        """Whether each rank holds the whole model."""
+        return self.shard == self.experts == 1

@@ -1,0 +1,64 @@
+"""Starting the processes of a run on this machine with torch's elastic launcher, the engine of `torchrun`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import uuid
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from openm6.base.errors import Interrupted, TrainingError
+
+INTERRUPTED = 130  # the exit code of a run that was stopped and has saved itself
+
+
+def launch(words: list[str], processes: int, max_restarts: int = 0) -> None:
+    """Runs `openm6 WORDS` in `processes` processes of this machine until all have ended.
+
+    After a failure of any process all are started again, up to `max_restarts` times; they go on from the newest
+    checkpoint.
+
+    Raises:
+        TrainingError: a process failed for good; its own sentence stands above.
+        Interrupted: the run was stopped and has saved itself.
+    """
+    # One thread each where nothing is said: teams of threads of several processes would fight for the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=max_restarts,
+        monitor_interval=0.2,
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
+    )
+    # Ctrl-C reaches the processes from the terminal; the launcher must not answer it by ending them.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        elastic_launch(config, sys.executable)("-m", "openm6", *words)
+    except ChildFailedError as error:
+        raise _told(error, processes) from None
+    except SignalException:
+        raise Interrupted("stopped: go on with --resume") from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _told(error: ChildFailedError, processes: int) -> BaseException:
+    failures = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    rank, code = next(iter(failures.items()))
+    if INTERRUPTED in failures.values():
+        return Interrupted("stopped and saved: go on with --resume")
+    if code < 0:
+        name = signal.Signals(-code).name
+        return TrainingError(f"rank {rank} of {processes} was killed ({name}): go on with --resume")
+    return TrainingError(
+        f"rank {rank} of {processes} failed with exit code {code}, for the reason given above"
+    )

@@ -1,0 +1,65 @@
+"""A few processes joined by gloo that run functions of the tests: started once, used by many tests."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Forked from one process that has imported torch: importing it anew takes seconds each.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "openm6.train.multimodal"])
+PATIENCE = 120  # seconds that a function may take
+
+
+class Fleet:
+    """`run` calls a function on all ranks at once and gives back what each returned."""
+
+    def __init__(self, size: int, meeting: Path) -> None:
+        pairs = [CONTEXT.Pipe() for _ in range(size)]
+        self.pipes = [ours for ours, _ in pairs]
+        self.processes = [
+            CONTEXT.Process(target=_serve, args=(rank, size, str(meeting), theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pairs)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *values: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, values))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(PATIENCE):
+                self.close()
+                raise TimeoutError(f"rank {rank} did not end {function.__name__}")
+            answers.append(pipe.recv())
+        for rank, (good, answer) in enumerate(answers):
+            if not good:
+                raise AssertionError(f"on rank {rank}:\n{answer}")
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, size: int, meeting: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    while True:
+        function, values = pipe.recv()
+        try:
+            pipe.send((True, function(*values)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))

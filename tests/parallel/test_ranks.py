@@ -1,0 +1,99 @@
+"""Sums over ranks, and training as copies: several processes end where one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from openm6.base.run_folder import RunFolder
+from openm6.modalities.sequence import Batch
+from openm6.parallel.ranks import ProcessRanks, Ranks
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.run import read_recipe
+from openm6.train.step import StepReport, Updater
+from tests.parallel.fleet import Fleet
+from tests.train.tiny_recipe import tiny_recipe, write_recipe
+
+CPU = torch.device("cpu")
+
+
+def plain_exchanges() -> tuple[list[float], list[int], str, float]:
+    ranks = ProcessRanks(CPU, 60)
+    total = ranks.total([ranks.rank, 2.5])
+    summed = ranks.sum(torch.tensor([float(ranks.rank + 1)]))
+    return total, ranks.gather(ranks.rank), ranks.from_first(f"rank {ranks.rank}"), float(summed)
+
+
+def test_what_ranks_tell_one_another(four: Fleet) -> None:
+    assert four.run(plain_exchanges) == [([6.0, 10.0], [0, 1, 2, 3], "rank 0", 10.0)] * 4
+
+
+def test_one_process_needs_nobody() -> None:
+    ranks = Ranks()
+    assert ranks.total([2, 3]) == [2, 3] and ranks.gather("x") == ["x"] and ranks.first
+
+
+def uneven_gradients() -> list[Tensor | None]:
+    """Rank 0 uses the first two of three layers, the others the second alone; nobody uses the third."""
+    ranks = ProcessRanks(CPU, 60)
+    torch.manual_seed(1)
+    layers = [nn.Linear(3, 3) for _ in range(3)]
+    x = torch.full((2, 3), float(ranks.rank + 1))
+    (layers[1](layers[0](x)) if ranks.first else layers[1](x)).sum().backward()
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    ranks.sum_gradients(parameters)
+    return [parameter.grad for parameter in parameters]
+
+
+def test_a_rank_that_does_not_use_a_layer_takes_part(two: Fleet) -> None:
+    first, second = two.run(uneven_gradients)
+    assert [gradient is None for gradient in first] == [False] * 4 + [True] * 2
+    for ours, theirs in zip(first[:4], second[:4], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(first[3], torch.full((3,), 4.0))  # two rows on each of two ranks
+
+
+def recipe_file(folder: Path, **packing: Any) -> str:
+    recipe = tiny_recipe(steps=20)
+    recipe["packing"] = {"rows": 4, "length": 160, "lanes": 4, **packing}
+    return write_recipe(folder, recipe)
+
+
+def few_steps(recipe: str, folder: str, steps: int) -> tuple[list[StepReport], dict[str, Tensor], list[Any]]:
+    """Reports, the weights at the end, and the records of each step's rows on this rank."""
+    checked, _ = read_recipe(Path(recipe), [])
+    ranks = ProcessRanks(CPU, 60) if torch.distributed.is_initialized() else Ranks()
+    job = MultimodalJob(checked, RunFolder.open(folder), CPU, ranks)
+    updater = Updater(job, checked.loop)
+    batches = job.batches()
+    reports, seen = [], []
+    for step in range(1, steps + 1):
+        batch: Batch = next(batches)
+        seen.append([(draw.component, draw.epoch, draw.index) for draw in batch.draws])
+        reports.append(updater.update(batch, step, 20))
+    return reports, {name: tensor.detach() for name, tensor in job.model.state_dict().items()}, seen
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_copies_equal_one_process(size: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    recipe = recipe_file(tmp_path)
+    fleet: Fleet = request.getfixturevalue({2: "two", 4: "four"}[size])
+    alone, weights, records = few_steps(recipe, str(tmp_path / "alone"), 4)
+    together = fleet.run(few_steps, recipe, str(tmp_path / "together"), 4)
+    for _, theirs, _ in together[1:]:
+        assert all(torch.equal(theirs[name], tensor) for name, tensor in together[0][1].items())
+    for step, report in enumerate(alone):
+        other: StepReport = together[0][0][step]
+        assert other.loss == pytest.approx(report.loss, rel=1e-5)
+        assert other.grad_norm == pytest.approx(report.grad_norm, rel=1e-4)
+        assert other.tokens == report.tokens and other.c_v == pytest.approx(report.c_v, abs=1e-5)
+        assert set(other.metrics) == set(report.metrics)
+        for name, value in report.metrics.items():
+            assert other.metrics[name] == pytest.approx(value, rel=1e-4), name
+        assert [record for _, _, seen in together for record in seen[step]] == records[step]
+    for name, tensor in weights.items():
+        torch.testing.assert_close(together[0][1][name], tensor, rtol=1e-3, atol=2e-4, msg=name)
