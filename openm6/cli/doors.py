@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from openm6.base.errors import ConfigError
+
 DOORS = {
     "train": "openm6.train.run:train_recipe",
     "launch": "openm6.parallel.launch:launch",
@@ -14,15 +16,25 @@ DOORS = {
     "series": "openm6.generate.question:parse_series",
     "shares": "openm6.generate.question:parse_shares",
     "decoding": "openm6.generate.run:read_decoding",
+    "serve": "openm6.serve.run:serve",
+    "serve config": "openm6.serve.run:read_serve_config",
     "inspect": "openm6.data.inspect:inspect_path",
     "show judgement": "openm6.evaluate.table:print_table",
     "show inspection": "openm6.cli.inspection:show_inspection",
     "list tasks": "openm6.cli.list_tasks:list_tasks",
     "list presets": "openm6.cli.list_presets:list_presets",
 }
+# Packages that come with an extra, so that a missing one is a sentence.
+EXTRAS = {"fastapi": "serve", "starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve"}
 
 
 def door(name: str) -> Any:
     """The function behind a door."""
     module, _, function = DOORS[name].partition(":")
-    return getattr(importlib.import_module(module), function)
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        raise ConfigError(f"this needs {error.name}: pip install 'openm6[{extra}]'") from None

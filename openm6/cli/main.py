@@ -14,6 +14,7 @@ from openm6.base.errors import ConfigError
 from openm6.cli.bench import bench_app
 from openm6.cli.doors import door
 from openm6.cli.group import PlainGroup
+from openm6.cli.serve import serve
 
 DEMO = "demo"  # the shipped recipe that `openm6 demo` trains
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at your own data.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.command()(serve)
 
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")

@@ -142,7 +142,7 @@ class Image(Modality):
         """Codes of the picture, hidden by the training pattern, or, with `hole`, in the hole alone."""
         codes = self.encode(raw)
         if options.get("hole") is not None:
-            hidden = hole_places(options["hole"], self.places, self.places)
+            hidden = hole_places(_squared(options["hole"]), self.places, self.places)
             if rng is not None and rng.random() < 0.5:  # learn to fill from the given picture alone, too
                 hidden = np.ones_like(hidden)
         else:
@@ -187,15 +187,32 @@ class Image(Modality):
         ]
 
 
-def hole_places(hole: tuple[float, float, float, float] | None, down: int, across: int) -> np.ndarray:
-    """Places that a box in shares of the side (left, top, right, bottom) touches.  # H*W bool"""
+Hole = tuple[float, float, float, float] | np.ndarray | None
+
+
+def hole_places(hole: Hole, down: int, across: int) -> np.ndarray:
+    """Places that a box in shares of the side (left, top, right, bottom), or a mask (bool), touches.  # H*W bool"""
     if hole is None:
         return np.zeros(down * across, bool)
+    if isinstance(hole, np.ndarray):
+        shares = Pillow.fromarray(hole.astype(np.float32)).resize((across, down), Pillow.Resampling.BOX)
+        return np.asarray(shares).reshape(-1) > 0
     left, top, right, bottom = hole
     row, column = np.divmod(np.arange(down * across), across)
     beside = (column + 1 <= left * across + 1e-6) | (column >= right * across - 1e-6)
     above = (row + 1 <= top * down + 1e-6) | (row >= bottom * down - 1e-6)
     return ~(beside | above)
+
+
+def _squared(hole: Hole) -> Hole:
+    """A mask as `to_square` lays its picture out: nothing is to be filled in beside it.  # H W -> side side"""
+    if not isinstance(hole, np.ndarray) or hole.shape[0] == hole.shape[1]:
+        return hole
+    side = max(hole.shape)
+    square = np.zeros((side, side), bool)
+    top, left = ((side - length) // 2 for length in hole.shape)
+    square[top : top + hole.shape[0], left : left + hole.shape[1]] = hole
+    return square
 
 
 def random_hole(rng: np.random.Generator, grid: int = 8) -> tuple[float, float, float, float]:

@@ -1,0 +1,36 @@
+"""`openm6 serve`: the HTTP API of a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openm6.cli.doors import door
+
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="engine.rows=32, limits.pixels=…")
+]
+
+
+def serve(
+    trained: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")
+    ],
+    settings: Settings = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65_535)] = 8000,
+    name: Annotated[str | None, typer.Option("--name", help="What clients call the model.")] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option("--keys", metavar="FILE", help="API keys, one a line; else OPENM6_API_KEYS."),
+    ] = None,
+) -> None:
+    """Serve a trained model: chat, pictures, speech, embeddings and numbers in OpenAI's forms.
+
+    \b
+    Example: openm6 serve runs/demo --port 8000
+    """
+    config = door("serve config")([f"host={host}", f"port={port}", *(settings or [])], keys)
+    door("serve")(trained, config, name)

@@ -1,0 +1,60 @@
+"""Settings of a server: where it listens, what it allows, how much it takes on at once."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from openm6.base.config import Config
+
+
+class Limits(Config):
+    """The largest of everything that one request may hold; what is larger is refused before any work is done."""
+
+    body_bytes: int = Field(default=16 * 2**20, ge=1024)
+    json_depth: int = Field(default=32, ge=4)
+    pixels: int = Field(default=4_000_000, ge=64)
+    sound_seconds: float = Field(default=30.0, gt=0)
+    messages: int = Field(default=64, ge=1)
+    parts: int = Field(default=64, ge=1)
+    characters: int = Field(default=20_000, ge=1)
+    tokens: int = Field(default=512, ge=1)
+    answers: int = Field(default=8, ge=1)
+    stops: int = Field(default=4, ge=1)
+    columns: int = Field(default=128, ge=1)
+    rows: int = Field(default=256, ge=1)
+    candidates: int = Field(default=256, ge=1)
+    steps: int = Field(default=64, ge=1)
+    seconds: float = Field(default=120.0, gt=0, description="before an unanswered request is given up")
+
+
+class EngineConfig(Config):
+    """How much is worked on at once.
+
+    rows: texts written side by side; room: tokens of prompt and answer together, for each of them. canvases:
+    pictures and sounds drawn side by side. deterministic: shapes that do not depend on what else is being answered,
+    so that a request gets the same bits alone or in a crowd. waiting: tokens of work that may wait before more is
+    refused; passes: requests answered in one pass each (numbers, ranks, embeddings) that a tick may hold.
+    """
+
+    rows: int = Field(default=16, ge=1, le=1024)
+    room: int = Field(default=1024, ge=16)
+    canvases: int = Field(default=8, ge=1, le=256)
+    passes: int = Field(default=4, ge=1)
+    prefill: int = Field(
+        default=1024, ge=1, description="prompt tokens read in one tick, at least one prompt"
+    )
+    deterministic: bool = True
+    waiting: int = Field(default=32_768, ge=1)
+    prefixes: int = Field(default=64 * 2**20, ge=0, description="bytes of prompts kept for reuse")
+    weights: str = Field(default="float32", pattern="^(float32|bfloat16|int8)$")
+
+
+class ServeConfig(Config):
+    """A server as a whole; `hosts` are those from which pictures may be fetched, none by default."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65_535)
+    keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    engine: EngineConfig = EngineConfig()

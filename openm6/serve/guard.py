@@ -1,0 +1,155 @@
+"""What stands before every route: size of the body, keys, a number for each request, and strict JSON."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from openm6.serve.errors import BadRequestError, error_response
+from openm6.serve.state import Server
+
+OPEN = ("/health", "/ready")  # what a load balancer asks, without a key
+
+
+class TooLargeError(Exception):
+    """The body has passed its bound."""
+
+
+class Guard:
+    """Pure ASGI: a middleware that wraps responses would hide from routes that their client has gone."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...], body_bytes: int) -> None:
+        self.app = app
+        self.keys = keys
+        self.body_bytes = body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def numbered(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", uuid.uuid4().hex.encode())]
+            await send(message)
+
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await refusal(scope, receive, numbered)
+            return
+        try:
+            await self.app(scope, self._counted(receive), numbered)
+        except TooLargeError:
+            if started:
+                raise
+            await self._too_large()(scope, receive, numbered)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self.body_bytes:
+            return self._too_large()
+        if not self.keys or scope["path"] in OPEN:
+            return None
+        given = headers.get("authorization", "").removeprefix("Bearer ").encode()
+        # Every key is compared, so that time tells nothing about which came close.
+        fits = [hmac.compare_digest(given, key.encode()) for key in self.keys]
+        if not any(fits):
+            return error_response(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
+        scope["openm6.client"] = f"key {fits.index(True)}"
+        return None
+
+    def _counted(self, receive: Receive) -> Receive:
+        read = 0
+
+        async def count() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.body_bytes:
+                raise TooLargeError
+            return message
+
+        return count
+
+    def _too_large(self) -> Response:
+        return error_response(413, f"the body exceeds {self.body_bytes:,} bytes: send less")
+
+
+class StrictRequest(Request):
+    """JSON that is not too deep, holds finite numbers only and can be written as UTF-8 again."""
+
+    async def json(self) -> Any:
+        server = self.app.state.server
+        assert isinstance(server, Server)
+        return read_json(await self.body(), server.config.limits.json_depth)
+
+
+def read_json(body: bytes, depth: int) -> Any:
+    """The value in a JSON text.
+
+    Raises:
+        BadRequestError: it is not JSON, too deep, not Unicode, or holds NaN or infinity.
+    """
+    try:
+        value = json.loads(body, parse_constant=_not_finite)
+    except RecursionError:
+        raise BadRequestError(f"the JSON is nested deeper than {depth} levels: flatten it") from None
+    except ValueError as error:  # UnicodeDecodeError among them
+        raise BadRequestError(f"the body is not valid JSON: {_plain(error)}") from None
+    _check(value, depth)
+    return value
+
+
+def _plain(error: ValueError) -> str:
+    return f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+
+
+def _not_finite(name: str) -> float:
+    raise BadRequestError(f"the JSON holds {name}, which is no number: leave it out, or send null")
+
+
+def _check(value: Any, depth: int) -> None:
+    level = [value]
+    for _ in range(depth + 1):
+        texts = [item for item in level if isinstance(item, str)]
+        texts += [key for item in level if isinstance(item, dict) for key in item]
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise BadRequestError("the JSON holds half of a surrogate pair: mend the text") from None
+        if any(isinstance(item, float) and item in (float("inf"), float("-inf")) for item in level):
+            raise BadRequestError("the JSON holds a number too large: send a smaller one")
+        level = [
+            inner
+            for item in level
+            if isinstance(item, (dict, list))
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return
+    raise BadRequestError(f"the JSON is nested deeper than {depth} levels: flatten it")
+
+
+class StrictRoute(APIRoute):
+    """Reads bodies by `StrictRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handler(StrictRequest(request.scope, request.receive))
+
+        return strict

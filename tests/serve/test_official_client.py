@@ -1,0 +1,184 @@
+"""Every route through the official `openai` client, without retries, as a user would call it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import openai
+import pytest
+import soundfile
+from PIL import Image
+
+from openm6.serve.app import create_app
+from openm6.serve.config import EngineConfig
+from openm6.serve.engine import Engine
+from tests.data.pictures import png, wav
+from tests.serve.running import running
+from tests.small_model import loaded
+
+PICTURE = {
+    "type": "image_url",
+    "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png()).decode()}"},
+}
+SOUND = {
+    "type": "input_audio",
+    "input_audio": {"data": base64.b64encode(wav()).decode(), "format": "wav"},
+}
+NUMBERS = {"type": "numbers", "numbers": {"mass": 3.5, "length": 2.0}}
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with running(create_app(Engine(loaded(3), EngineConfig(rows=4, room=512)), name="tiny")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60) as found:
+        yield found
+
+
+def ask(client: openai.OpenAI, content: object, **more: object) -> object:
+    return client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": content}], max_tokens=8, **more
+    )
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "draw the digit seven",
+        [PICTURE, {"type": "text", "text": "What is this?"}],
+        [SOUND, {"type": "text", "text": "What is said?"}],
+        [NUMBERS, {"type": "text", "text": "What is this?"}],
+    ],
+    ids=["text", "picture", "sound", "numbers"],
+)
+def test_chat_reads_every_modality(client: openai.OpenAI, content: object) -> None:
+    found = ask(client, content)
+    assert found.choices[0].message.role == "assistant" and isinstance(found.choices[0].message.content, str)
+    assert found.usage.prompt_tokens > 0
+    assert found.choices[0].finish_reason in ("stop", "length")
+
+
+def test_chat_gives_every_modality(client: openai.OpenAI) -> None:
+    more = {"numbers": {"column": "mass"}, "draw": {"steps": 2}, "seed": 4}
+    found = ask(
+        client, "a small apple", extra_body={**more, "modalities": ["text", "image", "audio", "numbers"]}
+    )
+    message = found.choices[0].message
+    head, _, body = message.images[0]["image_url"]["url"].partition(",")
+    assert head == "data:image/png;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(body))).size == (64, 64)
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(message.audio.data)))
+    assert rate == 16_000 and len(samples) == 19_200
+    assert (
+        message.numbers["mass"]["low"] < message.numbers["mass"]["median"] < message.numbers["mass"]["high"]
+    )
+
+
+def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI) -> None:
+    more = {"temperature": 1.0, "seed": 5}
+    whole = ask(client, "draw", **more).choices[0].message.content
+    chunks = list(ask(client, "draw", stream=True, stream_options={"include_usage": True}, **more))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert len({(chunk.id, chunk.model, chunk.created) for chunk in chunks}) == 1
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole
+    assert chunks[-2].choices[0].finish_reason in ("stop", "length")
+    assert chunks[-1].choices == [] and chunks[-1].usage.prompt_tokens > 0
+
+
+def test_images(client: openai.OpenAI) -> None:
+    more = {"steps": 2, "seed": 3}
+    found = client.images.generate(prompt="the digit seven", n=2, extra_body=more)
+    again = client.images.generate(prompt="the digit seven", n=1, extra_body=more)
+    first, second = (base64.b64decode(picture.b64_json) for picture in found.data)
+    assert Image.open(io.BytesIO(first)).size == (64, 64)
+    assert first == base64.b64decode(again.data[0].b64_json) != second
+    assert found.usage.input_tokens_details.text_tokens > 0
+
+
+def test_an_edit_keeps_what_the_mask_keeps(client: openai.OpenAI) -> None:
+    mask = np.full((40, 40, 4), 255, np.uint8)
+    mask[10:30, 10:30, 3] = 0
+    cover = io.BytesIO()
+    Image.fromarray(mask).save(cover, "PNG")
+    found = client.images.edit(
+        image=("a.png", png("red", 40)),
+        mask=("m.png", cover.getvalue()),
+        prompt="fill in",
+        extra_body={"steps": 2},
+    )
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(found.data[0].b64_json))).convert("RGB"))
+    given = np.asarray(Image.open(io.BytesIO(png("red", 40))).convert("RGB").resize((64, 64), 3))
+    assert np.array_equal(pixels[:12], given[:12]) and not np.array_equal(
+        pixels[20:44, 20:44], given[20:44, 20:44]
+    )
+
+
+@pytest.mark.parametrize("form", ["wav", "flac", "mp3", "opus"])
+def test_speech(client: openai.OpenAI, form: str) -> None:
+    found = client.audio.speech.create(
+        model="tiny", voice="alloy", input="zero", response_format=form, extra_body={"steps": 2}
+    )
+    samples, _ = soundfile.read(io.BytesIO(found.content))
+    assert len(samples) > 10_000 and np.isfinite(samples).all()
+
+
+def test_transcription(client: openai.OpenAI) -> None:
+    found = client.audio.transcriptions.create(model="tiny", file=("a.wav", wav()))
+    assert isinstance(found.text, str) and found.usage.input_tokens > 0
+
+
+@pytest.mark.parametrize("form", [None, "float"])
+def test_embeddings(client: openai.OpenAI, form: str | None) -> None:
+    more = {"encoding_format": form} if form else {}
+    found = client.embeddings.create(model="tiny", input=["an apple", "an apple", "七"], **more)
+    vectors = np.array([one.embedding for one in found.data])
+    assert vectors.shape == (3, 64) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert np.array_equal(vectors[0], vectors[1]) and not np.allclose(vectors[0], vectors[2])
+    pictures = client.embeddings.create(model="tiny", input=[PICTURE, SOUND])
+    assert len(pictures.data) == 2
+
+
+def test_predict_and_rank(client: openai.OpenAI) -> None:
+    rows = [{"mass": 3.5, "length": None}, {"mass": 9.0, "length": None}]
+    found = client.post("/predict", body={"rows": rows}, cast_to=object)
+    assert [sorted(row["columns"]) for row in found["data"]] == [["length"], ["length"]]
+    series = {"name": "mass", "values": [1.0, None, 2.0]}
+    ahead = client.post("/predict", body={"series": series, "ahead": 3}, cast_to=object)
+    assert len(ahead["data"][0]["columns"]["mass"]["median"]) == 3
+    body = {"query": "What is this?", "candidates": ["an apple", "seven", "an apple"]}
+    ranked = client.post("/rank", body=body, cast_to=object)["data"]
+    assert ranked[0]["score"] >= ranked[1]["score"] >= ranked[2]["score"]
+    twins = [one["log_likelihood"] for one in ranked if one["candidate"] == "an apple"]
+    assert twins[0] == pytest.approx(twins[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"max_completion_tokens": 100_000}, "max_completion_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_with_its_field(
+    client: openai.OpenAI, more: dict[str, object], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, "draw", **more)
+    assert caught.value.param == param and "\n" not in caught.value.body["message"]
+    assert caught.value.request_id
