@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -57,18 +58,31 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Mod
     Raises:
         CheckpointError: the file is missing or unreadable, or names a parameter that the optimizer does not move.
     """
+    with open_tensors(folder / OPTIMIZER_FILE) as source:
+        # One tensor at a time: the file must not stand in memory beside the optimizer.
+        pairs = ((name, source[name]) for name in source.names)
+        place_optimizer(pairs, optimizer, model, str(source.path))
+
+
+def place_optimizer(
+    tensors: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer, model: nn.Module, where: str
+) -> None:
+    """Put tensors, named as `optimizer_tensors` names them, in place of the optimizer's state.
+
+    Raises:
+        CheckpointError: one is of a parameter that the optimizer does not move; `where` names their origin.
+    """
     parameters = dict(model.named_parameters())
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     optimizer.state.clear()
-    with open_tensors(folder / OPTIMIZER_FILE) as source:
-        for full_name in source.names:
-            name, _, key = full_name.partition(SEPARATOR)
-            parameter = parameters.get(name)
-            if parameter is None or id(parameter) not in groups:
-                raise CheckpointError(
-                    f"{source.path} has state for {name!r}, which is not trained here: "
-                    "go on with the config of that run, or start a new one"
-                )
-            # A fused update counts its steps on the device; the others count on the host, which spares a wait.
-            on_host = key == "step" and not groups[id(parameter)].get("fused", False)
-            optimizer.state[parameter][key] = source[full_name].to("cpu" if on_host else parameter.device)
+    for full_name, tensor in tensors:
+        name, _, key = full_name.partition(SEPARATOR)
+        parameter = parameters.get(name)
+        if parameter is None or id(parameter) not in groups:
+            raise CheckpointError(
+                f"{where} has state for {name!r}, which is not trained here: "
+                "go on with the config of that run, or start a new one"
+            )
+        # A fused update counts its steps on the device; the others count on the host, which spares a wait.
+        on_host = key == "step" and not groups[id(parameter)].get("fused", False)
+        optimizer.state[parameter][key] = tensor.to("cpu" if on_host else parameter.device)

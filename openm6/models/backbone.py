@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import cast
 
 import torch
@@ -94,6 +95,29 @@ class Backbone(nn.Module):
         return KVCache(
             config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim, weight.device, dtype
         )
+
+    @torch.no_grad()
+    def delink(self) -> dict[str, str]:
+        """Gives every layer a weight set of its own, a copy of the one that it shared (M6-10T, 2110.03888, §3).
+
+        The first layer of a set keeps the very tensors, so that nothing is computed differently afterwards.
+
+        Returns:
+            name of each parameter in a set -> the name that it had, or that it is a copy of.
+        """
+        numbers = self.config.weight_sets
+        shared = [cast(Block, block) for block in self.sets]
+        kept = {number: numbers.index(number) for number in set(numbers)}
+        self.sets = nn.ModuleList(
+            shared[number] if kept[number] == layer else deepcopy(shared[number])
+            for layer, number in enumerate(numbers)
+        )
+        self.config = self.config.model_copy(update={"sharing": None})
+        return {
+            f"sets.{layer}.{name}": f"sets.{number}.{name}"
+            for layer, number in enumerate(numbers)
+            for name, _ in shared[number].named_parameters()
+        }
 
     def router(self, layer: int) -> Router | None:
         """The router of a layer, None where it is dense."""

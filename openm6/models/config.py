@@ -11,12 +11,16 @@ from openm6.base.config import Config
 from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig, matrices_of
 
 
+Stage = Literal["pseudo", "real"]
+
+
 class BackboneConfig(Config):
     """A stack of `num_layers` layers; which of them hold experts, and which share their weights.
 
     experts_every: of `experts_every` layers the last holds experts, the others `dense`; `dense_layers` never do.
     rope_sections: frequencies (half of head_dim) driven by time, height and width; default 6 : 5 : 5.
-    sharing: layer -> number of its weight set; "all" gives one set to all layers of a kind; None shares nothing.
+    sharing: layer -> number of its weight set; "all" gives one set to all layers of a kind, a number n one to every
+        n layers that follow one another; None shares nothing.
     initial_deviation: of the first weights; default 0.64/sqrt(width), which is 0.02 at a width of 1024.
     """
 
@@ -33,7 +37,7 @@ class BackboneConfig(Config):
     norm_eps: float = Field(default=1e-6, gt=0)
     rope_theta: float = Field(default=10_000.0, gt=1)
     rope_sections: tuple[int, int, int] | None = None
-    sharing: tuple[int, ...] | Literal["all"] | None = None
+    sharing: tuple[int, ...] | int | Literal["all"] | None = None
     share_routers: bool = False
     initial_deviation: float | None = Field(default=None, gt=0)
 
@@ -62,6 +66,8 @@ class BackboneConfig(Config):
             raise ValueError(f"dense_layers {wrong} do not exist: layers are 0 to {self.num_layers - 1}")
 
     def _check_sharing(self) -> None:
+        if isinstance(self.sharing, int) and self.sharing < 1:
+            raise ValueError(f"sharing={self.sharing} must be 1 or more layers that share one weight set")
         sets = self.weight_sets
         if len(sets) != self.num_layers:
             raise ValueError(f"sharing names {len(sets)} layers, but num_layers={self.num_layers}")
@@ -91,6 +97,8 @@ class BackboneConfig(Config):
         """layer -> number of its weight set."""
         if self.sharing is None:
             return tuple(range(self.num_layers))
+        if isinstance(self.sharing, int):
+            return tuple(layer // self.sharing for layer in range(self.num_layers))
         if self.sharing != "all":
             return self.sharing
         first = self.has_experts(0)
@@ -99,6 +107,11 @@ class BackboneConfig(Config):
     @property
     def num_sets(self) -> int:
         return len(set(self.weight_sets))
+
+    @property
+    def stage(self) -> Stage:
+        """Pseudo while layers share weight sets (M6-10T, 2110.03888), real once each has its own."""
+        return "pseudo" if self.num_sets < self.num_layers else "real"
 
     @property
     def sections(self) -> tuple[int, int, int]:

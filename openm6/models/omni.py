@@ -76,6 +76,12 @@ class Omni(nn.Module):
         backbone = count_parameters(self.config)
         return backbone.total + adapters, backbone.active + adapters
 
+    def delink(self) -> dict[str, str]:
+        """Goes from the pseudo stage to the real one; see `Backbone.delink`. New parameter name -> old one."""
+        names = self.backbone.delink()
+        self.config = self.backbone.config
+        return {f"backbone.{new}": f"backbone.{old}" for new, old in names.items()}
+
     def embed(self, kinds: dict[str, KindOfTokens], rows: int, length: int) -> Tensor:
         """All tokens of a batch at their places; padding is zero.  # -> R S D"""
         vectors = [self._embed_kind(name, kind) for name, kind in kinds.items()]

@@ -19,9 +19,15 @@ class ScheduleConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """Which update rule, and its numbers; a rule ignores the numbers that it has no use for."""
+    """Which update rule, and its numbers; a rule ignores the numbers that it has no use for.
+
+    bytes_per_parameter: what a weight of the blocks and all that is kept with it takes. 16 is the rule that `name`
+        names, with its gradient; below that the rule is Adafactor's (optim/rules.py) with weights and momentum in
+        bf16 (4), weights in bf16 (2) or int8 (1), and `name` is for embeddings, heads, norms and routers.
+    """
 
     name: str = "adamw"
+    bytes_per_parameter: Literal[16, 4, 2, 1] = 16
     learning_rate: float = Field(default=1e-3, gt=0.0)
     weight_decay: float = Field(default=0.1, ge=0.0)
     betas: tuple[float, float] = (0.9, 0.95)  # adamw, and muon's vectors and embeddings

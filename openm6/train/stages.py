@@ -1,0 +1,103 @@
+"""Pseudo-to-Real: layers that share weights first, and at the right moment go on with weights of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from openm6.base.config import Config
+from openm6.base.seeds import derive_seed
+from openm6.checkpoint.delink import Moments
+
+STAGES_SECTION = "stages"  # the name of this section within the loop's
+
+
+class PlateauConfig(Config):
+    """The loss stands still: its mean over `window` steps is less than `improvement` below that of the window before."""
+
+    window: int = Field(default=200, ge=2)
+    improvement: float = Field(default=0.01, gt=0, lt=1)  # share of the loss
+
+
+class SwitchConfig(Config):
+    """When the shared weights are taken apart: after a step, after so many minutes of steps, or at a plateau."""
+
+    step: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    plateau: PlateauConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SwitchConfig:
+        if sum(way is not None for way in (self.step, self.minutes, self.plateau)) != 1:
+            raise ValueError("give one of step, minutes and plateau, e.g. switch: {step: 500}")
+        return self
+
+
+class StagesConfig(Config):
+    """Pseudo-to-Real (M6-10T, arXiv 2110.03888, section 3): the model's `sharing` holds until the switch.
+
+    moments: what the optimizer remembers of a shared set is scaled for its layers, or forgotten (checkpoint/delink.py)
+    warmup_steps: over which the rate climbs back after the switch
+    noise: share of each matrix's own deviation that is added to it at the switch, so that layers are no longer alike;
+        0 leaves the model's answers exactly as they were
+    """
+
+    switch: SwitchConfig
+    moments: Moments = "independent"
+    warmup_steps: int = Field(default=20, ge=0)
+    noise: float = Field(default=0.0, ge=0, le=1)
+
+
+class SwitchClock:
+    """Tells when the switch is due; its state is carried in checkpoints, so a resumed run switches at the same step."""
+
+    def __init__(self, config: SwitchConfig) -> None:
+        self._config = config
+        self._losses: list[float] = []
+
+    def observe(self, loss: float) -> None:
+        """Take in the loss of one step."""
+        if self._config.plateau is not None:
+            self._losses = [*self._losses, loss][-2 * self._config.plateau.window :]
+
+    def due(self, steps: int, seconds: float) -> bool:
+        """True once the switch should happen, `steps` steps and `seconds` seconds into the run."""
+        config = self._config
+        if config.step is not None:
+            return steps >= config.step
+        if config.minutes is not None:
+            return seconds >= 60 * config.minutes
+        return config.plateau is not None and _stands_still(self._losses, config.plateau)
+
+    def state(self) -> dict[str, Any]:
+        return {"losses": self._losses}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._losses = list(state["losses"])
+
+
+def rate_after_switch(step: int, switched_at: int | None, config: StagesConfig) -> float:
+    """Factor on the learning rate in step `step`, if the switch came after step `switched_at`."""
+    if switched_at is None or not config.warmup_steps:
+        return 1.0
+    return min(1.0, (step - switched_at) / config.warmup_steps)
+
+
+@torch.no_grad()
+def break_symmetry(parameters: dict[str, nn.Parameter], noise: float, seed: int) -> None:
+    """Add normal noise of `noise` times each matrix's deviation, drawn from its name, to layers that are alike."""
+    for name, parameter in sorted(parameters.items()):
+        # Drawn on the processor: the same numbers whatever device the weights live on.
+        generator = torch.Generator().manual_seed(derive_seed(seed, "delink", name))
+        draw = torch.randn(parameter.shape, generator=generator)
+        parameter.add_(draw.to(parameter.device) * (noise * parameter.std()))
+
+
+def _stands_still(losses: list[float], config: PlateauConfig) -> bool:
+    if len(losses) < 2 * config.window:
+        return False
+    before, now = losses[: config.window], losses[config.window :]
+    return sum(now) > (1 - config.improvement) * sum(before)
