@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 from openm6.base.config import Config
 from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig, matrices_of
 
-
 Stage = Literal["pseudo", "real"]
 
 

@@ -1,4 +1,4 @@
-"""Stochastic rounding: a value goes up or down with the odds that keep its mean, by bits that depend on a counter alone."""
+"""Stochastic rounding: up or down with the odds that keep the mean, by bits that follow from a counter alone."""
 
 # Letters: E matrices of one tensor (experts; 1 for a plain matrix), n values of each
 

@@ -10,6 +10,7 @@ from openm6.base.config import Config
 from openm6.base.errors import ConfigError
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.optim.registry import check_optimizer_name
+from openm6.train.stages import StagesConfig
 
 LOOP_SECTION = "loop"  # the name of this section in a run's config.yaml
 
@@ -21,6 +22,7 @@ class LoopConfig(Config):
     minutes: float | None = Field(default=None, gt=0.0)  # with steps: auto, the time that the run may take
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    stages: StagesConfig | None = None  # Pseudo-to-Real, for a model whose layers share weights at first
     clip: float | None = Field(default=1.0, gt=0.0)  # bound on the gradient's global norm
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes it fast
     seed: int = 0

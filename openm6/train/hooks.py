@@ -20,16 +20,22 @@ class Running(Protocol):
     updater: Updater
     progress: Progress
 
+    def save(self) -> None:
+        """Write a checkpoint of the run as it is now."""
+
 
 class Hook:
     """Parent of all hooks; every moment is empty unless it is overridden.
 
-    `name` is the key of the hook's state in checkpoints. Moments, in order: `load_state` (only where a run goes on),
-    `start`, then for each step `before_step` and `after_step`, `totals` where a line is due, and `close` at the end,
-    also after a failure.
+    `name` is the key of the hook's state in checkpoints. Moments, in order: `before_load` and `load_state` (only where
+    a run goes on), `start`, then for each step `before_step` and `after_step`, `totals` where a line is due, and
+    `close` at the end, also after a failure.
     """
 
     name: str
+
+    def before_load(self, run: Running, state: dict[str, Any]) -> None:
+        """The run goes on from a checkpoint with this state: give the model the shape that its weights had there."""
 
     def start(self, run: Running) -> None:
         """Before the first step of this process; model, optimizer and progress are as they will be trained."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.nn.experts import RouterLoad
 from openm6.optim.groups import default_groups
@@ -69,6 +70,19 @@ class Job:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups as `optim.groups.default_groups` describes them."""
         return default_groups(self.model)
+
+    @property
+    def stage(self) -> str:
+        """`pseudo` while layers of the model share weights, else `real`."""
+        return "real"
+
+    def delink(self) -> dict[str, str]:
+        """Give each layer weights of its own; new parameter name -> the name that it had or is a copy of.
+
+        Raises:
+            ConfigError: this way of training knows no stages.
+        """
+        raise ConfigError("this kind of training has no stages: leave loop.stages out")
 
     def files(self) -> dict[str, str]:
         """Text files to put beside the weights in each checkpoint: name → content."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from openm6.base.errors import CheckpointError, Interrupted, TrainingError
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
-from openm6.checkpoint.folder import latest, list_checkpoints, read_state
+from openm6.checkpoint.folder import latest, list_checkpoints, read_state, step_of
 from openm6.checkpoint.load import load_job_tensors, load_model, load_optimizer, optimizer_tensors
 from openm6.checkpoint.save import Snapshot, save
 from openm6.train.config import LoopConfig
@@ -27,6 +27,7 @@ from openm6.train.metering import MeterHook
 from openm6.train.prefetch import Prefetch
 from openm6.train.progress import Progress
 from openm6.train.recorder import MetricsFile, Recorder, Sink
+from openm6.train.staging import StagesHook
 from openm6.train.step import StepReport, Updater, seed_everything
 from openm6.train.tensorboard import open_tensorboard
 from openm6.train.watch import SpikeWatch
@@ -86,7 +87,8 @@ class _Run:
     ) -> None:
         self.job, self.config, self.run = job, config, run
         self.updater = Updater(job, config)
-        self.hooks: list[Hook] = [MeterHook(), *hooks]
+        stages = [StagesHook(config.stages)] if config.stages is not None else []
+        self.hooks: list[Hook] = [MeterHook(), *stages, *hooks]
         self.recorder, self.watch, self.progress = Recorder(), SpikeWatch(), Progress()
         self.saved: Path | None = None
         self.scores: dict[str, float] = {}
@@ -117,7 +119,7 @@ class _Run:
                     self._evaluate(sinks)
                 stopping = self._stopping(interrupt)
                 if self._due(self.config.save_every) or stopping:
-                    self._save()
+                    self.save()
                 if stopping and not self.length.reached(progress.step):
                     raise Interrupted(
                         f"stopped at step {progress.step}, saved as {self.saved}: go on with --resume"
@@ -199,7 +201,10 @@ class _Run:
             stack.callback(sink.close)
         return sinks
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint of the run as it is now, unless there is one."""
+        if self.saved is not None and step_of(self.saved) == self.progress.step:
+            return
         self.progress.cursor = self.job.merge_cursors(self.job.ranks.gather(self.progress.cursor))
         if self.job.ranks.first:
             self._write()
@@ -211,6 +216,7 @@ class _Run:
         state = {
             "progress": asdict(self.progress),
             "optimizer": self.config.optimizer.name,
+            "stage": self.job.stage,
             "recorder": self.recorder.state(),
             "watch": self.watch.state(),
             "scores": self.scores,
@@ -228,12 +234,16 @@ class _Run:
                 f"{folder} was trained with {state['optimizer']}, not {self.config.optimizer.name}: "
                 "set loop.optimizer.name back, or start a new run"
             )
+        kept = state.get("hooks", {})
+        for hook in self.hooks:
+            if hook.name in kept:
+                hook.before_load(self, kept[hook.name])
+        _check_stage(folder, state.get("stage", self.job.stage), self.job)
         load_model(folder, self.job.model)
         load_optimizer(folder, self.updater.optimizer, self.job.model)
         self.job.load_state({**state["job"], **load_job_tensors(folder)})
         self.recorder.load_state(state["recorder"])
         self.watch.load_state(state["watch"])
-        kept = state.get("hooks", {})
         for hook in self.hooks:
             if hook.name in kept:
                 hook.load_state(kept[hook.name])
@@ -252,4 +262,13 @@ class _Run:
             progress.spikes,
             saved,
             self.scores,
+        )
+
+
+def _check_stage(folder: Path, saved: str, job: Job) -> None:
+    """Raises CheckpointError where the checkpoint's layers share weights and the job's do not, or the reverse."""
+    if saved != job.stage:
+        raise CheckpointError(
+            f"{folder} is of the {saved} stage, this run is in the {job.stage} stage: "
+            f"turn it with openm6 convert, or set model.overrides.sharing and loop.stages back"
         )

@@ -145,6 +145,15 @@ class MultimodalJob(Job):
     def after_step(self, result: StepResult) -> None:
         self.omni.backbone.update_balance(list(result.loads))
 
+    @property
+    def stage(self) -> str:
+        return self.omni.config.stage
+
+    def delink(self) -> dict[str, str]:
+        names = self.omni.delink()
+        self.description = self.description.model_copy(update={"backbone": self.omni.config})
+        return names
+
     def finish(self, run: RunFolder) -> None:
         """Judges the run on its test records and writes report.html and report.json."""
         judgement = evaluate(run.path, tell=lambda result: get_log().info(summary(result)))

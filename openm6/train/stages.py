@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ STAGES_SECTION = "stages"  # the name of this section within the loop's
 
 
 class PlateauConfig(Config):
-    """The loss stands still: its mean over `window` steps is less than `improvement` below that of the window before."""
+    """The loss stands still: its mean over `window` steps is hardly below that of the window before."""
 
     window: int = Field(default=200, ge=2)
     improvement: float = Field(default=0.01, gt=0, lt=1)  # share of the loss
@@ -84,6 +86,13 @@ def rate_after_switch(step: int, switched_at: int | None, config: StagesConfig) 
     if switched_at is None or not config.warmup_steps:
         return 1.0
     return min(1.0, (step - switched_at) / config.warmup_steps)
+
+
+def shared_matrices(sources: Mapping[str, str], model: nn.Module) -> dict[str, nn.Parameter]:
+    """The matrices that several layers of a delinked model now hold copies of; `sources` as `delink` gave it."""
+    uses = Counter(sources.values())
+    named = dict(model.named_parameters())
+    return {new: named[new] for new, old in sources.items() if uses[old] > 1 and named[new].ndim > 1}
 
 
 @torch.no_grad()

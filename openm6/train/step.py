@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from openm6.base.seeds import derive_seed
+from openm6.checkpoint.delink import Moments, delink_moments
+from openm6.checkpoint.load import optimizer_tensors, place_optimizer
 from openm6.optim.registry import build_optimizer, set_rate
 from openm6.optim.schedule import rate_factor
 from openm6.parallel.ranks import Ranks
 from openm6.train.config import LoopConfig
 from openm6.train.job import Batch, Job, StepResult
+from openm6.train.stages import break_symmetry, shared_matrices
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,27 @@ class Updater:
     def __init__(self, job: Job, config: LoopConfig) -> None:
         self.job = job
         self.config = config
-        self.optimizer = build_optimizer(job.parameter_groups(), config.optimizer)
+        self.rate_scale = 1.0  # a hook's factor on the learning rate
+        self._build()
+        self.device = self.parameters[0].device
+        self._half = _computes_in_half(config.precision, self.device)
+
+    def _build(self) -> None:
+        self.optimizer = build_optimizer(self.job.parameter_groups(), self.config.optimizer)
         self.parameters = [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]
-        self.device = self.parameters[0].device
-        self._half = _computes_in_half(config.precision, self.device)
+
+    def delink(self, moments: Moments, noise: float = 0.0) -> None:
+        """Give each layer weights of its own; the optimizer's moments go along as `moments` says."""
+        tensors = optimizer_tensors(self.optimizer, self.job.model)
+        sources = self.job.delink()
+        self._build()
+        inherited = delink_moments(tensors, sources, moments)
+        place_optimizer(inherited.items(), self.optimizer, self.job.model, "the stage before")
+        if noise:
+            shared = shared_matrices(sources, self.job.model)
+            break_symmetry(shared, noise, self.config.seed)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision in which forward passes run."""
@@ -65,6 +83,7 @@ class Updater:
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
         """Train on one batch as step number `step`, the first being 1."""
         rate = self.config.optimizer.learning_rate * rate_factor(step, total, self.config.schedule)
+        rate *= self.rate_scale
         set_rate(self.optimizer, rate)
         seed_everything(self.config.seed, "step", step)
         with self.autocast():

@@ -1,0 +1,122 @@
+"""A small backbone under words: it learns to count on, in a second, so that runs can be compared to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openm6.base.seeds import numpy_generator
+from openm6.models.backbone import Backbone, side_loss
+from openm6.models.config import BackboneConfig
+from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.nn.experts import RouterLoad
+from openm6.ops.sequence import causal_layout
+from openm6.optim.config import OptimizerConfig, ScheduleConfig
+from openm6.train.config import LoopConfig
+from openm6.train.job import Job, StepResult
+
+WORDS, LENGTH, ROWS, WIDTH = 32, 16, 4, 32
+
+
+def words_backbone(**changes: Any) -> BackboneConfig:
+    """Four layers, every second one with experts, one of which sees every token."""
+    values: dict[str, Any] = {
+        "width": WIDTH,
+        "num_layers": 4,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 16,
+        "dense": DenseConfig(hidden=32),
+        "experts": ExpertsConfig(hidden=32, num_experts=4, top_k=2, num_shared=1),
+        "experts_every": 2,
+    }
+    return BackboneConfig(**{**values, **changes})
+
+
+class WordModel(nn.Module):
+    """An embedding, a backbone, and the embedding again."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, config.width)
+        nn.init.normal_(self.embedding.weight, std=0.05)
+        self.backbone = Backbone(config)
+
+    def forward(self, words: Tensor) -> tuple[Tensor, list[RouterLoad]]:
+        hidden, loads = self.backbone(self.embedding(words), causal_layout(*words.shape))
+        return F.linear(hidden, self.embedding.weight), loads
+
+
+@dataclass(frozen=True)
+class WordBatch:
+    words: Tensor
+    index: int
+
+    @property
+    def tokens(self) -> int:
+        return self.words.numel()
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        return {"next": self.index + 1}
+
+
+class WordsJob(Job):
+    """Each row counts up in steps of its own; the next number is to be told."""
+
+    def __init__(self, config: BackboneConfig, spoilt: tuple[int, ...] = ()) -> None:
+        torch.manual_seed(3)
+        self.words = WordModel(config)
+        self.model: nn.Module = self.words
+        self.spoilt, self.first = spoilt, 0
+
+    def batch(self, index: int) -> WordBatch:
+        draw = numpy_generator(3, "batch", index)
+        start, stride = draw.integers(0, WORDS, (ROWS, 1)), draw.integers(1, 5, (ROWS, 1))
+        return WordBatch(torch.from_numpy((start + stride * np.arange(LENGTH + 1)) % WORDS), index)
+
+    def batches(self) -> Iterator[WordBatch]:
+        index = self.first
+        while True:
+            yield self.batch(index)
+            index += 1
+
+    def restore(self, cursor: dict[str, Any]) -> None:
+        self.first = cursor["next"]
+
+    def loss(self, batch: WordBatch) -> StepResult:
+        logits, loads = self.words(batch.words[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.words[:, 1:].flatten())
+        if batch.index + 1 in self.spoilt:
+            loss = loss * float("nan")
+        return StepResult(loss + side_loss(loads), {"loss/words": loss}, loads)
+
+    def after_step(self, result: StepResult) -> None:
+        self.words.backbone.update_balance(list(result.loads))
+
+    @property
+    def stage(self) -> str:
+        return self.words.backbone.config.stage
+
+    def delink(self) -> dict[str, str]:
+        return {f"backbone.{new}": f"backbone.{old}" for new, old in self.words.backbone.delink().items()}
+
+
+def words_config(steps: int = 12, **changes: Any) -> LoopConfig:
+    """A short run, saved at odd moments."""
+    values: dict[str, Any] = {
+        "steps": steps,
+        "optimizer": OptimizerConfig(learning_rate=0.01),
+        "schedule": ScheduleConfig(warmup_steps=2, decay_share=0.3),
+        "log_every": 1,
+        "save_every": 5,
+        "keep": 9,
+        "tensorboard": False,
+    }
+    return LoopConfig(**{**values, **changes})
