@@ -12,13 +12,16 @@ MULTIPLIERS = (0x7FEB352D, -2073254261)  # of "lowbias32", the latter 0x846CA68B
 BF16_LARGEST = torch.finfo(torch.bfloat16).max
 
 
-def random_bits(num_matrices: int, values: int, key: int, device: torch.device | str | None = None) -> Tensor:
-    """32 random bits for each value of each matrix: E n, int32.
+def random_bits(
+    num_matrices: int, values: int, key: int, first: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """32 random bits for each value of matrices number `first` and following: E n, int32.
 
     A pure function of (key, matrix, place): the same on every device, however often it is called, and for one expert
     the same whichever of its neighbours are at hand, so a resumed or resharded run rounds alike.
     """
-    keys = _mix(torch.arange(num_matrices, dtype=torch.int32, device=device) * GOLDEN + _signed(key))  # E
+    numbers = torch.arange(first, first + num_matrices, dtype=torch.int32, device=device)
+    keys = _mix(numbers * GOLDEN + _signed(key))  # E
     places = torch.arange(values, dtype=torch.int32, device=device) * GOLDEN  # n
     return _mix(places + keys.unsqueeze(-1))
 
