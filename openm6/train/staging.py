@@ -39,8 +39,7 @@ class StagesHook(Hook):
             )
 
     def before_step(self, step: int) -> None:
-        progress = self._run.progress
-        if self.switched_at is None and self._clock.due(progress.step, progress.seconds):
+        if self.switched_at is None and self._due():
             self._switch(step - 1)
         self._run.updater.rate_scale = rate_after_switch(step, self.switched_at, self.config)
 
@@ -58,13 +57,19 @@ class StagesHook(Hook):
         self.switched_at = state["switched_at"]
         self._clock.load_state(state)
 
+    def _due(self) -> bool:
+        run = self._run
+        due = self._clock.due(run.progress.step, run.progress.seconds)
+        # Losses and steps are the same on all ranks; clocks are not.
+        return due if self.config.switch.minutes is None else run.job.ranks.from_first(due)
+
     def _switch(self, step: int) -> None:
         run = self._run
         if step:
             run.save()
         run.updater.delink(self.config.moments, self.config.noise)
         self.switched_at = step
-        if self.config.switch.minutes is not None:
+        if self.config.switch.minutes is not None and run.job.ranks.first:
             known = run.run.read_config().get(LOOP_SECTION, {}).get(STAGES_SECTION, {})
             run.run.set_config(LOOP_SECTION, STAGES_SECTION, {**known, "switch": {"step": step}})
         get_log().info(f"each layer has weights of its own from step {step + 1} on")
