@@ -15,6 +15,8 @@ from torch import Tensor
 from openm6.modalities.interface import Tokens
 from openm6.ops.sequence import PADDING, Layout
 
+HEAD_COST = 0.5  # work of one learned token's head, in units of a token's way through the backbone
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -82,12 +84,35 @@ class KindOfTokens:
         index, example, weight = moved
         return KindOfTokens(index, arrays, example, weight)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Between processes as arrays: torch would open a file for each tensor.
+        arrays = {name: array.numpy() for name, array in self.arrays.items()}
+        return _kind_of_arrays, (arrays, self.index.numpy(), self.example.numpy(), self.weight.numpy())
+
+
+def _kind_of_arrays(
+    arrays: dict[str, np.ndarray], index: np.ndarray, example: np.ndarray, weight: np.ndarray
+) -> KindOfTokens:
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return KindOfTokens(torch.from_numpy(index), tensors, torch.from_numpy(example), torch.from_numpy(weight))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Examples, tokens, places in rows, and learned tokens of each kind."""
+
+    examples: float
+    tokens: float
+    places: float
+    learned: dict[str, float]
+
 
 @dataclass(frozen=True)
 class Batch:
     """Packed rows of examples, ready for the model; `cursor` is the data state after it.
 
-    `draws` says of each example where in the data it was drawn, as the packer names it.
+    `draws` says of each example where in the data it was drawn, as the packer names it. A part of a batch keeps the
+    whole's `tasks` and `draws`, and knows what the `whole` holds.
     """
 
     layout: Layout
@@ -96,6 +121,7 @@ class Batch:
     tasks: list[str]
     cursor: dict[str, Any] = field(default_factory=dict)
     draws: Many[Any] = ()
+    whole: Counts | None = None
 
     @property
     def num_examples(self) -> int:
@@ -149,3 +175,54 @@ def _gather(found: list[tuple[Tokens, int, int, np.ndarray]]) -> KindOfTokens:
     example = np.concatenate([np.full(len(piece), number) for piece, _, number, _ in found])
     weight = np.concatenate([weight for *_, weight in found])
     return KindOfTokens(torch.from_numpy(index), arrays, torch.from_numpy(example), torch.from_numpy(weight))
+
+
+def count(batch: Batch) -> Counts:
+    """What a batch holds."""
+    learned = {name: float((kind.weight != 0).sum()) for name, kind in batch.kinds.items()}
+    return Counts(batch.num_examples, batch.tokens, batch.layout.sample.numel(), learned)
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """Whole examples dealt out to parts of about equal work, each one row without padding; the first keeps the cursor.
+
+    Examples see only themselves, so where they lie changes nothing but the order of sums.
+    """
+    place_of = torch.full((batch.layout.sample.numel(),), -1)  # R*S -> example
+    cost = torch.zeros(batch.num_examples)
+    for kind in batch.kinds.values():
+        place_of[kind.index] = kind.example
+        learned = (kind.weight > 0).to(cost.dtype)
+        cost.index_add_(0, kind.example, 1 + HEAD_COST * learned)
+    owner = torch.tensor([*_deal(cost.tolist(), parts), -1])[place_of]  # R*S -> part; padding has none
+    held = count(batch)
+    dealt = [_part_of(batch, (owner == part).nonzero()[:, 0], held) for part in range(parts)]
+    return [replace(dealt[0], cursor=batch.cursor), *dealt[1:]]
+
+
+def _deal(cost: list[float], parts: int) -> list[int]:
+    """The part of each example: the dearest first, each to the part with the least so far."""
+    load, owner = [0.0] * parts, [0] * len(cost)
+    for number in sorted(range(len(cost)), key=lambda number: -cost[number]):
+        owner[number] = load.index(min(load))
+        load[owner[number]] += cost[number]
+    return owner
+
+
+def _part_of(batch: Batch, places: Tensor, whole: Counts) -> Batch:
+    """The tokens at `places` of the flattened rows as one row."""
+    rows = batch.layout
+    row_number = places // rows.length
+    # Samples are numbered within their row, so two rows use the same numbers.
+    sample, order, private, positions = (part.flatten(0, 1)[places][None] for part in rows.parts())
+    layout = Layout(sample * rows.batch + row_number.to(sample.dtype), order, private, positions)
+    moved = torch.full((rows.batch * rows.length,), -1)
+    moved[places] = torch.arange(len(places))
+    kinds = {}
+    for name, kind in batch.kinds.items():
+        here = (moved[kind.index] >= 0).nonzero()[:, 0]
+        if len(here):
+            arrays = {key: array[here] for key, array in kind.arrays.items()}
+            index = moved[kind.index[here]]
+            kinds[name] = KindOfTokens(index, arrays, kind.example[here], kind.weight[here])
+    return replace(batch, layout=layout, kinds=kinds, tokens=len(places), cursor={}, whole=whole)

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -65,6 +67,14 @@ class Layout:
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """sample, order, private, positions."""
         return self.sample, self.order, self.private, self.positions
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Between processes as arrays: torch would open a file for each tensor.
+        return _layout_of_arrays, tuple(part.numpy() for part in self.parts())
+
+
+def _layout_of_arrays(*arrays: np.ndarray) -> Layout:
+    return Layout(*(torch.from_numpy(array) for array in arrays))
 
 
 def causal_layout(

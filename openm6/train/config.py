@@ -31,15 +31,17 @@ class LoopConfig(Config):
     save_every: int = Field(default=500, ge=1)
     keep: int = Field(default=2, ge=1)  # checkpoints kept
     prefetch: int = Field(default=2, ge=1)  # batches made ahead
+    # Processes that share a step on a CPU; auto: one a core. A run keeps its number, which decides the order of sums.
+    workers: int | Literal["auto"] = "auto"
     max_non_finite: int = Field(default=10, ge=0)  # skipped steps in a row before the run gives up
     tensorboard: bool = True  # where the package is installed
 
-    @field_validator("steps")
+    @field_validator("steps", "workers")
     @classmethod
-    def _at_least_one(cls, steps: int | str) -> int | str:
-        if isinstance(steps, int) and steps < 1:
+    def _at_least_one(cls, number: int | str) -> int | str:
+        if isinstance(number, int) and number < 1:
             raise ValueError("must be at least 1, or auto")
-        return steps
+        return number
 
     @field_validator("optimizer")
     @classmethod

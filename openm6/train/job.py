@@ -29,7 +29,7 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one forward pass gave; with several ranks each gives its share, so that the shares add up to the whole.
+    """What one forward pass gave; several ranks, or parts of a batch, each give a share, and the shares add up.
 
     `metrics` are scalars such as `loss/text`; a tensor among them stays on its device until the loop reads them all
     at once. `loads` has one entry per sparse layer.
@@ -50,6 +50,7 @@ class Job:
 
     model: nn.Module
     ranks: Ranks = Ranks()  # who trains the same model beside this process
+    most_parts: int = 1  # into how many parts, each worth a process, a batch may be split
 
     def batches(self) -> Iterator[Batch]:
         """An endless stream from where `restore` put it."""
@@ -65,6 +66,10 @@ class Job:
 
     def loss(self, batch: Any) -> StepResult:
         """Forward pass of one batch, on the model's device, under the loop's autocast."""
+        raise NotImplementedError
+
+    def split(self, batch: Any, parts: int) -> list[Any]:
+        """The batch in so many parts, whose results add up to its own; the first keeps the cursor."""
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:

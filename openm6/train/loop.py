@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from openm6.train.progress import Progress
 from openm6.train.recorder import MetricsFile, Recorder, Sink
 from openm6.train.staging import StagesHook
 from openm6.train.step import StepReport, Updater, seed_everything
+from openm6.train.team import Team, number_of_workers
 from openm6.train.tensorboard import open_tensorboard
 from openm6.train.watch import SpikeWatch
 
@@ -90,6 +91,7 @@ class _Run:
         stages = [StagesHook(config.stages)] if config.stages is not None else []
         self.hooks: list[Hook] = [MeterHook(), *stages, *hooks]
         self.recorder, self.watch, self.progress = Recorder(), SpikeWatch(), Progress()
+        self.team: Team | None = None
         self.saved: Path | None = None
         self.scores: dict[str, float] = {}
         refuse_overwriting(run, resume)
@@ -106,13 +108,13 @@ class _Run:
                 stack.callback(hook.close)
                 hook.start(self)
             sinks = self._open_sinks(stack)
-            batches = stack.enter_context(Prefetch(job.batches(), self.config.prefetch))
+            batches, updater = self._open_steps(stack)
             while not self.length.reached(progress.step):
                 began = time.perf_counter()
                 batch = next(batches)
                 for hook in self.hooks:
                     hook.before_step(progress.step + 1)
-                report = self.updater.update(batch, progress.step + 1, self.length.steps)
+                report = updater.update(batch, progress.step + 1, self.length.steps)
                 self._account(report, batch, time.perf_counter() - began)
                 self._tell(report, sinks)
                 if self._due(self.config.evaluate_every):
@@ -133,6 +135,14 @@ class _Run:
     def _stopping(self, interrupt: Interrupt) -> bool:
         """Whether any rank was asked to stop: then all do, after the same step."""
         return bool(self.job.ranks.total([interrupt.requested])[0])
+
+    def _open_steps(self, stack: ExitStack) -> tuple[Iterator[Batch], Updater | Team]:
+        """Where batches come from and what trains on them: this process alone, or a team of them."""
+        workers = number_of_workers(self.job, self.config, self.run)
+        if workers > 1:
+            self.team = stack.enter_context(Team(self.job, self.updater, self.config, workers))
+            return self.team, self.team
+        return stack.enter_context(Prefetch(self.job.batches(), self.config.prefetch)), self.updater
 
     def _account(self, report: StepReport, batch: Batch, seconds: float) -> None:
         """Count the step, and give up if nothing finite comes any more."""
@@ -205,6 +215,8 @@ class _Run:
         """Write a checkpoint of the run as it is now, unless there is one."""
         if self.saved is not None and step_of(self.saved) == self.progress.step:
             return
+        if self.team is not None:
+            self.team.collect()
         self.progress.cursor = self.job.merge_cursors(self.job.ranks.gather(self.progress.cursor))
         if self.job.ranks.first:
             self._write()

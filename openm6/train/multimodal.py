@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from openm6.evaluate.table import summary
 from openm6.modalities.codec import codec_scores
 from openm6.modalities.numbers import Scales, fit_scale
 from openm6.modalities.pool import POOL
-from openm6.modalities.sequence import Batch
+from openm6.modalities.sequence import Batch, Counts, count, split
 from openm6.modalities.text import train_tokenizer
 from openm6.models.backbone import side_loss
 from openm6.models.description import (
@@ -48,17 +48,8 @@ from openm6.train.recipe import MultimodalRecipe, build_backbone
 from openm6.train.step import seed_everything
 
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
+PART_TOKENS = 256  # fewer are not worth a process: each part costs some milliseconds whatever it holds
 SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """Examples, tokens, places in rows, and learned tokens of each kind in one step of all ranks."""
-
-    examples: float
-    tokens: float
-    places: float
-    learned: dict[str, float]
 
 
 class MultimodalJob(Job):
@@ -98,9 +89,15 @@ class MultimodalJob(Job):
         preparer = Preparer(Mixture(components, seed), self.modalities, seed, recipe.loss_weights)
         quarantine = Quarantine(run.quarantine, recipe.max_broken)
         self.packer = Packer(preparer, recipe.packing, quarantine, self.ranks.rank, self.ranks.size)
+        # Pooled tokens are compared with all others of their batch: those of another process would be missed.
+        whole = self.omni.pool is not None or self.ranks.size > 1
+        self.most_parts = 1 if whole else max(1, recipe.packing.rows * recipe.packing.length // PART_TOKENS)
 
     def batches(self) -> Iterator[Batch]:
         return self.packer.batches()
+
+    def split(self, batch: Batch, parts: int) -> list[Batch]:
+        return split(batch, parts)
 
     def restore(self, cursor: dict[str, Any]) -> None:
         self.packer.restore(cursor)
@@ -132,15 +129,13 @@ class MultimodalJob(Job):
         loads = [replace(load, dropped=load.dropped * share) for load in loads]
         return StepResult(total / counts.examples + share * side_loss(loads), metrics, loads)
 
-    def _count(self, batch: Batch) -> _Counts:
-        """What all ranks together have in this step."""
+    def _count(self, batch: Batch) -> Counts:
+        """What the batch that this is a part of, or those of all ranks together, hold in this step."""
+        own = batch.whole or count(batch)
         kinds = list(self.omni.adapters)
-        learned = [int((batch.kinds[kind].weight != 0).sum()) if kind in batch.kinds else 0 for kind in kinds]
-        places = batch.layout.sample.numel()
-        examples, tokens, places_, *rest = self.ranks.total(
-            [batch.num_examples, batch.tokens, places, *learned]
-        )
-        return _Counts(max(1.0, examples), tokens, places_, dict(zip(kinds, rest, strict=True)))
+        learned = [own.learned.get(kind, 0) for kind in kinds]
+        examples, tokens, places, *rest = self.ranks.total([own.examples, own.tokens, own.places, *learned])
+        return Counts(max(1.0, examples), tokens, places, dict(zip(kinds, rest, strict=True)))
 
     def after_step(self, result: StepResult) -> None:
         self.omni.backbone.update_balance(list(result.loads))

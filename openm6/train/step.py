@@ -92,16 +92,13 @@ class Updater:
         self.job.ranks.sum_gradients(self.parameters)
         norm = self._clip()
         result, tokens = sum_over_ranks(result, batch.tokens, self.job.ranks)
-        measured = _measure(result, norm)
-        applied = math.isfinite(measured["loss"]) and math.isfinite(measured["grad_norm"])
-        if applied:
+        report = make_report(step, tokens, rate, result, norm)
+        if report.applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if applied:
+        if report.applied:
             self.job.after_step(result)
-        c_v, dropped = (_take_layers(measured, f"{name} ") for name in ("c_v", "dropped"))
-        loss, norm_read = measured.pop("loss"), measured.pop("grad_norm")
-        return StepReport(step, tokens, loss, norm_read, rate, applied, measured, c_v, dropped)
+        return report
 
     def _clip(self) -> Tensor:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -133,6 +130,15 @@ def sum_over_ranks(result: StepResult, tokens: int, ranks: Ranks) -> tuple[StepR
         for report, load, dropped in zip(result.loads, rest[::2], rest[1::2], strict=True)
     ]
     return StepResult(summed[0], {**named}, loads), round(float(summed[1 + len(metrics)]))
+
+
+def make_report(step: int, tokens: int, rate: float, result: StepResult, norm: Tensor) -> StepReport:
+    """The report of a step whose gradients have this norm; it is applied if its loss and norm are finite."""
+    measured = _measure(result, norm)
+    c_v, dropped = (_take_layers(measured, f"{name} ") for name in ("c_v", "dropped"))
+    loss, grad_norm = measured.pop("loss"), measured.pop("grad_norm")
+    applied = math.isfinite(loss) and math.isfinite(grad_norm)
+    return StepReport(step, tokens, loss, grad_norm, rate, applied, measured, c_v, dropped)
 
 
 def _measure(result: StepResult, norm: Tensor) -> dict[str, float]:

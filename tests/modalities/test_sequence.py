@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from multiprocessing import Pipe
+
 import numpy as np
 import pytest
 import torch
 
 from openm6.modalities.interface import Placement, Tokens, line, rectangle
-from openm6.modalities.sequence import collate, lay_out
+from openm6.modalities.sequence import Batch, collate, count, lay_out, split
+from openm6.ops.sequence import visible
 
 
 def piece(
@@ -87,3 +90,60 @@ def test_each_example_weighs_the_same_whatever_its_length() -> None:
 def test_an_example_that_learns_nothing_weighs_nothing() -> None:
     batch = collate([[lay_out([piece(3)])]], 4)
     assert batch.kinds["a"].weight.tolist() == [0, 0, 0]
+
+
+def mixed_batch() -> Batch:
+    rows = [
+        [lay_out([piece(n, kind="x"), piece(3, "causal", "y", [0, 2])], f"t{n}") for n in (2, 5)],
+        [
+            lay_out([piece(4, kind="y"), piece(3, "block", "x", [1])], "t4"),
+            lay_out([piece(1, "causal", "x", [0])]),
+        ],
+    ]
+    return collate(rows, 14, {"serial": 9})
+
+
+def test_parts_hold_every_token_once_and_keep_examples_whole() -> None:
+    batch = mixed_batch()
+    parts = split(batch, 2)
+    assert sum(part.tokens for part in parts) == batch.tokens
+    assert all(part.whole == count(batch) for part in parts)
+    assert [part.cursor for part in parts] == [{"serial": 9}, {}]
+    examples = [{n for kind in part.kinds.values() for n in kind.example.tolist()} for part in parts]
+    assert examples[0] | examples[1] == {0, 1, 2, 3} and not examples[0] & examples[1]
+    for name, kind in batch.kinds.items():
+        found = [part.kinds[name] for part in parts if name in part.kinds]
+        joined = torch.cat([part.example * 100 + part.arrays["number"] for part in found])
+        assert sorted(joined.tolist()) == sorted((kind.example * 100 + kind.arrays["number"]).tolist())
+        assert torch.cat([part.weight for part in found]).sum() == pytest.approx(float(kind.weight.sum()))
+    assert max(part.tokens for part in parts) <= 14
+
+
+def test_parts_see_what_the_whole_saw() -> None:
+    """The tokens of an example keep their order, their rule and their places in a part."""
+    batch = mixed_batch()
+    mask = visible(batch.layout, batch.layout)
+    for part in split(batch, 3):
+        seen = visible(part.layout, part.layout)[0, 0]
+        assert part.layout.batch == 1 and part.layout.length == part.tokens
+        for name, kind in part.kinds.items():
+            whole = batch.kinds[name]
+            for example in kind.example.unique():
+                there, here = whole.index[whole.example == example], kind.index[kind.example == example]
+                row = there[0] // 14
+                assert torch.equal(mask[row, 0][there % 14][:, there % 14], seen[here][:, here])
+                positions = batch.layout.positions.flatten(0, 1)
+                assert torch.equal(positions[there], part.layout.positions[0][here])
+
+
+def test_a_batch_survives_the_way_to_another_process() -> None:
+    batch = mixed_batch()
+    ours, theirs = Pipe()
+    ours.send(batch)
+    copy = theirs.recv()
+    assert copy.tasks == batch.tasks and copy.cursor == batch.cursor
+    for one, other in zip(batch.layout.parts(), copy.layout.parts(), strict=True):
+        assert torch.equal(one, other)
+    for name, kind in batch.kinds.items():
+        assert torch.equal(kind.index, copy.kinds[name].index)
+        assert torch.equal(kind.arrays["number"], copy.kinds[name].arrays["number"])

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from openm6.base.config import build
 from openm6.base.errors import OpenM6Error, TrainingError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints
@@ -22,6 +24,8 @@ from openm6.generate.embed import embedding_size
 from openm6.generate.load import load
 from openm6.modalities.registry import MODALITIES
 from openm6.tasks.registry import TASKS
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.recipe import MultimodalRecipe
 from openm6.train.recorder import Line, read_metrics
 from openm6.train.run import train_recipe
 from tests.data.pictures import png
@@ -274,3 +278,23 @@ def test_embeddings_are_taught_beside_answers(tmp_path: Path) -> None:
     entry = report_of(tmp_path / "run")["tasks"]["pair_picture/digits"]
     assert entry["metric"] == "recall_at_1" and entry["baseline_name"] == "chance"
     assert embedding_size(load(tmp_path / "run")) == 128
+
+
+def test_the_parts_of_a_batch_add_up_to_its_loss_and_gradient(tmp_path: Path) -> None:
+    recipe = build(MultimodalRecipe, {**tiny_recipe(), "packing": {"rows": 4, "length": 160}}, "tiny")
+    job = MultimodalJob(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
+    job.model.train()
+    assert job.most_parts == 2
+    batch = next(job.batches())
+    whole = job.loss(batch)
+    wanted = torch.autograd.grad(whole.loss, list(job.model.parameters()), allow_unused=True)
+    parts = [job.loss(part) for part in job.split(batch, 3)]
+    total = torch.stack([part.loss for part in parts]).sum()
+    assert total.item() == pytest.approx(whole.loss.item(), rel=1e-4)
+    found = torch.autograd.grad(total, list(job.model.parameters()), allow_unused=True)
+    for (name, _), one, other in zip(job.model.named_parameters(), wanted, found, strict=True):
+        assert (one is None) == (other is None), name
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-5, msg=name)
+    loads = torch.stack([load.load for part in parts for load in part.loads if load.layer == 0]).sum(0)
+    assert torch.equal(loads, whole.loads[0].load)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from openm6.base.energy.counter import SILENCE
 from openm6.base.energy.reading import Source
@@ -17,9 +18,22 @@ Clock = Callable[[], float]
 
 
 def own_cpu_seconds() -> float:
-    """Processor time of this process and of its children that have ended."""
+    """Processor time of this process and of its children, those that have ended and, on Linux, those that live."""
     spent = os.times()
-    return spent.user + spent.system + spent.children_user + spent.children_system
+    return spent.user + spent.system + spent.children_user + spent.children_system + _living_children()
+
+
+def _living_children() -> float:
+    """Seconds of the processes that the main thread has started, and of their own children that have ended."""
+    total = 0
+    try:
+        own = os.getpid()
+        for child in Path(f"/proc/{own}/task/{own}/children").read_text().split():
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            total += sum(int(ticks) for ticks in fields[11:15])  # utime, stime and those of its children
+        return total / os.sysconf("SC_CLK_TCK")
+    except OSError:  # not Linux, or the child ended just now: it is counted among the ended ones next time
+        return 0.0
 
 
 class ProcessorEstimate:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
 import pytest
 
-from openm6.base.energy.estimate import MemoryEstimate, ProcessorEstimate
+from openm6.base.energy.estimate import MemoryEstimate, ProcessorEstimate, own_cpu_seconds
 
 
 class Hand:
@@ -34,3 +38,19 @@ def test_sleep_adds_nothing_but_what_was_computed() -> None:
     assert memory.joules() == 0.0
     clock.now += 10.0
     assert memory.joules() == pytest.approx(16 * 0.375 * 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="living children are read from /proc")
+def test_a_child_counts_while_it_lives_and_once_when_it_has_ended() -> None:
+    before = own_cpu_seconds()
+    child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        deadline = time.monotonic() + 30
+        while own_cpu_seconds() < before + 0.05 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        living = own_cpu_seconds() - before
+        assert living >= 0.05
+    finally:
+        child.kill()
+        child.wait()
+    assert living - 0.03 <= own_cpu_seconds() - before < 2 * living + 0.5

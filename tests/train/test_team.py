@@ -1,0 +1,138 @@
+"""Processes that share a step: the same training as one process, exact resuming, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from openm6.base.errors import ConfigError, DataError, TrainingError
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest
+from openm6.train.loop import train
+from openm6.train.recorder import Line, read_metrics
+from openm6.train.team import deal, number_of_workers
+from tests.train.team_job import TeamJob, team_config
+from tests.train.toy_job import ToyJob, toy_config
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a team is forked")
+ROOT = Path(__file__).parents[2]
+CLOCK = {"seconds", "tokens_per_second", "joules", "joules_per_token", "watts"}
+
+
+def lines_of(folder: Path) -> list[Line]:
+    lines = read_metrics(RunFolder(folder))
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
+
+
+def assert_same_end(left: Path, right: Path) -> None:
+    """Weights, optimizer and metrics agree to the bit."""
+    first, second = latest(left), latest(right)
+    assert first.name == second.name
+    for name in ("model.safetensors", "optimizer.safetensors", "job.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    assert lines_of(left) == lines_of(right)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("workers", [2, 3])
+def test_a_team_trains_as_one_process_does(tmp_path: Path, optimizer: str, workers: int) -> None:
+    alone, together = TeamJob(), TeamJob()
+    train(alone, team_config(1, optimizer), RunFolder.open(tmp_path / "alone"))
+    train(together, team_config(workers, optimizer), RunFolder.open(tmp_path / "together"))
+    for (name, one), other in zip(alone.model.named_parameters(), together.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
+    assert torch.equal(alone.loads, together.loads)
+    for one, other in zip(lines_of(tmp_path / "alone"), lines_of(tmp_path / "together"), strict=True):
+        assert one["tokens"] == other["tokens"] and one["c_v"] == pytest.approx(other["c_v"], rel=1e-5)
+        for name in ("loss", "grad_norm", "loss/toy"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3), name
+
+
+def test_a_team_resumed_equals_one_unbroken(tmp_path: Path) -> None:
+    train(TeamJob(), team_config(2), RunFolder.open(tmp_path / "whole"))
+    with pytest.raises(TrainingError, match=r"a worker process ended with code 7 .*loop\.workers=1"):
+        train(TeamJob(dies=15), team_config(2), RunFolder.open(tmp_path / "broken"))
+    assert latest(tmp_path / "broken").name == "step-12"
+    train(TeamJob(), team_config(2), RunFolder.open(tmp_path / "broken"), resume=True)
+    assert_same_end(tmp_path / "whole", tmp_path / "broken")
+
+
+def children_of(process: int) -> list[int]:
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+def wait_until_gone(processes: list[int]) -> bool:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        alive = [number for number in processes if Path(f"/proc/{number}").exists()]
+        if not [n for n in alive if ") Z" not in Path(f"/proc/{n}/stat").read_text()]:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("word", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_team_leaves_nobody_behind_and_resumes_exactly(
+    tmp_path: Path, word: signal.Signals
+) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.train.team_job", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while len(lines_of(tmp_path / "run")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    others = children_of(process.pid)
+    assert len(others) == 2, "one worker and the maker of batches"
+    if word == signal.SIGKILL:
+        process.kill()
+    else:  # a terminal sends it to the whole group
+        os.killpg(process.pid, word)
+    process.wait(timeout=60)
+    assert wait_until_gone(others)
+    train(TeamJob(), team_config(2), RunFolder(tmp_path / "run"), resume=True)
+    train(TeamJob(), team_config(2), RunFolder.open(tmp_path / "whole"))
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_step_that_is_not_finite_in_one_part_is_skipped_by_all(tmp_path: Path) -> None:
+    job = TeamJob(spoilt=4)
+    result = train(job, team_config(3, steps=6), RunFolder.open(tmp_path))
+    assert result.non_finite == 1 and all(torch.isfinite(p).all() for p in job.model.parameters())
+    assert job.loads.sum() == 5 * 11
+
+
+def test_broken_data_is_told_in_its_own_words(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the disk is gone: mount it again"):
+        train(TeamJob(broken_at=4), team_config(2), RunFolder.open(tmp_path))
+
+
+def test_too_many_workers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"loop\.workers=9 .* at most 4 parts: set loop\.workers to 4"):
+        train(TeamJob(), team_config(9), RunFolder.open(tmp_path))
+    with pytest.raises(ConfigError, match=r"one process here: set loop\.workers to 1"):
+        train(ToyJob(), team_config(2), RunFolder.open(tmp_path / "toy"))
+
+
+def test_auto_is_settled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder.open(tmp_path)
+    monkeypatch.setattr("openm6.train.team.usable_cores", lambda: 3)
+    assert number_of_workers(TeamJob(), toy_config(), run) == 3
+    monkeypatch.setattr("openm6.train.team.usable_cores", lambda: 16)
+    assert number_of_workers(TeamJob(), toy_config(), run) == 3
+    assert run.read_config()["loop"]["workers"] == 3
+    assert number_of_workers(ToyJob(), toy_config(), RunFolder.open(tmp_path / "toy")) == 1
+
+
+def test_parameters_are_dealt_evenly() -> None:
+    assert deal([5, 1, 4, 2, 3], 2) == [0, 0, 1, 0, 1]
+    assert deal([7, 7], 1) == [0, 0]
