@@ -49,7 +49,7 @@ def test_a_child_counts_while_it_lives_and_once_when_it_has_ended() -> None:
         while own_cpu_seconds() < before + 0.05 and time.monotonic() < deadline:
             time.sleep(0.01)
         living = own_cpu_seconds() - before
-        assert living >= 0.05
+        assert living > 0.045
     finally:
         child.kill()
         child.wait()
