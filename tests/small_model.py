@@ -30,6 +30,14 @@ BACKBONE = BackboneConfig(
     experts=ExpertsConfig(hidden=64, num_experts=4, top_k=2),
 )
 SCALES = {
+    "price": (40.0, 30.0),
+    "rating": (4.0, 0.6),
+    "monthly_sales": (100.0, 50.0),
+    "weekly_sales": (25.0, 15.0),
+    "temperature_c": (70.0, 20.0),
+    "load_percent": (50.0, 30.0),
+    "hours": (9000.0, 5000.0),
+    "vibration_mm_s": (4.0, 3.0),
     "mass": (10.0, 2.0),
     "length": (3.0, 0.5),
     "digit": (4.5, 2.0),
@@ -106,5 +114,6 @@ def demo_sources(split: str = "train") -> dict[str, Source]:
     """All embedded data as the demo uses it, pairs and windows among it, and questions asked about flags."""
     asked = {"kind": "pairs", "left": "countries", "right": "questions", "key": "text_en"}
     more = {"asked": asked, "countries": {"kind": "embedded", "name": "countries"}}
+    more |= {name: {"kind": "made", "name": name, "records": 60} for name in ("shop", "machines", "sounds")}
     configs = {**demo_configs(), **source_configs(more, "more")}
     return open_sources(configs, "train" if split == "train" else "test")

@@ -59,9 +59,13 @@ def _pair_sequence(
 
 
 def with_others(record: Record, source: Source, rng: np.random.Generator) -> Record:
-    """The record with texts of a few others of its source, for tasks that show a wrong one."""
+    """The record with what a few others of its source hold, for tasks that show a wrong one or a second one."""
     chosen = [source[int(index)] for index in rng.integers(0, len(source), OTHERS)]
-    others = [{"en": other.get("text_en"), "zh": other.get("text_zh")} for other in chosen]
+    others = [
+        {"en": other.get("text_en"), "zh": other.get("text_zh")}
+        | {key: other[key] for key in ("image", "audio", "label") if key in other}
+        for other in chosen
+    ]
     return {**record, "others": others}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from openm6.tasks.slots import Columns, Fits, MaybeText, OneColumn, Picture, PictureWithHole, Shown, Text
+from openm6.tasks.comparing_slots import Fits, MaybeText, Shown
+from openm6.tasks.slots import Columns, OneColumn, Picture, PictureWithHole, Text
 from openm6.tasks.task import Task
 
 NAME_PICTURE = Task(
@@ -65,6 +66,17 @@ MATCH_PICTURE = Task(
     reads="image",
     gives="text",
 )
+TAG_PICTURE = Task(
+    name="tag_picture",
+    summary="give the keywords of a picture",
+    given={"image": Picture()},
+    wanted=Text("tags", max_tokens=48),
+    prompts={"en": ("{image} Keywords:",), "zh": ("{image} 关键词：",)},
+    metrics=("character_f1",),
+    baseline="frequent_answer",
+    reads="image",
+    gives="text",
+)
 DRAW = Task(
     name="draw",
     summary="draw what a text says",
@@ -119,6 +131,7 @@ TASKS = (
     CLASSIFY_PICTURE,
     ASK_PICTURE,
     MATCH_PICTURE,
+    TAG_PICTURE,
     DRAW,
     FILL_PICTURE,
     NUMBER_FROM_PICTURE,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from openm6.base.config import nearest
 from openm6.base.errors import ConfigError
-from openm6.tasks import contrasts, pictures, sounds, tables, texts
+from openm6.tasks import analysis, contrasts, design, pictures, poems, shop, sounds, tables, texts
 from openm6.tasks.task import Task
 
-FAMILIES = (texts, pictures, sounds, tables, contrasts)
+FAMILIES = (texts, poems, pictures, design, sounds, tables, analysis, shop, contrasts)
 TASKS: dict[str, Task] = {task.name: task for family in FAMILIES for task in family.TASKS}
 
 

@@ -17,12 +17,31 @@ YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
 
 
 def localised(record: Record, name: str, language: str) -> Any:
-    """`text` and `tags` carry a language suffix; `label` is English and `label_zh` Chinese; the rest has none."""
+    """A record's field in a language.
+
+    `text` and `tags` carry a language suffix; `label` is English and `label_zh` Chinese; the other known keys have
+    none. Any other name is looked for in `extra`.
+    """
     if name in ("text", "tags"):
         return record.get(f"{name}_{language}")
     if name == "label" and language == "zh":
         return record.get("label_zh")
-    return record.get(name)
+    return record[name] if name in record else _beside(record.get("extra") or {}, name, language)
+
+
+def _beside(extra: Record, name: str, language: str) -> Any:
+    """A field kept beside: `name_en` or `name_zh`, else `name` where it is written in that language."""
+    if f"{name}_{language}" in extra:
+        return extra[f"{name}_{language}"]
+    plain = extra.get(name)
+    if plain is None or is_chinese(as_text(plain)) != (language == "zh"):
+        return None
+    return plain
+
+
+def is_chinese(text: str) -> bool:
+    """Whether any letter of a text is Chinese."""
+    return any("\u4e00" <= letter <= "\u9fff" for letter in text)
 
 
 def as_text(value: Any) -> str:
@@ -255,48 +274,3 @@ def _series(record: Record, scene: Scene) -> tuple[str, list[float | None]]:
     if "column" not in scene.shared:
         scene.shared["column"] = sorted(series)[int(scene.rng.integers(len(series)))]
     return scene.shared["column"], series[scene.shared["column"]]
-
-
-@dataclass(frozen=True)
-class MaybeText(Text):
-    """The record's own text or, half the time, another one of `others`: the pair to match."""
-
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        text = as_text(localised(record, self.name, scene.language))
-        others = [
-            other for other in record.get("others", ()) if other.get(scene.language) not in (None, text)
-        ]
-        fits = not others or bool(scene.rng.random() < 0.5)
-        scene.shared["fits"] = fits
-        if not fits:
-            text = others[int(scene.rng.integers(len(others)))][scene.language]
-        return [Part("text", text)]
-
-
-@dataclass(frozen=True)
-class Fits(Slot):
-    """Yes or no, in the example's language: whether the text of a `MaybeText` was the record's own."""
-
-    text: MaybeText
-
-    def present(self, record: Record, language: str) -> bool:
-        return self.text.present(record, language)
-
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        if "shown" not in scene.shared:
-            scene.shared["shown"] = self.text.parts(record, scene)
-        return [Part("text", YES_NO[scene.language][int(scene.shared["fits"])])]
-
-    def key(self, record: Record, scene: Scene) -> str:
-        return str(scene.shared["fits"])
-
-
-@dataclass(frozen=True)
-class Shown(Slot):
-    """The text that the wanted `Fits` has drawn."""
-
-    def present(self, record: Record, language: str) -> bool:
-        return True
-
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        return scene.shared["shown"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from openm6.tasks.comparing_slots import Fits, MaybeSound, Shown
 from openm6.tasks.slots import Columns, OneColumn, Picture, Sound, SoundWithGap, Text
 from openm6.tasks.task import Task
 
@@ -24,6 +25,19 @@ NAME_SOUND = Task(
     given={"sound": Sound()},
     wanted=Text("label", max_tokens=16),
     prompts={"en": ("{sound} What made this sound?",), "zh": ("{sound} 这是什么声音？",)},
+    metrics=("exact_match",),
+    baseline="frequent_answer",
+    reads="sound",
+    gives="text",
+)
+_MAYBE = MaybeSound()
+MATCH_SPOKEN = Task(
+    name="match_spoken",
+    summary="say whether what is spoken fits a picture",
+    given={"image": Picture(), "sound": Shown()},
+    wanted=Fits(_MAYBE),
+    compares=True,
+    prompts={"en": ("{image} {sound} Is it this?",), "zh": ("{image} {sound} 是这个吗？",)},
     metrics=("exact_match",),
     baseline="frequent_answer",
     reads="sound",
@@ -99,6 +113,7 @@ DRAW_SOUND = Task(
 TASKS = (
     TRANSCRIBE,
     NAME_SOUND,
+    MATCH_SPOKEN,
     SPEAK,
     FILL_SOUND,
     NUMBER_FROM_SOUND,

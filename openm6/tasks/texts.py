@@ -71,6 +71,17 @@ DEFINE = Task(
     reads="text",
     gives="text",
 )
+EXPLAIN_WORD = Task(
+    name="explain_word",
+    summary="define a word",
+    given={"label": Text("label")},
+    wanted=Gloss("text", max_tokens=64),
+    prompts={"en": ("What is {label}?", "Define {label}."), "zh": ("什么是{label}？",)},
+    metrics=("character_f1",),
+    baseline="frequent_answer",
+    reads="text",
+    gives="text",
+)
 ANSWER = Task(
     name="answer",
     summary="answer a question about a text",
@@ -112,6 +123,7 @@ TASKS = (
     TRANSLATE,
     TRANSLATE_LABEL,
     DEFINE,
+    EXPLAIN_WORD,
     ANSWER,
     CLASSIFY_TEXT,
     NUMBER_FROM_TEXT,
