@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from openm6.base.config import Config
+from openm6.base.energy.config import EnergyConfig
 from openm6.base.errors import ConfigError
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.optim.registry import check_optimizer_name
@@ -34,6 +35,7 @@ class LoopConfig(Config):
     # Processes that share a step on a CPU; auto: one a core. A run keeps its number, which decides the order of sums.
     workers: int | Literal["auto"] = "auto"
     max_non_finite: int = Field(default=10, ge=0)  # skipped steps in a row before the run gives up
+    energy: EnergyConfig = EnergyConfig()
     tensorboard: bool = True  # where the package is installed
 
     @field_validator("steps", "workers")

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from openm6.base.energy.ledger import Work
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.nn.experts import RouterLoad
@@ -32,12 +33,13 @@ class StepResult:
     """What one forward pass gave; several ranks, or parts of a batch, each give a share, and the shares add up.
 
     `metrics` are scalars such as `loss/text`; a tensor among them stays on its device until the loop reads them all
-    at once. `loads` has one entry per sparse layer.
+    at once. `loads` has one entry per sparse layer. `work` says what the step was for; its joules are charged by it.
     """
 
     loss: Tensor
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
     loads: Sequence[RouterLoad] = ()
+    work: Work = field(default_factory=dict)
 
 
 class Job:

@@ -23,6 +23,7 @@ from openm6.train.hooks import Hook
 from openm6.train.interrupt import Interrupt
 from openm6.train.job import Batch, Job
 from openm6.train.length import RunLength
+from openm6.train.memory import MemoryHook
 from openm6.train.metering import MeterHook
 from openm6.train.prefetch import Prefetch
 from openm6.train.progress import Progress
@@ -59,7 +60,7 @@ def train(
 ) -> TrainResult:
     """Train `job` into `run`, from the start or, with `resume`, from the latest complete checkpoint.
 
-    `hooks` act at every step, after the energy meter, in their order.
+    `hooks` act at every step, after the meters of energy and memory, in their order.
 
     A run killed at any step and resumed equals an unbroken one bit for bit on the CPU, since all randomness comes
     from (seed, step) and the data's cursor is saved.
@@ -89,7 +90,7 @@ class _Run:
         self.job, self.config, self.run = job, config, run
         self.updater = Updater(job, config)
         stages = [StagesHook(config.stages)] if config.stages is not None else []
-        self.hooks: list[Hook] = [MeterHook(), *stages, *hooks]
+        self.hooks: list[Hook] = [MeterHook(), MemoryHook(), *stages, *hooks]
         self.recorder, self.watch, self.progress = Recorder(), SpikeWatch(), Progress()
         self.team: Team | None = None
         self.saved: Path | None = None

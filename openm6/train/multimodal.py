@@ -43,6 +43,7 @@ from openm6.parallel.gather import open_gather
 from openm6.parallel.ranks import Ranks
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES
+from openm6.train.attribution import Attribution
 from openm6.train.job import Job, StepResult
 from openm6.train.recipe import MultimodalRecipe, build_backbone
 from openm6.train.step import seed_everything
@@ -80,6 +81,7 @@ class MultimodalJob(Job):
         self.model = self.omni.to(device)
         if self.omni.pool is not None:
             self.omni.pool.gather = open_gather()
+        self.attribution = Attribution(self.omni)
         _check_lessons(recipe, sources)
         components = [
             Component(source=sources[lecture.source], task=lecture.task, weight=lecture.weight)
@@ -111,6 +113,7 @@ class MultimodalJob(Job):
         Each rank gives its share of what all of them together have.
         """
         counts = self._count(batch)
+        work = self.attribution.shares(batch)
         batch = batch.to(self.omni.device)
         judged, loads = self.omni.judge(batch)
         total = sum(
@@ -127,7 +130,7 @@ class MultimodalJob(Job):
         metrics["fill"] = batch.tokens / counts.places
         share = batch.tokens / max(1.0, counts.tokens)  # the routers' own means are over this rank's tokens
         loads = [replace(load, dropped=load.dropped * share) for load in loads]
-        return StepResult(total / counts.examples + share * side_loss(loads), metrics, loads)
+        return StepResult(total / counts.examples + share * side_loss(loads), metrics, loads, work)
 
     def _count(self, batch: Batch) -> Counts:
         """What the batch that this is a part of, or those of all ranks together, hold in this step."""

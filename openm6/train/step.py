@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from openm6.base.energy.ledger import Work
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.delink import Moments, delink_moments
 from openm6.checkpoint.load import optimizer_tensors, place_optimizer
@@ -38,6 +39,7 @@ class StepReport:
         float
     ]  # per sparse layer, the load's σ/μ (M6-T, arXiv 2105.15082, section 3.1): 0 is a perfect balance
     dropped: list[float]  # per sparse layer, share of choices dropped
+    work: Work = field(default_factory=dict)  # what the step was for, as the job says
 
 
 def seed_everything(seed: int, *purpose: str | int) -> None:
@@ -138,7 +140,9 @@ def make_report(step: int, tokens: int, rate: float, result: StepResult, norm: T
     c_v, dropped = (_take_layers(measured, f"{name} ") for name in ("c_v", "dropped"))
     loss, grad_norm = measured.pop("loss"), measured.pop("grad_norm")
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
-    return StepReport(step, tokens, loss, grad_norm, rate, applied, measured, c_v, dropped)
+    return StepReport(
+        step, tokens, loss, grad_norm, rate, applied, measured, c_v, dropped, result.work
+    )
 
 
 def _measure(result: StepResult, norm: Tensor) -> dict[str, float]:

@@ -25,7 +25,15 @@ from tests.train.toy_job import ToyBatch, ToyJob, toy_config
 ROOT = Path(__file__).parents[2]
 
 
-MEASURED = {"seconds", "tokens_per_second", "joules", "joules_per_token", "watts"}
+MEASURED = {
+    "seconds",
+    "tokens_per_second",
+    "joules",
+    "joules_per_token",
+    "watts",
+    "memory_start",
+    "memory_peak",
+}
 
 
 class CrashingJob(ToyJob):

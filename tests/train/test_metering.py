@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from openm6.base.energy.ledger import Ledger
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state
 from openm6.train.hooks import Hook, Running
@@ -77,8 +78,28 @@ def test_lines_and_checkpoints_tell_joules_and_a_resumed_run_carries_them_on(tmp
     lines = [line for line in read_metrics(run) if "joules" in line]
     assert len(lines) == 2 and 0 < lines[0]["joules"] <= lines[1]["joules"]
     assert lines[1]["energy_source"] and lines[1]["watts"] >= 0 and lines[1]["joules_per_token"] >= 0
-    kept = read_state(latest(tmp_path))["hooks"]["meter"]["by_source"]
-    assert sum(kept.values()) >= lines[1]["joules"]
+    ledger = Ledger.from_json(read_state(latest(tmp_path))["hooks"]["meter"])
+    assert ledger.joules >= lines[1]["joules"]
+    assert ledger.joules == pytest.approx(ledger.in_steps + ledger.between + ledger.repeated)
+    assert ledger.tokens == lines[1]["tokens"]
     train(ToyJob(), toy_config(steps=15), run, resume=True)
     after = [line for line in read_metrics(run) if "joules" in line][-1]
-    assert after["step"] == 15 and after["joules"] >= sum(kept.values())
+    assert after["step"] == 15 and after["joules"] >= ledger.joules
+
+
+def test_steps_that_a_crash_lost_are_accounted_as_repeated(tmp_path: Path) -> None:
+    class Failing(Witness):
+        def after_step(self, report: StepReport) -> dict[str, float]:
+            if report.step == 13:  # the last checkpoint is of step 7, the last line of step 10
+                raise OSError("the lights went out")
+            return {}
+
+    run = RunFolder.open(tmp_path)
+    with pytest.raises(OSError, match="lights"):
+        train(ToyJob(pause=0.002), toy_config(steps=20), run, hooks=[Failing()])
+    told = [line["joules"] for line in read_metrics(run) if "joules" in line][-1]
+    at_checkpoint = Ledger.from_json(read_state(latest(tmp_path))["hooks"]["meter"])
+    train(ToyJob(), toy_config(steps=20), run, resume=True)
+    ledger = Ledger.from_json(read_state(latest(tmp_path))["hooks"]["meter"])
+    assert ledger.repeated == pytest.approx(told - at_checkpoint.joules)
+    assert ledger.joules > told and ledger.tokens == 20 * 16

@@ -1,0 +1,92 @@
+"""Where a run's joules went: by source, stage, modality and task, and what no step can be charged with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Share:
+    """One kind's part in a step: its tokens, and the floating-point operations that they took."""
+
+    tokens: int
+    operations: float
+
+
+Work = Mapping[str, Mapping[str, Share]]
+"""`modality` or `task` -> its name -> its share of a step."""
+
+
+@dataclass
+class Account:
+    """What one stage, modality or task has cost so far."""
+
+    joules: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, joules: float, tokens: int, seconds: float) -> None:
+        self.joules += joules
+        self.tokens += tokens
+        self.seconds += seconds
+
+
+@dataclass
+class Ledger:
+    """The accounts of a run.
+
+    A step's joules go to its stage as a whole, and to modalities and tasks in proportion to the operations that their
+    tokens took in it (`Share.operations`). `between`: joules while no step ran (waiting for data, judging, saving).
+    `repeated`: joules of steps that a crash lost and that were taken again. All add up to `joules`.
+    """
+
+    by_source: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, Account] = field(default_factory=dict)
+    modalities: dict[str, Account] = field(default_factory=dict)
+    tasks: dict[str, Account] = field(default_factory=dict)
+    between: float = 0.0
+    repeated: float = 0.0
+
+    @property
+    def joules(self) -> float:
+        return sum(self.by_source.values())
+
+    @property
+    def source(self) -> str:
+        """The sources joined by `+`, from the best to the least."""
+        return "+".join(self.by_source)
+
+    @property
+    def in_steps(self) -> float:
+        """Joules of the steps that count."""
+        return sum(account.joules for account in self.stages.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(account.tokens for account in self.stages.values())
+
+    def add_step(self, stage: str, joules: float, tokens: int, seconds: float, work: Work) -> None:
+        """Charge one step."""
+        self.stages.setdefault(stage, Account()).add(joules, tokens, seconds)
+        for kind, accounts in (("modality", self.modalities), ("task", self.tasks)):
+            shares = work.get(kind, {})
+            total = sum(share.operations for share in shares.values())
+            for name, share in shares.items():
+                part = share.operations / total if total > 0 else 0.0
+                accounts.setdefault(name, Account()).add(joules * part, share.tokens, seconds * part)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, which `from_json` takes back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Ledger:
+        """The ledger that `to_json` gave."""
+        kinds = {
+            kind: {name: Account(**account) for name, account in values.get(kind, {}).items()}
+            for kind in ("stages", "modalities", "tasks")
+        }
+        sums = {name: float(values.get(name, 0.0)) for name in ("between", "repeated")}
+        return cls(by_source=dict(values.get("by_source", {})), **kinds, **sums)
