@@ -43,9 +43,9 @@ class Attribution:
             operations += np.bincount(example, weights=cost, minlength=batch.num_examples)
             modalities[name] = Share(len(learned), float(cost.sum()))
         tasks: dict[str, Share] = {}
-        for task, count, cost in zip(batch.tasks, tokens, operations, strict=True):
+        for task, count, spent in zip(batch.tasks, tokens, operations, strict=True):
             before = tasks.get(task, Share(0, 0.0))
-            tasks[task] = Share(before.tokens + int(count), before.operations + float(cost))
+            tasks[task] = Share(before.tokens + int(count), before.operations + float(spent))
         return {"modality": modalities, "task": tasks}
 
 

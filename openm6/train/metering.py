@@ -86,7 +86,7 @@ class MeterHook(Hook):
         own = self._own()
         numbers = [own.by_source.get(source, 0.0) for source in SOURCES]
         spent, *now = self._running.job.ranks.total([own.joules - since, *numbers])
-        by_source = {
+        by_source: dict[str, float] = {
             source: self._before.get(source, 0.0) + joules
             for source, joules in zip(SOURCES, now, strict=True)
             if joules or source in self._before or source in own.by_source

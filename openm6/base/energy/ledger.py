@@ -84,9 +84,15 @@ class Ledger:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Ledger:
         """The ledger that `to_json` gave."""
-        kinds = {
-            kind: {name: Account(**account) for name, account in values.get(kind, {}).items()}
-            for kind in ("stages", "modalities", "tasks")
-        }
-        sums = {name: float(values.get(name, 0.0)) for name in ("between", "repeated")}
-        return cls(by_source=dict(values.get("by_source", {})), **kinds, **sums)
+
+        def accounts(kind: str) -> dict[str, Account]:
+            return {name: Account(**account) for name, account in values.get(kind, {}).items()}
+
+        return cls(
+            by_source=dict(values.get("by_source", {})),
+            stages=accounts("stages"),
+            modalities=accounts("modalities"),
+            tasks=accounts("tasks"),
+            between=float(values.get("between", 0.0)),
+            repeated=float(values.get("repeated", 0.0)),
+        )

@@ -123,7 +123,7 @@ def open_meter(
     gpus: numbers as CUDA counts them, empty for none; by default all visible, or that of the process where several
     share the machine. cpu_watts: rated power of all processors, for the estimate where RAPL cannot be read; by default
     5 W a core. processor: whether to count processor and memory; by default only the first process of a machine does,
-    so that nothing is counted twice.
+    so that nothing is counted twice; the others add an estimate of their own load where there is no counter of all.
     """
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     if gpus is None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
@@ -131,11 +131,14 @@ def open_meter(
     boards, notes = open_gpus(None if gpus is None else tuple(gpus))
     if processor is None:
         processor = rank == 0
-    if not processor:
-        return Meter(boards, notes)
     packages, has_memory, why = open_packages()
     if not packages:
-        packages = [ProcessorEstimate(cpu_watts or WATTS_A_CORE * usable_cores(), usable_cores())]
+        rated = cpu_watts or WATTS_A_CORE * usable_cores()
+        packages = [ProcessorEstimate(rated, usable_cores(), idle=processor)]
+    elif not processor:
+        packages = []
+    if not processor:
+        return Meter([*boards, *packages], notes)
     if not has_memory and installed_gib() > 0:
         packages.append(MemoryEstimate(installed_gib()))
     return Meter([*boards, *packages], [*notes, *why])
