@@ -17,8 +17,8 @@ from openm6.train.step import StepReport
 class MeterHook(Hook):
     """Keeps a ledger of the joules of all devices that the run uses: each rank reads its own, and they are summed.
 
-    Lines get `joules` (of the run so far), `joules_per_token` and `watts` (since the last line), `energy_source` and
-    `stage`. The ledger goes into checkpoints.
+    Lines get `joules` (of the run so far), `joules_per_token` and `watts` (since the last line) and `energy_source`.
+    The ledger goes into checkpoints.
     """
 
     name = "meter"
@@ -44,8 +44,8 @@ class MeterHook(Hook):
     def after_step(self, report: StepReport) -> dict[str, float]:
         assert self._running is not None
         joules, seconds = self._step
-        progress, spent = self._running.progress, self._read(joules)
-        self.ledger.add_step(progress.stage, spent, report.tokens, progress.seconds - seconds, report.work)
+        stage, progress, spent = self._running.job.stage, self._running.progress, self._read(joules)
+        self.ledger.add_step(stage, spent, report.tokens, progress.seconds - seconds, report.work)
         self._settle()
         return {}
 
@@ -61,7 +61,6 @@ class MeterHook(Hook):
             "joules_per_token": spent / max(1, progress.tokens - tokens),
             "watts": spent / max(1e-9, progress.seconds - seconds),
             "energy_source": ledger.source,
-            "stage": progress.stage,
         }
 
     def state(self) -> dict[str, Any]:

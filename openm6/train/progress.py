@@ -16,5 +16,4 @@ class Progress:
     non_finite: int = 0  # skipped steps
     non_finite_in_a_row: int = 0
     spikes: int = 0
-    stage: str = "real"  # pseudo: layers share their weights (Pseudo-to-Real, arXiv 2110.03888)
     cursor: dict[str, Any] = field(default_factory=dict)

@@ -140,9 +140,7 @@ def make_report(step: int, tokens: int, rate: float, result: StepResult, norm: T
     c_v, dropped = (_take_layers(measured, f"{name} ") for name in ("c_v", "dropped"))
     loss, grad_norm = measured.pop("loss"), measured.pop("grad_norm")
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
-    return StepReport(
-        step, tokens, loss, grad_norm, rate, applied, measured, c_v, dropped, result.work
-    )
+    return StepReport(step, tokens, loss, grad_norm, rate, applied, measured, c_v, dropped, result.work)
 
 
 def _measure(result: StepResult, norm: Tensor) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openm6.base.energy.ledger import Work, sum_work
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.nn.experts import RouterLoad
@@ -37,6 +38,7 @@ class PartReport:
     metrics: dict[str, float]
     loads: list[tuple[int, np.ndarray, float]]  # layer, load, dropped
     present: list[bool]
+    work: Work = field(default_factory=dict)
 
 
 def number_of_workers(job: Job, config: LoopConfig, run: RunFolder) -> int:
@@ -218,10 +220,11 @@ def combine(reports: list[PartReport]) -> StepResult:
         load = torch.from_numpy(np.sum([part[1] for part in parts], axis=0))
         dropped = torch.tensor(math.fsum(part[2] for part in parts))
         loads.append(RouterLoad(parts[0][0], load, none, none, dropped, none))
-    return StepResult(torch.tensor(math.fsum(report.loss for report in reports)), metrics, loads)
+    work = sum_work([report.work for report in reports])
+    return StepResult(torch.tensor(math.fsum(report.loss for report in reports)), metrics, loads, work)
 
 
 def _part_report(result: StepResult, tokens: int, present: list[bool]) -> PartReport:
     metrics = {name: float(value) for name, value in result.metrics.items()}
     loads = [(load.layer, load.load.numpy(), float(load.dropped)) for load in result.loads]
-    return PartReport(float(result.loss.detach()), tokens, metrics, loads, present)
+    return PartReport(float(result.loss.detach()), tokens, metrics, loads, present, result.work)

@@ -37,7 +37,10 @@ def _living_children() -> float:
 
 
 class ProcessorEstimate:
-    """Rated watts × (0.1 of the time + 0.9 of the share of cores that this process kept busy)."""
+    """Rated watts × (0.1 of the time + 0.9 of the share of cores that this process kept busy).
+
+    Without `idle` only the load counts: another process of the machine counts the rest.
+    """
 
     source: Source = "estimate"
 
@@ -47,7 +50,9 @@ class ProcessorEstimate:
         cores: int,
         clock: Clock = time.monotonic,
         cpu_clock: Clock = own_cpu_seconds,
+        idle: bool = True,
     ) -> None:
+        self._idle = IDLE_SHARE if idle else 0.0
         self.name = f"processor, {rated_watts:g} W rated"
         self._rated, self._cores, self._clock, self._cpu_clock = rated_watts, cores, clock, cpu_clock
         self._joules, self._now, self._busy = 0.0, clock(), cpu_clock()
@@ -57,7 +62,7 @@ class ProcessorEstimate:
         share = max(0.0, busy - self._busy) / self._cores  # seconds at full load
         seconds = now - self._now
         awake = seconds if seconds <= SILENCE else 0.0  # a machine that slept counts only what was computed
-        self._joules += self._rated * (IDLE_SHARE * awake + (1 - IDLE_SHARE) * share)
+        self._joules += self._rated * (self._idle * awake + (1 - IDLE_SHARE) * share)
         self._now, self._busy = now, busy
         return self._joules
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +17,18 @@ class Share:
 
 Work = Mapping[str, Mapping[str, Share]]
 """`modality` or `task` -> its name -> its share of a step."""
+
+
+def sum_work(parts: Sequence[Work]) -> Work:
+    """The work of several parts of a step as that of the whole."""
+    total: dict[str, dict[str, Share]] = {}
+    for part in parts:
+        for kind, shares in part.items():
+            known = total.setdefault(kind, {})
+            for name, share in shares.items():
+                before = known.get(name, Share(0, 0.0))
+                known[name] = Share(before.tokens + share.tokens, before.operations + share.operations)
+    return total
 
 
 @dataclass

@@ -28,6 +28,9 @@ def test_rated_power_by_load() -> None:
     assert estimate.joules() == pytest.approx(100 * 10 * (0.1 + 0.9 * 0.5))
     clock.now = 20.0  # idle
     assert estimate.joules() == pytest.approx(550 + 100 * 10 * 0.1)
+    second = ProcessorEstimate(100.0, 4, clock, cpu, idle=False)
+    clock.now, cpu.now = 30.0, 30.0
+    assert second.joules() == pytest.approx(100 * 10 * 0.9 * 0.25)
 
 
 def test_sleep_adds_nothing_but_what_was_computed() -> None:

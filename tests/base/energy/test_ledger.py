@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from openm6.base.energy.ledger import Account, Ledger, Share
+from openm6.base.energy.ledger import Account, Ledger, Share, sum_work
 
 
 def test_a_step_is_charged_by_operations() -> None:
@@ -34,3 +34,12 @@ def test_work_without_operations_charges_nobody() -> None:
     ledger = Ledger()
     ledger.add_step("real", 2.0, 8, 0.5, {"modality": {"text": Share(8, 0.0)}})
     assert ledger.modalities["text"].joules == 0.0 and ledger.stages["real"].joules == pytest.approx(2.0)
+
+
+def test_parts_of_a_step_are_summed() -> None:
+    left = {"modality": {"text": Share(8, 1.0)}, "task": {"draw": Share(8, 1.0)}}
+    right = {"modality": {"text": Share(2, 0.5), "image": Share(4, 4.0)}}
+    assert sum_work([left, right]) == {
+        "modality": {"text": Share(10, 1.5), "image": Share(4, 4.0)},
+        "task": {"draw": Share(8, 1.0)},
+    }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from openm6.base.energy import meter as meter_file
 from openm6.base.energy.counter import CounterLostError
 from openm6.base.energy.meter import Meter, open_meter
 from openm6.base.energy.reading import Reading, Source
@@ -86,7 +87,13 @@ def test_this_machine_has_a_meter_that_never_falls(monkeypatch: pytest.MonkeyPat
     assert first.source in ("rapl", "rapl+estimate", "estimate") and open_one.devices
 
 
-def test_only_the_first_process_of_a_machine_counts_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_process_of_a_machine_counts_its_counters_and_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
     with open_meter(gpus=()) as open_one:
-        assert open_one.devices == [] and open_one.joules() == Reading(0, "", {})
+        assert all(device.startswith("processor") for device in open_one.devices)
+        assert open_one.joules(fresh=True).source in ("", "estimate")
+    monkeypatch.setattr(meter_file, "open_packages", lambda: ([Ticking("rapl")], True, []))
+    with open_meter(gpus=()) as open_one:
+        assert open_one.devices == []
