@@ -44,6 +44,7 @@ class Backbone(nn.Module):
             for layer in range(config.num_layers)
         )
         self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.exchange: ExpertExchange = LocalExchange()  # another one where experts are dealt out to ranks
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -78,7 +79,7 @@ class Backbone(nn.Module):
             mask=choose_mask(layout, cache, x),
             valid=layout.valid,
             cache=cache,
-            exchange=exchange or LocalExchange(),
+            exchange=exchange or self.exchange,
         )
         loads: list[RouterLoad] = []
         for layer, number in enumerate(self.config.weight_sets):

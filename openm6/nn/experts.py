@@ -80,8 +80,11 @@ class Router(nn.Module):
         if self.bias is not None:
             self.bias.zero_()
 
-    def forward(self, x: Tensor, valid: Tensor) -> Routing:
-        """N D, N bool -> the routing of N tokens; tokens that are not valid are routed, but not counted."""
+    def forward(self, x: Tensor, valid: Tensor, exchange: ExpertExchange | None = None) -> Routing:
+        """N D, N bool -> the routing of N tokens; tokens that are not valid are routed, but not counted.
+
+        The auxiliary loss compares this rank's probabilities with the load of all ranks of the exchange.
+        """
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())  # N E
@@ -93,7 +96,9 @@ class Router(nn.Module):
                 )
             load = expert_load(chosen, valid, config.num_experts)
             none = logits.new_zeros(())
-            aux = balance_loss(probability, load, valid) if config.balance == "aux" else none
+            aux = none
+            if config.balance == "aux":
+                aux = balance_loss(probability, exchange.total(load) if exchange else load, valid)
             z = z_loss(logits, valid, config.num_prototypes or 1) if config.z_weight else none
         return Routing(gate, chosen, load, aux, z)
 
@@ -126,22 +131,31 @@ class Experts(nn.Module):
     ) -> tuple[Tensor, RouterLoad]:
         """B S D, B S bool -> B S D and the report of the router."""
         flat = x.flatten(0, 1)  # N D
-        routing = router(flat, valid.flatten())
+        routing = router(flat, valid.flatten(), exchange)
         plan = self._plan(routing, valid.flatten())
-        rows, counts, way_back = exchange.dispatch(send_rows(flat, plan), plan.counts)  # R D
-        hidden = activate(grouped_product(rows, self.up, counts), self.config.ffn)  # R D -> R P -> R F
-        answers = exchange.collect(grouped_product(hidden, self.down, counts), way_back)  # R F -> R D
-        y = combine_rows(answers, routing.gate, plan).view_as(x)
-        if self.shared is not None:
-            y = y + self.shared(x)
-        return y, self._report(routing, plan, valid, layer)
+        parcels = exchange.dispatch(send_rows(flat, plan), plan.counts, self._capacity(len(flat)))
+        shared = self.shared(x) if self.shared is not None else None  # while the rows travel
+        ups, downs = (_divide(weight, len(parcels)) for weight in (self.up, self.down))
+        for parcel, up, down in zip(parcels, ups, downs, strict=True):
+            hidden = activate(
+                grouped_product(parcel.rows(), up, parcel.counts), self.config.ffn
+            )  # R D -> R F
+            exchange.reply(parcel, grouped_product(hidden, down, parcel.counts))  # R F -> R D
+        y = combine_rows(exchange.collect(parcels), routing.gate, plan).view_as(x)
+        return y if shared is None else y + shared, self._report(routing, plan, valid, layer)
 
-    def _plan(self, routing: Routing, valid: Tensor) -> RowPlan:
+    def _capacity(self, num_tokens: int) -> int | None:
+        """Rows that each expert takes of so many tokens; None where nothing is dropped."""
         config = self.config
         if config.capacity is None:
-            return plan_dropless(routing.chosen, config.num_experts)
-        capacity = capacity_of(len(valid), config.choices, config.num_experts, config.capacity)
-        return plan_capacity(routing.chosen, valid, config.num_experts, capacity)
+            return None
+        return capacity_of(num_tokens, config.choices, config.num_experts, config.capacity)
+
+    def _plan(self, routing: Routing, valid: Tensor) -> RowPlan:
+        capacity, num_experts = self._capacity(len(valid)), self.config.num_experts
+        if capacity is None:
+            return plan_dropless(routing.chosen, num_experts)
+        return plan_capacity(routing.chosen, valid, num_experts, capacity)
 
     def _report(self, routing: Routing, plan: RowPlan, valid: Tensor, layer: int) -> RouterLoad:
         config = self.config
@@ -153,3 +167,8 @@ class Experts(nn.Module):
         return RouterLoad(
             layer, routing.load, routing.aux_loss.detach(), routing.z_loss.detach(), dropped, side
         )
+
+
+def _divide(weight: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """E … -> equal parts of the experts; the whole as it is, since a view would copy its gradient."""
+    return (weight,) if parts == 1 else weight.chunk(parts)

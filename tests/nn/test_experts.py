@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.exchange import LocalExchange
+from openm6.nn.exchange import LocalExchange, LocalParcel
 from openm6.nn.experts import Experts, Router, Routing
 
 WIDTH = 16
@@ -134,12 +134,12 @@ def test_exchange_sees_sorted_rows_and_gates_stay_home():
     """A stand-in for other devices: it doubles the answers, and so must the layer's output."""
 
     class Doubling(LocalExchange):
-        def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, None]:
-            assert len(rows) == counts.sum() == 2 * 10
-            return rows, counts, None
+        def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[LocalParcel]:
+            assert len(rows) == counts.sum() == 2 * 10 and capacity is None
+            return super().dispatch(rows, counts, capacity)
 
-        def collect(self, rows: Tensor, plan: None) -> Tensor:
-            return 2 * rows
+        def collect(self, parcels: list[LocalParcel]) -> Tensor:
+            return 2 * super().collect(parcels)
 
     config = ExpertsConfig(hidden=8, num_experts=4, top_k=2)
     experts, router = make(config)

@@ -1,0 +1,116 @@
+"""Laying a model out over the ranks of a run: experts dealt out, what is dense cut by FSDP2, copies kept alike.
+
+The mesh has the axes (data, shard, experts), experts innermost, so that their exchange stays within a machine. All
+ranks train on rows of their own. Dense weights are cut over shard × experts and copied over data. Of each expert
+matrix a rank holds the experts of its place on the last axis; those are cut over shard along the width, and copied over
+data. Losses are shares of a global sum, so every gradient is a plain sum over ranks: nothing is divided anywhere.
+"""
+
+# Letters: E experts, D width, F hidden, P columns of the first product
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
+
+from openm6.base.errors import ConfigError
+from openm6.nn.block import Block
+from openm6.nn.experts import Experts
+from openm6.parallel.config import MeshShape
+
+AXES = ("data", "shard", "experts")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The mesh of a run, and which parameters are experts' that only the ranks of one column hold."""
+
+    shape: MeshShape
+    mesh: DeviceMesh
+
+    def group(self, *axes: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one along these axes alone."""
+        mesh = self.mesh[axes] if len(axes) == 1 else self.mesh[axes]._flatten("_".join(axes))
+        return mesh.get_group()
+
+
+def open_layout(shape: MeshShape, device: torch.device) -> Layout:
+    """The mesh of the ranks that the launcher started."""
+    return Layout(
+        shape, init_device_mesh(device.type, (shape.data, shape.shard, shape.experts), mesh_dim_names=AXES)
+    )
+
+
+def shard(model: nn.Module, layout: Layout) -> None:
+    """Cuts a model, the same on all ranks, in place: experts by `cut_experts`, then all else by FSDP2.
+
+    Raises:
+        ConfigError: the experts' width cannot be cut evenly.
+    """
+    shape = layout.shape
+    layers = [module for module in model.modules() if isinstance(module, Experts)]
+    cut_experts(layers, layout.mesh.get_local_rank("experts"), shape.experts)
+    dense, own = _dense_mesh(layout), _expert_mesh(layout)
+    held = {weight for experts in layers for weight in (experts.up, experts.down)}
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        if own is not None and isinstance(block.feed_forward, Experts):
+            _shard_experts(block.feed_forward, own, dense, shape.shard)
+        # A shared router's side loss leaves the block by another way than its output, which FSDP watches.
+        keep = block.router is not None
+        fully_shard(block, mesh=dense, ignored_params=held, reshard_after_forward=not keep)
+    fully_shard(model, mesh=dense, ignored_params=held)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Sums, not means. Without the second line the division is asked of the backend, which gloo refuses and
+            # NCCL gets wrong in bf16 (pytorch#190745).
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def cut_experts(layers: list[Experts], place: int, count: int) -> None:
+    """Keeps of each layer's experts part number `place` of `count`, as parameters of their own."""
+    for experts in layers:
+        for name in ("up", "down"):
+            whole = getattr(experts, name)
+            part = whole.detach().chunk(count)[place].clone()
+            setattr(experts, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+
+
+def _shard_experts(experts: Experts, own: DeviceMesh, dense: DeviceMesh, ranks: int) -> None:
+    for name, weight in (("up", experts.up), ("down", experts.down)):
+        if weight.shape[1] % ranks:
+            raise ConfigError(
+                f"parallel.shard={ranks} cannot cut the experts' {name} matrices of {weight.shape[1]} rows evenly: "
+                "choose a divisor"
+            )
+    if experts.shared is not None:
+        fully_shard(experts.shared, mesh=dense)
+    # Along dim 1: dim 0 is that of the experts, which is cut already.
+    fully_shard(experts, mesh=own, shard_placement_fn=lambda parameter: Shard(1))
+
+
+def _dense_mesh(layout: Layout) -> DeviceMesh:
+    inner = layout.mesh["shard", "experts"]._flatten("dense")
+    return inner if layout.shape.data == 1 else layout.mesh["data", "dense"]
+
+
+def _expert_mesh(layout: Layout) -> DeviceMesh | None:
+    """None where each rank of a copy holds experts of its own, uncut."""
+    if layout.shape.shard == 1:
+        return None
+    return layout.mesh["shard"] if layout.shape.data == 1 else layout.mesh["data", "shard"]
+
+
+def expert_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The names and parameters that are dealt out by experts."""
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            yield f"{name}.up", module.up
+            yield f"{name}.down", module.down

@@ -1,0 +1,144 @@
+"""Experts on several ranks: answers and gradients equal those of one process, and nobody waits for an idle rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from openm6.nn.config import ExpertsConfig
+from openm6.nn.exchange import LocalExchange
+from openm6.nn.experts import Experts, Router
+from openm6.parallel.exchange import AllToAllExchange, CopiesExchange
+from openm6.parallel.sharding import cut_experts
+from tests.parallel.fleet import Fleet
+
+WIDTH, NUM_EXPERTS = 16, 8
+VARIANTS: dict[str, dict[str, Any]] = {
+    "top_k": {"top_k": 3},
+    "prototypes": {"num_prototypes": 2, "ffn": "gelu"},
+    "shared": {"top_k": 2, "num_shared": 1},
+    "aux": {"top_k": 2, "balance": "aux", "aux_weight": 0.5, "z_weight": 0.0},
+    "capacity": {"top_k": 2, "capacity": 8.0},
+}
+
+
+def build(variant: str) -> tuple[Experts, Router]:
+    torch.manual_seed(1)
+    config = ExpertsConfig(hidden=24, num_experts=NUM_EXPERTS, **VARIANTS[variant])
+    experts, router = Experts(WIDTH, config), Router(WIDTH, config)
+    experts.reset_parameters(0.3, 0.3)
+    router.reset_parameters(0.5)
+    return experts, router
+
+
+def tokens_of(rank: int, variant: str) -> tuple[Tensor, Tensor]:
+    """Ranks bring unlike numbers of tokens, unless a capacity asks for equal ones; those of rank 2 are alike."""
+    generator = torch.Generator().manual_seed(rank)
+    length = 6 if variant == "capacity" else 1 + 5 * rank
+    x = torch.randn(1, length, WIDTH, generator=generator)
+    if rank == 2:
+        x = x[:, :1].expand_as(x)  # all to the same experts: most ranks get nothing from here
+    return x.clone(), torch.ones(1, length, dtype=torch.bool)
+
+
+def learn(experts: Experts, router: Router, exchange: Any, variant: str, rank: int) -> list[Tensor]:
+    x, valid = tokens_of(rank, variant)
+    x.requires_grad_()
+    y, load = experts(x, router, valid, exchange, 0)
+    everyone = sum(tokens_of(other, variant)[0].shape[1] for other in range(4))
+    ((y * y).sum() + load.side_loss * valid.sum() / everyone).backward()
+    return [y.detach(), x.grad]
+
+
+def one_rank(variant: str, parcels: int) -> tuple[list[Tensor], list[Tensor | None]]:
+    experts, router = build(variant)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    cut_experts([experts], rank, size)
+    found = learn(experts, router, AllToAllExchange(dist.group.WORLD, parcels), variant, rank)
+    return found, [experts.up.grad, experts.down.grad, router.weight.grad, *shared_gradients(experts)]
+
+
+def shared_gradients(experts: Experts) -> list[Tensor | None]:
+    return [] if experts.shared is None else [parameter.grad for parameter in experts.shared.parameters()]
+
+
+class Totals(LocalExchange):
+    """Stands for all four ranks in one process."""
+
+    def __init__(self, load: Tensor) -> None:
+        self.load = load
+
+    def total(self, load: Tensor) -> Tensor:
+        return self.load
+
+
+def whole_load(variant: str) -> Tensor:
+    experts, router = build(variant)
+    loads = [experts(x, router, valid, LocalExchange(), 0)[1].load for x, valid in
+             (tokens_of(rank, variant) for rank in range(4))]  # fmt: skip
+    return torch.stack(loads).sum(0)
+
+
+@pytest.mark.parametrize("parcels", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dealt_out_equals_one_process(variant: str, parcels: int, four: Fleet) -> None:
+    experts, router = build(variant)
+    exchange = Totals(whole_load(variant))
+    alone = [learn(experts, router, exchange, variant, rank) for rank in range(4)]
+    answers = four.run(one_rank, variant, parcels)
+    for (found, _), expected in zip(answers, alone, strict=True):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for number, whole in enumerate((experts.up.grad, experts.down.grad)):
+        joined = torch.cat([gradients[number] for _, gradients in answers])
+        torch.testing.assert_close(joined, whole, rtol=1e-4, atol=1e-5)
+    for number, whole in enumerate([router.weight.grad, *shared_gradients(experts)], start=2):
+        added = sum(gradients[number] for _, gradients in answers)
+        torch.testing.assert_close(added, whole, rtol=1e-4, atol=1e-5)
+
+
+def copies_total() -> Tensor:
+    load = torch.tensor([1.0, float(dist.get_rank())])
+    total = CopiesExchange().total(load)
+    assert load[0] == 1.0  # the rank's own count is left as it was
+    return total
+
+
+def test_copies_sum_their_load(two: Fleet) -> None:
+    assert all(torch.equal(total, torch.tensor([2.0, 1.0])) for total in two.run(copies_total))
+
+
+def count_collectives() -> tuple[int, int]:
+    """All-to-alls forwards and backwards of one layer."""
+    calls: list[int] = []
+    original = dist.all_to_all_single
+
+    def counting(*values: Any, **named: Any) -> Any:
+        calls.append(values[0].dim())
+        return original(*values, **named)
+
+    dist.all_to_all_single = counting
+    try:
+        experts, router = build("top_k")
+        cut_experts([experts], dist.get_rank(), dist.get_world_size())
+        x, valid = tokens_of(dist.get_rank(), "top_k")
+        x.requires_grad_()
+        y, _ = experts(x, router, valid, AllToAllExchange(dist.group.WORLD), 0)
+        forward = len(calls)
+        y.sum().backward()
+    finally:
+        dist.all_to_all_single = original
+    return forward - 1, len(calls) - forward  # one of the forward ones carries numbers of rows
+
+
+def test_one_exchange_each_way(two: Fleet) -> None:
+    assert two.run(count_collectives) == [(2, 2)] * 2  # rows there and answers home, and their gradients
+
+
+def test_experts_that_do_not_divide_are_refused(two: Fleet) -> None:
+    with pytest.raises(AssertionError, match="8 experts cannot be dealt out to 2 ranks in 3 parts"):
+        two.run(one_rank, "top_k", 3)
