@@ -8,10 +8,12 @@ must stay without a gradient, as in one process, so that the optimizer leaves it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -31,6 +33,40 @@ def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None 
         dist.all_reduce(flat, group=group)
         pieces = flat.split([gradient.numel() for gradient in bucket])
         torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(pieces, bucket, strict=True)])
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def total_norm(parameters: Sequence[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+    """The norm of all gradients, of which the ranks of `group` hold disjoint parts; None: this rank holds all."""
+    parts = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(parts)
+    if group is None:
+        return norm
+    device = local(parameters[0]).device
+    square = norm.to(device, torch.float32).square()
+    dist.all_reduce(square, group=group)
+    return square.sqrt()
+
+
+def clip(parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
+    """Scales gradients so that their norm, known to be `norm`, becomes `bound` at most."""
+    parts = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if parts:
+        torch._foreach_mul_(parts, (bound / (norm + 1e-6)).clamp(max=1.0))
+
+
+def apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups in which plain parameters and parts of distributed ones do not mix: fused updates refuse that."""
+    return [
+        {**group, "params": chosen}
+        for group in groups
+        for kind in (False, True)
+        if (chosen := [p for p in group["params"] if isinstance(p, DTensor) is kind])
+    ]
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from openm6.parallel.gradients import sum_gradients
+from openm6.nn.exchange import ExpertExchange, LocalExchange
+from openm6.parallel.config import MeshShape
 
 Value = TypeVar("Value")
 
@@ -38,6 +39,30 @@ class Ranks:
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sums gradients over the ranks; a parameter without one on some ranks counts as zero there."""
 
+    def place(self, model: nn.Module, shape: MeshShape) -> None:
+        """Lays the model, the same on all ranks, out over them."""
+
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        """The norm of all gradients of the whole model."""
+        return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    def clip(self, parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
+        """Scales gradients so that their norm, known to be `norm`, becomes `bound` at most."""
+        clip_grads_with_norm_(list(parameters), bound, norm)
+
+    def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The optimizer's groups, in a form that its fused updates take."""
+        return groups
+
+    def exchange(self, parts: int) -> ExpertExchange:
+        """The way of rows to their experts, in so many parts."""
+        return LocalExchange()
+
+    @property
+    def layout(self) -> Any:
+        """How the model is cut; None where each rank holds all of it."""
+        return None
+
     def gather(self, value: Value) -> list[Value]:
         """The plain values of all ranks, on every rank."""
         return [value]
@@ -48,51 +73,6 @@ class Ranks:
 
     def close(self) -> None:
         """Leaves the group; the other methods must not be called after it."""
-
-
-class ProcessRanks(Ranks):
-    """The processes that torchrun started, connected by NCCL on GPUs and by gloo elsewhere."""
-
-    def __init__(self, device: torch.device, timeout_seconds: float) -> None:
-        if not dist.is_initialized():
-            _open_group(device, timeout_seconds)
-        self.device = device
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-
-    def total(self, numbers: Sequence[float]) -> list[float]:
-        # On the host, where the numbers are: a GPU would have to be waited for.
-        tensor = torch.tensor(list(numbers), dtype=torch.float64)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor)
-        return tensor
-
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        sum_gradients(list(parameters))
-
-    def gather(self, value: Value) -> list[Value]:
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def from_first(self, value: Value) -> Value:
-        values = [value]
-        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
-        return values[0]
-
-    def close(self) -> None:
-        dist.destroy_process_group()
-
-
-def _open_group(device: torch.device, timeout_seconds: float) -> None:
-    gpu = device.type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if gpu else None,
-    )
 
 
 def launched() -> bool:
@@ -116,4 +96,7 @@ def own_device() -> torch.device:
 
 def open_ranks(device: torch.device, timeout_seconds: float) -> Ranks:
     """The ranks of this run: this process alone, or those that the launcher started."""
-    return ProcessRanks(device, timeout_seconds) if launched() else Ranks()
+    if not launched():
+        return Ranks()
+    # torch's distributed tensors take seconds to import: a process alone is spared them.
+    return importlib.import_module("openm6.parallel.processes").ProcessRanks(device, timeout_seconds)

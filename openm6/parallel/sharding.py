@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from openm6.base.errors import ConfigError
 from openm6.nn.block import Block
@@ -26,26 +26,32 @@ from openm6.nn.experts import Experts
 from openm6.parallel.config import MeshShape
 
 AXES = ("data", "shard", "experts")
+SLOT = "::"  # between a parameter's name and that of one of its optimizer's tensors
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The mesh of a run, and which parameters are experts' that only the ranks of one column hold."""
+    """The mesh of a run."""
 
     shape: MeshShape
     mesh: DeviceMesh
 
-    def group(self, *axes: str) -> dist.ProcessGroup:
-        """The ranks that differ from this one along these axes alone."""
-        mesh = self.mesh[axes] if len(axes) == 1 else self.mesh[axes]._flatten("_".join(axes))
-        return mesh.get_group()
+    dense: DeviceMesh  # shard and experts as one axis
+
+    def inner_group(self) -> dist.ProcessGroup:
+        """The ranks that hold one copy of the model among them."""
+        return self.dense.get_group()
+
+    def expert_group(self) -> dist.ProcessGroup:
+        """The ranks among which the experts of a layer are dealt out."""
+        return self.mesh["experts"].get_group()
 
 
 def open_layout(shape: MeshShape, device: torch.device) -> Layout:
     """The mesh of the ranks that the launcher started."""
-    return Layout(
-        shape, init_device_mesh(device.type, (shape.data, shape.shard, shape.experts), mesh_dim_names=AXES)
-    )
+    sizes = (shape.data, shape.shard, shape.experts)
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
+    return Layout(shape, mesh, mesh["shard", "experts"]._flatten("dense"))
 
 
 def shard(model: nn.Module, layout: Layout) -> None:
@@ -97,8 +103,7 @@ def _shard_experts(experts: Experts, own: DeviceMesh, dense: DeviceMesh, ranks: 
 
 
 def _dense_mesh(layout: Layout) -> DeviceMesh:
-    inner = layout.mesh["shard", "experts"]._flatten("dense")
-    return inner if layout.shape.data == 1 else layout.mesh["data", "dense"]
+    return layout.dense if layout.shape.data == 1 else layout.mesh["data", "dense"]
 
 
 def _expert_mesh(layout: Layout) -> DeviceMesh | None:
@@ -106,6 +111,30 @@ def _expert_mesh(layout: Layout) -> DeviceMesh | None:
     if layout.shape.shard == 1:
         return None
     return layout.mesh["shard"] if layout.shape.data == 1 else layout.mesh["data", "shard"]
+
+
+def cut_tensors(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Tensors named after parameters (a slot of the optimizer's behind `::`), each as a part of the whole that it is.
+
+    A part of experts' weights is plain or knows only how FSDP cut it: without its true place in all experts, a
+    checkpoint would take one rank's experts for all of them.
+    """
+    weights = dict(expert_parameters(model))
+    return {
+        name: _whole(tensor, weights[owner], layout)
+        if (owner := name.partition(SLOT)[0]) in weights and tensor.dim() == weights[owner].dim()
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _whole(tensor: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+    mesh = layout.mesh["shard", "experts"]
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    width = weight.shape[1]  # of a DTensor already that before FSDP cut it
+    shape = torch.Size([weight.shape[0] * layout.shape.experts, width, *weight.shape[2:]])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, [Shard(1), Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -79,6 +79,7 @@ class MultimodalJob(Job):
         seed_everything(recipe.loop.seed, "weights")
         self.omni, self.modalities = build_model(self.description, self.tokenizer, "the tokenizer")
         self.model = self.omni.to(device)
+        self._place(device)
         if self.omni.pool is not None:
             self.omni.pool.gather = open_gather()
         self.attribution = Attribution(self.omni)
@@ -94,6 +95,17 @@ class MultimodalJob(Job):
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.
         whole = self.omni.pool is not None or self.ranks.size > 1
         self.most_parts = 1 if whole else max(1, recipe.packing.rows * recipe.packing.length // PART_TOKENS)
+
+    def _place(self, device: torch.device) -> None:
+        """Lays the model out over the ranks of the run."""
+        ranks, config = self.ranks, self.recipe.parallel
+        if ranks.size == 1:
+            return
+        experts = self.omni.config.experts
+        num_experts = experts.num_experts if experts else None
+        shape = config.resolve(ranks.size, num_experts, device.type == "cuda")
+        ranks.place(self.omni, shape)
+        self.omni.backbone.exchange = ranks.exchange(config.parts)
 
     def batches(self) -> Iterator[Batch]:
         return self.packer.batches()
@@ -130,7 +142,18 @@ class MultimodalJob(Job):
         metrics["fill"] = batch.tokens / counts.places
         share = batch.tokens / max(1.0, counts.tokens)  # the routers' own means are over this rank's tokens
         loads = [replace(load, dropped=load.dropped * share) for load in loads]
-        return StepResult(total / counts.examples + share * side_loss(loads), metrics, loads, work)
+        loss = total / counts.examples + share * side_loss(loads) + self._idle(batch)
+        return StepResult(loss, metrics, loads, work)
+
+    def _idle(self, batch: Batch) -> Tensor | float:
+        """Nothing, but with a gradient of zero for adapters that this rank's rows do not use.
+
+        Where weights are cut every rank must bring a gradient for each, or the others wait for it for ever.
+        """
+        if self.ranks.layout is None:
+            return 0.0
+        idle = [adapter for kind, adapter in self.omni.adapters.items() if kind not in batch.kinds]
+        return sum((0.0 * weight.sum() for adapter in idle for weight in adapter.parameters()), start=0.0)
 
     def _count(self, batch: Batch) -> Counts:
         """What the batch that this is a part of, or those of all ranks together, hold in this step."""

@@ -62,7 +62,8 @@ class Updater:
         self._half = _computes_in_half(config.precision, self.device)
 
     def _build(self) -> None:
-        self.optimizer = build_optimizer(self.job.parameter_groups(), self.config.optimizer)
+        groups = self.job.ranks.groups(self.job.parameter_groups())
+        self.optimizer = build_optimizer(groups, self.config.optimizer)
         self.parameters = [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]
@@ -103,10 +104,9 @@ class Updater:
         return report
 
     def _clip(self) -> Tensor:
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self.job.ranks.norm(self.parameters)
         if self.config.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+            self.job.ranks.clip(self.parameters, self.config.clip, norm)
         return norm
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from openm6.base.run_folder import RunFolder
 from openm6.modalities.sequence import Batch
-from openm6.parallel.ranks import ProcessRanks, Ranks
+from openm6.parallel.processes import ProcessRanks
+from openm6.parallel.ranks import Ranks
+from openm6.parallel.sharding import cut_tensors
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport, Updater
 from tests.parallel.fleet import Fleet
-from tests.train.tiny_recipe import tiny_recipe, write_recipe
+from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
 CPU = torch.device("cpu")
 
@@ -57,9 +63,11 @@ def test_a_rank_that_does_not_use_a_layer_takes_part(two: Fleet) -> None:
     assert torch.equal(first[3], torch.full((3,), 4.0))  # two rows on each of two ranks
 
 
-def recipe_file(folder: Path, **packing: Any) -> str:
+def recipe_file(folder: Path, axes: tuple[int, int, int], **experts: Any) -> str:
     recipe = tiny_recipe(steps=20)
-    recipe["packing"] = {"rows": 4, "length": 160, "lanes": 4, **packing}
+    recipe["packing"] = {"rows": 4, "length": 160, "lanes": 4}
+    recipe["parallel"] = dict(zip(("data", "shard", "experts"), axes, strict=True))
+    recipe["model"] = {**MODEL, "overrides": {**MODEL["overrides"], **experts}}
     return write_recipe(folder, recipe)
 
 
@@ -75,14 +83,34 @@ def few_steps(recipe: str, folder: str, steps: int) -> tuple[list[StepReport], d
         batch: Batch = next(batches)
         seen.append([(draw.component, draw.epoch, draw.index) for draw in batch.draws])
         reports.append(updater.update(batch, step, 20))
-    return reports, {name: tensor.detach() for name, tensor in job.model.state_dict().items()}, seen
+    return reports, whole_weights(job), seen
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_copies_equal_one_process(size: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    recipe = recipe_file(tmp_path)
-    fleet: Fleet = request.getfixturevalue({2: "two", 4: "four"}[size])
-    alone, weights, records = few_steps(recipe, str(tmp_path / "alone"), 4)
+def whole_weights(job: MultimodalJob) -> dict[str, Tensor]:
+    """The weights of the whole model, wherever their parts lie."""
+    weights = {name: tensor.detach() for name, tensor in job.model.state_dict().items()}
+    if job.ranks.layout is not None:
+        weights = cut_tensors(job.model, weights, job.ranks.layout)
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in weights.items()}
+
+
+@cache
+def alone_once() -> tuple[list[StepReport], dict[str, Tensor], list[Any]]:
+    """The same steps in one process."""
+    with TemporaryDirectory() as folder:
+        return few_steps(recipe_file(Path(folder), (1, 1, 1)), folder, 4)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [(2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 1, 4), (1, 4, 1)],
+)
+def test_every_mesh_equals_one_process(
+    axes: tuple[int, int, int], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    recipe = recipe_file(tmp_path, axes)
+    fleet: Fleet = request.getfixturevalue({2: "two", 4: "four"}[math.prod(axes)])
+    alone, weights, records = alone_once()
     together = fleet.run(few_steps, recipe, str(tmp_path / "together"), 4)
     for _, theirs, _ in together[1:]:
         assert all(torch.equal(theirs[name], tensor) for name, tensor in together[0][1].items())

@@ -1,0 +1,94 @@
+"""Several processes that train one model: torch's process group behind the interface of `Ranks`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from openm6.nn.exchange import ExpertExchange
+from openm6.parallel.config import MeshShape
+from openm6.parallel.exchange import AllToAllExchange, CopiesExchange
+from openm6.parallel.gradients import apart, clip, sum_gradients, total_norm
+from openm6.parallel.ranks import Ranks
+from openm6.parallel.sharding import Layout, open_layout, shard
+
+Value = TypeVar("Value")
+
+
+class ProcessRanks(Ranks):
+    """The processes that torchrun started, connected by NCCL on GPUs and by gloo elsewhere."""
+
+    def __init__(self, device: torch.device, timeout_seconds: float) -> None:
+        if not dist.is_initialized():
+            _open_group(device, timeout_seconds)
+        self.device = device
+        self._layout: Layout | None = None
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        # On the host, where the numbers are: a GPU would have to be waited for.
+        tensor = torch.tensor(list(numbers), dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    def place(self, model: nn.Module, shape: MeshShape) -> None:
+        if not shape.copies_only:
+            self._layout = open_layout(shape, self.device)
+            shard(model, self._layout)
+
+    def exchange(self, parts: int) -> ExpertExchange:
+        if self._layout is None or self._layout.shape.experts == 1:
+            return CopiesExchange()
+        return AllToAllExchange(self._layout.expert_group(), parts)
+
+    @property
+    def layout(self) -> Layout | None:
+        return self._layout
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        if self._layout is None:
+            sum_gradients(list(parameters))
+        elif self._layout.shape.data > 1:  # FSDP has summed all others
+            plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+            sum_gradients(plain, self._layout.mesh["data"].get_group())
+
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        return total_norm(parameters, None if self._layout is None else self._layout.inner_group())
+
+    def clip(self, parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
+        clip(parameters, bound, norm)
+
+    def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return apart(groups)
+
+    def gather(self, value: Value) -> list[Value]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Value) -> Value:
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def _open_group(device: torch.device, timeout_seconds: float) -> None:
+    gpu = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if gpu else None,
+    )
