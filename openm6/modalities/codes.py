@@ -81,14 +81,16 @@ class CodesAdapter(Adapter):
 
     earlier: Tensor
 
-    def __init__(self, width: int, levels: tuple[int, ...], groups: int, bottleneck: int = 64) -> None:
+    def __init__(
+        self, place: PlaceEmbedding, width: int, levels: tuple[int, ...], groups: int, bottleneck: int = 64
+    ) -> None:
         super().__init__()
         self.levels, self.groups, self.bottleneck = levels, groups, bottleneck
         self.codebook_size = math.prod(levels)
         dims = len(levels)
         self.shown = nn.Linear(groups * dims, width)
         self.mask = nn.Parameter(torch.empty(width))
-        self.place = PlaceEmbedding(width)
+        self.place = place  # that of the patches: what is filled in is to be found where it lies in the source
         self.hidden_to_groups = nn.Linear(width, groups * bottleneck)
         self.codes_to_groups = nn.Linear(groups * dims, groups * bottleneck, bias=False)
         self.to_codes = nn.Parameter(torch.empty(groups, bottleneck, self.codebook_size))

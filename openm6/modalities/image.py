@@ -177,8 +177,9 @@ class Image(Modality):
         return Pillow.fromarray(((values.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
     def adapters(self, width: int) -> dict[str, Adapter]:
-        out = CodesAdapter(width, self.codec.quantizer_config.levels, self.codec.groups)
-        return {"image_in": PatchAdapter(PATCH * PATCH * 3, width), "image_out": out}
+        place = PlaceEmbedding(width)
+        out = CodesAdapter(place, width, self.codec.quantizer_config.levels, self.codec.groups)
+        return {"image_in": PatchAdapter(place, PATCH * PATCH * 3, width), "image_out": out}
 
     def examples(self) -> list[Any]:
         rng = np.random.default_rng(0)
@@ -234,13 +235,13 @@ def _shifted(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 class PatchAdapter(Adapter):
     """Flat patches of raw values to vectors; `gone` patches become one learned vector."""
 
-    def __init__(self, features: int, width: int) -> None:
+    def __init__(self, place: PlaceEmbedding, features: int, width: int) -> None:
         super().__init__()
         self.inner = nn.Linear(features, width)
         self.outer = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.gone = nn.Parameter(torch.empty(width))
-        self.place = PlaceEmbedding(width)
+        self.place = place
         nn.init.normal_(self.gone, std=0.02)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:

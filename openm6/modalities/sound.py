@@ -18,7 +18,7 @@ from openm6.modalities.codec_sound import SoundCodec
 from openm6.modalities.codes import CodesAdapter, hide, masked_arrays
 from openm6.modalities.image import PatchAdapter
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Tokens, line
-from openm6.modalities.places import sound_places
+from openm6.modalities.places import PlaceEmbedding, sound_places
 from openm6.modalities.recall import Recall
 from openm6.ops.resample import resample
 
@@ -173,8 +173,9 @@ class Sound(Modality):
         return self.codec.decode(codes.cpu()[None])[0].numpy()
 
     def adapters(self, width: int) -> dict[str, Adapter]:
-        out = CodesAdapter(width, self.codec.quantizer_config.levels, self.codec.groups)
-        return {"sound_in": PatchAdapter(FRAMES * self.num_mels, width), "sound_out": out}
+        place = PlaceEmbedding(width)
+        out = CodesAdapter(place, width, self.codec.quantizer_config.levels, self.codec.groups)
+        return {"sound_in": PatchAdapter(place, FRAMES * self.num_mels, width), "sound_out": out}
 
     def examples(self) -> list[Any]:
         time = np.arange(RATE // 2) / RATE

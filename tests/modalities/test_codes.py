@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openm6.modalities.codec import load_codec
 from openm6.modalities.codes import SMOOTHING, CodesAdapter, hide, masked_arrays, random_rectangle
+from openm6.modalities.places import PlaceEmbedding
 from openm6.ops.quantize import pack
 
 LEVELS, GROUPS, WIDTH = (4, 3), 3, 16
@@ -21,7 +22,7 @@ LEVELS, GROUPS, WIDTH = (4, 3), 3, 16
 @pytest.fixture
 def adapter() -> CodesAdapter:
     torch.manual_seed(0)
-    return CodesAdapter(WIDTH, LEVELS, GROUPS, bottleneck=8)
+    return CodesAdapter(PlaceEmbedding(WIDTH), WIDTH, LEVELS, GROUPS, bottleneck=8)
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_the_likelihood_of_a_place_is_the_product_over_its_groups(
 
 def test_the_probabilities_of_all_codes_of_a_place_sum_to_one() -> None:
     torch.manual_seed(0)
-    adapter = CodesAdapter(WIDTH, (2, 2), 2, bottleneck=4)
+    adapter = CodesAdapter(PlaceEmbedding(WIDTH), WIDTH, (2, 2), 2, bottleneck=4)
     every = torch.cartesian_prod(torch.arange(4), torch.arange(4))
     hidden = torch.randn(1, WIDTH).expand(16, -1)
     arrays = {"codes": every, "shown": every, "hidden": torch.ones(16, dtype=torch.bool)}
@@ -132,7 +133,7 @@ def test_the_probabilities_of_all_codes_of_a_place_sum_to_one() -> None:
 @pytest.mark.parametrize("name", ["image-64", "image-256", "sound"])
 def test_vectors_are_those_of_the_codec(name: str) -> None:
     codec = load_codec(name)
-    adapter = CodesAdapter(WIDTH, codec.quantizer_config.levels, codec.groups)
+    adapter = CodesAdapter(PlaceEmbedding(WIDTH), WIDTH, codec.quantizer_config.levels, codec.groups)
     codes = torch.randint(
         0, codec.codebook_size, (50, codec.groups), generator=torch.Generator().manual_seed(0)
     )

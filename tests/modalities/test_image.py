@@ -22,6 +22,7 @@ from openm6.modalities.image import (
     read_image,
     to_square,
 )
+from openm6.modalities.places import PlaceEmbedding
 from tests.data.pictures import png
 from tests.small_model import modalities
 
@@ -188,7 +189,7 @@ def test_a_hole_hides_from_the_source_and_alone_is_learned(image: Image) -> None
 
 def test_what_is_gone_is_one_vector() -> None:
     torch.manual_seed(0)
-    adapter = PatchAdapter(12, 8)
+    adapter = PatchAdapter(PlaceEmbedding(8), 12, 8)
     arrays = {
         "patches": torch.randn(4, 12),
         "gone": torch.tensor([True, False, True, False]),

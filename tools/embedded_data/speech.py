@@ -19,6 +19,12 @@ from embedded_data.tables import Row
 VOICES = ("en-us+m1", "en-us+m3", "en-us+f2", "en-gb+m1", "cmn+m1", "cmn+m3", "cmn+f2", "en-us+f4", "cmn+f4")
 TEST_VOICE = "+f4"  # never heard in training
 MANNERS = ((130, 40), (160, 55), (190, 70))  # words a minute, pitch
+# A voice never heard needs many to learn from, each a little: more voices help where more takes of three do not.
+MORE_VOICES = (
+    *(f"{tongue}+{voice}" for tongue in ("en-us", "cmn") for voice in ("m2", "m4", "m5", "m7", "f1", "f3", "f5")),
+    *("en-gb+m3", "en-gb+f3"),
+)
+MORE_MANNERS = ((145, 35), (175, 65))
 RATE = 16_000
 DEBIAN = ("espeak-ng", "espeak-ng-data", "libespeak-ng1", "libpcaudio0", "libsonic0")
 
@@ -28,8 +34,9 @@ def espeak_digits(cache: Path) -> list[Row]:
     program, environment = _program(cache)
     return [
         _spoken(voice, speed, pitch, digit, program, environment)
-        for voice in VOICES
-        for speed, pitch in MANNERS
+        for voices, manners in ((VOICES, MANNERS), (MORE_VOICES, MORE_MANNERS))
+        for voice in voices
+        for speed, pitch in manners
         for digit in range(10)
     ]
 
