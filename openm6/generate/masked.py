@@ -82,7 +82,7 @@ def _run(reading: Reading, like: Tokens, codes: Tensor, unknown: Tensor) -> Tens
     places = torch.from_numpy(like.arrays["places"]).to(codes.device).repeat(reading.batch, 1)
     arrays = {"shown": flat, "codes": flat, "hidden": unknown.repeat(repeat, 1).flatten(), "places": places}
     grid = torch.from_numpy(like.grid).to(codes.device)
-    states = reading.run(like.kind, arrays, reading.layout(1, grid, private=1))
+    states = reading.run(like.kind, arrays, reading.layout(1, grid, private=1, moves=like.moves))
     reading.forget()
     return states
 

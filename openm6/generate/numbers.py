@@ -31,7 +31,8 @@ def _predict_alike(omni: Omni, prompts: list[Prompt], wanted: list[Tokens]) -> l
         name: torch.from_numpy(np.concatenate([tokens.arrays[name] for tokens in wanted])).to(omni.device)
         for name in wanted[0].arrays
     }
-    layout = reading.layout(1, torch.from_numpy(wanted[0].grid).to(omni.device), private=1)
+    grid = torch.from_numpy(wanted[0].grid).to(omni.device)
+    layout = reading.layout(1, grid, private=1, moves=wanted[0].moves)
     hidden = reading.run("numbers_out", arrays, layout)  # B T D
     probability = (
         adapter.logits(hidden.flatten(0, 1)).float().softmax(-1).unflatten(0, hidden.shape[:2])

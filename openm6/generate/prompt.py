@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openm6.modalities.interface import Tokens
+from openm6.modalities.interface import ALONG, Moves, Tokens
 from openm6.modalities.sequence import KindOfTokens, collate, lay_out
 from openm6.models.omni import Omni
 from openm6.nn.cache import KVCache
@@ -31,11 +31,12 @@ class Reading:
     def batch(self) -> int:
         return len(self.place)
 
-    def layout(self, order: int, grid: Tensor, private: int = 0) -> Layout:
-        """The layout of T wanted tokens in every row; `grid` T 3 counts from each row's place."""
+    def layout(self, order: int, grid: Tensor, private: int = 0, moves: Moves = ALONG) -> Layout:
+        """The layout of T wanted tokens in every row; `grid` T 3 counts from each row's place on the axes that move."""
         shape = (self.batch, len(grid))
         sample = torch.zeros(shape, dtype=torch.int32, device=self.place.device)
-        positions = grid + self.place[:, None, None]  # T 3 -> B T 3
+        along = torch.tensor(moves, device=self.place.device)
+        positions = grid + self.place[:, None, None] * along  # T 3 -> B T 3
         return Layout(sample, sample + order, sample + private, positions.to(torch.int32))
 
     def run(self, kind: str, arrays: dict[str, Tensor], layout: Layout) -> Tensor:

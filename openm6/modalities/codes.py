@@ -90,7 +90,9 @@ class CodesAdapter(Adapter):
         dims = len(levels)
         self.shown = nn.Linear(groups * dims, width)
         self.mask = nn.Parameter(torch.empty(width))
-        self.place = place  # that of the patches: what is filled in is to be found where it lies in the source
+        self.place = (
+            place  # that of the patches: what is filled in is to be found where it lies in the source
+        )
         self.hidden_to_groups = nn.Linear(width, groups * bottleneck)
         self.codes_to_groups = nn.Linear(groups * dims, groups * bottleneck, bias=False)
         self.to_codes = nn.Parameter(torch.empty(groups, bottleneck, self.codebook_size))

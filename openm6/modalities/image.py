@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from openm6.base.errors import DataError
 from openm6.modalities.codec_image import ImageCodec
 from openm6.modalities.codes import CodesAdapter, hide, masked_arrays, random_rectangle
-from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Tokens, rectangle
+from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Tokens, rectangle
 from openm6.modalities.places import PlaceEmbedding, picture_places
 from openm6.modalities.recall import Recall
 
@@ -123,9 +123,8 @@ class Image(Modality):
             "gone": gone,
             "places": picture_places(down, across),
         }
-        return Tokens(
-            "image_in", arrays, rectangle(down, across), max(down, across), np.zeros(len(gone), bool)
-        )
+        grid, span, learn = rectangle(down, across), max(down, across), np.zeros(len(gone), bool)
+        return Tokens("image_in", arrays, grid, span, learn, moves=OWN_ORIGIN)
 
     def _fit(self, picture: Pillow.Image) -> Pillow.Image:
         """The picture resized to whole patches within the budget; small ones keep their size."""
@@ -157,7 +156,8 @@ class Image(Modality):
     def _masked(self, codes: np.ndarray, hidden: np.ndarray, rng: np.random.Generator | None) -> Tokens:
         places = picture_places(self.places, self.places)
         arrays, learn = masked_arrays(codes, hidden, places, self.codec.codebook_size, rng)
-        return Tokens("image_out", arrays, rectangle(self.places, self.places), self.places, learn, "block")
+        grid = rectangle(self.places, self.places)
+        return Tokens("image_out", arrays, grid, self.places, learn, "block", OWN_ORIGIN)
 
     def encode(self, raw: Any) -> np.ndarray:
         """Codes of a picture squared to `side`; remembered by the bytes of the file.  # N G"""

@@ -15,6 +15,12 @@ Placement = Literal["source", "causal", "block"]
 Arrays = dict[str, np.ndarray]
 Options = Mapping[str, Any]
 NO_OPTIONS: Options = MappingProxyType({})
+Moves = tuple[int, int, int]
+ALONG: Moves = (1, 1, 1)
+# The middle two of a picture or sound count from its own origin, in units that its patches and its codes share: what
+# is wanted at a place then has the rotary position of the patch that lies there, however long the words between are.
+OWN_ORIGIN: Moves = (1, 0, 0)
+SIDE_UNITS = 32  # along each side of a picture
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,9 @@ class Tokens:
     """One piece of raw input as N tokens: what the sequence rule and an adapter need to know of it.
 
     `kind` names the adapter that embeds them. `arrays` holds one array per feature, each with leading length N.
-    `grid` (N 3, int) is each token's offset in time, height and width from where the piece begins; `span` is how
-    far the next piece moves on. `learn` (N, bool) marks the tokens that carry a loss. `placement` is `source`
+    `grid` (N 3, int) is each token's offset in time, height and width; `moves` says for each axis whether it counts
+    from where the piece begins (1) or from its own origin wherever it stands (0); `span` is how far the next piece
+    moves on. `learn` (N, bool) marks the tokens that carry a loss. `placement` is `source`
     (order 0), `causal` (one order after the other) or `block` (one order for all, private).
     """
 
@@ -33,6 +40,7 @@ class Tokens:
     span: int
     learn: np.ndarray
     placement: Placement = "source"
+    moves: Moves = ALONG
 
     def __len__(self) -> int:
         return len(self.grid)
@@ -53,9 +61,19 @@ def line(length: int) -> np.ndarray:
 
 
 def rectangle(height: int, width: int) -> np.ndarray:
-    """The grid of a picture of `height` × `width` tokens, row by row, at one moment.  # H*W 3"""
+    """The grid of a picture of `height` × `width` tokens, row by row, at one moment: their middles.  # H*W 3"""
     rows, columns = np.divmod(np.arange(height * width, dtype=np.int32), width)
-    return np.stack([np.zeros_like(rows), rows, columns], axis=1)
+    middles = [
+        (2 * place + 1) * SIDE_UNITS // (2 * count) for place, count in ((rows, height), (columns, width))
+    ]
+    return np.stack([np.zeros_like(rows), *middles], axis=1)
+
+
+def track(count: int, step: int) -> np.ndarray:
+    """The grid of a sound of `count` tokens of `step` units of time: number, then twice the middle.  # N 3"""
+    number = np.arange(count, dtype=np.int32)
+    middle = (2 * number + 1) * step // 2
+    return np.stack([number, middle, middle], axis=1)
 
 
 class Adapter(nn.Module, ABC):

@@ -50,7 +50,7 @@ def lay_out(pieces: list[Tokens], task: str = "", weight: float = 1.0) -> Sequen
             order, block = order + 1, block + 1
             orders.append(np.full(length, order, np.int32))
             privates.append(np.full(length, block, np.int32))
-        positions.append(piece.grid + place)
+        positions.append(piece.grid + place * np.asarray(piece.moves))
         place += piece.span
     join = np.concatenate
     return Sequence(pieces, join(orders), join(privates), join(positions).astype(np.int32), task, weight)

@@ -17,13 +17,14 @@ from openm6.base.errors import DataError
 from openm6.modalities.codec_sound import SoundCodec
 from openm6.modalities.codes import CodesAdapter, hide, masked_arrays
 from openm6.modalities.image import PatchAdapter
-from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Tokens, line
+from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Tokens, track
 from openm6.modalities.places import PlaceEmbedding, sound_places
 from openm6.modalities.recall import Recall
 from openm6.ops.resample import resample
 
 RATE = 16_000
 FRAMES = 8  # of 10 ms in one source token
+UNIT = 320  # samples (20 ms) in one unit of rotary time, so that patches and codes have whole middles
 MAX_SECONDS = 30.0
 # Wanted sounds are sped up or slowed down while training, which changes the voice (Ko et al., Interspeech 2015); a
 # few fixed speeds, so that the codes can be remembered.
@@ -105,7 +106,8 @@ class Sound(Modality):
         gone = gap_places(options.get("gap"), count)
         patches = np.where(gone[:, None], 0, padded.reshape(count, -1)).astype(np.float32)
         arrays = {"patches": patches, "gone": gone, "places": sound_places(count, FRAMES / 100)}
-        return Tokens("sound_in", arrays, line(count), count, np.zeros(count, bool))
+        grid = track(count, FRAMES * RATE // 100 // UNIT)
+        return Tokens("sound_in", arrays, grid, count, np.zeros(count, bool), moves=OWN_ORIGIN)
 
     def _frames(self, raw: Any, seconds: float | None, speed: float = 1.0) -> np.ndarray:
         """Log-mels of the sound, cut or padded to `seconds` where given.  # F M"""
@@ -156,7 +158,8 @@ class Sound(Modality):
     def _masked(self, codes: np.ndarray, hidden: np.ndarray, rng: np.random.Generator | None) -> Tokens:
         places = sound_places(len(codes), self.place / RATE)
         arrays, learn = masked_arrays(codes, hidden, places, self.codec.codebook_size, rng)
-        return Tokens("sound_out", arrays, line(len(codes)), len(codes), learn, "block")
+        grid = track(len(codes), self.place // UNIT)
+        return Tokens("sound_out", arrays, grid, len(codes), learn, "block", OWN_ORIGIN)
 
     def encode(self, raw: Any, seconds: float | None = None, speed: float = 1.0) -> np.ndarray:
         """Codes of the sound, cut or padded with silence; remembered by the bytes of the file.  # T G"""

@@ -32,7 +32,8 @@ def check_shapes(tokens: Tokens) -> None:
     assert tokens.grid.shape == (count, 3) and tokens.grid.min(initial=0) >= 0
     assert tokens.learn.shape == (count,) and tokens.learn.dtype == bool
     assert {len(array) for array in tokens.arrays.values()} == {count}
-    assert tokens.span > tokens.grid.max(initial=-1), "the next piece would stand on this one's places"
+    along = (tokens.grid * np.asarray(tokens.moves)).max(initial=-1)
+    assert tokens.span > along, "the next piece would stand on this one's places"
     for name, array in tokens.arrays.items():
         assert array.dtype.kind in "biuf" and np.isfinite(array).all(), name
 

@@ -22,7 +22,9 @@ from openm6.modalities.image import (
     read_image,
     to_square,
 )
+from openm6.modalities.interface import Tokens, line
 from openm6.modalities.places import PlaceEmbedding
+from openm6.modalities.sequence import lay_out
 from tests.data.pictures import png
 from tests.small_model import modalities
 
@@ -120,7 +122,7 @@ def test_damaged_files_never_raise_anything_else() -> None:
 )
 def test_patches_keep_within_the_budget_and_near_the_aspect(image: Image, size: tuple[int, int]) -> None:
     tokens = image.source(Pillow.new("RGB", size))
-    down, across = tokens.grid[:, 1].max() + 1, tokens.grid[:, 2].max() + 1
+    down, across = (len(np.unique(tokens.arrays["places"][:, axis])) for axis in (0, 1))
     assert len(tokens) == down * across <= image.max_patches
     assert tokens.span == max(down, across)
     wanted, found = size[0] / size[1], across / down
@@ -136,7 +138,18 @@ def test_patches_are_the_pixels(image: Image) -> None:
     row, column = 1, 2
     block = values[row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH]
     assert np.allclose(tokens.arrays["patches"][row * 3 + column], (block / 127.5 - 1).reshape(-1), atol=1e-6)
-    assert tokens.grid[row * 3 + column].tolist() == [0, row, column]
+    assert tokens.grid[row * 3 + column].tolist() == [0, 24, 26], "the middle, in 32 units a side"
+
+
+def test_codes_stand_where_the_patches_stand_whatever_lies_between(image: Image) -> None:
+    picture = Pillow.new("RGB", (64, 64))
+    source, wanted = image.source(picture), image.target(picture)
+    words = Tokens("text", {}, line(7), 7, np.zeros(7, bool))
+    laid = lay_out([words, source, words, wanted])
+    patches, codes = laid.positions[7 : 7 + len(source)], laid.positions[-len(wanted) :]
+    assert len(patches) == len(codes) == 64  # the shipped codec has one place for each patch
+    assert np.array_equal(patches[:, 1:], codes[:, 1:])
+    assert (codes[:, 0] > patches[:, 0]).all()
 
 
 def test_a_square_keeps_the_aspect_on_white() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.modalities.interface import Placement, Tokens, line, rectangle
+from openm6.modalities.interface import OWN_ORIGIN, Placement, Tokens, line, rectangle
 from openm6.modalities.sequence import Batch, collate, count, lay_out, split
 from openm6.ops.sequence import visible
 
@@ -22,12 +22,13 @@ def piece(
 
 
 def test_sources_causal_text_and_blocks() -> None:
-    square = Tokens("c", {"number": np.arange(4)}, rectangle(2, 2), 2, np.ones(4, bool), "block")
+    grid, learned = rectangle(2, 2), np.ones(4, bool)
+    square = Tokens("c", {"number": np.arange(4)}, grid, 2, learned, "block", OWN_ORIGIN)
     found = lay_out([piece(2), piece(1), piece(3, "causal"), square, piece(2, "block")])
     assert found.order.tolist() == [0, 0, 0, 1, 2, 3, 4, 4, 4, 4, 5, 5]
     assert found.private.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
     assert found.positions[:6, 0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert found.positions[6:10].tolist() == [[6, 6, 6], [6, 6, 7], [6, 7, 6], [6, 7, 7]]
+    assert found.positions[6:10].tolist() == [[6, 8, 8], [6, 8, 24], [6, 24, 8], [6, 24, 24]]
     assert found.positions[10].tolist() == [8, 8, 8], "a picture moves on by its longer side"
     assert len(found) == 12
 

@@ -21,7 +21,11 @@ TEST_VOICE = "+f4"  # never heard in training
 MANNERS = ((130, 40), (160, 55), (190, 70))  # words a minute, pitch
 # A voice never heard needs many to learn from, each a little: more voices help where more takes of three do not.
 MORE_VOICES = (
-    *(f"{tongue}+{voice}" for tongue in ("en-us", "cmn") for voice in ("m2", "m4", "m5", "m7", "f1", "f3", "f5")),
+    *(
+        f"{tongue}+{voice}"
+        for tongue in ("en-us", "cmn")
+        for voice in ("m2", "m4", "m5", "m7", "f1", "f3", "f5")
+    ),
     *("en-gb+m3", "en-gb+f3"),
 )
 MORE_MANNERS = ((145, 35), (175, 65))
