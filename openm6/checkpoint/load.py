@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import JOB_FILE, MODEL_FILE, OPTIMIZER_FILE
+from openm6.checkpoint.save import Saver
 from openm6.checkpoint.tensors import named_tensors, open_tensors, read_into
 
 SEPARATOR = "::"  # between a parameter's name and the name of one of its optimizer's tensors
 
 
-def load_model(folder: Path, model: nn.Module) -> None:
+def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
     """Fill a placed model (not on `meta`) with the weights of a checkpoint folder.
+
+    `layout` is that of parallel/sharding.py where the model is cut over ranks, all of which call this.
 
     Raises:
         CheckpointError: names or shapes differ, or the file is missing or unreadable.
     """
+    if layout is not None or is_sharded(folder):
+        _sharded().load_sharded_model(folder, model, layout)
+        return
     with open_tensors(folder / MODEL_FILE) as source:
         read_into(source, named_tensors(model))
 
@@ -52,12 +60,32 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     return tensors
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+def open_saver(layout: Any = None) -> Saver:
+    """What saves a model of this layout (None: whole, in this process)."""
+    return Saver() if layout is None else _sharded().ShardedSaver(layout)
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether ranks wrote their parts of the weights to files of their own."""
+    return not (folder / MODEL_FILE).exists() and any(folder.glob("shard-*.safetensors"))
+
+
+def _sharded() -> Any:
+    """checkpoint/sharded.py, whose import takes seconds that others need not wait for."""
+    return importlib.import_module("openm6.checkpoint.sharded")
+
+
+def load_optimizer(
+    folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module, layout: Any = None
+) -> None:
     """Put the saved tensors in place of the optimizer's state; learning rates are left as they are.
 
     Raises:
         CheckpointError: the file is missing or unreadable, or names a parameter that the optimizer does not move.
     """
+    if layout is not None or is_sharded(folder):
+        _sharded().load_sharded_optimizer(folder, optimizer, model, layout)
+        return
     with open_tensors(folder / OPTIMIZER_FILE) as source:
         # One tensor at a time: the file must not stand in memory beside the optimizer.
         pairs = ((name, source[name]) for name in source.names)

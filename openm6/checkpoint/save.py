@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,16 +51,21 @@ def save(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
             are as they were.
     """
     partial = partial_folder(checkpoints, snapshot.step)
-    target = step_folder(checkpoints, snapshot.step)
-    try:
+    with told_as_checkpoint_error(step_folder(checkpoints, snapshot.step), partial):
         checkpoints.mkdir(parents=True, exist_ok=True)
         clear_partial(checkpoints)
         partial.mkdir()
-        _write(snapshot, partial)
-        if target.exists():
-            shutil.rmtree(target)  # a broken or older one of the same step
-        os.rename(partial, target)
-        sync_folder(checkpoints)
+        write_tensors(partial / MODEL_FILE, named_tensors(snapshot.model))
+        if snapshot.optimizer:
+            write_tensors(partial / OPTIMIZER_FILE, snapshot.optimizer)
+        return publish(snapshot, checkpoints, keep)
+
+
+@contextmanager
+def told_as_checkpoint_error(target: Path, partial: Path) -> Iterator[None]:
+    """Turns a failure to write into one sentence, and removes what was written in part."""
+    try:
+        yield
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror or str(error)
@@ -66,14 +73,22 @@ def save(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
             f"{target} could not be written ({reason}): free some space or choose another folder, "
             "earlier checkpoints are intact"
         ) from error
+
+
+def publish(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
+    """Adds all but the weights and moments, which are written, and gives the folder its name; then older ones go."""
+    partial = partial_folder(checkpoints, snapshot.step)
+    target = step_folder(checkpoints, snapshot.step)
+    _complete(snapshot, partial)
+    if target.exists():
+        shutil.rmtree(target)  # a broken or older one of the same step
+    os.rename(partial, target)
+    sync_folder(checkpoints)
     prune(checkpoints, keep)
     return target
 
 
-def _write(snapshot: Snapshot, folder: Path) -> None:
-    write_tensors(folder / MODEL_FILE, named_tensors(snapshot.model))
-    if snapshot.optimizer:
-        write_tensors(folder / OPTIMIZER_FILE, snapshot.optimizer)
+def _complete(snapshot: Snapshot, folder: Path) -> None:
     if snapshot.job:
         write_tensors(folder / JOB_FILE, snapshot.job)
     for name, text in snapshot.files.items():
@@ -84,3 +99,14 @@ def _write(snapshot: Snapshot, folder: Path) -> None:
     state = {"format": FORMAT, "openm6": __version__, "step": snapshot.step, "files": sizes, **snapshot.state}
     write_synced(folder / STATE_FILE, json.dumps(state, indent=1, ensure_ascii=False, allow_nan=False))
     sync_folder(folder)
+
+
+class Saver:
+    """Saves at once, from one process; the parent of ways that do it in parts, or beside the training."""
+
+    def begin(self, snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
+        """Writes `checkpoints/step-N`, or starts to; see `save`."""
+        return save(snapshot, checkpoints, keep)
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is whole; raises CheckpointError where it could not be written."""

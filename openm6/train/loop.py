@@ -15,8 +15,8 @@ from openm6.base.errors import CheckpointError, Interrupted, TrainingError
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints, read_state, step_of
-from openm6.checkpoint.load import load_job_tensors, load_model, load_optimizer, optimizer_tensors
-from openm6.checkpoint.save import Snapshot, save
+from openm6.checkpoint.load import load_job_tensors, load_model, load_optimizer, open_saver, optimizer_tensors
+from openm6.checkpoint.save import Snapshot
 from openm6.train.config import LoopConfig
 from openm6.train.display import open_display
 from openm6.train.hooks import Hook
@@ -93,6 +93,7 @@ class _Run:
         self.hooks: list[Hook] = [MeterHook(), MemoryHook(), *stages, *hooks]
         self.recorder, self.watch, self.progress = Recorder(), SpikeWatch(), Progress()
         self.team: Team | None = None
+        self.saver = open_saver(job.ranks.layout)
         self.saved: Path | None = None
         self.scores: dict[str, float] = {}
         refuse_overwriting(run, resume)
@@ -123,6 +124,8 @@ class _Run:
                 stopping = self._stopping(interrupt)
                 if self._due(self.config.save_every) or stopping:
                     self.save()
+                if stopping or self.length.reached(progress.step):
+                    self.saver.finish()
                 if stopping and not self.length.reached(progress.step):
                     raise Interrupted(
                         f"stopped at step {progress.step}, saved as {self.saved}: go on with --resume"
@@ -219,11 +222,12 @@ class _Run:
         if self.team is not None:
             self.team.collect()
         self.progress.cursor = self.job.merge_cursors(self.job.ranks.gather(self.progress.cursor))
-        if self.job.ranks.first:
-            self._write()
-        self.saved = self.job.ranks.from_first(self.saved)
+        ranks = self.job.ranks
+        if ranks.first or ranks.layout is not None:
+            self.saved = self.saver.begin(self._snapshot(), self.run.checkpoints, self.config.keep)
+        self.saved = ranks.from_first(self.saved)
 
-    def _write(self) -> None:
+    def _snapshot(self) -> Snapshot:
         extra = self.job.state()
         tensors = {name: value for name, value in extra.items() if isinstance(value, Tensor)}
         state = {
@@ -237,8 +241,7 @@ class _Run:
             "job": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         }
         moments = optimizer_tensors(self.updater.optimizer, self.job.model)
-        snapshot = Snapshot(self.progress.step, self.job.model, moments, state, tensors, self.job.files())
-        self.saved = save(snapshot, self.run.checkpoints, self.config.keep)
+        return Snapshot(self.progress.step, self.job.model, moments, state, tensors, self.job.files())
 
     def _restore(self, folder: Path) -> None:
         state = read_state(folder)
@@ -252,8 +255,9 @@ class _Run:
             if hook.name in kept:
                 hook.before_load(self, kept[hook.name])
         _check_stage(folder, state.get("stage", self.job.stage), self.job)
-        load_model(folder, self.job.model)
-        load_optimizer(folder, self.updater.optimizer, self.job.model)
+        layout = self.job.ranks.layout
+        load_model(folder, self.job.model, layout)
+        load_optimizer(folder, self.updater.optimizer, self.job.model, layout)
         self.job.load_state({**state["job"], **load_job_tensors(folder)})
         self.recorder.load_state(state["recorder"])
         self.watch.load_state(state["watch"])

@@ -1,0 +1,161 @@
+"""Checkpoints of which each rank writes its part, by torch's distributed checkpoint, as safetensors without any pickle.
+
+A file holds parts of tensors and, in its header, where in the whole they lie. So any number of ranks, in any mesh, can
+read what any other wrote, and one process can, too; the files of an unsharded checkpoint count as a single part.
+"""
+
+from __future__ import annotations
+
+import warnings
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from openm6.base.errors import CheckpointError
+from openm6.checkpoint.folder import clear_partial, partial_folder, step_folder
+from openm6.checkpoint.load import SEPARATOR, place_optimizer
+from openm6.checkpoint.save import Saver, Snapshot, publish, told_as_checkpoint_error
+from openm6.checkpoint.tensors import named_tensors
+from openm6.parallel.sharding import Layout, cut_tensors
+
+
+class ShardedSaver(Saver):
+    """Saves while training goes on: it stops only for the copy to the host."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        # Of its own: messages of a thread that saves must not mix with those of training.
+        self.group = dist.new_group(backend="gloo")
+        self._pending: Thread | None = None
+        self._failure: BaseException | None = None
+
+    def begin(self, snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
+        """Starts to write `checkpoints/step-N`; the tensors may change as soon as this returns. All ranks call it.
+
+        Raises:
+            CheckpointError: the save before this one has failed, or the folder cannot be made.
+        """
+        self.finish()
+        partial, target = (make(checkpoints, snapshot.step) for make in (partial_folder, step_folder))
+        if dist.get_rank() == 0:
+            with told_as_checkpoint_error(target, partial):
+                checkpoints.mkdir(parents=True, exist_ok=True)
+                clear_partial(checkpoints)
+                partial.mkdir()
+        dist.barrier(group=self.group)
+        named = {**named_tensors(snapshot.model), **snapshot.optimizer}
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saving = dcp.async_save(
+                cut_tensors(snapshot.model, named, self.layout),
+                storage_writer=writer,
+                process_group=self.group,
+            )
+        assert isinstance(saving, Future)
+        self._pending = Thread(target=self._settle, args=(saving, snapshot, checkpoints, keep), daemon=True)
+        self._pending.start()
+        return target
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is whole.
+
+        Raises:
+            CheckpointError: it could not be written; earlier ones are intact.
+        """
+        if self._pending is not None:
+            self._pending.join()
+            self._pending = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise CheckpointError(
+                f"a checkpoint could not be written ({_reason(failure)}): free some space or choose another "
+                "folder, earlier checkpoints are intact"
+            ) from failure
+
+    def _settle(self, saving: Future[Any], snapshot: Snapshot, checkpoints: Path, keep: int) -> None:
+        """In a thread: once all ranks have written, rank 0 gives the checkpoint its name."""
+        try:
+            saving.result()
+            if dist.get_rank() == 0:
+                publish(snapshot, checkpoints, keep)
+        except BaseException as error:  # CheckpointException is no Exception
+            self._failure = error
+
+
+def load_sharded_model(folder: Path, model: nn.Module, layout: Layout | None) -> None:
+    """As `load_model`, for a model or a checkpoint that lies in parts."""
+    targets = named_tensors(model)
+    metadata = _metadata(folder)
+    saved = {name: entry for name, entry in metadata.items() if SEPARATOR not in name}
+    if layout is not None:
+        targets = cut_tensors(model, targets, layout)
+    _compare(folder, saved, targets)
+    _read(folder, targets)
+
+
+def load_sharded_optimizer(
+    folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module, layout: Layout | None
+) -> None:
+    """As `load_optimizer`, for a model or a checkpoint that lies in parts."""
+    parameters = dict(model.named_parameters())
+    slots: dict[str, Tensor] = {}
+    for name, entry in _metadata(folder).items():
+        owner = name.partition(SEPARATOR)[0]
+        if SEPARATOR in name and owner in parameters:
+            parameter, dtype = parameters[owner].detach(), entry.properties.dtype
+            whole = len(entry.size) == parameter.dim()
+            slots[name] = (
+                torch.zeros_like(parameter, dtype=dtype) if whole else torch.zeros(entry.size, dtype=dtype)
+            )
+    _read(folder, slots if layout is None else cut_tensors(model, slots, layout))
+    place_optimizer(slots.items(), optimizer, model, str(folder))
+
+
+def _metadata(folder: Path) -> dict[str, TensorStorageMetadata]:
+    metadata: Metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+    return {
+        name: entry
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def _compare(folder: Path, saved: dict[str, TensorStorageMetadata], targets: dict[str, Tensor]) -> None:
+    mend = "load it with the config that it was saved with"
+    for name in sorted(set(saved) ^ set(targets)):
+        where = "lacks" if name in targets else "has, unknown to this model,"
+        raise CheckpointError(f"{folder} {where} {name!r}: {mend}")
+    for name, target in targets.items():
+        if saved[name].size != target.shape:
+            raise CheckpointError(
+                f"{folder}: {name!r} has shape {list(saved[name].size)}, the model wants "
+                f"{list(target.shape)}: {mend}"
+            )
+
+
+def _read(folder: Path, targets: dict[str, Tensor]) -> None:
+    alone = not dist.is_initialized()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    except CheckpointException as error:
+        raise CheckpointError(f"{folder} cannot be read ({_reason(error)}): use another checkpoint") from None
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of the first rank's failure."""
+    if isinstance(error, CheckpointException):
+        failure = next(iter(error.failures.values()))[0]
+        return str(failure).strip().splitlines()[-1]
+    return str(error)
