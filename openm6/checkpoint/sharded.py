@@ -7,10 +7,8 @@ read what any other wrote, and one process can, too; the files of an unsharded c
 from __future__ import annotations
 
 import warnings
-from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import clear_partial, partial_folder, step_folder
@@ -33,6 +32,7 @@ class ShardedSaver(Saver):
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
+        self.host = layout.on_host()
         # Of its own: messages of a thread that saves must not mix with those of training.
         self.group = dist.new_group(backend="gloo")
         self._pending: Thread | None = None
@@ -53,16 +53,9 @@ class ShardedSaver(Saver):
                 partial.mkdir()
         dist.barrier(group=self.group)
         named = {**named_tensors(snapshot.model), **snapshot.optimizer}
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            saving = dcp.async_save(
-                cut_tensors(snapshot.model, named, self.layout),
-                storage_writer=writer,
-                process_group=self.group,
-            )
-        assert isinstance(saving, Future)
-        self._pending = Thread(target=self._settle, args=(saving, snapshot, checkpoints, keep), daemon=True)
+        parts = cut_tensors(snapshot.model, named, self.layout)
+        copies = {name: self._copy(tensor) for name, tensor in parts.items()}
+        self._pending = Thread(target=self._write, args=(copies, snapshot, checkpoints, keep), daemon=True)
         self._pending.start()
         return target
 
@@ -82,10 +75,22 @@ class ShardedSaver(Saver):
                 "folder, earlier checkpoints are intact"
             ) from failure
 
-    def _settle(self, saving: Future[Any], snapshot: Snapshot, checkpoints: Path, keep: int) -> None:
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """On the host. Not by `dcp.async_save`, whose staging copies the mesh along with each tensor."""
+        if not isinstance(tensor, DTensor):
+            return tensor.detach().to("cpu", copy=True)
+        part = tensor.to_local().detach().to("cpu", copy=True)
+        mesh = self.host.find(tensor.device_mesh.mesh_dim_names or ())
+        return DTensor.from_local(
+            part, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+
+    def _write(self, copies: dict[str, Tensor], snapshot: Snapshot, checkpoints: Path, keep: int) -> None:
         """In a thread: once all ranks have written, rank 0 gives the checkpoint its name."""
+        partial = partial_folder(checkpoints, snapshot.step)
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         try:
-            saving.result()
+            dcp.save(copies, storage_writer=writer, process_group=self.group)
             if dist.get_rank() == 0:
                 publish(snapshot, checkpoints, keep)
         except BaseException as error:  # CheckpointException is no Exception

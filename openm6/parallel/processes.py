@@ -25,7 +25,8 @@ class ProcessRanks(Ranks):
     """The processes that torchrun started, connected by NCCL on GPUs and by gloo elsewhere."""
 
     def __init__(self, device: torch.device, timeout_seconds: float) -> None:
-        if not dist.is_initialized():
+        self._opened = not dist.is_initialized()
+        if self._opened:
             _open_group(device, timeout_seconds)
         self.device = device
         self._layout: Layout | None = None
@@ -82,7 +83,8 @@ class ProcessRanks(Ranks):
         return values[0]
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        if self._opened:
+            dist.destroy_process_group()
 
 
 def _open_group(device: torch.device, timeout_seconds: float) -> None:

@@ -42,6 +42,14 @@ class Layout:
         """The ranks that hold one copy of the model among them."""
         return self.dense.get_group()
 
+    def find(self, names: tuple[str, ...]) -> DeviceMesh:
+        """The part of the mesh with these axes."""
+        return self.dense if names == ("dense",) else self.mesh[names]
+
+    def on_host(self) -> Layout:
+        """The same ranks as processors, for copies of what lies on GPUs."""
+        return self if self.mesh.device_type == "cpu" else open_layout(self.shape, torch.device("cpu"))
+
     def expert_group(self) -> dist.ProcessGroup:
         """The ranks among which the experts of a layer are dealt out."""
         return self.mesh["experts"].get_group()

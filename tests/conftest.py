@@ -1,4 +1,4 @@
-"""Fleets of two and of four processes for the tests of this room and of training."""
+"""Fleets of two and of four processes for the tests of several rooms."""
 
 from __future__ import annotations
 

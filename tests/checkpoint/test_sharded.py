@@ -1,0 +1,123 @@
+"""Checkpoints in parts: written by any mesh, read by any other and by one process; nothing is lost on the way."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from openm6.base.errors import CheckpointError
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import is_complete, latest
+from openm6.checkpoint.load import is_sharded, load_model
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.run import read_recipe
+from tests.parallel.fleet import Fleet
+from tests.parallel.recording_job import Records, run_steps
+from tests.train.tiny_recipe import tiny_recipe, write_recipe
+
+Axes = tuple[int, int, int]
+STEPS = 9
+
+
+def recipe_file(folder: Path) -> str:
+    recipe = tiny_recipe(steps=STEPS, save_every=3, keep=9, workers=1)
+    recipe["packing"] = {"rows": 4, "length": 160, "lanes": 4}
+    return write_recipe(folder, recipe)
+
+
+@cache
+def unbroken() -> tuple[Records, dict[int, float], dict[str, Tensor]]:
+    """Records, losses and last weights of one process that nothing disturbed."""
+    with TemporaryDirectory() as name:
+        recipe = recipe_file(Path(name))
+        records, losses = run_steps(recipe, name, (1, 1, 1), 1, None)
+        return records, losses, weights(recipe, latest(name))
+
+
+def weights(recipe: str, checkpoint: Path) -> dict[str, Tensor]:
+    """The whole model of a checkpoint, read by one process."""
+    checked, _ = read_recipe(Path(recipe), [])
+    with TemporaryDirectory() as name:
+        shutil.copy(checkpoint / "tokenizer.json", name)
+        job = MultimodalJob(checked, RunFolder(Path(name)), torch.device("cpu"))
+    load_model(checkpoint, job.model)
+    return {name: tensor.detach() for name, tensor in job.model.state_dict().items()}
+
+
+def wait_for(folder: Path, step: int) -> Path:
+    """The checkpoint of a step, which a thread may still be writing."""
+    checkpoint = folder / "checkpoints" / f"step-{step}"
+    end = time.monotonic() + 60
+    while not is_complete(checkpoint):
+        assert time.monotonic() < end, f"{checkpoint} never came"
+        time.sleep(0.02)
+    return checkpoint
+
+
+def together(parts: list[Records]) -> Records:
+    """The records of all ranks, in their order, by step."""
+    return {step: [record for part in parts for record in part[step]] for step in parts[0]}
+
+
+MESHES: list[list[tuple[str, Axes]]] = [
+    [("four", (1, 2, 2)), ("two", (1, 1, 2)), ("four", (2, 2, 1))],
+    [("two", (1, 2, 1)), ("one", (1, 1, 1)), ("two", (2, 1, 1))],
+]
+
+
+@pytest.mark.parametrize("plan", MESHES)
+def test_a_run_goes_on_with_another_number_of_ranks(
+    plan: list[tuple[str, Axes]], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Killed two steps after each checkpoint: every step has the records of an unbroken run, and its loss."""
+    recipe = recipe_file(tmp_path)
+    records: Records = {}
+    losses: dict[int, float] = {}
+    for turn, (fleet, axes) in enumerate(plan):
+        begin = 1 + 3 * turn
+        fall_at = None if turn == 2 else begin + 5
+        words: tuple[Any, ...] = (recipe, str(tmp_path), axes, begin, fall_at)
+        answers = (
+            [run_steps(*words)] if fleet == "one" else request.getfixturevalue(fleet).run(run_steps, *words)
+        )
+        records |= together([seen for seen, _ in answers])
+        losses |= answers[0][1]
+        checkpoint = wait_for(tmp_path, begin + 2)
+        assert is_sharded(checkpoint) is (max(axes[1:]) > 1)
+        for later in (begin + 5,) if turn < 2 else ():  # the fall came before this one
+            assert not (tmp_path / "checkpoints" / f"step-{later}").exists()
+    expected, expected_losses, last = unbroken()
+    assert records == expected
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    found = weights(recipe, latest(tmp_path))
+    for name, tensor in last.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=5e-4, msg=name)
+
+
+def test_the_same_ranks_go_on_bit_for_bit(tmp_path: Path, four: Fleet) -> None:
+    recipe = recipe_file(tmp_path)
+    four.run(run_steps, recipe, str(tmp_path / "whole"), (1, 2, 2), 1, None)
+    four.run(run_steps, recipe, str(tmp_path / "broken"), (1, 2, 2), 1, 6)
+    wait_for(tmp_path / "broken", 3)
+    four.run(run_steps, recipe, str(tmp_path / "broken"), (1, 2, 2), 4, None)
+    ours, theirs = (weights(recipe, latest(tmp_path / name)) for name in ("whole", "broken"))
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+def test_a_missing_part_makes_a_checkpoint_incomplete(tmp_path: Path, two: Fleet) -> None:
+    recipe = recipe_file(tmp_path)
+    two.run(run_steps, recipe, str(tmp_path), (1, 1, 2), 1, None)
+    last = latest(tmp_path)
+    assert last.name == f"step-{STEPS}"
+    next(last.glob("shard-00002-*")).unlink()
+    assert latest(tmp_path).name == "step-6"
+    with pytest.raises(CheckpointError, match=r"shard-00002.* is missing or cut short .*use an earlier"):
+        latest(last)

@@ -1,0 +1,61 @@
+"""The tiny recipe as a job that notes which records each step saw, and may fall over at a step."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from openm6.base.run_folder import RunFolder
+from openm6.modalities.sequence import Batch
+from openm6.parallel.processes import ProcessRanks
+from openm6.parallel.ranks import Ranks
+from openm6.train.job import StepResult
+from openm6.train.loop import train
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.recorder import read_metrics
+from openm6.train.run import read_recipe
+
+Records = dict[int, list[tuple[int, int, int]]]  # step -> component, epoch and index of each example
+
+
+class FallError(Exception):
+    """What the job raises where it is told to."""
+
+
+class RecordingJob(MultimodalJob):
+    """`seen` holds the records of each step that this rank took; nothing is judged at the end."""
+
+    def prepare(self, fall_at: int | None) -> None:
+        self.fall_at, self.seen = fall_at, {}
+
+    def loss(self, batch: Batch) -> StepResult:
+        step = self.first_step + len(self.seen)
+        if step == self.fall_at:
+            raise FallError
+        self.seen[step] = [(draw.component, draw.epoch, draw.index) for draw in batch.draws]
+        return super().loss(batch)
+
+    def finish(self, run: RunFolder) -> None:
+        pass
+
+
+def run_steps(
+    recipe: str, folder: str, axes: tuple[int, int, int], begin: int, fall_at: int | None
+) -> tuple[Records, dict[int, float]]:
+    """Goes on in a run's folder from step `begin`; gives this rank's records and the losses of all steps so far."""
+    names = ("data", "shard", "experts")
+    settings = [f"parallel.{name}={size}" for name, size in zip(names, axes, strict=True)]
+    checked, _ = read_recipe(Path(recipe), settings)
+    ranks = ProcessRanks(torch.device("cpu"), 60) if dist.is_initialized() else Ranks()
+    run = RunFolder.open(folder)
+    job = RecordingJob(checked, run, torch.device("cpu"), ranks)
+    job.first_step = begin
+    job.prepare(fall_at)
+    with contextlib.suppress(FallError):
+        train(job, checked.loop, run, resume=True)
+    losses: dict[int, Any] = {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
+    return job.seen, losses
