@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from openm6.cli.doors import door
+
 bench_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Measure, beside the peer where there is one."
 )
@@ -17,3 +19,27 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write
 @bench_app.callback()
 def start() -> None:
     """Every benchmark prints one JSON object; it ends within eight minutes and prints what it has if cut short."""
+
+
+Sizes = Annotated[
+    str | None,
+    typer.Option("--config", metavar="a|fine|cpu", help="Sizes: by default those that fit the device."),
+]
+Peer = Annotated[
+    str, typer.Option("--peer", metavar="transformers|none", help="Whom to measure beside ours.")
+]
+Seconds = Annotated[
+    float | None,
+    typer.Option("--seconds", min=1.0, help="After these it prints what it has (GPU 420, CPU 120)."),
+]
+
+
+@bench_app.command("train")
+def bench_train(
+    config: Sizes = None, peer: Peer = "transformers", seconds: Seconds = None, json: Json = None
+) -> None:
+    """Tokens a second of a whole training step, and where its time goes.
+
+    Example: openm6 bench train --config a --json train.json
+    """
+    door("bench train")(config, peer, seconds, json)

@@ -1,0 +1,79 @@
+"""`openm6 bench train`: tokens a second of a whole training step, beside transformers' Qwen3-MoE of the same sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openm6.base.errors import ConfigError
+from openm6.bench.contender import Contender, take_turns, time_parts
+from openm6.bench.decoder import our_contender
+from openm6.bench.measure import Deadline, device_name, emit
+from openm6.bench.peer import missing_peer, peer_contender
+from openm6.bench.sizes import Sizes, choose_sizes, default_name, peak_tflops
+
+PEERS = ("transformers", "none")
+
+
+def bench_train(config: str | None, peer: str, seconds: float | None, json: Path | None) -> dict[str, Any]:
+    """Measures both in turn and prints the comparison as JSON.
+
+    config: "a", "fine" or "cpu"; None: the one that fits the device. seconds: after these it prints what it has.
+
+    Raises:
+        ConfigError: no such config or peer.
+    """
+    if peer not in PEERS:
+        raise ConfigError(f"no peer {peer!r}: choose {' or '.join(PEERS)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes, name = choose_sizes(config, device), config or default_name(device)
+    on_gpu = device.type == "cuda"
+    deadline = Deadline(seconds or (420.0 if on_gpu else 120.0))
+    contenders, note = _contenders(sizes, device, peer)
+    turns, steps = (4, 8) if on_gpu else (3, 4)
+    take_turns(contenders, device, turns, steps, deadline)
+    found = {who: _figures(contender, sizes, device, deadline) for who, contender in contenders.items()}
+    ours, theirs = found["ours"], found.get("peer")
+    result = {
+        "ours": ours,
+        "peer": theirs,
+        "ratio": round(ours["tokens_per_second"] / theirs["tokens_per_second"], 3) if theirs else None,
+        "device": device_name(device),
+        "config": {"name": name, **sizes.model_dump()},
+        "peer_note": note,
+        "torch": torch.__version__,
+    }
+    emit(result, json)
+    return result
+
+
+def _contenders(sizes: Sizes, device: torch.device, peer: str) -> tuple[dict[str, Contender], str]:
+    """Both models, parked where they do not fit side by side, and a word on the peer."""
+    away = torch.device("cpu")
+    contenders = {"ours": our_contender(sizes, device)}
+    contenders["ours"].move(away if device.type == "cuda" else device)
+    note = "left out, as asked" if peer == "none" else missing_peer()
+    if note is None:
+        # On a processor its compiled form is the slower one: see docs/performance.md.
+        compiled = device.type == "cuda"
+        contenders["peer"] = peer_contender(sizes, device, compiled)
+        contenders["peer"].move(away if device.type == "cuda" else device)
+        note = f"transformers' Qwen3-MoE, {'compiled' if compiled else 'not compiled'}, grouped_mm experts"
+    return contenders, note
+
+
+def _figures(contender: Contender, sizes: Sizes, device: torch.device, deadline: Deadline) -> dict[str, Any]:
+    """The figures of one contender under the names of the report."""
+    median = contender.timing.median
+    tflops, peak = sizes.flops / median / 1e12, peak_tflops(device)
+    return {
+        "tokens_per_second": round(sizes.tokens / median, 1),
+        "mfu": None if peak is None else round(tflops / peak, 4),
+        "tflops": round(tflops, 4),
+        "peak_memory_gib": round(contender.peak_bytes / 2**30, 2) if contender.peak_bytes else None,
+        "breakdown_ms": time_parts(contender, device, deadline),
+        "step_seconds": contender.timing.summary(),
+        "parameters": sum(parameter.numel() for parameter in contender.model.parameters()),
+    }
