@@ -34,24 +34,25 @@ def build_peer(sizes: Sizes, device: torch.device) -> nn.Module:
     """
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: PLC0415
 
-    config = Qwen3MoeConfig(
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.width,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads,
-        num_key_value_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
-        num_experts=sizes.num_experts,
-        num_experts_per_tok=sizes.top_k,
-        moe_intermediate_size=sizes.hidden,
-        intermediate_size=4 * sizes.hidden,
-        decoder_sparse_step=1,
-        output_router_logits=True,
-        norm_topk_prob=True,
-        max_position_embeddings=sizes.length,
-        use_cache=False,
-        tie_word_embeddings=False,
-    )
+    settings = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "num_key_value_heads": sizes.num_kv_heads,
+        "head_dim": sizes.head_dim,
+        "num_experts": sizes.num_experts,
+        "num_experts_per_tok": sizes.top_k,
+        "moe_intermediate_size": sizes.hidden,
+        "intermediate_size": 4 * sizes.hidden,
+        "decoder_sparse_step": 1,
+        "output_router_logits": True,
+        "norm_topk_prob": True,
+        "max_position_embeddings": sizes.length,
+        "use_cache": False,
+        "tie_word_embeddings": False,
+    }
+    config = Qwen3MoeConfig.from_dict(settings)
     torch.manual_seed(0)
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
