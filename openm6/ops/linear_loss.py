@@ -1,0 +1,84 @@
+"""Cross-entropy behind a linear head, chunk by chunk: the logits of all tokens never exist at once.
+
+The gradient is made in the forward pass, while a chunk's logits are there, so each weight of a token must be known
+then; after that the upstream gradient can only be one factor for all tokens.
+"""
+
+# Letters: M tokens, D width, V vocabulary, C tokens of a chunk
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openm6.ops.triton_door import kernels, runs_kernels
+
+CHUNKS = 4  # each chunk reads and writes the weight's gradient once more: few and large
+
+
+def linear_nats(
+    hidden: Tensor, weight: Tensor, label: Tensor, token_weight: Tensor, chunks: int = CHUNKS
+) -> tuple[Tensor, Tensor]:
+    """Σ token_weight · nats with its gradient, and the nats M (fp32, without a gradient).
+
+    hidden: M D; weight of the head: V D; label: M, 0 to V - 1; token_weight: M, part of the loss and not learned.
+    """
+    nats, total = _LinearNats.apply(hidden, weight, label, token_weight, chunks)
+    return total, nats
+
+
+def linear_nats_reference(
+    hidden: Tensor, weight: Tensor, label: Tensor, token_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The naive twin of `linear_nats`: all logits at once."""
+    nats = F.cross_entropy(F.linear(hidden, weight).float(), label, reduction="none")
+    return (nats * token_weight).sum(), nats.detach()
+
+
+def nats_and_gradient(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """Nats C (fp32) of logits C V, which are overwritten by the gradient of Σ weight · nats."""
+    if runs_kernels(logits):
+        return kernels("loss").nats_and_gradient(logits, label, weight)
+    return nats_and_gradient_reference(logits, label, weight)
+
+
+def nats_and_gradient_reference(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """The naive twin of `nats_and_gradient`."""
+    log_probability = logits.float().log_softmax(-1)
+    nats = -log_probability.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+    gradient = log_probability.exp_()
+    gradient.scatter_add_(-1, label.unsqueeze(-1), torch.full_like(nats, -1.0).unsqueeze(-1))
+    logits.copy_(gradient.mul_(weight.float().unsqueeze(-1)))
+    return nats
+
+
+class _LinearNats(torch.autograd.Function):
+    """With G = weight · (softmax − one at the label): d_hidden = G·W, d_W = Gᵀ·hidden, both times one factor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, label: Tensor, token_weight: Tensor, chunks: int
+    ) -> tuple[Tensor, Tensor]:
+        needed = any(ctx.needs_input_grad[:2])
+        size = max(1, -(-len(hidden) // chunks))
+        d_hidden = torch.empty_like(hidden) if needed else hidden
+        d_weight = torch.zeros_like(weight) if needed else weight
+        nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits = F.linear(hidden[part], weight)  # C D -> C V
+            nats[part] = nats_and_gradient(logits, label[part], token_weight[part])
+            if needed:
+                torch.mm(logits, weight, out=d_hidden[part])  # C V -> C D
+                d_weight.addmm_(logits.t(), hidden[part])
+        ctx.save_for_backward(*((d_hidden, d_weight) if needed else ()))
+        ctx.mark_non_differentiable(nats)
+        return nats, (nats * token_weight).sum()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden.mul_(factor), d_weight.mul_(factor), None, None, None
