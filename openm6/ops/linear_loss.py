@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm6.ops.triton_door import kernels, runs_kernels
+from openm6.base.triton_door import kernels, runs_kernels
 
 CHUNKS = 4  # each chunk reads and writes the weight's gradient once more: few and large
 
@@ -41,7 +41,7 @@ def linear_nats_reference(
 def nats_and_gradient(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     """Nats C (fp32) of logits C V, which are overwritten by the gradient of Σ weight · nats."""
     if runs_kernels(logits):
-        return kernels("loss").nats_and_gradient(logits, label, weight)
+        return kernels("ops.loss").nats_and_gradient(logits, label, weight)
     return nats_and_gradient_reference(logits, label, weight)
 
 

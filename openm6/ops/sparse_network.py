@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm6.ops.triton_door import kernels, runs_kernels
+from openm6.base.triton_door import kernels, runs_kernels
 
 
 @torch.library.custom_op("openm6::plan_rows", mutates_args=())
@@ -25,7 +25,7 @@ def plan_rows(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     plus one, int32. Rows of one expert lie together, in the order of their tokens.
     """
     if runs_kernels(chosen):
-        return kernels("plan").plan_rows(chosen, num_experts)
+        return kernels("ops.plan").plan_rows(chosen, num_experts)
     return plan_rows_reference(chosen, num_experts)
 
 
@@ -51,7 +51,7 @@ def plan_rows_reference(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 def gather_rows(x: Tensor, source: Tensor) -> Tensor:
     """x[source]: N D, R -> R D."""
     if runs_kernels(x):
-        return kernels("rows").gather_rows(x, source)
+        return kernels("ops.rows").gather_rows(x, source)
     return x.index_select(0, source)
 
 
@@ -64,7 +64,7 @@ def _(x: Tensor, source: Tensor) -> Tensor:
 def sum_rows(rows: Tensor, slot: Tensor) -> Tensor:
     """Σ_k rows[slot[n, k]], in fp32: R D, N K -> N D."""
     if runs_kernels(rows):
-        return kernels("rows").sum_rows(rows, slot)
+        return kernels("ops.rows").sum_rows(rows, slot)
     return sum_rows_reference(rows, slot)
 
 
@@ -83,7 +83,7 @@ def sum_rows_reference(rows: Tensor, slot: Tensor) -> Tensor:
 def swiglu_gate(product: Tensor, gate: Tensor) -> Tensor:
     """silu(a) · b · gate of product = [a | b]: R 2F, R -> R F."""
     if runs_kernels(product):
-        return kernels("activation").swiglu_gate(product, gate)
+        return kernels("ops.activation").swiglu_gate(product, gate)
     return swiglu_gate_reference(product, gate)
 
 
@@ -103,7 +103,7 @@ def swiglu_gate_reference(product: Tensor, gate: Tensor) -> Tensor:
 def swiglu_gate_backward(product: Tensor, gate: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `swiglu_gate`: R 2F, R, R F -> R 2F, and R in fp32 or wider."""
     if runs_kernels(product):
-        return kernels("activation").swiglu_gate_backward(product, gate, gradient)
+        return kernels("ops.activation").swiglu_gate_backward(product, gate, gradient)
     return swiglu_gate_backward_reference(product, gate, gradient)
 
 

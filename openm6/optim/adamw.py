@@ -1,0 +1,195 @@
+"""AdamW (arXiv 1711.05101) whose update is one pass over memory, with moments of any dtype and rounding by chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from openm6.base.seeds import derive_seed
+from openm6.base.triton_door import kernels, runs_kernels
+from openm6.optim.rounding import mix_bits, round_stochastic
+
+
+class AdamW(torch.optim.Optimizer):
+    """Moves every parameter by its two moments.
+
+    On a GPU with Triton one kernel a tensor reads and writes each number once. `advance` then puts what changes from
+    step to step on the device and `apply` does the work, so that a captured `apply` can be replayed. Elsewhere, and
+    without stochastic rounding, it is torch's own fused update, bit for bit.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        state_dtype: torch.dtype | None = None,
+        stochastic: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """`state_dtype` None: each moment has its parameter's dtype. `stochastic`: bf16 results are rounded by chance.
+
+        Steps are counted on the host; checkpoints hold the same names as torch's AdamW.
+        """
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+        self.state_dtype, self.stochastic, self.seed = state_dtype, stochastic, seed
+        self.scale: Tensor | None = None  # on the device: a factor on all gradients; not a number: no update
+        self._places = {
+            id(parameter): place
+            for place, parameter in enumerate(p for group in self.param_groups for p in group["params"])
+        }
+        self._sent: tuple[Tensor, Tensor] | None = None  # numbers and seeds of all parameters, on the device
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; `closure` may recompute the loss first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.advance()
+        self.apply()
+        return loss
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Counts the step of each parameter that has a gradient and sends its numbers to the device."""
+        moved = self._moved()
+        for parameter, _ in moved:
+            self._state(parameter)["step"] += 1
+        on_device = [(parameter, group) for parameter, group in moved if self._in_kernel(parameter)]
+        if on_device:
+            self._send(on_device)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """The update itself, with the numbers of the last `advance`."""
+        plain: dict[int, list[Tensor]] = {}
+        for parameter, group in self._moved():
+            if self._in_kernel(parameter):
+                self._pass(parameter, group)
+            elif self.stochastic or self.state_dtype is not None:
+                seed = self._seed(parameter)
+                adamw_reference(parameter, self.state[parameter], group, self.stochastic, seed)
+            else:
+                plain.setdefault(id(group), []).append(parameter)
+        for group in self.param_groups:
+            if id(group) in plain:
+                self._fused(plain[id(group)], group)
+
+    def take_back(self) -> None:
+        """Uncounts the last step, where a scale that was not a number left everything as it was."""
+        for parameter, _ in self._moved():
+            self.state[parameter]["step"] -= 1
+
+    def _moved(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [
+            (parameter, group)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+
+    def _in_kernel(self, parameter: Tensor) -> bool:
+        return runs_kernels(parameter) and parameter.is_contiguous()
+
+    def _state(self, parameter: Tensor) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            dtype = self.state_dtype or parameter.dtype
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+        return state
+
+    def _seed(self, parameter: Tensor) -> int:
+        if not self.stochastic:
+            return 0
+        step, place = int(self.state[parameter]["step"]), self._places[id(parameter)]
+        return derive_seed(self.seed, "rounding", step, place) % 2**31
+
+    def _send(self, moved: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """To the same places on the device each time, for a replayed pass reads them there; nothing waits."""
+        device, count = moved[0][0].device, len(self._places)
+        if self._sent is None or self._sent[0].device != device:
+            numbers = torch.zeros(count, 4, device=device)
+            self._sent = numbers, torch.zeros(count, dtype=torch.int64, device=device)
+        if self.scale is None or self.scale.device != device:
+            self.scale = torch.ones((), device=device)
+        rows, seeds = [(0.0, 0.0, 0.0, 0.0)] * count, [0] * count
+        for parameter, group in moved:
+            place = self._places[id(parameter)]
+            rows[place] = rule_numbers(group, float(self.state[parameter]["step"]))
+            seeds[place] = self._seed(parameter)
+        self._sent[0].copy_(torch.tensor(rows), non_blocking=True)
+        self._sent[1].copy_(torch.tensor(seeds), non_blocking=True)
+
+    def _pass(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, place = self.state[parameter], self._places[id(parameter)]
+        assert parameter.grad is not None and self._sent is not None
+        numbers, seeds = self._sent
+        kernels("optim.adamw").adamw_pass(
+            parameter, parameter.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"],
+            numbers[place], self.scale, seeds[place], group["betas"], group["eps"], self.stochastic,
+        )  # fmt: skip
+
+    def _fused(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        on_host = (
+            parameters[0].device.type == "cpu"
+        )  # elsewhere the fused pass wants its counts on the device
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] - 1 for state in states],  # it counts by itself
+            fused=on_host,
+            foreach=not on_host,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def rule_numbers(group: dict[str, Any], step: float) -> tuple[float, float, float, float]:
+    """Rate, rate · decay, 1/(1 − β1ᵗ), 1/sqrt(1 − β2ᵗ): what the rule needs beside the tensors in step t."""
+    first, second = (1 - beta**step for beta in group["betas"])
+    return group["lr"], group["lr"] * group["weight_decay"], 1 / first, 1 / math.sqrt(second)
+
+
+def adamw_reference(
+    parameter: Tensor, state: dict[str, Any], group: dict[str, Any], stochastic: bool, seed: int
+) -> None:
+    """The naive twin of the kernel: the same rule in fp32, the same bits for rounding."""
+    assert parameter.grad is not None
+    rate, decay, first_scale, second_scale = rule_numbers(group, float(state["step"]))
+    beta1, beta2 = group["betas"]
+    p, g = parameter.float(), parameter.grad.float()
+    m, v = state["exp_avg"].float(), state["exp_avg_sq"].float()
+    m = m + (1 - beta1) * (g - m)
+    v = v + (1 - beta2) * (g * g - v)
+    p = p - decay * p
+    p = p - rate * (m * first_scale) / (v.sqrt() * second_scale + group["eps"])
+    bits = mix_bits(torch.arange(p.numel(), device=p.device).view(p.shape), seed)
+    _put(parameter, p, bits, stochastic)
+    _put(state["exp_avg"], m, bits, False)
+    _put(state["exp_avg_sq"], v, bits >> 16, stochastic)
+
+
+def _put(target: Tensor, value: Tensor, bits: Tensor, stochastic: bool) -> None:
+    by_chance = stochastic and target.dtype == torch.bfloat16
+    target.copy_(round_stochastic(value, bits) if by_chance else value)

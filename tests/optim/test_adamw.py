@@ -1,0 +1,75 @@
+"""Our AdamW against torch's, and its stochastic rounding: unbiased, repeatable, able to move by less than an ulp."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openm6.optim.adamw import AdamW
+from openm6.optim.rounding import mix_bits, round_stochastic
+
+
+def parameters(dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(4, 6).to(dtype)), torch.nn.Parameter(torch.randn(3).to(dtype))]
+
+
+def run(optimizer, moved, steps=5):
+    for step in range(steps):
+        torch.manual_seed(step)
+        for parameter in moved:
+            parameter.grad = torch.randn(parameter.shape).to(parameter.dtype)
+        optimizer.step()
+
+
+def test_it_is_torchs_own_to_the_bit():
+    ours, theirs = parameters(), parameters()
+    run(AdamW(ours, lr=0.01), ours)
+    run(torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, fused=True), theirs)
+    assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
+
+
+def test_half_moments_stay_near_torchs():
+    ours, theirs = parameters(), parameters()
+    optimizer = AdamW(ours, lr=0.01, state_dtype=torch.bfloat16)
+    run(optimizer, ours)
+    run(torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1), theirs)
+    assert optimizer.state[ours[0]]["exp_avg"].dtype == torch.bfloat16
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0.01, atol=0.002)
+
+
+def test_rounding_by_chance_is_unbiased():
+    value = torch.full((100_000,), 1.0 + 2**-8 + 2**-10)  # bf16 has 1 and 1 + 2⁻⁷
+    rounded = round_stochastic(value, mix_bits(torch.arange(100_000), 5)).float()
+    assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
+    assert rounded.double().mean() == pytest.approx(float(value[0]), abs=5e-5)
+
+
+def test_rounding_depends_on_the_seed_alone():
+    value, counter = torch.rand(1000), torch.arange(1000)
+    first, again, other = (round_stochastic(value, mix_bits(counter, seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(("stochastic", "moves"), [(False, False), (True, True)])
+def test_steps_below_half_an_ulp_add_up_only_by_chance(stochastic, moves):
+    parameter = torch.nn.Parameter(torch.ones(512, dtype=torch.bfloat16))
+    optimizer = AdamW(
+        [parameter], lr=1e-4, weight_decay=0.0, state_dtype=torch.bfloat16, stochastic=stochastic
+    )
+    for _ in range(50):  # 50 steps of 1e-4, and half an ulp below one is 2e-3
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    mean = parameter.detach().double().mean().item()
+    assert (mean < 0.999) is moves
+    assert mean == pytest.approx(0.995 if moves else 1.0, abs=1e-3)
+
+
+def test_a_step_can_be_taken_back():
+    moved = parameters()
+    optimizer = AdamW(moved, lr=0.01)
+    run(optimizer, moved, 2)
+    optimizer.take_back()
+    assert [float(optimizer.state[parameter]["step"]) for parameter in moved] == [1.0, 1.0]
