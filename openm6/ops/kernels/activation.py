@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,7 @@ BLOCK_F = 1024
 
 
 @triton.jit
-def forward_kernel(product: Any, gate: Any, hidden: Any, width: Any, BLOCK: tl.constexpr) -> None:
+def forward_kernel(product, gate, hidden, width, BLOCK: tl.constexpr) -> None:
     """hidden = silu(a) · b · gate, of product = [a | b]"""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -28,9 +26,7 @@ def forward_kernel(product: Any, gate: Any, hidden: Any, width: Any, BLOCK: tl.c
 
 
 @triton.jit
-def backward_kernel(
-    product: Any, gate: Any, upstream: Any, d_product: Any, d_gate: Any, width: Any, BLOCK: tl.constexpr
-) -> None:
+def backward_kernel(product, gate, upstream, d_product, d_gate, width, BLOCK: tl.constexpr) -> None:
     """With s = σ(a): da = d·gate·b·s·(1 + a·(1 − s)), db = d·gate·a·s, dgate = Σ d·a·s·b"""
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(gate + row).to(tl.float32)

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,7 @@ BLOCK_V = 4096
 
 
 @triton.jit
-def nats_kernel(logits: Any, label: Any, weight: Any, nats: Any, size: Any, BLOCK: tl.constexpr) -> None:
+def nats_kernel(logits, label, weight, nats, size, BLOCK: tl.constexpr) -> None:
     """nats = log Σ exp(x) − x[label]; then x becomes weight · (softmax(x) − one at the label)"""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * size

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,9 +13,7 @@ BLOCK_CHOICES = 128  # each is compared with all others of its block: 16,384 com
 
 
 @triton.jit
-def count_kernel(
-    chosen: Any, counts: Any, num_rows: Any, num_experts: Any, BLOCK: tl.constexpr, BINS: tl.constexpr
-) -> None:
+def count_kernel(chosen, counts, num_rows, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr) -> None:
     """counts[p, e]: how many choices of block p fell on expert e"""
     block = tl.program_id(0)
     choice = block * BLOCK + tl.arange(0, BLOCK)
@@ -29,9 +25,7 @@ def count_kernel(
 
 
 @triton.jit
-def place_kernel(
-    chosen: Any, first: Any, slot: Any, choices: Any, num_rows: Any, num_experts: Any, BLOCK: tl.constexpr
-) -> None:
+def place_kernel(chosen, first, slot, choices, num_rows, num_experts, BLOCK: tl.constexpr) -> None:
     """slot[c] = first[p, e] + the choices before c in its block that fell on the same expert; choices inverts it"""
     block = tl.program_id(0)
     local = tl.arange(0, BLOCK)

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,7 @@ WIDEST = 2048  # elements of a row that one program moves
 
 
 @triton.jit
-def gather_kernel(x: Any, source: Any, rows: Any, width: Any, BLOCK: tl.constexpr) -> None:
+def gather_kernel(x, source, rows, width, BLOCK: tl.constexpr) -> None:
     """rows[r] = x[source[r]]"""
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(source + row).to(tl.int64)
@@ -26,7 +24,7 @@ def gather_kernel(x: Any, source: Any, rows: Any, width: Any, BLOCK: tl.constexp
 
 
 @triton.jit
-def sum_kernel(rows: Any, slot: Any, y: Any, width: Any, K: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def sum_kernel(rows, slot, y, width, K: tl.constexpr, BLOCK: tl.constexpr) -> None:
     """y[n] = Σ_k rows[slot[n, k]], summed in fp32 in the order of k: the same bits every time"""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +10,7 @@ BLOCK_ELEMENTS = 2048
 
 
 @triton.jit
-def mix_bits(counter: Any, seed: Any) -> Any:
+def mix_bits(counter, seed) -> tl.tensor:
     """32 well-mixed bits of a counter (a multiply-xorshift hash; `optim.rounding.mix_bits` is its twin)."""
     x = counter ^ seed
     x = (x ^ (x >> 16)) * 0x7FEB352D
@@ -21,7 +19,7 @@ def mix_bits(counter: Any, seed: Any) -> Any:
 
 
 @triton.jit
-def round_to(value: Any, bits: Any, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr) -> Any:
+def round_to(value, bits, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr) -> tl.tensor:
     """fp32 to DTYPE; where stochastic and bf16, up with the probability of what would be cut off."""
     if STOCHASTIC and DTYPE == tl.bfloat16:  # noqa: SIM300 - a constant of the compiler on the left, too
         # bf16 is the upper half of fp32: 16 random bits added below it carry into it as often as they should.
@@ -33,7 +31,7 @@ def round_to(value: Any, bits: Any, DTYPE: tl.constexpr, STOCHASTIC: tl.constexp
 
 
 @triton.jit
-def adamw_values(p: Any, g: Any, m: Any, v: Any, numbers: Any, beta1: Any, beta2: Any, epsilon: Any) -> Any:
+def adamw_values(p, g, m, v, numbers, beta1, beta2, epsilon) -> tl.tensor:
     """The rule in fp32; `numbers`: rate, rate · decay, 1/(1 − β1ᵗ), 1/sqrt(1 − β2ᵗ)."""
     rate, decay = tl.load(numbers), tl.load(numbers + 1)
     first_scale, second_scale = tl.load(numbers + 2), tl.load(numbers + 3)
@@ -46,17 +44,17 @@ def adamw_values(p: Any, g: Any, m: Any, v: Any, numbers: Any, beta1: Any, beta2
 
 @triton.jit
 def adamw_kernel(
-    parameter: Any,
-    gradient: Any,
-    first: Any,
-    second: Any,
-    numbers: Any,
-    scale: Any,
-    seed: Any,
-    count: Any,
-    beta1: Any,
-    beta2: Any,
-    epsilon: Any,
+    parameter,
+    gradient,
+    first,
+    second,
+    numbers,
+    scale,
+    seed,
+    count,
+    beta1,
+    beta2,
+    epsilon,
     BLOCK: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ) -> None:
