@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from openm6.base.seeds import derive_seed
 from openm6.base.triton_door import kernels, runs_kernels
-from openm6.optim.rounding import mix_bits, round_stochastic
+from openm6.optim.rounding import random_bits, round_to_bf16
 
 
 class AdamW(torch.optim.Optimizer):
@@ -184,7 +184,7 @@ def adamw_reference(
     v = v + (1 - beta2) * (g * g - v)
     p = p - decay * p
     p = p - rate * (m * first_scale) / (v.sqrt() * second_scale + group["eps"])
-    bits = mix_bits(torch.arange(p.numel(), device=p.device).view(p.shape), seed)
+    bits = random_bits(1, p.numel(), seed, device=p.device).view(p.shape)
     _put(parameter, p, bits, stochastic)
     _put(state["exp_avg"], m, bits, False)
     _put(state["exp_avg_sq"], v, bits >> 16, stochastic)
@@ -192,4 +192,4 @@ def adamw_reference(
 
 def _put(target: Tensor, value: Tensor, bits: Tensor, stochastic: bool) -> None:
     by_chance = stochastic and target.dtype == torch.bfloat16
-    target.copy_(round_stochastic(value, bits) if by_chance else value)
+    target.copy_(round_to_bf16(value, bits) if by_chance else value)

@@ -1,4 +1,4 @@
-"""Our AdamW against torch's, and its stochastic rounding: unbiased, repeatable, able to move by less than an ulp."""
+"""Our AdamW against torch's, and stochastic rounding, which moves a weight by less than it can show."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from openm6.optim.adamw import AdamW
-from openm6.optim.rounding import mix_bits, round_stochastic
 
 
 def parameters(dtype=torch.float32):
@@ -37,20 +36,6 @@ def test_half_moments_stay_near_torchs():
     assert optimizer.state[ours[0]]["exp_avg"].dtype == torch.bfloat16
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=0.01, atol=0.002)
-
-
-def test_rounding_by_chance_is_unbiased():
-    value = torch.full((100_000,), 1.0 + 2**-8 + 2**-10)  # bf16 has 1 and 1 + 2⁻⁷
-    rounded = round_stochastic(value, mix_bits(torch.arange(100_000), 5)).float()
-    assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
-    assert rounded.double().mean() == pytest.approx(float(value[0]), abs=5e-5)
-
-
-def test_rounding_depends_on_the_seed_alone():
-    value, counter = torch.rand(1000), torch.arange(1000)
-    first, again, other = (round_stochastic(value, mix_bits(counter, seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(("stochastic", "moves"), [(False, False), (True, True)])

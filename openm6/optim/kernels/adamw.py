@@ -10,9 +10,8 @@ BLOCK_ELEMENTS = 2048
 
 
 @triton.jit
-def mix_bits(counter, seed) -> tl.tensor:
-    """32 well-mixed bits of a counter (a multiply-xorshift hash; `optim.rounding.mix_bits` is its twin)."""
-    x = counter ^ seed
+def mix(x) -> tl.tensor:
+    """A permutation of 32-bit numbers without visible order; its twin is in `optim.rounding`."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -24,7 +23,10 @@ def round_to(value, bits, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr) -> tl.t
     if STOCHASTIC and DTYPE == tl.bfloat16:  # noqa: SIM300 - a constant of the compiler on the left, too
         # bf16 is the upper half of fp32: 16 random bits added below it carry into it as often as they should.
         raised = value.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)
-        rounded = (raised >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        by_chance = (raised >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        rounded = tl.where(
+            value == value, by_chance, value.to(tl.bfloat16)
+        )  # bits added to a NaN may hide it
     else:
         rounded = value.to(DTYPE)
     return rounded
@@ -68,7 +70,8 @@ def adamw_kernel(
         m = tl.load(first + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         v = tl.load(second + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         p, m, v = adamw_values(p, g * factor, m, v, numbers, beta1, beta2, epsilon)
-        bits = mix_bits(offset.to(tl.uint32), tl.load(seed).to(tl.uint32))
+        key = mix(tl.load(seed).to(tl.uint32))
+        bits = mix(offset.to(tl.uint32) * 0x9E3779B9 + key)
         p_kept = round_to(p, bits, parameter.dtype.element_ty, STOCHASTIC)
         v_kept = round_to(v, bits >> 16, second.dtype.element_ty, STOCHASTIC)
         tl.store(parameter + offset, p_kept, mask=inside)
