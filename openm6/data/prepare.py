@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from itertools import islice
 
 import numpy as np
 
@@ -59,14 +60,25 @@ def _pair_sequence(
 
 
 def with_others(record: Record, source: Source, rng: np.random.Generator) -> Record:
-    """The record with what a few others of its source hold, for tasks that show a wrong one or a second one."""
-    chosen = [source[int(index)] for index in rng.integers(0, len(source), OTHERS)]
+    """The record with what a few others of its source hold, for tasks that show a wrong one or a second one.
+
+    Broken ones are passed over: the quarantine names a record when it is drawn itself, never for another's fault.
+    """
+    drawn = (_unbroken(source, int(index)) for index in rng.integers(0, len(source), 4 * OTHERS))
+    chosen = islice((other for other in drawn if other is not None), OTHERS)
     others = [
         {"en": other.get("text_en"), "zh": other.get("text_zh")}
         | {key: other[key] for key in ("image", "audio", "label") if key in other}
         for other in chosen
     ]
     return {**record, "others": others}
+
+
+def _unbroken(source: Source, index: int) -> Record | None:
+    try:
+        return source[index]
+    except DataError:
+        return None
 
 
 class Preparer:
