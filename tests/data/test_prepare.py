@@ -91,7 +91,7 @@ def test_others_are_of_the_same_source() -> None:
 
 
 def test_a_broken_record_is_no_other() -> None:
-    source = ListSource("things", [RECORDS[0], None, RECORDS[1], None])
+    source = ListSource("things", [RECORDS[0], None, RECORDS[1], RECORDS[2]])
     for seed in range(20):
         assert len(with_others(RECORDS[0], source, np.random.default_rng(seed))["others"]) == 2
 
