@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openm6.models.config import BackboneConfig
+from openm6.models.running import RunBlock, run_plainly
 from openm6.nn.attention import Mask
 from openm6.nn.block import Block, Context, LayerParts
 from openm6.nn.cache import KVCache
@@ -44,6 +45,9 @@ class Backbone(nn.Module):
             for layer in range(config.num_layers)
         )
         self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.run_block: RunBlock = (
+            run_plainly  # another way where blocks are compiled, recomputed or streamed
+        )
         self.exchange: ExpertExchange = LocalExchange()  # another one where experts are dealt out to ranks
         self.reset_parameters()
 
@@ -83,7 +87,8 @@ class Backbone(nn.Module):
         )
         loads: list[RouterLoad] = []
         for layer, number in enumerate(self.config.weight_sets):
-            x, load = self.sets[number](x, self.layers[layer], context, layer)
+            block, parts = cast(Block, self.sets[number]), cast(LayerParts, self.layers[layer])
+            x, load = self.run_block(block, parts, x, context, layer)
             loads += [] if load is None else [load]
         return self.final_norm(x), loads
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.nn.config import DenseConfig, ExpertsConfig
-from openm6.nn.exchange import ExpertExchange
+from openm6.nn.exchange import ExpertExchange, LocalExchange
 from openm6.nn.feedforward import FeedForward, activate, first_width
 from openm6.nn.initial import fill_normal
-from openm6.ops.grouped import grouped_product
+from openm6.ops.grouped import cast_alike, grouped_product
 from openm6.ops.routing import (
     RowPlan,
     balance_loss,
@@ -30,6 +30,7 @@ from openm6.ops.routing import (
     variation,
     z_loss,
 )
+from openm6.ops.sparse_network import sparse_network
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,10 @@ class Experts(nn.Module):
         """B S D, B S bool -> B S D and the report of the router."""
         flat = x.flatten(0, 1)  # N D
         routing = router(flat, valid.flatten(), exchange)
+        if self.config.capacity is None and runs_at_once(flat, self.config, exchange):
+            y = self._at_once(flat, routing).view_as(x)
+            y = y if self.shared is None else y + self.shared(x)
+            return y, self._report(routing, None, valid, layer)
         plan = self._plan(routing, valid.flatten())
         parcels = exchange.dispatch(send_rows(flat, plan), plan.counts, self._capacity(len(flat)))
         shared = self.shared(x) if self.shared is not None else None  # while the rows travel
@@ -143,6 +148,11 @@ class Experts(nn.Module):
             exchange.reply(parcel, grouped_product(hidden, down, parcel.counts))  # R F -> R D
         y = combine_rows(exchange.collect(parcels), routing.gate, plan).view_as(x)
         return y if shared is None else y + shared, self._report(routing, plan, valid, layer)
+
+    def _at_once(self, flat: Tensor, routing: Routing) -> Tensor:
+        """There and back as one step with a hand-written adjoint: N D -> N D."""
+        rows, up = cast_alike(flat, self.up)
+        return sparse_network(rows, routing.gate, routing.chosen, up, cast_alike(rows, self.down)[1])
 
     def _capacity(self, num_tokens: int) -> int | None:
         """Rows that each expert takes of so many tokens; None where nothing is dropped."""
@@ -157,16 +167,23 @@ class Experts(nn.Module):
             return plan_dropless(routing.chosen, num_experts)
         return plan_capacity(routing.chosen, valid, num_experts, capacity)
 
-    def _report(self, routing: Routing, plan: RowPlan, valid: Tensor, layer: int) -> RouterLoad:
+    def _report(self, routing: Routing, plan: RowPlan | None, valid: Tensor, layer: int) -> RouterLoad:
         config = self.config
         dropped = routing.load.new_zeros(())
-        if plan.kept is not None:
+        if plan is not None and plan.kept is not None:
             wanted = valid.sum().clamp(min=1) * config.choices
             dropped = 1 - plan.kept.sum() / wanted
         side = config.aux_weight * routing.aux_loss + config.z_weight * routing.z_loss
         return RouterLoad(
             layer, routing.load, routing.aux_loss.detach(), routing.z_loss.detach(), dropped, side
         )
+
+
+def runs_at_once(x: Tensor, config: ExpertsConfig, exchange: ExpertExchange) -> bool:
+    """Whether the layer is one step here: SwiGLU experts that all live on this GPU and drop nothing, in bf16."""
+    half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
+    suits = x.is_cuda and (half or x.dtype == torch.bfloat16) and config.ffn == "swiglu"
+    return suits and type(exchange) is LocalExchange
 
 
 def _divide(weight: Tensor, parts: int) -> tuple[Tensor, ...]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up: ... 2F -> ... F."""
+    if torch.compiler.is_compiling():  # which fuses the plain form, and cannot read writes into halves
+        return swiglu_reference(gate_up)
     return _SwiGlu.apply(gate_up)
 
 

@@ -15,7 +15,7 @@ def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     weight is E D F; counts is E, its sum is R. D and F must be multiples of 16 bytes. Under autocast the product
     runs in autocast's dtype, as `F.linear` would.
     """
-    rows, weight = _cast(rows, weight)
+    rows, weight = cast_alike(rows, weight)
     # On a GPU the kernel knows bf16 only; other dtypes occur there in tests, which may be slow.
     if rows.is_cuda and rows.dtype != torch.bfloat16:
         return grouped_product_reference(rows, weight, counts)
@@ -29,7 +29,8 @@ def grouped_product_reference(rows: Tensor, weight: Tensor, counts: Tensor) -> T
     return torch.cat([part @ matrix for part, matrix in zip(parts, weight.unbind(), strict=True)])
 
 
-def _cast(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def cast_alike(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the weight's dtype, or under autocast in its own."""
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     return rows.to(dtype), weight.to(dtype)

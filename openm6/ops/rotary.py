@@ -35,6 +35,10 @@ def rotary_table(positions: Tensor, theta: float, sections: tuple[int, int, int]
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turns the pairs (x[i], x[i + d/2]) by their angles: B S H d -> B S H d, in x's dtype."""
+    if torch.compiler.is_compiling():  # which fuses the plain form, and cannot read writes into halves
+        first, second = x.float().chunk(2, dim=-1)
+        turned = (first * cosine - second * sine, second * cosine + first * sine)
+        return torch.cat(turned, dim=-1).to(x.dtype)
     return _Rotate.apply(x, cosine, sine)
 
 

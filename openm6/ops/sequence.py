@@ -82,14 +82,15 @@ def causal_layout(
 ) -> Layout:
     """Rows of one example each, read strictly from left to right, whose first token stands at `start`."""
     order = torch.arange(start, start + length, dtype=torch.int32, device=device).expand(batch, length)
-    zero = torch.zeros_like(order)
-    return Layout(zero, order, zero, order.unsqueeze(-1).expand(batch, length, 3))
+    # A tensor of its own for each part: a compiler that saw two of them be one would compile anew where they differ.
+    sample, private = torch.zeros_like(order), torch.zeros_like(order)
+    return Layout(sample, order, private, order.unsqueeze(-1).expand(batch, length, 3))
 
 
 def padding_layout(batch: int, length: int, device: torch.device | str | None = None) -> Layout:
     """Tokens that belong to no example: they see, and are seen by, other padding only."""
     zero = torch.zeros(batch, length, dtype=torch.int32, device=device)
-    return Layout(torch.full_like(zero, PADDING), zero, zero, zero.unsqueeze(-1).expand(batch, length, 3))
+    return Layout(torch.full_like(zero, PADDING), zero, zero.clone(), zero.unsqueeze(-1).expand(batch, length, 3))
 
 
 def join(layouts: list[Layout]) -> Layout:

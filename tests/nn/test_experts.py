@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
+from openm6.nn import experts as module
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.exchange import LocalExchange, LocalParcel
 from openm6.nn.experts import Experts, Router, Routing
@@ -79,6 +80,20 @@ def test_values_and_gradients_equal_the_loop(name):
     theirs = torch.autograd.grad(twin, leaves, upstream, materialize_grads=True)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["top-2", "top-2 as they are", "prototypes", "shared"])
+def test_one_step_on_a_gpu_gives_what_the_pieces_give(name, monkeypatch):
+    experts, router = make(ExpertsConfig(hidden=24, num_experts=6, **VARIANTS[name]))
+    x, valid = torch.randn(2, 9, WIDTH, requires_grad=True), torch.ones(2, 9, dtype=torch.bool)
+    leaves, upstream = [x, *experts.parameters(), router.weight], torch.randn(2, 9, WIDTH)
+    results = []
+    for at_once in (False, True):
+        monkeypatch.setattr(module, "runs_at_once", lambda *_, choice=at_once: choice)
+        y, _ = experts(x, router, valid, LocalExchange(), 0)
+        results.append([y, *torch.autograd.grad(y, leaves, upstream)])
+    for pieces, one_step in zip(*results, strict=True):
+        torch.testing.assert_close(one_step, pieces, rtol=1e-4, atol=1e-5)
 
 
 def test_report_counts_valid_tokens_and_drops():

@@ -1,0 +1,77 @@
+"""How a backbone runs its blocks: as they are, compiled, or with activations made again in the backward pass."""
+
+# Letters: B rows, S tokens, D width
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
+from torch.utils.checkpoint import checkpoint
+
+from openm6.nn.block import Block, Context, LayerParts
+from openm6.nn.experts import RouterLoad
+
+Answer = tuple[Tensor, RouterLoad | None]
+
+
+class RunBlock(Protocol):
+    """Runs one block for one layer: B S D -> B S D and its router's report."""
+
+    def __call__(
+        self, block: Block, parts: LayerParts, x: Tensor, context: Context, layer: int
+    ) -> Answer: ...
+
+
+def run_plainly(block: Block, parts: LayerParts, x: Tensor, context: Context, layer: int) -> Answer:
+    """The block as it is."""
+    answer: Answer = block(x, parts, context, layer)
+    return answer
+
+
+class CompiledBlocks:
+    """One compiled graph for all layers of a kind; what is not training (decoding, evaluation) runs plainly.
+
+    The graph takes a layer's weights and the masks of a batch as inputs, so neither another layer nor another
+    packing compiles anew; `compilations` counts, that this may be held to.
+    """
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self.backend = backend
+        self.compilations = 0
+        self._run = torch.compile(_without_number, backend=self._compile, fullgraph=True, dynamic=False)
+
+    def __call__(self, block: Block, parts: LayerParts, x: Tensor, context: Context, layer: int) -> Answer:
+        if not block.training or context.cache is not None:
+            return run_plainly(block, parts, x, context, layer)
+        y, load = self._run(block, parts, x, context)
+        # The layer's number stays outside: as an input it would be compiled in, once a layer.
+        return y, None if load is None else replace(load, layer=layer)
+
+    def _compile(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        self.compilations += 1
+        compiled: Callable[..., Any] = lookup_backend(self.backend)(graph, inputs)
+        return compiled
+
+
+class RecomputedBlocks:
+    """The first `num_layers` layers keep only their input and run again in the backward pass."""
+
+    def __init__(self, run: RunBlock, num_layers: int) -> None:
+        self.run, self.num_layers = run, num_layers
+
+    def __call__(self, block: Block, parts: LayerParts, x: Tensor, context: Context, layer: int) -> Answer:
+        if layer >= self.num_layers or not torch.is_grad_enabled():
+            return self.run(block, parts, x, context, layer)
+        answer: Answer = checkpoint(
+            self.run, block, parts, x, context, layer, use_reentrant=False, preserve_rng_state=False
+        )
+        return answer
+
+
+def _without_number(block: Block, parts: LayerParts, x: Tensor, context: Context) -> Answer:
+    return run_plainly(block, parts, x, context, 0)

@@ -1,0 +1,122 @@
+"""Compiled and recomputed blocks give what plain ones give, and nothing is compiled anew for another packing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openm6.models.backbone import Backbone
+from openm6.models.config import BackboneConfig
+from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly
+from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.ops.sequence import (
+    Layout,
+    additive_mask,
+    block_mask,
+    causal_layout,
+    join,
+    padding_layout,
+    visible,
+)
+
+
+def model() -> Backbone:
+    """Four layers, every other one sparse, in bf16: the compiler's stand-in for grouped products knows no other."""
+    config = BackboneConfig(
+        width=32, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=16, experts_every=2,
+        dense=DenseConfig(hidden=32), experts=ExpertsConfig(hidden=16, num_experts=4, top_k=2),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Backbone(config).bfloat16()
+
+
+def packings() -> list[Layout]:
+    """Rows of equal length, packed differently each."""
+    return [
+        causal_layout(2, 32),
+        join([causal_layout(2, 20), padding_layout(2, 12)]),
+        join([padding_layout(2, 5), causal_layout(2, 27, start=3)]),
+    ]
+
+
+def gradients(backbone: Backbone, layout: Layout) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    x = torch.randn(2, 32, 32).bfloat16().requires_grad_()
+    hidden, loads = backbone(x, layout)
+    leaves = [x, *backbone.parameters()]
+    found = torch.autograd.grad(
+        hidden.float().square().mean() + sum(load.side_loss for load in loads), leaves, allow_unused=True
+    )
+    assert [load.layer for load in loads] == [1, 3]
+    return [hidden, *(gradient for gradient in found if gradient is not None)]
+
+
+@pytest.fixture
+def dense_mask(monkeypatch):
+    """Masks as on a GPU for rows of any length: tensors, not pieces with the numbers of this batch in them."""
+    monkeypatch.setattr(
+        "openm6.models.backbone.piece_mask",
+        lambda layout, dtype: additive_mask(visible(layout, layout), dtype),
+    )
+
+
+def test_compiled_once_for_all_layers_and_packings(dense_mask):
+    backbone = model()
+    run = CompiledBlocks(backend="aot_eager")
+    for layout in packings():
+        backbone.run_block = run_plainly
+        plain = gradients(backbone, layout)
+        backbone.run_block = run
+        compiled = gradients(backbone, layout)
+        for ours, theirs in zip(compiled, plain, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
+    assert run.compilations == 2  # one graph of a dense layer, one of a sparse layer
+
+
+def test_block_masks_of_other_packings_compile_nothing_anew(monkeypatch):
+    """As on a GPU; forward alone, for FlexAttention has no backward pass on a CPU."""
+    monkeypatch.setattr(
+        "openm6.models.backbone.choose_mask", lambda layout, cache, x: block_mask(layout, layout)
+    )
+    backbone, run = model(), CompiledBlocks(backend="aot_eager")
+    backbone.run_block = run
+    layouts = [
+        causal_layout(1, 256),
+        join([causal_layout(1, 200), padding_layout(1, 56)]),
+        join([padding_layout(1, 130), causal_layout(1, 126)]),
+    ]
+    with torch.no_grad():
+        for layout in layouts:
+            x = torch.randn(1, 256, 32).bfloat16()
+            ours, _ = backbone(x, layout)
+            mask = additive_mask(visible(layout, layout), x.dtype)
+            with monkeypatch.context() as patch:
+                patch.setattr("openm6.models.backbone.choose_mask", lambda *_, mask=mask: mask)
+                backbone.run_block = run_plainly
+                theirs, _ = backbone(x, layout)
+                backbone.run_block = run
+            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+    assert run.compilations == 2
+
+
+def test_decoding_is_not_compiled(dense_mask):
+    backbone, run = model(), CompiledBlocks(backend="aot_eager")
+    backbone.run_block = run
+    with torch.no_grad():
+        backbone.eval()(torch.randn(2, 32, 32).bfloat16(), packings()[0])
+    assert run.compilations == 0
+
+
+@pytest.mark.parametrize("num_layers", [1, 4])
+def test_recomputed_layers_give_the_same_gradients(num_layers):
+    backbone = model().float()
+    x, layout = torch.randn(2, 32, 32, requires_grad=True), packings()[1]
+    results = []
+    for run in (run_plainly, RecomputedBlocks(run_plainly, num_layers)):
+        backbone.run_block = run
+        hidden, _ = backbone(x, layout)
+        results.append(
+            [hidden, *torch.autograd.grad(hidden.sum(), [x, *backbone.sets.parameters()], allow_unused=True)]
+        )
+    for plain, again in zip(*results, strict=True):
+        torch.testing.assert_close(again, plain)
