@@ -25,7 +25,8 @@ class Contender:
     optimizer: torch.optim.Optimizer
     step: Callable[[], Tensor]
     parts: Callable[[], Mapping[str, tuple[int, Part]]]
-    note: str = ""
+    compilations: Callable[[], int] = lambda: 0
+    recompiled: int = 0  # graphs compiled after the warm-up; must stay 0
     timing: Timing = field(default_factory=Timing)
     peak_bytes: int = 0
 
@@ -55,7 +56,11 @@ def take_turns(
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
-            found = alternate({"step": contender.step}, steps, 3, deadline, device)["step"]
+            for _ in range(3):
+                contender.step()
+            known = contender.compilations()
+            found = alternate({"step": contender.step}, steps, 0, deadline, device)["step"]
+            contender.recompiled += contender.compilations() - known
             contender.timing.seconds += found.seconds
             if device.type == "cuda":
                 contender.peak_bytes = max(contender.peak_bytes, torch.cuda.max_memory_allocated(device))

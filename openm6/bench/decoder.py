@@ -5,18 +5,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.bench.contender import Contender, Part, backward_of, products_of, update_of
 from openm6.bench.sizes import Sizes
 from openm6.models.backbone import Backbone, choose_mask, side_loss
+from openm6.models.running import CompiledBlocks
 from openm6.nn.block import Block, LayerParts
 from openm6.nn.exchange import LocalExchange
 from openm6.nn.experts import Experts, Router
+from openm6.ops.linear_loss import linear_nats
 from openm6.ops.rotary import rotary_table
 from openm6.ops.sequence import Layout, causal_layout
 from openm6.optim.config import OptimizerConfig
@@ -42,8 +43,9 @@ class Decoder(nn.Module):
 
     def loss(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """B S D, B S -> mean nats; the last token of a row has no next."""
-        logits = F.linear(hidden[:, :-1].flatten(0, 1), self.head)
-        return F.cross_entropy(logits.float(), ids[:, 1:].flatten())
+        flat, label = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()  # B·(S-1) D
+        share = torch.full((len(label),), 1.0 / len(label), device=ids.device)
+        return linear_nats(flat, self.head, label, share)[0]
 
 
 def our_contender(sizes: Sizes, device: torch.device) -> Contender:
@@ -53,6 +55,7 @@ def our_contender(sizes: Sizes, device: torch.device) -> Contender:
         model = Decoder(sizes)
     if device.type == "cuda":
         model.to(torch.bfloat16)
+        model.backbone.run_block = CompiledBlocks()
     optimizer = build_optimizer(default_groups(model), OptimizerConfig(name="adamw", learning_rate=1e-4))
     ids = torch.randint(0, sizes.vocabulary, (sizes.rows, sizes.length), device=device)
     layout = causal_layout(sizes.rows, sizes.length, device=device)
@@ -64,7 +67,10 @@ def our_contender(sizes: Sizes, device: torch.device) -> Contender:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return Contender(model, optimizer, step, lambda: _parts(model, optimizer, ids, layout))
+    run = model.backbone.run_block
+    contender = Contender(model, optimizer, step, lambda: _parts(model, optimizer, ids, layout))
+    contender.compilations = lambda: run.compilations if isinstance(run, CompiledBlocks) else 0
+    return contender
 
 
 def _parts(
@@ -78,10 +84,14 @@ def _parts(
     rotary = rotary_table(layout.positions, config.rope_theta, config.sections)
     mask = choose_mask(layout, None, x)
 
+    ready = torch.compile if x.is_cuda else _as_it_is  # as the blocks of a step are
+
+    @ready
     def attention(leaf: Tensor) -> Tensor:
         normal = own.attention_norm(leaf)
         return block.attention(normal, own.head_norms, rotary, mask, None, 0)
 
+    @ready
     def sparse(leaf: Tensor) -> Tensor:
         return experts(own.feed_forward_norm(leaf), router, layout.valid, LocalExchange(), 0)[0]
 
@@ -96,3 +106,7 @@ def _parts(
         "head_and_loss": (1, backward_of(lambda leaf: model.loss(leaf, ids), x, [model.head])),
         "optimizer": (1, update_of(optimizer)),
     }
+
+
+def _as_it_is(function: Any) -> Any:
+    return function

@@ -70,6 +70,13 @@ def build_peer(sizes: Sizes, device: torch.device) -> nn.Module:
     return model.train()
 
 
+def build_layer(sizes: Sizes, device: torch.device) -> Any:
+    """The peer's sparse layer alone."""
+    one = sizes.model_copy(update={"num_layers": 1, "vocabulary": 8})
+    model: Any = build_peer(one, device)
+    return model.model.layers[0].mlp
+
+
 def peer_contender(sizes: Sizes, device: torch.device, compiled: bool) -> Contender:
     """The peer's model and one step of it, with torch's fused AdamW."""
     model = build_peer(sizes, device)

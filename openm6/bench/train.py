@@ -75,5 +75,6 @@ def _figures(contender: Contender, sizes: Sizes, device: torch.device, deadline:
         "peak_memory_gib": round(contender.peak_bytes / 2**30, 2) if contender.peak_bytes else None,
         "breakdown_ms": time_parts(contender, device, deadline),
         "step_seconds": contender.timing.summary(),
+        "recompilations": contender.recompiled,
         "parameters": sum(parameter.numel() for parameter in contender.model.parameters()),
     }

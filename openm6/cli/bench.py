@@ -30,8 +30,21 @@ Peer = Annotated[
 ]
 Seconds = Annotated[
     float | None,
-    typer.Option("--seconds", min=1.0, help="After these it prints what it has (GPU 420, CPU 120)."),
+    typer.Option(
+        "--seconds", min=1.0, help="After these it prints what it has (experts 60; train: GPU 420, CPU 120)."
+    ),
 ]
+
+
+@bench_app.command("experts")
+def bench_experts(
+    config: Sizes = None, peer: Peer = "transformers", seconds: Seconds = None, json: Json = None
+) -> None:
+    """One sparse layer, forward and backward, and how much of it is products.
+
+    Example: openm6 bench experts --config fine --json experts.json
+    """
+    door("bench experts")(config, peer, seconds, json)
 
 
 @bench_app.command("train")

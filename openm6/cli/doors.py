@@ -22,6 +22,7 @@ DOORS = {
     "show judgement": "openm6.evaluate.table:print_table",
     "show inspection": "openm6.cli.inspection:show_inspection",
     "list tasks": "openm6.cli.list_tasks:list_tasks",
+    "bench experts": "openm6.bench.experts:bench_experts",
     "bench train": "openm6.bench.train:bench_train",
     "list presets": "openm6.cli.list_presets:list_presets",
 }

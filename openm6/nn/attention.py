@@ -81,7 +81,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         return attend_pieces(query, key, value, mask)
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # B H S d
     if isinstance(mask, BlockMask):
-        flex = flex_attention if torch.compiler.is_compiling() else _flex()
+        flex: Callable[..., Tensor] = flex_attention if torch.compiler.is_compiling() else _flex()
         answer = flex(query, key, value, block_mask=mask, enable_gqa=True)
     else:
         grouped = query.shape[1] != key.shape[1]

@@ -90,7 +90,9 @@ def causal_layout(
 def padding_layout(batch: int, length: int, device: torch.device | str | None = None) -> Layout:
     """Tokens that belong to no example: they see, and are seen by, other padding only."""
     zero = torch.zeros(batch, length, dtype=torch.int32, device=device)
-    return Layout(torch.full_like(zero, PADDING), zero, zero.clone(), zero.unsqueeze(-1).expand(batch, length, 3))
+    return Layout(
+        torch.full_like(zero, PADDING), zero, zero.clone(), zero.unsqueeze(-1).expand(batch, length, 3)
+    )
 
 
 def join(layouts: list[Layout]) -> Layout:

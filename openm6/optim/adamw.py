@@ -64,7 +64,9 @@ class AdamW(torch.optim.Optimizer):
         """Counts the step of each parameter that has a gradient and sends its numbers to the device."""
         moved = self._moved()
         for parameter, _ in moved:
-            self._state(parameter)["step"] += 1
+            state = self._state(parameter)
+            if not self._is_plain(parameter):  # torch's own pass counts by itself
+                state["step"] += 1
         on_device = [(parameter, group) for parameter, group in moved if self._in_kernel(parameter)]
         if on_device:
             self._send(on_device)
@@ -76,7 +78,7 @@ class AdamW(torch.optim.Optimizer):
         for parameter, group in self._moved():
             if self._in_kernel(parameter):
                 self._pass(parameter, group)
-            elif self.stochastic or self.state_dtype is not None:
+            elif not self._is_plain(parameter):
                 seed = self._seed(parameter)
                 adamw_reference(parameter, self.state[parameter], group, self.stochastic, seed)
             else:
@@ -84,11 +86,6 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if id(group) in plain:
                 self._fused(plain[id(group)], group)
-
-    def take_back(self) -> None:
-        """Uncounts the last step, where a scale that was not a number left everything as it was."""
-        for parameter, _ in self._moved():
-            self.state[parameter]["step"] -= 1
 
     def _moved(self) -> list[tuple[Tensor, dict[str, Any]]]:
         return [
@@ -100,6 +97,9 @@ class AdamW(torch.optim.Optimizer):
 
     def _in_kernel(self, parameter: Tensor) -> bool:
         return runs_kernels(parameter) and parameter.is_contiguous()
+
+    def _is_plain(self, parameter: Tensor) -> bool:
+        return not (self._in_kernel(parameter) or self.stochastic or self.state_dtype is not None)
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]
@@ -152,7 +152,7 @@ class AdamW(torch.optim.Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            [state["step"] - 1 for state in states],  # it counts by itself
+            [state["step"] for state in states],
             fused=on_host,
             foreach=not on_host,
             amsgrad=False,

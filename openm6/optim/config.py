@@ -33,6 +33,8 @@ class OptimizerConfig(Config):
     betas: tuple[float, float] = (0.9, 0.95)  # adamw, and muon's vectors and embeddings
     epsilon: float = Field(default=1e-8, gt=0.0)
     momentum: float = Field(default=0.95, ge=0.0, lt=1.0)  # muon
+    moments: Literal["as weights", "bf16"] = "as weights"  # adamw: the dtype of both moments
+    rounding: Literal["nearest", "stochastic"] = "nearest"  # adamw: of bf16 weights and second moments
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> OptimizerConfig:

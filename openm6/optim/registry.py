@@ -9,6 +9,7 @@ import torch
 
 from openm6.base.config import nearest
 from openm6.base.errors import ConfigError
+from openm6.optim.adamw import AdamW
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.muon import Muon
 
@@ -16,14 +17,15 @@ Groups = list[dict[str, Any]]
 
 
 def build_adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) in one fused pass over the parameters."""
-    return torch.optim.AdamW(
+    """AdamW (arXiv 1711.05101) in one pass over the parameters."""
+    return AdamW(
         groups,
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        fused=True,
+        state_dtype=torch.bfloat16 if config.moments == "bf16" else None,
+        stochastic=config.rounding == "stochastic",
     )
 
 

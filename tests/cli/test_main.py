@@ -17,7 +17,17 @@ from openm6.cli import main as cli
 from openm6.cli.doors import DOORS, door
 from openm6.train.loop import TrainResult
 
-COMMANDS = ["demo", "train", "evaluate", "generate", "data inspect", "tasks", "presets", "bench train"]
+COMMANDS = [
+    "demo",
+    "train",
+    "evaluate",
+    "generate",
+    "data inspect",
+    "tasks",
+    "presets",
+    "bench train",
+    "bench experts",
+]
 runner = CliRunner()
 
 

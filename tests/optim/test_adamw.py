@@ -50,11 +50,3 @@ def test_steps_below_half_an_ulp_add_up_only_by_chance(stochastic, moves):
     mean = parameter.detach().double().mean().item()
     assert (mean < 0.999) is moves
     assert mean == pytest.approx(0.995 if moves else 1.0, abs=1e-3)
-
-
-def test_a_step_can_be_taken_back():
-    moved = parameters()
-    optimizer = AdamW(moved, lr=0.01)
-    run(optimizer, moved, 2)
-    optimizer.take_back()
-    assert [float(optimizer.state[parameter]["step"]) for parameter in moved] == [1.0, 1.0]
