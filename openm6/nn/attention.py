@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +81,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     if isinstance(mask, PieceMask):
         return attend_pieces(query, key, value, mask)
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # B H S d
-    if isinstance(mask, BlockMask):
-        flex: Callable[..., Tensor] = flex_attention if torch.compiler.is_compiling() else _flex()
-        answer = flex(query, key, value, block_mask=mask, enable_gqa=True)
+    if isinstance(mask, BlockMask) and torch.compiler.is_compiling():
+        answer = cast(Tensor, flex_attention(query, key, value, block_mask=mask, enable_gqa=True))
+    elif isinstance(mask, BlockMask):
+        answer = _flex()(query, key, value, block_mask=mask, enable_gqa=True)
     else:
         grouped = query.shape[1] != key.shape[1]
         answer = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
