@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +81,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         return attend_pieces(query, key, value, mask)
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # B H S d
     if isinstance(mask, BlockMask) and torch.compiler.is_compiling():
-        answer = cast(Tensor, flex_attention(query, key, value, block_mask=mask, enable_gqa=True))
+        answer = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
     elif isinstance(mask, BlockMask):
         answer = _flex()(query, key, value, block_mask=mask, enable_gqa=True)
     else:

@@ -26,6 +26,10 @@ class LoopConfig(Config):
     stages: StagesConfig | None = None  # Pseudo-to-Real, for a model whose layers share weights at first
     clip: float | None = Field(default=1.0, gt=0.0)  # bound on the gradient's global norm
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes it fast
+    compile: bool | Literal["auto"] = "auto"  # the blocks; auto: on a GPU
+    recompute: int | Literal["auto"] = (
+        "auto"  # layers that keep their input alone; auto: as few as fit into memory
+    )
     seed: int = 0
     log_every: int = Field(default=10, ge=1)
     evaluate_every: int | None = Field(default=None, ge=1)
@@ -44,6 +48,13 @@ class LoopConfig(Config):
         if isinstance(number, int) and number < 1:
             raise ValueError("must be at least 1, or auto")
         return number
+
+    @field_validator("recompute")
+    @classmethod
+    def _not_below_zero(cls, layers: int | str) -> int | str:
+        if isinstance(layers, int) and layers < 0:
+            raise ValueError("must be 0 or more, or auto")
+        return layers
 
     @field_validator("optimizer")
     @classmethod

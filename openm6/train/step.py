@@ -21,6 +21,7 @@ from openm6.optim.schedule import rate_factor
 from openm6.parallel.ranks import Ranks
 from openm6.train.config import LoopConfig
 from openm6.train.job import Batch, Job, StepResult
+from openm6.train.speed import choose_way
 from openm6.train.stages import break_symmetry, shared_matrices
 
 
@@ -67,6 +68,7 @@ class Updater:
         self.parameters = [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]
+        self._prepared = False
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
         """Give each layer weights of its own; the optimizer's moments go along as `moments` says."""
@@ -90,6 +92,7 @@ class Updater:
         set_rate(self.optimizer, rate)
         seed_everything(self.config.seed, "step", step)
         with self.autocast():
+            self._prepare(batch)
             result = self.job.loss(batch)
         result.loss.backward()
         self.job.ranks.sum_gradients(self.parameters)
@@ -102,6 +105,14 @@ class Updater:
         if report.applied:
             self.job.after_step(result)
         return report
+
+    def _prepare(self, batch: Batch) -> None:
+        """Before the first step, when a batch tells its size: how blocks are run."""
+        if not self._prepared:
+            size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
+            copies = 1 if self.optimizer.state else 3  # a gradient, and two moments if they are not there yet
+            choose_way(self.job.model, self.config, batch.tokens, copies * size)
+            self._prepared = True
 
     def _clip(self) -> Tensor:
         norm = self.job.ranks.norm(self.parameters)
