@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from openm6.checkpoint.load import SEPARATOR
+from openm6.checkpoint.shards import SEPARATOR
 
 Moments = Literal["independent", "aligned", "reset"]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from openm6.base.errors import CheckpointError
-from openm6.checkpoint.folder import JOB_FILE, MODEL_FILE, OPTIMIZER_FILE
+from openm6.checkpoint.folder import JOB_FILE, MODEL_FILE
 from openm6.checkpoint.save import Saver
+from openm6.checkpoint.shards import EXPONENT, INDEX_FILE, SEPARATOR, Catalogue
 from openm6.checkpoint.tensors import named_tensors, open_tensors, read_into
-
-SEPARATOR = "::"  # between a parameter's name and the name of one of its optimizer's tensors
+from openm6.optim.blocks import from_levels
 
 
 def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
@@ -29,8 +29,28 @@ def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
     if layout is not None or is_sharded(folder):
         _sharded().load_sharded_model(folder, model, layout)
         return
+    if (folder / INDEX_FILE).exists():
+        _load_shards(Catalogue(folder, "model"), named_tensors(model))
+        return
     with open_tensors(folder / MODEL_FILE) as source:
         read_into(source, named_tensors(model))
+
+
+@torch.no_grad()
+def _load_shards(catalogue: Catalogue, targets: dict[str, Tensor]) -> None:
+    """Weights of however many bytes, as the model's own dtype."""
+    names = {name for name in catalogue.names if SEPARATOR not in name}
+    if unknown := sorted(names - set(targets)):
+        raise CheckpointError(
+            f"{catalogue.folder} has {unknown[0]!r}, unknown to this model: "
+            "load it with the config that it was saved with"
+        )
+    for name, target in targets.items():
+        exponent = f"{name}{SEPARATOR}{EXPONENT}"
+        if exponent in catalogue:
+            target.copy_(from_levels(catalogue.read(name), catalogue.read(exponent), torch.float32))
+        else:
+            catalogue.read_into(name, target)
 
 
 def load_job_tensors(folder: Path) -> dict[str, Tensor]:
@@ -86,10 +106,10 @@ def load_optimizer(
     if layout is not None or is_sharded(folder):
         _sharded().load_sharded_optimizer(folder, optimizer, model, layout)
         return
-    with open_tensors(folder / OPTIMIZER_FILE) as source:
-        # One tensor at a time: the file must not stand in memory beside the optimizer.
-        pairs = ((name, source[name]) for name in source.names)
-        place_optimizer(pairs, optimizer, model, str(source.path))
+    catalogue = Catalogue(folder, "optimizer")
+    # One tensor at a time: the file must not stand in memory beside the optimizer.
+    pairs = ((name, catalogue.read(name)) for name in catalogue.names)
+    place_optimizer(pairs, optimizer, model, str(folder))
 
 
 def place_optimizer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from openm6.checkpoint.folder import (
     prune,
     step_folder,
 )
+from openm6.checkpoint.shards import Shard, write_shards
 from openm6.checkpoint.tensors import named_tensors, write_tensors
 
 FORMAT = 1
@@ -36,11 +37,13 @@ class Snapshot:
     """All that one checkpoint holds."""
 
     step: int
-    model: nn.Module
+    model: nn.Module | Mapping[str, Tensor]
     optimizer: dict[str, Tensor]  # as `optimizer_tensors` gives it; empty: no such file
     state: dict[str, Any]  # JSON-able
     job: dict[str, Tensor] = field(default_factory=dict)  # tensors of the job, such as averaged weights
     files: dict[str, str] = field(default_factory=dict)  # text files beside the weights
+    shards: Iterable[Shard] = ()  # weight sets that the model itself does not hold, made one at a time
+    num_shards: int = 0
 
 
 def save(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
@@ -55,9 +58,7 @@ def save(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
         checkpoints.mkdir(parents=True, exist_ok=True)
         clear_partial(checkpoints)
         partial.mkdir()
-        write_tensors(partial / MODEL_FILE, named_tensors(snapshot.model))
-        if snapshot.optimizer:
-            write_tensors(partial / OPTIMIZER_FILE, snapshot.optimizer)
+        _write_tensors_of(snapshot, partial)
         return publish(snapshot, checkpoints, keep)
 
 
@@ -86,6 +87,19 @@ def publish(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
     sync_folder(checkpoints)
     prune(checkpoints, keep)
     return target
+
+
+def _write_tensors_of(snapshot: Snapshot, folder: Path) -> None:
+    model = snapshot.model
+    named = named_tensors(model) if isinstance(model, nn.Module) else model
+    tensors = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
+    if snapshot.num_shards:
+        edges = Shard(tensors, snapshot.optimizer)
+        write_shards(folder, edges, snapshot.shards, snapshot.num_shards)
+        return
+    write_tensors(folder / MODEL_FILE, tensors)
+    if snapshot.optimizer:
+        write_tensors(folder / OPTIMIZER_FILE, snapshot.optimizer)
 
 
 def _complete(snapshot: Snapshot, folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from openm6.cli.bench_giant import giant
 from openm6.cli.doors import door
 
 bench_app = typer.Typer(
@@ -20,6 +21,8 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write
 def start() -> None:
     """Every benchmark prints one JSON object; it ends within eight minutes and prints what it has if cut short."""
 
+
+bench_app.command()(giant)
 
 Sizes = Annotated[
     str | None,

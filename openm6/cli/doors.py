@@ -10,6 +10,9 @@ from openm6.base.errors import ConfigError
 DOORS = {
     "train": "openm6.train.run:train_recipe",
     "launch": "openm6.parallel.launch:launch",
+    "convert": "openm6.train.convert:convert",
+    "giant size": "openm6.bench.giant:GiantSize",
+    "bench giant": "openm6.bench.giant:bench_giant",
     "evaluate": "openm6.evaluate.run:evaluate",
     "generate": "openm6.generate.run:generate",
     "question": "openm6.generate.question:Question",

@@ -12,6 +12,7 @@ from rich.protocol import is_renderable
 from openm6 import __version__
 from openm6.base.errors import ConfigError
 from openm6.cli.bench import bench_app
+from openm6.cli.convert import convert
 from openm6.cli.doors import door
 from openm6.cli.group import PlainGroup
 from openm6.cli.serve import serve
@@ -30,6 +31,7 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look a
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.command()(serve)
+app.command()(convert)
 
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import cast
 
@@ -19,6 +20,7 @@ from openm6.nn.config import ExpertsConfig
 from openm6.nn.exchange import ExpertExchange, LocalExchange
 from openm6.nn.experts import Router, RouterLoad
 from openm6.nn.norm import RMSNorm
+from openm6.nn.stack import BlockRunner
 from openm6.ops.attention import piece_mask
 from openm6.ops.rotary import rotary_table
 from openm6.ops.sequence import BLOCK, Layout, additive_mask, block_mask, visible
@@ -29,16 +31,16 @@ class Backbone(nn.Module):
 
     `sets` holds the weight sets and `layers` what each layer keeps to itself; layer l uses sets[weight_sets[l]].
     Built under `torch.device("meta")` it costs no memory; then `to_empty(device=...)` and `reset_parameters()`, or
-    load a checkpoint.
+    load a checkpoint. With `empty_sets` only the matrices of the sets are on `meta`, for a model that is too large to
+    stand anywhere as a whole: whoever sets `runner` then keeps their values.
     """
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, empty_sets: bool = False) -> None:
         super().__init__()
         self.config = config
-        sets = config.weight_sets
+        self.runner: BlockRunner | None = None
         self.sets = nn.ModuleList(
-            Block(config.attention, config.feed_forward(layer), _router(config, layer, shared=True))
-            for layer in (sets.index(number) for number in range(config.num_sets))
+            _block(config, config.weight_sets.index(number), empty_sets) for number in range(config.num_sets)
         )
         self.layers = nn.ModuleList(
             LayerParts(config.attention, _router(config, layer, shared=False))
@@ -78,19 +80,30 @@ class Backbone(nn.Module):
         if x.shape != (layout.batch, layout.length, self.config.width):
             expected = (layout.batch, layout.length, self.config.width)
             raise ValueError(f"embedded tokens have the shape {tuple(x.shape)}, expected {expected}")
-        context = Context(
-            rotary=rotary_table(layout.positions, self.config.rope_theta, self.config.sections),
-            mask=choose_mask(layout, cache, x),
-            valid=layout.valid,
-            cache=cache,
-            exchange=exchange or self.exchange,
-        )
+
+        def make_context(x: Tensor, layout: Layout) -> Context:
+            return Context(
+                rotary=rotary_table(layout.positions, self.config.rope_theta, self.config.sections),
+                mask=choose_mask(layout, cache, x),
+                valid=layout.valid,
+                cache=cache,
+                exchange=exchange or self.exchange,
+            )
+
+        if self.runner is not None:
+            parts = [cast(LayerParts, layer) for layer in self.layers]
+            x, loads = self.runner.run(x, layout, parts, make_context)
+        else:
+            x, loads = self._run(x, make_context(x, layout))
+        return self.final_norm(x), loads
+
+    def _run(self, x: Tensor, context: Context) -> tuple[Tensor, list[RouterLoad]]:
         loads: list[RouterLoad] = []
         for layer, number in enumerate(self.config.weight_sets):
             block, parts = cast(Block, self.sets[number]), cast(LayerParts, self.layers[layer])
             x, load = self.run_block(block, parts, x, context, layer)
             loads += [] if load is None else [load]
-        return self.final_norm(x), loads
+        return x, loads
 
     def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache on the weights' device, in their dtype (or that of autocast)."""
@@ -158,6 +171,13 @@ def choose_mask(layout: Layout, cache: KVCache | None, x: Tensor) -> Mask:
         return block_mask(layout, layout)
     mask = visible(layout, layout if cache is None else cache.extend(layout))
     return additive_mask(mask, x.dtype) if x.is_cpu else mask
+
+
+def _block(config: BackboneConfig, layer: int, empty: bool) -> Block:
+    """The weight set that `layer` is the first to use."""
+    router = _router(config, layer, shared=True)
+    with torch.device("meta") if empty else nullcontext():
+        return Block(config.attention, config.feed_forward(layer), router)
 
 
 def _router(config: BackboneConfig, layer: int, shared: bool) -> Router | None:

@@ -59,9 +59,14 @@ def read_description(text: str, where: str) -> ModelDescription:
     return build(ModelDescription, values, where)
 
 
-def build_model(description: ModelDescription, tokenizer: str, where: str) -> tuple[Omni, Modalities]:
-    """A model with fresh weights and its modalities, from a description and the text of a tokenizer.json."""
+def build_model(
+    description: ModelDescription, tokenizer: str, where: str, empty_sets: bool = False
+) -> tuple[Omni, Modalities]:
+    """A model with fresh weights and its modalities, from a description and the text of a tokenizer.json.
+
+    `empty_sets` as in `Backbone`.
+    """
     modalities = build_modalities(
         description.modalities, read_tokenizer(tokenizer, where), description.scales
     )
-    return Omni(description.backbone, modalities, description.embedding), modalities
+    return Omni(description.backbone, modalities, description.embedding, empty_sets), modalities

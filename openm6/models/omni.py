@@ -34,11 +34,15 @@ class Omni(nn.Module):
     """Text, pictures, sound and numbers in; a loss, or hidden states to decode from, out."""
 
     def __init__(
-        self, config: BackboneConfig, modalities: Modalities, embedding: PoolConfig | None = None
+        self,
+        config: BackboneConfig,
+        modalities: Modalities,
+        embedding: PoolConfig | None = None,
+        empty_sets: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        self.backbone = Backbone(config)
+        self.backbone = Backbone(config, empty_sets)
         adapters: dict[str, Adapter] = {}
         for modality in modalities.values():
             adapters |= modality.adapters(config.width)

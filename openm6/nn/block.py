@@ -71,6 +71,11 @@ class Block(nn.Module):
         if self.router is not None:
             self.router.reset_parameters(deviation)
 
+    @property
+    def sparse(self) -> bool:
+        """Whether its feed-forward part has experts."""
+        return isinstance(self.feed_forward, Experts)
+
     def forward(
         self, x: Tensor, parts: LayerParts, context: Context, layer: int
     ) -> tuple[Tensor, RouterLoad | None]:

@@ -23,12 +23,19 @@ def follow_moments(gradient: Tensor, row: Tensor, column: Tensor, count: Tensor)
     after a pause would be scaled up.
     """
     active = active_matrices(gradient)
+    square = gradient.square() + TINY
+    follow_means(square.mean(-1), square.mean(-2), active, row, column, count)
+    return active
+
+
+def follow_means(
+    row_mean: Tensor, column_mean: Tensor, active: Tensor, row: Tensor, column: Tensor, count: Tensor
+) -> None:
+    """The same from the means of a gradient's squares."""
     count.add_(active)
     decay = torch.where(active, 1 - count.clamp(min=1).pow(-0.8), 1.0).unsqueeze(-1)
-    square = gradient.square() + TINY
-    row.lerp_(square.mean(-1), 1 - decay)
-    column.lerp_(square.mean(-2), 1 - decay)
-    return active
+    row.lerp_(row_mean, 1 - decay)
+    column.lerp_(column_mean, 1 - decay)
 
 
 def scaled_update(gradient: Tensor, row: Tensor, column: Tensor) -> Tensor:

@@ -20,10 +20,15 @@ def random_bits(
     A pure function of (key, matrix, place): the same on every device, however often it is called, and for one expert
     the same whichever of its neighbours are at hand, so a resumed or resharded run rounds alike.
     """
-    numbers = torch.arange(first, first + num_matrices, dtype=torch.int32, device=device)
-    keys = _mix(numbers * GOLDEN + _signed(key))  # E
+    keys = matrix_keys(num_matrices, key, first, device)
     places = torch.arange(values, dtype=torch.int32, device=device) * GOLDEN  # n
     return _mix(places + keys.unsqueeze(-1))
+
+
+def matrix_keys(num_matrices: int, key: int, first: int, device: torch.device | str | None = None) -> Tensor:
+    """A key for each matrix: E, int32."""
+    numbers = torch.arange(first, first + num_matrices, dtype=torch.int32, device=device)
+    return _mix(numbers * GOLDEN + _signed(key))
 
 
 def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:

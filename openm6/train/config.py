@@ -11,6 +11,7 @@ from openm6.base.energy.config import EnergyConfig
 from openm6.base.errors import ConfigError
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.optim.registry import check_optimizer_name
+from openm6.parallel.streaming_config import StreamingConfig
 from openm6.train.stages import StagesConfig
 
 LOOP_SECTION = "loop"  # the name of this section in a run's config.yaml
@@ -23,6 +24,7 @@ class LoopConfig(Config):
     minutes: float | None = Field(default=None, gt=0.0)  # with steps: auto, the time that the run may take
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    streaming: StreamingConfig | None = None  # weights that come to the device block by block
     stages: StagesConfig | None = None  # Pseudo-to-Real, for a model whose layers share weights at first
     clip: float | None = Field(default=1.0, gt=0.0)  # bound on the gradient's global norm
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes it fast
@@ -64,6 +66,20 @@ class LoopConfig(Config):
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return optimizer
+
+    @property
+    def streamed(self) -> bool:
+        """Whether gradients are used up block by block, as streaming and few bytes a parameter need."""
+        return self.streaming is not None or self.optimizer.bytes_per_parameter < 16
+
+    @model_validator(mode="after")
+    def _rule_for_streaming(self) -> LoopConfig:
+        if self.streamed and self.optimizer.name != "adamw":
+            raise ValueError(
+                "streaming and bytes_per_parameter below 16 bring a rule of their own, with adamw for embeddings "
+                f"and norms: take optimizer.name={self.optimizer.name} out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _time_for_auto(self) -> LoopConfig:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from openm6.base.energy.ledger import Work
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
+from openm6.models.backbone import Backbone
 from openm6.nn.experts import RouterLoad
 from openm6.optim.groups import default_groups
 from openm6.parallel.ranks import Ranks
@@ -77,6 +78,16 @@ class Job:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups as `optim.groups.default_groups` describes them."""
         return default_groups(self.model)
+
+    @property
+    def backbone(self) -> Backbone | None:
+        """The stack whose blocks may be streamed; None: this kind of training has none."""
+        return None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The most tokens that a batch can hold; 0: not known."""
+        return 0
 
     @property
     def stage(self) -> str:

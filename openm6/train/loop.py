@@ -15,10 +15,11 @@ from openm6.base.errors import CheckpointError, Interrupted, TrainingError
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints, read_state, step_of
-from openm6.checkpoint.load import load_job_tensors, load_model, load_optimizer, open_saver, optimizer_tensors
+from openm6.checkpoint.load import load_job_tensors, open_saver, optimizer_tensors
 from openm6.checkpoint.save import Snapshot
 from openm6.train.config import LoopConfig
 from openm6.train.display import open_display
+from openm6.train.failures import SwapHook
 from openm6.train.hooks import Hook
 from openm6.train.interrupt import Interrupt
 from openm6.train.job import Batch, Job
@@ -30,6 +31,7 @@ from openm6.train.progress import Progress
 from openm6.train.recorder import MetricsFile, Recorder, Sink
 from openm6.train.staging import StagesHook
 from openm6.train.step import StepReport, Updater, seed_everything
+from openm6.train.streamed import open_updater
 from openm6.train.team import Team, number_of_workers
 from openm6.train.tensorboard import open_tensorboard
 from openm6.train.watch import SpikeWatch
@@ -88,9 +90,10 @@ class _Run:
         self, job: Job, config: LoopConfig, run: RunFolder, resume: bool, hooks: Sequence[Hook]
     ) -> None:
         self.job, self.config, self.run = job, config, run
-        self.updater = Updater(job, config)
+        self.updater = open_updater(job, config)
         stages = [StagesHook(config.stages)] if config.stages is not None else []
-        self.hooks: list[Hook] = [MeterHook(), MemoryHook(), *stages, *hooks]
+        streaming = [SwapHook()] if config.streamed else []
+        self.hooks: list[Hook] = [MeterHook(), MemoryHook(), *stages, *streaming, *hooks]
         self.recorder, self.watch, self.progress = Recorder(), SpikeWatch(), Progress()
         self.team: Team | None = None
         self.saver = open_saver(job.ranks.layout)
@@ -106,6 +109,7 @@ class _Run:
         job.model.train()
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
+            stack.callback(self.updater.close)
             for hook in self.hooks:
                 stack.callback(hook.close)
                 hook.start(self)
@@ -234,6 +238,7 @@ class _Run:
             "progress": asdict(self.progress),
             "optimizer": self.config.optimizer.name,
             "stage": self.job.stage,
+            "bytes_per_parameter": self.config.optimizer.bytes_per_parameter,
             "recorder": self.recorder.state(),
             "watch": self.watch.state(),
             "scores": self.scores,
@@ -241,7 +246,16 @@ class _Run:
             "job": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         }
         moments = optimizer_tensors(self.updater.optimizer, self.job.model)
-        return Snapshot(self.progress.step, self.job.model, moments, state, tensors, self.job.files())
+        return Snapshot(
+            self.progress.step,
+            self.job.model,
+            moments,
+            state,
+            tensors,
+            self.job.files(),
+            self.updater.shards(),
+            self.updater.num_shards,
+        )
 
     def _restore(self, folder: Path) -> None:
         state = read_state(folder)
@@ -255,9 +269,8 @@ class _Run:
             if hook.name in kept:
                 hook.before_load(self, kept[hook.name])
         _check_stage(folder, state.get("stage", self.job.stage), self.job)
-        layout = self.job.ranks.layout
-        load_model(folder, self.job.model, layout)
-        load_optimizer(folder, self.updater.optimizer, self.job.model, layout)
+        _check_bytes(folder, state.get("bytes_per_parameter", 16), self.config)
+        self.updater.load(folder)
         self.job.load_state({**state["job"], **load_job_tensors(folder)})
         self.recorder.load_state(state["recorder"])
         self.watch.load_state(state["watch"])
@@ -279,6 +292,16 @@ class _Run:
             progress.spikes,
             saved,
             self.scores,
+        )
+
+
+def _check_bytes(folder: Path, saved: int, config: LoopConfig) -> None:
+    """Raises CheckpointError where the weights were kept by another rule."""
+    wanted = config.optimizer.bytes_per_parameter
+    if saved != wanted:
+        raise CheckpointError(
+            f"{folder} holds {saved} bytes a parameter, this run wants {wanted}: "
+            f"turn it with openm6 convert, or set loop.optimizer.bytes_per_parameter={saved}"
         )
 
 

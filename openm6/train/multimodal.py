@@ -31,7 +31,7 @@ from openm6.modalities.numbers import Scales, fit_scale
 from openm6.modalities.pool import POOL
 from openm6.modalities.sequence import Batch, Counts, count, split
 from openm6.modalities.text import train_tokenizer
-from openm6.models.backbone import side_loss
+from openm6.models.backbone import Backbone, side_loss
 from openm6.models.description import (
     MODEL_FILE,
     TOKENIZER_FILE,
@@ -40,6 +40,7 @@ from openm6.models.description import (
     build_model,
 )
 from openm6.parallel.gather import open_gather
+from openm6.parallel.placing import place
 from openm6.parallel.ranks import Ranks
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES
@@ -77,8 +78,10 @@ class MultimodalJob(Job):
             judge=recipe.judge.model_dump(mode="json"),
         )
         seed_everything(recipe.loop.seed, "weights")
-        self.omni, self.modalities = build_model(self.description, self.tokenizer, "the tokenizer")
-        self.model = self.omni.to(device)
+        self.omni, self.modalities = build_model(
+            self.description, self.tokenizer, "the tokenizer", recipe.loop.streamed
+        )
+        self.model = place(self.omni, device)
         self._place(device)
         if self.omni.pool is not None:
             self.omni.pool.gather = open_gather()
@@ -165,6 +168,14 @@ class MultimodalJob(Job):
 
     def after_step(self, result: StepResult) -> None:
         self.omni.backbone.update_balance(list(result.loads))
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.omni.backbone
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.packing.rows * self.recipe.packing.length
 
     @property
     def stage(self) -> str:

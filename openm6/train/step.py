@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,7 +17,8 @@ from torch import Tensor
 from openm6.base.energy.ledger import Work
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.delink import Moments, delink_moments
-from openm6.checkpoint.load import optimizer_tensors, place_optimizer
+from openm6.checkpoint.load import load_model, load_optimizer, optimizer_tensors, place_optimizer
+from openm6.checkpoint.shards import Shard
 from openm6.optim.registry import build_optimizer, set_rate
 from openm6.optim.schedule import rate_factor
 from openm6.parallel.ranks import Ranks
@@ -69,6 +72,28 @@ class Updater:
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]
         self._prepared = False
+
+    @property
+    def num_shards(self) -> int:
+        """Weight sets that the model itself does not hold, and that are saved one by one."""
+        return 0
+
+    def shards(self) -> Iterator[Shard]:
+        """Those sets, each when it is asked for."""
+        return iter(())
+
+    def load(self, folder: Path) -> None:
+        """Fill model and optimizer from a checkpoint.
+
+        Raises:
+            CheckpointError: names or shapes differ, or a file is missing or unreadable.
+        """
+        layout = self.job.ranks.layout
+        load_model(folder, self.job.model, layout)
+        load_optimizer(folder, self.optimizer, self.job.model, layout)
+
+    def close(self) -> None:
+        """Give back what was taken besides the model."""
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
         """Give each layer weights of its own; the optimizer's moments go along as `moments` says."""

@@ -48,8 +48,9 @@ def number_of_workers(job: Job, config: LoopConfig, run: RunFolder) -> int:
         ConfigError: several are asked for, and this machine or this way of training cannot have them.
     """
     on_cpu = all(parameter.is_cpu for parameter in job.model.parameters())
-    # A stage exchanges the weights themselves, which the other processes would not see.
-    possible = job.most_parts if can_fork() and on_cpu and config.stages is None else 1
+    # A stage exchanges the weights themselves, and streaming keeps them elsewhere: other processes would not see it.
+    alone = config.stages is not None or config.streamed
+    possible = job.most_parts if can_fork() and on_cpu and not alone else 1
     if config.workers == "auto":
         if possible == 1:
             return 1

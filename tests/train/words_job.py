@@ -101,6 +101,14 @@ class WordsJob(Job):
         self.words.backbone.update_balance(list(result.loads))
 
     @property
+    def backbone(self) -> Backbone:
+        return self.words.backbone
+
+    @property
+    def tokens_per_step(self) -> int:
+        return ROWS * LENGTH
+
+    @property
     def stage(self) -> str:
         return self.words.backbone.config.stage
 

@@ -1,0 +1,170 @@
+"""safetensors files written straight from memory, one weight set each, and read back into the place kept for them.
+
+A folder holds either one `model.safetensors`, or shards with an index as other tools read them; likewise the optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from openm6.base.errors import CheckpointError
+from openm6.checkpoint.folder import MODEL_FILE, OPTIMIZER_FILE
+
+INDEX_FILE = f"{MODEL_FILE}.index.json"
+SEPARATOR = "::"  # between a parameter's name and the name of one of the tensors kept with it
+EXPONENT = "exponent"  # of int8 weights, which lies beside them
+TYPES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8",
+    torch.int32: "I32", torch.int64: "I64", torch.float64: "F64", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one pair of files holds: weights by name, and what the optimizer keeps, under `parameter::tensor`."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+
+
+def write_raw(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file whose bytes go from the tensors to the disk without a copy in between (but for a GPU's).
+
+    Raises:
+        OSError: the disk is full or the path cannot be written.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    ordered = sorted(tensors.items())  # the same bytes, in whatever order the tensors came to be
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in ordered:
+            stream.write(_bytes_of(tensor.detach().cpu().contiguous()))
+
+
+def write_shards(folder: Path, first: Shard, others: Iterable[Shard], count: int) -> None:
+    """`first` and `count` others as `model-00001-of-…`, each written before the next is asked for, and the index."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    number = 0
+    for number, shard in enumerate(_chain(first, others)):
+        ending = f"-{number + 1:05d}-of-{count + 1:05d}.safetensors"
+        write_raw(folder / f"model{ending}", shard.model)
+        if shard.optimizer:
+            write_raw(folder / f"optimizer{ending}", shard.optimizer)
+        weight_map |= dict.fromkeys(shard.model, f"model{ending}")
+        total += sum(tensor.numel() * tensor.element_size() for tensor in shard.model.values())
+    assert number == count, "as many shards as were announced"
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8", newline="\n")
+
+
+class Catalogue:
+    """All tensors of a checkpoint's weights, or of its optimizer, in however many files; read one at a time."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        """`kind` is `model` or `optimizer`.
+
+        Raises:
+            CheckpointError: a file is missing or is not safetensors.
+        """
+        self.folder = folder
+        whole = MODEL_FILE if kind == "model" else OPTIMIZER_FILE
+        paths = (
+            [folder / whole] if (folder / whole).exists() else sorted(folder.glob(f"{kind}-*.safetensors"))
+        )
+        self._paths: dict[str, Path] = {}
+        for path in paths:
+            self._paths |= dict.fromkeys(_names(path), path)
+        if not paths:
+            raise CheckpointError(f"{folder / whole} is missing: name a folder that holds a whole checkpoint")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._paths)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._paths
+
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._paths[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor, without reading it."""
+        with safe_open(str(self._paths[name]), framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        with safe_open(str(self._paths[name]), framework="pt") as file:
+            return file.get_tensor(name)
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """One tensor, straight into the memory of `target` where it is of the same type and on the host.
+
+        Raises:
+            CheckpointError: there is none of this name, or it has another shape.
+        """
+        if name not in self._paths:
+            raise CheckpointError(
+                f"{self.folder} lacks {name!r}: it is of another size, stage or number of bytes a parameter; "
+                "turn it with openm6 convert, or go on with the config that it was saved with"
+            )
+        path = self._paths[name]
+        start, entry = _entry(path, name)
+        if tuple(entry["shape"]) != tuple(target.shape):
+            raise CheckpointError(
+                f"{path}: {name!r} has shape {entry['shape']}, the model wants {list(target.shape)}: "
+                "load it with the config that it was saved with"
+            )
+        if target.is_cpu and target.is_contiguous() and entry["dtype"] == TYPES[target.dtype]:
+            with path.open("rb") as stream:
+                stream.seek(start + entry["data_offsets"][0])
+                stream.readinto(_bytes_of(target))
+        else:
+            target.copy_(self.read(name))
+
+
+def _chain(first: Shard, others: Iterable[Shard]) -> Iterable[Shard]:
+    yield first
+    yield from others
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the host."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}): use another checkpoint"
+        ) from None
+
+
+def _entry(path: Path, name: str) -> tuple[int, dict]:
+    """Where the data of a safetensors file begins, and what its header says of one tensor."""
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        return 8 + length, json.loads(stream.read(length))[name]

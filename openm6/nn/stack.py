@@ -1,0 +1,29 @@
+"""The door through which somebody else runs a backbone's layers: one whose weights live elsewhere and come by turns."""
+
+# Letters: B rows, S tokens, D width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from openm6.nn.block import Context, LayerParts
+from openm6.nn.experts import RouterLoad
+from openm6.ops.sequence import Layout
+
+MakeContext = Callable[[Tensor, Layout], Context]
+
+
+class BlockRunner(Protocol):
+    """Runs all layers on embedded tokens, in as many parts of the batch as it sees fit."""
+
+    def run(
+        self, x: Tensor, layout: Layout, layers: Sequence[LayerParts], make_context: MakeContext
+    ) -> tuple[Tensor, list[RouterLoad]]:
+        """B S D -> B S D before the final norm, and a report for each sparse layer.
+
+        `make_context` gives what the layers need to know about some of the rows.
+        """
+        ...

@@ -1,0 +1,67 @@
+"""The factored update in fused kernels where Triton and a GPU are there; the plain form in rules.py is its twin."""
+
+# Letters: E matrices, R rows, C columns
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openm6.optim.factored import TINY, follow_means
+from openm6.optim.rounding import matrix_keys
+
+
+def available(gradient: Tensor) -> bool:
+    """Whether the kernels can run on this tensor; TRITON_INTERPRET=1 lets them run on a processor, for tests."""
+    if not (gradient.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return False
+    return importlib.util.find_spec("triton") is not None
+
+
+def update_bf16(
+    stored: dict[str, Tensor], gradient: Tensor, rate: float, decay: float, key: int, allowed: Tensor
+) -> None:
+    """Moves bf16 weights E R C; slots as in `FactoredRule`, all with the axis E."""
+    numbers = _prepare(stored, gradient, rate, decay, key, allowed)
+    _kernels().move_bf16(stored["weight"], gradient, numbers)
+
+
+def update_int8(
+    stored: dict[str, Tensor], gradient: Tensor, rate: float, decay: float, key: int, allowed: Tensor
+) -> None:
+    """Moves int8 weights E R C and their exponents; slots as in `BlockRule`."""
+    numbers = _prepare(stored, gradient, rate, decay, key, allowed)
+    _kernels().move_int8(stored["weight"], stored["exponent"], gradient, numbers)
+
+
+def _prepare(
+    stored: dict[str, Tensor], gradient: Tensor, rate: float, decay: float, key: int, allowed: Tensor
+) -> tuple[Tensor, ...]:
+    """Follows the moments; gives allowed, inverse_row, inverse_column, rates, kept and keys for the last kernel."""
+    kernels = _kernels()
+    row, column = stored["row_var"], stored["col_var"]
+    usable = allowed.to(torch.int32)
+    row_sum, column_sum, largest = kernels.gradient_sums(gradient, usable)
+    matrices, num_rows, num_columns = gradient.shape
+    active = largest > 0
+    means = (row_sum / num_columns + TINY, column_sum / num_rows + TINY)
+    follow_means(*means, active, row, column, stored["count"])
+    inverse_row = (row / row.mean(-1, keepdim=True).clamp(min=TINY)).clamp(min=TINY).rsqrt()
+    inverse_column = column.clamp(min=TINY).rsqrt()
+    squares = kernels.update_squares(gradient, usable, inverse_row, inverse_column)
+    size = (squares / (num_rows * num_columns)).sqrt().clamp(min=1.0)
+    rates = torch.where(active, rate / size, 0.0)
+    kept = torch.where(active, 1 - rate * decay, 1.0)
+    return usable, inverse_row, inverse_column, rates, kept, matrix_keys(matrices, key, 0, gradient.device)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The one door to Triton: its kernels are only defined where they are going to run."""
+    return importlib.import_module("openm6.optim.factored_kernels")

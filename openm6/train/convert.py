@@ -1,0 +1,230 @@
+"""`openm6 convert`: a checkpoint with other bytes a parameter, or taken from the pseudo stage to the real one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from openm6.base.errors import CheckpointError, ConfigError
+from openm6.base.files import replace_text
+from openm6.base.run_folder import RunFolder
+from openm6.base.seeds import derive_seed
+from openm6.checkpoint.delink import Moments, moment_factor
+from openm6.checkpoint.folder import latest, list_checkpoints, read_state
+from openm6.checkpoint.load import load_job_tensors
+from openm6.checkpoint.save import Snapshot, save
+from openm6.checkpoint.shards import SEPARATOR, Catalogue, Shard
+from openm6.models.backbone import Backbone
+from openm6.models.config import BackboneConfig, Stage
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescription, read_description
+from openm6.nn.block import Block
+from openm6.optim.config import OptimizerConfig
+from openm6.optim.rules import Memory, Stored, UpdateRule, update_rule
+from openm6.parallel.record import RecordLayout
+from openm6.train.streamed import full_name, set_shapes
+
+TIERS = (16, 4, 2, 1)
+WRITTEN_ANEW = ("format", "openm6", "step", "files")  # of state.json
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """From what to what: rules, and the layers of the sets."""
+
+    description: ModelDescription
+    old_bytes: int
+    new_bytes: int
+    delinked: bool
+    moments: Moments
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """The backbone of the result."""
+        old = self.description.backbone
+        return old.model_copy(update={"sharing": None}) if self.delinked else old
+
+    @property
+    def sources(self) -> list[int]:
+        """New set -> the old one that it comes from."""
+        old = self.description.backbone
+        return list(old.weight_sets) if self.delinked else list(range(old.num_sets))
+
+
+def convert(
+    trained: Path,
+    out: Path,
+    bytes_per_parameter: int | None = None,
+    stage: Stage | None = None,
+    moments: Moments = "independent",
+) -> str:
+    """Writes the newest checkpoint of `trained` into a new run at `out`, set by set; `openm6 train --resume` goes on.
+
+    Weights are rounded by chance where they get fewer bytes. The optimizer's moments go along as far as the new rule
+    has room for them.
+
+    Raises:
+        CheckpointError: nothing to convert, or it is not of a multimodal model.
+        ConfigError: the result would be of no known kind, or `out` already holds a run.
+    """
+    folder = latest(trained)
+    state = read_state(folder)
+    conversion = plan_conversion(folder, state, bytes_per_parameter, stage, moments)
+    if list_checkpoints(RunFolder(out).checkpoints):
+        raise ConfigError(f"{out} already holds a run: choose another folder")
+    run = RunFolder.open(out)
+    _write_settings(RunFolder(folder.parents[1]), run, conversion)
+    texts = {MODEL_FILE: _description_text(conversion), TOKENIZER_FILE: _text(folder / TOKENIZER_FILE)}
+    replace_text(run.path / TOKENIZER_FILE, texts[TOKENIZER_FILE])
+    weights, kept = Catalogue(folder, "model"), Catalogue(folder, "optimizer")
+    snapshot = Snapshot(
+        step=int(state["step"]),
+        model=dict(_edges(weights, conversion, scaled=False)),
+        optimizer=dict(_edges(kept, conversion, scaled=True)),
+        state=_new_state(state, conversion),
+        job=load_job_tensors(folder),
+        files=texts,
+        shards=_sets(weights, kept, conversion),
+        num_shards=len(conversion.sources),
+    )
+    saved = save(snapshot, run.checkpoints, keep=1)
+    kind = f"{conversion.new_bytes} bytes a parameter, {conversion.backbone.stage} stage"
+    return f"{saved}: {kind}; go on with openm6 train {run.config} --resume --out {out}"
+
+
+def plan_conversion(
+    folder: Path, state: dict[str, Any], wanted: int | None, stage: Stage | None, moments: Moments
+) -> Conversion:
+    """What is to be done, checked.
+
+    Raises:
+        CheckpointError, ConfigError: as `convert` says.
+    """
+    description = read_description(_text(folder / MODEL_FILE), str(folder / MODEL_FILE))
+    old = int(state.get("bytes_per_parameter", 16))
+    new = wanted or old
+    if new not in TIERS:
+        raise ConfigError(f"--bytes {new} must be one of {', '.join(map(str, TIERS))}")
+    if state.get("optimizer", "adamw") != "adamw" and new < 16:
+        raise ConfigError(
+            f"{folder} was trained with {state['optimizer']}, whose memory fewer bytes cannot take over: "
+            "convert a run of adamw"
+        )
+    now = description.backbone.stage
+    if stage == "pseudo" and now == "real":
+        raise ConfigError(
+            f"{folder} is of the real stage: layers that have gone apart cannot share weights again"
+        )
+    return Conversion(description, old, new, stage == "real" and now == "pseudo", moments)
+
+
+def _sets(weights: Catalogue, kept: Catalogue, conversion: Conversion) -> Iterator[Shard]:
+    """The new weight sets, one in memory at a time."""
+    old_rule, new_rule = (
+        update_rule(OptimizerConfig(bytes_per_parameter=size))  # type: ignore[arg-type]
+        for size in (conversion.old_bytes, conversion.new_bytes)
+    )
+    with torch.device("meta"):
+        blocks = Backbone(conversion.description.backbone).sets
+    uses = Counter(conversion.sources)
+    for number, source in enumerate(conversion.sources):
+        shapes = set_shapes(cast(Block, blocks[source]))
+        old = _read_set(RecordLayout(shapes, old_rule), old_rule, weights, kept, f"backbone.sets.{source}.")
+        new = RecordLayout(shapes, new_rule)
+        views = new.views(torch.zeros(new.num_bytes, dtype=torch.uint8))
+        shard = Shard({}, {})
+        for name, stored in views.items():
+            memory = _handed_on(old_rule.remember(old[name]), uses[source], conversion.moments)
+            new_rule.take_over(stored, memory, derive_seed(0, "convert", number, name))
+            for slot, tensor in stored.items():
+                full = full_name(f"backbone.sets.{number}.{name}", slot)
+                (shard.model if slot in new_rule.read_slots else shard.optimizer)[full] = tensor
+        yield shard
+
+
+def _read_set(
+    layout: RecordLayout, rule: UpdateRule, weights: Catalogue, kept: Catalogue, prefix: str
+) -> dict[str, Stored]:
+    """One set as it was saved; what the optimizer had not kept yet is zero."""
+    views = layout.views(torch.zeros(layout.num_bytes, dtype=torch.uint8))
+    for name, stored in views.items():
+        for slot, tensor in stored.items():
+            full = full_name(prefix + name, slot)
+            if slot in rule.read_slots:
+                weights.read_into(full, tensor)
+            elif full in kept:
+                kept.read_into(full, tensor)
+    return views
+
+
+def _handed_on(memory: Memory, uses: int, moments: Moments) -> Memory:
+    """A layer's part of what a set of `uses` layers remembered."""
+    if uses == 1:
+        return memory
+    if moments == "reset":
+        return Memory(memory.values, None, None, torch.zeros_like(memory.count))
+    first, second = (
+        None if moment is None else moment * moment_factor(key, uses, moments)
+        for key, moment in (("exp_avg", memory.first), ("exp_avg_sq", memory.second))
+    )
+    return Memory(memory.values, first, second, memory.count)
+
+
+def _edges(catalogue: Catalogue, conversion: Conversion, scaled: bool) -> Iterator[tuple[str, Tensor]]:
+    """All tensors outside the sets' matrices, routers of delinked sets once for each layer."""
+    uses = Counter(conversion.sources)
+    for full in catalogue.names:
+        name, _, key = full.partition(SEPARATOR)
+        if ".sets." not in name:
+            yield full, catalogue.read(full)
+            continue
+        start, _, rest = name.partition(".sets.")
+        number, _, inner = rest.partition(".")
+        if not inner.startswith("router."):
+            continue
+        if scaled and conversion.moments == "reset" and uses[int(number)] > 1:
+            continue
+        factor = moment_factor(key, uses[int(number)], conversion.moments) if scaled else 1.0
+        ending = f"{SEPARATOR}{key}" if key else ""
+        for new, source in enumerate(conversion.sources):
+            if source == int(number):
+                yield f"{start}.sets.{new}.{inner}{ending}", catalogue.read(full) * factor
+
+
+def _new_state(state: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
+    kept = {name: value for name, value in state.items() if name not in WRITTEN_ANEW}
+    if conversion.delinked:
+        kept["hooks"] = {name: value for name, value in kept.get("hooks", {}).items() if name != "stages"}
+    return {**kept, "stage": conversion.backbone.stage, "bytes_per_parameter": conversion.new_bytes}
+
+
+def _write_settings(old: RunFolder, new: RunFolder, conversion: Conversion) -> None:
+    """The old run's settings with what has changed, where it had any."""
+    values = old.read_config()
+    if not values:
+        return
+    loop = dict(values.get("loop") or {})
+    loop["optimizer"] = {**(loop.get("optimizer") or {}), "bytes_per_parameter": conversion.new_bytes}
+    if conversion.delinked:
+        loop.pop("stages", None)
+        model = dict(values.get("model") or {})
+        values["model"] = {**model, "overrides": {**(model.get("overrides") or {}), "sharing": None}}
+    new.write_config({**values, "loop": loop})
+
+
+def _description_text(conversion: Conversion) -> str:
+    return conversion.description.model_copy(update={"backbone": conversion.backbone}).to_json()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}: it is not a checkpoint of a multimodal model"
+        ) from None

@@ -1,0 +1,255 @@
+"""Training whose weight sets live in a store: fetched for their use, moved as soon as their gradient is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from openm6.base.errors import CheckpointError, ConfigError
+from openm6.base.log import get_log
+from openm6.base.seeds import derive_seed
+from openm6.checkpoint.delink import Moments, moment_factor
+from openm6.checkpoint.load import place_optimizer
+from openm6.checkpoint.shards import SEPARATOR, Catalogue, Shard
+from openm6.models.backbone import Backbone
+from openm6.models.config import BackboneConfig
+from openm6.nn.block import Block
+from openm6.optim.registry import set_rate
+from openm6.optim.rules import WEIGHT, Memory, Stored, update_rule
+from openm6.optim.schedule import rate_factor
+from openm6.parallel.lanes import Lanes, open_lanes
+from openm6.parallel.record import RecordLayout
+from openm6.parallel.store import WeightStore
+from openm6.parallel.streaming import Step, StreamedBlocks
+from openm6.parallel.streaming_config import StreamingConfig
+from openm6.train.budget import Budget, check_budget, choose_resident
+from openm6.train.config import LoopConfig
+from openm6.train.failures import device_failures
+from openm6.train.job import Batch, Job
+from openm6.train.step import StepReport, Updater, make_report, seed_everything
+
+
+def open_updater(job: Job, config: LoopConfig) -> Updater:
+    """The updater that `config` asks for."""
+    return StreamedUpdater(job, config) if config.streamed else Updater(job, config)
+
+
+class StreamedUpdater(Updater):
+    """Moves weight sets layer by layer during the backward pass, and everything else (the edges) after it.
+
+    The edges are embeddings, heads, norms and routers: they stay on the device in fp32 under AdamW, whatever
+    `bytes_per_parameter` says, since they are few and sensitive. `clip` bounds their gradient's norm alone; sets are
+    clipped by their rule, as nobody knows the norm of all gradients while they are used up.
+    """
+
+    def __init__(self, job: Job, config: LoopConfig, lanes: Lanes | None = None) -> None:
+        """`lanes` stand in for those of the device, in tests.
+
+        Raises:
+            ConfigError: the job has no blocks to stream, several processes train, or memory does not suffice.
+        """
+        if job.backbone is None:
+            raise ConfigError(
+                "this kind of training has no blocks to stream: leave loop.streaming and "
+                "loop.optimizer.bytes_per_parameter out"
+            )
+        if job.ranks.size > 1:
+            raise ConfigError("streamed blocks train in one process: leave --nproc or loop.streaming out")
+        self.job, self.config = job, config
+        self.backbone: Backbone = job.backbone
+        self.streaming = config.streaming or StreamingConfig()
+        self.rule = update_rule(config.optimizer)
+        placed = next(parameter for parameter in job.model.parameters() if not parameter.is_meta)
+        self._lanes = lanes or open_lanes(placed.device)
+        self._open_store(placed.device)
+        self._fill()
+        super().__init__(job, config)
+
+    def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
+        optimizer = self.config.optimizer
+        rate = optimizer.learning_rate * rate_factor(step, total, self.config.schedule) * self.rate_scale
+        set_rate(self.optimizer, rate)
+        seed_everything(self.config.seed, "step", step)
+        self.blocks.begin_step(Step(step, rate, optimizer.weight_decay, self.config.seed))
+        with device_failures(step):
+            with self.autocast():
+                result = self.job.loss(batch)
+            result.loss.backward()
+            facts = self.blocks.end_step()
+        norm = torch.hypot(self._clip(), facts.grad_norm)
+        report = make_report(step, batch.tokens, rate, result, norm)
+        if report.applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if report.applied:
+            self.job.after_step(result)
+        else:
+            self._tell_skipped(step, int(facts.skipped))
+        return report
+
+    def delink(self, moments: Moments, noise: float = 0.0) -> None:
+        numbers, before = self.backbone.config.weight_sets, self.store
+        before.settle()
+        super().delink(moments)
+        self._open_store(self.device)
+        uses = Counter(numbers)
+        for layer, number in enumerate(numbers):
+            self.store.homes[layer].copy_(before.homes[number])
+            if uses[number] > 1:
+                for name, stored in self.store.home(layer).items():
+                    self._hand_on(stored, moments, uses[number], noise, f"{layer}.{name}")
+        before.dispose()
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.store.layouts)
+
+    def shards(self) -> Iterator[Shard]:
+        self.store.settle()
+        for number in range(self.num_shards):
+            shard = Shard({}, {})
+            for name, stored in self.store.home(number).items():
+                for slot, tensor in stored.items():
+                    own = full_name(self._prefix(number) + name, slot)
+                    (shard.model if slot in self.rule.read_slots else shard.optimizer)[own] = tensor
+            yield shard
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        weights, kept = Catalogue(folder, "model"), Catalogue(folder, "optimizer")
+        expected = {name for name, _ in self.job.model.named_parameters()}
+        if unknown := {name for name in weights.names if name.partition(SEPARATOR)[0] not in expected} - {
+            name for name, _ in self.job.model.named_buffers()
+        }:
+            raise CheckpointError(
+                f"{folder} has {min(unknown)!r}, unknown to this model: "
+                "turn it with openm6 convert, or load it with the config that it was saved with"
+            )
+        self._load_edges(weights, kept)
+        for number in range(self.num_shards):
+            for name, stored in self.store.home(number).items():
+                for slot, tensor in stored.items():
+                    source = weights if slot in self.rule.read_slots else kept
+                    source.read_into(full_name(self._prefix(number) + name, slot), tensor)
+        self.store.forget()
+
+    def close(self) -> None:
+        self.store.dispose()
+        self.backbone.runner = None
+
+    def _open_store(self, device: torch.device) -> None:
+        """Room for every weight set, and the runner that uses them."""
+        layouts = [RecordLayout(set_shapes(cast(Block, block)), self.rule) for block in self.backbone.sets]
+        budget = self.budget(layouts)
+        check_budget(budget, device, self.streaming)
+        resident = choose_resident(budget, device, self.streaming)
+        self.store = WeightStore(
+            layouts, resident, device, self._lanes, self.streaming.buffers, self.streaming.pin
+        )
+        self.blocks = StreamedBlocks(
+            [cast(Block, block) for block in self.backbone.sets],
+            self.backbone.config.weight_sets,
+            self.store,
+            self.rule,
+            self.streaming,
+        )
+        self.backbone.runner = self.blocks
+
+    def budget(self, layouts: list[RecordLayout]) -> Budget:
+        """What the run will take, by place."""
+        edges = sum(parameter.numel() for parameter in self.job.model.parameters())
+        edges -= sum(layout.num_parameters for layout in layouts)
+        return Budget(self.backbone.config, layouts, edges, self.job.tokens_per_step, self.streaming)
+
+    def _fill(self) -> None:
+        """The model's weights into the store, or first values drawn set by set; the model keeps their shapes."""
+        config = self.backbone.config
+        for number, layout in enumerate(self.store.layouts):
+            block = cast(Block, self.backbone.sets[number])
+            values = {name: block.get_parameter(name).detach() for name in layout.shapes}
+            if any(value.is_meta for value in values.values()):
+                values = first_values(config, number, self.config.seed, self.store.device)
+            for name, stored in self.store.home(number).items():
+                self.rule.fill(
+                    stored, values[name].float(), derive_seed(self.config.seed, "fill", number, name)
+                )
+                _empty_out(block, name)
+        self.store.forget()
+
+    def _hand_on(self, stored: Stored, moments: Moments, uses: int, noise: float, name: str) -> None:
+        """What a layer gets of a shared set's memory, and noise on its weights."""
+        for slot, tensor in stored.items():
+            if slot not in self.rule.read_slots:
+                tensor.zero_() if moments == "reset" else tensor.mul_(moment_factor(slot, uses, moments))
+        if noise:
+            memory = self.rule.remember(stored)
+            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "delink", name))
+            draw = torch.randn(memory.values.shape, generator=generator).to(memory.values.device)
+            values = memory.values + draw * (noise * memory.values.std())
+            noisy = Memory(values, memory.first, memory.second, memory.count)
+            self.rule.take_over(stored, noisy, derive_seed(self.config.seed, "delink round", name))
+
+    def _load_edges(self, weights: Catalogue, kept: Catalogue) -> None:
+        tensors = self.job.model.state_dict(keep_vars=True)
+        edges = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+        for name, tensor in edges.items():
+            if name in weights or not _is_alias(name, tensor, edges):
+                weights.read_into(name, tensor.detach())
+        names = {name for name, tensor in edges.items() if isinstance(tensor, nn.Parameter)}
+        pairs = ((name, kept.read(name)) for name in kept.names if name.partition(SEPARATOR)[0] in names)
+        place_optimizer(pairs, self.optimizer, self.job.model, str(kept.folder))
+
+    def _prefix(self, number: int) -> str:
+        """The name of a set within the whole model, up to its parameters."""
+        block = self.backbone.sets[number]
+        return next(f"{name}." for name, module in self.job.model.named_modules() if module is block)
+
+    def _tell_skipped(self, step: int, skipped: int) -> None:
+        moved = self.num_shards - skipped
+        if moved:
+            get_log().warning(
+                f"step {step}: {skipped} weight sets had no finite gradient and stayed; {moved} had moved"
+            )
+
+
+def set_shapes(block: Block) -> dict[str, tuple[int, ...]]:
+    """The matrices of a weight set that are streamed; a router that it holds stays with the edges."""
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in block.named_parameters()
+        if not name.startswith("router.")
+    }
+
+
+@torch.no_grad()
+def first_values(config: BackboneConfig, number: int, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """First weights of one set, from (seed, set) alone, so that no two sets need to stand in memory together."""
+    layer = config.weight_sets.index(number)
+    seed_everything(seed, "weight set", number)
+    with torch.device(device):
+        block = Block(config.attention, config.feed_forward(layer), None)
+    block.reset_parameters(config.deviation, config.output_deviation)
+    return {name: parameter.detach() for name, parameter in block.named_parameters()}
+
+
+def _empty_out(block: Block, name: str) -> None:
+    """Leaves the shape of a parameter and lets go of its memory."""
+    path, _, leaf = name.rpartition(".")
+    shape = block.get_parameter(name).shape
+    empty = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+    setattr(block.get_submodule(path), leaf, empty)
+
+
+def _is_alias(name: str, tensor: Tensor, edges: dict[str, Tensor]) -> bool:
+    """Whether a shared tensor was saved under an earlier name."""
+    return next(first for first, other in edges.items() if other is tensor) != name
+
+
+def full_name(parameter: str, slot: str) -> str:
+    """The name of a slot in a checkpoint."""
+    return parameter if slot == WEIGHT else f"{parameter}{SEPARATOR}{slot}"

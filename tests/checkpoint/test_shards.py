@@ -1,0 +1,80 @@
+"""Shards written straight from memory: readable by others, read into place, refused in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from openm6.base.errors import CheckpointError
+from openm6.checkpoint.shards import INDEX_FILE, Catalogue, Shard, write_raw, write_shards
+
+TENSORS = {
+    "b": torch.randn(3, 5).to(torch.bfloat16),
+    "a": torch.arange(7, dtype=torch.int8),
+    "scalar": torch.tensor(2.5),
+    "turned": torch.randn(4, 6).T,
+}
+
+
+def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
+    write_raw(tmp_path / "x.safetensors", TENSORS)
+    read = load_file(str(tmp_path / "x.safetensors"))
+    assert sorted(read) == sorted(TENSORS)
+    assert all(
+        torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
+        for name, tensor in TENSORS.items()
+    )
+
+
+def test_the_order_of_tensors_does_not_change_the_file(tmp_path: Path) -> None:
+    write_raw(tmp_path / "x", TENSORS)
+    write_raw(tmp_path / "y", dict(reversed(TENSORS.items())))
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+def test_shards_are_made_one_at_a_time_and_listed(tmp_path: Path) -> None:
+    def others():
+        for number in (1, 2):
+            assert (
+                tmp_path / f"model-0000{number}-of-00003.safetensors"
+            ).exists()  # the one before is written
+            yield Shard({f"w{number}": torch.full((2,), float(number))}, {f"w{number}::row": torch.ones(1)})
+
+    write_shards(tmp_path, Shard({"edge": torch.zeros(1)}), others(), 2)
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    assert (
+        index["weight_map"]["w2"] == "model-00003-of-00003.safetensors"
+        and index["metadata"]["total_size"] == 20
+    )
+    weights, kept = Catalogue(tmp_path, "model"), Catalogue(tmp_path, "optimizer")
+    assert sorted(weights.names) == ["edge", "w1", "w2"] and sorted(kept.names) == ["w1::row", "w2::row"]
+
+
+def test_a_tensor_is_read_into_the_memory_that_waits_for_it(tmp_path: Path) -> None:
+    write_raw(tmp_path / "model-1.safetensors", TENSORS)
+    catalogue = Catalogue(tmp_path, "model")
+    record = torch.zeros(64, dtype=torch.uint8)
+    target = record[16:46].view(torch.bfloat16).view(3, 5)
+    catalogue.read_into("b", target)
+    assert torch.equal(target, TENSORS["b"]) and record[:16].sum() == 0 and record[46:].sum() == 0
+    wide = torch.zeros(3, 5)
+    catalogue.read_into("b", wide)  # another type is converted
+    assert torch.equal(wide, TENSORS["b"].float())
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is missing"):
+        Catalogue(tmp_path, "model")
+    write_raw(tmp_path / "model-1.safetensors", TENSORS)
+    catalogue = Catalogue(tmp_path, "model")
+    with pytest.raises(CheckpointError, match="lacks 'c'.*openm6 convert"):
+        catalogue.read_into("c", torch.zeros(1))
+    with pytest.raises(CheckpointError, match=r"has shape \[3, 5\], the model wants \[5, 3\]"):
+        catalogue.read_into("b", torch.zeros(5, 3))
+    (tmp_path / "model-2.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="not a readable safetensors"):
+        Catalogue(tmp_path, "model")

@@ -1,0 +1,43 @@
+"""Host memory for streamed sets: runs side by side, registered in pieces that no copy straddles."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from openm6.optim.config import OptimizerConfig
+from openm6.optim.rules import update_rule
+from openm6.parallel.record import PAGE, RecordLayout
+from openm6.parallel.slab import HostSlab, pieces
+
+
+def test_runs_lie_next_to_each_other_and_keep_what_is_written() -> None:
+    slab = HostSlab([PAGE, 3 * PAGE, PAGE], pin=False)
+    for number, run in enumerate(slab.runs):
+        run.fill_(number + 1)
+    assert [int(run.sum()) for run in slab.runs] == [PAGE, 6 * PAGE, 3 * PAGE]
+    assert slab.runs[1].data_ptr() - slab.runs[0].data_ptr() == PAGE and slab.runs[0].data_ptr() % PAGE == 0
+    slab.close()
+
+
+def test_pieces_hold_whole_runs() -> None:
+    assert pieces([4, 4, 4, 4, 4], 8) == [(0, 8), (8, 8), (16, 4)]
+    assert pieces([12, 4], 8) == [(0, 12), (12, 4)]  # one run alone may be longer
+    assert pieces([], 8) == []
+
+
+def test_a_record_is_dense_aligned_and_begins_with_what_is_read() -> None:
+    layout = RecordLayout(
+        {"a": (4, 128), "b": (3, 8, 64)}, update_rule(OptimizerConfig(bytes_per_parameter=1))
+    )
+    ends = sorted((entry.start, entry.start + entry.slot.num_bytes) for entry in layout.entries)
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(ends))
+    assert all(entry.start % 256 == 0 for entry in layout.entries) and layout.num_bytes % PAGE == 0
+    read = [entry for entry in layout.entries if entry.slot.name in ("weight", "exponent")]
+    assert max(entry.start + entry.slot.num_bytes for entry in read) <= layout.read_bytes
+    record = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+    views = layout.views(record)
+    views["b"]["weight"].fill_(-1)
+    assert int((record == 255).sum()) == 3 * 8 * 64 and views["b"]["row_var"].shape == (3, 8)
+    assert layout.num_parameters == 4 * 128 + 3 * 8 * 64

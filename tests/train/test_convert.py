@@ -1,0 +1,96 @@
+"""Conversion between byte tiers and stages: the same answers, and a run that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openm6.base.errors import CheckpointError, ConfigError
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest, read_state
+from openm6.checkpoint.load import load_model
+from openm6.checkpoint.shards import Catalogue
+from openm6.modalities.registry import ModalitiesConfig
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescription
+from openm6.train.convert import convert
+from openm6.train.loop import train
+from tests.train.test_streamed import PLAIN, SHARED, run_config
+from tests.train.words_job import WordsJob, words_backbone, words_config
+
+
+class DescribedJob(WordsJob):
+    """Keeps what a multimodal run keeps beside the weights."""
+
+    def files(self) -> dict[str, str]:
+        description = ModelDescription(
+            backbone=self.words.backbone.config, modalities=ModalitiesConfig(), scales={}, lessons=[]
+        )
+        return {MODEL_FILE: description.to_json(), TOKENIZER_FILE: "{}"}
+
+
+def trained(folder: Path, backbone: Any, config: Any) -> Path:
+    run = RunFolder.open(folder)
+    run.write_config(
+        {"model": {"overrides": {"sharing": "all"}}, "loop": {"steps": 4, "stages": {"moments": "reset"}}}
+    )
+    train(DescribedJob(backbone), config, run)
+    return folder
+
+
+def answers(folder: Path, backbone: Any) -> torch.Tensor:
+    job = WordsJob(backbone)
+    load_model(latest(folder), job.model)
+    with torch.no_grad():
+        return job.words(job.batch(99).words)[0]
+
+
+@pytest.mark.parametrize(("size", "near"), [(4, 0.01), (2, 0.01), (1, 0.05)])
+def test_a_plain_run_goes_on_with_fewer_bytes(tmp_path: Path, size: int, near: float) -> None:
+    plain = trained(tmp_path / "plain", PLAIN, words_config(4))
+    convert(plain, tmp_path / "small", bytes_per_parameter=size)
+    before, after = answers(plain, PLAIN), answers(tmp_path / "small", PLAIN)
+    assert 0 < float((after - before).abs().max()) < near
+    kept, old = (Catalogue(latest(place), "optimizer") for place in (tmp_path / "small", plain))
+    name = "backbone.sets.0.attention.qkv"
+    torch.testing.assert_close(kept.read(f"{name}::row_var"), old.read(f"{name}::exp_avg_sq").mean(-1))
+    assert RunFolder(tmp_path / "small").read_config()["loop"]["optimizer"]["bytes_per_parameter"] == size
+    train(DescribedJob(PLAIN), run_config(steps=6, bytes=size), RunFolder(tmp_path / "small"), resume=True)
+
+
+def test_a_small_run_goes_on_plainly(tmp_path: Path) -> None:
+    small = trained(tmp_path / "small", PLAIN, run_config(steps=4))
+    convert(small, tmp_path / "plain", bytes_per_parameter=16)
+    assert torch.equal(answers(small, PLAIN), answers(tmp_path / "plain", PLAIN))
+    train(DescribedJob(PLAIN), words_config(6), RunFolder(tmp_path / "plain"), resume=True)
+
+
+@pytest.mark.parametrize("share_routers", [False, True])
+def test_a_pseudo_checkpoint_becomes_a_real_one(tmp_path: Path, share_routers: bool) -> None:
+    shared = words_backbone(sharing=(0, 1, 0, 1), share_routers=share_routers)
+    real = words_backbone(share_routers=share_routers)
+    pseudo = trained(tmp_path / "pseudo", shared, words_config(4))
+    convert(pseudo, tmp_path / "real", stage="real")
+    assert torch.equal(answers(pseudo, shared), answers(tmp_path / "real", real))
+    state = read_state(latest(tmp_path / "real"))
+    assert state["stage"] == "real"
+    assert json.loads((latest(tmp_path / "real") / MODEL_FILE).read_text())["backbone"]["sharing"] is None
+    settings = RunFolder(tmp_path / "real").read_config()
+    assert settings["model"]["overrides"]["sharing"] is None and "stages" not in settings["loop"]
+    train(DescribedJob(real), words_config(6), RunFolder(tmp_path / "real"), resume=True)
+
+
+def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
+    real = trained(tmp_path / "real", PLAIN, run_config(steps=1))
+    with pytest.raises(ConfigError, match="--bytes 3 must be one of 16, 4, 2, 1"):
+        convert(real, tmp_path / "out", bytes_per_parameter=3)
+    with pytest.raises(ConfigError, match="cannot share weights again"):
+        convert(real, tmp_path / "out", stage="pseudo")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        convert(real, real, bytes_per_parameter=1)
+    train(WordsJob(SHARED), words_config(1), RunFolder.open(tmp_path / "bare"))
+    with pytest.raises(CheckpointError, match=r"has no model\.json"):
+        convert(tmp_path / "bare", tmp_path / "out")

@@ -1,0 +1,289 @@
+"""Streamed training: equal to resident training to the bit, whatever comes and goes, and exactly resumable."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from openm6.base.errors import CheckpointError, ConfigError
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest, step_folder
+from openm6.checkpoint.load import load_model
+from openm6.models.config import BackboneConfig
+from openm6.optim.config import OptimizerConfig
+from openm6.parallel.lanes import InlineLane, Lanes
+from openm6.parallel.ranks import Ranks
+from openm6.parallel.streaming import Step
+from openm6.parallel.streaming_config import StreamingConfig
+from openm6.train.config import LoopConfig
+from openm6.train.loop import train
+from openm6.train.stages import StagesConfig, SwitchConfig
+from openm6.train.step import Updater
+from openm6.train.streamed import StreamedUpdater
+from tests.train.words_job import WordsJob, words_backbone, words_config
+
+PLAIN = words_backbone()
+SHARED = words_backbone(sharing=(0, 1, 0, 1))
+
+
+def config_of(bytes_per_parameter: int = 2, **streaming: Any) -> LoopConfig:
+    optimizer = OptimizerConfig(learning_rate=0.01, bytes_per_parameter=bytes_per_parameter)
+    return words_config(
+        optimizer=optimizer, clip=None, streaming=StreamingConfig(**{"resident": 0, **streaming})
+    )
+
+
+def steps_of(updater: Updater, job: WordsJob, count: int = 3) -> list[float]:
+    return [updater.update(job.batch(step), step, 10).loss for step in range(1, count + 1)]
+
+
+def streamed_run(
+    backbone: BackboneConfig, config: LoopConfig, lanes: Lanes | None = None
+) -> tuple[list[float], list[Tensor]]:
+    """Losses of three steps, and all bytes of the sets and the edges after them."""
+    job = WordsJob(backbone)
+    updater = StreamedUpdater(job, config, lanes)
+    losses = steps_of(updater, job)
+    updater.store.settle()
+    sets = [home.clone() for home in updater.store.homes]
+    return losses, [*sets, *(p.detach().clone() for p in job.model.parameters() if not p.is_meta)]
+
+
+def assert_same(left: tuple[list[float], list[Tensor]], right: tuple[list[float], list[Tensor]]) -> None:
+    assert left[0] == right[0]
+    assert all(torch.equal(a, b) for a, b in zip(left[1], right[1], strict=True))
+
+
+@pytest.mark.parametrize("backbone", [PLAIN, SHARED, words_backbone(sharing="all", share_routers=True)])
+@pytest.mark.parametrize("recompute_every", [1, 3])
+def test_with_sixteen_bytes_streaming_is_plain_training_to_the_bit(
+    backbone: BackboneConfig, recompute_every: int
+) -> None:
+    job, other = WordsJob(backbone), WordsJob(backbone)
+    plain = Updater(job, words_config(clip=None))
+    streamed = StreamedUpdater(other, config_of(16, recompute_every=recompute_every))
+    assert steps_of(plain, job) == steps_of(streamed, other)
+    named = dict(job.model.named_parameters())
+    for number in range(streamed.num_shards):
+        for name, stored in streamed.store.home(number).items():
+            assert torch.equal(stored["weight"], named[f"backbone.sets.{number}.{name}"]), name
+    for name, parameter in other.model.named_parameters():
+        assert parameter.is_meta or torch.equal(parameter, named[name]), name
+
+
+@pytest.mark.parametrize("bytes_per_parameter", [16, 4, 2, 1])
+@pytest.mark.parametrize("backbone", [PLAIN, SHARED])
+def test_streamed_is_resident_to_the_bit(backbone: BackboneConfig, bytes_per_parameter: int) -> None:
+    resident = streamed_run(backbone, config_of(bytes_per_parameter, resident="auto"))
+    for changes in ({}, {"resident": 1}, {"buffers": 3}, {"resident": (1,), "recompute_every": 2}):
+        assert_same(resident, streamed_run(backbone, config_of(bytes_per_parameter, **changes)))
+
+
+class ThreadLane(InlineLane):
+    """A lane that works when it likes: each copy waits for its marks, and for a moment drawn by chance."""
+
+    def __init__(self, seed: int) -> None:
+        self._chance = random.Random(seed)
+        self._work: queue.Queue[Any] = queue.Queue()
+        threading.Thread(target=self._go_on, daemon=True).start()
+
+    def _go_on(self) -> None:
+        while True:
+            self._work.get()()
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        delay = self._chance.random() * 0.004
+
+        def late() -> None:
+            time.sleep(delay)
+            target.copy_(source)
+
+        self._work.put(late)
+
+    def record(self) -> threading.Event:
+        mark = threading.Event()
+        self._work.put(mark.set)
+        return mark
+
+    def wait(self, mark: threading.Event | None) -> None:
+        if mark is not None:
+            self._work.put(mark.wait)
+
+    def finish(self) -> None:
+        self.record().wait()
+
+
+class MainLane(InlineLane):
+    """The compute lane of a processor: what it is given is done, and it stops to wait for others."""
+
+    def record(self) -> threading.Event:
+        mark = threading.Event()
+        mark.set()
+        return mark
+
+    def wait(self, mark: threading.Event | None) -> None:
+        if mark is not None:
+            mark.wait()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_copies_that_come_late_change_nothing(seed: int) -> None:
+    """A missing wait, for arrival, for a free buffer or for the way home, would show here."""
+    lanes = Lanes(MainLane(), ThreadLane(seed), ThreadLane(seed + 100))
+    assert_same(streamed_run(SHARED, config_of()), streamed_run(SHARED, config_of(buffers=2), lanes))
+    assert_same(streamed_run(PLAIN, config_of()), streamed_run(PLAIN, config_of(), lanes))
+
+
+def test_micro_batches_add_up_to_the_batch() -> None:
+    whole, parts = (streamed_run(PLAIN, config_of(16, micro_batches=count)) for count in (1, 3))
+    assert parts[0] == pytest.approx(whole[0], rel=1e-4)
+
+
+def test_a_set_is_fetched_once_for_all_micro_batches_and_a_shared_one_once_a_pass() -> None:
+    moved = {}
+    for name, backbone, micro in (("one", PLAIN, 1), ("many", PLAIN, 4), ("shared", SHARED, 1)):
+        job = WordsJob(backbone)
+        updater = StreamedUpdater(job, config_of(micro_batches=micro))
+        steps_of(updater, job, 1)
+        moved[name] = updater.store.moved_bytes
+    assert moved["one"] == moved["many"]
+    assert moved["shared"] < 0.6 * moved["one"]  # both sets fit the buffers: there is nothing to fetch twice
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
+    job = WordsJob(PLAIN, spoilt=(2,))
+    updater = StreamedUpdater(job, config_of())
+    updater.update(job.batch(0), 1, 10)
+    before = [home.clone() for home in updater.store.homes]
+    report = updater.update(job.batch(1), 2, 10)
+    assert not report.applied
+    assert all(torch.equal(a, b) for a, b in zip(before, updater.store.homes, strict=True))
+
+
+def test_two_backward_passes_of_one_step_are_refused() -> None:
+    job = WordsJob(PLAIN)
+    updater = StreamedUpdater(job, config_of())
+    with pytest.raises(RuntimeError, match="begin_step"):
+        job.loss(job.batch(0))
+    updater.blocks.begin_step(Step(1, 0.01, 0.0, 0))
+    loss = job.loss(job.batch(0)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="has moved in this step"):
+        loss.backward()
+
+
+def test_judging_and_answering_use_the_streamed_weights() -> None:
+    job = WordsJob(PLAIN)
+    words = job.batch(7).words
+    with torch.no_grad():
+        expected = job.words(words)[0]
+        StreamedUpdater(job, config_of(16))
+        assert torch.equal(job.words(words)[0], expected)
+
+
+class Killed(BaseException):
+    """What a kill would be."""
+
+
+def run_config(**changes: Any) -> LoopConfig:
+    values = {"steps": 10, "save_every": 4, "streaming": StreamingConfig(resident=1)}
+    optimizer = OptimizerConfig(learning_rate=0.01, bytes_per_parameter=changes.pop("bytes", 2))
+    return words_config(**{**values, "optimizer": optimizer, **changes})
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("bytes_per_parameter", [2, 1])
+def test_a_run_killed_in_the_middle_of_saving_resumes_as_if_unbroken(
+    tmp_path: Path, bytes_per_parameter: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(WordsJob(PLAIN), run_config(bytes=bytes_per_parameter), RunFolder.open(tmp_path / "whole"))
+    shards = StreamedUpdater.shards
+
+    def interrupted(self: StreamedUpdater) -> Any:
+        for number, shard in enumerate(shards(self)):
+            if self.job.first_saved and number == 2:  # type: ignore[attr-defined]
+                raise Killed
+            yield shard
+        self.job.first_saved = True  # type: ignore[attr-defined]
+
+    job = WordsJob(PLAIN)
+    job.first_saved = False  # type: ignore[attr-defined]
+    monkeypatch.setattr(StreamedUpdater, "shards", interrupted)
+    broken = RunFolder.open(tmp_path / "broken")
+    with pytest.raises(Killed):
+        train(job, run_config(bytes=bytes_per_parameter), broken)
+    monkeypatch.undo()
+    assert latest(broken.path).name == "step-4"
+    train(WordsJob(PLAIN), run_config(bytes=bytes_per_parameter), broken, resume=True)
+    assert bytes_of(latest(broken.path)) == bytes_of(latest(tmp_path / "whole"))
+
+
+def test_a_giant_goes_from_pseudo_to_real(tmp_path: Path) -> None:
+    stages = StagesConfig(switch=SwitchConfig(step=5), warmup_steps=2)
+    run = RunFolder.open(tmp_path)
+    train(WordsJob(SHARED), run_config(stages=stages, save_every=5), run)
+    pseudo, real = (WordsJob(backbone) for backbone in (SHARED, PLAIN))
+    load_model(step_folder(run.checkpoints, 5), pseudo.model)  # a plain model reads the shards
+    load_model(step_folder(run.checkpoints, 10), real.model)
+    train(WordsJob(SHARED), run_config(stages=stages, save_every=5, steps=12), run, resume=True)
+
+
+def test_answers_are_the_same_at_the_switch() -> None:
+    job = WordsJob(SHARED)
+    updater = StreamedUpdater(job, config_of())
+    steps_of(updater, job)
+    words = job.batch(8).words
+    with torch.no_grad():
+        before = job.words(words)[0]
+        updater.delink("independent")
+        assert torch.equal(job.words(words)[0], before)
+    steps_of(updater, job)
+    row = updater.store.home(0)["attention.qkv"]["row_var"]
+    assert row.mean() > 0 and updater.num_shards == 4
+
+
+def test_a_checkpoint_of_another_tier_is_refused(tmp_path: Path) -> None:
+    train(WordsJob(PLAIN), run_config(steps=2), RunFolder.open(tmp_path))
+    with pytest.raises(
+        CheckpointError, match="holds 2 bytes a parameter, this run wants 1: turn it with openm6"
+    ):
+        train(WordsJob(PLAIN), run_config(bytes=1), RunFolder(tmp_path), resume=True)
+
+
+def test_what_cannot_be_streamed_is_refused() -> None:
+    class Blockless(WordsJob):
+        backbone = None  # type: ignore[assignment]
+
+    with pytest.raises(ConfigError, match="no blocks to stream"):
+        StreamedUpdater(Blockless(PLAIN), config_of())
+    job = WordsJob(PLAIN)
+    job.ranks = type("Two", (Ranks,), {"size": 2})()
+    with pytest.raises(ConfigError, match="one process"):
+        StreamedUpdater(job, config_of())
+    with pytest.raises(ConfigError, match="names set 9: there are only 0 to 3"):
+        StreamedUpdater(WordsJob(PLAIN), config_of(resident=(9,)))
+
+
+def test_weights_on_meta_get_first_values_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = WordsJob(PLAIN)
+    for block in job.words.backbone.sets:
+        for name, parameter in list(block.named_parameters()):
+            if not name.startswith("router."):
+                path, _, leaf = name.rpartition(".")
+                empty = nn.Parameter(torch.empty_like(parameter, device="meta"))
+                setattr(block.get_submodule(path), leaf, empty)
+    updater = StreamedUpdater(job, config_of(16))
+    first, third = (updater.store.home(number)["attention.qkv"]["weight"] for number in (0, 2))
+    assert float(first.std()) == pytest.approx(PLAIN.deviation, rel=0.1) and not torch.equal(first, third)
+    assert steps_of(updater, job)[-1] > 0

@@ -1,0 +1,137 @@
+"""The runs behind docs/giant.md: bytes a parameter against fp32 Adam, and Pseudo-to-Real against training for real.
+
+python tools/giant_evidence.py tiers --seeds 3 --json tiers.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openm6.base.config import build
+from openm6.base.run_folder import RunFolder
+from openm6.data.mixture import Component, Mixture
+from openm6.data.packing import Packer
+from openm6.data.prepare import Preparer
+from openm6.data.quarantine import Quarantine
+from openm6.data.sources import open_sources
+from openm6.modalities.sequence import Batch
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.recipe import MultimodalRecipe
+from openm6.train.streamed import open_updater
+
+HELD_OUT = 12  # batches of test records that the figure is a mean over
+Values = dict[str, Any]
+
+CASES: dict[str, dict[str, Values]] = {
+    "tiers": {f"{size} bytes": {"bytes": size} for size in (16, 4, 2, 1)},
+    "stages": {
+        "real from the start": {},
+        "switch after 25 %": {"switch": 0.25},
+        "switch after 50 %": {"switch": 0.5},
+        "switch after 75 %": {"switch": 0.75},
+        "pseudo to the end": {"switch": 1.0},
+    },
+    "moments": {name: {"switch": 0.5, "moments": name} for name in ("independent", "aligned", "reset")},
+}
+
+
+def recipe_of(case: Values, seed: int, steps: int, rate: float) -> MultimodalRecipe:
+    """The nano preset on English definitions and Chinese verse."""
+    overrides = {"sharing": "all"} if "switch" in case else {}
+    values: Values = {
+        "model": {"preset": "nano", "overrides": overrides},
+        "modalities": {"text": {"vocabulary": 2048}},
+        "sources": {name: {"kind": "embedded", "name": name} for name in ("wordnet_en", "poems_zh")},
+        "mixture": [
+            {"source": "wordnet_en", "task": "define", "weight": 2},
+            {"source": "poems_zh", "task": "continue", "weight": 1},
+        ],
+        "packing": {"rows": 2, "length": 256},
+        "loop": {
+            "steps": steps,
+            "seed": seed,
+            "streaming": {},
+            "optimizer": {"learning_rate": rate, "bytes_per_parameter": case.get("bytes", 16)},
+            "schedule": {"warmup_steps": steps // 10, "decay_share": 0.4},
+        },
+    }
+    return build(MultimodalRecipe, values, "the evidence")
+
+
+def held_out(job: MultimodalJob, folder: RunFolder) -> Iterator[Batch]:
+    """Batches of test records, always the same."""
+    sources = open_sources(job.recipe.sources, "test")
+    parts = [
+        Component(source=sources[lecture.source], task=lecture.task, weight=lecture.weight)
+        for lecture in job.recipe.mixture
+    ]
+    preparer = Preparer(Mixture(parts, 1), job.modalities, 1, {})
+    return Packer(preparer, job.recipe.packing, Quarantine(folder.quarantine, 1.0)).batches()
+
+
+@torch.no_grad()
+def judge(job: MultimodalJob, batches: list[Batch]) -> float:
+    """Nats a token on the held-out batches."""
+    job.model.eval()
+    parts = [part.nats for batch in batches for part in job.omni.judge(batch)[0].values()]
+    job.model.train()
+    return float(torch.cat(parts).mean())
+
+
+def run_case(case: Values, seed: int, steps: int, rate: float) -> Values:
+    """One run: the loss at its end, its processor seconds before and after the switch, and the bytes it kept."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder.open(place)
+        recipe = recipe_of(case, seed, steps, rate)
+        job = MultimodalJob(recipe, folder, torch.device("cpu"))
+        updater = open_updater(job, recipe.loop)
+        test = list(islice(held_out(job, folder), HELD_OUT))
+        batches = job.batches()
+        switch = round(case.get("switch", 0) * steps)
+        kept = [sum(home.numel() for home in updater.store.homes)]  # type: ignore[attr-defined]
+        seconds = [0.0, 0.0]
+        for step in range(1, steps + 1):
+            if switch and step == switch + 1:
+                updater.delink(case.get("moments", "independent"))
+                kept.append(sum(home.numel() for home in updater.store.homes))  # type: ignore[attr-defined]
+            updater.rate_scale = min(1.0, (step - switch) / 10) if switch and step > switch else 1.0
+            batch = next(batches)
+            began = time.process_time()
+            updater.update(batch, step, steps)
+            seconds[step > switch] += time.process_time() - began
+        return {"loss": judge(job, test), "seconds": seconds, "set_bytes": kept}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=sorted(CASES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--rate", type=float, default=0.002)
+    parser.add_argument("--json", type=Path, required=True)
+    words = parser.parse_args()
+    found: dict[str, list[Values]] = {name: [] for name in CASES[words.what]}
+    for seed in range(words.seeds):
+        for name, case in CASES[words.what].items():
+            found[name].append(run_case(case, seed, words.steps, words.rate))
+            losses = [run["loss"] for run in found[name]]
+            sys.stdout.write(f"{name} seed {seed}: {found[name][-1]} mean {statistics.mean(losses):.4f}\n")
+            sys.stdout.flush()
+            facts = {"steps": words.steps, "rate": words.rate, "threads": torch.get_num_threads()}
+            words.json.write_text(json.dumps({**facts, "runs": found}, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
