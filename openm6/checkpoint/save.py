@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,13 +37,14 @@ class Snapshot:
     """All that one checkpoint holds."""
 
     step: int
-    model: nn.Module | Mapping[str, Tensor]
+    model: nn.Module
     optimizer: dict[str, Tensor]  # as `optimizer_tensors` gives it; empty: no such file
     state: dict[str, Any]  # JSON-able
     job: dict[str, Tensor] = field(default_factory=dict)  # tensors of the job, such as averaged weights
     files: dict[str, str] = field(default_factory=dict)  # text files beside the weights
     shards: Iterable[Shard] = ()  # weight sets that the model itself does not hold, made one at a time
     num_shards: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)  # more of them, which no module holds
 
 
 def save(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
@@ -90,8 +91,7 @@ def publish(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
 
 
 def _write_tensors_of(snapshot: Snapshot, folder: Path) -> None:
-    model = snapshot.model
-    named = named_tensors(model) if isinstance(model, nn.Module) else model
+    named = {**named_tensors(snapshot.model), **snapshot.weights}
     tensors = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
     if snapshot.num_shards:
         edges = Shard(tensors, snapshot.optimizer)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openm6.base.errors import CheckpointError, ConfigError
 from openm6.base.files import replace_text
@@ -84,7 +84,8 @@ def convert(
     weights, kept = Catalogue(folder, "model"), Catalogue(folder, "optimizer")
     snapshot = Snapshot(
         step=int(state["step"]),
-        model=dict(_edges(weights, conversion, scaled=False)),
+        model=nn.Module(),
+        weights=dict(_edges(weights, conversion, scaled=False)),
         optimizer=dict(_edges(kept, conversion, scaled=True)),
         state=_new_state(state, conversion),
         job=load_job_tensors(folder),
