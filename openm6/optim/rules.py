@@ -203,17 +203,20 @@ class FactoredRule(UpdateRule):
         return None
 
     def take_over(self, stored: Stored, memory: Memory, key: int) -> None:
-        self.encode(stored, memory.values, key)
-        second = memory.second if memory.second is not None else torch.zeros_like(memory.values)
-        stored["row_var"].copy_(second.mean(-1))
-        stored["col_var"].copy_(second.mean(-2))
+        weights = {name: _as_matrices(stored[name], name) for name in self.read_slots}
+        values = _as_matrices(memory.values, WEIGHT)
+        for first, last in _chunks(values):
+            part = {name: tensor[first:last] for name, tensor in weights.items()}
+            self.encode(part, values[first:last].float(), _bits(values[first:last], key, first))
+        for name, axis in (("row_var", -1), ("col_var", -2)):
+            stored[name].copy_(memory.second.mean(axis)) if memory.second is not None else stored[
+                name
+            ].zero_()
         stored["count"].copy_(memory.count)
 
-    def encode(self, stored: Stored, values: Tensor, key: int) -> None:
-        """Writes fp32 values as weights."""
-        matrices = _as_matrices(values, WEIGHT)
-        rounded = round_to_bf16(matrices.float().contiguous(), _bits(matrices, key, 0))
-        stored[WEIGHT].copy_(rounded.view(values.shape))
+    def encode(self, stored: Stored, values: Tensor, bits: Tensor) -> None:
+        """Writes fp32 matrices E R C as weights, rounded with the help of `bits`."""
+        stored[WEIGHT].copy_(round_to_bf16(values.contiguous(), bits))
 
 
 class MomentumRule(FactoredRule):
@@ -260,7 +263,11 @@ class BlockRule(FactoredRule):
         return [Slot(WEIGHT, shape, torch.int8), Slot("exponent", (*shape[:-1], blocks), torch.int8)]
 
     def read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
-        return from_levels(stored[WEIGHT], stored["exponent"], dtype)
+        levels, exponent = (_as_matrices(stored[name], name) for name in self.read_slots)
+        weights = torch.empty(levels.shape, dtype=dtype, device=levels.device)
+        for first, last in _chunks(levels):  # in parts, as the products are in fp32 on their way
+            weights[first:last] = from_levels(levels[first:last], exponent[first:last], dtype)
+        return weights.view(stored[WEIGHT].shape)
 
     def update_fused(self, stored: Stored, gradient: Tensor, move: Move) -> bool:
         if not fused.available(gradient):
@@ -275,12 +282,10 @@ class BlockRule(FactoredRule):
         stored[WEIGHT].copy_(round_to_integer(levels, bits).clamp(-LEVELS, LEVELS))
         stored["exponent"].copy_(exponent)
 
-    def encode(self, stored: Stored, values: Tensor, key: int) -> None:
-        matrices = _as_matrices(values, WEIGHT).float()
-        exponent = fit_exponent(matrices)
-        levels = round_to_integer(to_levels(matrices, exponent), _bits(matrices, key, 0))
-        stored[WEIGHT].copy_(levels.clamp(-LEVELS, LEVELS).view(values.shape))
-        stored["exponent"].copy_(exponent.view(stored["exponent"].shape))
+    def encode(self, stored: Stored, values: Tensor, bits: Tensor) -> None:
+        exponent = fit_exponent(values)
+        stored[WEIGHT].copy_(round_to_integer(to_levels(values, exponent), bits).clamp(-LEVELS, LEVELS))
+        stored["exponent"].copy_(exponent)
 
 
 def update_rule(config: OptimizerConfig) -> UpdateRule:
