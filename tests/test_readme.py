@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ def stand_in(name: str) -> Any:
 
 
 def parse(line: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(cli, "door", stand_in)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("openm6.cli.") and "door" in vars(module) and name != "openm6.cli.doors":
+            monkeypatch.setattr(module, "door", stand_in)
     words = shlex.split(line, comments=True)
     return CliRunner().invoke(cli.app, words[1:])
 

@@ -49,10 +49,8 @@ def giant(
     Example: openm6 bench giant --width 4096 --layers 51 --experts 32 --hidden 4096 --rows 32 --length 2048
     --bytes 2 --resident auto --micro-batches 4 --json giant.json
     """
-    values = {
-        "width": width, "layers": layers, "experts": experts, "hidden": hidden, "top_k": top_k, "rows": rows,
-        "length": length, "vocabulary": vocabulary, "bytes_per_parameter": size, "resident": resident,
-        "micro_batches": micro_batches, "recompute_every": recompute_every, "boundaries": boundaries,
-        "margin_gib": margin,
-    }  # fmt: skip
-    door("bench giant")(door("giant size")(**values), steps, peer, curve, seconds, json_path)
+    sizes = (
+        width, layers, experts, hidden, top_k, rows, length, vocabulary, size, resident, micro_batches,
+        recompute_every, boundaries, margin,
+    )  # fmt: skip
+    door("bench giant")(door("giant size")(*sizes), steps, peer, curve, seconds, json_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -146,6 +147,10 @@ class StreamedUpdater(Updater):
         """Room for every weight set, and the runner that uses them."""
         layouts = [RecordLayout(set_shapes(cast(Block, block)), self.rule) for block in self.backbone.sets]
         budget = self.budget(layouts)
+        if self.config.stages is not None and self.backbone.config.stage == "pseudo":
+            later = [layouts[number] for number in self.backbone.config.weight_sets]
+            real = self.backbone.config.model_copy(update={"sharing": None})
+            check_budget(replace(budget, config=real, layouts=later), device, self.streaming)
         check_budget(budget, device, self.streaming)
         resident = choose_resident(budget, device, self.streaming)
         self.store = WeightStore(

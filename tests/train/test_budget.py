@@ -22,6 +22,7 @@ from openm6.train.budget import (
     largest_fit,
     most_resident,
 )
+from openm6.train.stages import StagesConfig, SwitchConfig
 from openm6.train.streamed import StreamedUpdater
 from tests.train.words_job import WordsJob, words_backbone, words_config
 
@@ -102,6 +103,20 @@ def test_a_run_that_may_not_have_the_memory_is_refused_before_it_starts() -> Non
     config = words_config(streaming=StreamingConfig(host_gib=1e-5))
     with pytest.raises(ConfigError, match="of host memory, and 0.00 are free"):
         StreamedUpdater(WordsJob(words_backbone()), config)
+
+
+def test_the_real_stage_is_counted_before_the_pseudo_one_begins() -> None:
+    shared = words_backbone(sharing="all", experts_every=1, dense=None)
+    needed = (
+        StreamedUpdater(WordsJob(shared), words_config(streaming=StreamingConfig()))
+        .store.layouts[0]
+        .num_bytes
+    )
+    room = StreamingConfig(host_gib=3.5 * needed / GIB)  # one set, or two, but never four
+    StreamedUpdater(WordsJob(shared), words_config(streaming=room))
+    stages = StagesConfig(switch=SwitchConfig(step=5))
+    with pytest.raises(ConfigError, match="num_layers"):
+        StreamedUpdater(WordsJob(shared), words_config(streaming=room, stages=stages))
 
 
 def test_free_memory_is_read_from_the_system() -> None:
