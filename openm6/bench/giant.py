@@ -139,7 +139,7 @@ def measure_giant(
         batches = job.batches()
         _timed_step(job, updater, next(batches), 1)
         with meter.span() as span:
-            times = []
+            times: list[StepTimes] = []
             while len(times) < steps and not (times and deadline.passed):
                 times.append(_timed_step(job, updater, next(batches), len(times) + 2))
         result = _figures(size, job, updater, times, device)

@@ -127,7 +127,7 @@ def plan_conversion(
 def _sets(weights: Catalogue, kept: Catalogue, conversion: Conversion) -> Iterator[Shard]:
     """The new weight sets, one in memory at a time."""
     old_rule, new_rule = (
-        update_rule(OptimizerConfig(bytes_per_parameter=size))  # type: ignore[arg-type]
+        update_rule(OptimizerConfig(bytes_per_parameter=size))
         for size in (conversion.old_bytes, conversion.new_bytes)
     )
     with torch.device("meta"):

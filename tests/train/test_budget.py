@@ -32,7 +32,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def budget_of(size: int = 2, layers: int = 10, **streaming: Any) -> Budget:
     """Layers of a million weights each."""
     rule = update_rule(OptimizerConfig(bytes_per_parameter=size))  # type: ignore[arg-type]
-    layouts = [RecordLayout({"w": (1000, 1000)}, rule)] * layers
+    layouts = [RecordLayout({"w": (1024, 1024)}, rule)] * layers
     config = words_backbone(num_layers=layers, experts_every=1, dense=None)
     return Budget(config, layouts, 50_000, 1024, StreamingConfig(**streaming))
 

@@ -48,12 +48,12 @@ def answers(folder: Path, backbone: Any) -> torch.Tensor:
         return job.words(job.batch(99).words)[0]
 
 
-@pytest.mark.parametrize(("size", "near"), [(4, 0.01), (2, 0.01), (1, 0.05)])
+@pytest.mark.parametrize(("size", "near"), [(4, 0.003), (2, 0.003), (1, 0.02)])
 def test_a_plain_run_goes_on_with_fewer_bytes(tmp_path: Path, size: int, near: float) -> None:
     plain = trained(tmp_path / "plain", PLAIN, words_config(4))
     convert(plain, tmp_path / "small", bytes_per_parameter=size)
     before, after = answers(plain, PLAIN), answers(tmp_path / "small", PLAIN)
-    assert 0 < float((after - before).abs().max()) < near
+    assert 0 < float((after - before).abs().mean()) < near
     kept, old = (Catalogue(latest(place), "optimizer") for place in (tmp_path / "small", plain))
     name = "backbone.sets.0.attention.qkv"
     torch.testing.assert_close(kept.read(f"{name}::row_var"), old.read(f"{name}::exp_avg_sq").mean(-1))

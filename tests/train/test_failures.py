@@ -22,7 +22,7 @@ from openm6.train.failures import SwapHook, device_failures, swapped_bytes
             "memory ran out in step 7: raise loop.streaming.micro",
         ),
         (
-            torch.AcceleratorError("CUDA error: an illegal access\nmore", 700),
+            torch.AcceleratorError("CUDA error: an illegal access\nmore"),
             "failed in step 7 \\(CUDA error",
         ),
     ],
