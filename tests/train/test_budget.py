@@ -58,7 +58,7 @@ def test_it_counts_what_a_run_allocates() -> None:
 @pytest.mark.parametrize("size", [16, 4, 2, 1])
 def test_bytes_a_parameter_are_those_that_stay(size: int) -> None:
     kept = {16: 12, 4: 4, 2: 2, 1: 1}[size]
-    assert budget_of(size).bytes_per_parameter == pytest.approx(kept, rel=0.06)
+    assert budget_of(size).bytes_per_parameter == pytest.approx(kept, rel=0.1)
 
 
 def test_auto_fills_the_device_to_the_last_whole_set() -> None:
