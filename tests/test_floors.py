@@ -20,6 +20,7 @@ FLOORS = {
     "tasks": 5,
     "data": 6,
     "generate": 6,
+    "plan": 6,
     "evaluate": 7,
     "train": 8,
     "serve": 8,

@@ -14,7 +14,9 @@ from openm6.base.errors import ConfigError
 from openm6.cli.bench import bench_app
 from openm6.cli.convert import convert
 from openm6.cli.doors import door
+from openm6.cli.energy import energy
 from openm6.cli.group import PlainGroup
+from openm6.cli.plan import plan
 from openm6.cli.serve import serve
 
 DEMO = "demo"  # the shipped recipe that `openm6 demo` trains
@@ -30,6 +32,8 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at your own data.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.command()(plan)
+app.command()(energy)
 app.command()(serve)
 app.command()(convert)
 

@@ -8,9 +8,11 @@ from importlib.resources import files
 from numbers import Integral, Real
 from typing import Any
 
+from openm6.base.energy.units import in_joules
 from openm6.base.files import replace_text
 from openm6.base.run_folder import RunFolder
 from openm6.evaluate.figures import METRIC_NOTES, beats, count, duration, plain, short_count, standing, words
+from openm6.evaluate.report_energy import energy
 from openm6.evaluate.report_markup import Markup, quoted, raw_style, tag
 from openm6.evaluate.report_pairs import pairs
 from openm6.evaluate.report_samples import HEADINGS, samples_by_answer
@@ -33,7 +35,7 @@ def write_report(run: RunFolder, judgement: Judgement, facts: RunFacts) -> None:
 
 
 def report_json(judgement: Judgement, facts: RunFacts) -> str:
-    """Training and results as JSON: `seconds` (of training), `params`, `tokens`, `steps`, `tasks`, `codecs`."""
+    """Training and results as JSON: `seconds` of training, `params`, `tokens`, `steps`, `tasks`, `codecs`, `energy`."""
     content = {
         "seconds": facts.seconds,
         "params": {"total": facts.total_parameters, "active": facts.active_parameters},
@@ -41,6 +43,7 @@ def report_json(judgement: Judgement, facts: RunFacts) -> str:
         "steps": facts.steps,
         "tasks": {result.name: result.to_json() for result in judgement.results},
         "codecs": facts.codecs,
+        "energy": facts.energy.to_json() if facts.energy is not None else None,
     }
     return json.dumps(_plain_data(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
@@ -55,6 +58,7 @@ def report_html(run: RunFolder, judgement: Judgement, facts: RunFacts) -> str:
         pairs(results, numbers),
         samples_by_answer(results, numbers),
         training(run, judgement, facts),
+        energy(facts.energy),
         _codecs(facts.codecs),
         _metrics(results),
         tag(
@@ -86,6 +90,7 @@ def _opening(judgement: Judgement, facts: RunFacts) -> Markup:
         "tokens read": short_count(facts.tokens),
         "training": duration(facts.seconds),
         "tasks": str(len(judgement.results)),
+        **({"energy": in_joules(facts.energy.ledger.joules)} if facts.energy is not None else {}),
     }
     return tag(
         "header.opening",
@@ -130,6 +135,7 @@ def _contents(results: list[TaskResult], facts: RunFacts) -> Markup:
     links |= {f"gives-{kind}": title for kind, (title, _) in HEADINGS.items() if kind in shown}
     links |= {
         "training": "Training",
+        **({"energy": "Energy"} if facts.energy is not None else {}),
         **({"codecs": "Codecs"} if facts.codecs else {}),
         "scores": "Reading the scores",
     }

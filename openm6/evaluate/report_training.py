@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -12,29 +11,13 @@ import numpy as np
 
 from openm6.base.run_folder import RunFolder
 from openm6.evaluate.figures import count, duration, plain
+from openm6.evaluate.lines import Lines, read_lines
 from openm6.evaluate.report_charts import history, mean_of
 from openm6.evaluate.report_markup import Markup, tag
 from openm6.evaluate.report_pairs import MODALITIES
 from openm6.evaluate.results import Judgement, RunFacts
 
-Lines = list[dict[str, Any]]
 _ENDING = 0.1  # part of the run, at its end, whose mean is told as where a value arrived
-
-
-def read_lines(run: RunFolder) -> Lines:
-    """The averages a run wrote while training, scores left out; a line that a crash cut short is skipped."""
-    if not run.metrics.exists():
-        return []
-    found = []
-    with run.metrics.open(encoding="utf-8", errors="replace") as stream:
-        for text in stream:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int) and "evaluation" not in line:
-                found.append(line)
-    return found
 
 
 def training(run: RunFolder, judgement: Judgement, facts: RunFacts) -> Markup:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from openm6.evaluate.energy import EnergyAccount
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram
 
@@ -93,3 +94,4 @@ class RunFacts:
     steps: int
     seconds: float  # of training
     codecs: dict[str, dict[str, float]]  # scores of the codecs used
+    energy: EnergyAccount | None = None  # None: the run was not metered

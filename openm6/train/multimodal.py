@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openm6.base.energy.meter import open_meter
 from openm6.base.errors import ConfigError, DataError
 from openm6.base.files import replace_text
 from openm6.base.log import get_log
@@ -22,6 +23,8 @@ from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
+from openm6.evaluate.card import write_card
+from openm6.evaluate.energy import read_account
 from openm6.evaluate.report import write_report
 from openm6.evaluate.results import RunFacts
 from openm6.evaluate.run import evaluate
@@ -32,6 +35,7 @@ from openm6.modalities.pool import POOL
 from openm6.modalities.sequence import Batch, Counts, count, split
 from openm6.modalities.text import train_tokenizer
 from openm6.models.backbone import Backbone, side_loss
+from openm6.models.choice import build_backbone
 from openm6.models.description import (
     MODEL_FILE,
     TOKENIZER_FILE,
@@ -46,7 +50,8 @@ from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES
 from openm6.train.attribution import Attribution
 from openm6.train.job import Job, StepResult
-from openm6.train.recipe import MultimodalRecipe, build_backbone
+from openm6.train.metering import gpus_of
+from openm6.train.recipe import MultimodalRecipe
 from openm6.train.step import seed_everything
 
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
@@ -187,8 +192,10 @@ class MultimodalJob(Job):
         return names
 
     def finish(self, run: RunFolder) -> None:
-        """Judges the run on its test records and writes report.html and report.json."""
-        judgement = evaluate(run.path, tell=lambda result: get_log().info(summary(result)))
+        """Judges the run on its test records and writes report.html, report.json and README.md, the model card."""
+        watts = self.recipe.loop.energy.cpu_watts
+        with open_meter(gpus_of(self.omni.device), watts) as meter, meter.span() as span:
+            judgement = evaluate(run.path, tell=lambda result: get_log().info(summary(result)))
         progress = read_state(latest(run.path))["progress"]
         total, active = self.omni.count_parameters()
         codecs = {
@@ -204,8 +211,10 @@ class MultimodalJob(Job):
             steps=int(progress["step"]),
             seconds=float(progress["seconds"]),
             codecs=codecs,
+            energy=read_account(run, judging=span.joules),
         )
         write_report(run, judgement, facts)
+        write_card(run, judgement, facts)
         get_log().info(f"wrote {run.path / 'report.html'}")
 
     def files(self) -> dict[str, str]:

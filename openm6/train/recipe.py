@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from openm6.base.config import Config, build, nearest
+from openm6.base.config import Config, nearest
 from openm6.data.packing import PackingConfig
 from openm6.data.sources import AnySourceConfig
 from openm6.evaluate.config import JudgeConfig
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
-from openm6.models.config import BackboneConfig
-from openm6.models.presets import preset
+from openm6.models.choice import ModelChoice
 from openm6.parallel.config import ParallelConfig
 from openm6.tasks.registry import TASKS
 from openm6.train.config import LoopConfig
-
-
-class ModelChoice(Config):
-    """A preset by name, with any field of the backbone overridden."""
-
-    preset: str = "nano"
-    overrides: dict[str, Any] = {}
-
-
-def build_backbone(choice: ModelChoice) -> BackboneConfig:
-    """The backbone of a preset with its overrides; a mapping overrides field by field.
-
-    Raises:
-        ConfigError: no such preset, or sizes that do not fit one another.
-    """
-    values = preset(choice.preset).backbone.model_dump(exclude_defaults=True)
-    for name, value in choice.overrides.items():
-        known = values.get(name)
-        values[name] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
-    return build(BackboneConfig, values, "model.overrides")
 
 
 class Lecture(Config):

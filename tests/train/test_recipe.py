@@ -8,9 +8,10 @@ import pytest
 
 from openm6.data.sources import open_sources
 from openm6.modalities.registry import MODALITIES
+from openm6.models.choice import ModelChoice, build_backbone
 from openm6.models.presets import preset
 from openm6.tasks.registry import TASKS
-from openm6.train.recipe import ModelChoice, MultimodalRecipe, build_backbone
+from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import SHIPPED, read_recipe, recipe_path
 
 DEMO = read_recipe(recipe_path("demo"), [])[0]

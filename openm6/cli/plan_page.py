@@ -1,0 +1,133 @@
+"""The pages behind `openm6 plan`: one plan, a sweep of plans, and a plan held against a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from openm6.base.energy import gpt3
+from openm6.base.files import replace_text
+from openm6.cli.list_presets import in_short
+from openm6.plan.ask import Asked, answer_question
+from openm6.plan.plan import Plan, StagePlan
+from openm6.plan.question import Question
+from openm6.plan.sweep import draw_sweep, sweep_json, sweep_plans
+
+GIB = 2**30
+
+
+def show_plan(question: Question, asked: Asked, json_path: Path | None) -> None:
+    """Print a plan, and write its JSON where a file is given."""
+    plan, content = answer_question(question, asked)
+    _write(content, json_path)
+    console = Console()
+    console.print(Text(f"{plan.model.name} on {plan.cluster.name}", style="bold"))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, words in _rows(plan, content["smallest"]):
+        table.add_row(name, words)
+    console.print(table)
+    console.print(Text("Assumed: " + "; ".join(plan.cluster.assumed) + ".", style="dim"))
+
+
+def show_sweep(
+    question: Question, asked: Asked, kind: str, plot: Path | None, json_path: Path | None
+) -> None:
+    """Print plans side by side; write and draw them where files are given."""
+    rows = sweep_plans(question, asked, kind)
+    _write(sweep_json(rows, kind), json_path)
+    table = Table(kind, "fits", "bytes/parameter", "on each GPU", "in each host part", "step", "binds", "tokens a day",
+                  "days", "J/token", "MWh", box=None)  # fmt: skip
+    for value, plan in rows:
+        real = plan.real
+        table.add_row(
+            f"{value:,}", "yes" if plan.fits else "no", str(real.tier.bytes), in_bytes(real.budget.device),
+            in_bytes(real.budget.host), in_time(real.time.seconds), real.time.binds,
+            in_short(round(plan.tokens / plan.days)), f"{plan.days:,.3g}",
+            f"{plan.energy.joules_per_token:.3g}", f"{plan.energy.mwh:.3g}",
+        )  # fmt: skip
+    Console().print(table)
+    if plot is not None:
+        draw_sweep(rows, kind, plot)
+
+
+def show_check(rows: list[dict[str, Any]], json_path: Path | None) -> None:
+    """Print prediction beside measurement."""
+    _write(rows, json_path)
+    table = Table("what", "planned", "measured", "off by", "note", box=None)
+    for row in rows:
+        off = "" if row["error"] is None else f"{row['error']:+.1%}"
+        planned, measured = (
+            "" if row[key] is None else f"{row[key]:,.4g} {row['unit']}" for key in ("planned", "measured")
+        )
+        table.add_row(row["name"], planned, measured, off, row["note"])
+    Console().print(table)
+
+
+def _rows(plan: Plan, smallest: dict[str, Any] | None) -> list[tuple[str, str]]:
+    real, energy, cluster = plan.real, plan.energy, plan.cluster
+    budget = real.budget
+    rows = [
+        ("parameters", f"{in_short(plan.total)}, {in_short(plan.active)} active a token"),
+        ("kept as", f"{real.tier.bytes} bytes a parameter: {real.tier.description}"),
+        (
+            "bytes of each",
+            f"{in_bytes(budget.device)} of {in_bytes(cluster.memory)}: states {in_bytes(budget.states)}, "
+            f"a step {in_bytes(budget.activations + budget.working)}, the rest {in_bytes(budget.context)}",
+        ),
+    ]
+    if budget.host:
+        rows.append(("in each host part", f"{in_bytes(budget.host)} of {in_bytes(cluster.host_memory)}"))
+    rows += [(f"step, {name}", _step(stage)) for name, stage in plan.stages.items()]
+    share = f", {plan.pseudo_share:.0%} of them in the pseudo stage" if plan.pseudo_share else ""
+    rows += [
+        ("speed", f"{in_short(round(plan.tokens / plan.days))} tokens a day"),
+        ("length", f"{plan.days:,.3g} days for {in_short(round(plan.tokens))} tokens{share}"),
+        (
+            "energy",
+            f"{energy.mwh:,.3g} MWh, at most {energy.mwh_rated:,.3g} by rating; "
+            f"{energy.joules_per_token:.3g} J a token "
+            f"(GPT-3: {gpt3.JOULES_A_TOKEN:.1f} J, {gpt3.MWH:,.0f} MWh; this is {energy.mwh / gpt3.MWH:.2%})",
+        ),
+        ("carbon", f"{energy.kg_co2e:,.3g} kg CO2e ({energy.grid})"),
+    ]
+    if plan.cost is not None:
+        rows.append(("cost", f"{plan.cost:,.0f} US dollars"))
+    rows.append(("fits", "yes" if plan.fits else "no"))
+    if smallest is not None and smallest["gpus"]:
+        words = (
+            f"{smallest['gpus']:,} × {smallest['gpu']} at {smallest['bytes_per_parameter']} bytes a parameter"
+        )
+        rows.append(("smallest that holds it", words))
+    if smallest is not None and smallest["changes"]:
+        rows.append(("would fit with", "; or ".join(smallest["changes"])))
+    return rows
+
+
+def _step(stage: StagePlan) -> str:
+    time = stage.time
+    parts = {"compute": time.compute, "memory": time.memory, "link": time.link, "network": time.network}
+    words = ", ".join(f"{name} {in_time(seconds)}" for name, seconds in parts.items() if seconds > 0)
+    return f"{in_time(time.seconds)} for {in_short(stage.tokens)} tokens; binds: {time.binds} ({words})"
+
+
+def in_bytes(count: float) -> str:
+    """Such as `12.3 GiB`."""
+    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1024:.3g} KiB"
+
+
+def in_time(seconds: float) -> str:
+    """Such as `12.3 ms`."""
+    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _write(content: Any, path: Path | None) -> None:
+    if path is not None:
+        replace_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

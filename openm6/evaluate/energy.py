@@ -1,0 +1,128 @@
+"""The energy account of a run, from the ledger in its last checkpoint and the lines of its metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from openm6.base.config import build
+from openm6.base.energy import gpt3
+from openm6.base.energy.config import EnergyConfig
+from openm6.base.energy.grid import Grid, grid
+from openm6.base.energy.ledger import Account, Ledger
+from openm6.base.energy.units import JOULES_A_KWH
+from openm6.base.errors import CheckpointError
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest, read_state
+from openm6.evaluate.lines import Lines, read_lines
+
+METER = "meter"  # the hook in a checkpoint's state that keeps the ledger
+ENDING = 0.1  # part of a stage's lines whose mean counts as where its loss arrived
+
+
+@dataclass(frozen=True)
+class EnergyAccount:
+    """A ledger with the grid and the building that its joules came through, and the losses of its stages.
+
+    losses: stage -> mean loss at its beginning and at its end; judging: joules of judging the finished run.
+    """
+
+    ledger: Ledger
+    grid: Grid
+    pue: float
+    losses: dict[str, tuple[float, float]]
+    judging: float = 0.0
+
+    @property
+    def joules_per_token(self) -> float:
+        """Of training, all of it: what lies between steps counts, too."""
+        return self.ledger.joules / max(1, self.ledger.tokens)
+
+    @property
+    def of_gpt3(self) -> float:
+        """Joules a token at the building's meter, as a share of GPT-3's."""
+        return self.joules_per_token * self.pue / gpt3.JOULES_A_TOKEN
+
+    def grams(self, joules: float) -> float:
+        """CO2e of some of the joules."""
+        return self.grid.grams(joules, self.pue)
+
+    def joules_per_point(self, stage: str) -> float | None:
+        """Joules of a stage for each nat that its loss fell; None where it did not fall."""
+        first, last = self.losses.get(stage, (0.0, 0.0))
+        account = self.ledger.stages.get(stage)
+        return account.joules / (first - last) if account is not None and first > last else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry `energy` of report.json, and what `openm6 energy --json` writes."""
+        ledger = self.ledger
+        return {
+            "joules": ledger.joules,
+            "source": ledger.source,
+            "by_source": ledger.by_source,
+            "tokens": ledger.tokens,
+            "joules_per_token": self.joules_per_token,
+            "kwh": ledger.joules * self.pue / JOULES_A_KWH,
+            "g_co2e": self.grams(ledger.joules),
+            "country": self.grid.code,
+            "g_co2e_per_kwh": self.grid.grams_per_kwh,
+            "grid_year": self.grid.year,
+            "pue": self.pue,
+            "of_gpt3_per_token": self.of_gpt3,
+            "stages": {
+                name: {**self._entry(account), "joules_per_point_of_loss": self.joules_per_point(name)}
+                for name, account in ledger.stages.items()
+            },
+            "modalities": {name: self._entry(account) for name, account in ledger.modalities.items()},
+            "tasks": {name: self._entry(account) for name, account in ledger.tasks.items()},
+            "between_steps_joules": ledger.between,
+            "repeated_joules": ledger.repeated,
+            "judging_joules": self.judging,
+        }
+
+    def _entry(self, account: Account) -> dict[str, float]:
+        return {
+            "joules": account.joules,
+            "g_co2e": self.grams(account.joules),
+            "tokens": account.tokens,
+            "joules_per_1000_tokens": 1000 * account.joules / max(1, account.tokens),
+        }
+
+
+def read_account(
+    run: RunFolder, country: str | None = None, pue: float | None = None, judging: float = 0.0
+) -> EnergyAccount:
+    """The account of a run; `country` and `pue` take the place of its own settings.
+
+    Raises:
+        CheckpointError: the run has no checkpoint yet, or one that was not metered.
+        ConfigError: a country that is not in the table, or a PUE below 1.
+    """
+    folder = latest(run.path)
+    state = read_state(folder).get("hooks", {}).get(METER, {})
+    if not state.get("stages"):
+        raise CheckpointError(f"{folder} was not metered: it is of a version before the energy meter")
+    own = (run.read_config().get("loop") or {}).get("energy") or {}
+    given = {name: value for name, value in (("country", country), ("pue", pue)) if value is not None}
+    config = build(EnergyConfig, {**own, **given}, "the settings of energy")
+    ledger = Ledger.from_json(state)
+    return EnergyAccount(ledger, grid(config.country), config.pue, _losses(run, ledger), judging)
+
+
+def _losses(run: RunFolder, ledger: Ledger) -> dict[str, tuple[float, float]]:
+    """Mean loss over the first and over the last tenth of each stage's lines."""
+    lines = read_lines(run)
+    only = next(iter(ledger.stages)) if len(ledger.stages) == 1 else None
+    found = {}
+    for stage in ledger.stages:
+        values = [
+            line["loss"] for line in _of_stage(lines, stage, only) if isinstance(line.get("loss"), float)
+        ]
+        part = max(1, round(len(values) * ENDING))
+        if len(values) >= 2:
+            found[stage] = (sum(values[:part]) / part, sum(values[-part:]) / part)
+    return found
+
+
+def _of_stage(lines: Lines, stage: str, only: str | None) -> Lines:
+    return [line for line in lines if line.get("stage", only) == stage]

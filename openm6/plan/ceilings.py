@@ -1,0 +1,116 @@
+"""What `openm6 bench machine` measured of this machine, kept in a file of the user's cache for the planner."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from itertools import pairwise
+from pathlib import Path
+
+from openm6.base.config import Config, build
+from openm6.base.errors import ConfigError
+from openm6.base.files import replace_text
+from openm6.plan.activations import Activations
+
+FORMAT = 1
+
+
+class Curve(Config):
+    """Operations a second by size, from a few measured points; between them on the logarithm of the size."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def at(self, size: float) -> float:
+        """The rate at `size`; outside of what was measured, that of the nearest point."""
+        points = sorted(self.points)
+        if size <= points[0][0]:
+            return points[0][1]
+        for (left, low), (right, high) in pairwise(points):
+            if size <= right:
+                share = math.log(size / left) / math.log(right / left)
+                return low + share * (high - low)
+        return points[-1][1]
+
+
+class TrainingRates(Config):
+    """How fast whole parts of a model train here, forward and backward: operations a second by weights of one network.
+
+    All cores at work, as a run takes them. update: seconds for each parameter of one optimizer step, by optimizer;
+    step: seconds of a step beside all products; process: bytes of a training process before its model, worker: of one
+    more that shares its steps; gap: what the allocator needs beyond what is asked of it, as a share.
+    """
+
+    attention: Curve
+    dense: Curve
+    experts: Curve
+    head: Curve
+    update: dict[str, float]
+    step: float
+    process: float
+    worker: float
+    gap: float
+    activations: Activations
+
+
+class Ceilings(Config):
+    """Rates of one machine. Rates by dtype are operations a second by side of a square product, in bytes a second else.
+
+    watts: `idle` and `busy` as the meter reads them; watts_source: by which counter.
+    """
+
+    format: int = FORMAT
+    machine: str
+    taken: str
+    threads: int
+    gpu: str | None = None
+    memory_bytes: float
+    products: dict[str, Curve]
+    grouped: dict[str, Curve]
+    memory: dict[str, float]
+    links: dict[str, float] = {}
+    disk: dict[str, float] = {}
+    all_to_all: dict[str, float] = {}
+    watts: dict[str, float]
+    watts_source: str
+    training: TrainingRates
+
+
+def ceilings_path() -> Path:
+    """Where they are kept: `OPENM6_CACHE`, else openm6 in the user's cache folder."""
+    named = os.environ.get("OPENM6_CACHE")
+    if named:
+        return Path(named) / "machine.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openm6" / "machine.json"
+
+
+def write_ceilings(ceilings: Ceilings) -> Path:
+    """Keep them for later plans.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = ceilings_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(ceilings.model_dump(mode="json"), indent=1) + "\n")
+    return path
+
+
+def read_ceilings() -> Ceilings:
+    """What was measured here.
+
+    Raises:
+        ConfigError: nothing was, or by another version.
+    """
+    path = ceilings_path()
+    if not path.is_file():
+        raise ConfigError(
+            "this machine was not measured yet: run openm6 bench machine once, or name a GPU of the table with --gpu"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        values = {}
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ConfigError(f"{path} is damaged or of another version: run openm6 bench machine again")
+    return build(Ceilings, values, str(path))

@@ -1,0 +1,260 @@
+"""The plan of a run: what it takes in bytes, seconds, joules and money, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from openm6.base.energy import gpt3
+from openm6.base.energy.config import EnergyConfig
+from openm6.base.energy.grid import grid
+from openm6.base.energy.units import JOULES_A_KWH
+from openm6.models.config import BackboneConfig, count_parameters
+from openm6.plan.budget import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
+from openm6.plan.cluster import Cluster
+from openm6.plan.measured import Load, measured_budget, measured_time, optimizer_of
+from openm6.plan.question import Model, Question
+from openm6.plan.step_time import StepTime, step_time
+from openm6.plan.work import Stored, largest_layer, operations_a_token, stored_parameters
+
+BATCH = 16_384  # tokens a step of one device, where nobody says
+TOKENS_A_PARAMETER = 20  # of the active ones, where nobody says (arXiv 2203.15556)
+LOGITS_AT_ONCE = 2048  # tokens whose logits exist at the same time, with their gradient 8 bytes each
+SECONDS_A_DAY = 86_400.0
+# From the most precise to the smallest: a tier with whether the host may hold what the devices cannot.
+PREFERENCE = ((16, False), (4, False), (2, False), (2, True), (1, False), (1, True))
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its parameters, where their bytes lie (of one device), and the time of a step."""
+
+    name: str
+    parameters: int
+    tier: Tier
+    budget: DeviceBudget
+    time: StepTime
+    tokens: int  # of a step, all devices together
+    fits: bool
+
+    @property
+    def tokens_per_day(self) -> float:
+        return self.tokens / self.time.seconds * SECONDS_A_DAY
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Joules of a run at the building's meter, expected and at most (devices at their rating all the time)."""
+
+    joules_per_token: float
+    mwh: float
+    mwh_rated: float
+    kg_co2e: float
+    grid: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer to a question on one cluster."""
+
+    model: Model
+    cluster: Cluster
+    total: int
+    active: int
+    operations: float  # of training on one token
+    stages: Mapping[str, StagePlan]
+    pseudo_share: float
+    tokens: float
+    days: float
+    energy: Energy
+    cost: float | None
+
+    @property
+    def real(self) -> StagePlan:
+        return self.stages["real"]
+
+    @property
+    def fits(self) -> bool:
+        return self.real.fits
+
+    @property
+    def bytes(self) -> dict[str, float]:
+        """Of all devices together: the model's states on the devices and in the hosts, and what a step adds."""
+        budget, devices = self.real.budget, self.cluster.devices
+        added = budget.activations + budget.working + budget.context
+        place = "host" if self.cluster.measured and not self.cluster.measured.gpu else "gpu"
+        here = {"gpu": 0.0, "host": 0.0, "step": added * devices}
+        here[place] += budget.states * devices
+        here["host"] += budget.host * devices
+        return here
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented schema, without `smallest`, which `smallest.answer` adds."""
+        real, energy = self.real, self.energy
+        return {
+            "model": self.model.name,
+            "machine": self.cluster.name,
+            "parameters": {"total": self.total, "active": self.active},
+            "flops_per_token": self.operations,
+            "bytes_per_parameter": real.tier.bytes,
+            "bytes": self.bytes,
+            "bytes_per_gpu": {"used": real.budget.device, "usable": self.cluster.memory},
+            "step_seconds": real.time.seconds,
+            "step_tokens": real.tokens,
+            "binds": real.time.binds,
+            "stages": {name: _stage_json(stage) for name, stage in self.stages.items()},
+            "pseudo_share": self.pseudo_share,
+            "tokens_per_day": self.tokens / self.days,
+            "tokens": self.tokens,
+            "days": self.days,
+            "energy": {
+                "joules_per_token": energy.joules_per_token,
+                "mwh": energy.mwh,
+                "mwh_rated": energy.mwh_rated,
+                "kg_co2e": energy.kg_co2e,
+                "grid": energy.grid,
+                "of_gpt3": energy.mwh / gpt3.MWH,
+            },
+            "cost_usd": self.cost,
+            "fits": self.fits,
+            "assumed": list(self.cluster.assumed),
+        }
+
+
+def make_plan(question: Question, cluster: Cluster) -> Plan:
+    """What the run of `question` takes on `cluster`, with the bytes a parameter asked for or the most that fit."""
+    model = question.model
+    pseudo_config = model.backbone.model_copy(update={"sharing": "all"})
+    real = _choose(question, cluster, model.backbone)
+    allowed = ((real.tier.bytes, True),)
+    stages = {"real": real}
+    if model.backbone.sharing is None and model.backbone.num_layers > 1:
+        stages["pseudo"] = _first_fit(question, cluster, pseudo_config, "pseudo", allowed)
+    share = question.pseudo_share if "pseudo" in stages else 0.0
+    parts = {"real": 1.0 - share, "pseudo": share}
+    day_a_token = sum(parts[name] / stage.tokens_per_day for name, stage in stages.items())
+    active = count_parameters(model.backbone).active + model.vocabulary * model.backbone.width
+    tokens, days = _length(question, day_a_token, active)
+    seconds = {
+        name: tokens * parts[name] / stage.tokens_per_day * SECONDS_A_DAY for name, stage in stages.items()
+    }
+    hours = days * 24 * cluster.devices
+    return Plan(
+        model=model,
+        cluster=cluster,
+        total=stored_parameters(model.backbone, model.vocabulary, model.adapters).total,
+        active=active,
+        operations=operations_a_token(model.backbone, model.vocabulary, model.length / 2),
+        stages=stages,
+        pseudo_share=share,
+        tokens=tokens,
+        days=days,
+        energy=_energy(stages, seconds, tokens, cluster, question.energy),
+        cost=None if cluster.price is None else cluster.price * hours,
+    )
+
+
+def _choose(question: Question, cluster: Cluster, config: BackboneConfig) -> StagePlan:
+    if question.bytes_per_parameter is not None:
+        allowed: tuple[tuple[int, bool], ...] = ((question.bytes_per_parameter, True),)
+    elif question.model.optimizer is not None:
+        allowed = ((BY_OPTIMIZER.get(question.model.optimizer, 16), False),)
+    else:
+        allowed = PREFERENCE
+    return _first_fit(question, cluster, config, "real", allowed)
+
+
+def _first_fit(
+    question: Question,
+    cluster: Cluster,
+    config: BackboneConfig,
+    name: str,
+    allowed: tuple[tuple[int, bool], ...],
+) -> StagePlan:
+    """The first of the allowed tiers that fits, or the last."""
+    for bytes_, may_stream in allowed:
+        stage = plan_stage(question, cluster, config, name, TIERS[bytes_], may_stream)
+        if stage.fits:
+            break
+    return stage
+
+
+def plan_stage(
+    question: Question, cluster: Cluster, config: BackboneConfig, name: str, tier: Tier, may_stream: bool
+) -> StagePlan:
+    """One stage at one tier."""
+    model, n = question.model, cluster.devices
+    stored = stored_parameters(config, model.vocabulary, model.adapters)
+    tokens = question.batch or (model.rows * model.length if model.rows else BATCH)
+    if cluster.measured is not None:
+        return _measured_stage(question, cluster, config, name, tier, stored, tokens)
+    layer = largest_layer(config)
+    in_experts = layer * stored.experts / stored.total
+    held = in_experts / n + layer - in_experts
+    logits = 8.0 * min(tokens, LOGITS_AT_ONCE) * model.vocabulary
+    budget = device_budget(config, stored.total / n, held, tier, tokens, cluster.memory, logits)
+    time = step_time(config, model.vocabulary, stored, tier, budget, tokens, model.length / 2, cluster)
+    on_host = budget.host <= cluster.host_memory if may_stream else budget.host == 0
+    fits = budget.device <= cluster.memory and on_host
+    return StagePlan(name, stored.total, tier, budget, time, tokens * n, fits)
+
+
+def _measured_stage(
+    question: Question,
+    cluster: Cluster,
+    config: BackboneConfig,
+    name: str,
+    tier: Tier,
+    stored: Stored,
+    tokens: int,
+) -> StagePlan:
+    model, ceilings = question.model, cluster.measured
+    assert ceilings is not None
+    load = Load(model.keys, model.learned, model.workers or ceilings.threads)
+    rates = ceilings.training
+    budget = measured_budget(config, model.vocabulary, stored, tier, tokens, load, rates)
+    time = measured_time(config, model.vocabulary, stored, optimizer_of(tier), tokens, load, rates)
+    return StagePlan(name, stored.total, tier, budget, time, tokens, budget.device <= cluster.memory)
+
+
+def _length(question: Question, day_a_token: float, active: int) -> tuple[float, float]:
+    if question.tokens is None and question.days is not None:
+        return question.days / day_a_token, question.days
+    tokens = question.tokens or float(TOKENS_A_PARAMETER * active)
+    return tokens, tokens * day_a_token
+
+
+def _energy(
+    stages: Mapping[str, StagePlan],
+    seconds: Mapping[str, float],
+    tokens: float,
+    cluster: Cluster,
+    config: EnergyConfig,
+) -> Energy:
+    current = grid(config.country)
+    joules = sum(
+        seconds[name] * cluster.devices * cluster.draw(*stage.time.shares) for name, stage in stages.items()
+    )
+    rated = sum(seconds.values()) * cluster.devices * cluster.watts
+    mwh, mwh_rated = (joule * config.pue / JOULES_A_KWH / 1000 for joule in (joules, rated))
+    words = f"{current.name}, {current.grams_per_kwh:g} g/kWh ({current.year})"
+    return Energy(
+        joules * config.pue / tokens, mwh, mwh_rated, current.grams(joules, config.pue) / 1000, words
+    )
+
+
+def _stage_json(stage: StagePlan) -> dict[str, Any]:
+    time = stage.time
+    return {
+        "parameters": stage.parameters,
+        "step_seconds": time.seconds,
+        "seconds": {
+            "compute": time.compute, "memory": time.memory, "link": time.link, "network": time.network
+        },
+        "binds": time.binds,
+        "tokens_per_day": stage.tokens_per_day,
+        "host_bytes_per_gpu": stage.budget.host,
+        "micro_batch": stage.budget.micro_batch,
+        "fits": stage.fits,
+    }  # fmt: skip

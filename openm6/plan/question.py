@@ -1,0 +1,112 @@
+"""What is asked of the planner: a model, how it is trained, for how long, and where the current comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openm6.base.config import apply_overrides, build, nearest, read_yaml
+from openm6.base.energy.config import EnergyConfig
+from openm6.base.errors import ConfigError
+from openm6.models.choice import ModelChoice, build_backbone
+from openm6.models.config import BackboneConfig
+from openm6.models.presets import PRESETS, preset
+
+SHIPPED = Path(__file__).parents[1] / "recipes"
+LENGTH = 512  # tokens of a row
+VOCABULARY = 4096  # of a recipe that does not say
+LEARNED = 0.3  # share of a recipe's tokens that have a text answer; the others are read, or codes and numbers
+KEYS = 48.0  # that a token of a recipe sees: its own example
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is to be trained: its name, backbone and vocabulary; of a recipe also rows, row length and optimizer.
+
+    adapters: whether it takes other modalities than text; learned: share of its tokens that have a text answer; keys:
+    what a token sees on average; workers: processes that share a step, None for one a core.
+    """
+
+    name: str
+    backbone: BackboneConfig
+    vocabulary: int
+    rows: int | None = None
+    length: int = LENGTH
+    optimizer: str | None = None
+    workers: int | None = None
+    adapters: bool = False
+    learned: float = 1.0
+    keys: float = LENGTH / 2
+
+
+@dataclass(frozen=True)
+class Question:
+    """`tokens`: budget in tokens; `days`: time that there is; neither: 20 tokens for each active parameter.
+
+    batch: tokens a step of one device; bytes_per_parameter: the tier, None for the most precise that fits;
+    pseudo_share: part of the tokens in the stage whose layers share their weights.
+    """
+
+    model: Model
+    batch: int | None = None
+    tokens: float | None = None
+    days: float | None = None
+    bytes_per_parameter: int | None = None
+    pseudo_share: float = 0.0
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.pseudo_share <= 1.0:
+            raise ConfigError(f"pseudo share {self.pseudo_share:g} must lie between 0 and 1")
+        for name in ("batch", "tokens", "days"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name}={value:g} must be above 0")
+
+
+def read_model(name: str, overrides: list[str] | None = None) -> Model:
+    """A preset by name, or the model of a recipe by its file or shipped name; a run's folder stands for its recipe.
+
+    Raises:
+        ConfigError: neither exists, or the recipe trains something else than a backbone.
+    """
+    given = Path(name)
+    if given.is_dir():
+        return _of_recipe(given.resolve().name, read_yaml(given / "config.yaml"), overrides)
+    if given.is_file():
+        return _of_recipe(given.stem, read_yaml(given), overrides)
+    if name in PRESETS:
+        chosen = preset(name)
+        backbone = chosen.backbone
+        if overrides:
+            backbone = build_backbone(ModelChoice(preset=name, overrides=apply_overrides({}, overrides)))
+        return Model(name, backbone, chosen.vocabulary)
+    shipped = SHIPPED / f"{given.stem}.yaml"
+    if shipped.is_file() and str(given.parent) in (".", "recipes"):
+        return _of_recipe(given.stem, read_yaml(shipped), overrides)
+    known = [*PRESETS, *sorted(path.stem for path in SHIPPED.glob("*.yaml"))]
+    raise ConfigError(f"no preset and no recipe {name!r}; {nearest(name, known)}")
+
+
+def _of_recipe(name: str, values: dict[str, Any], overrides: list[str] | None) -> Model:
+    values = apply_overrides(values, overrides or [])
+    kind = values.get("kind", "multimodal")
+    if kind != "multimodal":
+        raise ConfigError(
+            f"{name} is a recipe of kind {kind!r}: only multimodal recipes and presets are planned"
+        )
+    packing, loop = values.get("packing") or {}, values.get("loop") or {}
+    text = (values.get("modalities") or {}).get("text") or {}
+    return Model(
+        name=name,
+        backbone=build_backbone(build(ModelChoice, values.get("model") or {}, f"{name}: model")),
+        vocabulary=int(text.get("vocabulary", VOCABULARY)),
+        rows=int(packing.get("rows", 4)),
+        length=int(packing.get("length", LENGTH)),
+        optimizer=str((loop.get("optimizer") or {}).get("name", "adamw")),
+        workers=loop["workers"] if isinstance(loop.get("workers"), int) else None,
+        adapters=True,
+        learned=LEARNED,
+        keys=KEYS,
+    )

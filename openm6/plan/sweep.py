@@ -1,0 +1,80 @@
+"""Plans side by side: the same question with one thing changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from openm6.base.config import nearest
+from openm6.base.errors import ConfigError
+from openm6.plan.ask import Asked
+from openm6.plan.budget import TIERS
+from openm6.plan.plan import BATCH, Plan, make_plan
+from openm6.plan.question import Question
+
+KINDS = ("gpus", "bytes", "batch")
+Row = tuple[int, Plan]
+
+
+def sweep_plans(question: Question, asked: Asked, kind: str) -> list[Row]:
+    """A plan for each value of `kind`: GPUs from a quarter of those asked for to four times as many, all tiers, or
+    batches from a quarter to four times the size.
+
+    Raises:
+        ConfigError: another kind, or GPUs of a machine that is not in the table.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"--sweep {kind!r} is not known; {nearest(kind, KINDS)}")
+    if kind == "gpus" and asked.gpu is None:
+        raise ConfigError("--sweep gpus needs --gpu and the kind, as --gpu h100-80gb")
+    if kind == "gpus":
+        counts = sorted({max(1, round(asked.options.devices * factor)) for factor in (0.25, 0.5, 1, 2, 4)})
+        clusters = [replace(asked, options=replace(asked.options, devices=count)) for count in counts]
+        return [
+            (count, make_plan(question, one.cluster())) for count, one in zip(counts, clusters, strict=True)
+        ]
+    if kind == "bytes":
+        plans = [(size, replace(question, bytes_per_parameter=size)) for size in TIERS]
+    else:
+        model = question.model
+        base = question.batch or (model.rows * model.length if model.rows else BATCH)
+        sizes = [max(1, round(base * factor)) for factor in (0.25, 0.5, 1, 2, 4)]
+        plans = [(size, replace(question, batch=size)) for size in sizes]
+    return [(value, make_plan(one, asked.cluster())) for value, one in plans]
+
+
+def sweep_json(rows: list[Row], kind: str) -> list[dict[str, Any]]:
+    """One object for each plan, with the value that was changed."""
+    return [{kind: value, **plan.to_json()} for value, plan in rows]
+
+
+def draw_sweep(rows: list[Row], kind: str, path: Path) -> None:
+    """Tokens a day and joules a token over the value that was changed; plans that do not fit are hollow.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install 'openm6[report]'") from None
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    values = [value for value, _ in rows]
+    series = (
+        ("tokens a day", [plan.tokens / plan.days for _, plan in rows]),
+        ("joules a token", [plan.energy.joules_per_token for _, plan in rows]),
+    )
+    for place, (title, heights) in enumerate(series, 1):
+        axes = figure.add_subplot(1, 2, place)
+        axes.plot(values, heights, color="0.6", zorder=1)
+        for value, height, (_, plan) in zip(values, heights, rows, strict=True):
+            axes.scatter(
+                [value], [height], facecolors="C0" if plan.fits else "white", edgecolors="C0", zorder=2
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(values, [f"{value:,}" for value in values])
+        axes.set_xlabel(kind)
+        axes.set_title(title)
+    figure.savefig(path)

@@ -1,0 +1,97 @@
+"""How many operations and weights one token meets, by part of the model; a pure function of the config."""
+
+# Letters: L layers, D width, F hidden, H·d attention width, E experts, K choices, V vocabulary, S keys a token sees
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from openm6.models.config import BackboneConfig, count_parameters
+from openm6.nn.config import DenseConfig, ExpertsConfig, matrices_of
+
+PASSES = 3  # products of each weight: forward, backward for the input's gradient, backward for the weight's
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that one token is multiplied with in a forward pass, by part; norms and look-ups are left out.
+
+    projections: attention's matrices and routers; dense: feed-forward networks that every token meets; experts: the
+    chosen ones; head: the output layer.
+    """
+
+    projections: float
+    dense: float
+    experts: float
+    head: float
+
+    @property
+    def all(self) -> float:
+        return self.projections + self.dense + self.experts + self.head
+
+
+def weights_a_token(config: BackboneConfig, vocabulary: int, learned: float = 1.0) -> Weights:
+    """Of a model with this backbone; `learned` is the share of tokens that go through the output layer."""
+    projections = dense = experts = 0.0
+    attention = config.width * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    for layer in range(config.num_layers):
+        part = config.feed_forward(layer)
+        network = matrices_of(part.ffn) * config.width * part.hidden
+        projections += attention
+        if isinstance(part, DenseConfig):
+            dense += network
+        else:
+            projections += config.width * part.num_experts
+            dense += part.num_shared * network
+            experts += part.choices * network * (part.capacity or 1.0)  # padded places are multiplied, too
+    return Weights(projections, dense, experts, learned * vocabulary * config.width)
+
+
+def attention_operations(config: BackboneConfig, keys: float) -> float:
+    """Scores and mixing of one token over `keys` keys in all layers, forward: 2 products of 2 S H·d."""
+    return 4.0 * keys * config.num_heads * config.head_dim * config.num_layers
+
+
+def operations_a_token(
+    config: BackboneConfig, vocabulary: int, keys: float, recompute: bool = False, learned: float = 1.0
+) -> float:
+    """Operations of training on one token: 2 for each weight it meets, forward once and backward twice."""
+    passes = PASSES + (1 if recompute else 0)
+    products = 2.0 * weights_a_token(config, vocabulary, learned).all
+    return passes * (products + attention_operations(config, keys))
+
+
+def adapter_parameters(width: int) -> int:
+    """Of pictures, sound and numbers together, with the shipped codecs: in and out of a backbone of this width."""
+    return 4 * width**2 + 1937 * width + 520_880
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Parameters that exist: in the experts, and everywhere else."""
+
+    experts: int
+    others: int
+
+    @property
+    def total(self) -> int:
+        return self.experts + self.others
+
+
+def stored_parameters(config: BackboneConfig, vocabulary: int, adapters: bool = False) -> Stored:
+    """Backbone and embedding, which is the output layer as well; with `adapters`, those of the other modalities."""
+    sets = config.weight_sets
+    experts = 0
+    for layer in range(config.num_layers):
+        part = config.feed_forward(layer)
+        if isinstance(part, ExpertsConfig) and sets.index(sets[layer]) == layer:
+            experts += part.num_experts * matrices_of(part.ffn) * config.width * part.hidden
+    total = count_parameters(config).total + vocabulary * config.width
+    total += adapter_parameters(config.width) if adapters else 0
+    return Stored(experts, total - experts)
+
+
+def largest_layer(config: BackboneConfig) -> int:
+    """Parameters of the largest layer, which is what streaming holds on the device at once."""
+    alone = {"num_layers": 1, "sharing": None, "dense_layers": (), "experts_every": 1}
+    return count_parameters(config.model_copy(update=alone)).total

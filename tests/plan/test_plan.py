@@ -1,0 +1,154 @@
+"""Whole plans: the claim about M6-10T, what binds, budgets, and the words for what cannot be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from openm6.base.errors import ConfigError
+from openm6.plan.ask import answer_question, read_machine, read_question
+from openm6.plan.cluster import ClusterOptions
+from openm6.plan.plan import Plan, make_plan
+from openm6.plan.sweep import draw_sweep, sweep_json, sweep_plans
+
+M6 = ClusterOptions(devices=512)
+
+
+def the_plan(
+    model: str = "m6-10t", gpu: str = "v100-32gb", options: ClusterOptions = M6, **asked: float
+) -> Plan:
+    question = read_question(model, [], energy={"pue": 1.1}, **asked)
+    return make_plan(question, read_machine(gpu, None, options).cluster())
+
+
+def test_the_rated_bound_of_the_claim_by_hand() -> None:
+    plan = the_plan(days=10)
+    assert plan.energy.mwh_rated == pytest.approx(512 * 240 * 300 * 1.1 / 1e6)  # 40.6 MWh
+    assert plan.energy.mwh_rated / 1287 == pytest.approx(0.0315, abs=1e-4)
+    assert plan.energy.mwh < 1.15 * plan.energy.mwh_rated
+
+
+def test_ten_trillion_fit_only_with_the_host_at_two_bytes() -> None:
+    plan = the_plan(days=10)
+    assert plan.fits and plan.real.tier.bytes == 2 and plan.real.budget.streamed
+    gpu, host = plan.bytes["gpu"], plan.bytes["host"]
+    assert gpu + host == pytest.approx(2 * plan.total)
+    alone = the_plan(days=10, options=replace(M6, host_memory=0.0), bytes_per_parameter=2)
+    assert not alone.fits
+
+
+def test_the_pseudo_stage_holds_a_48th_of_the_experts() -> None:
+    plan = the_plan(days=10)
+    experts = 10_240 * 2 * 1024 * 9984
+    assert plan.stages["pseudo"].parameters - experts < 0.01 * experts
+    assert plan.stages["pseudo"].budget.host == 0
+
+
+def test_tokens_days_and_energy_agree() -> None:
+    by_days = the_plan(days=10)
+    by_tokens = the_plan(tokens=by_days.tokens)
+    assert by_tokens.days == pytest.approx(10)
+    assert by_days.energy.joules_per_token * by_days.tokens / 3.6e9 == pytest.approx(by_days.energy.mwh)
+    assert by_days.energy.kg_co2e == pytest.approx(by_days.energy.mwh * 481)
+
+
+def test_a_faster_network_moves_what_binds() -> None:
+    assert the_plan().real.time.binds == "network"
+    assert the_plan(options=replace(M6, network=200.0)).real.time.binds == "compute"
+
+
+def test_a_slow_link_binds_a_streamed_model() -> None:
+    options = ClusterOptions(devices=1, host_memory=512.0, host_link=0.5)
+    plan = the_plan("m6-100b", "h100-80gb", options, bytes_per_parameter=2)
+    assert plan.real.budget.streamed and plan.real.time.binds == "link"
+
+
+def test_one_gpu_needs_no_network() -> None:
+    plan = the_plan("base", "h100-80gb", ClusterOptions())
+    assert plan.real.time.network == 0 and plan.fits and plan.real.tier.bytes == 16
+
+
+def test_the_schema_and_the_smallest_machine() -> None:
+    question, asked = read_question("m6-10t", [], days=10), read_machine("v100-32gb", None, M6)
+    content = answer_question(question, asked)[1]
+    assert set(content["parameters"]) == {"total", "active"} and content["fits"] is True
+    assert {"joules_per_token", "mwh", "kg_co2e"} <= set(content["energy"])
+    smallest = content["smallest"]["gpus"]
+    assert make_plan(question, read_machine("v100-32gb", None, replace(M6, devices=smallest)).cluster()).fits
+    fewer = replace(M6, devices=smallest - 8)
+    assert not make_plan(question, read_machine("v100-32gb", None, fewer).cluster()).fits
+
+
+def test_changes_that_would_make_it_fit() -> None:
+    question = read_question("m6-10t", [], bytes_per_parameter=2)
+    asked = read_machine("v100-32gb", None, replace(M6, host_memory=16.0))
+    plan, content = answer_question(question, asked)
+    changes = content["smallest"]["changes"]
+    assert not plan.fits and changes
+    assert any("GiB of host memory" in change for change in changes)
+    assert any("1 bytes a parameter" in change for change in changes)
+
+
+def test_a_recipe_and_its_overrides_are_planned() -> None:
+    plan = the_plan("demo", "t4", ClusterOptions())
+    assert plan.real.tokens == 1024 and plan.real.tier.bytes == 16 and plan.total > 4_000_000
+    question = read_question("recipes/demo.yaml", ["packing.rows=8", "loop.optimizer.name=adafactor"])
+    changed = make_plan(question, read_machine("t4", None, ClusterOptions()).cluster())
+    assert changed.real.tokens == 4096 and changed.real.tier.bytes == 8
+
+
+def test_what_cannot_be_planned_is_told() -> None:
+    with pytest.raises(
+        ConfigError, match=r"no GPU 'v100-23gb' in the table; did you mean 'v100-32gb'.*--gpu-table"
+    ):
+        read_machine("v100-23gb", None, M6)
+    with pytest.raises(ConfigError, match="no preset and no recipe 'm6-10x'; did you mean 'm6-10"):
+        read_question("m6-10x", [])
+    with pytest.raises(ConfigError, match="no tier of 3 bytes a parameter: choose 1, 2, 4"):
+        read_question("base", [], bytes_per_parameter=3)
+    with pytest.raises(ConfigError, match="--gpus 4 needs --gpu"):
+        read_machine(None, None, ClusterOptions(devices=4))
+    with pytest.raises(ConfigError, match=r"pseudo share 1.5 must lie between 0 and 1"):
+        read_question("base", [], pseudo_share=1.5)
+
+
+def test_a_gpu_of_one_s_own(tmp_path: Path) -> None:
+    table = tmp_path / "mine.csv"
+    table.write_text(
+        "id,name,memory_gib,memory_gb_s,half_tflops,host_link_gb_s,watts\nx1,X 1,10,500,50,16,200\n"
+    )
+    cluster = read_machine("x1", table, ClusterOptions()).cluster()
+    assert cluster.memory == 10 * 2**30 and cluster.watts == 200
+    table.write_text("id,memory_gib\nx1,ten\n")
+    with pytest.raises(ConfigError, match="GPU 'x1': memory_gib must be a number, not 'ten'"):
+        read_machine("x1", table, ClusterOptions())
+
+
+def test_sweeps(tmp_path: Path) -> None:
+    question, asked = read_question("base", []), read_machine("h100-80gb", None, ClusterOptions(devices=8))
+    rows = sweep_plans(question, asked, "gpus")
+    assert [count for count, _ in rows] == [2, 4, 8, 16, 32]
+    speeds = [plan.tokens / plan.days for _, plan in rows]
+    assert (
+        speeds[0] < speeds[1] < speeds[2] < speeds[4]
+    )  # a second node costs more than it brings: its network
+    assert [size for size, _ in sweep_plans(question, asked, "bytes")] == [16, 12, 8, 4, 2, 1]
+    assert sweep_json(sweep_plans(question, asked, "batch"), "batch")[2]["batch"] == 16_384
+    draw_sweep(rows, "gpus", tmp_path / "sweep.svg")
+    assert (tmp_path / "sweep.svg").read_text().startswith("<?xml")
+    with pytest.raises(ConfigError, match="--sweep 'gpu' is not known; did you mean 'gpus'"):
+        sweep_plans(question, asked, "gpu")
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = (
+        "import sys; from openm6.plan.ask import *; "
+        "answer_question(read_question('m6-10t', [], days=10), read_machine('h100-80gb', None, ClusterOptions(512))); "
+        "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False False"
