@@ -59,3 +59,13 @@ def bench_train(
     Example: openm6 bench train --config a --json train.json
     """
     door("bench train")(config, peer, seconds, json)
+
+
+@bench_app.command()
+def machine(json_path: Json = None) -> None:
+    """Measure this machine's ceilings once and keep them for openm6 plan; about two minutes.
+
+    \b
+    Example: openm6 bench machine --json machine.json
+    """
+    door("bench machine")(json_path)

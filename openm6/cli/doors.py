@@ -24,6 +24,7 @@ DOORS = {
     "inspect": "openm6.data.inspect:inspect_path",
     "show judgement": "openm6.evaluate.table:print_table",
     "show inspection": "openm6.cli.inspection:show_inspection",
+    "bench machine": "openm6.bench.machine:bench_machine",
     "cluster options": "openm6.plan.cluster:ClusterOptions",
     "plan machine": "openm6.plan.ask:read_machine",
     "plan question": "openm6.plan.ask:read_question",

@@ -11,7 +11,6 @@ from pathlib import Path
 from openm6.base.config import Config, build
 from openm6.base.errors import ConfigError
 from openm6.base.files import replace_text
-from openm6.plan.activations import Activations
 
 FORMAT = 1
 
@@ -34,11 +33,12 @@ class Curve(Config):
 
 
 class TrainingRates(Config):
-    """How fast whole parts of a model train here, forward and backward: operations a second by weights of one network.
+    """How fast whole parts of a model train here, forward and backward: operations a second by weights of one network,
+    all cores at work as a run takes them.
 
-    All cores at work, as a run takes them. update: seconds for each parameter of one optimizer step, by optimizer;
-    step: seconds of a step beside all products; process: bytes of a training process before its model, worker: of one
-    more that shares its steps; gap: what the allocator needs beyond what is asked of it, as a share.
+    update: parameters a second of one optimizer step, by optimizer; workers: processes that shared a step.
+    Two short runs anchor the sums of the parts: a step takes `step` seconds and `stretch` times the parts' time, and
+    `process` bytes and `gap` times the parts' bytes.
     """
 
     attention: Curve
@@ -46,11 +46,11 @@ class TrainingRates(Config):
     experts: Curve
     head: Curve
     update: dict[str, float]
-    step: float
-    process: float
-    worker: float
-    gap: float
-    activations: Activations
+    workers: int
+    step: float = 0.0
+    stretch: float = 1.0
+    process: float = 0.0
+    gap: float = 1.0
 
 
 class Ceilings(Config):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, matrices_of
+from openm6.plan.activations import Activations
 from openm6.plan.budget import BY_OPTIMIZER, DeviceBudget, Tier
 from openm6.plan.ceilings import TrainingRates
 from openm6.plan.step_time import StepTime
@@ -42,12 +43,11 @@ def measured_budget(
     hands the others a copy of its gradients of what they own.
     """
     part = tokens / load.workers
-    kept = part * rates.activations.bytes_a_token(config, ELEMENT)
+    kept = part * Activations().bytes_a_token(config, ELEMENT)
     logits = load.learned * part * vocabulary * ELEMENT * LOGITS_A_TOKEN
     states = stored.total * (tier.weights + tier.moments + (load.workers - 1) * tier.gradients)
     step = load.workers * max(kept + logits, stored.total * tier.gradients)
-    processes = rates.process + (rates.worker * load.workers if load.workers > 1 else 0.0)
-    return DeviceBudget(states, step, (states + step) * rates.gap, processes, 0.0, tokens)
+    return DeviceBudget(states * rates.gap, step * rates.gap, 0.0, rates.process, 0.0, tokens)
 
 
 def measured_time(
@@ -75,8 +75,8 @@ def measured_time(
             seconds += 2 * PASSES * network * part.num_shared * tokens / rates.dense.at(network)
     output = vocabulary * config.width
     seconds += 2 * PASSES * output * learned * tokens / rates.head.at(output)
-    update = stored.total * rates.update.get(optimizer, max(rates.update.values()))
-    return StepTime(seconds + rates.step, update, 0.0, 0.0)
+    update = stored.total / rates.update.get(optimizer, min(rates.update.values()))
+    return StepTime(seconds * rates.stretch + rates.step, update * rates.stretch, 0.0, 0.0)
 
 
 def optimizer_of(tier: Tier) -> str:

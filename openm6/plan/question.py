@@ -73,9 +73,9 @@ def read_model(name: str, overrides: list[str] | None = None) -> Model:
     """
     given = Path(name)
     if given.is_dir():
-        return _of_recipe(given.resolve().name, read_yaml(given / "config.yaml"), overrides)
+        return model_of_recipe(given.resolve().name, read_yaml(given / "config.yaml"), overrides)
     if given.is_file():
-        return _of_recipe(given.stem, read_yaml(given), overrides)
+        return model_of_recipe(given.stem, read_yaml(given), overrides)
     if name in PRESETS:
         chosen = preset(name)
         backbone = chosen.backbone
@@ -84,12 +84,17 @@ def read_model(name: str, overrides: list[str] | None = None) -> Model:
         return Model(name, backbone, chosen.vocabulary)
     shipped = SHIPPED / f"{given.stem}.yaml"
     if shipped.is_file() and str(given.parent) in (".", "recipes"):
-        return _of_recipe(given.stem, read_yaml(shipped), overrides)
+        return model_of_recipe(given.stem, read_yaml(shipped), overrides)
     known = [*PRESETS, *sorted(path.stem for path in SHIPPED.glob("*.yaml"))]
     raise ConfigError(f"no preset and no recipe {name!r}; {nearest(name, known)}")
 
 
-def _of_recipe(name: str, values: dict[str, Any], overrides: list[str] | None) -> Model:
+def model_of_recipe(name: str, values: dict[str, Any], overrides: list[str] | None = None) -> Model:
+    """The model of a recipe's plain values.
+
+    Raises:
+        ConfigError: the recipe trains something else than a backbone.
+    """
     values = apply_overrides(values, overrides or [])
     kind = values.get("kind", "multimodal")
     if kind != "multimodal":

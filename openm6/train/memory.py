@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,15 @@ import torch
 
 from openm6.train.hooks import Hook, Running
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+PROCESSES = Path("/proc")
 RESET_PEAK = "5"  # what Linux reads there as: forget the peak, keep the rest (proc(5))
 
 
 class MemoryHook(Hook):
     """Lines get `memory_start` (before the first step) and `memory_peak` (since then), in bytes.
 
-    On a GPU both are of torch's allocator. On a processor they are of the whole process as Linux tells it, Python and
-    libraries included; elsewhere nothing is told.
+    On a GPU both are of torch's allocator. On a processor they are of the run's processes as Linux tells them, Python
+    and libraries included: of those that share the steps, what they do not share; elsewhere nothing is told.
     """
 
     name = "memory"
@@ -26,6 +27,9 @@ class MemoryHook(Hook):
     def __init__(self) -> None:
         self._device = torch.device("cpu")
         self._start: int | None = None
+        self._inherited = (
+            0  # bytes of its own that a forked process shares with this one until it writes there
+        )
 
     def start(self, run: Running) -> None:
         self._device = run.updater.device
@@ -34,21 +38,33 @@ class MemoryHook(Hook):
             self._start = torch.cuda.memory_allocated(self._device)
         else:
             _forget_peak()
-            self._start = process_memory("VmRSS")
+            self._start, self._inherited = process_memory("VmRSS"), process_memory("RssAnon") or 0
 
     def totals(self) -> dict[str, Any]:
         if self._device.type == "cuda":
             peak: int | None = torch.cuda.max_memory_allocated(self._device)
         else:
             peak = process_memory("VmHWM")
+            if peak is not None:
+                peak += sum(self._private(process) for process in _children())
         return {} if peak is None else {"memory_start": self._start, "memory_peak": peak}
 
+    def _private(self, process: str) -> int:
+        """The most that a forked process held of its own."""
+        try:
+            peak, shared, mapped = (
+                process_memory(key, process) or 0 for key in ("VmHWM", "RssShmem", "RssFile")
+            )
+        except OSError:  # it has just ended
+            return 0
+        return max(0, peak - shared - mapped - self._inherited)
 
-def process_memory(key: str) -> int | None:
-    """`VmRSS` (now) or `VmHWM` (the most so far) of this process in bytes; None where the system does not tell."""
+
+def process_memory(key: str, process: str = "self") -> int | None:
+    """`VmRSS` (now) or `VmHWM` (the most so far) of a process in bytes; None where the system does not tell."""
     if sys.platform != "linux":
         return None
-    for line in STATUS.read_text().splitlines():
+    for line in (PROCESSES / process / "status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == key:
             return int(value.split()[0]) * 1024
@@ -58,6 +74,15 @@ def process_memory(key: str) -> int | None:
 def _forget_peak() -> None:
     """What loading the data took is not training's peak. Where it may not be forgotten, it counts."""
     try:
-        CLEAR.write_text(RESET_PEAK)
+        (PROCESSES / "self/clear_refs").write_text(RESET_PEAK)
     except OSError:
         return
+
+
+def _children() -> list[str]:
+    """Numbers of the processes that the main thread has started."""
+    try:
+        own = os.getpid()
+        return (PROCESSES / f"self/task/{own}/children").read_text().split()
+    except OSError:
+        return []

@@ -54,5 +54,5 @@ def test_a_micro_batch_shrinks_until_a_layer_fits() -> None:
 
 
 def test_elements_of_a_dense_layer_by_hand() -> None:
-    kept = Activations(width=1, query=2, key_value=3, dense_width=4, dense_hidden=5)
-    assert kept.bytes_a_token(CONFIG, 4) == 4 * 3 * (64 + 2 * 64 + 3 * 64 + 4 * 64 + 5 * 256)
+    kept = Activations(width=1, query=2, key_value=3, dense_width=4)
+    assert kept.bytes_a_token(CONFIG, 4) == 4 * 3 * (64 + 2 * 64 + 3 * 64 + 4 * 64 + 2 * 256)

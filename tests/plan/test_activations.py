@@ -1,0 +1,51 @@
+"""The planner's elements against what torch really keeps for the backward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from openm6.bench.training_rates import LENGTH, ROWS, block_of
+from openm6.models.config import BackboneConfig
+from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.plan.activations import Activations
+
+SIZES = {"width": 128, "num_layers": 1, "num_kv_heads": 1, "head_dim": 64}
+
+
+def kept_elements(config: BackboneConfig) -> float:
+    """Elements that one layer keeps of a token between its forward and its backward pass, weights left out."""
+    block, parts, context = block_of(config)
+    own = {weight.untyped_storage().data_ptr() for weight in [*block.parameters(), *parts.parameters()]}
+    own |= {table.untyped_storage().data_ptr() for table in context.rotary}
+    held: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in own:
+            held[pointer] = tensor  # alive, so that no other tensor gets its place
+        return tensor
+
+    x = torch.randn(ROWS, LENGTH, config.width, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(x * 1.0, parts, context, 0)
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values()) / 4 / (ROWS * LENGTH)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BackboneConfig(**SIZES, num_heads=2, dense=DenseConfig(hidden=256)),
+        BackboneConfig(**SIZES, num_heads=4, dense=DenseConfig(hidden=384, ffn="gelu")),
+        BackboneConfig(**SIZES, num_heads=2, experts=ExpertsConfig(hidden=256, num_experts=8, top_k=2)),
+        BackboneConfig(
+            **SIZES,
+            num_heads=2,
+            experts=ExpertsConfig(hidden=128, num_experts=16, num_prototypes=4, ffn="gelu"),
+        ),
+    ],
+    ids=["swiglu", "gelu", "top-k", "prototypes"],
+)
+def test_elements_are_what_torch_keeps(config: BackboneConfig) -> None:
+    assert Activations().bytes_a_token(config, 1) == pytest.approx(kept_elements(config), rel=0.05)
