@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import platform
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from openm6.base.log import get_log
@@ -31,9 +33,10 @@ from openm6.plan.question import Question, model_of_recipe
 from openm6.train.run import read_recipe, recipe_path
 
 SECONDS = 170.0
-# Two short runs, one small and one several times as large, to which the sums of the parts are anchored.
+# Three short runs, of few and many tokens and of a small and a larger model, anchor the sums of the parts.
 ANCHORS = (
     ["packing.rows=2"],
+    ["packing.rows=8"],
     [
         "packing.rows=4",
         "model.overrides.width=384",
@@ -41,7 +44,7 @@ ANCHORS = (
         "model.overrides.num_layers=6",
     ],
 )
-ANCHOR_STEPS = 10
+ANCHOR_STEPS = 14
 
 
 def bench_machine(json_path: Path | None) -> None:
@@ -86,12 +89,18 @@ def measure_machine(deadline: Deadline) -> Ceilings:
 
 
 def anchor(ceilings: Ceilings, probes: list[tuple[list[str], Probe]]) -> Ceilings:
-    """The ceilings with scale and offset of time and memory such that the two probes are planned as they ran."""
-    (small, first), (large, second) = ((planned(words, ceilings), probe) for words, probe in probes)
-    stretch, step = _line(small.time.seconds, first.seconds, large.time.seconds, second.seconds)
-    gap, process = _line(small.budget.device, first.memory, large.budget.device, second.memory)
-    fitted = {"stretch": stretch, "step": step, "gap": gap, "process": process, "workers": first.workers}
-    busy = second.joules / second.seconds
+    """The ceilings with the factors of time and memory under which the probes are planned as they ran."""
+    stages = [planned(words, ceilings) for words, _ in probes]
+    tokens = [float(stage.tokens) for stage in stages]
+    times = [probe.seconds for _, probe in probes]
+    bytes_ = [probe.memory for _, probe in probes]
+    step, stretch, token = fit([stage.time.seconds for stage in stages], tokens, times)
+    process, gap, token_bytes = fit([stage.budget.device for stage in stages], tokens, bytes_)
+    fitted = {
+        "step": step, "stretch": stretch, "token": token, "process": process, "gap": gap,
+        "token_bytes": token_bytes, "workers": probes[0][1].workers,
+    }  # fmt: skip
+    busy = sum(probe.joules for _, probe in probes) / sum(times)
     return ceilings.model_copy(
         update={
             "training": ceilings.training.model_copy(update=fitted),
@@ -100,18 +109,29 @@ def anchor(ceilings: Ceilings, probes: list[tuple[list[str], Probe]]) -> Ceiling
     )
 
 
+def fit(parts: list[float], tokens: list[float], measured: list[float]) -> tuple[float, float, float]:
+    """Offset, factor of the parts and share of each token, none below zero, nearest to what was measured."""
+    columns = np.array([np.ones(len(parts)), parts, tokens]).T
+    scale = columns.max(0)
+    target = np.array(measured)
+    best, found = np.inf, np.zeros(3)
+    for chosen in product((False, True), repeat=3):
+        use = np.array(chosen)
+        if not use.any():
+            continue
+        values = np.zeros(3)
+        values[use] = np.linalg.lstsq(columns[:, use] / scale[use], target, rcond=None)[0] / scale[use]
+        error = float(np.square((columns @ values - target) / target).sum())
+        if (values >= 0).all() and error < best:
+            best, found = error, values
+    return float(found[0]), float(found[1]), float(found[2])
+
+
 def planned(overrides: list[str], ceilings: Ceilings) -> StagePlan:
     """The plan of a probe's run on the machine of the ceilings."""
     _, values = read_recipe(recipe_path("demo"), overrides)
     model = replace(model_of_recipe("probe", values), workers=ceilings.training.workers)
     return make_plan(Question(model), machine_cluster(ceilings)).real
-
-
-def _line(left: float, at_left: float, right: float, at_right: float) -> tuple[float, float]:
-    """Slope and offset of the line through two points; the offset is never below zero."""
-    slope = (at_right - at_left) / (right - left)
-    offset = at_left - slope * left
-    return (slope, offset) if offset >= 0 else (at_right / right, 0.0)
 
 
 def _curve(points: list[tuple[str, float, float]], name: str) -> Curve:

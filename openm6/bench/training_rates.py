@@ -129,7 +129,9 @@ def _part(config: BackboneConfig, kind: str) -> Point:
 
 def _head(width: int) -> Point:
     vocabulary, learned = 2048, ROWS * LENGTH // 4
-    weight = torch.randn(vocabulary, width).mul_(0.02).requires_grad_()  # as small as in a model: no denormals
+    weight = (
+        torch.randn(vocabulary, width).mul_(0.02).requires_grad_()
+    )  # as small as in a model: no denormals
     labels = torch.randint(0, vocabulary, (learned,))
 
     def forward(x: Tensor) -> Tensor:

@@ -69,3 +69,19 @@ def machine(json_path: Json = None) -> None:
     Example: openm6 bench machine --json machine.json
     """
     door("bench machine")(json_path)
+
+
+@bench_app.command("plan")
+def bench_plan(
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="FIRST:LAST", help="Some of the cases.")
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=1.0, help="No case begins after these.")] = 170.0,
+    json_path: Json = None,
+) -> None:
+    """Hold the planner against short runs of thirteen configurations; run openm6 bench machine first.
+
+    \b
+    Example: openm6 bench plan --json calibration.json
+    """
+    door("bench plan")(json_path, seconds, only)

@@ -25,6 +25,7 @@ DOORS = {
     "show judgement": "openm6.evaluate.table:print_table",
     "show inspection": "openm6.cli.inspection:show_inspection",
     "bench machine": "openm6.bench.machine:bench_machine",
+    "bench plan": "openm6.bench.calibration:bench_plan",
     "cluster options": "openm6.plan.cluster:ClusterOptions",
     "plan machine": "openm6.plan.ask:read_machine",
     "plan question": "openm6.plan.ask:read_question",

@@ -37,8 +37,9 @@ class TrainingRates(Config):
     all cores at work as a run takes them.
 
     update: parameters a second of one optimizer step, by optimizer; workers: processes that shared a step.
-    Two short runs anchor the sums of the parts: a step takes `step` seconds and `stretch` times the parts' time, and
-    `process` bytes and `gap` times the parts' bytes.
+    Three short runs anchor the sums of the parts: a step takes `step` seconds, `stretch` times the parts' time and
+    `token` seconds a token (for its data and its adapters); a run takes `process` bytes, `gap` times the parts' bytes
+    and `token_bytes` a token.
     """
 
     attention: Curve
@@ -49,8 +50,10 @@ class TrainingRates(Config):
     workers: int
     step: float = 0.0
     stretch: float = 1.0
+    token: float = 0.0
     process: float = 0.0
     gap: float = 1.0
+    token_bytes: float = 0.0
 
 
 class Ceilings(Config):

@@ -47,7 +47,8 @@ def measured_budget(
     logits = load.learned * part * vocabulary * ELEMENT * LOGITS_A_TOKEN
     states = stored.total * (tier.weights + tier.moments + (load.workers - 1) * tier.gradients)
     step = load.workers * max(kept + logits, stored.total * tier.gradients)
-    return DeviceBudget(states * rates.gap, step * rates.gap, 0.0, rates.process, 0.0, tokens)
+    added = step * rates.gap + tokens * rates.token_bytes
+    return DeviceBudget(states * rates.gap, added, 0.0, rates.process, 0.0, tokens)
 
 
 def measured_time(
@@ -76,7 +77,8 @@ def measured_time(
     output = vocabulary * config.width
     seconds += 2 * PASSES * output * learned * tokens / rates.head.at(output)
     update = stored.total / rates.update.get(optimizer, min(rates.update.values()))
-    return StepTime(seconds * rates.stretch + rates.step, update * rates.stretch, 0.0, 0.0)
+    seconds = seconds * rates.stretch + rates.step + tokens * rates.token
+    return StepTime(seconds, update * rates.stretch, 0.0, 0.0)
 
 
 def optimizer_of(tier: Tier) -> str:

@@ -24,6 +24,7 @@ from openm6.base.energy.reading import Reading
 from openm6.base.log import get_log
 
 POLL_SECONDS = 10.0  # a counter of RAPL wraps in minutes, so somebody must look even in a long step
+LONGEST_REST = 1.0  # seconds
 SHARE_OF_TIME = 0.002  # that reading may take: what is asked for more often is answered from the last reading
 
 
@@ -108,7 +109,8 @@ class Meter:
                 self.notes.append(f"{counter.name} is counted only in part: {reason}")
                 get_log().warning(self.notes[-1])
         ended = time.perf_counter()
-        self._rest_until = ended + (ended - began) / SHARE_OF_TIME
+        # On a crowded machine a reading may take long by the clock: not for that may the meter stand still.
+        self._rest_until = ended + min((ended - began) / SHARE_OF_TIME, LONGEST_REST)
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
