@@ -17,6 +17,7 @@ from openm6.cli.doors import door
 from openm6.cli.energy import energy
 from openm6.cli.group import PlainGroup
 from openm6.cli.plan import plan
+from openm6.cli.scenarios import scenarios
 from openm6.cli.serve import serve
 
 DEMO = "demo"  # the shipped recipe that `openm6 demo` trains
@@ -36,6 +37,7 @@ app.command()(plan)
 app.command()(energy)
 app.command()(serve)
 app.command()(convert)
+app.command()(scenarios)
 
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
@@ -129,12 +131,20 @@ def evaluate(
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the scores there.")
     ] = None,
+    scenarios: Annotated[
+        bool, typer.Option("--scenarios", help="Run the examples of all scenarios instead.")
+    ] = False,
 ) -> None:
     """Judge a trained model on held-out records.
 
     \b
     Example: openm6 evaluate runs/demo --tasks name_picture,draw --json scores.json
     """
+    if scenarios:
+        if tasks is not None or data is not None:
+            raise ConfigError("--scenarios runs examples of its own: leave --tasks and --data out")
+        Console().print(door("tried scenarios")(door("run scenarios")(trained, json_path)))
+        return
     judgement = door("evaluate")(trained, tasks=_names(tasks), data=data, json_path=json_path)
     door("show judgement")(judgement, Console())
 

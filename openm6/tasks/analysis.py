@@ -28,6 +28,17 @@ REPORT_NUMBERS = Task(
     reads="numbers",
     gives="text",
 )
+NAME_STATE = Task(
+    name="name_state",
+    summary="name the state that readings tell of",
+    given={"numbers": WholeRow()},
+    wanted=Text("label", max_tokens=16),
+    prompts={"en": ("{numbers} Which state?",), "zh": ("{numbers} 什么状态？",)},
+    metrics=("exact_match",),
+    baseline="frequent_answer",
+    reads="numbers",
+    gives="text",
+)
 ADVISE = Task(
     name="advise",
     summary="say what to do about a machine",
@@ -51,4 +62,4 @@ FIND_ANOMALY = Task(
     gives="text",
 )
 
-TASKS = (ASK_NUMBERS, REPORT_NUMBERS, ADVISE, FIND_ANOMALY)
+TASKS = (ASK_NUMBERS, REPORT_NUMBERS, NAME_STATE, ADVISE, FIND_ANOMALY)

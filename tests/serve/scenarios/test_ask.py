@@ -1,0 +1,99 @@
+"""Scenarios as requests: the parts are those that training showed, and broken inputs are one sentence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from openm6.base.errors import ConfigError, DataError
+from openm6.data.prepare import with_others
+from openm6.modalities.interface import Part
+from openm6.serve.requests import CodesRequest, EmbedRequest, NumbersRequest, RankRequest, TextRequest
+from openm6.serve.scenarios.ask import scenario_parts, scenario_request
+from openm6.serve.scenarios.catalogue import read_catalogue
+from openm6.serve.scenarios.examples import example_record, example_values
+from openm6.serve.scenarios.scenario import LANGUAGES, Scenario
+from openm6.tasks.registry import TASKS
+from tests.small_model import demo_sources
+
+CATALOGUE = read_catalogue()
+ALL = CATALOGUE.scenarios.values()
+REQUESTS = {
+    "text": TextRequest,
+    "image": CodesRequest,
+    "sound": CodesRequest,
+    "numbers": NumbersRequest,
+    "ranking": RankRequest,
+    "embedding": EmbedRequest,
+}
+
+
+@pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
+def test_every_example_becomes_a_request(scenario: Scenario) -> None:
+    for language in LANGUAGES:
+        request = scenario_request(scenario, language, example_values(scenario, language), seed=5)
+        assert isinstance(request, REQUESTS[scenario.gives]) and request.parts
+        kinds = [part.modality for part in request.parts]
+        assert all(a != b or a != "text" for a, b in zip(kinds, kinds[1:], strict=False))
+        if isinstance(request, TextRequest | CodesRequest):
+            assert request.sampling.seed == 5
+
+
+def test_the_parts_are_those_of_training() -> None:
+    """A record through the task, and the same fields through the scenario."""
+    shop, rng = demo_sources()["shop"], np.random.default_rng(0)
+    record = with_others(shop[4], shop, rng)
+    title, tags = record["text_en"], ", ".join(record["tags_en"])
+    for name, values in {
+        "product_title": {"image": record["image"], "tags": tags},
+        "fill_attributes": {"image": record["image"], "title": title},
+        "live_script": {"title": title, "selling_points": record["extra"]["selling_points_en"]},
+        "price_prediction": {"image": record["image"], "title": title},
+    }.items():
+        scenario = CATALOGUE.named(name)
+        example = TASKS[scenario.tasks[0]].example(record, np.random.default_rng(1), language="en")
+        assert list(scenario_parts(scenario, "en", values)) == example.source
+
+
+def test_a_gap_in_a_sound_is_asked_as_it_was_taught() -> None:
+    record = demo_sources()["spoken"][2]
+    example = TASKS["fill_sound"].example(record, np.random.default_rng(1))
+    sound = next(part for part in example.source if part.modality == "sound")
+    values = {"sound": record["audio"], "gap": sound.options["gap"]}
+    request = scenario_request(CATALOGUE.named("repair_sound"), "en", values)
+    assert isinstance(request, CodesRequest) and request.gap == sound.options["gap"]
+    asked = next(part for part in request.parts if part.modality == "sound")
+    assert asked.options == {name: sound.options[name] for name in ("gap", "seconds")}
+    assert request.duration == sound.options["seconds"] and request.given == record["audio"]
+
+
+def test_the_number_wanted_is_not_read() -> None:
+    scenario = CATALOGUE.named("missing_measurement")
+    parts = scenario_parts(scenario, "en", {"numbers": {"bill_length_mm": 40.0, "body_mass_g": 4000.0}})
+    assert Part("numbers", {"bill_length_mm": 40.0}) in parts
+    assert parts[-1].raw == " What is its body mass g?"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("couplet", {}, "needs the input 'line'"),
+        ("couplet", {"line": ""}, "needs the input 'line'"),
+        ("couplet", {"lines": "x"}, "did you mean 'line'"),
+        ("couplet", {"line": 3}, "must be a text"),
+        ("caption", {"image": "x"}, "must be the bytes of a picture"),
+        ("fill_region", {"image": b"x", "hole": [0.5, 0, 0.2, 1]}, "four shares"),
+        ("repair_sound", {"sound": b"x", "gap": [0.1, 1.5]}, "two shares"),
+        ("weather_forecast", {"series": {"name": "x", "values": ["a"]}}, "a name and values"),
+        ("machine_state", {"numbers": {"a": "b"}}, "values by column"),
+        ("search_ranking", {"query": "x", "candidates": ["a", ""]}, "a list of texts"),
+    ],
+)
+def test_broken_inputs_are_one_sentence(name: str, values: dict[str, object], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        scenario_request(CATALOGUE.named(name), "en", values)
+
+
+def test_an_example_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="emoji#nothing"):
+        example_record("emoji#nothing")

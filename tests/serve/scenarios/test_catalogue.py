@@ -1,0 +1,130 @@
+"""The catalogue: forty scenarios and more, complete in both languages, taught in the very words that they ask in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from openm6.base.errors import ConfigError
+from openm6.models.description import Lesson
+from openm6.serve.scenarios.catalogue import LIBRARY, read_catalogue, require, standing
+from openm6.serve.scenarios.scenario import LANGUAGES, PROMPTED, Scenario
+from openm6.tasks.registry import TASKS
+from openm6.train.run import read_recipe, recipe_path
+from tests.small_model import loaded
+
+CATALOGUE = read_catalogue()
+ALL = CATALOGUE.scenarios.values()
+NAMED_IN_THE_PLAN = {
+    "product_title", "selling_points", "live_script", "poem", "couplet", "caption", "alt_text", "visual_question",
+    "product_matching", "fill_attributes", "product_category", "review_sentiment", "review_summary",
+    "price_prediction", "demand_forecast", "search_ranking", "recommendation", "design_sketch", "restyle",
+    "fill_region", "change_background", "style_mix", "spoken_description", "transcription", "spoken_question",
+    "sound_event", "table_question", "series_anomaly", "number_report",
+}  # fmt: skip
+
+
+def test_there_are_forty_and_the_promised_ones_are_among_them() -> None:
+    assert len(ALL) >= 40 and set(CATALOGUE.scenarios) >= NAMED_IN_THE_PLAN
+    assert {scenario.gives for scenario in ALL} == {
+        "text",
+        "image",
+        "sound",
+        "numbers",
+        "ranking",
+        "embedding",
+    }
+
+
+@pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
+def test_it_asks_in_words_that_its_task_teaches(scenario: Scenario) -> None:
+    for language in LANGUAGES:
+        words = scenario.prompt.said(language)
+        taught = [prompt for name in scenario.tasks for prompt in TASKS[name].prompts[language]]
+        if scenario.gives == "embedding":  # either side of a pair stands alone
+            assert words in ("{text}", "{image}", "{sound}")
+        else:
+            assert words in taught
+            gives = {TASKS[name].gives for name in scenario.tasks}
+            assert gives == {"text" if scenario.gives == "ranking" else scenario.gives}
+
+
+@pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
+def test_its_recipe_teaches_its_tasks(scenario: Scenario) -> None:
+    recipe, _ = read_recipe(recipe_path(scenario.recipe), [])
+    assert recipe.kind == "multimodal"
+    assert set(scenario.tasks) <= {lecture.task for lecture in recipe.mixture}
+
+
+@pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
+def test_it_speaks_both_languages(scenario: Scenario) -> None:
+    titles = [
+        scenario.title,
+        scenario.summary,
+        *(given.title for given in scenario.inputs.values() if given.title),
+    ]
+    for words in titles:
+        assert any("\u4e00" <= letter <= "\u9fff" for letter in words.zh)
+        assert not any("\u4e00" <= letter <= "\u9fff" for letter in words.en)
+    assert any(given.kind in PROMPTED for given in scenario.inputs.values())
+
+
+def test_a_model_that_lacks_a_task_is_told_what_would_teach_it() -> None:
+    description = loaded(lessons=(("draw", "digits"),)).description
+    assert standing(CATALOGUE.named("illustration"), description).ready
+    lacking = standing(CATALOGUE.named("restyle"), description)
+    assert not lacking.ready and lacking.missing == ("restyle",)
+    assert lacking.said() == "needs training on restyle (openm6 train design)"
+    assert "需要训练" in lacking.said("zh")
+    with pytest.raises(ConfigError, match="scenario restyle needs training on restyle"):
+        require(CATALOGUE.named("restyle"), description)
+
+
+def test_a_column_that_was_never_seen_is_not_predicted() -> None:
+    description = loaded().description.model_copy(update={"scales": {}})
+    description = description.model_copy(update={"lessons": [Lesson(task="predict_price", source="shop")]})
+    assert standing(CATALOGUE.named("price_prediction"), description).missing == ("the column price",)
+
+
+def test_an_unknown_name_gets_a_hint() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'couplet'"):
+        CATALOGUE.named("couplets")
+
+
+def broken(change: dict[str, object], folder: Path) -> str:
+    """What is said of a scenario with one thing changed."""
+    values = yaml.safe_load((LIBRARY / "writing.yaml").read_text(encoding="utf-8"))
+    values["scenarios"] = [{**values["scenarios"][0], **change}]
+    (folder / "mine.yaml").write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_catalogue(folder)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": {"en": "A poem", "zh": "{title}"}}, "the en prompt must name"),
+        ({"tasks": ["write_poems"]}, "did you mean 'write_poem'"),
+        ({"examples": {"en": {"title": "x"}}}, "the zh example must give"),
+        ({"gives": "numbers"}, "name the column that is predicted"),
+        ({"gives": "ranking"}, "a ranking needs candidates"),
+        ({"decoding": {"text": {"temprature": 1}}}, "temperature"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_broken_file_is_one_sentence(change: dict[str, object], said: str, tmp_path: Path) -> None:
+    words = broken(change, tmp_path)
+    assert said in words and "mine.yaml" in words and "\n" not in words
+
+
+def test_an_empty_folder_and_twins_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no scenarios"):
+        read_catalogue(tmp_path)
+    text = (LIBRARY / "sound.yaml").read_text(encoding="utf-8")
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="two scenarios in"):
+        read_catalogue(tmp_path)
