@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
-
 from openm6.evaluate.likelihood import sequence_nats
+from openm6.generate.embed import embed_tokens
 from openm6.generate.load import Loaded
 from openm6.generate.masked import fill_codes
 from openm6.generate.numbers import predict
 from openm6.generate.text import write
-from openm6.modalities.interface import Tokens
-from openm6.modalities.sequence import collate, lay_out
+from openm6.modalities.sequence import lay_out
 from openm6.serve.prepare import Prepared, prepare
 from openm6.serve.requests import CodesRequest, NumbersRequest, RankRequest, Request, TextRequest
 
@@ -34,7 +31,7 @@ def value_alone(loaded: Loaded, prepared: Prepared) -> Any:
         return predict(loaded.omni, [prepared.prompt], prepared.wanted)[0]
     if isinstance(request, RankRequest):
         return candidate_nats(loaded, prepared)
-    return embed(loaded, prepared.prompt)
+    return embed_tokens(loaded, [prepared.prompt])[0]
 
 
 def candidate_nats(loaded: Loaded, prepared: Prepared) -> list[tuple[float, int]]:
@@ -43,13 +40,3 @@ def candidate_nats(loaded: Loaded, prepared: Prepared) -> list[tuple[float, int]
     nats = sequence_nats(loaded.omni, sequences)
     # A sequence's weights average over its learned tokens; likelihoods are sums, as `sequence_nats` gives them.
     return [(float(found), len(wanted)) for found, wanted in zip(nats, prepared.wanted, strict=True)]
-
-
-@torch.inference_mode()
-def embed(loaded: Loaded, prompt: list[Tokens]) -> np.ndarray:
-    """The mean of the hidden states of all tokens read, scaled to unit length.  # -> D"""
-    sequence = lay_out(prompt)
-    batch = collate([[sequence]], len(sequence)).to(loaded.omni.device)
-    hidden, _ = loaded.omni(batch.kinds, batch.layout)
-    mean = hidden[0].float().mean(0)
-    return torch.nn.functional.normalize(mean, dim=0).cpu().numpy()

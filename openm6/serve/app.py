@@ -15,7 +15,7 @@ from openm6.serve.engine import Engine
 from openm6.serve.errors import add_error_handlers
 from openm6.serve.guard import Guard
 from openm6.serve.metrics import Metrics
-from openm6.serve.routes import audio, chat, embeddings, health, images, models, predict, rank
+from openm6.serve.routes import audio, chat, embeddings, health, images, models, predict, rank, scenarios
 from openm6.serve.state import Server
 
 # A new route is a file in openm6/serve/routes and a line here.
@@ -27,6 +27,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     embeddings.router,
     predict.router,
     rank.router,
+    scenarios.router,
     health.router,
 )
 

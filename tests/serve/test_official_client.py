@@ -17,7 +17,7 @@ from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
 from tests.data.pictures import png, wav
 from tests.serve.running import running
-from tests.small_model import loaded
+from tests.small_model import embedding_model
 
 PICTURE = {
     "type": "image_url",
@@ -32,7 +32,7 @@ NUMBERS = {"type": "numbers", "numbers": {"mass": 3.5, "length": 2.0}}
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with running(create_app(Engine(loaded(3), EngineConfig(rows=4, room=512)), name="tiny")) as found:
+    with running(create_app(Engine(embedding_model(), EngineConfig(rows=4, room=512)), name="tiny")) as found:
         yield found
 
 
@@ -146,7 +146,7 @@ def test_embeddings(client: openai.OpenAI, form: str | None) -> None:
     more = {"encoding_format": form} if form else {}
     found = client.embeddings.create(model="tiny", input=["an apple", "an apple", "七"], **more)
     vectors = np.array([one.embedding for one in found.data])
-    assert vectors.shape == (3, 64) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert vectors.shape == (3, 16) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert np.array_equal(vectors[0], vectors[1]) and not np.allclose(vectors[0], vectors[2])
     pictures = client.embeddings.create(model="tiny", input=[PICTURE, SOUND])
     assert len(pictures.data) == 2

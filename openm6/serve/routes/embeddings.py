@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 
+from openm6.generate.embed import embedding_size
 from openm6.modalities.interface import Part
 from openm6.serve.content import ContentPart, joined, parts_of_content
 from openm6.serve.errors import DOCUMENTED, BadRequestError
@@ -60,7 +61,7 @@ class Vectors(Energy):
 async def embed(body: Embedding, server: ThisServer, client: ThisClient, http: HTTPRequest) -> Vectors:
     """Vectors whose scalar products tell how alike things are."""
     server.check_model(body.model or "default")
-    width = server.engine.loaded.omni.config.width
+    width = embedding_size(server.engine.loaded)
     if body.dimensions not in (None, width):
         raise BadRequestError(f"dimensions={body.dimensions} is not offered: use {width}", "dimensions")
     items = body.input if isinstance(body.input, list) else [body.input]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -34,7 +36,7 @@ def test_every_example_becomes_a_request(scenario: Scenario) -> None:
         request = scenario_request(scenario, language, example_values(scenario, language), seed=5)
         assert isinstance(request, REQUESTS[scenario.gives]) and request.parts
         kinds = [part.modality for part in request.parts]
-        assert all(a != b or a != "text" for a, b in zip(kinds, kinds[1:], strict=False))
+        assert all(a != b or a != "text" for a, b in pairwise(kinds))
         if isinstance(request, TextRequest | CodesRequest):
             assert request.sampling.seed == 5
 

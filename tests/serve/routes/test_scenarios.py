@@ -1,0 +1,129 @@
+"""Scenarios over HTTP: listed with what they need, answered by every kind of output, refused in one sentence."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+
+import httpx
+import pytest
+import soundfile
+from PIL import Image
+
+from openm6.generate.load import Loaded
+from openm6.models.description import Lesson
+from openm6.serve.app import create_app
+from openm6.serve.config import EngineConfig
+from openm6.serve.engine import Engine
+from openm6.serve.scenarios.catalogue import read_catalogue
+from openm6.serve.scenarios.examples import example_values
+from tests.serve.running import running
+from tests.small_model import embedding_model
+
+TASKS = (
+    "couplet",
+    "describe_picture",
+    "fill_picture",
+    "speak",
+    "predict_number",
+    "search_product",
+    "pair_picture",
+    "sketch",
+)
+
+
+def taught() -> Loaded:
+    """The untrained model with a checkpoint that claims some lessons."""
+    model = embedding_model()
+    lessons = [Lesson(task=name, source="x") for name in TASKS]
+    return replace(model, description=model.description.model_copy(update={"lessons": lessons}))
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    app = create_app(Engine(taught(), EngineConfig(room=512)), name="tiny")
+    with running(app) as address, httpx.Client(base_url=address, timeout=60) as found:
+        yield found
+
+
+def body(name: str, language: str = "en") -> dict[str, object]:
+    """A scenario's example as JSON."""
+    values = example_values(read_catalogue().named(name), language)  # type: ignore[arg-type]
+    inputs = {
+        key: base64.b64encode(value).decode() if isinstance(value, bytes) else value
+        for key, value in values.items()
+    }
+    return {"inputs": inputs, "language": language, "seed": 3}
+
+
+def test_all_are_listed_with_what_they_need(client: httpx.Client) -> None:
+    found = {entry["id"]: entry for entry in client.get("/v1/scenarios").json()["data"]}
+    assert set(found) == set(read_catalogue().scenarios)
+    assert found["couplet"]["ready"] and found["couplet"]["needs"] == []
+    restyle = found["restyle"]
+    assert not restyle["ready"] and restyle["needs"] == ["restyle"] and restyle["recipe"] == "design"
+    assert "needs training on restyle" in restyle["state"]["en"]
+    assert client.get("/v1/scenarios/restyle").json() == restyle
+
+
+def test_one_that_was_not_taught_says_so(client: httpx.Client) -> None:
+    refused = client.post("/v1/scenarios/restyle", json=body("restyle"))
+    assert refused.status_code == 400
+    assert "needs training on restyle (openm6 train design)" in refused.json()["error"]["message"]
+
+
+def test_text_comes_back_and_repeats(client: httpx.Client) -> None:
+    first, second = (
+        client.post("/v1/scenarios/couplet", json=body("couplet", "zh")).json() for _ in range(2)
+    )
+    assert first["gives"] == "text" and isinstance(first["text"], str) and first["seed"] == 3
+    assert first["text"] == second["text"] and first["image"] is None
+
+
+def test_a_filled_picture_keeps_what_lies_outside(client: httpx.Client) -> None:
+    asked = body("fill_region")
+    found = client.post("/v1/scenarios/fill_region", json=asked).json()
+    after = Image.open(io.BytesIO(base64.b64decode(found["image"].partition(",")[2])))
+    before = Image.open(io.BytesIO(base64.b64decode(asked["inputs"]["image"]))).convert("RGB")  # type: ignore[index]
+    assert after.size == (64, 64) and before.size == (64, 64)
+    assert after.getpixel((3, 3)) == before.getpixel((3, 3))
+
+
+def test_a_sound_comes_back(client: httpx.Client) -> None:
+    found = client.post("/v1/scenarios/read_aloud", json=body("read_aloud")).json()
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(found["audio"])))
+    assert rate == 16_000 and len(samples) == pytest.approx(1.2 * rate, abs=640)
+
+
+def test_numbers_a_ranking_and_a_vector_come_back(client: httpx.Client) -> None:
+    numbers = client.post("/v1/scenarios/missing_measurement", json=body("missing_measurement")).json()
+    mass = numbers["numbers"]["body_mass_g"]
+    assert mass["low"] <= mass["median"] <= mass["high"]
+    ranking = client.post("/v1/scenarios/search_ranking", json=body("search_ranking")).json()["ranking"]
+    assert sorted(ranked["index"] for ranked in ranking) == [0, 1, 2]
+    assert ranking[0]["score"] >= ranking[1]["score"] >= ranking[2]["score"]
+    vector = client.post("/v1/scenarios/picture_search_vector", json=body("picture_search_vector")).json()
+    assert len(vector["embedding"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "sent", "status", "said"),
+    [
+        ("nothing", {"inputs": {"a": "b"}}, 404, "no scenario is called"),
+        ("couplet", {"inputs": {}}, 400, "inputs"),
+        ("couplet", {"inputs": {"lines": "x"}}, 400, "did you mean 'line'"),
+        ("couplet", {"inputs": {"line": "x"}, "language": "fr"}, 400, "language"),
+        ("fill_region", {"inputs": {"image": "x", "hole": [0, 0, 1, 1]}}, 400, "base64"),
+        ("fill_region", {"inputs": {"image": "eHg=", "hole": [0, 0, 1, 1]}}, 400, "no picture"),
+        ("missing_measurement", {"inputs": {"numbers": {"hmm": 1}}}, 400, "knows no column"),
+        ("couplet", {"inputs": {"line": "x" * 30_000}}, 400, "characters"),
+    ],
+)
+def test_broken_requests_are_one_sentence(
+    client: httpx.Client, name: str, sent: dict[str, object], status: int, said: str
+) -> None:
+    refused = client.post(f"/v1/scenarios/{name}", json=sent)
+    assert refused.status_code == status, refused.text
+    assert said in refused.json()["error"]["message"]
