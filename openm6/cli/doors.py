@@ -20,6 +20,7 @@ DOORS = {
     "shares": "openm6.generate.question:parse_shares",
     "decoding": "openm6.generate.run:read_decoding",
     "serve": "openm6.serve.run:serve",
+    "playground": "openm6.serve.playground.mount:add_playground",
     "serve config": "openm6.serve.run:read_serve_config",
     "list scenarios": "openm6.serve.scenarios.listing:list_scenarios",
     "scenarios as json": "openm6.serve.scenarios.listing:scenarios_json",
@@ -44,7 +45,13 @@ DOORS = {
     "list presets": "openm6.cli.list_presets:list_presets",
 }
 # Packages that come with an extra, so that a missing one is a sentence.
-EXTRAS = {"fastapi": "serve", "starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve"}
+EXTRAS = {
+    "fastapi": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "gradio": "serve",
+}
 
 
 def door(name: str) -> Any:

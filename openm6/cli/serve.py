@@ -26,6 +26,9 @@ def serve(
         Path | None,
         typer.Option("--keys", metavar="FILE", help="API keys, one a line; else OPENM6_API_KEYS."),
     ] = None,
+    playground: Annotated[
+        bool, typer.Option("--playground", help="A page to try it in the browser, at /playground.")
+    ] = False,
 ) -> None:
     """Serve a trained model: chat, pictures, speech, embeddings and numbers in OpenAI's forms.
 
@@ -33,4 +36,5 @@ def serve(
     Example: openm6 serve runs/demo --port 8000
     """
     config = door("serve config")([f"host={host}", f"port={port}", *(settings or [])], keys)
-    door("serve")(trained, config, name)
+    dress = {"dress": door("playground")} if playground else {}
+    door("serve")(trained, config, name, **dress)

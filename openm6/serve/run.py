@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from openm6.base.config import apply_overrides, build
 from openm6.base.errors import ConfigError
@@ -37,13 +39,18 @@ def read_serve_config(settings: list[str], keys: Path | None = None) -> ServeCon
     return build(ServeConfig, {**values, "keys": [*values.get("keys", []), *found]}, "serve")
 
 
-def serve(trained: Path, config: ServeConfig, name: str | None = None) -> None:
-    """Serves a run or checkpoint until it is interrupted.
+def serve(
+    trained: Path,
+    config: ServeConfig,
+    name: str | None = None,
+    dress: Callable[[FastAPI], FastAPI] = lambda app: app,
+) -> None:
+    """Serves a run or checkpoint until it is interrupted; `dress` may put more on the app, as a playground.
 
     Raises:
         CheckpointError: there is no model there.
     """
     loaded = load(trained)
-    app = create_app(Engine(loaded, config.engine), config, name or trained.resolve().name)
+    app = dress(create_app(Engine(loaded, config.engine), config, name or trained.resolve().name))
     get_log().info(f"serving {trained} on http://{config.host}:{config.port}/docs")
     uvicorn.run(app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=5)

@@ -1,0 +1,99 @@
+"""The input slots of the page: a fixed few of each kind, shown, named and filled as a scenario wants them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import gradio
+import soundfile
+from PIL import Image as Pillow
+
+from openm6.base.errors import DataError
+from openm6.serve.playground.words import HINTS
+from openm6.serve.playground.written import read_written, written
+from openm6.serve.scenarios.examples import example_values
+from openm6.serve.scenarios.scenario import Language, Scenario
+
+TEXTS, PICTURES, SOUNDS = 4, 3, 1  # the most that any scenario takes
+Update = dict[str, Any]
+
+
+def make_slots() -> list[gradio.components.Component]:
+    """All slots, hidden: text boxes, pictures, sounds."""
+    texts = [gradio.Textbox(visible=False, lines=2, elem_id=f"text-{number}") for number in range(TEXTS)]
+    with gradio.Row():
+        pictures = [
+            gradio.Image(
+                visible=False, type="filepath", format="png", height=200, elem_id=f"picture-{number}"
+            )
+            for number in range(PICTURES)
+        ]
+    sounds = [
+        gradio.Audio(visible=False, type="filepath", elem_id=f"sound-{number}") for number in range(SOUNDS)
+    ]
+    return [*texts, *pictures, *sounds]
+
+
+def slot_names(scenario: Scenario) -> list[str | None]:
+    """Which input each slot holds."""
+    kinds = {"image": PICTURES, "sound": SOUNDS}
+    names: list[str | None] = []
+    for kind, count in (("text", TEXTS), *kinds.items()):
+        found = [
+            name
+            for name, given in scenario.inputs.items()
+            if kind == (given.kind if given.kind in kinds else "text")
+        ]
+        if len(found) > count:
+            raise DataError(
+                f"scenario {scenario.name} takes {len(found)} inputs of kind {kind}: {count} can be shown"
+            )
+        names += [*found, *[None] * (count - len(found))]
+    return names
+
+
+def slot_updates(scenario: Scenario, language: Language, filled: bool = True) -> list[Update]:
+    """Each slot as the scenario wants it, filled with its example or left as it is."""
+    example = example_values(scenario, language) if filled else {}
+    updates = []
+    for name in slot_names(scenario):
+        if name is None:
+            updates.append(gradio.update(visible=False))
+            continue
+        given = scenario.inputs[name]
+        hint = HINTS[given.kind].said(language) if given.kind in HINTS else ""
+        label = f"{given.said(language)} ({hint})" if hint else given.said(language)
+        if filled:
+            updates.append(
+                gradio.update(visible=True, label=label, value=_as_shown(given.kind, example[name]))
+            )
+        else:
+            updates.append(gradio.update(visible=True, label=label))
+    return updates
+
+
+def _as_shown(kind: Any, value: Any) -> Any:
+    if kind == "image":
+        return Pillow.open(io.BytesIO(value)).convert("RGBA")
+    if kind == "sound":
+        samples, rate = soundfile.read(io.BytesIO(value), dtype="int16")
+        return rate, samples
+    return written(kind, value)
+
+
+def values_in(scenario: Scenario, slots: tuple[Any, ...]) -> dict[str, Any]:
+    """What lies in the slots, by name, as `scenario_request` takes it.
+
+    Raises:
+        DataError: something cannot be read.
+    """
+    found = {}
+    for name, value in zip(slot_names(scenario), slots, strict=True):
+        if name is not None and value not in (None, ""):
+            kind = scenario.inputs[name].kind
+            found[name] = (
+                Path(value).read_bytes() if kind in ("image", "sound") else read_written(kind, value)
+            )
+    return found

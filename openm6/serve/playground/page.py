@@ -1,0 +1,230 @@
+"""The page: choose a scenario or ask freely, see and hear the answer, what it cost, and what was drawn before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio
+
+from openm6.base.errors import OpenM6Error
+from openm6.serve.playground import words
+from openm6.serve.playground.answers import Shown, answer_freely, answer_scenario
+from openm6.serve.playground.inputs import make_slots, slot_updates, values_in
+from openm6.serve.scenarios.catalogue import Catalogue, Standing, read_catalogue, standing
+from openm6.serve.scenarios.scenario import Language, Output, Scenario
+from openm6.serve.state import Server
+
+KEPT = 24  # pictures in the gallery
+WANTS: tuple[Output, ...] = ("text", "image", "sound")
+Pictures = list[tuple[Any, str]]
+
+
+class Page:
+    """Builds the page of one server and answers its events."""
+
+    def __init__(self, server: Server, catalogue: Catalogue | None = None) -> None:
+        self.server = server
+        self.catalogue = catalogue or read_catalogue()
+
+    def build(self) -> gradio.Blocks:
+        """The page as Gradio's blocks."""
+        with gradio.Blocks(title="OpenM6", analytics_enabled=False) as blocks:
+            first = self._first()
+            self._head(first)
+            with gradio.Row():
+                with gradio.Column(min_width=320), gradio.Tabs():
+                    self._scenario_tab(first)
+                    self._free_tab()
+                with gradio.Column(min_width=320):
+                    self._answer_panel()
+            self._connect(blocks)
+        return blocks
+
+    def _first(self) -> Scenario:
+        """The first scenario that is ready, so that the page opens with something that works."""
+        every = list(self.catalogue.scenarios.values())
+        return next((scenario for scenario in every if self._standing(scenario).ready), every[0])
+
+    def _standing(self, scenario: Scenario) -> Standing:
+        return standing(scenario, self.server.engine.loaded.description)
+
+    def _head(self, first: Scenario) -> None:
+        self.title = gradio.Markdown(_heading("en"), elem_id="title")
+        self.language = gradio.Radio(
+            words.LANGUAGE_NAMES, value="en", label=words.LANGUAGE.en, elem_id="language"
+        )
+
+    def _scenario_tab(self, first: Scenario) -> None:
+        with gradio.Tab(words.SCENARIOS.en, id="scenarios") as self.scenario_tab:
+            domain = self.catalogue.domain_of(first.name)
+            self.domain = gradio.Dropdown(
+                self._domains("en"), value=domain, label=words.DOMAIN.en, elem_id="domain"
+            )
+            self.scenario = gradio.Dropdown(
+                self._choices(domain, "en"), value=first.name, label=words.SCENARIO.en, elem_id="scenario"
+            )
+            self.state = gradio.Markdown(self._about(first, "en"), elem_id="state")
+            self.slots = make_slots()
+            self.seed = gradio.Number(0, label=words.SEED.en, precision=0, minimum=0, maximum=2**31 - 1)
+            self.run = gradio.Button(words.RUN.en, variant="primary", elem_id="run")
+
+    def _free_tab(self) -> None:
+        with gradio.Tab(words.FREELY.en, id="freely") as self.free_tab:
+            self.text = gradio.Textbox(label=words.TEXT.en, lines=3, elem_id="free-text")
+            self.picture = gradio.Image(label=words.PICTURE.en, type="filepath", format="png", height=200)
+            self.sound = gradio.Audio(label=words.SOUND.en, type="filepath")
+            self.want = gradio.Radio(_wants("en"), value="text", label=words.WANTED.en, elem_id="want")
+            self.ask = gradio.Button(words.RUN.en, variant="primary", elem_id="ask")
+
+    def _answer_panel(self) -> None:
+        self.out_text = gradio.Textbox(label=words.ANSWER.en, lines=3, elem_id="answer-text")
+        self.out_picture = gradio.Image(
+            label=words.PICTURE.en,
+            visible=False,
+            interactive=False,
+            format="png",
+            height=280,
+            elem_id="answer-picture",
+        )
+        self.out_sound = gradio.Audio(
+            label=words.SOUND.en, visible=False, interactive=False, elem_id="answer-sound"
+        )
+        self.out_figure = gradio.HTML(visible=False, elem_id="answer-figure")
+        self.note = gradio.Markdown("", elem_id="note")
+        self.gallery = gradio.Gallery(label=words.GALLERY.en, columns=4, height=220, elem_id="gallery")
+        self.drawn = gradio.State([])
+
+    def _connect(self, blocks: gradio.Blocks) -> None:
+        panel = [self.out_text, self.out_picture, self.out_sound, self.out_figure, self.note]
+        answer = [*panel, self.gallery, self.drawn]
+        self.domain.change(self.choose_domain, [self.domain, self.language], [self.scenario])
+        shown = [self.state, *self.slots]
+        self.scenario.change(self.choose_scenario, [self.scenario, self.language], shown)
+        blocks.load(self.choose_scenario, [self.scenario, self.language], shown)
+        self.language.change(
+            self.choose_language, [self.language, self.domain, self.scenario], self._worded() + shown
+        )
+        asked = [self.language, self.scenario, self.seed, self.drawn, *self.slots]
+        self.run.click(self.on_run, asked, answer)
+        free = [self.language, self.text, self.picture, self.sound, self.want, self.seed, self.drawn]
+        self.ask.click(self.on_ask, free, answer)
+
+    def _worded(self) -> list[Any]:
+        """Components whose words change with the language, in the order of `choose_language`."""
+        return [
+            self.title, self.language, self.domain, self.scenario, self.scenario_tab, self.free_tab, self.seed,
+            self.run, self.ask, self.text, self.picture, self.sound, self.want, self.out_text, self.out_picture,
+            self.out_sound, self.gallery,
+        ]  # fmt: skip
+
+    def choose_domain(self, domain: str, language: Language) -> Any:
+        """The scenarios of a field, the first ready one chosen."""
+        scenarios = self.catalogue.domains[domain].scenarios
+        first = next((scenario for scenario in scenarios if self._standing(scenario).ready), scenarios[0])
+        return gradio.update(choices=self._choices(domain, language), value=first.name)
+
+    def choose_scenario(self, name: str, language: Language) -> list[Any]:
+        """What the scenario is and its inputs, filled with the example."""
+        scenario = self.catalogue.named(name)
+        return [self._about(scenario, language), *slot_updates(scenario, language)]
+
+    def choose_language(self, language: Language, domain: str, name: str) -> list[Any]:
+        """The whole page in another language."""
+        labels = (words.SEED, words.TEXT, words.PICTURE, words.SOUND)
+        seed, text, picture, sound = (gradio.update(label=label.said(language)) for label in labels)
+        button = gradio.update(value=words.RUN.said(language))
+        return [
+            _heading(language),
+            gradio.update(label=words.LANGUAGE.said(language)),
+            gradio.update(label=words.DOMAIN.said(language), choices=self._domains(language), value=domain),
+            gradio.update(
+                label=words.SCENARIO.said(language), choices=self._choices(domain, language), value=name
+            ),
+            gradio.update(label=words.SCENARIOS.said(language)),
+            gradio.update(label=words.FREELY.said(language)),
+            seed,
+            button,
+            button,
+            text,
+            picture,
+            sound,
+            gradio.update(label=words.WANTED.said(language), choices=_wants(language)),
+            gradio.update(label=words.ANSWER.said(language)),
+            picture,
+            sound,
+            gradio.update(label=words.GALLERY.said(language)),
+            *self.choose_scenario(name, language),
+        ]
+
+    async def on_run(
+        self, language: Language, name: str, seed: float, drawn: Pictures, *slots: Any
+    ) -> list[Any]:
+        """A scenario's answer in the panel."""
+        scenario = self.catalogue.named(name)
+        try:
+            values = values_in(scenario, slots)
+            shown = await answer_scenario(self.server, scenario, language, values, int(seed or 0))
+        except OpenM6Error as error:
+            raise gradio.Error(str(error), print_exception=False) from None
+        return _panel(shown, scenario.title.said(language), drawn)
+
+    async def on_ask(
+        self,
+        language: Language,
+        text: str,
+        picture: str | None,
+        sound: str | None,
+        want: Output,
+        seed: float,
+        drawn: Pictures,
+    ) -> list[Any]:
+        """The answer to a free question in the panel."""
+        try:
+            shown = await answer_freely(
+                self.server, language, text or "", picture, sound, want, int(seed or 0)
+            )
+        except OpenM6Error as error:
+            raise gradio.Error(str(error), print_exception=False) from None
+        return _panel(shown, (text or "")[:40], drawn)
+
+    def _domains(self, language: Language) -> list[tuple[str, str]]:
+        return [(domain.title.said(language), name) for name, domain in self.catalogue.domains.items()]
+
+    def _choices(self, domain: str, language: Language) -> list[tuple[str, str]]:
+        """Titles, those that need training marked by a ring."""
+        return [
+            (
+                ("● " if self._standing(scenario).ready else "○ ") + scenario.title.said(language),
+                scenario.name,
+            )
+            for scenario in self.catalogue.domains[domain].scenarios
+        ]
+
+    def _about(self, scenario: Scenario, language: Language) -> str:
+        able = self._standing(scenario)
+        state = words.READY.said(language) if able.ready else f"○ {able.said(language)}"
+        return f"{scenario.summary.said(language)} {state}"
+
+
+def _heading(language: Language) -> str:
+    return f"# {words.TITLE.said(language)}\n{words.LEAD.said(language)}"
+
+
+def _wants(language: Language) -> list[tuple[str, str]]:
+    titles = (words.TEXT, words.PICTURE, words.SOUND)
+    return [(title.said(language), want) for title, want in zip(titles, WANTS, strict=True)]
+
+
+def _panel(shown: Shown, caption: str, drawn: Pictures) -> list[Any]:
+    """The answer panel: what is there is shown, the rest hidden; pictures go to the gallery."""
+    if shown.picture is not None:
+        drawn = [(shown.picture, caption), *drawn][:KEPT]
+    return [
+        gradio.update(value=shown.text, visible=shown.text is not None),
+        gradio.update(value=shown.picture, visible=shown.picture is not None),
+        gradio.update(value=shown.sound, visible=shown.sound is not None),
+        gradio.update(value=shown.figure or "", visible=shown.figure is not None),
+        shown.note,
+        drawn,
+        drawn,
+    ]

@@ -1,0 +1,138 @@
+"""The page in a real browser, at the widths of a desk and of a phone: choose, click, see, hear, read."""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("gradio", reason="the extra [serve] is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+from openm6.serve.app import create_app
+from openm6.serve.config import EngineConfig, ServeConfig
+from openm6.serve.engine import Engine
+from openm6.serve.playground.mount import add_playground
+from tests.serve.routes.test_scenarios import taught
+from tests.serve.running import running
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
+PATIENCE = 60_000  # milliseconds
+DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    app = add_playground(create_app(Engine(taught(), EngineConfig(room=512)), name="tiny"))
+    with running(app) as found:
+        yield f"{found}/playground/"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[playwright.Browser]:
+    with playwright.sync_playwright() as tool:
+        found = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser: playwright.Browser, address: str) -> Iterator[playwright.Page]:
+    found = browser.new_page(viewport=DESK)
+    found.set_default_timeout(PATIENCE)
+    found.goto(address)
+    found.wait_for_selector("#run")
+    playwright.expect(found.locator("#state")).to_contain_text("●", timeout=PATIENCE)
+    yield found
+    found.close()
+
+
+def choose(page: playwright.Page, dropdown: str, title: str) -> None:
+    """Picks an entry of a dropdown."""
+    page.click(f"#{dropdown} input")
+    page.locator("ul[role=listbox] li", has_text=title).first.click()
+
+
+def answered(page: playwright.Page) -> None:
+    playwright.expect(page.locator("#note")).to_contain_text(" s", timeout=PATIENCE)
+
+
+def test_a_picture_is_filled_in_and_kept_in_the_gallery(page: playwright.Page) -> None:
+    playwright.expect(page.locator("#state")).to_contain_text("Paint anew")
+    page.click("#run")
+    answered(page)
+    playwright.expect(page.locator("#answer-picture img").first).to_be_visible(timeout=PATIENCE)
+    playwright.expect(page.locator("#gallery img").first).to_be_visible(timeout=PATIENCE)
+
+
+def test_a_sound_is_spoken(page: playwright.Page) -> None:
+    choose(page, "domain", "Speech and sound")
+    choose(page, "scenario", "Read aloud")
+    playwright.expect(page.locator("#text-0 textarea")).to_have_value("seven", timeout=PATIENCE)
+    page.click("#run")
+    answered(page)
+    playwright.expect(page.locator("#answer-sound")).to_be_visible(timeout=PATIENCE)
+
+
+def test_an_interval_is_drawn(page: playwright.Page) -> None:
+    choose(page, "domain", "Manufacturing and science")
+    playwright.expect(page.locator("#state")).to_contain_text("interval", timeout=PATIENCE)
+    page.click("#run")
+    answered(page)
+    playwright.expect(page.locator("#answer-figure svg")).to_be_visible(timeout=PATIENCE)
+    playwright.expect(page.locator("#answer-figure")).to_contain_text("80%")
+
+
+def test_what_was_not_taught_says_so(page: playwright.Page) -> None:
+    choose(page, "scenario", "Restyle")
+    playwright.expect(page.locator("#state")).to_contain_text("needs training on restyle", timeout=PATIENCE)
+    page.click("#run")
+    playwright.expect(page.locator(".toast-wrap, [data-testid=toast-body]").first).to_contain_text(
+        "openm6 train design", timeout=PATIENCE
+    )
+
+
+def test_a_phone_shows_it_in_chinese_without_scrolling_sideways(page: playwright.Page) -> None:
+    page.set_viewport_size(PHONE)
+    page.locator("#language label", has_text="中文").click()
+    playwright.expect(page.locator("#title")).to_contain_text("试验场", timeout=PATIENCE)
+    playwright.expect(page.locator("#run")).to_have_text("回答", timeout=PATIENCE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+def test_a_free_question_is_answered(page: playwright.Page) -> None:
+    page.get_by_role("tab", name="Ask freely").click()
+    page.fill("#free-text textarea", "draw the digit seven")
+    page.locator("#want label", has_text="Picture").click()
+    page.click("#ask")
+    answered(page)
+    playwright.expect(page.locator("#answer-picture img").first).to_be_visible(timeout=PATIENCE)
+
+
+def test_a_key_is_asked_for_where_there_are_keys(browser: playwright.Browser) -> None:
+    config = ServeConfig(keys=("secret",))
+    app = add_playground(create_app(Engine(taught(), EngineConfig(room=512)), config, name="tiny"))
+    with running(app) as address:
+        page = browser.new_page(viewport=DESK)
+        page.set_default_timeout(PATIENCE)
+        page.goto(f"{address}/playground/")
+        page.wait_for_selector("input[type=password]")
+        assert page.locator("#run").count() == 0
+        for password, count in (("wrong", 0), ("secret", 1)):
+            page.locator("input").first.fill("me")
+            page.fill("input[type=password]", password)
+            page.get_by_role("button").last.click()
+            if count:
+                page.wait_for_selector("#run")
+            else:
+                page.wait_for_timeout(1500)
+            assert page.locator("#run").count() == count
+        page.close()

@@ -1,0 +1,48 @@
+"""Every scenario finds room in the page's slots, filled with its example, and is read back as it was given."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gradio", reason="the extra [serve] is not installed")
+
+import soundfile
+
+from openm6.serve.playground.inputs import PICTURES, SOUNDS, TEXTS, slot_names, slot_updates, values_in
+from openm6.serve.scenarios.catalogue import read_catalogue
+from openm6.serve.scenarios.examples import example_values
+from openm6.serve.scenarios.scenario import LANGUAGES, Scenario
+
+ALL = read_catalogue().scenarios.values()
+
+
+@pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
+def test_the_example_goes_in_and_comes_back(scenario: Scenario, tmp_path: Path) -> None:
+    for language in LANGUAGES:
+        updates = slot_updates(scenario, language)
+        names = slot_names(scenario)
+        assert len(updates) == len(names) == TEXTS + PICTURES + SOUNDS
+        assert {name for name in names if name} == set(scenario.inputs)
+        slots = []
+        for number, (name, update) in enumerate(zip(names, updates, strict=True)):
+            assert update["visible"] == (name is not None)
+            value = update.get("value")
+            kind = scenario.inputs[name].kind if name else "text"
+            if kind in ("image", "sound"):
+                path = tmp_path / f"{number}.png"
+                if kind == "image":
+                    value.save(path)
+                else:
+                    soundfile.write(path, value[1], value[0], format="WAV")
+                value = str(path)
+            slots.append(value)
+        found, given = values_in(scenario, tuple(slots)), example_values(scenario, language)
+        assert set(found) == set(given)
+        for name, value in given.items():
+            if isinstance(value, bytes):
+                assert isinstance(found[name], bytes) and io.BytesIO(found[name]).read(4)
+            else:
+                assert found[name] == value
