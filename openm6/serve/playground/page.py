@@ -28,7 +28,7 @@ class Page:
 
     def build(self) -> gradio.Blocks:
         """The page as Gradio's blocks."""
-        with gradio.Blocks(title="OpenM6", analytics_enabled=False) as blocks:
+        with gradio.Blocks(title="OpenM6", analytics_enabled=False, fill_width=True) as blocks:
             first = self._first()
             self._head(first)
             with gradio.Row():
@@ -84,6 +84,7 @@ class Page:
             interactive=False,
             format="png",
             height=280,
+            buttons=["download", "fullscreen"],
             elem_id="answer-picture",
         )
         self.out_sound = gradio.Audio(
@@ -91,7 +92,9 @@ class Page:
         )
         self.out_figure = gradio.HTML(visible=False, elem_id="answer-figure")
         self.note = gradio.Markdown("", elem_id="note")
-        self.gallery = gradio.Gallery(label=words.GALLERY.en, columns=4, height=220, elem_id="gallery")
+        self.gallery = gradio.Gallery(
+            label=words.GALLERY.en, columns=4, height=220, object_fit="contain", elem_id="gallery"
+        )
         self.drawn = gradio.State([])
 
     def _connect(self, blocks: gradio.Blocks) -> None:
