@@ -66,7 +66,8 @@ def answered(page: playwright.Page) -> None:
 
 
 def test_a_picture_is_filled_in_and_kept_in_the_gallery(page: playwright.Page) -> None:
-    playwright.expect(page.locator("#state")).to_contain_text("Paint anew")
+    choose(page, "scenario", "Fill in a region")
+    playwright.expect(page.locator("#state")).to_contain_text("Paint anew", timeout=PATIENCE)
     page.click("#run")
     answered(page)
     playwright.expect(page.locator("#answer-picture img").first).to_be_visible(timeout=PATIENCE)
