@@ -162,7 +162,7 @@ class FactoredRule(UpdateRule):
 
     def update(self, stored: Stored, gradient: Tensor, move: Move) -> None:
         views = {name: _as_matrices(tensor, name) for name, tensor in stored.items()}
-        matrices = _as_matrices(gradient, WEIGHT)  # E R C
+        matrices = _as_matrices(gradient, WEIGHT).contiguous()  # E R C; the kernels know no strides
         if self.update_fused(views, matrices, move):
             return
         for first, last in _chunks(matrices):
