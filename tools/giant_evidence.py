@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,23 +47,37 @@ CASES: dict[str, dict[str, Values]] = {
 }
 
 
-def recipe_of(case: Values, seed: int, steps: int, rate: float) -> MultimodalRecipe:
-    """The nano preset on English definitions and Chinese verse."""
-    overrides = {"sharing": "all"} if "switch" in case else {}
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a table have in common; the width is that of the nano preset's four layers."""
+
+    width: int
+    steps: int
+    rate: float
+    rows: int
+    length: int
+
+
+def recipe_of(case: Values, seed: int, setting: Setting, tokenizer: str | None) -> MultimodalRecipe:
+    """Four layers of eight experts on English definitions and Chinese verse."""
+    overrides: Values = {"width": setting.width, "experts": {"hidden": setting.width}}
+    overrides |= {"num_heads": setting.width // 32, "num_kv_heads": 1, "head_dim": 32}
+    overrides |= {"sharing": "all"} if "switch" in case else {}
+    steps = setting.steps
     values: Values = {
         "model": {"preset": "nano", "overrides": overrides},
-        "modalities": {"text": {"vocabulary": 2048}},
+        "modalities": {"text": {"vocabulary": 1024, "tokenizer": tokenizer}},
         "sources": {name: {"kind": "embedded", "name": name} for name in ("wordnet_en", "poems_zh")},
         "mixture": [
             {"source": "wordnet_en", "task": "define", "weight": 2},
             {"source": "poems_zh", "task": "continue", "weight": 1},
         ],
-        "packing": {"rows": 2, "length": 256},
+        "packing": {"rows": setting.rows, "length": setting.length},
         "loop": {
             "steps": steps,
             "seed": seed,
             "streaming": {},
-            "optimizer": {"learning_rate": rate, "bytes_per_parameter": case.get("bytes", 16)},
+            "optimizer": {"learning_rate": setting.rate, "bytes_per_parameter": case.get("bytes", 16)},
             "schedule": {"warmup_steps": steps // 10, "decay_share": 0.4},
         },
     }
@@ -89,11 +104,11 @@ def judge(job: MultimodalJob, batches: list[Batch]) -> float:
     return float(torch.cat(parts).mean())
 
 
-def run_case(case: Values, seed: int, steps: int, rate: float) -> Values:
+def run_case(case: Values, seed: int, setting: Setting, tokenizer: str | None = None) -> Values:
     """One run: the loss at its end, its processor seconds before and after the switch, and the bytes it kept."""
     with tempfile.TemporaryDirectory() as place:
-        folder = RunFolder.open(place)
-        recipe = recipe_of(case, seed, steps, rate)
+        folder, steps = RunFolder.open(place), setting.steps
+        recipe = recipe_of(case, seed, setting, tokenizer)
         job = MultimodalJob(recipe, folder, torch.device("cpu"))
         updater = open_updater(job, recipe.loop)
         test = list(islice(held_out(job, folder), HELD_OUT))
@@ -117,20 +132,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=sorted(CASES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--rate", type=float, default=0.002)
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rate", type=float, default=0.003)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--json", type=Path, required=True)
     words = parser.parse_args()
+    setting = Setting(words.width, words.steps, words.rate, words.rows, words.length)
     found: dict[str, list[Values]] = {name: [] for name in CASES[words.what]}
+    with tempfile.TemporaryDirectory() as place:
+        first = MultimodalJob(recipe_of({}, 0, setting, None), RunFolder.open(place), torch.device("cpu"))
+        tokenizer = Path(place) / "words.json"
+        tokenizer.write_text(first.tokenizer, encoding="utf-8")
+        run_all(words, setting, str(tokenizer), found)
+    return 0
+
+
+def run_all(
+    words: argparse.Namespace, setting: Setting, tokenizer: str, found: dict[str, list[Values]]
+) -> None:
+    """Every case with every seed; the file is written after each run."""
     for seed in range(words.seeds):
         for name, case in CASES[words.what].items():
-            found[name].append(run_case(case, seed, words.steps, words.rate))
+            found[name].append(run_case(case, seed, setting, tokenizer))
             losses = [run["loss"] for run in found[name]]
             sys.stdout.write(f"{name} seed {seed}: {found[name][-1]} mean {statistics.mean(losses):.4f}\n")
             sys.stdout.flush()
-            facts = {"steps": words.steps, "rate": words.rate, "threads": torch.get_num_threads()}
+            facts = {**asdict(setting), "threads": torch.get_num_threads()}
             words.json.write_text(json.dumps({**facts, "runs": found}, indent=1), encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

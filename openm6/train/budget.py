@@ -21,6 +21,7 @@ EDGE_BYTES = (
     20  # a weight, both moments, its gradient, and its copy in half precision, four bytes each at most
 )
 HALF = 2  # bytes of an activation or a gradient on a GPU
+TOLD = 0.02  # share of a place's bytes below which a line is left out of the log
 HOST_SHARE = 0.9  # of the free host memory; the rest is for everybody else
 
 
@@ -152,11 +153,12 @@ def check_budget(budget: Budget, device: torch.device, streaming: StreamingConfi
     resident = choose_resident(budget, device, streaming)
     for place, limit in room.items():
         needed = _needed(budget, place, resident, device)
-        get_log().info(
-            f"{place}: {needed / GIB:.2f} of {limit / GIB:.1f} GiB for "
-            + ", ".join(f"{line.what} {line.num_bytes / GIB:.2f}" for line in budget.lines(resident)
-                        if line.num_bytes and (line.place == place or device.type != "cuda"))
-        )  # fmt: skip
+        parts = [
+            f"{line.what} {line.num_bytes / GIB:.2f}"
+            for line in budget.lines(resident)
+            if line.num_bytes >= TOLD * needed and (line.place == place or device.type != "cuda")
+        ]
+        get_log().info(f"{place}: {needed / GIB:.2f} of {limit / GIB:.1f} GiB; {', '.join(parts)}")
     short = [place for place, limit in room.items() if _needed(budget, place, resident, device) > limit]
     if short:
         raise ConfigError(refusal(budget, short[0], room, resident, device))
