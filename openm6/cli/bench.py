@@ -85,3 +85,56 @@ def bench_plan(
     Example: openm6 bench plan --json calibration.json
     """
     door("bench plan")(json_path, seconds, only)
+
+
+@bench_app.command()
+def serve(
+    json_path: Json = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Length of the mixed load.")] = 20.0,
+) -> None:
+    """Text by continuous batching beside transformers on the same weights; then a mixed load.
+
+    \b
+    Example: openm6 bench serve --json serve.json
+    """
+    door("bench serve")(json_path, seconds)
+
+
+@bench_app.command()
+def generate(json_path: Json = None) -> None:
+    """A picture of 256 places masked-parallel, and place after place.
+
+    \b
+    Example: openm6 bench generate --json generate.json
+    """
+    door("bench generate")(json_path)
+
+
+@bench_app.command()
+def soak(
+    trained: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="The model to serve.")],
+    minutes: Annotated[float, typer.Option("--minutes", min=0.01)] = 10.0,
+    json_path: Json = None,
+) -> None:
+    """Serve at twice the capacity: every answer compared, memory and /health watched.
+
+    \b
+    Example: openm6 bench soak runs/demo --minutes 10
+    """
+    door("bench soak")(trained, minutes, json_path)
+
+
+@bench_app.command()
+def fuzz(
+    trained: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="The model to serve.")],
+    uploads: Annotated[
+        int, typer.Option("--uploads", min=1, help="Broken files and bodies to send.")
+    ] = 10_000,
+    json_path: Json = None,
+) -> None:
+    """Send a server broken pictures, sounds and bodies; nothing may end in a 5xx.
+
+    \b
+    Example: openm6 bench fuzz runs/demo --uploads 10000
+    """
+    door("bench fuzz")(trained, uploads, json_path)

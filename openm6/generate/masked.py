@@ -65,7 +65,7 @@ def fill_codes(omni: Omni, prompts: list[Prompt], wanted: list[Tokens], sampling
         if sampling.order == "confidence":
             shaken = confidence + sampling.noise * (1 - share) * shaken
         left = torch.floor(first_unknown * math.cos(math.pi / 2 * share)).long() * (step < sampling.steps)
-        unknown = _least_sure(shaken, unknown, left)
+        unknown = least_sure(shaken, unknown, left)
         if not bool(unknown.any()):
             break
     return codes
@@ -119,7 +119,7 @@ def _draw(
     return drawn, confidence
 
 
-def _least_sure(confidence: Tensor, unknown: Tensor, count: Tensor) -> Tensor:
+def least_sure(confidence: Tensor, unknown: Tensor, count: Tensor) -> Tensor:
     """The `count` unknown places of each row with the lowest confidence.  # B N, B N, B -> B N"""
     rank = confidence.masked_fill(~unknown, float("inf")).argsort(-1).argsort(-1)
     still = torch.minimum(count, (unknown.sum(1) - 1).clamp(min=0))  # every step settles at least one place

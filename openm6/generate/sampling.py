@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -21,30 +23,59 @@ class Sampling(Config):
     seed: int = 0
 
 
-class RowNoise:
-    """Noise from one generator per row, so that a row gets the same answer alone or in a crowd."""
+def gumbel(seed: Tensor, draw: Tensor, *shape: int) -> Tensor:
+    """Standard Gumbel noise that is a function of (seed, number of the draw, place): nothing is carried along.
 
-    def __init__(self, seeds: list[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    So a row draws the same alone or in a crowd, on a CPU or a GPU, and within a captured graph. A counter is mixed as
+    in MurmurHash3's finish; 24 of its bits become a number in (0, 1).  # B, B -> B *shape
+    """
+    count = math.prod(shape)
+    key = _mixed(seed * _FIRST + _mixed(draw + 1)) * _SECOND  # B
+    place = torch.arange(count, device=seed.device)
+    bits = _mixed(key[:, None] + place * _FIRST) & 0xFFFFFF
+    uniform = (bits.float() + 0.5) * 2.0**-24
+    return -(-uniform.log_()).log_().view(len(seed), *shape)
+
+
+_FIRST, _SECOND = -0x61C8864680B583EB, -0x00AE502812AA7333  # odd constants, as two's complement
+
+
+def _mixed(word: Tensor) -> Tensor:
+    """Every bit of a word moves about half of the others; the shift is made logical by a mask."""
+    word = (word ^ ((word >> 32) & 0xFFFFFFFF)) * _SECOND
+    return word ^ ((word >> 29) & 0x7FFFFFFFF)
+
+
+class RowNoise:
+    """Noise of a number of rows, each from its own seed, one draw after the other."""
+
+    def __init__(self, seeds: list[int], device: torch.device | str = "cpu") -> None:
+        self.seed = torch.tensor(seeds, device=device)
+        self.draw = torch.zeros_like(self.seed)
 
     def gumbel(self, *shape: int) -> Tensor:
         """Standard Gumbel noise.  # -> B *shape"""
-        rows = [torch.rand(shape, generator=generator) for generator in self.generators]
-        uniform = torch.stack(rows).clamp(1e-9, 1 - 1e-7)
-        return -(-uniform.log()).log()
+        noise = gumbel(self.seed, self.draw, *shape)
+        self.draw += 1
+        return noise
 
 
 def filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Scores with everything outside the top k, and outside the smallest set of mass p, at minus infinity.  # B V"""
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p is not None and top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the likelier ones
-        outside = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
-        logits = logits.masked_fill(outside, float("-inf"))
-    return logits
+    rows, choices = logits.shape
+    k = torch.full((rows,), min(top_k or choices, choices), device=logits.device)
+    p = torch.full((rows,), 1.0 if top_p is None else top_p, device=logits.device)
+    return filtered_rows(logits, k, p)
+
+
+def filtered_rows(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The same with a k and a p for each row; V and 1 leave all.  # B V, B, B -> B V"""
+    ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+    beyond = torch.arange(logits.shape[-1], device=logits.device) >= top_k[:, None]
+    mass = ordered.masked_fill(beyond, float("-inf")).softmax(-1)
+    before = mass.cumsum(-1) - mass  # mass of the likelier ones
+    beyond |= (before >= top_p[:, None]) & (top_p < 1)[:, None]
+    return logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), float("-inf"))
 
 
 def choose(logits: Tensor, sampling: Sampling, noise: RowNoise) -> Tensor:
@@ -52,5 +83,7 @@ def choose(logits: Tensor, sampling: Sampling, noise: RowNoise) -> Tensor:
     logits = logits.float()
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    scores = filtered(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    scores = logits / sampling.temperature
+    if sampling.top_k is not None or sampling.top_p is not None:
+        scores = filtered(scores, sampling.top_k, sampling.top_p)
     return (scores + noise.gumbel(logits.shape[-1]).to(scores.device)).argmax(-1)

@@ -15,7 +15,7 @@ from openm6.models.config import BackboneConfig
 from openm6.models.running import RunBlock, run_plainly
 from openm6.nn.attention import Mask
 from openm6.nn.block import Block, Context, LayerParts
-from openm6.nn.cache import KVCache
+from openm6.nn.cache import KVCache, TokenCache
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.exchange import ExpertExchange, LocalExchange
 from openm6.nn.experts import Router, RouterLoad
@@ -66,7 +66,7 @@ class Backbone(nn.Module):
         self,
         x: Tensor,
         layout: Layout,
-        cache: KVCache | None = None,
+        cache: TokenCache | None = None,
         exchange: ExpertExchange | None = None,
     ) -> tuple[Tensor, list[RouterLoad]]:
         """Embedded tokens B S D -> hidden states B S D after the final norm, and a report for each sparse layer.
@@ -163,7 +163,7 @@ def side_loss(loads: list[RouterLoad]) -> Tensor | float:
     return sum((load.side_loss for load in loads), start=0.0)
 
 
-def choose_mask(layout: Layout, cache: KVCache | None, x: Tensor) -> Mask:
+def choose_mask(layout: Layout, cache: TokenCache | None, x: Tensor) -> Mask:
     """The rule in the form that is fastest here: pieces or blocks for whole rows, else a mask of all pairs."""
     if cache is None and x.is_cpu:
         return piece_mask(layout, x.dtype)

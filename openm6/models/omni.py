@@ -16,7 +16,7 @@ from openm6.modalities.sequence import Batch, KindOfTokens
 from openm6.modalities.text import TextAdapter
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
-from openm6.nn.cache import KVCache
+from openm6.nn.cache import TokenCache
 from openm6.nn.experts import RouterLoad
 from openm6.ops.sequence import Layout
 
@@ -106,7 +106,7 @@ class Omni(nn.Module):
         return vectors
 
     def forward(
-        self, kinds: dict[str, KindOfTokens], layout: Layout, cache: KVCache | None = None
+        self, kinds: dict[str, KindOfTokens], layout: Layout, cache: TokenCache | None = None
     ) -> tuple[Tensor, list[RouterLoad]]:
         """Hidden states after the final norm, and what each sparse layer routed.  # -> R S D"""
         return self.backbone(self.embed(kinds, layout.batch, layout.length), layout, cache)

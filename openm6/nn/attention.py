@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from openm6.nn.cache import KVCache
+from openm6.nn.cache import TokenCache
 from openm6.nn.config import AttentionConfig
 from openm6.nn.initial import fill_normal
 from openm6.ops.attention import PieceMask, attend_pieces
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         head_norms: HeadNorms | None,
         rotary: tuple[Tensor, Tensor],
         mask: Mask,
-        cache: KVCache | None,
+        cache: TokenCache | None,
         layer: int,
     ) -> Tensor:
         """B S D -> B S D; `rotary` is the table of the S new tokens, `mask` spans all T keys."""

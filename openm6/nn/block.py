@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from openm6.nn.attention import Attention, HeadNorms, Mask
-from openm6.nn.cache import KVCache
+from openm6.nn.cache import TokenCache
 from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig
 from openm6.nn.exchange import ExpertExchange
 from openm6.nn.experts import Experts, Router, RouterLoad
@@ -27,7 +27,7 @@ class Context:
     rotary: tuple[Tensor, Tensor]
     mask: Mask
     valid: Tensor
-    cache: KVCache | None
+    cache: TokenCache | None
     exchange: ExpertExchange
 
 

@@ -4,11 +4,25 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from openm6.base.errors import ConfigError
 from openm6.ops.sequence import Layout, padding_layout
+
+
+class TokenCache(Protocol):
+    """What a forward pass asks of a cache, whatever its shape."""
+
+    def extend(self, layout: Layout) -> Layout:
+        """Takes in the layout of the new tokens and gives that of all keys; called once before the layers `write`."""
+        ...
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes in the new tokens' keys and values of a layer and gives all: B S G d -> B T G d."""
+        ...
 
 
 class KVCache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from openm6.base.config import Config
+from openm6.generate.matrices import Precision
 
 
 class Limits(Config):
@@ -46,7 +47,7 @@ class EngineConfig(Config):
     deterministic: bool = True
     waiting: int = Field(default=32_768, ge=1)
     prefixes: int = Field(default=64 * 2**20, ge=0, description="bytes of prompts kept for reuse")
-    weights: str = Field(default="float32", pattern="^(float32|bfloat16|int8)$")
+    weights: Precision = "float32"
 
 
 class ServeConfig(Config):

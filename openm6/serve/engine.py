@@ -6,16 +6,19 @@ import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
-from openm6.base.errors import OpenM6Error
+import torch
+
+from openm6.base.energy.meter import Meter, open_meter
 from openm6.base.log import get_log
 from openm6.generate.load import Loaded
-from openm6.serve.alone import value_alone
 from openm6.serve.config import EngineConfig
 from openm6.serve.prepare import Prepared, prepare
 from openm6.serve.queue import FairQueue
-from openm6.serve.requests import Answer, Request, Usage
+from openm6.serve.requests import Answer, Request
 from openm6.serve.ticket import LateError, RefusedError, StoppedError, Ticket
+from openm6.serve.worker import Worker
 
 PREPARING = 64  # requests whose pictures and sounds are being unpacked or wait to be
 
@@ -23,15 +26,21 @@ PREPARING = 64  # requests whose pictures and sounds are being unpacked or wait 
 class Engine:
     """Answers requests in the order that fairness asks for. Use it as a context, or call `start` and `stop`."""
 
-    def __init__(self, loaded: Loaded, config: EngineConfig | None = None) -> None:
-        self.loaded = loaded
+    def __init__(
+        self, loaded: Loaded, config: EngineConfig | None = None, meter: Meter | None = None
+    ) -> None:
+        """Without a meter it opens one of its own."""
         self.config = config or EngineConfig()
+        self.loaded = _in_precision(loaded, self.config)
+        self.meter = meter or open_meter()
+        self._own_meter = meter is None
         self.queue = FairQueue(self.config.waiting)
         self._changed = threading.Condition()
         self._preparing = 0
         self._pool = ThreadPoolExecutor(2, "prepare")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._alive = False
+        self._speed = 1000.0  # tokens of work a second, for Retry-After
 
     def start(self) -> Engine:
         """Begins to answer."""
@@ -46,6 +55,8 @@ class Engine:
             self._changed.notify_all()
         self._thread.join()
         self._pool.shutdown(cancel_futures=True)
+        if self._own_meter:
+            self.meter.close()
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -92,38 +103,66 @@ class Engine:
         with self._changed:
             if not self.ready:
                 raise StoppedError("the engine does not run: start the server again")
-            self.queue.push(ticket, 1.0)
+            self.queue.push(ticket, self.queue.work / self._speed)
             self._changed.notify()
         return ticket
 
     def _run(self) -> None:
+        try:
+            worker = Worker(self.loaded, self.config, self.meter)
+            while self._admit(worker):
+                began = time.monotonic()
+                worker.tick()
+                self._hand_over(worker, time.monotonic() - began)
+        except Exception:
+            get_log().exception("the engine stopped")
+        finally:
+            self._close(worker)
+
+    def _admit(self, worker: Worker) -> bool:
+        """Waits until there is something to do and starts what fits; false when it is time to end."""
+        with self._changed:
+            if not worker.busy and not len(self.queue):
+                worker.energy.settle()
+                self._changed.wait_for(lambda: not self._alive or len(self.queue))
+                worker.energy.settle()  # what was counted meanwhile is nobody's
+            if not self._alive:
+                return False
+            gone = self.queue.drop(lambda ticket: ticket.cancelled or ticket.late)
+        for ticket in gone:
+            ticket.fail(LateError("the deadline passed before the request's turn: ask again later"))
         while True:
             with self._changed:
-                while self._alive and not len(self.queue):
-                    self._changed.wait()
-                if not self._alive:
-                    break
-                for gone in self.queue.drop(lambda ticket: ticket.cancelled or ticket.late):
-                    gone.fail(LateError("the deadline passed before the request's turn: ask again later"))
-                ticket = self.queue.pop(lambda ticket: True)
-            if ticket is not None:
-                self._answer(ticket)
-        for ticket in self.queue.drop(lambda ticket: True):
+                found = self.queue.pop(worker.fits)
+            if found is None:
+                return True
+            worker.start(found)
+
+    def _hand_over(self, worker: Worker, seconds: float) -> None:
+        """Answers of this tick, with their joules."""
+        if not worker.ended:
+            return
+        worker.energy.settle()
+        now = time.monotonic()
+        for ticket, answer in worker.ended:
+            whole = replace(
+                answer, joules=ticket.joules, source=worker.energy.source, seconds=now - ticket.born
+            )
+            worked = max(now - ticket.started, 1e-3) / max(1, len(worker.live) + len(worker.ended))
+            self._speed += 0.1 * (ticket.prepared.work / worked - self._speed)
+            ticket.finish(whole)
+        worker.ended.clear()
+
+    def _close(self, worker: Worker) -> None:
+        self._alive = False
+        with self._changed:
+            left = self.queue.drop(lambda ticket: True)
+        for ticket in [*left, *worker.live, *(ticket for ticket, _ in worker.ended)]:
             ticket.fail(StoppedError("the server is going down: ask again later"))
 
-    def _answer(self, ticket: Ticket) -> None:
-        began = time.monotonic()
-        try:
-            value = value_alone(self.loaded, ticket.prepared)
-        except OpenM6Error as error:
-            ticket.fail(error)
-        except Exception:
-            get_log().exception("a request failed")
-            ticket.fail(StoppedError("the engine failed on this request: report it with the server's log"))
-        else:
-            ticket.text = value if isinstance(value, str) else ""
-            usage = Usage(ticket.prepared.read, 0, 0)
-            waited = began - ticket.born
-            ticket.finish(
-                Answer(value=value, usage=usage, waited=waited, seconds=time.monotonic() - ticket.born)
-            )
+
+def _in_precision(loaded: Loaded, config: EngineConfig) -> Loaded:
+    """The model in the dtype asked for; int8 keeps what is not decoding as it is."""
+    if config.weights == "bfloat16":
+        loaded.omni.to(torch.bfloat16)
+    return loaded

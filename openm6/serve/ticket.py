@@ -44,6 +44,10 @@ class Ticket:
     text: str = ""  # what may be shown of a text so far
     scored: list[Scored] = field(default_factory=list)
     cancelled: bool = False
+    known: bool = False  # its prompt had been read before
+    started: float = 0.0
+    first: float = 0.0  # seconds until the first token
+    joules: float = 0.0
     _answer: Answer | None = None
     _error: OpenM6Error | None = None
     _over: threading.Event = field(default_factory=threading.Event)
@@ -116,18 +120,26 @@ class Ticket:
             pass
         return self.result()
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody reads it as it grows."""
+        return bool(self._readers)
+
     async def growth(self) -> AsyncIterator[str]:
         """The text so far, each time there is more of it; ends when the request is over, well or not."""
         reader = _Reader(asyncio.get_running_loop(), asyncio.Event())
         self._readers.append(reader)
         shown = ""
         try:
-            while not self.over:
-                await reader.changed.wait()
-                reader.changed.clear()
+            while True:
+                over = self.over  # looked at before the text: what is written last must not be missed
                 if len(self.text) > len(shown):
                     shown = self.text
                     yield shown
+                if over:
+                    return
+                await reader.changed.wait()
+                reader.changed.clear()
         finally:
             self._readers.remove(reader)
             if not self.over:

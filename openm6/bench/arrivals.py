@@ -1,0 +1,141 @@
+"""Requests that arrive whether or not the earlier ones are answered, on all routes at once."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openm6.generate.load import Loaded, best_device
+from openm6.generate.masked import MaskedSampling
+from openm6.generate.sampling import Sampling
+from openm6.modalities.interface import Part
+from openm6.modalities.registry import ModalitiesConfig, build_modalities
+from openm6.modalities.text import train_tokenizer
+from openm6.models.description import ModelDescription
+from openm6.models.omni import Omni
+from openm6.models.presets import PRESETS
+from openm6.serve.config import EngineConfig
+from openm6.serve.engine import Engine
+from openm6.serve.prepare import prepare
+from openm6.serve.requests import CodesRequest, NumbersRequest, Request, TextRequest
+from openm6.serve.ticket import RefusedError, Ticket
+
+WORDS = ("draw the digit seven", "what is the mass of a small red apple", "say zero")
+
+
+@dataclass
+class Load:
+    """Answered and refused requests of a run, by kind."""
+
+    tickets: list[tuple[str, Ticket]] = field(default_factory=list)
+    refused: int = 0
+
+
+def mixed_load(seconds: float, preset: str = "nano", share: float = 0.8) -> dict[str, Any]:
+    """Poisson arrivals at a share of the measured capacity, for so long: rates and latencies by kind."""
+    loaded = untrained(preset)
+    with Engine(loaded, EngineConfig(rows=16, room=256, waiting=10**9)) as engine:
+        capacity = _capacity(engine)
+        rate = share * capacity
+        load = arrive(engine, rate, seconds, random.Random(1))
+        for _, ticket in load.tickets:
+            ticket.wait(120)
+    return {
+        "preset": preset,
+        "capacity_requests_a_second": capacity,
+        "arrivals_a_second": rate,
+        **_told(load),
+    }
+
+
+def untrained(preset: str) -> Loaded:
+    """A model of all modalities that knows nothing: latencies do not depend on what the weights say."""
+    modalities = build_modalities(ModalitiesConfig(), train_tokenizer(WORDS, 320), {"mass": (3.0, 1.0)})
+    backbone = PRESETS[preset].backbone
+    torch.manual_seed(0)
+    omni = Omni(backbone, modalities).eval().requires_grad_(False).to(best_device())
+    description = ModelDescription(
+        backbone=backbone, modalities=ModalitiesConfig(), scales={"mass": (3.0, 1.0)}, lessons=[]
+    )
+    return Loaded(omni, modalities, description, Path("untrained"))
+
+
+def requests_of(number: int) -> tuple[str, Request]:
+    """The n-th request: two texts for each picture, sound or number, each with a seed of its own."""
+    words = (Part("text", WORDS[number % len(WORDS)]),)
+    client = f"client {number % 5}"
+    sampling = Sampling(temperature=0.8, max_tokens=24, seed=number)
+    masked = MaskedSampling(steps=4, seed=number)
+    kinds: tuple[tuple[str, Request], ...] = (
+        ("text", TextRequest(parts=words, client=client, sampling=sampling)),
+        ("text", TextRequest(parts=words, client=client, sampling=Sampling(max_tokens=24))),
+        ("image", CodesRequest(parts=words, client=client, want="image", sampling=masked)),
+        ("text", TextRequest(parts=words, client=client, sampling=sampling)),
+        ("sound", CodesRequest(parts=words, client=client, want="sound", sampling=masked)),
+        ("numbers", NumbersRequest(parts=words, client=client, columns=("mass",))),
+    )
+    return kinds[number % len(kinds)]
+
+
+def _capacity(engine: Engine, count: int = 36) -> float:
+    """Requests a second when all are there at once."""
+    for number in range(6):
+        _submit(engine, number)[1].wait(120)
+    began = time.perf_counter()
+    for _, ticket in [_submit(engine, number) for number in range(count)]:
+        ticket.wait(120)
+    return count / (time.perf_counter() - began)
+
+
+def _submit(engine: Engine, number: int) -> tuple[str, Ticket]:
+    kind, request = requests_of(number)
+    return kind, engine.submit(prepare(request, engine.loaded, engine.config.room))
+
+
+def arrive(engine: Engine, rate: float, seconds: float, dice: random.Random) -> Load:
+    """Submits at random moments, `rate` a second on average, whatever has become of the earlier ones."""
+    load, number = Load(), 0
+    moment = time.perf_counter()
+    end = moment + seconds
+    while True:
+        moment += dice.expovariate(rate)
+        if moment >= end:
+            return load
+        time.sleep(max(0.0, moment - time.perf_counter()))
+        number += 1
+        try:
+            load.tickets.append(_submit(engine, number))
+        except RefusedError:
+            load.refused += 1
+
+
+def _told(load: Load) -> dict[str, Any]:
+    """Median and tails of the whole answer for each kind, and of the first token of texts."""
+    seconds: dict[str, list[float]] = {}
+    first: list[float] = []
+    joules = 0.0
+    for kind, ticket in load.tickets:
+        answer = ticket.result()
+        seconds.setdefault(kind, []).append(answer.seconds)
+        joules += answer.joules or 0.0
+        if kind == "text":
+            first.append(answer.first)
+    return {
+        "answered": len(load.tickets),
+        "refused": load.refused,
+        "joules_a_request": joules / max(1, len(load.tickets)),
+        "answer_seconds": {kind: tails(found) for kind, found in sorted(seconds.items())},
+        "first_token_seconds": tails(first),
+    }
+
+
+def tails(found: list[float]) -> dict[str, float]:
+    """Median, 95th and 99th percentile."""
+    ordered = sorted(found) or [float("nan")]
+    places = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+    return {name: ordered[min(len(ordered) - 1, int(share * len(ordered)))] for name, share in places.items()}

@@ -1,0 +1,121 @@
+"""Our weights as a Qwen3-MoE of `transformers`, and the ways in which that library answers many prompts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openm6.models.backbone import Backbone
+from openm6.models.import_qwen import import_qwen
+
+PEER_MISSING = "transformers is not installed: pip install 'openm6[hf]' to measure beside it."
+PAD = 0
+
+
+def open_peer(
+    backbone: Backbone, embedding: Tensor, positions: int, device: torch.device, dtype: torch.dtype
+) -> QwenPeer | None:
+    """The peer with the very weights of `backbone` and a tied embedding; None where it is not installed."""
+    try:
+        import transformers  # noqa: PLC0415 - optional
+    except ModuleNotFoundError:
+        return None
+    config = backbone.config
+    experts = config.experts
+    assert experts is not None and experts.top_k is not None
+    settings = transformers.Qwen3MoeConfig(
+        vocab_size=len(embedding),
+        hidden_size=config.width,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        num_experts=experts.num_experts,
+        num_experts_per_tok=experts.top_k,
+        moe_intermediate_size=experts.hidden,
+        intermediate_size=2 * experts.hidden,
+        norm_topk_prob=True,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=config.norm_eps,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=PAD,
+    )
+    model = transformers.Qwen3MoeForCausalLM(settings).eval()
+    _give_weights(model, backbone, embedding)
+    return QwenPeer(model.to(device, dtype), transformers)
+
+
+def _give_weights(model: Any, backbone: Backbone, embedding: Tensor) -> None:
+    """Their random weights are read into our backbone, so both hold the same, by the tested way in."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(embedding)
+        imported = import_qwen(model.state_dict(), model.config.to_dict())
+        backbone.load_state_dict(imported.backbone)
+
+
+class QwenPeer:
+    """Each way answers all prompts greedily with a fixed number of tokens, and says how many it gave."""
+
+    def __init__(self, model: Any, transformers: Any) -> None:
+        self.model, self.transformers = model, transformers
+        self.version = f"transformers {transformers.__version__}"
+
+    def ways(self, prompts: list[list[int]], given: int) -> dict[str, Callable[[], dict[str, Any]]]:
+        """Batched `generate`, continuous batching as it comes, and, on a GPU, with CUDA graphs."""
+        found: dict[str, Callable[[], dict[str, Any]]] = {
+            "transformers generate, padded batches": lambda: self._padded(prompts, given),
+            "transformers continuous batching": lambda: self._continuous(prompts, given, graphs=False),
+        }
+        if self.model.device.type == "cuda":
+            found["transformers continuous batching, CUDA graphs"] = lambda: self._continuous(
+                prompts, given, graphs=True
+            )
+        return found
+
+    def _padded(self, prompts: list[list[int]], given: int, size: int = 32) -> dict[str, Any]:
+        """Prompts in order of length, so that little is padded; left padding, as `generate` wants it."""
+        began, tokens = time.perf_counter(), 0
+        first: list[float] = []
+        ordered = sorted(prompts, key=len)
+        for start in range(0, len(ordered), size):
+            batch = ordered[start : start + size]
+            longest = max(map(len, batch))
+            ids = torch.tensor([[PAD] * (longest - len(p)) + p for p in batch], device=self.model.device)
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=(ids != PAD).long(),
+                max_new_tokens=given,
+                min_new_tokens=given,
+                do_sample=False,
+                pad_token_id=PAD,
+            )
+            tokens += (out.shape[1] - longest) * len(batch)
+            first += [time.perf_counter() - began] * len(batch)  # a batch is seen when it is done
+        return {"tokens": tokens, "first_token_seconds_median": statistics.median(first)}
+
+    def _continuous(self, prompts: list[list[int]], given: int, graphs: bool) -> dict[str, Any]:
+        settings = self.transformers.GenerationConfig(
+            max_new_tokens=given,
+            min_new_tokens=given,
+            do_sample=False,
+            eos_token_id=-1,
+            pad_token_id=PAD,
+            use_cuda_graph=graphs,
+        )
+        before = self.model.config._attn_implementation
+        try:
+            self.model.set_attn_implementation("paged|sdpa")
+            found = self.model.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
+        except Exception as error:  # whatever it raises is its result, not ours
+            return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+        finally:
+            self.model.set_attn_implementation(before)
+        return {"tokens": sum(len(one.generated_tokens) for one in found.values())}

@@ -1,0 +1,163 @@
+"""Pictures and sounds filled in side by side, a step at a time: each at its own step, with its own settings.
+
+The twin of `fill_codes`, which fills a batch of equals from start to end and stays the reference.
+"""
+
+# Letters: B canvases, R rows (B, and one more for each that is guided), N places, G codes a place, C codebook size
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openm6.generate.masked import MaskedSampling, least_sure
+from openm6.generate.sampling import gumbel
+from openm6.modalities.codes import CodesAdapter
+from openm6.modalities.interface import Tokens
+from openm6.modalities.sequence import KindOfTokens
+from openm6.models.omni import Omni
+from openm6.nn.slots import SlotCache
+from openm6.ops.sequence import Layout
+
+
+@dataclass(eq=False)
+class Canvas:
+    """Codes on their way. `slot` holds the prompt (None: there is none), `place` is the position that follows it."""
+
+    key: Any
+    wanted: Tokens
+    sampling: MaskedSampling
+    slot: int | None
+    place: int
+    codes: Tensor  # N G
+    unknown: Tensor  # N
+    first_unknown: int
+    step: int = 0
+    draws: int = 0
+
+    @classmethod
+    def of(
+        cls, key: Any, wanted: Tokens, sampling: MaskedSampling, slot: int | None, place: int, device: Any
+    ) -> Canvas:
+        """A canvas on which only what is given is known."""
+        hidden = torch.from_numpy(wanted.arrays["hidden"]).to(device)
+        codes = torch.from_numpy(wanted.arrays["codes"]).to(device).masked_fill(hidden[:, None], 0)
+        return cls(key, wanted, sampling, slot, place, codes, hidden, int(hidden.sum()))
+
+    @property
+    def guided(self) -> bool:
+        return self.sampling.guidance > 0
+
+    @property
+    def share(self) -> float:
+        """Of the steps that are done."""
+        return self.step / self.sampling.steps
+
+    @property
+    def like(self) -> tuple[str, int]:
+        """Canvases that are alike in this can share a pass."""
+        return self.wanted.kind, len(self.wanted)
+
+
+@torch.inference_mode()
+def advance(omni: Omni, cache: SlotCache, canvases: list[Canvas]) -> list[Canvas]:
+    """One step of canvases that are alike; gives those that are done."""
+    for canvas in canvases:
+        canvas.step += 1
+    codes = torch.stack([canvas.codes for canvas in canvases])  # B N G
+    unknown = torch.stack([canvas.unknown for canvas in canvases])  # B N
+    states = _states(omni, cache, canvases, codes, unknown)  # R N D
+    drawn, confidence = _drawn(omni, canvases, states, codes)
+    codes = torch.where(unknown[..., None], drawn, codes)
+    unknown = _still_unknown(canvases, confidence, unknown)
+    left = unknown.any(1).tolist()
+    for canvas, own, hidden in zip(canvases, codes, unknown, strict=True):
+        canvas.codes, canvas.unknown = own, hidden
+    return [canvas for canvas, more in zip(canvases, left, strict=True) if not more]
+
+
+def _states(omni: Omni, cache: SlotCache, canvases: list[Canvas], codes: Tensor, unknown: Tensor) -> Tensor:
+    """Hidden states of all places with each prompt, then without it for those that are guided.  # -> R N D"""
+    guided = torch.tensor([row for row, canvas in enumerate(canvases) if canvas.guided], dtype=torch.int64)
+    rows = torch.cat([torch.arange(len(canvases)), guided]).to(codes.device)
+    slots = [canvas.slot for canvas in canvases] + [None] * len(guided)
+    place = [canvas.place for canvas in canvases] + [0] * len(guided)
+    like = canvases[0].wanted
+    flat = codes[rows].flatten(0, 1)
+    # Places may differ between canvases of one size only by what is embedded, not by their grid.
+    places = np.concatenate([canvases[row].wanted.arrays["places"] for row in rows.tolist()])
+    arrays = {
+        "shown": flat,
+        "codes": flat,
+        "hidden": unknown[rows].flatten(),
+        "places": torch.from_numpy(places).to(codes.device),
+    }
+    start = torch.tensor(place, device=codes.device)[:, None, None]
+    moves = torch.tensor(like.moves, device=codes.device)
+    positions = torch.from_numpy(like.grid).to(codes.device) + start * moves  # R N 3
+    sample = torch.zeros(positions.shape[:2], dtype=torch.int32, device=codes.device)
+    layout = Layout(sample, sample + 1, sample + 1, positions.to(torch.int32))
+    index = torch.arange(sample.numel(), device=codes.device)
+    kinds = {like.kind: KindOfTokens(index, arrays, index, index.float())}
+    return omni(kinds, layout, cache.reader(slots))[0]
+
+
+def _drawn(omni: Omni, canvases: list[Canvas], states: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """A code for each group of each place in turn, and the log-probability of what was drawn.  # -> B N G, B N"""
+    adapter = omni.adapter(canvases[0].wanted.kind)
+    assert isinstance(adapter, CodesAdapter)
+    batch, places, groups = codes.shape
+    guided = torch.tensor([row for row, c in enumerate(canvases) if c.guided], device=codes.device)
+    rows = torch.cat([torch.arange(batch, device=codes.device), guided.long()])
+    scale = _column(canvases, [c.sampling.guidance * c.share for c in canvases], codes)[guided.long()]
+    temperature = _column(canvases, [c.sampling.temperature for c in canvases], codes)
+    drawn = torch.zeros_like(codes)
+    confidence = torch.zeros(batch, places, device=codes.device)
+    for group in range(groups):
+        logits = adapter.group_logits(states.flatten(0, 1), drawn[rows].flatten(0, 1), group)
+        logits = logits.float().unflatten(0, (len(rows), places))  # R N C
+        own, without = logits[:batch], logits[batch:]
+        if len(guided):
+            own = own.index_copy(0, guided, own[guided] + scale * (own[guided] - without))
+        scores = own / torch.where(temperature > 0, temperature, 1.0)
+        if any(canvas.sampling.temperature > 0 for canvas in canvases):
+            noise = gumbel(*_drawing(canvases, codes), places, own.shape[-1])
+            scores = torch.where(temperature > 0, scores + noise, own)
+        for canvas in canvases:
+            canvas.draws += canvas.sampling.temperature > 0
+        chosen = scores.argmax(-1)
+        drawn[..., group] = chosen
+        confidence += own.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
+    return drawn, confidence
+
+
+def _still_unknown(canvases: list[Canvas], confidence: Tensor, unknown: Tensor) -> Tensor:
+    """Which places stay hidden after this step.  # B N, B N -> B N"""
+    shaken = gumbel(*_drawing(canvases, unknown), unknown.shape[1])
+    for canvas in canvases:
+        canvas.draws += 1
+    noise = _column(canvases, [c.sampling.noise * (1 - c.share) for c in canvases], confidence)[..., 0]
+    sure = confidence + noise * shaken
+    by_chance = torch.tensor([c.sampling.order == "random" for c in canvases], device=unknown.device)
+    shaken = torch.where(by_chance[:, None], shaken, sure)
+    left = [
+        math.floor(c.first_unknown * math.cos(math.pi / 2 * c.share)) * (c.step < c.sampling.steps)
+        for c in canvases
+    ]
+    return least_sure(shaken, unknown, torch.tensor(left, device=unknown.device))
+
+
+def _drawing(canvases: list[Canvas], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Seeds and numbers of the draws."""
+    seeds = torch.tensor([canvas.sampling.seed for canvas in canvases], device=like.device)
+    return seeds, torch.tensor([canvas.draws for canvas in canvases], device=like.device)
+
+
+def _column(canvases: list[Canvas], values: list[float], like: Tensor) -> Tensor:
+    """One value for each canvas, to be spread over places and codes.  # B 1 1"""
+    return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1)

@@ -1,0 +1,90 @@
+"""Text rows on a GPU: the whole step, from embedding to drawn token, as a captured CUDA graph for each size.
+
+A step of a small model is hundreds of launches of a few microseconds each; a replay is one.
+"""
+
+# Letters: B rows, V vocabulary
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openm6.generate.decode import Speaker
+from openm6.generate.matrices import Precision
+from openm6.generate.rows import TextRows, Way
+
+BATCHES = (1, 8, 16, 32, 64, 128, 256, 512, 1024)  # a padded row is nearly free while weights bind
+KEYS = (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+
+_Key = tuple[int, int, Way]
+
+
+class GraphedRows(TextRows):
+    """`TextRows` whose passes are replayed; sizes are rounded up to a few, each captured when it first occurs.
+
+    A graph holds addresses: of the cache, of the state, of its own outputs, all of which stay where they are. Its
+    sizes are constants, so they are its key. The one wait of a step is the reading of the drawn tokens.
+    """
+
+    def __init__(
+        self,
+        speaker: Speaker,
+        rows: int,
+        room: int,
+        precision: Precision = "bfloat16",
+        deterministic: bool = False,
+    ) -> None:
+        """`deterministic` uses the largest number of rows in every pass."""
+        slots = next(size for size in BATCHES if size >= rows)
+        super().__init__(speaker, slots, room, precision, deterministic=False)
+        self.capacity = rows
+        self.largest_only = deterministic
+        self.graphs: dict[_Key, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+        # cuDNN plans anew for each shape, which takes longer than the step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def _padded(self, count: int) -> int:
+        slots = self.cache.slots
+        return slots if self.largest_only else min(slots, next(size for size in BATCHES if size >= count))
+
+    def _run(self, batch: int, longest: int, way: Way) -> tuple[Tensor, Tensor]:
+        longest = min(self.cache.room, next((size for size in KEYS if size >= longest), self.cache.room))
+        key = (batch, longest, way)
+        if key not in self.graphs:
+            self.graphs[key] = self._captured(key)
+        graph, drawn, logits = self.graphs[key]
+        graph.replay()
+        return drawn, logits
+
+    def _captured(self, key: _Key) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """Runs the pass a few times aside, as libraries set themselves up when first called, then records it.
+
+        The state is put back each time; what the passes wrote into the cache is written again by the next one.
+        """
+        state = (self.token, self.place, self.length, self.draw)
+        before = [part.clone() for part in state]
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                super()._run(*key)
+                self._restore(before)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            drawn, logits = super()._run(*key)
+        return graph, drawn, logits
+
+    def _restore(self, before: list[Tensor]) -> None:
+        for part, old in zip((self.token, self.place, self.length, self.draw), before, strict=True):
+            part.copy_(old)
+
+
+def open_rows(
+    speaker: Speaker, rows: int, room: int, precision: Precision = "float32", deterministic: bool = False
+) -> TextRows:
+    """Rows in the way that is fastest on the model's device."""
+    kind = GraphedRows if speaker.embedding.is_cuda else TextRows
+    return kind(speaker, rows, room, precision, deterministic)

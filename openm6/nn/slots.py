@@ -1,0 +1,127 @@
+"""Keys and values of many sequences of different lengths, each in a slot of its own."""
+
+# Letters: L layers, B slots, C room of a slot, S new tokens, T tokens so far, G key-value heads, d size of a head
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openm6.base.errors import ConfigError
+from openm6.ops.sequence import PADDING, Layout, join
+
+
+class SlotCache:
+    """B slots of C tokens in each of L layers; what stands in a slot is seen by every later token of that slot.
+
+    A slot is filled through a `writer`, continued by whoever writes at its `length`, and read, without being changed,
+    through a `reader`. Addresses never move, so a captured CUDA graph may hold them.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        slots: int,
+        room: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (num_layers, slots, room, num_kv_heads, head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = [0] * slots
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def room(self) -> int:
+        return self.keys.shape[2]
+
+    def writer(self, slot: int, start: int = 0) -> SlotWriter:
+        """A cache for one row that goes on in a slot after its first `start` tokens."""
+        return SlotWriter(self, slot, start)
+
+    def reader(self, slots: list[int | None]) -> SlotReader:
+        """A cache for rows that see a slot each (None: nothing) and leave no trace."""
+        return SlotReader(self, slots)
+
+    def move(self, source: int, target: int) -> None:
+        """Copies what stands in one slot to another."""
+        length = self.lengths[source]
+        self.keys[:, target, :length] = self.keys[:, source, :length]
+        self.values[:, target, :length] = self.values[:, source, :length]
+        self.lengths[target] = length
+
+    def take(self, slot: int) -> tuple[Tensor, Tensor]:
+        """A copy of a slot's keys and values.  # -> twice L T G d"""
+        length = self.lengths[slot]
+        return self.keys[:, slot, :length].clone(), self.values[:, slot, :length].clone()
+
+    def put(self, slot: int, kept: tuple[Tensor, Tensor]) -> None:
+        """Fills a slot with what `take` gave."""
+        keys, values = kept
+        self.keys[:, slot, : keys.shape[1]] = keys
+        self.values[:, slot, : keys.shape[1]] = values
+        self.lengths[slot] = keys.shape[1]
+
+
+@dataclass
+class SlotWriter:
+    """One row whose new tokens stay in a slot."""
+
+    cache: SlotCache
+    slot: int
+    start: int
+    end: int = 0
+
+    def extend(self, layout: Layout) -> Layout:
+        """Raises ConfigError where the slot has too little room."""
+        self.end = self.start + layout.length
+        if self.end > self.cache.room:
+            raise ConfigError(f"{self.end} tokens do not fit a slot of {self.cache.room}: make slots larger")
+        self.cache.lengths[self.slot] = self.end
+        if not self.start:
+            return layout
+        known = torch.zeros(1, self.start, dtype=torch.int32, device=layout.sample.device)
+        return join([_open_layout(known), layout])
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        row = slice(self.slot, self.slot + 1)
+        keys, values = self.cache.keys[layer, row], self.cache.values[layer, row]
+        keys[:, self.start : self.end] = key.detach()
+        values[:, self.start : self.end] = value.detach()
+        return keys[:, : self.end], values[:, : self.end]
+
+
+class SlotReader:
+    """Rows that see what stands in slots, and themselves; for masked-parallel blocks, judged candidates, queries."""
+
+    def __init__(self, cache: SlotCache, slots: list[int | None]) -> None:
+        device = cache.keys.device
+        lengths = [0 if slot is None else cache.lengths[slot] for slot in slots]
+        self.cache = cache
+        self.longest = max(lengths)
+        self.index = torch.tensor([slot or 0 for slot in slots], device=device)
+        place = torch.arange(self.longest, device=device)
+        known = place < torch.tensor(lengths, device=device)[:, None]  # B T
+        self.sample = torch.where(known, 0, PADDING).to(torch.int32)
+
+    def extend(self, layout: Layout) -> Layout:
+        return join([_open_layout(self.sample), layout])
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys = self.cache.keys[layer, self.index, : self.longest]
+        values = self.cache.values[layer, self.index, : self.longest]
+        return torch.cat([keys.to(key.dtype), key], 1), torch.cat([values.to(value.dtype), value], 1)
+
+
+def _open_layout(sample: Tensor) -> Layout:
+    """Tokens of order 0 that are not private: all later ones of their sample see them.  # B T"""
+    zero = torch.zeros_like(sample)
+    return Layout(sample, zero, zero, zero.unsqueeze(-1).expand(*sample.shape, 3))

@@ -1,0 +1,203 @@
+"""What the engine's thread does in a tick: admit, read prompts, draw a step of a picture or sound, write a token."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from openm6.base.energy.meter import Meter
+from openm6.base.errors import OpenM6Error
+from openm6.base.log import get_log
+from openm6.generate.canvases import Canvas, advance
+from openm6.generate.decode import Speaker
+from openm6.generate.graphs import open_rows
+from openm6.generate.load import Loaded
+from openm6.generate.reading import PromptMemory, read_into
+from openm6.generate.rows import Row
+from openm6.serve.alone import value_alone
+from openm6.serve.config import EngineConfig
+from openm6.serve.energy import EnergyShares
+from openm6.serve.requests import Answer, CodesRequest, TextRequest, Usage
+from openm6.serve.ticket import LateError, StoppedError, Ticket
+from openm6.serve.writing import scored_tokens, shown_text
+
+LATE = "the deadline passed before the answer was there: ask for less, or again later"
+FAILED = "the engine failed on this request: report it with the server's log"
+
+
+class Worker:
+    """All requests at work, on one model; used by one thread alone."""
+
+    def __init__(self, loaded: Loaded, config: EngineConfig, meter: Meter) -> None:
+        self.loaded, self.config = loaded, config
+        speaker = Speaker.of(loaded.omni, loaded.text)
+        self.text = open_rows(speaker, config.rows, config.room, config.weights, config.deterministic)
+        self.shelf = speaker.new_slots(config.canvases, config.room)
+        self.shelf_free = list(range(config.canvases))
+        self.canvases: deque[Canvas] = deque()
+        self.memory = PromptMemory(config.prefixes)
+        self.energy = EnergyShares(meter)
+        self.ended: list[tuple[Ticket, Answer]] = []
+        self.passes = self.read = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.text.rows or self.canvases)
+
+    @property
+    def live(self) -> list[Ticket]:
+        """All tickets at work."""
+        return [row.key for row in self.text.rows] + [canvas.key for canvas in self.canvases]
+
+    def fits(self, ticket: Ticket) -> bool:
+        """Whether there is a place for a request in this tick."""
+        request = ticket.prepared.request
+        if self.read and self.read + ticket.prepared.length > self.config.prefill:
+            return False
+        if isinstance(request, TextRequest):
+            return self.text.free > 0
+        if isinstance(request, CodesRequest):
+            return bool(self.shelf_free)
+        return self.passes < self.config.passes
+
+    def start(self, ticket: Ticket) -> None:
+        """Begins a request; one that takes a single pass is answered at once."""
+        began = time.monotonic()
+        ticket.started = began
+        self.read += ticket.prepared.length
+        try:
+            self._start(ticket)
+        except OpenM6Error as error:
+            ticket.fail(error)
+        except Exception:
+            get_log().exception("a request failed")
+            ticket.fail(StoppedError(FAILED))
+        self.energy.spent([ticket], time.monotonic() - began)
+
+    def _start(self, ticket: Ticket) -> None:
+        prepared, request = ticket.prepared, ticket.prepared.request
+        if isinstance(request, TextRequest):
+            slot = self.text.next_slot
+            place, ticket.known = read_into(
+                self.loaded.omni, prepared.prompt, self.text.cache, slot, self.memory
+            )
+            start = self.loaded.text.start
+            self.text.add(ticket, request.sampling, place, start, request.top)
+        elif isinstance(request, CodesRequest):
+            self._start_canvas(ticket, request)
+        else:
+            self.passes += 1
+            value = value_alone(self.loaded, prepared)
+            given = sum(map(len, prepared.wanted))
+            self._end(ticket, value, given)
+
+    def _start_canvas(self, ticket: Ticket, request: CodesRequest) -> None:
+        prompt, wanted = ticket.prepared.prompt, ticket.prepared.wanted[0]
+        slot, place = self.shelf_free[-1], 0
+        if prompt:
+            place, ticket.known = read_into(self.loaded.omni, prompt, self.shelf, slot, self.memory)
+        self.shelf_free.pop()
+        self.shelf.lengths[slot] = ticket.prepared.length
+        canvas = Canvas.of(ticket, wanted, request.sampling, slot, place, self.loaded.omni.device)
+        if canvas.first_unknown:
+            self.canvases.append(canvas)
+        else:  # a hole that touches nothing
+            self._release(canvas)
+            self._end(ticket, canvas.codes.cpu(), 0)
+
+    def tick(self) -> None:
+        """One step of everything that is at work."""
+        self.drop(lambda ticket: ticket.cancelled or ticket.late)
+        if self.canvases:
+            self._guarded(self._draw, [canvas.key for canvas in self._next_canvases()])
+        if self.text.rows:
+            self._guarded(self._write, [row.key for row in self.text.rows])
+        self.passes = self.read = 0
+
+    def _guarded(self, step: Callable[[], None], tickets: list[Ticket]) -> None:
+        """A step whose failure ends the requests in it, and nothing else."""
+        began = time.monotonic()
+        try:
+            step()
+        except Exception:
+            get_log().exception("a step failed")
+            for ticket in tickets:
+                ticket.fail(StoppedError(FAILED))
+            self.drop(lambda ticket: ticket.over)
+        self.energy.spent(tickets, time.monotonic() - began)
+
+    def _next_canvases(self) -> list[Canvas]:
+        """Those to be advanced together: the one that waits longest, and those that are like it."""
+        first = self.canvases[0]
+        if self.config.deterministic:
+            return [first]
+        return [canvas for canvas in self.canvases if canvas.like == first.like]
+
+    def _draw(self) -> None:
+        group = self._next_canvases()
+        done = advance(self.loaded.omni, self.shelf, group)
+        for canvas in group:
+            self.canvases.remove(canvas)
+            if canvas in done:
+                self._release(canvas)
+                self._end(canvas.key, canvas.codes.cpu(), canvas.first_unknown)
+            else:
+                self.canvases.append(canvas)
+
+    def _write(self) -> None:
+        ended = self.text.step()
+        for row in list(self.text.rows):
+            ticket: Ticket = row.key
+            over = row in ended
+            if len(row.tokens) == 1:
+                ticket.first = time.monotonic() - ticket.born
+            request = ticket.prepared.request
+            assert isinstance(request, TextRequest)
+            if over or request.stop or ticket.watched:
+                self._show(row, ticket, request, over)
+
+    def _show(self, row: Row, ticket: Ticket, request: TextRequest, over: bool) -> None:
+        text = self.loaded.text
+        shown, stopped = shown_text(text, row, request.stop, over)
+        if request.top is not None:
+            ticket.scored = scored_tokens(text, row)
+        ticket.text = shown
+        if over or stopped:
+            self.text.remove(row)
+            ended = stopped or row.tokens[-1] == text.end
+            self._end(ticket, shown, len(row.tokens), cut=not ended)
+        else:
+            ticket.announce()
+
+    def _end(self, ticket: Ticket, value: object, given: int, cut: bool = False) -> None:
+        """The answer is there; its joules are not known before the tick's end."""
+        read = ticket.prepared.read
+        cached = ticket.prepared.length if ticket.known else 0
+        answer = Answer(
+            value=value,
+            usage=Usage(read, cached, given),
+            finish="length" if cut else "stop",
+            scored=tuple(ticket.scored),
+            waited=ticket.started - ticket.born,
+            first=ticket.first,
+        )
+        self.ended.append((ticket, answer))
+
+    def _release(self, canvas: Canvas) -> None:
+        assert canvas.slot is not None
+        self.shelf_free.append(canvas.slot)
+
+    def drop(self, gone: Callable[[Ticket], bool]) -> None:
+        """Ends requests at work without an answer, and frees what they held."""
+        for row in [row for row in self.text.rows if gone(row.key)]:
+            self.text.remove(row)
+            self._fail(row.key)
+        for canvas in [canvas for canvas in self.canvases if gone(canvas.key)]:
+            self.canvases.remove(canvas)
+            self._release(canvas)
+            self._fail(canvas.key)
+
+    def _fail(self, ticket: Ticket) -> None:
+        if not ticket.over:
+            ticket.fail(LateError("the request was given up" if ticket.cancelled else LATE))

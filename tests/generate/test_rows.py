@@ -1,0 +1,136 @@
+"""Rows that come and go give what each gives alone, for every way of drawing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openm6.generate.decode import DecodeStep, Speaker
+from openm6.generate.load import Loaded
+from openm6.generate.matrices import QuantizedMatrix
+from openm6.generate.prompt import Prompt
+from openm6.generate.reading import PromptMemory, read_into
+from openm6.generate.rows import Row, TextRows
+from openm6.generate.sampling import Sampling
+from openm6.generate.text import write
+from openm6.modalities.interface import Part
+from openm6.modalities.registry import source_pieces
+from openm6.models.backbone import Backbone
+from openm6.models.config import BackboneConfig
+from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.ops.sequence import causal_layout
+from tests.small_model import loaded
+
+WORDS = ("draw the digit seven", "a", "a picture of something long", "x", "What is this?")
+SAMPLINGS = (
+    Sampling(max_tokens=12),
+    Sampling(temperature=1.0, max_tokens=5, seed=2),
+    Sampling(temperature=0.8, top_k=20, max_tokens=20, seed=3),
+    Sampling(temperature=1.0, top_p=0.7, max_tokens=9, seed=4),
+    Sampling(temperature=0.7, top_k=30, top_p=0.9, max_tokens=14, seed=5),
+)
+SHAPES = {
+    "experts": {"experts": ExpertsConfig(hidden=32, num_experts=4, top_k=2)},
+    "many experts": {"experts": ExpertsConfig(hidden=32, num_experts=16, top_k=2)},
+    "prototypes": {"experts": ExpertsConfig(hidden=32, num_experts=8, num_prototypes=2, ffn="gelu")},
+    "shared": {"experts": ExpertsConfig(hidden=32, num_experts=4, top_k=1, num_shared=1)},
+    "dense": {"dense": DenseConfig(hidden=64), "qk_norm": False},
+    "shared sets": {"experts": ExpertsConfig(hidden=32, num_experts=4, top_k=2), "sharing": "all"},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Loaded:
+    return loaded(5)
+
+
+@pytest.fixture(scope="module")
+def prompts(model: Loaded) -> list[Prompt]:
+    return [source_pieces([Part("text", words)], model.modalities) for words in WORDS]
+
+
+def run_all(model: Loaded, prompts: list[Prompt], slots: int, deterministic: bool) -> dict[int, Row]:
+    """All prompts through few slots, a new one every other step."""
+    rows = TextRows(Speaker.of(model.omni, model.text), slots, 128, deterministic=deterministic)
+    todo, done, steps = list(range(len(prompts))), {}, 0
+    while todo or rows.rows:
+        if todo and rows.free and steps % 2 == 0:
+            number = todo.pop(0)
+            place, _ = read_into(model.omni, prompts[number], rows.cache, rows.next_slot)
+            rows.add(number, SAMPLINGS[number], place, model.text.start, top=2)
+        for row in rows.step():
+            done[row.key] = row
+            rows.remove(row)
+        steps += 1
+    return done
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_row_in_a_crowd_writes_what_it_writes_alone(
+    model: Loaded, prompts: list[Prompt], deterministic: bool
+) -> None:
+    done = run_all(model, prompts, 3, deterministic)
+    for number, row in done.items():
+        assert len(row.tokens) <= SAMPLINGS[number].max_tokens
+        tokens = [token for token in row.tokens if token != model.text.end]
+        assert model.text.decode(tokens) == write(model, [prompts[number]], SAMPLINGS[number])[0]
+
+
+def test_scores_are_those_of_the_model_alone_to_the_last_bit(model: Loaded, prompts: list[Prompt]) -> None:
+    crowd = run_all(model, prompts, 5, True)
+    for number in (0, 3):
+        alone = run_all(model, [prompts[number]], 5, True) if number == 0 else None
+        if alone is not None:
+            assert alone[0].scores == crowd[0].scores
+    assert all(score <= 0 for row in crowd.values() for score, _ in row.scores)
+    assert all(rivals[0][1] >= rivals[1][1] for row in crowd.values() for _, rivals in row.scores)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("fixed", [False, True])
+@torch.inference_mode()
+def test_the_step_is_the_backbone(shape: dict, fixed: bool) -> None:
+    torch.manual_seed(0)
+    config = BackboneConfig(width=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, **shape)
+    backbone = Backbone(config).requires_grad_(False)
+    embedding = torch.randn(50, 64)
+    speaker = Speaker(backbone, embedding, embedding, None, None)
+    ids, lengths = torch.randint(0, 50, (3, 9)), (8, 3, 5)
+    cache = speaker.new_slots(4, 32)
+    for row, length in enumerate(lengths):
+        backbone(embedding[ids[row : row + 1, :length]], causal_layout(1, length), cache.writer(row))
+    places = torch.tensor(lengths)
+    token = ids[torch.arange(3), places]
+    found = DecodeStep(speaker, cache, fixed=fixed)(token, places, places, 16)
+    for row, length in enumerate(lengths):
+        hidden, _ = backbone(embedding[ids[row : row + 1, : length + 1]], causal_layout(1, length + 1))
+        torch.testing.assert_close(found[row], embedding @ hidden[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_int8_weights_stand_for_what_they_say() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(64, 32), torch.randn(5, 32)
+    matrix = QuantizedMatrix(weight)
+    assert float((matrix.plain() - weight).abs().max()) <= float(weight.abs().max()) / 254 + 1e-6
+    torch.testing.assert_close(matrix(x), x @ matrix.plain().t(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_read_before_is_not_read_again(model: Loaded, prompts: list[Prompt]) -> None:
+    cache = Speaker.of(model.omni, model.text).new_slots(2, 64)
+    memory = PromptMemory(10**6)
+    first, again = (read_into(model.omni, prompts[0], cache, slot, memory) for slot in (0, 1))
+    assert (first[0], again[0]) == (again[0], first[0]) and (first[1], again[1]) == (False, True)
+    length = cache.lengths[0]
+    assert cache.lengths[1] == length > 0
+    assert torch.equal(cache.keys[:, 0, :length], cache.keys[:, 1, :length])
+    assert read_into(model.omni, prompts[1], cache, 1, memory)[1] is False
+
+
+def test_the_memory_forgets_what_was_not_used_for_longest() -> None:
+    memory = PromptMemory(100)
+    parts = {name: (torch.zeros(5), torch.zeros(5)) for name in (b"a", b"b", b"c")}  # 40 bytes each
+    memory.put(b"a", parts[b"a"])
+    memory.put(b"b", parts[b"b"])
+    assert memory.get(b"a") is not None
+    memory.put(b"c", parts[b"c"])
+    assert memory.get(b"b") is None and memory.get(b"a") is not None and memory.bytes == 80

@@ -1,0 +1,189 @@
+"""The engine: every answer is that of the request alone; fairness, bounds, deadlines, and leaving early."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from openm6.base.errors import DataError
+from openm6.generate.load import Loaded
+from openm6.generate.masked import MaskedSampling
+from openm6.generate.sampling import Sampling
+from openm6.modalities.interface import Part
+from openm6.modalities.numbers import Histogram
+from openm6.serve.alone import answer_alone
+from openm6.serve.config import EngineConfig
+from openm6.serve.engine import Engine
+from openm6.serve.prepare import prepare
+from openm6.serve.requests import (
+    CodesRequest,
+    EmbedRequest,
+    NumbersRequest,
+    RankRequest,
+    Request,
+    TextRequest,
+)
+from openm6.serve.ticket import LateError, RefusedError, StoppedError, Ticket
+from tests.data.pictures import png, wav
+from tests.small_model import loaded
+
+
+def say(words: str) -> tuple[Part, ...]:
+    return (Part("text", words),)
+
+
+def requests() -> list[Request]:
+    """Two of each kind, with settings of their own."""
+    warm = Sampling(temperature=1.0, max_tokens=10, seed=3)
+    return [
+        TextRequest(parts=say("draw the digit seven"), sampling=Sampling(max_tokens=10), client="a"),
+        TextRequest(parts=(Part("image", png("red", 40)), Part("text", " What?")), sampling=warm, client="b"),
+        CodesRequest(parts=say("draw"), want="image", sampling=MaskedSampling(steps=3, seed=1)),
+        CodesRequest(parts=say("say zero"), want="sound", sampling=MaskedSampling(steps=2, seed=2)),
+        CodesRequest(
+            parts=say("fill"),
+            want="image",
+            given=png("red", 40),
+            hole=(0.0, 0.0, 0.5, 0.5),
+            sampling=MaskedSampling(steps=2),
+        ),
+        NumbersRequest(parts=say("a small apple"), columns=("mass", "length")),
+        NumbersRequest(parts=say("an apple"), series="mass", ahead=5),
+        RankRequest(parts=(Part("sound", wav()),), candidates=("zero", "seven apples")),
+        EmbedRequest(parts=say("What is this?")),
+        TextRequest(parts=say("x"), sampling=warm, client="a"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def model() -> Loaded:
+    return loaded(3)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Loaded) -> Iterator[Engine]:
+    with Engine(model, EngineConfig(rows=3, room=256, canvases=2)) as found:
+        yield found
+
+
+def same(found: Any, wanted: Any) -> bool:
+    if isinstance(found, torch.Tensor):
+        return torch.equal(found, wanted)
+    if isinstance(found, Histogram):
+        return np.array_equal(found.probability, wanted.probability)
+    return bool(np.all(np.asarray(found) == np.asarray(wanted)))
+
+
+def test_in_a_crowd_each_gets_the_answer_that_it_gets_alone(engine: Engine, model: Loaded) -> None:
+    crowd = requests() * 2
+    tickets = [engine.submit(prepare(request, model, 256)) for request in crowd]
+    for request, ticket in zip(crowd, tickets, strict=True):
+        answer = ticket.wait(60)
+        assert same(answer.value, answer_alone(model, request, 256)), type(request).__name__
+        assert answer.joules is not None and answer.joules >= 0 and answer.source
+        assert answer.usage.prompt > 0 and answer.seconds > 0
+    assert any(ticket.known for ticket in tickets), "the second of two equal prompts is not read again"
+
+
+def test_not_deterministic_is_as_right(model: Loaded) -> None:
+    config = EngineConfig(rows=3, room=256, canvases=2, deterministic=False)
+    with Engine(model, config) as engine:
+        tickets = [engine.submit(prepare(request, model, 256)) for request in requests()[:5]]
+        for request, ticket in zip(requests(), tickets, strict=False):
+            assert same(ticket.wait(60).value, answer_alone(model, request, 256))
+
+
+def test_joules_add_up_to_what_the_meter_counted(model: Loaded) -> None:
+    with Engine(model, EngineConfig(rows=3, room=256)) as engine:
+        before = engine.meter.joules(fresh=True).joules
+        tickets = [engine.submit(prepare(request, model, 256)) for request in requests()]
+        total = sum(ticket.wait(60).joules or 0 for ticket in tickets)
+        assert 0 < total <= engine.meter.joules(fresh=True).joules - before + 1e-6
+
+
+def test_a_stop_string_ends_the_text_and_is_left_out(engine: Engine) -> None:
+    free = engine.ask_and_wait(TextRequest(parts=say("draw"), sampling=Sampling(max_tokens=30)))
+    word = free.value[3:5]
+    cut = engine.ask_and_wait(TextRequest(parts=say("draw"), sampling=Sampling(max_tokens=30), stop=(word,)))
+    assert cut.value == free.value[: free.value.index(word)] and cut.finish == "stop"
+
+
+def test_a_reader_sees_the_text_grow_and_never_shrink(engine: Engine) -> None:
+    async def read() -> tuple[list[str], str]:
+        ticket = await engine.ask(
+            TextRequest(parts=say("a"), sampling=Sampling(temperature=1.0, max_tokens=40))
+        )
+        seen = [text async for text in ticket.growth()]
+        return seen, ticket.result().value
+
+    seen, whole = asyncio.run(read())
+    assert seen[-1] == whole
+    assert all(later.startswith(earlier) for earlier, later in pairwise(seen))
+
+
+def test_who_stops_reading_frees_the_place(engine: Engine) -> None:
+    async def leave() -> Ticket:
+        ticket = await engine.ask(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=200)))
+        async for _ in ticket.growth():
+            break
+        ticket.cancel()
+        return ticket
+
+    ticket = asyncio.run(leave())
+    with pytest.raises(LateError, match="given up"):
+        ticket.wait(30)
+    assert engine.ask_and_wait(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=2))).usage.given == 2
+
+
+def test_a_deadline_that_passes_is_said(engine: Engine) -> None:
+    with pytest.raises(LateError):
+        engine.ask_and_wait(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=200), seconds=0.0))
+
+
+def test_too_much_work_is_refused_with_a_time_to_come_back(model: Loaded) -> None:
+    with Engine(model, EngineConfig(rows=1, room=256, waiting=300)) as engine:
+        request = TextRequest(parts=say("a"), sampling=Sampling(max_tokens=150))
+        tickets = []
+        with pytest.raises(RefusedError) as caught:
+            for _ in range(10):
+                tickets.append(engine.submit(prepare(request, model, 256)))
+        assert caught.value.after >= 1 and len(tickets) >= 2
+        for ticket in tickets:
+            ticket.cancel()
+
+
+def test_what_does_not_fit_is_one_sentence(engine: Engine) -> None:
+    for request in (
+        TextRequest(parts=say("a " * 400), sampling=Sampling(max_tokens=10)),
+        TextRequest(parts=()),
+        NumbersRequest(parts=say("a"), columns=("nothing",)),
+    ):
+        with pytest.raises(DataError):
+            engine.ask_and_wait(request)
+
+
+def test_a_failure_ends_one_request_and_not_the_engine(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("openm6.serve.worker.read_into", fail)
+        with pytest.raises(StoppedError, match="failed on this request"):
+            engine.ask_and_wait(TextRequest(parts=say("b")))
+    assert engine.ready and engine.ask_and_wait(TextRequest(parts=say("b"), sampling=Sampling(max_tokens=1)))
+
+
+def test_after_the_end_nothing_is_taken(model: Loaded) -> None:
+    engine = Engine(model, EngineConfig(rows=1, room=64)).start()
+    engine.stop()
+    assert not engine.ready
+    with pytest.raises(StoppedError):
+        engine.ask_and_wait(TextRequest(parts=say("a")))

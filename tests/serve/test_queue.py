@@ -1,0 +1,84 @@
+"""Fair turns: by hypothesis, over any arrivals."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openm6.serve.prepare import Prepared
+from openm6.serve.queue import FairQueue
+from openm6.serve.requests import Request
+from openm6.serve.ticket import RefusedError, Ticket
+
+
+def ticket(client: str, work: int) -> Ticket:
+    prepared = SimpleNamespace(request=Request(parts=(), client=client), work=work)
+    return Ticket(cast(Prepared, prepared))
+
+
+ARRIVALS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 50)), max_size=60)
+
+
+@given(ARRIVALS)
+def test_nothing_is_lost_and_each_client_keeps_its_order(arrivals: list[tuple[str, int]]) -> None:
+    queue = FairQueue(10**9)
+    sent = [ticket(client, work) for client, work in arrivals]
+    for one in sent:
+        queue.push(one, 1.0)
+    assert len(queue) == len(sent) and queue.work == sum(work for _, work in arrivals)
+    served = [queue.pop(lambda _: True) for _ in sent]
+    assert queue.pop(lambda _: True) is None and queue.work == 0
+    for client in "abcd":
+        assert [one for one in served if one and one.client == client] == [
+            one for one in sent if one.client == client
+        ]
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=30, max_size=30),
+    st.lists(st.integers(1, 50), min_size=30, max_size=30),
+)
+def test_two_who_always_want_more_differ_by_one_request(first: list[int], second: list[int]) -> None:
+    queue = FairQueue(10**9)
+    for one, other in zip(first, second, strict=True):
+        queue.push(ticket("a", one), 1.0)
+        queue.push(ticket("b", other), 1.0)
+    got = {"a": 0, "b": 0}
+    while {"a", "b"} <= set(queue.waiting):
+        found = queue.pop(lambda _: True)
+        assert found is not None
+        got[found.client] += found.prepared.work
+        assert abs(got["a"] - got["b"]) <= 50
+
+
+def test_who_comes_back_has_saved_up_nothing() -> None:
+    queue = FairQueue(10**9)
+    for _ in range(20):
+        queue.push(ticket("busy", 10), 1.0)
+    for _ in range(10):
+        queue.pop(lambda _: True)
+    for _ in range(5):
+        queue.push(ticket("new", 10), 1.0)
+    turns = [found.client for _ in range(6) if (found := queue.pop(lambda _: True))]
+    assert turns.count("busy") >= 2
+
+
+def test_what_does_not_fit_lets_others_pass() -> None:
+    queue = FairQueue(100)
+    queue.push(ticket("a", 60), 1.0)
+    queue.push(ticket("b", 5), 1.0)
+    found = queue.pop(lambda one: one.prepared.work < 10)
+    assert found is not None and found.client == "b"
+    with pytest.raises(RefusedError) as caught:
+        queue.push(ticket("c", 50), 7.4)
+    assert caught.value.after == 7
+
+
+def test_one_that_exceeds_the_bound_alone_is_taken_when_nothing_waits() -> None:
+    queue = FairQueue(10)
+    queue.push(ticket("a", 50), 1.0)
+    assert len(queue.drop(lambda one: one.client == "a")) == 1 and queue.work == 0
