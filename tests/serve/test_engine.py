@@ -147,7 +147,7 @@ def test_a_deadline_that_passes_is_said(engine: Engine) -> None:
 
 
 def test_too_much_work_is_refused_with_a_time_to_come_back(model: Loaded) -> None:
-    with Engine(model, EngineConfig(rows=1, room=256, waiting=300)) as engine:
+    with Engine(model, EngineConfig(rows=1, room=256, waiting=460)) as engine:
         request = TextRequest(parts=say("a"), sampling=Sampling(max_tokens=150))
         tickets = []
         with pytest.raises(RefusedError) as caught:
