@@ -99,7 +99,7 @@ def compare(setting: Setting) -> dict[str, Any]:
     image, text = modalities["image"], modalities["text"]
     assert isinstance(text, Text)
     prompt = source_pieces([Part("text", WORDS)], modalities)
-    blank = image.blank()  # type: ignore[attr-defined]
+    blank = image.blank()
     room = -(-(sum(map(len, prompt)) + len(blank) + 1) // 64) * 64
     slots = Speaker.of(omni, text).new_slots(1, room)
     sampling = MaskedSampling(steps=setting.steps, guidance=setting.guidance, temperature=0.0)

@@ -25,10 +25,11 @@ def open_peer(
         import transformers  # noqa: PLC0415 - optional
     except ModuleNotFoundError:
         return None
+    library: Any = transformers  # its own types are of no use here
     config = backbone.config
     experts = config.experts
     assert experts is not None and experts.top_k is not None
-    settings = transformers.Qwen3MoeConfig(
+    settings = library.Qwen3MoeConfig(
         vocab_size=len(embedding),
         hidden_size=config.width,
         num_hidden_layers=config.num_layers,
@@ -48,9 +49,9 @@ def open_peer(
         eos_token_id=None,
         pad_token_id=PAD,
     )
-    model = transformers.Qwen3MoeForCausalLM(settings).eval()
+    model = library.Qwen3MoeForCausalLM(settings).eval()
     _give_weights(model, backbone, embedding)
-    return QwenPeer(model.to(device, dtype), transformers)
+    return QwenPeer(model.to(device, dtype), library)
 
 
 def _give_weights(model: Any, backbone: Backbone, embedding: Tensor) -> None:

@@ -38,12 +38,14 @@ class Engine:
         self._changed = threading.Condition()
         self._preparing = 0
         self._pool = ThreadPoolExecutor(2, "prepare")
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread()
         self._alive = False
         self._speed = 1000.0  # tokens of work a second, for Retry-After
 
     def start(self) -> Engine:
         """Begins to answer."""
+        worker = Worker(self.loaded, self.config, self.meter)
+        self._thread = threading.Thread(target=self._run, args=(worker,), name="engine", daemon=True)
         self._alive = True
         self._thread.start()
         return self
@@ -107,9 +109,8 @@ class Engine:
             self._changed.notify()
         return ticket
 
-    def _run(self) -> None:
+    def _run(self, worker: Worker) -> None:
         try:
-            worker = Worker(self.loaded, self.config, self.meter)
             while self._admit(worker):
                 began = time.monotonic()
                 worker.tick()
