@@ -31,7 +31,7 @@ from openm6.serve.requests import (
 )
 from openm6.serve.ticket import LateError, RefusedError, StoppedError, Ticket
 from tests.data.pictures import png, wav
-from tests.small_model import loaded
+from tests.small_model import embedding_model
 
 
 def say(words: str) -> tuple[Part, ...]:
@@ -63,7 +63,7 @@ def requests() -> list[Request]:
 
 @pytest.fixture(scope="module")
 def model() -> Loaded:
-    return loaded(3)
+    return embedding_model()
 
 
 @pytest.fixture(scope="module")
