@@ -93,7 +93,7 @@ class Page:
         self.out_figure = gradio.HTML(visible=False, elem_id="answer-figure")
         self.note = gradio.Markdown("", elem_id="note")
         self.gallery = gradio.Gallery(
-            label=words.GALLERY.en, columns=4, height=220, object_fit="contain", elem_id="gallery"
+            label=words.GALLERY.en, columns=4, height=150, object_fit="contain", elem_id="gallery"
         )
         self.drawn = gradio.State([])
 
