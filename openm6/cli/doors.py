@@ -20,6 +20,7 @@ DOORS = {
     "shares": "openm6.generate.question:parse_shares",
     "decoding": "openm6.generate.run:read_decoding",
     "serve": "openm6.serve.run:serve",
+    "serve replicas": "openm6.serve.replicas:serve_replicas",
     "playground": "openm6.serve.playground.mount:add_playground",
     "bench serve": "openm6.bench.serve:bench_serve",
     "bench generate": "openm6.bench.generate:bench_generate",
@@ -55,6 +56,7 @@ EXTRAS = {
     "uvicorn": "serve",
     "prometheus_client": "serve",
     "gradio": "serve",
+    "ray": "ray",
 }
 
 

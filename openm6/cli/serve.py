@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from openm6.base.errors import ConfigError
 from openm6.cli.doors import door
 
 Settings = Annotated[
@@ -29,6 +30,15 @@ def serve(
     playground: Annotated[
         bool, typer.Option("--playground", help="A page to try it in the browser, at /playground.")
     ] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="As replicas on Ray Serve; see --replicas. Needs the extra [ray].")
+    ] = False,
+    replicas: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--replicas", metavar="KEY=VALUE", help="With --ray: least=1 most=4 ongoing=8 cpus=1 gpus=0."
+        ),
+    ] = None,
 ) -> None:
     """Serve a trained model: chat, pictures, speech, embeddings and numbers in OpenAI's forms.
 
@@ -36,5 +46,10 @@ def serve(
     Example: openm6 serve runs/demo --port 8000
     """
     config = door("serve config")([f"host={host}", f"port={port}", *(settings or [])], keys)
+    if ray:
+        if playground:
+            raise ConfigError("--playground keeps its visits in one process: leave it out with --ray")
+        door("serve replicas")(trained, config, name, replicas)
+        return
     dress = {"dress": door("playground")} if playground else {}
     door("serve")(trained, config, name, **dress)

@@ -102,6 +102,8 @@ def test_what_was_not_taught_says_so(page: playwright.Page) -> None:
 
 
 def test_a_phone_shows_it_in_chinese_without_scrolling_sideways(page: playwright.Page) -> None:
+    page.click("#run")
+    playwright.expect(page.locator("#gallery img").first).to_be_visible(timeout=PATIENCE)
     page.set_viewport_size(PHONE)
     page.locator("#language label", has_text="中文").click()
     playwright.expect(page.locator("#title")).to_contain_text("试验场", timeout=PATIENCE)

@@ -1,0 +1,99 @@
+"""`openm6 serve --ray`: the same app as replicas on Ray Serve, one model each, more of them while more is asked."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from fastapi import FastAPI
+from pydantic import Field, model_validator
+from ray import serve as ray_serve
+
+from openm6.base.config import Config, apply_overrides
+from openm6.base.config import build as build_config
+from openm6.base.log import get_log
+from openm6.generate.load import load
+from openm6.serve.app import create_app
+from openm6.serve.config import ServeConfig
+from openm6.serve.engine import Engine
+
+APPLICATION = "openm6"
+
+
+class ReplicaConfig(Config):
+    """How many replicas, and on what each of them stands.
+
+    least, most: replicas that autoscaling keeps to; equal numbers switch it off
+    ongoing: requests in work that a replica is wanted for; a replica takes twice as many before Ray lets more wait
+    waiting: requests that may wait in Ray before more are answered with 503
+    cpus, gpus: what one replica occupies
+    """
+
+    least: int = Field(default=1, ge=1, le=1024)
+    most: int = Field(default=1, ge=1, le=1024)
+    ongoing: float = Field(default=8.0, gt=0)
+    waiting: int = Field(default=256, ge=1)
+    cpus: float = Field(default=1.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ReplicaConfig:
+        if self.least > self.most:
+            raise ValueError(f"least={self.least} must not exceed most={self.most}")
+        return self
+
+
+def deployment(build: Callable[[], FastAPI], replicas: ReplicaConfig) -> ray_serve.Application:
+    """An app as a Ray Serve application; `build` is called where each replica lives.
+
+    Whole requests and streams go through to one replica's engine: there is no hop for a token.
+    """
+    scaling = None
+    if replicas.least != replicas.most:
+        scaling = {
+            "min_replicas": replicas.least,
+            "max_replicas": replicas.most,
+            "target_ongoing_requests": replicas.ongoing,
+        }
+    made = ray_serve.deployment(
+        ray_serve.ingress(build)(),
+        name="model",
+        num_replicas=None if scaling else replicas.least,
+        autoscaling_config=scaling,
+        max_ongoing_requests=max(1, round(2 * replicas.ongoing)),
+        max_queued_requests=replicas.waiting,
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+    )
+    return made.bind()
+
+
+def run_replicas(build: Callable[[], FastAPI], config: ServeConfig, replicas: ReplicaConfig) -> None:
+    """Starts the replicas, on this machine or on the cluster that it belongs to; returns when they answer."""
+    ray_serve.start(http_options={"host": config.host, "port": config.port})
+    ray_serve.run(deployment(build, replicas), name=APPLICATION, route_prefix="/")
+
+
+def app_of(trained: Path, config: ServeConfig, name: str) -> FastAPI:
+    """The app of one replica."""
+    return create_app(Engine(load(trained), config.engine), config, name)
+
+
+def serve_replicas(
+    trained: Path, config: ServeConfig, name: str | None = None, settings: list[str] | None = None
+) -> None:
+    """Serves a run or checkpoint on Ray until it is interrupted; `settings` are those of ReplicaConfig.
+
+    Raises:
+        CheckpointError: there is no model there.
+        ConfigError: an unknown setting, or one out of range.
+    """
+    replicas = build_config(ReplicaConfig, apply_overrides({}, settings or []), "--ray")
+    load(trained)  # what is wrong with it is said here, not in every replica
+    run_replicas(partial(app_of, trained.resolve(), config, name or trained.resolve().name), config, replicas)
+    get_log().info(f"serving {trained} on http://{config.host}:{config.port}/docs")
+    try:
+        threading.Event().wait()
+    finally:
+        ray_serve.shutdown()
