@@ -57,8 +57,7 @@ def deployment(build: Callable[[], FastAPI], replicas: ReplicaConfig) -> ray_ser
             "max_replicas": replicas.most,
             "target_ongoing_requests": replicas.ongoing,
         }
-    made = ray_serve.deployment(
-        ray_serve.ingress(build)(),
+    replicated = ray_serve.deployment(
         name="model",
         num_replicas=None if scaling else replicas.least,
         autoscaling_config=scaling,
@@ -66,7 +65,7 @@ def deployment(build: Callable[[], FastAPI], replicas: ReplicaConfig) -> ray_ser
         max_queued_requests=replicas.waiting,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
     )
-    return made.bind()
+    return replicated(ray_serve.ingress(build)()).bind()
 
 
 def run_replicas(build: Callable[[], FastAPI], config: ServeConfig, replicas: ReplicaConfig) -> None:
