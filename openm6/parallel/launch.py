@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -16,8 +17,8 @@ from openm6.base.errors import Interrupted, TrainingError
 INTERRUPTED = 130  # the exit code of a run that was stopped and has saved itself
 
 
-def launch(words: list[str], processes: int, max_restarts: int = 0) -> None:
-    """Runs `openm6 WORDS` in `processes` processes of this machine until all have ended.
+def launch(words: list[str], processes: int, max_restarts: int = 0, module: str = "openm6") -> None:
+    """Runs `python -m MODULE WORDS` in `processes` processes of this machine until all have ended.
 
     After a failure of any process all are started again, up to `max_restarts` times; they go on from the newest
     checkpoint.
@@ -41,8 +42,9 @@ def launch(words: list[str], processes: int, max_restarts: int = 0) -> None:
     )
     # Ctrl-C reaches the processes from the terminal; the launcher must not answer it by ending them.
     before = signal.signal(signal.SIGINT, lambda *_: None)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failure is told below, once
     try:
-        elastic_launch(config, sys.executable)("-m", "openm6", *words)
+        elastic_launch(config, sys.executable)("-m", module, *words)
     except ChildFailedError as error:
         raise _told(error, processes) from None
     except SignalException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from openm6.nn.exchange import ExpertExchange
 from openm6.parallel.config import MeshShape
 from openm6.parallel.exchange import AllToAllExchange, CopiesExchange
 from openm6.parallel.gradients import apart, clip, sum_gradients, total_norm
+from openm6.parallel.guard import Guard
 from openm6.parallel.ranks import Ranks
 from openm6.parallel.sharding import Layout, open_layout, shard
 
@@ -25,6 +27,7 @@ class ProcessRanks(Ranks):
     """The processes that torchrun started, connected by NCCL on GPUs and by gloo elsewhere."""
 
     def __init__(self, device: torch.device, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
         self._opened = not dist.is_initialized()
         if self._opened:
             _open_group(device, timeout_seconds)
@@ -81,6 +84,9 @@ class ProcessRanks(Ranks):
         values = [value]
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
+
+    def guard(self) -> AbstractContextManager[Any]:
+        return Guard(self.rank, self.size, self.timeout_seconds)
 
     def close(self) -> None:
         if self._opened:

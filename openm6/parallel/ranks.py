@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -70,6 +71,10 @@ class Ranks:
     def from_first(self, value: Value) -> Value:
         """Rank 0's plain value, on every rank."""
         return value
+
+    def guard(self) -> AbstractContextManager[Any]:
+        """While entered, a failure of any rank ends all of them with one sentence."""
+        return nullcontext()
 
     def close(self) -> None:
         """Leaves the group; the other methods must not be called after it."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from openm6 import __version__
 from openm6.base.config import apply_overrides, build, nearest, read_yaml
-from openm6.base.errors import ConfigError
+from openm6.base.errors import ConfigError, OpenM6Error
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.parallel.ranks import Ranks, launched, open_ranks, own_device, restarted
@@ -76,34 +79,67 @@ def train_recipe(
         ConfigError: the recipe is unusable.
         TrainingError, DataError, CheckpointError: as `train` says.
     """
-    resume = resume or restarted()
-    path = recipe_path(recipe)
-    folder = out or Path("runs") / path.stem
-    if resume and (folder / "config.yaml").is_file():
-        path = folder / "config.yaml"
-    checked, values = read_recipe(path, overrides or [])
-    run = RunFolder.open(folder)
-    refuse_overwriting(run, resume)
     device = own_device()
-    ranks = _open_ranks(checked, device)
-    if ranks.first and (path != run.config or overrides):
-        run.write_config(values)
-    job = WAYS[checked.kind][1](checked, run, device, ranks)  # type: ignore[union-attr]
-    result = train(job, checked.loop, run, resume)
+    plan = _plan(recipe, overrides or [], resume or restarted(), out)
+    ranks = open_ranks(device, plan.timeout_seconds)
+    if not ranks.first:
+        get_log().setLevel(logging.ERROR)
+    with ranks.guard():
+        if plan.failure is not None:
+            raise plan.failure
+        assert plan.recipe is not None
+        _check_alike(ranks, plan.values)
+        run = RunFolder.open(plan.folder)
+        if ranks.first and (plan.path != run.config or overrides):
+            run.write_config(plan.values)
+        job = WAYS[plan.recipe.kind][1](plan.recipe, run, device, ranks)  # type: ignore[union-attr]
+        result = train(job, plan.recipe.loop, run, plan.resume)
     return result if ranks.first else None
 
 
-def _open_ranks(recipe: Recipe, device: torch.device) -> Ranks:
-    """The ranks that train by this recipe; only the first one speaks.
+@dataclass
+class _Plan:
+    """What one process is to do; a failure to find out is kept, to be told by all ranks together."""
 
-    Raises:
-        ConfigError: a codec, which one process trains, was started in several.
-    """
-    if not isinstance(recipe, MultimodalRecipe):
-        if launched():
+    resume: bool
+    folder: Path = Path()
+    path: Path = Path()
+    recipe: Recipe | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    failure: OpenM6Error | None = None
+
+    @property
+    def timeout_seconds(self) -> float:
+        known = isinstance(self.recipe, MultimodalRecipe)
+        return self.recipe.parallel.timeout_seconds if known else 600.0  # type: ignore[union-attr]
+
+
+def _plan(recipe: str, overrides: list[str], resume: bool, out: Path | None) -> _Plan:
+    plan = _Plan(resume)
+    try:
+        plan.path = recipe_path(recipe)
+        plan.folder = out or Path("runs") / plan.path.stem
+        if resume and (plan.folder / "config.yaml").is_file():
+            plan.path = plan.folder / "config.yaml"
+        plan.recipe, plan.values = read_recipe(plan.path, overrides)
+        refuse_overwriting(RunFolder(plan.folder), resume)
+        if launched() and not isinstance(plan.recipe, MultimodalRecipe):
             raise ConfigError("a codec is trained by one process: leave --nproc out")
-        return Ranks()
-    ranks = open_ranks(device, recipe.parallel.timeout_seconds)
-    if not ranks.first:
-        get_log().setLevel(logging.ERROR)
-    return ranks
+    except OpenM6Error as failure:
+        plan.failure = failure
+    return plan
+
+
+def _check_alike(ranks: Ranks, values: dict[str, Any]) -> None:
+    """Raises ConfigError where a rank was started with another recipe or another version than the rest."""
+    versions = f"OpenM6 {__version__} with torch {torch.__version__}"
+    described = ranks.gather((versions, json.dumps(values, sort_keys=True, default=str)))
+    for rank, (other, recipe) in enumerate(described):
+        if other != described[0][0]:
+            raise ConfigError(
+                f"rank {rank} runs {other}, rank 0 {described[0][0]}: install the same on all machines"
+            )
+        if recipe != described[0][1]:
+            raise ConfigError(
+                f"rank {rank} was started with another recipe than rank 0: start all with the same one"
+            )

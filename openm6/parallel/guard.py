@@ -1,0 +1,114 @@
+"""Many ranks fail as one: the first failure is told by rank 0 in one sentence, and nobody goes on waiting.
+
+A rank that fails leaves its sentence in the launcher's key-value store. A thread of every rank looks there: where its
+main thread is stuck in an exchange with the one that failed, it ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from openm6.base.errors import OpenM6Error, TrainingError
+
+FAILURE, HEARD = "failure", "heard"
+LOOK_EVERY = 0.3  # seconds between two looks at the store
+PATIENCE = 5.0  # seconds that a failed rank gives rank 0 to speak before the launcher ends them all
+
+
+class Guard:
+    """While entered, a failure of any rank ends all of them; the first one's sentence is raised or told by rank 0."""
+
+    def __init__(self, rank: int, size: int, timeout_seconds: float) -> None:
+        self.rank, self.size, self.timeout_seconds = rank, size, timeout_seconds
+        self._store = open_store()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="openm6-guard", daemon=True)
+
+    def __enter__(self) -> Guard:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        if error is None or isinstance(error, SystemExit):
+            return
+        if isinstance(error, KeyboardInterrupt):
+            if self.rank:
+                raise SystemExit(130) from None
+            return
+        own = f"rank {self.rank} of {self.size}: {self._sentence(error)}"
+        first = self._store.compare_set(FAILURE, "", own).decode()
+        if self.rank == 0:
+            self._store.set(HEARD, "yes")
+            if first != own:
+                raise TrainingError(first) from None
+            return
+        if not isinstance(error, OpenM6Error | MemoryError | torch.OutOfMemoryError) and first == own:
+            sys.excepthook(type(error), error, trace)  # a bug, which keeps its traceback
+        self._wait_for_rank_0()
+        raise SystemExit(1) from None
+
+    def _wait_for_rank_0(self) -> None:
+        waiting = threading.Event()
+        for _ in range(int(PATIENCE / LOOK_EVERY)):
+            if _has(self._store, HEARD):
+                return
+            waiting.wait(LOOK_EVERY)
+
+    def _watch(self) -> None:
+        while not self._done.wait(LOOK_EVERY):
+            if not _has(self._store, FAILURE):
+                continue
+            # The main thread may be about to fail over the same; then it speaks for itself.
+            if self._done.wait(2 * LOOK_EVERY):
+                return
+            if self.rank == 0:
+                sys.stderr.write(f"error: {self._store.get(FAILURE).decode()}\n")
+                sys.stderr.flush()
+                self._store.set(HEARD, "yes")
+            os._exit(1)  # the main thread cannot be called back from an exchange
+
+    def _sentence(self, error: BaseException) -> str:
+        if isinstance(error, OpenM6Error):
+            return str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            return (
+                "out of memory: lower packing.rows or packing.length, or raise parallel.shard or "
+                "parallel.experts"
+            )
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        if "timed out" in words[0].lower() or isinstance(error, dist.DistBackendError):
+            return (
+                f"waited {self.timeout_seconds:g} s for another rank in vain ({words[0][:120]}): look for a rank that "
+                "hangs, or raise parallel.timeout_seconds"
+            )
+        return f"{type(error).__name__}: {words[0][:300]}"
+
+
+def open_store() -> dist.Store:
+    """The key-value store that the ranks met at; each restart has keys of its own."""
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=30),
+        wait_for_workers=False,
+    )
+    return dist.PrefixStore(f"openm6/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _has(store: dist.Store, key: str) -> bool:
+    try:
+        return store.check([key])
+    except (dist.DistError, RuntimeError):  # the store has gone, and with it the launcher
+        return False

@@ -1,0 +1,40 @@
+"""A program for the launcher, of which rank 1 fails in the way that it is told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from openm6.base.errors import ConfigError, OpenM6Error
+from openm6.parallel.processes import ProcessRanks
+
+
+def main(way: str, folder: Path) -> None:
+    ranks = ProcessRanks(torch.device("cpu"), timeout_seconds=3.0 if way == "hang" else 60.0)
+    with ranks.guard():
+        ranks.total([1])
+        if ranks.rank == 1:
+            if way == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            if way == "hang":
+                time.sleep(30)
+            if way == "killed" and not (folder / "killed").exists():
+                (folder / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        if way == "all":
+            raise ConfigError("the recipe is wrong: mend it")
+        ranks.total([1])
+        (folder / f"rank-{ranks.rank}").write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], Path(sys.argv[2]))
+    except OpenM6Error as error:  # as the command line does
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

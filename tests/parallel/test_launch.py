@@ -1,0 +1,43 @@
+"""Failures of a rank: all stop, one sentence names the cause, and a restart goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from openm6.base.errors import TrainingError
+from openm6.parallel.launch import launch
+
+
+def fail(way: str, folder: Path, capfd: pytest.CaptureFixture[str], restarts: int = 0) -> list[str]:
+    """The lines on standard error of a run that fails."""
+    with pytest.raises(TrainingError):
+        launch([way, str(folder)], 2, restarts, module="tests.parallel.failing_run")
+    return [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+
+
+@pytest.mark.parametrize(
+    ("way", "sentence"),
+    [
+        ("memory", "error: rank 1 of 2: out of memory: lower packing.rows"),
+        ("hang", "for another rank in vain"),
+        ("all", "error: the recipe is wrong: mend it"),
+    ],
+)
+def test_rank_0_tells_the_cause_once(
+    way: str, sentence: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = fail(way, tmp_path, capfd)
+    assert len(lines) == 1 and sentence in lines[0], lines
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_rank_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TrainingError, match=r"rank 1 of 2 was killed \(SIGKILL\): go on with --resume"):
+        launch(["killed", str(tmp_path)], 2, module="tests.parallel.failing_run")
+
+
+def test_a_killed_rank_restarts_all(tmp_path: Path) -> None:
+    launch(["killed", str(tmp_path)], 2, max_restarts=1, module="tests.parallel.failing_run")
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["1", "1"]
