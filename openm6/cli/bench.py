@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from openm6.cli.bench_cluster import cluster, exchange, rank, scaling
 from openm6.cli.bench_giant import giant
 from openm6.cli.doors import door
 
@@ -23,6 +24,8 @@ def start() -> None:
 
 
 bench_app.command()(giant)
+for command in (rank, cluster, exchange, scaling):
+    bench_app.command()(command)
 
 Sizes = Annotated[
     str | None,

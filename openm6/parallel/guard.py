@@ -48,12 +48,13 @@ class Guard:
             return
         own = f"rank {self.rank} of {self.size}: {self._sentence(error)}"
         first = self._store.compare_set(FAILURE, "", own).decode()
+        bug = first == own and not isinstance(error, OpenM6Error) and not _foreseen(error)
         if self.rank == 0:
             self._store.set(HEARD, "yes")
-            if first != own:
+            if first != own or _foreseen(error):
                 raise TrainingError(first) from None
             return
-        if not isinstance(error, OpenM6Error | MemoryError | torch.OutOfMemoryError) and first == own:
+        if bug:
             sys.excepthook(type(error), error, trace)  # a bug, which keeps its traceback
         self._wait_for_rank_0()
         raise SystemExit(1) from None
@@ -81,18 +82,31 @@ class Guard:
     def _sentence(self, error: BaseException) -> str:
         if isinstance(error, OpenM6Error):
             return str(error)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        if _out_of_memory(error):
             return (
                 "out of memory: lower packing.rows or packing.length, or raise parallel.shard or "
                 "parallel.experts"
             )
-        words = str(error).strip().splitlines() or [type(error).__name__]
-        if "timed out" in words[0].lower() or isinstance(error, dist.DistBackendError):
+        if _foreseen(error):
             return (
                 f"waited {self.timeout_seconds:g} s for another rank in vain ({words[0][:120]}): look for a rank that "
-                "hangs, or raise parallel.timeout_seconds"
+                "hangs or has died, or raise parallel.timeout_seconds"
             )
         return f"{type(error).__name__}: {words[0][:300]}"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _foreseen(error: BaseException) -> bool:
+    """Whether the machine or another rank is to blame, and no part of the program."""
+    text = str(error).lower()
+    lost = (
+        "timed out" in text or "connection closed by peer" in text or isinstance(error, dist.DistBackendError)
+    )
+    return _out_of_memory(error) or lost
 
 
 def open_store() -> dist.Store:
