@@ -103,9 +103,8 @@ def _out_of_memory(error: BaseException) -> bool:
 def _foreseen(error: BaseException) -> bool:
     """Whether the machine or another rank is to blame, and no part of the program."""
     text = str(error).lower()
-    lost = (
-        "timed out" in text or "connection closed by peer" in text or isinstance(error, dist.DistBackendError)
-    )
+    signs = ("timed out", "closed by peer", "reset by peer", "connection refused")
+    lost = any(sign in text for sign in signs) or isinstance(error, dist.DistBackendError)
     return _out_of_memory(error) or lost
 
 

@@ -45,6 +45,7 @@ from openm6.models.description import (
 )
 from openm6.parallel.gather import open_gather
 from openm6.parallel.placing import place
+from openm6.parallel.config import MeshShape
 from openm6.parallel.ranks import Ranks
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES
@@ -112,6 +113,7 @@ class MultimodalJob(Job):
         experts = self.omni.config.experts
         num_experts = experts.num_experts if experts else None
         shape = config.resolve(ranks.size, num_experts, device.type == "cuda")
+        check_cut(self.recipe, shape)
         ranks.place(self.omni, shape)
         self.omni.backbone.exchange = ranks.exchange(config.parts)
 
@@ -219,6 +221,31 @@ class MultimodalJob(Job):
 
     def files(self) -> dict[str, str]:
         return {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
+
+
+def check_cut(recipe: MultimodalRecipe, shape: MeshShape) -> None:
+    """Raises ConfigError where a recipe asks for what cannot be done on such a mesh."""
+    if recipe.packing.rows < shape.size:
+        raise ConfigError(
+            f"packing.rows={recipe.packing.rows} leaves some of {shape.size} ranks without a row: raise it to a multiple"
+        )
+    if shape.copies_only:
+        return
+    optimizer, experts = recipe.loop.optimizer.name, build_backbone(recipe.model).experts
+    if optimizer != "adamw":
+        raise ConfigError(
+            f"loop.optimizer.name: {optimizer} needs whole matrices, which parallel.shard and parallel.experts cut: "
+            "choose adamw, or set both to 1"
+        )
+    if recipe.loop.stages is not None:
+        raise ConfigError(
+            "loop.stages cannot switch a model that is cut over ranks: train the pseudo stage without it, then turn "
+            "its checkpoint with openm6 convert and go on"
+        )
+    if experts is not None and experts.capacity is not None and recipe.packing.rows % shape.size:
+        raise ConfigError(
+            f"experts with a capacity need as many rows on each rank: set packing.rows to a multiple of {shape.size}"
+        )
 
 
 def _check_lessons(recipe: MultimodalRecipe, sources: dict[str, Source]) -> None:
