@@ -25,9 +25,10 @@ PATIENCE = 5.0  # seconds that a failed rank gives rank 0 to speak before the la
 class Guard:
     """While entered, a failure of any rank ends all of them; the first one's sentence is raised or told by rank 0."""
 
-    def __init__(self, rank: int, size: int, timeout_seconds: float) -> None:
+    def __init__(self, rank: int, size: int, timeout_seconds: float, name: str) -> None:
+        """`name` is the same on all ranks and another one after each restart."""
         self.rank, self.size, self.timeout_seconds = rank, size, timeout_seconds
-        self._store = open_store()
+        self._store = open_store(name)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="openm6-guard", daemon=True)
 
@@ -47,10 +48,9 @@ class Guard:
                 raise SystemExit(130) from None
             return
         own = f"rank {self.rank} of {self.size}: {self._sentence(error)}"
-        first = self._store.compare_set(FAILURE, "", own).decode()
+        first = self._tell(own)
         bug = first == own and not isinstance(error, OpenM6Error) and not _foreseen(error)
         if self.rank == 0:
-            self._store.set(HEARD, "yes")
             if first != own or _foreseen(error):
                 raise TrainingError(first) from None
             return
@@ -58,6 +58,16 @@ class Guard:
             sys.excepthook(type(error), error, trace)  # a bug, which keeps its traceback
         self._wait_for_rank_0()
         raise SystemExit(1) from None
+
+    def _tell(self, own: str) -> str:
+        """Leaves the sentence for the others unless there is one; gives the first."""
+        try:
+            first = self._store.compare_set(FAILURE, "", own).decode()
+            if self.rank == 0:
+                self._store.set(HEARD, "yes")
+        except (dist.DistError, RuntimeError):  # the store has gone, and with it rank 0 or the launcher
+            return own
+        return first
 
     def _wait_for_rank_0(self) -> None:
         waiting = threading.Event()
@@ -89,10 +99,12 @@ class Guard:
                 "parallel.experts"
             )
         if _foreseen(error):
-            return (
-                f"waited {self.timeout_seconds:g} s for another rank in vain ({words[0][:120]}): look for a rank that "
-                "hangs or has died, or raise parallel.timeout_seconds"
-            )
+            if "timed out" in str(error).lower():
+                return (
+                    f"waited {self.timeout_seconds:g} s for another rank in vain: look for one that hangs, "
+                    "or raise parallel.timeout_seconds"
+                )
+            return "another rank was lost: see what it said last, and go on with --resume"
         return f"{type(error).__name__}: {words[0][:300]}"
 
 
@@ -108,8 +120,8 @@ def _foreseen(error: BaseException) -> bool:
     return _out_of_memory(error) or lost
 
 
-def open_store() -> dist.Store:
-    """The key-value store that the ranks met at; each restart has keys of its own."""
+def open_store(name: str) -> dist.Store:
+    """The key-value store that the ranks met at, with keys of its own for this name."""
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -117,7 +129,7 @@ def open_store() -> dist.Store:
         timeout=timedelta(seconds=30),
         wait_for_workers=False,
     )
-    return dist.PrefixStore(f"openm6/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"openm6/{name}", store)
 
 
 def _has(store: dist.Store, key: str) -> bool:

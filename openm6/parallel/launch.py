@@ -29,6 +29,8 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
     """
     # One thread each where nothing is said: teams of threads of several processes would fight for the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # Else a restart meets at the store of the attempt before, where the addresses of the dead still stand.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -86,7 +87,7 @@ class ProcessRanks(Ranks):
         return values[0]
 
     def guard(self) -> AbstractContextManager[Any]:
-        return Guard(self.rank, self.size, self.timeout_seconds)
+        return Guard(self.rank, self.size, self.timeout_seconds, self.from_first(uuid.uuid4().hex))
 
     def close(self) -> None:
         if self._opened:

@@ -43,9 +43,9 @@ from openm6.models.description import (
     ModelDescription,
     build_model,
 )
+from openm6.parallel.config import MeshShape
 from openm6.parallel.gather import open_gather
 from openm6.parallel.placing import place
-from openm6.parallel.config import MeshShape
 from openm6.parallel.ranks import Ranks
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES
@@ -227,7 +227,7 @@ def check_cut(recipe: MultimodalRecipe, shape: MeshShape) -> None:
     """Raises ConfigError where a recipe asks for what cannot be done on such a mesh."""
     if recipe.packing.rows < shape.size:
         raise ConfigError(
-            f"packing.rows={recipe.packing.rows} leaves some of {shape.size} ranks without a row: raise it to a multiple"
+            f"packing.rows={recipe.packing.rows} leaves some of {shape.size} ranks without a row: raise it"
         )
     if shape.copies_only:
         return
