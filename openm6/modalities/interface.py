@@ -91,6 +91,13 @@ class Adapter(nn.Module, ABC):
         """What training minimises; the likelihood itself unless a smoothed form teaches better.  # N D -> N"""
         return self.nll(hidden, arrays)
 
+    def weighed_loss(
+        self, hidden: Tensor, arrays: dict[str, Tensor], weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Σ weight · loss, to learn from, and the loss of each token, to tell.  # N D, N -> (), N"""
+        nats = self.training_loss(hidden, arrays).float()
+        return (nats * weight).sum(), nats.detach()
+
 
 class Modality(ABC):
     """Turns raw input into source or target tokens (in data workers, checking bounds) and makes its adapters."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from openm6.base.errors import ConfigError, DataError
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Tokens, line
+from openm6.ops.linear_loss import linear_nats
 
 # Our own marks lie above the tokenizer's ids, so no text that a user writes can spell one.
 NUM_MARKS = 3
@@ -139,6 +140,12 @@ class TextAdapter(Adapter):
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(self.logits(hidden).float(), arrays["labels"], reduction="none")
+
+    def weighed_loss(
+        self, hidden: Tensor, arrays: dict[str, Tensor], weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # The logits of many words would be the largest tensor of a step: they are made and used up in chunks.
+        return linear_nats(hidden, self.embedding.weight, arrays["labels"], weight)
 
     def name_vectors(self, name_ids: Tensor) -> Tensor:
         """Mean embedding of the words of a name; -1 pads.  # N K -> N D"""

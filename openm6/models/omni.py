@@ -23,8 +23,12 @@ from openm6.ops.sequence import Layout
 
 @dataclass(frozen=True)
 class Judged:
-    """Losses of the learned tokens of one kind: nats each (m), their example (m) and their weight (m)."""
+    """Losses of the learned tokens of one kind: nats each (m), their example (m) and their weight (m).
 
+    total is Σ weight · nats; while the model trains, it alone carries the gradient.
+    """
+
+    total: Tensor
     nats: Tensor
     example: Tensor
     weight: Tensor
@@ -121,7 +125,11 @@ class Omni(nn.Module):
             if len(chosen):
                 arrays = {key: array[chosen] for key, array in kind.arrays.items()}
                 adapter = self.adapter(name)
-                loss = adapter.training_loss if self.training else adapter.nll
-                nats = loss(flat[kind.index[chosen]], arrays)  # m D -> m
-                judged[name] = Judged(nats.float(), kind.example[chosen], kind.weight[chosen])
+                rows, weight = flat[kind.index[chosen]], kind.weight[chosen]  # m D, m
+                if self.training:
+                    total, nats = adapter.weighed_loss(rows, arrays, weight)
+                else:
+                    nats = adapter.nll(rows, arrays).float()
+                    total = (nats * weight).sum()
+                judged[name] = Judged(total, nats, kind.example[chosen], weight)
         return judged, loads

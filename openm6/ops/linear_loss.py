@@ -15,18 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openm6.base.triton_door import kernels, runs_kernels
+from openm6.ops.grouped import cast_alike
 
-CHUNKS = 4  # each chunk reads and writes the weight's gradient once more: few and large
+LOGITS = (
+    2**27
+)  # of a chunk at most; each chunk reads and writes the weight's gradient once more: few and large
 
 
 def linear_nats(
-    hidden: Tensor, weight: Tensor, label: Tensor, token_weight: Tensor, chunks: int = CHUNKS
+    hidden: Tensor, weight: Tensor, label: Tensor, token_weight: Tensor, most: int = LOGITS
 ) -> tuple[Tensor, Tensor]:
     """Σ token_weight · nats with its gradient, and the nats M (fp32, without a gradient).
 
-    hidden: M D; weight of the head: V D; label: M, 0 to V - 1; token_weight: M, part of the loss and not learned.
+    hidden: M D; weight of the head: V D; label: M, 0 to V - 1; token_weight: M, part of the loss and not learned;
+    most: logits that may exist at once.
     """
-    nats, total = _LinearNats.apply(hidden, weight, label, token_weight, chunks)
+    rows, head = cast_alike(hidden, weight)
+    chunks = -(-len(rows) * len(head) // most)
+    nats, total = _LinearNats.apply(rows, head, label, token_weight, chunks)
     return total, nats
 
 
@@ -63,7 +69,7 @@ class _LinearNats(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, label: Tensor, token_weight: Tensor, chunks: int
     ) -> tuple[Tensor, Tensor]:
         needed = any(ctx.needs_input_grad[:2])
-        size = max(1, -(-len(hidden) // chunks))
+        size = max(1, -(-len(hidden) // max(1, chunks)))
         d_hidden = torch.empty_like(hidden) if needed else hidden
         d_weight = torch.zeros_like(weight) if needed else weight
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)

@@ -139,7 +139,7 @@ class MultimodalJob(Job):
         batch = batch.to(self.omni.device)
         judged, loads = self.omni.judge(batch)
         total = sum(
-            ((part.nats * part.weight).sum() for part in judged.values()),
+            (part.total for part in judged.values()),
             start=torch.zeros((), device=self.omni.device),
         )
         if self.omni.pool is not None and POOL not in judged:

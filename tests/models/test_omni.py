@@ -157,7 +157,7 @@ def test_gradients_reach_every_adapter(sequences: list[Sequence]) -> None:
     partly = next(tokens for tokens in pictures if not tokens.arrays["hidden"].all())
     sequences = [lay_out([partly]), *sequences]
     judged, _ = model.judge(collate([sequences[:4], sequences[4:7], sequences[7:]], 512))
-    sum(part.nats.mean() for part in judged.values()).backward()
+    sum(part.total for part in judged.values()).backward()
     silent = [
         name for name, p in model.adapters.named_parameters() if p.grad is None or not p.grad.abs().sum()
     ]

@@ -17,7 +17,7 @@ def inputs(tokens: int = 13) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize(("tokens", "chunks"), [(13, 4), (3, 4), (1, 1), (8, 2)])
 def test_it_equals_the_plain_loss(tokens, chunks):
     hidden, weight, label, token_weight = inputs(tokens)
-    total, nats = linear_nats(hidden, weight, label, token_weight, chunks)
+    total, nats = linear_nats(hidden, weight, label, token_weight, most=20 * -(-tokens // chunks))
     plain, plain_nats = linear_nats_reference(hidden, weight, label, token_weight)
     torch.testing.assert_close(total, plain)
     torch.testing.assert_close(nats, plain_nats)
@@ -35,6 +35,17 @@ def test_the_nats_alone_need_no_gradient():
     assert not linear_nats(hidden, weight, label, token_weight)[1].requires_grad
 
 
+def test_under_autocast_the_head_works_in_half_and_learns_in_full():
+    hidden, weight, label, token_weight = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = linear_nats(hidden, weight, label, token_weight)
+    plain, _ = linear_nats_reference(hidden, weight, label, token_weight)
+    torch.testing.assert_close(total, plain, rtol=0.02, atol=0.02)
+    total.backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+
+
 def test_no_tensor_of_all_logits_is_made():
     """The largest tensor that any operation returns is a chunk's."""
     hidden, weight, label, token_weight = inputs(16)
@@ -47,5 +58,5 @@ def test_no_tensor_of_all_logits_is_made():
             return out
 
     with Watch():
-        linear_nats(hidden, weight, label, token_weight, chunks=4)[0].backward()
+        linear_nats(hidden, weight, label, token_weight, most=4 * 20)[0].backward()
     assert max(largest) == max(20 * 8, 4 * 20)
