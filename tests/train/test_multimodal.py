@@ -54,9 +54,11 @@ def report_of(run: Path) -> dict[str, Any]:
 
 
 def losses(run: Path) -> list[Line]:
-    """The metrics without what the clock decides."""
-    clock = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in line.items() if k not in clock} for line in read_metrics(RunFolder(run))]
+    """The metrics without what the clock and the machine decide."""
+    other = ("seconds", "tokens_per_second", "joules", "watts", "energy", "memory")
+    return [
+        {k: v for k, v in line.items() if not k.startswith(other)} for line in read_metrics(RunFolder(run))
+    ]
 
 
 def test_the_report_has_its_documented_parts(unbroken: Path) -> None:
