@@ -17,10 +17,13 @@ from openm6.bench.sizes import Sizes, choose_sizes, default_name, peak_tflops
 PEERS = ("transformers", "none")
 
 
-def bench_train(config: str | None, peer: str, seconds: float | None, json: Path | None) -> dict[str, Any]:
+def bench_train(
+    config: str | None, peer: str, seconds: float | None, json: Path | None, graph: bool = True
+) -> dict[str, Any]:
     """Measures both in turn and prints the comparison as JSON.
 
-    config: "a", "fine" or "cpu"; None: the one that fits the device. seconds: after these it prints what it has.
+    config: "a", "fine" or "cpu"; None: the one that fits the device. seconds: after these it prints what it has;
+    graph: whether our step may be one CUDA graph.
 
     Raises:
         ConfigError: no such config or peer.
@@ -31,7 +34,7 @@ def bench_train(config: str | None, peer: str, seconds: float | None, json: Path
     sizes, name = choose_sizes(config, device), config or default_name(device)
     on_gpu = device.type == "cuda"
     deadline = Deadline(seconds or (420.0 if on_gpu else 120.0))
-    contenders, note = _contenders(sizes, device, peer)
+    contenders, note = _contenders(sizes, device, peer, graph)
     turns, steps = (4, 8) if on_gpu else (3, 4)
     take_turns(contenders, device, turns, steps, deadline)
     found = {who: _figures(contender, sizes, device, deadline) for who, contender in contenders.items()}
@@ -49,10 +52,12 @@ def bench_train(config: str | None, peer: str, seconds: float | None, json: Path
     return result
 
 
-def _contenders(sizes: Sizes, device: torch.device, peer: str) -> tuple[dict[str, Contender], str]:
+def _contenders(
+    sizes: Sizes, device: torch.device, peer: str, graph: bool
+) -> tuple[dict[str, Contender], str]:
     """Both models, parked where they do not fit side by side, and a word on the peer."""
     away = torch.device("cpu")
-    contenders = {"ours": our_contender(sizes, device)}
+    contenders = {"ours": our_contender(sizes, device, graph)}
     contenders["ours"].move(away if device.type == "cuda" else device)
     note = "left out, as asked" if peer == "none" else missing_peer()
     if note is None:
@@ -75,6 +80,7 @@ def _figures(contender: Contender, sizes: Sizes, device: torch.device, deadline:
         "peak_memory_gib": round(contender.peak_bytes / 2**30, 2) if contender.peak_bytes else None,
         "breakdown_ms": time_parts(contender, device, deadline),
         "step_seconds": contender.timing.summary(),
+        "note": contender.note(),
         "recompilations": contender.recompiled,
         "parameters": sum(parameter.numel() for parameter in contender.model.parameters()),
     }

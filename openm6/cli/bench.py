@@ -42,6 +42,9 @@ Seconds = Annotated[
 ]
 
 
+Graph = Annotated[bool, typer.Option(help="Our step as one CUDA graph, on a GPU.")]
+
+
 @bench_app.command("experts")
 def bench_experts(
     config: Sizes = None, peer: Peer = "transformers", seconds: Seconds = None, json: Json = None
@@ -55,13 +58,17 @@ def bench_experts(
 
 @bench_app.command("train")
 def bench_train(
-    config: Sizes = None, peer: Peer = "transformers", seconds: Seconds = None, json: Json = None
+    config: Sizes = None,
+    peer: Peer = "transformers",
+    seconds: Seconds = None,
+    json: Json = None,
+    graph: Graph = True,
 ) -> None:
     """Tokens a second of a whole training step, and where its time goes.
 
     Example: openm6 bench train --config a --json train.json
     """
-    door("bench train")(config, peer, seconds, json)
+    door("bench train")(config, peer, seconds, json, graph)
 
 
 @bench_app.command()

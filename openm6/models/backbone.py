@@ -23,7 +23,7 @@ from openm6.nn.norm import RMSNorm
 from openm6.nn.stack import BlockRunner
 from openm6.ops.attention import piece_mask
 from openm6.ops.rotary import rotary_table
-from openm6.ops.sequence import BLOCK, Layout, additive_mask, block_mask, visible
+from openm6.ops.sequence import BLOCK, CausalMask, Layout, additive_mask, block_mask, visible
 
 
 class Backbone(nn.Module):
@@ -167,6 +167,8 @@ def choose_mask(layout: Layout, cache: TokenCache | None, x: Tensor) -> Mask:
     """The rule in the form that is fastest here: pieces or blocks for whole rows, else a mask of all pairs."""
     if cache is None and x.is_cpu:
         return piece_mask(layout, x.dtype)
+    if cache is None and x.is_cuda and layout.causal:
+        return CausalMask()
     if cache is None and x.is_cuda and layout.length % BLOCK == 0:
         return block_mask(layout, layout)
     mask = visible(layout, layout if cache is None else cache.extend(layout))

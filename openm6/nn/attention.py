@@ -18,8 +18,9 @@ from openm6.nn.initial import fill_normal
 from openm6.ops.attention import PieceMask, attend_pieces
 from openm6.ops.normalise import rms_norm
 from openm6.ops.rotary import rotate
+from openm6.ops.sequence import CausalMask
 
-Mask = Tensor | PieceMask | BlockMask
+Mask = Tensor | PieceMask | BlockMask | CausalMask
 
 
 class HeadNorms(nn.Module):
@@ -84,6 +85,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         answer = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
     elif isinstance(mask, BlockMask):
         answer = _flex()(query, key, value, block_mask=mask, enable_gqa=True)
+    elif isinstance(mask, CausalMask):
+        grouped = query.shape[1] != key.shape[1]
+        answer = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
     else:
         grouped = query.shape[1] != key.shape[1]
         answer = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,11 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class CausalMask:
+    """The rule where every row is one example read from left to right: kernels know it without a table."""
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where each token of a packed row belongs, and where it stands.
 
@@ -27,12 +32,14 @@ class Layout:
     order:     B S int32, 0 for a bidirectional source; a token sees what has its own order or a lower one
     private:   B S int32, 0, or the number of a block that nobody outside may see
     positions: B S 3, time, height and width for the rotary embedding (equal on all three for text)
+    causal:    every row is one example without padding, read strictly from left to right; known without looking
     """
 
     sample: Tensor
     order: Tensor
     private: Tensor
     positions: Tensor
+    causal: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         shape = self.sample.shape
@@ -58,7 +65,7 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on another device."""
-        return Layout(*(part.to(device) for part in self.parts()))
+        return Layout(*(part.to(device) for part in self.parts()), causal=self.causal)
 
     def narrow(self, start: int, stop: int) -> Layout:
         """Tokens start to stop - 1 of each row, as views."""
@@ -84,7 +91,7 @@ def causal_layout(
     order = torch.arange(start, start + length, dtype=torch.int32, device=device).expand(batch, length)
     # A tensor of its own for each part: a compiler that saw two of them be one would compile anew where they differ.
     sample, private = torch.zeros_like(order), torch.zeros_like(order)
-    return Layout(sample, order, private, order.unsqueeze(-1).expand(batch, length, 3))
+    return Layout(sample, order, private, order.unsqueeze(-1).expand(batch, length, 3), causal=True)
 
 
 def padding_layout(batch: int, length: int, device: torch.device | str | None = None) -> Layout:

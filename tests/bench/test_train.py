@@ -72,3 +72,12 @@ def test_a_turn_times_whole_steps_that_learn():
     bench.take_turns({"ours": contender}, CPU, turns=2, steps=3, deadline=Deadline(60))
     assert len(contender.timing.seconds) == 6
     assert contender.step() < first
+
+
+def test_a_step_that_cannot_be_captured_runs_all_the_same(monkeypatch):
+    """Without a GPU capturing fails, and says so."""
+    contender = our_contender(TINY, CPU)
+    assert contender.note() == "CUDA graph: no GPU"
+    contender.step()
+    contender.move(CPU)
+    assert contender.step().isfinite()

@@ -11,7 +11,7 @@ from torch import Tensor
 from openm6.nn.attention import Attention, HeadNorms, attend
 from openm6.nn.config import AttentionConfig
 from openm6.ops.rotary import rotary_table, rotate_reference
-from openm6.ops.sequence import additive_mask, causal_layout, visible
+from openm6.ops.sequence import CausalMask, additive_mask, causal_layout, visible
 
 CONFIG = AttentionConfig(width=24, num_heads=4, num_kv_heads=2, head_dim=8, norm_eps=1e-5)
 
@@ -67,3 +67,11 @@ def test_without_head_norms_queries_keep_their_length():
     x, mask, norms = torch.randn(1, 6, 24), visible(layout, layout), HeadNorms(8)
     norms.reset_parameters()
     assert not torch.allclose(layer(x, None, table, mask, None, 0), layer(x, norms, table, mask, None, 0))
+
+
+def test_the_causal_mask_is_the_rule_of_a_causal_layout():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
+    layout = causal_layout(2, 7)
+    expected = attend(query, key, value, visible(layout, layout))
+    torch.testing.assert_close(attend(query, key, value, CausalMask()), expected)

@@ -115,3 +115,9 @@ def test_layout_refuses_unequal_shapes():
         Layout(good.sample, good.order, good.private, good.positions[..., :2])
     with pytest.raises(ValueError, match="one shape"):
         Layout(good.sample, good.order[:, :3], good.private, good.positions)
+
+
+def test_a_causal_layout_says_so_and_others_do_not():
+    layout = causal_layout(2, 5)
+    assert layout.causal and layout.to("cpu").causal
+    assert not layout.narrow(0, 3).causal and not join([layout, layout]).causal
