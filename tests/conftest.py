@@ -1,12 +1,23 @@
-"""Fleets of two and of four processes for the tests of several rooms."""
+"""Fleets of two and of four processes for the tests of several rooms, and where Triton kernels are tested."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from tests.parallel.fleet import Fleet
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, by whomever
+
+from tests.parallel.fleet import Fleet  # noqa: E402
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU where there is one; else kernels run in Triton's interpreter, on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")
