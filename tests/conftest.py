@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, by whomever
 
-from tests.parallel.fleet import Fleet  # noqa: E402
+from tests.parallel.fleet import Fleet
 
 
 @pytest.fixture
