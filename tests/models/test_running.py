@@ -43,9 +43,9 @@ def gradients(backbone: Backbone, layout: Layout) -> list[torch.Tensor]:
     torch.manual_seed(1)
     x = torch.randn(2, 32, 32).bfloat16().requires_grad_()
     hidden, loads = backbone(x, layout)
-    leaves = [x, *backbone.parameters()]
+    upstream, leaves = torch.randn(2, 32, 32), [x, *backbone.parameters()]
     found = torch.autograd.grad(
-        hidden.float().square().mean() + sum(load.side_loss for load in loads), leaves, allow_unused=True
+        (hidden.float() * upstream).sum() + sum(load.side_loss for load in loads), leaves, allow_unused=True
     )
     assert [load.layer for load in loads] == [1, 3]
     return [hidden, *(gradient for gradient in found if gradient is not None)]
@@ -69,7 +69,7 @@ def test_compiled_once_for_all_layers_and_packings(dense_mask):
         backbone.run_block = run
         compiled = gradients(backbone, layout)
         for ours, theirs in zip(compiled, plain, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
+            assert (ours - theirs).float().norm() <= 0.02 * theirs.float().norm()
     assert run.compilations == 2  # one graph of a dense layer, one of a sparse layer
 
 
