@@ -81,3 +81,15 @@ def test_a_step_that_cannot_be_captured_runs_all_the_same(monkeypatch):
     contender.step()
     contender.move(CPU)
     assert contender.step().isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_step_learns_what_a_plain_one_learns():
+    device, losses = torch.device("cuda"), []
+    for graph in (False, True):
+        contender = our_contender(TINY, device, graph)
+        losses.append([float(contender.step()) for _ in range(8)])
+    assert contender.note() == "CUDA graph: captured"
+    # Capturing takes three plain steps first.
+    assert losses[1][:4] == pytest.approx(losses[0][3:7], rel=1e-3)

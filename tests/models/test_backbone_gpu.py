@@ -8,6 +8,7 @@ from torch import Tensor
 
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.presets import preset
+from openm6.models.running import CompiledBlocks
 from openm6.ops.sequence import Layout, causal_layout, join, padding_layout
 
 pytestmark = [
@@ -58,3 +59,17 @@ def test_a_step_never_makes_the_gpu_wait():
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert hidden.isfinite().all()
+
+
+def test_compiled_blocks_with_kernels_agree_with_the_cpu():
+    torch.manual_seed(0)
+    model, where = Backbone(preset("nano").backbone), layout()
+    x, upstream = torch.randn(2, 512, 192), torch.randn(2, 512, 192)
+    here = gradients(model, x, where, upstream)
+    run = CompiledBlocks()
+    model.run_block = run
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        there = gradients(model.cuda(), x.cuda(), where.to("cuda"), upstream.cuda())
+    for ours, theirs in zip(there, here, strict=True):
+        assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+    assert run.compilations == 1
