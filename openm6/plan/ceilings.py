@@ -37,9 +37,9 @@ class TrainingRates(Config):
     all cores at work as a run takes them.
 
     update: parameters a second of one optimizer step, by optimizer; workers: processes that shared a step.
-    Three short runs anchor the sums of the parts: a step takes `step` seconds, `stretch` times the parts' time and
-    `token` seconds a token (for its data and its adapters); a run takes `process` bytes, `gap` times the parts' bytes
-    and `token_bytes` a token.
+    Four short runs anchor the sums of the parts: a step takes `step` seconds, `stretch` times the parts' time and
+    `token` seconds a token (for its data and its adapters; `text_token` where all data is text); a run takes `process`
+    bytes, `gap` times the parts' bytes and `token_bytes` (`text_token_bytes`) a token.
     """
 
     attention: Curve
@@ -51,9 +51,11 @@ class TrainingRates(Config):
     step: float = 0.0
     stretch: float = 1.0
     token: float = 0.0
+    text_token: float = 0.0
     process: float = 0.0
     gap: float = 1.0
     token_bytes: float = 0.0
+    text_token_bytes: float = 0.0
 
 
 class Ceilings(Config):

@@ -17,11 +17,15 @@ from openm6.plan.work import PASSES, Stored, attention_operations
 
 @dataclass(frozen=True)
 class Load:
-    """What a step brings: keys that a token sees, share of tokens with a text answer, processes that share it."""
+    """What a step brings: keys that a token sees, share of tokens with a text answer, processes that share it.
+
+    text_only: whether all data is text.
+    """
 
     keys: float
     learned: float
     workers: int
+    text_only: bool = False
 
 
 ELEMENT = 4  # bytes: a processor trains in fp32
@@ -47,7 +51,8 @@ def measured_budget(
     logits = load.learned * part * vocabulary * ELEMENT * LOGITS_A_TOKEN
     states = stored.total * (tier.weights + tier.moments + (load.workers - 1) * tier.gradients)
     step = load.workers * max(kept + logits, stored.total * tier.gradients)
-    added = step * rates.gap + tokens * rates.token_bytes
+    each = rates.text_token_bytes if load.text_only else rates.token_bytes
+    added = step * rates.gap + tokens * each
     return DeviceBudget(states * rates.gap, added, 0.0, rates.process, 0.0, tokens)
 
 
@@ -77,7 +82,8 @@ def measured_time(
     output = vocabulary * config.width
     seconds += 2 * PASSES * output * learned * tokens / rates.head.at(output)
     update = stored.total / rates.update.get(optimizer, min(rates.update.values()))
-    seconds = seconds * rates.stretch + rates.step + tokens * rates.token
+    each = rates.text_token if load.text_only else rates.token
+    seconds = seconds * rates.stretch + rates.step + tokens * each
     return StepTime(seconds, update * rates.stretch, 0.0, 0.0)
 
 

@@ -211,7 +211,7 @@ def _measured_stage(
 ) -> StagePlan:
     model, ceilings = question.model, cluster.measured
     assert ceilings is not None
-    load = Load(model.keys, model.learned, model.workers or ceilings.training.workers)
+    load = Load(model.keys, model.learned, model.workers or ceilings.training.workers, model.text_only)
     rates = ceilings.training
     budget = measured_budget(config, model.vocabulary, stored, tier, tokens, load, rates)
     time = measured_time(config, model.vocabulary, stored, optimizer_of(tier), tokens, load, rates)

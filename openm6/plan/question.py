@@ -17,6 +17,7 @@ SHIPPED = Path(__file__).parents[1] / "recipes"
 LENGTH = 512  # tokens of a row
 VOCABULARY = 4096  # of a recipe that does not say
 LEARNED = 0.3  # share of a recipe's tokens that have a text answer; the others are read, or codes and numbers
+TEXT_TASKS = frozenset({"answer", "continue", "define", "denoise"})  # that read text and give text
 KEYS = 48.0  # that a token of a recipe sees: its own example
 
 
@@ -25,7 +26,7 @@ class Model:
     """What is to be trained: its name, backbone and vocabulary; of a recipe also rows, row length and optimizer.
 
     adapters: whether it takes other modalities than text; learned: share of its tokens that have a text answer; keys:
-    what a token sees on average; workers: processes that share a step, None for one a core.
+    what a token sees on average; text_only: whether all its data is text; workers: processes that share a step, None for one a core.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Model:
     optimizer: str | None = None
     workers: int | None = None
     adapters: bool = False
+    text_only: bool = True
     learned: float = 1.0
     keys: float = LENGTH / 2
 
@@ -112,6 +114,7 @@ def model_of_recipe(name: str, values: dict[str, Any], overrides: list[str] | No
         optimizer=str((loop.get("optimizer") or {}).get("name", "adamw")),
         workers=loop["workers"] if isinstance(loop.get("workers"), int) else None,
         adapters=True,
+        text_only=all(lecture.get("task") in TEXT_TASKS for lecture in values.get("mixture") or ()),
         learned=LEARNED,
         keys=KEYS,
     )
