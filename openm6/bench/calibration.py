@@ -7,12 +7,11 @@ from typing import Any
 
 from openm6.bench.machine import planned
 from openm6.bench.measure import Deadline, emit
-from openm6.bench.probe import run_probe
+from openm6.bench.probe import TEXT_ONLY, run_probe
 from openm6.plan.ceilings import read_ceilings
 
 SECONDS = 170.0
 STEPS = 12
-TEXT = "mixture=[{source: questions, task: answer}, {source: wordnet, task: define}, {source: poems, task: continue}]"
 
 
 def _sizes(width: int, layers: int) -> list[str]:
@@ -28,12 +27,12 @@ def _dense(hidden: int, ffn: str = "swiglu") -> list[str]:
 
 
 CASES: dict[str, list[str]] = {
-    "sparse, text, width 192, 1,024 tokens": [TEXT, "packing.rows=2"],
-    "sparse, text, width 192, 4,096 tokens": [TEXT, "packing.rows=8"],
-    "sparse, text, width 384, 6 layers": [TEXT, *_sizes(384, 6), "packing.rows=4"],
-    "dense, text, width 192": [TEXT, *_dense(768), "packing.rows=4"],
-    "dense, text, width 384, 6 layers": [TEXT, *_sizes(384, 6), *_dense(1536), "packing.rows=4"],
-    "dense gelu, text, width 512": [TEXT, *_sizes(512, 4), *_dense(2048, "gelu"), "packing.rows=2"],
+    "sparse, text, width 192, 1,024 tokens": [TEXT_ONLY, "packing.rows=2"],
+    "sparse, text, width 192, 4,096 tokens": [TEXT_ONLY, "packing.rows=8"],
+    "sparse, text, width 384, 6 layers": [TEXT_ONLY, *_sizes(384, 6), "packing.rows=4"],
+    "dense, text, width 192": [TEXT_ONLY, *_dense(768), "packing.rows=4"],
+    "dense, text, width 384, 6 layers": [TEXT_ONLY, *_sizes(384, 6), *_dense(1536), "packing.rows=4"],
+    "dense gelu, text, width 512": [TEXT_ONLY, *_sizes(512, 4), *_dense(2048, "gelu"), "packing.rows=2"],
     "dense, multimodal, width 256, 6 layers": [*_sizes(256, 6), *_dense(1024), "packing.rows=4"],
     "sparse, multimodal, width 192": ["packing.rows=4"],
     "sparse, multimodal, width 192, 8 layers": ["model.overrides.num_layers=8", "packing.rows=4"],

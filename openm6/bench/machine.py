@@ -23,7 +23,7 @@ from openm6.bench.machine_rates import (
     watts,
 )
 from openm6.bench.measure import Deadline, device_name, emit
-from openm6.bench.probe import Probe, run_probe
+from openm6.bench.probe import TEXT_ONLY, Probe, run_probe
 from openm6.bench.training_rates import measure_parts
 from openm6.plan.ceilings import Ceilings, Curve, TrainingRates, write_ceilings
 from openm6.plan.hardware import GIB
@@ -33,10 +33,11 @@ from openm6.plan.question import Question, model_of_recipe
 from openm6.train.run import read_recipe, recipe_path
 
 SECONDS = 170.0
-# Three short runs, of few and many tokens and of a small and a larger model, anchor the sums of the parts.
+# Four short runs, of few and many tokens, a small and a larger model, and text alone, anchor the sums of the parts.
 ANCHORS = (
     ["packing.rows=2"],
     ["packing.rows=8"],
+    [TEXT_ONLY, "packing.rows=6"],
     [
         "packing.rows=4",
         "model.overrides.width=384",
@@ -91,14 +92,17 @@ def measure_machine(deadline: Deadline) -> Ceilings:
 def anchor(ceilings: Ceilings, probes: list[tuple[list[str], Probe]]) -> Ceilings:
     """The ceilings with the factors of time and memory under which the probes are planned as they ran."""
     stages = [planned(words, ceilings) for words, _ in probes]
-    tokens = [float(stage.tokens) for stage in stages]
-    times = [probe.seconds for _, probe in probes]
-    bytes_ = [probe.memory for _, probe in probes]
-    step, stretch, token = fit([stage.time.seconds for stage in stages], tokens, times)
-    process, gap, token_bytes = fit([stage.budget.device for stage in stages], tokens, bytes_)
+    text = [TEXT_ONLY in words for words, _ in probes]
+    columns = [
+        [0.0 if only else float(stage.tokens) for stage, only in zip(stages, text, strict=True)],
+        [float(stage.tokens) if only else 0.0 for stage, only in zip(stages, text, strict=True)],
+    ]
+    times, memory = [probe.seconds for _, probe in probes], [probe.memory for _, probe in probes]
+    step, stretch, token, text_token = fit([[stage.time.seconds for stage in stages], *columns], times)
+    process, gap, bytes_, text_bytes = fit([[stage.budget.device for stage in stages], *columns], memory)
     fitted = {
-        "step": step, "stretch": stretch, "token": token, "process": process, "gap": gap,
-        "token_bytes": token_bytes, "workers": probes[0][1].workers,
+        "step": step, "stretch": stretch, "token": token, "text_token": text_token, "process": process, "gap": gap,
+        "token_bytes": bytes_, "text_token_bytes": text_bytes, "workers": probes[0][1].workers,
     }  # fmt: skip
     busy = sum(probe.joules for _, probe in probes) / sum(times)
     return ceilings.model_copy(
@@ -109,22 +113,21 @@ def anchor(ceilings: Ceilings, probes: list[tuple[list[str], Probe]]) -> Ceiling
     )
 
 
-def fit(parts: list[float], tokens: list[float], measured: list[float]) -> tuple[float, float, float]:
-    """Offset, factor of the parts and share of each token, none below zero, nearest to what was measured."""
-    columns = np.array([np.ones(len(parts)), parts, tokens]).T
-    scale = columns.max(0)
-    target = np.array(measured)
-    best, found = np.inf, np.zeros(3)
-    for chosen in product((False, True), repeat=3):
+def fit(causes: list[list[float]], measured: list[float]) -> list[float]:
+    """An offset and a factor for each cause, none below zero, that come nearest to what was measured."""
+    columns = np.array([np.ones(len(measured)), *causes]).T
+    scale, target = columns.max(0), np.array(measured)
+    best, found = np.inf, np.zeros(columns.shape[1])
+    for chosen in product((False, True), repeat=columns.shape[1]):
         use = np.array(chosen)
         if not use.any():
             continue
-        values = np.zeros(3)
+        values = np.zeros(columns.shape[1])
         values[use] = np.linalg.lstsq(columns[:, use] / scale[use], target, rcond=None)[0] / scale[use]
         error = float(np.square((columns @ values - target) / target).sum())
         if (values >= 0).all() and error < best:
             best, found = error, values
-    return float(found[0]), float(found[1]), float(found[2])
+    return found.tolist()
 
 
 def planned(overrides: list[str], ceilings: Ceilings) -> StagePlan:

@@ -21,7 +21,10 @@ from openm6.train.recorder import read_metrics
 from openm6.train.run import read_recipe, recipe_path
 
 RECIPE = "demo"
-TEXT_ONLY = "mixture=[{source: questions, task: answer}, {source: wordnet, task: define}, {source: poems, task: continue}]"
+MIXTURE = (
+    "{source: questions, task: answer}, {source: wordnet, task: define}, {source: poems, task: continue}"
+)
+TEXT_ONLY = f"mixture=[{MIXTURE}]"
 WARMING = 3  # steps that fill caches
 ALWAYS = [
     "loop.minutes=null", "loop.log_every=1", "loop.save_every=100000", "loop.tensorboard=false",

@@ -26,7 +26,8 @@ class Model:
     """What is to be trained: its name, backbone and vocabulary; of a recipe also rows, row length and optimizer.
 
     adapters: whether it takes other modalities than text; learned: share of its tokens that have a text answer; keys:
-    what a token sees on average; text_only: whether all its data is text; workers: processes that share a step, None for one a core.
+    what a token sees on average; text_only: whether all its data is text; workers: processes that
+    share a step, None for one a core.
     """
 
     name: str
