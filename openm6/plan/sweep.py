@@ -45,8 +45,8 @@ def sweep_plans(question: Question, asked: Asked, kind: str) -> list[Row]:
 
 
 def sweep_json(rows: list[Row], kind: str) -> list[dict[str, Any]]:
-    """One object for each plan, with the value that was changed."""
-    return [{kind: value, **plan.to_json()} for value, plan in rows]
+    """One object for each plan, with what was changed (`sweep`) and to which `value`."""
+    return [{"sweep": kind, "value": value, **plan.to_json()} for value, plan in rows]
 
 
 def draw_sweep(rows: list[Row], kind: str, path: Path) -> None:

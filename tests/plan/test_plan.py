@@ -137,7 +137,7 @@ def test_sweeps(tmp_path: Path) -> None:
         speeds[0] < speeds[1] < speeds[2] < speeds[4]
     )  # a second node costs more than it brings: its network
     assert [size for size, _ in sweep_plans(question, asked, "bytes")] == [16, 12, 8, 4, 2, 1]
-    assert sweep_json(sweep_plans(question, asked, "batch"), "batch")[2]["batch"] == 16_384
+    assert sweep_json(sweep_plans(question, asked, "batch"), "batch")[2]["value"] == 16_384
     draw_sweep(rows, "gpus", tmp_path / "sweep.svg")
     assert (tmp_path / "sweep.svg").read_text().startswith("<?xml")
     with pytest.raises(ConfigError, match="--sweep 'gpu' is not known; did you mean 'gpus'"):
