@@ -98,7 +98,7 @@ def test_ceilings_are_kept_and_a_plan_is_checked(tmp_path: Path, monkeypatch: py
 
 
 def test_the_timed_layout_packs_examples_that_do_not_see_one_another() -> None:
-    mask = visible(example_layout(), example_layout())[0]
+    mask = visible(example_layout(), example_layout())[0, 0]
     assert mask[0, :32].all() and not mask[0, 32:].any()  # a source token sees its source
     assert mask[63, :64].all() and not mask[63, 64:].any()
     assert not mask[64, :64].any()
