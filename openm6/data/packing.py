@@ -52,6 +52,9 @@ class Packer:
         self.config = config
         self.quarantine = quarantine
         self.rank, self.size = rank, size
+        self._made: dict[
+            int, Sequence
+        ] = {}  # by serial, of the draws that wait: what they become, kept to save time
         self._begin(_number_of_lanes(config, size))
 
     def _begin(self, count: int) -> None:
@@ -68,6 +71,7 @@ class Packer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to a place that `merge_cursors` put together; a number of lanes that still fits is kept."""
+        self._made.clear()
         state = _with_lanes(state)
         if state["count"] >= self.size and self.config.rows % state["count"] == 0:
             self._begin(state["count"])
@@ -92,12 +96,13 @@ class Packer:
         earlier, lane.waiting = lane.waiting, []
         while len(lane.waiting) < self.config.waiting and any(room):
             draw = earlier.pop(0) if earlier else self.lanes.take(lane)
-            sequence = self._sequence(draw)
+            sequence = self._made.pop(draw.serial, None) or self._sequence(draw)
             if sequence is None:
                 continue
             row = next((number for number, left in enumerate(room) if left >= len(sequence)), None)
             if row is None:
-                lane.waiting.append(draw)  # made again for the next batch, and counted only then
+                lane.waiting.append(draw)  # counted only when it finds room
+                self._made[draw.serial] = sequence
             else:
                 self.quarantine.accept()
                 rows[row].append((draw, sequence))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from openm6.modalities.interface import Adapter
 from openm6.modalities.places import PlaceEmbedding
+from openm6.ops.cross_entropy import grouped_cross_entropy
 from openm6.ops.quantize import cell_values, unpack
 
 RANDOM_SHARE, ALL_SHARE, INSIDE_SHARE = 0.6, 0.2, 0.1  # the rest: everything but a rectangle is hidden
@@ -130,10 +131,8 @@ class CodesAdapter(Adapter):
         return self._cross_entropy(hidden, arrays, 0.0)
 
     def _cross_entropy(self, hidden: Tensor, arrays: dict[str, Tensor], smoothing: float) -> Tensor:
-        logits = self.logits(hidden, arrays["codes"]).float().flatten(0, 1)  # N G C -> N*G C
-        wanted = arrays["codes"].flatten()
-        nats = F.cross_entropy(logits, wanted, reduction="none", label_smoothing=smoothing)
-        return nats.view(-1, self.groups)
+        states = self.group_states(hidden, arrays["codes"])  # N G B
+        return grouped_cross_entropy(states, self.to_codes, arrays["codes"], smoothing)
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         return self.group_nll(hidden, arrays).sum(-1)

@@ -1,6 +1,7 @@
 """Attention for packed rows on a CPU: pieces of a row meet only the keys that some query of theirs can see."""
 
-# Letters: B rows, S queries, T keys, H query heads, G key-value heads, M = H/G, d size of a head, P queries of a piece
+# Letters: B rows, S tokens of a row, N = B·S, H query heads, G key-value heads, M = H/G, d size of a head,
+# Q queries and K keys of a piece
 
 from __future__ import annotations
 
@@ -19,38 +20,41 @@ PIECE = (
 
 @dataclass(frozen=True)
 class Piece:
-    """Queries `start` to `stop` of a row, and the keys from `first` to `last` that hold all they can see."""
+    """Queries `start` to `stop` of the flattened rows, and the keys from `first` to `last` that hold all they see.
 
-    row: int
+    bias: Q K, 0 where a query sees a key, else -inf
+    """
+
     start: int
     stop: int
     first: int
     last: int
+    bias: Tensor
 
 
 @dataclass(frozen=True)
 class PieceMask:
-    """The sequence rule as an additive mask B 1 S S, and the pieces in which it is not wholly -inf."""
+    """The sequence rule as the pieces, in order, in which it is not wholly -inf."""
 
-    bias: Tensor
     pieces: tuple[Piece, ...]
 
 
 def piece_mask(layout: Layout, dtype: torch.dtype) -> PieceMask:
     """Cuts rows where one example ends and another begins, and after each 128 tokens."""
-    mask = visible(layout, layout)
+    mask = visible(layout, layout)[:, 0]  # B S S
     pieces = []
     for row, sample in enumerate(layout.sample):
         lengths = torch.unique_consecutive(sample, return_counts=True)[1].tolist()
-        start = 0
+        start, base = 0, row * layout.length
         for length in lengths:
             end = start + length
             for begin in range(start, end, PIECE):
                 stop = min(end, begin + PIECE)
-                seen = mask[row, 0, begin:stop].any(0).nonzero()
-                pieces.append(Piece(row, begin, stop, int(seen[0]), int(seen[-1]) + 1))
+                last = int(mask[row, begin:stop, start:end].any(0).nonzero()[-1]) + start + 1
+                bias = additive_mask(mask[row, begin:stop, start:last], dtype)
+                pieces.append(Piece(base + begin, base + stop, base + start, base + last, bias))
             start = end
-    return PieceMask(additive_mask(mask, dtype), tuple(pieces))
+    return PieceMask(tuple(pieces))
 
 
 def attend_pieces(query: Tensor, key: Tensor, value: Tensor, mask: PieceMask) -> Tensor:
@@ -61,24 +65,26 @@ def attend_pieces(query: Tensor, key: Tensor, value: Tensor, mask: PieceMask) ->
 class _AttendPieces(torch.autograd.Function):
     """Keeps each piece's weights, which are few where rows hold several examples.
 
-    The M query heads that share a key head are one taller matrix: its rows are (query, head) pairs.
+    The M query heads that share a key head are one taller matrix: its rows are (query, head) pairs. Pieces are many
+    and small, so each takes as few calls as can be: three forwards, five backwards.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: PieceMask) -> Tensor:
-        answer = torch.empty_like(query)
+        share, scale = query.shape[2] // key.shape[2], query.shape[-1] ** -0.5
+        biases = [piece.bias.to(query.dtype).repeat_interleave(share, 0) for piece in mask.pieces]  # Q·M K
+        answer = torch.empty_like(query, memory_format=torch.contiguous_format)
+        queries, keys, values = _by_head(query, share), _by_head(key, 1), _by_head(value, 1)
+        answers = answer.view(-1, len(keys), share, query.shape[-1])  # N G M d
         kept = []
-        for piece, head, shared in _walk(mask, query, key):
-            q = _rows(query, piece, head)
-            logits = (q @ key[piece.row, piece.first : piece.last, shared].t()).unflatten(
-                0, (-1, _share(head))
-            )
-            bias = mask.bias[piece.row, 0, piece.start : piece.stop, piece.first : piece.last].unsqueeze(1)
-            weight = torch.add(bias, logits, alpha=query.shape[-1] ** -0.5).softmax(-1)
-            weight = weight.flatten(0, 1).to(value.dtype)
-            result = weight @ value[piece.row, piece.first : piece.last, shared]
-            answer[piece.row, piece.start : piece.stop, head] = result.unflatten(0, (-1, _share(head)))
-            kept.append(weight)
+        for head, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+            for piece, bias in zip(mask.pieces, biases, strict=True):
+                seen = slice(piece.first, piece.last)
+                rows = q[piece.start * share : piece.stop * share]
+                logits = torch.addmm(bias, rows, k[seen].t(), alpha=scale)
+                weight = logits.softmax(-1).to(v.dtype)
+                answers[piece.start : piece.stop, head] = (weight @ v[seen]).view(-1, share, q.shape[-1])
+                kept.append(weight)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.mask = mask
         return answer
@@ -86,34 +92,34 @@ class _AttendPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, *kept = ctx.saved_tensors
-        scale = query.shape[-1] ** -0.5
-        d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for (piece, head, shared), weight in zip(_walk(ctx.mask, query, key), kept, strict=True):
-            q, g = _rows(query, piece, head), _rows(gradient, piece, head)
-            keys = piece.row, slice(piece.first, piece.last), shared
-            d_value[keys].addmm_(weight.t(), g)
-            d_weight = g @ value[keys].t()
-            # softmax: d_logit = weight · (d_weight − Σ weight · d_weight)
-            d_logit = torch._softmax_backward_data(d_weight.float(), weight.float(), -1, torch.float32)
-            d_logit = d_logit.to(query.dtype)
-            d_key[keys].addmm_(d_logit.t(), q, alpha=scale)
-            d_q = (d_logit @ key[keys]).mul_(scale)
-            d_query[piece.row, piece.start : piece.stop, head] = d_q.unflatten(0, (-1, _share(head)))
-        return d_query, d_key, d_value, None
+        share, scale = query.shape[2] // key.shape[2], query.shape[-1] ** -0.5
+        queries, keys, values = _by_head(query, share), _by_head(key, 1), _by_head(value, 1)
+        d_query, d_key, d_value = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+        weights = iter(kept)
+        for q, k, v, g, dq, dk, dv in zip(
+            queries, keys, values, _by_head(gradient, share), d_query, d_key, d_value, strict=True
+        ):
+            for piece in ctx.mask.pieces:
+                seen, rows = slice(piece.first, piece.last), slice(piece.start * share, piece.stop * share)
+                weight, upstream = next(weights), g[rows]
+                dv[seen].addmm_(weight.t(), upstream)
+                # softmax: d_logit = weight · (d_weight − Σ weight · d_weight)
+                d_weight = (upstream @ v[seen].t()).float()
+                d_logit = torch._softmax_backward_data(d_weight, weight.float(), -1, torch.float32)
+                d_logit = d_logit.to(q.dtype)
+                dk[seen].addmm_(d_logit.t(), q[rows], alpha=scale)
+                torch.mm(d_logit, k[seen], out=dq[rows])
+        d_query.mul_(scale)
+        return _home(d_query, query), _home(d_key, key), _home(d_value, value), None
 
 
-def _walk(mask: PieceMask, query: Tensor, key: Tensor) -> list[tuple[Piece, slice, int]]:
-    """Each piece with each group of query heads and the key head that they share."""
-    share = query.shape[2] // key.shape[2]
-    groups = [(slice(g * share, (g + 1) * share), g) for g in range(key.shape[2])]
-    return [(piece, head, shared) for piece in mask.pieces for head, shared in groups]
+def _by_head(x: Tensor, share: int) -> Tensor:
+    """B S G·M d -> G N·M d, for each key head the rows of the query heads that read it."""
+    grouped = x.reshape(-1, x.shape[2] // share, share, x.shape[3])  # N G M d
+    return grouped.transpose(0, 1).reshape(x.shape[2] // share, -1, x.shape[3])
 
 
-def _rows(x: Tensor, piece: Piece, head: slice) -> Tensor:
-    """The piece's queries of one group as a matrix: P·M d."""
-    return x[piece.row, piece.start : piece.stop, head].flatten(0, 1)
-
-
-def _share(head: slice) -> int:
-    """M: query heads of a group."""
-    return int(head.stop - head.start)
+def _home(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_by_head`."""
+    grouped = x.view(x.shape[0], like.shape[0] * like.shape[1], -1, x.shape[2])  # G N M d
+    return grouped.transpose(0, 1).reshape(like.shape)
