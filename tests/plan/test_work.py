@@ -65,10 +65,11 @@ def test_stored_is_what_a_model_has() -> None:
 
 @pytest.mark.parametrize("width", [64, 192])
 def test_adapters_are_what_the_modalities_have(width: int) -> None:
+    every = modalities()
     with torch.device("meta"):
         built = sum(
             parameter.numel()
-            for modality in modalities().values()
+            for modality in every.values()
             for name, adapter in modality.adapters(width).items()
             for parameter in adapter.parameters()
             if name != "text"
