@@ -10,7 +10,7 @@ from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.serve.config import Limits
 from openm6.serve.errors import BadRequestError
-from openm6.serve.media import check_picture, from_base64, from_data_url
+from openm6.serve.media import check_picture, check_sound, from_base64, from_data_url
 
 
 class TextPart(BaseModel):
@@ -102,7 +102,10 @@ def _part(piece: Any, limits: Limits, where: str) -> Part:
         param = f"{where}.image_url.url"
         return Part("image", check_picture(from_data_url(piece.image_url.url, param), limits.pixels, param))
     if isinstance(piece, AudioPart):
-        return Part("sound", from_base64(piece.input_audio.data, f"{where}.input_audio.data"))
+        param = f"{where}.input_audio.data"
+        return Part(
+            "sound", check_sound(from_base64(piece.input_audio.data, param), limits.sound_seconds, param)
+        )
     assert isinstance(piece, NumbersPart)
     return numbers_part(piece, limits, where)
 

@@ -73,6 +73,24 @@ def check_picture(data: bytes, pixels: int, param: str) -> bytes:
     return data
 
 
+def check_sound(data: bytes, limit: float, param: str) -> bytes:
+    """The bytes of a sound whose header can be read and claims no more than `limit` seconds.
+
+    Raises:
+        BadRequestError: it is none, or too long.
+    """
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            seconds = file.frames / file.samplerate
+    except (soundfile.LibsndfileError, TypeError, ZeroDivisionError, RuntimeError):
+        raise BadRequestError(
+            f"{param} is no sound that can be read: send WAV, FLAC, Ogg or MP3", param
+        ) from None
+    if seconds > limit:
+        raise BadRequestError(f"{param} lasts {seconds:.1f} s, over the bound of {limit:g} s: cut it", param)
+    return data
+
+
 def write_picture(picture: Pillow.Image, form: PictureFormat) -> bytes:
     """A picture as a file of this format."""
     out = io.BytesIO()
