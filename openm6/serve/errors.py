@@ -94,7 +94,11 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_response(400, f"{path}: {message}" if path else message, path or None)
 
     @app.exception_handler(HTTPException)
-    async def plain(_: Request, error: HTTPException) -> JSONResponse:
+    async def plain(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(
+            error.__cause__, OpenM6Error
+        ):  # FastAPI puts words of its own over what reading a body says
+            return await expected(request, error.__cause__)
         message = error.detail or HTTPStatus(error.status_code).phrase
         response = error_response(error.status_code, str(message))
         response.headers.update(error.headers or {})
