@@ -182,7 +182,7 @@ def test_a_failure_ends_one_request_and_not_the_engine(
 
 
 def test_after_the_end_nothing_is_taken(model: Loaded) -> None:
-    engine = Engine(model, EngineConfig(rows=1, room=64)).start()
+    engine = Engine(model, EngineConfig(rows=1, room=256)).start()
     engine.stop()
     assert not engine.ready
     with pytest.raises(StoppedError):
