@@ -10,6 +10,7 @@ data. Losses are shares of a global sum, so every gradient is a plain sum over r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -80,6 +81,8 @@ def shard(model: nn.Module, layout: Layout) -> None:
         keep = block.router is not None
         fully_shard(block, mesh=dense, ignored_params=held, reshard_after_forward=not keep)
     fully_shard(model, mesh=dense, ignored_params=held)
+    # FSDP warns, in every step, of adding in place to what a layer returns, which nobody does here.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Sums, not means. Without the second line the division is asked of the backend, which gloo refuses and

@@ -239,8 +239,8 @@ def check_cut(recipe: MultimodalRecipe, shape: MeshShape) -> None:
         )
     if recipe.loop.stages is not None:
         raise ConfigError(
-            "loop.stages cannot switch a model that is cut over ranks: train the pseudo stage without it, then turn "
-            "its checkpoint with openm6 convert and go on"
+            "loop.stages cannot switch a model that is cut over ranks: set parallel.shard and parallel.experts to 1, "
+            "or leave loop.stages out"
         )
     if experts is not None and experts.capacity is not None and recipe.packing.rows % shape.size:
         raise ConfigError(

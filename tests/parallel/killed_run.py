@@ -1,0 +1,51 @@
+"""A program for the launcher: the tiny recipe on two ranks, killed first while it trains and then while it saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from openm6.checkpoint import save as saving
+from openm6.checkpoint.folder import list_checkpoints, step_of
+from openm6.modalities.sequence import Batch
+from openm6.parallel.processes import ProcessRanks
+from openm6.train.job import StepResult
+from tests.parallel import recording_job
+
+ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DyingJob(recording_job.RecordingJob):
+    """On the first attempt rank 1 dies in step 5."""
+
+    def loss(self, batch: Batch) -> StepResult:
+        if ATTEMPT == 0 and self.ranks.rank == 1 and self.first_step + len(self.seen) == 5:
+            die()
+        return super().loss(batch)
+
+
+def main(recipe: str, folder: Path) -> None:
+    ranks = ProcessRanks(torch.device("cpu"), 60)  # kept open for what follows
+    recording_job.RecordingJob = DyingJob  # type: ignore[misc]
+    if (
+        ATTEMPT == 1 and ranks.first
+    ):  # rank 0 dies when the weights are written, and the folder has no name yet
+        saving.os = type("Os", (), {"rename": staticmethod(lambda *_: die())})  # type: ignore[assignment]
+    done = list_checkpoints(folder / "checkpoints")
+    begin = step_of(done[-1]) + 1 if done else 1
+    with ranks.guard():
+        seen, _ = recording_job.run_steps(recipe, str(folder), (1, 1, 2), begin, None)
+    (folder / f"seen-{ATTEMPT}-{ranks.rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
