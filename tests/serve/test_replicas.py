@@ -37,9 +37,12 @@ def small_app() -> FastAPI:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
+    patience = pytest.MonkeyPatch()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # A machine that is busy with other tests starts Ray's proxy slower than Ray is willing to wait.
+    patience.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "90")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         run_replicas(small_app, ServeConfig(port=port), ReplicaConfig(least=2, most=2, cpus=0.5))
@@ -48,6 +51,7 @@ def client() -> Iterator[httpx.Client]:
     finally:
         serve.shutdown()
         ray.shutdown()
+        patience.undo()
 
 
 def chat(client: httpx.Client, seed: int) -> str:
