@@ -35,6 +35,12 @@ def quoted(text: str) -> Iterator[str]:
     yield from re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
 
 
+def in_blocks() -> set[str]:
+    """Lines of all code blocks, which a reader types as they are."""
+    blocks = (block for page in PAGES for block in FENCE.findall(page.read_text(encoding="utf-8")))
+    return {line for block in blocks for line in block.splitlines()}
+
+
 def commands(program: str) -> list[tuple[str, str]]:
     """Page and words of every call of a program with arguments."""
     return sorted(
@@ -66,7 +72,7 @@ def stand_in(name: str) -> Any:
     """A door behind which nothing heavy happens, but the words that reach it are checked."""
     if name in HARMLESS:
         return door(name)
-    return {"train": check_training, "evaluate": check_evaluation}.get(name, lambda *words: None)
+    return {"train": check_training, "evaluate": check_evaluation}.get(name, lambda *words, **named: None)
 
 
 def parse(line: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -80,6 +86,8 @@ def parse(line: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(("page", "line"), commands("openm6"))
 def test_quoted_commands_are_understood(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = parse(line, monkeypatch)
+    if line not in in_blocks() and "Missing argument" in shown.output:
+        return  # a sentence may name a command and its options without what it is to work on
     assert shown.exception is None or isinstance(shown.exception, SystemExit), shown.exception
     assert shown.exit_code == 0, f"{page}: {line}\n{shown.output}"
 
