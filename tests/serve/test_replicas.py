@@ -56,6 +56,7 @@ def client() -> Iterator[httpx.Client]:
 
 def chat(client: httpx.Client, seed: int) -> str:
     body = {
+        "model": "tiny",
         "messages": [{"role": "user", "content": "draw"}],
         "max_tokens": 6,
         "temperature": 1.0,
@@ -75,7 +76,12 @@ def test_equal_seeds_give_equal_answers_wherever_they_are_answered(client: httpx
 
 
 def test_a_stream_passes(client: httpx.Client) -> None:
-    body = {"messages": [{"role": "user", "content": "draw"}], "max_tokens": 4, "stream": True}
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "draw"}],
+        "max_tokens": 4,
+        "stream": True,
+    }
     with client.stream("POST", "/v1/chat/completions", json=body) as answer:
         lines = [line for line in answer.iter_lines() if line]
     assert lines[0].startswith("data: {") and lines[-1] == "data: [DONE]"
