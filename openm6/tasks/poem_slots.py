@@ -69,3 +69,17 @@ class Body(Heading):
     def parts(self, record: Record, scene: Scene) -> list[Part]:
         text = as_text(localised(record, self.name, scene.language)).partition("\n")[2]
         return [Part("text", text, {"max_tokens": self.max_tokens})]
+
+
+@dataclass(frozen=True)
+class Author(Text):
+    """The label as it is written: a name is the same in every language."""
+
+    def present(self, record: Record, language: str) -> bool:
+        return bool(record.get(self.name))
+
+    def parts(self, record: Record, scene: Scene) -> list[Part]:
+        return [Part("text", as_text(record[self.name]), {"max_tokens": self.max_tokens})]
+
+    def key(self, record: Record, scene: Scene) -> str:
+        return as_text(record[self.name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openm6.tasks.poem_slots import Body, Heading, LowerLine, UpperLine
+from openm6.tasks.poem_slots import Author, Body, Heading, LowerLine, UpperLine
 from openm6.tasks.task import Task
 
 WRITE_POEM = Task(
@@ -27,5 +27,16 @@ COUPLET = Task(
     reads="text",
     gives="text",
 )
+NAME_POET = Task(
+    name="name_poet",
+    summary="say who wrote a poem",
+    given={"poem": Body("text")},
+    wanted=Author("label", max_tokens=16),
+    prompts={"en": ("{poem} Who wrote it?",), "zh": ("{poem} 谁写的？",)},
+    metrics=("exact_match",),
+    baseline="frequent_answer",
+    reads="text",
+    gives="text",
+)
 
-TASKS = (WRITE_POEM, COUPLET)
+TASKS = (WRITE_POEM, COUPLET, NAME_POET)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from openm6.base.errors import ConfigError
+from openm6.data.sources import open_sources
 from openm6.models.description import Lesson
 from openm6.serve.scenarios.catalogue import LIBRARY, read_catalogue, require, standing
 from openm6.serve.scenarios.scenario import LANGUAGES, PROMPTED, Scenario
@@ -56,6 +57,16 @@ def test_its_recipe_teaches_its_tasks(scenario: Scenario) -> None:
     recipe, _ = read_recipe(recipe_path(scenario.recipe), [])
     assert recipe.kind == "multimodal"
     assert set(scenario.tasks) <= {lecture.task for lecture in recipe.mixture}
+
+
+@pytest.mark.parametrize("name", sorted({scenario.recipe for scenario in ALL}))
+def test_every_lesson_of_a_recipe_finds_what_it_needs(name: str) -> None:
+    recipe, _ = read_recipe(recipe_path(name), [])
+    assert recipe.kind == "multimodal"
+    sources = open_sources(recipe.sources, "train")
+    for lecture in recipe.mixture:
+        first = (sources[lecture.source][row] for row in range(20))
+        assert any(TASKS[lecture.task].languages(record) for record in first), lecture
 
 
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
