@@ -5,7 +5,7 @@ from __future__ import annotations
 from openm6.tasks.slots import Caption, Picture, Sound
 from openm6.tasks.task import Task
 
-_RECALLS = ("recall_at_1", "recall_at_5")
+RECALLS = ("recall_at_1", "recall_at_5")
 
 PAIR_PICTURE = Task(
     name="pair_picture",
@@ -13,7 +13,7 @@ PAIR_PICTURE = Task(
     given={"text": Caption("text")},
     wanted=Picture(),
     prompts={"en": ("{text}", "a picture of {text}"), "zh": ("{text}", "{text}的图片")},
-    metrics=_RECALLS,
+    metrics=RECALLS,
     baseline="chance",
     reads="text",
     gives="image",
@@ -25,7 +25,7 @@ PAIR_PICTURE_TAGS = Task(
     given={"tags": Caption("tags")},
     wanted=Picture(),
     prompts={"en": ("{tags}",), "zh": ("{tags}",)},
-    metrics=_RECALLS,
+    metrics=RECALLS,
     baseline="chance",
     reads="text",
     gives="image",
@@ -37,7 +37,7 @@ PAIR_SOUND = Task(
     given={"text": Caption("text")},
     wanted=Sound(),
     prompts={"en": ("{text}", "the sound of {text}"), "zh": ("{text}", "{text}的声音")},
-    metrics=_RECALLS,
+    metrics=RECALLS,
     baseline="chance",
     reads="text",
     gives="sound",

@@ -19,7 +19,7 @@ LENGTHS = {
     "emoji": (1468, 181),
     "countries": (225, 24),
     "digits": (1618, 179),
-    "espeak_digits": (210, 60),
+    "espeak_digits": (530, 60),
     "poems_zh": (284, 36),
     "wordnet_en": (1014, 110),
     "penguins": (261, 72),

@@ -239,7 +239,7 @@ def test_json_holds_what_its_schema_says(tmp_path: Path) -> None:
     run = example.run_folder(tmp_path)
     write_report(run, example.judgement(), example.facts())
     content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert set(content) == {"seconds", "params", "tokens", "steps", "tasks", "codecs"}
+    assert set(content) == {"seconds", "params", "tokens", "steps", "tasks", "codecs", "energy"}
     assert content["params"] == {"total": 5_123_456, "active": 2_034_567}
     assert (content["seconds"], content["tokens"], content["steps"]) == (391.0, 3_512_000, 2140)
     task = content["tasks"]["draw/things"]
