@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -19,6 +20,10 @@ from openm6.tasks.task import Example
 ROW = 512
 BATCH_ROWS = 4
 RESAMPLES = 2000
+SMALL, STRANGERS = (
+    100,
+    4,
+)  # a set of up to so many records is held against so many strangers each: less chance in it
 BITS = 1 / np.log(2)
 
 
@@ -48,32 +53,36 @@ def _nats(omni: Omni, rows: list[list[Sequence]], length: int) -> list[float]:
     return total.tolist()
 
 
-def strangers(examples: list[Example]) -> list[int | None]:
-    """For each example, another one of the same language whose answer differs (None where there is none)."""
+def strangers(examples: list[Example], most: int = 1) -> list[list[int]]:
+    """For each example, up to `most` others of the same language whose answers differ from its own."""
     count = len(examples)
-    found: list[int | None] = []
+    found: list[list[int]] = []
     for row, example in enumerate(examples):
         others = ((row + step) % count for step in range(1 + count // 2, count + 1 + count // 2))
         fits = (
             o for o in others if examples[o].language == example.language and examples[o].key != example.key
         )
-        found.append(next(fits, None))
+        found.append(list(islice(fits, most)))
     return found
 
 
 def gained_bits(loaded: Loaded, examples: list[Example]) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of each target given its own source, and the bits lost when another record's source stands there.  # N, M
+    """Nats of each target given its own source, and the bits lost when others' sources stand there.  # N, M
 
     A picture or sound is judged with all its codes hidden, also where only a hole is wanted: shown codes would tell
     what the source tells, and hide whether the model reads it.
     """
-    other = strangers(examples)
+    other = strangers(examples, STRANGERS if len(examples) <= SMALL else 1)
     examples = [replace(example, target=all_hidden(example.target)) for example in examples]
     own = [example_sequence(example, loaded.modalities) for example in examples]
-    rows = [row for row, stranger in enumerate(other) if stranger is not None]
-    swapped = [_with_source(loaded, examples[row], examples[other[row] or 0].source) for row in rows]
+    swaps = [(row, stranger) for row, chosen in enumerate(other) for stranger in chosen]
+    swapped = [_with_source(loaded, examples[row], examples[stranger].source) for row, stranger in swaps]
     nats = sequence_nats(loaded.omni, [*own, *swapped])
-    return nats[: len(own)], (nats[len(own) :] - nats[: len(own)][rows]) * BITS
+    lost = np.zeros(len(own))
+    np.add.at(lost, [row for row, _ in swaps], nats[len(own) :])
+    rows = [row for row, chosen in enumerate(other) if chosen]
+    counts = np.asarray([len(other[row]) for row in rows])
+    return nats[: len(own)], (lost[rows] / counts - nats[: len(own)][rows]) * BITS
 
 
 def all_hidden(target: Part) -> Part:
