@@ -20,10 +20,8 @@ from openm6.tasks.task import Example
 ROW = 512
 BATCH_ROWS = 4
 RESAMPLES = 2000
-SMALL, STRANGERS = (
-    100,
-    4,
-)  # a set of up to so many records is held against so many strangers each: less chance in it
+SMALL = 100  # records; a set up to this size is held against
+STRANGERS = 4  # others for each of its records, since their choice would decide too much
 BITS = 1 / np.log(2)
 
 
