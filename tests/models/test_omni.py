@@ -126,7 +126,8 @@ def test_later_words_do_not_leak(model: Omni) -> None:
     alike = next(place for place, pair in enumerate(zip(*ids, strict=False)) if pair[0] != pair[1])
     same = len(pieces[0]) + alike
     assert alike > 2
-    torch.testing.assert_close(found[0][:, :same], found[1][:, :same], rtol=0, atol=1e-6)
+    # Rows of other lengths are summed in another order: equal to rounding, where a leak would differ by tenths.
+    torch.testing.assert_close(found[0][:, :same], found[1][:, :same], rtol=0, atol=1e-5)
     assert not torch.allclose(found[0][:, same], found[1][:, same])
 
 

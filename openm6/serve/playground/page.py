@@ -66,7 +66,8 @@ class Page:
             self.state = gradio.Markdown(self._about(first, "en"), elem_id="state")
             self.slots = make_slots()
             self.seed = gradio.Number(0, label=words.SEED.en, precision=0, minimum=0, maximum=2**31 - 1)
-            self.run = gradio.Button(words.RUN.en, variant="primary", elem_id="run")
+            # Until the example has come, a click would ask with nothing given.
+            self.run = gradio.Button(words.RUN.en, variant="primary", elem_id="run", interactive=False)
 
     def _free_tab(self) -> None:
         with gradio.Tab(words.FREELY.en, id="freely") as self.free_tab:
@@ -103,7 +104,8 @@ class Page:
         self.domain.change(self.choose_domain, [self.domain, self.language], [self.scenario])
         shown = [self.state, *self.slots]
         self.scenario.change(self.choose_scenario, [self.scenario, self.language], shown)
-        blocks.load(self.choose_scenario, [self.scenario, self.language], shown)
+        loaded = blocks.load(self.choose_scenario, [self.scenario, self.language], shown)
+        loaded.then(lambda: gradio.update(interactive=True), None, self.run)
         self.language.change(
             self.choose_language, [self.language, self.domain, self.scenario], self._worded() + shown
         )
