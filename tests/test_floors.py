@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,55 @@ def test_a_climb_is_found(source: str) -> None:
 )
 def test_the_way_down_is_free(source: str) -> None:
     assert climbs(source, "tasks", "openm6.tasks") == []
+
+
+LATER = re.compile(
+    r"(openm6(?:\.\w+)+)(?::\w+)?"
+)  # an import by name, as `importlib` and the doors of the line take
+
+
+def needs(modules: dict[str, str]) -> dict[str, set[str]]:
+    """For each module, by its source, the other modules that it imports, also those it imports by name and later."""
+    found: dict[str, set[str]] = {}
+    for module, source in modules.items():
+        tree = ast.parse(source)
+        names = {name for _, name in imported_modules(tree, module.rpartition(".")[0])}
+        texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+        matches = (LATER.fullmatch(text) for text in texts if isinstance(text, str))
+        names |= {match[1] for match in matches if match}
+        found[module] = (names & set(modules)) - {module}
+    return found
+
+
+def circles(needed: dict[str, set[str]]) -> list[str]:
+    """Modules that need themselves by way of others."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            for module in needed[waiting.pop()] - seen:
+                seen.add(module)
+                waiting.append(module)
+        return seen
+
+    return sorted(module for module in needed if module in reached(module))
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    modules = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path.read_text(encoding="utf-8")
+        for path in FILES
+        if path.name != "__init__.py"
+    }
+    assert circles(needs(modules)) == []
+
+
+def test_a_circle_is_found() -> None:
+    sources = {
+        "openm6.a.one": "from openm6.a.two import x",
+        "openm6.a.two": "import importlib\nimportlib.import_module('openm6.a.three')",
+        "openm6.a.three": "import openm6.a.one",
+        "openm6.a.four": "import openm6.a.one",
+    }
+    assert circles(needs(sources)) == ["openm6.a.one", "openm6.a.three", "openm6.a.two"]

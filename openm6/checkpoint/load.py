@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import JOB_FILE, MODEL_FILE
+from openm6.checkpoint.optimizer import place_optimizer
 from openm6.checkpoint.save import Saver
 from openm6.checkpoint.shards import EXPONENT, INDEX_FILE, SEPARATOR, Catalogue
 from openm6.checkpoint.tensors import named_tensors, open_tensors, read_into
@@ -62,24 +62,6 @@ def load_job_tensors(folder: Path) -> dict[str, Tensor]:
         return {name: source[name] for name in source.names}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's tensors, each under `parameter::tensor`, for `Snapshot.optimizer`.
-
-    Raises:
-        ValueError: the optimizer holds a parameter that the model does not have, or a state that is not a tensor.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors: dict[str, Tensor] = {}
-    for parameter, state in optimizer.state.items():
-        if id(parameter) not in names:
-            raise ValueError("the optimizer moves a parameter that is not part of the job's model")
-        for key, value in state.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"the optimizer's state {key!r} must be a tensor to be saved")
-            tensors[f"{names[id(parameter)]}{SEPARATOR}{key}"] = value
-    return tensors
-
-
 def open_saver(layout: Any = None) -> Saver:
     """What saves a model of this layout (None: whole, in this process)."""
     return Saver() if layout is None else _sharded().ShardedSaver(layout)
@@ -110,27 +92,3 @@ def load_optimizer(
     # One tensor at a time: the file must not stand in memory beside the optimizer.
     pairs = ((name, catalogue.read(name)) for name in catalogue.names)
     place_optimizer(pairs, optimizer, model, str(folder))
-
-
-def place_optimizer(
-    tensors: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer, model: nn.Module, where: str
-) -> None:
-    """Put tensors, named as `optimizer_tensors` names them, in place of the optimizer's state.
-
-    Raises:
-        CheckpointError: one is of a parameter that the optimizer does not move; `where` names their origin.
-    """
-    parameters = dict(model.named_parameters())
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    optimizer.state.clear()
-    for full_name, tensor in tensors:
-        name, _, key = full_name.partition(SEPARATOR)
-        parameter = parameters.get(name)
-        if parameter is None or id(parameter) not in groups:
-            raise CheckpointError(
-                f"{where} has state for {name!r}, which is not trained here: "
-                "go on with the config of that run, or start a new one"
-            )
-        # A fused update counts its steps on the device; the others count on the host, which spares a wait.
-        on_host = key == "step" and not groups[id(parameter)].get("fused", False)
-        optimizer.state[parameter][key] = tensor.to("cpu" if on_host else parameter.device)

@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import clear_partial, partial_folder, step_folder
-from openm6.checkpoint.load import SEPARATOR, place_optimizer
+from openm6.checkpoint.optimizer import place_optimizer
 from openm6.checkpoint.save import Saver, Snapshot, publish, told_as_checkpoint_error
+from openm6.checkpoint.shards import SEPARATOR
 from openm6.checkpoint.tensors import named_tensors
 from openm6.parallel.sharding import Layout, cut_tensors
 

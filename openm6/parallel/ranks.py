@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -78,30 +75,3 @@ class Ranks:
 
     def close(self) -> None:
         """Leaves the group; the other methods must not be called after it."""
-
-
-def launched() -> bool:
-    """Whether torchrun, or a launcher like it, started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def restarted() -> bool:
-    """Whether the launcher started this process again after a failure of any rank."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def own_device() -> torch.device:
-    """The device of this process: a GPU for each process of a machine, where there is one."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
-
-
-def open_ranks(device: torch.device, timeout_seconds: float) -> Ranks:
-    """The ranks of this run: this process alone, or those that the launcher started."""
-    if not launched():
-        return Ranks()
-    # torch's distributed tensors take seconds to import: a process alone is spared them.
-    return importlib.import_module("openm6.parallel.processes").ProcessRanks(device, timeout_seconds)

@@ -15,7 +15,8 @@ from openm6.base.errors import CheckpointError, Interrupted, TrainingError
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints, read_state, step_of
-from openm6.checkpoint.load import load_job_tensors, open_saver, optimizer_tensors
+from openm6.checkpoint.load import load_job_tensors, open_saver
+from openm6.checkpoint.optimizer import optimizer_tensors
 from openm6.checkpoint.save import Snapshot
 from openm6.train.config import LoopConfig
 from openm6.train.display import open_display

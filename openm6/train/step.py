@@ -17,7 +17,8 @@ from torch import Tensor
 from openm6.base.energy.ledger import Work
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.delink import Moments, delink_moments
-from openm6.checkpoint.load import load_model, load_optimizer, optimizer_tensors, place_optimizer
+from openm6.checkpoint.load import load_model, load_optimizer
+from openm6.checkpoint.optimizer import optimizer_tensors, place_optimizer
 from openm6.checkpoint.shards import Shard
 from openm6.optim.registry import build_optimizer, set_rate
 from openm6.optim.schedule import rate_factor

@@ -15,7 +15,7 @@ from openm6.base.errors import CheckpointError, ConfigError
 from openm6.base.log import get_log
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.delink import Moments, moment_factor
-from openm6.checkpoint.load import place_optimizer
+from openm6.checkpoint.optimizer import place_optimizer
 from openm6.checkpoint.shards import SEPARATOR, Catalogue, Shard
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from openm6.base.errors import CheckpointError
-from openm6.checkpoint.load import load_job_tensors, load_model, load_optimizer, optimizer_tensors
+from openm6.checkpoint.load import load_job_tensors, load_model, load_optimizer
+from openm6.checkpoint.optimizer import optimizer_tensors
 from openm6.checkpoint.save import Snapshot, save
 from openm6.checkpoint.tensors import open_tensors
 from openm6.optim.config import OptimizerConfig

@@ -11,7 +11,8 @@ import torch
 from openm6.base.errors import CheckpointError, ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state, step_folder
-from openm6.checkpoint.load import load_model, optimizer_tensors
+from openm6.checkpoint.load import load_model
+from openm6.checkpoint.optimizer import optimizer_tensors
 from openm6.train.loop import train
 from openm6.train.recorder import read_metrics
 from openm6.train.stages import PlateauConfig, StagesConfig, SwitchClock, SwitchConfig, rate_after_switch
