@@ -13,7 +13,7 @@ from openm6.data.sources import open_sources
 from openm6.evaluate.run import source_configs
 from openm6.generate.load import Loaded
 from openm6.modalities.pool import PoolConfig
-from openm6.modalities.registry import Modalities, ModalitiesConfig, build_modalities
+from openm6.modalities.registry import Modalities, ModalitiesConfig, Reading, build_modalities
 from openm6.modalities.text import train_tokenizer
 from openm6.models.config import BackboneConfig
 from openm6.models.description import Lesson, ModelDescription
@@ -66,9 +66,9 @@ LESSONS = (
 
 
 @cache
-def modalities() -> Modalities:
+def modalities(reading: Reading = "whole") -> Modalities:
     """The four modalities with the shipped codecs; made once a process, since nothing in them learns."""
-    return build_modalities(ModalitiesConfig(), train_tokenizer(WORDS, 320), SCALES)
+    return build_modalities(ModalitiesConfig(reading=reading), train_tokenizer(WORDS, 320), SCALES)
 
 
 def omni(seed: int = 0, embedding: PoolConfig | None = None) -> Omni:
@@ -82,15 +82,17 @@ def omni(seed: int = 0, embedding: PoolConfig | None = None) -> Omni:
     return model.eval().requires_grad_(False)
 
 
-def loaded(seed: int = 0, lessons: tuple[tuple[str, str], ...] = LESSONS) -> Loaded:
+def loaded(
+    seed: int = 0, lessons: tuple[tuple[str, str], ...] = LESSONS, reading: Reading = "whole"
+) -> Loaded:
     """The untrained model as if it came from a checkpoint."""
     description = ModelDescription(
         backbone=BACKBONE,
-        modalities=ModalitiesConfig(),
+        modalities=ModalitiesConfig(reading=reading),
         scales=SCALES,
         lessons=[Lesson(task=task, source=source) for task, source in lessons],
     )
-    return Loaded(omni(seed), modalities(), description, Path("nowhere/checkpoints/step-1"))
+    return Loaded(omni(seed), modalities(reading), description, Path("nowhere/checkpoints/step-1"))
 
 
 @cache

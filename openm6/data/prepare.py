@@ -13,7 +13,7 @@ from openm6.data.mixture import Draw, Mixture
 from openm6.data.records import Record
 from openm6.data.source import Source
 from openm6.modalities.interface import Part
-from openm6.modalities.pool import pool_piece
+from openm6.modalities.pool import pooled
 from openm6.modalities.registry import Modalities, source_pieces, target_piece
 from openm6.modalities.sequence import Sequence, lay_out, lay_out_pair
 from openm6.tasks.registry import task_named
@@ -55,8 +55,8 @@ def _pair_sequence(
     space = f"{sorted(kinds)} {example.target.modality}"
     left = source_pieces(example.source, modalities, rng)
     right = source_pieces([example.target], modalities, rng)
-    pool = pool_piece(example.key, space, learn=True)
-    return lay_out_pair([*left, pool], [*right, pool], example.task, weight)
+    left, right = (pooled(side, example.key, space, learn=True) for side in (left, right))
+    return lay_out_pair(left, right, example.task, weight)
 
 
 def with_others(record: Record, source: Source, rng: np.random.Generator) -> Record:

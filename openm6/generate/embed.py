@@ -12,7 +12,7 @@ import torch
 from openm6.base.errors import ConfigError
 from openm6.generate.load import Loaded
 from openm6.modalities.interface import Part, Tokens
-from openm6.modalities.pool import POOL, PoolAdapter, pool_piece
+from openm6.modalities.pool import POOL, PoolAdapter, pooled
 from openm6.modalities.registry import source_pieces
 from openm6.modalities.sequence import Sequence, collate, lay_out
 
@@ -51,7 +51,7 @@ def embed(loaded: Loaded, inputs: Many[list[Part]]) -> np.ndarray:
 def embed_tokens(loaded: Loaded, inputs: Many[list[Tokens]]) -> np.ndarray:
     """The same of inputs that are source tokens already.  # -> B E"""
     size = embedding_size(loaded)
-    sequences = [lay_out([*pieces, pool_piece()]) for pieces in inputs]
+    sequences = [lay_out(pooled(pieces)) for pieces in inputs]
     found = [_vectors(loaded, rows) for rows in packed(sequences)]
     return np.concatenate(found) if found else np.zeros((0, size), np.float32)
 

@@ -26,18 +26,22 @@ class Reading:
     cache: KVCache
     place: Tensor
     read: int  # tokens of the cache that are prompts
+    last: int = 0  # the highest order of a prompt's tokens
 
     @property
     def batch(self) -> int:
         return len(self.place)
 
     def layout(self, order: int, grid: Tensor, private: int = 0, moves: Moves = ALONG) -> Layout:
-        """The layout of T wanted tokens in every row; `grid` T 3 counts from each row's place on the axes that move."""
+        """The layout of T wanted tokens in every row, `order` (from 1) after the prompts.
+
+        `grid` T 3 counts from each row's place on the axes that move.
+        """
         shape = (self.batch, len(grid))
         sample = torch.zeros(shape, dtype=torch.int32, device=self.place.device)
         along = torch.tensor(moves, device=self.place.device)
         positions = grid + self.place[:, None, None] * along  # T 3 -> B T 3
-        return Layout(sample, sample + order, sample + private, positions.to(torch.int32))
+        return Layout(sample, sample + self.last + order, sample + private, positions.to(torch.int32))
 
     def run(self, kind: str, arrays: dict[str, Tensor], layout: Layout) -> Tensor:
         """Hidden states of wanted tokens, which stay in the cache; arrays hold B*T rows.  # -> B T D"""
@@ -62,4 +66,5 @@ def read_prompts(omni: Omni, prompts: list[Prompt], room: int) -> Reading:
     else:  # nothing but empty prompts: the cache holds padding alone
         cache.extend(batch.layout)
     place = [sum(piece.span for piece in pieces) for pieces in prompts]
-    return Reading(omni, cache, torch.tensor(place, device=omni.device), longest)
+    last = max((int(sequence.order.max()) for sequence in sequences if sequence is not None), default=0)
+    return Reading(omni, cache, torch.tensor(place, device=omni.device), longest, last)

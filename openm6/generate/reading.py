@@ -1,4 +1,4 @@
-"""Prompts into slots: one at a time, so that what a prompt becomes never depends on others, and remembered whole."""
+"""Prompts into slots: one at a time, so that what a prompt becomes never depends on others, and remembered."""
 
 # Letters: L layers, T tokens, G key-value heads, d size of a head
 
@@ -6,20 +6,36 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from openm6.generate.prompt import Prompt
+from openm6.modalities.interface import Tokens
 from openm6.modalities.sequence import collate, lay_out
 from openm6.models.omni import Omni
 from openm6.nn.slots import SlotCache
 
 
-class PromptMemory:
-    """Keys and values of the prompts read last, up to a number of bytes, for those who ask the same thing again.
+@dataclass(frozen=True)
+class Unit:
+    """Pieces of a prompt that are read in one pass, and a digest of them and of all that stands before them."""
 
-    All tokens of a prompt see one another, so nothing less than the whole prompt can be used again.
+    pieces: list[Tokens]
+    key: bytes
+
+    @property
+    def span(self) -> int:
+        """How far the next unit moves on."""
+        return sum(piece.span for piece in self.pieces)
+
+
+class PromptMemory:
+    """Keys and values of what was read last, up to a number of bytes, for those who ask about the same thing again.
+
+    What is kept is a unit of a prompt: the whole of it where all its tokens see one another, else a part, which
+    depends only on the parts before it.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -29,9 +45,13 @@ class PromptMemory:
 
     def get(self, key: bytes) -> tuple[Tensor, Tensor] | None:
         """Keys and values under `key`, or None."""
+        self.touch(key)
+        return self.kept.get(key)
+
+    def touch(self, key: bytes) -> None:
+        """Notes that `key` was used now."""
         if key in self.kept:
             self.kept.move_to_end(key)
-        return self.kept.get(key)
 
     def put(self, key: bytes, found: tuple[Tensor, Tensor]) -> None:
         """Keeps them, and forgets what was not used for longest."""
@@ -45,10 +65,28 @@ class PromptMemory:
             self.bytes -= sum(part.nbytes for part in old)
 
 
-def prompt_key(prompt: Prompt) -> bytes:
-    """A digest of everything that a prompt's tokens hold: kinds, shapes and bytes of all arrays."""
-    digest = hashlib.sha256()
+def units(prompt: Prompt) -> list[Unit]:
+    """What is read in one pass each: a part by itself, pieces that see one another together.
+
+    A pass of its own for each part makes its bits the same whether the parts before it were read now or earlier.
+    """
+    groups: list[list[Tokens]] = []
     for piece in prompt:
+        if piece.placement == "part" or not groups:
+            groups.append([piece])
+        else:
+            groups[-1].append(piece)
+    found, key = [], b""
+    for pieces in groups:
+        key = _digest(pieces, key)
+        found.append(Unit(pieces, key))
+    return found
+
+
+def _digest(pieces: list[Tokens], before: bytes) -> bytes:
+    """A digest of everything that the tokens hold (kinds, shapes and bytes of all arrays) and of what was before."""
+    digest = hashlib.sha256(before)
+    for piece in pieces:
         digest.update(f"{piece.kind} {piece.span} {piece.placement} {piece.moves} {len(piece)}".encode())
         for name, array in sorted([*piece.arrays.items(), ("grid", piece.grid)]):
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -59,17 +97,23 @@ def prompt_key(prompt: Prompt) -> bytes:
 @torch.inference_mode()
 def read_into(
     omni: Omni, prompt: Prompt, cache: SlotCache, slot: int, memory: PromptMemory | None = None
-) -> tuple[int, bool]:
-    """Reads a prompt (not empty) into a slot; gives the next position, and whether the memory spared the reading."""
-    span = sum(piece.span for piece in prompt)
-    key = prompt_key(prompt) if memory is not None and memory.max_bytes else None
-    known = memory.get(key) if memory is not None and key is not None else None
-    if known is not None:
-        cache.put(slot, known)
-        return span, True
-    sequence = lay_out(prompt)
-    batch = collate([[sequence]], len(sequence)).to(omni.device)
-    omni(batch.kinds, batch.layout, cache.writer(slot))
-    if memory is not None and key is not None:
-        memory.put(key, cache.take(slot))
-    return span, False
+) -> tuple[int, int]:
+    """Reads a prompt (not empty) into a slot; gives the next position, and how many tokens the memory spared."""
+    place = start = known = 0
+    read = units(prompt)
+    for unit in read:
+        kept = None if memory is None else memory.get(unit.key)
+        if kept is not None:
+            cache.put(slot, kept, start)
+            known += cache.lengths[slot] - start
+        else:
+            sequence = lay_out(unit.pieces, place=place)
+            batch = collate([[sequence]], len(sequence)).to(omni.device)
+            omni(batch.kinds, batch.layout, cache.writer(slot, start))
+            if memory is not None:
+                memory.put(unit.key, cache.take(slot, start))
+        place, start = place + unit.span, cache.lengths[slot]
+    if memory is not None:  # beginnings serve more prompts than ends: they are the last to be forgotten
+        for unit in reversed(read):
+            memory.touch(unit.key)
+    return place, known

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from torch import Tensor, nn
 
-Placement = Literal["source", "causal", "block"]
+Placement = Literal["source", "part", "causal", "block"]
 Arrays = dict[str, np.ndarray]
 Options = Mapping[str, Any]
 NO_OPTIONS: Options = MappingProxyType({})
@@ -31,7 +31,8 @@ class Tokens:
     `grid` (N 3, int) is each token's offset in time, height and width; `moves` says for each axis whether it counts
     from where the piece begins (1) or from its own origin wherever it stands (0); `span` is how far the next piece
     moves on. `learn` (N, bool) marks the tokens that carry a loss. `placement` is `source`
-    (order 0), `causal` (one order after the other) or `block` (one order for all, private).
+    (order 0), `part` (a source of the next order, which sees only itself and what stands before it), `causal` (one
+    order after the other) or `block` (one order for all, private).
     """
 
     kind: str

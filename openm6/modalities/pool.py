@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,6 +27,12 @@ class PoolConfig(Config):
     """`size` numbers make an embedding."""
 
     size: int = Field(default=128, ge=2, le=8192)
+
+
+def pooled(pieces: list[Tokens], key: str = "", space: str = "", learn: bool = False) -> list[Tokens]:
+    """Source pieces and the token that pools them, placed as they are."""
+    pool = pool_piece(key, space, learn)
+    return [*pieces, replace(pool, placement=pieces[-1].placement) if pieces else pool]
 
 
 def pool_piece(key: str = "", space: str = "", learn: bool = False) -> Tokens:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -19,8 +21,18 @@ from openm6.modalities.numbers import Numbers, Scales
 from openm6.modalities.sound import MAX_SECONDS, Sound
 from openm6.modalities.text import Text
 
-Modalities = dict[str, Modality]
 MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Sound, Numbers)}
+Reading = Literal["whole", "parts"]
+
+
+class Modalities(dict[str, Modality]):
+    """The modalities of one model by name, and how its sources are read.
+
+    `whole`: all tokens of a source see one another. `parts`: a part (a text, a picture, a sound, numbers) sees itself
+    and the parts before it, so what it becomes does not depend on what follows, and can be used again.
+    """
+
+    reading: Reading = "whole"
 
 
 class TextConfig(Config):
@@ -54,6 +66,9 @@ class ModalitiesConfig(Config):
     text: TextConfig = TextConfig()
     image: ImageConfig = ImageConfig()
     sound: SoundConfig = SoundConfig()
+    reading: Reading = Field(
+        default="whole", description="parts: each part of a source sees itself and those before it"
+    )
 
 
 def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Scales) -> Modalities:
@@ -77,12 +92,14 @@ def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Sca
             f"{image_codec.quantizer_config.stride}"
         )
     text = Text(tokenizer, config.text.max_tokens)
-    return {
-        "text": text,
-        "image": Image(image_codec, config.image.side, config.image.max_patches, config.image.max_pixels),
-        "sound": Sound(sound_codec, config.sound.seconds, config.sound.max_seconds),
-        "numbers": Numbers(text, scales),
-    }
+    modalities = Modalities(
+        text=text,
+        image=Image(image_codec, config.image.side, config.image.max_patches, config.image.max_pixels),
+        sound=Sound(sound_codec, config.sound.seconds, config.sound.max_seconds),
+        numbers=Numbers(text, scales),
+    )
+    modalities.reading = config.reading
+    return modalities
 
 
 def modality_named(modalities: Modalities, name: str) -> Modality:
@@ -104,7 +121,10 @@ def source_pieces(
     Raises:
         DataError: a part is broken or out of bounds.
     """
-    return [modality_named(modalities, part.modality).source(part.raw, rng, part.options) for part in parts]
+    pieces = [modality_named(modalities, part.modality).source(part.raw, rng, part.options) for part in parts]
+    if modalities.reading == "parts":
+        pieces = [replace(piece, placement="part") for piece in pieces]
+    return pieces
 
 
 def target_piece(part: Part, modalities: Modalities, rng: np.random.Generator | None = None) -> Tokens:

@@ -33,10 +33,13 @@ class Sequence:
         return len(self.order)
 
 
-def lay_out(pieces: list[Tokens], task: str = "", weight: float = 1.0) -> Sequence:
-    """Sources first (order 0), then targets: causal ones count up, each block has one order and is private."""
+def lay_out(pieces: list[Tokens], task: str = "", weight: float = 1.0, place: int = 0) -> Sequence:
+    """Sources first (order 0, or one order a part), then targets: causal ones count up, blocks are private.
+
+    `place` is the position of the first token, where pieces go on from others.
+    """
     orders, privates, positions = [], [], []
-    order, block, place = 0, 0, 0
+    order, block = 0, 0
     for piece in pieces:
         length = len(piece)
         if piece.placement == "source":
@@ -46,6 +49,10 @@ def lay_out(pieces: list[Tokens], task: str = "", weight: float = 1.0) -> Sequen
             orders.append(np.arange(order + 1, order + 1 + length, dtype=np.int32))
             privates.append(np.zeros(length, np.int32))
             order += length
+        elif piece.placement == "part":
+            order += 1
+            orders.append(np.full(length, order, np.int32))
+            privates.append(np.zeros(length, np.int32))
         else:
             order, block = order + 1, block + 1
             orders.append(np.full(length, order, np.int32))

@@ -58,17 +58,24 @@ class SlotCache:
         self.values[:, target, :length] = self.values[:, source, :length]
         self.lengths[target] = length
 
-    def take(self, slot: int) -> tuple[Tensor, Tensor]:
-        """A copy of a slot's keys and values.  # -> twice L T G d"""
+    def take(self, slot: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        """A copy of a slot's keys and values from `start` on.  # -> twice L T G d"""
         length = self.lengths[slot]
-        return self.keys[:, slot, :length].clone(), self.values[:, slot, :length].clone()
+        return self.keys[:, slot, start:length].clone(), self.values[:, slot, start:length].clone()
 
-    def put(self, slot: int, kept: tuple[Tensor, Tensor]) -> None:
-        """Fills a slot with what `take` gave."""
+    def put(self, slot: int, kept: tuple[Tensor, Tensor], start: int = 0) -> None:
+        """Fills a slot, from `start` on, with what `take` gave.
+
+        Raises:
+            ConfigError: the slot has too little room.
+        """
         keys, values = kept
-        self.keys[:, slot, : keys.shape[1]] = keys
-        self.values[:, slot, : keys.shape[1]] = values
-        self.lengths[slot] = keys.shape[1]
+        end = start + keys.shape[1]
+        if end > self.room:
+            raise ConfigError(f"{end} tokens do not fit a slot of {self.room}: make slots larger")
+        self.keys[:, slot, start:end] = keys
+        self.values[:, slot, start:end] = values
+        self.lengths[slot] = end
 
 
 @dataclass

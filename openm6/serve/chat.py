@@ -53,7 +53,8 @@ def requests_of(body: ChatBody, server: Server, client: str, seed: int) -> list[
         raise BadRequestError(
             f"at most {limits.messages} messages and n={limits.answers} are offered", "messages"
         )
-    parts = parts_of_messages(body.messages, limits)
+    apart = server.engine.loaded.modalities.reading == "parts"  # an earlier turn can then be used again
+    parts = parts_of_messages(body.messages, limits, apart)
     if not parts:
         raise BadRequestError("the messages are empty: say something", "messages")
     common = Request(parts=parts, client=client, seconds=limits.seconds)

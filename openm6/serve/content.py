@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
@@ -68,18 +69,20 @@ class Message(BaseModel):
     content: Content | None = None
 
 
-def parts_of_messages(messages: list[Message], limits: Limits) -> tuple[Part, ...]:
-    """All turns as parts, in order; neighbouring texts become one.
+def parts_of_messages(messages: list[Message], limits: Limits, apart: bool = False) -> tuple[Part, ...]:
+    """All turns as parts, in order; neighbouring texts become one, those of two turns unless they stay `apart`.
 
     Raises:
         BadRequestError: there are too many parts or characters, or one of them is broken.
     """
-    parts: list[Part] = []
+    turns: list[list[Part]] = []
     for number, message in enumerate(messages):
         where = f"messages.{number}.content"
         found = parts_of_content(message.content or "", limits, where)
-        parts += [Part("text", "\n"), *found] if parts and found else found
-    return joined(parts, limits, "messages")
+        if found:
+            turns.append([Part("text", "\n"), *found] if turns else found)
+    groups = turns if apart else [list(chain.from_iterable(turns))]
+    return _bounded([part for group in groups for part in _merged(group)], limits, "messages")
 
 
 def parts_of_content(content: Content, limits: Limits, where: str) -> list[Part]:
@@ -127,12 +130,20 @@ def numbers_part(piece: NumbersPart, limits: Limits, where: str) -> Part:
 
 def joined(parts: list[Part], limits: Limits, where: str) -> tuple[Part, ...]:
     """Neighbouring texts as one, and all within the limits."""
+    return _bounded(_merged(parts), limits, where)
+
+
+def _merged(parts: list[Part]) -> list[Part]:
     found: list[Part] = []
     for part in parts:
         if part.modality == "text" and found and found[-1].modality == "text":
             found[-1] = Part("text", found[-1].raw + part.raw)
         else:
             found.append(part)
+    return found
+
+
+def _bounded(found: list[Part], limits: Limits, where: str) -> tuple[Part, ...]:
     if len(found) > limits.parts:
         raise BadRequestError(f"{where} hold {len(found)} parts, over {limits.parts}: send fewer", where)
     characters = sum(len(part.raw) for part in found if part.modality == "text")

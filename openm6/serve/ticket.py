@@ -44,7 +44,7 @@ class Ticket:
     text: str = ""  # what may be shown of a text so far
     scored: list[Scored] = field(default_factory=list)
     cancelled: bool = False
-    known: bool = False  # its prompt had been read before
+    known: int = 0  # tokens of its prompt that had been read before
     started: float = 0.0
     first: float = 0.0  # seconds until the first token
     joules: float = 0.0

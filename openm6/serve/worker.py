@@ -173,10 +173,9 @@ class Worker:
     def _end(self, ticket: Ticket, value: object, given: int, cut: bool = False) -> None:
         """The answer is there; its joules are not known before the tick's end."""
         read = ticket.prepared.read
-        cached = ticket.prepared.length if ticket.known else 0
         answer = Answer(
             value=value,
-            usage=Usage(read, cached, given),
+            usage=Usage(read, ticket.known, given),
             finish="length" if cut else "stop",
             scored=tuple(ticket.scored),
             waited=ticket.started - ticket.born,

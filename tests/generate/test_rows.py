@@ -8,7 +8,7 @@ import torch
 from openm6.generate.decode import DecodeStep, Speaker
 from openm6.generate.load import Loaded
 from openm6.generate.matrices import QuantizedMatrix
-from openm6.generate.prompt import Prompt
+from openm6.generate.prompt import Prompt, read_prompts
 from openm6.generate.reading import PromptMemory, read_into
 from openm6.generate.rows import Row, TextRows
 from openm6.generate.sampling import Sampling
@@ -19,6 +19,7 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.ops.sequence import causal_layout
+from tests.data.pictures import png
 from tests.small_model import loaded
 
 WORDS = ("draw the digit seven", "a", "a picture of something long", "x", "What is this?")
@@ -119,11 +120,42 @@ def test_a_prompt_read_before_is_not_read_again(model: Loaded, prompts: list[Pro
     cache = Speaker.of(model.omni, model.text).new_slots(2, 64)
     memory = PromptMemory(10**6)
     first, again = (read_into(model.omni, prompts[0], cache, slot, memory) for slot in (0, 1))
-    assert (first[0], again[0]) == (again[0], first[0]) and (first[1], again[1]) == (False, True)
+    assert (first[0], again[0]) == (again[0], first[0]) and (first[1], again[1]) == (0, cache.lengths[0])
     length = cache.lengths[0]
     assert cache.lengths[1] == length > 0
     assert torch.equal(cache.keys[:, 0, :length], cache.keys[:, 1, :length])
-    assert read_into(model.omni, prompts[1], cache, 1, memory)[1] is False
+    assert read_into(model.omni, prompts[1], cache, 1, memory)[1] == 0
+
+
+def test_parts_read_one_by_one_are_as_if_read_at_once() -> None:
+    model = loaded(reading="parts")
+    parts = (Part("text", "Look:"), Part("image", png("red", 40)), Part("text", " What is this?"))
+    prompt = source_pieces(parts, model.modalities)
+    cache = Speaker.of(model.omni, model.text).new_slots(1, 128)
+    place, _ = read_into(model.omni, prompt, cache, 0)
+    whole = read_prompts(model.omni, [prompt], 1)
+    assert place == int(whole.place[0]) and cache.lengths[0] == whole.read == sum(map(len, prompt))
+    for slots, plain in ((cache.keys, whole.cache.keys), (cache.values, whole.cache.values)):
+        torch.testing.assert_close(slots[:, 0, : whole.read], plain[:, 0, : whole.read], rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_question_about_a_picture_reads_its_own_tokens_alone() -> None:
+    model = loaded(reading="parts")
+    picture = Part("image", png("red", 40))
+    first, second = (
+        source_pieces((picture, Part("text", words)), model.modalities) for words in (" What?", " And why?")
+    )
+    cache = Speaker.of(model.omni, model.text).new_slots(3, 128)
+    memory = PromptMemory(10**6)
+    assert read_into(model.omni, first, cache, 0, memory)[1] == 0
+    assert read_into(model.omni, second, cache, 1, memory)[1] == len(second[0])
+    read_into(model.omni, second, cache, 2)
+    length = cache.lengths[2]
+    assert cache.lengths[1] == length == sum(map(len, second))
+    assert torch.equal(cache.keys[:, 1, :length], cache.keys[:, 2, :length])
+    assert torch.equal(cache.values[:, 1, :length], cache.values[:, 2, :length])
+    other = source_pieces((Part("image", png("blue", 40)), Part("text", " What?")), model.modalities)
+    assert read_into(model.omni, other, cache, 0, memory)[1] == 0, "the same words after another picture"
 
 
 def test_the_memory_forgets_what_was_not_used_for_longest() -> None:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.modalities.pool import LARGEST_SCALE, POOL, PoolAdapter, PoolConfig, pool_piece
+from openm6.modalities.interface import Part
+from openm6.modalities.pool import LARGEST_SCALE, POOL, PoolAdapter, PoolConfig, pool_piece, pooled
+from openm6.modalities.registry import source_pieces
 from openm6.modalities.sequence import collate, lay_out, lay_out_pair
 from openm6.ops.sequence import visible
 from tests.small_model import modalities
@@ -69,6 +71,13 @@ def test_vectors_have_length_one_and_the_scale_a_bound() -> None:
     with torch.no_grad():
         pool.log_scale.fill_(50.0)
     assert pool.scale.item() == LARGEST_SCALE
+
+
+def test_what_pools_parts_sees_them_all() -> None:
+    pieces = source_pieces([Part("text", "draw"), Part("text", "seven")], modalities("parts"))
+    order = lay_out(pooled(pieces)).order
+    assert order[-1] > order[-2] > order[0], "and no part sees what pools it"
+    assert pooled([])[0].placement == "source"
 
 
 def test_a_piece_is_one_token_of_its_own_kind() -> None:

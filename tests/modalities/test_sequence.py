@@ -33,6 +33,17 @@ def test_sources_causal_text_and_blocks() -> None:
     assert len(found) == 12
 
 
+def test_parts_see_themselves_and_what_stands_before_them() -> None:
+    found = lay_out([piece(2, "part"), piece(1, "part"), piece(2, "causal"), piece(2, "block")], place=3)
+    assert found.order.tolist() == [1, 1, 2, 3, 4, 5, 5]
+    assert found.private.tolist() == [0, 0, 0, 0, 0, 1, 1]
+    assert found.positions[:, 0].tolist() == [3, 4, 5, 6, 7, 8, 9]
+    alone, pair = lay_out([piece(2, "part")]), [piece(2, "part"), piece(1, "part")]
+    rows = collate([[alone, lay_out(pair)]], 5)
+    seen = visible(rows.layout, rows.layout)[0, 0]
+    assert seen[2:4, 2:4].all() and not seen[2:4, 4].any() and seen[4, 2:].all() and not seen[:2, 2:].any()
+
+
 def test_text_stands_on_one_place_on_all_axes() -> None:
     assert (lay_out([piece(5)]).positions == np.arange(5)[:, None]).all()
 

@@ -31,7 +31,7 @@ from openm6.serve.requests import (
 )
 from openm6.serve.ticket import LateError, RefusedError, StoppedError, Ticket
 from tests.data.pictures import png, wav
-from tests.small_model import embedding_model
+from tests.small_model import embedding_model, loaded
 
 
 def say(words: str) -> tuple[Part, ...]:
@@ -89,6 +89,24 @@ def test_in_a_crowd_each_gets_the_answer_that_it_gets_alone(engine: Engine, mode
         assert answer.joules is not None and answer.joules >= 0 and answer.source
         assert answer.usage.prompt > 0 and answer.seconds > 0
     assert any(ticket.known for ticket in tickets), "the second of two equal prompts is not read again"
+
+
+def test_a_second_question_about_a_picture_reads_only_its_own_tokens() -> None:
+    model = loaded(reading="parts")
+
+    def ask(words: str) -> TextRequest:
+        parts = (Part("image", png("red", 40)), Part("text", words))
+        return TextRequest(parts=parts, sampling=Sampling(max_tokens=6), top=3)
+
+    config = EngineConfig(rows=2, room=256)
+    with Engine(model, config) as engine:
+        first, second = (engine.ask_and_wait(ask(words)) for words in (" What is this?", " Say more."))
+    with Engine(model, config) as engine:
+        alone = engine.ask_and_wait(ask(" Say more."))
+    assert (first.usage.cached, alone.usage.cached) == (0, 0)
+    assert second.usage.cached == second.usage.read["image"] > 0
+    assert (second.value, second.scored) == (alone.value, alone.scored), "bit for bit"
+    assert second.value == answer_alone(model, ask(" Say more."), 256)
 
 
 def test_not_deterministic_is_as_right(model: Loaded) -> None:

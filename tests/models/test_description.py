@@ -1,0 +1,20 @@
+"""What model.json keeps, and that of older checkpoints."""
+
+from __future__ import annotations
+
+import json
+
+from openm6.models.description import read_description
+from tests.small_model import loaded
+
+
+def test_how_sources_are_read_is_kept() -> None:
+    description = loaded(reading="parts").description
+    assert read_description(description.to_json(), "model.json") == description
+    assert description.modalities.reading == "parts"
+
+
+def test_a_model_that_says_nothing_of_it_reads_its_sources_whole() -> None:
+    values = json.loads(loaded().description.to_json())
+    del values["modalities"]["reading"]
+    assert read_description(json.dumps(values), "model.json").modalities.reading == "whole"
