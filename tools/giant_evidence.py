@@ -1,5 +1,7 @@
 """The runs behind docs/giant.md: bytes a parameter against fp32 Adam, and Pseudo-to-Real against training for real.
 
+Seconds are of the processor, not of the clock: they may be compared although other work shares the machine.
+
 python tools/giant_evidence.py tiers --seeds 3 --json tiers.json
 """
 
@@ -12,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,15 @@ from openm6.train.recipe import MultimodalRecipe
 from openm6.train.streamed import open_updater
 
 HELD_OUT = 12  # batches of test records that the figure is a mean over
+POINTS = 10  # of a run's curve
 Values = dict[str, Any]
 
 CASES: dict[str, dict[str, Values]] = {
     "tiers": {f"{size} bytes": {"bytes": size} for size in (16, 4, 2, 1)},
     "stages": {
         "real from the start": {},
+        "real, three quarters of the steps": {"share": 0.75},
+        "real, half of the steps": {"share": 0.5},
         "switch after 25 %": {"switch": 0.25},
         "switch after 50 %": {"switch": 0.5},
         "switch after 75 %": {"switch": 0.75},
@@ -105,27 +110,41 @@ def judge(job: MultimodalJob, batches: list[Batch]) -> float:
 
 
 def run_case(case: Values, seed: int, setting: Setting, tokenizer: str | None = None) -> Values:
-    """One run: the loss at its end, its processor seconds before and after the switch, and the bytes it kept."""
+    """One run: its loss at ten points, its processor seconds before and after the switch, and the bytes it kept."""
+    setting = replace(setting, steps=round(setting.steps * case.get("share", 1)))
     with tempfile.TemporaryDirectory() as place:
-        folder, steps = RunFolder.open(place), setting.steps
+        folder = RunFolder.open(place)
         recipe = recipe_of(case, seed, setting, tokenizer)
         job = MultimodalJob(recipe, folder, torch.device("cpu"))
         updater = open_updater(job, recipe.loop)
         test = list(islice(held_out(job, folder), HELD_OUT))
-        batches = job.batches()
-        switch = round(case.get("switch", 0) * steps)
-        kept = [sum(home.numel() for home in updater.store.homes)]  # type: ignore[attr-defined]
-        seconds = [0.0, 0.0]
-        for step in range(1, steps + 1):
-            if switch and step == switch + 1:
-                updater.delink(case.get("moments", "independent"))
-                kept.append(sum(home.numel() for home in updater.store.homes))  # type: ignore[attr-defined]
-            updater.rate_scale = min(1.0, (step - switch) / 10) if switch and step > switch else 1.0
-            batch = next(batches)
-            began = time.process_time()
-            updater.update(batch, step, steps)
-            seconds[step > switch] += time.process_time() - began
-        return {"loss": judge(job, test), "seconds": seconds, "set_bytes": kept}
+        run = Run(case, updater, round(case.get("switch", 0) * setting.steps), setting.steps)
+        batches, curve = job.batches(), []
+        for step in range(1, setting.steps + 1):
+            run.step(next(batches), step)
+            if step * POINTS % setting.steps < POINTS:
+                curve.append((step, sum(run.seconds), judge(job, test)))
+        return {"loss": curve[-1][2], "seconds": run.seconds, "set_bytes": run.kept, "curve": curve}
+
+
+class Run:
+    """Steps of one case, with the switch where it is due and the processor's time of either stage."""
+
+    def __init__(self, case: Values, updater: Any, switch: int, steps: int) -> None:
+        self._case, self._updater, self._switch, self._steps = case, updater, switch, steps
+        self.seconds, self.kept = [0.0, 0.0], [self._bytes()]
+
+    def _bytes(self) -> int:
+        return sum(home.numel() for home in self._updater.store.homes)
+
+    def step(self, batch: Batch, step: int) -> None:
+        switch, began = self._switch, time.process_time()
+        if switch and step == switch + 1:
+            self._updater.delink(self._case.get("moments", "independent"))
+            self.kept.append(self._bytes())
+        self._updater.rate_scale = min(1.0, (step - switch) / 10) if switch and step > switch else 1.0
+        self._updater.update(batch, step, self._steps)
+        self.seconds[step > switch] += time.process_time() - began
 
 
 def main() -> int:
@@ -157,7 +176,10 @@ def run_all(
         for name, case in CASES[words.what].items():
             found[name].append(run_case(case, seed, setting, tokenizer))
             losses = [run["loss"] for run in found[name]]
-            sys.stdout.write(f"{name} seed {seed}: {found[name][-1]} mean {statistics.mean(losses):.4f}\n")
+            spent = sum(found[name][-1]["seconds"])
+            sys.stdout.write(
+                f"{name} seed {seed}: {losses[-1]:.4f} in {spent:.0f} s, mean {statistics.mean(losses):.4f}\n"
+            )
             sys.stdout.flush()
             facts = {**asdict(setting), "threads": torch.get_num_threads()}
             words.json.write_text(json.dumps({**facts, "runs": found}, indent=1), encoding="utf-8")

@@ -33,14 +33,16 @@ class _Buffer:
         self.whole = False
         self.open = False
         self.ready: Mark = None  # the set has arrived
-        self.free: Mark = None  # nobody reads or writes it any more
+        self.free: Mark = None  # the compute lane reads or writes it no more
+        self.left: Mark = None  # what goes home from it has gone; a later use does not make that earlier
 
 
 class WeightStore:
     """Brings sets in the order of a plan, the next ones while one is in use, and takes changed ones home.
 
-    Three things are waited for: a set's arrival before it is used; the end of a buffer's use before it is filled
-    again; and a set's way home before it is fetched (or saved) the next time.
+    Four things are waited for: a set's arrival before it is used; the end of a buffer's use before it is filled
+    again; the end of the way home that began in a buffer, however often the set was used since, before that buffer is
+    filled or changed again; and a set's way home before it is fetched (or saved) the next time.
     """
 
     def __init__(
@@ -69,6 +71,10 @@ class WeightStore:
         self._buffers = [_Buffer(largest, device) for _ in range(num_buffers)] if streamed else []
         self._written: dict[int, Mark] = {}
         self._uses: deque[Use] = deque()
+        for (
+            buffer
+        ) in self._buffers:  # their memory may have been another tensor's, still at work on the device
+            buffer.free = lanes.compute.record()
 
     def home(self, number: int) -> dict[str, Stored]:
         """A set where it lives; call `settle` first where it may be on its way."""
@@ -76,6 +82,9 @@ class WeightStore:
 
     def plan(self, uses: Sequence[Use]) -> None:
         """The uses to come, in order; whatever was planned before is forgotten."""
+        for buffer in self._buffers:
+            if buffer.open:  # by a pass that broke off, perhaps in the middle of a change
+                buffer.open, buffer.number, buffer.free = False, None, self.lanes.compute.record()
         self._uses = deque(uses)
         self._fetch_ahead()
 
@@ -83,13 +92,16 @@ class WeightStore:
         """The next set of the plan, on the device; it stays there until `close`."""
         if not self._uses or self._uses[0].number != number:
             raise RuntimeError(f"weight set {number} was not planned to be used now")
-        self._uses.popleft()
+        whole = self._uses.popleft().whole
         if number in self.resident:
             return self.home(number)
         buffer = self._holding(number)
         assert buffer is not None, "the plan fetches every set before its use"
         with self.stopwatch.span("fetch"):
             self.lanes.compute.wait(buffer.ready)
+        if whole:
+            with self.stopwatch.span("write_back"):
+                self.lanes.compute.wait(buffer.left)
         buffer.open = True
         self._fetch_ahead()
         return self.layouts[number].views(buffer.record)
@@ -143,6 +155,7 @@ class WeightStore:
         layout, lane = self.layouts[use.number], self.lanes.inward
         end = layout.num_bytes if use.whole else layout.read_bytes
         lane.wait(buffer.free)
+        lane.wait(buffer.left)
         lane.wait(self._written.get(use.number))
         with self.stopwatch.span("fetch"):  # on a processor the copy itself; on a GPU it only joins a queue
             lane.copy(buffer.record[:end], self.homes[use.number][:end])
@@ -163,7 +176,7 @@ class WeightStore:
         lane.wait(buffer.free)
         with self.stopwatch.span("write_back"):
             lane.copy(self.homes[number][:end], buffer.record[:end])
-        self._written[number] = buffer.free = lane.record()
+        self._written[number] = buffer.left = lane.record()
         self.moved_bytes += end
 
     def _holding(self, number: int) -> _Buffer | None:
