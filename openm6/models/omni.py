@@ -115,8 +115,11 @@ class Omni(nn.Module):
         """Hidden states after the final norm, and what each sparse layer routed.  # -> R S D"""
         return self.backbone(self.embed(kinds, layout.batch, layout.length), layout, cache)
 
-    def judge(self, batch: Batch) -> tuple[dict[str, Judged], list[RouterLoad]]:
-        """Losses of every learned token of a batch, by kind: the training loss while training, else the likelihood."""
+    def judge(self, batch: Batch, as_trained: bool = False) -> tuple[dict[str, Judged], list[RouterLoad]]:
+        """Losses of every learned token of a batch, by kind: the likelihood, or the training loss.
+
+        The latter is given while the model trains, and where it is asked for.
+        """
         hidden, loads = self(batch.kinds, batch.layout)
         flat = hidden.flatten(0, 1)  # R S D -> N D
         judged = {}
@@ -126,7 +129,7 @@ class Omni(nn.Module):
                 arrays = {key: array[chosen] for key, array in kind.arrays.items()}
                 adapter = self.adapter(name)
                 rows, weight = flat[kind.index[chosen]], kind.weight[chosen]  # m D, m
-                if self.training:
+                if self.training or as_trained:
                     total, nats = adapter.weighed_loss(rows, arrays, weight)
                 else:
                     nats = adapter.nll(rows, arrays).float()

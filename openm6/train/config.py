@@ -17,6 +17,13 @@ from openm6.train.stages import StagesConfig
 LOOP_SECTION = "loop"  # the name of this section in a run's config.yaml
 
 
+class HeldOutConfig(Config):
+    """How often the loss on held-out records is taken, and over how many packed batches of them."""
+
+    every: int = Field(default=100, ge=1)  # steps
+    batches: int = Field(default=4, ge=1)
+
+
 class LoopConfig(Config):
     """How long to train, by which rule, and how often to log, judge and save."""
 
@@ -35,6 +42,7 @@ class LoopConfig(Config):
     seed: int = 0
     log_every: int = Field(default=10, ge=1)
     evaluate_every: int | None = Field(default=None, ge=1)
+    held_out: HeldOutConfig | None = None  # the loss on records that are never trained on, as the run goes on
     save_every: int = Field(default=500, ge=1)
     keep: int = Field(default=2, ge=1)  # checkpoints kept
     prefetch: int = Field(default=2, ge=1)  # batches made ahead

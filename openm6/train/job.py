@@ -120,5 +120,17 @@ class Job:
         """Scores of the model as it is now, called in evaluation mode without gradients; empty: none."""
         return {}
 
+    def held_out_batches(self, number: int) -> list[Any]:
+        """So many batches of records that are never trained on, always the same ones.
+
+        Raises:
+            ConfigError: this way of training has none, or its data holds none.
+        """
+        raise ConfigError("this kind of training has no held-out loss: leave loop.held_out out")
+
+    def held_out_loss(self, batches: Sequence[Any]) -> dict[str, float]:
+        """Mean losses over `held_out_batches`, called in evaluation mode without gradients."""
+        raise NotImplementedError
+
     def finish(self, run: RunFolder) -> None:
         """After the last step and its checkpoint: export, report. May be called again by a resumed run."""

@@ -21,6 +21,7 @@ from openm6.checkpoint.save import Snapshot
 from openm6.train.config import LoopConfig
 from openm6.train.display import open_display
 from openm6.train.failures import SwapHook
+from openm6.train.held_out import HeldOutHook
 from openm6.train.hooks import Hook
 from openm6.train.interrupt import Interrupt
 from openm6.train.job import Batch, Job
@@ -94,7 +95,8 @@ class _Run:
         self.updater = open_updater(job, config)
         stages = [StagesHook(config.stages)] if config.stages is not None else []
         streaming = [SwapHook()] if config.streamed else []
-        self.hooks: list[Hook] = [MeterHook(), MemoryHook(), *stages, *streaming, *hooks]
+        held_out = [HeldOutHook(config.held_out)] if config.held_out is not None else []
+        self.hooks: list[Hook] = [MeterHook(), MemoryHook(), *stages, *streaming, *held_out, *hooks]
         self.recorder, self.watch, self.progress = Recorder(), SpikeWatch(), Progress()
         self.team: Team | None = None
         self.saver = open_saver(job.ranks.layout)

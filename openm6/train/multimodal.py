@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from openm6.parallel.ranks import Ranks
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES
 from openm6.train.attribution import Attribution
+from openm6.train.held_out import pack_held_out
 from openm6.train.job import Job, StepResult
 from openm6.train.metering import gpus_of
 from openm6.train.recipe import MultimodalRecipe
@@ -154,6 +155,31 @@ class MultimodalJob(Job):
         loads = [replace(load, dropped=load.dropped * share) for load in loads]
         loss = total / counts.examples + share * side_loss(loads) + self._idle(batch)
         return StepResult(loss, metrics, loads, work)
+
+    def held_out_batches(self, number: int) -> list[Batch]:
+        return pack_held_out(self.recipe, self.modalities, self.ranks, number)
+
+    def held_out_loss(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """The training loss of other records: `loss` as it is minimised, and the mean over learned tokens by kind.
+
+        The routers' side losses are left out.
+        """
+        kinds = list(self.omni.adapters)
+        nats, learned = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
+        total, examples = 0.0, 0
+        for batch in batches:
+            judged, _ = self.omni.judge(batch.to(self.omni.device), as_trained=True)
+            if self.omni.pool is not None and POOL not in judged:
+                self.omni.pool.none()  # other ranks may have pairs, and gather
+            for kind, part in judged.items():
+                nats[kind] += float(part.nats.sum())
+                learned[kind] += len(part.nats)
+                total += float(part.total)
+            examples += batch.num_examples
+        summed = self.ranks.total([total, examples, *nats.values(), *learned.values()])
+        means = zip(kinds, summed[2 : 2 + len(kinds)], summed[2 + len(kinds) :], strict=True)
+        found = {kind: one / count for kind, one, count in means if count}
+        return {"loss": summed[0] / max(1.0, summed[1]), **found}
 
     def _idle(self, batch: Batch) -> Tensor | float:
         """Nothing, but with a gradient of zero for adapters that this rank's rows do not use.

@@ -1,0 +1,135 @@
+"""The held-out loss: the same records each time, the training undisturbed, told, and refused where there are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openm6.base.config import build
+from openm6.base.errors import ConfigError
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest
+from openm6.parallel.ranks import Ranks
+from openm6.train.config import HeldOutConfig, LoopConfig
+from openm6.train.held_out import pack_held_out
+from openm6.train.loop import train
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.recipe import MultimodalRecipe
+from openm6.train.recorder import read_metrics
+from tests.train.tiny_recipe import tiny_recipe
+from tests.train.toy_job import ToyJob
+
+CPU = torch.device("cpu")
+EVERY = {"every": 2, "batches": 2}
+
+
+class UnjudgedJob(MultimodalJob):
+    def finish(self, run: RunFolder) -> None:
+        pass
+
+
+def run_to(steps: int, folder: Path, resume: bool = False, **loop: Any) -> RunFolder:
+    """Trains the tiny recipe in one process."""
+    recipe = build(MultimodalRecipe, tiny_recipe(6, workers=1, log_every=2, **loop), "tiny")
+    run, config = RunFolder.open(folder), recipe.loop.model_copy(update={"steps": steps})
+    train(UnjudgedJob(recipe, run, CPU), config, run, resume)
+    return run
+
+
+def weights(run: RunFolder) -> bytes:
+    return (latest(run.path) / "model.safetensors").read_bytes()
+
+
+def held_out(run: RunFolder) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in line.items() if name == "step" or name.startswith("held_out/")}
+        for line in read_metrics(run)
+    ]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return run_to(6, tmp_path_factory.mktemp("watched"), held_out=EVERY)
+
+
+def test_every_line_that_is_due_tells_it(watched: RunFolder) -> None:
+    lines = held_out(watched)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        assert {"held_out/loss", "held_out/text", "held_out/image_out"} <= set(line)
+        assert 0 < line["held_out/text"] < 10
+    assert lines[-1]["held_out/loss"] < lines[0]["held_out/loss"]
+
+
+def test_it_changes_nothing_in_the_training(watched: RunFolder, tmp_path: Path) -> None:
+    assert weights(run_to(6, tmp_path)) == weights(watched)
+
+
+def test_resumed_equals_unbroken(tmp_path: Path) -> None:
+    run_to(3, tmp_path, held_out=EVERY, schedule={"decay_share": 0.0})
+    resumed = run_to(6, tmp_path, resume=True, held_out=EVERY, schedule={"decay_share": 0.0})
+    whole = run_to(6, tmp_path / "whole", held_out=EVERY, schedule={"decay_share": 0.0})
+    assert weights(resumed) == weights(whole)
+    assert held_out(resumed)[-1] == held_out(whole)[-1]
+
+
+def test_several_processes_find_the_same(tmp_path: Path) -> None:
+    found = []
+    for workers in (1, 2):
+        values = tiny_recipe(2, workers=workers, log_every=2, held_out=EVERY)
+        recipe = build(MultimodalRecipe, {**values, "packing": {"rows": 2, "length": 256}}, "tiny")
+        run = RunFolder.open(tmp_path / str(workers))
+        train(UnjudgedJob(recipe, run, CPU), recipe.loop, run)
+        found.append(held_out(run)[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_the_loss_is_that_of_training_on_other_records(tmp_path: Path) -> None:
+    """Taken over training batches, it is what a step of training reports, side losses aside."""
+    recipe = build(MultimodalRecipe, tiny_recipe(1), "tiny")
+    job = MultimodalJob(recipe, RunFolder.open(tmp_path), CPU)
+    batch = next(job.batches())
+    job.model.train()
+    trained = job.loss(batch)
+    side = float(sum(load.side_loss.detach() for load in trained.loads))
+    job.model.eval()
+    with torch.no_grad():
+        found = job.held_out_loss([batch])
+    assert found["loss"] == pytest.approx(float(trained.loss.detach()) - side, rel=1e-5)
+    assert found["text"] == pytest.approx(float(trained.metrics["loss/text"]), rel=1e-5)
+
+
+def test_ranks_share_the_same_rows(tmp_path: Path) -> None:
+    recipe = build(MultimodalRecipe, tiny_recipe(1), "tiny")
+    job = MultimodalJob(recipe, RunFolder.open(tmp_path), CPU)
+    whole = pack_held_out(recipe, job.modalities, Ranks(), 1)[0]
+    rows = []
+    for rank in (0, 1):
+        ranks = Ranks()
+        ranks.rank, ranks.size = rank, 2
+        rows.append(pack_held_out(recipe, job.modalities, ranks, 1)[0])
+    assert [row.layout.batch for row in rows] == [1, 1]
+    assert torch.equal(torch.cat([row.layout.sample for row in rows]), whole.layout.sample)
+    assert rows[0].tasks + rows[1].tasks == whole.tasks
+
+
+def test_data_without_test_records_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    table = tmp_path / "words.csv"
+    table.write_text("text_en\n" + "\n".join(f"some words {number}" for number in range(30)) + "\n")
+    values = tiny_recipe(2, held_out=EVERY) | {
+        "sources": {"words": {"kind": "csv", "path": str(table), "test_share": 0.0}},
+        "mixture": [{"source": "words", "task": "continue"}],
+    }
+    recipe, run = build(MultimodalRecipe, values, "tiny"), RunFolder.open(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"loop\.held_out needs test records"):
+        train(MultimodalJob(recipe, run, CPU), recipe.loop, run)
+    assert read_metrics(run) == []
+
+
+def test_a_way_of_training_without_it_says_so(tmp_path: Path) -> None:
+    config = LoopConfig(steps=2, held_out=HeldOutConfig(every=1), tensorboard=False)
+    with pytest.raises(ConfigError, match=r"leave loop\.held_out out"):
+        train(ToyJob(), config, RunFolder.open(tmp_path))

@@ -1,0 +1,228 @@
+"""Trains one small model with top-k experts and with prototypes, under three kinds of balancing, and compares them.
+
+python tools/compare_routing.py --out runs/routing
+python tools/compare_routing.py --out runs/routing --data my/data --steps 400 --seeds 3 loop.workers=1
+
+All runs of a seed begin with the same draws and see the same tokens in the same order. Results are written to
+OUT/routing.json after every run; called again, it goes on where it stopped.
+"""
+
+# Letters: L layers
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openm6.base.config import apply_overrides, build, read_yaml
+from openm6.base.errors import ConfigError, OpenM6Error
+from openm6.base.files import replace_text
+from openm6.base.run_folder import RunFolder
+from openm6.data.parquet import ParquetConfig
+from openm6.data.sources import open_sources
+from openm6.tasks.registry import TASKS
+from openm6.train.held_out import PREFIX
+from openm6.train.loop import train
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.recipe import MultimodalRecipe
+from openm6.train.recorder import read_metrics
+from openm6.train.run import recipe_path
+
+Values = dict[str, Any]
+ROUTINGS = ("top_k", "prototypes")
+BALANCES = ("aux", "bias", "none")
+REFERENCE = "top_k/bias"  # what the presets use
+TEXT_TASKS = ("continue", "denoise")
+PICTURE_TASKS = ("describe_picture", "ask_picture", "draw")
+LOOKED_AT = 200  # records of a source, nearly all of which must hold what a task needs
+NEARLY_ALL = 0.98
+ENDING = 0.2  # part of a run whose loads are averaged
+
+
+class ComparedJob(MultimodalJob):
+    """Is not judged at its end: its held-out loss is all that is asked for."""
+
+    def finish(self, run: RunFolder) -> None:
+        pass
+
+
+def folder_data(folder: Path) -> tuple[Values, list[Values]]:
+    """Sources and mixture of a folder of NAME-train.parquet and NAME-test.parquet: those of text and pictures.
+
+    Every source has the same weight, divided among the tasks that suit its records.
+
+    Raises:
+        ConfigError: no file there suits.
+    """
+    sources: Values = {}
+    mixture: list[Values] = []
+    for path in sorted(folder.glob("*-train.parquet")):
+        name, test = path.name.removesuffix("-train.parquet"), Path(str(path).replace("-train", "-test"))
+        source = ParquetConfig(path=str(path), test_path=str(test) if test.is_file() else None)
+        tasks = _suitable_tasks(name, source)
+        if tasks:
+            sources[name] = source.model_dump(exclude_defaults=True) | {"kind": "parquet"}
+            mixture += [{"source": name, "task": task, "weight": 1 / len(tasks)} for task in tasks]
+    if not mixture:
+        raise ConfigError(f"{folder} holds no NAME-train.parquet with texts or pictures: check --data")
+    return sources, mixture
+
+
+def _suitable_tasks(name: str, config: ParquetConfig) -> list[str]:
+    source = open_sources({name: config}, "train")[name]
+    step = max(1, len(source) // LOOKED_AT)
+    records = [source[index] for index in range(0, len(source), step)]
+    if any("audio" in record for record in records):
+        return []
+    tried = PICTURE_TASKS if any("image" in record for record in records) else TEXT_TASKS
+    suits = {task: sum(bool(TASKS[task].languages(record)) for record in records) for task in tried}
+    return [task for task, count in suits.items() if count >= NEARLY_ALL * len(records)]
+
+
+def with_routing(values: Values, cell: str, seed: int) -> Values:
+    """The recipe's values with the routing and balance of a cell such as `prototypes/aux`, and a seed."""
+    routing, balance = cell.split("/")
+    experts = values["model"]["overrides"]["experts"]
+    choices = experts["top_k"]
+    chosen = {"top_k": choices} if routing == "top_k" else {"top_k": None, "num_prototypes": choices}
+    overrides = values["model"]["overrides"] | {"experts": {**experts, **chosen, "balance": balance}}
+    return {
+        **values,
+        "model": {**values["model"], "overrides": overrides},
+        "loop": {**values["loop"], "seed": seed},
+    }
+
+
+def run_cell(values: Values, folder: Path) -> Values:
+    """Trains, or goes on with, one run; gives its curves."""
+    recipe = build(MultimodalRecipe, values, "the recipe")
+    run = RunFolder.open(folder)
+    run.write_config(values)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = train(ComparedJob(recipe, run, device), recipe.loop, run, resume=True)
+    return {"tokens": result.tokens, "seconds": round(result.seconds, 1), **curves(run)}
+
+
+def curves(run: RunFolder) -> Values:
+    """Held-out and training losses by step, and each layer's c_v at the end and on the way."""
+    lines = read_metrics(run)
+    held_out = [
+        {"step": line["step"], "tokens": line["tokens"]}
+        | {key.removeprefix(PREFIX): round(value, 5) for key, value in line.items() if key.startswith(PREFIX)}
+        for line in lines
+        if f"{PREFIX}loss" in line
+    ]
+    last = lines[-max(1, round(ENDING * len(lines))) :]
+    return {
+        "held_out": held_out,
+        "train": [[line["step"], round(line["loss"], 5)] for line in lines],
+        "c_v": [[line["step"], *(round(value, 3) for value in line["c_v"])] for line in lines],
+        "c_v_at_end": [
+            round(statistics.mean(layer), 3) for layer in zip(*(x["c_v"] for x in last), strict=True)
+        ],
+    }
+
+
+def summarise(runs: Sequence[Values]) -> Values:
+    """Each cell over its seeds: held-out losses at the end, and how they differ from the reference of the same seed."""
+    reference = {run["seed"]: run["held_out"][-1] for run in runs if run["cell"] == REFERENCE}
+    found: Values = {}
+    for cell in dict.fromkeys(run["cell"] for run in runs):
+        own = [run for run in runs if run["cell"] == cell]
+        paired = [run for run in own if run["seed"] in reference]
+        kinds = [key for key in own[0]["held_out"][-1] if key not in ("step", "tokens")]
+        found[cell] = {
+            "seeds": [run["seed"] for run in own],
+            "held_out": {kind: _spread([run["held_out"][-1][kind] for run in own]) for kind in kinds},
+            f"minus_{REFERENCE}": {
+                kind: _spread([run["held_out"][-1][kind] - reference[run["seed"]][kind] for run in paired])
+                for kind in kinds
+                if paired
+            },
+            "c_v_at_end": [
+                round(statistics.mean(layer), 3)
+                for layer in zip(*(run["c_v_at_end"] for run in own), strict=True)
+            ],
+        }
+    return found
+
+
+def _spread(numbers: Sequence[float]) -> Values:
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return {
+        "mean": round(statistics.mean(numbers), 4),
+        "deviation": None if deviation is None else round(deviation, 4),
+        "values": [round(number, 4) for number in numbers],
+    }
+
+
+def compare(values: Values, cells: Sequence[str], seeds: int, out: Path) -> Values:
+    """All runs, seed by seed, so that what is there after a stop compares all cells.
+
+    Raises:
+        ConfigError: OUT holds results of another recipe.
+    """
+    path = out / "routing.json"
+    report: Values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"runs": []}
+    plain = json.loads(json.dumps(values, default=str))
+    if report.setdefault("recipe", plain) != plain:
+        raise ConfigError(f"{path} is of another recipe or other data: choose another --out")
+    report["machine"] = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    for seed in range(seeds):
+        for cell in cells:
+            if any((run["cell"], run["seed"]) == (cell, seed) for run in report["runs"]):
+                continue
+            found = run_cell(with_routing(values, cell, seed), out / f"{cell.replace('/', '-')}-{seed}")
+            report["runs"].append({"cell": cell, "seed": seed, **found})
+            report["summary"] = summarise(report["runs"])
+            replace_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    return report
+
+
+def read_cells(words: str) -> list[str]:
+    """Cells from `top_k/aux,prototypes/none`; ConfigError where there is no such cell."""
+    known = [f"{routing}/{balance}" for routing in ROUTINGS for balance in BALANCES]
+    cells = words.split(",") if words else known
+    for cell in cells:
+        if cell not in known:
+            raise ConfigError(f"no cell {cell!r}: choose from {', '.join(known)}")
+    return cells
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/routing"), help="folder of the runs and results"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder of NAME-train.parquet; default: the recipe's sources"
+    )
+    parser.add_argument("--recipe", default="routing", help="a recipe that sets experts with a top_k")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of each run; default: the recipe's")
+    parser.add_argument("--cells", default="", metavar="ROUTING/BALANCE,…", help="default: all six")
+    parser.add_argument("overrides", nargs="*", help="settings of the recipe, as loop.workers=1")
+    arguments = parser.parse_args(words)
+    values = apply_overrides(read_yaml(recipe_path(arguments.recipe)), arguments.overrides)
+    if arguments.steps:
+        values["loop"]["steps"] = arguments.steps
+    if arguments.data:
+        values["sources"], values["mixture"] = folder_data(arguments.data)
+    report = compare(values, read_cells(arguments.cells), arguments.seeds, arguments.out)
+    sys.stdout.write(json.dumps(report["summary"], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except OpenM6Error as error:
+        sys.exit(str(error))
