@@ -36,9 +36,34 @@ def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
         read_into(source, named_tensors(model))
 
 
+def load_placed(folder: Path, model: nn.Module) -> Catalogue:
+    """Fill what of a model is not on `meta`; gives the catalogue from which the rest may be read when it is needed.
+
+    Raises:
+        CheckpointError: as `load_model`, or the weights are cut over the files of several ranks.
+    """
+    if is_sharded(folder):
+        raise CheckpointError(
+            f"{folder} was written by several ranks, each with a part of every weight: only a checkpoint of one "
+            "process can be read layer by layer"
+        )
+    catalogue = Catalogue(folder, "model")
+    _load_shards(catalogue, named_tensors(model))
+    return catalogue
+
+
 @torch.no_grad()
+def read_weight(catalogue: Catalogue, name: str, target: Tensor) -> None:
+    """One weight of however many bytes, as the target's dtype and device; raises CheckpointError if it is not there."""
+    exponent = f"{name}{SEPARATOR}{EXPONENT}"
+    if exponent in catalogue:
+        target.copy_(from_levels(catalogue.read(name), catalogue.read(exponent), torch.float32))
+    else:
+        catalogue.read_into(name, target)
+
+
 def _load_shards(catalogue: Catalogue, targets: dict[str, Tensor]) -> None:
-    """Weights of however many bytes, as the model's own dtype."""
+    """All weights but those that stand on `meta`."""
     names = {name for name in catalogue.names if SEPARATOR not in name}
     if unknown := sorted(names - set(targets)):
         raise CheckpointError(
@@ -46,11 +71,8 @@ def _load_shards(catalogue: Catalogue, targets: dict[str, Tensor]) -> None:
             "load it with the config that it was saved with"
         )
     for name, target in targets.items():
-        exponent = f"{name}{SEPARATOR}{EXPONENT}"
-        if exponent in catalogue:
-            target.copy_(from_levels(catalogue.read(name), catalogue.read(exponent), torch.float32))
-        else:
-            catalogue.read_into(name, target)
+        if not target.is_meta:
+            read_weight(catalogue, name, target)
 
 
 def load_job_tensors(folder: Path) -> dict[str, Tensor]:

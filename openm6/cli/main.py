@@ -181,6 +181,10 @@ def generate(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File for the answer.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same answer.")] = 0,
+    resident: Annotated[
+        int | None,
+        typer.Option("--resident", min=0, help="Layers that stay on the device; the others come when used."),
+    ] = None,
 ) -> None:
     """Ask a trained model for an answer.
 
@@ -200,7 +204,7 @@ def generate(
         gap=door("shares")(gap, 2, "--gap"),
     )
     seeds = [f"text.seed={seed}", f"masked.seed={seed}"]
-    _show(door("generate")(trained, question, door("decoding")([*seeds, *(decoding or [])]), out))
+    _show(door("generate")(trained, question, door("decoding")([*seeds, *(decoding or [])]), out, resident))
 
 
 @data_app.command()

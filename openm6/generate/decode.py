@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openm6.base.errors import ConfigError
 from openm6.generate.matrices import Matrix, Precision, matrix_of
 from openm6.modalities.text import Text
 from openm6.models.backbone import Backbone
@@ -140,9 +141,12 @@ class DecodeStep:
         self.speaker, self.cache = speaker, cache
         backbone = speaker.backbone
         self.config = backbone.config
-        self.layers = [
-            _layer_of(backbone, layer, precision, fixed) for layer in range(self.config.num_layers)
-        ]
+        self.precision, self.fixed = precision, fixed
+        if backbone.source is not None and precision == "int8":
+            raise ConfigError(
+                "int8 weights stay on the device: leave out resident, or take float32 or bfloat16"
+            )
+        self._layers: dict[tuple[int, Block], _Layer] = {}
         self.final_norm = backbone.final_norm.weight
         self.head = matrix_of(speaker.head, precision)
         place = torch.arange(cache.room + 1, device=cache.keys.device)[:, None].expand(-1, 3)
@@ -166,11 +170,21 @@ class DecodeStep:
         seen = torch.arange(longest, device=x.device) <= length[:, None]  # B T
         mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, float("-inf"))
         mask = mask[:, None, None, :]
-        for number, layer in enumerate(self.layers):
+        for number in range(self.config.num_layers):
+            layer = self._layer(number)
             normal = _norm(x, layer.attention_norm, self.config.norm_eps)
             x = x + self._attend(normal, layer, number, turn, mask, (rows, length))
             x = x + layer.feed_forward(_norm(x, layer.feed_forward_norm, self.config.norm_eps))
         return _norm(x, self.final_norm, self.config.norm_eps)
+
+    def _layer(self, number: int) -> _Layer:
+        """A layer on the weights that stand on the device now; a streamed block may come in one of several places."""
+        block = self.speaker.backbone.block(number)
+        if (number, block) not in self._layers:
+            self._layers[number, block] = _layer_of(
+                self.speaker.backbone, number, block, self.precision, self.fixed
+            )
+        return self._layers[number, block]
 
     def _attend(
         self,
@@ -199,10 +213,9 @@ class DecodeStep:
         return layer.output(answer.flatten(1).to(x.dtype))
 
 
-def _layer_of(backbone: Backbone, layer: int, precision: Precision, fixed: bool) -> _Layer:
+def _layer_of(backbone: Backbone, layer: int, block: Block, precision: Precision, fixed: bool) -> _Layer:
     """References to the weights of a layer, quantised where asked."""
     config = backbone.config
-    block = cast(Block, backbone.sets[config.weight_sets[layer]])
     parts = cast(LayerParts, backbone.layers[layer])
     norms = parts.head_norms
     part = block.feed_forward

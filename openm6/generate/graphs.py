@@ -85,6 +85,7 @@ class GraphedRows(TextRows):
 def open_rows(
     speaker: Speaker, rows: int, room: int, precision: Precision = "float32", deterministic: bool = False
 ) -> TextRows:
-    """Rows in the way that is fastest on the model's device."""
-    kind = GraphedRows if speaker.embedding.is_cuda else TextRows
+    """Rows in the way that is fastest on the model's device; a graph cannot wait for layers that come and go."""
+    graphed = speaker.embedding.is_cuda and speaker.backbone.source is None
+    kind = GraphedRows if graphed else TextRows
     return kind(speaker, rows, room, precision, deterministic)

@@ -10,6 +10,7 @@ import torch
 from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import latest
 from openm6.checkpoint.load import load_model
+from openm6.generate.streamed import place_streamed
 from openm6.modalities.image import Image
 from openm6.modalities.numbers import Numbers
 from openm6.modalities.registry import Modalities
@@ -64,18 +65,27 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(path: Path, device: torch.device | None = None) -> Loaded:
+def load(path: Path, device: torch.device | None = None, resident: int | None = None) -> Loaded:
     """The model of a run (its newest complete checkpoint) or of one checkpoint.
+
+    With `resident`, only so many layers stay on the device; the others come as they are used, see generate/streamed.py.
 
     Raises:
         CheckpointError: there is none, it is not of a multimodal model, or its parts do not fit one another.
     """
-    folder = latest(path)
+    folder, device = latest(path), device or best_device()
     texts = {name: _read(folder / name) for name in (MODEL_FILE, TOKENIZER_FILE)}
     description = read_description(texts[MODEL_FILE], str(folder / MODEL_FILE))
-    omni, modalities = build_model(description, texts[TOKENIZER_FILE], str(folder / TOKENIZER_FILE))
-    load_model(folder, omni)
-    omni.to(device or best_device()).eval().requires_grad_(False)
+    streamed = resident is not None and resident < description.backbone.num_layers
+    omni, modalities = build_model(
+        description, texts[TOKENIZER_FILE], str(folder / TOKENIZER_FILE), empty_sets=streamed
+    )
+    if streamed and resident is not None:
+        place_streamed(omni, folder, resident, device)
+    else:
+        load_model(folder, omni)
+        omni.to(device)
+    omni.eval().requires_grad_(False)
     return Loaded(omni, modalities, description, folder)
 
 

@@ -43,16 +43,18 @@ def read_decoding(settings: list[str]) -> Decoding:
     return build(Decoding, apply_overrides({}, settings), "decoding")
 
 
-def generate(path: Path, question: Question, decoding: Decoding, out: Path | None = None) -> str:
+def generate(
+    path: Path, question: Question, decoding: Decoding, out: Path | None = None, resident: int | None = None
+) -> str:
     """Asks the model of a run or checkpoint; gives the text to print, and writes `out` where it is given.
 
-    Pictures and sounds are always written, to answer.png or answer.wav unless told otherwise.
+    Pictures and sounds are always written, to answer.png or answer.wav unless told otherwise. `resident` as in `load`.
 
     Raises:
         CheckpointError, ConfigError, DataError: the model, the question or its files cannot be used.
     """
     target = _target(question.want, out)
-    return answer_question(load(path), question, decoding, target)
+    return answer_question(load(path, resident=resident), question, decoding, target)
 
 
 def _target(want: str, out: Path | None) -> Path | None:

@@ -20,7 +20,7 @@ from openm6.nn.config import ExpertsConfig
 from openm6.nn.exchange import ExpertExchange, LocalExchange
 from openm6.nn.experts import Router, RouterLoad
 from openm6.nn.norm import RMSNorm
-from openm6.nn.stack import BlockRunner
+from openm6.nn.stack import BlockRunner, BlockSource
 from openm6.ops.attention import piece_mask
 from openm6.ops.rotary import rotary_table
 from openm6.ops.sequence import BLOCK, CausalMask, Layout, additive_mask, block_mask, visible
@@ -32,13 +32,14 @@ class Backbone(nn.Module):
     `sets` holds the weight sets and `layers` what each layer keeps to itself; layer l uses sets[weight_sets[l]].
     Built under `torch.device("meta")` it costs no memory; then `to_empty(device=...)` and `reset_parameters()`, or
     load a checkpoint. With `empty_sets` only the matrices of the sets are on `meta`, for a model that is too large to
-    stand anywhere as a whole: whoever sets `runner` then keeps their values.
+    stand anywhere as a whole: whoever sets `runner` or `source` then keeps their values.
     """
 
     def __init__(self, config: BackboneConfig, empty_sets: bool = False) -> None:
         super().__init__()
         self.config = config
         self.runner: BlockRunner | None = None
+        self.source: BlockSource | None = None  # for inference where sets come and go
         self.sets = nn.ModuleList(
             _block(config, config.weight_sets.index(number), empty_sets) for number in range(config.num_sets)
         )
@@ -99,9 +100,9 @@ class Backbone(nn.Module):
 
     def _run(self, x: Tensor, context: Context) -> tuple[Tensor, list[RouterLoad]]:
         loads: list[RouterLoad] = []
-        for layer, number in enumerate(self.config.weight_sets):
-            block, parts = cast(Block, self.sets[number]), cast(LayerParts, self.layers[layer])
-            x, load = self.run_block(block, parts, x, context, layer)
+        for layer in range(self.config.num_layers):
+            parts = cast(LayerParts, self.layers[layer])
+            x, load = self.run_block(self.block(layer), parts, x, context, layer)
             loads += [] if load is None else [load]
         return x, loads
 
@@ -137,6 +138,12 @@ class Backbone(nn.Module):
             for layer, number in enumerate(numbers)
             for name, _ in shared[number].named_parameters()
         }
+
+    def block(self, layer: int) -> Block:
+        """The weight set of a layer, from the source where there is one."""
+        if self.source is not None:
+            return self.source.block(layer)
+        return cast(Block, self.sets[self.config.weight_sets[layer]])
 
     def router(self, layer: int) -> Router | None:
         """The router of a layer, None where it is dense."""

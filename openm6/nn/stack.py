@@ -9,11 +9,19 @@ from typing import Protocol
 
 from torch import Tensor
 
-from openm6.nn.block import Context, LayerParts
+from openm6.nn.block import Block, Context, LayerParts
 from openm6.nn.experts import RouterLoad
 from openm6.ops.sequence import Layout
 
 MakeContext = Callable[[Tensor, Layout], Context]
+
+
+class BlockSource(Protocol):
+    """Gives the block of each layer where not all of them stand on the device at once."""
+
+    def block(self, layer: int) -> Block:
+        """The block, ready on the device until that of another layer is asked for."""
+        ...
 
 
 class BlockRunner(Protocol):

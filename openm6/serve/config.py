@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from openm6.base.config import Config
 from openm6.generate.matrices import Precision
@@ -48,6 +48,17 @@ class EngineConfig(Config):
     waiting: int = Field(default=32_768, ge=1)
     prefixes: int = Field(default=64 * 2**20, ge=0, description="bytes of prompts kept for reuse")
     weights: Precision = "float32"
+    resident: int | None = Field(
+        default=None, ge=0, description="layers that stay on the device; the others come as they are used"
+    )
+
+    @model_validator(mode="after")
+    def _weights_can_move(self) -> EngineConfig:
+        if self.resident is not None and self.weights == "int8":
+            raise ValueError(
+                "weights=int8 keeps its copies on the device: leave out resident, or take bfloat16"
+            )
+        return self
 
 
 class ServeConfig(Config):

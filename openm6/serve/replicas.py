@@ -76,7 +76,7 @@ def run_replicas(build: Callable[[], FastAPI], config: ServeConfig, replicas: Re
 
 def app_of(trained: Path, config: ServeConfig, name: str) -> FastAPI:
     """The app of one replica."""
-    return create_app(Engine(load(trained), config.engine), config, name)
+    return create_app(Engine(load(trained, resident=config.engine.resident), config.engine), config, name)
 
 
 def serve_replicas(

@@ -50,7 +50,7 @@ def serve(
     Raises:
         CheckpointError: there is no model there.
     """
-    loaded = load(trained)
+    loaded = load(trained, resident=config.engine.resident)
     app = dress(create_app(Engine(loaded, config.engine), config, name or trained.resolve().name))
     get_log().info(f"serving {trained} on http://{config.host}:{config.port}/docs")
     uvicorn.run(app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=5)

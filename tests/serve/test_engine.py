@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.base.errors import DataError
+from openm6.base.errors import ConfigError, DataError
 from openm6.generate.load import Loaded
 from openm6.generate.masked import MaskedSampling
 from openm6.generate.sampling import Sampling
@@ -29,6 +29,7 @@ from openm6.serve.requests import (
     Request,
     TextRequest,
 )
+from openm6.serve.run import read_serve_config
 from openm6.serve.ticket import LateError, RefusedError, StoppedError, Ticket
 from tests.data.pictures import png, wav
 from tests.small_model import embedding_model, loaded
@@ -197,6 +198,11 @@ def test_a_failure_ends_one_request_and_not_the_engine(
         with pytest.raises(StoppedError, match="failed on this request"):
             engine.ask_and_wait(TextRequest(parts=say("b")))
     assert engine.ready and engine.ask_and_wait(TextRequest(parts=say("b"), sampling=Sampling(max_tokens=1)))
+
+
+def test_int8_and_layers_that_come_and_go_do_not_go_together() -> None:
+    with pytest.raises(ConfigError, match="leave out resident"):
+        read_serve_config(["engine.resident=1", "engine.weights=int8"])
 
 
 def test_after_the_end_nothing_is_taken(model: Loaded) -> None:

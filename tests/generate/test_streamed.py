@@ -1,0 +1,130 @@
+"""Layers that come as they are used: the same answers bit for bit, few buffers, and one sentence where it cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from openm6.base.errors import CheckpointError, ConfigError
+from openm6.checkpoint.load import load_placed
+from openm6.checkpoint.save import Snapshot, save
+from openm6.checkpoint.shards import Catalogue
+from openm6.generate.decode import Speaker
+from openm6.generate.load import Loaded, load
+from openm6.generate.masked import MaskedSampling, fill_codes
+from openm6.generate.reading import read_into
+from openm6.generate.rows import TextRows
+from openm6.generate.sampling import Sampling
+from openm6.generate.streamed import BUFFERS, FileHome, MemoryHome, StreamedSets, matrices
+from openm6.generate.text import write
+from openm6.modalities.interface import Part
+from openm6.modalities.registry import source_pieces
+from openm6.models.config import BackboneConfig
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE
+from openm6.models.omni import Omni
+from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.parallel.lanes import InlineLane
+from tests.small_model import BACKBONE, loaded, modalities
+
+EXPERTS = ExpertsConfig(hidden=32, num_experts=4, top_k=2, num_shared=1)
+SHAPES = {
+    "sparse": {"num_layers": 5, "experts": EXPERTS},
+    "mixed": {"num_layers": 5, "experts": EXPERTS, "experts_every": 2, "dense": DenseConfig(hidden=64)},
+    "shared": {"num_layers": 5, "experts": EXPERTS, "sharing": 2, "share_routers": True},
+}
+
+
+def checkpoint(folder: Path, shape: str) -> Path:
+    torch.manual_seed(3)
+    config = BackboneConfig.model_validate({**BACKBONE.model_dump(), **SHAPES[shape]})
+    omni = Omni(config, modalities()).eval()
+    with torch.no_grad():
+        for parameter in omni.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    description = loaded().description.model_copy(update={"backbone": config})
+    tokenizer = modalities()["text"].tokenizer.to_str()  # type: ignore[attr-defined]
+    files = {MODEL_FILE: description.to_json(), TOKENIZER_FILE: tokenizer}
+    return save(Snapshot(1, omni, {}, {}, files=files), folder, keep=1)
+
+
+def source_of(model: Loaded) -> StreamedSets:
+    source = model.omni.backbone.source
+    assert isinstance(source, StreamedSets)
+    return source
+
+
+def answers(model: Loaded) -> tuple[list[str], torch.Tensor, list[torch.Tensor]]:
+    """A text, a picture's codes, and the scores of texts decoded in rows."""
+    prompt = source_pieces([Part("text", "draw the digit seven")], model.modalities)
+    texts = write(model, [prompt], Sampling(max_tokens=4))
+    sampling = MaskedSampling(steps=2, seed=1)
+    codes = fill_codes(model.omni, [prompt], [model.image.blank()], sampling)
+    dtype = model.omni.backbone.final_norm.weight.dtype
+    rows = TextRows(Speaker.of(model.omni, model.text), 2, 64, deterministic=dtype == torch.float32)
+    scores = []
+    for number in range(2):
+        place, _ = read_into(model.omni, prompt, rows.cache, rows.next_slot)
+        rows.add(number, Sampling(max_tokens=3), place, model.text.start, top=5)
+        rows.step()
+        scores += [torch.tensor([score for _, score in row.scores[-1][1]]) for row in rows.rows]
+    return texts, codes, scores
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("resident", [0, 2])
+def test_answers_are_those_of_a_resident_model(tmp_path: Path, shape: str, resident: int) -> None:
+    folder = checkpoint(tmp_path, shape)
+    model = load(folder, torch.device("cpu"), resident)
+    texts, codes, scores = answers(model)
+    wanted = answers(load(folder, torch.device("cpu")))
+    assert texts == wanted[0] and torch.equal(codes, wanted[1])
+    assert all(torch.equal(found, true) for found, true in zip(scores, wanted[2], strict=True))
+    source = source_of(model)
+    forms = {id(buffer.form) for buffer in source.buffers}
+    assert 0 < len(source.buffers) <= BUFFERS * len(forms) and source.fetched >= len(source.buffers)
+
+
+def test_bfloat16_is_converted_on_the_way(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "mixed")
+    streamed, resident = (load(folder, torch.device("cpu"), number) for number in (1, None))
+    for model in (streamed, resident):
+        model.omni.to(torch.bfloat16)
+    found, wanted = answers(streamed), answers(resident)
+    assert found[0] == wanted[0] and torch.equal(found[1], wanted[1])
+    assert source_of(streamed).buffers[0].block.attention.qkv.dtype == torch.bfloat16
+
+
+def test_host_memory_holds_what_the_files_hold(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "mixed")
+    model = load(folder, torch.device("cpu"), 0)
+    answers(model)
+    source, catalogue = source_of(model), Catalogue(folder, "model")
+    blocks = dict(enumerate(model.omni.backbone.sets))
+    memory = MemoryHome(catalogue, blocks, torch.float32, pin=False)  # type: ignore[arg-type]
+    for buffer in source.buffers:
+        number = next(n for n in blocks if source._form(n) == buffer.form)
+        held = []
+        for home in (FileHome(catalogue), memory):
+            for _, tensor in matrices(buffer.block):
+                tensor.zero_()
+            home.fetch(number, buffer.block, InlineLane())
+            held.append({name: tensor.clone() for name, tensor in matrices(buffer.block)})
+        assert all(torch.equal(held[0][name], held[1][name]) and held[0][name].any() for name in held[0])
+
+
+def test_as_many_layers_as_there_are_is_the_usual_way(tmp_path: Path) -> None:
+    model = load(checkpoint(tmp_path, "sparse"), torch.device("cpu"), 5)
+    assert model.omni.backbone.source is None
+
+
+def test_what_cannot_be_streamed_is_one_sentence(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "sparse")
+    model = load(folder, torch.device("cpu"), 1)
+    with pytest.raises(ConfigError, match="int8"):
+        TextRows(Speaker.of(model.omni, model.text), 1, 64, "int8")
+    (folder / "model.safetensors").rename(folder / "shard-00001-of-00001.safetensors")
+    with pytest.raises(CheckpointError, match="one process"):
+        load_placed(folder, model.omni)
