@@ -25,7 +25,9 @@ from openm6.checkpoint.optimizer import place_optimizer
 from openm6.checkpoint.save import Saver, Snapshot, publish, told_as_checkpoint_error
 from openm6.checkpoint.shards import SEPARATOR
 from openm6.checkpoint.tensors import named_tensors
-from openm6.parallel.sharding import Layout, cut_tensors
+from openm6.optim.pieces import keeps_cut
+from openm6.parallel.pieces import piece_of
+from openm6.parallel.sharding import Layout, cut_tensors, expert_parameters
 
 
 class ShardedSaver(Saver):
@@ -114,17 +116,29 @@ def load_sharded_optimizer(
 ) -> None:
     """As `load_optimizer`, for a model or a checkpoint that lies in parts."""
     parameters = dict(model.named_parameters())
+    experts = {name for name, _ in expert_parameters(model)}
     slots: dict[str, Tensor] = {}
     for name, entry in _metadata(folder).items():
-        owner = name.partition(SEPARATOR)[0]
-        if SEPARATOR in name and owner in parameters:
-            parameter, dtype = parameters[owner].detach(), entry.properties.dtype
-            whole = len(entry.size) == parameter.dim()
-            slots[name] = (
-                torch.zeros_like(parameter, dtype=dtype) if whole else torch.zeros(entry.size, dtype=dtype)
-            )
+        owner, _, key = name.partition(SEPARATOR)
+        if key and owner in parameters:
+            slots[name] = _empty_slot(key, parameters[owner], entry, owner in experts)
     _read(folder, slots if layout is None else cut_tensors(model, slots, layout))
     place_optimizer(slots.items(), optimizer, model, str(folder))
+
+
+def _empty_slot(key: str, parameter: Tensor, entry: TensorStorageMetadata, dealt: bool) -> Tensor:
+    """Room for what lies here of a tensor kept for a parameter, of which experts are `dealt` out or not."""
+    dtype, shape = entry.properties.dtype, list(entry.size)
+    if len(shape) != parameter.dim() or not shape:
+        return torch.zeros(shape, dtype=dtype)
+    if dealt:
+        shape[0] = parameter.shape[0]
+    if not isinstance(parameter, DTensor):
+        return torch.zeros(shape, dtype=dtype, device=parameter.device)
+    piece = piece_of(parameter)
+    if keeps_cut(key, piece.axis, parameter.dim()) and piece.group is not None:
+        shape[piece.axis] = piece.lengths[piece.group.rank]
+    return piece.slot(key, torch.zeros(shape, dtype=dtype, device=parameter.device))
 
 
 def _metadata(folder: Path) -> dict[str, TensorStorageMetadata]:

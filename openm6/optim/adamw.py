@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 
 from openm6.base.seeds import derive_seed
 from openm6.base.triton_door import kernels, runs_kernels
+from openm6.optim.pieces import Pieces, whole
 from openm6.optim.rounding import random_bits, round_to_bf16
 
 
@@ -33,14 +34,17 @@ class AdamW(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
         stochastic: bool = False,
         seed: int = 0,
+        pieces: Pieces = whole,
     ) -> None:
-        """`state_dtype` None: each moment has its parameter's dtype. `stochastic`: bf16 results are rounded by chance.
+        """`state_dtype` None: each moment has its parameter's dtype. `stochastic`: bf16 results are rounded by chance,
+        the parts of a cut parameter by bits of their own. `pieces` says how a parameter lies here.
 
         Steps are counted on the host; checkpoints hold the same names as torch's AdamW.
         """
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
         self.state_dtype, self.stochastic, self.seed = state_dtype, stochastic, seed
+        self.pieces = pieces
         self.scale: Tensor | None = None  # on the device: a factor on all gradients; not a number: no update
         self._places = {
             id(parameter): place
@@ -79,8 +83,8 @@ class AdamW(torch.optim.Optimizer):
             if self._in_kernel(parameter):
                 self._pass(parameter, group)
             elif not self._is_plain(parameter):
-                seed = self._seed(parameter)
-                adamw_reference(parameter, self.state[parameter], group, self.stochastic, seed)
+                weight, gradient, state = self._local(parameter)
+                adamw_reference(weight, gradient, state, group, self.stochastic, self._seed(parameter))
             else:
                 plain.setdefault(id(group), []).append(parameter)
         for group in self.param_groups:
@@ -96,7 +100,15 @@ class AdamW(torch.optim.Optimizer):
         ]
 
     def _in_kernel(self, parameter: Tensor) -> bool:
-        return runs_kernels(parameter) and parameter.is_contiguous()
+        part = self.pieces(parameter).local(parameter)
+        return runs_kernels(part) and part.is_contiguous()
+
+    def _local(self, parameter: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Weight, gradient and moments, as far as they lie here."""
+        local = self.pieces(parameter).local
+        assert parameter.grad is not None
+        state = {key: local(value) for key, value in self.state[parameter].items()}
+        return local(parameter), local(parameter.grad), state
 
     def _is_plain(self, parameter: Tensor) -> bool:
         return not (self._in_kernel(parameter) or self.stochastic or self.state_dtype is not None)
@@ -114,7 +126,9 @@ class AdamW(torch.optim.Optimizer):
         if not self.stochastic:
             return 0
         step, place = int(self.state[parameter]["step"]), self._places[id(parameter)]
-        return derive_seed(self.seed, "rounding", step, place) % 2**31
+        group = self.pieces(parameter).group
+        part = () if group is None else (group.rank,)
+        return derive_seed(self.seed, "rounding", step, place, *part) % 2**31
 
     def _send(self, moved: list[tuple[Tensor, dict[str, Any]]]) -> None:
         """To the same places on the device each time, for a replayed pass reads them there; nothing waits."""
@@ -133,11 +147,12 @@ class AdamW(torch.optim.Optimizer):
         self._sent[1].copy_(torch.tensor(seeds), non_blocking=True)
 
     def _pass(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, place = self.state[parameter], self._places[id(parameter)]
-        assert parameter.grad is not None and self._sent is not None
+        place = self._places[id(parameter)]
+        assert self._sent is not None
+        weight, gradient, state = self._local(parameter)
         numbers, seeds = self._sent
         kernels("optim.adamw").adamw_pass(
-            parameter, parameter.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"],
+            weight, gradient.contiguous(), state["exp_avg"], state["exp_avg_sq"],
             numbers[place], self.scale, seeds[place], group["betas"], group["eps"], self.stochastic,
         )  # fmt: skip
 
@@ -172,13 +187,17 @@ def rule_numbers(group: dict[str, Any], step: float) -> tuple[float, float, floa
 
 
 def adamw_reference(
-    parameter: Tensor, state: dict[str, Any], group: dict[str, Any], stochastic: bool, seed: int
+    parameter: Tensor,
+    gradient: Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    stochastic: bool,
+    seed: int,
 ) -> None:
     """The naive twin of the kernel: the same rule in fp32, the same bits for rounding."""
-    assert parameter.grad is not None
     rate, decay, first_scale, second_scale = rule_numbers(group, float(state["step"]))
     beta1, beta2 = group["betas"]
-    p, g = parameter.float(), parameter.grad.float()
+    p, g = parameter.float(), gradient.float()
     m, v = state["exp_avg"].float(), state["exp_avg_sq"].float()
     m = m + (1 - beta1) * (g - m)
     v = v + (1 - beta2) * (g * g - v)

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from openm6.optim.pieces import Piece, Pieces, whole
+from openm6.optim.whole_matrices import on_whole_matrices
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at zero (Jordan 2024)
 
 
@@ -47,7 +50,7 @@ class Muon(torch.optim.Optimizer):
     """Moves matrices by orthogonalised Nesterov momentum, and groups with `muon: False` by AdamW.
 
     For 2-D parameters the rule is that of `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`; a 3-D parameter
-    is a stack of matrices.
+    is a stack of matrices. A matrix whose rows lie on several ranks visits one of them, which makes it orthogonal.
     """
 
     def __init__(
@@ -59,11 +62,13 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         dtype: torch.dtype | None = None,
+        pieces: Pieces = whole,
     ) -> None:
-        """`dtype` is that of the orthogonalisation; None: bfloat16 on a GPU, float32 elsewhere."""
+        """`dtype` is that of the orthogonalisation (None: bfloat16 on a GPU, float32 elsewhere); `pieces` says how a
+        parameter lies here."""
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
         super().__init__(params, {**defaults, "muon": False, "fused": True})
-        self.dtype = dtype
+        self.dtype, self.pieces = dtype, pieces
         for group in self.param_groups:
             for parameter in group["params"]:
                 if group["muon"] and parameter.ndim not in (2, 3):
@@ -81,23 +86,53 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["muon"]:
-                for parameter in trained:
-                    self._move_matrix(parameter, parameter.grad, group)
+                self._move_matrices(trained, group)
             elif trained:
                 self._move_rest(trained, group)
         return loss
 
-    def _move_matrix(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _move_matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Whole matrices one tensor at a time; those in parts after they have visited, those of one group together."""
+        travelling: dict[int, list[tuple[Tensor, Piece]]] = {}
+        for parameter in parameters:
+            piece = self.pieces(parameter)
+            if piece.cuts_rows(parameter.ndim):
+                travelling.setdefault(id(piece.group), []).append((parameter, piece))
+                continue
+            self._apply(
+                parameter,
+                piece,
+                orthogonalise(self._ahead(parameter, piece, group), self._dtype(parameter)),
+                group,
+            )
+        for pairs in travelling.values():
+            ahead = [
+                self._ahead(parameter, piece, group).to(self._dtype(parameter)) for parameter, piece in pairs
+            ]
+            pieces = [piece for _, piece in pairs]
+            updates = on_whole_matrices(ahead, pieces, lambda stack: orthogonalise(stack, stack.dtype))
+            for (parameter, piece), update in zip(pairs, updates, strict=True):
+                self._apply(parameter, piece, update, group)
+
+    def _dtype(self, parameter: Tensor) -> torch.dtype:
+        return self.dtype or (torch.bfloat16 if parameter.is_cuda else torch.float32)
+
+    def _ahead(self, parameter: Tensor, piece: Piece, group: dict[str, Any]) -> Tensor:
+        """Takes the gradient into the momentum, and gives Nesterov's look ahead, as far as they lie here."""
         state = self.state[parameter]
+        assert parameter.grad is not None
+        gradient = piece.local(parameter.grad)
         if not state:
-            state["momentum"] = torch.zeros_like(gradient)
-        state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        ahead = gradient.lerp(state["momentum"], group["momentum"])  # Nesterov
-        dtype = self.dtype or (torch.bfloat16 if parameter.is_cuda else torch.float32)
-        update = orthogonalise(ahead, dtype)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            state["momentum"] = piece.slot("momentum", torch.zeros_like(gradient))
+        momentum = piece.local(state["momentum"])
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        return gradient.lerp(momentum, group["momentum"])
+
+    def _apply(self, parameter: Tensor, piece: Piece, update: Tensor, group: dict[str, Any]) -> None:
+        weight = piece.local(parameter)
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] * rate_ratio(*parameter.shape[-2:])
-        parameter.add_(update.to(parameter.dtype), alpha=-rate)
+        weight.add_(update.to(weight.dtype), alpha=-rate)
 
     def _move_rest(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:

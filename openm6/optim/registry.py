@@ -9,14 +9,17 @@ import torch
 
 from openm6.base.config import nearest
 from openm6.base.errors import ConfigError
+from openm6.optim.adafactor import Adafactor
 from openm6.optim.adamw import AdamW
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.muon import Muon
+from openm6.optim.pieces import Pieces, whole
 
 Groups = list[dict[str, Any]]
+Build = Callable[[Groups, OptimizerConfig, Pieces], torch.optim.Optimizer]
 
 
-def build_adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_adamw(groups: Groups, config: OptimizerConfig, pieces: Pieces) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101) in one pass over the parameters."""
     return AdamW(
         groups,
@@ -26,17 +29,16 @@ def build_adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimize
         weight_decay=config.weight_decay,
         state_dtype=torch.bfloat16 if config.moments == "bf16" else None,
         stochastic=config.rounding == "stochastic",
+        pieces=pieces,
     )
 
 
-def build_adafactor(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_adafactor(groups: Groups, config: OptimizerConfig, pieces: Pieces) -> torch.optim.Optimizer:
     """Adafactor (arXiv 1804.04235): a factored second moment and no first one, so next to no memory."""
-    return torch.optim.Adafactor(
-        groups, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False
-    )
+    return Adafactor(groups, lr=config.learning_rate, weight_decay=config.weight_decay, pieces=pieces)
 
 
-def build_muon(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_muon(groups: Groups, config: OptimizerConfig, pieces: Pieces) -> torch.optim.Optimizer:
     """Muon for hidden matrices and stacks of expert matrices, AdamW for the rest."""
     return Muon(
         groups,
@@ -45,10 +47,11 @@ def build_muon(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer
         momentum=config.momentum,
         betas=config.betas,
         eps=config.epsilon,
+        pieces=pieces,
     )
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Build] = {
     "adamw": build_adamw,
     "adafactor": build_adafactor,
     "muon": build_muon,
@@ -61,14 +64,14 @@ def check_optimizer_name(name: str) -> None:
         raise ConfigError(f"no optimizer {name!r}; {nearest(name, list(OPTIMIZERS))}")
 
 
-def build_optimizer(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, over groups as `default_groups` makes them.
+def build_optimizer(groups: Groups, config: OptimizerConfig, pieces: Pieces = whole) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, over groups as `default_groups` makes them; `pieces` says how they lie here.
 
     Raises:
         ConfigError: no optimizer of that name.
     """
     check_optimizer_name(config.name)
-    optimizer = OPTIMIZERS[config.name](groups, config)
+    optimizer = OPTIMIZERS[config.name](groups, config, pieces)
     for group in optimizer.param_groups:
         group.setdefault("rate_scale", 1.0)
     return optimizer

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from openm6.nn.exchange import ExpertExchange
+from openm6.optim.pieces import Piece
 from openm6.parallel.config import MeshShape
 from openm6.parallel.exchange import AllToAllExchange, CopiesExchange
 from openm6.parallel.gradients import apart, clip, sum_gradients, total_norm
 from openm6.parallel.guard import Guard
+from openm6.parallel.pieces import piece_of
 from openm6.parallel.ranks import Ranks
 from openm6.parallel.sharding import Layout, open_layout, shard
 
@@ -72,6 +74,9 @@ class ProcessRanks(Ranks):
 
     def clip(self, parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
         clip(parameters, bound, norm)
+
+    def piece(self, parameter: Tensor) -> Piece:
+        return piece_of(parameter)
 
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return apart(groups)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from openm6.nn.exchange import ExpertExchange, LocalExchange
+from openm6.optim.pieces import Piece, whole
 from openm6.parallel.config import MeshShape
 
 Value = TypeVar("Value")
@@ -51,6 +52,10 @@ class Ranks:
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The optimizer's groups, in a form that its fused updates take."""
         return groups
+
+    def piece(self, parameter: Tensor) -> Piece:
+        """How a parameter lies here, for update rules that need more than its own numbers."""
+        return whole(parameter)
 
     def exchange(self, parts: int) -> ExpertExchange:
         """The way of rows to their experts, in so many parts."""

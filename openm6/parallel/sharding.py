@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from openm6.base.errors import ConfigError
 from openm6.nn.block import Block
@@ -132,20 +132,22 @@ def cut_tensors(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) ->
     """
     weights = dict(expert_parameters(model))
     return {
-        name: _whole(tensor, weights[owner], layout)
+        name: _whole(tensor, layout)
         if (owner := name.partition(SLOT)[0]) in weights and tensor.dim() == weights[owner].dim()
         else tensor
         for name, tensor in tensors.items()
     }
 
 
-def _whole(tensor: Tensor, weight: Tensor, layout: Layout) -> Tensor:
-    mesh = layout.mesh["shard", "experts"]
+def _whole(tensor: Tensor, layout: Layout) -> Tensor:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    width = weight.shape[1]  # of a DTensor already that before FSDP cut it
-    shape = torch.Size([weight.shape[0] * layout.shape.experts, width, *weight.shape[2:]])
+    cut = isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
+    # What lacks the cut axis is alike on the ranks that share an expert. A DTensor's width is that before the cut.
+    shape = torch.Size([local.shape[0] * layout.shape.experts, *tensor.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, mesh, [Shard(1), Shard(0)], run_check=False, shape=shape, stride=stride)
+    placements = [Shard(1) if cut else Replicate(), Shard(0)]
+    mesh = layout.mesh["shard", "experts"]
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -257,12 +257,7 @@ def check_cut(recipe: MultimodalRecipe, shape: MeshShape) -> None:
         )
     if shape.copies_only:
         return
-    optimizer, experts = recipe.loop.optimizer.name, build_backbone(recipe.model).experts
-    if optimizer != "adamw":
-        raise ConfigError(
-            f"loop.optimizer.name: {optimizer} needs whole matrices, which parallel.shard and parallel.experts cut: "
-            "choose adamw, or set both to 1"
-        )
+    experts = build_backbone(recipe.model).experts
     if recipe.loop.stages is not None:
         raise ConfigError(
             "loop.stages cannot switch a model that is cut over ranks: set parallel.shard and parallel.experts to 1, "

@@ -68,7 +68,7 @@ class Updater:
 
     def _build(self) -> None:
         groups = self.job.ranks.groups(self.job.parameter_groups())
-        self.optimizer = build_optimizer(groups, self.config.optimizer)
+        self.optimizer = build_optimizer(groups, self.config.optimizer, self.job.ranks.piece)
         self.parameters = [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]
