@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import cast
@@ -24,6 +25,8 @@ from openm6.nn.stack import BlockRunner, BlockSource
 from openm6.ops.attention import piece_mask
 from openm6.ops.rotary import rotary_table
 from openm6.ops.sequence import BLOCK, CausalMask, Layout, additive_mask, block_mask, visible
+
+Refill = Callable[[Block, Block], None]  # fills a new block of the same form with an old one's weights
 
 
 class Backbone(nn.Module):
@@ -117,22 +120,22 @@ class Backbone(nn.Module):
         )
 
     @torch.no_grad()
-    def delink(self) -> dict[str, str]:
+    def delink(self, refill: Refill | None = None) -> dict[str, str]:
         """Gives every layer a weight set of its own, a copy of the one that it shared (M6-10T, 2110.03888, §3).
 
-        The first layer of a set keeps the very tensors, so that nothing is computed differently afterwards.
+        The first layer of a set keeps the very tensors, so that nothing is computed differently afterwards. Where
+        blocks cannot be copied, as those cut over ranks, every layer gets a new one, which `refill` fills from the old.
 
         Returns:
             name of each parameter in a set -> the name that it had, or that it is a copy of.
         """
         numbers = self.config.weight_sets
         shared = [cast(Block, block) for block in self.sets]
-        kept = {number: numbers.index(number) for number in set(numbers)}
+        config = self.config.model_copy(update={"sharing": None})
         self.sets = nn.ModuleList(
-            shared[number] if kept[number] == layer else deepcopy(shared[number])
-            for layer, number in enumerate(numbers)
+            _copies(shared, numbers) if refill is None else _refilled(shared, numbers, config, refill)
         )
-        self.config = self.config.model_copy(update={"sharing": None})
+        self.config = config
         return {
             f"sets.{layer}.{name}": f"sets.{number}.{name}"
             for layer, number in enumerate(numbers)
@@ -187,6 +190,20 @@ def _block(config: BackboneConfig, layer: int, empty: bool) -> Block:
     router = _router(config, layer, shared=True)
     with torch.device("meta") if empty else nullcontext():
         return Block(config.attention, config.feed_forward(layer), router)
+
+
+def _copies(shared: list[Block], numbers: Sequence[int]) -> Iterator[Block]:
+    for layer, number in enumerate(numbers):
+        yield shared[number] if numbers.index(number) == layer else deepcopy(shared[number])
+
+
+def _refilled(
+    shared: list[Block], numbers: Sequence[int], config: BackboneConfig, refill: Refill
+) -> Iterator[Block]:
+    for layer, number in enumerate(numbers):
+        fresh = _block(config, layer, empty=True)
+        refill(fresh, shared[number])
+        yield fresh
 
 
 def _router(config: BackboneConfig, layer: int, shared: bool) -> Router | None:

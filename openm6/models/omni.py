@@ -14,7 +14,7 @@ from openm6.modalities.pool import POOL, PoolAdapter, PoolConfig
 from openm6.modalities.registry import Modalities
 from openm6.modalities.sequence import Batch, KindOfTokens
 from openm6.modalities.text import TextAdapter
-from openm6.models.backbone import Backbone
+from openm6.models.backbone import Backbone, Refill
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.cache import TokenCache
 from openm6.nn.experts import RouterLoad
@@ -84,11 +84,19 @@ class Omni(nn.Module):
         backbone = count_parameters(self.config)
         return backbone.total + adapters, backbone.active + adapters
 
-    def delink(self) -> dict[str, str]:
+    def delink(self, refill: Refill | None = None) -> dict[str, str]:
         """Goes from the pseudo stage to the real one; see `Backbone.delink`. New parameter name -> old one."""
-        names = self.backbone.delink()
+        names = self.backbone.delink(refill)
         self.config = self.backbone.config
         return {f"backbone.{new}": f"backbone.{old}" for new, old in names.items()}
+
+    def unwrapped(self) -> Omni:
+        """The same parts in a new root, which nobody has wrapped."""
+        fresh = Omni.__new__(Omni)
+        nn.Module.__init__(fresh)
+        fresh.config, fresh.backbone, fresh.adapters = self.config, self.backbone, self.adapters
+        fresh.training = self.training
+        return fresh
 
     def embed(self, kinds: dict[str, KindOfTokens], rows: int, length: int) -> Tensor:
         """All tokens of a batch at their places; padding is zero.  # -> R S D"""

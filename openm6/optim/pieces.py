@@ -48,6 +48,12 @@ class Piece:
         """Whether rows of one matrix lie on several ranks, where the last two axes are rows and columns."""
         return self.group is not None and self.axis == dimensions - 2
 
+    def rows(self, here: int) -> tuple[int, int]:
+        """The first of the rows that lie here, and how many there are of all, of matrices with `here` rows here."""
+        if self.group is None:
+            return 0, here
+        return sum(self.lengths[: self.group.rank]), sum(self.lengths)
+
     def total(self, values: Tensor) -> Tensor:
         """The sum over the parts, in place."""
         return values if self.group is None else self.group.total(values)

@@ -21,7 +21,7 @@ from openm6.parallel.gradients import apart, clip, sum_gradients, total_norm
 from openm6.parallel.guard import Guard
 from openm6.parallel.pieces import piece_of
 from openm6.parallel.ranks import Ranks
-from openm6.parallel.sharding import Layout, open_layout, shard
+from openm6.parallel.sharding import Layout, open_layout, reshard, shard
 
 Value = TypeVar("Value")
 
@@ -53,6 +53,10 @@ class ProcessRanks(Ranks):
             self._layout = open_layout(shape, self.device)
             shard(model, self._layout)
 
+    def settle(self, model: nn.Module) -> None:
+        if self._layout is not None:
+            reshard(model)
+
     def exchange(self, parts: int) -> ExpertExchange:
         if self._layout is None or self._layout.shape.experts == 1:
             return CopiesExchange()
@@ -77,6 +81,9 @@ class ProcessRanks(Ranks):
 
     def piece(self, parameter: Tensor) -> Piece:
         return piece_of(parameter)
+
+    def first_expert(self, here: int) -> int:
+        return 0 if self._layout is None else here * self._layout.mesh.get_local_rank("experts")
 
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return apart(groups)

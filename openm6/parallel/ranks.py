@@ -41,6 +41,9 @@ class Ranks:
     def place(self, model: nn.Module, shape: MeshShape) -> None:
         """Lays the model, the same on all ranks, out over them."""
 
+    def settle(self, model: nn.Module) -> None:
+        """After a forward pass that no backward one follows: parameters are again what this rank keeps of them."""
+
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
         """The norm of all gradients of the whole model."""
         return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
@@ -56,6 +59,10 @@ class Ranks:
     def piece(self, parameter: Tensor) -> Piece:
         """How a parameter lies here, for update rules that need more than its own numbers."""
         return whole(parameter)
+
+    def first_expert(self, here: int) -> int:
+        """The number of the first of the `here` experts of each layer that this rank holds."""
+        return 0
 
     def exchange(self, parts: int) -> ExpertExchange:
         """The way of rows to their experts, in so many parts."""

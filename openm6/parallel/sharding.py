@@ -11,7 +11,7 @@ data. Losses are shares of a global sum, so every gradient is a plain sum over r
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,26 +69,53 @@ def shard(model: nn.Module, layout: Layout) -> None:
     Raises:
         ConfigError: the experts' width cannot be cut evenly.
     """
-    shape = layout.shape
     layers = [module for module in model.modules() if isinstance(module, Experts)]
-    cut_experts(layers, layout.mesh.get_local_rank("experts"), shape.experts)
+    cut_experts(layers, layout.mesh.get_local_rank("experts"), layout.shape.experts)
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        shard_block(block, layout)
+    shard_rest(model, layout)
+
+
+def shard_block(block: Block, layout: Layout) -> None:
+    """Cuts a block whose experts are dealt out already."""
     dense, own = _dense_mesh(layout), _expert_mesh(layout)
-    held = {weight for experts in layers for weight in (experts.up, experts.down)}
-    for block in (module for module in model.modules() if isinstance(module, Block)):
-        if own is not None and isinstance(block.feed_forward, Experts):
-            _shard_experts(block.feed_forward, own, dense, shape.shard)
-        # A shared router's side loss leaves the block by another way than its output, which FSDP watches.
-        keep = block.router is not None
-        fully_shard(block, mesh=dense, ignored_params=held, reshard_after_forward=not keep)
-    fully_shard(model, mesh=dense, ignored_params=held)
+    if own is not None and isinstance(block.feed_forward, Experts):
+        _shard_experts(block.feed_forward, own, dense, layout.shape.shard)
+    # A shared router's side loss leaves the block by another way than its output, which FSDP watches.
+    keep = block.router is not None
+    fully_shard(block, mesh=dense, ignored_params=_held([block]), reshard_after_forward=not keep)
+    _sum_only(block)
+
+
+def shard_rest(model: nn.Module, layout: Layout) -> None:
+    """Cuts what lies outside of the blocks, which are cut; `model` is called before all that it holds."""
+    fully_shard(model, mesh=_dense_mesh(layout), ignored_params=_held(model.modules()))
     # FSDP warns, in every step, of adding in place to what a layer returns, which nobody does here.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    _sum_only(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of what was gathered for a forward pass that no backward pass followed."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Sums, not means. Without the second line the division is asked of the backend, which gloo refuses and
-            # NCCL gets wrong in bf16 (pytorch#190745).
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+            module.reshard()
+
+
+def _held(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """The weights of experts, which are cut by themselves."""
+    inner = (module for outer in modules for module in outer.modules() if isinstance(module, Experts))
+    return {weight for experts in inner for weight in (experts.up, experts.down)}
+
+
+def _sum_only(module: nn.Module) -> None:
+    """Sums, not means."""
+    for one in module.modules():
+        if isinstance(one, FSDPModule):
+            # Without the second line the division is asked of the backend, which gloo refuses and NCCL gets wrong in
+            # bf16 (pytorch#190745).
+            one.set_gradient_divide_factor(1.0)
+            one.set_force_sum_reduction_for_comms(True)
 
 
 def cut_experts(layers: list[Experts], place: int, count: int) -> None:

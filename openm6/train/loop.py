@@ -207,6 +207,7 @@ class _Run:
         self.job.model.eval()
         with torch.no_grad(), self.updater.autocast():
             self.scores = self.job.evaluate(self.progress.step)
+        self.job.ranks.settle(self.job.model)
         self.job.model.train()
         for sink in sinks if self.scores else []:
             sink.line({"step": self.progress.step, "evaluation": self.scores})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -215,7 +216,13 @@ class MultimodalJob(Job):
         return self.omni.config.stage
 
     def delink(self) -> dict[str, str]:
-        names = self.omni.delink()
+        if self.ranks.layout is None:
+            names = self.omni.delink()
+        else:
+            # Its import takes seconds, which a process alone is spared.
+            cut_stages = importlib.import_module("openm6.train.cut_stages")
+            self.omni, names = cut_stages.delink_cut(self.omni, self.ranks.layout)
+            self.model = self.omni
         self.description = self.description.model_copy(update={"backbone": self.omni.config})
         return names
 
@@ -258,11 +265,6 @@ def check_cut(recipe: MultimodalRecipe, shape: MeshShape) -> None:
     if shape.copies_only:
         return
     experts = build_backbone(recipe.model).experts
-    if recipe.loop.stages is not None:
-        raise ConfigError(
-            "loop.stages cannot switch a model that is cut over ranks: set parallel.shard and parallel.experts to 1, "
-            "or leave loop.stages out"
-        )
     if experts is not None and experts.capacity is not None and recipe.packing.rows % shape.size:
         raise ConfigError(
             f"experts with a capacity need as many rows on each rank: set packing.rows to a multiple of {shape.size}"

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from openm6.base.config import Config
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.delink import Moments
+from openm6.optim.pieces import WHOLE, Piece
+from openm6.parallel.ranks import Ranks
 
 STAGES_SECTION = "stages"  # the name of this section within the loop's
 
@@ -96,13 +98,39 @@ def shared_matrices(sources: Mapping[str, str], model: nn.Module) -> dict[str, n
 
 
 @torch.no_grad()
-def break_symmetry(parameters: dict[str, nn.Parameter], noise: float, seed: int) -> None:
-    """Add normal noise of `noise` times each matrix's deviation, drawn from its name, to layers that are alike."""
+def break_symmetry(parameters: dict[str, nn.Parameter], noise: float, seed: int, ranks: Ranks) -> None:
+    """Add noise to layers that are alike; see `matrix_noise`. All ranks call it."""
     for name, parameter in sorted(parameters.items()):
-        # Drawn on the processor: the same numbers whatever device the weights live on.
-        generator = torch.Generator().manual_seed(derive_seed(seed, "delink", name))
-        draw = torch.randn(parameter.shape, generator=generator)
-        parameter.add_(draw.to(parameter.device) * (noise * parameter.std()))
+        piece = ranks.piece(parameter)
+        values = piece.local(parameter)
+        first = ranks.first_expert(len(values)) if parameter.ndim > 2 else 0
+        values.add_(matrix_noise(values, noise, derive_seed(seed, "delink", name), piece, first))
+
+
+def matrix_noise(values: Tensor, noise: float, seed: int, piece: Piece = WHOLE, first: int = 0) -> Tensor:
+    """Normal noise of `noise` times the deviation of each matrix; R' C, or E R' C for a stack, as `values`.
+
+    The matrices of a stack are number `first` and following. Each is drawn from the seed and its number, on the
+    processor: the same noise whatever device the weights live on, and whichever of their rows and experts live here.
+    """
+    stack = values if values.ndim > 2 else values.unsqueeze(0)
+    start, rows = piece.rows(stack.shape[-2])
+    deviation = _deviations(stack.double(), rows, piece)
+    draws = []
+    for number in range(first, first + len(stack)):
+        words = (number,) if values.ndim > 2 else ()
+        generator = torch.Generator().manual_seed(derive_seed(seed, "matrix", *words))
+        draw = torch.randn(rows, stack.shape[-1], generator=generator)
+        draws.append(draw[start : start + stack.shape[-2]])
+    draw = torch.stack(draws).to(values.device) * (noise * deviation.float())
+    return draw.view(values.shape).to(values.dtype)
+
+
+def _deviations(stack: Tensor, rows: int, piece: Piece) -> Tensor:
+    """E 1 1: that of each whole matrix."""
+    count = rows * stack.shape[-1]
+    mean = piece.total(stack.sum((-2, -1), keepdim=True)) / count
+    return (piece.total((stack - mean).square().sum((-2, -1), keepdim=True)) / max(1, count - 1)).sqrt()
 
 
 def _stands_still(losses: list[float], config: PlateauConfig) -> bool:

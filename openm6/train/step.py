@@ -105,7 +105,7 @@ class Updater:
         place_optimizer(inherited.items(), self.optimizer, self.job.model, "the stage before")
         if noise:
             shared = shared_matrices(sources, self.job.model)
-            break_symmetry(shared, noise, self.config.seed)
+            break_symmetry(shared, noise, self.config.seed, self.job.ranks)
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision in which forward passes run."""

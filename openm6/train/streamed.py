@@ -32,6 +32,7 @@ from openm6.train.budget import Budget, check_budget, choose_resident
 from openm6.train.config import LoopConfig
 from openm6.train.failures import device_failures
 from openm6.train.job import Batch, Job
+from openm6.train.stages import matrix_noise
 from openm6.train.step import StepReport, Updater, make_report, seed_everything
 
 
@@ -193,9 +194,8 @@ class StreamedUpdater(Updater):
                 tensor.zero_() if moments == "reset" else tensor.mul_(moment_factor(slot, uses, moments))
         if noise:
             memory = self.rule.remember(stored)
-            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "delink", name))
-            draw = torch.randn(memory.values.shape, generator=generator).to(memory.values.device)
-            values = memory.values + draw * (noise * memory.values.std())
+            seed = derive_seed(self.config.seed, "delink", name)
+            values = memory.values + matrix_noise(memory.values, noise, seed)
             noisy = Memory(values, memory.first, memory.second, memory.count)
             self.rule.take_over(stored, noisy, derive_seed(self.config.seed, "delink round", name))
 
