@@ -23,6 +23,9 @@ class Lane(Protocol):
     def wait(self, mark: Mark) -> None:
         """What is given from now on waits for that moment of another lane."""
 
+    def hold(self, tensor: Tensor) -> None:
+        """Keeps the tensor's memory from others, once it is let go, until this lane is done with it."""
+
     def finish(self) -> None:
         """Returns when all is done."""
 
@@ -37,6 +40,9 @@ class InlineLane:
         return None
 
     def wait(self, mark: Mark) -> None:
+        pass
+
+    def hold(self, tensor: Tensor) -> None:
         pass
 
     def finish(self) -> None:
@@ -65,6 +71,9 @@ class CudaLane:
     def wait(self, mark: Mark) -> None:
         if mark is not None:
             self._stream.wait_event(mark)
+
+    def hold(self, tensor: Tensor) -> None:
+        tensor.record_stream(self._stream)
 
     def finish(self) -> None:
         self._stream.synchronize()

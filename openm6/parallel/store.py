@@ -75,6 +75,8 @@ class WeightStore:
             buffer
         ) in self._buffers:  # their memory may have been another tensor's, still at work on the device
             buffer.free = lanes.compute.record()
+            lanes.inward.hold(buffer.record)
+            lanes.outward.hold(buffer.record)
 
     def home(self, number: int) -> dict[str, Stored]:
         """A set where it lives; call `settle` first where it may be on its way."""

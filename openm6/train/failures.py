@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,8 +18,10 @@ WORTH_TELLING = 2**28  # bytes swapped out
 
 
 @contextmanager
-def device_failures(step: int) -> Iterator[None]:
+def device_failures(step: Callable[[], int], streamed: bool = True) -> Iterator[None]:
     """Turns a GPU's failures into one sentence; the run's checkpoints are whole, whatever happened.
+
+    `step` tells which one is under way when it happens.
 
     Raises:
         TrainingError: the GPU's memory ran out, or the GPU is gone.
@@ -27,14 +29,15 @@ def device_failures(step: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        mend = "raise loop.streaming.micro_batches or margin_gib"
+        mend = mend if streamed else "raise loop.recompute, make batches smaller, or add loop.streaming"
         raise TrainingError(
-            f"the GPU's memory ran out in step {step}: raise loop.streaming.micro_batches or margin_gib, then go on "
-            "with --resume"
+            f"the GPU's memory ran out in step {step()}: {mend}, then go on with --resume"
         ) from error
     except torch.AcceleratorError as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(
-            f"the GPU failed in step {step} ({reason}): what was saved is whole, go on with --resume"
+            f"the GPU failed in step {step()} ({reason}): what was saved is whole, go on with --resume"
         ) from error
 
 

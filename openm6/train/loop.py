@@ -20,7 +20,7 @@ from openm6.checkpoint.optimizer import optimizer_tensors
 from openm6.checkpoint.save import Snapshot
 from openm6.train.config import LoopConfig
 from openm6.train.display import open_display
-from openm6.train.failures import SwapHook
+from openm6.train.failures import SwapHook, device_failures
 from openm6.train.held_out import HeldOutHook
 from openm6.train.hooks import Hook
 from openm6.train.interrupt import Interrupt
@@ -111,6 +111,8 @@ class _Run:
         job, progress = self.job, self.progress
         job.model.train()
         with ExitStack() as stack:
+            # The outermost: a GPU that is gone fails again while the rest is closed.
+            stack.enter_context(device_failures(lambda: progress.step + 1, self.config.streamed))
             interrupt = stack.enter_context(Interrupt())
             stack.callback(self.updater.close)
             for hook in self.hooks:

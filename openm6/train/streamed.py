@@ -78,7 +78,7 @@ class StreamedUpdater(Updater):
         set_rate(self.optimizer, rate)
         seed_everything(self.config.seed, "step", step)
         self.blocks.begin_step(Step(step, rate, optimizer.weight_decay, self.config.seed))
-        with device_failures(step):
+        with device_failures(lambda: step):
             with self.autocast():
                 result = self.job.loss(batch)
             result.loss.backward()

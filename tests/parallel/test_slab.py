@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import resource
 
+import pytest
 import torch
 
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import update_rule
+from openm6.parallel import slab as module
 from openm6.parallel.record import PAGE, RecordLayout
 from openm6.parallel.slab import HostSlab, pieces
 
@@ -19,6 +23,51 @@ def test_runs_lie_next_to_each_other_and_keep_what_is_written() -> None:
     assert [int(run.sum()) for run in slab.runs] == [PAGE, 6 * PAGE, 3 * PAGE]
     assert slab.runs[1].data_ptr() - slab.runs[0].data_ptr() == PAGE and slab.runs[0].data_ptr() % PAGE == 0
     slab.close()
+
+
+class Runtime:
+    """A GPU's runtime that pins a number of pieces and refuses the next."""
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed, self.pinned = allowed, set[int]()
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+        if len(self.pinned) == self.allowed:
+            return 2
+        self.pinned.add(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        self.pinned.remove(address)
+        return 0
+
+
+def test_where_little_may_be_pinned_the_rest_works_unpinned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = Runtime(allowed=1)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(module, "PIECE", 2 * PAGE)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (PAGE, PAGE))
+    forgotten: list[bool] = []
+    monkeypatch.setattr(module, "_forget_error", lambda: forgotten.append(True))
+    with caplog.at_level(logging.WARNING, logger="openm6"):
+        slab = HostSlab([PAGE] * 4, pin=True)
+    assert "GiB be pinned (error 2, limit 3.81e-06 GiB)" in caplog.text and "ulimit -l" in caplog.text
+    assert forgotten and len(runtime.pinned) == 1 and slab.runs[0].data_ptr() in runtime.pinned
+    slab.runs[3].fill_(7)
+    assert int(slab.runs[3].sum()) == 7 * PAGE
+    slab.close()
+    assert not runtime.pinned
+
+
+def test_memory_that_is_let_go_is_not_left_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(allowed=9)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    slab = HostSlab([PAGE] * 4, pin=True)
+    assert runtime.pinned
+    del slab
+    assert not runtime.pinned
 
 
 def test_pieces_hold_whole_runs() -> None:
