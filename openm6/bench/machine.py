@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import datetime
 import platform
-from dataclasses import replace
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from openm6.base.log import get_log
+from openm6.bench.anchors import ANCHORS, anchor, run_anchor
+from openm6.bench.fitting import fit_parts
 from openm6.bench.machine_rates import (
     disk_rates,
     exchange_rates,
@@ -23,29 +23,17 @@ from openm6.bench.machine_rates import (
     watts,
 )
 from openm6.bench.measure import Deadline, device_name, emit
-from openm6.bench.probe import TEXT_ONLY, Probe, run_probe
-from openm6.bench.training_rates import measure_parts
-from openm6.plan.ceilings import Ceilings, Curve, TrainingRates, write_ceilings
+from openm6.bench.probe import TEXT_ONLY
+from openm6.bench.real_batches import first_batches, open_job, read_data
+from openm6.bench.training_parts import measure_parts, seatings
+from openm6.modalities.interface import Adapter
+from openm6.plan.ceilings import Ceilings, Curve, TrainingRates, Way, write_ceilings
 from openm6.plan.hardware import GIB
-from openm6.plan.machine import machine_cluster
-from openm6.plan.plan import StagePlan, make_plan
-from openm6.plan.question import Question, model_of_recipe
-from openm6.train.run import read_recipe, recipe_path
+from openm6.train.multimodal import MultimodalJob
 
-SECONDS = 170.0
-# Four short runs, of few and many tokens, a small and a larger model, and text alone, anchor the sums of the parts.
-ANCHORS = (
-    ["packing.rows=2"],
-    ["packing.rows=8"],
-    [TEXT_ONLY, "packing.rows=6"],
-    [
-        "packing.rows=4",
-        "model.overrides.width=384",
-        "model.overrides.num_heads=6",
-        "model.overrides.num_layers=6",
-    ],
-)
-ANCHOR_STEPS = 14
+SECONDS = 240.0  # for parts and rates; the anchors come after them
+TEAM_ROWS, ALONE_ROWS = (1, 4), (2, 5)  # of all kinds, for each process
+TEXT_ROWS = 2
 
 
 def bench_machine(json_path: Path | None) -> None:
@@ -57,17 +45,11 @@ def bench_machine(json_path: Path | None) -> None:
 
 
 def measure_machine(deadline: Deadline) -> Ceilings:
-    """All ceilings; training parts first, as processes are forked before threads are started."""
-    points, workers = measure_parts()
-    exchange = exchange_rates(deadline)
+    """All ceilings, tied to short runs."""
+    training, exchange = measure_training(deadline)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     draw, source = watts(device)
-    rates = TrainingRates(
-        **{name: _curve(points, name) for name in ("attention", "dense", "experts", "head")},
-        update={part.removeprefix("update "): rate for part, _, rate in points if part.startswith("update ")},
-        workers=workers,
-    )
     ceilings = Ceilings(
         machine=f"{device_name(device)}, {platform.machine()}",
         taken=datetime.date.today().isoformat(),
@@ -84,61 +66,49 @@ def measure_machine(deadline: Deadline) -> Ceilings:
         all_to_all=exchange,
         watts=draw,
         watts_source=source,
-        training=rates,
+        training=training,
     )
-    return anchor(ceilings, [(words, run_probe(words, ANCHOR_STEPS)) for words in ANCHORS])
+    return anchor(ceilings, [run_anchor(words, ceilings) for words in ANCHORS])
 
 
-def anchor(ceilings: Ceilings, probes: list[tuple[list[str], Probe]]) -> Ceilings:
-    """The ceilings with the factors of time and memory under which the probes are planned as they ran."""
-    stages = [planned(words, ceilings) for words, _ in probes]
-    text = [TEXT_ONLY in words for words, _ in probes]
-    columns = [
-        [0.0 if only else float(stage.tokens) for stage, only in zip(stages, text, strict=True)],
-        [float(stage.tokens) if only else 0.0 for stage, only in zip(stages, text, strict=True)],
+def measure_training(deadline: Deadline) -> tuple[TrainingRates, dict[str, float]]:
+    """Parts of a model in both ways, and, between them, the exchange of local ranks: processes are forked before this
+    one starts threads.
+    """
+    torch.set_num_threads(1)
+    seats = seatings()
+    processes = seats["team"].processes
+    job = open_job([])
+    adapters = partial(_adapters, job)
+    data = read_data(job, processes)
+    few, many, texts = (
+        job.split(first_batches([f"packing.rows={rows * processes}", *words], 1)[0], processes)[0]
+        for rows, words in ((TEAM_ROWS[0], []), (TEAM_ROWS[1], []), (TEXT_ROWS, [TEXT_ONLY]))
+    )
+    team = measure_parts(seats["team"], [few, many, texts], adapters, deadline)
+    exchange = exchange_rates(deadline)
+    whole = [
+        first_batches([f"packing.rows={rows}", *words], 1)[0]
+        for rows, words in ((ALONE_ROWS[0], []), (ALONE_ROWS[1], []), (2 * TEXT_ROWS, [TEXT_ONLY]))
     ]
-    times, memory = [probe.seconds for _, probe in probes], [probe.memory for _, probe in probes]
-    step, stretch, token, text_token = fit([[stage.time.seconds for stage in stages], *columns], times)
-    process, gap, bytes_, text_bytes = fit([[stage.budget.device for stage in stages], *columns], memory)
-    fitted = {
-        "step": step, "stretch": stretch, "token": token, "text_token": text_token, "process": process, "gap": gap,
-        "token_bytes": bytes_, "text_token_bytes": text_bytes, "workers": probes[0][1].workers,
-    }  # fmt: skip
-    busy = sum(probe.joules for _, probe in probes) / sum(times)
-    return ceilings.model_copy(
-        update={
-            "training": ceilings.training.model_copy(update=fitted),
-            "watts": {**ceilings.watts, "busy": busy},
-        }
+    alone = measure_parts(seats["alone"], whole, adapters, deadline)
+    rates = TrainingRates(
+        team=Way(processes=processes, parts=fit_parts(team)),
+        alone=Way(processes=1, parts=fit_parts(alone)),
+        examples=data.facts,
+        fill=data.fill,
+        token=data.token,
     )
+    return rates, exchange
 
 
-def fit(causes: list[list[float]], measured: list[float]) -> list[float]:
-    """An offset and a factor for each cause, none below zero, that come nearest to what was measured."""
-    columns = np.array([np.ones(len(measured)), *causes]).T
-    scale, target = columns.max(0), np.array(measured)
-    best, found = np.inf, np.zeros(columns.shape[1])
-    for chosen in product((False, True), repeat=columns.shape[1]):
-        use = np.array(chosen)
-        if not use.any():
-            continue
-        values = np.zeros(columns.shape[1])
-        values[use] = np.linalg.lstsq(columns[:, use] / scale[use], target, rcond=None)[0] / scale[use]
-        error = float(np.square((columns @ values - target) / target).sum())
-        if (values >= 0).all() and error < best:
-            best, found = error, values
-    return found.tolist()
-
-
-def planned(overrides: list[str], ceilings: Ceilings) -> StagePlan:
-    """The plan of a probe's run on the machine of the ceilings."""
-    _, values = read_recipe(recipe_path("demo"), overrides)
-    model = replace(model_of_recipe("probe", values), workers=ceilings.training.workers)
-    return make_plan(Question(model), machine_cluster(ceilings)).real
-
-
-def _curve(points: list[tuple[str, float, float]], name: str) -> Curve:
-    return Curve(points=tuple((size, rate) for part, size, rate in points if part == name))
+def _adapters(job: MultimodalJob, width: int) -> dict[str, Adapter]:
+    """New adapters of all kinds."""
+    return {
+        name: adapter
+        for modality in job.modalities.values()
+        for name, adapter in modality.adapters(width).items()
+    }
 
 
 def _memory(device: torch.device) -> float:

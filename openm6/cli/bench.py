@@ -73,7 +73,7 @@ def bench_train(
 
 @bench_app.command()
 def machine(json_path: Json = None) -> None:
-    """Measure this machine's ceilings once and keep them for openm6 plan; about two minutes.
+    """Measure this machine's ceilings once and keep them for openm6 plan; about five minutes.
 
     \b
     Example: openm6 bench machine --json machine.json
@@ -86,10 +86,12 @@ def bench_plan(
     only: Annotated[
         str | None, typer.Option("--only", metavar="FIRST:LAST", help="Some of the cases.")
     ] = None,
-    seconds: Annotated[float, typer.Option("--seconds", min=1.0, help="No case begins after these.")] = 170.0,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=1.0, help="After these it prints what it has.")
+    ] = 440.0,
     json_path: Json = None,
 ) -> None:
-    """Hold the planner against short runs of thirteen configurations; run openm6 bench machine first.
+    """Hold the planner against short runs of eighteen configurations; run openm6 bench machine first.
 
     \b
     Example: openm6 bench plan --json calibration.json

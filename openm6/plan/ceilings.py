@@ -11,8 +11,10 @@ from pathlib import Path
 from openm6.base.config import Config, build
 from openm6.base.errors import ConfigError
 from openm6.base.files import replace_text
+from openm6.plan.cost import Cost
+from openm6.plan.examples import ExampleFacts
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Curve(Config):
@@ -32,30 +34,39 @@ class Curve(Config):
         return points[-1][1]
 
 
-class TrainingRates(Config):
-    """How fast whole parts of a model train here, forward and backward: operations a second by weights of one network,
-    all cores at work as a run takes them.
+class Way(Config):
+    """How fast whole parts of a model train in one way of sharing the cores, forward and backward.
 
-    update: parameters a second of one optimizer step, by optimizer; workers: processes that shared a step.
-    Four short runs anchor the sums of the parts: a step takes `step` seconds, `stretch` times the parts' time and
-    `token` seconds a token (for its data and its adapters; `text_token` where all data is text); a run takes `process`
-    bytes, `gap` times the parts' bytes and `token_bytes` (`text_token_bytes`) a token.
+    processes: that share a step; parts: seconds of a part in one of them, all at work at once.
+    A few short runs anchor the sums: a step takes `stretch` times the parts' time and `step` seconds more, and draws
+    `watts`; a run takes `process` bytes, `gap` times the bytes that its parts account for, and `word_bytes` and
+    `code_bytes` for each learned token of text and of all else.
     """
 
-    attention: Curve
-    dense: Curve
-    experts: Curve
-    head: Curve
-    update: dict[str, float]
-    workers: int
+    processes: int
+    parts: dict[str, Cost]
     step: float = 0.0
     stretch: float = 1.0
-    token: float = 0.0
-    text_token: float = 0.0
+    watts: float | None = None
     process: float = 0.0
     gap: float = 1.0
-    token_bytes: float = 0.0
-    text_token_bytes: float = 0.0
+    word_bytes: float = 0.0
+    code_bytes: float = 0.0
+
+
+class TrainingRates(Config):
+    """What training takes on this machine: `team`, where as many processes as cores share a step, and `alone`, where
+    one uses them all, as streamed weights need it.
+
+    examples: what one example of each task brings; fill: share of the places in rows that hold a token; token: seconds
+    of packing, a token.
+    """
+
+    team: Way
+    alone: Way
+    examples: tuple[ExampleFacts, ...]
+    fill: float = 1.0
+    token: float = 0.0
 
 
 class Ceilings(Config):

@@ -34,7 +34,7 @@ def check_run(path: Path) -> list[dict[str, Any]]:
     planned = {
         "memory": (plan.real.budget.device / 2**20, "MiB"),
         "step time": (seconds * 1000, "ms"),
-        "energy": (seconds * plan.cluster.watts, "J a step"),
+        "energy": (seconds * (plan.real.watts or plan.cluster.watts), "J a step"),
     }
     rows = []
     for name, (value, unit) in planned.items():

@@ -1,35 +1,84 @@
-"""One training stage on this machine, from rates that were measured on it part by part."""
+"""One training stage on this machine, from what its parts were measured to take."""
 
-# Letters: T tokens a step, D width, F hidden, V vocabulary
+# Letters: T tokens a step, D width, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from openm6.models.config import BackboneConfig
-from openm6.nn.config import DenseConfig, matrices_of
+from openm6.parallel.streaming_config import StreamingConfig
 from openm6.plan.activations import Activations
 from openm6.plan.budget import BY_OPTIMIZER, DeviceBudget, Tier
-from openm6.plan.ceilings import TrainingRates
+from openm6.plan.ceilings import TrainingRates, Way
+from openm6.plan.cost import (
+    Causes,
+    adapter_causes,
+    attention_causes,
+    head_causes,
+    network_causes,
+    network_part,
+    update_causes,
+)
+from openm6.plan.examples import Load, step_load
+from openm6.plan.question import Model
 from openm6.plan.step_time import StepTime
-from openm6.plan.work import PASSES, Stored, attention_operations
+from openm6.plan.work import Stored, largest_layer
+
+ELEMENT = 4  # bytes: a processor trains in fp32
+PIECE = 128  # queries that a processor multiplies with their keys at once
+LOGITS_A_TOKEN = 2  # copies of a learned token's logits that exist at once
+EDGE_BYTES = 16  # of each parameter outside the blocks: its weight, two moments and its gradient
+RECOMPUTED = 4 / 3  # of a layer's time where its forward pass is run again
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a step brings: keys that a token sees, share of tokens with a text answer, processes that share it.
+class Setting:
+    """How a step is taken: by which way, by how many processes, with blocks streamed or not."""
 
-    text_only: whether all data is text.
-    """
-
-    keys: float
-    learned: float
-    workers: int
-    text_only: bool = False
+    way: Way
+    processes: int
+    streaming: StreamingConfig | None
 
 
-ELEMENT = 4  # bytes: a processor trains in fp32
-LOGITS_A_TOKEN = 2  # copies of a learned token's logits that exist at once
+def choose_way(rates: TrainingRates, workers: int | None, streaming: StreamingConfig | None) -> Setting:
+    """One process where blocks are streamed or one is asked for, else as many as cores, or as asked for."""
+    alone = streaming is not None or workers == 1 or rates.team.processes == 1
+    if alone:
+        return Setting(rates.alone, 1, streaming)
+    return Setting(rates.team, workers or rates.team.processes, None)
+
+
+def load_of(model: Model, rates: TrainingRates, tokens: int) -> Load:
+    """What rows of so many places hold; a preset brings no data, so they are filled with text."""
+    if model.rows is None:
+        words = {"text": float(tokens)}
+        texts = tokens / model.length
+        pairs, pieces = tokens * model.length / 2, texts * -(-model.length // PIECE)
+        return Load(tokens, texts, pairs, pieces, 0.0, words, words)
+    return step_load(model.lessons, rates.examples, tokens * rates.fill)
+
+
+def measured_time(
+    config: BackboneConfig,
+    vocabulary: int,
+    stored: Stored,
+    tier: Tier,
+    load: Load,
+    setting: Setting,
+    rates: TrainingRates,
+) -> StepTime:
+    """Seconds of one step: every part of it in one of its processes, the data, and the update."""
+    way, part = setting.way, load.times(1.0 / setting.processes)
+    layers = sum(_seconds(way, name, causes) for name, causes in _layers(config, part))
+    if setting.streaming is not None:
+        layers *= RECOMPUTED
+    ends = sum(_seconds(way, name, causes) for name, causes in _ends(config.width, vocabulary, part))
+    data = (load.seconds + rates.token * load.tokens) / rates.team.processes
+    seconds = (layers + ends + data) * way.stretch + way.step
+    update = sum(_seconds(way, name, causes) for name, causes in _updates(config, stored, tier, setting))
+    return StepTime(seconds, update * way.stretch, 0.0, 0.0)
 
 
 def measured_budget(
@@ -37,54 +86,17 @@ def measured_budget(
     vocabulary: int,
     stored: Stored,
     tier: Tier,
-    tokens: int,
     load: Load,
-    rates: TrainingRates,
+    setting: Setting,
 ) -> DeviceBudget:
-    """Bytes of all processes of a run together.
-
-    In each, gradients come as activations go, so the larger of the two counts; weights are shared, and each process
-    hands the others a copy of its gradients of what they own.
-    """
-    part = tokens / load.workers
-    kept = part * Activations().bytes_a_token(config, ELEMENT)
-    logits = load.learned * part * vocabulary * ELEMENT * LOGITS_A_TOKEN
-    states = stored.total * (tier.weights + tier.moments + (load.workers - 1) * tier.gradients)
-    step = load.workers * max(kept + logits, stored.total * tier.gradients)
-    each = rates.text_token_bytes if load.text_only else rates.token_bytes
-    added = step * rates.gap + tokens * each
-    return DeviceBudget(states * rates.gap, added, 0.0, rates.process, 0.0, tokens)
-
-
-def measured_time(
-    config: BackboneConfig,
-    vocabulary: int,
-    stored: Stored,
-    optimizer: str,
-    tokens: int,
-    load: Load,
-    rates: TrainingRates,
-) -> StepTime:
-    """Seconds of one step: each part's operations at the rate of a part of its size, then the update."""
-    keys, learned = load.keys, load.learned
-    seconds = PASSES * attention_operations(config, keys) * tokens / rates.attention.at(_projection(config))
-    for layer in range(config.num_layers):
-        part = config.feed_forward(layer)
-        network = matrices_of(part.ffn) * config.width * part.hidden
-        projection = _projection(config)
-        seconds += 2 * PASSES * projection * tokens / rates.attention.at(projection)
-        if isinstance(part, DenseConfig):
-            seconds += 2 * PASSES * network * tokens / rates.dense.at(network)
-        else:
-            rows = part.choices * (part.capacity or 1.0) * tokens
-            seconds += 2 * PASSES * network * rows / rates.experts.at(network)
-            seconds += 2 * PASSES * network * part.num_shared * tokens / rates.dense.at(network)
-    output = vocabulary * config.width
-    seconds += 2 * PASSES * output * learned * tokens / rates.head.at(output)
-    update = stored.total / rates.update.get(optimizer, min(rates.update.values()))
-    each = rates.text_token if load.text_only else rates.token
-    seconds = seconds * rates.stretch + rates.step + tokens * each
-    return StepTime(seconds, update * rates.stretch, 0.0, 0.0)
+    """Bytes of all processes of a run together."""
+    way = setting.way
+    if setting.streaming is not None:
+        states, step = _streamed_bytes(config, stored, tier, load.tokens, setting.streaming)
+    else:
+        states, step = _resident_bytes(config, vocabulary, stored, tier, load, setting.processes)
+    added = step * way.gap + load.words * way.word_bytes + load.codes * way.code_bytes
+    return DeviceBudget(states * way.gap, added, 0.0, way.process, 0.0, round(load.tokens))
 
 
 def optimizer_of(tier: Tier) -> str:
@@ -92,5 +104,84 @@ def optimizer_of(tier: Tier) -> str:
     return next((name for name, bytes_ in BY_OPTIMIZER.items() if bytes_ == tier.bytes), "adafactor")
 
 
-def _projection(config: BackboneConfig) -> int:
-    return config.width * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+def _layers(config: BackboneConfig, load: Load) -> Iterator[tuple[str, Causes]]:
+    attention = attention_causes(config, load.tokens, load.pairs, load.pieces)
+    for layer in range(config.num_layers):
+        part = config.feed_forward(layer)
+        yield "attention", attention
+        yield network_part(part), network_causes(config.width, part, load.tokens)
+
+
+def _ends(width: int, vocabulary: int, load: Load) -> Iterator[tuple[str, Causes]]:
+    """Adapters on the way in and out, and the output layer."""
+    for kind, count in load.read.items():
+        yield f"read {kind}", adapter_causes(width, count)
+    for kind, count in load.learned.items():
+        if kind == "text":
+            yield "head", head_causes(width, vocabulary, count)
+        elif count:
+            yield f"learn {kind}", adapter_causes(width, count)
+
+
+def _updates(
+    config: BackboneConfig, stored: Stored, tier: Tier, setting: Setting
+) -> Iterator[tuple[str, Causes]]:
+    if setting.streaming is None:
+        yield f"update {optimizer_of(tier)}", update_causes(stored.total)
+        return
+    blocks = _blocks(config)
+    yield "update adamw", update_causes(stored.total - blocks)
+    for _ in range(config.num_sets):
+        yield f"rule {tier.bytes}", update_causes(blocks / config.num_sets)
+    groups = setting.streaming.recompute_every
+    for _ in range((2 if groups == 1 else 3) * config.num_layers):
+        yield f"fetch {tier.bytes}", update_causes(blocks / config.num_sets)
+
+
+def _blocks(config: BackboneConfig) -> float:
+    """Parameters of all weight sets; norms and routers, a part in a hundred, are counted with them."""
+    return float(largest_layer(config) * config.num_sets)
+
+
+def _resident_bytes(
+    config: BackboneConfig, vocabulary: int, stored: Stored, tier: Tier, load: Load, processes: int
+) -> tuple[float, float]:
+    """States, and what a step adds to them.
+
+    In each process gradients come as activations go, so the larger of the two counts; weights are shared, and each
+    process hands the others a copy of its gradients of what they own.
+    """
+    kept = load.tokens * Activations().bytes_a_token(config, ELEMENT)
+    logits = load.words * vocabulary * ELEMENT * LOGITS_A_TOKEN
+    states = stored.total * (tier.weights + tier.moments + (processes - 1) * tier.gradients)
+    return states, max(kept + logits, processes * stored.total * tier.gradients)
+
+
+def _streamed_bytes(
+    config: BackboneConfig, stored: Stored, tier: Tier, tokens: float, streaming: StreamingConfig
+) -> tuple[float, float]:
+    """States with their buffers, and what a step adds: a layer's activations, weights and gradients, and the inputs
+    of layers.
+    """
+    blocks = _blocks(config)
+    largest = blocks / config.num_sets
+    kept = tier.weights + tier.moments
+    stays = streaming.resident == "auto" or streaming.resident == config.num_sets
+    buffers = 0.0 if stays else streaming.buffers * largest * kept
+    states = blocks * kept + buffers + (stored.total - blocks) * EDGE_BYTES
+    copies = 1 if tier.bytes == 16 else 2  # of the set in use: its gradient, and its weights in fp32
+    part = tokens / streaming.micro_batches
+    groups = -(-config.num_layers // streaming.recompute_every) + streaming.recompute_every - 1
+    inputs = tokens * config.width * ELEMENT * groups
+    return states, copies * largest * ELEMENT + part * Activations().largest_layer(config, ELEMENT) + inputs
+
+
+def _seconds(way: Way, part: str, causes: Causes) -> float:
+    """Of a part; one that was not measured takes as long as the slowest of its family that was."""
+    if part in way.parts:
+        return way.parts[part].seconds(causes)
+    family = part.partition(" ")[0]
+    return max(
+        (cost.seconds(causes) for name, cost in way.parts.items() if name.partition(" ")[0] == family),
+        default=0.0,
+    )

@@ -11,9 +11,10 @@ from openm6.base.energy.config import EnergyConfig
 from openm6.base.energy.grid import grid
 from openm6.base.energy.units import JOULES_A_KWH
 from openm6.models.config import BackboneConfig, count_parameters
+from openm6.parallel.streaming_config import StreamingConfig
 from openm6.plan.budget import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
 from openm6.plan.cluster import Cluster
-from openm6.plan.measured import Load, measured_budget, measured_time, optimizer_of
+from openm6.plan.measured import choose_way, load_of, measured_budget, measured_time
 from openm6.plan.question import Model, Question
 from openm6.plan.step_time import StepTime, step_time
 from openm6.plan.work import Stored, largest_layer, operations_a_token, stored_parameters
@@ -37,6 +38,7 @@ class StagePlan:
     time: StepTime
     tokens: int  # of a step, all devices together
     fits: bool
+    watts: float | None = None  # of a measured machine at this work
 
     @property
     def tokens_per_day(self) -> float:
@@ -158,6 +160,8 @@ def make_plan(question: Question, cluster: Cluster) -> Plan:
 def _choose(question: Question, cluster: Cluster, config: BackboneConfig) -> StagePlan:
     if question.bytes_per_parameter is not None:
         allowed: tuple[tuple[int, bool], ...] = ((question.bytes_per_parameter, True),)
+    elif (question.model.bytes_per_parameter or 16) < 16:
+        allowed = ((question.model.bytes_per_parameter or 16, True),)
     elif question.model.optimizer is not None:
         allowed = ((BY_OPTIMIZER.get(question.model.optimizer, 16), False),)
     else:
@@ -211,11 +215,14 @@ def _measured_stage(
 ) -> StagePlan:
     model, ceilings = question.model, cluster.measured
     assert ceilings is not None
-    load = Load(model.keys, model.learned, model.workers or ceilings.training.workers, model.text_only)
     rates = ceilings.training
-    budget = measured_budget(config, model.vocabulary, stored, tier, tokens, load, rates)
-    time = measured_time(config, model.vocabulary, stored, optimizer_of(tier), tokens, load, rates)
-    return StagePlan(name, stored.total, tier, budget, time, tokens, budget.device <= cluster.memory)
+    streaming = model.streaming or (StreamingConfig() if tier.layerwise else None)
+    setting = choose_way(rates, model.workers, streaming)
+    load = load_of(model, rates, tokens)
+    budget = measured_budget(config, model.vocabulary, stored, tier, load, setting)
+    time = measured_time(config, model.vocabulary, stored, tier, load, setting, rates)
+    watts = ceilings.watts["busy"] if setting.way.watts is None else setting.way.watts
+    return StagePlan(name, stored.total, tier, budget, time, tokens, budget.device <= cluster.memory, watts)
 
 
 def _length(question: Question, day_a_token: float, active: int) -> tuple[float, float]:
@@ -234,7 +241,8 @@ def _energy(
 ) -> Energy:
     current = grid(config.country)
     joules = sum(
-        seconds[name] * cluster.devices * cluster.draw(*stage.time.shares) for name, stage in stages.items()
+        seconds[name] * cluster.devices * (stage.watts or cluster.draw(*stage.time.shares))
+        for name, stage in stages.items()
     )
     rated = sum(seconds.values()) * cluster.devices * cluster.watts
     mwh, mwh_rated = (joule * config.pue / JOULES_A_KWH / 1000 for joule in (joules, rated))

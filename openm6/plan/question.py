@@ -12,22 +12,21 @@ from openm6.base.errors import ConfigError
 from openm6.models.choice import ModelChoice, build_backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS, preset
+from openm6.parallel.streaming_config import StreamingConfig
+from openm6.plan.examples import Lesson
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 LENGTH = 512  # tokens of a row
 VOCABULARY = 4096  # of a recipe that does not say
-LEARNED = 0.3  # share of a recipe's tokens that have a text answer; the others are read, or codes and numbers
-TEXT_TASKS = frozenset({"answer", "continue", "define", "denoise"})  # that read text and give text
-KEYS = 48.0  # that a token of a recipe sees: its own example
 
 
 @dataclass(frozen=True)
 class Model:
     """What is to be trained: its name, backbone and vocabulary; of a recipe also rows, row length and optimizer.
 
-    adapters: whether it takes other modalities than text; learned: share of its tokens that have a text answer; keys:
-    what a token sees on average; text_only: whether all its data is text; workers: processes that
-    share a step, None for one a core.
+    adapters: whether it takes other modalities than text; lessons: what it is taught, and with which weights; workers:
+    processes that share a step, None for one a core; streaming: how its blocks are streamed, None where they are not;
+    bytes_per_parameter: of its blocks, None where the optimizer decides.
     """
 
     name: str
@@ -38,9 +37,14 @@ class Model:
     optimizer: str | None = None
     workers: int | None = None
     adapters: bool = False
-    text_only: bool = True
-    learned: float = 1.0
-    keys: float = LENGTH / 2
+    lessons: tuple[Lesson, ...] = ()
+    streaming: StreamingConfig | None = None
+    bytes_per_parameter: int | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """Whether gradients are used up block by block."""
+        return self.streaming is not None or (self.bytes_per_parameter or 16) < 16
 
 
 @dataclass(frozen=True)
@@ -106,16 +110,20 @@ def model_of_recipe(name: str, values: dict[str, Any], overrides: list[str] | No
         )
     packing, loop = values.get("packing") or {}, values.get("loop") or {}
     text = (values.get("modalities") or {}).get("text") or {}
+    optimizer, streaming = loop.get("optimizer") or {}, loop.get("streaming")
     return Model(
         name=name,
         backbone=build_backbone(build(ModelChoice, values.get("model") or {}, f"{name}: model")),
         vocabulary=int(text.get("vocabulary", VOCABULARY)),
         rows=int(packing.get("rows", 4)),
         length=int(packing.get("length", LENGTH)),
-        optimizer=str((loop.get("optimizer") or {}).get("name", "adamw")),
+        optimizer=str(optimizer.get("name", "adamw")),
         workers=loop["workers"] if isinstance(loop.get("workers"), int) else None,
         adapters=True,
-        text_only=all(lecture.get("task") in TEXT_TASKS for lecture in values.get("mixture") or ()),
-        learned=LEARNED,
-        keys=KEYS,
+        lessons=tuple(
+            (str(one.get("source")), str(one.get("task")), float(one.get("weight", 1.0)))
+            for one in values.get("mixture") or ()
+        ),
+        streaming=None if streaming is None else build(StreamingConfig, streaming, f"{name}: loop.streaming"),
+        bytes_per_parameter=optimizer.get("bytes_per_parameter"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from openm6.train.step import StepReport
 class MeterHook(Hook):
     """Keeps a ledger of the joules of all devices that the run uses: each rank reads its own, and they are summed.
 
-    Lines get `joules` (of the run so far), `joules_per_token` and `watts` (since the last line) and `energy_source`.
-    The ledger goes into checkpoints.
+    Lines get `joules` (of the run so far), `joules_per_token` and `watts` (since the last line), `energy_source`, and
+    `metering_seconds`: what all this has taken of this process's time. The ledger goes into checkpoints.
     """
 
     name = "meter"
@@ -30,6 +31,7 @@ class MeterHook(Hook):
         self._running: Running | None = None
         self._step = (0.0, 0.0)  # joules and seconds of training when the step began
         self._line = (0.0, 0, 0.0)  # joules, tokens and seconds of training when the last line was written
+        self._taken = 0.0  # seconds of metering, in this process
 
     def start(self, run: Running) -> None:
         self._running = run
@@ -39,19 +41,25 @@ class MeterHook(Hook):
 
     def before_step(self, step: int) -> None:
         assert self._running is not None
+        began = time.perf_counter()
         self._step = (self._own().joules, self._running.progress.seconds)
+        self._taken += time.perf_counter() - began
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         assert self._running is not None
+        began = time.perf_counter()
         joules, seconds = self._step
         stage, progress, spent = self._running.job.stage, self._running.progress, self._read(joules)
         self.ledger.add_step(stage, spent, report.tokens, progress.seconds - seconds, report.work)
         self._settle()
+        self._taken += time.perf_counter() - began
         return {}
 
     def totals(self) -> dict[str, Any]:
         assert self._running is not None
+        began = time.perf_counter()
         self._read_alone()
+        self._taken += time.perf_counter() - began
         ledger, progress = self.ledger, self._running.progress
         joules, tokens, seconds = self._line
         self._line = (ledger.joules, progress.tokens, progress.seconds)
@@ -61,6 +69,7 @@ class MeterHook(Hook):
             "joules_per_token": spent / max(1, progress.tokens - tokens),
             "watts": spent / max(1e-9, progress.seconds - seconds),
             "energy_source": ledger.source,
+            "metering_seconds": self._taken,
         }
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Anchoring a plan to probes, keeping what was measured, and holding a plan against a run."""
+"""Ceilings that are kept, plans that short runs anchor, and a plan held against a run."""
 
 from __future__ import annotations
 
@@ -8,29 +8,49 @@ import pytest
 
 from openm6.base.errors import ConfigError, DataError
 from openm6.base.run_folder import RunFolder
-from openm6.bench.machine import ANCHORS, anchor, fit, planned
+from openm6.bench.anchors import ANCHORS, Anchor, anchor, model_of, planned, streamed, way_name
+from openm6.bench.calibration import CASES
 from openm6.bench.probe import TEXT_ONLY, Probe
-from openm6.bench.training_rates import block_of, example_layout
-from openm6.models.config import BackboneConfig
-from openm6.nn.config import DenseConfig
-from openm6.ops.sequence import visible
-from openm6.plan.ceilings import Ceilings, Curve, TrainingRates, read_ceilings, write_ceilings
+from openm6.plan.ceilings import Ceilings, Curve, TrainingRates, Way, read_ceilings, write_ceilings
 from openm6.plan.check import check_run, read_measured
-from openm6.plan.question import TEXT_TASKS
-from openm6.tasks.registry import TASKS
+from openm6.plan.cost import Cost
+from openm6.plan.examples import ExampleFacts
+from openm6.plan.measured import load_of
 
 FLAT = Curve(points=((1e4, 5e10), (1e6, 1e11)))
+PARTS = {
+    "attention": {"products": 6e-11, "pieces": 8e-5},
+    "dense": {"products": 6e-11},
+    "experts": {"products": 7e-11, "experts": 5e-5},
+    "head": {"products": 5e-11},
+    "read text": {"calls": 4e-5},
+    "learn image_out": {"tokens": 4e-5},
+    "update adamw": {"parameters": 1e-9},
+    "rule 16": {"parameters": 1e-9},
+    "fetch 16": {"parameters": 2e-10},
+}
+
+
+def facts(task: str, words: float, codes: float) -> ExampleFacts:
+    """An example of a task over emoji, with so many learned tokens."""
+    learned = {"text": words, "image_out": codes}
+    read = {"text": 2 * words + 4.0, "image_out": codes}
+    tokens = sum(read.values())
+    return ExampleFacts(
+        source="emoji", task=task, tokens=tokens, read=read, learned=learned, pairs=tokens**2, pieces=1.0,
+        seconds=1e-4,
+    )  # fmt: skip
 
 
 def ceilings() -> Ceilings:
-    """A machine whose parts all run at the same rates."""
+    """A machine of two cores whose parts have round prices."""
+    parts = {name: Cost(prices=prices) for name, prices in PARTS.items()}
     rates = TrainingRates(
-        attention=FLAT,
-        dense=FLAT,
-        experts=FLAT,
-        head=FLAT,
-        update={"adamw": 5e8, "adafactor": 2e8},
-        workers=2,
+        team=Way(processes=2, parts=parts),
+        alone=Way(processes=1, parts=parts),
+        examples=(facts("answer", 8.0, 0.0), facts("define", 12.0, 0.0), facts("draw", 0.0, 64.0)),
+        fill=0.99,
+        token=1e-6,
     )
     return Ceilings(
         machine="a machine", taken="2026-01-01", threads=2, memory_bytes=16e9, products={"float32": FLAT},
@@ -44,29 +64,45 @@ def test_a_curve_between_and_beyond_its_points() -> None:
     assert FLAT.at(1.0) == 5e10 and FLAT.at(1e9) == 1e11
 
 
-def test_a_fit_finds_what_made_the_figures_and_nothing_below_zero() -> None:
-    parts, tokens = [1.0, 2.0, 5.0, 7.0], [10.0, 40.0, 20.0, 10.0]
-    made = [3 + 2 * part + 0.1 * token for part, token in zip(parts, tokens, strict=True)]
-    assert fit([parts, tokens], made) == pytest.approx([3.0, 2.0, 0.1])
-    falling = [9.0, 7.0, 4.0, 2.0]
-    assert min(fit([parts, tokens], falling)) >= 0
-
-
 def test_anchored_plans_say_what_the_probes_took() -> None:
-    plain = ceilings()
-    probes = []
+    plain, anchors = ceilings(), []
     for words in ANCHORS:
-        stage = planned(words, plain)
-        each = 2e-5 if TEXT_ONLY in words else 5e-5
-        seconds = 0.05 + 1.5 * stage.time.seconds + each * stage.tokens
-        memory = 5e8 + 1.2 * stage.budget.device + 3e4 * stage.tokens
-        probes.append((words, Probe(seconds, 12 * seconds, memory, 2)))
-    anchored = anchor(plain, probes)
-    assert anchored.watts["busy"] == pytest.approx(12.0)
-    for words, probe in probes:
-        stage = planned(words, anchored)
-        assert stage.time.seconds == pytest.approx(probe.seconds, rel=1e-6)
-        assert stage.budget.device == pytest.approx(probe.memory, rel=1e-6)
+        stage, model = planned(words, plain), model_of(words)
+        load = load_of(model, plain.training, (model.rows or 0) * model.length)
+        fixed = 5e8 if way_name(words) == "team" else 4e8
+        seconds = 0.05 + 1.5 * stage.time.seconds
+        memory = fixed + 1.2 * stage.budget.device + 3e3 * load.words + 3e4 * load.codes
+        anchors.append(Anchor(words, Probe(seconds, 12 * seconds, memory)))
+    anchored = anchor(plain, anchors)
+    assert anchored.training.team.watts == pytest.approx(12.0)
+    assert anchored.training.alone.process == pytest.approx(4e8, rel=1e-3)
+    for one in anchors:
+        stage = planned(one.words, anchored)
+        assert stage.time.seconds == pytest.approx(one.probe.seconds, rel=1e-6)
+        assert stage.budget.device == pytest.approx(one.probe.memory, rel=1e-6)
+
+
+def test_a_way_with_one_anchor_keeps_its_numbers() -> None:
+    few = [Anchor(words, Probe(1.0, 10.0, 1e9)) for words in ANCHORS if way_name(words) == "team"]
+    anchored = anchor(ceilings(), few)
+    assert anchored.training.alone == ceilings().training.alone
+    assert anchored.training.team != ceilings().training.team
+
+
+def test_no_anchor_is_among_the_cases_and_both_hold_every_way() -> None:
+    assert not [words for words in ANCHORS if words in CASES.values()]
+    for runs in (ANCHORS, tuple(CASES.values())):
+        assert {way_name(words) for words in runs} == {"team", "alone"}
+        assert {model_of(words).streamed for words in runs} == {True, False}
+    assert len(CASES) >= 12
+
+
+def test_streaming_computes_forward_twice_and_saves_states() -> None:
+    plain = ceilings()
+    resident, moved = (planned([TEXT_ONLY, *words], plain) for words in (["loop.workers=1"], streamed(16)))
+    assert moved.time.compute > 1.2 * resident.time.compute
+    small = planned([TEXT_ONLY, *streamed(2)], plain)
+    assert small.budget.states < 0.5 * moved.budget.states and small.tier.bytes == 2
 
 
 def test_ceilings_are_kept_and_a_plan_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,23 +131,3 @@ def test_ceilings_are_kept_and_a_plan_is_checked(tmp_path: Path, monkeypatch: py
     path.write_text("{}")
     with pytest.raises(ConfigError, match="run openm6 bench machine again"):
         read_ceilings()
-
-
-def test_the_timed_layout_packs_examples_that_do_not_see_one_another() -> None:
-    mask = visible(example_layout(), example_layout())[0, 0]
-    assert mask[0, :32].all() and not mask[0, 32:].any()  # a source token sees its source
-    assert mask[63, :64].all() and not mask[63, 64:].any()
-    assert not mask[64, :64].any()
-
-
-def test_a_block_is_taken_out_whole() -> None:
-    config = BackboneConfig(
-        width=64, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=64, dense=DenseConfig(hidden=64)
-    )
-    block, parts, context = block_of(config)
-    assert sum(weight.numel() for weight in block.parameters()) == 64 * 4 * 64 + 3 * 64 * 64
-    assert parts.router is None and context.valid.all()
-
-
-def test_text_tasks_read_and_give_text() -> None:
-    assert all(TASKS[name].reads == TASKS[name].gives == "text" for name in TEXT_TASKS)

@@ -97,7 +97,9 @@ def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     called = Called()
     monkeypatch.setattr(cli, "door", called.door)
     words = "generate runs/x --text hello --numbers mass=3.5,length= --want image --hole 0,0,1,.5 --out o.png"
-    shown = runner.invoke(cli.app, [*words.split(), "--seed", "4", "--resident", "2", "--set", "masked.steps=2"])
+    shown = runner.invoke(
+        cli.app, [*words.split(), "--seed", "4", "--resident", "2", "--set", "masked.steps=2"]
+    )
     assert shown.exit_code == 0, shown.output
     calls = {name: (words, named) for name, words, named in called.calls}
     asked = {name: value for name, value in calls["question"][1].items() if value is not None}

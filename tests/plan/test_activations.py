@@ -6,17 +6,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from openm6.bench.training_rates import LENGTH, ROWS, block_of
+from openm6.bench.training_parts import block_of
+from openm6.modalities.sequence import Batch
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.ops.sequence import Layout
 from openm6.plan.activations import Activations
 
+ROWS, LENGTH, PIECE = 1, 512, 64  # and the tokens of one example
 SIZES = {"width": 128, "num_layers": 1, "num_kv_heads": 1, "head_dim": 64}
+
+
+def packed() -> Batch:
+    """Rows of examples of 64 tokens, half of each read and half wanted one after the other."""
+    places = torch.arange(LENGTH).expand(ROWS, LENGTH)
+    sample = (places // PIECE).to(torch.int32)
+    order = (places % PIECE - PIECE // 2 + 1).clamp(min=0).to(torch.int32)
+    positions = (places % PIECE).to(torch.int32)[..., None].expand(-1, -1, 3)
+    return Batch(Layout(sample, order, torch.zeros_like(sample), positions), {}, ROWS * LENGTH, [])
 
 
 def kept_elements(config: BackboneConfig) -> float:
     """Elements that one layer keeps of a token between its forward and its backward pass, weights left out."""
-    block, parts, context = block_of(config)
+    block, parts, context = block_of(config, packed())
     own = {weight.untyped_storage().data_ptr() for weight in [*block.parameters(), *parts.parameters()]}
     own |= {table.untyped_storage().data_ptr() for table in context.rotary}
     held: dict[int, Tensor] = {}

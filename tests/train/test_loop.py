@@ -31,6 +31,7 @@ MEASURED = {
     "joules",
     "joules_per_token",
     "watts",
+    "metering_seconds",
     "memory_start",
     "memory_peak",
 }

@@ -55,7 +55,7 @@ def report_of(run: Path) -> dict[str, Any]:
 
 def losses(run: Path) -> list[Line]:
     """The metrics without what the clock and the machine decide."""
-    other = ("seconds", "tokens_per_second", "joules", "watts", "energy", "memory")
+    other = ("seconds", "tokens_per_second", "joules", "watts", "energy", "memory", "metering")
     return [
         {k: v for k, v in line.items() if not k.startswith(other)} for line in read_metrics(RunFolder(run))
     ]

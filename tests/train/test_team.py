@@ -23,7 +23,10 @@ from tests.train.toy_job import ToyJob, toy_config
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a team is forked")
 ROOT = Path(__file__).parents[2]
-CLOCK = {"seconds", "tokens_per_second", "joules", "joules_per_token", "watts", "memory_start", "memory_peak"}
+CLOCK = {
+    "seconds", "tokens_per_second", "joules", "joules_per_token", "watts", "metering_seconds", "memory_start",
+    "memory_peak",
+}  # fmt: skip
 
 
 def lines_of(folder: Path) -> list[Line]:
