@@ -39,13 +39,14 @@ class Timing:
 class Deadline:
     """The moment by which a benchmark must have printed what it has."""
 
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.end = clock() + seconds
 
     @property
     def left(self) -> float:
         """Seconds left; never below zero."""
-        return max(0.0, self.end - time.monotonic())
+        return max(0.0, self.end - self._clock())
 
     @property
     def passed(self) -> bool:
@@ -58,16 +59,19 @@ def alternate(
     warmup: int,
     deadline: Deadline,
     device: torch.device | None = None,
+    into: dict[str, Timing] | None = None,
 ) -> dict[str, Timing]:
     """Times the contenders in turn, so that a machine that warms or throttles treats all alike.
 
     Each is called `warmup` times untimed, then up to `repeats` times; past the deadline it ends as soon as every
-    contender has one timing. Seconds are of wall time, the device's queue drained before and after.
+    contender has one timing. Seconds are of wall time, the device's queue drained before and after. Timings go `into`
+    the dict that is given, so that whoever is cut short still has those that were taken.
     """
+    timings = into if into is not None else {}
+    timings.update({name: Timing() for name in contenders})
     for call in contenders.values():
         for _ in range(warmup):
             call()
-    timings = {name: Timing() for name in contenders}
     for number in range(repeats):
         if number and deadline.passed:
             break

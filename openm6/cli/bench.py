@@ -47,13 +47,19 @@ Graph = Annotated[bool, typer.Option(help="Our step as one CUDA graph, on a GPU.
 
 @bench_app.command("experts")
 def bench_experts(
-    config: Sizes = None, peer: Peer = "transformers", seconds: Seconds = None, json: Json = None
+    config: Sizes = None,
+    peer: Peer = "transformers",
+    seconds: Seconds = None,
+    json: Json = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Top-k beside prototypes and shared experts, without the peer.")
+    ] = False,
 ) -> None:
     """One sparse layer, forward and backward, and how much of it is products.
 
     Example: openm6 bench experts --config fine --json experts.json
     """
-    door("bench experts")(config, peer, seconds, json)
+    door("bench experts")(config, peer, seconds, json, compare)
 
 
 @bench_app.command("train")
