@@ -63,11 +63,10 @@ class Report:
 
     def __enter__(self) -> Report:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for name in ENDINGS:
-                if hasattr(signal, name):  # Windows has no alarm
-                    number = getattr(signal, name)
+            for number in signal.Signals:
+                if number.name in ENDINGS:
                     self._previous[number] = signal.signal(number, self._end)
-            if hasattr(signal, "setitimer"):
+            if sys.platform != "win32":  # which has no alarm: there the deadline alone holds
                 signal.setitimer(signal.ITIMER_REAL, self._limit)
         return self
 
@@ -96,7 +95,7 @@ class Report:
             raise CutShort
 
     def _give_back(self) -> None:
-        if hasattr(signal, "setitimer") and self._previous:
+        if sys.platform != "win32" and self._previous:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
