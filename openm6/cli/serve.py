@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,10 @@ def serve(
         Path | None,
         typer.Option("--keys", metavar="FILE", help="API keys, one a line; else OPENM6_API_KEYS."),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="HOST", help="Pictures may be fetched from there, by https."),
+    ] = None,
     playground: Annotated[
         bool, typer.Option("--playground", help="A page to try it in the browser, at /playground.")
     ] = False,
@@ -45,7 +50,10 @@ def serve(
     \b
     Example: openm6 serve runs/demo --port 8000
     """
-    config = door("serve config")([f"host={host}", f"port={port}", *(settings or [])], keys)
+    settings = [f"host={host}", f"port={port}", *(settings or [])]
+    if allow_host:
+        settings.append(f"hosts={json.dumps(allow_host)}")
+    config = door("serve config")(settings, keys)
     if ray:
         if playground:
             raise ConfigError("--playground keeps its visits in one process: leave it out with --ray")

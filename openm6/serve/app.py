@@ -13,6 +13,7 @@ from openm6.serve.config import ServeConfig
 from openm6.serve.counting import Counting
 from openm6.serve.engine import Engine
 from openm6.serve.errors import add_error_handlers
+from openm6.serve.fetching import Fetcher
 from openm6.serve.guard import Guard
 from openm6.serve.metrics import Metrics
 from openm6.serve.routes import audio, chat, embeddings, health, images, models, predict, rank, scenarios
@@ -48,12 +49,14 @@ def create_app(engine: Engine, config: ServeConfig | None = None, name: str = "o
         lifespan=lifespan,
     )
     metrics = Metrics(engine)
-    app.state.server = Server(engine=engine, config=config, name=name, metrics=metrics)
+    limits = config.limits
+    fetcher = Fetcher(config.hosts, limits.fetch_bytes, limits.fetch_seconds)
+    app.state.server = Server(engine=engine, config=config, name=name, metrics=metrics, fetcher=fetcher)
     for router in ROUTERS:
         app.include_router(router)
     add_error_handlers(app)
     # The last added is the outermost: what the guard refuses is counted, too.
-    app.add_middleware(Guard, keys=config.keys, body_bytes=config.limits.body_bytes)
+    app.add_middleware(Guard, keys=config.keys, body_bytes=limits.body_bytes)
     app.add_middleware(Counting, metrics=metrics)
     _describe_errors(app)
     return app

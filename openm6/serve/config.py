@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+import re
+
+from pydantic import Field, field_validator, model_validator
 
 from openm6.base.config import Config
 from openm6.generate.matrices import Precision
+
+# A name, not an address: its last part is not a number.
+HOST = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}[a-z0-9])")
 
 
 class Limits(Config):
@@ -26,6 +31,8 @@ class Limits(Config):
     candidates: int = Field(default=256, ge=1)
     steps: int = Field(default=64, ge=1)
     seconds: float = Field(default=120.0, gt=0, description="before an unanswered request is given up")
+    fetch_bytes: int = Field(default=8 * 2**20, ge=1024, description="of a picture that is fetched")
+    fetch_seconds: float = Field(default=5.0, gt=0, description="for all pictures of a request to be fetched")
 
 
 class EngineConfig(Config):
@@ -70,3 +77,12 @@ class ServeConfig(Config):
     hosts: tuple[str, ...] = ()
     limits: Limits = Limits()
     engine: EngineConfig = EngineConfig()
+
+    @field_validator("hosts")
+    @classmethod
+    def _plain_names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        hosts = tuple(host.lower() for host in hosts)
+        for host in hosts:
+            if not HOST.fullmatch(host):
+                raise ValueError(f"the host {host!r} must be a plain name such as images.example.org")
+        return hosts

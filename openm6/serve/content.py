@@ -20,7 +20,7 @@ class TextPart(BaseModel):
 
 
 class ImageURL(BaseModel):
-    """`url` is a data URL; `detail` is accepted and changes nothing."""
+    """`url` is a data URL, or https on a host that the server allows; `detail` is accepted and changes nothing."""
 
     url: str
     detail: Literal["auto", "low", "high"] | None = None
@@ -83,6 +83,16 @@ def parts_of_messages(messages: list[Message], limits: Limits, apart: bool = Fal
             turns.append([Part("text", "\n"), *found] if turns else found)
     groups = turns if apart else [list(chain.from_iterable(turns))]
     return _bounded([part for group in groups for part in _merged(group)], limits, "messages")
+
+
+def pictures_in(content: Content | None, where: str) -> list[tuple[str, ImageURL]]:
+    """The pictures of a turn, each with the name of its field."""
+    pieces = content if isinstance(content, list) else []
+    return [
+        (f"{where}.{number}.image_url.url", piece.image_url)
+        for number, piece in enumerate(pieces)
+        if isinstance(piece, ImagePart)
+    ]
 
 
 def parts_of_content(content: Content, limits: Limits, where: str) -> list[Part]:

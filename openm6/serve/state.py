@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from openm6.serve.config import ServeConfig
 from openm6.serve.engine import Engine
 from openm6.serve.errors import BadRequestError
+from openm6.serve.fetching import Fetcher
 from openm6.serve.metrics import Metrics
 
 
@@ -22,6 +23,7 @@ class Server:
     config: ServeConfig
     name: str
     metrics: Metrics
+    fetcher: Fetcher
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str) -> None:

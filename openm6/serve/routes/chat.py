@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from itertools import chain
 
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
@@ -15,6 +16,7 @@ from fastapi.responses import StreamingResponse
 from openm6.base.errors import OpenM6Error
 from openm6.serve.chat import logprobs_of, message_of, requests_of, wanted_modalities
 from openm6.serve.chat_schemas import ChatBody, Choice, Chunk, Completion, Delta, DeltaChoice
+from openm6.serve.content import pictures_in
 from openm6.serve.errors import DOCUMENTED, ErrorBody, ErrorDetail, error_of
 from openm6.serve.guard import StrictRoute
 from openm6.serve.replies import ask_all
@@ -35,6 +37,8 @@ async def complete(
     """Answers a chat."""
     server.check_model(body.model)
     seed = chosen_seed(body.seed)
+    named = (pictures_in(turn.content, f"messages.{n}.content") for n, turn in enumerate(body.messages))
+    await server.fetcher.bring(chain.from_iterable(named))
     choices = requests_of(body, server, client, seed)
     flat = [request for choice in choices for request in choice]
     if body.stream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from openm6.generate.embed import embedding_size
 from openm6.modalities.interface import Part
-from openm6.serve.content import ContentPart, joined, parts_of_content
+from openm6.serve.content import ContentPart, joined, parts_of_content, pictures_in
 from openm6.serve.errors import DOCUMENTED, BadRequestError
 from openm6.serve.guard import StrictRoute
 from openm6.serve.replies import ask_all
@@ -67,6 +68,8 @@ async def embed(body: Embedding, server: ThisServer, client: ThisClient, http: H
     items = body.input if isinstance(body.input, list) else [body.input]
     if not 1 <= len(items) <= MOST:
         raise BadRequestError(f"input must hold 1 to {MOST} things", "input")
+    named = (pictures_in([item], f"input.{n}") for n, item in enumerate(items) if not isinstance(item, str))
+    await server.fetcher.bring(chain.from_iterable(named))
     requests = [
         EmbedRequest(parts=_parts(server, item, number), client=client, seconds=server.config.limits.seconds)
         for number, item in enumerate(items)

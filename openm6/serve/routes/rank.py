@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 
-from openm6.serve.content import Content, joined, parts_of_content
+from openm6.serve.content import Content, joined, parts_of_content, pictures_in
 from openm6.serve.errors import DOCUMENTED, BadRequestError
 from openm6.serve.guard import StrictRoute
 from openm6.serve.replies import ask_all
@@ -56,6 +56,7 @@ async def rank(body: Ranking, server: ThisServer, client: ThisClient, http: HTTP
     limits = server.config.limits
     if len(body.candidates) > limits.candidates:
         raise BadRequestError(f"candidates exceed {limits.candidates}: send fewer", "candidates")
+    await server.fetcher.bring(pictures_in(body.query, "query"))
     parts = joined(parts_of_content(body.query, limits, "query"), limits, "query")
     request = RankRequest(
         parts=parts, client=client, seconds=limits.seconds, candidates=tuple(body.candidates)

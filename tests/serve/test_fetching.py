@@ -1,0 +1,196 @@
+"""Pictures from allowed hosts: nothing but public addresses, no redirects, few bytes, in time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from openm6.base.errors import ConfigError
+from openm6.bench.server import Address
+from openm6.serve.app import create_app
+from openm6.serve.config import EngineConfig, ServeConfig
+from openm6.serve.content import ImageURL
+from openm6.serve.engine import Engine
+from openm6.serve.errors import BadRequestError
+from openm6.serve.fetching import Fetcher, is_public
+from openm6.serve.run import read_serve_config
+from tests.data.pictures import png
+from tests.serve.running import running
+from tests.small_model import loaded
+
+HOST, PUBLIC = "images.example.org", "93.184.215.14"
+GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+
+
+class FakeWeb:
+    """Answers every connection with the same bytes, and notes who was called."""
+
+    def __init__(self, answer: bytes, addresses: list[str] | None = None, drip: float = 0.0) -> None:
+        self.answer, self.drip = answer, drip
+        self.addresses = [PUBLIC] if addresses is None else addresses
+        self.called: list[tuple[str, str]] = []
+        self.asked = b""
+
+    def resolve(self, host: str) -> list[str]:
+        return self.addresses
+
+    def dial(self, address: str, host: str, seconds: float) -> socket.socket:
+        self.called.append((address, host))
+        ours, theirs = socket.socketpair()
+        ours.settimeout(seconds)
+        threading.Thread(target=self._serve, args=(theirs,), daemon=True).start()
+        return ours
+
+    def _serve(self, line: socket.socket) -> None:
+        with line:
+            self.asked = line.recv(65_536)
+            try:
+                if not self.drip:
+                    line.sendall(self.answer)
+                    return
+                for byte in self.answer:
+                    line.send(bytes([byte]))
+                    time.sleep(self.drip)
+            except OSError:
+                pass  # the other side has had enough
+
+    def fetcher(self, seconds: float = 5.0) -> Fetcher:
+        return Fetcher((HOST,), 1000, seconds, self.resolve, self.dial)
+
+
+def fetched(web: FakeWeb, url: str = f"https://{HOST}/a.png?size=1", seconds: float = 5.0) -> bytes:
+    return web.fetcher(seconds).fetch(url, "url", time.monotonic() + seconds)
+
+
+def test_a_picture_comes_from_the_address_that_was_checked() -> None:
+    web = FakeWeb(GOOD)
+    assert fetched(web) == b"hello"
+    assert web.called == [(PUBLIC, HOST)]
+    assert web.asked.startswith(b"GET /a.png?size=1 HTTP/1.1\r\nHost: images.example.org\r\n")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"http://{HOST}/a.png",
+        "https://example.org/a.png",
+        f"https://evil.{HOST}/a.png",
+        f"https://{HOST}.evil.com/a.png",
+        f"https://{HOST}@evil.com/a.png",
+        f"https://me:secret@{HOST}/a.png",
+        f"https://{HOST}:8443/a.png",
+        f"https://{HOST}:x/a.png",
+        f"https://{HOST}/a b.png",
+        f"https://{HOST}/\r\nX: y",
+        "https://[::1]/a.png",
+        f"https://{PUBLIC}/a.png",
+        "file:///etc/passwd",
+        "gopher://x",
+        "",
+    ],
+)
+def test_other_urls_are_refused_before_anybody_is_called(url: str) -> None:
+    web = FakeWeb(GOOD)
+    with pytest.raises(
+        BadRequestError, match=r"must be a data URL, or https:// and one of images\.example\.org"
+    ):
+        fetched(web, url)
+    assert not web.called
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [["127.0.0.1"], ["10.1.2.3"], ["169.254.169.254"], [PUBLIC, "192.168.0.1"], ["::1"], ["fd00::1"], []],
+)
+def test_a_name_that_leads_inside_is_refused(addresses: list[str]) -> None:
+    web = FakeWeb(GOOD, addresses)
+    with pytest.raises(BadRequestError, match="without a public address") as caught:
+        fetched(web)
+    assert not web.called and not any(address in str(caught.value) for address in addresses)
+
+
+def test_public_addresses() -> None:
+    inside = ("0.0.0.0", "100.64.0.1", "224.0.0.1", "240.0.0.1", "fe80::1%eth0", "::ffff:10.0.0.1")
+    inside += ("2002:7f00:1::", "64:ff9b::7f00:1", "ff02::1", "::", "2001:db8::1")
+    assert not any(is_public(address) for address in inside)
+    assert is_public(PUBLIC) and is_public("2606:2800:21f:cb07:6820:80da:af6b:8b2c")
+
+
+BROKEN = {
+    "a redirect": (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\n\r\n", "status 302, and redirects"),
+    "an error": (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "status 404"),
+    "too many bytes": (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 2000, "over 1,000 bytes"),
+    "cut short": (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello", "cannot be fetched"),
+    "no http": (b"SSH-2.0-OpenSSH\r\n", "cannot be fetched"),
+    "nothing": (b"", "cannot be fetched"),
+}
+
+
+@pytest.mark.parametrize(("answer", "sentence"), BROKEN.values(), ids=BROKEN)
+def test_broken_answers_are_one_sentence(answer: bytes, sentence: str) -> None:
+    with pytest.raises(BadRequestError, match=sentence):
+        fetched(FakeWeb(answer))
+
+
+def test_a_host_that_drips_is_cut_off() -> None:
+    began = time.monotonic()
+    with pytest.raises(BadRequestError, match=r"did not come within 0\.3 s"):
+        fetched(FakeWeb(GOOD * 10, drip=0.1), seconds=0.3)
+    assert time.monotonic() - began < 3
+
+
+def test_all_pictures_of_a_request_share_one_time() -> None:
+    web = FakeWeb(GOOD, drip=0.02)  # a second each
+    pictures = [(f"p{n}", ImageURL(url=f"https://{HOST}/{n}")) for n in range(50)]
+    began = time.monotonic()
+    with pytest.raises(BadRequestError, match=r"did not come within 1\.5 s"):
+        asyncio.run(web.fetcher(1.5).bring(pictures))
+    assert time.monotonic() - began < 10 and 1 <= len(web.called) <= 3
+
+
+def test_hosts_are_plain_names() -> None:
+    assert read_serve_config([f'hosts=["{HOST.upper()}"]']).hosts == (HOST,)
+    for host in (
+        "127.0.0.1",
+        "localhost",
+        "*.example.org",
+        "https://example.org",
+        "example.org:80",
+        "-a.org",
+    ):
+        with pytest.raises(ConfigError, match="must be a plain name"):
+            read_serve_config([f'hosts=["{host}"]'])
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[[FakeWeb | None], Address]]:
+    app = create_app(Engine(loaded(3), EngineConfig(rows=1, room=256)), ServeConfig(hosts=(HOST,)), "tiny")
+    with running(app) as found:
+
+        def behind(web: FakeWeb | None) -> Address:
+            fetcher = app.state.server.fetcher
+            if web is not None:
+                fetcher._resolve, fetcher._dial, fetcher.max_bytes = web.resolve, web.dial, 10**6
+            return Address(int(found.rpartition(":")[2]), os.getpid())
+
+        yield behind
+
+
+def test_chats_and_ranks_see_what_was_fetched(served: Callable[[FakeWeb | None], Address]) -> None:
+    data = png("red", 40)
+    web = FakeWeb(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+    address = served(web)
+    picture = {"type": "image_url", "image_url": {"url": f"https://{HOST}/a.png"}}
+    body = {"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": [picture]}]}
+    assert address.post("/v1/chat/completions", body).status == 200
+    assert address.post("/v1/rank", {"query": [picture], "candidates": ["a"]}).status == 200
+    assert len(web.called) == 2
+    picture["image_url"] = {"url": "https://127.0.0.1/a.png"}
+    refused = address.post("/v1/chat/completions", body)
+    assert refused.status == 400 and b"messages.0.content.0.image_url.url must be a data URL" in refused.body
