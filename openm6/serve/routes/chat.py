@@ -12,6 +12,7 @@ from itertools import chain
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from openm6.base.errors import OpenM6Error
 from openm6.serve.chat import logprobs_of, message_of, requests_of, wanted_modalities
@@ -43,10 +44,7 @@ async def complete(
     flat = [request for choice in choices for request in choice]
     if body.stream:
         tickets = await _ask(server, flat)
-        pieces = _Stream(server, body, choices, tickets, seed).events()
-        return StreamingResponse(
-            pieces, media_type="text/event-stream", headers={"cache-control": "no-cache"}
-        )
+        return _Events(_Stream(server, body, choices, tickets, seed))
     answers = await ask_all(server, http, "chat", flat)
     return await asyncio.to_thread(_completion, server, body, choices, answers, seed)
 
@@ -92,6 +90,23 @@ def _completion(
     )
 
 
+class _Events(StreamingResponse):
+    """Server-sent events; whoever leaves gives the requests up, even before the first event."""
+
+    def __init__(self, stream: _Stream) -> None:
+        super().__init__(
+            stream.events(), media_type="text/event-stream", headers={"cache-control": "no-cache"}
+        )
+        self.tickets = stream.tickets
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for ticket in self.tickets:
+                ticket.cancel()
+
+
 @dataclass
 class _Stream:
     """Server-sent events of an answer: texts as they grow, all else when it is there."""
@@ -126,9 +141,6 @@ class _Stream:
             kind = "server_error" if status >= 500 else "invalid_request_error"
             detail = ErrorDetail(message=message, type=kind, param=param, code=str(status))
             yield f"data: {ErrorBody(error=detail).model_dump_json()}\n\n"
-        finally:
-            for ticket in self.tickets:
-                ticket.cancel()
         yield "data: [DONE]\n\n"
 
     async def _growth(self) -> AsyncIterator[DeltaChoice]:
