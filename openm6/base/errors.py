@@ -17,6 +17,10 @@ class CheckpointError(OpenM6Error):
     """A checkpoint that is missing, incomplete, of another shape, or could not be written."""
 
 
+class OutputError(OpenM6Error):
+    """A file that could not be written: a full disk, a missing right, something else in its place."""
+
+
 class TrainingError(OpenM6Error):
     """A run that cannot go on: too many broken records or too many non-finite steps."""
 

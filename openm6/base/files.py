@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from openm6.base.errors import ConfigError, OutputError
 
 
 def sync_file(path: Path) -> None:
@@ -24,29 +29,75 @@ def sync_folder(path: Path) -> None:
         sync_file(path)
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 and wait until it is on the disk.
+def write_synced(path: Path, content: bytes) -> None:
+    """Write `content` and wait until it is on the disk.
 
     Raises:
         OSError: the disk is full or the path cannot be written.
     """
-    with path.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
+    with path.open("wb") as stream:
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Put `text` in place of the file's content in one step; on failure the old content stays.
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Put `content` in place of the file's in one step; on failure the old content stays.
 
     Raises:
-        OSError: the disk is full or the path cannot be written.
+        OutputError: the disk is full or the path cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
+    with told_as_output_error(path):
+        try:
+            write_synced(partial, content)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """As `replace_bytes`, for text, which is written as UTF-8."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line of UTF-8 to a file.
+
+    Raises:
+        OutputError: the disk is full or the path cannot be written.
+    """
+    with told_as_output_error(path), path.open("a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+
+
+@contextmanager
+def told_as_output_error(path: Path) -> Iterator[None]:
+    """Turns the system's failure to write `path` into one sentence, an OutputError."""
     try:
-        write_synced(partial, text)
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path} could not be written ({error.strerror or error}): {mend_of(error)}"
+        ) from error
+
+
+def mend_of(error: OSError) -> str:
+    """What a person may do about a failure to write."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "free some space or choose another place" if full else "check its rights or choose another place"
+
+
+def check_place(path: Path, option: str) -> None:
+    """Whether a file may be written to `path`, asked before any work is done.
+
+    Raises:
+        ConfigError: its folder is not there, or the path is a folder itself; `option` names the setting to change.
+    """
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {folder}; make it first")
+    if path.is_dir():
+        raise ConfigError(f"{option} {path} is a folder: name a file in it")

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from openm6.base.config import read_yaml
-from openm6.base.files import replace_text
+from openm6.base.files import replace_text, told_as_output_error
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,14 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
-        """The run at `path`, with its folder made if it is not there yet."""
+        """The run at `path`, with its folder made if it is not there yet.
+
+        Raises:
+            OutputError: it cannot be made, perhaps because a file of that name is in its place.
+        """
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        with told_as_output_error(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         return cls(folder)
 
     @property

@@ -111,7 +111,8 @@ def _complete(snapshot: Snapshot, folder: Path) -> None:
         sync_file(path)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     state = {"format": FORMAT, "openm6": __version__, "step": snapshot.step, "files": sizes, **snapshot.state}
-    write_synced(folder / STATE_FILE, json.dumps(state, indent=1, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(state, indent=1, ensure_ascii=False, allow_nan=False)
+    write_synced(folder / STATE_FILE, text.encode("utf-8"))
     sync_folder(folder)
 
 

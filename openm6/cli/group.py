@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any
 
 from typer.core import TyperGroup
 
 from openm6.base.errors import OpenM6Error
+from openm6.base.files import mend_of
 from openm6.base.log import start_log
 
 FAILED, INTERRUPTED = 1, 130
+# What the system may refuse at any moment, whatever was being written: no bug.
+REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 class PlainGroup(TyperGroup):
@@ -25,9 +29,20 @@ class PlainGroup(TyperGroup):
         except OpenM6Error as error:
             _say(f"error: {error}")
             ctx.exit(FAILED)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            _say(f"error: {refused(error)}")
+            ctx.exit(FAILED)
         except KeyboardInterrupt as stop:
             _say(str(stop) or "stopped")
             ctx.exit(INTERRUPTED)
+
+
+def refused(error: OSError) -> str:
+    """What the system would not do, in one sentence."""
+    what = error.filename if error.filename is not None else "a file"
+    return f"{what} cannot be read or written ({error.strerror}): {mend_of(error)}"
 
 
 def _say(sentence: str) -> None:

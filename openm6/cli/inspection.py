@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from openm6.base.errors import ConfigError
+from openm6.base.files import check_place, replace_text
 from openm6.data.inspect import DataSet, Inspection
+from openm6.data.quarantine import MAX_BROKEN
 
 
-def show_inspection(inspection: Inspection, console: Console) -> None:
-    """Print everything; the recipe comes last and bare, so that it can be copied into a file."""
+def show_inspection(inspection: Inspection, out: Path | None, console: Console) -> None:
+    """Print everything; the recipe comes last and bare, or is written to `out`.
+
+    Raises:
+        DataError: nothing can be trained on.
+        ConfigError, OutputError: `out` exists already, or cannot be written.
+    """
     for data_set in inspection.data_sets:
         _show_data_set(data_set, console)
-    if inspection.recipe is None:
-        console.print("Nothing here can be trained on as it is; the lines above say why.")
+    recipe = inspection.usable_recipe()
+    if out is None:
+        ask = "A recipe to start from; --out my.yaml writes it to a file, which openm6 train my.yaml trains:"
+        console.print(Text(ask, style="bold"))
+        console.print(recipe, markup=False, highlight=False, soft_wrap=True)
         return
+    if out.exists():  # it may hold hours of a person's work
+        raise ConfigError(f"--out {out} exists already: name another file, or remove it")
+    check_place(out, "--out")
+    replace_text(out, recipe)
     console.print(
-        Text("A recipe to start from; save it as my.yaml and run: openm6 train my.yaml", style="bold")
+        f"wrote {out}; train it with: openm6 train {out}", markup=False, highlight=False, soft_wrap=True
     )
-    console.print(inspection.recipe, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_data_set(data_set: DataSet, console: Console) -> None:
@@ -32,13 +48,21 @@ def _show_data_set(data_set: DataSet, console: Console) -> None:
         console.print(_columns(data_set))
     if data_set.unused:
         console.print(Text(f"not used: {', '.join(data_set.unused)}"))
-    if data_set.problems:
-        console.print(Text(f"broken: {data_set.unreadable + data_set.broken:,} rows, such as", style="red"))
-    for problem in data_set.problems:
-        console.print(
-            Text(f"  {problem.where}: {problem.reason}" if problem.where else f"  {problem.reason}")
-        )
+    _show_problems(data_set, console)
     console.print(Text(f"tasks: {', '.join(data_set.tasks) or 'none'}\n"))
+
+
+def _show_problems(data_set: DataSet, console: Console) -> None:
+    if data_set.problems:
+        console.print(Text(f"broken rows: {data_set.unreadable + data_set.broken:,}", style="red"))
+    for problem in data_set.problems:
+        where = f"{problem.where}: " if problem.where else ""
+        console.print(Text(f"  {where}{problem.reason}"), soft_wrap=True)
+    share = data_set.broken_share
+    if data_set.tasks and share > MAX_BROKEN:
+        mend = f"mend them, or let it pass with max_broken={min(1.0, share + MAX_BROKEN):.2f}"
+        warning = f"That is {share:.0%}, and training stops above {MAX_BROKEN:.0%}: {mend}"
+        console.print(Text(warning, style="red"), soft_wrap=True)
 
 
 def _columns(data_set: DataSet) -> Table:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.protocol import is_renderable
 
 from openm6 import __version__
 from openm6.base.errors import ConfigError
@@ -15,10 +14,12 @@ from openm6.cli.bench import bench_app
 from openm6.cli.convert import convert
 from openm6.cli.doors import door
 from openm6.cli.energy import energy
+from openm6.cli.generate import generate
 from openm6.cli.group import PlainGroup
 from openm6.cli.plan import plan
 from openm6.cli.scenarios import scenarios
 from openm6.cli.serve import serve
+from openm6.cli.show import show
 
 DEMO = "demo"  # the shipped recipe that `openm6 demo` trains
 
@@ -95,7 +96,7 @@ def demo(
     \b
     Example: openm6 demo --out runs/demo
     """
-    _show(door("train")(DEMO, [], resume, out))
+    show(door("train")(DEMO, [], resume, out))
 
 
 @app.command()
@@ -117,7 +118,7 @@ def train(
         words = ["train", recipe, *(overrides or []), *(["--resume"] if resume else [])]
         door("launch")([*words, *(["--out", str(out)] if out else [])], nproc, max_restarts)
     else:
-        _show(door("train")(recipe, overrides or [], resume, out))
+        show(door("train")(recipe, overrides or [], resume, out))
 
 
 @app.command()
@@ -149,72 +150,22 @@ def evaluate(
     door("show judgement")(judgement, Console())
 
 
-@app.command()
-def generate(
-    trained: Trained,
-    want: Annotated[str, typer.Option("--want", help="text, image, sound or numbers.")],
-    text: Annotated[str | None, typer.Option("--text", help="What to say to the model.")] = None,
-    image: Annotated[Path | None, typer.Option("--image", help="A picture to show it.")] = None,
-    sound: Annotated[Path | None, typer.Option("--sound", help="A recording to play to it.")] = None,
-    numbers: Annotated[
-        str | None,
-        typer.Option("--numbers", metavar="NAME=VALUE,...", help="Numbers to tell it; NAME= is missing."),
-    ] = None,
-    series: Annotated[
-        str | None, typer.Option("--series", metavar="NAME=V,V,...", help="A series to forecast.")
-    ] = None,
-    column: Annotated[str | None, typer.Option("--column", help="The number wanted.")] = None,
-    ahead: Annotated[int, typer.Option("--ahead", min=1, max=64, help="Steps to forecast.")] = 8,
-    hole: Annotated[
-        str | None,
-        typer.Option("--hole", metavar="L,T,R,B", help="Box of the picture to fill in, as shares."),
-    ] = None,
-    gap: Annotated[
-        str | None,
-        typer.Option("--gap", metavar="START,END", help="Stretch of the sound to fill in, as shares."),
-    ] = None,
-    decoding: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="text.temperature, text.top_p, masked.steps, masked.guidance…"
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="File for the answer.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same answer.")] = 0,
-    resident: Annotated[
-        int | None,
-        typer.Option("--resident", min=0, help="Layers that stay on the device; the others come when used."),
-    ] = None,
-) -> None:
-    """Ask a trained model for an answer.
-
-    \b
-    Example: openm6 generate runs/demo --text "draw the digit seven" --want image --out seven.png
-    """
-    question = door("question")(
-        want=want,
-        text=text,
-        image=image,
-        sound=sound,
-        numbers=parse_numbers(numbers),
-        series=door("series")(series),
-        column=column,
-        ahead=ahead,
-        hole=door("shares")(hole, 4, "--hole"),
-        gap=door("shares")(gap, 2, "--gap"),
-    )
-    seeds = [f"text.seed={seed}", f"masked.seed={seed}"]
-    _show(door("generate")(trained, question, door("decoding")([*seeds, *(decoding or [])]), out, resident))
+app.command()(generate)
 
 
 @data_app.command()
-def inspect(path: Annotated[str, typer.Argument(help="A folder, a table, or their address.")]) -> None:
+def inspect(
+    path: Annotated[str, typer.Argument(help="A folder, a table, or their address.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the recipe there, such as my.yaml.")
+    ] = None,
+) -> None:
     """Say what is in your data, what is broken, and propose a recipe for it.
 
     \b
-    Example: openm6 data inspect ~/photos
+    Example: openm6 data inspect ~/photos --out photos.yaml
     """
-    door("show inspection")(door("inspect")(path), Console())
+    door("show inspection")(door("inspect")(path), out, Console())
 
 
 @app.command()
@@ -224,7 +175,7 @@ def tasks() -> None:
     \b
     Example: openm6 tasks
     """
-    _show(door("list tasks")())
+    show(door("list tasks")())
 
 
 @app.command()
@@ -234,36 +185,8 @@ def presets() -> None:
     \b
     Example: openm6 presets
     """
-    _show(door("list presets")())
-
-
-def parse_numbers(words: str | None) -> dict[str, float | None] | None:
-    """`mass=3.5,length=` as a mapping; nothing after the equals sign means missing.
-
-    Raises:
-        ConfigError: a part without a name, or with a value that is not a number.
-    """
-    if words is None:
-        return None
-    numbers: dict[str, float | None] = {}
-    for part in words.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        try:
-            numbers[name] = float(value) if value else None
-        except ValueError:
-            equals = ""
-        if not equals or not name:
-            raise ConfigError(f"--numbers has {part!r}, which must look like name=3.5")
-    return numbers
+    show(door("list presets")())
 
 
 def _names(words: str | None) -> list[str] | None:
     return [word.strip() for word in words.split(",") if word.strip()] if words else None
-
-
-def _show(result: Any) -> None:
-    """Print what a call gave back, if anything: rich knows how to draw tables, the rest says itself by `str`."""
-    if result is not None:
-        # rich would print a dataclass field by field, where its own words are meant.
-        shown = result if is_renderable(result) else str(result)
-        Console().print(shown, soft_wrap=True, highlight=False, markup=False)

@@ -57,9 +57,14 @@ class DataSet:
     tasks: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def broken_share(self) -> float:
+        """Of all rows, judged by the sample."""
+        return (self.unreadable / self.rows if self.rows else 0) + self.broken / max(1, self.sampled)
+
     def report(self, where: str, reason: object) -> None:
-        """Notes something broken."""
-        problem = Problem(where, str(reason))
+        """Notes something broken; the reason may name the place itself."""
+        problem = Problem("" if where in str(reason) else where, str(reason))
         if len(self.problems) < MAX_PROBLEMS and problem not in self.problems:
             self.problems.append(problem)
 
@@ -71,6 +76,18 @@ class Inspection:
     path: str
     data_sets: list[DataSet]
     recipe: str | None
+
+    def usable_recipe(self) -> str:
+        """The recipe.
+
+        Raises:
+            DataError: there is none; the sentence names the first thing that is broken.
+        """
+        if self.recipe is None:
+            problems = [problem for data_set in self.data_sets for problem in data_set.problems]
+            reason = problems[0].reason if problems else "no task of openm6 tasks suits its columns"
+            raise DataError(f"nothing at {self.path} can be trained on as it is: {reason}")
+        return self.recipe
 
 
 def inspect_path(path: str) -> Inspection:
@@ -125,6 +142,9 @@ def look_at_table(path: str, test_path: str | None) -> list[DataSet]:
     for reason in table.unreadable:
         data_set.report(path, reason)
     data_set.columns = _columns(table, data_set)
+    if all(column.kind == "empty" for column in data_set.columns):
+        data_set.report(path, "no cell holds anything that can be read")
+        return [data_set]
     canonical = is_canonical(table.names)
     fields = None if canonical else propose_fields(data_set.columns)
     proposed = config.model_copy(update={"fields": fields, "test_path": test_path})
@@ -153,12 +173,19 @@ def name_of(path: str) -> str:
 
 
 def _columns(table: Table, data_set: DataSet) -> list[Column]:
-    rows = []
+    """What the columns hold, by a sample of rows; where none can be read, nothing else would say why."""
+    rows, reasons = [], []
     for number in _spread(len(table), SAMPLE):
         try:
             rows.append(table.row(number, table.names))
-        except DataError:  # reported where it is read as a record
+        except UnreadableRowError:  # reported when the table was opened
             continue
+        except DataError as error:  # reported where it is read as a record, if any can
+            reasons.append(f"{table.place(number)}: {error}")
+    if not rows:
+        data_set.broken += len(reasons)
+        for reason in reasons:
+            data_set.report("", reason)
     return [column_of(name, [row.get(name) for row in rows]) for name in table.names]
 
 

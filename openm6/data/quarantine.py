@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from openm6.base.errors import TrainingError
+from openm6.base.files import append_line, told_as_output_error
 
+MAX_BROKEN = 0.05  # share of the records at which a run stops unless its recipe says otherwise
 MAX_LISTED = 10_000
 MAX_REASON = 500
 
@@ -22,7 +24,7 @@ class Quarantine:
     `minimum` records were seen.
     """
 
-    def __init__(self, path: Path | None = None, limit: float = 0.05, minimum: int = 200) -> None:
+    def __init__(self, path: Path | None = None, limit: float = MAX_BROKEN, minimum: int = 200) -> None:
         self._path = path
         self._limit = limit
         self._minimum = minimum
@@ -60,8 +62,9 @@ class Quarantine:
                 worst, count = self.counts.most_common(1)[0]
                 where = f"; see {self._path}" if self._path else ""
                 raise TrainingError(
-                    f"{self.share:.1%} of the records are broken, most ({count}) in {worst!r}, such as: "
-                    f"{str(reason)[:MAX_REASON]}{where}; mend the data or raise the limit of {self._limit:.0%}"
+                    f"{self.share:.1%} of the records are broken, most ({count}) in {worst!r}, such as {record_id}: "
+                    f"{str(reason)[:MAX_REASON]}{where}; mend the data or raise max_broken, the limit "
+                    f"of {self._limit:.0%}"
                 )
 
     def state(self) -> dict[str, Any]:
@@ -79,10 +82,10 @@ class Quarantine:
         if self._path is None or (source, record_id) in self._listed or len(self._listed) >= MAX_LISTED:
             return
         self._listed.add((source, record_id))
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            line = {"source": source, "id": record_id, "reason": reason}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with told_as_output_error(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"source": source, "id": record_id, "reason": reason}
+        append_line(self._path, json.dumps(line, ensure_ascii=False))
 
 
 def _listed_in(path: Path | None) -> set[tuple[str, str]]:

@@ -17,7 +17,7 @@ def write_card(run: RunFolder, judgement: Judgement, facts: RunFacts) -> None:
     """Put the card into the run's folder.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written.
+        OutputError: the disk is full or the folder cannot be written.
     """
     replace_text(run.path / FILE, card(judgement, facts))
 

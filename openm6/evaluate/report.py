@@ -28,7 +28,7 @@ def write_report(run: RunFolder, judgement: Judgement, facts: RunFacts) -> None:
     """Write report.html and report.json into the run's folder; each file is replaced whole or not at all.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written.
+        OutputError: the disk is full or the folder cannot be written.
     """
     replace_text(run.path / "report.json", report_json(judgement, facts))
     replace_text(run.path / "report.html", report_html(run, judgement, facts))

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from openm6.base.config import build, nearest
 from openm6.base.errors import ConfigError, DataError
-from openm6.base.files import replace_text
+from openm6.base.files import check_place, replace_text
 from openm6.data.source import Source, SourceConfig
 from openm6.data.sources import AnySourceConfig, open_sources
 from openm6.evaluate.config import JudgeConfig
@@ -67,9 +67,11 @@ def evaluate(
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
-        ConfigError: an unknown task.
+        ConfigError: an unknown task, or `json_path` lies nowhere.
         DataError: the sources are not where they were.
     """
+    if json_path is not None:
+        check_place(json_path, "--json")
     loaded = load(path)
     description = loaded.description
     lessons = chosen_lessons(description, tasks)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from openm6.base.errors import ConfigError, DataError
 from openm6.generate.load import Loaded
+from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import MODALITIES
+from openm6.modalities.sound import read_sound
 from openm6.tasks.registry import TASKS
-from openm6.tasks.task import Task
+from openm6.tasks.task import LANGUAGES, Task
+
+MAX_FILE_BYTES = 256 << 20  # of a picture or sound, far above what their own bounds let pass
 
 Box = tuple[float, float, float, float]
 
@@ -23,8 +26,9 @@ class Question:
     """What is given and what is wanted.
 
     `numbers` maps columns to values (None: missing); `column` names the number wanted; `series` with `ahead` asks for
-    a forecast of so many steps. `hole` (left, top, right, bottom as shares of the side) and `gap` (start, end as
-    shares of the length) ask for a picture or sound to be filled in there and left alone elsewhere.
+    a forecast of so many steps. `language` is that of the words put in where `text` holds no question of its own.
+    `hole` (left, top, right, bottom as shares of the side) and `gap` (start, end as shares of the length) ask for a
+    picture or sound to be filled in there and left alone elsewhere.
     """
 
     want: str
@@ -37,10 +41,13 @@ class Question:
     ahead: int = 8
     hole: Box | None = None
     gap: tuple[float, float] | None = None
+    language: str = "en"
 
     def __post_init__(self) -> None:
         if self.want not in MODALITIES:
             raise ConfigError(f"--want {self.want!r} is not one of {', '.join(MODALITIES)}")
+        if self.language not in LANGUAGES:
+            raise ConfigError(f"--language {self.language!r} is not one of {', '.join(LANGUAGES)}")
         if not any((self.text, self.image, self.sound, self.numbers, self.series)):
             raise ConfigError("nothing is given: add --text, --image, --sound, --numbers or --series")
         if self.hole is not None and (self.image is None or self.want != "image"):
@@ -75,46 +82,93 @@ class Question:
         return self.column or missing[0]
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a picture or sound file.
+def read_picture(path: Path, loaded: Loaded) -> bytes:
+    """The bytes of a picture that can be opened.
 
     Raises:
-        DataError: it is missing or cannot be read.
+        DataError: it is missing, broken, or over a bound; the sentence begins with its path.
     """
+    content = _read_file(path)
     try:
+        read_image(content, loaded.image.max_pixels)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return content
+
+
+def read_recording(path: Path, loaded: Loaded) -> bytes:
+    """The bytes of a sound that can be opened; raises as `read_picture` does."""
+    content = _read_file(path)
+    try:
+        read_sound(content, loaded.sound.max_seconds)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return content
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise DataError(
+                f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB, the most allowed: shrink or cut it"
+            )
         return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"no file at {path}: check the path") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}): name a file that you may read") from None
 
 
 def prompt_parts(question: Question, loaded: Loaded) -> list[Part]:
-    """The parts to read: what is given, then the text; without a text, the first prompt of a task that fits."""
+    """The parts to read: what is given, amid the words that ask for what is wanted.
+
+    These are the person's own where there is a text. Without one, or where a text tells of something but does not
+    name the number wanted, they are the prompt of the first lesson that reads and gives the same.
+    """
+    parts = _given_parts(question, loaded)
+    if question.text is None:
+        before, after = _taught_words(question, loaded)
+    elif parts or not _needs_asking(question):
+        before, after = "", (" " if parts else "") + question.text
+    else:
+        before, after = _taught_words(question, loaded)
+        before, after = before + question.text + after, ""
+    return [*([Part("text", before)] if before else []), *parts, *([Part("text", after)] if after else [])]
+
+
+def _given_parts(question: Question, loaded: Loaded) -> list[Part]:
+    """Picture, sound and numbers."""
     parts: list[Part] = []
     if question.image is not None:
-        parts.append(Part("image", read_file(question.image), {"hole": question.hole}))
+        parts.append(Part("image", read_picture(question.image, loaded), {"hole": question.hole}))
     if question.sound is not None:
         # A gap is a share of the length, so what is read must be as long as what will be filled in.
         seconds = None if question.gap is None else loaded.sound.seconds
-        parts.append(Part("sound", read_file(question.sound), {"gap": question.gap, "seconds": seconds}))
+        content = read_recording(question.sound, loaded)
+        parts.append(Part("sound", content, {"gap": question.gap, "seconds": seconds}))
     if question.numbers is not None:
         wanted = question.wanted_column() if question.want == "numbers" else None
         rest = {name: value for name, value in question.numbers.items() if name != wanted}
         parts += [Part("numbers", rest)] if rest else []
     if question.series is not None:
         parts.append(Part("numbers", question.series))
-    text = question.text if question.text is not None else _taught_words(question, loaded)
-    before, after = text if isinstance(text, tuple) else ("", (" " if parts else "") + text)
-    return [*([Part("text", before)] if before else []), *parts, *([Part("text", after)] if after else [])]
+    return parts
+
+
+def _needs_asking(question: Question) -> bool:
+    """Whether a text describes something, and the number that is wanted of it is not named there."""
+    if question.want != "numbers":
+        return False
+    column = question.wanted_column()
+    return all(name not in (question.text or "") for name in (column, column.replace("_", " ")))
 
 
 def _taught_words(question: Question, loaded: Loaded) -> tuple[str, str]:
-    """The words before and after the slot in the English prompt of the first lesson that reads and gives the same."""
+    """The words before and after the slot in the first prompt of the first lesson that reads and gives the same."""
     for lesson in loaded.description.lessons:
         task = TASKS.get(lesson.task)
         if task is not None and _fits(task, question):
-            before, after = re.split(r"\{(?!column)\w+\}", task.prompts["en"][0], maxsplit=1)
+            before, after = re.split(r"\{(?!column)\w+\}", task.prompts[question.language][0], maxsplit=1)
             column = question.wanted_column().replace("_", " ") if "{column}" in after else ""
             return before, after.replace("{column}", column)
     return "", ""
@@ -122,47 +176,12 @@ def _taught_words(question: Question, loaded: Loaded) -> tuple[str, str]:
 
 def _fits(task: Task, question: Question) -> bool:
     fills = task.name.startswith("fill")
-    forecasts = task.baseline == "last_value"
     return (
-        [task.reads] == question.given
+        [task.reads] == (question.given or ["text"])
         and task.gives == question.want
         and len(task.given) == 1
-        and "en" in task.prompts
+        and not task.contrasts
+        and question.language in task.prompts
         and fills == (question.hole is not None or question.gap is not None)
-        and forecasts == (question.series is not None)
+        and ("series" in task.given) == (question.series is not None)
     )
-
-
-def parse_shares(words: str | None, count: int, name: str) -> tuple[float, ...] | None:
-    """`0.25,0.25,0.75,0.75` as numbers.
-
-    Raises:
-        ConfigError: not `count` numbers.
-    """
-    if words is None:
-        return None
-    try:
-        shares = tuple(float(word) for word in words.split(","))
-    except ValueError:
-        shares = ()
-    if len(shares) != count:
-        raise ConfigError(f"{name} {words!r} must be {count} numbers between 0 and 1, with commas between")
-    return shares
-
-
-def parse_series(words: str | None) -> NumberSeries | None:
-    """`temp_max=12.8,10.6,,11.1` as a series; nothing between commas means missing.
-
-    Raises:
-        ConfigError: no name, or a value that is not a number.
-    """
-    if words is None:
-        return None
-    name, equals, values = words.partition("=")
-    try:
-        numbers: list[Any] = [float(value) if value.strip() else None for value in values.split(",")]
-    except ValueError:
-        numbers = []
-    if not equals or not name.strip() or not numbers:
-        raise ConfigError(f"--series {words!r} must look like temp_max=12.8,10.6,11.7")
-    return NumberSeries(name.strip(), numbers)

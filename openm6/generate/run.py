@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from PIL import Image as Pillow
 
 from openm6.base.config import Config, apply_overrides, build
-from openm6.base.errors import ConfigError, DataError
+from openm6.base.errors import ConfigError
+from openm6.base.files import check_place, replace_bytes, replace_text
 from openm6.generate.load import Loaded, load
 from openm6.generate.masked import MaskedSampling, fill_codes
 from openm6.generate.numbers import predict
-from openm6.generate.question import Question, prompt_parts, read_file
+from openm6.generate.question import Question, prompt_parts, read_picture, read_recording
 from openm6.generate.sampling import Sampling
 from openm6.generate.text import write
 from openm6.modalities.image import Image
@@ -52,6 +55,7 @@ def generate(
 
     Raises:
         CheckpointError, ConfigError, DataError: the model, the question or its files cannot be used.
+        OutputError: the answer cannot be written; what the file held is still there.
     """
     target = _target(question.want, out)
     return answer_question(load(path, resident=resident), question, decoding, target)
@@ -63,8 +67,8 @@ def _target(want: str, out: Path | None) -> Path | None:
         out = out or Path(f"answer{SUFFIXES[want][0]}")
         if out.suffix.lower() not in SUFFIXES[want]:
             raise ConfigError(f"--out {out} must end in one of {', '.join(SUFFIXES[want])} for --want {want}")
-    if out is not None and not out.resolve().parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.resolve().parent}; make it first")
+    if out is not None:
+        check_place(out, "--out")
     return out
 
 
@@ -78,22 +82,23 @@ def answer_question(loaded: Loaded, question: Question, decoding: Decoding, out:
     assert out is not None
     modality = loaded.image if question.want == "image" else loaded.sound
     codes = _codes(loaded, modality, question, prompt, decoding.masked)
-    try:
-        if isinstance(modality, Image):
-            modality.decode(codes).save(out)
-        else:
-            soundfile.write(out, modality.decode(codes), RATE)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise DataError(f"{out} cannot be written: {error}") from None
+    replace_bytes(out, _file_content(modality, codes, out.suffix.lower()))
     return f"wrote {out}"
+
+
+def _file_content(modality: Image | Sound, codes: torch.Tensor, suffix: str) -> bytes:
+    """A picture or sound as the bytes of a file of that ending."""
+    buffer = io.BytesIO()
+    if isinstance(modality, Image):
+        modality.decode(codes).save(buffer, format=Pillow.registered_extensions()[suffix])
+    else:
+        soundfile.write(buffer, modality.decode(codes), RATE, format=suffix[1:])
+    return buffer.getvalue()
 
 
 def _kept(answer: str, out: Path | None) -> str:
     if out is not None:
-        try:
-            out.write_text(answer + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"{out} cannot be written: {error.strerror}") from None
+        replace_text(out, answer + "\n")
     return answer
 
 
@@ -106,9 +111,9 @@ def _codes(
 ) -> torch.Tensor:
     """Codes of the wanted picture or sound; those outside a hole or gap are the given one's own.  # -> N G"""
     if question.hole is not None and question.image is not None:
-        wanted = loaded.image.target(read_file(question.image), options={"hole": question.hole})
+        wanted = loaded.image.target(read_picture(question.image, loaded), options={"hole": question.hole})
     elif question.gap is not None and question.sound is not None:
-        wanted = loaded.sound.target(read_file(question.sound), options={"gap": question.gap})
+        wanted = loaded.sound.target(read_recording(question.sound, loaded), options={"gap": question.gap})
     else:
         wanted = modality.blank()
     return fill_codes(loaded.omni, [prompt], [wanted], sampling)[0].cpu()

@@ -74,8 +74,10 @@ def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
             samples = file.read(int(max_seconds * file.samplerate) + 1, dtype="float32", always_2d=True)
             return samples.mean(1), file.samplerate
     except (soundfile.LibsndfileError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        # Not the library's prefix, which names an object in memory.
+        reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
         raise DataError(
-            f"the sound is broken or of an unknown format ({error}): save it anew as WAV or FLAC"
+            f"the sound is broken or of an unknown format ({reason}): save it anew as WAV or FLAC"
         ) from None
 
 

@@ -104,7 +104,7 @@ def write_ceilings(ceilings: Ceilings) -> Path:
     """Keep them for later plans.
 
     Raises:
-        OSError: the folder cannot be written.
+        OutputError: the folder cannot be written.
     """
     path = ceilings_path()
     path.parent.mkdir(parents=True, exist_ok=True)

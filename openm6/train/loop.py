@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,11 +61,17 @@ class TrainResult:
 
 
 def train(
-    job: Job, config: LoopConfig, run: RunFolder, resume: bool = False, hooks: Sequence[Hook] = ()
+    job: Job,
+    config: LoopConfig,
+    run: RunFolder,
+    resume: bool = False,
+    hooks: Sequence[Hook] = (),
+    settings: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Train `job` into `run`, from the start or, with `resume`, from the latest complete checkpoint.
 
-    `hooks` act at every step, after the meters of energy and memory, in their order.
+    `hooks` act at every step, after the meters of energy and memory, in their order. `settings` become the run's
+    config.yaml, but only once its checkpoint was found to fit the job: a mistaken setting leaves the run as it was.
 
     A run killed at any step and resumed equals an unbroken one bit for bit on the CPU, since all randomness comes
     from (seed, step) and the data's cursor is saved.
@@ -74,7 +81,7 @@ def train(
         CheckpointError: a checkpoint does not fit the job, or cannot be written.
         Interrupted: the person stopped the run; it has saved itself.
     """
-    return _Run(job, config, run, resume, hooks).to_the_end()
+    return _Run(job, config, run, resume, hooks, settings).to_the_end()
 
 
 def refuse_overwriting(run: RunFolder, resume: bool) -> None:
@@ -89,7 +96,13 @@ class _Run:
     """One call of `train`: the parts of a run and the moments at which they act."""
 
     def __init__(
-        self, job: Job, config: LoopConfig, run: RunFolder, resume: bool, hooks: Sequence[Hook]
+        self,
+        job: Job,
+        config: LoopConfig,
+        run: RunFolder,
+        resume: bool,
+        hooks: Sequence[Hook],
+        settings: dict[str, Any] | None,
     ) -> None:
         self.job, self.config, self.run = job, config, run
         self.updater = open_updater(job, config)
@@ -105,6 +118,8 @@ class _Run:
         refuse_overwriting(run, resume)
         if list_checkpoints(run.checkpoints):
             self._restore(latest(run.path))
+        if settings is not None:
+            run.write_config(settings)
         self.length = RunLength(config, run, job.ranks)
 
     def to_the_end(self) -> TrainResult:

@@ -59,6 +59,7 @@ from openm6.train.step import seed_everything
 
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
 PART_TOKENS = 256  # fewer are not worth a process: each part costs some milliseconds whatever it holds
+LOOKED_AT = 20  # first records of a source in which a task must find what it needs
 SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
 
 
@@ -272,16 +273,22 @@ def check_cut(recipe: MultimodalRecipe, shape: MeshShape) -> None:
 
 
 def _check_lessons(recipe: MultimodalRecipe, sources: dict[str, Source]) -> None:
-    """Each task must find what it needs in at least one of the first records of its source."""
+    """Raises ConfigError or DataError where a task finds nothing it needs in the first records of its source."""
     for lecture in recipe.mixture:
         source, task = sources[lecture.source], TASKS[lecture.task]
-        for index in range(min(20, len(source))):
+        broken: list[DataError] = []
+        first = min(LOOKED_AT, len(source))
+        for index in range(first):
             try:
                 if task.languages(source[index]):
                     break
-            except DataError:
-                continue
+            except DataError as error:
+                broken.append(error)
         else:
+            if len(broken) == first:
+                raise DataError(
+                    f"the first {first} records of source {lecture.source!r} are broken: {broken[0]}"
+                )
             raise ConfigError(
                 f"task {task.name} finds nothing to read in source {lecture.source!r}: "
                 f"map the fields it needs ({task.summary}), or choose another task"

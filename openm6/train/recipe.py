@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from openm6.base.config import Config, nearest
 from openm6.data.packing import PackingConfig
+from openm6.data.quarantine import MAX_BROKEN
 from openm6.data.sources import AnySourceConfig
 from openm6.evaluate.config import JudgeConfig
 from openm6.modalities.pool import PoolConfig
@@ -44,7 +45,7 @@ class MultimodalRecipe(Config):
     embedding: PoolConfig | None = None  # where not given: the usual one if a task contrasts, else none
     packing: PackingConfig = PackingConfig()
     loss_weights: dict[str, float] = {}
-    max_broken: float = Field(default=0.05, ge=0, le=1)  # share of records that may be quarantined
+    max_broken: float = Field(default=MAX_BROKEN, ge=0, le=1)  # share of records that may be quarantined
     loop: LoopConfig = LoopConfig()
     parallel: ParallelConfig = ParallelConfig()
     judge: JudgeConfig = JudgeConfig()

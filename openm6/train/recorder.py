@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from openm6.base.files import replace_text
+from openm6.base.files import append_line, replace_text
 from openm6.base.run_folder import RunFolder
 from openm6.train.step import StepReport
 
@@ -87,8 +87,7 @@ class MetricsFile:
         pass
 
     def line(self, line: Line) -> None:
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(finite_or_none(line), ensure_ascii=False) + "\n")
+        append_line(self._path, json.dumps(finite_or_none(line), ensure_ascii=False))
 
     def close(self) -> None:
         pass

@@ -91,10 +91,9 @@ def train_recipe(
         assert plan.recipe is not None
         _check_alike(ranks, plan.values)
         run = RunFolder.open(plan.folder)
-        if ranks.first and (plan.path != run.config or overrides):
-            run.write_config(plan.values)
+        settings = plan.values if ranks.first and (plan.path != run.config or overrides) else None
         job = WAYS[plan.recipe.kind][1](plan.recipe, run, device, ranks)  # type: ignore[union-attr]
-        result = train(job, plan.recipe.loop, run, plan.resume)
+        result = train(job, plan.recipe.loop, run, plan.resume, settings=settings)
     return result if ranks.first else None
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from openm6.base.config import Config
-from openm6.base.files import replace_text
+from openm6.base.errors import ConfigError, OutputError
+from openm6.base.files import append_line, check_place, replace_text
 from openm6.base.run_folder import RunFolder
 
 
@@ -18,7 +19,9 @@ def test_the_old_content_stays_where_the_new_does_not_fit(tmp_path: Path) -> Non
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(
+            OutputError, match=r"notes.txt could not be written \(File too large\): free some space"
+        ):
             replace_text(path, "new" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -26,6 +29,29 @@ def test_the_old_content_stays_where_the_new_does_not_fit(tmp_path: Path) -> Non
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     replace_text(path, "新\n")
     assert path.read_text(encoding="utf-8") == "新\n"
+
+
+def test_a_line_that_does_not_fit_is_one_sentence() -> None:
+    with pytest.raises(
+        OutputError, match=r"^/dev/full could not be written \(No space left on device\): free"
+    ):
+        append_line(Path("/dev/full"), "x")
+
+
+def test_where_nothing_can_be_written_is_said_beforehand(tmp_path: Path) -> None:
+    check_place(tmp_path / "new.json", "--json")
+    with pytest.raises(ConfigError, match="--json .*: there is no folder .*no; make it first"):
+        check_place(tmp_path / "no/x.json", "--json")
+    with pytest.raises(ConfigError, match="is a folder: name a file in it"):
+        check_place(tmp_path, "--json")
+
+
+def test_a_file_in_the_place_of_a_run_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(
+        OutputError, match=r"run could not be written \(File exists\): check its rights or choose"
+    ):
+        RunFolder.open(tmp_path / "run")
 
 
 def test_a_run_keeps_its_settings_in_order(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pytest
 import yaml
 from typer.testing import CliRunner
 
@@ -21,8 +23,37 @@ def test_a_table_with_a_broken_row(tmp_path: Path) -> None:
     assert "shop (csv," in shown.stdout
     assert "61 rows" in shown.stdout and "price" in shown.stdout
     assert "[b]" in shown.stdout  # the user's own brackets, not markup
-    recipe = yaml.safe_load(shown.stdout.partition("openm6 train my.yaml\n")[2])
+    recipe = yaml.safe_load(shown.stdout.partition("openm6 train my.yaml trains:\n")[2])
     assert recipe["sources"]["shop"]["kind"] == "csv"
+
+
+def test_the_recipe_is_written_once(tmp_path: Path) -> None:
+    data, out = tmp_path / "x.csv", tmp_path / "my.yaml"
+    data.write_text("text,label\n" + "".join(f"words of number {n},{'ab'[n % 2]}\n" for n in range(30)))
+    words = ["data", "inspect", str(data), "--out", str(out)]
+    shown = runner.invoke(app, words)
+    assert shown.exit_code == 0 and f"wrote {out}; train it with: openm6 train {out}" in shown.stdout
+    assert yaml.safe_load(out.read_text())["mixture"] == [{"source": "x", "task": "classify_text"}]
+    again = runner.invoke(app, words)
+    assert again.exit_code == 1 and "exists already: name another file" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"\x8c\xff\n\x00\xfe,\x80\n", "the first line of .* is not UTF-8"),
+        (b"title\n" + b"caf\xe9\n" * 9, "row 0: column 'title' is not UTF-8 at byte 3"),
+        (b"title,price\n", "no cell holds anything that can be read"),
+        (b'title\n""\n', "no cell holds anything"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_an_error(tmp_path: Path, content: bytes, sentence: str) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(content)
+    shown = runner.invoke(app, ["data", "inspect", str(path), "--out", str(tmp_path / "my.yaml")])
+    assert shown.exit_code == 1 and shown.stderr.count("\n") == 1
+    assert re.search(rf"^error: nothing at .* can be trained on as it is: .*{sentence}", shown.stderr)
+    assert not (tmp_path / "my.yaml").exists()
 
 
 def test_nothing_there(tmp_path: Path) -> None:

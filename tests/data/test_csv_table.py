@@ -43,6 +43,19 @@ def test_broken_rows_are_broken_alone(tmp_path):
     assert source.values("text_en")[0] == "ok"
 
 
+def test_rows_of_uneven_length_that_are_not_utf8(tmp_path, capfd):
+    """Neither may take the other rows with it, and Arrow must have nothing to complain of."""
+    path = tmp_path / "shop.csv"
+    path.write_bytes("\ufefftitle,价\n猫,1\n".encode() + b"caf\xe9,2,3\n\xff,4\n" + "é,5\n".encode())
+    source = open_csv(path, fields=Fields(text_en="title", numbers=["价"]))
+    assert [source[n]["text_en"] for n in (0, 2)] == ["猫", "é"] and source[2]["numbers"] == {"价": 5.0}
+    with pytest.raises(DataError, match="column 'title' is not UTF-8 at byte 0: save the file as UTF-8"):
+        source[1]
+    with pytest.raises(DataError, match="line 3 has 3 cells where the header has 2"):
+        source[3]
+    assert capfd.readouterr().err == ""
+
+
 def test_separator_and_identical_rows_after_a_hash_split(tmp_path):
     path = tmp_path / "shop.csv"
     path.write_text("title;price\n" + "".join(f"thing {n};{n}\n" for n in range(300)))
@@ -56,6 +69,7 @@ def test_separator_and_identical_rows_after_a_hash_split(tmp_path):
     "content, reason",
     [
         (b"", "cannot be read as CSV"),
+        (b"caf\xe9,price\na,b\n", "the first line of .*shop.csv is not UTF-8: if it is a CSV, save it anew"),
         (b"title,title\na,b\n", "two columns called 'title'"),
         (b"name,price\n", "'title'"),
     ],

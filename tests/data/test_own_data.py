@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from openm6.base.config import build
 from openm6.base.errors import DataError
+from openm6.cli.main import app
 from openm6.data.parquet import EMBEDDED
 from openm6.data.records import CANONICAL_KEYS
 from openm6.data.sources import SOURCES, open_sources
@@ -34,6 +36,11 @@ def recipe(tmp_path, monkeypatch):
         path.write_bytes(png())
     (tmp_path / "my" / "shop.csv").write_text(block("csv"))
     monkeypatch.chdir(tmp_path)
+    inspect = re.search(r"openm6 (data inspect .*)\n", PAGE)[1]
+    shown = CliRunner(env={"COLUMNS": "150"}).invoke(app, inspect.split())
+    assert shown.exit_code == 0, shown.output
+    assert "gone.png" in shown.stdout and "20%, and training stops above 5%" in shown.stdout
+    assert (tmp_path / "my.yaml").read_text() == block("yaml")
     return build(MultimodalRecipe, yaml.safe_load(block("yaml")), "my.yaml")
 
 
@@ -52,6 +59,20 @@ def test_every_task_of_the_example_can_be_posed(recipe):
     for lecture in recipe.mixture:
         example = TASKS[lecture.task].example(record, np.random.default_rng(0))
         assert example.source and example.task == lecture.task
+
+
+def test_the_recipe_is_trained_as_it_stands(recipe, tmp_path):
+    """By the page's own command, but for the sizes and the time."""
+    words = re.search(r"`openm6 (train my.yaml .*?)`", PAGE)[1].split()
+    small = [
+        f"model.overrides.{size}" for size in ("width=64", "num_layers=1", "num_heads=2", "num_kv_heads=1")
+    ]
+    small += ["modalities.text.vocabulary=400", "packing.rows=1", "loop.steps=25", "loop.tensorboard=false"]
+    shown = CliRunner().invoke(app, [*words, *small])
+    assert shown.exit_code == 0, shown.output
+    run = tmp_path / "runs" / "my"
+    assert (run / "report.html").is_file()
+    assert "gone.png" in (run / "quarantine.jsonl").read_text()
 
 
 def test_the_tables_of_the_page_are_complete():

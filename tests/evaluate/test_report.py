@@ -15,6 +15,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from openm6.base.errors import OutputError
 from openm6.evaluate.report import report_html, report_json, write_report
 from openm6.evaluate.report_samples import MEDIA_BYTES
 from openm6.evaluate.results import Judgement, Sample
@@ -265,7 +266,7 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch) -> No
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("openm6.base.files.os.replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OutputError, match="report.json could not be written .No space"):
         write_report(run, Judgement([], 0.0, "x"), example.facts())
     assert (tmp_path / "report.html").read_bytes() == old
     assert not list(tmp_path.glob(".*.partial"))

@@ -87,6 +87,11 @@ def test_from_the_command_line(run: Path, tmp_path: Path) -> None:
     assert list(json.loads(scores.read_text(encoding="utf-8"))["tasks"]) == ["draw/digits"]
 
 
+def test_scores_that_could_not_be_written_are_refused_before_the_work(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--json", str(tmp_path / "no/s.json")])
+    assert shown.exit_code == 1 and "--json" in shown.stderr and "make it first" in shown.stderr
+
+
 def test_a_run_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no run or checkpoint at"):
         evaluate(tmp_path / "nowhere")

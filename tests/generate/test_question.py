@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from openm6.base.errors import ConfigError, DataError
-from openm6.generate.question import Question, parse_series, parse_shares, prompt_parts
+from openm6.generate.question import Question, prompt_parts
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
+from openm6.modalities.registry import MODALITIES
+from openm6.tasks.registry import TASKS
+from openm6.tasks.task import Task
+from openm6.train.run import read_recipe, recipe_path
 from tests.data.pictures import png, wav
 from tests.small_model import loaded
 
@@ -25,6 +30,18 @@ MODEL = loaded(
         ("fill_sound", "spoken"),
     )
 )
+
+DEMO = read_recipe(recipe_path("demo"), [])[0]
+ASKED = sorted(
+    {
+        lesson.task for lesson in DEMO.mixture
+        if len(TASKS[lesson.task].given) == 1 and TASKS[lesson.task].reads != "text"
+    } - {"describe_picture", "classify_picture"}  # asked in the words of name_picture, which comes first
+)  # fmt: skip
+RECORD = {
+    "image": png(), "audio": wav(), "label": "seven", "label_zh": "七",
+    "numbers": {"mass": 1.0, "length": None}, "series": {"temp_max": [1.0, 2.0, 3.0]}, "extra": {"horizon": 1},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -75,6 +92,55 @@ def test_a_picture_alone_is_asked_in_taught_words(picture: Path) -> None:
 def test_a_persons_words_win(picture: Path) -> None:
     assert shown(Question(want="text", image=picture, text="How many?")) == ["image", " How many?"]
     assert shown(Question(want="image", text="draw the digit seven")) == ["draw the digit seven"]
+
+
+def taught(task: Task, language: str) -> list[Any]:
+    """The parts that a record of a task's training gives in a language, as `shown` gives them."""
+    example = task.example(RECORD, np.random.default_rng(0), language=language)
+    return [part.raw if part.modality == "text" else part.modality for part in example.source]
+
+
+def asked(task: Task, language: str, picture: Path, recording: Path) -> Question:
+    """What a person gives and wants who would have a task done, without a word of how it was taught."""
+    given: dict[str, Any] = {
+        "image": {"image": picture},
+        "sound": {"sound": recording},
+        "numbers": {"numbers": {"mass": 3.0, "length": 4.0}},
+    }[task.reads]
+    if "series" in task.given:
+        given = {"series": NumberSeries("temp_max", [1.0, 2.0])}
+    elif task.gives == "numbers":
+        given |= {"column": "mass"}
+    if task.name.startswith("fill"):
+        given |= {"hole": (0.0, 0.0, 0.5, 0.5)} if task.reads == "image" else {"gap": (0.0, 0.5)}
+    return Question(want=task.gives, language=language, **given)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("name", ASKED)
+def test_the_question_put_in_is_the_one_that_was_taught(
+    name: str, language: str, picture: Path, recording: Path
+) -> None:
+    model = loaded(lessons=((name, "digits"),))
+    parts = prompt_parts(asked(TASKS[name], language, picture, recording), model)
+    found = [part.raw if part.modality == "text" else part.modality for part in parts]
+    assert found == taught(TASKS[name], language)
+    assert any(isinstance(part.raw, str) for part in parts)
+
+
+def test_the_demo_asks_for_all_that_it_gives() -> None:
+    """Between them, the tasks above read and give all there is but texts, which a person words."""
+    pairs = {(TASKS[name].reads, TASKS[name].gives) for name in ASKED}
+    assert pairs == {(reads, gives) for reads in MODALITIES if reads != "text" for gives in MODALITIES}
+
+
+@pytest.mark.parametrize(("language", "question"), [("en", " What is its mass?"), ("zh", " mass是多少？")])
+def test_a_text_that_tells_of_something_is_asked_for_the_number(language: str, question: str) -> None:
+    model = loaded(lessons=(("number_from_text", "penguins"),))
+    told = Question(want="numbers", text="a stone", column="mass", language=language)
+    assert [part.raw for part in prompt_parts(told, model)] == ["a stone" + question]
+    own = Question(want="numbers", text="How much mass has a stone?", column="mass", language=language)
+    assert [part.raw for part in prompt_parts(own, model)] == ["How much mass has a stone?"]
 
 
 def test_a_hole_is_asked_for_as_in_training(picture: Path) -> None:
@@ -139,23 +205,6 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         prompt_parts(Question(want="text", image=tmp_path), MODEL)
 
 
-def test_words_as_shares() -> None:
-    assert parse_shares("0, 0.25,1,.5", 4, "--hole") == (0.0, 0.25, 1.0, 0.5)
-    assert parse_shares(None, 4, "--hole") is None
-    for words in ("", "0,1", "a,b,c,d", "0,0,1,1,1"):
-        with pytest.raises(ConfigError, match="must be 4 numbers"):
-            parse_shares(words, 4, "--hole")
-
-
-def test_words_as_a_series() -> None:
-    assert parse_series("t=1,,-2.5") == NumberSeries("t", [1.0, None, -2.5])
-    assert parse_series(None) is None
-    for words in ("t", "=1,2", "t=a,b"):
-        with pytest.raises(ConfigError, match="must look like temp_max="):
-            parse_series(words)
-
-
 def test_shares_that_are_not_numbers_are_refused() -> None:
-    hole = parse_shares("nan,0,1,1", 4, "--hole")
     with pytest.raises(ConfigError, match="between 0 and 1"):
-        Question(want="image", image=Path("a"), hole=hole)  # type: ignore[arg-type]
+        Question(want="image", image=Path("a"), hole=(float("nan"), 0.0, 1.0, 1.0))

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from openm6.cli.main import app
 from openm6.train.run import train_recipe
-from tests.data.pictures import png, wav
+from tests.data.pictures import bomb, png, silence, wav
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 FAST = ["--set", "masked.steps=2", "--set", "text.max_tokens=6"]
@@ -37,6 +37,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "broken.wav").write_bytes(wav()[:20])
     (tmp_path / "text.txt").write_text("I am a text, not a picture", encoding="utf-8")
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    (tmp_path / "long.wav").write_bytes(silence(seconds=7200))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -104,8 +106,8 @@ def test_the_same_seed_gives_the_same_answer(run: Path, files: Path) -> None:
 BAD = {
     "no picture": ("--image nowhere.png --want text", "no file at nowhere.png: check the path"),
     "no sound": ("--sound nowhere.wav --want text", "no file at nowhere.wav: check the path"),
-    "broken picture": ("--image broken.png --want text", "the picture is broken or of an unknown format"),
-    "broken sound": ("--sound broken.wav --want text", "the sound is broken or of an unknown format"),
+    "broken picture": ("--image broken.png --want text", "broken.png: the picture is broken"),
+    "broken sound": ("--sound broken.wav --want text", "broken.wav: the sound is broken"),
     "text as picture": ("--image text.txt --want text", "the picture is broken or of an unknown format"),
     "text as sound": ("--sound text.txt --want text", "the sound is broken or of an unknown format"),
     "picture as sound": ("--sound a.png --want text", "the sound is broken or of an unknown format"),
@@ -120,11 +122,17 @@ BAD = {
     "suffix of a picture": ("--text x --want image --out x.bmp", "must end in one of .png"),
     "suffix of a sound": ("--text x --want sound --out x.mp3", "must end in one of .wav"),
     "no such folder": ("--text x --want image --out no/x.png", "there is no folder"),
-    "out is a folder": ("--text x --want image --out folder.png", "cannot be written"),
+    "out is a folder": ("--text x --want image --out folder.png", "is a folder: name a file in it"),
+    "decompression bomb": ("--image bomb.png --want text", "bomb.png: the picture is over the bound of"),
+    "two hours": ("--sound long.wav --want text", "long.wav: the sound lasts 7200 s, over the bound of 30 s"),
+    "broken in a gap": ("--sound broken.wav --gap 0,.5 --want sound", "broken.wav: the sound is broken"),
+    "not a number": ("--numbers body_mass_g=nan --want text", "must look like name=3.5, a finite number"),
+    "series of infinity": ("--series body_mass_g=1,inf --want numbers", "must be a finite number"),
+    "unknown language": ("--image a.png --want text --language de", "'de' is not one of en, zh"),
     "unknown want": ("--text x --want smell", "is not one of text, image, sound, numbers"),
     "nothing given": ("--want text", "nothing is given"),
     "bad setting": ("--text x --want text --set text.topp=1", "did you mean 'top_p'"),
-    "infinite": ("--numbers body_mass_g=inf --want text", "body_mass_g is infinite"),
+    "infinite": ("--numbers body_mass_g=inf --want text", "a finite number, or name= where it is missing"),
 }
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -25,7 +23,7 @@ from openm6.modalities.image import (
 from openm6.modalities.interface import Tokens, line
 from openm6.modalities.places import PlaceEmbedding
 from openm6.modalities.sequence import lay_out
-from tests.data.pictures import png
+from tests.data.pictures import bomb, png
 from tests.small_model import modalities
 
 
@@ -40,19 +38,6 @@ def file_of(picture: Pillow.Image, kind: str = "PNG") -> bytes:
     stream = io.BytesIO()
     picture.save(stream, kind)
     return stream.getvalue()
-
-
-def bomb(side: int) -> bytes:
-    """A PNG of a few hundred bytes whose header promises `side` × `side` pixels."""
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(bytes(99))),
-    ]
-    parts = [
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in [*chunks, (b"IEND", b"")]
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

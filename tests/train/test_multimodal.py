@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +147,46 @@ def test_a_finished_run_is_not_trained_over(recipe: str, unbroken: Path, tmp_pat
     assert (unbroken / "config.yaml").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("model.overrides.width=96", "has shape .* the model wants .* load it with the config"),
+        ("loop.optimizer.name=muon", "was trained with adamw, not muon"),
+        ("model.preset=nanoo", "no preset 'nanoo'"),
+    ],
+)
+def test_a_mistaken_setting_leaves_a_run_as_it_was(unbroken: Path, setting: str, sentence: str) -> None:
+    """Also its config.yaml: the next try to go on must not stumble over it."""
+    before = {path: path.read_bytes() for path in sorted(unbroken.rglob("*")) if path.is_file()}
+    with pytest.raises(OpenM6Error, match=sentence):
+        train_recipe(str(unbroken / "config.yaml"), [setting], resume=True, out=unbroken)
+    assert {path: path.read_bytes() for path in sorted(unbroken.rglob("*")) if path.is_file()} == before
+
+
+def test_a_disk_that_fills_up_leaves_the_run_to_go_on_with(recipe: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = train_recipe(recipe, ["loop.steps=2"], out=run).checkpoint
+    whole = {path.name: path.read_bytes() for path in first.iterdir()}
+    with (
+        a_disk_that_takes(200_000),
+        pytest.raises(OpenM6Error, match="step-4 could not be written .*free some space"),
+    ):
+        train_recipe(recipe, ["loop.steps=4", "loop.save_every=2"], resume=True, out=run)
+    assert {path.name: path.read_bytes() for path in latest(run).iterdir()} == whole
+    assert train_recipe(recipe, resume=True, out=run).steps == 4
+
+
+@contextmanager
+def a_disk_that_takes(most: int) -> Iterator[None]:
+    """While entered, no file of this process may have more bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_resuming_a_finished_run_trains_no_more(recipe: str, unbroken: Path) -> None:
     before = (latest(unbroken) / "model.safetensors").read_bytes()
     assert train_recipe(recipe, resume=True, out=unbroken).steps == STEPS
@@ -215,6 +258,20 @@ def test_too_many_broken_records_stop_the_run(tmp_path: Path) -> None:
     ):
         train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
     assert (tmp_path / "run" / "quarantine.jsonl").is_file()
+
+
+def test_a_source_that_is_broken_from_the_start_says_why(tmp_path: Path) -> None:
+    """Not that the task does not suit it."""
+    table = tmp_path / "table.csv"
+    table.write_bytes(b"text_en,label\n" + b"caf\xe9 and more,x\n" * 40)
+    recipe = tiny_recipe(2) | {
+        "sources": {"mine": {"kind": "csv", "path": str(table)}},
+        "mixture": [{"source": "mine", "task": "classify_text"}],
+    }
+    with pytest.raises(
+        OpenM6Error, match=r"first 20 records of source 'mine' are broken: .*'text_en' is not UTF-8"
+    ):
+        train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
 
 
 def test_examples_that_fit_no_row_are_set_aside(tmp_path: Path) -> None:
