@@ -68,7 +68,8 @@ def alternate(
     the dict that is given, so that whoever is cut short still has those that were taken.
     """
     timings = into if into is not None else {}
-    timings.update({name: Timing() for name in contenders})
+    for name in contenders:
+        timings.setdefault(name, Timing())
     for call in contenders.values():
         for _ in range(warmup):
             call()

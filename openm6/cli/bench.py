@@ -77,6 +77,24 @@ def bench_train(
     door("bench train")(config, peer, seconds, json, graph)
 
 
+@bench_app.command("packing")
+def bench_packing(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings of the recipe demo.")
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option("--seconds", min=1.0, help="After these it prints what it has (GPU 300, CPU 120)."),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Packed examples of all modalities beside dense rows of text: tokens a second of one model, and padding.
+
+    Example: openm6 bench packing --json packing.json
+    """
+    door("bench packing")(seconds, json, overrides or [])
+
+
 @bench_app.command()
 def machine(json_path: Json = None) -> None:
     """Measure this machine's ceilings once and keep them for openm6 plan; about five minutes.

@@ -53,6 +53,7 @@ DOORS = {
     "list tasks": "openm6.cli.list_tasks:list_tasks",
     "bench experts": "openm6.bench.experts:bench_experts",
     "bench train": "openm6.bench.train:bench_train",
+    "bench packing": "openm6.bench.packing:bench_packing",
     "list presets": "openm6.cli.list_presets:list_presets",
 }
 # Packages that come with an extra, so that a missing one is a sentence.

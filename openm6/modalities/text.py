@@ -98,7 +98,12 @@ class Text(Modality):
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Tokens:
         """START t1 … tn with the labels t1 … tn END: each token is asked for the next."""
-        ids = self.encode_plain(_checked(raw))[: int(options.get("max_tokens", self.max_tokens))]
+        return self.written(
+            self.encode_plain(_checked(raw))[: int(options.get("max_tokens", self.max_tokens))]
+        )
+
+    def written(self, ids: list[int]) -> Tokens:
+        """A wanted text of these token ids, which END closes."""
         arrays = {
             "ids": np.asarray([self.start, *ids], dtype=np.int64),
             "labels": np.asarray([*ids, self.end], dtype=np.int64),
