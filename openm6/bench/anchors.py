@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from openm6.base.errors import TrainingError
+from openm6.base.log import get_log
 from openm6.bench.fitting import Point, fit
+from openm6.bench.measure import Deadline
 from openm6.bench.probe import TEXT_ONLY, WARMING, Probe, run_probe
 from openm6.plan.ceilings import Ceilings, Way
 from openm6.plan.examples import Load
@@ -16,6 +19,7 @@ from openm6.plan.question import Model, Question, model_of_recipe
 from openm6.train.run import read_recipe, recipe_path
 
 LENGTH, FEWEST, MOST = 9.0, 8, 24  # seconds of the steps that are measured, and how many these may be
+LAST_RUN = 25.0  # seconds that one more run may take
 ALONE = "loop.workers=1"
 
 
@@ -64,6 +68,27 @@ class Anchor:
 def run_anchor(words: list[str], ceilings: Ceilings) -> Anchor:
     """Runs it, for as many steps as a few seconds hold."""
     return Anchor(words, run_probe(words, steps_for(planned(words, ceilings))))
+
+
+def run_anchors(ceilings: Ceilings, deadline: Deadline) -> list[Anchor]:
+    """All anchors for which there is time; one that fails, or that others disturb, is told of."""
+    found: list[Anchor] = []
+    for number, words in enumerate(ANCHORS, 1):
+        if deadline.left < LAST_RUN:
+            get_log().warning(
+                f"out of time: {len(ANCHORS) - number + 1} of {len(ANCHORS)} anchors are missing"
+            )
+            break
+        try:
+            found.append(run_anchor(words, ceilings))
+        except TrainingError as error:
+            get_log().warning(f"anchor {number}: {error}")
+            continue
+        if found[-1].probe.disturbed:
+            get_log().warning(
+                f"anchor {number} was disturbed by other work: measure again on a quiet machine"
+            )
+    return found
 
 
 def steps_for(stage: StagePlan) -> int:

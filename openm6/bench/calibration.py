@@ -15,6 +15,7 @@ from openm6.base.log import get_log
 from openm6.bench.anchors import (
     ALONE,
     ANCHORS,
+    LAST_RUN,
     Anchor,
     anchor,
     dense,
@@ -30,7 +31,6 @@ from openm6.plan.ceilings import Ceilings, read_ceilings
 from openm6.plan.check import GOALS
 
 SECONDS = 440.0
-LAST_RUN = 25.0  # seconds that one more run may take
 QUANTITIES = {"seconds": "step time", "bytes": "memory", "joules": "energy"}
 CASES: dict[str, list[str]] = {
     "sparse, text, width 192, 1,024 tokens": [TEXT_ONLY, "packing.rows=2"],

@@ -38,6 +38,10 @@ Bytes = Annotated[
 PseudoShare = Annotated[
     float, typer.Option("--pseudo-share", help="Part of the tokens while layers share weights.")
 ]
+RecomputeEvery = Annotated[
+    int | None,
+    typer.Option("--recompute-every", metavar="BLOCKS", help="Of so many the first's input is kept."),
+]
 Country = Annotated[str, typer.Option("--country", help="Whose current it is.")]
 Pue = Annotated[float, typer.Option("--pue", help="Joules of the building for each of the devices.")]
 Price = Annotated[float | None, typer.Option("--price", metavar="USD", help="Of a GPU and hour.")]
@@ -66,6 +70,7 @@ def plan(
     days: Days = None,
     bytes_per_parameter: Bytes = None,
     pseudo_share: PseudoShare = 0.0,
+    recompute_every: RecomputeEvery = None,
     country: Country = "WLD",
     pue: Pue = 1.1,
     price: Price = None,
@@ -86,7 +91,15 @@ def plan(
     asked = door("plan machine")(gpu, gpu_table, door("cluster options")(*sizes))
     current = {"country": country, "pue": pue}
     question = door("plan question")(
-        model, overrides or [], batch, tokens, days, bytes_per_parameter, pseudo_share, current
+        model,
+        overrides or [],
+        batch,
+        tokens,
+        days,
+        bytes_per_parameter,
+        pseudo_share,
+        recompute_every,
+        current,
     )
     if sweep is not None:
         door("show sweep")(question, asked, sweep, plot, json_path)

@@ -19,6 +19,7 @@ from openm6.plan.question import Question
 from openm6.plan.sweep import draw_sweep, sweep_json, sweep_plans
 
 GIB = 2**30
+WIDTH = 100  # characters of a sweep's table
 
 
 def show_plan(question: Question, asked: Asked, json_path: Path | None) -> None:
@@ -40,17 +41,31 @@ def show_sweep(
     """Print plans side by side; write and draw them where files are given."""
     rows = sweep_plans(question, asked, kind)
     _write(sweep_json(rows, kind), json_path)
-    table = Table(kind, "fits", "bytes/parameter", "on each GPU", "in each host part", "step", "binds", "tokens a day",
-                  "days", "J/token", "MWh", box=None)  # fmt: skip
+    table = Table(box=None)
+    for name in (
+        kind,
+        "fits",
+        "B/par.",
+        "on a GPU",
+        "in host",
+        "step",
+        "binds",
+        "tokens/day",
+        "days",
+        "J/token",
+        "MWh",
+    ):
+        table.add_column(name, no_wrap=True)
     for value, plan in rows:
         real = plan.real
         table.add_row(
             f"{value:,}", "yes" if plan.fits else "no", str(real.tier.bytes), in_bytes(real.budget.device),
-            in_bytes(real.budget.host), in_time(real.time.seconds), real.time.binds,
-            in_short(round(plan.tokens / plan.days)), f"{plan.days:,.3g}",
-            f"{plan.energy.joules_per_token:.3g}", f"{plan.energy.mwh:.3g}",
+            in_bytes(real.budget.host) if real.budget.host else "-", in_time(real.time.seconds), real.time.binds,
+            in_short(round(plan.tokens / plan.days)), in_figures(plan.days),
+            f"{plan.energy.joules_per_token:.3g}", in_figures(plan.energy.mwh),
         )  # fmt: skip
-    Console().print(table)
+    # A number that is cut off is worth less than a line that the terminal breaks.
+    Console(width=max(WIDTH, Console().width)).print(table)
     if plot is not None:
         draw_sweep(rows, kind, plot)
 
@@ -86,14 +101,14 @@ def _rows(plan: Plan, smallest: dict[str, Any] | None) -> list[tuple[str, str]]:
     share = f", {plan.pseudo_share:.0%} of them in the pseudo stage" if plan.pseudo_share else ""
     rows += [
         ("speed", f"{in_short(round(plan.tokens / plan.days))} tokens a day"),
-        ("length", f"{plan.days:,.3g} days for {in_short(round(plan.tokens))} tokens{share}"),
+        ("length", f"{in_figures(plan.days)} days for {in_short(round(plan.tokens))} tokens{share}"),
         (
             "energy",
-            f"{energy.mwh:,.3g} MWh, at most {energy.mwh_rated:,.3g} by rating; "
+            f"{in_figures(energy.mwh)} MWh, at most {in_figures(energy.mwh_rated)} by rating; "
             f"{energy.joules_per_token:.3g} J a token "
             f"(GPT-3: {gpt3.JOULES_A_TOKEN:.1f} J, {gpt3.MWH:,.0f} MWh; this is {energy.mwh / gpt3.MWH:.2%})",
         ),
-        ("carbon", f"{energy.kg_co2e:,.3g} kg CO2e ({energy.grid})"),
+        ("carbon", f"{in_figures(energy.kg_co2e)} kg CO2e ({energy.grid})"),
     ]
     if plan.cost is not None:
         rows.append(("cost", f"{plan.cost:,.0f} US dollars"))
@@ -121,6 +136,11 @@ def in_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count / 1024:.3g} KiB"
+
+
+def in_figures(number: float) -> str:
+    """Three figures, and all that stand before the point: `0.0123`, `12.3`, `12,345`."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def in_time(seconds: float) -> str:

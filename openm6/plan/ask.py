@@ -52,6 +52,7 @@ def read_question(
     days: float | None = None,
     bytes_per_parameter: int | None = None,
     pseudo_share: float = 0.0,
+    recompute_every: int | None = None,
     energy: dict[str, Any] | None = None,
 ) -> Question:
     """The question by the words of the command line.
@@ -69,6 +70,7 @@ def read_question(
         days=days,
         bytes_per_parameter=bytes_per_parameter,
         pseudo_share=pseudo_share,
+        recompute_every=recompute_every,
         energy=build(EnergyConfig, energy or {}, "the options of energy"),
     )
 

@@ -76,10 +76,12 @@ def device_budget(
     tokens: int,
     memory: float,
     learned_logits: float,
+    recompute_every: int = 1,
 ) -> DeviceBudget:
     """Of one of several equal devices: its share of `parameters`, its share of the `largest` layer, T tokens a step.
 
-    memory: usable bytes of the device. learned_logits: bytes of the output layer's results.
+    memory: usable bytes of the device. learned_logits: bytes of the output layer's results. recompute_every: of so many
+    layers the first's input alone is kept, where blocks are computed again.
     """
     activations = Activations()
     if not tier.layerwise:
@@ -88,7 +90,7 @@ def device_budget(
         states = parameters * (tier.weights + tier.moments)
         return DeviceBudget(states, max(kept, parameters * tier.gradients), 0.0, CONTEXT, 0.0, tokens)
     states = parameters * tier.kept
-    inputs = float(HALF) * tokens * config.width * config.num_layers  # the input of each block
+    inputs = float(HALF) * tokens * config.width * kept_inputs(config.num_layers, recompute_every)
     micro, row = tokens, activations.largest_layer(config, HALF)
     while micro > FEWEST and micro * row > WORKING_SHARE * memory:
         micro //= 2
@@ -101,3 +103,8 @@ def device_budget(
     kept = max(0.0, min(states, room - buffers))
     working += gradient + buffers
     return DeviceBudget(kept, inputs + learned_logits, working, CONTEXT, states - kept, micro)
+
+
+def kept_inputs(layers: int, recompute_every: int) -> int:
+    """Inputs of blocks that exist at once: of each group the first's, and of the group at work all."""
+    return -(-layers // recompute_every) + recompute_every - 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from openm6.models.config import BackboneConfig
 from openm6.parallel.streaming_config import StreamingConfig
 from openm6.plan.activations import Activations
-from openm6.plan.budget import BY_OPTIMIZER, DeviceBudget, Tier
+from openm6.plan.budget import BY_OPTIMIZER, DeviceBudget, Tier, kept_inputs
 from openm6.plan.ceilings import TrainingRates, Way
 from openm6.plan.cost import (
     Causes,
@@ -23,14 +23,13 @@ from openm6.plan.cost import (
 )
 from openm6.plan.examples import Load, step_load
 from openm6.plan.question import Model
-from openm6.plan.step_time import StepTime
-from openm6.plan.work import Stored, largest_layer
+from openm6.plan.step_time import StepTime, forward_passes
+from openm6.plan.work import PASSES, Stored, largest_layer
 
 ELEMENT = 4  # bytes: a processor trains in fp32
 PIECE = 128  # queries that a processor multiplies with their keys at once
 LOGITS_A_TOKEN = 2  # copies of a learned token's logits that exist at once
 EDGE_BYTES = 16  # of each parameter outside the blocks: its weight, two moments and its gradient
-RECOMPUTED = 4 / 3  # of a layer's time where its forward pass is run again
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def measured_time(
     way, part = setting.way, load.times(1.0 / setting.processes)
     layers = sum(_seconds(way, name, causes) for name, causes in _layers(config, part))
     if setting.streaming is not None:
-        layers *= RECOMPUTED
+        layers *= (forward_passes(setting.streaming.recompute_every) + 2.0) / PASSES
     ends = sum(_seconds(way, name, causes) for name, causes in _ends(config.width, vocabulary, part))
     data = (load.seconds + rates.token * load.tokens) / rates.team.processes
     seconds = (layers + ends + data) * way.stretch + way.step
@@ -171,8 +170,7 @@ def _streamed_bytes(
     states = blocks * kept + buffers + (stored.total - blocks) * EDGE_BYTES
     copies = 1 if tier.bytes == 16 else 2  # of the set in use: its gradient, and its weights in fp32
     part = tokens / streaming.micro_batches
-    groups = -(-config.num_layers // streaming.recompute_every) + streaming.recompute_every - 1
-    inputs = tokens * config.width * ELEMENT * groups
+    inputs = tokens * config.width * ELEMENT * kept_inputs(config.num_layers, streaming.recompute_every)
     return states, copies * largest * ELEMENT + part * Activations().largest_layer(config, ELEMENT) + inputs
 
 

@@ -197,8 +197,11 @@ def plan_stage(
     in_experts = layer * stored.experts / stored.total
     held = in_experts / n + layer - in_experts
     logits = 8.0 * min(tokens, LOGITS_AT_ONCE) * model.vocabulary
-    budget = device_budget(config, stored.total / n, held, tier, tokens, cluster.memory, logits)
-    time = step_time(config, model.vocabulary, stored, tier, budget, tokens, model.length / 2, cluster)
+    budget = device_budget(
+        config, stored.total / n, held, tier, tokens, cluster.memory, logits, question.group
+    )
+    keys = model.length / 2
+    time = step_time(config, model.vocabulary, stored, tier, budget, tokens, keys, cluster, question.group)
     on_host = budget.host <= cluster.host_memory if may_stream else budget.host == 0
     fits = budget.device <= cluster.memory and on_host
     return StagePlan(name, stored.total, tier, budget, time, tokens * n, fits)

@@ -52,7 +52,8 @@ class Question:
     """`tokens`: budget in tokens; `days`: time that there is; neither: 20 tokens for each active parameter.
 
     batch: tokens a step of one device; bytes_per_parameter: the tier, None for the most precise that fits;
-    pseudo_share: part of the tokens in the stage whose layers share their weights.
+    pseudo_share: part of the tokens in the stage whose layers share their weights; recompute_every: of so many blocks
+    the first's input is kept, where they are computed again; None as the recipe says, or 1.
     """
 
     model: Model
@@ -61,12 +62,19 @@ class Question:
     days: float | None = None
     bytes_per_parameter: int | None = None
     pseudo_share: float = 0.0
+    recompute_every: int | None = None
     energy: EnergyConfig = field(default_factory=EnergyConfig)
+
+    @property
+    def group(self) -> int:
+        """Blocks of which the first's input is kept."""
+        streaming = self.model.streaming
+        return self.recompute_every or (1 if streaming is None else streaming.recompute_every)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.pseudo_share <= 1.0:
             raise ConfigError(f"pseudo share {self.pseudo_share:g} must lie between 0 and 1")
-        for name in ("batch", "tokens", "days"):
+        for name in ("batch", "tokens", "days", "recompute_every"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}={value:g} must be above 0")

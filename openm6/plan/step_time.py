@@ -53,9 +53,10 @@ def step_time(
     tokens: int,
     keys: float,
     cluster: Cluster,
+    recompute_every: int = 1,
 ) -> StepTime:
     """One step of T tokens a device, of which each sees `keys` keys."""
-    passes = 4 if tier.layerwise else 3
+    passes = forward_passes(recompute_every) + 2.0 if tier.layerwise else 3.0
     weights = weights_a_token(config, vocabulary)
     dense = passes * (2.0 * (weights.all - weights.experts) + attention_operations(config, keys)) * tokens
     experts = passes * 2.0 * weights.experts * tokens
@@ -64,12 +65,21 @@ def step_time(
     share = stored.experts / cluster.devices + stored.others
     moved = share * tier.weights * (READS + (1 if tier.layerwise else 0))
     moved += 2.0 * stored.total / cluster.devices * tier.kept
-    into_device = budget.host * 2  # for the forward and for the backward pass; written back beside the second
+    # For the forward and for the backward pass, and once more where a group's inputs are computed again; written back
+    # beside the last.
+    into_device = budget.host * (2 if recompute_every == 1 else 3)
     network = all_to_all(config, tokens, passes, cluster) + reduction(stored, cluster)
     return StepTime(compute, moved / cluster.memory_rate, into_device / cluster.host_link, network)
 
 
-def all_to_all(config: BackboneConfig, tokens: int, passes: int, cluster: Cluster) -> float:
+def forward_passes(recompute_every: int) -> float:
+    """How often a block runs forward where only the input of each so many is kept: once, again for its own backward
+    pass, and for the input of the next of its group.
+    """
+    return 2.0 + (recompute_every - 1) / recompute_every
+
+
+def all_to_all(config: BackboneConfig, tokens: int, passes: float, cluster: Cluster) -> float:
     """Seconds of carrying rows to their experts and answers back, in bf16; a gradient takes the same way back.
 
     A row goes to any device with the same chance: (g-1)/n stay in the node, (n-g)/n leave it.

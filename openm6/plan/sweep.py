@@ -14,6 +14,7 @@ from openm6.plan.plan import BATCH, Plan, make_plan
 from openm6.plan.question import Question
 
 KINDS = ("gpus", "bytes", "batch")
+AXES = {"gpus": "GPUs", "bytes": "bytes a parameter", "batch": "tokens a step on each GPU"}
 Row = tuple[int, Plan]
 
 
@@ -57,6 +58,7 @@ def draw_sweep(rows: list[Row], kind: str, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional package
+        from matplotlib.ticker import FuncFormatter, LogLocator  # noqa: PLC0415
     except ImportError:
         raise ConfigError("--plot needs matplotlib: pip install 'openm6[report]'") from None
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -74,7 +76,21 @@ def draw_sweep(rows: list[Row], kind: str, path: Path) -> None:
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda height, _: _in_short(height)))
+        axes.yaxis.set_minor_formatter("")
         axes.set_xticks(values, [f"{value:,}" for value in values])
-        axes.set_xlabel(kind)
+        axes.minorticks_off()
+        axes.set_xlabel(AXES[kind])
         axes.set_title(title)
+    if not all(plan.fits for _, plan in rows):
+        figure.suptitle("hollow: does not fit", fontsize="small", color="0.4")
     figure.savefig(path)
+
+
+def _in_short(number: float) -> str:
+    """Such as `1.5B` or `0.02`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"

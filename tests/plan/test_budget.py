@@ -7,7 +7,7 @@ import pytest
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig
 from openm6.plan.activations import Activations
-from openm6.plan.budget import BY_OPTIMIZER, CONTEXT, TIERS, device_budget
+from openm6.plan.budget import BY_OPTIMIZER, CONTEXT, TIERS, device_budget, kept_inputs
 
 CONFIG = BackboneConfig(
     width=64,
@@ -56,3 +56,14 @@ def test_a_micro_batch_shrinks_until_a_layer_fits() -> None:
 def test_elements_of_a_dense_layer_by_hand() -> None:
     kept = Activations(width=1, query=2, key_value=3, dense_width=4)
     assert kept.bytes_a_token(CONFIG, 4) == 4 * 3 * (64 + 2 * 64 + 3 * 64 + 4 * 64 + 2 * 256)
+
+
+def test_of_a_group_the_first_input_is_kept_and_of_the_group_at_work_all() -> None:
+    assert [kept_inputs(12, every) for every in (1, 3, 5, 12)] == [12, 4 + 2, 3 + 4, 1 + 11]
+    sizes = (1e9, 1e8, TIERS[2], 1024, 80 * GIB)
+    each, third = (device_budget(CONFIG, *sizes, 0.0, every) for every in (1, 3))
+    assert each.activations - third.activations == 0  # three layers: all of them are at work
+    assert (
+        device_budget(CONFIG.model_copy(update={"num_layers": 12}), *sizes, 0.0, 3).activations
+        == 2 * 1024 * 64 * 6
+    )

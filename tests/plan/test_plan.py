@@ -67,6 +67,19 @@ def test_a_slow_link_binds_a_streamed_model() -> None:
     assert plan.real.budget.streamed and plan.real.time.binds == "link"
 
 
+def test_fewer_kept_inputs_save_memory_and_cost_a_pass() -> None:
+    options = ClusterOptions(devices=1, host_memory=256.0)
+    kept, again = (
+        the_plan(
+            "m6-100b", "h100-80gb", options, bytes_per_parameter=2, batch=65_536, recompute_every=every
+        ).real
+        for every in (1, 4)
+    )
+    assert again.budget.activations < 0.5 * kept.budget.activations and again.budget.host < kept.budget.host
+    assert again.time.compute / kept.time.compute == pytest.approx(4.75 / 4)
+    assert again.time.link / again.budget.host == pytest.approx(1.5 * kept.time.link / kept.budget.host)
+
+
 def test_one_gpu_needs_no_network() -> None:
     plan = the_plan("base", "h100-80gb", ClusterOptions())
     assert plan.real.time.network == 0 and plan.fits and plan.real.tier.bytes == 16
