@@ -103,8 +103,8 @@ def model_of(words: list[str]) -> Model:
 
 
 def planned(words: list[str], ceilings: Ceilings) -> StagePlan:
-    """The plan of a probe's run on the machine of the ceilings."""
-    return make_plan(Question(model_of(words)), machine_cluster(ceilings)).real
+    """The plan of a probe's run on the processor of the ceilings' machine."""
+    return make_plan(Question(model_of(words)), machine_cluster(ceilings, processor=True)).real
 
 
 def way_name(words: list[str]) -> str:

@@ -56,6 +56,7 @@ def measure_machine(deadline: Deadline, last: Deadline) -> Ceilings:
         threads=torch.get_num_threads(),
         gpu=torch.cuda.get_device_name(device) if gpu else None,
         memory_bytes=_memory(device),
+        host_bytes=_memory(torch.device("cpu")),
         products={
             name: Curve(points=tuple(found)) for name, found in product_rates(device, deadline).items()
         },

@@ -19,7 +19,7 @@ from openm6.evaluate.energy import EnergyAccount, read_account
 from openm6.evaluate.lines import Lines, read_lines
 
 WIDTH, HEIGHT = 60, 10  # of the plot, in characters
-BAR = 30
+BAR = 16
 
 
 def show_energy(path: Path, country: str | None, pue: float | None, json_path: Path | None) -> None:
@@ -63,11 +63,11 @@ def _summary(account: EnergyAccount) -> str:
 
 def _table(account: EnergyAccount, title: str, accounts: dict[str, Account]) -> Table:
     table = Table(box=None)
-    table.add_column(title)
+    table.add_column(title, no_wrap=True)
     for name in ("joules", "g CO2e", "tokens", "J / 1,000 tokens", "J / point of loss"):
         if title == "stage" or name != "J / point of loss":
             table.add_column(name, justify="right")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     most = max(one.joules for one in accounts.values()) or 1.0
     for name, one in sorted(accounts.items(), key=lambda item: -item[1].joules):
         cells = [

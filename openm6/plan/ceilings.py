@@ -72,6 +72,8 @@ class TrainingRates(Config):
 class Ceilings(Config):
     """Rates of one machine. Rates by dtype are operations a second by side of a square product, in bytes a second else.
 
+    gpu: its name, None without one; memory_bytes: of the GPU, or else of the machine, as host_bytes.
+
     watts: `idle` and `busy` as the meter reads them; watts_source: by which counter.
     """
 
@@ -81,6 +83,7 @@ class Ceilings(Config):
     threads: int
     gpu: str | None = None
     memory_bytes: float
+    host_bytes: float | None = None
     products: dict[str, Curve]
     grouped: dict[str, Curve]
     memory: dict[str, float]

@@ -30,11 +30,14 @@ def check_run(path: Path) -> list[dict[str, Any]]:
     model = read_model(str(path))
     measured = read_measured(RunFolder(path))
     plan = make_plan(Question(model), machine_cluster(ceilings))
-    seconds = plan.real.time.seconds
+    real, cluster = plan.real, plan.cluster
+    seconds = real.time.seconds
+    # On a GPU a run tells what torch's allocator holds, without driver and libraries.
+    bytes_ = real.budget.device - (real.budget.context if cluster.measured is None else 0.0)
     planned = {
-        "memory": (plan.real.budget.device / 2**20, "MiB"),
+        "memory": (bytes_ / 2**20, "MiB"),
         "step time": (seconds * 1000, "ms"),
-        "energy": (seconds * (plan.real.watts or plan.cluster.watts), "J a step"),
+        "energy": (seconds * (real.watts or cluster.draw(*real.time.shares)), "J a step"),
     }
     rows = []
     for name, (value, unit) in planned.items():

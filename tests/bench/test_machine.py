@@ -15,6 +15,7 @@ from openm6.plan.ceilings import Ceilings, Curve, TrainingRates, Way, read_ceili
 from openm6.plan.check import check_run, read_measured
 from openm6.plan.cost import Cost
 from openm6.plan.examples import ExampleFacts
+from openm6.plan.machine import machine_cluster
 from openm6.plan.measured import load_of
 
 FLAT = Curve(points=((1e4, 5e10), (1e6, 1e11)))
@@ -103,6 +104,20 @@ def test_streaming_computes_forward_twice_and_saves_states() -> None:
     assert moved.time.compute > 1.2 * resident.time.compute
     small = planned([TEXT_ONLY, *streamed(2)], plain)
     assert small.budget.states < 0.5 * moved.budget.states and small.tier.bytes == 2
+
+
+def test_a_machine_with_a_gpu_is_planned_by_it_and_its_probes_by_its_processor() -> None:
+    half = {"bfloat16": FLAT, "float32": FLAT}
+    links = {"host_to_device": 5e10, "both_ways": 4e10}
+    found = ceilings().model_copy(
+        update={"gpu": "a GPU", "products": half, "grouped": half, "links": links, "host_bytes": 64e9}
+    )
+    cluster = machine_cluster(found)
+    assert cluster.name == "a GPU" and cluster.measured is None and cluster.host_link == 4e10
+    assert (cluster.memory, cluster.host_memory) == (16e9, 64e9)
+    assert cluster.dense_rate == pytest.approx(0.6e11) and cluster.expert_rate == pytest.approx(0.45e11)
+    assert machine_cluster(found, processor=True).memory == 64e9
+    assert planned([], found).time == planned([], ceilings()).time
 
 
 def test_ceilings_are_kept_and_a_plan_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
