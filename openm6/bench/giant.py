@@ -210,6 +210,11 @@ def _figures(
         "parameters": total,
         "active_parameters": active,
         "bytes_per_parameter": budget.bytes_per_parameter,
+        "budget_gib": {
+            f"{line.place}: {line.what}": line.num_bytes / GIB
+            for line in budget.lines(tuple(updater.store.resident))
+            if line.num_bytes
+        },
         "resident_sets": len(updater.store.resident),
         "sets": updater.num_shards,
         "seconds_per_step": seconds,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openm6.nn.block import Block
 from openm6.optim.rules import Shape, Slot, Stored, UpdateRule
 
 ALIGNMENT = 256  # of each tensor, for the matrix units
@@ -60,3 +61,12 @@ class RecordLayout:
 
 def _rounded(size: int, step: int) -> int:
     return -(-size // step) * step
+
+
+def set_shapes(block: Block) -> dict[str, tuple[int, ...]]:
+    """The matrices of a weight set that are streamed; a router that it holds stays with the edges."""
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in block.named_parameters()
+        if not name.startswith("router.")
+    }

@@ -105,7 +105,7 @@ class _Run:
         settings: dict[str, Any] | None,
     ) -> None:
         self.job, self.config, self.run = job, config, run
-        self.updater = open_updater(job, config)
+        self.updater = open_updater(job, config, run.checkpoints)
         stages = [StagesHook(config.stages)] if config.stages is not None else []
         streaming = [SwapHook()] if config.streamed else []
         held_out = [HeldOutHook(config.held_out)] if config.held_out is not None else []

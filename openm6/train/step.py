@@ -64,7 +64,7 @@ class Updater:
         self.rate_scale = 1.0  # a hook's factor on the learning rate
         self._build()
         self.device = self.parameters[0].device
-        self._half = _computes_in_half(config.precision, self.device)
+        self._half = computes_in_half(config.precision, self.device)
 
     def _build(self) -> None:
         groups = self.job.ranks.groups(self.job.parameter_groups())
@@ -196,7 +196,7 @@ def _take_layers(measured: dict[str, float], prefix: str) -> list[float]:
     return [measured.pop(name) for name in list(measured) if name.startswith(prefix)]
 
 
-def _computes_in_half(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> bool:
+def computes_in_half(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> bool:
     # On a processor bf16 is mostly emulated, and slower than fp32: `auto` leaves it alone.
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return precision == "bf16" or (precision == "auto" and fast)

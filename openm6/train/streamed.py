@@ -24,21 +24,24 @@ from openm6.optim.registry import set_rate
 from openm6.optim.rules import WEIGHT, Memory, Stored, update_rule
 from openm6.optim.schedule import rate_factor
 from openm6.parallel.lanes import Lanes, open_lanes
-from openm6.parallel.record import RecordLayout
+from openm6.parallel.record import RecordLayout, set_shapes
 from openm6.parallel.store import WeightStore
 from openm6.parallel.streaming import Step, StreamedBlocks
 from openm6.parallel.streaming_config import StreamingConfig
-from openm6.train.budget import Budget, check_budget, choose_resident
+from openm6.train.budget import FULL, HALF, Budget, resident_sets
 from openm6.train.config import LoopConfig
 from openm6.train.failures import device_failures
 from openm6.train.job import Batch, Job
+from openm6.train.room import available, check_budget
 from openm6.train.stages import matrix_noise
-from openm6.train.step import StepReport, Updater, make_report, seed_everything
+from openm6.train.step import StepReport, Updater, computes_in_half, make_report, seed_everything
 
 
-def open_updater(job: Job, config: LoopConfig) -> Updater:
-    """The updater that `config` asks for."""
-    return StreamedUpdater(job, config) if config.streamed else Updater(job, config)
+def open_updater(job: Job, config: LoopConfig, checkpoints: Path | None = None) -> Updater:
+    """The updater that `config` asks for, of a run that is saved in `checkpoints`."""
+    if config.streamed:
+        return StreamedUpdater(job, config, checkpoints=checkpoints)
+    return Updater(job, config)
 
 
 class StreamedUpdater(Updater):
@@ -49,11 +52,13 @@ class StreamedUpdater(Updater):
     clipped by their rule, as nobody knows the norm of all gradients while they are used up.
     """
 
-    def __init__(self, job: Job, config: LoopConfig, lanes: Lanes | None = None) -> None:
-        """`lanes` stand in for those of the device, in tests.
+    def __init__(
+        self, job: Job, config: LoopConfig, lanes: Lanes | None = None, checkpoints: Path | None = None
+    ) -> None:
+        """`lanes` stand in for those of the device, in tests; `checkpoints` is where the run is saved, if it is.
 
         Raises:
-            ConfigError: the job has no blocks to stream, several processes train, or memory does not suffice.
+            ConfigError: the job has no blocks to stream, several processes train, or memory or disk do not suffice.
         """
         if job.backbone is None:
             raise ConfigError(
@@ -66,9 +71,11 @@ class StreamedUpdater(Updater):
         self.backbone: Backbone = job.backbone
         self.streaming = config.streaming or StreamingConfig()
         self.rule = update_rule(config.optimizer)
+        self._checkpoints = checkpoints
         placed = next(parameter for parameter in job.model.parameters() if not parameter.is_meta)
-        self._lanes = lanes or open_lanes(placed.device)
-        self._open_store(placed.device)
+        self.device = placed.device
+        self._lanes = lanes or open_lanes(self.device)
+        self._open_store(self.device)
         self._fill()
         super().__init__(job, config)
 
@@ -148,12 +155,11 @@ class StreamedUpdater(Updater):
         """Room for every weight set, and the runner that uses them."""
         layouts = [RecordLayout(set_shapes(cast(Block, block)), self.rule) for block in self.backbone.sets]
         budget = self.budget(layouts)
+        room = available(device, self.streaming, self._checkpoints)
         if self.config.stages is not None and self.backbone.config.stage == "pseudo":
-            later = [layouts[number] for number in self.backbone.config.weight_sets]
-            real = self.backbone.config.model_copy(update={"sharing": None})
-            check_budget(replace(budget, config=real, layouts=later), device, self.streaming)
-        check_budget(budget, device, self.streaming)
-        resident = choose_resident(budget, device, self.streaming)
+            check_budget(self._later(budget), room, self.rule)
+        check_budget(budget, room, self.rule)
+        resident = resident_sets(budget, room)
         self.store = WeightStore(
             layouts, resident, device, self._lanes, self.streaming.buffers, self.streaming.pin
         )
@@ -170,7 +176,23 @@ class StreamedUpdater(Updater):
         """What the run will take, by place."""
         edges = sum(parameter.numel() for parameter in self.job.model.parameters())
         edges -= sum(layout.num_parameters for layout in layouts)
-        return Budget(self.backbone.config, layouts, edges, self.job.tokens_per_step, self.streaming)
+        half = computes_in_half(self.config.precision, self.device)
+        return Budget(
+            self.backbone.config,
+            layouts,
+            edges,
+            self.job.tokens_per_step,
+            self.streaming,
+            value_bytes=HALF if half else FULL,
+            checkpoints=0 if self._checkpoints is None else self.config.keep + 1,
+        )
+
+    def _later(self, budget: Budget) -> Budget:
+        """Of the real stage, while layers get their copies of the shared sets."""
+        layouts = [budget.layouts[number] for number in self.backbone.config.weight_sets]
+        real = self.backbone.config.model_copy(update={"sharing": None})
+        beside = sum(layout.num_bytes for layout in budget.layouts)
+        return replace(budget, config=real, layouts=layouts, beside=beside)
 
     def _fill(self) -> None:
         """The model's weights into the store, or first values drawn set by set; the model keeps their shapes."""
@@ -220,15 +242,6 @@ class StreamedUpdater(Updater):
             get_log().warning(
                 f"step {step}: {skipped} weight sets had no finite gradient and stayed; {moved} had moved"
             )
-
-
-def set_shapes(block: Block) -> dict[str, tuple[int, ...]]:
-    """The matrices of a weight set that are streamed; a router that it holds stays with the edges."""
-    return {
-        name: tuple(parameter.shape)
-        for name, parameter in block.named_parameters()
-        if not name.startswith("router.")
-    }
 
 
 @torch.no_grad()

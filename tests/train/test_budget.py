@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from openm6.base.errors import ConfigError
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import update_rule
 from openm6.parallel.record import RecordLayout
 from openm6.parallel.streaming_config import StreamingConfig, spread
-from openm6.train import budget as module
-from openm6.train.budget import (
-    GIB,
-    Budget,
+from openm6.train import room as module
+from openm6.train.budget import GIB, Budget, most_resident, needed_bytes, resident_sets
+from openm6.train.loop import train
+from openm6.train.room import (
+    available,
     check_budget,
-    choose_resident,
+    fits,
+    free_disk_bytes,
     free_host_bytes,
     largest_fit,
-    most_resident,
+    largest_preset,
+    refusal,
 )
 from openm6.train.stages import StagesConfig, SwitchConfig
 from openm6.train.streamed import StreamedUpdater
 from tests.train.words_job import WordsJob, words_backbone, words_config
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
+RULE = update_rule(OptimizerConfig(bytes_per_parameter=2))
 
 
 def budget_of(size: int = 2, layers: int = 10, **streaming: Any) -> Budget:
@@ -43,6 +52,7 @@ def test_it_counts_what_a_run_allocates() -> None:
     updater = StreamedUpdater(WordsJob(words_backbone()), config)
     budget = updater.budget(updater.store.layouts)
     assert budget.parameters == sum(p.numel() for p in updater.job.model.parameters())
+    assert budget.value_bytes == 4 and budget.checkpoints == 0
     lines = {line.what: line.num_bytes for line in budget.lines(tuple(updater.store.resident))}
     held = [updater.store.homes[number].numel() for number in updater.store.resident]
     away = [
@@ -50,8 +60,10 @@ def test_it_counts_what_a_run_allocates() -> None:
         for number, home in enumerate(updater.store.homes)
         if number not in updater.store.resident
     ]
-    assert lines["resident weight sets and their moments"] == sum(held)
-    assert lines["streamed weight sets and their moments"] == sum(away)
+    assert lines["resident weights"] + lines["state of resident weights"] == sum(held)
+    assert lines["streamed weights"] + lines["state of streamed weights"] == sum(away)
+    weights = 2 * sum(layout.num_parameters for layout in updater.store.layouts)
+    assert lines["resident weights"] + lines["streamed weights"] == pytest.approx(weights, rel=0.02)
     assert lines["buffers for streamed sets"] == 2 * max(away)
 
 
@@ -67,7 +79,9 @@ def test_auto_fills_the_device_to_the_last_whole_set() -> None:
     one = budget.layouts[0].num_bytes
     assert most_resident(budget, empty + 3.5 * one) == 3
     assert most_resident(budget, 0) == 0 and most_resident(budget, 100 * GIB) == 10
-    assert choose_resident(budget, CPU, budget.streaming) == tuple(range(10))
+    assert resident_sets(budget, {"host": 0.0}) == tuple(range(10))
+    device = {"device": empty + 3.5 * one + 4 * GIB, "host": 0.0}
+    assert resident_sets(budget, device) == spread(3, 10)
     assert spread(3, 9) == (1, 4, 7) and spread(0, 9) == () and spread(12, 3) == (0, 1, 2)
 
 
@@ -78,30 +92,64 @@ def test_offloaded_inputs_move_to_the_host() -> None:
     assert budget_of(recompute_every=5).total("device", ()) < here.total("device", ())
 
 
-def test_too_large_a_model_is_refused_with_the_number_of_layers_that_fit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    budget = budget_of(16, resident=0)
-    room = {"host": 0.1 * GIB}
-    monkeypatch.setattr(module, "available", lambda device, streaming: room)
+def test_too_large_a_model_is_refused_with_the_number_of_layers_that_fit() -> None:
+    budget, room = budget_of(16, resident=0), {"host": 0.1 * GIB}
     with pytest.raises(ConfigError) as caught:
-        check_budget(budget, CPU, budget.streaming)
+        check_budget(budget, room, RULE)
     sentence = str(caught.value)
-    layers = largest_fit(budget, room, CPU)
+    layers = largest_fit(budget, room)
     assert 0 < layers < 10 and f"model.overrides.num_layers={layers} would fit" in sentence
-    assert "loop.optimizer.bytes_per_parameter=4 frees most" in sentence and "\n" not in sentence
+    assert fits(budget.with_layers(layers), room) and not fits(budget.with_layers(layers + 1), room)
+    mildest = "and loop.optimizer.bytes_per_parameter=4 would do"
+    assert f"bytes_per_parameter=1 frees most, 132 MiB, {mildest}" in sentence and "\n" not in sentence
+    assert " would do" not in refusal(budget, "host", {"host": 0.01 * GIB}, RULE)
 
 
-def test_a_gpu_that_is_too_small_says_what_helps_there() -> None:
-    budget = budget_of(2, resident=0)
+def test_what_frees_most_is_tried_out() -> None:
+    """Few weights and many tokens: fewer bytes a parameter hardly help, fewer inputs kept do."""
+    budget = replace(budget_of(2, resident=0), tokens=10**6)
     room = {"device": 1e6, "host": 10.0 * GIB}
-    sentence = module.refusal(budget, "device", room, (), GPU)
-    assert "not even one layer would fit" in sentence and "frees most" in sentence
+    assert "loop.streaming.micro_batches=8 frees most" in refusal(budget, "device", room, RULE)
+    parts = budget.with_streaming("micro_batches", 64)
+    assert "loop.streaming.boundaries=host frees most" in refusal(parts, "device", room, RULE)
+    room = {"device": 10.0 * GIB, "host": 0.3 * GIB}
+    offloaded = parts.with_streaming("boundaries", "host")
+    sentence = refusal(offloaded, "host", room, RULE)
+    assert "boundaries=device frees most" in sentence and "boundaries=device would do" in sentence
+    assert needed_bytes(parts, "host", room) < needed_bytes(offloaded, "host", room)
+
+
+def test_where_no_layer_fits_a_preset_is_named() -> None:
+    wide = replace(budget_of(2, layers=2, resident=0), edges=10**9)
+    sentence = refusal(wide, "host", {"host": 1.0 * GIB}, RULE)
+    assert "model.preset=tiny would fit" in sentence
+    assert largest_preset(wide, {"host": 1.0 * GIB}, RULE) == "tiny"
+    assert "not even the smallest preset" in refusal(wide, "host", {"host": 1e6}, RULE)
+
+
+def test_the_disk_must_hold_the_kept_checkpoints_and_the_one_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = OptimizerConfig(learning_rate=0.01, bytes_per_parameter=1)
+    config = words_config(4, keep=3, streaming=StreamingConfig(), optimizer=optimizer)
+    run = RunFolder.open(tmp_path)
+    train(WordsJob(words_backbone()), config, run)
+    size = sum(path.stat().st_size for path in latest(run.path).iterdir())
+    disk = shutil._ntuple_diskusage(10**9, 0, 2 * size)  # type: ignore[attr-defined]
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: disk)
+    assert (
+        free_disk_bytes(run.checkpoints)
+        == 3 * size
+        == available(CPU, StreamingConfig(), run.checkpoints)["disk"]
+    )
+    with pytest.raises(ConfigError, match=r"KiB of disk, and .* are free.*loop\.keep=1 frees most"):
+        train(WordsJob(words_backbone()), config, run, resume=True)
+    train(WordsJob(words_backbone()), config.model_copy(update={"keep": 1}), run, resume=True)
 
 
 def test_a_run_that_may_not_have_the_memory_is_refused_before_it_starts() -> None:
     config = words_config(streaming=StreamingConfig(host_gib=1e-5))
-    with pytest.raises(ConfigError, match="of host memory, and 0.00 are free"):
+    with pytest.raises(ConfigError, match="of host memory, and 10.5 KiB are free"):
         StreamedUpdater(WordsJob(words_backbone()), config)
 
 
@@ -112,7 +160,7 @@ def test_the_real_stage_is_counted_before_the_pseudo_one_begins() -> None:
         .store.layouts[0]
         .num_bytes
     )
-    room = StreamingConfig(host_gib=3.5 * needed / GIB)  # one set, or two, but never four
+    room = StreamingConfig(host_gib=5 * needed / GIB)  # one set, or two, but never four beside the shared one
     StreamedUpdater(WordsJob(shared), words_config(streaming=room))
     stages = StagesConfig(switch=SwitchConfig(step=5))
     with pytest.raises(ConfigError, match="num_layers"):
