@@ -132,7 +132,8 @@ def _fitted(way: Way, plain: Ceilings, anchors: Sequence[Anchor], known: Way | N
     loads = [_load(one.words, plain) for one in anchors]
     time, memory = [], []
     for stage, load, one in zip(stages, loads, anchors, strict=True):
-        time.append(Point("step", {"stretch": stage.time.seconds, "step": 1.0}, one.probe.seconds))
+        parts = {"stretch": stage.time.seconds, "step": 1.0, "code": load.codes}
+        time.append(Point("step", parts, one.probe.seconds))
         causes, bytes_ = {"process": 1.0, "gap": stage.budget.device}, one.probe.memory
         if known is None:
             causes |= {"word_bytes": load.words, "code_bytes": load.codes}

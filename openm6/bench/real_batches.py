@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -79,11 +80,12 @@ def _facts(job: MultimodalJob, component: int) -> ExampleFacts:
     preparer = job.packer.preparer
     part = preparer.mixture.components[component]
     draws = [Draw(component, 0, index % len(part.source), index) for index in range(EACH)]
-    for draw in draws:  # codes of pictures and sounds are made once and remembered
-        preparer.sequence(draw)
-    began = time.thread_time()
-    examples = [preparer.sequence(draw) for draw in draws]
-    seconds = (time.thread_time() - began) / EACH
+    examples, times = [], []
+    for draw in draws:
+        preparer.sequence(draw)  # codes of pictures and sounds are made once and remembered
+        began = time.thread_time()
+        examples.append(preparer.sequence(draw))
+        times.append(time.thread_time() - began)
     pairs, pieces = pairs_and_pieces(examples)
     read, learned = count_kinds(examples)
     return ExampleFacts(
@@ -94,7 +96,7 @@ def _facts(job: MultimodalJob, component: int) -> ExampleFacts:
         learned={kind: count / EACH for kind, count in learned.items()},
         pairs=pairs / EACH,
         pieces=pieces / EACH,
-        seconds=seconds,
+        seconds=statistics.median(times),
     )
 
 

@@ -38,15 +38,16 @@ class Way(Config):
     """How fast whole parts of a model train in one way of sharing the cores, forward and backward.
 
     processes: that share a step; parts: seconds of a part in one of them, all at work at once.
-    A few short runs anchor the sums: a step takes `stretch` times the parts' time and `step` seconds more, and draws
-    `watts`; a run takes `process` bytes, `gap` times the bytes that its parts account for, and `word_bytes` and
-    `code_bytes` for each learned token of text and of all else.
+    A few short runs anchor the sums: a step takes `stretch` times the parts' time, `step` seconds and `code` for each
+    learned token that is no text, and draws `watts`; a run takes `process` bytes, `gap` times the bytes that its parts
+    account for, and `word_bytes` and `code_bytes` for each learned token of text and of all else.
     """
 
     processes: int
     parts: dict[str, Cost]
     step: float = 0.0
     stretch: float = 1.0
+    code: float = 0.0
     watts: float | None = None
     process: float = 0.0
     gap: float = 1.0

@@ -75,7 +75,7 @@ def measured_time(
         layers *= (forward_passes(setting.streaming.recompute_every) + 2.0) / PASSES
     ends = sum(_seconds(way, name, causes) for name, causes in _ends(config.width, vocabulary, part))
     data = (load.seconds + rates.token * load.tokens) / rates.team.processes
-    seconds = (layers + ends + data) * way.stretch + way.step
+    seconds = (layers + ends + data) * way.stretch + way.step + way.code * load.codes
     update = sum(_seconds(way, name, causes) for name, causes in _updates(config, stored, tier, setting))
     return StepTime(seconds, update * way.stretch, 0.0, 0.0)
 

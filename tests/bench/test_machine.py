@@ -71,7 +71,7 @@ def test_anchored_plans_say_what_the_probes_took() -> None:
         stage, model = planned(words, plain), model_of(words)
         load = load_of(model, plain.training, (model.rows or 0) * model.length)
         fixed = 5e8 if way_name(words) == "team" else 4e8
-        seconds = 0.05 + 1.5 * stage.time.seconds
+        seconds = 0.05 + 1.5 * stage.time.seconds + 2e-5 * load.codes
         memory = fixed + 1.2 * stage.budget.device + 3e3 * load.words + 3e4 * load.codes
         anchors.append(Anchor(words, Probe(seconds, 12 * seconds, memory)))
     anchored = anchor(plain, anchors)
