@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, PositiveInt
 
 from openm6.base.config import Config
 from openm6.generate.masked import MaskedSampling
@@ -16,4 +18,6 @@ class JudgeConfig(Config):
     drawn: int = Field(default=20, ge=1)  # of them answered in pictures or sound
     decoding: MaskedSampling = MaskedSampling()
     samples: int = Field(default=6, ge=0)  # kept for the report
+    # Processes that judge side by side on a CPU; auto: one a core. They change no result.
+    workers: PositiveInt | Literal["auto"] = "auto"
     seed: int = 0

@@ -20,6 +20,7 @@ from openm6.evaluate.metrics import METRICS, Scored, all_metrics
 from openm6.evaluate.recognise import build_recogniser
 from openm6.evaluate.results import Judgement, Sample, TaskResult
 from openm6.evaluate.retrieval import judge_retrieval
+from openm6.evaluate.side_by_side import number_of_judges, side_by_side
 from openm6.generate.load import Loaded
 from openm6.modalities.registry import Modalities
 from openm6.models.description import Lesson
@@ -39,15 +40,27 @@ def judge(
 ) -> Judgement:
     """Judges each lesson that has test records; `tell` hears of each result as it comes."""
     began = time.perf_counter()
-    results = []
-    for lesson in lessons:
-        result = _judged(loaded, lesson, train[lesson.source], test[lesson.source], config)
+
+    def judged(number: int) -> TaskResult | None:
+        lesson = lessons[number]
+        return _judged(loaded, lesson, train[lesson.source], test[lesson.source], config)
+
+    workers = number_of_judges(len(lessons), config, loaded.omni.device)
+    results: dict[int, TaskResult] = {}
+    for number, result in side_by_side(judged, _longest_first(lessons), workers):
         if result is None:
-            get_log().info(f"{lesson.task}/{lesson.source}: no test records, not judged")
+            get_log().info(f"{lessons[number].task}/{lessons[number].source}: no test records, not judged")
             continue
-        results.append(result)
+        results[number] = result
         tell(result)
-    return Judgement(results, time.perf_counter() - began, str(loaded.checkpoint))
+    found = [results[number] for number in sorted(results)]
+    return Judgement(found, time.perf_counter() - began, str(loaded.checkpoint))
+
+
+def _longest_first(lessons: list[Lesson]) -> list[int]:
+    """Numbers of the lessons, those that draw and speak before the others, so that no process ends long after."""
+    quick = [task_named(lesson.task).gives in ("text", "numbers") for lesson in lessons]
+    return sorted(range(len(lessons)), key=quick.__getitem__)
 
 
 def _judged(

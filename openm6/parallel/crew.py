@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from openm6.base.errors import OpenM6Error, TrainingError
 
 Work = Callable[[Connection], None]
+RESUME = "go on with --resume, or with loop.workers=1"
 
 
 def can_fork() -> bool:
@@ -32,10 +34,12 @@ def usable_cores() -> int:
 class Crew:
     """One forked process for each function of `works`; they end when it is closed, or when this process dies.
 
-    The last `service` of them only serve: nothing is sent to them or gathered from them.
+    The last `service` of them only serve: nothing is sent to them or gathered from them. `mend` is what a person may
+    do when one of them is lost.
     """
 
-    def __init__(self, works: Sequence[Work], service: int = 0) -> None:
+    def __init__(self, works: Sequence[Work], service: int = 0, mend: str = RESUME) -> None:
+        self.mend = mend
         if threading.current_thread() is not threading.main_thread():
             raise ValueError("processes are forked from the main thread only: others may hold locks")
         context = multiprocessing.get_context("fork")
@@ -69,6 +73,29 @@ class Crew:
         """
         return [self._receive(pipe) for pipe in self.members]
 
+    def deal(self, messages: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """Each message to whichever member is free next; gives its number and the reply to it, as they come.
+
+        Raises:
+            OpenM6Error, TrainingError: as `gather` does.
+        """
+        left = iter(enumerate(messages))
+        busy: dict[Connection, int] = {}
+
+        def hand_to(pipe: Connection) -> None:
+            for number, message in islice(left, 1):
+                pipe.send(message)
+                busy[pipe] = number
+
+        for pipe in self.members:
+            hand_to(pipe)
+        while busy:
+            for ready in wait(list(busy)):
+                pipe = next(member for member in busy if member is ready)
+                reply, number = self._receive(pipe), busy.pop(pipe)
+                hand_to(pipe)
+                yield number, reply
+
     def close(self) -> None:
         """Ends all processes."""
         for pipe in self.pipes:
@@ -94,8 +121,7 @@ class Crew:
         process = self.processes[self.pipes.index(pipe)]
         process.join(timeout=2.0)
         return TrainingError(
-            f"a worker process ended with code {process.exitcode} (-9: killed, perhaps for want of memory): "
-            "go on with --resume, or with loop.workers=1"
+            f"a worker process ended with code {process.exitcode} (-9: killed, perhaps for want of memory): {self.mend}"
         )
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from openm6.evaluate.config import JudgeConfig
 from openm6.evaluate.judge import judge, test_examples
 from openm6.evaluate.results import Judgement, TaskResult
+from openm6.evaluate.side_by_side import number_of_judges
 from openm6.generate.masked import MaskedSampling
 from openm6.modalities.numbers import Histogram
 from openm6.models.description import Lesson
@@ -53,6 +57,42 @@ def test_every_lesson_is_judged_and_told_of() -> None:
     found = judged(lessons=LESSONS[:2], tell=heard.append)
     assert [result.name for result in found.results] == ["name_picture/digits", "match_picture/emoji"]
     assert heard == found.results and found.seconds > 0
+
+
+def test_several_processes_find_what_one_finds() -> None:
+    """Whoever is done first: scores, intervals and answers are the same, and in the same order."""
+    lessons = LESSONS[:1] + LESSONS[2:3] + LESSONS[5:]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes: how a sum is divided among threads decides its last bits
+    try:
+        alone, shared = (
+            judged(CONFIG.model_copy(update={"workers": workers}), lessons) for workers in (1, 3)
+        )
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(alone.results, shared.results, strict=True):
+        assert json.dumps(one.to_json()) == json.dumps(other.to_json())
+        for sample, same in zip(one.samples, other.samples, strict=True):
+            assert sample.record_id == same.record_id and seen(sample.answer) == seen(same.answer)
+
+
+def seen(answer: object) -> bytes | str:
+    """An answer in a form that can be compared."""
+    if isinstance(answer, Histogram):
+        return answer.probability.tobytes()
+    return answer if isinstance(answer, str) else np.asarray(answer).tobytes()
+
+
+def test_how_many_processes_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openm6.evaluate.side_by_side.usable_cores", lambda: 4)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert number_of_judges(28, JudgeConfig(), cpu) == 4
+    assert number_of_judges(3, JudgeConfig(), cpu) == 3
+    assert number_of_judges(0, JudgeConfig(), cpu) == 1
+    assert number_of_judges(28, JudgeConfig(workers=2), cpu) == 2
+    assert number_of_judges(28, JudgeConfig(), gpu) == 1
+    with ThreadPoolExecutor(1) as pool:  # another thread may hold a lock that the child would wait for
+        assert pool.submit(number_of_judges, 28, JudgeConfig(), cpu).result() == 1
 
 
 def test_results_are_complete(judgement: Judgement) -> None:

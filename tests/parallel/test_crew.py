@@ -1,0 +1,55 @@
+"""Forked processes that take messages in turn: every one is answered, and a lost process is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+import pytest
+
+from openm6.base.errors import DataError, TrainingError
+from openm6.parallel.crew import Crew, can_fork
+
+pytestmark = pytest.mark.skipif(not can_fork(), reason="processes are forked on Linux only")
+
+
+def square(pipe: Connection) -> None:
+    """Answers numbers with their squares, and fails at some."""
+    while True:
+        number = pipe.recv()
+        if number == -13:
+            raise DataError("thirteen is broken: leave it out")
+        if number == 666:
+            os.kill(os.getpid(), signal.SIGKILL)
+        pipe.send((number * number, os.getpid()))
+
+
+@contextmanager
+def crew(members: int) -> Iterator[Crew]:
+    found = Crew([square] * members, mend="do it alone")
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def test_each_message_is_dealt_once_and_all_members_work() -> None:
+    with crew(2) as found:
+        replies = list(found.deal(range(40)))
+        assert sorted((place, number) for place, (number, _) in replies) == [(n, n * n) for n in range(40)]
+        assert {process for _, (_, process) in replies} == {process.pid for process in found.processes}
+        assert list(found.deal([])) == []
+        assert [(place, number) for place, (number, _) in found.deal([5])] == [(0, 25)]
+
+
+def test_what_a_member_failed_with_is_raised() -> None:
+    with crew(3) as found, pytest.raises(DataError, match="thirteen is broken"):
+        list(found.deal([1, -13, 2]))
+
+
+def test_a_member_that_was_killed_is_told_with_the_mend() -> None:
+    with crew(2) as found, pytest.raises(TrainingError, match=r"ended with code -9 .*: do it alone$"):
+        list(found.deal([1, 666, 2, 3]))
