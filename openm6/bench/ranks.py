@@ -31,7 +31,9 @@ def on_ranks(size: int, work: Callable[..., Any], *values: Any, seconds: float =
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
         processes = [
-            context.Process(target=_serve, args=(rank, size, meeting, answers, work, values), daemon=True)
+            context.Process(
+                target=_serve, args=(rank, size, meeting, answers, work, values, seconds), daemon=True
+            )
             for rank in range(size)
         ]
         for process in processes:
@@ -63,9 +65,11 @@ def _collect(size: int, processes: list[Any], answers: Any, seconds: float) -> l
     return [found[rank] for rank in range(size)]
 
 
-def _serve(rank: int, size: int, meeting: str, answers: Any, work: Callable[..., Any], values: Any) -> None:
+def _serve(
+    rank: int, size: int, meeting: str, answers: Any, work: Callable[..., Any], values: Any, seconds: float
+) -> None:
     torch.set_num_threads(1)
-    patience = timedelta(seconds=120)
+    patience = timedelta(seconds=seconds)
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=patience
     )

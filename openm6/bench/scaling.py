@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch.distributed as dist
 from openm6.base.errors import ConfigError
 from openm6.bench.measure import Deadline, device_name, emit
 from openm6.bench.ranks import on_ranks
+from openm6.bench.scaling_model import SIZES, links_of, model_step
 from openm6.models.backbone import Backbone
-from openm6.models.config import BackboneConfig, count_parameters
+from openm6.models.config import BackboneConfig
 from openm6.models.presets import preset
 from openm6.nn.config import ExpertsConfig
 from openm6.ops.sequence import causal_layout
@@ -29,29 +31,19 @@ SMALL = BackboneConfig(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Links:
-    """Speeds that the model of many GPUs assumes, a GPU: products, and bytes sent within a machine and between them."""
-
-    tflops: float = 400.0  # reached, in bf16
-    inside_gbps: float = 300.0  # NVLink
-    between_gbps: float = 40.0  # one 400 Gbit/s adapter a GPU, at four fifths
-    gpus_a_machine: int = 8
-
-
 def bench_scaling(
     processes: tuple[int, ...] = (1, 2, 4),
     rows: int = 8,
     steps: int = 8,
     of: str = "m6-10t",
-    links: Links | None = None,
+    gpu: str = "h100-80gb",
     seconds: float = 150.0,
     json_path: Path | None = None,
 ) -> None:
     """Measures and models, prints one JSON object and writes it to `json_path`.
 
     Raises:
-        ConfigError: rows that the processes cannot share evenly.
+        ConfigError: rows that the processes cannot share evenly, or no such preset or GPU.
     """
     assert SMALL.experts is not None
     num_experts = SMALL.experts.num_experts
@@ -59,37 +51,38 @@ def bench_scaling(
         raise ConfigError(
             f"{rows} rows and {num_experts} experts cannot be shared by {wrong[0]} processes: choose divisors of both"
         )
-    deadline = Deadline(seconds)
-    measured = []
-    for size in processes:
-        for way in ("data", "experts") if size > 1 else ("data",):
-            for scaling, rows_each in (("strong", rows // size), ("weak", rows // processes[-1])):
-                if deadline.passed:
-                    break
-                times = on_ranks(size, time_steps, way, rows_each, steps)
-                seconds_per_step = max(times)
-                tokens = rows_each * size * LENGTH
-                measured.append(
-                    {
-                        "processes": size,
-                        "way": way,
-                        "scaling": scaling,
-                        "rows_each": rows_each,
-                        "seconds_per_step": seconds_per_step,
-                        "tokens_per_second": tokens / seconds_per_step,
-                    }
-                )
-    links = links or Links()
+    links, config = links_of(gpu), preset(of).backbone
+    measured = list(_measured(processes, rows, steps, Deadline(seconds)))
     emit(
         {
             "measured": measured,
             "device": f"{device_name(torch.device('cpu'))}; one thread a process",
-            "modelled": [model_step(preset(of).backbone, size, links) for size in (1, 8, 16, 64, 128, 512)],
+            "modelled": [model_step(config, size, links) for size in SIZES],
             "of": of,
-            "assumed": links.__dict__,
+            "rates": asdict(links),
         },
         json_path,
     )
+
+
+def _measured(
+    processes: tuple[int, ...], rows: int, steps: int, deadline: Deadline
+) -> Iterator[dict[str, Any]]:
+    """Each number of processes, copied and with experts dealt out, with as many rows in all and with as many each."""
+    for size in processes:
+        for way in ("data", "experts") if size > 1 else ("data",):
+            for scaling, rows_each in (("strong", rows // size), ("weak", rows // processes[-1])):
+                if deadline.passed:
+                    return
+                seconds = max(on_ranks(size, time_steps, way, rows_each, steps))
+                yield {
+                    "processes": size,
+                    "way": way,
+                    "scaling": scaling,
+                    "rows_each": rows_each,
+                    "seconds_per_step": seconds,
+                    "tokens_per_second": rows_each * size * LENGTH / seconds,
+                }
 
 
 def parse_counts(words: str) -> tuple[int, ...]:
@@ -100,7 +93,7 @@ def parse_counts(words: str) -> tuple[int, ...]:
     """
     parts = [word.strip() for word in words.split(",")]
     if not all(part.isdigit() and int(part) for part in parts):
-        raise ConfigError(f"--processes {words} must be numbers of processes, such as 1,2,4")
+        raise ConfigError(f"{words!r} must be numbers of processes, such as 1,2,4")
     return tuple(int(part) for part in parts)
 
 
@@ -127,43 +120,3 @@ def time_steps(way: str, rows: int, steps: int) -> float:
         optimizer.zero_grad()
         times.append(time.perf_counter() - began)
     return statistics.median(times[WARMUP:])
-
-
-def model_step(config: BackboneConfig, ranks: int, links: Links, tokens: int = 4096) -> dict[str, Any]:
-    """Seconds of a step in which every rank has `tokens` tokens, by part, and which of them binds.
-
-    Experts are dealt out to all ranks, what is dense is cut over them. Rows and answers travel forwards and backwards
-    in two bytes a number; overlapped with computing the longer of the two counts, else their sum.
-    """
-    count, experts = count_parameters(config), config.experts
-    layers = sum(config.has_experts(layer) for layer in range(config.num_layers))
-    rows = tokens * experts.choices * (experts.capacity or 1.0) if experts else 0.0
-    compute = 6 * count.active * tokens / (links.tflops * 1e12)
-    machine = min(links.gpus_a_machine, ranks)
-    sent = 4 * layers * rows * config.width * 2  # rows there, answers home, forwards and backwards
-    stays = 1 / ranks
-    inside, away = (machine - 1) / ranks, (ranks - machine) / ranks
-    exchange = sent * (inside / (links.inside_gbps * 1e9) + away / (links.between_gbps * 1e9))
-    dense = count.total - (_expert_parameters(config) if experts else 0)
-    slowest = links.inside_gbps if ranks <= links.gpus_a_machine else links.between_gbps
-    # Gathered forwards and backwards in two bytes, gradients summed in four.
-    gather = dense * (2 + 2 + 4) * (1 - stays) / (slowest * 1e9)
-    parts = {"compute": compute, "exchange": exchange, "dense weights": gather}
-    step = max(compute, exchange + gather)
-    return {
-        "gpus": ranks,
-        "parameters_per_gpu": (count.total - dense) / ranks + dense / ranks,
-        "seconds": parts,
-        "seconds_per_step_overlapped": step,
-        "seconds_per_step_in_turn": sum(parts.values()),
-        "tokens_per_second_overlapped": tokens * ranks / step,
-        "binds": max(parts, key=lambda name: parts[name]),
-    }
-
-
-def _expert_parameters(config: BackboneConfig) -> int:
-    experts = config.experts
-    assert experts is not None
-    matrices = 3 if experts.ffn == "swiglu" else 2
-    layers = len({config.weight_sets[n] for n in range(config.num_layers) if config.has_experts(n)})
-    return layers * experts.num_experts * matrices * config.width * experts.hidden

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from openm6.cli.bench_cluster import cluster, exchange, rank, scaling
+from openm6.cli.bench_cluster import cluster, exchange, rank, reshard, scaling
 from openm6.cli.bench_giant import giant
 from openm6.cli.doors import door
 
@@ -24,7 +24,7 @@ def start() -> None:
 
 
 bench_app.command()(giant)
-for command in (rank, cluster, exchange, scaling):
+for command in (rank, cluster, exchange, scaling, reshard):
     bench_app.command()(command)
 
 Sizes = Annotated[

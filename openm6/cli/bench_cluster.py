@@ -1,4 +1,4 @@
-"""`openm6 bench rank`, `cluster`, `exchange` and `scaling`: what many ranks do, on one machine."""
+"""`openm6 bench rank`, `cluster`, `exchange`, `scaling` and `reshard`: what many ranks do, on one machine."""
 
 from __future__ import annotations
 
@@ -68,6 +68,9 @@ def scaling(
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of a step, of all processes.")] = 8,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps.")] = 8,
     of: Of = "m6-10t",
+    gpu: Annotated[
+        str, typer.Option("--gpu", metavar="KIND", help="Of the model's GPUs, as for plan.")
+    ] = "h100-80gb",
     seconds: Seconds = 150.0,
     json: Json = None,
 ) -> None:
@@ -77,4 +80,20 @@ def scaling(
     Example: openm6 bench scaling --json scaling.json
     """
     counts = door("process counts")(processes)
-    door("bench scaling")(counts, rows, steps, of, None, seconds, json)
+    door("bench scaling")(counts, rows, steps, of, gpu, seconds, json)
+
+
+def reshard(
+    size: Annotated[str, typer.Option("--size", metavar="1b|small", help="Parameters of the model.")] = "1b",
+    ranks: Annotated[int, typer.Option("--ranks", min=2, help="Processes that write.")] = 4,
+    to: Annotated[str, typer.Option("--to", metavar="2,1", help="Processes that read, in turn.")] = "2,1",
+    seconds: Seconds = 420.0,
+    json: Json = None,
+) -> None:
+    """Write a checkpoint from several processes and read it into others: seconds, memory, how long training waits.
+
+    \b
+    Example: openm6 bench reshard --ranks 4 --to 2,1 --json reshard.json
+    """
+    counts = door("process counts")(to)
+    door("bench reshard")(size, ranks, counts, seconds, json)

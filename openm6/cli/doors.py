@@ -16,6 +16,7 @@ DOORS = {
     "bench cluster": "openm6.bench.cluster:bench_cluster",
     "bench exchange": "openm6.bench.exchange:bench_exchange",
     "bench scaling": "openm6.bench.scaling:bench_scaling",
+    "bench reshard": "openm6.bench.reshard:bench_reshard",
     "process counts": "openm6.bench.scaling:parse_counts",
     "bench giant": "openm6.bench.giant:bench_giant",
     "evaluate": "openm6.evaluate.run:evaluate",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from openm6.base.errors import ConfigError
 from openm6.bench.exchange import bench_exchange
-from openm6.bench.scaling import Links, bench_scaling, model_step, parse_counts
+from openm6.bench.scaling import bench_scaling, parse_counts
+from openm6.bench.scaling_model import links_of, model_step
 from openm6.models.presets import preset
 
 
@@ -20,11 +22,13 @@ def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
 
 def test_a_faster_network_never_slows_a_step() -> None:
     config = preset("m6-10t").backbone
-    slow, fast = (model_step(config, 512, Links(between_gbps=speed)) for speed in (40.0, 400.0))
+    links = links_of("h100-80gb")
+    assert "794 TFLOP/s (measured)" in links.sources[0] and links.gpus_a_machine == 8
+    slow, fast = (model_step(config, 512, replace(links, between=speed)) for speed in (40e9, 400e9))
     assert fast["seconds"]["exchange"] < slow["seconds"]["exchange"]
     assert fast["seconds"]["compute"] == slow["seconds"]["compute"]
     assert fast["seconds_per_step_overlapped"] <= slow["seconds_per_step_overlapped"]
-    alone = model_step(config, 1, Links())
+    alone = model_step(config, 1, links)
     assert alone["seconds"]["exchange"] == 0.0 and alone["binds"] == "compute"
 
 
