@@ -1,0 +1,93 @@
+"""Twenty steps in fp32 on every mesh of up to four ranks: each loss and each gradient is that of one process."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from openm6.models.backbone import side_loss
+from openm6.parallel.config import MeshShape
+from openm6.parallel.processes import ProcessRanks
+from openm6.parallel.ranks import Ranks
+from openm6.parallel.sharding import cut_tensors
+from openm6.train.job import StepResult
+from openm6.train.step import Updater
+from tests.parallel.fleet import Fleet
+from tests.parallel.test_ranks import CPU
+from tests.train.words_job import ROWS, WordBatch, WordsJob, words_backbone, words_config
+
+Axes = tuple[int, int, int]
+STEPS = 20
+MESHES: list[Axes] = [
+    (2, 1, 1), (1, 2, 1), (1, 1, 2), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2),
+]  # fmt: skip
+
+
+class SharedWords(WordsJob):
+    """Each rank has its rows of the batch, and its share of the loss."""
+
+    def loss(self, batch: WordBatch) -> StepResult:
+        rows = ROWS // self.ranks.size
+        words = batch.words[self.ranks.rank * rows : (self.ranks.rank + 1) * rows]
+        logits, loads = self.words(words[:, :-1])
+        share = 1 / self.ranks.size
+        loss = share * F.cross_entropy(logits.flatten(0, 1), words[:, 1:].flatten())
+        return StepResult(loss + share * side_loss(loads), {}, loads)
+
+
+class Watched(Updater):
+    """Keeps the gradients of the whole model, before they are clipped."""
+
+    def _clip(self) -> Tensor:
+        model, layout = self.job.model, self.job.ranks.layout
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if layout is not None:
+            found = cut_tensors(model, found, layout)
+        whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
+        self.seen: dict[str, Any] = {name: gradient.clone().numpy() for name, gradient in whole.items()}
+        return super()._clip()
+
+
+def steps_on(axes: Axes) -> list[tuple[float, dict[str, np.ndarray]]]:
+    job = SharedWords(words_backbone())
+    if dist.is_initialized():
+        job.ranks = ProcessRanks(CPU, 60)
+        job.ranks.place(job.model, MeshShape(*axes))
+        job.words.backbone.exchange = job.ranks.exchange(1)
+    updater = Watched(job, words_config(STEPS))
+    found = []
+    for step in range(1, STEPS + 1):
+        report = updater.update(job.batch(step), step, STEPS)
+        found.append((report.loss, updater.seen))
+    return found if job.ranks.first else []
+
+
+@cache
+def alone() -> list[tuple[float, dict[str, np.ndarray]]]:
+    assert type(SharedWords(words_backbone()).ranks) is Ranks
+    return steps_on((1, 1, 1))
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_losses_and_gradients_equal_one_process(axes: Axes, request: pytest.FixtureRequest) -> None:
+    fleet: Fleet = request.getfixturevalue({2: "two", 4: "four"}[math.prod(axes)])
+    found = fleet.run(steps_on, axes)[0]
+    assert (
+        len(found) == STEPS and alone()[-1][0] < 0.9 * alone()[0][0]
+    )  # it learns: there is something to compare
+    for (loss, gradients), (expected, references) in zip(found, alone(), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert gradients.keys() == references.keys()
+        apart = {name: float(np.linalg.norm(gradients[name] - one)) for name, one in references.items()}
+        sizes = {name: float(np.linalg.norm(one)) for name, one in references.items()}
+        assert math.hypot(*apart.values()) <= 1e-5 * math.hypot(*sizes.values())
+        # Of the smallest ones sums in another order, which every step of AdamW carries on, change a little more.
+        assert all(apart[name] <= 1e-4 * size for name, size in sizes.items()), apart
