@@ -83,6 +83,13 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted((folder for folder in folders if is_complete(folder)), key=step_of)
 
 
+def refuse_damaged(checkpoints: Path) -> None:
+    """Raises CheckpointError where there are checkpoints and none is whole: what lacks is named."""
+    folders = [folder for folder in checkpoints.glob("step-*") if _STEP_NAME.fullmatch(folder.name)]
+    if folders and not list_checkpoints(checkpoints):
+        read_state(max(folders, key=step_of))
+
+
 def latest(path: Path | str) -> Path:
     """The newest complete checkpoint of a run's folder, of its `checkpoints` folder, or the one that `path` itself is.
 

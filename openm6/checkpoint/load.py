@@ -94,6 +94,17 @@ def is_sharded(folder: Path) -> bool:
     return not (folder / MODEL_FILE).exists() and any(folder.glob("shard-*.safetensors"))
 
 
+def load_parts(folder: Path, targets: dict[str, Tensor], known: set[str] | None) -> None:
+    """Fills tensors, each of which may be a part that knows its place in the whole, from the files of any ranks.
+
+    All ranks call it. `known`, if given, names all that the model has.
+
+    Raises:
+        CheckpointError: a weight that is not known, a tensor that is missing or of another shape, or no readable file.
+    """
+    _sharded().load_parts(folder, targets, known)
+
+
 def _sharded() -> Any:
     """checkpoint/sharded.py, whose import takes seconds that others need not wait for."""
     return importlib.import_module("openm6.checkpoint.sharded")

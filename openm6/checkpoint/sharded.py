@@ -23,11 +23,15 @@ from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import clear_partial, partial_folder, step_folder
 from openm6.checkpoint.optimizer import place_optimizer
 from openm6.checkpoint.save import Saver, Snapshot, publish, told_as_checkpoint_error
-from openm6.checkpoint.shards import SEPARATOR
+from openm6.checkpoint.shards import EXPONENT, SEPARATOR
 from openm6.checkpoint.tensors import named_tensors
+from openm6.optim.blocks import from_levels
 from openm6.optim.pieces import keeps_cut
+from openm6.parallel.gradients import local
 from openm6.parallel.pieces import piece_of
 from openm6.parallel.sharding import Layout, cut_tensors, expert_parameters
+
+FILE_BYTES = 2**28  # of a rank's file, unless one tensor is larger
 
 
 class ShardedSaver(Saver):
@@ -56,10 +60,15 @@ class ShardedSaver(Saver):
                 partial.mkdir()
         dist.barrier(group=self.group)
         named = {**named_tensors(snapshot.model), **snapshot.optimizer}
+        named = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
         parts = cut_tensors(snapshot.model, named, self.layout)
         copies = {name: self._copy(tensor) for name, tensor in parts.items()}
+        for shard in snapshot.shards:
+            copies |= {**shard.model, **shard.optimizer}
         self._pending = Thread(target=self._write, args=(copies, snapshot, checkpoints, keep), daemon=True)
         self._pending.start()
+        if snapshot.num_shards:  # too large to be copied: training waits until they are written
+            self.finish()
         return target
 
     def finish(self) -> None:
@@ -91,13 +100,24 @@ class ShardedSaver(Saver):
     def _write(self, copies: dict[str, Tensor], snapshot: Snapshot, checkpoints: Path, keep: int) -> None:
         """In a thread: once all ranks have written, rank 0 gives the checkpoint its name."""
         partial = partial_folder(checkpoints, snapshot.step)
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(partial), _files(copies), save_distributed=True)
         try:
             dcp.save(copies, storage_writer=writer, process_group=self.group)
             if dist.get_rank() == 0:
                 publish(snapshot, checkpoints, keep)
         except BaseException as error:  # CheckpointException is no Exception
             self._failure = error
+
+
+def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The number of the file that each tensor goes to: torch builds a file in memory, twice, before it writes it."""
+    numbers, number, held = {}, 1, 0
+    for name, tensor in tensors.items():
+        size = local(tensor).numel() * tensor.element_size()
+        if held and held + size > FILE_BYTES:
+            number, held = number + 1, 0
+        numbers[name], held = number, held + size
+    return numbers
 
 
 def load_sharded_model(folder: Path, model: nn.Module, layout: Layout | None) -> None:
@@ -108,6 +128,31 @@ def load_sharded_model(folder: Path, model: nn.Module, layout: Layout | None) ->
     if layout is not None:
         targets = cut_tensors(model, targets, layout)
     _compare(folder, saved, targets)
+    levels = {name for name in targets if f"{name}{SEPARATOR}{EXPONENT}" in metadata}
+    _read(folder, {name: target for name, target in targets.items() if name not in levels})
+    for name in levels:
+        _read_levels(folder, name, targets[name], metadata)
+
+
+@torch.no_grad()
+def _read_levels(folder: Path, name: str, target: Tensor, metadata: dict[str, TensorStorageMetadata]) -> None:
+    """Weights of one byte, as those of a process that holds all of a model."""
+    names = (name, f"{name}{SEPARATOR}{EXPONENT}")
+    read = {one: torch.zeros(metadata[one].size, dtype=metadata[one].properties.dtype) for one in names}
+    _read(folder, read)
+    target.copy_(from_levels(read[names[0]], read[names[1]], torch.float32))
+
+
+def load_parts(folder: Path, targets: dict[str, Tensor], known: set[str] | None) -> None:
+    """See `openm6.checkpoint.load.load_parts`."""
+    metadata = _metadata(folder)
+    unknown = {name.partition(SEPARATOR)[0] for name in metadata} - known if known is not None else set()
+    if unknown:
+        raise CheckpointError(
+            f"{folder} has {min(unknown)!r}, unknown to this model: "
+            "turn it with openm6 convert, or load it with the config that it was saved with"
+        )
+    _compare(folder, {name: entry for name, entry in metadata.items() if name in targets}, targets)
     _read(folder, targets)
 
 
@@ -115,7 +160,7 @@ def load_sharded_optimizer(
     folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module, layout: Layout | None
 ) -> None:
     """As `load_optimizer`, for a model or a checkpoint that lies in parts."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: tensor for name, tensor in model.named_parameters() if not tensor.is_meta}
     experts = {name for name, _ in expert_parameters(model)}
     slots: dict[str, Tensor] = {}
     for name, entry in _metadata(folder).items():

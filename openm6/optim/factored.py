@@ -7,24 +7,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openm6.optim.pieces import WHOLE, Piece
+
 TINY = 1e-30  # added to squares, as in the paper
 
 
-def active_matrices(gradient: Tensor) -> Tensor:
-    """E bool: matrices that any token reached. An expert without tokens has a gradient of exactly 0."""
-    return gradient.abs().amax((-2, -1)) > 0
-
-
-def follow_moments(gradient: Tensor, row: Tensor, column: Tensor, count: Tensor) -> Tensor:
+def follow_moments(
+    gradient: Tensor, row: Tensor, column: Tensor, count: Tensor, piece: Piece = WHOLE
+) -> Tensor:
     """Takes the squares of a gradient E R C into its running means, in place, and returns which matrices were active.
 
     row: E R and column: E C, means of g² along the other axis; count: E, updates that the matrix has had. The decay
-    is 1 - t^-0.8 (1804.04235, section 7.2). Where an expert got no token nothing decays: else its first gradient
-    after a pause would be scaled up.
+    is 1 - t^-0.8 (1804.04235, section 7.2). Where an expert got no token, and has a gradient of exactly 0, nothing
+    decays: else its first gradient after a pause would be scaled up. `piece` says which rows lie here.
     """
-    active = active_matrices(gradient)
     square = gradient.square() + TINY
-    follow_means(square.mean(-1), square.mean(-2), active, row, column, count)
+    sums = square.sum(-2)  # E C
+    active = (gradient != 0).flatten(1).any(-1)  # E
+    if piece.group is not None:
+        both = piece.total(torch.cat([sums, active.to(sums.dtype).unsqueeze(-1)], dim=-1))
+        sums, active = both[:, :-1], both[:, -1] > 0
+    _, num_rows = piece.rows(gradient.shape[-2])
+    follow_means(square.mean(-1), sums / num_rows, active, row, column, count)
     return active
 
 
@@ -38,13 +42,20 @@ def follow_means(
     column.lerp_(column_mean, 1 - decay)
 
 
-def scaled_update(gradient: Tensor, row: Tensor, column: Tensor) -> Tensor:
+def row_mean(row: Tensor, piece: Piece = WHOLE) -> Tensor:
+    """The mean of the row means of whole matrices, at least TINY: E R -> E 1."""
+    _, num_rows = piece.rows(row.shape[-1])
+    return (piece.total(row.sum(-1, keepdim=True)) / num_rows).clamp(min=TINY)
+
+
+def scaled_update(gradient: Tensor, row: Tensor, column: Tensor, piece: Piece = WHOLE) -> Tensor:
     """g / √v with v[r, c] = row[r] · column[c] / mean(row), then clipped to a root mean square of 1 for each matrix.
 
     (1804.04235, algorithm 4 and section 6.) This clip takes the place of one by the norm of all gradients, which
     nobody knows while gradients are used up layer by layer.
     """
-    inverse_row = (row / row.mean(-1, keepdim=True).clamp(min=TINY)).clamp(min=TINY).rsqrt()
+    inverse_row = (row / row_mean(row, piece)).clamp(min=TINY).rsqrt()
     update = gradient * inverse_row.unsqueeze(-1) * column.clamp(min=TINY).rsqrt().unsqueeze(-2)
-    size = update.square().mean((-2, -1), keepdim=True).sqrt()
+    count = piece.rows(gradient.shape[-2])[1] * gradient.shape[-1]
+    size = (piece.total(update.square().sum((-2, -1), keepdim=True)) / count).sqrt()
     return update / size.clamp(min=1.0)

@@ -13,52 +13,88 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.optim.factored import TINY, follow_means
+from openm6.optim.factored import TINY, follow_means, row_mean
+from openm6.optim.pieces import WHOLE, Piece
 from openm6.optim.rounding import matrix_keys
 
 
 def available(gradient: Tensor) -> bool:
     """Whether the kernels can run on this tensor; TRITON_INTERPRET=1 lets them run on a processor, for tests."""
+    if (
+        not gradient.numel()
+    ):  # no rows of a matrix lie here: the plain form says to other ranks what they wait for
+        return False
     if not (gradient.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return False
     return importlib.util.find_spec("triton") is not None
 
 
 def update_bf16(
-    stored: dict[str, Tensor], gradient: Tensor, rate: float, decay: float, key: int, allowed: Tensor
+    stored: dict[str, Tensor],
+    gradient: Tensor,
+    rate: float,
+    decay: float,
+    key: int,
+    allowed: Tensor,
+    piece: Piece = WHOLE,
 ) -> None:
     """Moves bf16 weights E R C; slots as in `FactoredRule`, all with the axis E."""
-    numbers = _prepare(stored, gradient, rate, decay, key, allowed)
-    _kernels().move_bf16(stored["weight"], gradient, numbers)
+    numbers = _prepare(stored, gradient, rate, decay, key, allowed, piece)
+    _kernels().move_bf16(stored["weight"], gradient, numbers, piece.rows(gradient.shape[1])[0])
 
 
 def update_int8(
-    stored: dict[str, Tensor], gradient: Tensor, rate: float, decay: float, key: int, allowed: Tensor
+    stored: dict[str, Tensor],
+    gradient: Tensor,
+    rate: float,
+    decay: float,
+    key: int,
+    allowed: Tensor,
+    piece: Piece = WHOLE,
 ) -> None:
     """Moves int8 weights E R C and their exponents; slots as in `BlockRule`."""
-    numbers = _prepare(stored, gradient, rate, decay, key, allowed)
-    _kernels().move_int8(stored["weight"], stored["exponent"], gradient, numbers)
+    numbers = _prepare(stored, gradient, rate, decay, key, allowed, piece)
+    _kernels().move_int8(
+        stored["weight"], stored["exponent"], gradient, numbers, piece.rows(gradient.shape[1])[0]
+    )
 
 
 def _prepare(
-    stored: dict[str, Tensor], gradient: Tensor, rate: float, decay: float, key: int, allowed: Tensor
+    stored: dict[str, Tensor],
+    gradient: Tensor,
+    rate: float,
+    decay: float,
+    key: int,
+    allowed: Tensor,
+    piece: Piece,
 ) -> tuple[Tensor, ...]:
     """Follows the moments; gives allowed, inverse_row, inverse_column, rates, kept and keys for the last kernel."""
     kernels = _kernels()
     row, column = stored["row_var"], stored["col_var"]
     usable = allowed.to(torch.int32)
     row_sum, column_sum, largest = kernels.gradient_sums(gradient, usable)
-    matrices, num_rows, num_columns = gradient.shape
+    matrices, _, num_columns = gradient.shape
+    _, num_rows = piece.rows(gradient.shape[1])  # of whole matrices
     active = largest > 0
+    if piece.group is not None:
+        both = piece.total(torch.cat([column_sum, active.float().unsqueeze(-1)], dim=-1))
+        column_sum, active = both[:, :-1], both[:, -1] > 0
     means = (row_sum / num_columns + TINY, column_sum / num_rows + TINY)
     follow_means(*means, active, row, column, stored["count"])
-    inverse_row = (row / row.mean(-1, keepdim=True).clamp(min=TINY)).clamp(min=TINY).rsqrt()
+    inverse_row = (row / row_mean(row, piece)).clamp(min=TINY).rsqrt()
     inverse_column = column.clamp(min=TINY).rsqrt()
-    squares = kernels.update_squares(gradient, usable, inverse_row, inverse_column)
+    squares = piece.total(kernels.update_squares(gradient, usable, inverse_row, inverse_column))
     size = (squares / (num_rows * num_columns)).sqrt().clamp(min=1.0)
     rates = torch.where(active, rate / size, 0.0)
     kept = torch.where(active, 1 - rate * decay, 1.0)
-    return usable, inverse_row, inverse_column, rates, kept, matrix_keys(matrices, key, 0, gradient.device)
+    return (
+        usable,
+        inverse_row,
+        inverse_column,
+        rates,
+        kept,
+        matrix_keys(matrices, key, piece.first, gradient.device),
+    )
 
 
 @functools.cache

@@ -91,7 +91,7 @@ def sizes(
 
 @triton.jit
 def apply_bf16(
-    weight, gradient, allowed, inverse_row, inverse_column, rates, kept, keys, num_rows, num_columns,
+    weight, gradient, allowed, inverse_row, inverse_column, rates, kept, keys, first_row, num_rows, num_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     """weight · kept - rate · g / √v, rounded by chance."""
@@ -102,7 +102,7 @@ def apply_bf16(
     update = _scaled(values, inverse_row, inverse_column, matrix, rows, columns, num_rows, num_columns)
     old = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
     new = old * tl.load(kept + matrix) - update * tl.load(rates + matrix)
-    bits = _random_bits(rows, columns, num_columns, tl.load(keys + matrix))
+    bits = _random_bits(first_row + rows, columns, num_columns, tl.load(keys + matrix))
     shifted = (new.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)) & 0xFFFF0000
     rounded = shifted.to(tl.float32, bitcast=True)
     largest = 3.3895313892515355e38
@@ -113,7 +113,8 @@ def apply_bf16(
 
 @triton.jit
 def apply_int8(
-    weight, exponent, gradient, allowed, inverse_row, inverse_column, rates, kept, keys, num_rows, num_columns,
+    weight, exponent, gradient, allowed, inverse_row, inverse_column, rates, kept, keys, first_row, num_rows,
+    num_columns,
     BLOCK: tl.constexpr, LEVELS: tl.constexpr, SPARSE: tl.constexpr, STEPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -140,7 +141,7 @@ def apply_int8(
     levels *= tl.exp2((power - raised) / STEPS)[:, :, None]
     tl.store(exponent + places, raised.to(tl.int8), mask=present)
     flat = tl.reshape(levels, (ROWS, COLUMNS))
-    bits = _random_bits(rows, columns, num_columns, tl.load(keys + matrix))
+    bits = _random_bits(first_row + rows, columns, num_columns, tl.load(keys + matrix))
     share = (bits >> 8).to(tl.float32) * 5.9604644775390625e-08
     low = tl.floor(flat)
     rounded = low + (flat - low > share).to(tl.float32)
@@ -171,15 +172,22 @@ def update_squares(gradient: Tensor, allowed: Tensor, inverse_row: Tensor, inver
     return sums.sum(1)
 
 
-def move_bf16(weight: Tensor, gradient: Tensor, numbers: tuple[Tensor, ...]) -> None:
-    """`apply_bf16` on all tiles; numbers: allowed, inverse_row, inverse_column, rates, kept, keys."""
-    apply_bf16[_grid(gradient)](weight, gradient, *numbers, *gradient.shape[1:], ROWS=ROWS, COLUMNS=COLUMNS)
+def move_bf16(weight: Tensor, gradient: Tensor, numbers: tuple[Tensor, ...], first_row: int = 0) -> None:
+    """`apply_bf16` on all tiles; numbers: allowed, inverse_row, inverse_column, rates, kept, keys.
+
+    `first_row` is the place of the first row here within the whole matrix, which random bits follow.
+    """
+    apply_bf16[_grid(gradient)](
+        weight, gradient, *numbers, first_row, *gradient.shape[1:], ROWS=ROWS, COLUMNS=COLUMNS
+    )  # fmt: skip
 
 
-def move_int8(weight: Tensor, exponent: Tensor, gradient: Tensor, numbers: tuple[Tensor, ...]) -> None:
+def move_int8(
+    weight: Tensor, exponent: Tensor, gradient: Tensor, numbers: tuple[Tensor, ...], first_row: int = 0
+) -> None:
     """`apply_int8` on all tiles."""
     apply_int8[_grid(gradient)](
-        weight, exponent, gradient, *numbers, *gradient.shape[1:],
+        weight, exponent, gradient, *numbers, first_row, *gradient.shape[1:],
         BLOCK=block_length(gradient.shape[-1]), LEVELS=LEVELS, SPARSE=SPARSE, STEPS=STEPS, ROWS=ROWS, COLUMNS=COLUMNS,
     )  # fmt: skip
 

@@ -35,6 +35,7 @@ class Piece:
     axis: int = 0  # along which the whole is cut
     lengths: tuple[int, ...] = ()  # of the part of each rank, along that axis
     group: PieceGroup | None = None  # None: nobody else holds a part
+    first: int = 0  # number of the first of the matrices here in the whole stack
 
     def local(self, tensor: Tensor) -> Tensor:
         """The part of a parameter, its gradient or a slot that lies here, sharing its memory."""

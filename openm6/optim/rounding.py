@@ -13,15 +13,22 @@ BF16_LARGEST = torch.finfo(torch.bfloat16).max
 
 
 def random_bits(
-    num_matrices: int, values: int, key: int, first: int = 0, device: torch.device | str | None = None
+    num_matrices: int,
+    values: int,
+    key: int,
+    first: int = 0,
+    device: torch.device | str | None = None,
+    start: int = 0,
 ) -> Tensor:
-    """32 random bits for each value of matrices number `first` and following: E n, int32.
+    """32 random bits for values number `start` and following of matrices number `first` and following: E n, int32.
 
     A pure function of (key, matrix, place): the same on every device, however often it is called, and for one expert
     the same whichever of its neighbours are at hand, so a resumed or resharded run rounds alike.
     """
     keys = matrix_keys(num_matrices, key, first, device)
-    places = torch.arange(values, dtype=torch.int32, device=device) * GOLDEN  # n
+    places = (
+        torch.arange(start, start + values, dtype=torch.int64, device=device).to(torch.int32) * GOLDEN
+    )  # n
     return _mix(places + keys.unsqueeze(-1))
 
 

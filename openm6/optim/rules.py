@@ -17,6 +17,7 @@ from openm6.optim import factored_fused as fused
 from openm6.optim.blocks import LEVELS, block_length, fit_exponent, from_levels, refit, to_levels
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.factored import TINY, follow_moments, scaled_update
+from openm6.optim.pieces import WHOLE, Piece
 from openm6.optim.rounding import random_bits, round_to_bf16, round_to_integer
 
 Shape = tuple[int, ...]
@@ -43,13 +44,15 @@ class Slot:
 class Move:
     """One update: the rate, the decay, the key of its random bits, and whether the gradient may be used at all.
 
-    `allowed` is a bool on the device, so that nobody waits for it; where it is False nothing changes.
+    `allowed` is a bool on the device, so that nobody waits for it; where it is False nothing changes. `piece` says
+    what of the parameter lies here: statistics are those of whole matrices, and random bits follow the place in them.
     """
 
     rate: float
     weight_decay: float
     key: int
     allowed: Tensor
+    piece: Piece = WHOLE
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,16 @@ class UpdateRule(ABC):
     def take_over(self, stored: Stored, memory: Memory, key: int) -> None:
         """Fills the slots; `key` seeds the rounding where there is less room than in fp32."""
 
-    def fill(self, stored: Stored, values: Tensor, key: int) -> None:
+    @abstractmethod
+    def write(self, stored: Stored, values: Tensor, key: int, piece: Piece = WHOLE) -> None:
+        """New weights; what is remembered stays. `key` seeds the rounding, as in `take_over`."""
+
+    def fill(self, stored: Stored, values: Tensor, key: int, piece: Piece = WHOLE) -> None:
         """First values, nothing remembered."""
-        self.take_over(stored, Memory(values, None, None, values.new_zeros(())), key)
+        self.write(stored, values, key, piece)
+        for name, tensor in stored.items():
+            if name not in self.read_slots:
+                tensor.zero_()
 
     def num_bytes(self, shape: Shape) -> int:
         return sum(slot.num_bytes for slot in self.slots(shape))
@@ -114,7 +124,7 @@ class AdamRule(UpdateRule):
     def update(self, stored: Stored, gradient: Tensor, move: Move) -> None:
         adamw(
             [stored[WEIGHT]],
-            [gradient.to(torch.float32)],
+            [gradient.to(torch.float32).contiguous()],
             [stored["exp_avg"]],
             [stored["exp_avg_sq"]],
             [],
@@ -133,8 +143,11 @@ class AdamRule(UpdateRule):
     def remember(self, stored: Stored) -> Memory:
         return Memory(stored[WEIGHT], stored["exp_avg"], stored["exp_avg_sq"], stored["step"])
 
+    def write(self, stored: Stored, values: Tensor, key: int, piece: Piece = WHOLE) -> None:
+        stored[WEIGHT].copy_(values)
+
     def take_over(self, stored: Stored, memory: Memory, key: int) -> None:
-        stored[WEIGHT].copy_(memory.values)
+        self.write(stored, memory.values, key)
         for name, moment in (("exp_avg", memory.first), ("exp_avg_sq", memory.second)):
             stored[name].copy_(moment) if moment is not None else stored[name].zero_()
         stored["step"].copy_(memory.count.max())
@@ -173,21 +186,21 @@ class FactoredRule(UpdateRule):
         """The same in a few kernels that keep nothing between them; False where they cannot run."""
         if not fused.available(gradient):
             return False
-        fused.update_bf16(stored, gradient, move.rate, move.weight_decay, move.key, move.allowed)
+        fused.update_bf16(stored, gradient, move.rate, move.weight_decay, move.key, move.allowed, move.piece)
         return True
 
     def update_part(self, stored: Stored, gradient: Tensor, move: Move, first: int) -> None:
         """Moves matrices E R C, which are number `first` and following of the parameter."""
         usable = torch.where(move.allowed, gradient.float(), 0.0)
-        active = follow_moments(usable, stored["row_var"], stored["col_var"], stored["count"])
+        active = follow_moments(usable, stored["row_var"], stored["col_var"], stored["count"], move.piece)
         update = self.direction(stored, usable, active, move, first)
         update = torch.where(active[:, None, None], move.rate * update, 0.0)
         kept = torch.where(active, 1 - move.rate * move.weight_decay, 1.0)[:, None, None]
-        self.store(stored, kept, update, _bits(gradient, move.key, first))
+        self.store(stored, kept, update, _bits(gradient, move.key, first, move.piece))
 
     def direction(self, stored: Stored, gradient: Tensor, active: Tensor, move: Move, first: int) -> Tensor:
         """What the weights move against, at a rate of 1."""
-        return scaled_update(gradient, stored["row_var"], stored["col_var"])
+        return scaled_update(gradient, stored["row_var"], stored["col_var"], move.piece)
 
     def store(self, stored: Stored, kept: Tensor, update: Tensor, bits: Tensor) -> None:
         """weight · kept - update, rounded with the help of `bits`."""
@@ -202,12 +215,15 @@ class FactoredRule(UpdateRule):
     def first_moment(self, stored: Stored) -> Tensor | None:
         return None
 
-    def take_over(self, stored: Stored, memory: Memory, key: int) -> None:
+    def write(self, stored: Stored, values: Tensor, key: int, piece: Piece = WHOLE) -> None:
         weights = {name: _as_matrices(stored[name], name) for name in self.read_slots}
-        values = _as_matrices(memory.values, WEIGHT)
+        values = _as_matrices(values, WEIGHT)
         for first, last in _chunks(values):
             part = {name: tensor[first:last] for name, tensor in weights.items()}
-            self.encode(part, values[first:last].float(), _bits(values[first:last], key, first))
+            self.encode(part, values[first:last].float(), _bits(values[first:last], key, first, piece))
+
+    def take_over(self, stored: Stored, memory: Memory, key: int) -> None:
+        self.write(stored, memory.values, key)
         for name, axis in (("row_var", -1), ("col_var", -2)):
             stored[name].copy_(memory.second.mean(axis)) if memory.second is not None else stored[
                 name
@@ -236,10 +252,11 @@ class MomentumRule(FactoredRule):
     def direction(self, stored: Stored, gradient: Tensor, active: Tensor, move: Move, first: int) -> Tensor:
         before = stored["momentum"].float()
         mean = torch.where(active[:, None, None], before.lerp(gradient, 1 - self.beta), before)
-        bits = _bits(gradient, move.key ^ MOMENTUM_KEY, first)
+        bits = _bits(gradient, move.key ^ MOMENTUM_KEY, first, move.piece)
         stored["momentum"].copy_(round_to_bf16(mean, bits))
         correction = 1 - self.beta ** stored["count"].clamp(min=1)
-        return scaled_update(mean / correction[:, None, None], stored["row_var"], stored["col_var"])
+        mean = mean / correction[:, None, None]
+        return scaled_update(mean, stored["row_var"], stored["col_var"], move.piece)
 
     def first_moment(self, stored: Stored) -> Tensor | None:
         return stored["momentum"].float()
@@ -272,7 +289,7 @@ class BlockRule(FactoredRule):
     def update_fused(self, stored: Stored, gradient: Tensor, move: Move) -> bool:
         if not fused.available(gradient):
             return False
-        fused.update_int8(stored, gradient, move.rate, move.weight_decay, move.key, move.allowed)
+        fused.update_int8(stored, gradient, move.rate, move.weight_decay, move.key, move.allowed, move.piece)
         return True
 
     def store(self, stored: Stored, kept: Tensor, update: Tensor, bits: Tensor) -> None:
@@ -300,7 +317,8 @@ def update_rule(config: OptimizerConfig) -> UpdateRule:
 def _as_matrices(tensor: Tensor, slot: str) -> Tensor:
     """A slot with a leading axis for the experts, which a plain matrix lacks: E, E n (rows, columns) or E R C."""
     own = {"count": 0, "row_var": 1, "col_var": 1}.get(slot, 2)
-    return tensor.reshape(-1, *tensor.shape[tensor.ndim - own :])
+    outer, inner = tensor.shape[: tensor.ndim - own], tensor.shape[tensor.ndim - own :]
+    return tensor.reshape(math.prod(outer), *inner)  # not -1: of a part nothing may lie here
 
 
 def _chunks(matrices: Tensor) -> Iterator[tuple[int, int]]:
@@ -310,5 +328,9 @@ def _chunks(matrices: Tensor) -> Iterator[tuple[int, int]]:
         yield first, min(first + size, len(matrices))
 
 
-def _bits(matrices: Tensor, key: int, first: int) -> Tensor:
-    return random_bits(len(matrices), matrices[0].numel(), key, first, matrices.device).view(matrices.shape)
+def _bits(matrices: Tensor, key: int, first: int, piece: Piece) -> Tensor:
+    """Of matrices E R C, number `first` and following of those here."""
+    _, rows, columns = matrices.shape
+    start = piece.rows(rows)[0] * columns
+    bits = random_bits(len(matrices), rows * columns, key, piece.first + first, matrices.device, start)
+    return bits.view(matrices.shape)

@@ -35,6 +35,17 @@ def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None 
         torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(pieces, bucket, strict=True)])
 
 
+def forget_unused(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Takes away gradients whose parts, which the ranks of `group` hold, are zero on all of them."""
+    parts = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    used = torch.stack([part.any() for part in parts]).to(torch.uint8)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
+    found = iter(used.tolist())
+    for parameter in parameters:
+        if parameter.grad is not None and not next(found):
+            parameter.grad = None
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -8,7 +8,8 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from openm6.optim.pieces import WHOLE, Piece, chunk_lengths, keeps_cut
 
@@ -57,21 +58,14 @@ class DistributedPiece(Piece):
         shape = list(part.shape)
         if kept:
             shape[self.axis] = sum(self.lengths)
-        return as_slot(part, key, self._mesh, self._placements, shape)
+        placements = [one if kept else Replicate() for one in self._placements]
+        return as_part(part, self._mesh, placements, shape)
 
 
-def as_slot(
-    part: Tensor, key: str, mesh: dist.DeviceMesh, placements: Sequence[object], shape: Sequence[int]
-) -> DTensor:
-    """A tensor kept for a parameter with these placements, of which `part` lies here; `shape` is that of the whole."""
-    kept = [
-        placement
-        if isinstance(placement, Shard) and keeps_cut(key, placement.dim, len(shape))
-        else Replicate()
-        for placement in placements
-    ]
+def as_part(part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
+    """What lies here of a tensor of this shape, with its place in the whole; no copy is made."""
     stride = torch.empty(torch.Size(shape), device="meta").stride()
-    return DTensor.from_local(part, mesh, kept, run_check=False, shape=torch.Size(shape), stride=stride)
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def piece_of(parameter: Tensor) -> Piece:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,12 +15,15 @@ from torch.distributed.tensor import DTensor
 
 from openm6.nn.exchange import ExpertExchange
 from openm6.optim.pieces import Piece
+from openm6.optim.rules import Shape
 from openm6.parallel.config import MeshShape
 from openm6.parallel.exchange import AllToAllExchange, CopiesExchange
-from openm6.parallel.gradients import apart, clip, sum_gradients, total_norm
+from openm6.parallel.gradients import apart, clip, forget_unused, sum_gradients, total_norm
 from openm6.parallel.guard import Guard
 from openm6.parallel.pieces import piece_of
 from openm6.parallel.ranks import Ranks
+from openm6.parallel.set_parts import CopiedSets, CutSets
+from openm6.parallel.sets import WeightSets
 from openm6.parallel.sharding import Layout, open_layout, reshard, shard
 
 Value = TypeVar("Value")
@@ -36,6 +39,7 @@ class ProcessRanks(Ranks):
             _open_group(device, timeout_seconds)
         self.device = device
         self._layout: Layout | None = None
+        self._wrapped = False
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def total(self, numbers: Sequence[float]) -> list[float]:
@@ -49,12 +53,24 @@ class ProcessRanks(Ranks):
         return tensor
 
     def place(self, model: nn.Module, shape: MeshShape) -> None:
+        self.lay_out(shape)
+        if self._layout is not None:
+            shard(model, self._layout)
+            self._wrapped = True
+
+    def lay_out(self, shape: MeshShape) -> None:
         if not shape.copies_only:
             self._layout = open_layout(shape, self.device)
-            shard(model, self._layout)
+
+    def sets(self, shapes: Sequence[Mapping[str, Shape]]) -> WeightSets:
+        return CopiedSets(shapes) if self._layout is None else CutSets(self._layout, shapes)
+
+    @property
+    def wrapped(self) -> bool:
+        return self._wrapped
 
     def settle(self, model: nn.Module) -> None:
-        if self._layout is not None:
+        if self._wrapped:
             reshard(model)
 
     def exchange(self, parts: int) -> ExpertExchange:
@@ -67,14 +83,19 @@ class ProcessRanks(Ranks):
         return self._layout
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        if self._layout is None:
+        if self._layout is None or not self._wrapped:
             sum_gradients(list(parameters))
         elif self._layout.shape.data > 1:  # FSDP has summed all others
             plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
             sum_gradients(plain, self._layout.mesh["data"].get_group())
 
+    def forget_unused(self, parameters: Sequence[Tensor]) -> None:
+        if self._layout is not None and parameters:
+            forget_unused(parameters, self._layout.inner_group())
+
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
-        return total_norm(parameters, None if self._layout is None else self._layout.inner_group())
+        cut = self._layout is not None and self._wrapped
+        return total_norm(parameters, self._layout.inner_group() if cut and self._layout else None)
 
     def clip(self, parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
         clip(parameters, bound, norm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -11,7 +11,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from openm6.nn.exchange import ExpertExchange, LocalExchange
 from openm6.optim.pieces import Piece, whole
+from openm6.optim.rules import Shape
 from openm6.parallel.config import MeshShape
+from openm6.parallel.sets import WeightSets
 
 Value = TypeVar("Value")
 
@@ -38,8 +40,23 @@ class Ranks:
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sums gradients over the ranks; a parameter without one on some ranks counts as zero there."""
 
+    def forget_unused(self, parameters: Sequence[Tensor]) -> None:
+        """Takes away the gradients that are zero on all ranks, as one process has none for what it does not use."""
+
     def place(self, model: nn.Module, shape: MeshShape) -> None:
         """Lays the model, the same on all ranks, out over them."""
+
+    def lay_out(self, shape: MeshShape) -> None:
+        """Lays out nothing but the axes: for a model whose weight sets are streamed, each rank its part."""
+
+    def sets(self, shapes: Sequence[Mapping[str, Shape]]) -> WeightSets:
+        """What this rank keeps of streamed weight sets of these shapes."""
+        return WeightSets(shapes)
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the model itself is cut, so that all ranks must bring a gradient for each of its parameters."""
+        return False
 
     def settle(self, model: nn.Module) -> None:
         """After a forward pass that no backward one follows: parameters are again what this rank keeps of them."""

@@ -22,6 +22,7 @@ from openm6.nn.stack import MakeContext
 from openm6.ops.sequence import Layout
 from openm6.optim.rules import Move, UpdateRule
 from openm6.parallel.boundaries import Boundary, keep_boundary
+from openm6.parallel.sets import WeightSets
 from openm6.parallel.store import Use, WeightStore
 from openm6.parallel.streaming_config import StreamingConfig
 
@@ -57,12 +58,16 @@ class StreamedBlocks:
         store: WeightStore,
         rule: UpdateRule,
         config: StreamingConfig,
+        sets: WeightSets,
     ) -> None:
-        """`blocks` lend their structure and routers; their matrices are never looked at."""
+        """`blocks` lend their structure and routers; their matrices are never looked at. `sets` says what of them lies
+        in the store of this rank."""
         self.blocks, self.weight_sets = list(blocks), tuple(weight_sets)
-        self.store, self.rule, self.config = store, rule, config
+        self.store, self.rule, self.config, self.sets = store, rule, config, sets
+        self._gathered: tuple[int, dict[str, Tensor]] | None = None  # the set that was gathered last
         device = store.device
-        compiled = config.compile is True or (config.compile == "auto" and device.type == "cuda")
+        wanted = config.compile is True or (config.compile == "auto" and device.type == "cuda")
+        compiled = wanted and not sets.parted  # no compiler sees through an exchange
         self._run_block = _compiled_run() if compiled else run_block
         self._step: Step | None = None
         self._moved: set[int] = set()
@@ -91,6 +96,7 @@ class StreamedBlocks:
         batch = _Batch(contexts, [rows for rows, _ in parts], _shares(contexts))
         if learning and self._step is None:
             raise RuntimeError("begin_step must be called before a forward pass that is to learn")
+        self._gathered = None
         self.store.plan(self.uses(learning))
         # Without an argument that wants a gradient, autograd would keep no trace of the first group.
         anchor = torch.zeros((), device=x.device, requires_grad=learning)
@@ -197,7 +203,16 @@ class StreamedBlocks:
         half = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if half else torch.float32
         self._opened = self.store.open(number)
-        return {name: self.rule.read(stored, dtype) for name, stored in self._opened.items()}
+        travelling = {n: stored for n, stored in self._opened.items() if self.sets.travels(number, n)}
+        if self._gathered is None or self._gathered[0] != number:  # layers that share a set exchange it once
+            self._gathered = None  # before the next one takes its room
+            parts = {name: self.rule.read(stored, dtype) for name, stored in travelling.items()}
+            self._gathered = number, self.sets.gather(number, parts) if parts else {}
+        gathered = self._gathered[1]
+        return {
+            name: gathered[name] if name in gathered else self.rule.read(stored, dtype)
+            for name, stored in self._opened.items()
+        }
 
     def _add(self, number: int, found: dict[str, Tensor | None]) -> None:
         total = self._gradients.setdefault(number, {})
@@ -209,13 +224,16 @@ class StreamedBlocks:
         """Updates the set that is open, unless its gradient is not finite."""
         step, gradients = self._step, self._gradients.pop(number)
         assert step is not None
+        self._gathered = None
         with self.store.stopwatch.span("update"):
+            gradients = self.sets.reduce(number, gradients)
             norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients.values()]
-            square = torch.stack(norms).square().sum()
+            square = self.sets.total(torch.stack(norms).square().sum())
             allowed = torch.isfinite(square)
             for name, gradient in gradients.items():
                 key = derive_seed(step.seed, "round", step.number, number, name)
-                move = Move(step.rate, step.weight_decay, key, allowed)
+                piece = self.sets.piece(number, name)
+                move = Move(step.rate, step.weight_decay, key, allowed, piece)
                 self.rule.update(self._opened[name], gradient, move)
         self._squares += square
         self._skipped += ~allowed

@@ -34,6 +34,7 @@ class Budget:
     edges: parameters outside the sets; tokens: of one step
     value_bytes: of an activation or a gradient; checkpoints: on the disk at a time
     beside: bytes of host memory that the sets of the stage before take while layers get weights of their own
+    gathered: parameters of the largest set that is computed with, where only a part of it lies in the store
     """
 
     config: BackboneConfig
@@ -44,6 +45,7 @@ class Budget:
     value_bytes: int = HALF
     checkpoints: int = 0
     beside: int = 0
+    gathered: int = 0
 
     @property
     def parameters(self) -> int:
@@ -100,7 +102,7 @@ class Budget:
     @property
     def _in_use(self) -> int:
         """Gradients of the largest set, and its weights as they are computed with."""
-        largest = max(layout.num_parameters for layout in self.layouts)
+        largest = max(self.gathered, *(layout.num_parameters for layout in self.layouts))
         shared = len(self.config.weight_sets) > len(set(self.config.weight_sets))
         # Gradients of shared sets add up until their last use.
         open_sets = self.config.num_sets if shared else 1

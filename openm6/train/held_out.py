@@ -48,6 +48,7 @@ class HeldOutHook(Hook):
         run.job.model.eval()
         with torch.no_grad(), run.updater.autocast():
             found = run.job.held_out_loss(self._batches)
+        run.job.ranks.settle(run.job.model)
         run.job.model.train()
         return {f"{PREFIX}{name}": value for name, value in found.items()}
 

@@ -79,6 +79,10 @@ class Job:
         """Groups as `optim.groups.default_groups` describes them."""
         return default_groups(self.model)
 
+    def optional_parameters(self) -> list[nn.Parameter]:
+        """Those that a step may not use on any rank, but have a gradient of zero then, where the model is cut."""
+        return []
+
     @property
     def backbone(self) -> Backbone | None:
         """The stack whose blocks may be streamed; None: this kind of training has none."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from openm6.base.errors import CheckpointError, Interrupted, TrainingError
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
-from openm6.checkpoint.folder import latest, list_checkpoints, read_state, step_of
+from openm6.checkpoint.folder import latest, list_checkpoints, read_state, refuse_damaged, step_of
 from openm6.checkpoint.load import load_job_tensors, open_saver
 from openm6.checkpoint.optimizer import optimizer_tensors
 from openm6.checkpoint.save import Snapshot
@@ -116,6 +116,7 @@ class _Run:
         self.saved: Path | None = None
         self.scores: dict[str, float] = {}
         refuse_overwriting(run, resume)
+        refuse_damaged(run.checkpoints)
         if list_checkpoints(run.checkpoints):
             self._restore(latest(run.path))
         if settings is not None:

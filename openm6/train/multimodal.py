@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openm6.base.energy.meter import open_meter
 from openm6.base.errors import ConfigError, DataError
@@ -44,13 +44,13 @@ from openm6.models.description import (
     ModelDescription,
     build_model,
 )
-from openm6.parallel.config import MeshShape
 from openm6.parallel.gather import open_gather
 from openm6.parallel.placing import place
 from openm6.parallel.ranks import Ranks
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES
 from openm6.train.attribution import Attribution
+from openm6.train.cut_checks import check_cut
 from openm6.train.held_out import pack_held_out
 from openm6.train.job import Job, StepResult
 from openm6.train.metering import gpus_of
@@ -116,8 +116,11 @@ class MultimodalJob(Job):
         experts = self.omni.config.experts
         num_experts = experts.num_experts if experts else None
         shape = config.resolve(ranks.size, num_experts, device.type == "cuda")
-        check_cut(self.recipe, shape)
-        ranks.place(self.omni, shape)
+        check_cut(self.recipe, shape, self.omni.config)
+        if self.recipe.loop.streamed:
+            ranks.lay_out(shape)
+        else:
+            ranks.place(self.omni, shape)
         self.omni.backbone.exchange = ranks.exchange(config.parts)
 
     def batches(self) -> Iterator[Batch]:
@@ -155,7 +158,7 @@ class MultimodalJob(Job):
         metrics["fill"] = batch.tokens / counts.places
         share = batch.tokens / max(1.0, counts.tokens)  # the routers' own means are over this rank's tokens
         loads = [replace(load, dropped=load.dropped * share) for load in loads]
-        loss = total / counts.examples + share * side_loss(loads) + self._idle(batch)
+        loss = total / counts.examples + share * side_loss(loads) + self._idle()
         return StepResult(loss, metrics, loads, work)
 
     def held_out_batches(self, number: int) -> list[Batch]:
@@ -183,15 +186,17 @@ class MultimodalJob(Job):
         found = {kind: one / count for kind, one, count in means if count}
         return {"loss": summed[0] / max(1.0, summed[1]), **found}
 
-    def _idle(self, batch: Batch) -> Tensor | float:
-        """Nothing, but with a gradient of zero for adapters that this rank's rows do not use.
+    def _idle(self) -> Tensor | float:
+        """Nothing, but with a gradient of zero for each weight of an adapter.
 
-        Where weights are cut every rank must bring a gradient for each, or the others wait for it for ever.
+        Where weights are cut every rank must bring a gradient for each, whatever of an adapter its rows use (a picture
+        may be read and none drawn), or the others wait for it for ever.
         """
-        if self.ranks.layout is None:
-            return 0.0
-        idle = [adapter for kind, adapter in self.omni.adapters.items() if kind not in batch.kinds]
-        return sum((0.0 * weight.sum() for adapter in idle for weight in adapter.parameters()), start=0.0)
+        weights = self.optional_parameters()
+        return sum((0.0 * weight.sum() for weight in weights), start=0.0)
+
+    def optional_parameters(self) -> list[nn.Parameter]:
+        return list(self.omni.adapters.parameters()) if self.ranks.wrapped else []
 
     def _count(self, batch: Batch) -> Counts:
         """What the batch that this is a part of, or those of all ranks together, hold in this step."""
@@ -217,7 +222,7 @@ class MultimodalJob(Job):
         return self.omni.config.stage
 
     def delink(self) -> dict[str, str]:
-        if self.ranks.layout is None:
+        if not self.ranks.wrapped:
             names = self.omni.delink()
         else:
             # Its import takes seconds, which a process alone is spared.
@@ -255,21 +260,6 @@ class MultimodalJob(Job):
 
     def files(self) -> dict[str, str]:
         return {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
-
-
-def check_cut(recipe: MultimodalRecipe, shape: MeshShape) -> None:
-    """Raises ConfigError where a recipe asks for what cannot be done on such a mesh."""
-    if recipe.packing.rows < shape.size:
-        raise ConfigError(
-            f"packing.rows={recipe.packing.rows} leaves some of {shape.size} ranks without a row: raise it"
-        )
-    if shape.copies_only:
-        return
-    experts = build_backbone(recipe.model).experts
-    if experts is not None and experts.capacity is not None and recipe.packing.rows % shape.size:
-        raise ConfigError(
-            f"experts with a capacity need as many rows on each rank: set packing.rows to a multiple of {shape.size}"
-        )
 
 
 def _check_lessons(recipe: MultimodalRecipe, sources: dict[str, Source]) -> None:

@@ -12,21 +12,22 @@ from openm6.models.running import CompiledBlocks, RecomputedBlocks, RunBlock, ru
 from openm6.train.config import LoopConfig
 
 
-def choose_way(model: nn.Module, config: LoopConfig, tokens: int, pending: int) -> None:
+def choose_way(model: nn.Module, config: LoopConfig, tokens: int, pending: int, cut: bool = False) -> None:
     """Sets `run_block` of each backbone in the model that still runs plainly.
 
-    tokens: of a step; pending: bytes that gradients and optimizer will take beside what is allocated now.
+    tokens: of a step; pending: bytes that gradients and optimizer will take beside what is allocated now; cut: blocks
+    gather their weights or exchange rows with other ranks, which no compiler sees through.
     """
     for backbone in (module for module in model.modules() if isinstance(module, Backbone)):
         if backbone.run_block is run_plainly:
-            backbone.run_block = _way(backbone, config, tokens, pending)
+            backbone.run_block = _way(backbone, config, tokens, pending, cut)
 
 
-def _way(backbone: Backbone, config: LoopConfig, tokens: int, pending: int) -> RunBlock:
+def _way(backbone: Backbone, config: LoopConfig, tokens: int, pending: int, cut: bool) -> RunBlock:
     device = backbone.final_norm.weight.device
     # On a processor compiling takes minutes and saves little: see docs/performance.md.
     compiles = device.type == "cuda" if config.compile == "auto" else config.compile
-    run: RunBlock = CompiledBlocks() if compiles else run_plainly
+    run: RunBlock = CompiledBlocks() if compiles and not cut else run_plainly
     again = config.recompute
     if again == "auto":
         again = 0 if device.type != "cuda" else _by_memory(backbone, tokens, pending, device)

@@ -122,6 +122,7 @@ class Updater:
             result = self.job.loss(batch)
         result.loss.backward()
         self.job.ranks.sum_gradients(self.parameters)
+        self.job.ranks.forget_unused(self.job.optional_parameters())
         norm = self._clip()
         result, tokens = sum_over_ranks(result, batch.tokens, self.job.ranks)
         report = make_report(step, tokens, rate, result, norm)
@@ -137,7 +138,8 @@ class Updater:
         if not self._prepared:
             size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
             copies = 1 if self.optimizer.state else 3  # a gradient, and two moments if they are not there yet
-            choose_way(self.job.model, self.config, batch.tokens, copies * size)
+            cut = self.job.ranks.layout is not None
+            choose_way(self.job.model, self.config, batch.tokens, copies * size, cut)
             self._prepared = True
 
     def _clip(self) -> Tensor:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,17 @@ from openm6.base.errors import CheckpointError, ConfigError
 from openm6.base.log import get_log
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.delink import Moments, moment_factor
+from openm6.checkpoint.load import is_sharded, load_optimizer, load_parts
 from openm6.checkpoint.optimizer import place_optimizer
 from openm6.checkpoint.shards import SEPARATOR, Catalogue, Shard
+from openm6.checkpoint.tensors import named_tensors
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.block import Block
+from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.nn.experts import Experts
 from openm6.optim.registry import set_rate
-from openm6.optim.rules import WEIGHT, Memory, Stored, update_rule
+from openm6.optim.rules import WEIGHT, Stored, update_rule
 from openm6.optim.schedule import rate_factor
 from openm6.parallel.lanes import Lanes, open_lanes
 from openm6.parallel.record import RecordLayout, set_shapes
@@ -34,7 +38,14 @@ from openm6.train.failures import device_failures
 from openm6.train.job import Batch, Job
 from openm6.train.room import available, check_budget
 from openm6.train.stages import matrix_noise
-from openm6.train.step import StepReport, Updater, computes_in_half, make_report, seed_everything
+from openm6.train.step import (
+    StepReport,
+    Updater,
+    computes_in_half,
+    make_report,
+    seed_everything,
+    sum_over_ranks,
+)
 
 
 def open_updater(job: Job, config: LoopConfig, checkpoints: Path | None = None) -> Updater:
@@ -58,15 +69,13 @@ class StreamedUpdater(Updater):
         """`lanes` stand in for those of the device, in tests; `checkpoints` is where the run is saved, if it is.
 
         Raises:
-            ConfigError: the job has no blocks to stream, several processes train, or memory or disk do not suffice.
+            ConfigError: the job has no blocks to stream, or memory or disk do not suffice.
         """
         if job.backbone is None:
             raise ConfigError(
                 "this kind of training has no blocks to stream: leave loop.streaming and "
                 "loop.optimizer.bytes_per_parameter out"
             )
-        if job.ranks.size > 1:
-            raise ConfigError("streamed blocks train in one process: leave --nproc or loop.streaming out")
         self.job, self.config = job, config
         self.backbone: Backbone = job.backbone
         self.streaming = config.streaming or StreamingConfig()
@@ -90,8 +99,10 @@ class StreamedUpdater(Updater):
                 result = self.job.loss(batch)
             result.loss.backward()
             facts = self.blocks.end_step()
+        self.job.ranks.sum_gradients(self.parameters)
         norm = torch.hypot(self._clip(), facts.grad_norm)
-        report = make_report(step, batch.tokens, rate, result, norm)
+        result, tokens = sum_over_ranks(result, batch.tokens, self.job.ranks)
+        report = make_report(step, tokens, rate, result, norm)
         if report.applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -111,7 +122,9 @@ class StreamedUpdater(Updater):
             self.store.homes[layer].copy_(before.homes[number])
             if uses[number] > 1:
                 for name, stored in self.store.home(layer).items():
-                    self._hand_on(stored, moments, uses[number], noise, f"{layer}.{name}")
+                    self._hand_on(stored, moments, uses[number])
+                    if noise:
+                        self._add_noise(layer, name, stored, noise)
         before.dispose()
 
     @property
@@ -125,11 +138,15 @@ class StreamedUpdater(Updater):
             for name, stored in self.store.home(number).items():
                 for slot, tensor in stored.items():
                     own = full_name(self._prefix(number) + name, slot)
-                    (shard.model if slot in self.rule.read_slots else shard.optimizer)[own] = tensor
+                    part = self.sets.in_whole(number, name, slot, tensor)
+                    (shard.model if slot in self.rule.read_slots else shard.optimizer)[own] = part
             yield shard
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
+        if self.job.ranks.layout is not None or is_sharded(folder):
+            self._load_parts(folder)
+            return
         weights, kept = Catalogue(folder, "model"), Catalogue(folder, "optimizer")
         expected = {name for name, _ in self.job.model.named_parameters()}
         if unknown := {name for name in weights.names if name.partition(SEPARATOR)[0] not in expected} - {
@@ -147,13 +164,36 @@ class StreamedUpdater(Updater):
                     source.read_into(full_name(self._prefix(number) + name, slot), tensor)
         self.store.forget()
 
+    def _load_parts(self, folder: Path) -> None:
+        """From the files of any number of ranks, what this one keeps."""
+        edges = {name: tensor for name, tensor in named_tensors(self.job.model).items() if not tensor.is_meta}
+        known = {name for name, _ in self.job.model.named_parameters()} | set(edges)
+        load_parts(folder, edges, known)
+        load_optimizer(folder, self.optimizer, self.job.model, self.job.ranks.layout)
+        for number, shard in enumerate(self.shards()):
+            homes = {**shard.model, **shard.optimizer}
+            load_parts(folder, homes, None)
+            self._bring_home(number, homes)
+        self.store.forget()
+
+    def _bring_home(self, number: int, read: dict[str, Tensor]) -> None:
+        """Parts that were read on the host, for a set that is resident on a GPU; others were read where they live."""
+        for name, stored in self.store.home(number).items():
+            for slot, tensor in stored.items():
+                if not tensor.is_cpu:
+                    tensor.copy_(self.sets.here(read[full_name(self._prefix(number) + name, slot)]))
+
     def close(self) -> None:
         self.store.dispose()
         self.backbone.runner = None
 
     def _open_store(self, device: torch.device) -> None:
         """Room for every weight set, and the runner that uses them."""
-        layouts = [RecordLayout(set_shapes(cast(Block, block)), self.rule) for block in self.backbone.sets]
+        self.sets = self.job.ranks.sets([set_shapes(cast(Block, block)) for block in self.backbone.sets])
+        layouts = [
+            RecordLayout(self.sets.local_shapes(number), self.rule)
+            for number in range(len(self.backbone.sets))
+        ]
         budget = self.budget(layouts)
         room = available(device, self.streaming, self._checkpoints)
         if self.config.stages is not None and self.backbone.config.stage == "pseudo":
@@ -169,22 +209,24 @@ class StreamedUpdater(Updater):
             self.store,
             self.rule,
             self.streaming,
+            self.sets,
         )
         self.backbone.runner = self.blocks
 
     def budget(self, layouts: list[RecordLayout]) -> Budget:
         """What the run will take, by place."""
         edges = sum(parameter.numel() for parameter in self.job.model.parameters())
-        edges -= sum(layout.num_parameters for layout in layouts)
+        edges -= sum(torch.Size(shape).numel() for one in self.sets.shapes for shape in one.values())
         half = computes_in_half(self.config.precision, self.device)
         return Budget(
             self.backbone.config,
             layouts,
             edges,
-            self.job.tokens_per_step,
+            -(-self.job.tokens_per_step // self.job.ranks.size),
             self.streaming,
             value_bytes=HALF if half else FULL,
             checkpoints=0 if self._checkpoints is None else self.config.keep + 1,
+            gathered=max(self.sets.gathered(number) for number in range(len(layouts))),
         )
 
     def _later(self, budget: Budget) -> Budget:
@@ -200,26 +242,37 @@ class StreamedUpdater(Updater):
         for number, layout in enumerate(self.store.layouts):
             block = cast(Block, self.backbone.sets[number])
             values = {name: block.get_parameter(name).detach() for name in layout.shapes}
+            own = None
             if any(value.is_meta for value in values.values()):
-                values = first_values(config, number, self.config.seed, self.store.device)
+                own = self._own_experts(number)
+                values = first_values(config, number, self.config.seed, self.store.device, own)
             for name, stored in self.store.home(number).items():
-                self.rule.fill(
-                    stored, values[name].float(), derive_seed(self.config.seed, "fill", number, name)
-                )
+                seed = self.config.seed
+                part = self.sets.part(number, name, values[name], dealt=own is not None)
+                key = derive_seed(seed, "fill", number, name)
+                self.rule.fill(stored, part.float(), key, self.sets.piece(number, name))
                 _empty_out(block, name)
         self.store.forget()
 
-    def _hand_on(self, stored: Stored, moments: Moments, uses: int, noise: float, name: str) -> None:
-        """What a layer gets of a shared set's memory, and noise on its weights."""
+    def _own_experts(self, number: int) -> range:
+        """The numbers of the experts of a set that this rank holds."""
+        shape = self.sets.local_shapes(number).get("feed_forward.up", ())
+        if len(shape) < 3:
+            return range(0)
+        first = self.sets.piece(number, "feed_forward.up").first
+        return range(first, first + shape[0])
+
+    def _hand_on(self, stored: Stored, moments: Moments, uses: int) -> None:
+        """What a layer gets of a shared set's memory."""
         for slot, tensor in stored.items():
             if slot not in self.rule.read_slots:
                 tensor.zero_() if moments == "reset" else tensor.mul_(moment_factor(slot, uses, moments))
-        if noise:
-            memory = self.rule.remember(stored)
-            seed = derive_seed(self.config.seed, "delink", name)
-            values = memory.values + matrix_noise(memory.values, noise, seed)
-            noisy = Memory(values, memory.first, memory.second, memory.count)
-            self.rule.take_over(stored, noisy, derive_seed(self.config.seed, "delink round", name))
+
+    def _add_noise(self, layer: int, name: str, stored: Stored, noise: float) -> None:
+        piece, seed = self.sets.piece(layer, name), self.config.seed
+        values = self.rule.read(stored, torch.float32)
+        draw = matrix_noise(values, noise, derive_seed(seed, "delink", f"{layer}.{name}"), piece, piece.first)
+        self.rule.write(stored, values + draw, derive_seed(seed, "delink round", layer, name), piece)
 
     def _load_edges(self, weights: Catalogue, kept: Catalogue) -> None:
         tensors = self.job.model.state_dict(keep_vars=True)
@@ -245,14 +298,42 @@ class StreamedUpdater(Updater):
 
 
 @torch.no_grad()
-def first_values(config: BackboneConfig, number: int, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """First weights of one set, from (seed, set) alone, so that no two sets need to stand in memory together."""
-    layer = config.weight_sets.index(number)
+def first_values(
+    config: BackboneConfig, number: int, seed: int, device: torch.device, own: range
+) -> dict[str, Tensor]:
+    """First weights of one set, of its experts those numbered `own`.
+
+    From (seed, set) alone, and for an expert (seed, set, expert): no two sets, and on several ranks no whole set, need
+    to stand in memory.
+    """
+    part = config.feed_forward(config.weight_sets.index(number))
     seed_everything(seed, "weight set", number)
     with torch.device(device):
-        block = Block(config.attention, config.feed_forward(layer), None)
+        block = Block(config.attention, _with_one_expert(part), None)
     block.reset_parameters(config.deviation, config.output_deviation)
-    return {name: parameter.detach() for name, parameter in block.named_parameters()}
+    values = {name: parameter.detach() for name, parameter in block.named_parameters()}
+    if isinstance(part, ExpertsConfig):
+        drawn = [
+            _first_expert(config, part, (seed, "weight set", number, "expert", one), device) for one in own
+        ]
+        values["feed_forward.up"] = torch.cat([up for up, _ in drawn])
+        values["feed_forward.down"] = torch.cat([down for _, down in drawn])
+    return values
+
+
+def _first_expert(
+    config: BackboneConfig, part: ExpertsConfig, words: tuple[Any, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    seed_everything(*words)
+    alone = part.model_copy(update={"num_experts": 1, "top_k": 1, "num_prototypes": None, "num_shared": 0})
+    with torch.device(device):
+        expert = Experts(config.width, alone)
+    expert.reset_parameters(config.deviation, config.output_deviation)
+    return expert.up.detach(), expert.down.detach()
+
+
+def _with_one_expert(part: DenseConfig | ExpertsConfig) -> DenseConfig | ExpertsConfig:
+    return part if isinstance(part, DenseConfig) else part.model_copy(update={"num_experts": 1})
 
 
 def _empty_out(block: Block, name: str) -> None:

@@ -16,7 +16,6 @@ from openm6.checkpoint.load import load_model
 from openm6.models.config import BackboneConfig
 from openm6.optim.config import OptimizerConfig
 from openm6.parallel.lanes import Lanes
-from openm6.parallel.ranks import Ranks
 from openm6.parallel.streaming import Step
 from openm6.parallel.streaming_config import StreamingConfig
 from openm6.train.config import LoopConfig
@@ -269,10 +268,6 @@ def test_what_cannot_be_streamed_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="no blocks to stream"):
         StreamedUpdater(Blockless(PLAIN), config_of())
-    job = WordsJob(PLAIN)
-    job.ranks = type("Two", (Ranks,), {"size": 2})()
-    with pytest.raises(ConfigError, match="one process"):
-        StreamedUpdater(job, config_of())
     with pytest.raises(ConfigError, match="names set 9: there are only 0 to 3"):
         StreamedUpdater(WordsJob(PLAIN), config_of(resident=(9,)))
 

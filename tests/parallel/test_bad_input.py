@@ -1,0 +1,89 @@
+"""What several ranks cannot do: the same one sentence on every rank, before any of them waits for another."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from openm6.base.errors import OpenM6Error
+from openm6.base.run_folder import RunFolder
+from openm6.parallel.processes import ProcessRanks
+from openm6.train import run as running
+from openm6.train.loop import train
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.run import read_recipe
+from tests.checkpoint.test_sharded import wait_for
+from tests.parallel.fleet import Fleet
+from tests.parallel.recording_job import run_steps
+from tests.parallel.test_ranks import CPU
+from tests.train.tiny_recipe import tiny_recipe, write_recipe
+
+
+def recipe_file(folder: Path) -> str:
+    recipe = tiny_recipe(steps=4, save_every=2, workers=1)
+    recipe["packing"] = {"rows": 3, "length": 160}
+    return write_recipe(folder, recipe)
+
+
+def told(recipe: str, folder: str, settings: list[str], odd: str) -> str:
+    """The sentence with which this rank stops; `odd` is what sets rank 1 apart."""
+    ranks = ProcessRanks(CPU, 60)
+    version = running.__version__
+    if odd == "version" and ranks.rank == 1:
+        running.__version__ = "0.0.1"
+    own = [*settings, "loop.seed=7"] if odd == "recipe" and ranks.rank == 1 else settings
+    try:
+        checked, values = read_recipe(Path(recipe), own)
+        running._check_alike(ranks, values)
+        job = MultimodalJob(checked, RunFolder.open(folder), CPU, ranks)
+        train(job, checked.loop, RunFolder.open(folder), resume=True)
+    except OpenM6Error as error:
+        return str(error)
+    finally:
+        running.__version__ = version
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("settings", "odd", "sentence"),
+    [
+        (["parallel.data=3"], "", "data=3 × shard=1 × experts=1 is 3 ranks, but 2 run"),
+        (["parallel.experts=2", "model.overrides.experts.num_experts=5"], "", "cannot deal out 5 experts evenly"),
+        (["parallel.experts=2", "parallel.parts=3"], "", "parallel.parts=3 cannot cut the 2 experts of a rank"),
+        (["packing.rows=1"], "", "packing.rows=1 leaves some of 2 ranks without a row"),
+        (["parallel.shard=2", "loop.compile=true"], "", "cannot be compiled: leave compile at auto"),
+        (["parallel.experts=2", "model.overrides.experts.capacity=2.0"], "", "packing.rows to a multiple of 2"),
+        (["loop.streaming={resident: 0, micro_batches: 2}"], "", "micro_batches=2 are more than the rows of a rank"),
+        (
+            ["parallel.shard=2", "loop.streaming={resident: 0}", "model.overrides.experts.hidden=63"],
+            "",
+            "cannot cut the experts' feed_forward.down of 63 rows evenly",
+        ),
+        (["parallel.shard=2", "model.overrides.experts.hidden=63"], "", "matrices of 63 rows evenly"),
+        ([], "recipe", "rank 1 was started with another recipe than rank 0"),
+        ([], "version", "rank 1 runs OpenM6 0.0.1"),
+    ],
+)  # fmt: skip
+def test_every_rank_stops_with_the_same_sentence(
+    settings: list[str], odd: str, sentence: str, tmp_path: Path, two: Fleet
+) -> None:
+    first, second = two.run(told, recipe_file(tmp_path), str(tmp_path / "run"), settings, odd)
+    assert first == second and sentence in first and "\n" not in first
+    two.run(dist.barrier)  # nobody hangs in what came before
+
+
+def test_a_checkpoint_that_lacks_a_part_stops_every_rank(tmp_path: Path, two: Fleet) -> None:
+    recipe, run = recipe_file(tmp_path), tmp_path / "run"
+    axes: dict[str, Any] = {"data": 1, "shard": 1, "experts": 2}
+    two.run(run_steps, recipe, str(run), tuple(axes.values()), 1, 4)
+    damaged = wait_for(run, 2)
+    for other in damaged.parent.glob("step-[!2]"):
+        shutil.rmtree(other)
+    next(damaged.glob("shard-00002-*")).unlink()
+    settings = [f"parallel.{name}={size}" for name, size in axes.items()]
+    first, second = two.run(told, recipe, str(run), settings, "")
+    assert first == second and "shard-00002" in first and "is missing or cut short" in first

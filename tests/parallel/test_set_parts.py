@@ -1,0 +1,88 @@
+"""Parts of weight sets on several ranks: gathered, summed and moved as the whole would be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from openm6.optim.config import OptimizerConfig
+from openm6.optim.rules import Move, update_rule
+from openm6.parallel.config import MeshShape
+from openm6.parallel.processes import ProcessRanks
+from openm6.parallel.record import RecordLayout
+from openm6.parallel.sets import WeightSets
+from tests.parallel.fleet import Fleet
+from tests.parallel.test_ranks import CPU
+
+SHAPES = {"qkv": (7, 64), "narrow": (3, 128), "feed_forward.up": (4, 8, 64)}
+
+
+def values(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def sets_of(axes: tuple[int, int, int]) -> WeightSets:
+    ranks = ProcessRanks(CPU, 60)
+    ranks.lay_out(MeshShape(*axes))
+    return ranks.sets([SHAPES])
+
+
+def there_and_back(axes: tuple[int, int, int]) -> list[bool]:
+    """Whether gathering gives the whole, and reducing the sum of all ranks' gradients, cut."""
+    sets, whole = sets_of(axes), values(1)
+    parts = {name: sets.part(0, name, tensor) for name, tensor in whole.items()}
+    assert {name: tuple(part.shape) for name, part in parts.items()} == sets.local_shapes(0)
+    found = sets.gather(0, {name: part for name, part in parts.items() if sets.travels(0, name)})
+    first = sets.piece(0, "feed_forward.up").first
+    experts = whole["feed_forward.up"][first : first + 4 // axes[2]]
+    expected = {**whole, "feed_forward.up": experts}
+    same = [torch.equal(tensor, expected[name]) for name, tensor in found.items()]
+    summed = sets.reduce(0, {name: tensor.clone() for name, tensor in expected.items()})
+    for name, part in summed.items():
+        # An expert's gradient already holds the rows of all ranks among which experts are dealt out.
+        times = axes[0] * axes[1] * (1 if name == "feed_forward.up" else axes[2])
+        same.append(torch.allclose(part, times * parts[name]))
+    return same
+
+
+@pytest.mark.parametrize("axes", [(1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 1, 2), (1, 1, 4)])
+def test_parts_are_gathered_and_sums_are_cut(axes: tuple[int, int, int], four: Fleet) -> None:
+    for same in four.run(there_and_back, axes):
+        assert len(same) >= 5 and all(same)
+
+
+def moved(axes: tuple[int, int, int] | None, bytes_per_parameter: int) -> dict[str, Tensor]:
+    """The weights after three updates, of the whole or of this rank's parts."""
+    sets = WeightSets([SHAPES]) if axes is None else sets_of(axes)
+    rule = update_rule(OptimizerConfig(bytes_per_parameter=bytes_per_parameter))
+    layout = RecordLayout(sets.local_shapes(0), rule)
+    views = layout.views(torch.zeros(layout.num_bytes, dtype=torch.uint8))
+    for name, stored in views.items():
+        rule.fill(stored, sets.part(0, name, values(1)[name]), 5, sets.piece(0, name))
+    for step in range(3):
+        gradients = values(2 + step)
+        gradients["feed_forward.up"][2] = 0.0  # an expert without a token
+        for name, stored in views.items():
+            move = Move(0.05, 0.1, 11 + step, torch.tensor(True), sets.piece(0, name))
+            rule.update(stored, sets.part(0, name, gradients[name]), move)
+    return {name: rule.read(stored, torch.float32).clone() for name, stored in views.items()}
+
+
+def moved_parts(axes: tuple[int, int, int], bytes_per_parameter: int) -> dict[str, float]:
+    """The share of this rank's weights that are what they are in the whole."""
+    parts, whole, sets = moved(axes, bytes_per_parameter), moved(None, bytes_per_parameter), sets_of(axes)
+    return {
+        name: float(torch.isclose(part, sets.part(0, name, whole[name]), rtol=1e-5).float().mean())
+        for name, part in parts.items()
+        if part.numel()
+    }
+
+
+@pytest.mark.parametrize("bytes_per_parameter", [16, 4, 2, 1])
+def test_rules_move_parts_as_they_move_the_whole(bytes_per_parameter: int, four: Fleet) -> None:
+    """Sums in another order may turn a rounding over, here and there."""
+    for axes in ((1, 4, 1), (1, 2, 2)):
+        for shares in four.run(moved_parts, axes, bytes_per_parameter):
+            assert all(share > 0.98 for share in shares.values()), shares
