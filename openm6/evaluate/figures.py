@@ -109,7 +109,7 @@ def signed(value: float) -> str:
     if not math.isfinite(value):
         return "–"
     text = f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+.2f}"
-    return _minus(text)
+    return _minus(text) if float(text.replace(",", "")) else "0.00"  # a zero has no sign
 
 
 def standing(interval: tuple[float, float]) -> Standing:

@@ -11,7 +11,8 @@ from typing import Any
 from openm6.base.energy.units import in_joules
 from openm6.base.files import replace_text
 from openm6.base.run_folder import RunFolder
-from openm6.evaluate.figures import METRIC_NOTES, beats, count, duration, plain, short_count, standing, words
+from openm6.evaluate.figures import METRIC_NOTES, beats, count, duration, short_count, standing, words
+from openm6.evaluate.report_codecs import codecs
 from openm6.evaluate.report_energy import energy
 from openm6.evaluate.report_markup import Markup, quoted, raw_style, tag
 from openm6.evaluate.report_pairs import pairs
@@ -59,7 +60,7 @@ def report_html(run: RunFolder, judgement: Judgement, facts: RunFacts) -> str:
         samples_by_answer(results, numbers),
         training(run, judgement, facts),
         energy(facts.energy),
-        _codecs(facts.codecs),
+        codecs(facts.codecs),
         _metrics(results),
         tag(
             "footer", "Written by OpenM6. The same figures for programs are in report.json, beside this file."
@@ -140,23 +141,6 @@ def _contents(results: list[TaskResult], facts: RunFacts) -> Markup:
         "scores": "Reading the scores",
     }
     return tag("nav", *[tag("a", text, attributes={"href": f"#{place}"}) for place, text in links.items()])
-
-
-def _codecs(codecs: dict[str, dict[str, float]]) -> Markup | None:
-    """What is lost between raw pictures or sound and codes, by codec: a bound on how good an answer can look."""
-    if not codecs:
-        return None
-    cards = []
-    for name, scores in codecs.items():
-        rows = [tag("div", tag("dt", words(key)), tag("dd", plain(value))) for key, value in scores.items()]
-        cards.append(tag("div.codec", tag("h3", name), tag("dl.scores", *rows)))
-    lead = "Pictures and sounds are given as codes; their autoencoders bound how good an answer can look or sound."
-    return tag(
-        "section",
-        tag("h2", "Codecs", attributes={"id": "codecs"}),
-        tag("p.lead", lead),
-        tag("div.codecs", *cards),
-    )
 
 
 def _metrics(results: list[TaskResult]) -> Markup:

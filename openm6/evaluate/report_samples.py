@@ -18,9 +18,11 @@ from openm6.evaluate.results import Sample, TaskResult
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram, NumberSeries
 from openm6.modalities.sound import RATE
+from openm6.modalities.text import GAP
 from openm6.tasks.registry import TASKS
 
 AT_ONCE, MOST_SAMPLES = 3, 6  # of one task: shown at once, and with those that unfold
+BLANK = "____"  # for the gap of a text, whose own sign few fonts have
 MOST_PARTS = 8  # of one record
 MOST_COLUMNS = 10
 MEDIA_BYTES = 9 * 2**20  # of all pictures and sounds together, before base64 makes them a third longer
@@ -120,9 +122,9 @@ def _cut_like(answer: Any, truth: Any) -> Any:
 def _text(answer: str, truth: Any) -> Markup:
     right = same_text(answer, str(truth))
     verdict = tag("dd.verdict.right", "✓", attributes={"title": "as the truth"}) if right else None
-    said = quoted(answer) if answer.strip() else tag("span.missing", "(nothing)")
+    said = quoted(answer.strip()) if answer.strip() else tag("span.missing", "(nothing)")
     rows = [tag("div", tag("dt", "model"), tag("dd.answer", said), verdict)]
-    rows.append(tag("div", tag("dt", "truth"), tag("dd", quoted(str(truth)))))
+    rows.append(tag("div", tag("dt", "truth"), tag("dd", quoted(str(truth).strip()))))
     return tag("dl.outcome", *rows)
 
 
@@ -139,7 +141,7 @@ def _given(part: Part, media: Media) -> Markup:
         return tag("p.prompt", tag("b", words(part.raw.name)), f", {len(part.raw.values)} steps")
     if isinstance(part.raw, dict):
         return _columns(part.raw)
-    return quoted(str(part.raw).strip(), "p.prompt")
+    return quoted(str(part.raw).strip().replace(GAP, BLANK), "p.prompt")
 
 
 def _columns(values: dict[str, Any]) -> Markup:

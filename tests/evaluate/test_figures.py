@@ -77,7 +77,15 @@ def test_every_metric_has_a_title_and_a_note() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(2.314, "+2.31"), (-0.4, "−0.40"), (345.6, "+346"), (math.nan, "–")]
+    ("value", "said"),
+    [
+        (2.314, "+2.31"),
+        (-0.4, "−0.40"),
+        (-0.001, "0.00"),
+        (345.6, "+346"),
+        (-1234.5, "−1,234"),
+        (math.nan, "–"),
+    ],
 )
 def test_signed(value, said) -> None:
     assert signed(value) == said

@@ -21,6 +21,7 @@ from openm6.evaluate.report_samples import MEDIA_BYTES
 from openm6.evaluate.results import Judgement, Sample
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram
+from openm6.modalities.text import GAP
 from tests.evaluate import example_judgement as example
 
 VOID = {"meta", "img", "br", "hr"}
@@ -181,6 +182,19 @@ def test_a_value_outside_its_interval_is_called_so(tmp_path: Path) -> None:
     text = "".join(page_of(tmp_path, Judgement([task], 1.0, "x")).text)
     assert (
         "outside" in text and "inside" not in text.split("What it predicts")[1].split("Reading the scores")[0]
+    )
+
+
+def test_a_gap_in_a_text_is_seen(tmp_path: Path) -> None:
+    """Its own sign shows as nothing; nor does a truth that begins with a line break stand a line lower."""
+    sample = Sample([Part("text", f"Restore: a {GAP} cup")], "a red cup", "\na red cup", "r1")
+    result = dataclasses.replace(example.judgement().results[0], samples=[sample])
+    html = report_html(example.run_folder(tmp_path), Judgement([result], 1.0, "x"), example.facts())
+    assert (
+        "Restore: a ____ cup" in html
+        and ">a red cup<" in html
+        and GAP not in html
+        and ">\na red cup" not in html
     )
 
 
