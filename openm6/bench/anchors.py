@@ -18,7 +18,7 @@ from openm6.plan.plan import StagePlan, make_plan
 from openm6.plan.question import Model, Question, model_of_recipe
 from openm6.train.run import read_recipe, recipe_path
 
-LENGTH, FEWEST, MOST = 9.0, 8, 24  # seconds of the steps that are measured, and how many these may be
+LENGTH, FEWEST, MOST = 5.0, 8, 16  # seconds of the steps that are measured, and how many these may be
 LAST_RUN = 25.0  # seconds that one more run may take
 ALONE = "loop.workers=1"
 

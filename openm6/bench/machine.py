@@ -76,8 +76,8 @@ def measure_training(deadline: Deadline) -> tuple[TrainingRates, dict[str, float
     """Parts of a model in both ways, and, between them, the exchange of local ranks: processes are forked before this
     one starts threads.
     """
-    torch.set_num_threads(1)
     seats = seatings()
+    torch.set_num_threads(1)
     processes = seats["team"].processes
     job = open_job([])
     adapters = partial(_adapters, job)

@@ -58,9 +58,8 @@ class Seats:
 
 
 def seatings() -> dict[str, Seats]:
-    """The two ways in which a run uses the cores of this machine."""
-    cores = usable_cores()
-    return {"team": Seats(cores if can_fork() else 1, 1), "alone": Seats(1, cores)}
+    """The two ways in which a run uses the cores of this machine; call it before the number of threads is changed."""
+    return {"team": Seats(usable_cores() if can_fork() else 1, 1), "alone": Seats(1, torch.get_num_threads())}
 
 
 def measure_parts(

@@ -104,9 +104,9 @@ def _rows(plan: Plan, smallest: dict[str, Any] | None) -> list[tuple[str, str]]:
         ("length", f"{in_figures(plan.days)} days for {in_short(round(plan.tokens))} tokens{share}"),
         (
             "energy",
-            f"{in_figures(energy.mwh)} MWh, at most {in_figures(energy.mwh_rated)} by rating; "
+            f"{in_energy(energy.mwh)}, at most {in_energy(energy.mwh_rated)} by rating; "
             f"{energy.joules_per_token:.3g} J a token "
-            f"(GPT-3: {gpt3.JOULES_A_TOKEN:.1f} J, {gpt3.MWH:,.0f} MWh; this is {energy.mwh / gpt3.MWH:.2%})",
+            f"(GPT-3: {gpt3.JOULES_A_TOKEN:.1f} J, {gpt3.MWH:,.0f} MWh; this is {_share(energy.mwh / gpt3.MWH)})",
         ),
         ("carbon", f"{in_figures(energy.kg_co2e)} kg CO2e ({energy.grid})"),
     ]
@@ -130,6 +130,10 @@ def _step(stage: StagePlan) -> str:
     return f"{in_time(time.seconds)} for {in_short(stage.tokens)} tokens; binds: {time.binds} ({words})"
 
 
+def _share(share: float) -> str:
+    return f"{share:.2%}" if share >= 1e-4 else "less than 0.01%"
+
+
 def in_bytes(count: float) -> str:
     """Such as `12.3 GiB`."""
     for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
@@ -141,6 +145,11 @@ def in_bytes(count: float) -> str:
 def in_figures(number: float) -> str:
     """Three figures, and all that stand before the point: `0.0123`, `12.3`, `12,345`."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def in_energy(mwh: float) -> str:
+    """Such as `33.2 MWh` or `0.0457 kWh`."""
+    return f"{in_figures(mwh)} MWh" if mwh >= 1 else f"{in_figures(1000 * mwh)} kWh"
 
 
 def in_time(seconds: float) -> str:
