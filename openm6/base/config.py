@@ -39,7 +39,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"no recipe at {path}: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from None
+        raise ConfigError(f"{path} cannot be read as UTF-8 text ({error}): save it anew as UTF-8") from None
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:

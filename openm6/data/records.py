@@ -180,7 +180,7 @@ def as_bytes(value: Any, column: str, limit: int, open_file: OpenFile) -> bytes 
         )
     if len(value) > limit:
         raise DataError(
-            f"column {column!r} holds a file of {len(value):,} bytes; the most allowed is {limit:,}"
+            f"column {column!r} holds a file of {len(value):,} bytes; the most allowed is {limit:,}: shrink or cut it"
         )
     if len(value) == 0:
         raise DataError(f"column {column!r} holds an empty file")

@@ -67,7 +67,7 @@ def read_bounded(path: str, limit: int) -> bytes:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     if len(content) > limit:
-        raise DataError(f"{path} is larger than {limit:,} bytes, the most allowed")
+        raise DataError(f"{path} is larger than {limit:,} bytes, the most allowed: shrink or cut it")
     return content
 
 

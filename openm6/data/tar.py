@@ -103,7 +103,9 @@ class TarTable(Table):
         part = sample.parts[ending]
         limit = _limit(f".{ending}")
         if part.size > limit:
-            raise DataError(f"{sample.key}.{ending} has {part.size:,} bytes; the most allowed is {limit:,}")
+            raise DataError(
+                f"{sample.key}.{ending} has {part.size:,} bytes; the most allowed is {limit:,}: shrink or cut it"
+            )
         with open_binary(self._shards[sample.shard]) as file:
             return _read_at(file, part, f"{sample.key}.{ending}")
 

@@ -76,16 +76,7 @@ class MultimodalJob(Job):
         used = {lecture.source: sources[lecture.source] for lecture in recipe.mixture}
         first = self.ranks.first
         self.tokenizer = self.ranks.from_first(_tokenizer_text(recipe, used, run) if first else "")
-        self.description = ModelDescription(
-            preset=recipe.model.preset,
-            backbone=build_backbone(recipe.model),
-            modalities=recipe.modalities,
-            scales=_fit_scales(used.values()),
-            embedding=recipe.pooling,
-            lessons=[Lesson(task=lecture.task, source=lecture.source) for lecture in recipe.mixture],
-            sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},
-            judge=recipe.judge.model_dump(mode="json"),
-        )
+        self.description = _describe(recipe, used)
         seed_everything(recipe.loop.seed, "weights")
         self.omni, self.modalities = build_model(
             self.description, self.tokenizer, "the tokenizer", recipe.loop.streamed
@@ -260,6 +251,20 @@ class MultimodalJob(Job):
 
     def files(self) -> dict[str, str]:
         return {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
+
+
+def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> ModelDescription:
+    """What a checkpoint tells of its model; `sources` are those that the mixture draws from."""
+    return ModelDescription(
+        preset=recipe.model.preset,
+        backbone=build_backbone(recipe.model),
+        modalities=recipe.modalities,
+        scales=_fit_scales(sources.values()),
+        embedding=recipe.pooling,
+        lessons=[Lesson(task=lecture.task, source=lecture.source) for lecture in recipe.mixture],
+        sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},
+        judge=recipe.judge.model_dump(mode="json"),
+    )
 
 
 def _check_lessons(recipe: MultimodalRecipe, sources: dict[str, Source]) -> None:
