@@ -82,6 +82,11 @@ def evaluate(
         configs = source_configs(description.sources, str(loaded.checkpoint))
         train, test = open_sources(configs, "train"), open_sources(configs, "test")
     judgement = judge(loaded, lessons, train, test, config, tell)
+    if data is not None and not judgement.results:
+        raise DataError(
+            f"no record of --data {data} can be judged in {', '.join(sorted({x.task for x in lessons}))}: name its "
+            "columns as docs/own-data.md names the keys, or choose other --tasks"
+        )
     if json_path is not None:
         replace_text(json_path, to_json(judgement))
     return judgement

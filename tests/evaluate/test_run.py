@@ -64,6 +64,14 @@ def test_tasks_that_find_nothing_in_them_are_left_out(run: Path, tmp_path: Path)
     assert [result.task for result in found.results] == ["predict_number"]
 
 
+def test_records_that_suit_no_task_are_an_error(run: Path, tmp_path: Path) -> None:
+    """An empty table of scores would look like success."""
+    with pytest.raises(
+        DataError, match=r"no record of --data .*mine.jsonl can be judged in draw: name its columns"
+    ):
+        evaluate(run, ["draw"], data=table(tmp_path, "mine.jsonl"))
+
+
 @pytest.mark.parametrize("name", ["nowhere.csv", "notes.txt", "folder.csv"])
 def test_records_that_cannot_be_read(run: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
