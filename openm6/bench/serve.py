@@ -17,17 +17,16 @@ from openm6.base.config import Config
 from openm6.base.energy.meter import open_meter
 from openm6.bench.arrivals import mixed_load
 from openm6.bench.measure import Deadline, device_name, emit
+from openm6.bench.our_text import answer_prompts
 from openm6.bench.peer_qwen import PEER_MISSING, open_peer
+from openm6.bench.text_load import compare_under_load
 from openm6.generate.decode import Speaker
 from openm6.generate.graphs import open_rows
 from openm6.generate.load import best_device
 from openm6.generate.rows import TextRows
-from openm6.generate.sampling import Sampling
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.slots import SlotCache
-from openm6.ops.sequence import causal_layout
 
 
 class ServeSetting(Config):
@@ -74,7 +73,7 @@ CPU_SETTING = ServeSetting(
 
 
 def bench_serve(json_path: Path | None = None, load_seconds: float = 20.0) -> None:
-    """Prints throughput and first-token times of both, and the latencies of a mixed load."""
+    """Prints throughput, first-token times and tails of both, and the latencies of a mixed load."""
     device = best_device()
     setting = GPU_SETTING if device.type == "cuda" else CPU_SETTING
     result = compare(setting, device)
@@ -103,17 +102,21 @@ def compare(setting: ServeSetting, device: torch.device) -> dict[str, Any]:
         call()  # warm up: graphs, kernels, caches
         found[name] = _measured(call, setting)
     rates = {name: row["tokens_a_second"] for name, row in found.items() if "tokens_a_second" in row}
-    others = [rate for name, rate in rates.items() if name != "openm6"]
+    others = {name: rate for name, rate in rates.items() if name != "openm6"}
+    best = max(others, key=lambda name: others[name]) if others else None
+    requests = {name: found[name]["requests_a_second"] for name in rates}
     return {
         "benchmark": "serve",
         "device": device_name(device),
         "torch": torch.__version__,
         "setting": setting.model_dump(),
         "text": found,
+        "text_under_load": compare_under_load(rows, peer, prompts, setting.given, requests),
         "peer": peer.version if peer is not None else None,
         "peer_note": note.strip() or None,
-        "ours_over_best_peer": rates["openm6"] / max(others) if others else None,
-        "ours_over_each": {name: rates["openm6"] / rate for name, rate in rates.items() if name != "openm6"},
+        "best_peer": best,
+        "ours_over_best_peer": rates["openm6"] / others[best] if best is not None else None,
+        "ours_over_each": {name: rates["openm6"] / rate for name, rate in others.items()},
     }
 
 
@@ -157,29 +160,7 @@ def make_models(setting: ServeSetting, device: torch.device) -> tuple[Speaker, A
     return Speaker(backbone, weight, weight, None, None), peer
 
 
-@torch.inference_mode()
 def ours_run(rows: TextRows, prompts: list[list[int]], given: int) -> dict[str, Any]:
-    """All prompts through the rows; each token drawn is counted, first-token times are from the start."""
-    waiting, tokens = list(enumerate(prompts)), 0
-    first: dict[int, float] = {}
-    sampling = Sampling(max_tokens=given)
-    began = time.perf_counter()
-    while waiting or rows.rows:
-        while waiting and rows.free:
-            number, prompt = waiting.pop(0)
-            _read(rows.speaker, prompt, rows.cache, rows.next_slot)
-            rows.add(number, sampling, len(prompt) - 1, prompt[-1])
-        ended = rows.step()
-        tokens += len(rows.rows)
-        for row in rows.rows:
-            first.setdefault(row.key, time.perf_counter() - began)
-        for row in ended:
-            rows.remove(row)
-    return {"tokens": tokens, "first_token_seconds_median": statistics.median(first.values())}
-
-
-def _read(speaker: Speaker, prompt: list[int], cache: SlotCache, slot: int) -> None:
-    """All but the last token, which the first step runs."""
-    ids = torch.tensor([prompt[:-1]], device=speaker.embedding.device)
-    layout = causal_layout(1, len(prompt) - 1, device=ids.device)
-    speaker.backbone(torch.nn.functional.embedding(ids, speaker.embedding), layout, cache.writer(slot))
+    """All prompts at once; each token drawn is counted, first-token times are from the start."""
+    seen = answer_prompts(rows, prompts, given)
+    return {"tokens": seen.tokens, "first_token_seconds_median": statistics.median(seen.first.values())}

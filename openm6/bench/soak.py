@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import statistics
 import threading
 import time
 from collections import Counter
@@ -22,7 +23,6 @@ from openm6.bench.server import Address, served
 
 KEPT = ("choices", "data", "text")  # of an answer: what must not depend on the crowd
 FLAT = 1.05
-EARLY = 0.1  # of the time, in which memory may still grow: caches and arenas fill
 
 
 @dataclass
@@ -149,8 +149,12 @@ def _kept(body: bytes) -> str:
 
 def _told(found: Found, asked: int, rate: float, seconds: float, wanted: float) -> dict[str, Any]:
     start = found.resident[0][0]
-    late = [size for moment, size in found.resident if moment - start >= EARLY * wanted] or [0]
-    growth = late[-1] / late[0] if late[0] else 1.0
+    tenths: dict[int, list[int]] = {}
+    for moment, size in found.resident:
+        tenths.setdefault(min(9, int(10 * (moment - start) / wanted)), []).append(size)
+    memory = [statistics.median(tenths[tenth]) for tenth in sorted(tenths)]
+    # In the first tenth it may still grow: caches and arenas fill.
+    growth = memory[-1] / memory[1] if len(memory) > 1 and memory[1] else 1.0
     health = tails(found.health)
     answered, refused = found.statuses[200], found.statuses[429]
     others = {status: count for status, count in found.statuses.items() if status not in (200, 429)}
@@ -164,6 +168,7 @@ def _told(found: Found, asked: int, rate: float, seconds: float, wanted: float) 
         "other_statuses": others,
         "wrong": Counter(found.wrong),
         "health_seconds": health,
+        "memory_bytes_by_tenth": memory,
         "memory_growth": growth,
         "passed": not others and not found.wrong and answered > 0 and growth <= FLAT and health["p95"] < 0.1,
     }
