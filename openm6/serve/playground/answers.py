@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,8 @@ from openm6.modalities.interface import Part
 from openm6.modalities.sound import RATE
 from openm6.serve.distributions import described
 from openm6.serve.playground.charts import interval_chart, ranking_list, vector_strip
-from openm6.serve.playground.words import UNCOUNTED
+from openm6.serve.playground.inputs import uploaded
+from openm6.serve.playground.words import ESTIMATE, NOTHING, UNCOUNTED
 from openm6.serve.requests import Answer, CodesRequest, NumbersRequest, Request, TextRequest
 from openm6.serve.scenarios.ask import scenario_request
 from openm6.serve.scenarios.bodies import COVERAGE, picture_of, ranking_of
@@ -63,14 +63,17 @@ async def answer_freely(
     seed: int,
 ) -> Shown:
     """An answer to whatever is given; raises as `answer_scenario`."""
+    limits = server.config.limits
     parts = [
-        Part(kind, Path(path).read_bytes()) for kind, path in (("image", picture), ("sound", sound)) if path
+        Part(kind, uploaded(kind, path, limits, language))
+        for kind, path in (("image", picture), ("sound", sound))
+        if path
     ]
     if text.strip():
         parts.append(Part("text", (" " if parts else "") + text.strip()))
     if not parts:
-        raise DataError("nothing is given: write something, or add a picture or a sound")
-    seconds, given = server.config.limits.seconds, tuple(parts)
+        raise DataError(NOTHING.said(language))
+    seconds, given = limits.seconds, tuple(parts)
     request: Request
     if want == "text":
         sampling = TextRequest(parts=given).sampling.model_copy(update={"seed": seed})
@@ -110,5 +113,6 @@ def energy_note(answer: Answer, language: Language) -> str:
     """The joules and the time of an answer."""
     energy = UNCOUNTED.said(language)
     if answer.joules is not None:
-        energy = f"{answer.joules:.3g} J ({answer.source})"
+        source = ESTIMATE.said(language) if answer.source == "estimate" else answer.source
+        energy = f"{answer.joules:.3g} J ({source})"
     return f"{energy} · {answer.seconds:.2f} s"

@@ -11,7 +11,10 @@ import soundfile
 from PIL import Image as Pillow
 
 from openm6.base.errors import DataError
-from openm6.serve.playground.words import HINTS
+from openm6.serve.config import Limits
+from openm6.serve.errors import BadRequestError
+from openm6.serve.media import check_picture, check_sound
+from openm6.serve.playground.words import BAD_PICTURE, BAD_SOUND, HINTS
 from openm6.serve.playground.written import read_written, written
 from openm6.serve.scenarios.examples import example_values
 from openm6.serve.scenarios.scenario import Language, Scenario
@@ -20,16 +23,34 @@ TEXTS, PICTURES, SOUNDS = 4, 3, 1  # the most that any scenario takes
 Update = dict[str, Any]
 
 
+def picture_input(**settings: Any) -> gradio.Image:
+    """A picture whose file is handed on as it is: what cannot be read is said in our words, not in Gradio's."""
+    found = gradio.Image(type="filepath", format="png", height=200, **settings)
+    found.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+    return found
+
+
+def uploaded(kind: str, path: str, limits: Limits, language: Language) -> bytes:
+    """The bytes of a picture or sound that was uploaded or recorded.
+
+    Raises:
+        DataError: it cannot be read, or is too large, in the language of the page.
+    """
+    data = Path(path).read_bytes()
+    try:
+        if kind == "image":
+            return check_picture(data, limits.pixels, kind)
+        return check_sound(data, limits.sound_seconds, kind)
+    except BadRequestError:
+        said, most = (BAD_PICTURE, limits.pixels) if kind == "image" else (BAD_SOUND, limits.sound_seconds)
+        raise DataError(said.said(language).format(most=most)) from None
+
+
 def make_slots() -> list[gradio.components.Component]:
     """All slots, hidden: text boxes, pictures, sounds."""
     texts = [gradio.Textbox(visible=False, lines=2, elem_id=f"text-{number}") for number in range(TEXTS)]
     with gradio.Row():
-        pictures = [
-            gradio.Image(
-                visible=False, type="filepath", format="png", height=200, elem_id=f"picture-{number}"
-            )
-            for number in range(PICTURES)
-        ]
+        pictures = [picture_input(visible=False, elem_id=f"picture-{number}") for number in range(PICTURES)]
     sounds = [
         gradio.Audio(visible=False, type="filepath", elem_id=f"sound-{number}") for number in range(SOUNDS)
     ]
@@ -83,7 +104,9 @@ def _as_shown(kind: Any, value: Any) -> Any:
     return written(kind, value)
 
 
-def values_in(scenario: Scenario, slots: tuple[Any, ...]) -> dict[str, Any]:
+def values_in(
+    scenario: Scenario, slots: tuple[Any, ...], limits: Limits, language: Language = "en"
+) -> dict[str, Any]:
     """What lies in the slots, by name, as `scenario_request` takes it.
 
     Raises:
@@ -93,7 +116,6 @@ def values_in(scenario: Scenario, slots: tuple[Any, ...]) -> dict[str, Any]:
     for name, value in zip(slot_names(scenario), slots, strict=True):
         if name is not None and value not in (None, ""):
             kind = scenario.inputs[name].kind
-            found[name] = (
-                Path(value).read_bytes() if kind in ("image", "sound") else read_written(kind, value)
-            )
+            is_file = kind in ("image", "sound")
+            found[name] = uploaded(kind, value, limits, language) if is_file else read_written(kind, value)
     return found

@@ -9,7 +9,7 @@ import gradio
 from openm6.base.errors import OpenM6Error
 from openm6.serve.playground import words
 from openm6.serve.playground.answers import Shown, answer_freely, answer_scenario
-from openm6.serve.playground.inputs import make_slots, slot_updates, values_in
+from openm6.serve.playground.inputs import make_slots, picture_input, slot_updates, values_in
 from openm6.serve.scenarios.catalogue import Catalogue, Standing, read_catalogue, standing
 from openm6.serve.scenarios.scenario import Language, Output, Scenario
 from openm6.serve.state import Server
@@ -49,10 +49,11 @@ class Page:
         return standing(scenario, self.server.engine.loaded.description)
 
     def _head(self, first: Scenario) -> None:
-        self.title = gradio.Markdown(_heading("en"), elem_id="title")
-        self.language = gradio.Radio(
-            words.LANGUAGE_NAMES, value="en", label=words.LANGUAGE.en, elem_id="language"
-        )
+        with gradio.Row(elem_id="head"):
+            self.title = gradio.Markdown(_heading("en"), elem_id="title")
+            self.language = gradio.Radio(
+                words.LANGUAGE_NAMES, value="en", label=words.LANGUAGE.en, elem_id="language", min_width=250
+            )
 
     def _scenario_tab(self, first: Scenario) -> None:
         with gradio.Tab(words.SCENARIOS.en, id="scenarios") as self.scenario_tab:
@@ -72,8 +73,8 @@ class Page:
     def _free_tab(self) -> None:
         with gradio.Tab(words.FREELY.en, id="freely") as self.free_tab:
             self.text = gradio.Textbox(label=words.TEXT.en, lines=3, elem_id="free-text")
-            self.picture = gradio.Image(label=words.PICTURE.en, type="filepath", format="png", height=200)
-            self.sound = gradio.Audio(label=words.SOUND.en, type="filepath")
+            self.picture = picture_input(label=words.PICTURE.en, elem_id="free-picture")
+            self.sound = gradio.Audio(label=words.SOUND.en, type="filepath", elem_id="free-sound")
             self.want = gradio.Radio(_wants("en"), value="text", label=words.WANTED.en, elem_id="want")
             self.ask = gradio.Button(words.RUN.en, variant="primary", elem_id="ask")
 
@@ -166,11 +167,14 @@ class Page:
     ) -> list[Any]:
         """A scenario's answer in the panel."""
         scenario = self.catalogue.named(name)
+        able = self._standing(scenario)
+        if not able.ready:
+            return _told(able.said(language), language, drawn)
         try:
-            values = values_in(scenario, slots)
+            values = values_in(scenario, slots, self.server.config.limits, language)
             shown = await answer_scenario(self.server, scenario, language, values, int(seed or 0))
         except OpenM6Error as error:
-            raise gradio.Error(str(error), print_exception=False) from None
+            return _told(str(error), language, drawn)
         return _panel(shown, scenario.title.said(language), drawn)
 
     async def on_ask(
@@ -189,7 +193,7 @@ class Page:
                 self.server, language, text or "", picture, sound, want, int(seed or 0)
             )
         except OpenM6Error as error:
-            raise gradio.Error(str(error), print_exception=False) from None
+            return _told(str(error), language, drawn)
         return _panel(shown, (text or "")[:40], drawn)
 
     def _domains(self, language: Language) -> list[tuple[str, str]]:
@@ -209,6 +213,12 @@ class Page:
         able = self._standing(scenario)
         state = words.READY.said(language) if able.ready else f"○ {able.said(language)}"
         return f"{scenario.summary.said(language)} {state}"
+
+
+def _told(sentence: str, language: Language, drawn: Pictures) -> list[Any]:
+    """An answer panel that says why there is no answer; a raised error would cover every part of it."""
+    gradio.Warning(sentence, title=words.WRONG.said(language))
+    return _panel(Shown(note=f"**{sentence}**"), "", drawn)
 
 
 def _heading(language: Language) -> str:

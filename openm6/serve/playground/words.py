@@ -24,6 +24,20 @@ ANSWER = Words(en="Answer", zh="回答")
 FIGURE = Words(en="Numbers", zh="数值")
 GALLERY = Words(en="Gallery of this visit", zh="本次画廊")
 READY = Words(en="● ready", zh="● 可用")
+ESTIMATE = Words(en="estimate", zh="估算")
+WRONG = Words(en="That did not work", zh="未能完成")
+NOTHING = Words(
+    en="Nothing is given: write something, or add a picture or a sound.",
+    zh="没有输入：请写点什么，或添加图片或声音。",
+)
+BAD_PICTURE = Words(
+    en="The picture is broken, of an unknown kind or over {most:,} pixels: save it anew as PNG, or shrink it.",
+    zh="图片已损坏、格式未知或超过 {most:,} 像素：请另存为 PNG 或缩小。",
+)
+BAD_SOUND = Words(
+    en="The sound is broken, of an unknown kind or over {most:g} seconds long: save it anew as WAV, or cut it.",
+    zh="声音已损坏、格式未知或超过 {most:g} 秒：请另存为 WAV 或剪短。",
+)
 UNCOUNTED = Words(en="energy not counted on this machine", zh="本机未计能耗")
 HINTS = {
     "numbers": Words(en="one a line: mass = 3.5", zh="每行一个：mass = 3.5"),

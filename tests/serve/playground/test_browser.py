@@ -101,6 +101,17 @@ def test_what_was_not_taught_says_so(page: playwright.Page) -> None:
     )
 
 
+def test_a_broken_upload_is_one_sentence(page: playwright.Page) -> None:
+    page.get_by_role("tab", name="Ask freely").click()
+    broken = {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"}
+    page.locator("#free-picture input[type=file]").set_input_files(files=[broken])
+    playwright.expect(page.locator("#free-picture img").first).to_be_attached(timeout=PATIENCE)
+    page.click("#ask")
+    said = page.locator(".toast-wrap, [data-testid=toast-body]").first
+    playwright.expect(said).to_contain_text("The picture is broken", timeout=PATIENCE)
+    playwright.expect(said).not_to_contain_text("preprocess")
+
+
 def test_a_phone_shows_it_in_chinese_without_scrolling_sideways(page: playwright.Page) -> None:
     page.click("#run")
     playwright.expect(page.locator("#gallery img").first).to_be_visible(timeout=PATIENCE)

@@ -11,10 +11,21 @@ pytest.importorskip("gradio", reason="the extra [serve] is not installed")
 
 import soundfile
 
-from openm6.serve.playground.inputs import PICTURES, SOUNDS, TEXTS, slot_names, slot_updates, values_in
+from openm6.base.errors import DataError
+from openm6.serve.config import Limits
+from openm6.serve.playground.inputs import (
+    PICTURES,
+    SOUNDS,
+    TEXTS,
+    slot_names,
+    slot_updates,
+    uploaded,
+    values_in,
+)
 from openm6.serve.scenarios.catalogue import read_catalogue
 from openm6.serve.scenarios.examples import example_values
 from openm6.serve.scenarios.scenario import LANGUAGES, Scenario
+from tests.data.pictures import png, wav
 
 ALL = read_catalogue().scenarios.values()
 
@@ -39,10 +50,30 @@ def test_the_example_goes_in_and_comes_back(scenario: Scenario, tmp_path: Path) 
                     soundfile.write(path, value[1], value[0], format="WAV")
                 value = str(path)
             slots.append(value)
-        found, given = values_in(scenario, tuple(slots)), example_values(scenario, language)
+        found, given = values_in(scenario, tuple(slots), Limits()), example_values(scenario, language)
         assert set(found) == set(given)
         for name, value in given.items():
             if isinstance(value, bytes):
                 assert isinstance(found[name], bytes) and io.BytesIO(found[name]).read(4)
             else:
                 assert found[name] == value
+
+
+def test_what_was_uploaded_broken_or_too_large_is_one_sentence_in_the_pages_language(tmp_path: Path) -> None:
+    path = tmp_path / "upload"
+    limits = Limits(pixels=1000, sound_seconds=1.0)
+    for kind, data in (
+        ("image", b"no"),
+        ("image", png("red", 40)),
+        ("sound", b"RIFF"),
+        ("sound", wav(seconds=2)),
+    ):
+        path.write_bytes(data)
+        for language, word in (("en", "save it anew"), ("zh", "另存为")):
+            with pytest.raises(DataError, match=word) as caught:
+                uploaded(kind, str(path), limits, language)  # type: ignore[arg-type]
+            assert str(tmp_path) not in str(caught.value) and ("1,000" if kind == "image" else "1 ") in str(
+                caught.value
+            )
+    path.write_bytes(png("red", 20))
+    assert uploaded("image", str(path), limits, "en") == png("red", 20)
