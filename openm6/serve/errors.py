@@ -39,6 +39,10 @@ class BadRequestError(OpenM6Error):
         self.param = param
 
 
+class TooLargeError(OpenM6Error):
+    """A body that tells no length has passed its bound on the way; answered with 413."""
+
+
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": meaning}
     for status, meaning in (
@@ -68,6 +72,8 @@ def error_of(error: OpenM6Error) -> tuple[int, str, str | None, int | None]:
         return 429, str(error), None, error.after
     if isinstance(error, LateError | StoppedError):
         return 503, str(error), None, 1
+    if isinstance(error, TooLargeError):
+        return 413, str(error), None, None
     param = error.param if isinstance(error, BadRequestError) else None
     known = isinstance(error, BadRequestError | DataError | ConfigError)
     return 400 if known else 500, str(error), param, None

@@ -13,15 +13,11 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from openm6.serve.errors import BadRequestError, error_response
+from openm6.serve.errors import BadRequestError, TooLargeError, error_response
 from openm6.serve.state import Server
 
 OPEN = ("/health", "/ready")  # what a load balancer asks, without a key
 PLAYGROUND = "/playground"  # asks for a key by itself: a browser cannot send one in a header
-
-
-class TooLargeError(Exception):
-    """The body has passed its bound."""
 
 
 class Guard:
@@ -80,13 +76,17 @@ class Guard:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self.body_bytes:
-                raise TooLargeError
+                raise TooLargeError(self._too_large_words)
             return message
 
         return count
 
+    @property
+    def _too_large_words(self) -> str:
+        return f"the body exceeds {self.body_bytes:,} bytes: send less"
+
     def _too_large(self) -> Response:
-        return error_response(413, f"the body exceeds {self.body_bytes:,} bytes: send less")
+        return error_response(413, self._too_large_words)
 
 
 class StrictRequest(Request):

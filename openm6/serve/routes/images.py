@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from openm6.serve.state import Server, ThisClient, ThisServer
 from openm6.serve.words import language_of, part_in_words, taught, text_in_words
 
 router = APIRouter(prefix="/v1/images", tags=["images"], route_class=StrictRoute, responses=DOCUMENTED)
+EVERYWHERE = (0.0, 0.0, 1.0, 1.0)
 
 
 class Generation(BaseModel):
@@ -77,17 +79,14 @@ async def generate(body: Generation, server: ThisServer, client: ThisClient, htt
     loaded = server.engine.loaded
     parts = text_in_words("draw", body.prompt) if taught(loaded, "draw") else (Part("text", body.prompt),)
     seed = chosen_seed(body.seed)
-    requests = [
-        CodesRequest(
-            want="image",
-            parts=parts,
-            client=client,
-            seconds=server.config.limits.seconds,
-            sampling=MaskedSampling(steps=body.steps, guidance=body.guidance, seed=seed_of(seed, number)),
-        )
-        for number in range(body.n)
-    ]
-    answers = await ask_all(server, http, "images", requests)
+    asked = CodesRequest(
+        want="image",
+        parts=parts,
+        client=client,
+        seconds=server.config.limits.seconds,
+        sampling=MaskedSampling(steps=body.steps, guidance=body.guidance, seed=seed),
+    )
+    answers = await ask_all(server, http, "images", _several(asked, body.n))
     form: PictureFormat = body.output_format or "png"
     files = await asyncio.to_thread(_files, server, answers, form, None, None)
     return _pictures(server, answers, files, form, seed)
@@ -118,29 +117,32 @@ async def edit(
     given = check_picture(await image.read(), pixels, "image")
     covered = check_picture(await mask.read(), pixels, "mask") if mask is not None else None
     hole = await asyncio.to_thread(hole_of_mask, covered, given, pixels)
-    first = chosen_seed(seed)
-    whole = (0.0, 0.0, 1.0, 1.0)
-    parts = (
-        part_in_words("fill_picture", Part("image", given, {"hole": hole}), language_of(prompt))
-        if hole is not None
-        else (Part("image", given, {"hole": None}), Part("text", " " + prompt))
+    asked = CodesRequest(
+        want="image",
+        parts=_parts_of_edit(given, hole, prompt),
+        client=client,
+        seconds=server.config.limits.seconds,
+        given=given,
+        hole=EVERYWHERE if hole is None else hole,
+        sampling=MaskedSampling(steps=steps, guidance=guidance, seed=chosen_seed(seed)),
     )
-    requests = [
-        CodesRequest(
-            want="image",
-            parts=parts,
-            client=client,
-            seconds=server.config.limits.seconds,
-            given=given,
-            hole=whole if hole is None else hole,
-            sampling=MaskedSampling(steps=steps, guidance=guidance, seed=seed_of(first, number)),
-        )
-        for number in range(n)
-    ]
-    answers = await ask_all(server, http, "edits", requests)
+    answers = await ask_all(server, http, "edits", _several(asked, n))
     form: PictureFormat = output_format or "png"
     files = await asyncio.to_thread(_files, server, answers, form, given, hole)
-    return _pictures(server, answers, files, form, first)
+    return _pictures(server, answers, files, form, asked.sampling.seed)
+
+
+def _parts_of_edit(given: bytes, hole: np.ndarray | None, prompt: str) -> tuple[Part, ...]:
+    """What is read: a picture with a hole as it was taught, else the picture and the words."""
+    if hole is not None:
+        return part_in_words("fill_picture", Part("image", given, {"hole": hole}), language_of(prompt))
+    return Part("image", given, {"hole": None}), Part("text", " " + prompt)
+
+
+def _several(asked: CodesRequest, count: int) -> list[CodesRequest]:
+    """The same request with a seed of its own for each picture."""
+    seeds = (seed_of(asked.sampling.seed, number) for number in range(count))
+    return [replace(asked, sampling=asked.sampling.model_copy(update={"seed": seed})) for seed in seeds]
 
 
 def _check(server: Server, model: str | None, size: str | None, n: int) -> None:
