@@ -104,7 +104,7 @@ class QwenPeer:
     def batching_settings(self, prompts: list[list[int]], given: int) -> dict[str, dict[str, Any]]:
         """Continuous batching as it comes, and tuned for this device: name -> settings of its config."""
         ways: dict[str, dict[str, Any]] = {"transformers continuous batching": {}}
-        if not hasattr(self.library, "ContinuousBatchingConfig"):
+        if getattr(self.library, "ContinuousBatchingConfig", None) is None:  # an older version
             return ways
         if self.model.device.type == "cuda":
             graphs = {"use_cuda_graph": True}

@@ -23,9 +23,11 @@ TEXTS, PICTURES, SOUNDS = 4, 3, 1  # the most that any scenario takes
 Update = dict[str, Any]
 
 
-def picture_input(**settings: Any) -> gradio.Image:
+def picture_input(elem_id: str, label: str | None = None, visible: bool = True) -> gradio.Image:
     """A picture whose file is handed on as it is: what cannot be read is said in our words, not in Gradio's."""
-    found = gradio.Image(type="filepath", format="png", height=200, **settings)
+    found = gradio.Image(
+        type="filepath", format="png", height=200, elem_id=elem_id, label=label, visible=visible
+    )
     found.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
     return found
 
@@ -50,7 +52,7 @@ def make_slots() -> list[gradio.components.Component]:
     """All slots, hidden: text boxes, pictures, sounds."""
     texts = [gradio.Textbox(visible=False, lines=2, elem_id=f"text-{number}") for number in range(TEXTS)]
     with gradio.Row():
-        pictures = [picture_input(visible=False, elem_id=f"picture-{number}") for number in range(PICTURES)]
+        pictures = [picture_input(f"picture-{number}", visible=False) for number in range(PICTURES)]
     sounds = [
         gradio.Audio(visible=False, type="filepath", elem_id=f"sound-{number}") for number in range(SOUNDS)
     ]

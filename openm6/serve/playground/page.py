@@ -73,7 +73,7 @@ class Page:
     def _free_tab(self) -> None:
         with gradio.Tab(words.FREELY.en, id="freely") as self.free_tab:
             self.text = gradio.Textbox(label=words.TEXT.en, lines=3, elem_id="free-text")
-            self.picture = picture_input(label=words.PICTURE.en, elem_id="free-picture")
+            self.picture = picture_input("free-picture", words.PICTURE.en)
             self.sound = gradio.Audio(label=words.SOUND.en, type="filepath", elem_id="free-sound")
             self.want = gradio.Radio(_wants("en"), value="text", label=words.WANTED.en, elem_id="want")
             self.ask = gradio.Button(words.RUN.en, variant="primary", elem_id="ask")
