@@ -37,7 +37,7 @@ class MemoryHook(Hook):
             torch.cuda.reset_peak_memory_stats(self._device)
             self._start = torch.cuda.memory_allocated(self._device)
         else:
-            _forget_peak()
+            forget_peak()
             self._start, self._inherited = process_memory("VmRSS"), process_memory("RssAnon") or 0
 
     def totals(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def process_memory(key: str, process: str = "self") -> int | None:
     return None
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """What loading the data took is not training's peak. Where it may not be forgotten, it counts."""
     try:
         (PROCESSES / "self/clear_refs").write_text(RESET_PEAK)

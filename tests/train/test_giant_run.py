@@ -1,0 +1,161 @@
+"""A giant with everything at once: all modalities, streamed, few bytes a parameter, from pseudo to real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openm6.base.config import build
+from openm6.base.errors import CheckpointError
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest, read_state, step_folder
+from openm6.checkpoint.save import Snapshot, save
+from openm6.generate.load import load
+from openm6.nn.config import ExpertsConfig
+from openm6.train.convert import convert
+from openm6.train.loop import train
+from openm6.train.memory import forget_peak, process_memory
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.recipe import MultimodalRecipe
+from openm6.train.recorder import read_metrics
+from openm6.train.run import train_recipe
+from openm6.train.stages import PlateauConfig, StagesConfig, SwitchConfig
+from openm6.train.streamed import StreamedUpdater
+from tests.train.test_streamed import SHARED, bytes_of, run_config
+from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
+from tests.train.words_job import WordsJob, words_backbone
+
+STEPS, SWITCH = 6, 3
+
+
+def giant_recipe(switch: dict[str, Any], steps: int = STEPS, **model: Any) -> dict[str, Any]:
+    loop = {
+        "streaming": {"resident": 0, "micro_batches": 2},
+        "optimizer": {"learning_rate": 0.002, "bytes_per_parameter": 2},
+        "stages": {"switch": switch, "warmup_steps": 2},
+    }
+    recipe = tiny_recipe(steps, **{**loop, "save_every": SWITCH, "keep": 9})
+    return {**recipe, "model": {**MODEL, "overrides": {**MODEL["overrides"], "sharing": "all", **model}}}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("giant")
+    train_recipe(write_recipe(folder, giant_recipe({"step": SWITCH})), out=folder / "run")
+    return folder / "run"
+
+
+def test_it_is_trained_judged_and_told_apart(finished: Path) -> None:
+    lines = read_metrics(RunFolder(finished))
+    assert [line["stage"] for line in lines] == ["pseudo"] * SWITCH + ["real"] * (STEPS - SWITCH)
+    assert {"loss/text", "loss/image_out", "loss/sound_out", "loss/numbers_out"} <= set().union(*lines)
+    assert (finished / "report.json").exists()
+    sets = {}
+    for step in (SWITCH, STEPS):
+        folder = step_folder(finished / "checkpoints", step)
+        backbone = load(folder).omni.backbone
+        sets[read_state(folder)["stage"]] = (backbone.config.stage, len(backbone.sets))
+    assert sets == {"pseudo": ("pseudo", 1), "real": ("real", 2)}
+
+
+def test_a_shared_set_is_moved_once_a_pass(tmp_path: Path) -> None:
+    """Four layers of one set fetch it once a step, and take it home once, whatever the batch is made of."""
+    moved = {}
+    for sharing in ("all", None):
+        recipe = build(MultimodalRecipe, giant_recipe({"step": 9}, sharing=sharing, num_layers=4), "a test")
+        job = MultimodalJob(recipe, RunFolder.open(tmp_path / str(sharing)), torch.device("cpu"))
+        updater = StreamedUpdater(job, recipe.loop)
+        batches = job.batches()
+        for step in (1, 2):
+            before = updater.store.moved_bytes
+            updater.update(next(batches), step, 9)
+        layout = updater.store.layouts[0]
+        moved[sharing] = (updater.store.moved_bytes - before, layout.num_bytes, layout.read_bytes)
+    total, whole, _ = moved["all"]
+    assert total == whole  # held since the step before: it only goes home
+    total, whole, read = moved[None]
+    assert total >= 4 * whole + 4 * read  # each goes home, and comes at least once
+
+
+def test_stage_and_bytes_are_converted_and_the_run_goes_on(finished: Path, tmp_path: Path) -> None:
+    pseudo = step_folder(finished / "checkpoints", SWITCH)
+    convert(pseudo, tmp_path / "real", bytes_per_parameter=1, stage="real")
+    config = str(tmp_path / "real" / "config.yaml")
+    state = read_state(latest(tmp_path / "real"))
+    assert (state["stage"], state["bytes_per_parameter"], state["step"]) == ("real", 1, SWITCH)
+    result = train_recipe(config, resume=True, out=tmp_path / "real")
+    assert result is not None and result.steps == STEPS
+    with pytest.raises(CheckpointError, match="holds 1 bytes a parameter, this run wants 2"):
+        train_recipe(config, ["loop.optimizer.bytes_per_parameter=2"], resume=True, out=tmp_path / "real")
+
+
+@pytest.mark.parametrize(
+    "switch", [SwitchConfig(plateau=PlateauConfig(window=2, improvement=0.99)), SwitchConfig(minutes=1e-9)]
+)
+def test_a_switch_by_loss_or_clock_happens_in_a_streamed_run(switch: SwitchConfig, tmp_path: Path) -> None:
+    """A loss that does not fall by 99 % in two steps stands still; a moment is over after the first step."""
+    run = RunFolder.open(tmp_path)
+    train(WordsJob(SHARED), run_config(stages=StagesConfig(switch=switch), steps=6), run)
+    first = 1 if switch.plateau is None else 4
+    assert [line["stage"] for line in read_metrics(run)] == ["pseudo"] * first + ["real"] * (6 - first)
+
+
+STAGED = run_config(stages=StagesConfig(switch=SwitchConfig(step=5), warmup_steps=2))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    train(WordsJob(SHARED), STAGED, RunFolder.open(folder))
+    return folder
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_a_streamed_run_broken_on_either_side_of_the_switch_resumes_as_if_unbroken(
+    stop: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = RunFolder.open(tmp_path)
+
+    def crash(self: WordsJob, batch: Any) -> Any:
+        if batch.index == stop:
+            raise OSError("the lights went out")
+        return loss(self, batch)
+
+    loss = WordsJob.loss
+    with monkeypatch.context() as patched:
+        patched.setattr(WordsJob, "loss", crash)
+        with pytest.raises(OSError, match="lights"):
+            train(WordsJob(SHARED), STAGED, broken)
+    train(WordsJob(SHARED), STAGED, broken, resume=True)
+    assert bytes_of(latest(broken.path)) == bytes_of(latest(whole))
+
+
+@pytest.mark.skipif(process_memory("VmHWM") is None, reason="the system does not tell a process's peak")
+def test_sets_are_saved_and_read_without_a_second_copy(tmp_path: Path) -> None:
+    """64 sets of 1 MiB: the peak may rise by a few of them, not by all."""
+    experts = ExpertsConfig(hidden=192, num_experts=8, top_k=1)
+    backbone = words_backbone(width=192, num_layers=64, experts=experts, experts_every=1, dense=None)
+    updater = StreamedUpdater(WordsJob(backbone), run_config())
+    held = sum(home.numel() for home in updater.store.homes)
+    shards = {"shards": updater.shards(), "num_shards": updater.num_shards}
+    snapshot = Snapshot(step=1, model=updater.job.model, optimizer={}, state={}, **shards)
+    folder, saved = peak_of(lambda: save(snapshot, tmp_path, keep=1))
+    weights = [home.clone() for home in updater.store.homes[:2]]
+    for home in updater.store.homes:
+        home.zero_()
+    _, read = peak_of(lambda: updater.load(folder))
+    assert held > 60 * 2**20 and max(saved, read) < held / 4, (held, saved, read)
+    assert all(torch.equal(a, b) for a, b in zip(weights, updater.store.homes, strict=False))
+
+
+def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:
+    """What the work gives, and by how many bytes the process's memory rose meanwhile."""
+    forget_peak()
+    before = process_memory("VmHWM") or 0
+    if before > (process_memory("VmRSS") or 0) + 2**23:
+        pytest.skip("the system does not let a process forget its peak")
+    return work(), (process_memory("VmHWM") or 0) - before
