@@ -58,12 +58,6 @@ def told(recipe: str, folder: str, settings: list[str], odd: str) -> str:
         (["parallel.shard=2", "loop.compile=true"], "", "cannot be compiled: leave compile at auto"),
         (["parallel.experts=2", "model.overrides.experts.capacity=2.0"], "", "packing.rows to a multiple of 2"),
         (["loop.streaming={resident: 0, micro_batches: 2}"], "", "micro_batches=2 are more than the rows of a rank"),
-        (
-            ["parallel.shard=2", "loop.streaming={resident: 0}", "model.overrides.experts.hidden=63"],
-            "",
-            "cannot cut the experts' feed_forward.down of 63 rows evenly",
-        ),
-        (["parallel.shard=2", "model.overrides.experts.hidden=63"], "", "matrices of 63 rows evenly"),
         ([], "recipe", "rank 1 was started with another recipe than rank 0"),
         ([], "version", "rank 1 runs OpenM6 0.0.1"),
     ],
