@@ -64,7 +64,7 @@ def steps_on(axes: Axes) -> list[tuple[float, dict[str, np.ndarray]]]:
         job.ranks.place(job.model, MeshShape(*axes))
         job.words.backbone.exchange = job.ranks.exchange(1)
     # AdamW divides by a gradient's size: where that is no more than rounding, its default epsilon makes steps of noise.
-    optimizer = OptimizerConfig(learning_rate=0.01, epsilon=1e-3)
+    optimizer = OptimizerConfig(learning_rate=0.003, epsilon=1e-3)
     updater = Watched(job, words_config(STEPS, optimizer=optimizer))
     found = []
     for step in range(1, STEPS + 1):
@@ -84,13 +84,11 @@ def test_losses_and_gradients_equal_one_process(axes: Axes, request: pytest.Fixt
     fleet: Fleet = request.getfixturevalue({2: "two", 4: "four"}[math.prod(axes)])
     found = fleet.run(steps_on, axes)[0]
     assert (
-        len(found) == STEPS and alone()[-1][0] < 0.9 * alone()[0][0]
+        len(found) == STEPS and alone()[-1][0] < 0.97 * alone()[0][0]
     )  # it learns: there is something to compare
     for (loss, gradients), (expected, references) in zip(found, alone(), strict=True):
         assert loss == pytest.approx(expected, rel=1e-5)
         assert gradients.keys() == references.keys()
         apart = {name: float(np.linalg.norm(gradients[name] - one)) for name, one in references.items()}
-        sizes = {name: float(np.linalg.norm(one)) for name, one in references.items()}
-        assert math.hypot(*apart.values()) <= 1e-5 * math.hypot(*sizes.values())
-        # Of the smallest ones sums in another order, which every step of AdamW carries on, change a little more.
-        assert all(apart[name] <= 1e-4 * size for name, size in sizes.items()), apart
+        wrong = [name for name, one in references.items() if apart[name] > 1e-5 * np.linalg.norm(one)]
+        assert not wrong
