@@ -142,7 +142,7 @@ def _fitted(way: Way, plain: Ceilings, anchors: Sequence[Anchor], known: Way | N
         memory.append(Point("bytes", causes, bytes_))
     watts = sum(one.probe.joules for one in anchors) / sum(one.probe.seconds for one in anchors)
     kept = {} if known is None else {"word_bytes": known.word_bytes, "code_bytes": known.code_bytes}
-    return way.model_copy(update={**fit(time), **fit(memory), **kept, "watts": watts})
+    return way.model_copy(update={**fit(time, "stretch"), **fit(memory, "gap"), **kept, "watts": watts})
 
 
 def _load(words: list[str], ceilings: Ceilings) -> Load:

@@ -20,11 +20,11 @@ class Point:
     taken: float
 
 
-def fit(points: Sequence[Point]) -> dict[str, float]:
+def fit(points: Sequence[Point], needed: str | None = None) -> dict[str, float]:
     """The price of each cause under which the points come nearest to what they took.
 
     Causes number five at most: every choice of those that may cost something is tried, and the best that needs no
-    price below zero is kept.
+    price below zero is kept. The cause that is `needed` is in all of them, however noisy the points.
     """
     names = sorted({name for point in points for name in point.causes})
     columns = np.array([[point.causes.get(name, 0.0) for name in names] for point in points])
@@ -35,7 +35,7 @@ def fit(points: Sequence[Point]) -> dict[str, float]:
     best, found = np.inf, np.zeros(len(names))
     for chosen in product((False, True), repeat=len(names)):
         use = np.array(chosen)
-        if not use.any():
+        if not use.any() or (needed is not None and not use[names.index(needed)]):
             continue
         values = np.zeros(len(names))
         values[use] = np.linalg.lstsq(relative[:, use] / scale[use], np.ones(len(taken)), rcond=None)[0]

@@ -27,3 +27,8 @@ def test_nothing_costs_less_than_nothing() -> None:
 def test_small_parts_weigh_as_much_as_large_ones() -> None:
     points = [Point("part", {"tokens": 1.0}, 1.0), Point("part", {"tokens": 1000.0}, 2000.0)]
     assert spread(points, fit_parts(points))["part"] < 0.5
+
+
+def test_what_is_needed_has_a_price_even_where_noise_would_do_without() -> None:
+    noisy = [Point("step", {"calls": 1.0, "parts": part}, 5.0 - part) for part in (1.0, 2.0, 3.0)]
+    assert fit(noisy)["parts"] == 0 and fit(noisy, "parts")["parts"] > 0
