@@ -1,0 +1,55 @@
+"""Takes docs/images/playground.png anew: a few pictures drawn by a trained model, in a browser without a window.
+
+    python tools/playground_picture.py runs/demo docs/images/playground.png
+
+Needs the extras [serve] and [dev], and Debian's chromium.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Page, expect, sync_playwright
+
+from openm6.base.errors import ConfigError
+from openm6.bench.server import served
+
+SIZE = {"width": 1200, "height": 780}
+WORDS = ("the digit three", "the digit five", "the digit zero", "the digit seven")
+PATIENCE = 60_000  # milliseconds
+
+
+def main(trained: Path, target: Path) -> None:
+    """Serves the run, draws, and writes the picture.
+
+    Raises:
+        ConfigError: there is no Chromium.
+    """
+    browser = shutil.which("chromium")
+    if browser is None:
+        raise ConfigError("there is no chromium on the path: apt-get install chromium")
+    with served(trained, ("--playground",)) as address, sync_playwright() as tool:
+        opened = tool.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
+        page = opened.new_page(viewport=SIZE)  # type: ignore[arg-type]
+        page.set_default_timeout(PATIENCE)
+        page.goto(f"http://127.0.0.1:{address.port}/playground/")
+        expect(page.locator("#run")).to_be_enabled(timeout=PATIENCE)
+        draw(page)
+        page.screenshot(path=target)
+        opened.close()
+
+
+def draw(page: Page) -> None:
+    """Draws what each of the words says, by the first scenario."""
+    for number, words in enumerate(WORDS, start=1):
+        page.fill("#text-0 textarea", words)
+        page.click("#run")
+        expect(page.locator("#gallery .grid-container img")).to_have_count(number, timeout=PATIENCE)
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(1500)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
