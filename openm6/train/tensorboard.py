@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from openm6.base.files import told_as_output_error
 from openm6.base.run_folder import RunFolder
 from openm6.train.recorder import Line
 
@@ -14,13 +16,18 @@ if TYPE_CHECKING:
 class TensorBoardEvents:
     """Writes every number of a line as a scalar."""
 
-    def __init__(self, writer: SummaryWriter) -> None:
-        self._writer = writer
+    def __init__(self, writer: SummaryWriter, folder: Path) -> None:
+        self._writer, self._folder = writer, folder
 
     def step(self, step: int, steps: int | None) -> None:
         pass
 
     def line(self, line: Line) -> None:
+        """Raises OutputError where an earlier line found the disk full: events are written by a thread."""
+        with told_as_output_error(self._folder):
+            self._add(line)
+
+    def _add(self, line: Line) -> None:
         scores = line.get("evaluation")
         numbers = (
             {f"evaluation/{name}": value for name, value in scores.items()} if scores is not None else line
@@ -33,7 +40,8 @@ class TensorBoardEvents:
                 self._writer.add_scalar(f"{name}/{layer}", value, line["step"])
 
     def close(self) -> None:
-        self._writer.close()
+        with told_as_output_error(self._folder):
+            self._writer.close()
 
 
 def open_tensorboard(run: RunFolder, step: int) -> TensorBoardEvents | None:
@@ -42,4 +50,4 @@ def open_tensorboard(run: RunFolder, step: int) -> TensorBoardEvents | None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package
     except ImportError:
         return None
-    return TensorBoardEvents(SummaryWriter(str(run.tensorboard), purge_step=step + 1))
+    return TensorBoardEvents(SummaryWriter(str(run.tensorboard), purge_step=step + 1), run.tensorboard)

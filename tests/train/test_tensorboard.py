@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
+from openm6.base.errors import OutputError
 from openm6.base.run_folder import RunFolder
-from openm6.train.tensorboard import open_tensorboard
+from openm6.train.tensorboard import TensorBoardEvents, open_tensorboard
+
+
+class FullDisk:
+    """As TensorBoard's writer fails: in the call after the one that its thread could not write."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_told_with_the_folder(tmp_path: Path) -> None:
+    events = TensorBoardEvents(FullDisk(), tmp_path / "tensorboard")  # type: ignore[arg-type]
+    with pytest.raises(
+        OutputError, match=r"tensorboard could not be written \(No space left on device\): free some"
+    ):
+        events.line({"step": 1, "loss": 2.0})
 
 
 def test_every_number_is_a_scalar(tmp_path: Path) -> None:
