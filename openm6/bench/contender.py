@@ -12,6 +12,7 @@ from openm6.bench.measure import Deadline, Timing, alternate
 from openm6.ops.grouped import grouped_product
 
 Part = Callable[[], object]
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -100,10 +101,10 @@ def backward_of(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: list
     return call
 
 
-def products_of(up: Tensor, down: Tensor, num_rows: int) -> Part:
+def products_of(up: Tensor, down: Tensor, num_rows: int, multiply: Product = grouped_product) -> Part:
     """The two grouped products of a sparse layer and their gradients, every expert with as many rows.
 
-    up is E D P and down E F D, in any strides.
+    up is E D P and down E F D, in any strides; multiply: what makes a product of rows, weights and counts.
     """
     counts = torch.full((len(up),), num_rows // len(up), device=up.device)
     counts[-1] += num_rows - int(counts.sum())
@@ -115,7 +116,7 @@ def products_of(up: Tensor, down: Tensor, num_rows: int) -> Part:
 
     def call() -> None:
         for rows, weight, upstream in tensors:
-            torch.autograd.grad(grouped_product(rows, weight, counts), [rows, weight], upstream)
+            torch.autograd.grad(multiply(rows, weight, counts), [rows, weight], upstream)
 
     return call
 

@@ -37,7 +37,9 @@ Peer = Annotated[
 Seconds = Annotated[
     float | None,
     typer.Option(
-        "--seconds", min=1.0, help="After these it prints what it has (experts 60; train: GPU 420, CPU 120)."
+        "--seconds",
+        min=1.0,
+        help="After these it prints what it has (experts 60; train: GPU 420, CPU 120; fp8: GPU 300, CPU 90).",
     ),
 ]
 
@@ -93,6 +95,15 @@ def bench_packing(
     Example: openm6 bench packing --json packing.json
     """
     door("bench packing")(seconds, json, overrides or [])
+
+
+@bench_app.command("fp8")
+def bench_fp8(config: Sizes = None, seconds: Seconds = None, json: Json = None) -> None:
+    """Expert products in eight bits: rounding errors and loss everywhere, and the time on a Hopper GPU.
+
+    Example: openm6 bench fp8 --config a --json fp8.json
+    """
+    door("bench fp8")(config, seconds, json)
 
 
 @bench_app.command()

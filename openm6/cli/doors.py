@@ -54,6 +54,7 @@ DOORS = {
     "list tasks": "openm6.cli.list_tasks:list_tasks",
     "bench experts": "openm6.bench.experts:bench_experts",
     "bench train": "openm6.bench.train:bench_train",
+    "bench fp8": "openm6.bench.fp8:bench_fp8",
     "bench packing": "openm6.bench.packing:bench_packing",
     "list presets": "openm6.cli.list_presets:list_presets",
 }
