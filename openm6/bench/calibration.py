@@ -25,8 +25,9 @@ from openm6.bench.anchors import (
     streamed,
     way_name,
 )
-from openm6.bench.measure import Deadline, emit
+from openm6.bench.measure import Deadline
 from openm6.bench.probe import TEXT_ONLY
+from openm6.bench.report import Report
 from openm6.plan.ceilings import Ceilings, read_ceilings
 from openm6.plan.check import GOALS
 
@@ -85,21 +86,22 @@ def bench_plan(json_path: Path | None, seconds: float = SECONDS, only: str | Non
     Raises:
         ConfigError: the machine was not measured, or `only` names no cases.
     """
-    deadline, ceilings = Deadline(seconds), read_ceilings()
-    names = _chosen(only)
+    ceilings, names = read_ceilings(), _chosen(only)
     found: dict[str, Anchor] = {}
-    try:
+
+    def comparison() -> dict[str, Any]:
+        result = compare(found, ceilings)
+        result["left_out"] = [name for name in names if name not in found]
+        show_comparison(result)
+        return result
+
+    with Report(json_path, seconds) as report:
+        report.at_end(comparison)
         for name, words in _interleaved(names):
-            if deadline.left < LAST_RUN:
+            if report.deadline.left < LAST_RUN:
                 break
             _run(found, name, words, ceilings)
-        _repeat_disturbed(found, ceilings, deadline)
-    except KeyboardInterrupt:
-        get_log().warning("cut short: this is what there is")
-    result = compare(found, ceilings)
-    result["left_out"] = [name for name in names if name not in found]
-    show_comparison(result)
-    emit(result, json_path)
+        _repeat_disturbed(found, ceilings, report.deadline)
 
 
 def compare(found: dict[str, Anchor], ceilings: Ceilings) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openm6.base.errors import ConfigError
-from openm6.bench.measure import emit
+from openm6.bench.report import Report
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.models.presets import preset
@@ -32,6 +32,7 @@ from openm6.parallel.exchange import AllToAllExchange
 from openm6.parallel.gradients import apart, local
 from openm6.parallel.sharding import Layout, expert_parameters, open_layout, shard
 
+SECONDS = 420.0
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
 KINDS = {
@@ -97,7 +98,9 @@ def bench_cluster(
     """
     config = preset(of).backbone
     config = config.model_copy(update={"num_layers": layers}) if layers else config
-    emit({"of": of, **rehearse(config, ranks, rank, shards, rows, length)}, json_path)
+    with Report(json_path, SECONDS) as report:
+        report["of"] = of
+        report.update(rehearse(config, ranks, rank, shards, rows, length))
 
 
 def rehearse(

@@ -12,7 +12,7 @@ from torch import Tensor
 from openm6.base.errors import ConfigError
 from openm6.bench.contender import Part, backward_of
 from openm6.bench.layer import as_trained, layer_figures, our_layer
-from openm6.bench.measure import Timing, alternate, device_name
+from openm6.bench.measure import Timing, alternate, device_name, speed_ratio
 from openm6.bench.peer import build_layer, missing_peer
 from openm6.bench.report import Report
 from openm6.bench.routings import compare_routings
@@ -69,7 +69,7 @@ def _compare_with_peer(report: Report, sizes: Sizes, peer: str, x: Tensor) -> No
 
     for who in ("ours", "peer"):
         report.later(who, partial(figures, who))
-    report.later("ratio", lambda: _ratio(report.found["ours"], report.found["peer"]))
+    report.later("ratio", lambda: speed_ratio(report.found["ours"], report.found["peer"]))
     config = sizes.backbone.experts
     assert config is not None
     contenders["ours"], contenders["products"] = our_layer(config, x)
@@ -79,12 +79,6 @@ def _compare_with_peer(report: Report, sizes: Sizes, peer: str, x: Tensor) -> No
         note = "Qwen3MoeSparseMoeBlock with grouped_mm experts"
     report["peer_note"] = note
     alternate(contenders, 20, 3, report.deadline, x.device, timings)
-
-
-def _ratio(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> float | None:
-    if ours is None or theirs is None:
-        return None
-    return round(float(ours["tokens_per_second"] / theirs["tokens_per_second"]), 3)
 
 
 def _peer_layer(sizes: Sizes, x: Tensor) -> Part:

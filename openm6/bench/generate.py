@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.bench.measure import Deadline, alternate, device_name, emit
+from openm6.bench.measure import Timing, alternate, device_name
+from openm6.bench.report import Report
 from openm6.generate.canvases import Canvas, advance
 from openm6.generate.decode import DecodeStep, Speaker
 from openm6.generate.load import best_device
@@ -89,11 +90,12 @@ class Autoregressive:
 
 def bench_generate(json_path: Path | None = None, setting: Setting | None = None) -> None:
     """Times both ways for one picture and prints the ratio."""
-    emit(compare(setting or Setting()), json_path)
+    with Report(json_path, SECONDS) as report:
+        compare(setting or Setting(), report)
 
 
-def compare(setting: Setting) -> dict[str, Any]:
-    """The figures of both ways of decoding."""
+def compare(setting: Setting, report: Report) -> None:
+    """Puts the figures of both ways of decoding into the report."""
     device = best_device()
     omni, modalities = _model(setting, device)
     image, text = modalities["image"], modalities["text"]
@@ -117,19 +119,27 @@ def compare(setting: Setting) -> dict[str, Any]:
         "masked_parallel": masked,
         "autoregressive": lambda: way.draw(prompt, like, setting.guidance),
     }
-    timings = alternate(contenders, setting.repeats, 1, Deadline(SECONDS), device)
-    return {
-        "benchmark": "generate",
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "preset": setting.preset,
-        "places": len(blank),
-        "codes": len(blank) * way.adapter.groups,
-        "steps": setting.steps,
-        "guidance": setting.guidance,
-        "seconds": {name: timing.summary() for name, timing in timings.items()},
-        "autoregressive_over_masked": timings["autoregressive"].median / timings["masked_parallel"].median,
-    }
+    timings: dict[str, Timing] = {}
+    report.update(
+        {
+            "benchmark": "generate",
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "preset": setting.preset,
+            "places": len(blank),
+            "codes": len(blank) * way.adapter.groups,
+            "steps": setting.steps,
+            "guidance": setting.guidance,
+        }
+    )
+    report.later("seconds", lambda: {name: one.summary() for name, one in timings.items() if one.seconds})
+    report.later("autoregressive_over_masked", lambda: _ratio(timings))
+    alternate(contenders, setting.repeats, 1, report.deadline, device, timings)
+
+
+def _ratio(timings: dict[str, Timing]) -> float | None:
+    slow, fast = timings.get("autoregressive"), timings.get("masked_parallel")
+    return slow.median / fast.median if slow and fast and slow.seconds and fast.seconds else None
 
 
 def _model(setting: Setting, device: torch.device) -> tuple[Omni, Any]:

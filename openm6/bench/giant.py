@@ -17,8 +17,9 @@ from openm6.base.energy.meter import Meter, open_meter
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.bench.link import link_ceiling
-from openm6.bench.measure import Deadline, device_name, emit
+from openm6.bench.measure import Deadline, device_name
 from openm6.bench.peer_deepspeed import largest_of_deepspeed
+from openm6.bench.report import Report
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.streamed import StreamedUpdater
@@ -114,46 +115,49 @@ def bench_giant(
     """
     if peer not in (None, "deepspeed"):
         raise ConfigError(f"--peer {peer} is unknown: deepspeed is the one there is")
-    deadline = Deadline(seconds)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with open_meter() as meter:
-        result = measure_giant(size, steps, device, meter, deadline)
-    if curve:
-        result["curve"] = offload_curve(size, device, deadline)
-    if peer is not None:
-        found, note = largest_of_deepspeed(size.length, deadline)
-        result |= {"peer": found, "peer_note": note}
-        if found:
-            result["times_the_peer"] = result["parameters"] / found["parameters"]
-    emit(result, json_path)
+    with Report(json_path, seconds) as report:
+        report["device"] = device_name(device)
+        with open_meter() as meter:
+            measure_giant(report, size, steps, device, meter)
+        if curve:
+            report["curve"] = []
+            offload_curve(size, device, report.deadline, report.found["curve"])
+        if peer is not None:
+            found, note = largest_of_deepspeed(size.length, report.deadline)
+            report.update({"peer": found, "peer_note": note})
+            if found:
+                report["times_the_peer"] = report.found["parameters"] / found["parameters"]
 
 
-def measure_giant(
-    size: GiantSize, steps: int, device: torch.device, meter: Meter, deadline: Deadline
-) -> dict[str, Any]:
-    """All figures of one size; the first step warms up and is not counted."""
+def measure_giant(report: Report, size: GiantSize, steps: int, device: torch.device, meter: Meter) -> None:
+    """Puts all figures of one size into the report; the first step warms up and is not counted."""
+    times: list[StepTimes] = []
     with tempfile.TemporaryDirectory() as folder:
         job, updater = _open(size, None, folder, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         batches = job.batches()
         _timed_step(job, updater, next(batches), 1)
+        report.at_end(lambda: {} if settled or not times else _figures(size, job, updater, times, device))
+        settled = False
         with meter.span() as span:
-            times: list[StepTimes] = []
-            while len(times) < steps and not (times and deadline.passed):
+            while len(times) < steps and not (times and report.deadline.passed):
                 times.append(_timed_step(job, updater, next(batches), len(times) + 2))
-        result = _figures(size, job, updater, times, device)
-        tokens = sum(time.tokens for time in times)
-        result |= _energy(span.joules, span.source, tokens)
+        # At once: what is measured next would count as this size's peak of memory.
+        report.update(_figures(size, job, updater, times, device))
+        report.update(_energy(span.joules, span.source, sum(time.tokens for time in times)))
+        settled = True
         updater.close()
     ceiling = link_ceiling(device)
-    share = result["link_gbps"] / ceiling if ceiling else None
-    return result | {"link_ceiling_gbps": ceiling, "link_share": share, "device": device_name(device)}
+    share = report.found["link_gbps"] / ceiling if ceiling else None
+    report.update({"link_ceiling_gbps": ceiling, "link_share": share})
 
 
-def offload_curve(size: GiantSize, device: torch.device, deadline: Deadline) -> list[dict[str, float]]:
-    """Seconds a step against the share of layers that are streamed, from none to all."""
-    found = []
+def offload_curve(
+    size: GiantSize, device: torch.device, deadline: Deadline, found: list[dict[str, float]]
+) -> None:
+    """Adds seconds a step against the share of layers that are streamed, from none to all."""
     for quarter in range(5):
         streamed = round(size.layers * quarter / 4)
         with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +169,6 @@ def offload_curve(size: GiantSize, device: torch.device, deadline: Deadline) -> 
         found.append({"streamed": streamed / size.layers, "seconds_per_step": seconds})
         if deadline.passed:
             break
-    return found
 
 
 def _open(

@@ -22,9 +22,10 @@ from openm6.bench.machine_rates import (
     product_rates,
     watts,
 )
-from openm6.bench.measure import Deadline, device_name, emit
+from openm6.bench.measure import Deadline, device_name
 from openm6.bench.probe import TEXT_ONLY
 from openm6.bench.real_batches import first_batches, open_job, read_data
+from openm6.bench.report import Report
 from openm6.bench.training_parts import measure_parts, seatings
 from openm6.modalities.interface import Adapter
 from openm6.plan.ceilings import Ceilings, Curve, TrainingRates, Way, write_ceilings
@@ -38,10 +39,11 @@ TEXT_ROWS = 2
 
 def bench_machine(json_path: Path | None) -> None:
     """Measure, keep and print the ceilings of this machine."""
-    ceilings = measure_machine(Deadline(SECONDS), Deadline(ALL_SECONDS))
-    path = write_ceilings(ceilings)
-    get_log().info(f"kept for openm6 plan in {path}")
-    emit(ceilings.model_dump(mode="json"), json_path)
+    with Report(json_path, ALL_SECONDS) as report:
+        ceilings = measure_machine(Deadline(SECONDS), report.deadline)
+        path = write_ceilings(ceilings)
+        get_log().info(f"kept for openm6 plan in {path}")
+        report.update(ceilings.model_dump(mode="json"))
 
 
 def measure_machine(deadline: Deadline, last: Deadline) -> Ceilings:

@@ -94,6 +94,13 @@ def emit(result: Mapping[str, Any], path: Path | None) -> None:
         replace_text(path, text + "\n")
 
 
+def speed_ratio(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None) -> float | None:
+    """Our tokens a second over theirs; None where either was not measured."""
+    if ours is None or theirs is None:
+        return None
+    return round(float(ours["tokens_per_second"] / theirs["tokens_per_second"]), 3)
+
+
 def device_name(device: torch.device) -> str:
     """What the figures were taken on, in words."""
     if device.type == "cuda":

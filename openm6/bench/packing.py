@@ -18,7 +18,7 @@ import torch
 
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
-from openm6.bench.measure import Timing, alternate, device_name
+from openm6.bench.measure import Timing, alternate, device_name, speed_ratio
 from openm6.bench.report import Report
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
@@ -92,7 +92,7 @@ def measure(report: Report, job: MultimodalJob, device: torch.device) -> None:
     streams = {"packed": _packed(job, count), "dense_text": Stream(dense_text(job, count))}
     for name, stream in streams.items():
         report.later(name, partial(_figures, stream, job.tokens_per_step))
-    report.later("ratio", partial(_ratio, report))
+    report.later("ratio", lambda: speed_ratio(report.found["packed"], report.found["dense_text"]))
     report["goal"] = GOAL
     number = itertools.count(1)
     contenders = {name: partial(stream.step, updater, number) for name, stream in streams.items()}
@@ -165,13 +165,6 @@ def _examples_a_row(batch: Batch) -> float:
 
 def _quartiles(rates: list[float]) -> list[float]:
     return statistics.quantiles(rates, n=4)[::2] if len(rates) > 1 else [rates[0], rates[0]]
-
-
-def _ratio(report: Report) -> float | None:
-    packed, dense = report.found["packed"], report.found["dense_text"]
-    if packed is None or dense is None:
-        return None
-    return round(packed["tokens_per_second"] / dense["tokens_per_second"], 3)
 
 
 def _compilations(job: MultimodalJob) -> int:

@@ -24,7 +24,8 @@ from openm6.base.config import build
 from openm6.base.energy.meter import Meter, open_meter
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
-from openm6.bench.measure import Deadline, device_name, emit
+from openm6.bench.measure import device_name
+from openm6.bench.report import Report
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import preset
 from openm6.nn.exchange import LocalExchange, LocalParcel
@@ -138,32 +139,29 @@ def bench_rank(
         ConfigError: no such preset, experts that do not divide, or no room on this machine.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size, deadline = rank_size(of, ranks, device.type == "cuda"), Deadline(seconds)
-    curve: list[dict[str, Any]] = []
-    parameters = 0
-    with open_meter() as meter:
-        for share in OFFLOADED:
-            point, parameters = measure_share(size, share, steps, device, meter)
-            curve.append(point)
-            if deadline.passed:
-                break
+    size = rank_size(of, ranks, device.type == "cuda")
     experts = size.whole.experts
-    emit(
-        {
-            "of": of,
-            "ranks": ranks,
-            "reduced": device.type != "cuda",
-            "layers": size.whole.num_layers,
-            "experts_per_rank": size.experts_per_rank,
-            "experts": experts.num_experts if experts else 0,
-            "parameters_per_rank": parameters,
-            "tokens_per_step": size.rows * size.length,
-            "rows_per_expert": size.copies * size.rows * size.length,
-            "curve": curve,
-            "device": device_name(device),
-        },
-        json_path,
-    )
+    curve: list[dict[str, Any]] = []
+    with Report(json_path, seconds) as report, open_meter() as meter:
+        report.update(
+            {
+                "of": of,
+                "ranks": ranks,
+                "reduced": device.type != "cuda",
+                "layers": size.whole.num_layers,
+                "experts_per_rank": size.experts_per_rank,
+                "experts": experts.num_experts if experts else 0,
+                "tokens_per_step": size.rows * size.length,
+                "rows_per_expert": size.copies * size.rows * size.length,
+                "curve": curve,
+                "device": device_name(device),
+            }
+        )
+        for share in OFFLOADED:
+            point, report["parameters_per_rank"] = measure_share(size, share, steps, device, meter)
+            curve.append(point)
+            if report.deadline.passed:
+                break
 
 
 def measure_share(

@@ -45,6 +45,7 @@ class Report:
         self._limit = limit if limit is not None else max(LIMIT, seconds + SPARE)
         self._path = path
         self._late: dict[str, Callable[[], Any]] = {}
+        self._at_end: list[Callable[[], Mapping[str, Any]]] = []
         self._previous: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
         self._ending: signal.Signals | None = None
@@ -60,6 +61,10 @@ class Report:
         """An entry that is worked out when the report is printed, from what was measured by then; its place is here."""
         self.found[name] = None
         self._late[name] = make
+
+    def at_end(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Several entries that are worked out when the report is printed."""
+        self._at_end.append(make)
 
     def __enter__(self) -> Report:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
@@ -79,6 +84,8 @@ class Report:
             return False
         for name, make in self._late.items():
             self.found[name] = make()
+        for several in self._at_end:
+            self.found.update(several())
         self.found["cut_short"] = ENDINGS[ending.name] if ending else None
         emit(self.found, self._path)
         if ending is not None and ending.name != "SIGALRM":

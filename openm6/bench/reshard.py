@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from openm6.base.errors import ConfigError
 from openm6.base.seeds import derive_seed
-from openm6.bench.measure import Deadline, device_name, emit
+from openm6.bench.measure import device_name
 from openm6.bench.ranks import on_ranks
+from openm6.bench.report import Report
 from openm6.checkpoint.folder import step_folder
 from openm6.checkpoint.load import load_model, load_optimizer
 from openm6.checkpoint.optimizer import optimizer_tensors
@@ -82,33 +83,36 @@ def bench_reshard(
         ConfigError: an unknown size, numbers of ranks that cannot share the model, or too little memory or disk.
     """
     config = _checked(size, ranks, to)
-    deadline, read = Deadline(seconds), []
-    with tempfile.TemporaryDirectory() as folder:
+    read: list[dict[str, Any]] = []
+    with Report(json_path, seconds) as report, tempfile.TemporaryDirectory() as folder:
+        report["parameters"] = count_parameters(config).total
         written = on_ranks(ranks, write_part, size, folder, seconds=seconds)
         on_disk = sum(path.stat().st_size for path in step_folder(Path(folder), STEP).iterdir())
+        report.update(
+            {
+                "checkpoint_gib": on_disk / GIB,
+                "written": {
+                    "ranks": ranks,
+                    "host_copy_seconds": max(one.copied for one in written),
+                    "training_stands_still_seconds": max(one.stood_still for one in written),
+                    "seconds": max(one.seconds for one in written),
+                    "peak_gib": sum(one.peak for one in written) / GIB,
+                },
+                "read": read,
+                "goal_seconds": GOAL_SECONDS,
+                "device": f"{device_name(CPU)}; one thread a process",
+            }
+        )
+        report.later("reached", lambda: _reached(read, len(to)))
         for count in to:
-            if deadline.passed:
+            if report.deadline.passed:
                 break
-            found = on_ranks(count, read_part, size, folder, seconds=max(60.0, deadline.left))
+            found = on_ranks(count, read_part, size, folder, seconds=max(60.0, report.deadline.left))
             read.append(_reading(count, found, written))
-    emit(
-        {
-            "parameters": count_parameters(config).total,
-            "checkpoint_gib": on_disk / GIB,
-            "written": {
-                "ranks": ranks,
-                "host_copy_seconds": max(one.copied for one in written),
-                "training_stands_still_seconds": max(one.stood_still for one in written),
-                "seconds": max(one.seconds for one in written),
-                "peak_gib": sum(one.peak for one in written) / GIB,
-            },
-            "read": read,
-            "goal_seconds": GOAL_SECONDS,
-            "reached": len(read) == len(to) and all(one["seconds"] <= GOAL_SECONDS for one in read),
-            "device": f"{device_name(CPU)}; one thread a process",
-        },
-        json_path,
-    )
+
+
+def _reached(read: list[dict[str, Any]], wanted: int) -> bool:
+    return len(read) == wanted and all(one["seconds"] <= GOAL_SECONDS for one in read)
 
 
 def _checked(size: str, ranks: int, to: tuple[int, ...]) -> BackboneConfig:

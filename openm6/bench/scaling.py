@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from openm6.base.errors import ConfigError
-from openm6.bench.measure import Deadline, device_name, emit
+from openm6.bench.measure import Deadline, device_name
 from openm6.bench.ranks import on_ranks
+from openm6.bench.report import Report
 from openm6.bench.scaling_model import SIZES, links_of, model_step
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
@@ -52,17 +53,19 @@ def bench_scaling(
             f"{rows} rows and {num_experts} experts cannot be shared by {wrong[0]} processes: choose divisors of both"
         )
     links, config = links_of(gpu), preset(of).backbone
-    measured = list(_measured(processes, rows, steps, Deadline(seconds)))
-    emit(
-        {
-            "measured": measured,
-            "device": f"{device_name(torch.device('cpu'))}; one thread a process",
-            "modelled": [model_step(config, size, links) for size in SIZES],
-            "of": of,
-            "rates": asdict(links),
-        },
-        json_path,
-    )
+    measured: list[dict[str, Any]] = []
+    with Report(json_path, seconds) as report:
+        report.update(
+            {
+                "measured": measured,
+                "device": f"{device_name(torch.device('cpu'))}; one thread a process",
+                "modelled": [model_step(config, size, links) for size in SIZES],
+                "of": of,
+                "rates": asdict(links),
+            }
+        )
+        for row in _measured(processes, rows, steps, report.deadline):
+            measured.append(row)  # one by one: a cut leaves those before it
 
 
 def _measured(

@@ -16,9 +16,10 @@ import torch
 from openm6.base.config import Config
 from openm6.base.energy.meter import open_meter
 from openm6.bench.arrivals import mixed_load
-from openm6.bench.measure import Deadline, device_name, emit
+from openm6.bench.measure import device_name
 from openm6.bench.our_text import answer_prompts
 from openm6.bench.peer_qwen import PEER_MISSING, open_peer
+from openm6.bench.report import Report
 from openm6.bench.text_load import compare_under_load
 from openm6.generate.decode import Speaker
 from openm6.generate.graphs import open_rows
@@ -76,13 +77,13 @@ def bench_serve(json_path: Path | None = None, load_seconds: float = 20.0) -> No
     """Prints throughput, first-token times and tails of both, and the latencies of a mixed load."""
     device = best_device()
     setting = GPU_SETTING if device.type == "cuda" else CPU_SETTING
-    result = compare(setting, device)
-    result["mixed_load"] = mixed_load(load_seconds)
-    emit(result, json_path)
+    with Report(json_path, setting.seconds) as report:
+        compare(setting, device, report)
+        report["mixed_load"] = mixed_load(load_seconds)
 
 
-def compare(setting: ServeSetting, device: torch.device) -> dict[str, Any]:
-    """Offline throughput: all requests there at once; each contender answers the same ones, greedily."""
+def compare(setting: ServeSetting, device: torch.device, report: Report) -> None:
+    """Offline throughput into the report: all requests there at once; each answers the same ones, greedily."""
     prompts = make_prompts(setting)
     ours, peer = make_models(setting, device)
     # Made once: captured graphs are part of a running server, not of its requests.
@@ -90,30 +91,41 @@ def compare(setting: ServeSetting, device: torch.device) -> dict[str, Any]:
     contenders: dict[str, Callable[[], dict[str, Any]]] = {
         "openm6": lambda: ours_run(rows, prompts, setting.given)
     }
-    note = PEER_MISSING if peer is None else ""
     if peer is not None:
         contenders |= peer.ways(prompts, setting.given)
-    deadline = Deadline(setting.seconds)
     found: dict[str, Any] = {}
+    left_out: list[str] = []
+    report.update(
+        {
+            "benchmark": "serve",
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "setting": setting.model_dump(),
+            "text": found,
+            "peer": peer.version if peer is not None else None,
+            "peer_note": PEER_MISSING if peer is None else None,
+            "left_out": left_out,
+        }
+    )
+    report.at_end(lambda: _ratios(found))
     for name, call in contenders.items():
-        if found and deadline.passed:
-            note += f" {name} left out: the time was up."
+        if found and report.deadline.passed:
+            left_out.append(name)
             continue
         call()  # warm up: graphs, kernels, caches
         found[name] = _measured(call, setting)
+    requests = {name: row["requests_a_second"] for name, row in found.items() if "requests_a_second" in row}
+    report["text_under_load"] = compare_under_load(rows, peer, prompts, setting.given, requests)
+
+
+def _ratios(found: dict[str, Any]) -> dict[str, Any]:
+    """Our rate over that of each other way, and of the best."""
     rates = {name: row["tokens_a_second"] for name, row in found.items() if "tokens_a_second" in row}
     others = {name: rate for name, rate in rates.items() if name != "openm6"}
+    if "openm6" not in rates:
+        return {}
     best = max(others, key=lambda name: others[name]) if others else None
-    requests = {name: found[name]["requests_a_second"] for name in rates}
     return {
-        "benchmark": "serve",
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "setting": setting.model_dump(),
-        "text": found,
-        "text_under_load": compare_under_load(rows, peer, prompts, setting.given, requests),
-        "peer": peer.version if peer is not None else None,
-        "peer_note": note.strip() or None,
         "best_peer": best,
         "ours_over_best_peer": rates["openm6"] / others[best] if best is not None else None,
         "ours_over_each": {name: rates["openm6"] / rate for name, rate in others.items()},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import torch
 from openm6.base.errors import ConfigError
 from openm6.bench.contender import Contender, take_turns, time_parts
 from openm6.bench.decoder import our_contender
-from openm6.bench.measure import Deadline, device_name, emit
+from openm6.bench.measure import device_name, speed_ratio
 from openm6.bench.peer import missing_peer, peer_contender
+from openm6.bench.report import Report
 from openm6.bench.sizes import Sizes, choose_sizes, default_name, peak_tflops
 
 PEERS = ("transformers", "none")
@@ -33,31 +36,28 @@ def bench_train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes, name = choose_sizes(config, device), config or default_name(device)
     on_gpu = device.type == "cuda"
-    deadline = Deadline(seconds or (420.0 if on_gpu else 120.0))
-    contenders, note = _contenders(sizes, device, peer, graph)
+    contenders: dict[str, Contender] = {}
+    parts: dict[str, dict[str, float]] = {}
     turns, steps = (4, 8) if on_gpu else (3, 4)
-    take_turns(contenders, device, turns, steps, deadline)
-    found = {who: _figures(contender, sizes, device, deadline) for who, contender in contenders.items()}
-    ours, theirs = found["ours"], found.get("peer")
-    result = {
-        "ours": ours,
-        "peer": theirs,
-        "ratio": round(ours["tokens_per_second"] / theirs["tokens_per_second"], 3) if theirs else None,
-        "device": device_name(device),
-        "config": {"name": name, **sizes.model_dump()},
-        "peer_note": note,
-        "torch": torch.__version__,
-    }
-    emit(result, json)
-    return result
+    with Report(json, seconds or (360.0 if on_gpu else 120.0)) as report:
+        for who in ("ours", "peer"):
+            report.later(who, partial(_figures, who, contenders, parts, sizes, device))
+        report.later("ratio", lambda: speed_ratio(report.found["ours"], report.found["peer"]))
+        report.update({"device": device_name(device), "config": {"name": name, **sizes.model_dump()}})
+        report["torch"] = torch.__version__
+        report["peer_note"] = _open_contenders(contenders, sizes, device, peer, graph)
+        take_turns(contenders, device, turns, steps, report.deadline)
+        for who, contender in contenders.items():
+            parts[who] = time_parts(contender, device, report.deadline)
+    return report.found
 
 
-def _contenders(
-    sizes: Sizes, device: torch.device, peer: str, graph: bool
-) -> tuple[dict[str, Contender], str]:
-    """Both models, parked where they do not fit side by side, and a word on the peer."""
+def _open_contenders(
+    contenders: dict[str, Contender], sizes: Sizes, device: torch.device, peer: str, graph: bool
+) -> str:
+    """Adds both models, parked where they do not fit side by side; gives a word on the peer."""
     away = torch.device("cpu")
-    contenders = {"ours": our_contender(sizes, device, graph)}
+    contenders["ours"] = our_contender(sizes, device, graph)
     contenders["ours"].move(away if device.type == "cuda" else device)
     note = "left out, as asked" if peer == "none" else missing_peer()
     if note is None:
@@ -66,11 +66,20 @@ def _contenders(
         contenders["peer"] = peer_contender(sizes, device, compiled)
         contenders["peer"].move(away if device.type == "cuda" else device)
         note = f"transformers' Qwen3-MoE, {'compiled' if compiled else 'not compiled'}, grouped_mm experts"
-    return contenders, note
+    return note
 
 
-def _figures(contender: Contender, sizes: Sizes, device: torch.device, deadline: Deadline) -> dict[str, Any]:
-    """The figures of one contender under the names of the report."""
+def _figures(
+    who: str,
+    contenders: Mapping[str, Contender],
+    parts: Mapping[str, dict[str, float]],
+    sizes: Sizes,
+    device: torch.device,
+) -> dict[str, Any] | None:
+    """The figures of one contender under the names of the report; None where it was not timed."""
+    if who not in contenders or not contenders[who].timing.seconds:
+        return None
+    contender = contenders[who]
     median = contender.timing.median
     tflops, peak = sizes.flops / median / 1e12, peak_tflops(device)
     return {
@@ -78,7 +87,7 @@ def _figures(contender: Contender, sizes: Sizes, device: torch.device, deadline:
         "mfu": None if peak is None else round(tflops / peak, 4),
         "tflops": round(tflops, 4),
         "peak_memory_gib": round(contender.peak_bytes / 2**30, 2) if contender.peak_bytes else None,
-        "breakdown_ms": time_parts(contender, device, deadline),
+        "breakdown_ms": parts.get(who),
         "step_seconds": contender.timing.summary(),
         "note": contender.note(),
         "recompilations": contender.recompiled,

@@ -20,7 +20,9 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write
 
 @bench_app.callback()
 def start() -> None:
-    """Every benchmark prints one JSON object; it ends within eight minutes and prints what it has if cut short."""
+    """Every benchmark prints one JSON object; all but soak and fuzz end within eight minutes, also where they are cut
+    short, with what there is by then.
+    """
 
 
 bench_app.command()(giant)

@@ -11,6 +11,7 @@ import torch
 from openm6.bench.generate import Setting, compare
 from openm6.bench.our_text import answer_prompts
 from openm6.bench.peer_qwen import QwenPeer
+from openm6.bench.report import Report
 from openm6.bench.serve import ServeSetting, make_models, make_prompts, ours_run
 from openm6.bench.serve import compare as compare_text
 from openm6.bench.text_load import arrival_moments
@@ -77,7 +78,9 @@ def test_the_tuned_pool_holds_all_prompts() -> None:
 
 
 def test_what_bench_serve_prints() -> None:
-    found = compare_text(TINY, torch.device("cpu"))
+    with Report(None, 60) as report:
+        compare_text(TINY, torch.device("cpu"), report)
+    found = report.found
     assert found["text"]["openm6"]["tokens"] == 20 and found["peer"].startswith("transformers")
     assert found["best_peer"] in found["text"] and len(found["text"]) == 4, "as it comes and tuned"
     load = found["text_under_load"]
@@ -87,7 +90,9 @@ def test_what_bench_serve_prints() -> None:
 
 def test_without_the_peer_ours_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    found = compare_text(TINY, torch.device("cpu"))
+    with Report(None, 60) as report:
+        compare_text(TINY, torch.device("cpu"), report)
+    found = report.found
     assert found["peer"] is None and "pip install" in found["peer_note"] and set(found["text"]) == {"openm6"}
     assert found["text_under_load"]["openm6"]["requests_a_second"] > 0
 
@@ -110,6 +115,8 @@ def test_prompts_wait_for_their_moment() -> None:
 
 
 def test_what_bench_generate_prints() -> None:
-    found = compare(Setting(steps=2, repeats=1))
+    with Report(None, 60) as report:
+        compare(Setting(steps=2, repeats=1), report)
+    found = report.found
     assert found["places"] == 256 and found["codes"] >= 256
     assert found["autoregressive_over_masked"] > 0
