@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from openm6.generate.rows import TextRows
 from openm6.generate.sampling import Sampling
-from openm6.ops.sequence import causal_layout
+from openm6.ops.sequence import causal_layout, join
+from openm6.serve.config import EngineConfig
 
 
 @dataclass
@@ -35,9 +35,15 @@ def answer_prompts(
         now = time.perf_counter() - began
         if not rows.rows and moments[waiting[0][0]] > now:
             time.sleep(moments[waiting[0][0]] - now)
-        while waiting and rows.free and moments[waiting[0][0]] <= time.perf_counter() - began:
-            number, prompt = waiting.pop(0)
-            _read(rows, prompt)
+            now = moments[waiting[0][0]]
+        arrived: list[tuple[int, list[int]]] = []
+        while waiting and rows.free > len(arrived) and _fits(arrived, waiting[0][1]):
+            if moments[waiting[0][0]] > now:
+                break
+            arrived.append(waiting.pop(0))
+        if arrived:
+            _read(rows, [prompt for _, prompt in arrived])
+        for number, prompt in arrived:
             rows.add(number, sampling, len(prompt) - 1, prompt[-1])
         ended = rows.step()
         now = time.perf_counter() - began
@@ -50,10 +56,21 @@ def answer_prompts(
     return seen
 
 
-def _read(rows: TextRows, prompt: list[int]) -> None:
-    """All but the last token, which the first step runs."""
+def _fits(arrived: list[tuple[int, list[int]]], prompt: list[int]) -> bool:
+    """Whether one more prompt may be read in the same pass, as the engine's `prefill` has it."""
+    return not arrived or sum(len(other) for _, other in arrived) + len(prompt) <= EngineConfig().prefill
+
+
+def _read(rows: TextRows, prompts: list[list[int]]) -> None:
+    """All but the last token of each, which the first step runs; several packed in one row."""
     speaker = rows.speaker
-    ids: Tensor = torch.tensor([prompt[:-1]], device=speaker.embedding.device)
-    layout = causal_layout(1, len(prompt) - 1, device=ids.device)
-    embedded = torch.nn.functional.embedding(ids, speaker.embedding)
-    speaker.backbone(embedded, layout, rows.cache.writer(rows.next_slot))
+    device = speaker.embedding.device
+    ids = torch.tensor([token for prompt in prompts for token in prompt[:-1]], device=device)
+    layouts = [causal_layout(1, len(prompt) - 1, device=device) for prompt in prompts]
+    slots = [rows.next_slot + number for number in range(len(prompts))]
+    embedded = torch.nn.functional.embedding(ids[None], speaker.embedding)
+    if len(prompts) == 1:
+        speaker.backbone(embedded, layouts[0], rows.cache.writer(slots[0]))
+        return
+    layout = join([replace(part, sample=part.sample + n) for n, part in enumerate(layouts)])
+    speaker.backbone(embedded, layout, rows.cache.packed_writer(slots))

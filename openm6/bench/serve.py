@@ -62,6 +62,8 @@ class ServeSetting(Config):
         )
 
 
+LONG = 5.0  # seconds of a run that is not repeated
+
 # 0.67B parameters; 128 prompts of 32 to 512 tokens, 144 tokens given to each.
 GPU_SETTING = ServeSetting(
     width=1024, layers=12, heads=16, kv_heads=4, head_dim=64, experts=32, hidden=512, vocabulary=32_768,
@@ -113,7 +115,7 @@ def compare(setting: ServeSetting, device: torch.device, report: Report) -> None
             left_out.append(name)
             continue
         call()  # warm up: graphs, kernels, caches
-        found[name] = _measured(call, setting)
+        found[name] = _median_run(call, setting)
     requests = {name: row["requests_a_second"] for name, row in found.items() if "requests_a_second" in row}
     report["text_under_load"] = compare_under_load(rows, peer, prompts, setting.given, requests)
 
@@ -130,6 +132,16 @@ def _ratios(found: dict[str, Any]) -> dict[str, Any]:
         "ours_over_best_peer": rates["openm6"] / others[best] if best is not None else None,
         "ours_over_each": {name: rates["openm6"] / rate for name, rate in others.items()},
     }
+
+
+def _median_run(call: Callable[[], dict[str, Any]], setting: ServeSetting) -> dict[str, Any]:
+    """The run of median rate of three; of one alone where it takes long or fails."""
+    runs = [_measured(call, setting)]
+    while len(runs) < 3 and runs[-1].get("seconds", LONG) < LONG:
+        runs.append(_measured(call, setting))
+    if len(runs) < 3 or any("error" in run for run in runs):
+        return runs[0]
+    return sorted(runs, key=lambda run: run["seconds"])[1]
 
 
 def _measured(call: Callable[[], dict[str, Any]], setting: ServeSetting) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Prompts into slots: one at a time, so that what a prompt becomes never depends on others, and remembered."""
+"""Prompts into slots, and remembered: each alone, so that what it becomes never depends on others, or packed."""
 
 # Letters: L layers, T tokens, G key-value heads, d size of a head
 
@@ -117,3 +117,35 @@ def read_into(
         for unit in reversed(read):
             memory.touch(unit.key)
     return place, known
+
+
+@torch.inference_mode()
+def read_together(
+    omni: Omni, prompts: list[Prompt], cache: SlotCache, slots: list[int], memory: PromptMemory
+) -> list[tuple[int, int]]:
+    """As `read_into` for several prompts; those of one unit that nobody has read yet share a pass, packed in one row.
+
+    A prompt's keys then depend on its neighbours within rounding.
+    """
+    firsts: dict[bytes, tuple[Unit, int]] = {}  # the first prompt of each kind, and its slot
+    for prompt, slot in zip(prompts, slots, strict=True):
+        read = units(prompt)
+        if len(read) == 1 and read[0].key not in memory.kept:
+            firsts.setdefault(read[0].key, (read[0], slot))
+    if len(firsts) > 1:
+        _read_packed(omni, list(firsts.values()), cache, memory)
+    packed = {slot for _, slot in firsts.values()} if len(firsts) > 1 else set()
+    return [
+        (sum(piece.span for piece in prompt), 0)
+        if slot in packed
+        else read_into(omni, prompt, cache, slot, memory)
+        for prompt, slot in zip(prompts, slots, strict=True)
+    ]
+
+
+def _read_packed(omni: Omni, firsts: list[tuple[Unit, int]], cache: SlotCache, memory: PromptMemory) -> None:
+    sequences = [lay_out(unit.pieces) for unit, _ in firsts]
+    batch = collate([sequences], sum(map(len, sequences))).to(omni.device)
+    omni(batch.kinds, batch.layout, cache.packed_writer([slot for _, slot in firsts]))
+    for unit, slot in firsts:
+        memory.put(unit.key, cache.take(slot))

@@ -175,13 +175,14 @@ def side_loss(loads: list[RouterLoad]) -> Tensor | float:
 
 def choose_mask(layout: Layout, cache: TokenCache | None, x: Tensor) -> Mask:
     """The rule in the form that is fastest here: pieces or blocks for whole rows, else a mask of all pairs."""
-    if cache is None and x.is_cpu:
+    keys = layout if cache is None else cache.extend(layout)
+    if keys is layout and x.is_cpu:
         return piece_mask(layout, x.dtype)
-    if cache is None and x.is_cuda and layout.causal:
+    if keys is layout and x.is_cuda and layout.causal:
         return CausalMask()
     if cache is None and x.is_cuda and layout.length % BLOCK == 0:
         return block_mask(layout, layout)
-    mask = visible(layout, layout if cache is None else cache.extend(layout))
+    mask = visible(layout, keys)
     return additive_mask(mask, x.dtype) if x.is_cpu else mask
 
 

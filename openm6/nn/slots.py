@@ -47,6 +47,10 @@ class SlotCache:
         """A cache for one row that goes on in a slot after its first `start` tokens."""
         return SlotWriter(self, slot, start)
 
+    def packed_writer(self, slots: list[int]) -> PackedWriter:
+        """A cache for one packed row whose n-th example fills the n-th of these slots, from their beginning."""
+        return PackedWriter(self, slots)
+
     def reader(self, slots: list[int | None]) -> SlotReader:
         """A cache for rows that see a slot each (None: nothing) and leave no trace."""
         return SlotReader(self, slots)
@@ -104,6 +108,35 @@ class SlotWriter:
         keys[:, self.start : self.end] = key.detach()
         values[:, self.start : self.end] = value.detach()
         return keys[:, : self.end], values[:, : self.end]
+
+
+class PackedWriter:
+    """One packed row whose examples stay in a slot each, and see nothing that was there before."""
+
+    def __init__(self, cache: SlotCache, slots: list[int]) -> None:
+        self.cache, self.slots = cache, slots
+        self.index: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))  # slot and place of each token
+
+    def extend(self, layout: Layout) -> Layout:
+        """Raises ConfigError where a slot has too little room."""
+        sample = layout.sample[0].long()  # S, without padding
+        lengths = torch.bincount(sample, minlength=len(self.slots))
+        starts = lengths.cumsum(0) - lengths
+        slots = torch.tensor(self.slots, device=sample.device)
+        self.index = slots[sample], torch.arange(len(sample), device=sample.device) - starts[sample]
+        for slot, length in zip(self.slots, lengths.tolist(), strict=True):
+            if length > self.cache.room:
+                raise ConfigError(
+                    f"{length} tokens do not fit a slot of {self.cache.room}: make slots larger"
+                )
+            self.cache.lengths[slot] = length
+        return layout
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys.index_put_(self.index, key[0].detach().to(keys.dtype))
+        values.index_put_(self.index, value[0].detach().to(values.dtype))
+        return key, value
 
 
 class SlotReader:

@@ -13,7 +13,7 @@ from openm6.generate.canvases import Canvas, advance
 from openm6.generate.decode import Speaker
 from openm6.generate.graphs import open_rows
 from openm6.generate.load import Loaded
-from openm6.generate.reading import PromptMemory, read_into
+from openm6.generate.reading import PromptMemory, read_into, read_together
 from openm6.generate.rows import Row
 from openm6.serve.alone import value_alone
 from openm6.serve.config import EngineConfig
@@ -36,6 +36,7 @@ class Worker:
         self.shelf = speaker.new_slots(config.canvases, config.room)
         self.shelf_free = list(range(config.canvases))
         self.canvases: deque[Canvas] = deque()
+        self.gathered: list[Ticket] = []  # texts whose prompts this tick reads together
         self.memory = PromptMemory(config.prefixes)
         self.energy = EnergyShares(meter)
         self.ended: list[tuple[Ticket, Answer]] = []
@@ -43,12 +44,13 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        return bool(self.text.rows or self.canvases)
+        return bool(self.text.rows or self.canvases or self.gathered)
 
     @property
     def live(self) -> list[Ticket]:
         """All tickets at work."""
-        return [row.key for row in self.text.rows] + [canvas.key for canvas in self.canvases]
+        rows = [row.key for row in self.text.rows]
+        return rows + [canvas.key for canvas in self.canvases] + self.gathered
 
     def fits(self, ticket: Ticket) -> bool:
         """Whether there is a place for a request in this tick."""
@@ -56,7 +58,7 @@ class Worker:
         if self.read and self.read + ticket.prepared.length > self.config.prefill:
             return False
         if isinstance(request, TextRequest):
-            return self.text.free > 0
+            return self.text.free > len(self.gathered)
         if isinstance(request, CodesRequest):
             return bool(self.shelf_free)
         return self.passes < self.config.passes
@@ -78,12 +80,11 @@ class Worker:
     def _start(self, ticket: Ticket) -> None:
         prepared, request = ticket.prepared, ticket.prepared.request
         if isinstance(request, TextRequest):
-            slot = self.text.next_slot
-            place, ticket.known = read_into(
-                self.loaded.omni, prepared.prompt, self.text.cache, slot, self.memory
-            )
-            start = self.loaded.text.start
-            self.text.add(ticket, request.sampling, place, start, request.top)
+            if not self.config.deterministic:
+                self.gathered.append(ticket)
+                return
+            slot, cache = self.text.next_slot, self.text.cache
+            self._open(ticket, *read_into(self.loaded.omni, prepared.prompt, cache, slot, self.memory))
         elif isinstance(request, CodesRequest):
             self._start_canvas(ticket, request)
         else:
@@ -91,6 +92,20 @@ class Worker:
             value = value_alone(self.loaded, prepared)
             given = sum(map(len, prepared.wanted))
             self._end(ticket, value, given)
+
+    def _open(self, ticket: Ticket, place: int, known: int) -> None:
+        """A row of text whose prompt stands in the next slot."""
+        request, ticket.known = ticket.prepared.request, known
+        assert isinstance(request, TextRequest)
+        self.text.add(ticket, request.sampling, place, self.loaded.text.start, request.top)
+
+    def _read_gathered(self) -> None:
+        tickets, self.gathered = self.gathered, []
+        prompts = [ticket.prepared.prompt for ticket in tickets]
+        slots = [self.text.next_slot + number for number in range(len(tickets))]
+        found = read_together(self.loaded.omni, prompts, self.text.cache, slots, self.memory)
+        for ticket, (place, known) in zip(tickets, found, strict=True):
+            self._open(ticket, place, known)
 
     def _start_canvas(self, ticket: Ticket, request: CodesRequest) -> None:
         prompt, wanted = ticket.prepared.prompt, ticket.prepared.wanted[0]
@@ -108,6 +123,8 @@ class Worker:
 
     def tick(self) -> None:
         """One step of everything that is at work."""
+        if self.gathered:
+            self._guarded(self._read_gathered, list(self.gathered))
         self.drop(lambda ticket: ticket.cancelled or ticket.late)
         if self.canvases:
             self._guarded(self._draw, [canvas.key for canvas in self._next_canvases()])

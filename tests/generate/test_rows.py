@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from openm6.base.errors import ConfigError
 from openm6.generate.decode import DecodeStep, Speaker
 from openm6.generate.load import Loaded
 from openm6.generate.matrices import QuantizedMatrix
 from openm6.generate.prompt import Prompt, read_prompts
-from openm6.generate.reading import PromptMemory, read_into
+from openm6.generate.reading import PromptMemory, read_into, read_together
 from openm6.generate.rows import Row, TextRows
 from openm6.generate.sampling import Sampling
 from openm6.generate.text import write
@@ -166,3 +167,26 @@ def test_the_memory_forgets_what_was_not_used_for_longest() -> None:
     assert memory.get(b"a") is not None
     memory.put(b"c", parts[b"c"])
     assert memory.get(b"b") is None and memory.get(b"a") is not None and memory.bytes == 80
+
+
+def test_prompts_read_together_are_as_if_read_alone(model: Loaded, prompts: list[Prompt]) -> None:
+    asked = [prompts[0], prompts[1], prompts[0], prompts[2]]
+    cache, alone = (Speaker.of(model.omni, model.text).new_slots(6, 64) for _ in range(2))
+    memory = PromptMemory(10**6)
+    read_into(model.omni, prompts[2], cache, 0, memory)  # known before, so only copied
+    found = read_together(model.omni, asked, cache, [1, 2, 3, 4], memory)
+    for slot, (prompt, (place, known)) in enumerate(zip(asked, found, strict=True), 1):
+        assert place == read_into(model.omni, prompt, alone, slot)[0]
+        length = alone.lengths[slot]
+        assert cache.lengths[slot] == length and known == (length if slot in (3, 4) else 0)
+        for packed, single in ((cache.keys, alone.keys), (cache.values, alone.values)):
+            torch.testing.assert_close(
+                packed[:, slot, :length], single[:, slot, :length], rtol=1e-4, atol=1e-5
+            )
+    assert torch.equal(cache.keys[:, 3], cache.keys[:, 1])
+
+
+def test_a_packed_prompt_too_long_for_its_slot_is_refused(model: Loaded, prompts: list[Prompt]) -> None:
+    cache = Speaker.of(model.omni, model.text).new_slots(2, 2)
+    with pytest.raises(ConfigError, match="make slots larger"):
+        read_together(model.omni, prompts[:2], cache, [0, 1], PromptMemory(10**6))
