@@ -17,7 +17,7 @@ from openm6.base.errors import ConfigError
 from openm6.bench.server import served
 
 SIZE = {"width": 1200, "height": 780}
-WORDS = ("the digit three", "the digit five", "the digit zero", "the digit seven")
+WORDS = ("the digit seven", "the digit five", "the digit zero", "the digit three")
 PATIENCE = 60_000  # milliseconds
 
 
