@@ -71,9 +71,8 @@ class WeightStore:
         self._buffers = [_Buffer(largest, device) for _ in range(num_buffers)] if streamed else []
         self._written: dict[int, Mark] = {}
         self._uses: deque[Use] = deque()
-        for (
-            buffer
-        ) in self._buffers:  # their memory may have been another tensor's, still at work on the device
+        # Their memory may have been another tensor's, still at work on the device.
+        for buffer in self._buffers:
             buffer.free = lanes.compute.record()
             lanes.inward.hold(buffer.record)
             lanes.outward.hold(buffer.record)
