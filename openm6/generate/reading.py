@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +96,19 @@ def _digest(pieces: list[Tokens], before: bytes) -> bytes:
     return digest.digest()
 
 
+@contextmanager
+def _whole_or_nothing(cache: SlotCache, slots: list[int]) -> Iterator[None]:
+    """Empties the slots where reading into them fails: what it left may hold no numbers, which masks do not hide."""
+    try:
+        yield
+    except BaseException:
+        for slot in slots:
+            cache.lengths[slot] = 0
+            cache.keys[:, slot].zero_()
+            cache.values[:, slot].zero_()
+        raise
+
+
 @torch.inference_mode()
 def read_into(
     omni: Omni, prompt: Prompt, cache: SlotCache, slot: int, memory: PromptMemory | None = None
@@ -109,7 +124,8 @@ def read_into(
         else:
             sequence = lay_out(unit.pieces, place=place)
             batch = collate([[sequence]], len(sequence)).to(omni.device)
-            omni(batch.kinds, batch.layout, cache.writer(slot, start))
+            with _whole_or_nothing(cache, [slot]):
+                omni(batch.kinds, batch.layout, cache.writer(slot, start))
             if memory is not None:
                 memory.put(unit.key, cache.take(slot, start))
         place, start = place + unit.span, cache.lengths[slot]
@@ -146,6 +162,8 @@ def read_together(
 def _read_packed(omni: Omni, firsts: list[tuple[Unit, int]], cache: SlotCache, memory: PromptMemory) -> None:
     sequences = [lay_out(unit.pieces) for unit, _ in firsts]
     batch = collate([sequences], sum(map(len, sequences))).to(omni.device)
-    omni(batch.kinds, batch.layout, cache.packed_writer([slot for _, slot in firsts]))
+    slots = [slot for _, slot in firsts]
+    with _whole_or_nothing(cache, slots):
+        omni(batch.kinds, batch.layout, cache.packed_writer(slots))
     for unit, slot in firsts:
         memory.put(unit.key, cache.take(slot))

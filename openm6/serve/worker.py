@@ -65,26 +65,28 @@ class Worker:
 
     def start(self, ticket: Ticket) -> None:
         """Begins a request; one that takes a single pass is answered at once."""
-        began = time.monotonic()
-        ticket.started = began
+        ticket.started = time.monotonic()
         self.read += ticket.prepared.length
+        self._alone(ticket, self._start)
+        self.energy.spent([ticket], time.monotonic() - ticket.started)
+
+    def _alone(self, ticket: Ticket, step: Callable[[Ticket], None]) -> None:
+        """A step of one request, whose failure ends it with its own sentence."""
         try:
-            self._start(ticket)
+            step(ticket)
         except OpenM6Error as error:
             ticket.fail(error)
         except Exception:
             get_log().exception("a request failed")
             ticket.fail(StoppedError(FAILED))
-        self.energy.spent([ticket], time.monotonic() - began)
 
     def _start(self, ticket: Ticket) -> None:
         prepared, request = ticket.prepared, ticket.prepared.request
         if isinstance(request, TextRequest):
-            if not self.config.deterministic:
+            if self.config.deterministic:
+                self._read_text(ticket)
+            else:
                 self.gathered.append(ticket)
-                return
-            slot, cache = self.text.next_slot, self.text.cache
-            self._open(ticket, *read_into(self.loaded.omni, prepared.prompt, cache, slot, self.memory))
         elif isinstance(request, CodesRequest):
             self._start_canvas(ticket, request)
         else:
@@ -99,13 +101,24 @@ class Worker:
         assert isinstance(request, TextRequest)
         self.text.add(ticket, request.sampling, place, self.loaded.text.start, request.top)
 
+    def _read_text(self, ticket: Ticket) -> None:
+        slot, cache = self.text.next_slot, self.text.cache
+        self._open(ticket, *read_into(self.loaded.omni, ticket.prepared.prompt, cache, slot, self.memory))
+
     def _read_gathered(self) -> None:
+        """All in one pass; where that fails, one after the other, so that only what is broken ends."""
         tickets, self.gathered = self.gathered, []
         prompts = [ticket.prepared.prompt for ticket in tickets]
         slots = [self.text.next_slot + number for number in range(len(tickets))]
-        found = read_together(self.loaded.omni, prompts, self.text.cache, slots, self.memory)
-        for ticket, (place, known) in zip(tickets, found, strict=True):
+        try:
+            found = read_together(self.loaded.omni, prompts, self.text.cache, slots, self.memory)
+        except Exception:
+            get_log().exception("prompts could not be read together")
+            found = []
+        for ticket, (place, known) in zip(tickets, found, strict=False):
             self._open(ticket, place, known)
+        for ticket in tickets[len(found) :]:
+            self._alone(ticket, self._read_text)
 
     def _start_canvas(self, ticket: Ticket, request: CodesRequest) -> None:
         prompt, wanted = ticket.prepared.prompt, ticket.prepared.wanted[0]

@@ -19,6 +19,7 @@ from openm6.modalities.registry import source_pieces
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.nn.slots import PackedWriter, SlotWriter
 from openm6.ops.sequence import causal_layout
 from tests.data.pictures import png
 from tests.small_model import loaded
@@ -190,3 +191,28 @@ def test_a_packed_prompt_too_long_for_its_slot_is_refused(model: Loaded, prompts
     cache = Speaker.of(model.omni, model.text).new_slots(2, 2)
     with pytest.raises(ConfigError, match="make slots larger"):
         read_together(model.omni, prompts[:2], cache, [0, 1], PromptMemory(10**6))
+
+
+@pytest.mark.parametrize("writer", [PackedWriter, SlotWriter])
+def test_a_reading_that_fails_half_way_leaves_empty_slots(
+    model: Loaded, prompts: list[Prompt], writer: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(self: PackedWriter | SlotWriter, layer: int, key: torch.Tensor, value: torch.Tensor) -> object:
+        if layer == 1:
+            raise RuntimeError("out of luck")
+        return whole(self, layer, key * float("nan"), value)
+
+    whole = writer.write
+    cache = Speaker.of(model.omni, model.text).new_slots(3, 64)
+    memory = PromptMemory(10**6)
+    read_into(model.omni, prompts[3], cache, 2, memory)
+    kept = cache.take(2)
+    monkeypatch.setattr(writer, "write", write)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        if writer is PackedWriter:
+            read_together(model.omni, prompts[:2], cache, [0, 1], memory)
+        else:
+            read_into(model.omni, prompts[0], cache, 0, memory)
+    assert cache.lengths[:2] == [0, 0] and len(memory.kept) == 1
+    assert not cache.keys[:, :2].any() and not cache.values[:, :2].any(), "nothing, not even NaN"
+    assert all(torch.equal(part, again) for part, again in zip(kept, cache.take(2), strict=True))

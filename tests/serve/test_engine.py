@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from openm6.base.energy.meter import open_meter
 from openm6.base.errors import ConfigError, DataError
 from openm6.generate.load import Loaded
 from openm6.generate.masked import MaskedSampling
@@ -31,6 +32,7 @@ from openm6.serve.requests import (
 )
 from openm6.serve.run import read_serve_config
 from openm6.serve.ticket import LateError, RefusedError, StoppedError, Ticket
+from openm6.serve.worker import Worker
 from tests.data.pictures import png, wav
 from tests.small_model import embedding_model, loaded
 
@@ -116,6 +118,32 @@ def test_not_deterministic_is_as_right(model: Loaded) -> None:
         tickets = [engine.submit(prepare(request, model, 256)) for request in requests()[:5]]
         for request, ticket in zip(requests(), tickets, strict=False):
             assert same(ticket.wait(60).value, answer_alone(model, request, 256))
+
+
+def test_of_prompts_read_together_only_the_broken_one_ends(
+    model: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def embed(arrays: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise DataError("the picture fades away")
+
+    few = Sampling(max_tokens=6)
+    asked = [TextRequest(parts=say(words), sampling=few) for words in ("draw", "say zero", "a small apple")]
+    asked.insert(1, TextRequest(parts=(Part("image", png("red", 40)), Part("text", " What?")), sampling=few))
+    monkeypatch.setattr(model.omni.adapter("image_in"), "embed", embed)
+    with open_meter() as meter:
+        worker = Worker(model, EngineConfig(rows=4, room=256, deterministic=False), meter)
+        tickets = [Ticket(prepare(request, model, 256)) for request in asked]
+        for ticket in tickets:
+            worker.start(ticket)
+        while worker.busy:
+            worker.tick()
+    found = {ticket: answer.value for ticket, answer in worker.ended}
+    broken = tickets.pop(1)
+    assert broken.over and set(found) == set(tickets)
+    with pytest.raises(DataError, match="fades away"):
+        broken.result()
+    for ticket in tickets:
+        assert found[ticket] == answer_alone(model, ticket.prepared.request, 256)
 
 
 def test_joules_add_up_to_what_the_meter_counted(model: Loaded) -> None:
