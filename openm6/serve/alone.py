@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from openm6.evaluate.likelihood import sequence_nats
+from openm6.generate.candidates import candidate_nats
+from openm6.generate.decode import Speaker
 from openm6.generate.embed import embed_tokens
 from openm6.generate.load import Loaded
 from openm6.generate.masked import fill_codes
 from openm6.generate.numbers import predict
+from openm6.generate.reading import PromptMemory, read_into
 from openm6.generate.text import write
-from openm6.modalities.sequence import lay_out
+from openm6.nn.slots import SlotCache
 from openm6.serve.prepare import Prepared, prepare
 from openm6.serve.requests import CodesRequest, NumbersRequest, RankRequest, Request, TextRequest
 
@@ -30,13 +32,18 @@ def value_alone(loaded: Loaded, prepared: Prepared) -> Any:
     if isinstance(request, NumbersRequest):
         return predict(loaded.omni, [prepared.prompt], prepared.wanted)[0]
     if isinstance(request, RankRequest):
-        return candidate_nats(loaded, prepared)
+        cache = Speaker.of(loaded.omni, loaded.text).new_slots(1, prepared.length)
+        return judged_candidates(loaded, prepared, cache, 0)[0]
     return embed_tokens(loaded, [prepared.prompt])[0]
 
 
-def candidate_nats(loaded: Loaded, prepared: Prepared) -> list[tuple[float, int]]:
-    """Negative log-likelihood of each candidate and its number of tokens."""
-    sequences = [lay_out([*prepared.prompt, candidate]) for candidate in prepared.wanted]
-    nats = sequence_nats(loaded.omni, sequences)
-    # A sequence's weights average over its learned tokens; likelihoods are sums, as `sequence_nats` gives them.
-    return [(float(found), len(wanted)) for found, wanted in zip(nats, prepared.wanted, strict=True)]
+def judged_candidates(
+    loaded: Loaded, prepared: Prepared, cache: SlotCache, slot: int, memory: PromptMemory | None = None
+) -> tuple[list[tuple[float, int]], int]:
+    """Each candidate's negative log-likelihood and number of tokens; and how many of the prompt's the memory spared.
+
+    The slot is used for the prompt meanwhile.
+    """
+    place, known = read_into(loaded.omni, prepared.prompt, cache, slot, memory)
+    nats = candidate_nats(loaded.omni, cache, slot, place, prepared.wanted)
+    return list(zip(nats, map(len, prepared.wanted), strict=True)), known

@@ -15,10 +15,10 @@ from openm6.generate.graphs import open_rows
 from openm6.generate.load import Loaded
 from openm6.generate.reading import PromptMemory, read_into, read_together
 from openm6.generate.rows import Row
-from openm6.serve.alone import value_alone
+from openm6.serve.alone import judged_candidates, value_alone
 from openm6.serve.config import EngineConfig
 from openm6.serve.energy import EnergyShares
-from openm6.serve.requests import Answer, CodesRequest, TextRequest, Usage
+from openm6.serve.requests import Answer, CodesRequest, RankRequest, TextRequest, Usage
 from openm6.serve.ticket import LateError, StoppedError, Ticket
 from openm6.serve.writing import scored_tokens, shown_text
 
@@ -33,7 +33,8 @@ class Worker:
         self.loaded, self.config = loaded, config
         speaker = Speaker.of(loaded.omni, loaded.text)
         self.text = open_rows(speaker, config.rows, config.room, config.weights, config.deterministic)
-        self.shelf = speaker.new_slots(config.canvases, config.room)
+        self.shelf = speaker.new_slots(config.canvases + 1, config.room)
+        self.desk = config.canvases  # its last slot, for prompts that are answered at once
         self.shelf_free = list(range(config.canvases))
         self.canvases: deque[Canvas] = deque()
         self.gathered: list[Ticket] = []  # texts whose prompts this tick reads together
@@ -81,7 +82,7 @@ class Worker:
             ticket.fail(StoppedError(FAILED))
 
     def _start(self, ticket: Ticket) -> None:
-        prepared, request = ticket.prepared, ticket.prepared.request
+        request = ticket.prepared.request
         if isinstance(request, TextRequest):
             if self.config.deterministic:
                 self._read_text(ticket)
@@ -91,9 +92,16 @@ class Worker:
             self._start_canvas(ticket, request)
         else:
             self.passes += 1
+            self._answer_at_once(ticket)
+
+    def _answer_at_once(self, ticket: Ticket) -> None:
+        prepared = ticket.prepared
+        value: object
+        if isinstance(prepared.request, RankRequest):
+            value, ticket.known = judged_candidates(self.loaded, prepared, self.shelf, self.desk, self.memory)
+        else:
             value = value_alone(self.loaded, prepared)
-            given = sum(map(len, prepared.wanted))
-            self._end(ticket, value, given)
+        self._end(ticket, value, sum(map(len, prepared.wanted)))
 
     def _open(self, ticket: Ticket, place: int, known: int) -> None:
         """A row of text whose prompt stands in the next slot."""

@@ -112,6 +112,21 @@ def test_a_second_question_about_a_picture_reads_only_its_own_tokens() -> None:
     assert second.value == answer_alone(model, ask(" Say more."), 256)
 
 
+def test_a_query_is_read_once_for_candidates_and_for_later_requests() -> None:
+    model = loaded(reading="parts")
+
+    def ask(words: str, *candidates: str) -> RankRequest:
+        return RankRequest(parts=(Part("image", png("red", 40)), Part("text", words)), candidates=candidates)
+
+    again, other = ask(" What?", "zero", "seven apples"), ask(" And why?", "zero")
+    with Engine(model, EngineConfig(rows=2, room=256)) as engine:
+        first, second, third = map(engine.ask_and_wait, (again, again, other))
+    assert (first.usage.cached, second.usage.cached) == (0, first.usage.prompt)
+    assert third.usage.cached == third.usage.read["image"] > 0
+    assert second.value == first.value == answer_alone(model, again), "bit for bit"
+    assert third.value == answer_alone(model, other)
+
+
 def test_not_deterministic_is_as_right(model: Loaded) -> None:
     config = EngineConfig(rows=3, room=256, canvases=2, deterministic=False)
     with Engine(model, config) as engine:
