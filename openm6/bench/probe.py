@@ -16,6 +16,7 @@ import torch
 from openm6.base.energy.estimate import own_cpu_seconds
 from openm6.base.errors import TrainingError
 from openm6.base.run_folder import RunFolder
+from openm6.bench.child import end_with_parent, run_child
 from openm6.bench.quiet import machine_load
 from openm6.train.hooks import Hook
 from openm6.train.loop import train
@@ -85,7 +86,7 @@ class ProbeJob(MultimodalJob):
 
 
 def run_probe(overrides: list[str], steps: int, folder: Path | None = None) -> Probe:
-    """Trains the demo's recipe with `overrides` for a few steps, in a process of its own.
+    """Trains the demo's recipe with `overrides` for a few steps, in a process of its own, which ends with this one.
 
     Raises:
         TrainingError: the process failed or hung; the sentence is its own.
@@ -95,7 +96,7 @@ def run_probe(overrides: list[str], steps: int, folder: Path | None = None) -> P
         words = [str(place), *overrides, f"loop.steps={steps}", *ALWAYS]
         command = [sys.executable, "-m", "openm6.bench.probe", *words]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
+            done = run_child(command, LONGEST)
         except subprocess.TimeoutExpired:
             raise TrainingError(f"a probe run took more than {LONGEST:g} s: free the machine") from None
         if done.returncode:
@@ -139,4 +140,5 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(sys.argv[1:])

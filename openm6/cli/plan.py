@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -89,18 +89,13 @@ def plan(
         return
     sizes = (gpus, per_node, host_memory, link, network, price)
     asked = door("plan machine")(gpu, gpu_table, door("cluster options")(*sizes))
-    current = {"country": country, "pue": pue}
-    question = door("plan question")(
-        model,
-        overrides or [],
-        batch,
-        tokens,
-        days,
-        bytes_per_parameter,
-        pseudo_share,
-        recompute_every,
-        current,
-    )
+    lengths = (batch, tokens, days, bytes_per_parameter, pseudo_share, recompute_every)
+    question = door("plan question")(model, overrides or [], *lengths, {"country": country, "pue": pue})
+    _show(question, asked, sweep, plot, json_path)
+
+
+def _show(question: Any, asked: Any, sweep: str | None, plot: Path | None, json_path: Path | None) -> None:
+    """One plan, or several side by side."""
     if sweep is not None:
         door("show sweep")(question, asked, sweep, plot, json_path)
     else:

@@ -4,28 +4,50 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from openm6.base.errors import OutputError
 from openm6.base.run_folder import RunFolder
-from openm6.train.tensorboard import TensorBoardEvents, open_tensorboard
+from openm6.train.tensorboard import open_tensorboard
 
 
-class FullDisk:
-    """As TensorBoard's writer fails: in the call after the one that its thread could not write."""
+def test_a_full_disk_is_told_with_the_folder_and_not_by_the_writers_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_writer = pytest.importorskip("tensorboard.summary.writer.record_writer")
+    seen: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    before = threading.excepthook
+    full = threading.Event()
+    write = record_writer.RecordWriter.write
 
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def write_unless_full(writer: object, content: bytes) -> None:
+        if full.is_set():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(writer, content)
 
-
-def test_a_full_disk_is_told_with_the_folder(tmp_path: Path) -> None:
-    events = TensorBoardEvents(FullDisk(), tmp_path / "tensorboard")  # type: ignore[arg-type]
-    with pytest.raises(
-        OutputError, match=r"tensorboard could not be written \(No space left on device\): free some"
-    ):
-        events.line({"step": 1, "loss": 2.0})
+    monkeypatch.setattr(record_writer.RecordWriter, "write", write_unless_full)
+    run = RunFolder.open(tmp_path)
+    events = open_tensorboard(run, 0)
+    assert events is not None
+    full.set()
+    sentence = r"tensorboard could not be written \(No space left on device\): free some"
+    with pytest.raises(OutputError, match=sentence):
+        for step in range(1, 100):  # the thread is seen to have failed at the latest when its queue is full
+            events.line({"step": step, "loss": 2.0})
+    other = threading.Thread(target={}.popitem)
+    other.start()
+    other.join()
+    assert [failure.thread for failure in seen] == [other]
+    with pytest.raises(OutputError, match=sentence):
+        events.close()
+    assert threading.excepthook is before
+    with pytest.raises(OutputError, match=sentence):
+        open_tensorboard(run, 0)
+    assert threading.excepthook is before and len(seen) == 1
 
 
 def test_every_number_is_a_scalar(tmp_path: Path) -> None:
