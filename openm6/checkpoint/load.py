@@ -40,14 +40,9 @@ def load_placed(folder: Path, model: nn.Module) -> Catalogue:
     """Fill what of a model is not on `meta`; gives the catalogue from which the rest may be read when it is needed.
 
     Raises:
-        CheckpointError: as `load_model`, or the weights are cut over the files of several ranks.
+        CheckpointError: as `load_model`.
     """
-    if is_sharded(folder):
-        raise CheckpointError(
-            f"{folder} was written by several ranks, each with a part of every weight: only a checkpoint of one "
-            "process can be read layer by layer"
-        )
-    catalogue = Catalogue(folder, "model")
+    catalogue = Catalogue(folder, "shard" if is_sharded(folder) else "model")
     _load_shards(catalogue, named_tensors(model))
     return catalogue
 

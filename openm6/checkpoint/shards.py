@@ -1,6 +1,7 @@
 """safetensors files written straight from memory, one weight set each, and read back into the place kept for them.
 
 A folder holds either one `model.safetensors`, or shards with an index as other tools read them; likewise the optimizer.
+Where ranks wrote their parts of the tensors, the headers say where in the whole these lie.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
+from math import prod
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from openm6.checkpoint.folder import MODEL_FILE, OPTIMIZER_FILE
 
 INDEX_FILE = f"{MODEL_FILE}.index.json"
 SEPARATOR = "::"  # between a parameter's name and the name of one of the tensors kept with it
+PLACES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in the header of a file with parts, by torch
 EXPONENT = "exponent"  # of int8 weights, which lies beside them
 TYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8",
@@ -64,7 +68,7 @@ def write_shards(folder: Path, first: Shard, others: Iterable[Shard], count: int
     weight_map: dict[str, str] = {}
     total = 0
     number = 0
-    for number, shard in enumerate(_chain(first, others)):
+    for number, shard in enumerate(chain([first], others)):
         ending = f"-{number + 1:05d}-of-{count + 1:05d}.safetensors"
         write_raw(folder / f"model{ending}", shard.model)
         if shard.optimizer:
@@ -76,76 +80,107 @@ def write_shards(folder: Path, first: Shard, others: Iterable[Shard], count: int
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8", newline="\n")
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A tensor in a file, which lies in the whole from `offsets` on."""
+
+    path: Path
+    name: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        return tuple(map(sum, zip(self.offsets, self.shape, strict=True)))
+
+    def region(self, whole: Tensor) -> Tensor:
+        """What of the whole it fills, as a view."""
+        return whole[tuple(map(slice, self.offsets, self.end))]
+
+    def read(self) -> Tensor:
+        with safe_open(str(self.path), framework="pt") as file:
+            return file.get_tensor(self.name)
+
+    def read_into(self, target: Tensor) -> None:
+        """Straight into the memory of `target` where that can be."""
+        start, entry = _entry(self.path, self.name)
+        if target.is_cpu and target.is_contiguous() and entry["dtype"] == TYPES[target.dtype]:
+            with self.path.open("rb") as stream:
+                stream.seek(start + entry["data_offsets"][0])
+                stream.readinto(_bytes_of(target))
+        else:
+            target.copy_(self.read())
+
+
 class Catalogue:
     """All tensors of a checkpoint's weights, or of its optimizer, in however many files; read one at a time."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        """`kind` is `model` or `optimizer`.
+        """`kind` is `model`, `optimizer`, or `shard` for what ranks wrote: their parts of both.
 
         Raises:
             CheckpointError: a file is missing or is not safetensors.
         """
         self.folder = folder
-        whole = MODEL_FILE if kind == "model" else OPTIMIZER_FILE
+        whole = {"optimizer": OPTIMIZER_FILE}.get(kind, MODEL_FILE)
         paths = (
             [folder / whole] if (folder / whole).exists() else sorted(folder.glob(f"{kind}-*.safetensors"))
         )
-        self._paths: dict[str, Path] = {}
-        for path in paths:
-            self._paths |= dict.fromkeys(_names(path), path)
+        # What several ranks hold alike has one place, however often it was written.
+        self._parts: dict[str, dict[tuple[int, ...], _Part]] = {}
+        for part in chain.from_iterable(map(_parts_of, paths)):
+            self._parts.setdefault(part.name, {})[part.offsets] = part
         if not paths:
             raise CheckpointError(f"{folder / whole} is missing: name a folder that holds a whole checkpoint")
 
     @property
     def names(self) -> list[str]:
-        return list(self._paths)
+        return list(self._parts)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._paths
-
-    def path(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self._paths[name]
+        return name in self._parts
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor, without reading it."""
-        with safe_open(str(self._paths[name]), framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        """The shape of one tensor, without reading it.
+
+        Raises:
+            CheckpointError: there is not all of it.
+        """
+        parts = self._parts[name].values()
+        shape = tuple(map(max, zip(*(part.end for part in parts), strict=True)))
+        if sum(prod(part.shape) for part in parts) != prod(shape):
+            raise CheckpointError(f"{self.folder} holds only parts of {name!r}: use another checkpoint")
+        return shape
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
-        with safe_open(str(self._paths[name]), framework="pt") as file:
-            return file.get_tensor(name)
+        """One tensor; raises as `shape` does."""
+        shape, parts = self.shape(name), list(self._parts[name].values())
+        if len(parts) == 1:
+            return parts[0].read()
+        read = [(part, part.read()) for part in parts]
+        whole = torch.empty(shape, dtype=read[0][1].dtype)
+        for part, tensor in read:
+            part.region(whole).copy_(tensor)
+        return whole
 
     def read_into(self, name: str, target: Tensor) -> None:
         """One tensor, straight into the memory of `target` where it is of the same type and on the host.
 
         Raises:
-            CheckpointError: there is none of this name, or it has another shape.
+            CheckpointError: there is none of this name, or not all of it, or it has another shape.
         """
-        if name not in self._paths:
+        if name not in self._parts:
             raise CheckpointError(
                 f"{self.folder} lacks {name!r}: it is of another size, stage or number of bytes a parameter; "
                 "turn it with openm6 convert, or go on with the config that it was saved with"
             )
-        path = self._paths[name]
-        start, entry = _entry(path, name)
-        if tuple(entry["shape"]) != tuple(target.shape):
+        if (shape := self.shape(name)) != tuple(target.shape):
             raise CheckpointError(
-                f"{path}: {name!r} has shape {entry['shape']}, the model wants {list(target.shape)}: "
+                f"{self.folder}: {name!r} has shape {list(shape)}, the model wants {list(target.shape)}: "
                 "load it with the config that it was saved with"
             )
-        if target.is_cpu and target.is_contiguous() and entry["dtype"] == TYPES[target.dtype]:
-            with path.open("rb") as stream:
-                stream.seek(start + entry["data_offsets"][0])
-                stream.readinto(_bytes_of(target))
-        else:
-            target.copy_(self.read(name))
-
-
-def _chain(first: Shard, others: Iterable[Shard]) -> Iterable[Shard]:
-    yield first
-    yield from others
+        for part in self._parts[name].values():
+            part.read_into(part.region(target))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -153,14 +188,19 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _names(path: Path) -> list[str]:
+def _parts_of(path: Path) -> list[_Part]:
+    """All that a file holds, without reading it."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
+            places = json.loads((file.metadata() or {}).get(PLACES, "{}"))
+            names = list(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({error}): use another checkpoint"
         ) from None
+    offsets = {name: tuple(place[OFFSETS]) for name, place in places.items()}
+    return [_Part(path, name, offsets.get(name, (0,) * len(shape)), shape) for name, shape in shapes.items()]
 
 
 def _entry(path: Path, name: str) -> tuple[int, dict]:

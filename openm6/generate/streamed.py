@@ -175,7 +175,7 @@ def place_streamed(omni: Omni, folder: Path, resident: int, device: torch.device
     """Puts a model whose sets are on `meta` on a device: all but the sets that only layers from `resident` on use.
 
     Raises:
-        CheckpointError: its weights are not in the folder, or cut over ranks.
+        CheckpointError: its weights are not in the folder.
     """
     backbone = omni.backbone
     kept = frozenset(backbone.config.weight_sets[:resident])

@@ -17,6 +17,8 @@ from openm6.base.errors import CheckpointError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import is_complete, latest
 from openm6.checkpoint.load import is_sharded, load_model
+from openm6.generate.load import load
+from openm6.generate.streamed import matrices
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.run import read_recipe
 from tests.parallel.fleet import Fleet
@@ -110,6 +112,16 @@ def test_the_same_ranks_go_on_bit_for_bit(tmp_path: Path, four: Fleet) -> None:
     four.run(run_steps, recipe, str(tmp_path / "broken"), (1, 2, 2), 4, None)
     ours, theirs = (weights(recipe, latest(tmp_path / name)) for name in ("whole", "broken"))
     assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+    assert_streamed(latest(tmp_path / "broken"), theirs)
+
+
+def assert_streamed(checkpoint: Path, weights: dict[str, Tensor]) -> None:
+    """Layers that stay in the ranks' files have these weights when they are used."""
+    assert is_sharded(checkpoint)
+    backbone = load(checkpoint, torch.device("cpu"), resident=0).omni.backbone
+    for layer, number in enumerate(backbone.config.weight_sets):
+        for name, tensor in matrices(backbone.block(layer)):
+            assert torch.equal(tensor, weights[f"backbone.sets.{number}.{name}"]), name
 
 
 def test_a_missing_part_makes_a_checkpoint_incomplete(tmp_path: Path, two: Fleet) -> None:

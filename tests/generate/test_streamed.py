@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from openm6.base.errors import CheckpointError, ConfigError
-from openm6.checkpoint.load import load_placed
+from openm6.checkpoint.folder import STATE_FILE
 from openm6.checkpoint.save import Snapshot, save
-from openm6.checkpoint.shards import Catalogue
+from openm6.checkpoint.shards import OFFSETS, PLACES, Catalogue
+from openm6.checkpoint.tensors import named_tensors
 from openm6.generate.decode import Speaker
 from openm6.generate.load import Loaded, load
 from openm6.generate.masked import MaskedSampling, fill_codes
 from openm6.generate.reading import read_into
 from openm6.generate.rows import TextRows
 from openm6.generate.sampling import Sampling
-from openm6.generate.streamed import BUFFERS, FileHome, MemoryHome, StreamedSets, matrices
+from openm6.generate.streamed import (
+    BUFFERS,
+    FileHome,
+    MemoryHome,
+    StreamedSets,
+    matrices,
+    place_streamed,
+)
 from openm6.generate.text import write
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_pieces
@@ -125,6 +136,46 @@ def test_what_cannot_be_streamed_is_one_sentence(tmp_path: Path) -> None:
     model = load(folder, torch.device("cpu"), 1)
     with pytest.raises(ConfigError, match="int8"):
         TextRows(Speaker.of(model.omni, model.text), 1, 64, "int8")
-    (folder / "model.safetensors").rename(folder / "shard-00001-of-00001.safetensors")
-    with pytest.raises(CheckpointError, match="one process"):
-        load_placed(folder, model.omni)
+
+
+def cut_over_ranks(folder: Path) -> None:
+    """The same weights as two and three ranks would write them: unevenly by rows, by columns too, one of them twice."""
+    weights = load_file(folder / "model.safetensors")
+    files: list[dict[str, torch.Tensor]] = [{} for _ in range(5)]
+    places: list[dict[str, dict[str, list[int]]]] = [{} for _ in range(5)]
+    for number, (name, tensor) in enumerate(sorted(weights.items())):
+        rows = [0, *sorted({len(tensor) // 3, len(tensor)} - {0})] if tensor.ndim else [0, 1]
+        columns = [0, tensor.shape[1] // 2, tensor.shape[1]] if tensor.ndim > 1 and number % 2 else [0]
+        grid = list(product(pairwise(rows), pairwise(columns) if len(columns) > 1 else [(0, None)]))
+        for rank, ((top, bottom), (left, right)) in enumerate(grid):
+            part = tensor if tensor.ndim == 0 else tensor[top:bottom]
+            part = part if tensor.ndim < 2 else part[:, left:right]
+            files[rank][name] = part.contiguous()
+            places[rank][name] = {OFFSETS: [top, left, *[0] * tensor.ndim][: tensor.ndim]}
+    alike = min(files[0], key=lambda name: files[0][name].numel())
+    files[4][alike], places[4][alike] = files[0][alike], places[0][alike]
+    for rank, (tensors, place) in enumerate(zip(files, places, strict=True)):
+        path = folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+        save_file(tensors, path, {PLACES: json.dumps(place)})
+    (folder / "model.safetensors").unlink()
+    state = json.loads((folder / STATE_FILE).read_text())
+    state["files"] = {path.name: path.stat().st_size for path in folder.glob("shard-*")}
+    (folder / STATE_FILE).write_text(json.dumps(state))
+
+
+def test_the_files_of_several_ranks_are_put_together(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "mixed")
+    wanted = answers(load(folder, torch.device("cpu")))
+    cut_over_ranks(folder)
+    whole = load(folder, torch.device("cpu"))
+    assert answers(whole)[0] == wanted[0], "torch reads them, too"
+    streamed = load(folder, torch.device("cpu"), 1)
+    texts, codes, scores = answers(streamed)
+    assert source_of(streamed).fetched > 0 and texts == wanted[0] and torch.equal(codes, wanted[1])
+    assert all(torch.equal(found, true) for found, true in zip(scores, wanted[2], strict=True))
+    catalogue = Catalogue(folder, "shard")
+    for name, tensor in named_tensors(whole.omni).items():
+        assert torch.equal(catalogue.read(name), tensor)
+    next(folder.glob("shard-00001-*")).unlink()
+    with pytest.raises(CheckpointError, match="holds only parts of"):
+        place_streamed(streamed.omni, folder, 1, torch.device("cpu"))
