@@ -14,6 +14,19 @@ from openm6.cli.doors import door
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="engine.rows=32, limits.pixels=…")
 ]
+Keys = Annotated[
+    Path | None, typer.Option("--keys", metavar="FILE", help="API keys, one a line; else OPENM6_API_KEYS.")
+]
+Hosts = Annotated[
+    list[str] | None,
+    typer.Option("--allow-host", metavar="HOST", help="Pictures may be fetched from there, by https."),
+]
+Replicas = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--replicas", metavar="KEY=VALUE", help="With --ray: least=1 most=4 ongoing=8 cpus=1 gpus=0."
+    ),
+]
 
 
 def serve(
@@ -24,26 +37,15 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65_535)] = 8000,
     name: Annotated[str | None, typer.Option("--name", help="What clients call the model.")] = None,
-    keys: Annotated[
-        Path | None,
-        typer.Option("--keys", metavar="FILE", help="API keys, one a line; else OPENM6_API_KEYS."),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option("--allow-host", metavar="HOST", help="Pictures may be fetched from there, by https."),
-    ] = None,
+    keys: Keys = None,
+    allow_host: Hosts = None,
     playground: Annotated[
         bool, typer.Option("--playground", help="A page to try it in the browser, at /playground.")
     ] = False,
     ray: Annotated[
         bool, typer.Option("--ray", help="As replicas on Ray Serve; see --replicas. Needs the extra [ray].")
     ] = False,
-    replicas: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--replicas", metavar="KEY=VALUE", help="With --ray: least=1 most=4 ongoing=8 cpus=1 gpus=0."
-        ),
-    ] = None,
+    replicas: Replicas = None,
 ) -> None:
     """Serve a trained model: chat, pictures, speech, embeddings and numbers in OpenAI's forms.
 
