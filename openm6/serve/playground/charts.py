@@ -1,4 +1,4 @@
-"""Intervals and rankings drawn as small pictures in the page: SVG and HTML made by hand, every text escaped."""
+"""Intervals, rankings and failures as small pictures in the page: SVG and HTML made by hand, every text escaped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from openm6.serve.scenarios.bodies import RankedCandidate
 
 WIDTH, HEIGHT, EDGE = 560, 180, 34
 BAND, LINE = "#f3c98b", "#b4571c"
+
+
+def failure(title: str, sentence: str) -> str:
+    """Why there is no answer, as a box that screen readers tell at once."""
+    told = f"<strong>{html.escape(title)}</strong><p>{html.escape(sentence)}</p>"
+    return f'<div class="failure" role="alert">{told}</div>'
 
 
 def interval_chart(name: str, found: Distribution, past: Sequence[float | None] = ()) -> str:

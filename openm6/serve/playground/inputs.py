@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from abc import ABCMeta
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,27 @@ TEXTS, PICTURES, SOUNDS = 4, 3, 1  # the most that any scenario takes
 Update = dict[str, Any]
 
 
+def _path_of(_: gradio.Image, payload: Any) -> str | None:
+    """A picture's file as it is: what cannot be read is said in our words, not in Gradio's."""
+    return None if payload is None else payload.path
+
+
+# A class, since Gradio makes a component anew where its label changes, and would forget a method of the object's own.
+# Not by a class statement, at which it would write a stub file beside this one.
+PictureInput: Any = ABCMeta.__new__(
+    type(gradio.Image),
+    "PictureInput",
+    (gradio.Image,),
+    {"is_template": True, "preprocess": _path_of, "__module__": __name__},
+)
+
+
 def picture_input(elem_id: str, label: str | None = None, visible: bool = True) -> gradio.Image:
-    """A picture whose file is handed on as it is: what cannot be read is said in our words, not in Gradio's."""
-    found = gradio.Image(
+    """A picture whose file is handed on unread."""
+    found = PictureInput(
         type="filepath", format="png", height=200, elem_id=elem_id, label=label, visible=visible
     )
-    found.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+    assert isinstance(found, gradio.Image)
     return found
 
 

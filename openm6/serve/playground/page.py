@@ -9,6 +9,7 @@ import gradio
 from openm6.base.errors import OpenM6Error
 from openm6.serve.playground import words
 from openm6.serve.playground.answers import Shown, answer_freely, answer_scenario
+from openm6.serve.playground.charts import failure
 from openm6.serve.playground.inputs import make_slots, picture_input, slot_updates, values_in
 from openm6.serve.scenarios.catalogue import Catalogue, Standing, read_catalogue, standing
 from openm6.serve.scenarios.scenario import Language, Output, Scenario
@@ -17,6 +18,9 @@ from openm6.serve.state import Server
 KEPT = 24  # pictures in the gallery
 WANTS: tuple[Output, ...] = ("text", "image", "sound")
 Pictures = list[tuple[Any, str]]
+# On a phone the answer, or why there is none, comes below the screen; the page takes a moment to hold it.
+SHOW = """() => setTimeout(
+    () => document.getElementById("note").scrollIntoView({block: "nearest", behavior: "smooth"}), 200)"""
 
 
 class Page:
@@ -93,7 +97,7 @@ class Page:
             label=words.SOUND.en, visible=False, interactive=False, elem_id="answer-sound"
         )
         self.out_figure = gradio.HTML(visible=False, elem_id="answer-figure")
-        self.note = gradio.Markdown("", elem_id="note")
+        self.note = gradio.HTML("", elem_id="note")
         self.gallery = gradio.Gallery(
             label=words.GALLERY.en, columns=4, height=150, object_fit="contain", elem_id="gallery"
         )
@@ -111,9 +115,9 @@ class Page:
             self.choose_language, [self.language, self.domain, self.scenario], self._worded() + shown
         )
         asked = [self.language, self.scenario, self.seed, self.drawn, *self.slots]
-        self.run.click(self.on_run, asked, answer)
+        self.run.click(self.on_run, asked, answer).then(None, js=SHOW)
         free = [self.language, self.text, self.picture, self.sound, self.want, self.seed, self.drawn]
-        self.ask.click(self.on_ask, free, answer)
+        self.ask.click(self.on_ask, free, answer).then(None, js=SHOW)
 
     def _worded(self) -> list[Any]:
         """Components whose words change with the language, in the order of `choose_language`."""
@@ -136,9 +140,10 @@ class Page:
 
     def choose_language(self, language: Language, domain: str, name: str) -> list[Any]:
         """The whole page in another language."""
-        labels = (words.SEED, words.TEXT, words.PICTURE, words.SOUND)
-        seed, text, picture, sound = (gradio.update(label=label.said(language)) for label in labels)
-        button = gradio.update(value=words.RUN.said(language))
+        labels = (words.SEED, words.TEXT, *(words.PICTURE, words.SOUND) * 2)
+        seed, text, *media = (gradio.update(label=label.said(language)) for label in labels)
+        # One for each component: Gradio takes an update apart when it is done with it.
+        buttons = (gradio.update(value=words.RUN.said(language)) for _ in range(2))
         return [
             _heading(language),
             gradio.update(label=words.LANGUAGE.said(language)),
@@ -149,15 +154,12 @@ class Page:
             gradio.update(label=words.SCENARIOS.said(language)),
             gradio.update(label=words.FREELY.said(language)),
             seed,
-            button,
-            button,
+            *buttons,
             text,
-            picture,
-            sound,
+            *media[:2],
             gradio.update(label=words.WANTED.said(language), choices=_wants(language)),
             gradio.update(label=words.ANSWER.said(language)),
-            picture,
-            sound,
+            *media[2:],
             gradio.update(label=words.GALLERY.said(language)),
             *self.choose_scenario(name, language),
         ]
@@ -217,8 +219,7 @@ class Page:
 
 def _told(sentence: str, language: Language, drawn: Pictures) -> list[Any]:
     """An answer panel that says why there is no answer; a raised error would cover every part of it."""
-    gradio.Warning(sentence, title=words.WRONG.said(language))
-    return _panel(Shown(note=f"**{sentence}**"), "", drawn)
+    return _panel(Shown(note=failure(words.WRONG.said(language), sentence)), "", drawn)
 
 
 def _heading(language: Language) -> str:

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 from openm6.serve.distributions import Distribution
-from openm6.serve.playground.charts import interval_chart, ranking_list, vector_strip
+from openm6.serve.playground.charts import failure, interval_chart, ranking_list, vector_strip
 from openm6.serve.scenarios.bodies import RankedCandidate
 
 ONE = Distribution(mean=3.0, median=3.0, low=2.0, high=4.5, coverage=0.8)
@@ -41,6 +41,7 @@ def test_a_series_that_never_changes_can_be_drawn() -> None:
 def test_markup_in_names_stays_text() -> None:
     name = '"><script>alert(1)</script>'
     drawn = interval_chart(name, ONE) + ranking_list([RankedCandidate(index=0, candidate=name, score=-1.0)])
+    drawn += failure(name, name)
     assert "<script" not in drawn and "&lt;script&gt;" in drawn
 
 

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("gradio", reason="the extra [serve] is not installed")
 
 import soundfile
+from gradio.data_classes import ImageData
 
 from openm6.base.errors import DataError
 from openm6.serve.config import Limits
@@ -17,6 +18,7 @@ from openm6.serve.playground.inputs import (
     PICTURES,
     SOUNDS,
     TEXTS,
+    picture_input,
     slot_names,
     slot_updates,
     uploaded,
@@ -77,3 +79,14 @@ def test_what_was_uploaded_broken_or_too_large_is_one_sentence_in_the_pages_lang
             )
     path.write_bytes(png("red", 20))
     assert uploaded("image", str(path), limits, "en") == png("red", 20)
+
+
+def test_a_picture_is_handed_on_unread_also_when_its_label_has_changed(tmp_path: Path) -> None:
+    """Gradio makes a component anew with every update; what it makes must not read the file either."""
+    first = picture_input("free-picture", "Picture")
+    again = type(first)(**{**first.constructor_args, "label": "图片", "render": False})
+    broken = tmp_path / "a.png"
+    broken.write_bytes(b"no picture")
+    for made in (first, again):
+        assert made.get_block_name() == "image"
+        assert made.preprocess(ImageData(path=str(broken))) == str(broken)
