@@ -101,6 +101,7 @@ def measure_training(deadline: Deadline) -> tuple[TrainingRates, dict[str, float
         examples=data.facts,
         fill=data.fill,
         token=data.token,
+        memories=data.memories,
     )
     return rates, exchange
 

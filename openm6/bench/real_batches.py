@@ -16,6 +16,7 @@ from multiprocessing.reduction import ForkingPickler
 import torch
 
 from openm6.base.run_folder import RunFolder
+from openm6.bench.remembering import Watch
 from openm6.data.mixture import Draw
 from openm6.modalities.sequence import Batch, collate
 from openm6.modalities.sequence import Sequence as Example
@@ -27,15 +28,22 @@ from openm6.train.run import read_recipe, recipe_path
 
 EACH = 24  # examples of a task that are counted
 PACKED = 6  # batches whose packing is timed
+WATCHED, EPOCHS = (
+    4,
+    16,
+)  # records of which is counted what they leave in memories, and how often they are shown
 
 
 @dataclass(frozen=True)
 class Data:
-    """Facts of every task of the recipe, the share of places that rows fill, and seconds of packing a token."""
+    """Facts of every task of the recipe, the share of places that rows fill, seconds of packing a token, and the bytes
+    that each memory of codes holds at most.
+    """
 
     facts: tuple[ExampleFacts, ...]
     fill: float
     token: float
+    memories: dict[str, float]
 
 
 def open_job(overrides: list[str]) -> MultimodalJob:
@@ -57,7 +65,8 @@ def read_data(job: MultimodalJob, parts: int) -> Data:
     All are made twice, and the second time counts: but for its first epoch a run remembers codes of pictures and
     sounds.
     """
-    facts = tuple(_facts(job, number) for number in range(len(job.packer.preparer.mixture.components)))
+    watch = Watch(job)
+    facts = tuple(_facts(job, number, watch) for number in range(len(job.packer.preparer.mixture.components)))
     by_key = {(one.source, one.task): one.seconds for one in facts}
     keys = [(part.source.name, part.task) for part in job.packer.preparer.mixture.components]
     start, batches = job.packer.state(), job.batches()
@@ -72,14 +81,15 @@ def read_data(job: MultimodalJob, parts: int) -> Data:
         made += sum(by_key[keys[draw.component]] for draw in batch.draws)
         tokens, places = tokens + batch.tokens, places + batch.layout.sample.numel()
     packing = max(0.0, time.thread_time() - began - made)
-    return Data(facts, tokens / places, packing / tokens)
+    return Data(facts, tokens / places, packing / tokens, watch.limits)
 
 
-def _facts(job: MultimodalJob, component: int) -> ExampleFacts:
+def _facts(job: MultimodalJob, component: int, watch: Watch) -> ExampleFacts:
     """Of one component of the mixture: its first records, made as training makes them."""
     preparer = job.packer.preparer
     part = preparer.mixture.components[component]
     draws = [Draw(component, 0, index % len(part.source), index) for index in range(EACH)]
+    remembered = watch.count(component)
     examples, times = [], []
     for draw in draws:
         preparer.sequence(draw)  # codes of pictures and sounds are made once and remembered
@@ -97,6 +107,7 @@ def _facts(job: MultimodalJob, component: int) -> ExampleFacts:
         pairs=pairs / EACH,
         pieces=pieces / EACH,
         seconds=statistics.median(times),
+        remembered=remembered,
     )
 
 

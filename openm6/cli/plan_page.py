@@ -92,9 +92,12 @@ def _rows(plan: Plan, smallest: dict[str, Any] | None) -> list[tuple[str, str]]:
         (
             "bytes of each",
             f"{in_bytes(budget.device)} of {in_bytes(cluster.memory)}: states {in_bytes(budget.states)}, "
-            f"a step {in_bytes(budget.activations + budget.working)}, the rest {in_bytes(budget.context)}",
+            f"a step {in_bytes(budget.activations + budget.working)}, "
+            f"the rest {in_bytes(budget.context + budget.growth.bytes)}",
         ),
     ]
+    if budget.growth.bytes:
+        rows.append(("as it goes on", f"of these, {budget.growth}"))
     if budget.host:
         rows.append(("in each host part", f"{in_bytes(budget.host)} of {in_bytes(cluster.host_memory)}"))
     rows += [(f"step, {name}", _step(stage)) for name, stage in plan.stages.items()]

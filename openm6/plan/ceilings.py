@@ -14,7 +14,7 @@ from openm6.base.files import replace_text
 from openm6.plan.cost import Cost
 from openm6.plan.examples import ExampleFacts
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Curve(Config):
@@ -60,7 +60,7 @@ class TrainingRates(Config):
     one uses them all, as streamed weights need it.
 
     examples: what one example of each task brings; fill: share of the places in rows that hold a token; token: seconds
-    of packing, a token.
+    of packing, a token; memories: bytes that each memory of codes holds at most.
     """
 
     team: Way
@@ -68,6 +68,7 @@ class TrainingRates(Config):
     examples: tuple[ExampleFacts, ...]
     fill: float = 1.0
     token: float = 0.0
+    memories: dict[str, float] = {}
 
 
 class Ceilings(Config):

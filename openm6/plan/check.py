@@ -29,7 +29,7 @@ def check_run(path: Path) -> list[dict[str, Any]]:
     ceilings = read_ceilings()
     model = read_model(str(path))
     measured = read_measured(RunFolder(path))
-    plan = make_plan(Question(model), machine_cluster(ceilings))
+    plan = make_plan(Question(model, steps=steps_told(RunFolder(path))), machine_cluster(ceilings))
     real, cluster = plan.real, plan.cluster
     seconds = real.time.seconds
     # On a GPU a run tells what torch's allocator holds, without driver and libraries.
@@ -43,13 +43,8 @@ def check_run(path: Path) -> list[dict[str, Any]]:
     for name, (value, unit) in planned.items():
         found = measured[name]
         error = None if found is None else value / found - 1
-        note = (
-            "not measured"
-            if error is None
-            else ""
-            if abs(error) <= GOALS[name]
-            else "off by more than wanted"
-        )
+        notes = [_judged(name, error), str(real.budget.growth) if name == "memory" else ""]
+        note = "; ".join(note for note in notes if note)
         rows.append(
             {"name": name, "planned": value, "measured": found, "unit": unit, "error": error, "note": note}
         )
@@ -85,6 +80,18 @@ def read_measured(run: RunFolder) -> dict[str, float | None]:
         "step time": None if seconds is None else 1000 * seconds,
         "energy": each("joules"),
     }
+
+
+def steps_told(run: RunFolder) -> int:
+    """The last step that a run told of."""
+    lines = _lines(run)
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def _judged(name: str, error: float | None) -> str:
+    if error is None:
+        return "not measured"
+    return "" if abs(error) <= GOALS[name] else "off by more than wanted"
 
 
 def _lines(run: RunFolder) -> list[dict[str, Any]]:

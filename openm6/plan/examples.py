@@ -10,9 +10,20 @@ from openm6.base.config import Config
 Lesson = tuple[str, str, float]  # source, task, weight
 
 
+class Remembered(Config):
+    """What the `files` (pictures or sounds) of a source leave in a memory of codes. variants: arrays of each of them,
+    as training shows it in so many ways; bytes: of an array; origin: the source, or another that shows the same files.
+    """
+
+    origin: str
+    files: int
+    variants: float
+    bytes: float
+
+
 class ExampleFacts(Config):
     """One example of a task over a source. read, learned: its tokens by kind; pairs, pieces: as `attention_causes`
-    counts them; seconds: of a processor, to make it.
+    counts them; seconds: of a processor, to make it; remembered: by memory.
     """
 
     source: str
@@ -23,6 +34,7 @@ class ExampleFacts(Config):
     pairs: float
     pieces: float
     seconds: float
+    remembered: dict[str, Remembered] = {}
 
 
 @dataclass(frozen=True)
@@ -59,19 +71,21 @@ class Load:
 
 
 def step_load(lessons: Sequence[Lesson], facts: Sequence[ExampleFacts], tokens: float) -> Load:
-    """A step of so many tokens drawn from a mixture.
-
-    A lesson that was not counted is taken as the mean of its task over other sources, or of all that were.
-    """
+    """A step of so many tokens drawn from a mixture."""
     total = Load()
     for source, task, weight in lessons or [(one.source, one.task, 1.0) for one in facts]:
-        found = (
-            [one for one in facts if (one.source, one.task) == (source, task)]
-            or [one for one in facts if one.task == task]
-            or list(facts)
-        )
+        found = facts_of(source, task, facts)
         total = _sum(total, (_load(one).times(weight / len(found)) for one in found))
     return total.times(tokens / total.tokens)
+
+
+def facts_of(source: str, task: str, facts: Sequence[ExampleFacts]) -> list[ExampleFacts]:
+    """Those whose mean a lesson is taken for: its own, or else its task's over other sources, or all that there are."""
+    return (
+        [one for one in facts if (one.source, one.task) == (source, task)]
+        or [one for one in facts if one.task == task]
+        or list(facts)
+    )
 
 
 def _load(one: ExampleFacts) -> Load:

@@ -22,13 +22,16 @@ from openm6.plan.cost import (
     update_causes,
 )
 from openm6.plan.examples import Load, step_load
-from openm6.plan.question import Model
+from openm6.plan.growth import Growth, remembered_bytes, saving_bytes, varied_bytes
+from openm6.plan.question import Model, Question
 from openm6.plan.step_time import StepTime, forward_passes
 from openm6.plan.work import PASSES, Stored, largest_layer
 
 ELEMENT = 4  # bytes: a processor trains in fp32
 PIECE = 128  # queries that a processor multiplies with their keys at once
 LOGITS_A_TOKEN = 2  # copies of a learned token's logits that exist at once
+LONG = 10_000  # steps of a run of which nobody says how long it is
+SECONDS_A_DAY = 86_400.0
 EDGE_BYTES = 16  # of each parameter outside the blocks: its weight, two moments and its gradient
 
 
@@ -96,6 +99,42 @@ def measured_budget(
         states, step = _resident_bytes(config, vocabulary, stored, tier, load, setting.processes)
     added = step * way.gap + load.words * way.word_bytes + load.codes * way.code_bytes
     return DeviceBudget(states * way.gap, added, 0.0, way.process, 0.0, round(load.tokens))
+
+
+def measured_growth(
+    question: Question,
+    rates: TrainingRates,
+    setting: Setting,
+    load: Load,
+    budget: DeviceBudget,
+    moments: float,
+    seconds: float,
+) -> Growth:
+    """What comes on top of `budget` until the end of a run of steps of so many seconds. moments: bytes of all."""
+    model, steps = question.model, steps_of(question, load.tokens, seconds)
+    saves = (steps - 1) // model.save_every
+    if question.steps is None:
+        saves = max(1.0, saves)
+    return Growth(
+        steps,
+        remembered_bytes(model.lessons, rates.examples, rates.memories, steps * load.examples),
+        varied_bytes(budget.activations, load, steps),
+        saving_bytes(moments, setting.processes, max(0.0, saves)),
+    )
+
+
+def steps_of(question: Question, tokens: float, seconds: float) -> float:
+    """Steps of a run whose steps take so many tokens and seconds."""
+    model = question.model
+    if question.steps is not None:
+        return question.steps
+    if question.tokens is not None:
+        return question.tokens / tokens
+    if question.days is not None:
+        return question.days * SECONDS_A_DAY / seconds
+    if model.steps is not None:
+        return model.steps
+    return LONG if model.minutes is None else 60 * model.minutes / seconds
 
 
 def optimizer_of(tier: Tier) -> str:

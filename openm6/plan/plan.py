@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from openm6.base.energy import gpt3
@@ -14,7 +14,14 @@ from openm6.models.config import BackboneConfig, count_parameters
 from openm6.parallel.streaming_config import StreamingConfig
 from openm6.plan.budget import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
 from openm6.plan.cluster import Cluster
-from openm6.plan.measured import choose_way, load_of, measured_budget, measured_time
+from openm6.plan.measured import (
+    SECONDS_A_DAY,
+    choose_way,
+    load_of,
+    measured_budget,
+    measured_growth,
+    measured_time,
+)
 from openm6.plan.question import Model, Question
 from openm6.plan.step_time import StepTime, step_time
 from openm6.plan.work import Stored, largest_layer, operations_a_token, stored_parameters
@@ -22,7 +29,6 @@ from openm6.plan.work import Stored, largest_layer, operations_a_token, stored_p
 BATCH = 16_384  # tokens a step of one device, where nobody says
 TOKENS_A_PARAMETER = 20  # of the active ones, where nobody says (arXiv 2203.15556)
 LOGITS_AT_ONCE = 2048  # tokens whose logits exist at the same time, with their gradient 8 bytes each
-SECONDS_A_DAY = 86_400.0
 # From the most precise to the smallest: a tier with whether the host may hold what the devices cannot.
 PREFERENCE = ((16, False), (4, False), (2, False), (2, True), (1, False), (1, True))
 
@@ -84,7 +90,7 @@ class Plan:
     def bytes(self) -> dict[str, float]:
         """Of all devices together: the model's states on the devices and in the hosts, and what a step adds."""
         budget, devices = self.real.budget, self.cluster.devices
-        added = budget.activations + budget.working + budget.context
+        added = budget.activations + budget.working + budget.context + budget.growth.bytes
         place = "host" if self.cluster.measured and not self.cluster.measured.gpu else "gpu"
         here = {"gpu": 0.0, "host": 0.0, "step": added * devices}
         here[place] += budget.states * devices
@@ -102,6 +108,7 @@ class Plan:
             "bytes_per_parameter": real.tier.bytes,
             "bytes": self.bytes,
             "bytes_per_gpu": {"used": real.budget.device, "usable": self.cluster.memory},
+            "growth": asdict(real.budget.growth),
             "step_seconds": real.time.seconds,
             "step_tokens": real.tokens,
             "binds": real.time.binds,
@@ -224,6 +231,9 @@ def _measured_stage(
     load = load_of(model, rates, tokens)
     budget = measured_budget(config, model.vocabulary, stored, tier, load, setting)
     time = measured_time(config, model.vocabulary, stored, tier, load, setting, rates)
+    moments = stored.total * tier.moments
+    growth = measured_growth(question, rates, setting, load, budget, moments, time.seconds)
+    budget = replace(budget, growth=growth)
     watts = ceilings.watts["busy"] if setting.way.watts is None else setting.way.watts
     return StagePlan(name, stored.total, tier, budget, time, tokens, budget.device <= cluster.memory, watts)
 

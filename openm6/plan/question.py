@@ -18,6 +18,7 @@ from openm6.plan.examples import Lesson
 SHIPPED = Path(__file__).parents[1] / "recipes"
 LENGTH = 512  # tokens of a row
 VOCABULARY = 4096  # of a recipe that does not say
+STEPS, SAVE_EVERY = 1000, 500  # likewise
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Model:
 
     adapters: whether it takes other modalities than text; lessons: what it is taught, and with which weights; workers:
     processes that share a step, None for one a core; streaming: how its blocks are streamed, None where they are not;
-    bytes_per_parameter: of its blocks, None where the optimizer decides.
+    bytes_per_parameter: of its blocks, None where the optimizer decides; steps: of its run, None where `minutes` decide
+    or nobody knows; save_every: steps from checkpoint to checkpoint.
     """
 
     name: str
@@ -40,6 +42,9 @@ class Model:
     lessons: tuple[Lesson, ...] = ()
     streaming: StreamingConfig | None = None
     bytes_per_parameter: int | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    save_every: int = SAVE_EVERY
 
     @property
     def streamed(self) -> bool:
@@ -53,7 +58,8 @@ class Question:
 
     batch: tokens a step of one device; bytes_per_parameter: the tier, None for the most precise that fits;
     pseudo_share: part of the tokens in the stage whose layers share their weights; recompute_every: of so many blocks
-    the first's input is kept, where they are computed again; None as the recipe says, or 1.
+    the first's input is kept, where they are computed again; None as the recipe says, or 1; steps: those that a run
+    has told of, 0 for one that begins; None for a whole run, its last checkpoint included.
     """
 
     model: Model
@@ -63,6 +69,7 @@ class Question:
     bytes_per_parameter: int | None = None
     pseudo_share: float = 0.0
     recompute_every: int | None = None
+    steps: int | None = None
     energy: EnergyConfig = field(default_factory=EnergyConfig)
 
     @property
@@ -119,6 +126,7 @@ def model_of_recipe(name: str, values: dict[str, Any], overrides: list[str] | No
     packing, loop = values.get("packing") or {}, values.get("loop") or {}
     text = (values.get("modalities") or {}).get("text") or {}
     optimizer, streaming = loop.get("optimizer") or {}, loop.get("streaming")
+    steps = loop.get("steps", STEPS)
     return Model(
         name=name,
         backbone=build_backbone(build(ModelChoice, values.get("model") or {}, f"{name}: model")),
@@ -134,4 +142,7 @@ def model_of_recipe(name: str, values: dict[str, Any], overrides: list[str] | No
         ),
         streaming=None if streaming is None else build(StreamingConfig, streaming, f"{name}: loop.streaming"),
         bytes_per_parameter=optimizer.get("bytes_per_parameter"),
+        steps=steps if isinstance(steps, int) else None,
+        minutes=loop.get("minutes"),
+        save_every=int(loop.get("save_every", SAVE_EVERY)),
     )

@@ -142,6 +142,18 @@ def test_ceilings_are_kept_and_a_plan_is_checked(tmp_path: Path, monkeypatch: py
     rows = {row["name"]: row for row in check_run(run.path)}
     time = rows["step time"]
     assert time["error"] == pytest.approx(time["planned"] / 200.0 - 1)
+    assert rows["memory"]["planned"] > 0 and rows["memory"]["note"] == "off by more than wanted"
+    run.write_config(
+        {
+            "kind": "multimodal",
+            "model": {"preset": "nano"},
+            "packing": {"rows": 2, "length": 512},
+            "loop": {"save_every": 3},
+        }
+    )
+    saving = next(row for row in check_run(run.path) if row["name"] == "memory")
+    moments = saving["planned"] - rows["memory"]["planned"]
+    assert f"{moments:,.0f} MiB come in 8 steps: {moments:,.0f} MiB by saving" in saving["note"]
     assert rows["energy"]["planned"] == pytest.approx(time["planned"] / 1000 * 20.0)
     path.write_text("{}")
     with pytest.raises(ConfigError, match="run openm6 bench machine again"):
