@@ -1,6 +1,7 @@
 """The runs behind docs/giant.md: bytes a parameter against fp32 Adam, and Pseudo-to-Real against training for real.
 
-Seconds are of the processor, not of the clock: they may be compared although other work shares the machine.
+Seconds are of the processor, not of the clock: they may be compared although other work shares the machine. A file
+of the same settings is gone on with; `--runs` says after how many more to stop.
 
 python tools/giant_evidence.py tiers --seeds 3 --json tiers.json
 """
@@ -156,10 +157,11 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=0.003)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--runs", type=int, default=None, help="at most so many now")
     parser.add_argument("--json", type=Path, required=True)
     words = parser.parse_args()
     setting = Setting(words.width, words.steps, words.rate, words.rows, words.length)
-    found: dict[str, list[Values]] = {name: [] for name in CASES[words.what]}
+    found = earlier_runs(words.json, words.what, setting)
     with tempfile.TemporaryDirectory() as place:
         first = MultimodalJob(recipe_of({}, 0, setting, None), RunFolder.open(place), torch.device("cpu"))
         tokenizer = Path(place) / "words.json"
@@ -168,21 +170,38 @@ def main() -> int:
     return 0
 
 
+def earlier_runs(path: Path, what: str, setting: Setting) -> dict[str, list[Values]]:
+    """The runs of each case that a file holds; none where there is no file."""
+    found: dict[str, list[Values]] = {name: [] for name in CASES[what]}
+    if not path.exists():
+        return found
+    content = json.loads(path.read_text(encoding="utf-8"))
+    wanted = facts_of(setting)
+    if {name: content.get(name) for name in wanted} != wanted or set(content["runs"]) != set(found):
+        sys.exit(f"{path} is of other settings: name another file")
+    return content["runs"]
+
+
+def facts_of(setting: Setting) -> Values:
+    """What must be the same for runs to be compared."""
+    return {**asdict(setting), "threads": torch.get_num_threads()}
+
+
 def run_all(
     words: argparse.Namespace, setting: Setting, tokenizer: str, found: dict[str, list[Values]]
 ) -> None:
-    """Every case with every seed; the file is written after each run."""
-    for seed in range(words.seeds):
-        for name, case in CASES[words.what].items():
-            found[name].append(run_case(case, seed, setting, tokenizer))
-            losses = [run["loss"] for run in found[name]]
-            spent = sum(found[name][-1]["seconds"])
-            sys.stdout.write(
-                f"{name} seed {seed}: {losses[-1]:.4f} in {spent:.0f} s, mean {statistics.mean(losses):.4f}\n"
-            )
-            sys.stdout.flush()
-            facts = {**asdict(setting), "threads": torch.get_num_threads()}
-            words.json.write_text(json.dumps({**facts, "runs": found}, indent=1), encoding="utf-8")
+    """Every case with every seed that is still missing; the file is written after each run."""
+    order = [(seed, name) for seed in range(words.seeds) for name in CASES[words.what]]
+    missing = [(seed, name) for seed, name in order if len(found[name]) <= seed]
+    for seed, name in missing[: words.runs]:
+        found[name].append(run_case(CASES[words.what][name], seed, setting, tokenizer))
+        losses = [run["loss"] for run in found[name]]
+        spent = sum(found[name][-1]["seconds"])
+        sys.stdout.write(
+            f"{name} seed {seed}: {losses[-1]:.4f} in {spent:.0f} s, mean {statistics.mean(losses):.4f}\n"
+        )
+        sys.stdout.flush()
+        words.json.write_text(json.dumps({**facts_of(setting), "runs": found}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
