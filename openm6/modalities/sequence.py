@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from openm6.modalities.interface import Tokens
+from openm6.ops.product import ROWS
 from openm6.ops.sequence import PADDING, Layout
 
 HEAD_COST = 0.5  # work of one learned token's head, in units of a token's way through the backbone
@@ -191,9 +192,10 @@ def count(batch: Batch) -> Counts:
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
-    """Whole examples dealt out to parts of about equal work, each one row without padding; the first keeps the cursor.
+    """Whole examples dealt out to parts of about equal work, each one row; the first keeps the cursor.
 
-    Examples see only themselves, so where they lie changes nothing but the order of sums.
+    Examples see only themselves, so where they lie changes nothing but the order of sums. Rows end with less than
+    `ROWS` places of padding, so that their lengths, and with them the shapes of products, come back.
     """
     place_of = torch.full((batch.layout.sample.numel(),), -1)  # R*S -> example
     cost = torch.zeros(batch.num_examples)
@@ -217,12 +219,14 @@ def _deal(cost: list[float], parts: int) -> list[int]:
 
 
 def _part_of(batch: Batch, places: Tensor, whole: Counts) -> Batch:
-    """The tokens at `places` of the flattened rows as one row."""
+    """The tokens at `places` of the flattened rows as one row, with padding at its end."""
     rows = batch.layout
     row_number = places // rows.length
     # Samples are numbered within their row, so two rows use the same numbers.
     sample, order, private, positions = (part.flatten(0, 1)[places][None] for part in rows.parts())
-    layout = Layout(sample * rows.batch + row_number.to(sample.dtype), order, private, positions)
+    sample = sample * rows.batch + row_number.to(sample.dtype)
+    layout = Layout(*(_lengthened(part) for part in (sample, order, private, positions)))
+    layout.sample[:, len(places) :] = PADDING
     moved = torch.full((rows.batch * rows.length,), -1)
     moved[places] = torch.arange(len(places))
     kinds = {}
@@ -233,3 +237,8 @@ def _part_of(batch: Batch, places: Tensor, whole: Counts) -> Batch:
             index = moved[kind.index[here]]
             kinds[name] = KindOfTokens(index, arrays, kind.example[here], kind.weight[here])
     return replace(batch, layout=layout, kinds=kinds, tokens=len(places), cursor={}, whole=whole)
+
+
+def _lengthened(part: Tensor) -> Tensor:
+    """1 S … -> 1 S' … with zeros at the end, S' being a multiple of `ROWS`."""
+    return torch.cat([part, part.new_zeros(1, -part.shape[1] % ROWS, *part.shape[2:])], dim=1)

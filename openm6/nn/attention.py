@@ -17,6 +17,7 @@ from openm6.nn.config import AttentionConfig
 from openm6.nn.initial import fill_normal
 from openm6.ops.attention import PieceMask, attend_pieces
 from openm6.ops.normalise import rms_norm
+from openm6.ops.product import linear
 from openm6.ops.rotary import rotate
 from openm6.ops.sequence import CausalMask
 
@@ -65,7 +66,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """B S D -> B S D; `rotary` is the table of the S new tokens, `mask` spans all T keys."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
-        qkv = F.linear(x, self.qkv).unflatten(-1, (-1, self.config.head_dim))  # B S D -> B S H+2G d
+        qkv = linear(x, self.qkv).unflatten(-1, (-1, self.config.head_dim))  # B S D -> B S H+2G d
         qk, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
         if head_norms is not None:
             qk = rms_norm(qk, head_norms(heads, kv_heads), self.config.norm_eps)
@@ -73,7 +74,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = (part.to(query.dtype) for part in cache.write(layer, key, value))  # B T G d
         answer = attend(query, key, value, mask)
-        return F.linear(answer.flatten(2), self.output)  # B S H·d -> B S D
+        return linear(answer.flatten(2), self.output)  # B S H·d -> B S D
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:

@@ -14,6 +14,7 @@ from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.nn.exchange import ExpertExchange, LocalExchange
 from openm6.nn.feedforward import FeedForward, activate, first_width
 from openm6.nn.initial import fill_normal
+from openm6.ops.expert_loop import sparse_network_by_expert
 from openm6.ops.grouped import cast_alike, grouped_product
 from openm6.ops.routing import (
     RowPlan,
@@ -151,6 +152,8 @@ class Experts(nn.Module):
 
     def _at_once(self, flat: Tensor, routing: Routing) -> Tensor:
         """There and back as one step with a hand-written adjoint: N D -> N D."""
+        if flat.is_cpu:
+            return sparse_network_by_expert(flat, routing.gate, routing.chosen, self.up, self.down)
         rows, up = cast_alike(flat, self.up)
         return sparse_network(rows, routing.gate, routing.chosen, up, cast_alike(rows, self.down)[1])
 
@@ -180,10 +183,17 @@ class Experts(nn.Module):
 
 
 def runs_at_once(x: Tensor, config: ExpertsConfig, exchange: ExpertExchange) -> bool:
-    """Whether the layer is one step here: SwiGLU experts that all live on this GPU and drop nothing, in bf16."""
+    """Whether the layer is one step here: SwiGLU experts that all live on this device and drop nothing.
+
+    On a GPU in bf16; on a processor in fp32, and while it trains.
+    """
+    if config.ffn != "swiglu" or type(exchange) is not LocalExchange:
+        return False
+    if x.is_cpu:
+        plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return plain and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
-    suits = x.is_cuda and (half or x.dtype == torch.bfloat16) and config.ffn == "swiglu"
-    return suits and type(exchange) is LocalExchange
+    return x.is_cuda and (half or x.dtype == torch.bfloat16)
 
 
 def _divide(weight: Tensor, parts: int) -> tuple[Tensor, ...]:

@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.nn.config import Activation, DenseConfig
 from openm6.nn.initial import fill_normal
 from openm6.ops.activation import gelu, swiglu
+from openm6.ops.product import linear
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -37,5 +37,5 @@ class FeedForward(nn.Module):
         fill_normal(self.down, output_deviation)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = activate(F.linear(x, self.up), self.config.ffn)  # ... D -> ... F
-        return F.linear(hidden, self.down)  # ... F -> ... D
+        hidden = activate(linear(x, self.up), self.config.ffn)  # ... D -> ... F
+        return linear(hidden, self.down)  # ... F -> ... D

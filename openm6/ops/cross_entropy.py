@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openm6.ops.product import product, rows_of_a_piece
+
 
 def grouped_cross_entropy(states: Tensor, weight: Tensor, wanted: Tensor, smoothing: float) -> Tensor:
     """Nats of class wanted[n, g] among the logits states[n, g] · weight[g], in fp32: N G B, G B C, N G -> N G.
@@ -33,34 +35,50 @@ def grouped_cross_entropy_reference(
 class _GroupedCrossEntropy(torch.autograd.Function):
     """Keeps Q = P − (1 − ε)·[wanted] in place of the logits. With g the gradient of the nats, U = ε/C everywhere:
 
-    dstates = g · (Q − U) Wᵀ and dW = (g · states)ᵀ (Q − U), where U is a mean and costs next to nothing.
+    dstates = g · (Q − U) Wᵀ and dW = (g · states)ᵀ (Q − U), where U is a mean and costs next to nothing. One
+    classifier after the other, each with a few places too many (see `product`), which have no gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, wanted: Tensor, smoothing: float) -> Tensor:
-        states = states.transpose(0, 1)  # G N B
-        hit = wanted.t().unsqueeze(-1)  # G N 1
-        logits = torch.bmm(states, weight)  # G N C
-        level = torch.bmm(states, weight.mean(-1, keepdim=True))  # mean logit: G N 1
-        hit_logit = logits.gather(-1, hit)
-        log_share = logits.log_softmax(-1)
-        hit_share = log_share.gather(-1, hit)
-        total = hit_logit - hit_share  # log Σ exp
-        nats = (smoothing - 1) * hit_share + smoothing * (total - level)
+        extra = -len(states) % rows_of_a_piece()
+        states = F.pad(states.transpose(0, 1), (0, 0, 0, extra))  # G N B
+        hits = F.pad(wanted.t(), (0, extra)).unsqueeze(-1)  # G N 1
+        nats, rests = [], []
+        for own, matrix, hit in zip(states, weight, hits, strict=True):
+            nat, rest = _one_classifier(own, matrix, hit, smoothing, any(ctx.needs_input_grad))
+            nats.append(nat)
+            rests.append(rest)
         ctx.smoothing = smoothing
-        if any(ctx.needs_input_grad):
-            rest = log_share.exp_()
-            rest.scatter_add_(-1, hit, torch.full_like(hit_share, smoothing - 1))
-            ctx.save_for_backward(states, weight, rest)
-        return nats.squeeze(-1).t()
+        ctx.save_for_backward(states, weight, *rests)
+        return torch.cat(nats, dim=1)[: len(wanted)]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        states, weight, rest = ctx.saved_tensors
-        scale = gradient.t().unsqueeze(-1)  # G N 1
-        uniform = weight.mean(-1).unsqueeze(1).mul_(ctx.smoothing)  # ε·mean of W: G 1 B
-        d_states = torch.bmm(rest, weight.mT).sub_(uniform).mul_(scale)
-        scaled = states * scale
-        d_weight = torch.bmm(scaled.mT, rest)
-        d_weight.sub_((ctx.smoothing / weight.shape[-1]) * scaled.sum(1).unsqueeze(-1))
-        return d_states.transpose(0, 1), d_weight, None, None
+        states, weight, *rests = ctx.saved_tensors
+        scales = F.pad(gradient.t(), (0, states.shape[1] - len(gradient))).unsqueeze(-1)  # G N 1
+        uniform = weight.mean(-1).mul_(ctx.smoothing)  # ε·mean of W: G B
+        d_states, d_weight = torch.empty_like(states), torch.empty_like(weight)
+        for g, (rest, scale) in enumerate(zip(rests, scales, strict=True)):
+            torch.mul(product(rest, weight[g]).sub_(uniform[g]), scale, out=d_states[g])
+            scaled = states[g] * scale
+            d_weight[g] = product(scaled.t(), rest.t())
+            d_weight[g].sub_((ctx.smoothing / weight.shape[-1]) * scaled.sum(0).unsqueeze(-1))
+        return d_states[:, : len(gradient)].transpose(0, 1), d_weight, None, None
+
+
+def _one_classifier(
+    states: Tensor, weight: Tensor, hit: Tensor, smoothing: float, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Nats and, to keep, Q: N B, B C, N 1 -> N 1, N C."""
+    logits = product(states, weight.t())  # N C
+    level = states @ weight.mean(-1, keepdim=True)  # mean logit: N 1
+    hit_logit = logits.gather(-1, hit)
+    log_share = logits.log_softmax(-1)
+    hit_share = log_share.gather(-1, hit)
+    total = hit_logit - hit_share  # log Σ exp
+    nats = (smoothing - 1) * hit_share + smoothing * (total - level)
+    if not keep:
+        return nats, nats
+    rest = log_share.exp_()
+    return nats, rest.scatter_add_(-1, hit, torch.full_like(hit_share, smoothing - 1))

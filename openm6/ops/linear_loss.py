@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openm6.base.triton_door import kernels, runs_kernels
 from openm6.ops.grouped import cast_alike
+from openm6.ops.product import add_product, product, product_into, rows_of_a_piece
 
 LOGITS = (
     2**27
@@ -32,8 +33,10 @@ def linear_nats(
     """
     rows, head = cast_alike(hidden, weight)
     chunks = -(-len(rows) * len(head) // most)
+    extra = -len(rows) % (rows_of_a_piece() if rows.is_cpu else 1)  # tokens without weight, see `product`
+    rows, label, token_weight = (_lengthened(part, extra) for part in (rows, label, token_weight))
     nats, total = _LinearNats.apply(rows, head, label, token_weight, chunks)
-    return total, nats
+    return total, nats[: len(hidden)]
 
 
 def linear_nats_reference(
@@ -61,6 +64,11 @@ def nats_and_gradient_reference(logits: Tensor, label: Tensor, weight: Tensor) -
     return nats
 
 
+def _lengthened(part: Tensor, extra: int) -> Tensor:
+    """M … -> M + extra … with zeros at the end."""
+    return torch.cat([part, part.new_zeros(extra, *part.shape[1:])]) if extra else part
+
+
 class _LinearNats(torch.autograd.Function):
     """With G = weight · (softmax − one at the label): d_hidden = G·W, d_W = Gᵀ·hidden, both times one factor."""
 
@@ -75,11 +83,11 @@ class _LinearNats(torch.autograd.Function):
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logits = F.linear(hidden[part], weight)  # C D -> C V
+            logits = product(hidden[part], weight)  # C D -> C V
             nats[part] = nats_and_gradient(logits, label[part], token_weight[part])
             if needed:
-                torch.mm(logits, weight, out=d_hidden[part])  # C V -> C D
-                d_weight.addmm_(logits.t(), hidden[part])
+                product_into(d_hidden[part], logits, weight.t())  # C V -> C D
+                add_product(d_weight, logits.t(), hidden[part].t())
         ctx.save_for_backward(*((d_hidden, d_weight) if needed else ()))
         ctx.mark_non_differentiable(nats)
         return nats, (nats * token_weight).sum()

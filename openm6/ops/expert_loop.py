@@ -1,0 +1,100 @@
+"""The sparse network on a processor: expert after expert, each with its rows in the cache from end to end.
+
+A twin of `sparse_network` in another order of work. Each expert's rows are padded to a few lengths that come back
+(see `product`); padding repeats token 0 with a gate of 0, so it adds nothing to any sum.
+"""
+
+# Letters: N tokens, D width, F hidden, E experts, K choices per token, R = N·K rows, P ≥ R rows with padding
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openm6.ops.product import product, rows_of_a_piece
+from openm6.ops.sparse_network import plan_rows
+
+
+def sparse_network_by_expert(x: Tensor, gate: Tensor, chosen: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Σ_k gate[n, k] · E_chosen[n, k](x[n]) for SwiGLU experts that drop nothing: N D, N K, N K -> N D.
+
+    up is E D 2F ([gate | up]) and down E F D, all in fp32.
+    """
+    return _ExpertLoop.apply(x, gate, up, down, _plan(chosen, up.shape[0]))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """source: P, the token of each row; slot: N K, the row of each choice; rows: for each expert, where its rows lie"""
+
+    source: Tensor
+    slot: Tensor
+    rows: list[slice]
+
+
+def _plan(chosen: Tensor, num_experts: int) -> _Plan:
+    piece = rows_of_a_piece()
+    choice, slot, ends = plan_rows(chosen, num_experts)
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    sizes = (counts + (piece - 1)).div(piece, rounding_mode="floor") * piece
+    stops = sizes.cumsum(0)
+    expert = chosen.reshape(-1)
+    slot = slot + ((stops - sizes) - (ends - counts))[expert].view_as(slot)  # padding before moves a row on
+    stop = stops.tolist()
+    source = choice.new_zeros(stop[-1])
+    source[slot.reshape(-1)] = torch.arange(len(expert)).div(chosen.shape[1], rounding_mode="floor")
+    return _Plan(source, slot, [slice(first, last) for first, last in zip([0, *stop], stop)])
+
+
+class _ExpertLoop(torch.autograd.Function):
+    """As `_SparseNetwork`, whose letters it uses: the gate is multiplied between the products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, plan: _Plan) -> Tensor:
+        rows = x.index_select(0, plan.source)  # N D -> P D
+        row_gate = x.new_zeros(len(rows), 1)
+        row_gate[plan.slot.reshape(-1), 0] = gate.reshape(-1)
+        answers, products = [], []
+        for own, first, second in zip(plan.rows, up.unbind(), down.unbind(), strict=True):
+            both = product(rows[own], first.t())  # P_e D -> P_e 2F
+            a, b = both.chunk(2, dim=-1)
+            hidden = F.silu(a).mul_(b).mul_(row_gate[own])
+            answers.append(product(hidden, second.t()))  # P_e F -> P_e D
+            products.append(both)
+        ctx.save_for_backward(rows, row_gate, up, down, *products)
+        ctx.plan = plan
+        return sum_choices(torch.cat(answers), plan.slot)  # P D -> N D
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, row_gate, up, down, *products = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        sent = gradient.index_select(0, plan.source)  # N D -> P D
+        d_up, d_down = torch.empty_like(up), torch.empty_like(down)
+        d_gate = torch.empty_like(row_gate[:, 0])
+        d_rows = []
+        for e, (own, both) in enumerate(zip(plan.rows, products, strict=True)):
+            a, b = both.chunk(2, dim=-1)
+            silu = F.silu(a)
+            d_hidden = product(sent[own], down[e])  # P_e D -> P_e F
+            part = d_hidden * silu
+            torch.linalg.vecdot(part, b, out=d_gate[own])
+            d_both = torch.empty_like(both)
+            d_a, d_b = d_both.chunk(2, dim=-1)
+            torch.mul(part, row_gate[own], out=d_b)
+            d_hidden.mul_(row_gate[own])
+            hidden = silu.mul_(b).mul_(row_gate[own])
+            d_down[e] = product(hidden.t(), sent[own].t())  # F D
+            torch.ops.aten.silu_backward.grad_input(d_hidden.mul_(b), a, grad_input=d_a)
+            d_up[e] = product(rows[own].t(), d_both.t())  # D 2F
+            d_rows.append(product(d_both, up[e]))  # P_e 2F -> P_e D
+        return sum_choices(torch.cat(d_rows), plan.slot), d_gate[plan.slot], d_up, d_down, None
+
+
+def sum_choices(rows: Tensor, slot: Tensor) -> Tensor:
+    """Σ_k rows[slot[n, k]]: P D, N K -> N D."""
+    return F.embedding_bag(slot, rows, mode="sum")

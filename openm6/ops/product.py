@@ -1,0 +1,101 @@
+"""Products of matrices in fp32 while a model trains on a processor, by the library that is the faster one there.
+
+torch hands them to MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN, which torch carries as well,
+takes AVX-512 and is twice as fast. It compiles a kernel for each new shape, though (0.2 ms), so it pays only where
+shapes come back: the number of rows has to be a whole multiple of `rows_of_a_piece`.
+"""
+
+# Letters: M rows, K numbers summed over, N numbers out
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 16  # fewer waste less on padding, more make fewer shapes
+SMALLEST = 2**20  # multiplications: below, the longer way into oneDNN costs more than it saves
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ as `F.linear` gives it: ... K, N K -> ... N."""
+    if torch.compiler.is_compiling() or not (_suits(x, weight) and torch.is_grad_enabled()):
+        return F.linear(x, weight)
+    return _Linear.apply(x, weight)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias without a gradient, for shapes that come back: M K, N K, N -> M N, of any strides."""
+    if not _pays(x, weight):
+        return F.linear(x, weight, bias)
+    answer: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return answer
+
+
+def product_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Writes x · weightᵀ into `out`, M N."""
+    if _pays(x, weight):
+        out.copy_(product(x, weight))
+    else:
+        torch.mm(x, weight.t(), out=out)
+
+
+def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Adds x · weightᵀ to `out`, M N."""
+    if _pays(x, weight):
+        out.add_(product(x, weight))
+    else:
+        out.addmm_(x, weight.t())
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    large = x.shape[0] * weight.numel() >= SMALLEST
+    return large and x.is_cpu and x.dtype == torch.float32 and onednn_is_faster()
+
+
+def rows_of_a_piece() -> int:
+    """What rows should be padded to a multiple of, so that few shapes occur; 1 where any number is as fast."""
+    return ROWS if onednn_is_faster() else 1
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this processor has AVX-512 that MKL leaves unused, and torch the way around it."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return wide and known and torch.backends.mkl.is_available() and not _of_intel()
+
+
+def _of_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "Intel" in platform.processor()
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    alike = x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return alike and (x.numel() // x.shape[-1]) % ROWS == 0 and onednn_is_faster()
+
+
+class _Linear(torch.autograd.Function):
+    """dx = g · weight and dweight = gᵀ · x, each as a product of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.reshape(-1, gradient.shape[-1])  # M N
+        rows = x.reshape(-1, x.shape[-1])  # M K
+        d_x = product(gradient, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
+        d_weight = product(gradient.t(), rows.t()) if ctx.needs_input_grad[1] else None
+        return d_x, d_weight
