@@ -55,6 +55,7 @@ class ArrowTable(Table):
         self.arrow = arrow
         self.where = where
         self.names = list(arrow.column_names)
+        self._columns = {name: arrow.column(name) for name in self.names}
 
     def __len__(self) -> int:
         return int(self.arrow.num_rows)
@@ -62,7 +63,7 @@ class ArrowTable(Table):
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
         """The named cells of one row as Python values; DataError where a cell cannot become one."""
         try:
-            return {name: self.arrow.column(name)[row].as_py() for name in columns}
+            return {name: self._columns[name][row].as_py() for name in columns}
         except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond the calendar
             raise DataError(f"a cell cannot be read: {error}") from None
 

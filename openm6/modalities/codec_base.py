@@ -65,11 +65,21 @@ class Health:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A latent after quantizing: what the decoder reads, and the codes that stand for it."""
+    """A latent after quantizing: what the decoder reads, and the codes that stand for it.
+
+    inputs: B P G D, what was quantized; cells: B P G D, what of it is left; levels: D
+    """
 
     latent: Tensor
     codes: Tensor
-    health: Health
+    inputs: Tensor
+    cells: Tensor
+    levels: Tensor
+
+    @property
+    def health(self) -> Health:
+        """Made when asked for: who only wants codes need not pay for it."""
+        return _health(self.inputs, self.cells, self.levels)
 
 
 class LatentNorm(nn.Module):
@@ -113,7 +123,7 @@ class GroupedQuantizer(nn.Module):
         """# B P C -> latent B P C, codes B P G"""
         z = self.norm(latent.float()).unflatten(-1, (self.groups, -1))  # B P C -> B P G D
         values, cells = quantize(z, self.levels)
-        return Quantized(values.flatten(-2), pack(cells, self.levels), _health(z, cells, self.levels))
+        return Quantized(values.flatten(-2), pack(cells, self.levels), z, cells, self.levels)
 
     def latent_of(self, codes: Tensor) -> Tensor:
         """# B P G -> B P C"""
@@ -151,7 +161,7 @@ class ResidualQuantizer(nn.Module):
             inputs.append(z)
             cells.append(cell)
         stacked, chosen = torch.stack(inputs, -2), torch.stack(cells, -2)  # B P G D
-        return Quantized(total, pack(chosen, self.levels), _health(stacked, chosen, self.levels))
+        return Quantized(total, pack(chosen, self.levels), stacked, chosen, self.levels)
 
     def _stages_used(self, latent: Tensor) -> Tensor:
         """How many stages each row of the batch keeps.  # B 1 1"""

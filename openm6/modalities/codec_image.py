@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from openm6.base.errors import DataError
 from openm6.modalities.codec_base import Codec, GroupedQuantizer, Quantized, QuantizerConfig
+from openm6.ops.product import pays, product
 
 STEM = 4  # pixels folded into channels before the first convolution: what makes the codec quick on a CPU
 
@@ -39,14 +40,30 @@ class ImageCodecConfig(QuantizerConfig):
         return STEM * 2 ** (len(self.widths) - 1)
 
 
+class Convolution(nn.Conv2d):
+    """A product of each place's surroundings where one picture is encoded: on a processor torch lays a convolution's
+    weights out anew for every call, which is half of its time where a picture is small.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or len(x) > 1 or not pays(x.flatten(2)[0].t(), self.weight):
+            return super().forward(x)
+        size, margin = self.kernel_size[0], self.kernel_size[0] // 2
+        padded = F.pad(x[0].permute(1, 2, 0), (0, 0, margin, margin, margin, margin))  # h w C
+        around = padded.unfold(0, size, 1).unfold(1, size, 1).permute(0, 1, 3, 4, 2)  # h w k k C
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # C' k k C -> C' k·k·C
+        places = product(around.reshape(x[0, 0].numel(), -1), weight, self.bias)  # h·w C'
+        return places.t().reshape(1, -1, *x.shape[2:])
+
+
 class Residual(nn.Module):
     """Adds two convolutions to its input; the last begins at zero, so that a fresh network is near linear."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first_norm, self.second_norm = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
-        self.first = nn.Conv2d(width, width, 3, padding=1)
-        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.first = Convolution(width, width, 3, padding=1)
+        self.second = Convolution(width, width, 3, padding=1)
         for parameter in self.second.parameters():
             nn.init.zeros_(parameter)
 
@@ -60,27 +77,27 @@ def _blocks(width: int, count: int) -> list[nn.Module]:
 
 
 def _output(width: int, channels: int) -> list[nn.Module]:
-    return [nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)]
+    return [nn.GroupNorm(8, width), nn.SiLU(), Convolution(width, channels, 3, padding=1)]
 
 
 def make_encoder(config: ImageCodecConfig) -> nn.Sequential:
     """Pixels to the latent.  # B 3 H W -> B C h w"""
     first = config.widths[0]
-    layers: list[nn.Module] = [nn.PixelUnshuffle(STEM), nn.Conv2d(3 * STEM**2, first, 3, padding=1)]
+    layers: list[nn.Module] = [nn.PixelUnshuffle(STEM), Convolution(3 * STEM**2, first, 3, padding=1)]
     for scale, (width, count) in enumerate(zip(config.widths, config.encoder_blocks, strict=True)):
         if scale:
-            layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * config.widths[scale - 1], width, 1)]
+            layers += [nn.PixelUnshuffle(2), Convolution(4 * config.widths[scale - 1], width, 1)]
         layers += _blocks(width, count)
     return nn.Sequential(*layers, *_output(config.widths[-1], config.vector_size))
 
 
 def make_decoder(config: ImageCodecConfig) -> nn.Sequential:
     """The latent to pixels.  # B C h w -> B 3 H W"""
-    layers: list[nn.Module] = [nn.Conv2d(config.vector_size, config.widths[-1], 3, padding=1)]
+    layers: list[nn.Module] = [Convolution(config.vector_size, config.widths[-1], 3, padding=1)]
     for scale in reversed(range(len(config.widths))):
         layers += _blocks(config.widths[scale], config.decoder_blocks[scale])
         if scale:
-            layers += [nn.Conv2d(config.widths[scale], 4 * config.widths[scale - 1], 1), nn.PixelShuffle(2)]
+            layers += [Convolution(config.widths[scale], 4 * config.widths[scale - 1], 1), nn.PixelShuffle(2)]
     return nn.Sequential(*layers, *_output(config.widths[0], 3 * STEM**2), nn.PixelShuffle(STEM))
 
 

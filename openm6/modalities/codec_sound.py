@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from openm6.base.errors import DataError
 from openm6.modalities.codec_base import Codec, Quantized, QuantizerConfig, ResidualQuantizer
+from openm6.ops.product import product
 from openm6.ops.spectrum import log_mel, mel_filters, overlap_add, spectrum, unit_window
 
 LOUDEST = 3.0  # log of the largest magnitude of a frame: twice that of a full-scale sine in a unit window
@@ -46,6 +47,15 @@ class SoundCodecConfig(QuantizerConfig):
         return self.hop * self.stride
 
 
+class Linear(nn.Linear):
+    """The fast product where codes are made: sounds of a run have one length, or few (see `product`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return product(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
+
+
 class ConvNext(nn.Module):
     """Adds to a sequence what a wide convolution per channel and a small network per frame make of it (2201.03545)."""
 
@@ -53,7 +63,7 @@ class ConvNext(nn.Module):
         super().__init__()
         self.across = nn.Conv1d(width, width, 7, padding=3, groups=width)
         self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, expansion * width), nn.Linear(expansion * width, width)
+        self.up, self.down = Linear(width, expansion * width), Linear(expansion * width, width)
         self.scale = nn.Parameter(torch.full((width,), scale))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +77,7 @@ class Fold(nn.Module):
     def __init__(self, width: int, stride: int, out: int) -> None:
         super().__init__()
         self.stride = stride
-        self.project = nn.Linear(width * stride, out)
+        self.project = Linear(width * stride, out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(x.unflatten(1, (-1, self.stride)).flatten(2))

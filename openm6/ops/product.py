@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias without a gradient, for shapes that come back: M K, N K, N -> M N, of any strides."""
-    if not _pays(x, weight):
+    if not pays(x, weight):
         return F.linear(x, weight, bias)
     answer: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return answer
@@ -39,7 +39,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """Writes x · weightᵀ into `out`, M N."""
-    if _pays(x, weight):
+    if pays(x, weight):
         out.copy_(product(x, weight))
     else:
         torch.mm(x, weight.t(), out=out)
@@ -47,13 +47,14 @@ def product_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """Adds x · weightᵀ to `out`, M N."""
-    if _pays(x, weight):
+    if pays(x, weight):
         out.add_(product(x, weight))
     else:
         out.addmm_(x, weight.t())
 
 
-def _pays(x: Tensor, weight: Tensor) -> bool:
+def pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` takes the other way for rows and a matrix of these sizes."""
     large = x.shape[0] * weight.numel() >= SMALLEST
     return large and x.is_cpu and x.dtype == torch.float32 and onednn_is_faster()
 

@@ -95,7 +95,7 @@ class CodecJob(Job):
         with torch.autocast(self.device.type, enabled=False):
             loss = self.lessons.loss(raw, output, settling)
         self.health = quantized.health
-        return StepResult(loss, health_metrics(quantized.health))
+        return StepResult(loss, health_metrics(self.health))
 
     def after_step(self, result: StepResult) -> None:
         self.updates += 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from openm6.base.errors import CheckpointError, Interrupted, TrainingError
+from openm6.base.heap import keep_freed_memory
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints, read_state, refuse_damaged, step_of
@@ -168,6 +169,7 @@ class _Run:
     def _open_steps(self, stack: ExitStack) -> tuple[Iterator[Batch], Updater | Team]:
         """Where batches come from and what trains on them: this process alone, or a team of them."""
         workers = number_of_workers(self.job, self.config, self.run)
+        keep_freed_memory()
         if workers > 1:
             self.team = stack.enter_context(Team(self.job, self.updater, self.config, workers))
             return self.team, self.team
