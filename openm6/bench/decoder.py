@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from openm6.bench.contender import Contender, Part, backward_of, products_of, update_of
+from openm6.bench.contender import Contender, Part, backward_of, own_products_of, update_of
 from openm6.bench.graph import CapturedStep
 from openm6.bench.sizes import Sizes
 from openm6.models.backbone import Backbone, choose_mask, side_loss
@@ -102,7 +102,7 @@ def _parts(
     rows = ids.numel() * experts.config.choices
     return {
         "attention": (config.num_layers, backward_of(attention, x, [*block.attention.parameters()])),
-        "expert_products": (config.num_layers, products_of(experts.up, experts.down, rows)),
+        "expert_products": (config.num_layers, own_products_of(experts.up, experts.down, rows)),
         "sparse_layer": (
             config.num_layers,
             backward_of(sparse, x, [experts.up, experts.down, router.weight]),

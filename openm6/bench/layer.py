@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.bench.contender import Part, backward_of, products_of
+from openm6.bench.contender import Part, backward_of, own_products_of
 from openm6.bench.measure import Timing
 from openm6.bench.sizes import Sizes, peak_tflops
 from openm6.nn.config import ExpertsConfig
@@ -32,7 +32,7 @@ def our_layer(config: ExpertsConfig, x: Tensor) -> tuple[Part, Part]:
         return experts(leaf, router, valid, LocalExchange(), 0)[0]
 
     layer = backward_of(as_trained(forward, x), x, [*experts.parameters(), router.weight])
-    return layer, products_of(experts.up, experts.down, x.shape[0] * x.shape[1] * config.choices)
+    return layer, own_products_of(experts.up, experts.down, x.shape[0] * x.shape[1] * config.choices)
 
 
 def as_trained(forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -24,9 +24,10 @@ SMALLEST = 2**20  # multiplications: below, the longer way into oneDNN costs mor
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ as `F.linear` gives it: ... K, N K -> ... N."""
-    if torch.compiler.is_compiling() or not (_suits(x, weight) and torch.is_grad_enabled()):
-        return F.linear(x, weight)
-    return _Linear.apply(x, weight)
+    trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if trains and _plain(x) and (x.numel() // x.shape[-1]) % ROWS == 0 and onednn_is_faster():
+        return _Linear.apply(x, weight)
+    return F.linear(x, weight)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,7 +57,7 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` takes the other way for rows and a matrix of these sizes."""
     large = x.shape[0] * weight.numel() >= SMALLEST
-    return large and x.is_cpu and x.dtype == torch.float32 and onednn_is_faster()
+    return large and _plain(x) and onednn_is_faster()
 
 
 def rows_of_a_piece() -> int:
@@ -79,9 +80,8 @@ def _of_intel() -> bool:
         return "Intel" in platform.processor()
 
 
-def _suits(x: Tensor, weight: Tensor) -> bool:
-    alike = x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return alike and (x.numel() // x.shape[-1]) % ROWS == 0 and onednn_is_faster()
+def _plain(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 class _Linear(torch.autograd.Function):

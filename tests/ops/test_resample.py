@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from openm6.ops.resample import resample
+from openm6.ops.resample import resample, smooth
 
 
 def sine(rate: int, pitch: float, seconds: float = 0.5) -> torch.Tensor:
@@ -39,3 +39,17 @@ def test_the_same_rate_changes_nothing() -> None:
 @pytest.mark.parametrize(("length", "old", "wanted"), [(1, 8000, 2), (100, 44_100, 37), (1, 48_000, 1)])
 def test_lengths_are_rounded_up(length: int, old: int, wanted: int) -> None:
     assert len(resample(torch.ones(length), old, 16_000)) == wanted
+
+
+def test_lengths_of_transforms_have_small_factors() -> None:
+    def least(number: int) -> int:
+        while True:
+            rest = number
+            for factor in (2, 3, 5):
+                while rest % factor == 0:
+                    rest //= factor
+            if rest == 1:
+                return number
+            number += 1
+
+    assert all(smooth(number) == least(number) for number in (*range(1, 200), 509, 997, 1001, 2049))
