@@ -9,6 +9,7 @@ A twin of `sparse_network` in another order of work. Each expert's rows are padd
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openm6.ops.product import product, rows_of_a_piece
-from openm6.ops.sparse_network import plan_rows
+from openm6.ops.sparse_network import plan_rows_reference
 
 
 def sparse_network_by_expert(x: Tensor, gate: Tensor, chosen: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -38,16 +39,16 @@ class _Plan:
 
 def _plan(chosen: Tensor, num_experts: int) -> _Plan:
     piece = rows_of_a_piece()
-    choice, slot, ends = plan_rows(chosen, num_experts)
-    counts = ends.diff(prepend=ends.new_zeros(1))
+    choice, slot, last = plan_rows_reference(chosen, num_experts)
+    counts = last.diff(prepend=last.new_zeros(1))
     sizes = (counts + (piece - 1)).div(piece, rounding_mode="floor") * piece
     stops = sizes.cumsum(0)
     expert = chosen.reshape(-1)
-    slot = slot + ((stops - sizes) - (ends - counts))[expert].view_as(slot)  # padding before moves a row on
+    slot = slot + ((stops - sizes) - (last - counts))[expert].view_as(slot)  # padding before moves a row on
     stop = stops.tolist()
     source = choice.new_zeros(stop[-1])
     source[slot.reshape(-1)] = torch.arange(len(expert)).div(chosen.shape[1], rounding_mode="floor")
-    return _Plan(source, slot, [slice(first, last) for first, last in zip([0, *stop], stop)])
+    return _Plan(source, slot, [slice(*ends) for ends in pairwise([0, *stop])])
 
 
 class _ExpertLoop(torch.autograd.Function):

@@ -57,7 +57,9 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` takes the other way for rows and a matrix of these sizes."""
     large = x.shape[0] * weight.numel() >= SMALLEST
-    return large and _plain(x) and onednn_is_faster()
+    # With gaps between a matrix's rows and between its columns oneDNN takes a path a thousand times as slow.
+    dense = weight.is_contiguous() or weight.t().is_contiguous()
+    return large and dense and _plain(x) and onednn_is_faster()
 
 
 def rows_of_a_piece() -> int:
@@ -69,8 +71,15 @@ def rows_of_a_piece() -> int:
 def onednn_is_faster() -> bool:
     """Whether this processor has AVX-512 that MKL leaves unused, and torch the way around it."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return wide and known and torch.backends.mkl.is_available() and not _of_intel()
+    return wide and has_onednn() and torch.backends.mkl.is_available() and not _of_intel()
+
+
+def has_onednn() -> bool:
+    """Whether this torch can hand a product to oneDNN."""
+    try:
+        return torch.backends.mkldnn.is_available() and callable(torch.ops.mkldnn._linear_pointwise)
+    except AttributeError:
+        return False
 
 
 def _of_intel() -> bool:

@@ -7,7 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from openm6.base.errors import DataError
-from openm6.modalities.codec_image import ImageCodec, ImageCodecConfig
+from openm6.modalities.codec_image import Convolution, ImageCodec, ImageCodecConfig
+from openm6.ops import product
 
 TINY = ImageCodecConfig(
     groups=2, levels=(8, 5), widths=(16, 24), encoder_blocks=(1, 1), decoder_blocks=(1, 1)
@@ -96,3 +97,12 @@ def test_scales_must_agree() -> None:
         ImageCodecConfig(widths=(16, 32), encoder_blocks=(1,), decoder_blocks=(1, 1))
     with pytest.raises(ValidationError, match="multiples of 8"):
         ImageCodecConfig(widths=(20,), encoder_blocks=(1,), decoder_blocks=(1,))
+
+
+def test_one_picture_alone_has_the_convolutions_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "onednn_is_faster", product.has_onednn)
+    monkeypatch.setattr(product, "SMALLEST", 1)
+    for size in (1, 3):
+        layer, x = Convolution(8, 16, size, padding=size // 2), torch.randn(1, 8, 6, 10)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), layer(torch.cat([x, x]))[:1], rtol=1e-5, atol=1e-5)
