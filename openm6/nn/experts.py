@@ -16,6 +16,7 @@ from openm6.nn.feedforward import FeedForward, activate, first_width
 from openm6.nn.initial import fill_normal
 from openm6.ops.expert_loop import sparse_network_by_expert
 from openm6.ops.grouped import cast_alike, grouped_product
+from openm6.ops.product import ROWS
 from openm6.ops.routing import (
     RowPlan,
     balance_loss,
@@ -185,13 +186,14 @@ class Experts(nn.Module):
 def runs_at_once(x: Tensor, config: ExpertsConfig, exchange: ExpertExchange) -> bool:
     """Whether the layer is one step here: SwiGLU experts that all live on this device and drop nothing.
 
-    On a GPU in bf16; on a processor in fp32, and while it trains.
+    On a GPU in bf16; on a processor in fp32, and where rows are so many that filling them up costs little.
     """
     if config.ffn != "swiglu" or type(exchange) is not LocalExchange:
         return False
     if x.is_cpu:
+        many = len(x) * config.choices >= 2 * ROWS * config.num_experts
         plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return plain and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return many and plain and not torch.compiler.is_compiling()
     half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
     return x.is_cuda and (half or x.dtype == torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""Products of matrices in fp32 while a model trains on a processor, by the library that is the faster one there.
+"""Products of matrices in fp32 on a processor, by the library that is the faster one there.
 
 torch hands them to MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN, which torch carries as well,
 takes AVX-512 and is twice as fast. It compiles a kernel for each new shape, though (0.2 ms), so it pays only where
@@ -24,10 +24,9 @@ SMALLEST = 2**20  # multiplications: below, the longer way into oneDNN costs mor
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ as `F.linear` gives it: ... K, N K -> ... N."""
-    trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if trains and _plain(x) and (x.numel() // x.shape[-1]) % ROWS == 0 and onednn_is_faster():
-        return _Linear.apply(x, weight)
-    return F.linear(x, weight)
+    # Not by whether a gradient is wanted: a layer that is computed again must come out as it did before.
+    again = (x.numel() // x.shape[-1]) % ROWS == 0 and not torch.compiler.is_compiling()
+    return _Linear.apply(x, weight) if again and _plain(x) and onednn_is_faster() else F.linear(x, weight)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -14,7 +14,8 @@ class Activations(Config):
 
     attention: width·D + query·Q + key_value·2G; dense: dense_width·D + hidden·F;
     experts: expert_width·D + K·(row + row_width·D + hidden·F) + router·E. `hidden` is 3 for swiglu (gate, up and their
-    product) and 2 for gelu.
+    product) and 2 for gelu. `by_expert`: SwiGLU experts that drop nothing run one after the other, as on a processor,
+    and keep K·(row + D + 2F): the rows and what the first product made of them.
     """
 
     width: float = 2.0
@@ -25,6 +26,7 @@ class Activations(Config):
     row: float = 10.0
     row_width: float = 2.0
     router: float = 2.0
+    by_expert: bool = False
 
     def attention_elements(self, config: BackboneConfig) -> float:
         """Of one layer's attention."""
@@ -38,6 +40,8 @@ class Activations(Config):
         if isinstance(part, DenseConfig):
             return self.dense_width * config.width + hidden
         row = self.row + self.row_width * config.width + hidden
+        if self.by_expert and part.ffn == "swiglu" and part.capacity is None:
+            row = self.row + config.width + 2 * part.hidden
         routed = part.choices * (part.capacity or 1.0) * row + self.router * part.num_experts
         return self.expert_width * config.width + routed + part.num_shared * hidden
 

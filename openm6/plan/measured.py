@@ -189,7 +189,7 @@ def _resident_bytes(
     In each process gradients come as activations go, so the larger of the two counts; weights are shared, and each
     process hands the others a copy of its gradients of what they own.
     """
-    kept = load.tokens * Activations().bytes_a_token(config, ELEMENT)
+    kept = load.tokens * Activations(by_expert=True).bytes_a_token(config, ELEMENT)
     logits = load.words * vocabulary * ELEMENT * LOGITS_A_TOKEN
     states = stored.total * (tier.weights + tier.moments + (processes - 1) * tier.gradients)
     return states, max(kept + logits, processes * stored.total * tier.gradients)
@@ -210,7 +210,7 @@ def _streamed_bytes(
     copies = 1 if tier.bytes == 16 else 2  # of the set in use: its gradient, and its weights in fp32
     part = tokens / streaming.micro_batches
     inputs = tokens * config.width * ELEMENT * kept_inputs(config.num_layers, streaming.recompute_every)
-    return states, copies * largest * ELEMENT + part * Activations().largest_layer(config, ELEMENT) + inputs
+    return states, copies * largest * ELEMENT + part * Activations(by_expert=True).largest_layer(config, ELEMENT) + inputs
 
 
 def _seconds(way: Way, part: str, causes: Causes) -> float:

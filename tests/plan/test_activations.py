@@ -60,4 +60,5 @@ def kept_elements(config: BackboneConfig) -> float:
     ids=["swiglu", "gelu", "top-k", "prototypes"],
 )
 def test_elements_are_what_torch_keeps(config: BackboneConfig) -> None:
-    assert Activations().bytes_a_token(config, 1) == pytest.approx(kept_elements(config), rel=0.05)
+    kept = Activations(by_expert=True).bytes_a_token(config, 1)
+    assert kept == pytest.approx(kept_elements(config), rel=0.05)
