@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openm6.base.errors import ConfigError
-from openm6.bench.contender import Part, backward_of
+from openm6.bench.contender import Part, backward_of, products_of
 from openm6.bench.layer import as_trained, layer_figures, our_layer
 from openm6.bench.measure import Timing, alternate, device_name, speed_ratio
 from openm6.bench.peer import build_layer, missing_peer
@@ -63,24 +63,30 @@ def _compare_with_peer(report: Report, sizes: Sizes, peer: str, x: Tensor) -> No
     contenders: dict[str, Part] = {}
 
     def figures(who: str) -> dict[str, Any] | None:
-        if who not in timings or not timings[who].seconds:
+        found = timings.get(f"{who} products")
+        if found is None or not found.seconds:
             return None
-        return layer_figures(timings[who], timings["products"], contenders[who], sizes, x.device)
+        return layer_figures(timings[who], found, contenders[who], sizes, x.device)
 
     for who in ("ours", "peer"):
         report.later(who, partial(figures, who))
     report.later("ratio", lambda: speed_ratio(report.found["ours"], report.found["peer"]))
     config = sizes.backbone.experts
     assert config is not None
-    contenders["ours"], contenders["products"] = our_layer(config, x)
+    contenders["ours"], contenders["ours products"] = our_layer(config, x)
     note = "left out, as asked" if peer == "none" else missing_peer()
     if note is None:
-        contenders["peer"] = _peer_layer(sizes, x)
+        contenders["peer"], contenders["peer products"] = _peer_layer(sizes, x)
         note = "Qwen3MoeSparseMoeBlock with grouped_mm experts"
     report["peer_note"] = note
     alternate(contenders, 20, 3, report.deadline, x.device, timings)
 
 
-def _peer_layer(sizes: Sizes, x: Tensor) -> Part:
+def _peer_layer(sizes: Sizes, x: Tensor) -> tuple[Part, Part]:
+    """A pass of the peer's layer, and of its bare products."""
     layer = build_layer(sizes, x.device)
-    return backward_of(as_trained(layer.forward, x), x, [*layer.parameters()])
+    up, down = layer.experts.gate_up_proj.transpose(1, 2), layer.experts.down_proj.transpose(1, 2)
+    config = sizes.backbone.experts
+    assert config is not None
+    whole = backward_of(as_trained(layer.forward, x), x, [*layer.parameters()])
+    return whole, products_of(up, down, sizes.tokens * config.choices)
