@@ -210,7 +210,9 @@ def _streamed_bytes(
     copies = 1 if tier.bytes == 16 else 2  # of the set in use: its gradient, and its weights in fp32
     part = tokens / streaming.micro_batches
     inputs = tokens * config.width * ELEMENT * kept_inputs(config.num_layers, streaming.recompute_every)
-    return states, copies * largest * ELEMENT + part * Activations(by_expert=True).largest_layer(config, ELEMENT) + inputs
+    return states, copies * largest * ELEMENT + part * Activations(by_expert=True).largest_layer(
+        config, ELEMENT
+    ) + inputs
 
 
 def _seconds(way: Way, part: str, causes: Causes) -> float:
