@@ -6,7 +6,7 @@ import ctypes
 import sys
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names of settings, from glibc's malloc.h
-KEPT = 256 * 2**20  # bytes of free memory on top of the heap that are not given back to the system
+KEPT = 64 * 2**20  # bytes of free memory on top of the heap that are not given back to the system
 ON_HEAP = 32 * 2**20  # pieces up to this size come from the heap, the most that glibc allows
 
 

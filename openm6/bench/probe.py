@@ -118,7 +118,7 @@ def read_probe(run: RunFolder) -> Probe:
         others = max(0.0, busy - own) / max(1e-9, sum(each("all_cpu")))
     return Probe(
         statistics.median(each("seconds")),
-        statistics.median(each("joules")),
+        statistics.mean(each("joules")),  # the meter looks now and then: a short step may have none
         float(lines[-1]["memory_peak"]),
         statistics.mean(each("own_cpu")) if "own_cpu" in lines[0] else 0.0,
         others,
