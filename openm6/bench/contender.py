@@ -126,7 +126,7 @@ def own_products_of(up: Tensor, down: Tensor, num_rows: int) -> Part:
     """The same as our sparse layer makes them: on a processor expert after expert, with rows that fill pieces."""
     if not up.is_cpu:
         return products_of(up, down, num_rows)
-    piece = rows_of_a_piece()
+    piece = rows_of_a_piece(torch.float32)
     rows = -(-num_rows // len(up) // piece) * piece
     x, d_answer = torch.randn(rows, up.shape[1]), torch.randn(rows, down.shape[2])
     hidden, d_both = torch.randn(rows, down.shape[1]), torch.randn(rows, up.shape[2])

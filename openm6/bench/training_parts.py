@@ -32,6 +32,7 @@ from openm6.optim.rules import Move, update_rule
 from openm6.parallel.crew import Crew, can_fork, usable_cores
 from openm6.parallel.record import RecordLayout
 from openm6.plan.cost import adapter_causes, attention_causes, head_causes, network_causes, update_causes
+from openm6.train.step import in_precision
 
 HEAD = 64  # columns of a head
 SHAPES = ((128, 1), (256, 2), (512, 2))  # D, key-value heads
@@ -65,7 +66,8 @@ def seatings() -> dict[str, Seats]:
 def measure_parts(
     seats: Seats, batches: list[Batch], adapters: Callable[[int], dict[str, Adapter]], deadline: Deadline
 ) -> list[Point]:
-    """Points of all parts: seconds in one process, the mean of those that work at the same time.
+    """Points of all parts: seconds in one process, the mean of those that work at the same time, in the precision
+    that training chooses here.
 
     batches: what one process gets of a step, of few and many tokens, of all kinds and of text alone; adapters: new
     ones by width.
@@ -95,13 +97,14 @@ def _points(
 ) -> Iterator[Point]:
     clock = time.thread_time if seats.threads == 1 else time.perf_counter
     repeat = partial(_repeat, clock=clock, deadline=deadline)
-    for batch in batches:
-        for width, kv_heads in SHAPES:
-            yield _attention(_config(width, kv_heads), batch, repeat)
-        for width, part in NETWORKS:
-            yield _network(width, part, batch, repeat)
-        for width in ADAPTED:
-            yield from _adapters(width, adapters(width), batch, repeat)
+    with in_precision("auto", torch.device("cpu")):
+        for batch in batches:
+            for width, kv_heads in SHAPES:
+                yield _attention(_config(width, kv_heads), batch, repeat)
+            for width, part in NETWORKS:
+                yield _network(width, part, batch, repeat)
+            for width in ADAPTED:
+                yield from _adapters(width, adapters(width), batch, repeat)
     for side in SIDES:
         for name in OPTIMIZERS:
             yield _update(name, side, seats.processes, repeat)

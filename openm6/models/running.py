@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openm6.nn.block import Block, Context, LayerParts
 from openm6.nn.experts import RouterLoad
+from openm6.ops.precision import precision_now
 
 Answer = tuple[Tensor, RouterLoad | None]
 
@@ -67,9 +69,11 @@ class RecomputedBlocks:
     def __call__(self, block: Block, parts: LayerParts, x: Tensor, context: Context, layer: int) -> Answer:
         if layer >= self.num_layers or not torch.is_grad_enabled():
             return self.run(block, parts, x, context, layer)
+        again = precision_now(x.device.type)
         answer: Answer = checkpoint(
-            self.run, block, parts, x, context, layer, use_reentrant=False, preserve_rng_state=False
-        )
+            self.run, block, parts, x, context, layer,
+            use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), again()),
+        )  # fmt: skip
         return answer
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openm6.ops.precision import product_dtype
 from openm6.ops.product import product, rows_of_a_piece
 
 
@@ -36,13 +37,16 @@ class _GroupedCrossEntropy(torch.autograd.Function):
     """Keeps Q = P − (1 − ε)·[wanted] in place of the logits. With g the gradient of the nats, U = ε/C everywhere:
 
     dstates = g · (Q − U) Wᵀ and dW = (g · states)ᵀ (Q − U), where U is a mean and costs next to nothing. One
-    classifier after the other, each with a few places too many (see `product`), which have no gradient.
+    classifier after the other, each with a few places too many (see `product`), which have no gradient. Factors of
+    products are in `product_dtype`, all else is in fp32.
     """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, wanted: Tensor, smoothing: float) -> Tensor:
-        extra = -len(states) % rows_of_a_piece()
-        states = F.pad(states.transpose(0, 1), (0, 0, 0, extra))  # G N B
+        dtype = product_dtype(states)
+        extra = -len(states) % rows_of_a_piece(dtype)
+        states = F.pad(states.transpose(0, 1), (0, 0, 0, extra)).to(dtype)  # G N B
+        weight = weight.to(dtype)
         hits = F.pad(wanted.t(), (0, extra)).unsqueeze(-1)  # G N 1
         nats, rests = [], []
         for own, matrix, hit in zip(states, weight, hits, strict=True):
@@ -57,12 +61,12 @@ class _GroupedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         states, weight, *rests = ctx.saved_tensors
         scales = F.pad(gradient.t(), (0, states.shape[1] - len(gradient))).unsqueeze(-1)  # G N 1
-        uniform = weight.mean(-1).mul_(ctx.smoothing)  # ε·mean of W: G B
-        d_states, d_weight = torch.empty_like(states), torch.empty_like(weight)
+        uniform = weight.mean(-1, dtype=gradient.dtype).mul_(ctx.smoothing)  # ε·mean of W: G B
+        d_states, d_weight = (torch.empty_like(part, dtype=gradient.dtype) for part in (states, weight))
         for g, (rest, scale) in enumerate(zip(rests, scales, strict=True)):
-            torch.mul(product(rest, weight[g]).sub_(uniform[g]), scale, out=d_states[g])
+            torch.mul(product(rest, weight[g]) - uniform[g], scale, out=d_states[g])
             scaled = states[g] * scale
-            d_weight[g] = product(scaled.t(), rest.t())
+            d_weight[g] = product(scaled.to(rest.dtype).t(), rest.t())
             d_weight[g].sub_((ctx.smoothing / weight.shape[-1]) * scaled.sum(0).unsqueeze(-1))
         return d_states[:, : len(gradient)].transpose(0, 1), d_weight, None, None
 
@@ -71,8 +75,8 @@ def _one_classifier(
     states: Tensor, weight: Tensor, hit: Tensor, smoothing: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """Nats and, to keep, Q: N B, B C, N 1 -> N 1, N C."""
-    logits = product(states, weight.t())  # N C
-    level = states @ weight.mean(-1, keepdim=True)  # mean logit: N 1
+    logits = product(states, weight.t()).float()  # N C
+    level = logits.mean(-1, keepdim=True)
     hit_logit = logits.gather(-1, hit)
     log_share = logits.log_softmax(-1)
     hit_share = log_share.gather(-1, hit)
@@ -80,5 +84,5 @@ def _one_classifier(
     nats = (smoothing - 1) * hit_share + smoothing * (total - level)
     if not keep:
         return nats, nats
-    rest = log_share.exp_()
-    return nats, rest.scatter_add_(-1, hit, torch.full_like(hit_share, smoothing - 1))
+    rest = log_share.exp_().scatter_add_(-1, hit, torch.full_like(hit_share, smoothing - 1))
+    return nats, rest.to(states.dtype)

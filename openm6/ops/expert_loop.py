@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openm6.ops.precision import product_dtype
 from openm6.ops.product import product, rows_of_a_piece
 from openm6.ops.sparse_network import plan_rows_reference
 
@@ -25,7 +26,8 @@ def sparse_network_by_expert(x: Tensor, gate: Tensor, chosen: Tensor, up: Tensor
 
     up is E D 2F ([gate | up]) and down E F D, all in fp32.
     """
-    return _ExpertLoop.apply(x, gate, up, down, _plan(chosen, up.shape[0]))
+    piece = rows_of_a_piece(product_dtype(x))
+    return _ExpertLoop.apply(x, gate, up, down, _plan(chosen, up.shape[0], piece))
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,7 @@ class _Plan:
     rows: list[slice]
 
 
-def _plan(chosen: Tensor, num_experts: int) -> _Plan:
-    piece = rows_of_a_piece()
+def _plan(chosen: Tensor, num_experts: int, piece: int) -> _Plan:
     choice, slot, last = plan_rows_reference(chosen, num_experts)
     counts = last.diff(prepend=last.new_zeros(1))
     sizes = (counts + (piece - 1)).div(piece, rounding_mode="floor") * piece
@@ -52,36 +53,42 @@ def _plan(chosen: Tensor, num_experts: int) -> _Plan:
 
 
 class _ExpertLoop(torch.autograd.Function):
-    """As `_SparseNetwork`, whose letters it uses: the gate is multiplied between the products."""
+    """As `_SparseNetwork`, whose letters it uses: the gate is multiplied between the products.
+
+    Factors of products are in `product_dtype`; what lies between the products is in fp32.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, plan: _Plan) -> Tensor:
-        rows = x.index_select(0, plan.source)  # N D -> P D
+        dtype = product_dtype(x)
+        up, down = up.to(dtype), down.to(dtype)
+        rows = x.to(dtype).index_select(0, plan.source)  # N D -> P D
         row_gate = x.new_zeros(len(rows), 1)
         row_gate[plan.slot.reshape(-1), 0] = gate.reshape(-1)
         answers, products = [], []
         for own, first, second in zip(plan.rows, up.unbind(), down.unbind(), strict=True):
-            both = product(rows[own], first.t())  # P_e D -> P_e 2F
+            both = product(rows[own], first.t()).to(x.dtype)  # P_e D -> P_e 2F
             a, b = both.chunk(2, dim=-1)
             hidden = F.silu(a).mul_(b).mul_(row_gate[own])
-            answers.append(product(hidden, second.t()))  # P_e F -> P_e D
+            answers.append(product(hidden.to(dtype), second.t()))  # P_e F -> P_e D
             products.append(both)
         ctx.save_for_backward(rows, row_gate, up, down, *products)
         ctx.plan = plan
-        return sum_choices(torch.cat(answers), plan.slot)  # P D -> N D
+        return sum_choices(torch.cat(answers).to(x.dtype), plan.slot)  # P D -> N D
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, row_gate, up, down, *products = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        sent = gradient.index_select(0, plan.source)  # N D -> P D
-        d_up, d_down = torch.empty_like(up), torch.empty_like(down)
+        dtype, full = rows.dtype, gradient.dtype
+        sent = gradient.to(dtype).index_select(0, plan.source)  # N D -> P D
+        d_up, d_down = torch.empty_like(up, dtype=full), torch.empty_like(down, dtype=full)
         d_gate = torch.empty_like(row_gate[:, 0])
         d_rows = []
         for e, (own, both) in enumerate(zip(plan.rows, products, strict=True)):
             a, b = both.chunk(2, dim=-1)
             silu = F.silu(a)
-            d_hidden = product(sent[own], down[e])  # P_e D -> P_e F
+            d_hidden = product(sent[own], down[e]).to(full)  # P_e D -> P_e F
             part = d_hidden * silu
             torch.linalg.vecdot(part, b, out=d_gate[own])
             d_both = torch.empty_like(both)
@@ -89,11 +96,12 @@ class _ExpertLoop(torch.autograd.Function):
             torch.mul(part, row_gate[own], out=d_b)
             d_hidden.mul_(row_gate[own])
             hidden = silu.mul_(b).mul_(row_gate[own])
-            d_down[e] = product(hidden.t(), sent[own].t())  # F D
+            d_down[e] = product(hidden.to(dtype).t(), sent[own].t())  # F D
             torch.ops.aten.silu_backward.grad_input(d_hidden.mul_(b), a, grad_input=d_a)
+            d_both = d_both.to(dtype)
             d_up[e] = product(rows[own].t(), d_both.t())  # D 2F
             d_rows.append(product(d_both, up[e]))  # P_e 2F -> P_e D
-        return sum_choices(torch.cat(d_rows), plan.slot), d_gate[plan.slot], d_up, d_down, None
+        return sum_choices(torch.cat(d_rows).to(full), plan.slot), d_gate[plan.slot], d_up, d_down, None
 
 
 def sum_choices(rows: Tensor, slot: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openm6.base.triton_door import kernels, runs_kernels
 from openm6.ops.grouped import cast_alike
+from openm6.ops.precision import product_dtype
 from openm6.ops.product import add_product, product, product_into, rows_of_a_piece
 
 LOGITS = (
@@ -33,7 +34,8 @@ def linear_nats(
     """
     rows, head = cast_alike(hidden, weight)
     chunks = -(-len(rows) * len(head) // most)
-    extra = -len(rows) % (rows_of_a_piece() if rows.is_cpu else 1)  # tokens without weight, see `product`
+    piece = rows_of_a_piece(product_dtype(rows)) if rows.is_cpu else 1
+    extra = -len(rows) % piece  # tokens without weight, see `product`
     rows, label, token_weight = (_lengthened(part, extra) for part in (rows, label, token_weight))
     nats, total = _LinearNats.apply(rows, head, label, token_weight, chunks)
     return total, nats[: len(hidden)]
@@ -80,6 +82,7 @@ class _LinearNats(torch.autograd.Function):
         size = max(1, -(-len(hidden) // max(1, chunks)))
         d_hidden = torch.empty_like(hidden) if needed else hidden
         d_weight = torch.zeros_like(weight) if needed else weight
+        hidden, weight = (part.to(product_dtype(part)) for part in (hidden, weight))
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)

@@ -1,8 +1,8 @@
-"""Products of matrices in fp32 on a processor, by the library that is the faster one there.
+"""Products of matrices on a processor, by the library that is the faster one there.
 
-torch hands them to MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN, which torch carries as well,
-takes AVX-512 and is twice as fast. It compiles a kernel for each new shape, though (0.2 ms), so it pays only where
-shapes come back: the number of rows has to be a whole multiple of `rows_of_a_piece`.
+torch hands those in fp32 to MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN, which torch carries
+as well, takes AVX-512 and is twice as fast, and takes bf16 in any case. It compiles a kernel for each new shape, though
+(0.2 ms), so it pays only where shapes come back: the number of rows has to be a multiple of `rows_of_a_piece`.
 """
 
 # Letters: M rows, K numbers summed over, N numbers out
@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 16  # fewer waste less on padding, more make fewer shapes
+from openm6.ops.precision import HALF, product_dtype
+
+ROWS = 32  # fewer waste less on padding; more make fewer shapes, whose kernels take memory
 SMALLEST = 2**20  # multiplications: below, the longer way into oneDNN costs more than it saves
 
 
@@ -26,7 +28,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ as `F.linear` gives it: ... K, N K -> ... N."""
     # Not by whether a gradient is wanted: a layer that is computed again must come out as it did before.
     again = (x.numel() // x.shape[-1]) % ROWS == 0 and not torch.compiler.is_compiling()
-    return _Linear.apply(x, weight) if again and _plain(x) and onednn_is_faster() else F.linear(x, weight)
+    if again and _plain(x) and (product_dtype(x) == HALF or onednn_is_faster()):
+        return _Linear.apply(x, weight)
+    return F.linear(x, weight)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,32 +42,32 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Writes x · weightᵀ into `out`, M N."""
-    if pays(x, weight):
+    """Writes x · weightᵀ into `out`, M N, in out's dtype."""
+    if pays(x, weight) or x.dtype != out.dtype:
         out.copy_(product(x, weight))
     else:
         torch.mm(x, weight.t(), out=out)
 
 
 def add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Adds x · weightᵀ to `out`, M N."""
-    if pays(x, weight):
+    """Adds x · weightᵀ to `out`, M N, in out's dtype."""
+    if pays(x, weight) or x.dtype != out.dtype:
         out.add_(product(x, weight))
     else:
         out.addmm_(x, weight.t())
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` takes the other way for rows and a matrix of these sizes."""
+    """Whether `product` takes the other way for rows and a matrix of these sizes; bf16 goes to oneDNN by itself."""
     large = x.shape[0] * weight.numel() >= SMALLEST
     # With gaps between a matrix's rows and between its columns oneDNN takes a path a thousand times as slow.
     dense = weight.is_contiguous() or weight.t().is_contiguous()
     return large and dense and _plain(x) and onednn_is_faster()
 
 
-def rows_of_a_piece() -> int:
+def rows_of_a_piece(dtype: torch.dtype) -> int:
     """What rows should be padded to a multiple of, so that few shapes occur; 1 where any number is as fast."""
-    return ROWS if onednn_is_faster() else 1
+    return ROWS if dtype == HALF or onednn_is_faster() else 1
 
 
 @functools.cache
@@ -93,18 +97,21 @@ def _plain(x: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """dx = g · weight and dweight = gᵀ · x, each as a product of its own."""
+    """dx = g · weight and dweight = gᵀ · x, each as a product of its own; what they give is in fp32 again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        dtype = product_dtype(x)
+        rows, weight = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)  # M K, N K
+        ctx.save_for_backward(rows, weight)
+        ctx.shape = x.shape
+        return product(rows, weight).view(*x.shape[:-1], -1).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        gradient = gradient.reshape(-1, gradient.shape[-1])  # M N
-        rows = x.reshape(-1, x.shape[-1])  # M K
-        d_x = product(gradient, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
-        d_weight = product(gradient.t(), rows.t()) if ctx.needs_input_grad[1] else None
+        rows, weight = ctx.saved_tensors
+        dtype = gradient.dtype
+        gradient = gradient.reshape(-1, gradient.shape[-1]).to(rows.dtype)  # M N
+        d_x = product(gradient, weight.t()).view(ctx.shape).to(dtype) if ctx.needs_input_grad[0] else None
+        d_weight = product(gradient.t(), rows.t()).to(dtype) if ctx.needs_input_grad[1] else None
         return d_x, d_weight

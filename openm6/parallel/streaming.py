@@ -19,6 +19,7 @@ from openm6.base.seeds import derive_seed
 from openm6.nn.block import Block, Context, LayerParts
 from openm6.nn.experts import RouterLoad
 from openm6.nn.stack import MakeContext
+from openm6.ops.precision import precision_now
 from openm6.ops.sequence import Layout
 from openm6.optim.rules import Move, UpdateRule
 from openm6.parallel.boundaries import Boundary, keep_boundary
@@ -285,7 +286,7 @@ class _Group(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             ctx.boundary = keep_boundary(x, blocks.config.boundaries)
             ctx.given = (blocks, batch, group, layers, [id(edge) for edge in edges])
-            ctx.autocast = (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type))
+            ctx.precision = precision_now(x.device.type)
         flat = [part for report in reports for part in _taken_apart(report)]
         ctx.mark_non_differentiable(*(part for number, part in enumerate(flat) if number % 5 != 4))
         ctx.set_materialize_grads(False)
@@ -297,8 +298,7 @@ class _Group(torch.autograd.Function):
         blocks, batch, group, layers, names = ctx.given
         boundary: Boundary = ctx.boundary
         x = boundary.take()
-        enabled, dtype = ctx.autocast
-        with torch.autocast(x.device.type, dtype=dtype, enabled=enabled):
+        with ctx.precision():
             sides = list(of_reports[4::5])
             found, edges = blocks.backward_group(batch, group, layers, x, gradient, sides)
         return (None, None, None, None, None, found, *(edges.get(name) for name in names))

@@ -14,6 +14,7 @@ from openm6.optim.registry import check_optimizer_name
 from openm6.parallel.streaming_config import StreamingConfig
 from openm6.train.stages import StagesConfig
 
+Precision = Literal["auto", "fp32", "bf16", "bf16-products"]
 LOOP_SECTION = "loop"  # the name of this section in a run's config.yaml
 
 
@@ -34,7 +35,8 @@ class LoopConfig(Config):
     streaming: StreamingConfig | None = None  # weights that come to the device block by block
     stages: StagesConfig | None = None  # Pseudo-to-Real, for a model whose layers share weights at first
     clip: float | None = Field(default=1.0, gt=0.0)  # bound on the gradient's global norm
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes it fast
+    # auto: bf16 where the device computes it fast; bf16-products: on a processor, the large products alone.
+    precision: Precision = "auto"
     compile: bool | Literal["auto"] = "auto"  # the blocks; auto: on a GPU
     recompute: int | Literal["auto"] = (
         "auto"  # layers that keep their input alone; auto: as few as fit into memory

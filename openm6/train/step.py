@@ -8,22 +8,23 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openm6.base.energy.ledger import Work
+from openm6.base.errors import ConfigError
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.delink import Moments, delink_moments
 from openm6.checkpoint.load import load_model, load_optimizer
 from openm6.checkpoint.optimizer import optimizer_tensors, place_optimizer
 from openm6.checkpoint.shards import Shard
+from openm6.ops.precision import HALF, half_is_fast, products_in_half
 from openm6.optim.registry import build_optimizer, set_rate
 from openm6.optim.schedule import rate_factor
 from openm6.parallel.ranks import Ranks
-from openm6.train.config import LoopConfig
+from openm6.train.config import LoopConfig, Precision
 from openm6.train.job import Batch, Job, StepResult
 from openm6.train.speed import choose_way
 from openm6.train.stages import break_symmetry, shared_matrices
@@ -64,7 +65,7 @@ class Updater:
         self.rate_scale = 1.0  # a hook's factor on the learning rate
         self._build()
         self.device = self.parameters[0].device
-        self._half = computes_in_half(config.precision, self.device)
+        settle_precision(config.precision, self.device)  # refuses what this device cannot do
 
     def _build(self) -> None:
         groups = self.job.ranks.groups(self.job.parameter_groups())
@@ -109,7 +110,7 @@ class Updater:
 
     def autocast(self) -> AbstractContextManager[None]:
         """The precision in which forward passes run."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._half)
+        return in_precision(self.config.precision, self.device)
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
         """Train on one batch as step number `step`, the first being 1."""
@@ -198,7 +199,25 @@ def _take_layers(measured: dict[str, float], prefix: str) -> list[float]:
     return [measured.pop(name) for name in list(measured) if name.startswith(prefix)]
 
 
-def computes_in_half(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> bool:
-    # On a processor bf16 is mostly emulated, and slower than fp32: `auto` leaves it alone.
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return precision == "bf16" or (precision == "auto" and fast)
+def in_precision(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+    """What a forward pass on a device runs under; its backward pass follows."""
+    settled = settle_precision(precision, device)
+    if settled == "bf16-products":
+        return products_in_half()
+    return torch.autocast(device.type, dtype=HALF, enabled=settled == "bf16")
+
+
+def settle_precision(precision: Precision, device: torch.device) -> Precision:
+    """What `auto` means on a device; anything else is itself.
+
+    Raises:
+        ConfigError: bf16-products on another device than a processor.
+    """
+    if precision == "bf16-products" and device.type != "cpu":
+        raise ConfigError("loop.precision=bf16-products is for processors: on a GPU use bf16, or auto")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    # bf16 for everything between the products too is slower on a processor: see docs/performance.md.
+    return "bf16-products" if device.type == "cpu" and half_is_fast() else "fp32"

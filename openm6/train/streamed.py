@@ -41,9 +41,9 @@ from openm6.train.stages import matrix_noise
 from openm6.train.step import (
     StepReport,
     Updater,
-    computes_in_half,
     make_report,
     seed_everything,
+    settle_precision,
     sum_over_ranks,
 )
 
@@ -217,7 +217,7 @@ class StreamedUpdater(Updater):
         """What the run will take, by place."""
         edges = sum(parameter.numel() for parameter in self.job.model.parameters())
         edges -= sum(torch.Size(shape).numel() for one in self.sets.shapes for shape in one.values())
-        half = computes_in_half(self.config.precision, self.device)
+        half = settle_precision(self.config.precision, self.device) == "bf16"
         return Budget(
             self.backbone.config,
             layouts,

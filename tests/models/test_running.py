@@ -9,6 +9,7 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly
 from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.ops.precision import products_in_half
 from openm6.ops.sequence import (
     Layout,
     additive_mask,
@@ -107,14 +108,16 @@ def test_decoding_is_not_compiled(dense_mask):
     assert run.compilations == 0
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 4])
-def test_recomputed_layers_give_the_same_gradients(num_layers):
+def test_recomputed_layers_give_the_same_gradients(num_layers, half):
     backbone = model().float()
     x, layout = torch.randn(2, 32, 32, requires_grad=True), packings()[1]
     results = []
     for run in (run_plainly, RecomputedBlocks(run_plainly, num_layers)):
         backbone.run_block = run
-        hidden, _ = backbone(x, layout)
+        with products_in_half(half):
+            hidden, _ = backbone(x, layout)
         results.append(
             [hidden, *torch.autograd.grad(hidden.sum(), [x, *backbone.sets.parameters()], allow_unused=True)]
         )

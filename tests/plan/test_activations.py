@@ -13,7 +13,7 @@ from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.ops.sequence import Layout
 from openm6.plan.activations import Activations
 
-ROWS, LENGTH, PIECE = 1, 512, 64  # and the tokens of one example
+ROWS, LENGTH, PIECE = 8, 512, 64  # and the tokens of one example; so many rows that filling them up is little
 SIZES = {"width": 128, "num_layers": 1, "num_kv_heads": 1, "head_dim": 64}
 
 

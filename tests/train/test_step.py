@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.train.step import Updater, seed_everything
+from openm6.base.errors import ConfigError
+from openm6.ops.precision import product_dtype
+from openm6.train.step import Updater, seed_everything, settle_precision
 from tests.train.toy_job import ToyJob, toy_config
 
 
@@ -49,3 +51,16 @@ def test_half_precision_is_used_where_asked() -> None:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with Updater(ToyJob(), toy_config()).autocast():  # auto, on a processor
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_auto_is_settled_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, precision in ((True, "bf16-products"), (False, "fp32")):
+        monkeypatch.setattr("openm6.train.step.half_is_fast", lambda fast=fast: fast)
+        assert settle_precision("auto", torch.device("cpu")) == precision
+        with Updater(ToyJob(), toy_config()).autocast():
+            assert (product_dtype(torch.ones(2)) == torch.bfloat16) == fast
+
+
+def test_products_alone_in_half_are_for_processors() -> None:
+    with pytest.raises(ConfigError, match="is for processors: on a GPU use bf16"):
+        settle_precision("bf16-products", torch.device("cuda"))

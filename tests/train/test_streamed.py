@@ -18,7 +18,7 @@ from openm6.optim.config import OptimizerConfig
 from openm6.parallel.lanes import Lanes
 from openm6.parallel.streaming import Step
 from openm6.parallel.streaming_config import StreamingConfig
-from openm6.train.config import LoopConfig
+from openm6.train.config import LoopConfig, Precision
 from openm6.train.loop import train
 from openm6.train.stages import StagesConfig, SwitchConfig
 from openm6.train.step import Updater
@@ -59,13 +59,14 @@ def assert_same(left: tuple[list[float], list[Tensor]], right: tuple[list[float]
 
 
 @pytest.mark.parametrize("backbone", [PLAIN, SHARED, words_backbone(sharing="all", share_routers=True)])
-@pytest.mark.parametrize("recompute_every", [1, 3])
+@pytest.mark.parametrize(("recompute_every", "precision"), [(1, "fp32"), (3, "fp32"), (3, "bf16-products")])
 def test_with_sixteen_bytes_streaming_is_plain_training_to_the_bit(
-    backbone: BackboneConfig, recompute_every: int
+    backbone: BackboneConfig, recompute_every: int, precision: Precision
 ) -> None:
     job, other = WordsJob(backbone), WordsJob(backbone)
-    plain = Updater(job, words_config(clip=None))
-    streamed = StreamedUpdater(other, config_of(16, recompute_every=recompute_every))
+    plain = Updater(job, words_config(clip=None, precision=precision))
+    config = config_of(16, recompute_every=recompute_every).model_copy(update={"precision": precision})
+    streamed = StreamedUpdater(other, config)
     assert steps_of(plain, job) == steps_of(streamed, other)
     named = dict(job.model.named_parameters())
     for number in range(streamed.num_shards):

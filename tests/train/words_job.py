@@ -117,7 +117,7 @@ class WordsJob(Job):
 
 
 def words_config(steps: int = 12, **changes: Any) -> LoopConfig:
-    """A short run, saved at odd moments."""
+    """A short run in fp32, saved at odd moments."""
     values: dict[str, Any] = {
         "steps": steps,
         "optimizer": OptimizerConfig(learning_rate=0.01),
@@ -126,5 +126,6 @@ def words_config(steps: int = 12, **changes: Any) -> LoopConfig:
         "save_every": 5,
         "keep": 9,
         "tensorboard": False,
+        "precision": "fp32",
     }
     return LoopConfig(**{**values, **changes})
