@@ -13,7 +13,7 @@ from openm6.bench.probe import TEXT_ONLY, WARMING, Probe, run_probe
 from openm6.plan.ceilings import Ceilings, Way
 from openm6.plan.examples import Load
 from openm6.plan.machine import machine_cluster
-from openm6.plan.measured import load_of
+from openm6.plan.measured import expert_processes, load_of
 from openm6.plan.plan import StagePlan, make_plan
 from openm6.plan.question import Model, Question, model_of_recipe
 from openm6.train.run import read_recipe, recipe_path
@@ -54,6 +54,8 @@ ANCHORS: tuple[list[str], ...] = (
     ["packing.rows=4", ALONE],
     [TEXT_ONLY, "packing.rows=4", *sizes(320, 4), *dense(1024)],
     [TEXT_ONLY, "packing.rows=8", *sizes(256, 6), *dense(1024), *streamed(4, recompute_every=2)],
+    ["packing.rows=5", *sizes(192, 6), *dense(512)],
+    [TEXT_ONLY, "packing.rows=3", *sizes(256, 4)],
 )
 
 
@@ -138,6 +140,7 @@ def _fitted(way: Way, plain: Ceilings, anchors: Sequence[Anchor], known: Way | N
         parts = {"stretch": stage.time.seconds, "step": 1.0, "code": load.codes}
         time.append(Point("step", parts, one.probe.seconds))
         causes, bytes_ = {"process": 1.0, "gap": stage.budget.device}, one.probe.memory
+        causes["expert_bytes"] = expert_processes(model_of(one.words).backbone, way.processes)
         if known is None:
             causes |= {"word_bytes": load.words, "code_bytes": load.codes}
         else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from openm6.bench.measure import Deadline, Timing, alternate
 from openm6.ops.grouped import grouped_product
-from openm6.ops.product import product, rows_of_a_piece
+from openm6.ops.product import filled_up, product
 
 Part = Callable[[], object]
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -126,8 +126,7 @@ def own_products_of(up: Tensor, down: Tensor, num_rows: int) -> Part:
     """The same as our sparse layer makes them: on a processor expert after expert, with rows that fill pieces."""
     if not up.is_cpu:
         return products_of(up, down, num_rows)
-    piece = rows_of_a_piece(torch.float32)
-    rows = -(-num_rows // len(up) // piece) * piece
+    rows = filled_up(-(-num_rows // len(up)), torch.float32)
     x, d_answer = torch.randn(rows, up.shape[1]), torch.randn(rows, down.shape[2])
     hidden, d_both = torch.randn(rows, down.shape[1]), torch.randn(rows, up.shape[2])
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openm6.ops.precision import product_dtype
-from openm6.ops.product import product, rows_of_a_piece
+from openm6.ops.product import filled_up, product
 
 
 def grouped_cross_entropy(states: Tensor, weight: Tensor, wanted: Tensor, smoothing: float) -> Tensor:
@@ -44,7 +44,7 @@ class _GroupedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, wanted: Tensor, smoothing: float) -> Tensor:
         dtype = product_dtype(states)
-        extra = -len(states) % rows_of_a_piece(dtype)
+        extra = filled_up(len(states), dtype) - len(states)
         states = F.pad(states.transpose(0, 1), (0, 0, 0, extra)).to(dtype)  # G N B
         weight = weight.to(dtype)
         hits = F.pad(wanted.t(), (0, extra)).unsqueeze(-1)  # G N 1

@@ -9,7 +9,7 @@ A twin of `sparse_network` in another order of work. Each expert's rows are padd
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openm6.ops.precision import product_dtype
-from openm6.ops.product import product, rows_of_a_piece
+from openm6.ops.product import filled_up, product
 from openm6.ops.sparse_network import plan_rows_reference
 
 
@@ -26,8 +26,7 @@ def sparse_network_by_expert(x: Tensor, gate: Tensor, chosen: Tensor, up: Tensor
 
     up is E D 2F ([gate | up]) and down E F D, all in fp32.
     """
-    piece = rows_of_a_piece(product_dtype(x))
-    return _ExpertLoop.apply(x, gate, up, down, _plan(chosen, up.shape[0], piece))
+    return _ExpertLoop.apply(x, gate, up, down, _plan(chosen, up.shape[0], product_dtype(x)))
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,17 @@ class _Plan:
     rows: list[slice]
 
 
-def _plan(chosen: Tensor, num_experts: int, piece: int) -> _Plan:
+def _plan(chosen: Tensor, num_experts: int, dtype: torch.dtype) -> _Plan:
     choice, slot, last = plan_rows_reference(chosen, num_experts)
-    counts = last.diff(prepend=last.new_zeros(1))
-    sizes = (counts + (piece - 1)).div(piece, rounding_mode="floor") * piece
-    stops = sizes.cumsum(0)
+    begins = [0, *last.tolist()]  # without padding
+    sizes = [filled_up(stop - start, dtype) for start, stop in pairwise(begins)]
+    edges = [0, *accumulate(sizes)]
+    moved = torch.tensor([edge - begin for edge, begin in zip(edges, begins, strict=True)])
     expert = chosen.reshape(-1)
-    slot = slot + ((stops - sizes) - (last - counts))[expert].view_as(slot)  # padding before moves a row on
-    stop = stops.tolist()
-    source = choice.new_zeros(stop[-1])
+    slot = slot + moved[expert].view_as(slot)  # padding before moves a row on
+    source = choice.new_zeros(edges[-1])
     source[slot.reshape(-1)] = torch.arange(len(expert)).div(chosen.shape[1], rounding_mode="floor")
-    return _Plan(source, slot, [slice(*ends) for ends in pairwise([0, *stop])])
+    return _Plan(source, slot, [slice(*ends) for ends in pairwise(edges)])
 
 
 class _ExpertLoop(torch.autograd.Function):

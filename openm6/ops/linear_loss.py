@@ -17,7 +17,7 @@ from torch import Tensor
 from openm6.base.triton_door import kernels, runs_kernels
 from openm6.ops.grouped import cast_alike
 from openm6.ops.precision import product_dtype
-from openm6.ops.product import add_product, product, product_into, rows_of_a_piece
+from openm6.ops.product import add_product, filled_up, product, product_into
 
 LOGITS = (
     2**27
@@ -34,8 +34,8 @@ def linear_nats(
     """
     rows, head = cast_alike(hidden, weight)
     chunks = -(-len(rows) * len(head) // most)
-    piece = rows_of_a_piece(product_dtype(rows)) if rows.is_cpu else 1
-    extra = -len(rows) % piece  # tokens without weight, see `product`
+    whole = filled_up(len(rows), product_dtype(rows)) if rows.is_cpu else len(rows)
+    extra = whole - len(rows)  # tokens without weight, see `product`
     rows, label, token_weight = (_lengthened(part, extra) for part in (rows, label, token_weight))
     nats, total = _LinearNats.apply(rows, head, label, token_weight, chunks)
     return total, nats[: len(hidden)]

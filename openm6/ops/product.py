@@ -2,7 +2,7 @@
 
 torch hands those in fp32 to MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN, which torch carries
 as well, takes AVX-512 and is twice as fast, and takes bf16 in any case. It compiles a kernel for each new shape, though
-(0.2 ms), so it pays only where shapes come back: the number of rows has to be a multiple of `rows_of_a_piece`.
+(0.2 ms), so it pays only where shapes come back, for which `filled_up` rounds the number of rows.
 """
 
 # Letters: M rows, K numbers summed over, N numbers out
@@ -65,9 +65,17 @@ def pays(x: Tensor, weight: Tensor) -> bool:
     return large and dense and _plain(x) and onednn_is_faster()
 
 
-def rows_of_a_piece(dtype: torch.dtype) -> int:
-    """What rows should be padded to a multiple of, so that few shapes occur; 1 where any number is as fast."""
-    return ROWS if dtype == HALF or onednn_is_faster() else 1
+def filled_up(rows: int, dtype: torch.dtype) -> int:
+    """What so many rows of a dtype should be padded to, so that few shapes occur; none where any number is as fast.
+
+    Whole pieces of `ROWS`, and of more where rows are many: from 16 pieces on eight lengths an octave.
+    """
+    if dtype != HALF and not onednn_is_faster():
+        return rows
+    piece = ROWS
+    while rows > 16 * piece:
+        piece *= 2
+    return -(-rows // piece) * piece
 
 
 @functools.cache

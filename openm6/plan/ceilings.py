@@ -40,7 +40,8 @@ class Way(Config):
     processes: that share a step; parts: seconds of a part in one of them, all at work at once.
     A few short runs anchor the sums: a step takes `stretch` times the parts' time, `step` seconds and `code` for each
     learned token that is no text, and draws `watts`; a run takes `process` bytes, `gap` times the bytes that its parts
-    account for, and `word_bytes` and `code_bytes` for each learned token of text and of all else.
+    account for, `word_bytes` and `code_bytes` for each learned token of text and of all else, and `expert_bytes` for
+    each process where there are experts: kernels of products, which come for each number of rows.
     """
 
     processes: int
@@ -53,6 +54,7 @@ class Way(Config):
     gap: float = 1.0
     word_bytes: float = 0.0
     code_bytes: float = 0.0
+    expert_bytes: float = 0.0
 
 
 class TrainingRates(Config):

@@ -98,7 +98,13 @@ def measured_budget(
     else:
         states, step = _resident_bytes(config, vocabulary, stored, tier, load, setting.processes)
     added = step * way.gap + load.words * way.word_bytes + load.codes * way.code_bytes
-    return DeviceBudget(states * way.gap, added, 0.0, way.process, 0.0, round(load.tokens))
+    fixed = way.process + expert_processes(config, setting.processes) * way.expert_bytes
+    return DeviceBudget(states * way.gap, added, 0.0, fixed, 0.0, round(load.tokens))
+
+
+def expert_processes(config: BackboneConfig, processes: int) -> int:
+    """Of so many processes those in which experts are at work."""
+    return processes if config.experts is not None else 0
 
 
 def measured_growth(

@@ -87,3 +87,15 @@ def test_the_losses_take_no_notice_of_the_rows_that_fill_up():
     wanted = torch.randint(0, 12, (7, 3))
     ours = grouped_cross_entropy(states, heads, wanted, 0.1)
     same_gradients(ours, grouped_cross_entropy_reference(states, heads, wanted, 0.1), [states, heads])
+
+
+def test_many_rows_come_to_few_lengths(library):
+    lengths = {ops.filled_up(rows, torch.float32) for rows in range(1, 4 * 16 * ops.ROWS + 1)}
+    if library == "MKL":
+        assert len(lengths) == 4 * 16 * ops.ROWS
+        assert ops.filled_up(7, torch.bfloat16) == ops.ROWS
+        return
+    assert len(lengths) == 16 + 2 * 8
+    assert all(length % ops.ROWS == 0 for length in lengths)
+    for rows in (0, 1, ops.ROWS, 600, 5000):
+        assert rows <= ops.filled_up(rows, torch.float32) < max(1.13 * rows, rows + ops.ROWS)
