@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openm6.base.energy.ledger import Work
 from openm6.base.errors import ConfigError
+from openm6.base.log import get_log
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.delink import Moments, delink_moments
 from openm6.checkpoint.load import load_model, load_optimizer
@@ -65,7 +66,11 @@ class Updater:
         self.rate_scale = 1.0  # a hook's factor on the learning rate
         self._build()
         self.device = self.parameters[0].device
-        settle_precision(config.precision, self.device)  # refuses what this device cannot do
+        settled = settle_precision(config.precision, self.device)
+        if settled == "bf16-products" != config.precision:
+            get_log().info(
+                "large products run in bf16, as this processor is fast at it (loop.precision=auto)"
+            )
 
     def _build(self) -> None:
         groups = self.job.ranks.groups(self.job.parameter_groups())

@@ -88,7 +88,8 @@ def test_an_interval_is_drawn(page: playwright.Page) -> None:
     playwright.expect(page.locator("#state")).to_contain_text("interval", timeout=PATIENCE)
     page.click("#run")
     answered(page)
-    playwright.expect(page.locator("#answer-figure svg")).to_be_visible(timeout=PATIENCE)
+    figure = page.locator("#answer-figure svg[role=img]")  # not the wheel that turns while it is made
+    playwright.expect(figure).to_be_visible(timeout=PATIENCE)
     playwright.expect(page.locator("#answer-figure")).to_contain_text("80%")
 
 
