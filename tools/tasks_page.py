@@ -64,8 +64,13 @@ def row(task: Task) -> tuple[str, ...]:
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table."""
     cells = [list(head), *map(list, rows)]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
+    lines = ["| " + " | ".join(map(_escaped, line)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "---|" * len(cells[0]), *lines[1:]]) + "\n"
+
+
+def _escaped(cell: str) -> str:
+    """A cell that stays in its row: a bar or a line break would end it."""
+    return cell.replace("|", "\\|").replace("\n", "\\n")
 
 
 def _metrics(tasks: list[Task]) -> list[str]:

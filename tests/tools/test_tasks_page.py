@@ -24,7 +24,7 @@ def test_every_task_has_one_row_with_its_pair_and_prompt() -> None:
         r"^\| `(\w+)` \| (\w+) \| (\w+) \|.*\| `([^`]+)` \|$", page(TASKS.values()), re.MULTILINE
     )
     assert sorted(rows) == sorted(
-        (task.name, task.reads, task.gives, task.prompts["en"][0]) for task in TASKS.values()
+        (task.name, task.reads, task.gives, task.prompts["en"][0].replace("\n", "\\n")) for task in TASKS.values()
     )
 
 
@@ -45,6 +45,17 @@ def test_what_tasks_name_is_explained() -> None:
 
 def test_a_bar_in_a_prompt_does_not_split_a_cell() -> None:
     assert table(("a", "b"), [("x|y", "z")]).splitlines()[-1] == r"| x\|y | z |"
+
+
+def test_every_row_of_a_table_has_the_cells_of_its_head() -> None:
+    found = re.findall(r"(?:^\|.*\n)+(?:.+\n)*", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(found) == 3
+    for lines in (table.splitlines() for table in found):
+        assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {lines[0].count("|")}
+
+
+def test_a_line_break_in_a_prompt_does_not_end_a_row() -> None:
+    assert table(("a", "b"), [("x\n", "z")]).splitlines()[-1] == r"| x\n | z |"
 
 
 def test_check_tells_a_page_that_is_behind(
