@@ -25,7 +25,6 @@ from openm6.data.records import (
     as_numbers,
     as_series,
     as_text,
-    as_whole_number,
     plain,
 )
 
@@ -37,8 +36,6 @@ class Fields(Config):
     """Record key ← column, such as `image: photo`, `numbers: [price, rating]`; see `docs/own-data.md`."""
 
     id: str | None = None
-    source: str | None = None
-    license: str | None = None
     image: str | None = None
     audio: str | None = None
     text_en: str | None = None
@@ -47,24 +44,25 @@ class Fields(Config):
     tags_zh: str | None = None
     label: str | None = None
     label_zh: str | None = None
-    label_id: str | None = None
     question: str | None = None
     answer: str | None = None
-    choices: str | None = None
     numbers: list[str] | None = None
     extra: list[str] | None = None
 
     def columns(self) -> list[str]:
         """Every column named, in the order of the keys."""
-        named = [column for key in COLUMN_KEYS if (column := getattr(self, key)) is not None]
-        return [*named, *(self.numbers or ()), *(self.extra or ())]
+        return [*self.single().values(), *(self.numbers or ()), *(self.extra or ())]
+
+    def single(self) -> dict[str, str]:
+        """The keys that one column fills, each with its column."""
+        return {key: column for key in COLUMN_KEYS if (column := getattr(self, key, None)) is not None}
 
 
 class RowReader:
     """Turns one row (column → cell) into a record.
 
     Without `fields`, columns with canonical names are read (and `num_names` + `num_values` as numbers); with
-    `fields`, the columns named there, and `id`, `source` and `license` where the table has them.
+    `fields`, the columns named there, and `id` where the table has it.
     """
 
     def __init__(
@@ -92,8 +90,8 @@ class RowReader:
         if fields is None:
             named = {key: key for key in CANONICAL_KEYS if key in columns}
         else:
-            named = {key: key for key in ("id", "source", "license") if key in columns}
-            named |= {key: column for key in COLUMN_KEYS if (column := getattr(fields, key)) is not None}
+            named = {"id": "id"} if "id" in columns else {}
+            named |= fields.single()
         return {key: (column, _converter(key, open_file)) for key, column in named.items()}
 
     def column_of(self, key: str) -> str | None:
@@ -142,7 +140,6 @@ def _converter(key: str, open_file: OpenFile) -> Convert:
     if key in AUDIO_KEYS:
         return lambda value, column: as_bytes(value, column, MAX_AUDIO_BYTES, open_file)
     others: dict[str, Convert] = {
-        "label_id": as_whole_number,
         "numbers": as_numbers,
         "series": as_series,
         "extra": _as_extra,

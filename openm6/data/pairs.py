@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from openm6.base.config import nearest
 from openm6.base.errors import DataError
-from openm6.data.records import CANONICAL_KEYS, Record
+from openm6.data.records import CANONICAL_KEYS, TEXT_KEYS, Record
 from openm6.data.shuffle import mix, name_seed
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
 
@@ -93,15 +94,12 @@ class PairsConfig(SourceConfig):
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         """The pairs of one split; see SourceConfig.open."""
-        unknown = [
-            key for key in (self.key, *(self.left_keys or ()), *(self.right_keys or ())) if not _known(key)
-        ]
-        if unknown:
+        for key in (self.key, *(self.left_keys or ()), *(self.right_keys or ())):
+            if key not in CANONICAL_KEYS:
+                raise DataError(f"pairs {name!r}: {key!r} is no record key; {nearest(key, CANONICAL_KEYS)}")
+        if self.key not in TEXT_KEYS:
             raise DataError(
-                f"pairs {name!r}: {unknown[0]!r} is no record key: use one of {', '.join(CANONICAL_KEYS)}"
+                f"pairs {name!r}: key {self.key!r} holds no single text, so records cannot be joined by it: "
+                f"use one of {', '.join(TEXT_KEYS)}"
             )
         return PairSource(name, neighbour(self.left), neighbour(self.right), self)
-
-
-def _known(key: str) -> bool:
-    return key in CANONICAL_KEYS

@@ -13,12 +13,13 @@ from openm6.data.records import CANONICAL_KEYS, Record
 from openm6.tasks.registry import TASKS
 
 CANONICAL_COLUMNS = frozenset(CANONICAL_KEYS) | frozenset(PAIRED_COLUMNS)
-DESCRIBING_COLUMNS = frozenset({"split", "kind", "image_w", "image_h", "audio_sr", "audio_sec"})
+DESCRIBING_COLUMNS = frozenset(
+    {"split", "kind", "image_w", "image_h", "audio_sr", "audio_sec", "label_id", "choices"}
+)
 TEXT_NAMES = ("text", "caption", "title", "description", "sentence", "name", "summary", "body", "content")
 NAMED_KEYS = {
     "question": "question",
     "answer": "answer",
-    "choices": "choices",
     "tags": "tags_en",
     "keywords": "tags_en",
 }

@@ -18,16 +18,16 @@ Record = dict[str, Any]
 """One row of data. Keys that the row does not fill are absent.
 
 `id`, `source`, `license`: str · `image`, `audio`: bytes of a PNG, JPEG, FLAC, Ogg, … file, not yet decoded ·
-`text_en`, `text_zh`, `label`, `label_zh`, `question`, `answer`: str · `label_id`: int ·
-`tags_en`, `tags_zh`, `choices`: list[str] · `numbers`: dict[str, float | None] (None = missing) ·
+`text_en`, `text_zh`, `label`, `label_zh`, `question`, `answer`: str · `tags_en`, `tags_zh`: list[str] ·
+`numbers`: dict[str, float | None] (None = missing) ·
 `series`: dict[str, list[float | None]] · `extra`: dict of anything else.
 """
 
 TEXT_KEYS = ("id", "source", "license", "text_en", "text_zh", "label", "label_zh", "question", "answer")
-LIST_KEYS = ("tags_en", "tags_zh", "choices")
+LIST_KEYS = ("tags_en", "tags_zh")
 IMAGE_KEYS = ("image",)
 AUDIO_KEYS = ("audio",)
-COLUMN_KEYS = (*TEXT_KEYS, *LIST_KEYS, *IMAGE_KEYS, *AUDIO_KEYS, "label_id")
+COLUMN_KEYS = (*TEXT_KEYS, *LIST_KEYS, *IMAGE_KEYS, *AUDIO_KEYS)
 CANONICAL_KEYS = (*COLUMN_KEYS, "numbers", "series", "extra")
 
 MAX_TEXT_BYTES = 1 << 20
@@ -101,14 +101,6 @@ def as_number(value: Any, column: str) -> float | None:
     if math.isinf(number):
         raise DataError(f"column {column!r} holds an infinite value: leave the cell empty instead")
     return number
-
-
-def as_whole_number(value: Any, column: str) -> int | None:
-    """A cell as an int; DataError where it has a fraction."""
-    number = as_number(value, column)
-    if number is not None and number != int(number):
-        raise DataError(f"column {column!r} holds {number}, where a whole number is wanted")
-    return None if number is None else int(number)
 
 
 def as_list(value: Any, column: str) -> list[str] | None:

@@ -55,6 +55,12 @@ def test_unknown_key_names_the_nearest():
         build(Fields, {"text_eng": "title"}, "shop.yaml")
 
 
+@pytest.mark.parametrize("key", ["choices", "label_id", "source", "license"])
+def test_a_key_that_no_task_reads_is_not_accepted(key):
+    with pytest.raises(ConfigError, match=f"unknown key '{key}'"):
+        build(Fields, {"text_en": "title", key: "category"}, "shop.yaml")
+
+
 def test_canonical_columns_need_no_fields():
     row = {
         "text_en": "a",

@@ -20,7 +20,7 @@ def open_jsonl(path: object, **settings: object) -> Source:
 def test_lines_as_records(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     lines = [
-        {"id": "1", "text_en": "cup", "image": "a.png", "numbers": {"price": 2}, "choices": ["a", "b"]},
+        {"id": "1", "text_en": "cup", "image": "a.png", "numbers": {"price": 2}, "tags_en": ["a", "b"]},
         {"id": "2", "text_zh": "猫", "series": {"t": [1, None]}, "extra": {"k": [1]}},
     ]
     path = tmp_path / "x.jsonl"

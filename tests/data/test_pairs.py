@@ -22,7 +22,7 @@ def test_a_written_digit_meets_a_spoken_one():
         record = pairs[index]
         assert record["image"] and record["audio"]
         written, spoken = record["id"].split(" + ")
-        assert written.startswith("digits/") and int(spoken.rsplit("_", 1)[1]) == record["label_id"]
+        assert written.startswith("digits/") and float(spoken.rsplit("_", 1)[1]) == record["numbers"]["digit"]
         assert record["extra"]["spoken_language"] in ("en", "zh")
         assert (
             "Debian" not in record["license"] and "CC-BY" in record["license"] and "CC0" in record["license"]
@@ -76,7 +76,14 @@ def test_keys_can_be_chosen():
 
 @pytest.mark.parametrize(
     "settings, reason",
-    [({"key": "labl"}, "no record key"), ({"key": "answer"}, "no 'answer' of 'left' is found")],
+    [
+        ({"key": "labl"}, "no record key; did you mean 'label'"),
+        ({"left_keys": ["imag"]}, "no record key; did you mean 'image'"),
+        ({"key": "tags_en"}, "key 'tags_en' holds no single text, so records cannot be joined by it: use one of"),
+        ({"key": "numbers"}, "key 'numbers' holds no single text"),
+        ({"key": "image"}, "key 'image' holds no single text"),
+        ({"key": "answer"}, "no 'answer' of 'left' is found"),
+    ],
 )
 def test_keys_that_join_nothing(settings, reason):
     with pytest.raises(DataError, match=reason):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from openm6.base.errors import DataError
 from openm6.data import records
-from openm6.data.records import as_bytes, as_list, as_number, as_numbers, as_series, as_text, as_whole_number
+from openm6.data.records import as_bytes, as_list, as_number, as_numbers, as_series, as_text
 
 
 def no_files(name: str, limit: int) -> bytes:
@@ -59,12 +59,6 @@ def test_not_a_number(cell):
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_number_survives_its_text(value):
     assert as_number(repr(value), "x") == value
-
-
-def test_whole_number():
-    assert as_whole_number("4", "x") == 4
-    with pytest.raises(DataError, match="whole"):
-        as_whole_number(4.5, "x")
 
 
 def test_lists():
