@@ -7,7 +7,6 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from openm6.base.errors import DataError
 from openm6.data.folder import AUDIO_ENDINGS, IMAGE_ENDINGS
 from openm6.data.records import MISSING_WORDS, as_number, is_missing
 from openm6.data.split import TEST_WORDS, TRAIN_WORDS
+from openm6.data.times import is_date
 
 Kind = Literal[
     "picture",
@@ -119,7 +119,7 @@ def _fits(kind: Kind, cell: Any) -> bool:
     if kind == "number":
         return _is_number(cell)
     if kind == "date":
-        return isinstance(cell, (datetime, date)) or (isinstance(cell, str) and _is_date(cell))
+        return is_date(cell)
     if kind in ("list", "mapping"):
         return isinstance(cell, list if kind == "list" else Mapping)
     return isinstance(cell, (str, int, float, bool, Decimal))
@@ -144,14 +144,6 @@ def _is_number(cell: Any) -> bool:
         return not isinstance(cell, bool) and as_number(cell, "") is not None
     except DataError:
         return False
-
-
-def _is_date(text: str) -> bool:
-    try:
-        datetime.fromisoformat(text.strip())
-    except ValueError:
-        return False
-    return len(text.strip()) >= 8 and not text.strip().isdigit()
 
 
 def _language(texts: Sequence[str]) -> Literal["en", "zh"]:

@@ -28,6 +28,8 @@ SAMPLE = 500  # rows looked at, evenly spread
 DECODED = 200  # pictures and sounds opened
 MAX_PROBLEMS = 20
 CONTEXT, HORIZON = 32, 8
+MIN_SERIES = 40  # rows from which a series is proposed
+TIME_NAMES = frozenset({"time", "date", "datetime", "timestamp", "day", "week", "month", "quarter", "year", "hour", "t"})
 
 
 @dataclass(frozen=True)
@@ -248,16 +250,19 @@ def _decodes(data_set: DataSet, record: Record) -> bool:
 
 
 def _series(data_set: DataSet, path: str) -> DataSet | None:
-    """The same table as windows over time, where it has a column of dates, numbers, and enough rows."""
+    """The same table as windows over time, where it has a column of times, numbers, and enough rows."""
     times = [
         column.name
         for column in data_set.columns
-        if column.kind == "date" and column.distinct == _cells(data_set)
+        if (column.kind == "date" or (column.kind == "number" and column.name.lower() in TIME_NAMES))
+        and column.distinct == _cells(data_set)
     ]
-    numbers = [column.name for column in data_set.columns if column.kind == "number"]
-    if not times or not numbers or data_set.rows < 4 * (CONTEXT + HORIZON):
+    numbers = [column.name for column in data_set.columns if column.kind == "number" and column.name not in times[:1]]
+    if not times or not numbers or data_set.rows < MIN_SERIES:
         return None
-    config = WindowsConfig(path=path, columns=numbers, time=times[0], context=CONTEXT, horizon=HORIZON)
+    horizon = min(HORIZON, data_set.rows // 20)
+    context = CONTEXT * horizon // HORIZON
+    config = WindowsConfig(path=path, columns=numbers, time=times[0], context=context, horizon=horizon)
     series = DataSet(f"{data_set.name}_series", path, config.kind, rows=data_set.rows, sampled=data_set.rows)
     series.source = {"kind": config.kind, **config.model_dump(exclude_none=True)}
     train, test = _open(series, config, "train"), _open(series, config, "test")

@@ -1,4 +1,4 @@
-"""Windows: pieces of a time series cut out of a table, training ones earlier than all test ones."""
+"""Windows: pieces of a time series cut out of a table; what is forecast in testing lies after all that is trained on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from openm6.base.errors import DataError
 from openm6.data.fields import check_columns
@@ -15,6 +15,7 @@ from openm6.data.records import Record, as_number
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
 from openm6.data.table import Table
 from openm6.data.tables import load_table
+from openm6.data.times import parse_times
 
 # Letters: R rows of the table in order of time, C columns, L = context + horizon rows in a window
 
@@ -62,13 +63,15 @@ class _Start:
 class WindowsConfig(SourceConfig):
     """Sliding windows over the number columns of a table (Parquet, CSV or JSONL; `embedded:NAME` too).
 
-    Split by time: in each group the last `test_share` of the rows make the test windows; none crosses over.
+    Split by time: in each group the last `test_share` of the rows are forecast by test windows, whose context may
+    reach back into the training rows; training windows hold training rows alone.
     """
 
     kind: Literal["windows"] = "windows"
     path: str
     columns: list[str]
     time: str | None = None  # the column to sort by; the order of the table where not given
+    time_format: str | None = None  # such as "%m/%d/%Y", for dates that can be read in two ways
     group: str | None = None  # one series per value of this column; windows never cross groups
     context: int = Field(default=32, ge=1, le=65536)
     horizon: int = Field(default=8, ge=1, le=65536)
@@ -81,6 +84,12 @@ class WindowsConfig(SourceConfig):
         if not columns or len(set(columns)) != len(columns):
             raise ValueError("columns must name at least one column, each once")
         return columns
+
+    @model_validator(mode="after")
+    def _format_has_a_column(self) -> WindowsConfig:
+        if self.time_format is not None and self.time is None:
+            raise ValueError("time_format says how the column `time` is written: name that column, too")
+        return self
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         """The windows of one split; see SourceConfig.open."""
@@ -103,22 +112,27 @@ class WindowsConfig(SourceConfig):
 
     def _groups(self, table: Table) -> list[np.ndarray]:
         """Row numbers of each group in order of time."""
-        times = None if self.time is None else table.column(self.time)
-        if times is not None and any(time is None or time == "" for time in times):
-            raise DataError(
-                f"{self.path}: the time column {self.time!r} has empty cells: fill or drop those rows"
-            )
         groups: dict[Any, list[int]] = defaultdict(list)
         for row, value in enumerate(table.column(self.group) if self.group else [None] * len(table)):
             groups[value].append(row)
-        if times is None:
+        if self.time is None:
             return [np.array(rows) for rows in groups.values()]
+        times = parse_times(table.column(self.time), self.time, self.path, self.time_format)
+        for rows in groups.values():
+            if 1 < len({times[row] for row in rows}) <= len(rows) / 2:
+                raise DataError(
+                    f"{self.path}: most times in column {self.time!r} occur more than once: name the column that tells "
+                    "the series apart as `group`, or leave `time` out to keep the order of the table"
+                )
         return [np.array(sorted(rows, key=times.__getitem__)) for rows in groups.values()]
 
     def _windows(self, table: Table, values: np.ndarray, rows: np.ndarray, split: Split) -> list[_Start]:
         length = self.context + self.horizon
         border = len(rows) - round(len(rows) * self.test_share)
-        first, last = (0, border - length) if split == "train" else (border, len(rows) - length)
+        if split == "train":
+            first, last = 0, border - length
+        else:
+            first, last = max(0, border - self.context), len(rows) - length
         starts = []
         for begin in range(first, last + 1, self.stride):
             covered = rows[begin : begin + length]

@@ -127,6 +127,29 @@ def test_a_series(tmp_path):
     assert recipe_of(inspection).sources["w_series"].columns == ["rain", "wind"]
 
 
+def test_a_series_of_months(tmp_path):
+    """One number column alone: no task but a forecast suits it."""
+    rows = [f"{1949 + n // 12}-{1 + n % 12:02d},{100 + n}" for n in range(144)]
+    (tmp_path / "air.csv").write_text("Month,Passengers\n" + "\n".join(rows) + "\n")
+    inspection = inspect_path(str(tmp_path / "air.csv"))
+    assert tasks_of(inspection, "air") == [] and tasks_of(inspection, "air_series") == ["forecast"]
+    source = recipe_of(inspection).sources["air_series"]
+    assert (source.columns, source.time, source.context, source.horizon) == (["Passengers"], "Month", 28, 7)
+
+
+def test_a_series_counted_by_a_number(tmp_path):
+    (tmp_path / "x.csv").write_text("t,load\n" + "".join(f"{n},{n % 7}\n" for n in range(200)))
+    source = recipe_of(inspect_path(str(tmp_path / "x.csv"))).sources["x_series"]
+    assert (source.columns, source.time, source.context, source.horizon) == (["load"], "t", 32, 8)
+
+
+def test_dates_of_two_readings_ask_for_a_format(tmp_path):
+    rows = [f"{1 + n % 12:02d}/{1 + n // 12:02d}/2024,{n}" for n in range(120)]
+    (tmp_path / "x.csv").write_text("day,load\n" + "\n".join(rows) + "\n")
+    with pytest.raises(DataError, match='two ways.* time_format: "%m/%d/%Y"'):
+        inspect_path(str(tmp_path / "x.csv")).usable_recipe()
+
+
 def test_a_text_that_tells_its_label_is_no_task(tmp_path):
     rows = [f"the {kind} ware number {n},{kind}" for n in range(30) for kind in ("red", "blue")]
     (tmp_path / "t.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
