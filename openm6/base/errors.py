@@ -13,6 +13,10 @@ class DataError(OpenM6Error):
     """Input that is missing, broken, out of bounds or lacks a column."""
 
 
+class MissingFieldError(DataError):
+    """A record without a field that a task needs: it is skipped for that task, and not broken."""
+
+
 class CheckpointError(OpenM6Error):
     """A checkpoint that is missing, incomplete, of another shape, or could not be written."""
 

@@ -10,12 +10,15 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from openm6.base.config import Config
-from openm6.base.errors import ConfigError, DataError
+from openm6.base.errors import ConfigError, DataError, MissingFieldError, TrainingError
 from openm6.data.lanes import Lane, Lanes, merge, own_lanes
 from openm6.data.mixture import Draw
 from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine
 from openm6.modalities.sequence import Batch, Sequence, collate
+
+
+ENOUGH = 200  # draws in a row without an example, before they are a reason to stop
 
 
 class PackingConfig(Config):
@@ -52,9 +55,10 @@ class Packer:
         self.config = config
         self.quarantine = quarantine
         self.rank, self.size = rank, size
-        self._made: dict[
-            int, Sequence
-        ] = {}  # by serial, of the draws that wait: what they become, kept to save time
+        # By serial, of the draws that wait: what they become, kept to save time.
+        self._made: dict[int, Sequence] = {}
+        # By component: draws since the last that became an example.
+        self._fruitless = [0] * len(preparer.mixture.components)
         self._begin(_number_of_lanes(config, size))
 
     def _begin(self, count: int) -> None:
@@ -111,7 +115,11 @@ class Packer:
         return rows
 
     def _sequence(self, draw: Draw) -> Sequence | None:
-        """The draw as tokens; None where it is broken, which the quarantine notes."""
+        """The draw as tokens; None where it is broken or its task does not apply, which the quarantine counts.
+
+        Raises:
+            TrainingError: no record of any component has become an example, each of them drawn for an epoch.
+        """
         try:
             sequence = self.preparer.sequence(draw)
             if len(sequence) > self.config.length:
@@ -119,19 +127,42 @@ class Packer:
                     f"{len(sequence)} tokens do not fit a row of {self.config.length}: "
                     "raise packing.length or shorten it"
                 )
+        except MissingFieldError as error:
+            self.quarantine.skip(self.preparer.mixture.components[draw.component].key)
+            self._note_fruitless(draw, error)
+            return None
         except DataError as error:
             self.quarantine.add(*self.preparer.name(draw), error)
+            self._note_fruitless(draw, error)
             return None
+        self._fruitless[draw.component] = 0
         return sequence
+
+    def _note_fruitless(self, draw: Draw, reason: DataError) -> None:
+        """Or packing would search forever for the first record that can be used."""
+        self._fruitless[draw.component] += 1
+        components = self.preparer.mixture.components
+        if all(
+            count >= max(ENOUGH, len(component.source))
+            for count, component in zip(self._fruitless, components, strict=True)
+        ):
+            raise TrainingError(
+                f"no record of {', '.join(component.key for component in components)} can be used; the last one: {reason}"
+            )
 
 
 def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:
     """The cursor of the whole run from those of its ranks' packers."""
-    counts: Counter[str] = Counter()
-    for state in states:
-        counts.update(state["quarantine"]["counts"])
-    seen = sum(state["quarantine"]["seen"] for state in states)
-    return {**merge(states), "quarantine": {"seen": seen, "counts": dict(counts)}}
+    kept = [state["quarantine"] for state in states]
+    counts, skipped = Counter[str](), Counter[str]()
+    for one in kept:
+        counts.update(one["counts"])
+        skipped.update(one.get("not_applicable", {}))
+    seen = sum(one["seen"] for one in kept)
+    return {
+        **merge(states),
+        "quarantine": {"seen": seen, "counts": dict(counts), "not_applicable": dict(skipped)},
+    }
 
 
 def _number_of_lanes(config: PackingConfig, size: int) -> int:

@@ -1,4 +1,7 @@
-"""Broken records set aside with their reasons; a few are counted, too many stop the run."""
+"""Broken records set aside with their reasons; a few are counted, too many stop the run.
+
+A record that lacks a field that its task needs is not broken: it is skipped for that task and counted apart.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,7 @@ class Quarantine:
         self._listed = _listed_in(path)
         self.seen = 0
         self.counts: Counter[str] = Counter()  # source -> broken records, again each time one is drawn
+        self.not_applicable: Counter[str] = Counter()  # source/task -> records skipped, neither seen nor broken
 
     @property
     def total(self) -> int:
@@ -47,6 +51,11 @@ class Quarantine:
         """Counts records that were read well."""
         with self._lock:
             self.seen += count
+
+    def skip(self, component: str) -> None:
+        """Count a record that lacks a field that the task of `component` needs."""
+        with self._lock:
+            self.not_applicable[component] += 1
 
     def add(self, source: str, record_id: str, reason: object) -> None:
         """Sets a record aside; it counts as seen.
@@ -70,13 +79,18 @@ class Quarantine:
     def state(self) -> dict[str, Any]:
         """The counts, as JSON-able values."""
         with self._lock:
-            return {"seen": self.seen, "counts": dict(self.counts)}
+            return {
+                "seen": self.seen,
+                "counts": dict(self.counts),
+                "not_applicable": dict(self.not_applicable),
+            }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes back to counts that `state` gave; the file keeps what it lists."""
         with self._lock:
             self.seen = int(state["seen"])
-            self.counts = Counter({str(name): int(count) for name, count in state["counts"].items()})
+            self.counts = Counter(state["counts"])
+            self.not_applicable = Counter(state.get("not_applicable", {}))
 
     def _list(self, source: str, record_id: str, reason: str) -> None:
         if self._path is None or (source, record_id) in self._listed or len(self._listed) >= MAX_LISTED:

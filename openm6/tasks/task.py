@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.base.errors import ConfigError, DataError
+from openm6.base.errors import ConfigError, MissingFieldError
 from openm6.modalities.interface import Part
 
 Record = dict[str, Any]
@@ -106,11 +106,11 @@ class Task:
         """The record as an example; the generator draws language, prompt and whatever the slots leave open.
 
         Raises:
-            DataError: the record lacks a field that the task needs (in `language`, where one is given).
+            MissingFieldError: the record lacks a field that the task needs (in `language`, where one is given).
         """
         languages = [found for found in self.languages(record) if language in (None, found)]
         if not languages:
-            raise DataError(
+            raise MissingFieldError(
                 f"record {record.get('id')!r} lacks a field that task {self.name} needs: map it or choose another"
             )
         language = languages[int(rng.integers(len(languages)))]

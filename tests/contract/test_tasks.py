@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from openm6.base.errors import ConfigError, DataError
+from openm6.base.errors import ConfigError, DataError, MissingFieldError
 from openm6.data.prepare import example_sequence, with_others
 from openm6.data.records import Record
 from openm6.data.source import Source
@@ -111,7 +111,7 @@ def test_an_example_follows_from_record_and_generator(task: Task) -> None:
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_an_empty_record_is_refused(task: Task) -> None:
-    with pytest.raises(DataError, match=f"'r1' lacks a field that task {task.name} needs"):
+    with pytest.raises(MissingFieldError, match=f"'r1' lacks a field that task {task.name} needs"):
         task.example({"id": "r1"}, np.random.default_rng(0))
 
 

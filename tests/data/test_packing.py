@@ -12,7 +12,7 @@ import torch
 
 from openm6.base.errors import TrainingError
 from openm6.data.mixture import Component, Draw, Mixture
-from openm6.data.packing import Packer, PackingConfig
+from openm6.data.packing import Packer, PackingConfig, merge_cursors
 from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine
 from openm6.modalities.sequence import Batch, Sequence
@@ -138,6 +138,46 @@ def test_only_broken_records_stop_instead_of_searching_forever() -> None:
     made = packer([None, None], quarantine=Quarantine(limit=0.05, minimum=20))
     with pytest.raises(TrainingError, match="100.0% of the records are broken"):
         batches(made, 1)
+
+
+def test_a_record_that_lacks_a_field_is_skipped_not_broken(tmp_path: Path) -> None:
+    """A third has no answer: that would be far above the limit of broken records."""
+    records = texts(30)
+    for record in records[::3]:
+        assert record is not None
+        del record["answer"]
+    quarantine = Quarantine(tmp_path / "q.jsonl", limit=0.05, minimum=20)
+    made = packer(records, quarantine=quarantine)
+    found = batches(made, 20)
+    assert {answer for batch in found for answer in answers(batch)} == {f"{n}." for n in range(30) if n % 3}
+    skipped = quarantine.not_applicable["first/answer"]
+    assert quarantine.total == 0 and not (tmp_path / "q.jsonl").exists()
+    assert made.preparer.mixture.state()["serial"] == quarantine.seen + skipped + len(made.waiting)
+    assert skipped == pytest.approx(quarantine.seen / 2, abs=8)
+    fresh = packer(records)
+    fresh.restore(json.loads(json.dumps(found[-1].cursor)))
+    assert fresh.quarantine.not_applicable == quarantine.not_applicable
+
+
+def test_counts_of_ranks_are_added_up() -> None:
+    one = packer(texts(9, broken=(1,)))
+    list(itertools.islice(one.batches(), 3))
+    one.quarantine.skip("first/answer")
+    merged = merge_cursors([one.state(), one.state()])["quarantine"]
+    assert merged["not_applicable"] == {"first/answer": 2}
+    assert merged["counts"] == {"first": 2 * one.quarantine.total} and merged["seen"] == 2 * one.quarantine.seen
+
+
+@pytest.mark.parametrize("record", [None, {"id": "r", "text_en": "no question"}], ids=["broken", "lacking"])
+def test_records_of_which_none_can_be_used_end_the_search(record: dict | None) -> None:
+    made = packer([record] * 3, quarantine=Quarantine(limit=1.0), second=[record])
+    with pytest.raises(TrainingError, match="no record of first/answer, second/answer can be used; the last one: "):
+        batches(made, 1)
+
+
+def test_one_usable_source_beside_an_unusable_one_goes_on() -> None:
+    made = packer([None] * 3, quarantine=Quarantine(limit=1.0), second=texts(5))
+    assert len(batches(made, 60)) == 60
 
 
 def test_counts_survive_a_restart() -> None:
