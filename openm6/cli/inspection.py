@@ -47,7 +47,7 @@ def _show_data_set(data_set: DataSet, console: Console) -> None:
     if data_set.columns:
         console.print(_columns(data_set))
     if data_set.unused:
-        console.print(Text(f"not used: {', '.join(data_set.unused)}"))
+        console.print(Text(f"no task reads: {', '.join(data_set.unused)}"))
     _show_problems(data_set, console)
     console.print(Text(f"tasks: {', '.join(data_set.tasks) or 'none'}\n"))
 

@@ -94,6 +94,13 @@ class RowReader:
             named |= fields.single()
         return {key: (column, _converter(key, open_file)) for key, column in named.items()}
 
+    def keys_of(self, column: str) -> list[str]:
+        """The keys that a column fills; a column of `extra` is known by its own name."""
+        keys = [key for key, (own, _) in self._single.items() if own == column]
+        if column in self._numbers or (self._paired and column in PAIRED_COLUMNS):
+            keys.append("numbers")
+        return [*keys, column] if column in self._extra else keys
+
     def column_of(self, key: str) -> str | None:
         """The column that fills `key`, if one column does."""
         return self._single[key][0] if key in self._single else None

@@ -20,16 +20,20 @@ from openm6.data.source import Source, SourceConfig, Split
 from openm6.data.storage import is_remote
 from openm6.data.table import Table, TableConfig, UnreadableRowError
 from openm6.data.tables import TABLE_ENDINGS, load_table, table_config
+from openm6.data.usage import unused_columns
 from openm6.data.windows import WindowsConfig
 from openm6.modalities.image import read_image
 from openm6.modalities.sound import read_sound
+from openm6.tasks.registry import TASKS
 
 SAMPLE = 500  # rows looked at, evenly spread
 DECODED = 200  # pictures and sounds opened
 MAX_PROBLEMS = 20
 CONTEXT, HORIZON = 32, 8
 MIN_SERIES = 40  # rows from which a series is proposed
-TIME_NAMES = frozenset({"time", "date", "datetime", "timestamp", "day", "week", "month", "quarter", "year", "hour", "t"})
+TIME_NAMES = frozenset(
+    {"time", "date", "datetime", "timestamp", "day", "week", "month", "quarter", "year", "hour", "t"}
+)
 
 
 @dataclass(frozen=True)
@@ -151,10 +155,11 @@ def look_at_table(path: str, test_path: str | None) -> list[DataSet]:
     fields = None if canonical else propose_fields(data_set.columns)
     proposed = config.model_copy(update={"fields": fields, "test_path": test_path})
     _try_source(data_set, proposed)
-    used = set(table.names) if fields is None else {*fields.columns(), "id", "source", "license", "split"}
-    data_set.unused = [name for name in table.names if name not in used]
     series = _series(data_set, path)
-    return [data_set] if series is None else [data_set, series]
+    if series is None:
+        return [data_set]
+    data_set.unused = [name for name in data_set.unused if name not in _columns_of(series)]
+    return [data_set, series]
 
 
 def look_at_folder(path: str) -> list[DataSet]:
@@ -198,6 +203,8 @@ def _try_source(data_set: DataSet, config: TableConfig | FolderConfig) -> list[R
     data_set.train, data_set.test = len(train or ()), len(test or ())
     records = [record for source in (train, test) if source is not None for record in _read(data_set, source)]
     data_set.tasks = propose_tasks(records)
+    if train is not None:
+        data_set.unused = unused_columns(train, records, [TASKS[name] for name in data_set.tasks])
     return records
 
 
@@ -257,7 +264,9 @@ def _series(data_set: DataSet, path: str) -> DataSet | None:
         if (column.kind == "date" or (column.kind == "number" and column.name.lower() in TIME_NAMES))
         and column.distinct == _cells(data_set)
     ]
-    numbers = [column.name for column in data_set.columns if column.kind == "number" and column.name not in times[:1]]
+    numbers = [
+        column.name for column in data_set.columns if column.kind == "number" and column.name not in times[:1]
+    ]
     if not times or not numbers or data_set.rows < MIN_SERIES:
         return None
     horizon = min(HORIZON, data_set.rows // 20)
@@ -269,6 +278,10 @@ def _series(data_set: DataSet, path: str) -> DataSet | None:
     series.train, series.test = len(train or ()), len(test or ())
     series.tasks = ["forecast"] if train is not None else []
     return series
+
+
+def _columns_of(series: DataSet) -> set[str]:
+    return {*series.source["columns"], series.source["time"]} if series.tasks else set()
 
 
 def _cells(data_set: DataSet) -> int:

@@ -17,7 +17,6 @@ from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine
 from openm6.modalities.sequence import Batch, Sequence, collate
 
-
 ENOUGH = 200  # draws in a row without an example, before they are a reason to stop
 
 
@@ -146,9 +145,8 @@ class Packer:
             count >= max(ENOUGH, len(component.source))
             for count, component in zip(self._fruitless, components, strict=True)
         ):
-            raise TrainingError(
-                f"no record of {', '.join(component.key for component in components)} can be used; the last one: {reason}"
-            )
+            names = ", ".join(component.key for component in components)
+            raise TrainingError(f"no record of {names} can be used; the last one: {reason}")
 
 
 def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:

@@ -35,7 +35,9 @@ class Quarantine:
         self._listed = _listed_in(path)
         self.seen = 0
         self.counts: Counter[str] = Counter()  # source -> broken records, again each time one is drawn
-        self.not_applicable: Counter[str] = Counter()  # source/task -> records skipped, neither seen nor broken
+        self.not_applicable: Counter[str] = (
+            Counter()
+        )  # source/task -> records skipped, neither seen nor broken
 
     @property
     def total(self) -> int:

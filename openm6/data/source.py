@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 from openm6.base.config import Config
@@ -20,6 +21,8 @@ class Source(ABC):
     """
 
     name: str
+    columns: Mapping[str, Sequence[str]] = MappingProxyType({})
+    """The columns of a user's table, each with the keys that it fills: none where it is not read."""
 
     @abstractmethod
     def __len__(self) -> int: ...

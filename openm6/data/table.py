@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -84,8 +85,16 @@ class ArrowTable(Table):
 class TableSource(Source):
     """The rows of a table that belong to one split, read through a RowReader."""
 
-    def __init__(self, name: str, table: Table, reader: RowReader, rows: np.ndarray) -> None:
+    def __init__(
+        self,
+        name: str,
+        table: Table,
+        reader: RowReader,
+        rows: np.ndarray,
+        columns: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
         self.name = name
+        self.columns = columns
         self._table = table
         self._reader = reader
         self._rows = rows
@@ -137,9 +146,17 @@ class TableConfig(SourceConfig):
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         """The rows of one split, as TableConfig's fields describe; see SourceConfig.open."""
         path = self.test_path if self.test_path is not None and split == "test" else self.path
-        table = self.load(path, lambda names: self._needed(names, path))
+        names: list[str] = []
+
+        def choose(found: Sequence[str]) -> list[str]:
+            names.extend(found)
+            return self._needed(found, path)
+
+        table = self.load(path, choose)
         reader = RowReader(table.names, self.fields, TableFolder(path), path)
-        return TableSource(name, table, reader, self._rows(table, split)[: self.limit])
+        splitting = {self._split_column(names), self.test_by}
+        columns = {column: reader.keys_of(column) for column in names if column not in splitting}
+        return TableSource(name, table, reader, self._rows(table, split)[: self.limit], columns)
 
     def _needed(self, names: Sequence[str], path: str) -> list[str]:
         reader = RowReader(names, self.fields, TableFolder(path), path)

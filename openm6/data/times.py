@@ -32,7 +32,9 @@ _DATES = (
 )
 _MONTHS = ("%Y-%m", "%Y/%m", "%m/%Y", "%m.%Y", "%m-%Y", "%b %Y", "%b-%Y", "%B %Y", "%H:%M", "%H:%M:%S")
 FORMATS = (*(day + clock for day in _DATES for clock in _CLOCKS), *_MONTHS)
-_DOTTED_MONTH = re.compile(r"(0[1-9]|1[0-2])\.(1[89]|2[01])\d\d")  # 01.2024, which as a number would sort by month
+_DOTTED_MONTH = re.compile(
+    r"(0[1-9]|1[0-2])\.(1[89]|2[01])\d\d"
+)  # 01.2024, which as a number would sort by month
 _YEAR = re.compile(r"\d{4}")
 _QUARTER = re.compile(r"(\d{4})[- ]?Q([1-4])")
 
@@ -56,7 +58,9 @@ def parse_times(cells: Sequence[Any], column: str, where: str, time_format: str 
             f"{where}: the time column {column!r} holds {type(cells[0]).__name__} values, which need no time_format: "
             "leave it out"
         )
-    return _one_clock([_number(cell, column, where) for cell in cells], cells, f"{where}: the time column {column!r}")
+    return _one_clock(
+        [_number(cell, column, where) for cell in cells], cells, f"{where}: the time column {column!r}"
+    )
 
 
 def is_date(cell: Any) -> bool:
@@ -137,7 +141,12 @@ def _by_format(text: str, row: int, where: str, time_format: str) -> float:
 
 def _no_time(texts: Sequence[str], where: str) -> str:
     """What to say of a column that no form parses: the first cell that the most fitting form does not."""
-    forms: list[Parse] = [_plain_number, _iso, _quarter, *(partial(_strptime, time_format=name) for name in FORMATS)]
+    forms: list[Parse] = [
+        _plain_number,
+        _iso,
+        _quarter,
+        *(partial(_strptime, time_format=name) for name in FORMATS),
+    ]
     best = max(forms, key=lambda parse: sum(_all_parse([text], parse) for text in texts[:TRIED]))
     row = next((row for row, text in enumerate(texts) if not _all_parse([text], best)), 0)
     return (

@@ -1,4 +1,4 @@
-"""Windows: pieces of a time series cut out of a table; what is forecast in testing lies after all that is trained on."""
+"""Windows: pieces of a time series cut out of a table; what is tested on lies after what is trained on."""
 
 from __future__ import annotations
 

@@ -55,11 +55,11 @@ from openm6.train.held_out import pack_held_out
 from openm6.train.job import Job, StepResult
 from openm6.train.metering import gpus_of
 from openm6.train.recipe import MultimodalRecipe
+from openm6.train.source_check import check_sources
 from openm6.train.step import seed_everything
 
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
 PART_TOKENS = 256  # fewer are not worth a process: each part costs some milliseconds whatever it holds
-LOOKED_AT = 20  # first records of a source in which a task must find what it needs
 SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
 
 
@@ -86,7 +86,7 @@ class MultimodalJob(Job):
         if self.omni.pool is not None:
             self.omni.pool.gather = open_gather()
         self.attribution = Attribution(self.omni)
-        _check_lessons(recipe, sources)
+        check_sources(recipe, sources)
         components = [
             Component(source=sources[lecture.source], task=lecture.task, weight=lecture.weight)
             for lecture in recipe.mixture
@@ -265,29 +265,6 @@ def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> ModelDesc
         sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},
         judge=recipe.judge.model_dump(mode="json"),
     )
-
-
-def _check_lessons(recipe: MultimodalRecipe, sources: dict[str, Source]) -> None:
-    """Raises ConfigError or DataError where a task finds nothing it needs in the first records of its source."""
-    for lecture in recipe.mixture:
-        source, task = sources[lecture.source], TASKS[lecture.task]
-        broken: list[DataError] = []
-        first = min(LOOKED_AT, len(source))
-        for index in range(first):
-            try:
-                if task.languages(source[index]):
-                    break
-            except DataError as error:
-                broken.append(error)
-        else:
-            if len(broken) == first:
-                raise DataError(
-                    f"the first {first} records of source {lecture.source!r} are broken: {broken[0]}"
-                )
-            raise ConfigError(
-                f"task {task.name} finds nothing to read in source {lecture.source!r}: "
-                f"map the fields it needs ({task.summary}), or choose another task"
-            )
 
 
 def _texts(source: Source, record_index: int) -> Iterator[str]:

@@ -12,9 +12,14 @@ import yaml
 from openm6.base.config import build
 from openm6.base.errors import DataError
 from openm6.data.inspect import Inspection, inspect_path
+from openm6.data.mixture import Component, Mixture
+from openm6.data.packing import Packer, PackingConfig
+from openm6.data.prepare import Preparer
+from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
 from openm6.train.recipe import MultimodalRecipe
 from tests.data.pictures import png, wav
+from tests.small_model import modalities
 
 
 def recipe_of(inspection: Inspection) -> MultimodalRecipe:
@@ -78,6 +83,23 @@ def test_a_shop_with_troubles(shop):
     )
     assert recipe_of(inspection).sources["shop"].kind == "csv"
     json.dumps(asdict(inspection))
+
+
+def test_a_recipe_for_captions_of_which_a_third_is_missing_can_be_packed(tmp_path):
+    """What is proposed must not stop on the way: a record without a caption is not broken."""
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [f"a.png,{'' if n % 3 == 0 else f'a thing that has the number {n}'}" for n in range(90)]
+    (tmp_path / "x.csv").write_text("photo,caption\n" + "\n".join(rows) + "\n")
+    inspection = inspect_path(str(tmp_path / "x.csv"))
+    assert "describe_picture" in tasks_of(inspection, "x") and not inspection.data_sets[0].broken
+    recipe = recipe_of(inspection)
+    sources = open_sources(recipe.sources, "train")
+    parts = [Component(source=sources[part.source], task=part.task) for part in recipe.mixture]
+    quarantine = Quarantine(limit=recipe.max_broken, minimum=50)
+    packer = Packer(Preparer(Mixture(parts, 0), modalities(), 0, {}), PackingConfig(rows=1), quarantine)
+    while quarantine.seen < 60:
+        next(packer.batches())
+    assert quarantine.not_applicable["x/describe_picture"] > 5 and quarantine.total == 0
 
 
 def test_a_folder_of_tables_with_test_parts(tmp_path):

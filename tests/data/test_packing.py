@@ -165,13 +165,17 @@ def test_counts_of_ranks_are_added_up() -> None:
     one.quarantine.skip("first/answer")
     merged = merge_cursors([one.state(), one.state()])["quarantine"]
     assert merged["not_applicable"] == {"first/answer": 2}
-    assert merged["counts"] == {"first": 2 * one.quarantine.total} and merged["seen"] == 2 * one.quarantine.seen
+    assert (
+        merged["counts"] == {"first": 2 * one.quarantine.total} and merged["seen"] == 2 * one.quarantine.seen
+    )
 
 
 @pytest.mark.parametrize("record", [None, {"id": "r", "text_en": "no question"}], ids=["broken", "lacking"])
 def test_records_of_which_none_can_be_used_end_the_search(record: dict | None) -> None:
     made = packer([record] * 3, quarantine=Quarantine(limit=1.0), second=[record])
-    with pytest.raises(TrainingError, match="no record of first/answer, second/answer can be used; the last one: "):
+    with pytest.raises(
+        TrainingError, match="no record of first/answer, second/answer can be used; the last one: "
+    ):
         batches(made, 1)
 
 

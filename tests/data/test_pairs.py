@@ -79,7 +79,10 @@ def test_keys_can_be_chosen():
     [
         ({"key": "labl"}, "no record key; did you mean 'label'"),
         ({"left_keys": ["imag"]}, "no record key; did you mean 'image'"),
-        ({"key": "tags_en"}, "key 'tags_en' holds no single text, so records cannot be joined by it: use one of"),
+        (
+            {"key": "tags_en"},
+            "key 'tags_en' holds no single text, so records cannot be joined by it: use one of",
+        ),
         ({"key": "numbers"}, "key 'numbers' holds no single text"),
         ({"key": "image"}, "key 'image' holds no single text"),
         ({"key": "answer"}, "no 'answer' of 'left' is found"),

@@ -49,8 +49,14 @@ def test_every_form_gives_back_its_own_times(time_format: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "cells", [["1950-12", "1950-02", "1949-11"], ["Dec 1950", "Feb 1950", "Nov 1949"], ["12.1950", "02.1950", "11.1949"], ["1950Q4", "1950-Q1", "1949Q3"]]
-)  # fmt: skip
+    "cells",
+    [
+        ["1950-12", "1950-02", "1949-11"],
+        ["Dec 1950", "Feb 1950", "Nov 1949"],
+        ["12.1950", "02.1950", "11.1949"],
+        ["1950Q4", "1950-Q1", "1949Q3"],
+    ],
+)
 def test_months_and_quarters(cells: list[str]) -> None:
     assert np.argsort(parse(cells)).tolist() == [2, 1, 0]
 
@@ -76,7 +82,11 @@ def test_months_before_days_or_after_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("cells", "time_format", "sentence"),
     [
-        (["2024-01-01", "2024-01-02", "soon"], None, "holds 'soon' in row 2, which is not a number or date like"),
+        (
+            ["2024-01-01", "2024-01-02", "soon"],
+            None,
+            "holds 'soon' in row 2, which is not a number or date like",
+        ),
         (["1", "2", "x"], None, "holds 'x' in row 2"),
         (["13/01/2024", "01/13/2024"], None, 'such as time_format: "%m/%d/%Y"'),
         (["1/1/24", "x"], "%m/%d/%y", "holds 'x' in row 1, which time_format '%m/%d/%y' does not fit"),

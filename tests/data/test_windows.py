@@ -68,7 +68,9 @@ def test_dates_that_can_be_read_in_two_ways_need_a_format(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("t,v\n" + "".join(f"{1 + n % 12:02d}/{1 + n // 12:02d}/2024,{n}\n" for n in range(120)))
     settings = {"path": str(path), "columns": ["v"], "time": "t", "context": 4, "horizon": 2}
-    with pytest.raises(DataError, match='t.csv: the time column .* two ways.* time_format: "%m/%d/%Y" to the source'):
+    with pytest.raises(
+        DataError, match='t.csv: the time column .* two ways.* time_format: "%m/%d/%Y" to the source'
+    ):
         open_windows(**settings)
     assert open_windows(**settings, time_format="%d/%m/%Y")[0]["series"]["v"] == [0, 1, 2, 3, 4, 5]
     assert open_windows(**settings, time_format="%m/%d/%Y")[0]["series"]["v"] == [0, 12, 24, 36, 48, 60]
@@ -78,7 +80,9 @@ def test_several_series_in_one_table_are_not_mixed(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("day,shop,v\n" + "".join(f"{n // 2},{'ab'[n % 2]},{n}\n" for n in range(120)))
     settings = {"path": str(path), "columns": ["v"], "time": "day", "context": 4, "horizon": 2}
-    with pytest.raises(DataError, match="occur more than once: name the column that tells the series apart as `group`"):
+    with pytest.raises(
+        DataError, match="occur more than once: name the column that tells the series apart as `group`"
+    ):
         open_windows(**settings)
     assert open_windows(**settings, group="shop")[0]["series"]["v"] == [0, 2, 4, 6, 8, 10]
 

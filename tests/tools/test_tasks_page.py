@@ -24,7 +24,8 @@ def test_every_task_has_one_row_with_its_pair_and_prompt() -> None:
         r"^\| `(\w+)` \| (\w+) \| (\w+) \|.*\| `([^`]+)` \|$", page(TASKS.values()), re.MULTILINE
     )
     assert sorted(rows) == sorted(
-        (task.name, task.reads, task.gives, task.prompts["en"][0].replace("\n", "\\n")) for task in TASKS.values()
+        (task.name, task.reads, task.gives, task.prompts["en"][0].replace("\n", "\\n"))
+        for task in TASKS.values()
     )
 
 
@@ -50,7 +51,7 @@ def test_a_bar_in_a_prompt_does_not_split_a_cell() -> None:
 def test_every_row_of_a_table_has_the_cells_of_its_head() -> None:
     found = re.findall(r"(?:^\|.*\n)+(?:.+\n)*", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(found) == 3
-    for lines in (table.splitlines() for table in found):
+    for lines in map(str.splitlines, found):
         assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {lines[0].count("|")}
 
 

@@ -271,7 +271,8 @@ def test_a_source_that_is_broken_from_the_start_says_why(tmp_path: Path) -> None
         "mixture": [{"source": "mine", "task": "classify_text"}],
     }
     with pytest.raises(
-        OpenM6Error, match=r"first 20 records of source 'mine' are broken: .*'text_en' is not UTF-8"
+        OpenM6Error,
+        match=r"all of the 20 records looked at in source 'mine' are broken: .*'text_en' is not UTF-8",
     ):
         train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
 
