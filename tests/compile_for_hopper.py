@@ -7,6 +7,8 @@ What the interpreter cannot see shows here: types that do not fit, too much shar
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 import subprocess
@@ -18,13 +20,35 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
 from openm6.ops.kernels import activation, loss, plan, rows
-from openm6.optim.kernels import adamw
+from openm6.optim.blocks import LEVELS, SPARSE, STEPS
+from openm6.optim.kernels import adamw, factored
+
+PACKAGE = Path(__file__).parent.parent / "openm6"
 
 HOPPER = GPUTarget("cuda", 90, 32)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-HALF, WIDE, LONG, INT, NUMBER = "*bf16", "*fp32", "*i64", "*i32", "i32"
+HALF, WIDE, LONG, INT, BYTE, NUMBER = "*bf16", "*fp32", "*i64", "*i32", "*i8", "i32"
+UNEVEN = "i32 "  # a number that need not be a multiple of 16: a width of 24 makes the compiler take another way
+
+TILE = [factored.ROWS, factored.COLUMNS]
+
+
+def factored_cases(number: str) -> dict[str, tuple[Any, list[Any], int]]:
+    """The four kernels of the factored update, for sizes that are multiples of 16 or not."""
+    sums = [HALF, INT, WIDE, WIDE, WIDE, number, number, *TILE]
+    means = [HALF, INT, *[WIDE] * 4, INT, number, number, number]  # gradient to num_columns
+    levels = [64, LEVELS, SPARSE, STEPS]
+    name = "uneven" if number == UNEVEN else "even"
+    return {
+        f"factored statistics, {name}": (factored.statistics, sums, factored.WARPS),
+        f"factored sizes, {name}": (factored.sizes, sums, factored.WARPS),
+        f"factored bf16, {name}": (factored.apply_bf16, [HALF, *means, *TILE], factored.WARPS),
+        f"factored int8, {name}": (factored.apply_int8, [BYTE, BYTE, *means, *levels, *TILE], factored.WARPS),
+    }
+
 
 # Kernel, types of its arguments in order (a number: a constant), warps. Sizes are those of the two H100 configurations.
 KERNELS: dict[str, tuple[Any, list[Any], int]] = {
@@ -43,20 +67,46 @@ KERNELS: dict[str, tuple[Any, list[Any], int]] = {
         8,
     ),
     "adamw fp32": (adamw.adamw_kernel, [WIDE] * 4 + [WIDE, WIDE, LONG, NUMBER, *["fp32"] * 3, 2048, 0], 8),
+    **factored_cases(NUMBER),
+    **factored_cases(UNEVEN),
 }
+
+
+def kernels_of_the_package() -> dict[str, JITFunction]:
+    """Every kernel in `openm6` by its full name; a function that returns a value is a part of kernels, not one."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if "@triton.jit" not in path.read_text(encoding="utf-8"):
+            continue
+        module = importlib.import_module(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
+        for name, value in vars(module).items():
+            if isinstance(value, JITFunction) and value.__module__ == module.__name__ and not returns(value):
+                found[f"{module.__name__}.{name}"] = value
+    return found
+
+
+def returns(function: JITFunction) -> bool:
+    """Whether it returns a value, which a kernel cannot."""
+    return any(isinstance(node, ast.Return) and node.value for node in ast.walk(ast.parse(function.src)))
+
+
+def without_case(kernels: dict[str, JITFunction]) -> list[str]:
+    """Names of those that `KERNELS` does not compile."""
+    covered = [kernel for kernel, _, _ in KERNELS.values()]
+    return sorted(name for name, kernel in kernels.items() if not any(kernel is one for one in covered))
 
 
 def compile_kernel(kernel: Any, types: list[Any], warps: int) -> dict[str, Any]:
     """Shared bytes, registers a thread, spilled bytes, and whether loads are 16 bytes wide and products on wgmma."""
     names = kernel.arg_names
     signature = {
-        name: kind if isinstance(kind, str) else "constexpr" for name, kind in zip(names, types, strict=True)
+        name: kind.strip() if isinstance(kind, str) else "constexpr" for name, kind in zip(names, types, strict=True)
     }
     constants = {(place,): kind for place, kind in enumerate(types) if not isinstance(kind, str)}
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, kind in enumerate(types)
-        if isinstance(kind, str) and kind != "fp32"
+        if isinstance(kind, str) and kind not in ("fp32", UNEVEN)
     }
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=HOPPER, options={"num_warps": warps})
@@ -87,9 +137,9 @@ def registers(binary: bytes) -> dict[str, int]:
 
 
 def main() -> int:
-    sys.stdout.write(
-        json.dumps({name: compile_kernel(*parts) for name, parts in KERNELS.items()}, indent=2) + "\n"
-    )
+    compiled = {name: compile_kernel(*parts) for name, parts in KERNELS.items()}
+    found = {"kernels": compiled, "without a case": without_case(kernels_of_the_package())}
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
     return 0
 
 

@@ -4,15 +4,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from openm6.base.triton_door import TRITON, kernels
 from openm6.optim.factored import TINY, follow_means, row_mean
 from openm6.optim.pieces import WHOLE, Piece
 from openm6.optim.rounding import matrix_keys
@@ -20,13 +17,10 @@ from openm6.optim.rounding import matrix_keys
 
 def available(gradient: Tensor) -> bool:
     """Whether the kernels can run on this tensor; TRITON_INTERPRET=1 lets them run on a processor, for tests."""
-    if (
-        not gradient.numel()
-    ):  # no rows of a matrix lie here: the plain form says to other ranks what they wait for
+    if not gradient.numel():
+        # No rows of a matrix lie here: the plain form says to other ranks what they wait for.
         return False
-    if not (gradient.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return False
-    return importlib.util.find_spec("triton") is not None
+    return TRITON and (gradient.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def update_bf16(
@@ -40,7 +34,7 @@ def update_bf16(
 ) -> None:
     """Moves bf16 weights E R C; slots as in `FactoredRule`, all with the axis E."""
     numbers = _prepare(stored, gradient, rate, decay, key, allowed, piece)
-    _kernels().move_bf16(stored["weight"], gradient, numbers, piece.rows(gradient.shape[1])[0])
+    kernels("optim.factored").move_bf16(stored["weight"], gradient, numbers, piece.rows(gradient.shape[1])[0])
 
 
 def update_int8(
@@ -54,7 +48,7 @@ def update_int8(
 ) -> None:
     """Moves int8 weights E R C and their exponents; slots as in `BlockRule`."""
     numbers = _prepare(stored, gradient, rate, decay, key, allowed, piece)
-    _kernels().move_int8(
+    kernels("optim.factored").move_int8(
         stored["weight"], stored["exponent"], gradient, numbers, piece.rows(gradient.shape[1])[0]
     )
 
@@ -69,10 +63,10 @@ def _prepare(
     piece: Piece,
 ) -> tuple[Tensor, ...]:
     """Follows the moments; gives allowed, inverse_row, inverse_column, rates, kept and keys for the last kernel."""
-    kernels = _kernels()
+    ours = kernels("optim.factored")
     row, column = stored["row_var"], stored["col_var"]
     usable = allowed.to(torch.int32)
-    row_sum, column_sum, largest = kernels.gradient_sums(gradient, usable)
+    row_sum, column_sum, largest = ours.gradient_sums(gradient, usable)
     matrices, _, num_columns = gradient.shape
     _, num_rows = piece.rows(gradient.shape[1])  # of whole matrices
     active = largest > 0
@@ -83,7 +77,7 @@ def _prepare(
     follow_means(*means, active, row, column, stored["count"])
     inverse_row = (row / row_mean(row, piece)).clamp(min=TINY).rsqrt()
     inverse_column = column.clamp(min=TINY).rsqrt()
-    squares = piece.total(kernels.update_squares(gradient, usable, inverse_row, inverse_column))
+    squares = piece.total(ours.update_squares(gradient, usable, inverse_row, inverse_column))
     size = (squares / (num_rows * num_columns)).sqrt().clamp(min=1.0)
     rates = torch.where(active, rate / size, 0.0)
     kept = torch.where(active, 1 - rate * decay, 1.0)
@@ -95,9 +89,3 @@ def _prepare(
         kept,
         matrix_keys(matrices, key, piece.first, gradient.device),
     )
-
-
-@functools.cache
-def _kernels() -> Any:
-    """The one door to Triton: its kernels are only defined where they are going to run."""
-    return importlib.import_module("openm6.optim.factored_kernels")

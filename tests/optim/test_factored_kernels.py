@@ -31,7 +31,9 @@ for tier in (2, 1):
                 gradient[1] = 0
             move = Move(0.003, 0.1, 77 + step, torch.tensor(step < 2))
             assert fused.available(gradient)
+            before = stored[0]["weight"]._version
             rule.update(stored[0], gradient, move)
+            assert stored[0]["weight"]._version > before  # so that autograd notices
             plain = type("Plain", (type(rule),), {"update_fused": lambda *rest: False})
             plain().update(stored[1], gradient, move)
         for name in stored[0]:

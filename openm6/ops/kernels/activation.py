@@ -52,15 +52,17 @@ def swiglu_gate(product: Tensor, gate: Tensor) -> Tensor:
     rows, width = product.shape[0], product.shape[1] // 2
     hidden = torch.empty(rows, width, dtype=product.dtype, device=product.device)
     block = min(BLOCK_F, triton.next_power_of_2(width))
-    forward_kernel[(rows, triton.cdiv(width, block))](product, gate, hidden, width, BLOCK=block)
+    grid = (rows, triton.cdiv(width, block))
+    forward_kernel[grid](product.contiguous(), gate.contiguous(), hidden, width, BLOCK=block)
     return hidden
 
 
 def swiglu_gate_backward(product: Tensor, gate: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """R 2F, R, R F -> gradients of product R 2F and of gate R (fp32)."""
     rows, width = gradient.shape
+    product, gate, gradient = product.contiguous(), gate.contiguous(), gradient.contiguous()
     d_product = torch.empty_like(product)
     d_gate = torch.empty(rows, dtype=torch.float32, device=product.device)
     block = min(BLOCK_F, triton.next_power_of_2(width))
-    backward_kernel[(rows,)](product, gate, gradient.contiguous(), d_product, d_gate, width, BLOCK=block)
+    backward_kernel[(rows,)](product, gate, gradient, d_product, d_gate, width, BLOCK=block)
     return d_product, d_gate

@@ -5,28 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from openm6.optim.kernels.rounding import bits_at, mix, round_bf16
 
 BLOCK_ELEMENTS = 2048
 
 
 @triton.jit
-def mix(x) -> tl.tensor:
-    """A permutation of 32-bit numbers without visible order; its twin is in `optim.rounding`."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
 def round_to(value, bits, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr) -> tl.tensor:
-    """fp32 to DTYPE; where stochastic and bf16, up with the probability of what would be cut off."""
+    """fp32 to DTYPE; if stochastic and bf16, by `round_bf16`."""
     if STOCHASTIC and DTYPE == tl.bfloat16:  # noqa: SIM300 - a constant of the compiler on the left, too
-        # bf16 is the upper half of fp32: 16 random bits added below it carry into it as often as they should.
-        raised = value.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)
-        by_chance = (raised >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        rounded = tl.where(
-            value == value, by_chance, value.to(tl.bfloat16)
-        )  # bits added to a NaN may hide it
+        rounded = round_bf16(value, bits)
     else:
         rounded = value.to(DTYPE)
     return rounded
@@ -71,7 +61,7 @@ def adamw_kernel(
         v = tl.load(second + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         p, m, v = adamw_values(p, g * factor, m, v, numbers, beta1, beta2, epsilon)
         key = mix(tl.load(seed).to(tl.uint32))
-        bits = mix(offset.to(tl.uint32) * 0x9E3779B9 + key)
+        bits = bits_at(offset, key)
         p_kept = round_to(p, bits, parameter.dtype.element_ty, STOCHASTIC)
         v_kept = round_to(v, bits >> 16, second.dtype.element_ty, STOCHASTIC)
         tl.store(parameter + offset, p_kept, mask=inside)
@@ -94,3 +84,4 @@ def adamw_pass(
         parameter, gradient, first, second, numbers, scale, seed, count, *betas, epsilon,
         BLOCK=BLOCK_ELEMENTS, STOCHASTIC=stochastic, num_warps=8,
     )  # fmt: skip
+    increment_version((parameter, first, second))  # autograd does not see what a kernel writes

@@ -47,6 +47,16 @@ def test_gated_swiglu_and_its_adjoint(device, monkeypatch, width, block):
         torch.testing.assert_close(mine, other)
 
 
+def test_gated_swiglu_reads_what_is_not_contiguous(device):
+    product, gate = torch.randn(16, 6, device=device).t(), torch.rand(6, 2, device=device)[:, 0]
+    upstream = torch.randn(8, 6, device=device).t()
+    torch.testing.assert_close(activation.swiglu_gate(product, gate), swiglu_gate_reference(product, gate))
+    ours = activation.swiglu_gate_backward(product, gate, upstream)
+    theirs = swiglu_gate_backward_reference(product, gate, upstream)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 CHOSEN = {
     "spread": (torch.randn(150, 6, generator=torch.Generator().manual_seed(1)).topk(2).indices, 6),
     "one choice": (torch.randint(0, 3, (7, 1), generator=torch.Generator().manual_seed(2)), 3),

@@ -55,3 +55,28 @@ def test_the_gradient_is_scaled(device):
     run_kernel(p, g, m, v, 1.0, 0, False, scale=0.5)
     run_kernel(*other, 1.0, 0, False)
     torch.testing.assert_close(p, other[0])
+
+
+def test_rounding_up_the_largest_weight_stays_finite(device):
+    """The weight rests above the largest bf16, where any random bit would carry it to infinity."""
+    p = torch.full((64,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16, device=device)
+    g, m, v = -torch.ones_like(p), torch.zeros_like(p), torch.zeros_like(p)
+    twin, state = p.clone(), {"step": 1.0, "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    group = {**GROUP, "lr": 5e35, "weight_decay": 0.0}
+    adamw_reference(twin, g, state, group, True, 5)
+    numbers = torch.tensor(rule_numbers(group, 1.0), device=device)
+    scale, seed = torch.ones(1, device=device), torch.tensor([5], device=device)
+    adamw.adamw_pass(p, g, m, v, numbers, scale, seed, GROUP["betas"], GROUP["eps"], True)
+    assert p.isfinite().all()
+    assert torch.equal(p, twin)
+
+
+def test_autograd_notices_that_a_saved_weight_was_moved(device):
+    p, g, m, v = tensors(device, (torch.float32,) * 3)
+    p.requires_grad_()
+    loss = p.square().sum()
+    with torch.no_grad():
+        run_kernel(p, g, m, v, 1.0, 0, False)
+    assert m._version == v._version == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -2,9 +2,6 @@
 
 # Letters: E matrices, R rows, C columns, b weights of an int8 block; programs are (matrix, block of ROWS rows)
 
-# mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, N803 (pointers have no type here, constants are capitals)
-
 from __future__ import annotations
 
 from typing import Any
@@ -13,10 +10,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from openm6.optim.blocks import LEVELS, SPARSE, STEPS, block_length
+from openm6.optim.kernels.rounding import bits_at, round_bf16
 
-ROWS, COLUMNS = 32, 256  # of the tile that one program holds
+# Of the tile that one program holds: with more values a thread, registers spill where a width is no multiple of 16.
+ROWS, COLUMNS, WARPS = 16, 256, 8
+TILE = {"ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": WARPS}
 
 
 @triton.jit
@@ -32,13 +33,7 @@ def _tile(gradient, allowed, matrix, rows, columns, num_rows, num_columns):
 @triton.jit
 def _random_bits(rows, columns, num_columns, key):
     """rounding.random_bits, for one tile."""
-    place = (rows[:, None] * num_columns + columns[None, :]).to(tl.uint32)
-    x = place * 0x9E3779B9 + key.to(tl.uint32, bitcast=True)
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
+    return bits_at(rows[:, None] * num_columns + columns[None, :], key.to(tl.uint32, bitcast=True))
 
 
 @triton.jit
@@ -103,12 +98,7 @@ def apply_bf16(
     old = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
     new = old * tl.load(kept + matrix) - update * tl.load(rates + matrix)
     bits = _random_bits(first_row + rows, columns, num_columns, tl.load(keys + matrix))
-    shifted = (new.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)) & 0xFFFF0000
-    rounded = shifted.to(tl.float32, bitcast=True)
-    largest = 3.3895313892515355e38
-    rounded = tl.minimum(tl.maximum(rounded, -largest), largest)
-    finite = tl.abs(new) < float("inf")  # False for NaN, too
-    tl.store(weight + offsets, tl.where(finite, rounded, new).to(tl.bfloat16), mask=inside)
+    tl.store(weight + offsets, round_bf16(new, bits), mask=inside)
 
 
 @triton.jit
@@ -156,7 +146,7 @@ def gradient_sums(gradient: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, Te
     row_sum, row_largest = (_empty(gradient, matrices, num_rows) for _ in range(2))
     column_sums = _empty(gradient, matrices, blocks, num_columns)
     statistics[(matrices, blocks)](
-        gradient, allowed, row_sum, row_largest, column_sums, num_rows, num_columns, ROWS=ROWS, COLUMNS=COLUMNS
+        gradient, allowed, row_sum, row_largest, column_sums, num_rows, num_columns, **TILE
     )  # fmt: skip
     return row_sum, column_sums.sum(1), row_largest.amax(-1)
 
@@ -167,7 +157,7 @@ def update_squares(gradient: Tensor, allowed: Tensor, inverse_row: Tensor, inver
     blocks = triton.cdiv(num_rows, ROWS)
     sums = _empty(gradient, matrices, blocks)
     sizes[(matrices, blocks)](
-        gradient, allowed, inverse_row, inverse_column, sums, num_rows, num_columns, ROWS=ROWS, COLUMNS=COLUMNS
+        gradient, allowed, inverse_row, inverse_column, sums, num_rows, num_columns, **TILE
     )  # fmt: skip
     return sums.sum(1)
 
@@ -178,8 +168,9 @@ def move_bf16(weight: Tensor, gradient: Tensor, numbers: tuple[Tensor, ...], fir
     `first_row` is the place of the first row here within the whole matrix, which random bits follow.
     """
     apply_bf16[_grid(gradient)](
-        weight, gradient, *numbers, first_row, *gradient.shape[1:], ROWS=ROWS, COLUMNS=COLUMNS
+        weight, gradient, *numbers, first_row, *gradient.shape[1:], **TILE
     )  # fmt: skip
+    increment_version(weight)  # autograd does not see what a kernel writes
 
 
 def move_int8(
@@ -188,8 +179,9 @@ def move_int8(
     """`apply_int8` on all tiles."""
     apply_int8[_grid(gradient)](
         weight, exponent, gradient, *numbers, first_row, *gradient.shape[1:],
-        BLOCK=block_length(gradient.shape[-1]), LEVELS=LEVELS, SPARSE=SPARSE, STEPS=STEPS, ROWS=ROWS, COLUMNS=COLUMNS,
+        BLOCK=block_length(gradient.shape[-1]), LEVELS=LEVELS, SPARSE=SPARSE, STEPS=STEPS, **TILE,
     )  # fmt: skip
+    increment_version((weight, exponent))
 
 
 def _grid(gradient: Tensor) -> tuple[Any, ...]:
