@@ -31,7 +31,9 @@ PACKAGE = Path(__file__).parent.parent / "openm6"
 HOPPER = GPUTarget("cuda", 90, 32)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HALF, WIDE, LONG, INT, BYTE, NUMBER = "*bf16", "*fp32", "*i64", "*i32", "*i8", "i32"
-UNEVEN = "i32 "  # a number that need not be a multiple of 16: a width of 24 makes the compiler take another way
+UNEVEN = (
+    "i32 "  # a number that need not be a multiple of 16: a width of 24 makes the compiler take another way
+)
 
 TILE = [factored.ROWS, factored.COLUMNS]
 
@@ -100,7 +102,8 @@ def compile_kernel(kernel: Any, types: list[Any], warps: int) -> dict[str, Any]:
     """Shared bytes, registers a thread, spilled bytes, and whether loads are 16 bytes wide and products on wgmma."""
     names = kernel.arg_names
     signature = {
-        name: kind.strip() if isinstance(kind, str) else "constexpr" for name, kind in zip(names, types, strict=True)
+        name: kind.strip() if isinstance(kind, str) else "constexpr"
+        for name, kind in zip(names, types, strict=True)
     }
     constants = {(place,): kind for place, kind in enumerate(types) if not isinstance(kind, str)}
     aligned = {

@@ -28,15 +28,12 @@ class Contender:
     step: Callable[[], Tensor]
     parts: Callable[[], Mapping[str, tuple[int, Part]]]
     compilations: Callable[[], int] = lambda: 0
-    forget: Callable[[], None] = lambda: None  # called when the weights move
-    note: Callable[[], str] = lambda: ""
     recompiled: int = 0  # graphs compiled after the warm-up; must stay 0
     timing: Timing = field(default_factory=Timing)
     peak_bytes: int = 0
 
     def move(self, device: torch.device) -> None:
         """Weights and optimizer state to the device or away from it; gradients are dropped."""
-        self.forget()
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(device)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from openm6.bench.contender import Contender, Part, backward_of, own_products_of, update_of
-from openm6.bench.graph import CapturedStep
 from openm6.bench.sizes import Sizes
 from openm6.models.backbone import Backbone, choose_mask, side_loss
 from openm6.models.running import CompiledBlocks
@@ -21,7 +20,6 @@ from openm6.nn.experts import Experts, Router
 from openm6.ops.linear_loss import linear_nats
 from openm6.ops.rotary import rotary_table
 from openm6.ops.sequence import Layout, causal_layout
-from openm6.optim.adamw import AdamW
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.groups import default_groups
 from openm6.optim.registry import build_optimizer
@@ -50,8 +48,8 @@ class Decoder(nn.Module):
         return linear_nats(flat, self.head, label, share)[0]
 
 
-def our_contender(sizes: Sizes, device: torch.device, graph: bool = True) -> Contender:
-    """The decoder with random weights, and one step of it on random words."""
+def our_contender(sizes: Sizes, device: torch.device) -> Contender:
+    """The decoder with random weights, and one step of it on random words, as a training run takes it."""
     torch.manual_seed(0)
     with torch.device(device):
         model = Decoder(sizes)
@@ -63,17 +61,20 @@ def our_contender(sizes: Sizes, device: torch.device, graph: bool = True) -> Con
     layout = causal_layout(sizes.rows, sizes.length, device=device)
 
     run = model.backbone.run_block
-    step = CapturedStep(lambda: model(ids, layout), cast(AdamW, optimizer))
-    if not (graph and device.type == "cuda"):
-        step.note = "not asked for" if device.type == "cuda" else "no GPU"
+
+    def step() -> Tensor:
+        loss = model(ids, layout)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
     return Contender(
         model,
         optimizer,
         step,
         lambda: _parts(model, optimizer, ids, layout),
         compilations=lambda: run.compilations if isinstance(run, CompiledBlocks) else 0,
-        forget=step.forget,
-        note=lambda: f"CUDA graph: {step.note}",
     )
 
 

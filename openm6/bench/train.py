@@ -20,13 +20,10 @@ from openm6.bench.sizes import Sizes, choose_sizes, default_name, peak_tflops
 PEERS = ("transformers", "none")
 
 
-def bench_train(
-    config: str | None, peer: str, seconds: float | None, json: Path | None, graph: bool = True
-) -> dict[str, Any]:
+def bench_train(config: str | None, peer: str, seconds: float | None, json: Path | None) -> dict[str, Any]:
     """Measures both in turn and prints the comparison as JSON.
 
-    config: "a", "fine" or "cpu"; None: the one that fits the device. seconds: after these it prints what it has;
-    graph: whether our step may be one CUDA graph.
+    config: "a", "fine" or "cpu"; None: the one that fits the device. seconds: after these it prints what it has.
 
     Raises:
         ConfigError: no such config or peer.
@@ -45,19 +42,17 @@ def bench_train(
         report.later("ratio", lambda: speed_ratio(report.found["ours"], report.found["peer"]))
         report.update({"device": device_name(device), "config": {"name": name, **sizes.model_dump()}})
         report["torch"] = torch.__version__
-        report["peer_note"] = _open_contenders(contenders, sizes, device, peer, graph)
+        report["peer_note"] = _open_contenders(contenders, sizes, device, peer)
         take_turns(contenders, device, turns, steps, report.deadline)
         for who, contender in contenders.items():
             parts[who] = time_parts(contender, device, report.deadline)
     return report.found
 
 
-def _open_contenders(
-    contenders: dict[str, Contender], sizes: Sizes, device: torch.device, peer: str, graph: bool
-) -> str:
+def _open_contenders(contenders: dict[str, Contender], sizes: Sizes, device: torch.device, peer: str) -> str:
     """Adds both models, parked where they do not fit side by side; gives a word on the peer."""
     away = torch.device("cpu")
-    contenders["ours"] = our_contender(sizes, device, graph)
+    contenders["ours"] = our_contender(sizes, device)
     contenders["ours"].move(away if device.type == "cuda" else device)
     note = "left out, as asked" if peer == "none" else missing_peer()
     if note is None:
@@ -89,7 +84,6 @@ def _figures(
         "peak_memory_gib": round(contender.peak_bytes / 2**30, 2) if contender.peak_bytes else None,
         "breakdown_ms": parts.get(who),
         "step_seconds": contender.timing.summary(),
-        "note": contender.note(),
         "recompilations": contender.recompiled,
         "parameters": sum(parameter.numel() for parameter in contender.model.parameters()),
     }

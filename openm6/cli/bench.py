@@ -46,9 +46,6 @@ Seconds = Annotated[
 ]
 
 
-Graph = Annotated[bool, typer.Option(help="Our step as one CUDA graph, on a GPU.")]
-
-
 @bench_app.command("experts")
 def bench_experts(
     config: Sizes = None,
@@ -72,13 +69,12 @@ def bench_train(
     peer: Peer = "transformers",
     seconds: Seconds = None,
     json: Json = None,
-    graph: Graph = True,
 ) -> None:
     """Tokens a second of a whole training step, and where its time goes.
 
     Example: openm6 bench train --config a --json train.json
     """
-    door("bench train")(config, peer, seconds, json, graph)
+    door("bench train")(config, peer, seconds, json)
 
 
 @bench_app.command("packing")

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
+from openm6.base.log import get_log
 from openm6.nn.block import Block, Context, LayerParts
-from openm6.nn.experts import RouterLoad
+from openm6.nn.experts import Experts, RouterLoad
 from openm6.ops.precision import precision_now
 
 Answer = tuple[Tensor, RouterLoad | None]
@@ -39,25 +39,46 @@ class CompiledBlocks:
     """One compiled graph for all layers of a kind; what is not training (decoding, evaluation) runs plainly.
 
     The graph takes a layer's weights and the masks of a batch as inputs, so neither another layer nor another
-    packing compiles anew; `compilations` counts, that this may be held to.
+    packing compiles anew; `compilations` counts, that this may be held to. Experts are compiled in bf16 alone, and
+    if the compiler fails, all blocks run plainly from then on: `broken`.
     """
 
     def __init__(self, backend: str = "inductor") -> None:
         self.backend = backend
         self.compilations = 0
+        self.broken = False
         self._run = torch.compile(_without_number, backend=self._compile, fullgraph=True, dynamic=False)
 
     def __call__(self, block: Block, parts: LayerParts, x: Tensor, context: Context, layer: int) -> Answer:
-        if not block.training or context.cache is not None:
+        if self.broken or not block.training or context.cache is not None or not _compilable(block, x):
             return run_plainly(block, parts, x, context, layer)
-        y, load = self._run(block, parts, x, context)
+        try:
+            y, load = self._run(block, parts, x, context)
+        except torch._dynamo.exc.TorchDynamoException as error:  # also what the backend raises comes as one
+            self.broken = True
+            cause = getattr(error, "inner_exception", error)
+            reason = str(cause).strip().partition("\n")[0]
+            get_log().warning(
+                f"the compiler failed ({type(cause).__name__}: {reason}), so the blocks run uncompiled and slower; "
+                f"loop.compile=false does not try"
+            )
+            return run_plainly(block, parts, x, context, layer)
         # The layer's number stays outside: as an input it would be compiled in, once a layer.
         return y, None if load is None else replace(load, layer=layer)
 
     def _compile(self, graph: Any, inputs: Any) -> Callable[..., Any]:
         self.compilations += 1
-        compiled: Callable[..., Any] = lookup_backend(self.backend)(graph, inputs)
+        compiled: Callable[..., Any] = torch._dynamo.lookup_backend(self.backend)(graph, inputs)
         return compiled
+
+
+def _compilable(block: Block, x: Tensor) -> bool:
+    """Dense blocks always. With experts in bf16: in any other dtype the grouped product asks for counts on the host."""
+    if not isinstance(block.feed_forward, Experts):
+        return True
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return dtype == torch.bfloat16
 
 
 class RecomputedBlocks:

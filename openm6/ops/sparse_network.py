@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openm6.base.triton_door import kernels, runs_kernels
+from openm6.ops.grouped import check_experts, idle
 
 
 @torch.library.custom_op("openm6::plan_rows", mutates_args=())
@@ -133,6 +134,7 @@ def sparse_network(
     up is E D 2F ([gate | up]) and down E F D, of x's dtype. Without `keep` the gathered rows and the hidden values
     are made again in the backward pass: two cheap passes for R·(D + F) numbers less.
     """
+    check_experts(len(up), x.device)
     choice, slot, ends = plan_rows(chosen, up.shape[0])
     return _SparseNetwork.apply(x, gate, up, down, choice, slot, ends, keep)
 
@@ -161,11 +163,12 @@ class _SparseNetwork(torch.autograd.Function):
         rows, hidden, product, row_gate, up, down, source, slot, ends = ctx.saved_tensors
         if not ctx.keep:
             rows, hidden = gather_rows(rows, source), swiglu_gate(product, row_gate)
+        without_rows = idle(ends.diff(prepend=ends.new_zeros(1)))
         d_answers = gather_rows(gradient.contiguous(), source)  # N D -> R D
         d_hidden = F.grouped_mm(d_answers, down.transpose(1, 2), offs=ends)  # R D -> R F
-        d_down = F.grouped_mm(hidden.t(), d_answers, offs=ends)  # E F D
+        d_down = F.grouped_mm(hidden.t(), d_answers, offs=ends).masked_fill_(without_rows, 0.0)  # E F D
         d_product, d_row_gate = swiglu_gate_backward(product, row_gate, d_hidden)
         d_rows = F.grouped_mm(d_product, up.transpose(1, 2), offs=ends)  # R 2F -> R D
-        d_up = F.grouped_mm(rows.t(), d_product, offs=ends)  # E D 2F
+        d_up = F.grouped_mm(rows.t(), d_product, offs=ends).masked_fill_(without_rows, 0.0)  # E D 2F
         d_gate = d_row_gate.index_select(0, slot.reshape(-1)).view(slot.shape).to(ctx.gate_dtype)
         return sum_rows(d_rows, slot), d_gate, d_up, d_down, None, None, None, None

@@ -19,9 +19,9 @@ from openm6.optim.rounding import random_bits, round_to_bf16
 class AdamW(torch.optim.Optimizer):
     """Moves every parameter by its two moments.
 
-    On a GPU with Triton one kernel a tensor reads and writes each number once. `advance` then puts what changes from
-    step to step on the device and `apply` does the work, so that a captured `apply` can be replayed. Elsewhere, and
-    without stochastic rounding, it is torch's own fused update, bit for bit.
+    On a GPU with Triton one kernel per tensor reads and writes each number once; what changes from step to step lies
+    on the device, so nothing waits. Elsewhere, and without stochastic rounding, it is torch's own fused update, bit
+    for bit.
     """
 
     def __init__(
@@ -59,13 +59,12 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.advance()
-        self.apply()
+        self._advance()
+        self._apply()
         return loss
 
-    @torch.no_grad()
-    def advance(self) -> None:
-        """Counts the step of each parameter that has a gradient and sends its numbers to the device."""
+    def _advance(self) -> None:
+        """Count the step of each parameter that has a gradient and send its numbers to the device."""
         moved = self._moved()
         for parameter, _ in moved:
             state = self._state(parameter)
@@ -75,9 +74,8 @@ class AdamW(torch.optim.Optimizer):
         if on_device:
             self._send(on_device)
 
-    @torch.no_grad()
-    def apply(self) -> None:
-        """The update itself, with the numbers of the last `advance`."""
+    def _apply(self) -> None:
+        """The update itself, with the numbers of the last `_advance`."""
         plain: dict[int, list[Tensor]] = {}
         for parameter, group in self._moved():
             if self._in_kernel(parameter):
@@ -131,7 +129,7 @@ class AdamW(torch.optim.Optimizer):
         return derive_seed(self.seed, "rounding", step, place, *part) % 2**31
 
     def _send(self, moved: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """To the same places on the device each time, for a replayed pass reads them there; nothing waits."""
+        """To the same tensors on the device each time; nothing waits."""
         device, count = moved[0][0].device, len(self._places)
         if self._sent is None or self._sent[0].device != device:
             numbers = torch.zeros(count, 4, device=device)

@@ -67,8 +67,7 @@ class StreamedBlocks:
         self.store, self.rule, self.config, self.sets = store, rule, config, sets
         self._gathered: tuple[int, dict[str, Tensor]] | None = None  # the set that was gathered last
         device = store.device
-        wanted = config.compile is True or (config.compile == "auto" and device.type == "cuda")
-        compiled = wanted and not sets.parted  # no compiler sees through an exchange
+        compiled = config.compile and not sets.parted  # no compiler sees through an exchange
         self._run_block = _compiled_run() if compiled else run_block
         self._step: Step | None = None
         self._moved: set[int] = set()

@@ -18,7 +18,7 @@ class StreamingConfig(Config):
     recompute_every: of so many layers the first's input is kept, the others' are computed again
     boundaries: where those inputs wait for the backward pass
     buffers: sets on the device at a time, besides the resident ones
-    compile: auto: blocks are compiled on a GPU
+    compile: whether blocks are compiled; off until a GPU has shown that compiled streamed blocks are right
     host_gib: most host memory that weights may take; None: what is free, less a tenth
     pin: register host memory with the GPU, without which copies are slow and wait for one another
     """
@@ -28,7 +28,7 @@ class StreamingConfig(Config):
     recompute_every: int = Field(default=1, ge=1)
     boundaries: Literal["device", "host"] = "device"
     buffers: int = Field(default=2, ge=2)
-    compile: bool | Literal["auto"] = "auto"
+    compile: bool = False
     margin_gib: float = Field(default=4.0, ge=0)
     host_gib: float | None = Field(default=None, gt=0)
     pin: bool = True

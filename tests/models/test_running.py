@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
+from openm6.base.log import get_log
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly
@@ -106,6 +109,39 @@ def test_decoding_is_not_compiled(dense_mask):
     with torch.no_grad():
         backbone.eval()(torch.randn(2, 32, 32).bfloat16(), packings()[0])
     assert run.compilations == 0
+
+
+def test_experts_in_fp32_are_not_compiled(dense_mask):
+    """Their product asks the device for counts, which no graph can hold."""
+    backbone = model().float()
+    run = CompiledBlocks(backend="aot_eager")
+    results = []
+    for backbone.run_block in (run_plainly, run):
+        hidden, _ = backbone(torch.ones(2, 32, 32, requires_grad=True), packings()[0])
+        results.append(hidden)
+    torch.testing.assert_close(results[1], results[0])
+    assert run.compilations == 1 and not run.broken  # the dense layer's graph
+
+
+def test_a_compiler_that_fails_is_named_once_and_blocks_run_plainly(dense_mask, monkeypatch, caplog):
+    tried = []
+
+    def failing(self, graph, inputs):
+        tried.append(graph)
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(CompiledBlocks, "_compile", failing)
+    backbone = model()
+    plain = gradients(backbone, packings()[0])
+    backbone.run_block = CompiledBlocks()
+    with caplog.at_level(logging.WARNING, logger=get_log().name):
+        again, *_ = (gradients(backbone, layout) for layout in packings())
+    for ours, theirs in zip(again, plain, strict=True):
+        assert torch.equal(ours, theirs)
+    assert len(tried) == 1
+    (record,) = caplog.records
+    assert "Failed to find C compiler" in record.message and "loop.compile=false" in record.message
+    assert "\n" not in record.message
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -12,6 +12,7 @@ from openm6.nn import experts as module
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.exchange import LocalExchange, LocalParcel
 from openm6.nn.experts import Experts, Router, Routing
+from openm6.ops.sparse_network import sparse_network
 
 WIDTH = 16
 
@@ -82,8 +83,56 @@ def test_values_and_gradients_equal_the_loop(name):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["top-2", "top-2 as they are", "prototypes", "shared"])
+WITHOUT_DROPS = ["top-2", "top-2 as they are", "prototypes", "shared"]
+
+
+def run_both_ways(name: str, monkeypatch, device: torch.device, dtype: torch.dtype) -> list[list[Tensor]]:
+    """Output and gradients of a layer as pieces, then as the one step that a GPU takes, which must have been taken."""
+    experts, router = (
+        part.to(device, dtype) for part in make(ExpertsConfig(hidden=24, num_experts=6, **VARIANTS[name]))
+    )
+    x = torch.randn(2, 9, WIDTH, device=device, dtype=dtype, requires_grad=True)
+    valid, upstream = torch.ones(2, 9, dtype=torch.bool, device=device), torch.randn_like(x)
+    leaves, results, taken = [x, *experts.parameters(), router.weight], [], []
+
+    def one_step(*parts):
+        taken.append(True)
+        return sparse_network(*parts)
+
+    monkeypatch.setattr(module, "by_expert", lambda x: False)
+    monkeypatch.setattr(module, "sparse_network", one_step)
+    for at_once in (False, True):
+        monkeypatch.setattr(module, "runs_at_once", lambda *_, choice=at_once: choice)
+        y, _ = experts(x, router, valid, LocalExchange(), 0)
+        results.append([y, *torch.autograd.grad(y, leaves, upstream)])
+        assert bool(taken) is at_once
+    return results
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["in plain torch", "in Triton's interpreter"])
+@pytest.mark.parametrize("name", WITHOUT_DROPS)
+def test_the_one_step_of_a_gpu_gives_what_the_pieces_give(name, kernels, monkeypatch):
+    if kernels:
+        pytest.importorskip("triton", reason="Triton is not installed")
+        monkeypatch.setattr("openm6.ops.sparse_network.runs_kernels", lambda x: True)
+    for pieces, one_step in zip(
+        *run_both_ways(name, monkeypatch, torch.device("cpu"), torch.float32), strict=True
+    ):
+        torch.testing.assert_close(one_step, pieces, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", WITHOUT_DROPS)
 def test_one_step_on_a_gpu_gives_what_the_pieces_give(name, monkeypatch):
+    pairs = zip(*run_both_ways(name, monkeypatch, torch.device("cuda"), torch.bfloat16), strict=True)
+    for pieces, one_step in pairs:
+        assert (one_step - pieces).float().norm() <= 0.02 * pieces.float().norm()
+
+
+@pytest.mark.parametrize("name", WITHOUT_DROPS)
+def test_one_expert_after_the_other_gives_what_the_pieces_give(name, monkeypatch):
+    """As a processor takes a layer of many rows."""
     experts, router = make(ExpertsConfig(hidden=24, num_experts=6, **VARIANTS[name]))
     x, valid = torch.randn(2, 9, WIDTH, requires_grad=True), torch.ones(2, 9, dtype=torch.bool)
     leaves, upstream = [x, *experts.parameters(), router.weight], torch.randn(2, 9, WIDTH)

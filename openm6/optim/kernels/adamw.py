@@ -15,7 +15,7 @@ BLOCK_ELEMENTS = 2048
 @triton.jit
 def round_to(value, bits, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr) -> tl.tensor:
     """fp32 to DTYPE; if stochastic and bf16, by `round_bf16`."""
-    if STOCHASTIC and DTYPE == tl.bfloat16:  # noqa: SIM300 - a constant of the compiler on the left, too
+    if STOCHASTIC and DTYPE == tl.bfloat16:  # noqa: SIM108, SIM300 - the compiler chooses a branch
         rounded = round_bf16(value, bits)
     else:
         rounded = value.to(DTYPE)
@@ -77,7 +77,7 @@ def adamw_pass(
     """Updates parameter and moments in place; all four contiguous and of one shape.
 
     numbers: 4 in fp32, as `adamw_values` reads them; scale: 1, a factor on the gradient; seed: 1, int64. The three
-    are on the device, so that a captured step can be replayed with new ones.
+    are on the device, so that nothing waits for them.
     """
     count = parameter.numel()
     adamw_kernel[(triton.cdiv(count, BLOCK_ELEMENTS),)](
