@@ -107,18 +107,34 @@ def _other(language: str) -> str:
 
 @dataclass(frozen=True)
 class TextWithHoles(Text):
-    """The text with some words (Chinese: characters) left out, each run of them marked by one gap."""
+    """The text without `share` of its words (Chinese: characters), in runs of about `run`; a gap marks each run."""
 
     share: float = 0.15
+    run: int = 3
 
     def parts(self, record: Record, scene: Scene) -> list[Part]:
         text = as_text(localised(record, self.name, scene.language))
         chinese = scene.language == "zh"
         units = list(text) if chinese else text.split(" ")
-        lost = max(1, round(self.share * len(units)))
-        start = int(scene.rng.integers(0, max(1, len(units) - lost + 1)))
-        units[start : start + lost] = [GAP]
-        return [Part("text", ("" if chinese else " ").join(units))]
+        kept: list[str] = []
+        stop = 0
+        for start, end in self._runs(len(units), scene):
+            kept += [*units[stop:start], GAP]
+            stop = end
+        return [Part("text", ("" if chinese else " ").join([*kept, *units[stop:]]))]
+
+    def _runs(self, count: int, scene: Scene) -> list[tuple[int, int]]:
+        """Start and end of each run, in order and a word or more apart (arXiv 1910.10683, section 3.3.4)."""
+        lost = max(1, round(self.share * count))
+        runs = max(1, round(lost / self.run))
+        lengths = [lost // runs + (number < lost % runs) for number in range(runs)]
+        # Each run starts at a word of its own among the `count - lost` words that stay, or after the last of them.
+        places = sorted(scene.rng.choice(count - lost + 1, runs, replace=False).tolist())
+        before = [sum(lengths[:number]) for number in range(runs)]
+        return [
+            (place + gone, place + gone + length)
+            for place, gone, length in zip(places, before, lengths, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from openm6.modalities.text import GAP
 from openm6.tasks.registry import TASKS
-from openm6.tasks.slots import localised
+from openm6.tasks.slots import TextWithHoles, localised
+from openm6.tasks.task import Scene
 
 RECORD = {
     "id": "1",
@@ -50,3 +52,23 @@ def test_a_spoken_word_fits_the_picture_exactly_where_the_answer_says_so() -> No
         assert sound == (b"own" if example.answer in ("yes", "是") else b"other")
         seen.add(example.answer)
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("count", [1, 2, 7, 20, 100, 400])
+def test_a_text_with_holes_lacks_a_share_of_its_words_in_short_runs(language: str, count: int) -> None:
+    words = [f"w{n}" if language == "en" else chr(0x4E00 + n) for n in range(count)]
+    joint = " " if language == "en" else ""
+    first_runs = set()
+    for seed in range(20):
+        scene = Scene(language, np.random.default_rng(seed), train=True)
+        (part,) = TextWithHoles("text").parts({f"text_{language}": joint.join(words)}, scene)
+        pieces = part.raw.split(GAP)
+        kept = [piece.split() if language == "en" else list(piece) for piece in pieces]
+        assert len(pieces) - 1 == max(1, round(0.05 * count)), "runs of about three words"
+        assert sum(map(len, kept)) == count - max(1, round(0.15 * count))
+        assert all(kept[1:-1]), "two gaps side by side would be one run"
+        places = [words.index(word) for piece in kept for word in piece]
+        assert places == sorted(places), "what stays is the text, in its order"
+        first_runs.add(len(kept[0]))
+    assert count < 7 or len(first_runs) > 3
