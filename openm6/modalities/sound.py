@@ -218,7 +218,7 @@ def _augmented(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     count, mels = frames.shape
     warp = rng.uniform(0.85, 1.18)
     tempo = rng.uniform(0.8, 1.25)
-    rows = np.clip(np.arange(int(count / tempo)) * tempo, 0, count - 1)
+    rows = np.clip(np.arange(max(1, int(count / tempo))) * tempo, 0, count - 1)
     columns = np.clip(np.arange(mels) * warp, 0, mels - 1)
     changed = _sampled(_sampled(frames, rows).T, columns).T
     changed = changed + rng.normal(0, 0.25) + rng.normal(0, 0.08, changed.shape)

@@ -77,11 +77,11 @@ class Layout:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Between processes as arrays: torch would open a file for each tensor.
-        return _layout_of_arrays, tuple(part.numpy() for part in self.parts())
+        return _layout_of_arrays, (self.causal, *(part.numpy() for part in self.parts()))
 
 
-def _layout_of_arrays(*arrays: np.ndarray) -> Layout:
-    return Layout(*(torch.from_numpy(array) for array in arrays))
+def _layout_of_arrays(causal: bool, *arrays: np.ndarray) -> Layout:
+    return Layout(*(torch.from_numpy(array) for array in arrays), causal=causal)
 
 
 def causal_layout(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from multiprocessing import Pipe
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
@@ -121,3 +123,12 @@ def test_a_causal_layout_says_so_and_others_do_not():
     layout = causal_layout(2, 5)
     assert layout.causal and layout.to("cpu").causal
     assert not layout.narrow(0, 3).causal and not join([layout, layout]).causal
+
+
+@pytest.mark.parametrize("layout", [causal_layout(2, 5), padding_layout(2, 5)], ids=["causal", "padding"])
+def test_a_layout_goes_to_another_process_whole(layout: Layout) -> None:
+    reader, writer = Pipe(duplex=False)
+    writer.send(layout)
+    found = reader.recv()
+    assert found.causal == layout.causal
+    assert all(torch.equal(a, b) for a, b in zip(found.parts(), layout.parts(), strict=True))
