@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,18 +26,16 @@ class Draw:
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """A source read through a task, with its weight in the mixture; `options` are the task's own."""
+    """A source read through a task, with its weight in the mixture."""
 
     source: Source
     task: str
     weight: float = 1.0
-    options: Mapping[str, Any] = field(default_factory=dict)
-    name: str = ""
 
     @property
     def key(self) -> str:
         """The name by which the mixture's state knows the component."""
-        return self.name or f"{self.source.name}/{self.task}"
+        return f"{self.source.name}/{self.task}"
 
 
 class Mixture:
@@ -133,4 +131,4 @@ def _check(components: Sequence[Component]) -> None:
                 f"{component.key} has weight {component.weight}: give a number above 0 or leave it out"
             )
         if keys.count(component.key) > 1:
-            raise DataError(f"two parts of the mixture are called {component.key!r}: give one of them a name")
+            raise DataError(f"the mixture holds {component.key} twice: add up the weights")

@@ -75,7 +75,6 @@ class Packer:
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to a place that `merge_cursors` put together; a number of lanes that still fits is kept."""
         self._made.clear()
-        state = _with_lanes(state)
         if state["count"] >= self.size and self.config.rows % state["count"] == 0:
             self._begin(state["count"])
         else:
@@ -171,11 +170,3 @@ def _number_of_lanes(config: PackingConfig, size: int) -> int:
             f"raise packing.rows to a multiple of {size}"
         )
     return lanes
-
-
-def _with_lanes(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of version 0.1, which knew no lanes, as that of a single one."""
-    if "lanes" in state:
-        return state
-    lane = {"next": state["mixture"]["serial"], "waiting": state["waiting"]}
-    return {**state, "count": 1, "lanes": {"0": lane}}

@@ -255,10 +255,6 @@ class Histogram:
         """Central interval that should hold `coverage` of the truths.  # M, M"""
         return self.quantile((1 - coverage) / 2), self.quantile((1 + coverage) / 2)
 
-    def sample(self, rng: np.random.Generator) -> np.ndarray:
-        """One draw of each distribution.  # M"""
-        return self.quantile(rng.random(len(self.probability)))
-
     def crps(self, truth: np.ndarray) -> np.ndarray:
         """Continuous ranked probability score in the column's units, by quantile losses at 1 … 99 %.  # M"""
         shares = np.arange(0.01, 1.0, 0.02)

@@ -33,7 +33,7 @@ class ModelDescription(Config):
     modalities: ModalitiesConfig
     scales: dict[str, tuple[float, float]]
     lessons: list[Lesson]
-    embedding: PoolConfig | None = None  # None: made no embeddings, as all models before 0.2
+    embedding: PoolConfig | None = None  # None: no task taught it to make embeddings
     sources: dict[str, Any] = {}  # where the lessons' records came from, as in the recipe
     judge: dict[str, Any] = {}  # how to judge it, as in the recipe
 

@@ -88,8 +88,3 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot go back to {length} tokens: the cache holds {self.length}")
         self.length = length
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps the given rows, in that order and as often as named; for dropping finished ones or branching."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.layout = Layout(*(part[rows] for part in self.layout.parts()))

@@ -102,7 +102,7 @@ def test_changed_data_is_noticed(change):
         (components([0]), "no records"),
         (components([1], [0.0]), "weight 0.0"),
         (components([1], [float("nan")]), "weight nan"),
-        (components([1]) * 2, "give one of them a name"),
+        (components([1]) * 2, "holds s0/t twice: add up the weights"),
     ],
 )
 def test_mixtures_that_cannot_be(parts, reason):

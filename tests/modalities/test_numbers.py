@@ -172,14 +172,6 @@ def test_crps_against_its_definition(histogram: Histogram, truth: float) -> None
     assert histogram.crps(np.array([truth]))[0] == pytest.approx(direct, rel=0.02)
 
 
-def test_samples_follow_the_distribution(histogram: Histogram) -> None:
-    many = Histogram(np.repeat(histogram.probability, 4000, 0), np.tile([[10.0, 3.0]], (4000, 1)))
-    draws = many.sample(np.random.default_rng(1))
-    assert draws.mean() == pytest.approx(histogram.mean()[0], abs=0.2)
-    for share in (0.1, 0.6, 0.9):
-        assert np.quantile(draws, share) == pytest.approx(histogram.quantile(share)[0], abs=0.2)
-
-
 def test_a_certain_histogram() -> None:
     probability = np.zeros((1, BINS))
     probability[0, BINS // 2] = 1

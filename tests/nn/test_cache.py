@@ -1,4 +1,4 @@
-"""The key-value cache by itself: writing, going back, choosing rows, and its bounds."""
+"""The key-value cache by itself: writing, going back, and its bounds."""
 
 from __future__ import annotations
 
@@ -34,15 +34,6 @@ def test_truncate_makes_room_again():
     cache.truncate(2)
     layout = cache.extend(causal_layout(2, 1, start=9))
     assert layout.order[1].tolist() == [0, 1, 9]
-
-
-def test_select_repeats_and_drops_rows():
-    cache = make(batch=3)
-    cache.extend(causal_layout(3, 2))
-    cache.write(0, torch.arange(3.0).view(3, 1, 1, 1).expand(3, 2, 2, 4), torch.zeros(3, 2, 2, 4))
-    cache.select(torch.tensor([2, 2, 0, 1]))
-    assert cache.keys[0, :, 0, 0, 0].tolist() == [2, 2, 0, 1]
-    assert cache.layout.batch == 4
 
 
 def test_unwritten_places_are_padding():
