@@ -12,6 +12,7 @@ from openm6.generate.text import write
 from openm6.modalities.interface import Part, Tokens, line
 from openm6.modalities.registry import source_pieces
 from openm6.modalities.sequence import collate, lay_out
+from openm6.modalities.text import HOLE, START, Text, TextAdapter
 from tests.small_model import demo_sources, loaded, modalities
 
 STEPS = 12
@@ -81,13 +82,28 @@ def test_seeds_matter_only_where_something_is_drawn(model: Loaded, prompts: list
     assert len({answers(1.0, seed)[0] for seed in range(5)}) > 1
 
 
-def test_marks_are_never_written(prompts: list[Prompt]) -> None:
-    """Even a model that wants nothing but marks writes text or stops."""
+@pytest.mark.parametrize("mark", [START, HOLE])
+def test_marks_are_never_written(prompts: list[Prompt], mark: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose most likely token is a mark at every step writes the text that is likely without it."""
     model = loaded(3)
-    with torch.no_grad():
-        model.omni.text.embedding.weight[model.text.first_mark :] *= 100
-    for answer in write(model, prompts, Sampling(max_tokens=4, temperature=2.0)):
-        assert isinstance(answer, str)
+    wanted = write(model, prompts, Sampling(max_tokens=4))
+    forbidden = model.text.first_mark + mark
+    decoded: list[int] = []
+    plain_logits, plain_decode = TextAdapter.logits, Text.decode
+
+    def logits(adapter: TextAdapter, hidden: torch.Tensor) -> torch.Tensor:
+        scores = plain_logits(adapter, hidden).clone()
+        scores[..., forbidden] = scores.max() + 100
+        return scores
+
+    def decode(text: Text, ids: list[int]) -> str:
+        decoded.extend(ids)
+        return plain_decode(text, ids)
+
+    monkeypatch.setattr(TextAdapter, "logits", logits)
+    monkeypatch.setattr(Text, "decode", decode)
+    assert write(model, prompts, Sampling(max_tokens=4)) == wanted
+    assert decoded and max(decoded) < model.text.first_mark
 
 
 def test_the_end_ends_its_row_alone(model: Loaded, prompts: list[Prompt]) -> None:
