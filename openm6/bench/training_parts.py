@@ -198,7 +198,7 @@ def _adapters(width: int, adapters: dict[str, Adapter], batch: Batch, repeat: Re
         adapter = adapters[name]
         causes = adapter_causes(width, len(kind.index))
         yield Point(f"read {name}", causes, repeat(partial(_read, adapter, kind, width)))
-        chosen = kind.weight.nonzero()[:, 0]  # m
+        chosen = kind.learned  # m
         if not len(chosen):
             continue
         hidden = torch.randn(len(chosen), width)

@@ -103,7 +103,7 @@ def _states(omni: Omni, cache: SlotCache, canvases: list[Canvas], codes: Tensor,
     sample = torch.zeros(positions.shape[:2], dtype=torch.int32, device=codes.device)
     layout = Layout(sample, sample + 1, sample + 1, positions.to(torch.int32))
     index = torch.arange(sample.numel(), device=codes.device)
-    kinds = {like.kind: KindOfTokens(index, arrays, index, index.float())}
+    kinds = {like.kind: KindOfTokens(index, arrays, index, index.float(), index[:0])}
     return omni(kinds, layout, cache.reader(slots))[0]
 
 

@@ -47,7 +47,7 @@ class Reading:
         """Hidden states of wanted tokens, which stay in the cache; arrays hold B*T rows.  # -> B T D"""
         count = layout.batch * layout.length
         index = torch.arange(count, device=self.place.device)
-        kinds = {kind: KindOfTokens(index, arrays, index, index.float())}
+        kinds = {kind: KindOfTokens(index, arrays, index, index.float(), index[:0])}
         return self.omni(kinds, layout, self.cache)[0]
 
     def forget(self) -> None:

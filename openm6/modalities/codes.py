@@ -81,12 +81,13 @@ class CodesAdapter(Adapter):
     """Embeds shown codes by their FSQ vectors (near codes stay near) and predicts the codes of a place in turn."""
 
     earlier: Tensor
+    levels: Tensor
 
     def __init__(
         self, place: PlaceEmbedding, width: int, levels: tuple[int, ...], groups: int, bottleneck: int = 64
     ) -> None:
         super().__init__()
-        self.levels, self.groups, self.bottleneck = levels, groups, bottleneck
+        self.groups, self.bottleneck = groups, bottleneck
         self.codebook_size = math.prod(levels)
         dims = len(levels)
         self.shown = nn.Linear(groups * dims, width)
@@ -100,13 +101,15 @@ class CodesAdapter(Adapter):
         # Row block g (bottleneck rows) may look at column block j (dims columns) only where j < g.
         blocks = torch.ones(groups, groups).tril(-1)
         self.register_buffer("earlier", torch.kron(blocks, torch.ones(bottleneck, dims)), persistent=False)
+        # A tensor made in each pass would be copied to the device anew, and the host would wait for it.
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
         nn.init.normal_(self.mask, std=0.02)
         nn.init.normal_(self.to_codes, std=bottleneck**-0.5)
 
     def vectors(self, codes: Tensor) -> Tensor:
         """FSQ coordinates in [-1, 1] of the codes of a place.  # N G -> N V"""
-        levels = torch.tensor(self.levels, device=codes.device)
-        return cell_values(unpack(codes, levels), levels).flatten(-2)  # N G L -> N V
+        cells = unpack(codes, self.levels)  # N G L
+        return cell_values(cells, self.levels).flatten(-2)  # N G L -> N V
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
         seen = self.shown(self.vectors(arrays["shown"]).to(self.shown.weight.dtype))  # N V -> N D
@@ -118,13 +121,14 @@ class CodesAdapter(Adapter):
         context = F.linear(self.vectors(codes).to(hidden.dtype), self.codes_to_groups.weight * self.earlier)
         return F.gelu(self.hidden_to_groups(hidden) + context).unflatten(-1, (self.groups, self.bottleneck))
 
-    def logits(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Scores of every group's code, each given the true codes of the earlier groups.  # N D, N G -> N G C"""
-        return torch.einsum("ngb,gbc->ngc", self.group_states(hidden, codes), self.to_codes)
-
     def group_logits(self, hidden: Tensor, codes: Tensor, group: int) -> Tensor:
         """Scores of one group's code; the codes of later groups do not matter.  # N D, N G -> N C"""
-        return self.group_states(hidden, codes)[:, group] @ self.to_codes[group]
+        rows = slice(group * self.bottleneck, (group + 1) * self.bottleneck)
+        state = F.linear(hidden, self.hidden_to_groups.weight[rows], self.hidden_to_groups.bias[rows])
+        if group:
+            earlier = self.vectors(codes[:, :group]).to(hidden.dtype)
+            state = state + F.linear(earlier, self.codes_to_groups.weight[rows, : earlier.shape[-1]])
+        return F.gelu(state) @ self.to_codes[group]  # N B -> N C
 
     def group_nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         """Nats of each code of each place.  # N D -> N G"""

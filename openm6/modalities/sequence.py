@@ -78,31 +78,33 @@ class KindOfTokens:
     """All tokens of one kind in a batch, whichever rows they lie in.
 
     `index` n: place in the flattened rows; `arrays`: features; `example` n: number of the example in the batch;
-    `weight` n: share of the example's loss that the token carries (0 where nothing is learned).
+    `weight` n: share of the example's loss that the token carries (0 where nothing is learned); `learned` m: which of
+    the n tokens have such a share, listed here because a GPU would have to wait to count them.
     """
 
     index: Tensor
     arrays: dict[str, Tensor]
     example: Tensor
     weight: Tensor
+    learned: Tensor
 
     def to(self, device: torch.device | str) -> KindOfTokens:
         arrays = {name: array.to(device, non_blocking=True) for name, array in self.arrays.items()}
-        moved = (part.to(device, non_blocking=True) for part in (self.index, self.example, self.weight))
-        index, example, weight = moved
-        return KindOfTokens(index, arrays, example, weight)
+        index, *rest = (part.to(device, non_blocking=True) for part in self._parts())
+        return KindOfTokens(index, arrays, *rest)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.index, self.example, self.weight, self.learned
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Between processes as arrays: torch would open a file for each tensor.
         arrays = {name: array.numpy() for name, array in self.arrays.items()}
-        return _kind_of_arrays, (arrays, self.index.numpy(), self.example.numpy(), self.weight.numpy())
+        return _kind_of_arrays, (arrays, *(part.numpy() for part in self._parts()))
 
 
-def _kind_of_arrays(
-    arrays: dict[str, np.ndarray], index: np.ndarray, example: np.ndarray, weight: np.ndarray
-) -> KindOfTokens:
+def _kind_of_arrays(arrays: dict[str, np.ndarray], index: np.ndarray, *parts: np.ndarray) -> KindOfTokens:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return KindOfTokens(torch.from_numpy(index), tensors, torch.from_numpy(example), torch.from_numpy(weight))
+    return KindOfTokens(torch.from_numpy(index), tensors, *(torch.from_numpy(part) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -182,12 +184,13 @@ def _gather(found: list[tuple[Tokens, int, int, np.ndarray]]) -> KindOfTokens:
     index = np.concatenate([np.arange(start, start + len(piece)) for piece, start, _, _ in found])
     example = np.concatenate([np.full(len(piece), number) for piece, _, number, _ in found])
     weight = np.concatenate([weight for *_, weight in found])
-    return KindOfTokens(torch.from_numpy(index), arrays, torch.from_numpy(example), torch.from_numpy(weight))
+    parts = (example, weight, np.flatnonzero(weight))
+    return KindOfTokens(torch.from_numpy(index), arrays, *(torch.from_numpy(part) for part in parts))
 
 
 def count(batch: Batch) -> Counts:
     """What a batch holds."""
-    learned = {name: float((kind.weight != 0).sum()) for name, kind in batch.kinds.items()}
+    learned = {name: float(len(kind.learned)) for name, kind in batch.kinds.items()}
     return Counts(batch.num_examples, batch.tokens, batch.layout.sample.numel(), learned)
 
 
@@ -235,7 +238,8 @@ def _part_of(batch: Batch, places: Tensor, whole: Counts) -> Batch:
         if len(here):
             arrays = {key: array[here] for key, array in kind.arrays.items()}
             index = moved[kind.index[here]]
-            kinds[name] = KindOfTokens(index, arrays, kind.example[here], kind.weight[here])
+            weight = kind.weight[here]
+            kinds[name] = KindOfTokens(index, arrays, kind.example[here], weight, weight.nonzero()[:, 0])
     return replace(batch, layout=layout, kinds=kinds, tokens=len(places), cursor={}, whole=whole)
 
 

@@ -132,7 +132,7 @@ class Omni(nn.Module):
         flat = hidden.flatten(0, 1)  # R S D -> N D
         judged = {}
         for name, kind in batch.kinds.items():
-            chosen = kind.weight.nonzero()[:, 0]  # m
+            chosen = kind.learned  # m
             if len(chosen):
                 arrays = {key: array[chosen] for key, array in kind.arrays.items()}
                 adapter = self.adapter(name)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from openm6.modalities.codec import load_codec
 from openm6.modalities.codes import SMOOTHING, CodesAdapter, hide, masked_arrays, random_rectangle
@@ -84,15 +85,30 @@ def test_without_a_generator_nothing_wrong_is_shown() -> None:
     assert np.array_equal(arrays["shown"], codes) and np.array_equal(learn, hidden)
 
 
+def all_logits(adapter: CodesAdapter, hidden: Tensor, codes: Tensor) -> Tensor:
+    """Logits of all groups at once, from the states that the loss uses.  # N D, N G -> N G C"""
+    return torch.einsum("ngb,gbc->ngc", adapter.group_states(hidden, codes), adapter.to_codes)
+
+
 def test_all_groups_at_once_equal_one_after_the_other(
     adapter: CodesAdapter, codes: Tensor, hidden: Tensor
 ) -> None:
-    together = adapter.logits(hidden, codes)
+    together = all_logits(adapter, hidden, codes)
     known = torch.zeros_like(codes)
     for group in range(GROUPS):
         alone = adapter.group_logits(hidden, known, group)
         torch.testing.assert_close(alone, together[:, group])
         known[:, group] = codes[:, group]
+
+
+def test_one_group_costs_what_one_group_needs(adapter: CodesAdapter, codes: Tensor, hidden: Tensor) -> None:
+    """Decoding asks for one group after the other: together they must not cost more than all at once."""
+    with FlopCounterMode(display=False) as at_once:
+        all_logits(adapter, hidden, codes)
+    with FlopCounterMode(display=False) as in_turn:
+        for group in range(GROUPS):
+            adapter.group_logits(hidden, codes, group)
+    assert 0 < in_turn.get_total_flops() <= at_once.get_total_flops()
 
 
 @pytest.mark.parametrize("changed", range(GROUPS))
@@ -101,7 +117,7 @@ def test_a_group_sees_only_the_groups_before_it(
 ) -> None:
     other = codes.clone()
     other[:, changed] = (other[:, changed] + 5) % 12
-    before, after = adapter.logits(hidden, codes), adapter.logits(hidden, other)
+    before, after = all_logits(adapter, hidden, codes), all_logits(adapter, hidden, other)
     torch.testing.assert_close(before[:, : changed + 1], after[:, : changed + 1], rtol=0, atol=0)
     for later in range(changed + 1, GROUPS):
         assert (before[:, later] - after[:, later]).abs().max() > 1e-4, "later groups must depend on it"

@@ -161,3 +161,19 @@ def test_a_batch_survives_the_way_to_another_process() -> None:
     for name, kind in batch.kinds.items():
         assert torch.equal(kind.index, copy.kinds[name].index)
         assert torch.equal(kind.arrays["number"], copy.kinds[name].arrays["number"])
+
+
+def test_learned_lists_the_tokens_with_a_weight_wherever_a_batch_goes() -> None:
+    sequences = [
+        lay_out([piece(3, kind="a"), piece(4, "causal", kind="b", learn=[0, 2])]),
+        lay_out([piece(2, "causal", kind="a", learn=[1])]),
+        lay_out([piece(5, kind="a"), piece(2, "block", kind="b", learn=[0, 1])], weight=0.0),
+    ]
+    batch = collate([sequences[:2], sequences[2:]], 16)
+    assert {name: kind.learned.tolist() for name, kind in batch.kinds.items()} == {"a": [4], "b": [0, 2]}
+    reader, writer = Pipe(duplex=False)
+    writer.send(batch)
+    moved = [batch, batch.to("cpu"), reader.recv(), *split(batch, 2)]
+    for kind in (kind for one in moved for kind in one.kinds.values()):
+        assert torch.equal(kind.learned, kind.weight.nonzero()[:, 0])
+    assert sum(count(part).learned.get("b", 0) for part in split(batch, 2)) == 2

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openm6.data.prepare import example_sequence
 from openm6.evaluate.likelihood import sequence_nats
@@ -163,3 +165,54 @@ def test_gradients_reach_every_adapter(sequences: list[Sequence]) -> None:
         name for name, p in model.adapters.named_parameters() if p.grad is None or not p.grad.abs().sum()
     ]
     assert silent == []
+
+
+HOST_READS = ("nonzero", "_local_scalar_dense", "lift_fresh", "unique", "masked_select")
+
+
+class HostReads(TorchDispatchMode):
+    """Notes operations for which a GPU would make the host wait, and tensors made from numbers of the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        masks = args[1] if name == "aten.index.Tensor" else []
+        if any(word in name for word in HOST_READS) or any(
+            m is not None and m.dtype == torch.bool for m in masks
+        ):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_loss_makes_no_gpu_wait(sequences: list[Sequence], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All adapters, forward and backward; the backbone, which has paths of its own on a GPU, is tested there."""
+    model = omni().requires_grad_(True).train()
+    batch = collate([sequences[:4], sequences[4:7], sequences[7:]], 512)
+    hidden, loads = model(batch.kinds, batch.layout)
+
+    def no_list(tensor: torch.Tensor) -> None:
+        raise AssertionError("a tensor became a list")
+
+    with monkeypatch.context() as patched, HostReads() as reads:
+        patched.setattr(torch.Tensor, "tolist", no_list)
+        embedded = model.embed(batch.kinds, batch.layout.batch, batch.layout.length)
+        patched.setattr(model, "forward", lambda kinds, layout: (hidden + 0 * embedded, loads))
+        judged, _ = model.judge(batch)
+        total = sum((part.total for part in judged.values()), start=embedded.new_zeros(()))
+        total.backward()
+    assert reads.found == [] and len(judged) == 4
+
+
+def test_the_tokens_judged_are_those_with_a_weight(model: Omni, sequences: list[Sequence]) -> None:
+    batch = collate([sequences[:4], sequences[4:7], sequences[7:]], 512)
+    judged, _ = model.judge(batch)
+    for name, kind in batch.kinds.items():
+        chosen = kind.weight != 0
+        if name in judged:
+            assert torch.equal(judged[name].weight, kind.weight[chosen])
+            assert torch.equal(judged[name].example, kind.example[chosen])
+        else:
+            assert not chosen.any()
