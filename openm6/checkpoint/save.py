@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from openm6 import __version__
 from openm6.base.errors import CheckpointError
 from openm6.base.files import sync_file, sync_folder, write_synced
+from openm6.base.plain_json import to_json
 from openm6.checkpoint.folder import (
     JOB_FILE,
     MODEL_FILE,
@@ -39,7 +39,7 @@ class Snapshot:
     step: int
     model: nn.Module
     optimizer: dict[str, Tensor]  # as `optimizer_tensors` gives it; empty: no such file
-    state: dict[str, Any]  # JSON-able
+    state: dict[str, Any]  # JSON-able; numbers that are not finite become null
     job: dict[str, Tensor] = field(default_factory=dict)  # tensors of the job, such as averaged weights
     files: dict[str, str] = field(default_factory=dict)  # text files beside the weights
     shards: Iterable[Shard] = ()  # weight sets that the model itself does not hold, made one at a time
@@ -111,8 +111,7 @@ def _complete(snapshot: Snapshot, folder: Path) -> None:
         sync_file(path)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     state = {"format": FORMAT, "openm6": __version__, "step": snapshot.step, "files": sizes, **snapshot.state}
-    text = json.dumps(state, indent=1, ensure_ascii=False, allow_nan=False)
-    write_synced(folder / STATE_FILE, text.encode("utf-8"))
+    write_synced(folder / STATE_FILE, to_json(state, indent=1).encode("utf-8"))
     sync_folder(folder)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from openm6.base.files import append_line, replace_text
+from openm6.base.plain_json import to_json
 from openm6.base.run_folder import RunFolder
 from openm6.train.step import StepReport
 
@@ -73,7 +74,12 @@ class Recorder:
         return {"sums": self._sums, "tokens": self._tokens, "seconds": self._seconds}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._sums, self._tokens, self._seconds = dict(state["sums"]), state["tokens"], state["seconds"]
+        # A sum that was not finite was saved as null.
+        self._sums = {
+            name: [math.nan if total is None else total, count]
+            for name, (total, count) in state["sums"].items()
+        }
+        self._tokens, self._seconds = state["tokens"], state["seconds"]
 
 
 class MetricsFile:
@@ -87,7 +93,7 @@ class MetricsFile:
         pass
 
     def line(self, line: Line) -> None:
-        append_line(self._path, json.dumps(finite_or_none(line), ensure_ascii=False))
+        append_line(self._path, to_json(line))
 
     def close(self) -> None:
         pass
@@ -106,17 +112,8 @@ def read_metrics(run: RunFolder) -> list[Line]:
     return lines
 
 
-def finite_or_none(value: Any) -> Any:
-    """A copy of plain data in which NaN and infinities are None: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: finite_or_none(inner) for key, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [finite_or_none(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _keep_until(run: RunFolder, step: int) -> None:
     """Drop the lines of steps that a resumed run will take again."""
     if run.metrics.exists():
         kept = [line for line in read_metrics(run) if line.get("step", 0) <= step]
-        replace_text(run.metrics, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        replace_text(run.metrics, "".join(to_json(line) + "\n" for line in kept))

@@ -44,7 +44,8 @@ class StagesHook(Hook):
         self._run.updater.rate_scale = rate_after_switch(step, self.switched_at, self.config)
 
     def after_step(self, report: StepReport) -> dict[str, float]:
-        self._clock.observe(report.loss)
+        if report.applied:  # a skipped step tells nothing of how training goes
+            self._clock.observe(report.loss)
         return {}
 
     def totals(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from openm6.base.config import build
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
-from openm6.checkpoint.folder import latest
+from openm6.checkpoint.folder import latest, read_state
 from openm6.parallel.ranks import Ranks
 from openm6.train.config import HeldOutConfig, LoopConfig
 from openm6.train.held_out import pack_held_out
@@ -20,7 +20,7 @@ from openm6.train.multimodal import MultimodalJob
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.recorder import read_metrics
 from tests.train.tiny_recipe import tiny_recipe
-from tests.train.toy_job import ToyJob
+from tests.train.toy_job import ToyJob, toy_config
 
 CPU = torch.device("cpu")
 EVERY = {"every": 2, "batches": 2}
@@ -133,3 +133,28 @@ def test_a_way_of_training_without_it_says_so(tmp_path: Path) -> None:
     config = LoopConfig(steps=2, held_out=HeldOutConfig(every=1), tensorboard=False)
     with pytest.raises(ConfigError, match=r"leave loop\.held_out out"):
         train(ToyJob(), config, RunFolder.open(tmp_path))
+
+
+class StrayJob(ToyJob):
+    """The model is sound, yet its loss on other records and its scores are not finite."""
+
+    def held_out_batches(self, number: int) -> list[Any]:
+        return []
+
+    def held_out_loss(self, batches: Any) -> dict[str, float]:
+        return {"loss": float("nan"), "text": 2.0}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        return {"accuracy": float("inf")}
+
+
+def test_a_loss_that_is_not_finite_breaks_no_checkpoint_and_is_told_as_null(tmp_path: Path) -> None:
+    """The checkpoint after step 7 falls between two lines, so what was averaged so far is saved."""
+    run = RunFolder.open(tmp_path)
+    config = toy_config(steps=7).model_copy(update={"held_out": HeldOutConfig(every=6), "evaluate_every": 6})
+    config = config.model_copy(update={"log_every": 10, "save_every": 6})
+    train(StrayJob(), config, run)
+    (line,) = [line for line in read_metrics(run) if "loss" in line]
+    assert line["held_out/loss"] is None and line["held_out/text"] == 2.0
+    state = read_state(latest(tmp_path))
+    assert state["scores"] == {"accuracy": None}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+from openm6.base.plain_json import to_json
 from openm6.base.run_folder import RunFolder
-from openm6.train.recorder import MetricsFile, Recorder, finite_or_none, read_metrics
+from openm6.train.recorder import MetricsFile, Recorder, read_metrics
 from openm6.train.step import StepReport
 
 
@@ -54,6 +56,13 @@ def test_opening_the_file_drops_steps_that_will_be_taken_again(tmp_path: Path) -
     assert read_metrics(run) == [*lines[:2], {"step": 15, "loss": None}]
 
 
-def test_numbers_that_json_has_no_word_for_become_null() -> None:
-    value = {"a": [1.0, float("inf")], "b": {"c": float("nan")}, "d": "nan", "e": 3}
-    assert finite_or_none(value) == {"a": [1.0, None], "b": {"c": None}, "d": "nan", "e": 3}
+def test_a_mean_over_a_number_that_is_not_finite_survives_a_restart() -> None:
+    recorder = Recorder()
+    recorder.add_numbers({"held_out/loss": float("inf")})
+    text = to_json(recorder.state())
+    again = Recorder()
+    again.load_state(json.loads(text))
+    for one in (recorder, again):
+        one.add_numbers({"held_out/loss": 1.0})
+    assert not math.isfinite(recorder.take()["held_out/loss"])
+    assert not math.isfinite(again.take()["held_out/loss"])

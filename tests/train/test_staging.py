@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,16 @@ def test_a_plateau_is_found_and_survives_a_restart() -> None:
         again.load_state(clock.state())
         due.append(again.due(0, 0.0))
     assert not any(due[:14]) and due[-1]
+
+
+def test_a_skipped_step_does_not_enter_the_plateau_and_the_run_saves(tmp_path: Path) -> None:
+    """Its loss is not a number, which no checkpoint can hold."""
+    plateau = SwitchConfig(plateau=PlateauConfig(window=20))
+    job = WordsJob(SHARED, spoilt=(4, 5))
+    result = train(job, staged(5, switch=plateau), RunFolder.open(tmp_path))
+    assert result.non_finite == 2
+    losses = read_state(latest(tmp_path))["hooks"]["stages"]["losses"]
+    assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
 
 
 def test_the_rate_climbs_back() -> None:
