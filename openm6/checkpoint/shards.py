@@ -29,6 +29,7 @@ TYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8",
     torch.int32: "I32", torch.int64: "I64", torch.float64: "F64", torch.bool: "BOOL",
 }  # fmt: skip
+DTYPES = {word: dtype for dtype, word in TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,14 @@ def write_shards(folder: Path, first: Shard, others: Iterable[Shard], count: int
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor in a file, which lies in the whole from `offsets` on."""
+    """A tensor in a file, which lies in the whole from `offsets` on; its bytes begin at `first`."""
 
     path: Path
     name: str
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
+    dtype: torch.dtype
+    first: int
 
     @property
     def end(self) -> tuple[int, ...]:
@@ -98,18 +101,18 @@ class _Part:
         return whole[tuple(map(slice, self.offsets, self.end))]
 
     def read(self) -> Tensor:
-        with safe_open(str(self.path), framework="pt") as file:
-            return file.get_tensor(self.name)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        self.read_into(tensor)
+        return tensor
 
     def read_into(self, target: Tensor) -> None:
         """Straight into the memory of `target` where that can be."""
-        start, entry = _entry(self.path, self.name)
-        if target.is_cpu and target.is_contiguous() and entry["dtype"] == TYPES[target.dtype]:
-            with self.path.open("rb") as stream:
-                stream.seek(start + entry["data_offsets"][0])
-                stream.readinto(_bytes_of(target))
-        else:
+        if not (target.is_cpu and target.is_contiguous() and target.dtype == self.dtype):
             target.copy_(self.read())
+            return
+        with self.path.open("rb") as stream:
+            stream.seek(self.first)
+            stream.readinto(_bytes_of(target))
 
 
 class Catalogue:
@@ -189,22 +192,26 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _parts_of(path: Path) -> list[_Part]:
-    """All that a file holds, without reading it."""
+    """All that a file holds, from its header alone, which is read once."""
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(path), framework="pt") as file:  # checks that the file is whole
             places = json.loads((file.metadata() or {}).get(PLACES, "{}"))
-            names = list(file.keys())
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError, ValueError) as error:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        return [
+            _Part(
+                path,
+                name,
+                tuple(places[name][OFFSETS]) if name in places else (0,) * len(entry["shape"]),
+                tuple(entry["shape"]),
+                DTYPES[entry["dtype"]],
+                8 + length + entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        ]
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({error}): use another checkpoint"
         ) from None
-    offsets = {name: tuple(place[OFFSETS]) for name, place in places.items()}
-    return [_Part(path, name, offsets.get(name, (0,) * len(shape)), shape) for name, shape in shapes.items()]
-
-
-def _entry(path: Path, name: str) -> tuple[int, dict]:
-    """Where the data of a safetensors file begins, and what its header says of one tensor."""
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        return 8 + length, json.loads(stream.read(length))[name]

@@ -184,7 +184,8 @@ class MultimodalJob(Job):
         may be read and none drawn), or the others wait for it for ever.
         """
         weights = self.optional_parameters()
-        return sum((0.0 * weight.sum() for weight in weights), start=0.0)
+        # A sum of no numbers: 0 times a weight that is not finite would be NaN, and reads all of it.
+        return sum((weight.reshape(-1)[:0].sum() for weight in weights), start=0.0)
 
     def optional_parameters(self) -> list[nn.Parameter]:
         return list(self.omni.adapters.parameters()) if self.ranks.wrapped else []

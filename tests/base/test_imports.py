@@ -1,4 +1,4 @@
-"""The lowest floor and the command line's help come up without torch."""
+"""The lowest floor and the command line's help come up without torch, and a model without torch's compiler."""
 
 from __future__ import annotations
 
@@ -27,3 +27,9 @@ def test_imports_stay_light(statement: str, heavy: list[str]) -> None:
         [sys.executable, "-c", f"{statement}; {LOADED}"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == str(heavy)
+
+
+def test_a_model_that_is_not_compiled_needs_no_compiler() -> None:
+    statement = "import sys, openm6.train.run, openm6.generate.load; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

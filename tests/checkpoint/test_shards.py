@@ -66,6 +66,25 @@ def test_a_tensor_is_read_into_the_memory_that_waits_for_it(tmp_path: Path) -> N
     assert torch.equal(wide, TENSORS["b"].float())
 
 
+def test_a_file_is_opened_for_its_header_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header of thousands of tensors takes longer to parse than a tensor takes to read."""
+    write_raw(tmp_path / "model-1.safetensors", TENSORS)
+    catalogue = Catalogue(tmp_path, "model")
+    for name in ("json.loads", "safe_open"):
+        monkeypatch.setattr(f"openm6.checkpoint.shards.{name}", lambda *_, **__: pytest.fail("parsed again"))
+    for name, tensor in TENSORS.items():
+        target = torch.zeros_like(tensor)
+        catalogue.read_into(name, target)
+        assert torch.equal(target, tensor) and torch.equal(catalogue.read(name), tensor)
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor(2.5), torch.zeros(0, 3), torch.tensor([True, False])])
+def test_odd_tensors_are_read_as_they_were(tmp_path: Path, tensor: torch.Tensor) -> None:
+    write_raw(tmp_path / "model-1.safetensors", {"odd": tensor})
+    read = Catalogue(tmp_path, "model").read("odd")
+    assert read.dtype == tensor.dtype and torch.equal(read, tensor)
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is missing"):
         Catalogue(tmp_path, "model")

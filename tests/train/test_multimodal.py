@@ -342,6 +342,20 @@ def test_embeddings_are_taught_beside_answers(tmp_path: Path) -> None:
     assert embedding_size(load(tmp_path / "run")) == 128
 
 
+def test_a_weight_that_no_row_uses_adds_nothing_even_when_it_is_not_finite(tmp_path: Path) -> None:
+    """Where weights are cut, each has a gradient of zeros for the others' sake."""
+    recipe = build(MultimodalRecipe, tiny_recipe(1) | text_only(), "tiny")
+    job = MultimodalJob(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
+    unused = list(job.omni.adapter("image_in").parameters())
+    job.optional_parameters = lambda: unused  # type: ignore[method-assign]
+    with torch.no_grad():
+        unused[0].view(-1)[0] = float("inf")
+    loss = job.loss(next(job.batches())).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(weight.grad is not None and not weight.grad.any() for weight in unused)
+
+
 def test_the_parts_of_a_batch_add_up_to_its_loss_and_gradient(tmp_path: Path) -> None:
     recipe = build(MultimodalRecipe, {**tiny_recipe(), "packing": {"rows": 4, "length": 160}}, "tiny")
     job = MultimodalJob(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
