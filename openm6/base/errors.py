@@ -1,5 +1,7 @@
 """The errors that a person is meant to read: one sentence that says what is wrong and how to mend it."""
 
+import signal
+
 
 class OpenM6Error(Exception):
     """Base of every expected failure; the command line prints it without a traceback and exits with 1."""
@@ -30,4 +32,11 @@ class TrainingError(OpenM6Error):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The person stopped a run, which saved itself first; the message says how to go on, the exit code is 130."""
+    """A signal stopped a run, which saved itself first; the message says how to go on.
+
+    The exit code is the shell's for a process that ended by this signal: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, signal_number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

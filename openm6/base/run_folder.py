@@ -35,6 +35,11 @@ class RunFolder:
         return self.path.resolve().name
 
     @property
+    def begun(self) -> bool:
+        """Whether a training has begun here: its settings are there, or its checkpoints."""
+        return self.config.is_file() or self.checkpoints.is_dir()
+
+    @property
     def config(self) -> Path:
         return self.path / "config.yaml"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-from openm6.base.errors import OpenM6Error
+from openm6.base.errors import Interrupted, OpenM6Error
 from openm6.base.files import mend_of
 from openm6.base.log import start_log
 
@@ -18,7 +18,7 @@ REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno
 
 
 class PlainGroup(TyperGroup):
-    """Turns foreseen errors into exit code 1 and Ctrl-C into 130; anything else is a bug and keeps its traceback."""
+    """Turns foreseen errors into exit code 1 and Ctrl-C into 130; anything else is a bug with its traceback."""
 
     def invoke(
         self, ctx: Any
@@ -36,7 +36,7 @@ class PlainGroup(TyperGroup):
             ctx.exit(FAILED)
         except KeyboardInterrupt as stop:
             _say(str(stop) or "stopped")
-            ctx.exit(INTERRUPTED)
+            ctx.exit(stop.exit_code if isinstance(stop, Interrupted) else INTERRUPTED)
 
 
 def refused(error: OSError) -> str:

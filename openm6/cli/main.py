@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,9 @@ Trained = Annotated[
 
 def main() -> None:
     """Entry point of the console script."""
+    # Read when torch is imported. Threads that spin while they wait take the cores from those that work, as soon as
+    # another program wants some of them, too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app(prog_name="openm6")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from openm6.base.errors import OpenM6Error, TrainingError
 
 Work = Callable[[Connection], None]
+STOPS = tuple(one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP"))
 RESUME = "go on with --resume, or with loop.workers=1"
 
 
@@ -29,6 +31,20 @@ def can_fork() -> bool:
 def usable_cores() -> int:
     """Processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def heeded_stops() -> list[signal.Signals]:
+    """The signals to stop that are meant for this process: nohup has SIGHUP ignored."""
+    return [one for one in STOPS if one == signal.SIGINT or signal.getsignal(one) != signal.SIG_IGN]
+
+
+def children() -> list[int]:
+    """Numbers of the processes that the main thread has started and that are there; none where Linux is not."""
+    try:
+        own = os.getpid()
+        return [int(word) for word in Path(f"/proc/self/task/{own}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 class Crew:
@@ -137,8 +153,8 @@ def _live(work: Work, pipe: Connection, ends: Sequence[Connection]) -> None:
     for end in ends:
         if end is not pipe:
             end.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in STOPS:  # they reach the whole group; the first process decides
+        signal.signal(number, signal.SIG_IGN)
     # OpenMP's threads did not survive the fork: a second one would be waited for in vain.
     torch.set_num_threads(1)
     try:

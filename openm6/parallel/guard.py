@@ -15,10 +15,12 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from openm6.base.errors import OpenM6Error, TrainingError
+from openm6.base.errors import Interrupted, OpenM6Error, TrainingError
 
 FAILURE, HEARD = "failure", "heard"
-LOOK_EVERY = 0.3  # seconds between two looks at the store
+LOOK_EVERY = 0.3  # seconds between the first looks at the store
+LOOK_LATER = 2.0  # and between later ones: rank 0 answers the looks of all ranks
+SLOWER = 1.2  # from one look to the next
 PATIENCE = 5.0  # seconds that a failed rank gives rank 0 to speak before the launcher ends them all
 
 
@@ -45,7 +47,7 @@ class Guard:
             return
         if isinstance(error, KeyboardInterrupt):
             if self.rank:
-                raise SystemExit(130) from None
+                raise SystemExit(error.exit_code if isinstance(error, Interrupted) else 130) from None
             return
         own = f"rank {self.rank} of {self.size}: {self._sentence(error)}"
         first = self._tell(own)
@@ -77,7 +79,9 @@ class Guard:
             waiting.wait(LOOK_EVERY)
 
     def _watch(self) -> None:
-        while not self._done.wait(LOOK_EVERY):
+        looks = 0
+        while not self._done.wait(pause_before(looks)):
+            looks += 1
             if not _has(self._store, FAILURE):
                 continue
             # The main thread may be about to fail over the same; then it speaks for itself.
@@ -106,6 +110,11 @@ class Guard:
                 )
             return "another rank was lost: see what it said last, and go on with --resume"
         return f"{type(error).__name__}: {words[0][:300]}"
+
+
+def pause_before(look: int) -> float:
+    """Seconds before look number `look` at the store, from 0: most failures come early, a long run has many ranks."""
+    return min(LOOK_LATER, LOOK_EVERY * SLOWER ** min(look, 100))
 
 
 def _out_of_memory(error: BaseException) -> bool:

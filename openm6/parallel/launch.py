@@ -7,14 +7,16 @@ import os
 import signal
 import sys
 import uuid
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from openm6.base.errors import Interrupted, TrainingError
+from openm6.parallel.crew import STOPS, children, heeded_stops
 
-INTERRUPTED = 130  # the exit code of a run that was stopped and has saved itself
+SAVING_SECONDS = "600"  # that stopped ranks have to save before they are killed
 
 
 def launch(words: list[str], processes: int, max_restarts: int = 0, module: str = "openm6") -> None:
@@ -25,12 +27,13 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
 
     Raises:
         TrainingError: a process failed for good; its own sentence stands above.
-        Interrupted: the run was stopped and has saved itself.
+        Interrupted: a signal stopped the run.
     """
     # One thread each where nothing is said: teams of threads of several processes would fight for the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # Else a restart meets at the store of the attempt before, where the addresses of the dead still stand.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -40,26 +43,47 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
         rdzv_endpoint="localhost:0",
         max_restarts=max_restarts,
         monitor_interval=0.2,
-        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
+        signals_to_handle="SIGQUIT",
     )
-    # Ctrl-C reaches the processes from the terminal; the launcher must not answer it by ending them.
-    before = signal.signal(signal.SIGINT, lambda *_: None)
+    stop = _Stop()
+    before = {number: signal.signal(number, stop) for number in heeded_stops()}
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failure is told below, once
     try:
         elastic_launch(config, sys.executable)("-m", module, *words)
     except ChildFailedError as error:
         raise _told(error, processes) from None
-    except SignalException:
-        raise Interrupted("stopped: go on with --resume") from None
+    except SignalException as error:
+        raise Interrupted("stopped: go on with --resume", error.sigval) from None
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Stop:
+    """A signal handler: the first signal is passed on to the ranks, which are waited for; of others, Ctrl-C alone.
+
+    Each rank is in a session of its own, which neither the terminal nor a signal to the launcher's group reaches.
+    """
+
+    def __init__(self) -> None:
+        self._stopping = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self._stopping:
+            self._stopping = True
+            # torch's launcher sends it on and waits for all ranks to end.
+            raise SignalException("stopped", signal.Signals(number))
+        if number == signal.SIGINT:
+            for rank in children():
+                os.kill(rank, number)
 
 
 def _told(error: ChildFailedError, processes: int) -> BaseException:
     failures = {rank: failure.exitcode for rank, failure in error.failures.items()}
     rank, code = next(iter(failures.items()))
-    if INTERRUPTED in failures.values():
-        return Interrupted("stopped and saved: go on with --resume")
+    stopped = next((number for number in STOPS if 128 + number in failures.values()), None)
+    if stopped is not None:
+        return Interrupted("stopped and saved: go on with --resume", stopped)
     if code < 0:
         name = signal.Signals(-code).name
         return TrainingError(f"rank {rank} of {processes} was killed ({name}): go on with --resume")

@@ -1,4 +1,4 @@
-"""Ctrl-C as a wish: the first one lets the step end and the run save itself, the second one stops at once."""
+"""Signals to stop as a wish: the step ends and the run saves itself; Ctrl-C after that stops at once."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from openm6.base.log import get_log
+from openm6.parallel.crew import heeded_stops
 
 
 class Interrupt:
-    """While entered, SIGINT and SIGTERM set `requested`; a second one raises KeyboardInterrupt."""
+    """While entered, a signal to stop is kept in `requested`; a further SIGINT raises KeyboardInterrupt.
+
+    A further SIGTERM or SIGHUP changes nothing: `timeout` and others send theirs both to a process and to its group.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = 0  # number of the first signal
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            self._previous = {number: signal.signal(number, self._handle) for number in heeded_stops()}
         return self
 
     def __exit__(
@@ -30,7 +33,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if not self.requested:
+            self.requested = number
+            get_log().info("stopping after this step; press Ctrl-C again to stop at once without saving")
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
-        get_log().info("stopping after this step; press Ctrl-C again to stop at once without saving")

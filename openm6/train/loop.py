@@ -80,7 +80,7 @@ def train(
     Raises:
         TrainingError: the run exists and `resume` is off; too many steps in a row without a finite loss; data ended.
         CheckpointError: a checkpoint does not fit the job, or cannot be written.
-        Interrupted: the person stopped the run; it has saved itself.
+        Interrupted: a signal stopped the run; it has saved itself.
     """
     return _Run(job, config, run, resume, hooks, settings).to_the_end()
 
@@ -120,6 +120,8 @@ class _Run:
         refuse_damaged(run.checkpoints)
         if list_checkpoints(run.checkpoints):
             self._restore(latest(run.path))
+        elif resume:
+            get_log().info(f"{run.path} holds no checkpoint yet: starting from the first step")
         if settings is not None:
             run.write_config(settings)
         self.length = RunLength(config, run, job.ranks)
@@ -147,14 +149,15 @@ class _Run:
                 self._tell(report, sinks)
                 if self._due(self.config.evaluate_every):
                     self._evaluate(sinks)
-                stopping = self._stopping(interrupt)
+                stopping = self._signal(interrupt)
                 if self._due(self.config.save_every) or stopping:
                     self.save()
                 if stopping or self.length.reached(progress.step):
                     self.saver.finish()
                 if stopping and not self.length.reached(progress.step):
                     raise Interrupted(
-                        f"stopped at step {progress.step}, saved as {self.saved}: go on with --resume"
+                        f"stopped at step {progress.step}, saved as {self.saved}: go on with --resume",
+                        stopping,
                     )
         result = self._result()
         job.ranks.close()  # what follows is for one process
@@ -162,9 +165,12 @@ class _Run:
             job.finish(self.run)
         return result
 
-    def _stopping(self, interrupt: Interrupt) -> bool:
-        """Whether any rank was asked to stop: then all do, after the same step."""
-        return bool(self.job.ranks.total([interrupt.requested])[0])
+    def _signal(self, interrupt: Interrupt) -> int:
+        """The signal by which any rank was asked to stop: then all do, after the same step; 0: none was."""
+        ranks = self.job.ranks
+        if not ranks.total([interrupt.requested])[0]:
+            return 0
+        return max(ranks.gather(interrupt.requested))
 
     def _open_steps(self, stack: ExitStack) -> tuple[Iterator[Batch], Updater | Team]:
         """Where batches come from and what trains on them: this process alone, or a team of them."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from openm6.parallel.crew import children
 from openm6.train.hooks import Hook, Running
 
 PROCESSES = Path("/proc")
@@ -46,7 +46,7 @@ class MemoryHook(Hook):
         else:
             peak = process_memory("VmHWM")
             if peak is not None:
-                peak += sum(self._private(process) for process in _children())
+                peak += sum(self._private(str(process)) for process in children())
         return {} if peak is None else {"memory_start": self._start, "memory_peak": peak}
 
     def _private(self, process: str) -> int:
@@ -77,12 +77,3 @@ def forget_peak() -> None:
         (PROCESSES / "self/clear_refs").write_text(RESET_PEAK)
     except OSError:
         return
-
-
-def _children() -> list[str]:
-    """Numbers of the processes that the main thread has started."""
-    try:
-        own = os.getpid()
-        return (PROCESSES / f"self/task/{own}/children").read_text().split()
-    except OSError:
-        return []

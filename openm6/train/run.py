@@ -77,11 +77,11 @@ def train_recipe(
     Resuming reads the settings that the run began with from its own config.yaml; overrides come on top.
 
     Raises:
-        ConfigError: the recipe is unusable.
+        ConfigError: the recipe is unusable, or `out` holds no run to resume.
         TrainingError, DataError, CheckpointError: as `train` says.
     """
     device = own_device()
-    plan = _plan(recipe, overrides or [], resume or restarted(), out)
+    plan = _plan(recipe, overrides or [], resume, out)
     ranks = open_ranks(device, plan.timeout_seconds)
     if not ranks.first:
         get_log().setLevel(logging.ERROR)
@@ -115,14 +115,20 @@ class _Plan:
 
 
 def _plan(recipe: str, overrides: list[str], resume: bool, out: Path | None) -> _Plan:
-    plan = _Plan(resume)
+    plan = _Plan(resume or restarted())
     try:
         plan.path = recipe_path(recipe)
         plan.folder = out or Path("runs") / plan.path.stem
-        if resume and (plan.folder / "config.yaml").is_file():
-            plan.path = plan.folder / "config.yaml"
+        run = RunFolder(plan.folder)
+        if resume and not run.begun:
+            raise ConfigError(
+                f"{plan.folder} holds no run to go on with: name the run's folder with --out, or leave --resume out "
+                "to start one there"
+            )
+        if plan.resume and run.config.is_file():
+            plan.path = run.config
         plan.recipe, plan.values = read_recipe(plan.path, overrides)
-        refuse_overwriting(RunFolder(plan.folder), resume)
+        refuse_overwriting(run, plan.resume)
         if launched() and not isinstance(plan.recipe, MultimodalRecipe):
             raise ConfigError("a codec is trained by one process: leave --nproc out")
     except OpenM6Error as failure:

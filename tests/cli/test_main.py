@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,22 @@ def test_the_first_page_lists_the_commands() -> None:
     shown = runner.invoke(cli.app, ["--help"])
     assert all(command.split()[0] in shown.stdout for command in COMMANDS)
     assert "openm6 demo" in shown.stdout
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
+def test_threads_wait_without_spinning_unless_the_user_wants_it(given: str | None, expected: str) -> None:
+    """The setting is there before torch is, which reads it once."""
+    statement = (
+        "import os, sys; from openm6.cli.main import main; sys.argv[1:] = ['--version']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    done = subprocess.run(
+        [sys.executable, "-c", statement], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == f"{expected} False"
 
 
 @pytest.mark.parametrize("name", DOORS)
@@ -148,7 +165,9 @@ def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> N
     ("error", "code", "sentence"),
     [
         (DataError("row 3 has no picture: remove it"), 1, "error: row 3 has no picture: remove it\n"),
-        (Interrupted("stopped at step 9"), 130, "stopped at step 9\n"),
+        (Interrupted("stopped at step 9", signal.SIGINT), 130, "stopped at step 9\n"),
+        (Interrupted("stopped at step 9", signal.SIGTERM), 143, "stopped at step 9\n"),
+        (Interrupted("stopped at step 9", signal.SIGHUP), 129, "stopped at step 9\n"),
         (KeyboardInterrupt(), 130, "stopped\n"),
     ],
 )

@@ -1,4 +1,5 @@
-"""A job whose batches can be split. As a program it trains in several processes: `python team_job.py FOLDER`."""
+"""A job whose batches can be split. As a program it trains in several processes: `python team_job.py FOLDER
+WORKERS`."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openm6.base.errors import DataError
+from openm6.base.errors import DataError, Interrupted
+from openm6.base.log import start_log
 from openm6.base.run_folder import RunFolder
 from openm6.base.seeds import numpy_generator
 from openm6.nn.experts import RouterLoad
@@ -99,4 +101,9 @@ def team_config(workers: int, optimizer: str = "adamw", steps: int = 20) -> Loop
 
 
 if __name__ == "__main__":
-    train(TeamJob(pause=0.1), team_config(2), RunFolder.open(sys.argv[1]))
+    start_log()
+    try:
+        train(TeamJob(pause=0.1), team_config(int(sys.argv[2])), RunFolder.open(sys.argv[1]))
+    except Interrupted as stop:  # as the command line does
+        sys.stderr.write(f"{stop}\n")
+        sys.exit(stop.exit_code)

@@ -159,36 +159,55 @@ def test_ctrl_c_saves_and_says_so_in_one_sentence(tmp_path: Path, unbroken: Path
 
 
 class StoppedJob(ToyJob):
-    """Gets a signal, as from a cluster that wants its machine back, once or twice within one step."""
+    """Gets signals within one step, as from a cluster that wants its machine back or an impatient person."""
 
-    def __init__(self, step: int, times: int) -> None:
+    def __init__(self, step: int, *words: signal.Signals) -> None:
         super().__init__()
-        self.stop_step, self.times = step, times
+        self.stop_step, self.words = step, words
 
     def loss(self, batch: ToyBatch) -> StepResult:
         if batch.index + 1 == self.stop_step:
-            for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGTERM)
+            for word in self.words:
+                os.kill(os.getpid(), word)
         return super().loss(batch)
 
 
 def test_a_polite_kill_saves_too(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match=r"stopped at step 12, saved as .*step-12: go on with --resume"):
-        train(StoppedJob(12, times=1), toy_config(), RunFolder.open(tmp_path))
+        train(StoppedJob(12, signal.SIGTERM), toy_config(), RunFolder.open(tmp_path))
     assert latest(tmp_path).name == "step-12"
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_stop_ends_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("word", [signal.SIGTERM, signal.SIGHUP])
+def test_a_second_polite_kill_changes_nothing(tmp_path: Path, word: signal.Signals) -> None:
+    """`timeout` sends its signal twice, once to the process and once to its group."""
+    with pytest.raises(Interrupted, match="stopped at step 12") as stop:
+        train(StoppedJob(12, signal.SIGTERM, word), toy_config(), RunFolder.open(tmp_path))
+    assert stop.value.exit_code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("word", [signal.SIGTERM, signal.SIGINT])
+def test_ctrl_c_after_another_stop_ends_at_once(tmp_path: Path, word: signal.Signals) -> None:
     with pytest.raises(KeyboardInterrupt) as stop:
-        train(StoppedJob(12, times=2), toy_config(), RunFolder.open(tmp_path))
+        train(StoppedJob(12, word, signal.SIGINT), toy_config(), RunFolder.open(tmp_path))
     assert not isinstance(stop.value, Interrupted)
     assert latest(tmp_path).name == "step-7"
 
 
+def test_a_run_that_was_started_to_outlive_its_terminal_does(tmp_path: Path) -> None:
+    """`nohup` has SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = train(StoppedJob(5, signal.SIGHUP), toy_config(steps=6), RunFolder.open(tmp_path))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result.steps == 6
+
+
 def test_a_stop_in_the_last_step_lets_the_run_finish(tmp_path: Path) -> None:
-    job = StoppedJob(40, times=1)
+    job = StoppedJob(40, signal.SIGTERM)
     train(job, toy_config(), RunFolder.open(tmp_path))
     assert job.finished == [tmp_path]
 

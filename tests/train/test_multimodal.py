@@ -195,6 +195,26 @@ def test_resuming_a_finished_run_trains_no_more(recipe: str, unbroken: Path) -> 
     assert (latest(unbroken) / "model.safetensors").read_bytes() == before
 
 
+def test_resuming_where_no_run_is_is_refused(recipe: str, tmp_path: Path) -> None:
+    """A mistyped folder must not begin from the first step without a word."""
+    run = tmp_path / "new"
+    with pytest.raises(
+        OpenM6Error, match=rf"{run} holds no run to go on with: name .* --out, or leave --resume out"
+    ):
+        train_recipe(recipe, resume=True, out=run)
+    assert not run.exists()
+
+
+def test_a_restart_by_the_launcher_before_the_first_checkpoint_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    recipe = write_recipe(tmp_path, {**tiny_recipe(1), **text_only()})
+    with caplog.at_level("INFO", logger="openm6"):
+        assert train_recipe(recipe, out=tmp_path / "run").steps == 1
+    assert "holds no checkpoint yet: starting from the first step" in caplog.text
+
+
 def test_a_tokenizer_of_a_run_that_never_began_is_not_taken_over(unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

@@ -82,29 +82,64 @@ def wait_until_gone(processes: list[int]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("word", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_team_leaves_nobody_behind_and_resumes_exactly(
-    tmp_path: Path, word: signal.Signals
-) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Unbroken runs by their number of workers."""
+    folders = {workers: tmp_path_factory.mktemp(f"whole-{workers}") for workers in (1, 2)}
+    for workers, folder in folders.items():
+        train(TeamJob(), team_config(workers), RunFolder.open(folder))
+    return folders
+
+
+def start(folder: Path, workers: int) -> subprocess.Popen[str]:
+    """A run as the leader of a process group, a few steps old."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.train.team_job", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "tests.train.team_job", str(folder), str(workers)]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
-    while len(lines_of(tmp_path / "run")) < 2 and time.monotonic() < deadline:
+    while len(lines_of(folder)) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
+    return process
+
+
+def test_a_killed_team_leaves_nobody_behind_and_resumes_exactly(
+    tmp_path: Path, whole: dict[int, Path]
+) -> None:
+    process = start(tmp_path, workers=2)
     others = children_of(process.pid)
     assert len(others) == 2, "one worker and the maker of batches"
-    if word == signal.SIGKILL:
-        process.kill()
-    else:  # a terminal sends it to the whole group
-        os.killpg(process.pid, word)
-    process.wait(timeout=60)
+    process.kill()
+    process.communicate(timeout=60)
     assert wait_until_gone(others)
-    train(TeamJob(), team_config(2), RunFolder(tmp_path / "run"), resume=True)
-    train(TeamJob(), team_config(2), RunFolder.open(tmp_path / "whole"))
-    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    train(TeamJob(), team_config(2), RunFolder(tmp_path), resume=True)
+    assert_same_end(whole[2], tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("word", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_to_the_whole_group_saves_and_resumes_exactly(
+    tmp_path: Path, whole: dict[int, Path], word: signal.Signals, code: int, workers: int
+) -> None:
+    """A terminal sends it so, as do `timeout` (twice), Slurm and containers."""
+    process = start(tmp_path, workers)
+    others = children_of(process.pid)
+    os.killpg(process.pid, word)
+    if word == signal.SIGTERM:
+        os.killpg(process.pid, word)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == code, errors
+    assert wait_until_gone(others)
+    saved = latest(tmp_path)
+    assert errors.splitlines()[-1] == (
+        f"stopped at step {saved.name[5:]}, saved as {saved}: go on with --resume"
+    )
+    assert "Traceback" not in errors and errors.count("stopping after this step") == 1
+    train(TeamJob(), team_config(workers), RunFolder(tmp_path), resume=True)
+    assert_same_end(whole[workers], tmp_path)
 
 
 def test_a_step_that_is_not_finite_in_one_part_is_skipped_by_all(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def main(words: list[str]) -> int:
         train(ToyJob(pause=pause), toy_config(), RunFolder.open(words[0]), resume="--resume" in words)
     except Interrupted as stop:
         sys.stderr.write(f"{stop}\n")
-        return 130
+        return stop.exit_code
     return 0
 
 

@@ -1,0 +1,50 @@
+"""A run of two ranks that a signal stops: it saves once, says so, and goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest, step_of
+from openm6.train.recorder import read_metrics
+from tests.parallel.recording_job import run_steps
+from tests.train.tiny_recipe import tiny_recipe, write_recipe
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(RunFolder(folder)) if "loss" in line}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("word", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_group_saves_and_resumes(tmp_path: Path, word: signal.Signals, code: int) -> None:
+    recipe = tiny_recipe(steps=STEPS, save_every=STEPS, workers=1)
+    recipe["packing"] = {"rows": 2, "length": 160, "lanes": 2}
+    path, folder = write_recipe(tmp_path, recipe), tmp_path / "run"
+    command = [sys.executable, "-m", "openm6", "train", path, "--nproc", "2", "--out", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while len(losses(folder)) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, word)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == code, errors
+    step = step_of(latest(folder))
+    assert 3 <= step < STEPS
+    assert errors.count(f"stopped at step {step}, saved as") == 1 and "Traceback" not in errors
+    run_steps(path, str(folder), (1, 1, 1), step + 1, None)
+    run_steps(path, str(tmp_path / "whole"), (1, 1, 1), 1, None)
+    assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
