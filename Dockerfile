@@ -11,6 +11,6 @@ RUN pip install --no-cache-dir ".[serve]" && useradd --create-home openm6
 USER openm6
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health')"]
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/ready')"]
 # Within a container localhost is of no use; keys come from OPENM6_API_KEYS.
 ENTRYPOINT ["openm6", "serve", "/run-folder", "--host", "0.0.0.0", "--port", "8000"]

@@ -31,6 +31,10 @@ class TrainingError(OpenM6Error):
     """A run that cannot go on: too many broken records or too many non-finite steps."""
 
 
+class EngineError(OpenM6Error):
+    """The engine of a server that stopped by itself and cannot go on."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal stopped a run, which saved itself first; the message says how to go on.
 

@@ -16,7 +16,18 @@ from openm6.serve.errors import add_error_handlers
 from openm6.serve.fetching import Fetcher
 from openm6.serve.guard import Guard
 from openm6.serve.metrics import Metrics
-from openm6.serve.routes import audio, chat, embeddings, health, images, models, predict, rank, scenarios
+from openm6.serve.routes import (
+    audio,
+    chat,
+    embeddings,
+    health,
+    images,
+    index,
+    models,
+    predict,
+    rank,
+    scenarios,
+)
 from openm6.serve.state import Server
 
 # A new route is a file in openm6/serve/routes and a line here.
@@ -30,6 +41,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     rank.router,
     scenarios.router,
     health.router,
+    index.router,
 )
 
 
@@ -56,7 +68,9 @@ def create_app(engine: Engine, config: ServeConfig | None = None, name: str = "o
         app.include_router(router)
     add_error_handlers(app)
     # The last added is the outermost: what the guard refuses is counted, too.
-    app.add_middleware(Guard, keys=config.keys, body_bytes=limits.body_bytes)
+    app.add_middleware(
+        Guard, keys=config.keys, body_bytes=limits.body_bytes, body_seconds=limits.body_seconds
+    )
     app.add_middleware(Counting, metrics=metrics)
     _describe_errors(app)
     return app

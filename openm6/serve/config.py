@@ -17,7 +17,11 @@ class Limits(Config):
     """The largest of everything that one request may hold; what is larger is refused before any work is done."""
 
     body_bytes: int = Field(default=16 * 2**20, ge=1024)
+    body_seconds: float = Field(default=60.0, gt=0, description="for a whole body to arrive")
+    header_bytes: int = Field(default=32 * 2**10, ge=1024)
+    connections: int = Field(default=1024, ge=1, description="open at once; more are answered with 503")
     json_depth: int = Field(default=32, ge=4)
+    json_values: int = Field(default=100_000, ge=64, description="commas and brackets of a JSON body")
     pixels: int = Field(default=4_000_000, ge=64)
     sound_seconds: float = Field(default=30.0, gt=0)
     messages: int = Field(default=64, ge=1)

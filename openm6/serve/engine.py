@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from openm6.serve.prepare import Prepared, prepare
 from openm6.serve.queue import FairQueue
 from openm6.serve.requests import Answer, Request
 from openm6.serve.ticket import LateError, RefusedError, StoppedError, Ticket
-from openm6.serve.worker import Worker
+from openm6.serve.worker import LOST, Worker
 
 PREPARING = 64  # requests whose pictures and sounds are being unpacked or wait to be
 
@@ -40,6 +41,8 @@ class Engine:
         self._pool = ThreadPoolExecutor(2, "prepare")
         self._thread = threading.Thread()
         self._alive = False
+        self.failure: str | None = None  # why the engine ended by itself, if it did
+        self.on_failure: Callable[[], None] = lambda: None  # called in the engine's thread
         self._speed = 1000.0  # tokens of work a second, for Retry-After
 
     def start(self) -> Engine:
@@ -71,6 +74,11 @@ class Engine:
         """Whether it takes requests."""
         return self._alive and self._thread.is_alive()
 
+    @property
+    def stopped(self) -> StoppedError:
+        """What to answer when it is not ready."""
+        return StoppedError(self.failure or "the engine does not run: start the server again")
+
     async def ask(self, request: Request) -> Ticket:
         """Prepares a request in a thread of its own and queues it.
 
@@ -84,7 +92,7 @@ class Engine:
             loop = asyncio.get_running_loop()
             prepared = await loop.run_in_executor(self._pool, self._prepare, request)
         finally:
-            self._preparing -= 1
+            self._leave_preparation()
         return self.submit(prepared)
 
     def ask_and_wait(self, request: Request) -> Answer:
@@ -92,9 +100,14 @@ class Engine:
         return self.submit(self._prepare(request)).wait(request.seconds)
 
     def _enter_preparation(self) -> None:
-        if self._preparing >= PREPARING:
-            raise RefusedError("too many requests are being read: try again later", 1)
-        self._preparing += 1
+        with self._changed:  # each event loop that asks has a thread of its own
+            if self._preparing >= PREPARING:
+                raise RefusedError("too many requests are being read: try again later", 1)
+            self._preparing += 1
+
+    def _leave_preparation(self) -> None:
+        with self._changed:
+            self._preparing -= 1
 
     def _prepare(self, request: Request) -> Prepared:
         return prepare(request, self.loaded, self.config.room)
@@ -104,7 +117,7 @@ class Engine:
         ticket = Ticket(prepared)
         with self._changed:
             if not self.ready:
-                raise StoppedError("the engine does not run: start the server again")
+                raise self.stopped
             self.queue.push(ticket, self.queue.work / self._speed)
             self._changed.notify()
         return ticket
@@ -115,10 +128,16 @@ class Engine:
                 began = time.monotonic()
                 worker.tick()
                 self._hand_over(worker, time.monotonic() - began)
-        except Exception:
+        except BaseException as error:
             get_log().exception("the engine stopped")
+            first_line = (str(error).splitlines() or [""])[0]
+            self.failure = (
+                f"the engine stopped ({type(error).__name__}: {first_line}): start the server again"
+            )
         finally:
             self._close(worker)
+            if self.failure is not None:
+                self.on_failure()
 
     def _admit(self, worker: Worker) -> bool:
         """Waits until there is something to do and starts what fits; false when it is time to end."""
@@ -134,7 +153,7 @@ class Engine:
             ticket.fail(LateError("the deadline passed before the request's turn: ask again later"))
         while True:
             with self._changed:
-                found = self.queue.pop(worker.fits)
+                found = self.queue.pop(worker.fits, worker.open_to)
             if found is None:
                 return True
             worker.start(found)
@@ -159,7 +178,10 @@ class Engine:
         with self._changed:
             left = self.queue.drop(lambda ticket: True)
         for ticket in [*left, *worker.live, *(ticket for ticket, _ in worker.ended)]:
-            ticket.fail(StoppedError("the server is going down: ask again later"))
+            if not ticket.over:
+                ticket.fail(
+                    StoppedError(LOST if self.failure else "the server is going down: ask again later")
+                )
 
 
 def _in_precision(loaded: Loaded, config: EngineConfig) -> Loaded:

@@ -43,11 +43,16 @@ class TooLargeError(OpenM6Error):
     """A body that tells no length has passed its bound on the way; answered with 413."""
 
 
+class LateBodyError(OpenM6Error):
+    """A body that has not arrived within its time; answered with 408."""
+
+
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": meaning}
     for status, meaning in (
         (400, "The request is broken or asks for something that is not offered."),
         (401, "The API key is missing or wrong."),
+        (408, "The body did not arrive in time."),
         (413, "The request is too large."),
         (429, "Too much is waiting; Retry-After says when to try again."),
         (503, "The deadline passed, or the server is going down."),
@@ -63,6 +68,8 @@ def error_response(
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     body = ErrorBody(error=ErrorDetail(message=_encodable(message), type=kind, param=param, code=code))
     headers = {} if after is None else {"retry-after": str(after)}
+    if status in (408, 413):  # the rest of the body is not waited for
+        headers["connection"] = "close"
     return JSONResponse(body.model_dump(), status, headers)
 
 
@@ -74,6 +81,8 @@ def error_of(error: OpenM6Error) -> tuple[int, str, str | None, int | None]:
         return 503, str(error), None, 1
     if isinstance(error, TooLargeError):
         return 413, str(error), None, None
+    if isinstance(error, LateBodyError):
+        return 408, str(error), None, None
     param = error.param if isinstance(error, BadRequestError) else None
     known = isinstance(error, BadRequestError | DataError | ConfigError)
     return 400 if known else 500, str(error), param, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import uuid
@@ -13,20 +14,23 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from openm6.serve.errors import BadRequestError, TooLargeError, error_response
+from openm6.serve.errors import BadRequestError, LateBodyError, TooLargeError, error_of, error_response
 from openm6.serve.state import Server
 
-OPEN = ("/health", "/ready")  # what a load balancer asks, without a key
+OPEN = ("/", "/health", "/ready")  # what a browser or a load balancer asks, without a key
 PLAYGROUND = "/playground"  # asks for a key by itself: a browser cannot send one in a header
 
 
 class Guard:
     """Pure ASGI: a middleware that wraps responses would hide from routes that their client has gone."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...], body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: tuple[str, ...], body_bytes: int, body_seconds: float = 60.0
+    ) -> None:
         self.app = app
         self.keys = keys
         self.body_bytes = body_bytes
+        self.body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,16 +51,17 @@ class Guard:
             return
         try:
             await self.app(scope, self._counted(receive), numbered)
-        except TooLargeError:
+        except (TooLargeError, LateBodyError) as error:
             if started:
                 raise
-            await self._too_large()(scope, receive, numbered)
+            status, message, _, _ = error_of(error)
+            await error_response(status, message)(scope, receive, numbered)
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.body_bytes:
-            return self._too_large()
+            return error_response(413, self._too_large_words)
         page = scope["path"] == PLAYGROUND or scope["path"].startswith(PLAYGROUND + "/")
         if not self.keys or scope["path"] in OPEN or page:
             return None
@@ -69,11 +74,22 @@ class Guard:
         return None
 
     def _counted(self, receive: Receive) -> Receive:
-        read = 0
+        """Hands on the body while it is not too large and does not come too slowly."""
+        read, whole = 0, False
+        end = asyncio.get_running_loop().time() + self.body_seconds
 
         async def count() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(end):
+                    message = await receive()
+            except TimeoutError:
+                raise LateBodyError(
+                    f"the body did not arrive within {self.body_seconds:g} seconds: send it faster"
+                ) from None
+            whole = not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self.body_bytes:
                 raise TooLargeError(self._too_large_words)
@@ -85,9 +101,6 @@ class Guard:
     def _too_large_words(self) -> str:
         return f"the body exceeds {self.body_bytes:,} bytes: send less"
 
-    def _too_large(self) -> Response:
-        return error_response(413, self._too_large_words)
-
 
 class StrictRequest(Request):
     """JSON that is not too deep, holds finite numbers only and can be written as UTF-8 again."""
@@ -95,15 +108,22 @@ class StrictRequest(Request):
     async def json(self) -> Any:
         server = self.app.state.server
         assert isinstance(server, Server)
-        return read_json(await self.body(), server.config.limits.json_depth)
+        limits = server.config.limits
+        # In a thread: the event loop serves everyone else meanwhile.
+        return await asyncio.to_thread(read_json, await self.body(), limits.json_depth, limits.json_values)
 
 
-def read_json(body: bytes, depth: int) -> Any:
-    """The value in a JSON text.
+def read_json(body: bytes, depth: int, most: int) -> Any:
+    """The value in a JSON text; `most` bounds its commas and brackets.
+
+    These are counted before anything is parsed: the parser lets no other thread run until it is done. Pictures and
+    sounds are base64, which holds none of them.
 
     Raises:
-        BadRequestError: it is not JSON, too deep, not Unicode, or holds NaN or infinity.
+        BadRequestError: it is not JSON, too deep, of too many values, not Unicode, or holds NaN or infinity.
     """
+    if sum(map(body.count, (b",", b"[", b"{"))) > most:
+        raise BadRequestError(f"the JSON holds over {most:,} commas and brackets: send fewer values")
     try:
         value = json.loads(body, parse_constant=_not_finite)
     except RecursionError:

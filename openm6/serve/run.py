@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 
 from openm6.base.config import apply_overrides, build
-from openm6.base.errors import ConfigError
+from openm6.base.errors import ConfigError, EngineError
 from openm6.base.log import get_log
 from openm6.generate.load import load
 from openm6.serve.app import create_app
 from openm6.serve.config import ServeConfig
 from openm6.serve.engine import Engine
+from openm6.serve.guard import PLAYGROUND
+from openm6.serve.listening import address_of, bind, http_server, is_public
 
 KEY_VARIABLE = "OPENM6_API_KEYS"
 
@@ -49,8 +52,24 @@ def serve(
 
     Raises:
         CheckpointError: there is no model there.
+        ConfigError: the address cannot be listened on.
+        EngineError: the engine stopped by itself, and the server with it.
     """
-    loaded = load(trained, resident=config.engine.resident)
-    app = dress(create_app(Engine(loaded, config.engine), config, name or trained.resolve().name))
-    get_log().info(f"serving {trained} on http://{config.host}:{config.port}/docs")
-    uvicorn.run(app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=5)
+    with bind(config.host, config.port) as listener:
+        if is_public(listener) and not config.keys:
+            get_log().warning(
+                f"no API keys: whoever reaches {config.host} may ask the model, open the page and upload files; "
+                f"set {KEY_VARIABLE} or --keys"
+            )
+        engine = Engine(load(trained, resident=config.engine.resident), config.engine)
+        app = dress(create_app(engine, config, name or trained.resolve().name))
+        server = http_server(app, config.limits)
+        engine.on_failure = partial(setattr, server, "should_exit", True)
+        address = address_of(listener)
+        get_log().info(f"serving {trained} on {address}/docs")
+        if getattr(app.state, "playground", False):
+            get_log().info(f"playground on {address}{PLAYGROUND}")
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
+    if engine.failure is not None:
+        raise EngineError(engine.failure)

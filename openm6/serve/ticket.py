@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from openm6.base.errors import OpenM6Error
@@ -88,7 +89,8 @@ class Ticket:
     def announce(self) -> None:
         """Wakes the readers; a loop that is gone has nobody left to wake."""
         for reader in list(self._readers):
-            if not reader.loop.is_closed():
+            # The loop may close at any moment, so only the call itself can tell.
+            with suppress(RuntimeError):
                 reader.loop.call_soon_threadsafe(reader.changed.set)
 
     def wait(self, seconds: float | None = None) -> Answer:

@@ -6,6 +6,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import torch
+
 from openm6.base.energy.meter import Meter
 from openm6.base.errors import OpenM6Error
 from openm6.base.log import get_log
@@ -18,12 +20,23 @@ from openm6.generate.rows import Row
 from openm6.serve.alone import judged_candidates, value_alone
 from openm6.serve.config import EngineConfig
 from openm6.serve.energy import EnergyShares
-from openm6.serve.requests import Answer, CodesRequest, RankRequest, TextRequest, Usage
+from openm6.serve.requests import (
+    Answer,
+    CodesRequest,
+    EmbedRequest,
+    NumbersRequest,
+    RankRequest,
+    TextRequest,
+    Usage,
+)
 from openm6.serve.ticket import LateError, StoppedError, Ticket
 from openm6.serve.writing import scored_tokens, shown_text
 
 LATE = "the deadline passed before the answer was there: ask for less, or again later"
 FAILED = "the engine failed on this request: report it with the server's log"
+LOST = "the engine stopped: ask again when the server has been started again"
+# After these the device answers nothing any more.
+FATAL = (torch.AcceleratorError,)
 
 
 class Worker:
@@ -53,16 +66,21 @@ class Worker:
         rows = [row.key for row in self.text.rows]
         return rows + [canvas.key for canvas in self.canvases] + self.gathered
 
+    @property
+    def open_to(self) -> set[type]:
+        """The kinds of requests for which there is a place in this tick."""
+        kinds: set[type] = set()
+        if self.text.free > len(self.gathered):
+            kinds.add(TextRequest)
+        if self.shelf_free:
+            kinds.add(CodesRequest)
+        if self.passes < self.config.passes:
+            kinds |= {NumbersRequest, RankRequest, EmbedRequest}
+        return kinds
+
     def fits(self, ticket: Ticket) -> bool:
-        """Whether there is a place for a request in this tick."""
-        request = ticket.prepared.request
-        if self.read and self.read + ticket.prepared.length > self.config.prefill:
-            return False
-        if isinstance(request, TextRequest):
-            return self.text.free > len(self.gathered)
-        if isinstance(request, CodesRequest):
-            return bool(self.shelf_free)
-        return self.passes < self.config.passes
+        """Whether a request's prompt may still be read in this tick; at least one is."""
+        return not self.read or self.read + ticket.prepared.length <= self.config.prefill
 
     def start(self, ticket: Ticket) -> None:
         """Begins a request; one that takes a single pass is answered at once."""
@@ -72,11 +90,14 @@ class Worker:
         self.energy.spent([ticket], time.monotonic() - ticket.started)
 
     def _alone(self, ticket: Ticket, step: Callable[[Ticket], None]) -> None:
-        """A step of one request, whose failure ends it with its own sentence."""
+        """A step of one request, whose failure ends it with its own sentence; one that is fatal goes on up."""
         try:
             step(ticket)
         except OpenM6Error as error:
             ticket.fail(error)
+        except FATAL:
+            ticket.fail(StoppedError(LOST))
+            raise
         except Exception:
             get_log().exception("a request failed")
             ticket.fail(StoppedError(FAILED))
@@ -120,6 +141,8 @@ class Worker:
         slots = [self.text.next_slot + number for number in range(len(tickets))]
         try:
             found = read_together(self.loaded.omni, prompts, self.text.cache, slots, self.memory)
+        except FATAL:
+            raise
         except Exception:
             get_log().exception("prompts could not be read together")
             found = []
@@ -154,10 +177,14 @@ class Worker:
         self.passes = self.read = 0
 
     def _guarded(self, step: Callable[[], None], tickets: list[Ticket]) -> None:
-        """A step whose failure ends the requests in it, and nothing else."""
+        """A step whose failure ends the requests in it, and nothing else; one that is fatal goes on up."""
         began = time.monotonic()
         try:
             step()
+        except FATAL:
+            for ticket in tickets:
+                ticket.fail(StoppedError(LOST))
+            raise
         except Exception:
             get_log().exception("a step failed")
             for ticket in tickets:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import numpy as np
 
 from openm6.modalities.recall import Recall
@@ -49,3 +52,32 @@ def test_putting_twice_counts_once() -> None:
     recall.put(b"a", np.zeros(10))
     recall.put(b"a", np.zeros(10))
     assert recall.bytes == 80
+
+
+def test_threads_may_share_it() -> None:
+    """More keys than fit, asked for by several threads: nothing is lost between looking and taking."""
+    recall = Recall(max_bytes=20 * 80)
+    errors: list[Exception] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            for number in rng.integers(0, 40, 20_000):
+                key = str(number).encode()
+                if recall.get(key) is None:
+                    recall.put(key, np.zeros(10))
+        except Exception as error:
+            errors.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors
+    assert recall.bytes == sum(array.nbytes for array in recall.arrays.values()) <= recall.max_bytes

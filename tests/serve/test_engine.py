@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ from openm6.serve.requests import (
     TextRequest,
 )
 from openm6.serve.run import read_serve_config
-from openm6.serve.ticket import LateError, RefusedError, StoppedError, Ticket
+from openm6.serve.ticket import LateError, RefusedError, StoppedError, Ticket, _Reader
 from openm6.serve.worker import Worker
 from tests.data.pictures import png, wav
 from tests.small_model import embedding_model, loaded
@@ -201,6 +203,43 @@ def test_who_stops_reading_frees_the_place(engine: Engine) -> None:
     with pytest.raises(LateError, match="given up"):
         ticket.wait(30)
     assert engine.ask_and_wait(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=2))).usage.given == 2
+
+
+def test_a_loop_that_closes_does_not_stop_the_engine(engine: Engine) -> None:
+    """The loop may close between any look at it and the call."""
+
+    class Closing:
+        def is_closed(self) -> bool:
+            return False
+
+        def call_soon_threadsafe(self, *_: object) -> None:
+            raise RuntimeError("Event loop is closed")
+
+    ticket = Ticket(prepare(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=3)), engine.loaded, 256))
+    ticket._readers.append(_Reader(cast(asyncio.AbstractEventLoop, Closing()), asyncio.Event()))
+    ticket.announce()
+    assert not ticket.over
+
+
+def test_requests_being_read_are_counted_exactly(engine: Engine) -> None:
+    """Event loops in several threads share the count."""
+
+    class Slow(int):
+        def __add__(self, other: int) -> Slow:
+            found = int(self) + other
+            time.sleep(0.001)
+            return Slow(found)
+
+    engine._preparing = Slow(0)
+    threads = [
+        threading.Thread(target=lambda: [engine._enter_preparation() for _ in range(5)]) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert engine._preparing == 20
+    engine._preparing = 0
 
 
 def test_a_deadline_that_passes_is_said(engine: Engine) -> None:

@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import os
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 from openm6.base.errors import ConfigError
-from openm6.bench.server import Address, form
+from openm6.bench.server import Address, Reply, form
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
@@ -105,11 +107,54 @@ def test_paths_and_methods_that_do_not_exist(address: Address) -> None:
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[" * 100_000, "nested deeper"),
+        (b"[" + b"[]," * 200_000 + b"[]]", "over 100,000 commas and brackets"),
     ],
 )
 def test_json_that_is_not_strict(body: bytes, sentence: str) -> None:
     with pytest.raises(BadRequestError, match=sentence):
-        read_json(body, 32)
+        read_json(body, 32, 100_000)
+
+
+def test_too_many_values_are_refused_before_they_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser holds the interpreter's lock until it is done."""
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("parsed"))
+    with pytest.raises(BadRequestError, match="send fewer values"):
+        read_json(b"[" + b"[]," * 100 + b"[]]", 32, 100)
+
+
+def test_while_a_body_is_parsed_others_are_answered(
+    address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsing, go_on = threading.Event(), threading.Event()
+
+    def slow(body: bytes, depth: int, most: int) -> object:
+        parsing.set()
+        assert go_on.wait(30)
+        return read_json(body, depth, most)
+
+    monkeypatch.setattr("openm6.serve.guard.read_json", slow)
+    replies: list[Reply] = []
+    hostile = threading.Thread(target=lambda: replies.append(address.post(CHAT, [[]] * 10)))
+    hostile.start()
+    try:
+        assert parsing.wait(30)
+        assert address.send("GET", "/health").status == 200
+    finally:
+        go_on.set()
+        hostile.join()
+    assert replies[0].status == 400
+
+
+def test_a_body_that_comes_too_slowly_is_given_up() -> None:
+    config = ServeConfig(limits=Limits(body_seconds=0.2))
+    app = create_app(Engine(loaded(3), EngineConfig(rows=1, room=64)), config)
+    with (
+        running(app) as found,
+        socket.create_connection(("127.0.0.1", int(found.rpartition(":")[2])), timeout=30) as line,
+    ):
+        line.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n{{".encode())
+        answer = b"".join(iter(lambda: line.recv(4096), b""))  # to the end: the connection is closed
+    assert b"408" in answer.split(b"\r\n")[0] and b"did not arrive within 0.2 seconds" in answer
 
 
 def test_an_upload_that_is_no_sound(address: Address) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
@@ -11,13 +13,103 @@ from hypothesis import strategies as st
 
 from openm6.serve.prepare import Prepared
 from openm6.serve.queue import FairQueue
-from openm6.serve.requests import Request
+from openm6.serve.requests import CodesRequest, Request, TextRequest
 from openm6.serve.ticket import RefusedError, Ticket
 
 
-def ticket(client: str, work: int) -> Ticket:
-    prepared = SimpleNamespace(request=Request(parts=(), client=client), work=work)
-    return Ticket(cast(Prepared, prepared))
+def ticket(client: str, work: int, drawn: bool = False) -> Ticket:
+    request: Request = TextRequest(parts=(), client=client)
+    if drawn:
+        request = CodesRequest(parts=(), client=client, want="image")
+    return Ticket(cast(Prepared, SimpleNamespace(request=request, work=work)))
+
+
+class PlainQueue:
+    """The rule of the queue without its heaps: sort all clients, look through all lines."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, deque[Ticket]] = {}
+        self.served: OrderedDict[str, int] = OrderedDict()
+
+    def push(self, ticket: Ticket) -> None:
+        client = ticket.client
+        if client not in self.waiting:
+            lowest = min((self.served.get(name, 0) for name in self.waiting), default=0)
+            self.served[client] = max(lowest, self.served.get(client, 0))
+            self.waiting[client] = deque()
+        self.waiting[client].append(ticket)
+
+    def pop(self, fits: Callable[[Ticket], bool]) -> Ticket | None:
+        for client in sorted(self.waiting, key=lambda name: self.served.get(name, 0)):
+            for ticket in self.waiting[client]:
+                if fits(ticket):
+                    self.served[client] += ticket.prepared.work
+                    self.take(ticket)
+                    return ticket
+        return None
+
+    def take(self, ticket: Ticket) -> None:
+        self.waiting[ticket.client].remove(ticket)
+        if not self.waiting[ticket.client]:
+            del self.waiting[ticket.client]
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("push"), st.sampled_from("abcd"), st.integers(1, 50), st.booleans()),
+        st.tuples(st.just("pop"), st.sampled_from("tcb"), st.integers(1, 50)),
+        st.tuples(st.just("drop"), st.integers(0, 5)),
+    ),
+    max_size=80,
+)
+
+
+@given(STEPS)
+def test_the_order_is_that_of_the_plain_rule(steps: list[tuple[object, ...]]) -> None:
+    queue, plain, left = FairQueue(10**9), PlainQueue(), list[Ticket]()
+    for step in steps:
+        if step[0] == "push":
+            one = ticket(str(step[1]), cast(int, step[2]), bool(step[3]))
+            queue.push(one, 1.0)
+            plain.push(one)
+            left.append(one)
+        elif step[0] == "pop":
+            kinds = {"t": {TextRequest}, "c": {CodesRequest}, "b": {TextRequest, CodesRequest}}[str(step[1])]
+            most = cast(int, step[2])
+            found = queue.pop(lambda one, most=most: one.prepared.work <= most, kinds)  # type: ignore[misc]
+            assert found is plain.pop(
+                lambda one, most=most, kinds=kinds: (  # type: ignore[misc]
+                    one.prepared.work <= most and type(one.prepared.request) in kinds
+                )
+            )
+            left = [one for one in left if one is not found]
+        elif left:
+            gone = left.pop(cast(int, step[1]) % len(left))
+            assert queue.drop(lambda one, gone=gone: one is gone) == [gone]  # type: ignore[misc]
+            plain.take(gone)
+        assert len(queue) == len(left) and queue.work == sum(one.prepared.work for one in left)
+        assert set(queue.waiting) == set(plain.waiting)
+
+
+def test_a_kind_without_a_place_is_not_looked_at() -> None:
+    queue = FairQueue(10**9)
+    for number in range(50):
+        queue.push(ticket(f"client {number}", 5), 1.0)
+    queue.push(ticket("late", 5, drawn=True), 1.0)
+    looked: list[Ticket] = []
+    found = queue.pop(lambda one: not looked.append(one), {CodesRequest})  # type: ignore[func-returns-value]
+    assert found is not None and found.client == "late" and looked == [found]
+    assert queue.pop(lambda one: not looked.append(one), set()) is None  # type: ignore[func-returns-value]
+    assert len(looked) == 1
+
+
+def test_who_comes_and_goes_does_not_fill_the_memory() -> None:
+    queue = FairQueue(10**9)
+    queue.push(ticket("busy", 5), 1.0)
+    for _ in range(2000):
+        queue.push(ticket("restless", 5), 1.0)
+        queue.drop(lambda one: one.client == "restless")
+    assert sum(map(len, queue._heaps.values())) < 200
 
 
 ARRIVALS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 50)), max_size=60)

@@ -10,7 +10,6 @@ from pydantic import BaseModel
 
 from openm6.serve.errors import DOCUMENTED
 from openm6.serve.state import ThisServer
-from openm6.serve.ticket import StoppedError
 
 router = APIRouter(tags=["state"])
 
@@ -32,7 +31,7 @@ async def health(server: ThisServer) -> Health:
 async def ready(server: ThisServer) -> Health:
     """Whether the engine takes requests; 503 where it does not."""
     if not server.engine.ready:
-        raise StoppedError("the engine does not run: start the server again")
+        raise server.engine.stopped
     return Health(waiting=len(server.engine.queue))
 
 

@@ -1,0 +1,158 @@
+"""`openm6 serve` as a whole: what it prints, what it refuses, and how it ends when its engine does."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi import FastAPI
+
+from openm6.base.errors import ConfigError, EngineError
+from openm6.serve.app import create_app
+from openm6.serve.config import EngineConfig, ServeConfig
+from openm6.serve.engine import Engine
+from openm6.serve.listening import bind
+from openm6.serve.run import serve
+from openm6.serve.worker import Worker
+from tests.serve.running import running
+from tests.small_model import loaded
+
+BODY = json.dumps({"model": "x", "messages": [{"role": "user", "content": "draw"}], "max_tokens": 3})
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("openm6"), "propagate", True)
+    caplog.set_level(logging.INFO, "openm6")
+    monkeypatch.setattr("openm6.serve.run.load", lambda *_, **__: loaded(3))
+    return caplog
+
+
+class Asker(threading.Thread):
+    """Asks a server as soon as it answers, and keeps what it said."""
+
+    def __init__(self, log: pytest.LogCaptureFixture, ask: Callable[[http.client.HTTPConnection], None]):
+        super().__init__()
+        self.log, self.ask = log, ask
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            while not (found := re.search(r"serving .* on http://127.0.0.1:(\d+)", self.log.text)):
+                time.sleep(0.01)
+            self.ask(http.client.HTTPConnection("127.0.0.1", int(found.group(1)), timeout=30))
+        except BaseException as error:
+            self.error = error
+
+
+def failing(error: Exception) -> Callable[[Worker], None]:
+    def tick(worker: Worker) -> None:
+        if worker.busy:
+            raise error
+
+    return tick
+
+
+def config(**more: object) -> ServeConfig:
+    return ServeConfig(port=0, engine=EngineConfig(rows=2, room=64), **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("place", ["a step", "the thread"])
+def test_a_lost_device_ends_the_server_with_a_sentence(
+    place: str, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "a step":
+        lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+
+        def lose(*_: object) -> None:
+            raise lost
+
+        monkeypatch.setattr("openm6.serve.worker.read_into", lose)
+    else:
+        monkeypatch.setattr(Worker, "tick", failing(ValueError("out of luck")))
+    said: list[tuple[int, str]] = []
+
+    def ask(line: http.client.HTTPConnection) -> None:
+        line.request("POST", "/v1/chat/completions", BODY.replace('"x"', '"default"'), JSON)
+        reply = line.getresponse()
+        said.append((reply.status, json.loads(reply.read())["error"]["message"]))
+
+    asker = Asker(log, ask)
+    asker.start()
+    with pytest.raises(EngineError, match=r"the engine stopped \(.*: .*\): start the server again") as caught:
+        serve(Path("runs/x"), config())
+    asker.join()
+    assert asker.error is None and "\n" not in str(caught.value)
+    assert said[0][0] == 503 and "the engine stopped" in said[0][1]
+
+
+def test_a_taken_port_is_said_before_anything_is_loaded(
+    log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openm6.serve.run.load", lambda *_, **__: pytest.fail("loaded"))
+    with bind("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match="another --port"):
+        serve(Path("runs/x"), ServeConfig(port=taken.getsockname()[1]))
+    assert "serving" not in log.text
+
+
+class NeverRun:
+    """A server that is left at once: what is printed before is what counts."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def run(self, sockets: object) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "warned"), [("0.0.0.0", (), True), ("0.0.0.0", ("k",), False), ("127.0.0.1", (), False)]
+)
+def test_an_open_server_is_warned_about(
+    host: str,
+    keys: tuple[str, ...],
+    warned: bool,
+    log: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("openm6.serve.run.http_server", NeverRun)
+    serve(Path("runs/x"), config(host=host, keys=keys))
+    lines = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
+    assert len(lines) == warned and all("upload files" in line and "--keys" in line for line in lines)
+
+
+def with_playground(app: FastAPI) -> FastAPI:
+    app.state.playground = True
+    return app
+
+
+def test_the_address_of_the_playground_is_printed(
+    log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openm6.serve.run.http_server", NeverRun)
+    serve(Path("runs/x"), config(), dress=with_playground)
+    assert re.search(r"playground on http://127.0.0.1:[1-9]\d*/playground", log.text)
+
+
+@pytest.mark.parametrize("playground", [True, False])
+def test_the_bare_address_leads_on(playground: bool) -> None:
+    """To the playground if there is one, else to links; no key is needed."""
+    app = create_app(Engine(loaded(3), EngineConfig(rows=1, room=64)), ServeConfig(keys=("k",)))
+    with running(with_playground(app) if playground else app) as found:
+        line = http.client.HTTPConnection("127.0.0.1", int(found.rpartition(":")[2]), timeout=30)
+        line.request("GET", "/")
+        reply = line.getresponse()
+        content = reply.read()
+        line.close()
+    if playground:
+        assert (reply.status, reply.getheader("location")) == (307, "/playground")
+    else:
+        assert reply.status == 200 and json.loads(content)["documentation"] == "/docs"
