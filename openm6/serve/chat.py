@@ -12,6 +12,7 @@ from openm6.generate.sampling import Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.serve.chat_schemas import (
+    UNSUPPORTED,
     AnswerAudio,
     AnswerImage,
     AnswerMessage,
@@ -35,6 +36,16 @@ from openm6.serve.state import Server
 
 TOKENS = 64  # given unless the client says otherwise
 KEPT = 3600  # seconds that OpenAI keeps a sound; ours is in the answer, and nothing is kept
+
+
+def refuse_unsupported(body: ChatBody) -> None:
+    """Raises BadRequestError where a field asks for something that is known and not offered."""
+    for name, value in (body.model_extra or {}).items():
+        neutral = UNSUPPORTED.get(name)
+        if neutral is None or value is None or value in ([], {}, *neutral):
+            continue
+        instead = " 'text' alone is offered" if name == "response_format" else " leave it out"
+        raise BadRequestError(f"{name} is not supported:{instead}", name)
 
 
 def wanted_modalities(body: ChatBody) -> list[Wanted]:

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from openm6.serve.content import Message
 from openm6.serve.distributions import Distribution
 from openm6.serve.media import PictureFormat, SoundFormat
 from openm6.serve.schemas import MAX_SEED, Energy, TokenUsage
 
+# Fields of OpenAI's that would change the answer: the values that ask for nothing, besides null and what is empty.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": (),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": (),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
 Wanted = Literal["text", "image", "audio", "numbers"]
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
 
@@ -51,7 +67,10 @@ class ChatBody(BaseModel):
     """OpenAI's fields; `modalities` may also hold `image` and `numbers`; top_k, numbers, image and draw are ours.
 
     `temperature` is 0 unless given: a small model answers best by its likeliest words.
+    Fields of OpenAI's that would change the answer and are not offered are refused, see `refuse_unsupported`.
     """
+
+    model_config = ConfigDict(extra="allow")
 
     messages: list[Message] = Field(min_length=1, max_length=64)
     model: str

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from openm6.base.errors import ConfigError, DataError, OpenM6Error
 from openm6.base.log import get_log
 from openm6.serve.ticket import LateError, RefusedError, StoppedError
+from openm6.serve.validation import complaint
 
 
 class ErrorDetail(BaseModel):
@@ -103,10 +104,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]  # its "input" is never echoed: it may be huge, or not a number
-        path = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-        message = str(first["msg"]).removeprefix("Value error, ")
-        return error_response(400, f"{path}: {message}" if path else message, path or None)
+        # Nothing of the body is echoed but a type that is not known: it may be huge, or not Unicode.
+        message, path = complaint(error.errors(), error.body)
+        return error_response(400, message, path)
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:

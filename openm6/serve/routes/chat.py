@@ -15,7 +15,13 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from openm6.base.errors import OpenM6Error
-from openm6.serve.chat import logprobs_of, message_of, requests_of, wanted_modalities
+from openm6.serve.chat import (
+    logprobs_of,
+    message_of,
+    refuse_unsupported,
+    requests_of,
+    wanted_modalities,
+)
 from openm6.serve.chat_schemas import ChatBody, Choice, Chunk, Completion, Delta, DeltaChoice
 from openm6.serve.content import pictures_in
 from openm6.serve.errors import DOCUMENTED, ErrorBody, ErrorDetail, error_of
@@ -37,6 +43,7 @@ async def complete(
 ) -> Completion | StreamingResponse:
     """Answers a chat."""
     server.check_model(body.model)
+    refuse_unsupported(body)
     seed = chosen_seed(body.seed)
     named = (pictures_in(turn.content, f"messages.{n}.content") for n, turn in enumerate(body.messages))
     await server.fetcher.bring(chain.from_iterable(named))

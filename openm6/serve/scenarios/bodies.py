@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -31,7 +31,10 @@ MOST_TEXTS = 256
 COVERAGE = 0.8
 
 # Longest first: pydantic takes what fits, and a mapping of numbers would fit a series' form otherwise.
-Value = str | Series | dict[str, float | None] | list[float] | list[str]
+# The first wrong item ends a list: one error for each of many would take longer than the answer.
+NumberList = Annotated[list[float], Field(fail_fast=True)]
+TextList = Annotated[list[str], Field(fail_fast=True)]
+Value = str | Series | dict[str, float | None] | NumberList | TextList
 
 
 class ScenarioBody(BaseModel):
