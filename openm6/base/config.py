@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from openm6.base.errors import ConfigError
 
+LIKE = 0.75  # `describe` is 0.67 like `transcribe`, and means something else
+
 
 class Config(BaseModel):
     """Parent of every config class: frozen, keyword-only, and deaf to unknown keys (they raise)."""
@@ -22,8 +24,10 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """A hint such as `did you mean 'penguins'? (known: …)` for a mistyped name."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    """A hint such as `did you mean 'penguins'? (known: …)` for a mistyped name; other words are not suggested."""
+    if not known:
+        return "none is known"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=LIKE)
     listing = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
     return f"did you mean {close[0]!r}? (known: {listing})" if close else f"known: {listing}"
 

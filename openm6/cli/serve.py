@@ -24,7 +24,7 @@ Hosts = Annotated[
 Replicas = Annotated[
     list[str] | None,
     typer.Option(
-        "--replicas", metavar="KEY=VALUE", help="With --ray: least=1 most=4 ongoing=8 cpus=1 gpus=0."
+        "--replicas", metavar="KEY=VALUE", help="With --ray: least=1 most=4 ongoing=8 cpus=1 gpus=1."
     ),
 ]
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openm6.base.errors import ConfigError
-from openm6.generate.matrices import Matrix, Precision, matrix_of
+from openm6.generate.matrices import Matrix, PlainStack, Precision, Stack, matrix_of, stack_of
 from openm6.modalities.text import Text
 from openm6.models.backbone import Backbone
 from openm6.models.omni import Omni
@@ -27,7 +27,6 @@ from openm6.nn.block import Block, LayerParts
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.experts import Experts
 from openm6.nn.slots import SlotCache
-from openm6.ops.grouped import grouped_product
 from openm6.ops.rotary import rotary_table
 from openm6.ops.routing import choose_prototypes, choose_top_k, combine_rows, plan_dropless, send_rows
 
@@ -86,8 +85,8 @@ class _Experts:
     config: ExpertsConfig
     router: Tensor  # E D, fp32
     bias: Tensor | None
-    up: Tensor  # E D P
-    down: Tensor  # E F D
+    up: Stack  # E D P
+    down: Stack  # E F D
     shared: _FeedForward | None
     activate: Callable[[Tensor], Tensor]
     fixed: bool
@@ -99,26 +98,41 @@ class _Experts:
             gate, chosen, _ = choose_prototypes(logits, self.bias, config.num_prototypes)
         else:
             gate, chosen, _ = choose_top_k(logits, self.bias, config.choices, config.normalise_gates)
-        y = self._by_all(x, gate, chosen) if self._all(x) else self._sorted(x, gate, chosen)
+        by_all = self.fixed or meets_all_experts(
+            len(x), x.is_cuda, self.captured, config.num_experts, config.choices
+        )
+        y = self._by_all(x, gate, chosen) if by_all else self._sorted(x, gate, chosen)
         return y if self.shared is None else y + self.shared(x)
 
-    def _all(self, x: Tensor) -> bool:
-        if x.is_cuda:
-            return len(x) <= ALL_EXPERTS_ROWS
-        return self.fixed or self.config.num_experts <= ALL_EXPERTS_WASTE * self.config.choices
+    @property
+    def captured(self) -> bool:
+        """Whether the sorted way can be recorded in a graph: it is one kernel, in bfloat16 alone."""
+        return isinstance(self.up, PlainStack) and self.up.weight.dtype == torch.bfloat16
 
     def _by_all(self, x: Tensor, gate: Tensor, chosen: Tensor) -> Tensor:
         """Σ_e gate_e · E_e(x) with a gate of 0 for those not chosen: fixed shapes, no sorting."""
         experts = self.config.num_experts
         weight = torch.zeros(len(x), experts, device=x.device).scatter_(1, chosen, gate)  # B E
-        hidden = self.activate(torch.bmm(x.expand(experts, -1, -1), self.up))  # E B D -> E B P -> E B F
+        hidden = self.activate(self.up.each(x.expand(experts, -1, -1)))  # E B D -> E B P -> E B F
         hidden = hidden * weight.t().unsqueeze(-1).to(x.dtype)
-        return hidden.transpose(0, 1).flatten(1) @ self.down.flatten(0, 1)  # B E·F -> B D
+        if isinstance(self.down, PlainStack):  # one product does the sum, too
+            return hidden.transpose(0, 1).flatten(1) @ self.down.weight.flatten(0, 1)  # B E·F -> B D
+        return self.down.each(hidden).sum(0)  # E B D -> B D
 
     def _sorted(self, x: Tensor, gate: Tensor, chosen: Tensor) -> Tensor:
         plan = plan_dropless(chosen, self.config.num_experts)
-        hidden = self.activate(grouped_product(send_rows(x, plan), self.up, plan.counts))
-        return combine_rows(grouped_product(hidden, self.down, plan.counts), gate, plan)
+        hidden = self.activate(self.up.grouped(send_rows(x, plan), plan.counts))
+        return combine_rows(self.down.grouped(hidden, plan.counts), gate, plan)
+
+
+def meets_all_experts(rows: int, on_gpu: bool, captured: bool, experts: int, choices: int) -> bool:
+    """Whether every row is multiplied by all experts, or rows are sorted by their own.
+
+    On a GPU a pass is recorded in a graph, which cannot wait for a count; sorting needs one unless it is `captured`.
+    """
+    if on_gpu:
+        return not captured or rows <= ALL_EXPERTS_ROWS
+    return experts <= ALL_EXPERTS_WASTE * choices
 
 
 @dataclass(frozen=True)
@@ -245,8 +259,8 @@ def _experts_of(backbone: Backbone, layer: int, part: Experts, precision: Precis
         config=config,
         router=router.weight.detach().float(),
         bias=router.bias,
-        up=part.up.detach(),
-        down=part.down.detach(),
+        up=stack_of(part.up, precision),
+        down=stack_of(part.down, precision),
         shared=shared,
         activate=_activation(config.ffn),
         fixed=fixed,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openm6.generate.decode import Speaker
 from openm6.generate.matrices import Precision
@@ -16,6 +17,9 @@ from openm6.generate.rows import TextRows, Way
 
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 512, 1024)  # a padded row is nearly free while weights bind
 KEYS = (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+
+# Without cuDNN, which plans anew for each shape; that takes longer than the step.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _Key = tuple[int, int, Way]
 
@@ -42,8 +46,6 @@ class GraphedRows(TextRows):
         self.largest_only = deterministic
         self.graphs: dict[_Key, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle()
-        # cuDNN plans anew for each shape, which takes longer than the step.
-        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def _padded(self, count: int) -> int:
         slots = self.cache.slots
@@ -67,13 +69,16 @@ class GraphedRows(TextRows):
         before = [part.clone() for part in state]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        with torch.cuda.stream(aside), sdpa_kernel(ATTENTION):
             for _ in range(3):
                 super()._run(*key)
                 self._restore(before)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            sdpa_kernel(ATTENTION),
+        ):
             drawn, logits = super()._run(*key)
         return graph, drawn, logits
 

@@ -65,6 +65,21 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check(path: Path) -> None:
+    """Looks at the files of a run's newest checkpoint, or of one checkpoint, without loading the weights.
+
+    Raises:
+        CheckpointError: there is none, or it is not of a multimodal model.
+    """
+    _texts(latest(path))
+
+
+def _texts(folder: Path) -> tuple[ModelDescription, str]:
+    """The description and the text of the tokenizer."""
+    texts = {name: _read(folder / name) for name in (MODEL_FILE, TOKENIZER_FILE)}
+    return read_description(texts[MODEL_FILE], str(folder / MODEL_FILE)), texts[TOKENIZER_FILE]
+
+
 def load(path: Path, device: torch.device | None = None, resident: int | None = None) -> Loaded:
     """The model of a run (its newest complete checkpoint) or of one checkpoint.
 
@@ -74,12 +89,9 @@ def load(path: Path, device: torch.device | None = None, resident: int | None = 
         CheckpointError: there is none, it is not of a multimodal model, or its parts do not fit one another.
     """
     folder, device = latest(path), device or best_device()
-    texts = {name: _read(folder / name) for name in (MODEL_FILE, TOKENIZER_FILE)}
-    description = read_description(texts[MODEL_FILE], str(folder / MODEL_FILE))
+    description, tokenizer = _texts(folder)
     streamed = resident is not None and resident < description.backbone.num_layers
-    omni, modalities = build_model(
-        description, texts[TOKENIZER_FILE], str(folder / TOKENIZER_FILE), empty_sets=streamed
-    )
+    omni, modalities = build_model(description, tokenizer, str(folder / TOKENIZER_FILE), empty_sets=streamed)
     if streamed and resident is not None:
         place_streamed(omni, folder, resident, device)
     else:

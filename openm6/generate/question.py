@@ -33,8 +33,8 @@ class Question:
 
     want: str
     text: str | None = None
-    image: Path | None = None
-    sound: Path | None = None
+    image: Path | str | None = None
+    sound: Path | str | None = None
     numbers: dict[str, float | None] | None = None
     series: NumberSeries | None = None
     column: str | None = None
@@ -44,6 +44,8 @@ class Question:
     language: str = "en"
 
     def __post_init__(self) -> None:
+        for name in ("image", "sound"):
+            object.__setattr__(self, name, _path(name, getattr(self, name)))
         if self.want not in MODALITIES:
             raise ConfigError(f"--want {self.want!r} is not one of {', '.join(MODALITIES)}")
         if self.language not in LANGUAGES:
@@ -82,13 +84,20 @@ class Question:
         return self.column or missing[0]
 
 
-def read_picture(path: Path, loaded: Loaded) -> bytes:
+def _path(name: str, given: object) -> Path | None:
+    """The path of a file, which may be given as a string."""
+    if given is not None and not isinstance(given, str | Path):
+        raise ConfigError(f"{name} must be the path of a file, not {type(given).__name__}: save it first")
+    return None if given is None else Path(given)
+
+
+def read_picture(path: Path | str, loaded: Loaded) -> bytes:
     """The bytes of a picture that can be opened.
 
     Raises:
         DataError: it is missing, broken, or over a bound; the sentence begins with its path.
     """
-    content = _read_file(path)
+    content = _read_file(Path(path))
     try:
         read_image(content, loaded.image.max_pixels)
     except DataError as error:
@@ -96,9 +105,9 @@ def read_picture(path: Path, loaded: Loaded) -> bytes:
     return content
 
 
-def read_recording(path: Path, loaded: Loaded) -> bytes:
+def read_recording(path: Path | str, loaded: Loaded) -> bytes:
     """The bytes of a sound that can be opened; raises as `read_picture` does."""
-    content = _read_file(path)
+    content = _read_file(Path(path))
     try:
         read_sound(content, loaded.sound.max_seconds)
     except DataError as error:

@@ -14,6 +14,7 @@ import torch
 from openm6.base.energy.meter import Meter, open_meter
 from openm6.base.log import get_log
 from openm6.generate.load import Loaded
+from openm6.nn.experts import Router
 from openm6.serve.config import EngineConfig
 from openm6.serve.prepare import Prepared, prepare
 from openm6.serve.queue import FairQueue
@@ -185,7 +186,14 @@ class Engine:
 
 
 def _in_precision(loaded: Loaded, config: EngineConfig) -> Loaded:
-    """The model in the dtype asked for; int8 keeps what is not decoding as it is."""
+    """The model in the dtype asked for; int8 keeps what is not decoding as it is.
+
+    Routers keep their balance bias in fp32: it is small against the scores, and rounded it would choose otherwise.
+    """
     if config.weights == "bfloat16":
+        routers = [module for module in loaded.omni.modules() if isinstance(module, Router)]
+        biases = [router.bias for router in routers]
         loaded.omni.to(torch.bfloat16)
+        for router, bias in zip(routers, biases, strict=True):
+            router.bias = bias
     return loaded

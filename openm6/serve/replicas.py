@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from fastapi import FastAPI
 from pydantic import Field, model_validator
 from ray import serve as ray_serve
@@ -14,7 +16,7 @@ from ray import serve as ray_serve
 from openm6.base.config import Config, apply_overrides
 from openm6.base.config import build as build_config
 from openm6.base.log import get_log
-from openm6.generate.load import load
+from openm6.generate.load import check, load
 from openm6.serve.app import create_app
 from openm6.serve.config import ServeConfig
 from openm6.serve.engine import Engine
@@ -28,7 +30,7 @@ class ReplicaConfig(Config):
     least, most: replicas that autoscaling keeps to; equal numbers switch it off
     ongoing: requests in work that a replica is wanted for; a replica takes twice as many before Ray lets more wait
     waiting: requests that may wait in Ray before more are answered with 503
-    cpus, gpus: what one replica occupies
+    cpus, gpus: what one replica occupies; a whole GPU where there is one, unless told otherwise
     """
 
     least: int = Field(default=1, ge=1, le=1024)
@@ -36,7 +38,7 @@ class ReplicaConfig(Config):
     ongoing: float = Field(default=8.0, gt=0)
     waiting: int = Field(default=256, ge=1)
     cpus: float = Field(default=1.0, ge=0)
-    gpus: float = Field(default=0.0, ge=0)
+    gpus: float = Field(default_factory=lambda: float(torch.cuda.is_available()), ge=0)
 
     @model_validator(mode="after")
     def _in_order(self) -> ReplicaConfig:
@@ -76,7 +78,10 @@ def run_replicas(build: Callable[[], FastAPI], config: ServeConfig, replicas: Re
 
 def app_of(trained: Path, config: ServeConfig, name: str) -> FastAPI:
     """The app of one replica."""
-    return create_app(Engine(load(trained, resident=config.engine.resident), config.engine), config, name)
+    engine = Engine(load(trained, resident=config.engine.resident), config.engine)
+    # Ray starts another replica for one that has ended; the time lets its last answers out.
+    engine.on_failure = threading.Timer(1.0, os._exit, (1,)).start
+    return create_app(engine, config, name)
 
 
 def serve_replicas(
@@ -89,7 +94,7 @@ def serve_replicas(
         ConfigError: an unknown setting, or one out of range.
     """
     replicas = build_config(ReplicaConfig, apply_overrides({}, settings or []), "--ray")
-    load(trained)  # what is wrong with it is said here, not in every replica
+    check(trained)  # what is wrong with it is said here, not in every replica
     run_replicas(partial(app_of, trained.resolve(), config, name or trained.resolve().name), config, replicas)
     get_log().info(f"serving {trained} on http://{config.host}:{config.port}/docs")
     try:

@@ -91,3 +91,13 @@ def test_a_file_with_overrides(tmp_path: Path) -> None:
 
 def test_nearest_names_the_known_ones_where_nothing_is_near() -> None:
     assert nearest("zzz", ["apple", "pear"]) == "known: apple, pear"
+
+
+def test_a_word_that_means_something_else_is_not_suggested() -> None:
+    known = ["draw", "speak", "transcribe"]
+    assert "did you mean" not in nearest("describe", known) and "known: draw" in nearest("describe", known)
+    assert nearest("transcibe", known).startswith("did you mean 'transcribe'?")
+
+
+def test_where_nothing_is_known_it_is_said() -> None:
+    assert nearest("mass", []) == "none is known"

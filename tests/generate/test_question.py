@@ -208,3 +208,11 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_shares_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(ConfigError, match="between 0 and 1"):
         Question(want="image", image=Path("a"), hole=(float("nan"), 0.0, 1.0, 1.0))
+
+
+def test_a_path_may_be_a_string(picture: Path) -> None:
+    asked = Question(want="text", image=str(picture))
+    assert asked.image == picture
+    assert prompt_parts(asked, MODEL) == prompt_parts(Question(want="text", image=picture), MODEL)
+    with pytest.raises(ConfigError, match="image must be the path of a file, not bytes"):
+        Question(want="text", image=png())  # type: ignore[arg-type]

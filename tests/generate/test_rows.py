@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from openm6.base.errors import ConfigError
-from openm6.generate.decode import DecodeStep, Speaker
+from openm6.generate.decode import DecodeStep, Speaker, meets_all_experts
+from openm6.generate.graphs import ATTENTION, GraphedRows
 from openm6.generate.load import Loaded
-from openm6.generate.matrices import QuantizedMatrix
+from openm6.generate.matrices import QuantizedMatrix, QuantizedStack, stack_of
 from openm6.generate.prompt import Prompt, read_prompts
 from openm6.generate.reading import PromptMemory, read_into, read_together
 from openm6.generate.rows import Row, TextRows
@@ -19,6 +21,7 @@ from openm6.modalities.registry import source_pieces
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.nn.experts import Experts
 from openm6.nn.slots import PackedWriter, SlotWriter
 from openm6.ops.sequence import causal_layout
 from tests.data.pictures import png
@@ -116,6 +119,68 @@ def test_int8_weights_stand_for_what_they_say() -> None:
     matrix = QuantizedMatrix(weight)
     assert float((matrix.plain() - weight).abs().max()) <= float(weight.abs().max()) / 254 + 1e-6
     torch.testing.assert_close(matrix(x), x @ matrix.plain().t(), rtol=1e-4, atol=1e-4)
+
+
+def test_int8_experts_stand_for_what_they_say() -> None:
+    """A scale for each output of each expert, in both ways of multiplying."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(3, 32, 64), torch.randn(3, 5, 32)
+    weight[1] *= 100  # one loud expert must not blur the others
+    stack, counts = stack_of(weight, "int8"), torch.tensor([2, 0, 3])
+    assert isinstance(stack, QuantizedStack)
+    for expert, matrix in enumerate(stack.matrices):
+        error = (matrix.plain().t() - weight[expert]).abs().amax(0)
+        assert bool((error <= weight[expert].abs().amax(0) / 254 + 1e-6).all())
+    plain = torch.stack([matrix.plain().t() for matrix in stack.matrices])
+    torch.testing.assert_close(stack.each(x), torch.bmm(x, plain), rtol=1e-4, atol=1e-3)
+    rows = torch.randn(5, 32)
+    wanted = torch.cat([rows[:2] @ plain[0], rows[2:] @ plain[2]])
+    torch.testing.assert_close(stack.grouped(rows, counts), wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("experts", [4, 16])  # all rows by all experts, and rows sorted by their own
+def test_int8_decoding_reads_no_expert_in_full(experts: int) -> None:
+    """The answer of int8 weights is close to that of the weights, and the experts are among them."""
+    shape = {"experts": ExpertsConfig(hidden=32, num_experts=experts, top_k=2)}
+    torch.manual_seed(1)
+    backbone = Backbone(
+        BackboneConfig(width=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, **shape)
+    )
+    embedding = torch.randn(50, 32)
+    speaker = Speaker(backbone.eval(), embedding, embedding, 0, 1)
+    arguments = (
+        torch.tensor([3, 4, 5]),
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(3, dtype=torch.int64),
+        8,
+    )
+    with torch.inference_mode():
+        plain = DecodeStep(speaker, speaker.new_slots(3, 16))(*arguments)
+        step = DecodeStep(speaker, speaker.new_slots(3, 16), "int8")
+        step(*arguments)
+        for part in backbone.modules():
+            if isinstance(part, Experts):
+                part.up.zero_()
+                part.down.zero_()
+        found = step(*arguments)
+    assert float((found - plain).norm() / plain.norm()) < 0.05
+
+
+def test_on_a_gpu_a_pass_never_waits_for_a_count() -> None:
+    """In float32 and int8 rows are not sorted, however many: that would need the counts on the host."""
+    assert all(meets_all_experts(rows, True, False, 64, 2) for rows in (1, 170, 171, 1024))
+    assert meets_all_experts(170, True, True, 64, 2) and not meets_all_experts(171, True, True, 64, 2)
+    assert meets_all_experts(500, False, False, 4, 2) and not meets_all_experts(1, False, True, 5, 2)
+
+
+def test_graphs_leave_the_settings_of_the_process_alone(
+    model: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    GraphedRows(Speaker.of(model.omni, model.text), 2, 32, "float32")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert SDPBackend.CUDNN_ATTENTION not in ATTENTION
 
 
 def test_a_prompt_read_before_is_not_read_again(model: Loaded, prompts: list[Prompt]) -> None:

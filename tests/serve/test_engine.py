@@ -20,6 +20,7 @@ from openm6.generate.masked import MaskedSampling
 from openm6.generate.sampling import Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram
+from openm6.nn.experts import Router
 from openm6.serve.alone import answer_alone
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
@@ -285,6 +286,18 @@ def test_a_failure_ends_one_request_and_not_the_engine(
 def test_int8_and_layers_that_come_and_go_do_not_go_together() -> None:
     with pytest.raises(ConfigError, match="leave out resident"):
         read_serve_config(["engine.resident=1", "engine.weights=int8"])
+
+
+def test_in_bfloat16_the_router_chooses_as_it_was_balanced() -> None:
+    model = loaded()
+    routers = [module for module in model.omni.modules() if isinstance(module, Router)]
+    biases = [router.bias.uniform_(-0.1, 0.1).clone() for router in routers if router.bias is not None]
+    engine = Engine(model, EngineConfig(weights="bfloat16"))
+    assert engine.loaded.omni.text.embedding.weight.dtype == torch.bfloat16
+    assert biases and len(biases) == len(routers)
+    for router, bias in zip(routers, biases, strict=True):
+        assert router.bias is not None and torch.equal(router.bias, bias)
+        assert router.weight.dtype == torch.bfloat16
 
 
 def test_after_the_end_nothing_is_taken(model: Loaded) -> None:
