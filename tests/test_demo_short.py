@@ -61,6 +61,11 @@ def test_a_report_is_written(folder: Path) -> None:
     assert report["steps"] == 8 and len(report["tasks"]) >= 20
     pairs = {(task["source"], task["target"]) for task in report["tasks"].values()}
     assert len(pairs) == 16, "all pairs of modalities"
+    closed = {name: task for name, task in report["tasks"].items() if task["answer_entropy"] is not None}
+    assert {"name_picture/digits", "transcribe/spoken", "classify_numbers/penguins"} <= set(closed)
+    for name, task in closed.items():
+        low, _ = task["information_ci"]
+        assert low <= task["answer_entropy"], name
     page = (folder / "run" / "report.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
 
@@ -102,6 +107,6 @@ def test_it_is_judged_again(folder: Path) -> None:
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["tasks"]
     assert list(scores) == ["name_picture/digits"]
     assert scores["name_picture/digits"]["value"] == report["tasks"]["name_picture/digits"]["value"]
-    assert scores["name_picture/digits"]["bits_gained"] == pytest.approx(
-        report["tasks"]["name_picture/digits"]["bits_gained"], rel=1e-4
+    assert scores["name_picture/digits"]["information_gain"] == pytest.approx(
+        report["tasks"]["name_picture/digits"]["information_gain"], rel=1e-4
     )

@@ -128,6 +128,9 @@ def train(
 @app.command()
 def evaluate(
     trained: Trained,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="judge.KEY=VALUE", help="Settings, as judge.answers=300.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B", help="Only these tasks.")] = None,
     data: Annotated[
         Path | None,
@@ -144,13 +147,16 @@ def evaluate(
 
     \b
     Example: openm6 evaluate runs/demo --tasks name_picture,draw --json scores.json
+    All records: openm6 evaluate runs/demo judge.records=1000 judge.answers=1000
     """
     if scenarios:
-        if tasks is not None or data is not None:
-            raise ConfigError("--scenarios runs examples of its own: leave --tasks and --data out")
+        if tasks is not None or data is not None or settings:
+            raise ConfigError("--scenarios runs examples of its own: leave --tasks, --data and settings out")
         Console().print(door("tried scenarios")(door("run scenarios")(trained, json_path)))
         return
-    judgement = door("evaluate")(trained, tasks=_names(tasks), data=data, json_path=json_path)
+    judgement = door("evaluate")(
+        trained, tasks=_names(tasks), data=data, json_path=json_path, settings=settings or []
+    )
     door("show judgement")(judgement, Console())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -16,23 +16,35 @@ from openm6.modalities.interface import Part
 from openm6.modalities.pool import pooled
 from openm6.modalities.registry import Modalities, source_pieces, target_piece
 from openm6.modalities.sequence import Sequence, lay_out, lay_out_pair
+from openm6.modalities.text import GAP
 from openm6.tasks.registry import task_named
 from openm6.tasks.task import Example
 
-UNCONDITIONAL_SHARE = (
-    0.1  # of drawn and spoken examples lose their whole source, for classifier-free guidance
-)
+# Of every task's examples: what the answer's likelihood is without its inputs must be learned to be measured.
+NULL_FRACTION = 0.1
+# Of image and audio targets, beyond these: the whole source is dropped, prompt included, for classifier-free guidance.
+UNCONDITIONAL_FRACTION = 0.05
 OTHERS = 2  # records whose texts a matching task may show instead
+
+
+def null_example(example: Example, source_name: str) -> Example:
+    """The example with its inputs dropped: a mark and the name of its data source stand before the prompt.
+
+    The name keeps the null likelihood within one source. Tasks share prompts across sources, and which source a
+    record comes from would otherwise count as information of its inputs. A target to inpaint loses its context.
+    """
+    source = [Part("text", f"{GAP}{source_name} {example.prompt}")]
+    target = replace(example.target, options={**example.target.options, "hide_context": True})
+    return replace(example, source=source, target=target)
 
 
 def example_sequence(
     example: Example,
     modalities: Modalities,
     rng: np.random.Generator | None = None,
-    source: Many[Part] | None = None,
     weight: float = 1.0,
 ) -> Sequence:
-    """The example as tokens; `source` replaces its own (None: its own); a generator means training.
+    """The example as tokens; a generator means training.
 
     Raises:
         DataError: a part is broken or out of bounds.
@@ -40,11 +52,10 @@ def example_sequence(
     if task_named(example.task).contrasts:
         return _pair_sequence(example, modalities, rng, weight)
     target = target_piece(example.target, modalities, rng)
-    parts = example.source if source is None else source
-    drops = rng is not None and target.placement == "block" and example.target.modality != "numbers"
-    if drops and rng is not None and rng.random() < UNCONDITIONAL_SHARE:
-        parts = []
-    return lay_out([*source_pieces(parts, modalities, rng), target], example.task, weight)
+    guided = example.target.modality in ("image", "sound")
+    unconditional = rng is not None and guided and rng.random() < UNCONDITIONAL_FRACTION
+    source = [] if unconditional else source_pieces(example.source, modalities, rng)
+    return lay_out([*source, target], example.task, weight)
 
 
 def _pair_sequence(
@@ -101,6 +112,8 @@ class Preparer:
         if task.compares:
             record = with_others(record, component.source, rng)
         example = task.example(record, rng, train=True)
+        if not task.contrasts and rng.random() < NULL_FRACTION:
+            example = null_example(example, component.source.name)
         weight = self.loss_weights.get(example.target.modality, 1.0)
         return example_sequence(example, self.modalities, rng, weight=weight)
 

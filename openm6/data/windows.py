@@ -23,7 +23,8 @@ from openm6.data.times import parse_times
 class WindowSource(Source):
     """Windows of L rows: `series` holds L values a column, of which the last `horizon` are to be forecast.
 
-    `extra` holds `context`, `horizon` and, where the table has them, `start` and `group`.
+    `extra` holds `context`, `horizon`, `block` (windows of one block have overlapping targets) and, where the table
+    has them, `start` and `group`.
     """
 
     def __init__(self, name: str, config: WindowsConfig, values: np.ndarray, starts: list[_Start]) -> None:
@@ -137,7 +138,10 @@ class WindowsConfig(SourceConfig):
         for begin in range(first, last + 1, self.stride):
             covered = rows[begin : begin + length]
             if not np.isnan(values[covered[self.context :]]).all():  # nothing to forecast otherwise
-                starts.append(_Start(covered, self._about(table, int(covered[0]))))
+                about = self._about(table, int(covered[0]))
+                # Targets of windows that start within one horizon overlap: they are no independent evidence.
+                about["block"] = f"{about.get('group', '')}/{begin // self.horizon}"
+                starts.append(_Start(covered, about))
         return starts
 
     def _about(self, table: Table, row: int) -> dict[str, Any]:

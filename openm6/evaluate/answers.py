@@ -35,8 +35,10 @@ def answer(loaded: Loaded, examples: list[Example], sampling: MaskedSampling) ->
 def _texts(
     loaded: Loaded, examples: list[Example], prompts: list[Prompt], sampling: MaskedSampling
 ) -> list[Answer]:
-    longest = max(int(example.target.options.get("max_tokens", 64)) for example in examples)
-    return list(write(loaded, prompts, Sampling(max_tokens=min(longest, 96))))
+    longest = max(
+        int(example.target.options.get("max_tokens", loaded.text.max_tokens)) for example in examples
+    )
+    return list(write(loaded, prompts, Sampling(max_tokens=longest)))
 
 
 def _numbers(

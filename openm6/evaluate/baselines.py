@@ -1,11 +1,11 @@
-"""What each task must beat: answers that use the training split's habits, or a reader's common sense, and no model."""
+"""What each task must beat: answers from the training split's habits, or from common sense, without a model."""
 
-# Letters: N examples, G codes a place, C codebook size
+# Shapes: N examples
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,102 +13,130 @@ from openm6.base.errors import DataError
 from openm6.base.seeds import numpy_generator
 from openm6.data.prepare import with_others
 from openm6.data.source import Source
-from openm6.evaluate.likelihood import all_hidden
 from openm6.evaluate.metrics import METRICS, Scored, truths
+from openm6.evaluate.priors import (
+    AnswerFrequencies,
+    CodeFrequencies,
+    NoPrior,
+    TargetPrior,
+    ValueFrequencies,
+    target_column,
+)
 from openm6.generate.load import Loaded
 from openm6.modalities.image import Image
+from openm6.modalities.interface import Tokens
 from openm6.modalities.registry import Modalities, target_piece
 from openm6.modalities.sound import Sound
 from openm6.tasks.task import Example, Task
 
-FITTED = 400  # training records a baseline looks at
+FITTED = 400  # training records that a baseline looks at
 
 
-def training_examples(task: Task, source: Source, seed: int, modalities: Modalities) -> list[Example]:
-    """Some training records of a source through a task, for baselines; those that are broken are left out."""
-    examples = []
+def training_examples(
+    task: Task, source: Source, seed: int, modalities: Modalities
+) -> tuple[list[Example], list[Tokens]]:
+    """Some training records of a source through a task, and their targets as tokens; broken ones are left out."""
+    examples, targets = [], []
     for index in np.linspace(0, len(source) - 1, min(len(source), FITTED)).astype(int):
         rng = numpy_generator(seed, "baseline", int(index))
         try:
             record = source[int(index)]
             record = with_others(record, source, rng) if task.compares else record
             example = task.example(record, rng)
-            target_piece(example.target, modalities)  # a broken picture or sound shows only when it is opened
+            targets.append(target_piece(example.target, modalities))
             examples.append(example)
         except DataError:
             continue
-    return examples
+    return examples, targets
 
 
-def baseline_value(task: Task, metric: str, scored: Scored, train: list[Example], loaded: Loaded) -> float:
-    """The task's first metric, for its baseline.
-
-    A text task answers with the most frequent training answer of the language; numbers with the training median or
-    the last value; codes with the training frequencies of each group.
-    """
+def fit_prior(task: Task, examples: list[Example], targets: list[Tokens], loaded: Loaded) -> TargetPrior:
+    """The input-free predictor of a task's targets, from training examples."""
+    if not examples:
+        return NoPrior()
     if task.gives == "text":
-        answers = _frequent_answers(scored.examples, train)
-        value = METRICS[metric].measure(dataclasses.replace(scored, answers=list(answers)))
-        return 0.0 if value is None else value
+        return AnswerFrequencies(examples, targets)
+    if task.gives == "numbers":
+        return ValueFrequencies(examples, targets)
+    modality = loaded.modalities[task.gives]
+    assert isinstance(modality, Image | Sound)
+    return CodeFrequencies(examples, targets, modality.codec.codebook_size)
+
+
+def baseline_values(metric: str, scored: Scored, prior: TargetPrior) -> np.ndarray | None:
+    """A metric for each record, for the baseline's answers in place of the model's; None if it has none.  # N
+
+    Text: the most frequent training answer of the language. Codes: their training frequencies by position. Numbers:
+    the error of the reference predictions, which is the unit of `crps_share`.
+    """
+    if isinstance(prior, AnswerFrequencies):
+        answers = [prior.most_frequent(example.language) for example in scored.examples]
+        return METRICS[metric].values(dataclasses.replace(scored, answers=list(answers)))
     if metric == "crps_share":
-        return 1.0  # by definition: the baseline's own error is the unit
-    if metric == "code_bits":
-        return _unigram_bits(scored.examples, train, loaded)
-    return float("nan")
+        errors = scored.reference_errors()
+        return errors / max(float(errors.mean()), 1e-9)
+    if metric == "code_bits" and scored.prior_code_bits is not None:
+        return scored.prior_code_bits
+    return None
 
 
-def _frequent_answers(examples: list[Example], train: list[Example]) -> list[str]:
-    common: dict[str, str] = {}
-    for language in {example.language for example in train}:
-        counts = Counter(example.answer for example in train if example.language == language)
-        common[language] = counts.most_common(1)[0][0]
-    return [common.get(example.language, "") for example in examples]
+@dataclass(frozen=True)
+class Reference:
+    """Point predictions for each example's observed truths, and the name of the rule that made them."""
+
+    name: str
+    predictions: list[np.ndarray]
 
 
-def point_predictions(task: Task, examples: list[Example], loaded: Loaded) -> list[np.ndarray]:
-    """The numbers baseline's prediction for each observed truth: the column's median, or the last value seen."""
-    predictions = []
-    for example in examples:
-        truth = truths(example)
-        if task.baseline == "last_value":
-            past = [
-                v
-                for part in example.source
-                if part.modality == "numbers"
-                for v in part.raw.values
-                if v is not None
-            ]
-            point = float(past[-1]) if past else 0.0
-        else:
-            point = loaded.numbers.scale(next(iter(example.answer)))[0]
-        predictions.append(np.full(len(truth), point))
-    return predictions
+def numbers_reference(
+    task: Task, examples: list[Example], train: list[Example], loaded: Loaded
+) -> list[Reference]:
+    """Baselines of a numbers task: the column's median; for a forecast, the last value and a seasonal naive rule."""
+    if task.baseline != "last_value":
+        medians = [
+            np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[0])
+            for example in examples
+        ]
+        return [Reference(task.baseline.replace("_", " "), medians)]
+    season = find_season(train)
+    references = [Reference("last value", [_repeated(example, 1) for example in examples])]
+    if season > 1:
+        seasonal = [_repeated(example, season) for example in examples]
+        references.append(Reference(f"seasonal naive, period {season}", seasonal))
+    return references
+
+
+def find_season(train: list[Example]) -> int:
+    """The period of two or more steps whose seasonal naive forecast errs least on training windows; 1 if none fits."""
+    longest = min((len(_past(example)) for example in train), default=1)
+    errors = {
+        period: np.mean([np.abs(_repeated(example, period) - truths(example)).mean() for example in train])
+        for period in range(2, longest + 1)
+    }
+    return min(errors, key=errors.__getitem__, default=1)
+
+
+def _past(example: Example) -> list[float | None]:
+    """The values of the series before the forecast."""
+    return [v for part in example.source if part.modality == "numbers" for v in part.raw.values]
+
+
+def _repeated(example: Example, period: int) -> np.ndarray:
+    """The last `period` values repeated over the horizon, at the observed steps; gaps take the value before them."""
+    past = np.asarray([np.nan if value is None else value for value in _past(example)], float)
+    if not np.isfinite(past).any():
+        past = np.zeros(1)
+    seen = np.maximum.accumulate(np.where(np.isfinite(past), np.arange(len(past)), -1))
+    past = past[np.where(seen >= 0, seen, np.flatnonzero(np.isfinite(past))[0])]
+    values = list(example.answer.values)
+    steps = np.asarray(
+        [step for step, value in enumerate(values) if value is not None and np.isfinite(value)]
+    )
+    return past[len(past) - min(period, len(past)) + steps % min(period, len(past))]
 
 
 def spreads(examples: list[Example], loaded: Loaded) -> list[np.ndarray]:
-    """The column spread behind each observed truth, the unit in which errors of unlike columns can be averaged."""
-    found = []
-    for example in examples:
-        name = next(iter(example.answer)) if isinstance(example.answer, dict) else example.answer.name
-        found.append(np.full(len(truths(example)), loaded.numbers.scale(name)[1]))
-    return found
-
-
-def _unigram_bits(examples: list[Example], train: list[Example], loaded: Loaded) -> float:
-    """Bits per code of the test targets under the training frequencies of each group, add-half smoothed."""
-    modality = loaded.modalities[examples[0].target.modality]
-    assert isinstance(modality, Image | Sound)
-    size = modality.codec.codebook_size
-
-    def codes(example: Example) -> np.ndarray:
-        tokens = modality.target(example.target.raw, options=all_hidden(example.target).options)
-        return tokens.arrays["codes"]  # N G
-
-    seen = np.concatenate([codes(example) for example in train])
-    groups = seen.shape[1]
-    counts = np.stack([np.bincount(seen[:, group], minlength=size) for group in range(groups)]) + 0.5  # G C
-    bits = -np.log2(counts / counts.sum(1, keepdims=True))
-    per_example = [
-        np.mean([bits[group, codes(e)[:, group]].mean() for group in range(groups)]) for e in examples
+    """The column spread behind each observed truth: the unit in which errors of different columns are averaged."""
+    return [
+        np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[1]) for example in examples
     ]
-    return float(np.mean(per_example))

@@ -13,7 +13,7 @@ from openm6.generate.masked import MaskedSampling
 class JudgeConfig(Config):
     """How many test records are judged, and how pictures and sounds are decoded."""
 
-    records: int = Field(default=160, ge=2)  # per task, for bits gained
+    records: int = Field(default=160, ge=2)  # per task, for the information gain
     answers: int = Field(default=60, ge=1)  # of them answered in text or numbers
     drawn: int = Field(default=20, ge=1)  # of them answered in pictures or sound
     decoding: MaskedSampling = MaskedSampling()

@@ -7,14 +7,22 @@ from typing import Literal
 
 NO_BREAK = "\u00a0"  # a space that keeps a number and its unit on one line
 # Metrics to be said in per cent; a CRPS share may be above 100 %.
-SHARES = ("exact_match", "character_f1", "recognised", "coverage_80", "crps_share")
+SHARES = (
+    "exact_match",
+    "character_f1",
+    "recognised",
+    "coverage_80",
+    "crps_share",
+    "crps_share_seasonal_naive",
+)
 UNITS = {"psnr": "dB"}  # by the last word of a metric's name; `code_bits` has its unit in its title
 METRIC_NOTES = {  # name: title, and what it tells
     "exact_match": ("exact match", "answers equal to the truth, but for case and full stops"),
     "character_f1": ("character F1", "overlap of character pairs with the truth; 100 % is equal"),
     "code_bits": (
         "bits a code",
-        "what is still surprising about the codes of the true picture or sound: lower is better",
+        "negative log-likelihood of a code of the true picture or sound, of the masked part where one is filled in: "
+        "lower is better",
     ),
     "recognised": (
         "recognised",
@@ -31,9 +39,13 @@ METRIC_NOTES = {  # name: title, and what it tells
         "queries whose partner is nearest of all test records, both ways and languages",
     ),
     "recall_at_5": ("recall at 5", "queries whose partner is among the nearest five"),
+    "crps_share_seasonal_naive": (
+        "CRPS share of seasonal naive",
+        "the same as a part of the error of repeating the last season of the series",
+    ),
     "coverage_80": (
         "80 % coverage",
-        "truths inside the 80 % interval: 80 % is right, more is timid, less is rash",
+        "truths inside the 80 % interval: right at 80 %; more means too wide, less too narrow",
     ),
 }
 _SCALES = ((10**12, "trillion", "T"), (10**9, "billion", "B"), (10**6, "million", "M"))
@@ -118,11 +130,6 @@ def standing(interval: tuple[float, float]) -> Standing:
     if low > 0 and high > 0:
         return "gain"
     return "loss" if high < 0 and low < 0 else "unsure"
-
-
-def beats(value: float, baseline: float, better: Literal["higher", "lower"]) -> bool:
-    """Whether a score is on the good side of its baseline."""
-    return value > baseline if better == "higher" else value < baseline
 
 
 def _three_digits(value: float, most: int = 2) -> str:

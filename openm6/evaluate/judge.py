@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -13,16 +17,26 @@ from openm6.base.seeds import numpy_generator
 from openm6.data.prepare import example_sequence, with_others
 from openm6.data.source import Source
 from openm6.evaluate.answers import answer
-from openm6.evaluate.baselines import baseline_value, point_predictions, spreads, training_examples
+from openm6.evaluate.baselines import (
+    Reference,
+    baseline_values,
+    fit_prior,
+    numbers_reference,
+    spreads,
+    training_examples,
+)
 from openm6.evaluate.config import JudgeConfig
-from openm6.evaluate.likelihood import BITS, all_hidden, bootstrap_interval, gained_bits
-from openm6.evaluate.metrics import METRICS, Scored, all_metrics
+from openm6.evaluate.intervals import UNKNOWN, bootstrap_interval
+from openm6.evaluate.likelihood import likelihoods
+from openm6.evaluate.metrics import METRICS, Scored, all_metrics, crps_share
+from openm6.evaluate.priors import AnswerFrequencies, TargetPrior
 from openm6.evaluate.recognise import build_recogniser
 from openm6.evaluate.results import Judgement, Sample, TaskResult
 from openm6.evaluate.retrieval import judge_retrieval
 from openm6.evaluate.side_by_side import number_of_judges, side_by_side
 from openm6.generate.load import Loaded
 from openm6.modalities.registry import Modalities
+from openm6.modalities.sequence import Sequence
 from openm6.models.description import Lesson
 from openm6.tasks.registry import task_named
 from openm6.tasks.task import Example, Task
@@ -93,50 +107,120 @@ def test_examples(task: Task, source: Source, config: JudgeConfig, modalities: M
 def judge_lesson(
     loaded: Loaded, lesson: Lesson, examples: list[Example], train: Source, config: JudgeConfig
 ) -> TaskResult:
-    """Bits gained over all examples, metrics and samples over those that are answered."""
+    """Information gain over all examples; metrics and samples over those that are answered."""
     task = task_named(lesson.task)
-    nats, bits = gained_bits(loaded, examples)
+    train_examples, train_targets = training_examples(task, train, config.seed, loaded.modalities)
+    prior = fit_prior(task, train_examples, train_targets, loaded)
+    sequences = [example_sequence(example, loaded.modalities) for example in examples]
+    found = likelihoods(loaded, examples, sequences, lesson.source, prior)
+
     most = config.drawn if task.gives in ("image", "sound") else config.answers
     chosen = np.linspace(0, len(examples) - 1, min(len(examples), most)).astype(int)
-    scored = _score(loaded, task, [examples[row] for row in chosen], nats[chosen], train, config)
-    metrics = all_metrics(task.metrics, scored)
-    metric = task.metrics[0]
-    lectures = training_examples(task, train, config.seed, loaded.modalities)
-    low, high = bootstrap_interval(bits, config.seed)
+    answered = [examples[row] for row in chosen]
+    scored = Scored(answered, answer(loaded, answered, config.decoding))
+    baseline_name = task.baseline.replace("_", " ")
+    more: dict[str, np.ndarray] = {}
+    if task.gives == "numbers":
+        references = numbers_reference(task, answered, train_examples, loaded)
+        scored, baseline_name, more = _score_numbers(scored, references, loaded)
+    elif task.gives in ("image", "sound"):
+        chosen_sequences = [sequences[row] for row in chosen]
+        scored = _score_codes(scored, task, found.bits[chosen], chosen_sequences, prior, loaded, train)
+    values = all_metrics(task.metrics, scored) | more
+    blocks = [example.block for example in examples]
     return TaskResult(
         task=task.name,
         source=lesson.source,
         reads=task.reads,
         gives=task.gives,
-        metric=metric,
-        value=metrics[metric],
-        baseline=baseline_value(task, metric, scored, lectures, loaded),
-        better=METRICS[metric].better,
-        baseline_name=task.baseline.replace("_", " "),
-        bits_gained=float(bits.mean()) if len(bits) else float("nan"),
-        bits_interval=(low, high),
-        records=len(bits),
-        answered=len(chosen),
-        metrics=metrics,
+        **_compared(
+            task.metrics[0], values, baseline_values(task.metrics[0], scored, prior), answered, config
+        ),
+        baseline_name=baseline_name,
+        information_gain=float(found.gain.mean()),
+        information_interval=bootstrap_interval(found.gain, config.seed, blocks),
+        null_predictor=found.null_predictor,
+        answer_entropy=answer_entropy(examples, prior),
+        records=len(examples),
+        answered=len(answered),
+        metrics={name: float(values.mean()) for name, values in values.items()},
         samples=_samples(scored, config),
     )
 
 
-def _score(
-    loaded: Loaded, task: Task, examples: list[Example], nats: np.ndarray, train: Source, config: JudgeConfig
+def _compared(
+    metric: str,
+    values: dict[str, np.ndarray],
+    baseline: np.ndarray | None,
+    answered: list[Example],
+    config: JudgeConfig,
+) -> dict[str, Any]:
+    """The first metric beside its baseline, as fields of a TaskResult."""
+    blocks = [example.block for example in answered]
+    advantage = UNKNOWN
+    if baseline is not None:
+        sign = 1 if METRICS[metric].better == "higher" else -1
+        advantage = bootstrap_interval(sign * (values[metric] - baseline), config.seed, blocks)
+    return {
+        "metric": metric,
+        "value": float(values[metric].mean()),
+        "value_interval": bootstrap_interval(values[metric], config.seed, blocks),
+        "baseline": float("nan") if baseline is None else float(baseline.mean()),
+        "better": METRICS[metric].better,
+        "advantage_interval": advantage,
+    }
+
+
+def _score_numbers(
+    scored: Scored, references: list[Reference], loaded: Loaded
+) -> tuple[Scored, str, dict[str, np.ndarray]]:
+    """Scored against the baseline with the smallest error, its name, and the error relative to further baselines."""
+    spread = spreads(scored.examples, loaded)
+    against = {x.name: replace(scored, spread=spread, reference=x.predictions) for x in references}
+    best = min(against, key=lambda name: against[name].reference_errors().mean())
+    names = {x.name: f"crps_share_{x.name.split(',')[0].replace(' ', '_')}" for x in references[1:]}
+    more = {key: crps_share(against[name]) for name, key in names.items()}
+    return against[best], best, more
+
+
+def _score_codes(
+    scored: Scored,
+    task: Task,
+    bits: np.ndarray,
+    sequences: list[Sequence],
+    prior: TargetPrior,
+    loaded: Loaded,
+    train: Source,
 ) -> Scored:
-    answers = answer(loaded, examples, config.decoding)
-    if task.gives == "numbers":
-        references = point_predictions(task, examples, loaded)
-        return Scored(examples, answers, spread=spreads(examples, loaded), reference=references)
-    if task.gives == "text":
-        return Scored(examples, answers)
+    """Scored with bits per code of the model and of the training frequencies, over the codes that carry a loss."""
+    targets = [sequence.pieces[-1] for sequence in sequences]
+    codes = np.asarray([target.learn.sum() * target.arrays["codes"].shape[1] for target in targets])
     recogniser = build_recogniser(loaded, train, task.gives) if "recognised" in task.metrics else None
-    modality = loaded.image if task.gives == "image" else loaded.sound
-    whole = all_hidden(examples[0].target)
-    places = len(modality.target(whole.raw, options=whole.options))
-    bits = nats * BITS / places / modality.codec.groups
-    return Scored(examples, answers, code_bits=bits, recogniser=recogniser)
+    prior_bits = prior.bits(scored.examples, targets) / codes
+    return replace(
+        scored,
+        code_bits=bits / codes,
+        prior_code_bits=prior_bits if np.isfinite(prior_bits).all() else None,
+        recogniser=recogniser,
+    )
+
+
+def answer_entropy(examples: list[Example], prior: TargetPrior) -> float | None:
+    """Entropy in bits of the answers given the language; None unless they come from a closed set seen in training.
+
+    Counts underestimate it: (kinds of answers - 1) / 2N nats are added for each language (Miller 1955), up to the
+    entropy of equally frequent training answers.
+    """
+    if not isinstance(prior, AnswerFrequencies) or not prior.knows(examples):
+        return None
+    total = 0.0
+    for language in {example.language for example in examples}:
+        answers = Counter(example.answer for example in examples if example.language == language)
+        size = answers.total()
+        counted = -sum(n / size * math.log2(n / size) for n in answers.values())
+        missing = (len(answers) - 1) / (2 * size * math.log(2))
+        total += size * min(counted + missing, math.log2(len(prior.counts[language])))
+    return total / len(examples)
 
 
 def _samples(scored: Scored, config: JudgeConfig) -> list[Sample]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from importlib.resources import files
-from numbers import Integral, Real
-from typing import Any
 
 from openm6.base.energy.units import in_joules
 from openm6.base.files import replace_text
+from openm6.base.json_text import json_text
 from openm6.base.run_folder import RunFolder
-from openm6.evaluate.figures import METRIC_NOTES, beats, count, duration, short_count, standing, words
+from openm6.evaluate.figures import METRIC_NOTES, count, duration, short_count, words
 from openm6.evaluate.report_codecs import codecs
 from openm6.evaluate.report_energy import energy
 from openm6.evaluate.report_markup import Markup, quoted, raw_style, tag
@@ -46,7 +44,7 @@ def report_json(judgement: Judgement, facts: RunFacts) -> str:
         "codecs": facts.codecs,
         "energy": facts.energy.to_json() if facts.energy is not None else None,
     }
-    return json.dumps(_plain_data(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    return json_text(content)
 
 
 def report_html(run: RunFolder, judgement: Judgement, facts: RunFacts) -> str:
@@ -118,11 +116,11 @@ def _found(results: list[TaskResult]) -> str:
     if not results:
         return "No task was judged."
     compared = [result for result in results if math.isfinite(result.baseline)]
-    better = sum(beats(result.value, result.baseline, result.better) for result in compared)
-    used = sum(standing(result.bits_interval) == "gain" for result in results)
+    better = sum(result.beats_baseline for result in compared)
+    used = sum(result.uses_inputs for result in results)
     return (
-        f"On test records it had never seen, it beat a plain baseline in {better} of {len(compared)} tasks, and in "
-        f"{used} of {len(results)} it surely makes use of what it is given."
+        f"On test records it had never seen, its information gain is significant in {used} of {len(results)} tasks, "
+        f"and it beats a plain baseline, in score and in information, in {better} of {len(compared)}."
     )
 
 
@@ -156,16 +154,3 @@ def _metrics(results: list[TaskResult]) -> Markup:
     )
     head = tag("h2", "Reading the scores", attributes={"id": "scores"})
     return tag("section", head, records, tag("dl.glossary", *rows))
-
-
-def _plain_data(value: Any) -> Any:
-    """A copy that JSON and UTF-8 can hold: numpy's numbers as Python's, null for what is not finite."""
-    if isinstance(value, dict):
-        return {_plain_data(str(key)): _plain_data(inner) for key, inner in value.items()}
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become question marks
-    if isinstance(value, (list, tuple)):
-        return [_plain_data(inner) for inner in value]
-    if isinstance(value, Real) and not isinstance(value, Integral):
-        return float(value) if math.isfinite(value) else None
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value

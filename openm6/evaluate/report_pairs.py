@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from openm6.evaluate.figures import beats, is_share, metric_title, score, signed, standing, words
+from openm6.evaluate.figures import is_share, metric_title, score, signed, standing, words
 from openm6.evaluate.report_charts import bar
 from openm6.evaluate.report_markup import Markup, tag
 from openm6.evaluate.results import TaskResult
@@ -12,9 +12,9 @@ from openm6.evaluate.results import TaskResult
 MODALITIES = ("text", "image", "sound", "numbers")
 _SIGNS = {"gain": "▲", "unsure": "●", "loss": "▼"}
 _VERDICTS = {
-    "gain": "uses what it is given: the whole interval lies above 0",
-    "unsure": "cannot be told: the interval holds 0",
-    "loss": "misled by what it is given: the whole interval lies below 0",
+    "gain": "significant information gain: the whole interval lies above 0",
+    "unsure": "not significant: the interval holds 0",
+    "loss": "misled by its inputs: the whole interval lies below 0",
 }
 
 
@@ -27,7 +27,7 @@ def pairs(results: list[TaskResult], numbers: dict[str, int]) -> Markup:
     )
     lead = "Rows: what the model reads. Columns: what it gives. Each bar is a score, its mark the baseline."
     head = tag("h2", "Sixteen pairs", attributes={"id": "pairs"})
-    return tag("section", head, tag("p.lead", lead), table, legend, bits_note())
+    return tag("section", head, tag("p.lead", lead), table, legend, information_note())
 
 
 def pair(reads: str, gives: str) -> Markup:
@@ -35,23 +35,21 @@ def pair(reads: str, gives: str) -> Markup:
     return tag("p.pair", tag(f"b.tone-{reads}", reads), " → ", tag(f"b.tone-{gives}", gives))
 
 
-def bits_note() -> Markup:
-    """What "bits gained" means, in plain words."""
+def information_note() -> Markup:
+    """What the information gain means, in plain words."""
     return tag(
         "aside.note",
-        tag("h3", "What “bits gained” means"),
+        tag("h3", "What “information” means"),
         tag(
             "p",
-            "Does the model look at what it is given, or does it only know which answers are common? Take a test "
-            "record and ask how well the model foresees the true answer: once with the record’s own picture, sound, "
-            "text or numbers, and once with those of another record. The difference, averaged over records, is the "
-            "gain in bits. At 0 it would answer the same whatever it is shown; each bit makes the true answer twice "
-            "as likely. Long answers (pictures, sounds) have many bits to gain, a single word only a few.",
+            "The information gain is how much likelier the true answer becomes when the model sees its inputs: log2 "
+            "p(answer | inputs) − log2 p(answer | no inputs), averaged over test records. It cannot exceed the "
+            "information in the answer: a digit holds at most 3.3 bits, a picture many.",
         ),
         tag(
             "p",
-            "The range behind it is a 95 % interval, from drawing the test records anew many times. Only where all "
-            "of it is above 0 do we say that the model has learned to use its input.",
+            "The range is a 95 % bootstrap interval over test records. The gain is significant if all of it lies above "
+            "0; “better than the baseline” (✓) is claimed only if the score’s interval agrees.",
         ),
     )
 
@@ -78,12 +76,14 @@ def _row(reads: str, results: list[TaskResult], numbers: dict[str, int]) -> Mark
 
 
 def _entry(result: TaskResult, numbers: dict[str, int]) -> Markup:
-    kind = standing(result.bits_interval)
+    kind = standing(result.information_interval)
     name = words(result.task)
     if result.samples:
         name = tag("a", name, attributes={"href": f"#task-{numbers[result.name]}"})
-    low, high = (signed(end) for end in result.bits_interval)
-    bits = tag("p.bits", _sign(kind), " ", tag("b", signed(result.bits_gained)), f" bits [{low}, {high}]")
+    low, high = (signed(end) for end in result.information_interval)
+    bits = tag(
+        "p.bits", _sign(kind), " ", tag("b", signed(result.information_gain)), f" bits [{low}, {high}]"
+    )
     return tag(
         f"div.entry.{kind}",
         tag("p.name", name, " ", tag("small", words(result.source))),
@@ -98,7 +98,7 @@ def _value(result: TaskResult) -> list[Markup]:
     line = [value, f" {metric_title(result.metric)}"]
     known = math.isfinite(result.baseline)
     if known:
-        better = tag("span.better", " ✓") if beats(result.value, result.baseline, result.better) else None
+        better = tag("span.better", " ✓") if result.beats_baseline else None
         line += [tag("span.base", f"{result.baseline_name} {score(result.metric, result.baseline)}", better)]
     drawn = known and math.isfinite(result.value) and min(result.value, result.baseline) >= 0
     whole = 1.0 if is_share(result.metric) and result.better == "higher" else None

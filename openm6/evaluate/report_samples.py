@@ -15,6 +15,7 @@ from openm6.evaluate.report_media import Media, heard
 from openm6.evaluate.report_numbers import forecast, prediction
 from openm6.evaluate.report_pairs import pair
 from openm6.evaluate.results import Sample, TaskResult
+from openm6.evaluate.table import answered
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram, NumberSeries
 from openm6.modalities.sound import RATE
@@ -83,8 +84,11 @@ def _scores(result: TaskResult) -> Markup:
         against = against if np.isfinite(result.baseline) else ""
         value_said = tag("dd", tag("b", score(name, value)), against)
         rows.append(tag("div", tag("dt", metric_title(name)), value_said))
-    bits = tag(f"b.{standing(result.bits_interval)}", signed(result.bits_gained))
-    rows.append(tag("div", tag("dt", "bits gained"), tag("dd", bits)))
+    bits = tag(f"b.{standing(result.information_interval)}", signed(result.information_gain))
+    entropy = result.answer_entropy
+    most = "" if entropy is None else f" (the answers have {plain(entropy, digits=3)})"
+    rows.append(tag("div", tag("dt", "information gain, bits"), tag("dd", bits, most)))
+    rows.append(tag("div", tag("dt", "test records answered"), tag("dd", answered(result))))
     return tag("dl.scores", *rows)
 
 

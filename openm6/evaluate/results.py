@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from openm6.evaluate.energy import EnergyAccount
+from openm6.evaluate.intervals import Interval
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram
 
@@ -28,11 +29,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Scores of one task over one source's test records.
+    """Scores of one task over one source's test records; every interval is a 95 % bootstrap interval.
 
-    `value` is the task's first metric, `baseline` the same metric for the stated baseline. `bits_gained` is the mean
-    over records of NLL(target | another record's source) - NLL(target | source), in bits, with a bootstrap 95 %
-    interval: how much the model uses what it is given.
+    `value` is the task's first metric and `baseline` the same metric for the stated baseline; `advantage_interval`
+    is of their difference over the same records, positive where the model is better. `information_gain` is the mean
+    over records of log2 p(y | x) - log2 p(y | null input) in bits; `null_predictor` names what predicts the latter.
+    `answer_entropy` is the entropy of the test answers given the language, where they come from a closed set: no gain
+    can exceed it by more than sampling error.
     """
 
     task: str
@@ -41,19 +44,33 @@ class TaskResult:
     gives: str
     metric: str
     value: float
+    value_interval: Interval
     baseline: float
     better: Literal["higher", "lower"]
     baseline_name: str
-    bits_gained: float
-    bits_interval: tuple[float, float]
+    advantage_interval: Interval
+    information_gain: float
+    information_interval: Interval
+    null_predictor: str
     records: int
     answered: int
+    answer_entropy: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         return f"{self.task}/{self.source}"
+
+    @property
+    def uses_inputs(self) -> bool:
+        """Whether the information gain is significant: its whole interval lies above 0."""
+        return self.information_interval[0] > 0
+
+    @property
+    def beats_baseline(self) -> bool:
+        """Whether metric and information agree: both intervals lie above 0."""
+        return self.uses_inputs and self.advantage_interval[0] > 0
 
     def to_json(self) -> dict[str, Any]:
         """The entry of this task in report.json."""
@@ -62,11 +79,17 @@ class TaskResult:
             "target": self.gives,
             "metric": self.metric,
             "value": self.value,
+            "value_ci": self.value_interval,
             "baseline": self.baseline,
             "baseline_name": self.baseline_name,
             "better": self.better,
-            "bits_gained": self.bits_gained,
-            "bits_ci": list(self.bits_interval),
+            "advantage_ci": self.advantage_interval,
+            "beats_baseline": self.beats_baseline,
+            "information_gain": self.information_gain,
+            "information_ci": self.information_interval,
+            "significant": self.uses_inputs,
+            "null_predictor": self.null_predictor,
+            "answer_entropy": self.answer_entropy,
             "n": self.records,
             "n_answered": self.answered,
             "metrics": self.metrics,

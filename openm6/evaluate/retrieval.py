@@ -13,7 +13,7 @@ from openm6.base.errors import DataError
 from openm6.base.seeds import numpy_generator
 from openm6.data.source import Source
 from openm6.evaluate.config import JudgeConfig
-from openm6.evaluate.likelihood import bootstrap_interval
+from openm6.evaluate.intervals import bootstrap_interval
 from openm6.evaluate.results import TaskResult
 from openm6.generate.embed import embed, taught_pool
 from openm6.generate.load import Loaded
@@ -34,17 +34,25 @@ class Search:
     similar: np.ndarray
     right: np.ndarray
 
-    def recall(self, rank: int) -> float:
-        """Share of queries with something right among the `rank` most similar."""
+    def found(self, rank: int) -> np.ndarray:
+        """Whether something right is among the `rank` most similar of each query.  # Q"""
         nearest = np.argsort(-self.similar, axis=1, kind="stable")[:, :rank]
-        return float(np.take_along_axis(self.right, nearest, axis=1).any(1).mean())
+        return np.take_along_axis(self.right, nearest, axis=1).any(1).astype(float)
 
-    def chance(self, rank: int) -> float:
-        """The same for a gallery in random order: 1 − C(wrong, k)/C(all, k), averaged over queries."""
+    def by_chance(self, rank: int) -> np.ndarray:
+        """Its probability for a gallery in random order: 1 − C(wrong, k)/C(all, k).  # Q"""
         size = self.right.shape[1]
         rank = min(rank, size)
         misses = [math.comb(size - int(count), rank) / math.comb(size, rank) for count in self.right.sum(1)]
-        return float(1 - np.mean(misses))
+        return 1 - np.asarray(misses)
+
+    def recall(self, rank: int) -> float:
+        """Mean of `found` over queries."""
+        return float(self.found(rank).mean())
+
+    def chance(self, rank: int) -> float:
+        """Mean of `by_chance` over queries."""
+        return float(self.by_chance(rank).mean())
 
     def bits(self, scale: float) -> np.ndarray:
         """How many times likelier than by chance the right ones are, as the logarithm to base 2.  # Q"""
@@ -101,7 +109,10 @@ def summary_of(loaded: Loaded, lesson: Lesson, searches: list[Search], judged: i
         metrics |= {f"{search.name}_recall_at_{k}": search.recall(k) for k in RANKS}
         metrics |= {f"{search.name}_chance_at_{k}": search.chance(k) for k in RANKS}
     scale = float(taught_pool(loaded).scale.detach())
-    bits = np.concatenate([search.bits(scale) for search in searches])
+    bits, found, by_chance = (
+        np.concatenate(values)
+        for values in zip(*((s.bits(scale), s.found(1), s.by_chance(1)) for s in searches), strict=True)
+    )
     return TaskResult(
         task=task.name,
         source=lesson.source,
@@ -109,11 +120,14 @@ def summary_of(loaded: Loaded, lesson: Lesson, searches: list[Search], judged: i
         gives=task.gives,
         metric="recall_at_1",
         value=metrics["recall_at_1"],
+        value_interval=bootstrap_interval(found, seed),
         baseline=metrics["chance_at_1"],
         better="higher",
+        advantage_interval=bootstrap_interval(found - by_chance, seed),
         baseline_name=task.baseline,
-        bits_gained=float(bits.mean()),
-        bits_interval=bootstrap_interval(bits, seed),
+        information_gain=float(bits.mean()),
+        information_interval=bootstrap_interval(bits, seed),
+        null_predictor="any test record alike",
         records=judged,
         answered=judged,
         metrics=metrics,

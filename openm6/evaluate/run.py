@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from openm6.base.config import build, nearest
+from openm6.base.config import apply_overrides, build, nearest
 from openm6.base.errors import ConfigError, DataError
 from openm6.base.files import check_place, replace_text
+from openm6.base.json_text import json_text
 from openm6.data.source import Source, SourceConfig
 from openm6.data.sources import AnySourceConfig, open_sources
 from openm6.evaluate.config import JudgeConfig
@@ -57,10 +57,10 @@ def evaluate(
     tasks: list[str] | None = None,
     data: Path | None = None,
     json_path: Path | None = None,
-    overrides: dict[str, Any] | None = None,
+    settings: list[str] | None = None,
     tell: Callable[[TaskResult], None] = lambda result: None,
 ) -> Judgement:
-    """Judges a run or checkpoint; `overrides` change fields of its `judge` settings.
+    """Judges a run or checkpoint; `settings` such as `judge.answers=300` override those of its recipe.
 
     `data` names a table whose records (with canonical column names) stand in for every test split; baselines are
     then fitted to it, too, which only makes them harder to beat.
@@ -75,7 +75,7 @@ def evaluate(
     loaded = load(path)
     description = loaded.description
     lessons = chosen_lessons(description, tasks)
-    config = build(JudgeConfig, {**description.judge, **(overrides or {})}, "judge")
+    config = _judge_config(description, settings or [])
     if data is not None:
         train = test = _same_for_all(data, lessons)
     else:
@@ -90,6 +90,15 @@ def evaluate(
     if json_path is not None:
         replace_text(json_path, to_json(judgement))
     return judgement
+
+
+def _judge_config(description: ModelDescription, settings: list[str]) -> JudgeConfig:
+    values = apply_overrides({"judge": description.judge}, settings)
+    if set(values) != {"judge"}:
+        raise ConfigError(
+            f"evaluate takes settings of the section judge only, as judge.answers=300, not {settings}"
+        )
+    return build(JudgeConfig, values["judge"], "judge")
 
 
 def _same_for_all(path: Path, lessons: list[Lesson]) -> dict[str, Source]:
@@ -110,4 +119,4 @@ def to_json(judgement: Judgement) -> str:
     """The JSON of `openm6 evaluate --json`: `seconds`, `checkpoint` and `tasks` by name."""
     tasks = {result.name: result.to_json() for result in judgement.results}
     content = {"checkpoint": judgement.checkpoint, "seconds": round(judgement.seconds, 2), "tasks": tasks}
-    return json.dumps(content, ensure_ascii=False, indent=1)
+    return json_text(content)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from openm6.evaluate.figures import beats, duration, metric_title, score, signed, standing
+from openm6.evaluate.figures import duration, metric_title, score, signed, standing
 from openm6.evaluate.results import Judgement, TaskResult
 
 WIDE = 120  # characters in a line, below which the table leaves something out
@@ -17,9 +17,9 @@ _STYLES = {"gain": "green", "unsure": "yellow", "loss": "red"}
 
 
 def print_table(judgement: Judgement, console: Console) -> None:
-    """One row per task: pair, score against baseline, bits gained with its 95 % interval, and how many records.
+    """One row per task: score and baseline, information gain with its 95 % interval, records answered and judged.
 
-    A narrow terminal is told neither pair nor records; names are folded: one cut short could not be typed again.
+    A narrow terminal shows neither pair nor records; names are folded: one cut short could not be typed again.
     """
     narrow = console.width < WIDE
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0) if narrow else (0, 1))
@@ -27,7 +27,8 @@ def print_table(judgement: Judgement, console: Console) -> None:
     if not narrow:
         table.add_column("pair", no_wrap=True)
     table.add_column("metric", min_width=7)
-    for name in ("value", "baseline", "bits gained", "95 % interval", *([] if narrow else ["records"])):
+    last = [] if narrow else ["answered"]
+    for name in ("value", "baseline", "information", "95 % interval", *last):
         table.add_column(name, justify="right", no_wrap=True)
     for result in judgement.results:
         task, pair, *rest, records = _cells(result)
@@ -38,33 +39,47 @@ def print_table(judgement: Judgement, console: Console) -> None:
 
 def summary(result: TaskResult) -> str:
     """One result as a line of a log."""
-    low, high = (signed(end) for end in result.bits_interval)
     value, baseline = (score(result.metric, figure) for figure in (result.value, result.baseline))
-    bits = f"{signed(result.bits_gained)} bits ({low} … {high})"
-    return f"{result.name}: {metric_title(result.metric)} {value}, baseline {baseline}, {bits}"
+    low, high = (score(result.metric, end) for end in result.value_interval)
+    bits_low, bits_high = (signed(end) for end in result.information_interval)
+    return (
+        f"{result.name}: {metric_title(result.metric)} {value} [{low}, {high}], baseline {baseline}; information "
+        f"{signed(result.information_gain)} bits [{bits_low}, {bits_high}]; {answered(result)} records answered"
+    )
+
+
+def answered(result: TaskResult) -> str:
+    """How many of the test records were answered: `60 of 372`, or `60` if all were."""
+    return (
+        str(result.records) if result.answered == result.records else f"{result.answered} of {result.records}"
+    )
 
 
 def _cells(result: TaskResult) -> list[Text]:
     # Text, not str: rich would read square brackets in a name as its own markup.
-    better = beats(result.value, result.baseline, result.better)
-    style = "" if not math.isfinite(result.baseline) else "green" if better else "red"
-    bits = _STYLES[standing(result.bits_interval)]
-    low, high = (signed(end) for end in result.bits_interval)
+    style = "" if not math.isfinite(result.baseline) else "green" if result.beats_baseline else "red"
+    bits = _STYLES[standing(result.information_interval)]
+    low, high = (signed(end) for end in result.information_interval)
     return [
         Text(result.name),
         Text(f"{result.reads} → {result.gives}"),
         Text(metric_title(result.metric)),
         Text(score(result.metric, result.value), style=style),
         Text(score(result.metric, result.baseline)),
-        Text(signed(result.bits_gained), style=bits),
+        Text(signed(result.information_gain), style=bits),
         Text(f"{low} … {high}", style=bits),
-        Text(str(result.records)),
+        Text(answered(result)),
     ]
 
 
 def _summary(judgement: Judgement) -> str:
-    used = sum(standing(result.bits_interval) == "gain" for result in judgement.results)
+    results = judgement.results
+    used = sum(result.uses_inputs for result in results)
+    better = sum(result.beats_baseline for result in results)
+    part = any(result.answered < result.records for result in results)
+    more = " More records are answered with judge.answers=N judge.drawn=N." if part else ""
     return (
-        f"{used} of {len(judgement.results)} tasks surely use what they are given (interval above 0); "
-        f"judged in {duration(judgement.seconds)}: {judgement.checkpoint}"
+        f"{used} of {len(results)} tasks have a significant information gain (95 % interval above 0 bits); {better} "
+        f"beat their baseline in both score and information. Judged in {duration(judgement.seconds)}: "
+        f"{judgement.checkpoint}.{more}"
     )

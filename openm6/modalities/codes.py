@@ -55,15 +55,30 @@ def random_rectangle(height: int, width: int, rng: np.random.Generator) -> np.nd
     return inside.reshape(-1)
 
 
+def inpainting_masks(
+    mask: np.ndarray, hide_context: bool, rng: np.random.Generator | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions whose codes are hidden, and those that carry a loss, when `mask` is to be filled in.  # N -> N, N
+
+    Without a generator the loss covers the mask alone. Training hides the context of half the examples, so that the
+    model also fills in from the source image or sound alone, and then learns all codes.
+    """
+    if rng is not None and rng.random() < 0.5:
+        hide_context = True
+    hidden = np.ones_like(mask) if hide_context else mask
+    return hidden, mask if rng is None else hidden
+
+
 def masked_arrays(
     codes: np.ndarray,
     hidden: np.ndarray,
+    learn: np.ndarray,
     places: np.ndarray,
     codebook_size: int,
     rng: np.random.Generator | None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Arrays of a masked target and the places that learn.  # N G, N, N 2 -> {…}, N"""
-    shown, learn = codes.copy(), hidden.copy()
+    """Arrays of a masked target, and the positions that carry a loss.  # N G, N, N, N 2 -> {…}, N"""
+    shown, learn = codes.copy(), learn.copy()
     if rng is not None:
         wrong = ~hidden & (rng.random(len(codes)) < WRONG_SHARE)
         shown[wrong] = rng.integers(0, codebook_size, shown[wrong].shape)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from openm6.base.errors import DataError
 from openm6.modalities.codec_image import ImageCodec
-from openm6.modalities.codes import CodesAdapter, hide, masked_arrays, random_rectangle
+from openm6.modalities.codes import CodesAdapter, hide, inpainting_masks, masked_arrays, random_rectangle
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Tokens, rectangle
 from openm6.modalities.places import PlaceEmbedding, picture_places
 from openm6.modalities.recall import Recall
@@ -138,24 +138,27 @@ class Image(Modality):
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Tokens:
-        """Codes of the picture, hidden by the training pattern, or, with `hole`, in the hole alone."""
+        """Codes of the picture, hidden by the training pattern, or, with `hole`, in the hole alone.
+
+        `hide_context` hides the codes around the hole as well; without a generator only those in it carry a loss.
+        """
         codes = self.encode(raw)
-        if options.get("hole") is not None:
-            hidden = hole_places(_squared(options["hole"]), self.places, self.places)
-            if rng is not None and rng.random() < 0.5:  # learn to fill from the given picture alone, too
-                hidden = np.ones_like(hidden)
-        else:
+        if options.get("hole") is None:
             hidden = hide(self.places, self.places, rng)
-        return self._masked(codes, hidden, rng)
+            return self._masked(codes, hidden, hidden, rng)
+        hole = hole_places(_squared(options["hole"]), self.places, self.places)
+        return self._masked(codes, *inpainting_masks(hole, bool(options.get("hide_context")), rng), rng)
 
     def blank(self) -> Tokens:
         """A picture of which nothing is known: every place hidden."""
         hidden = hide(self.places, self.places, None)
-        return self._masked(np.zeros((len(hidden), self.codec.groups), np.int64), hidden, None)
+        return self._masked(np.zeros((len(hidden), self.codec.groups), np.int64), hidden, hidden, None)
 
-    def _masked(self, codes: np.ndarray, hidden: np.ndarray, rng: np.random.Generator | None) -> Tokens:
+    def _masked(
+        self, codes: np.ndarray, hidden: np.ndarray, learn: np.ndarray, rng: np.random.Generator | None
+    ) -> Tokens:
         places = picture_places(self.places, self.places)
-        arrays, learn = masked_arrays(codes, hidden, places, self.codec.codebook_size, rng)
+        arrays, learn = masked_arrays(codes, hidden, learn, places, self.codec.codebook_size, rng)
         grid = rectangle(self.places, self.places)
         return Tokens("image_out", arrays, grid, self.places, learn, "block", OWN_ORIGIN)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openm6.base.errors import DataError
 from openm6.modalities.codec_sound import SoundCodec
-from openm6.modalities.codes import CodesAdapter, hide, masked_arrays
+from openm6.modalities.codes import CodesAdapter, hide, inpainting_masks, masked_arrays
 from openm6.modalities.image import PatchAdapter
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Tokens, track
 from openm6.modalities.places import PlaceEmbedding, sound_places
@@ -138,28 +138,32 @@ class Sound(Modality):
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Tokens:
-        """Codes of `seconds` of sound, hidden by the training pattern, or, with `gap`, in the gap alone."""
+        """Codes of `seconds` of sound, hidden by the training pattern, or, with `gap`, in the gap alone.
+
+        `hide_context` hides the codes around the gap as well; without a generator only those in it carry a loss.
+        """
         speed = options.get("speed", 1.0)
         if rng is not None and "speed" not in options:
             speed = random_speed(rng)
         codes = self.encode(raw, options.get("seconds"), speed)
         count = len(codes)
-        if options.get("gap") is not None:
-            hidden = gap_places(options["gap"], count)
-            if rng is not None and rng.random() < 0.5:  # learn to fill from the given sound alone, too
-                hidden = np.ones_like(hidden)
-        else:
+        if options.get("gap") is None:
             hidden = hide(1, count, rng)
-        return self._masked(codes, hidden, rng)
+            return self._masked(codes, hidden, hidden, rng)
+        gap = gap_places(options["gap"], count)
+        return self._masked(codes, *inpainting_masks(gap, bool(options.get("hide_context")), rng), rng)
 
     def blank(self, seconds: float | None = None) -> Tokens:
         """A sound of which nothing is known: every place hidden."""
         count = self.length(seconds)
-        return self._masked(np.zeros((count, self.codec.groups), np.int64), hide(1, count, None), None)
+        hidden = hide(1, count, None)
+        return self._masked(np.zeros((count, self.codec.groups), np.int64), hidden, hidden, None)
 
-    def _masked(self, codes: np.ndarray, hidden: np.ndarray, rng: np.random.Generator | None) -> Tokens:
+    def _masked(
+        self, codes: np.ndarray, hidden: np.ndarray, learn: np.ndarray, rng: np.random.Generator | None
+    ) -> Tokens:
         places = sound_places(len(codes), self.place / RATE)
-        arrays, learn = masked_arrays(codes, hidden, places, self.codec.codebook_size, rng)
+        arrays, learn = masked_arrays(codes, hidden, learn, places, self.codec.codebook_size, rng)
         grid = track(len(codes), self.place // UNIT)
         return Tokens("sound_out", arrays, grid, len(codes), learn, "block", OWN_ORIGIN)
 

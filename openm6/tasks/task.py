@@ -23,7 +23,11 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Example:
-    """A record seen through a task. `answer` is the truth as metrics want it; `key` tells like answers apart."""
+    """A record seen through a task. `answer` is the truth as metrics want it; `key` tells like answers apart.
+
+    `prompt` holds the prompt's own words without any input: all that remains when the inputs are dropped. Examples
+    of one `block` depend on each other (windows that overlap), so a bootstrap draws them together.
+    """
 
     task: str
     language: str
@@ -32,6 +36,8 @@ class Example:
     answer: Any
     key: str
     record_id: str = ""
+    prompt: str = ""
+    block: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,6 @@ class Slot(ABC):
     @abstractmethod
     def parts(self, record: Record, scene: Scene) -> list[Part]:
         """The part (or parts) to read, or, for a wanted slot, the single part to give."""
-
-    def answer(self, record: Record, scene: Scene) -> Any:
-        """The truth, as metrics want it."""
-        return self.parts(record, scene)[0].raw
 
     def key(self, record: Record, scene: Scene) -> str:
         """What makes two answers the same: the label where there is one, else the record itself."""
@@ -123,9 +125,11 @@ class Task:
             language=language,
             source=self._source(prompt, record, scene),
             target=target,
-            answer=self.wanted.answer(record, scene),
+            answer=target.raw,
             key=self._key(record, scene),
             record_id=str(record.get("id", "")),
+            prompt=without_inputs(prompt, scene),
+            block=str((record.get("extra") or {}).get("block", "")),
         )
 
     def _key(self, record: Record, scene: Scene) -> str:
@@ -139,7 +143,7 @@ class Task:
             if number % 2 == 0:
                 found = [Part("text", piece)] if piece else []
             elif piece == "column":
-                found = [Part("text", str(scene.shared.get("column", "")).replace("_", " "))]
+                found = [Part("text", _column(scene))]
             else:
                 found = self.given[piece].parts(record, scene)
             for part in found:
@@ -148,3 +152,16 @@ class Task:
                 else:
                     parts.append(part)
         return parts
+
+
+def without_inputs(prompt: str, scene: Scene) -> str:
+    """The words of a prompt with its inputs left out; the name of the target column stays."""
+    words = _SLOT.sub(
+        lambda slot: _column(scene) if slot[1] == "column" else " ",
+        prompt,
+    )
+    return " ".join(words.split())
+
+
+def _column(scene: Scene) -> str:
+    return str(scene.shared.get("column", "")).replace("_", " ")

@@ -7,10 +7,19 @@ import pytest
 
 from openm6.base.errors import DataError
 from openm6.data.mixture import Component, Draw, Mixture
-from openm6.data.prepare import UNCONDITIONAL_SHARE, Preparer, example_sequence, with_others
+from openm6.data.prepare import (
+    NULL_FRACTION,
+    UNCONDITIONAL_FRACTION,
+    Preparer,
+    example_sequence,
+    null_example,
+    with_others,
+)
 from openm6.modalities.interface import Part
 from openm6.modalities.sequence import Sequence
+from openm6.modalities.text import GAP, HOLE
 from openm6.tasks.registry import TASKS
+from openm6.tasks.task import Scene, without_inputs
 from tests.data.lists import ListSource
 from tests.data.pictures import png
 from tests.small_model import modalities
@@ -54,17 +63,53 @@ def test_a_sequence_follows_from_seed_and_draw(task: str) -> None:
     assert not all(alike(a, b) for a, b in zip(first, later, strict=True))
 
 
-def test_a_share_of_drawings_loses_its_source() -> None:
+def is_null(sequence: Sequence) -> bool:
+    first = sequence.pieces[0]
+    return first.kind == "text" and int(first.arrays["ids"][0]) == modalities()["text"].first_mark + HOLE  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("task", ["name_picture", "draw", "fill_picture", "denoise", "draw_numbers"])
+def test_a_tenth_of_every_task_loses_its_inputs(task: str) -> None:
+    maker = preparer(task, [{**record, "numbers": {"mass": 1.0}} for record in RECORDS])
+    found = [maker.sequence(Draw(0, epoch, n, 0)) for epoch in range(50) for n in range(12)]
+    assert sum(map(is_null, found)) / len(found) == pytest.approx(NULL_FRACTION, abs=0.04)
+    kinds = {piece.kind for sequence in found if is_null(sequence) for piece in sequence.pieces[:-1]}
+    assert kinds <= {"text"}, "neither image nor numbers remain"
+
+
+def test_a_part_of_drawings_loses_prompt_and_inputs() -> None:
     maker = preparer("draw")
     found = [maker.sequence(Draw(0, epoch, n, 0)) for epoch in range(50) for n in range(12)]
     empty = sum(len(sequence.pieces) == 1 for sequence in found) / len(found)
-    assert empty == pytest.approx(UNCONDITIONAL_SHARE, abs=0.04)
+    assert empty == pytest.approx(UNCONDITIONAL_FRACTION, abs=0.025)
 
 
 @pytest.mark.parametrize("task", ["name_picture", "denoise"])
-def test_what_is_answered_in_words_keeps_its_source(task: str) -> None:
+def test_what_is_answered_in_words_keeps_its_prompt(task: str) -> None:
     maker = preparer(task)
     assert all(len(maker.sequence(Draw(0, epoch, 0, 0)).pieces) > 1 for epoch in range(60))
+
+
+def test_the_null_input_holds_the_prompt_and_nothing_of_the_record() -> None:
+    record = {**RECORDS[0], "numbers": {"bill_length_mm": 40.0, "body_mass_g": 4000.0}}
+    example = TASKS["predict_number"].example(record, np.random.default_rng(0))
+    null = null_example(example, "things")
+    (part,) = null.source
+    column = next(iter(example.answer)).replace("_", " ")
+    assert part.modality == "text" and part.raw.startswith(f"{GAP}things ") and column in part.raw
+    assert "40" not in part.raw and (null.target.raw, null.answer) == (example.target.raw, example.answer)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_words_of_the_inputs_remain_in_the_prompt(task: str) -> None:
+    """What a slot filled in is not in the words that remain without inputs."""
+    for language, prompts in TASKS[task].prompts.items():
+        for prompt in prompts:
+            bare = without_inputs(
+                prompt, Scene(language, np.random.default_rng(0), True, {"column": "body_mass"})
+            )
+            assert "{" not in bare and "  " not in bare
+            assert ("body mass" in bare) == ("{column}" in prompt)
 
 
 def test_a_loss_weight_is_that_of_what_is_wanted() -> None:
@@ -72,15 +117,6 @@ def test_a_loss_weight_is_that_of_what_is_wanted() -> None:
     assert preparer("draw", weights=weights).sequence(Draw(0, 0, 0, 0)).weight == 3.0
     assert preparer("name_picture", weights=weights).sequence(Draw(0, 0, 0, 0)).weight == 0.5
     assert preparer("draw").sequence(Draw(0, 0, 0, 0)).weight == 1.0
-
-
-def test_another_source_can_stand_there() -> None:
-    example = TASKS["name_picture"].example(RECORDS[0], np.random.default_rng(0))
-    own = example_sequence(example, modalities())
-    other = example_sequence(example, modalities(), source=[Part("text", "no picture at all")])
-    assert [piece.kind for piece in own.pieces] == ["image_in", "text", "text"]
-    assert [piece.kind for piece in other.pieces] == ["text", "text"]
-    assert np.array_equal(own.pieces[-1].arrays["labels"], other.pieces[-1].arrays["labels"])
 
 
 def test_others_are_of_the_same_source() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from openm6.data.prepare import example_sequence
 from openm6.evaluate.config import JudgeConfig
-from openm6.evaluate.judge import judge, test_examples
+from openm6.evaluate.judge import judge, judge_lesson, test_examples
+from openm6.evaluate.likelihood import sequence_nats
 from openm6.evaluate.results import Judgement, TaskResult
 from openm6.evaluate.side_by_side import number_of_judges
 from openm6.generate.masked import MaskedSampling
@@ -104,8 +107,9 @@ def test_results_are_complete(judgement: Judgement) -> None:
         assert math.isfinite(result.baseline)
         assert 2 <= result.records <= 5
         assert result.answered == (2 if result.gives in ("image", "sound") else 3)
-        low, high = result.bits_interval
-        assert low <= result.bits_gained <= high
+        low, high = result.information_interval
+        assert low <= result.information_gain <= high
+        assert result.answer_entropy is None or result.gives == "text"
 
 
 def test_samples_are_of_the_right_kind(judgement: Judgement) -> None:
@@ -117,11 +121,39 @@ def test_samples_are_of_the_right_kind(judgement: Judgement) -> None:
             assert sample.record_id and sample.given and sample.truth is not None
 
 
-def test_an_untrained_model_gains_no_bits_worth_speaking_of(judgement: Judgement) -> None:
+def test_an_untrained_model_gains_no_information(judgement: Judgement) -> None:
+    """The frequencies of the training targets predict better than it: nothing is claimed for it."""
     for result in judgement.results:
-        assert abs(result.bits_gained) < 40
+        assert result.information_gain < 0 and not result.uses_inputs and not result.beats_baseline
+        assert result.null_predictor == "training frequencies"
         if result.metric == "code_bits":
             assert result.value > np.log2(1000) - 3
+
+
+def test_a_baseline_is_beaten_only_if_score_and_information_agree(judgement: Judgement) -> None:
+    one = judgement.results[0]
+    for information, advantage, beats in (
+        ((0.1, 1.0), (0.1, 0.5), True),
+        ((-0.1, 1.0), (0.1, 0.5), False),
+        ((0.1, 1.0), (0.0, 0.5), False),
+        ((0.1, 1.0), (math.nan, math.nan), False),
+        ((math.nan, math.nan), (0.1, 0.5), False),
+    ):
+        found = replace(one, information_interval=information, advantage_interval=advantage)
+        assert found.beats_baseline is beats
+
+
+def test_inpainting_is_scored_on_the_masked_region_only() -> None:
+    """Codes outside of the mask may be anything: the score stays the same."""
+    model, lesson = loaded(4), Lesson(task="fill_picture", source="digits")
+    examples = examples_of(TASKS["fill_picture"], demo_sources("test")["digits"], CONFIG, model.modalities)
+    shown = [replace(e, target=replace(e.target, options={"hole": (0.0, 0.0, 0.5, 0.5)})) for e in examples]
+    found = judge_lesson(model, lesson, shown, demo_sources()["digits"], CONFIG)
+    sequence = example_sequence(shown[0], model.modalities)
+    assert sequence.pieces[-1].learn.sum() == 16, "a quarter of the 64 positions"
+    answered = shown[0], shown[-1]
+    bits = sequence_nats(model.omni, [example_sequence(e, model.modalities) for e in answered]) / np.log(2)
+    assert found.value == pytest.approx(bits.mean() / 16 / model.image.codec.groups, rel=1e-4)
 
 
 def test_judging_is_repeatable(judgement: Judgement) -> None:

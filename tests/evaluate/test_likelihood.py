@@ -1,4 +1,4 @@
-"""Likelihoods, strangers, and the bootstrap."""
+"""Likelihoods with and without the inputs, and the bound on their difference."""
 
 from __future__ import annotations
 
@@ -6,65 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from openm6.data.prepare import example_sequence
-from openm6.evaluate.likelihood import (
-    STRANGERS,
-    all_hidden,
-    bootstrap_interval,
-    gained_bits,
-    sequence_nats,
-    strangers,
-)
+from openm6.data.prepare import example_sequence, null_example
+from openm6.evaluate import likelihood
+from openm6.evaluate.judge import answer_entropy
+from openm6.evaluate.likelihood import likelihoods, sequence_nats
+from openm6.evaluate.priors import AnswerFrequencies, NoPrior
 from openm6.generate.load import Loaded
 from openm6.modalities.interface import Part
+from openm6.modalities.sequence import Sequence
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
 from tests.small_model import demo_sources, loaded
-
-
-def example(key: str, language: str = "en") -> Example:
-    return Example("t", language, [Part("text", f"it is {key}")], Part("text", key), key, key)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["en", "zh"])), min_size=1, max_size=12))
-def test_strangers_differ_in_answer_and_share_the_language(pairs: list[tuple[str, str]]) -> None:
-    examples = [example(*pair) for pair in pairs]
-    for own, found in zip(examples, strangers(examples, most=3), strict=True):
-        fitting = sum(e.language == own.language and e.key != own.key for e in examples)
-        assert len(found) == len(set(found)) == min(3, fitting)
-        assert all(examples[o].language == own.language and examples[o].key != own.key for o in found)
-
-
-def test_strangers_are_spread() -> None:
-    examples = [example(str(n)) for n in range(10)]
-    first = {others[0] for others in strangers(examples)}
-    assert len(first) == 10, "each record is a stranger to one other"
-
-
-def test_two_are_strangers_to_each_other() -> None:
-    assert strangers([example("a"), example("b")], most=3) == [[1], [0]]
-    assert strangers([example("a")]) == [[]]
-
-
-@pytest.mark.parametrize("count", [8, 40])
-def test_the_bootstrap_interval_covers_the_true_mean(count: int) -> None:
-    rng = np.random.default_rng(0)
-    covered = 0
-    for trial in range(200):
-        low, high = bootstrap_interval(rng.exponential(2.0, count), trial)
-        assert low < high
-        covered += low <= 2.0 <= high
-    assert 0.8 <= covered / 200 <= 0.99
-
-
-def test_the_bootstrap_interval_of_little() -> None:
-    assert bootstrap_interval(np.array([3.0]), 0) == (3.0, 3.0)
-    assert all(np.isnan(end) for end in bootstrap_interval(np.zeros(0), 0))
-    assert bootstrap_interval(np.arange(9.0), 4) == bootstrap_interval(np.arange(9.0), 4)
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +25,14 @@ def model() -> Loaded:
     return loaded(2)
 
 
-def real(task: str, source: str, count: int) -> list[Example]:
-    records = demo_sources("test")[source]
+def real(task: str, source: str, count: int, split: str = "test") -> list[Example]:
+    records = demo_sources(split)[source]
     step = len(records) // count
     return [TASKS[task].example(records[n * step], np.random.default_rng(n)) for n in range(count)]
+
+
+def tokens(model: Loaded, examples: list[Example]) -> list[Sequence]:
+    return [example_sequence(example, model.modalities) for example in examples]
 
 
 @pytest.mark.parametrize(
@@ -87,30 +44,59 @@ def real(task: str, source: str, count: int) -> list[Example]:
         ("speak", "spoken"),
     ],
 )
-def test_gained_bits_against_direct_computation(model: Loaded, task: str, source: str) -> None:
+def test_likelihoods_against_direct_computation(model: Loaded, task: str, source: str) -> None:
     examples = real(task, source, 5)
-    nats, bits = gained_bits(model, examples)
-    others = strangers(examples, STRANGERS)
-    index = 0
-    for row, found in enumerate(examples):
-        hidden = replace(found, target=all_hidden(found.target))
-        own = sequence_nats(model.omni, [example_sequence(hidden, model.modalities)])[0]
-        assert nats[row] == pytest.approx(own, rel=1e-5)
-        swapped = [
-            example_sequence(hidden, model.modalities, source=examples[other].source) for other in others[row]
-        ]
-        if swapped:
-            lost = [sequence_nats(model.omni, [one])[0] - own for one in swapped]
-            assert bits[index] == pytest.approx(np.mean(lost) / np.log(2), abs=1e-2)
-            index += 1
-    assert len(bits) == index > 0
+    found = likelihoods(model, examples, tokens(model, examples), source, NoPrior())
+    assert found.null_predictor == "model without inputs"
+    for row, example in enumerate(examples):
+        own = sequence_nats(model.omni, tokens(model, [example]))[0] / np.log(2)
+        null = sequence_nats(model.omni, tokens(model, [null_example(example, source)]))[0] / np.log(2)
+        assert found.bits[row] == pytest.approx(own, rel=1e-5)
+        assert found.null_bits[row] == pytest.approx(null, rel=1e-5)
+        assert found.gain[row] == pytest.approx(null - own, abs=1e-2)
 
 
-def test_a_source_that_is_the_same_gains_nothing(model: Loaded) -> None:
-    examples = [replace(found, source=[Part("text", "same")]) for found in real("name_picture", "digits", 6)]
-    assert np.abs(gained_bits(model, examples)[1]).max() < 1e-3
+def test_inputs_that_say_nothing_gain_nothing(model: Loaded) -> None:
+    """An example that consists of its null input only."""
+    examples = [null_example(example, "digits") for example in real("name_picture", "digits", 6)]
+    twice = [replace(example, prompt=example.source[0].raw.partition(" ")[2]) for example in examples]
+    found = likelihoods(model, twice, tokens(model, twice), "digits", NoPrior())
+    assert np.abs(found.gain).max() < 1e-3
 
 
-def test_all_hidden_leaves_other_options() -> None:
-    part = Part("sound", b"x", {"gap": (0.1, 0.2), "hole": (0, 0, 1, 1), "seconds": 1.2})
-    assert all_hidden(part) == Part("sound", b"x", {"seconds": 1.2})
+@pytest.mark.parametrize(
+    ("task", "source"),
+    [("name_picture", "digits"), ("transcribe", "spoken"), ("classify_numbers", "penguins")],
+)
+def test_an_overconfident_model_gains_no_more_than_the_answers_hold(
+    model: Loaded, monkeypatch: pytest.MonkeyPatch, task: str, source: str
+) -> None:
+    """A model that is right with its inputs and absurdly wrong without them once "gained" 14.9 bits for ten digits."""
+    examples = real(task, source, min(100, len(demo_sources("test")[source])))
+    prior = AnswerFrequencies(real(task, source, min(400, len(demo_sources()[source])), "train"), [])
+    entropy = answer_entropy(examples, prior)
+    assert entropy is not None and 1 < entropy < 3.5
+
+    def certain(_: object, sequences: list[Sequence]) -> np.ndarray:
+        half = len(sequences) // 2
+        return np.concatenate([np.full(half, 1e-4), np.full(half, 30.0)])
+
+    monkeypatch.setattr(likelihood, "sequence_nats", certain)
+    gain = likelihoods(model, examples, tokens(model, examples), source, prior).gain
+    smoothing = 0.02  # the share of an answer that training did not see
+    assert gain.mean() <= entropy + smoothing + 2 * gain.std() / len(gain) ** 0.5
+
+
+def test_only_a_closed_set_of_answers_has_an_entropy() -> None:
+    def said(answer: str, language: str = "en") -> Example:
+        return Example("t", language, [], Part("text", answer), answer, answer)
+
+    known = [said(answer) for answer in "abef"] + [said("c", "zh"), said("d", "zh")]
+    prior = AnswerFrequencies(known, [])
+    many = [said("a"), said("b")] * 50
+    assert answer_entropy(many, prior) == pytest.approx(1 + 1 / (200 * np.log(2)))
+    both = many + [said("c", "zh"), said("d", "zh")] * 50
+    assert answer_entropy(both, prior) == pytest.approx(1.0, abs=0.01), "the prompt tells the language"
+    assert answer_entropy(both[-2:], prior) == 1.0, "two records of two answers hold one bit at most"
+    assert answer_entropy([said("a"), said("new")], prior) is None
+    assert answer_entropy([said("a")], NoPrior()) is None

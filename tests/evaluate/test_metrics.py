@@ -79,7 +79,11 @@ CASES: dict[str, tuple[Scored, Scored, float | None]] = {  # perfect, worse, the
     "character_f1": (texts(("seven", "seven")), texts(("seventeen", "seven")), 1.0),
     "crps_share": (numbers([around(2, 0.3)], [2.0]), numbers([around(-2, 0.3)], [2.0]), None),
     "mae": (numbers([around(2, 0.3)], [2.0]), numbers([around(0, 0.3)], [2.0]), None),
-    "coverage_80": (numbers([around(2, 3)] * 2, [2.0, 2.0]), numbers([around(2, 3)] * 2, [2.0, -3.0]), 1.0),
+    "coverage_80": (
+        numbers([around(2, 3)] * 5, [2.0] * 4 + [-3.0]),
+        numbers([around(2, 3)] * 5, [2.0] * 5),  # too wide: all of them inside
+        0.8,
+    ),
     "code_bits": (
         Scored([], [], code_bits=np.array([0.5, 1.5])),
         Scored([], [], code_bits=np.array([9.5, 1.5])),
@@ -94,13 +98,18 @@ CASES: dict[str, tuple[Scored, Scored, float | None]] = {  # perfect, worse, the
 }
 
 
+def mean(name: str, scored: Scored) -> float:
+    values = METRICS[name].values(scored)
+    assert values is not None and values.ndim == 1
+    return float(values.mean())
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_the_perfect_answer_scores_best(name: str) -> None:
     perfect, worse, best = CASES[name]
     metric = METRICS[name]
-    good, bad = metric.measure(perfect), metric.measure(worse)
-    assert metric.name == name and good is not None and bad is not None
-    assert good > bad if metric.better == "higher" else good < bad
+    good, bad = mean(name, perfect), mean(name, worse)
+    assert metric.name == name and metric.quality(good) > metric.quality(bad)
     if best is not None:
         assert good == pytest.approx(best)
     assert (good >= 0 and bad >= 0) or name == "hole_psnr"
@@ -109,7 +118,7 @@ def test_the_perfect_answer_scores_best(name: str) -> None:
 @pytest.mark.parametrize("name", ["exact_match", "character_f1", "coverage_80", "recognised"])
 def test_shares_lie_between_zero_and_one(name: str) -> None:
     for scored in CASES[name][:2]:
-        assert 0 <= (METRICS[name].measure(scored) or 0.0) <= 1
+        assert 0 <= mean(name, scored) <= 1
 
 
 def test_every_metric_has_a_case_and_is_used() -> None:
@@ -144,19 +153,19 @@ def test_character_overlap_by_hand() -> None:
 def test_the_baseline_itself_has_a_share_of_one() -> None:
     """A point at the baseline's place has the baseline's error as its CRPS."""
     scored = numbers([around(0.0, 0.05)] * 2, [2.0, -3.0])
-    assert METRICS["crps_share"].measure(scored) == pytest.approx(1.0, rel=0.03)
+    assert mean("crps_share", scored) == pytest.approx(1.0, rel=0.03)
 
 
 def test_mae_by_hand() -> None:
     scored = numbers([around(1.0, 0.2), around(-1.0, 0.2)], [1.5, -3.0])
-    assert METRICS["mae"].measure(scored) == pytest.approx((0.5 + 2.0) / 2, abs=0.05)
+    assert mean("mae", scored) == pytest.approx((0.5 + 2.0) / 2, abs=0.05)
 
 
 def test_psnr_by_hand() -> None:
     """Half a step of brightness off, all over: -10 log10(0.25)."""
     examples = [example(np.zeros((64, 64, 3), np.uint8), options={"hole": HOLE})]
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
-    found = METRICS["hole_psnr"].measure(Scored(examples, [grey]))
+    found = mean("hole_psnr", Scored(examples, [grey]))
     assert found == pytest.approx(-20 * np.log10(128 / 255), abs=0.01)
 
 
@@ -164,7 +173,7 @@ def test_only_the_hole_counts() -> None:
     examples = [example(np.zeros((64, 64, 3), np.uint8), options={"hole": HOLE})]
     picture = Image.new("RGB", (64, 64), "white")
     picture.paste("black", (16, 16, 48, 48))
-    assert METRICS["hole_psnr"].measure(Scored(examples, [picture])) == pytest.approx(60)
+    assert mean("hole_psnr", Scored(examples, [picture])) == pytest.approx(60)
 
 
 def test_truths_are_the_observed_values() -> None:
@@ -174,4 +183,17 @@ def test_truths_are_the_observed_values() -> None:
 
 def test_a_metric_that_does_not_apply_is_left_out() -> None:
     scored = Scored([example("a")], [Image.new("RGB", (64, 64))], code_bits=np.array([2.0]))
-    assert all_metrics(("code_bits", "recognised"), scored) == {"code_bits": 2.0}
+    found = all_metrics(("code_bits", "recognised"), scored)
+    assert list(found) == ["code_bits"] and found["code_bits"].tolist() == [2.0]
+
+
+def test_nothing_answered_has_no_metrics() -> None:
+    assert all_metrics(("exact_match", "mae"), Scored([], [])) == {}
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(8, 2), (4, 1)])
+def test_coverage_is_best_at_its_goal(inside: int, outside: int) -> None:
+    """Wider intervals cover more, and are not better for it."""
+    metric = METRICS["coverage_80"]
+    right, wide, narrow = inside / (inside + outside), 1.0, 0.5
+    assert metric.quality(right) > metric.quality(wide) > metric.quality(narrow)

@@ -117,7 +117,8 @@ def test_summary_tells_size_tokens_and_time(page: Page) -> None:
     ):
         assert said in text
     assert "text, pictures, sound and numbers" in text
-    assert "in 6 of 8 it surely makes use of what it is given" in text
+    assert "its information gain is significant in 6 of 8 tasks" in text
+    assert "it beats a plain baseline, in score and in information, in 2 of 8" in text
 
 
 def test_pairs_are_coloured_by_their_interval(page: Page) -> None:
@@ -128,7 +129,7 @@ def test_pairs_are_coloured_by_their_interval(page: Page) -> None:
     text = "".join(page.text)
     assert "+1.00 bits [+0.50, +1.50]" in text
     assert "−2.00 bits [−3.00, −1.00]" in text
-    assert "What “bits gained” means" in text
+    assert "What “information” means" in text
     assert text.count("not taught") == 9  # eight results in seven of sixteen pairs
 
 
@@ -258,17 +259,17 @@ def test_json_holds_what_its_schema_says(tmp_path: Path) -> None:
     assert content["params"] == {"total": 5_123_456, "active": 2_034_567}
     assert (content["seconds"], content["tokens"], content["steps"]) == (391.0, 3_512_000, 2140)
     task = content["tasks"]["draw/things"]
-    assert (task["value"], task["baseline"], task["bits_ci"]) == (0.625, 0.25, [-1.0, 2.0])
+    assert (task["value"], task["baseline"], task["information_ci"]) == (0.625, 0.25, [-1.0, 2.0])
     assert task["metrics"] == {"code_bits": 0.625, "recognised": 0.5}  # a float32 of numpy among them
 
 
 def test_json_says_null_for_what_is_not_finite() -> None:
     task = dataclasses.replace(
-        example.results()[0], baseline=float("nan"), bits_interval=(float("-inf"), 1.0)
+        example.results()[0], baseline=float("nan"), information_interval=(float("-inf"), 1.0)
     )
     content = json.loads(report_json(Judgement([task], 1.0, "x"), example.facts()))
     entry = content["tasks"]["name_picture/things"]
-    assert entry["baseline"] is None and entry["bits_ci"] == [None, 1.0]
+    assert entry["baseline"] is None and entry["information_ci"] == [None, 1.0]
 
 
 def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch) -> None:

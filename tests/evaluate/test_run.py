@@ -81,17 +81,19 @@ def test_records_that_cannot_be_read(run: Path, tmp_path: Path, name: str) -> No
 
 
 def test_settings_can_be_changed(run: Path) -> None:
-    found = evaluate(run, ["name_picture"], overrides={"records": 12, "answers": 7})
+    found = evaluate(run, ["name_picture"], settings=["judge.records=12", "judge.answers=7"])
     assert found.results[0].answered == 7
     with pytest.raises(ConfigError, match="unknown key 'record'"):
-        evaluate(run, overrides={"record": 3})
+        evaluate(run, settings=["judge.record=3"])
+    with pytest.raises(ConfigError, match="settings of the section judge only"):
+        evaluate(run, settings=["loop.steps=3"])
 
 
 def test_from_the_command_line(run: Path, tmp_path: Path) -> None:
     scores = tmp_path / "s.json"
     shown = CliRunner().invoke(app, ["evaluate", str(run), "--tasks", "draw", "--json", str(scores)])
     assert shown.exit_code == 0, shown.output
-    assert "draw/digits" in shown.stdout and "bits gained" in shown.stdout
+    assert "draw/digits" in shown.stdout and "information" in shown.stdout
     assert list(json.loads(scores.read_text(encoding="utf-8"))["tasks"]) == ["draw/digits"]
 
 

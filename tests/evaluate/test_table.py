@@ -8,7 +8,7 @@ import io
 from rich.console import Console
 
 from openm6.evaluate.results import Judgement
-from openm6.evaluate.table import print_table
+from openm6.evaluate.table import print_table, summary
 from tests.evaluate import example_judgement as example
 
 
@@ -23,9 +23,26 @@ def test_one_row_a_task_with_score_baseline_and_bits() -> None:
     text = printed(judgement)
     row = next(line for line in text.splitlines() if "name_picture/things" in line)
     assert row.split() == ["name_picture/things", "image", "→", "text", "exact", "match", "62.5", "%", "25.0", "%",
-                           "+1.00", "+0.50", "…", "+1.50", "40"]  # fmt: skip
+                           "+1.00", "+0.50", "…", "+1.50", "20", "of", "40"]  # fmt: skip
     assert sum("/things" in line for line in text.splitlines()) == len(judgement.results)
-    assert "6 of 8 tasks surely use what they are given" in text and "runs/x/step-9" in text
+    flat = " ".join(text.split())
+    assert "6 of 8 tasks have a significant information gain" in flat and "runs/x/step-9" in flat
+    assert "2 beat their baseline in both score and information" in flat
+    assert "More records are answered with judge.answers=N" in flat
+
+
+def test_a_line_of_the_log_says_how_sure_it_is() -> None:
+    line = summary(example.results()[0]).replace("\u00a0", " ")
+    assert line == (
+        "name_picture/things: exact match 62.5 % [50.0 %, 75.0 %], baseline 25.0 %; information +1.00 bits "
+        "[+0.50, +1.50]; 20 of 40 records answered"
+    )
+
+
+def test_all_records_answered_needs_no_hint() -> None:
+    task = dataclasses.replace(example.results()[0], answered=40)
+    text = printed(Judgement([task], 2.0, "x"))
+    assert "judge.answers" not in text and " 40" in text
 
 
 def test_square_brackets_in_names_are_no_markup() -> None:

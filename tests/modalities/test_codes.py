@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from openm6.modalities.codec import load_codec
-from openm6.modalities.codes import SMOOTHING, CodesAdapter, hide, masked_arrays, random_rectangle
+from openm6.modalities.codes import (
+    SMOOTHING,
+    CodesAdapter,
+    hide,
+    inpainting_masks,
+    masked_arrays,
+    random_rectangle,
+)
 from openm6.modalities.places import PlaceEmbedding
 from openm6.ops.quantize import pack
 
@@ -69,7 +76,7 @@ def test_wrong_codes_are_shown_and_learned() -> None:
     codes = rng.integers(0, 12, (4000, GROUPS))
     hidden = np.zeros(4000, bool)
     hidden[:2000] = True
-    arrays, learn = masked_arrays(codes, hidden, np.zeros((4000, 2), np.float32), 12, rng)
+    arrays, learn = masked_arrays(codes, hidden, hidden, np.zeros((4000, 2), np.float32), 12, rng)
     changed = (arrays["shown"] != codes).any(1)
     assert np.array_equal(arrays["codes"], codes), "the truth stays the truth"
     assert not changed[:2000].any() and 0.03 < changed[2000:].mean() < 0.07
@@ -81,13 +88,25 @@ def test_wrong_codes_are_shown_and_learned() -> None:
 def test_without_a_generator_nothing_wrong_is_shown() -> None:
     codes = np.arange(30).reshape(10, 3) % 12
     hidden = np.arange(10) < 4
-    arrays, learn = masked_arrays(codes, hidden, np.zeros((10, 2), np.float32), 12, None)
+    arrays, learn = masked_arrays(codes, hidden, hidden, np.zeros((10, 2), np.float32), 12, None)
     assert np.array_equal(arrays["shown"], codes) and np.array_equal(learn, hidden)
 
 
 def all_logits(adapter: CodesAdapter, hidden: Tensor, codes: Tensor) -> Tensor:
     """Logits of all groups at once, from the states that the loss uses.  # N D, N G -> N G C"""
     return torch.einsum("ngb,gbc->ngc", adapter.group_states(hidden, codes), adapter.to_codes)
+
+
+def test_inpainting_masks() -> None:
+    mask = np.arange(6) < 2
+    hidden, learn = inpainting_masks(mask, False, None)
+    assert np.array_equal(hidden, mask) and np.array_equal(learn, mask)
+    hidden, learn = inpainting_masks(mask, True, None)
+    assert hidden.all() and np.array_equal(learn, mask), "the context is hidden, the mask alone is scored"
+    rng = np.random.default_rng(0)
+    found = [inpainting_masks(mask, False, rng) for _ in range(40)]
+    assert all(np.array_equal(hidden, learn) for hidden, learn in found)
+    assert 8 < sum(hidden.all() for hidden, _ in found) < 32
 
 
 def test_all_groups_at_once_equal_one_after_the_other(

@@ -82,9 +82,12 @@ def test_each_task_in_the_report_is_complete(unbroken: Path) -> None:
         assert (entry["source"], entry["target"]) == (task.reads, task.gives)
         assert {entry["source"], entry["target"]} <= set(MODALITIES)
         assert entry["metric"] == task.metrics[0] and entry["better"] in ("higher", "lower")
-        assert math.isfinite(entry["value"]) and entry["baseline_name"] == task.baseline.replace("_", " ")
-        low, high = entry["bits_ci"]
-        assert low <= entry["bits_gained"] <= high
+        assert math.isfinite(entry["value"]) and entry["baseline_name"]
+        low, high = entry["information_ci"]
+        assert low <= entry["information_gain"] <= high
+        low, high = entry["value_ci"]
+        assert low <= entry["value"] <= high
+        assert entry["beats_baseline"] == (entry["significant"] and entry["advantage_ci"][0] > 0)
         assert 0 < entry["n_answered"] <= 4 and 0 < entry["n"] <= 4
         assert entry["metrics"][entry["metric"]] == entry["value"]
 

@@ -1,0 +1,44 @@
+"""Bootstrap intervals: coverage of the true mean, and records that depend on each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from openm6.evaluate.intervals import bootstrap_interval
+
+
+@pytest.mark.parametrize("count", [8, 40])
+def test_the_interval_covers_the_true_mean(count: int) -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        low, high = bootstrap_interval(rng.exponential(2.0, count), trial)
+        assert low < high
+        covered += low <= 2.0 <= high
+    assert 0.8 <= covered / 200 <= 0.99
+
+
+def test_records_of_one_block_are_no_independent_evidence() -> None:
+    """Each of 12 values is seen eight times: without blocks the interval covers the true mean far too rarely."""
+    rng = np.random.default_rng(0)
+    blocks = [str(n // 8) for n in range(96)]
+    with_blocks = without = 0
+    for trial in range(150):
+        values = rng.normal(0.0, 1.0, 12).repeat(8)
+        low, high = bootstrap_interval(values, trial, blocks)
+        with_blocks += low <= 0.0 <= high
+        low, high = bootstrap_interval(values, trial)
+        without += low <= 0.0 <= high
+    assert with_blocks / 150 > 0.8 > 0.6 > without / 150
+
+
+def test_blocks_of_one_record_change_nothing() -> None:
+    values = np.arange(9.0)
+    assert bootstrap_interval(values, 4, [str(n) for n in range(9)]) == bootstrap_interval(values, 4)
+
+
+def test_the_interval_of_little() -> None:
+    assert bootstrap_interval(np.array([3.0]), 0) == (3.0, 3.0)
+    assert all(np.isnan(end) for end in bootstrap_interval(np.zeros(0), 0))
+    assert bootstrap_interval(np.arange(9.0), 4) == bootstrap_interval(np.arange(9.0), 4)
