@@ -1,1 +1,1 @@
-"""Floor 7: tasks through the decoder, metrics against baselines, bits gained, and the report."""
+"""Floor 7: tasks through the decoder, metrics against baselines, information gain, and the report."""
