@@ -14,6 +14,7 @@ import numpy as np
 from openm6.base.errors import DataError
 from openm6.data.columns import Column, column_of
 from openm6.data.folder import FolderConfig, media_files
+from openm6.data.foreign import refuse_foreign
 from openm6.data.propose import is_canonical, propose_fields, propose_tasks, recipe_text
 from openm6.data.records import Record
 from openm6.data.source import Source, SourceConfig, Split
@@ -120,6 +121,9 @@ def _looks(path: str) -> list[Callable[[], list[DataSet]]]:
         return [partial(look_at_table, table, test) for table, test in _with_tests(tables)]
     if media_files(place):
         return [partial(look_at_folder, path)]
+    for file in sorted(place.iterdir()):
+        if file.is_file():
+            refuse_foreign(str(file))
     raise DataError(f"{path} holds no tables ({', '.join(TABLE_ENDINGS)}), pictures or sounds")
 
 

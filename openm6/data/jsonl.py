@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from openm6.base.errors import DataError
+from openm6.data.foreign import refuse_foreign
 from openm6.data.storage import find_files, is_remote, open_binary
 from openm6.data.table import ChooseColumns, Table, TableConfig
 
@@ -73,7 +74,9 @@ class JsonlTable(Table):
     def _column_names(self) -> list[str]:
         names = [name for row in range(min(len(self), HEADER_LINES)) for name in self._quiet(row)]
         if not names:
-            raise DataError(f"{self.where}: none of the first lines is a JSON object: is it JSON Lines?")
+            raise DataError(
+                f"{self.where}: none of the first lines is a JSON object: write one object per line, not one array"
+            )
         return list(dict.fromkeys(names))
 
 
@@ -87,6 +90,7 @@ class JsonlConfig(TableConfig):
         files = find_files(path, (".jsonl", ".ndjson"))
         if len(files) > 1:
             raise DataError(f"{path} stands for {len(files)} files: name one JSONL file for each source")
+        refuse_foreign(files[0])
         table = JsonlTable(files[0])
         choose(table.names)
         return table

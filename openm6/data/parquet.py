@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from openm6.base.config import nearest
 from openm6.base.errors import DataError
 from openm6.data.fields import RowReader, check_columns
+from openm6.data.foreign import refuse_not_parquet
 from openm6.data.source import Neighbour, Source, SourceConfig, Split
 from openm6.data.storage import TableFolder, find_files, is_remote
 from openm6.data.table import ArrowTable, ChooseColumns, TableConfig, TableSource
@@ -94,6 +95,7 @@ def _open(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(fsspec.open(path, "rb").open() if is_remote(path) else path)
     except (pa.ArrowException, OSError, ImportError, ValueError) as error:
+        refuse_not_parquet(path)
         raise DataError(f"{path} cannot be read as Parquet: {_first_line(error)}") from None
 
 

@@ -16,7 +16,7 @@ def table_config(path: str) -> TableConfig:
     name = path.lower()
     if not path.startswith(EMBEDDED_MARK):
         if name.endswith((".csv", ".tsv")):
-            return CsvConfig(path=path, separator="\t" if name.endswith(".tsv") else ",")
+            return CsvConfig(path=path)
         if name.endswith((".jsonl", ".ndjson")):
             return JsonlConfig(path=path)
         if name.endswith(".tar"):

@@ -3,11 +3,14 @@ from __future__ import annotations
 import fsspec
 import pytest
 
-from openm6.base.errors import DataError
+from openm6.base.config import build
+from openm6.base.errors import ConfigError, DataError
+from openm6.data.csv_dialect import sniff_separator
 from openm6.data.csv_table import CsvConfig
 from openm6.data.fields import Fields
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
+from openm6.data.windows import WindowsConfig
 
 FIELDS = Fields(text_en="title", numbers=["price"])
 
@@ -91,3 +94,97 @@ def test_header_alone_has_no_training_records(tmp_path):
 def test_an_address(tmp_path):
     fsspec.filesystem("memory").pipe("/csv/shop.csv", b"title,price\ncup,2\n")
     assert open_csv("memory://csv/shop.csv")[0]["numbers"] == {"price": 2.0}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_the_separator_is_found(tmp_path, separator):
+    path = tmp_path / "shop.csv"
+    rows = [["title", "price"], *([f"thing {n}", str(n)] for n in range(30)), ["too", "many", "cells"]]
+    path.write_text("".join(separator.join(row) + "\n" for row in rows))
+    source = open_csv(path)
+    assert source[7]["text_en"] == "thing 7" and source[7]["numbers"] == {"price": 7.0}
+    with pytest.raises(DataError, match="line 32 has 3 cells where the header has 2"):
+        source[30]
+
+
+@pytest.mark.parametrize(
+    ("content", "separator"),
+    [
+        ("name,first;price\nDoe, John;3\nX;4\n", ";"),
+        ('"a;b",c\n"1;2",3\n', ","),
+        ("a;b\n1,5;2,5\n", ";"),
+        ("a|b,c\n1|2,3\n", ","),
+        ("text\nred, round\n", ","),
+        ("a\tb\nx, y\tz\n", "\t"),
+        ("\ufeffa;b\n\n1;2\n", ";"),
+        ('a;b\n"two\nlines; x";2\n', ";"),
+        ("", ","),
+    ],
+)
+def test_what_decides_between_separators(tmp_path, content, separator):
+    path = tmp_path / "x.csv"
+    path.write_text(content)
+    assert sniff_separator(str(path)) == separator
+
+
+def test_a_decimal_comma_is_read(tmp_path):
+    path = tmp_path / "shop.csv"
+    path.write_text("title;price;note\na, b;3,5;1,2,3\nc;-1.234,5;x\nd;NA;y\ne;7;z\nf;cheap;z\n")
+    source = open_csv(path, fields=Fields(text_en="title", numbers=["price"], extra=["note"]))
+    assert [source[n]["numbers"]["price"] for n in range(4)] == [3.5, -1234.5, None, 7.0]
+    assert source[0]["text_en"] == "a, b" and source[0]["extra"] == {"note": "1,2,3"}
+    with pytest.raises(DataError, match="'cheap'"):
+        source[4]
+
+
+@pytest.mark.parametrize(
+    "prices", [("1,234", "2,500"), ("3,5", "3.5"), ("1,234", "999"), ("1,234,567", "3.5")]
+)
+def test_numbers_of_two_readings_are_refused_until_told(tmp_path, prices):
+    path = tmp_path / "shop.csv"
+    path.write_text("title;price\n" + "".join(f"x;{price}\n" for price in prices))
+    with pytest.raises(
+        DataError, match="shop.csv: numbers of column 'price' can be read in two ways .*add decimal"
+    ):
+        open_csv(path)
+
+
+@pytest.mark.parametrize(
+    ("decimal", "values"), [(",", [1.234, 1234.0, 3.5, 12.0]), (".", [1234.0, 1.234, 3.5, 12.0])]
+)
+def test_a_decimal_mark_that_is_told(tmp_path, decimal, values):
+    path = tmp_path / "shop.csv"
+    half = f"3{decimal}5"
+    path.write_text(f"title;price\na;1,234\nb;1.234\nc;{half}\nd;12\n")
+    source = open_csv(path, decimal=decimal)
+    assert [source[n]["numbers"]["price"] for n in range(4)] == values
+
+
+def test_a_decimal_comma_in_a_series_and_in_a_table_that_is_inspected(tmp_path):
+    path = tmp_path / "load.csv"
+    path.write_text("day;load;place\n" + "".join(f"{n};{n},5;in 1,5 rooms\n" for n in range(60)))
+    config = WindowsConfig(path=str(path), columns=["load"], time="day", context=2, horizon=1)
+    assert open_sources({"w": config}, "train")["w"][3]["series"] == {"load": [3.5, 4.5, 5.5]}
+    table = CsvConfig(path=str(path)).load(str(path), list)
+    assert table.row(3, ["load", "place"]) == {"load": "3.5", "place": "in 1,5 rooms"}
+
+
+def test_a_file_without_a_header_is_refused_until_its_columns_are_named(tmp_path):
+    path = tmp_path / "iris.csv"
+    path.write_text("5.1,3.5\n4.9,3.0\n")
+    with pytest.raises(
+        DataError, match=r"first line of .*iris.csv holds only numbers \(5.1, 3.5\).*`columns: \[...\]`"
+    ):
+        open_csv(path, fields=Fields(numbers=["5.1"]))
+    source = open_csv(path, fields=Fields(numbers=["length", "width"]), columns=["length", "width"])
+    assert [source[n]["numbers"] for n in range(2)] == [
+        {"length": 5.1, "width": 3.5},
+        {"length": 4.9, "width": 3.0},
+    ]
+    with pytest.raises(DataError, match="no row of .* fits: line 1 has 2 cells where `columns` names 3"):
+        open_csv(path, fields=Fields(numbers=["length"]), columns=["length", "width", "kind"])
+
+
+def test_columns_are_named_once():
+    with pytest.raises(ConfigError, match="each column once"):
+        build(CsvConfig, {"path": "x", "columns": ["a", "a"]}, "r.yaml")

@@ -123,8 +123,8 @@ def test_not_parquet_and_cut_off(tmp_path, shop):
     (tmp_path / "x.parquet").write_text("not parquet")
     cut = tmp_path / "cut.parquet"
     cut.write_bytes(shop.read_bytes()[:-100])
-    for path in (tmp_path / "x.parquet", cut):
-        with pytest.raises(DataError, match="cannot be read as Parquet"):
+    for path, sentence in ((tmp_path / "x.parquet", "is not Parquet"), (cut, "cannot be read as Parquet")):
+        with pytest.raises(DataError, match=sentence):
             open_sources({"x": ParquetConfig(path=str(path))}, "train")
 
 
