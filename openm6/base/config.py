@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,6 +111,11 @@ def _sentence(config_class: type[Config], error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         names = _fields_at(config_class, [str(part) for part in first["loc"][:-1]])
         return f"unknown key {path!r}; {nearest(str(first['loc'][-1]), names)}"
+    if first["type"] == "union_tag_invalid":
+        known = re.findall(r"'([^']+)'", first["ctx"]["expected_tags"])
+        return f"{path}: no kind is called {first['ctx']['tag']!r}; {nearest(first['ctx']['tag'], known)}"
+    if first["type"] == "union_tag_not_found":
+        return f"the key '{path}.kind' is missing: add it"
     if first["type"] == "missing":
         return f"the key {path!r} is missing: add it"
     message = str(first["msg"]).removeprefix("Value error, ")

@@ -133,8 +133,8 @@ def evaluate(
     ] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B", help="Only these tasks.")] = None,
     data: Annotated[
-        Path | None,
-        typer.Option("--data", metavar="FILE", help="Judge on these records instead (Parquet, CSV, JSONL)."),
+        str | None,
+        typer.Option("--data", metavar="PATH", help="Judge on the records of this table or folder instead."),
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the scores there.")

@@ -54,8 +54,8 @@ def check_header(names: Sequence[str], path: str) -> None:
     if all(_is_number(name) for name in names):
         shown = ", ".join(names[:3])
         raise DataError(
-            f"the first line of {path} holds only numbers ({shown}), so it is no header: write the names of the columns "
-            "above it, or, in a source of kind csv, give them as `columns: [...]`"
+            f"the first line of {path} holds only numbers ({shown}), so it is no header: write the names of the "
+            "columns above it, or, in a source of kind csv, give them as `columns: [...]`"
         )
 
 

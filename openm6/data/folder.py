@@ -98,6 +98,15 @@ class FolderConfig(SourceConfig):
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         """The files of one split; see SourceConfig.open."""
+        root, files = self._files(name)
+        return FolderSource(name, root, self._of_split(files, split)[: self.limit], self)
+
+    def open_held_out(self, name: str) -> Source:
+        """The files of the folder of the test split, or all where there is none."""
+        root, files = self._files(name)
+        return FolderSource(name, root, [file for file in files if split_of(file) == "test"] or files, self)
+
+    def _files(self, name: str) -> tuple[Path, list[Path]]:
         root = Path(self.path).expanduser()
         if not root.is_dir():
             raise DataError(f"there is no folder {self.path}: check the path of source {name!r}")
@@ -105,7 +114,7 @@ class FolderConfig(SourceConfig):
         if not files:
             endings = " ".join((*IMAGE_ENDINGS, *AUDIO_ENDINGS))
             raise DataError(f"no pictures or sounds below {self.path} (looked for {endings})")
-        return FolderSource(name, root, self._of_split(files, split)[: self.limit], self)
+        return root, files
 
     def _of_split(self, files: list[Path], split: Split) -> list[Path]:
         named = [split_of(file) for file in files]

@@ -6,10 +6,8 @@ from openm6.base.errors import DataError
 from openm6.data.folder import AUDIO_ENDINGS, IMAGE_ENDINGS
 from openm6.data.storage import open_binary
 
-_IMAGE = (
-    "an image: put images into a folder and read it with kind: folder, or name them in a column of a table"
-)
-_AUDIO = "an audio file: put audio files into a folder and read it with kind: folder, or name them in a column of a table"
+_IMAGE = "an image: put images into a folder and read it with kind: folder, or name them in a table"
+_AUDIO = "an audio file: put audio files into a folder and read it with kind: folder, or name them in a table"
 _SHEET = "a spreadsheet: export the sheet as CSV"
 _ARCHIVE = "an archive: unpack it and name the table or the folder in it"
 _GZIP = "compressed: unpack it first"

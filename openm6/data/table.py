@@ -146,6 +146,28 @@ class TableConfig(SourceConfig):
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         """The rows of one split, as TableConfig's fields describe; see SourceConfig.open."""
         path = self.test_path if self.test_path is not None and split == "test" else self.path
+        return self._source(name, path, lambda table: self._rows(table, split)[: self.limit])
+
+    def open_held_out(self, name: str) -> Source:
+        """The rows of `path` that a column marks as test, or all where none does.
+
+        Raises:
+            DataError: as SourceConfig.open, or the column marks no row as test.
+        """
+        return self._source(name, self.path, self._held_out_rows)
+
+    def _held_out_rows(self, table: Table) -> np.ndarray:
+        column = self._split_column(table.names)
+        if column is None:
+            return np.arange(len(table))
+        rows = rows_by_word(table.column(column), "test", table.where)
+        if not len(rows):
+            raise DataError(
+                f"column {column!r} of {table.where} marks no row as test: mark some, or drop the column"
+            )
+        return rows
+
+    def _source(self, name: str, path: str, choose_rows: Callable[[Table], np.ndarray]) -> Source:
         names: list[str] = []
 
         def choose(found: Sequence[str]) -> list[str]:
@@ -156,7 +178,7 @@ class TableConfig(SourceConfig):
         reader = RowReader(table.names, self.fields, TableFolder(path), path)
         splitting = {self._split_column(names), self.test_by}
         columns = {column: reader.keys_of(column) for column in names if column not in splitting}
-        return TableSource(name, table, reader, self._rows(table, split)[: self.limit], columns)
+        return TableSource(name, table, reader, choose_rows(table), columns)
 
     def _needed(self, names: Sequence[str], path: str) -> list[str]:
         reader = RowReader(names, self.fields, TableFolder(path), path)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from openm6.base.errors import DataError
 from openm6.data.csv_table import CsvConfig
+from openm6.data.folder import FolderConfig
 from openm6.data.jsonl import JsonlConfig
 from openm6.data.parquet import EMBEDDED_MARK, ParquetConfig
+from openm6.data.storage import is_remote
 from openm6.data.table import ChooseColumns, Table, TableConfig
 from openm6.data.tar import TarConfig
 
@@ -22,6 +27,32 @@ def table_config(path: str) -> TableConfig:
         if name.endswith(".tar"):
             return TarConfig(path=path)
     return ParquetConfig(path=path)
+
+
+def data_config(path: str) -> TableConfig | FolderConfig:
+    """The config that reads what is at a path: a table, a folder of Parquet files or tars, or one of media files.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        if (
+            not place.exists()
+            and not is_remote(path)
+            and not path.startswith(EMBEDDED_MARK)
+            and "*" not in path
+        ):
+            raise DataError(f"there is nothing at {path}: check the path")
+        return table_config(path)
+    names = [file.name for file in place.iterdir()]
+    if any(name.endswith(".tar") for name in names):
+        return TarConfig(path=path)
+    return (
+        ParquetConfig(path=path)
+        if any(name.endswith(".parquet") for name in names)
+        else FolderConfig(path=path)
+    )
 
 
 def load_table(path: str, choose: ChooseColumns = list) -> Table:

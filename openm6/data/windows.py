@@ -94,10 +94,15 @@ class WindowsConfig(SourceConfig):
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         """The windows of one split; see SourceConfig.open."""
+        return self._source(name, split, self.test_share)
+
+    def _source(self, name: str, split: Split, test_share: float) -> Source:
         table = load_table(self.path, self._needed)
         values = np.stack([_numbers(table, column) for column in self.columns], axis=1)  # R C
         starts = [
-            start for rows in self._groups(table) for start in self._windows(table, values, rows, split)
+            start
+            for rows in self._groups(table)
+            for start in self._windows(table, values, rows, split, test_share)
         ]
         if not starts and split == "train":
             length = self.context + self.horizon
@@ -105,6 +110,10 @@ class WindowsConfig(SourceConfig):
                 f"{name}: {self.path} has fewer than {length} rows to train on: lower context or horizon"
             )
         return WindowSource(name, self, values, starts)
+
+    def open_held_out(self, name: str) -> Source:
+        """The windows of all rows."""
+        return self._source(name, "train", 0.0)
 
     def _needed(self, names: Sequence[str]) -> list[str]:
         needed = list(dict.fromkeys([*self.columns, *filter(None, (self.time, self.group))]))
@@ -127,9 +136,11 @@ class WindowsConfig(SourceConfig):
                 )
         return [np.array(sorted(rows, key=times.__getitem__)) for rows in groups.values()]
 
-    def _windows(self, table: Table, values: np.ndarray, rows: np.ndarray, split: Split) -> list[_Start]:
+    def _windows(
+        self, table: Table, values: np.ndarray, rows: np.ndarray, split: Split, test_share: float
+    ) -> list[_Start]:
         length = self.context + self.horizon
-        border = len(rows) - round(len(rows) * self.test_share)
+        border = len(rows) - round(len(rows) * test_share)
         if split == "train":
             first, last = 0, border - length
         else:

@@ -6,21 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from openm6.base.config import apply_overrides, build, nearest
+from openm6.base.config import Config, apply_overrides, build, nearest
 from openm6.base.errors import ConfigError, DataError
 from openm6.base.files import check_place, replace_text
 from openm6.base.json_text import json_text
-from openm6.data.source import Source, SourceConfig
+from openm6.data.source import SourceConfig
 from openm6.data.sources import AnySourceConfig, open_sources
 from openm6.evaluate.config import JudgeConfig
 from openm6.evaluate.judge import judge
+from openm6.evaluate.own_data import open_own_data
 from openm6.evaluate.results import Judgement, TaskResult
 from openm6.generate.load import load
 from openm6.models.description import Lesson, ModelDescription
 
-_CONFIGS = TypeAdapter(dict[str, AnySourceConfig])
+
+class _Sources(Config):
+    """The sources of a recipe, as a checkpoint keeps them."""
+
+    sources: dict[str, AnySourceConfig]
 
 
 def source_configs(values: dict[str, Any], where: str) -> dict[str, SourceConfig]:
@@ -29,11 +32,7 @@ def source_configs(values: dict[str, Any], where: str) -> dict[str, SourceConfig
     Raises:
         ConfigError: a kind or key that does not exist.
     """
-    try:
-        return dict(_CONFIGS.validate_python(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return dict(build(_Sources, {"sources": values}, where).sources)
 
 
 def chosen_lessons(description: ModelDescription, tasks: list[str] | None) -> list[Lesson]:
@@ -55,15 +54,15 @@ def chosen_lessons(description: ModelDescription, tasks: list[str] | None) -> li
 def evaluate(
     path: Path,
     tasks: list[str] | None = None,
-    data: Path | None = None,
+    data: Path | str | None = None,
     json_path: Path | None = None,
     settings: list[str] | None = None,
     tell: Callable[[TaskResult], None] = lambda result: None,
 ) -> Judgement:
     """Judges a run or checkpoint; `settings` such as `judge.answers=300` override those of its recipe.
 
-    `data` names a table whose records (with canonical column names) stand in for every test split; baselines are
-    then fitted to it, too, which only makes them harder to beat.
+    `data` names a table or folder whose records stand in for every test split, as `open_own_data` says; baselines
+    are then fitted to it, too, which only makes them harder to beat.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
@@ -76,10 +75,12 @@ def evaluate(
     description = loaded.description
     lessons = chosen_lessons(description, tasks)
     config = _judge_config(description, settings or [])
+    configs = source_configs(description.sources, str(loaded.checkpoint))
     if data is not None:
-        train = test = _same_for_all(data, lessons)
+        named = {lesson.source for lesson in lessons}
+        train = test = open_own_data(str(data), {name: configs[name] for name in configs if name in named})
+        lessons = [lesson for lesson in lessons if lesson.source in test]
     else:
-        configs = source_configs(description.sources, str(loaded.checkpoint))
         train, test = open_sources(configs, "train"), open_sources(configs, "test")
     judgement = judge(loaded, lessons, train, test, config, tell)
     if data is not None and not judgement.results:
@@ -99,20 +100,6 @@ def _judge_config(description: ModelDescription, settings: list[str]) -> JudgeCo
             f"evaluate takes settings of the section judge only, as judge.answers=300, not {settings}"
         )
     return build(JudgeConfig, values["judge"], "judge")
-
-
-def _same_for_all(path: Path, lessons: list[Lesson]) -> dict[str, Source]:
-    """The records of one table under the name of every lesson's source.
-
-    Raises:
-        DataError: it is missing, or not a table we read.
-    """
-    kind = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl"}.get(path.suffix.lower())
-    if kind is None or not path.is_file():
-        raise DataError(f"--data {path} must be a .parquet, .csv or .jsonl file that exists")
-    configs = source_configs({path.stem: {"kind": kind, "path": str(path), "test_share": 0.0}}, str(path))
-    source = open_sources(configs, "train")[path.stem]
-    return {lesson.source: source for lesson in lessons}
 
 
 def to_json(judgement: Judgement) -> str:

@@ -72,12 +72,28 @@ def test_records_that_suit_no_task_are_an_error(run: Path, tmp_path: Path) -> No
         evaluate(run, ["draw"], data=table(tmp_path, "mine.jsonl"))
 
 
-@pytest.mark.parametrize("name", ["nowhere.csv", "notes.txt", "folder.csv"])
-def test_records_that_cannot_be_read(run: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nowhere.csv", "there is nothing at .*nowhere.csv: check the path"),
+        ("notes.txt", "notes.txt is no table but a text"),
+        ("folder.csv", "no pictures or sounds below"),
+    ],
+)
+def test_records_that_cannot_be_read(run: Path, tmp_path: Path, name: str, sentence: str) -> None:
     (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(DataError, match=r"must be a .parquet, .csv or .jsonl file that exists"):
+    with pytest.raises(DataError, match=sentence):
         evaluate(run, data=tmp_path / name)
+
+
+def test_only_the_rows_marked_as_test_are_judged(run: Path, tmp_path: Path) -> None:
+    path = table(tmp_path, "mine.jsonl")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps({**row, "split": "test" if n > 3 else "train"}) + "\n"
+                            for n, row in enumerate(rows)), encoding="utf-8")  # fmt: skip
+    (result,) = evaluate(run, ["predict_number"], data=path).results
+    assert result.records == 2 and {sample.record_id for sample in result.samples} <= {"p4", "p5"}
 
 
 def test_settings_can_be_changed(run: Path) -> None:
@@ -120,6 +136,11 @@ def test_a_checkpoint_without_its_description(run: Path, tmp_path: Path) -> None
 
 
 def test_a_source_of_an_unknown_kind_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match="recipe: a") as caught:
+    with pytest.raises(ConfigError, match="recipe: sources.a: no kind is called 'excel'; ") as caught:
         source_configs({"a": {"kind": "excel", "path": "x"}}, "recipe")
     assert "\n" not in str(caught.value)
+
+
+def test_a_mistyped_key_of_a_source_gets_a_hint() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'sources.a.csv.seperator'; did you mean 'separator'"):
+        source_configs({"a": {"kind": "csv", "path": "x", "seperator": ";"}}, "recipe")
