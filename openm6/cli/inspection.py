@@ -41,8 +41,9 @@ def show_inspection(inspection: Inspection, out: Path | None, console: Console) 
 def _show_data_set(data_set: DataSet, console: Console) -> None:
     console.print(Text(f"{data_set.name} ({data_set.kind}, {data_set.path})", style="bold"))
     sampled = f", {data_set.sampled:,} looked at" if data_set.sampled < data_set.rows else ""
+    validation = f", {data_set.validation:,} to validate on" if data_set.validation else ""
     console.print(
-        f"{data_set.rows:,} rows{sampled}; {data_set.train:,} to train on, {data_set.test:,} to judge by"
+        f"{data_set.rows:,} rows{sampled}; {data_set.train:,} to train on{validation}, {data_set.test:,} to judge by"
     )
     if data_set.columns:
         console.print(_columns(data_set))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from openm6.base.errors import DataError
 from openm6.data.folder import AUDIO_ENDINGS, IMAGE_ENDINGS
 from openm6.data.records import MISSING_WORDS, as_number, is_missing
-from openm6.data.split import TEST_WORDS, TRAIN_WORDS
+from openm6.data.split import split_named
 from openm6.data.times import is_date
 
 Kind = Literal[
@@ -78,7 +78,7 @@ def _kind(name: str, cells: Sequence[Any]) -> Kind:
         if _share(kind, cells) >= MOST:
             return kind
     texts = [str(cell) for cell in cells]
-    if name.lower() == "split" and {text.lower() for text in texts} <= TRAIN_WORDS | TEST_WORDS:
+    if name.lower() == "split" and all(split_named(text) for text in texts):
         return "split"
     unique = len(set(texts)) == len(texts) > 1
     if unique and name.lower() in IDENTIFIER_NAMES:

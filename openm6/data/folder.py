@@ -12,7 +12,7 @@ from pydantic import Field
 from openm6.base.errors import DataError
 from openm6.data.records import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Record, as_text
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
-from openm6.data.split import TEST_WORDS, TRAIN_WORDS, rows_by_hash
+from openm6.data.split import present_split, rows_by_hash, split_named
 from openm6.data.storage import TableFolder
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -63,8 +63,7 @@ def is_image(file: Path) -> bool:
 
 def split_of(file: Path) -> Split | None:
     """The split that a file's first folder names (`train/…`, `test/…`, `val/…`), if it names one."""
-    first = file.parts[0].lower() if len(file.parts) > 1 else ""
-    return "train" if first in TRAIN_WORDS else "test" if first in TEST_WORDS else None
+    return split_named(file.parts[0]) if len(file.parts) > 1 else None
 
 
 def label_of(file: Path) -> str | None:
@@ -102,9 +101,10 @@ class FolderConfig(SourceConfig):
         return FolderSource(name, root, self._of_split(files, split)[: self.limit], self)
 
     def open_held_out(self, name: str) -> Source:
-        """The files of the folder of the test split, or all where there is none."""
+        """The files of the folder of the test split (or else of validation), or all where there is none."""
         root, files = self._files(name)
-        return FolderSource(name, root, [file for file in files if split_of(file) == "test"] or files, self)
+        wanted = present_split("test", {split_of(file) for file in files})
+        return FolderSource(name, root, [file for file in files if split_of(file) == wanted] or files, self)
 
     def _files(self, name: str) -> tuple[Path, list[Path]]:
         root = Path(self.path).expanduser()
@@ -118,7 +118,8 @@ class FolderConfig(SourceConfig):
 
     def _of_split(self, files: list[Path], split: Split) -> list[Path]:
         named = [split_of(file) for file in files]
-        if "train" in named and "test" in named:
-            return [file for file, side in zip(files, named, strict=True) if side == split]
+        if "train" in named and ("test" in named or "validation" in named):
+            wanted = present_split(split, named)
+            return [file for file, side in zip(files, named, strict=True) if side == wanted]
         rows: np.ndarray = rows_by_hash([file.as_posix() for file in files], self.test_share, split)
         return [files[row] for row in rows]

@@ -55,6 +55,7 @@ class DataSet:
     rows: int = 0
     sampled: int = 0
     train: int = 0
+    validation: int = 0
     test: int = 0
     columns: list[Column] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
@@ -205,6 +206,8 @@ def _try_source(data_set: DataSet, config: TableConfig | FolderConfig) -> list[R
     data_set.source = {"kind": config.kind, **config.model_dump(exclude_defaults=True, exclude_none=True)}
     train, test = _open(data_set, config, "train"), _open(data_set, config, "test")
     data_set.train, data_set.test = len(train or ()), len(test or ())
+    if any(column.kind == "split" for column in data_set.columns) or isinstance(config, FolderConfig):
+        data_set.validation = len(_open(data_set, config, "validation") or ())
     records = [record for source in (train, test) if source is not None for record in _read(data_set, source)]
     data_set.tasks = propose_tasks(records)
     if train is not None:

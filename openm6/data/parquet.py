@@ -141,8 +141,8 @@ class EmbeddedConfig(SourceConfig):
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         """The records of one split; see SourceConfig.open."""
-        path = embedded_path(f"{self.name}-{split}")
+        path = embedded_path(f"{self.name}-{'train' if split == 'train' else 'test'}")
         table = read_parquet(path)
         reader = RowReader(table.column_names, None, TableFolder(path), path)
-        rows = np.arange(table.num_rows)[: self.limit]
+        rows = np.arange(0 if split == "validation" else table.num_rows)[: self.limit]
         return TableSource(name, ArrowTable(table, Path(path).name), reader, rows)

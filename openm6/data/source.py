@@ -11,7 +11,8 @@ from openm6.base.config import Config
 from openm6.base.errors import DataError
 from openm6.data.records import Record
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
+"""`validation` is for the loss that is watched while training; a source need not have any of it."""
 
 
 class Source(ABC):

@@ -1,9 +1,9 @@
-"""Which records train and which test: a column that says so, a second file, or a stable hash."""
+"""Which records train, validate and test: a column that says so, a second file, or a stable hash."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,13 @@ from openm6.base.errors import DataError
 from openm6.data.source import Split
 
 TRAIN_WORDS = frozenset({"train", "training"})
-TEST_WORDS = frozenset({"test", "testing", "validation", "valid", "val", "dev", "eval", "held-out"})
+VALIDATION_WORDS = frozenset({"validation", "valid", "val", "dev"})
+TEST_WORDS = frozenset({"test", "testing", "eval", "held-out"})
+SPLIT_WORDS: dict[Split, frozenset[str]] = {
+    "train": TRAIN_WORDS,
+    "validation": VALIDATION_WORDS,
+    "test": TEST_WORDS,
+}
 
 
 def stable_share(key: str) -> float:
@@ -23,7 +29,12 @@ def stable_share(key: str) -> float:
 
 
 def rows_by_hash(keys: Sequence[Any], test_share: float, split: Split) -> np.ndarray:
-    """Row numbers of one split: equal keys fall on the same side, also when rows are added later."""
+    """Row numbers of one split: equal keys fall on the same side, also when rows are added later.
+
+    A hash tells training from testing alone; no row is for validation.
+    """
+    if split == "validation":
+        return np.zeros(0, dtype=np.int64)
     test = np.fromiter((stable_share(str(key)) < test_share for key in keys), dtype=bool, count=len(keys))
     return np.flatnonzero(test if split == "test" else ~test)
 
@@ -31,21 +42,31 @@ def rows_by_hash(keys: Sequence[Any], test_share: float, split: Split) -> np.nda
 def rows_by_word(words: Sequence[Any], split: Split, where: str) -> np.ndarray:
     """Row numbers of one split by the words of a column (`train`, `test`, `validation`, …).
 
-    Rows without a word train.
+    Rows without a word train. Where no row is for testing, those for validation are.
 
     Raises:
-        DataError: a word that is neither.
+        DataError: a word that is none of them.
     """
     side = {word: _side(word, where) for word in set(words)}
-    return np.flatnonzero([side[word] == split for word in words])
+    wanted = present_split(split, side.values())
+    return np.flatnonzero([side[word] == wanted for word in words])
+
+
+def present_split(split: Split, present: Collection[Split | None]) -> Split:
+    """The split to take for one: that for validation stands in where a data set has no test split of its own."""
+    return "validation" if split == "test" and "test" not in present else split
+
+
+def split_named(word: str) -> Split | None:
+    """The split that a word stands for, if it does."""
+    return next((split for split, words in SPLIT_WORDS.items() if word.strip().lower() in words), None)
 
 
 def _side(word: Any, where: str) -> Split:
-    if word is None:
+    if word is None or word == "":
         return "train"
-    text = (word.decode("utf-8", "replace") if isinstance(word, bytes) else str(word)).strip().lower()
-    if text in TRAIN_WORDS:
-        return "train"
-    if text in TEST_WORDS:
-        return "test"
-    raise DataError(f"{where}: the split column holds {text[:40]!r}; write train or test")
+    text = word.decode("utf-8", "replace") if isinstance(word, bytes) else str(word)
+    side = split_named(text)
+    if side is None:
+        raise DataError(f"{where}: the split column holds {text[:40]!r}; write train, validation or test")
+    return side

@@ -195,7 +195,7 @@ class TableConfig(SourceConfig):
 
     def _rows(self, table: Table, split: Split) -> np.ndarray:
         if self.test_path is not None:
-            return np.arange(len(table))
+            return np.arange(0 if split == "validation" else len(table))
         split_column = self._split_column(table.names)
         if split_column is not None:
             return rows_by_word(table.column(split_column), split, table.where)

@@ -141,6 +141,8 @@ class WindowsConfig(SourceConfig):
     ) -> list[_Start]:
         length = self.context + self.horizon
         border = len(rows) - round(len(rows) * test_share)
+        if split == "validation":
+            return []
         if split == "train":
             first, last = 0, border - length
         else:

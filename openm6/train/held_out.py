@@ -58,14 +58,15 @@ def pack_held_out(
 ) -> list[PackedBatch]:
     """The first batches of the recipe's mixture over its test records; each rank gets its own rows of them.
 
-    A row is a lane of its own, so that the rows do not depend on how many ranks there are. Tasks whose source has no
-    test records are left out.
+    A source that has validation records gives those instead. A row is a lane of its own, so that the rows do not
+    depend on how many ranks there are. Tasks whose source has neither are left out.
 
     Raises:
-        ConfigError: no source has test records.
+        ConfigError: no source has validation or test records.
         TrainingError: too many of them are broken.
     """
-    sources = open_sources(recipe.sources, "test")
+    validation, test = open_sources(recipe.sources, "validation"), open_sources(recipe.sources, "test")
+    sources = {name: source if len(source) else test[name] for name, source in validation.items()}
     components = [
         Component(source=sources[lecture.source], task=lecture.task, weight=lecture.weight)
         for lecture in recipe.mixture
@@ -73,7 +74,8 @@ def pack_held_out(
     ]
     if not components:
         raise ConfigError(
-            "loop.held_out needs test records and no source of the mixture has any: raise test_share, or leave it out"
+            "loop.held_out needs validation or test records and no source of the mixture has any: raise test_share, or "
+            "leave it out"
         )
     seed = recipe.loop.seed
     preparer = Preparer(Mixture(components, seed), modalities, seed, recipe.loss_weights)

@@ -44,6 +44,14 @@ def test_split_by_hash_and_by_folder(pets, tmp_path):
     assert held[0]["label"] == "cat" and held[0]["audio"] == wav()
 
 
+def test_a_validation_folder_is_a_split_of_its_own(tmp_path):
+    for part in ("train", "validation", "test"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        (tmp_path / part / "cat" / "1.png").write_bytes(png())
+    for part in ("train", "validation", "test"):
+        assert open_folder(tmp_path, part).values("id") == [f"{part}/cat/1.png"]
+
+
 def test_broken_files_are_broken_alone(pets, tmp_path):
     (pets / "cat" / "empty.png").write_bytes(b"")
     outside = tmp_path.parent / "outside.png"

@@ -75,6 +75,8 @@ def test_every_kind_keeps_the_contract(kind, tmp_path):
         with pytest.raises(IndexError):
             source[len(source)]
         assert source.values("id")[:3] == [source[index]["id"] for index in range(3)]
+    validation = open_sources(recipe.sources, "validation")["x"]
+    assert len(validation) == 0, "nobody has set any apart"
     ids = [set(source.values("id")) for source in (train, test)]
     assert len(ids[0]) == len(train) and not ids[0] & ids[1]
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,14 +24,26 @@ def test_the_share_is_kept():
     assert 0.08 < len(rows_by_hash(range(5000), 0.1, "test")) / 5000 < 0.12
 
 
+def test_validation_stands_in_for_a_missing_test_part():
+    words = ["train", "val", "train", "dev"]
+    for split in ("test", "validation"):
+        assert rows_by_word(words, split, "t.csv").tolist() == [1, 3]
+    assert rows_by_word(["train"], "test", "t.csv").tolist() == []
+
+
+def test_a_hash_leaves_nothing_for_validation():
+    assert len(rows_by_hash(range(100), 0.5, "validation")) == 0
+
+
 def test_adding_rows_moves_none():
     few, many = rows_by_hash(range(100), 0.2, "test"), rows_by_hash(range(200), 0.2, "test")
     assert few.tolist() == many[many < 100].tolist()
 
 
 def test_words():
-    words = ["train", "Test", None, "validation", "TRAINING"]
-    assert rows_by_word(words, "train", "t.csv").tolist() == [0, 2, 4]
-    assert np.array_equal(rows_by_word(words, "test", "t.csv"), [1, 3])
+    words = ["train", "Test", None, "validation", "TRAINING", ""]
+    assert rows_by_word(words, "train", "t.csv").tolist() == [0, 2, 4, 5]
+    assert rows_by_word(words, "test", "t.csv").tolist() == [1]
+    assert rows_by_word(words, "validation", "t.csv").tolist() == [3]
     with pytest.raises(DataError, match=r"t\.csv: the split column holds 'maybe'"):
         rows_by_word(["train", "maybe"], "train", "t.csv")

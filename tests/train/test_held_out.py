@@ -19,6 +19,7 @@ from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.recorder import read_metrics
+from tests.small_model import modalities
 from tests.train.tiny_recipe import tiny_recipe
 from tests.train.toy_job import ToyJob, toy_config
 
@@ -124,7 +125,7 @@ def test_data_without_test_records_is_refused_before_the_first_step(tmp_path: Pa
         "mixture": [{"source": "words", "task": "continue"}],
     }
     recipe, run = build(MultimodalRecipe, values, "tiny"), RunFolder.open(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"loop\.held_out needs test records"):
+    with pytest.raises(ConfigError, match=r"loop\.held_out needs validation or test records"):
         train(MultimodalJob(recipe, run, CPU), recipe.loop, run)
     assert read_metrics(run) == []
 
@@ -158,3 +159,21 @@ def test_a_loss_that_is_not_finite_breaks_no_checkpoint_and_is_told_as_null(tmp_
     assert line["held_out/loss"] is None and line["held_out/text"] == 2.0
     state = read_state(latest(tmp_path))
     assert state["scores"] == {"accuracy": None}
+
+
+def test_validation_records_come_before_test_records(tmp_path: Path) -> None:
+    """One source has some of its own; the other gives its test records."""
+    marks = ["train", "train", "validation", "test"]
+    rows = [f"text {marks[n % 4]} number {n},{'ab'[n % 2]},{marks[n % 4]}" for n in range(60)]
+    (tmp_path / "x.csv").write_text("text_en,label,split\n" + "\n".join(rows) + "\n")
+    sources = {
+        "mine": {"kind": "csv", "path": str(tmp_path / "x.csv")},
+        "penguins": {"kind": "embedded", "name": "penguins", "limit": 40},
+    }
+    mixture = [{"source": "mine", "task": "classify_text"}, {"source": "penguins", "task": "predict_number"}]
+    recipe = build(MultimodalRecipe, {**tiny_recipe(), "sources": sources, "mixture": mixture}, "tiny")
+    words = modalities()["text"]
+    batches = pack_held_out(recipe, modalities(), Ranks(), 3)
+    texts = " ".join(words.decode(batch.kinds["text"].arrays["ids"].tolist()) for batch in batches)
+    assert "text validation number" in texts and "text test" not in texts and "text train" not in texts
+    assert any("numbers_in" in batch.kinds for batch in batches)
