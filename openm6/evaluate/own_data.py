@@ -35,8 +35,8 @@ def open_own_data(path: str, trained: Mapping[str, SourceConfig]) -> dict[str, S
             failures.append(error)
     if not opened:
         raise DataError(f"--data {path} can stand in for no source of this model: {failures[0]}")
-    for error in failures:
-        get_log().info(f"--data {path}: {error}")
+    for failure in failures:
+        get_log().info(f"--data {path}: {failure}")
     return opened
 
 

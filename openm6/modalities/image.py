@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import warnings
 from typing import Any, ClassVar
 
@@ -24,10 +25,13 @@ from openm6.modalities.recall import Recall
 
 PATCH = 8
 MAX_PIXELS = 32_000_000
+OVERSAMPLING = 4  # pixels decoded for each that is kept: fewer would show after resizing
 
 
-def read_image(raw: Any, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
+def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None = None) -> Pillow.Image:
     """An RGB picture (transparency over white) from file bytes, a Pillow image, or an array H W 3 of bytes.
+
+    Where it is to be resized to `target_pixels`, the file of a large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides.
 
     Raises:
         DataError: not a picture, broken, or more than `max_pixels`; the size is read from the header, before
@@ -44,6 +48,8 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
                 f"the picture has {picture.width} x {picture.height} pixels, "
                 f"over the bound of {max_pixels:,}: shrink it"
             )
+        if target_pixels is not None and not isinstance(raw, Pillow.Image):
+            picture = _decoded_small(picture, OVERSAMPLING * target_pixels)
         return _in_colour(ImageOps.exif_transpose(picture))  # as the camera was held
     except DataError:
         raise
@@ -57,6 +63,18 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
         raise DataError(
             f"the picture is broken or of an unknown format ({error}): save it anew as PNG or JPEG"
         ) from None
+
+
+def _decoded_small(picture: Pillow.Image, least: int) -> Pillow.Image:
+    """A JPEG that is not yet decoded with fewer pixels, but no fewer than `least`; any other picture as it is."""
+    share = (least / (picture.width * picture.height)) ** 0.5
+    if share >= 1:
+        return picture
+    drafted = picture.draft(None, (math.ceil(picture.width * share), math.ceil(picture.height * share)))
+    if drafted is None or drafted[1] == (0, 0, *picture.size):
+        return picture
+    # A side that 8 does not divide ends within the last pixel.
+    return picture.resize(picture.size, Pillow.Resampling.BICUBIC, box=drafted[1])
 
 
 def _in_colour(picture: Pillow.Image) -> Pillow.Image:
@@ -107,7 +125,7 @@ class Image(Modality):
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Tokens:
         """Patches of the picture; `hole` (a share-of-the-side box left, top, right, bottom) hides what it touches."""
-        picture = self._fit(read_image(raw, self.max_pixels))
+        picture = self._fit(read_image(raw, self.max_pixels, self.max_patches * PATCH**2))
         values = pixels(picture)
         if (
             rng is not None and options.get("hole") is None
@@ -168,7 +186,9 @@ class Image(Modality):
         known = self.recall.get(key)
         if known is not None:
             return known
-        values = torch.from_numpy(pixels(to_square(read_image(raw, self.max_pixels), self.side)))
+        values = torch.from_numpy(
+            pixels(to_square(read_image(raw, self.max_pixels, self.side**2), self.side))
+        )
         with torch.no_grad():
             codes = self.codec.encode(values.permute(2, 0, 1)[None])  # 1 3 H W -> 1 h w G
         return self.recall.put(key, codes[0].flatten(0, 1).numpy().astype(np.int16))

@@ -234,3 +234,37 @@ def test_a_photograph_stands_as_the_camera_was_held() -> None:
     stream = io.BytesIO()
     picture.save(stream, "JPEG", exif=tags)
     assert read_image(stream.getvalue()).size == (2, 4)
+
+
+def photograph(width: int, height: int) -> Pillow.Image:
+    """Something as smooth as photographs are: noise at 1/50 of the size, enlarged."""
+    noise = np.random.default_rng(0).integers(0, 256, (height // 50, width // 50, 3), dtype=np.uint8)
+    return Pillow.fromarray(noise).resize((width, height), Pillow.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("size", [(1600, 1200), (1080, 1920), (1500, 1500), (1591, 803)])
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(image: Image, size: tuple[int, int]) -> None:
+    raw = file_of(photograph(*size), "JPEG")
+    small = read_image(raw, target_pixels=64 * 64)
+    assert 4 * 64 * 64 <= small.width * small.height < size[0] * size[1] / 10
+    assert small.width / small.height == pytest.approx(size[0] / size[1], rel=0.02)
+    whole = image.source(read_image(raw)).arrays["patches"]
+    found = image.source(raw).arrays["patches"]
+    assert found.shape == whole.shape
+    assert np.abs(found - whole).mean() < 0.005 and np.abs(found - whole).max() < 0.04  # of 2
+    squares = [np.asarray(to_square(picture, 64), np.float32) for picture in (small, read_image(raw))]
+    assert np.abs(squares[0] - squares[1]).mean() < 0.6  # of 255
+
+
+@pytest.mark.parametrize(("kind", "side"), [("PNG", 1000), ("WEBP", 1000), ("JPEG", 100)])
+def test_what_is_small_or_no_jpeg_is_decoded_whole(kind: str, side: int) -> None:
+    assert read_image(file_of(photograph(side, side), kind), target_pixels=64 * 64).size == (side, side)
+
+
+def test_a_jpeg_that_is_decoded_small_stands_as_the_camera_was_held() -> None:
+    picture = photograph(1591, 800)
+    tags = picture.getexif()
+    tags[0x0112] = 6
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", exif=tags)
+    assert read_image(stream.getvalue(), target_pixels=64 * 64).size == (100, 199)
