@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from openm6.base.config import apply_overrides, build, read_yaml
+from openm6.base.device import own_device
 from openm6.base.errors import ConfigError, OpenM6Error
 from openm6.base.files import replace_text
 from openm6.base.run_folder import RunFolder
@@ -105,7 +106,7 @@ def run_cell(values: Values, folder: Path) -> Values:
     recipe = build(MultimodalRecipe, values, "the recipe")
     run = RunFolder.open(folder)
     run.write_config(values)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     result = train(ComparedJob(recipe, run, device), recipe.loop, run, resume=True)
     return {"tokens": result.tokens, "seconds": round(result.seconds, 1), **curves(run)}
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from openm6.generate.load import Loaded, best_device
+from openm6.base.device import own_device
+from openm6.generate.load import Loaded
 from openm6.generate.masked import MaskedSampling
 from openm6.generate.sampling import Sampling
 from openm6.modalities.interface import Part
@@ -58,7 +59,7 @@ def untrained(preset: str) -> Loaded:
     modalities = build_modalities(ModalitiesConfig(), train_tokenizer(WORDS, 320), {"mass": (3.0, 1.0)})
     backbone = PRESETS[preset].backbone
     torch.manual_seed(0)
-    omni = Omni(backbone, modalities).eval().requires_grad_(False).to(best_device())
+    omni = Omni(backbone, modalities).eval().requires_grad_(False).to(own_device())
     description = ModelDescription(
         backbone=backbone, modalities=ModalitiesConfig(), scales={"mass": (3.0, 1.0)}, lessons=[]
     )

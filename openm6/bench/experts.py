@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openm6.base.device import own_device
 from openm6.base.errors import ConfigError
 from openm6.bench.contender import Part, backward_of, products_of
 from openm6.bench.layer import as_trained, layer_figures, our_layer
@@ -34,7 +35,7 @@ def bench_experts(
     """
     if peer not in PEERS:
         raise ConfigError(f"no peer {peer!r}: choose {' or '.join(PEERS)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     sizes, name = choose_sizes(config, device), config or default_name(device)
     with Report(json, seconds or 60.0) as report:
         report.update(

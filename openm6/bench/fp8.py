@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openm6.base.device import own_device
 from openm6.bench.contender import Part, products_of
 from openm6.bench.decoder import Decoder, our_contender
 from openm6.bench.fp8_product import (
@@ -64,7 +65,7 @@ def bench_fp8(
     Raises:
         ConfigError: no such config.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     sizes, name = choose_sizes(config, device), config or default_name(device)
     with Report(json_path, seconds or (300.0 if device.type == "cuda" else 90.0)) as report:
         report.update({"device": device_name(device), "torch": torch.__version__, "worth_it_at": WORTH})

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openm6.base.device import own_device
 from openm6.bench.measure import Timing, alternate, device_name
 from openm6.bench.report import Report
 from openm6.generate.canvases import Canvas, advance
 from openm6.generate.decode import DecodeStep, Speaker
-from openm6.generate.load import best_device
 from openm6.generate.masked import MaskedSampling
 from openm6.generate.reading import read_into
 from openm6.modalities.codes import CodesAdapter
@@ -96,7 +96,7 @@ def bench_generate(json_path: Path | None = None, setting: Setting | None = None
 
 def compare(setting: Setting, report: Report) -> None:
     """Puts the figures of both ways of decoding into the report."""
-    device = best_device()
+    device = own_device()
     omni, modalities = _model(setting, device)
     image, text = modalities["image"], modalities["text"]
     assert isinstance(text, Text)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from openm6.base.config import build
+from openm6.base.device import own_device
 from openm6.base.energy.meter import Meter, open_meter
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
@@ -115,7 +116,7 @@ def bench_giant(
     """
     if peer not in (None, "deepspeed"):
         raise ConfigError(f"--peer {peer} is unknown: deepspeed is the one there is")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     with Report(json_path, seconds) as report:
         report["device"] = device_name(device)
         with open_meter() as meter:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from openm6.base.device import own_device
 from openm6.base.log import get_log
 from openm6.bench.anchors import anchor, run_anchors
 from openm6.bench.fitting import fit_parts
@@ -49,8 +50,8 @@ def bench_machine(json_path: Path | None) -> None:
 def measure_machine(deadline: Deadline, last: Deadline) -> Ceilings:
     """All ceilings, tied to short runs as far as they come to an end before the `last` deadline."""
     training, exchange = measure_training(deadline)
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
+    device = own_device()
+    gpu = device.type == "cuda"
     draw, source = watts(device)
     ceilings = Ceilings(
         machine=f"{device_name(device)}, {platform.machine()}",

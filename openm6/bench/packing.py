@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from openm6.base.device import own_device
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.bench.measure import Timing, alternate, device_name, speed_ratio
@@ -69,7 +70,7 @@ def bench_packing(
     Raises:
         ConfigError: an override names no setting.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     words = [*SIZES[device.type], *overrides]
     recipe, _ = read_recipe(recipe_path(RECIPE), words)
     if not isinstance(recipe, MultimodalRecipe):

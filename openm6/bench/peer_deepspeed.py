@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from openm6.base.device import own_device
 from openm6.bench.measure import Deadline
 
 VOCABULARY = 32_768
@@ -26,7 +27,7 @@ LONGEST = 600.0  # seconds that one size may take
 
 def largest_of_deepspeed(length: int, deadline: Deadline) -> tuple[dict[str, Any] | None, str]:
     """Figures of the largest size that ran, and a sentence; sizes grow until one fails or time is up."""
-    if importlib.util.find_spec("deepspeed") is None or not torch.cuda.is_available():
+    if importlib.util.find_spec("deepspeed") is None or own_device().type == "cpu":
         return (
             None,
             "deepspeed needs a GPU and `pip install deepspeed transformers`; neither was measured here",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from openm6.base.config import build
+from openm6.base.device import own_device
 from openm6.base.energy.meter import Meter, open_meter
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
@@ -138,7 +139,7 @@ def bench_rank(
     Raises:
         ConfigError: no such preset, experts that do not divide, or no room on this machine.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     size = rank_size(of, ranks, device.type == "cuda")
     experts = size.whole.experts
     curve: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from openm6.base.config import Config
+from openm6.base.device import own_device
 from openm6.base.energy.meter import open_meter
 from openm6.bench.arrivals import mixed_load
 from openm6.bench.measure import device_name
@@ -23,7 +24,6 @@ from openm6.bench.report import Report
 from openm6.bench.text_load import compare_under_load
 from openm6.generate.decode import Speaker
 from openm6.generate.graphs import open_rows
-from openm6.generate.load import best_device
 from openm6.generate.rows import TextRows
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
@@ -77,7 +77,7 @@ CPU_SETTING = ServeSetting(
 
 def bench_serve(json_path: Path | None = None, load_seconds: float = 20.0) -> None:
     """Prints throughput, first-token times and tails of both, and the latencies of a mixed load."""
-    device = best_device()
+    device = own_device()
     setting = GPU_SETTING if device.type == "cuda" else CPU_SETTING
     with Report(json_path, setting.seconds) as report:
         compare(setting, device, report)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from openm6.base.device import own_device
 from openm6.base.errors import ConfigError
 from openm6.bench.contender import Contender, take_turns, time_parts
 from openm6.bench.decoder import our_contender
@@ -30,7 +31,7 @@ def bench_train(config: str | None, peer: str, seconds: float | None, json: Path
     """
     if peer not in PEERS:
         raise ConfigError(f"no peer {peer!r}: choose {' or '.join(PEERS)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     sizes, name = choose_sizes(config, device), config or default_name(device)
     on_gpu = device.type == "cuda"
     contenders: dict[str, Contender] = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from openm6.base.device import own_device
 from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import latest
 from openm6.checkpoint.load import load_model
@@ -60,11 +61,6 @@ class Loaded:
         return modality
 
 
-def best_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def check(path: Path) -> None:
     """Looks at the files of a run's newest checkpoint, or of one checkpoint, without loading the weights.
 
@@ -88,7 +84,7 @@ def load(path: Path, device: torch.device | None = None, resident: int | None = 
     Raises:
         CheckpointError: there is none, it is not of a multimodal model, or its parts do not fit one another.
     """
-    folder, device = latest(path), device or best_device()
+    folder, device = latest(path), device or own_device()
     description, tokenizer = _texts(folder)
     streamed = resident is not None and resident < description.backbone.num_layers
     omni, modalities = build_model(description, tokenizer, str(folder / TOKENIZER_FILE), empty_sets=streamed)

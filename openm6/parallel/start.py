@@ -1,4 +1,4 @@
-"""How this process was started, alone or as one of several, and what follows: its device and its ranks."""
+"""How this process was started, alone or as one of several, and what follows: its ranks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,6 @@ def launched() -> bool:
 def restarted() -> bool:
     """Whether the launcher started this process again after a failure of any rank."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def own_device() -> torch.device:
-    """The device of this process: a GPU for each process of a machine, where there is one."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
 
 
 def open_ranks(device: torch.device, timeout_seconds: float) -> Ranks:

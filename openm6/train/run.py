@@ -13,11 +13,12 @@ import torch
 
 from openm6 import __version__
 from openm6.base.config import apply_overrides, build, nearest, read_yaml
+from openm6.base.device import own_device
 from openm6.base.errors import ConfigError, OpenM6Error
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.parallel.ranks import Ranks
-from openm6.parallel.start import launched, open_ranks, own_device, restarted
+from openm6.parallel.start import launched, open_ranks, restarted
 from openm6.train.codec import ImageCodecJob, SoundCodecJob
 from openm6.train.codec_recipe import CodecRecipe, ImageCodecRecipe, SoundCodecRecipe
 from openm6.train.job import Job
