@@ -27,7 +27,9 @@ from openm6.plan.question import Model, Question
 from openm6.plan.step_time import StepTime, forward_passes
 from openm6.plan.work import PASSES, Stored, largest_layer
 
-ELEMENT = 4  # bytes: a processor trains in fp32
+# Bytes of what a processor keeps between products: fp32, also where the products run in bf16. Factors are then kept
+# rounded, which takes up to a sixth less; the measured `gap` of a way of training has that in it.
+ELEMENT = 4
 PIECE = 128  # queries that a processor multiplies with their keys at once
 LOGITS_A_TOKEN = 2  # copies of a learned token's logits that exist at once
 LONG = 10_000  # steps of a run of which nobody says how long it is

@@ -10,8 +10,10 @@ from openm6.bench.training_parts import block_of
 from openm6.modalities.sequence import Batch
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.ops.precision import products_in_half
 from openm6.ops.sequence import Layout
 from openm6.plan.activations import Activations
+from openm6.plan.measured import ELEMENT
 
 ROWS, LENGTH, PIECE = 8, 512, 64  # and the tokens of one example; so many rows that filling them up is little
 SIZES = {"width": 128, "num_layers": 1, "num_kv_heads": 1, "head_dim": 64}
@@ -42,10 +44,10 @@ def kept_elements(config: BackboneConfig) -> float:
     x = torch.randn(ROWS, LENGTH, config.width, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(x * 1.0, parts, context, 0)
-    return sum(tensor.untyped_storage().nbytes() for tensor in held.values()) / 4 / (ROWS * LENGTH)
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values()) / ELEMENT / (ROWS * LENGTH)
 
 
-@pytest.mark.parametrize(
+CONFIGS = pytest.mark.parametrize(
     "config",
     [
         BackboneConfig(**SIZES, num_heads=2, dense=DenseConfig(hidden=256)),
@@ -59,6 +61,17 @@ def kept_elements(config: BackboneConfig) -> float:
     ],
     ids=["swiglu", "gelu", "top-k", "prototypes"],
 )
+
+
+@CONFIGS
 def test_elements_are_what_torch_keeps(config: BackboneConfig) -> None:
     kept = Activations(by_expert=True).bytes_a_token(config, 1)
     assert kept == pytest.approx(kept_elements(config), rel=0.05)
+
+
+@CONFIGS
+def test_products_in_bf16_keep_a_little_less(config: BackboneConfig) -> None:
+    """What lies between products stays in fp32, so the estimate holds for either precision, as an upper bound."""
+    kept = Activations(by_expert=True).bytes_a_token(config, 1)
+    with products_in_half():
+        assert 5 / 6 * kept <= kept_elements(config) <= kept
