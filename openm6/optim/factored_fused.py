@@ -15,10 +15,13 @@ from openm6.optim.pieces import WHOLE, Piece
 from openm6.optim.rounding import matrix_keys
 
 
-def available(gradient: Tensor) -> bool:
-    """Whether the kernels can run on this tensor; TRITON_INTERPRET=1 lets them run on a processor, for tests."""
-    if not gradient.numel():
-        # No rows of a matrix lie here: the plain form says to other ranks what they wait for.
+def available(gradient: Tensor, piece: Piece = WHOLE) -> bool:
+    """Whether the kernels can run on this tensor; TRITON_INTERPRET=1 lets them run on a processor, for tests.
+
+    All ranks of a piece must answer alike, for the plain form exchanges its sums in other portions: where one of them
+    has no rows, none takes the kernels.
+    """
+    if not gradient.numel() or (piece.group is not None and not all(piece.lengths)):
         return False
     return TRITON and (gradient.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 

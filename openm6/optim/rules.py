@@ -178,13 +178,13 @@ class FactoredRule(UpdateRule):
         matrices = _as_matrices(gradient, WEIGHT).contiguous()  # E R C; the kernels know no strides
         if self.update_fused(views, matrices, move):
             return
-        for first, last in _chunks(matrices):
+        for first, last in _chunks(matrices, move.piece):
             part = {name: view[first:last] for name, view in views.items()}
             self.update_part(part, matrices[first:last], move, first)
 
     def update_fused(self, stored: Stored, gradient: Tensor, move: Move) -> bool:
         """The same in a few kernels that keep nothing between them; False where they cannot run."""
-        if not fused.available(gradient):
+        if not fused.available(gradient, move.piece):
             return False
         fused.update_bf16(stored, gradient, move.rate, move.weight_decay, move.key, move.allowed, move.piece)
         return True
@@ -287,7 +287,7 @@ class BlockRule(FactoredRule):
         return weights.view(stored[WEIGHT].shape)
 
     def update_fused(self, stored: Stored, gradient: Tensor, move: Move) -> bool:
-        if not fused.available(gradient):
+        if not fused.available(gradient, move.piece):
             return False
         fused.update_int8(stored, gradient, move.rate, move.weight_decay, move.key, move.allowed, move.piece)
         return True
@@ -321,9 +321,15 @@ def _as_matrices(tensor: Tensor, slot: str) -> Tensor:
     return tensor.reshape(math.prod(outer), *inner)  # not -1: of a part nothing may lie here
 
 
-def _chunks(matrices: Tensor) -> Iterator[tuple[int, int]]:
-    """Ranges of matrices that hold up to AT_ONCE values together."""
-    size = max(1, AT_ONCE // max(1, matrices[0].numel()))
+def _chunks(matrices: Tensor, piece: Piece = WHOLE) -> Iterator[tuple[int, int]]:
+    """Ranges of matrices that hold about AT_ONCE values on each rank.
+
+    By the rows of whole matrices, since all ranks of a piece must add up their sums equally often, however many rows
+    each has.
+    """
+    _, rows = piece.rows(matrices.shape[1])
+    ranks = 1 if piece.group is None else piece.group.size
+    size = max(1, AT_ONCE * ranks // max(1, rows * matrices.shape[2]))
     for first in range(0, len(matrices), size):
         yield first, min(first + size, len(matrices))
 

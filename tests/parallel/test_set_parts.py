@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from openm6.optim import rules
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import Move, update_rule
 from openm6.parallel.config import MeshShape
+from openm6.parallel.pieces import RankGroup
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.record import RecordLayout
+from openm6.parallel.set_parts import SetPiece
 from openm6.parallel.sets import WeightSets
 from tests.parallel.fleet import Fleet
 from tests.parallel.test_ranks import CPU
@@ -86,3 +92,43 @@ def test_rules_move_parts_as_they_move_the_whole(bytes_per_parameter: int, four:
     for axes in ((1, 4, 1), (1, 2, 2)):
         for shares in four.run(moved_parts, axes, bytes_per_parameter):
             assert all(share > 0.98 for share in shares.values()), shares
+
+
+class CountingGroup(RankGroup):
+    """The same, with the number of exchanges so far."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self.exchanges = 0
+
+    def total(self, values: Tensor) -> Tensor:
+        self.exchanges += 1
+        return super().total(values)
+
+
+def moved_unevenly(rows: int, bytes_per_parameter: int, at_once: int) -> tuple[int, bool]:
+    """How often six matrices whose rows are cut unevenly ask the other rank, and whether they move as if whole."""
+    group = CountingGroup(dist.group.WORLD)
+    piece = SetPiece(1, rows, group)
+    rule = update_rule(OptimizerConfig(bytes_per_parameter=bytes_per_parameter))
+    generator = torch.Generator().manual_seed(3)
+    values, gradient = (torch.randn(6, rows, 16, generator=generator) for _ in range(2))
+    read = []
+    with mock.patch.object(rules, "AT_ONCE", at_once), mock.patch.object(rules.fused, "TRITON", False):
+        for one in (piece, SetPiece(1, rows, None)):
+            shape = tuple(one.cut(values).shape)
+            stored = {slot.name: torch.zeros(slot.shape, dtype=slot.dtype) for slot in rule.slots(shape)}
+            rule.fill(stored, one.cut(values), 5, one)
+            rule.update(stored, one.cut(gradient), Move(0.05, 0.1, 11, torch.tensor(True), one))
+            read.append(rule.read(stored, torch.float32))
+    same = torch.isclose(read[0], piece.cut(read[1]), rtol=1e-5).float().mean() if read[0].numel() else 1.0
+    return group.exchanges, float(same) > 0.99
+
+
+@pytest.mark.parametrize("bytes_per_parameter", [4, 2, 1])
+@pytest.mark.parametrize("rows", [5, 3, 1], ids=["3 and 2", "2 and 1", "1 and none"])
+def test_ranks_with_unlike_rows_ask_equally_often(rows: int, bytes_per_parameter: int, two: Fleet) -> None:
+    """By their own rows, 3 · 16 values at a time would be two matrices on one rank and one on the other."""
+    found = two.run(moved_unevenly, rows, bytes_per_parameter, 48)
+    assert found[0][0] == found[1][0] > 0
+    assert all(same for _, same in found)
