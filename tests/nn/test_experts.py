@@ -13,6 +13,7 @@ from openm6.nn.config import ExpertsConfig
 from openm6.nn.exchange import LocalExchange, LocalParcel
 from openm6.nn.experts import Experts, Router, Routing
 from openm6.ops.sparse_network import sparse_network
+from tests.triton_interpreter import need_interpreter
 
 WIDTH = 16
 
@@ -113,7 +114,7 @@ def run_both_ways(name: str, monkeypatch, device: torch.device, dtype: torch.dty
 @pytest.mark.parametrize("name", WITHOUT_DROPS)
 def test_the_one_step_of_a_gpu_gives_what_the_pieces_give(name, kernels, monkeypatch):
     if kernels:
-        pytest.importorskip("triton", reason="Triton is not installed")
+        need_interpreter()
         monkeypatch.setattr("openm6.ops.sparse_network.runs_kernels", lambda x: True)
     for pieces, one_step in zip(
         *run_both_ways(name, monkeypatch, torch.device("cpu"), torch.float32), strict=True

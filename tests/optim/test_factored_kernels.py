@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("triton")
+from tests.triton_interpreter import need_interpreter
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -49,6 +47,7 @@ print("equal")
 
 def test_kernels_equal_their_plain_twin() -> None:
     """In a process of its own: the interpreter is chosen when Triton is imported."""
+    need_interpreter()
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=600
