@@ -54,7 +54,7 @@ class CompiledBlocks:
             return run_plainly(block, parts, x, context, layer)
         try:
             y, load = self._run(block, parts, x, context)
-        except torch._dynamo.exc.TorchDynamoException as error:  # also what the backend raises comes as one
+        except _compiler_failures() as error:
             self.broken = True
             cause = getattr(error, "inner_exception", error)
             reason = str(cause).strip().partition("\n")[0]
@@ -70,6 +70,12 @@ class CompiledBlocks:
         self.compilations += 1
         compiled: Callable[..., Any] = torch._dynamo.lookup_backend(self.backend)(graph, inputs)
         return compiled
+
+
+def _compiler_failures() -> tuple[type[Exception], ...]:
+    """What torch raises if it cannot compile; what the backend raises comes wrapped in the first."""
+    exc = torch._dynamo.exc
+    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
 
 
 def _compilable(block: Block, x: Tensor) -> bool:
