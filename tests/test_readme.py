@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from openm6.base.config import apply_overrides
 from openm6.base.errors import ConfigError
 from openm6.cli import main as cli
 from openm6.cli.doors import door
@@ -58,8 +59,9 @@ def check_training(recipe: str, overrides: list[str], resume: bool, out: Path | 
 
 
 def check_evaluation(
-    trained: Path, tasks: list[str] | None, data: Path | None, json_path: Path | None
+    trained: Path, tasks: list[str] | None, data: Path | None, json_path: Path | None, settings: list[str]
 ) -> None:
+    apply_overrides({"judge": {}}, settings)
     known = {f"{lecture['task']}/{lecture['source']}" for lecture in demo_mixture()} | set(TASKS)
     assert set(tasks or ()) <= known
 

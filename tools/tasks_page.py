@@ -20,10 +20,10 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "tasks.md"
 HEAD = ("task", "reads", "gives", "what it learns", "metrics", "baseline", "English prompt")
 BASELINES = {
     "frequent_answer": "the commonest training answer in the language of the question",
-    "unigram_codes": "how often each code occurs in the training pictures or sounds, whatever is given",
+    "position_frequencies": "how often each code occurs at its position in the training images or recordings",
     "column_median": "the median of the column in the training records",
     "chance": "the test records in random order",
-    "last_value": "the last value that was seen, repeated",
+    "last_value": "the last value repeated, or the last season repeated if that errs less on the test records",
 }
 OPENING = """\
 # Tasks
@@ -37,6 +37,16 @@ and training draws among them; judging uses the first. The first metric is the o
 [your own data](own-data.md) shows how. This page is written by `python tools/tasks_page.py` from the list in \
 `openm6/tasks/`, and a test keeps the two equal.
 """
+INFORMATION = """\
+*Information gain* comes with every task: log2 p(answer | inputs) − log2 p(answer | no inputs) in bits, averaged over \
+test records. A tenth of the training examples of every task lose their inputs and keep their prompt, so one model \
+predicts both; the frequencies of the training answers stand in for it if they predict the test answers better. The \
+mean therefore stays below the entropy of the answers (`answer_entropy` in report.json, for closed sets of answers).
+
+A gain is *significant* if its 95 % bootstrap interval lies above 0. A task *beats its baseline* only if its gain is \
+significant and the interval of the difference to the baseline's score, over the same records, agrees. Forecast \
+windows whose targets overlap are drawn together.
+"""
 
 
 def page(tasks: Iterable[Task]) -> str:
@@ -47,6 +57,7 @@ def page(tasks: Iterable[Task]) -> str:
         OPENING,
         table(HEAD, [row(task) for task in ordered]),
         "## What the metrics say\n",
+        INFORMATION,
         table(("metric", "what it tells"), [(f"`{name}`", _note(name)) for name in _metrics(ordered)]),
         "## What the baselines do\n",
         table(("baseline", "its answer"), [(f"`{name}`", BASELINES[name]) for name in _baselines(ordered)]),

@@ -19,7 +19,7 @@ def _draws(
         compares=compares,
         prompts={"en": (en,), "zh": (zh,)},
         metrics=("code_bits",),
-        baseline="unigram_codes",
+        baseline="position_frequencies",
         reads="image" if "image" in given else "text",
         gives="image",
     )

@@ -87,7 +87,7 @@ DRAW = Task(
         "zh": ("画{text}", "画一个{text}。"),
     },
     metrics=("code_bits", "recognised"),
-    baseline="unigram_codes",
+    baseline="position_frequencies",
     reads="text",
     gives="image",
 )
@@ -98,7 +98,7 @@ FILL_PICTURE = Task(
     wanted=PictureWithHole(),
     prompts={"en": ("{image} Fill in.",), "zh": ("{image} 补全。",)},
     metrics=("code_bits", "hole_psnr"),
-    baseline="unigram_codes",
+    baseline="position_frequencies",
     reads="image",
     gives="image",
 )
@@ -120,7 +120,7 @@ DRAW_NUMBERS = Task(
     wanted=Picture(),
     prompts={"en": ("draw {numbers}", "{numbers} Draw it."), "zh": ("画{numbers}",)},
     metrics=("code_bits", "recognised"),
-    baseline="unigram_codes",
+    baseline="position_frequencies",
     reads="numbers",
     gives="image",
 )

@@ -50,7 +50,7 @@ SPEAK = Task(
     wanted=Sound(seconds=WORD_SECONDS),
     prompts={"en": ("say {text}", "Say {text}."), "zh": ("说{text}", "请说{text}。")},
     metrics=("code_bits", "recognised"),
-    baseline="unigram_codes",
+    baseline="position_frequencies",
     reads="text",
     gives="sound",
 )
@@ -61,7 +61,7 @@ FILL_SOUND = Task(
     wanted=SoundWithGap(seconds=WORD_SECONDS),
     prompts={"en": ("{sound} Fill in.",), "zh": ("{sound} 补全。",)},
     metrics=("code_bits",),
-    baseline="unigram_codes",
+    baseline="position_frequencies",
     reads="sound",
     gives="sound",
 )
@@ -83,7 +83,7 @@ SAY_NUMBERS = Task(
     wanted=Sound(seconds=WORD_SECONDS),
     prompts={"en": ("say {numbers}", "{numbers} Say it."), "zh": ("说{numbers}",)},
     metrics=("code_bits", "recognised"),
-    baseline="unigram_codes",
+    baseline="position_frequencies",
     reads="numbers",
     gives="sound",
 )
@@ -94,7 +94,7 @@ SAY_PICTURE = Task(
     wanted=Sound(seconds=WORD_SECONDS),
     prompts={"en": ("{image} Say it.",), "zh": ("{image} 说出来。",)},
     metrics=("code_bits", "recognised"),
-    baseline="unigram_codes",
+    baseline="position_frequencies",
     reads="image",
     gives="sound",
 )
@@ -105,7 +105,7 @@ DRAW_SOUND = Task(
     wanted=Picture(),
     prompts={"en": ("{sound} Draw it.",), "zh": ("{sound} 画出来。",)},
     metrics=("code_bits", "recognised"),
-    baseline="unigram_codes",
+    baseline="position_frequencies",
     reads="sound",
     gives="image",
 )

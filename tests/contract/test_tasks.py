@@ -23,7 +23,7 @@ from tests.small_model import demo_sources, modalities
 
 BASELINES = {
     "frequent_answer": {"text"},
-    "unigram_codes": {"image", "sound"},
+    "position_frequencies": {"image", "sound"},
     "column_median": {"numbers"},
     "last_value": {"numbers"},
     "chance": {"image", "sound"},
@@ -222,7 +222,7 @@ def test_a_prompt_that_names_a_slot_that_is_not_there_is_refused() -> None:
             wanted=task.wanted,
             prompts={"en": ("{picture}",)},
             metrics=(),
-            baseline="unigram_codes",
+            baseline="position_frequencies",
             reads="text",
             gives="image",
         )
