@@ -54,7 +54,7 @@ def _show_data_set(data_set: DataSet, console: Console) -> None:
 
 
 def _show_problems(data_set: DataSet, console: Console) -> None:
-    if data_set.problems:
+    if data_set.unreadable + data_set.broken:
         console.print(Text(f"broken rows: {data_set.unreadable + data_set.broken:,}", style="red"))
     for problem in data_set.problems:
         where = f"{problem.where}: " if problem.where else ""

@@ -160,7 +160,7 @@ def look_at_table(path: str, test_path: str | None) -> list[DataSet]:
     fields = None if canonical else propose_fields(data_set.columns)
     proposed = config.model_copy(update={"fields": fields, "test_path": test_path})
     _try_source(data_set, proposed)
-    series = _series(data_set, path)
+    series = _series(data_set, path, table)
     if series is None:
         return [data_set]
     data_set.unused = [name for name in data_set.unused if name not in _columns_of(series)]
@@ -263,22 +263,32 @@ def _decodes(data_set: DataSet, record: Record) -> bool:
     return True
 
 
-def _series(data_set: DataSet, path: str) -> DataSet | None:
-    """The same table as windows over time, where it has a column of times, numbers, and enough rows."""
-    times = [
-        column.name
-        for column in data_set.columns
-        if (column.kind == "date" or (column.kind == "number" and column.name.lower() in TIME_NAMES))
-        and column.distinct == _cells(data_set)
-    ]
-    numbers = [
-        column.name for column in data_set.columns if column.kind == "number" and column.name not in times[:1]
-    ]
-    if not times or not numbers or data_set.rows < MIN_SERIES:
+def _series(data_set: DataSet, path: str, table: Table) -> DataSet | None:
+    """The same table as windows over time, where it has a column of times, numbers, and enough rows a series."""
+    named = {column.name: column for column in data_set.columns}
+    time = next((name for name, column in named.items() if _may_be_time(column)), None)
+    numbers = [name for name, column in named.items() if column.kind == "number" and name != time]
+    if time is None or not numbers:
         return None
-    horizon = min(HORIZON, data_set.rows // 20)
-    context = CONTEXT * horizon // HORIZON
-    config = WindowsConfig(path=path, columns=numbers, time=times[0], context=context, horizon=horizon)
+    cells = table.column(time)
+    group = None
+    if len(set(cells)) < len(cells):
+        categories = [name for name, column in named.items() if column.kind in ("category", "identifier")]
+        group = next((name for name in categories if _tells_apart(table.column(name), cells)), None)
+        if group is None:
+            return None
+    rows = len(cells) // (len(set(table.column(group))) if group else 1)
+    if rows < MIN_SERIES:
+        return None
+    horizon = min(HORIZON, rows // 20)
+    config = WindowsConfig(
+        path=path,
+        columns=numbers,
+        time=time,
+        group=group,
+        context=CONTEXT * horizon // HORIZON,
+        horizon=horizon,
+    )
     series = DataSet(f"{data_set.name}_series", path, config.kind, rows=data_set.rows, sampled=data_set.rows)
     series.source = {"kind": config.kind, **config.model_dump(exclude_none=True)}
     train, test = _open(series, config, "train"), _open(series, config, "test")
@@ -287,12 +297,19 @@ def _series(data_set: DataSet, path: str) -> DataSet | None:
     return series
 
 
+def _may_be_time(column: Column) -> bool:
+    counts = column.kind in ("number", "identifier") and column.name.lower() in TIME_NAMES
+    return (column.kind == "date" or counts) and not column.missing
+
+
+def _tells_apart(group: Sequence[Any], times: Sequence[Any]) -> bool:
+    """Whether no time occurs twice in a group."""
+    return len(set(zip(group, times, strict=True))) == len(times)
+
+
 def _columns_of(series: DataSet) -> set[str]:
-    return {*series.source["columns"], series.source["time"]} if series.tasks else set()
-
-
-def _cells(data_set: DataSet) -> int:
-    return min(SAMPLE, data_set.rows)
+    source = series.source
+    return {*source["columns"], source["time"], source.get("group", "")} if series.tasks else set()
 
 
 def _spread(length: int, most: int) -> list[int]:

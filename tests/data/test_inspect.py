@@ -165,6 +165,21 @@ def test_a_series_counted_by_a_number(tmp_path):
     assert (source.columns, source.time, source.context, source.horizon) == (["load"], "t", 32, 8)
 
 
+def test_several_series_in_one_table_are_told_apart(tmp_path):
+    rows = [f"{'abc'[n % 3]},2024-{1 + n // 84:02d}-{1 + n // 3 % 28:02d},{n}" for n in range(300)]
+    (tmp_path / "x.csv").write_text("store,date,sales\n" + "\n".join(rows) + "\n")
+    inspection = inspect_path(str(tmp_path / "x.csv"))
+    source = recipe_of(inspection).sources["x_series"]
+    assert (source.columns, source.time, source.group, source.horizon) == (["sales"], "date", "store", 5)
+    assert inspection.data_sets[0].unused == []
+
+
+def test_dates_of_which_some_rows_share_one_are_no_series(tmp_path):
+    rows = [f"2024-01-{1 + n % 28:02d},{n}" for n in range(300)]
+    (tmp_path / "x.csv").write_text("date,sales\n" + "\n".join(rows) + "\n")
+    assert [found.kind for found in inspect_path(str(tmp_path / "x.csv")).data_sets] == ["csv"]
+
+
 def test_dates_of_two_readings_ask_for_a_format(tmp_path):
     rows = [f"{1 + n % 12:02d}/{1 + n // 12:02d}/2024,{n}" for n in range(120)]
     (tmp_path / "x.csv").write_text("day,load\n" + "\n".join(rows) + "\n")
