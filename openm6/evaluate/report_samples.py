@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,8 @@ def _sample(sample: Sample, media: Media) -> Markup:
     if isinstance(answer, Histogram):
         drawn = prediction(answer, sample.truth) if past is None else forecast(past, answer, sample.truth)
         return tag("div.sample", _shown(parts, media), tag("div.outcome", drawn))
+    if isinstance(answer, np.ndarray):
+        parts = [_as_long(part, len(answer) / RATE) for part in parts]
     # Pictures and sounds stand in one row, given ones first; words and numbers stand above it.
     told = [part for part in parts if part.modality not in ("image", "sound")]
     seen = [_given(part, media) for part in parts if part.modality in ("image", "sound")]
@@ -111,6 +114,13 @@ def _sample(sample: Sample, media: Media) -> Markup:
 
 def _shown(parts: list[Part], media: Media) -> Markup:
     return tag("div.given", *[_given(part, media) for part in parts])
+
+
+def _as_long(part: Part, seconds: float) -> Part:
+    """A sound with a gap at the length of the answer: the gap is given as shares of that."""
+    if part.options.get("gap") is None:
+        return part
+    return replace(part, options={**part.options, "seconds": seconds})
 
 
 def _cut_like(answer: Any, truth: Any) -> Any:

@@ -151,10 +151,7 @@ def _given_parts(question: Question, loaded: Loaded) -> list[Part]:
     if question.image is not None:
         parts.append(Part("image", read_picture(question.image, loaded), {"hole": question.hole}))
     if question.sound is not None:
-        # A gap is a share of the length, so what is read must be as long as what will be filled in.
-        seconds = None if question.gap is None else loaded.sound.seconds
-        content = read_recording(question.sound, loaded)
-        parts.append(Part("sound", content, {"gap": question.gap, "seconds": seconds}))
+        parts.append(Part("sound", read_recording(question.sound, loaded), {"gap": question.gap}))
     if question.numbers is not None:
         wanted = question.wanted_column() if question.want == "numbers" else None
         rest = {name: value for name, value in question.numbers.items() if name != wanted}

@@ -32,7 +32,8 @@ class Tokens:
     from where the piece begins (1) or from its own origin wherever it stands (0); `span` is how far the next piece
     moves on. `learn` (N, bool) marks the tokens that carry a loss. `placement` is `source`
     (order 0), `part` (a source of the next order, which sees only itself and what stands before it), `causal` (one
-    order after the other) or `block` (one order for all, private).
+    order after the other) or `block` (one order for all, private). `truncated` tells that the raw input was longer
+    than what became tokens.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Tokens:
     learn: np.ndarray
     placement: Placement = "source"
     moves: Moves = ALONG
+    truncated: bool = False
 
     def __len__(self) -> int:
         return len(self.grid)

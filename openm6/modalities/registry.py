@@ -53,7 +53,11 @@ class ImageConfig(Config):
 
 
 class SoundConfig(Config):
-    """`codec` is a shipped name or a file; wanted sounds last `seconds` unless a task says otherwise."""
+    """`codec` is a shipped name or a file; a wanted sound lasts `seconds`.
+
+    Recordings that are longer are cut when they are wanted, shorter ones padded with silence; `max_seconds` bounds
+    what is read.
+    """
 
     codec: str = "sound"
     seconds: float = Field(default=1.2, gt=0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -57,6 +58,14 @@ def read_sound(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     return np.clip(resample(torch.from_numpy(samples), rate, RATE).numpy(), -1, 1)
 
 
+def duration(raw: Any) -> float:
+    """Seconds of a sound that `read_sound` accepts; those of a file as its header tells them."""
+    if isinstance(raw, np.ndarray):
+        return len(raw) / RATE
+    with soundfile.SoundFile(io.BytesIO(raw)) as file:
+        return float(file.frames / file.samplerate)
+
+
 def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(io.BytesIO(raw)) as file:
@@ -94,12 +103,19 @@ class Sound(Modality):
         self.num_mels = codec.quantizer_config.num_mels
         self.recall = Recall()
         self.heard = Recall()
+        self.durations = Recall(2**20)
 
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Tokens:
-        """Log-mel patches; `gap` (start and end as shares of the length) hides what it touches."""
-        frames = self._frames(raw, options.get("seconds"), options.get("speed", 1.0))  # F M
+        """Log-mel patches of all of it, or, with `gap`, of as much as a target holds.
+
+        A gap is given as shares of the length, so what is read must be as long as what will be filled in.
+        """
+        seconds = options.get("seconds")
+        if options.get("gap") is not None:
+            seconds = seconds or self.seconds
+        frames = self._frames(raw, seconds, options.get("speed", 1.0))  # F M
         if rng is not None and options.get("gap") is None:  # what is filled in must keep time with its source
             frames = _augmented(frames, rng)
         count = -(-len(frames) // FRAMES)
@@ -109,7 +125,10 @@ class Sound(Modality):
         patches = np.where(gone[:, None], 0, padded.reshape(count, -1)).astype(np.float32)
         arrays = {"patches": patches, "gone": gone, "places": sound_places(count, FRAMES / 100)}
         grid = track(count, FRAMES * RATE // 100 // UNIT)
-        return Tokens("sound_in", arrays, grid, count, np.zeros(count, bool), moves=OWN_ORIGIN)
+        truncated = seconds is not None and self.is_longer(raw, seconds)
+        return Tokens(
+            "sound_in", arrays, grid, count, np.zeros(count, bool), moves=OWN_ORIGIN, truncated=truncated
+        )
 
     def _frames(self, raw: Any, seconds: float | None, speed: float = 1.0) -> np.ndarray:
         """Log-mels of the sound, cut or padded to `seconds` where given.  # F M"""
@@ -135,11 +154,20 @@ class Sound(Modality):
         """Places of a wanted sound."""
         return max(1, round((seconds or self.seconds) * RATE / self.place))
 
+    def is_longer(self, raw: Any, seconds: float | None = None) -> bool:
+        """Whether a recording, at its own speed, has a place of 40 ms or more beyond `seconds`: that part is lost."""
+        key = _key(raw, None)
+        known = self.durations.get(key)
+        if known is None:
+            known = self.durations.put(key, np.asarray(duration(raw)))
+        return float(known) >= (self.length(seconds) + 1) * self.place / RATE
+
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Tokens:
         """Codes of `seconds` of sound, hidden by the training pattern, or, with `gap`, in the gap alone.
 
+        A longer recording is cut at its end, a shorter one is followed by silence.
         `hide_context` hides the codes around the gap as well; without a generator only those in it carry a loss.
         """
         speed = options.get("speed", 1.0)
@@ -149,9 +177,11 @@ class Sound(Modality):
         count = len(codes)
         if options.get("gap") is None:
             hidden = hide(1, count, rng)
-            return self._masked(codes, hidden, hidden, rng)
-        gap = gap_places(options["gap"], count)
-        return self._masked(codes, *inpainting_masks(gap, bool(options.get("hide_context")), rng), rng)
+            tokens = self._masked(codes, hidden, hidden, rng)
+        else:
+            gap = gap_places(options["gap"], count)
+            tokens = self._masked(codes, *inpainting_masks(gap, bool(options.get("hide_context")), rng), rng)
+        return replace(tokens, truncated=self.is_longer(raw, options.get("seconds")))
 
     def blank(self, seconds: float | None = None) -> Tokens:
         """A sound of which nothing is known: every place hidden."""

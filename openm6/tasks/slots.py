@@ -192,16 +192,13 @@ class PictureWithHole(Picture):
 
 @dataclass(frozen=True)
 class Sound(Slot):
-    """The record's sound; spoken when wanted, `seconds` long (silence follows what is shorter)."""
-
-    seconds: float | None = None
+    """The record's sound; spoken when wanted, as long as the modality's setting says."""
 
     def present(self, record: Record, language: str) -> bool:
         return bool(record.get("audio"))
 
     def parts(self, record: Record, scene: Scene) -> list[Part]:
-        options = {} if self.seconds is None else {"seconds": self.seconds}
-        return [Part("sound", record["audio"], options)]
+        return [Part("sound", record["audio"])]
 
 
 @dataclass(frozen=True)
@@ -213,8 +210,7 @@ class SoundWithGap(Sound):
         if "gap" not in shared:  # one gap and one speed for what is given and what is wanted
             shared["gap"] = random_gap(scene.rng)
             shared["speed"] = random_speed(scene.rng) if scene.train else 1.0
-        options = {"gap": shared["gap"], "speed": shared["speed"], "seconds": self.seconds}
-        return [Part("sound", record["audio"], options)]
+        return [Part("sound", record["audio"], {"gap": shared["gap"], "speed": shared["speed"]})]
 
     def key(self, record: Record, scene: Scene) -> str:
         return str(record.get("id"))

@@ -6,8 +6,6 @@ from openm6.tasks.comparing_slots import Fits, MaybeSound, Shown
 from openm6.tasks.slots import Columns, OneColumn, Picture, Sound, SoundWithGap, Text
 from openm6.tasks.task import Task
 
-WORD_SECONDS = 1.2
-
 TRANSCRIBE = Task(
     name="transcribe",
     summary="write down what is said",
@@ -47,7 +45,7 @@ SPEAK = Task(
     name="speak",
     summary="say a text aloud",
     given={"text": Text("label")},
-    wanted=Sound(seconds=WORD_SECONDS),
+    wanted=Sound(),
     prompts={"en": ("say {text}", "Say {text}."), "zh": ("说{text}", "请说{text}。")},
     metrics=("code_bits", "recognised"),
     baseline="position_frequencies",
@@ -57,8 +55,8 @@ SPEAK = Task(
 FILL_SOUND = Task(
     name="fill_sound",
     summary="fill in a gap in a sound",
-    given={"sound": SoundWithGap(seconds=WORD_SECONDS)},
-    wanted=SoundWithGap(seconds=WORD_SECONDS),
+    given={"sound": SoundWithGap()},
+    wanted=SoundWithGap(),
     prompts={"en": ("{sound} Fill in.",), "zh": ("{sound} 补全。",)},
     metrics=("code_bits",),
     baseline="position_frequencies",
@@ -80,7 +78,7 @@ SAY_NUMBERS = Task(
     name="say_numbers",
     summary="say aloud what numbers describe",
     given={"numbers": Columns()},
-    wanted=Sound(seconds=WORD_SECONDS),
+    wanted=Sound(),
     prompts={"en": ("say {numbers}", "{numbers} Say it."), "zh": ("说{numbers}",)},
     metrics=("code_bits", "recognised"),
     baseline="position_frequencies",
@@ -91,7 +89,7 @@ SAY_PICTURE = Task(
     name="say_picture",
     summary="say aloud what a picture shows",
     given={"image": Picture()},
-    wanted=Sound(seconds=WORD_SECONDS),
+    wanted=Sound(),
     prompts={"en": ("{image} Say it.",), "zh": ("{image} 说出来。",)},
     metrics=("code_bits", "recognised"),
     baseline="position_frequencies",

@@ -10,7 +10,9 @@ import soundfile
 import torch
 
 from openm6.base.errors import DataError
+from openm6.modalities.codec import load_codec
 from openm6.modalities.sound import HIGHEST_RATE, RATE, Sound, gap_places, random_gap, read_sound
+from openm6.tasks.registry import TASKS
 from tests.small_model import modalities
 
 
@@ -175,3 +177,38 @@ def test_a_file_heard_before_gives_the_same(sound: Sound) -> None:
     # A gap must not stick to what is remembered.
     holed = sound.source(raw, options={"gap": (0.0, 0.5)})
     assert holed.arrays["gone"].any() and not sound.source(raw).arrays["gone"].any()
+
+
+def sound_of(seconds: float) -> Sound:
+    """The modality as `modalities.sound.seconds` makes it."""
+    return Sound(load_codec("sound"), seconds)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seconds", [0.4, 2.0])
+@pytest.mark.parametrize("task", ["speak", "say_picture", "say_numbers", "fill_sound"])
+def test_the_setting_decides_how_long_every_task_speaks(task: str, seconds: float) -> None:
+    """Taught, asked for and read around a gap at one length."""
+    record = {"id": "1", "label": "seven", "label_zh": "七", "image": b"p", "numbers": {"mass": 1.0}}
+    record["audio"] = file_of(sine(0.8))
+    example = TASKS[task].example(record, np.random.default_rng(0), train=True)
+    modality = sound_of(seconds)
+    for rng in (None, np.random.default_rng(1)):
+        assert len(modality.target(example.target.raw, rng, example.target.options)) == seconds * 25
+    assert len(modality.blank()) == seconds * 25
+    for part in example.source:
+        if part.modality == "sound":
+            assert len(modality.source(part.raw, options=part.options)) == seconds * 12.5
+
+
+def test_a_recording_longer_than_the_setting_is_cut_and_says_so() -> None:
+    modality = sound_of(0.4)
+    cut = {
+        seconds: modality.target(file_of(sine(seconds))).truncated for seconds in (0.1, 0.4, 0.43, 0.45, 2.0)
+    }
+    assert cut == {0.1: False, 0.4: False, 0.43: False, 0.45: True, 2.0: True}
+    again = [modality.target(file_of(sine(2.0))) for _ in range(2)]
+    assert all(tokens.truncated for tokens in again), "also when its codes are remembered"
+    assert not modality.source(sine(2.0)).truncated, "what is only heard is heard whole"
+    assert modality.source(sine(2.0), options={"gap": (0.2, 0.4)}).truncated
+    head = modality.encode(sine(0.4))
+    assert np.array_equal(modality.encode(sine(2.0))[:-1], head[:-1]), "the beginning is kept"

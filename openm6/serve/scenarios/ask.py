@@ -19,7 +19,6 @@ from openm6.serve.requests import (
     TextRequest,
 )
 from openm6.serve.scenarios.scenario import Language, Scenario
-from openm6.tasks.sounds import WORD_SECONDS
 
 Values = Mapping[str, Any]
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -87,7 +86,6 @@ def _codes(
         given=values[kept] if kept else None,
         hole=tuple(values[hole]) if hole else None,
         gap=tuple(values[gap]) if gap else None,
-        duration=WORD_SECONDS if scenario.gives == "sound" else None,
     )
 
 
@@ -115,7 +113,7 @@ def _part(scenario: Scenario, name: str, values: Values) -> Part:
         return Part("image", value, {"hole": tuple(values[hole])} if hole else {})
     if kind == "sound":
         gap = scenario.kind_of("stretch")
-        return Part("sound", value, {"gap": tuple(values[gap]), "seconds": WORD_SECONDS} if gap else {})
+        return Part("sound", value, {"gap": tuple(values[gap])} if gap else {})
     if kind == "series":
         return Part("numbers", NumberSeries(value["name"], list(value["values"])))
     if kind == "numbers":
