@@ -36,9 +36,12 @@ class Modalities(dict[str, Modality]):
 
 
 class TextConfig(Config):
-    """`vocabulary` tokens are learned from the mixture, unless `tokenizer` names a tokenizer.json."""
+    """`vocabulary` tokens are learned from the mixture, unless `tokenizer` names a tokenizer.json.
 
-    vocabulary: int = Field(default=4096, ge=320, le=1_000_000)
+    Without a number they are as many as the model's preset says.
+    """
+
+    vocabulary: int | None = Field(default=None, ge=320, le=1_000_000)
     tokenizer: str | None = None
     max_tokens: int = Field(default=2048, ge=1)
 

@@ -27,3 +27,12 @@ def build_backbone(choice: ModelChoice) -> BackboneConfig:
         known = values.get(name)
         values[name] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
     return build(BackboneConfig, values, "model.overrides")
+
+
+def vocabulary_size(choice: ModelChoice, named: int | None) -> int:
+    """Tokens that a tokenizer learns for the model: the number named, or else the preset's.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    return preset(choice.preset).vocabulary if named is None else named

@@ -9,7 +9,7 @@ from typing import Any
 from openm6.base.config import apply_overrides, build, nearest, read_yaml
 from openm6.base.energy.config import EnergyConfig
 from openm6.base.errors import ConfigError
-from openm6.models.choice import ModelChoice, build_backbone
+from openm6.models.choice import ModelChoice, build_backbone, vocabulary_size
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS, preset
 from openm6.parallel.streaming_config import StreamingConfig
@@ -17,8 +17,7 @@ from openm6.plan.examples import Lesson
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 LENGTH = 512  # tokens of a row
-VOCABULARY = 4096  # of a recipe that does not say
-STEPS, SAVE_EVERY = 1000, 500  # likewise
+STEPS, SAVE_EVERY = 1000, 500  # of a recipe that does not say
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,11 @@ def model_of_recipe(name: str, values: dict[str, Any], overrides: list[str] | No
     text = (values.get("modalities") or {}).get("text") or {}
     optimizer, streaming = loop.get("optimizer") or {}, loop.get("streaming")
     steps = loop.get("steps", STEPS)
+    choice = build(ModelChoice, values.get("model") or {}, f"{name}: model")
     return Model(
         name=name,
-        backbone=build_backbone(build(ModelChoice, values.get("model") or {}, f"{name}: model")),
-        vocabulary=int(text.get("vocabulary", VOCABULARY)),
+        backbone=build_backbone(choice),
+        vocabulary=vocabulary_size(choice, text.get("vocabulary")),
         rows=int(packing.get("rows", 4)),
         length=int(packing.get("length", LENGTH)),
         optimizer=str(optimizer.get("name", "adamw")),

@@ -259,7 +259,9 @@ def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> ModelDesc
     return ModelDescription(
         preset=recipe.model.preset,
         backbone=build_backbone(recipe.model),
-        modalities=recipe.modalities,
+        modalities=recipe.modalities.model_copy(
+            update={"text": recipe.modalities.text.model_copy(update={"vocabulary": recipe.vocabulary})}
+        ),
         scales=_fit_scales(sources.values()),
         embedding=recipe.pooling,
         lessons=[Lesson(task=lecture.task, source=lecture.source) for lecture in recipe.mixture],
@@ -307,7 +309,7 @@ def _learned_tokenizer(recipe: MultimodalRecipe, sources: dict[str, Source]) -> 
     }
     words = (text for name, s in sources.items() for index in spread[name] for text in _texts(s, int(index)))
     get_log().info("learning a tokenizer from the sources")
-    return train_tokenizer([*prompts * 20, *words], recipe.modalities.text.vocabulary).to_str()
+    return train_tokenizer([*prompts * 20, *words], recipe.vocabulary).to_str()
 
 
 def _fit_scales(sources: Iterable[Source]) -> Scales:

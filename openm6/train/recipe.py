@@ -13,7 +13,7 @@ from openm6.data.sources import AnySourceConfig
 from openm6.evaluate.config import JudgeConfig
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
-from openm6.models.choice import ModelChoice
+from openm6.models.choice import ModelChoice, vocabulary_size
 from openm6.parallel.config import ParallelConfig
 from openm6.tasks.registry import TASKS
 from openm6.train.config import LoopConfig
@@ -66,6 +66,11 @@ class MultimodalRecipe(Config):
         if twice:
             raise ValueError(f"the mixture names task {twice[1]} over {twice[0]} twice: add up the weights")
         return self
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the tokenizer learns."""
+        return vocabulary_size(self.model, self.modalities.text.vocabulary)
 
     @property
     def pooling(self) -> PoolConfig | None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
+from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer
 
+from openm6.base.config import build
+from openm6.base.run_folder import RunFolder
 from openm6.data.sources import open_sources
 from openm6.modalities.registry import MODALITIES
+from openm6.modalities.text import train_tokenizer
 from openm6.models.choice import ModelChoice, build_backbone
-from openm6.models.presets import preset
+from openm6.models.presets import PRESETS, preset
+from openm6.plan.question import read_model
 from openm6.tasks.registry import TASKS
+from openm6.train import multimodal
+from openm6.train.multimodal import MultimodalJob
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import SHIPPED, read_recipe, recipe_path
+from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 DEMO = read_recipe(recipe_path("demo"), [])[0]
 
@@ -56,3 +67,32 @@ def test_overrides_change_a_preset_field_by_field() -> None:
     assert found.experts is not None and plain.experts is not None
     assert (found.experts.num_experts, found.experts.hidden) == (4, plain.experts.hidden)
     assert build_backbone(ModelChoice(preset="nano")) == plain
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("named", [None, 2048])
+def test_a_plan_and_a_run_of_a_preset_have_one_backbone_and_one_vocabulary(
+    name: str, named: int | None, tmp_path: Path
+) -> None:
+    values = tiny_recipe() | {"model": {"preset": name}, "modalities": {"text": {"vocabulary": named}}}
+    trained = build(MultimodalRecipe, values, "recipe")
+    planned = read_model(write_recipe(tmp_path, values))
+    assert trained.vocabulary == planned.vocabulary == (named or read_model(name).vocabulary)
+    assert build_backbone(trained.model) == planned.backbone == read_model(name).backbone
+    assert read_model(name).vocabulary == preset(name).vocabulary
+
+
+@pytest.mark.parametrize(("named", "wanted"), [(None, 4096), (400, 400)])
+def test_the_tokenizer_is_learned_at_that_size(
+    named: int | None, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def learn(texts: Iterable[str], size: int) -> Tokenizer:
+        sizes.append(size)
+        return train_tokenizer(texts, 400)
+
+    monkeypatch.setattr(multimodal, "train_tokenizer", learn)
+    values = tiny_recipe() | {"modalities": {"text": {"vocabulary": named}}}
+    job = MultimodalJob(build(MultimodalRecipe, values, "recipe"), RunFolder(tmp_path), torch.device("cpu"))
+    assert sizes == [wanted] and job.description.modalities.text.vocabulary == wanted
