@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,8 +13,8 @@ from openm6.base.errors import ConfigError, DataError, MissingFieldError, Traini
 from openm6.data.lanes import Lane, Lanes, merge, own_lanes
 from openm6.data.mixture import Draw
 from openm6.data.prepare import Preparer
-from openm6.data.quarantine import Quarantine
-from openm6.modalities.sequence import Batch, Sequence, collate
+from openm6.data.quarantine import Quarantine, merge_counts
+from openm6.modalities.sequence import Batch, Sequence, collate, shortened
 
 ENOUGH = 200  # draws in a row without an example, before they are a reason to stop
 
@@ -107,24 +106,23 @@ class Packer:
                 self._made[draw.serial] = sequence
             else:
                 self.quarantine.accept()
+                if sequence.truncated:
+                    self.quarantine.note_truncated(
+                        self.preparer.mixture.components[draw.component].source.name
+                    )
                 rows[row].append((draw, sequence))
                 room[row] -= len(sequence)
         lane.waiting.extend(earlier)
         return rows
 
     def _sequence(self, draw: Draw) -> Sequence | None:
-        """The draw as tokens; None where it is broken or its task does not apply, which the quarantine counts.
+        """The draw as tokens, cut to the length of a row; None if it cannot be used, which the quarantine counts.
 
         Raises:
             TrainingError: no record of any component has become an example, each of them drawn for an epoch.
         """
         try:
             sequence = self.preparer.sequence(draw)
-            if len(sequence) > self.config.length:
-                raise DataError(
-                    f"{len(sequence)} tokens do not fit a row of {self.config.length}: "
-                    "raise packing.length or shorten it"
-                )
         except MissingFieldError as error:
             self.quarantine.skip(self.preparer.mixture.components[draw.component].key)
             self._note_fruitless(draw, error)
@@ -132,6 +130,16 @@ class Packer:
         except DataError as error:
             self.quarantine.add(*self.preparer.name(draw), error)
             self._note_fruitless(draw, error)
+            return None
+        if len(sequence) > self.config.length:
+            sequence = shortened(sequence, self.config.length)
+        if len(sequence) > self.config.length:
+            reason = DataError(
+                f"{len(sequence)} tokens do not fit a row of {self.config.length}: "
+                "raise packing.length or shorten it"
+            )
+            self.quarantine.add_too_long(*self.preparer.name(draw), reason)
+            self._note_fruitless(draw, reason)
             return None
         self._fruitless[draw.component] = 0
         return sequence
@@ -150,16 +158,7 @@ class Packer:
 
 def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:
     """The cursor of the whole run from those of its ranks' packers."""
-    kept = [state["quarantine"] for state in states]
-    counts, skipped = Counter[str](), Counter[str]()
-    for one in kept:
-        counts.update(one["counts"])
-        skipped.update(one.get("not_applicable", {}))
-    seen = sum(one["seen"] for one in kept)
-    return {
-        **merge(states),
-        "quarantine": {"seen": seen, "counts": dict(counts), "not_applicable": dict(skipped)},
-    }
+    return {**merge(states), "quarantine": merge_counts([state["quarantine"] for state in states])}
 
 
 def _number_of_lanes(config: PackingConfig, size: int) -> int:

@@ -1,6 +1,7 @@
-"""Broken records set aside with their reasons; a few are counted, too many stop the run.
+"""Records that cannot be trained on, set aside with their reasons; too many broken ones stop the run.
 
-A record that lacks a field that its task needs is not broken: it is skipped for that task and counted apart.
+Counted apart, and no reason to stop: records that lack a field that a task needs, and those too long for a row. Those
+of which only a part was used are counted as truncated; they are trained on.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ from openm6.base.files import append_line, told_as_output_error
 MAX_BROKEN = 0.05  # share of the records at which a run stops unless its recipe says otherwise
 MAX_LISTED = 10_000
 MAX_REASON = 500
+# What is counted beside the records seen, and what a person is told of it.
+COUNTS = {
+    "counts": "broken",
+    "too_long": "too long for a row",
+    "truncated": "truncated to fit",
+    "not_applicable": "skipped for want of a field",
+}
 
 
 class Quarantine:
@@ -34,10 +42,12 @@ class Quarantine:
         self._lock = threading.Lock()
         self._listed = _listed_in(path)
         self.seen = 0
-        self.counts: Counter[str] = Counter()  # source -> broken records, again each time one is drawn
-        self.not_applicable: Counter[str] = (
-            Counter()
-        )  # source/task -> records skipped, neither seen nor broken
+        # By source, again each time a record is drawn.
+        self.counts: Counter[str] = Counter()  # broken
+        self.too_long: Counter[str] = Counter()
+        self.truncated: Counter[str] = Counter()
+        # By source/task: records skipped, neither seen nor broken.
+        self.not_applicable: Counter[str] = Counter()
 
     @property
     def total(self) -> int:
@@ -54,6 +64,18 @@ class Quarantine:
         with self._lock:
             self.seen += count
 
+    def note_truncated(self, source: str) -> None:
+        """Count a record of which a part was cut, beside its being accepted."""
+        with self._lock:
+            self.truncated[source] += 1
+
+    def add_too_long(self, source: str, record_id: str, reason: object) -> None:
+        """Set a record aside that does not fit a row even if its texts are cut; it counts as seen, not as broken."""
+        with self._lock:
+            self.seen += 1
+            self.too_long[source] += 1
+            self._list("too long", source, record_id, str(reason)[:MAX_REASON])
+
     def skip(self, component: str) -> None:
         """Count a record that lacks a field that the task of `component` needs."""
         with self._lock:
@@ -68,7 +90,7 @@ class Quarantine:
         with self._lock:
             self.seen += 1
             self.counts[source] += 1
-            self._list(source, record_id, str(reason)[:MAX_REASON])
+            self._list("broken", source, record_id, str(reason)[:MAX_REASON])
             if self.seen >= self._minimum and self.share > self._limit:
                 worst, count = self.counts.most_common(1)[0]
                 where = f"; see {self._path}" if self._path else ""
@@ -81,27 +103,45 @@ class Quarantine:
     def state(self) -> dict[str, Any]:
         """The counts, as JSON-able values."""
         with self._lock:
-            return {
-                "seen": self.seen,
-                "counts": dict(self.counts),
-                "not_applicable": dict(self.not_applicable),
-            }
+            return {"seen": self.seen, **{name: dict(getattr(self, name)) for name in COUNTS}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes back to counts that `state` gave; the file keeps what it lists."""
         with self._lock:
             self.seen = int(state["seen"])
-            self.counts = Counter(state["counts"])
-            self.not_applicable = Counter(state.get("not_applicable", {}))
+            for name in COUNTS:
+                setattr(self, name, Counter(state[name]))
 
-    def _list(self, source: str, record_id: str, reason: str) -> None:
+    def _list(self, kind: str, source: str, record_id: str, reason: str) -> None:
         if self._path is None or (source, record_id) in self._listed or len(self._listed) >= MAX_LISTED:
             return
         self._listed.add((source, record_id))
         with told_as_output_error(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        line = {"source": source, "id": record_id, "reason": reason}
+        line = {"kind": kind, "source": source, "id": record_id, "reason": reason}
         append_line(self._path, json.dumps(line, ensure_ascii=False))
+
+
+def merge_counts(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sum of what the quarantines of several ranks count, as `state` gives it."""
+    merged: dict[str, Any] = {"seen": sum(state["seen"] for state in states)}
+    for name in COUNTS:
+        total: Counter[str] = Counter()
+        for state in states:
+            total.update(state[name])
+        merged[name] = dict(total)
+    return merged
+
+
+def summary(state: Mapping[str, Any]) -> str:
+    """What was set aside and cut, from a quarantine's state, in one line; empty where nothing was."""
+    parts = []
+    for name, words in COUNTS.items():
+        counts = Counter(state[name])
+        if counts:
+            most = ", ".join(f"{source} {count:,}" for source, count in counts.most_common(3))
+            parts.append(f"{counts.total():,} {words} ({most}{', …' if len(counts) > 3 else ''})")
+    return f"{state['seen']:,} records drawn; {'; '.join(parts)}" if parts else ""
 
 
 def _listed_in(path: Path | None) -> set[tuple[str, str]]:

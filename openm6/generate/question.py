@@ -13,6 +13,7 @@ from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import MODALITIES
 from openm6.modalities.sound import read_sound
+from openm6.modalities.truncation import join_texts
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES, Task
 
@@ -140,8 +141,8 @@ def prompt_parts(question: Question, loaded: Loaded) -> list[Part]:
     elif parts or not _needs_asking(question):
         before, after = "", (" " if parts else "") + question.text
     else:
-        before, after = _taught_words(question, loaded)
-        before, after = before + question.text + after, ""
+        first, last = (Part("text", words, {"cuttable": ()}) for words in _taught_words(question, loaded))
+        return [join_texts(join_texts(first, Part("text", question.text)), last)]
     return [*([Part("text", before)] if before else []), *parts, *([Part("text", after)] if after else [])]
 
 

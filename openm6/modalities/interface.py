@@ -24,6 +24,15 @@ SIDE_UNITS = 32  # along each side of a picture
 
 
 @dataclass(frozen=True)
+class Cuttable:
+    """A stretch of a text, in characters or tokens, that loses its end (with `keep_end`: its start) if it must."""
+
+    start: int
+    stop: int
+    keep_end: bool = False
+
+
+@dataclass(frozen=True)
 class Tokens:
     """One piece of raw input as N tokens: what the sequence rule and an adapter need to know of it.
 
@@ -33,7 +42,7 @@ class Tokens:
     moves on. `learn` (N, bool) marks the tokens that carry a loss. `placement` is `source`
     (order 0), `part` (a source of the next order, which sees only itself and what stands before it), `causal` (one
     order after the other) or `block` (one order for all, private). `truncated` tells that the raw input was longer
-    than what became tokens.
+    than what became tokens, `cuttable` which stretches of them may still be shortened.
     """
 
     kind: str
@@ -44,6 +53,7 @@ class Tokens:
     placement: Placement = "source"
     moves: Moves = ALONG
     truncated: bool = False
+    cuttable: tuple[Cuttable, ...] = ()
 
     def __len__(self) -> int:
         return len(self.grid)

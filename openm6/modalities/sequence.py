@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from openm6.modalities.interface import Tokens
+from openm6.modalities.truncation import fit
 from openm6.ops.product import ROWS
 from openm6.ops.sequence import PADDING, Layout
 
+SHORTEST = 16  # tokens of a text that are left if it is cut to fit a row; less would hardly be an example
 HEAD_COST = 0.5  # work of one learned token's head, in units of a token's way through the backbone
 
 
@@ -29,9 +31,15 @@ class Sequence:
     positions: np.ndarray  # N 3
     task: str = ""
     weight: float = 1.0
+    left: int = 0  # pieces of the first side of a pair; 0: one example, not two sides
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether anything of the record was cut."""
+        return any(piece.truncated for piece in self.pieces)
 
 
 def lay_out(pieces: list[Tokens], task: str = "", weight: float = 1.0, place: int = 0) -> Sequence:
@@ -70,7 +78,16 @@ def lay_out_pair(left: list[Tokens], right: list[Tokens], task: str = "", weight
     join = np.concatenate
     private = join([np.full(len(first), 1, np.int32), np.full(len(second), 2, np.int32)])
     order, positions = join([first.order, second.order]), join([first.positions, second.positions])
-    return Sequence([*left, *right], order, private, positions, task, weight)
+    return Sequence([*left, *right], order, private, positions, task, weight, len(left))
+
+
+def shortened(sequence: Sequence, length: int) -> Sequence:
+    """The sequence with its texts cut so that it has at most `length` tokens, if they can be cut by as much."""
+    pieces = fit(sequence.pieces, length, SHORTEST)
+    if sequence.left:
+        left, right = pieces[: sequence.left], pieces[sequence.left :]
+        return lay_out_pair(left, right, sequence.task, sequence.weight)
+    return lay_out(pieces, sequence.task, sequence.weight)
 
 
 @dataclass(frozen=True)

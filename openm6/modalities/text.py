@@ -11,7 +11,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from openm6.base.errors import ConfigError, DataError
-from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Tokens, line
+from openm6.modalities.interface import (
+    NO_OPTIONS,
+    Adapter,
+    Cuttable,
+    Modality,
+    Options,
+    Part,
+    Tokens,
+    line,
+)
+from openm6.modalities.truncation import cuttable_in, fit, select_tokens
 from openm6.ops.linear_loss import linear_nats
 
 # Our own marks lie above the tokenizer's ids, so no text that a user writes can spell one.
@@ -61,12 +71,26 @@ class Text(Modality):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; each GAP becomes the HOLE mark."""
+        return self._encode_with_places(text)[0]
+
+    def _encode_with_places(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of `text`, and where in it each one starts and stops."""
         ids: list[int] = []
+        starts: list[int] = []
+        stops: list[int] = []
+        place = 0
         for number, piece in enumerate(text.split(GAP)):
             if number:
                 ids.append(self.first_mark + HOLE)
-            ids.extend(self.encode_plain(piece))
-        return ids
+                starts.append(place)
+                place += 1
+                stops.append(place)
+            encoding = self.tokenizer.encode(piece, add_special_tokens=False)
+            ids.extend(encoding.ids)
+            starts.extend(place + start for start, _ in encoding.offsets)
+            stops.extend(place + stop for _, stop in encoding.offsets)
+            place += len(piece)
+        return ids, starts, stops
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of `text` to the letter: a GAP, too, is a character like any other."""
@@ -89,18 +113,36 @@ class Text(Modality):
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Tokens:
-        """`raw` text as source tokens, at most `max_tokens` (cut at the end, as in prompts)."""
-        ids = np.asarray(self.encode(_checked(raw))[: self.max_tokens], dtype=np.int64)
+        """`raw` text as source tokens, at most `max_tokens`.
+
+        What is longer is cut within `cuttable` (stretches of characters; default: anywhere), the longest first.
+        """
+        part = Part("text", _checked(raw), dict(options))
+        found, starts, stops = self._encode_with_places(part.raw)
+        ids = np.asarray(found, dtype=np.int64)
+        cuttable = tuple(
+            _in_tokens(stretch, np.asarray(starts), np.asarray(stops)) for stretch in cuttable_in(part)
+        )
         arrays = {"ids": ids, "labels": np.full_like(ids, -1)}
-        return Tokens("text", arrays, line(len(ids)), len(ids), np.zeros(len(ids), bool))
+        none = np.zeros(len(ids), bool)
+        tokens = Tokens("text", arrays, line(len(ids)), len(ids), none, cuttable=cuttable)
+        (tokens,) = fit([tokens], self.max_tokens)
+        if len(tokens) > self.max_tokens:  # words that may not be cut are longer than all that may be read
+            tokens = select_tokens(tokens, np.arange(len(tokens)) < self.max_tokens)
+        return tokens
 
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Tokens:
-        """START t1 … tn with the labels t1 … tn END: each token is asked for the next."""
-        return self.written(
-            self.encode_plain(_checked(raw))[: int(options.get("max_tokens", self.max_tokens))]
-        )
+        """START t1 … tn with the labels t1 … tn END: each token is asked for the next.
+
+        A text of more than `max_tokens` is cut there and has no END, which would teach to stop amid a sentence.
+        """
+        most = int(options.get("max_tokens", self.max_tokens))
+        tokens = self.written(self.encode_plain(_checked(raw)))
+        if len(tokens) <= most + 1:
+            return tokens
+        return select_tokens(tokens, np.arange(len(tokens)) < most, (Cuttable(0, most),))
 
     def written(self, ids: list[int]) -> Tokens:
         """A wanted text of these token ids, which END closes."""
@@ -109,7 +151,10 @@ class Text(Modality):
             "labels": np.asarray([*ids, self.end], dtype=np.int64),
         }
         length = len(ids) + 1
-        return Tokens("text", arrays, line(length), length, np.ones(length, bool), "causal")
+        cuttable = (Cuttable(0, length),)  # its first tokens alone are the same text without an END
+        return Tokens(
+            "text", arrays, line(length), length, np.ones(length, bool), "causal", cuttable=cuttable
+        )
 
     def adapters(self, width: int) -> dict[str, Adapter]:
         return {"text": TextAdapter(self.vocabulary_size, width)}
@@ -126,6 +171,13 @@ def _checked(raw: Any) -> str:
     except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON's \ud800 gives
         raise DataError(f"the text is not Unicode at character {error.start}: mend or remove it") from None
     return raw
+
+
+def _in_tokens(stretch: Cuttable, starts: np.ndarray, stops: np.ndarray) -> Cuttable:
+    """The tokens that lie wholly within a stretch of characters.  # N, N"""
+    first = int(np.searchsorted(starts, stretch.start, "left"))
+    last = int(np.searchsorted(stops, stretch.stop, "right"))
+    return Cuttable(first, max(first, last), stretch.keep_end)
 
 
 class TextAdapter(Adapter):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openm6.modalities.image import random_hole
-from openm6.modalities.interface import Part
+from openm6.modalities.interface import Cuttable, Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.sound import random_gap, random_speed
 from openm6.modalities.text import GAP
@@ -139,14 +139,15 @@ class TextWithHoles(Text):
 
 @dataclass(frozen=True)
 class FirstPart(Text):
-    """The beginning of a text, up to a cut that the wanted `Rest` shares."""
+    """The beginning of a text, up to a cut that the wanted `Rest` shares; of a long one, what stands before the cut."""
 
     def present(self, record: Record, language: str) -> bool:
         return len(localised(record, self.name, language) or "") >= 12
 
     def parts(self, record: Record, scene: Scene) -> list[Part]:
         text = as_text(localised(record, self.name, scene.language))
-        return [Part("text", text[: _cut(text, scene)])]
+        cut = _cut(text, scene)
+        return [Part("text", text[:cut], {"cuttable": (Cuttable(0, cut, keep_end=True),)})]
 
 
 @dataclass(frozen=True)

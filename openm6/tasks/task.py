@@ -15,6 +15,7 @@ import numpy as np
 
 from openm6.base.errors import ConfigError, MissingFieldError
 from openm6.modalities.interface import Part
+from openm6.modalities.truncation import join_texts
 
 Record = dict[str, Any]
 LANGUAGES = ("en", "zh")
@@ -137,18 +138,21 @@ class Task:
         return slot.key(record, scene)
 
     def _source(self, prompt: str, record: Record, scene: Scene) -> list[Part]:
-        """The prompt with each `{name}` replaced by its slot's parts; neighbouring texts become one."""
+        """The prompt with each `{name}` replaced by its slot's parts; neighbouring texts become one.
+
+        What is too long is cut in its slots alone, never in the words of the prompt.
+        """
         parts: list[Part] = []
         for number, piece in enumerate(_SLOT.split(prompt)):
             if number % 2 == 0:
-                found = [Part("text", piece)] if piece else []
+                found = [Part("text", piece, {"cuttable": ()})] if piece else []
             elif piece == "column":
-                found = [Part("text", _column(scene))]
+                found = [Part("text", _column(scene), {"cuttable": ()})]
             else:
                 found = self.given[piece].parts(record, scene)
             for part in found:
                 if part.modality == "text" and parts and parts[-1].modality == "text":
-                    parts[-1] = Part("text", parts[-1].raw + part.raw)
+                    parts[-1] = join_texts(parts[-1], part)
                 else:
                     parts.append(part)
         return parts

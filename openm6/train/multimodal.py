@@ -22,6 +22,7 @@ from openm6.data.mixture import Component, Mixture
 from openm6.data.packing import Packer, merge_cursors
 from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine
+from openm6.data.quarantine import summary as summary_of_records
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
 from openm6.evaluate.card import write_card
@@ -230,6 +231,9 @@ class MultimodalJob(Job):
         with open_meter(gpus_of(self.omni.device), watts) as meter, meter.span() as span:
             judgement = evaluate(run.path, tell=lambda result: get_log().info(summary(result)))
         progress = read_state(latest(run.path))["progress"]
+        set_aside = summary_of_records(progress["cursor"]["quarantine"])
+        if set_aside:
+            get_log().info(f"{set_aside}; see {run.quarantine}" if run.quarantine.is_file() else set_aside)
         total, active = self.omni.count_parameters()
         codecs = {
             name: codec_scores(name)

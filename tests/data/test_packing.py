@@ -7,17 +7,20 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from openm6.base.errors import TrainingError
 from openm6.data.mixture import Component, Draw, Mixture
 from openm6.data.packing import Packer, PackingConfig, merge_cursors
-from openm6.data.prepare import Preparer
+from openm6.data.prepare import Preparer, example_sequence
 from openm6.data.quarantine import Quarantine
-from openm6.modalities.sequence import Batch, Sequence
+from openm6.modalities.sequence import Batch, Sequence, shortened
 from openm6.modalities.text import Text
+from openm6.tasks.registry import TASKS
 from tests.data.lists import ListSource
+from tests.data.pictures import png
 from tests.small_model import modalities
 
 CONFIG = PackingConfig(rows=2, length=64, waiting=3)
@@ -125,13 +128,78 @@ def test_what_is_broken_is_counted_once_for_each_draw(tmp_path: Path) -> None:
     assert quarantine.share == pytest.approx(0.2, abs=0.05)
 
 
-def test_what_is_too_long_is_set_aside_with_advice(tmp_path: Path) -> None:
-    quarantine = Quarantine(tmp_path / "q.jsonl", limit=1.0)
-    records = [*texts(6), {"id": "long", "text_en": "word " * 200, "question": "?", "answer": "never"}]
-    made = packer(records, quarantine=quarantine)
-    assert not any("never" in answers(batch) for batch in batches(made, 6))
-    (line,) = (tmp_path / "q.jsonl").read_text().splitlines()
-    assert json.loads(line)["id"] == "long" and "raise packing.length" in json.loads(line)["reason"]
+def drawing(records: list[dict | None], length: int, quarantine: Quarantine, beside: bool = False) -> Packer:
+    """Images to be drawn, whose 64 codes cannot be cut, and texts beside them."""
+    parts = [Component(source=ListSource("images", records), task="draw")]
+    parts += [Component(source=ListSource("texts", texts(9)), task="answer")] if beside else []
+    preparer = Preparer(Mixture(parts, 5), modalities(), 5, {})
+    return Packer(preparer, PackingConfig(rows=1, length=length), quarantine)
+
+
+IMAGES: list[dict | None] = [{"id": f"i{n}", "image": png(), "text_en": "red"} for n in range(4)]
+
+
+def test_what_is_too_long_is_set_aside_with_advice_and_is_not_broken(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "q.jsonl", limit=0.0, minimum=1)
+    made = drawing(IMAGES, 48, quarantine, beside=True)
+    found = batches(made, 20)
+    assert all(batch.num_examples and "image_out" not in batch.kinds for batch in found)
+    assert quarantine.total == 0 and quarantine.too_long["images"] > 10
+    lines = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert sorted(line["id"] for line in lines) == ["i0", "i1", "i2", "i3"]
+    assert all(line["kind"] == "too long" and "raise packing.length" in line["reason"] for line in lines)
+    fresh = drawing(IMAGES, 48, Quarantine(limit=0.0), beside=True)
+    fresh.restore(json.loads(json.dumps(found[-1].cursor)))
+    assert fresh.quarantine.too_long == Counter(found[-1].cursor["quarantine"]["too_long"])
+
+
+def test_records_that_are_all_too_long_end_the_search() -> None:
+    with pytest.raises(
+        TrainingError, match=r"no record of images/draw can be used; .* do not fit a row of 48: raise"
+    ):
+        batches(drawing(IMAGES, 48, Quarantine(limit=1.0)), 1)
+
+
+def test_long_texts_are_cut_to_a_row_and_counted_apart(tmp_path: Path) -> None:
+    long = "word " * 200
+    quarantine = Quarantine(tmp_path / "q.jsonl", limit=0.0, minimum=1)
+    records = [*texts(6), {"id": "long", "text_en": long, "question": "How many words?", "answer": "many"}]
+    found = batches(packer(records, quarantine=quarantine), 12)
+    number = sum("many" in answers(batch) for batch in found)
+    assert number > 1 and 0 < quarantine.truncated["first"] <= number, (
+        "an example without its input needs no cut"
+    )
+    assert quarantine.total == 0 and not quarantine.too_long and not (tmp_path / "q.jsonl").exists()
+    merged = merge_cursors([found[-1].cursor, found[-1].cursor])["quarantine"]
+    assert merged["truncated"] == {"first": 2 * found[-1].cursor["quarantine"]["truncated"]["first"]}
+
+
+def test_a_shortened_example_is_laid_out_as_one_of_that_text(tmp_path: Path) -> None:
+    long, short = ("word " * count for count in (200, 30))
+    made = [
+        example_of({"id": "1", "text_en": words, "question": "?", "answer": "7"}) for words in (long, short)
+    ]
+    cut = shortened(made[0], 64)
+    assert len(cut) == 64 and cut.truncated and not made[1].truncated
+    text = modalities()["text"]
+    assert isinstance(text, Text)
+    read = text.decode(cut.pieces[0].arrays["ids"].tolist())
+    assert read.startswith("word word") and read.endswith("?")
+    assert cut.order.tolist() == [0] * len(cut.pieces[0]) + list(range(1, 1 + len(cut.pieces[1])))
+    assert cut.positions[:, 0].tolist() == list(range(64))
+    assert shortened(made[1], len(made[1])).positions.tolist() == made[1].positions.tolist()
+
+
+def test_both_sides_of_a_pair_are_cut() -> None:
+    record = {"id": "1", "text_en": "word " * 200, "image": png(), "label": "red"}
+    whole = example_of(record, "pair_picture")
+    cut = shortened(whole, 100)
+    assert whole.left and len(whole) > 200 and len(cut) == 100
+    assert cut.left == whole.left and set(cut.order.tolist()) == {0} and set(cut.private.tolist()) == {1, 2}
+
+
+def example_of(record: dict, task: str = "answer") -> Sequence:
+    return example_sequence(TASKS[task].example(record, np.random.default_rng(0)), modalities())
 
 
 def test_only_broken_records_stop_instead_of_searching_forever() -> None:

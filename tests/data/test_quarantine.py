@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from openm6.base.errors import TrainingError
-from openm6.data.quarantine import MAX_REASON, Quarantine
+from openm6.data.quarantine import MAX_REASON, Quarantine, merge_counts, summary
 
 
 def test_counts_and_lines(tmp_path):
@@ -19,7 +19,10 @@ def test_counts_and_lines(tmp_path):
     assert (quarantine.seen, quarantine.total, quarantine.share) == (100, 3, 0.03)
     assert quarantine.counts == {"shop": 2, "pets": 1}
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["source"], line["id"]) for line in lines] == [("shop", "7"), ("pets", "1")]
+    assert [(line["kind"], line["source"], line["id"]) for line in lines] == [
+        ("broken", "shop", "7"),
+        ("broken", "pets", "1"),
+    ]
     assert len(lines[1]["reason"]) == MAX_REASON
 
 
@@ -63,3 +66,33 @@ def test_threads_lose_no_count():
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
     assert quarantine.seen == 3200 and quarantine.total == 1600
+
+
+def test_what_is_too_long_or_truncated_never_stops_a_run(tmp_path):
+    quarantine = Quarantine(tmp_path / "q.jsonl", limit=0.0, minimum=1)
+    for number in range(300):
+        quarantine.add_too_long("poems", str(number), "900 tokens")
+        quarantine.accept()
+        quarantine.note_truncated("speech")
+    assert (quarantine.seen, quarantine.total, quarantine.share) == (600, 0, 0.0)
+    with pytest.raises(TrainingError, match="max_broken"):
+        quarantine.add("shop", "1", "broken")
+
+
+def test_the_summary_tells_what_was_broken_too_long_and_truncated_apart():
+    quarantine = Quarantine(limit=1.0)
+    assert summary(quarantine.state()) == ""
+    quarantine.accept(1200)
+    assert summary(quarantine.state()) == "", "nothing to tell"
+    for source, count in (("shop", 3), ("pets", 1), ("a", 1), ("b", 1)):
+        for number in range(count):
+            quarantine.add(source, str(number), "broken")
+    quarantine.add_too_long("poems", "1", "900 tokens")
+    quarantine.note_truncated("speech")
+    quarantine.skip("shop/speak")
+    merged = merge_counts([quarantine.state(), Quarantine().state()])
+    assert merged == quarantine.state()
+    assert summary(merged) == (
+        "1,207 records drawn; 6 broken (shop 3, pets 1, a 1, …); 1 too long for a row (poems 1); "
+        "1 truncated to fit (speech 1); 1 skipped for want of a field (shop/speak 1)"
+    )

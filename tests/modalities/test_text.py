@@ -89,8 +89,21 @@ def test_an_empty_answer_is_just_the_end(text: Text) -> None:
 def test_lengths_are_bounded(text: Text) -> None:
     short = Text(text.tokenizer, max_tokens=5)
     assert len(short.source("x" * 100)) == 5
-    assert len(text.target("x" * 100, options={"max_tokens": 7})) == 8
-    assert len(short.target("x" * 100)) == 6
+    assert len(text.target("x" * 100, options={"max_tokens": 7})) == 7
+    assert len(short.target("x" * 100)) == 5
+
+
+@pytest.mark.parametrize("most", [1, 7, 11, 12, 40])
+def test_a_target_has_an_end_exactly_if_it_is_whole(text: Text, most: int) -> None:
+    """A text that was cut and then closed would teach to stop amid a sentence."""
+    words = "the cat sat"
+    ids = text.encode_plain(words)
+    assert 7 < len(ids) <= 12
+    tokens = text.target(words, options={"max_tokens": most})
+    labels = tokens.arrays["labels"].tolist()
+    assert labels == ([*ids, text.end] if len(ids) <= most else ids[:most])
+    assert tokens.arrays["ids"].tolist() == [text.start, *labels[:-1]]
+    assert tokens.truncated == (len(ids) > most) and tokens.learn.all()
 
 
 def test_half_a_surrogate_pair_is_refused(text: Text) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -253,11 +254,15 @@ def pictures(folder: Path, broken: int, count: int = 60) -> dict[str, Any]:
     }
 
 
-def test_a_few_broken_records_are_set_aside_and_listed(tmp_path: Path) -> None:
+def test_a_few_broken_records_are_set_aside_and_listed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     recipe = tiny_recipe(10) | pictures(tmp_path / "data", broken=2)
     recipe["mixture"] = recipe["mixture"][:1]
     run = tmp_path / "run"
-    train_recipe(write_recipe(tmp_path, recipe), out=run)
+    with caplog.at_level("INFO", logger="openm6"):
+        train_recipe(write_recipe(tmp_path, recipe), out=run)
+    assert re.search(r"\d+ records drawn; \d+ broken \(pictures \d+\); see .*quarantine.jsonl", caplog.text)
     listed = [
         json.loads(line) for line in (run / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
     ]

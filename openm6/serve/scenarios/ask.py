@@ -10,6 +10,7 @@ from openm6.base.config import nearest
 from openm6.base.errors import DataError
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
+from openm6.modalities.truncation import join_texts
 from openm6.serve.requests import (
     CodesRequest,
     EmbedRequest,
@@ -94,13 +95,13 @@ def scenario_parts(scenario: Scenario, language: Language, values: Values) -> tu
     parts: list[Part] = []
     for number, piece in enumerate(_SLOT.split(scenario.prompt.said(language))):
         if number % 2 == 0:
-            part = Part("text", piece)
+            part = Part("text", piece, {"cuttable": ()})
         elif piece == "column":
-            part = Part("text", str(scenario.column).replace("_", " "))
+            part = Part("text", str(scenario.column).replace("_", " "), {"cuttable": ()})
         else:
             part = _part(scenario, piece, values)
         if part.modality == "text" and parts and parts[-1].modality == "text":
-            parts[-1] = Part("text", parts[-1].raw + part.raw)
+            parts[-1] = join_texts(parts[-1], part)
         elif part.raw != "":
             parts.append(part)
     return tuple(parts)
