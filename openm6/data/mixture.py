@@ -119,6 +119,12 @@ class Mixture:
         return known[1]
 
 
+def epochs_seen(state: Mapping[str, Any]) -> dict[str, float]:
+    """How often all records of each component were drawn, by its key, from the state of a mixture."""
+    cursors = state["components"].items()
+    return {key: cursor["epoch"] + cursor["offset"] / cursor["length"] for key, cursor in cursors}
+
+
 def _check(components: Sequence[Component]) -> None:
     if not components:
         raise DataError("the mixture is empty: add at least one source with a task")

@@ -13,6 +13,8 @@ from openm6.generate.masked import MaskedSampling
 class JudgeConfig(Config):
     """How many test records are judged, and how pictures and sounds are decoded."""
 
+    # Whether a run is judged when it has been trained; auto: unless its weights are streamed, which takes long.
+    at_end: bool | Literal["auto"] = "auto"
     records: int = Field(default=160, ge=2)  # per task, for the information gain
     answers: int = Field(default=60, ge=1)  # of them answered in text or numbers
     drawn: int = Field(default=20, ge=1)  # of them answered in pictures or sound

@@ -16,7 +16,7 @@ from openm6.evaluate.config import JudgeConfig
 from openm6.evaluate.judge import judge
 from openm6.evaluate.own_data import open_own_data
 from openm6.evaluate.results import Judgement, TaskResult
-from openm6.generate.load import load
+from openm6.generate.load import Loaded, load
 from openm6.models.description import Lesson, ModelDescription
 
 
@@ -58,8 +58,11 @@ def evaluate(
     json_path: Path | None = None,
     settings: list[str] | None = None,
     tell: Callable[[TaskResult], None] = lambda result: None,
+    loaded: Loaded | None = None,
 ) -> Judgement:
     """Judges a run or checkpoint; `settings` such as `judge.answers=300` override those of its recipe.
+
+    `loaded` is its model where that is in memory already; else it is read from `path`.
 
     `data` names a table or folder whose records stand in for every test split, as `open_own_data` says; baselines
     are then fitted to it, too, which only makes them harder to beat.
@@ -71,7 +74,7 @@ def evaluate(
     """
     if json_path is not None:
         check_place(json_path, "--json")
-    loaded = load(path)
+    loaded = loaded or load(path)
     description = loaded.description
     lessons = chosen_lessons(description, tasks)
     config = _judge_config(description, settings or [])

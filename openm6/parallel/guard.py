@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from openm6.base.errors import Interrupted, OpenM6Error, TrainingError
 
-FAILURE, HEARD = "failure", "heard"
+FAILURE, HEARD, DONE = "failure", "heard", "done"
 LOOK_EVERY = 0.3  # seconds between the first looks at the store
 LOOK_LATER = 2.0  # and between later ones: rank 0 answers the looks of all ranks
 SLOWER = 1.2  # from one look to the next
@@ -139,6 +139,22 @@ def open_store(name: str) -> dist.Store:
         wait_for_workers=False,
     )
     return dist.PrefixStore(f"openm6/{name}", store)
+
+
+def wait_for(store: dist.Store, key: str) -> None:
+    """Wait for a key, however long it takes: a collective would give up after its timeout.
+
+    Raises:
+        TrainingError: the store has gone, and with it rank 0 or the launcher.
+    """
+    waiting = threading.Event()
+    looks = 0
+    try:
+        while not store.check([key]):
+            waiting.wait(pause_before(looks))
+            looks += 1
+    except (dist.DistError, RuntimeError):
+        raise TrainingError("rank 0 was lost: see what it said last, and go on with --resume") from None
 
 
 def _has(store: dist.Store, key: str) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from openm6.optim.rules import Shape
 from openm6.parallel.config import MeshShape
 from openm6.parallel.exchange import AllToAllExchange, CopiesExchange
 from openm6.parallel.gradients import apart, clip, forget_unused, sum_gradients, total_norm
-from openm6.parallel.guard import Guard
+from openm6.parallel.guard import DONE, Guard, open_store, wait_for
 from openm6.parallel.pieces import piece_of
 from openm6.parallel.ranks import Ranks
 from openm6.parallel.set_parts import CopiedSets, CutSets
@@ -118,6 +118,20 @@ class ProcessRanks(Ranks):
         values = [value]
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
+
+    def same(self, tensor: Tensor) -> Tensor:
+        dist.broadcast(tensor, src=0)
+        return tensor
+
+    @contextmanager
+    def until_first_ends(self) -> Iterator[None]:
+        store = open_store(self.from_first(uuid.uuid4().hex))
+        yield
+        if self.first:
+            store.set(DONE, "yes")
+        else:
+            wait_for(store, DONE)
+        dist.barrier()  # rank 0 may keep the store that the others still look at
 
     def guard(self) -> AbstractContextManager[Any]:
         return Guard(self.rank, self.size, self.timeout_seconds, self.from_first(uuid.uuid4().hex))

@@ -98,6 +98,14 @@ class Ranks:
         """Rank 0's plain value, on every rank."""
         return value
 
+    def same(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, on every rank, in place: what ranks decide by it, they decide alike."""
+        return tensor
+
+    def until_first_ends(self) -> AbstractContextManager[Any]:
+        """Left by the other ranks when rank 0 leaves it, however long that takes; all enter it together."""
+        return nullcontext()
+
     def guard(self) -> AbstractContextManager[Any]:
         """While entered, a failure of any rank ends all of them with one sentence."""
         return nullcontext()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,7 +15,10 @@ from rich.text import Text
 from openm6.base.energy.units import in_joules
 from openm6.train.recorder import Line, Sink
 
+MOST = 100  # characters of a plain line
+EVERY = 10.0  # seconds between two of them
 _NOT_SHOWN = {
+    "metering_seconds",
     "seconds",
     "tokens_per_second",
     "learning_rate",
@@ -32,17 +36,22 @@ def open_display(name: str, start: int) -> Sink:
 
 
 class PlainDisplay:
-    """One line of text for each line of metrics."""
+    """A line of text for a line of metrics now and then, for all scores, and for the last step."""
 
-    def __init__(self, start: int) -> None:
+    def __init__(self, start: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._pace = Pace(start)
         self._steps: int | None = None
+        self._clock = clock
+        self._next = clock()
 
     def step(self, step: int, steps: int | None) -> None:
         self._pace.observe(step)
         self._steps = steps
 
     def line(self, line: Line) -> None:
+        if self._clock() < self._next and line["step"] != self._steps and "evaluation" not in line:
+            return
+        self._next = self._clock() + EVERY
         sys.stderr.write(describe(line, self._steps, self._pace) + "\n")
         sys.stderr.flush()
 
@@ -130,10 +139,18 @@ def describe(line: Line, steps: int | None, pace: Pace) -> str:
         return "  ".join(
             [place, "scores", *(f"{name} {value:.4g}" for name, value in line["evaluation"].items())]
         )
-    parts = [place, *(f"{name} {value:.4f}" for name, value in losses(line).items())]
-    parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
-    if "joules" in line:
-        parts.append(energy(line))
+    named = [f"{name} {value:.4f}" for name, value in losses(line).items()]
+    first = [place, *named[:1]]
+    last = [f"{line['tokens_per_second']:,.0f} tokens/s", pace.time_left(line["step"], steps)]
+    more = [energy(line)] if "joules" in line else []
     if line["c_v"]:
-        parts.append(f"c_v {sum(line['c_v']) / len(line['c_v']):.2f}")
-    return "  ".join([*parts, pace.time_left(line["step"], steps)])
+        more.append(f"c_v {sum(line['c_v']) / len(line['c_v']):.2f}")
+    # The losses of modalities before energy and balance, as many as fit.
+    room = MOST - len("  ".join([*first, *last]))
+    fitting = []
+    for part in [*named[1:], *more]:
+        if len(part) + 2 <= room:
+            fitting.append(part)
+            room -= len(part) + 2
+    told = [part for part in fitting if part in named]
+    return "  ".join([*first, *told, last[0], *(part for part in fitting if part not in told), last[1]])

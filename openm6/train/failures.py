@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from openm6.base.errors import TrainingError
+from openm6.base.errors import OpenM6Error, TrainingError
 from openm6.base.log import get_log
 from openm6.train.hooks import Hook
 from openm6.train.step import StepReport
@@ -38,6 +38,23 @@ def device_failures(step: Callable[[], int], streamed: bool = True) -> Iterator[
         reason = str(error).splitlines()[0]
         raise TrainingError(
             f"the GPU failed in step {step()} ({reason}): what was saved is whole, go on with --resume"
+        ) from error
+
+
+@contextmanager
+def failures_after_training(checkpoint: Path) -> Iterator[None]:
+    """Turns what fails once a run is trained into one sentence that says that nothing of the training is lost.
+
+    Raises:
+        TrainingError: evaluating or reporting failed, for a reason that a person can do something about.
+    """
+    try:
+        yield
+    except (OpenM6Error, OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TrainingError(
+            f"the run is trained and saved as {checkpoint}, but evaluating or reporting it failed ({reason}): "
+            "fix that and go on with --resume"
         ) from error
 
 

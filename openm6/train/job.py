@@ -137,4 +137,7 @@ class Job:
         raise NotImplementedError
 
     def finish(self, run: RunFolder) -> None:
-        """After the last step and its checkpoint: export, report. May be called again by a resumed run."""
+        """After the last step and its checkpoint, on all ranks: export, evaluate, report; only rank 0 writes.
+
+        Called again where a finished run is resumed.
+        """

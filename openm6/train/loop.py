@@ -22,7 +22,7 @@ from openm6.checkpoint.optimizer import optimizer_tensors
 from openm6.checkpoint.save import Snapshot
 from openm6.train.config import LoopConfig
 from openm6.train.display import open_display
-from openm6.train.failures import SwapHook, device_failures
+from openm6.train.failures import SwapHook, device_failures, failures_after_training
 from openm6.train.held_out import HeldOutHook
 from openm6.train.hooks import Hook
 from openm6.train.interrupt import Interrupt
@@ -127,13 +127,23 @@ class _Run:
         self.length = RunLength(config, run, job.ranks)
 
     def to_the_end(self) -> TrainResult:
+        with ExitStack() as stack:
+            # The outermost: a GPU that is gone fails again while the rest is closed.
+            stack.enter_context(device_failures(lambda: self.progress.step + 1, self.config.streamed))
+            stack.callback(self.updater.close)  # streamed weights live in it, also while they are evaluated
+            self._train()
+            result = self._result()
+            self.updater.forget()
+            with failures_after_training(result.checkpoint), self.job.ranks.until_first_ends():
+                self.job.finish(self.run)
+        self.job.ranks.close()
+        return result
+
+    def _train(self) -> None:
         job, progress = self.job, self.progress
         job.model.train()
         with ExitStack() as stack:
-            # The outermost: a GPU that is gone fails again while the rest is closed.
-            stack.enter_context(device_failures(lambda: progress.step + 1, self.config.streamed))
             interrupt = stack.enter_context(Interrupt())
-            stack.callback(self.updater.close)
             for hook in self.hooks:
                 stack.callback(hook.close)
                 hook.start(self)
@@ -159,11 +169,6 @@ class _Run:
                         f"stopped at step {progress.step}, saved as {self.saved}: go on with --resume",
                         stopping,
                     )
-        result = self._result()
-        job.ranks.close()  # what follows is for one process
-        if job.ranks.first:
-            job.finish(self.run)
-        return result
 
     def _signal(self, interrupt: Interrupt) -> int:
         """The signal by which any rank was asked to stop: then all do, after the same step; 0: none was."""

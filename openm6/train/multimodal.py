@@ -17,20 +17,22 @@ from openm6.base.errors import ConfigError, DataError
 from openm6.base.files import replace_text
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
-from openm6.checkpoint.folder import latest, list_checkpoints, read_state
-from openm6.data.mixture import Component, Mixture
+from openm6.checkpoint.folder import STATE_FILE, latest, list_checkpoints, read_state
+from openm6.data.mixture import Component, Mixture, epochs_seen
 from openm6.data.packing import Packer, merge_cursors
 from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine
 from openm6.data.quarantine import summary as summary_of_records
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
+from openm6.evaluate.card import FILE as CARD_FILE
 from openm6.evaluate.card import write_card
 from openm6.evaluate.energy import read_account
 from openm6.evaluate.report import write_report
-from openm6.evaluate.results import RunFacts
+from openm6.evaluate.results import Judgement, RunFacts
 from openm6.evaluate.run import evaluate
 from openm6.evaluate.table import summary
+from openm6.generate.load import Loaded
 from openm6.modalities.codec import codec_scores
 from openm6.modalities.numbers import Scales, fit_scale
 from openm6.modalities.pool import POOL
@@ -45,6 +47,9 @@ from openm6.models.description import (
     ModelDescription,
     build_model,
 )
+from openm6.models.omni import Omni
+from openm6.nn.exchange import LocalExchange
+from openm6.nn.gather import LocalGather
 from openm6.parallel.gather import open_gather
 from openm6.parallel.placing import place
 from openm6.parallel.ranks import Ranks
@@ -59,6 +64,7 @@ from openm6.train.recipe import MultimodalRecipe
 from openm6.train.source_check import check_sources
 from openm6.train.step import seed_everything
 
+REPORTS = ("report.json", "report.html", CARD_FILE)
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
 PART_TOKENS = 256  # fewer are not worth a process: each part costs some milliseconds whatever it holds
 SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
@@ -226,10 +232,53 @@ class MultimodalJob(Job):
         return names
 
     def finish(self, run: RunFolder) -> None:
-        """Judges the run on its test records and writes report.html, report.json and README.md, the model card."""
+        """Judges the run on its test records and writes report.html, report.json and README.md, the model card.
+
+        The model is judged as it stands in memory: a second one might not fit. Ranks that hold copies leave it to the
+        first; those that hold parts of one model all take part.
+        """
+        if self.ranks.first:
+            seen = epochs_seen(read_state(latest(run.path))["progress"]["cursor"]["mixture"])
+            listed = ", ".join(f"{name} {epochs:.3g}" for name, epochs in seen.items())
+            get_log().info(f"epochs of each source and task: {listed}")
+        at_end = self.recipe.judge.at_end
+        if not (at_end if at_end != "auto" else not self.recipe.loop.streamed):
+            get_log().info(f"not evaluated, as judge.at_end says; openm6 evaluate {run.path} does it")
+            return
+        checkpoint, reported = self.ranks.from_first(
+            _last_checkpoint(run) if self.ranks.first else (run.path, False)
+        )
+        if reported:
+            get_log().info(f"{run.path} is trained, evaluated and reported: nothing is left to do")
+            return
+        parted = self.ranks.layout is not None
+        if not (parted or self.ranks.first):
+            return
+        loaded = Loaded(self._for_evaluation(parted), self.modalities, self.description, checkpoint)
         watts = self.recipe.loop.energy.cpu_watts
         with open_meter(gpus_of(self.omni.device), watts) as meter, meter.span() as span:
-            judgement = evaluate(run.path, tell=lambda result: get_log().info(summary(result)))
+            judgement = evaluate(
+                run.path,
+                settings=["judge.workers=1"] if parted else None,
+                tell=lambda result: get_log().info(summary(result)),
+                loaded=loaded,
+            )
+        if self.ranks.first:
+            self._report(run, judgement, span.joules)
+
+    def _for_evaluation(self, parted: bool) -> Omni:
+        """The model as one that was read from its checkpoint; all ranks get the same hidden states."""
+        omni = self.omni.eval()
+        if omni.pool is not None:
+            omni.pool.gather = LocalGather()
+        if parted:
+            # Text ends where a token says so: ranks that found another one would wait for each other for ever.
+            omni.backbone.register_forward_hook(lambda _, given, found: (self.ranks.same(found[0]), found[1]))
+            return omni
+        omni.backbone.exchange = LocalExchange()
+        return omni.requires_grad_(False)
+
+    def _report(self, run: RunFolder, judgement: Judgement, joules: float) -> None:
         progress = read_state(latest(run.path))["progress"]
         set_aside = summary_of_records(progress["cursor"]["quarantine"])
         if set_aside:
@@ -248,7 +297,7 @@ class MultimodalJob(Job):
             steps=int(progress["step"]),
             seconds=float(progress["seconds"]),
             codecs=codecs,
-            energy=read_account(run, judging=span.joules),
+            energy=read_account(run, judging=joules),
         )
         write_report(run, judgement, facts)
         write_card(run, judgement, facts)
@@ -256,6 +305,14 @@ class MultimodalJob(Job):
 
     def files(self) -> dict[str, str]:
         return {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
+
+
+def _last_checkpoint(run: RunFolder) -> tuple[Path, bool]:
+    """The newest checkpoint of a run, and whether it was reported on since."""
+    checkpoint = latest(run.path)
+    saved = (checkpoint / STATE_FILE).stat().st_mtime_ns
+    reports = [run.path / name for name in REPORTS]
+    return checkpoint, all(path.is_file() and path.stat().st_mtime_ns >= saved for path in reports)
 
 
 def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> ModelDescription:

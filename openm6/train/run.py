@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.parallel.ranks import Ranks
 from openm6.parallel.start import launched, open_ranks, restarted
+from openm6.tasks.registry import TASKS
 from openm6.train.codec import ImageCodecJob, SoundCodecJob
 from openm6.train.codec_recipe import CodecRecipe, ImageCodecRecipe, SoundCodecRecipe
 from openm6.train.job import Job
@@ -95,7 +97,20 @@ def train_recipe(
         settings = plan.values if ranks.first and (plan.path != run.config or overrides) else None
         job = WAYS[plan.recipe.kind][1](plan.recipe, run, device, ranks)  # type: ignore[union-attr]
         result = train(job, plan.recipe.loop, run, plan.resume, settings=settings)
+        if isinstance(plan.recipe, MultimodalRecipe):
+            get_log().info(_next_steps(plan.recipe, plan.folder))
     return result if ranks.first else None
+
+
+def _next_steps(recipe: MultimodalRecipe, folder: Path) -> str:
+    """Commands for the model that was trained."""
+    wanted, run = TASKS[recipe.mixture[0].task].gives, shlex.quote(str(folder))
+    return (
+        "next:\n"
+        f"  openm6 evaluate {run}\n"
+        f"  openm6 generate {run} --text 'your question' --want {wanted}\n"
+        f"  openm6 serve {run} --playground"
+    )
 
 
 @dataclass

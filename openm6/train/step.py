@@ -99,6 +99,10 @@ class Updater:
         load_model(folder, self.job.model, layout)
         load_optimizer(folder, self.optimizer, self.job.model, layout)
 
+    def forget(self) -> None:
+        """Let go of what only training needs: the model remains, for evaluation."""
+        self.optimizer.state.clear()
+
     def close(self) -> None:
         """Give back what was taken besides the model."""
 

@@ -1,4 +1,4 @@
-"""A program for the launcher, of which rank 1 fails in the way that it is told to."""
+"""A program for the launcher, of which rank 1 fails in the way that it is told to, or rank 0 at its end."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from openm6.base.errors import OpenM6Error
+from openm6.base.errors import OpenM6Error, TrainingError
 from openm6.parallel.processes import ProcessRanks
 
 
 def main(way: str, folder: Path) -> None:
-    ranks = ProcessRanks(torch.device("cpu"), timeout_seconds=3.0 if way == "hang" else 60.0)
+    ranks = ProcessRanks(torch.device("cpu"), timeout_seconds=3.0 if way in ("hang", "late") else 60.0)
     with ranks.guard():
         ranks.total([1])
         if ranks.rank == 1:
@@ -26,6 +26,11 @@ def main(way: str, folder: Path) -> None:
             if way == "killed" and not (folder / "killed").exists():
                 (folder / "killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+        with ranks.until_first_ends():
+            if way == "late" and ranks.first:
+                time.sleep(4)  # longer than a collective waits
+            if way == "end" and ranks.first:
+                raise TrainingError("the report could not be written")
         ranks.total([1])
         (folder / f"rank-{ranks.rank}").write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
 

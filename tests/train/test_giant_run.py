@@ -39,6 +39,7 @@ def giant_recipe(switch: dict[str, Any], steps: int = STEPS, **model: Any) -> di
         "stages": {"switch": switch, "warmup_steps": 2},
     }
     recipe = tiny_recipe(steps, **{**loop, "save_every": SWITCH, "keep": 9})
+    recipe["judge"] = {**recipe["judge"], "at_end": True}
     return {**recipe, "model": {**MODEL, "overrides": {**MODEL["overrides"], "sharing": "all", **model}}}
 
 

@@ -1,0 +1,137 @@
+"""What follows the last step: the model is judged where it stands, and what fails then loses nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from openm6.base.errors import OutputError, TrainingError
+from openm6.base.run_folder import RunFolder
+from openm6.evaluate.results import Judgement
+from openm6.evaluate.run import evaluate
+from openm6.evaluate.run import to_json as judgement_json
+from openm6.parallel.processes import ProcessRanks
+from openm6.train.loop import train
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.run import read_recipe, train_recipe
+from tests.parallel.fleet import Fleet
+from tests.train.tiny_recipe import JUDGE, tiny_recipe, write_recipe
+
+CPU = torch.device("cpu")
+ONE_TEXT = {
+    "sources": {"digits": {"kind": "embedded", "name": "digits", "limit": 30}},
+    "mixture": [{"source": "digits", "task": "name_picture"}],
+}
+FEW_TASKS = [
+    {"source": "digits", "task": "name_picture"},
+    {"source": "digits", "task": "draw"},
+    {"source": "penguins", "task": "predict_number"},
+]
+
+
+def reported(run: Path) -> dict[str, Any]:
+    tasks: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))["tasks"]
+    return tasks
+
+
+def tasks_of(judgement: Judgement) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(judgement_json(judgement))["tasks"]
+    return found
+
+
+def load_no_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openm6.evaluate.run.load", lambda *_: pytest.fail("a second model was loaded"))
+
+
+STREAMED = {"streaming": {"resident": 1}, "optimizer": {"learning_rate": 0.002, "bytes_per_parameter": 2}}
+
+
+@pytest.mark.parametrize("loop", [{}, STREAMED], ids=["plain", "streamed"])
+def test_the_live_model_is_judged_as_its_checkpoint_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: dict[str, Any]
+) -> None:
+    recipe = tiny_recipe(4, workers=1, **loop) | {"mixture": FEW_TASKS, "judge": {**JUDGE, "at_end": True}}
+    with monkeypatch.context() as patched:
+        load_no_second(patched)
+        train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+    assert reported(tmp_path / "run") == tasks_of(evaluate(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("judge", "loop"), [({"at_end": False}, {}), ({}, STREAMED)], ids=["turned off", "streamed"]
+)
+def test_a_run_that_is_not_to_be_judged_is_not(
+    tmp_path: Path, judge: dict[str, Any], loop: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = tiny_recipe(1, workers=1, **loop) | ONE_TEXT | {"judge": {**JUDGE, **judge}}
+    with caplog.at_level("INFO", logger="openm6"):
+        train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
+    assert f"openm6 evaluate {tmp_path / 'run'}" in caplog.text
+    assert not (tmp_path / "run/report.json").exists()
+
+
+def test_a_failure_after_training_says_that_nothing_is_lost_and_resuming_repeats_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OutputError(
+            f"{run}/report.html could not be written (No space left on device): free some space"
+        )
+
+    path, run = write_recipe(tmp_path, tiny_recipe(2, workers=1) | ONE_TEXT), tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr("openm6.train.multimodal.write_report", full)
+        with pytest.raises(
+            TrainingError, match=r"trained and saved as .*step-2, but .*No space left"
+        ) as failure:
+            train_recipe(path, out=run)
+    assert "\n" not in str(failure.value) and "go on with --resume" in str(failure.value)
+    lines = (run / "metrics.jsonl").read_text()
+    with caplog.at_level("INFO", logger="openm6"):
+        assert train_recipe(path, resume=True, out=run).steps == 2
+    assert "epochs of each source and task: digits/name_picture 1." in caplog.text
+    assert all(f"openm6 {word} {run}" in caplog.text for word in ("evaluate", "generate", "serve"))
+    assert (run / "report.json").exists() and (run / "metrics.jsonl").read_text() == lines
+    monkeypatch.setattr("openm6.train.multimodal.evaluate", lambda *_, **__: pytest.fail("judged again"))
+    with caplog.at_level("INFO", logger="openm6"):
+        assert train_recipe(path, resume=True, out=run).steps == 2
+    assert "nothing is left to do" in caplog.text
+
+
+def judged_on_ranks(recipe: str, folder: str, axes: tuple[int, int, int]) -> dict[str, Any] | None:
+    """A run of this rank; what was reported is given by rank 0."""
+    names = ("data", "shard", "experts")
+    checked, _ = read_recipe(Path(recipe), [f"parallel.{n}={s}" for n, s in zip(names, axes, strict=True)])
+    ranks, run = ProcessRanks(CPU, 60), RunFolder.open(folder)
+    job = MultimodalJob(checked, run, CPU, ranks)
+    with pytest.MonkeyPatch.context() as patched:
+        load_no_second(patched)
+        # The fleet has no launcher, whose store ranks wait at.
+        patched.setattr(ProcessRanks, "until_first_ends", lambda self: torch.no_grad())
+        train(job, checked.loop, run)
+    dist.barrier()
+    return reported(run.path) if ranks.first else None
+
+
+@pytest.mark.parametrize(("axes", "loop"), [
+    ((2, 1, 1), {}), ((1, 2, 1), {}), ((1, 1, 2), {}), ((1, 1, 2), STREAMED), ((1, 2, 1), STREAMED),
+])  # fmt: skip
+def test_ranks_judge_the_model_that_they_hold(
+    tmp_path: Path, two: Fleet, axes: tuple[int, int, int], loop: dict[str, Any]
+) -> None:
+    recipe = tiny_recipe(2, workers=1, **loop) | {
+        "mixture": FEW_TASKS,
+        "judge": {**JUDGE, "at_end": True, "workers": 1},
+    }
+    path = write_recipe(tmp_path, recipe | {"packing": {"rows": 2, "length": 160, "lanes": 2}})
+    found = two.run(judged_on_ranks, path, str(tmp_path / "run"), axes)[0]
+    expected = tasks_of(evaluate(tmp_path / "run"))
+    assert set(found) == set(expected)
+    for name, entry in expected.items():
+        for figure in ("value", "baseline", "information_gain"):
+            assert found[name][figure] == pytest.approx(entry[figure], rel=1e-3, abs=1e-3), (name, figure)
