@@ -31,6 +31,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     scores: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     top: int | None = None
+    nats: float = 0.0  # negative log-likelihood of what was drawn
 
 
 class TextRows:
@@ -107,7 +108,9 @@ class TextRows:
         longest = max(self.cache.lengths[:count]) + 1
         longest = min(-(-longest // STRIDE) * STRIDE, self.cache.room)
         drawn, logits = self._run(self._padded(count), longest, self._way())
-        return self._settle(drawn[:count].tolist(), logits)
+        logits, drawn = logits[:count], drawn[:count]
+        chosen = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(-1)  # B
+        return self._settle(drawn.tolist(), chosen.tolist(), logits)
 
     def _padded(self, count: int) -> int:
         """Rows of a pass that has `count` to write."""
@@ -144,7 +147,7 @@ class TextRows:
         noise = gumbel(self.seed[:batch], self.draw[:batch], logits.shape[-1])
         return torch.where(temperature > 0, scores + noise, logits).argmax(-1)
 
-    def _settle(self, drawn: list[int], logits: Tensor) -> list[Row]:
+    def _settle(self, drawn: list[int], chosen: list[float], logits: Tensor) -> list[Row]:
         ended = []
         scored = {slot for slot, row in enumerate(self.rows) if row.top is not None}
         for slot, (row, token) in enumerate(zip(self.rows, drawn, strict=True)):
@@ -152,6 +155,7 @@ class TextRows:
             row.place += 1
             self.cache.lengths[slot] += 1
             row.tokens.append(token)
+            row.nats -= chosen[slot]
             if slot in scored:
                 row.scores.append(_score(logits[slot], token, row.top or 0))
             full = self.cache.lengths[slot] + 1 >= self.cache.room

@@ -15,12 +15,14 @@ from PIL import Image as Pillow
 from openm6.base.config import Config, apply_overrides, build
 from openm6.base.errors import ConfigError
 from openm6.base.files import check_place, replace_bytes, replace_text
+from openm6.base.log import get_log
 from openm6.generate.load import Loaded, load
 from openm6.generate.masked import MaskedSampling, fill_codes
 from openm6.generate.numbers import predict
 from openm6.generate.question import Question, prompt_parts, read_picture, read_recording
 from openm6.generate.sampling import Sampling
-from openm6.generate.text import write
+from openm6.generate.taught import assess
+from openm6.generate.text import write_with_confidence
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Tokens
 from openm6.modalities.numbers import Histogram, NumberSeries
@@ -73,10 +75,17 @@ def _target(want: str, out: Path | None) -> Path | None:
 
 
 def answer_question(loaded: Loaded, question: Question, decoding: Decoding, out: Path | None) -> str:
-    """The printed answer to a question; files are written on the way."""
-    prompt = source_pieces(prompt_parts(question, loaded), loaded.modalities)
+    """The printed answer to a question; files are written on the way, and what was not taught is said in the log."""
+    parts = prompt_parts(question, loaded)
+    prompt = source_pieces(parts, loaded.modalities)
+    confidence = None
     if question.want == "text":
-        return _kept(write(loaded, [prompt], decoding.text)[0], out)
+        written, confidence = write_with_confidence(loaded, [prompt], decoding.text)[0]
+    found = assess(parts, question.want, loaded.description, confidence)
+    if not found.taught:
+        get_log().warning(found.en)
+    if question.want == "text":
+        return _kept(written, out)
     if question.want == "numbers":
         return _kept(_numbers(loaded, question, prompt), out)
     assert out is not None

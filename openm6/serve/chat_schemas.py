@@ -10,6 +10,7 @@ from openm6.serve.content import Message
 from openm6.serve.distributions import Distribution
 from openm6.serve.media import PictureFormat, SoundFormat
 from openm6.serve.schemas import MAX_SEED, Energy, TokenUsage
+from openm6.serve.teaching import Teaching
 
 # Fields of OpenAI's that would change the answer: the values that ask for nothing, besides null and what is empty.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -146,7 +147,7 @@ class Choice(BaseModel):
     finish_reason: Literal["stop", "length"]
 
 
-class Completion(Energy):
+class Completion(Energy, Teaching):
     """One answer for each choice; `seed` repeats it."""
 
     id: str
@@ -175,8 +176,8 @@ class DeltaChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None = None
 
 
-class Chunk(Energy):
-    """A piece of a streamed answer; the last one with choices carries the joules."""
+class Chunk(Energy, Teaching):
+    """A piece of a streamed answer; the last one with choices carries the joules, and whether it was taught."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

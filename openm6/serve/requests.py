@@ -95,6 +95,7 @@ class Answer:
     value: a text (str), codes (Tensor N G), distributions (one `Histogram` for each column, in order), nats of each
         candidate with its number of tokens (list of pairs), or a vector (array D), as the request asked
     finish: `stop` where the answer ended by itself, `length` where it was cut
+    confidence: geometric mean probability of the tokens of a text, None for anything else
     joules: its share of the energy counted while it was worked on, None where nothing counts; source says by what
     """
 
@@ -102,6 +103,7 @@ class Answer:
     usage: Usage
     finish: Literal["stop", "length"] = "stop"
     scored: tuple[Scored, ...] = ()
+    confidence: float | None = None
     joules: float | None = None
     source: str | None = None
     waited: float = 0.0

@@ -17,6 +17,7 @@ from openm6.generate.graphs import open_rows
 from openm6.generate.load import Loaded
 from openm6.generate.reading import PromptMemory, read_into, read_together
 from openm6.generate.rows import Row
+from openm6.generate.taught import confidence_of
 from openm6.serve.alone import judged_candidates, value_alone
 from openm6.serve.config import EngineConfig
 from openm6.serve.energy import EnergyShares
@@ -231,11 +232,14 @@ class Worker:
         if over or stopped:
             self.text.remove(row)
             ended = stopped or row.tokens[-1] == text.end
-            self._end(ticket, shown, len(row.tokens), cut=not ended)
+            sure = confidence_of(row.nats, len(row.tokens))
+            self._end(ticket, shown, len(row.tokens), cut=not ended, confidence=sure)
         else:
             ticket.announce()
 
-    def _end(self, ticket: Ticket, value: object, given: int, cut: bool = False) -> None:
+    def _end(
+        self, ticket: Ticket, value: object, given: int, cut: bool = False, confidence: float | None = None
+    ) -> None:
         """The answer is there; its joules are not known before the tick's end."""
         read = ticket.prepared.read
         answer = Answer(
@@ -243,6 +247,7 @@ class Worker:
             usage=Usage(read, ticket.known, given),
             finish="length" if cut else "stop",
             scored=tuple(ticket.scored),
+            confidence=confidence,
             waited=ticket.started - ticket.born,
             first=ticket.first,
         )

@@ -12,7 +12,7 @@ from openm6.base.errors import DataError
 from openm6.modalities.interface import Part
 from openm6.modalities.sound import RATE
 from openm6.serve.distributions import described
-from openm6.serve.playground.charts import interval_chart, ranking_list, vector_strip
+from openm6.serve.playground.charts import interval_chart, ranking_list, untaught, vector_strip
 from openm6.serve.playground.inputs import uploaded
 from openm6.serve.playground.words import ESTIMATE, NOTHING, UNCOUNTED
 from openm6.serve.requests import Answer, CodesRequest, NumbersRequest, Request, TextRequest
@@ -21,6 +21,7 @@ from openm6.serve.scenarios.bodies import COVERAGE, picture_of, ranking_of
 from openm6.serve.scenarios.catalogue import require
 from openm6.serve.scenarios.scenario import Language, Output, Scenario
 from openm6.serve.state import Server
+from openm6.serve.teaching import taught_of
 
 CLIENT = "playground"
 
@@ -91,8 +92,11 @@ async def _answered(
     ticket = await server.engine.ask(request)
     answer = await ticket.answer()
     server.metrics.add(CLIENT, answer)
-    note = energy_note(answer, language)
     loaded, value = server.engine.loaded, answer.value
+    note = energy_note(answer, language)
+    taught = taught_of(request, answer, loaded.description)
+    if not taught.taught:
+        note = untaught(taught.said(language)) + note
     if gives == "text":
         return Shown(text=value, note=note)
     if gives == "image":

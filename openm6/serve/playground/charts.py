@@ -101,3 +101,8 @@ def vector_strip(vector: Sequence[float]) -> str:
         for number, value in enumerate(vector)
     )
     return f'<svg viewBox="0 0 {WIDTH} 40" role="img" aria-label="{len(vector)} numbers">{bars}</svg>'
+
+
+def untaught(sentence: str) -> str:
+    """Above an answer for which the model was not trained."""
+    return f'<p class="untaught">{html.escape(sentence)}</p>'

@@ -30,6 +30,7 @@ from openm6.serve.replies import ask_all
 from openm6.serve.requests import Answer, Request
 from openm6.serve.schemas import chosen_seed, joules_of, usage_of
 from openm6.serve.state import Server, ThisClient, ThisServer
+from openm6.serve.teaching import teaching_of
 from openm6.serve.ticket import Ticket
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"], route_class=StrictRoute, responses=DOCUMENTED)
@@ -85,6 +86,8 @@ def _completion(
             )
         )
     joules, source = joules_of(answers)
+    flat = [request for requests in choices for request in requests]
+    taught, note = teaching_of(flat, answers, server.engine.loaded.description)
     return Completion(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
@@ -94,6 +97,8 @@ def _completion(
         seed=seed,
         joules=joules,
         joules_source=source,
+        taught=taught,
+        note=note,
     )
 
 
@@ -204,6 +209,8 @@ class _Stream:
         self, choices: list[DeltaChoice], answers: list[Answer] | None = None, usage: bool = False
     ) -> str:
         joules, source = joules_of(answers or [])
+        flat = [request for requests in self.choices for request in requests] if answers else []
+        taught, note = teaching_of(flat, answers or [], self.server.engine.loaded.description)
         chunk = Chunk(
             id=self.id,
             created=self.created,
@@ -213,5 +220,7 @@ class _Stream:
             seed=self.seed,
             joules=joules,
             joules_source=source,
+            taught=taught,
+            note=note,
         )
         return f"data: {chunk.model_dump_json(exclude_none=not usage)}\n\n"

@@ -23,6 +23,7 @@ from openm6.serve.replies import ask_all
 from openm6.serve.requests import Answer, CodesRequest
 from openm6.serve.schemas import MAX_SEED, Energy, chosen_seed, joules_of, seed_of
 from openm6.serve.state import Server, ThisClient, ThisServer
+from openm6.serve.teaching import Teaching, teaching_of
 from openm6.serve.words import language_of, part_in_words, taught, text_in_words
 
 router = APIRouter(prefix="/v1/images", tags=["images"], route_class=StrictRoute, responses=DOCUMENTED)
@@ -61,7 +62,7 @@ class PictureUsage(BaseModel):
     input_tokens_details: InputDetails
 
 
-class Pictures(Energy):
+class Pictures(Energy, Teaching):
     """Pictures in base64, and what they took."""
 
     created: int
@@ -89,7 +90,7 @@ async def generate(body: Generation, server: ThisServer, client: ThisClient, htt
     answers = await ask_all(server, http, "images", _several(asked, body.n))
     form: PictureFormat = body.output_format or "png"
     files = await asyncio.to_thread(_files, server, answers, form, None, None)
-    return _pictures(server, answers, files, form, seed)
+    return _pictures(server, asked, answers, files, form)
 
 
 @router.post("/edits")
@@ -129,7 +130,7 @@ async def edit(
     answers = await ask_all(server, http, "edits", _several(asked, n))
     form: PictureFormat = output_format or "png"
     files = await asyncio.to_thread(_files, server, answers, form, given, hole)
-    return _pictures(server, answers, files, form, asked.sampling.seed)
+    return _pictures(server, asked, answers, files, form)
 
 
 def _parts_of_edit(given: bytes, hole: np.ndarray | None, prompt: str) -> tuple[Part, ...]:
@@ -165,20 +166,21 @@ def _files(
 
 
 def _pictures(
-    server: Server, answers: list[Answer], files: list[bytes], form: PictureFormat, seed: int
+    server: Server, asked: CodesRequest, answers: list[Answer], files: list[bytes], form: PictureFormat
 ) -> Pictures:
     side = server.engine.loaded.image.side
     read = answers[0].usage
     given = sum(answer.usage.given for answer in answers)
     image_tokens = read.read.get("image", 0)
     joules, source = joules_of(answers)
+    found, note = teaching_of([asked], answers[:1], server.engine.loaded.description)
     details = InputDetails(image_tokens=image_tokens, text_tokens=read.prompt - image_tokens)
     return Pictures(
         created=int(time.time()),
         data=[Picture(b64_json=base64.b64encode(data).decode()) for data in files],
         output_format=form,
         size=f"{side}x{side}",
-        seed=seed,
+        seed=asked.sampling.seed,
         usage=PictureUsage(
             input_tokens=read.prompt,
             output_tokens=given,
@@ -187,4 +189,6 @@ def _pictures(
         ),
         joules=joules,
         joules_source=source,
+        taught=found,
+        note=note,
     )

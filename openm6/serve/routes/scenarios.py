@@ -19,6 +19,7 @@ from openm6.serve.scenarios.catalogue import read_catalogue, require, standing
 from openm6.serve.scenarios.scenario import Scenario
 from openm6.serve.schemas import chosen_seed, joules_of
 from openm6.serve.state import Server, ThisClient, ThisServer
+from openm6.serve.teaching import teaching_of
 
 CATALOGUE = read_catalogue()
 MISSING: dict[int | str, dict[str, Any]] = {
@@ -95,6 +96,7 @@ async def answer(
     answers = await ask_all(server, http, "scenarios", [request])
     field = await asyncio.to_thread(shown, scenario, request, answers[0], loaded)
     joules, source = joules_of(answers)
+    taught, note = teaching_of([request], answers, loaded.description, body.language)
     return ScenarioAnswer(
         model=server.name,
         scenario=scenario.name,
@@ -103,6 +105,8 @@ async def answer(
         gives=scenario.gives,
         joules=joules,
         joules_source=source,
+        taught=taught,
+        note=note,
         **field,
     )
 

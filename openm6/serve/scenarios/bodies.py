@@ -26,6 +26,7 @@ from openm6.serve.media import (
 from openm6.serve.requests import Answer, CodesRequest, NumbersRequest, Request
 from openm6.serve.scenarios.scenario import Scenario
 from openm6.serve.schemas import MAX_SEED, Energy
+from openm6.serve.teaching import Teaching
 
 MOST_TEXTS = 256
 COVERAGE = 0.8
@@ -54,7 +55,7 @@ class RankedCandidate(BaseModel):
     score: float
 
 
-class ScenarioAnswer(Energy):
+class ScenarioAnswer(Energy, Teaching):
     """One of the fields after `gives` holds the answer: image is a data URL, audio base64 of a WAV file."""
 
     object: Literal["scenario.answer"] = "scenario.answer"

@@ -94,6 +94,11 @@ def test_a_filled_picture_keeps_what_lies_outside(client: httpx.Client) -> None:
     assert (changed[16:48, 16:48] != before[16:48, 16:48]).any()
 
 
+def test_it_is_said_whether_the_words_were_trained(client: httpx.Client) -> None:
+    found = client.post("/v1/scenarios/couplet", json=body("couplet", "zh")).json()
+    assert found["taught"] and found["note"] is None
+
+
 def test_a_sound_comes_back(client: httpx.Client) -> None:
     found = client.post("/v1/scenarios/read_aloud", json=body("read_aloud")).json()
     samples, rate = soundfile.read(io.BytesIO(base64.b64decode(found["audio"])))

@@ -1,0 +1,155 @@
+"""Whether a question is of a kind that the model was trained on; where it is not, what it was trained on.
+
+Three things are looked at, in this order:
+
+- the pair: some trained task must read the modalities that are given and answer in the one that is asked for;
+- the words: more than half of the fixed words of one of that task's prompts must stand in the text;
+- the answer: where a task takes any words ("{text}"), a text whose tokens have a low mean probability was not learned.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from openm6.modalities.interface import Part
+from openm6.models.description import ModelDescription
+from openm6.tasks.registry import TASKS
+from openm6.tasks.task import Task
+
+SURE = (
+    0.3  # geometric mean probability of an answer's tokens; below it, an answer to free words is not trusted
+)
+ALIKE = 0.5  # share of a prompt's fixed words that a question must exceed
+LISTED = 4  # kinds of answers that a note names
+# The modality of a given slot by its name in the prompts; all others are text.
+SLOTS = {
+    "image": "image",
+    "reference": "image",
+    "second": "image",
+    "sound": "sound",
+    "numbers": "numbers",
+    "series": "numbers",
+}
+CHINESE = {"text": "文本", "image": "图片", "sound": "声音", "numbers": "数值"}
+_SLOT = re.compile(r"\{\w+\}")
+_WORD = re.compile(r"[a-z0-9]+|[\u3400-\u9fff]")
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The verdict: `en` and `zh` say what is missing, and are empty where nothing is."""
+
+    en: str = ""
+    zh: str = ""
+
+    @property
+    def taught(self) -> bool:
+        return not self.en
+
+    def said(self, language: str) -> str:
+        """The sentence in a language."""
+        return self.zh if language == "zh" else self.en
+
+
+def assess(
+    parts: Sequence[Part], target: str, description: ModelDescription, confidence: float | None = None
+) -> Taught:
+    """Whether a question was trained for: the parts that are read, and the modality of the answer.
+
+    `confidence` is the geometric mean probability of the tokens of a text that was answered.
+    """
+    trained = [TASKS[name] for name in _trained(description)]
+    given = {part.modality for part in parts} - {"text"}
+    fitting = [task for task in trained if task.gives == target and inputs_of(task) == given]
+    if not fitting:
+        return _other_pair(given, target, trained)
+    text = " ".join(str(part.raw) for part in parts if part.modality == "text")
+    if any(_resembles(text, prompt) for task in fitting for prompt in _prompts(task)):
+        return Taught()
+    if any(not _fixed_words(prompt) for task in fitting for prompt in _prompts(task)):
+        sure = confidence is None or confidence >= SURE
+        return Taught() if sure else _unsure(confidence or 0.0)
+    return _other_words(fitting)
+
+
+def confidence_of(nats: float, tokens: int) -> float:
+    """Geometric mean probability of tokens whose negative log-likelihoods sum to `nats`; 0 where there are none."""
+    return math.exp(-nats / tokens) if tokens else 0.0
+
+
+def inputs_of(task: Task) -> set[str]:
+    """The modalities that a task reads besides text."""
+    return {SLOTS[name] for name in task.given if name in SLOTS}
+
+
+def _trained(description: ModelDescription) -> list[str]:
+    """Names of the trained tasks that have an answer, each once."""
+    names = dict.fromkeys(lesson.task for lesson in description.lessons)
+    return [name for name in names if name in TASKS and not TASKS[name].contrasts]
+
+
+def _prompts(task: Task) -> list[str]:
+    return [prompt for prompts in task.prompts.values() for prompt in prompts]
+
+
+def _fixed_words(prompt: str) -> set[str]:
+    return _words(_SLOT.sub(" ", prompt))
+
+
+def _words(text: str) -> set[str]:
+    """Words of Latin letters, and single Chinese characters."""
+    return set(_WORD.findall(text.lower()))
+
+
+def _resembles(text: str, prompt: str) -> bool:
+    fixed = _fixed_words(prompt)
+    return len(fixed & _words(text)) > ALIKE * len(fixed)
+
+
+def _other_pair(given: Collection[str], target: str, trained: list[Task]) -> Taught:
+    pairs = list(dict.fromkeys((tuple(sorted(inputs_of(task))) or ("text",), task.gives) for task in trained))
+    read = sorted(given) or ["text"]
+    more = len(pairs) > LISTED
+    en = "; ".join(f"{gives} from {' and '.join(reads)}" for reads, gives in pairs[:LISTED])
+    zh = "；".join(f"{_zh(reads)}→{CHINESE[gives]}" for reads, gives in pairs[:LISTED])
+    return Taught(
+        f"not taught: this model was never trained to give {target} from {' and '.join(read)}, "
+        f"only {en or 'embeddings'}{'; …' if more else ''}",
+        f"未学过：该模型从未训练过{_zh(read)}→{CHINESE[target]}，只训练过{zh or '向量'}{'；…' if more else ''}",
+    )
+
+
+def _other_words(fitting: list[Task]) -> Taught:
+    prompts = {
+        language: list(
+            dict.fromkeys(task.prompts[language][0] for task in fitting if language in task.prompts)
+        )
+        for language in ("en", "zh")
+    }
+    en, zh = (
+        ", ".join(f"{_shown(prompt)!r}" for prompt in (prompts[language] or prompts["en"])[:LISTED])
+        for language in ("en", "zh")
+    )
+    return Taught(
+        f"not taught: this model was never asked in such words; it was trained on {en}",
+        f"未学过：该模型从未见过这样的问法，训练时的问法是 {zh}",
+    )
+
+
+def _unsure(confidence: float) -> Taught:
+    return Taught(
+        f"probably not taught: the model is unsure of every word (mean probability {confidence:.0%}), "
+        f"as with questions that are like none in its training data",
+        f"可能未学过：模型对答案没有把握（平均概率 {confidence:.0%}），训练数据中没有类似的问题",
+    )
+
+
+def _shown(prompt: str) -> str:
+    return _SLOT.sub("…", prompt).strip()
+
+
+def _zh(modalities: Collection[str]) -> str:
+    return "、".join(CHINESE[name] for name in modalities)

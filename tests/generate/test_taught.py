@@ -1,0 +1,122 @@
+"""A question that was trained for is taught; another pair, other words or an unsure answer is not, with a sentence."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openm6.base.errors import DataError
+from openm6.generate.load import Loaded
+from openm6.generate.question import Question
+from openm6.generate.run import Decoding, answer_question
+from openm6.generate.sampling import Sampling
+from openm6.generate.taught import SURE, Taught, assess, inputs_of
+from openm6.generate.text import write, write_with_confidence
+from openm6.modalities.interface import Part
+from openm6.modalities.registry import source_pieces
+from openm6.models.description import ModelDescription
+from openm6.tasks.registry import TASKS
+from tests.data.pictures import png
+from tests.small_model import demo_sources, loaded
+
+
+def trained(*tasks: str) -> ModelDescription:
+    return loaded(lessons=tuple((task, "x") for task in tasks)).description
+
+
+def text(words: str) -> Part:
+    return Part("text", words)
+
+
+PICTURE, ROW = Part("image", b""), Part("numbers", {"mass": 1.0})
+CLASSIFIER = trained("name_picture", "classify_numbers")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_modalities_of_a_task_follow_from_its_slots(name: str) -> None:
+    task = TASKS[name]
+    assert task.reads in (inputs_of(task) or {"text"})
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if not task.contrasts])
+def test_what_was_trained_is_taught(name: str) -> None:
+    """A record put to its own task, in both languages and all its prompts."""
+    task, rng = TASKS[name], np.random.default_rng(0)
+    seen = 0
+    for source in demo_sources().values():
+        for row in range(3):
+            try:
+                example = task.example(source[row], rng, train=True)
+            except (DataError, KeyError):
+                continue
+            seen += 1
+            assert assess(example.source, task.gives, trained("translate_label", name), 0.9) == Taught()
+    assert seen or task.compares or task.name in ("predict_from_all",)
+
+
+@pytest.mark.parametrize(
+    ("parts", "target", "said"),
+    [
+        ([text("draw a cat")], "image", "image from text, only text from image; text from numbers"),
+        ([PICTURE, text(" Say it.")], "sound", "sound from image, only text from image"),
+        ([ROW, PICTURE], "text", "text from image and numbers, only"),
+        ([ROW, text(" What is its mass?")], "numbers", "numbers from numbers, only"),
+    ],
+)  # fmt: skip
+def test_a_pair_that_was_never_trained(parts: list[Part], target: str, said: str) -> None:
+    found = assess(parts, target, CLASSIFIER)
+    assert not found.taught and said in found.said("en") and "\n" not in found.en
+    assert found.said("zh").startswith("未学过")
+
+
+def test_words_that_are_like_no_prompt() -> None:
+    assert assess([PICTURE, text(" What is this?")], "text", CLASSIFIER).taught
+    assert assess([PICTURE, text(" 这是什么？")], "text", CLASSIFIER).taught
+    found = assess([PICTURE, text(" Who painted it, and when?")], "text", CLASSIFIER)
+    assert not found.taught and "trained on '… What is this?'" in found.en
+
+
+def test_an_answer_to_any_words_must_be_sure() -> None:
+    """Where a prompt has no words of its own, only the answer can tell."""
+    free, question = trained("answer", "translate_label"), [text("What is the capital of France?")]
+    assert assess(question, "text", free, SURE).taught and assess(question, "text", free).taught
+    found = assess(question, "text", free, 0.04)
+    assert not found.taught and "probably not taught" in found.en and "4%" in found.en
+    assert assess([text("zero in Chinese:")], "text", free, 0.04).taught, "its words were trained"
+
+
+def test_a_model_of_embeddings_answers_nothing() -> None:
+    assert "only embeddings" in assess([text("a")], "text", trained("pair_picture")).en
+
+
+def test_the_confidence_is_that_of_the_tokens_written() -> None:
+    model = loaded(4)
+    prompts = [source_pieces([text(words)], model.modalities) for words in ("draw", "say zero please")]
+    sampling = Sampling(max_tokens=5)
+    found = write_with_confidence(model, prompts, sampling)
+    assert [written.text for written in found] == write(model, prompts, sampling)
+    assert all(0 < written.confidence <= 1 for written in found)
+    alone = [write_with_confidence(model, [prompt], sampling)[0] for prompt in prompts]
+    for together, one in zip(found, alone, strict=True):
+        assert together.confidence == pytest.approx(one.confidence, rel=1e-4)
+
+
+def say(model: Loaded, question: Question, log: pytest.LogCaptureFixture, out: Path | None = None) -> str:
+    log.clear()
+    answer_question(model, question, Decoding(text=Sampling(max_tokens=3)), out)
+    return log.text
+
+
+def test_the_command_prints_a_note_beside_the_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("openm6"), "propagate", True)
+    picture, out = tmp_path / "a.png", tmp_path / "b.png"
+    picture.write_bytes(png())
+    model = loaded(lessons=(("name_picture", "digits"),))
+    assert "not taught" not in say(model, Question(want="text", image=picture), caplog)
+    noted = say(model, Question(want="image", text="a cat"), caplog, out)
+    assert "never trained to give image from text, only text from image" in noted and out.exists()

@@ -1,0 +1,80 @@
+"""Responses say when a question is of a kind that the model was never trained for."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from openm6.bench.server import Address, Reply
+from openm6.serve.app import create_app
+from openm6.serve.config import EngineConfig, ServeConfig
+from openm6.serve.engine import Engine
+from tests.data.pictures import png
+from tests.serve.running import running
+from tests.small_model import loaded
+
+LESSONS = (("name_picture", "digits"), ("draw", "digits"))
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[Address]:
+    app = create_app(Engine(loaded(3, LESSONS), EngineConfig(rows=2, room=256)), ServeConfig(), "m")
+    with running(app) as found:
+        yield Address(int(found.rpartition(":")[2]), os.getpid())
+
+
+def ask(address: Address, words: str, **more: object) -> Reply:
+    body = {"model": "m", "messages": [{"role": "user", "content": words}], "max_tokens": 2, **more}
+    return address.post("/v1/chat/completions", body)
+
+
+def test_a_chat_says_so(address: Address) -> None:
+    found = json.loads(ask(address, "What is the capital of France?").body)
+    assert (
+        found["taught"] is False and "text from text, only text from image; image from text" in found["note"]
+    )
+    drawn = json.loads(ask(address, "draw seven", modalities=["image"], draw={"steps": 1}).body)
+    assert drawn["taught"] is True and drawn["note"] is None
+    other = json.loads(ask(address, "a red cat", modalities=["image"], draw={"steps": 1}).body)
+    assert other["taught"] is False and "trained on 'draw …'" in other["note"]
+
+
+def test_a_stream_says_so_in_the_event_with_the_joules(address: Address) -> None:
+    events = [
+        json.loads(line[6:])
+        for line in ask(address, "Hello?", stream=True).body.decode().split("\n\n")
+        if line.startswith("data: {")
+    ]
+    last = [event for event in events if "joules" in event]
+    assert len(last) == 1 and last[0]["taught"] is False and "never trained" in last[0]["note"]
+
+
+def test_a_classifier_that_is_to_draw_says_so() -> None:
+    model = loaded(3, (("name_picture", "digits"),))
+    with running(create_app(Engine(model, EngineConfig(rows=1, room=128)), ServeConfig(), "m")) as found:
+        reply = Address(int(found.rpartition(":")[2]), os.getpid()).post(
+            "/v1/images/generations", {"prompt": "a cat", "steps": 1}
+        )
+    assert reply.status == 200 and "never trained to give image from text" in json.loads(reply.body)["note"]
+
+
+def test_the_playground_shows_it_in_its_language(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("gradio", reason="the extra [serve] is not installed")
+    answers = importlib.import_module("openm6.serve.playground.answers")
+    picture = tmp_path / "a.png"
+    picture.write_bytes(png())
+    app = create_app(Engine(loaded(3, LESSONS), EngineConfig(rows=1, room=128)), ServeConfig(), "m")
+    server = app.state.server
+    with server.engine:
+        for language, word in (("en", "never trained"), ("zh", "未学过")):
+            shown = asyncio.run(answers.answer_freely(server, language, "Hello <b>", None, None, "text", 0))  # type: ignore[arg-type]
+            assert word in shown.note and 'class="untaught"' in shown.note and " s" in shown.note
+        shown = asyncio.run(
+            answers.answer_freely(server, "en", "What is this?", str(picture), None, "text", 0)
+        )
+        assert "untaught" not in shown.note
