@@ -81,18 +81,19 @@ def answer_question(loaded: Loaded, question: Question, decoding: Decoding, out:
     confidence = None
     if question.want == "text":
         written, confidence = write_with_confidence(loaded, [prompt], decoding.text)[0]
+        answer = _kept(written, out)
+    elif question.want == "numbers":
+        answer = _kept(_numbers(loaded, question, prompt), out)
+    else:
+        assert out is not None
+        modality = loaded.image if question.want == "image" else loaded.sound
+        codes = _codes(loaded, modality, question, prompt, decoding.masked)
+        replace_bytes(out, _file_content(modality, codes, out.suffix.lower()))
+        answer = f"wrote {out}"
     found = assess(parts, question.want, loaded.description, confidence)
     if not found.taught:
         get_log().warning(found.en)
-    if question.want == "text":
-        return _kept(written, out)
-    if question.want == "numbers":
-        return _kept(_numbers(loaded, question, prompt), out)
-    assert out is not None
-    modality = loaded.image if question.want == "image" else loaded.sound
-    codes = _codes(loaded, modality, question, prompt, decoding.masked)
-    replace_bytes(out, _file_content(modality, codes, out.suffix.lower()))
-    return f"wrote {out}"
+    return answer
 
 
 def _file_content(modality: Image | Sound, codes: torch.Tensor, suffix: str) -> bytes:

@@ -28,6 +28,7 @@ from openm6.serve.routes import (
     rank,
     scenarios,
 )
+from openm6.serve.scenarios.scores import read_scores
 from openm6.serve.state import Server
 
 # A new route is a file in openm6/serve/routes and a line here.
@@ -63,7 +64,14 @@ def create_app(engine: Engine, config: ServeConfig | None = None, name: str = "o
     metrics = Metrics(engine)
     limits = config.limits
     fetcher = Fetcher(config.hosts, limits.fetch_bytes, limits.fetch_seconds)
-    app.state.server = Server(engine=engine, config=config, name=name, metrics=metrics, fetcher=fetcher)
+    app.state.server = Server(
+        engine=engine,
+        config=config,
+        name=name,
+        metrics=metrics,
+        fetcher=fetcher,
+        scores=read_scores(engine.loaded.checkpoint),
+    )
     for router in ROUTERS:
         app.include_router(router)
     add_error_handlers(app)

@@ -13,6 +13,7 @@ from openm6.serve.engine import Engine
 from openm6.serve.errors import BadRequestError
 from openm6.serve.fetching import Fetcher
 from openm6.serve.metrics import Metrics
+from openm6.serve.scenarios.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Server:
     name: str
     metrics: Metrics
     fetcher: Fetcher
+    scores: Scores = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str) -> None:

@@ -94,7 +94,7 @@ def slot_names(scenario: Scenario) -> list[str | None]:
 
 
 def slot_updates(scenario: Scenario, language: Language, filled: bool = True) -> list[Update]:
-    """Each slot as the scenario wants it, filled with its example or left as it is."""
+    """Each slot as the scenario wants it, filled with its example or empty."""
     example = example_values(scenario, language) if filled else {}
     updates = []
     for name in slot_names(scenario):
@@ -104,12 +104,8 @@ def slot_updates(scenario: Scenario, language: Language, filled: bool = True) ->
         given = scenario.inputs[name]
         hint = HINTS[given.kind].said(language) if given.kind in HINTS else ""
         label = f"{given.said(language)} ({hint})" if hint else given.said(language)
-        if filled:
-            updates.append(
-                gradio.update(visible=True, label=label, value=_as_shown(given.kind, example[name]))
-            )
-        else:
-            updates.append(gradio.update(visible=True, label=label))
+        value = _as_shown(given.kind, example[name]) if filled else None
+        updates.append(gradio.update(visible=True, label=label, value=value))
     return updates
 
 

@@ -12,6 +12,7 @@ from openm6.serve.playground.answers import Shown, answer_freely, answer_scenari
 from openm6.serve.playground.charts import failure
 from openm6.serve.playground.inputs import make_slots, picture_input, slot_updates, values_in
 from openm6.serve.scenarios.catalogue import Catalogue, Standing, read_catalogue, standing
+from openm6.serve.scenarios.examples import example_fits
 from openm6.serve.scenarios.scenario import Language, Output, Scenario
 from openm6.serve.state import Server
 
@@ -36,7 +37,7 @@ class Page:
             first = self._first()
             self._head(first)
             with gradio.Row():
-                with gradio.Column(min_width=320), gradio.Tabs():
+                with gradio.Column(min_width=320), gradio.Tabs(selected=self._opening(first)):
                     self._scenario_tab(first)
                     self._free_tab()
                 with gradio.Column(min_width=320):
@@ -45,12 +46,31 @@ class Page:
         return blocks
 
     def _first(self) -> Scenario:
-        """The first scenario that is ready, so that the page opens with something that works."""
-        every = list(self.catalogue.scenarios.values())
-        return next((scenario for scenario in every if self._standing(scenario).ready), every[0])
+        """The scenario that the page opens with."""
+        return self._best(list(self.catalogue.scenarios.values()))
+
+    def _best(self, scenarios: list[Scenario]) -> Scenario:
+        """The first that works at a click: ready, and with an example that fits the model; else the nearest to it."""
+        return max(
+            scenarios,
+            key=lambda scenario: (
+                self._standing(scenario).ready,
+                self._standing(scenario).trained,
+                self._fits(scenario, "en"),
+            ),
+        )
+
+    def _opening(self, first: Scenario) -> str:
+        """The tab that is shown: scenarios, unless the model can do none."""
+        return "scenarios" if self._standing(first).trained else "freely"
 
     def _standing(self, scenario: Scenario) -> Standing:
-        return standing(scenario, self.server.engine.loaded.description)
+        return standing(scenario, self.server.engine.loaded.description, self.server.scores)
+
+    def _fits(self, scenario: Scenario, language: Language) -> bool:
+        """Whether the example is shown."""
+        able = self._standing(scenario)
+        return not able.trained or example_fits(scenario, language, self.server.engine.loaded.description)
 
     def _head(self, first: Scenario) -> None:
         with gradio.Row(elem_id="head"):
@@ -128,15 +148,16 @@ class Page:
         ]  # fmt: skip
 
     def choose_domain(self, domain: str, language: Language) -> Any:
-        """The scenarios of a field, the first ready one chosen."""
+        """The scenarios of a field, the first that works chosen."""
         scenarios = self.catalogue.domains[domain].scenarios
-        first = next((scenario for scenario in scenarios if self._standing(scenario).ready), scenarios[0])
+        first = self._best(scenarios)
         return gradio.update(choices=self._choices(domain, language), value=first.name)
 
     def choose_scenario(self, name: str, language: Language) -> list[Any]:
-        """What the scenario is and its inputs, filled with the example."""
+        """What the scenario is and its inputs, filled with the example where it fits the model."""
         scenario = self.catalogue.named(name)
-        return [self._about(scenario, language), *slot_updates(scenario, language)]
+        filled = self._fits(scenario, language)
+        return [self._about(scenario, language), *slot_updates(scenario, language, filled)]
 
     def choose_language(self, language: Language, domain: str, name: str) -> list[Any]:
         """The whole page in another language."""
@@ -170,7 +191,7 @@ class Page:
         """A scenario's answer in the panel."""
         scenario = self.catalogue.named(name)
         able = self._standing(scenario)
-        if not able.ready:
+        if not able.trained:
             return _told(able.said(language), language, drawn)
         try:
             values = values_in(scenario, slots, self.server.config.limits, language)
@@ -214,7 +235,8 @@ class Page:
     def _about(self, scenario: Scenario, language: Language) -> str:
         able = self._standing(scenario)
         state = words.READY.said(language) if able.ready else f"○ {able.said(language)}"
-        return f"{scenario.summary.said(language)} {state}"
+        own = "" if self._fits(scenario, language) else f" {words.OWN.said(language)}"
+        return f"{scenario.summary.said(language)} {state}{own}"
 
 
 def _told(sentence: str, language: Language, drawn: Pictures) -> list[Any]:

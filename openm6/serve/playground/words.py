@@ -24,6 +24,10 @@ ANSWER = Words(en="Answer", zh="回答")
 FIGURE = Words(en="Numbers", zh="数值")
 GALLERY = Words(en="Gallery of this visit", zh="本次画廊")
 READY = Words(en="● ready", zh="● 可用")
+OWN = Words(
+    en="The example is of other data than the model was trained on: give inputs of your own.",
+    zh="示例数据与模型的训练数据不同：请自行输入。",
+)
 ESTIMATE = Words(en="estimate", zh="估算")
 WRONG = Words(en="That did not work", zh="未能完成")
 NOTHING = Words(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path
@@ -16,7 +17,8 @@ from openm6.serve.replies import ask_all
 from openm6.serve.scenarios.ask import scenario_request
 from openm6.serve.scenarios.bodies import ScenarioAnswer, ScenarioBody, shown, values_of
 from openm6.serve.scenarios.catalogue import read_catalogue, require, standing
-from openm6.serve.scenarios.scenario import Scenario
+from openm6.serve.scenarios.examples import example_fits, example_values
+from openm6.serve.scenarios.scenario import LANGUAGES, Scenario
 from openm6.serve.schemas import chosen_seed, joules_of
 from openm6.serve.state import Server, ThisClient, ThisServer
 from openm6.serve.teaching import teaching_of
@@ -47,7 +49,7 @@ class ScenarioInput(BaseModel):
 
 
 class ScenarioEntry(BaseModel):
-    """A scenario; where it is not `ready`, `needs` names what the model lacks and `recipe` what would teach it."""
+    """A scenario; where it is not `ready`, `state` says why, `needs` what the model lacks, `recipe` what teaches it."""
 
     id: str
     object: Literal["scenario"] = "scenario"
@@ -64,6 +66,12 @@ class ScenarioEntry(BaseModel):
     state: Titles
 
 
+class OneScenario(ScenarioEntry):
+    """`examples` are inputs ready to be sent, by language; without those that do not fit what the model was taught."""
+
+    examples: dict[str, dict[str, Any]]
+
+
 class ScenarioList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ScenarioEntry]
@@ -76,9 +84,11 @@ async def list_all(server: ThisServer) -> ScenarioList:
 
 
 @router.get("/{name}", responses={400: DOCUMENTED[400], 401: DOCUMENTED[401], **MISSING})
-async def one(name: Name, server: ThisServer) -> ScenarioEntry:
-    """One scenario."""
-    return _entry(server, _named(name))
+async def one(name: Name, server: ThisServer) -> OneScenario:
+    """One scenario, with its examples."""
+    scenario = _named(name)
+    examples = await asyncio.to_thread(_examples, server, scenario)
+    return OneScenario(**_entry(server, scenario).model_dump(), examples=examples)
 
 
 @router.post("/{name}", responses={**DOCUMENTED, **MISSING})
@@ -118,8 +128,21 @@ def _named(name: str) -> Scenario:
     return found
 
 
+def _examples(server: Server, scenario: Scenario) -> dict[str, dict[str, Any]]:
+    """Inputs as they are sent, pictures and sounds in base64."""
+    description = server.engine.loaded.description
+    return {
+        language: {
+            name: base64.b64encode(value).decode() if isinstance(value, bytes) else value
+            for name, value in example_values(scenario, language).items()
+        }
+        for language in LANGUAGES
+        if example_fits(scenario, language, description)
+    }
+
+
 def _entry(server: Server, scenario: Scenario) -> ScenarioEntry:
-    able = standing(scenario, server.engine.loaded.description)
+    able = standing(scenario, server.engine.loaded.description, server.scores)
     inputs = [
         ScenarioInput(name=name, kind=given.kind, title=Titles(en=given.said("en"), zh=given.said("zh")))
         for name, given in scenario.inputs.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -9,8 +10,10 @@ from openm6.base.errors import ConfigError
 from openm6.data.made import MADE, MadeConfig, made_record
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.records import Record
+from openm6.models.description import ModelDescription
 from openm6.serve.scenarios.scenario import Language, Scenario
 
+EMBEDDED = "embedded:"
 KEYS = {"image": "image", "sound": "audio"}
 
 
@@ -43,3 +46,38 @@ def example_values(scenario: Scenario, language: Language) -> dict[str, Any]:
         if given.kind in KEYS:
             values[name] = example_record(values[name])[KEYS[given.kind]]
     return values
+
+
+def example_fits(scenario: Scenario, language: Language, description: ModelDescription) -> bool:
+    """Whether a model was trained on such things as the example holds: its columns, and data of the package.
+
+    A checkpoint that does not say where its records came from is not doubted.
+    """
+    example = scenario.examples[language]
+    known = _package_data(description, {lesson.source for lesson in description.lessons})
+    taught = {lesson.source for lesson in description.lessons if lesson.task in scenario.tasks}
+    for name, given in scenario.inputs.items():
+        value = example[name]
+        columns = (
+            list(value) if given.kind == "numbers" else [value["name"]] if given.kind == "series" else []
+        )
+        if not set(columns) <= set(description.scales):
+            return False
+        if description.sources and given.kind in KEYS and value.partition("#")[0] not in known:
+            return False
+    return not description.sources or bool(_package_data(description, taught))
+
+
+def _package_data(description: ModelDescription, names: Iterable[str]) -> set[str]:
+    """Names of the embedded and the made data behind some sources, also where one refers to another."""
+    found: set[str] = set()
+    for name in names:
+        source = description.sources.get(name, {})
+        if source.get("kind") in ("embedded", "made"):
+            found.add(source["name"])
+        words = [value for key, value in source.items() if isinstance(value, str) and key != "name"]
+        found |= {word.removeprefix(EMBEDDED) for word in words if word.startswith(EMBEDDED)}
+        found |= _package_data(
+            description, [word for word in words if word in description.sources and word != name]
+        )
+    return found

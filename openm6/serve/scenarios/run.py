@@ -65,7 +65,7 @@ def try_all(
 def try_example(loaded: Loaded, scenario: Scenario, language: Language) -> Tried:
     """One example; a scenario that the model was not taught is not run."""
     able = standing(scenario, loaded.description)
-    if not able.ready:
+    if not able.trained:
         return Tried(scenario.name, language, "untaught", able.said(), 0.0)
     began = time.perf_counter()
     try:
