@@ -31,9 +31,20 @@ FLOORS = {
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 
 
+# A file that imports by a name it makes, with the reason why it may; all others name what they import.
+NAMES_MADE = {
+    "base/triton_door.py": "the kernels of a room, for callers of that room: `named_modules` holds them to the floors",
+    "bench/peer_deepspeed.py": "packages of others, for a comparison",
+    "cli/doors.py": "the table of its own file, whose names are read as imports of the command line",
+}
+NAME = re.compile(
+    r"(openm6(?:\.\w+)+)(?::\w+)?"
+)  # an import by name, as `importlib` and the doors of the line take
+
+
 def imported_modules(tree: ast.AST, package: str) -> list[tuple[int, str]]:
     """Line and full name of every import in a file, wherever it stands; `package` is what a leading dot means."""
-    found: list[tuple[int, str]] = []
+    found = named_modules(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
@@ -47,11 +58,46 @@ def imported_modules(tree: ast.AST, package: str) -> list[tuple[int, str]]:
     return found
 
 
+def named_modules(tree: ast.AST) -> list[tuple[int, str]]:
+    """Modules that a file names in a text, to be imported later: whole names, and kernels as `kernels("ops.rows")`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            match = NAME.fullmatch(node.value)
+            found += [(node.lineno, match[1])] if match else []
+        elif isinstance(node, ast.Call) and called(node) == "kernels":
+            assert isinstance(node.args[0], ast.Constant), (
+                "kernels are asked for by a text, so that this test sees it"
+            )
+            room, _, name = str(node.args[0].value).partition(".")
+            found.append((node.lineno, f"openm6.{room}.kernels.{name}"))
+    return found
+
+
+def called(node: ast.Call) -> str:
+    """The last name of what is called."""
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+def makes_names(source: str) -> bool:
+    """Whether a file imports a module whose name does not stand there as a text."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return any(
+        not isinstance(call.args[0], ast.Constant)
+        for call in calls
+        if called(call) in ("import_module", "__import__", "find_spec", "run_module")
+    )
+
+
 def climbs(source: str, room: str, package: str) -> list[str]:
     """What a file of `room` imports but may not."""
     wrong = []
-    for line, module in imported_modules(ast.parse(source), package):
+    tree = ast.parse(source)
+    named = named_modules(tree)
+    for line, module in imported_modules(tree, package):
         parts = module.split(".")
+        if (line, module) in named and parts[1] not in FLOORS:
+            continue  # a text that only looks like a module, as the key of something
         if parts[0] != "openm6" or len(parts) < 2 or parts[1] == room or parts[1] == "__version__":
             continue
         if FLOORS.get(parts[1], 99) >= FLOORS[room]:
@@ -82,6 +128,9 @@ def test_every_room_has_a_floor() -> None:
         "def f():\n    from openm6.train.loop import train",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from openm6.train.loop import train",
         "from openm6.unknown_room import x",
+        "import importlib\nimportlib.import_module('openm6.train.loop')",
+        "DOORS = {'train': 'openm6.train.run:train_recipe'}",
+        "from openm6.base.triton_door import kernels\nkernels('train.rows').gather_rows",
     ],
 )
 def test_a_climb_is_found(source: str) -> None:
@@ -95,26 +144,35 @@ def test_a_climb_is_found(source: str) -> None:
         "from openm6.tasks.task import Task",
         "from . import task",
         "import torch",
+        "import importlib\nimportlib.import_module('openm6.base.files')",
+        "from openm6.base.triton_door import kernels\nkernels('ops.rows').gather_rows",
+        "FILE = 'openm6.yaml of a run'",
     ],
 )
 def test_the_way_down_is_free(source: str) -> None:
     assert climbs(source, "tasks", "openm6.tasks") == []
 
 
-LATER = re.compile(
-    r"(openm6(?:\.\w+)+)(?::\w+)?"
-)  # an import by name, as `importlib` and the doors of the line take
+def test_only_listed_files_import_by_names_that_they_make() -> None:
+    making = {
+        str(path.relative_to(PACKAGE)) for path in FILES if makes_names(path.read_text(encoding="utf-8"))
+    }
+    assert making == set(NAMES_MADE)
+
+
+@pytest.mark.parametrize(
+    "source", ["importlib.import_module(f'openm6.{room}.x')", "import_module(name)", "__import__(name)"]
+)
+def test_a_name_that_is_made_is_found(source: str) -> None:
+    assert makes_names(source)
+    assert not makes_names("importlib.import_module('openm6.train.loop')")
 
 
 def needs(modules: dict[str, str]) -> dict[str, set[str]]:
     """For each module, by its source, the other modules that it imports, also those it imports by name and later."""
     found: dict[str, set[str]] = {}
     for module, source in modules.items():
-        tree = ast.parse(source)
-        names = {name for _, name in imported_modules(tree, module.rpartition(".")[0])}
-        texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-        matches = (LATER.fullmatch(text) for text in texts if isinstance(text, str))
-        names |= {match[1] for match in matches if match}
+        names = {name for _, name in imported_modules(ast.parse(source), module.rpartition(".")[0])}
         found[module] = (names & set(modules)) - {module}
     return found
 
