@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from openm6.base.errors import DataError
+from openm6.base.seeds import content_key
 from openm6.data.mixture import Draw
 from openm6.data.records import AUDIO_KEYS, IMAGE_KEYS, Record
 from openm6.data.source import Source
@@ -92,4 +91,4 @@ def files_of(source: Source, modality: str) -> set[bytes]:
 def files_in(record: Record, modality: str) -> set[bytes]:
     """Digests of a record's pictures or sounds."""
     values = (record.get(key) for key in MEDIA[modality])
-    return {hashlib.blake2b(value, digest_size=16).digest() for value in values if isinstance(value, bytes)}
+    return {content_key(value) for value in values if isinstance(value, bytes)}

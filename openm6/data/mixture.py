@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from openm6.base.errors import DataError
+from openm6.base.seeds import text_hash
 from openm6.data.records import Record
-from openm6.data.shuffle import mix, name_seed, permutation, uniform
+from openm6.data.shuffle import mix, permutation, uniform
 from openm6.data.source import Source
 
 
@@ -50,7 +51,7 @@ class Mixture:
         self.components = tuple(components)
         self._seed = seed
         self._bounds = np.cumsum([component.weight for component in components]).tolist()
-        self._names = [name_seed(component.key) for component in components]
+        self._names = [text_hash(component.key) for component in components]
         self._serial = 0
         self._cursor = [(0, 0) for _ in components]  # epoch, offset
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # component -> the epoch shuffled last

@@ -9,8 +9,9 @@ from pydantic import Field
 
 from openm6.base.config import nearest
 from openm6.base.errors import DataError
+from openm6.base.seeds import text_hash
 from openm6.data.records import CANONICAL_KEYS, TEXT_KEYS, Record
-from openm6.data.shuffle import mix, name_seed
+from openm6.data.shuffle import mix
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
 
 _JOINED = ("id", "source", "license")
@@ -27,7 +28,7 @@ class PairSource(Source):
         self._left = left
         self._right = right
         self._config = config
-        self._seed = name_seed(name)
+        self._seed = text_hash(name)
         self._partners: dict[Any, list[int]] = defaultdict(list)
         for number, value in enumerate(right.values(config.key)):
             if value is not None:

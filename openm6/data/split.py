@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from openm6.base.errors import DataError
+from openm6.base.seeds import text_hash
 from openm6.data.source import Split
 
 TRAIN_WORDS = frozenset({"train", "training"})
@@ -23,9 +23,7 @@ SPLIT_WORDS: dict[Split, frozenset[str]] = {
 
 def stable_share(key: str) -> float:
     """A number in [0, 1) that depends on the text alone, the same on every machine and in every version."""
-    return (
-        int.from_bytes(hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest(), "big") / 2**64
-    )
+    return text_hash(key) / 2**64
 
 
 def rows_by_hash(keys: Sequence[Any], test_share: float, split: Split) -> np.ndarray:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import warnings
@@ -17,6 +16,7 @@ from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from openm6.base.errors import DataError
+from openm6.base.seeds import content_key
 from openm6.modalities.codec_image import ImageCodec
 from openm6.modalities.codes import CodesAdapter, hide, inpainting_masks, masked_arrays, random_rectangle
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Tokens, rectangle
@@ -182,7 +182,7 @@ class Image(Modality):
 
     def encode(self, raw: Any) -> np.ndarray:
         """Codes of a picture squared to `side`; remembered by the bytes of the file.  # N G"""
-        key = hashlib.blake2b(raw, digest_size=16).digest() if isinstance(raw, bytes) else None
+        key = content_key(raw) if isinstance(raw, bytes) else None
         known = self.recall.get(key)
         if known is not None:
             return known

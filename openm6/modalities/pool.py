@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from openm6.base.config import Config
+from openm6.base.seeds import text_hash
 from openm6.modalities.interface import Adapter, Tokens, line
 from openm6.nn.gather import Gather, LocalGather
 from openm6.ops.contrast import contrast_nats
@@ -43,7 +43,7 @@ def pool_piece(key: str = "", space: str = "", learn: bool = False) -> Tokens:
 
 def _number(word: str) -> int:
     """63 bits that stand for a word."""
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big") >> 1
+    return text_hash(word) >> 1
 
 
 class PoolAdapter(Adapter):

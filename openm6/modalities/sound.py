@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from openm6.base.errors import DataError
+from openm6.base.seeds import content_key
 from openm6.modalities.codec_sound import SoundCodec
 from openm6.modalities.codes import CodesAdapter, hide, inpainting_masks, masked_arrays
 from openm6.modalities.image import PatchAdapter
@@ -224,7 +224,7 @@ class Sound(Modality):
 def _key(raw: Any, seconds: float | None, speed: float = 1.0) -> bytes | None:
     if not isinstance(raw, bytes):
         return None
-    return hashlib.blake2b(raw, digest_size=16).digest() + f"{seconds} {speed}".encode()
+    return content_key(raw) + f"{seconds} {speed}".encode()
 
 
 def gap_places(gap: tuple[float, float] | None, count: int) -> np.ndarray:

@@ -107,5 +107,6 @@ def test_a_probe_tells_what_others_did_meanwhile(tmp_path: Path) -> None:
 
 def test_the_load_of_the_machine_only_grows() -> None:
     first, second = probe.machine_load(), probe.machine_load()
-    if first is not None:
-        assert isinstance(second, MachineLoad) and second.busy >= first.busy > 0 and second.all >= second.busy
+    if first is None:
+        pytest.skip("this system does not tell")
+    assert isinstance(second, MachineLoad) and second.busy >= first.busy > 0 and second.all >= second.busy

@@ -5,14 +5,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openm6.data.shuffle import mix, name_seed, permutation, uniform
+from openm6.base.seeds import text_hash
+from openm6.data.shuffle import GOLDEN, mix, permutation, uniform
 
 
 def test_the_order_never_changes():
     # Written down once: a run begun with an earlier version must see the same data when it goes on.
     assert mix(1, 2, 3) == 15020427595393229491
     assert permutation(8, 5, 0).tolist() == [0, 3, 5, 6, 1, 7, 2, 4]
-    assert name_seed("emoji/draw") == 18073145619407595505
+    assert text_hash("emoji/draw") == 18073145619407595505
+
+
+def test_arrays_and_single_numbers_are_mixed_alike():
+    """A permutation sorts what `mix` gives each index, from a start that is `mix` of its parts."""
+    start = mix(5, 0)
+    single = [mix((start + number * GOLDEN - GOLDEN) % 2**64) for number in range(200)]
+    assert permutation(200, 5, 0).tolist() == sorted(range(200), key=single.__getitem__)
 
 
 @given(st.integers(0, 300), st.integers(0, 2**64 - 1), st.integers(0, 50))

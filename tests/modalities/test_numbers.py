@@ -119,9 +119,8 @@ def test_smooth_bins_are_distributions_around_the_value() -> None:
     middles = (edges()[:-1] + edges()[1:]) / 2
     inner = slice(2, 6)  # at the ends half of the mass is cut off
     torch.testing.assert_close((mass * middles).sum(-1)[:, inner], values[:, inner], rtol=0, atol=2e-3)
-    assert torch.equal(mass.argmax(-1), one_hot_bins(values).argmax(-1)) or bool(
-        ((mass.argmax(-1) - one_hot_bins(values).argmax(-1)).abs() <= 1).all()
-    )
+    # A value between two bins may lie in either.
+    assert ((mass.argmax(-1) - one_hot_bins(values).argmax(-1)).abs() <= 1).all()
 
 
 def test_one_hot_bins_at_the_edges() -> None:

@@ -115,8 +115,10 @@ def test_resuming_on_either_side_of_the_switch_equals_an_unbroken_run(
 
 def test_both_checkpoints_give_what_was_trained(unbroken: Path) -> None:
     pseudo, real = WordsJob(SHARED), WordsJob(words_backbone())
-    load_model(step_folder(unbroken / "checkpoints", 7), pseudo.model)
-    load_model(step_folder(unbroken / "checkpoints", 10), real.model)
+    for job, step in ((pseudo, 7), (real, 10)):
+        first = {name: one.clone() for name, one in job.model.named_parameters()}
+        load_model(step_folder(unbroken / "checkpoints", step), job.model)
+        assert not any(torch.equal(one, first[name]) for name, one in job.model.named_parameters())
 
 
 def test_a_switch_by_the_clock_is_written_down(tmp_path: Path) -> None:

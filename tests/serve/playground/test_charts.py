@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -32,10 +33,12 @@ def test_a_forecast_goes_on_where_the_past_ends() -> None:
 
 def test_a_series_that_never_changes_can_be_drawn() -> None:
     flat = Distribution(mean=[1.0], median=[1.0], low=[1.0], high=[1.0], coverage=0.8)
-    ElementTree.fromstring(interval_chart("x", flat, [1.0]))
-    ElementTree.fromstring(
-        interval_chart("x", ONE.model_copy(update={"low": 0.0, "high": 0.0, "median": 0.0}))
-    )
+    nothing = ONE.model_copy(update={"low": 0.0, "high": 0.0, "median": 0.0})
+    for drawn in (interval_chart("x", flat, [1.0]), interval_chart("x", nothing)):
+        numbers = [value for one in ElementTree.fromstring(drawn).iter() for value in one.attrib.values()]
+        assert numbers and not any(
+            word in ("nan", "inf", "-inf") for text in numbers for word in re.split("[ ,]", text)
+        )
 
 
 def test_markup_in_names_stays_text() -> None:
