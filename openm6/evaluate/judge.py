@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.base.errors import DataError
+from openm6.base.errors import DataError, MissingFieldError
 from openm6.base.log import get_log
 from openm6.base.seeds import numpy_generator
 from openm6.data.prepare import example_sequence, with_others
@@ -90,6 +90,7 @@ def _judged(
 def test_examples(task: Task, source: Source, config: JudgeConfig, modalities: Modalities) -> list[Example]:
     """Up to `records` test records, spread over the source, through the task; broken ones are left out."""
     examples: list[Example] = []
+    skipped = 0
     spread = np.linspace(0, max(0, len(source) - 1), min(len(source), config.records)).astype(int)
     for index in spread:
         rng = numpy_generator(config.seed, task.name, int(index))
@@ -99,8 +100,12 @@ def test_examples(task: Task, source: Source, config: JudgeConfig, modalities: M
             example = task.example(record, rng)
             example_sequence(example, modalities)  # a broken picture or sound shows only when it is opened
             examples.append(example)
+        except MissingFieldError:
+            skipped += 1
         except DataError as error:
             get_log().info(f"{task.name}: a test record is left out: {error}")
+    if skipped:
+        get_log().info(f"{task.name}: {skipped} of {len(spread)} test records lack a field that it needs")
     return examples
 
 
