@@ -105,10 +105,16 @@ def embedding_model() -> Loaded:
 
 @cache
 def demo_configs() -> dict[str, SourceConfig]:
-    """The sources of the demo recipe."""
+    """The sources of the demo recipe, and embedded ones for harder tasks."""
     recipe, values = read_recipe(recipe_path("demo"), [])
     assert recipe.kind == "multimodal"
-    return source_configs(values["sources"], "demo")
+    more = {
+        "emoji": "emoji",
+        "poems": "poems_zh",
+        "wordnet": "wordnet_en",
+    }  # beyond what a short run can learn
+    embedded = {name: {"kind": "embedded", "name": found} for name, found in more.items()}
+    return source_configs({**values["sources"], **embedded}, "demo")
 
 
 @cache

@@ -26,7 +26,7 @@ SETTINGS = [
     "judge.samples=1",
     "judge.decoding.steps=2",
 ]
-LIMITED = ("digits", "spoken", "emoji", "questions", "wordnet", "poems")  # or the tokenizer takes the time
+LIMITED = ("digits", "spoken", "questions")  # or the tokenizer takes the time
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_report_is_written(folder: Path) -> None:
     report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
-    assert report["steps"] == 8 and len(report["tasks"]) >= 20
+    assert report["steps"] == 8 and len(report["tasks"]) >= 16
     pairs = {(task["source"], task["target"]) for task in report["tasks"].values()}
     assert len(pairs) == 16, "all pairs of modalities"
     closed = {name: task for name, task in report["tasks"].items() if task["answer_entropy"] is not None}

@@ -1,22 +1,27 @@
-"""JSON that every reader takes: NaN and infinities, for which it has no word, are written as null."""
+"""JSON that every parser reads: no NaN, no infinity, no half characters."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Plain data as JSON text."""
-    return json.dumps(finite_or_none(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    """Return plain data as JSON text, with null for what is not finite."""
+    return json.dumps(plain_data(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def finite_or_none(value: Any) -> Any:
-    """Return a copy of plain data in which NaN and infinities are None."""
+def plain_data(value: Any) -> Any:
+    """Return a copy that JSON and UTF-8 can hold: NumPy's numbers as Python's, None for NaN and infinities."""
     if isinstance(value, dict):
-        return {key: finite_or_none(inner) for key, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [finite_or_none(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {plain_data(str(key)): plain_data(inner) for key, inner in value.items()}
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become question marks
+    if isinstance(value, Sequence):
+        return [plain_data(inner) for inner in value]
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from openm6.base.energy.units import in_joules
 from openm6.base.files import replace_text
-from openm6.base.json_text import json_text
+from openm6.base.plain_json import to_json
 from openm6.base.run_folder import RunFolder
 from openm6.evaluate.figures import METRIC_NOTES, count, duration, short_count, words
 from openm6.evaluate.report_codecs import codecs
@@ -44,7 +44,7 @@ def report_json(judgement: Judgement, facts: RunFacts) -> str:
         "codecs": facts.codecs,
         "energy": facts.energy.to_json() if facts.energy is not None else None,
     }
-    return json_text(content)
+    return to_json(content, indent=1) + "\n"
 
 
 def report_html(run: RunFolder, judgement: Judgement, facts: RunFacts) -> str:
@@ -102,13 +102,15 @@ def _opening(judgement: Judgement, facts: RunFacts) -> Markup:
 
 
 def _trained(facts: RunFacts, results: list[TaskResult]) -> str:
-    kinds = {kind for result in results for kind in (result.reads, result.gives)}
-    senses = _listed([word for kind, word in SENSES.items() if kind in kinds]) or "nothing that was judged"
+    taken, given = (
+        _listed([word for kind, word in SENSES.items() if kind in kinds]) or "nothing that was evaluated"
+        for kinds in ({result.reads for result in results}, {result.gives for result in results})
+    )
     return (
         f"One transformer with sparse experts, of the size “{facts.preset}”: {count(facts.total_parameters)} "
         f"parameters, of which {count(facts.active_parameters)} work on any one token. In "
         f"{duration(facts.seconds)} and {count(facts.steps)} steps it read {count(facts.tokens)} tokens, "
-        f"and learned to take in and give out {senses}."
+        f"of tasks that take in {taken} and give out {given}."
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from openm6.base.config import Config, apply_overrides, build, nearest
 from openm6.base.errors import ConfigError, DataError
 from openm6.base.files import check_place, replace_text
-from openm6.base.json_text import json_text
+from openm6.base.plain_json import to_json
 from openm6.data.source import SourceConfig
 from openm6.data.sources import AnySourceConfig, open_sources
 from openm6.evaluate.config import JudgeConfig
@@ -92,7 +92,7 @@ def evaluate(
             "columns as docs/own-data.md names the keys, or choose other --tasks"
         )
     if json_path is not None:
-        replace_text(json_path, to_json(judgement))
+        replace_text(json_path, scores_json(judgement))
     return judgement
 
 
@@ -105,8 +105,8 @@ def _judge_config(description: ModelDescription, settings: list[str]) -> JudgeCo
     return build(JudgeConfig, values["judge"], "judge")
 
 
-def to_json(judgement: Judgement) -> str:
+def scores_json(judgement: Judgement) -> str:
     """The JSON of `openm6 evaluate --json`: `seconds`, `checkpoint` and `tasks` by name."""
     tasks = {result.name: result.to_json() for result in judgement.results}
     content = {"checkpoint": judgement.checkpoint, "seconds": round(judgement.seconds, 2), "tasks": tasks}
-    return json_text(content)
+    return to_json(content, indent=1) + "\n"

@@ -31,6 +31,7 @@ from openm6.evaluate.energy import read_account
 from openm6.evaluate.report import write_report
 from openm6.evaluate.results import Judgement, RunFacts
 from openm6.evaluate.run import evaluate
+from openm6.evaluate.saved import drop_evaluation, load_evaluation, save_evaluation
 from openm6.evaluate.table import summary
 from openm6.generate.load import Loaded
 from openm6.modalities.codec import codec_scores
@@ -254,6 +255,16 @@ class MultimodalJob(Job):
         parted = self.ranks.layout is not None
         if not (parted or self.ranks.first):
             return
+        kept = self.ranks.from_first(load_evaluation(run, str(checkpoint)) if self.ranks.first else None)
+        judgement, joules = kept or self._evaluate(run, checkpoint, parted)
+        if self.ranks.first:
+            if kept is None:
+                save_evaluation(run, judgement, joules)
+            self._report(run, judgement, joules)
+            drop_evaluation(run)
+
+    def _evaluate(self, run: RunFolder, checkpoint: Path, parted: bool) -> tuple[Judgement, float]:
+        """What the model scores, and the joules of finding out."""
         loaded = Loaded(self._for_evaluation(parted), self.modalities, self.description, checkpoint)
         watts = self.recipe.loop.energy.cpu_watts
         with open_meter(gpus_of(self.omni.device), watts) as meter, meter.span() as span:
@@ -263,8 +274,7 @@ class MultimodalJob(Job):
                 tell=lambda result: get_log().info(summary(result)),
                 loaded=loaded,
             )
-        if self.ranks.first:
-            self._report(run, judgement, span.joules)
+        return judgement, span.joules
 
     def _for_evaluation(self, parted: bool) -> Omni:
         """The model as one that was read from its checkpoint; all ranks get the same hidden states."""

@@ -14,7 +14,7 @@ from openm6.base.errors import OutputError, TrainingError
 from openm6.base.run_folder import RunFolder
 from openm6.evaluate.results import Judgement
 from openm6.evaluate.run import evaluate
-from openm6.evaluate.run import to_json as judgement_json
+from openm6.evaluate.run import scores_json as judgement_json
 from openm6.parallel.processes import ProcessRanks
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalJob
@@ -92,12 +92,14 @@ def test_a_failure_after_training_says_that_nothing_is_lost_and_resuming_repeats
             train_recipe(path, out=run)
     assert "\n" not in str(failure.value) and "go on with --resume" in str(failure.value)
     lines = (run / "metrics.jsonl").read_text()
+    # The evaluation is kept: only the report is missing.
+    monkeypatch.setattr("openm6.train.multimodal.evaluate", lambda *_, **__: pytest.fail("judged again"))
     with caplog.at_level("INFO", logger="openm6"):
         assert train_recipe(path, resume=True, out=run).steps == 2
     assert "epochs of each source and task: digits/name_picture 1." in caplog.text
     assert all(f"openm6 {word} {run}" in caplog.text for word in ("evaluate", "generate", "serve"))
     assert (run / "report.json").exists() and (run / "metrics.jsonl").read_text() == lines
-    monkeypatch.setattr("openm6.train.multimodal.evaluate", lambda *_, **__: pytest.fail("judged again"))
+    assert not (run / "evaluation.json").exists()
     with caplog.at_level("INFO", logger="openm6"):
         assert train_recipe(path, resume=True, out=run).steps == 2
     assert "nothing is left to do" in caplog.text

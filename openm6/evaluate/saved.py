@@ -1,0 +1,106 @@
+"""An evaluation kept in the run's folder until its report is written: a failed report does not cost a second one."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from openm6.base.files import replace_text
+from openm6.base.log import get_log
+from openm6.base.run_folder import RunFolder
+from openm6.evaluate.results import Judgement, Sample, TaskResult
+from openm6.modalities.interface import Part
+from openm6.modalities.numbers import Histogram, NumberSeries
+
+FILE = "evaluation.json"
+_TAG = "is"  # of a value that JSON has no form for
+
+
+def save_evaluation(run: RunFolder, judgement: Judgement, joules: float) -> None:
+    """Write the results, samples included, and the joules that they took.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    content = {"judgement": _encode(judgement), "joules": joules}
+    replace_text(run.path / FILE, json.dumps(content, allow_nan=False))
+
+
+def load_evaluation(run: RunFolder, checkpoint: str) -> tuple[Judgement, float] | None:
+    """The results kept for a checkpoint, and their joules; None if there are none of it that can be read."""
+    try:
+        content = json.loads((run.path / FILE).read_text(encoding="utf-8"))
+        judgement = _decode(content["judgement"])
+        if not isinstance(judgement, Judgement) or judgement.checkpoint != checkpoint:
+            return None
+        return judgement, float(content["joules"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        get_log().info(f"{run.path / FILE} cannot be read ({error}): evaluating again")
+        return None
+
+
+def drop_evaluation(run: RunFolder) -> None:
+    """Remove what is no longer needed once the report is written."""
+    (run.path / FILE).unlink(missing_ok=True)
+
+
+_CLASSES = {found.__name__: found for found in (Judgement, TaskResult, Sample, Part, NumberSeries)}
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {_TAG: type(value).__name__, "fields": fields}
+    if isinstance(value, bytes):
+        return {_TAG: "bytes", "base64": base64.b64encode(value).decode()}
+    if isinstance(value, Image.Image):
+        stream = io.BytesIO()
+        value.save(stream, "PNG")
+        return {_TAG: "image", "base64": base64.b64encode(stream.getvalue()).decode()}
+    if isinstance(value, np.ndarray):
+        text = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
+        return {_TAG: "array", "base64": text, "dtype": value.dtype.str, "shape": list(value.shape)}
+    if isinstance(value, Histogram):
+        scale = np.stack([value.centre, value.spread], axis=1)
+        return {_TAG: "histogram", "probability": _encode(value.probability), "scale": _encode(scale)}
+    if isinstance(value, dict):
+        return {_TAG: "dict", "items": [[key, _encode(inner)] for key, inner in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {_TAG: type(value).__name__, "items": [_encode(inner) for inner in value]}
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_TAG: "float", "text": str(value)}
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    kind = value[_TAG]
+    if kind in _CLASSES:
+        return _CLASSES[kind](**{name: _decode(inner) for name, inner in value["fields"].items()})
+    return _DECODERS[kind](value)
+
+
+_DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "bytes": lambda found: base64.b64decode(found["base64"]),
+    "image": lambda found: Image.open(io.BytesIO(base64.b64decode(found["base64"]))).convert("RGB"),
+    "array": lambda found: np.frombuffer(base64.b64decode(found["base64"]), found["dtype"]).reshape(
+        found["shape"]
+    ),
+    "histogram": lambda found: Histogram(_decode(found["probability"]), _decode(found["scale"])),
+    "float": lambda found: float(found["text"]),
+    "dict": lambda found: {key: _decode(inner) for key, inner in found["items"]},
+    "list": lambda found: [_decode(inner) for inner in found["items"]],
+    "tuple": lambda found: tuple(_decode(inner) for inner in found["items"]),
+}
