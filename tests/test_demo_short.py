@@ -76,7 +76,7 @@ def test_a_picture_is_drawn(folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     picture = Image.open(folder / "7.png")
-    assert (picture.format, picture.size, picture.mode) == ("PNG", (64, 64), "RGB")
+    assert (picture.format, picture.size, picture.mode) == ("PNG", (32, 32), "RGB")
 
 
 def test_a_sound_is_spoken(folder: Path) -> None:

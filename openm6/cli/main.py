@@ -93,7 +93,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/demo"),
     resume: Resume = False,
 ) -> None:
-    """Train and judge the small model; about ten minutes on two cores.
+    """Train and evaluate the small model; about six minutes on two cores.
 
     It learns from the data in the package and ends with a report.
 

@@ -21,7 +21,9 @@ from openm6.modalities.places import PlaceEmbedding
 from openm6.ops.cross_entropy import grouped_cross_entropy
 from openm6.ops.quantize import cell_values, unpack
 
-RANDOM_SHARE, ALL_SHARE, INSIDE_SHARE = 0.6, 0.2, 0.1  # the rest: everything but a rectangle is hidden
+# Of the training masks: random positions, all, and a rectangle; the rest hides everything but a rectangle. Wholly
+# masked targets are half, since only there does the model depend on its inputs.
+RANDOM_FRACTION, ALL_FRACTION, INSIDE_FRACTION = 0.35, 0.5, 0.075
 SMOOTHING = 0.1  # of the training labels, as MaskGIT does: unseen voices and hands must not surprise too much
 WRONG_SHARE = 0.05  # visible codes replaced by random ones, and learned too: teaches repair
 
@@ -32,15 +34,15 @@ def hide(height: int, width: int, rng: np.random.Generator | None) -> np.ndarray
     if rng is None:
         return np.ones(places, bool)
     draw = rng.random()
-    if draw < RANDOM_SHARE:
+    if draw < RANDOM_FRACTION:
         hidden = np.zeros(places, bool)
         count = max(1, round(places * math.cos(math.pi / 2 * rng.random())))
         hidden[rng.permutation(places)[:count]] = True
         return hidden
-    if draw < RANDOM_SHARE + ALL_SHARE:
+    if draw < RANDOM_FRACTION + ALL_FRACTION:
         return np.ones(places, bool)
     inside = random_rectangle(height, width, rng)
-    hidden = inside if draw < RANDOM_SHARE + ALL_SHARE + INSIDE_SHARE else ~inside
+    hidden = inside if draw < RANDOM_FRACTION + ALL_FRACTION + INSIDE_FRACTION else ~inside
     return hidden if hidden.any() else np.ones(places, bool)  # a rectangle may fill a tiny grid
 
 
