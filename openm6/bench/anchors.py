@@ -46,16 +46,16 @@ def streamed(bytes_: int, micro_batches: int = 1, recompute_every: int = 1) -> l
 # Few and many tokens, small and larger models, all modalities and text alone, in both ways of sharing the cores.
 ANCHORS: tuple[list[str], ...] = (
     ["packing.rows=2"],
-    [TEXT_ONLY, "packing.rows=4", *streamed(16)],
+    [*TEXT_ONLY, "packing.rows=4", *streamed(16)],
     ["packing.rows=8"],
-    [TEXT_ONLY, "packing.rows=6"],
+    [*TEXT_ONLY, "packing.rows=6"],
     ["packing.rows=4", *sizes(320, 6), *streamed(2, micro_batches=2)],
     ["packing.rows=4", *sizes(384, 6)],
     ["packing.rows=4", ALONE],
-    [TEXT_ONLY, "packing.rows=4", *sizes(320, 4), *dense(1024)],
-    [TEXT_ONLY, "packing.rows=8", *sizes(256, 6), *dense(1024), *streamed(4, recompute_every=2)],
+    [*TEXT_ONLY, "packing.rows=4", *sizes(320, 4), *dense(1024)],
+    [*TEXT_ONLY, "packing.rows=8", *sizes(256, 6), *dense(1024), *streamed(4, recompute_every=2)],
     ["packing.rows=5", *sizes(192, 6), *dense(512)],
-    [TEXT_ONLY, "packing.rows=3", *sizes(256, 4)],
+    [*TEXT_ONLY, "packing.rows=3", *sizes(256, 4)],
 )
 
 

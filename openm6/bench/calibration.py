@@ -34,12 +34,12 @@ from openm6.plan.check import GOALS
 SECONDS = 440.0
 QUANTITIES = {"seconds": "step time", "bytes": "memory", "joules": "energy"}
 CASES: dict[str, list[str]] = {
-    "sparse, text, width 192, 1,024 tokens": [TEXT_ONLY, "packing.rows=2"],
-    "sparse, text, width 192, 4,096 tokens": [TEXT_ONLY, "packing.rows=8"],
-    "sparse, text, width 384, 6 layers": [TEXT_ONLY, *sizes(384, 6), "packing.rows=4"],
-    "dense, text, width 192": [TEXT_ONLY, *dense(768), "packing.rows=4"],
-    "dense, text, width 384, 6 layers": [TEXT_ONLY, *sizes(384, 6), *dense(1536), "packing.rows=4"],
-    "dense gelu, text, width 512": [TEXT_ONLY, *sizes(512, 4), *dense(2048, "gelu"), "packing.rows=2"],
+    "sparse, text, width 192, 1,024 tokens": [*TEXT_ONLY, "packing.rows=2"],
+    "sparse, text, width 192, 4,096 tokens": [*TEXT_ONLY, "packing.rows=8"],
+    "sparse, text, width 384, 6 layers": [*TEXT_ONLY, *sizes(384, 6), "packing.rows=4"],
+    "dense, text, width 192": [*TEXT_ONLY, *dense(768), "packing.rows=4"],
+    "dense, text, width 384, 6 layers": [*TEXT_ONLY, *sizes(384, 6), *dense(1536), "packing.rows=4"],
+    "dense gelu, text, width 512": [*TEXT_ONLY, *sizes(512, 4), *dense(2048, "gelu"), "packing.rows=2"],
     "dense, multimodal, width 256, 6 layers": [*sizes(256, 6), *dense(1024), "packing.rows=4"],
     "sparse, multimodal, width 192": ["packing.rows=4"],
     "sparse, multimodal, width 192, 8 layers": ["model.overrides.num_layers=8", "packing.rows=4"],
@@ -59,10 +59,10 @@ CASES: dict[str, list[str]] = {
         "loop.optimizer.name=adafactor",
         "packing.rows=4",
     ],
-    "one process, text, width 256": [TEXT_ONLY, *sizes(256, 4), "packing.rows=4", ALONE],
+    "one process, text, width 256": [*TEXT_ONLY, *sizes(256, 4), "packing.rows=4", ALONE],
     "streamed, 16 bytes, multimodal, width 192": ["packing.rows=4", *streamed(16)],
     "streamed, 4 bytes, dense, text, width 384": [
-        TEXT_ONLY,
+        *TEXT_ONLY,
         *sizes(384, 6),
         *dense(1536),
         "packing.rows=4",

@@ -87,13 +87,13 @@ def measure_training(deadline: Deadline) -> tuple[TrainingRates, dict[str, float
     data = read_data(job, processes)
     few, many, texts = (
         job.split(first_batches([f"packing.rows={rows * processes}", *words], 1)[0], processes)[0]
-        for rows, words in ((TEAM_ROWS[0], []), (TEAM_ROWS[1], []), (TEXT_ROWS, [TEXT_ONLY]))
+        for rows, words in ((TEAM_ROWS[0], []), (TEAM_ROWS[1], []), (TEXT_ROWS, [*TEXT_ONLY]))
     )
     team = measure_parts(seats["team"], [few, many, texts], adapters, deadline)
     exchange = exchange_rates(deadline)
     whole = [
         first_batches([f"packing.rows={rows}", *words], 1)[0]
-        for rows, words in ((ALONE_ROWS[0], []), (ALONE_ROWS[1], []), (2 * TEXT_ROWS, [TEXT_ONLY]))
+        for rows, words in ((ALONE_ROWS[0], []), (ALONE_ROWS[1], []), (2 * TEXT_ROWS, [*TEXT_ONLY]))
     ]
     alone = measure_parts(seats["alone"], whole, adapters, deadline)
     rates = TrainingRates(

@@ -21,6 +21,7 @@ from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.bench.measure import Timing, alternate, device_name, speed_ratio
 from openm6.bench.report import Report
+from openm6.data.parquet import EmbeddedConfig
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
 from openm6.modalities.sequence import Batch, collate, lay_out
@@ -38,7 +39,7 @@ SIZES = {
     "cpu": ["packing.rows=2", "packing.length=512"],
     "cuda": ["model.preset=base", "packing.rows=8", "packing.length=2048", "modalities.text.vocabulary=4096"],
 }
-TEXTS = ("wordnet", "poems")  # what dense rows are filled with
+TEXTS = ("wordnet_en", "poems_zh")  # embedded data that dense rows are filled with
 
 
 @dataclass
@@ -122,7 +123,7 @@ def dense_text(job: MultimodalJob, count: int) -> list[Batch]:
     rows, length = job.recipe.packing.rows, job.recipe.packing.length
     text = job.modalities["text"]
     assert isinstance(text, Text)
-    sources = open_sources({name: job.recipe.sources[name] for name in TEXTS}, "train")
+    sources = open_sources({name: EmbeddedConfig(name=name) for name in TEXTS}, "train")
     tokens = itertools.chain.from_iterable(map(text.encode_plain, itertools.cycle(_words(sources.values()))))
     made = []
     for _ in range(count):

@@ -29,7 +29,11 @@ RECIPE = "demo"
 MIXTURE = (
     "{source: questions, task: answer}, {source: wordnet, task: define}, {source: poems, task: continue}"
 )
-TEXT_ONLY = f"mixture=[{MIXTURE}]"
+TEXT_ONLY = [
+    f"mixture=[{MIXTURE}]",
+    "sources.wordnet={kind: embedded, name: wordnet_en}",
+    "sources.poems={kind: embedded, name: poems_zh}",
+]
 WARMING = 3  # steps that fill caches
 LONGEST = 90.0  # seconds that a probe may take before it is given up
 DISTURBED = 0.05  # share of the machine that others had, above which a measurement is marked

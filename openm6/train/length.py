@@ -11,7 +11,7 @@ from openm6.parallel.ranks import Ranks
 from openm6.train.config import LOOP_SECTION, LoopConfig
 
 SKIPPED = 2  # first steps, slow through caches, compilation and memory that is claimed
-MEASURED_SHARE = 0.2  # part of the time that is spent before the speed is believed
+MEASURED_SHARE = 0.4  # of the time: at first, caches of codes are still being filled and steps take longer
 MEASURED_LEAST = 5  # steps
 TIME_FOR_STEPS = 0.96  # the rest is for judging and saving
 

@@ -100,9 +100,9 @@ def test_no_anchor_is_among_the_cases_and_both_hold_every_way() -> None:
 
 def test_streaming_computes_forward_twice_and_saves_states() -> None:
     plain = ceilings()
-    resident, moved = (planned([TEXT_ONLY, *words], plain) for words in (["loop.workers=1"], streamed(16)))
+    resident, moved = (planned([*TEXT_ONLY, *words], plain) for words in (["loop.workers=1"], streamed(16)))
     assert moved.time.compute > 1.2 * resident.time.compute
-    small = planned([TEXT_ONLY, *streamed(2)], plain)
+    small = planned([*TEXT_ONLY, *streamed(2)], plain)
     assert small.budget.states < 0.5 * moved.budget.states and small.tier.bytes == 2
 
 

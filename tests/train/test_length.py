@@ -43,9 +43,9 @@ def test_the_number_that_fits_is_measured_and_written_down(tmp_path: Path) -> No
     known = run_clock(
         length, [4.0, 3.0] + [0.5] * 100
     )  # the first two are slow and must not count for the speed
-    assert known == 36, "a fifth of the time must have passed"
-    # 120 s, 96 % of it for steps, 24 s gone in 36 steps, 0.5 s each from here.
-    assert length.steps == 36 + int((115.2 - 24) / 0.5)
+    assert known == 84, "two fifths of the time must have passed"
+    # 120 s, 96 % of it for steps, 48 s gone in 84 steps, 0.5 s each from here.
+    assert length.steps == 84 + int((115.2 - 48) / 0.5)
     assert run.read_config() == {
         "kind": "toy",
         "loop": {"steps": length.steps, "minutes": 2.0, "seed": 7},
