@@ -1,10 +1,11 @@
 """Whether a question is of a kind that the model was trained on; where it is not, what it was trained on.
 
-Three things are looked at, in this order:
+Four things are looked at, in this order:
 
 - the pair: some trained task must read the modalities that are given and answer in the one that is asked for;
 - the words: more than half of the fixed words of one of that task's prompts must stand in the text;
-- the answer: where a task takes any words ("{text}"), a text whose tokens have a low mean probability was not learned.
+- the length: where a task takes any words ("{text}"), the text must be about as long as those that it was trained on;
+- the answer: there, too, a text whose tokens have a low mean probability was not learned.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from openm6.modalities.interface import Part
 from openm6.models.description import ModelDescription
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Task
+from openm6.tasks.wording import word_count, words_of
 
 SURE = (
     0.3  # geometric mean probability of an answer's tokens; below it, an answer to free words is not trusted
 )
 ALIKE = 0.5  # share of a prompt's fixed words that a question must exceed
+LENGTHS = 1.25  # how many times longer or shorter than those of training a text may be
 LISTED = 4  # kinds of answers that a note names
 # The modality of a given slot by its name in the prompts; all others are text.
 SLOTS = {
@@ -35,7 +38,6 @@ SLOTS = {
 }
 CHINESE = {"text": "文本", "image": "图片", "sound": "声音", "numbers": "数值"}
 _SLOT = re.compile(r"\{\w+\}")
-_WORD = re.compile(r"[a-z0-9]+|[\u3400-\u9fff]")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,11 @@ def assess(
     text = " ".join(str(part.raw) for part in parts if part.modality == "text")
     if any(_resembles(text, prompt) for task in fitting for prompt in _prompts(task)):
         return Taught()
-    if any(not _fixed_words(prompt) for task in fitting for prompt in _prompts(task)):
+    if any(map(_is_bare, fitting)):
+        length = word_count(parts)
+        known = [x.words for x in description.lessons if TASKS[x.task] in fitting and _is_bare(TASKS[x.task])]
+        if not any(words is None or _near(length, words) for words in known):
+            return _other_length(length, [words for words in known if words is not None])
         sure = confidence is None or confidence >= SURE
         return Taught() if sure else _unsure(confidence or 0.0)
     return _other_words(fitting)
@@ -101,7 +107,16 @@ def _fixed_words(prompt: str) -> set[str]:
 
 def _words(text: str) -> set[str]:
     """Words of Latin letters, and single Chinese characters."""
-    return set(_WORD.findall(text.lower()))
+    return set(words_of(text))
+
+
+def _is_bare(task: Task) -> bool:
+    """Whether a prompt of the task has no words of its own."""
+    return any(not _fixed_words(prompt) for prompt in _prompts(task))
+
+
+def _near(length: int, words: tuple[int, int]) -> bool:
+    return words[0] / LENGTHS <= length <= words[1] * LENGTHS
 
 
 def _resembles(text: str, prompt: str) -> bool:
@@ -136,6 +151,15 @@ def _other_words(fitting: list[Task]) -> Taught:
     return Taught(
         f"not taught: this model was never asked in such words; it was trained on {en}",
         f"未学过：该模型从未见过这样的问法，训练时的问法是 {zh}",
+    )
+
+
+def _other_length(length: int, known: list[tuple[int, int]]) -> Taught:
+    fewest, most = min(low for low, _ in known), max(high for _, high in known)
+    return Taught(
+        f"not taught: the question has {length} words, and this model answers texts of {fewest} to {most} words, "
+        "which must hold what is asked for",
+        f"未学过：问题有{length}个词，该模型只学过回答{fewest}到{most}个词的文本，且答案须在文本之中",
     )
 
 

@@ -18,10 +18,14 @@ FORMAT = 1
 
 
 class Lesson(Config):
-    """One thing the model was trained on: a task over a source."""
+    """One thing the model was trained on: a task over a source.
+
+    `words` are the fewest and the most words of the texts that it read, None if unknown.
+    """
 
     task: str
     source: str
+    words: tuple[int, int] | None = None
 
 
 class ModelDescription(Config):

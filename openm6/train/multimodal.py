@@ -44,7 +44,6 @@ from openm6.models.choice import build_backbone
 from openm6.models.description import (
     MODEL_FILE,
     TOKENIZER_FILE,
-    Lesson,
     ModelDescription,
     build_model,
 )
@@ -60,6 +59,7 @@ from openm6.train.attribution import Attribution
 from openm6.train.cut_checks import check_cut
 from openm6.train.held_out import pack_held_out
 from openm6.train.job import Job, StepResult
+from openm6.train.lessons import lessons_of
 from openm6.train.metering import gpus_of
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.source_check import check_sources
@@ -335,7 +335,7 @@ def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> ModelDesc
         ),
         scales=_fit_scales(sources.values()),
         embedding=recipe.pooling,
-        lessons=[Lesson(task=lecture.task, source=lecture.source) for lecture in recipe.mixture],
+        lessons=lessons_of(recipe, sources),
         sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},
         judge=recipe.judge.model_dump(mode="json"),
     )

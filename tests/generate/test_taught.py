@@ -19,6 +19,7 @@ from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_pieces
 from openm6.models.description import ModelDescription
 from openm6.tasks.registry import TASKS
+from openm6.train.lessons import words_read
 from tests.data.pictures import png
 from tests.small_model import demo_sources, loaded
 
@@ -120,3 +121,23 @@ def test_the_command_prints_a_note_beside_the_answer(
     assert "not taught" not in say(model, Question(want="text", image=picture), caplog)
     noted = say(model, Question(want="image", text="a cat"), caplog, out)
     assert "never trained to give image from text, only text from image" in noted and out.exists()
+
+
+def test_a_text_much_shorter_than_those_of_training() -> None:
+    """A task without words of its own reads texts: a bare question is none of them, however sure the answer is."""
+    description = trained("answer")
+    known = [lesson.model_copy(update={"words": (9, 20)}) for lesson in description.lessons]
+    description = description.model_copy(update={"lessons": known})
+    found = assess([text("What is the capital of France?")], "text", description, 0.9)
+    assert not found.taught and "has 6 words" in found.en and "9 to 20 words" in found.en
+    read = text("The flag of Aruba. Capital: Oranjestad. Region: Caribbean. What is the capital?")
+    assert assess([read], "text", description, 0.9).taught
+    assert assess([text("seven")], "text", trained("answer"), 0.9).taught, (
+        "lengths are unknown: nothing is said"
+    )
+
+
+def test_lengths_are_those_of_the_records() -> None:
+    fewest, most = words_read(TASKS["answer"], demo_sources()["questions"]) or (0, 0)
+    assert 8 <= fewest <= 12 and 12 <= most <= 40
+    assert words_read(TASKS["answer"], demo_sources()["digits"]) is None
