@@ -108,7 +108,7 @@ def test_changes_that_would_make_it_fit() -> None:
 
 def test_a_recipe_and_its_overrides_are_planned() -> None:
     plan = the_plan("demo", "t4", ClusterOptions())
-    assert plan.real.tokens == 1024 and plan.real.tier.bytes == 16 and plan.total > 4_000_000
+    assert plan.real.tokens == 2048 and plan.real.tier.bytes == 16 and plan.total > 4_000_000
     question = read_question("recipes/demo.yaml", ["packing.rows=8", "loop.optimizer.name=adafactor"])
     changed = make_plan(question, read_machine("t4", None, ClusterOptions()).cluster())
     assert changed.real.tokens == 4096 and changed.real.tier.bytes == 8
