@@ -156,7 +156,7 @@ def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> N
     assert (name, words, named) == (
         "evaluate",
         (Path("runs/x"),),
-        {"tasks": ["a", "b"], "data": None, "json_path": Path("s.json")},
+        {"tasks": ["a", "b"], "data": None, "json_path": Path("s.json"), "settings": []},
     )
     assert (show, shown_words[0]) == ("show judgement", "evaluate is done")
 
