@@ -255,7 +255,9 @@ class MultimodalJob(Job):
         parted = self.ranks.layout is not None
         if not (parted or self.ranks.first):
             return
-        kept = self.ranks.from_first(load_evaluation(run, str(checkpoint)) if self.ranks.first else None)
+        kept = load_evaluation(run, str(checkpoint)) if self.ranks.first else None
+        if parted:  # else the other ranks are gone, and would never answer
+            kept = self.ranks.from_first(kept)
         judgement, joules = kept or self._evaluate(run, checkpoint, parted)
         if self.ranks.first:
             if kept is None:
