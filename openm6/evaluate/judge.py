@@ -83,13 +83,16 @@ def _judged(
     task = task_named(lesson.task)
     if task.contrasts:
         return judge_retrieval(loaded, lesson, test, config)
-    examples = test_examples(task, test, config, loaded.modalities)
-    return judge_lesson(loaded, lesson, examples, train, config) if examples else None
+    examples, sequences = test_examples(task, test, config, loaded.modalities)
+    return judge_lesson(loaded, lesson, examples, sequences, train, config) if examples else None
 
 
-def test_examples(task: Task, source: Source, config: JudgeConfig, modalities: Modalities) -> list[Example]:
-    """Up to `records` test records, spread over the source, through the task; broken ones are left out."""
+def test_examples(
+    task: Task, source: Source, config: JudgeConfig, modalities: Modalities
+) -> tuple[list[Example], list[Sequence]]:
+    """Up to `records` test records, spread over the source, through the task and as tokens, without broken ones."""
     examples: list[Example] = []
+    sequences: list[Sequence] = []
     skipped = 0
     spread = np.linspace(0, max(0, len(source) - 1), min(len(source), config.records)).astype(int)
     for index in spread:
@@ -98,7 +101,7 @@ def test_examples(task: Task, source: Source, config: JudgeConfig, modalities: M
             record = source[int(index)]
             record = with_others(record, source, rng) if task.compares else record
             example = task.example(record, rng)
-            example_sequence(example, modalities)  # a broken picture or sound shows only when it is opened
+            sequences.append(example_sequence(example, modalities))
             examples.append(example)
         except MissingFieldError:
             skipped += 1
@@ -106,17 +109,21 @@ def test_examples(task: Task, source: Source, config: JudgeConfig, modalities: M
             get_log().info(f"{task.name}: a test record is left out: {error}")
     if skipped:
         get_log().info(f"{task.name}: {skipped} of {len(spread)} test records lack a field that it needs")
-    return examples
+    return examples, sequences
 
 
 def judge_lesson(
-    loaded: Loaded, lesson: Lesson, examples: list[Example], train: Source, config: JudgeConfig
+    loaded: Loaded,
+    lesson: Lesson,
+    examples: list[Example],
+    sequences: list[Sequence],
+    train: Source,
+    config: JudgeConfig,
 ) -> TaskResult:
     """Information gain over all examples; metrics and samples over those that are answered."""
     task = task_named(lesson.task)
     train_examples, train_targets = training_examples(task, train, config.seed, loaded.modalities)
     prior = fit_prior(task, train_examples, train_targets, loaded)
-    sequences = [example_sequence(example, loaded.modalities) for example in examples]
     found = likelihoods(loaded, examples, sequences, lesson.source, prior)
 
     most = config.drawn if task.gives in ("image", "sound") else config.answers
@@ -148,7 +155,7 @@ def judge_lesson(
         answer_entropy=answer_entropy(examples, prior),
         records=len(examples),
         answered=len(answered),
-        metrics={name: float(values.mean()) for name, values in values.items()},
+        metrics={name: float(of_each.mean()) for name, of_each in values.items()},
         samples=_samples(scored, config),
     )
 

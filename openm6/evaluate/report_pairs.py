@@ -44,7 +44,7 @@ def information_note() -> Markup:
             "p",
             "The information gain is how much likelier the true answer becomes when the model sees its inputs: log2 "
             "p(answer | inputs) − log2 p(answer | no inputs), averaged over test records. It cannot exceed the "
-            "information in the answer: a digit holds at most 3.3 bits, a picture many.",
+            "information in the answer: a digit holds at most 3.3 bits, an image many.",
         ),
         tag(
             "p",

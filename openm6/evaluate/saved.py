@@ -1,4 +1,4 @@
-"""An evaluation kept in the run's folder until its report is written: a failed report does not cost a second one."""
+"""What of a run's end is done: an evaluation is kept in its folder until the report on it is written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,23 @@ from PIL import Image
 from openm6.base.files import replace_text
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import STATE_FILE, latest
+from openm6.evaluate.card import FILE as CARD_FILE
 from openm6.evaluate.results import Judgement, Sample, TaskResult
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram, NumberSeries
 
 FILE = "evaluation.json"
+REPORTS = ("report.json", "report.html", CARD_FILE)
 _TAG = "is"  # of a value that JSON has no form for
+
+
+def last_checkpoint(run: RunFolder) -> tuple[Path, bool]:
+    """The newest checkpoint of a run, and whether it was reported on since."""
+    checkpoint = latest(run.path)
+    saved = (checkpoint / STATE_FILE).stat().st_mtime_ns
+    reports = [run.path / name for name in REPORTS]
+    return checkpoint, all(path.is_file() and path.stat().st_mtime_ns >= saved for path in reports)
 
 
 def save_evaluation(run: RunFolder, judgement: Judgement, joules: float) -> None:

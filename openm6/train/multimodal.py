@@ -17,7 +17,7 @@ from openm6.base.errors import ConfigError, DataError
 from openm6.base.files import replace_text
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
-from openm6.checkpoint.folder import STATE_FILE, latest, list_checkpoints, read_state
+from openm6.checkpoint.folder import latest, list_checkpoints, read_state
 from openm6.data.mixture import Component, Mixture, epochs_seen
 from openm6.data.packing import Packer, merge_cursors
 from openm6.data.prepare import Preparer
@@ -25,13 +25,12 @@ from openm6.data.quarantine import Quarantine
 from openm6.data.quarantine import summary as summary_of_records
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
-from openm6.evaluate.card import FILE as CARD_FILE
 from openm6.evaluate.card import write_card
 from openm6.evaluate.energy import read_account
 from openm6.evaluate.report import write_report
 from openm6.evaluate.results import Judgement, RunFacts
 from openm6.evaluate.run import evaluate
-from openm6.evaluate.saved import drop_evaluation, load_evaluation, save_evaluation
+from openm6.evaluate.saved import drop_evaluation, last_checkpoint, load_evaluation, save_evaluation
 from openm6.evaluate.table import summary
 from openm6.generate.load import Loaded
 from openm6.modalities.codec import codec_scores
@@ -59,13 +58,12 @@ from openm6.train.attribution import Attribution
 from openm6.train.cut_checks import check_cut
 from openm6.train.held_out import pack_held_out
 from openm6.train.job import Job, StepResult
-from openm6.train.lessons import lessons_of
 from openm6.train.metering import gpus_of
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.source_check import check_sources
 from openm6.train.step import seed_everything
+from openm6.train.trained_tasks import trained_tasks
 
-REPORTS = ("report.json", "report.html", CARD_FILE)
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
 PART_TOKENS = 256  # fewer are not worth a process: each part costs some milliseconds whatever it holds
 SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
@@ -247,7 +245,7 @@ class MultimodalJob(Job):
             get_log().info(f"not evaluated, as judge.at_end says; openm6 evaluate {run.path} does it")
             return
         checkpoint, reported = self.ranks.from_first(
-            _last_checkpoint(run) if self.ranks.first else (run.path, False)
+            last_checkpoint(run) if self.ranks.first else (run.path, False)
         )
         if reported:
             get_log().info(f"{run.path} is trained, evaluated and reported: nothing is left to do")
@@ -319,14 +317,6 @@ class MultimodalJob(Job):
         return {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
 
 
-def _last_checkpoint(run: RunFolder) -> tuple[Path, bool]:
-    """The newest checkpoint of a run, and whether it was reported on since."""
-    checkpoint = latest(run.path)
-    saved = (checkpoint / STATE_FILE).stat().st_mtime_ns
-    reports = [run.path / name for name in REPORTS]
-    return checkpoint, all(path.is_file() and path.stat().st_mtime_ns >= saved for path in reports)
-
-
 def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> ModelDescription:
     """What a checkpoint tells of its model; `sources` are those that the mixture draws from."""
     return ModelDescription(
@@ -337,7 +327,7 @@ def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> ModelDesc
         ),
         scales=_fit_scales(sources.values()),
         embedding=recipe.pooling,
-        lessons=lessons_of(recipe, sources),
+        lessons=trained_tasks(recipe, sources),
         sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},
         judge=recipe.judge.model_dump(mode="json"),
     )

@@ -146,10 +146,11 @@ def test_a_baseline_is_beaten_only_if_score_and_information_agree(judgement: Jud
 def test_inpainting_is_scored_on_the_masked_region_only() -> None:
     """Codes outside of the mask may be anything: the score stays the same."""
     model, lesson = loaded(4), Lesson(task="fill_picture", source="digits")
-    examples = examples_of(TASKS["fill_picture"], demo_sources("test")["digits"], CONFIG, model.modalities)
+    examples, _ = examples_of(TASKS["fill_picture"], demo_sources("test")["digits"], CONFIG, model.modalities)
     shown = [replace(e, target=replace(e.target, options={"hole": (0.0, 0.0, 0.5, 0.5)})) for e in examples]
-    found = judge_lesson(model, lesson, shown, demo_sources()["digits"], CONFIG)
-    sequence = example_sequence(shown[0], model.modalities)
+    sequences = [example_sequence(example, model.modalities) for example in shown]
+    found = judge_lesson(model, lesson, shown, sequences, demo_sources()["digits"], CONFIG)
+    sequence = sequences[0]
     assert sequence.pieces[-1].learn.sum() == 16, "a quarter of the 64 positions"
     answered = shown[0], shown[-1]
     bits = sequence_nats(model.omni, [example_sequence(e, model.modalities) for e in answered]) / np.log(2)
@@ -185,7 +186,8 @@ def test_broken_test_records_are_left_out() -> None:
     source = ListSource("s", records)
     config = JudgeConfig(records=5)
     for name in ("name_picture", "draw"):
-        found = examples_of(TASKS[name], source, config, loaded().modalities)
+        found, sequences = examples_of(TASKS[name], source, config, loaded().modalities)
+        assert len(sequences) == len(found)
         assert [example.record_id for example in found] == ["a", "d"]
     lessons = [Lesson(task="draw", source="s")]
     (result,) = judge(loaded(), lessons, {"s": source}, {"s": source}, CONFIG).results
@@ -193,7 +195,7 @@ def test_broken_test_records_are_left_out() -> None:
 
 
 def test_records_are_spread_over_the_source() -> None:
-    found = examples_of(
+    found, _ = examples_of(
         TASKS["draw"], demo_sources("test")["digits"], JudgeConfig(records=4), loaded().modalities
     )
     ids = demo_sources("test")["digits"].values("id")

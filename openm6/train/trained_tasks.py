@@ -17,7 +17,7 @@ from openm6.train.recipe import MultimodalRecipe
 LOOKED_AT = 100  # records, spread over the source
 
 
-def lessons_of(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[Lesson]:
+def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[Lesson]:
     """The tasks of the mixture with the lengths of their texts: much shorter ones were not taught."""
     return [
         Lesson(task=x.task, source=x.source, words=words_read(TASKS[x.task], sources[x.source]))
