@@ -152,5 +152,5 @@ def describe(line: Line, steps: int | None, pace: Pace) -> str:
         if len(part) + 2 <= room:
             fitting.append(part)
             room -= len(part) + 2
-    told = [part for part in fitting if part in named]
-    return "  ".join([*first, *told, last[0], *(part for part in fitting if part not in told), last[1]])
+    fitting_losses = [part for part in fitting if part in named]
+    return "  ".join([*first, *fitting_losses, last[0], *fitting[len(fitting_losses) :], last[1]])
