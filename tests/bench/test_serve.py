@@ -49,9 +49,9 @@ def run_one(rows, prompt, found) -> None:
     """The tokens that our rows give to one prompt."""
     original = rows._settle
 
-    def noted(drawn, logits):
+    def noted(drawn, chosen, logits):
         found.extend(drawn)
-        return original(drawn, logits)
+        return original(drawn, chosen, logits)
 
     rows._settle = noted
     ours_run(rows, [prompt], 5)
