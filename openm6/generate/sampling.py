@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from openm6.base.config import Config
+from openm6.ops.random_bits import uniform
 
 
 class Sampling(Config):
@@ -24,26 +25,12 @@ class Sampling(Config):
 
 
 def gumbel(seed: Tensor, draw: Tensor, *shape: int) -> Tensor:
-    """Standard Gumbel noise that is a function of (seed, number of the draw, place): nothing is carried along.
+    """Standard Gumbel noise that is a function of (seed, number of the draw, position).  # B, B -> B *shape
 
-    So a row draws the same alone or in a crowd, on a CPU or a GPU, and within a captured graph. A counter is mixed as
-    in MurmurHash3's finish; 24 of its bits become a number in (0, 1).  # B, B -> B *shape
+    So a row draws the same alone or in a batch, on a CPU or a GPU, and within a captured graph.
     """
-    count = math.prod(shape)
-    key = _mixed(seed * _FIRST + _mixed(draw + 1)) * _SECOND  # B
-    place = torch.arange(count, device=seed.device)
-    bits = _mixed(key[:, None] + place * _FIRST) & 0xFFFFFF
-    uniform = (bits.float() + 0.5) * 2.0**-24
-    return -(-uniform.log_()).log_().view(len(seed), *shape)
-
-
-_FIRST, _SECOND = -0x61C8864680B583EB, -0x00AE502812AA7333  # odd constants, as two's complement
-
-
-def _mixed(word: Tensor) -> Tensor:
-    """Every bit of a word moves about half of the others; the shift is made logical by a mask."""
-    word = (word ^ ((word >> 32) & 0xFFFFFFFF)) * _SECOND
-    return word ^ ((word >> 29) & 0x7FFFFFFFF)
+    noise = uniform(seed, draw, math.prod(shape))
+    return -(-noise.log_()).log_().view(len(seed), *shape)
 
 
 class RowNoise:
