@@ -29,7 +29,7 @@ from openm6.data.packing import Packer
 from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
-from openm6.modalities.sequence import Batch
+from openm6.modalities.batch import Batch
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.streamed import open_updater

@@ -19,7 +19,7 @@ from openm6.nn.exchange import LocalExchange
 from openm6.nn.experts import Experts, Router
 from openm6.ops.linear_loss import linear_nats
 from openm6.ops.rotary import rotary_table
-from openm6.ops.sequence import Layout, causal_layout
+from openm6.ops.sequence import SequenceMeta, causal_meta
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.groups import default_groups
 from openm6.optim.registry import build_optimizer
@@ -36,7 +36,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.head, std=0.02)
 
-    def forward(self, ids: Tensor, layout: Layout) -> Tensor:
+    def forward(self, ids: Tensor, layout: SequenceMeta) -> Tensor:
         """Mean loss of the next tokens of B S ids, with the routers' side losses."""
         hidden, loads = self.backbone(self.embedding(ids), layout)
         return self.loss(hidden, ids) + side_loss(loads)
@@ -58,7 +58,7 @@ def our_contender(sizes: Sizes, device: torch.device) -> Contender:
         model.backbone.run_block = CompiledBlocks()
     optimizer = build_optimizer(default_groups(model), OptimizerConfig(name="adamw", learning_rate=1e-4))
     ids = torch.randint(0, sizes.vocabulary, (sizes.rows, sizes.length), device=device)
-    layout = causal_layout(sizes.rows, sizes.length, device=device)
+    layout = causal_meta(sizes.rows, sizes.length, device=device)
 
     run = model.backbone.run_block
 
@@ -79,7 +79,7 @@ def our_contender(sizes: Sizes, device: torch.device) -> Contender:
 
 
 def _parts(
-    model: Decoder, optimizer: torch.optim.Optimizer, ids: Tensor, layout: Layout
+    model: Decoder, optimizer: torch.optim.Optimizer, ids: Tensor, layout: SequenceMeta
 ) -> Mapping[str, tuple[int, Part]]:
     """Layer 0 piece by piece, as often as there are layers; then what a step does once."""
     config = model.backbone.config

@@ -30,7 +30,7 @@ from openm6.data.parquet import embedded_path, read_parquet
 from openm6.nn.block import Block
 from openm6.nn.experts import Experts
 from openm6.ops.grouped import grouped_product_reference
-from openm6.ops.sequence import causal_layout
+from openm6.ops.sequence import causal_meta
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.groups import default_groups
 from openm6.optim.registry import build_optimizer
@@ -154,7 +154,7 @@ def compare_losses(report: Report, device: torch.device) -> None:
     losses: dict[str, list[float]] = {"plain": [], "fp8": []}
     report.later("loss", partial(_loss_figures, losses))
     text = _bytes_of_texts()
-    layout = causal_layout(sizes.rows, sizes.length, device=device)
+    layout = causal_meta(sizes.rows, sizes.length, device=device)
     runs = {name: _decoder(sizes, device, name == "fp8") for name in losses}
     generator = np.random.default_rng(0)
     for _ in range(steps):

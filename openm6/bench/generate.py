@@ -20,7 +20,7 @@ from openm6.generate.masked import MaskedSampling
 from openm6.generate.reading import read_into
 from openm6.modalities.codes import CodesAdapter
 from openm6.modalities.interface import Part
-from openm6.modalities.registry import ModalitiesConfig, build_modalities, source_pieces
+from openm6.modalities.registry import ModalitiesConfig, build_modalities, source_segments
 from openm6.modalities.text import Text, train_tokenizer
 from openm6.models.omni import Omni
 from openm6.models.presets import PRESETS
@@ -100,7 +100,7 @@ def compare(setting: Setting, report: Report) -> None:
     omni, modalities = _model(setting, device)
     image, text = modalities["image"], modalities["text"]
     assert isinstance(text, Text)
-    prompt = source_pieces([Part("text", WORDS)], modalities)
+    prompt = source_segments([Part("text", WORDS)], modalities)
     blank = image.blank()
     room = -(-(sum(map(len, prompt)) + len(blank) + 1) // 64) * 64
     slots = Speaker.of(omni, text).new_slots(1, room)

@@ -9,7 +9,7 @@ import torch
 
 from openm6.generate.rows import TextRows
 from openm6.generate.sampling import Sampling
-from openm6.ops.sequence import causal_layout, join
+from openm6.ops.sequence import causal_meta, join
 from openm6.serve.config import EngineConfig
 
 
@@ -66,11 +66,11 @@ def _read(rows: TextRows, prompts: list[list[int]]) -> None:
     speaker = rows.speaker
     device = speaker.embedding.device
     ids = torch.tensor([token for prompt in prompts for token in prompt[:-1]], device=device)
-    layouts = [causal_layout(1, len(prompt) - 1, device=device) for prompt in prompts]
+    layouts = [causal_meta(1, len(prompt) - 1, device=device) for prompt in prompts]
     slots = [rows.next_slot + number for number in range(len(prompts))]
     embedded = torch.nn.functional.embedding(ids[None], speaker.embedding)
     if len(prompts) == 1:
         speaker.backbone(embedded, layouts[0], rows.cache.writer(slots[0]))
         return
-    layout = join([replace(part, sample=part.sample + n) for n, part in enumerate(layouts)])
+    layout = join([replace(part, example_id=part.example_id + n) for n, part in enumerate(layouts)])
     speaker.backbone(embedded, layout, rows.cache.packed_writer(slots))

@@ -24,7 +24,7 @@ from openm6.bench.report import Report
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
-from openm6.modalities.sequence import Batch, collate, lay_out
+from openm6.modalities.batch import Batch, build_sequence, collate
 from openm6.modalities.text import Text
 from openm6.models.running import CompiledBlocks, RecomputedBlocks
 from openm6.train.multimodal import MultimodalJob
@@ -128,7 +128,7 @@ def dense_text(job: MultimodalJob, count: int) -> list[Batch]:
     made = []
     for _ in range(count):
         written = [text.written(list(itertools.islice(tokens, length - 1))) for _ in range(rows)]
-        made.append(collate([[lay_out([piece])] for piece in written], length))
+        made.append(collate([[build_sequence([piece])] for piece in written], length))
     return made
 
 

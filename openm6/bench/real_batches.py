@@ -18,8 +18,7 @@ import torch
 from openm6.base.run_folder import RunFolder
 from openm6.bench.remembering import Watch
 from openm6.data.mixture import Draw
-from openm6.modalities.sequence import Batch, collate
-from openm6.modalities.sequence import Sequence as Example
+from openm6.modalities.batch import Batch, PackedExample, collate
 from openm6.ops.attention import piece_mask
 from openm6.plan.examples import ExampleFacts
 from openm6.train.multimodal import MultimodalJob
@@ -79,7 +78,7 @@ def read_data(job: MultimodalJob, parts: int) -> Data:
         for part in job.split(batch, parts):
             ForkingPickler.dumps(part)  # as a pipe sends it
         made += sum(by_key[keys[draw.component]] for draw in batch.draws)
-        tokens, places = tokens + batch.tokens, places + batch.layout.sample.numel()
+        tokens, places = tokens + batch.tokens, places + batch.layout.example_id.numel()
     packing = max(0.0, time.thread_time() - began - made)
     return Data(facts, tokens / places, packing / tokens, watch.limits)
 
@@ -111,17 +110,17 @@ def _facts(job: MultimodalJob, component: int, watch: Watch) -> ExampleFacts:
     )
 
 
-def count_kinds(examples: Sequence[Example]) -> tuple[Counter[str], Counter[str]]:
+def count_kinds(examples: Sequence[PackedExample]) -> tuple[Counter[str], Counter[str]]:
     """Tokens of each kind, and those that are learned."""
     read: Counter[str] = Counter()
     learned: Counter[str] = Counter()
-    for piece in (piece for example in examples for piece in example.pieces):
+    for piece in (piece for example in examples for piece in example.segments):
         read[piece.kind] += len(piece)
         learned[piece.kind] += int(piece.learn.sum())
     return read, learned
 
 
-def pairs_and_pieces(examples: Sequence[Example]) -> tuple[int, int]:
+def pairs_and_pieces(examples: Sequence[PackedExample]) -> tuple[int, int]:
     """Σ Q·K over the pieces in which attention goes through these examples, and how many there are."""
     pairs = pieces = 0
     for length, alike in _by_length(examples).items():
@@ -131,8 +130,8 @@ def pairs_and_pieces(examples: Sequence[Example]) -> tuple[int, int]:
     return pairs, pieces
 
 
-def _by_length(examples: Sequence[Example]) -> dict[int, list[Example]]:
-    found: dict[int, list[Example]] = defaultdict(list)
+def _by_length(examples: Sequence[PackedExample]) -> dict[int, list[PackedExample]]:
+    found: dict[int, list[PackedExample]] = defaultdict(list)
     for example in examples:
         found[len(example)].append(example)
     return found

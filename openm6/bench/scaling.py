@@ -21,7 +21,7 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import preset
 from openm6.nn.config import ExpertsConfig
-from openm6.ops.sequence import causal_layout
+from openm6.ops.sequence import causal_meta
 from openm6.parallel.config import MeshShape
 from openm6.parallel.processes import ProcessRanks
 
@@ -110,7 +110,7 @@ def time_steps(way: str, rows: int, steps: int) -> float:
     model.exchange = ranks.exchange(1)
     groups = ranks.groups([{"params": list(model.parameters())}])
     optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
-    x, layout = torch.randn(rows, LENGTH, SMALL.width), causal_layout(rows, LENGTH)
+    x, layout = torch.randn(rows, LENGTH, SMALL.width), causal_meta(rows, LENGTH)
     times = []
     for _ in range(WARMUP + steps):
         dist.barrier()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from openm6.bench.fitting import Point
 from openm6.bench.measure import Deadline
+from openm6.modalities.batch import Batch, TokenGroup
 from openm6.modalities.interface import Adapter
-from openm6.modalities.sequence import Batch, KindOfTokens
 from openm6.modalities.text import TextAdapter
 from openm6.models.backbone import Backbone, choose_mask
 from openm6.models.config import BackboneConfig
@@ -168,7 +168,7 @@ def _attention(config: BackboneConfig, batch: Batch, repeat: Repeat) -> Point:
         return x + block.attention(normal, parts.head_norms, context.rotary, mask, None, 0)
 
     pairs = sum((piece.stop - piece.start) * (piece.last - piece.first) for piece in mask.pieces)
-    causes = attention_causes(config, batch.layout.sample.numel(), pairs, len(mask.pieces))
+    causes = attention_causes(config, batch.layout.example_id.numel(), pairs, len(mask.pieces))
     return Point("attention", causes, repeat(_both_ways(forward, batch, config.width)))
 
 
@@ -182,7 +182,7 @@ def _network(width: int, part: DenseConfig | ExpertsConfig, batch: Batch, repeat
         y, load = block.feed_forward(normal, parts.router, context.valid, context.exchange, 0)
         return x + y + load.side_loss
 
-    causes = network_causes(width, part, batch.layout.sample.numel())
+    causes = network_causes(width, part, batch.layout.example_id.numel())
     name = "dense" if isinstance(part, DenseConfig) else "experts"
     return Point(name, causes, repeat(_both_ways(forward, batch, width)))
 
@@ -209,14 +209,14 @@ def _adapters(width: int, adapters: dict[str, Adapter], batch: Batch, repeat: Re
             yield Point(f"learn {name}", adapter_causes(width, len(chosen)), repeat(call))
 
 
-def _read(adapter: Adapter, kind: KindOfTokens, width: int) -> None:
+def _read(adapter: Adapter, kind: TokenGroup, width: int) -> None:
     vectors = adapter.embed(kind.arrays)  # n D
     if vectors.requires_grad:
         vectors.backward(torch.ones_like(vectors))
     adapter.zero_grad(set_to_none=True)
 
 
-def _learn(adapter: Adapter, kind: KindOfTokens, chosen: Tensor, hidden: Tensor) -> None:
+def _learn(adapter: Adapter, kind: TokenGroup, chosen: Tensor, hidden: Tensor) -> None:
     arrays = {key: array[chosen] for key, array in kind.arrays.items()}
     rows = hidden.detach().requires_grad_()
     total, _ = adapter.weighed_loss(rows, arrays, kind.weight[chosen])

@@ -14,7 +14,7 @@ from openm6.data.lanes import Lane, Lanes, merge, own_lanes
 from openm6.data.mixture import Draw
 from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine, merge_counts
-from openm6.modalities.sequence import Batch, Sequence, collate, shortened
+from openm6.modalities.batch import Batch, PackedExample, collate, shortened
 
 ENOUGH = 200  # draws in a row without an example, before they are a reason to stop
 
@@ -54,7 +54,7 @@ class Packer:
         self.quarantine = quarantine
         self.rank, self.size = rank, size
         # By serial, of the draws that wait: what they become, kept to save time.
-        self._made: dict[int, Sequence] = {}
+        self._made: dict[int, PackedExample] = {}
         # By component: draws since the last that became an example.
         self._fruitless = [0] * len(preparer.mixture.components)
         self._begin(_number_of_lanes(config, size))
@@ -90,9 +90,9 @@ class Packer:
             draws = [draw for rows in filled for row in rows for draw, _ in row]
             yield replace(collate(rows, self.config.length, self.state()), draws=draws)
 
-    def _fill(self, lane: Lane) -> list[list[tuple[Draw, Sequence]]]:
+    def _fill(self, lane: Lane) -> list[list[tuple[Draw, PackedExample]]]:
         count = self.config.rows // self.lanes.count
-        rows: list[list[tuple[Draw, Sequence]]] = [[] for _ in range(count)]
+        rows: list[list[tuple[Draw, PackedExample]]] = [[] for _ in range(count)]
         room = [self.config.length] * count
         earlier, lane.waiting = lane.waiting, []
         while len(lane.waiting) < self.config.waiting and any(room):
@@ -115,7 +115,7 @@ class Packer:
         lane.waiting.extend(earlier)
         return rows
 
-    def _sequence(self, draw: Draw) -> Sequence | None:
+    def _sequence(self, draw: Draw) -> PackedExample | None:
         """The draw as tokens, cut to the length of a row; None if it cannot be used, which the quarantine counts.
 
         Raises:

@@ -12,10 +12,10 @@ from openm6.base.seeds import numpy_generator
 from openm6.data.mixture import Draw, Mixture
 from openm6.data.records import Record
 from openm6.data.source import Source
+from openm6.modalities.batch import PackedExample, build_pair, build_sequence
 from openm6.modalities.interface import Part
 from openm6.modalities.pool import pooled
-from openm6.modalities.registry import Modalities, source_pieces, target_piece
-from openm6.modalities.sequence import Sequence, lay_out, lay_out_pair
+from openm6.modalities.registry import Modalities, source_segments, target_segment
 from openm6.modalities.text import GAP
 from openm6.tasks.registry import task_named
 from openm6.tasks.task import Example
@@ -43,7 +43,7 @@ def example_sequence(
     modalities: Modalities,
     rng: np.random.Generator | None = None,
     weight: float = 1.0,
-) -> Sequence:
+) -> PackedExample:
     """The example as tokens; a generator means training.
 
     Raises:
@@ -51,23 +51,23 @@ def example_sequence(
     """
     if task_named(example.task).contrasts:
         return _pair_sequence(example, modalities, rng, weight)
-    target = target_piece(example.target, modalities, rng)
+    target = target_segment(example.target, modalities, rng)
     guided = example.target.modality in ("image", "sound")
     unconditional = rng is not None and guided and rng.random() < UNCONDITIONAL_FRACTION
-    source = [] if unconditional else source_pieces(example.source, modalities, rng)
-    return lay_out([*source, target], example.task, weight)
+    source = [] if unconditional else source_segments(example.source, modalities, rng)
+    return build_sequence([*source, target], example.task, weight)
 
 
 def _pair_sequence(
     example: Example, modalities: Modalities, rng: np.random.Generator | None, weight: float
-) -> Sequence:
+) -> PackedExample:
     """Both sides of a contrastive example, each closed by the token that pools it."""
     kinds = {part.modality for part in example.source}
     space = f"{sorted(kinds)} {example.target.modality}"
-    left = source_pieces(example.source, modalities, rng)
-    right = source_pieces([example.target], modalities, rng)
+    left = source_segments(example.source, modalities, rng)
+    right = source_segments([example.target], modalities, rng)
     left, right = (pooled(side, example.key, space, learn=True) for side in (left, right))
-    return lay_out_pair(left, right, example.task, weight)
+    return build_pair(left, right, example.task, weight)
 
 
 def with_others(record: Record, source: Source, rng: np.random.Generator) -> Record:
@@ -103,7 +103,7 @@ class Preparer:
         self.seed = seed
         self.loss_weights = loss_weights
 
-    def sequence(self, draw: Draw) -> Sequence:
+    def sequence(self, draw: Draw) -> PackedExample:
         """Raises DataError where the record is broken or lacks what its task needs."""
         component = self.mixture.components[draw.component]
         rng = numpy_generator(self.seed, component.key, draw.epoch, draw.index)

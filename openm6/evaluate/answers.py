@@ -14,8 +14,8 @@ from openm6.generate.prompt import Prompt
 from openm6.generate.sampling import Sampling
 from openm6.generate.text import write
 from openm6.modalities.image import Image
-from openm6.modalities.interface import Tokens
-from openm6.modalities.registry import source_pieces, target_piece
+from openm6.modalities.interface import Segment
+from openm6.modalities.registry import source_segments, target_segment
 from openm6.modalities.sound import Sound
 from openm6.tasks.task import Example
 
@@ -27,7 +27,7 @@ def answer(loaded: Loaded, examples: list[Example], sampling: MaskedSampling) ->
     found: list[Answer] = []
     for start in range(0, len(examples), BATCH):
         part = examples[start : start + BATCH]
-        prompts = [source_pieces(example.source, loaded.modalities) for example in part]
+        prompts = [source_segments(example.source, loaded.modalities) for example in part]
         found.extend(_ANSWERS[part[0].target.modality](loaded, part, prompts, sampling))
     return found
 
@@ -44,7 +44,7 @@ def _texts(
 def _numbers(
     loaded: Loaded, examples: list[Example], prompts: list[Prompt], sampling: MaskedSampling
 ) -> list[Answer]:
-    wanted = [target_piece(example.target, loaded.modalities) for example in examples]
+    wanted = [target_segment(example.target, loaded.modalities) for example in examples]
     return list(predict(loaded.omni, prompts, wanted))
 
 
@@ -69,7 +69,7 @@ def _codes(
     prompts: list[Prompt],
     sampling: MaskedSampling,
 ) -> torch.Tensor:
-    wanted: list[Tokens] = [
+    wanted: list[Segment] = [
         modality.target(example.target.raw, options=example.target.options) for example in examples
     ]
     return fill_codes(loaded.omni, prompts, wanted, sampling).cpu()

@@ -24,8 +24,8 @@ from openm6.evaluate.priors import (
 )
 from openm6.generate.load import Loaded
 from openm6.modalities.image import Image
-from openm6.modalities.interface import Tokens
-from openm6.modalities.registry import Modalities, target_piece
+from openm6.modalities.interface import Segment
+from openm6.modalities.registry import Modalities, target_segment
 from openm6.modalities.sound import Sound
 from openm6.tasks.task import Example, Task
 
@@ -34,7 +34,7 @@ FITTED = 400  # training records that a baseline looks at
 
 def training_examples(
     task: Task, source: Source, seed: int, modalities: Modalities
-) -> tuple[list[Example], list[Tokens]]:
+) -> tuple[list[Example], list[Segment]]:
     """Some training records of a source through a task, and their targets as tokens; broken ones are left out."""
     examples, targets = [], []
     for index in np.linspace(0, len(source) - 1, min(len(source), FITTED)).astype(int):
@@ -43,14 +43,14 @@ def training_examples(
             record = source[int(index)]
             record = with_others(record, source, rng) if task.compares else record
             example = task.example(record, rng)
-            targets.append(target_piece(example.target, modalities))
+            targets.append(target_segment(example.target, modalities))
             examples.append(example)
         except DataError:
             continue
     return examples, targets
 
 
-def fit_prior(task: Task, examples: list[Example], targets: list[Tokens], loaded: Loaded) -> TargetPrior:
+def fit_prior(task: Task, examples: list[Example], targets: list[Segment], loaded: Loaded) -> TargetPrior:
     """The input-free predictor of a task's targets, from training examples."""
     if not examples:
         return NoPrior()

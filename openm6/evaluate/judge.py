@@ -35,8 +35,8 @@ from openm6.evaluate.results import Judgement, Sample, TaskResult
 from openm6.evaluate.retrieval import judge_retrieval
 from openm6.evaluate.side_by_side import number_of_judges, side_by_side
 from openm6.generate.load import Loaded
+from openm6.modalities.batch import PackedExample
 from openm6.modalities.registry import Modalities
-from openm6.modalities.sequence import Sequence
 from openm6.models.description import Lesson
 from openm6.tasks.registry import task_named
 from openm6.tasks.task import Example, Task
@@ -89,10 +89,10 @@ def _judged(
 
 def test_examples(
     task: Task, source: Source, config: JudgeConfig, modalities: Modalities
-) -> tuple[list[Example], list[Sequence]]:
+) -> tuple[list[Example], list[PackedExample]]:
     """Up to `records` test records, spread over the source, through the task and as tokens, without broken ones."""
     examples: list[Example] = []
-    sequences: list[Sequence] = []
+    sequences: list[PackedExample] = []
     skipped = 0
     spread = np.linspace(0, max(0, len(source) - 1), min(len(source), config.records)).astype(int)
     for index in spread:
@@ -116,7 +116,7 @@ def judge_lesson(
     loaded: Loaded,
     lesson: Lesson,
     examples: list[Example],
-    sequences: list[Sequence],
+    sequences: list[PackedExample],
     train: Source,
     config: JudgeConfig,
 ) -> TaskResult:
@@ -199,13 +199,13 @@ def _score_codes(
     scored: Scored,
     task: Task,
     bits: np.ndarray,
-    sequences: list[Sequence],
+    sequences: list[PackedExample],
     prior: TargetPrior,
     loaded: Loaded,
     train: Source,
 ) -> Scored:
     """Scored with bits per code of the model and of the training frequencies, over the codes that carry a loss."""
-    targets = [sequence.pieces[-1] for sequence in sequences]
+    targets = [sequence.segments[-1] for sequence in sequences]
     codes = np.asarray([target.learn.sum() * target.arrays["codes"].shape[1] for target in targets])
     recogniser = build_recogniser(loaded, train, task.gives) if "recognised" in task.metrics else None
     prior_bits = prior.bits(scored.examples, targets) / codes

@@ -19,7 +19,7 @@ import torch
 from openm6.data.prepare import example_sequence, null_example
 from openm6.evaluate.priors import TargetPrior
 from openm6.generate.load import Loaded
-from openm6.modalities.sequence import Sequence, collate
+from openm6.modalities.batch import PackedExample, collate
 from openm6.models.omni import Omni
 from openm6.tasks.task import Example
 
@@ -43,24 +43,28 @@ class Likelihoods:
 
 
 def likelihoods(
-    loaded: Loaded, examples: list[Example], sequences: list[Sequence], source_name: str, prior: TargetPrior
+    loaded: Loaded,
+    examples: list[Example],
+    sequences: list[PackedExample],
+    source_name: str,
+    prior: TargetPrior,
 ) -> Likelihoods:
     """Likelihoods of the examples' targets; `sequences` are the examples as tokens."""
     null = [example_sequence(null_example(example, source_name), loaded.modalities) for example in examples]
     nats = sequence_nats(loaded.omni, [*sequences, *null])
     bits, model_bits = np.split(nats * BITS, 2)
-    prior_bits = prior.bits(examples, [sequence.pieces[-1] for sequence in sequences])
+    prior_bits = prior.bits(examples, [sequence.segments[-1] for sequence in sequences])
     if prior_bits.mean() < model_bits.mean():
         return Likelihoods(bits, prior_bits, "training frequencies")
     return Likelihoods(bits, model_bits, "model without inputs")
 
 
 @torch.inference_mode()
-def sequence_nats(omni: Omni, sequences: list[Sequence]) -> np.ndarray:
+def sequence_nats(omni: Omni, sequences: list[PackedExample]) -> np.ndarray:
     """Negative log-likelihood of the learned tokens of each sequence, in nats.  # N"""
     length = max(ROW, *(len(sequence) for sequence in sequences), 0)
     found: list[float] = []
-    rows: list[list[Sequence]] = [[]]
+    rows: list[list[PackedExample]] = [[]]
     for sequence in sequences:
         if sum(map(len, rows[-1])) + len(sequence) > length:
             if len(rows) == BATCH_ROWS:
@@ -72,7 +76,7 @@ def sequence_nats(omni: Omni, sequences: list[Sequence]) -> np.ndarray:
     return np.asarray(found)
 
 
-def _nats(omni: Omni, rows: list[list[Sequence]], length: int) -> list[float]:
+def _nats(omni: Omni, rows: list[list[PackedExample]], length: int) -> list[float]:
     batch = collate(rows, length).to(omni.device)
     total = torch.zeros(batch.num_examples, device=omni.device)
     judged, _ = omni.judge(batch)

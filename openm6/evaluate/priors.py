@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from openm6.modalities.interface import Tokens
+from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import BINS, LIMIT
 from openm6.tasks.task import Example
 
@@ -31,26 +31,26 @@ class TargetPrior(ABC):
     """p(y) from the targets of the training split."""
 
     @abstractmethod
-    def bits(self, examples: list[Example], targets: list[Tokens]) -> np.ndarray:
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
         """-log2 p(y) of each target in bits; infinite for a target it gives no probability.  # N"""
 
 
 class NoPrior(TargetPrior):
     """Without training records nothing is known of the targets."""
 
-    def bits(self, examples: list[Example], targets: list[Tokens]) -> np.ndarray:
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
         return np.full(len(examples), np.inf)
 
 
 class AnswerFrequencies(TargetPrior):
     """Text: how often each answer occurs in the language of the prompt, add-half smoothed."""
 
-    def __init__(self, examples: list[Example], targets: list[Tokens]) -> None:
+    def __init__(self, examples: list[Example], targets: list[Segment]) -> None:
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
         for example in examples:
             self.counts[example.language][example.answer] += 1
 
-    def bits(self, examples: list[Example], targets: list[Tokens]) -> np.ndarray:
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
         return np.asarray([self._bits(example) for example in examples])
 
     def _bits(self, example: Example) -> float:
@@ -73,15 +73,15 @@ class AnswerFrequencies(TargetPrior):
 class ValueFrequencies(TargetPrior):
     """Numbers: a histogram of each column's training values over the bins of the number head."""
 
-    def __init__(self, examples: list[Example], targets: list[Tokens]) -> None:
+    def __init__(self, examples: list[Example], targets: list[Segment]) -> None:
         self.counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(BINS))
         for example, target in zip(examples, targets, strict=True):
             self.counts[target_column(example)] += np.bincount(_bins(target), minlength=BINS)
 
-    def bits(self, examples: list[Example], targets: list[Tokens]) -> np.ndarray:
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
         return np.asarray([self._bits(*pair) for pair in zip(examples, targets, strict=True)])
 
-    def _bits(self, example: Example, target: Tokens) -> float:
+    def _bits(self, example: Example, target: Segment) -> float:
         smoothed = self.counts[target_column(example)] + PSEUDO_COUNT / 4  # 160 bins would drown few values
         return float(-np.log2(smoothed[_bins(target)] / smoothed.sum()).sum())
 
@@ -93,7 +93,7 @@ class CodeFrequencies(TargetPrior):
     best.
     """
 
-    def __init__(self, examples: list[Example], targets: list[Tokens], codebook_size: int) -> None:
+    def __init__(self, examples: list[Example], targets: list[Segment], codebook_size: int) -> None:
         codes = np.stack([target.arrays["codes"] for target in targets])  # M P G
         held_out = np.arange(len(codes)) % HELD_OUT == HELD_OUT - 1
         weight = 0.0
@@ -102,7 +102,7 @@ class CodeFrequencies(TargetPrior):
             weight = min(tables, key=lambda w: _lookup(tables[w], codes[held_out]).mean())
         self.table = _code_bits(codes, codebook_size, weight)  # P G C
 
-    def bits(self, examples: list[Example], targets: list[Tokens]) -> np.ndarray:
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
         return np.asarray(
             [_lookup(self.table, target.arrays["codes"])[target.learn].sum() for target in targets]
         )
@@ -124,7 +124,7 @@ def _lookup(table: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return table[np.arange(positions)[:, None], np.arange(groups), codes]
 
 
-def _bins(target: Tokens) -> np.ndarray:
+def _bins(target: Segment) -> np.ndarray:
     """Bin of each observed value."""
     values = target.arrays["values"][target.arrays["observed"]]
     return ((values + LIMIT) * (BINS / (2 * LIMIT))).astype(int).clip(0, BINS - 1)

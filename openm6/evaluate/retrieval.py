@@ -17,7 +17,7 @@ from openm6.evaluate.intervals import bootstrap_interval
 from openm6.evaluate.results import TaskResult
 from openm6.generate.embed import embed, taught_pool
 from openm6.generate.load import Loaded
-from openm6.modalities.registry import source_pieces
+from openm6.modalities.registry import source_segments
 from openm6.models.description import Lesson
 from openm6.tasks.registry import task_named
 from openm6.tasks.task import LANGUAGES, Example, Task
@@ -82,7 +82,7 @@ def examples_in(
         rng = numpy_generator(config.seed, task.name, int(index))
         try:
             example = task.example(source[int(index)], rng, language=language)
-            source_pieces([example.target], loaded.modalities)
+            source_segments([example.target], loaded.modalities)
             found.append(example)
         except DataError:
             continue

@@ -8,18 +8,18 @@ from collections.abc import Iterator
 
 import torch
 
-from openm6.modalities.interface import Tokens
-from openm6.modalities.sequence import collate, lay_out
+from openm6.modalities.batch import build_sequence, collate
+from openm6.modalities.interface import Segment
 from openm6.models.omni import Omni
 from openm6.nn.slots import SlotCache
-from openm6.ops.sequence import Layout
+from openm6.ops.sequence import SequenceMeta
 
 ROW = 512  # tokens of a pass, unless one candidate alone has more
 
 
 @torch.inference_mode()
 def candidate_nats(
-    omni: Omni, cache: SlotCache, slot: int, place: int, candidates: list[Tokens]
+    omni: Omni, cache: SlotCache, slot: int, place: int, candidates: list[Segment]
 ) -> list[float]:
     """Negative log-likelihood, in nats, of each wanted text after the prompt in a slot, which stays as it is.  # N
 
@@ -27,11 +27,13 @@ def candidate_nats(
     """
     found: list[float] = []
     for few in _passes(candidates):
-        sequences = [lay_out([tokens], place=place) for tokens in few]
+        sequences = [build_sequence([tokens], place=place) for tokens in few]
         batch = collate([sequences], sum(map(len, few))).to(omni.device)
-        number = batch.layout.sample
+        number = batch.layout.example_id
         # All belong to the prompt's example, and each to a block of its own.
-        layout = Layout(torch.zeros_like(number), batch.layout.order, number + 1, batch.layout.positions)
+        layout = SequenceMeta(
+            torch.zeros_like(number), batch.layout.attn_order, number + 1, batch.layout.positions
+        )
         hidden, _ = omni(batch.kinds, layout, cache.reader([slot]))  # 1 S D
         kind = batch.kinds["text"]
         nats = omni.text.nll(hidden[0, kind.index], kind.arrays).float()
@@ -39,9 +41,9 @@ def candidate_nats(
     return found
 
 
-def _passes(candidates: list[Tokens]) -> Iterator[list[Tokens]]:
+def _passes(candidates: list[Segment]) -> Iterator[list[Segment]]:
     """Whole candidates in their order, up to `ROW` tokens at once."""
-    few: list[Tokens] = []
+    few: list[Segment] = []
     for tokens in candidates:
         if few and sum(map(len, few)) + len(tokens) > ROW:
             yield few

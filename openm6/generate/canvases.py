@@ -17,12 +17,12 @@ from torch import Tensor
 
 from openm6.generate.masked import MaskedSampling, least_sure
 from openm6.generate.sampling import gumbel
+from openm6.modalities.batch import TokenGroup
 from openm6.modalities.codes import CodesAdapter
-from openm6.modalities.interface import Tokens
-from openm6.modalities.sequence import KindOfTokens
+from openm6.modalities.interface import Segment
 from openm6.models.omni import Omni
 from openm6.nn.slots import SlotCache
-from openm6.ops.sequence import Layout
+from openm6.ops.sequence import SequenceMeta
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class Canvas:
     """Codes on their way. `slot` holds the prompt (None: there is none), `place` is the position that follows it."""
 
     key: Any
-    wanted: Tokens
+    wanted: Segment
     sampling: MaskedSampling
     slot: int | None
     place: int
@@ -42,7 +42,7 @@ class Canvas:
 
     @classmethod
     def of(
-        cls, key: Any, wanted: Tokens, sampling: MaskedSampling, slot: int | None, place: int, device: Any
+        cls, key: Any, wanted: Segment, sampling: MaskedSampling, slot: int | None, place: int, device: Any
     ) -> Canvas:
         """A canvas on which only what is given is known."""
         hidden = torch.from_numpy(wanted.arrays["hidden"]).to(device)
@@ -101,9 +101,9 @@ def _states(omni: Omni, cache: SlotCache, canvases: list[Canvas], codes: Tensor,
     moves = torch.tensor(like.moves, device=codes.device)
     positions = torch.from_numpy(like.grid).to(codes.device) + start * moves  # R N 3
     sample = torch.zeros(positions.shape[:2], dtype=torch.int32, device=codes.device)
-    layout = Layout(sample, sample + 1, sample + 1, positions.to(torch.int32))
+    layout = SequenceMeta(sample, sample + 1, sample + 1, positions.to(torch.int32))
     index = torch.arange(sample.numel(), device=codes.device)
-    kinds = {like.kind: KindOfTokens(index, arrays, index, index.float(), index[:0])}
+    kinds = {like.kind: TokenGroup(index, arrays, index, index.float(), index[:0])}
     return omni(kinds, layout, cache.reader(slots))[0]
 
 

@@ -4,17 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from openm6.base.errors import ConfigError
 from openm6.generate.load import Loaded
-from openm6.modalities.interface import Part, Tokens
+from openm6.modalities.batch import PackedExample, build_sequence, collate
+from openm6.modalities.interface import Part, Segment
 from openm6.modalities.pool import POOL, PoolAdapter, pooled
-from openm6.modalities.registry import source_pieces
-from openm6.modalities.sequence import Sequence, collate, lay_out
+from openm6.modalities.registry import source_segments
 
 ROW, ROWS = 512, 4  # tokens of a row, rows of a pass
 
@@ -38,27 +38,27 @@ def taught_pool(loaded: Loaded) -> PoolAdapter:
     return pool
 
 
-def embed(loaded: Loaded, inputs: Many[list[Part]]) -> np.ndarray:
+def embed(loaded: Loaded, inputs: Sequence[list[Part]]) -> np.ndarray:
     """The embedding of each input (a text, a picture, a sound, or several parts together), of length 1.  # -> B E
 
     Raises:
         ConfigError: the model was not taught to embed.
         DataError: an input is empty, broken or out of bounds.
     """
-    return embed_tokens(loaded, [source_pieces(parts, loaded.modalities) for parts in inputs])
+    return embed_tokens(loaded, [source_segments(parts, loaded.modalities) for parts in inputs])
 
 
-def embed_tokens(loaded: Loaded, inputs: Many[list[Tokens]]) -> np.ndarray:
+def embed_tokens(loaded: Loaded, inputs: Sequence[list[Segment]]) -> np.ndarray:
     """The same of inputs that are source tokens already.  # -> B E"""
     size = embedding_size(loaded)
-    sequences = [lay_out(pooled(pieces)) for pieces in inputs]
+    sequences = [build_sequence(pooled(pieces)) for pieces in inputs]
     found = [_vectors(loaded, rows) for rows in packed(sequences)]
     return np.concatenate(found) if found else np.zeros((0, size), np.float32)
 
 
-def packed(sequences: list[Sequence]) -> list[list[list[Sequence]]]:
+def packed(sequences: list[PackedExample]) -> list[list[list[PackedExample]]]:
     """Passes of a few rows of whole sequences, in order."""
-    passes: list[list[list[Sequence]]] = []
+    passes: list[list[list[PackedExample]]] = []
     room = 0
     for sequence in sequences:
         if len(sequence) > room or not passes:
@@ -72,7 +72,7 @@ def packed(sequences: list[Sequence]) -> list[list[list[Sequence]]]:
 
 
 @torch.inference_mode()
-def _vectors(loaded: Loaded, rows: list[list[Sequence]]) -> np.ndarray:
+def _vectors(loaded: Loaded, rows: list[list[PackedExample]]) -> np.ndarray:
     length = max(sum(map(len, row)) for row in rows)
     batch = collate(rows, length).to(loaded.omni.device)
     hidden, _ = loaded.omni(batch.kinds, batch.layout)  # R S D

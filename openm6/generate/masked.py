@@ -20,7 +20,7 @@ from openm6.base.config import Config
 from openm6.generate.prompt import Prompt, Reading, read_prompts
 from openm6.generate.sampling import RowNoise
 from openm6.modalities.codes import CodesAdapter
-from openm6.modalities.interface import Tokens
+from openm6.modalities.interface import Segment
 from openm6.models.omni import Omni
 
 
@@ -36,7 +36,7 @@ class MaskedSampling(Config):
 
 
 @torch.inference_mode()
-def fill_codes(omni: Omni, prompts: list[Prompt], wanted: list[Tokens], sampling: MaskedSampling) -> Tensor:
+def fill_codes(omni: Omni, prompts: list[Prompt], wanted: list[Segment], sampling: MaskedSampling) -> Tensor:
     """Codes of the wanted target tokens, those that are hidden drawn in answer to each prompt.  # -> B N G
 
     All of `wanted` are of one kind and size; their codes are read only where they are not hidden. Row i draws from
@@ -71,18 +71,18 @@ def fill_codes(omni: Omni, prompts: list[Prompt], wanted: list[Tokens], sampling
     return codes
 
 
-def _stacked(wanted: list[Tokens], name: str, device: torch.device) -> Tensor:
+def _stacked(wanted: list[Segment], name: str, device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack([tokens.arrays[name] for tokens in wanted])).to(device)
 
 
-def _run(reading: Reading, like: Tokens, codes: Tensor, unknown: Tensor) -> Tensor:
+def _run(reading: Reading, like: Segment, codes: Tensor, unknown: Tensor) -> Tensor:
     """Hidden states of all places for every prompt read, the empty ones included.  # -> B' N D"""
     repeat = reading.batch // len(codes)
     flat = codes.repeat(repeat, 1, 1).flatten(0, 1)  # B N G -> B'*N G
     places = torch.from_numpy(like.arrays["places"]).to(codes.device).repeat(reading.batch, 1)
     arrays = {"shown": flat, "codes": flat, "hidden": unknown.repeat(repeat, 1).flatten(), "places": places}
     grid = torch.from_numpy(like.grid).to(codes.device)
-    states = reading.run(like.kind, arrays, reading.layout(1, grid, private=1, moves=like.moves))
+    states = reading.run(like.kind, arrays, reading.layout(1, grid, block_id=1, moves=like.moves))
     reading.forget()
     return states
 

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 from openm6.generate.prompt import Prompt, read_prompts
-from openm6.modalities.interface import Tokens
+from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import Histogram, NumbersOut
 from openm6.models.omni import Omni
 
 
 @torch.inference_mode()
-def predict(omni: Omni, prompts: list[Prompt], wanted: list[Tokens]) -> list[Histogram]:
+def predict(omni: Omni, prompts: list[Prompt], wanted: list[Segment]) -> list[Histogram]:
     """For each prompt the distributions of the values that `wanted` asks for (its observed ones), in order."""
     answers: list[Histogram | None] = [None] * len(prompts)
     for length in sorted({len(tokens) for tokens in wanted}):  # rows of one batch ask for equally many tokens
@@ -23,7 +23,7 @@ def predict(omni: Omni, prompts: list[Prompt], wanted: list[Tokens]) -> list[His
     return [answer for answer in answers if answer is not None]
 
 
-def _predict_alike(omni: Omni, prompts: list[Prompt], wanted: list[Tokens]) -> list[Histogram]:
+def _predict_alike(omni: Omni, prompts: list[Prompt], wanted: list[Segment]) -> list[Histogram]:
     adapter = omni.adapter("numbers_out")
     assert isinstance(adapter, NumbersOut)
     reading = read_prompts(omni, prompts, len(wanted[0]))
@@ -32,7 +32,7 @@ def _predict_alike(omni: Omni, prompts: list[Prompt], wanted: list[Tokens]) -> l
         for name in wanted[0].arrays
     }
     grid = torch.from_numpy(wanted[0].grid).to(omni.device)
-    layout = reading.layout(1, grid, private=1, moves=wanted[0].moves)
+    layout = reading.layout(1, grid, block_id=1, moves=wanted[0].moves)
     hidden = reading.run("numbers_out", arrays, layout)  # B T D
     probability = (
         adapter.logits(hidden.flatten(0, 1)).float().softmax(-1).unflatten(0, hidden.shape[:2])

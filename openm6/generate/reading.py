@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from openm6.generate.prompt import Prompt
-from openm6.modalities.interface import Tokens
-from openm6.modalities.sequence import collate, lay_out
+from openm6.modalities.batch import build_sequence, collate
+from openm6.modalities.interface import Segment
 from openm6.models.omni import Omni
 from openm6.nn.slots import SlotCache
 
@@ -24,7 +24,7 @@ from openm6.nn.slots import SlotCache
 class Unit:
     """Pieces of a prompt that are read in one pass, and a digest of them and of all that stands before them."""
 
-    pieces: list[Tokens]
+    pieces: list[Segment]
     key: bytes
 
     @property
@@ -72,7 +72,7 @@ def units(prompt: Prompt) -> list[Unit]:
 
     A pass of its own for each part makes its bits the same whether the parts before it were read now or earlier.
     """
-    groups: list[list[Tokens]] = []
+    groups: list[list[Segment]] = []
     for piece in prompt:
         if piece.placement == "part" or not groups:
             groups.append([piece])
@@ -85,7 +85,7 @@ def units(prompt: Prompt) -> list[Unit]:
     return found
 
 
-def _digest(pieces: list[Tokens], before: bytes) -> bytes:
+def _digest(pieces: list[Segment], before: bytes) -> bytes:
     """A digest of everything that the tokens hold (kinds, shapes and bytes of all arrays) and of what was before."""
     digest = hashlib.sha256(before)
     for piece in pieces:
@@ -122,7 +122,7 @@ def read_into(
             cache.put(slot, kept, start)
             known += cache.lengths[slot] - start
         else:
-            sequence = lay_out(unit.pieces, place=place)
+            sequence = build_sequence(unit.pieces, place=place)
             batch = collate([[sequence]], len(sequence)).to(omni.device)
             with _whole_or_nothing(cache, [slot]):
                 omni(batch.kinds, batch.layout, cache.writer(slot, start))
@@ -160,7 +160,7 @@ def read_together(
 
 
 def _read_packed(omni: Omni, firsts: list[tuple[Unit, int]], cache: SlotCache, memory: PromptMemory) -> None:
-    sequences = [lay_out(unit.pieces) for unit, _ in firsts]
+    sequences = [build_sequence(unit.pieces) for unit, _ in firsts]
     batch = collate([sequences], sum(map(len, sequences))).to(omni.device)
     slots = [slot for _, slot in firsts]
     with _whole_or_nothing(cache, slots):

@@ -24,9 +24,9 @@ from openm6.generate.sampling import Sampling
 from openm6.generate.taught import assess
 from openm6.generate.text import write_with_confidence
 from openm6.modalities.image import Image
-from openm6.modalities.interface import Tokens
+from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import Histogram, NumberSeries
-from openm6.modalities.registry import source_pieces
+from openm6.modalities.registry import source_segments
 from openm6.modalities.sound import RATE, Sound
 
 SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "sound": (".wav", ".flac", ".ogg")}
@@ -77,7 +77,7 @@ def _target(want: str, out: Path | None) -> Path | None:
 def answer_question(loaded: Loaded, question: Question, decoding: Decoding, out: Path | None) -> str:
     """The printed answer to a question; files are written on the way, and what was not taught is said in the log."""
     parts = prompt_parts(question, loaded)
-    prompt = source_pieces(parts, loaded.modalities)
+    prompt = source_segments(parts, loaded.modalities)
     confidence = None
     if question.want == "text":
         written, confidence = write_with_confidence(loaded, [prompt], decoding.text)[0]
@@ -116,7 +116,7 @@ def _codes(
     loaded: Loaded,
     modality: Image | Sound,
     question: Question,
-    prompt: list[Tokens],
+    prompt: list[Segment],
     sampling: MaskedSampling,
 ) -> torch.Tensor:
     """Codes of the wanted picture or sound; those outside a hole or gap are the given one's own.  # -> N G"""
@@ -129,7 +129,7 @@ def _codes(
     return fill_codes(loaded.omni, [prompt], [wanted], sampling)[0].cpu()
 
 
-def _numbers(loaded: Loaded, question: Question, prompt: list[Tokens]) -> str:
+def _numbers(loaded: Loaded, question: Question, prompt: list[Segment]) -> str:
     """Distributions of the wanted column or of the steps ahead, as JSON."""
     raw: Any
     if question.series is not None:

@@ -19,7 +19,7 @@ from openm6.base.errors import DataError
 from openm6.base.seeds import content_key
 from openm6.modalities.codec_image import ImageCodec
 from openm6.modalities.codes import CodesAdapter, hide, inpainting_masks, masked_arrays, random_rectangle
-from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Tokens, rectangle
+from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Segment, rectangle
 from openm6.modalities.places import PlaceEmbedding, picture_places
 from openm6.modalities.recall import Recall
 
@@ -123,7 +123,7 @@ class Image(Modality):
 
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Tokens:
+    ) -> Segment:
         """Patches of the picture; `hole` (a share-of-the-side box left, top, right, bottom) hides what it touches."""
         picture = self._fit(read_image(raw, self.max_pixels, self.max_patches * PATCH**2))
         values = pixels(picture)
@@ -142,7 +142,7 @@ class Image(Modality):
             "places": picture_places(down, across),
         }
         grid, span, learn = rectangle(down, across), max(down, across), np.zeros(len(gone), bool)
-        return Tokens("image_in", arrays, grid, span, learn, moves=OWN_ORIGIN)
+        return Segment("image_in", arrays, grid, span, learn, moves=OWN_ORIGIN)
 
     def _fit(self, picture: Pillow.Image) -> Pillow.Image:
         """The picture resized to whole patches within the budget; small ones keep their size."""
@@ -155,7 +155,7 @@ class Image(Modality):
 
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Tokens:
+    ) -> Segment:
         """Codes of the picture, hidden by the training pattern, or, with `hole`, in the hole alone.
 
         `hide_context` hides the codes around the hole as well; without a generator only those in it carry a loss.
@@ -167,18 +167,18 @@ class Image(Modality):
         hole = hole_places(_squared(options["hole"]), self.places, self.places)
         return self._masked(codes, *inpainting_masks(hole, bool(options.get("hide_context")), rng), rng)
 
-    def blank(self) -> Tokens:
+    def blank(self) -> Segment:
         """A picture of which nothing is known: every place hidden."""
         hidden = hide(self.places, self.places, None)
         return self._masked(np.zeros((len(hidden), self.codec.groups), np.int64), hidden, hidden, None)
 
     def _masked(
         self, codes: np.ndarray, hidden: np.ndarray, learn: np.ndarray, rng: np.random.Generator | None
-    ) -> Tokens:
+    ) -> Segment:
         places = picture_places(self.places, self.places)
         arrays, learn = masked_arrays(codes, hidden, learn, places, self.codec.codebook_size, rng)
         grid = rectangle(self.places, self.places)
-        return Tokens("image_out", arrays, grid, self.places, learn, "block", OWN_ORIGIN)
+        return Segment("image_out", arrays, grid, self.places, learn, "block", OWN_ORIGIN)
 
     def encode(self, raw: Any) -> np.ndarray:
         """Codes of a picture squared to `side`; remembered by the bytes of the file.  # N G"""

@@ -33,7 +33,7 @@ class Cuttable:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Segment:
     """One piece of raw input as N tokens: what the sequence rule and an adapter need to know of it.
 
     `kind` names the adapter that embeds them. `arrays` holds one array per feature, each with leading length N.
@@ -120,7 +120,7 @@ class Modality(ABC):
     @abstractmethod
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Tokens:
+    ) -> Segment:
         """Tokens to read. A generator asks for augmentation; None gives the plain, repeatable form.
 
         Raises:
@@ -130,7 +130,7 @@ class Modality(ABC):
     @abstractmethod
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Tokens:
+    ) -> Segment:
         """Tokens to produce. A generator draws the training mask; None hides all there is to hide."""
 
     @abstractmethod

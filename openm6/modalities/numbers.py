@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from openm6.base.config import nearest
 from openm6.base.errors import DataError
-from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Tokens, line
+from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Segment, line
 from openm6.modalities.text import Text
 
 PATCH = 8
@@ -66,20 +66,20 @@ class Numbers(Modality):
 
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Tokens:
+    ) -> Segment:
         """Tokens of a mapping of columns (missing values allowed: None or NaN) or of a NumberSeries."""
         arrays = self._arrays(raw)
         length = len(arrays["values"])
-        return Tokens("numbers_in", arrays, line(length), length, np.zeros(length, bool))
+        return Segment("numbers_in", arrays, line(length), length, np.zeros(length, bool))
 
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Tokens:
+    ) -> Segment:
         """Queries for a mapping of columns or a series; unobserved values are not learned."""
         arrays = self._arrays(raw)
         length = len(arrays["values"])
         learn = np.asarray(arrays["observed"].any(1))
-        return Tokens("numbers_out", arrays, line(length), length, learn, "block")
+        return Segment("numbers_out", arrays, line(length), length, learn, "block")
 
     def _arrays(self, raw: Any) -> dict[str, np.ndarray]:
         if isinstance(raw, NumberSeries):

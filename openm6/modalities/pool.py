@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from openm6.base.config import Config
 from openm6.base.seeds import text_hash
-from openm6.modalities.interface import Adapter, Tokens, line
+from openm6.modalities.interface import Adapter, Segment, line
 from openm6.nn.gather import Gather, LocalGather
 from openm6.ops.contrast import contrast_nats
 
@@ -29,16 +29,16 @@ class PoolConfig(Config):
     size: int = Field(default=128, ge=2, le=8192)
 
 
-def pooled(pieces: list[Tokens], key: str = "", space: str = "", learn: bool = False) -> list[Tokens]:
+def pooled(pieces: list[Segment], key: str = "", space: str = "", learn: bool = False) -> list[Segment]:
     """Source pieces and the token that pools them, placed as they are."""
-    pool = pool_piece(key, space, learn)
+    pool = pool_segment(key, space, learn)
     return [*pieces, replace(pool, placement=pieces[-1].placement) if pieces else pool]
 
 
-def pool_piece(key: str = "", space: str = "", learn: bool = False) -> Tokens:
+def pool_segment(key: str = "", space: str = "", learn: bool = False) -> Segment:
     """The token that pools what stands before it; pairs compete within a `space`, equal keys never."""
     arrays = {"key": np.asarray([_number(key)]), "space": np.asarray([_number(space)])}
-    return Tokens(POOL, arrays, line(1), 1, np.asarray([learn]))
+    return Segment(POOL, arrays, line(1), 1, np.asarray([learn]))
 
 
 def _number(word: str) -> int:

@@ -16,7 +16,7 @@ from openm6.modalities.codec import load_codec
 from openm6.modalities.codec_image import ImageCodec
 from openm6.modalities.codec_sound import SoundCodec
 from openm6.modalities.image import MAX_PIXELS, Image
-from openm6.modalities.interface import Modality, Part, Tokens
+from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
 from openm6.modalities.sound import MAX_SECONDS, Sound
 from openm6.modalities.text import Text
@@ -120,9 +120,9 @@ def modality_named(modalities: Modalities, name: str) -> Modality:
     return modalities[name]
 
 
-def source_pieces(
+def source_segments(
     parts: Sequence[Part], modalities: Modalities, rng: np.random.Generator | None = None
-) -> list[Tokens]:
+) -> list[Segment]:
     """Raw parts as source tokens; a generator asks for augmentation.
 
     Raises:
@@ -134,7 +134,7 @@ def source_pieces(
     return pieces
 
 
-def target_piece(part: Part, modalities: Modalities, rng: np.random.Generator | None = None) -> Tokens:
+def target_segment(part: Part, modalities: Modalities, rng: np.random.Generator | None = None) -> Segment:
     """A raw part as target tokens; a generator draws the training mask.
 
     Raises:

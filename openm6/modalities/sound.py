@@ -18,7 +18,7 @@ from openm6.base.seeds import content_key
 from openm6.modalities.codec_sound import SoundCodec
 from openm6.modalities.codes import CodesAdapter, hide, inpainting_masks, masked_arrays
 from openm6.modalities.image import PatchAdapter
-from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Tokens, track
+from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Segment, track
 from openm6.modalities.places import PlaceEmbedding, sound_places
 from openm6.modalities.recall import Recall
 from openm6.ops.resample import resample
@@ -107,7 +107,7 @@ class Sound(Modality):
 
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Tokens:
+    ) -> Segment:
         """Log-mel patches of all of it, or, with `gap`, of as much as a target holds.
 
         A gap is given as shares of the length, so what is read must be as long as what will be filled in.
@@ -126,7 +126,7 @@ class Sound(Modality):
         arrays = {"patches": patches, "gone": gone, "places": sound_places(count, FRAMES / 100)}
         grid = track(count, FRAMES * RATE // 100 // UNIT)
         truncated = seconds is not None and self.is_longer(raw, seconds)
-        return Tokens(
+        return Segment(
             "sound_in", arrays, grid, count, np.zeros(count, bool), moves=OWN_ORIGIN, truncated=truncated
         )
 
@@ -164,7 +164,7 @@ class Sound(Modality):
 
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Tokens:
+    ) -> Segment:
         """Codes of `seconds` of sound, hidden by the training pattern, or, with `gap`, in the gap alone.
 
         A longer recording is cut at its end, a shorter one is followed by silence.
@@ -183,7 +183,7 @@ class Sound(Modality):
             tokens = self._masked(codes, *inpainting_masks(gap, bool(options.get("hide_context")), rng), rng)
         return replace(tokens, truncated=self.is_longer(raw, options.get("seconds")))
 
-    def blank(self, seconds: float | None = None) -> Tokens:
+    def blank(self, seconds: float | None = None) -> Segment:
         """A sound of which nothing is known: every place hidden."""
         count = self.length(seconds)
         hidden = hide(1, count, None)
@@ -191,11 +191,11 @@ class Sound(Modality):
 
     def _masked(
         self, codes: np.ndarray, hidden: np.ndarray, learn: np.ndarray, rng: np.random.Generator | None
-    ) -> Tokens:
+    ) -> Segment:
         places = sound_places(len(codes), self.place / RATE)
         arrays, learn = masked_arrays(codes, hidden, learn, places, self.codec.codebook_size, rng)
         grid = track(len(codes), self.place // UNIT)
-        return Tokens("sound_out", arrays, grid, len(codes), learn, "block", OWN_ORIGIN)
+        return Segment("sound_out", arrays, grid, len(codes), learn, "block", OWN_ORIGIN)
 
     def encode(self, raw: Any, seconds: float | None = None, speed: float = 1.0) -> np.ndarray:
         """Codes of the sound, cut or padded with silence; remembered by the bytes of the file.  # T G"""

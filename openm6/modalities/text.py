@@ -18,7 +18,7 @@ from openm6.modalities.interface import (
     Modality,
     Options,
     Part,
-    Tokens,
+    Segment,
     line,
 )
 from openm6.modalities.truncation import cuttable_in, fit, select_tokens
@@ -112,7 +112,7 @@ class Text(Modality):
 
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Tokens:
+    ) -> Segment:
         """`raw` text as source tokens, at most `max_tokens`.
 
         What is longer is cut within `cuttable` (stretches of characters; default: anywhere), the longest first.
@@ -125,7 +125,7 @@ class Text(Modality):
         )
         arrays = {"ids": ids, "labels": np.full_like(ids, -1)}
         none = np.zeros(len(ids), bool)
-        tokens = Tokens("text", arrays, line(len(ids)), len(ids), none, cuttable=cuttable)
+        tokens = Segment("text", arrays, line(len(ids)), len(ids), none, cuttable=cuttable)
         (tokens,) = fit([tokens], self.max_tokens)
         if len(tokens) > self.max_tokens:  # words that may not be cut are longer than all that may be read
             tokens = select_tokens(tokens, np.arange(len(tokens)) < self.max_tokens)
@@ -133,7 +133,7 @@ class Text(Modality):
 
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Tokens:
+    ) -> Segment:
         """START t1 … tn with the labels t1 … tn END: each token is asked for the next.
 
         A text of more than `max_tokens` is cut there and has no END, which would teach to stop amid a sentence.
@@ -144,7 +144,7 @@ class Text(Modality):
             return tokens
         return select_tokens(tokens, np.arange(len(tokens)) < most, (Cuttable(0, most),))
 
-    def written(self, ids: list[int]) -> Tokens:
+    def written(self, ids: list[int]) -> Segment:
         """A wanted text of these token ids, which END closes."""
         arrays = {
             "ids": np.asarray([self.start, *ids], dtype=np.int64),
@@ -152,7 +152,7 @@ class Text(Modality):
         }
         length = len(ids) + 1
         cuttable = (Cuttable(0, length),)  # its first tokens alone are the same text without an END
-        return Tokens(
+        return Segment(
             "text", arrays, line(length), length, np.ones(length, bool), "causal", cuttable=cuttable
         )
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from openm6.modalities.interface import Cuttable, Part, Tokens, line
+from openm6.modalities.interface import Cuttable, Part, Segment, line
 
 
 def join_texts(first: Part, second: Part) -> Part:
@@ -25,7 +25,7 @@ def cuttable_in(part: Part) -> tuple[Cuttable, ...]:
     return tuple(part.options.get("cuttable", (whole,)))
 
 
-def fit(pieces: Sequence[Tokens], limit: int, shortest: int = 0) -> list[Tokens]:
+def fit(pieces: Sequence[Segment], limit: int, shortest: int = 0) -> list[Segment]:
     """The pieces with at most `limit` tokens together; as they are if that would leave less than `shortest` of a text.
 
     All texts are cut to one length, the largest that fits, so the longest lose first and short ones nothing.
@@ -51,7 +51,7 @@ def _longest_allowed(lengths: list[int], room: int) -> int:
     return max(lengths)
 
 
-def _cut(piece: Tokens, longest: int) -> Tokens:
+def _cut(piece: Segment, longest: int) -> Segment:
     """The piece with at most `longest` tokens of each stretch that may be cut."""
     kept = np.ones(len(piece), bool)
     left: list[Cuttable] = []
@@ -65,7 +65,7 @@ def _cut(piece: Tokens, longest: int) -> Tokens:
     return select_tokens(piece, kept, tuple(left)) if lost else piece
 
 
-def select_tokens(piece: Tokens, kept: np.ndarray, cuttable: tuple[Cuttable, ...] = ()) -> Tokens:
+def select_tokens(piece: Segment, kept: np.ndarray, cuttable: tuple[Cuttable, ...] = ()) -> Segment:
     """A text of those of its tokens that are kept, marked as truncated.  # N bool"""
     count = int(kept.sum())
     return replace(

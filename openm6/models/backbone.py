@@ -24,7 +24,7 @@ from openm6.nn.norm import RMSNorm
 from openm6.nn.stack import BlockRunner, BlockSource
 from openm6.ops.attention import piece_mask
 from openm6.ops.rotary import rotary_table
-from openm6.ops.sequence import BLOCK, CausalMask, Layout, additive_mask, block_mask, visible
+from openm6.ops.sequence import BLOCK, CausalMask, SequenceMeta, additive_mask, block_mask, visible
 
 Refill = Callable[[Block, Block], None]  # fills a new block of the same form with an old one's weights
 
@@ -69,7 +69,7 @@ class Backbone(nn.Module):
     def forward(
         self,
         x: Tensor,
-        layout: Layout,
+        layout: SequenceMeta,
         cache: TokenCache | None = None,
         exchange: ExpertExchange | None = None,
     ) -> tuple[Tensor, list[RouterLoad]]:
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
             expected = (layout.batch, layout.length, self.config.width)
             raise ValueError(f"embedded tokens have the shape {tuple(x.shape)}, expected {expected}")
 
-        def make_context(x: Tensor, layout: Layout) -> Context:
+        def make_context(x: Tensor, layout: SequenceMeta) -> Context:
             return Context(
                 rotary=rotary_table(layout.positions, self.config.rope_theta, self.config.sections),
                 mask=choose_mask(layout, cache, x),
@@ -173,7 +173,7 @@ def side_loss(loads: list[RouterLoad]) -> Tensor | float:
     return sum((load.side_loss for load in loads), start=0.0)
 
 
-def choose_mask(layout: Layout, cache: TokenCache | None, x: Tensor) -> Mask:
+def choose_mask(layout: SequenceMeta, cache: TokenCache | None, x: Tensor) -> Mask:
     """The rule in the form that is fastest here: pieces or blocks for whole rows, else a mask of all pairs."""
     keys = layout if cache is None else cache.extend(layout)
     if keys is layout and x.is_cpu:

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from openm6.modalities.batch import Batch, TokenGroup
 from openm6.modalities.interface import Adapter
 from openm6.modalities.pool import POOL, PoolAdapter, PoolConfig
 from openm6.modalities.registry import Modalities
-from openm6.modalities.sequence import Batch, KindOfTokens
 from openm6.modalities.text import TextAdapter
 from openm6.models.backbone import Backbone, Refill
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.cache import TokenCache
 from openm6.nn.experts import RouterLoad
-from openm6.ops.sequence import Layout
+from openm6.ops.sequence import SequenceMeta
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Omni(nn.Module):
         fresh.training = self.training
         return fresh
 
-    def embed(self, kinds: dict[str, KindOfTokens], rows: int, length: int) -> Tensor:
+    def embed(self, kinds: dict[str, TokenGroup], rows: int, length: int) -> Tensor:
         """All tokens of a batch at their places; padding is zero.  # -> R S D"""
         vectors = [self._embed_kind(name, kind) for name, kind in kinds.items()]
         index = torch.cat([kind.index for kind in kinds.values()])
@@ -111,14 +111,14 @@ class Omni(nn.Module):
         empty = joined.new_zeros(rows * length, self.config.width)
         return empty.index_copy(0, index, joined).view(rows, length, -1)
 
-    def _embed_kind(self, name: str, kind: KindOfTokens) -> Tensor:
+    def _embed_kind(self, name: str, kind: TokenGroup) -> Tensor:
         vectors = self.adapter(name).embed(kind.arrays)  # n D
         if "name_ids" in kind.arrays:  # a token that has a name carries the mean of its words
             vectors = vectors + self.text.name_vectors(kind.arrays["name_ids"])
         return vectors
 
     def forward(
-        self, kinds: dict[str, KindOfTokens], layout: Layout, cache: TokenCache | None = None
+        self, kinds: dict[str, TokenGroup], layout: SequenceMeta, cache: TokenCache | None = None
     ) -> tuple[Tensor, list[RouterLoad]]:
         """Hidden states after the final norm, and what each sparse layer routed.  # -> R S D"""
         return self.backbone(self.embed(kinds, layout.batch, layout.length), layout, cache)

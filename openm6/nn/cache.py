@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from openm6.base.errors import ConfigError
-from openm6.ops.sequence import Layout, padding_layout
+from openm6.ops.sequence import SequenceMeta, padding_meta
 
 
 class TokenCache(Protocol):
     """What a forward pass asks of a cache, whatever its shape."""
 
-    def extend(self, layout: Layout) -> Layout:
+    def extend(self, layout: SequenceMeta) -> SequenceMeta:
         """Takes in the layout of the new tokens and gives that of all keys; called once before the layers `write`."""
         ...
 
@@ -28,7 +28,7 @@ class TokenCache(Protocol):
 class KVCache:
     """Room for `capacity` tokens a row in each layer, filled from the left; for inference, gradients stop here.
 
-    Rows with prompts of several lengths are filled up with padding (sample -1), which no other token sees. Tokens
+    Rows with prompts of several lengths are filled up with padding (example_id -1), which no other token sees. Tokens
     that were run only to be judged (a masked-parallel target) are taken back by `truncate`.
     """
 
@@ -45,11 +45,11 @@ class KVCache:
         shape = (num_layers, batch, capacity, num_kv_heads, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        empty = padding_layout(batch, capacity, device)
-        self.layout = Layout(
-            empty.sample,
-            empty.order.clone(),
-            empty.private.clone(),
+        empty = padding_meta(batch, capacity, device)
+        self.layout = SequenceMeta(
+            empty.example_id,
+            empty.attn_order.clone(),
+            empty.block_id.clone(),
             torch.zeros(batch, capacity, 3, device=device),
         )
         self.length = 0
@@ -58,7 +58,7 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[2]
 
-    def extend(self, layout: Layout) -> Layout:
+    def extend(self, layout: SequenceMeta) -> SequenceMeta:
         """Takes in the layout of S new tokens and gives that of all T; call it once before the layers `write`.
 
         Raises:

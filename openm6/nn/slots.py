@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openm6.base.errors import ConfigError
-from openm6.ops.sequence import PADDING, Layout, join
+from openm6.ops.sequence import PADDING, SequenceMeta, join
 
 
 class SlotCache:
@@ -91,7 +91,7 @@ class SlotWriter:
     start: int
     end: int = 0
 
-    def extend(self, layout: Layout) -> Layout:
+    def extend(self, layout: SequenceMeta) -> SequenceMeta:
         """Raises ConfigError where the slot has too little room."""
         self.end = self.start + layout.length
         if self.end > self.cache.room:
@@ -99,8 +99,8 @@ class SlotWriter:
         self.cache.lengths[self.slot] = self.end
         if not self.start:
             return layout
-        known = torch.zeros(1, self.start, dtype=torch.int32, device=layout.sample.device)
-        return join([_open_layout(known), layout])
+        known = torch.zeros(1, self.start, dtype=torch.int32, device=layout.example_id.device)
+        return join([_open_meta(known), layout])
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         row = slice(self.slot, self.slot + 1)
@@ -117,13 +117,13 @@ class PackedWriter:
         self.cache, self.slots = cache, slots
         self.index: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))  # slot and place of each token
 
-    def extend(self, layout: Layout) -> Layout:
+    def extend(self, layout: SequenceMeta) -> SequenceMeta:
         """Raises ConfigError where a slot has too little room."""
-        sample = layout.sample[0].long()  # S, without padding
-        lengths = torch.bincount(sample, minlength=len(self.slots))
+        example = layout.example_id[0].long()  # S, without padding
+        lengths = torch.bincount(example, minlength=len(self.slots))
         starts = lengths.cumsum(0) - lengths
-        slots = torch.tensor(self.slots, device=sample.device)
-        self.index = slots[sample], torch.arange(len(sample), device=sample.device) - starts[sample]
+        slots = torch.tensor(self.slots, device=example.device)
+        self.index = slots[example], torch.arange(len(example), device=example.device) - starts[example]
         for slot, length in zip(self.slots, lengths.tolist(), strict=True):
             if length > self.cache.room:
                 raise ConfigError(
@@ -150,10 +150,10 @@ class SlotReader:
         self.index = torch.tensor([slot or 0 for slot in slots], device=device)
         place = torch.arange(self.longest, device=device)
         known = place < torch.tensor(lengths, device=device)[:, None]  # B T
-        self.sample = torch.where(known, 0, PADDING).to(torch.int32)
+        self.example_id = torch.where(known, 0, PADDING).to(torch.int32)
 
-    def extend(self, layout: Layout) -> Layout:
-        return join([_open_layout(self.sample), layout])
+    def extend(self, layout: SequenceMeta) -> SequenceMeta:
+        return join([_open_meta(self.example_id), layout])
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         keys = self.cache.keys[layer, self.index, : self.longest]
@@ -161,7 +161,7 @@ class SlotReader:
         return torch.cat([keys.to(key.dtype), key], 1), torch.cat([values.to(value.dtype), value], 1)
 
 
-def _open_layout(sample: Tensor) -> Layout:
-    """Tokens of order 0 that are not private: all later ones of their sample see them.  # B T"""
-    zero = torch.zeros_like(sample)
-    return Layout(sample, zero, zero, zero.unsqueeze(-1).expand(*sample.shape, 3))
+def _open_meta(example_id: Tensor) -> SequenceMeta:
+    """Tokens of order 0 that are in no block: all later ones of their example see them.  # B T"""
+    zero = torch.zeros_like(example_id)
+    return SequenceMeta(example_id, zero, zero, zero.unsqueeze(-1).expand(*example_id.shape, 3))

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from openm6.nn.block import Block, Context, LayerParts
 from openm6.nn.experts import RouterLoad
-from openm6.ops.sequence import Layout
+from openm6.ops.sequence import SequenceMeta
 
-MakeContext = Callable[[Tensor, Layout], Context]
+MakeContext = Callable[[Tensor, SequenceMeta], Context]
 
 
 class BlockSource(Protocol):
@@ -28,7 +28,7 @@ class BlockRunner(Protocol):
     """Runs all layers on embedded tokens, in as many parts of the batch as it sees fit."""
 
     def run(
-        self, x: Tensor, layout: Layout, layers: Sequence[LayerParts], make_context: MakeContext
+        self, x: Tensor, layout: SequenceMeta, layers: Sequence[LayerParts], make_context: MakeContext
     ) -> tuple[Tensor, list[RouterLoad]]:
         """B S D -> B S D before the final norm, and a report for each sparse layer.
 

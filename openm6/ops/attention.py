@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.ops.sequence import Layout, additive_mask, visible
+from openm6.ops.sequence import SequenceMeta, additive_mask, visible
 
 PIECE = (
     128  # queries of a piece at most: more waste work above the diagonal, fewer waste it on small products
@@ -39,12 +39,12 @@ class PieceMask:
     pieces: tuple[Piece, ...]
 
 
-def piece_mask(layout: Layout, dtype: torch.dtype) -> PieceMask:
+def piece_mask(layout: SequenceMeta, dtype: torch.dtype) -> PieceMask:
     """Cuts rows where one example ends and another begins, and after each 128 tokens."""
     mask = visible(layout, layout)[:, 0]  # B S S
     pieces = []
-    for row, sample in enumerate(layout.sample):
-        lengths = torch.unique_consecutive(sample, return_counts=True)[1].tolist()
+    for row, example in enumerate(layout.example_id):
+        lengths = torch.unique_consecutive(example, return_counts=True)[1].tolist()
         start, base = 0, row * layout.length
         for length in lengths:
             end = start + length

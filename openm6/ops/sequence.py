@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-PADDING = -1  # the sample number of tokens that belong to no example
+PADDING = -1  # the example_id of tokens that belong to no example
 BLOCK = 128  # FlexAttention decides per block of this many queries and keys
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -25,99 +25,105 @@ class CausalMask:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where each token of a packed row belongs, and where it stands.
+class SequenceMeta:
+    """Which example each token of a packed row belongs to, what it may attend to, and its position.
 
-    sample:    B S int32, the example within the row; padding has -1 and sees only padding, so no row is empty
-    order:     B S int32, 0 for a bidirectional source; a token sees what has its own order or a lower one
-    private:   B S int32, 0, or the number of a block that nobody outside may see
-    positions: B S 3, time, height and width for the rotary embedding (equal on all three for text)
-    causal:    every row is one example without padding, read strictly from left to right; known without looking
+    example_id: B S int32, the example within the row; padding has -1 and sees only padding, so no row is empty
+    attn_order: B S int32, 0 for a bidirectional source; a token sees what has its own order or a lower one
+    block_id:   B S int32, 0, or the index of a block that no token outside it may see
+    positions:  B S 3, time, height and width for the rotary embedding (equal on all three for text)
+    causal:     every row is one example without padding, read strictly from left to right; no mask need be built
     """
 
-    sample: Tensor
-    order: Tensor
-    private: Tensor
+    example_id: Tensor
+    attn_order: Tensor
+    block_id: Tensor
     positions: Tensor
     causal: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        shape = self.sample.shape
-        if self.order.shape != shape or self.private.shape != shape or self.positions.shape != (*shape, 3):
+        shape = self.example_id.shape
+        if (
+            self.attn_order.shape != shape
+            or self.block_id.shape != shape
+            or self.positions.shape != (*shape, 3)
+        ):
             raise ValueError(
-                f"a layout needs sample, order and private of one shape B S and positions B S 3, not "
-                f"{tuple(shape)}, {tuple(self.order.shape)}, {tuple(self.private.shape)} and "
+                f"example_id, attn_order and block_id must have one shape B S and positions B S 3, not "
+                f"{tuple(shape)}, {tuple(self.attn_order.shape)}, {tuple(self.block_id.shape)} and "
                 f"{tuple(self.positions.shape)}"
             )
 
     @property
     def batch(self) -> int:
-        return self.sample.shape[0]
+        return self.example_id.shape[0]
 
     @property
     def length(self) -> int:
-        return self.sample.shape[1]
+        return self.example_id.shape[1]
 
     @property
     def valid(self) -> Tensor:
         """B S bool: tokens that belong to an example."""
-        return self.sample >= 0
+        return self.example_id >= 0
 
-    def to(self, device: torch.device | str) -> Layout:
+    def to(self, device: torch.device | str) -> SequenceMeta:
         """The same layout on another device."""
-        return Layout(*(part.to(device) for part in self.parts()), causal=self.causal)
+        return SequenceMeta(*(part.to(device) for part in self.parts()), causal=self.causal)
 
-    def narrow(self, start: int, stop: int) -> Layout:
+    def narrow(self, start: int, stop: int) -> SequenceMeta:
         """Tokens start to stop - 1 of each row, as views."""
-        return Layout(*(part[:, start:stop] for part in self.parts()))
+        return SequenceMeta(*(part[:, start:stop] for part in self.parts()))
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """sample, order, private, positions."""
-        return self.sample, self.order, self.private, self.positions
+        """example_id, attn_order, block_id, positions."""
+        return self.example_id, self.attn_order, self.block_id, self.positions
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Between processes as arrays: torch would open a file for each tensor.
-        return _layout_of_arrays, (self.causal, *(part.numpy() for part in self.parts()))
+        return _meta_of_arrays, (self.causal, *(part.numpy() for part in self.parts()))
 
 
-def _layout_of_arrays(causal: bool, *arrays: np.ndarray) -> Layout:
-    return Layout(*(torch.from_numpy(array) for array in arrays), causal=causal)
+def _meta_of_arrays(causal: bool, *arrays: np.ndarray) -> SequenceMeta:
+    return SequenceMeta(*(torch.from_numpy(array) for array in arrays), causal=causal)
 
 
-def causal_layout(
+def causal_meta(
     batch: int, length: int, start: int = 0, device: torch.device | str | None = None
-) -> Layout:
+) -> SequenceMeta:
     """Rows of one example each, read strictly from left to right, whose first token stands at `start`."""
     order = torch.arange(start, start + length, dtype=torch.int32, device=device).expand(batch, length)
     # A tensor of its own for each part: a compiler that saw two of them be one would compile anew where they differ.
-    sample, private = torch.zeros_like(order), torch.zeros_like(order)
-    return Layout(sample, order, private, order.unsqueeze(-1).expand(batch, length, 3), causal=True)
+    example_id, block_id = torch.zeros_like(order), torch.zeros_like(order)
+    return SequenceMeta(
+        example_id, order, block_id, order.unsqueeze(-1).expand(batch, length, 3), causal=True
+    )
 
 
-def padding_layout(batch: int, length: int, device: torch.device | str | None = None) -> Layout:
+def padding_meta(batch: int, length: int, device: torch.device | str | None = None) -> SequenceMeta:
     """Tokens that belong to no example: they see, and are seen by, other padding only."""
     zero = torch.zeros(batch, length, dtype=torch.int32, device=device)
-    return Layout(
+    return SequenceMeta(
         torch.full_like(zero, PADDING), zero, zero.clone(), zero.unsqueeze(-1).expand(batch, length, 3)
     )
 
 
-def join(layouts: list[Layout]) -> Layout:
+def join(layouts: list[SequenceMeta]) -> SequenceMeta:
     """Several layouts one after the other along the row."""
     columns = zip(*(layout.parts() for layout in layouts), strict=True)
-    return Layout(*(torch.cat(column, dim=1) for column in columns))
+    return SequenceMeta(*(torch.cat(column, dim=1) for column in columns))
 
 
 def _sees(
-    sample_q: Tensor, order_q: Tensor, private_q: Tensor, sample_k: Tensor, order_k: Tensor, private_k: Tensor
+    example_q: Tensor, order_q: Tensor, block_q: Tensor, example_k: Tensor, order_k: Tensor, block_k: Tensor
 ) -> Tensor:
     """The rule itself, on anything that broadcasts."""
-    open_to_query = (private_k == 0) | (private_k == private_q)
-    return (sample_k == sample_q) & (order_k <= order_q) & open_to_query
+    open_to_query = (block_k == 0) | (block_k == block_q)
+    return (example_k == example_q) & (order_k <= order_q) & open_to_query
 
 
-def visible(query: Layout, key: Layout) -> Tensor:
-    """True where a query sees a key: same sample, order not later, and not another's private block.
+def visible(query: SequenceMeta, key: SequenceMeta) -> Tensor:
+    """True where a query sees a key: same example, order not later, and not within another block.
 
     Every token sees itself, hence no row of the mask is empty. Returns B 1 Q K, bool.
     """
@@ -131,21 +137,21 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-def mask_mod(query: Layout, key: Layout) -> MaskMod:
+def mask_mod(query: SequenceMeta, key: SequenceMeta) -> MaskMod:
     """The same rule in the form that FlexAttention asks for: (batch, head, query index, key index) -> bool."""
-    sample_q, order_q, private_q, _ = query.parts()
-    sample_k, order_k, private_k, _ = key.parts()
+    example_q, order_q, block_q, _ = query.parts()
+    example_k, order_k, block_k, _ = key.parts()
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return _sees(
-            sample_q[batch, q], order_q[batch, q], private_q[batch, q],
-            sample_k[batch, k], order_k[batch, k], private_k[batch, k],
+            example_q[batch, q], order_q[batch, q], block_q[batch, q],
+            example_k[batch, k], order_k[batch, k], block_k[batch, k],
         )  # fmt: skip
 
     return sees
 
 
-def block_mask(query: Layout, key: Layout, block: int = BLOCK) -> BlockMask:
+def block_mask(query: SequenceMeta, key: SequenceMeta, block: int = BLOCK) -> BlockMask:
     """FlexAttention's mask from per-block summaries: empty blocks are skipped, whole ones need no rule.
 
     `create_block_mask` would evaluate the rule on all Q·K pairs; this reads each token once.
@@ -170,24 +176,24 @@ def block_mask(query: Layout, key: Layout, block: int = BLOCK) -> BlockMask:
     )
 
 
-def block_kinds(query: Layout, key: Layout, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+def block_kinds(query: SequenceMeta, key: SequenceMeta, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """For each pair of blocks, whether anything may be visible, and whether all is: B n n bool each.
 
     Careful rather than sharp: an unclear pair counts as visible in part, where the rule decides.
     """
     low_q, high_q, low_order_q, high_order_q, _ = (part[:, :, None] for part in _summary(query, block))
-    low_k, high_k, low_order_k, high_order_k, private_k = (part[:, None, :] for part in _summary(key, block))
+    low_k, high_k, low_order_k, high_order_k, block_k = (part[:, None, :] for part in _summary(key, block))
     apart = (high_q < low_k) | (high_k < low_q)
-    one_sample = (low_q == high_q) & (low_k == high_k) & (low_q == low_k)
+    one_example = (low_q == high_q) & (low_k == high_k) & (low_q == low_k)
     later = low_order_k > high_order_q
-    whole = one_sample & (high_order_k <= low_order_q) & (private_k == 0)
+    whole = one_example & (high_order_k <= low_order_q) & (block_k == 0)
     return ~(apart | later), whole
 
 
-def _summary(layout: Layout, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Lowest and highest sample, lowest and highest order, highest private number of each block: B n."""
-    sample, order, private = (part.unflatten(1, (-1, block)) for part in layout.parts()[:3])
-    return sample.amin(-1), sample.amax(-1), order.amin(-1), order.amax(-1), private.amax(-1)
+def _summary(layout: SequenceMeta, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Lowest and highest example_id, lowest and highest attn_order, highest block_id of each block: B n."""
+    example, order, private = (part.unflatten(1, (-1, block)) for part in layout.parts()[:3])
+    return example.amin(-1), example.amax(-1), order.amin(-1), order.amax(-1), private.amax(-1)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,12 +54,12 @@ class ProcessRanks(Ranks):
         return tensor
 
     def place(self, model: nn.Module, shape: MeshShape) -> None:
-        self.lay_out(shape)
+        self.build_sequence(shape)
         if self._layout is not None:
             shard(model, self._layout)
             self._wrapped = True
 
-    def lay_out(self, shape: MeshShape) -> None:
+    def build_sequence(self, shape: MeshShape) -> None:
         if not shape.copies_only:
             self._layout = open_layout(shape, self.device)
 

@@ -46,7 +46,7 @@ class Ranks:
     def place(self, model: nn.Module, shape: MeshShape) -> None:
         """Lays the model, the same on all ranks, out over them."""
 
-    def lay_out(self, shape: MeshShape) -> None:
+    def build_sequence(self, shape: MeshShape) -> None:
         """Lays out nothing but the axes: for a model whose weight sets are streamed, each rank its part."""
 
     def sets(self, shapes: Sequence[Mapping[str, Shape]]) -> WeightSets:

@@ -20,7 +20,7 @@ from openm6.nn.block import Block, Context, LayerParts
 from openm6.nn.experts import RouterLoad
 from openm6.nn.stack import MakeContext
 from openm6.ops.precision import precision_now
-from openm6.ops.sequence import Layout
+from openm6.ops.sequence import SequenceMeta
 from openm6.optim.rules import Move, UpdateRule
 from openm6.parallel.boundaries import Boundary, keep_boundary
 from openm6.parallel.sets import WeightSets
@@ -88,7 +88,7 @@ class StreamedBlocks:
         return StreamedFacts(self._squares.sqrt(), self._skipped)
 
     def run(
-        self, x: Tensor, layout: Layout, layers: Sequence[LayerParts], make_context: MakeContext
+        self, x: Tensor, layout: SequenceMeta, layers: Sequence[LayerParts], make_context: MakeContext
     ) -> tuple[Tensor, list[RouterLoad]]:
         learning = torch.is_grad_enabled()
         parts = _row_parts(layout, x, self.config.micro_batches if learning else 1)
@@ -321,14 +321,14 @@ def _compiled_run() -> Run:
     return torch.compile(run_block)
 
 
-def _row_parts(layout: Layout, x: Tensor, wanted: int) -> list[tuple[slice, Layout]]:
+def _row_parts(layout: SequenceMeta, x: Tensor, wanted: int) -> list[tuple[slice, SequenceMeta]]:
     """Up to `wanted` parts of the rows, as even as can be."""
     count = max(1, min(wanted, layout.batch))
     if count == 1:
         return [(slice(None), layout)]
     borders = [round(part * layout.batch / count) for part in range(count + 1)]
     rows = [slice(first, last) for first, last in itertools.pairwise(borders)]
-    return [(one, Layout(*(part[one] for part in layout.parts()))) for one in rows]
+    return [(one, SequenceMeta(*(part[one] for part in layout.parts()))) for one in rows]
 
 
 def _shares(contexts: list[Context]) -> list[Tensor]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from openm6.base.errors import DataError
 from openm6.generate.load import Loaded
-from openm6.modalities.interface import Tokens
+from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import NumberSeries
-from openm6.modalities.registry import source_pieces
+from openm6.modalities.registry import source_segments
 from openm6.serve.requests import (
     CodesRequest,
     EmbedRequest,
@@ -27,8 +27,8 @@ class Prepared:
     """A request as tokens: the prompt, and what is wanted (several pieces where candidates are ranked)."""
 
     request: Request
-    prompt: list[Tokens]
-    wanted: list[Tokens]
+    prompt: list[Segment]
+    wanted: list[Segment]
 
     @property
     def read(self) -> dict[str, int]:
@@ -61,7 +61,7 @@ def prepare(request: Request, loaded: Loaded, room: int) -> Prepared:
     Raises:
         DataError: a part is broken or out of bounds, or prompt and answer need more than `room` tokens.
     """
-    prompt = [piece for piece in source_pieces(request.parts, loaded.modalities) if len(piece)]
+    prompt = [piece for piece in source_segments(request.parts, loaded.modalities) if len(piece)]
     prepared = Prepared(request, prompt, _wanted(request, loaded))
     longest = max((len(piece) for piece in prepared.wanted), default=0)
     if isinstance(request, TextRequest):
@@ -76,7 +76,7 @@ def prepare(request: Request, loaded: Loaded, room: int) -> Prepared:
     return prepared
 
 
-def _wanted(request: Request, loaded: Loaded) -> list[Tokens]:
+def _wanted(request: Request, loaded: Loaded) -> list[Segment]:
     if isinstance(request, CodesRequest):
         return [_canvas(request, loaded)]
     if isinstance(request, NumbersRequest):
@@ -87,7 +87,7 @@ def _wanted(request: Request, loaded: Loaded) -> list[Tokens]:
     return []
 
 
-def _canvas(request: CodesRequest, loaded: Loaded) -> Tokens:
+def _canvas(request: CodesRequest, loaded: Loaded) -> Segment:
     """Codes to fill in: all, or those of the hole or gap in what is given."""
     if request.want == "image":
         if request.given is None:

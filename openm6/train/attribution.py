@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from openm6.base.energy.ledger import Share
-from openm6.modalities.sequence import Batch
+from openm6.modalities.batch import Batch
 from openm6.modalities.text import TextAdapter
 from openm6.models.config import count_parameters
 from openm6.models.omni import Omni

@@ -10,8 +10,8 @@ from openm6.data.packing import Packer
 from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
+from openm6.modalities.batch import Batch as PackedBatch
 from openm6.modalities.registry import Modalities
-from openm6.modalities.sequence import Batch as PackedBatch
 from openm6.parallel.ranks import Ranks
 from openm6.train.config import HeldOutConfig
 from openm6.train.hooks import Hook, Running

@@ -33,10 +33,10 @@ from openm6.evaluate.run import evaluate
 from openm6.evaluate.saved import drop_evaluation, last_checkpoint, load_evaluation, save_evaluation
 from openm6.evaluate.table import summary
 from openm6.generate.load import Loaded
+from openm6.modalities.batch import Batch, Counts, count, split
 from openm6.modalities.codec import codec_scores
 from openm6.modalities.numbers import Scales, fit_scale
 from openm6.modalities.pool import POOL
-from openm6.modalities.sequence import Batch, Counts, count, split
 from openm6.modalities.text import train_tokenizer
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.choice import build_backbone
@@ -115,7 +115,7 @@ class MultimodalJob(Job):
         shape = config.resolve(ranks.size, num_experts, device.type == "cuda")
         check_cut(self.recipe, shape, self.omni.config)
         if self.recipe.loop.streamed:
-            ranks.lay_out(shape)
+            ranks.build_sequence(shape)
         else:
             ranks.place(self.omni, shape)
         self.omni.backbone.exchange = ranks.exchange(config.parts)

@@ -35,8 +35,8 @@ def test_dense_rows_are_full_of_one_causal_text(tmp_path: Path) -> None:
     job = MultimodalJob(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
     first, second = dense_text(job, 2)
     assert list(first.kinds) == ["text"] and first.tokens == job.tokens_per_step == 320
-    assert (first.layout.sample == 0).all() and not (first.layout.sample == PADDING).any()
-    assert torch.equal(first.layout.order[0], torch.arange(1, 161, dtype=torch.int32))
+    assert (first.layout.example_id == 0).all() and not (first.layout.example_id == PADDING).any()
+    assert torch.equal(first.layout.attn_order[0], torch.arange(1, 161, dtype=torch.int32))
     assert (first.kinds["text"].weight > 0).all()
     # Texts go on from row to row.
     assert not torch.equal(first.kinds["text"].arrays["ids"], second.kinds["text"].arrays["ids"])

@@ -14,7 +14,7 @@ from openm6.bench.measure import Deadline
 from openm6.bench.peer import peer_contender
 from openm6.bench.sizes import SIZES
 from openm6.models.import_qwen import import_qwen
-from openm6.ops.sequence import causal_layout
+from openm6.ops.sequence import causal_meta
 from tests.bench.test_sizes import TINY
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_both_train_the_same_model():
         ours.embedding.weight.copy_(weights.embedding)
         ours.head.copy_(weights.head)
         ids = torch.randint(0, TINY.vocabulary, (2, 16))
-        hidden, _ = ours.backbone(ours.embedding(ids), causal_layout(2, 16))
+        hidden, _ = ours.backbone(ours.embedding(ids), causal_meta(2, 16))
         peer.config.output_router_logits = False
         theirs = peer(input_ids=ids, labels=ids, output_router_logits=False).loss
     torch.testing.assert_close(ours.loss(hidden, ids), theirs, rtol=1e-4, atol=1e-4)

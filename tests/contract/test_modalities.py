@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from openm6.base.errors import DataError
-from openm6.modalities.interface import Part, Tokens
-from openm6.modalities.registry import MODALITIES, source_pieces, target_piece
-from openm6.modalities.sequence import collate, lay_out
+from openm6.modalities.batch import build_sequence, collate
+from openm6.modalities.interface import Part, Segment
+from openm6.modalities.registry import MODALITIES, source_segments, target_segment
 from openm6.models.omni import Omni
 from tests.small_model import BACKBONE, modalities, omni
 
@@ -23,11 +23,11 @@ def example(name: str, number: int) -> Any:
     return modalities()[name].examples()[number]
 
 
-def tensors(tokens: Tokens) -> dict[str, Tensor]:
+def tensors(tokens: Segment) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in tokens.arrays.items()}
 
 
-def check_shapes(tokens: Tokens) -> None:
+def check_shapes(tokens: Segment) -> None:
     count = len(tokens)
     assert tokens.grid.shape == (count, 3) and tokens.grid.min(initial=0) >= 0
     assert tokens.learn.shape == (count,) and tokens.learn.dtype == bool
@@ -111,9 +111,9 @@ def test_kinds_of_token_belong_to_one_modality_alone(name: str) -> None:
 @pytest.mark.parametrize("reads", MODALITIES)
 @pytest.mark.parametrize("gives", MODALITIES)
 def test_any_modality_can_follow_from_any(reads: str, gives: str) -> None:
-    source = source_pieces([Part(reads, example(reads, 0))], modalities())
-    target = target_piece(Part(gives, example(gives, 0)), modalities(), np.random.default_rng(0))
-    batch = collate([[lay_out([*source, target], "x")]], len(source[0]) + len(target) + 3)
+    source = source_segments([Part(reads, example(reads, 0))], modalities())
+    target = target_segment(Part(gives, example(gives, 0)), modalities(), np.random.default_rng(0))
+    batch = collate([[build_sequence([*source, target], "x")]], len(source[0]) + len(target) + 3)
     judged, _ = omni().judge(batch)
     assert list(judged) == [target.kind]
     assert len(judged[target.kind].nats) == target.learn.sum()

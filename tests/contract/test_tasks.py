@@ -98,9 +98,9 @@ def test_a_real_record_becomes_an_example(task: Task) -> None:
         assert task.reads in {part.modality for part in example.source}
         assert example.target.modality == task.gives
         sequence = example_sequence(example, modalities())
-        learned = [piece.kind for piece in sequence.pieces if piece.learn.any()]
+        learned = [piece.kind for piece in sequence.segments if piece.learn.any()]
         assert learned == [POOL, POOL] if task.contrasts else len(learned) == 1
-        assert sequence.pieces[-1].learn.any()
+        assert sequence.segments[-1].learn.any()
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)

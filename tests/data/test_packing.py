@@ -16,7 +16,7 @@ from openm6.data.mixture import Component, Draw, Mixture
 from openm6.data.packing import Packer, PackingConfig, merge_cursors
 from openm6.data.prepare import Preparer, example_sequence
 from openm6.data.quarantine import Quarantine
-from openm6.modalities.sequence import Batch, Sequence, shortened
+from openm6.modalities.batch import Batch, PackedExample, shortened
 from openm6.modalities.text import Text
 from openm6.tasks.registry import TASKS
 from tests.data.lists import ListSource
@@ -109,9 +109,9 @@ def test_each_record_is_seen_about_once_an_epoch() -> None:
 
 def test_rows_are_full_and_hold_whole_examples() -> None:
     for batch in batches(packer(texts(30)), 8):
-        assert batch.layout.sample.shape == (2, 64)
+        assert batch.layout.example_id.shape == (2, 64)
         assert int(batch.layout.valid.sum()) == batch.tokens > 0.75 * 2 * 64
-        for row in batch.layout.sample.tolist():
+        for row in batch.layout.example_id.tolist():
             numbers = [number for number, _ in itertools.groupby(row)]
             assert numbers in (list(range(len(numbers))), [*range(len(numbers) - 1), -1])
 
@@ -183,9 +183,9 @@ def test_a_shortened_example_is_laid_out_as_one_of_that_text(tmp_path: Path) -> 
     assert len(cut) == 64 and cut.truncated and not made[1].truncated
     text = modalities()["text"]
     assert isinstance(text, Text)
-    read = text.decode(cut.pieces[0].arrays["ids"].tolist())
+    read = text.decode(cut.segments[0].arrays["ids"].tolist())
     assert read.startswith("word word") and read.endswith("?")
-    assert cut.order.tolist() == [0] * len(cut.pieces[0]) + list(range(1, 1 + len(cut.pieces[1])))
+    assert cut.attn_order.tolist() == [0] * len(cut.segments[0]) + list(range(1, 1 + len(cut.segments[1])))
     assert cut.positions[:, 0].tolist() == list(range(64))
     assert shortened(made[1], len(made[1])).positions.tolist() == made[1].positions.tolist()
 
@@ -195,10 +195,14 @@ def test_both_sides_of_a_pair_are_cut() -> None:
     whole = example_of(record, "pair_picture")
     cut = shortened(whole, 100)
     assert whole.left and len(whole) > 200 and len(cut) == 100
-    assert cut.left == whole.left and set(cut.order.tolist()) == {0} and set(cut.private.tolist()) == {1, 2}
+    assert (
+        cut.left == whole.left
+        and set(cut.attn_order.tolist()) == {0}
+        and set(cut.block_id.tolist()) == {1, 2}
+    )
 
 
-def example_of(record: dict, task: str = "answer") -> Sequence:
+def example_of(record: dict, task: str = "answer") -> PackedExample:
     return example_sequence(TASKS[task].example(record, np.random.default_rng(0)), modalities())
 
 
@@ -265,7 +269,7 @@ class Watched(Packer):
 
     made: list[Draw]
 
-    def _sequence(self, draw: Draw) -> Sequence | None:
+    def _sequence(self, draw: Draw) -> PackedExample | None:
         self.made.append(draw)
         return super()._sequence(draw)
 

@@ -15,8 +15,8 @@ from openm6.data.prepare import (
     null_example,
     with_others,
 )
+from openm6.modalities.batch import PackedExample
 from openm6.modalities.interface import Part
-from openm6.modalities.sequence import Sequence
 from openm6.modalities.text import GAP, HOLE
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Scene, without_inputs
@@ -42,10 +42,10 @@ def preparer(
     return Preparer(Mixture([Component(source=source, task=task)], 0), modalities(), seed, weights or {})
 
 
-def alike(first: Sequence, second: Sequence) -> bool:
+def alike(first: PackedExample, second: PackedExample) -> bool:
     return len(first) == len(second) and all(
         np.array_equal(array, other.arrays[name])
-        for piece, other in zip(first.pieces, second.pieces, strict=True)
+        for piece, other in zip(first.segments, second.segments, strict=True)
         for name, array in piece.arrays.items()
     )
 
@@ -63,8 +63,8 @@ def test_a_sequence_follows_from_seed_and_draw(task: str) -> None:
     assert not all(alike(a, b) for a, b in zip(first, later, strict=True))
 
 
-def is_null(sequence: Sequence) -> bool:
-    first = sequence.pieces[0]
+def is_null(sequence: PackedExample) -> bool:
+    first = sequence.segments[0]
     return first.kind == "text" and int(first.arrays["ids"][0]) == modalities()["text"].first_mark + HOLE  # type: ignore[attr-defined]
 
 
@@ -73,21 +73,21 @@ def test_a_tenth_of_every_task_loses_its_inputs(task: str) -> None:
     maker = preparer(task, [{**record, "numbers": {"mass": 1.0}} for record in RECORDS])
     found = [maker.sequence(Draw(0, epoch, n, 0)) for epoch in range(50) for n in range(12)]
     assert sum(map(is_null, found)) / len(found) == pytest.approx(NULL_FRACTION, abs=0.04)
-    kinds = {piece.kind for sequence in found if is_null(sequence) for piece in sequence.pieces[:-1]}
+    kinds = {piece.kind for sequence in found if is_null(sequence) for piece in sequence.segments[:-1]}
     assert kinds <= {"text"}, "neither image nor numbers remain"
 
 
 def test_a_part_of_drawings_loses_prompt_and_inputs() -> None:
     maker = preparer("draw")
     found = [maker.sequence(Draw(0, epoch, n, 0)) for epoch in range(50) for n in range(12)]
-    empty = sum(len(sequence.pieces) == 1 for sequence in found) / len(found)
+    empty = sum(len(sequence.segments) == 1 for sequence in found) / len(found)
     assert empty == pytest.approx(UNCONDITIONAL_FRACTION, abs=0.025)
 
 
 @pytest.mark.parametrize("task", ["name_picture", "denoise"])
 def test_what_is_answered_in_words_keeps_its_prompt(task: str) -> None:
     maker = preparer(task)
-    assert all(len(maker.sequence(Draw(0, epoch, 0, 0)).pieces) > 1 for epoch in range(60))
+    assert all(len(maker.sequence(Draw(0, epoch, 0, 0)).segments) > 1 for epoch in range(60))
 
 
 def test_the_null_input_holds_the_prompt_and_nothing_of_the_record() -> None:

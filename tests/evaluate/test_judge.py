@@ -151,7 +151,7 @@ def test_inpainting_is_scored_on_the_masked_region_only() -> None:
     sequences = [example_sequence(example, model.modalities) for example in shown]
     found = judge_lesson(model, lesson, shown, sequences, demo_sources()["digits"], CONFIG)
     sequence = sequences[0]
-    assert sequence.pieces[-1].learn.sum() == 16, "a quarter of the 64 positions"
+    assert sequence.segments[-1].learn.sum() == 16, "a quarter of the 64 positions"
     answered = shown[0], shown[-1]
     bits = sequence_nats(model.omni, [example_sequence(e, model.modalities) for e in answered]) / np.log(2)
     assert found.value == pytest.approx(bits.mean() / 16 / model.image.codec.groups, rel=1e-4)

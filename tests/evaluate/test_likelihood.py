@@ -13,8 +13,8 @@ from openm6.evaluate.judge import answer_entropy
 from openm6.evaluate.likelihood import likelihoods, sequence_nats
 from openm6.evaluate.priors import AnswerFrequencies, NoPrior
 from openm6.generate.load import Loaded
+from openm6.modalities.batch import PackedExample
 from openm6.modalities.interface import Part
-from openm6.modalities.sequence import Sequence
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
 from tests.small_model import demo_sources, loaded
@@ -31,7 +31,7 @@ def real(task: str, source: str, count: int, split: str = "test") -> list[Exampl
     return [TASKS[task].example(records[n * step], np.random.default_rng(n)) for n in range(count)]
 
 
-def tokens(model: Loaded, examples: list[Example]) -> list[Sequence]:
+def tokens(model: Loaded, examples: list[Example]) -> list[PackedExample]:
     return [example_sequence(example, model.modalities) for example in examples]
 
 
@@ -77,7 +77,7 @@ def test_an_overconfident_model_gains_no_more_than_the_answers_hold(
     entropy = answer_entropy(examples, prior)
     assert entropy is not None and 1 < entropy < 3.5
 
-    def certain(_: object, sequences: list[Sequence]) -> np.ndarray:
+    def certain(_: object, sequences: list[PackedExample]) -> np.ndarray:
         half = len(sequences) // 2
         return np.concatenate([np.full(half, 1e-4), np.full(half, 30.0)])
 

@@ -10,9 +10,9 @@ import pytest
 from openm6.evaluate.baselines import fit_prior, training_examples
 from openm6.evaluate.priors import AnswerFrequencies, CodeFrequencies, NoPrior, ValueFrequencies
 from openm6.generate.load import Loaded
-from openm6.modalities.interface import Part, Tokens
+from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries
-from openm6.modalities.registry import target_piece
+from openm6.modalities.registry import target_segment
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
 from tests.data.lists import ListSource
@@ -26,9 +26,9 @@ def text(answer: str, language: str = "en") -> Example:
     return Example("name_picture", language, [], Part("text", answer), answer, answer)
 
 
-def codes(values: np.ndarray, learn: np.ndarray | None = None) -> Tokens:
+def codes(values: np.ndarray, learn: np.ndarray | None = None) -> Segment:
     learned = np.ones(len(values), bool) if learn is None else learn
-    return Tokens("image_out", {"codes": values}, np.zeros((len(values), 3), np.int32), 1, learned, "block")
+    return Segment("image_out", {"codes": values}, np.zeros((len(values), 3), np.int32), 1, learned, "block")
 
 
 def test_answers_by_language() -> None:
@@ -81,10 +81,10 @@ def number(raw: Any) -> Example:
 def test_values_are_counted_by_column() -> None:
     model = loaded()
     train = [number({"mass": 10.0})] * 30 + [number({"length": 3.0})] * 30
-    targets = [target_piece(example.target, model.modalities) for example in train]
+    targets = [target_segment(example.target, model.modalities) for example in train]
     prior = ValueFrequencies(train, targets)
     test = [number({"mass": 10.0}), number({"mass": 14.0}), number(NumberSeries("length", [3.0, None, 3.0]))]
-    bits = prior.bits(test, [target_piece(example.target, model.modalities) for example in test])
+    bits = prior.bits(test, [target_segment(example.target, model.modalities) for example in test])
     seen = -np.log2(30.125 / (30 + 160 * 0.125))
     assert bits == pytest.approx([seen, -np.log2(0.125 / 50), 2 * seen])
 
@@ -105,6 +105,7 @@ def test_images_alike_cost_few_bits(model: Loaded) -> None:
     prior = fit_prior(TASKS["draw"], examples, targets, model)
     noise = Part("image", np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     near, far = (
-        prior.bits([], [targets[0], target_piece(noise, model.modalities)]) / targets[0].arrays["codes"].size
+        prior.bits([], [targets[0], target_segment(noise, model.modalities)])
+        / targets[0].arrays["codes"].size
     )
     assert near < 2 < 6 < far

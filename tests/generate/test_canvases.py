@@ -10,8 +10,8 @@ from openm6.generate.decode import Speaker
 from openm6.generate.load import Loaded
 from openm6.generate.masked import MaskedSampling, fill_codes
 from openm6.generate.reading import read_into
-from openm6.modalities.interface import Part, Tokens
-from openm6.modalities.registry import source_pieces
+from openm6.modalities.interface import Part, Segment
+from openm6.modalities.registry import source_segments
 from tests.small_model import demo_sources, loaded
 
 SETTINGS = (
@@ -28,7 +28,7 @@ def model() -> Loaded:
     return loaded(5)
 
 
-def wanted(model: Loaded, kind: str) -> list[Tokens]:
+def wanted(model: Loaded, kind: str) -> list[Segment]:
     if kind == "sound":
         return [model.sound.blank() for _ in WORDS]
     hole = {"hole": (0.25, 0.0, 0.75, 1.0)}
@@ -40,7 +40,7 @@ def wanted(model: Loaded, kind: str) -> list[Tokens]:
 def test_each_becomes_what_it_becomes_alone(model: Loaded, kind: str) -> None:
     cache = Speaker.of(model.omni, model.text).new_slots(4, 64)
     pieces = wanted(model, kind)
-    prompts = [source_pieces([Part("text", words)], model.modalities) for words in WORDS]
+    prompts = [source_segments([Part("text", words)], model.modalities) for words in WORDS]
     waiting: list[Canvas] = []
     for number, prompt in enumerate(prompts):
         place, _ = read_into(model.omni, prompt, cache, number)

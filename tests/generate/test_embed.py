@@ -7,9 +7,9 @@ import pytest
 
 from openm6.base.errors import ConfigError, DataError
 from openm6.generate.embed import ROW, ROWS, embed, embedding_size, packed
+from openm6.modalities.batch import build_sequence
 from openm6.modalities.interface import Part
-from openm6.modalities.pool import pool_piece
-from openm6.modalities.sequence import lay_out
+from openm6.modalities.pool import pool_segment
 from tests.data.pictures import png, wav
 from tests.small_model import embedding_model, loaded, modalities
 
@@ -43,7 +43,7 @@ def test_nothing_in_gives_nothing_out() -> None:
 def test_inputs_keep_their_order_over_rows_and_passes() -> None:
     text = modalities()["text"]
     lengths = [200, 100, 300, 400, 10, ROW + 50, 1, 500, 500, 500]
-    sequences = [lay_out([text.source("a" * length), pool_piece()]) for length in lengths]
+    sequences = [build_sequence([text.source("a" * length), pool_segment()]) for length in lengths]
     passes = packed(sequences)
     assert [sequence for part in passes for row in part for sequence in row] == sequences
     assert all(len(part) <= ROWS for part in passes) and len(passes) > 1

@@ -16,8 +16,8 @@ from openm6.generate.load import Loaded
 from openm6.generate.masked import MaskedSampling, fill_codes
 from openm6.generate.prompt import Prompt, Reading
 from openm6.generate.run import read_decoding
-from openm6.modalities.interface import Part, Tokens
-from openm6.modalities.registry import source_pieces
+from openm6.modalities.interface import Part, Segment
+from openm6.modalities.registry import source_segments
 from tests.small_model import demo_sources, loaded, modalities
 
 HOLES = ((0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.25, 1.0), (0.0, 0.0, 1.0, 1.0), (0.5, 0.5, 0.625, 0.625))
@@ -31,11 +31,11 @@ def model() -> Loaded:
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
     words = ("draw the digit seven", "a", "a picture of something long and wide and high", "x")
-    return [source_pieces([Part("text", found)], modalities()) for found in words]
+    return [source_segments([Part("text", found)], modalities()) for found in words]
 
 
 @pytest.fixture(scope="module")
-def wanted(model: Loaded) -> list[Tokens]:
+def wanted(model: Loaded) -> list[Segment]:
     """Pictures with holes of several sizes."""
     return [
         model.image.target(demo_sources()["digits"][row]["image"], options={"hole": hole})
@@ -64,7 +64,7 @@ class Watch:
 def test_given_codes_stay_and_all_is_settled_in_time(
     model: Loaded,
     prompts: list[Prompt],
-    wanted: list[Tokens],
+    wanted: list[Segment],
     steps: int,
     order: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -87,7 +87,7 @@ def test_given_codes_stay_and_all_is_settled_in_time(
 
 
 def test_the_true_codes_of_a_hole_are_never_read(
-    model: Loaded, prompts: list[Prompt], wanted: list[Tokens]
+    model: Loaded, prompts: list[Prompt], wanted: list[Segment]
 ) -> None:
     other = [
         replace(t, arrays={**t.arrays, "codes": np.where(t.arrays["hidden"][:, None], 7, t.arrays["codes"])})
@@ -101,7 +101,7 @@ def test_the_true_codes_of_a_hole_are_never_read(
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_a_row_alone_equals_the_row_in_a_crowd(
-    model: Loaded, prompts: list[Prompt], wanted: list[Tokens], guidance: float
+    model: Loaded, prompts: list[Prompt], wanted: list[Segment], guidance: float
 ) -> None:
     settings = MaskedSampling(steps=4, guidance=guidance, seed=11)
     crowd = fill_codes(model.omni, prompts, wanted, settings)

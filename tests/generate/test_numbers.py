@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from openm6.generate.numbers import predict
-from openm6.modalities.interface import Part, Tokens
+from openm6.modalities.batch import build_sequence, collate
+from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries
-from openm6.modalities.registry import source_pieces
-from openm6.modalities.sequence import collate, lay_out
+from openm6.modalities.registry import source_segments
 from tests.small_model import loaded, modalities
 
 MODEL = loaded(7)
 PROMPTS = [
-    source_pieces(parts, modalities())
+    source_segments(parts, modalities())
     for parts in (
         [Part("text", "how heavy?")],
         [Part("numbers", {"length": 3.1}), Part("text", " What is its mass, and what else is there to say?")],
@@ -46,9 +46,9 @@ def test_only_what_is_asked_for_is_answered() -> None:
     np.testing.assert_allclose(predict(MODEL.omni, PROMPTS, WANTED)[2].probability.sum(1), 1, rtol=1e-5)
 
 
-def naive(prompt: list[Tokens], tokens: Tokens) -> np.ndarray:
+def naive(prompt: list[Segment], tokens: Segment) -> np.ndarray:
     """Probabilities of the bins from one pass over prompt and queries."""
-    sequence = lay_out([*prompt, tokens])
+    sequence = build_sequence([*prompt, tokens])
     batch = collate([[sequence]], len(sequence))
     hidden = MODEL.omni(batch.kinds, batch.layout)[0][0, len(sequence) - len(tokens) :]
     probability = MODEL.omni.adapter("numbers_out").logits(hidden).softmax(-1)  # type: ignore[operator]

@@ -17,13 +17,13 @@ from openm6.generate.rows import Row, TextRows
 from openm6.generate.sampling import Sampling
 from openm6.generate.text import write
 from openm6.modalities.interface import Part
-from openm6.modalities.registry import source_pieces
+from openm6.modalities.registry import source_segments
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.nn.experts import Experts
 from openm6.nn.slots import PackedWriter, SlotWriter
-from openm6.ops.sequence import causal_layout
+from openm6.ops.sequence import causal_meta
 from tests.data.pictures import png
 from tests.small_model import loaded
 
@@ -52,7 +52,7 @@ def model() -> Loaded:
 
 @pytest.fixture(scope="module")
 def prompts(model: Loaded) -> list[Prompt]:
-    return [source_pieces([Part("text", words)], model.modalities) for words in WORDS]
+    return [source_segments([Part("text", words)], model.modalities) for words in WORDS]
 
 
 def run_all(model: Loaded, prompts: list[Prompt], slots: int, deterministic: bool) -> dict[int, Row]:
@@ -104,12 +104,12 @@ def test_the_step_is_the_backbone(shape: dict, fixed: bool) -> None:
     ids, lengths = torch.randint(0, 50, (3, 9)), (8, 3, 5)
     cache = speaker.new_slots(4, 32)
     for row, length in enumerate(lengths):
-        backbone(embedding[ids[row : row + 1, :length]], causal_layout(1, length), cache.writer(row))
+        backbone(embedding[ids[row : row + 1, :length]], causal_meta(1, length), cache.writer(row))
     places = torch.tensor(lengths)
     token = ids[torch.arange(3), places]
     found = DecodeStep(speaker, cache, fixed=fixed)(token, places, places, 16)
     for row, length in enumerate(lengths):
-        hidden, _ = backbone(embedding[ids[row : row + 1, : length + 1]], causal_layout(1, length + 1))
+        hidden, _ = backbone(embedding[ids[row : row + 1, : length + 1]], causal_meta(1, length + 1))
         torch.testing.assert_close(found[row], embedding @ hidden[0, -1], rtol=1e-4, atol=1e-4)
 
 
@@ -197,7 +197,7 @@ def test_a_prompt_read_before_is_not_read_again(model: Loaded, prompts: list[Pro
 def test_parts_read_one_by_one_are_as_if_read_at_once() -> None:
     model = loaded(reading="parts")
     parts = (Part("text", "Look:"), Part("image", png("red", 40)), Part("text", " What is this?"))
-    prompt = source_pieces(parts, model.modalities)
+    prompt = source_segments(parts, model.modalities)
     cache = Speaker.of(model.omni, model.text).new_slots(1, 128)
     place, _ = read_into(model.omni, prompt, cache, 0)
     whole = read_prompts(model.omni, [prompt], 1)
@@ -210,7 +210,7 @@ def test_a_second_question_about_a_picture_reads_its_own_tokens_alone() -> None:
     model = loaded(reading="parts")
     picture = Part("image", png("red", 40))
     first, second = (
-        source_pieces((picture, Part("text", words)), model.modalities) for words in (" What?", " And why?")
+        source_segments((picture, Part("text", words)), model.modalities) for words in (" What?", " And why?")
     )
     cache = Speaker.of(model.omni, model.text).new_slots(3, 128)
     memory = PromptMemory(10**6)
@@ -221,7 +221,7 @@ def test_a_second_question_about_a_picture_reads_its_own_tokens_alone() -> None:
     assert cache.lengths[1] == length == sum(map(len, second))
     assert torch.equal(cache.keys[:, 1, :length], cache.keys[:, 2, :length])
     assert torch.equal(cache.values[:, 1, :length], cache.values[:, 2, :length])
-    other = source_pieces((Part("image", png("blue", 40)), Part("text", " What?")), model.modalities)
+    other = source_segments((Part("image", png("blue", 40)), Part("text", " What?")), model.modalities)
     assert read_into(model.omni, other, cache, 0, memory)[1] == 0, "the same words after another picture"
 
 

@@ -31,7 +31,7 @@ from openm6.generate.streamed import (
 )
 from openm6.generate.text import write
 from openm6.modalities.interface import Part
-from openm6.modalities.registry import source_pieces
+from openm6.modalities.registry import source_segments
 from openm6.models.config import BackboneConfig
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE
 from openm6.models.omni import Omni
@@ -69,7 +69,7 @@ def source_of(model: Loaded) -> StreamedSets:
 
 def answers(model: Loaded) -> tuple[list[str], torch.Tensor, list[torch.Tensor]]:
     """A text, a picture's codes, and the scores of texts decoded in rows."""
-    prompt = source_pieces([Part("text", "draw the digit seven")], model.modalities)
+    prompt = source_segments([Part("text", "draw the digit seven")], model.modalities)
     texts = write(model, [prompt], Sampling(max_tokens=4))
     sampling = MaskedSampling(steps=2, seed=1)
     codes = fill_codes(model.omni, [prompt], [model.image.blank()], sampling)

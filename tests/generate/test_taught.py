@@ -16,7 +16,7 @@ from openm6.generate.sampling import Sampling
 from openm6.generate.taught import SURE, Taught, assess, inputs_of
 from openm6.generate.text import write, write_with_confidence
 from openm6.modalities.interface import Part
-from openm6.modalities.registry import source_pieces
+from openm6.modalities.registry import source_segments
 from openm6.models.description import ModelDescription
 from openm6.tasks.registry import TASKS
 from openm6.train.trained_tasks import words_read
@@ -95,7 +95,7 @@ def test_a_model_of_embeddings_answers_nothing() -> None:
 
 def test_the_confidence_is_that_of_the_tokens_written() -> None:
     model = loaded(4)
-    prompts = [source_pieces([text(words)], model.modalities) for words in ("draw", "say zero please")]
+    prompts = [source_segments([text(words)], model.modalities) for words in ("draw", "say zero please")]
     sampling = Sampling(max_tokens=5)
     found = write_with_confidence(model, prompts, sampling)
     assert [written.text for written in found] == write(model, prompts, sampling)

@@ -9,9 +9,9 @@ from openm6.generate.load import Loaded
 from openm6.generate.prompt import Prompt, read_prompts
 from openm6.generate.sampling import Sampling
 from openm6.generate.text import write
-from openm6.modalities.interface import Part, Tokens, line
-from openm6.modalities.registry import source_pieces
-from openm6.modalities.sequence import collate, lay_out
+from openm6.modalities.batch import build_sequence, collate
+from openm6.modalities.interface import Part, Segment, line
+from openm6.modalities.registry import source_segments
 from openm6.modalities.text import HOLE, START, Text, TextAdapter
 from tests.small_model import demo_sources, loaded, modalities
 
@@ -34,7 +34,7 @@ def prompts() -> list[Prompt]:
         [Part("numbers", {"mass": 3.0, "length": None})],
         [],
     ]
-    return [source_pieces(found, modalities()) for found in parts]
+    return [source_segments(found, modalities()) for found in parts]
 
 
 def naive(model: Loaded, prompt: Prompt, steps: int) -> str:
@@ -43,8 +43,8 @@ def naive(model: Loaded, prompt: Prompt, steps: int) -> str:
     ids: list[int] = [text.start]
     for _ in range(steps):
         arrays = {"ids": torch.tensor(ids).numpy(), "labels": torch.tensor(ids).numpy()}
-        wanted = Tokens("text", arrays, line(len(ids)), len(ids), arrays["ids"] >= 0, "causal")
-        sequence = lay_out([*prompt, wanted])
+        wanted = Segment("text", arrays, line(len(ids)), len(ids), arrays["ids"] >= 0, "causal")
+        sequence = build_sequence([*prompt, wanted])
         batch = collate([[sequence]], len(sequence))
         logits = model.omni.text.logits(model.omni(batch.kinds, batch.layout)[0][0, -1])
         for token in range(text.first_mark, text.vocabulary_size):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image as Pillow
 
 from openm6.base.errors import DataError
+from openm6.modalities.batch import build_sequence
 from openm6.modalities.image import (
     PATCH,
     Image,
@@ -20,9 +21,8 @@ from openm6.modalities.image import (
     read_image,
     to_square,
 )
-from openm6.modalities.interface import Tokens, line
+from openm6.modalities.interface import Segment, line
 from openm6.modalities.places import PlaceEmbedding
-from openm6.modalities.sequence import lay_out
 from tests.data.pictures import bomb, png
 from tests.small_model import modalities
 
@@ -129,8 +129,8 @@ def test_patches_are_the_pixels(image: Image) -> None:
 def test_codes_stand_where_the_patches_stand_whatever_lies_between(image: Image) -> None:
     picture = Pillow.new("RGB", (64, 64))
     source, wanted = image.source(picture), image.target(picture)
-    words = Tokens("text", {}, line(7), 7, np.zeros(7, bool))
-    laid = lay_out([words, source, words, wanted])
+    words = Segment("text", {}, line(7), 7, np.zeros(7, bool))
+    laid = build_sequence([words, source, words, wanted])
     patches, codes = laid.positions[7 : 7 + len(source)], laid.positions[-len(wanted) :]
     assert len(patches) == len(codes) == 64  # the shipped codec has one place for each patch
     assert np.array_equal(patches[:, 1:], codes[:, 1:])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from openm6.modalities.batch import build_pair, build_sequence, collate
 from openm6.modalities.interface import Part
-from openm6.modalities.pool import LARGEST_SCALE, POOL, PoolAdapter, PoolConfig, pool_piece, pooled
-from openm6.modalities.registry import source_pieces
-from openm6.modalities.sequence import collate, lay_out, lay_out_pair
+from openm6.modalities.pool import LARGEST_SCALE, POOL, PoolAdapter, PoolConfig, pool_segment, pooled
+from openm6.modalities.registry import source_segments
 from openm6.ops.sequence import visible
 from tests.small_model import modalities
 
@@ -21,7 +21,7 @@ def adapter(width: int = 16, size: int = 8) -> PoolAdapter:
 
 def arrays(keys: list[str], space: str = "a") -> dict[str, torch.Tensor]:
     """What a batch of pairs with these keys holds: each key once a side."""
-    pieces = [pool_piece(key, space, learn=True) for key in keys for _ in range(2)]
+    pieces = [pool_segment(key, space, learn=True) for key in keys for _ in range(2)]
     return {
         name: torch.from_numpy(np.concatenate([piece.arrays[name] for piece in pieces]))
         for name in ("key", "space")
@@ -30,14 +30,14 @@ def arrays(keys: list[str], space: str = "a") -> dict[str, torch.Tensor]:
 
 def test_the_sides_of_a_pair_are_strangers() -> None:
     text = modalities()["text"]
-    left = [text.source("seven"), pool_piece("7", "s", learn=True)]
-    right = [text.source("draw the digit"), pool_piece("7", "s", learn=True)]
-    pair, alone = lay_out_pair(left, right), lay_out(right)
+    left = [text.source("seven"), pool_segment("7", "s", learn=True)]
+    right = [text.source("draw the digit"), pool_segment("7", "s", learn=True)]
+    pair, alone = build_pair(left, right), build_sequence(right)
     seen = visible(*[collate([[pair]], len(pair)).layout] * 2)[0, 0]
     half = sum(map(len, left))
     assert seen[:half, :half].all() and seen[half:, half:].all()
     assert not seen[:half, half:].any() and not seen[half:, :half].any()
-    assert (pair.positions[half:] == alone.positions).all() and (pair.order == 0).all()
+    assert (pair.positions[half:] == alone.positions).all() and (pair.attn_order == 0).all()
 
 
 def test_the_loss_is_the_mean_of_both_directions() -> None:
@@ -74,14 +74,14 @@ def test_vectors_have_length_one_and_the_scale_a_bound() -> None:
 
 
 def test_what_pools_parts_sees_them_all() -> None:
-    pieces = source_pieces([Part("text", "draw"), Part("text", "seven")], modalities("parts"))
-    order = lay_out(pooled(pieces)).order
+    pieces = source_segments([Part("text", "draw"), Part("text", "seven")], modalities("parts"))
+    order = build_sequence(pooled(pieces)).attn_order
     assert order[-1] > order[-2] > order[0], "and no part sees what pools it"
     assert pooled([])[0].placement == "source"
 
 
 def test_a_piece_is_one_token_of_its_own_kind() -> None:
-    piece = pool_piece("seven", "text image")
+    piece = pool_segment("seven", "text image")
     assert piece.kind == POOL and len(piece) == 1 and piece.span == 1 and not piece.learn.any()
-    assert pool_piece("seven").arrays["key"] == piece.arrays["key"] >= 0
-    assert pool_piece("eight").arrays["key"] != piece.arrays["key"]
+    assert pool_segment("seven").arrays["key"] == piece.arrays["key"] >= 0
+    assert pool_segment("eight").arrays["key"] != piece.arrays["key"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openm6.modalities.interface import Cuttable, Part, Tokens, line
+from openm6.modalities.interface import Cuttable, Part, Segment, line
 from openm6.modalities.text import GAP, Text
 from openm6.modalities.truncation import cuttable_in, fit, join_texts
 from openm6.tasks.registry import TASKS
@@ -24,14 +24,14 @@ def text() -> Text:
     return found
 
 
-def piece(lengths: list[int], between: int, keep_end: bool = False) -> Tokens:
+def piece(lengths: list[int], between: int, keep_end: bool = False) -> Segment:
     """A text of stretches that may be cut, each followed by so many words that may not."""
     cuttable, place = [], 0
     for length in lengths:
         cuttable.append(Cuttable(place, place + length, keep_end))
         place += length + between
     ids = np.arange(place)
-    return Tokens("text", {"ids": ids}, line(place), place, np.zeros(place, bool), cuttable=tuple(cuttable))
+    return Segment("text", {"ids": ids}, line(place), place, np.zeros(place, bool), cuttable=tuple(cuttable))
 
 
 @settings(max_examples=200, deadline=None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.experts import RouterLoad
-from openm6.ops.sequence import Layout, causal_layout, join, padding_layout
+from openm6.ops.sequence import SequenceMeta, causal_meta, join, padding_meta
 
 SIZE: dict[str, Any] = {"width": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 DENSE = {"hidden": 48}
@@ -35,18 +35,18 @@ def make(name: str, seed: int = 0) -> Backbone:
     return Backbone(BackboneConfig(**SIZE, **CONFIGS[name], initial_deviation=0.2))
 
 
-def example(sample: int, seed: int) -> Layout:
+def example(sample: int, seed: int) -> SequenceMeta:
     """A source of 5 tokens with positions in the plane, 3 words, and a private picture of 4 codes."""
     order = torch.tensor([[0] * 5 + [1, 2, 3] + [4] * 4], dtype=torch.int32)
     private = torch.tensor([[0] * 8 + [1] * 4], dtype=torch.int32)
     positions = torch.randint(0, 9, (1, 12, 3), generator=torch.Generator().manual_seed(seed))
-    return Layout(torch.full_like(order, sample), order, private, positions)
+    return SequenceMeta(torch.full_like(order, sample), order, private, positions)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_examples_answer_as_alone(name):
     model = make(name)
-    layouts = [example(0, 1), example(1, 2), padding_layout(1, 3), example(2, 3)]
+    layouts = [example(0, 1), example(1, 2), padding_meta(1, 3), example(2, 3)]
     x = torch.randn(1, 39, 32)
     packed, _ = model(x, join(layouts))
     for start, layout in ((0, layouts[0]), (12, layouts[1]), (27, layouts[3])):
@@ -57,7 +57,7 @@ def test_packed_examples_answer_as_alone(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_steps_equal_one_pass(name):
-    model, x, layout = make(name).eval(), torch.randn(2, 20, 32), causal_layout(2, 20)
+    model, x, layout = make(name).eval(), torch.randn(2, 20, 32), causal_meta(2, 20)
     with torch.no_grad():
         whole, _ = model(x, layout)
         cache = model.new_cache(2, 20)
@@ -73,8 +73,8 @@ def test_ragged_prompts_share_a_cache():
     """Rows of 7 and 4 tokens, filled up in front, answer as each would alone."""
     model = make("experts")
     long, short = torch.randn(1, 9, 32), torch.randn(1, 6, 32)
-    first = Layout(*(torch.cat(pair) for pair in zip(
-        causal_layout(1, 7).parts(), join([padding_layout(1, 3), causal_layout(1, 4)]).parts(), strict=True
+    first = SequenceMeta(*(torch.cat(pair) for pair in zip(
+        causal_meta(1, 7).parts(), join([padding_meta(1, 3), causal_meta(1, 4)]).parts(), strict=True
     )))  # fmt: skip
     with torch.no_grad():
         cache = model.new_cache(2, 16)
@@ -82,19 +82,15 @@ def test_ragged_prompts_share_a_cache():
         model(prompt, first, cache)
         answers = []
         for step in range(2):
-            starts = [causal_layout(1, 1, start=7 + step), causal_layout(1, 1, start=4 + step)]
-            layout = Layout(
+            starts = [causal_meta(1, 1, start=7 + step), causal_meta(1, 1, start=4 + step)]
+            layout = SequenceMeta(
                 *(torch.cat(pair) for pair in zip(*(start.parts() for start in starts), strict=True))
             )
             token = torch.cat([long[:, 7 + step : 8 + step], short[:, 4 + step : 5 + step]])
             answers.append(model(token, layout, cache)[0])
         steps = torch.cat(answers, dim=1)
-        torch.testing.assert_close(
-            steps[:1], model(long, causal_layout(1, 9))[0][:, 7:], rtol=1e-4, atol=1e-5
-        )
-        torch.testing.assert_close(
-            steps[1:], model(short, causal_layout(1, 6))[0][:, 4:], rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(steps[:1], model(long, causal_meta(1, 9))[0][:, 7:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(steps[1:], model(short, causal_meta(1, 6))[0][:, 4:], rtol=1e-4, atol=1e-5)
 
 
 def test_masked_parallel_target_is_taken_back():
@@ -112,8 +108,8 @@ def test_masked_parallel_target_is_taken_back():
 
 def test_later_tokens_do_not_see_a_private_picture():
     model, layout = make("dense"), example(0, 5)
-    after = Layout(*(part[:, :1] for part in layout.parts()))
-    after = Layout(after.sample, after.order + 9, after.private, after.positions)
+    after = SequenceMeta(*(part[:, :1] for part in layout.parts()))
+    after = SequenceMeta(after.example_id, after.attn_order + 9, after.block_id, after.positions)
     x = torch.randn(1, 13, 32, requires_grad=True)
     hidden, _ = model(x, join([layout, after]))
     hidden[0, 12].square().sum().backward()
@@ -125,7 +121,7 @@ def test_later_tokens_do_not_see_a_private_picture():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_learns_and_is_counted(name):
     model = make(name)
-    hidden, loads = model(torch.randn(2, 24, 32), causal_layout(2, 24))
+    hidden, loads = model(torch.randn(2, 24, 32), causal_meta(2, 24))
     (hidden.square().mean() * 3 + hidden.sum() + side_loss(loads)).backward()
     lazy = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert lazy == []
@@ -151,7 +147,7 @@ def test_delinked_copies_answer_as_the_shared_set():
         for name, value in shared.sets[number].state_dict().items():
             state[f"sets.{layer}.{name}"] = value
     plain.load_state_dict(state)
-    x, layout = torch.randn(1, 9, 32), causal_layout(1, 9)
+    x, layout = torch.randn(1, 9, 32), causal_meta(1, 9)
     assert torch.equal(shared(x, layout)[0], plain(x, layout)[0])
 
 
@@ -204,7 +200,7 @@ def test_a_shared_router_moves_once_by_the_sum_of_its_layers():
 
 def test_autocast_runs_forward_and_backward():
     model = make("experts")
-    x, layout = torch.randn(2, 10, 32), causal_layout(2, 10)
+    x, layout = torch.randn(2, 10, 32), causal_meta(2, 10)
     plain, _ = model(x, layout)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden, loads = model(x, layout)
@@ -219,7 +215,7 @@ def test_autocast_runs_forward_and_backward():
 
 
 def test_half_precision_weights():
-    model, layout = make("experts"), causal_layout(1, 10)
+    model, layout = make("experts"), causal_meta(1, 10)
     x = torch.randn(1, 10, 32)
     plain, _ = model(x, layout)
     half, _ = model.bfloat16()(x.bfloat16(), layout)
@@ -229,4 +225,4 @@ def test_half_precision_weights():
 
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match=r"expected \(1, 9, 32\)"):
-        make("dense")(torch.randn(1, 8, 32), causal_layout(1, 9))
+        make("dense")(torch.randn(1, 8, 32), causal_meta(1, 9))

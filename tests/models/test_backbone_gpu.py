@@ -9,7 +9,7 @@ from torch import Tensor
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.presets import preset
 from openm6.models.running import CompiledBlocks
-from openm6.ops.sequence import Layout, causal_layout, join, padding_layout
+from openm6.ops.sequence import SequenceMeta, causal_meta, join, padding_meta
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,15 +17,15 @@ pytestmark = [
 ]
 
 
-def layout() -> Layout:
+def layout() -> SequenceMeta:
     """512 tokens: a source, words and a private picture, then a text, then padding."""
     order = torch.tensor([[0] * 50 + list(range(1, 31)) + [31] * 48], dtype=torch.int32).expand(2, 128)
     private = torch.tensor([[0] * 80 + [1] * 48], dtype=torch.int32).expand(2, 128)
-    picture = Layout(torch.ones_like(order), order, private, torch.randint(0, 30, (2, 128, 3)))
-    return join([picture, causal_layout(2, 356), padding_layout(2, 28)])
+    picture = SequenceMeta(torch.ones_like(order), order, private, torch.randint(0, 30, (2, 128, 3)))
+    return join([picture, causal_meta(2, 356), padding_meta(2, 28)])
 
 
-def gradients(model: Backbone, x: Tensor, where: Layout, upstream: Tensor) -> list[Tensor]:
+def gradients(model: Backbone, x: Tensor, where: SequenceMeta, upstream: Tensor) -> list[Tensor]:
     """The hidden states, then the gradient of each parameter, on the CPU in fp32."""
     model.zero_grad()
     hidden, loads = model(x, where)

@@ -13,7 +13,7 @@ from torch import Tensor
 from openm6.base.errors import CheckpointError, ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.import_qwen import ImportedModel, import_qwen, qwen_config, read_qwen
-from openm6.ops.sequence import causal_layout
+from openm6.ops.sequence import causal_meta
 
 transformers = pytest.importorskip("transformers")
 
@@ -82,7 +82,7 @@ def test_logits_equal_those_of_transformers(name):
     model, tokens = ours(imported), torch.randint(0, 61, (2, 17))
     with torch.no_grad():
         expected = reference(tokens).logits
-        hidden, _ = model(imported.embedding[tokens], causal_layout(2, 17))
+        hidden, _ = model(imported.embedding[tokens], causal_meta(2, 17))
         torch.testing.assert_close(hidden @ imported.head.t(), expected, rtol=0, atol=1e-5)
         assert expected.std() > 0.5, "logits near zero would prove little"
 
@@ -92,7 +92,7 @@ def test_cached_decoding_equals_theirs(name):
     reference = theirs(name)
     imported = import_qwen(reference.state_dict(), reference.config.to_dict())
     model, tokens = ours(imported), torch.randint(0, 61, (2, 12))
-    cache, past, layout = model.new_cache(2, 12), None, causal_layout(2, 12)
+    cache, past, layout = model.new_cache(2, 12), None, causal_meta(2, 12)
     with torch.no_grad():
         for start, stop in ((0, 8), (8, 9), (9, 10), (10, 12)):
             step = tokens[:, start:stop]

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from openm6.data.prepare import example_sequence
 from openm6.evaluate.likelihood import sequence_nats
-from openm6.modalities.interface import Part, Tokens
-from openm6.modalities.registry import source_pieces, target_piece
-from openm6.modalities.sequence import Sequence, collate, lay_out
+from openm6.modalities.batch import PackedExample, build_sequence, collate
+from openm6.modalities.interface import Part, Segment
+from openm6.modalities.registry import source_segments, target_segment
 from openm6.models.omni import Omni
 from openm6.tasks.registry import TASKS
 from tests.small_model import demo_sources, modalities, omni
@@ -39,7 +39,7 @@ def model() -> Omni:
 
 
 @pytest.fixture(scope="module")
-def sequences() -> list[Sequence]:
+def sequences() -> list[PackedExample]:
     """One training example of every kind of target."""
     found = []
     for number, (task, source) in enumerate(PICKED):
@@ -49,7 +49,7 @@ def sequences() -> list[Sequence]:
     return found
 
 
-def nats(model: Omni, rows: list[list[Sequence]], length: int) -> torch.Tensor:
+def nats(model: Omni, rows: list[list[PackedExample]], length: int) -> torch.Tensor:
     batch = collate(rows, length)
     found = torch.zeros(batch.num_examples)
     for part in model.judge(batch)[0].values():
@@ -57,39 +57,39 @@ def nats(model: Omni, rows: list[list[Sequence]], length: int) -> torch.Tensor:
     return found
 
 
-def test_a_packed_example_is_judged_as_alone(model: Omni, sequences: list[Sequence]) -> None:
+def test_a_packed_example_is_judged_as_alone(model: Omni, sequences: list[PackedExample]) -> None:
     alone = torch.cat([nats(model, [[sequence]], len(sequence)) for sequence in sequences])
     packed = nats(model, [sequences[:4], sequences[4:7], sequences[7:]], 512)
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-3)
     assert float(alone.min()) > 1, "each example must have something to be wrong about"
 
 
-def test_order_and_neighbours_do_not_matter(model: Omni, sequences: list[Sequence]) -> None:
+def test_order_and_neighbours_do_not_matter(model: Omni, sequences: list[PackedExample]) -> None:
     forth, back = (sequence_nats(model, found) for found in (sequences, sequences[::-1]))
     np.testing.assert_allclose(forth, back[::-1], rtol=1e-5)
 
 
-def test_padding_does_not_matter(model: Omni, sequences: list[Sequence]) -> None:
+def test_padding_does_not_matter(model: Omni, sequences: list[PackedExample]) -> None:
     short = nats(model, [[sequences[0]]], len(sequences[0]))
     for length in (len(sequences[0]) + 1, 300):
         torch.testing.assert_close(nats(model, [[sequences[0]], []], length), short, rtol=1e-5, atol=1e-3)
 
 
-def picture_target(seed: int) -> Tokens:
+def picture_target(seed: int) -> Segment:
     values = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    return target_piece(Part("image", values), modalities(), np.random.default_rng(seed))
+    return target_segment(Part("image", values), modalities(), np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_hidden_codes_do_not_leak(model: Omni, seed: int) -> None:
     """Codes of hidden places, and the truth of all places, change no hidden state; shown ones do."""
-    source = source_pieces([Part("text", "draw it")], modalities())
+    source = source_segments([Part("text", "draw it")], modalities())
     target = picture_target(seed)
     hidden = target.arrays["hidden"]
     size = modalities()["image"].codec.codebook_size  # type: ignore[attr-defined]
 
     def states(arrays: dict[str, np.ndarray]) -> torch.Tensor:
-        sequence = lay_out([*source, replace(target, arrays={**target.arrays, **arrays})])
+        sequence = build_sequence([*source, replace(target, arrays={**target.arrays, **arrays})])
         batch = collate([[sequence]], len(sequence))
         return model(batch.kinds, batch.layout)[0]
 
@@ -103,26 +103,26 @@ def test_hidden_codes_do_not_leak(model: Omni, seed: int) -> None:
 
 
 def test_nothing_to_learn_gives_no_loss(model: Omni) -> None:
-    sequence = lay_out(source_pieces([Part("text", "hello")], modalities()))
+    sequence = build_sequence(source_segments([Part("text", "hello")], modalities()))
     assert model.judge(collate([[sequence]], 16))[0] == {}
 
 
 def test_the_wanted_number_does_not_leak(model: Omni) -> None:
     found = []
     for value in (1.0, 9.0):
-        pieces = source_pieces([Part("text", "what is the mass?")], modalities())
-        target = target_piece(Part("numbers", {"mass": value}), modalities())
-        batch = collate([[lay_out([*pieces, target])]], 64)
+        pieces = source_segments([Part("text", "what is the mass?")], modalities())
+        target = target_segment(Part("numbers", {"mass": value}), modalities())
+        batch = collate([[build_sequence([*pieces, target])]], 64)
         found.append(model(batch.kinds, batch.layout)[0])
     assert torch.equal(found[0], found[1])
 
 
 def test_later_words_do_not_leak(model: Omni) -> None:
-    pieces = source_pieces([Part("text", "say")], modalities())
+    pieces = source_segments([Part("text", "say")], modalities())
     found, ids = [], []
     for words in ("seven apples", "seven pears!"):
-        target = target_piece(Part("text", words), modalities())
-        batch = collate([[lay_out([*pieces, target])]], 48)
+        target = target_segment(Part("text", words), modalities())
+        batch = collate([[build_sequence([*pieces, target])]], 48)
         found.append(model(batch.kinds, batch.layout)[0])
         ids.append(target.arrays["ids"].tolist())
     alike = next(place for place, pair in enumerate(zip(*ids, strict=False)) if pair[0] != pair[1])
@@ -137,12 +137,14 @@ def test_a_name_carries_its_words(model: Omni) -> None:
     found = []
     for column in ("mass", "length"):
         tokens = modalities()["numbers"].source({column: None})
-        batch = collate([[lay_out([tokens])]], 1)
+        batch = collate([[build_sequence([tokens])]], 1)
         found.append(model.embed(batch.kinds, 1, 1))
     assert not torch.equal(found[0], found[1])
 
 
-def test_training_minimises_the_training_loss_and_judging_the_likelihood(sequences: list[Sequence]) -> None:
+def test_training_minimises_the_training_loss_and_judging_the_likelihood(
+    sequences: list[PackedExample],
+) -> None:
     model = omni()
     batch = collate([[sequences[0]]], 256)
     likelihood = model.judge(batch)[0]["image_out"].nats
@@ -154,11 +156,11 @@ def test_training_minimises_the_training_loss_and_judging_the_likelihood(sequenc
     )
 
 
-def test_gradients_reach_every_adapter(sequences: list[Sequence]) -> None:
+def test_gradients_reach_every_adapter(sequences: list[PackedExample]) -> None:
     model = omni().requires_grad_(True).train()
     pictures = (picture_target(seed) for seed in range(20))
     partly = next(tokens for tokens in pictures if not tokens.arrays["hidden"].all())
-    sequences = [lay_out([partly]), *sequences]
+    sequences = [build_sequence([partly]), *sequences]
     judged, _ = model.judge(collate([sequences[:4], sequences[4:7], sequences[7:]], 512))
     sum(part.total for part in judged.values()).backward()
     silent = [
@@ -187,7 +189,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_loss_makes_no_gpu_wait(sequences: list[Sequence], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_makes_no_gpu_wait(sequences: list[PackedExample], monkeypatch: pytest.MonkeyPatch) -> None:
     """All adapters, forward and backward; the backbone, which has paths of its own on a GPU, is tested there."""
     model = omni().requires_grad_(True).train()
     batch = collate([sequences[:4], sequences[4:7], sequences[7:]], 512)
@@ -206,7 +208,7 @@ def test_a_loss_makes_no_gpu_wait(sequences: list[Sequence], monkeypatch: pytest
     assert reads.found == [] and len(judged) == 4
 
 
-def test_the_tokens_judged_are_those_with_a_weight(model: Omni, sequences: list[Sequence]) -> None:
+def test_the_tokens_judged_are_those_with_a_weight(model: Omni, sequences: list[PackedExample]) -> None:
     batch = collate([sequences[:4], sequences[4:7], sequences[7:]], 512)
     judged, _ = model.judge(batch)
     for name, kind in batch.kinds.items():

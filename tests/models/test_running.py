@@ -14,12 +14,12 @@ from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly
 from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.ops.precision import products_in_half
 from openm6.ops.sequence import (
-    Layout,
+    SequenceMeta,
     additive_mask,
     block_mask,
-    causal_layout,
+    causal_meta,
     join,
-    padding_layout,
+    padding_meta,
     visible,
 )
 
@@ -34,16 +34,16 @@ def model() -> Backbone:
     return Backbone(config).bfloat16()
 
 
-def packings() -> list[Layout]:
+def packings() -> list[SequenceMeta]:
     """Rows of equal length, packed differently each."""
     return [
-        causal_layout(2, 32),
-        join([causal_layout(2, 20), padding_layout(2, 12)]),
-        join([padding_layout(2, 5), causal_layout(2, 27, start=3)]),
+        causal_meta(2, 32),
+        join([causal_meta(2, 20), padding_meta(2, 12)]),
+        join([padding_meta(2, 5), causal_meta(2, 27, start=3)]),
     ]
 
 
-def gradients(backbone: Backbone, layout: Layout) -> list[torch.Tensor]:
+def gradients(backbone: Backbone, layout: SequenceMeta) -> list[torch.Tensor]:
     torch.manual_seed(1)
     x = torch.randn(2, 32, 32).bfloat16().requires_grad_()
     hidden, loads = backbone(x, layout)
@@ -85,9 +85,9 @@ def test_block_masks_of_other_packings_compile_nothing_anew(monkeypatch):
     backbone, run = model(), CompiledBlocks(backend="aot_eager")
     backbone.run_block = run
     layouts = [
-        causal_layout(1, 256),
-        join([causal_layout(1, 200), padding_layout(1, 56)]),
-        join([padding_layout(1, 130), causal_layout(1, 126)]),
+        causal_meta(1, 256),
+        join([causal_meta(1, 200), padding_meta(1, 56)]),
+        join([padding_meta(1, 130), causal_meta(1, 126)]),
     ]
     with torch.no_grad():
         for layout in layouts:

@@ -11,7 +11,7 @@ from torch import Tensor
 from openm6.nn.attention import Attention, HeadNorms, attend
 from openm6.nn.config import AttentionConfig
 from openm6.ops.rotary import rotary_table, rotate_reference
-from openm6.ops.sequence import CausalMask, additive_mask, causal_layout, visible
+from openm6.ops.sequence import CausalMask, additive_mask, causal_meta, visible
 
 CONFIG = AttentionConfig(width=24, num_heads=4, num_kv_heads=2, head_dim=8, norm_eps=1e-5)
 
@@ -31,7 +31,7 @@ def naive_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Ten
 def test_attend_equals_softmax_written_out(additive):
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 5, 4, 8), torch.randn(2, 9, 2, 8), torch.randn(2, 9, 2, 8)
-    mask = visible(causal_layout(2, 5, start=4), causal_layout(2, 9))
+    mask = visible(causal_meta(2, 5, start=4), causal_meta(2, 9))
     given = additive_mask(mask, torch.float32) if additive else mask
     torch.testing.assert_close(attend(query, key, value, given), naive_attend(query, key, value, mask))
 
@@ -43,7 +43,7 @@ def test_layer_equals_its_parts():
     with torch.no_grad():
         norms.query.uniform_(0.5, 2)
         norms.key.uniform_(0.5, 2)
-    x, layout = torch.randn(2, 6, 24), causal_layout(2, 6)
+    x, layout = torch.randn(2, 6, 24), causal_meta(2, 6)
     table = rotary_table(layout.positions, 100.0, (2, 1, 1))
     mask = visible(layout, layout)
     query, key, value = (
@@ -62,7 +62,7 @@ def test_without_head_norms_queries_keep_their_length():
     torch.manual_seed(2)
     layer = Attention(CONFIG)
     layer.reset_parameters(0.3, 0.3)
-    layout = causal_layout(1, 6)
+    layout = causal_meta(1, 6)
     table = rotary_table(layout.positions, 100.0, (2, 1, 1))
     x, mask, norms = torch.randn(1, 6, 24), visible(layout, layout), HeadNorms(8)
     norms.reset_parameters()
@@ -72,6 +72,6 @@ def test_without_head_norms_queries_keep_their_length():
 def test_the_causal_mask_is_the_rule_of_a_causal_layout():
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
-    layout = causal_layout(2, 7)
+    layout = causal_meta(2, 7)
     expected = attend(query, key, value, visible(layout, layout))
     torch.testing.assert_close(attend(query, key, value, CausalMask()), expected)

@@ -8,24 +8,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openm6.ops.attention import PIECE, attend_pieces, piece_mask
-from openm6.ops.sequence import Layout, causal_layout, join, padding_layout, visible
+from openm6.ops.sequence import SequenceMeta, causal_meta, join, padding_meta, visible
 
 
-def of_sample(layout: Layout, number: int) -> Layout:
-    return Layout(torch.full_like(layout.sample, number), layout.order, layout.private, layout.positions)
+def of_sample(layout: SequenceMeta, number: int) -> SequenceMeta:
+    return SequenceMeta(
+        torch.full_like(layout.example_id, number), layout.attn_order, layout.block_id, layout.positions
+    )
 
 
-def packed(seed: int) -> Layout:
+def packed(seed: int) -> SequenceMeta:
     """Per row: a long example, a short one with a bidirectional source and a private block, padding, another."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.tensor([[0] * 9 + [1, 2] + [3] * 5], dtype=torch.int32).expand(2, -1)
     private = torch.tensor([[0] * 11 + [2] * 5], dtype=torch.int32).expand(2, -1)
-    short = Layout(torch.ones_like(order), order, private, torch.zeros(2, 16, 3))
+    short = SequenceMeta(torch.ones_like(order), order, private, torch.zeros(2, 16, 3))
     long = int(torch.randint(1, 2 * PIECE, (1,), generator=generator))
-    return join([causal_layout(2, long), short, padding_layout(2, 3), of_sample(causal_layout(2, 30), 2)])
+    return join([causal_meta(2, long), short, padding_meta(2, 3), of_sample(causal_meta(2, 30), 2)])
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+def reference(query: Tensor, key: Tensor, value: Tensor, layout: SequenceMeta) -> Tensor:
     parts = (part.transpose(1, 2) for part in (query, key, value))
     mask = visible(layout, layout)
     return F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True).transpose(1, 2)

@@ -9,26 +9,26 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 
 from openm6.ops.sequence import (
-    Layout,
+    SequenceMeta,
     additive_mask,
     block_kinds,
     block_mask,
-    causal_layout,
+    causal_meta,
     join,
     mask_mod,
-    padding_layout,
+    padding_meta,
     visible,
 )
 
 
-def random_layout(batch: int, length: int, seed: int) -> Layout:
+def random_layout(batch: int, length: int, seed: int) -> SequenceMeta:
     """Rows of a few examples with a source, text, private blocks and padding at the end."""
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randint(0, 3, (batch, length), generator=generator, dtype=torch.int32).sort(dim=1).values
     order = torch.randint(0, 4, (batch, length), generator=generator, dtype=torch.int32)
     private = torch.randint(-3, 3, (batch, length), generator=generator, dtype=torch.int32).clamp(min=0)
-    layout = Layout(sample, order, private, torch.zeros(batch, length, 3))
-    return join([layout.narrow(0, length - length // 5), padding_layout(batch, length // 5)])
+    layout = SequenceMeta(sample, order, private, torch.zeros(batch, length, 3))
+    return join([layout.narrow(0, length - length // 5), padding_meta(batch, length // 5)])
 
 
 def test_visible_reads_as_the_rule():
@@ -38,9 +38,9 @@ def test_visible_reads_as_the_rule():
     for b in range(2):
         for q in range(11):
             for k in range(23):
-                same = query.sample[b, q] == key.sample[b, k]
-                not_later = key.order[b, k] <= query.order[b, q]
-                open_to = key.private[b, k] == 0 or key.private[b, k] == query.private[b, q]
+                same = query.example_id[b, q] == key.example_id[b, k]
+                not_later = key.attn_order[b, k] <= query.attn_order[b, q]
+                open_to = key.block_id[b, k] == 0 or key.block_id[b, k] == query.block_id[b, q]
                 assert mask[b, 0, q, k].item() == bool(same and not_later and open_to)
 
 
@@ -53,7 +53,7 @@ def test_source_text_and_private_block():
     """Two source tokens, one word, then a private picture of two codes, then another word."""
     order = torch.tensor([[0, 0, 1, 2, 2, 3]], dtype=torch.int32)
     private = torch.tensor([[0, 0, 0, 1, 1, 0]], dtype=torch.int32)
-    layout = Layout(torch.zeros_like(order), order, private, torch.zeros(1, 6, 3))
+    layout = SequenceMeta(torch.zeros_like(order), order, private, torch.zeros(1, 6, 3))
     expected = torch.tensor(
         [
             [1, 1, 0, 0, 0, 0],
@@ -68,7 +68,7 @@ def test_source_text_and_private_block():
 
 
 def test_causal_layout_is_lower_triangular():
-    layout = causal_layout(2, 7, start=5)
+    layout = causal_meta(2, 7, start=5)
     assert torch.equal(visible(layout, layout)[1, 0], torch.ones(7, 7).tril().bool())
     assert layout.positions[0, :, 2].tolist() == list(range(5, 12))
 
@@ -83,8 +83,8 @@ def test_mask_mod_equals_boolean_mask(seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_block_kinds_never_contradict_the_rule(seed):
     packed = random_layout(2, 160, seed)
-    order = packed.order.sort(dim=1).values  # long runs, so that some blocks are whole and some empty
-    layout = Layout(packed.sample, order, packed.private * (seed % 2), packed.positions)
+    order = packed.attn_order.sort(dim=1).values  # long runs, so that some blocks are whole and some empty
+    layout = SequenceMeta(packed.example_id, order, packed.block_id * (seed % 2), packed.positions)
     some, whole = block_kinds(layout, layout, block=8)
     pairs = visible(layout, layout)[:, 0].unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3)
     assert pairs.flatten(3).all(-1)[whole].all()
@@ -102,7 +102,7 @@ def test_block_mask_lists_the_blocks():
 
 def test_block_mask_refuses_odd_lengths():
     with pytest.raises(ValueError, match="multiples of the block of 128"):
-        block_mask(causal_layout(1, 100), causal_layout(1, 100))
+        block_mask(causal_meta(1, 100), causal_meta(1, 100))
 
 
 def test_additive_mask_is_the_boolean_mask_in_logs():
@@ -112,21 +112,21 @@ def test_additive_mask_is_the_boolean_mask_in_logs():
 
 
 def test_layout_refuses_unequal_shapes():
-    good = causal_layout(2, 5)
+    good = causal_meta(2, 5)
     with pytest.raises(ValueError, match="positions B S 3"):
-        Layout(good.sample, good.order, good.private, good.positions[..., :2])
+        SequenceMeta(good.example_id, good.attn_order, good.block_id, good.positions[..., :2])
     with pytest.raises(ValueError, match="one shape"):
-        Layout(good.sample, good.order[:, :3], good.private, good.positions)
+        SequenceMeta(good.example_id, good.attn_order[:, :3], good.block_id, good.positions)
 
 
 def test_a_causal_layout_says_so_and_others_do_not():
-    layout = causal_layout(2, 5)
+    layout = causal_meta(2, 5)
     assert layout.causal and layout.to("cpu").causal
     assert not layout.narrow(0, 3).causal and not join([layout, layout]).causal
 
 
-@pytest.mark.parametrize("layout", [causal_layout(2, 5), padding_layout(2, 5)], ids=["causal", "padding"])
-def test_a_layout_goes_to_another_process_whole(layout: Layout) -> None:
+@pytest.mark.parametrize("layout", [causal_meta(2, 5), padding_meta(2, 5)], ids=["causal", "padding"])
+def test_a_layout_goes_to_another_process_whole(layout: SequenceMeta) -> None:
     reader, writer = Pipe(duplex=False)
     writer.send(layout)
     found = reader.recv()

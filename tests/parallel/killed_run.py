@@ -13,7 +13,7 @@ import torch
 
 from openm6.checkpoint import save as saving
 from openm6.checkpoint.folder import list_checkpoints, step_of
-from openm6.modalities.sequence import Batch
+from openm6.modalities.batch import Batch
 from openm6.parallel.processes import ProcessRanks
 from openm6.train.job import StepResult
 from tests.parallel import recording_job

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from openm6.base.run_folder import RunFolder
-from openm6.modalities.sequence import Batch
+from openm6.modalities.batch import Batch
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
 from openm6.train.job import StepResult

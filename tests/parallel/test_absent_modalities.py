@@ -17,7 +17,7 @@ from openm6.data.packing import Packer
 from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
-from openm6.modalities.sequence import Batch
+from openm6.modalities.batch import Batch
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
 from openm6.train.multimodal import MultimodalJob

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from openm6.base.run_folder import RunFolder
-from openm6.modalities.sequence import Batch
+from openm6.modalities.batch import Batch
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
 from openm6.parallel.sharding import cut_tensors

@@ -31,7 +31,7 @@ def values(seed: int) -> dict[str, Tensor]:
 
 def sets_of(axes: tuple[int, int, int]) -> WeightSets:
     ranks = ProcessRanks(CPU, 60)
-    ranks.lay_out(MeshShape(*axes))
+    ranks.build_sequence(MeshShape(*axes))
     return ranks.sets([SHAPES])
 
 

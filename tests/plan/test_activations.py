@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from openm6.bench.training_parts import block_of
-from openm6.modalities.sequence import Batch
+from openm6.modalities.batch import Batch
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.ops.precision import products_in_half
-from openm6.ops.sequence import Layout
+from openm6.ops.sequence import SequenceMeta
 from openm6.plan.activations import Activations
 from openm6.plan.measured import ELEMENT
 
@@ -25,7 +25,7 @@ def packed() -> Batch:
     sample = (places // PIECE).to(torch.int32)
     order = (places % PIECE - PIECE // 2 + 1).clamp(min=0).to(torch.int32)
     positions = (places % PIECE).to(torch.int32)[..., None].expand(-1, -1, 3)
-    return Batch(Layout(sample, order, torch.zeros_like(sample), positions), {}, ROWS * LENGTH, [])
+    return Batch(SequenceMeta(sample, order, torch.zeros_like(sample), positions), {}, ROWS * LENGTH, [])
 
 
 def kept_elements(config: BackboneConfig) -> float:

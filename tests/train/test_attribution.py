@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from openm6.modalities.sequence import collate, lay_out
+from openm6.modalities.batch import build_sequence, collate
 from openm6.models.config import count_parameters
 from openm6.models.omni import Omni
 from openm6.train.attribution import PASSES, Attribution
@@ -19,7 +19,9 @@ def test_operations_follow_tokens_and_what_their_adapters_multiply() -> None:
     wanted = text.target("apples")
     rng = np.random.default_rng(0)
     heard = modalities()["sound"].source(rng.normal(size=8000).astype(np.float32) * 0.1)
-    batch = collate([[lay_out([read, wanted], "echo"), lay_out([heard, wanted], "transcribe")]], 256)
+    batch = collate(
+        [[build_sequence([read, wanted], "echo"), build_sequence([heard, wanted], "transcribe")]], 256
+    )
     shares = Attribution(omni).shares(batch)
     kinds, tasks = shares["modality"], shares["task"]
     assert set(tasks) == {"echo", "transcribe"} and set(kinds) == set(batch.kinds)

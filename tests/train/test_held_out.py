@@ -113,7 +113,7 @@ def test_ranks_share_the_same_rows(tmp_path: Path) -> None:
         ranks.rank, ranks.size = rank, 2
         rows.append(pack_held_out(recipe, job.modalities, ranks, 1)[0])
     assert [row.layout.batch for row in rows] == [1, 1]
-    assert torch.equal(torch.cat([row.layout.sample for row in rows]), whole.layout.sample)
+    assert torch.equal(torch.cat([row.layout.example_id for row in rows]), whole.layout.example_id)
     assert rows[0].tasks + rows[1].tasks == whole.tasks
 
 

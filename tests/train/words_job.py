@@ -16,7 +16,7 @@ from openm6.models.backbone import Backbone, side_loss
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.nn.experts import RouterLoad
-from openm6.ops.sequence import causal_layout
+from openm6.ops.sequence import causal_meta
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.train.config import LoopConfig
 from openm6.train.job import Job, StepResult
@@ -49,7 +49,7 @@ class WordModel(nn.Module):
         self.backbone = Backbone(config)
 
     def forward(self, words: Tensor) -> tuple[Tensor, list[RouterLoad]]:
-        hidden, loads = self.backbone(self.embedding(words), causal_layout(*words.shape))
+        hidden, loads = self.backbone(self.embedding(words), causal_meta(*words.shape))
         return F.linear(hidden, self.embedding.weight), loads
 
 

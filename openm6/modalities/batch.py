@@ -1,10 +1,10 @@
-"""Pieces of tokens laid out as one example, and examples packed into rows, with the sequence rule's integers."""
+"""Segments of tokens as one example, examples packed into rows, and a batch split by examples."""
 
 # Letters: R rows, S tokens a row, n tokens of one kind in the batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,86 +12,93 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openm6.modalities.interface import Tokens
+from openm6.modalities.interface import Segment
 from openm6.modalities.truncation import fit
 from openm6.ops.product import ROWS
-from openm6.ops.sequence import PADDING, Layout
+from openm6.ops.sequence import PADDING, SequenceMeta
 
 SHORTEST = 16  # tokens of a text that are left if it is cut to fit a row; less would hardly be an example
 HEAD_COST = 0.5  # work of one learned token's head, in units of a token's way through the backbone
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """One example as a run of tokens: its pieces in order, and the integers of the sequence rule for each token."""
+class PackedExample:
+    """One example as N tokens: its segments in order, and the integers of the sequence rule for each token."""
 
-    pieces: list[Tokens]
-    order: np.ndarray  # N
-    private: np.ndarray  # N
+    segments: list[Segment]
+    attn_order: np.ndarray  # N
+    block_id: np.ndarray  # N
     positions: np.ndarray  # N 3
     task: str = ""
     weight: float = 1.0
-    left: int = 0  # pieces of the first side of a pair; 0: one example, not two sides
+    left: int = 0  # segments of the first side of a pair; 0: not a pair
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.attn_order)
 
     @property
     def truncated(self) -> bool:
         """Whether anything of the record was cut."""
-        return any(piece.truncated for piece in self.pieces)
+        return any(segment.truncated for segment in self.segments)
 
 
-def lay_out(pieces: list[Tokens], task: str = "", weight: float = 1.0, place: int = 0) -> Sequence:
-    """Sources first (order 0, or one order a part), then targets: causal ones count up, blocks are private.
+def build_sequence(
+    segments: list[Segment], task: str = "", weight: float = 1.0, place: int = 0
+) -> PackedExample:
+    """Sources first (order 0, or one order per part), then targets: causal ones count up, blocks are hidden.
 
-    `place` is the position of the first token, where pieces go on from others.
+    `place` is the position of the first token, for segments that continue others.
     """
-    orders, privates, positions = [], [], []
+    orders, blocks, positions = [], [], []
     order, block = 0, 0
-    for piece in pieces:
-        length = len(piece)
-        if piece.placement == "source":
+    for segment in segments:
+        length = len(segment)
+        if segment.placement == "source":
             orders.append(np.zeros(length, np.int32))
-            privates.append(np.zeros(length, np.int32))
-        elif piece.placement == "causal":
+            blocks.append(np.zeros(length, np.int32))
+        elif segment.placement == "causal":
             orders.append(np.arange(order + 1, order + 1 + length, dtype=np.int32))
-            privates.append(np.zeros(length, np.int32))
+            blocks.append(np.zeros(length, np.int32))
             order += length
-        elif piece.placement == "part":
+        elif segment.placement == "part":
             order += 1
             orders.append(np.full(length, order, np.int32))
-            privates.append(np.zeros(length, np.int32))
+            blocks.append(np.zeros(length, np.int32))
         else:
             order, block = order + 1, block + 1
             orders.append(np.full(length, order, np.int32))
-            privates.append(np.full(length, block, np.int32))
-        positions.append(piece.grid + place * np.asarray(piece.moves))
-        place += piece.span
+            blocks.append(np.full(length, block, np.int32))
+        positions.append(segment.grid + place * np.asarray(segment.moves))
+        place += segment.span
     join = np.concatenate
-    return Sequence(pieces, join(orders), join(privates), join(positions).astype(np.int32), task, weight)
+    return PackedExample(segments, join(orders), join(blocks), join(positions).astype(np.int32), task, weight)
 
 
-def lay_out_pair(left: list[Tokens], right: list[Tokens], task: str = "", weight: float = 1.0) -> Sequence:
-    """Two sides that never see each other, as if each stood alone: both of order 0, private, from place 0."""
-    first, second = lay_out(left), lay_out(right)
+def build_pair(
+    left: list[Segment], right: list[Segment], task: str = "", weight: float = 1.0
+) -> PackedExample:
+    """Two sides that never see each other, as if each stood alone: both of order 0, a block each, from position 0."""
+    first, second = build_sequence(left), build_sequence(right)
     join = np.concatenate
-    private = join([np.full(len(first), 1, np.int32), np.full(len(second), 2, np.int32)])
-    order, positions = join([first.order, second.order]), join([first.positions, second.positions])
-    return Sequence([*left, *right], order, private, positions, task, weight, len(left))
+    block_id = join([np.full(len(first), 1, np.int32), np.full(len(second), 2, np.int32)])
+    attn_order, positions = (
+        join([first.attn_order, second.attn_order]),
+        join([first.positions, second.positions]),
+    )
+    return PackedExample([*left, *right], attn_order, block_id, positions, task, weight, len(left))
 
 
-def shortened(sequence: Sequence, length: int) -> Sequence:
+def shortened(sequence: PackedExample, length: int) -> PackedExample:
     """The sequence with its texts cut so that it has at most `length` tokens, if they can be cut by as much."""
-    pieces = fit(sequence.pieces, length, SHORTEST)
+    segments = fit(sequence.segments, length, SHORTEST)
     if sequence.left:
-        left, right = pieces[: sequence.left], pieces[sequence.left :]
-        return lay_out_pair(left, right, sequence.task, sequence.weight)
-    return lay_out(pieces, sequence.task, sequence.weight)
+        left, right = segments[: sequence.left], segments[sequence.left :]
+        return build_pair(left, right, sequence.task, sequence.weight)
+    return build_sequence(segments, sequence.task, sequence.weight)
 
 
 @dataclass(frozen=True)
-class KindOfTokens:
+class TokenGroup:
     """All tokens of one kind in a batch, whichever rows they lie in.
 
     `index` n: place in the flattened rows; `arrays`: features; `example` n: number of the example in the batch;
@@ -105,10 +112,10 @@ class KindOfTokens:
     weight: Tensor
     learned: Tensor
 
-    def to(self, device: torch.device | str) -> KindOfTokens:
+    def to(self, device: torch.device | str) -> TokenGroup:
         arrays = {name: array.to(device, non_blocking=True) for name, array in self.arrays.items()}
         index, *rest = (part.to(device, non_blocking=True) for part in self._parts())
-        return KindOfTokens(index, arrays, *rest)
+        return TokenGroup(index, arrays, *rest)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.index, self.example, self.weight, self.learned
@@ -116,12 +123,12 @@ class KindOfTokens:
     def __reduce__(self) -> tuple[Any, ...]:
         # Between processes as arrays: torch would open a file for each tensor.
         arrays = {name: array.numpy() for name, array in self.arrays.items()}
-        return _kind_of_arrays, (arrays, *(part.numpy() for part in self._parts()))
+        return _group_of_arrays, (arrays, *(part.numpy() for part in self._parts()))
 
 
-def _kind_of_arrays(arrays: dict[str, np.ndarray], index: np.ndarray, *parts: np.ndarray) -> KindOfTokens:
+def _group_of_arrays(arrays: dict[str, np.ndarray], index: np.ndarray, *parts: np.ndarray) -> TokenGroup:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return KindOfTokens(torch.from_numpy(index), tensors, *(torch.from_numpy(part) for part in parts))
+    return TokenGroup(torch.from_numpy(index), tensors, *(torch.from_numpy(part) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -142,12 +149,12 @@ class Batch:
     whole's `tasks` and `draws`, and knows what the `whole` holds.
     """
 
-    layout: Layout
-    kinds: dict[str, KindOfTokens]
+    layout: SequenceMeta
+    kinds: dict[str, TokenGroup]
     tokens: int
     tasks: list[str]
     cursor: dict[str, Any] = field(default_factory=dict)
-    draws: Many[Any] = ()
+    draws: Sequence[Any] = ()
     whole: Counts | None = None
 
     @property
@@ -160,55 +167,58 @@ class Batch:
         return replace(self, layout=self.layout.to(device), kinds=kinds)
 
 
-def collate(rows: list[list[Sequence]], length: int, cursor: dict[str, Any] | None = None) -> Batch:
+def collate(rows: list[list[PackedExample]], length: int, cursor: dict[str, Any] | None = None) -> Batch:
     """Rows of whole examples, padded to `length` tokens, as one batch."""
-    sample = np.full((len(rows), length), PADDING, np.int32)
-    order, private = np.zeros_like(sample), np.zeros_like(sample)
+    example_id = np.full((len(rows), length), PADDING, np.int32)
+    attn_order, block_id = np.zeros_like(example_id), np.zeros_like(example_id)
     positions = np.zeros((len(rows), length, 3), np.int32)
-    pieces: dict[str, list[tuple[Tokens, int, int, np.ndarray]]] = {}
+    segments: dict[str, list[tuple[Segment, int, int, np.ndarray]]] = {}
     tasks: list[str] = []
     for row, sequences in enumerate(rows):
         start = 0
         for number, sequence in enumerate(sequences):
             stop = start + len(sequence)
-            sample[row, start:stop] = number
-            order[row, start:stop], private[row, start:stop] = sequence.order, sequence.private
+            example_id[row, start:stop] = number
+            attn_order[row, start:stop], block_id[row, start:stop] = sequence.attn_order, sequence.block_id
             positions[row, start:stop] = sequence.positions
-            _add_pieces(pieces, sequence, row * length + start, len(tasks))
+            _add_segments(segments, sequence, row * length + start, len(tasks))
             tasks.append(sequence.task)
             start = stop
-    layout = Layout(*(torch.from_numpy(part) for part in (sample, order, private, positions)))
-    kinds = {kind: _gather(found) for kind, found in sorted(pieces.items())}
+    layout = SequenceMeta(*(torch.from_numpy(part) for part in (example_id, attn_order, block_id, positions)))
+    kinds = {kind: _gather(found) for kind, found in sorted(segments.items())}
     return Batch(layout, kinds, sum(len(s) for row in rows for s in row), tasks, cursor or {})
 
 
-def _add_pieces(
-    pieces: dict[str, list[tuple[Tokens, int, int, np.ndarray]]], sequence: Sequence, start: int, example: int
+def _add_segments(
+    segments: dict[str, list[tuple[Segment, int, int, np.ndarray]]],
+    sequence: PackedExample,
+    start: int,
+    example: int,
 ) -> None:
-    learned = max(1, sum(int(piece.learn.sum()) for piece in sequence.pieces))
-    for piece in sequence.pieces:
-        if len(piece):
-            weight = piece.learn.astype(np.float32) * np.float32(sequence.weight / learned)
-            pieces.setdefault(piece.kind, []).append((piece, start, example, weight))
-        start += len(piece)
+    learned = max(1, sum(int(segment.learn.sum()) for segment in sequence.segments))
+    for segment in sequence.segments:
+        if len(segment):
+            weight = segment.learn.astype(np.float32) * np.float32(sequence.weight / learned)
+            segments.setdefault(segment.kind, []).append((segment, start, example, weight))
+        start += len(segment)
 
 
-def _gather(found: list[tuple[Tokens, int, int, np.ndarray]]) -> KindOfTokens:
+def _gather(found: list[tuple[Segment, int, int, np.ndarray]]) -> TokenGroup:
     arrays = {
-        name: torch.from_numpy(np.concatenate([piece.arrays[name] for piece, *_ in found]))
+        name: torch.from_numpy(np.concatenate([segment.arrays[name] for segment, *_ in found]))
         for name in found[0][0].arrays
     }
-    index = np.concatenate([np.arange(start, start + len(piece)) for piece, start, _, _ in found])
-    example = np.concatenate([np.full(len(piece), number) for piece, _, number, _ in found])
+    index = np.concatenate([np.arange(start, start + len(segment)) for segment, start, _, _ in found])
+    example = np.concatenate([np.full(len(segment), number) for segment, _, number, _ in found])
     weight = np.concatenate([weight for *_, weight in found])
     parts = (example, weight, np.flatnonzero(weight))
-    return KindOfTokens(torch.from_numpy(index), arrays, *(torch.from_numpy(part) for part in parts))
+    return TokenGroup(torch.from_numpy(index), arrays, *(torch.from_numpy(part) for part in parts))
 
 
 def count(batch: Batch) -> Counts:
     """What a batch holds."""
     learned = {name: float(len(kind.learned)) for name, kind in batch.kinds.items()}
-    return Counts(batch.num_examples, batch.tokens, batch.layout.sample.numel(), learned)
+    return Counts(batch.num_examples, batch.tokens, batch.layout.example_id.numel(), learned)
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -217,7 +227,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     Examples see only themselves, so where they lie changes nothing but the order of sums. Rows end with less than
     `ROWS` places of padding, so that their lengths, and with them the shapes of products, come back.
     """
-    place_of = torch.full((batch.layout.sample.numel(),), -1)  # R*S -> example
+    place_of = torch.full((batch.layout.example_id.numel(),), -1)  # R*S -> example
     cost = torch.zeros(batch.num_examples)
     for kind in batch.kinds.values():
         place_of[kind.index] = kind.example
@@ -242,11 +252,11 @@ def _part_of(batch: Batch, places: Tensor, whole: Counts) -> Batch:
     """The tokens at `places` of the flattened rows as one row, with padding at its end."""
     rows = batch.layout
     row_number = places // rows.length
-    # Samples are numbered within their row, so two rows use the same numbers.
-    sample, order, private, positions = (part.flatten(0, 1)[places][None] for part in rows.parts())
-    sample = sample * rows.batch + row_number.to(sample.dtype)
-    layout = Layout(*(_lengthened(part) for part in (sample, order, private, positions)))
-    layout.sample[:, len(places) :] = PADDING
+    # Examples are numbered within their row, so two rows use the same numbers.
+    example_id, attn_order, block_id, positions = (part.flatten(0, 1)[places][None] for part in rows.parts())
+    example_id = example_id * rows.batch + row_number.to(example_id.dtype)
+    layout = SequenceMeta(*(_lengthened(part) for part in (example_id, attn_order, block_id, positions)))
+    layout.example_id[:, len(places) :] = PADDING
     moved = torch.full((rows.batch * rows.length,), -1)
     moved[places] = torch.arange(len(places))
     kinds = {}
@@ -256,7 +266,7 @@ def _part_of(batch: Batch, places: Tensor, whole: Counts) -> Batch:
             arrays = {key: array[here] for key, array in kind.arrays.items()}
             index = moved[kind.index[here]]
             weight = kind.weight[here]
-            kinds[name] = KindOfTokens(index, arrays, kind.example[here], weight, weight.nonzero()[:, 0])
+            kinds[name] = TokenGroup(index, arrays, kind.example[here], weight, weight.nonzero()[:, 0])
     return replace(batch, layout=layout, kinds=kinds, tokens=len(places), cursor={}, whole=whole)
 
 

@@ -8,26 +8,26 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.modalities.interface import OWN_ORIGIN, Placement, Tokens, line, rectangle
-from openm6.modalities.sequence import Batch, collate, count, lay_out, split
+from openm6.modalities.batch import Batch, build_sequence, collate, count, split
+from openm6.modalities.interface import OWN_ORIGIN, Placement, Segment, line, rectangle
 from openm6.ops.product import ROWS
 from openm6.ops.sequence import visible
 
 
 def piece(
     length: int, placement: Placement = "source", kind: str = "a", learn: list[int] | None = None
-) -> Tokens:
+) -> Segment:
     learned = np.zeros(length, bool)
     learned[[] if learn is None else learn] = True
-    return Tokens(kind, {"number": np.arange(length)}, line(length), length, learned, placement)
+    return Segment(kind, {"number": np.arange(length)}, line(length), length, learned, placement)
 
 
 def test_sources_causal_text_and_blocks() -> None:
     grid, learned = rectangle(2, 2), np.ones(4, bool)
-    square = Tokens("c", {"number": np.arange(4)}, grid, 2, learned, "block", OWN_ORIGIN)
-    found = lay_out([piece(2), piece(1), piece(3, "causal"), square, piece(2, "block")])
-    assert found.order.tolist() == [0, 0, 0, 1, 2, 3, 4, 4, 4, 4, 5, 5]
-    assert found.private.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    square = Segment("c", {"number": np.arange(4)}, grid, 2, learned, "block", OWN_ORIGIN)
+    found = build_sequence([piece(2), piece(1), piece(3, "causal"), square, piece(2, "block")])
+    assert found.attn_order.tolist() == [0, 0, 0, 1, 2, 3, 4, 4, 4, 4, 5, 5]
+    assert found.block_id.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
     assert found.positions[:6, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert found.positions[6:10].tolist() == [[6, 8, 8], [6, 8, 24], [6, 24, 8], [6, 24, 24]]
     assert found.positions[10].tolist() == [8, 8, 8], "a picture moves on by its longer side"
@@ -35,35 +35,39 @@ def test_sources_causal_text_and_blocks() -> None:
 
 
 def test_parts_see_themselves_and_what_stands_before_them() -> None:
-    found = lay_out([piece(2, "part"), piece(1, "part"), piece(2, "causal"), piece(2, "block")], place=3)
-    assert found.order.tolist() == [1, 1, 2, 3, 4, 5, 5]
-    assert found.private.tolist() == [0, 0, 0, 0, 0, 1, 1]
+    found = build_sequence(
+        [piece(2, "part"), piece(1, "part"), piece(2, "causal"), piece(2, "block")], place=3
+    )
+    assert found.attn_order.tolist() == [1, 1, 2, 3, 4, 5, 5]
+    assert found.block_id.tolist() == [0, 0, 0, 0, 0, 1, 1]
     assert found.positions[:, 0].tolist() == [3, 4, 5, 6, 7, 8, 9]
-    alone, pair = lay_out([piece(2, "part")]), [piece(2, "part"), piece(1, "part")]
-    rows = collate([[alone, lay_out(pair)]], 5)
+    alone, pair = build_sequence([piece(2, "part")]), [piece(2, "part"), piece(1, "part")]
+    rows = collate([[alone, build_sequence(pair)]], 5)
     seen = visible(rows.layout, rows.layout)[0, 0]
     assert seen[2:4, 2:4].all() and not seen[2:4, 4].any() and seen[4, 2:].all() and not seen[:2, 2:].any()
 
 
 def test_text_stands_on_one_place_on_all_axes() -> None:
-    assert (lay_out([piece(5)]).positions == np.arange(5)[:, None]).all()
+    assert (build_sequence([piece(5)]).positions == np.arange(5)[:, None]).all()
 
 
 def test_an_empty_piece_changes_nothing() -> None:
     with_it, without = (
-        lay_out([piece(2), piece(0), piece(2, "causal")]),
-        lay_out([piece(2), piece(2, "causal")]),
+        build_sequence([piece(2), piece(0), piece(2, "causal")]),
+        build_sequence([piece(2), piece(2, "causal")]),
     )
-    assert np.array_equal(with_it.order, without.order) and np.array_equal(
+    assert np.array_equal(with_it.attn_order, without.attn_order) and np.array_equal(
         with_it.positions, without.positions
     )
 
 
 def test_rows_tokens_and_padding() -> None:
-    first, second, third = (lay_out([piece(n), piece(2, "causal", learn=[0, 1])], f"t{n}") for n in (1, 2, 3))
+    first, second, third = (
+        build_sequence([piece(n), piece(2, "causal", learn=[0, 1])], f"t{n}") for n in (1, 2, 3)
+    )
     batch = collate([[first, second], [third], []], 8, {"serial": 3})
-    assert batch.layout.sample.tolist() == [[0] * 3 + [1] * 4 + [-1], [0] * 5 + [-1] * 3, [-1] * 8]
-    assert batch.layout.order[0].tolist() == [0, 1, 2, 0, 0, 1, 2, 0]
+    assert batch.layout.example_id.tolist() == [[0] * 3 + [1] * 4 + [-1], [0] * 5 + [-1] * 3, [-1] * 8]
+    assert batch.layout.attn_order[0].tolist() == [0, 1, 2, 0, 0, 1, 2, 0]
     assert batch.layout.positions[0, :, 0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0], "each example begins at 0"
     assert batch.tokens == 12 and batch.tasks == ["t1", "t2", "t3"] and batch.num_examples == 3
     assert batch.cursor == {"serial": 3}
@@ -72,10 +76,10 @@ def test_rows_tokens_and_padding() -> None:
 def test_each_token_is_found_at_its_index() -> None:
     rows = [
         [
-            lay_out([piece(2, kind="x"), piece(3, "causal", "y", [0])]),
-            lay_out([piece(1, "causal", "x", [0])]),
+            build_sequence([piece(2, kind="x"), piece(3, "causal", "y", [0])]),
+            build_sequence([piece(1, "causal", "x", [0])]),
         ],
-        [lay_out([piece(2, kind="y"), piece(2, "block", "x", [1])])],
+        [build_sequence([piece(2, kind="y"), piece(2, "block", "x", [1])])],
     ]
     batch = collate(rows, 7)
     place = torch.full((14,), -1)
@@ -89,9 +93,9 @@ def test_each_token_is_found_at_its_index() -> None:
 
 
 def test_each_example_weighs_the_same_whatever_its_length() -> None:
-    short = lay_out([piece(1), piece(2, "causal", learn=[0, 1])])
-    long = lay_out([piece(1), piece(9, "causal", learn=list(range(9)))], weight=0.5)
-    mixed = lay_out([piece(3, "causal", "x", [2]), piece(4, "block", "y", [0, 1, 2])])
+    short = build_sequence([piece(1), piece(2, "causal", learn=[0, 1])])
+    long = build_sequence([piece(1), piece(9, "causal", learn=list(range(9)))], weight=0.5)
+    mixed = build_sequence([piece(3, "causal", "x", [2]), piece(4, "block", "y", [0, 1, 2])])
     batch = collate([[short, long], [mixed]], 16)
     total = torch.zeros(3)
     for kind in batch.kinds.values():
@@ -101,16 +105,16 @@ def test_each_example_weighs_the_same_whatever_its_length() -> None:
 
 
 def test_an_example_that_learns_nothing_weighs_nothing() -> None:
-    batch = collate([[lay_out([piece(3)])]], 4)
+    batch = collate([[build_sequence([piece(3)])]], 4)
     assert batch.kinds["a"].weight.tolist() == [0, 0, 0]
 
 
 def mixed_batch() -> Batch:
     rows = [
-        [lay_out([piece(n, kind="x"), piece(3, "causal", "y", [0, 2])], f"t{n}") for n in (2, 5)],
+        [build_sequence([piece(n, kind="x"), piece(3, "causal", "y", [0, 2])], f"t{n}") for n in (2, 5)],
         [
-            lay_out([piece(4, kind="y"), piece(3, "block", "x", [1])], "t4"),
-            lay_out([piece(1, "causal", "x", [0])]),
+            build_sequence([piece(4, kind="y"), piece(3, "block", "x", [1])], "t4"),
+            build_sequence([piece(1, "causal", "x", [0])]),
         ],
     ]
     return collate(rows, 14, {"serial": 9})
@@ -165,9 +169,9 @@ def test_a_batch_survives_the_way_to_another_process() -> None:
 
 def test_learned_lists_the_tokens_with_a_weight_wherever_a_batch_goes() -> None:
     sequences = [
-        lay_out([piece(3, kind="a"), piece(4, "causal", kind="b", learn=[0, 2])]),
-        lay_out([piece(2, "causal", kind="a", learn=[1])]),
-        lay_out([piece(5, kind="a"), piece(2, "block", kind="b", learn=[0, 1])], weight=0.0),
+        build_sequence([piece(3, kind="a"), piece(4, "causal", kind="b", learn=[0, 2])]),
+        build_sequence([piece(2, "causal", kind="a", learn=[1])]),
+        build_sequence([piece(5, kind="a"), piece(2, "block", kind="b", learn=[0, 1])], weight=0.0),
     ]
     batch = collate([sequences[:2], sequences[2:]], 16)
     assert {name: kind.learned.tolist() for name, kind in batch.kinds.items()} == {"a": [4], "b": [0, 2]}
