@@ -22,9 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from openm6.ops.kernels import activation, loss, plan, rows
+from openm6.kernels import cross_entropy, moe, optimizers
 from openm6.optim.blocks import LEVELS, SPARSE, STEPS
-from openm6.optim.kernels import adamw, factored
 
 PACKAGE = Path(__file__).parent.parent / "openm6"
 
@@ -35,42 +34,54 @@ UNEVEN = (
     "i32 "  # a number that need not be a multiple of 16: a width of 24 makes the compiler take another way
 )
 
-TILE = [factored.ROWS, factored.COLUMNS]
+TILE = [optimizers.ROWS, optimizers.COLUMNS]
 
 
-def factored_cases(number: str) -> dict[str, tuple[Any, list[Any], int]]:
-    """The four kernels of the factored update, for sizes that are multiples of 16 or not."""
+def adafactor_cases(number: str) -> dict[str, tuple[Any, list[Any], int]]:
+    """The four kernels of Adafactor, for sizes that are multiples of 16 or not."""
     sums = [HALF, INT, WIDE, WIDE, WIDE, number, number, *TILE]
     means = [HALF, INT, *[WIDE] * 4, INT, number, number, number]  # gradient to num_columns
     levels = [64, LEVELS, SPARSE, STEPS]
     name = "uneven" if number == UNEVEN else "even"
     return {
-        f"factored statistics, {name}": (factored.statistics, sums, factored.WARPS),
-        f"factored sizes, {name}": (factored.sizes, sums, factored.WARPS),
-        f"factored bf16, {name}": (factored.apply_bf16, [HALF, *means, *TILE], factored.WARPS),
-        f"factored int8, {name}": (factored.apply_int8, [BYTE, BYTE, *means, *levels, *TILE], factored.WARPS),
+        f"adafactor statistics, {name}": (optimizers.sums_kernel, sums, optimizers.WARPS),
+        f"adafactor sizes, {name}": (optimizers.squares_kernel, sums, optimizers.WARPS),
+        f"adafactor bf16, {name}": (
+            optimizers.adafactor_bf16_kernel,
+            [HALF, *means, *TILE],
+            optimizers.WARPS,
+        ),
+        f"adafactor int8, {name}": (
+            optimizers.adafactor_int8_kernel,
+            [BYTE, BYTE, *means, *levels, *TILE],
+            optimizers.WARPS,
+        ),
     }
 
 
 # Kernel, types of its arguments in order (a number: a constant), warps. Sizes are those of the two H100 configurations.
 KERNELS: dict[str, tuple[Any, list[Any], int]] = {
-    "gather": (rows.gather_kernel, [HALF, LONG, HALF, NUMBER, 2048], 4),
-    "sum of 2": (rows.sum_kernel, [HALF, LONG, HALF, NUMBER, 2, 2048], 4),
-    "sum of 8": (rows.sum_kernel, [HALF, LONG, HALF, NUMBER, 8, 2048], 4),
-    "swiglu": (activation.forward_kernel, [HALF, WIDE, HALF, NUMBER, 1024], 4),
-    "swiglu backward": (activation.backward_kernel, [HALF, WIDE, HALF, HALF, WIDE, NUMBER, 1024], 4),
-    "count": (plan.count_kernel, [LONG, INT, NUMBER, NUMBER, 128, 256], 4),
-    "place": (plan.place_kernel, [LONG, INT, LONG, LONG, NUMBER, NUMBER, 128], 4),
-    "nats": (loss.nats_kernel, [HALF, LONG, WIDE, WIDE, NUMBER, 4096], 8),
-    "adamw": (adamw.adamw_kernel, [HALF] * 4 + [WIDE, WIDE, LONG, NUMBER, *["fp32"] * 3, 2048, 0], 8),
-    "adamw by chance": (
-        adamw.adamw_kernel,
+    "gather": (moe.gather_kernel, [HALF, LONG, HALF, NUMBER, 2048], 4),
+    "sum of 2": (moe.sum_kernel, [HALF, LONG, HALF, NUMBER, 2, 2048], 4),
+    "sum of 8": (moe.sum_kernel, [HALF, LONG, HALF, NUMBER, 8, 2048], 4),
+    "swiglu": (moe.swiglu_gate_kernel, [HALF, WIDE, HALF, NUMBER, 1024], 4),
+    "swiglu backward": (moe.swiglu_gate_backward_kernel, [HALF, WIDE, HALF, HALF, WIDE, NUMBER, 1024], 4),
+    "count": (moe.count_kernel, [LONG, INT, NUMBER, NUMBER, 128, 256], 4),
+    "place": (moe.place_kernel, [LONG, INT, LONG, LONG, NUMBER, NUMBER, 128], 4),
+    "nll": (cross_entropy.nll_kernel, [HALF, LONG, WIDE, WIDE, NUMBER, 4096], 8),
+    "adamw": (optimizers.adamw_kernel, [HALF] * 4 + [WIDE, WIDE, LONG, NUMBER, *["fp32"] * 3, 2048, 0], 8),
+    "adamw, stochastic": (
+        optimizers.adamw_kernel,
         [HALF] * 4 + [WIDE, WIDE, LONG, NUMBER, *["fp32"] * 3, 2048, 1],
         8,
     ),
-    "adamw fp32": (adamw.adamw_kernel, [WIDE] * 4 + [WIDE, WIDE, LONG, NUMBER, *["fp32"] * 3, 2048, 0], 8),
-    **factored_cases(NUMBER),
-    **factored_cases(UNEVEN),
+    "adamw fp32": (
+        optimizers.adamw_kernel,
+        [WIDE] * 4 + [WIDE, WIDE, LONG, NUMBER, *["fp32"] * 3, 2048, 0],
+        8,
+    ),
+    **adafactor_cases(NUMBER),
+    **adafactor_cases(UNEVEN),
 }
 
 

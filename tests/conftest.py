@@ -12,13 +12,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, by whomever
 
 from tests.parallel.fleet import Fleet
-from tests.triton_interpreter import need_interpreter
+from tests.triton_interpreter import need_triton
 
 
 @pytest.fixture
 def device() -> torch.device:
     """The GPU where there is one; else kernels run in Triton's interpreter, on the CPU."""
-    need_interpreter()
+    need_triton()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -37,7 +37,6 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 
 # A file that imports by a name it makes, with the reason why it may; all others name what they import.
 NAMES_MADE = {
-    "base/triton_door.py": "the kernels of a room, for callers of that room: `named_modules` holds them to the floors",
     "bench/peer_deepspeed.py": "packages of others, for a comparison",
     "cli/doors.py": "the table of its own file, whose names are read as imports of the command line",
 }
@@ -63,18 +62,12 @@ def imported_modules(tree: ast.AST, package: str) -> list[tuple[int, str]]:
 
 
 def named_modules(tree: ast.AST) -> list[tuple[int, str]]:
-    """Modules that a file names in a text, to be imported later: whole names, and kernels as `kernels("ops.rows")`."""
+    """Modules that a file names in a text, to be imported later."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             match = NAME.fullmatch(node.value)
             found += [(node.lineno, match[1])] if match else []
-        elif isinstance(node, ast.Call) and called(node) == "kernels":
-            assert isinstance(node.args[0], ast.Constant), (
-                "kernels are asked for by a text, so that this test sees it"
-            )
-            room, _, name = str(node.args[0].value).partition(".")
-            found.append((node.lineno, f"openm6.{room}.kernels.{name}"))
     return found
 
 
@@ -134,7 +127,6 @@ def test_every_room_has_a_floor() -> None:
         "from openm6.unknown_room import x",
         "import importlib\nimportlib.import_module('openm6.train.loop')",
         "DOORS = {'train': 'openm6.train.run:train_recipe'}",
-        "from openm6.base.triton_door import kernels\nkernels('train.rows').gather_rows",
     ],
 )
 def test_a_climb_is_found(source: str) -> None:
@@ -149,7 +141,7 @@ def test_a_climb_is_found(source: str) -> None:
         "from . import task",
         "import torch",
         "import importlib\nimportlib.import_module('openm6.base.files')",
-        "from openm6.base.triton_door import kernels\nkernels('ops.rows').gather_rows",
+        "def f():\n    from openm6.kernels import moe",
         "FILE = 'openm6.yaml of a run'",
     ],
 )

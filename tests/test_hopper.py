@@ -46,4 +46,4 @@ import compile_for_hopper as script
 del script.KERNELS["gather"]
 print(script.without_case(script.kernels_of_the_package()))
 """
-    assert run(tmp_path, "-c", program).strip() == "['openm6.ops.kernels.rows.gather_kernel']"
+    assert run(tmp_path, "-c", program).strip() == "['openm6.kernels.moe.gather_kernel']"

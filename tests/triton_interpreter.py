@@ -16,7 +16,14 @@ def reads_numpy(triton: Version, numpy: Version) -> bool:
 
 
 def need_interpreter() -> None:
-    """Skip the test if it would run kernels on the CPU, and cannot."""
+    """Skip a test that runs kernels on the CPU if they cannot be interpreted here: with a GPU they are compiled."""
+    need_triton()
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU, kernels are compiled")
+
+
+def need_triton() -> None:
+    """Skip a test that runs kernels on the GPU, or without one on the CPU, if they cannot run."""
     pytest.importorskip("triton", reason="Triton is not installed")
     if not torch.cuda.is_available() and not reads_numpy(_version("triton"), _version("numpy")):
         pytest.skip("the interpreter of triton 3.6 does not read numpy 2.4: take triton>=3.7 or numpy<2.4")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm6.base.triton_door import kernels, runs_kernels
+from openm6 import kernels
 from openm6.ops.grouped import cast_alike
 from openm6.ops.precision import product_dtype
 from openm6.ops.product import add_product, filled_up, product, product_into
@@ -51,8 +51,11 @@ def linear_nats_reference(
 
 def nats_and_gradient(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     """Nats C (fp32) of logits C V, which are overwritten by the gradient of Σ weight · nats."""
-    if runs_kernels(logits):
-        return kernels("ops.loss").nats_and_gradient(logits, label, weight)
+    if kernels.available(logits.device):
+        # Triton is optional.
+        from openm6.kernels import cross_entropy  # noqa: PLC0415
+
+        return cross_entropy.cross_entropy_with_gradient(logits, label, weight)
     return nats_and_gradient_reference(logits, label, weight)
 
 

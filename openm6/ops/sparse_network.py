@@ -14,8 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm6.base.triton_door import kernels, runs_kernels
+from openm6 import kernels
 from openm6.ops.grouped import check_experts, idle
+
+
+def _triton() -> Any:
+    # Triton is optional.
+    from openm6.kernels import moe  # noqa: PLC0415
+
+    return moe
 
 
 @torch.library.custom_op("openm6::plan_rows", mutates_args=())
@@ -25,8 +32,8 @@ def plan_rows(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     choice: the flat number n·K + k of the choice that row r carries; slot: its inverse; ends: last row of each expert,
     plus one, int32. Rows of one expert lie together, in the order of their tokens.
     """
-    if runs_kernels(chosen):
-        return kernels("ops.plan").plan_rows(chosen, num_experts)
+    if kernels.available(chosen.device):
+        return _triton().plan_rows(chosen, num_experts)
     return plan_rows_reference(chosen, num_experts)
 
 
@@ -51,8 +58,8 @@ def plan_rows_reference(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 @torch.library.custom_op("openm6::gather_rows", mutates_args=())
 def gather_rows(x: Tensor, source: Tensor) -> Tensor:
     """x[source]: N D, R -> R D."""
-    if runs_kernels(x):
-        return kernels("ops.rows").gather_rows(x, source)
+    if kernels.available(x.device):
+        return _triton().gather_rows(x, source)
     return x.index_select(0, source)
 
 
@@ -64,8 +71,8 @@ def _(x: Tensor, source: Tensor) -> Tensor:
 @torch.library.custom_op("openm6::sum_rows", mutates_args=())
 def sum_rows(rows: Tensor, slot: Tensor) -> Tensor:
     """Σ_k rows[slot[n, k]], in fp32: R D, N K -> N D."""
-    if runs_kernels(rows):
-        return kernels("ops.rows").sum_rows(rows, slot)
+    if kernels.available(rows.device):
+        return _triton().sum_rows(rows, slot)
     return sum_rows_reference(rows, slot)
 
 
@@ -83,8 +90,8 @@ def sum_rows_reference(rows: Tensor, slot: Tensor) -> Tensor:
 @torch.library.custom_op("openm6::swiglu_gate", mutates_args=())
 def swiglu_gate(product: Tensor, gate: Tensor) -> Tensor:
     """silu(a) · b · gate of product = [a | b]: R 2F, R -> R F."""
-    if runs_kernels(product):
-        return kernels("ops.activation").swiglu_gate(product, gate)
+    if kernels.available(product.device):
+        return _triton().swiglu_gate(product, gate)
     return swiglu_gate_reference(product, gate)
 
 
@@ -103,8 +110,8 @@ def swiglu_gate_reference(product: Tensor, gate: Tensor) -> Tensor:
 @torch.library.custom_op("openm6::swiglu_gate_backward", mutates_args=())
 def swiglu_gate_backward(product: Tensor, gate: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `swiglu_gate`: R 2F, R, R F -> R 2F, and R in fp32 or wider."""
-    if runs_kernels(product):
-        return kernels("ops.activation").swiglu_gate_backward(product, gate, gradient)
+    if kernels.available(product.device):
+        return _triton().swiglu_gate_backward(product, gate, gradient)
     return swiglu_gate_backward_reference(product, gate, gradient)
 
 

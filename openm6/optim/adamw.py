@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from openm6 import kernels
 from openm6.base.seeds import derive_seed
-from openm6.base.triton_door import kernels, runs_kernels
 from openm6.optim.pieces import Pieces, whole
 from openm6.optim.rounding import random_bits, round_to_bf16
 
@@ -99,7 +99,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _in_kernel(self, parameter: Tensor) -> bool:
         part = self.pieces(parameter).local(parameter)
-        return runs_kernels(part) and part.is_contiguous()
+        return kernels.available(part.device) and part.is_contiguous()
 
     def _local(self, parameter: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Weight, gradient and moments, as far as they lie here."""
@@ -146,10 +146,13 @@ class AdamW(torch.optim.Optimizer):
 
     def _pass(self, parameter: Tensor, group: dict[str, Any]) -> None:
         place = self._places[id(parameter)]
-        assert self._sent is not None
+        assert self._sent is not None and self.scale is not None
         weight, gradient, state = self._local(parameter)
         numbers, seeds = self._sent
-        kernels("optim.adamw").adamw_pass(
+        # Triton is optional.
+        from openm6.kernels import optimizers  # noqa: PLC0415
+
+        optimizers.adamw_update(
             weight, gradient.contiguous(), state["exp_avg"], state["exp_avg_sq"],
             numbers[place], self.scale, seeds[place], group["betas"], group["eps"], self.stochastic,
         )  # fmt: skip

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
+from openm6 import kernels
 from openm6.nn import experts as module
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.exchange import LocalExchange, LocalParcel
@@ -110,12 +111,12 @@ def run_both_ways(name: str, monkeypatch, device: torch.device, dtype: torch.dty
     return results
 
 
-@pytest.mark.parametrize("kernels", [False, True], ids=["in plain torch", "in Triton's interpreter"])
+@pytest.mark.parametrize("in_triton", [False, True], ids=["in plain torch", "in Triton's interpreter"])
 @pytest.mark.parametrize("name", WITHOUT_DROPS)
-def test_the_one_step_of_a_gpu_gives_what_the_pieces_give(name, kernels, monkeypatch):
-    if kernels:
+def test_the_one_step_of_a_gpu_gives_what_the_pieces_give(name, in_triton, monkeypatch):
+    if in_triton:
         need_interpreter()
-        monkeypatch.setattr("openm6.ops.sparse_network.runs_kernels", lambda x: True)
+        monkeypatch.setattr(kernels, "available", lambda device: True)
     for pieces, one_step in zip(
         *run_both_ways(name, monkeypatch, torch.device("cpu"), torch.float32), strict=True
     ):

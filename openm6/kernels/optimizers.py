@@ -1,6 +1,10 @@
-"""Triton kernels of the factored update: the gradient is read three times, nothing of its size is written besides."""
+"""Triton kernels of the optimizers: stochastic rounding, AdamW in one pass, Adafactor in three.
 
-# Letters: E matrices, R rows, C columns, b weights of an int8 block; programs are (matrix, block of ROWS rows)
+AdamW reads and writes each parameter, gradient and moment once, whatever its dtype. Adafactor reads the gradient three
+times and writes nothing else of its size. `openm6.optim` holds the references.
+"""
+
+# Letters: E matrices, R rows, C columns, b weights of an int8 block; Adafactor's programs are (matrix, ROWS rows)
 
 from __future__ import annotations
 
@@ -12,12 +16,110 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from openm6.optim.blocks import LEVELS, SPARSE, STEPS, block_length
-from openm6.optim.kernels.rounding import bits_at, round_bf16
-
-# Of the tile that one program holds: with more values a thread, registers spill where a width is no multiple of 16.
+BLOCK_ELEMENTS = 2048  # of AdamW
+# Adafactor's tile of one program: with more values per thread, registers spill if a width is no multiple of 16.
 ROWS, COLUMNS, WARPS = 16, 256, 8
 TILE = {"ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": WARPS}
+
+
+@triton.jit
+def mix(x) -> tl.tensor:
+    """A permutation of 32-bit numbers without visible order ("lowbias32"), as `rounding._mix`."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def bits_at(place, key) -> tl.tensor:
+    """`rounding.random_bits` for these places of a matrix (any integer type) and the key of that matrix (uint32)."""
+    return mix(place.to(tl.uint32) * 0x9E3779B9 + key)
+
+
+@triton.jit
+def round_bf16(value, bits) -> tl.tensor:
+    """`rounding.round_to_bf16`: fp32 -> bf16, up with the probability of what is cut off; finite stays finite."""
+    # bf16 is the upper half of fp32: 16 random bits added below it carry into it as often as they should.
+    raised = (value.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)) & 0xFFFF0000
+    largest = 3.3895313892515355e38
+    rounded = tl.minimum(tl.maximum(raised.to(tl.float32, bitcast=True), -largest), largest)
+    finite = tl.abs(value) < float("inf")  # False for NaN, too: bits added to one may make it a number
+    return tl.where(finite, rounded, value).to(tl.bfloat16)
+
+
+@triton.jit
+def round_to(value, bits, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr) -> tl.tensor:
+    """fp32 to DTYPE; if stochastic and bf16, by `round_bf16`."""
+    if STOCHASTIC and DTYPE == tl.bfloat16:  # noqa: SIM108, SIM300 - the compiler chooses a branch
+        rounded = round_bf16(value, bits)
+    else:
+        rounded = value.to(DTYPE)
+    return rounded
+
+
+@triton.jit
+def adamw_values(p, g, m, v, numbers, beta1, beta2, epsilon) -> tl.tensor:
+    """The rule in fp32; `numbers`: rate, rate · decay, 1/(1 − β1ᵗ), 1/sqrt(1 − β2ᵗ)."""
+    rate, decay = tl.load(numbers), tl.load(numbers + 1)
+    first_scale, second_scale = tl.load(numbers + 2), tl.load(numbers + 3)
+    m = m + (1 - beta1) * (g - m)
+    v = v + (1 - beta2) * (g * g - v)
+    p = p - decay * p
+    p = p - rate * (m * first_scale) / (tl.sqrt(v) * second_scale + epsilon)
+    return p, m, v
+
+
+@triton.jit
+def adamw_kernel(
+    parameter,
+    gradient,
+    first,
+    second,
+    numbers,
+    scale,
+    seed,
+    count,
+    beta1,
+    beta2,
+    epsilon,
+    BLOCK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+) -> None:
+    """One block of elements; a scale of NaN leaves everything as it is."""
+    factor = tl.load(scale)
+    if factor == factor:
+        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = offset < count
+        p = tl.load(parameter + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        g = tl.load(gradient + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        m = tl.load(first + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        v = tl.load(second + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        p, m, v = adamw_values(p, g * factor, m, v, numbers, beta1, beta2, epsilon)
+        key = mix(tl.load(seed).to(tl.uint32))
+        bits = bits_at(offset, key)
+        p_kept = round_to(p, bits, parameter.dtype.element_ty, STOCHASTIC)
+        v_kept = round_to(v, bits >> 16, second.dtype.element_ty, STOCHASTIC)
+        tl.store(parameter + offset, p_kept, mask=inside)
+        tl.store(first + offset, m.to(first.dtype.element_ty), mask=inside)
+        tl.store(second + offset, v_kept, mask=inside)
+
+
+def adamw_update(
+    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor,
+    numbers: Tensor, scale: Tensor, seed: Tensor,
+    betas: tuple[float, float], epsilon: float, stochastic: bool,
+) -> None:  # fmt: skip
+    """Updates parameter and moments in place; all four contiguous and of one shape.
+
+    numbers: 4 in fp32, as `adamw_values` reads them; scale: 1, a factor on the gradient; seed: 1, int64. The three
+    are on the device, so that nothing waits for them.
+    """
+    count = parameter.numel()
+    adamw_kernel[(triton.cdiv(count, BLOCK_ELEMENTS),)](
+        parameter, gradient, first, second, numbers, scale, seed, count, *betas, epsilon,
+        BLOCK=BLOCK_ELEMENTS, STOCHASTIC=stochastic, num_warps=8,
+    )  # fmt: skip
+    increment_version((parameter, first, second))  # autograd does not see what a kernel writes
 
 
 @triton.jit
@@ -37,7 +139,7 @@ def _random_bits(rows, columns, num_columns, key):
 
 
 @triton.jit
-def statistics(
+def sums_kernel(
     gradient, allowed, row_sum, row_largest, column_sums, num_rows, num_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -68,7 +170,7 @@ def _scaled(values, inverse_row, inverse_column, matrix, rows, columns, num_rows
 
 
 @triton.jit
-def sizes(
+def squares_kernel(
     gradient, allowed, inverse_row, inverse_column, square_sums, num_rows, num_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -85,11 +187,11 @@ def sizes(
 
 
 @triton.jit
-def apply_bf16(
+def adafactor_bf16_kernel(
     weight, gradient, allowed, inverse_row, inverse_column, rates, kept, keys, first_row, num_rows, num_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """weight · kept - rate · g / √v, rounded by chance."""
+    """weight · kept - rate · g / √v, with stochastic rounding."""
     matrix, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = block * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -102,13 +204,13 @@ def apply_bf16(
 
 
 @triton.jit
-def apply_int8(
+def adafactor_int8_kernel(
     weight, exponent, gradient, allowed, inverse_row, inverse_column, rates, kept, keys, first_row, num_rows,
     num_columns,
     BLOCK: tl.constexpr, LEVELS: tl.constexpr, SPARSE: tl.constexpr, STEPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The same in units of each block's scale, which is moved where the block outgrows or underfills it."""
+    """The same in units of each block's scale, which changes when the block outgrows or underfills it."""
     matrix, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = block * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -139,47 +241,57 @@ def apply_int8(
     tl.store(weight + offsets, rounded.to(tl.int8), mask=inside)
 
 
-def gradient_sums(gradient: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def adafactor_sums(gradient: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Σ g² of rows E R and of columns E C, and max |g| E, of a gradient E R C."""
     matrices, num_rows, num_columns = gradient.shape
     blocks = triton.cdiv(num_rows, ROWS)
     row_sum, row_largest = (_empty(gradient, matrices, num_rows) for _ in range(2))
     column_sums = _empty(gradient, matrices, blocks, num_columns)
-    statistics[(matrices, blocks)](
+    sums_kernel[(matrices, blocks)](
         gradient, allowed, row_sum, row_largest, column_sums, num_rows, num_columns, **TILE
     )  # fmt: skip
     return row_sum, column_sums.sum(1), row_largest.amax(-1)
 
 
-def update_squares(gradient: Tensor, allowed: Tensor, inverse_row: Tensor, inverse_column: Tensor) -> Tensor:
+def adafactor_squares(
+    gradient: Tensor, allowed: Tensor, inverse_row: Tensor, inverse_column: Tensor
+) -> Tensor:
     """Σ (g / √v)² of each matrix: E."""
     matrices, num_rows, num_columns = gradient.shape
     blocks = triton.cdiv(num_rows, ROWS)
     sums = _empty(gradient, matrices, blocks)
-    sizes[(matrices, blocks)](
+    squares_kernel[(matrices, blocks)](
         gradient, allowed, inverse_row, inverse_column, sums, num_rows, num_columns, **TILE
     )  # fmt: skip
     return sums.sum(1)
 
 
-def move_bf16(weight: Tensor, gradient: Tensor, numbers: tuple[Tensor, ...], first_row: int = 0) -> None:
-    """`apply_bf16` on all tiles; numbers: allowed, inverse_row, inverse_column, rates, kept, keys.
+def adafactor_update_bf16(
+    weight: Tensor, gradient: Tensor, numbers: tuple[Tensor, ...], first_row: int = 0
+) -> None:
+    """`adafactor_bf16_kernel` on all tiles; numbers: allowed, inverse_row, inverse_column, rates, kept, keys.
 
     `first_row` is the place of the first row here within the whole matrix, which random bits follow.
     """
-    apply_bf16[_grid(gradient)](
+    adafactor_bf16_kernel[_grid(gradient)](
         weight, gradient, *numbers, first_row, *gradient.shape[1:], **TILE
     )  # fmt: skip
     increment_version(weight)  # autograd does not see what a kernel writes
 
 
-def move_int8(
-    weight: Tensor, exponent: Tensor, gradient: Tensor, numbers: tuple[Tensor, ...], first_row: int = 0
+def adafactor_update_int8(
+    weight: Tensor,
+    exponent: Tensor,
+    gradient: Tensor,
+    numbers: tuple[Tensor, ...],
+    blocks: tuple[int, int, int, int],
+    first_row: int = 0,
 ) -> None:
-    """`apply_int8` on all tiles."""
-    apply_int8[_grid(gradient)](
+    """`adafactor_int8_kernel` on all tiles; blocks: length, LEVELS, SPARSE and STEPS of `openm6.optim.blocks`."""
+    length, levels, sparse, steps = blocks
+    adafactor_int8_kernel[_grid(gradient)](
         weight, exponent, gradient, *numbers, first_row, *gradient.shape[1:],
-        BLOCK=block_length(gradient.shape[-1]), LEVELS=LEVELS, SPARSE=SPARSE, STEPS=STEPS, **TILE,
+        BLOCK=length, LEVELS=levels, SPARSE=sparse, STEPS=steps, **TILE,
     )  # fmt: skip
     increment_version((weight, exponent))
 

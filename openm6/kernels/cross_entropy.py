@@ -13,8 +13,8 @@ BLOCK_V = 4096
 
 
 @triton.jit
-def nats_kernel(logits, label, weight, nats, size, BLOCK: tl.constexpr) -> None:
-    """nats = log Σ exp(x) − x[label]; then x becomes weight · (softmax(x) − one at the label)"""
+def nll_kernel(logits, label, weight, nll, size, BLOCK: tl.constexpr) -> None:
+    """nll = log Σ exp(x) − x[label]; then x becomes weight · (softmax(x) − one at the label)"""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * size
     wanted = tl.load(label + row)
@@ -28,7 +28,7 @@ def nats_kernel(logits, label, weight, nats, size, BLOCK: tl.constexpr) -> None:
         higher = tl.maximum(highest, tl.max(x, 0))
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), 0)
         highest = higher
-    tl.store(nats + row, highest + tl.log(total) - at_label)
+    tl.store(nll + row, highest + tl.log(total) - at_label)
     tl.debug_barrier()  # every thread has read the label's logit before it is overwritten
     for start in range(0, size, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -37,9 +37,9 @@ def nats_kernel(logits, label, weight, nats, size, BLOCK: tl.constexpr) -> None:
         tl.store(line + column, gradient.to(logits.dtype.element_ty), mask=column < size)
 
 
-def nats_and_gradient(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """C V, C, C -> nats C (fp32); `logits` then holds the gradient of Σ weight · nats."""
-    nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+def cross_entropy_with_gradient(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """C V, C, C -> nll C (fp32); `logits` then holds the gradient of Σ weight · nll."""
+    nll = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     block = min(BLOCK_V, triton.next_power_of_2(logits.shape[1]))
-    nats_kernel[(len(logits),)](logits, label, weight, nats, logits.shape[1], BLOCK=block, num_warps=8)
-    return nats
+    nll_kernel[(len(logits),)](logits, label, weight, nll, logits.shape[1], BLOCK=block, num_warps=8)
+    return nll

@@ -1,3 +1,5 @@
+"""The kernels of the mixture of experts equal their references."""
+
 from __future__ import annotations
 
 import pytest
@@ -5,8 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from openm6.ops.kernels import activation, loss, plan, rows  # noqa: E402
-from openm6.ops.linear_loss import nats_and_gradient_reference  # noqa: E402
+from openm6.kernels import moe  # noqa: E402
 from openm6.ops.sparse_network import (  # noqa: E402
     plan_rows_reference,
     sum_rows_reference,
@@ -18,30 +19,30 @@ from openm6.ops.sparse_network import (  # noqa: E402
 @pytest.mark.parametrize("width", [8, 24, 40])
 def test_gathered_rows(device, width):
     x, source = torch.randn(5, width, device=device), torch.tensor([4, 0, 0, 2, 3, 1, 4], device=device)
-    assert torch.equal(rows.gather_rows(x, source), x[source])
+    assert torch.equal(moe.gather_rows(x, source), x[source])
 
 
 @pytest.mark.parametrize("choices", [1, 2, 5])
 def test_summed_rows(device, choices):
     values = torch.randn(3 * choices, 24, device=device)
     slot = torch.randperm(3 * choices, device=device).view(3, choices)
-    torch.testing.assert_close(rows.sum_rows(values, slot), sum_rows_reference(values, slot))
+    torch.testing.assert_close(moe.sum_rows(values, slot), sum_rows_reference(values, slot))
 
 
 def test_wide_rows_are_cut(device, monkeypatch):
-    monkeypatch.setattr(rows, "WIDEST", 16)
+    monkeypatch.setattr(moe, "WIDEST", 16)
     values, slot = torch.randn(4, 40, device=device), torch.tensor([[3, 0], [1, 2]], device=device)
-    torch.testing.assert_close(rows.sum_rows(values, slot), sum_rows_reference(values, slot))
-    assert torch.equal(rows.gather_rows(values, slot[0]), values[slot[0]])
+    torch.testing.assert_close(moe.sum_rows(values, slot), sum_rows_reference(values, slot))
+    assert torch.equal(moe.gather_rows(values, slot[0]), values[slot[0]])
 
 
 @pytest.mark.parametrize(("width", "block"), [(8, 1024), (24, 16), (40, 16)])
 def test_gated_swiglu_and_its_adjoint(device, monkeypatch, width, block):
-    monkeypatch.setattr(activation, "BLOCK_F", block)
+    monkeypatch.setattr(moe, "BLOCK_F", block)
     product, gate = torch.randn(6, 2 * width, device=device), torch.rand(6, device=device)
     upstream = torch.randn(6, width, device=device)
-    torch.testing.assert_close(activation.swiglu_gate(product, gate), swiglu_gate_reference(product, gate))
-    ours = activation.swiglu_gate_backward(product, gate, upstream)
+    torch.testing.assert_close(moe.swiglu_gate(product, gate), swiglu_gate_reference(product, gate))
+    ours = moe.swiglu_gate_backward(product, gate, upstream)
     theirs = swiglu_gate_backward_reference(product, gate, upstream)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
@@ -50,8 +51,8 @@ def test_gated_swiglu_and_its_adjoint(device, monkeypatch, width, block):
 def test_gated_swiglu_reads_what_is_not_contiguous(device):
     product, gate = torch.randn(16, 6, device=device).t(), torch.rand(6, 2, device=device)[:, 0]
     upstream = torch.randn(8, 6, device=device).t()
-    torch.testing.assert_close(activation.swiglu_gate(product, gate), swiglu_gate_reference(product, gate))
-    ours = activation.swiglu_gate_backward(product, gate, upstream)
+    torch.testing.assert_close(moe.swiglu_gate(product, gate), swiglu_gate_reference(product, gate))
+    ours = moe.swiglu_gate_backward(product, gate, upstream)
     theirs = swiglu_gate_backward_reference(product, gate, upstream)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
@@ -69,20 +70,6 @@ CHOSEN = {
 @pytest.mark.parametrize("name", CHOSEN)
 def test_plan(device, name):
     chosen, num_experts = CHOSEN[name]
-    ours = plan.plan_rows(chosen.to(device), num_experts)
+    ours = moe.plan_rows(chosen.to(device), num_experts)
     for mine, other in zip(ours, plan_rows_reference(chosen.to(device), num_experts), strict=True):
         assert torch.equal(mine, other)
-
-
-@pytest.mark.parametrize("block", [16, 4096])
-def test_nats_and_gradient(device, monkeypatch, block):
-    monkeypatch.setattr(loss, "BLOCK_V", block)
-    logits = 3 * torch.randn(6, 40, device=device)
-    label, weight = torch.tensor([0, 39, 7, 7, 12, 30], device=device), torch.rand(6, device=device)
-    weight[2] = 0
-    ours, theirs = logits.clone(), logits.clone()
-    torch.testing.assert_close(
-        loss.nats_and_gradient(ours, label, weight), nats_and_gradient_reference(theirs, label, weight)
-    )
-    torch.testing.assert_close(ours, theirs)
-    assert ours[2].abs().max() == 0

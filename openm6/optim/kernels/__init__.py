@@ -1,1 +1,0 @@
-"""Triton kernels of the update rules, imported only where a GPU is to run them."""

@@ -1,0 +1,160 @@
+"""The kernels of the optimizers equal their references in torch; random bits also those in plain Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openm6 import kernels
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton.language as tl  # noqa: E402
+
+from openm6.kernels import optimizers  # noqa: E402
+from openm6.kernels.optimizers import bits_at, round_bf16  # noqa: E402
+from openm6.optim.adamw import adamw_reference, rule_numbers  # noqa: E402
+from openm6.optim.config import OptimizerConfig  # noqa: E402
+from openm6.optim.rounding import (  # noqa: E402
+    BF16_LARGEST,
+    matrix_keys,
+    random_bits,
+    random_bits_reference,
+    round_to_bf16,
+)
+from openm6.optim.rules import Move, update_rule  # noqa: E402
+
+GROUP = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+
+
+def tensors(device, dtypes, shape=(5, 33)):
+    torch.manual_seed(0)
+    p, g, m, v = (torch.randn(shape, device=device) for _ in range(4))
+    p, m, v = (value.to(dtype) for value, dtype in zip((p, 0.1 * m, v.square() * 0.01), dtypes, strict=True))
+    return p, g.to(dtypes[0]), m, v
+
+
+def run_kernel(p, g, m, v, step, seed, stochastic, scale=1.0):
+    numbers = torch.tensor(rule_numbers(GROUP, step), device=p.device)
+    scale, seed = torch.tensor([scale], device=p.device), torch.tensor([seed], device=p.device)
+    optimizers.adamw_update(p, g, m, v, numbers, scale, seed, GROUP["betas"], GROUP["eps"], stochastic)
+
+
+@pytest.mark.parametrize("block", [16, 2048])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 3, (torch.float32, torch.bfloat16, torch.bfloat16), (torch.bfloat16,) * 3]
+)
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_adamw_equals_its_reference(device, monkeypatch, dtypes, stochastic, block):
+    monkeypatch.setattr(optimizers, "BLOCK_ELEMENTS", block)
+    p, g, m, v = tensors(device, dtypes)
+    expected, state = p.clone(), {"step": 3.0, "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    adamw_reference(expected, g, state, GROUP, stochastic, 77)
+    run_kernel(p, g, m, v, 3.0, 77, stochastic)
+    for ours, theirs in ((p, expected), (m, state["exp_avg"]), (v, state["exp_avg_sq"])):
+        close = 2**-7 if ours.dtype == torch.bfloat16 else 1e-5  # at most one step of bf16 apart
+        torch.testing.assert_close(ours, theirs, rtol=close, atol=1e-6)
+        if stochastic and ours.dtype == torch.bfloat16 and ours is not m:
+            assert (ours == theirs).float().mean() > 0.95  # the same random bits
+
+
+def test_a_scale_that_is_no_number_changes_nothing(device):
+    p, g, m, v = tensors(device, (torch.float32,) * 3)
+    before = [tensor.clone() for tensor in (p, m, v)]
+    run_kernel(p, g, m, v, 1.0, 0, False, scale=float("nan"))
+    assert all(torch.equal(now, then) for now, then in zip((p, m, v), before, strict=True))
+
+
+def test_the_gradient_is_scaled(device):
+    p, g, m, v = tensors(device, (torch.float32,) * 3)
+    other = [tensor.clone() for tensor in (p, 0.5 * g, m, v)]
+    run_kernel(p, g, m, v, 1.0, 0, False, scale=0.5)
+    run_kernel(*other, 1.0, 0, False)
+    torch.testing.assert_close(p, other[0])
+
+
+def test_rounding_up_the_largest_weight_stays_finite(device):
+    """The weight rests above the largest bf16, where any random bit would carry it to infinity."""
+    p = torch.full((64,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16, device=device)
+    g, m, v = -torch.ones_like(p), torch.zeros_like(p), torch.zeros_like(p)
+    expected, state = p.clone(), {"step": 1.0, "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    group = {**GROUP, "lr": 5e35, "weight_decay": 0.0}
+    adamw_reference(expected, g, state, group, True, 5)
+    numbers = torch.tensor(rule_numbers(group, 1.0), device=device)
+    scale, seed = torch.ones(1, device=device), torch.tensor([5], device=device)
+    optimizers.adamw_update(p, g, m, v, numbers, scale, seed, GROUP["betas"], GROUP["eps"], True)
+    assert p.isfinite().all()
+    assert torch.equal(p, expected)
+
+
+def test_autograd_notices_that_a_saved_weight_was_moved(device):
+    p, g, m, v = tensors(device, (torch.float32,) * 3)
+    p.requires_grad_()
+    loss = p.square().sum()
+    with torch.no_grad():
+        run_kernel(p, g, m, v, 1.0, 0, False)
+    assert m._version == v._version == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@triton.jit
+def bits_kernel(key, out, BLOCK: tl.constexpr) -> None:  # noqa: N803
+    place = tl.arange(0, BLOCK)
+    tl.store(out + place, bits_at(place, tl.load(key).to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def rounding_kernel(value, bits, out, BLOCK: tl.constexpr) -> None:  # noqa: N803
+    place = tl.arange(0, BLOCK)
+    noise = tl.load(bits + place).to(tl.uint32, bitcast=True)
+    tl.store(out + place, round_bf16(tl.load(value + place), noise))
+
+
+@pytest.mark.parametrize("key", [0, 7, 2**31 - 5])
+def test_bits_agree_in_all_languages(device, key):
+    out = torch.empty(64, dtype=torch.int32, device=device)
+    bits_kernel[(1,)](matrix_keys(1, key, 0, device), out, BLOCK=64)
+    assert out.tolist() == random_bits(1, 64, key)[0].tolist() == random_bits_reference(1, 64, key)[0]
+
+
+@pytest.mark.parametrize("pushed", [0, 0xFFFF])
+def test_rounding_agrees_with_its_reference_also_at_the_largest_values(device, pushed):
+    largest = torch.finfo(torch.float32).max  # lies above the largest bf16
+    odd = [largest, -largest, BF16_LARGEST, -BF16_LARGEST, float("inf"), -float("inf"), float("nan"), 0.0]
+    value = torch.cat([torch.tensor(odd), torch.randn(56)]).to(device)
+    bits = torch.full((64,), pushed, dtype=torch.int32, device=device)
+    out = torch.empty(64, dtype=torch.bfloat16, device=device)
+    rounding_kernel[(1,)](value, bits, out, BLOCK=64)
+    assert torch.equal(out.isnan(), value.isnan())
+    assert torch.equal(out.nan_to_num(), round_to_bf16(value, bits).nan_to_num())
+    assert out[:4].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 64), (33, 320)])
+@pytest.mark.parametrize("bytes_per_parameter", [2, 1])
+def test_adafactor_equals_its_reference(bytes_per_parameter, shape, device, monkeypatch):
+    rule = update_rule(OptimizerConfig(bytes_per_parameter=bytes_per_parameter))
+    values = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    both = [
+        {slot.name: torch.empty(slot.shape, dtype=slot.dtype, device=device) for slot in rule.slots(shape)}
+        for _ in range(2)
+    ]
+    for in_kernel, stored in zip((True, False), both, strict=True):
+        rule.fill(stored, values, 1)
+        monkeypatch.setattr(kernels, "available", lambda device, choice=in_kernel: choice)
+        for step in range(3):
+            gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step)).to(
+                device, torch.bfloat16
+            )
+            if step == 1 and len(shape) == 3:
+                gradient[1] = 0
+            before = stored["weight"]._version
+            rule.update(stored, gradient, Move(0.003, 0.1, 77 + step, torch.tensor(step < 2, device=device)))
+            assert stored["weight"]._version > before  # so that autograd notices
+    for name, ours in both[0].items():
+        expected = both[1][name]
+        if name == "weight":
+            assert (ours != expected).float().mean() < 0.01
+        else:
+            torch.testing.assert_close(ours.float(), expected.float(), rtol=1e-5, atol=1e-12)
