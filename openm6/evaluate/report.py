@@ -1,26 +1,65 @@
-"""The report of a run: report.html, one file that needs nothing else, for people; report.json for programs."""
+"""The report of a run: report.html, one self-contained file, for people; report.json for programs.
+
+`report_data` turns results into plain data and the template report.html lays them out. The template escapes all text.
+"""
+
+# Shapes: P lines of metrics.jsonl, L layers
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from importlib.resources import files
+from typing import Any
 
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image as Pillow
+
+from openm6.base.energy import gpt3
 from openm6.base.energy.units import in_joules
+from openm6.base.errors import DataError
 from openm6.base.files import replace_text
 from openm6.base.plain_json import to_json
 from openm6.base.run_folder import RunFolder
-from openm6.evaluate.figures import METRIC_NOTES, count, duration, short_count, words
-from openm6.evaluate.report_codecs import codecs
-from openm6.evaluate.report_energy import energy
-from openm6.evaluate.report_markup import Markup, quoted, raw_style, tag
-from openm6.evaluate.report_pairs import pairs
-from openm6.evaluate.report_samples import HEADINGS, samples_by_answer
-from openm6.evaluate.report_training import training
-from openm6.evaluate.results import Judgement, RunFacts, TaskResult
+from openm6.evaluate import figures
+from openm6.evaluate.charts import (
+    Chart,
+    ForecastChart,
+    ValueChart,
+    bar,
+    finite_mean,
+    forecast_chart,
+    history,
+    value_charts,
+)
+from openm6.evaluate.figures import METRIC_NOTES, is_share, plain, standing
+from openm6.evaluate.lines import Lines, read_lines
+from openm6.evaluate.media import Media, MediaBudget, cut_audio
+from openm6.evaluate.metrics import same_text
+from openm6.evaluate.results import Judgement, RunFacts, Sample, TaskResult
+from openm6.evaluate.table import answered
+from openm6.modalities.interface import Part
+from openm6.modalities.numbers import Histogram, NumberSeries
+from openm6.modalities.sound import RATE
+from openm6.modalities.text import GAP
+from openm6.tasks.registry import TASKS
 
-# Nothing is fetched and nothing runs, whatever a record holds; the escaping of text does not rest on this.
-POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
-SENSES = {"text": "text", "image": "pictures", "sound": "sound", "numbers": "numbers"}
+# Modalities in the order of the page, with their titles.
+MODALITIES = {"text": "text", "image": "image", "sound": "audio", "numbers": "numbers"}
+MAX_SAMPLES, MAX_PARTS, MAX_COLUMNS = 6, 8, 10
+MAX_CHARACTERS = 260
+# Bytes of all images and audio together; base64 makes them a third longer.
+MEDIA_BYTES = 9 * 2**20
+TEXT_GAP = "____"  # few fonts have a glyph for GAP
+CODEC_MEASURES = {"psnr": "PSNR", "ssim": "SSIM", "log_mel_l1": "log-mel L1", "bits": "bits per position"}
+# Fraction of a run, at its end, whose mean is reported as the final value.
+FINAL_FRACTION = 0.1
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_CHINESE = re.compile("[\u3400-\u9fff]")
 
 
 def write_report(run: RunFolder, judgement: Judgement, facts: RunFacts) -> None:
@@ -49,110 +88,300 @@ def report_json(judgement: Judgement, facts: RunFacts) -> str:
 
 def report_html(run: RunFolder, judgement: Judgement, facts: RunFacts) -> str:
     """The whole page; training curves come from the run's metrics.jsonl."""
+    template = files("openm6.evaluate").joinpath("report.html").read_text(encoding="utf-8")
+    data = report_data(run, judgement, facts)
+    return report_environment().from_string(template).render(data) + "\n"
+
+
+def report_environment() -> jinja2.Environment:
+    """The template engine: all text is escaped, and an unknown name in the template is an error."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    formats = ("plain", "count", "short_count", "duration", "score", "metric_title", "words", "signed")
+    environment.filters |= {name: getattr(figures, name) for name in formats}
+    environment.filters |= {"joules": in_joules, "shorten": shorten}
+    environment.tests |= {"finite": math.isfinite, "chinese": _is_chinese}
+    return environment
+
+
+def _printable(value: Any) -> Any:
+    """Text without the characters that no page may contain; called on each value before it is escaped."""
+    return (
+        _CONTROL.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    )
+
+
+def _is_chinese(text: str) -> bool:
+    return _CHINESE.search(text[:MAX_CHARACTERS]) is not None
+
+
+def shorten(text: str) -> str:
+    """Text cut to the width of MAX_CHARACTERS Latin letters."""
+    width = MAX_CHARACTERS // 2 if _is_chinese(text) else MAX_CHARACTERS
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def report_data(run: RunFolder, judgement: Judgement, facts: RunFacts) -> dict[str, Any]:
+    """Everything that the template shows."""
     results = judgement.results
-    numbers = {result.name: number for number, result in enumerate(results)}
-    body = tag(
-        "main",
-        _opening(judgement, facts),
-        pairs(results, numbers),
-        samples_by_answer(results, numbers),
-        training(run, judgement, facts),
-        energy(facts.energy),
-        codecs(facts.codecs),
-        _metrics(results),
-        tag(
-            "footer", "Written by OpenM6. The same figures for programs are in report.json, beside this file."
-        ),
-    )
-    return (
-        "<!doctype html>\n" + tag("html", _head(facts), tag("body", body), attributes={"lang": "en"}) + "\n"
-    )
-
-
-def _head(facts: RunFacts) -> Markup:
-    css = files("openm6.evaluate").joinpath("report.css").read_text(encoding="utf-8")
-    return tag(
-        "head",
-        tag("meta", attributes={"charset": "utf-8"}),
-        tag("meta", attributes={"http-equiv": "Content-Security-Policy", "content": POLICY}),
-        tag("meta", attributes={"name": "viewport", "content": "width=device-width, initial-scale=1"}),
-        tag("meta", attributes={"name": "color-scheme", "content": "light dark"}),
-        tag("title", f"{facts.name} · OpenM6 report"),
-        raw_style(css),
-    )
-
-
-def _opening(judgement: Judgement, facts: RunFacts) -> Markup:
-    tiles = {
-        "parameters": short_count(facts.total_parameters),
-        "active a token": short_count(facts.active_parameters),
-        "tokens read": short_count(facts.tokens),
-        "training": duration(facts.seconds),
-        "tasks": str(len(judgement.results)),
-        **({"energy": in_joules(facts.energy.ledger.joules)} if facts.energy is not None else {}),
-    }
-    return tag(
-        "header.opening",
-        tag("p.eyebrow", "OpenM6 · report of a run"),
-        tag("h1", quoted(words(facts.name))),
-        tag("p.summary", _trained(facts, judgement.results), " ", _found(judgement.results)),
-        tag("dl.tiles", *[tag("div", tag("dd", value), tag("dt", name)) for name, value in tiles.items()]),
-        _contents(judgement.results, facts),
-    )
-
-
-def _trained(facts: RunFacts, results: list[TaskResult]) -> str:
-    taken, given = (
-        _listed([word for kind, word in SENSES.items() if kind in kinds]) or "nothing that was evaluated"
-        for kinds in ({result.reads for result in results}, {result.gives for result in results})
-    )
-    return (
-        f"One transformer with sparse experts, of the size “{facts.preset}”: {count(facts.total_parameters)} "
-        f"parameters, of which {count(facts.active_parameters)} work on any one token. In "
-        f"{duration(facts.seconds)} and {count(facts.steps)} steps it read {count(facts.tokens)} tokens, "
-        f"of tasks that take in {taken} and give out {given}."
-    )
-
-
-def _found(results: list[TaskResult]) -> str:
-    if not results:
-        return "No task was judged."
     compared = [result for result in results if math.isfinite(result.baseline)]
-    better = sum(result.beats_baseline for result in compared)
-    used = sum(result.uses_inputs for result in results)
-    return (
-        f"On test records it had never seen, its information gain is significant in {used} of {len(results)} tasks, "
-        f"and it beats a plain baseline, in score and in information, in {better} of {len(compared)}."
-    )
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1] if names else ""
-
-
-def _contents(results: list[TaskResult], facts: RunFacts) -> Markup:
-    links = {"pairs": "Pairs"}
-    shown = {result.gives for result in results if result.samples}
-    links |= {f"gives-{kind}": title for kind, (title, _) in HEADINGS.items() if kind in shown}
-    links |= {
-        "training": "Training",
-        **({"energy": "Energy"} if facts.energy is not None else {}),
-        **({"codecs": "Codecs"} if facts.codecs else {}),
-        "scores": "Reading the scores",
-    }
-    return tag("nav", *[tag("a", text, attributes={"href": f"#{place}"}) for place, text in links.items()])
-
-
-def _metrics(results: list[TaskResult]) -> Markup:
     used = {name for result in results for name in (result.metric, *result.metrics)}
-    rows = [
-        tag("div", tag("dt", title), tag("dd", note))
-        for name, (title, note) in METRIC_NOTES.items()
-        if name in used
-    ]
-    records = tag(
-        "p.lead",
-        "Scores are means over test records; a baseline knows the habits of the training data, no more.",
+    pairs = {(result.reads, result.gives) for result in results}
+    return {
+        "facts": facts,
+        "judgement": judgement,
+        "modalities": MODALITIES,
+        "inputs": _listed(title for kind, title in MODALITIES.items() if kind in {x for x, _ in pairs}),
+        "outputs": _listed(title for kind, title in MODALITIES.items() if kind in {y for _, y in pairs}),
+        "num_significant": sum(result.uses_inputs for result in results),
+        "num_compared": len(compared),
+        "num_better": sum(result.beats_baseline for result in compared),
+        "entries": _entries(results),
+        "sections": _sample_sections(results),
+        "training": _training(read_lines(run), facts),
+        "gpt3_caveat": gpt3.CAVEAT,
+        "codecs": {name: codec_rows(scores) for name, scores in facts.codecs.items()},
+        "codec_measures": CODEC_MEASURES,
+        "metric_notes": [note for name, note in METRIC_NOTES.items() if name in used],
+    }
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = list(names) or ["nothing that was evaluated"]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _entries(results: list[TaskResult]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Results by modality of inputs and outputs, with the link to their samples and the bar of their score."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for index, result in enumerate(results):
+        drawn = math.isfinite(result.value) and min(result.value, result.baseline) >= 0  # False for NaN
+        whole = 1.0 if is_share(result.metric) and result.better == "higher" else None
+        entry = {
+            "result": result,
+            "significance": standing(result.information_interval),
+            "anchor": f"task-{index}" if result.samples else None,
+            "bar": bar(result.value, result.baseline, whole) if drawn else None,
+        }
+        found.setdefault((result.reads, result.gives), []).append(entry)
+    return found
+
+
+def _sample_sections(results: list[TaskResult]) -> dict[str, list[dict[str, Any]]]:
+    """Cards of tasks with samples, by output modality."""
+    left, waiting = MEDIA_BYTES, sum(bool(result.samples) for result in results)
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for kind in MODALITIES:
+        for index, result in enumerate(results):
+            if not result.samples or result.gives != kind:
+                continue
+            # An equal share of the bytes that are left: what one task saves, the next may use.
+            media = MediaBudget(left // waiting)
+            card = {
+                "result": result,
+                "anchor": f"task-{index}",
+                "summary": TASKS[result.task].summary if result.task in TASKS else "",
+                "metrics": {result.metric: result.value} | result.metrics,
+                "significance": standing(result.information_interval),
+                "answered": answered(result),
+                "samples": [sample_data(sample, media) for sample in result.samples[:MAX_SAMPLES]],
+            }
+            sections.setdefault(kind, []).append(card)
+            left, waiting = left - media.used, waiting - 1
+    return sections
+
+
+@dataclass(frozen=True)
+class TextAnswer:
+    """A text beside the truth."""
+
+    answer: str
+    truth: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Named values of a row; `left_out` counts those beyond MAX_COLUMNS."""
+
+    values: dict[str, str]
+    left_out: int
+
+
+@dataclass(frozen=True)
+class SampleData:
+    """A test record: its inputs, and the answer beside the truth in the form that fits the output modality.
+
+    `media` holds images and audio, inputs first: they share a row with an answer of that kind.
+    """
+
+    inputs: list[Any]
+    media: list[Media]
+    text: TextAnswer | None = None
+    values: list[ValueChart] | None = None
+    values_left_out: int = 0
+    forecast: ForecastChart | None = None
+
+
+def sample_data(sample: Sample, media: MediaBudget) -> SampleData:
+    """A sample as the template shows it."""
+    parts, answer, truth = sample.given[:MAX_PARTS], sample.answer, sample.truth
+    if isinstance(answer, str):
+        text = TextAnswer(answer.strip(), str(truth).strip(), same_text(answer, str(truth)))
+        return SampleData([_input(part, media) for part in parts], [], text)
+    if isinstance(answer, Histogram):
+        inputs = [_input(part, media) for part in parts]
+        past = next((part.raw for part in sample.given if isinstance(part.raw, NumberSeries)), None)
+        forecast = None if past is None else forecast_chart(past, answer, truth)
+        if forecast is not None:
+            return SampleData(inputs, [], forecast=forecast)
+        values = value_charts(answer, truth)
+        return SampleData(inputs, [], values=values, values_left_out=len(answer.probability) - len(values))
+    if isinstance(answer, np.ndarray):
+        seconds = len(answer) / RATE
+        truth = _cut_truth(truth, seconds)
+        # A masked span is given in fractions of the length of the answer.
+        parts = [
+            part
+            if part.options.get("gap") is None
+            else replace(part, options={**part.options, "seconds": seconds})
+            for part in parts
+        ]
+    rest = [_input(part, media) for part in parts if part.modality not in ("image", "sound")]
+    row = [_input_media(part, media) for part in parts if part.modality in ("image", "sound")]
+    show = media.image if isinstance(answer, Pillow.Image) else media.audio
+    return SampleData(rest, [*row, show(answer, "model"), show(truth, "truth")])
+
+
+def _cut_truth(truth: Any, seconds: float) -> Any:
+    """The true audio at the length of the answer, so that both spectrograms share their time axis."""
+    try:
+        return cut_audio(Part("sound", truth, {"seconds": seconds}))
+    except DataError:
+        return truth
+
+
+def _input(part: Part, media: MediaBudget) -> str | Media | NumberSeries | Columns:
+    """One part of the inputs as the model saw it."""
+    if part.modality in ("image", "sound"):
+        return _input_media(part, media)
+    if isinstance(part.raw, NumberSeries):
+        return part.raw
+    if isinstance(part.raw, dict):
+        shown = list(part.raw.items())[:MAX_COLUMNS]
+        values = {str(name): "missing" if value is None else plain(float(value)) for name, value in shown}
+        return Columns(values, len(part.raw) - len(shown))
+    return str(part.raw).strip().replace(GAP, TEXT_GAP)
+
+
+def _input_media(part: Part, media: MediaBudget) -> Media:
+    """An image or audio of the inputs with its mask."""
+    if part.modality == "image":
+        return media.image(part.raw, "input", part.options.get("hole"))
+    try:
+        return media.audio(cut_audio(part), "input", part.options.get("gap"))
+    except DataError as error:
+        return Media("input", missing=str(error))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A chart of the training: its title, the reading beside it, its colour and a note below."""
+
+    title: str
+    reading: str
+    chart: Chart
+    tone: str = "plain"
+    note: str = ""
+
+
+def _training(lines: Lines, facts: RunFacts) -> dict[str, Any]:
+    last = lines[-1] if lines else {}
+    data: dict[str, Any] = {
+        "speed": facts.tokens / facts.seconds if facts.seconds > 0 else math.nan,
+        "skipped": last.get("non_finite", 0),
+        "spikes": last.get("spikes", 0),
+        "losses": [],
+        "curves": [],
+    }
+    if len(lines) >= 2:
+        steps = np.array([line["step"] for line in lines], float)
+        data["losses"] = [_loss_curve(name, steps, lines) for name in loss_names(lines)]
+        data["curves"] = [*_load_curve(steps, lines), _speed_curve(steps, lines)]
+    return data
+
+
+def loss_names(lines: Lines) -> list[str]:
+    """Keys of losses by modality, in the order of MODALITIES; the total if there are none."""
+    names = sorted({key for line in lines for key in line if key.startswith("loss/")})
+    order = list(MODALITIES)
+    return sorted(names, key=lambda n: order.index(_kind(n)) if _kind(n) in order else len(order)) or ["loss"]
+
+
+def _kind(name: str) -> str:
+    return name.removeprefix("loss/").removesuffix("_out")
+
+
+def _loss_curve(name: str, steps: np.ndarray, lines: Lines) -> Curve:
+    kind, values = _kind(name), _column(lines, name)
+    first, last = _ends(values)
+    drawing = history(steps, values[None], f"loss {kind} over steps")
+    return Curve(MODALITIES.get(kind, kind), f"{plain(first, 3)} → {plain(last, 3)}", drawing, kind)
+
+
+def _load_curve(steps: np.ndarray, lines: Lines) -> list[Curve]:
+    """The coefficient of variation of the experts' load; none for a dense model."""
+    rows = [line.get("c_v") or [] for line in lines]
+    depth = max(len(row) for row in rows)
+    if not depth:
+        return []
+    layers = np.array(
+        [[_number(row[i] if i < len(row) else None) for row in rows] for i in range(depth)]
+    )  # L P
+    drawing = history(steps, layers, "coefficient of variation of expert load over steps", from_zero=True)
+    _, last = _ends(np.array([finite_mean(column) for column in layers.T]))
+    note = "σ/μ of the tokens per expert, by layer (fine) and on average: 0 is a perfect balance."
+    return [Curve("expert load c_v", plain(last, 3), drawing, note=note)]
+
+
+def _speed_curve(steps: np.ndarray, lines: Lines) -> Curve:
+    values = _column(lines, "tokens_per_second")
+    median = float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
+    drawing = history(steps, values[None], "tokens per second over steps", from_zero=True)
+    return Curve(
+        "tokens per second", plain(median), drawing, note="Packed input and target tokens; median above."
     )
-    head = tag("h2", "Reading the scores", attributes={"id": "scores"})
-    return tag("section", head, records, tag("dl.glossary", *rows))
+
+
+def _column(lines: Lines, name: str) -> np.ndarray:
+    """Values of one key; NaN where a line lacks it.  # P"""
+    return np.array([_number(line.get(name)) for line in lines])
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
+    """The first value, and the mean of the last FINAL_FRACTION."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return math.nan, math.nan
+    return float(finite[0]), float(finite[-max(1, round(FINAL_FRACTION * len(finite))) :].mean())
+
+
+def codec_rows(scores: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Scores such as `digits_32 psnr` by the records they are of: `digits, 32 pixels` -> measure -> value."""
+    rows: dict[str, dict[str, float]] = {}
+    for key, value in scores.items():
+        records, _, measure = key.rpartition(" ")
+        name, _, size = records.rpartition("_")
+        has_size = name and size.isdigit()
+        title = f"{figures.words(name)}, {size} pixels" if has_size else figures.words(records or "all")
+        rows.setdefault(title, {})[measure] = value
+    return rows

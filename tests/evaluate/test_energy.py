@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from openm6.base.run_folder import RunFolder
 from openm6.cli.energy_page import show_energy
 from openm6.evaluate.card import card
 from openm6.evaluate.energy import EnergyAccount, read_account
-from openm6.evaluate.report_energy import energy
-from tests.evaluate.example_judgement import facts, judgement
+from openm6.evaluate.report import report_html
+from tests.evaluate.example_judgement import facts, judgement, run_folder
 
 
 def ledger() -> Ledger:
@@ -93,12 +94,13 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((tmp_path / "energy.json").read_text())["country"] == "FRA"
 
 
-def test_the_report_and_the_card_tell_it() -> None:
-    section = str(energy(account()))
-    assert "1 kJ" in section and "By modality" in section and "image out" in section
-    assert energy(None) is None
-    told = facts()
-    metered = type(told)(**{**told.__dict__, "energy": account()})
+def test_the_report_and_the_card_contain_it(tmp_path: Path) -> None:
+    run, metered = run_folder(tmp_path), dataclasses.replace(facts(), energy=account())
+    page = report_html(run, judgement(), metered)
+    section = page.split('id="energy"')[1].split("</section>")[0]
+    assert "1 kJ for 5,000 tokens" in section and "By modality" in section
+    assert section.index("<dt>text</dt>") < section.index("<dt>image out</dt>"), "the largest first"
+    assert 'id="energy"' not in report_html(run, judgement(), facts())
     text = card(judgement(), metered)
     assert "1 kJ (0.2 J a token; read by nvml+estimate)" in text and "| task | metric |" in text
-    assert "was not metered" in card(judgement(), told)
+    assert "was not metered" in card(judgement(), facts())

@@ -1,0 +1,284 @@
+"""Charts as plain data: SVG paths in a 100 × 100 box that stretches with the page, and the labels beside it."""
+
+# Shapes: P points of a line, V predicted values
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from openm6.evaluate.figures import plain, short_count, words
+from openm6.modalities.numbers import Histogram, NumberSeries
+
+MAX_POINTS = 90
+MAX_VALUES = 6
+# Steps of the past in the chart of a forecast: this many times the horizon, and no fewer than MIN_PAST.
+PAST_HORIZONS, MIN_PAST = 3, 16
+LEVELS = np.concatenate([[0.01], np.arange(0.025, 1, 0.025), [0.99]])
+
+Ticks = Sequence[tuple[float, str]]
+"""Positions on an axis with their labels; in the units of the data, or in percent of the box once in a Chart."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The part of the data plane that a chart shows; `x` and `y` map data into the box, whose y axis points down."""
+
+    left: float
+    right: float
+    bottom: float
+    top: float
+
+    @classmethod
+    def around(cls, xs: np.ndarray, ys: np.ndarray, from_zero: bool = False) -> Frame:
+        """The frame that holds all finite points, with a margin above and below."""
+        left, right = _extent(xs)
+        bottom, top = _extent(ys)
+        margin = 0.06 * (top - bottom)
+        bottom = min(0.0, bottom) if from_zero else bottom - margin
+        return cls(left, right, bottom, top + margin)
+
+    def x(self, values: np.ndarray) -> np.ndarray:
+        return 100 * (np.asarray(values, float) - self.left) / (self.right - self.left)
+
+    def y(self, values: np.ndarray) -> np.ndarray:
+        return 100 * (self.top - np.asarray(values, float)) / (self.top - self.bottom)
+
+
+def _extent(values: np.ndarray) -> tuple[float, float]:
+    finite = np.asarray(values, float)
+    finite = finite[np.isfinite(finite)]
+    if not len(finite):
+        return 0.0, 1.0
+    low, high = float(finite.min()), float(finite.max())
+    # A constant line would have a frame of no height; it is drawn in the middle of one.
+    half = 0.5 * abs(low) or 0.5
+    return (low, high) if high - low > 1e-9 * max(abs(low), abs(high)) else (low - half, high + half)
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round values from `low` to `high`, about `count` of them, 1, 2 or 5 times a power of ten apart."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
+    return [round(multiple * step, 12) for multiple in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An SVG path and the CSS class that styles it."""
+
+    name: str
+    path: str
+
+
+def line(frame: Frame, xs: np.ndarray, ys: np.ndarray, name: str) -> Shape:
+    """A line through the points, interrupted at points that are not finite."""
+    commands, drawing = [], False
+    for x, y in zip(frame.x(xs), frame.y(ys), strict=True):
+        if math.isfinite(x) and math.isfinite(y):
+            # `h0` gives an isolated point a segment of length 0, which round line caps turn into a dot.
+            commands.append(f"L{x:.2f} {y:.2f}" if drawing else f"M{x:.2f} {y:.2f}h0")
+        drawing = math.isfinite(x) and math.isfinite(y)
+    return Shape(name, "".join(commands))
+
+
+def area(frame: Frame, xs: np.ndarray, low: np.ndarray, high: np.ndarray, name: str) -> Shape:
+    """The area between two lines, over the points at which both are finite."""
+    finite = np.isfinite(low) & np.isfinite(high) & np.isfinite(xs)
+    xs = frame.x(np.concatenate([xs[finite], xs[finite][::-1]]))
+    ys = frame.y(np.concatenate([low[finite], high[finite][::-1]]))
+    corners = "L".join(f"{x:.2f} {y:.2f}" for x, y in zip(xs, ys, strict=True))
+    return Shape(name, f"M{corners}Z" if corners else "")
+
+
+def vertical(frame: Frame, x: float, name: str, top: float = 0.0) -> Shape:
+    """A vertical line at `x`, from the bottom of the box to `top`."""
+    position = float(frame.x(np.array(x)))
+    return Shape(name, f"M{position:.2f} 100.00V{top:.2f}" if math.isfinite(position) else "")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Shapes in drawing order and labels in percent of the box; `description` is read out by screen readers."""
+
+    description: str
+    shapes: list[Shape]
+    x: Ticks
+    y: Ticks
+
+
+def chart(frame: Frame, shapes: Iterable[Shape], description: str, x: Ticks = (), y: Ticks = ()) -> Chart:
+    """A chart with a grid line at each tick of the y axis; ticks are in units of the data."""
+    columns = [(float(frame.x(np.array(value))), text) for value, text in x]
+    rows = [(float(frame.y(np.array(value))), text) for value, text in y]
+    grid = [Shape("grid", f"M0 {position:.2f}H100") for position, _ in rows]
+    return Chart(description, [*grid, *shapes], columns, rows)
+
+
+def thin(values: np.ndarray, count: int = MAX_POINTS) -> list[np.ndarray]:
+    """The values in at most `count` groups of neighbours: a long run is drawn no finer than a screen can show."""
+    return np.array_split(values, min(count, len(values)))
+
+
+def finite_mean(values: np.ndarray) -> float:
+    """Mean of the finite values; NaN if there is none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def history(steps: np.ndarray, lines: np.ndarray, description: str, from_zero: bool = False) -> Chart:
+    """Values over steps: one line with its spread, or several fine lines with their mean.  # P, lines P"""
+    xs = np.array([finite_mean(group) for group in thin(steps)])
+    means = np.array([[finite_mean(group) for group in thin(values)] for values in lines])
+    low, high = _deciles(lines[0]) if len(lines) == 1 else (means, means)
+    frame = Frame.around(xs, np.stack([low, high]), from_zero)
+    if len(lines) == 1:
+        shapes = [area(frame, xs, low, high, "spread")]
+    else:
+        shapes = [line(frame, xs, values, "fine") for values in means]
+    shapes.append(line(frame, xs, np.array([finite_mean(column) for column in means.T]), "line"))
+    whole = [value for value in ticks(frame.left, frame.right) if value == round(value)]
+    return chart(
+        frame,
+        shapes,
+        description,
+        x=[(value, short_count(value)) for value in whole],
+        y=[(value, plain(value)) for value in ticks(frame.bottom, frame.top)],
+    )
+
+
+def _deciles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the ninth decile of each group.  # P -> groups, groups"""
+    finite = [group[np.isfinite(group)] for group in thin(values)]
+    low, high = ([float(np.quantile(g, q)) if len(g) else math.nan for g in finite] for q in (0.1, 0.9))
+    return np.array(low), np.array(high)
+
+
+def bar(value: float, baseline: float, whole: float | None) -> tuple[float, float]:
+    """A score and its baseline in percent of `whole`, or of the larger of the two with a margin."""
+    largest = whole or max(value, baseline, 1e-12) * 1.08
+    length, mark = (min(100.0, max(0.0, 100 * part / largest)) for part in (value, baseline))
+    return length, mark
+
+
+@dataclass(frozen=True)
+class ValueChart:
+    """A predicted value: the shape of its distribution, the 80 % interval with the median, and the truth."""
+
+    chart: Chart
+    name: str
+    low: float
+    median: float
+    high: float
+    truth: float
+
+    @property
+    def inside(self) -> bool:
+        return self.low <= self.truth <= self.high
+
+
+def true_values(truth: Any) -> tuple[list[str], np.ndarray]:
+    """Names and values of a truth (columns, a series or plain numbers); NaN if a value was not observed.  # V"""
+    if isinstance(truth, dict):
+        return [str(name) for name in truth], _floats(truth.values())
+    if isinstance(truth, NumberSeries):
+        return [truth.name] * len(truth.values), _floats(truth.values)
+    values = _floats(np.atleast_1d(np.asarray(truth, dtype=object)).ravel())
+    return [""] * len(values), values
+
+
+def _floats(values: Iterable[Any]) -> np.ndarray:
+    return np.array([math.nan if value is None else float(value) for value in values])
+
+
+def value_charts(answer: Histogram, truth: Any) -> list[ValueChart]:
+    """A chart for each predicted value, MAX_VALUES at most."""
+    names, values = true_values(truth)
+    count = len(answer.probability)
+    if len(values) != count:
+        # The decoder predicts the observed values only.
+        observed = np.isfinite(values)
+        names, values = (
+            [name for name, kept in zip(names, observed, strict=True) if kept],
+            values[observed],
+        )
+    if len(values) != count:
+        # A truth of another length cannot be matched to the distributions.
+        names, values = [""] * count, np.full(count, math.nan)
+    return [_value_chart(answer, i, names[i], float(values[i])) for i in range(min(count, MAX_VALUES))]
+
+
+def _value_chart(answer: Histogram, index: int, name: str, truth: float) -> ValueChart:
+    quantiles = np.array([answer.quantile(level)[index] for level in LEVELS])  # rising
+    low, median, high = (float(np.interp(level, LEVELS, quantiles)) for level in (0.1, 0.5, 0.9))
+    known = [truth] if math.isfinite(truth) else []
+    xs = np.array([quantiles[0], quantiles[-1], *known])
+    frame = Frame.around(xs, np.array([0.0, 1.0]), from_zero=True)
+    shapes = [
+        _density(frame, quantiles),
+        line(frame, np.array([low, high]), np.zeros(2), "interval"),
+        vertical(frame, median, "median", top=30),
+        *[vertical(frame, truth, "truth") for truth in known],
+    ]
+    description = f"median {plain(median)}, 80 % between {plain(low)} and {plain(high)}, truth {plain(truth)}"
+    x = [(value, plain(value)) for value in ticks(frame.left, frame.right, 5)]
+    return ValueChart(chart(frame, shapes, description, x), name, low, median, high, truth)
+
+
+def _density(frame: Frame, quantiles: np.ndarray) -> Shape:
+    """The density between neighbouring quantiles, as an area scaled to the height of the chart."""
+    width = np.maximum(np.diff(quantiles), 1e-9 * (frame.right - frame.left))
+    density = np.diff(LEVELS) / width
+    # Steps much narrower than a pixel make needles that would flatten the rest of the shape.
+    density = np.minimum(density, 4 * np.median(density)) / min(density.max(), 4 * np.median(density))
+    xs = np.concatenate([quantiles[:1], (quantiles[:-1] + quantiles[1:]) / 2, quantiles[-1:]])
+    heights = np.concatenate([[0], density, [0]])
+    return area(frame, xs, np.zeros(len(heights)), heights * 0.96, "shape")
+
+
+@dataclass(frozen=True)
+class ForecastChart:
+    """A forecast: the past, 80 % and 50 % intervals with the median, and the truth; `inside` counts truths in 80 %."""
+
+    chart: Chart
+    name: str
+    inside: int
+    observed: int
+
+
+def forecast_chart(past: NumberSeries, answer: Histogram, truth: Any) -> ForecastChart | None:
+    """The chart of a forecast; None if the distributions cannot be matched to steps."""
+    _, future = true_values(truth)
+    before = _floats(past.values or [None])[-max(MIN_PAST, PAST_HORIZONS * len(future)) :]
+    steps = np.arange(1, len(future) + 1)
+    observed = np.isfinite(future) if len(answer.probability) != len(future) else np.ones(len(future), bool)
+    if observed.sum() != len(answer.probability):
+        return None
+    quantiles = {level: answer.quantile(level) for level in (0.1, 0.25, 0.5, 0.75, 0.9)}
+    xs = np.array([1 - len(before), len(future)])
+    frame = Frame.around(xs, np.concatenate([before, future, quantiles[0.1], quantiles[0.9]]))
+    shapes = [
+        area(frame, steps[observed], quantiles[0.1], quantiles[0.9], "fan"),
+        area(frame, steps[observed], quantiles[0.25], quantiles[0.75], "fan"),
+        vertical(frame, 0, "now"),
+        line(frame, np.arange(1 - len(before), 1), before, "past"),
+        line(frame, np.concatenate([[0], steps]), np.concatenate([before[-1:], future]), "truth"),
+        line(frame, steps[observed], quantiles[0.5], "line"),
+    ]
+    predicted, true = (" ".join(plain(value) for value in v[:12]) for v in (quantiles[0.5], future))
+    drawing = chart(
+        frame,
+        shapes,
+        f"{words(past.name)}: predicted {predicted}; truth {true}",
+        x=[(frame.left, f"{plain(frame.left - 1)} steps"), (0, "now"), (len(future), f"+{len(future)}")],
+        y=[(value, plain(value)) for value in ticks(frame.bottom, frame.top, 3)],
+    )
+    known = np.isfinite(future[observed])
+    inside = (quantiles[0.1] <= future[observed]) & (future[observed] <= quantiles[0.9])
+    return ForecastChart(drawing, past.name, int(inside[known].sum()), int(known.sum()))
