@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import __main__ as benchmarks
 from openm6.base.config import apply_overrides
 from openm6.base.errors import ConfigError
 from openm6.cli import main as cli
@@ -85,6 +86,11 @@ def parse(line: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return CliRunner().invoke(cli.app, words[1:])
 
 
+def parse_benchmark(line: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(benchmarks, "door", lambda name: lambda *words: None)
+    return CliRunner().invoke(benchmarks.app, shlex.split(line, comments=True)[3:])
+
+
 @pytest.mark.parametrize(("page", "line"), commands("openm6"))
 def test_quoted_commands_are_understood(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = parse(line, monkeypatch)
@@ -131,7 +137,19 @@ def test_quoted_targets_of_make_exist(page: str, line: str) -> None:
 
 @pytest.mark.parametrize(("page", "line"), commands("python"))
 def test_quoted_scripts_exist(page: str, line: str) -> None:
-    assert (ROOT / shlex.split(line)[1]).is_file(), f"{page}: {line}"
+    words = shlex.split(line, comments=True)
+    path = words[2].replace(".", "/") if words[1] == "-m" else words[1].removesuffix(".py")
+    assert (ROOT / f"{path}.py").is_file() or (ROOT / path / "__main__.py").is_file(), f"{page}: {line}"
+
+
+@pytest.mark.parametrize(("page", "line"), commands("python -m benchmarks"))
+def test_quoted_benchmarks_are_understood(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = parse_benchmark(line, monkeypatch)
+    assert shown.exit_code == 0, f"{page}: {line}\n{shown.output}"
+
+
+def test_a_benchmark_that_does_not_exist_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_benchmark("python -m benchmarks trian", monkeypatch).exit_code != 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

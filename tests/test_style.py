@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted([*(ROOT / "openm6").rglob("*.py"), *(ROOT / "tools").glob("*.py")])
+FOLDERS = (ROOT / "openm6", ROOT / "benchmarks", ROOT / "tools")
+FILES = sorted(path for folder in FOLDERS for path in folder.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION = 600, 60
 EMPTY_WORDS = re.compile(r"(^|_)(utils?|helpers?|common|misc|manager|stuff)($|_)")
 OPTIONAL = {

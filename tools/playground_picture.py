@@ -1,6 +1,6 @@
 """Takes docs/images/playground.png anew: a few pictures drawn by a trained model, in a browser without a window.
 
-    python tools/playground_picture.py runs/demo docs/images/playground.png
+    python -m tools.playground_picture runs/demo docs/images/playground.png
 
 Needs the extras [serve] and [dev], and Debian's chromium.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from playwright.sync_api import Page, expect, sync_playwright
 
 from openm6.base.errors import ConfigError
-from openm6.bench.server import served
+from tests.load.server import served
 
 SIZE = {"width": 1200, "height": 780}
 WORDS = ("the digit seven", "the digit five", "the digit zero", "the digit three")

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from openm6 import __version__
 from openm6.base.errors import ConfigError
-from openm6.cli.bench import bench_app
 from openm6.cli.convert import convert
 from openm6.cli.doors import door
 from openm6.cli.energy import energy
@@ -34,7 +33,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at your own data.")
 app.add_typer(data_app, name="data")
-app.add_typer(bench_app, name="bench")
 app.command()(plan)
 app.command()(energy)
 app.command()(serve)

@@ -50,9 +50,6 @@ Plot = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Draw the sweep (SVG, PNG or PDF).")
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the plan there as JSON.")]
-Check = Annotated[
-    Path | None, typer.Option("--check", metavar="RUN", help="Compare with what that run measured.")
-]
 
 
 def plan(
@@ -77,20 +74,16 @@ def plan(
     sweep: Sweep = None,
     plot: Plot = None,
     json_path: Json = None,
-    check: Check = None,
 ) -> None:
     """Say what a run will take: bytes, seconds, joules, and whether it fits.
 
     \b
     Example: openm6 plan m6-10t --gpus 512 --gpu v100-32gb --days 10 --json plan.json
     """
-    if check is not None:
-        door("show check")(door("check plan")(check), json_path)
-        return
-    sizes = (gpus, per_node, host_memory, link, network, price)
-    asked = door("plan machine")(gpu, gpu_table, door("cluster options")(*sizes))
     lengths = (batch, tokens, days, bytes_per_parameter, pseudo_share, recompute_every)
     question = door("plan question")(model, overrides or [], *lengths, {"country": country, "pue": pue})
+    sizes = (gpus, per_node, host_memory, link, network, price)
+    asked = door("plan machine")(gpu, gpu_table, door("cluster options")(*sizes))
     _show(question, asked, sweep, plot, json_path)
 
 

@@ -1,4 +1,4 @@
-"""The pages behind `openm6 plan`: one plan, a sweep of plans, and a plan held against a run."""
+"""The pages behind `openm6 plan`: one plan, and a sweep of plans."""
 
 from __future__ import annotations
 
@@ -70,20 +70,7 @@ def show_sweep(
         draw_sweep(rows, kind, plot)
 
 
-def show_check(rows: list[dict[str, Any]], json_path: Path | None) -> None:
-    """Print prediction beside measurement."""
-    _write(rows, json_path)
-    table = Table("what", "planned", "measured", "off by", "note", box=None)
-    for row in rows:
-        off = "" if row["error"] is None else f"{row['error']:+.1%}"
-        planned, measured = (
-            "" if row[key] is None else f"{row[key]:,.4g} {row['unit']}" for key in ("planned", "measured")
-        )
-        table.add_row(row["name"], planned, measured, off, row["note"])
-    Console().print(table)
-
-
-def _rows(plan: Plan, smallest: dict[str, Any] | None) -> list[tuple[str, str]]:
+def _rows(plan: Plan, smallest: dict[str, Any]) -> list[tuple[str, str]]:
     real, energy, cluster = plan.real, plan.energy, plan.cluster
     budget = real.budget
     rows = [
@@ -93,11 +80,9 @@ def _rows(plan: Plan, smallest: dict[str, Any] | None) -> list[tuple[str, str]]:
             "bytes of each",
             f"{in_bytes(budget.device)} of {in_bytes(cluster.memory)}: states {in_bytes(budget.states)}, "
             f"a step {in_bytes(budget.activations + budget.working)}, "
-            f"the rest {in_bytes(budget.context + budget.growth.bytes)}",
+            f"the rest {in_bytes(budget.context)}",
         ),
     ]
-    if budget.growth.bytes:
-        rows.append(("as it goes on", f"of these, {budget.growth}"))
     if budget.host:
         rows.append(("in each host part", f"{in_bytes(budget.host)} of {in_bytes(cluster.host_memory)}"))
     rows += [(f"step, {name}", _step(stage)) for name, stage in plan.stages.items()]
@@ -116,12 +101,12 @@ def _rows(plan: Plan, smallest: dict[str, Any] | None) -> list[tuple[str, str]]:
     if plan.cost is not None:
         rows.append(("cost", f"{plan.cost:,.0f} US dollars"))
     rows.append(("fits", "yes" if plan.fits else "no"))
-    if smallest is not None and smallest["gpus"]:
+    if smallest["gpus"]:
         words = (
             f"{smallest['gpus']:,} × {smallest['gpu']} at {smallest['bytes_per_parameter']} bytes a parameter"
         )
         rows.append(("smallest that holds it", words))
-    if smallest is not None and smallest["changes"]:
+    if smallest["changes"]:
         rows.append(("would fit with", "; or ".join(smallest["changes"])))
     return rows
 

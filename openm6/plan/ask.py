@@ -9,10 +9,8 @@ from typing import Any
 from openm6.base.config import build
 from openm6.base.energy.config import EnergyConfig
 from openm6.base.errors import ConfigError
-from openm6.plan.ceilings import read_ceilings
 from openm6.plan.cluster import Cluster, ClusterOptions, gpu_cluster
 from openm6.plan.hardware import Gpu, gpu, gpus
-from openm6.plan.machine import machine_cluster
 from openm6.plan.plan import Plan, make_plan
 from openm6.plan.question import Question, read_model
 from openm6.plan.smallest import answer, check_bytes
@@ -20,28 +18,26 @@ from openm6.plan.smallest import answer, check_bytes
 
 @dataclass(frozen=True)
 class Asked:
-    """The machine asked about: a GPU of the table with the cluster's sizes, or, without one, this machine."""
+    """The machine asked about: a GPU of the table with the cluster's sizes."""
 
-    gpu: Gpu | None
+    gpu: Gpu
     known: tuple[Gpu, ...]
     options: ClusterOptions
 
     def cluster(self) -> Cluster:
         """What the plan is made for."""
-        if self.gpu is not None:
-            return gpu_cluster(self.gpu, self.options)
-        return machine_cluster(read_ceilings(), self.options.price)
+        return gpu_cluster(self.gpu, self.options)
 
 
 def read_machine(kind: str | None, table: Path | None, options: ClusterOptions) -> Asked:
     """The machine by the words of the command line.
 
     Raises:
-        ConfigError: no such GPU, a table that cannot be read, or several of this machine.
+        ConfigError: no GPU was named, no such GPU, or a table that cannot be read.
     """
-    if kind is None and options.devices > 1:
-        raise ConfigError(f"--gpus {options.devices} needs --gpu and the kind, as --gpu h100-80gb")
-    return Asked(gpu(kind, table) if kind is not None else None, tuple(gpus(table).values()), options)
+    if kind is None:
+        raise ConfigError("name the kind of GPU, as --gpu h100-80gb")
+    return Asked(gpu(kind, table), tuple(gpus(table).values()), options)
 
 
 def read_question(
@@ -79,7 +75,5 @@ def answer_question(question: Question, asked: Asked) -> tuple[Plan, dict[str, A
     """The plan and its JSON, with the smallest machine that would do."""
     plan = make_plan(question, asked.cluster())
     content = plan.to_json()
-    content["smallest"] = (
-        answer(question, plan, asked.gpu, asked.options, list(asked.known)) if asked.gpu is not None else None
-    )
+    content["smallest"] = answer(question, plan, asked.gpu, asked.options, list(asked.known))
     return plan, content

@@ -4,11 +4,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from openm6.models.config import BackboneConfig
 from openm6.plan.activations import Activations
-from openm6.plan.growth import Growth
 
 CONTEXT = 2.0 * 2**30  # bytes of a GPU that the driver, the libraries and the allocator's gaps take
 HALF = 2  # bytes of an element in bf16
@@ -51,10 +50,7 @@ BY_OPTIMIZER = {"adamw": 16, "muon": 12, "adafactor": 8}
 
 @dataclass(frozen=True)
 class DeviceBudget:
-    """Bytes on one device and, for what does not fit there, in the host's memory beside it.
-
-    growth: what comes as a run goes on, of a measured machine.
-    """
+    """Bytes on one device and, for what does not fit there, in the host's memory beside it."""
 
     states: float
     activations: float
@@ -62,11 +58,10 @@ class DeviceBudget:
     context: float
     host: float
     micro_batch: int  # tokens of one layer at a time
-    growth: Growth = field(default_factory=Growth)
 
     @property
     def device(self) -> float:
-        return self.states + self.activations + self.working + self.context + self.growth.bytes
+        return self.states + self.activations + self.working + self.context
 
     @property
     def streamed(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from openm6.plan.ceilings import Ceilings
 from openm6.plan.hardware import GIB, Gpu
 
 # What is reached of the specified rates; each is an assumption until the machine itself was measured.
@@ -43,7 +42,6 @@ class Cluster:
     watts: float
     price: float | None = None
     assumed: tuple[str, ...] = ()
-    measured: Ceilings | None = None  # then time and memory come from these, and `watts` is the draw at work
 
     @property
     def nodes(self) -> int:
@@ -51,8 +49,6 @@ class Cluster:
 
     def draw(self, computing: float, moving: float, waiting: float) -> float:
         """Watts of one device and its part of the node; the three shares of the time sum to 1."""
-        if self.measured is not None:
-            return self.watts
         return self.watts * (COMPUTING * computing + MOVING * moving + WAITING * waiting + OTHER_PARTS)
 
 

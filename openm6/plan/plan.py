@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from openm6.base.energy import gpt3
@@ -11,21 +11,13 @@ from openm6.base.energy.config import EnergyConfig
 from openm6.base.energy.grid import grid
 from openm6.base.energy.units import JOULES_A_KWH
 from openm6.models.config import BackboneConfig, count_parameters
-from openm6.parallel.streaming_config import StreamingConfig
 from openm6.plan.budget import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
 from openm6.plan.cluster import Cluster
-from openm6.plan.measured import (
-    SECONDS_A_DAY,
-    choose_way,
-    load_of,
-    measured_budget,
-    measured_growth,
-    measured_time,
-)
 from openm6.plan.question import Model, Question
 from openm6.plan.step_time import StepTime, step_time
-from openm6.plan.work import Stored, largest_layer, operations_a_token, stored_parameters
+from openm6.plan.work import largest_layer, operations_a_token, stored_parameters
 
+SECONDS_A_DAY = 86_400.0
 BATCH = 16_384  # tokens a step of one device, where nobody says
 TOKENS_A_PARAMETER = 20  # of the active ones, where nobody says (arXiv 2203.15556)
 LOGITS_AT_ONCE = 2048  # tokens whose logits exist at the same time, with their gradient 8 bytes each
@@ -44,7 +36,6 @@ class StagePlan:
     time: StepTime
     tokens: int  # of a step, all devices together
     fits: bool
-    watts: float | None = None  # of a measured machine at this work
 
     @property
     def tokens_per_day(self) -> float:
@@ -90,12 +81,8 @@ class Plan:
     def bytes(self) -> dict[str, float]:
         """Of all devices together: the model's states on the devices and in the hosts, and what a step adds."""
         budget, devices = self.real.budget, self.cluster.devices
-        added = budget.activations + budget.working + budget.context + budget.growth.bytes
-        place = "host" if self.cluster.measured and not self.cluster.measured.gpu else "gpu"
-        here = {"gpu": 0.0, "host": 0.0, "step": added * devices}
-        here[place] += budget.states * devices
-        here["host"] += budget.host * devices
-        return here
+        added = budget.activations + budget.working + budget.context
+        return {"gpu": budget.states * devices, "host": budget.host * devices, "step": added * devices}
 
     def to_json(self) -> dict[str, Any]:
         """The documented schema, without `smallest`, which `smallest.answer` adds."""
@@ -108,7 +95,6 @@ class Plan:
             "bytes_per_parameter": real.tier.bytes,
             "bytes": self.bytes,
             "bytes_per_gpu": {"used": real.budget.device, "usable": self.cluster.memory},
-            "growth": asdict(real.budget.growth),
             "step_seconds": real.time.seconds,
             "step_tokens": real.tokens,
             "binds": real.time.binds,
@@ -198,8 +184,6 @@ def plan_stage(
     model, n = question.model, cluster.devices
     stored = stored_parameters(config, model.vocabulary, model.adapters)
     tokens = question.batch or (model.rows * model.length if model.rows else BATCH)
-    if cluster.measured is not None:
-        return _measured_stage(question, cluster, config, name, tier, stored, tokens)
     layer = largest_layer(config)
     in_experts = layer * stored.experts / stored.total
     held = in_experts / n + layer - in_experts
@@ -212,30 +196,6 @@ def plan_stage(
     on_host = budget.host <= cluster.host_memory if may_stream else budget.host == 0
     fits = budget.device <= cluster.memory and on_host
     return StagePlan(name, stored.total, tier, budget, time, tokens * n, fits)
-
-
-def _measured_stage(
-    question: Question,
-    cluster: Cluster,
-    config: BackboneConfig,
-    name: str,
-    tier: Tier,
-    stored: Stored,
-    tokens: int,
-) -> StagePlan:
-    model, ceilings = question.model, cluster.measured
-    assert ceilings is not None
-    rates = ceilings.training
-    streaming = model.streaming or (StreamingConfig() if tier.layerwise else None)
-    setting = choose_way(rates, model.workers, streaming)
-    load = load_of(model, rates, tokens)
-    budget = measured_budget(config, model.vocabulary, stored, tier, load, setting)
-    time = measured_time(config, model.vocabulary, stored, tier, load, setting, rates)
-    moments = stored.total * tier.moments
-    growth = measured_growth(question, rates, setting, load, budget, moments, time.seconds)
-    budget = replace(budget, growth=growth)
-    watts = ceilings.watts["busy"] if setting.way.watts is None else setting.way.watts
-    return StagePlan(name, stored.total, tier, budget, time, tokens, budget.device <= cluster.memory, watts)
 
 
 def _length(question: Question, day_a_token: float, active: int) -> tuple[float, float]:
@@ -254,8 +214,7 @@ def _energy(
 ) -> Energy:
     current = grid(config.country)
     joules = sum(
-        seconds[name] * cluster.devices * (stage.watts or cluster.draw(*stage.time.shares))
-        for name, stage in stages.items()
+        seconds[name] * cluster.devices * cluster.draw(*stage.time.shares) for name, stage in stages.items()
     )
     rated = sum(seconds.values()) * cluster.devices * cluster.watts
     mwh, mwh_rated = (joule * config.pue / JOULES_A_KWH / 1000 for joule in (joules, rated))

@@ -13,21 +13,17 @@ from openm6.models.choice import ModelChoice, build_backbone, vocabulary_size
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS, preset
 from openm6.parallel.streaming_config import StreamingConfig
-from openm6.plan.examples import Lesson
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 LENGTH = 512  # tokens of a row
-STEPS, SAVE_EVERY = 1000, 500  # of a recipe that does not say
 
 
 @dataclass(frozen=True)
 class Model:
     """What is to be trained: its name, backbone and vocabulary; of a recipe also rows, row length and optimizer.
 
-    adapters: whether it takes other modalities than text; lessons: what it is taught, and with which weights; workers:
-    processes that share a step, None for one a core; streaming: how its blocks are streamed, None where they are not;
-    bytes_per_parameter: of its blocks, None where the optimizer decides; steps: of its run, None where `minutes` decide
-    or nobody knows; save_every: steps from checkpoint to checkpoint.
+    adapters: whether it takes other modalities than text; streaming: how its blocks are streamed, None where they are
+    not; bytes_per_parameter: of its blocks, None where the optimizer decides.
     """
 
     name: str
@@ -36,19 +32,9 @@ class Model:
     rows: int | None = None
     length: int = LENGTH
     optimizer: str | None = None
-    workers: int | None = None
     adapters: bool = False
-    lessons: tuple[Lesson, ...] = ()
     streaming: StreamingConfig | None = None
     bytes_per_parameter: int | None = None
-    steps: int | None = None
-    minutes: float | None = None
-    save_every: int = SAVE_EVERY
-
-    @property
-    def streamed(self) -> bool:
-        """Whether gradients are used up block by block."""
-        return self.streaming is not None or (self.bytes_per_parameter or 16) < 16
 
 
 @dataclass(frozen=True)
@@ -57,8 +43,7 @@ class Question:
 
     batch: tokens a step of one device; bytes_per_parameter: the tier, None for the most precise that fits;
     pseudo_share: part of the tokens in the stage whose layers share their weights; recompute_every: of so many blocks
-    the first's input is kept, where they are computed again; None as the recipe says, or 1; steps: those that a run
-    has told of, 0 for one that begins; None for a whole run, its last checkpoint included.
+    the first's input is kept, where they are computed again; None as the recipe says, or 1.
     """
 
     model: Model
@@ -68,7 +53,6 @@ class Question:
     bytes_per_parameter: int | None = None
     pseudo_share: float = 0.0
     recompute_every: int | None = None
-    steps: int | None = None
     energy: EnergyConfig = field(default_factory=EnergyConfig)
 
     @property
@@ -125,7 +109,6 @@ def model_of_recipe(name: str, values: dict[str, Any], overrides: list[str] | No
     packing, loop = values.get("packing") or {}, values.get("loop") or {}
     text = (values.get("modalities") or {}).get("text") or {}
     optimizer, streaming = loop.get("optimizer") or {}, loop.get("streaming")
-    steps = loop.get("steps", STEPS)
     choice = build(ModelChoice, values.get("model") or {}, f"{name}: model")
     return Model(
         name=name,
@@ -134,15 +117,7 @@ def model_of_recipe(name: str, values: dict[str, Any], overrides: list[str] | No
         rows=int(packing.get("rows", 4)),
         length=int(packing.get("length", LENGTH)),
         optimizer=str(optimizer.get("name", "adamw")),
-        workers=loop["workers"] if isinstance(loop.get("workers"), int) else None,
         adapters=True,
-        lessons=tuple(
-            (str(one.get("source")), str(one.get("task")), float(one.get("weight", 1.0)))
-            for one in values.get("mixture") or ()
-        ),
         streaming=None if streaming is None else build(StreamingConfig, streaming, f"{name}: loop.streaming"),
         bytes_per_parameter=optimizer.get("bytes_per_parameter"),
-        steps=steps if isinstance(steps, int) else None,
-        minutes=loop.get("minutes"),
-        save_every=int(loop.get("save_every", SAVE_EVERY)),
     )

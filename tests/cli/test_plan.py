@@ -31,12 +31,11 @@ def test_the_claim_on_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("base",), "this machine was not measured yet: run openm6 bench machine once"),
+        (("base",), "name the kind of GPU"),
         ((), "name a preset or a recipe to plan"),
         (("base", "--gpu", "h100"), "no GPU 'h100' in the table"),
         (("base", "--gpu", "t4", "--country", "Atlantis"), "no grid of country 'Atlantis'"),
         (("base", "--gpu", "t4", "--tokens", "-1"), "tokens=-1 must be above 0"),
-        (("--check", "nowhere"), "this machine was not measured yet"),
     ],
 )
 def test_one_sentence_for_what_cannot_be(tmp_path: Path, words: tuple[str, ...], sentence: str) -> None:

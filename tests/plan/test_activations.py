@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from openm6.bench.training_parts import block_of
 from openm6.modalities.batch import Batch
+from openm6.models.backbone import Backbone, choose_mask
 from openm6.models.config import BackboneConfig
+from openm6.nn.block import Block, Context, LayerParts
 from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.nn.exchange import LocalExchange
 from openm6.ops.precision import products_in_half
+from openm6.ops.rotary import rotary_table
 from openm6.ops.sequence import SequenceMeta
 from openm6.plan.activations import Activations
-from openm6.plan.measured import ELEMENT
 
+ELEMENT = 4  # bytes: what lies between products stays in fp32 on a processor
 ROWS, LENGTH, PIECE = 8, 512, 64  # and the tokens of one example; so many rows that filling them up is little
 SIZES = {"width": 128, "num_layers": 1, "num_kv_heads": 1, "head_dim": 64}
 
@@ -26,6 +29,22 @@ def packed() -> Batch:
     order = (places % PIECE - PIECE // 2 + 1).clamp(min=0).to(torch.int32)
     positions = (places % PIECE).to(torch.int32)[..., None].expand(-1, -1, 3)
     return Batch(SequenceMeta(sample, order, torch.zeros_like(sample), positions), {}, ROWS * LENGTH, [])
+
+
+def block_of(config: BackboneConfig, batch: Batch) -> tuple[Block, LayerParts, Context]:
+    """The only layer of a backbone, and what its forward pass needs of a batch."""
+    backbone, layout = Backbone(config), batch.layout
+    x = torch.zeros(layout.batch, layout.length, config.width)
+    context = Context(
+        rotary=rotary_table(layout.positions, config.rope_theta, config.sections),
+        mask=choose_mask(layout, None, x),
+        valid=layout.valid,
+        cache=None,
+        exchange=LocalExchange(),
+    )
+    block, parts = backbone.sets[0], backbone.layers[0]
+    assert isinstance(block, Block) and isinstance(parts, LayerParts)
+    return block, parts, context
 
 
 def kept_elements(config: BackboneConfig) -> float:

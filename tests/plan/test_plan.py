@@ -123,7 +123,7 @@ def test_what_cannot_be_planned_is_told() -> None:
         read_question("m6-10x", [])
     with pytest.raises(ConfigError, match="no tier of 3 bytes a parameter: choose 1, 2, 4"):
         read_question("base", [], bytes_per_parameter=3)
-    with pytest.raises(ConfigError, match="--gpus 4 needs --gpu"):
+    with pytest.raises(ConfigError, match="name the kind of GPU"):
         read_machine(None, None, ClusterOptions(devices=4))
     with pytest.raises(ConfigError, match=r"pseudo share 1.5 must lie between 0 and 1"):
         read_question("base", [], pseudo_share=1.5)

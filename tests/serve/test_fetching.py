@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from openm6.base.errors import ConfigError
-from openm6.bench.server import Address
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, ServeConfig
 from openm6.serve.content import ImageURL
@@ -21,6 +20,7 @@ from openm6.serve.errors import BadRequestError
 from openm6.serve.fetching import Fetcher, is_public
 from openm6.serve.run import read_serve_config
 from tests.data.pictures import png
+from tests.load.server import Address
 from tests.serve.running import running
 from tests.small_model import loaded
 

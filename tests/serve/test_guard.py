@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from openm6.base.errors import ConfigError
-from openm6.bench.server import Address, Reply, form
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
@@ -23,6 +22,7 @@ from openm6.serve.errors import BadRequestError
 from openm6.serve.guard import read_json
 from openm6.serve.run import read_serve_config
 from tests.data.pictures import png, wav
+from tests.load.server import Address, Reply, form
 from tests.serve.running import running
 from tests.small_model import loaded
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from openm6.bench.server import Address, Reply
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
 from openm6.serve.ticket import Ticket
 from openm6.serve.worker import Worker
+from tests.load.server import Address, Reply
 from tests.serve.running import running
 from tests.small_model import loaded
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from openm6.bench.server import Address, form
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
 from openm6.serve.run import read_serve_config
 from tests.data.pictures import png
+from tests.load.server import Address, form
 from tests.serve.running import running
 from tests.small_model import loaded
 

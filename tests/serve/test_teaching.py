@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from openm6.bench.server import Address, Reply
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, ServeConfig
 from openm6.serve.engine import Engine
 from tests.data.pictures import png
+from tests.load.server import Address, Reply
 from tests.serve.running import running
 from tests.small_model import loaded
 

@@ -12,7 +12,6 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from openm6.bench.server import Address, Reply, form
 from openm6.serve.app import create_app
 from openm6.serve.chat_schemas import UNSUPPORTED, ChatBody
 from openm6.serve.config import EngineConfig, ServeConfig
@@ -24,6 +23,7 @@ from openm6.serve.routes.predict import Prediction
 from openm6.serve.routes.rank import Ranking
 from openm6.serve.scenarios.bodies import ScenarioBody
 from openm6.serve.validation import KINDS, SENTENCES, complaint
+from tests.load.server import Address, Reply, form
 from tests.serve.running import running
 from tests.small_model import loaded
 

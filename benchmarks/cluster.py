@@ -1,0 +1,202 @@
+"""The benchmark cluster: one rank of many, rehearsed in one process: bytes it holds, what it says to the others.
+
+The process group is torch's fake one and the tensors have shapes but no contents, so a step of ten trillion parameters
+runs through the very code that trains: sharding, exchange, backward pass, update. Shapes, bytes and the list of
+collectives are true; values are not, and none is looked at.
+"""
+
+# Letters: T tokens of a rank, D width
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.report import Report
+from openm6.base.errors import ConfigError
+from openm6.models.backbone import Backbone
+from openm6.models.config import BackboneConfig, count_parameters
+from openm6.models.presets import preset
+from openm6.nn.block import Block, Context, LayerParts
+from openm6.parallel.config import MeshShape
+from openm6.parallel.exchange import AllToAllExchange
+from openm6.parallel.gradients import apart, local
+from openm6.parallel.sharding import Layout, expert_parameters, open_layout, shard
+
+SECONDS = 420.0
+CPU = torch.device("cpu")
+DTYPE = torch.bfloat16
+KINDS = {
+    "alltoall": "all_to_all",
+    "allgather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "allreduce": "all_reduce",
+    "broadcast": "broadcast",
+}
+
+
+class CollectiveCount(TorchDispatchMode):
+    """Counts collectives by kind, and the bytes that this rank brings to each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, values: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        name = str(function)
+        if name.startswith("c10d."):
+            kind = next((word for part, word in KINDS.items() if part in name), name)
+            # Those with two buffers name the one to fill first.
+            brought = values[1] if kind in ("all_to_all", "all_gather", "reduce_scatter") else values[0]
+            self.calls[kind] += 1
+            self.bytes[kind] += sum(t.numel() * t.element_size() for t in _tensors(brought))
+        return function(*values, **(named or {}))
+
+
+class Stack(nn.Module):
+    """The blocks of a backbone under a plain causal mask: all of a step that depends on the number of ranks."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        sets = self.backbone.config.weight_sets
+        for layer, number in enumerate(sets):
+            block, parts = self.backbone.sets[number], self.backbone.layers[layer]
+            assert isinstance(block, Block) and isinstance(parts, LayerParts)
+            x, _ = block(x, parts, context, layer)
+        return self.backbone.final_norm(x)
+
+
+def bench_cluster(
+    of: str = "m6-10t",
+    ranks: int = 512,
+    rank: int = 0,
+    shards: int = 1,
+    layers: int | None = None,
+    rows: int = 4,
+    length: int = 1024,
+    json_path: Path | None = None,
+) -> None:
+    """Rehearses one step of one rank, prints one JSON object and writes it to `json_path`.
+
+    Raises:
+        ConfigError: no such preset, or a model that the ranks cannot share evenly.
+    """
+    config = preset(of).backbone
+    config = config.model_copy(update={"num_layers": layers}) if layers else config
+    with Report(json_path, SECONDS) as report:
+        report["of"] = of
+        report.update(rehearse(config, ranks, rank, shards, rows, length))
+
+
+def rehearse(
+    config: BackboneConfig, ranks: int, rank: int, shards: int, rows: int, length: int
+) -> dict[str, Any]:
+    """Bytes held and exchanged by rank `rank` of `ranks`, cut over `shards` × the rest as experts."""
+    experts = config.experts
+    if experts is None or ranks % shards or experts.num_experts % (ranks // shards):
+        raise ConfigError(
+            f"{ranks} ranks in {shards} shards cannot share the model's experts evenly: change --ranks or --shards"
+        )
+    began = time.perf_counter()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        layout = open_layout(MeshShape(1, shards, ranks // shards), CPU)
+        figures = _step(config, layout, rows, length)
+    finally:
+        dist.destroy_process_group()
+    total = count_parameters(config).total
+    return {
+        "ranks": ranks,
+        "rank": rank,
+        "mesh": {"data": 1, "shard": shards, "experts": ranks // shards},
+        "parameters": total,
+        "layers": config.num_layers,
+        "tokens_per_rank": rows * length,
+        **figures,
+        "expected_exchange_bytes": expected_exchange_bytes(config, ranks // shards, rows * length),
+        "seconds_of_rehearsal": time.perf_counter() - began,
+    }
+
+
+def expected_exchange_bytes(config: BackboneConfig, columns: int, tokens: int) -> int:
+    """What a rank sends in a step by the formula: rows there and answers home, forwards and backwards."""
+    experts = config.experts
+    assert experts is not None
+    layers = sum(config.has_experts(layer) for layer in range(config.num_layers))
+    rows = experts.choices * tokens
+    counts = experts.num_experts * 8  # how many rows, where that is not known beforehand
+    if experts.capacity is not None:
+        share = experts.choices * tokens / experts.num_experts * experts.capacity
+        rows, counts = experts.num_experts * max(1, -int(-share // 1)), 0
+    return layers * (4 * rows * config.width * DTYPE.itemsize + counts)
+
+
+def _step(config: BackboneConfig, layout: Layout, rows: int, length: int) -> dict[str, Any]:
+    counter = CollectiveCount()
+    with torch.device("meta"):
+        stack = Stack(Backbone(config))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _empty(stack)
+        shard(stack, layout)
+        groups = apart([{"params": list(stack.parameters())}])
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, foreach=True)
+        x = torch.empty(rows, length, config.width, dtype=DTYPE)
+        with counter:
+            stack(x, _context(config, layout, rows, length)).sum().backward()
+            gradients = sum(_bytes(p.grad) for p in stack.parameters() if p.grad is not None)
+            optimizer.step()
+        slots = sum(_bytes(t) for state in optimizer.state.values() for t in state.values())
+    held = sum(local(parameter).numel() for parameter in stack.parameters())
+    dealt = sum(local(parameter).numel() for _, parameter in expert_parameters(stack))
+    return {
+        "parameters_per_rank": held,
+        "expert_parameters_per_rank": dealt,
+        "bytes_per_rank": {"weights": DTYPE.itemsize * held, "gradients": gradients, "moments": slots},
+        "collectives": {
+            kind: {"calls": calls, "bytes": counter.bytes[kind]}
+            for kind, calls in sorted(counter.calls.items())
+        },
+    }
+
+
+def _empty(model: nn.Module) -> None:
+    """Puts tensors without contents in place of those on `meta`, which FSDP could not exchange later."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=DTYPE)))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape))
+
+
+def _context(config: BackboneConfig, layout: Layout, rows: int, length: int) -> Context:
+    angle = torch.empty(rows, length, 1, config.head_dim // 2)
+    mask = torch.zeros(1, 1, length, length, dtype=DTYPE)
+    valid = torch.ones(rows, length, dtype=torch.bool)
+    exchange = AllToAllExchange(layout.expert_group())
+    return Context(rotary=(angle, angle), mask=mask, valid=valid, cache=None, exchange=exchange)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, (list, tuple)) else []
+
+
+def _bytes(tensor: Tensor) -> int:
+    part = local(tensor)
+    return part.numel() * part.element_size()

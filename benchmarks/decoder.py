@@ -1,0 +1,117 @@
+"""Our side of the training benchmark: the backbone between a word embedding and a head, as a decoder for text."""
+
+# Letters: B rows, S tokens of a row, D width
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.contender import Contender, Part, backward_of, own_products_of, update_of
+from benchmarks.sizes import Sizes
+from openm6.models.backbone import Backbone, choose_mask, side_loss
+from openm6.models.running import CompiledBlocks
+from openm6.nn.block import Block, LayerParts
+from openm6.nn.exchange import LocalExchange
+from openm6.nn.experts import Experts, Router
+from openm6.ops.linear_loss import linear_nats
+from openm6.ops.rotary import rotary_table
+from openm6.ops.sequence import SequenceMeta, causal_meta
+from openm6.optim.config import OptimizerConfig
+from openm6.optim.groups import default_groups
+from openm6.optim.registry import build_optimizer
+
+
+class Decoder(nn.Module):
+    """Embedding, backbone and a head of its own, as the peer has them."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(sizes.vocabulary, sizes.width)
+        self.backbone = Backbone(sizes.backbone)
+        self.head = nn.Parameter(torch.empty(sizes.vocabulary, sizes.width))
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.head, std=0.02)
+
+    def forward(self, ids: Tensor, layout: SequenceMeta) -> Tensor:
+        """Mean loss of the next tokens of B S ids, with the routers' side losses."""
+        hidden, loads = self.backbone(self.embedding(ids), layout)
+        return self.loss(hidden, ids) + side_loss(loads)
+
+    def loss(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """B S D, B S -> mean nats; the last token of a row has no next."""
+        flat, label = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()  # B·(S-1) D
+        share = torch.full((len(label),), 1.0 / len(label), device=ids.device)
+        return linear_nats(flat, self.head, label, share)[0]
+
+
+def our_contender(sizes: Sizes, device: torch.device) -> Contender:
+    """The decoder with random weights, and one step of it on random words, as a training run takes it."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Decoder(sizes)
+    if device.type == "cuda":
+        model.to(torch.bfloat16)
+        model.backbone.run_block = CompiledBlocks()
+    optimizer = build_optimizer(default_groups(model), OptimizerConfig(name="adamw", learning_rate=1e-4))
+    ids = torch.randint(0, sizes.vocabulary, (sizes.rows, sizes.length), device=device)
+    layout = causal_meta(sizes.rows, sizes.length, device=device)
+
+    run = model.backbone.run_block
+
+    def step() -> Tensor:
+        loss = model(ids, layout)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return Contender(
+        model,
+        optimizer,
+        step,
+        lambda: _parts(model, optimizer, ids, layout),
+        compilations=lambda: run.compilations if isinstance(run, CompiledBlocks) else 0,
+    )
+
+
+def _parts(
+    model: Decoder, optimizer: torch.optim.Optimizer, ids: Tensor, layout: SequenceMeta
+) -> Mapping[str, tuple[int, Part]]:
+    """Layer 0 piece by piece, as often as there are layers; then what a step does once."""
+    config = model.backbone.config
+    block, own = cast(Block, model.backbone.sets[0]), cast(LayerParts, model.backbone.layers[0])
+    router, experts = cast(Router, own.router), cast(Experts, block.feed_forward)
+    x = torch.randn_like(model.embedding(ids))
+    rotary = rotary_table(layout.positions, config.rope_theta, config.sections)
+    mask = choose_mask(layout, None, x)
+
+    ready = torch.compile if x.is_cuda else _as_it_is  # as the blocks of a step are
+
+    @ready
+    def attention(leaf: Tensor) -> Tensor:
+        normal = own.attention_norm(leaf)
+        return block.attention(normal, own.head_norms, rotary, mask, None, 0)
+
+    @ready
+    def sparse(leaf: Tensor) -> Tensor:
+        return experts(own.feed_forward_norm(leaf), router, layout.valid, LocalExchange(), 0)[0]
+
+    rows = ids.numel() * experts.config.choices
+    return {
+        "attention": (config.num_layers, backward_of(attention, x, [*block.attention.parameters()])),
+        "expert_products": (config.num_layers, own_products_of(experts.up, experts.down, rows)),
+        "sparse_layer": (
+            config.num_layers,
+            backward_of(sparse, x, [experts.up, experts.down, router.weight]),
+        ),
+        "head_and_loss": (1, backward_of(lambda leaf: model.loss(leaf, ids), x, [model.head])),
+        "optimizer": (1, update_of(optimizer)),
+    }
+
+
+def _as_it_is(function: Any) -> Any:
+    return function

@@ -1,0 +1,124 @@
+"""The benchmark exchange: experts dealt out to ranks, with real numbers, against one process that holds them all."""
+
+# Letters: T tokens of a rank, D width
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.ranks import on_ranks
+from benchmarks.report import Report
+from openm6.base.errors import ConfigError
+from openm6.nn.config import ExpertsConfig
+from openm6.nn.exchange import ExpertExchange, LocalExchange
+from openm6.nn.experts import Experts, Router
+from openm6.parallel.exchange import AllToAllExchange
+from openm6.parallel.sharding import cut_experts
+
+Array = np.ndarray[Any, Any]
+WIDTH, HIDDEN, TOKENS = 64, 96, 24
+TOLERANCE = 1e-5
+SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """Answers and gradients: of a rank's tokens, of its experts, of the router (a share of its sum)."""
+
+    answers: Array  # T D
+    tokens: Array  # T D
+    up: Array
+    down: Array
+    router: Array
+
+
+def bench_exchange(ranks: int = 8, parts: int = 2, json_path: Path | None = None) -> None:
+    """Compares, prints one JSON object and writes it to `json_path`.
+
+    Raises:
+        ConfigError: fewer than two ranks.
+    """
+    if ranks < 2:
+        raise ConfigError("--ranks must be at least 2: one process has nothing to exchange")
+    with Report(json_path, SECONDS) as report:
+        report.update({"ranks": ranks, "experts": 4 * ranks, "parts": parts, "equal_to": TOLERANCE})
+        report["tokens_of_ranks"] = [_tokens(rank).shape[1] for rank in range(ranks)]
+        found = on_ranks(ranks, work_of_rank, parts)
+        experts, router = _layer(ranks)
+        alone = [_learn(experts, router, LocalExchange(), rank) for rank in range(ranks)]
+        differences = _differences(found, alone)
+        report["largest_relative_difference"] = differences
+        report["equal"] = all(value <= TOLERANCE for value in differences.values())
+
+
+def _differences(found: list[Found], alone: list[Found]) -> dict[str, float]:
+    """Of the ranks, each with its own experts, from one process that worked for each in turn and has them all."""
+    return {
+        "answers": _largest([(a.answers, b.answers) for a, b in zip(found, alone, strict=True)]),
+        "token_gradients": _largest([(a.tokens, b.tokens) for a, b in zip(found, alone, strict=True)]),
+        "expert_gradients": _largest(
+            [
+                (np.concatenate([part.up for part in found]), alone[-1].up),
+                (np.concatenate([part.down for part in found]), alone[-1].down),
+            ]
+        ),
+        "router_gradients": _largest([(np.sum([part.router for part in found], axis=0), alone[-1].router)]),
+    }
+
+
+def work_of_rank(parts: int) -> Found:
+    """One rank's share, in its process."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    experts, router = _layer(size)
+    cut_experts([experts], rank, size)
+    return _learn(experts, router, AllToAllExchange(whole_group(), parts), rank)
+
+
+def whole_group() -> dist.ProcessGroup:
+    """All ranks."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def _layer(ranks: int) -> tuple[Experts, Router]:
+    """Four experts for each rank, in as many prototypes as there are ranks."""
+    torch.manual_seed(0)
+    config = ExpertsConfig(
+        hidden=HIDDEN, num_experts=4 * ranks, num_prototypes=ranks, ffn="gelu", balance="none"
+    )
+    experts, router = Experts(WIDTH, config), Router(WIDTH, config)
+    experts.reset_parameters(0.1, 0.1)
+    router.reset_parameters(0.1)
+    return experts, router
+
+
+def _tokens(rank: int) -> Tensor:
+    """Unlike numbers of tokens on each rank.  # 1 T D"""
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(1, 1 + (7 * rank) % TOKENS, WIDTH, generator=generator)
+
+
+def _learn(experts: Experts, router: Router, exchange: ExpertExchange[Any], rank: int) -> Found:
+    x = _tokens(rank).requires_grad_()
+    y, _ = experts(x, router, torch.ones(x.shape[:2], dtype=torch.bool), exchange, 0)
+    y.square().sum().backward()
+    gradients = [_gradient(tensor) for tensor in (x, experts.up, experts.down, router.weight)]
+    return Found(y.detach().numpy(), *gradients)
+
+
+def _gradient(tensor: Tensor) -> Array:
+    assert tensor.grad is not None
+    return tensor.grad.clone().numpy()  # no tensor: those would travel by a file of the process that ends
+
+
+def _largest(pairs: list[tuple[Array, Array]]) -> float:
+    """The largest difference, relative to the largest value there is."""
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)

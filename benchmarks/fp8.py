@@ -1,0 +1,207 @@
+"""The benchmark fp8: what eight-bit expert products cost in accuracy, and on a Hopper GPU what they gain in time."""
+
+# Letters: B rows, S tokens of a row, R rows sent to experts, K and N widths, E experts
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.contender import Part, products_of
+from benchmarks.decoder import Decoder, our_contender
+from benchmarks.fp8_product import (
+    EightBitExperts,
+    compiled_quantise,
+    eight_bit_product,
+    on_hopper,
+    scaled_product_reference,
+)
+from benchmarks.measure import Timing, alternate, device_name
+from benchmarks.report import Report
+from benchmarks.sizes import Sizes, choose_sizes, default_name
+from openm6.base.device import own_device
+from openm6.data.parquet import embedded_path, read_parquet
+from openm6.nn.block import Block
+from openm6.nn.experts import Experts
+from openm6.ops.grouped import grouped_product_reference
+from openm6.ops.sequence import causal_meta
+from openm6.optim.config import OptimizerConfig
+from openm6.optim.groups import default_groups
+from openm6.optim.registry import build_optimizer
+
+WORTH = {"gain": 0.15, "loss_difference": 0.01}  # what it takes to become an option of training
+BLOCK = 128
+NO_HOPPER = (
+    "torch's grouped product of eight-bit numbers needs a GPU of the Hopper generation (compute capability 9.0), "
+    "which this machine lacks: only errors are measured, by a plain twin"
+)
+LOSS_STEPS = {"cpu": 80, "cuda": 600}
+BYTES = 256  # the words of the loss runs: texts as bytes
+LOSS_SIZES = {
+    "cpu": Sizes(
+        num_layers=2, width=128, num_heads=2, num_kv_heads=1, head_dim=64,
+        num_experts=8, top_k=2, hidden=128, vocabulary=BYTES, rows=4, length=128,
+    ),
+    "cuda": Sizes(
+        num_layers=8, width=512, num_heads=8, num_kv_heads=2, head_dim=64,
+        num_experts=16, top_k=2, hidden=512, vocabulary=BYTES, rows=16, length=1024,
+    ),
+}  # fmt: skip
+
+
+def bench_fp8(
+    config: str | None = None, seconds: float | None = None, json_path: Path | None = None
+) -> dict[str, Any]:
+    """Measures errors, the loss of training, and where there is a Hopper GPU the time; prints one JSON object.
+
+    config: the sizes of `bench train`; None: those that fit the device. seconds: after these it prints what it has.
+
+    Raises:
+        ConfigError: no such config.
+    """
+    device = own_device()
+    sizes, name = choose_sizes(config, device), config or default_name(device)
+    with Report(json_path, seconds or (300.0 if device.type == "cuda" else 90.0)) as report:
+        report.update({"device": device_name(device), "torch": torch.__version__, "worth_it_at": WORTH})
+        report["config"] = {"name": name, **sizes.model_dump()}
+        report["error"] = product_errors(sizes)
+        if on_hopper(device):
+            speed: dict[str, Any] = {}
+            report.update({"speed": speed, "speed_note": None})
+            measure_speed(speed, sizes, device, report)
+        else:
+            report.update({"speed": None, "speed_note": NO_HOPPER})
+        compare_losses(report, device)
+    return report.found
+
+
+def product_errors(sizes: Sizes) -> dict[str, dict[str, float]]:
+    """Relative error (Frobenius) of the first product and of its input's gradient, by how scales are given.
+
+    On few experts, at the widths of the sizes; inputs and weights are normal, a few columns of the input 20 times as
+    large, as they are in trained models.
+    """
+    generator = torch.Generator().manual_seed(0)
+    experts, rows = 2, 64
+    x = torch.randn(experts * rows, sizes.width, generator=generator)  # R K
+    x[:, :: max(1, sizes.width // 4)] *= 20
+    weight = 0.02 * torch.randn(experts, sizes.width, 2 * sizes.hidden, generator=generator)  # E K N
+    upstream = torch.randn(experts * rows, 2 * sizes.hidden, generator=generator)  # R N
+    counts = torch.full((experts,), rows)
+    found = {}
+    for name, block in (("a scale for each row", None), (f"for each {BLOCK} numbers of a row", BLOCK)):
+        if block and (sizes.width % block or 2 * sizes.hidden % block):
+            continue
+        found[name] = {
+            "product": _error(x, weight, counts, block),
+            "gradient": _error(upstream, weight.mT, counts, block),
+        }
+    return found
+
+
+def _error(rows: Tensor, weight: Tensor, counts: Tensor, block: int | None) -> float:
+    exact = grouped_product_reference(rows.double(), weight.double(), counts)
+    found = scaled_product_reference(rows, weight, counts, block)
+    return round(float((found - exact).norm() / exact.norm()), 5)
+
+
+def measure_speed(found: dict[str, Any], sizes: Sizes, device: torch.device, report: Report) -> None:
+    """Milliseconds of a layer's products both ways, with what quantising takes, and what a whole step would gain."""
+    layers = sizes.num_layers
+    timings = _time_products(sizes, device, report)
+    found["layer_ms"] = {name: round(1000 * timing.median, 3) for name, timing in timings.items()}
+    torch.cuda.empty_cache()
+    contender = our_contender(sizes, device)
+    step = alternate({"step": contender.step}, 8, 3, report.deadline, device)["step"].median
+    saved = layers * (timings["bf16"].median - timings["fp8"].median)
+    found["step_ms"] = round(1000 * step, 3)
+    found["share_of_products"] = round(layers * timings["bf16"].median / step, 4)
+    found["estimated_gain"] = round(step / (step - saved) - 1, 4)
+
+
+def _time_products(sizes: Sizes, device: torch.device, report: Report) -> dict[str, Timing]:
+    """Products of one layer and their gradients in either way, and the quantising of its weights in both layouts."""
+    with device:
+        up = torch.randn(sizes.num_experts, sizes.width, 2 * sizes.hidden, dtype=torch.bfloat16)
+        down = torch.randn(sizes.num_experts, sizes.hidden, sizes.width, dtype=torch.bfloat16)
+    for weight in (up, down):
+        weight.mul_(0.02).requires_grad_()
+    num_rows, fused = sizes.tokens * sizes.top_k, compiled_quantise()
+
+    def quantise_weights() -> None:
+        with torch.no_grad():
+            for weight in (up, down):
+                for one in (weight, weight.mT.contiguous()):
+                    fused(one)
+
+    contenders: dict[str, Part] = {
+        "bf16": products_of(up, down, num_rows),
+        "fp8": products_of(up, down, num_rows, eight_bit_product),
+        "quantising weights": quantise_weights,
+    }
+    return alternate(contenders, 20, 3, report.deadline, device)
+
+
+def compare_losses(report: Report, device: torch.device) -> None:
+    """Trains one small decoder on the bytes of embedded texts twice, with and without eight bits, step by step."""
+    sizes, steps = LOSS_SIZES[device.type], LOSS_STEPS[device.type]
+    losses: dict[str, list[float]] = {"plain": [], "fp8": []}
+    report.later("loss", partial(_loss_figures, losses))
+    text = _bytes_of_texts()
+    layout = causal_meta(sizes.rows, sizes.length, device=device)
+    runs = {name: _decoder(sizes, device, name == "fp8") for name in losses}
+    generator = np.random.default_rng(0)
+    for _ in range(steps):
+        if report.deadline.passed:
+            break
+        starts = generator.integers(0, len(text) - sizes.length, sizes.rows)
+        ids = torch.from_numpy(np.stack([text[start : start + sizes.length] for start in starts])).to(device)
+        for name, (model, optimizer) in runs.items():
+            loss = model(ids, layout)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses[name].append(float(loss.detach()))
+
+
+def _bytes_of_texts() -> np.ndarray:
+    texts = read_parquet(embedded_path("wordnet_en-train"), lambda names: ["text_en"]).column("text_en")
+    joined = "\n".join(text.as_py() or "" for text in texts).encode()
+    return np.frombuffer(joined, np.uint8).astype(np.int64)
+
+
+def _decoder(sizes: Sizes, device: torch.device, eight_bits: bool) -> tuple[Decoder, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = Decoder(sizes)
+    if eight_bits:
+        for block in model.backbone.sets:
+            assert isinstance(block, Block)
+            plain = block.feed_forward
+            assert isinstance(plain, Experts)
+            experts = EightBitExperts(sizes.width, plain.config)
+            experts.load_state_dict(plain.state_dict())
+            block.feed_forward = experts
+    model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    settings = OptimizerConfig(name="adamw", learning_rate=2e-3)
+    return model, build_optimizer(default_groups(model), settings)
+
+
+def _loss_figures(losses: dict[str, list[float]]) -> dict[str, Any] | None:
+    """Means over the last quarter of the steps that both took, and their relative difference."""
+    steps = min(len(taken) for taken in losses.values())
+    if not steps:
+        return None
+    last = {
+        name: statistics.mean(taken[steps - max(1, steps // 4) : steps]) for name, taken in losses.items()
+    }
+    return {
+        "steps": steps,
+        **{name: round(value, 5) for name, value in last.items()},
+        "relative_difference": round(last["fp8"] / last["plain"] - 1, 5),
+    }

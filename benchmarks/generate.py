@@ -1,0 +1,154 @@
+"""Masked-parallel against autoregressive decoding of the same picture codes, by the same backbone."""
+
+# Letters: B rows, N places, G codes a place, D width
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Timing, alternate, device_name
+from benchmarks.report import Report
+from openm6.base.device import own_device
+from openm6.generate.canvases import Canvas, advance
+from openm6.generate.decode import DecodeStep, Speaker
+from openm6.generate.masked import MaskedSampling
+from openm6.generate.reading import read_into
+from openm6.modalities.codes import CodesAdapter
+from openm6.modalities.interface import Part
+from openm6.modalities.registry import ModalitiesConfig, build_modalities, source_segments
+from openm6.modalities.text import Text, train_tokenizer
+from openm6.models.omni import Omni
+from openm6.models.presets import PRESETS
+
+WORDS = "draw a small red house with a green door under a blue sky"
+SECONDS = 150.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is compared: a preset, a codec of 256 places, steps of masked-parallel decoding, guidance in both."""
+
+    preset: str = "nano"
+    codec: str = "image-256"
+    steps: int = 8
+    guidance: float = 2.0
+    repeats: int = 3
+
+
+class Autoregressive:
+    """Place after place from cached keys and values, by the same fast step as text: one token a step.
+
+    Each place's codes are drawn by the same head, in the light of all earlier places; with guidance, a second row
+    reads no prompt. What the codes look like is not judged: the work is that of a model trained to be decoded so.
+    """
+
+    def __init__(self, omni: Omni, text: Text, places: int, room: int) -> None:
+        self.omni, self.places = omni, places
+        self.speaker = Speaker.of(omni, text)
+        self.cache = self.speaker.new_slots(2, room)
+        self.step = DecodeStep(self.speaker, self.cache)
+        adapter = omni.adapter("image_out")
+        assert isinstance(adapter, CodesAdapter)
+        self.adapter = adapter
+
+    @torch.inference_mode()
+    def draw(self, prompt: list[Any], like: dict[str, Tensor], guidance: float) -> Tensor:
+        """Codes of all places.  # -> N G"""
+        place, _ = read_into(self.omni, prompt, self.cache, 0)
+        rows = 2 if guidance > 0 else 1
+        start = torch.tensor([place, 0][:rows], device=self.omni.device)
+        length = torch.tensor([self.cache.lengths[0], 0][:rows], device=self.omni.device)
+        codes = torch.zeros(1, self.adapter.groups, dtype=torch.int64, device=self.omni.device)
+        longest = self.cache.room
+        found = []
+        for number in range(self.places):
+            arrays = {
+                "shown": codes,
+                "hidden": torch.full((1,), number == 0, device=codes.device),
+                "places": like["places"][number : number + 1],
+            }
+            x = self.adapter.embed(arrays).expand(rows, -1)
+            states = self.step.states(x, start + number, length + number, longest)  # B D
+            codes = self._codes(states, guidance)
+            found.append(codes)
+        return torch.cat(found)
+
+    def _codes(self, states: Tensor, guidance: float) -> Tensor:
+        drawn = torch.zeros(1, self.adapter.groups, dtype=torch.int64, device=states.device)
+        for group in range(self.adapter.groups):
+            logits = self.adapter.group_logits(states, drawn.expand(len(states), -1), group).float()
+            if guidance > 0:
+                logits = logits[:1] + guidance * (logits[:1] - logits[1:])
+            drawn[:, group] = logits.argmax(-1)
+        return drawn
+
+
+def bench_generate(json_path: Path | None = None, setting: Setting | None = None) -> None:
+    """Times both ways for one picture and prints the ratio."""
+    with Report(json_path, SECONDS) as report:
+        compare(setting or Setting(), report)
+
+
+def compare(setting: Setting, report: Report) -> None:
+    """Puts the figures of both ways of decoding into the report."""
+    device = own_device()
+    omni, modalities = _model(setting, device)
+    image, text = modalities["image"], modalities["text"]
+    assert isinstance(text, Text)
+    prompt = source_segments([Part("text", WORDS)], modalities)
+    blank = image.blank()
+    room = -(-(sum(map(len, prompt)) + len(blank) + 1) // 64) * 64
+    slots = Speaker.of(omni, text).new_slots(1, room)
+    sampling = MaskedSampling(steps=setting.steps, guidance=setting.guidance, temperature=0.0)
+
+    def masked() -> Tensor:
+        place, _ = read_into(omni, prompt, slots, 0)
+        canvas = Canvas.of(None, blank, sampling, 0, place, device)
+        while not advance(omni, slots, [canvas]):
+            pass
+        return canvas.codes
+
+    way = Autoregressive(omni, text, len(blank), room)
+    like = {"places": torch.from_numpy(blank.arrays["places"]).to(device)}
+    contenders = {
+        "masked_parallel": masked,
+        "autoregressive": lambda: way.draw(prompt, like, setting.guidance),
+    }
+    timings: dict[str, Timing] = {}
+    report.update(
+        {
+            "benchmark": "generate",
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "preset": setting.preset,
+            "places": len(blank),
+            "codes": len(blank) * way.adapter.groups,
+            "steps": setting.steps,
+            "guidance": setting.guidance,
+        }
+    )
+    report.later("seconds", lambda: {name: one.summary() for name, one in timings.items() if one.seconds})
+    report.later("autoregressive_over_masked", lambda: _ratio(timings))
+    alternate(contenders, setting.repeats, 1, report.deadline, device, timings)
+
+
+def _ratio(timings: dict[str, Timing]) -> float | None:
+    slow, fast = timings.get("autoregressive"), timings.get("masked_parallel")
+    return slow.median / fast.median if slow and fast and slow.seconds and fast.seconds else None
+
+
+def _model(setting: Setting, device: torch.device) -> tuple[Omni, Any]:
+    """Untrained: time does not depend on what the weights say."""
+    preset = PRESETS[setting.preset]
+    values = {"image": {"codec": setting.codec}}
+    modalities = build_modalities(
+        ModalitiesConfig.model_validate(values), train_tokenizer([WORDS], 320), {"x": (0.0, 1.0)}
+    )
+    torch.manual_seed(0)
+    omni = Omni(preset.backbone, modalities).eval().requires_grad_(False).to(device)
+    return (omni.to(torch.bfloat16) if device.type == "cuda" else omni), modalities

@@ -1,0 +1,244 @@
+"""The benchmark giant: a few steps of a streamed model on real tokens, taken apart into computing and waiting."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.link import link_ceiling
+from benchmarks.measure import Deadline, device_name
+from benchmarks.peer_deepspeed import largest_of_deepspeed
+from benchmarks.report import Report
+from openm6.base.config import build
+from openm6.base.device import own_device
+from openm6.base.energy.meter import Meter, open_meter
+from openm6.base.errors import ConfigError
+from openm6.base.run_folder import RunFolder
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.recipe import MultimodalRecipe
+from openm6.train.streamed import StreamedUpdater
+
+GIB = 2**30
+GPT3_JOULES_A_TOKEN = 15.4  # 1,287 MWh for 300 billion tokens (2104.10350)
+PHASES = ("fetch", "update", "write_back")
+
+
+@dataclass(frozen=True)
+class GiantSize:
+    """A model and a step; the defaults are for two cores without a GPU.
+
+    tokens a step: rows · length; head_dim is 128 from a width of 1024 on, 32 below
+    """
+
+    width: int = 128
+    layers: int = 6
+    experts: int = 8
+    hidden: int = 128
+    top_k: int = 1
+    rows: int = 4
+    length: int = 256
+    vocabulary: int = 2048
+    bytes_per_parameter: int = 2
+    resident: str = "0"
+    micro_batches: int = 2
+    recompute_every: int = 1
+    boundaries: str = "device"
+    margin_gib: float = 4.0
+
+    def recipe(self, resident: str | None = None) -> MultimodalRecipe:
+        """Training on the definitions and the verse that come with the package."""
+        head = 128 if self.width >= 1024 else 32
+        heads = self.width // head
+        names = ("wordnet_en", "poems_zh")
+        where = self.resident if resident is None else resident
+        if where != "auto" and not where.isdigit():
+            raise ConfigError(f"--resident {where} must be a number of layers, or auto")
+        streaming = {
+            "resident": where if where == "auto" else int(where),
+            "micro_batches": self.micro_batches,
+            "recompute_every": self.recompute_every,
+            "boundaries": self.boundaries,
+            "margin_gib": self.margin_gib,
+        }
+        overrides = {
+            "width": self.width, "num_layers": self.layers, "num_heads": heads, "head_dim": head,
+            "num_kv_heads": max(1, heads // 4),
+            "experts": {"hidden": self.hidden, "num_experts": self.experts, "top_k": self.top_k},
+        }  # fmt: skip
+        values = {
+            "model": {"preset": "nano", "overrides": overrides},
+            "modalities": {"text": {"vocabulary": self.vocabulary}},
+            "sources": {name: {"kind": "embedded", "name": name} for name in names},
+            "mixture": [
+                {"source": "wordnet_en", "task": "define", "weight": 2},
+                {"source": "poems_zh", "task": "continue"},
+            ],
+            "packing": {"rows": self.rows, "length": self.length},
+            "loop": {
+                "steps": 1000,
+                "optimizer": {"learning_rate": 1e-4, "bytes_per_parameter": self.bytes_per_parameter},
+                "schedule": {"warmup_steps": 10},
+                "streaming": streaming,
+            },
+        }
+        return build(MultimodalRecipe, values, "bench giant")
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """One step: all of it, by phase, tokens, and bytes over the link."""
+
+    seconds: float
+    phases: dict[str, float]
+    tokens: int
+    moved_bytes: int
+
+
+def bench_giant(
+    size: GiantSize,
+    steps: int = 4,
+    peer: str | None = None,
+    curve: bool = False,
+    seconds: float = 420.0,
+    json_path: Path | None = None,
+) -> None:
+    """Measures, prints one JSON object and writes it to `json_path`.
+
+    Raises:
+        ConfigError: the model does not fit this machine, or no such peer.
+    """
+    if peer not in (None, "deepspeed"):
+        raise ConfigError(f"--peer {peer} is unknown: deepspeed is the one there is")
+    device = own_device()
+    with Report(json_path, seconds) as report:
+        report["device"] = device_name(device)
+        with open_meter() as meter:
+            measure_giant(report, size, steps, device, meter)
+        if curve:
+            report["curve"] = []
+            offload_curve(size, device, report.deadline, report.found["curve"])
+        if peer is not None:
+            found, note = largest_of_deepspeed(size.length, report.deadline)
+            report.update({"peer": found, "peer_note": note})
+            if found:
+                report["times_the_peer"] = report.found["parameters"] / found["parameters"]
+
+
+def measure_giant(report: Report, size: GiantSize, steps: int, device: torch.device, meter: Meter) -> None:
+    """Puts all figures of one size into the report; the first step warms up and is not counted."""
+    times: list[StepTimes] = []
+    with tempfile.TemporaryDirectory() as folder:
+        job, updater = _open(size, None, folder, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        batches = job.batches()
+        _timed_step(job, updater, next(batches), 1)
+        report.at_end(lambda: {} if settled or not times else _figures(size, job, updater, times, device))
+        settled = False
+        with meter.span() as span:
+            while len(times) < steps and not (times and report.deadline.passed):
+                times.append(_timed_step(job, updater, next(batches), len(times) + 2))
+        # At once: what is measured next would count as this size's peak of memory.
+        report.update(_figures(size, job, updater, times, device))
+        report.update(_energy(span.joules, span.source, sum(time.tokens for time in times)))
+        settled = True
+        updater.close()
+    ceiling = link_ceiling(device)
+    share = report.found["link_gbps"] / ceiling if ceiling else None
+    report.update({"link_ceiling_gbps": ceiling, "link_share": share})
+
+
+def offload_curve(
+    size: GiantSize, device: torch.device, deadline: Deadline, found: list[dict[str, float]]
+) -> None:
+    """Adds seconds a step against the share of layers that are streamed, from none to all."""
+    for quarter in range(5):
+        streamed = round(size.layers * quarter / 4)
+        with tempfile.TemporaryDirectory() as folder:
+            job, updater = _open(size, str(size.layers - streamed), folder, device)
+            batches = job.batches()
+            times = [_timed_step(job, updater, next(batches), step) for step in (1, 2, 3)]
+            updater.close()
+        seconds = min(time.seconds for time in times[1:])
+        found.append({"streamed": streamed / size.layers, "seconds_per_step": seconds})
+        if deadline.passed:
+            break
+
+
+def _open(
+    size: GiantSize, resident: str | None, folder: str, device: torch.device
+) -> tuple[MultimodalJob, StreamedUpdater]:
+    recipe = size.recipe(resident)
+    job = MultimodalJob(recipe, RunFolder.open(folder), device)
+    updater = StreamedUpdater(job, recipe.loop)
+    updater.store.stopwatch.running = True
+    return job, updater
+
+
+def _timed_step(job: MultimodalJob, updater: StreamedUpdater, batch: Any, step: int) -> StepTimes:
+    """One step from its first fetch to its last set's arrival at home."""
+    store, before = updater.store, updater.store.moved_bytes
+    store.settle()
+    store.stopwatch.take()
+    began = time.perf_counter()
+    updater.update(batch, step, None)
+    with store.stopwatch.span("write_back"):
+        store.settle()
+    ended = time.perf_counter()
+    phases = store.stopwatch.take()
+    return StepTimes(ended - began, phases, batch.tokens, store.moved_bytes - before)
+
+
+def _figures(
+    size: GiantSize,
+    job: MultimodalJob,
+    updater: StreamedUpdater,
+    times: list[StepTimes],
+    device: torch.device,
+) -> dict[str, Any]:
+    total, active = job.omni.count_parameters()
+    seconds = statistics.median(time.seconds for time in times)
+    phases = {name: statistics.median(time.phases.get(name, 0.0) for time in times) for name in PHASES}
+    tokens = statistics.mean(time.tokens for time in times)
+    moved = statistics.median(time.moved_bytes for time in times)
+    budget = updater.budget(updater.store.layouts)
+    gpu = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+    return {
+        "parameters": total,
+        "active_parameters": active,
+        "bytes_per_parameter": budget.bytes_per_parameter,
+        "budget_gib": {
+            f"{line.place}: {line.what}": line.num_bytes / GIB
+            for line in budget.lines(tuple(updater.store.resident))
+            if line.num_bytes
+        },
+        "resident_sets": len(updater.store.resident),
+        "sets": updater.num_shards,
+        "seconds_per_step": seconds,
+        "seconds": {**phases, "compute": seconds - sum(phases.values())},
+        "tokens_per_step": tokens,
+        "places_per_step": size.rows * size.length,
+        "tokens_per_second": tokens / seconds,
+        # Forward and backward are 6 operations a parameter and token; running forward again makes 8 of them.
+        "tflops": 6 * active * tokens / seconds / 1e12,
+        "tflops_with_recompute": 8 * active * tokens / seconds / 1e12,
+        "link_gbps": moved / seconds / 1e9,
+        "peak_gpu_gib": gpu,
+        "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+    }
+
+
+def _energy(joules: float, source: str, tokens: int) -> dict[str, Any]:
+    each = joules / max(1, tokens)
+    return {
+        "joules_per_token": each,
+        "joules_source": source,
+        "share_of_gpt3_joules": each / GPT3_JOULES_A_TOKEN,
+    }

@@ -1,0 +1,176 @@
+"""The benchmark packing: packed examples of all modalities beside dense rows of text, trained on by the same model."""
+
+# Letters: R rows, S tokens of a row
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Timing, alternate, device_name, speed_ratio
+from benchmarks.report import Report
+from openm6.base.device import own_device
+from openm6.base.errors import ConfigError
+from openm6.base.run_folder import RunFolder
+from openm6.data.parquet import EmbeddedConfig
+from openm6.data.source import Source
+from openm6.data.sources import open_sources
+from openm6.modalities.batch import Batch, build_sequence, collate
+from openm6.modalities.text import Text
+from openm6.models.running import CompiledBlocks, RecomputedBlocks
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.recipe import MultimodalRecipe
+from openm6.train.run import read_recipe, recipe_path
+from openm6.train.step import Updater
+
+RECIPE = "demo"  # its mixture of embedded data has all sixteen pairs of modalities
+GOAL = 0.9
+BATCHES = {"cpu": 8, "cuda": 16}  # different ones of each kind
+SIZES = {
+    "cpu": ["packing.rows=2", "packing.length=512"],
+    "cuda": ["model.preset=base", "packing.rows=8", "packing.length=2048", "modalities.text.vocabulary=4096"],
+}
+TEXTS = ("wordnet_en", "poems_zh")  # embedded data that dense rows are filled with
+
+
+@dataclass
+class Stream:
+    """Batches of one kind that are trained on in turn, and the real tokens of those that were timed."""
+
+    batches: Sequence[Batch]
+    timing: Timing = field(default_factory=Timing)
+    making: list[float] = field(default_factory=list)  # seconds to make each batch, on one core
+
+    def __post_init__(self) -> None:
+        self._next = itertools.cycle(self.batches)
+        self.tokens: list[int] = []
+
+    def step(self, updater: Updater, number: Iterator[int]) -> None:
+        """Forward, backward and update on the next batch."""
+        batch = next(self._next)
+        self.tokens.append(batch.tokens)
+        updater.update(batch, next(number), None)
+
+
+def bench_packing(
+    seconds: float | None = None, json_path: Path | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Trains one model on both kinds of batches in turn and prints what either reaches.
+
+    seconds: after these it prints what it has; overrides: settings of the recipe, of the device's size by default.
+
+    Raises:
+        ConfigError: an override names no setting.
+    """
+    device = own_device()
+    words = [*SIZES[device.type], *overrides]
+    recipe, _ = read_recipe(recipe_path(RECIPE), words)
+    if not isinstance(recipe, MultimodalRecipe):
+        raise ConfigError(f"bench packing trains the recipe {RECIPE}: leave kind as it is")
+    with (
+        Report(json_path, seconds or (300.0 if device.type == "cuda" else 120.0)) as report,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        report.update({"device": device_name(device), "torch": torch.__version__, "overrides": words})
+        measure(report, MultimodalJob(recipe, RunFolder.open(folder), device), device)
+    return report.found
+
+
+def measure(report: Report, job: MultimodalJob, device: torch.device) -> None:
+    """Fills the report: both streams in turn, after two rounds that warm up."""
+    updater, recipe = Updater(job, job.recipe.loop), job.recipe
+    report["rows"], report["length"] = recipe.packing.rows, recipe.packing.length
+    report["parameters"], report["active_parameters"] = job.omni.count_parameters()
+    count = BATCHES[device.type]
+    streams = {"packed": _packed(job, count), "dense_text": Stream(dense_text(job, count))}
+    for name, stream in streams.items():
+        report.later(name, partial(_figures, stream, job.tokens_per_step))
+    report.later("ratio", lambda: speed_ratio(report.found["packed"], report.found["dense_text"]))
+    report["goal"] = GOAL
+    number = itertools.count(1)
+    contenders = {name: partial(stream.step, updater, number) for name, stream in streams.items()}
+    timings = {name: stream.timing for name, stream in streams.items()}
+    job.model.train()
+    alternate(contenders, 1, 2, report.deadline, device)
+    known = _compilations(job)
+    report.later("recompilations", lambda: _compilations(job) - known)
+    for stream in streams.values():
+        stream.tokens.clear()
+    alternate(contenders, 4 * count, 0, report.deadline, device, timings)
+
+
+def _packed(job: MultimodalJob, count: int) -> Stream:
+    """The first batches of the mixture, made as training makes them."""
+    batches, made, seconds = job.batches(), [], []
+    for _ in range(count):
+        began = time.perf_counter()
+        made.append(next(batches))
+        seconds.append(time.perf_counter() - began)
+    return Stream(made, making=seconds)
+
+
+def dense_text(job: MultimodalJob, count: int) -> list[Batch]:
+    """Batches whose rows are one text each, without padding, every token learned and causal."""
+    rows, length = job.recipe.packing.rows, job.recipe.packing.length
+    text = job.modalities["text"]
+    assert isinstance(text, Text)
+    sources = open_sources({name: EmbeddedConfig(name=name) for name in TEXTS}, "train")
+    tokens = itertools.chain.from_iterable(map(text.encode_plain, itertools.cycle(_words(sources.values()))))
+    made = []
+    for _ in range(count):
+        written = [text.written(list(itertools.islice(tokens, length - 1))) for _ in range(rows)]
+        made.append(collate([[build_sequence([piece])] for piece in written], length))
+    return made
+
+
+def _words(sources: Iterable[Source]) -> list[str]:
+    """Every text of the sources, in their order."""
+    return [
+        text
+        for source in sources
+        for index in range(len(source))
+        if (text := source[index].get("text_en") or source[index].get("text_zh"))
+    ]
+
+
+def _figures(stream: Stream, places: int) -> dict[str, Any] | None:
+    """Real tokens a second, the median over steps, and what the rows hold."""
+    seconds = stream.timing.seconds
+    if not seconds:
+        return None
+    rates = [tokens / one for tokens, one in zip(stream.tokens, seconds, strict=False)]
+    held = statistics.mean(batch.tokens for batch in stream.batches)
+    learned = sum(float((kind.weight > 0).sum()) for batch in stream.batches for kind in batch.kinds.values())
+    found = {
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "quartiles": [round(rate, 1) for rate in _quartiles(rates)],
+        "step_seconds": stream.timing.summary(),
+        "padding": round(1 - held / places, 4),
+        "examples_a_row": round(statistics.mean(_examples_a_row(batch) for batch in stream.batches), 2),
+        "learned": round(learned / sum(batch.tokens for batch in stream.batches), 3),
+    }
+    return found | ({"seconds_to_make_a_batch": statistics.median(stream.making)} if stream.making else {})
+
+
+def _examples_a_row(batch: Batch) -> float:
+    return batch.num_examples / batch.layout.batch
+
+
+def _quartiles(rates: list[float]) -> list[float]:
+    return statistics.quantiles(rates, n=4)[::2] if len(rates) > 1 else [rates[0], rates[0]]
+
+
+def _compilations(job: MultimodalJob) -> int:
+    """Graphs compiled so far for the blocks."""
+    run = job.omni.backbone.run_block
+    run = run.run if isinstance(run, RecomputedBlocks) else run
+    return run.compilations if isinstance(run, CompiledBlocks) else 0

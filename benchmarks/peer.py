@@ -1,0 +1,132 @@
+"""The peer of the training benchmark: transformers' Qwen3-MoE of the same sizes, as fast as it offers to be."""
+
+# Letters: B rows, S tokens of a row, D width
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.contender import Contender, Part, backward_of, products_of, update_of
+from benchmarks.sizes import Sizes
+from openm6.base.errors import ConfigError
+
+EXPERTS = "grouped_mm"  # the fastest of its ways on a GPU; on a CPU, too
+
+
+def missing_peer() -> str | None:
+    """A sentence for the report where the peer is not installed, else None."""
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed: pip install 'openm6[hf]' measures the peer as well"
+    return None
+
+
+def build_peer(sizes: Sizes, device: torch.device) -> nn.Module:
+    """Qwen3MoeForCausalLM with random weights, in bf16 on a GPU and in fp32 on a CPU.
+
+    Raises:
+        ConfigError: this version of transformers has no grouped experts.
+    """
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: PLC0415
+
+    settings = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "num_key_value_heads": sizes.num_kv_heads,
+        "head_dim": sizes.head_dim,
+        "num_experts": sizes.num_experts,
+        "num_experts_per_tok": sizes.top_k,
+        "moe_intermediate_size": sizes.hidden,
+        "intermediate_size": 4 * sizes.hidden,
+        "decoder_sparse_step": 1,
+        "output_router_logits": True,
+        "norm_topk_prob": True,
+        "max_position_embeddings": sizes.length,
+        "use_cache": False,
+        "tie_word_embeddings": False,
+    }
+    config = Qwen3MoeConfig.from_dict(settings)
+    torch.manual_seed(0)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    try:
+        with device:
+            model = Qwen3MoeForCausalLM._from_config(
+                config, attn_implementation="sdpa", experts_implementation=EXPERTS
+            )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"this transformers has no {EXPERTS} experts: install 5.0 or newer ({error})"
+        ) from None
+    finally:
+        torch.set_default_dtype(usual)
+    return model.train()
+
+
+def build_layer(sizes: Sizes, device: torch.device) -> Any:
+    """The peer's sparse layer alone."""
+    one = sizes.model_copy(update={"num_layers": 1, "vocabulary": 8})
+    model: Any = build_peer(one, device)
+    return model.model.layers[0].mlp
+
+
+def peer_contender(sizes: Sizes, device: torch.device, compiled: bool) -> Contender:
+    """The peer's model and one step of it, with torch's fused AdamW."""
+    model = build_peer(sizes, device)
+    forward: Any = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    ids = torch.randint(0, sizes.vocabulary, (sizes.rows, sizes.length), device=device)
+
+    def step() -> Tensor:
+        loss: Tensor = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return Contender(model, optimizer, step, lambda: _parts(model, optimizer, ids, compiled))
+
+
+def _parts(
+    model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, compiled: bool
+) -> Mapping[str, tuple[int, Part]]:
+    """Layer 0 piece by piece, compiled where the step is; the same division as ours."""
+    layer, count = model.model.layers[0], len(model.model.layers)
+    x = torch.randn_like(model.model.embed_tokens(ids))
+    rotary = model.model.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
+    ready = torch.compile if compiled else _as_it_is
+
+    @ready
+    def attention(leaf: Tensor) -> Tensor:
+        answer = layer.self_attn(layer.input_layernorm(leaf), position_embeddings=rotary, attention_mask=None)
+        return answer[0]
+
+    @ready
+    def sparse(leaf: Tensor) -> Tensor:
+        return layer.mlp(layer.post_attention_layernorm(leaf))
+
+    @ready
+    def head(leaf: Tensor) -> Tensor:
+        logits = model.lm_head(leaf[:, :-1]).float().flatten(0, 1)  # B S D -> B·S V
+        return F.cross_entropy(logits, ids[:, 1:].flatten())
+
+    experts, num_rows = layer.mlp.experts, ids.numel() * model.config.num_experts_per_tok
+    up, down = experts.gate_up_proj.transpose(1, 2), experts.down_proj.transpose(1, 2)
+    return {
+        "attention": (count, backward_of(attention, x, [*layer.self_attn.parameters()])),
+        "expert_products": (count, products_of(up, down, num_rows)),
+        "sparse_layer": (count, backward_of(sparse, x, [*layer.mlp.parameters()])),
+        "head_and_loss": (1, backward_of(head, x, [model.lm_head.weight])),
+        "optimizer": (1, update_of(optimizer)),
+    }
+
+
+def _as_it_is(function: Any) -> Any:
+    return function

@@ -1,0 +1,108 @@
+"""The peer of streamed training: the largest dense model that DeepSpeed ZeRO-3 trains here with everything offloaded.
+
+Each size runs in a process of its own, since one that is too large may be killed by the system:
+python -m benchmarks.peer_deepspeed WIDTH LAYERS ROWS LENGTH
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Deadline
+from openm6.base.device import own_device
+
+VOCABULARY = 32_768
+SIZES = ((1024, 16), (2048, 16), (2048, 32), (3072, 24), (4096, 16), (4096, 20), (4096, 24), (4096, 32))
+LONGEST = 600.0  # seconds that one size may take
+
+
+def largest_of_deepspeed(length: int, deadline: Deadline) -> tuple[dict[str, Any] | None, str]:
+    """Figures of the largest size that ran, and a sentence; sizes grow until one fails or time is up."""
+    if importlib.util.find_spec("deepspeed") is None or own_device().type == "cpu":
+        return (
+            None,
+            "deepspeed needs a GPU and `pip install deepspeed transformers`; neither was measured here",
+        )
+    best: dict[str, Any] | None = None
+    for width, layers in SIZES:
+        if deadline.passed:
+            return best, "time was up before a size failed: larger ones may run, too"
+        found = _run(width, layers, length)
+        if found is None:
+            return best, f"width {width} with {layers} layers failed (memory, or {LONGEST:.0f} s)"
+        best = found
+    return best, "every size of the list ran"
+
+
+def _run(width: int, layers: int, length: int) -> dict[str, Any] | None:
+    words = [sys.executable, "-m", "benchmarks.peer_deepspeed", str(width), str(layers), "8", str(length)]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=LONGEST)
+        return json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
+    except (subprocess.TimeoutExpired, IndexError, ValueError):
+        return None
+
+
+def train(width: int, layers: int, rows: int, length: int) -> dict[str, Any]:
+    """Four steps of a dense model under ZeRO-3, weights and optimizer in host memory."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    deepspeed, transformers = (importlib.import_module(name) for name in ("deepspeed", "transformers"))
+    settings = _settings(rows)
+    deepspeed.init_distributed("nccl")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=int(width * 3.5), num_hidden_layers=layers,
+        num_attention_heads=width // 128, num_key_value_heads=max(1, width // 512), use_cache=False,
+        max_position_embeddings=length,
+    )  # fmt: skip
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    model.gradient_checkpointing_enable()
+    parameters = sum(getattr(one, "ds_numel", one.numel()) for one in model.parameters())
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+    words = torch.randint(0, VOCABULARY, (rows, length), device="cuda")
+    seconds = min(_step(engine, words) for _ in range(4))
+    return {
+        "parameters": parameters,
+        "seconds_per_step": seconds,
+        "tokens_per_second": words.numel() / seconds,
+        "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
+def _step(engine: Any, words: torch.Tensor) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    engine.backward(engine(input_ids=words, labels=words).loss)
+    engine.step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _settings(rows: int) -> dict[str, Any]:
+    host = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": rows,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "offload_optimizer": host,
+            "offload_param": host,
+            "sub_group_size": int(1e8),
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(train(*(int(word) for word in sys.argv[1:5]))) + "\n")

@@ -1,0 +1,180 @@
+"""Our weights as a Qwen3-MoE of `transformers`, and the ways in which that library answers many prompts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.our_text import Seen
+from openm6.models.backbone import Backbone
+from openm6.models.import_qwen import import_qwen
+
+PEER_MISSING = "transformers is not installed: pip install 'openm6[hf]' to measure beside it."
+PAD = 0
+SMALL_PAGE = 32  # tokens
+
+
+def open_peer(
+    backbone: Backbone, embedding: Tensor, positions: int, device: torch.device, dtype: torch.dtype
+) -> QwenPeer | None:
+    """The peer with the very weights of `backbone` and a tied embedding; None where it is not installed."""
+    try:
+        import transformers  # noqa: PLC0415 - optional
+    except ModuleNotFoundError:
+        return None
+    library: Any = transformers  # its own types are of no use here
+    config = backbone.config
+    experts = config.experts
+    assert experts is not None and experts.top_k is not None
+    settings = library.Qwen3MoeConfig(
+        vocab_size=len(embedding),
+        hidden_size=config.width,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        num_experts=experts.num_experts,
+        num_experts_per_tok=experts.top_k,
+        moe_intermediate_size=experts.hidden,
+        intermediate_size=2 * experts.hidden,
+        norm_topk_prob=True,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=config.norm_eps,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=PAD,
+    )
+    model = library.Qwen3MoeForCausalLM(settings).eval()
+    _give_weights(model, backbone, embedding)
+    return QwenPeer(model.to(device, dtype), library)
+
+
+def _give_weights(model: Any, backbone: Backbone, embedding: Tensor) -> None:
+    """Their random weights are read into our backbone, so both hold the same, by the tested way in."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(embedding)
+        imported = import_qwen(model.state_dict(), model.config.to_dict())
+        backbone.load_state_dict(imported.backbone)
+
+
+class QwenPeer:
+    """Each way answers all prompts greedily with a fixed number of tokens, and says how many it gave."""
+
+    def __init__(self, model: Any, transformers: Any) -> None:
+        self.model, self.library = model, transformers
+        self.version = f"transformers {transformers.__version__}"
+
+    def ways(self, prompts: list[list[int]], given: int) -> dict[str, Callable[[], dict[str, Any]]]:
+        """Batched `generate`, and continuous batching as it comes and tuned."""
+        found: dict[str, Callable[[], dict[str, Any]]] = {
+            "transformers generate, padded batches": lambda: self._padded(prompts, given)
+        }
+        for name, settings in self.batching_settings(prompts, given).items():
+            found[name] = lambda way=settings: self._continuous(prompts, given, way)  # type: ignore[misc]
+        return found
+
+    def _padded(self, prompts: list[list[int]], given: int, size: int = 32) -> dict[str, Any]:
+        """Prompts in order of length, so that little is padded; left padding, as `generate` wants it."""
+        began, tokens = time.perf_counter(), 0
+        first: list[float] = []
+        ordered = sorted(prompts, key=len)
+        for start in range(0, len(ordered), size):
+            batch = ordered[start : start + size]
+            longest = max(map(len, batch))
+            ids = torch.tensor([[PAD] * (longest - len(p)) + p for p in batch], device=self.model.device)
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=(ids != PAD).long(),
+                max_new_tokens=given,
+                min_new_tokens=given,
+                do_sample=False,
+                pad_token_id=PAD,
+            )
+            tokens += (out.shape[1] - longest) * len(batch)
+            first += [time.perf_counter() - began] * len(batch)  # a batch is seen when it is done
+        return {"tokens": tokens, "first_token_seconds_median": statistics.median(first)}
+
+    def batching_settings(self, prompts: list[list[int]], given: int) -> dict[str, dict[str, Any]]:
+        """Continuous batching as it comes, and tuned for this device: name -> settings of its config."""
+        ways: dict[str, dict[str, Any]] = {"transformers continuous batching": {}}
+        if getattr(self.library, "ContinuousBatchingConfig", None) is None:  # an older version
+            return ways
+        if self.model.device.type == "cuda":
+            graphs = {"use_cuda_graph": True}
+            ways["transformers continuous batching, CUDA graphs"] = graphs
+            ways["transformers continuous batching, CUDA graphs, compiled"] = {
+                **graphs,
+                "default_compile_level": 1,
+            }
+            return ways
+        # Its mask spans the whole pool, which by default is as large as the memory: give it what the prompts need.
+        blocks = sum(-(-(len(prompt) + given) // SMALL_PAGE) + 1 for prompt in prompts)
+        ways["transformers continuous batching, small pool"] = {
+            "page_size": SMALL_PAGE,
+            "num_blocks": blocks,
+            "max_batch_tokens": max(512, sum(map(len, prompts))),
+            "allow_block_sharing": False,
+        }
+        return ways
+
+    def _continuous(self, prompts: list[list[int]], given: int, settings: dict[str, Any]) -> dict[str, Any]:
+        began = time.perf_counter()
+        seen = self.under_load(prompts, given, [0.0] * len(prompts), settings)
+        if isinstance(seen, str):
+            return {"error": seen}
+        # Counted from the call: making its pool is part of it, as a program that calls `generate_batch` sees it.
+        ready = time.perf_counter() - began - max(seen.last.values())
+        return {
+            "tokens": seen.tokens,
+            "first_token_seconds_median": statistics.median(seen.first.values()),
+            "seconds_to_be_ready": ready,
+        }
+
+    def under_load(
+        self, prompts: list[list[int]], given: int, moments: list[float], settings: dict[str, Any]
+    ) -> Seen | str:
+        """Each prompt from its moment on; what goes wrong on its side, in words, is its result."""
+        before = self.model.config._attn_implementation
+        try:
+            self.model.set_attn_implementation("paged|sdpa")
+            return self._arrive(prompts, given, moments, settings)
+        except Exception as error:  # whatever it raises is its result, not ours
+            return f"{type(error).__name__}: {str(error)[:200]}"
+        finally:
+            self.model.set_attn_implementation(before)
+
+    def _arrive(
+        self, prompts: list[list[int]], given: int, moments: list[float], settings: dict[str, Any]
+    ) -> Seen:
+        greedy = self.library.GenerationConfig(
+            max_new_tokens=given, min_new_tokens=given, do_sample=False, eos_token_id=-1, pad_token_id=PAD
+        )
+        config = self.library.ContinuousBatchingConfig(**settings) if settings else None
+        seen, numbers = Seen(), {}
+        with self.model.continuous_batching_context_manager(
+            generation_config=greedy, continuous_batching_config=config, block=True, timeout=5
+        ) as manager:
+            began = time.perf_counter()
+            for number, prompt in enumerate(prompts):
+                time.sleep(max(0.0, began + moments[number] - time.perf_counter()))
+                name = manager.add_request(prompt, max_new_tokens=given, record_timestamps=True)
+                numbers[name] = number
+            while len(seen.last) < len(prompts):
+                found = manager.get_result(timeout=1)
+                if found is None and not manager.is_running():
+                    raise RuntimeError("its thread has ended")
+                if found is not None and found.is_finished():
+                    if found.error is not None:
+                        raise RuntimeError(found.error)
+                    number = numbers[found.request_id]
+                    seen.tokens += len(found.generated_tokens)
+                    seen.first[number] = found.timestamps[0] - began
+                    seen.last[number] = found.timestamps[-1] - began
+        return seen

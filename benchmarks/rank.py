@@ -1,0 +1,199 @@
+"""The benchmark rank: the share of one rank of a large run, on this machine, at each share of layers offloaded.
+
+The rank's own experts, attention, norms and updates are real. The other ranks are played by an exchange of the same
+volume: each row is copied as often as an all-to-all would bring rows from elsewhere, and the answers are gathered home.
+What is left out is the network itself and the router over all experts (below one percent of the arithmetic).
+"""
+
+# Letters: T tokens of a rank, E' experts of a rank, D width
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import device_name
+from benchmarks.report import Report
+from openm6.base.config import build
+from openm6.base.device import own_device
+from openm6.base.energy.meter import Meter, open_meter
+from openm6.base.errors import ConfigError
+from openm6.base.run_folder import RunFolder
+from openm6.models.config import BackboneConfig
+from openm6.models.presets import preset
+from openm6.nn.exchange import LocalExchange, LocalParcel
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.recipe import MultimodalRecipe
+from openm6.train.streamed import StreamedUpdater
+
+GIB = 2**30
+OFFLOADED = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class PlayedExchange(LocalExchange):
+    """As many rows for each expert that lives here as all ranks together would send, copies of this rank's own."""
+
+    def __init__(self, copies: int) -> None:
+        self.copies = copies
+
+    def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[LocalParcel]:
+        groups = rows.view(len(counts), -1, rows.shape[-1])  # E' T D: each token goes to every expert here
+        arrived = groups.repeat(1, self.copies, 1).flatten(0, 1)
+        return [LocalParcel(arrived, counts * self.copies)]
+
+    def reply(self, parcel: LocalParcel, answers: Tensor) -> None:
+        groups = answers.view(len(parcel.counts), self.copies, -1, answers.shape[-1])
+        parcel.held = groups.mean(1).flatten(0, 1)
+
+    def collect(self, parcels: Sequence[LocalParcel]) -> Tensor:
+        return parcels[0].held
+
+
+@dataclass(frozen=True)
+class RankSize:
+    """A rank's share of a backbone, and its rows of a step."""
+
+    whole: BackboneConfig
+    ranks: int
+    rows: int
+    length: int
+    micro_batches: int
+
+    @property
+    def experts_per_rank(self) -> int:
+        return self._experts // self.ranks
+
+    @property
+    def _experts(self) -> int:
+        if self.whole.experts is None or self.whole.experts.num_experts % self.ranks:
+            raise ConfigError(
+                f"--ranks {self.ranks} cannot share the model's experts evenly: choose a divisor of them"
+            )
+        return self.whole.experts.num_experts
+
+    @property
+    def copies(self) -> int:
+        """Rows that one expert gets for each token of a rank: choices · ranks / experts, with the capacity's slack."""
+        experts = self.whole.experts
+        assert experts is not None
+        return max(1, round(experts.choices * self.ranks / self._experts * (experts.capacity or 1.0)))
+
+    def recipe(self, resident: int) -> MultimodalRecipe:
+        """Training on texts that come with the package, `resident` layers on the device, the others offloaded."""
+        own = self.experts_per_rank
+        experts = {"num_experts": own, "top_k": own, "num_prototypes": None, "capacity": None}
+        kept = self.whole.experts.model_dump() if self.whole.experts is not None else {}
+        backbone = {**self.whole.model_dump(exclude_defaults=True), "experts": {**kept, **experts}}
+        values = {
+            "model": {"preset": "nano", "overrides": backbone},
+            "modalities": {"text": {"vocabulary": 2048}},
+            "sources": {"words": {"kind": "embedded", "name": "wordnet_en"}},
+            "mixture": [{"source": "words", "task": "define"}],
+            "packing": {"rows": self.rows, "length": self.length},
+            "loop": {
+                "optimizer": {"learning_rate": 1e-4, "bytes_per_parameter": 2},
+                "streaming": {"resident": resident, "micro_batches": self.micro_batches},
+            },
+        }
+        return build(MultimodalRecipe, values, "bench rank")
+
+
+def rank_size(name: str, ranks: int, on_gpu: bool) -> RankSize:
+    """The share of one of `ranks` ranks; without a GPU of a model of the same form that is some 1,000 times smaller."""
+    whole = preset(name).backbone
+    if on_gpu:
+        return RankSize(whole, ranks, rows=4, length=1024, micro_batches=4)
+    if whole.experts is None:
+        raise ConfigError(
+            f"preset {name} has no experts to share among ranks: choose a sparse one, as m6-10t"
+        )
+    narrow = {"hidden": 64, "num_experts": 4 * ranks}
+    if whole.experts.num_prototypes is not None:
+        narrow["num_prototypes"] = 4
+    small = whole.model_copy(
+        update={
+            "width": 64, "num_layers": 4, "num_heads": 2, "num_kv_heads": 2, "head_dim": 32, "dense": None,
+            "experts": whole.experts.model_copy(update=narrow), "experts_every": 1,
+        }
+    )  # fmt: skip
+    return RankSize(small, ranks, rows=2, length=128, micro_batches=2)
+
+
+def bench_rank(
+    of: str = "m6-10t",
+    ranks: int = 512,
+    steps: int = 3,
+    seconds: float = 420.0,
+    json_path: Path | None = None,
+) -> None:
+    """Measures, prints one JSON object and writes it to `json_path`.
+
+    Raises:
+        ConfigError: no such preset, experts that do not divide, or no room on this machine.
+    """
+    device = own_device()
+    size = rank_size(of, ranks, device.type == "cuda")
+    experts = size.whole.experts
+    curve: list[dict[str, Any]] = []
+    with Report(json_path, seconds) as report, open_meter() as meter:
+        report.update(
+            {
+                "of": of,
+                "ranks": ranks,
+                "reduced": device.type != "cuda",
+                "layers": size.whole.num_layers,
+                "experts_per_rank": size.experts_per_rank,
+                "experts": experts.num_experts if experts else 0,
+                "tokens_per_step": size.rows * size.length,
+                "rows_per_expert": size.copies * size.rows * size.length,
+                "curve": curve,
+                "device": device_name(device),
+            }
+        )
+        for share in OFFLOADED:
+            point, report["parameters_per_rank"] = measure_share(size, share, steps, device, meter)
+            curve.append(point)
+            if report.deadline.passed:
+                break
+
+
+def measure_share(
+    size: RankSize, offloaded: float, steps: int, device: torch.device, meter: Meter
+) -> tuple[dict[str, Any], int]:
+    """One point of the curve, and the parameters that the rank holds; the first step warms up."""
+    layers = size.whole.num_layers
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = size.recipe(layers - round(layers * offloaded))
+        job = MultimodalJob(recipe, RunFolder.open(folder), device)
+        job.omni.backbone.exchange = PlayedExchange(size.copies)
+        updater = StreamedUpdater(job, recipe.loop)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        batches = job.batches()
+        updater.update(next(batches), 1, None)
+        updater.store.settle()
+        times = []
+        with meter.span() as span:
+            for step in range(2, steps + 2):
+                began = time.perf_counter()
+                updater.update(next(batches), step, None)
+                updater.store.settle()
+                times.append(time.perf_counter() - began)
+        parameters = sum(layout.num_parameters for layout in updater.store.layouts)
+        updater.close()
+    peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+    return {
+        "offloaded": offloaded,
+        "seconds_per_step": statistics.median(times),
+        "peak_gpu_gib": peak,
+        "joules_per_step": span.joules / steps,
+        "joules_source": span.source,
+    }, parameters

@@ -1,0 +1,108 @@
+"""What a benchmark has found: filled in as it goes, printed once at its end, also where that comes early."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from benchmarks.measure import Deadline, emit
+
+LIMIT = 450.0  # seconds: with the start of Python and torch before it, a benchmark ends within eight minutes
+SPARE = 30.0  # seconds beyond the deadline for the part that is under way
+ENDINGS = {"SIGINT": "stopped by Ctrl-C", "SIGTERM": "stopped by SIGTERM", "SIGALRM": "the time was up"}
+
+
+class CutShort(BaseException):
+    """Raised wherever the benchmark is when it has to end; no `except Exception` holds it up."""
+
+
+class Report:
+    """The JSON object of one benchmark; as a context it sees to it that what there is gets printed.
+
+    Used as `with Report(path, seconds) as report:`, its `deadline` says when no new part should begin. Past the limit,
+    on Ctrl-C and on SIGTERM, the block is left by `CutShort`, `cut_short` says why, and what was found is printed. Any
+    other error passes through and prints nothing. In other threads than the main one, which get no signals, only the
+    deadline holds.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        seconds: float,
+        limit: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """seconds: after these no new part begins; limit: after these what is there is printed."""
+        self.deadline = Deadline(seconds, clock)
+        self.found: dict[str, Any] = {}
+        self._limit = limit if limit is not None else max(LIMIT, seconds + SPARE)
+        self._path = path
+        self._late: dict[str, Callable[[], Any]] = {}
+        self._at_end: list[Callable[[], Mapping[str, Any]]] = []
+        self._previous: dict[signal.Signals, Any] = {}
+        self._process = os.getpid()
+        self._ending: signal.Signals | None = None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.found[name] = value
+
+    def update(self, found: Mapping[str, Any]) -> None:
+        """Several entries at once. Lists and dicts may go on growing afterwards: they are printed as they are then."""
+        self.found.update(found)
+
+    def later(self, name: str, make: Callable[[], Any]) -> None:
+        """An entry that is worked out when the report is printed, from what was measured by then; its place is here."""
+        self.found[name] = None
+        self._late[name] = make
+
+    def at_end(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Several entries that are worked out when the report is printed."""
+        self._at_end.append(make)
+
+    def __enter__(self) -> Report:
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            for number in signal.Signals:
+                if number.name in ENDINGS:
+                    self._previous[number] = signal.signal(number, self._end)
+            if sys.platform != "win32":  # which has no alarm: there the deadline alone holds
+                signal.setitimer(signal.ITIMER_REAL, self._limit)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._give_back()
+        ending = self._ending
+        if error is not None and ending is None:
+            return False
+        for name, make in self._late.items():
+            self.found[name] = make()
+        for several in self._at_end:
+            self.found.update(several())
+        self.found["cut_short"] = ENDINGS[ending.name] if ending else None
+        emit(self.found, self._path)
+        if ending is not None and ending.name != "SIGALRM":
+            sys.exit(128 + ending)
+        return True
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked process inherits the handler: it ends as it would without
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if self._ending is None:
+            self._ending = signal.Signals(number)
+            raise CutShort
+
+    def _give_back(self) -> None:
+        if sys.platform != "win32" and self._previous:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

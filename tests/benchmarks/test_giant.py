@@ -1,0 +1,44 @@
+"""The benchmark giant, small: the documented keys, and figures that fit one another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.giant import GiantSize, bench_giant
+from openm6.base.errors import ConfigError
+
+SMALL = GiantSize(
+    width=64, layers=2, experts=2, hidden=64, rows=2, length=128, vocabulary=400, micro_batches=1
+)
+KEYS = {
+    "parameters", "active_parameters", "bytes_per_parameter", "seconds_per_step", "tokens_per_step",
+    "tokens_per_second", "tflops", "link_gbps", "joules_per_token", "peak_gpu_gib", "peak_host_gib",
+}  # fmt: skip
+
+
+def test_it_prints_the_documented_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "giant.json"
+    bench_giant(SMALL, steps=2, peer="deepspeed", curve=True, json_path=path)
+    printed, written = json.loads(capsys.readouterr().out), json.loads(path.read_text())
+    assert printed == written and set(written) >= KEYS
+    assert written["peer"] is None and "deepspeed" in written["peer_note"]
+    assert 0 < written["active_parameters"] < written["parameters"]
+    assert 2 < written["bytes_per_parameter"] < 12  # a small model is mostly edges
+    assert written["tokens_per_second"] * written["seconds_per_step"] == pytest.approx(
+        written["tokens_per_step"]
+    )
+    assert sum(written["seconds"].values()) == pytest.approx(written["seconds_per_step"])
+    assert min(written["seconds"].values()) > 0 and written["link_gbps"] > 0 and written["resident_sets"] == 0
+    streamed = written["budget_gib"]["host: streamed weights"]
+    assert 0 < streamed < sum(written["budget_gib"].values()) < written["peak_host_gib"]
+    assert written["curve"][0]["streamed"] == 0.0
+
+
+def test_what_it_does_not_know_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--peer megatron is unknown"):
+        bench_giant(SMALL, peer="megatron")
+    with pytest.raises(ConfigError, match="--resident most must be"):
+        GiantSize(resident="most").recipe()

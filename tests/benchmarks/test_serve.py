@@ -1,0 +1,122 @@
+"""The benchmark serve and `generate`, at sizes of a test: what they print, and that both sides do the same work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.generate import Setting, compare
+from benchmarks.our_text import answer_prompts
+from benchmarks.peer_qwen import QwenPeer
+from benchmarks.report import Report
+from benchmarks.serve import ServeSetting, make_models, make_prompts, ours_run
+from benchmarks.serve import compare as compare_text
+from benchmarks.text_load import arrival_moments
+from openm6.generate.graphs import open_rows
+
+TUNED = QwenPeer.batching_settings
+TINY = ServeSetting(
+    width=32, layers=2, heads=2, kv_heads=1, head_dim=16, experts=4, hidden=16, vocabulary=96,
+    requests=4, shortest=3, longest=8, given=5, rows=3, seconds=30,
+)  # fmt: skip
+
+
+def test_text_is_the_same_as_the_peers() -> None:
+    prompts = make_prompts(TINY)
+    speaker, peer = make_models(TINY, torch.device("cpu"))
+    assert peer is not None
+    rows = open_rows(speaker, 3, 64)
+    assert ours_run(rows, prompts, TINY.given)["tokens"] == TINY.requests * TINY.given
+    ids = torch.tensor([prompts[0]])
+    theirs = peer.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=5,
+        min_new_tokens=5,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    from_us: list[int] = []
+    rows = open_rows(speaker, 1, 64)
+    run_one(rows, prompts[0], from_us)
+    assert theirs[0, len(prompts[0]) :].tolist() == from_us
+
+
+def run_one(rows, prompt, found) -> None:
+    """The tokens that our rows give to one prompt."""
+    original = rows._settle
+
+    def noted(drawn, chosen, logits):
+        found.extend(drawn)
+        return original(drawn, chosen, logits)
+
+    rows._settle = noted
+    ours_run(rows, [prompt], 5)
+
+
+@pytest.fixture(autouse=True)
+def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it comes, the peer's pool is most of the memory of the machine, and takes half a minute to make."""
+    names = ("transformers continuous batching", "transformers continuous batching, small pool")
+    settings = {"page_size": 32, "num_blocks": 16, "max_batch_tokens": 64}
+    found = {name: {**settings, "allow_block_sharing": name == names[0]} for name in names}
+    monkeypatch.setattr(QwenPeer, "batching_settings", lambda *_: found)
+
+
+def test_the_tuned_pool_holds_all_prompts() -> None:
+    _, peer = make_models(TINY, torch.device("cpu"))
+    assert isinstance(peer, QwenPeer)
+    prompts = make_prompts(TINY)
+    ways = TUNED(peer, prompts, TINY.given)
+    first, second = ways
+    assert ways[first] == {} and ways[second]["num_blocks"] * ways[second]["page_size"] >= sum(
+        len(prompt) + TINY.given for prompt in prompts
+    )
+
+
+def test_what_bench_serve_prints() -> None:
+    with Report(None, 60) as report:
+        compare_text(TINY, torch.device("cpu"), report)
+    found = report.found
+    assert found["text"]["openm6"]["tokens"] == 20 and found["peer"].startswith("transformers")
+    assert found["best_peer"] in found["text"] and len(found["text"]) == 4, "as it comes and tuned"
+    load = found["text_under_load"]
+    assert load["openm6"]["first_token_seconds"]["p99"] > 0 and len(load) >= 3
+    assert set(found["ours_over_each"]) <= set(found["text"]) and found["ours_over_best_peer"] > 0
+
+
+def test_without_the_peer_ours_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with Report(None, 60) as report:
+        compare_text(TINY, torch.device("cpu"), report)
+    found = report.found
+    assert found["peer"] is None and "pip install" in found["peer_note"] and set(found["text"]) == {"openm6"}
+    assert found["text_under_load"]["openm6"]["requests_a_second"] > 0
+
+
+def test_the_core_is_enough() -> None:
+    """No import of an extra is needed to begin, nor for arrivals on all routes."""
+    words = (
+        "import sys; sys.modules.update(dict.fromkeys(['transformers', 'fastapi', 'uvicorn', 'starlette'])); "
+        "import benchmarks.serve, benchmarks.generate"
+    )
+    subprocess.run([sys.executable, "-c", words], check=True)
+
+
+def test_prompts_wait_for_their_moment() -> None:
+    speaker, _ = make_models(TINY, torch.device("cpu"))
+    moments = arrival_moments(TINY.requests, 50.0)
+    seen = answer_prompts(open_rows(speaker, 3, 64), make_prompts(TINY), TINY.given, moments)
+    assert all(seen.first[number] >= moment for number, moment in enumerate(moments))
+    assert all(seen.last[number] >= seen.first[number] for number in seen.first) and seen.tokens == 20
+
+
+def test_what_bench_generate_prints() -> None:
+    with Report(None, 60) as report:
+        compare(Setting(steps=2, repeats=1), report)
+    found = report.found
+    assert found["places"] == 256 and found["codes"] >= 256
+    assert found["autoregressive_over_masked"] > 0
