@@ -1,4 +1,4 @@
-"""Writes docs/tasks.md from the list of tasks, or checks that the page says what the list says.
+"""Write docs/tasks.md from the list of tasks, or check that the page equals it.
 
 python tools/tasks_page.py
 python tools/tasks_page.py --check
@@ -17,7 +17,7 @@ from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Task
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tasks.md"
-HEAD = ("task", "reads", "gives", "what it learns", "metrics", "baseline", "English prompt")
+HEAD = ("task", "input", "output", "goal", "metrics", "baseline", "English prompt")
 BASELINES = {
     "frequent_answer": "the commonest training answer in the language of the question",
     "position_frequencies": "how often each code occurs at its position in the training images or recordings",
@@ -28,10 +28,10 @@ BASELINES = {
 OPENING = """\
 # Tasks
 
-A task says which fields of a record are given, which one is wanted, in what words, and by what the answer is judged. \
-The rows are sorted by pair: what is read first of all (the prompt shows what else is), then what is given back. \
-`{name}` in a prompt is where a field of the record goes. Most tasks know several prompts, in English and in Chinese, \
-and training draws among them; judging uses the first. The first metric is the one that is set against the baseline.
+A task names the fields of a record that are its inputs, the field that is its target, and prompts. Metrics and \
+baseline follow from the target. The rows are sorted by the main input modality (the prompt shows all inputs), then by \
+the output modality. `{name}` in a prompt stands for an input. Most tasks have several prompts, in English and in \
+Chinese: training draws among them, evaluation uses the first. The first metric is compared with the baseline.
 
 `openm6 tasks` prints the short form of this table. A recipe names a task together with a source; \
 [your own data](own-data.md) shows how. This page is written by `python tools/tasks_page.py` from the list in \
@@ -56,11 +56,11 @@ def page(tasks: Iterable[Task]) -> str:
     parts = [
         OPENING,
         table(HEAD, [row(task) for task in ordered]),
-        "## What the metrics say\n",
+        "## Metrics\n",
         INFORMATION,
-        table(("metric", "what it tells"), [(f"`{name}`", _note(name)) for name in _metrics(ordered)]),
-        "## What the baselines do\n",
-        table(("baseline", "its answer"), [(f"`{name}`", BASELINES[name]) for name in _baselines(ordered)]),
+        table(("metric", "meaning"), [(f"`{name}`", _note(name)) for name in _metrics(ordered)]),
+        "## Baselines\n",
+        table(("baseline", "answer"), [(f"`{name}`", BASELINES[name]) for name in _baselines(ordered)]),
     ]
     return "\n".join(parts)
 
@@ -98,7 +98,7 @@ def _note(metric: str) -> str:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Writes the page, or with --check returns 1 where it differs."""
+    """Write the page, or with --check return 1 if it differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

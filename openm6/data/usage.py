@@ -11,7 +11,8 @@ from openm6.base.errors import DataError
 from openm6.data.prepare import with_others
 from openm6.data.records import Record
 from openm6.data.source import Source
-from openm6.tasks.task import Scene, Task
+from openm6.tasks.slots import Context
+from openm6.tasks.task import Task
 
 POSED = 3  # records that each task is posed on; every prompt of a task shows all that is given
 ALWAYS_READ = ("id", "source", "license", "spoken_language", "extra", "series")  # whatever the tasks are
@@ -52,9 +53,7 @@ def _keys_read(source: Source, records: Sequence[Record], task: Task) -> set[str
         try:
             shown = with_others(record, source, rng) if task.compares else record
             for language in task.languages(shown):
-                scene = Scene(language, rng, train=False)
-                for slot in (task.wanted, *task.given.values()):  # in the order of Task.example
-                    slot.parts(_Watched(shown, read), scene)
+                task.build(_Watched(shown, read), Context(language, rng))
         except DataError:  # a broken picture or sound: the quarantine names it when it is drawn
             continue
     return read

@@ -182,13 +182,12 @@ def _taught_words(question: Question, loaded: Loaded) -> tuple[str, str]:
 
 
 def _fits(task: Task, question: Question) -> bool:
-    fills = task.name.startswith("fill")
     return (
         [task.reads] == (question.given or ["text"])
         and task.gives == question.want
-        and len(task.given) == 1
+        and len(task.inputs) == 1
         and not task.contrasts
         and question.language in task.prompts
-        and fills == (question.hole is not None or question.gap is not None)
-        and ("series" in task.given) == (question.series is not None)
+        and task.inpaints == (question.hole is not None or question.gap is not None)
+        and ("series" in task.inputs) == (question.series is not None)
     )

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from openm6.modalities.interface import Part
 from openm6.models.description import ModelDescription
+from openm6.tasks.prompts import word_count, words_of
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Task
-from openm6.tasks.wording import word_count, words_of
 
 SURE = (
     0.3  # geometric mean probability of an answer's tokens; below it, an answer to free words is not trusted
@@ -27,15 +27,6 @@ SURE = (
 ALIKE = 0.5  # share of a prompt's fixed words that a question must exceed
 LENGTHS = 1.25  # how many times longer or shorter than those of training a text may be
 LISTED = 4  # kinds of answers that a note names
-# The modality of a given slot by its name in the prompts; all others are text.
-SLOTS = {
-    "image": "image",
-    "reference": "image",
-    "second": "image",
-    "sound": "sound",
-    "numbers": "numbers",
-    "series": "numbers",
-}
 CHINESE = {"text": "文本", "image": "图片", "sound": "声音", "numbers": "数值"}
 _SLOT = re.compile(r"\{\w+\}")
 
@@ -88,7 +79,7 @@ def confidence_of(nats: float, tokens: int) -> float:
 
 def inputs_of(task: Task) -> set[str]:
     """The modalities that a task reads besides text."""
-    return {SLOTS[name] for name in task.given if name in SLOTS}
+    return {slot.modality for slot in task.inputs.values()} - {"text"}
 
 
 def _trained(description: ModelDescription) -> list[str]:

@@ -1,1 +1,1 @@
-"""Floor 5: which fields of a record are given, which is wanted, in what words, and how the answer is judged."""
+"""Floor 5: which fields of a record are the inputs, which is the target, in what words, and by which metrics."""

@@ -1,71 +1,185 @@
-"""Tasks of design: sketch, colour in, restyle after a reference, mix two styles, change the background."""
+"""Tasks of image editing, their targets computed from one image: sketch, colour in, restyle, mix, change background."""
+
+# Letters: H and W pixels down and across
 
 from __future__ import annotations
 
-from openm6.tasks.design_slots import BackgroundName, Mixed, OnBackground, Outline, Reference, Restyled
-from openm6.tasks.slots import Picture, Slot, Text
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from openm6.modalities.image import read_image
+from openm6.modalities.interface import Part
+from openm6.tasks.slots import IMAGE, TEXT, Built, Context, Derived, Record
 from openm6.tasks.task import Task
 
+Style = Callable[[Image.Image], Image.Image]
+# Larger images are shrunk first.
+MAX_SIDE = 256
+# Each channel of a white background has at least this value.
+MIN_WHITE = 235
+BACKGROUNDS: dict[str, tuple[str, tuple[int, int, int]]] = {
+    "red": ("红色", (214, 64, 56)),
+    "orange": ("橙色", (240, 150, 50)),
+    "yellow": ("黄色", (246, 214, 80)),
+    "green": ("绿色", (84, 168, 90)),
+    "blue": ("蓝色", (66, 120, 206)),
+    "purple": ("紫色", (140, 92, 186)),
+    "grey": ("灰色", (150, 150, 150)),
+    "black": ("黑色", (24, 24, 24)),
+}
 
-def _draws(
-    name: str, summary: str, given: dict[str, Slot], wanted: Picture, en: str, zh: str, compares: bool = False
-) -> Task:
-    """A task that answers with a picture."""
-    return Task(
-        name=name,
-        summary=summary,
-        given=given,
-        wanted=wanted,
-        compares=compares,
-        prompts={"en": (en,), "zh": (zh,)},
-        metrics=("code_bits",),
-        baseline="position_frequencies",
-        reads="image" if "image" in given else "text",
-        gives="image",
-    )
 
+def _toned(dark: str, light: str) -> Style:
+    return lambda image: ImageOps.colorize(ImageOps.grayscale(image), dark, light)
+
+
+STYLES: dict[str, Style] = {
+    "ink": _toned("#101418", "#ffffff"),
+    "blueprint": _toned("#dfe9ff", "#14418b"),
+    "sepia": _toned("#3b2410", "#f6e6c8"),
+    "rose": _toned("#5a0f30", "#ffe3ec"),
+    "forest": _toned("#0c2f1c", "#e4f5dd"),
+    "negative": ImageOps.invert,
+    "poster": lambda image: ImageOps.posterize(image, 2),
+}
+
+
+def outline(image: Image.Image) -> Image.Image:
+    """Dark lines on white along the edges of an image."""
+    edges = ImageOps.grayscale(image).filter(ImageFilter.FIND_EDGES)
+    # The filter takes the border for an edge.
+    framed = ImageOps.expand(ImageOps.crop(edges, 1), 1, 0)
+    return ImageOps.invert(ImageOps.autocontrast(framed)).convert("RGB")
+
+
+def on_background(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The white that reaches the border replaced by a colour; white inside stays."""
+    values = np.array(image)
+    values[_connected_to_border(values.min(2) >= MIN_WHITE)] = colour
+    return Image.fromarray(values)
+
+
+def _connected_to_border(white: np.ndarray) -> np.ndarray:
+    """The part of a mask that is connected to its border.  # H W bool"""
+    found = np.zeros_like(white)
+    found[[0, -1], :], found[:, [0, -1]] = white[[0, -1], :], white[:, [0, -1]]
+    while True:
+        grown = found.copy()
+        grown[1:] |= found[:-1]
+        grown[:-1] |= found[1:]
+        grown[:, 1:] |= found[:, :-1]
+        grown[:, :-1] |= found[:, 1:]
+        grown &= white
+        if (grown == found).all():
+            return found
+        found = grown
+
+
+def _read(raw: bytes) -> Image.Image:
+    image = read_image(raw)
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
+
+
+def _part(image: Image.Image) -> Part:
+    """The image as a file: caches of codes are keyed by bytes."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG", compress_level=1)
+    return Part("image", stream.getvalue())
+
+
+@dataclass(frozen=True)
+class Outline(Derived):
+    """The record's image as lines."""
+
+    def part(self, record: Record, language: str) -> Part:
+        return _part(outline(_read(record["image"])))
+
+
+def _two_styles(context: Context) -> tuple[Style, Style]:
+    names = sorted(STYLES)
+    first, second = context.rng.permutation(len(names))[:2]
+    return STYLES[names[int(first)]], STYLES[names[int(second)]]
+
+
+def _reference(record: Record, index: int, style: Style) -> Part:
+    """The image of another record in a style, or the record's own if no other has one."""
+    found = [other["image"] for other in record.get("others", ()) if other.get("image")]
+    return _part(style(_read(found[index % len(found)] if found else record["image"])))
+
+
+def restyle(record: Record, context: Context) -> Built:
+    """A reference in a random style, and the record's image in that style."""
+    style, _ = _two_styles(context)
+    target = _part(style(_read(record["image"])))
+    return Built({"reference": _reference(record, 0, style)}, target)
+
+
+def mix_styles(record: Record, context: Context) -> Built:
+    """Two references in two styles, and the record's image half in each."""
+    first, second = _two_styles(context)
+    image = _read(record["image"])
+    target = _part(Image.blend(first(image), second(image), 0.5))
+    references = {"reference": _reference(record, 0, first), "second": _reference(record, 1, second)}
+    return Built(references, target)
+
+
+def change_background(record: Record, context: Context) -> Built:
+    """The name of a random colour, and the record's image on a background of it."""
+    names = sorted(BACKGROUNDS)
+    name = names[int(context.rng.integers(len(names)))]
+    chinese, colour = BACKGROUNDS[name]
+    target = _part(on_background(_read(record["image"]), colour))
+    word = Part("text", name if context.language == "en" else chinese)
+    return Built({"colour": word}, target)
+
+
+OUTLINE = Outline("image", needs=IMAGE.present)
 
 TASKS = (
-    _draws(
-        "sketch",
-        "sketch what a text says in lines",
-        {"text": Text("text")},
-        Outline(),
-        "sketch {text}",
-        "画{text}的草图",
+    Task(
+        name="sketch",
+        summary="sketch what a text says in lines",
+        inputs={"text": TEXT},
+        target=OUTLINE,
+        prompts={"en": ("sketch {text}",), "zh": ("画{text}的草图",)},
     ),
-    _draws(
-        "colour_sketch",
-        "colour a sketch in",
-        {"image": Outline(), "text": Text("text")},
-        Picture(),
-        "{image} Colour it in: {text}",
-        "{image} 上色：{text}",
+    Task(
+        name="colour_sketch",
+        summary="colour a sketch in",
+        inputs={"image": OUTLINE, "text": TEXT},
+        target=IMAGE,
+        prompts={"en": ("{image} Colour it in: {text}",), "zh": ("{image} 上色：{text}",)},
+        metrics=("code_bits",),
     ),
-    _draws(
-        "restyle",
-        "redraw a picture in the style of a reference",
-        {"image": Picture(), "reference": Reference()},
-        Restyled(),
-        "{image} in the style of {reference}",
-        "{image} 按照风格 {reference}",
+    Task(
+        name="restyle",
+        summary="redraw a picture in the style of a reference",
+        inputs={"image": IMAGE, "reference": Derived("image")},
+        target=Derived("image", restyle),
+        prompts={"en": ("{image} in the style of {reference}",), "zh": ("{image} 按照风格 {reference}",)},
         compares=True,
     ),
-    _draws(
-        "mix_styles",
-        "redraw a picture in a mixture of two styles",
-        {"image": Picture(), "reference": Reference(), "second": Reference(1)},
-        Mixed(),
-        "{image} mixing {reference} and {second}",
-        "{image} 混合 {reference} 和 {second}",
+    Task(
+        name="mix_styles",
+        summary="redraw a picture in a mixture of two styles",
+        inputs={"image": IMAGE, "reference": Derived("image"), "second": Derived("image")},
+        target=Derived("image", mix_styles),
+        prompts={
+            "en": ("{image} mixing {reference} and {second}",),
+            "zh": ("{image} 混合 {reference} 和 {second}",),
+        },
         compares=True,
     ),
-    _draws(
-        "change_background",
-        "put another background behind what a picture shows",
-        {"image": Picture(), "colour": BackgroundName()},
-        OnBackground(),
-        "{image} Background: {colour}",
-        "{image} 背景：{colour}",
+    Task(
+        name="change_background",
+        summary="put another background behind what a picture shows",
+        inputs={"image": IMAGE, "colour": Derived("text")},
+        target=Derived("image", change_background),
+        prompts={"en": ("{image} Background: {colour}",), "zh": ("{image} 背景：{colour}",)},
     ),
 )

@@ -1,14 +1,14 @@
-"""The list of tasks: adding one is a line in its family's file."""
+"""The built-in tasks by name. Adding one is an entry in the file of its subject."""
 
 from __future__ import annotations
 
 from openm6.base.config import nearest
 from openm6.base.errors import ConfigError
-from openm6.tasks import analysis, contrasts, design, pictures, poems, shop, sounds, tables, texts
+from openm6.tasks import audio, design, image, shop, tables, text
 from openm6.tasks.task import Task
 
-FAMILIES = (texts, poems, pictures, design, sounds, tables, analysis, shop, contrasts)
-TASKS: dict[str, Task] = {task.name: task for family in FAMILIES for task in family.TASKS}
+SUBJECTS = (text, image, design, audio, tables, shop)
+TASKS: dict[str, Task] = {task.name: task for subject in SUBJECTS for task in subject.TASKS}
 
 
 def task_named(name: str) -> Task:

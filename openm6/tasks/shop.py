@@ -1,161 +1,110 @@
 """Tasks of a shop: titles, selling points, scripts, attributes, reviews, prices, search and recommendation.
 
-Besides a picture, a title (`text`), keywords (`tags`), a category (`label`) and numbers, they read what a table keeps
+Besides an image, a title (`text`), keywords (`tags`), a category (`label`) and numbers, they read what a table keeps
 in `extra`: selling_points, script, attributes, review, sentiment, review_summary, query, history, recommendation.
 """
 
 from __future__ import annotations
 
-from openm6.tasks.comparing_slots import Fits, MaybeText, Shown
-from openm6.tasks.slots import Future, OneColumn, Past, Picture, Slot, Text
+from openm6.tasks.builders import FUTURE, PRICE, TEXT_MATCH
+from openm6.tasks.slots import IMAGE, LABEL, TEXT, Derived, Text
 from openm6.tasks.task import Task
 
-
-def _writes(
-    name: str,
-    summary: str,
-    given: dict[str, Slot],
-    wanted: Text,
-    en: str,
-    zh: str,
-    metrics: tuple[str, ...] = ("character_f1", "exact_match"),
-) -> Task:
-    """A task that answers in text."""
-    return Task(
-        name=name,
-        summary=summary,
-        given=given,
-        wanted=wanted,
-        prompts={"en": (en,), "zh": (zh,)},
-        metrics=metrics,
-        baseline="frequent_answer",
-        reads="image" if "image" in given else "text",
-        gives="text",
-    )
-
-
-_TITLE = Text("text")
-_MAYBE = MaybeText("text")
-_EXACT = ("exact_match",)
-
 TASKS = (
-    _writes(
-        "write_title",
-        "title a product from its picture and keywords",
-        {"image": Picture(), "tags": Text("tags")},
-        Text("text", max_tokens=48),
-        "{image} {tags} Title:",
-        "{image} {tags} 标题：",
+    Task(
+        name="write_title",
+        summary="title a product from its picture and keywords",
+        inputs={"image": IMAGE, "tags": Text("tags")},
+        target=Text("text", max_tokens=48),
+        prompts={"en": ("{image} {tags} Title:",), "zh": ("{image} {tags} 标题：",)},
     ),
-    _writes(
-        "write_selling_points",
-        "say what speaks for a product",
-        {"title": _TITLE, "tags": Text("tags")},
-        Text("selling_points", max_tokens=96),
-        "{title} {tags} Selling points:",
-        "{title} {tags} 卖点：",
+    Task(
+        name="write_selling_points",
+        summary="say what speaks for a product",
+        inputs={"title": TEXT, "tags": Text("tags")},
+        target=Text("selling_points", max_tokens=96),
+        prompts={"en": ("{title} {tags} Selling points:",), "zh": ("{title} {tags} 卖点：",)},
     ),
-    _writes(
-        "write_script",
-        "write what a host says of a product in a live stream",
-        {"title": _TITLE, "selling_points": Text("selling_points")},
-        Text("script", max_tokens=160),
-        "{title} {selling_points} Live:",
-        "{title} {selling_points} 直播：",
+    Task(
+        name="write_script",
+        summary="write what a host says of a product in a live stream",
+        inputs={"title": TEXT, "selling_points": Text("selling_points")},
+        target=Text("script", max_tokens=160),
+        prompts={"en": ("{title} {selling_points} Live:",), "zh": ("{title} {selling_points} 直播：",)},
     ),
-    _writes(
-        "fill_attributes",
-        "read a product's attributes off its picture and title",
-        {"image": Picture(), "title": _TITLE},
-        Text("attributes", max_tokens=48),
-        "{image} {title} Attributes:",
-        "{image} {title} 属性：",
+    Task(
+        name="fill_attributes",
+        summary="read a product's attributes off its picture and title",
+        inputs={"image": IMAGE, "title": TEXT},
+        target=Text("attributes", max_tokens=48),
+        prompts={"en": ("{image} {title} Attributes:",), "zh": ("{image} {title} 属性：",)},
     ),
-    _writes(
-        "classify_product",
-        "find the category of a product",
-        {"image": Picture(), "title": _TITLE},
-        Text("label", max_tokens=16),
-        "{image} {title} Category:",
-        "{image} {title} 类目：",
-        _EXACT,
+    Task(
+        name="classify_product",
+        summary="find the category of a product",
+        inputs={"image": IMAGE, "title": TEXT},
+        target=LABEL,
+        prompts={"en": ("{image} {title} Category:",), "zh": ("{image} {title} 类目：",)},
     ),
     Task(
         name="match_product",
         summary="say whether a title fits the picture of a product",
-        given={"image": Picture(), "text": Shown()},
-        wanted=Fits(_MAYBE),
-        compares=True,
+        inputs={"image": IMAGE, "text": TEXT},
+        target=TEXT_MATCH,
         prompts={"en": ("{image} {text} The same product?",), "zh": ("{image} {text} 是同款吗？",)},
-        metrics=_EXACT,
-        baseline="frequent_answer",
-        reads="image",
-        gives="text",
+        compares=True,
     ),
-    _writes(
-        "judge_review",
-        "tell a friendly review from an unfriendly one",
-        {"review": Text("review")},
-        Text("sentiment", max_tokens=8),
-        "{review} Positive or negative?",
-        "{review} 好评还是差评？",
-        _EXACT,
+    Task(
+        name="judge_review",
+        summary="tell a friendly review from an unfriendly one",
+        inputs={"review": Text("review")},
+        target=Text("sentiment", max_tokens=8),
+        prompts={"en": ("{review} Positive or negative?",), "zh": ("{review} 好评还是差评？",)},
     ),
-    _writes(
-        "summarise_reviews",
-        "say in a few words what reviews say",
-        {"review": Text("review")},
-        Text("review_summary", max_tokens=48),
-        "{review} In short:",
-        "{review} 总结：",
+    Task(
+        name="summarise_reviews",
+        summary="say in a few words what reviews say",
+        inputs={"review": Text("review")},
+        target=Text("review_summary", max_tokens=48),
+        prompts={"en": ("{review} In short:",), "zh": ("{review} 总结：",)},
     ),
-    _writes(
-        "search_product",
-        "find the product that a query means",
-        {"query": Text("query")},
-        Text("text", max_tokens=48),
-        "search {query}:",
-        "搜索{query}：",
+    Task(
+        name="search_product",
+        summary="find the product that a query means",
+        inputs={"query": Text("query")},
+        target=Text("text", max_tokens=48),
+        prompts={"en": ("search {query}:",), "zh": ("搜索{query}：",)},
     ),
-    _writes(
-        "recommend",
-        "recommend a product to someone, and say why",
-        {"history": Text("history")},
-        Text("recommendation", max_tokens=96),
-        "Bought: {history} Next:",
-        "买过：{history} 推荐：",
+    Task(
+        name="recommend",
+        summary="recommend a product to someone, and say why",
+        inputs={"history": Text("history")},
+        target=Text("recommendation", max_tokens=96),
+        prompts={"en": ("Bought: {history} Next:",), "zh": ("买过：{history} 推荐：",)},
     ),
-    _writes(
-        "answer_buyer",
-        "answer a buyer's question about a product",
-        {"title": _TITLE, "attributes": Text("attributes"), "question": Text("buyer_question")},
-        Text("buyer_answer", max_tokens=32),
-        "{title} {attributes} {question}",
-        "{title} {attributes} {question}",
+    Task(
+        name="answer_buyer",
+        summary="answer a buyer's question about a product",
+        inputs={"title": TEXT, "attributes": Text("attributes"), "question": Text("buyer_question")},
+        target=Text("buyer_answer", max_tokens=32),
+        prompts={"en": ("{title} {attributes} {question}",), "zh": ("{title} {attributes} {question}",)},
     ),
     Task(
         name="predict_price",
         summary="predict the price of a product",
-        given={"image": Picture(), "title": _TITLE},
-        wanted=OneColumn("price"),
+        inputs={"image": IMAGE, "title": TEXT},
+        target=PRICE,
         prompts={
             "en": ("{image} {title} What is its {column}?",),
             "zh": ("{image} {title} {column}是多少？",),
         },
-        metrics=("crps_share", "mae", "coverage_80"),
-        baseline="column_median",
-        reads="image",
-        gives="numbers",
     ),
     Task(
         name="forecast_demand",
         summary="forecast the sales of a product",
-        given={"series": Past()},
-        wanted=Future(),
+        inputs={"series": Derived("numbers")},
+        target=FUTURE,
         prompts={"en": ("{series} Sales to come?",), "zh": ("{series} 未来销量？",)},
-        metrics=("crps_share", "mae", "coverage_80"),
         baseline="last_value",
-        reads="numbers",
-        gives="numbers",
     ),
 )

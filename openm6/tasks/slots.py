@@ -1,47 +1,83 @@
-"""The slots tasks are made of: a text, a picture, a sound, numbers or a series of a record, whole or with a hole."""
+"""Slots: how a task finds a text, an image, an audio recording or numbers in a record."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from openm6.modalities.image import random_hole
-from openm6.modalities.interface import Cuttable, Part
-from openm6.modalities.numbers import NumberSeries
-from openm6.modalities.sound import random_gap, random_speed
-from openm6.modalities.text import GAP
-from openm6.tasks.task import Record, Scene, Slot
+import numpy as np
 
-YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
+from openm6.modalities.interface import Part
+
+Record = dict[str, Any]
+MAX_TOKENS = 256
+# A text of at most so many tokens is a name or a category.
+SHORT = 16
+METRICS: dict[str, tuple[str, ...]] = {
+    "text": ("exact_match",),
+    "image": ("code_bits",),
+    "sound": ("code_bits",),
+    "numbers": ("crps_share", "mae", "coverage_80"),
+}
+BASELINES = {
+    "text": "frequent_answer",
+    "image": "position_frequencies",
+    "sound": "position_frequencies",
+    "numbers": "column_median",
+}
+
+
+class Slot(ABC):
+    """One part of a record. As a target it brings the metrics and the baseline of its task."""
+
+    modality: str
+
+    @abstractmethod
+    def present(self, record: Record, language: str) -> bool:
+        """Whether the record holds what this slot needs."""
+
+    @abstractmethod
+    def part(self, record: Record, language: str) -> Part:
+        """The part to read or to predict."""
+
+    def key(self, record: Record, language: str) -> str:
+        """What two equal answers share: the label if there is one, else the record."""
+        return str(record.get("label") or record.get("id"))
+
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics of a task with this target."""
+        return METRICS[self.modality]
+
+    def baseline(self) -> str:
+        """The baseline of a task with this target."""
+        return BASELINES[self.modality]
 
 
 def localised(record: Record, name: str, language: str) -> Any:
-    """A record's field in a language.
+    """A field in a language.
 
     `text` and `tags` carry a language suffix; `label` is English and `label_zh` Chinese; the other known keys have
-    none. Any other name is looked for in `extra`.
+    none. Any other name is looked up in `extra`: `name_en` or `name_zh`, else `name` if it is in that language.
     """
     if name in ("text", "tags"):
         return record.get(f"{name}_{language}")
     if name == "label" and language == "zh":
         return record.get("label_zh")
-    return record[name] if name in record else _beside(record.get("extra") or {}, name, language)
-
-
-def _beside(extra: Record, name: str, language: str) -> Any:
-    """A field kept beside: `name_en` or `name_zh`, else `name` where it is written in that language."""
+    if name in record:
+        return record[name]
+    extra = record.get("extra") or {}
     if f"{name}_{language}" in extra:
         return extra[f"{name}_{language}"]
     plain = extra.get(name)
-    if plain is None or is_chinese(as_text(plain)) != (language == "zh"):
-        return None
-    return plain
+    return plain if plain is not None and is_chinese(as_text(plain)) == (language == "zh") else None
 
 
 def is_chinese(text: str) -> bool:
-    """Whether any letter of a text is Chinese."""
-    return any("\u4e00" <= letter <= "\u9fff" for letter in text)
+    """Whether any character of a text is Chinese."""
+    return any("\u4e00" <= character <= "\u9fff" for character in text)
 
 
 def as_text(value: Any) -> str:
@@ -51,239 +87,145 @@ def as_text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Text(Slot):
-    """A text field in the example's language; a list is joined."""
+    """A text field; a list is joined. `language` is that of the example, the other one, or any: the field as it is."""
 
     name: str
-    max_tokens: int = 256
+    max_tokens: int = MAX_TOKENS
+    language: Literal["own", "other", "any"] = "own"
+    modality = "text"
+
+    def value(self, record: Record, language: str) -> Any:
+        """The field, or nothing."""
+        if self.language == "any":
+            return record.get(self.name)
+        if self.language == "other":
+            language = "zh" if language == "en" else "en"
+        return localised(record, self.name, language)
 
     def present(self, record: Record, language: str) -> bool:
-        return bool(localised(record, self.name, language))
+        return bool(self.value(record, language))
 
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        text = as_text(localised(record, self.name, scene.language))
-        return [Part("text", text, {"max_tokens": self.max_tokens})]
+    def part(self, record: Record, language: str) -> Part:
+        return Part("text", as_text(self.value(record, language)), {"max_tokens": self.max_tokens})
 
-    def key(self, record: Record, scene: Scene) -> str:
-        return as_text(localised(record, self.name, scene.language))
+    def key(self, record: Record, language: str) -> str:
+        return as_text(self.value(record, language))
+
+    def metrics(self) -> tuple[str, ...]:
+        return ("exact_match",) if self.max_tokens <= SHORT else ("character_f1", "exact_match")
 
 
 @dataclass(frozen=True)
 class Gloss(Text):
-    """A text without the words before its first colon where the label is among them: a definition without its word."""
+    """A text without the words before its first colon if the label is among them: a definition without its word."""
 
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        text = as_text(localised(record, self.name, scene.language))
+    def part(self, record: Record, language: str) -> Part:
+        text = as_text(self.value(record, language))
         head, colon, rest = text.partition(": ")
-        label = as_text(localised(record, "label", scene.language) or "")
-        return [Part("text", rest if colon and label and label in head else text)]
+        label = as_text(localised(record, "label", language) or "")
+        return Part("text", rest if colon and label and label in head else text)
 
 
 @dataclass(frozen=True)
-class Caption(Text):
-    """A text that says what goes with it; records of one English text say the same, in whatever language."""
-
-    def key(self, record: Record, scene: Scene) -> str:
-        return str(record.get("text_en") or record.get("text_zh") or record.get("id"))
-
-
-@dataclass(frozen=True)
-class OtherLanguage(Text):
-    """The same field in the other language: what a translation wants."""
+class Title(Text):
+    """The first line of a text of several lines."""
 
     def present(self, record: Record, language: str) -> bool:
-        return bool(localised(record, self.name, _other(language)))
+        first, _, rest = as_text(self.value(record, language) or "").partition("\n")
+        return bool(first.strip() and rest.strip())
 
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        text = as_text(localised(record, self.name, _other(scene.language)))
-        return [Part("text", text, {"max_tokens": self.max_tokens})]
-
-    def key(self, record: Record, scene: Scene) -> str:
-        return as_text(localised(record, self.name, _other(scene.language)))
-
-
-def _other(language: str) -> str:
-    return "zh" if language == "en" else "en"
+    def part(self, record: Record, language: str) -> Part:
+        return Part("text", as_text(self.value(record, language)).partition("\n")[0])
 
 
 @dataclass(frozen=True)
-class TextWithHoles(Text):
-    """The text without `share` of its words (Chinese: characters), in runs of about `run`; a gap marks each run."""
+class Body(Title):
+    """What follows the title."""
 
-    share: float = 0.15
-    run: int = 3
-
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        text = as_text(localised(record, self.name, scene.language))
-        chinese = scene.language == "zh"
-        units = list(text) if chinese else text.split(" ")
-        kept: list[str] = []
-        stop = 0
-        for start, end in self._runs(len(units), scene):
-            kept += [*units[stop:start], GAP]
-            stop = end
-        return [Part("text", ("" if chinese else " ").join([*kept, *units[stop:]]))]
-
-    def _runs(self, count: int, scene: Scene) -> list[tuple[int, int]]:
-        """Start and end of each run, in order and a word or more apart (arXiv 1910.10683, section 3.3.4)."""
-        lost = max(1, round(self.share * count))
-        runs = max(1, round(lost / self.run))
-        lengths = [lost // runs + (number < lost % runs) for number in range(runs)]
-        # Each run starts at a word of its own among the `count - lost` words that stay, or after the last of them.
-        places = sorted(scene.rng.choice(count - lost + 1, runs, replace=False).tolist())
-        before = [sum(lengths[:number]) for number in range(runs)]
-        return [
-            (place + gone, place + gone + length)
-            for place, gone, length in zip(places, before, lengths, strict=True)
-        ]
+    def part(self, record: Record, language: str) -> Part:
+        text = as_text(self.value(record, language)).partition("\n")[2]
+        return Part("text", text, {"max_tokens": self.max_tokens})
 
 
 @dataclass(frozen=True)
-class FirstPart(Text):
-    """The beginning of a text, up to a cut that the wanted `Rest` shares; of a long one, what stands before the cut."""
+class Media(Slot):
+    """The record's image or audio recording, whole."""
+
+    modality: str
+    name: str
 
     def present(self, record: Record, language: str) -> bool:
-        return len(localised(record, self.name, language) or "") >= 12
+        return bool(record.get(self.name))
 
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        text = as_text(localised(record, self.name, scene.language))
-        cut = _cut(text, scene)
-        return [Part("text", text[:cut], {"cuttable": (Cuttable(0, cut, keep_end=True),)})]
+    def part(self, record: Record, language: str) -> Part:
+        return Part(self.modality, record[self.name])
 
-
-@dataclass(frozen=True)
-class Rest(FirstPart):
-    """What follows the cut."""
-
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        text = as_text(localised(record, self.name, scene.language))
-        return [Part("text", text[_cut(text, scene) :], {"max_tokens": self.max_tokens})]
-
-
-def _cut(text: str, scene: Scene) -> int:
-    """Somewhere in the middle half, at a space where there is one; drawn once for both halves."""
-    if "cut" not in scene.shared:
-        place = int(scene.rng.integers(len(text) // 4, max(len(text) // 4 + 1, 3 * len(text) // 4)))
-        space = text.find(" ", place)
-        scene.shared["cut"] = space if 0 <= space < len(text) - 1 else place
-    return scene.shared["cut"]
+    def metrics(self) -> tuple[str, ...]:
+        return (*METRICS[self.modality], "recognised")
 
 
 @dataclass(frozen=True)
-class Picture(Slot):
-    """The record's picture; drawn when wanted."""
+class Numbers(Slot):
+    """All number columns of the record."""
+
+    min_columns: int = 1
+    modality = "numbers"
 
     def present(self, record: Record, language: str) -> bool:
-        return bool(record.get("image"))
+        return len(record.get("numbers") or {}) >= self.min_columns
 
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        return [Part("image", record["image"])]
-
-
-@dataclass(frozen=True)
-class PictureWithHole(Picture):
-    """The picture with a box hidden; given and wanted share the box."""
-
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        hole = scene.shared.setdefault("hole", random_hole(scene.rng))
-        return [Part("image", record["image"], {"hole": hole})]
-
-    def key(self, record: Record, scene: Scene) -> str:
-        return str(record.get("id"))
-
-
-@dataclass(frozen=True)
-class Sound(Slot):
-    """The record's sound; spoken when wanted, as long as the modality's setting says."""
-
-    def present(self, record: Record, language: str) -> bool:
-        return bool(record.get("audio"))
-
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        return [Part("sound", record["audio"])]
-
-
-@dataclass(frozen=True)
-class SoundWithGap(Sound):
-    """The sound with a stretch silenced; given and wanted share the stretch."""
-
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        shared = scene.shared
-        if "gap" not in shared:  # one gap and one speed for what is given and what is wanted
-            shared["gap"] = random_gap(scene.rng)
-            shared["speed"] = random_speed(scene.rng) if scene.train else 1.0
-        return [Part("sound", record["audio"], {"gap": shared["gap"], "speed": shared["speed"]})]
-
-    def key(self, record: Record, scene: Scene) -> str:
-        return str(record.get("id"))
+    def part(self, record: Record, language: str) -> Part:
+        return Part("numbers", dict(record["numbers"]))
 
 
 def observed(record: Record) -> dict[str, float]:
-    """The columns of a record that hold a value."""
+    """The number columns of a record that hold a value."""
     numbers = record.get("numbers") or {}
     return {name: value for name, value in numbers.items() if value is not None and not math.isnan(value)}
 
 
 @dataclass(frozen=True)
-class Columns(Slot):
-    """The record's number columns, without the one that is wanted."""
+class Context:
+    """What an example depends on besides its record."""
 
-    at_least: int = 1
-
-    def present(self, record: Record, language: str) -> bool:
-        return len(record.get("numbers") or {}) >= self.at_least
-
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        wanted = scene.shared.get("column")
-        return [Part("numbers", {name: value for name, value in record["numbers"].items() if name != wanted})]
+    language: str
+    rng: np.random.Generator
+    train: bool = False
 
 
 @dataclass(frozen=True)
-class OneColumn(Slot):
-    """One observed column, drawn anew each time, or always the one named."""
+class Built:
+    """A target with the inputs that depend on the same random decision.
 
-    name: str | None = None
+    Without a `key`, that of the target's slot counts; `words` fill names in the prompt that are not inputs.
+    """
 
-    def present(self, record: Record, language: str) -> bool:
-        seen = observed(record)
-        return bool(seen) if self.name is None else self.name in seen
-
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        seen = observed(record)
-        if "column" not in scene.shared:
-            scene.shared["column"] = self.name or sorted(seen)[int(scene.rng.integers(len(seen)))]
-        name = scene.shared["column"]
-        return [Part("numbers", {name: seen[name]})]
-
-    def key(self, record: Record, scene: Scene) -> str:
-        return f"{scene.shared['column']}={observed(record)[scene.shared['column']]}"
+    inputs: dict[str, Part]
+    target: Part
+    key: str | None = None
+    words: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Past(Slot):
-    """The context of a window over a series: one column, drawn when there are several."""
+class Derived(Slot):
+    """A part that no field holds. As a target it has the function that builds it, together with derived inputs.
+
+    `needs` tells whether the record holds what the part is built from.
+    """
+
+    modality: str
+    build: Callable[[Record, Context], Built] | None = None
+    needs: Callable[[Record, str], bool] = lambda record, language: True
 
     def present(self, record: Record, language: str) -> bool:
-        return bool(record.get("series"))
+        return self.needs(record, language)
 
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        name, values = _series(record, scene)
-        return [Part("numbers", NumberSeries(name, values[: len(values) - record["extra"]["horizon"]]))]
+    def part(self, record: Record, language: str) -> Part:
+        raise NotImplementedError("a derived input comes from the `build` function of its task's target")
 
-
-@dataclass(frozen=True)
-class Future(Past):
-    """The steps to forecast."""
-
-    def parts(self, record: Record, scene: Scene) -> list[Part]:
-        name, values = _series(record, scene)
-        return [Part("numbers", NumberSeries(name, values[len(values) - record["extra"]["horizon"] :]))]
-
-    def key(self, record: Record, scene: Scene) -> str:
+    def key(self, record: Record, language: str) -> str:
         return str(record.get("id"))
 
 
-def _series(record: Record, scene: Scene) -> tuple[str, list[float | None]]:
-    series = record["series"]
-    if "column" not in scene.shared:
-        scene.shared["column"] = sorted(series)[int(scene.rng.integers(len(series)))]
-    return scene.shared["column"], series[scene.shared["column"]]
+IMAGE, AUDIO, NUMBERS = Media("image", "image"), Media("sound", "audio"), Numbers()
+TEXT, LABEL, QUESTION = Text("text"), Text("label", max_tokens=SHORT), Text("question")

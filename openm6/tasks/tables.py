@@ -1,53 +1,78 @@
-"""Tasks over number columns and series: classify a row, predict a column, forecast."""
+"""Tasks over number columns and series: classify, predict, forecast, question, report, find an anomaly."""
 
 from __future__ import annotations
 
-from openm6.tasks.slots import Columns, Future, OneColumn, Past, Text
+from openm6.tasks.builders import ANOMALY, COLUMN_ANSWER, FUTURE, NUMBER
+from openm6.tasks.slots import LABEL, NUMBERS, TEXT, Derived, Numbers, Text
 from openm6.tasks.task import Task
 
-CLASSIFY_NUMBERS = Task(
-    name="classify_numbers",
-    summary="name what a row of numbers describes",
-    given={"numbers": Columns()},
-    wanted=Text("label", max_tokens=16),
-    prompts={"en": ("{numbers} What is this?", "{numbers} Which kind?"), "zh": ("{numbers} 这是什么？",)},
-    metrics=("exact_match",),
-    baseline="frequent_answer",
-    reads="numbers",
-    gives="text",
+TASKS = (
+    Task(
+        name="classify_numbers",
+        summary="name what a row of numbers describes",
+        inputs={"numbers": NUMBERS},
+        target=LABEL,
+        prompts={"en": ("{numbers} What is this?", "{numbers} Which kind?"), "zh": ("{numbers} 这是什么？",)},
+    ),
+    Task(
+        name="predict_number",
+        summary="predict one column from the others",
+        inputs={"numbers": Numbers(min_columns=2)},
+        target=NUMBER,
+        prompts={"en": ("{numbers} What is its {column}?",), "zh": ("{numbers} {column}是多少？",)},
+    ),
+    Task(
+        name="predict_from_all",
+        summary="predict one column from the text and the other columns",
+        inputs={"text": TEXT, "numbers": Numbers(min_columns=2)},
+        target=NUMBER,
+        prompts={
+            "en": ("{text} {numbers} What is its {column}?",),
+            "zh": ("{text} {numbers} {column}是多少？",),
+        },
+    ),
+    Task(
+        name="forecast",
+        summary="forecast a series",
+        inputs={"series": Derived("numbers")},
+        target=FUTURE,
+        prompts={"en": ("{series} What comes next?",), "zh": ("{series} 接下来呢？",)},
+        baseline="last_value",
+    ),
+    Task(
+        name="ask_numbers",
+        summary="answer a question about a row of numbers",
+        inputs={"numbers": NUMBERS, "question": Derived("text")},
+        target=COLUMN_ANSWER,
+        prompts={"en": ("{numbers} {question}",), "zh": ("{numbers} {question}",)},
+    ),
+    Task(
+        name="report_numbers",
+        summary="report in words what numbers say",
+        inputs={"numbers": NUMBERS},
+        target=Text("text", max_tokens=64),
+        prompts={"en": ("{numbers} Report:",), "zh": ("{numbers} 报告：",)},
+    ),
+    Task(
+        name="name_state",
+        summary="name the state that readings tell of",
+        inputs={"numbers": NUMBERS},
+        target=LABEL,
+        prompts={"en": ("{numbers} Which state?",), "zh": ("{numbers} 什么状态？",)},
+    ),
+    Task(
+        name="advise",
+        summary="say what to do about a machine",
+        inputs={"text": TEXT, "numbers": NUMBERS},
+        target=Text("advice", max_tokens=48),
+        prompts={"en": ("{text} {numbers} What is to be done?",), "zh": ("{text} {numbers} 怎么处理？",)},
+        metrics=("exact_match", "character_f1"),
+    ),
+    Task(
+        name="find_anomaly",
+        summary="find the step of a series that is out of line",
+        inputs={"series": Derived("numbers")},
+        target=ANOMALY,
+        prompts={"en": ("{series} Anomaly?",), "zh": ("{series} 异常？",)},
+    ),
 )
-PREDICT_NUMBER = Task(
-    name="predict_number",
-    summary="predict one column from the others",
-    given={"numbers": Columns(at_least=2)},
-    wanted=OneColumn(),
-    prompts={"en": ("{numbers} What is its {column}?",), "zh": ("{numbers} {column}是多少？",)},
-    metrics=("crps_share", "mae", "coverage_80"),
-    baseline="column_median",
-    reads="numbers",
-    gives="numbers",
-)
-PREDICT_FROM_ALL = Task(
-    name="predict_from_all",
-    summary="predict one column from the text and the other columns",
-    given={"text": Text("text"), "numbers": Columns(at_least=2)},
-    wanted=OneColumn(),
-    prompts={"en": ("{text} {numbers} What is its {column}?",), "zh": ("{text} {numbers} {column}是多少？",)},
-    metrics=("crps_share", "mae", "coverage_80"),
-    baseline="column_median",
-    reads="numbers",
-    gives="numbers",
-)
-FORECAST = Task(
-    name="forecast",
-    summary="forecast a series",
-    given={"series": Past()},
-    wanted=Future(),
-    prompts={"en": ("{series} What comes next?",), "zh": ("{series} 接下来呢？",)},
-    metrics=("crps_share", "mae", "coverage_80"),
-    baseline="last_value",
-    reads="numbers",
-    gives="numbers",
-)
-
-TASKS = (CLASSIFY_NUMBERS, PREDICT_NUMBER, PREDICT_FROM_ALL, FORECAST)

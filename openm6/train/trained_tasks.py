@@ -9,9 +9,9 @@ from openm6.base.seeds import numpy_generator
 from openm6.data.prepare import with_others
 from openm6.data.source import Source
 from openm6.models.description import Lesson
+from openm6.tasks.prompts import word_count
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Task
-from openm6.tasks.wording import word_count
 from openm6.train.recipe import MultimodalRecipe
 
 LOOKED_AT = 100  # records, spread over the source

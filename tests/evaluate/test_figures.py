@@ -19,7 +19,7 @@ from openm6.evaluate.figures import (
     standing,
 )
 from openm6.evaluate.metrics import METRICS
-from openm6.tasks.contrasts import RECALLS
+from openm6.tasks.task import RECALLS
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,8 @@ from openm6.evaluate.recognise import Recogniser, picture_features
 from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import BINS, LIMIT, Histogram, NumberSeries
-from openm6.tasks.contrasts import RECALLS
 from openm6.tasks.registry import TASKS
-from openm6.tasks.task import Example
+from openm6.tasks.task import RECALLS, Example
 from tests.data.pictures import png
 
 HOLE = (0.25, 0.25, 0.75, 0.75)

@@ -35,7 +35,7 @@ DEMO = read_recipe(recipe_path("demo"), [])[0]
 ASKED = sorted(
     {
         lesson.task for lesson in DEMO.mixture
-        if len(TASKS[lesson.task].given) == 1 and TASKS[lesson.task].reads != "text"
+        if len(TASKS[lesson.task].inputs) == 1 and TASKS[lesson.task].reads != "text"
     } - {"describe_picture", "classify_picture"}  # asked in the words of name_picture, which comes first
 )  # fmt: skip
 RECORD = {
@@ -107,11 +107,11 @@ def asked(task: Task, language: str, picture: Path, recording: Path) -> Question
         "sound": {"sound": recording},
         "numbers": {"numbers": {"mass": 3.0, "length": 4.0}},
     }[task.reads]
-    if "series" in task.given:
+    if "series" in task.inputs:
         given = {"series": NumberSeries("temp_max", [1.0, 2.0])}
     elif task.gives == "numbers":
         given |= {"column": "mass"}
-    if task.name.startswith("fill"):
+    if task.inpaints:
         given |= {"hole": (0.0, 0.0, 0.5, 0.5)} if task.reads == "image" else {"gap": (0.0, 0.5)}
     return Question(want=task.gives, language=language, **given)
 

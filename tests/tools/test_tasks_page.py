@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 from openm6.evaluate.metrics import METRICS
-from openm6.tasks.contrasts import RECALLS
 from openm6.tasks.registry import TASKS
+from openm6.tasks.task import RECALLS
 from tools import tasks_page
 from tools.tasks_page import BASELINES, PAGE, main, page, table
 

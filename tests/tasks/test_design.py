@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from openm6.modalities.image import read_image
-from openm6.tasks.picture_styles import BACKGROUNDS, STYLES, blended, on_background, outlined
+from openm6.tasks.design import BACKGROUNDS, STYLES, on_background, outline
 from openm6.tasks.registry import TASKS
 from tests.small_model import demo_sources
 
@@ -21,7 +21,7 @@ def ring() -> Image.Image:
 
 
 def test_an_outline_is_dark_at_edges_and_white_elsewhere() -> None:
-    lines = np.asarray(outlined(ring())).min(2)
+    lines = np.asarray(outline(ring())).min(2)
     assert lines.shape == (32, 32) and lines[7, 15] < 128
     assert (lines[:6] == 255).all() and lines[0, 0] == 255 and lines[10, 10] == 255
 
@@ -46,9 +46,13 @@ def test_each_style_changes_a_picture_and_keeps_its_size(name: str) -> None:
     assert np.abs(np.asarray(styled, int) - np.asarray(picture, int)).mean() > 5
 
 
-def test_a_mixture_lies_in_the_middle() -> None:
-    black, white = (Image.new("RGB", (2, 2), shade) for shade in ("black", "white"))
-    assert 126 <= np.asarray(blended(black, white)).mean() <= 128
+def test_a_mixture_lies_in_the_middle_of_its_styles() -> None:
+    record = demo_sources()["emoji"][5]
+    other = {"image": record["image"], "en": None, "zh": None}
+    example = TASKS["mix_styles"].example({**record, "others": [other]}, np.random.default_rng(0))
+    images = [part.raw for part in example.source if part.modality == "image"][1:]
+    first, second, mixed = (np.asarray(read_image(raw), int) for raw in (*images, example.target.raw))
+    assert np.abs(mixed - (first + second) / 2).max() <= 1 and (first != second).any()
 
 
 def test_the_reference_has_the_style_that_is_wanted() -> None:

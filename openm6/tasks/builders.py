@@ -1,0 +1,239 @@
+"""Targets built together with some inputs, because both depend on one random decision: cuts, masks, columns, matches.
+
+Each function takes a record and the context of the example, and returns both sides. The targets stand at the end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from openm6.modalities.image import random_hole
+from openm6.modalities.interface import Cuttable, Part
+from openm6.modalities.numbers import NumberSeries, fit_scale
+from openm6.modalities.sound import random_gap, random_speed
+from openm6.modalities.text import GAP
+from openm6.tasks.slots import MAX_TOKENS, Built, Context, Derived, Record, as_text, localised, observed
+
+YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
+# Of a text's words (Chinese: characters) so many are masked, in runs of about so many.
+MASKED_FRACTION, MASKED_RUN = 0.15, 3
+# A shorter text is not continued.
+MIN_CHARACTERS = 12
+COUPLET_TOKENS = 32
+_SENTENCE = re.compile(r"[。！？；.!?;\n]+")
+_COMMA = re.compile(r"[，,]")
+# A shorter series gets no anomaly, which is a step moved by so many scales of the series.
+MIN_STEPS = 8
+ANOMALY_SCALES = 6.0
+# A bound in a question differs from the value by such a fraction of it.
+MARGIN = (0.1, 0.5)
+ABOVE = {"en": "Is the {column} above {bound}?", "zh": "{column}大于{bound}吗？"}
+STEP = {"en": "step {step}", "zh": "第{step}步"}
+NONE = {"en": "none", "zh": "无"}
+
+
+def _text(record: Record, language: str) -> str:
+    return as_text(localised(record, "text", language) or "")
+
+
+def _is_long(record: Record, language: str) -> bool:
+    return len(_text(record, language)) >= MIN_CHARACTERS
+
+
+def split_text(record: Record, context: Context) -> Built:
+    """The beginning of a text and the rest, cut in the middle half, at a space if there is one."""
+    text = _text(record, context.language)
+    quarter = len(text) // 4
+    cut = int(context.rng.integers(quarter, max(quarter + 1, 3 * len(text) // 4)))
+    space = text.find(" ", cut)
+    cut = space if 0 <= space < len(text) - 1 else cut
+    # If the beginning is too long, what stands right before the cut is kept.
+    beginning = Part("text", text[:cut], {"cuttable": (Cuttable(0, cut, keep_end=True),)})
+    return Built({"text": beginning}, Part("text", text[cut:], {"max_tokens": MAX_TOKENS}), text)
+
+
+def mask_words(record: Record, context: Context) -> Built:
+    """A text with a mark for each masked run of words, and the text (T5, arXiv 1910.10683, section 3.3.4)."""
+    text = _text(record, context.language)
+    joint = "" if context.language == "zh" else " "
+    words = text.split(" ") if joint else list(text)
+    count = max(1, round(MASKED_FRACTION * len(words)))
+    runs = max(1, round(count / MASKED_RUN))
+    lengths = [count // runs + (index < count % runs) for index in range(runs)]
+    # Each run starts at its own word among those that stay, or after the last of them: no two runs touch.
+    starts = sorted(context.rng.choice(len(words) - count + 1, runs, replace=False).tolist())
+    kept: list[str] = []
+    done = masked = 0
+    for start, length in zip(starts, lengths, strict=True):
+        kept += [*words[done : start + masked], GAP]
+        masked += length
+        done = start + masked
+    source = Part("text", joint.join([*kept, *words[done:]]))
+    return Built({"text": source}, Part("text", text, {"max_tokens": MAX_TOKENS}), text)
+
+
+def couplets(text: str) -> list[tuple[str, str]]:
+    """Neighbouring halves of equal length within a sentence: first line, second line."""
+    found = []
+    for sentence in _SENTENCE.split(text):
+        halves = [half.strip() for half in _COMMA.split(sentence)]
+        if len(halves) == 2 and len(halves[0]) == len(halves[1]) >= 3:
+            found.append((halves[0], halves[1]))
+    return found
+
+
+def _has_couplet(record: Record, language: str) -> bool:
+    return bool(couplets(_text(record, language)))
+
+
+def draw_couplet(record: Record, context: Context) -> Built:
+    """The two lines of one couplet of a text."""
+    found = couplets(_text(record, context.language))
+    first, second = found[int(context.rng.integers(len(found)))]
+    return Built({"line": Part("text", first)}, Part("text", second, {"max_tokens": COUPLET_TOKENS}), second)
+
+
+def _has_number(record: Record, language: str) -> bool:
+    """Whether a column has a value."""
+    return bool(observed(record))
+
+
+def hold_out_column(record: Record, context: Context) -> Built:
+    """One column that has a value, drawn each time, and all other columns."""
+    names = sorted(observed(record))
+    return hold_out(record, names[int(context.rng.integers(len(names)))])
+
+
+def hold_out(record: Record, column: str) -> Built:
+    """One column, and all others."""
+    value = observed(record)[column]
+    others = {name: number for name, number in record["numbers"].items() if name != column}
+    return Built(
+        {"numbers": Part("numbers", others)},
+        Part("numbers", {column: value}),
+        key=f"{column}={value}",
+        words={"column": column.replace("_", " ")},
+    )
+
+
+def _has_series(record: Record, language: str) -> bool:
+    """Whether the record is a window over series."""
+    return bool(record.get("series"))
+
+
+def split_series(record: Record, context: Context) -> Built:
+    """The context of a window and the steps to forecast, of one column if there are several."""
+    names = sorted(record["series"])
+    name = names[int(context.rng.integers(len(names)))]
+    values = record["series"][name]
+    start = len(values) - record["extra"]["horizon"]
+    past, future = (Part("numbers", NumberSeries(name, part)) for part in (values[:start], values[start:]))
+    return Built({"series": past}, future)
+
+
+def ask_column(record: Record, context: Context) -> Built:
+    """A question whether a column lies above a bound near its value, and the answer."""
+    seen, rng = observed(record), context.rng
+    name = sorted(seen)[int(rng.integers(len(seen)))]
+    above = bool(rng.random() < 0.5)
+    margin = max(abs(seen[name]), 1.0) * float(rng.uniform(*MARGIN))
+    bound = float(f"{seen[name] + (-margin if above else margin):.3g}")
+    question = ABOVE[context.language].format(column=name.replace("_", " "), bound=f"{bound:g}")
+    answer = YES_NO[context.language][int(above)]
+    return Built({"question": Part("text", question)}, Part("text", answer), key=str(above))
+
+
+def _long_series(record: Record) -> dict[str, list[float | None]]:
+    series = record.get("series") or {}
+    return {name: values for name, values in series.items() if len(values) >= MIN_STEPS}
+
+
+def _has_long_series(record: Record, language: str) -> bool:
+    return bool(_long_series(record))
+
+
+def insert_anomaly(record: Record, context: Context) -> Built:
+    """A series, half of the time with one step moved, and that step, counted from 1, or none."""
+    rng, found = context.rng, _long_series(record)
+    name = sorted(found)[int(rng.integers(len(found)))]
+    values = list(found[name])
+    step, answer = None, NONE[context.language]
+    if rng.random() < 0.5:
+        index = int(rng.integers(len(values)))
+        loc, scale = fit_scale(np.asarray([np.nan if value is None else value for value in values], float))
+        sign = 1 if rng.random() < 0.5 else -1
+        old = values[index]
+        values[index] = (loc if old is None else old) + sign * ANOMALY_SCALES * scale
+        step, answer = index + 1, STEP[context.language].format(step=index + 1)
+    series = Part("numbers", NumberSeries(name, values))
+    return Built({"series": series}, Part("text", answer), key=str(step))
+
+
+def draw_match(name: str, own: Part, others: Sequence[Any], context: Context) -> Built:
+    """The record's own part or, half of the time, one of others, and whether it is the record's own."""
+    fits = not others or bool(context.rng.random() < 0.5)
+    shown = own if fits else Part(own.modality, others[int(context.rng.integers(len(others)))])
+    answer = Part("text", YES_NO[context.language][int(fits)])
+    return Built({name: shown}, answer, key=str(fits))
+
+
+def match_text(record: Record, context: Context) -> Built:
+    """A text, and whether it is the record's."""
+    own = _text(record, context.language)
+    texts = [other.get(context.language) for other in record.get("others", ())]
+    others = [text for text in texts if text not in (None, own)]
+    return draw_match("text", Part("text", own), others, context)
+
+
+def mask_box(record: Record, context: Context) -> Built:
+    """An image with a random box masked, to read and to predict."""
+    hole = random_hole(context.rng)
+    # A second box was drawn and dropped in the first version; later draws of an example depend on it.
+    random_hole(context.rng)
+    image = Part("image", record["image"], {"hole": hole})
+    return Built({"image": image}, image)
+
+
+def match_audio(record: Record, context: Context) -> Built:
+    """A recording, and whether it is the record's; others have another label."""
+    others = [
+        other["audio"]
+        for other in record.get("others", ())
+        if other.get("audio") and other.get("label") != record.get("label")
+    ]
+    return draw_match("sound", Part("sound", record["audio"]), others, context)
+
+
+def mask_span(record: Record, context: Context) -> Built:
+    """A recording with a random span masked, to read and to predict, both at one speed."""
+    options = {"gap": random_gap(context.rng)}
+    options["speed"] = random_speed(context.rng) if context.train else 1.0
+    audio = Part("sound", record["audio"], options)
+    return Built({"sound": audio}, audio)
+
+
+def _has_price(record: Record, language: str) -> bool:
+    return "price" in observed(record)
+
+
+def hold_out_price(record: Record, context: Context) -> Built:
+    """The price, and all other columns."""
+    return hold_out(record, "price")
+
+
+REST_OF_TEXT = Derived("text", split_text, _is_long)
+UNMASKED_TEXT = Derived("text", mask_words)
+SECOND_LINE = Derived("text", draw_couplet, _has_couplet)
+NUMBER = Derived("numbers", hold_out_column, _has_number)
+PRICE = Derived("numbers", hold_out_price, _has_price)
+FUTURE = Derived("numbers", split_series, _has_series)
+COLUMN_ANSWER = Derived("text", ask_column, _has_number)
+ANOMALY = Derived("text", insert_anomaly, _has_long_series)
+TEXT_MATCH = Derived("text", match_text)
+AUDIO_MATCH = Derived("text", match_audio)
+UNMASKED_IMAGE = Derived("image", mask_box)
+UNMASKED_AUDIO = Derived("sound", mask_span)

@@ -1,0 +1,109 @@
+"""Tasks around one image: name, caption, question, match, draw, inpaint, tag, predict a number, embed."""
+
+from __future__ import annotations
+
+from openm6.tasks.builders import NUMBER, TEXT_MATCH, UNMASKED_IMAGE
+from openm6.tasks.slots import IMAGE, LABEL, NUMBERS, QUESTION, TEXT, Text
+from openm6.tasks.task import Task
+
+TASKS = (
+    Task(
+        name="name_picture",
+        summary="say in a word what a picture shows",
+        inputs={"image": IMAGE},
+        target=LABEL,
+        prompts={
+            "en": ("{image} What is this?", "{image} Name it."),
+            "zh": ("{image} 这是什么？", "{image} 叫什么？"),
+        },
+    ),
+    Task(
+        name="describe_picture",
+        summary="caption a picture",
+        inputs={"image": IMAGE},
+        target=Text("text", max_tokens=64),
+        prompts={
+            "en": ("{image} Describe the picture.", "{image} Caption:"),
+            "zh": ("{image} 描述这张图片。",),
+        },
+    ),
+    Task(
+        name="classify_picture",
+        summary="name the category of a picture",
+        inputs={"image": IMAGE},
+        target=LABEL,
+        prompts={"en": ("{image} Category:",), "zh": ("{image} 类别：",)},
+    ),
+    Task(
+        name="ask_picture",
+        summary="answer a question about a picture",
+        inputs={"image": IMAGE, "question": QUESTION},
+        target=Text("answer", max_tokens=16),
+        prompts={"en": ("{image} {question}",), "zh": ("{image} {question}",)},
+    ),
+    Task(
+        name="match_picture",
+        summary="say whether a text fits a picture",
+        inputs={"image": IMAGE, "text": TEXT},
+        target=TEXT_MATCH,
+        prompts={"en": ("{image} Is this {text}?",), "zh": ("{image} 这是{text}吗？",)},
+        compares=True,
+    ),
+    Task(
+        name="tag_picture",
+        summary="give the keywords of a picture",
+        inputs={"image": IMAGE},
+        target=Text("tags", max_tokens=48),
+        prompts={"en": ("{image} Keywords:",), "zh": ("{image} 关键词：",)},
+        metrics=("character_f1",),
+    ),
+    Task(
+        name="draw",
+        summary="draw what a text says",
+        inputs={"text": TEXT},
+        target=IMAGE,
+        prompts={
+            "en": ("draw {text}", "Draw {text}.", "A picture of {text}"),
+            "zh": ("画{text}", "画一个{text}。"),
+        },
+    ),
+    Task(
+        name="fill_picture",
+        summary="fill in a hole in a picture",
+        inputs={"image": IMAGE},
+        target=UNMASKED_IMAGE,
+        prompts={"en": ("{image} Fill in.",), "zh": ("{image} 补全。",)},
+        metrics=("code_bits", "hole_psnr"),
+        inpaints=True,
+    ),
+    Task(
+        name="number_from_picture",
+        summary="predict a number of what a picture shows",
+        inputs={"image": IMAGE},
+        target=NUMBER,
+        prompts={"en": ("{image} What is the {column}?",), "zh": ("{image} {column}是多少？",)},
+    ),
+    Task(
+        name="draw_numbers",
+        summary="draw what numbers describe",
+        inputs={"numbers": NUMBERS},
+        target=IMAGE,
+        prompts={"en": ("draw {numbers}", "{numbers} Draw it."), "zh": ("画{numbers}",)},
+    ),
+    Task(
+        name="pair_picture",
+        summary="embed a picture like the text that tells of it",
+        inputs={"text": TEXT},
+        target=IMAGE,
+        prompts={"en": ("{text}", "a picture of {text}"), "zh": ("{text}", "{text}的图片")},
+        contrasts=True,
+    ),
+    Task(
+        name="pair_picture_tags",
+        summary="embed a picture like its keywords",
+        inputs={"tags": Text("tags")},
+        target=IMAGE,
+        prompts={"en": ("{tags}",), "zh": ("{tags}",)},
+        contrasts=True,
+    ),
+)

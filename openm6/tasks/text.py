@@ -1,0 +1,111 @@
+"""Tasks from text to text: writing, continuation, denoising, translation, definitions, questions, verse."""
+
+from __future__ import annotations
+
+from openm6.tasks.builders import NUMBER, REST_OF_TEXT, SECOND_LINE, UNMASKED_TEXT
+from openm6.tasks.slots import LABEL, QUESTION, TEXT, Body, Derived, Gloss, Text, Title
+from openm6.tasks.task import Task
+
+TASKS = (
+    Task(
+        name="write",
+        summary="write a text from its title or keywords",
+        inputs={"tags": Text("tags")},
+        target=TEXT,
+        prompts={"en": ("Write about {tags}.", "Write: {tags}"), "zh": ("写：{tags}", "以{tags}为题写作。")},
+        metrics=("character_f1",),
+    ),
+    Task(
+        name="continue",
+        summary="go on with a text",
+        inputs={"text": Derived("text")},
+        target=REST_OF_TEXT,
+        prompts={"en": ("{text}",), "zh": ("{text}",)},
+        metrics=("character_f1",),
+    ),
+    Task(
+        name="denoise",
+        summary="restore a text with a gap",
+        inputs={"text": TEXT},
+        target=UNMASKED_TEXT,
+        prompts={"en": ("Restore: {text}",), "zh": ("还原：{text}",)},
+        metrics=("character_f1", "exact_match"),
+    ),
+    Task(
+        name="translate",
+        summary="say a text in the other language",
+        inputs={"text": TEXT},
+        target=Text("text", language="other"),
+        prompts={"en": ("{text} In Chinese:",), "zh": ("{text} 用英语说：",)},
+        metrics=("exact_match", "character_f1"),
+    ),
+    Task(
+        name="translate_label",
+        summary="say a word in the other language",
+        inputs={"label": Text("label")},
+        target=Text("label", language="other"),
+        prompts={"en": ("{label} in Chinese:",), "zh": ("{label}用英语说：",)},
+        metrics=("exact_match",),
+    ),
+    Task(
+        name="define",
+        summary="find the word that a gloss defines",
+        inputs={"text": Gloss("text")},
+        target=LABEL,
+        prompts={"en": ("{text} In a word:",), "zh": ("{text} 一言以蔽之：",)},
+        metrics=("exact_match", "character_f1"),
+    ),
+    Task(
+        name="explain_word",
+        summary="define a word",
+        inputs={"label": Text("label")},
+        target=Gloss("text"),
+        prompts={"en": ("What is {label}?", "Define {label}."), "zh": ("什么是{label}？",)},
+        metrics=("character_f1",),
+    ),
+    Task(
+        name="answer",
+        summary="answer a question about a text",
+        inputs={"text": TEXT, "question": QUESTION},
+        target=Text("answer", max_tokens=32),
+        prompts={"en": ("{text} {question}",), "zh": ("{text}{question}",)},
+        metrics=("exact_match", "character_f1"),
+    ),
+    Task(
+        name="classify_text",
+        summary="name the category of a text",
+        inputs={"text": TEXT},
+        target=LABEL,
+        prompts={"en": ("{text} Category:",), "zh": ("{text} 类别：",)},
+    ),
+    Task(
+        name="number_from_text",
+        summary="predict a number of what a text describes",
+        inputs={"text": TEXT},
+        target=NUMBER,
+        prompts={"en": ("{text} What is its {column}?",), "zh": ("{text} {column}是多少？",)},
+    ),
+    Task(
+        name="write_poem",
+        summary="write a poem from its title",
+        inputs={"title": Title("text")},
+        target=Body("text", max_tokens=160),
+        prompts={"en": ("A poem: {title}\n",), "zh": ("作诗：{title}\n",)},
+        metrics=("character_f1",),
+    ),
+    Task(
+        name="couplet",
+        summary="answer the first line of a couplet with its second",
+        inputs={"line": Derived("text")},
+        target=SECOND_LINE,
+        prompts={"en": ("The line after: {line}\n",), "zh": ("对下联：{line}\n",)},
+        metrics=("character_f1",),
+    ),
+    Task(
+        name="name_poet",
+        summary="say who wrote a poem",
+        inputs={"poem": Body("text")},
+        target=Text("label", max_tokens=16, language="any"),
+        prompts={"en": ("{poem} Who wrote it?",), "zh": ("{poem} 谁写的？",)},
+    ),
+)

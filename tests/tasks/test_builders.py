@@ -1,0 +1,111 @@
+"""Targets and inputs that follow from one random decision agree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from openm6.modalities.numbers import fit_scale
+from openm6.modalities.text import GAP
+from openm6.tasks.builders import couplets, mask_words
+from openm6.tasks.registry import TASKS
+from openm6.tasks.slots import Context
+from tests.small_model import demo_sources
+
+POEM = "《江雪》 柳宗元\n千山鸟飞绝，万径人踪灭。\n孤舟蓑笠翁，独钓寒江雪。"
+
+
+def test_the_answer_says_which_side_of_the_bound_the_value_lies() -> None:
+    record, seen = demo_sources()["penguins"][7], set()
+    for seed in range(40):
+        example = TASKS["ask_numbers"].example(record, np.random.default_rng(seed), language="en")
+        words = example.source[-1].raw.strip()
+        column, bound = words.removeprefix("Is the ").removesuffix("?").split(" above ")
+        value = record["numbers"][column.replace(" ", "_")]
+        assert (value > float(bound)) == (example.answer == "yes")
+        seen.add(example.answer)
+    assert seen == {"yes", "no"}
+
+
+def test_the_step_named_is_the_one_that_was_moved() -> None:
+    record, places = demo_sources()["weather"][4], []
+    for seed in range(30):
+        example = TASKS["find_anomaly"].example(record, np.random.default_rng(seed), language="en")
+        shown = next(part.raw for part in example.source if part.modality == "numbers").values
+        true = record["series"]["temp_max"]
+        moved = [place for place, pair in enumerate(zip(shown, true, strict=True), 1) if pair[0] != pair[1]]
+        if example.answer == "none":
+            assert moved == []
+        else:
+            assert [f"step {place}" for place in moved] == [example.answer]
+            spread = fit_scale(np.asarray(true, float))[1]
+            assert abs(shown[moved[0] - 1] - true[moved[0] - 1]) > 5 * spread
+        places += moved
+    assert 8 <= len(places) <= 22 and len(set(places)) > 5
+
+
+def test_a_record_is_left_as_it_was() -> None:
+    record = demo_sources()["weather"][4]
+    before = list(record["series"]["temp_max"])
+    for seed in range(5):
+        TASKS["find_anomaly"].example(record, np.random.default_rng(seed))
+    assert record["series"]["temp_max"] == before
+
+
+def test_halves_of_equal_length_are_a_couplet() -> None:
+    assert couplets(POEM) == [("千山鸟飞绝", "万径人踪灭"), ("孤舟蓑笠翁", "独钓寒江雪")]
+    assert couplets("a b, c d. One, two and three. No comma here.") == [("a b", "c d")]
+    assert couplets("夫如何？齐鲁青未了。") == []
+
+
+def test_both_lines_are_of_one_couplet() -> None:
+    record = {"id": "x", "text_zh": POEM}
+    seen = set()
+    for seed in range(20):
+        example = TASKS["couplet"].example(record, np.random.default_rng(seed))
+        seen.add((example.source[0].raw.strip().removeprefix("对下联："), example.answer))
+    assert seen == set(couplets(POEM))
+
+
+def test_title_and_poem_make_the_whole() -> None:
+    example = TASKS["write_poem"].example({"id": "x", "text_zh": POEM}, np.random.default_rng(0))
+    assert example.source[0].raw == "作诗：《江雪》 柳宗元\n"
+    assert POEM == "《江雪》 柳宗元\n" + example.answer
+
+
+def test_most_poems_hold_a_couplet() -> None:
+    poems = demo_sources()["poems"]
+    found = [bool(TASKS["couplet"].languages(poems[row])) for row in range(60)]
+    assert sum(found) > 40
+
+
+def test_a_spoken_word_fits_the_picture_exactly_where_the_answer_says_so() -> None:
+    record = {"id": "1", "image": b"picture", "audio": b"own", "label": "one"}
+    others = [{"audio": b"twin", "label": "one"}, {"audio": b"other", "label": "two"}]
+    seen = set()
+    for seed in range(30):
+        example = TASKS["match_spoken"].example({**record, "others": others}, np.random.default_rng(seed))
+        sound = next(part.raw for part in example.source if part.modality == "sound")
+        assert sound == (b"own" if example.answer in ("yes", "是") else b"other")
+        seen.add(example.answer)
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("count", [1, 2, 7, 20, 100, 400])
+def test_a_text_with_holes_lacks_a_share_of_its_words_in_short_runs(language: str, count: int) -> None:
+    words = [f"w{n}" if language == "en" else chr(0x4E00 + n) for n in range(count)]
+    joint = " " if language == "en" else ""
+    first_runs = set()
+    for seed in range(20):
+        record = {f"text_{language}": joint.join(words)}
+        built = mask_words(record, Context(language, np.random.default_rng(seed), train=True))
+        pieces = built.inputs["text"].raw.split(GAP)
+        kept = [piece.split() if language == "en" else list(piece) for piece in pieces]
+        assert len(pieces) - 1 == max(1, round(0.05 * count)), "runs of about three words"
+        assert sum(map(len, kept)) == count - max(1, round(0.15 * count))
+        assert all(kept[1:-1]), "two gaps side by side would be one run"
+        places = [words.index(word) for piece in kept for word in piece]
+        assert places == sorted(places), "what stays is the text, in its order"
+        first_runs.add(len(kept[0]))
+    assert count < 7 or len(first_runs) > 3

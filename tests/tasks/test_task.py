@@ -1,0 +1,104 @@
+"""What follows from a task's inputs and target, and the example of a new task in CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openm6.tasks import design, slots
+from openm6.tasks.builders import FUTURE, NUMBER
+from openm6.tasks.registry import TASKS
+from openm6.tasks.slots import AUDIO, IMAGE, LABEL, NUMBERS, TEXT, Context, Derived, Slot, Text
+from openm6.tasks.task import RECALLS, Task
+from tests.small_model import demo_sources
+
+ROOT = Path(__file__).parents[2]
+NUMERIC = ("crps_share", "mae", "coverage_80")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "target", "reads", "gives", "metrics", "baseline"),
+    [
+        ({"a": TEXT}, LABEL, "text", "text", ("exact_match",), "frequent_answer"),
+        ({"a": TEXT, "b": IMAGE}, TEXT, "image", "text", ("character_f1", "exact_match"), "frequent_answer"),
+        ({"a": TEXT}, IMAGE, "text", "image", ("code_bits", "recognised"), "position_frequencies"),
+        (
+            {"a": AUDIO, "b": IMAGE},
+            AUDIO,
+            "sound",
+            "sound",
+            ("code_bits", "recognised"),
+            "position_frequencies",
+        ),
+        ({"a": NUMBERS}, design.OUTLINE, "numbers", "image", ("code_bits",), "position_frequencies"),
+        ({"a": TEXT, "b": NUMBERS}, NUMBER, "numbers", "numbers", NUMERIC, "column_median"),
+    ],
+)
+def test_modalities_metrics_and_baseline_follow_from_the_slots(
+    inputs: dict[str, Slot],
+    target: Slot,
+    reads: str,
+    gives: str,
+    metrics: tuple[str, ...],
+    baseline: str,
+) -> None:
+    task = Task(name="x", summary="", inputs=inputs, target=target, prompts={"en": ("{a}",)})
+    assert (task.reads, task.gives) == (reads, gives)
+    assert (task.metrics, task.baseline) == (metrics, baseline)
+
+
+def test_what_is_set_wins_and_contrastive_tasks_are_retrieval() -> None:
+    prompts = {"en": ("{a}",)}
+    task = Task(
+        name="x",
+        summary="",
+        inputs={"a": Derived("numbers")},
+        target=FUTURE,
+        prompts=prompts,
+        metrics=("mae",),
+        baseline="last_value",
+    )
+    assert (task.metrics, task.baseline) == (("mae",), "last_value")
+    pair = Task(name="x", summary="", inputs={"a": TEXT}, target=IMAGE, prompts=prompts, contrasts=True)
+    assert (pair.metrics, pair.baseline) == (RECALLS, "chance")
+
+
+def test_each_image_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target, its truth and its input of one record share their work."""
+    calls: Counter[str] = Counter()
+    render = design._part
+
+    def count(image: object) -> object:
+        calls["rendered"] += 1
+        return render(image)
+
+    monkeypatch.setattr(design, "_part", count)
+    record = demo_sources()["emoji"][5]
+    for name, expected in (("sketch", 1), ("colour_sketch", 1), ("restyle", 2), ("mix_styles", 3)):
+        calls.clear()
+        example = TASKS[name].example(record, np.random.default_rng(0))
+        assert calls["rendered"] == expected
+        assert example.answer is example.target.raw
+
+
+def test_a_task_without_random_decisions_leaves_the_generator_alone() -> None:
+    rng = np.random.default_rng(3)
+    built = TASKS["draw"].build({"text_en": "a red cup", "image": b"x"}, Context("en", rng))
+    assert built.inputs["text"].raw == "a red cup" and built.target.raw == b"x"
+    assert rng.random() == np.random.default_rng(3).random()
+
+
+def test_the_example_of_a_new_task_in_contributing_works() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = [found for found in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Task(" in found]
+    task = eval(textwrap.dedent(block).strip().removesuffix(","), {"Task": Task, **vars(slots)})  # noqa: S307
+    assert isinstance(task, Task) and task.name not in TASKS
+    assert isinstance(task.target, Text) and (task.reads, task.gives) == ("text", "text")
+    record = demo_sources()["emoji"][3]
+    example = task.example(record, np.random.default_rng(0), language="en")
+    assert example.answer == record["label"] and record["tags_en"][0] in example.source[0].raw
