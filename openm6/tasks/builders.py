@@ -19,17 +19,17 @@ from openm6.modalities.text import GAP
 from openm6.tasks.slots import MAX_TOKENS, Built, Context, Derived, Record, as_text, localised, observed
 
 YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
-# Of a text's words (Chinese: characters) so many are masked, in runs of about so many.
+# The fraction of the words (in Chinese: characters) of a text that is masked, and the mean length of a masked run.
 MASKED_FRACTION, MASKED_RUN = 0.15, 3
-# A shorter text is not continued.
+# Shorter texts are not continued.
 MIN_CHARACTERS = 12
 COUPLET_TOKENS = 32
 _SENTENCE = re.compile(r"[。！？；.!?;\n]+")
 _COMMA = re.compile(r"[，,]")
-# A shorter series gets no anomaly, which is a step moved by so many scales of the series.
+# Shorter series are not used. An anomaly moves one step by this many scales of the series.
 MIN_STEPS = 8
 ANOMALY_SCALES = 6.0
-# A bound in a question differs from the value by such a fraction of it.
+# The bound in a question differs from the value by a fraction of it in this range.
 MARGIN = (0.1, 0.5)
 ABOVE = {"en": "Is the {column} above {bound}?", "zh": "{column}大于{bound}吗？"}
 STEP = {"en": "step {step}", "zh": "第{step}步"}
@@ -192,7 +192,7 @@ def match_text(record: Record, context: Context) -> Built:
 def mask_box(record: Record, context: Context) -> Built:
     """An image with a random box masked, to read and to predict."""
     hole = random_hole(context.rng)
-    # A second box was drawn and dropped in the first version; later draws of an example depend on it.
+    # The second draw is unused; without it all later draws of the example would change.
     random_hole(context.rng)
     image = Part("image", record["image"], {"hole": hole})
     return Built({"image": image}, image)
@@ -210,9 +210,9 @@ def match_audio(record: Record, context: Context) -> Built:
 
 def mask_span(record: Record, context: Context) -> Built:
     """A recording with a random span masked, to read and to predict, both at one speed."""
-    options = {"gap": random_gap(context.rng)}
-    options["speed"] = random_speed(context.rng) if context.train else 1.0
-    audio = Part("sound", record["audio"], options)
+    gap = random_gap(context.rng)
+    speed = random_speed(context.rng) if context.train else 1.0
+    audio = Part("sound", record["audio"], {"gap": gap, "speed": speed})
     return Built({"sound": audio}, audio)
 
 

@@ -14,7 +14,7 @@ from openm6.modalities.interface import Part
 
 Record = dict[str, Any]
 MAX_TOKENS = 256
-# A text of at most so many tokens is a name or a category.
+# A text of at most this many tokens is a name or a category.
 SHORT = 16
 METRICS: dict[str, tuple[str, ...]] = {
     "text": ("exact_match",),
