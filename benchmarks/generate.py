@@ -14,10 +14,10 @@ from torch import Tensor
 from benchmarks.measure import Timing, alternate, device_name
 from benchmarks.report import Report
 from openm6.base.device import own_device
-from openm6.generate.canvases import Canvas, advance
 from openm6.generate.decode import DecodeStep, Speaker
-from openm6.generate.masked import MaskedSampling
-from openm6.generate.reading import read_into
+from openm6.generate.masked import Canvas, advance
+from openm6.generate.prefill import read_into
+from openm6.generate.sampling import MaskedSampling
 from openm6.modalities.codes import CodesAdapter
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import ModalitiesConfig, build_modalities, source_segments
@@ -50,7 +50,7 @@ class Autoregressive:
     def __init__(self, omni: Omni, text: Text, places: int, room: int) -> None:
         self.omni, self.places = omni, places
         self.speaker = Speaker.of(omni, text)
-        self.cache = self.speaker.new_slots(2, room)
+        self.cache = omni.backbone.new_cache(2, room)
         self.step = DecodeStep(self.speaker, self.cache)
         adapter = omni.adapter("image_out")
         assert isinstance(adapter, CodesAdapter)
@@ -103,7 +103,7 @@ def compare(setting: Setting, report: Report) -> None:
     prompt = source_segments([Part("text", WORDS)], modalities)
     blank = image.blank()
     room = -(-(sum(map(len, prompt)) + len(blank) + 1) // 64) * 64
-    slots = Speaker.of(omni, text).new_slots(1, room)
+    slots = omni.backbone.new_cache(1, room)
     sampling = MaskedSampling(steps=setting.steps, guidance=setting.guidance, temperature=0.0)
 
     def masked() -> Tensor:

@@ -24,7 +24,7 @@ from openm6.base.device import own_device
 from openm6.base.energy.meter import open_meter
 from openm6.generate.decode import Speaker
 from openm6.generate.graphs import open_rows
-from openm6.generate.rows import TextRows
+from openm6.generate.text import TextRows
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig

@@ -15,7 +15,7 @@ from openm6.data.source import Source
 from openm6.evaluate.config import JudgeConfig
 from openm6.evaluate.intervals import bootstrap_interval
 from openm6.evaluate.results import TaskResult
-from openm6.generate.embed import embed, taught_pool
+from openm6.generate.engine import embed, taught_pool
 from openm6.generate.load import Loaded
 from openm6.modalities.registry import source_segments
 from openm6.models.description import Lesson

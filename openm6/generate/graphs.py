@@ -1,9 +1,9 @@
-"""Text rows on a GPU: the whole step, from embedding to drawn token, as a captured CUDA graph for each size.
+"""Text on a GPU: the whole step, from embedding to drawn token, as a captured CUDA graph per size.
 
 A step of a small model is hundreds of launches of a few microseconds each; a replay is one.
 """
 
-# Letters: B rows, V vocabulary
+# Shapes: B rows, V vocabulary
 
 from __future__ import annotations
 
@@ -11,17 +11,26 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from openm6.generate.decode import Speaker
-from openm6.generate.matrices import Precision
-from openm6.generate.rows import TextRows, Way
+from openm6.generate.decode import Precision, Speaker
+from openm6.generate.text import SamplingMode, TextRows
 
-BATCHES = (1, 8, 16, 32, 64, 128, 256, 512, 1024)  # a padded row is nearly free while weights bind
+BATCHES = (
+    1,
+    8,
+    16,
+    32,
+    64,
+    128,
+    256,
+    512,
+    1024,
+)  # a padded row costs little while reading the weights takes the time
 KEYS = (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
-# Without cuDNN, which plans anew for each shape; that takes longer than the step.
+# Without cuDNN, which plans again for each shape; that takes longer than the step.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-_Key = tuple[int, int, Way]
+_Key = tuple[int, int, SamplingMode]
 
 
 class GraphedRows(TextRows):
@@ -51,9 +60,9 @@ class GraphedRows(TextRows):
         slots = self.cache.slots
         return slots if self.largest_only else min(slots, next(size for size in BATCHES if size >= count))
 
-    def _run(self, batch: int, longest: int, way: Way) -> tuple[Tensor, Tensor]:
+    def _run(self, batch: int, longest: int, mode: SamplingMode) -> tuple[Tensor, Tensor]:
         longest = min(self.cache.room, next((size for size in KEYS if size >= longest), self.cache.room))
-        key = (batch, longest, way)
+        key = (batch, longest, mode)
         if key not in self.graphs:
             self.graphs[key] = self._captured(key)
         graph, drawn, logits = self.graphs[key]
@@ -90,7 +99,7 @@ class GraphedRows(TextRows):
 def open_rows(
     speaker: Speaker, rows: int, room: int, precision: Precision = "float32", deterministic: bool = False
 ) -> TextRows:
-    """Rows in the way that is fastest on the model's device; a graph cannot wait for layers that come and go."""
+    """Return the fastest kind of rows for the model's device; a graph cannot wait for offloaded layers."""
     graphed = speaker.embedding.is_cuda and speaker.backbone.source is None
     kind = GraphedRows if graphed else TextRows
     return kind(speaker, rows, room, precision, deterministic)

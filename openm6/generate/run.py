@@ -12,17 +12,15 @@ import soundfile
 import torch
 from PIL import Image as Pillow
 
-from openm6.base.config import Config, apply_overrides, build
 from openm6.base.errors import ConfigError
 from openm6.base.files import check_place, replace_bytes, replace_text
 from openm6.base.log import get_log
+from openm6.generate.engine import predict, write_with_confidence
 from openm6.generate.load import Loaded, load
-from openm6.generate.masked import MaskedSampling, fill_codes
-from openm6.generate.numbers import predict
+from openm6.generate.masked import fill_codes
 from openm6.generate.question import Question, prompt_parts, read_picture, read_recording
-from openm6.generate.sampling import Sampling
+from openm6.generate.sampling import Decoding, MaskedSampling
 from openm6.generate.taught import assess
-from openm6.generate.text import write_with_confidence
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import Histogram, NumberSeries
@@ -30,22 +28,6 @@ from openm6.modalities.registry import source_segments
 from openm6.modalities.sound import RATE, Sound
 
 SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "sound": (".wav", ".flac", ".ogg")}
-
-
-class Decoding(Config):
-    """How answers are drawn: text by `text`, pictures and sounds by `masked`."""
-
-    text: Sampling = Sampling()
-    masked: MaskedSampling = MaskedSampling()
-
-
-def read_decoding(settings: list[str]) -> Decoding:
-    """Decoding from `key=value` settings, such as `masked.steps=16`.
-
-    Raises:
-        ConfigError: an unknown key or a value out of range.
-    """
-    return build(Decoding, apply_overrides({}, settings), "decoding")
 
 
 def generate(

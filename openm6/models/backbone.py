@@ -16,7 +16,7 @@ from openm6.models.config import BackboneConfig
 from openm6.models.running import RunBlock, run_plainly
 from openm6.nn.attention import Mask
 from openm6.nn.block import Block, Context, LayerParts
-from openm6.nn.cache import KVCache, TokenCache
+from openm6.nn.cache import SlotCache, TokenCache
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.exchange import ExpertExchange, LocalExchange
 from openm6.nn.experts import Router, RouterLoad
@@ -109,14 +109,11 @@ class Backbone(nn.Module):
             loads += [] if load is None else [load]
         return x, loads
 
-    def new_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache on the weights' device, in their dtype (or that of autocast)."""
-        weight = self.final_norm.weight
-        config, kind = self.config, weight.device.type
-        if dtype is None:
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return KVCache(
-            config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim, weight.device, dtype
+    def new_cache(self, slots: int, room: int) -> SlotCache:
+        """Return an empty cache of `slots` sequences of up to `room` tokens, on the weights' device in their dtype."""
+        config, weight = self.config, self.final_norm.weight
+        return SlotCache(
+            config.num_layers, slots, room, config.num_kv_heads, config.head_dim, weight.device, weight.dtype
         )
 
     @torch.no_grad()

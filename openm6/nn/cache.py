@@ -1,6 +1,6 @@
-"""Keys and values of tokens already read, with the layout that says who may see them."""
+"""The key-value cache: sequences of different lengths, each in a slot of its own."""
 
-# Letters: L layers, B rows, C capacity, S new tokens, T tokens so far, G key-value heads, d size of a head
+# Shapes: L layers, B slots, C capacity of a slot, S new tokens, T tokens so far, G key-value heads, d size of a head
 
 from __future__ import annotations
 
@@ -10,81 +10,173 @@ import torch
 from torch import Tensor
 
 from openm6.base.errors import ConfigError
-from openm6.ops.sequence import SequenceMeta, padding_meta
+from openm6.ops.sequence import PADDING, SequenceMeta, join
 
 
 class TokenCache(Protocol):
-    """What a forward pass asks of a cache, whatever its shape."""
+    """What a forward pass needs of a cache."""
 
     def extend(self, layout: SequenceMeta) -> SequenceMeta:
-        """Takes in the layout of the new tokens and gives that of all keys; called once before the layers `write`."""
+        """Take the layout of the new tokens and return that of all keys; called once before the layers `write`."""
         ...
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes in the new tokens' keys and values of a layer and gives all: B S G d -> B T G d."""
+        """Take the new tokens' keys and values of a layer and return all: B S G d -> B T G d."""
         ...
 
 
-class KVCache:
-    """Room for `capacity` tokens a row in each layer, filled from the left; for inference, gradients stop here.
+class SlotCache:
+    """B slots of C tokens in each of L layers; later tokens of a slot see everything in it.
 
-    Rows with prompts of several lengths are filled up with padding (example_id -1), which no other token sees. Tokens
-    that were run only to be judged (a masked-parallel target) are taken back by `truncate`.
+    A slot is filled through a `writer`, continued at its `length`, and read, without being changed, through a
+    `reader`. Addresses never move, so a captured CUDA graph may hold them.
     """
 
     def __init__(
         self,
         num_layers: int,
-        batch: int,
-        capacity: int,
+        slots: int,
+        room: int,
         num_kv_heads: int,
         head_dim: int,
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        shape = (num_layers, batch, capacity, num_kv_heads, head_dim)
+        shape = (num_layers, slots, room, num_kv_heads, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        empty = padding_meta(batch, capacity, device)
-        self.layout = SequenceMeta(
-            empty.example_id,
-            empty.attn_order.clone(),
-            empty.block_id.clone(),
-            torch.zeros(batch, capacity, 3, device=device),
-        )
-        self.length = 0
+        self.lengths = [0] * slots
 
     @property
-    def capacity(self) -> int:
+    def slots(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def room(self) -> int:
         return self.keys.shape[2]
 
-    def extend(self, layout: SequenceMeta) -> SequenceMeta:
-        """Takes in the layout of S new tokens and gives that of all T; call it once before the layers `write`.
+    def check_room(self, length: int) -> None:
+        """Raise ConfigError if a slot has no room for `length` tokens."""
+        if length > self.room:
+            raise ConfigError(f"{length} tokens do not fit a slot of {self.room}: make slots larger")
 
-        Raises:
-            ConfigError: more tokens than the cache has room for.
-        """
-        end = self.length + layout.length
-        if end > self.capacity:
-            raise ConfigError(f"{end} tokens do not fit a cache of {self.capacity}: make the cache larger")
-        for store, new in zip(self.layout.parts(), layout.parts(), strict=True):
-            store[:, self.length : end] = new
-        self.length = end
-        return self.layout.narrow(0, end)
+    def writer(self, slot: int, start: int = 0) -> SlotWriter:
+        """Return a cache for one row that continues a slot after its first `start` tokens."""
+        return SlotWriter(self, slot, start)
+
+    def packed_writer(self, slots: list[int]) -> PackedWriter:
+        """Return a cache for one packed row whose n-th example fills the n-th of these slots from its start."""
+        return PackedWriter(self, slots)
+
+    def reader(self, slots: list[int | None]) -> SlotReader:
+        """Return a cache for rows that see one slot each (None: nothing) and store nothing."""
+        return SlotReader(self, slots)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy the content of one slot to another."""
+        length = self.lengths[source]
+        self.keys[:, target, :length] = self.keys[:, source, :length]
+        self.values[:, target, :length] = self.values[:, source, :length]
+        self.lengths[target] = length
+
+    def clear(self, slots: list[int]) -> None:
+        """Empty slots; keys and values become zero, because masks do not hide NaN."""
+        for slot in slots:
+            self.lengths[slot] = 0
+            self.keys[:, slot].zero_()
+            self.values[:, slot].zero_()
+
+    def take(self, slot: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Return a copy of a slot's keys and values from `start` on.  # -> twice L T G d"""
+        length = self.lengths[slot]
+        return self.keys[:, slot, start:length].clone(), self.values[:, slot, start:length].clone()
+
+    def put(self, slot: int, kept: tuple[Tensor, Tensor], start: int = 0) -> None:
+        """Fill a slot, from `start` on, with what `take` returned; raise ConfigError if it does not fit."""
+        keys, values = kept
+        end = start + keys.shape[1]
+        self.check_room(end)
+        self.keys[:, slot, start:end] = keys
+        self.values[:, slot, start:end] = values
+        self.lengths[slot] = end
+
+
+class SlotWriter:
+    """One row whose new tokens stay in a slot."""
+
+    def __init__(self, cache: SlotCache, slot: int, start: int) -> None:
+        self.cache, self.slot, self.start, self.end = cache, slot, start, start
+
+    def extend(self, layout: SequenceMeta) -> SequenceMeta:
+        """Raise ConfigError if the slot has too little room."""
+        self.end = self.start + layout.length
+        self.cache.check_room(self.end)
+        self.cache.lengths[self.slot] = self.end
+        if not self.start:
+            return layout
+        known = torch.zeros(1, self.start, dtype=torch.int32, device=layout.example_id.device)
+        return join([_open_layout(known), layout])
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the newest S tokens of a layer and gives all T: B S G d -> B T G d, as views of the store."""
-        start = self.length - key.shape[1]
-        self.keys[layer, :, start : self.length] = key.detach()
-        self.values[layer, :, start : self.length] = value.detach()
-        return self.keys[layer, :, : self.length], self.values[layer, :, : self.length]
+        row = slice(self.slot, self.slot + 1)
+        keys, values = self.cache.keys[layer, row], self.cache.values[layer, row]
+        keys[:, self.start : self.end] = key.detach()
+        values[:, self.start : self.end] = value.detach()
+        return keys[:, : self.end], values[:, : self.end]
 
-    def truncate(self, length: int) -> None:
-        """Forgets all tokens from `length` on.
 
-        Raises:
-            ValueError: a length that was never reached.
-        """
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot go back to {length} tokens: the cache holds {self.length}")
-        self.length = length
+class PackedWriter:
+    """One packed row whose examples stay in a slot each, and see nothing that was there before."""
+
+    def __init__(self, cache: SlotCache, slots: list[int]) -> None:
+        self.cache, self.slots = cache, slots
+        self.index: tuple[Tensor, Tensor] = (
+            torch.empty(0),
+            torch.empty(0),
+        )  # slot and position of each token
+
+    def extend(self, layout: SequenceMeta) -> SequenceMeta:
+        """Raise ConfigError if a slot has too little room."""
+        sample = layout.example_id[0].long()  # S, without padding
+        lengths = torch.bincount(sample, minlength=len(self.slots))
+        starts = lengths.cumsum(0) - lengths
+        slots = torch.tensor(self.slots, device=sample.device)
+        self.index = slots[sample], torch.arange(len(sample), device=sample.device) - starts[sample]
+        for slot, length in zip(self.slots, lengths.tolist(), strict=True):
+            self.cache.check_room(length)
+            self.cache.lengths[slot] = length
+        return layout
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys.index_put_(self.index, key[0].detach().to(keys.dtype))
+        values.index_put_(self.index, value[0].detach().to(values.dtype))
+        return key, value
+
+
+class SlotReader:
+    """Rows that see the content of slots, and themselves: masked-parallel blocks, candidates, queries."""
+
+    def __init__(self, cache: SlotCache, slots: list[int | None]) -> None:
+        device = cache.keys.device
+        lengths = [0 if slot is None else cache.lengths[slot] for slot in slots]
+        self.cache = cache
+        self.longest = max(lengths)
+        self.index = torch.tensor([slot or 0 for slot in slots], device=device)
+        position = torch.arange(self.longest, device=device)
+        known = position < torch.tensor(lengths, device=device)[:, None]  # B T
+        self.sample = torch.where(known, 0, PADDING).to(torch.int32)
+
+    def extend(self, layout: SequenceMeta) -> SequenceMeta:
+        return join([_open_layout(self.sample), layout])
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys = self.cache.keys[layer, self.index, : self.longest]
+        values = self.cache.values[layer, self.index, : self.longest]
+        return torch.cat([keys.to(key.dtype), key], 1), torch.cat([values.to(value.dtype), value], 1)
+
+
+def _open_layout(sample: Tensor) -> SequenceMeta:
+    """Tokens of order 0 in no block: all later ones of their sample see them.  # B T"""
+    zero = torch.zeros_like(sample)
+    return SequenceMeta(sample, zero, zero, zero.unsqueeze(-1).expand(*sample.shape, 3))

@@ -7,8 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from openm6.generate.masked import MaskedSampling
-from openm6.generate.sampling import Sampling
+from openm6.generate.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 
 

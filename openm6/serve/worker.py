@@ -11,14 +11,14 @@ import torch
 from openm6.base.energy.meter import Meter
 from openm6.base.errors import OpenM6Error
 from openm6.base.log import get_log
-from openm6.generate.canvases import Canvas, advance
 from openm6.generate.decode import Speaker
+from openm6.generate.engine import candidate_nats, embed_tokens, predict_numbers
 from openm6.generate.graphs import open_rows
 from openm6.generate.load import Loaded
-from openm6.generate.reading import PromptMemory, read_into, read_together
-from openm6.generate.rows import Row
+from openm6.generate.masked import Canvas, advance
+from openm6.generate.prefill import PromptMemory, read_into, read_together
 from openm6.generate.taught import confidence_of
-from openm6.serve.alone import judged_candidates, value_alone
+from openm6.generate.text import Row
 from openm6.serve.config import EngineConfig
 from openm6.serve.energy import EnergyShares
 from openm6.serve.requests import (
@@ -47,7 +47,7 @@ class Worker:
         self.loaded, self.config = loaded, config
         speaker = Speaker.of(loaded.omni, loaded.text)
         self.text = open_rows(speaker, config.rows, config.room, config.weights, config.deterministic)
-        self.shelf = speaker.new_slots(config.canvases + 1, config.room)
+        self.shelf = loaded.omni.backbone.new_cache(config.canvases + 1, config.room)
         self.desk = config.canvases  # its last slot, for prompts that are answered at once
         self.shelf_free = list(range(config.canvases))
         self.canvases: deque[Canvas] = deque()
@@ -117,12 +117,18 @@ class Worker:
             self._answer_at_once(ticket)
 
     def _answer_at_once(self, ticket: Ticket) -> None:
-        prepared = ticket.prepared
+        """Answer a request that takes one pass after its prompt, which is read into the last slot meanwhile."""
+        prepared, omni = ticket.prepared, self.loaded.omni
         value: object
-        if isinstance(prepared.request, RankRequest):
-            value, ticket.known = judged_candidates(self.loaded, prepared, self.shelf, self.desk, self.memory)
+        if isinstance(prepared.request, EmbedRequest):
+            value = embed_tokens(self.loaded, [prepared.prompt])[0]
         else:
-            value = value_alone(self.loaded, prepared)
+            place, ticket.known = read_into(omni, prepared.prompt, self.shelf, self.desk, self.memory)
+            if isinstance(prepared.request, RankRequest):
+                nats = candidate_nats(omni, self.shelf, self.desk, place, prepared.wanted)
+                value = list(zip(nats, map(len, prepared.wanted), strict=True))
+            else:
+                value = predict_numbers(omni, self.shelf, [self.desk], [place], prepared.wanted)[0]
         self._end(ticket, value, sum(map(len, prepared.wanted)))
 
     def _open(self, ticket: Ticket, place: int, known: int) -> None:
@@ -154,11 +160,9 @@ class Worker:
 
     def _start_canvas(self, ticket: Ticket, request: CodesRequest) -> None:
         prompt, wanted = ticket.prepared.prompt, ticket.prepared.wanted[0]
-        slot, place = self.shelf_free[-1], 0
-        if prompt:
-            place, ticket.known = read_into(self.loaded.omni, prompt, self.shelf, slot, self.memory)
+        slot = self.shelf_free[-1]
+        place, ticket.known = read_into(self.loaded.omni, prompt, self.shelf, slot, self.memory)
         self.shelf_free.pop()
-        self.shelf.lengths[slot] = ticket.prepared.length
         canvas = Canvas.of(ticket, wanted, request.sampling, slot, place, self.loaded.omni.device)
         if canvas.first_unknown:
             self.canvases.append(canvas)

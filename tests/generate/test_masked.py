@@ -1,8 +1,9 @@
-"""Codes filled in parallel: given ones stay, all is settled in the steps given, each row is its own."""
+"""Masked-parallel decoding: given codes stay, all is settled in the steps given, each of a batch is as alone."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from torch import Tensor
 from openm6.base.errors import ConfigError
 from openm6.generate import masked
 from openm6.generate.load import Loaded
-from openm6.generate.masked import MaskedSampling, fill_codes
-from openm6.generate.prompt import Prompt, Reading
-from openm6.generate.run import read_decoding
+from openm6.generate.masked import Canvas, fill_codes
+from openm6.generate.prefill import Prompt, read_into
+from openm6.generate.sampling import MaskedSampling, read_decoding
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.registry import source_segments
+from tests.generate.reference import fill_codes_reference
 from tests.small_model import demo_sources, loaded, modalities
 
 HOLES = ((0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.25, 1.0), (0.0, 0.0, 1.0, 1.0), (0.5, 0.5, 0.625, 0.625))
@@ -44,19 +46,23 @@ def wanted(model: Loaded) -> list[Segment]:
 
 
 class Watch:
-    """Notes which places were still unknown in each pass, and how many rows were read."""
+    """Notes which positions were still masked in each pass, and how many rows it had."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.unknown: list[Tensor] = []
+        self.unknown: list[dict[int, Tensor]] = []
         self.rows: list[int] = []
-        original = Reading.run
+        advance, run_block = masked.advance, masked.run_block
 
-        def run(reading: Reading, kind: str, arrays: dict[str, Tensor], layout: Any) -> Tensor:
-            self.unknown.append(arrays["hidden"].view(reading.batch, -1).clone())
-            self.rows.append(reading.batch)
-            return original(reading, kind, arrays, layout)
+        def watched(omni: Any, cache: Any, canvases: list[Canvas]) -> list[Canvas]:
+            self.unknown.append({canvas.key: canvas.unknown for canvas in canvases})
+            return advance(omni, cache, canvases)
 
-        monkeypatch.setattr(masked.Reading, "run", run)
+        def run(omni: Any, cache: Any, slots: list[int | None], *rest: Any) -> Tensor:
+            self.rows.append(len(slots))
+            return run_block(omni, cache, slots, *rest)
+
+        monkeypatch.setattr(masked, "advance", watched)
+        monkeypatch.setattr(masked, "run_block", run)
 
 
 @pytest.mark.parametrize("order", ["confidence", "random"])
@@ -79,11 +85,13 @@ def test_given_codes_stay_and_all_is_settled_in_time(
         hidden = tokens.arrays["hidden"]
         assert np.array_equal(found[row].numpy()[~hidden], tokens.arrays["codes"][~hidden])
     assert 1 <= len(watch.unknown) <= steps
-    counts = torch.stack([unknown[:4].sum(1) for unknown in watch.unknown])
-    assert counts[0].tolist() == [int(tokens.arrays["hidden"].sum()) for tokens in wanted]
-    assert bool((counts.diff(dim=0)[counts[:-1] > 0] < 0).all()), "every step settles something"
-    for before, after in zip(watch.unknown, watch.unknown[1:], strict=False):
-        assert not bool((after & ~before).any()), "what is settled stays settled"
+    for row, tokens in enumerate(wanted):
+        seen = [passed[row] for passed in watch.unknown if row in passed]
+        counts = [int(unknown.sum()) for unknown in seen]
+        assert counts[0] == int(tokens.arrays["hidden"].sum())
+        assert counts == sorted(set(counts), reverse=True), "every step settles something"
+        for before, after in pairwise(seen):
+            assert not bool((after & ~before).any()), "what is settled stays settled"
 
 
 def test_the_true_codes_of_a_hole_are_never_read(
@@ -99,15 +107,42 @@ def test_the_true_codes_of_a_hole_are_never_read(
     )
 
 
-@pytest.mark.parametrize("guidance", [0.0, 2.0])
-def test_a_row_alone_equals_the_row_in_a_crowd(
-    model: Loaded, prompts: list[Prompt], wanted: list[Segment], guidance: float
+SETTINGS = (
+    MaskedSampling(steps=4, guidance=2.0, seed=1),
+    MaskedSampling(steps=3, guidance=0.0, seed=2),
+    MaskedSampling(steps=6, guidance=1.0, temperature=0.0, order="random", seed=3),
+    MaskedSampling(steps=2, guidance=2.0, temperature=0.5, seed=4),
+)
+
+
+@pytest.mark.parametrize("kind", ["image", "sound"])
+def test_each_of_a_batch_is_what_it_is_alone(
+    model: Loaded, prompts: list[Prompt], wanted: list[Segment], kind: str
 ) -> None:
-    settings = MaskedSampling(steps=4, guidance=guidance, seed=11)
-    crowd = fill_codes(model.omni, prompts, wanted, settings)
+    """Canvases that join at different steps, with settings of their own, against one pass per step without a cache."""
+    segments = wanted if kind == "image" else [model.sound.blank() for _ in prompts]
+    cache = model.omni.backbone.new_cache(4, 64)
+    waiting: list[Canvas] = []
+    for number, prompt in enumerate(prompts):
+        place, _ = read_into(model.omni, prompt, cache, number)
+        waiting.append(Canvas.of(number, segments[number], SETTINGS[number], number, place, "cpu"))
+    everyone, live = list(waiting), [waiting.pop(0)]
+    while live:
+        done = masked.advance(model.omni, cache, live)
+        live = [canvas for canvas in live if canvas not in done] + waiting[:1]  # one joins at each step
+        del waiting[:1]
+    for canvas, prompt, segment, sampling in zip(everyone, prompts, segments, SETTINGS, strict=True):
+        assert canvas.step <= sampling.steps
+        assert torch.equal(canvas.codes, fill_codes(model.omni, [prompt], [segment], sampling)[0])
+        assert torch.equal(canvas.codes, fill_codes_reference(model, prompt, segment, sampling))
+
+
+def test_row_i_draws_from_seed_plus_i(model: Loaded, prompts: list[Prompt], wanted: list[Segment]) -> None:
+    settings = MaskedSampling(steps=4, seed=11)
+    batch = fill_codes(model.omni, prompts, wanted, settings)
     for row in range(len(prompts)):
         own = settings.model_copy(update={"seed": 11 + row})
-        assert torch.equal(fill_codes(model.omni, [prompts[row]], [wanted[row]], own)[0], crowd[row])
+        assert torch.equal(fill_codes(model.omni, [prompts[row]], [wanted[row]], own)[0], batch[row])
 
 
 def test_without_guidance_there_is_no_empty_prompt(

@@ -16,11 +16,11 @@ from openm6.checkpoint.save import Snapshot, save
 from openm6.checkpoint.shards import OFFSETS, PLACES, Catalogue
 from openm6.checkpoint.tensors import named_tensors
 from openm6.generate.decode import Speaker
+from openm6.generate.engine import write
 from openm6.generate.load import Loaded, load
-from openm6.generate.masked import MaskedSampling, fill_codes
-from openm6.generate.reading import read_into
-from openm6.generate.rows import TextRows
-from openm6.generate.sampling import Sampling
+from openm6.generate.masked import fill_codes
+from openm6.generate.prefill import read_into
+from openm6.generate.sampling import MaskedSampling, Sampling
 from openm6.generate.streamed import (
     BUFFERS,
     FileHome,
@@ -29,7 +29,7 @@ from openm6.generate.streamed import (
     matrices,
     place_streamed,
 )
-from openm6.generate.text import write
+from openm6.generate.text import TextRows
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from openm6.models.config import BackboneConfig

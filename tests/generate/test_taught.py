@@ -11,12 +11,10 @@ import pytest
 from openm6.base.errors import DataError
 from openm6.generate.load import Loaded
 from openm6.generate.question import Question
-from openm6.generate.run import Decoding, answer_question
-from openm6.generate.sampling import Sampling
+from openm6.generate.run import answer_question
+from openm6.generate.sampling import Decoding, Sampling
 from openm6.generate.taught import SURE, Taught, assess, inputs_of
-from openm6.generate.text import write, write_with_confidence
 from openm6.modalities.interface import Part
-from openm6.modalities.registry import source_segments
 from openm6.models.description import ModelDescription
 from openm6.tasks.registry import TASKS
 from openm6.train.trained_tasks import words_read
@@ -91,18 +89,6 @@ def test_an_answer_to_any_words_must_be_sure() -> None:
 
 def test_a_model_of_embeddings_answers_nothing() -> None:
     assert "only embeddings" in assess([text("a")], "text", trained("pair_picture")).en
-
-
-def test_the_confidence_is_that_of_the_tokens_written() -> None:
-    model = loaded(4)
-    prompts = [source_segments([text(words)], model.modalities) for words in ("draw", "say zero please")]
-    sampling = Sampling(max_tokens=5)
-    found = write_with_confidence(model, prompts, sampling)
-    assert [written.text for written in found] == write(model, prompts, sampling)
-    assert all(0 < written.confidence <= 1 for written in found)
-    alone = [write_with_confidence(model, [prompt], sampling)[0] for prompt in prompts]
-    for together, one in zip(found, alone, strict=True):
-        assert together.confidence == pytest.approx(one.confidence, rel=1e-4)
 
 
 def say(model: Loaded, question: Question, log: pytest.LogCaptureFixture, out: Path | None = None) -> str:

@@ -1,31 +1,52 @@
-"""Text from the cache equals text from a naive twin; a row alone equals the row in a crowd."""
+"""Texts that join and leave a batch are those that each has alone, for every kind of sampling, and those of the model
+without a cache."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
+from openm6.generate import engine
+from openm6.generate.decode import Speaker
+from openm6.generate.engine import write, write_with_confidence
+from openm6.generate.graphs import ATTENTION, GraphedRows
 from openm6.generate.load import Loaded
-from openm6.generate.prompt import Prompt, read_prompts
+from openm6.generate.prefill import Prompt, read_into
 from openm6.generate.sampling import Sampling
-from openm6.generate.text import write
-from openm6.modalities.batch import build_sequence, collate
-from openm6.modalities.interface import Part, Segment, line
+from openm6.generate.text import Row, TextRows
+from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
-from openm6.modalities.text import HOLE, START, Text, TextAdapter
+from openm6.modalities.text import HOLE, START
+from tests.generate.reference import write_reference
 from tests.small_model import demo_sources, loaded, modalities
 
+WORDS = ("draw the digit seven", "a", "a picture of something long", "x", "What is this?")
+SAMPLINGS = (
+    Sampling(max_tokens=12),
+    Sampling(temperature=1.0, max_tokens=5, seed=2),
+    Sampling(temperature=0.8, top_k=20, max_tokens=20, seed=3),
+    Sampling(temperature=1.0, top_p=0.7, max_tokens=9, seed=4),
+    Sampling(temperature=0.7, top_k=30, top_p=0.9, max_tokens=14, seed=5),
+)
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def model() -> Loaded:
-    return loaded(3)
+    return loaded(5)
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[Prompt]:
-    """Ragged: a picture, a sound, long and short texts, numbers, and nothing at all."""
+def prompts(model: Loaded) -> list[Prompt]:
+    return [source_segments([Part("text", words)], model.modalities) for words in WORDS]
+
+
+@pytest.fixture(scope="module")
+def ragged() -> list[Prompt]:
+    """An image, a recording, long and short texts, numbers, and nothing at all."""
     parts = [
         [Part("image", demo_sources()["digits"][0]["image"]), Part("text", " What is this?")],
         [Part("sound", demo_sources()["spoken"][0]["audio"])],
@@ -37,43 +58,65 @@ def prompts() -> list[Prompt]:
     return [source_segments(found, modalities()) for found in parts]
 
 
-def naive(model: Loaded, prompt: Prompt, steps: int) -> str:
-    """Greedy decoding without a cache: the whole sequence anew for each token."""
-    text = model.text
-    ids: list[int] = [text.start]
-    for _ in range(steps):
-        arrays = {"ids": torch.tensor(ids).numpy(), "labels": torch.tensor(ids).numpy()}
-        wanted = Segment("text", arrays, line(len(ids)), len(ids), arrays["ids"] >= 0, "causal")
-        sequence = build_sequence([*prompt, wanted])
-        batch = collate([[sequence]], len(sequence))
-        logits = model.omni.text.logits(model.omni(batch.kinds, batch.layout)[0][0, -1])
-        for token in range(text.first_mark, text.vocabulary_size):
-            if token != text.end:
-                logits[token] = float("-inf")
-        ids.append(int(logits.argmax()))
-        if ids[-1] == text.end:
-            break
-    return text.decode(ids)
+def run_all(model: Loaded, prompts: list[Prompt], slots: int, deterministic: bool) -> dict[int, Row]:
+    """All prompts through few slots, a new one every other step."""
+    rows = TextRows(Speaker.of(model.omni, model.text), slots, 128, deterministic=deterministic)
+    todo, done, steps = list(range(len(prompts))), {}, 0
+    while todo or rows.rows:
+        if todo and rows.free and steps % 2 == 0:
+            number = todo.pop(0)
+            place, _ = read_into(model.omni, prompts[number], rows.cache, rows.next_slot)
+            rows.add(number, SAMPLINGS[number], place, model.text.start, top=2)
+        for row in rows.step():
+            done[row.key] = row
+            rows.remove(row)
+        steps += 1
+    return done
 
 
-def test_cached_equals_uncached(model: Loaded, prompts: list[Prompt]) -> None:
-    found = write(model, prompts, Sampling(max_tokens=STEPS))
-    assert found == [naive(model, prompt, STEPS) for prompt in prompts]
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_row_in_a_crowd_writes_what_it_writes_alone(
+    model: Loaded, prompts: list[Prompt], deterministic: bool
+) -> None:
+    done = run_all(model, prompts, 3, deterministic)
+    for number, row in done.items():
+        assert len(row.tokens) <= SAMPLINGS[number].max_tokens
+        tokens = [token for token in row.tokens if token != model.text.end]
+        assert model.text.decode(tokens) == write(model, [prompts[number]], SAMPLINGS[number])[0]
+
+
+def test_scores_are_those_of_the_model_alone_to_the_last_bit(model: Loaded, prompts: list[Prompt]) -> None:
+    crowd = run_all(model, prompts, 5, True)
+    for number in (0, 3):
+        alone = run_all(model, [prompts[number]], 5, True) if number == 0 else None
+        if alone is not None:
+            assert alone[0].scores == crowd[0].scores
+    assert all(score <= 0 for row in crowd.values() for score, _ in row.scores)
+    assert all(rivals[0][1] >= rivals[1][1] for row in crowd.values() for _, rivals in row.scores)
+
+
+def test_texts_are_those_of_the_model_without_a_cache(model: Loaded, ragged: list[Prompt]) -> None:
+    found = write(model, ragged, Sampling(max_tokens=STEPS))
+    assert found == [write_reference(model, prompt, Sampling(max_tokens=STEPS)) for prompt in ragged]
     assert len(set(found)) > 2, "the prompts must matter"
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_alone_equals_the_row_in_a_crowd(
-    model: Loaded, prompts: list[Prompt], temperature: float
+def test_a_text_alone_equals_the_text_in_a_batch(
+    model: Loaded, ragged: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = Sampling(max_tokens=STEPS, temperature=temperature, seed=40)
-    crowd = write(model, prompts, settings)
-    for row, prompt in enumerate(prompts):
-        alone = write(model, [prompt], settings.model_copy(update={"seed": 40 + row}))
-        assert alone == [crowd[row]]
+    monkeypatch.setattr(engine, "BATCH", 4)  # fewer than there are prompts: some wait
+    settings = Sampling(max_tokens=STEPS, temperature=1.0, seed=40)
+    batch = write_with_confidence(model, ragged, settings)
+    for row, prompt in enumerate(ragged):
+        own = settings.model_copy(update={"seed": 40 + row})
+        (alone,) = write_with_confidence(model, [prompt], own)
+        assert alone.text == batch[row].text == write_reference(model, prompt, own)
+        assert alone.confidence == pytest.approx(batch[row].confidence, rel=1e-4)
+        assert 0 < alone.confidence <= 1
+    assert write(model, [], settings) == []
 
 
-def test_seeds_matter_only_where_something_is_drawn(model: Loaded, prompts: list[Prompt]) -> None:
+def test_seeds_matter_only_if_something_is_drawn(model: Loaded, prompts: list[Prompt]) -> None:
     def answers(temperature: float, seed: int) -> list[str]:
         return write(model, prompts[:1], Sampling(max_tokens=STEPS, temperature=temperature, seed=seed))
 
@@ -83,45 +126,29 @@ def test_seeds_matter_only_where_something_is_drawn(model: Loaded, prompts: list
 
 
 @pytest.mark.parametrize("mark", [START, HOLE])
-def test_marks_are_never_written(prompts: list[Prompt], mark: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model whose most likely token is a mark at every step writes the text that is likely without it."""
+def test_marks_are_never_generated(prompts: list[Prompt], mark: int) -> None:
+    """A model whose most likely token is a mark generates the text that is likely without it."""
     model = loaded(3)
-    wanted = write(model, prompts, Sampling(max_tokens=4))
+    speaker = Speaker.of(model.omni, model.text)
     forbidden = model.text.first_mark + mark
-    decoded: list[int] = []
-    plain_logits, plain_decode = TextAdapter.logits, Text.decode
-
-    def logits(adapter: TextAdapter, hidden: torch.Tensor) -> torch.Tensor:
-        scores = plain_logits(adapter, hidden).clone()
-        scores[..., forbidden] = scores.max() + 100
-        return scores
-
-    def decode(text: Text, ids: list[int]) -> str:
-        decoded.extend(ids)
-        return plain_decode(text, ids)
-
-    monkeypatch.setattr(TextAdapter, "logits", logits)
-    monkeypatch.setattr(Text, "decode", decode)
-    assert write(model, prompts, Sampling(max_tokens=4)) == wanted
-    assert decoded and max(decoded) < model.text.first_mark
+    found = []
+    for factor in (1.0, 100.0, -100.0):  # by its sign, one of the last two makes the mark most likely
+        head = speaker.head.clone()
+        head[forbidden] *= factor
+        rows = TextRows(replace(speaker, head=head), 1, 64)
+        place, _ = read_into(model.omni, prompts[0], rows.cache, 0)
+        row = rows.add(0, Sampling(max_tokens=4), place, model.text.start)
+        while row not in rows.step():
+            pass
+        found.append(row.tokens)
+    assert found[0] == found[1] == found[2]
 
 
-def test_the_end_ends_its_row_alone(model: Loaded, prompts: list[Prompt]) -> None:
-    long = write(model, prompts, Sampling(max_tokens=STEPS))
-    short = write(model, prompts, Sampling(max_tokens=2))
-    for first, second in zip(short, long, strict=True):
-        kept = first.rstrip("\ufffd")  # two tokens may end in the middle of a character
-        assert second.startswith(kept)
-
-
-def test_a_reading_can_be_taken_back(model: Loaded, prompts: list[Prompt]) -> None:
-    reading = read_prompts(model.omni, prompts, 8)
-    assert reading.batch == len(prompts) and reading.place.tolist() == [
-        sum(piece.span for piece in prompt) for prompt in prompts
-    ]
-    grid = torch.zeros(1, 3)
-    arrays = {"ids": torch.full((len(prompts),), model.text.start)}
-    first = reading.run("text", arrays, reading.layout(1, grid))
-    reading.forget()
-    assert reading.cache.length == reading.read
-    assert torch.equal(reading.run("text", arrays, reading.layout(1, grid)), first)
+def test_graphs_leave_the_settings_of_the_process_alone(
+    model: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    GraphedRows(Speaker.of(model.omni, model.text), 2, 32, "float32")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert SDPBackend.CUDNN_ATTENTION not in ATTENTION

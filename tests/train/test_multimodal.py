@@ -24,7 +24,7 @@ from openm6.base.errors import OpenM6Error, TrainingError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints
 from openm6.evaluate.run import evaluate
-from openm6.generate.embed import embedding_size
+from openm6.generate.engine import embedding_size
 from openm6.generate.load import load
 from openm6.modalities.registry import MODALITIES
 from openm6.tasks.registry import TASKS

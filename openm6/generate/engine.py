@@ -1,0 +1,210 @@
+"""The inference engine: many prompts answered side by side, for the command line, the evaluation and the server.
+
+One generated token is computed in four files: `write` here (in the server: worker.py), `TextRows.step` in text.py
+(the batch of sequences and the draw), `DecodeStep` in decode.py (one token through all layers, attention included),
+and `SlotCache` in nn/cache.py (keys and values). Prompts run through the model itself, by prefill.py; images and
+audio are decoded by masked.py; numbers, candidates and embeddings take a single pass, below.
+"""
+
+# Shapes: B prompts, T queries of a row, P values of a query, N candidates, S tokens of a pass, R rows of a pass,
+# E size of an embedding, D width
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from openm6.base.errors import ConfigError
+from openm6.generate.decode import Speaker
+from openm6.generate.graphs import open_rows
+from openm6.generate.load import Loaded
+from openm6.generate.prefill import Prompt, prompt_length, read_all, run_block
+from openm6.generate.sampling import Sampling
+from openm6.generate.taught import confidence_of
+from openm6.generate.text import Row
+from openm6.modalities.batch import PackedExample, build_sequence, collate
+from openm6.modalities.interface import Part, Segment
+from openm6.modalities.numbers import Histogram, NumbersOut
+from openm6.modalities.pool import POOL, PoolAdapter, pooled
+from openm6.modalities.registry import source_segments
+from openm6.modalities.text import Text
+from openm6.models.omni import Omni
+from openm6.nn.cache import SlotCache
+from openm6.ops.sequence import SequenceMeta
+
+BATCH = 32  # texts decoded side by side
+ROW_TOKENS, MAX_ROWS = 512, 4  # of a pass of candidates (one row) or embeddings
+
+
+class Written(NamedTuple):
+    """A text, and the geometric mean probability of its tokens, its end mark among them."""
+
+    text: str
+    confidence: float
+
+
+def write(loaded: Loaded, prompts: list[Prompt], sampling: Sampling) -> list[str]:
+    """Return the text that follows each prompt, up to its end mark or `max_tokens`; row i draws from seed + i."""
+    return [written.text for written in write_with_confidence(loaded, prompts, sampling)]
+
+
+def write_with_confidence(loaded: Loaded, prompts: list[Prompt], sampling: Sampling) -> list[Written]:
+    """As `write`, with the confidence in each text."""
+    speaker = Speaker.of(loaded.omni, loaded.text)
+    longest = max(map(prompt_length, prompts), default=0)
+    rows = open_rows(speaker, min(BATCH, max(1, len(prompts))), longest + sampling.max_tokens + 2)
+    waiting, found = deque(range(len(prompts))), dict[int, Written]()
+    while waiting or rows.rows:
+        joining = [waiting.popleft() for _ in range(min(rows.free, len(waiting)))]
+        places = read_all(loaded.omni, [prompts[number] for number in joining], rows.cache, rows.next_slot)
+        for number, place in zip(joining, places, strict=True):
+            own = sampling.model_copy(update={"seed": sampling.seed + number})
+            rows.add(number, own, place, loaded.text.start)
+        for row in rows.step():
+            found[row.key] = _written(loaded.text, row)
+            rows.remove(row)
+    return [found[number] for number in range(len(prompts))]
+
+
+def _written(text: Text, row: Row) -> Written:
+    tokens = row.tokens[:-1] if row.tokens[-1] == text.end else row.tokens
+    return Written(text.decode(tokens), confidence_of(row.nats, len(row.tokens)))
+
+
+def predict(omni: Omni, prompts: list[Prompt], wanted: list[Segment]) -> list[Histogram]:
+    """Return, for each prompt, the distributions of the values that `wanted` asks for (its observed ones), in order."""
+    cache = omni.backbone.new_cache(len(prompts), max(map(prompt_length, prompts), default=0))
+    places = read_all(omni, prompts, cache)
+    answers: dict[int, Histogram] = {}
+    for length in sorted({len(tokens) for tokens in wanted}):  # rows of one pass ask for equally many tokens
+        rows = [row for row, tokens in enumerate(wanted) if len(tokens) == length]
+        asked = [wanted[row] for row in rows]
+        found = predict_numbers(omni, cache, rows, [places[row] for row in rows], asked)
+        answers |= zip(rows, found, strict=True)
+    return [answers[row] for row in range(len(prompts))]
+
+
+@torch.inference_mode()
+def predict_numbers(
+    omni: Omni, cache: SlotCache, slots: list[int], places: list[int], wanted: list[Segment]
+) -> list[Histogram]:
+    """As `predict` for prompts in slots, which stay as they are; all of `wanted` have one length.
+
+    `places` are the positions after the prompts.
+    """
+    adapter = omni.adapter("numbers_out")
+    assert isinstance(adapter, NumbersOut)
+    arrays = {
+        name: torch.from_numpy(np.concatenate([tokens.arrays[name] for tokens in wanted])).to(omni.device)
+        for name in wanted[0].arrays
+    }
+    hidden = run_block(omni, cache, list(slots), places, wanted[0], arrays)  # B T D
+    logits = adapter.logits(hidden.flatten(0, 1)).float()  # B*T P bins
+    probability = logits.softmax(-1).unflatten(0, hidden.shape[:2]).flatten(1, 2)
+    answers = []
+    for row, tokens in zip(probability.cpu().numpy(), wanted, strict=True):
+        scale = np.repeat(tokens.arrays["scale"], tokens.arrays["observed"].shape[1], axis=0)  # T*P 2
+        asked = tokens.arrays["observed"].reshape(-1)
+        answers.append(Histogram(row[asked], scale[asked]))
+    return answers
+
+
+@torch.inference_mode()
+def candidate_nats(
+    omni: Omni, cache: SlotCache, slot: int, place: int, candidates: list[Segment]
+) -> list[float]:
+    """Return the negative log-likelihood, in nats, of each text after the prompt in a slot, which stays as it is.  # N
+
+    Candidates are private blocks of one row, so that none sees another. `place` is the position after the prompt.
+    """
+    found: list[float] = []
+    for few in _candidate_passes(candidates):
+        sequences = [build_sequence([tokens], place=place) for tokens in few]
+        batch = collate([sequences], sum(map(len, few))).to(omni.device)
+        number = batch.layout.example_id
+        # All belong to the example of the prompt, each to its own block.
+        layout = SequenceMeta(
+            torch.zeros_like(number), batch.layout.attn_order, number + 1, batch.layout.positions
+        )
+        hidden, _ = omni(batch.kinds, layout, cache.reader([slot]))  # 1 S D
+        kind = batch.kinds["text"]
+        nats = omni.text.nll(hidden[0, kind.index], kind.arrays).float()
+        found += nats.new_zeros(len(few)).index_add_(0, kind.example, nats).tolist()
+    return found
+
+
+def _candidate_passes(candidates: list[Segment]) -> Iterator[list[Segment]]:
+    """Split candidates, in order, into passes of up to `ROW_TOKENS` tokens."""
+    few: list[Segment] = []
+    for tokens in candidates:
+        if few and sum(map(len, few)) + len(tokens) > ROW_TOKENS:
+            yield few
+            few = []
+        few.append(tokens)
+    if few:
+        yield few
+
+
+def embedding_size(loaded: Loaded) -> int:
+    """Return how many numbers an embedding of this model has.
+
+    Raises:
+        ConfigError: the model was not trained to embed.
+    """
+    return taught_pool(loaded).project.out_features
+
+
+def taught_pool(loaded: Loaded) -> PoolAdapter:
+    """The adapter that makes embeddings; raise ConfigError if the model was not trained to embed."""
+    pool = loaded.omni.pool
+    if pool is None:
+        raise ConfigError(
+            "this model makes no embeddings: needs training on pair_picture or pair_sound, as in recipes/embed.yaml"
+        )
+    return pool
+
+
+def embed(loaded: Loaded, inputs: Sequence[list[Part]]) -> np.ndarray:
+    """Return the embedding of each input (text, image, audio, or several parts together), of length 1.  # -> B E
+
+    Raises:
+        ConfigError: the model was not trained to embed.
+        DataError: an input is empty, broken or out of bounds.
+    """
+    return embed_tokens(loaded, [source_segments(parts, loaded.modalities) for parts in inputs])
+
+
+def embed_tokens(loaded: Loaded, inputs: Sequence[list[Segment]]) -> np.ndarray:
+    """As `embed`, of inputs that are source tokens already.  # -> B E"""
+    size = embedding_size(loaded)
+    sequences = [build_sequence(pooled(segments)) for segments in inputs]
+    found = [_vectors(loaded, rows) for rows in packed_rows(sequences)]
+    return np.concatenate(found) if found else np.zeros((0, size), np.float32)
+
+
+def packed_rows(sequences: list[PackedExample]) -> list[list[list[PackedExample]]]:
+    """Split sequences, in order, into passes of a few rows."""
+    passes: list[list[list[PackedExample]]] = []
+    room = 0
+    for sequence in sequences:
+        if len(sequence) > room or not passes:
+            if not passes or len(passes[-1]) == MAX_ROWS:
+                passes.append([])
+            passes[-1].append([])
+            room = max(ROW_TOKENS, len(sequence))
+        passes[-1][-1].append(sequence)
+        room -= len(sequence)
+    return passes
+
+
+@torch.inference_mode()
+def _vectors(loaded: Loaded, rows: list[list[PackedExample]]) -> np.ndarray:
+    length = max(sum(map(len, row)) for row in rows)
+    batch = collate(rows, length).to(loaded.omni.device)
+    hidden, _ = loaded.omni(batch.kinds, batch.layout)  # R S D
+    index = batch.kinds[POOL].index
+    return taught_pool(loaded).vectors(hidden.flatten(0, 1)[index]).cpu().numpy()

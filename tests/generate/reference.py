@@ -1,0 +1,90 @@
+"""The decoders without a cache and without batches: the whole sequence again for each token and each step.
+
+Slow and short, they are what the engine is compared with. The engine draws by the same rule, `gumbel`.
+"""
+
+# Shapes: N positions, G codes of a position, V vocabulary
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openm6.generate.load import Loaded
+from openm6.generate.prefill import Prompt
+from openm6.generate.sampling import MaskedSampling, Sampling, filter_logits, gumbel
+from openm6.modalities.batch import build_sequence, collate
+from openm6.modalities.codes import CodesAdapter
+from openm6.modalities.interface import Segment, line
+
+
+def hidden_states(model: Loaded, prompt: Prompt, target: Segment) -> Tensor:
+    """Hidden states of the target tokens from one pass over prompt and target.  # -> N D"""
+    sequence = build_sequence([*prompt, target])
+    batch = collate([[sequence]], len(sequence))
+    return model.omni(batch.kinds, batch.layout)[0][0, len(sequence) - len(target) :]
+
+
+def noise(seed: int, draw: int, *shape: int) -> Tensor:
+    return gumbel(torch.tensor([seed]), torch.tensor([draw]), *shape)[0]
+
+
+@torch.inference_mode()
+def write_reference(model: Loaded, prompt: Prompt, sampling: Sampling) -> str:
+    """A text, token by token."""
+    text, ids = model.text, [model.text.start]
+    token = torch.arange(text.vocabulary_size)
+    suppressed = (token >= text.first_mark) & (token != text.end)
+    while len(ids) <= sampling.max_tokens and ids[-1] != text.end:
+        arrays = {"ids": np.asarray(ids), "labels": np.asarray(ids)}
+        target = Segment("text", arrays, line(len(ids)), len(ids), arrays["ids"] >= 0, "causal")
+        logits = model.omni.text.logits(hidden_states(model, prompt, target)[-1:]).float()
+        logits = logits.masked_fill(suppressed, float("-inf"))
+        if sampling.temperature > 0:
+            k = torch.tensor([sampling.top_k or len(token)]).clamp(max=len(token))
+            p = torch.tensor([1.0 if sampling.top_p is None else sampling.top_p])
+            logits = filter_logits(logits / sampling.temperature, k, p)
+            logits = logits + noise(sampling.seed, len(ids) - 1, len(token))
+        ids.append(int(logits.argmax()))
+    return text.decode([number for number in ids[1:] if number != text.end])
+
+
+@torch.inference_mode()
+def fill_codes_reference(model: Loaded, prompt: Prompt, wanted: Segment, sampling: MaskedSampling) -> Tensor:
+    """Codes of one image or recording, step by step.  # -> N G"""
+    adapter = model.omni.adapter(wanted.kind)
+    assert isinstance(adapter, CodesAdapter)
+    unknown = torch.from_numpy(wanted.arrays["hidden"])
+    codes = torch.from_numpy(wanted.arrays["codes"]).masked_fill(unknown[:, None], 0)
+    first, draws = int(unknown.sum()), 0
+    for step in range(1, sampling.steps + 1):
+        share = step / sampling.steps
+        arrays = {**wanted.arrays, "shown": codes.numpy(), "codes": codes.numpy(), "hidden": unknown.numpy()}
+        target = Segment(
+            wanted.kind, arrays, wanted.grid, wanted.span, unknown.numpy(), "block", wanted.moves
+        )
+        states = [hidden_states(model, found, target) for found in (prompt, [])]
+        drawn, confidence = torch.zeros_like(codes), torch.zeros(len(codes))
+        for group in range(codes.shape[1]):
+            logits, without = (adapter.group_logits(found, drawn, group).float() for found in states)
+            logits = logits + sampling.guidance * share * (logits - without)
+            scores = logits
+            if sampling.temperature > 0:
+                scores = logits / sampling.temperature + noise(sampling.seed, draws, *logits.shape)
+                draws += 1
+            drawn[:, group] = scores.argmax(-1)
+            confidence += logits.log_softmax(-1).gather(-1, drawn[:, group, None])[:, 0]
+        codes = torch.where(unknown[:, None], drawn, codes)
+        order = noise(sampling.seed, draws, len(codes))
+        draws += 1
+        if sampling.order == "confidence":
+            order = confidence + sampling.noise * (1 - share) * order
+        left = math.floor(first * math.cos(math.pi / 2 * share)) * (step < sampling.steps)
+        left = min(left, int(unknown.sum()) - 1)
+        unknown = unknown & (order.masked_fill(~unknown, float("inf")).argsort().argsort() < left)
+        if not unknown.any():
+            break
+    return codes
