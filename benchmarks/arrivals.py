@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from openm6.base.device import own_device
-from openm6.generate.load import Loaded
-from openm6.generate.sampling import MaskedSampling, Sampling
+from openm6.inference.load import Loaded
+from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import ModalitiesConfig, build_modalities
 from openm6.modalities.text import train_tokenizer

@@ -14,10 +14,10 @@ from torch import Tensor
 from benchmarks.measure import Timing, alternate, device_name
 from benchmarks.report import Report
 from openm6.base.device import own_device
-from openm6.generate.decode import DecodeStep, Speaker
-from openm6.generate.masked import Canvas, advance
-from openm6.generate.prefill import read_into
-from openm6.generate.sampling import MaskedSampling
+from openm6.inference.decode import DecodeStep, Speaker
+from openm6.inference.masked import Canvas, advance
+from openm6.inference.prefill import read_into
+from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.codes import CodesAdapter
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import ModalitiesConfig, build_modalities, source_segments

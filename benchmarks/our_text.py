@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from openm6.generate.sampling import Sampling
-from openm6.generate.text import TextRows
+from openm6.inference.sampling import Sampling
+from openm6.inference.text import TextRows
 from openm6.ops.sequence import causal_meta, join
 from openm6.serve.config import EngineConfig
 

@@ -22,9 +22,9 @@ from benchmarks.text_load import compare_under_load
 from openm6.base.config import Config
 from openm6.base.device import own_device
 from openm6.base.energy.meter import open_meter
-from openm6.generate.decode import Speaker
-from openm6.generate.graphs import open_rows
-from openm6.generate.text import TextRows
+from openm6.inference.decode import Speaker
+from openm6.inference.graphs import open_rows
+from openm6.inference.text import TextRows
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig

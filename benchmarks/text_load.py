@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.arrivals import tails
 from benchmarks.our_text import Seen, answer_prompts
 from benchmarks.peer_qwen import QwenPeer
-from openm6.generate.text import TextRows
+from openm6.inference.text import TextRows
 
 SHARE = 0.7  # of what the peer's best setting answers at once, so that it keeps up
 

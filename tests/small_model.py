@@ -11,7 +11,7 @@ import torch
 from openm6.data.source import Source, SourceConfig
 from openm6.data.sources import open_sources
 from openm6.evaluate.run import source_configs
-from openm6.generate.load import Loaded
+from openm6.inference.load import Loaded
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import Modalities, ModalitiesConfig, Reading, build_modalities
 from openm6.modalities.text import train_tokenizer

@@ -28,7 +28,7 @@ FLOORS = {
     "checkpoint": 50,
     "tasks": 50,
     "data": 60,
-    "generate": 60,
+    "inference": 60,
     "plan": 60,
     "evaluate": 70,
     "train": 80,

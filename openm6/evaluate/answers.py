@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from openm6.evaluate.results import Answer
-from openm6.generate.engine import predict, write
-from openm6.generate.load import Loaded
-from openm6.generate.masked import fill_codes
-from openm6.generate.prefill import Prompt
-from openm6.generate.sampling import MaskedSampling, Sampling
+from openm6.inference.engine import predict, write
+from openm6.inference.load import Loaded
+from openm6.inference.masked import fill_codes
+from openm6.inference.prefill import Prompt
+from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.registry import source_segments, target_segment
 from openm6.tasks.task import Example
 

@@ -22,7 +22,7 @@ from openm6.evaluate.priors import (
     ValueFrequencies,
     target_column,
 )
-from openm6.generate.load import Loaded
+from openm6.inference.load import Loaded
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
 from openm6.modalities.registry import Modalities, target_segment

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from openm6.base.config import Config
-from openm6.generate.sampling import MaskedSampling
+from openm6.inference.sampling import MaskedSampling
 
 
 class JudgeConfig(Config):

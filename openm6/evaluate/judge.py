@@ -34,7 +34,7 @@ from openm6.evaluate.recognise import build_recogniser
 from openm6.evaluate.results import Judgement, Sample, TaskResult
 from openm6.evaluate.retrieval import judge_retrieval
 from openm6.evaluate.side_by_side import number_of_judges, side_by_side
-from openm6.generate.load import Loaded
+from openm6.inference.load import Loaded
 from openm6.modalities.batch import PackedExample
 from openm6.modalities.registry import Modalities
 from openm6.models.description import Lesson

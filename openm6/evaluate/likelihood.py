@@ -18,7 +18,7 @@ import torch
 
 from openm6.data.prepare import example_sequence, null_example
 from openm6.evaluate.priors import TargetPrior
-from openm6.generate.load import Loaded
+from openm6.inference.load import Loaded
 from openm6.modalities.batch import PackedExample, collate
 from openm6.models.omni import Omni
 from openm6.tasks.task import Example

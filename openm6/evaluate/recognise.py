@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from openm6.base.errors import DataError
 from openm6.data.source import Source
 from openm6.evaluate.results import Answer
-from openm6.generate.load import Loaded
+from openm6.inference.load import Loaded
 from openm6.modalities.image import read_image, to_square
 from openm6.modalities.sound import read_sound
 

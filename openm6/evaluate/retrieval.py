@@ -15,8 +15,8 @@ from openm6.data.source import Source
 from openm6.evaluate.config import JudgeConfig
 from openm6.evaluate.intervals import bootstrap_interval
 from openm6.evaluate.results import TaskResult
-from openm6.generate.engine import embed, taught_pool
-from openm6.generate.load import Loaded
+from openm6.inference.engine import embed, taught_pool
+from openm6.inference.load import Loaded
 from openm6.modalities.registry import source_segments
 from openm6.models.description import Lesson
 from openm6.tasks.registry import task_named

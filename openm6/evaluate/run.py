@@ -16,7 +16,7 @@ from openm6.evaluate.config import JudgeConfig
 from openm6.evaluate.judge import judge
 from openm6.evaluate.own_data import open_own_data
 from openm6.evaluate.results import Judgement, TaskResult
-from openm6.generate.load import Loaded, load
+from openm6.inference.load import Loaded, load
 from openm6.models.description import Lesson, ModelDescription
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from openm6.generate.engine import candidate_nats, embed_tokens, predict, write
-from openm6.generate.load import Loaded
-from openm6.generate.masked import fill_codes
-from openm6.generate.prefill import read_into
+from openm6.inference.engine import candidate_nats, embed_tokens, predict, write
+from openm6.inference.load import Loaded
+from openm6.inference.masked import fill_codes
+from openm6.inference.prefill import read_into
 from openm6.serve.prepare import prepare
 from openm6.serve.requests import CodesRequest, EmbedRequest, NumbersRequest, Request, TextRequest
 

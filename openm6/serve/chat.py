@@ -7,7 +7,7 @@ import time
 import uuid
 from dataclasses import replace
 
-from openm6.generate.sampling import MaskedSampling, Sampling
+from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.serve.chat_schemas import (

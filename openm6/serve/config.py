@@ -7,7 +7,7 @@ import re
 from pydantic import Field, field_validator, model_validator
 
 from openm6.base.config import Config
-from openm6.generate.decode import Precision
+from openm6.inference.decode import Precision
 
 # A name, not an address: its last part is not a number.
 HOST = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}[a-z0-9])")

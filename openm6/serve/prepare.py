@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from openm6.base.errors import DataError
-from openm6.generate.load import Loaded
+from openm6.inference.load import Loaded
 from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import source_segments

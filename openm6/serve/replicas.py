@@ -16,7 +16,7 @@ from ray import serve as ray_serve
 from openm6.base.config import Config, apply_overrides
 from openm6.base.config import build as build_config
 from openm6.base.log import get_log
-from openm6.generate.load import check, load
+from openm6.inference.load import check, load
 from openm6.serve.app import create_app
 from openm6.serve.config import ServeConfig
 from openm6.serve.engine import Engine

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from openm6.generate.sampling import MaskedSampling, Sampling
+from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 
 

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from openm6.base.config import apply_overrides, build
 from openm6.base.errors import ConfigError, EngineError
 from openm6.base.log import get_log
-from openm6.generate.load import load
+from openm6.inference.load import load
 from openm6.serve.app import create_app
 from openm6.serve.config import ServeConfig
 from openm6.serve.engine import Engine

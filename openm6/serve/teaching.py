@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from openm6.generate.taught import Taught, assess
+from openm6.inference.taught import Taught, assess
 from openm6.models.description import ModelDescription
 from openm6.serve.requests import Answer, CodesRequest, EmbedRequest, NumbersRequest, Request
 

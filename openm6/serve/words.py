@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from openm6.generate.load import Loaded
+from openm6.inference.load import Loaded
 from openm6.modalities.interface import Part
 from openm6.tasks.registry import TASKS
 

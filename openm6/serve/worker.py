@@ -11,14 +11,14 @@ import torch
 from openm6.base.energy.meter import Meter
 from openm6.base.errors import OpenM6Error
 from openm6.base.log import get_log
-from openm6.generate.decode import Speaker
-from openm6.generate.engine import candidate_nats, embed_tokens, predict_numbers
-from openm6.generate.graphs import open_rows
-from openm6.generate.load import Loaded
-from openm6.generate.masked import Canvas, advance
-from openm6.generate.prefill import PromptMemory, read_into, read_together
-from openm6.generate.taught import confidence_of
-from openm6.generate.text import Row
+from openm6.inference.decode import Speaker
+from openm6.inference.engine import candidate_nats, embed_tokens, predict_numbers
+from openm6.inference.graphs import open_rows
+from openm6.inference.load import Loaded
+from openm6.inference.masked import Canvas, advance
+from openm6.inference.prefill import PromptMemory, read_into, read_together
+from openm6.inference.taught import confidence_of
+from openm6.inference.text import Row
 from openm6.serve.config import EngineConfig
 from openm6.serve.energy import EnergyShares
 from openm6.serve.requests import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openm6.generate.text import Row
+from openm6.inference.text import Row
 from openm6.modalities.text import Text
 from openm6.serve.requests import Scored
 

@@ -32,7 +32,7 @@ from openm6.evaluate.results import Judgement, RunFacts
 from openm6.evaluate.run import evaluate
 from openm6.evaluate.saved import drop_evaluation, last_checkpoint, load_evaluation, save_evaluation
 from openm6.evaluate.table import summary
-from openm6.generate.load import Loaded
+from openm6.inference.load import Loaded
 from openm6.modalities.batch import Batch, Counts, count, split
 from openm6.modalities.codec import codec_scores
 from openm6.modalities.numbers import Scales, fit_scale

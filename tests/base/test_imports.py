@@ -30,6 +30,6 @@ def test_imports_stay_light(statement: str, heavy: list[str]) -> None:
 
 
 def test_a_model_that_is_not_compiled_needs_no_compiler() -> None:
-    statement = "import sys, openm6.train.run, openm6.generate.load; print('torch._dynamo' in sys.modules)"
+    statement = "import sys, openm6.train.run, openm6.inference.load; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

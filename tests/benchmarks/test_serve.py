@@ -15,7 +15,7 @@ from benchmarks.report import Report
 from benchmarks.serve import ServeSetting, make_models, make_prompts, ours_run
 from benchmarks.serve import compare as compare_text
 from benchmarks.text_load import arrival_moments
-from openm6.generate.graphs import open_rows
+from openm6.inference.graphs import open_rows
 
 TUNED = QwenPeer.batching_settings
 TINY = ServeSetting(

@@ -17,8 +17,8 @@ from openm6.base.errors import CheckpointError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import is_complete, latest
 from openm6.checkpoint.load import is_sharded, load_model
-from openm6.generate.load import load
-from openm6.generate.streamed import matrices
+from openm6.inference.load import load
+from openm6.inference.streamed import matrices
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.run import read_recipe
 from tests.parallel.fleet import Fleet

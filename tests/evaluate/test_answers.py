@@ -8,7 +8,7 @@ import torch
 
 from openm6.evaluate import answers
 from openm6.evaluate.answers import answer
-from openm6.generate.sampling import MaskedSampling
+from openm6.inference.sampling import MaskedSampling
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
 from tests.small_model import demo_sources, loaded

@@ -16,7 +16,7 @@ from openm6.evaluate.baselines import (
 )
 from openm6.evaluate.metrics import Scored
 from openm6.evaluate.priors import AnswerFrequencies, NoPrior
-from openm6.generate.load import Loaded
+from openm6.inference.load import Loaded
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.tasks.registry import TASKS

@@ -19,7 +19,7 @@ from openm6.evaluate.judge import judge, judge_lesson, test_examples
 from openm6.evaluate.likelihood import sequence_nats
 from openm6.evaluate.results import Judgement, TaskResult
 from openm6.evaluate.side_by_side import number_of_judges
-from openm6.generate.sampling import MaskedSampling
+from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.numbers import Histogram
 from openm6.models.description import Lesson
 from openm6.tasks.registry import TASKS

@@ -12,7 +12,7 @@ from openm6.evaluate import likelihood
 from openm6.evaluate.judge import answer_entropy
 from openm6.evaluate.likelihood import likelihoods, sequence_nats
 from openm6.evaluate.priors import AnswerFrequencies, NoPrior
-from openm6.generate.load import Loaded
+from openm6.inference.load import Loaded
 from openm6.modalities.batch import PackedExample
 from openm6.modalities.interface import Part
 from openm6.tasks.registry import TASKS

@@ -9,7 +9,7 @@ import pytest
 
 from openm6.evaluate.baselines import fit_prior, training_examples
 from openm6.evaluate.priors import AnswerFrequencies, CodeFrequencies, NoPrior, ValueFrequencies
-from openm6.generate.load import Loaded
+from openm6.inference.load import Loaded
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import target_segment

@@ -15,8 +15,8 @@ import torch
 
 from openm6.base.energy.meter import open_meter
 from openm6.base.errors import ConfigError, DataError
-from openm6.generate.load import Loaded
-from openm6.generate.sampling import MaskedSampling, Sampling
+from openm6.inference.load import Loaded
+from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram
 from openm6.nn.experts import Router

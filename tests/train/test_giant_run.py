@@ -14,7 +14,7 @@ from openm6.base.errors import CheckpointError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state, step_folder
 from openm6.checkpoint.save import Snapshot, save
-from openm6.generate.load import load
+from openm6.inference.load import load
 from openm6.nn.config import ExpertsConfig
 from openm6.train.convert import convert
 from openm6.train.loop import train

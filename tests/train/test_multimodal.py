@@ -24,8 +24,8 @@ from openm6.base.errors import OpenM6Error, TrainingError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints
 from openm6.evaluate.run import evaluate
-from openm6.generate.engine import embedding_size
-from openm6.generate.load import load
+from openm6.inference.engine import embedding_size
+from openm6.inference.load import load
 from openm6.modalities.registry import MODALITIES
 from openm6.tasks.registry import TASKS
 from openm6.train.multimodal import MultimodalJob

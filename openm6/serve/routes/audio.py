@@ -11,7 +11,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from openm6.base.errors import DataError
-from openm6.generate.sampling import MaskedSampling, Sampling
+from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.sound import RATE, read_sound
 from openm6.serve.errors import DOCUMENTED, BadRequestError

@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 
-from openm6.generate.engine import embedding_size
+from openm6.inference.engine import embedding_size
 from openm6.modalities.interface import Part
 from openm6.serve.content import ContentPart, joined, parts_of_content, pictures_in
 from openm6.serve.errors import DOCUMENTED, BadRequestError

@@ -13,7 +13,7 @@ from fastapi import APIRouter, File, Form, UploadFile
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 
-from openm6.generate.sampling import MaskedSampling
+from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.interface import Part
 from openm6.serve.editing import hole_of_mask, kept_outside
 from openm6.serve.errors import DOCUMENTED, BadRequestError

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field
 
-from openm6.generate.load import Loaded
+from openm6.inference.load import Loaded
 from openm6.modalities.image import hole_places, read_image
 from openm6.serve.config import Limits
 from openm6.serve.content import Series

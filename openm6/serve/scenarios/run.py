@@ -14,7 +14,7 @@ from rich.table import Table
 
 from openm6.base.errors import OpenM6Error
 from openm6.base.files import replace_text
-from openm6.generate.load import Loaded, load
+from openm6.inference.load import Loaded, load
 from openm6.modalities.numbers import Histogram
 from openm6.serve.alone import answer_alone
 from openm6.serve.scenarios.ask import scenario_request

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from openm6.base.config import Config, nearest
-from openm6.generate.sampling import Decoding
+from openm6.inference.sampling import Decoding
 from openm6.tasks.registry import TASKS
 
 Language = Literal["en", "zh"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from openm6.base.errors import ConfigError
-from openm6.generate import prefill
-from openm6.generate.load import Loaded
-from openm6.generate.prefill import Prompt, PromptMemory, read_all, read_into, read_together
+from openm6.inference import prefill
+from openm6.inference.load import Loaded
+from openm6.inference.prefill import Prompt, PromptMemory, read_all, read_into, read_together
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from openm6.generate.decode import DecodeStep, Precision, Speaker
-from openm6.generate.sampling import Sampling, filter_logits, gumbel
+from openm6.inference.decode import DecodeStep, Precision, Speaker
+from openm6.inference.sampling import Sampling, filter_logits, gumbel
 
 SamplingMode = Literal["greedy", "unfiltered", "filtered"]
 # Rows of a pass from which on a product's bits do not depend on how many more there are (measured, MKL).

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from openm6.generate.decode import Precision, Speaker
-from openm6.generate.text import SamplingMode, TextRows
+from openm6.inference.decode import Precision, Speaker
+from openm6.inference.text import SamplingMode, TextRows
 
 BATCHES = (
     1,

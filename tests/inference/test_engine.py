@@ -8,8 +8,8 @@ import torch
 
 from openm6.base.errors import ConfigError, DataError
 from openm6.evaluate.likelihood import sequence_nats
-from openm6.generate import engine
-from openm6.generate.engine import (
+from openm6.inference import engine
+from openm6.inference.engine import (
     MAX_ROWS,
     ROW_TOKENS,
     candidate_nats,
@@ -18,14 +18,14 @@ from openm6.generate.engine import (
     packed_rows,
     predict,
 )
-from openm6.generate.prefill import Prompt, read_into
+from openm6.inference.prefill import Prompt, read_into
 from openm6.modalities.batch import build_sequence
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.pool import pool_segment
 from openm6.modalities.registry import Reading, source_segments
 from tests.data.pictures import png, wav
-from tests.generate.reference import hidden_states
+from tests.inference.reference import hidden_states
 from tests.small_model import embedding_model, loaded, modalities
 
 MODEL = loaded(7)

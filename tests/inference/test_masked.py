@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from openm6.base.errors import ConfigError
-from openm6.generate import masked
-from openm6.generate.load import Loaded
-from openm6.generate.masked import Canvas, fill_codes
-from openm6.generate.prefill import Prompt, read_into
-from openm6.generate.sampling import MaskedSampling, read_decoding
+from openm6.inference import masked
+from openm6.inference.load import Loaded
+from openm6.inference.masked import Canvas, fill_codes
+from openm6.inference.prefill import Prompt, read_into
+from openm6.inference.sampling import MaskedSampling, read_decoding
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.registry import source_segments
-from tests.generate.reference import fill_codes_reference
+from tests.inference.reference import fill_codes_reference
 from tests.small_model import demo_sources, loaded, modalities
 
 HOLES = ((0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.25, 1.0), (0.0, 0.0, 1.0, 1.0), (0.5, 0.5, 0.625, 0.625))

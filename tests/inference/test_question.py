@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from openm6.base.errors import ConfigError, DataError
-from openm6.generate.question import (
+from openm6.inference.question import (
     Question,
     parse_numbers,
     parse_series,

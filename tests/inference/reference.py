@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openm6.generate.load import Loaded
-from openm6.generate.prefill import Prompt
-from openm6.generate.sampling import MaskedSampling, Sampling, filter_logits, gumbel
+from openm6.inference.load import Loaded
+from openm6.inference.prefill import Prompt
+from openm6.inference.sampling import MaskedSampling, Sampling, filter_logits, gumbel
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.codes import CodesAdapter
 from openm6.modalities.interface import Segment, line

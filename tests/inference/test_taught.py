@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from openm6.base.errors import DataError
-from openm6.generate.load import Loaded
-from openm6.generate.question import Question
-from openm6.generate.run import answer_question
-from openm6.generate.sampling import Decoding, Sampling
-from openm6.generate.taught import SURE, Taught, assess, inputs_of
+from openm6.inference.load import Loaded
+from openm6.inference.question import Question
+from openm6.inference.run import answer_question
+from openm6.inference.sampling import Decoding, Sampling
+from openm6.inference.taught import SURE, Taught, assess, inputs_of
 from openm6.modalities.interface import Part
 from openm6.models.description import ModelDescription
 from openm6.tasks.registry import TASKS

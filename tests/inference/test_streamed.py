@@ -15,13 +15,13 @@ from openm6.checkpoint.folder import STATE_FILE
 from openm6.checkpoint.save import Snapshot, save
 from openm6.checkpoint.shards import OFFSETS, PLACES, Catalogue
 from openm6.checkpoint.tensors import named_tensors
-from openm6.generate.decode import Speaker
-from openm6.generate.engine import write
-from openm6.generate.load import Loaded, load
-from openm6.generate.masked import fill_codes
-from openm6.generate.prefill import read_into
-from openm6.generate.sampling import MaskedSampling, Sampling
-from openm6.generate.streamed import (
+from openm6.inference.decode import Speaker
+from openm6.inference.engine import write
+from openm6.inference.load import Loaded, load
+from openm6.inference.masked import fill_codes
+from openm6.inference.prefill import read_into
+from openm6.inference.sampling import MaskedSampling, Sampling
+from openm6.inference.streamed import (
     BUFFERS,
     FileHome,
     MemoryHome,
@@ -29,7 +29,7 @@ from openm6.generate.streamed import (
     matrices,
     place_streamed,
 )
-from openm6.generate.text import TextRows
+from openm6.inference.text import TextRows
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from openm6.models.config import BackboneConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openm6.generate.decode import (
+from openm6.inference.decode import (
     DecodeStep,
     QuantizedMatrix,
     QuantizedStack,

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openm6.generate.prefill import Prompt, prompt_length, read_all, run_block
-from openm6.generate.sampling import MaskedSampling, gumbel
+from openm6.inference.prefill import Prompt, prompt_length, read_all, run_block
+from openm6.inference.sampling import MaskedSampling, gumbel
 from openm6.modalities.codes import CodesAdapter
 from openm6.modalities.interface import Segment
 from openm6.models.omni import Omni

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openm6.base.errors import ConfigError, DataError
-from openm6.generate.load import Loaded
+from openm6.inference.load import Loaded
 from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from openm6.generate import engine
-from openm6.generate.decode import Speaker
-from openm6.generate.engine import write, write_with_confidence
-from openm6.generate.graphs import ATTENTION, GraphedRows
-from openm6.generate.load import Loaded
-from openm6.generate.prefill import Prompt, read_into
-from openm6.generate.sampling import Sampling
-from openm6.generate.text import Row, TextRows
+from openm6.inference import engine
+from openm6.inference.decode import Speaker
+from openm6.inference.engine import write, write_with_confidence
+from openm6.inference.graphs import ATTENTION, GraphedRows
+from openm6.inference.load import Loaded
+from openm6.inference.prefill import Prompt, read_into
+from openm6.inference.sampling import Sampling
+from openm6.inference.text import Row, TextRows
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from openm6.modalities.text import HOLE, START
-from tests.generate.reference import write_reference
+from tests.inference.reference import write_reference
 from tests.small_model import demo_sources, loaded, modalities
 
 WORDS = ("draw the digit seven", "a", "a picture of something long", "x", "What is this?")

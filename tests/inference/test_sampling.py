@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openm6.generate.sampling import filter_logits, gumbel
+from openm6.inference.sampling import filter_logits, gumbel
 
 SCORES = torch.tensor([[2.0, 1.0, 0.0, -1.0, -50.0]])
 COUNT = 4000

@@ -15,12 +15,12 @@ from PIL import Image as Pillow
 from openm6.base.errors import ConfigError
 from openm6.base.files import check_place, replace_bytes, replace_text
 from openm6.base.log import get_log
-from openm6.generate.engine import predict, write_with_confidence
-from openm6.generate.load import Loaded, load
-from openm6.generate.masked import fill_codes
-from openm6.generate.question import Question, prompt_parts, read_picture, read_recording
-from openm6.generate.sampling import Decoding, MaskedSampling
-from openm6.generate.taught import assess
+from openm6.inference.engine import predict, write_with_confidence
+from openm6.inference.load import Loaded, load
+from openm6.inference.masked import fill_codes
+from openm6.inference.question import Question, prompt_parts, read_picture, read_recording
+from openm6.inference.sampling import Decoding, MaskedSampling
+from openm6.inference.taught import assess
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import Histogram, NumberSeries

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from openm6.base.errors import ConfigError
-from openm6.generate.decode import Speaker
-from openm6.generate.graphs import open_rows
-from openm6.generate.load import Loaded
-from openm6.generate.prefill import Prompt, prompt_length, read_all, run_block
-from openm6.generate.sampling import Sampling
-from openm6.generate.taught import confidence_of
-from openm6.generate.text import Row
+from openm6.inference.decode import Speaker
+from openm6.inference.graphs import open_rows
+from openm6.inference.load import Loaded
+from openm6.inference.prefill import Prompt, prompt_length, read_all, run_block
+from openm6.inference.sampling import Sampling
+from openm6.inference.taught import confidence_of
+from openm6.inference.text import Row
 from openm6.modalities.batch import PackedExample, build_sequence, collate
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import Histogram, NumbersOut
