@@ -122,6 +122,6 @@ def demo_sources(split: str = "train") -> dict[str, Source]:
     """All embedded data as the demo uses it, pairs and windows among it, and questions asked about flags."""
     asked = {"kind": "pairs", "left": "countries", "right": "questions", "key": "text_en"}
     more = {"asked": asked, "countries": {"kind": "embedded", "name": "countries"}}
-    more |= {name: {"kind": "made", "name": name, "records": 60} for name in ("shop", "machines", "sounds")}
+    more |= {name: {"kind": "embedded", "name": name, "limit": 60} for name in ("shop", "machines", "sounds")}
     configs = {**demo_configs(), **source_configs(more, "more")}
     return open_sources(configs, "train" if split == "train" else "test")

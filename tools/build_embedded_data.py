@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pyarrow as pa
-from embedded_data import numbers, pictures, questions, speech, tables, texts
+from embedded_data import numbers, pictures, questions, speech, synthetic, tables, texts
 
 RECORDS = {
     "emoji": pictures.emoji,
@@ -25,6 +25,7 @@ RECORDS = {
     "iris": numbers.iris,
     "questions": questions.questions,
 }
+SYNTHETIC = {"shop": synthetic.shop, "machines": synthetic.machines, "sounds": synthetic.sounds}
 PLAIN = {"seattle_weather_daily": numbers.seattle_weather_daily}
 EMBEDDED = Path(__file__).resolve().parents[1] / "openm6" / "data" / "embedded"
 
@@ -33,9 +34,10 @@ def build(name: str, cache: Path) -> dict[str, pa.Table]:
     """The tables of one data set, by file name."""
     if name in PLAIN:
         return {name: PLAIN[name](cache)}
-    rows = RECORDS[name](cache)
+    rows = {**RECORDS, **SYNTHETIC}[name](cache)
+    schema = synthetic.SYNTHETIC_SCHEMA if name in SYNTHETIC else tables.SCHEMA
     return {
-        f"{name}-{split}": tables.table_of(row for row in rows if row["split"] == split)
+        f"{name}-{split}": tables.table_of((row for row in rows if row["split"] == split), schema)
         for split in ("train", "test")
     }
 
@@ -46,7 +48,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", action="append", choices=[*RECORDS, *PLAIN], help="one data set; may be repeated"
+        "--only",
+        action="append",
+        choices=[*RECORDS, *SYNTHETIC, *PLAIN],
+        help="one data set; may be repeated",
     )
     parser.add_argument(
         "--out", type=Path, default=EMBEDDED, help="folder for the files (default: the package's)"
@@ -60,7 +65,9 @@ def main() -> int:
         cache = chosen.packages or Path(temporary)
         cache.mkdir(parents=True, exist_ok=True)
         found = [
-            line for name in chosen.only or [*RECORDS, *PLAIN] for line in _one(name, cache.resolve(), chosen)
+            line
+            for name in chosen.only or [*RECORDS, *SYNTHETIC, *PLAIN]
+            for line in _one(name, cache.resolve(), chosen)
         ]
     print("\n".join(found[:20]) or "done")
     return min(len(found), 1)

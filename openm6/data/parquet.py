@@ -31,6 +31,9 @@ EMBEDDED = (
     "penguins",
     "iris",
     "questions",
+    "shop",
+    "machines",
+    "sounds",
 )
 EMBEDDED_TABLES = ("seattle_weather_daily",)
 EMBEDDED_MARK = "embedded:"

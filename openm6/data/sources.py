@@ -13,7 +13,6 @@ from openm6.data.csv_table import CsvConfig
 from openm6.data.datasets_library import DatasetsConfig
 from openm6.data.folder import FolderConfig
 from openm6.data.jsonl import JsonlConfig
-from openm6.data.made import MadeConfig
 from openm6.data.pairs import PairsConfig
 from openm6.data.parquet import EmbeddedConfig, ParquetConfig
 from openm6.data.source import Source, SourceConfig, Split
@@ -29,8 +28,7 @@ AnySourceConfig = Annotated[
     | TarConfig
     | DatasetsConfig
     | PairsConfig
-    | WindowsConfig
-    | MadeConfig,
+    | WindowsConfig,
     Field(discriminator="kind"),
 ]
 """The config of any kind of source; a new kind is one line here."""

@@ -25,6 +25,9 @@ LENGTHS = {
     "penguins": (261, 72),
     "iris": (124, 26),
     "questions": (705, 72),
+    "shop": (714, 86),
+    "machines": (910, 90),
+    "sounds": (86, 14),
 }
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

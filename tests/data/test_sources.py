@@ -51,8 +51,6 @@ def settings(kind: str, folder: Path) -> dict[str, dict[str, object]]:
                 tar.addfile(member, io.BytesIO(row["text_en"].encode()))
     if kind == "datasets":
         pytest.importorskip("datasets").Dataset.from_list(ROWS).save_to_disk(path)
-    if kind == "made":
-        return {"x": {"kind": kind, "name": "shop", "records": 40}}
     if kind == "embedded":
         return {"x": {"kind": kind, "name": "iris"}}
     if kind == "pairs":
@@ -88,7 +86,7 @@ def test_every_config_survives_its_own_dump(kind, tmp_path):
     assert pickle.loads(pickle.dumps(recipe)) == recipe  # noqa: S301 - our own bytes
 
 
-@pytest.mark.parametrize("kind", sorted(set(SOURCES) - {"embedded", "pairs", "datasets", "made"}))
+@pytest.mark.parametrize("kind", sorted(set(SOURCES) - {"embedded", "pairs", "datasets"}))
 def test_nothing_at_the_path(kind, tmp_path):
     given = {
         "kind": kind,

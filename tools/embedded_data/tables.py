@@ -49,15 +49,15 @@ def split_of(key: str, tenths: int = 1) -> str:
     return "test" if number % 10 < tenths else "train"
 
 
-def table_of(rows: Iterable[Row]) -> pa.Table:
-    """Rows as a table of the shared schema; keys that a row lacks are null."""
-    return pa.Table.from_pylist(list(rows), schema=SCHEMA)
+def table_of(rows: Iterable[Row], schema: pa.Schema = SCHEMA) -> pa.Table:
+    """Rows as a table of a schema; keys that a row lacks are null."""
+    return pa.Table.from_pylist(list(rows), schema=schema)
 
 
 def write(table: pa.Table, path: Path) -> None:
     """Writes a Parquet file without a time stamp, so that equal rows give equal bytes under one pyarrow."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd", write_statistics=False)
+    pq.write_table(table, path, compression="zstd", compression_level=19, write_statistics=False)
 
 
 def differences(built: pa.Table, path: Path) -> list[str]:

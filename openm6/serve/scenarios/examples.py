@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 from openm6.base.errors import ConfigError
-from openm6.data.made import MADE, MadeConfig, made_record
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.records import Record
 from openm6.models.description import ModelDescription
@@ -19,14 +18,12 @@ KEYS = {"image": "image", "sound": "audio"}
 
 @cache
 def example_record(name: str) -> Record:
-    """The record that `data#id` names, from the embedded or the made data.
+    """The record that `data#id` names, from the embedded data.
 
     Raises:
         ConfigError: there is no such data or record.
     """
     data, _, key = name.partition("#")
-    if data in MADE:
-        return made_record(MadeConfig(name=data), int(key.rpartition("/")[2]))
     for split in ("test", "train"):
         source = EmbeddedConfig(name=data).open(data, split, _no_neighbour)
         ids = source.values("id")
@@ -69,11 +66,11 @@ def example_fits(scenario: Scenario, language: Language, description: ModelDescr
 
 
 def _package_data(description: ModelDescription, names: Iterable[str]) -> set[str]:
-    """Names of the embedded and the made data behind some sources, also where one refers to another."""
+    """Names of the embedded data behind some sources, also where one refers to another."""
     found: set[str] = set()
     for name in names:
         source = description.sources.get(name, {})
-        if source.get("kind") in ("embedded", "made"):
+        if source.get("kind") == "embedded":
             found.add(source["name"])
         words = [value for key, value in source.items() if isinstance(value, str) and key != "name"]
         found |= {word.removeprefix(EMBEDDED) for word in words if word.startswith(EMBEDDED)}

@@ -1,17 +1,17 @@
-"""A shop made by formula: products with pictures, words in English and Chinese, prices, reviews and sales."""
+"""An invented shop: products with images, words in English and Chinese, prices, reviews and sales."""
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from openm6.data.made_record import AHEAD, Maker, pick, wave
+from embedded_data.series import HORIZON, pick, seasonal_series
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.records import Record
 
@@ -100,42 +100,42 @@ SENTIMENT = {"praise": Word("positive", "好评"), "blame": Word("negative", "�
 BUYERS = (Word("What colour is it?", "什么颜色？"), Word("What is it made of?", "什么材质？"))
 
 
-class Shop(Maker):
-    """Products whose picture, words and price follow from kind, colour, material and grade."""
+@cache
+def emoji_images() -> dict[str, bytes]:
+    """The emoji of each kind of product."""
+    emoji = EmbeddedConfig(name="emoji").open("emoji", "train", lambda name: NotImplemented)
+    wanted = {product.emoji for product in PRODUCTS}
+    names = emoji.values("text_en")
+    return {name: emoji[row]["image"] for row, name in enumerate(names) if name in wanted}
 
-    @cached_property
-    def pictures(self) -> dict[str, bytes]:
-        """The emoji of each kind of product."""
-        emoji = EmbeddedConfig(name="emoji").open("emoji", "train", lambda name: NotImplemented)
-        wanted = {product.emoji for product in PRODUCTS}
-        names = emoji.values("text_en")
-        return {name: emoji[row]["image"] for row, name in enumerate(names) if name in wanted}
 
-    def record(self, rng: np.random.Generator) -> Record:
-        article = _article(rng)
-        product = article.product
-        words: dict[str, str] = {}
-        for side, language in enumerate(("en", "zh")):
-            words |= {f"{name}_{language}": text for name, text in article.texts(side).items()}
-        sales = float(rng.uniform(20, 200) * (40 / product.price) ** 0.3)
-        rating = float(f"{rng.uniform(3, 5):.2g}")
-        return {
-            "image": tinted(self.pictures[product.emoji], article.shade),
-            "text_en": words.pop("title_en"),
-            "text_zh": words.pop("title_zh"),
-            "tags_en": article.keywords(0),
-            "tags_zh": article.keywords(1),
-            "label": CATEGORIES[product.category].en,
-            "label_zh": CATEGORIES[product.category].zh,
-            "numbers": {"price": article.price, "rating": rating, "monthly_sales": float(round(sales))},
-            "series": {"weekly_sales": wave(rng, sales / 4, 12, 0.1)},
-            "extra": {**words, "horizon": AHEAD},
-        }
+def product_record(rng: np.random.Generator) -> Record:
+    """A product whose image, words and price follow from kind, colour, material and grade."""
+    article = _article(rng)
+    product = article.product
+    words: dict[str, str] = {}
+    for side, language in enumerate(("en", "zh")):
+        words |= {f"{name}_{language}": text for name, text in article.texts(side).items()}
+    sales = float(rng.uniform(20, 200) * (40 / product.price) ** 0.3)
+    rating = float(f"{rng.uniform(3, 5):.2g}")
+    return {
+        "license": "CC0-1.0; image: Apache-2.0",
+        "image": tinted(emoji_images()[product.emoji], article.shade),
+        "text_en": words.pop("title_en"),
+        "text_zh": words.pop("title_zh"),
+        "tags_en": article.keywords(0),
+        "tags_zh": article.keywords(1),
+        "label": CATEGORIES[product.category].en,
+        "label_zh": CATEGORIES[product.category].zh,
+        "numbers": {"price": article.price, "rating": rating, "monthly_sales": float(round(sales))},
+        "series": {"weekly_sales": seasonal_series(rng, sales / 4, 12, 0.1)},
+        "extra": {**words, "horizon": HORIZON},
+    }
 
 
 @dataclass(frozen=True)
 class Article:
-    """One product on the shelf: what was drawn, and what is said of it."""
+    """One product of the shop: what was drawn at random."""
 
     product: Product
     shade: str
@@ -227,11 +227,11 @@ def _named(emoji: str) -> Product:
     return next(product for product in PRODUCTS if product.emoji == emoji)
 
 
-def tinted(picture: bytes, colour: str) -> bytes:
-    """A picture file on white, in shades of one colour with a rest of its own."""
-    layers = Pillow.open(io.BytesIO(picture)).convert("RGBA")
+def tinted(image: bytes, colour: str) -> bytes:
+    """An image on white, blended towards one colour, as lossless WebP."""
+    layers = Pillow.open(io.BytesIO(image)).convert("RGBA")
     whole = Pillow.alpha_composite(Pillow.new("RGBA", layers.size, "white"), layers).convert("RGB")
     shades = ImageOps.colorize(ImageOps.grayscale(whole), "black", "white", mid=colour)
     stream = io.BytesIO()
-    Pillow.blend(whole, shades, 0.7).save(stream, "PNG")
+    Pillow.blend(whole, shades, 0.7).save(stream, "WEBP", lossless=True, quality=100, method=6)
     return stream.getvalue()
