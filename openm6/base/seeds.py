@@ -1,7 +1,7 @@
 """Random seeds as a pure function of what they are for, so that nothing random needs to be carried along.
 
-The one hash of texts and contents is here; counters are mixed by `data.shuffle` (64 bits: the order of records) and
-`optim.rounding` (32 bits: rounding, with its form in Triton beside it).
+The one hash of texts and contents and the one mixer of counters (64 bits: the order of records) are here; only
+`optim.rounding` has another mixer (32 bits, with its form in Triton beside it).
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+
+GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
@@ -32,3 +35,32 @@ def content_key(content: bytes) -> bytes:
 def numpy_generator(seed: int, *purpose: str | int) -> np.random.Generator:
     """A fresh numpy generator for one purpose; data threads use this, never the global generator."""
     return np.random.default_rng(derive_seed(seed, *purpose))
+
+
+def mix(*parts: int) -> int:
+    """64 well-mixed bits of a few integers (the finaliser of SplitMix64, once per part).
+
+    NumPy does not promise the streams of its generators from version to version; a run resumed with another NumPy
+    must still see its data in the same order.
+    """
+    state = 0
+    for part in parts:
+        state = (state ^ (part & _MASK)) + GOLDEN & _MASK
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state
+
+
+def uniform(*parts: int) -> float:
+    """A number in [0, 1) of a few integers."""
+    return (mix(*parts) >> 11) / 2**53
+
+
+def permutation(length: int, *parts: int) -> np.ndarray:
+    """A shuffled 0 … length-1 that depends on the parts alone; int64, 8 bytes a record."""
+    keys = np.arange(length, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(mix(*parts))
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    keys ^= keys >> np.uint64(31)
+    return np.argsort(keys, kind="stable")

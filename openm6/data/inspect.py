@@ -12,16 +12,20 @@ from typing import Any
 import numpy as np
 
 from openm6.base.errors import DataError
-from openm6.data.columns import Column, column_of
-from openm6.data.folder import FolderConfig, media_files
-from openm6.data.foreign import refuse_foreign
-from openm6.data.propose import is_canonical, propose_fields, propose_tasks, recipe_text
+from openm6.data.media import TABLE_ENDINGS, FolderConfig, load_table, media_files, table_config
+from openm6.data.propose import (
+    Column,
+    column_of,
+    is_canonical,
+    propose_fields,
+    propose_tasks,
+    recipe_text,
+    unused_columns,
+)
 from openm6.data.records import Record
 from openm6.data.source import Source, SourceConfig, Split
-from openm6.data.storage import is_remote
+from openm6.data.storage import is_remote, refuse_foreign
 from openm6.data.table import Table, TableConfig, UnreadableRowError
-from openm6.data.tables import TABLE_ENDINGS, load_table, table_config
-from openm6.data.usage import unused_columns
 from openm6.data.windows import WindowsConfig
 from openm6.modalities.image import read_image
 from openm6.modalities.sound import read_sound

@@ -1,17 +1,19 @@
-"""The order in which a run sees its data: one seeded global sequence of draws, with a state of a few integers."""
+"""The order in which a run sees its data: one seeded sequence of samples, dealt to data shards, with a small cursor."""
+
+# Letters: L lanes, s serial number of a draw
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from openm6.base.errors import DataError
-from openm6.base.seeds import text_hash
+from openm6.base.seeds import mix, permutation, text_hash, uniform
 from openm6.data.records import Record
-from openm6.data.shuffle import mix, permutation, uniform
 from openm6.data.source import Source
 
 
@@ -139,3 +141,89 @@ def _check(components: Sequence[Component]) -> None:
             )
         if keys.count(component.key) > 1:
             raise DataError(f"the mixture holds {component.key} twice: add up the weights")
+
+
+Cursor = dict[str, Any]
+
+
+@dataclass
+class Lane:
+    """One lane: the serial of its next draw, and the draws it took that wait for room in a row."""
+
+    number: int
+    next: int
+    waiting: list[Draw] = field(default_factory=list)
+
+
+class Lanes:
+    """The lanes that one rank works on, fed from the mixture's one sequence."""
+
+    def __init__(self, mixture: Mixture, count: int, own: Sequence[int]) -> None:
+        self.mixture = mixture
+        self.count = count
+        self.own = [Lane(number, number) for number in own]
+        self._front: deque[Draw] = deque()  # draws of all lanes from the slowest own one on
+
+    def take(self, lane: Lane) -> Draw:
+        """The lane's next draw."""
+        while not self._front or self._front[-1].serial < lane.next:
+            self._front.append(self.mixture.draw())
+        draw = self._front[lane.next - self._front[0].serial]
+        lane.next += self.count
+        slowest = min(other.next for other in self.own)
+        while self._front and self._front[0].serial < slowest:
+            self._front.popleft()
+        return draw
+
+    def state(self) -> Cursor:
+        """JSON-able: the mixture's place at the slowest own lane, and each own lane's."""
+        lanes = {
+            str(lane.number): {"next": lane.next, "waiting": [_as_list(draw) for draw in lane.waiting]}
+            for lane in self.own
+        }
+        return {"mixture": self.mixture.state(list(self._front)), "count": self.count, "lanes": lanes}
+
+    def restore(self, state: Cursor) -> None:
+        """Goes to a place that `merge` put together; with another number of lanes it deals anew."""
+        self._front.clear()
+        self.mixture.restore(state["mixture"])
+        if state["count"] == self.count:
+            for lane in self.own:
+                found = state["lanes"][str(lane.number)]
+                lane.next, lane.waiting = found["next"], [Draw(*draw) for draw in found["waiting"]]
+            slowest = min(lane.next for lane in self.own)
+            while self.mixture.serial < slowest:
+                self.mixture.draw()
+        else:
+            self._deal_anew(state)
+
+    def _deal_anew(self, state: Cursor) -> None:
+        """All draws begun but not used up go round the new lanes first; then the sequence goes on."""
+        lanes, old = state["lanes"], state["count"]
+        begun = [Draw(*draw) for lane in lanes.values() for draw in lane["waiting"]]
+        end = max(lane["next"] for lane in lanes.values())
+        while self.mixture.serial < end:
+            draw = self.mixture.draw()
+            if draw.serial >= lanes[str(draw.serial % old)]["next"]:
+                begun.append(draw)
+        begun.sort(key=lambda draw: draw.serial)
+        start = self.mixture.serial
+        for lane in self.own:
+            lane.waiting = begun[lane.number :: self.count]
+            lane.next = start + (lane.number - start) % self.count
+
+
+def merge(states: Sequence[Cursor]) -> Cursor:
+    """The place of the whole run from those of its ranks."""
+    slowest = min(states, key=lambda state: state["mixture"]["serial"])
+    lanes = {number: lane for state in states for number, lane in state["lanes"].items()}
+    return {**slowest, "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+
+
+def own_lanes(count: int, rank: int, size: int) -> range:
+    """The lanes of one of `size` ranks: neighbours, as even as can be."""
+    return range(rank * count // size, (rank + 1) * count // size)
+
+
+def _as_list(draw: Draw) -> list[int]:
+    return [draw.component, draw.epoch, draw.index, draw.serial]

@@ -10,8 +10,7 @@ from pydantic import Field, model_validator
 
 from openm6.base.config import Config
 from openm6.base.errors import ConfigError, DataError, MissingFieldError, TrainingError
-from openm6.data.lanes import Lane, Lanes, merge, own_lanes
-from openm6.data.mixture import Draw
+from openm6.data.mixture import Draw, Lane, Lanes, merge, own_lanes
 from openm6.data.prepare import Preparer
 from openm6.data.quarantine import Quarantine, merge_counts
 from openm6.modalities.batch import Batch, PackedExample, collate, shortened

@@ -1,14 +1,17 @@
-"""What every source of records is: a name, a length, records by index, and a config that opens it."""
+"""What every source of records is, the config that opens it, and which of its records train, validate and test."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
+import numpy as np
+
 from openm6.base.config import Config
 from openm6.base.errors import DataError
+from openm6.base.seeds import text_hash
 from openm6.data.records import Record
 
 Split = Literal["train", "validation", "test"]
@@ -70,3 +73,62 @@ def check_index(index: int, length: int) -> int:
     if not -length <= index < length:
         raise IndexError(f"index {index} of {length} records")
     return index % length
+
+
+TRAIN_WORDS = frozenset({"train", "training"})
+VALIDATION_WORDS = frozenset({"validation", "valid", "val", "dev"})
+TEST_WORDS = frozenset({"test", "testing", "eval", "held-out"})
+SPLIT_WORDS: dict[Split, frozenset[str]] = {
+    "train": TRAIN_WORDS,
+    "validation": VALIDATION_WORDS,
+    "test": TEST_WORDS,
+}
+
+
+def stable_share(key: str) -> float:
+    """A number in [0, 1) that depends on the text alone, the same on every machine and in every version."""
+    return text_hash(key) / 2**64
+
+
+def rows_by_hash(keys: Sequence[Any], test_share: float, split: Split) -> np.ndarray:
+    """Row numbers of one split: equal keys fall on the same side, also when rows are added later.
+
+    A hash tells training from testing alone; no row is for validation.
+    """
+    if split == "validation":
+        return np.zeros(0, dtype=np.int64)
+    test = np.fromiter((stable_share(str(key)) < test_share for key in keys), dtype=bool, count=len(keys))
+    return np.flatnonzero(test if split == "test" else ~test)
+
+
+def rows_by_word(words: Sequence[Any], split: Split, where: str) -> np.ndarray:
+    """Row numbers of one split by the words of a column (`train`, `test`, `validation`, …).
+
+    Rows without a word train. Where no row is for testing, those for validation are.
+
+    Raises:
+        DataError: a word that is none of them.
+    """
+    side = {word: _side(word, where) for word in set(words)}
+    wanted = present_split(split, side.values())
+    return np.flatnonzero([side[word] == wanted for word in words])
+
+
+def present_split(split: Split, present: Collection[Split | None]) -> Split:
+    """The split to take for one: that for validation stands in where a data set has no test split of its own."""
+    return "validation" if split == "test" and "test" not in present else split
+
+
+def split_named(word: str) -> Split | None:
+    """The split that a word stands for, if it does."""
+    return next((split for split, words in SPLIT_WORDS.items() if word.strip().lower() in words), None)
+
+
+def _side(word: Any, where: str) -> Split:
+    if word is None or word == "":
+        return "train"
+    text = word.decode("utf-8", "replace") if isinstance(word, bytes) else str(word)
+    side = split_named(text)
+    if side is None:
+        raise DataError(f"{where}: the split column holds {text[:40]!r}; write train, validation or test")
+    return side

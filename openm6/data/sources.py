@@ -1,23 +1,114 @@
-"""The list of source kinds, and opening all sources of a recipe."""
+"""The list of source kinds, opening all sources of a recipe, and pairs of records of two sources."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from typing import Annotated, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from openm6.base.config import nearest
 from openm6.base.errors import DataError
-from openm6.data.csv_table import CsvConfig
-from openm6.data.datasets_library import DatasetsConfig
-from openm6.data.folder import FolderConfig
-from openm6.data.jsonl import JsonlConfig
-from openm6.data.pairs import PairsConfig
-from openm6.data.parquet import EmbeddedConfig, ParquetConfig
-from openm6.data.source import Source, SourceConfig, Split
-from openm6.data.tar import TarConfig
+from openm6.base.seeds import mix, text_hash
+from openm6.data.media import FolderConfig, TarConfig
+from openm6.data.parquet import DatasetsConfig, EmbeddedConfig, ParquetConfig
+from openm6.data.records import CANONICAL_KEYS, TEXT_KEYS, Record
+from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
+from openm6.data.text_tables import CsvConfig, JsonlConfig
 from openm6.data.windows import WindowsConfig
+
+_JOINED = ("id", "source", "license")
+
+
+class PairSource(Source):
+    """Every left record that has a partner, with a right record of equal key, another one each epoch.
+
+    Keys of `left` win over those of `right`; `extra` is merged; `id`, `source` and `license` name both.
+    """
+
+    def __init__(self, name: str, left: Source, right: Source, config: PairsConfig) -> None:
+        self.name = name
+        self._left = left
+        self._right = right
+        self._config = config
+        self._seed = text_hash(name)
+        self._partners: dict[Any, list[int]] = defaultdict(list)
+        for number, value in enumerate(right.values(config.key)):
+            if value is not None:
+                self._partners[value].append(number)
+        keys = left.values(config.key)
+        self._rows = [number for number, value in enumerate(keys) if value in self._partners]
+        self._keys = [keys[number] for number in self._rows]
+        if not self._rows and len(left) and len(right):
+            raise DataError(f"pairs {name!r}: no {config.key!r} of {left.name!r} is found in {right.name!r}")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.at(index, 0)
+
+    def at(self, index: int, epoch: int) -> Record:
+        """The pair of an index in an epoch: a pure function of both."""
+        index = check_index(index, len(self))
+        partners = self._partners[self._keys[index]]
+        chosen = partners[mix(self._seed, epoch, index) % len(partners)]
+        left = self._left.at(self._rows[index], epoch)
+        return self._join(left, self._right.at(chosen, epoch))
+
+    def values(self, key: str) -> list[Any]:
+        """One key of every pair, without opening pictures or sounds where the left side alone fills it."""
+        if key not in _JOINED and self._config.takes_left(key):
+            values = self._left.values(key)
+            found = [values[row] for row in self._rows]
+            if None not in found:
+                return found
+        return super().values(key)
+
+    def _join(self, left: Record, right: Record) -> Record:
+        taken = {key: value for key, value in right.items() if self._config.takes_right(key)}
+        taken |= {key: value for key, value in left.items() if self._config.takes_left(key)}
+        for key in _JOINED:
+            both = dict.fromkeys(str(side[key]) for side in (left, right) if key in side)
+            if both:
+                taken[key] = " + ".join(both)
+        extra = {**right.get("extra", {}), **left.get("extra", {})}
+        if extra:
+            taken["extra"] = extra
+        return taken
+
+
+class PairsConfig(SourceConfig):
+    """Joins two sources of the recipe by a key; test pairs are made of test records only."""
+
+    kind: Literal["pairs"] = "pairs"
+    left: str
+    right: str
+    key: str = "label"
+    left_keys: list[str] | None = Field(default=None)  # record keys taken from the left; all where not given
+    right_keys: list[str] | None = Field(default=None)
+
+    def takes_left(self, key: str) -> bool:
+        """Whether the left record gives this key."""
+        return self.left_keys is None or key in self.left_keys
+
+    def takes_right(self, key: str) -> bool:
+        """Whether the right record gives this key (where the left one does not)."""
+        return self.right_keys is None or key in self.right_keys
+
+    def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
+        """The pairs of one split; see SourceConfig.open."""
+        for key in (self.key, *(self.left_keys or ()), *(self.right_keys or ())):
+            if key not in CANONICAL_KEYS:
+                raise DataError(f"pairs {name!r}: {key!r} is no record key; {nearest(key, CANONICAL_KEYS)}")
+        if self.key not in TEXT_KEYS:
+            raise DataError(
+                f"pairs {name!r}: key {self.key!r} holds no single text, so records cannot be joined by it: "
+                f"use one of {', '.join(TEXT_KEYS)}"
+            )
+        return PairSource(name, neighbour(self.left), neighbour(self.right), self)
+
 
 AnySourceConfig = Annotated[
     EmbeddedConfig

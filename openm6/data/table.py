@@ -12,10 +12,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from openm6.base.errors import DataError
-from openm6.data.fields import Fields, RowReader, check_columns
-from openm6.data.records import Record
-from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
-from openm6.data.split import rows_by_hash, rows_by_word
+from openm6.data.records import Fields, Record, RowReader, check_columns
+from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index, rows_by_hash, rows_by_word
 from openm6.data.storage import TableFolder
 
 ChooseColumns = Callable[[Sequence[str]], Sequence[str]]

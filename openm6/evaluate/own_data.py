@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from openm6.base.errors import DataError
 from openm6.base.log import get_log
-from openm6.data.folder import FolderConfig
+from openm6.data.media import FolderConfig, data_config
 from openm6.data.source import Source, SourceConfig
 from openm6.data.table import TableConfig
-from openm6.data.tables import data_config
 from openm6.data.windows import WindowsConfig
 
 Readable = TableConfig | FolderConfig | WindowsConfig

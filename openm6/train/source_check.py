@@ -8,9 +8,9 @@ import numpy as np
 
 from openm6.base.errors import ConfigError, DataError
 from openm6.base.log import get_log
+from openm6.data.propose import unused_columns
 from openm6.data.records import Record
 from openm6.data.source import Source
-from openm6.data.usage import unused_columns
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Task
 from openm6.train.recipe import MultimodalRecipe

@@ -4,7 +4,7 @@ from datetime import datetime
 
 import pytest
 
-from openm6.data.columns import column_of
+from openm6.data.propose import column_of
 from tests.data.pictures import png, wav
 
 TITLES = ["a red cup", "two blue plates", "the last green bowl", "one fork", "a set of six knives"]

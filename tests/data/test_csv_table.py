@@ -5,11 +5,10 @@ import pytest
 
 from openm6.base.config import build
 from openm6.base.errors import ConfigError, DataError
-from openm6.data.csv_dialect import sniff_separator
-from openm6.data.csv_table import CsvConfig
-from openm6.data.fields import Fields
+from openm6.data.records import Fields
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
+from openm6.data.text_tables import CsvConfig, sniff_separator
 from openm6.data.windows import WindowsConfig
 
 FIELDS = Fields(text_en="title", numbers=["price"])

@@ -5,8 +5,8 @@ import builtins
 import pytest
 
 from openm6.base.errors import DataError
-from openm6.data.datasets_library import DatasetsConfig, DatasetsTable
-from openm6.data.fields import Fields
+from openm6.data.parquet import DatasetsConfig, DatasetsTable
+from openm6.data.records import Fields
 from openm6.data.sources import open_sources
 from tests.data.pictures import png
 

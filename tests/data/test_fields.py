@@ -4,7 +4,7 @@ import pytest
 
 from openm6.base.config import build
 from openm6.base.errors import ConfigError, DataError
-from openm6.data.fields import Fields, RowReader
+from openm6.data.records import Fields, RowReader
 
 COLUMNS = ["photo", "title", "price", "rating", "category", "id", "seller"]
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from openm6.base.errors import DataError
-from openm6.data.folder import FolderConfig
+from openm6.data.media import FolderConfig
 from openm6.data.sources import open_sources
 from tests.data.pictures import png, wav
 

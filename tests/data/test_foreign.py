@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from openm6.base.errors import DataError
-from openm6.data.csv_table import CsvConfig
 from openm6.data.inspect import inspect_path
-from openm6.data.jsonl import JsonlConfig
+from openm6.data.media import load_table
 from openm6.data.parquet import ParquetConfig
-from openm6.data.tables import load_table
+from openm6.data.text_tables import CsvConfig, JsonlConfig
 from tests.data.pictures import png, wav
 
 

@@ -6,10 +6,10 @@ import fsspec
 import pytest
 
 from openm6.base.errors import DataError
-from openm6.data.fields import Fields
-from openm6.data.jsonl import JsonlConfig
+from openm6.data.records import Fields
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
+from openm6.data.text_tables import JsonlConfig
 from tests.data.pictures import png
 
 

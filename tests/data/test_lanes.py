@@ -7,8 +7,7 @@ import random
 
 import pytest
 
-from openm6.data.lanes import Lanes, merge, own_lanes
-from openm6.data.mixture import Component, Mixture
+from openm6.data.mixture import Component, Lanes, Mixture, merge, own_lanes
 from tests.data.lists import ListSource
 
 

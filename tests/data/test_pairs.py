@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 
 from openm6.base.errors import DataError
-from openm6.data.pairs import PairsConfig
 from openm6.data.parquet import EmbeddedConfig
-from openm6.data.sources import open_sources
+from openm6.data.sources import PairsConfig, open_sources
 from tests.data.lists import ListConfig
 
 DIGITS = {

@@ -10,8 +10,8 @@ from PIL import Image
 
 from openm6.base.config import build
 from openm6.base.errors import ConfigError, DataError
-from openm6.data.fields import Fields
 from openm6.data.parquet import EMBEDDED, EMBEDDED_TABLES, EmbeddedConfig, ParquetConfig, embedded_path
+from openm6.data.records import Fields
 from openm6.data.sources import open_sources
 from tests.data.pictures import png
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openm6.base.errors import DataError
-from openm6.data.split import rows_by_hash, rows_by_word, stable_share
+from openm6.data.source import rows_by_hash, rows_by_word, stable_share
 
 
 def test_the_hash_never_changes():

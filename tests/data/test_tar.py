@@ -8,10 +8,10 @@ import fsspec
 import pytest
 
 from openm6.base.errors import DataError
-from openm6.data.fields import Fields
+from openm6.data.media import TarConfig, shards
+from openm6.data.records import Fields
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
-from openm6.data.tar import TarConfig, shards
 from tests.data.pictures import png, wav
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from openm6.base.errors import DataError
-from openm6.data.times import FORMATS, is_date, parse_times
+from openm6.data.windows import FORMATS, is_date, parse_times
 
 DAYS = [date(2023, 11, 5), date(2023, 12, 31), date(2024, 1, 31), date(2024, 2, 1), date(2024, 10, 2)]
 

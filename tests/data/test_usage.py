@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from openm6.data.csv_table import CsvConfig
-from openm6.data.fields import Fields
+from openm6.data.propose import unused_columns
+from openm6.data.records import Fields
 from openm6.data.sources import open_sources
-from openm6.data.usage import unused_columns
+from openm6.data.text_tables import CsvConfig
 from openm6.tasks.registry import TASKS
 
 FIELDS = Fields(

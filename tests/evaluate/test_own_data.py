@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from openm6.base.errors import DataError
-from openm6.data.csv_table import CsvConfig
-from openm6.data.fields import Fields
-from openm6.data.folder import FolderConfig
+from openm6.data.media import FolderConfig
 from openm6.data.parquet import EmbeddedConfig
+from openm6.data.records import Fields
+from openm6.data.text_tables import CsvConfig
 from openm6.data.windows import WindowsConfig
 from openm6.evaluate.own_data import open_own_data
 from tests.data.pictures import png

@@ -17,7 +17,7 @@ from embedded_data.shop import product_record
 from embedded_data.tables import SCHEMA, Row
 from openm6.base.seeds import numpy_generator
 from openm6.data.records import Record
-from openm6.data.split import stable_share
+from openm6.data.source import stable_share
 
 SYNTHETIC_SCHEMA = SCHEMA.append(pa.field("series", pa.string()))
 

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openm6.base.seeds import text_hash
-from openm6.data.shuffle import GOLDEN, mix, permutation, uniform
+from openm6.base.seeds import GOLDEN, mix, permutation, text_hash, uniform
 
 
 def test_the_order_never_changes():
