@@ -178,21 +178,21 @@ def _open(
     recipe = size.recipe(resident)
     job = MultimodalJob(recipe, RunFolder.open(folder), device)
     updater = StreamedUpdater(job, recipe.loop)
-    updater.store.stopwatch.running = True
+    updater.store.timer.running = True
     return job, updater
 
 
 def _timed_step(job: MultimodalJob, updater: StreamedUpdater, batch: Any, step: int) -> StepTimes:
     """One step from its first fetch to its last set's arrival at home."""
     store, before = updater.store, updater.store.moved_bytes
-    store.settle()
-    store.stopwatch.take()
+    store.synchronize()
+    store.timer.take()
     began = time.perf_counter()
     updater.update(batch, step, None)
-    with store.stopwatch.span("write_back"):
-        store.settle()
+    with store.timer.span("write_back"):
+        store.synchronize()
     ended = time.perf_counter()
-    phases = store.stopwatch.take()
+    phases = store.timer.take()
     return StepTimes(ended - began, phases, batch.tokens, store.moved_bytes - before)
 
 

@@ -179,13 +179,13 @@ def measure_share(
             torch.cuda.reset_peak_memory_stats(device)
         batches = job.batches()
         updater.update(next(batches), 1, None)
-        updater.store.settle()
+        updater.store.synchronize()
         times = []
         with meter.span() as span:
             for step in range(2, steps + 2):
                 began = time.perf_counter()
                 updater.update(next(batches), step, None)
-                updater.store.settle()
+                updater.store.synchronize()
                 times.append(time.perf_counter() - began)
         parameters = sum(layout.num_parameters for layout in updater.store.layouts)
         updater.close()

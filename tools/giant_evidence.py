@@ -136,7 +136,7 @@ class Run:
         self.seconds, self.kept = [0.0, 0.0], [self._bytes()]
 
     def _bytes(self) -> int:
-        return sum(home.numel() for home in self._updater.store.homes)
+        return sum(stored.numel() for stored in self._updater.store.storage)
 
     def step(self, batch: Batch, step: int) -> None:
         switch, began = self._switch, time.process_time()

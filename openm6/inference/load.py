@@ -11,7 +11,7 @@ from openm6.base.device import own_device
 from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import latest
 from openm6.checkpoint.load import load_model
-from openm6.inference.streamed import place_streamed
+from openm6.inference.offloaded import place_offloaded
 from openm6.modalities.image import Image
 from openm6.modalities.numbers import Numbers
 from openm6.modalities.registry import Modalities
@@ -79,7 +79,7 @@ def _texts(folder: Path) -> tuple[ModelDescription, str]:
 def load(path: Path, device: torch.device | None = None, resident: int | None = None) -> Loaded:
     """The model of a run (its newest complete checkpoint) or of one checkpoint.
 
-    With `resident`, only so many layers stay on the device; the others come as they are used (streamed.py).
+    With `resident`, only so many layers stay on the device; the others are offloaded, see offloaded.py.
 
     Raises:
         CheckpointError: there is none, it is not of a multimodal model, or its parts do not fit one another.
@@ -89,7 +89,7 @@ def load(path: Path, device: torch.device | None = None, resident: int | None = 
     streamed = resident is not None and resident < description.backbone.num_layers
     omni, modalities = build_model(description, tokenizer, str(folder / TOKENIZER_FILE), empty_sets=streamed)
     if streamed and resident is not None:
-        place_streamed(omni, folder, resident, device)
+        place_offloaded(omni, folder, resident, device)
     else:
         load_model(folder, omni)
         omni.to(device)

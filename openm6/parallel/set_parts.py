@@ -84,7 +84,7 @@ class CutSets(WeightSets):
     def parted(self) -> bool:
         return True
 
-    def travels(self, number: int, name: str) -> bool:
+    def is_sharded(self, number: int, name: str) -> bool:
         return self.piece(number, name).group is not None
 
     def piece(self, number: int, name: str) -> SetPiece:

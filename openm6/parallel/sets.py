@@ -26,7 +26,7 @@ class WeightSets:
         """Whether ranks hold unlike parts, so that using a set is an exchange."""
         return False
 
-    def travels(self, number: int, name: str) -> bool:
+    def is_sharded(self, number: int, name: str) -> bool:
         """Whether only some rows of a matrix lie here, so that it must be gathered to be used."""
         return False
 

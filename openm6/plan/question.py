@@ -12,7 +12,7 @@ from openm6.base.errors import ConfigError
 from openm6.models.choice import ModelChoice, build_backbone, vocabulary_size
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS, preset
-from openm6.parallel.streaming_config import StreamingConfig
+from openm6.offload.config import StreamingConfig
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 LENGTH = 512  # tokens of a row

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig, matrices_of
+from openm6.offload.config import StreamingConfig, spread
+from openm6.offload.weight_store import RecordLayout
 from openm6.optim.rules import UpdateRule
-from openm6.parallel.record import RecordLayout
-from openm6.parallel.streaming_config import StreamingConfig, spread
 
 GIB = 2**30
 EDGE_BYTES = (

@@ -9,9 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from openm6.base.config import Config
 from openm6.base.energy.config import EnergyConfig
 from openm6.base.errors import ConfigError
+from openm6.offload.config import StreamingConfig
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.optim.registry import check_optimizer_name
-from openm6.parallel.streaming_config import StreamingConfig
 from openm6.train.stages import StagesConfig
 
 Precision = Literal["auto", "fp32", "bf16", "bf16-products"]

@@ -24,9 +24,9 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, Stage
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescription, read_description
 from openm6.nn.block import Block
+from openm6.offload.weight_store import RecordLayout, set_shapes
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import Memory, Stored, UpdateRule, update_rule
-from openm6.parallel.record import RecordLayout, set_shapes
 from openm6.train.streamed import full_name
 
 TIERS = (16, 4, 2, 1)

@@ -17,10 +17,10 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS
 from openm6.nn.block import Block
+from openm6.offload.config import StreamingConfig
+from openm6.offload.weight_store import RecordLayout, set_shapes
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import UpdateRule, update_rule
-from openm6.parallel.record import RecordLayout, set_shapes
-from openm6.parallel.streaming_config import StreamingConfig
 from openm6.train.budget import GIB, Budget, needed_bytes, resident_sets
 
 TOLD = 0.02  # share of a place's bytes below which a line is left out of the log

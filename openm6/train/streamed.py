@@ -24,14 +24,13 @@ from openm6.models.config import BackboneConfig
 from openm6.nn.block import Block
 from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.nn.experts import Experts
+from openm6.offload.blocks import OffloadedBlocks, Step
+from openm6.offload.config import StreamingConfig
+from openm6.offload.streams import Streams, open_streams
+from openm6.offload.weight_store import RecordLayout, WeightStore, set_shapes
 from openm6.optim.registry import set_rate
 from openm6.optim.rules import WEIGHT, Stored, update_rule
 from openm6.optim.schedule import rate_factor
-from openm6.parallel.lanes import Lanes, open_lanes
-from openm6.parallel.record import RecordLayout, set_shapes
-from openm6.parallel.store import WeightStore
-from openm6.parallel.streaming import Step, StreamedBlocks
-from openm6.parallel.streaming_config import StreamingConfig
 from openm6.train.budget import FULL, HALF, Budget, resident_sets
 from openm6.train.config import LoopConfig
 from openm6.train.failures import device_failures
@@ -64,9 +63,9 @@ class StreamedUpdater(Updater):
     """
 
     def __init__(
-        self, job: Job, config: LoopConfig, lanes: Lanes | None = None, checkpoints: Path | None = None
+        self, job: Job, config: LoopConfig, streams: Streams | None = None, checkpoints: Path | None = None
     ) -> None:
-        """`lanes` stand in for those of the device, in tests; `checkpoints` is where the run is saved, if it is.
+        """`streams` stand in for those of the device, in tests; `checkpoints` is where the run is saved, if it is.
 
         Raises:
             ConfigError: the job has no blocks to stream, or memory or disk do not suffice.
@@ -83,7 +82,7 @@ class StreamedUpdater(Updater):
         self._checkpoints = checkpoints
         placed = next(parameter for parameter in job.model.parameters() if not parameter.is_meta)
         self.device = placed.device
-        self._lanes = lanes or open_lanes(self.device)
+        self._streams = streams or open_streams(self.device)
         self._open_store(self.device)
         self._fill()
         super().__init__(job, config)
@@ -114,28 +113,28 @@ class StreamedUpdater(Updater):
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
         numbers, before = self.backbone.config.weight_sets, self.store
-        before.settle()
+        before.synchronize()
         super().delink(moments)
         self._open_store(self.device)
         uses = Counter(numbers)
         for layer, number in enumerate(numbers):
-            self.store.homes[layer].copy_(before.homes[number])
+            self.store.storage[layer].copy_(before.storage[number])
             if uses[number] > 1:
-                for name, stored in self.store.home(layer).items():
+                for name, stored in self.store.stored(layer).items():
                     self._hand_on(stored, moments, uses[number])
                     if noise:
                         self._add_noise(layer, name, stored, noise)
-        before.dispose()
+        before.free()
 
     @property
     def num_shards(self) -> int:
         return len(self.store.layouts)
 
     def shards(self) -> Iterator[Shard]:
-        self.store.settle()
+        self.store.synchronize()
         for number in range(self.num_shards):
             shard = Shard({}, {})
-            for name, stored in self.store.home(number).items():
+            for name, stored in self.store.stored(number).items():
                 for slot, tensor in stored.items():
                     own = full_name(self._prefix(number) + name, slot)
                     part = self.sets.in_whole(number, name, slot, tensor)
@@ -158,11 +157,11 @@ class StreamedUpdater(Updater):
             )
         self._load_edges(weights, kept)
         for number in range(self.num_shards):
-            for name, stored in self.store.home(number).items():
+            for name, stored in self.store.stored(number).items():
                 for slot, tensor in stored.items():
                     source = weights if slot in self.rule.read_slots else kept
                     source.read_into(full_name(self._prefix(number) + name, slot), tensor)
-        self.store.forget()
+        self.store.invalidate()
 
     def _load_parts(self, folder: Path) -> None:
         """From the files of any number of ranks, what this one keeps."""
@@ -174,17 +173,17 @@ class StreamedUpdater(Updater):
             homes = {**shard.model, **shard.optimizer}
             load_parts(folder, homes, None)
             self._bring_home(number, homes)
-        self.store.forget()
+        self.store.invalidate()
 
     def _bring_home(self, number: int, read: dict[str, Tensor]) -> None:
         """Parts that were read on the host, for a set that is resident on a GPU; others were read where they live."""
-        for name, stored in self.store.home(number).items():
+        for name, stored in self.store.stored(number).items():
             for slot, tensor in stored.items():
                 if not tensor.is_cpu:
                     tensor.copy_(self.sets.here(read[full_name(self._prefix(number) + name, slot)]))
 
     def close(self) -> None:
-        self.store.dispose()
+        self.store.free()
         self.backbone.runner = None
 
     def _open_store(self, device: torch.device) -> None:
@@ -201,9 +200,9 @@ class StreamedUpdater(Updater):
         check_budget(budget, room, self.rule)
         resident = resident_sets(budget, room)
         self.store = WeightStore(
-            layouts, resident, device, self._lanes, self.streaming.buffers, self.streaming.pin
+            layouts, resident, device, self._streams, self.streaming.buffers, self.streaming.pin
         )
-        self.blocks = StreamedBlocks(
+        self.blocks = OffloadedBlocks(
             [cast(Block, block) for block in self.backbone.sets],
             self.backbone.config.weight_sets,
             self.store,
@@ -246,13 +245,13 @@ class StreamedUpdater(Updater):
             if any(value.is_meta for value in values.values()):
                 own = self._own_experts(number)
                 values = first_values(config, number, self.config.seed, self.store.device, own)
-            for name, stored in self.store.home(number).items():
+            for name, stored in self.store.stored(number).items():
                 seed = self.config.seed
                 part = self.sets.part(number, name, values[name], dealt=own is not None)
                 key = derive_seed(seed, "fill", number, name)
                 self.rule.fill(stored, part.float(), key, self.sets.piece(number, name))
                 _empty_out(block, name)
-        self.store.forget()
+        self.store.invalidate()
 
     def _own_experts(self, number: int) -> range:
         """The numbers of the experts of a set that this rank holds."""

@@ -18,7 +18,6 @@ from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import is_complete, latest
 from openm6.checkpoint.load import is_sharded, load_model
 from openm6.inference.load import load
-from openm6.inference.streamed import matrices
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.run import read_recipe
 from tests.parallel.fleet import Fleet
@@ -120,7 +119,7 @@ def assert_streamed(checkpoint: Path, weights: dict[str, Tensor]) -> None:
     assert is_sharded(checkpoint)
     backbone = load(checkpoint, torch.device("cpu"), resident=0).omni.backbone
     for layer, number in enumerate(backbone.config.weight_sets):
-        for name, tensor in matrices(backbone.block(layer)):
+        for name, tensor in backbone.block(layer).named_parameters():
             assert torch.equal(tensor, weights[f"backbone.sets.{number}.{name}"]), name
 
 

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from openm6 import kernels
+from openm6.offload.weight_store import RecordLayout
 from openm6.optim import rules
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import Move, update_rule
 from openm6.parallel.config import MeshShape
 from openm6.parallel.pieces import RankGroup
 from openm6.parallel.processes import ProcessRanks
-from openm6.parallel.record import RecordLayout
 from openm6.parallel.set_parts import SetPiece
 from openm6.parallel.sets import WeightSets
 from tests.parallel.fleet import Fleet
@@ -42,7 +42,7 @@ def there_and_back(axes: tuple[int, int, int]) -> list[bool]:
     sets, whole = sets_of(axes), values(1)
     parts = {name: sets.part(0, name, tensor) for name, tensor in whole.items()}
     assert {name: tuple(part.shape) for name, part in parts.items()} == sets.local_shapes(0)
-    found = sets.gather(0, {name: part for name, part in parts.items() if sets.travels(0, name)})
+    found = sets.gather(0, {name: part for name, part in parts.items() if sets.is_sharded(0, name)})
     first = sets.piece(0, "feed_forward.up").first
     experts = whole["feed_forward.up"][first : first + 4 // axes[2]]
     expected = {**whole, "feed_forward.up": experts}

@@ -13,10 +13,10 @@ import torch
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest
+from openm6.offload.config import StreamingConfig, spread
+from openm6.offload.weight_store import RecordLayout
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import update_rule
-from openm6.parallel.record import RecordLayout
-from openm6.parallel.streaming_config import StreamingConfig, spread
 from openm6.train import room as module
 from openm6.train.budget import GIB, Budget, most_resident, needed_bytes, resident_sets
 from openm6.train.loop import train
@@ -54,10 +54,10 @@ def test_it_counts_what_a_run_allocates() -> None:
     assert budget.parameters == sum(p.numel() for p in updater.job.model.parameters())
     assert budget.value_bytes == 4 and budget.checkpoints == 0
     lines = {line.what: line.num_bytes for line in budget.lines(tuple(updater.store.resident))}
-    held = [updater.store.homes[number].numel() for number in updater.store.resident]
+    held = [updater.store.storage[number].numel() for number in updater.store.resident]
     away = [
-        home.numel()
-        for number, home in enumerate(updater.store.homes)
+        stored.numel()
+        for number, stored in enumerate(updater.store.storage)
         if number not in updater.store.resident
     ]
     assert lines["resident weights"] + lines["state of resident weights"] == sum(held)

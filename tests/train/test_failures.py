@@ -13,7 +13,7 @@ import torch
 from openm6.base.errors import TrainingError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest
-from openm6.parallel.streaming_config import StreamingConfig
+from openm6.offload.config import StreamingConfig
 from openm6.train.failures import SwapHook, device_failures, swapped_bytes
 from openm6.train.loop import train
 from openm6.train.step import Updater

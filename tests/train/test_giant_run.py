@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.offload.test_blocks import SHARED, bytes_of, run_config
 
 from openm6.base.config import build
 from openm6.base.errors import CheckpointError
@@ -25,7 +26,6 @@ from openm6.train.recorder import read_metrics
 from openm6.train.run import train_recipe
 from openm6.train.stages import PlateauConfig, StagesConfig, SwitchConfig
 from openm6.train.streamed import StreamedUpdater
-from tests.train.test_streamed import SHARED, bytes_of, run_config
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 from tests.train.words_job import WordsJob, words_backbone
 
@@ -141,16 +141,16 @@ def test_sets_are_saved_and_read_without_a_second_copy(tmp_path: Path) -> None:
     experts = ExpertsConfig(hidden=192, num_experts=8, top_k=1)
     backbone = words_backbone(width=192, num_layers=64, experts=experts, experts_every=1, dense=None)
     updater = StreamedUpdater(WordsJob(backbone), run_config())
-    held = sum(home.numel() for home in updater.store.homes)
+    held = sum(stored.numel() for stored in updater.store.storage)
     shards = {"shards": updater.shards(), "num_shards": updater.num_shards}
     snapshot = Snapshot(step=1, model=updater.job.model, optimizer={}, state={}, **shards)
     folder, saved = peak_of(lambda: save(snapshot, tmp_path, keep=1))
-    weights = [home.clone() for home in updater.store.homes[:2]]
-    for home in updater.store.homes:
-        home.zero_()
+    weights = [stored.clone() for stored in updater.store.storage[:2]]
+    for stored in updater.store.storage:
+        stored.zero_()
     _, read = peak_of(lambda: updater.load(folder))
     assert held > 60 * 2**20 and max(saved, read) < held / 4, (held, saved, read)
-    assert all(torch.equal(a, b) for a, b in zip(weights, updater.store.homes, strict=False))
+    assert all(torch.equal(a, b) for a, b in zip(weights, updater.store.storage, strict=False))
 
 
 def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:

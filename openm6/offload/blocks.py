@@ -1,7 +1,7 @@
-"""A backbone's layers run with weights that come by turns, in both directions, and change as soon as their gradient is
-known."""
+"""A backbone's layers with weights that are fetched for each use, forwards and backwards, and updated as soon as their
+gradient is known."""
 
-# Letters: B rows, S tokens, D width, M micro-batches (parts of the rows), L layers of a group
+# Dimensions: B rows, S tokens, D width, M micro-batches (parts of the rows), L layers of a group
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,20 @@ from openm6.base.seeds import derive_seed
 from openm6.nn.block import Block, Context, LayerParts
 from openm6.nn.experts import RouterLoad
 from openm6.nn.stack import MakeContext
+from openm6.offload.config import StreamingConfig
+from openm6.offload.weight_store import Use, WeightStore
 from openm6.ops.precision import precision_now
 from openm6.ops.sequence import SequenceMeta
 from openm6.optim.rules import Move, UpdateRule
-from openm6.parallel.boundaries import Boundary, keep_boundary
 from openm6.parallel.sets import WeightSets
-from openm6.parallel.store import Use, WeightStore
-from openm6.parallel.streaming_config import StreamingConfig
 
-Answer = tuple[Tensor, RouterLoad | None]
-Run = Callable[[Block, dict[str, Tensor], Tensor, LayerParts, Context, int], Answer]
+LayerOutput = tuple[Tensor, RouterLoad | None]
+Run = Callable[[Block, dict[str, Tensor], Tensor, LayerParts, Context, int], LayerOutput]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an update needs to know while the backward pass is under way."""
+    """What an update needs to know during the backward pass."""
 
     number: int
     rate: float
@@ -42,15 +41,47 @@ class Step:
 
 
 @dataclass(frozen=True)
-class StreamedFacts:
-    """After a backward pass: the norm of all sets' gradients, and how many sets had none that is finite and stayed."""
+class BackwardFacts:
+    """Of a backward pass: the norm of all gradients, and how many sets were skipped because theirs was not finite."""
 
     grad_norm: Tensor
     skipped: Tensor
 
 
-class StreamedBlocks:
-    """A `BlockRunner`: each weight set is fetched once for all micro-batches, and moved at its last use."""
+class ActivationCheckpoint:
+    """The input of a group of layers, kept from the forward pass to the backward one, on the device."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x.detach()
+
+    def restore(self) -> Tensor:
+        """Return the tensor on its device, for the last time."""
+        return self._x
+
+
+class HostCheckpoint(ActivationCheckpoint):
+    """One that waits in pinned host memory.
+
+    Both copies go through the current stream: the way out is paid by the forward pass, which has time while weights
+    arrive, and the tensor's memory on the GPU is free for the next layer at once.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._device = x.device
+        self._x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._x.copy_(x.detach(), non_blocking=True)
+
+    def restore(self) -> Tensor:
+        return self._x.to(self._device, non_blocking=True)
+
+
+def save_input(x: Tensor, where: Literal["device", "host"]) -> ActivationCheckpoint:
+    """Keep `x` on the device, or in host memory if the device is a GPU."""
+    return HostCheckpoint(x) if where == "host" and x.is_cuda else ActivationCheckpoint(x)
+
+
+class OffloadedBlocks:
+    """A `BlockRunner`: each weight set is fetched once for all micro-batches, and updated at its last use."""
 
     def __init__(
         self,
@@ -61,16 +92,15 @@ class StreamedBlocks:
         config: StreamingConfig,
         sets: WeightSets,
     ) -> None:
-        """`blocks` lend their structure and routers; their matrices are never looked at. `sets` says what of them lies
-        in the store of this rank."""
+        """`blocks` bring their structure and routers, not their matrices. `sets` is this rank's shard of them."""
         self.blocks, self.weight_sets = list(blocks), tuple(weight_sets)
         self.store, self.rule, self.config, self.sets = store, rule, config, sets
         self._gathered: tuple[int, dict[str, Tensor]] | None = None  # the set that was gathered last
         device = store.device
-        compiled = config.compile and not sets.parted  # no compiler sees through an exchange
+        compiled = config.compile and not sets.parted  # a compiler does not trace collectives
         self._run_block = _compiled_run() if compiled else run_block
         self._step: Step | None = None
-        self._moved: set[int] = set()
+        self._updated: set[int] = set()
         self._gradients: dict[int, dict[str, Tensor]] = {}
         self._squares = torch.zeros((), device=device)
         self._skipped = torch.zeros((), device=device)
@@ -79,13 +109,13 @@ class StreamedBlocks:
 
     def begin_step(self, step: Step) -> None:
         """Call it before the forward pass of a training step, whose backward pass will move the weights."""
-        self._step, self._moved, self._gradients = step, set(), {}
+        self._step, self._updated, self._gradients = step, set(), {}
         self._squares, self._skipped = torch.zeros_like(self._squares), torch.zeros_like(self._skipped)
 
-    def end_step(self) -> StreamedFacts:
+    def end_step(self) -> BackwardFacts:
         """Call it after the backward pass."""
         self._step = None
-        return StreamedFacts(self._squares.sqrt(), self._skipped)
+        return BackwardFacts(self._squares.sqrt(), self._skipped)
 
     def run(
         self, x: Tensor, layout: SequenceMeta, layers: Sequence[LayerParts], make_context: MakeContext
@@ -136,7 +166,7 @@ class StreamedBlocks:
         gradient: Tensor,
         sides: list[Tensor | None],
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Gradients of the group's input and, by identity, of its edges; moves every set whose last use this was."""
+        """Return gradients of the group's input and, by identity, of its edges; update sets whose last use this was."""
         inputs = [x]
         for layer in group[:-1]:
             inputs.append(self._forward_layer(batch, layer, layers[layer], inputs[-1])[0])
@@ -151,13 +181,13 @@ class StreamedBlocks:
     ) -> tuple[Tensor, RouterLoad | None]:
         number = self.weight_sets[layer]
         block, weights = self.blocks[number], self._open(number, x)
-        answers = [
+        outputs = [
             self._run_block(block, weights, x[rows], parts, context, _number_for(context, layer))
             for rows, context in zip(batch.rows, batch.contexts, strict=True)
         ]
         self.store.close(number)
-        reports = [report for _, report in answers if report is not None]
-        y = answers[0][0] if len(answers) == 1 else torch.cat([answer for answer, _ in answers])
+        reports = [report for _, report in outputs if report is not None]
+        y = outputs[0][0] if len(outputs) == 1 else torch.cat([output for output, _ in outputs])
         return y, _blend(reports, batch.shares, layer) if reports else None
 
     def _backward_layer(
@@ -170,11 +200,11 @@ class StreamedBlocks:
         side: Tensor | None,
         edges: dict[int, Tensor],
     ) -> Tensor:
-        """Runs the layer again with a graph, part by part, and adds up gradients of weights and edges."""
+        """Run the layer again with a graph, part by part, and add up gradients of weights and edges."""
         number = self.weight_sets[layer]
-        if number in self._moved or self._step is None:
+        if number in self._updated or self._step is None:
             raise RuntimeError(
-                f"weight set {number} has moved in this step: run backward once for each forward"
+                f"weight set {number} was updated in this step: run backward once for each forward"
             )
         weights = {name: weight.detach().requires_grad_() for name, weight in self._open(number, x).items()}
         own = self._layer_edges(layer, parts)
@@ -184,16 +214,16 @@ class StreamedBlocks:
             part = x[rows].detach().requires_grad_()
             with torch.enable_grad():
                 y, report = self._run_block(self.blocks[number], weights, part, parts, context, 0)
-            outputs, slopes = [y], [gradient[rows].to(y.dtype)]
+            results, slopes = [y], [gradient[rows].to(y.dtype)]
             if report is not None and side is not None and report.side_loss.requires_grad:
-                outputs, slopes = [y, report.side_loss], [*slopes, side * share]
-            found = torch.autograd.grad(outputs, [part, *wanted], slopes, allow_unused=True)
+                results, slopes = [y, report.side_loss], [*slopes, side * share]
+            found = torch.autograd.grad(results, [part, *wanted], slopes, allow_unused=True)
             gradients.append(found[0])
             self._add(number, dict(zip(weights, found[1 : 1 + len(weights)], strict=True)))
             _add_edges(edges, own, found[1 + len(weights) :])
         changed = self._is_last_use(layer)
         if changed:
-            self._move(number)
+            self._update(number)
         self.store.close(number, changed)
         return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
 
@@ -203,10 +233,10 @@ class StreamedBlocks:
         half = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if half else torch.float32
         self._opened = self.store.open(number)
-        travelling = {n: stored for n, stored in self._opened.items() if self.sets.travels(number, n)}
-        if self._gathered is None or self._gathered[0] != number:  # layers that share a set exchange it once
-            self._gathered = None  # before the next one takes its room
-            parts = {name: self.rule.read(stored, dtype) for name, stored in travelling.items()}
+        sharded = {n: stored for n, stored in self._opened.items() if self.sets.is_sharded(number, n)}
+        if self._gathered is None or self._gathered[0] != number:  # layers that share a set gather it once
+            self._gathered = None  # free it before the next one is gathered
+            parts = {name: self.rule.read(stored, dtype) for name, stored in sharded.items()}
             self._gathered = number, self.sets.gather(number, parts) if parts else {}
         gathered = self._gathered[1]
         return {
@@ -220,12 +250,12 @@ class StreamedBlocks:
             if gradient is not None:
                 total[name] = gradient if name not in total else total[name].add_(gradient)
 
-    def _move(self, number: int) -> None:
-        """Updates the set that is open, unless its gradient is not finite."""
+    def _update(self, number: int) -> None:
+        """Update the set that is open, unless its gradient is not finite."""
         step, gradients = self._step, self._gradients.pop(number)
         assert step is not None
         self._gathered = None
-        with self.store.stopwatch.span("update"):
+        with self.store.timer.span("update"):
             gradients = self.sets.reduce(number, gradients)
             norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients.values()]
             square = self.sets.total(torch.stack(norms).square().sum())
@@ -237,7 +267,7 @@ class StreamedBlocks:
                 self.rule.update(self._opened[name], gradient, move)
         self._squares += square
         self._skipped += ~allowed
-        self._moved.add(number)
+        self._updated.add(number)
 
     def _is_last_use(self, layer: int) -> bool:
         """Whether the backward pass, from the last layer to the first, needs the layer's set no more after it."""
@@ -273,7 +303,7 @@ class _Group(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        blocks: StreamedBlocks,
+        blocks: OffloadedBlocks,
         batch: _Batch,
         group: Sequence[int],
         layers: Sequence[LayerParts],
@@ -283,10 +313,10 @@ class _Group(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         y, reports = blocks.forward_group(batch, group, layers, x)
         if ctx.needs_input_grad[4]:
-            ctx.boundary = keep_boundary(x, blocks.config.boundaries)
+            ctx.checkpoint = save_input(x, blocks.config.boundaries)
             ctx.given = (blocks, batch, group, layers, [id(edge) for edge in edges])
             ctx.precision = precision_now(x.device.type)
-        flat = [part for report in reports for part in _taken_apart(report)]
+        flat = [part for report in reports for part in _tensors_of(report)]
         ctx.mark_non_differentiable(*(part for number, part in enumerate(flat) if number % 5 != 4))
         ctx.set_materialize_grads(False)
         return (y, *flat)
@@ -295,8 +325,8 @@ class _Group(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor, *of_reports: Tensor | None) -> tuple[Tensor | None, ...]:
         blocks, batch, group, layers, names = ctx.given
-        boundary: Boundary = ctx.boundary
-        x = boundary.take()
+        checkpoint: ActivationCheckpoint = ctx.checkpoint
+        x = checkpoint.restore()
         with ctx.precision():
             sides = list(of_reports[4::5])
             found, edges = blocks.backward_group(batch, group, layers, x, gradient, sides)
@@ -317,7 +347,7 @@ def _number_for(context: Context, layer: int) -> int:
 
 @functools.cache
 def _compiled_run() -> Run:
-    """Compiled over functions of (weights, tokens): buffers that change places do not compile it anew."""
+    """Compile a function of (weights, tokens): buffers that change places do not recompile it."""
     return torch.compile(run_block)
 
 
@@ -343,13 +373,13 @@ def _blend(reports: list[RouterLoad], shares: list[Tensor], layer: int) -> Route
     """One report of all parts: loads add up, the rest is a mean by valid tokens."""
     if len(reports) == 1:
         return replace(reports[0], layer=layer)
-    columns = list(zip(*(_taken_apart(report) for report in reports), strict=True))
+    columns = list(zip(*(_tensors_of(report) for report in reports), strict=True))
     means = [sum(part * share for part, share in zip(column, shares, strict=True)) for column in columns[1:]]
     return RouterLoad(layer, torch.stack(columns[0]).sum(0), *means)
 
 
-def _taken_apart(report: RouterLoad) -> tuple[Tensor, ...]:
-    """The tensors of a report, the one that teaches last."""
+def _tensors_of(report: RouterLoad) -> tuple[Tensor, ...]:
+    """Return the tensors of a report, the one with a gradient last."""
     return report.load, report.aux_loss, report.z_loss, report.dropped, report.side_loss
 
 

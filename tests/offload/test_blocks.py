@@ -14,16 +14,16 @@ from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, step_folder
 from openm6.checkpoint.load import load_model
 from openm6.models.config import BackboneConfig
+from openm6.offload.blocks import Step
+from openm6.offload.config import StreamingConfig
+from openm6.offload.streams import Streams
 from openm6.optim.config import OptimizerConfig
-from openm6.parallel.lanes import Lanes
-from openm6.parallel.streaming import Step
-from openm6.parallel.streaming_config import StreamingConfig
 from openm6.train.config import LoopConfig, Precision
 from openm6.train.loop import train
 from openm6.train.stages import StagesConfig, SwitchConfig
 from openm6.train.step import Updater
 from openm6.train.streamed import StreamedUpdater
-from tests.parallel.hard_lanes import WatchedLanes, late_lanes
+from tests.offload.strict_streams import WatchedStreams, late_streams
 from tests.train.words_job import WordsJob, words_backbone, words_config
 
 PLAIN = words_backbone()
@@ -42,14 +42,14 @@ def steps_of(updater: Updater, job: WordsJob, count: int = 3) -> list[float]:
 
 
 def streamed_run(
-    backbone: BackboneConfig, config: LoopConfig, lanes: Lanes | None = None
+    backbone: BackboneConfig, config: LoopConfig, streams: Streams | None = None
 ) -> tuple[list[float], list[Tensor]]:
     """Losses of three steps, and all bytes of the sets and the edges after them."""
     job = WordsJob(backbone)
-    updater = StreamedUpdater(job, config, lanes)
+    updater = StreamedUpdater(job, config, streams)
     losses = steps_of(updater, job)
-    updater.store.settle()
-    sets = [home.clone() for home in updater.store.homes]
+    updater.store.synchronize()
+    sets = [stored.clone() for stored in updater.store.storage]
     return losses, [*sets, *(p.detach().clone() for p in job.model.parameters() if not p.is_meta)]
 
 
@@ -70,7 +70,7 @@ def test_with_sixteen_bytes_streaming_is_plain_training_to_the_bit(
     assert steps_of(plain, job) == steps_of(streamed, other)
     named = dict(job.model.named_parameters())
     for number in range(streamed.num_shards):
-        for name, stored in streamed.store.home(number).items():
+        for name, stored in streamed.store.stored(number).items():
             assert torch.equal(stored["weight"], named[f"backbone.sets.{number}.{name}"]), name
     resting = {name: one for name, one in other.model.named_parameters() if not one.is_meta}
     assert len(resting) > 3
@@ -96,21 +96,21 @@ def test_copies_as_late_as_their_waits_allow_change_nothing(
 ) -> None:
     """Without a wait for arrival, for a free buffer, or for the way home, the same bytes come out wrong every time."""
     expected = streamed_run(backbone, config_of(resident="auto"))
-    assert_same(expected, streamed_run(backbone, config_of(**changes), late_lanes(inward, outward)))
+    assert_same(expected, streamed_run(backbone, config_of(**changes), late_streams(inward, outward)))
 
 
 @pytest.mark.parametrize(("backbone", "changes"), LAYOUTS)
-def test_lanes_never_touch_the_same_bytes_without_an_order(
+def test_streams_never_touch_the_same_bytes_without_an_order(
     backbone: BackboneConfig, changes: dict[str, Any]
 ) -> None:
-    job, lanes = WordsJob(backbone), WatchedLanes()
-    updater = StreamedUpdater(job, config_of(**changes), lanes)
-    lanes.watch(updater.store, updater.rule.read_slots)
+    job, streams = WordsJob(backbone), WatchedStreams()
+    updater = StreamedUpdater(job, config_of(**changes), streams)
+    streams.watch(updater.store, updater.rule.read_slots)
     for step in range(1, 4):
         steps_of(updater, job, 1)
         with torch.no_grad():
             job.words(job.batch(step).words)
-    assert updater.store.moved_bytes > 0 and not lanes.clashes
+    assert updater.store.moved_bytes > 0 and not streams.clashes
 
 
 @pytest.mark.parametrize("buffers", [2, 4])
@@ -119,9 +119,9 @@ def test_a_pass_that_breaks_off_leaves_sets_as_they_were(
     where: str, buffers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a buffer was half changed, and where the set in it is still on its way home."""
-    job, lanes = WordsJob(PLAIN), WatchedLanes()
-    updater = StreamedUpdater(job, config_of(buffers=buffers), lanes)
-    lanes.watch(updater.store, updater.rule.read_slots)
+    job, streams = WordsJob(PLAIN), WatchedStreams()
+    updater = StreamedUpdater(job, config_of(buffers=buffers), streams)
+    streams.watch(updater.store, updater.rule.read_slots)
     words = job.batch(7).words
     steps_of(updater, job, 1)
     with monkeypatch.context() as broken:
@@ -129,14 +129,14 @@ def test_a_pass_that_breaks_off_leaves_sets_as_they_were(
         broken.setattr(target, "_run_block" if where == "use" else "update", breaks_off)
         with pytest.raises(InterruptedError):
             steps_of(updater, job, 1)
-    broken_sets = [home.clone() for home in updater.store.homes]
+    broken_sets = [stored.clone() for stored in updater.store.storage]
     with torch.no_grad():
         answer = job.words(words)[0]
-    assert all(torch.equal(a, b) for a, b in zip(broken_sets, updater.store.homes, strict=True))
-    updater.store.forget()
+    assert all(torch.equal(a, b) for a, b in zip(broken_sets, updater.store.storage, strict=True))
+    updater.store.invalidate()
     with torch.no_grad():
         assert torch.equal(job.words(words)[0], answer)
-    assert not lanes.clashes
+    assert not streams.clashes
 
 
 def breaks_off(*given: Any) -> None:
@@ -166,10 +166,10 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     job = WordsJob(PLAIN, spoilt=(2,))
     updater = StreamedUpdater(job, config_of())
     updater.update(job.batch(0), 1, 10)
-    before = [home.clone() for home in updater.store.homes]
+    before = [stored.clone() for stored in updater.store.storage]
     report = updater.update(job.batch(1), 2, 10)
     assert not report.applied
-    assert all(torch.equal(a, b) for a, b in zip(before, updater.store.homes, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, updater.store.storage, strict=True))
 
 
 def test_two_backward_passes_of_one_step_are_refused() -> None:
@@ -253,7 +253,7 @@ def test_answers_are_the_same_at_the_switch() -> None:
         updater.delink("independent")
         assert torch.equal(job.words(words)[0], before)
     steps_of(updater, job)
-    row = updater.store.home(0)["attention.qkv"]["row_var"]
+    row = updater.store.stored(0)["attention.qkv"]["row_var"]
     assert row.mean() > 0 and updater.num_shards == 4
 
 
@@ -284,6 +284,6 @@ def test_weights_on_meta_get_first_values_of_their_own(monkeypatch: pytest.Monke
                 empty = nn.Parameter(torch.empty_like(parameter, device="meta"))
                 setattr(block.get_submodule(path), leaf, empty)
     updater = StreamedUpdater(job, config_of(16))
-    first, third = (updater.store.home(number)["attention.qkv"]["weight"] for number in (0, 2))
+    first, third = (updater.store.stored(number)["attention.qkv"]["weight"] for number in (0, 2))
     assert float(first.std()) == pytest.approx(PLAIN.deviation, rel=0.1) and not torch.equal(first, third)
     assert steps_of(updater, job)[-1] > 0

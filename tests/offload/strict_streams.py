@@ -1,5 +1,5 @@
-"""Lanes in which a missing wait shows every time: copies that come as late as waits allow, and clocks that tell whether
-two lanes' accesses to the same bytes are ordered at all."""
+"""Streams that reveal a missing wait: copies that come as late as waits allow, and vector clocks that find accesses of
+two streams to the same bytes without an order."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from openm6.parallel.lanes import InlineLane, Lanes
-from openm6.parallel.store import WeightStore
+from openm6.offload.streams import CpuStream, Streams
+from openm6.offload.weight_store import WeightStore
 
 
-class LateLane(InlineLane):
+class LateStream(CpuStream):
     """Holds its work back until somebody waits for it; one that is not `late` does it at once, as its waits allow."""
 
     def __init__(self, late: bool) -> None:
@@ -25,17 +25,17 @@ class LateLane(InlineLane):
     def copy(self, target: Tensor, source: Tensor) -> None:
         self._work.append(lambda: target.copy_(source))
         if not self._late:
-            self.finish()
+            self.synchronize()
 
-    def record(self) -> Callable[[], None]:
+    def record_event(self) -> Callable[[], None]:
         moment = self._done + len(self._work)
         return lambda: self._reach(moment)
 
-    def wait(self, mark: Callable[[], None] | None) -> None:
-        if mark is not None:
-            self._work.append(mark)
+    def wait_event(self, event: Callable[[], None] | None) -> None:
+        if event is not None:
+            self._work.append(event)
 
-    def finish(self) -> None:
+    def synchronize(self) -> None:
         self._reach(self._done + len(self._work))
 
     def _reach(self, moment: int) -> None:
@@ -44,27 +44,27 @@ class LateLane(InlineLane):
             self._work.popleft()()
 
 
-class HostLane(InlineLane):
+class HostStream(CpuStream):
     """The processor that computes: what it is given is done, and it stops to wait for others."""
 
-    def record(self) -> Callable[[], None]:
+    def record_event(self) -> Callable[[], None]:
         return lambda: None
 
-    def wait(self, mark: Callable[[], None] | None) -> None:
-        if mark is not None:
-            mark()
+    def wait_event(self, event: Callable[[], None] | None) -> None:
+        if event is not None:
+            event()
 
 
-def late_lanes(inward: bool, outward: bool) -> Lanes:
-    """Lanes of which the named ones work as late as they may."""
-    return Lanes(HostLane(), LateLane(inward), LateLane(outward))
+def late_streams(to_device: bool, to_host: bool) -> Streams:
+    """Streams of which the named ones work as late as they may."""
+    return Streams(HostStream(), LateStream(to_device), LateStream(to_host))
 
 
 @dataclass(frozen=True)
 class Access:
-    """Bytes from `start` to `end`, read or written as the `moment`-th work of a lane."""
+    """Bytes from `start` to `end`, read or written as the `moment`-th work of a stream."""
 
-    lane: str
+    stream: str
     moment: int
     start: int
     end: int
@@ -73,11 +73,11 @@ class Access:
     def clashes(self, other: Access) -> bool:
         """Whether the order of the two matters."""
         meet = self.start < other.end and other.start < self.end
-        return meet and self.lane != other.lane and (self.writes or other.writes)
+        return meet and self.stream != other.stream and (self.writes or other.writes)
 
 
-class WatchedLane(InlineLane):
-    """Works at once, and keeps a vector clock: how far it knows each lane to have come."""
+class WatchedStream(CpuStream):
+    """Works at once, and keeps a vector clock: how far it knows each stream to have come."""
 
     def __init__(self, name: str, seen: list[Access], clashes: list[tuple[Access, Access]]) -> None:
         self._name, self._seen, self._clashes = name, seen, clashes
@@ -88,37 +88,39 @@ class WatchedLane(InlineLane):
         self.touch([target], writes=True)
         target.copy_(source)
 
-    def record(self) -> dict[str, int]:
+    def record_event(self) -> dict[str, int]:
         return dict(self._clock)
 
-    def wait(self, mark: dict[str, int] | None) -> None:
-        for lane, moment in (mark or {}).items():
-            self._clock[lane] = max(self._clock.get(lane, 0), moment)
+    def wait_event(self, event: dict[str, int] | None) -> None:
+        for stream, moment in (event or {}).items():
+            self._clock[stream] = max(self._clock.get(stream, 0), moment)
 
     def touch(self, tensors: Iterable[Tensor], writes: bool) -> None:
-        """Compare an access with all that came before; one of another lane must be known to be over."""
+        """Compare an access with all that came before; one of another stream must be known to be over."""
         self._clock[self._name] += 1
         for tensor in tensors:
             start = tensor.data_ptr()
             end = start + tensor.numel() * tensor.element_size()
             access = Access(self._name, self._clock[self._name], start, end, writes)
             for other in self._seen:
-                if access.clashes(other) and self._clock.get(other.lane, 0) < other.moment:
+                if access.clashes(other) and self._clock.get(other.stream, 0) < other.moment:
                     self._clashes.append((other, access))
             self._seen.append(access)
 
 
-class WatchedLanes(Lanes):
-    """Three lanes whose accesses without an order are gathered in `clashes`."""
+class WatchedStreams(Streams):
+    """Three streams whose accesses without an order are gathered in `clashes`."""
 
     def __init__(self) -> None:
         seen: list[Access] = []
         clashes: list[tuple[Access, Access]] = []
-        super().__init__(*(WatchedLane(name, seen, clashes) for name in ("compute", "inward", "outward")))
+        super().__init__(
+            *(WatchedStream(name, seen, clashes) for name in ("compute", "to_device", "to_host"))
+        )
         object.__setattr__(self, "clashes", clashes)
 
     def watch(self, store: WeightStore, readable: Iterable[str]) -> None:
-        """Take what lies between a set's opening and its closing for work of the compute lane."""
+        """Take what lies between a set's opening and its closing for work of the compute stream."""
         opened: dict[int, list[Tensor]] = {}
         open_set, close_set, slots = store.open, store.close, set(readable)
 

@@ -1,4 +1,4 @@
-"""Where the blocks' weights live while a model trains that need not fit its device: the section `loop.streaming`."""
+"""Settings of offloaded training: the section `loop.streaming` of a recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from openm6.base.config import Config
 
 
 class StreamingConfig(Config):
-    """Weight sets live on the device (resident), or in the host's memory, from where they come for each use.
+    """Weight sets live on the device (resident), or in host memory, from where they are fetched for each use.
 
     resident: how many sets, or which, stay on the device; auto: as many as fit, less `margin_gib`
     micro_batches: parts of a batch (along its rows) that go through a block one after the other, so that a set which

@@ -1,4 +1,4 @@
-"""Host memory for streamed sets: runs side by side, registered in pieces that no copy straddles."""
+"""Host memory for streamed sets: runs side by side, registered in segments that no copy straddles."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ import resource
 import pytest
 import torch
 
+from openm6.offload import pinned_memory as module
+from openm6.offload.pinned_memory import PinnedArena, segments
+from openm6.offload.weight_store import PAGE, RecordLayout
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import update_rule
-from openm6.parallel import slab as module
-from openm6.parallel.record import PAGE, RecordLayout
-from openm6.parallel.slab import HostSlab, pieces
 
 
-def test_runs_lie_next_to_each_other_and_keep_what_is_written() -> None:
-    slab = HostSlab([PAGE, 3 * PAGE, PAGE], pin=False)
-    for number, run in enumerate(slab.runs):
+def test_buffers_lie_next_to_each_other_and_keep_what_is_written() -> None:
+    arena = PinnedArena([PAGE, 3 * PAGE, PAGE], pin=False)
+    for number, run in enumerate(arena.buffers):
         run.fill_(number + 1)
-    assert [int(run.sum()) for run in slab.runs] == [PAGE, 6 * PAGE, 3 * PAGE]
-    assert slab.runs[1].data_ptr() - slab.runs[0].data_ptr() == PAGE and slab.runs[0].data_ptr() % PAGE == 0
-    slab.close()
+    assert [int(run.sum()) for run in arena.buffers] == [PAGE, 6 * PAGE, 3 * PAGE]
+    assert (
+        arena.buffers[1].data_ptr() - arena.buffers[0].data_ptr() == PAGE
+        and arena.buffers[0].data_ptr() % PAGE == 0
+    )
+    arena.close()
 
 
 class Runtime:
-    """A GPU's runtime that pins a number of pieces and refuses the next."""
+    """A GPU's runtime that pins a number of segments and refuses the next."""
 
     def __init__(self, allowed: int) -> None:
         self.allowed, self.pinned = allowed, set[int]()
@@ -47,33 +50,33 @@ def test_where_little_may_be_pinned_the_rest_works_unpinned(
 ) -> None:
     runtime = Runtime(allowed=1)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(module, "PIECE", 2 * PAGE)
+    monkeypatch.setattr(module, "SEGMENT", 2 * PAGE)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (PAGE, PAGE))
     forgotten: list[bool] = []
     monkeypatch.setattr(module, "_forget_error", lambda: forgotten.append(True))
     with caplog.at_level(logging.WARNING, logger="openm6"):
-        slab = HostSlab([PAGE] * 4, pin=True)
+        arena = PinnedArena([PAGE] * 4, pin=True)
     assert "GiB be pinned (error 2, limit 3.81e-06 GiB)" in caplog.text and "ulimit -l" in caplog.text
-    assert forgotten and len(runtime.pinned) == 1 and slab.runs[0].data_ptr() in runtime.pinned
-    slab.runs[3].fill_(7)
-    assert int(slab.runs[3].sum()) == 7 * PAGE
-    slab.close()
+    assert forgotten and len(runtime.pinned) == 1 and arena.buffers[0].data_ptr() in runtime.pinned
+    arena.buffers[3].fill_(7)
+    assert int(arena.buffers[3].sum()) == 7 * PAGE
+    arena.close()
     assert not runtime.pinned
 
 
 def test_memory_that_is_let_go_is_not_left_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime(allowed=9)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    slab = HostSlab([PAGE] * 4, pin=True)
+    arena = PinnedArena([PAGE] * 4, pin=True)
     assert runtime.pinned
-    del slab
+    del arena
     assert not runtime.pinned
 
 
 def test_pieces_hold_whole_runs() -> None:
-    assert pieces([4, 4, 4, 4, 4], 8) == [(0, 8), (8, 8), (16, 4)]
-    assert pieces([12, 4], 8) == [(0, 12), (12, 4)]  # one run alone may be longer
-    assert pieces([], 8) == []
+    assert segments([4, 4, 4, 4, 4], 8) == [(0, 8), (8, 8), (16, 4)]
+    assert segments([12, 4], 8) == [(0, 12), (12, 4)]  # one run alone may be longer
+    assert segments([], 8) == []
 
 
 def test_a_record_is_dense_aligned_and_begins_with_what_is_read() -> None:

@@ -1,5 +1,4 @@
-"""One stretch of host memory for all streamed sets, registered with the GPU as it is: torch's own pinned memory rounds
-each block up to a power of two."""
+"""One arena of pinned host memory for all offloaded layers; torch's allocator rounds blocks up to powers of two."""
 
 from __future__ import annotations
 
@@ -15,35 +14,35 @@ from openm6.base.log import get_log
 
 try:
     import resource
-except ImportError:  # Windows bounds nothing
+except ImportError:  # Windows has no limit
     resource = None  # type: ignore[assignment]
 
-PIECE = 64 * 2**30  # of memory that is registered at once: drivers refuse larger ones with small pages
+SEGMENT = 64 * 2**30  # of memory that is registered at once: drivers refuse larger ones with small pages
 
 
-class HostSlab:
-    """Runs of bytes, one for each size asked for, next to each other in one mapping."""
+class PinnedArena:
+    """Byte buffers of the given sizes, next to each other in one mapping."""
 
     def __init__(self, sizes: Sequence[int], pin: bool) -> None:
-        """`sizes` are multiples of the page; a copy never straddles two registered pieces.
+        """`sizes` are multiples of the page size; no buffer straddles two registered segments.
 
-        Where the system refuses to register, the slab works all the same, slower; the log says so.
+        If the system refuses to pin the memory, the arena works with slower copies, and the log says so.
         """
         self._registered: list[int] = []
         self._unpin: weakref.finalize | None = None
         self._memory = mmap.mmap(-1, max(mmap.PAGESIZE, sum(sizes)))
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self.runs: list[Tensor] = []
+        self.buffers: list[Tensor] = []
         start = 0
         for size in sizes:
-            self.runs.append(self._bytes[start : start + size])
+            self.buffers.append(self._bytes[start : start + size])
             start += size
         if pin and sizes:
-            self._register(pieces(sizes, PIECE))
+            self._register(segments(sizes, SEGMENT))
 
     def _register(self, wanted: list[tuple[int, int]]) -> None:
         runtime = torch.cuda.cudart()
-        self._unpin = weakref.finalize(self, _unregister, runtime, self._registered)  # also where a run fails
+        self._unpin = weakref.finalize(self, _unregister, runtime, self._registered)  # also if the run fails
         for start, size in wanted:
             # The first touch claims the pages; a mapping that nobody touched is pinned far more slowly.
             self._bytes[start : start + size : mmap.PAGESIZE].zero_()
@@ -53,14 +52,14 @@ class HostSlab:
                 _forget_error()
                 get_log().warning(
                     f"the system let {start / 2**30:.0f} of {len(self._bytes) / 2**30:.0f} GiB be pinned (error "
-                    f"{code}{_limit()}): the rest is copied at about a third of the speed; raise `ulimit -l` to mend "
-                    "that"
+                    f"{code}{_limit()}): the rest is copied at about a third of the speed; raise `ulimit -l` to "
+                    "fix that"
                 )
                 return
             self._registered.append(address)
 
     def close(self) -> None:
-        """Unregisters the memory; the runs must not be used any more."""
+        """Unregister the memory; the buffers must not be used after it."""
         if self._unpin is not None:
             self._unpin()
 
@@ -71,23 +70,23 @@ def _unregister(runtime: Any, addresses: list[int]) -> None:
 
 
 def _forget_error() -> None:
-    """The runtime keeps a refusal as its last error and lays it to the next kernel's charge: here is one to take it."""
+    """Launch a kernel that takes the runtime's last error, which the next kernel would report as its own."""
     try:
         torch.ones(1, device="cuda")
     except RuntimeError:
-        get_log().debug("the refusal to pin memory was taken off the runtime's hands")
+        get_log().debug("cleared the error of cudaHostRegister")
 
 
 def _limit() -> str:
-    """What a process may pin, where the system bounds it."""
+    """Return how much a process may pin, if the system limits it."""
     if resource is None:
         return ""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return "" if soft == resource.RLIM_INFINITY else f", limit {soft / 2**30:.3g} GiB"
 
 
-def pieces(sizes: Sequence[int], largest: int) -> list[tuple[int, int]]:
-    """(start, size) of pieces of whole runs, each up to `largest` bytes unless one run alone is longer."""
+def segments(sizes: Sequence[int], largest: int) -> list[tuple[int, int]]:
+    """Return (start, size) of segments of whole buffers, each up to `largest` bytes unless one buffer is longer."""
     found: list[tuple[int, int]] = []
     start = 0
     for size in sizes:
@@ -96,4 +95,4 @@ def pieces(sizes: Sequence[int], largest: int) -> list[tuple[int, int]]:
         else:
             found.append((start, size))
         start += size
-    return [piece for piece in found if piece[1]]
+    return [segment for segment in found if segment[1]]

@@ -15,6 +15,7 @@ from openm6.checkpoint.folder import STATE_FILE
 from openm6.checkpoint.save import Snapshot, save
 from openm6.checkpoint.shards import OFFSETS, PLACES, Catalogue
 from openm6.checkpoint.tensors import named_tensors
+<<<<<<<< HEAD:tests/inference/test_streamed.py
 from openm6.inference.decode import Speaker
 from openm6.inference.engine import write
 from openm6.inference.load import Loaded, load
@@ -30,13 +31,25 @@ from openm6.inference.streamed import (
     place_streamed,
 )
 from openm6.inference.text import TextRows
+========
+from openm6.inference.decode import Speaker
+from openm6.inference.engine import write
+from openm6.inference.load import Loaded, load
+from openm6.inference.masked import fill_codes
+from openm6.inference.offloaded import BUFFERS, OffloadedSource, place_offloaded
+from openm6.inference.prefill import read_into
+from openm6.inference.sampling import MaskedSampling, Sampling
+from openm6.inference.text import TextRows
+>>>>>>>> 3312de8 (One weight store for offloaded training and inference, in a package of its own):tests/inference/test_offloaded.py
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from openm6.models.config import BackboneConfig
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE
 from openm6.models.omni import Omni
 from openm6.nn.config import DenseConfig, ExpertsConfig
-from openm6.parallel.lanes import InlineLane
+from openm6.offload.streams import open_streams
+from openm6.offload.weight_store import WeightStore
+from openm6.optim.rules import WEIGHT
 from tests.small_model import BACKBONE, loaded, modalities
 
 EXPERTS = ExpertsConfig(hidden=32, num_experts=4, top_k=2, num_shared=1)
@@ -61,9 +74,9 @@ def checkpoint(folder: Path, shape: str) -> Path:
     return save(Snapshot(1, omni, {}, {}, files=files), folder, keep=1)
 
 
-def source_of(model: Loaded) -> StreamedSets:
+def source_of(model: Loaded) -> OffloadedSource:
     source = model.omni.backbone.source
-    assert isinstance(source, StreamedSets)
+    assert isinstance(source, OffloadedSource)
     return source
 
 
@@ -93,9 +106,9 @@ def test_answers_are_those_of_a_resident_model(tmp_path: Path, shape: str, resid
     wanted = answers(load(folder, torch.device("cpu")))
     assert texts == wanted[0] and torch.equal(codes, wanted[1])
     assert all(torch.equal(found, true) for found, true in zip(scores, wanted[2], strict=True))
-    source = source_of(model)
-    forms = {id(buffer.form) for buffer in source.buffers}
-    assert 0 < len(source.buffers) <= BUFFERS * len(forms) and source.fetched >= len(source.buffers)
+    store = source_of(model).store
+    assert store is not None and len(store._buffers) == BUFFERS and not store.storage
+    assert store.moved_bytes >= BUFFERS * min(layout.read_bytes for layout in store.layouts)
 
 
 def test_bfloat16_is_converted_on_the_way(tmp_path: Path) -> None:
@@ -105,25 +118,23 @@ def test_bfloat16_is_converted_on_the_way(tmp_path: Path) -> None:
         model.omni.to(torch.bfloat16)
     found, wanted = answers(streamed), answers(resident)
     assert found[0] == wanted[0] and torch.equal(found[1], wanted[1])
-    assert source_of(streamed).buffers[0].block.attention.qkv.dtype == torch.bfloat16
+    assert source_of(streamed).block(1).attention.qkv.dtype == torch.bfloat16
 
 
-def test_host_memory_holds_what_the_files_hold(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, "mixed")
-    model = load(folder, torch.device("cpu"), 0)
-    answers(model)
-    source, catalogue = source_of(model), Catalogue(folder, "model")
-    blocks = dict(enumerate(model.omni.backbone.sets))
-    memory = MemoryHome(catalogue, blocks, torch.float32, pin=False)  # type: ignore[arg-type]
-    for buffer in source.buffers:
-        number = next(n for n in blocks if source._form(n) == buffer.form)
-        held = []
-        for home in (FileHome(catalogue), memory):
-            for _, tensor in matrices(buffer.block):
-                tensor.zero_()
-            home.fetch(number, buffer.block, InlineLane())
-            held.append({name: tensor.clone() for name, tensor in matrices(buffer.block)})
-        assert all(torch.equal(held[0][name], held[1][name]) and held[0][name].any() for name in held[0])
+def test_host_memory_gives_what_the_files_give(tmp_path: Path) -> None:
+    """A GPU's store, which keeps the sets in host memory, on a CPU."""
+    model = load(checkpoint(tmp_path, "mixed"), torch.device("cpu"), 1)
+    wanted = answers(model)
+    source = source_of(model)
+    from_files, cpu = source.store, torch.device("cpu")
+    assert from_files is not None
+    store = WeightStore(from_files.layouts, (), cpu, open_streams(cpu), BUFFERS, pin=False)
+    for place in range(len(store.layouts)):
+        source._read(place, store.stored(place))
+    assert store.layouts[0].views(store.storage[0])["attention.qkv"][WEIGHT].any()
+    source.store, source._open = store, None
+    found = answers(model)
+    assert found[0] == wanted[0] and torch.equal(found[1], wanted[1]) and store.moved_bytes > 0
 
 
 def test_as_many_layers_as_there_are_is_the_usual_way(tmp_path: Path) -> None:
@@ -171,11 +182,11 @@ def test_the_files_of_several_ranks_are_put_together(tmp_path: Path) -> None:
     assert answers(whole)[0] == wanted[0], "torch reads them, too"
     streamed = load(folder, torch.device("cpu"), 1)
     texts, codes, scores = answers(streamed)
-    assert source_of(streamed).fetched > 0 and texts == wanted[0] and torch.equal(codes, wanted[1])
+    assert source_of(streamed).store is not None and texts == wanted[0] and torch.equal(codes, wanted[1])
     assert all(torch.equal(found, true) for found, true in zip(scores, wanted[2], strict=True))
     catalogue = Catalogue(folder, "shard")
     for name, tensor in named_tensors(whole.omni).items():
         assert torch.equal(catalogue.read(name), tensor)
     next(folder.glob("shard-00001-*")).unlink()
     with pytest.raises(CheckpointError, match="holds only parts of"):
-        place_streamed(streamed.omni, folder, 1, torch.device("cpu"))
+        place_offloaded(streamed.omni, folder, 1, torch.device("cpu"))

@@ -1,0 +1,123 @@
+"""Inference with offloaded layers: the first few stay on the device, the others are fetched for each use.
+
+On a CPU their weights stay in the checkpoint's files and are read for each use. On a GPU they lie in pinned host
+memory, and the next layer is copied on a stream of its own while one computes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from openm6.checkpoint.load import load_placed, read_weight
+from openm6.checkpoint.shards import Catalogue
+from openm6.models.backbone import Backbone
+from openm6.models.omni import Omni
+from openm6.nn.block import Block
+from openm6.offload.streams import open_streams
+from openm6.offload.weight_store import RecordLayout, Use, WeightsOnly, WeightStore, set_shapes
+from openm6.optim.rules import WEIGHT, Stored
+
+BUFFERS = 2  # one in use, one on its way
+
+
+class OffloadedSource:
+    """A `BlockSource` of a backbone of which only some weight sets stay on the device; for one thread."""
+
+    def __init__(
+        self, backbone: Backbone, catalogue: Catalogue, kept: frozenset[int], device: torch.device
+    ) -> None:
+        """`kept` are the sets that the backbone itself holds; the others are on `meta` there."""
+        self.backbone, self.catalogue, self.kept, self.device = backbone, catalogue, kept, device
+        self.offloaded = [number for number in range(backbone.config.num_sets) if number not in kept]
+        self.store: WeightStore | None = None  # made when first used: by then the model has its dtype
+        self._blocks: dict[int, Block] = {}
+        self._open: int | None = None
+
+    def block(self, layer: int) -> Block:
+        """As `BlockSource` requires; while the caller works with the block, the next one is fetched."""
+        number = self.backbone.config.weight_sets[layer]
+        if number in self.kept:
+            return cast(Block, self.backbone.sets[number])
+        if self.store is None:
+            self.store = self._open_store()
+        if number != self._open:
+            if self._open is not None:
+                self.store.close(self.offloaded.index(self._open))
+            self._open = None  # also if reading fails
+            self.store.plan(self._uses(layer))
+            stored = self.store.open(self.offloaded.index(number))
+            self._open = number
+            for name, slots in stored.items():
+                _set_parameter(self._blocks[number], name, slots[WEIGHT])
+            self._blocks[number].router = cast(Block, self.backbone.sets[number]).router
+        return self._blocks[number]
+
+    def _uses(self, layer: int) -> list[Use]:
+        """One round of uses from this layer on; after the last layer comes the first of the next pass."""
+        sets = self.backbone.config.weight_sets
+        return [
+            Use(self.offloaded.index(number), whole=False)
+            for number in (*sets[layer:], *sets[:layer])
+            if number not in self.kept
+        ]
+
+    def _open_store(self) -> WeightStore:
+        """Open a store of the dtype that the rest of the backbone has."""
+        dtype, on_gpu = self.backbone.final_norm.weight.dtype, self.device.type == "cuda"
+        blocks = {number: cast(Block, self.backbone.sets[number]) for number in self.offloaded}
+        self._blocks = {number: _empty_like(block) for number, block in blocks.items()}
+        store = WeightStore(
+            [RecordLayout(set_shapes(block), WeightsOnly(dtype)) for block in blocks.values()],
+            resident=(),
+            device=self.device,
+            streams=open_streams(self.device),
+            num_buffers=BUFFERS,
+            pin=True,
+            read=None if on_gpu else self._read,
+        )
+        if on_gpu:
+            for place in range(len(self.offloaded)):
+                self._read(place, store.stored(place))
+        return store
+
+    def _read(self, place: int, stored: dict[str, Stored]) -> None:
+        """Read the weights of a set from the checkpoint's files."""
+        for name, slots in stored.items():
+            read_weight(self.catalogue, f"backbone.sets.{self.offloaded[place]}.{name}", slots[WEIGHT])
+
+
+def _set_parameter(block: Block, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(block.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _empty_like(block: Block) -> Block:
+    """Return a block of the same form on `meta`, for inference only."""
+    with torch.device("meta"):
+        copy = Block(block.attention.config, block.feed_forward.config, None)
+    return copy.eval().requires_grad_(False)
+
+
+def place_offloaded(omni: Omni, folder: Path, resident: int, device: torch.device) -> None:
+    """Put a model whose sets are on `meta` on a device, but not the sets that only layers from `resident` on use.
+
+    Raises:
+        CheckpointError: its weights are not in the folder.
+    """
+    backbone = omni.backbone
+    kept = frozenset(backbone.config.weight_sets[:resident])
+    blocks = [cast(Block, block) for block in backbone.sets]
+    for block in (blocks[number] for number in kept):
+        block.attention.to_empty(device="cpu")
+        block.feed_forward.to_empty(device="cpu")
+    catalogue = load_placed(folder, omni)
+    for part in (omni.adapters, backbone.layers, backbone.final_norm, *(blocks[number] for number in kept)):
+        part.to(device)
+    for block in blocks:
+        if block.router is not None:
+            block.router.to(device)
+    backbone.source = OffloadedSource(backbone, catalogue, kept, device)

@@ -1,0 +1,140 @@
+"""Streams of a device, the events by which they wait for one another, and a timer; a CPU runs everything at once."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Event = Any  # None on a CPU, torch.cuda.Event on a GPU
+
+
+class Stream(Protocol):
+    """Work that is done in the order in which it was enqueued; the methods of `torch.cuda.Stream`, and a copy."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Enqueue a copy."""
+
+    def record_event(self) -> Event:
+        """Return the event that is reached when everything enqueued so far is done."""
+
+    def wait_event(self, event: Event) -> None:
+        """Make everything enqueued from now on wait for an event of another stream."""
+
+    def record_stream(self, tensor: Tensor) -> None:
+        """Keep the tensor's memory from the allocator, once it is freed, until this stream is done with it."""
+
+    def synchronize(self) -> None:
+        """Return when everything is done."""
+
+
+class CpuStream:
+    """Runs everything at once; an event is always reached."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def record_event(self) -> Event:
+        return None
+
+    def wait_event(self, event: Event) -> None:
+        pass
+
+    def record_stream(self, tensor: Tensor) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class CudaStream:
+    """A stream of a GPU; None stands for whichever stream is current."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        self._device, self._own = device, stream
+
+    @property
+    def _stream(self) -> torch.cuda.Stream:
+        return self._own if self._own is not None else torch.cuda.current_stream(self._device)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def record_event(self) -> Event:
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        if event is not None:
+            self._stream.wait_event(event)
+
+    def record_stream(self, tensor: Tensor) -> None:
+        tensor.record_stream(self._stream)
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The three that offloading needs: for the blocks, and for the copies in each direction."""
+
+    compute: Stream
+    to_device: Stream
+    to_host: Stream
+
+
+def open_streams(device: torch.device) -> Streams:
+    """Streams of a device."""
+    if device.type != "cuda":
+        return Streams(CpuStream(), CpuStream(), CpuStream())
+    return Streams(
+        CudaStream(device, None),
+        CudaStream(device, torch.cuda.Stream(device)),
+        CudaStream(device, torch.cuda.Stream(device)),
+    )
+
+
+class PhaseTimer:
+    """Add up the time that the compute stream spends in each named span; off unless `running`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.running = False
+        self._cuda = device.type == "cuda"
+        self._device = device
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Time what is enqueued within; spans of different names must not overlap."""
+        if not self.running:
+            yield
+            return
+        began = self._now()
+        yield
+        self._spans.append((name, began, self._now()))
+
+    def take(self) -> dict[str, float]:
+        """Return seconds by name since the last call; waits for the device."""
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+        seconds: dict[str, float] = defaultdict(float)
+        for name, began, ended in self._spans:
+            seconds[name] += began.elapsed_time(ended) / 1000 if self._cuda else ended - began
+        self._spans = []
+        return dict(seconds)
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event

@@ -1,0 +1,282 @@
+"""Weights of layers on the device or in host memory, and the few device buffers through which the latter pass.
+
+Training and inference use the same store. All tensors that are kept for a layer's matrices lie in one flat record, so
+that one copy fetches them, and a shorter one the weights alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from openm6.nn.block import Block
+from openm6.offload.pinned_memory import PinnedArena
+from openm6.offload.streams import Event, PhaseTimer, Streams
+from openm6.optim.rules import WEIGHT, Shape, Slot, Stored
+
+ALIGNMENT = 256  # of each tensor, for the matrix units
+PAGE = 4096  # of each record, for the host
+
+
+class StorageFormat(Protocol):
+    """Which tensors are kept for a parameter: an `UpdateRule` of training, or `WeightsOnly`."""
+
+    @property
+    def read_slots(self) -> tuple[str, ...]:
+        """Those that the forward pass reads."""
+
+    def slots(self, shape: Shape) -> list[Slot]:
+        """All of them, `read_slots` first."""
+
+
+@dataclass(frozen=True)
+class WeightsOnly:
+    """The weights in one dtype, for inference."""
+
+    dtype: torch.dtype
+    read_slots: tuple[str, ...] = (WEIGHT,)
+
+    def slots(self, shape: Shape) -> list[Slot]:
+        return [Slot(WEIGHT, shape, self.dtype)]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One slot of one parameter and its offset in the record."""
+
+    parameter: str
+    slot: Slot
+    start: int
+
+    def view(self, record: Tensor) -> Tensor:
+        """Return the tensor within a record's bytes."""
+        flat = record[self.start : self.start + self.slot.num_bytes]
+        return flat.view(self.slot.dtype).view(self.slot.shape)
+
+
+class RecordLayout:
+    """The offset of each slot: first those that the forward pass reads, then what only updates need."""
+
+    def __init__(self, shapes: Mapping[str, Shape], storage: StorageFormat) -> None:
+        self.shapes = dict(shapes)
+        slots = [(name, slot) for name, shape in shapes.items() for slot in storage.slots(shape)]
+        read = [pair for pair in slots if pair[1].name in storage.read_slots]
+        rest = [pair for pair in slots if pair[1].name not in storage.read_slots]
+        self.entries: list[Entry] = []
+        self.read_bytes = self._place(read, 0)
+        self.num_bytes = _rounded(self._place(rest, self.read_bytes), PAGE)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    def views(self, record: Tensor) -> dict[str, Stored]:
+        """Return parameter -> its slots, as views of a record's bytes (uint8)."""
+        found: dict[str, Stored] = {name: {} for name in self.shapes}
+        for entry in self.entries:
+            found[entry.parameter][entry.slot.name] = entry.view(record)
+        return found
+
+    def _place(self, slots: list[tuple[str, Slot]], start: int) -> int:
+        for parameter, slot in slots:
+            self.entries.append(Entry(parameter, slot, start))
+            start = _rounded(start + slot.num_bytes, ALIGNMENT)
+        return start
+
+
+def _rounded(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def set_shapes(block: Block) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a block's matrices that are offloaded; a router that it holds stays on the device."""
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in block.named_parameters()
+        if not name.startswith("router.")
+    }
+
+
+@dataclass(frozen=True)
+class Use:
+    """A set of weights that will be needed: with the state that its update needs if `whole`, else the weights alone."""
+
+    number: int
+    whole: bool
+
+
+class _Buffer:
+    """Device memory for one set."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.record = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.number: int | None = None  # the set that it holds
+        self.whole = False
+        self.open = False
+        self.ready: Event = None  # the set has arrived
+        self.free: Event = None  # the compute stream reads or writes it no more
+        self.left: Event = None  # the last write-back from it is done
+
+
+class WeightStore:
+    """Fetch sets in the order of a plan, the next ones while one is in use, and write changed ones back.
+
+    Four things are waited for: a set's arrival before it is used; the end of a buffer's use before it is filled
+    again; the end of the write-back that began in a buffer, however often the set was used since, before that buffer is
+    filled or changed again; and a set's write-back before it is fetched (or saved) the next time.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[RecordLayout],
+        resident: Sequence[int],
+        device: torch.device,
+        streams: Streams,
+        num_buffers: int,
+        pin: bool,
+        read: Callable[[int, dict[str, Stored]], None] | None = None,
+    ) -> None:
+        """With `read`, which fills the views of a set, sets are read for each use and not kept in host memory."""
+        self.layouts, self.device, self.streams = list(layouts), device, streams
+        self.resident = frozenset(resident)
+        self.timer = PhaseTimer(device)
+        self.moved_bytes = 0  # in both directions
+        self._read = read
+        offloaded = [number for number in range(len(layouts)) if number not in self.resident]
+        sizes = [layouts[number].num_bytes for number in offloaded] if read is None else []
+        self._arena = PinnedArena(sizes, pin and device.type == "cuda")
+        in_host_memory = dict(zip(offloaded, self._arena.buffers, strict=False))
+        self.storage: list[Tensor] = []
+        if read is None:
+            self.storage = [
+                in_host_memory[number] if number in in_host_memory else _on_device(layout, device)
+                for number, layout in enumerate(layouts)
+            ]
+        largest = max((layouts[number].num_bytes for number in offloaded), default=0)
+        self._buffers = [_Buffer(largest, device) for _ in range(num_buffers)] if offloaded else []
+        self._written: dict[int, Event] = {}
+        self._uses: deque[Use] = deque()
+        # Their memory may have been another tensor's, still in use on the device.
+        for buffer in self._buffers:
+            buffer.free = streams.compute.record_event()
+            streams.to_device.record_stream(buffer.record)
+            streams.to_host.record_stream(buffer.record)
+
+    def stored(self, number: int) -> dict[str, Stored]:
+        """Return a set in its storage; call `synchronize` first if it may be on its way."""
+        return self.layouts[number].views(self.storage[number])
+
+    def plan(self, uses: Sequence[Use]) -> None:
+        """Set the uses to come, in order, in place of those that were planned before."""
+        for buffer in self._buffers:
+            if buffer.open:  # by a pass that broke off, perhaps in the middle of a change
+                buffer.open, buffer.number, buffer.free = False, None, self.streams.compute.record_event()
+        self._uses = deque(uses)
+        self._fetch_ahead()
+
+    def open(self, number: int) -> dict[str, Stored]:
+        """Return the next set of the plan, on the device, where it stays until `close`."""
+        if not self._uses or self._uses[0].number != number:
+            raise RuntimeError(f"weight set {number} was not planned to be used now")
+        whole = self._uses.popleft().whole
+        if number in self.resident:
+            return self.stored(number)
+        buffer = self._holding(number)
+        assert buffer is not None, "the plan fetches every set before its use"
+        with self.timer.span("fetch"):
+            self.streams.compute.wait_event(buffer.ready)
+        if whole:
+            with self.timer.span("write_back"):
+                self.streams.compute.wait_event(buffer.left)
+        buffer.open = True
+        self._fetch_ahead()
+        return self.layouts[number].views(buffer.record)
+
+    def close(self, number: int, changed: bool = False) -> None:
+        """End the use of a set by the work enqueued so far; write it back if that changed it."""
+        buffer = self._holding(number)
+        if number in self.resident or buffer is None:
+            return
+        buffer.free = self.streams.compute.record_event()
+        if changed:
+            self._write_back(number, buffer)
+        buffer.open = False
+        self._fetch_ahead()
+
+    def synchronize(self) -> None:
+        """Return when every set is written back."""
+        for stream in (self.streams.compute, self.streams.to_device, self.streams.to_host):
+            stream.synchronize()
+
+    def invalidate(self) -> None:
+        """Drop what the buffers hold, because the storage was changed from outside."""
+        self.synchronize()
+        for buffer in self._buffers:
+            buffer.number = None
+
+    def free(self) -> None:
+        """Release the host memory."""
+        self.synchronize()
+        self._buffers, self.storage = [], []
+        self._arena.close()
+
+    def _fetch_ahead(self) -> None:
+        """Fill free buffers with the sets that come next."""
+        taken = [buffer for buffer in self._buffers if buffer.open]
+        for use in self._uses:
+            if len(taken) == len(self._buffers):
+                return
+            if use.number in self.resident:
+                continue
+            buffer = self._holding(use.number)
+            if buffer is None:
+                buffer = next(one for one in self._buffers if one not in taken)
+                self._fetch(buffer, use)
+            elif use.whole and not buffer.whole:
+                self._complete(buffer, use.number)
+            if buffer not in taken:
+                taken.append(buffer)
+
+    def _fetch(self, buffer: _Buffer, use: Use) -> None:
+        layout, stream = self.layouts[use.number], self.streams.to_device
+        end = layout.num_bytes if use.whole else layout.read_bytes
+        stream.wait_event(buffer.free)
+        stream.wait_event(buffer.left)
+        stream.wait_event(self._written.get(use.number))
+        buffer.number = None  # until it is filled: reading may fail
+        with self.timer.span("fetch"):  # on a CPU the copy itself; on a GPU it is only enqueued
+            if self._read is not None:
+                self._read(use.number, layout.views(buffer.record))
+            else:
+                stream.copy(buffer.record[:end], self.storage[use.number][:end])
+        buffer.ready, buffer.number, buffer.whole = stream.record_event(), use.number, use.whole
+        self.moved_bytes += end
+
+    def _complete(self, buffer: _Buffer, number: int) -> None:
+        """Fetch what an update needs besides the weights, which are there."""
+        layout, stream = self.layouts[number], self.streams.to_device
+        start, end = layout.read_bytes, layout.num_bytes
+        stream.wait_event(self._written.get(number))
+        stream.copy(buffer.record[start:end], self.storage[number][start:end])
+        buffer.ready, buffer.whole = stream.record_event(), True
+        self.moved_bytes += end - start
+
+    def _write_back(self, number: int, buffer: _Buffer) -> None:
+        end, stream = self.layouts[number].num_bytes, self.streams.to_host
+        stream.wait_event(buffer.free)
+        with self.timer.span("write_back"):
+            stream.copy(self.storage[number][:end], buffer.record[:end])
+        self._written[number] = buffer.left = stream.record_event()
+        self.moved_bytes += end
+
+    def _holding(self, number: int) -> _Buffer | None:
+        return next((buffer for buffer in self._buffers if buffer.number == number), None)
+
+
+def _on_device(layout: RecordLayout, device: torch.device) -> Tensor:
+    return torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
