@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from openm6.evaluate.config import JudgeConfig
-from openm6.parallel.crew import Crew, can_fork, usable_cores
+from openm6.parallel.worker_pool import WorkerPool, can_fork, usable_cores
 
 Result = TypeVar("Result")
 
@@ -42,9 +42,9 @@ def side_by_side(
         while True:
             pipe.send(judge(pipe.recv()))
 
-    crew = Crew([serve] * workers, mend=MEND)
+    pool = WorkerPool([serve] * workers, remedy=MEND)
     try:
-        for place, result in crew.deal(numbers):
+        for place, result in pool.imap_unordered(numbers):
             yield numbers[place], result
     finally:
-        crew.close()
+        pool.close()

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from openm6.base.errors import Interrupted, TrainingError
-from openm6.parallel.crew import STOPS, children, heeded_stops
+from openm6.parallel.worker_pool import STOPS, children, handled_stops
 
 SAVING_SECONDS = "600"  # that stopped ranks have to save before they are killed
 
@@ -46,7 +46,7 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
         signals_to_handle="SIGQUIT",
     )
     stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in heeded_stops()}
+    before = {number: signal.signal(number, stop) for number in handled_stops()}
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failure is told below, once
     try:
         elastic_launch(config, sys.executable)("-m", module, *words)

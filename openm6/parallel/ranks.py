@@ -23,6 +23,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    shares_memory: bool = False  # whether all ranks see the same weights, which rank 0 keeps the rest of
 
     @property
     def first(self) -> bool:
@@ -101,6 +102,9 @@ class Ranks:
     def same(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, on every rank, in place: what ranks decide by it, they decide alike."""
         return tensor
+
+    def barrier(self) -> None:
+        """Wait until all ranks that share memory have updated their part of the weights."""
 
     def until_first_ends(self) -> AbstractContextManager[Any]:
         """Left by the other ranks when rank 0 leaves it, however long that takes; all enter it together."""

@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from openm6.base.log import get_log
-from openm6.parallel.crew import heeded_stops
+from openm6.parallel.worker_pool import handled_stops
 
 
 class Interrupt:
@@ -23,7 +23,7 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            self._previous = {number: signal.signal(number, self._handle) for number in heeded_stops()}
+            self._previous = {number: signal.signal(number, self._handle) for number in handled_stops()}
         return self
 
     def __exit__(

@@ -36,9 +36,9 @@ from openm6.train.recorder import MetricsFile, Recorder, Sink
 from openm6.train.staging import StagesHook
 from openm6.train.step import StepReport, Updater, seed_everything
 from openm6.train.streamed import open_updater
-from openm6.train.team import Team, number_of_workers
 from openm6.train.tensorboard import open_tensorboard
 from openm6.train.watch import SpikeWatch
+from openm6.train.workers import Workers, number_of_workers
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class _Run:
         held_out = [HeldOutHook(config.held_out)] if config.held_out is not None else []
         self.hooks: list[Hook] = [MeterHook(), MemoryHook(), *stages, *streaming, *held_out, *hooks]
         self.recorder, self.watch, self.progress = Recorder(), SpikeWatch(), Progress()
-        self.team: Team | None = None
+        self.workers: Workers | None = None
         self.saver = open_saver(job.ranks.layout)
         self.saved: Path | None = None
         self.scores: dict[str, float] = {}
@@ -177,13 +177,13 @@ class _Run:
             return 0
         return max(ranks.gather(interrupt.requested))
 
-    def _open_steps(self, stack: ExitStack) -> tuple[Iterator[Batch], Updater | Team]:
-        """Where batches come from and what trains on them: this process alone, or a team of them."""
+    def _open_steps(self, stack: ExitStack) -> tuple[Iterator[Batch], Updater | Workers]:
+        """Where batches come from and what trains on them: this process alone, or workers that share each step."""
         workers = number_of_workers(self.job, self.config, self.run)
         keep_freed_memory()
         if workers > 1:
-            self.team = stack.enter_context(Team(self.job, self.updater, self.config, workers))
-            return self.team, self.team
+            self.workers = stack.enter_context(Workers(self.job, self.updater, self.config, workers))
+            return self.workers, self.workers
         return stack.enter_context(Prefetch(self.job.batches(), self.config.prefetch)), self.updater
 
     def _account(self, report: StepReport, batch: Batch, seconds: float) -> None:
@@ -258,8 +258,8 @@ class _Run:
         """Write a checkpoint of the run as it is now, unless there is one."""
         if self.saved is not None and step_of(self.saved) == self.progress.step:
             return
-        if self.team is not None:
-            self.team.collect()
+        if self.workers is not None:
+            self.workers.collect()
         self.progress.cursor = self.job.merge_cursors(self.job.ranks.gather(self.progress.cursor))
         ranks = self.job.ranks
         if ranks.first or ranks.layout is not None:

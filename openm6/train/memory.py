@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from openm6.parallel.crew import children
+from openm6.parallel.worker_pool import children
 from openm6.train.hooks import Hook, Running
 
 PROCESSES = Path("/proc")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openm6.base.energy.ledger import Work
+from openm6.base.energy.ledger import Work, sum_work
 from openm6.base.errors import ConfigError
 from openm6.base.log import get_log
 from openm6.base.seeds import derive_seed
@@ -63,6 +63,7 @@ class Updater:
     def __init__(self, job: Job, config: LoopConfig) -> None:
         self.job = job
         self.config = config
+        self.ranks = job.ranks  # or the workers that share the steps of this process
         self.rate_scale = 1.0  # a hook's factor on the learning rate
         self._build()
         self.device = self.parameters[0].device
@@ -126,20 +127,23 @@ class Updater:
         rate = self.config.optimizer.learning_rate * rate_factor(step, total, self.config.schedule)
         rate *= self.rate_scale
         set_rate(self.optimizer, rate)
-        seed_everything(self.config.seed, "step", step)
+        ranks = self.ranks
+        own = (ranks.rank,) if ranks.shares_memory and ranks.rank else ()
+        seed_everything(self.config.seed, "step", step, *own)
         with self.autocast():
             self._prepare(batch)
             result = self.job.loss(batch)
         result.loss.backward()
-        self.job.ranks.sum_gradients(self.parameters)
-        self.job.ranks.forget_unused(self.job.optional_parameters())
+        ranks.sum_gradients(self.parameters)
+        ranks.forget_unused(self.job.optional_parameters())
         norm = self._clip()
-        result, tokens = sum_over_ranks(result, batch.tokens, self.job.ranks)
+        result, tokens = sum_over_ranks(result, batch.tokens, ranks)
         report = make_report(step, tokens, rate, result, norm)
         if report.applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if report.applied:
+        ranks.barrier()
+        if report.applied and (ranks.first or not ranks.shares_memory):
             self.job.after_step(result)
         return report
 
@@ -153,9 +157,9 @@ class Updater:
             self._prepared = True
 
     def _clip(self) -> Tensor:
-        norm = self.job.ranks.norm(self.parameters)
+        norm = self.ranks.norm(self.parameters)
         if self.config.clip is not None:
-            self.job.ranks.clip(self.parameters, self.config.clip, norm)
+            self.ranks.clip(self.parameters, self.config.clip, norm)
         return norm
 
 
@@ -180,7 +184,8 @@ def sum_over_ranks(result: StepResult, tokens: int, ranks: Ranks) -> tuple[StepR
         replace(report, load=load, dropped=dropped)
         for report, load, dropped in zip(result.loads, rest[::2], rest[1::2], strict=True)
     ]
-    return StepResult(summed[0], {**named}, loads), round(float(summed[1 + len(metrics)]))
+    work = sum_work(ranks.gather(result.work)) if ranks.shares_memory else {}
+    return StepResult(summed[0], {**named}, loads, work), round(float(summed[1 + len(metrics)]))
 
 
 def make_report(step: int, tokens: int, rate: float, result: StepResult, norm: Tensor) -> StepReport:

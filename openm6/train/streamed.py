@@ -75,7 +75,7 @@ class StreamedUpdater(Updater):
                 "this kind of training has no blocks to stream: leave loop.streaming and "
                 "loop.optimizer.bytes_per_parameter out"
             )
-        self.job, self.config = job, config
+        self.job, self.config, self.ranks = job, config, job.ranks
         self.backbone: Backbone = job.backbone
         self.streaming = config.streaming or StreamingConfig()
         self.rule = update_rule(config.optimizer)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.offload.test_blocks import SHARED, bytes_of, run_config
 
 from openm6.base.config import build
 from openm6.base.errors import CheckpointError
@@ -26,6 +25,7 @@ from openm6.train.recorder import read_metrics
 from openm6.train.run import train_recipe
 from openm6.train.stages import PlateauConfig, StagesConfig, SwitchConfig
 from openm6.train.streamed import StreamedUpdater
+from tests.offload.test_blocks import SHARED, bytes_of, run_config
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 from tests.train.words_job import WordsJob, words_backbone
 

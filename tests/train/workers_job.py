@@ -1,4 +1,4 @@
-"""A job whose batches can be split. As a program it trains in several processes: `python team_job.py FOLDER
+"""A job whose batches can be split. As a program it trains in several processes: `python workers_job.py FOLDER
 WORKERS`."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Part:
         return len(self.points)
 
 
-class TeamJob(Job):
+class WorkersJob(Job):
     """Learns corners from points; `second` has a gradient only where a point lies in its half."""
 
     most_parts = 4
@@ -96,14 +96,14 @@ class TeamJob(Job):
         self.loads = state["loads"]
 
 
-def team_config(workers: int, optimizer: str = "adamw", steps: int = 20) -> LoopConfig:
+def workers_config(workers: int, optimizer: str = "adamw", steps: int = 20) -> LoopConfig:
     return toy_config(optimizer, steps, save_every=6).model_copy(update={"workers": workers})
 
 
 if __name__ == "__main__":
     start_log()
     try:
-        train(TeamJob(pause=0.1), team_config(int(sys.argv[2])), RunFolder.open(sys.argv[1]))
+        train(WorkersJob(pause=0.1), workers_config(int(sys.argv[2])), RunFolder.open(sys.argv[1]))
     except Interrupted as stop:  # as the command line does
         sys.stderr.write(f"{stop}\n")
         sys.exit(stop.exit_code)

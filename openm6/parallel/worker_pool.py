@@ -1,7 +1,9 @@
-"""Processes forked from this one, each with a pipe: what was built is theirs at once, and nothing is pickled twice."""
+"""A pool of forked processes, each with a pipe, and memory that they share; nothing that was built is pickled."""
 
 from __future__ import annotations
 
+import math
+import mmap
 import multiprocessing
 import os
 import signal
@@ -15,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from openm6.base.errors import OpenM6Error, TrainingError
 
 Work = Callable[[Connection], None]
 STOPS = tuple(one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP"))
 RESUME = "go on with --resume, or with loop.workers=1"
+ALIGNMENT = 64  # bytes of a cache line, where wide loads begin
 
 
 def can_fork() -> bool:
@@ -29,17 +33,17 @@ def can_fork() -> bool:
 
 
 def usable_cores() -> int:
-    """Processors that this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def heeded_stops() -> list[signal.Signals]:
-    """The signals to stop that are meant for this process: nohup has SIGHUP ignored."""
+def handled_stops() -> list[signal.Signals]:
+    """Return the signals to stop that this process handles: under nohup SIGHUP is ignored."""
     return [one for one in STOPS if one == signal.SIGINT or signal.getsignal(one) != signal.SIG_IGN]
 
 
 def children() -> list[int]:
-    """Numbers of the processes that the main thread has started and that are there; none where Linux is not."""
+    """Return the ids of the running processes that the main thread started; on Linux only."""
     try:
         own = os.getpid()
         return [int(word) for word in Path(f"/proc/self/task/{own}/children").read_text().split()]
@@ -47,24 +51,24 @@ def children() -> list[int]:
         return []
 
 
-class Crew:
-    """One forked process for each function of `works`; they end when it is closed, or when this process dies.
+class WorkerPool:
+    """One forked process per function of `works`; they end when the pool is closed, or when this process dies.
 
-    The last `service` of them only serve: nothing is sent to them or gathered from them. `mend` is what a person may
-    do when one of them is lost.
+    Nothing is sent to the last `service` of them or gathered from them. `remedy` is what a user may do when one of them
+    is lost.
     """
 
-    def __init__(self, works: Sequence[Work], service: int = 0, mend: str = RESUME) -> None:
-        self.mend = mend
+    def __init__(self, works: Sequence[Work], service: int = 0, remedy: str = RESUME) -> None:
+        self.remedy = remedy
         if threading.current_thread() is not threading.main_thread():
             raise ValueError("processes are forked from the main thread only: others may hold locks")
         context = multiprocessing.get_context("fork")
         pairs = [context.Pipe() for _ in works]
         ends = [end for pair in pairs for end in pair]
         self.pipes = [mine for mine, _ in pairs]
-        self.members = self.pipes[: len(works) - service]
+        self.workers = self.pipes[: len(works) - service]
         self.processes: list[ForkProcess] = [
-            context.Process(target=_live, args=(work, theirs, ends), daemon=True, name=f"openm6-{number}")
+            context.Process(target=_run, args=(work, theirs, ends), daemon=True, name=f"openm6-{number}")
             for number, (work, (_, theirs)) in enumerate(zip(works, pairs, strict=True), 1)
         ]
         for process in self.processes:
@@ -73,27 +77,27 @@ class Crew:
             theirs.close()
 
     def send(self, message: Any) -> None:
-        """The same message to all members."""
-        for pipe in self.members:
+        """Send the same message to all workers."""
+        for pipe in self.workers:
             try:
                 pipe.send(message)
             except OSError:
                 raise self._lost(pipe) from None
 
     def gather(self) -> list[Any]:
-        """One message from each member, in their order.
+        """Return one message from each worker, in their order.
 
         Raises:
             OpenM6Error: the one that a process failed with.
             TrainingError: a process failed otherwise, or was killed.
         """
-        return [self._receive(pipe) for pipe in self.members]
+        return [self._receive(pipe) for pipe in self.workers]
 
-    def deal(self, messages: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """Each message to whichever member is free next; gives its number and the reply to it, as they come.
+    def imap_unordered(self, messages: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """Send each message to the next free worker; yield its index and the reply to it, as they come.
 
         Raises:
-            OpenM6Error, TrainingError: as `gather` does.
+            OpenM6Error, TrainingError: as for `gather`.
         """
         left = iter(enumerate(messages))
         busy: dict[Connection, int] = {}
@@ -103,17 +107,17 @@ class Crew:
                 pipe.send(message)
                 busy[pipe] = number
 
-        for pipe in self.members:
+        for pipe in self.workers:
             hand_to(pipe)
         while busy:
             for ready in wait(list(busy)):
-                pipe = next(member for member in busy if member is ready)
+                pipe = next(worker for worker in busy if worker is ready)
                 reply, number = self._receive(pipe), busy.pop(pipe)
                 hand_to(pipe)
                 yield number, reply
 
     def close(self) -> None:
-        """Ends all processes."""
+        """End all processes."""
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
@@ -137,31 +141,58 @@ class Crew:
         process = self.processes[self.pipes.index(pipe)]
         process.join(timeout=2.0)
         return TrainingError(
-            f"a worker process ended with code {process.exitcode} (-9: killed, perhaps for want of memory): {self.mend}"
+            f"a worker process ended with code {process.exitcode} (-9: killed, perhaps for lack of memory): "
+            f"{self.remedy}"
         )
 
 
 class Failure:
-    """An error of a worker that is none of ours, in words."""
+    """An unexpected error of a worker, as text."""
 
     def __init__(self, error: BaseException) -> None:
         self.words = f"{type(error).__name__}: {error}"
 
 
-def _live(work: Work, pipe: Connection, ends: Sequence[Connection]) -> None:
-    """A worker's life. It must hold no other end of a pipe, or no one would see that the first process has died."""
+def _run(work: Work, pipe: Connection, ends: Sequence[Connection]) -> None:
+    """Run a worker. It must hold no other end of a pipe, or nobody would notice that the first process has died."""
     for end in ends:
         if end is not pipe:
             end.close()
     for number in STOPS:  # they reach the whole group; the first process decides
         signal.signal(number, signal.SIG_IGN)
-    # OpenMP's threads did not survive the fork: a second one would be waited for in vain.
+    # OpenMP's threads do not survive a fork: waiting for a second one would never end.
     torch.set_num_threads(1)
     try:
         work(pipe)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the first process is gone or has closed the crew
+        pass  # the first process is gone or has closed the pool
     except OpenM6Error as error:
         pipe.send(error)
     except BaseException as error:  # raised again where it is gathered
         pipe.send(Failure(error))
+
+
+def shared_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return a tensor of zeros for each of `tensors`, in memory that forked processes share.
+
+    Anonymous, so no file of it can be left behind, and the size of /dev/shm (64 MB in many containers) does not matter.
+    """
+    starts, size = [], 0
+    for tensor in tensors:
+        starts.append(size)
+        size += math.ceil(tensor.numel() * tensor.element_size() / ALIGNMENT) * ALIGNMENT
+    memory = torch.frombuffer(mmap.mmap(-1, max(size, ALIGNMENT)), dtype=torch.uint8)
+    return [
+        memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        for tensor, start in zip(tensors, starts, strict=True)
+    ]
+
+
+@torch.no_grad()
+def share_model(model: nn.Module) -> None:
+    """Move all parameters and buffers of a model on the CPU into shared memory; they stay the same objects."""
+    # A set, as a weight used in two places must move once; `data` keeps what optimizers and modules refer to.
+    tensors = list({id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values())
+    for tensor, shared in zip(tensors, shared_like([tensor.data for tensor in tensors]), strict=True):
+        shared.copy_(tensor.data)
+        tensor.data = shared

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import pytest
 
 from openm6.base.errors import DataError, TrainingError
-from openm6.parallel.crew import Crew, can_fork
+from openm6.parallel.worker_pool import WorkerPool, can_fork
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes are forked on Linux only")
 
@@ -28,28 +28,28 @@ def square(pipe: Connection) -> None:
 
 
 @contextmanager
-def crew(members: int) -> Iterator[Crew]:
-    found = Crew([square] * members, mend="do it alone")
+def pool(workers: int) -> Iterator[WorkerPool]:
+    found = WorkerPool([square] * workers, remedy="do it alone")
     try:
         yield found
     finally:
         found.close()
 
 
-def test_each_message_is_dealt_once_and_all_members_work() -> None:
-    with crew(2) as found:
-        replies = list(found.deal(range(40)))
+def test_each_message_is_answered_once_and_all_workers_work() -> None:
+    with pool(2) as found:
+        replies = list(found.imap_unordered(range(40)))
         assert sorted((place, number) for place, (number, _) in replies) == [(n, n * n) for n in range(40)]
         assert {process for _, (_, process) in replies} == {process.pid for process in found.processes}
-        assert list(found.deal([])) == []
-        assert [(place, number) for place, (number, _) in found.deal([5])] == [(0, 25)]
+        assert list(found.imap_unordered([])) == []
+        assert [(place, number) for place, (number, _) in found.imap_unordered([5])] == [(0, 25)]
 
 
-def test_what_a_member_failed_with_is_raised() -> None:
-    with crew(3) as found, pytest.raises(DataError, match="thirteen is broken"):
-        list(found.deal([1, -13, 2]))
+def test_what_a_worker_failed_with_is_raised() -> None:
+    with pool(3) as found, pytest.raises(DataError, match="thirteen is broken"):
+        list(found.imap_unordered([1, -13, 2]))
 
 
-def test_a_member_that_was_killed_is_told_with_the_mend() -> None:
-    with crew(2) as found, pytest.raises(TrainingError, match=r"ended with code -9 .*: do it alone$"):
-        list(found.deal([1, 666, 2, 3]))
+def test_a_killed_worker_is_reported_with_the_remedy() -> None:
+    with pool(2) as found, pytest.raises(TrainingError, match=r"ended with code -9 .*: do it alone$"):
+        list(found.imap_unordered([1, 666, 2, 3]))

@@ -1,0 +1,277 @@
+"""Data-parallel workers on the cores of one machine: forked processes that share the weights and each step.
+
+A worker takes a part of the batch and runs the same train step as a process alone or a rank of several machines. What
+differs is the sum over ranks: gradients are summed in shared memory, each parameter by the worker that owns it, always
+in the same order, and the owner updates it.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import queue
+import threading
+from collections.abc import Iterable, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openm6.base.errors import ConfigError, OpenM6Error, TrainingError
+from openm6.base.run_folder import RunFolder
+from openm6.parallel.ranks import Ranks
+from openm6.parallel.worker_pool import (
+    Failure,
+    WorkerPool,
+    can_fork,
+    share_model,
+    shared_like,
+    usable_cores,
+)
+from openm6.train.config import LOOP_SECTION, LoopConfig
+from openm6.train.job import Batch, Job
+from openm6.train.step import StepReport, Updater
+
+COLLECT = "collect"
+NORM_EPSILON = 1e-6  # as in torch's clip_grad_norm_
+Value = TypeVar("Value")
+
+
+def number_of_workers(job: Job, config: LoopConfig, run: RunFolder) -> int:
+    """Return how many processes share a step; `auto` is resolved once and written into the run's config.yaml.
+
+    Raises:
+        ConfigError: this machine or this kind of training cannot have as many as are set.
+    """
+    on_cpu = all(parameter.is_cpu for parameter in job.model.parameters())
+    # A stage replaces the weights, and offloading keeps them elsewhere: other processes would not see it.
+    alone = config.stages is not None or config.streamed
+    possible = job.most_parts if can_fork() and on_cpu and not alone else 1
+    if config.workers == "auto":
+        if possible == 1:
+            return 1
+        written = run.read_config().get(LOOP_SECTION, {}).get("workers")
+        if not isinstance(written, int):
+            written = min(possible, usable_cores())
+            run.set_config(LOOP_SECTION, "workers", written)
+        return written
+    if config.workers > possible:
+        where = (
+            f"its batches make at most {possible} parts" if possible > 1 else "it runs in one process here"
+        )
+        raise ConfigError(
+            f"loop.workers={config.workers} is too many for this run, {where}: set loop.workers to {possible}"
+        )
+    return config.workers
+
+
+class WorkerRanks(Ranks):
+    """The workers as ranks of a train step: values go through pipes to the first and back, gradients through memory."""
+
+    shares_memory = True
+
+    def __init__(self, parameters: Sequence[Tensor], size: int) -> None:
+        self.size, self.parameters = size, parameters
+        self.owner = assign_owners([parameter.numel() for parameter in parameters], size)
+        self._sent = [shared_like(parameters) for _ in range(size)]  # rank -> gradients for others
+        self._pool: WorkerPool | None = None
+        self._pipe: Connection | None = None
+
+    def lead(self, pool: WorkerPool) -> None:
+        """Become the first rank."""
+        self._pool = pool
+
+    def follow(self, rank: int, pipe: Connection) -> None:
+        """Become another rank, in a forked process."""
+        self.rank, self._pipe = rank, pipe
+
+    def gather(self, value: Value) -> list[Value]:
+        if self._pool is not None:
+            values = [value, *self._pool.gather()]
+            self._pool.send(values)
+            return values
+        assert self._pipe is not None
+        self._pipe.send(value)
+        received: list[Value] = self._pipe.recv()
+        return received
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor.copy_(torch.from_numpy(np.sum(self.gather(tensor.numpy()), axis=0)))
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Sum the gradients of the parameters that this worker owns; the others have none after it."""
+        present = [parameter.grad is not None for parameter in self.parameters]
+        mine, theirs = [], []
+        for parameter, owner, sent in zip(self.parameters, self.owner, self._sent[self.rank], strict=True):
+            if owner != self.rank and parameter.grad is not None:
+                mine.append(parameter.grad)
+                theirs.append(sent)
+                parameter.grad = None
+        if mine:
+            torch._foreach_copy_(theirs, mine)
+        everyone = self.gather(present)
+        for index, parameter in enumerate(self.parameters):
+            if self.owner[index] != self.rank:
+                continue
+            for rank, has in enumerate(everyone):
+                if rank != self.rank and has[index]:
+                    part = self._sent[rank][index]
+                    parameter.grad = part.clone() if parameter.grad is None else parameter.grad.add_(part)
+
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        norms = [float(torch.linalg.vector_norm(p.grad)) for p in parameters if p.grad is not None]
+        square = sum(self.gather(sum((norm**2 for norm in norms), 0.0)))
+        return torch.tensor(math.sqrt(square), dtype=torch.float64)
+
+    def clip(self, parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
+        factor = bound / (float(norm) + NORM_EPSILON)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if factor < 1.0 and gradients:
+            torch._foreach_mul_(gradients, factor)
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+
+class Workers:
+    """Bring a loop its batches and take its steps, as `Prefetch` and `Updater` do, with several processes."""
+
+    def __init__(self, job: Job, updater: Updater, config: LoopConfig, workers: int) -> None:
+        share_model(job.model)
+        self._updater = updater
+        self._ranks = WorkerRanks(updater.parameters, workers)
+        self._threads = torch.get_num_threads()
+        self._data = DataWorker(job, workers, config.prefetch)
+        works = [partial(self._work, rank) for rank in range(1, workers)]
+        self._pool = WorkerPool([*works, self._data.serve], service=1)
+        self._ranks.lead(self._pool)
+        self._data.keep(reader=0)
+        torch.set_num_threads(1)  # the other cores are taken
+
+    def __enter__(self) -> Workers:
+        self._updater.ranks = self._ranks
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._updater.ranks = Ranks()
+        torch.set_num_threads(self._threads)
+        self._pool.close()
+
+    def __iter__(self) -> Workers:
+        return self
+
+    def __next__(self) -> Batch:
+        return self._data.read(0)
+
+    def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
+        """Train on the batch whose first part is `batch`, as step number `step`, the first being 1."""
+        self._pool.send((step, total))
+        return self._updater.update(batch, step, total)
+
+    def collect(self) -> None:
+        """Bring the whole optimizer state into this process, where it is saved."""
+        self._pool.send(COLLECT)
+        state = self._updater.optimizer.state
+        for parts in self._pool.gather():
+            for index, values in parts.items():
+                state[self._ranks.parameters[index]].update(
+                    {key: torch.from_numpy(value) for key, value in values.items()}
+                )
+
+    def _work(self, rank: int, pipe: Connection) -> None:
+        """Run another process of the step."""
+        self._ranks.follow(rank, pipe)
+        self._updater.ranks = self._ranks
+        self._data.keep(reader=rank)
+        while True:
+            message = pipe.recv()
+            if message == COLLECT:
+                pipe.send(self._own_state())
+            else:
+                self._updater.update(self._data.read(rank), *message)
+
+    def _own_state(self) -> dict[int, dict[str, np.ndarray]]:
+        state = self._updater.optimizer.state
+        return {
+            index: {key: value.numpy() for key, value in state[parameter].items()}
+            for index, parameter in enumerate(self._ranks.parameters)
+            if self._ranks.owner[index] == self._ranks.rank and parameter in state
+        }
+
+
+def assign_owners(sizes: list[int], ranks: int) -> list[int]:
+    """Return the rank that owns each parameter: the largest first, each to the rank with the least so far."""
+    load, owner = [0] * ranks, [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        owner[index] = load.index(min(load))
+        load[owner[index]] += sizes[index]
+    return owner
+
+
+class DataWorker:
+    """A process that makes batches ahead and sends a part of each to `parts` readers; create it before they are forked.
+
+    A thread beside the training would take its interpreter lock and half of its core; a process takes neither.
+    """
+
+    def __init__(self, job: Job, parts: int, ahead: int) -> None:
+        self.job, self.ahead = job, ahead
+        pairs = [multiprocessing.Pipe(duplex=False) for _ in range(parts)]
+        self.readers = [reader for reader, _ in pairs]
+        self.writers = [writer for _, writer in pairs]
+
+    def read(self, part: int) -> Batch:
+        """Return the next part of a batch.
+
+        Raises:
+            OpenM6Error: the error that making it failed with.
+            TrainingError: the process that makes batches failed otherwise, or was killed.
+        """
+        try:
+            item = self.readers[part].recv()
+        except EOFError:
+            raise TrainingError("the process that makes batches has ended: go on with --resume") from None
+        if isinstance(item, OpenM6Error):
+            raise item
+        if isinstance(item, Failure):
+            raise TrainingError(f"making a batch failed: {item.words}")
+        batch: Batch = item
+        return batch
+
+    def serve(self, pipe: Connection) -> None:
+        """Make batches until nobody reads them."""
+        self.keep(reader=None)
+        queues: list[queue.Queue[Any]] = [queue.Queue(self.ahead) for _ in self.writers]
+        for waiting, writer in zip(queues, self.writers, strict=True):
+            threading.Thread(target=_send, args=(waiting, writer), daemon=True).start()
+        try:
+            for batch in self.job.batches():
+                for waiting, part in zip(queues, self.job.split(batch, len(queues)), strict=True):
+                    waiting.put(part)
+            queues[0].put(TrainingError("the data ended before the run did: batches() must go on for ever"))
+        except OpenM6Error as error:
+            queues[0].put(error)
+        except Exception as error:  # reported by the first reader, who ends the run
+            queues[0].put(Failure(error))
+        pipe.recv()  # until the pool is closed
+
+    def keep(self, reader: int | None) -> None:
+        """Close the ends of pipes that this process does not use: an open one hides that its owner has ended."""
+        unused = [end for index, end in enumerate(self.readers) if index != reader]
+        for end in [*unused, *(self.writers if reader is not None else ())]:
+            end.close()
+
+
+def _send(waiting: queue.Queue[Any], writer: Connection) -> None:
+    try:
+        while True:
+            writer.send(waiting.get())
+    except OSError:
+        os._exit(0)  # nobody reads any more
