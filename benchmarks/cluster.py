@@ -27,10 +27,11 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.models.presets import preset
 from openm6.nn.block import Block, Context, LayerParts
+from openm6.parallel.collectives import AllToAllExchange
 from openm6.parallel.config import MeshShape
-from openm6.parallel.exchange import AllToAllExchange
-from openm6.parallel.gradients import apart, local
-from openm6.parallel.sharding import Layout, expert_parameters, open_layout, shard
+from openm6.parallel.fsdp import Layout, expert_parameters, open_layout, shard
+from openm6.parallel.processes import apart
+from openm6.parallel.sharded_weights import local
 
 SECONDS = 420.0
 CPU = torch.device("cpu")

@@ -19,8 +19,8 @@ from openm6.base.errors import ConfigError
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.exchange import ExpertExchange, LocalExchange
 from openm6.nn.experts import Experts, Router
-from openm6.parallel.exchange import AllToAllExchange
-from openm6.parallel.sharding import cut_experts
+from openm6.parallel.collectives import AllToAllExchange
+from openm6.parallel.fsdp import cut_experts
 
 Array = np.ndarray[Any, Any]
 WIDTH, HIDDEN, TOKENS = 64, 96, 24

@@ -22,8 +22,8 @@ from openm6.base.energy.meter import Meter, open_meter
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.train.multimodal import MultimodalJob
+from openm6.train.offloaded import StreamedUpdater
 from openm6.train.recipe import MultimodalRecipe
-from openm6.train.streamed import StreamedUpdater
 
 GIB = 2**30
 GPT3_JOULES_A_TOKEN = 15.4  # 1,287 MWh for 300 billion tokens (2104.10350)

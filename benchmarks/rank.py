@@ -31,8 +31,8 @@ from openm6.models.config import BackboneConfig
 from openm6.models.presets import preset
 from openm6.nn.exchange import LocalExchange, LocalParcel
 from openm6.train.multimodal import MultimodalJob
+from openm6.train.offloaded import StreamedUpdater
 from openm6.train.recipe import MultimodalRecipe
-from openm6.train.streamed import StreamedUpdater
 
 GIB = 2**30
 OFFLOADED = (0.0, 0.25, 0.5, 0.75, 1.0)

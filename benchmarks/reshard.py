@@ -31,9 +31,10 @@ from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.config import ExpertsConfig
 from openm6.optim.adamw import AdamW
 from openm6.parallel.config import MeshShape
-from openm6.parallel.gradients import apart, local
-from openm6.parallel.sharding import Layout, open_layout, shard
-from openm6.train.room import free_host_bytes
+from openm6.parallel.fsdp import Layout, open_layout, shard
+from openm6.parallel.processes import apart
+from openm6.parallel.sharded_weights import local
+from openm6.train.budget import free_host_bytes
 
 CPU = torch.device("cpu")
 GIB, GOAL_SECONDS, STEP = 2**30, 60.0, 1

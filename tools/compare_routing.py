@@ -29,11 +29,11 @@ from openm6.base.run_folder import RunFolder
 from openm6.data.parquet import ParquetConfig
 from openm6.data.sources import open_sources
 from openm6.tasks.registry import TASKS
-from openm6.train.held_out import PREFIX
+from openm6.train.callbacks import PREFIX
 from openm6.train.loop import train
+from openm6.train.metrics import read_metrics
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.recipe import MultimodalRecipe
-from openm6.train.recorder import read_metrics
 from openm6.train.run import recipe_path
 
 Values = dict[str, Any]

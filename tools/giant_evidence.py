@@ -31,8 +31,8 @@ from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
 from openm6.modalities.batch import Batch
 from openm6.train.multimodal import MultimodalJob
+from openm6.train.offloaded import open_updater
 from openm6.train.recipe import MultimodalRecipe
-from openm6.train.streamed import open_updater
 
 HELD_OUT = 12  # batches of test records that the figure is a mean over
 POINTS = 10  # of a run's curve

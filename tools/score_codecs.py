@@ -27,8 +27,8 @@ from openm6.modalities.codec import load_codec, shipped_codecs
 from openm6.modalities.codec_image import ImageCodec
 from openm6.modalities.codec_sound import SoundCodec
 from openm6.ops.spectrum import log_mel, mel_filters, overlap_add, spectrum, unit_window
-from openm6.train.codec_pictures import picture_scores, psnr, read_small, to_pixels
-from openm6.train.codec_sounds import read_clip, sound_scores
+from openm6.train.audio_codec import read_clip, sound_scores
+from openm6.train.image_codec import picture_scores, psnr, read_small, to_pixels
 
 PICTURES = ("emoji", "countries", "digits")
 SIDE = 64

@@ -21,7 +21,7 @@ from openm6.optim.blocks import from_levels
 def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
     """Fill a placed model (not on `meta`) with the weights of a checkpoint folder.
 
-    `layout` is that of parallel/sharding.py where the model is cut over ranks, all of which call this.
+    `layout` is that of parallel/fsdp.py if the model is sharded, all of which call this.
 
     Raises:
         CheckpointError: names or shapes differ, or the file is missing or unreadable.

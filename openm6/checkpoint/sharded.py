@@ -27,9 +27,8 @@ from openm6.checkpoint.shards import EXPONENT, SEPARATOR
 from openm6.checkpoint.tensors import named_tensors
 from openm6.optim.blocks import from_levels
 from openm6.optim.pieces import keeps_cut
-from openm6.parallel.gradients import local
-from openm6.parallel.pieces import piece_of
-from openm6.parallel.sharding import Layout, cut_tensors, expert_parameters
+from openm6.parallel.fsdp import Layout, cut_tensors, expert_parameters
+from openm6.parallel.sharded_weights import local, piece_of
 
 FILE_BYTES = 2**28  # of a rank's file, unless one tensor is larger
 

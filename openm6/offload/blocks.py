@@ -24,7 +24,7 @@ from openm6.offload.weight_store import Use, WeightStore
 from openm6.ops.precision import precision_now
 from openm6.ops.sequence import SequenceMeta
 from openm6.optim.rules import Move, UpdateRule
-from openm6.parallel.sets import WeightSets
+from openm6.parallel.ranks import WeightSets
 
 LayerOutput = tuple[Tensor, RouterLoad | None]
 Run = Callable[[Block, dict[str, Tensor], Tensor, LayerParts, Context, int], LayerOutput]

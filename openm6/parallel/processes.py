@@ -1,4 +1,9 @@
-"""Several processes that train one model: torch's process group behind the interface of `Ranks`."""
+"""Several processes that train one model: torch's process group behind the interface of `Ranks`, and sums of gradients.
+
+`DistributedDataParallel` waits for a gradient of every parameter on every rank. Here a rank whose rows hold no
+picture has no gradient for the picture adapter: it must take part all the same, and a parameter that no rank used
+must stay without a gradient, as in one process, so that the optimizer leaves it alone.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +22,15 @@ from torch.distributed.tensor import DTensor
 from openm6.nn.exchange import ExpertExchange
 from openm6.optim.pieces import Piece
 from openm6.optim.rules import Shape
+from openm6.parallel.collectives import AllToAllExchange, CopiesExchange
 from openm6.parallel.config import MeshShape
-from openm6.parallel.exchange import AllToAllExchange, CopiesExchange
-from openm6.parallel.gradients import apart, clip, forget_unused, sum_gradients, total_norm
+from openm6.parallel.fsdp import Layout, open_layout, reshard, shard
 from openm6.parallel.guard import DONE, Guard, open_store, wait_for
-from openm6.parallel.pieces import piece_of
-from openm6.parallel.ranks import Ranks
-from openm6.parallel.set_parts import CopiedSets, CutSets
-from openm6.parallel.sets import WeightSets
-from openm6.parallel.sharding import Layout, open_layout, reshard, shard
+from openm6.parallel.ranks import Ranks, WeightSets
+from openm6.parallel.sharded_weights import CopiedSets, CutSets, local, piece_of
 
 Value = TypeVar("Value")
+BUCKET_BYTES = 25 * 2**20
 
 
 class ProcessRanks(Ranks):
@@ -54,12 +57,12 @@ class ProcessRanks(Ranks):
         return tensor
 
     def place(self, model: nn.Module, shape: MeshShape) -> None:
-        self.build_sequence(shape)
+        self.open_mesh(shape)
         if self._layout is not None:
             shard(model, self._layout)
             self._wrapped = True
 
-    def build_sequence(self, shape: MeshShape) -> None:
+    def open_mesh(self, shape: MeshShape) -> None:
         if not shape.copies_only:
             self._layout = open_layout(shape, self.device)
 
@@ -153,3 +156,74 @@ def _open_group(device: torch.device, timeout_seconds: float) -> None:
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if gpu else None,
     )
+
+
+def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Sums the gradients of `parameters`, which are the same on all ranks of `group`, in place."""
+    if not parameters:
+        return
+    used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
+    chosen = [parameter for parameter, flag in zip(parameters, used.tolist(), strict=True) if flag]
+    for parameter in chosen:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets([parameter.grad for parameter in chosen if parameter.grad is not None]):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        dist.all_reduce(flat, group=group)
+        pieces = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(pieces, bucket, strict=True)])
+
+
+def forget_unused(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Takes away gradients whose parts, which the ranks of `group` hold, are zero on all of them."""
+    parts = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    used = torch.stack([part.any() for part in parts]).to(torch.uint8)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
+    found = iter(used.tolist())
+    for parameter in parameters:
+        if parameter.grad is not None and not next(found):
+            parameter.grad = None
+
+
+def total_norm(parameters: Sequence[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+    """The norm of all gradients, of which the ranks of `group` hold disjoint parts; None: this rank holds all."""
+    parts = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(parts)
+    if group is None:
+        return norm
+    device = local(parameters[0]).device
+    square = norm.to(device, torch.float32).square()
+    dist.all_reduce(square, group=group)
+    return square.sqrt()
+
+
+def clip(parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
+    """Scales gradients so that their norm, known to be `norm`, becomes `bound` at most."""
+    parts = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if parts:
+        torch._foreach_mul_(parts, (bound / (norm + 1e-6)).clamp(max=1.0))
+
+
+def apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups in which plain parameters and parts of distributed ones do not mix: fused updates refuse that."""
+    return [
+        {**group, "params": chosen}
+        for group in groups
+        for kind in (False, True)
+        if (chosen := [p for p in group["params"] if isinstance(p, DTensor) is kind])
+    ]
+
+
+def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours of one dtype together, up to the size of a bucket."""
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for gradient in gradients:
+        size = gradient.numel() * gradient.element_size()
+        if not buckets or size > room or buckets[-1][0].dtype != gradient.dtype:
+            buckets.append([])
+            room = BUCKET_BYTES
+        buckets[-1].append(gradient)
+        room -= size
+    return buckets

@@ -1,7 +1,9 @@
-"""The processes that train one model together, and the few things they tell one another outside of the layers."""
+"""The processes that train one model together, and what they exchange outside of the layers."""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -10,12 +12,70 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from openm6.nn.exchange import ExpertExchange, LocalExchange
-from openm6.optim.pieces import Piece, whole
+from openm6.optim.pieces import WHOLE, Piece, whole
 from openm6.optim.rules import Shape
 from openm6.parallel.config import MeshShape
-from openm6.parallel.sets import WeightSets
 
 Value = TypeVar("Value")
+
+
+class WeightSets:
+    """What lies here of each weight set: all of it, in one process; the parent of sets on several ranks.
+
+    `number` is that of a set, `name` that of one of its matrices.
+    """
+
+    def __init__(self, shapes: Sequence[Mapping[str, Shape]]) -> None:
+        """`shapes` are those of whole sets."""
+        self.shapes = shapes
+
+    @property
+    def parted(self) -> bool:
+        """Whether ranks hold unlike parts, so that using a set is an exchange."""
+        return False
+
+    def is_sharded(self, number: int, name: str) -> bool:
+        """Whether only some rows of a matrix lie here, so that it must be gathered to be used."""
+        return False
+
+    def piece(self, number: int, name: str) -> Piece:
+        """How a matrix lies here."""
+        return WHOLE
+
+    def part(self, number: int, name: str, whole: Tensor, dealt: bool = False) -> Tensor:
+        """What lies here of a whole matrix, of which experts may be `dealt` out already."""
+        return whole
+
+    def local_shapes(self, number: int) -> dict[str, Shape]:
+        """The shapes of what lies here of a set."""
+        return dict(self.shapes[number])
+
+    def gather(self, number: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those matrices that travel, in full; of experts that are dealt out, those here. All ranks call it alike."""
+        return parts
+
+    def gathered(self, number: int) -> int:
+        """Numbers in a set as it is computed with here."""
+        return sum(math.prod(shape) for shape in self.local_shapes(number).values())
+
+    def reduce(self, number: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of what was gathered -> of what lies here, summed over ranks."""
+        return gradients
+
+    def total(self, square: Tensor) -> Tensor:
+        """A sum over what lies here -> over all of a set, in place."""
+        return square
+
+    def in_whole(self, number: int, name: str, slot: str, part: Tensor) -> Tensor:
+        """What lies here of a tensor kept for a matrix, as the part of the whole that a checkpoint takes it for.
+
+        On the host, and without a copy where it is there already.
+        """
+        return part.cpu()
+
+    def here(self, part: Tensor) -> Tensor:
+        """What `in_whole` was given, from what it gave."""
+        return part
 
 
 class Ranks:
@@ -47,7 +107,7 @@ class Ranks:
     def place(self, model: nn.Module, shape: MeshShape) -> None:
         """Lays the model, the same on all ranks, out over them."""
 
-    def build_sequence(self, shape: MeshShape) -> None:
+    def open_mesh(self, shape: MeshShape) -> None:
         """Lays out nothing but the axes: for a model whose weight sets are streamed, each rank its part."""
 
     def sets(self, shapes: Sequence[Mapping[str, Shape]]) -> WeightSets:
@@ -116,3 +176,13 @@ class Ranks:
 
     def close(self) -> None:
         """Leaves the group; the other methods must not be called after it."""
+
+
+def launched() -> bool:
+    """Whether torchrun, or a launcher like it, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def restarted() -> bool:
+    """Whether the launcher started this process again after a failure of any rank."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -1,21 +1,39 @@
-"""The bytes of a run by place, from its sizes alone."""
+"""The bytes of a run by place, from its sizes; a run that does not fit is refused with what would."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
 
+import torch
+
+from openm6.base.errors import ConfigError
+from openm6.base.log import get_log
+from openm6.checkpoint.folder import list_checkpoints
+from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
+from openm6.models.presets import PRESETS
+from openm6.nn.block import Block
 from openm6.nn.config import ExpertsConfig, matrices_of
 from openm6.offload.config import StreamingConfig, spread
-from openm6.offload.weight_store import RecordLayout
-from openm6.optim.rules import UpdateRule
+from openm6.offload.weight_store import RecordLayout, set_shapes
+from openm6.optim.config import OptimizerConfig
+from openm6.optim.rules import UpdateRule, update_rule
 
 GIB = 2**30
 EDGE_BYTES = (
     20  # a weight, both moments, its gradient, and its copy in half precision, four bytes each at most
 )
 FULL, HALF = 4, 2  # bytes of an activation or a gradient
+TOLD = 0.02  # share of a place's bytes below which a line is left out of the log
+HOST_SHARE = 0.9  # of the free host memory; the rest is for everybody else
+SMALLER = (4, 2, 1)  # bytes a parameter
+UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+NAMES = {"device": "device memory", "host": "host memory", "disk": "disk"}
+Room = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -168,3 +186,155 @@ def _row_width(config: BackboneConfig, layer: int) -> int:
     part = config.feed_forward(layer)
     rows = part.choices + part.num_shared if isinstance(part, ExpertsConfig) else 1
     return rows * (2 * config.width + matrices_of(part.ffn) * part.hidden + part.hidden)
+
+
+def check_budget(budget: Budget, room: Room, rule: UpdateRule) -> None:
+    """Logs the budget, and refuses what does not fit.
+
+    Raises:
+        ConfigError: a set is named that does not exist; or a place is too small: the sentence names the largest number
+            of layers that would fit, else the largest preset, and which setting frees most.
+    """
+    wanted, num_sets = budget.streaming.resident, len(budget.layouts)
+    if isinstance(wanted, tuple) and (wrong := [number for number in wanted if number >= num_sets]):
+        raise ConfigError(f"streaming.resident names set {wrong[0]}: there are only 0 to {num_sets - 1}")
+    for place, limit in room.items():
+        get_log().info(_told(budget, place, limit, room))
+    short = [place for place, limit in room.items() if needed_bytes(budget, place, room) > limit]
+    if short:
+        raise ConfigError(refusal(budget, short[0], room, rule))
+
+
+def available(device: torch.device, streaming: StreamingConfig, checkpoints: Path | None = None) -> Room:
+    """Free bytes by place; a processor has no place of its own, and without a folder the disk does not matter."""
+    host = HOST_SHARE * free_host_bytes()
+    if streaming.host_gib is not None:
+        host = min(host, streaming.host_gib * GIB)
+    room: Room = {}
+    if device.type == "cuda":
+        room["device"] = float(torch.cuda.mem_get_info(device)[0])
+    room["host"] = host
+    if checkpoints is not None:
+        room["disk"] = float(free_disk_bytes(checkpoints))
+    return room
+
+
+def refusal(budget: Budget, place: str, room: Room, rule: UpdateRule) -> str:
+    """One sentence: what is short, what would fit, what frees most."""
+    needed, limit = needed_bytes(budget, place, room), room[place]
+    return (
+        f"{budget.parameters / 1e9:.3g}B parameters need {_size(needed)} of {NAMES[place]}, and "
+        f"{_size(limit)} are free: {_what_would_fit(budget, room, rule)}; {_what_frees_most(budget, place, room)}"
+    )
+
+
+def fits(budget: Budget, room: Room) -> bool:
+    """Whether there is enough of every place."""
+    return all(needed_bytes(budget, place, room) <= limit for place, limit in room.items())
+
+
+def largest_fit(budget: Budget, room: Room) -> int:
+    """The most layers of this model that would fit everywhere; 0: not even one."""
+    counts = range(budget.config.num_layers - 1, 0, -1)
+    return next((layers for layers in counts if fits(budget.with_layers(layers), room)), 0)
+
+
+def largest_preset(budget: Budget, room: Room, rule: UpdateRule) -> str | None:
+    """The largest preset that would fit, trained in the same way."""
+    by_size = sorted(PRESETS.values(), key=lambda preset: -preset.parameters.total)
+    for preset in by_size:
+        layouts = layouts_of(preset.backbone, rule)
+        edges = preset.parameters.total - sum(layout.num_parameters for layout in layouts)
+        if fits(replace(budget, config=preset.backbone, layouts=layouts, edges=edges, beside=0), room):
+            return preset.name
+    return None
+
+
+def layouts_of(config: BackboneConfig, rule: UpdateRule) -> list[RecordLayout]:
+    """Records of a backbone's weight sets, which takes no memory."""
+    with torch.device("meta"):
+        sets = Backbone(config).sets
+    return [RecordLayout(set_shapes(cast(Block, block)), rule) for block in sets]
+
+
+def free_host_bytes() -> float:
+    """What may still be claimed of the host's memory: by the system's count, and by the limit of the control group."""
+    found = [float("inf")]
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            found.append(float(line.split()[1]) * 1024)
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        found.append(float(limit) - float(used))
+    return min(found)
+
+
+def free_disk_bytes(checkpoints: Path) -> int:
+    """What checkpoints in this folder may take: free space, and what older ones leave when they go."""
+    there = next(folder for folder in (checkpoints, *checkpoints.absolute().parents) if folder.exists())
+    older = sum(path.stat().st_size for folder in list_checkpoints(checkpoints) for path in folder.iterdir())
+    return shutil.disk_usage(there).free + older
+
+
+def _told(budget: Budget, place: str, limit: float, room: Room) -> str:
+    """`host: 1.2 GiB of 20.1 GiB; streamed weights 921 MiB, …`."""
+    needed = needed_bytes(budget, place, room)
+    here = {place, "device"} if place == "host" and "device" not in room else {place}
+    parts = [
+        f"{line.what} {_size(line.num_bytes)}"
+        for line in budget.lines(resident_sets(budget, room))
+        if line.place in here and line.num_bytes >= max(1, TOLD * needed)
+    ]
+    return f"{place}: {_size(needed)} of {_size(limit)}; {', '.join(parts)}"
+
+
+def _what_would_fit(budget: Budget, room: Room, rule: UpdateRule) -> str:
+    if layers := largest_fit(budget, room):
+        return f"model.overrides.num_layers={layers} would fit"
+    if preset := largest_preset(budget, room, rule):
+        return f"model.preset={preset} would fit"
+    return "not even the smallest preset would fit"
+
+
+def _what_frees_most(budget: Budget, place: str, room: Room) -> str:
+    """The setting with the largest effect on this place, and the mildest that would be enough; both tried out."""
+    before = needed_bytes(budget, place, room)
+    changes = dict(_changes(budget))
+    freed = {words: before - needed_bytes(other, place, room) for words, other in changes.items()}
+    most = max(freed, key=lambda words: freed[words])
+    if freed[most] <= 0:
+        return "no setting frees any"
+    enough = next((words for words, other in changes.items() if fits(other, room)), None)
+    return f"{most} frees most, {_size(freed[most])}" + (f", and {enough} would do" if enough else "")
+
+
+def _changes(budget: Budget) -> Iterator[tuple[str, Budget]]:
+    """Settings that leave the model as it is, and what they would make of the budget; the mildest first."""
+    streaming = budget.streaming
+    if budget.checkpoints > 2:
+        yield "loop.keep=1", replace(budget, checkpoints=2)
+    for where in ("device", "host"):
+        yield f"loop.streaming.boundaries={where}", budget.with_streaming("boundaries", where)
+    yield "loop.streaming.resident=auto", budget.with_streaming("resident", "auto")
+    yield "loop.streaming.resident=0", budget.with_streaming("resident", 0)
+    for count in (2, 4, 8):
+        if count > streaming.micro_batches:
+            yield f"loop.streaming.micro_batches={count}", budget.with_streaming("micro_batches", count)
+        if count > streaming.recompute_every:
+            yield f"loop.streaming.recompute_every={count}", budget.with_streaming("recompute_every", count)
+    for size in SMALLER:
+        rule = update_rule(OptimizerConfig(bytes_per_parameter=size))
+        yield f"loop.optimizer.bytes_per_parameter={size}", budget.with_rule(rule)
+
+
+def _size(num_bytes: float) -> str:
+    """Bytes as people say them."""
+    unit, name = next((pair for pair in UNITS if num_bytes >= pair[0]), UNITS[-1])
+    return f"{num_bytes / unit:.3g} {name}"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -1,4 +1,4 @@
-"""Training a codec: a Job whose batches are seeds, whose data lives on the device, and whose result is one file."""
+"""Training of image and audio codecs: recipes, averaged weights, the best of them, and the checks of the latent."""
 
 from __future__ import annotations
 
@@ -6,32 +6,110 @@ import json
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL.Image import Image
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from openm6.base.config import Config, nearest
 from openm6.base.errors import TrainingError
 from openm6.base.files import replace_text
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.base.seeds import derive_seed
 from openm6.data.source import Split
+from openm6.data.sources import AnySourceConfig
 from openm6.modalities.codec import save_codec
 from openm6.modalities.codec_base import Codec, Health
-from openm6.modalities.codec_image import ImageCodec
-from openm6.modalities.codec_sound import SoundCodec
-from openm6.train.codec_pictures import PictureLessons, picture_scores, read_small, to_pixels
-from openm6.train.codec_recipe import CodecRecipe, ImageCodecRecipe, SoundCodecRecipe
-from openm6.train.codec_records import hold_out, read_records
-from openm6.train.codec_sounds import SoundLessons, read_clip, sound_scores
+from openm6.modalities.codec_image import ImageCodec, ImageCodecConfig
+from openm6.modalities.codec_sound import SoundCodec, SoundCodecConfig
+from openm6.train.audio_codec import SoundLessons, SoundLessonsConfig, read_clip, sound_scores
+from openm6.train.codec_data import hold_out, read_records
+from openm6.train.config import LoopConfig
+from openm6.train.image_codec import (
+    PictureLessons,
+    PictureLessonsConfig,
+    picture_scores,
+    read_small,
+    to_pixels,
+)
 from openm6.train.job import Job, StepResult
 from openm6.train.step import seed_everything
 
 CODEC_FILE = "codec.safetensors"
 SCORES_FILE = "scores.json"
 AVERAGED, BEST = "averaged.", "best."
+
+
+class CodecRecipe(Config):
+    """What picture and sound codecs have in common.
+
+    One record in `held_out` of each source is never trained on and picks the best averaged weights. In the last
+    `settle_share` of the run the latent's statistics stay as they are. A run fails where, after `guard_from` steps,
+    more than `max_saturated` of the latent is beyond reach of the gradient, or a channel carries less than the share
+    `min_bits` of what it could.
+    """
+
+    sources: dict[str, AnySourceConfig] = Field(min_length=1)
+    loop: LoopConfig = LoopConfig()
+    held_out: int = Field(default=20, ge=2)
+    settle_share: float = Field(default=0.2, ge=0, le=1)
+    average: float = Field(default=0.999, ge=0, lt=1)
+    guard_from: int = Field(default=200, ge=1)
+    max_saturated: float = Field(default=0.1, gt=0, le=1)
+    min_bits: float = Field(default=0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _length_known(self) -> CodecRecipe:
+        if not isinstance(self.loop.steps, int):
+            raise ValueError("a codec's loop.steps must be a number, since its loss changes near the end")
+        return self
+
+    @property
+    def settle_from(self) -> int:
+        """First step of the last phase."""
+        assert isinstance(self.loop.steps, int)
+        return round(self.loop.steps * (1.0 - self.settle_share))
+
+
+class ImageCodecRecipe(CodecRecipe):
+    """What `openm6 train` reads when `kind` is `codec-image`."""
+
+    kind: Literal["codec-image"] = "codec-image"
+    codec: ImageCodecConfig = ImageCodecConfig()
+    lessons: PictureLessonsConfig = PictureLessonsConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> ImageCodecRecipe:
+        _check_shares(self.lessons.shares, self.sources)
+        for side in self.lessons.sides:
+            if side % self.codec.stride:
+                raise ValueError(
+                    f"lessons.sides: {side} must be a multiple of {self.codec.stride}, the stride"
+                )
+        return self
+
+
+class SoundCodecRecipe(CodecRecipe):
+    """What `openm6 train` reads when `kind` is `codec-sound`."""
+
+    kind: Literal["codec-sound"] = "codec-sound"
+    codec: SoundCodecConfig = SoundCodecConfig()
+    lessons: SoundLessonsConfig = SoundLessonsConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> SoundCodecRecipe:
+        _check_shares(self.lessons.shares, self.sources)
+        return self
+
+
+def _check_shares(shares: dict[str, float], sources: dict[str, AnySourceConfig]) -> None:
+    for name in shares:
+        if name not in sources:
+            hint = nearest(name, list(sources))
+            raise ValueError(f"lessons.shares names {name!r}, which is not a source; {hint}")
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from pydantic import Field, field_validator, model_validator
 from openm6.base.config import Config
 from openm6.base.energy.config import EnergyConfig
 from openm6.base.errors import ConfigError
+from openm6.checkpoint.delink import Moments
 from openm6.offload.config import StreamingConfig
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.optim.registry import check_optimizer_name
-from openm6.train.stages import StagesConfig
 
 Precision = Literal["auto", "fp32", "bf16", "bf16-products"]
 LOOP_SECTION = "loop"  # the name of this section in a run's config.yaml
+STAGES_SECTION = "stages"  # the name of this section within the loop's
 
 
 class HeldOutConfig(Config):
@@ -100,3 +101,39 @@ class LoopConfig(Config):
                 "steps: auto needs some steps at the full rate: set schedule.decay_share to 0.9 or less"
             )
         return self
+
+
+class PlateauConfig(Config):
+    """The loss stands still: its mean over `window` steps is hardly below that of the window before."""
+
+    window: int = Field(default=200, ge=2)
+    improvement: float = Field(default=0.01, gt=0, lt=1)  # share of the loss
+
+
+class SwitchConfig(Config):
+    """When the shared weights are taken apart: after a step, after so many minutes of steps, or at a plateau."""
+
+    step: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    plateau: PlateauConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SwitchConfig:
+        if sum(way is not None for way in (self.step, self.minutes, self.plateau)) != 1:
+            raise ValueError("give one of step, minutes and plateau, e.g. switch: {step: 500}")
+        return self
+
+
+class StagesConfig(Config):
+    """Pseudo-to-Real (M6-10T, arXiv 2110.03888, section 3): the model's `sharing` holds until the switch.
+
+    moments: what the optimizer remembers of a shared set is scaled for its layers, or forgotten (checkpoint/delink.py)
+    warmup_steps: over which the rate climbs back after the switch
+    noise: share of each matrix's own deviation that is added to it at the switch, so that layers are no longer alike;
+        0 leaves the model's answers exactly as they were
+    """
+
+    switch: SwitchConfig
+    moments: Moments = "independent"
+    warmup_steps: int = Field(default=20, ge=0)
+    noise: float = Field(default=0.0, ge=0, le=1)

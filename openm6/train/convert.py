@@ -27,7 +27,7 @@ from openm6.nn.block import Block
 from openm6.offload.weight_store import RecordLayout, set_shapes
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import Memory, Stored, UpdateRule, update_rule
-from openm6.train.streamed import full_name
+from openm6.train.offloaded import full_name
 
 TIERS = (16, 4, 2, 1)
 WRITTEN_ANEW = ("format", "openm6", "step", "files")  # of state.json

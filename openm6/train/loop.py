@@ -1,10 +1,11 @@
-"""The training loop: next batch, step, log, judge, save; every way to train is a Job, never another loop."""
+"""The training loop: next batch, step, log, evaluate, save; every kind of training is a Job, never another loop."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.base.errors import CheckpointError, Interrupted, TrainingError
+from openm6.base.errors import CheckpointError, Interrupted, OpenM6Error, TrainingError
 from openm6.base.heap import keep_freed_memory
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
@@ -20,25 +21,31 @@ from openm6.checkpoint.folder import latest, list_checkpoints, read_state, refus
 from openm6.checkpoint.load import load_job_tensors, open_saver
 from openm6.checkpoint.optimizer import optimizer_tensors
 from openm6.checkpoint.save import Snapshot
-from openm6.train.config import LoopConfig
-from openm6.train.display import open_display
-from openm6.train.failures import SwapHook, device_failures, failures_after_training
-from openm6.train.held_out import HeldOutHook
-from openm6.train.hooks import Hook
-from openm6.train.interrupt import Interrupt
+from openm6.optim.schedule import decay_start
+from openm6.parallel.ranks import Ranks
+from openm6.train.callbacks import (
+    HeldOutHook,
+    Hook,
+    Interrupt,
+    MemoryHook,
+    Progress,
+    SpikeWatch,
+    StagesHook,
+    SwapHook,
+)
+from openm6.train.config import LOOP_SECTION, LoopConfig
+from openm6.train.data_loader import Prefetch
 from openm6.train.job import Batch, Job
-from openm6.train.length import RunLength
-from openm6.train.memory import MemoryHook
 from openm6.train.metering import MeterHook
-from openm6.train.prefetch import Prefetch
-from openm6.train.progress import Progress
-from openm6.train.recorder import MetricsFile, Recorder, Sink
-from openm6.train.staging import StagesHook
-from openm6.train.step import StepReport, Updater, seed_everything
-from openm6.train.streamed import open_updater
-from openm6.train.tensorboard import open_tensorboard
-from openm6.train.watch import SpikeWatch
+from openm6.train.metrics import MetricsFile, Recorder, Sink, open_display, open_tensorboard
+from openm6.train.offloaded import open_updater
+from openm6.train.step import StepReport, Updater, device_failures, seed_everything
 from openm6.train.workers import Workers, number_of_workers
+
+SKIPPED = 2  # first steps, slow through caches, compilation and memory that is claimed
+MEASURED_SHARE = 0.4  # of the time: at first, caches of codes are still being filled and steps take longer
+MEASURED_LEAST = 5  # steps
+TIME_FOR_STEPS = 0.96  # the rest is for judging and saving
 
 
 @dataclass(frozen=True)
@@ -347,3 +354,66 @@ def _check_stage(folder: Path, saved: str, job: Job) -> None:
             f"{folder} is of the {saved} stage, this run is in the {job.stage} stage: "
             f"turn it with openm6 convert, or set model.overrides.sharing and loop.stages back"
         )
+
+
+class RunLength:
+    """The number of steps of a run; None until it is known.
+
+    A measured number goes into the run's config.yaml, and from then on stands like a given one: a run resumed or
+    repeated with that file takes exactly the same steps.
+    """
+
+    def __init__(self, config: LoopConfig, run: RunFolder, ranks: Ranks | None = None) -> None:
+        self.steps: int | None = None if config.steps == "auto" else int(config.steps)
+        self._config = config
+        self._run = run
+        self._ranks = ranks or Ranks()
+        self._spent: list[float] = []
+        if self.steps is None:
+            written = run.read_config().get(LOOP_SECTION, {}).get("steps")
+            self.steps = written if isinstance(written, int) else None
+
+    def reached(self, step: int) -> bool:
+        return self.steps is not None and step >= self.steps
+
+    def observe(self, step: int, seconds: float) -> None:
+        """Take note of how long step `step` took; fixes the length once enough is known."""
+        if self.steps is not None or self._config.minutes is None:
+            return
+        self._spent.append(self._ranks.from_first(seconds))  # all ranks must come to the same number
+        measured, spent, budget = self._spent[SKIPPED:], sum(self._spent), self._config.minutes * 60
+        believed = len(measured) >= MEASURED_LEAST and spent >= budget * MEASURED_SHARE
+        pressed = len(measured) >= 1 and spent >= budget / 2  # steps too slow to be measured well
+        if not (believed or pressed):
+            return
+        recent = measured[len(measured) // 2 :]  # the first ones fill caches that the later ones find filled
+        left = budget * TIME_FOR_STEPS - spent
+        self._fix(step, step + max(0, math.floor(left / (sum(recent) / len(recent)))))
+
+    def _fix(self, step: int, total: int) -> None:
+        # The steps so far were taken at the full rate: the decay must not start before them, or a repeated run differs.
+        while decay_start(total, self._config.schedule) < step:
+            total += 1
+        self.steps = total
+        if self._ranks.first:
+            self._run.set_config(LOOP_SECTION, "steps", total)
+        get_log().info(
+            f"{total} steps fit into {self._config.minutes:g} minutes; written to {self._run.config}"
+        )
+
+
+@contextmanager
+def failures_after_training(checkpoint: Path) -> Iterator[None]:
+    """Turns what fails once a run is trained into one sentence that says that nothing of the training is lost.
+
+    Raises:
+        TrainingError: evaluating or reporting failed, for a reason that a person can do something about.
+    """
+    try:
+        yield
+    except (OpenM6Error, OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TrainingError(
+            f"the run is trained and saved as {checkpoint}, but evaluating or reporting it failed ({reason}): "
+            "fix that and go on with --resume"
+        ) from error

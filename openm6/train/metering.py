@@ -1,18 +1,28 @@
-"""The hook that meters a run: joules of its steps and of what lies between them, carried on when it is resumed."""
+"""Energy of a run: the joules of its steps and of what lies between them, and what they were used for."""
+
+# Dimensions: n tokens of one kind, E examples
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-from openm6.base.energy.ledger import Ledger
+from openm6.base.energy.ledger import Ledger, Share
 from openm6.base.energy.meter import Meter, open_meter
 from openm6.base.energy.reading import SOURCES, Reading
-from openm6.train.hooks import Hook, Running
-from openm6.train.recorder import read_metrics
+from openm6.modalities.batch import Batch
+from openm6.modalities.text import TextAdapter
+from openm6.models.config import count_parameters
+from openm6.models.omni import Omni
+from openm6.train.callbacks import Hook, Running
+from openm6.train.metrics import read_metrics
 from openm6.train.step import StepReport
+
+PASSES = 6  # operations for each weight a token meets: multiply and add, forward once and backward twice
 
 
 class MeterHook(Hook):
@@ -129,3 +139,42 @@ def gpus_of(device: torch.device) -> tuple[int, ...]:
     if device.type != "cuda":
         return ()
     return (device.index if device.index is not None else torch.cuda.current_device(),)
+
+
+class Attribution:
+    """Operations of each kind of token: active weights of the backbone, and those of its adapter where they work.
+
+    A text token that is only read costs its adapter nothing, since an embedding is looked up, not multiplied.
+    Attention between tokens is left out: it is shared by all kinds alike.
+    """
+
+    def __init__(self, model: Omni) -> None:
+        self._backbone = PASSES * count_parameters(model.config).active
+        self._read = {name: PASSES * _multiplied(adapter) for name, adapter in model.adapters.items()}
+        self._learned = dict(self._read)
+        for name, adapter in model.adapters.items():
+            if isinstance(adapter, TextAdapter):  # the embedding is the output layer as well
+                self._learned[name] += PASSES * adapter.embedding.weight.numel()
+
+    def shares(self, batch: Batch) -> dict[str, dict[str, Share]]:
+        """The batch's work by modality and by task; call it while the batch is still on the processor."""
+        modalities: dict[str, Share] = {}
+        tokens, operations = np.zeros(batch.num_examples), np.zeros(batch.num_examples)  # E
+        for name, kind in batch.kinds.items():
+            learned = kind.weight.numpy() > 0  # n
+            cost = self._backbone + np.where(learned, self._learned[name], self._read[name])
+            example = kind.example.numpy()
+            tokens += np.bincount(example, minlength=batch.num_examples)
+            operations += np.bincount(example, weights=cost, minlength=batch.num_examples)
+            modalities[name] = Share(len(learned), float(cost.sum()))
+        tasks: dict[str, Share] = {}
+        for task, count, spent in zip(batch.tasks, tokens, operations, strict=True):
+            before = tasks.get(task, Share(0, 0.0))
+            tasks[task] = Share(before.tokens + int(count), before.operations + float(spent))
+        return {"modality": modalities, "task": tasks}
+
+
+def _multiplied(adapter: nn.Module) -> int:
+    """Weights of an adapter that are multiplied, not looked up."""
+    looked_up = {id(module.weight) for module in adapter.modules() if isinstance(module, nn.Embedding)}
+    return sum(weight.numel() for weight in adapter.parameters() if id(weight) not in looked_up)

@@ -1,23 +1,19 @@
-"""The way of training that the project is for: one model, many tasks over many sources, packed rows."""
+"""Training of one model on many tasks over many sources, in packed rows."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from openm6.base.energy.meter import open_meter
-from openm6.base.errors import ConfigError, DataError
-from openm6.base.files import replace_text
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
-from openm6.checkpoint.folder import latest, list_checkpoints, read_state
+from openm6.checkpoint.folder import latest, read_state
 from openm6.data.mixture import Component, Mixture, epochs_seen
 from openm6.data.packing import Packer, merge_cursors
 from openm6.data.prepare import Preparer
@@ -35,9 +31,7 @@ from openm6.evaluate.table import summary
 from openm6.inference.load import Loaded
 from openm6.modalities.batch import Batch, Counts, count, split
 from openm6.modalities.codec import codec_scores
-from openm6.modalities.numbers import Scales, fit_scale
 from openm6.modalities.pool import POOL
-from openm6.modalities.text import train_tokenizer
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.choice import build_backbone
 from openm6.models.description import (
@@ -49,24 +43,21 @@ from openm6.models.description import (
 from openm6.models.omni import Omni
 from openm6.nn.exchange import LocalExchange
 from openm6.nn.gather import LocalGather
-from openm6.parallel.gather import open_gather
-from openm6.parallel.placing import place
+from openm6.parallel.collectives import open_gather
 from openm6.parallel.ranks import Ranks
-from openm6.tasks.registry import TASKS
-from openm6.tasks.task import LANGUAGES
-from openm6.train.attribution import Attribution
-from openm6.train.cut_checks import check_cut
-from openm6.train.held_out import pack_held_out
 from openm6.train.job import Job, StepResult
-from openm6.train.metering import gpus_of
-from openm6.train.recipe import MultimodalRecipe
-from openm6.train.source_check import check_sources
+from openm6.train.metering import Attribution, gpus_of
+from openm6.train.multimodal_data import (
+    check_sources,
+    fit_scales,
+    pack_held_out,
+    tokenizer_text,
+    trained_tasks,
+)
+from openm6.train.recipe import MultimodalRecipe, check_cut
 from openm6.train.step import seed_everything
-from openm6.train.trained_tasks import trained_tasks
 
-TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
 PART_TOKENS = 256  # fewer are not worth a process: each part costs some milliseconds whatever it holds
-SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
 
 
 class MultimodalJob(Job):
@@ -81,13 +72,14 @@ class MultimodalJob(Job):
         sources = open_sources(recipe.sources, "train")
         used = {lecture.source: sources[lecture.source] for lecture in recipe.mixture}
         first = self.ranks.first
-        self.tokenizer = self.ranks.from_first(_tokenizer_text(recipe, used, run) if first else "")
+        self.tokenizer = self.ranks.from_first(tokenizer_text(recipe, used, run) if first else "")
         self.description = _describe(recipe, used)
         seed_everything(recipe.loop.seed, "weights")
         self.omni, self.modalities = build_model(
             self.description, self.tokenizer, "the tokenizer", recipe.loop.streamed
         )
-        self.model = place(self.omni, device)
+        self.model = self.omni
+        _to_device(self.omni, device)
         self._place(device)
         if self.omni.pool is not None:
             self.omni.pool.gather = open_gather()
@@ -115,7 +107,7 @@ class MultimodalJob(Job):
         shape = config.resolve(ranks.size, num_experts, device.type == "cuda")
         check_cut(self.recipe, shape, self.omni.config)
         if self.recipe.loop.streamed:
-            ranks.build_sequence(shape)
+            ranks.open_mesh(shape)
         else:
             ranks.place(self.omni, shape)
         self.omni.backbone.exchange = ranks.exchange(config.parts)
@@ -220,14 +212,25 @@ class MultimodalJob(Job):
         return self.omni.config.stage
 
     def delink(self) -> dict[str, str]:
-        if not self.ranks.wrapped:
-            names = self.omni.delink()
-        else:
-            # Its import takes seconds, which a process alone is spared.
-            cut_stages = importlib.import_module("openm6.train.cut_stages")
-            self.omni, names = cut_stages.delink_cut(self.omni, self.ranks.layout)
-            self.model = self.omni
+        names = self._delink_sharded() if self.ranks.wrapped else self.omni.delink()
         self.description = self.description.model_copy(update={"backbone": self.omni.config})
+        return names
+
+    def _delink_sharded(self) -> dict[str, str]:
+        """Build the model again with weights of its own for each layer, sharded as it was; outputs stay the same.
+
+        Never more than one block stands whole on a rank, and of its experts only those that the rank holds.
+        """
+        # torch's distributed tensors take seconds to import: a process alone is spared them.
+        from openm6.parallel.fsdp import Recut, gather_parameters, shard_rest  # noqa: PLC0415
+
+        old, layout = self.omni, self.ranks.layout
+        with torch.no_grad():
+            names = old.delink(Recut(layout).refill)
+            parts: list[nn.Module] = [old.adapters, old.backbone.layers, old.backbone.final_norm]
+            gather_parameters(parts)
+            self.omni = self.model = old.unwrapped()
+            shard_rest(self.omni, layout)
         return names
 
     def finish(self, run: RunFolder) -> None:
@@ -317,6 +320,13 @@ class MultimodalJob(Job):
         return {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
 
 
+def _to_device(module: nn.Module, device: torch.device) -> None:
+    """Move a module in place; tensors on `meta` stay there."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
+
+
 def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> ModelDescription:
     """What a checkpoint tells of its model; `sources` are those that the mixture draws from."""
     return ModelDescription(
@@ -325,67 +335,9 @@ def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> ModelDesc
         modalities=recipe.modalities.model_copy(
             update={"text": recipe.modalities.text.model_copy(update={"vocabulary": recipe.vocabulary})}
         ),
-        scales=_fit_scales(sources.values()),
+        scales=fit_scales(sources.values()),
         embedding=recipe.pooling,
         lessons=trained_tasks(recipe, sources),
         sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},
         judge=recipe.judge.model_dump(mode="json"),
     )
-
-
-def _texts(source: Source, record_index: int) -> Iterator[str]:
-    try:
-        record = source[record_index]
-    except DataError:  # the quarantine will name it when it is drawn
-        return
-    for key in TEXT_KEYS:
-        if isinstance(record.get(key), str):
-            yield record[key]
-    for key in ("tags_en", "tags_zh"):
-        yield ", ".join(record.get(key) or ())
-    for name in (*(record.get("numbers") or ()), *(record.get("series") or ())):
-        yield " " + name.replace("_", " ")
-
-
-def _tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: RunFolder) -> str:
-    """The tokenizer.json of the run: its own from before, the one named, or one learned from sources and prompts."""
-    kept = run.path / TOKENIZER_FILE
-    # Without a checkpoint the run never began: what lies there may be of another recipe.
-    begun = kept.is_file() and bool(list_checkpoints(run.checkpoints))
-    named = str(kept) if begun else recipe.modalities.text.tokenizer
-    if named is None:
-        replace_text(kept, _learned_tokenizer(recipe, sources))
-        named = str(kept)
-    try:
-        return Path(named).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"modalities.text.tokenizer={named!r} cannot be read: {error}") from None
-
-
-def _learned_tokenizer(recipe: MultimodalRecipe, sources: dict[str, Source]) -> str:
-    prompts = [
-        prompt for lecture in recipe.mixture for language in LANGUAGES
-        for prompt in TASKS[lecture.task].prompts.get(language, ())
-    ]  # fmt: skip
-    spread = {
-        name: np.linspace(0, len(s) - 1, min(len(s), SCANNED)).astype(int) for name, s in sources.items()
-    }
-    words = (text for name, s in sources.items() for index in spread[name] for text in _texts(s, int(index)))
-    get_log().info("learning a tokenizer from the sources")
-    return train_tokenizer([*prompts * 20, *words], recipe.vocabulary).to_str()
-
-
-def _fit_scales(sources: Iterable[Source]) -> Scales:
-    """Centre and spread of every number column, from training records alone."""
-    columns: dict[str, list[float]] = {}
-    for source in sources:
-        for index in np.linspace(0, len(source) - 1, min(len(source), SCANNED)).astype(int):
-            try:
-                record = source[int(index)]
-            except DataError:
-                continue
-            for name, value in (record.get("numbers") or {}).items():
-                columns.setdefault(name, []).append(np.nan if value is None else float(value))
-            for name, values in (record.get("series") or {}).items():
-                columns.setdefault(name, []).extend(np.nan if v is None else float(v) for v in values)
-    return {name: fit_scale(np.asarray(values)) for name, values in sorted(columns.items())}

@@ -18,11 +18,9 @@ from openm6.base.device import own_device
 from openm6.base.errors import ConfigError, OpenM6Error
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
-from openm6.parallel.ranks import Ranks
-from openm6.parallel.start import launched, open_ranks, restarted
+from openm6.parallel.ranks import Ranks, launched, restarted
 from openm6.tasks.registry import TASKS
-from openm6.train.codec import ImageCodecJob, SoundCodecJob
-from openm6.train.codec_recipe import CodecRecipe, ImageCodecRecipe, SoundCodecRecipe
+from openm6.train.codec import CodecRecipe, ImageCodecJob, ImageCodecRecipe, SoundCodecJob, SoundCodecRecipe
 from openm6.train.job import Job
 from openm6.train.loop import TrainResult, refuse_overwriting, train
 from openm6.train.multimodal import MultimodalJob
@@ -85,7 +83,7 @@ def train_recipe(
     """
     device = own_device()
     plan = _plan(recipe, overrides or [], resume, out)
-    ranks = open_ranks(device, plan.timeout_seconds)
+    ranks = _open_ranks(device, plan.timeout_seconds)
     if not ranks.first:
         get_log().setLevel(logging.ERROR)
     with ranks.guard():
@@ -100,6 +98,16 @@ def train_recipe(
         if isinstance(plan.recipe, MultimodalRecipe):
             get_log().info(_next_steps(plan.recipe, plan.folder))
     return result if ranks.first else None
+
+
+def _open_ranks(device: torch.device, timeout_seconds: float) -> Ranks:
+    """Return the ranks of this run: this process alone, or those that the launcher started."""
+    if not launched():
+        return Ranks()
+    # torch's distributed tensors take seconds to import: a process alone is spared them.
+    from openm6.parallel.processes import ProcessRanks  # noqa: PLC0415
+
+    return ProcessRanks(device, timeout_seconds)
 
 
 def _next_steps(recipe: MultimodalRecipe, folder: Path) -> str:

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openm6.base.energy.ledger import Work, sum_work
-from openm6.base.errors import ConfigError
+from openm6.base.errors import ConfigError, TrainingError
 from openm6.base.log import get_log
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.delink import Moments, delink_moments
 from openm6.checkpoint.load import load_model, load_optimizer
 from openm6.checkpoint.optimizer import optimizer_tensors, place_optimizer
 from openm6.checkpoint.shards import Shard
+from openm6.models.activations import layers_to_recompute
+from openm6.models.backbone import Backbone
+from openm6.models.running import CompiledBlocks, RecomputedBlocks, RunBlock, run_plainly
 from openm6.ops.precision import HALF, half_is_fast, products_in_half
 from openm6.optim.registry import build_optimizer, set_rate
 from openm6.optim.schedule import rate_factor
 from openm6.parallel.ranks import Ranks
 from openm6.train.config import LoopConfig, Precision
 from openm6.train.job import Batch, Job, StepResult
-from openm6.train.speed import choose_way
-from openm6.train.stages import break_symmetry, shared_matrices
+from openm6.train.pseudo_to_real import break_symmetry, shared_matrices
 
 
 @dataclass(frozen=True)
@@ -235,3 +237,61 @@ def settle_precision(precision: Precision, device: torch.device) -> Precision:
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     # bf16 for everything between the products too is slower on a processor: see docs/performance.md.
     return "bf16-products" if device.type == "cpu" and half_is_fast() else "fp32"
+
+
+def choose_way(model: nn.Module, config: LoopConfig, tokens: int, pending: int, cut: bool = False) -> None:
+    """Sets `run_block` of each backbone in the model that still runs plainly.
+
+    tokens: of a step; pending: bytes that gradients and optimizer will take beside what is allocated now; cut: blocks
+    gather their weights or exchange rows with other ranks, which no compiler sees through.
+    """
+    for backbone in (module for module in model.modules() if isinstance(module, Backbone)):
+        if backbone.run_block is run_plainly:
+            backbone.run_block = _way(backbone, config, tokens, pending, cut)
+
+
+def _way(backbone: Backbone, config: LoopConfig, tokens: int, pending: int, cut: bool) -> RunBlock:
+    device = backbone.final_norm.weight.device
+    # On a processor compiling takes minutes and saves little: see docs/performance.md.
+    compiles = device.type == "cuda" if config.compile == "auto" else config.compile
+    run: RunBlock = CompiledBlocks() if compiles and not cut else run_plainly
+    again = config.recompute
+    if again == "auto":
+        again = 0 if device.type != "cuda" else _by_memory(backbone, tokens, pending, device)
+    if again:
+        get_log().info(
+            f"{again} of {backbone.config.num_layers} layers are computed again in the backward pass"
+        )
+        run = RecomputedBlocks(run, again)
+    return run
+
+
+def _by_memory(backbone: Backbone, tokens: int, pending: int, device: torch.device) -> int:
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    half = torch.is_autocast_enabled("cuda") or backbone.final_norm.weight.dtype == torch.bfloat16
+    return layers_to_recompute(backbone.config, tokens, 2 if half else 4, free - pending)
+
+
+@contextmanager
+def device_failures(step: Callable[[], int], streamed: bool = True) -> Iterator[None]:
+    """Turns a GPU's failures into one sentence; the run's checkpoints are whole, whatever happened.
+
+    `step` tells which one is under way when it happens.
+
+    Raises:
+        TrainingError: the GPU's memory ran out, or the GPU is gone.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        mend = "raise loop.streaming.micro_batches or margin_gib"
+        mend = mend if streamed else "raise loop.recompute, make batches smaller, or add loop.streaming"
+        raise TrainingError(
+            f"the GPU's memory ran out in step {step()}: {mend}, then go on with --resume"
+        ) from error
+    except torch.AcceleratorError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"the GPU failed in step {step()} ({reason}): what was saved is whole, go on with --resume"
+        ) from error

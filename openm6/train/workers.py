@@ -8,25 +8,20 @@ in the same order, and the owner updates it.
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import queue
-import threading
 from collections.abc import Iterable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from openm6.base.errors import ConfigError, OpenM6Error, TrainingError
+from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.parallel.ranks import Ranks
 from openm6.parallel.worker_pool import (
-    Failure,
     WorkerPool,
     can_fork,
     share_model,
@@ -34,6 +29,7 @@ from openm6.parallel.worker_pool import (
     usable_cores,
 )
 from openm6.train.config import LOOP_SECTION, LoopConfig
+from openm6.train.data_loader import DataWorker
 from openm6.train.job import Batch, Job
 from openm6.train.step import StepReport, Updater
 
@@ -213,65 +209,3 @@ def assign_owners(sizes: list[int], ranks: int) -> list[int]:
         owner[index] = load.index(min(load))
         load[owner[index]] += sizes[index]
     return owner
-
-
-class DataWorker:
-    """A process that makes batches ahead and sends a part of each to `parts` readers; create it before they are forked.
-
-    A thread beside the training would take its interpreter lock and half of its core; a process takes neither.
-    """
-
-    def __init__(self, job: Job, parts: int, ahead: int) -> None:
-        self.job, self.ahead = job, ahead
-        pairs = [multiprocessing.Pipe(duplex=False) for _ in range(parts)]
-        self.readers = [reader for reader, _ in pairs]
-        self.writers = [writer for _, writer in pairs]
-
-    def read(self, part: int) -> Batch:
-        """Return the next part of a batch.
-
-        Raises:
-            OpenM6Error: the error that making it failed with.
-            TrainingError: the process that makes batches failed otherwise, or was killed.
-        """
-        try:
-            item = self.readers[part].recv()
-        except EOFError:
-            raise TrainingError("the process that makes batches has ended: go on with --resume") from None
-        if isinstance(item, OpenM6Error):
-            raise item
-        if isinstance(item, Failure):
-            raise TrainingError(f"making a batch failed: {item.words}")
-        batch: Batch = item
-        return batch
-
-    def serve(self, pipe: Connection) -> None:
-        """Make batches until nobody reads them."""
-        self.keep(reader=None)
-        queues: list[queue.Queue[Any]] = [queue.Queue(self.ahead) for _ in self.writers]
-        for waiting, writer in zip(queues, self.writers, strict=True):
-            threading.Thread(target=_send, args=(waiting, writer), daemon=True).start()
-        try:
-            for batch in self.job.batches():
-                for waiting, part in zip(queues, self.job.split(batch, len(queues)), strict=True):
-                    waiting.put(part)
-            queues[0].put(TrainingError("the data ended before the run did: batches() must go on for ever"))
-        except OpenM6Error as error:
-            queues[0].put(error)
-        except Exception as error:  # reported by the first reader, who ends the run
-            queues[0].put(Failure(error))
-        pipe.recv()  # until the pool is closed
-
-    def keep(self, reader: int | None) -> None:
-        """Close the ends of pipes that this process does not use: an open one hides that its owner has ended."""
-        unused = [end for index, end in enumerate(self.readers) if index != reader]
-        for end in [*unused, *(self.writers if reader is not None else ())]:
-            end.close()
-
-
-def _send(waiting: queue.Queue[Any], writer: Connection) -> None:
-    try:
-        while True:
-            writer.send(waiting.get())
-    except OSError:
-        os._exit(0)  # nobody reads any more

@@ -17,7 +17,7 @@ from openm6.inference.taught import SURE, Taught, assess, inputs_of
 from openm6.modalities.interface import Part
 from openm6.models.description import ModelDescription
 from openm6.tasks.registry import TASKS
-from openm6.train.trained_tasks import words_read
+from openm6.train.multimodal_data import words_read
 from tests.data.pictures import png
 from tests.small_model import demo_sources, loaded
 

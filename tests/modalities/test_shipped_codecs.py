@@ -12,8 +12,8 @@ from openm6.data.sources import open_sources
 from openm6.modalities.codec import SHIPPED, load_codec, shipped_codecs
 from openm6.modalities.codec_image import ImageCodec
 from openm6.modalities.codec_sound import SoundCodec
-from openm6.train.codec_pictures import picture_scores, read_small, to_pixels
-from openm6.train.codec_sounds import read_clip, sound_scores
+from openm6.train.audio_codec import read_clip, sound_scores
+from openm6.train.image_codec import picture_scores, read_small, to_pixels
 
 
 def test_three_codecs_are_shipped_each_a_few_megabytes_with_its_scores() -> None:

@@ -18,11 +18,10 @@ from openm6.offload.blocks import Step
 from openm6.offload.config import StreamingConfig
 from openm6.offload.streams import Streams
 from openm6.optim.config import OptimizerConfig
-from openm6.train.config import LoopConfig, Precision
+from openm6.train.config import LoopConfig, Precision, StagesConfig, SwitchConfig
 from openm6.train.loop import train
-from openm6.train.stages import StagesConfig, SwitchConfig
+from openm6.train.offloaded import StreamedUpdater
 from openm6.train.step import Updater
-from openm6.train.streamed import StreamedUpdater
 from tests.offload.strict_streams import WatchedStreams, late_streams
 from tests.train.words_job import WordsJob, words_backbone, words_config
 

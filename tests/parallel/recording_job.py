@@ -15,8 +15,8 @@ from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
 from openm6.train.job import StepResult
 from openm6.train.loop import train
+from openm6.train.metrics import read_metrics
 from openm6.train.multimodal import MultimodalJob
-from openm6.train.recorder import read_metrics
 from openm6.train.run import read_recipe
 
 Records = dict[int, list[tuple[int, int, int]]]  # step -> component, epoch and index of each example

@@ -21,9 +21,9 @@ from openm6.modalities.batch import Batch
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
 from openm6.train.multimodal import MultimodalJob
+from openm6.train.offloaded import open_updater
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport
-from openm6.train.streamed import open_updater
 from tests.parallel.fleet import Fleet
 from tests.parallel.test_ranks import CPU, few_steps, whole_weights
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe

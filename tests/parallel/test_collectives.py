@@ -1,120 +1,207 @@
-"""What a step says to other ranks: one all-to-all each way a layer, and the host waits for row counts alone."""
+"""Collectives with gradients: experts on several ranks are those of one, and rows of all ranks meet in one loss."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as processes
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from openm6.nn.block import Block
+from openm6.modalities.pool import PoolAdapter, PoolConfig
 from openm6.nn.config import ExpertsConfig
-from openm6.parallel.config import MeshShape
-from openm6.parallel.processes import ProcessRanks
+from openm6.nn.exchange import LocalExchange
+from openm6.nn.experts import Experts, Router
+from openm6.nn.gather import LocalGather
+from openm6.parallel.collectives import AllToAllExchange, CopiesExchange, RankGather, open_gather
+from openm6.parallel.fsdp import cut_experts
 from tests.parallel.fleet import Fleet
-from tests.parallel.test_ranks import CPU
-from tests.parallel.test_twenty_steps import MESHES, Axes, SharedWords
-from tests.train.words_job import words_backbone
 
-WAITS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
-
-
-class Exchanges(TorchDispatchMode):
-    """Counts all-to-alls, of rows and of numbers of rows, and while `inside` what the host must wait for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.waits: Counter[str] = Counter()
-        self.inside = False
-
-    def enter(self, *_: Any) -> None:
-        self.inside = True
-        watch(self.waits)
-
-    def leave(self, *_: Any) -> None:
-        self.inside = False
-        unwatch()
-
-    def __torch_dispatch__(self, function: Any, types: Any, values: Any = (), named: Any = None) -> Any:
-        name = str(function)
-        if "alltoall" in name:
-            self.calls["rows" if values[0].is_floating_point() else "counts"] += 1
-        if self.inside and ("_local_scalar_dense" in name or "nonzero" in name):
-            self.waits[name] += 1
-        return function(*values, **(named or {}))
+WIDTH, NUM_EXPERTS = 16, 8
+VARIANTS: dict[str, dict[str, Any]] = {
+    "top_k": {"top_k": 3},
+    "prototypes": {"num_prototypes": 2, "ffn": "gelu"},
+    "shared": {"top_k": 2, "num_shared": 1},
+    "aux": {"top_k": 2, "balance": "aux", "aux_weight": 0.5, "z_weight": 0.0},
+    "capacity": {"top_k": 2, "capacity": 8.0},
+}
+PARTS = ((0, 3), (3, 4))  # pairs of each rank: unlike numbers
 
 
-def one_step(axes: Axes, capacity: float | None, parts: int) -> tuple[dict[str, int], int]:
-    """All-to-alls of a forward and a backward pass, and how often the layers read a tensor on the host."""
-    experts = ExpertsConfig(hidden=32, num_experts=8, top_k=2, num_shared=1, capacity=capacity)
-    job = SharedWords(words_backbone(experts=experts, experts_every=1))
-    job.ranks = ProcessRanks(CPU, 60)
-    job.ranks.place(job.model, MeshShape(*axes))
-    job.words.backbone.exchange = job.ranks.exchange(parts)
-    batch, exchanges = job.batch(1), Exchanges()
-    for block in job.words.backbone.sets:
-        assert isinstance(block, Block)
-        block.feed_forward.register_forward_pre_hook(exchanges.enter)
-        block.feed_forward.register_forward_hook(exchanges.leave)
-    with exchanges:
-        job.loss(batch).loss.backward()
-    dist.barrier()
-    return dict(exchanges.calls), sum(exchanges.waits.values())
+def build(variant: str) -> tuple[Experts, Router]:
+    torch.manual_seed(1)
+    config = ExpertsConfig(hidden=24, num_experts=NUM_EXPERTS, **VARIANTS[variant])
+    experts, router = Experts(WIDTH, config), Router(WIDTH, config)
+    experts.reset_parameters(0.3, 0.3)
+    router.reset_parameters(0.5)
+    return experts, router
 
 
-ORIGINALS: dict[str, Any] = {}
+def tokens_of(rank: int, variant: str) -> tuple[Tensor, Tensor]:
+    """Ranks bring unlike numbers of tokens, unless a capacity asks for equal ones; those of rank 2 are alike."""
+    generator = torch.Generator().manual_seed(rank)
+    length = 6 if variant == "capacity" else 1 + 5 * rank
+    x = torch.randn(1, length, WIDTH, generator=generator)
+    if rank == 2:
+        x = x[:, :1].expand_as(x)  # all to the same experts: most ranks get nothing from here
+    return x.clone(), torch.ones(1, length, dtype=torch.bool)
 
 
-def watch(waits: Counter[str]) -> None:
-    """From here on every reading of a tensor by the host is counted."""
-    for name in WAITS:
-        ORIGINALS[name] = getattr(Tensor, name)
-
-        def counting(self: Tensor, *values: Any, name: str = name) -> Any:
-            waits[name] += 1
-            return ORIGINALS[name](self, *values)
-
-        setattr(Tensor, name, counting)
+def learn(experts: Experts, router: Router, exchange: Any, variant: str, rank: int) -> list[Tensor]:
+    x, valid = tokens_of(rank, variant)
+    x.requires_grad_()
+    y, load = experts(x, router, valid, exchange, 0)
+    everyone = sum(tokens_of(other, variant)[0].shape[1] for other in range(4))
+    ((y * y).sum() + load.side_loss * valid.sum() / everyone).backward()
+    return [y.detach(), x.grad]
 
 
-def unwatch() -> None:
-    for name, original in ORIGINALS.items():
-        setattr(Tensor, name, original)
+def one_rank(variant: str, parcels: int) -> tuple[list[Tensor], list[Tensor | None]]:
+    experts, router = build(variant)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    cut_experts([experts], rank, size)
+    found = learn(experts, router, AllToAllExchange(dist.group.WORLD, parcels), variant, rank)
+    return found, [experts.up.grad, experts.down.grad, router.weight.grad, *shared_gradients(experts)]
 
 
-@pytest.mark.parametrize("axes", MESHES)
-def test_one_all_to_all_each_way_for_each_layer(axes: Axes, request: pytest.FixtureRequest) -> None:
-    """Four layers with experts: rows there and answers home, forwards and backwards; numbers of rows once."""
-    fleet: Fleet = request.getfixturevalue({2: "two", 4: "four"}[math.prod(axes)])
-    dealt = axes[2] > 1
-    for calls, waits in fleet.run(one_step, axes, None, 1):
-        assert calls.get("rows", 0) == (4 * 4 if dealt else 0)
-        assert calls.get("counts", 0) == (4 if dealt else 0)
-        assert waits == (4 if dealt else 0)  # one reading of the splits a layer
+def shared_gradients(experts: Experts) -> list[Tensor | None]:
+    return [] if experts.shared is None else [parameter.grad for parameter in experts.shared.parameters()]
 
 
-def test_with_a_capacity_the_host_waits_for_nothing(two: Fleet) -> None:
-    for calls, waits in two.run(one_step, (1, 1, 2), 1.5, 1):
-        assert calls == {"rows": 4 * 4} and waits == 0
+class Totals(LocalExchange):
+    """Stands for all four ranks in one process."""
+
+    def __init__(self, load: Tensor) -> None:
+        self.load = load
+
+    def total(self, load: Tensor) -> Tensor:
+        return self.load
 
 
-def test_parts_travel_one_by_one(two: Fleet) -> None:
-    for calls, waits in two.run(one_step, (1, 1, 2), None, 2):
-        assert calls["rows"] == 2 * 4 * 4 and calls["counts"] == 4 and waits == 4
+def whole_load(variant: str) -> Tensor:
+    experts, router = build(variant)
+    loads = [experts(x, router, valid, LocalExchange(), 0)[1].load for x, valid in
+             (tokens_of(rank, variant) for rank in range(4))]  # fmt: skip
+    return torch.stack(loads).sum(0)
 
 
-def test_a_reading_is_noticed() -> None:
-    waits: Counter[str] = Counter()
-    watch(waits)
+@pytest.mark.parametrize("parcels", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dealt_out_equals_one_process(variant: str, parcels: int, four: Fleet) -> None:
+    experts, router = build(variant)
+    exchange = Totals(whole_load(variant))
+    alone = [learn(experts, router, exchange, variant, rank) for rank in range(4)]
+    answers = four.run(one_rank, variant, parcels)
+    for (found, _), expected in zip(answers, alone, strict=True):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for number, whole in enumerate((experts.up.grad, experts.down.grad)):
+        joined = torch.cat([gradients[number] for _, gradients in answers])
+        torch.testing.assert_close(joined, whole, rtol=1e-4, atol=1e-5)
+    for number, whole in enumerate([router.weight.grad, *shared_gradients(experts)], start=2):
+        added = sum(gradients[number] for _, gradients in answers)
+        torch.testing.assert_close(added, whole, rtol=1e-4, atol=1e-5)
+
+
+def copies_total() -> Tensor:
+    load = torch.tensor([1.0, float(dist.get_rank())])
+    total = CopiesExchange().total(load)
+    assert load[0] == 1.0  # the rank's own count is left as it was
+    return total
+
+
+def test_copies_sum_their_load(two: Fleet) -> None:
+    assert all(torch.equal(total, torch.tensor([2.0, 1.0])) for total in two.run(copies_total))
+
+
+def count_collectives() -> tuple[int, int]:
+    """All-to-alls forwards and backwards of one layer."""
+    calls: list[int] = []
+    original = dist.all_to_all_single
+
+    def counting(*values: Any, **named: Any) -> Any:
+        calls.append(values[0].dim())
+        return original(*values, **named)
+
+    dist.all_to_all_single = counting
     try:
-        torch.ones(2).tolist()
-        assert torch.ones(1)
+        experts, router = build("top_k")
+        cut_experts([experts], dist.get_rank(), dist.get_world_size())
+        x, valid = tokens_of(dist.get_rank(), "top_k")
+        x.requires_grad_()
+        y, _ = experts(x, router, valid, AllToAllExchange(dist.group.WORLD), 0)
+        forward = len(calls)
+        y.sum().backward()
     finally:
-        unwatch()
-    assert waits == {"tolist": 1, "__bool__": 1}
+        dist.all_to_all_single = original
+    return forward - 1, len(calls) - forward  # one of the forward ones carries numbers of rows
+
+
+def test_one_exchange_each_way(two: Fleet) -> None:
+    assert two.run(count_collectives) == [(2, 2)] * 2  # rows there and answers home, and their gradients
+
+
+def test_experts_that_do_not_divide_are_refused(two: Fleet) -> None:
+    with pytest.raises(AssertionError, match="8 experts cannot be dealt out to 2 ranks in 3 parts"):
+        two.run(one_rank, "top_k", 3)
+
+
+def pool() -> PoolAdapter:
+    torch.manual_seed(3)
+    return PoolAdapter(8, PoolConfig(size=4))
+
+
+def pairs() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Hidden states of four pairs, two of which say the same."""
+    torch.manual_seed(4)
+    key = torch.tensor([5, 6, 5, 7]).repeat_interleave(2)
+    return torch.randn(8, 8), {"key": key, "space": torch.ones_like(key)}
+
+
+def rank_loss(own: int, part: tuple[int, int], folder: str, port: int) -> None:
+    """One of two processes: its share of the loss, its gradients, and a turn without pairs."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=own)
+    adapter, (hidden, arrays) = pool(), pairs()
+    adapter.gather = open_gather()
+    assert isinstance(adapter.gather, RankGather)
+    rows = slice(2 * part[0], 2 * part[1])
+    mine = hidden[rows].clone().requires_grad_(True)
+    loss = adapter.nll(mine, {name: array[rows] for name, array in arrays.items()}).sum()
+    loss.backward()
+    weight = adapter.project.weight.grad
+    dist.all_reduce(weight)
+    both = adapter.none() if own else adapter.nll(hidden[:2], {n: a[:2] for n, a in arrays.items()}).sum()
+    torch.save([loss.detach(), mine.grad, weight, both.detach()], Path(folder) / f"{own}.pt")
+    dist.destroy_process_group()
+
+
+def _worker(own: int, folder: str, port: int) -> None:
+    rank_loss(own, PARTS[own], folder, port)
+
+
+def test_two_ranks_are_as_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes.spawn(_worker, (str(tmp_path), port), nprocs=2)
+    found = [torch.load(tmp_path / f"{own}.pt", weights_only=True) for own in range(2)]
+    adapter, (hidden, arrays) = pool(), pairs()
+    hidden.requires_grad_(True)
+    whole = adapter.nll(hidden, arrays).sum()
+    whole.backward()
+    assert float(found[0][0] + found[1][0]) == pytest.approx(float(whole), rel=1e-5)
+    assert torch.allclose(torch.cat([found[0][1], found[1][1]]), hidden.grad, atol=1e-6)
+    for _, _, weight, _ in found:
+        assert torch.allclose(weight, adapter.project.weight.grad, atol=1e-6)
+    assert float(found[1][3]) == 0.0
+
+
+def test_alone_nothing_travels() -> None:
+    gather = open_gather()
+    assert isinstance(gather, LocalGather)
+    rows = torch.randn(3, 2)
+    assert gather.rows(rows) == (rows, 0)

@@ -21,10 +21,10 @@ from openm6.checkpoint.optimizer import optimizer_tensors
 from openm6.checkpoint.save import Snapshot
 from openm6.checkpoint.sharded import ShardedSaver
 from openm6.optim.muon import Muon
-from openm6.parallel.pieces import piece_of
+from openm6.parallel.fsdp import cut_tensors
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
-from openm6.parallel.sharding import cut_tensors
+from openm6.parallel.sharded_weights import piece_of
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport, Updater

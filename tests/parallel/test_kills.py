@@ -10,7 +10,7 @@ import pytest
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import list_checkpoints
 from openm6.parallel.launch import launch
-from openm6.train.recorder import read_metrics
+from openm6.train.metrics import read_metrics
 from tests.checkpoint.test_sharded import recipe_file, unbroken
 
 

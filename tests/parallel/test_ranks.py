@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from openm6.base.run_folder import RunFolder
 from openm6.modalities.batch import Batch
+from openm6.parallel.fsdp import cut_tensors
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
-from openm6.parallel.sharding import cut_tensors
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport, Updater

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from openm6.models.backbone import side_loss
 from openm6.optim.config import OptimizerConfig
 from openm6.parallel.config import MeshShape
+from openm6.parallel.fsdp import cut_tensors
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
-from openm6.parallel.sharding import cut_tensors
 from openm6.train.job import StepResult
 from openm6.train.step import Updater
 from tests.parallel.fleet import Fleet

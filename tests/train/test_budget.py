@@ -17,10 +17,10 @@ from openm6.offload.config import StreamingConfig, spread
 from openm6.offload.weight_store import RecordLayout
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import update_rule
-from openm6.train import room as module
-from openm6.train.budget import GIB, Budget, most_resident, needed_bytes, resident_sets
-from openm6.train.loop import train
-from openm6.train.room import (
+from openm6.train import budget as module
+from openm6.train.budget import (
+    GIB,
+    Budget,
     available,
     check_budget,
     fits,
@@ -28,10 +28,14 @@ from openm6.train.room import (
     free_host_bytes,
     largest_fit,
     largest_preset,
+    most_resident,
+    needed_bytes,
     refusal,
+    resident_sets,
 )
-from openm6.train.stages import StagesConfig, SwitchConfig
-from openm6.train.streamed import StreamedUpdater
+from openm6.train.config import StagesConfig, SwitchConfig
+from openm6.train.loop import train
+from openm6.train.offloaded import StreamedUpdater
 from tests.train.words_job import WordsJob, words_backbone, words_config
 
 CPU = torch.device("cpu")

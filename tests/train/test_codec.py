@@ -18,12 +18,13 @@ from openm6.train.codec import (
     SCORES_FILE,
     CodecJob,
     ImageCodecJob,
+    ImageCodecRecipe,
     Lesson,
     SoundCodecJob,
+    SoundCodecRecipe,
     check_health,
 )
-from openm6.train.codec_recipe import ImageCodecRecipe, SoundCodecRecipe
-from openm6.train.codec_records import hold_out
+from openm6.train.codec_data import hold_out
 from openm6.train.loop import train
 
 RECIPES = Path(__file__).parents[2] / "openm6" / "recipes"

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.train.test_streamed import PLAIN, SHARED, run_config
 
 from openm6.base.errors import CheckpointError, ConfigError
 from openm6.base.run_folder import RunFolder
@@ -19,6 +18,7 @@ from openm6.modalities.registry import ModalitiesConfig
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescription
 from openm6.train.convert import convert
 from openm6.train.loop import train
+from tests.offload.test_blocks import PLAIN, SHARED, run_config
 from tests.train.words_job import WordsJob, words_backbone, words_config
 
 

@@ -16,15 +16,15 @@ from openm6.checkpoint.folder import latest, read_state, step_folder
 from openm6.checkpoint.save import Snapshot, save
 from openm6.inference.load import load
 from openm6.nn.config import ExpertsConfig
+from openm6.train.callbacks import forget_peak, process_memory
+from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 from openm6.train.convert import convert
 from openm6.train.loop import train
-from openm6.train.memory import forget_peak, process_memory
+from openm6.train.metrics import read_metrics
 from openm6.train.multimodal import MultimodalJob
+from openm6.train.offloaded import StreamedUpdater
 from openm6.train.recipe import MultimodalRecipe
-from openm6.train.recorder import read_metrics
 from openm6.train.run import train_recipe
-from openm6.train.stages import PlateauConfig, StagesConfig, SwitchConfig
-from openm6.train.streamed import StreamedUpdater
 from tests.offload.test_blocks import SHARED, bytes_of, run_config
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 from tests.train.words_job import WordsJob, words_backbone

@@ -1,19 +1,25 @@
-"""The meter in the loop: every line tells joules, and a resumed run goes on from those of its checkpoint."""
+"""Joules of a run: every one has a stage and a task, and a resumed run goes on with its sum."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from openm6.base.energy.ledger import Ledger
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state
-from openm6.train.hooks import Hook, Running
+from openm6.modalities.batch import build_sequence, collate
+from openm6.models.config import count_parameters
+from openm6.models.omni import Omni
+from openm6.train.callbacks import Hook, Running
 from openm6.train.loop import train
-from openm6.train.recorder import read_metrics
+from openm6.train.metering import PASSES, Attribution
+from openm6.train.metrics import read_metrics
 from openm6.train.step import StepReport
+from tests.small_model import BACKBONE, modalities
 from tests.train.toy_job import ToyJob, toy_config
 
 
@@ -103,3 +109,27 @@ def test_steps_that_a_crash_lost_are_accounted_as_repeated(tmp_path: Path) -> No
     ledger = Ledger.from_json(read_state(latest(tmp_path))["hooks"]["meter"])
     assert ledger.repeated == pytest.approx(told - at_checkpoint.joules)
     assert ledger.joules > told and ledger.tokens == 20 * 16
+
+
+def test_operations_follow_tokens_and_what_their_adapters_multiply() -> None:
+    omni = Omni(BACKBONE, modalities())
+    text = modalities()["text"]
+    read = text.source("seven red apples")
+    wanted = text.target("apples")
+    rng = np.random.default_rng(0)
+    heard = modalities()["sound"].source(rng.normal(size=8000).astype(np.float32) * 0.1)
+    batch = collate(
+        [[build_sequence([read, wanted], "echo"), build_sequence([heard, wanted], "transcribe")]], 256
+    )
+    shares = Attribution(omni).shares(batch)
+    kinds, tasks = shares["modality"], shares["task"]
+    assert set(tasks) == {"echo", "transcribe"} and set(kinds) == set(batch.kinds)
+    assert sum(share.tokens for share in kinds.values()) == batch.tokens
+    assert sum(share.tokens for share in tasks.values()) == batch.tokens
+    assert sum(share.operations for share in kinds.values()) == pytest.approx(
+        sum(share.operations for share in tasks.values())
+    )
+    backbone = PASSES * count_parameters(omni.config).active
+    head = PASSES * omni.text.embedding.weight.numel()
+    learned = 2 * len(wanted)
+    assert kinds["text"].operations == pytest.approx((len(read) + learned) * backbone + learned * head)

@@ -28,9 +28,9 @@ from openm6.inference.engine import embedding_size
 from openm6.inference.load import load
 from openm6.modalities.registry import MODALITIES
 from openm6.tasks.registry import TASKS
+from openm6.train.metrics import Line, read_metrics
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.recipe import MultimodalRecipe
-from openm6.train.recorder import Line, read_metrics
 from openm6.train.run import train_recipe
 from tests.data.pictures import png
 from tests.train.tiny_recipe import tiny_recipe, write_recipe

@@ -1,4 +1,4 @@
-"""One step: what is drawn repeats, and the gradient is clipped as asked."""
+"""One step: precision, what is skipped, what is summed over ranks, and how blocks run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from openm6.base.errors import ConfigError
+from openm6.models.backbone import Backbone
+from openm6.models.presets import preset
+from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly
 from openm6.ops.precision import product_dtype
-from openm6.train.step import Updater, seed_everything, settle_precision
+from openm6.train.config import LoopConfig
+from openm6.train.step import Updater, choose_way, seed_everything, settle_precision
 from tests.train.toy_job import ToyJob, toy_config
 
 
@@ -64,3 +69,38 @@ def test_auto_is_settled_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> No
 def test_products_alone_in_half_are_for_processors() -> None:
     with pytest.raises(ConfigError, match="is for processors: on a GPU use bf16"):
         settle_precision("bf16-products", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "plain"),  # on a processor, `auto` compiles nothing and keeps everything
+        ({"compile": True}, "compiled"),
+        ({"recompute": 2}, "recomputed"),
+        ({"compile": True, "recompute": 3}, "recomputed, compiled"),
+    ],
+)
+def test_blocks_run_as_the_config_says(settings, expected):
+    backbone = Backbone(preset("nano").backbone)
+    choose_way(backbone, LoopConfig(**settings), 1024, 0)
+    run = backbone.run_block
+    words = []
+    if isinstance(run, RecomputedBlocks):
+        assert run.num_layers == settings["recompute"]
+        words.append("recomputed")
+        run = run.run
+    words += ["compiled"] if isinstance(run, CompiledBlocks) else []
+    assert (", ".join(words) or "plain") == expected
+
+
+def test_a_choice_of_others_stands():
+    backbone = Backbone(preset("nano").backbone)
+    own = RecomputedBlocks(run_plainly, 1)
+    backbone.run_block = own
+    choose_way(backbone, LoopConfig(compile=True), 1024, 0)
+    assert backbone.run_block is own
+
+
+def test_no_layers_below_zero():
+    with pytest.raises(ValidationError, match="0 or more"):
+        LoopConfig(recompute=-1)

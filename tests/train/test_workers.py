@@ -16,7 +16,7 @@ from openm6.base.errors import ConfigError, DataError, TrainingError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest
 from openm6.train.loop import train
-from openm6.train.recorder import Line, read_metrics
+from openm6.train.metrics import Line, read_metrics
 from openm6.train.workers import assign_owners, number_of_workers
 from tests.train.toy_job import ToyJob, toy_config
 from tests.train.workers_job import WorkersJob, workers_config

@@ -1,0 +1,255 @@
+"""Collectives with gradients: the all-to-all of expert parallelism, the all-gather of contrastive losses."""
+
+# Dimensions: R rows, D width, E experts, P ranks that share the experts, E' = E/P experts of one rank, Q chunks,
+# N rows of this rank, M rows of all ranks
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from openm6.nn.exchange import LocalExchange
+from openm6.nn.gather import Gather, LocalGather
+
+
+@dataclass
+class Flight:
+    """One all-to-all of rows under way, and, when gradients come back, its reverse.
+
+    sent, received: rows to and from each rank.
+    """
+
+    group: dist.ProcessGroup
+    sent: list[int]
+    received: list[int]
+    work: Any = None
+    back: Any = None
+    returned: Tensor | None = None
+
+    def start(self, rows: Tensor) -> Tensor:
+        """Sends `rows`, sorted by the rank they go to; the answer may be read after `self.work.wait()`."""
+        arrived, self.work = _exchange(rows, self.sent, self.received, self.group)
+        return arrived
+
+    def start_back(self, gradient: Tensor) -> None:
+        """Sends gradients the way back, where `end_back` waits for them."""
+        self.returned, self.back = _exchange(gradient, self.received, self.sent, self.group)
+
+    def end_back(self) -> Tensor:
+        self.back.wait()
+        returned, self.returned = self.returned, None
+        assert returned is not None
+        return returned
+
+
+def _exchange(
+    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+) -> tuple[Tensor, Any]:
+    rows = rows.contiguous()
+    arrived = rows.new_empty(sum(received), *rows.shape[1:])
+    return arrived, dist.all_to_all_single(arrived, rows, received, sent, group=group, async_op=True)
+
+
+# Two functions for one exchange: what is computed between them runs while the rows travel, in both directions.
+class _Depart(torch.autograd.Function):
+    """Sets rows on their way; backwards it waits for their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.start(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.end_back(), None  # what autograd hands over is of the shape that went out
+
+
+class _Arrive(torch.autograd.Function):
+    """Waits for rows; backwards it sets their gradients on their way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+        flight.work.wait()
+        ctx.flight = flight
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.start_back(gradient)
+        return gradient, None
+
+
+class _Reorder(torch.autograd.Function):
+    """rows[order] for a permutation; autograd would scatter backwards, where the inverse gathers."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
+
+
+class RankParcel:
+    """Rows from all ranks for a slice of the experts of this one."""
+
+    def __init__(self, counts: Tensor, flight: Flight, flying: Tensor) -> None:
+        """`counts` P E'/Q: rows of each expert of the slice from each rank."""
+        self.counts = counts.sum(0)
+        self.flight = flight
+        self.flying = flying  # rows, then answers
+        self.order, self.inverse = _expert_order(counts, sum(flight.received))
+
+    def rows(self) -> Tensor:
+        # They lie as (rank, expert); the grouped product wants the rows of one expert together.
+        return _Reorder.apply(_Arrive.apply(self.flying, self.flight), self.order, self.inverse)
+
+
+class AllToAllExchange:
+    """Rank p of the group holds the experts p·E' to (p+1)·E' - 1 of each layer.
+
+    Every rank takes part in every exchange, with no rows if need be, so nobody waits for one who has nothing to send.
+    Numbers of rows are exchanged first and read by the host, once a layer; with a capacity they are known. `parcels`
+    cuts the experts of a rank, and with them the rows, into so many exchanges, of which one travels while another is
+    computed.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, parcels: int = 1) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.parcels = parcels
+
+    def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[RankParcel]:
+        """R D and E -> the parcels, all of them already under way.
+
+        Raises:
+            ValueError: the experts cannot be dealt out to the ranks and parcels evenly.
+        """
+        pieces = self.size * self.parcels
+        if len(counts) % pieces:
+            raise ValueError(
+                f"{len(counts)} experts cannot be dealt out to {self.size} ranks in {self.parcels} parts"
+            )
+        ours = counts.view(self.size, -1)  # P E'
+        theirs = self._exchange_counts(ours) if capacity is None else ours
+        sent, received = self._splits(ours, theirs, capacity)  # P Q each
+        cut = rows.split([number for by_rank in sent for number in by_rank])
+        sliced = theirs.view(self.size, self.parcels, -1)  # P Q E'/Q
+        parcels = []
+        for part in range(self.parcels):
+            flight = Flight(self.group, [row[part] for row in sent], [row[part] for row in received])
+            leaving = torch.cat(cut[part :: self.parcels]) if self.parcels > 1 else rows
+            flying = _Depart.apply(leaving, flight)
+            parcels.append(RankParcel(sliced[:, part], flight, flying))
+        return parcels
+
+    def reply(self, parcel: RankParcel, answers: Tensor) -> None:
+        """Sends the answers of a parcel's experts home."""
+        home = Flight(self.group, parcel.flight.received, parcel.flight.sent)
+        answers = _Reorder.apply(answers, parcel.inverse, parcel.order)
+        parcel.flying, parcel.flight = _Depart.apply(answers, home), home
+
+    def collect(self, parcels: Sequence[RankParcel]) -> Tensor:
+        """R D: all answers in the order of the rows that were sent."""
+        arrived = [
+            _Arrive.apply(parcel.flying, parcel.flight).split(parcel.flight.received) for parcel in parcels
+        ]
+        return torch.cat([piece for by_rank in zip(*arrived, strict=True) for piece in by_rank])
+
+    def total(self, load: Tensor) -> Tensor:
+        """The sum over all ranks of the run, not only those that share the experts."""
+        return sum_copy(load)
+
+    def _exchange_counts(self, ours: Tensor) -> Tensor:
+        theirs = torch.empty_like(ours)
+        dist.all_to_all_single(theirs, ours.contiguous(), group=self.group)
+        return theirs
+
+    def _splits(
+        self, ours: Tensor, theirs: Tensor, capacity: int | None
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Rows to and from each rank in each parcel, on the host: P Q."""
+        if capacity is not None:
+            even = [[capacity * ours.shape[1] // self.parcels] * self.parcels] * self.size
+            return even, even
+        both = torch.stack([ours, theirs]).view(2, self.size, self.parcels, -1).sum(-1)
+        sent, received = both.tolist()
+        return sent, received
+
+
+class CopiesExchange(LocalExchange):
+    """All experts live on every rank; only counts are summed."""
+
+    def total(self, load: Tensor) -> Tensor:
+        return sum_copy(load)
+
+
+def sum_copy(load: Tensor) -> Tensor:
+    """The sum over all ranks, in a tensor of its own; without gradient."""
+    load = load.detach().clone()
+    dist.all_reduce(load)
+    return load
+
+
+def _expert_order(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """From rows that lie as (rank, expert) to (expert, rank), and back; counts P E."""
+    ranks, experts = counts.shape
+    segment = torch.arange(ranks * experts, device=counts.device).repeat_interleave(
+        counts.reshape(-1), output_size=total
+    )
+    order = (segment % experts * ranks + segment // experts).argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(total, device=counts.device)
+    return order, inverse
+
+
+def open_gather(group: dist.ProcessGroup | None = None) -> Gather:
+    """Gathers over the ranks of a group (by default all), or over this process alone where there are no others."""
+    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
+    return LocalGather() if alone else RankGather(group)
+
+
+class RankGather:
+    """Gathers rows over a process group; ranks may bring unlike numbers of them, also none."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+
+    def rows(self, x: Tensor) -> tuple[Tensor, int]:
+        """N … -> M …, and where our own begin.  See nn.gather.Gather."""
+        ranks, own = dist.get_world_size(self.group), dist.get_rank(self.group)
+        count = torch.tensor([len(x)], device=x.device)
+        counts = torch.zeros(ranks, dtype=count.dtype, device=x.device)
+        dist.all_gather_into_tensor(counts, count, group=self.group)
+        lengths = counts.tolist()
+        return _GatherRows.apply(x, lengths, own, self.group), sum(lengths[:own])
+
+
+class _GatherRows(torch.autograd.Function):
+    """Forward: all ranks' rows. Backward: the sum over ranks of what each found for our rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: list[int], own: int, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.lengths, ctx.own, ctx.group = lengths, own, group
+        longest = max(1, *lengths)  # collectives want one shape of all
+        padded = x.new_zeros(longest, *x.shape[1:])
+        padded[: len(x)] = x.detach()
+        found = x.new_empty(len(lengths) * longest, *x.shape[1:])
+        dist.all_gather_into_tensor(found, padded, group=group)
+        parts = found.unflatten(0, (len(lengths), longest))
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        total = gradient.contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        start = sum(ctx.lengths[: ctx.own])
+        return total[start : start + ctx.lengths[ctx.own]], None, None, None

@@ -1,0 +1,277 @@
+"""Parts of weights that ranks hold: of tensors that FSDP2 has sharded, and of weight sets that are offloaded."""
+
+# Dimensions: P ranks of a group, R rows of the whole, r most rows of any rank, C columns, E' experts here
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from openm6.base.errors import ConfigError
+from openm6.optim.pieces import COLUMN_MEANS, WHOLE, Piece, chunk_lengths, keeps_cut
+from openm6.optim.rules import Shape
+from openm6.parallel.fsdp import Layout
+from openm6.parallel.ranks import WeightSets
+
+WITHOUT_ROWS = frozenset({COLUMN_MEANS, "count", "step"})  # slots that are alike wherever a matrix has rows
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class RankGroup:
+    """The ranks of a process group that hold the parts of the same tensors."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def total(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values, group=self.group)
+        return values
+
+    def exchange(self, sent: Tensor, to: Sequence[int], received: Sequence[int]) -> Tensor:
+        arrived = sent.new_empty(sum(received))
+        dist.all_to_all_single(arrived, sent.contiguous(), list(received), list(to), group=self.group)
+        return arrived
+
+
+@cache
+def rank_group(group: dist.ProcessGroup) -> RankGroup:
+    """One for each process group: update rules tell groups apart by identity."""
+    return RankGroup(group)
+
+
+class DistributedPiece(Piece):
+    """A parameter that FSDP2 has cut along one axis."""
+
+    def __init__(self, parameter: DTensor, place: int) -> None:
+        """`place` is that of the mesh axis over which it is cut."""
+        self._mesh, self._placements, self._place = parameter.device_mesh, parameter.placements, place
+        placement = parameter.placements[place]
+        assert isinstance(placement, Shard)
+        self._dimensions = parameter.ndim
+        self.axis = placement.dim % parameter.ndim
+        self.group = rank_group(self._mesh.get_group(place))
+        self.lengths = chunk_lengths(parameter.shape[self.axis], self.group.size)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def slot(self, key: str, part: Tensor) -> Tensor:
+        kept = keeps_cut(key, self.axis, self._dimensions)
+        shape = list(part.shape)
+        if kept:
+            shape[self.axis] = sum(self.lengths)
+        placements = [one if kept else Replicate() for one in self._placements]
+        return as_part(part, self._mesh, placements, shape)
+
+
+def as_part(part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
+    """What lies here of a tensor of this shape, with its place in the whole; no copy is made."""
+    stride = torch.empty(torch.Size(shape), device="meta").stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def piece_of(parameter: Tensor) -> Piece:
+    """How a parameter of a model that `sharding.shard` has cut lies here."""
+    if not isinstance(parameter, DTensor):
+        return WHOLE
+    places = [place for place, one in enumerate(parameter.placements) if isinstance(one, Shard)]
+    assert len(places) == 1, "FSDP2 cuts a parameter along one axis"
+    return DistributedPiece(parameter, places[0])
+
+
+class CopiedSets(WeightSets):
+    """Every rank keeps all sets, and moves them by the same gradients."""
+
+    def reduce(self, number: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        return _summed(gradients, None)
+
+
+class SetPiece(Piece):
+    """Rows of a matrix, or of each expert that this rank holds."""
+
+    group: RankGroup | None
+
+    def __init__(self, axis: int, length: int, group: RankGroup | None, first: int = 0) -> None:
+        self.axis, self.group, self.first = axis, group, first
+        self.lengths = chunk_lengths(length, group.size if group else 1)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """What lies here of a tensor."""
+        place = self.group.rank if self.group else 0
+        return whole.split(self.lengths, self.axis)[place]
+
+
+class CutSets(WeightSets):
+    """Experts are dealt out, rows of dense matrices and of experts cut, as `sharding.shard` does.
+
+    A set is gathered where it is used, in the type of computation: one exchange for what is dense and, where experts
+    are cut, one for them. Gradients are summed and cut in one exchange each, in fp32.
+    """
+
+    def __init__(self, layout: Layout, shapes: Sequence[Mapping[str, Shape]]) -> None:
+        """`shapes` are those of whole sets.
+
+        Raises:
+            ConfigError: the experts' rows cannot be cut evenly.
+        """
+        super().__init__(shapes)
+        self.layout = layout
+        self._inner = layout.inner_group()
+        self._dense = rank_group(self._inner)
+        self._own = rank_group(layout.mesh["shard"].get_group()) if layout.shape.shard > 1 else None
+        self._data = layout.mesh["data"].get_group() if layout.shape.data > 1 else None
+        self.host = layout.on_host()  # checkpoints are written from there
+        self._pieces = [{name: self._place(name, shape) for name, shape in one.items()} for one in shapes]
+
+    def _place(self, name: str, shape: Shape) -> SetPiece:
+        if len(shape) == 2:
+            return SetPiece(0, shape[0], self._dense)
+        axes = self.layout.shape
+        if shape[1] % axes.shard:
+            raise ConfigError(
+                f"parallel.shard={axes.shard} cannot cut the experts' {name} of {shape[1]} rows evenly: "
+                "choose a divisor"
+            )
+        here = shape[0] // axes.experts
+        return SetPiece(1, shape[1], self._own, here * self.layout.mesh.get_local_rank("experts"))
+
+    @property
+    def parted(self) -> bool:
+        return True
+
+    def is_sharded(self, number: int, name: str) -> bool:
+        return self.piece(number, name).group is not None
+
+    def piece(self, number: int, name: str) -> SetPiece:
+        return self._pieces[number][name]
+
+    def local_shapes(self, number: int) -> dict[str, Shape]:
+        empty = {name: torch.empty(shape, device="meta") for name, shape in self.shapes[number].items()}
+        return {name: tuple(self.part(number, name, whole).shape) for name, whole in empty.items()}
+
+    def part(self, number: int, name: str, whole: Tensor, dealt: bool = False) -> Tensor:
+        piece = self.piece(number, name)
+        if whole.ndim == 3 and not dealt:
+            here = whole.shape[0] // self.layout.shape.experts
+            whole = whole[piece.first : piece.first + here]
+        return piece.cut(whole)
+
+    def gather(self, number: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for group, names in self._groups(number):
+            if group is not None:
+                pieces = [self.piece(number, name) for name in names]
+                found |= zip(names, _gathered([parts[name] for name in names], pieces, group), strict=True)
+        return found
+
+    def gathered(self, number: int) -> int:
+        sizes = {name: math.prod(shape) for name, shape in self.shapes[number].items()}
+        dealt = (name for name, shape in self.shapes[number].items() if len(shape) == 3)
+        return sum(sizes.values()) - sum(
+            sizes[name] - sizes[name] // self.layout.shape.experts for name in dealt
+        )
+
+    def reduce(self, number: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for group, names in self._groups(number):
+            parts = [gradients[name].float() for name in names]
+            if group is not None:
+                parts = _scattered(parts, [self.piece(number, name) for name in names], group)
+            found |= zip(names, parts, strict=True)
+        return found if self._data is None else _summed(found, self._data)
+
+    def total(self, square: Tensor) -> Tensor:
+        dist.all_reduce(square, group=self._inner)
+        return square
+
+    def in_whole(self, number: int, name: str, slot: str, part: Tensor) -> Tensor:
+        part = part.cpu()
+        shape, sizes = self.shapes[number][name], list(part.shape)
+        has_rows = slot not in WITHOUT_ROWS
+        if has_rows:
+            sizes[len(shape) - 2] = shape[-2]
+        rows = Shard(len(shape) - 2) if has_rows else Replicate()
+        if len(shape) == 2:
+            return as_part(part, self.host.dense, [rows], sizes)
+        if sizes:  # a count of steps has no experts
+            sizes[0] = shape[0]
+        experts = Shard(0) if sizes else Replicate()
+        return as_part(part, self.host.mesh["shard", "experts"], [rows, experts], sizes)
+
+    def here(self, part: Tensor) -> Tensor:
+        return local(part)
+
+    def _groups(self, number: int) -> list[tuple[RankGroup | None, list[str]]]:
+        pieces = self._pieces[number]
+        groups = {id(piece.group): piece.group for piece in pieces.values()}
+        return [
+            (group, [name for name, piece in pieces.items() if piece.group is group])
+            for group in groups.values()
+        ]
+
+
+def _summed(gradients: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    """The sums over a group, in one exchange, in fp32."""
+    flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients.values()])
+    dist.all_reduce(flat, group=group)
+    sizes = [gradient.numel() for gradient in gradients.values()]
+    return {
+        name: part.view_as(gradient)
+        for (name, gradient), part in zip(gradients.items(), flat.split(sizes), strict=True)
+    }
+
+
+def _gathered(parts: list[Tensor], pieces: list[SetPiece], group: RankGroup) -> list[Tensor]:
+    """Whole matrices, or whole experts, of their rows on all ranks; in one exchange."""
+    padded = [
+        F.pad(part, (0, 0, 0, piece.lengths[0] - part.shape[-2]))
+        for part, piece in zip(parts, pieces, strict=True)
+    ]
+    flat = torch.cat([part.reshape(-1) for part in padded])
+    joined = flat.new_empty(group.size * len(flat))
+    dist.all_gather_into_tensor(joined, flat, group=group.group)
+    split = joined.view(group.size, -1).split([part.numel() for part in padded], dim=1)
+    return [
+        _rows_together(rows.reshape(group.size, *part.shape))[..., : sum(piece.lengths), :]
+        for rows, part, piece in zip(split, padded, pieces, strict=True)
+    ]
+
+
+def _scattered(gradients: list[Tensor], pieces: list[SetPiece], group: RankGroup) -> list[Tensor]:
+    """Of the sums over ranks the rows that lie here; in one exchange."""
+    apart = [
+        _rows_apart(gradient, group.size, piece.lengths[0])
+        for gradient, piece in zip(gradients, pieces, strict=True)
+    ]
+    flat = torch.cat([rows.reshape(group.size, -1) for rows in apart], dim=1)
+    own = flat.new_empty(flat.shape[1])
+    dist.reduce_scatter_tensor(own, flat.reshape(-1), group=group.group)
+    split = own.split([rows[0].numel() for rows in apart])
+    return [
+        part.view(rows.shape[1:])[..., : piece.lengths[group.rank], :]
+        for part, rows, piece in zip(split, apart, pieces, strict=True)
+    ]
+
+
+def _rows_together(rows: Tensor) -> Tensor:
+    """P r C -> P·r C, or P E' r C -> E' P·r C."""
+    return rows.flatten(0, 1) if rows.ndim == 3 else rows.transpose(0, 1).flatten(1, 2)
+
+
+def _rows_apart(whole: Tensor, ranks: int, most: int) -> Tensor:
+    """R C -> P r C, or E' R C -> P E' r C; missing rows are zero."""
+    padded = F.pad(whole, (0, 0, 0, ranks * most - whole.shape[-2]))
+    return padded.unflatten(-2, (ranks, most)).movedim(-3, 0)

@@ -1,0 +1,248 @@
+"""What an audio codec is trained on and by: clips kept and augmented on the device, spectral losses, the scores."""
+
+# Dimensions: B batch, S samples, N clips, L samples of all clips, K harmonics, F formants, P points of a curve
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from openm6.base.config import Config
+from openm6.modalities.codec_base import Codec, code_bits
+from openm6.modalities.codec_sound import SoundCodecConfig
+from openm6.modalities.sound import read_sound
+from openm6.ops.spectrum import FLOOR, log_mel, mel_filters, spectrum, unit_window
+from openm6.train.codec_data import Dice
+
+# Window -> mels (DAC, arXiv 2306.06546).
+MEL_SCALES = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}
+STFT_WINDOWS = (512, 1024, 2048)
+NUM_HARMONICS = 48
+NUM_FORMANTS = 5
+
+
+class SoundLessonsConfig(Config):
+    """How training sounds are drawn, and what each part of the loss weighs.
+
+    `voices` is the share made by formula; of the rest, `mixed` are two clips at once. Of all, `coloured` come from
+    another room and `noisy` carry noise.
+    """
+
+    batch: int = Field(default=32, ge=2)
+    seconds: float = Field(default=1.0, gt=0.2)
+    shares: dict[str, float] = Field(default={})
+    voices: float = Field(default=0.2, ge=0, lt=1)
+    coloured: float = Field(default=0.6, ge=0, le=1)
+    mixed: float = Field(default=0.25, ge=0, le=1)
+    noisy: float = Field(default=0.25, ge=0, le=1)
+    mel_weight: float = 1.0
+    stft_weight: float = 0.5
+    complex_weight: float = 0.1
+    wave_weight: float = 0.1
+
+
+@dataclass(frozen=True)
+class SoundBank:
+    """Clips end to end, where each begins and ends, and how often each is drawn."""
+
+    samples: Tensor  # L
+    start: Tensor  # N
+    end: Tensor  # N
+    weights: Tensor  # N
+
+
+def make_sound_bank(
+    clips: dict[str, list[Tensor]], shares: dict[str, float], device: torch.device
+) -> SoundBank:
+    """All clips of all sources; a source without a share counts by its seconds."""
+    every = [clip for part in clips.values() for clip in part]
+    lengths = torch.tensor([len(clip) for clip in every], dtype=torch.float64)
+    weights = torch.cat([
+        torch.full((len(part),), shares[name] * float(lengths.sum()) / len(part), dtype=torch.float64)
+        if name in shares
+        else torch.tensor([len(clip) for clip in part], dtype=torch.float64)
+        for name, part in clips.items()
+    ])  # fmt: skip
+    end = lengths.cumsum(0)
+    samples = torch.cat(every).to(device)
+    return SoundBank(samples, (end - lengths).to(device), end.to(device), weights.to(device))
+
+
+def read_clip(data: bytes) -> Tensor:
+    """An encoded sound as mono samples at 16 kHz.
+
+    Raises:
+        DataError: it is broken, empty or too long.
+    """
+    return torch.from_numpy(np.ascontiguousarray(read_sound(data), np.float32))
+
+
+class SoundLessons:
+    """Draws training sounds on the device; says how far a reconstruction is from them."""
+
+    def __init__(
+        self,
+        config: SoundLessonsConfig,
+        codec: SoundCodecConfig,
+        clips: dict[str, list[Tensor]],
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.rate = codec.rate
+        place = codec.samples_per_place
+        self.length = max(1, round(config.seconds * codec.rate / place)) * place
+        self.bank = make_sound_bank(clips, config.shares, device)
+        self.windows = {size: unit_window(size).to(device) for size in MEL_SCALES}
+        self.filters = {size: mel_filters(n, size, codec.rate).to(device) for size, n in MEL_SCALES.items()}
+
+    def draw(self, seed: int) -> Tensor:
+        """A batch of sounds within [-1, 1]; the same for the same seed.  # -> B S"""
+        dice = Dice(seed, self.device)
+        config, length = self.config, self.length
+        num_voices = round(config.voices * config.batch)
+        count = config.batch - num_voices
+        sounds = self._clips(count, dice)
+        sounds = sounds + self._clips(count, dice) * dice.chance(config.mixed, count, 1)
+        sounds = torch.cat([sounds, voices(num_voices, length, self.rate, dice)])
+        is_coloured = dice.chance(config.coloured, len(sounds), 1)
+        sounds = torch.where(is_coloured, colour(sounds, self.rate, dice), sounds)
+        level = torch.exp(dice.uniform(len(sounds), 1, low=-7.0, high=-2.5))
+        hiss = noise(len(sounds), length, self.rate, dice) * level
+        sounds = sounds + hiss * dice.chance(config.noisy, len(sounds), 1)
+        peak = sounds.abs().amax(1, keepdim=True).clamp(min=1e-3)
+        wanted = torch.exp(dice.uniform(len(sounds), 1, low=-2.5, high=-0.05))
+        return sounds * torch.where(dice.chance(0.5, len(sounds), 1) | (peak > 1.0), wanted / peak, 1.0)
+
+    def _clips(self, count: int, dice: Dice) -> Tensor:
+        """Clips at random speeds, begun at random times: half of them from within.  # -> B S"""
+        bank = self.bank
+        chosen = torch.multinomial(bank.weights, count, replacement=True, generator=dice.generator)
+        start, end = bank.start[chosen], bank.end[chosen]
+        speed = torch.exp2(dice.uniform(count, low=-0.5, high=0.5)).double()
+        speed = torch.where(dice.chance(0.3, count), torch.ones_like(speed), speed)
+        spare = (end - start - self.length * speed).clamp(min=0.0)  # long clips are cut anywhere
+        start = start + (spare * dice.uniform(count)).floor()
+        room = (self.length - (end - start) / speed).clamp(min=0.0)  # short ones lie anywhere
+        begin = (room * dice.uniform(count)).floor()
+        return play(bank.samples, start, end, speed, begin, self.length)
+
+    def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor:
+        """Multi-scale log-mel L1, spectral convergence and log-magnitude, and a little complex and waveform L1.
+
+        The last two alone pin the phase; the codes cannot carry it, so they must stay small.
+        """
+        config = self.config
+        mel = stft = whole = torch.zeros((), device=self.device)
+        for size, window in self.windows.items():
+            true, guess = (spectrum(x, window, size // 4) for x in (target, output))
+            true_size, guess_size = (x.abs() for x in (true, guess))
+            filters = self.filters[size]
+            mel = mel + F.l1_loss(log_mel(guess_size, filters), log_mel(true_size, filters)) / len(MEL_SCALES)
+            if size in STFT_WINDOWS:
+                stft = stft + magnitude_difference(true_size, guess_size) / len(STFT_WINDOWS)
+                whole = whole + (guess - true).abs().mean() / len(STFT_WINDOWS)
+        parts = config.mel_weight * mel + config.stft_weight * stft + config.complex_weight * whole
+        return parts + config.wave_weight * F.l1_loss(output, target)
+
+
+def magnitude_difference(target: Tensor, output: Tensor) -> Tensor:
+    """Spectral convergence ‖X - Y‖ / ‖X‖ plus L1 of log magnitudes (arXiv 1910.11480, section 2.2).  # B N K"""
+    distance = (output - target).square().sum((1, 2)).add(1e-8).sqrt()
+    convergence = (distance / (target.square().sum((1, 2)).add(1e-8).sqrt() + 0.1)).mean()
+    return convergence + F.l1_loss(output.clamp(min=FLOOR).log(), target.clamp(min=FLOOR).log())
+
+
+@torch.no_grad()
+def sound_scores(codec: Codec, clips: list[Tensor]) -> dict[str, float]:
+    """L1 in nats between the log-mels (80, window 1024) of whole clips before and after, and the bits used a place."""
+    device = next(codec.parameters()).device
+    window, filters = unit_window(1024).to(device), mel_filters(80, 1024, 16000).to(device)
+    distances, places = [], []
+    for clip in clips:
+        raw = clip[None].to(device)
+        codes = codec.encode(raw)
+        output = codec.decode(codes)
+        raw = F.pad(raw, (0, output.shape[1] - raw.shape[1]))
+        true, guess = (log_mel(spectrum(x, window, 160).abs(), filters) for x in (raw, output))
+        distances.append((true - guess).abs().mean())
+        places.append(codes.flatten(0, -2))
+    return {"log_mel_l1": torch.stack(distances).mean().item(), "bits": code_bits(torch.cat(places), codec)}
+
+
+def curve(points: Tensor, length: int) -> Tensor:
+    """A straight-lined curve through evenly spaced points.  # B P -> B S"""
+    return F.interpolate(points[:, None], length, mode="linear", align_corners=True)[:, 0]
+
+
+def play(bank: Tensor, start: Tensor, end: Tensor, speed: Tensor, begin: Tensor, length: int) -> Tensor:
+    """Clips of a bank at other speeds (which moves their pitch), each begun `begin` samples late; silence around.
+
+    `bank` holds all clips end to end; clip b is bank[start_b : end_b].  # L, B, B, B, B -> B S
+    """
+    time = torch.arange(length, device=bank.device)[None, :] - begin[:, None]
+    # In double precision: a bank may have more samples than fp32 can count.
+    place = start[:, None] + time * speed[:, None]  # B S
+    inside = (time >= 0) & (place < end[:, None] - 1)
+    low = place.floor().long().clamp(0, len(bank) - 2)
+    return torch.lerp(bank[low], bank[low + 1], (place - low).float()) * inside
+
+
+def colour(sounds: Tensor, rate: int, dice: Dice) -> Tensor:
+    """Another microphone and room: a smooth random filter, an echo tail, sometimes only the band up to 4 kHz."""
+    count, length = sounds.shape
+    size = 2 * length  # room for the tail, or it would wrap around
+    bins = size // 2 + 1
+    filtered = torch.fft.rfft(sounds, n=size) * torch.exp(0.7 * curve(dice.normal(count, 9), bins))
+    frequency = torch.linspace(0.0, rate / 2, bins, device=dice.device)
+    narrow = dice.chance(0.3, count, 1) & (frequency > 0.24 * rate)
+    filtered = filtered.masked_fill(narrow, 0.0)
+    time = torch.arange(length, device=dice.device) / rate
+    decay = torch.exp(-time / dice.uniform(count, 1, low=0.02, high=0.2))
+    tail = dice.normal(count, length) * decay * 0.03 * dice.chance(0.3, count, 1)
+    tail[:, 0] = 1.0
+    return torch.fft.irfft(filtered * torch.fft.rfft(tail, n=size), n=size)[:, :length]
+
+
+def noise(count: int, length: int, rate: int, dice: Dice) -> Tensor:
+    """Noise of a random colour that swells and fades.  # -> B S, about unit power"""
+    values = torch.fft.rfft(dice.normal(count, length))
+    frequency = torch.linspace(0.0, rate / 2, values.shape[1], device=dice.device)
+    slope = (1.0 + frequency / 200.0) ** dice.uniform(count, 1, low=-1.2, high=0.2)
+    shape = slope * torch.exp(1.0 * curve(dice.normal(count, 12), values.shape[1]))
+    sound = torch.fft.irfft(values * shape, n=length)
+    sound = sound / sound.square().mean(1, keepdim=True).sqrt().clamp(min=1e-5)
+    return sound * curve(dice.uniform(count, 6), length)
+
+
+def voices(count: int, length: int, rate: int, dice: Dice) -> Tensor:
+    """Babble by the source-filter model: harmonics of a gliding pitch under gliding formants, hisses in between.
+
+    The amplitude of harmonic k of pitch f is the sum over formants of 1 / (1 + ((k·f - F) / bandwidth)²).  # -> B S
+    """
+    points = max(4, 10 * length // rate)
+    octaves = dice.uniform(count, 1, low=6.3, high=8.6)
+    pitch = torch.exp2(octaves + 0.25 * curve(dice.normal(count, points), length))
+    phase = 2.0 * math.pi * torch.cumsum(pitch.double() / rate, 1)  # B S
+    number = torch.arange(1, NUM_HARMONICS + 1, device=dice.device, dtype=torch.float64)
+    centres = torch.tensor([500.0, 1500.0, 2500.0, 3500.0, 5000.0], device=dice.device)
+    stretch = torch.exp2(dice.uniform(count, 1, 1, low=-0.3, high=0.35))
+    glide = torch.exp2(0.45 * dice.normal(count, NUM_FORMANTS, points).flatten(0, 1))
+    formants = centres[None, :, None] * stretch * curve(glide, length).view(count, NUM_FORMANTS, length)
+    width = dice.uniform(count, NUM_FORMANTS, 1, low=50.0, high=220.0)
+    gain = torch.exp(-0.6 * torch.arange(NUM_FORMANTS, device=dice.device))[None, :, None]
+    sound = torch.zeros(count, length, device=dice.device)
+    for k in number.tolist():  # one harmonic at a time: all at once would take gigabytes
+        heard = k * pitch  # B S
+        level = (gain / (1.0 + ((heard[:, None] - formants) / width).square())).sum(1) / math.sqrt(k)
+        sound = sound + torch.sin((phase * k).remainder(2 * math.pi)).float() * level * (heard < 0.48 * rate)
+    sound = sound / sound.abs().amax(1, keepdim=True).clamp(min=1e-5)
+    voiced = curve(2.5 * dice.normal(count, points) + 1.0, length).clamp(0.0, 1.0)
+    hissing = curve(2.5 * dice.normal(count, points) - 2.0, length).clamp(0.0, 1.0)
+    return 0.5 * sound * voiced + 0.15 * noise(count, length, rate, dice) * hissing

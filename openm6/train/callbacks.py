@@ -1,0 +1,343 @@
+"""What acts beside the loop at its moments: each callback is one concern with a state of its own in the checkpoints."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from openm6.base.errors import ConfigError
+from openm6.base.log import get_log
+from openm6.base.run_folder import RunFolder
+from openm6.parallel.worker_pool import children, handled_stops
+from openm6.train.config import LOOP_SECTION, STAGES_SECTION, HeldOutConfig, LoopConfig, StagesConfig
+from openm6.train.job import Batch, Job
+from openm6.train.pseudo_to_real import SwitchClock, rate_after_switch
+from openm6.train.step import StepReport, Updater, seed_everything
+
+PROCESSES = Path("/proc")
+RESET_PEAK = "5"  # what Linux reads there as: forget the peak, keep the rest (proc(5))
+PREFIX = "held_out/"
+STATUS = Path("/proc/self/status")
+WORTH_TELLING = 2**28  # bytes swapped out
+MEMORY = 0.98  # share of the running mean that is kept each step: about the last 50 steps
+WARMUP = 30  # steps before anything is called a spike
+FACTOR = 6.0  # standard deviations above the mean
+
+
+@dataclass
+class Progress:
+    """Counts of a run so far; goes into checkpoints as it is."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    non_finite: int = 0  # skipped steps
+    non_finite_in_a_row: int = 0
+    spikes: int = 0
+    cursor: dict[str, Any] = field(default_factory=dict)
+
+
+class Running(Protocol):
+    """What a hook sees of the run that it is part of."""
+
+    job: Job
+    config: LoopConfig
+    run: RunFolder
+    updater: Updater
+    progress: Progress
+
+    def save(self) -> None:
+        """Write a checkpoint of the run as it is now."""
+
+
+class Hook:
+    """Parent of all hooks; every moment is empty unless it is overridden.
+
+    `name` is the key of the hook's state in checkpoints. Moments, in order: `before_load` and `load_state` (only where
+    a run goes on), `start`, then for each step `before_step` and `after_step`, `totals` where a line is due, and
+    `close` at the end, also after a failure.
+    """
+
+    name: str
+
+    def before_load(self, run: Running, state: dict[str, Any]) -> None:
+        """The run goes on from a checkpoint with this state: give the model the shape that its weights had there."""
+
+    def start(self, run: Running) -> None:
+        """Before the first step of this process; model, optimizer and progress are as they will be trained."""
+
+    def before_step(self, step: int) -> None:
+        """The batch of step number `step` is there, nothing is computed yet."""
+
+    def after_step(self, report: StepReport) -> dict[str, float]:
+        """The step is done and counted; gives numbers that the next line averages over its steps."""
+        return {}
+
+    def totals(self) -> dict[str, Any]:
+        """Further entries of a line that is written now, as they are: sums, names."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What must survive a restart; JSON-able."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+    def close(self) -> None:
+        """Let go of what was opened."""
+
+
+class MemoryHook(Hook):
+    """Lines get `memory_start` (before the first step) and `memory_peak` (since then), in bytes.
+
+    On a GPU both are of torch's allocator. On a processor they are of the run's processes as Linux tells them, Python
+    and libraries included: of those that share the steps, what they do not share; elsewhere nothing is told.
+    """
+
+    name = "memory"
+
+    def __init__(self) -> None:
+        self._device = torch.device("cpu")
+        self._start: int | None = None
+        self._inherited = (
+            0  # bytes of its own that a forked process shares with this one until it writes there
+        )
+
+    def start(self, run: Running) -> None:
+        self._device = run.updater.device
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._start = torch.cuda.memory_allocated(self._device)
+        else:
+            forget_peak()
+            self._start, self._inherited = process_memory("VmRSS"), process_memory("RssAnon") or 0
+
+    def totals(self) -> dict[str, Any]:
+        if self._device.type == "cuda":
+            peak: int | None = torch.cuda.max_memory_allocated(self._device)
+        else:
+            peak = process_memory("VmHWM")
+            if peak is not None:
+                peak += sum(self._private(str(process)) for process in children())
+        return {} if peak is None else {"memory_start": self._start, "memory_peak": peak}
+
+    def _private(self, process: str) -> int:
+        """The most that a forked process held of its own."""
+        try:
+            peak, shared, mapped = (
+                process_memory(key, process) or 0 for key in ("VmHWM", "RssShmem", "RssFile")
+            )
+        except OSError:  # it has just ended
+            return 0
+        return max(0, peak - shared - mapped - self._inherited)
+
+
+def process_memory(key: str, process: str = "self") -> int | None:
+    """`VmRSS` (now) or `VmHWM` (the most so far) of a process in bytes; None where the system does not tell."""
+    if sys.platform != "linux":
+        return None
+    for line in (PROCESSES / process / "status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def forget_peak() -> None:
+    """What loading the data took is not training's peak. Where it may not be forgotten, it counts."""
+    try:
+        (PROCESSES / "self/clear_refs").write_text(RESET_PEAK)
+    except OSError:
+        return
+
+
+class HeldOutHook(Hook):
+    """Every `every` steps, the mean loss over the same few batches of held-out records.
+
+    It has no state: the batches follow from the seed, and every step seeds its own draws, so a run with it takes the
+    same steps as one without, and goes on after a stop as if there had been none.
+    """
+
+    name = "held_out"
+
+    def __init__(self, config: HeldOutConfig) -> None:
+        self.config = config
+        self._batches: list[Batch] = []
+
+    def start(self, run: Running) -> None:
+        """Makes the batches, so that what is wrong with them is said before the first step."""
+        self._run = run
+        self._batches = run.job.held_out_batches(self.config.batches)
+
+    def after_step(self, report: StepReport) -> dict[str, float]:
+        if report.step % self.config.every:
+            return {}
+        run = self._run
+        seed_everything(run.config.seed, "held out")
+        run.job.model.eval()
+        with torch.no_grad(), run.updater.autocast():
+            found = run.job.held_out_loss(self._batches)
+        run.job.ranks.settle(run.job.model)
+        run.job.model.train()
+        return {f"{PREFIX}{name}": value for name, value in found.items()}
+
+
+class StagesHook(Hook):
+    """Saves the shared model when the switch is due, takes its layers apart, and warms the rate up again.
+
+    A switch that the clock decided is written into the run's config.yaml as a step, so that a run repeated or resumed
+    with that file switches at the same one.
+    """
+
+    name = "stages"
+
+    def __init__(self, config: StagesConfig) -> None:
+        self.config = config
+        self.switched_at: int | None = None
+        self._clock = SwitchClock(config.switch)
+
+    def before_load(self, run: Running, state: dict[str, Any]) -> None:
+        if state["switched_at"] is not None:
+            run.updater.delink("reset")
+
+    def start(self, run: Running) -> None:
+        self._run = run
+        if self.switched_at is None and run.job.stage != "pseudo":
+            raise ConfigError(
+                "loop.stages is given, but no layers of the model share weights: "
+                "add sharing: all to model.overrides"
+            )
+
+    def before_step(self, step: int) -> None:
+        if self.switched_at is None and self._due():
+            self._switch(step - 1)
+        self._run.updater.rate_scale = rate_after_switch(step, self.switched_at, self.config)
+
+    def after_step(self, report: StepReport) -> dict[str, float]:
+        if report.applied:  # a skipped step tells nothing of how training goes
+            self._clock.observe(report.loss)
+        return {}
+
+    def totals(self) -> dict[str, Any]:
+        return {"stage": self._run.job.stage}
+
+    def state(self) -> dict[str, Any]:
+        return {"switched_at": self.switched_at, **self._clock.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.switched_at = state["switched_at"]
+        self._clock.load_state(state)
+
+    def _due(self) -> bool:
+        run = self._run
+        due = self._clock.due(run.progress.step, run.progress.seconds)
+        # Losses and steps are the same on all ranks; clocks are not.
+        return due if self.config.switch.minutes is None else run.job.ranks.from_first(due)
+
+    def _switch(self, step: int) -> None:
+        run = self._run
+        if step:
+            run.save()
+        run.updater.delink(self.config.moments, self.config.noise)
+        self.switched_at = step
+        if self.config.switch.minutes is not None and run.job.ranks.first:
+            known = run.run.read_config().get(LOOP_SECTION, {}).get(STAGES_SECTION, {})
+            run.run.set_config(LOOP_SECTION, STAGES_SECTION, {**known, "switch": {"step": step}})
+        get_log().info(f"each layer has weights of its own from step {step + 1} on")
+
+
+class SwapHook(Hook):
+    """Warns once when the system moves the run's memory to the disk, where weights would come from at its speed."""
+
+    name = "swap"
+
+    def __init__(self, status: Path = STATUS) -> None:
+        self._status = status
+        self._told = False
+
+    def after_step(self, report: StepReport) -> dict[str, float]:
+        swapped = 0 if self._told else swapped_bytes(self._status)
+        if swapped > WORTH_TELLING:
+            self._told = True
+            get_log().warning(
+                f"step {report.step}: the host has swapped out {swapped / 2**30:.1f} GiB of this run, so steps will "
+                "be slow; end other programs, or lower loop.streaming.host_gib and train fewer layers"
+            )
+        return {}
+
+
+def swapped_bytes(status: Path = STATUS) -> int:
+    """Bytes of this process that lie on the disk; 0 where the system does not say."""
+    try:
+        lines = status.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    found = next((line for line in lines if line.startswith("VmSwap:")), "VmSwap: 0")
+    return int(found.split()[1]) * 1024
+
+
+class SpikeWatch:
+    """Follows the loss by a running mean and variance; a loss far above both is a spike."""
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+        self.variance = 0.0
+        self.seen = 0
+
+    def observe(self, loss: float) -> bool:
+        """True if `loss` is a spike; a spike moves the mean only as far as the bound, so a run of them is told too."""
+        if not math.isfinite(loss):
+            return False
+        bound = self.mean + FACTOR * math.sqrt(self.variance) + 1e-3 * abs(self.mean)
+        spike = self.seen >= WARMUP and loss > bound
+        value = min(loss, bound) if spike else loss
+        self.seen += 1
+        memory = min(MEMORY, 1 - 1 / self.seen)  # a plain mean at first
+        difference = value - self.mean
+        self.mean += (1 - memory) * difference
+        self.variance = memory * (self.variance + (1 - memory) * difference * difference)
+        return spike
+
+    def state(self) -> dict[str, float]:
+        return {"mean": self.mean, "variance": self.variance, "seen": self.seen}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self.mean, self.variance, self.seen = state["mean"], state["variance"], int(state["seen"])
+
+
+class Interrupt:
+    """While entered, a signal to stop is kept in `requested`; a further SIGINT raises KeyboardInterrupt.
+
+    A further SIGTERM or SIGHUP changes nothing: `timeout` and others send theirs both to a process and to its group.
+    """
+
+    def __init__(self) -> None:
+        self.requested = 0  # number of the first signal
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            self._previous = {number: signal.signal(number, self._handle) for number in handled_stops()}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.requested:
+            self.requested = number
+            get_log().info("stopping after this step; press Ctrl-C again to stop at once without saving")
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt

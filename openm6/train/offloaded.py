@@ -1,0 +1,352 @@
+"""Training whose weight sets live in a store: fetched for their use, moved as soon as their gradient is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from openm6.base.errors import CheckpointError, ConfigError
+from openm6.base.log import get_log
+from openm6.base.seeds import derive_seed
+from openm6.checkpoint.delink import Moments, moment_factor
+from openm6.checkpoint.load import is_sharded, load_optimizer, load_parts
+from openm6.checkpoint.optimizer import place_optimizer
+from openm6.checkpoint.shards import SEPARATOR, Catalogue, Shard
+from openm6.checkpoint.tensors import named_tensors
+from openm6.models.backbone import Backbone
+from openm6.models.config import BackboneConfig
+from openm6.nn.block import Block
+from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.nn.experts import Experts
+from openm6.offload.blocks import OffloadedBlocks, Step
+from openm6.offload.config import StreamingConfig
+from openm6.offload.streams import Streams, open_streams
+from openm6.offload.weight_store import RecordLayout, WeightStore, set_shapes
+from openm6.optim.registry import set_rate
+from openm6.optim.rules import WEIGHT, Stored, update_rule
+from openm6.optim.schedule import rate_factor
+from openm6.train.budget import FULL, HALF, Budget, available, check_budget, resident_sets
+from openm6.train.config import LoopConfig
+from openm6.train.job import Batch, Job
+from openm6.train.pseudo_to_real import matrix_noise
+from openm6.train.step import (
+    StepReport,
+    Updater,
+    device_failures,
+    make_report,
+    seed_everything,
+    settle_precision,
+    sum_over_ranks,
+)
+
+
+def open_updater(job: Job, config: LoopConfig, checkpoints: Path | None = None) -> Updater:
+    """The updater that `config` asks for, of a run that is saved in `checkpoints`."""
+    if config.streamed:
+        return StreamedUpdater(job, config, checkpoints=checkpoints)
+    return Updater(job, config)
+
+
+class StreamedUpdater(Updater):
+    """Moves weight sets layer by layer during the backward pass, and everything else (the edges) after it.
+
+    The edges are embeddings, heads, norms and routers: they stay on the device in fp32 under AdamW, whatever
+    `bytes_per_parameter` says, since they are few and sensitive. `clip` bounds their gradient's norm alone; sets are
+    clipped by their rule, as nobody knows the norm of all gradients while they are used up.
+    """
+
+    def __init__(
+        self, job: Job, config: LoopConfig, streams: Streams | None = None, checkpoints: Path | None = None
+    ) -> None:
+        """`streams` stand in for those of the device, in tests; `checkpoints` is where the run is saved, if it is.
+
+        Raises:
+            ConfigError: the job has no blocks to stream, or memory or disk do not suffice.
+        """
+        if job.backbone is None:
+            raise ConfigError(
+                "this kind of training has no blocks to stream: leave loop.streaming and "
+                "loop.optimizer.bytes_per_parameter out"
+            )
+        self.job, self.config, self.ranks = job, config, job.ranks
+        self.backbone: Backbone = job.backbone
+        self.streaming = config.streaming or StreamingConfig()
+        self.rule = update_rule(config.optimizer)
+        self._checkpoints = checkpoints
+        placed = next(parameter for parameter in job.model.parameters() if not parameter.is_meta)
+        self.device = placed.device
+        self._streams = streams or open_streams(self.device)
+        self._open_store(self.device)
+        self._fill()
+        super().__init__(job, config)
+
+    def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
+        optimizer = self.config.optimizer
+        rate = optimizer.learning_rate * rate_factor(step, total, self.config.schedule) * self.rate_scale
+        set_rate(self.optimizer, rate)
+        seed_everything(self.config.seed, "step", step)
+        self.blocks.begin_step(Step(step, rate, optimizer.weight_decay, self.config.seed))
+        with device_failures(lambda: step):
+            with self.autocast():
+                result = self.job.loss(batch)
+            result.loss.backward()
+            facts = self.blocks.end_step()
+        self.job.ranks.sum_gradients(self.parameters)
+        norm = torch.hypot(self._clip(), facts.grad_norm)
+        result, tokens = sum_over_ranks(result, batch.tokens, self.job.ranks)
+        report = make_report(step, tokens, rate, result, norm)
+        if report.applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if report.applied:
+            self.job.after_step(result)
+        else:
+            self._tell_skipped(step, int(facts.skipped))
+        return report
+
+    def delink(self, moments: Moments, noise: float = 0.0) -> None:
+        numbers, before = self.backbone.config.weight_sets, self.store
+        before.synchronize()
+        super().delink(moments)
+        self._open_store(self.device)
+        uses = Counter(numbers)
+        for layer, number in enumerate(numbers):
+            self.store.storage[layer].copy_(before.storage[number])
+            if uses[number] > 1:
+                for name, stored in self.store.stored(layer).items():
+                    self._hand_on(stored, moments, uses[number])
+                    if noise:
+                        self._add_noise(layer, name, stored, noise)
+        before.free()
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.store.layouts)
+
+    def shards(self) -> Iterator[Shard]:
+        self.store.synchronize()
+        for number in range(self.num_shards):
+            shard = Shard({}, {})
+            for name, stored in self.store.stored(number).items():
+                for slot, tensor in stored.items():
+                    own = full_name(self._prefix(number) + name, slot)
+                    part = self.sets.in_whole(number, name, slot, tensor)
+                    (shard.model if slot in self.rule.read_slots else shard.optimizer)[own] = part
+            yield shard
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        if self.job.ranks.layout is not None or is_sharded(folder):
+            self._load_parts(folder)
+            return
+        weights, kept = Catalogue(folder, "model"), Catalogue(folder, "optimizer")
+        expected = {name for name, _ in self.job.model.named_parameters()}
+        if unknown := {name for name in weights.names if name.partition(SEPARATOR)[0] not in expected} - {
+            name for name, _ in self.job.model.named_buffers()
+        }:
+            raise CheckpointError(
+                f"{folder} has {min(unknown)!r}, unknown to this model: "
+                "turn it with openm6 convert, or load it with the config that it was saved with"
+            )
+        self._load_edges(weights, kept)
+        for number in range(self.num_shards):
+            for name, stored in self.store.stored(number).items():
+                for slot, tensor in stored.items():
+                    source = weights if slot in self.rule.read_slots else kept
+                    source.read_into(full_name(self._prefix(number) + name, slot), tensor)
+        self.store.invalidate()
+
+    def _load_parts(self, folder: Path) -> None:
+        """From the files of any number of ranks, what this one keeps."""
+        edges = {name: tensor for name, tensor in named_tensors(self.job.model).items() if not tensor.is_meta}
+        known = {name for name, _ in self.job.model.named_parameters()} | set(edges)
+        load_parts(folder, edges, known)
+        load_optimizer(folder, self.optimizer, self.job.model, self.job.ranks.layout)
+        for number, shard in enumerate(self.shards()):
+            homes = {**shard.model, **shard.optimizer}
+            load_parts(folder, homes, None)
+            self._bring_home(number, homes)
+        self.store.invalidate()
+
+    def _bring_home(self, number: int, read: dict[str, Tensor]) -> None:
+        """Parts that were read on the host, for a set that is resident on a GPU; others were read where they live."""
+        for name, stored in self.store.stored(number).items():
+            for slot, tensor in stored.items():
+                if not tensor.is_cpu:
+                    tensor.copy_(self.sets.here(read[full_name(self._prefix(number) + name, slot)]))
+
+    def close(self) -> None:
+        self.store.free()
+        self.backbone.runner = None
+
+    def _open_store(self, device: torch.device) -> None:
+        """Room for every weight set, and the runner that uses them."""
+        self.sets = self.job.ranks.sets([set_shapes(cast(Block, block)) for block in self.backbone.sets])
+        layouts = [
+            RecordLayout(self.sets.local_shapes(number), self.rule)
+            for number in range(len(self.backbone.sets))
+        ]
+        budget = self.budget(layouts)
+        room = available(device, self.streaming, self._checkpoints)
+        if self.config.stages is not None and self.backbone.config.stage == "pseudo":
+            check_budget(self._later(budget), room, self.rule)
+        check_budget(budget, room, self.rule)
+        resident = resident_sets(budget, room)
+        self.store = WeightStore(
+            layouts, resident, device, self._streams, self.streaming.buffers, self.streaming.pin
+        )
+        self.blocks = OffloadedBlocks(
+            [cast(Block, block) for block in self.backbone.sets],
+            self.backbone.config.weight_sets,
+            self.store,
+            self.rule,
+            self.streaming,
+            self.sets,
+        )
+        self.backbone.runner = self.blocks
+
+    def budget(self, layouts: list[RecordLayout]) -> Budget:
+        """What the run will take, by place."""
+        edges = sum(parameter.numel() for parameter in self.job.model.parameters())
+        edges -= sum(torch.Size(shape).numel() for one in self.sets.shapes for shape in one.values())
+        half = settle_precision(self.config.precision, self.device) == "bf16"
+        return Budget(
+            self.backbone.config,
+            layouts,
+            edges,
+            -(-self.job.tokens_per_step // self.job.ranks.size),
+            self.streaming,
+            value_bytes=HALF if half else FULL,
+            checkpoints=0 if self._checkpoints is None else self.config.keep + 1,
+            gathered=max(self.sets.gathered(number) for number in range(len(layouts))),
+        )
+
+    def _later(self, budget: Budget) -> Budget:
+        """Of the real stage, while layers get their copies of the shared sets."""
+        layouts = [budget.layouts[number] for number in self.backbone.config.weight_sets]
+        real = self.backbone.config.model_copy(update={"sharing": None})
+        beside = sum(layout.num_bytes for layout in budget.layouts)
+        return replace(budget, config=real, layouts=layouts, beside=beside)
+
+    def _fill(self) -> None:
+        """The model's weights into the store, or first values drawn set by set; the model keeps their shapes."""
+        config = self.backbone.config
+        for number, layout in enumerate(self.store.layouts):
+            block = cast(Block, self.backbone.sets[number])
+            values = {name: block.get_parameter(name).detach() for name in layout.shapes}
+            own = None
+            if any(value.is_meta for value in values.values()):
+                own = self._own_experts(number)
+                values = first_values(config, number, self.config.seed, self.store.device, own)
+            for name, stored in self.store.stored(number).items():
+                seed = self.config.seed
+                part = self.sets.part(number, name, values[name], dealt=own is not None)
+                key = derive_seed(seed, "fill", number, name)
+                self.rule.fill(stored, part.float(), key, self.sets.piece(number, name))
+                _empty_out(block, name)
+        self.store.invalidate()
+
+    def _own_experts(self, number: int) -> range:
+        """The numbers of the experts of a set that this rank holds."""
+        shape = self.sets.local_shapes(number).get("feed_forward.up", ())
+        if len(shape) < 3:
+            return range(0)
+        first = self.sets.piece(number, "feed_forward.up").first
+        return range(first, first + shape[0])
+
+    def _hand_on(self, stored: Stored, moments: Moments, uses: int) -> None:
+        """What a layer gets of a shared set's memory."""
+        for slot, tensor in stored.items():
+            if slot not in self.rule.read_slots:
+                tensor.zero_() if moments == "reset" else tensor.mul_(moment_factor(slot, uses, moments))
+
+    def _add_noise(self, layer: int, name: str, stored: Stored, noise: float) -> None:
+        piece, seed = self.sets.piece(layer, name), self.config.seed
+        values = self.rule.read(stored, torch.float32)
+        draw = matrix_noise(values, noise, derive_seed(seed, "delink", f"{layer}.{name}"), piece, piece.first)
+        self.rule.write(stored, values + draw, derive_seed(seed, "delink round", layer, name), piece)
+
+    def _load_edges(self, weights: Catalogue, kept: Catalogue) -> None:
+        tensors = self.job.model.state_dict(keep_vars=True)
+        edges = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+        for name, tensor in edges.items():
+            if name in weights or not _is_alias(name, tensor, edges):
+                weights.read_into(name, tensor.detach())
+        names = {name for name, tensor in edges.items() if isinstance(tensor, nn.Parameter)}
+        pairs = ((name, kept.read(name)) for name in kept.names if name.partition(SEPARATOR)[0] in names)
+        place_optimizer(pairs, self.optimizer, self.job.model, str(kept.folder))
+
+    def _prefix(self, number: int) -> str:
+        """The name of a set within the whole model, up to its parameters."""
+        block = self.backbone.sets[number]
+        return next(f"{name}." for name, module in self.job.model.named_modules() if module is block)
+
+    def _tell_skipped(self, step: int, skipped: int) -> None:
+        moved = self.num_shards - skipped
+        if moved:
+            get_log().warning(
+                f"step {step}: {skipped} weight sets had no finite gradient and stayed; {moved} had moved"
+            )
+
+
+@torch.no_grad()
+def first_values(
+    config: BackboneConfig, number: int, seed: int, device: torch.device, own: range
+) -> dict[str, Tensor]:
+    """First weights of one set, of its experts those numbered `own`.
+
+    From (seed, set) alone, and for an expert (seed, set, expert): no two sets, and on several ranks no whole set, need
+    to stand in memory.
+    """
+    part = config.feed_forward(config.weight_sets.index(number))
+    seed_everything(seed, "weight set", number)
+    with torch.device(device):
+        block = Block(config.attention, _with_one_expert(part), None)
+    block.reset_parameters(config.deviation, config.output_deviation)
+    values = {name: parameter.detach() for name, parameter in block.named_parameters()}
+    if isinstance(part, ExpertsConfig):
+        drawn = [
+            _first_expert(config, part, (seed, "weight set", number, "expert", one), device) for one in own
+        ]
+        values["feed_forward.up"] = torch.cat([up for up, _ in drawn])
+        values["feed_forward.down"] = torch.cat([down for _, down in drawn])
+    return values
+
+
+def _first_expert(
+    config: BackboneConfig, part: ExpertsConfig, words: tuple[Any, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    seed_everything(*words)
+    alone = part.model_copy(update={"num_experts": 1, "top_k": 1, "num_prototypes": None, "num_shared": 0})
+    with torch.device(device):
+        expert = Experts(config.width, alone)
+    expert.reset_parameters(config.deviation, config.output_deviation)
+    return expert.up.detach(), expert.down.detach()
+
+
+def _with_one_expert(part: DenseConfig | ExpertsConfig) -> DenseConfig | ExpertsConfig:
+    return part if isinstance(part, DenseConfig) else part.model_copy(update={"num_experts": 1})
+
+
+def _empty_out(block: Block, name: str) -> None:
+    """Leaves the shape of a parameter and lets go of its memory."""
+    path, _, leaf = name.rpartition(".")
+    shape = block.get_parameter(name).shape
+    empty = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+    setattr(block.get_submodule(path), leaf, empty)
+
+
+def _is_alias(name: str, tensor: Tensor, edges: dict[str, Tensor]) -> bool:
+    """Whether a shared tensor was saved under an earlier name."""
+    return next(first for first, other in edges.items() if other is tensor) != name
+
+
+def full_name(parameter: str, slot: str) -> str:
+    """The name of a slot in a checkpoint."""
+    return parameter if slot == WEIGHT else f"{parameter}{SEPARATOR}{slot}"

@@ -1,0 +1,100 @@
+"""Pseudo-to-Real: layers share their weights first, and at the right moment go on with weights of their own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openm6.base.seeds import derive_seed
+from openm6.optim.pieces import WHOLE, Piece
+from openm6.parallel.ranks import Ranks
+from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
+
+
+class SwitchClock:
+    """Tells when the switch is due; its state is carried in checkpoints, so a resumed run switches at the same step."""
+
+    def __init__(self, config: SwitchConfig) -> None:
+        self._config = config
+        self._losses: list[float] = []
+
+    def observe(self, loss: float) -> None:
+        """Take in the loss of one step."""
+        if self._config.plateau is not None:
+            self._losses = [*self._losses, loss][-2 * self._config.plateau.window :]
+
+    def due(self, steps: int, seconds: float) -> bool:
+        """True once the switch should happen, `steps` steps and `seconds` seconds into the run."""
+        config = self._config
+        if config.step is not None:
+            return steps >= config.step
+        if config.minutes is not None:
+            return seconds >= 60 * config.minutes
+        return config.plateau is not None and _stands_still(self._losses, config.plateau)
+
+    def state(self) -> dict[str, Any]:
+        return {"losses": self._losses}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._losses = list(state["losses"])
+
+
+def rate_after_switch(step: int, switched_at: int | None, config: StagesConfig) -> float:
+    """Factor on the learning rate in step `step`, if the switch came after step `switched_at`."""
+    if switched_at is None or not config.warmup_steps:
+        return 1.0
+    return min(1.0, (step - switched_at) / config.warmup_steps)
+
+
+def shared_matrices(sources: Mapping[str, str], model: nn.Module) -> dict[str, nn.Parameter]:
+    """The matrices that several layers of a delinked model now hold copies of; `sources` as `delink` gave it."""
+    uses = Counter(sources.values())
+    named = dict(model.named_parameters())
+    return {new: named[new] for new, old in sources.items() if uses[old] > 1 and named[new].ndim > 1}
+
+
+@torch.no_grad()
+def break_symmetry(parameters: dict[str, nn.Parameter], noise: float, seed: int, ranks: Ranks) -> None:
+    """Add noise to layers that are alike; see `matrix_noise`. All ranks call it."""
+    for name, parameter in sorted(parameters.items()):
+        piece = ranks.piece(parameter)
+        values = piece.local(parameter)
+        first = ranks.first_expert(len(values)) if parameter.ndim > 2 else 0
+        values.add_(matrix_noise(values, noise, derive_seed(seed, "delink", name), piece, first))
+
+
+def matrix_noise(values: Tensor, noise: float, seed: int, piece: Piece = WHOLE, first: int = 0) -> Tensor:
+    """Normal noise of `noise` times the deviation of each matrix; R' C, or E R' C for a stack, as `values`.
+
+    The matrices of a stack are number `first` and following. Each is drawn from the seed and its number, on the
+    processor: the same noise whatever device the weights live on, and whichever of their rows and experts live here.
+    """
+    stack = values if values.ndim > 2 else values.unsqueeze(0)
+    start, rows = piece.rows(stack.shape[-2])
+    deviation = _deviations(stack.double(), rows, piece)
+    draws = []
+    for number in range(first, first + len(stack)):
+        words = (number,) if values.ndim > 2 else ()
+        generator = torch.Generator().manual_seed(derive_seed(seed, "matrix", *words))
+        draw = torch.randn(rows, stack.shape[-1], generator=generator)
+        draws.append(draw[start : start + stack.shape[-2]])
+    draw = torch.stack(draws).to(values.device) * (noise * deviation.float())
+    return draw.view(values.shape).to(values.dtype)
+
+
+def _deviations(stack: Tensor, rows: int, piece: Piece) -> Tensor:
+    """E 1 1: that of each whole matrix."""
+    count = rows * stack.shape[-1]
+    mean = piece.total(stack.sum((-2, -1), keepdim=True)) / count
+    return (piece.total((stack - mean).square().sum((-2, -1), keepdim=True)) / max(1, count - 1)).sqrt()
+
+
+def _stands_still(losses: list[float], config: PlateauConfig) -> bool:
+    if len(losses) < 2 * config.window:
+        return False
+    before, now = losses[: config.window], losses[config.window :]
+    return sum(now) > (1 - config.improvement) * sum(before)

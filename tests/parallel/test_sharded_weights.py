@@ -1,0 +1,147 @@
+"""Parts of weight sets on several ranks: gathered, summed and moved as the whole would be."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from openm6 import kernels
+from openm6.offload.weight_store import RecordLayout
+from openm6.optim import rules
+from openm6.optim.config import OptimizerConfig
+from openm6.optim.rules import Move, update_rule
+from openm6.parallel.config import MeshShape
+from openm6.parallel.processes import ProcessRanks
+from openm6.parallel.ranks import WeightSets
+from openm6.parallel.sharded_weights import RankGroup, SetPiece
+from tests.parallel.fleet import Fleet
+from tests.parallel.test_ranks import CPU
+from tests.triton_interpreter import need_interpreter
+
+SHAPES = {"qkv": (7, 64), "narrow": (3, 128), "feed_forward.up": (4, 8, 64)}
+
+
+def values(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def sets_of(axes: tuple[int, int, int]) -> WeightSets:
+    ranks = ProcessRanks(CPU, 60)
+    ranks.open_mesh(MeshShape(*axes))
+    return ranks.sets([SHAPES])
+
+
+def there_and_back(axes: tuple[int, int, int]) -> list[bool]:
+    """Whether gathering gives the whole, and reducing the sum of all ranks' gradients, cut."""
+    sets, whole = sets_of(axes), values(1)
+    parts = {name: sets.part(0, name, tensor) for name, tensor in whole.items()}
+    assert {name: tuple(part.shape) for name, part in parts.items()} == sets.local_shapes(0)
+    found = sets.gather(0, {name: part for name, part in parts.items() if sets.is_sharded(0, name)})
+    first = sets.piece(0, "feed_forward.up").first
+    experts = whole["feed_forward.up"][first : first + 4 // axes[2]]
+    expected = {**whole, "feed_forward.up": experts}
+    same = [torch.equal(tensor, expected[name]) for name, tensor in found.items()]
+    summed = sets.reduce(0, {name: tensor.clone() for name, tensor in expected.items()})
+    for name, part in summed.items():
+        # An expert's gradient already holds the rows of all ranks among which experts are dealt out.
+        times = axes[0] * axes[1] * (1 if name == "feed_forward.up" else axes[2])
+        same.append(torch.allclose(part, times * parts[name]))
+    return same
+
+
+@pytest.mark.parametrize("axes", [(1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 1, 2), (1, 1, 4)])
+def test_parts_are_gathered_and_sums_are_cut(axes: tuple[int, int, int], four: Fleet) -> None:
+    for same in four.run(there_and_back, axes):
+        assert len(same) >= 5 and all(same)
+
+
+def moved(axes: tuple[int, int, int] | None, bytes_per_parameter: int, in_triton: bool) -> dict[str, Tensor]:
+    """The weights after three updates, of the whole or of this rank's parts."""
+    sets = WeightSets([SHAPES]) if axes is None else sets_of(axes)
+    rule = update_rule(OptimizerConfig(bytes_per_parameter=bytes_per_parameter))
+    layout = RecordLayout(sets.local_shapes(0), rule)
+    views = layout.views(torch.zeros(layout.num_bytes, dtype=torch.uint8))
+    for name, stored in views.items():
+        rule.fill(stored, sets.part(0, name, values(1)[name]), 5, sets.piece(0, name))
+    for step in range(3):
+        gradients = values(2 + step)
+        gradients["feed_forward.up"][2] = 0.0  # an expert without a token
+        for name, stored in views.items():
+            move = Move(0.05, 0.1, 11 + step, torch.tensor(True), sets.piece(0, name))
+            with mock.patch.object(kernels, "available", lambda device: in_triton):
+                rule.update(stored, sets.part(0, name, gradients[name]), move)
+    return {name: rule.read(stored, torch.float32).clone() for name, stored in views.items()}
+
+
+def moved_parts(axes: tuple[int, int, int], bytes_per_parameter: int, in_triton: bool) -> dict[str, float]:
+    """The share of this rank's weights that are what they are in the whole."""
+    parts, whole = (moved(one, bytes_per_parameter, in_triton) for one in (axes, None))
+    sets = sets_of(axes)
+    return {
+        name: float(torch.isclose(part, sets.part(0, name, whole[name]), rtol=1e-5).float().mean())
+        for name, part in parts.items()
+        if part.numel()
+    }
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_parameter", "in_triton"),
+    [(16, False), (4, False), (2, False), (1, False), (2, True), (1, True)],
+)
+def test_rules_move_parts_as_they_move_the_whole(
+    bytes_per_parameter: int, in_triton: bool, four: Fleet
+) -> None:
+    """Sums in another order may turn a rounding over, here and there."""
+    if in_triton:
+        need_interpreter()
+    for axes in ((1, 4, 1), (1, 2, 2)):
+        for shares in four.run(moved_parts, axes, bytes_per_parameter, in_triton):
+            assert all(share > 0.98 for share in shares.values()), shares
+
+
+class CountingGroup(RankGroup):
+    """The same, with the number of exchanges so far."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self.exchanges = 0
+
+    def total(self, values: Tensor) -> Tensor:
+        self.exchanges += 1
+        return super().total(values)
+
+
+def moved_unevenly(rows: int, bytes_per_parameter: int, at_once: int) -> tuple[int, bool]:
+    """How often six matrices whose rows are cut unevenly ask the other rank, and whether they move as if whole."""
+    group = CountingGroup(dist.group.WORLD)
+    piece = SetPiece(1, rows, group)
+    rule = update_rule(OptimizerConfig(bytes_per_parameter=bytes_per_parameter))
+    generator = torch.Generator().manual_seed(3)
+    values, gradient = (torch.randn(6, rows, 16, generator=generator) for _ in range(2))
+    read = []
+    with (
+        mock.patch.object(rules, "AT_ONCE", at_once),
+        mock.patch.object(kernels, "available", lambda device: False),
+    ):
+        for one in (piece, SetPiece(1, rows, None)):
+            shape = tuple(one.cut(values).shape)
+            stored = {slot.name: torch.zeros(slot.shape, dtype=slot.dtype) for slot in rule.slots(shape)}
+            rule.fill(stored, one.cut(values), 5, one)
+            rule.update(stored, one.cut(gradient), Move(0.05, 0.1, 11, torch.tensor(True), one))
+            read.append(rule.read(stored, torch.float32))
+    same = torch.isclose(read[0], piece.cut(read[1]), rtol=1e-5).float().mean() if read[0].numel() else 1.0
+    return group.exchanges, float(same) > 0.99
+
+
+@pytest.mark.parametrize("bytes_per_parameter", [4, 2, 1])
+@pytest.mark.parametrize("rows", [5, 3, 1], ids=["3 and 2", "2 and 1", "1 and none"])
+def test_ranks_with_unlike_rows_ask_equally_often(rows: int, bytes_per_parameter: int, two: Fleet) -> None:
+    """By their own rows, 3 · 16 values at a time would be two matrices on one rank and one on the other."""
+    found = two.run(moved_unevenly, rows, bytes_per_parameter, 48)
+    assert found[0][0] == found[1][0] > 0
+    assert all(same for _, same in found)

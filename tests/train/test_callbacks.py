@@ -1,0 +1,291 @@
+"""Callbacks: the held-out loss changes nothing of a run; spikes, failures of a device and swapping are reported."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from openm6.base.config import build
+from openm6.base.errors import ConfigError, TrainingError
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest, read_state
+from openm6.offload.config import StreamingConfig
+from openm6.parallel.ranks import Ranks
+from openm6.train.callbacks import SpikeWatch, SwapHook, swapped_bytes
+from openm6.train.config import HeldOutConfig, LoopConfig
+from openm6.train.loop import train
+from openm6.train.metrics import read_metrics
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal_data import pack_held_out
+from openm6.train.offloaded import StreamedUpdater
+from openm6.train.recipe import MultimodalRecipe
+from openm6.train.step import Updater, device_failures
+from tests.small_model import modalities
+from tests.train.tiny_recipe import tiny_recipe
+from tests.train.toy_job import ToyJob, toy_config
+from tests.train.words_job import WordsJob, words_backbone, words_config
+
+CPU = torch.device("cpu")
+EVERY = {"every": 2, "batches": 2}
+
+
+class UnjudgedJob(MultimodalJob):
+    def finish(self, run: RunFolder) -> None:
+        pass
+
+
+def run_to(steps: int, folder: Path, resume: bool = False, **loop: Any) -> RunFolder:
+    """Trains the tiny recipe in one process."""
+    recipe = build(MultimodalRecipe, tiny_recipe(6, workers=1, log_every=2, **loop), "tiny")
+    run, config = RunFolder.open(folder), recipe.loop.model_copy(update={"steps": steps})
+    train(UnjudgedJob(recipe, run, CPU), config, run, resume)
+    return run
+
+
+def weights(run: RunFolder) -> bytes:
+    return (latest(run.path) / "model.safetensors").read_bytes()
+
+
+def held_out(run: RunFolder) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in line.items() if name == "step" or name.startswith("held_out/")}
+        for line in read_metrics(run)
+    ]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return run_to(6, tmp_path_factory.mktemp("watched"), held_out=EVERY)
+
+
+def test_every_line_that_is_due_tells_it(watched: RunFolder) -> None:
+    lines = held_out(watched)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        assert {"held_out/loss", "held_out/text", "held_out/image_out"} <= set(line)
+        assert 0 < line["held_out/text"] < 10
+    assert lines[-1]["held_out/loss"] < lines[0]["held_out/loss"]
+
+
+def test_it_changes_nothing_in_the_training(watched: RunFolder, tmp_path: Path) -> None:
+    assert weights(run_to(6, tmp_path)) == weights(watched)
+
+
+def test_resumed_equals_unbroken(tmp_path: Path) -> None:
+    run_to(3, tmp_path, held_out=EVERY, schedule={"decay_share": 0.0})
+    resumed = run_to(6, tmp_path, resume=True, held_out=EVERY, schedule={"decay_share": 0.0})
+    whole = run_to(6, tmp_path / "whole", held_out=EVERY, schedule={"decay_share": 0.0})
+    assert weights(resumed) == weights(whole)
+    assert held_out(resumed)[-1] == held_out(whole)[-1]
+
+
+def test_several_processes_find_the_same(tmp_path: Path) -> None:
+    found = []
+    for workers in (1, 2):
+        values = tiny_recipe(2, workers=workers, log_every=2, held_out=EVERY)
+        recipe = build(MultimodalRecipe, {**values, "packing": {"rows": 2, "length": 256}}, "tiny")
+        run = RunFolder.open(tmp_path / str(workers))
+        train(UnjudgedJob(recipe, run, CPU), recipe.loop, run)
+        found.append(held_out(run)[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_the_loss_is_that_of_training_on_other_records(tmp_path: Path) -> None:
+    """Taken over training batches, it is what a step of training reports, side losses aside."""
+    recipe = build(MultimodalRecipe, tiny_recipe(1), "tiny")
+    job = MultimodalJob(recipe, RunFolder.open(tmp_path), CPU)
+    batch = next(job.batches())
+    job.model.train()
+    trained = job.loss(batch)
+    side = float(sum(load.side_loss.detach() for load in trained.loads))
+    job.model.eval()
+    with torch.no_grad():
+        found = job.held_out_loss([batch])
+    assert found["loss"] == pytest.approx(float(trained.loss.detach()) - side, rel=1e-5)
+    assert found["text"] == pytest.approx(float(trained.metrics["loss/text"]), rel=1e-5)
+
+
+def test_ranks_share_the_same_rows(tmp_path: Path) -> None:
+    recipe = build(MultimodalRecipe, tiny_recipe(1), "tiny")
+    job = MultimodalJob(recipe, RunFolder.open(tmp_path), CPU)
+    whole = pack_held_out(recipe, job.modalities, Ranks(), 1)[0]
+    rows = []
+    for rank in (0, 1):
+        ranks = Ranks()
+        ranks.rank, ranks.size = rank, 2
+        rows.append(pack_held_out(recipe, job.modalities, ranks, 1)[0])
+    assert [row.layout.batch for row in rows] == [1, 1]
+    assert torch.equal(torch.cat([row.layout.example_id for row in rows]), whole.layout.example_id)
+    assert rows[0].tasks + rows[1].tasks == whole.tasks
+
+
+def test_data_without_test_records_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    table = tmp_path / "words.csv"
+    table.write_text("text_en\n" + "\n".join(f"some words {number}" for number in range(30)) + "\n")
+    values = tiny_recipe(2, held_out=EVERY) | {
+        "sources": {"words": {"kind": "csv", "path": str(table), "test_share": 0.0}},
+        "mixture": [{"source": "words", "task": "continue"}],
+    }
+    recipe, run = build(MultimodalRecipe, values, "tiny"), RunFolder.open(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"loop\.held_out needs validation or test records"):
+        train(MultimodalJob(recipe, run, CPU), recipe.loop, run)
+    assert read_metrics(run) == []
+
+
+def test_a_way_of_training_without_it_says_so(tmp_path: Path) -> None:
+    config = LoopConfig(steps=2, held_out=HeldOutConfig(every=1), tensorboard=False)
+    with pytest.raises(ConfigError, match=r"leave loop\.held_out out"):
+        train(ToyJob(), config, RunFolder.open(tmp_path))
+
+
+class StrayJob(ToyJob):
+    """The model is sound, yet its loss on other records and its scores are not finite."""
+
+    def held_out_batches(self, number: int) -> list[Any]:
+        return []
+
+    def held_out_loss(self, batches: Any) -> dict[str, float]:
+        return {"loss": float("nan"), "text": 2.0}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        return {"accuracy": float("inf")}
+
+
+def test_a_loss_that_is_not_finite_breaks_no_checkpoint_and_is_told_as_null(tmp_path: Path) -> None:
+    """The checkpoint after step 7 falls between two lines, so what was averaged so far is saved."""
+    run = RunFolder.open(tmp_path)
+    config = toy_config(steps=7).model_copy(update={"held_out": HeldOutConfig(every=6), "evaluate_every": 6})
+    config = config.model_copy(update={"log_every": 10, "save_every": 6})
+    train(StrayJob(), config, run)
+    (line,) = [line for line in read_metrics(run) if "loss" in line]
+    assert line["held_out/loss"] is None and line["held_out/text"] == 2.0
+    state = read_state(latest(tmp_path))
+    assert state["scores"] == {"accuracy": None}
+
+
+def test_validation_records_come_before_test_records(tmp_path: Path) -> None:
+    """One source has some of its own; the other gives its test records."""
+    marks = ["train", "train", "validation", "test"]
+    rows = [f"text {marks[n % 4]} number {n},{'ab'[n % 2]},{marks[n % 4]}" for n in range(60)]
+    (tmp_path / "x.csv").write_text("text_en,label,split\n" + "\n".join(rows) + "\n")
+    sources = {
+        "mine": {"kind": "csv", "path": str(tmp_path / "x.csv")},
+        "penguins": {"kind": "embedded", "name": "penguins", "limit": 40},
+    }
+    mixture = [{"source": "mine", "task": "classify_text"}, {"source": "penguins", "task": "predict_number"}]
+    recipe = build(MultimodalRecipe, {**tiny_recipe(), "sources": sources, "mixture": mixture}, "tiny")
+    words = modalities()["text"]
+    batches = pack_held_out(recipe, modalities(), Ranks(), 3)
+    texts = " ".join(words.decode(batch.kinds["text"].arrays["ids"].tolist()) for batch in batches)
+    assert "text validation number" in texts and "text test" not in texts and "text train" not in texts
+    assert any("numbers_in" in batch.kinds for batch in batches)
+
+
+def noisy_losses(count: int) -> list[float]:
+    draw = np.random.default_rng(1)
+    return [5 * float(np.exp(-step / 200)) + 2 + 0.1 * float(draw.normal()) for step in range(count)]
+
+
+def test_noise_is_no_spike() -> None:
+    watch = SpikeWatch()
+    assert not any(watch.observe(loss) for loss in noisy_losses(2000))
+
+
+def test_a_spike_is_told_and_the_next_ordinary_loss_is_not() -> None:
+    watch = SpikeWatch()
+    losses = noisy_losses(300)
+    losses[200] += 5
+    assert [step for step, loss in enumerate(losses) if watch.observe(loss)] == [200]
+
+
+def test_the_first_losses_and_those_that_are_not_finite_are_no_spikes() -> None:
+    watch = SpikeWatch()
+    assert not watch.observe(2.0) and not watch.observe(50.0)
+    assert not watch.observe(float("nan")) and not watch.observe(float("inf"))
+    assert watch.seen == 2
+
+
+def test_its_state_survives_json() -> None:
+    whole, first, second = SpikeWatch(), SpikeWatch(), SpikeWatch()
+    losses = noisy_losses(100)
+    for loss in losses:
+        whole.observe(loss)
+    for loss in losses[:40]:
+        first.observe(loss)
+    second.load_state(json.loads(json.dumps(first.state())))
+    for loss in losses[40:]:
+        second.observe(loss)
+    assert second.state() == whole.state()
+
+
+@pytest.mark.parametrize(
+    ("failure", "sentence"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "memory ran out in step 7: raise loop.streaming.micro",
+        ),
+        (
+            torch.AcceleratorError("CUDA error: an illegal access\nmore"),
+            "failed in step 7 \\(CUDA error",
+        ),
+    ],
+)
+def test_a_failing_gpu_is_told_in_one_sentence(failure: Exception, sentence: str) -> None:
+    with pytest.raises(TrainingError, match=sentence) as caught, device_failures(lambda: 7):
+        raise failure
+    assert "\n" not in str(caught.value) and "--resume" in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [None, StreamingConfig(resident=1)])
+@pytest.mark.parametrize("moment", ["loss", "evaluate"])
+def test_a_gpu_lost_in_the_middle_leaves_a_run_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, streaming: StreamingConfig | None
+) -> None:
+    """Whatever is under way; and closing fails as well then, since everything on the device does."""
+    config = words_config(8, save_every=2, evaluate_every=5, streaming=streaming)
+    calls = iter(range(1, 99))
+
+    def gone(*given: Any) -> Any:
+        if moment == "evaluate" or next(calls) == 5:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore")
+        return loss(*given)
+
+    loss = WordsJob.loss
+    with monkeypatch.context() as patched:
+        patched.setattr(WordsJob, moment, gone)
+        patched.setattr(Updater, "close", gone_for_good)
+        patched.setattr(StreamedUpdater, "close", gone_for_good)
+        with pytest.raises(TrainingError, match=r"failed in step \d \(CUDA error.*\): what was saved"):
+            train(WordsJob(words_backbone()), config, RunFolder.open(tmp_path))
+    assert latest(tmp_path).name == "step-4"
+    assert train(WordsJob(words_backbone()), config, RunFolder(tmp_path), resume=True).steps == 8
+
+
+def gone_for_good(*given: Any) -> None:
+    raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+
+def test_other_errors_are_bugs_and_pass() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), device_failures(lambda: 1):
+        raise RuntimeError("shapes differ")
+
+
+def test_swapping_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    status = tmp_path / "status"
+    hook = SwapHook(status)
+    report: Any = SimpleNamespace(step=3)
+    with caplog.at_level(logging.WARNING, logger="openm6"):
+        hook.after_step(report)
+        status.write_text("Name: python\nVmSwap:\t 1048576 kB\n", encoding="utf-8")
+        hook.after_step(report)
+        hook.after_step(report)
+    told = [record.message for record in caplog.records if "swapped out" in record.message]
+    assert len(told) == 1 and "1.0 GiB" in told[0] and swapped_bytes(tmp_path / "nothing") == 0

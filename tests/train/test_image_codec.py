@@ -1,0 +1,175 @@
+"""Training pictures and picture scores: repeatable, in range, and right on known cases."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from openm6.modalities.codec_image import ImageCodec, ImageCodecConfig
+from openm6.train.codec_data import Dice
+from openm6.train.image_codec import (
+    PictureLessons,
+    PictureLessonsConfig,
+    background_mask,
+    drawn_pictures,
+    edge_difference,
+    make_bank,
+    picture_scores,
+    psnr,
+    read_small,
+    recolour,
+    ssim,
+    to_pixels,
+    warp,
+)
+
+CPU = torch.device("cpu")
+
+
+def plain(*colour: int) -> Image.Image:
+    return Image.new("RGB", (32, 32), colour)
+
+
+def png(colour: tuple[int, ...], side: int = 32, mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (side, side), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def smooth(count: int, side: int = 32) -> torch.Tensor:
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear")
+
+
+def test_pictures_are_decoded_on_white_and_resized() -> None:
+    pictures = to_pixels(
+        [read_small(png((255, 0, 0)), 64), read_small(png((0, 0, 0, 0), 20, "RGBA"), 64)], 16
+    )
+    assert pictures.shape == (2, 3, 16, 16) and pictures.dtype == torch.uint8
+    assert pictures[0, :, 8, 8].tolist() == [255, 0, 0]
+    assert (pictures[1] == 255).all()
+
+
+def test_large_pictures_are_shrunk_when_read_and_small_ones_kept() -> None:
+    assert read_small(png((1, 2, 3), 100), 64).size == (64, 64)
+    assert read_small(png((1, 2, 3), 32), 64).size == (32, 32)
+
+
+def test_shares_weigh_sources_and_others_count_by_their_size() -> None:
+    files = {"few": [plain(255, 0, 0)], "many": [plain(0, 255, 0)] * 9}
+    assert make_bank(files, 8, {}, CPU).weights.tolist() == [1.0] * 10
+    weights = make_bank(files, 8, {"few": 0.5, "many": 0.5}, CPU).weights
+    assert weights[0] == pytest.approx(float(weights[1:].sum()))
+
+
+def test_a_seed_gives_the_same_batch_and_another_seed_another() -> None:
+    config = PictureLessonsConfig(batch=8, sides={32: 0.5, 16: 0.5}, drawn=0.25)
+    lessons = PictureLessons(config, {"a": [plain(200, 30, 90), plain(9, 120, 60)]}, CPU)
+    batches = [lessons.draw(seed) for seed in range(12)]
+    assert {batch.shape[-1] for batch in batches} == {32, 16}
+    assert all(batch.shape[0] == 8 and batch.abs().max() <= 1 for batch in batches)
+    assert torch.equal(batches[3], lessons.draw(3))
+    assert all(not torch.equal(batches[0], other) for other in batches[1:] if other.shape == batches[0].shape)
+
+
+def test_unwarped_pictures_only_move_by_whole_pixels_and_mirror() -> None:
+    pictures = torch.rand(64, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    moved = warp(pictures, 0.0, Dice(1, CPU))
+    for before, after in zip(pictures, moved, strict=True):
+        known = before.flatten()
+        nearest = (after.flatten()[:, None] - known[None]).abs().min(1).values
+        assert nearest.max() < 1e-4  # no new values: nothing was blurred
+    assert not torch.allclose(moved, pictures)
+
+
+def test_only_white_that_reaches_the_border_is_background() -> None:
+    picture = torch.zeros(1, 3, 8, 8)
+    picture[..., :3, :] = 1.0  # white at the top
+    picture[..., 5, 4] = 1.0  # a white dot inside black
+    mask = background_mask(picture)[0, 0]
+    assert mask[:3].all() and mask[3:].sum() == 0
+
+
+def test_recolouring_keeps_the_range_and_leaves_the_other_pictures_alone() -> None:
+    pictures = smooth(64)
+    changed = recolour(pictures, 0.5, Dice(2, CPU))
+    same = (changed == pictures).flatten(1).all(1)
+    assert 16 < int(same.sum()) < 48
+    assert changed.min() >= 0 and changed.max() <= 1
+    assert torch.equal(recolour(pictures, 0.0, Dice(2, CPU)), pictures)
+
+
+def test_drawn_pictures_have_edges_and_differ() -> None:
+    pictures = drawn_pictures(16, 32, Dice(3, CPU))
+    assert pictures.shape == (16, 3, 32, 32)
+    assert pictures.min() >= 0 and pictures.max() <= 1
+    assert (pictures.flatten(1).std(1) > 0.01).sum() >= 14
+    assert not torch.allclose(pictures[0], pictures[1], atol=0.1)
+
+
+def test_the_loss_is_zero_for_a_perfect_copy_and_grows_with_the_error() -> None:
+    lessons = PictureLessons(PictureLessonsConfig(batch=2, sides={16: 1.0}), {"a": [plain(1, 2, 3)]}, CPU)
+    target = smooth(4) * 2 - 1
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
+    assert lessons.loss(target, target, False) == 0
+    for settling in (False, True):
+        losses = [float(lessons.loss(target, target + size * noise, settling)) for size in (0.0, 0.05, 0.2)]
+        assert losses == sorted(losses) and losses[0] < losses[2]
+
+
+def test_the_settling_loss_falls_as_the_mean_psnr_rises() -> None:
+    lessons = PictureLessons(PictureLessonsConfig(batch=2, sides={16: 1.0}), {"a": [plain(1, 2, 3)]}, CPU)
+    target, output = torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)
+    output[0], output[1] = 0.5, 1.0
+    squares = torch.tensor([0.25, 1.0])
+    assert float(lessons.loss(target, output, True)) == pytest.approx(
+        float((squares + 1e-3).log().mean()), rel=1e-4
+    )
+
+
+def test_edges_are_judged_apart_from_levels() -> None:
+    target = smooth(1)
+    assert edge_difference(target, target + 0.3) < 1e-6
+    assert edge_difference(target, target.flip(-1)) > 1e-3
+
+
+def test_psnr_is_the_textbook_figure() -> None:
+    target = torch.zeros(1, 3, 16, 16)
+    assert float(psnr(target, target + 0.2)) == pytest.approx(-20 * math.log10(0.1), abs=1e-4)
+    assert float(psnr(target, target)) > 90
+
+
+def test_ssim_agrees_with_a_slow_twin() -> None:
+    first = smooth(1)
+    second = (first + 0.1 * torch.randn(first.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    line = np.exp(-((np.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
+    kernel = np.outer(line, line) / line.sum() ** 2
+    values = []
+    for a, b in zip(first[0].numpy(), second[0].numpy(), strict=True):
+        for row in range(22):
+            for column in range(22):
+                x, y = a[row : row + 11, column : column + 11], b[row : row + 11, column : column + 11]
+                mx, my = (kernel * x).sum(), (kernel * y).sum()
+                vx, vy = (kernel * x * x).sum() - mx**2, (kernel * y * y).sum() - my**2
+                cov = (kernel * x * y).sum() - mx * my
+                values.append(
+                    (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+                )
+    assert float(ssim(first * 2 - 1, second * 2 - 1)) == pytest.approx(np.mean(values), abs=1e-3)
+    assert float(ssim(first * 2 - 1, first * 2 - 1)) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_scores_are_a_mean_over_pictures_whatever_the_batch() -> None:
+    torch.manual_seed(0)
+    config = ImageCodecConfig(groups=1, widths=(16,), encoder_blocks=(1,), decoder_blocks=(1,))
+    codec = ImageCodec(config).eval()
+    pictures = (smooth(70, 16) * 255).byte()
+    scores = picture_scores(codec, pictures)
+    alone = [picture_scores(codec, picture[None])["psnr"] for picture in pictures[::23]]
+    assert min(alone) - 3 < scores["psnr"] < max(alone) + 3
+    assert 0 <= scores["bits"] <= math.log2(1000)

@@ -1,0 +1,77 @@
+"""What is said of a recipe's sources before the first step."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from openm6.base.config import build
+from openm6.base.errors import ConfigError, DataError
+from openm6.train.multimodal_data import SAMPLED, check_sources
+from openm6.train.recipe import MultimodalRecipe
+from tests.data.lists import ListSource
+
+
+def check(records: list[dict[str, Any] | None], *tasks: str) -> None:
+    recipe = build(
+        MultimodalRecipe,
+        {
+            "sources": {"mine": {"kind": "jsonl", "path": "unread"}},
+            "mixture": [{"source": "mine", "task": task} for task in tasks],
+        },
+        "r.yaml",
+    )
+    check_sources(recipe, {"mine": ListSource("mine", records)})
+
+
+def full(number: int) -> dict[str, Any]:
+    return {"id": str(number), "text_en": "a text that is long enough", "label": "ab"[number % 2]}
+
+
+def bare(number: int) -> dict[str, Any]:
+    return {"id": str(number), "text_en": "a text that is long enough"}
+
+
+def test_a_field_that_some_records_lack_is_said_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        check([full(n) if n % 2 else bare(n) for n in range(SAMPLED)], "classify_text", "denoise")
+    assert "classify_text/mine: 10 of 20 records looked at lack a field" in caplog.text
+    assert "denoise" not in caplog.text
+
+
+def test_a_rare_field_is_found_further_on() -> None:
+    records = [bare(n) for n in range(500)]
+    records[7] = full(7)
+    check(records, "classify_text")
+
+
+def test_a_field_that_no_record_has_is_an_error() -> None:
+    with pytest.raises(
+        ConfigError, match="task classify_text finds nothing to read in source 'mine': map the fields"
+    ):
+        check([bare(n) for n in range(100)], "denoise", "classify_text")
+
+
+def test_a_source_of_broken_records_says_why() -> None:
+    with pytest.raises(
+        DataError, match="all of the 3 records looked at in source 'mine' are broken: mine, row 0"
+    ):
+        check([None, None, None], "classify_text")
+
+
+def test_columns_that_no_task_reads_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    source = ListSource("mine", [full(n) for n in range(5)])
+    source.columns = {"words": ["text_en"], "class": ["label"], "seller": [], "own words": ["text_zh"]}
+    recipe = build(
+        MultimodalRecipe,
+        {
+            "sources": {"mine": {"kind": "jsonl", "path": "unread"}},
+            "mixture": [{"source": "mine", "task": "classify_text"}],
+        },
+        "r.yaml",
+    )
+    with caplog.at_level(logging.INFO):
+        check_sources(recipe, {"mine": source})
+    assert "source mine: no task reads the columns 'seller', 'own words'" in caplog.text

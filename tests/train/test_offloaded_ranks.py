@@ -1,0 +1,143 @@
+"""Streamed blocks on several ranks: the same as in one process, also from pseudo to real and with other ranks."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.train.test_cut_stages import real_weights
+from torch import Tensor
+
+from openm6.base.run_folder import RunFolder
+from openm6.checkpoint.folder import latest
+from openm6.parallel.processes import ProcessRanks
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.offloaded import StreamedUpdater
+from openm6.train.run import read_recipe
+from tests.checkpoint.test_sharded import together, wait_for, weights
+from tests.parallel.fleet import Fleet
+from tests.parallel.recording_job import Records, run_steps
+from tests.parallel.test_ranks import CPU
+from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
+
+Axes = tuple[int, int, int]
+STEPS, SWITCH = 6, 3
+
+
+def recipe_file(folder: Path, bytes_per_parameter: int, streamed: bool = True, **changes: Any) -> str:
+    optimizer = {"bytes_per_parameter": bytes_per_parameter, "learning_rate": 0.002}
+    loop = {"streaming": {"resident": 1, **changes.pop("streaming", {})}} if streamed else {}
+    recipe = tiny_recipe(
+        steps=STEPS, save_every=2, keep=9, workers=1, clip=None, optimizer=optimizer, **{**loop, **changes}
+    )
+    recipe["packing"] = {"rows": 4, "length": 160, "lanes": 4}
+    if "stages" in changes:
+        recipe["model"] = {**MODEL, "overrides": {**MODEL["overrides"], "sharing": "all"}}
+    return write_recipe(folder, recipe)
+
+
+@cache
+def alone(bytes_per_parameter: int) -> tuple[dict[int, float], dict[str, Tensor]]:
+    """Losses and last weights of one process, which tests/offload/test_blocks.py holds to plain training."""
+    with TemporaryDirectory() as name:
+        recipe = recipe_file(Path(name), bytes_per_parameter)
+        _, losses = run_steps(recipe, name, (1, 1, 1), 1, None)
+        return losses, weights(recipe_file(Path(name), 16, streamed=False), latest(name))
+
+
+@pytest.mark.parametrize(
+    "axes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 1, 4)]
+)
+def test_streamed_on_ranks_equals_one_process(
+    axes: Axes, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    fleet: Fleet = request.getfixturevalue({2: "two", 4: "four"}[math.prod(axes)])
+    losses, last = alone(16)
+    recipe = recipe_file(tmp_path, 16)
+    _, found = fleet.run(run_steps, recipe, str(tmp_path / "run"), axes, 1, None)[0]
+    assert found == pytest.approx(losses, rel=1e-5)
+    for name, tensor in weights(recipe_file(tmp_path, 16, streamed=False), latest(tmp_path / "run")).items():
+        torch.testing.assert_close(tensor, last[name], rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("bytes_per_parameter", [4, 2, 1])
+def test_fewer_bytes_on_ranks(bytes_per_parameter: int, tmp_path: Path, four: Fleet) -> None:
+    """Roundings turn over where sums have another order: losses agree to a thousandth."""
+    losses, last = alone(bytes_per_parameter)
+    recipe = recipe_file(tmp_path, bytes_per_parameter)
+    _, found = four.run(run_steps, recipe, str(tmp_path / "run"), (1, 2, 2), 1, None)[0]
+    assert found == pytest.approx(losses, rel=2e-3)
+    plain = recipe_file(tmp_path, 16, streamed=False)
+    for name, tensor in weights(plain, latest(tmp_path / "run")).items():
+        if tensor.is_floating_point() and tensor.ndim > 1:
+            assert (tensor - last[name]).norm() <= 0.03 * last[name].norm(), name
+
+
+def test_ranks_change_from_pseudo_to_real(tmp_path: Path, two: Fleet, four: Fleet) -> None:
+    stages = {"switch": {"step": SWITCH}, "warmup_steps": 1, "noise": 0.05}
+    recipe = recipe_file(tmp_path / "recipe", 2, stages=stages)
+    records: Records = {}
+    losses: dict[int, float] = {}
+    plan: list[tuple[Fleet | None, Axes, int, int | None]] = [
+        (
+            four,
+            (1, 2, 2),
+            1,
+            SWITCH + 1,
+        ),  # falls right after the switch, with the last pseudo checkpoint written
+        (two, (1, 1, 2), SWITCH + 1, 6),
+        (None, (1, 1, 1), 5, None),
+    ]
+    for fleet, axes, begin, fall_at in plan:
+        words: tuple[Any, ...] = (recipe, str(tmp_path / "run"), axes, begin, fall_at)
+        answers = [run_steps(*words)] if fleet is None else fleet.run(run_steps, *words)
+        records |= together([seen for seen, _ in answers])
+        losses |= answers[0][1]
+        wait_for(tmp_path / "run", {1: SWITCH, SWITCH + 1: 4, 5: STEPS}[begin])
+    expected, expected_losses = run_steps(recipe, str(tmp_path / "whole"), (1, 1, 1), 1, None)
+    assert records == expected
+    assert losses == pytest.approx(expected_losses, rel=2e-3)
+    plain = recipe_file(tmp_path / "recipe", 16, streamed=False, stages=stages)
+    ours, theirs = (
+        real_weights(plain, latest(tmp_path / name), str(tmp_path / name)) for name in ("run", "whole")
+    )
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() <= 0.03 * tensor.norm() + 1e-6, name
+
+
+def gathers(recipe: str, folder: str) -> tuple[int, int]:
+    """All-gathers and reduce-scatters of one step."""
+    checked, _ = read_recipe(Path(recipe), ["parallel.shard=2", "parallel.experts=1"])
+    job = MultimodalJob(checked, RunFolder.open(folder), CPU, ProcessRanks(CPU, 60))
+    updater = StreamedUpdater(job, checked.loop)
+    counts = [0, 0]
+    originals = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+
+    def gather(*values: Any, **named: Any) -> Any:
+        counts[0] += 1
+        return originals[0](*values, **named)
+
+    def scatter(*values: Any, **named: Any) -> Any:
+        counts[1] += 1
+        return originals[1](*values, **named)
+
+    dist.all_gather_into_tensor, dist.reduce_scatter_tensor = gather, scatter
+    try:
+        updater.update(next(job.batches()), 1, 10)
+    finally:
+        dist.all_gather_into_tensor, dist.reduce_scatter_tensor = originals
+    return counts[0], counts[1]
+
+
+def test_a_shared_set_is_exchanged_once(tmp_path: Path, two: Fleet) -> None:
+    shared = recipe_file(tmp_path / "a", 2, stages={"switch": {"step": 5}})
+    own = recipe_file(tmp_path / "b", 2)
+    # Two layers: forwards, and back again but for the last one, which is still there.
+    assert two.run(gathers, shared, str(tmp_path / "run-a")) == [(1, 1)] * 2
+    assert two.run(gathers, own, str(tmp_path / "run-b")) == [(3, 2)] * 2
