@@ -179,7 +179,7 @@ def test_two_backward_passes_of_one_step_are_refused() -> None:
     updater.blocks.begin_step(Step(1, 0.01, 0.0, 0))
     loss = job.loss(job.batch(0)).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="has moved in this step"):
+    with pytest.raises(RuntimeError, match="was updated in this step"):
         loss.backward()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.train.test_cut_stages import real_weights
+from tests.train.test_pseudo_to_real_ranks import real_weights
 from torch import Tensor
 
 from openm6.base.run_folder import RunFolder
