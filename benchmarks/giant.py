@@ -22,7 +22,7 @@ from openm6.base.energy.meter import Meter, open_meter
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.train.multimodal import MultimodalJob
-from openm6.train.offloaded import StreamedUpdater
+from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
 
 GIB = 2**30
@@ -135,21 +135,21 @@ def measure_giant(report: Report, size: GiantSize, steps: int, device: torch.dev
     """Puts all figures of one size into the report; the first step warms up and is not counted."""
     times: list[StepTimes] = []
     with tempfile.TemporaryDirectory() as folder:
-        job, updater = _open(size, None, folder, device)
+        job, train_step = _open(size, None, folder, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         batches = job.batches()
-        _timed_step(job, updater, next(batches), 1)
-        report.at_end(lambda: {} if settled or not times else _figures(size, job, updater, times, device))
+        _timed_step(job, train_step, next(batches), 1)
+        report.at_end(lambda: {} if settled or not times else _figures(size, job, train_step, times, device))
         settled = False
         with meter.span() as span:
             while len(times) < steps and not (times and report.deadline.passed):
-                times.append(_timed_step(job, updater, next(batches), len(times) + 2))
+                times.append(_timed_step(job, train_step, next(batches), len(times) + 2))
         # At once: what is measured next would count as this size's peak of memory.
-        report.update(_figures(size, job, updater, times, device))
+        report.update(_figures(size, job, train_step, times, device))
         report.update(_energy(span.joules, span.source, sum(time.tokens for time in times)))
         settled = True
-        updater.close()
+        train_step.close()
     ceiling = link_ceiling(device)
     share = report.found["link_gbps"] / ceiling if ceiling else None
     report.update({"link_ceiling_gbps": ceiling, "link_share": share})
@@ -162,10 +162,10 @@ def offload_curve(
     for quarter in range(5):
         streamed = round(size.layers * quarter / 4)
         with tempfile.TemporaryDirectory() as folder:
-            job, updater = _open(size, str(size.layers - streamed), folder, device)
+            job, train_step = _open(size, str(size.layers - streamed), folder, device)
             batches = job.batches()
-            times = [_timed_step(job, updater, next(batches), step) for step in (1, 2, 3)]
-            updater.close()
+            times = [_timed_step(job, train_step, next(batches), step) for step in (1, 2, 3)]
+            train_step.close()
         seconds = min(time.seconds for time in times[1:])
         found.append({"streamed": streamed / size.layers, "seconds_per_step": seconds})
         if deadline.passed:
@@ -174,21 +174,21 @@ def offload_curve(
 
 def _open(
     size: GiantSize, resident: str | None, folder: str, device: torch.device
-) -> tuple[MultimodalJob, StreamedUpdater]:
+) -> tuple[MultimodalJob, OffloadedTrainStep]:
     recipe = size.recipe(resident)
     job = MultimodalJob(recipe, RunFolder.open(folder), device)
-    updater = StreamedUpdater(job, recipe.loop)
-    updater.store.timer.running = True
-    return job, updater
+    train_step = OffloadedTrainStep(job, recipe.loop)
+    train_step.store.timer.running = True
+    return job, train_step
 
 
-def _timed_step(job: MultimodalJob, updater: StreamedUpdater, batch: Any, step: int) -> StepTimes:
+def _timed_step(job: MultimodalJob, train_step: OffloadedTrainStep, batch: Any, step: int) -> StepTimes:
     """One step from its first fetch to its last set's arrival at home."""
-    store, before = updater.store, updater.store.moved_bytes
+    store, before = train_step.store, train_step.store.moved_bytes
     store.synchronize()
     store.timer.take()
     began = time.perf_counter()
-    updater.update(batch, step, None)
+    train_step.update(batch, step, None)
     with store.timer.span("write_back"):
         store.synchronize()
     ended = time.perf_counter()
@@ -199,7 +199,7 @@ def _timed_step(job: MultimodalJob, updater: StreamedUpdater, batch: Any, step: 
 def _figures(
     size: GiantSize,
     job: MultimodalJob,
-    updater: StreamedUpdater,
+    train_step: OffloadedTrainStep,
     times: list[StepTimes],
     device: torch.device,
 ) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _figures(
     phases = {name: statistics.median(time.phases.get(name, 0.0) for time in times) for name in PHASES}
     tokens = statistics.mean(time.tokens for time in times)
     moved = statistics.median(time.moved_bytes for time in times)
-    budget = updater.budget(updater.store.layouts)
+    budget = train_step.budget(train_step.store.layouts)
     gpu = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
     return {
         "parameters": total,
@@ -216,11 +216,11 @@ def _figures(
         "bytes_per_parameter": budget.bytes_per_parameter,
         "budget_gib": {
             f"{line.place}: {line.what}": line.num_bytes / GIB
-            for line in budget.lines(tuple(updater.store.resident))
+            for line in budget.lines(tuple(train_step.store.resident))
             if line.num_bytes
         },
-        "resident_sets": len(updater.store.resident),
-        "sets": updater.num_shards,
+        "resident_sets": len(train_step.store.resident),
+        "sets": train_step.num_shards,
         "seconds_per_step": seconds,
         "seconds": {**phases, "compute": seconds - sum(phases.values())},
         "tokens_per_step": tokens,

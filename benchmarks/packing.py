@@ -30,7 +30,7 @@ from openm6.models.running import CompiledBlocks, RecomputedBlocks
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import read_recipe, recipe_path
-from openm6.train.step import Updater
+from openm6.train.step import TrainStep
 
 RECIPE = "demo"  # its mixture of embedded data has all sixteen pairs of modalities
 GOAL = 0.9
@@ -54,11 +54,11 @@ class Stream:
         self._next = itertools.cycle(self.batches)
         self.tokens: list[int] = []
 
-    def step(self, updater: Updater, number: Iterator[int]) -> None:
+    def step(self, train_step: TrainStep, number: Iterator[int]) -> None:
         """Forward, backward and update on the next batch."""
         batch = next(self._next)
         self.tokens.append(batch.tokens)
-        updater.update(batch, next(number), None)
+        train_step.update(batch, next(number), None)
 
 
 def bench_packing(
@@ -87,7 +87,7 @@ def bench_packing(
 
 def measure(report: Report, job: MultimodalJob, device: torch.device) -> None:
     """Fills the report: both streams in turn, after two rounds that warm up."""
-    updater, recipe = Updater(job, job.recipe.loop), job.recipe
+    train_step, recipe = TrainStep(job, job.recipe.loop), job.recipe
     report["rows"], report["length"] = recipe.packing.rows, recipe.packing.length
     report["parameters"], report["active_parameters"] = job.omni.count_parameters()
     count = BATCHES[device.type]
@@ -97,7 +97,7 @@ def measure(report: Report, job: MultimodalJob, device: torch.device) -> None:
     report.later("ratio", lambda: speed_ratio(report.found["packed"], report.found["dense_text"]))
     report["goal"] = GOAL
     number = itertools.count(1)
-    contenders = {name: partial(stream.step, updater, number) for name, stream in streams.items()}
+    contenders = {name: partial(stream.step, train_step, number) for name, stream in streams.items()}
     timings = {name: stream.timing for name, stream in streams.items()}
     job.model.train()
     alternate(contenders, 1, 2, report.deadline, device)

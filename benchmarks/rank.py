@@ -31,7 +31,7 @@ from openm6.models.config import BackboneConfig
 from openm6.models.presets import preset
 from openm6.nn.exchange import LocalExchange, LocalParcel
 from openm6.train.multimodal import MultimodalJob
-from openm6.train.offloaded import StreamedUpdater
+from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
 
 GIB = 2**30
@@ -174,21 +174,21 @@ def measure_share(
         recipe = size.recipe(layers - round(layers * offloaded))
         job = MultimodalJob(recipe, RunFolder.open(folder), device)
         job.omni.backbone.exchange = PlayedExchange(size.copies)
-        updater = StreamedUpdater(job, recipe.loop)
+        train_step = OffloadedTrainStep(job, recipe.loop)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         batches = job.batches()
-        updater.update(next(batches), 1, None)
-        updater.store.synchronize()
+        train_step.update(next(batches), 1, None)
+        train_step.store.synchronize()
         times = []
         with meter.span() as span:
             for step in range(2, steps + 2):
                 began = time.perf_counter()
-                updater.update(next(batches), step, None)
-                updater.store.synchronize()
+                train_step.update(next(batches), step, None)
+                train_step.store.synchronize()
                 times.append(time.perf_counter() - began)
-        parameters = sum(layout.num_parameters for layout in updater.store.layouts)
-        updater.close()
+        parameters = sum(layout.num_parameters for layout in train_step.store.layouts)
+        train_step.close()
     peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
     return {
         "offloaded": offloaded,

@@ -29,7 +29,7 @@ from openm6.base.run_folder import RunFolder
 from openm6.data.parquet import ParquetConfig
 from openm6.data.sources import open_sources
 from openm6.tasks.registry import TASKS
-from openm6.train.callbacks import PREFIX
+from openm6.train.callbacks import HELD_OUT_PREFIX
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
 from openm6.train.multimodal import MultimodalJob
@@ -116,9 +116,13 @@ def curves(run: RunFolder) -> Values:
     lines = read_metrics(run)
     held_out = [
         {"step": line["step"], "tokens": line["tokens"]}
-        | {key.removeprefix(PREFIX): round(value, 5) for key, value in line.items() if key.startswith(PREFIX)}
+        | {
+            key.removeprefix(HELD_OUT_PREFIX): round(value, 5)
+            for key, value in line.items()
+            if key.startswith(HELD_OUT_PREFIX)
+        }
         for line in lines
-        if f"{PREFIX}loss" in line
+        if f"{HELD_OUT_PREFIX}loss" in line
     ]
     last = lines[-max(1, round(ENDING * len(lines))) :]
     return {

@@ -31,7 +31,7 @@ from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
 from openm6.modalities.batch import Batch
 from openm6.train.multimodal import MultimodalJob
-from openm6.train.offloaded import open_updater
+from openm6.train.offloaded import open_train_step
 from openm6.train.recipe import MultimodalRecipe
 
 HELD_OUT = 12  # batches of test records that the figure is a mean over
@@ -117,9 +117,9 @@ def run_case(case: Values, seed: int, setting: Setting, tokenizer: str | None = 
         folder = RunFolder.open(place)
         recipe = recipe_of(case, seed, setting, tokenizer)
         job = MultimodalJob(recipe, folder, torch.device("cpu"))
-        updater = open_updater(job, recipe.loop)
+        train_step = open_train_step(job, recipe.loop)
         test = list(islice(held_out(job, folder), HELD_OUT))
-        run = Run(case, updater, round(case.get("switch", 0) * setting.steps), setting.steps)
+        run = Run(case, train_step, round(case.get("switch", 0) * setting.steps), setting.steps)
         batches, curve = job.batches(), []
         for step in range(1, setting.steps + 1):
             run.step(next(batches), step)
@@ -131,20 +131,20 @@ def run_case(case: Values, seed: int, setting: Setting, tokenizer: str | None = 
 class Run:
     """Steps of one case, with the switch where it is due and the processor's time of either stage."""
 
-    def __init__(self, case: Values, updater: Any, switch: int, steps: int) -> None:
-        self._case, self._updater, self._switch, self._steps = case, updater, switch, steps
+    def __init__(self, case: Values, train_step: Any, switch: int, steps: int) -> None:
+        self._case, self._train_step, self._switch, self._steps = case, train_step, switch, steps
         self.seconds, self.kept = [0.0, 0.0], [self._bytes()]
 
     def _bytes(self) -> int:
-        return sum(stored.numel() for stored in self._updater.store.storage)
+        return sum(stored.numel() for stored in self._train_step.store.storage)
 
     def step(self, batch: Batch, step: int) -> None:
         switch, began = self._switch, time.process_time()
         if switch and step == switch + 1:
-            self._updater.delink(self._case.get("moments", "independent"))
+            self._train_step.delink(self._case.get("moments", "independent"))
             self.kept.append(self._bytes())
-        self._updater.rate_scale = min(1.0, (step - switch) / 10) if switch and step > switch else 1.0
-        self._updater.update(batch, step, self._steps)
+        self._train_step.rate_scale = min(1.0, (step - switch) / 10) if switch and step > switch else 1.0
+        self._train_step.update(batch, step, self._steps)
         self.seconds[step > switch] += time.process_time() - began
 
 

@@ -18,7 +18,7 @@ from openm6.nn.gather import Gather, LocalGather
 
 
 @dataclass
-class Flight:
+class AsyncAllToAll:
     """One all-to-all of rows under way, and, when gradients come back, its reverse.
 
     sent, received: rows to and from each rank.
@@ -56,11 +56,11 @@ def _exchange(
 
 
 # Two functions for one exchange: what is computed between them runs while the rows travel, in both directions.
-class _Depart(torch.autograd.Function):
+class _StartAllToAll(torch.autograd.Function):
     """Sets rows on their way; backwards it waits for their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, flight: AsyncAllToAll) -> Tensor:
         ctx.flight = flight
         return flight.start(rows)
 
@@ -69,11 +69,11 @@ class _Depart(torch.autograd.Function):
         return ctx.flight.end_back(), None  # what autograd hands over is of the shape that went out
 
 
-class _Arrive(torch.autograd.Function):
+class _WaitAllToAll(torch.autograd.Function):
     """Waits for rows; backwards it sets their gradients on their way."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, flight: AsyncAllToAll) -> Tensor:
         flight.work.wait()
         ctx.flight = flight
         return rows.view_as(rows)
@@ -98,10 +98,10 @@ class _Reorder(torch.autograd.Function):
         return gradient.index_select(0, inverse), None, None
 
 
-class RankParcel:
+class TokenChunk:
     """Rows from all ranks for a slice of the experts of this one."""
 
-    def __init__(self, counts: Tensor, flight: Flight, flying: Tensor) -> None:
+    def __init__(self, counts: Tensor, flight: AsyncAllToAll, flying: Tensor) -> None:
         """`counts` P E'/Q: rows of each expert of the slice from each rank."""
         self.counts = counts.sum(0)
         self.flight = flight
@@ -110,7 +110,7 @@ class RankParcel:
 
     def rows(self) -> Tensor:
         # They lie as (rank, expert); the grouped product wants the rows of one expert together.
-        return _Reorder.apply(_Arrive.apply(self.flying, self.flight), self.order, self.inverse)
+        return _Reorder.apply(_WaitAllToAll.apply(self.flying, self.flight), self.order, self.inverse)
 
 
 class AllToAllExchange:
@@ -127,7 +127,7 @@ class AllToAllExchange:
         self.size = dist.get_world_size(group)
         self.parcels = parcels
 
-    def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[RankParcel]:
+    def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[TokenChunk]:
         """R D and E -> the parcels, all of them already under way.
 
         Raises:
@@ -145,22 +145,23 @@ class AllToAllExchange:
         sliced = theirs.view(self.size, self.parcels, -1)  # P Q E'/Q
         parcels = []
         for part in range(self.parcels):
-            flight = Flight(self.group, [row[part] for row in sent], [row[part] for row in received])
+            flight = AsyncAllToAll(self.group, [row[part] for row in sent], [row[part] for row in received])
             leaving = torch.cat(cut[part :: self.parcels]) if self.parcels > 1 else rows
-            flying = _Depart.apply(leaving, flight)
-            parcels.append(RankParcel(sliced[:, part], flight, flying))
+            flying = _StartAllToAll.apply(leaving, flight)
+            parcels.append(TokenChunk(sliced[:, part], flight, flying))
         return parcels
 
-    def reply(self, parcel: RankParcel, answers: Tensor) -> None:
+    def reply(self, parcel: TokenChunk, answers: Tensor) -> None:
         """Sends the answers of a parcel's experts home."""
-        home = Flight(self.group, parcel.flight.received, parcel.flight.sent)
+        home = AsyncAllToAll(self.group, parcel.flight.received, parcel.flight.sent)
         answers = _Reorder.apply(answers, parcel.inverse, parcel.order)
-        parcel.flying, parcel.flight = _Depart.apply(answers, home), home
+        parcel.flying, parcel.flight = _StartAllToAll.apply(answers, home), home
 
-    def collect(self, parcels: Sequence[RankParcel]) -> Tensor:
+    def collect(self, parcels: Sequence[TokenChunk]) -> Tensor:
         """R D: all answers in the order of the rows that were sent."""
         arrived = [
-            _Arrive.apply(parcel.flying, parcel.flight).split(parcel.flight.received) for parcel in parcels
+            _WaitAllToAll.apply(parcel.flying, parcel.flight).split(parcel.flight.received)
+            for parcel in parcels
         ]
         return torch.cat([piece for by_rank in zip(*arrived, strict=True) for piece in by_rank])
 

@@ -27,7 +27,7 @@ from openm6.parallel.config import MeshShape
 from openm6.parallel.fsdp import Layout, open_layout, reshard, shard
 from openm6.parallel.guard import DONE, Guard, open_store, wait_for
 from openm6.parallel.ranks import Ranks, WeightSets
-from openm6.parallel.sharded_weights import CopiedSets, CutSets, local, piece_of
+from openm6.parallel.sharded_weights import CopiedSets, ShardedSets, local, piece_of
 
 Value = TypeVar("Value")
 BUCKET_BYTES = 25 * 2**20
@@ -67,13 +67,13 @@ class ProcessRanks(Ranks):
             self._layout = open_layout(shape, self.device)
 
     def sets(self, shapes: Sequence[Mapping[str, Shape]]) -> WeightSets:
-        return CopiedSets(shapes) if self._layout is None else CutSets(self._layout, shapes)
+        return CopiedSets(shapes) if self._layout is None else ShardedSets(self._layout, shapes)
 
     @property
     def wrapped(self) -> bool:
         return self._wrapped
 
-    def settle(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         if self._wrapped:
             reshard(model)
 
@@ -118,7 +118,7 @@ class ProcessRanks(Ranks):
         dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, value: Value) -> Value:
+    def broadcast_object(self, value: Value) -> Value:
         values = [value]
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
@@ -128,21 +128,21 @@ class ProcessRanks(Ranks):
         return tensor
 
     @contextmanager
-    def until_first_ends(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         if "MASTER_ADDR" not in os.environ:  # no launcher, so no store: a barrier waits until its own timeout
             yield
             dist.barrier()
             return
-        store = open_store(self.from_first(uuid.uuid4().hex))
+        store = open_store(self.broadcast_object(uuid.uuid4().hex))
         yield
-        if self.first:
+        if self.is_main_process:
             store.set(DONE, "yes")
         else:
             wait_for(store, DONE)
         dist.barrier()  # rank 0 may keep the store that the others still look at
 
     def guard(self) -> AbstractContextManager[Any]:
-        return Guard(self.rank, self.size, self.timeout_seconds, self.from_first(uuid.uuid4().hex))
+        return Guard(self.rank, self.size, self.timeout_seconds, self.broadcast_object(uuid.uuid4().hex))
 
     def close(self) -> None:
         if self._opened:

@@ -86,7 +86,7 @@ class Ranks:
     shares_memory: bool = False  # whether all ranks see the same weights, which rank 0 keeps the rest of
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is rank 0, the only one that writes and speaks."""
         return self.rank == 0
 
@@ -119,7 +119,7 @@ class Ranks:
         """Whether the model itself is cut, so that all ranks must bring a gradient for each of its parameters."""
         return False
 
-    def settle(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         """After a forward pass that no backward one follows: parameters are again what this rank keeps of them."""
 
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
@@ -155,7 +155,7 @@ class Ranks:
         """The plain values of all ranks, on every rank."""
         return [value]
 
-    def from_first(self, value: Value) -> Value:
+    def broadcast_object(self, value: Value) -> Value:
         """Rank 0's plain value, on every rank."""
         return value
 
@@ -166,7 +166,7 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until all ranks that share memory have updated their part of the weights."""
 
-    def until_first_ends(self) -> AbstractContextManager[Any]:
+    def main_process_first(self) -> AbstractContextManager[Any]:
         """Left by the other ranks when rank 0 leaves it, however long that takes; all enter it together."""
         return nullcontext()
 

@@ -99,7 +99,7 @@ class CopiedSets(WeightSets):
         return _summed(gradients, None)
 
 
-class SetPiece(Piece):
+class SetShard(Piece):
     """Rows of a matrix, or of each expert that this rank holds."""
 
     group: RankGroup | None
@@ -114,7 +114,7 @@ class SetPiece(Piece):
         return whole.split(self.lengths, self.axis)[place]
 
 
-class CutSets(WeightSets):
+class ShardedSets(WeightSets):
     """Experts are dealt out, rows of dense matrices and of experts cut, as `sharding.shard` does.
 
     A set is gathered where it is used, in the type of computation: one exchange for what is dense and, where experts
@@ -136,9 +136,9 @@ class CutSets(WeightSets):
         self.host = layout.on_host()  # checkpoints are written from there
         self._pieces = [{name: self._place(name, shape) for name, shape in one.items()} for one in shapes]
 
-    def _place(self, name: str, shape: Shape) -> SetPiece:
+    def _place(self, name: str, shape: Shape) -> SetShard:
         if len(shape) == 2:
-            return SetPiece(0, shape[0], self._dense)
+            return SetShard(0, shape[0], self._dense)
         axes = self.layout.shape
         if shape[1] % axes.shard:
             raise ConfigError(
@@ -146,7 +146,7 @@ class CutSets(WeightSets):
                 "choose a divisor"
             )
         here = shape[0] // axes.experts
-        return SetPiece(1, shape[1], self._own, here * self.layout.mesh.get_local_rank("experts"))
+        return SetShard(1, shape[1], self._own, here * self.layout.mesh.get_local_rank("experts"))
 
     @property
     def parted(self) -> bool:
@@ -155,7 +155,7 @@ class CutSets(WeightSets):
     def is_sharded(self, number: int, name: str) -> bool:
         return self.piece(number, name).group is not None
 
-    def piece(self, number: int, name: str) -> SetPiece:
+    def piece(self, number: int, name: str) -> SetShard:
         return self._pieces[number][name]
 
     def local_shapes(self, number: int) -> dict[str, Shape]:
@@ -234,7 +234,7 @@ def _summed(gradients: dict[str, Tensor], group: dist.ProcessGroup | None) -> di
     }
 
 
-def _gathered(parts: list[Tensor], pieces: list[SetPiece], group: RankGroup) -> list[Tensor]:
+def _gathered(parts: list[Tensor], pieces: list[SetShard], group: RankGroup) -> list[Tensor]:
     """Whole matrices, or whole experts, of their rows on all ranks; in one exchange."""
     padded = [
         F.pad(part, (0, 0, 0, piece.lengths[0] - part.shape[-2]))
@@ -250,7 +250,7 @@ def _gathered(parts: list[Tensor], pieces: list[SetPiece], group: RankGroup) -> 
     ]
 
 
-def _scattered(gradients: list[Tensor], pieces: list[SetPiece], group: RankGroup) -> list[Tensor]:
+def _scattered(gradients: list[Tensor], pieces: list[SetShard], group: RankGroup) -> list[Tensor]:
     """Of the sums over ranks the rows that lie here; in one exchange."""
     apart = [
         _rows_apart(gradient, group.size, piece.lengths[0])

@@ -18,7 +18,7 @@ from openm6.modalities.codec_base import Codec, code_bits
 from openm6.modalities.codec_sound import SoundCodecConfig
 from openm6.modalities.sound import read_sound
 from openm6.ops.spectrum import FLOOR, log_mel, mel_filters, spectrum, unit_window
-from openm6.train.codec_data import Dice
+from openm6.train.codec_data import DeviceRng
 
 # Window -> mels (DAC, arXiv 2306.06546).
 MEL_SCALES = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}
@@ -104,33 +104,33 @@ class SoundLessons:
 
     def draw(self, seed: int) -> Tensor:
         """A batch of sounds within [-1, 1]; the same for the same seed.  # -> B S"""
-        dice = Dice(seed, self.device)
+        rng = DeviceRng(seed, self.device)
         config, length = self.config, self.length
         num_voices = round(config.voices * config.batch)
         count = config.batch - num_voices
-        sounds = self._clips(count, dice)
-        sounds = sounds + self._clips(count, dice) * dice.chance(config.mixed, count, 1)
-        sounds = torch.cat([sounds, voices(num_voices, length, self.rate, dice)])
-        is_coloured = dice.chance(config.coloured, len(sounds), 1)
-        sounds = torch.where(is_coloured, colour(sounds, self.rate, dice), sounds)
-        level = torch.exp(dice.uniform(len(sounds), 1, low=-7.0, high=-2.5))
-        hiss = noise(len(sounds), length, self.rate, dice) * level
-        sounds = sounds + hiss * dice.chance(config.noisy, len(sounds), 1)
+        sounds = self._clips(count, rng)
+        sounds = sounds + self._clips(count, rng) * rng.chance(config.mixed, count, 1)
+        sounds = torch.cat([sounds, voices(num_voices, length, self.rate, rng)])
+        is_coloured = rng.chance(config.coloured, len(sounds), 1)
+        sounds = torch.where(is_coloured, colour(sounds, self.rate, rng), sounds)
+        level = torch.exp(rng.uniform(len(sounds), 1, low=-7.0, high=-2.5))
+        hiss = noise(len(sounds), length, self.rate, rng) * level
+        sounds = sounds + hiss * rng.chance(config.noisy, len(sounds), 1)
         peak = sounds.abs().amax(1, keepdim=True).clamp(min=1e-3)
-        wanted = torch.exp(dice.uniform(len(sounds), 1, low=-2.5, high=-0.05))
-        return sounds * torch.where(dice.chance(0.5, len(sounds), 1) | (peak > 1.0), wanted / peak, 1.0)
+        wanted = torch.exp(rng.uniform(len(sounds), 1, low=-2.5, high=-0.05))
+        return sounds * torch.where(rng.chance(0.5, len(sounds), 1) | (peak > 1.0), wanted / peak, 1.0)
 
-    def _clips(self, count: int, dice: Dice) -> Tensor:
+    def _clips(self, count: int, rng: DeviceRng) -> Tensor:
         """Clips at random speeds, begun at random times: half of them from within.  # -> B S"""
         bank = self.bank
-        chosen = torch.multinomial(bank.weights, count, replacement=True, generator=dice.generator)
+        chosen = torch.multinomial(bank.weights, count, replacement=True, generator=rng.generator)
         start, end = bank.start[chosen], bank.end[chosen]
-        speed = torch.exp2(dice.uniform(count, low=-0.5, high=0.5)).double()
-        speed = torch.where(dice.chance(0.3, count), torch.ones_like(speed), speed)
+        speed = torch.exp2(rng.uniform(count, low=-0.5, high=0.5)).double()
+        speed = torch.where(rng.chance(0.3, count), torch.ones_like(speed), speed)
         spare = (end - start - self.length * speed).clamp(min=0.0)  # long clips are cut anywhere
-        start = start + (spare * dice.uniform(count)).floor()
+        start = start + (spare * rng.uniform(count)).floor()
         room = (self.length - (end - start) / speed).clamp(min=0.0)  # short ones lie anywhere
-        begin = (room * dice.uniform(count)).floor()
+        begin = (room * rng.uniform(count)).floor()
         return play(bank.samples, start, end, speed, begin, self.length)
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor:
@@ -194,55 +194,55 @@ def play(bank: Tensor, start: Tensor, end: Tensor, speed: Tensor, begin: Tensor,
     return torch.lerp(bank[low], bank[low + 1], (place - low).float()) * inside
 
 
-def colour(sounds: Tensor, rate: int, dice: Dice) -> Tensor:
+def colour(sounds: Tensor, rate: int, rng: DeviceRng) -> Tensor:
     """Another microphone and room: a smooth random filter, an echo tail, sometimes only the band up to 4 kHz."""
     count, length = sounds.shape
     size = 2 * length  # room for the tail, or it would wrap around
     bins = size // 2 + 1
-    filtered = torch.fft.rfft(sounds, n=size) * torch.exp(0.7 * curve(dice.normal(count, 9), bins))
-    frequency = torch.linspace(0.0, rate / 2, bins, device=dice.device)
-    narrow = dice.chance(0.3, count, 1) & (frequency > 0.24 * rate)
+    filtered = torch.fft.rfft(sounds, n=size) * torch.exp(0.7 * curve(rng.normal(count, 9), bins))
+    frequency = torch.linspace(0.0, rate / 2, bins, device=rng.device)
+    narrow = rng.chance(0.3, count, 1) & (frequency > 0.24 * rate)
     filtered = filtered.masked_fill(narrow, 0.0)
-    time = torch.arange(length, device=dice.device) / rate
-    decay = torch.exp(-time / dice.uniform(count, 1, low=0.02, high=0.2))
-    tail = dice.normal(count, length) * decay * 0.03 * dice.chance(0.3, count, 1)
+    time = torch.arange(length, device=rng.device) / rate
+    decay = torch.exp(-time / rng.uniform(count, 1, low=0.02, high=0.2))
+    tail = rng.normal(count, length) * decay * 0.03 * rng.chance(0.3, count, 1)
     tail[:, 0] = 1.0
     return torch.fft.irfft(filtered * torch.fft.rfft(tail, n=size), n=size)[:, :length]
 
 
-def noise(count: int, length: int, rate: int, dice: Dice) -> Tensor:
+def noise(count: int, length: int, rate: int, rng: DeviceRng) -> Tensor:
     """Noise of a random colour that swells and fades.  # -> B S, about unit power"""
-    values = torch.fft.rfft(dice.normal(count, length))
-    frequency = torch.linspace(0.0, rate / 2, values.shape[1], device=dice.device)
-    slope = (1.0 + frequency / 200.0) ** dice.uniform(count, 1, low=-1.2, high=0.2)
-    shape = slope * torch.exp(1.0 * curve(dice.normal(count, 12), values.shape[1]))
+    values = torch.fft.rfft(rng.normal(count, length))
+    frequency = torch.linspace(0.0, rate / 2, values.shape[1], device=rng.device)
+    slope = (1.0 + frequency / 200.0) ** rng.uniform(count, 1, low=-1.2, high=0.2)
+    shape = slope * torch.exp(1.0 * curve(rng.normal(count, 12), values.shape[1]))
     sound = torch.fft.irfft(values * shape, n=length)
     sound = sound / sound.square().mean(1, keepdim=True).sqrt().clamp(min=1e-5)
-    return sound * curve(dice.uniform(count, 6), length)
+    return sound * curve(rng.uniform(count, 6), length)
 
 
-def voices(count: int, length: int, rate: int, dice: Dice) -> Tensor:
+def voices(count: int, length: int, rate: int, rng: DeviceRng) -> Tensor:
     """Babble by the source-filter model: harmonics of a gliding pitch under gliding formants, hisses in between.
 
     The amplitude of harmonic k of pitch f is the sum over formants of 1 / (1 + ((k·f - F) / bandwidth)²).  # -> B S
     """
     points = max(4, 10 * length // rate)
-    octaves = dice.uniform(count, 1, low=6.3, high=8.6)
-    pitch = torch.exp2(octaves + 0.25 * curve(dice.normal(count, points), length))
+    octaves = rng.uniform(count, 1, low=6.3, high=8.6)
+    pitch = torch.exp2(octaves + 0.25 * curve(rng.normal(count, points), length))
     phase = 2.0 * math.pi * torch.cumsum(pitch.double() / rate, 1)  # B S
-    number = torch.arange(1, NUM_HARMONICS + 1, device=dice.device, dtype=torch.float64)
-    centres = torch.tensor([500.0, 1500.0, 2500.0, 3500.0, 5000.0], device=dice.device)
-    stretch = torch.exp2(dice.uniform(count, 1, 1, low=-0.3, high=0.35))
-    glide = torch.exp2(0.45 * dice.normal(count, NUM_FORMANTS, points).flatten(0, 1))
+    number = torch.arange(1, NUM_HARMONICS + 1, device=rng.device, dtype=torch.float64)
+    centres = torch.tensor([500.0, 1500.0, 2500.0, 3500.0, 5000.0], device=rng.device)
+    stretch = torch.exp2(rng.uniform(count, 1, 1, low=-0.3, high=0.35))
+    glide = torch.exp2(0.45 * rng.normal(count, NUM_FORMANTS, points).flatten(0, 1))
     formants = centres[None, :, None] * stretch * curve(glide, length).view(count, NUM_FORMANTS, length)
-    width = dice.uniform(count, NUM_FORMANTS, 1, low=50.0, high=220.0)
-    gain = torch.exp(-0.6 * torch.arange(NUM_FORMANTS, device=dice.device))[None, :, None]
-    sound = torch.zeros(count, length, device=dice.device)
+    width = rng.uniform(count, NUM_FORMANTS, 1, low=50.0, high=220.0)
+    gain = torch.exp(-0.6 * torch.arange(NUM_FORMANTS, device=rng.device))[None, :, None]
+    sound = torch.zeros(count, length, device=rng.device)
     for k in number.tolist():  # one harmonic at a time: all at once would take gigabytes
         heard = k * pitch  # B S
         level = (gain / (1.0 + ((heard[:, None] - formants) / width).square())).sum(1) / math.sqrt(k)
         sound = sound + torch.sin((phase * k).remainder(2 * math.pi)).float() * level * (heard < 0.48 * rate)
     sound = sound / sound.abs().amax(1, keepdim=True).clamp(min=1e-5)
-    voiced = curve(2.5 * dice.normal(count, points) + 1.0, length).clamp(0.0, 1.0)
-    hissing = curve(2.5 * dice.normal(count, points) - 2.0, length).clamp(0.0, 1.0)
-    return 0.5 * sound * voiced + 0.15 * noise(count, length, rate, dice) * hissing
+    voiced = curve(2.5 * rng.normal(count, points) + 1.0, length).clamp(0.0, 1.0)
+    hissing = curve(2.5 * rng.normal(count, points) - 2.0, length).clamp(0.0, 1.0)
+    return 0.5 * sound * voiced + 0.15 * noise(count, length, rate, rng) * hissing

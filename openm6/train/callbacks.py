@@ -1,4 +1,4 @@
-"""What acts beside the loop at its moments: each callback is one concern with a state of its own in the checkpoints."""
+"""Callbacks of the loop: each is one concern with a state of its own in the checkpoints; also spikes and signals."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from openm6.parallel.worker_pool import children, handled_stops
 from openm6.train.config import LOOP_SECTION, STAGES_SECTION, HeldOutConfig, LoopConfig, StagesConfig
 from openm6.train.job import Batch, Job
 from openm6.train.pseudo_to_real import SwitchClock, rate_after_switch
-from openm6.train.step import StepReport, Updater, seed_everything
+from openm6.train.step import StepReport, TrainStep, seed_everything
 
 PROCESSES = Path("/proc")
-RESET_PEAK = "5"  # what Linux reads there as: forget the peak, keep the rest (proc(5))
-PREFIX = "held_out/"
+RESET_PEAK = "5"  # resets the peak alone (proc(5))
+HELD_OUT_PREFIX = "held_out/"
 STATUS = Path("/proc/self/status")
-WORTH_TELLING = 2**28  # bytes swapped out
-MEMORY = 0.98  # share of the running mean that is kept each step: about the last 50 steps
-WARMUP = 30  # steps before anything is called a spike
-FACTOR = 6.0  # standard deviations above the mean
+MIN_SWAPPED = 2**28  # bytes swapped out that are worth a warning
+SPIKE_DECAY = 0.98  # fraction of the running mean that is kept per step: about the last 50 steps
+SPIKE_WARMUP = 30  # steps before anything is called a spike
+SPIKE_FACTOR = 6.0  # standard deviations above the mean
 
 
 @dataclass
@@ -46,61 +46,61 @@ class Progress:
 
 
 class Running(Protocol):
-    """What a hook sees of the run that it is part of."""
+    """The part of a run that callbacks use."""
 
     job: Job
     config: LoopConfig
     run: RunFolder
-    updater: Updater
+    train_step: TrainStep
     progress: Progress
 
     def save(self) -> None:
         """Write a checkpoint of the run as it is now."""
 
 
-class Hook:
-    """Parent of all hooks; every moment is empty unless it is overridden.
+class Callback:
+    """Base class: every method does nothing unless it is overridden.
 
-    `name` is the key of the hook's state in checkpoints. Moments, in order: `before_load` and `load_state` (only where
-    a run goes on), `start`, then for each step `before_step` and `after_step`, `totals` where a line is due, and
-    `close` at the end, also after a failure.
+    `name` is the key of the callback's state in checkpoints. The methods are called in this order: `before_load` and
+    `load_state` (only if a run is resumed), `start`, then for each step `before_step` and `after_step`, `totals` when
+    metrics are logged, and `close` at the end, also after a failure.
     """
 
     name: str
 
     def before_load(self, run: Running, state: dict[str, Any]) -> None:
-        """The run goes on from a checkpoint with this state: give the model the shape that its weights had there."""
+        """Give the model the shape that its weights have in the checkpoint with this state, which will be loaded."""
 
     def start(self, run: Running) -> None:
-        """Before the first step of this process; model, optimizer and progress are as they will be trained."""
+        """Act before the first step of this process, when model, optimizer and progress are loaded."""
 
     def before_step(self, step: int) -> None:
-        """The batch of step number `step` is there, nothing is computed yet."""
+        """Act when the batch of step number `step` is there and nothing is computed yet."""
 
     def after_step(self, report: StepReport) -> dict[str, float]:
-        """The step is done and counted; gives numbers that the next line averages over its steps."""
+        """Act when the step is done; return numbers that are averaged over the steps until the next log."""
         return {}
 
     def totals(self) -> dict[str, Any]:
-        """Further entries of a line that is written now, as they are: sums, names."""
+        """Return further entries of the metrics that are logged now, such as sums and names."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """What must survive a restart; JSON-able."""
+        """Return what must survive a restart; JSON-able."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
 
     def close(self) -> None:
-        """Let go of what was opened."""
+        """Release what was opened."""
 
 
-class MemoryHook(Hook):
-    """Lines get `memory_start` (before the first step) and `memory_peak` (since then), in bytes.
+class MemoryCallback(Callback):
+    """Log `memory_start` (before the first step) and `memory_peak` (since then), in bytes.
 
-    On a GPU both are of torch's allocator. On a processor they are of the run's processes as Linux tells them, Python
-    and libraries included: of those that share the steps, what they do not share; elsewhere nothing is told.
+    On a GPU both are of torch's allocator. On a CPU they are of the run's processes as Linux counts them, Python and
+    libraries included, and of workers only what they do not share; elsewhere nothing is logged.
     """
 
     name = "memory"
@@ -108,17 +108,16 @@ class MemoryHook(Hook):
     def __init__(self) -> None:
         self._device = torch.device("cpu")
         self._start: int | None = None
-        self._inherited = (
-            0  # bytes of its own that a forked process shares with this one until it writes there
-        )
+        # Bytes that a forked process shares with this one until it writes there.
+        self._inherited = 0
 
     def start(self, run: Running) -> None:
-        self._device = run.updater.device
+        self._device = run.train_step.device
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._start = torch.cuda.memory_allocated(self._device)
         else:
-            forget_peak()
+            reset_peak()
             self._start, self._inherited = process_memory("VmRSS"), process_memory("RssAnon") or 0
 
     def totals(self) -> dict[str, Any]:
@@ -131,7 +130,7 @@ class MemoryHook(Hook):
         return {} if peak is None else {"memory_start": self._start, "memory_peak": peak}
 
     def _private(self, process: str) -> int:
-        """The most that a forked process held of its own."""
+        """Return the peak of what a forked process does not share."""
         try:
             peak, shared, mapped = (
                 process_memory(key, process) or 0 for key in ("VmHWM", "RssShmem", "RssFile")
@@ -142,7 +141,7 @@ class MemoryHook(Hook):
 
 
 def process_memory(key: str, process: str = "self") -> int | None:
-    """`VmRSS` (now) or `VmHWM` (the most so far) of a process in bytes; None where the system does not tell."""
+    """Return `VmRSS` (now) or `VmHWM` (the peak) of a process in bytes; None if the system does not report it."""
     if sys.platform != "linux":
         return None
     for line in (PROCESSES / process / "status").read_text().splitlines():
@@ -152,19 +151,19 @@ def process_memory(key: str, process: str = "self") -> int | None:
     return None
 
 
-def forget_peak() -> None:
-    """What loading the data took is not training's peak. Where it may not be forgotten, it counts."""
+def reset_peak() -> None:
+    """Reset the peak, so that loading the data does not count; without the permission it does."""
     try:
         (PROCESSES / "self/clear_refs").write_text(RESET_PEAK)
     except OSError:
         return
 
 
-class HeldOutHook(Hook):
-    """Every `every` steps, the mean loss over the same few batches of held-out records.
+class HeldOutCallback(Callback):
+    """Log the mean loss over the same few batches of held-out records every `every` steps.
 
     It has no state: the batches follow from the seed, and every step seeds its own draws, so a run with it takes the
-    same steps as one without, and goes on after a stop as if there had been none.
+    same steps as one without.
     """
 
     name = "held_out"
@@ -174,7 +173,7 @@ class HeldOutHook(Hook):
         self._batches: list[Batch] = []
 
     def start(self, run: Running) -> None:
-        """Makes the batches, so that what is wrong with them is said before the first step."""
+        """Make the batches, so that an error in them is raised before the first step."""
         self._run = run
         self._batches = run.job.held_out_batches(self.config.batches)
 
@@ -184,15 +183,15 @@ class HeldOutHook(Hook):
         run = self._run
         seed_everything(run.config.seed, "held out")
         run.job.model.eval()
-        with torch.no_grad(), run.updater.autocast():
+        with torch.no_grad(), run.train_step.autocast():
             found = run.job.held_out_loss(self._batches)
-        run.job.ranks.settle(run.job.model)
+        run.job.ranks.reshard(run.job.model)
         run.job.model.train()
-        return {f"{PREFIX}{name}": value for name, value in found.items()}
+        return {f"{HELD_OUT_PREFIX}{name}": value for name, value in found.items()}
 
 
-class StagesHook(Hook):
-    """Saves the shared model when the switch is due, takes its layers apart, and warms the rate up again.
+class StagesCallback(Callback):
+    """Save the shared model when the switch is due, give each layer its own weights, and warm the rate up again.
 
     A switch that the clock decided is written into the run's config.yaml as a step, so that a run repeated or resumed
     with that file switches at the same one.
@@ -207,7 +206,7 @@ class StagesHook(Hook):
 
     def before_load(self, run: Running, state: dict[str, Any]) -> None:
         if state["switched_at"] is not None:
-            run.updater.delink("reset")
+            run.train_step.delink("reset")
 
     def start(self, run: Running) -> None:
         self._run = run
@@ -220,10 +219,10 @@ class StagesHook(Hook):
     def before_step(self, step: int) -> None:
         if self.switched_at is None and self._due():
             self._switch(step - 1)
-        self._run.updater.rate_scale = rate_after_switch(step, self.switched_at, self.config)
+        self._run.train_step.rate_scale = rate_after_switch(step, self.switched_at, self.config)
 
     def after_step(self, report: StepReport) -> dict[str, float]:
-        if report.applied:  # a skipped step tells nothing of how training goes
+        if report.applied:  # a skipped step says nothing about the training
             self._clock.observe(report.loss)
         return {}
 
@@ -241,33 +240,33 @@ class StagesHook(Hook):
         run = self._run
         due = self._clock.due(run.progress.step, run.progress.seconds)
         # Losses and steps are the same on all ranks; clocks are not.
-        return due if self.config.switch.minutes is None else run.job.ranks.from_first(due)
+        return due if self.config.switch.minutes is None else run.job.ranks.broadcast_object(due)
 
     def _switch(self, step: int) -> None:
         run = self._run
         if step:
             run.save()
-        run.updater.delink(self.config.moments, self.config.noise)
+        run.train_step.delink(self.config.moments, self.config.noise)
         self.switched_at = step
-        if self.config.switch.minutes is not None and run.job.ranks.first:
+        if self.config.switch.minutes is not None and run.job.ranks.is_main_process:
             known = run.run.read_config().get(LOOP_SECTION, {}).get(STAGES_SECTION, {})
             run.run.set_config(LOOP_SECTION, STAGES_SECTION, {**known, "switch": {"step": step}})
         get_log().info(f"each layer has weights of its own from step {step + 1} on")
 
 
-class SwapHook(Hook):
-    """Warns once when the system moves the run's memory to the disk, where weights would come from at its speed."""
+class SwapCallback(Callback):
+    """Warn once when the system swaps out the run's memory, since weights are then read at the speed of the disk."""
 
     name = "swap"
 
     def __init__(self, status: Path = STATUS) -> None:
         self._status = status
-        self._told = False
+        self._warned = False
 
     def after_step(self, report: StepReport) -> dict[str, float]:
-        swapped = 0 if self._told else swapped_bytes(self._status)
-        if swapped > WORTH_TELLING:
-            self._told = True
+        swapped = 0 if self._warned else swapped_bytes(self._status)
+        if swapped > MIN_SWAPPED:
+            self._warned = True
             get_log().warning(
                 f"step {report.step}: the host has swapped out {swapped / 2**30:.1f} GiB of this run, so steps will "
                 "be slow; end other programs, or lower loop.streaming.host_gib and train fewer layers"
@@ -276,7 +275,7 @@ class SwapHook(Hook):
 
 
 def swapped_bytes(status: Path = STATUS) -> int:
-    """Bytes of this process that lie on the disk; 0 where the system does not say."""
+    """Return how many bytes of this process are swapped out; 0 if the system does not report it."""
     try:
         lines = status.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -285,8 +284,8 @@ def swapped_bytes(status: Path = STATUS) -> int:
     return int(found.split()[1]) * 1024
 
 
-class SpikeWatch:
-    """Follows the loss by a running mean and variance; a loss far above both is a spike."""
+class SpikeDetector:
+    """Track the mean and variance of the loss; a loss far above both is a spike."""
 
     def __init__(self) -> None:
         self.mean = 0.0
@@ -294,17 +293,17 @@ class SpikeWatch:
         self.seen = 0
 
     def observe(self, loss: float) -> bool:
-        """True if `loss` is a spike; a spike moves the mean only as far as the bound, so a run of them is told too."""
+        """Return whether `loss` is a spike; it moves the mean only as far as the bound, so a series is detected too."""
         if not math.isfinite(loss):
             return False
-        bound = self.mean + FACTOR * math.sqrt(self.variance) + 1e-3 * abs(self.mean)
-        spike = self.seen >= WARMUP and loss > bound
+        bound = self.mean + SPIKE_FACTOR * math.sqrt(self.variance) + 1e-3 * abs(self.mean)
+        spike = self.seen >= SPIKE_WARMUP and loss > bound
         value = min(loss, bound) if spike else loss
         self.seen += 1
-        memory = min(MEMORY, 1 - 1 / self.seen)  # a plain mean at first
+        decay = min(SPIKE_DECAY, 1 - 1 / self.seen)  # a plain mean at first
         difference = value - self.mean
-        self.mean += (1 - memory) * difference
-        self.variance = memory * (self.variance + (1 - memory) * difference * difference)
+        self.mean += (1 - decay) * difference
+        self.variance = decay * (self.variance + (1 - decay) * difference * difference)
         return spike
 
     def state(self) -> dict[str, float]:

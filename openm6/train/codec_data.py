@@ -61,7 +61,7 @@ def hold_out(records: dict[str, list[Raw]], every: int) -> tuple[dict[str, list[
     return kept, held
 
 
-class Dice:
+class DeviceRng:
     """Draws from one generator, so that the same seed gives the same batch."""
 
     def __init__(self, seed: int, device: torch.device) -> None:

@@ -1,4 +1,9 @@
-"""The training loop: next batch, step, log, evaluate, save; every kind of training is a Job, never another loop."""
+"""The training loop: next batch, step, log, evaluate, save; every kind of training is a Job, never another loop.
+
+A step passes through six files: loop.py (this one) takes the next batch and counts, step.py runs forward, backward and
+update, multimodal.py computes the loss with models/omni.py, and models/backbone.py runs the blocks of nn/block.py. With
+expert parallelism tokens go through parallel/collectives.py on their way to the experts.
+"""
 
 from __future__ import annotations
 
@@ -24,22 +29,22 @@ from openm6.checkpoint.save import Snapshot
 from openm6.optim.schedule import decay_start
 from openm6.parallel.ranks import Ranks
 from openm6.train.callbacks import (
-    HeldOutHook,
-    Hook,
+    Callback,
+    HeldOutCallback,
     Interrupt,
-    MemoryHook,
+    MemoryCallback,
     Progress,
-    SpikeWatch,
-    StagesHook,
-    SwapHook,
+    SpikeDetector,
+    StagesCallback,
+    SwapCallback,
 )
 from openm6.train.config import LOOP_SECTION, LoopConfig
 from openm6.train.data_loader import Prefetch
 from openm6.train.job import Batch, Job
-from openm6.train.metering import MeterHook
-from openm6.train.metrics import MetricsFile, Recorder, Sink, open_display, open_tensorboard
-from openm6.train.offloaded import open_updater
-from openm6.train.step import StepReport, Updater, device_failures, seed_everything
+from openm6.train.metering import MeterCallback
+from openm6.train.metrics import Logger, MetricAverager, MetricsFile, open_display, open_tensorboard
+from openm6.train.offloaded import open_train_step
+from openm6.train.step import StepReport, TrainStep, device_failures, seed_everything
 from openm6.train.workers import Workers, number_of_workers
 
 SKIPPED = 2  # first steps, slow through caches, compilation and memory that is claimed
@@ -73,12 +78,12 @@ def train(
     config: LoopConfig,
     run: RunFolder,
     resume: bool = False,
-    hooks: Sequence[Hook] = (),
+    callbacks: Sequence[Callback] = (),
     settings: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Train `job` into `run`, from the start or, with `resume`, from the latest complete checkpoint.
 
-    `hooks` act at every step, after the meters of energy and memory, in their order. `settings` become the run's
+    `callbacks` act at every step, after the meters of energy and memory, in their order. `settings` become the run's
     config.yaml, but only once its checkpoint was found to fit the job: a mistaken setting leaves the run as it was.
 
     A run killed at any step and resumed equals an unbroken one bit for bit on the CPU, since all randomness comes
@@ -89,11 +94,11 @@ def train(
         CheckpointError: a checkpoint does not fit the job, or cannot be written.
         Interrupted: a signal stopped the run; it has saved itself.
     """
-    return _Run(job, config, run, resume, hooks, settings).to_the_end()
+    return _Run(job, config, run, resume, callbacks, settings).to_the_end()
 
 
 def refuse_overwriting(run: RunFolder, resume: bool) -> None:
-    """Raises TrainingError where the folder holds a run that is not to be resumed; call it before writing there."""
+    """Raise TrainingError if the folder holds a run that is not to be resumed; call it before writing there."""
     if not resume and list_checkpoints(run.checkpoints):
         raise TrainingError(
             f"{run.path} already holds a run: add --resume to go on, or choose another folder"
@@ -101,7 +106,7 @@ def refuse_overwriting(run: RunFolder, resume: bool) -> None:
 
 
 class _Run:
-    """One call of `train`: the parts of a run and the moments at which they act."""
+    """One call of `train`: the state of a run and the order in which its parts act."""
 
     def __init__(
         self,
@@ -109,16 +114,23 @@ class _Run:
         config: LoopConfig,
         run: RunFolder,
         resume: bool,
-        hooks: Sequence[Hook],
+        callbacks: Sequence[Callback],
         settings: dict[str, Any] | None,
     ) -> None:
         self.job, self.config, self.run = job, config, run
-        self.updater = open_updater(job, config, run.checkpoints)
-        stages = [StagesHook(config.stages)] if config.stages is not None else []
-        streaming = [SwapHook()] if config.streamed else []
-        held_out = [HeldOutHook(config.held_out)] if config.held_out is not None else []
-        self.hooks: list[Hook] = [MeterHook(), MemoryHook(), *stages, *streaming, *held_out, *hooks]
-        self.recorder, self.watch, self.progress = Recorder(), SpikeWatch(), Progress()
+        self.train_step = open_train_step(job, config, run.checkpoints)
+        stages = [StagesCallback(config.stages)] if config.stages is not None else []
+        streaming = [SwapCallback()] if config.streamed else []
+        held_out = [HeldOutCallback(config.held_out)] if config.held_out is not None else []
+        self.callbacks: list[Callback] = [
+            MeterCallback(),
+            MemoryCallback(),
+            *stages,
+            *streaming,
+            *held_out,
+            *callbacks,
+        ]
+        self.averager, self.spikes, self.progress = MetricAverager(), SpikeDetector(), Progress()
         self.workers: Workers | None = None
         self.saver = open_saver(job.ranks.layout)
         self.saved: Path | None = None
@@ -137,11 +149,12 @@ class _Run:
         with ExitStack() as stack:
             # The outermost: a GPU that is gone fails again while the rest is closed.
             stack.enter_context(device_failures(lambda: self.progress.step + 1, self.config.streamed))
-            stack.callback(self.updater.close)  # streamed weights live in it, also while they are evaluated
+            # Offloaded weights live in it, also during the evaluation.
+            stack.callback(self.train_step.close)
             self._train()
             result = self._result()
-            self.updater.forget()
-            with failures_after_training(result.checkpoint), self.job.ranks.until_first_ends():
+            self.train_step.free_optimizer_state()
+            with failures_after_training(result.checkpoint), self.job.ranks.main_process_first():
                 self.job.finish(self.run)
         self.job.ranks.close()
         return result
@@ -151,21 +164,21 @@ class _Run:
         job.model.train()
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
-            for hook in self.hooks:
-                stack.callback(hook.close)
-                hook.start(self)
-            sinks = self._open_sinks(stack)
-            batches, updater = self._open_steps(stack)
+            for callback in self.callbacks:
+                stack.callback(callback.close)
+                callback.start(self)
+            loggers = self._open_loggers(stack)
+            batches, train_step = self._open_steps(stack)
             while not self.length.reached(progress.step):
                 began = time.perf_counter()
                 batch = next(batches)
-                for hook in self.hooks:
-                    hook.before_step(progress.step + 1)
-                report = updater.update(batch, progress.step + 1, self.length.steps)
+                for callback in self.callbacks:
+                    callback.before_step(progress.step + 1)
+                report = train_step.update(batch, progress.step + 1, self.length.steps)
                 self._account(report, batch, time.perf_counter() - began)
-                self._tell(report, sinks)
+                self._log(report, loggers)
                 if self._due(self.config.evaluate_every):
-                    self._evaluate(sinks)
+                    self._evaluate(loggers)
                 stopping = self._signal(interrupt)
                 if self._due(self.config.save_every) or stopping:
                     self.save()
@@ -178,30 +191,30 @@ class _Run:
                     )
 
     def _signal(self, interrupt: Interrupt) -> int:
-        """The signal by which any rank was asked to stop: then all do, after the same step; 0: none was."""
+        """Return the signal that any rank got, so that all stop after the same step; 0: none did."""
         ranks = self.job.ranks
         if not ranks.total([interrupt.requested])[0]:
             return 0
         return max(ranks.gather(interrupt.requested))
 
-    def _open_steps(self, stack: ExitStack) -> tuple[Iterator[Batch], Updater | Workers]:
-        """Where batches come from and what trains on them: this process alone, or workers that share each step."""
+    def _open_steps(self, stack: ExitStack) -> tuple[Iterator[Batch], TrainStep | Workers]:
+        """Return the batches and what trains on them: this process alone, or workers that share each step."""
         workers = number_of_workers(self.job, self.config, self.run)
         keep_freed_memory()
         if workers > 1:
-            self.workers = stack.enter_context(Workers(self.job, self.updater, self.config, workers))
+            self.workers = stack.enter_context(Workers(self.job, self.train_step, self.config, workers))
             return self.workers, self.workers
-        return stack.enter_context(Prefetch(self.job.batches(), self.config.prefetch)), self.updater
+        return stack.enter_context(Prefetch(self.job.batches(), self.config.prefetch)), self.train_step
 
     def _account(self, report: StepReport, batch: Batch, seconds: float) -> None:
-        """Count the step, and give up if nothing finite comes any more."""
+        """Count the step, and give up if the loss stays non-finite."""
         progress, log = self.progress, get_log()
         progress.step, progress.cursor = report.step, batch.cursor
         progress.tokens += report.tokens
         progress.seconds += seconds
-        self.recorder.add(report, seconds)
-        for hook in self.hooks:
-            self.recorder.add_numbers(hook.after_step(report))
+        self.averager.add(report, seconds)
+        for callback in self.callbacks:
+            self.averager.add_numbers(callback.after_step(report))
         self.length.observe(report.step, seconds)
         progress.non_finite_in_a_row = 0 if report.applied else progress.non_finite_in_a_row + 1
         if not report.applied:
@@ -209,10 +222,10 @@ class _Run:
             log.warning(
                 f"step {report.step} skipped: loss {report.loss:g}, gradient norm {report.grad_norm:g}"
             )
-        if self.watch.observe(report.loss):
+        if self.spikes.observe(report.loss):
             progress.spikes += 1
             log.warning(
-                f"step {report.step}: loss spike, {report.loss:.3f} after a mean of {self.watch.mean:.3f}"
+                f"step {report.step}: loss spike, {report.loss:.3f} after a mean of {self.spikes.mean:.3f}"
             )
         if progress.non_finite_in_a_row > self.config.max_non_finite:
             raise TrainingError(
@@ -220,46 +233,46 @@ class _Run:
                 "lower loop.optimizer.learning_rate, or lengthen loop.schedule.warmup_steps"
             )
 
-    def _tell(self, report: StepReport, sinks: list[Sink]) -> None:
+    def _log(self, report: StepReport, loggers: list[Logger]) -> None:
         progress = self.progress
-        for sink in sinks:
-            sink.step(progress.step, self.length.steps)
+        for logger in loggers:
+            logger.step(progress.step, self.length.steps)
         if progress.step % self.config.log_every and not self.length.reached(progress.step):
             return
         counts = {"tokens": progress.tokens, "non_finite": progress.non_finite, "spikes": progress.spikes}
         times = {"learning_rate": report.learning_rate, "seconds": progress.seconds}
-        line = {"step": progress.step, **self.recorder.take(), **counts, **times}
-        for hook in self.hooks:
-            line |= hook.totals()
-        for sink in sinks:
-            sink.line(line)
+        line = {"step": progress.step, **self.averager.compute(), **counts, **times}
+        for callback in self.callbacks:
+            line |= callback.totals()
+        for logger in loggers:
+            logger.log(line)
 
     def _due(self, every: int | None) -> bool:
-        """True every so many steps and at the end; never for None."""
+        """Return True every so many steps and at the end; never for None."""
         return every is not None and (
             self.progress.step % every == 0 or self.length.reached(self.progress.step)
         )
 
-    def _evaluate(self, sinks: list[Sink]) -> None:
+    def _evaluate(self, loggers: list[Logger]) -> None:
         seed_everything(self.config.seed, "evaluate", self.progress.step)
         self.job.model.eval()
-        with torch.no_grad(), self.updater.autocast():
+        with torch.no_grad(), self.train_step.autocast():
             self.scores = self.job.evaluate(self.progress.step)
-        self.job.ranks.settle(self.job.model)
+        self.job.ranks.reshard(self.job.model)
         self.job.model.train()
-        for sink in sinks if self.scores else []:
-            sink.line({"step": self.progress.step, "evaluation": self.scores})
+        for logger in loggers if self.scores else []:
+            logger.log({"step": self.progress.step, "evaluation": self.scores})
 
-    def _open_sinks(self, stack: ExitStack) -> list[Sink]:
+    def _open_loggers(self, stack: ExitStack) -> list[Logger]:
         step = self.progress.step
-        if not self.job.ranks.first:
+        if not self.job.ranks.is_main_process:
             return []
-        sinks: list[Sink] = [MetricsFile(self.run, step), open_display(self.run.name, step)]
+        loggers: list[Logger] = [MetricsFile(self.run, step), open_display(self.run.name, step)]
         events = open_tensorboard(self.run, step) if self.config.tensorboard else None
-        sinks += [events] if events is not None else []
-        for sink in sinks:
-            stack.callback(sink.close)
-        return sinks
+        loggers += [events] if events is not None else []
+        for logger in loggers:
+            stack.callback(logger.close)
+        return loggers
 
     def save(self) -> None:
         """Write a checkpoint of the run as it is now, unless there is one."""
@@ -269,9 +282,9 @@ class _Run:
             self.workers.collect()
         self.progress.cursor = self.job.merge_cursors(self.job.ranks.gather(self.progress.cursor))
         ranks = self.job.ranks
-        if ranks.first or ranks.layout is not None:
+        if ranks.is_main_process or ranks.layout is not None:
             self.saved = self.saver.begin(self._snapshot(), self.run.checkpoints, self.config.keep)
-        self.saved = ranks.from_first(self.saved)
+        self.saved = ranks.broadcast_object(self.saved)
 
     def _snapshot(self) -> Snapshot:
         extra = self.job.state()
@@ -281,13 +294,13 @@ class _Run:
             "optimizer": self.config.optimizer.name,
             "stage": self.job.stage,
             "bytes_per_parameter": self.config.optimizer.bytes_per_parameter,
-            "recorder": self.recorder.state(),
-            "watch": self.watch.state(),
+            "recorder": self.averager.state(),
+            "watch": self.spikes.state(),
             "scores": self.scores,
-            "hooks": {hook.name: hook.state() for hook in self.hooks},
+            "hooks": {callback.name: callback.state() for callback in self.callbacks},
             "job": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         }
-        moments = optimizer_tensors(self.updater.optimizer, self.job.model)
+        moments = optimizer_tensors(self.train_step.optimizer, self.job.model)
         return Snapshot(
             self.progress.step,
             self.job.model,
@@ -295,8 +308,8 @@ class _Run:
             state,
             tensors,
             self.job.files(),
-            self.updater.shards(),
-            self.updater.num_shards,
+            self.train_step.shards(),
+            self.train_step.num_shards,
         )
 
     def _restore(self, folder: Path) -> None:
@@ -307,18 +320,18 @@ class _Run:
                 "set loop.optimizer.name back, or start a new run"
             )
         kept = state.get("hooks", {})
-        for hook in self.hooks:
-            if hook.name in kept:
-                hook.before_load(self, kept[hook.name])
+        for callback in self.callbacks:
+            if callback.name in kept:
+                callback.before_load(self, kept[callback.name])
         _check_stage(folder, state.get("stage", self.job.stage), self.job)
         _check_bytes(folder, state.get("bytes_per_parameter", 16), self.config)
-        self.updater.load(folder)
+        self.train_step.load(folder)
         self.job.load_state({**state["job"], **load_job_tensors(folder)})
-        self.recorder.load_state(state["recorder"])
-        self.watch.load_state(state["watch"])
-        for hook in self.hooks:
-            if hook.name in kept:
-                hook.load_state(kept[hook.name])
+        self.averager.load_state(state["recorder"])
+        self.spikes.load_state(state["watch"])
+        for callback in self.callbacks:
+            if callback.name in kept:
+                callback.load_state(kept[callback.name])
         self.progress, self.scores, self.saved = Progress(**state["progress"]), state["scores"], folder
         self.job.restore(self.progress.cursor)
         get_log().info(f"resumed from {folder}")
@@ -380,7 +393,7 @@ class RunLength:
         """Take note of how long step `step` took; fixes the length once enough is known."""
         if self.steps is not None or self._config.minutes is None:
             return
-        self._spent.append(self._ranks.from_first(seconds))  # all ranks must come to the same number
+        self._spent.append(self._ranks.broadcast_object(seconds))  # all ranks must come to the same number
         measured, spent, budget = self._spent[SKIPPED:], sum(self._spent), self._config.minutes * 60
         believed = len(measured) >= MEASURED_LEAST and spent >= budget * MEASURED_SHARE
         pressed = len(measured) >= 1 and spent >= budget / 2  # steps too slow to be measured well
@@ -395,7 +408,7 @@ class RunLength:
         while decay_start(total, self._config.schedule) < step:
             total += 1
         self.steps = total
-        if self._ranks.first:
+        if self._ranks.is_main_process:
             self._run.set_config(LOOP_SECTION, "steps", total)
         get_log().info(
             f"{total} steps fit into {self._config.minutes:g} minutes; written to {self._run.config}"

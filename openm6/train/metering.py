@@ -18,14 +18,14 @@ from openm6.modalities.batch import Batch
 from openm6.modalities.text import TextAdapter
 from openm6.models.config import count_parameters
 from openm6.models.omni import Omni
-from openm6.train.callbacks import Hook, Running
+from openm6.train.callbacks import Callback, Running
 from openm6.train.metrics import read_metrics
 from openm6.train.step import StepReport
 
 PASSES = 6  # operations for each weight a token meets: multiply and add, forward once and backward twice
 
 
-class MeterHook(Hook):
+class MeterCallback(Callback):
     """Keeps a ledger of the joules of all devices that the run uses: each rank reads its own, and they are summed.
 
     Lines get `joules` (of the run so far), `joules_per_token` and `watts` (since the last line), `energy_source`, and
@@ -46,7 +46,7 @@ class MeterHook(Hook):
     def start(self, run: Running) -> None:
         self._running = run
         self._count_repeated(run)
-        self._meter = open_meter(gpus_of(run.updater.device), run.config.energy.cpu_watts)
+        self._meter = open_meter(gpus_of(run.train_step.device), run.config.energy.cpu_watts)
         self._line = (self.ledger.joules, run.progress.tokens, run.progress.seconds)
 
     def before_step(self, step: int) -> None:

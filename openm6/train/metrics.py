@@ -40,20 +40,20 @@ _NOT_SHOWN = {
 }  # numbers that are not the job's own
 
 
-class Sink(Protocol):
+class Logger(Protocol):
     """Takes in what a run tells; its methods must not change the run."""
 
     def step(self, step: int, steps: int | None) -> None:
         """After every step."""
 
-    def line(self, line: Line) -> None:
+    def log(self, line: Line) -> None:
         """Averages over the last steps, or, where the line has the key `evaluation`, scores."""
 
     def close(self) -> None:
         """At the end, also after a failure."""
 
 
-class Recorder:
+class MetricAverager:
     """Averages the reports of consecutive steps; its state is carried in checkpoints, so a resumed run tells the same.
 
     Skipped steps are left out of the averages.
@@ -82,7 +82,7 @@ class Recorder:
             total[0] += value
             total[1] += 1
 
-    def take(self) -> Line:
+    def compute(self) -> Line:
         """The averages since the last call, and the speed."""
         means = {name: total / count for name, (total, count) in self._sums.items()}
         layers = {
@@ -117,7 +117,7 @@ class MetricsFile:
     def step(self, step: int, steps: int | None) -> None:
         pass
 
-    def line(self, line: Line) -> None:
+    def log(self, line: Line) -> None:
         append_line(self._path, to_json(line))
 
     def close(self) -> None:
@@ -174,7 +174,7 @@ class TensorBoardEvents:
     def step(self, step: int, steps: int | None) -> None:
         pass
 
-    def line(self, line: Line) -> None:
+    def log(self, line: Line) -> None:
         """Raises OutputError where an earlier line found the disk full: events are written by a thread."""
         with told_as_output_error(self._folder):
             self._add(line)
@@ -219,7 +219,7 @@ def open_tensorboard(run: RunFolder, step: int) -> TensorBoardEvents | None:
     return TensorBoardEvents(writer, run.tensorboard, errors)
 
 
-def open_display(name: str, start: int) -> Sink:
+def open_display(name: str, start: int) -> Logger:
     """The display that suits standard error: live in a terminal, one line at a time in a file or a pipe."""
     console = Console(stderr=True)
     return LiveDisplay(name, start, console) if console.is_terminal else PlainDisplay(start)
@@ -238,7 +238,7 @@ class PlainDisplay:
         self._pace.observe(step)
         self._steps = steps
 
-    def line(self, line: Line) -> None:
+    def log(self, line: Line) -> None:
         if self._clock() < self._next and line["step"] != self._steps and "evaluation" not in line:
             return
         self._next = self._clock() + EVERY
@@ -264,7 +264,7 @@ class LiveDisplay:
         self._pace.observe(step)
         self._live.update(self._draw(step, steps))
 
-    def line(self, line: Line) -> None:
+    def log(self, line: Line) -> None:
         if "evaluation" in line:
             self._scores = line
         else:

@@ -71,8 +71,8 @@ class MultimodalJob(Job):
         self.run = run
         sources = open_sources(recipe.sources, "train")
         used = {lecture.source: sources[lecture.source] for lecture in recipe.mixture}
-        first = self.ranks.first
-        self.tokenizer = self.ranks.from_first(tokenizer_text(recipe, used, run) if first else "")
+        first = self.ranks.is_main_process
+        self.tokenizer = self.ranks.broadcast_object(tokenizer_text(recipe, used, run) if first else "")
         self.description = _describe(recipe, used)
         seed_everything(recipe.loop.seed, "weights")
         self.omni, self.modalities = build_model(
@@ -239,7 +239,7 @@ class MultimodalJob(Job):
         The model is judged as it stands in memory: a second one might not fit. Ranks that hold copies leave it to the
         first; those that hold parts of one model all take part.
         """
-        if self.ranks.first:
+        if self.ranks.is_main_process:
             seen = epochs_seen(read_state(latest(run.path))["progress"]["cursor"]["mixture"])
             listed = ", ".join(f"{name} {epochs:.3g}" for name, epochs in seen.items())
             get_log().info(f"epochs of each source and task: {listed}")
@@ -247,20 +247,20 @@ class MultimodalJob(Job):
         if not (at_end if at_end != "auto" else not self.recipe.loop.streamed):
             get_log().info(f"not evaluated, as judge.at_end says; openm6 evaluate {run.path} does it")
             return
-        checkpoint, reported = self.ranks.from_first(
-            last_checkpoint(run) if self.ranks.first else (run.path, False)
+        checkpoint, reported = self.ranks.broadcast_object(
+            last_checkpoint(run) if self.ranks.is_main_process else (run.path, False)
         )
         if reported:
             get_log().info(f"{run.path} is trained, evaluated and reported: nothing is left to do")
             return
         parted = self.ranks.layout is not None
-        if not (parted or self.ranks.first):
+        if not (parted or self.ranks.is_main_process):
             return
-        kept = load_evaluation(run, str(checkpoint)) if self.ranks.first else None
+        kept = load_evaluation(run, str(checkpoint)) if self.ranks.is_main_process else None
         if parted:  # else the other ranks are gone, and would never answer
-            kept = self.ranks.from_first(kept)
+            kept = self.ranks.broadcast_object(kept)
         judgement, joules = kept or self._evaluate(run, checkpoint, parted)
-        if self.ranks.first:
+        if self.ranks.is_main_process:
             if kept is None:
                 save_evaluation(run, judgement, joules)
             self._report(run, judgement, joules)

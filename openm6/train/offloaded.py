@@ -37,7 +37,7 @@ from openm6.train.job import Batch, Job
 from openm6.train.pseudo_to_real import matrix_noise
 from openm6.train.step import (
     StepReport,
-    Updater,
+    TrainStep,
     device_failures,
     make_report,
     seed_everything,
@@ -46,14 +46,14 @@ from openm6.train.step import (
 )
 
 
-def open_updater(job: Job, config: LoopConfig, checkpoints: Path | None = None) -> Updater:
-    """The updater that `config` asks for, of a run that is saved in `checkpoints`."""
+def open_train_step(job: Job, config: LoopConfig, checkpoints: Path | None = None) -> TrainStep:
+    """The train_step that `config` asks for, of a run that is saved in `checkpoints`."""
     if config.streamed:
-        return StreamedUpdater(job, config, checkpoints=checkpoints)
-    return Updater(job, config)
+        return OffloadedTrainStep(job, config, checkpoints=checkpoints)
+    return TrainStep(job, config)
 
 
-class StreamedUpdater(Updater):
+class OffloadedTrainStep(TrainStep):
     """Moves weight sets layer by layer during the backward pass, and everything else (the edges) after it.
 
     The edges are embeddings, heads, norms and routers: they stay on the device in fp32 under AdamW, whatever

@@ -84,7 +84,7 @@ def train_recipe(
     device = own_device()
     plan = _plan(recipe, overrides or [], resume, out)
     ranks = _open_ranks(device, plan.timeout_seconds)
-    if not ranks.first:
+    if not ranks.is_main_process:
         get_log().setLevel(logging.ERROR)
     with ranks.guard():
         if plan.failure is not None:
@@ -92,12 +92,12 @@ def train_recipe(
         assert plan.recipe is not None
         _check_alike(ranks, plan.values)
         run = RunFolder.open(plan.folder)
-        settings = plan.values if ranks.first and (plan.path != run.config or overrides) else None
+        settings = plan.values if ranks.is_main_process and (plan.path != run.config or overrides) else None
         job = WAYS[plan.recipe.kind][1](plan.recipe, run, device, ranks)  # type: ignore[union-attr]
         result = train(job, plan.recipe.loop, run, plan.resume, settings=settings)
         if isinstance(plan.recipe, MultimodalRecipe):
             get_log().info(_next_steps(plan.recipe, plan.folder))
-    return result if ranks.first else None
+    return result if ranks.is_main_process else None
 
 
 def _open_ranks(device: torch.device, timeout_seconds: float) -> Ranks:

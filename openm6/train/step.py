@@ -59,14 +59,14 @@ def seed_everything(seed: int, *purpose: str | int) -> None:
     random.seed(value)
 
 
-class Updater:
+class TrainStep:
     """Moves a job's model by one batch at a time."""
 
     def __init__(self, job: Job, config: LoopConfig) -> None:
         self.job = job
         self.config = config
         self.ranks = job.ranks  # or the workers that share the steps of this process
-        self.rate_scale = 1.0  # a hook's factor on the learning rate
+        self.rate_scale = 1.0  # a callback's factor on the learning rate
         self._build()
         self.device = self.parameters[0].device
         settled = settle_precision(config.precision, self.device)
@@ -102,7 +102,7 @@ class Updater:
         load_model(folder, self.job.model, layout)
         load_optimizer(folder, self.optimizer, self.job.model, layout)
 
-    def forget(self) -> None:
+    def free_optimizer_state(self) -> None:
         """Let go of what only training needs: the model remains, for evaluation."""
         self.optimizer.state.clear()
 
@@ -145,7 +145,7 @@ class Updater:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         ranks.barrier()
-        if report.applied and (ranks.first or not ranks.shares_memory):
+        if report.applied and (ranks.is_main_process or not ranks.shares_memory):
             self.job.after_step(result)
         return report
 
@@ -155,7 +155,7 @@ class Updater:
             size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
             copies = 1 if self.optimizer.state else 3  # a gradient, and two moments if they are not there yet
             cut = self.job.ranks.layout is not None
-            choose_way(self.job.model, self.config, batch.tokens, copies * size, cut)
+            choose_execution(self.job.model, self.config, batch.tokens, copies * size, cut)
             self._prepared = True
 
     def _clip(self) -> Tensor:
@@ -239,7 +239,9 @@ def settle_precision(precision: Precision, device: torch.device) -> Precision:
     return "bf16-products" if device.type == "cpu" and half_is_fast() else "fp32"
 
 
-def choose_way(model: nn.Module, config: LoopConfig, tokens: int, pending: int, cut: bool = False) -> None:
+def choose_execution(
+    model: nn.Module, config: LoopConfig, tokens: int, pending: int, cut: bool = False
+) -> None:
     """Sets `run_block` of each backbone in the model that still runs plainly.
 
     tokens: of a step; pending: bytes that gradients and optimizer will take beside what is allocated now; cut: blocks

@@ -31,7 +31,7 @@ from openm6.parallel.worker_pool import (
 from openm6.train.config import LOOP_SECTION, LoopConfig
 from openm6.train.data_loader import DataWorker
 from openm6.train.job import Batch, Job
-from openm6.train.step import StepReport, Updater
+from openm6.train.step import StepReport, TrainStep
 
 COLLECT = "collect"
 NORM_EPSILON = 1e-6  # as in torch's clip_grad_norm_
@@ -135,12 +135,12 @@ class WorkerRanks(Ranks):
 
 
 class Workers:
-    """Bring a loop its batches and take its steps, as `Prefetch` and `Updater` do, with several processes."""
+    """Bring a loop its batches and take its steps, as `Prefetch` and `TrainStep` do, with several processes."""
 
-    def __init__(self, job: Job, updater: Updater, config: LoopConfig, workers: int) -> None:
+    def __init__(self, job: Job, train_step: TrainStep, config: LoopConfig, workers: int) -> None:
         share_model(job.model)
-        self._updater = updater
-        self._ranks = WorkerRanks(updater.parameters, workers)
+        self._train_step = train_step
+        self._ranks = WorkerRanks(train_step.parameters, workers)
         self._threads = torch.get_num_threads()
         self._data = DataWorker(job, workers, config.prefetch)
         works = [partial(self._work, rank) for rank in range(1, workers)]
@@ -150,13 +150,13 @@ class Workers:
         torch.set_num_threads(1)  # the other cores are taken
 
     def __enter__(self) -> Workers:
-        self._updater.ranks = self._ranks
+        self._train_step.ranks = self._ranks
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._updater.ranks = Ranks()
+        self._train_step.ranks = Ranks()
         torch.set_num_threads(self._threads)
         self._pool.close()
 
@@ -169,12 +169,12 @@ class Workers:
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
         """Train on the batch whose first part is `batch`, as step number `step`, the first being 1."""
         self._pool.send((step, total))
-        return self._updater.update(batch, step, total)
+        return self._train_step.update(batch, step, total)
 
     def collect(self) -> None:
         """Bring the whole optimizer state into this process, where it is saved."""
         self._pool.send(COLLECT)
-        state = self._updater.optimizer.state
+        state = self._train_step.optimizer.state
         for parts in self._pool.gather():
             for index, values in parts.items():
                 state[self._ranks.parameters[index]].update(
@@ -184,17 +184,17 @@ class Workers:
     def _work(self, rank: int, pipe: Connection) -> None:
         """Run another process of the step."""
         self._ranks.follow(rank, pipe)
-        self._updater.ranks = self._ranks
+        self._train_step.ranks = self._ranks
         self._data.keep(reader=rank)
         while True:
             message = pipe.recv()
             if message == COLLECT:
                 pipe.send(self._own_state())
             else:
-                self._updater.update(self._data.read(rank), *message)
+                self._train_step.update(self._data.read(rank), *message)
 
     def _own_state(self) -> dict[int, dict[str, np.ndarray]]:
-        state = self._updater.optimizer.state
+        state = self._train_step.optimizer.state
         return {
             index: {key: value.numpy() for key, value in state[parameter].items()}
             for index, parameter in enumerate(self._ranks.parameters)

@@ -20,8 +20,8 @@ from openm6.offload.streams import Streams
 from openm6.optim.config import OptimizerConfig
 from openm6.train.config import LoopConfig, Precision, StagesConfig, SwitchConfig
 from openm6.train.loop import train
-from openm6.train.offloaded import StreamedUpdater
-from openm6.train.step import Updater
+from openm6.train.offloaded import OffloadedTrainStep
+from openm6.train.step import TrainStep
 from tests.offload.strict_streams import WatchedStreams, late_streams
 from tests.train.words_job import WordsJob, words_backbone, words_config
 
@@ -36,8 +36,8 @@ def config_of(bytes_per_parameter: int = 2, **streaming: Any) -> LoopConfig:
     )
 
 
-def steps_of(updater: Updater, job: WordsJob, count: int = 3) -> list[float]:
-    return [updater.update(job.batch(step), step, 10).loss for step in range(1, count + 1)]
+def steps_of(train_step: TrainStep, job: WordsJob, count: int = 3) -> list[float]:
+    return [train_step.update(job.batch(step), step, 10).loss for step in range(1, count + 1)]
 
 
 def streamed_run(
@@ -45,10 +45,10 @@ def streamed_run(
 ) -> tuple[list[float], list[Tensor]]:
     """Losses of three steps, and all bytes of the sets and the edges after them."""
     job = WordsJob(backbone)
-    updater = StreamedUpdater(job, config, streams)
-    losses = steps_of(updater, job)
-    updater.store.synchronize()
-    sets = [stored.clone() for stored in updater.store.storage]
+    train_step = OffloadedTrainStep(job, config, streams)
+    losses = steps_of(train_step, job)
+    train_step.store.synchronize()
+    sets = [stored.clone() for stored in train_step.store.storage]
     return losses, [*sets, *(p.detach().clone() for p in job.model.parameters() if not p.is_meta)]
 
 
@@ -63,9 +63,9 @@ def test_with_sixteen_bytes_streaming_is_plain_training_to_the_bit(
     backbone: BackboneConfig, recompute_every: int, precision: Precision
 ) -> None:
     job, other = WordsJob(backbone), WordsJob(backbone)
-    plain = Updater(job, words_config(clip=None, precision=precision))
+    plain = TrainStep(job, words_config(clip=None, precision=precision))
     config = config_of(16, recompute_every=recompute_every).model_copy(update={"precision": precision})
-    streamed = StreamedUpdater(other, config)
+    streamed = OffloadedTrainStep(other, config)
     assert steps_of(plain, job) == steps_of(streamed, other)
     named = dict(job.model.named_parameters())
     for number in range(streamed.num_shards):
@@ -103,13 +103,13 @@ def test_streams_never_touch_the_same_bytes_without_an_order(
     backbone: BackboneConfig, changes: dict[str, Any]
 ) -> None:
     job, streams = WordsJob(backbone), WatchedStreams()
-    updater = StreamedUpdater(job, config_of(**changes), streams)
-    streams.watch(updater.store, updater.rule.read_slots)
+    train_step = OffloadedTrainStep(job, config_of(**changes), streams)
+    streams.watch(train_step.store, train_step.rule.read_slots)
     for step in range(1, 4):
-        steps_of(updater, job, 1)
+        steps_of(train_step, job, 1)
         with torch.no_grad():
             job.words(job.batch(step).words)
-    assert updater.store.moved_bytes > 0 and not streams.clashes
+    assert train_step.store.moved_bytes > 0 and not streams.clashes
 
 
 @pytest.mark.parametrize("buffers", [2, 4])
@@ -119,20 +119,20 @@ def test_a_pass_that_breaks_off_leaves_sets_as_they_were(
 ) -> None:
     """Also where a buffer was half changed, and where the set in it is still on its way home."""
     job, streams = WordsJob(PLAIN), WatchedStreams()
-    updater = StreamedUpdater(job, config_of(buffers=buffers), streams)
-    streams.watch(updater.store, updater.rule.read_slots)
+    train_step = OffloadedTrainStep(job, config_of(buffers=buffers), streams)
+    streams.watch(train_step.store, train_step.rule.read_slots)
     words = job.batch(7).words
-    steps_of(updater, job, 1)
+    steps_of(train_step, job, 1)
     with monkeypatch.context() as broken:
-        target: Any = updater.blocks if where == "use" else updater.rule
+        target: Any = train_step.blocks if where == "use" else train_step.rule
         broken.setattr(target, "_run_block" if where == "use" else "update", breaks_off)
         with pytest.raises(InterruptedError):
-            steps_of(updater, job, 1)
-    broken_sets = [stored.clone() for stored in updater.store.storage]
+            steps_of(train_step, job, 1)
+    broken_sets = [stored.clone() for stored in train_step.store.storage]
     with torch.no_grad():
         answer = job.words(words)[0]
-    assert all(torch.equal(a, b) for a, b in zip(broken_sets, updater.store.storage, strict=True))
-    updater.store.invalidate()
+    assert all(torch.equal(a, b) for a, b in zip(broken_sets, train_step.store.storage, strict=True))
+    train_step.store.invalidate()
     with torch.no_grad():
         assert torch.equal(job.words(words)[0], answer)
     assert not streams.clashes
@@ -154,29 +154,29 @@ def test_a_set_is_fetched_once_for_all_micro_batches_and_a_shared_one_once_a_pas
     moved = {}
     for name, backbone, micro in (("one", PLAIN, 1), ("many", PLAIN, 4), ("shared", SHARED, 1)):
         job = WordsJob(backbone)
-        updater = StreamedUpdater(job, config_of(micro_batches=micro))
-        steps_of(updater, job, 1)
-        moved[name] = updater.store.moved_bytes
+        train_step = OffloadedTrainStep(job, config_of(micro_batches=micro))
+        steps_of(train_step, job, 1)
+        moved[name] = train_step.store.moved_bytes
     assert moved["one"] == moved["many"]
     assert moved["shared"] < 0.6 * moved["one"]  # both sets fit the buffers: there is nothing to fetch twice
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     job = WordsJob(PLAIN, spoilt=(2,))
-    updater = StreamedUpdater(job, config_of())
-    updater.update(job.batch(0), 1, 10)
-    before = [stored.clone() for stored in updater.store.storage]
-    report = updater.update(job.batch(1), 2, 10)
+    train_step = OffloadedTrainStep(job, config_of())
+    train_step.update(job.batch(0), 1, 10)
+    before = [stored.clone() for stored in train_step.store.storage]
+    report = train_step.update(job.batch(1), 2, 10)
     assert not report.applied
-    assert all(torch.equal(a, b) for a, b in zip(before, updater.store.storage, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, train_step.store.storage, strict=True))
 
 
 def test_two_backward_passes_of_one_step_are_refused() -> None:
     job = WordsJob(PLAIN)
-    updater = StreamedUpdater(job, config_of())
+    train_step = OffloadedTrainStep(job, config_of())
     with pytest.raises(RuntimeError, match="begin_step"):
         job.loss(job.batch(0))
-    updater.blocks.begin_step(Step(1, 0.01, 0.0, 0))
+    train_step.blocks.begin_step(Step(1, 0.01, 0.0, 0))
     loss = job.loss(job.batch(0)).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="was updated in this step"):
@@ -188,7 +188,7 @@ def test_judging_and_answering_use_the_streamed_weights() -> None:
     words = job.batch(7).words
     with torch.no_grad():
         expected = job.words(words)[0]
-        StreamedUpdater(job, config_of(16))
+        OffloadedTrainStep(job, config_of(16))
         assert torch.equal(job.words(words)[0], expected)
 
 
@@ -211,9 +211,9 @@ def test_a_run_killed_in_the_middle_of_saving_resumes_as_if_unbroken(
     tmp_path: Path, bytes_per_parameter: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(WordsJob(PLAIN), run_config(bytes=bytes_per_parameter), RunFolder.open(tmp_path / "whole"))
-    shards = StreamedUpdater.shards
+    shards = OffloadedTrainStep.shards
 
-    def interrupted(self: StreamedUpdater) -> Any:
+    def interrupted(self: OffloadedTrainStep) -> Any:
         for number, shard in enumerate(shards(self)):
             if self.job.first_saved and number == 2:  # type: ignore[attr-defined]
                 raise Killed
@@ -222,7 +222,7 @@ def test_a_run_killed_in_the_middle_of_saving_resumes_as_if_unbroken(
 
     job = WordsJob(PLAIN)
     job.first_saved = False  # type: ignore[attr-defined]
-    monkeypatch.setattr(StreamedUpdater, "shards", interrupted)
+    monkeypatch.setattr(OffloadedTrainStep, "shards", interrupted)
     broken = RunFolder.open(tmp_path / "broken")
     with pytest.raises(Killed):
         train(job, run_config(bytes=bytes_per_parameter), broken)
@@ -244,16 +244,16 @@ def test_a_giant_goes_from_pseudo_to_real(tmp_path: Path) -> None:
 
 def test_answers_are_the_same_at_the_switch() -> None:
     job = WordsJob(SHARED)
-    updater = StreamedUpdater(job, config_of())
-    steps_of(updater, job)
+    train_step = OffloadedTrainStep(job, config_of())
+    steps_of(train_step, job)
     words = job.batch(8).words
     with torch.no_grad():
         before = job.words(words)[0]
-        updater.delink("independent")
+        train_step.delink("independent")
         assert torch.equal(job.words(words)[0], before)
-    steps_of(updater, job)
-    row = updater.store.stored(0)["attention.qkv"]["row_var"]
-    assert row.mean() > 0 and updater.num_shards == 4
+    steps_of(train_step, job)
+    row = train_step.store.stored(0)["attention.qkv"]["row_var"]
+    assert row.mean() > 0 and train_step.num_shards == 4
 
 
 def test_a_checkpoint_of_another_tier_is_refused(tmp_path: Path) -> None:
@@ -269,9 +269,9 @@ def test_what_cannot_be_streamed_is_refused() -> None:
         backbone = None  # type: ignore[assignment]
 
     with pytest.raises(ConfigError, match="no blocks to stream"):
-        StreamedUpdater(Blockless(PLAIN), config_of())
+        OffloadedTrainStep(Blockless(PLAIN), config_of())
     with pytest.raises(ConfigError, match="names set 9: there are only 0 to 3"):
-        StreamedUpdater(WordsJob(PLAIN), config_of(resident=(9,)))
+        OffloadedTrainStep(WordsJob(PLAIN), config_of(resident=(9,)))
 
 
 def test_weights_on_meta_get_first_values_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +282,7 @@ def test_weights_on_meta_get_first_values_of_their_own(monkeypatch: pytest.Monke
                 path, _, leaf = name.rpartition(".")
                 empty = nn.Parameter(torch.empty_like(parameter, device="meta"))
                 setattr(block.get_submodule(path), leaf, empty)
-    updater = StreamedUpdater(job, config_of(16))
-    first, third = (updater.store.stored(number)["attention.qkv"]["weight"] for number in (0, 2))
+    train_step = OffloadedTrainStep(job, config_of(16))
+    first, third = (train_step.store.stored(number)["attention.qkv"]["weight"] for number in (0, 2))
     assert float(first.std()) == pytest.approx(PLAIN.deviation, rel=0.1) and not torch.equal(first, third)
-    assert steps_of(updater, job)[-1] > 0
+    assert steps_of(train_step, job)[-1] > 0

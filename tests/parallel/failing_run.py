@@ -26,10 +26,10 @@ def main(way: str, folder: Path) -> None:
             if way == "killed" and not (folder / "killed").exists():
                 (folder / "killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-        with ranks.until_first_ends():
-            if way == "late" and ranks.first:
+        with ranks.main_process_first():
+            if way == "late" and ranks.is_main_process:
                 time.sleep(4)  # longer than a collective waits
-            if way == "end" and ranks.first:
+            if way == "end" and ranks.is_main_process:
                 raise TrainingError("the report could not be written")
         ranks.total([1])
         (folder / f"rank-{ranks.rank}").write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])

@@ -41,7 +41,7 @@ def main(recipe: str, folder: Path) -> None:
     ranks = ProcessRanks(torch.device("cpu"), 60)  # kept open for what follows
     recording_job.RecordingJob = DyingJob  # type: ignore[misc]
     if (
-        ATTEMPT == 1 and ranks.first
+        ATTEMPT == 1 and ranks.is_main_process
     ):  # rank 0 dies when the weights are written, and the folder has no name yet
         saving.os = type("Os", (), {"rename": staticmethod(lambda *_: die())})  # type: ignore[assignment]
     done = list_checkpoints(folder / "checkpoints")

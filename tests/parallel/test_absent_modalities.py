@@ -21,7 +21,7 @@ from openm6.modalities.batch import Batch
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
 from openm6.train.multimodal import MultimodalJob
-from openm6.train.offloaded import open_updater
+from openm6.train.offloaded import open_train_step
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport
 from tests.parallel.fleet import Fleet
@@ -62,9 +62,9 @@ def disjoint_steps(recipe: str, folder: str) -> tuple[list[StepReport], dict[str
     checked, _ = read_recipe(Path(recipe), [])
     ranks = ProcessRanks(CPU, 60) if dist.is_initialized() else Ranks()
     job = MultimodalJob(checked, RunFolder.open(folder), CPU, ranks)
-    updater = open_updater(job, checked.loop)
+    train_step = open_train_step(job, checked.loop)
     batch = rows_of(job, ranks.rank)
-    reports = [updater.update(batch, step, 20) for step in (1, 2, 3)]
+    reports = [train_step.update(batch, step, 20) for step in (1, 2, 3)]
     weights = {} if checked.loop.streamed else whole_weights(job)
     return reports, weights, set(batch.kinds)
 

@@ -27,7 +27,7 @@ from openm6.parallel.ranks import Ranks
 from openm6.parallel.sharded_weights import piece_of
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.run import read_recipe
-from openm6.train.step import StepReport, Updater
+from openm6.train.step import StepReport, TrainStep
 from tests.parallel.fleet import Fleet
 from tests.parallel.test_ranks import CPU, few_steps
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
@@ -90,39 +90,39 @@ def test_a_matrix_visits_one_rank_and_comes_home(four: Fleet) -> None:
     assert all(float(difference) == 0 for rank in four.run(moved_rows) for difference in rank)
 
 
-def job_of(recipe: str, folder: str) -> tuple[MultimodalJob, Updater]:
+def job_of(recipe: str, folder: str) -> tuple[MultimodalJob, TrainStep]:
     checked, _ = read_recipe(Path(recipe), [])
     ranks = ProcessRanks(CPU, 60) if dist.is_initialized() else Ranks()
     job = MultimodalJob(checked, RunFolder.open(folder), CPU, ranks)
-    return job, Updater(job, checked.loop)
+    return job, TrainStep(job, checked.loop)
 
 
 def save_moments(recipe: str, folder: str) -> dict[str, Tensor]:
     """Two steps, then a checkpoint of all that there is."""
-    job, updater = job_of(recipe, folder)
+    job, train_step = job_of(recipe, folder)
     batches = job.batches()
     for step in (1, 2):
-        updater.update(next(batches), step, 20)
-    moments = optimizer_tensors(updater.optimizer, job.model)
+        train_step.update(next(batches), step, 20)
+    moments = optimizer_tensors(train_step.optimizer, job.model)
     saver = ShardedSaver(job.ranks.layout)
-    state = {"optimizer": updater.config.optimizer.name}
+    state = {"optimizer": train_step.config.optimizer.name}
     saver.begin(Snapshot(2, job.model, moments, state), Path(folder), keep=1)
     saver.finish()
     dist.barrier()
-    return whole_moments(job, updater)
+    return whole_moments(job, train_step)
 
 
 def load_moments(recipe: str, folder: str, checkpoint: str) -> dict[str, Tensor]:
-    job, updater = job_of(recipe, folder)
-    load_optimizer(Path(checkpoint), updater.optimizer, job.model, job.ranks.layout)
-    found = whole_moments(job, updater)
+    job, train_step = job_of(recipe, folder)
+    load_optimizer(Path(checkpoint), train_step.optimizer, job.model, job.ranks.layout)
+    found = whole_moments(job, train_step)
     batches = job.batches()
-    updater.update(next(batches), 1, 20)  # what was loaded is of the form that the rule wants
+    train_step.update(next(batches), 1, 20)  # what was loaded is of the form that the rule wants
     return found
 
 
-def whole_moments(job: MultimodalJob, updater: Updater) -> dict[str, Tensor]:
-    tensors = optimizer_tensors(updater.optimizer, job.model)
+def whole_moments(job: MultimodalJob, train_step: TrainStep) -> dict[str, Tensor]:
+    tensors = optimizer_tensors(train_step.optimizer, job.model)
     if job.ranks.layout is not None:
         tensors = cut_tensors(job.model, tensors, job.ranks.layout)
     # Copies, for a rank's tensors go with it.

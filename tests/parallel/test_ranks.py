@@ -20,7 +20,7 @@ from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.run import read_recipe
-from openm6.train.step import StepReport, Updater
+from openm6.train.step import StepReport, TrainStep
 from tests.parallel.fleet import Fleet
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
@@ -31,7 +31,7 @@ def plain_exchanges() -> tuple[list[float], list[int], str, float]:
     ranks = ProcessRanks(CPU, 60)
     total = ranks.total([ranks.rank, 2.5])
     summed = ranks.sum(torch.tensor([float(ranks.rank + 1)]))
-    return total, ranks.gather(ranks.rank), ranks.from_first(f"rank {ranks.rank}"), float(summed)
+    return total, ranks.gather(ranks.rank), ranks.broadcast_object(f"rank {ranks.rank}"), float(summed)
 
 
 def test_what_ranks_tell_one_another(four: Fleet) -> None:
@@ -40,7 +40,7 @@ def test_what_ranks_tell_one_another(four: Fleet) -> None:
 
 def test_one_process_needs_nobody() -> None:
     ranks = Ranks()
-    assert ranks.total([2, 3]) == [2, 3] and ranks.gather("x") == ["x"] and ranks.first
+    assert ranks.total([2, 3]) == [2, 3] and ranks.gather("x") == ["x"] and ranks.is_main_process
 
 
 def uneven_gradients() -> list[Tensor | None]:
@@ -49,7 +49,7 @@ def uneven_gradients() -> list[Tensor | None]:
     torch.manual_seed(1)
     layers = [nn.Linear(3, 3) for _ in range(3)]
     x = torch.full((2, 3), float(ranks.rank + 1))
-    (layers[1](layers[0](x)) if ranks.first else layers[1](x)).sum().backward()
+    (layers[1](layers[0](x)) if ranks.is_main_process else layers[1](x)).sum().backward()
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     ranks.sum_gradients(parameters)
     return [parameter.grad for parameter in parameters]
@@ -76,13 +76,13 @@ def few_steps(recipe: str, folder: str, steps: int) -> tuple[list[StepReport], d
     checked, _ = read_recipe(Path(recipe), [])
     ranks = ProcessRanks(CPU, 60) if torch.distributed.is_initialized() else Ranks()
     job = MultimodalJob(checked, RunFolder.open(folder), CPU, ranks)
-    updater = Updater(job, checked.loop)
+    train_step = TrainStep(job, checked.loop)
     batches = job.batches()
     reports, seen = [], []
     for step in range(1, steps + 1):
         batch: Batch = next(batches)
         seen.append([(draw.component, draw.epoch, draw.index) for draw in batch.draws])
-        reports.append(updater.update(batch, step, 20))
+        reports.append(train_step.update(batch, step, 20))
     return reports, whole_weights(job), seen
 
 

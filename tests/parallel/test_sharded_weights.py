@@ -17,7 +17,7 @@ from openm6.optim.rules import Move, update_rule
 from openm6.parallel.config import MeshShape
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import WeightSets
-from openm6.parallel.sharded_weights import RankGroup, SetPiece
+from openm6.parallel.sharded_weights import RankGroup, SetShard
 from tests.parallel.fleet import Fleet
 from tests.parallel.test_ranks import CPU
 from tests.triton_interpreter import need_interpreter
@@ -119,7 +119,7 @@ class CountingGroup(RankGroup):
 def moved_unevenly(rows: int, bytes_per_parameter: int, at_once: int) -> tuple[int, bool]:
     """How often six matrices whose rows are cut unevenly ask the other rank, and whether they move as if whole."""
     group = CountingGroup(dist.group.WORLD)
-    piece = SetPiece(1, rows, group)
+    piece = SetShard(1, rows, group)
     rule = update_rule(OptimizerConfig(bytes_per_parameter=bytes_per_parameter))
     generator = torch.Generator().manual_seed(3)
     values, gradient = (torch.randn(6, rows, 16, generator=generator) for _ in range(2))
@@ -128,7 +128,7 @@ def moved_unevenly(rows: int, bytes_per_parameter: int, at_once: int) -> tuple[i
         mock.patch.object(rules, "AT_ONCE", at_once),
         mock.patch.object(kernels, "available", lambda device: False),
     ):
-        for one in (piece, SetPiece(1, rows, None)):
+        for one in (piece, SetShard(1, rows, None)):
             shape = tuple(one.cut(values).shape)
             stored = {slot.name: torch.zeros(slot.shape, dtype=slot.dtype) for slot in rule.slots(shape)}
             rule.fill(stored, one.cut(values), 5, one)

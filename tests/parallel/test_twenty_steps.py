@@ -20,7 +20,7 @@ from openm6.parallel.fsdp import cut_tensors
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
 from openm6.train.job import StepResult
-from openm6.train.step import Updater
+from openm6.train.step import TrainStep
 from tests.parallel.fleet import Fleet
 from tests.parallel.test_ranks import CPU
 from tests.train.words_job import ROWS, WordBatch, WordsJob, words_backbone, words_config
@@ -44,7 +44,7 @@ class SharedWords(WordsJob):
         return StepResult(loss + share * side_loss(loads), {}, loads)
 
 
-class Watched(Updater):
+class Watched(TrainStep):
     """Keeps the gradients of the whole model, before they are clipped."""
 
     def _clip(self) -> Tensor:
@@ -65,12 +65,12 @@ def steps_on(axes: Axes) -> list[tuple[float, dict[str, np.ndarray]]]:
         job.words.backbone.exchange = job.ranks.exchange(1)
     # AdamW divides by a gradient's size: where that is no more than rounding, its default epsilon makes steps of noise.
     optimizer = OptimizerConfig(learning_rate=0.003, epsilon=1e-3)
-    updater = Watched(job, words_config(STEPS, optimizer=optimizer))
+    train_step = Watched(job, words_config(STEPS, optimizer=optimizer))
     found = []
     for step in range(1, STEPS + 1):
-        report = updater.update(job.batch(step), step, STEPS)
-        found.append((report.loss, updater.seen))
-    return found if job.ranks.first else []
+        report = train_step.update(job.batch(step), step, STEPS)
+        found.append((report.loss, train_step.seen))
+    return found if job.ranks.is_main_process else []
 
 
 @cache

@@ -22,7 +22,7 @@ from openm6.train.audio_codec import (
     sound_scores,
     voices,
 )
-from openm6.train.codec_data import Dice
+from openm6.train.codec_data import DeviceRng
 
 CPU = torch.device("cpu")
 CODEC = SoundCodecConfig(width=16, encoder_blocks=1, decoder_blocks=1, latent=6)
@@ -77,16 +77,16 @@ def test_a_curve_goes_through_its_points() -> None:
 
 
 def test_voices_are_sound_with_a_pitch_and_noise_has_unit_power_at_most() -> None:
-    made = voices(4, 16000, 16000, Dice(0, CPU))
+    made = voices(4, 16000, 16000, DeviceRng(0, CPU))
     assert made.shape == (4, 16000) and torch.isfinite(made).all()
     assert (made.square().mean(1).sqrt() > 0.005).all() and made.abs().max() < 3
-    hiss = noise(4, 8000, 16000, Dice(0, CPU))
+    hiss = noise(4, 8000, 16000, DeviceRng(0, CPU))
     assert (hiss.square().mean(1) < 1.05).all() and (hiss.square().mean(1) > 0.02).all()
 
 
 def test_colouring_changes_the_spectrum_and_not_the_length() -> None:
     sounds = torch.randn(3, 4000, generator=torch.Generator().manual_seed(0)) * 0.1
-    changed = colour(sounds, 16000, Dice(1, CPU))
+    changed = colour(sounds, 16000, DeviceRng(1, CPU))
     assert changed.shape == sounds.shape and torch.isfinite(changed).all()
     assert not torch.allclose(changed, sounds, atol=1e-2)
 

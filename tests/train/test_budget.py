@@ -35,7 +35,7 @@ from openm6.train.budget import (
 )
 from openm6.train.config import StagesConfig, SwitchConfig
 from openm6.train.loop import train
-from openm6.train.offloaded import StreamedUpdater
+from openm6.train.offloaded import OffloadedTrainStep
 from tests.train.words_job import WordsJob, words_backbone, words_config
 
 CPU = torch.device("cpu")
@@ -53,20 +53,20 @@ def budget_of(size: int = 2, layers: int = 10, **streaming: Any) -> Budget:
 def test_it_counts_what_a_run_allocates() -> None:
     streaming = StreamingConfig(resident=1)
     config = words_config(streaming=streaming, optimizer=OptimizerConfig(bytes_per_parameter=2))
-    updater = StreamedUpdater(WordsJob(words_backbone()), config)
-    budget = updater.budget(updater.store.layouts)
-    assert budget.parameters == sum(p.numel() for p in updater.job.model.parameters())
+    train_step = OffloadedTrainStep(WordsJob(words_backbone()), config)
+    budget = train_step.budget(train_step.store.layouts)
+    assert budget.parameters == sum(p.numel() for p in train_step.job.model.parameters())
     assert budget.value_bytes == 4 and budget.checkpoints == 0
-    lines = {line.what: line.num_bytes for line in budget.lines(tuple(updater.store.resident))}
-    held = [updater.store.storage[number].numel() for number in updater.store.resident]
+    lines = {line.what: line.num_bytes for line in budget.lines(tuple(train_step.store.resident))}
+    held = [train_step.store.storage[number].numel() for number in train_step.store.resident]
     away = [
         stored.numel()
-        for number, stored in enumerate(updater.store.storage)
-        if number not in updater.store.resident
+        for number, stored in enumerate(train_step.store.storage)
+        if number not in train_step.store.resident
     ]
     assert lines["resident weights"] + lines["state of resident weights"] == sum(held)
     assert lines["streamed weights"] + lines["state of streamed weights"] == sum(away)
-    weights = 2 * sum(layout.num_parameters for layout in updater.store.layouts)
+    weights = 2 * sum(layout.num_parameters for layout in train_step.store.layouts)
     assert lines["resident weights"] + lines["streamed weights"] == pytest.approx(weights, rel=0.02)
     assert lines["buffers for streamed sets"] == 2 * max(away)
 
@@ -154,21 +154,21 @@ def test_the_disk_must_hold_the_kept_checkpoints_and_the_one_being_written(
 def test_a_run_that_may_not_have_the_memory_is_refused_before_it_starts() -> None:
     config = words_config(streaming=StreamingConfig(host_gib=1e-5))
     with pytest.raises(ConfigError, match="of host memory, and 10.5 KiB are free"):
-        StreamedUpdater(WordsJob(words_backbone()), config)
+        OffloadedTrainStep(WordsJob(words_backbone()), config)
 
 
 def test_the_real_stage_is_counted_before_the_pseudo_one_begins() -> None:
     shared = words_backbone(sharing="all", experts_every=1, dense=None)
     needed = (
-        StreamedUpdater(WordsJob(shared), words_config(streaming=StreamingConfig()))
+        OffloadedTrainStep(WordsJob(shared), words_config(streaming=StreamingConfig()))
         .store.layouts[0]
         .num_bytes
     )
     room = StreamingConfig(host_gib=5 * needed / GIB)  # one set, or two, but never four beside the shared one
-    StreamedUpdater(WordsJob(shared), words_config(streaming=room))
+    OffloadedTrainStep(WordsJob(shared), words_config(streaming=room))
     stages = StagesConfig(switch=SwitchConfig(step=5))
     with pytest.raises(ConfigError, match="num_layers"):
-        StreamedUpdater(WordsJob(shared), words_config(streaming=room, stages=stages))
+        OffloadedTrainStep(WordsJob(shared), words_config(streaming=room, stages=stages))
 
 
 def test_free_memory_is_read_from_the_system() -> None:

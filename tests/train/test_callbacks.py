@@ -18,15 +18,15 @@ from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state
 from openm6.offload.config import StreamingConfig
 from openm6.parallel.ranks import Ranks
-from openm6.train.callbacks import SpikeWatch, SwapHook, swapped_bytes
+from openm6.train.callbacks import SpikeDetector, SwapCallback, swapped_bytes
 from openm6.train.config import HeldOutConfig, LoopConfig
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.multimodal_data import pack_held_out
-from openm6.train.offloaded import StreamedUpdater
+from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
-from openm6.train.step import Updater, device_failures
+from openm6.train.step import TrainStep, device_failures
 from tests.small_model import modalities
 from tests.train.tiny_recipe import tiny_recipe
 from tests.train.toy_job import ToyJob, toy_config
@@ -194,26 +194,26 @@ def noisy_losses(count: int) -> list[float]:
 
 
 def test_noise_is_no_spike() -> None:
-    watch = SpikeWatch()
+    watch = SpikeDetector()
     assert not any(watch.observe(loss) for loss in noisy_losses(2000))
 
 
 def test_a_spike_is_told_and_the_next_ordinary_loss_is_not() -> None:
-    watch = SpikeWatch()
+    watch = SpikeDetector()
     losses = noisy_losses(300)
     losses[200] += 5
     assert [step for step, loss in enumerate(losses) if watch.observe(loss)] == [200]
 
 
 def test_the_first_losses_and_those_that_are_not_finite_are_no_spikes() -> None:
-    watch = SpikeWatch()
+    watch = SpikeDetector()
     assert not watch.observe(2.0) and not watch.observe(50.0)
     assert not watch.observe(float("nan")) and not watch.observe(float("inf"))
     assert watch.seen == 2
 
 
 def test_its_state_survives_json() -> None:
-    whole, first, second = SpikeWatch(), SpikeWatch(), SpikeWatch()
+    whole, first, second = SpikeDetector(), SpikeDetector(), SpikeDetector()
     losses = noisy_losses(100)
     for loss in losses:
         whole.observe(loss)
@@ -261,8 +261,8 @@ def test_a_gpu_lost_in_the_middle_leaves_a_run_to_go_on_with(
     loss = WordsJob.loss
     with monkeypatch.context() as patched:
         patched.setattr(WordsJob, moment, gone)
-        patched.setattr(Updater, "close", gone_for_good)
-        patched.setattr(StreamedUpdater, "close", gone_for_good)
+        patched.setattr(TrainStep, "close", gone_for_good)
+        patched.setattr(OffloadedTrainStep, "close", gone_for_good)
         with pytest.raises(TrainingError, match=r"failed in step \d \(CUDA error.*\): what was saved"):
             train(WordsJob(words_backbone()), config, RunFolder.open(tmp_path))
     assert latest(tmp_path).name == "step-4"
@@ -280,12 +280,12 @@ def test_other_errors_are_bugs_and_pass() -> None:
 
 def test_swapping_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     status = tmp_path / "status"
-    hook = SwapHook(status)
+    callback = SwapCallback(status)
     report: Any = SimpleNamespace(step=3)
     with caplog.at_level(logging.WARNING, logger="openm6"):
-        hook.after_step(report)
+        callback.after_step(report)
         status.write_text("Name: python\nVmSwap:\t 1048576 kB\n", encoding="utf-8")
-        hook.after_step(report)
-        hook.after_step(report)
+        callback.after_step(report)
+        callback.after_step(report)
     told = [record.message for record in caplog.records if "swapped out" in record.message]
     assert len(told) == 1 and "1.0 GiB" in told[0] and swapped_bytes(tmp_path / "nothing") == 0

@@ -117,7 +117,7 @@ def judged_on_ranks(recipe: str, folder: str, axes: tuple[int, int, int]) -> dic
         patched.setattr(ProcessRanks, "until_first_ends", lambda self: torch.no_grad())
         train(job, checked.loop, run)
     dist.barrier()
-    return reported(run.path) if ranks.first else None
+    return reported(run.path) if ranks.is_main_process else None
 
 
 @pytest.mark.parametrize(("axes", "loop"), [

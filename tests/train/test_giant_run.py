@@ -16,13 +16,13 @@ from openm6.checkpoint.folder import latest, read_state, step_folder
 from openm6.checkpoint.save import Snapshot, save
 from openm6.inference.load import load
 from openm6.nn.config import ExpertsConfig
-from openm6.train.callbacks import forget_peak, process_memory
+from openm6.train.callbacks import process_memory, reset_peak
 from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 from openm6.train.convert import convert
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
 from openm6.train.multimodal import MultimodalJob
-from openm6.train.offloaded import StreamedUpdater
+from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe
 from tests.offload.test_blocks import SHARED, bytes_of, run_config
@@ -69,13 +69,13 @@ def test_a_shared_set_is_moved_once_a_pass(tmp_path: Path) -> None:
     for sharing in ("all", None):
         recipe = build(MultimodalRecipe, giant_recipe({"step": 9}, sharing=sharing, num_layers=4), "a test")
         job = MultimodalJob(recipe, RunFolder.open(tmp_path / str(sharing)), torch.device("cpu"))
-        updater = StreamedUpdater(job, recipe.loop)
+        train_step = OffloadedTrainStep(job, recipe.loop)
         batches = job.batches()
         for step in (1, 2):
-            before = updater.store.moved_bytes
-            updater.update(next(batches), step, 9)
-        layout = updater.store.layouts[0]
-        moved[sharing] = (updater.store.moved_bytes - before, layout.num_bytes, layout.read_bytes)
+            before = train_step.store.moved_bytes
+            train_step.update(next(batches), step, 9)
+        layout = train_step.store.layouts[0]
+        moved[sharing] = (train_step.store.moved_bytes - before, layout.num_bytes, layout.read_bytes)
     total, whole, _ = moved["all"]
     assert total == whole  # held since the step before: it only goes home
     total, whole, read = moved[None]
@@ -140,22 +140,22 @@ def test_sets_are_saved_and_read_without_a_second_copy(tmp_path: Path) -> None:
     """64 sets of 1 MiB: the peak may rise by a few of them, not by all."""
     experts = ExpertsConfig(hidden=192, num_experts=8, top_k=1)
     backbone = words_backbone(width=192, num_layers=64, experts=experts, experts_every=1, dense=None)
-    updater = StreamedUpdater(WordsJob(backbone), run_config())
-    held = sum(stored.numel() for stored in updater.store.storage)
-    shards = {"shards": updater.shards(), "num_shards": updater.num_shards}
-    snapshot = Snapshot(step=1, model=updater.job.model, optimizer={}, state={}, **shards)
+    train_step = OffloadedTrainStep(WordsJob(backbone), run_config())
+    held = sum(stored.numel() for stored in train_step.store.storage)
+    shards = {"shards": train_step.shards(), "num_shards": train_step.num_shards}
+    snapshot = Snapshot(step=1, model=train_step.job.model, optimizer={}, state={}, **shards)
     folder, saved = peak_of(lambda: save(snapshot, tmp_path, keep=1))
-    weights = [stored.clone() for stored in updater.store.storage[:2]]
-    for stored in updater.store.storage:
+    weights = [stored.clone() for stored in train_step.store.storage[:2]]
+    for stored in train_step.store.storage:
         stored.zero_()
-    _, read = peak_of(lambda: updater.load(folder))
+    _, read = peak_of(lambda: train_step.load(folder))
     assert held > 60 * 2**20 and max(saved, read) < held / 4, (held, saved, read)
-    assert all(torch.equal(a, b) for a, b in zip(weights, updater.store.storage, strict=False))
+    assert all(torch.equal(a, b) for a, b in zip(weights, train_step.store.storage, strict=False))
 
 
 def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:
     """What the work gives, and by how many bytes the process's memory rose meanwhile."""
-    forget_peak()
+    reset_peak()
     before = process_memory("VmHWM") or 0
     if before > (process_memory("VmRSS") or 0) + 2**23:
         pytest.skip("the system does not let a process forget its peak")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from openm6.modalities.codec_image import ImageCodec, ImageCodecConfig
-from openm6.train.codec_data import Dice
+from openm6.train.codec_data import DeviceRng
 from openm6.train.image_codec import (
     PictureLessons,
     PictureLessonsConfig,
@@ -79,7 +79,7 @@ def test_a_seed_gives_the_same_batch_and_another_seed_another() -> None:
 
 def test_unwarped_pictures_only_move_by_whole_pixels_and_mirror() -> None:
     pictures = torch.rand(64, 1, 12, 12, generator=torch.Generator().manual_seed(0))
-    moved = warp(pictures, 0.0, Dice(1, CPU))
+    moved = warp(pictures, 0.0, DeviceRng(1, CPU))
     for before, after in zip(pictures, moved, strict=True):
         known = before.flatten()
         nearest = (after.flatten()[:, None] - known[None]).abs().min(1).values
@@ -97,15 +97,15 @@ def test_only_white_that_reaches_the_border_is_background() -> None:
 
 def test_recolouring_keeps_the_range_and_leaves_the_other_pictures_alone() -> None:
     pictures = smooth(64)
-    changed = recolour(pictures, 0.5, Dice(2, CPU))
+    changed = recolour(pictures, 0.5, DeviceRng(2, CPU))
     same = (changed == pictures).flatten(1).all(1)
     assert 16 < int(same.sum()) < 48
     assert changed.min() >= 0 and changed.max() <= 1
-    assert torch.equal(recolour(pictures, 0.0, Dice(2, CPU)), pictures)
+    assert torch.equal(recolour(pictures, 0.0, DeviceRng(2, CPU)), pictures)
 
 
 def test_drawn_pictures_have_edges_and_differ() -> None:
-    pictures = drawn_pictures(16, 32, Dice(3, CPU))
+    pictures = drawn_pictures(16, 32, DeviceRng(3, CPU))
     assert pictures.shape == (16, 3, 32, 32)
     assert pictures.min() >= 0 and pictures.max() <= 1
     assert (pictures.flatten(1).std(1) > 0.01).sum() >= 14

@@ -132,10 +132,10 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> No
 
 def test_killed_at_a_random_step_and_resumed_equals_unbroken(tmp_path: Path, unbroken: Path) -> None:
     """The kill falls at another moment in each run of the test; whichever it is, the end is the same."""
-    dice = random.SystemRandom()  # the usual generator was seeded by the runs of other tests
+    rng = random.SystemRandom()  # the usual generator was seeded by the runs of other tests
     process = start(tmp_path)
-    wait_for_step(process, tmp_path, dice.choice([5, 10, 15, 20]))
-    time.sleep(dice.random() * 0.3)
+    wait_for_step(process, tmp_path, rng.choice([5, 10, 15, 20]))
+    time.sleep(rng.random() * 0.3)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL

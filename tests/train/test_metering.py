@@ -14,7 +14,7 @@ from openm6.checkpoint.folder import latest, read_state
 from openm6.modalities.batch import build_sequence, collate
 from openm6.models.config import count_parameters
 from openm6.models.omni import Omni
-from openm6.train.callbacks import Hook, Running
+from openm6.train.callbacks import Callback, Running
 from openm6.train.loop import train
 from openm6.train.metering import PASSES, Attribution
 from openm6.train.metrics import read_metrics
@@ -23,7 +23,7 @@ from tests.small_model import BACKBONE, modalities
 from tests.train.toy_job import ToyJob, toy_config
 
 
-class Witness(Hook):
+class Witness(Callback):
     """Writes down what it is told."""
 
     name = "witness"
@@ -58,12 +58,12 @@ class Witness(Hook):
 
 def test_hooks_are_called_in_order_and_their_state_is_kept(tmp_path: Path) -> None:
     run, first = RunFolder.open(tmp_path), Witness()
-    train(ToyJob(), toy_config(steps=5), run, hooks=[first])
+    train(ToyJob(), toy_config(steps=5), run, callbacks=[first])
     assert first.told[:3] == ["start 0", "before 1", "after 1"] and first.told[-2:] == ["after 5", "close"]
     line = read_metrics(run)[0]
     assert line["seen twice"] == pytest.approx(6.0) and line["stage"] == "real"
     second = Witness()
-    train(ToyJob(), toy_config(steps=8), run, resume=True, hooks=[second])
+    train(ToyJob(), toy_config(steps=8), run, resume=True, callbacks=[second])
     assert second.told[0] == "start 5" and second.seen == 8
 
 
@@ -72,10 +72,10 @@ def test_a_hook_is_closed_when_the_run_fails(tmp_path: Path) -> None:
         def after_step(self, report: StepReport) -> dict[str, float]:
             raise OSError("the lights went out")
 
-    hook = Failing()
+    callback = Failing()
     with pytest.raises(OSError, match="lights"):
-        train(ToyJob(), toy_config(steps=5), RunFolder.open(tmp_path), hooks=[hook])
-    assert hook.told[-1] == "close"
+        train(ToyJob(), toy_config(steps=5), RunFolder.open(tmp_path), callbacks=[callback])
+    assert callback.told[-1] == "close"
 
 
 def test_lines_and_checkpoints_tell_joules_and_a_resumed_run_carries_them_on(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_steps_that_a_crash_lost_are_accounted_as_repeated(tmp_path: Path) -> No
 
     run = RunFolder.open(tmp_path)
     with pytest.raises(OSError, match="lights"):
-        train(ToyJob(pause=0.002), toy_config(steps=20), run, hooks=[Failing()])
+        train(ToyJob(pause=0.002), toy_config(steps=20), run, callbacks=[Failing()])
     told = [line["joules"] for line in read_metrics(run) if "joules" in line][-1]
     at_checkpoint = Ledger.from_json(read_state(latest(tmp_path))["hooks"]["meter"])
     train(ToyJob(), toy_config(steps=20), run, resume=True)

@@ -18,10 +18,10 @@ from openm6.base.plain_json import to_json
 from openm6.base.run_folder import RunFolder
 from openm6.train.metrics import (
     LiveDisplay,
+    MetricAverager,
     MetricsFile,
     Pace,
     PlainDisplay,
-    Recorder,
     describe,
     open_display,
     open_tensorboard,
@@ -46,11 +46,11 @@ def report(step: int, loss: float, applied: bool = True, **metrics: float) -> St
 
 
 def test_means_are_over_the_steps_that_had_the_metric() -> None:
-    recorder = Recorder()
-    recorder.add(report(1, 4.0, text=1.0), 0.5)
-    recorder.add(report(2, 2.0, text=3.0, sound=7.0), 0.5)
-    recorder.add(report(3, float("nan"), applied=False, sound=float("nan")), 1.0)
-    line = recorder.take()
+    averager = MetricAverager()
+    averager.add(report(1, 4.0, text=1.0), 0.5)
+    averager.add(report(2, 2.0, text=3.0, sound=7.0), 0.5)
+    averager.add(report(3, float("nan"), applied=False, sound=float("nan")), 1.0)
+    line = averager.compute()
     assert (line["loss"], line["text"], line["sound"]) == (3.0, 2.0, 7.0)
     assert line["c_v"] == [3.0, 2.0]
     assert "dropped" not in line  # nothing was
@@ -58,21 +58,21 @@ def test_means_are_over_the_steps_that_had_the_metric() -> None:
 
 
 def test_taking_starts_anew() -> None:
-    recorder = Recorder()
-    recorder.add(report(1, 4.0), 1.0)
-    recorder.take()
-    recorder.add(report(2, 2.0), 1.0)
-    assert recorder.take()["loss"] == 2.0
+    averager = MetricAverager()
+    averager.add(report(1, 4.0), 1.0)
+    averager.compute()
+    averager.add(report(2, 2.0), 1.0)
+    assert averager.compute()["loss"] == 2.0
 
 
 def test_the_state_survives_json_in_the_middle() -> None:
-    whole, first, second = Recorder(), Recorder(), Recorder()
-    for recorder in (whole, first):
-        recorder.add(report(1, 0.1), 0.1)
+    whole, first, second = MetricAverager(), MetricAverager(), MetricAverager()
+    for averager in (whole, first):
+        averager.add(report(1, 0.1), 0.1)
     second.load_state(json.loads(json.dumps(first.state())))
-    for recorder in (whole, second):
-        recorder.add(report(2, 0.7), 0.3)
-    assert second.take() == whole.take()
+    for averager in (whole, second):
+        averager.add(report(2, 0.7), 0.3)
+    assert second.compute() == whole.compute()
 
 
 def test_opening_the_file_drops_steps_that_will_be_taken_again(tmp_path: Path) -> None:
@@ -81,20 +81,20 @@ def test_opening_the_file_drops_steps_that_will_be_taken_again(tmp_path: Path) -
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 20, "lo'  # cut short by a crash
     run.metrics.write_text(text)
     file = MetricsFile(run, 10)
-    file.line({"step": 15, "loss": float("nan")})
+    file.log({"step": 15, "loss": float("nan")})
     assert read_metrics(run) == [*lines[:2], {"step": 15, "loss": None}]
 
 
 def test_a_mean_over_a_number_that_is_not_finite_survives_a_restart() -> None:
-    recorder = Recorder()
-    recorder.add_numbers({"held_out/loss": float("inf")})
-    text = to_json(recorder.state())
-    again = Recorder()
+    averager = MetricAverager()
+    averager.add_numbers({"held_out/loss": float("inf")})
+    text = to_json(averager.state())
+    again = MetricAverager()
     again.load_state(json.loads(text))
-    for one in (recorder, again):
+    for one in (averager, again):
         one.add_numbers({"held_out/loss": 1.0})
-    assert not math.isfinite(recorder.take()["held_out/loss"])
-    assert not math.isfinite(again.take()["held_out/loss"])
+    assert not math.isfinite(averager.compute()["held_out/loss"])
+    assert not math.isfinite(again.compute()["held_out/loss"])
 
 
 def test_a_full_disk_is_told_with_the_folder_and_not_by_the_writers_thread(
@@ -120,7 +120,7 @@ def test_a_full_disk_is_told_with_the_folder_and_not_by_the_writers_thread(
     sentence = r"tensorboard could not be written \(No space left on device\): free some"
     with pytest.raises(OutputError, match=sentence):
         for step in range(1, 100):  # the thread is seen to have failed at the latest when its queue is full
-            events.line({"step": step, "loss": 2.0})
+            events.log({"step": step, "loss": 2.0})
     other = threading.Thread(target={}.popitem)
     other.start()
     other.join()
@@ -138,8 +138,8 @@ def test_every_number_is_a_scalar(tmp_path: Path) -> None:
     run = RunFolder.open(tmp_path)
     events = open_tensorboard(run, 0)
     assert events is not None
-    events.line({"step": 5, "loss": 2.5, "c_v": [0.25, 0.5]})
-    events.line({"step": 5, "evaluation": {"accuracy": 0.75}})
+    events.log({"step": 5, "loss": 2.5, "c_v": [0.25, 0.5]})
+    events.log({"step": 5, "evaluation": {"accuracy": 0.75}})
     events.close()
     found = accumulator.EventAccumulator(str(run.tensorboard)).Reload()
     values = {
@@ -174,7 +174,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
     display = open_display("demo", 0)
     assert isinstance(display, PlainDisplay)
     display.step(20, 40)
-    display.line(LINE)
+    display.log(LINE)
     display.close()
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -197,8 +197,8 @@ def test_plain_lines_come_every_ten_seconds_and_at_the_end(capsys: pytest.Captur
     for step in range(1, 41):
         now[0] += 1.0
         display.step(step, 40)
-        display.line(LINE | {"step": step})
-    display.line(SCORES)
+        display.log(LINE | {"step": step})
+    display.log(SCORES)
     shown = [words.split("  ")[0] for words in capsys.readouterr().err.splitlines()]
     assert shown == [f"step {step}/40" for step in (1, 11, 21, 31, 40, 20)]
 
@@ -206,8 +206,8 @@ def test_plain_lines_come_every_ten_seconds_and_at_the_end(capsys: pytest.Captur
 def test_the_live_table_shows_losses_speed_balance_and_scores() -> None:
     screen = io.StringIO()
     display = LiveDisplay("demo", 0, Console(file=screen, force_terminal=True, width=100))
-    display.line(LINE)
-    display.line(SCORES)
+    display.log(LINE)
+    display.log(SCORES)
     display.step(20, 40)
     display.close()
     shown = screen.getvalue()

@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.train.test_pseudo_to_real_ranks import real_weights
 from torch import Tensor
 
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest
 from openm6.parallel.processes import ProcessRanks
 from openm6.train.multimodal import MultimodalJob
-from openm6.train.offloaded import StreamedUpdater
+from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.run import read_recipe
 from tests.checkpoint.test_sharded import together, wait_for, weights
 from tests.parallel.fleet import Fleet
 from tests.parallel.recording_job import Records, run_steps
 from tests.parallel.test_ranks import CPU
+from tests.train.test_pseudo_to_real_ranks import real_weights
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
 Axes = tuple[int, int, int]
@@ -115,7 +115,7 @@ def gathers(recipe: str, folder: str) -> tuple[int, int]:
     """All-gathers and reduce-scatters of one step."""
     checked, _ = read_recipe(Path(recipe), ["parallel.shard=2", "parallel.experts=1"])
     job = MultimodalJob(checked, RunFolder.open(folder), CPU, ProcessRanks(CPU, 60))
-    updater = StreamedUpdater(job, checked.loop)
+    train_step = OffloadedTrainStep(job, checked.loop)
     counts = [0, 0]
     originals = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
@@ -129,7 +129,7 @@ def gathers(recipe: str, folder: str) -> tuple[int, int]:
 
     dist.all_gather_into_tensor, dist.reduce_scatter_tensor = gather, scatter
     try:
-        updater.update(next(job.batches()), 1, 10)
+        train_step.update(next(job.batches()), 1, 10)
     finally:
         dist.all_gather_into_tensor, dist.reduce_scatter_tensor = originals
     return counts[0], counts[1]

@@ -18,7 +18,7 @@ from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
 from openm6.train.pseudo_to_real import SwitchClock, rate_after_switch
-from openm6.train.step import Updater
+from openm6.train.step import TrainStep
 from tests.train.words_job import WordsJob, words_backbone, words_config
 
 SHARED = words_backbone(sharing="all")
@@ -45,31 +45,31 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_answers_are_equal_just_before_and_just_after_the_switch(sharing: Any, share_routers: bool) -> None:
     config = words_backbone(sharing=sharing, share_routers=share_routers, experts_every=1, dense=None)
     job = WordsJob(config)
-    updater = Updater(job, words_config())
+    train_step = TrainStep(job, words_config())
     for step in (1, 2, 3):
-        updater.update(job.batch(step), step, 10)
+        train_step.update(job.batch(step), step, 10)
     words = job.batch(9).words
     with torch.no_grad():
         before = job.words(words)[0]
-        updater.delink("independent")
+        train_step.delink("independent")
         after = job.words(words)[0]
     assert job.stage == "real" and len(job.words.backbone.sets) == 4
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
-    updater.update(job.batch(4), 4, 10)
+    train_step.update(job.batch(4), 4, 10)
     first, second = (next(job.words.backbone.sets[layer].parameters()) for layer in (1, 3))
     assert not torch.equal(first, second)  # each layer goes its own way from here on
 
 
 def test_every_delinked_parameter_is_trained_and_remembered() -> None:
     job = WordsJob(SHARED)
-    updater = Updater(job, words_config())
-    updater.update(job.batch(1), 1, 10)
-    shared = optimizer_tensors(updater.optimizer, job.model)
-    updater.delink("aligned")
-    kept = optimizer_tensors(updater.optimizer, job.model)
+    train_step = TrainStep(job, words_config())
+    train_step.update(job.batch(1), 1, 10)
+    shared = optimizer_tensors(train_step.optimizer, job.model)
+    train_step.delink("aligned")
+    kept = optimizer_tensors(train_step.optimizer, job.model)
     names = {name for name, _ in job.model.named_parameters()}
     assert {name.partition("::")[0] for name in kept} == names
-    assert {id(parameter) for parameter in updater.parameters} == {id(p) for p in job.model.parameters()}
+    assert {id(parameter) for parameter in train_step.parameters} == {id(p) for p in job.model.parameters()}
     second = shared["backbone.sets.1.attention.qkv::exp_avg_sq"]
     for layer in (1, 3):  # the layers with experts
         torch.testing.assert_close(kept[f"backbone.sets.{layer}.attention.qkv::exp_avg_sq"], second / 4)
@@ -79,7 +79,7 @@ def test_noise_breaks_the_symmetry_and_repeats() -> None:
     weights = []
     for _ in range(2):
         job = WordsJob(SHARED)
-        Updater(job, words_config()).delink("reset", noise=0.1)
+        TrainStep(job, words_config()).delink("reset", noise=0.1)
         weights.append([block.attention.qkv for block in job.words.backbone.sets])  # type: ignore[union-attr]
     assert not torch.equal(weights[0][0], weights[0][2])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

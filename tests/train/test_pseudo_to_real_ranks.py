@@ -21,7 +21,7 @@ from openm6.parallel.ranks import Ranks
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.pseudo_to_real import matrix_noise
 from openm6.train.run import read_recipe
-from openm6.train.step import Updater
+from openm6.train.step import TrainStep
 from tests.checkpoint.test_sharded import together, wait_for
 from tests.parallel.fleet import Fleet
 from tests.parallel.recording_job import Records, run_steps
@@ -46,22 +46,22 @@ def around_the_switch(recipe: str, folder: str) -> tuple[list[float], list[float
     checked, _ = read_recipe(Path(recipe), [])
     ranks = ProcessRanks(CPU, 60) if dist.is_initialized() else Ranks()
     job = MultimodalJob(checked, RunFolder.open(folder), CPU, ranks)
-    updater = Updater(job, checked.loop)
+    train_step = TrainStep(job, checked.loop)
     batches = job.batches()
-    updater.update(next(batches), 1, 20)
+    train_step.update(next(batches), 1, 20)
     batch = next(batches)
     answers = []
     for turn in range(2):
         with torch.no_grad():
             hidden, _ = job.omni(batch.kinds, batch.layout)
             answers.append([float(job.loss(batch).loss), float(hidden.abs().sum())])
-        ranks.settle(job.model)
+        ranks.reshard(job.model)
         if turn == 0:
-            updater.delink("independent")
+            train_step.delink("independent")
     assert job.stage == "real" and len(job.omni.backbone.sets) == 2
     first = [next(block.parameters()) for block in job.omni.backbone.sets]
-    updater.update(next(batches), 2, 20)
-    updater.update(next(batches), 3, 20)
+    train_step.update(next(batches), 2, 20)
+    train_step.update(next(batches), 3, 20)
     parts = [ranks.piece(weight).local(weight) for weight in first]
     assert not torch.equal(*parts)  # each layer goes its own way from here on
     return answers[0], answers[1]

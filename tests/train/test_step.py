@@ -15,7 +15,7 @@ from openm6.models.presets import preset
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly
 from openm6.ops.precision import product_dtype
 from openm6.train.config import LoopConfig
-from openm6.train.step import Updater, choose_way, seed_everything, settle_precision
+from openm6.train.step import TrainStep, choose_execution, seed_everything, settle_precision
 from tests.train.toy_job import ToyJob, toy_config
 
 
@@ -33,28 +33,28 @@ def test_seeding_covers_every_generator_and_depends_on_the_purpose() -> None:
 def test_clipping(clip: float | None) -> None:
     """The update sees the clipped gradient; the norm that is told is the one before."""
     job = ToyJob()
-    updater = Updater(job, toy_config().model_copy(update={"clip": clip}))
+    train_step = TrainStep(job, toy_config().model_copy(update={"clip": clip}))
     seen: list[float] = []
-    updater.optimizer.register_step_pre_hook(
-        lambda *_: seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in updater.parameters])))
+    train_step.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in train_step.parameters])))
     )
-    report = updater.update(next(job.batches()), 1, 10)
+    report = train_step.update(next(job.batches()), 1, 10)
     assert report.grad_norm > 0.05
     assert seen[0] == pytest.approx(report.grad_norm if clip is None else clip, rel=1e-3)
 
 
 def test_gradients_do_not_pile_up() -> None:
     job = ToyJob()
-    updater = Updater(job, toy_config())
-    updater.update(next(job.batches()), 1, 10)
-    assert all(parameter.grad is None for parameter in updater.parameters)
+    train_step = TrainStep(job, toy_config())
+    train_step.update(next(job.batches()), 1, 10)
+    assert all(parameter.grad is None for parameter in train_step.parameters)
 
 
 def test_half_precision_is_used_where_asked() -> None:
-    updater = Updater(ToyJob(), toy_config().model_copy(update={"precision": "bf16"}))
-    with updater.autocast():
+    train_step = TrainStep(ToyJob(), toy_config().model_copy(update={"precision": "bf16"}))
+    with train_step.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with Updater(ToyJob(), toy_config()).autocast():  # auto, on a processor
+    with TrainStep(ToyJob(), toy_config()).autocast():  # auto, on a processor
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
@@ -62,7 +62,7 @@ def test_auto_is_settled_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> No
     for fast, precision in ((True, "bf16-products"), (False, "fp32")):
         monkeypatch.setattr("openm6.train.step.half_is_fast", lambda fast=fast: fast)
         assert settle_precision("auto", torch.device("cpu")) == precision
-        with Updater(ToyJob(), toy_config()).autocast():
+        with TrainStep(ToyJob(), toy_config()).autocast():
             assert (product_dtype(torch.ones(2)) == torch.bfloat16) == fast
 
 
@@ -82,7 +82,7 @@ def test_products_alone_in_half_are_for_processors() -> None:
 )
 def test_blocks_run_as_the_config_says(settings, expected):
     backbone = Backbone(preset("nano").backbone)
-    choose_way(backbone, LoopConfig(**settings), 1024, 0)
+    choose_execution(backbone, LoopConfig(**settings), 1024, 0)
     run = backbone.run_block
     words = []
     if isinstance(run, RecomputedBlocks):
@@ -97,7 +97,7 @@ def test_a_choice_of_others_stands():
     backbone = Backbone(preset("nano").backbone)
     own = RecomputedBlocks(run_plainly, 1)
     backbone.run_block = own
-    choose_way(backbone, LoopConfig(compile=True), 1024, 0)
+    choose_execution(backbone, LoopConfig(compile=True), 1024, 0)
     assert backbone.run_block is own
 
 
