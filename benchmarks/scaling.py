@@ -106,7 +106,7 @@ def time_steps(way: str, rows: int, steps: int) -> float:
     torch.manual_seed(0)
     model = Backbone(SMALL)
     if way == "experts":
-        ranks.place(model, MeshShape(1, 1, ranks.size))
+        ranks.shard(model, MeshShape(1, 1, ranks.size))
     model.exchange = ranks.exchange(1)
     groups = ranks.groups([{"params": list(model.parameters())}])
     optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)

@@ -56,7 +56,7 @@ class ProcessRanks(Ranks):
         dist.all_reduce(tensor)
         return tensor
 
-    def place(self, model: nn.Module, shape: MeshShape) -> None:
+    def shard(self, model: nn.Module, shape: MeshShape) -> None:
         self.open_mesh(shape)
         if self._layout is not None:
             shard(model, self._layout)

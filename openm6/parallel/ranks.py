@@ -104,7 +104,7 @@ class Ranks:
     def forget_unused(self, parameters: Sequence[Tensor]) -> None:
         """Takes away the gradients that are zero on all ranks, as one process has none for what it does not use."""
 
-    def place(self, model: nn.Module, shape: MeshShape) -> None:
+    def shard(self, model: nn.Module, shape: MeshShape) -> None:
         """Lays the model, the same on all ranks, out over them."""
 
     def open_mesh(self, shape: MeshShape) -> None:

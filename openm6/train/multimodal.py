@@ -44,6 +44,7 @@ from openm6.models.omni import Omni
 from openm6.nn.exchange import LocalExchange
 from openm6.nn.gather import LocalGather
 from openm6.parallel.collectives import open_gather
+from openm6.parallel.config import MeshShape
 from openm6.parallel.ranks import Ranks
 from openm6.train.job import Job, StepResult
 from openm6.train.metering import Attribution, gpus_of
@@ -54,7 +55,7 @@ from openm6.train.multimodal_data import (
     tokenizer_text,
     trained_tasks,
 )
-from openm6.train.recipe import MultimodalRecipe, check_cut
+from openm6.train.recipe import MultimodalRecipe, check_mesh
 from openm6.train.step import seed_everything
 
 PART_TOKENS = 256  # fewer are not worth a process: each part costs some milliseconds whatever it holds
@@ -69,6 +70,7 @@ class MultimodalJob(Job):
         self.recipe = recipe
         self.ranks = ranks or Ranks()
         self.run = run
+        mesh = self._mesh(device)  # first, as its checks need no data
         sources = open_sources(recipe.sources, "train")
         used = {lecture.source: sources[lecture.source] for lecture in recipe.mixture}
         first = self.ranks.is_main_process
@@ -80,7 +82,8 @@ class MultimodalJob(Job):
         )
         self.model = self.omni
         _to_device(self.omni, device)
-        self._place(device)
+        if mesh is not None:
+            self._shard(mesh)
         if self.omni.pool is not None:
             self.omni.pool.gather = open_gather()
         self.attribution = Attribution(self.omni)
@@ -97,20 +100,23 @@ class MultimodalJob(Job):
         whole = self.omni.pool is not None or self.ranks.size > 1
         self.most_parts = 1 if whole else max(1, recipe.packing.rows * recipe.packing.length // PART_TOKENS)
 
-    def _place(self, device: torch.device) -> None:
-        """Lays the model out over the ranks of the run."""
-        ranks, config = self.ranks, self.recipe.parallel
-        if ranks.size == 1:
-            return
-        experts = self.omni.config.experts
-        num_experts = experts.num_experts if experts else None
-        shape = config.resolve(ranks.size, num_experts, device.type == "cuda")
-        check_cut(self.recipe, shape, self.omni.config)
+    def _mesh(self, device: torch.device) -> MeshShape | None:
+        """Return the checked mesh of several ranks; None for a process alone."""
+        if self.ranks.size == 1:
+            return None
+        config = build_backbone(self.recipe.model)
+        num_experts = config.experts.num_experts if config.experts else None
+        shape = self.recipe.parallel.resolve(self.ranks.size, num_experts, device.type == "cuda")
+        check_mesh(self.recipe, shape, config)
+        return shape
+
+    def _shard(self, shape: MeshShape) -> None:
+        """Divide the model among the ranks; offloaded weights are divided by their store."""
         if self.recipe.loop.streamed:
-            ranks.open_mesh(shape)
+            self.ranks.open_mesh(shape)
         else:
-            ranks.place(self.omni, shape)
-        self.omni.backbone.exchange = ranks.exchange(config.parts)
+            self.ranks.shard(self.omni, shape)
+        self.omni.backbone.exchange = self.ranks.exchange(self.recipe.parallel.parts)
 
     def batches(self) -> Iterator[Batch]:
         return self.packer.batches()

@@ -81,7 +81,7 @@ class MultimodalRecipe(Config):
         return self.embedding or (PoolConfig() if contrasts else None)
 
 
-def check_cut(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfig) -> None:
+def check_mesh(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfig) -> None:
     """Raises ConfigError where a recipe for a backbone of this config asks for what cannot be done on such a mesh."""
     _check_rows(recipe, shape, config)
     if shape.copies_only:

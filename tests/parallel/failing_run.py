@@ -15,7 +15,7 @@ from openm6.parallel.processes import ProcessRanks
 
 
 def main(way: str, folder: Path) -> None:
-    ranks = ProcessRanks(torch.device("cpu"), timeout_seconds=3.0 if way in ("hang", "late") else 60.0)
+    ranks = ProcessRanks(torch.device("cpu"), timeout_seconds=3.0 if way in ("hang", "end") else 60.0)
     with ranks.guard():
         ranks.total([1])
         if ranks.rank == 1:
@@ -27,9 +27,8 @@ def main(way: str, folder: Path) -> None:
                 (folder / "killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
         with ranks.main_process_first():
-            if way == "late" and ranks.is_main_process:
-                time.sleep(4)  # longer than a collective waits
             if way == "end" and ranks.is_main_process:
+                time.sleep(4)  # longer than a collective waits
                 raise TrainingError("the report could not be written")
         ranks.total([1])
         (folder / f"rank-{ranks.rank}").write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])

@@ -55,7 +55,7 @@ def one_step(axes: Axes, capacity: float | None, parts: int) -> tuple[dict[str, 
     experts = ExpertsConfig(hidden=32, num_experts=8, top_k=2, num_shared=1, capacity=capacity)
     job = SharedWords(words_backbone(experts=experts, experts_every=1))
     job.ranks = ProcessRanks(CPU, 60)
-    job.ranks.place(job.model, MeshShape(*axes))
+    job.ranks.shard(job.model, MeshShape(*axes))
     job.words.backbone.exchange = job.ranks.exchange(parts)
     batch, exchanges = job.batch(1), Exchanges()
     for block in job.words.backbone.sets:

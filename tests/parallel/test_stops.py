@@ -18,19 +18,33 @@ from tests.parallel.recording_job import run_steps
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 ROOT = Path(__file__).parents[2]
-STEPS = 40
+STEPS = 20
 
 
 def losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_metrics(RunFolder(folder)) if "loss" in line}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("word", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_the_group_saves_and_resumes(tmp_path: Path, word: signal.Signals, code: int) -> None:
+def recipe_file(folder: Path) -> str:
     recipe = tiny_recipe(steps=STEPS, save_every=STEPS, workers=1)
     recipe["packing"] = {"rows": 2, "length": 160, "lanes": 2}
-    path, folder = write_recipe(tmp_path, recipe), tmp_path / "run"
+    return write_recipe(folder, recipe)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of a run that nothing stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_steps(recipe_file(folder), str(folder / "run"), (1, 1, 1), 1, None)
+    return losses(folder / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("word", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_group_saves_and_resumes(
+    tmp_path: Path, word: signal.Signals, code: int, unbroken: dict[int, float]
+) -> None:
+    path, folder = recipe_file(tmp_path), tmp_path / "run"
     command = [sys.executable, "-m", "openm6", "train", path, "--nproc", "2", "--out", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -46,5 +60,4 @@ def test_a_signal_to_the_group_saves_and_resumes(tmp_path: Path, word: signal.Si
     assert 3 <= step < STEPS
     assert errors.count(f"stopped at step {step}, saved as") == 1 and "Traceback" not in errors
     run_steps(path, str(folder), (1, 1, 1), step + 1, None)
-    run_steps(path, str(tmp_path / "whole"), (1, 1, 1), 1, None)
-    assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert losses(folder) == pytest.approx(unbroken, rel=1e-4)

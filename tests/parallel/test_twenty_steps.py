@@ -61,7 +61,7 @@ def steps_on(axes: Axes) -> list[tuple[float, dict[str, np.ndarray]]]:
     job = SharedWords(words_backbone())
     if dist.is_initialized():
         job.ranks = ProcessRanks(CPU, 60)
-        job.ranks.place(job.model, MeshShape(*axes))
+        job.ranks.shard(job.model, MeshShape(*axes))
         job.words.backbone.exchange = job.ranks.exchange(1)
     # AdamW divides by a gradient's size: where that is no more than rounding, its default epsilon makes steps of noise.
     optimizer = OptimizerConfig(learning_rate=0.003, epsilon=1e-3)

@@ -43,8 +43,7 @@ def assert_same_end(left: Path, right: Path) -> None:
     assert lines_of(left) == lines_of(right)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize(("optimizer", "workers"), [("adamw", 2), ("muon", 3)])
 def test_workers_train_as_one_process_does(tmp_path: Path, optimizer: str, workers: int) -> None:
     alone, together = WorkersJob(), WorkersJob()
     train(alone, workers_config(1, optimizer), RunFolder.open(tmp_path / "alone"))
@@ -117,9 +116,8 @@ def test_a_killed_run_leaves_nobody_behind_and_resumes_exactly(
     assert_same_end(whole[2], tmp_path)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
-    ("word", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    ("word", "code", "workers"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 2), (signal.SIGHUP, 129, 1)]
 )
 def test_a_signal_to_the_whole_group_saves_and_resumes_exactly(
     tmp_path: Path, whole: dict[int, Path], word: signal.Signals, code: int, workers: int
