@@ -20,7 +20,7 @@ from openm6.nn.config import ExpertsConfig
 from openm6.nn.exchange import ExpertExchange, LocalExchange
 from openm6.nn.experts import Experts, Router
 from openm6.parallel.collectives import AllToAllExchange
-from openm6.parallel.fsdp import cut_experts
+from openm6.parallel.fsdp import keep_experts
 
 Array = np.ndarray[Any, Any]
 WIDTH, HIDDEN, TOKENS = 64, 96, 24
@@ -77,7 +77,7 @@ def work_of_rank(parts: int) -> Found:
     """One rank's share, in its process."""
     rank, size = dist.get_rank(), dist.get_world_size()
     experts, router = _layer(size)
-    cut_experts([experts], rank, size)
+    keep_experts([experts], rank, size)
     return _learn(experts, router, AllToAllExchange(whole_group(), parts), rank)
 
 

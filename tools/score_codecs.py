@@ -27,8 +27,8 @@ from openm6.modalities.codec import load_codec, shipped_codecs
 from openm6.modalities.codec_image import ImageCodec
 from openm6.modalities.codec_sound import SoundCodec
 from openm6.ops.spectrum import log_mel, mel_filters, overlap_add, spectrum, unit_window
-from openm6.train.audio_codec import read_clip, sound_scores
-from openm6.train.image_codec import picture_scores, psnr, read_small, to_pixels
+from openm6.train.audio_codec import audio_scores, read_clip
+from openm6.train.image_codec import image_scores, psnr, read_small, to_pixels
 
 PICTURES = ("emoji", "countries", "digits")
 SIDE = 64
@@ -49,7 +49,7 @@ def picture_report(codec: ImageCodec) -> Scores:
     for name in PICTURES:
         records = records_of(EmbeddedConfig(name=name), "test")
         pixels = to_pixels([read_small(record["image"], SIDE) for record in records], SIDE)
-        report[name] = picture_scores(codec, pixels) | {"psnr_of_shrinking": shrunk(pixels, codec.stride)}
+        report[name] = image_scores(codec, pixels) | {"psnr_of_shrinking": shrunk(pixels, codec.stride)}
     one = torch.zeros(1, 3, SIDE, SIDE)
     codes = codec.encode(one)
     report["milliseconds"] = {
@@ -117,7 +117,7 @@ def sound_report(codec: SoundCodec, sources: dict[str, AnySourceConfig]) -> Scor
         judge = SVC(C=10).fit(np.stack([features(clip) for clip in clips]), words)
         clips, words = digits(config, "test")
         copies = [codec.decode(codec.encode(clip[None]))[0, : len(clip)] for clip in clips]
-        report[name] = sound_scores(codec, clips)
+        report[name] = audio_scores(codec, clips)
         for what, sounds in (("original", clips), ("codec", copies), ("griffin_lim", map(vocoded, clips))):
             accuracy = judge.score(np.stack([features(sound) for sound in sounds]), words)
             report[name][f"digits_right_{what}"] = float(accuracy)

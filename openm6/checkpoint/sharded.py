@@ -27,7 +27,7 @@ from openm6.checkpoint.shards import EXPONENT, SEPARATOR
 from openm6.checkpoint.tensors import named_tensors
 from openm6.optim.blocks import from_levels
 from openm6.optim.pieces import keeps_cut
-from openm6.parallel.fsdp import Layout, cut_tensors, expert_parameters
+from openm6.parallel.fsdp import Layout, expert_parameters, with_places
 from openm6.parallel.sharded_weights import local, piece_of
 
 FILE_BYTES = 2**28  # of a rank's file, unless one tensor is larger
@@ -60,7 +60,7 @@ class ShardedSaver(Saver):
         dist.barrier(group=self.group)
         named = {**named_tensors(snapshot.model), **snapshot.optimizer}
         named = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
-        parts = cut_tensors(snapshot.model, named, self.layout)
+        parts = with_places(snapshot.model, named, self.layout)
         copies = {name: self._copy(tensor) for name, tensor in parts.items()}
         for shard in snapshot.shards:
             copies |= {**shard.model, **shard.optimizer}
@@ -125,7 +125,7 @@ def load_sharded_model(folder: Path, model: nn.Module, layout: Layout | None) ->
     metadata = _metadata(folder)
     saved = {name: entry for name, entry in metadata.items() if SEPARATOR not in name}
     if layout is not None:
-        targets = cut_tensors(model, targets, layout)
+        targets = with_places(model, targets, layout)
     _compare(folder, saved, targets)
     levels = {name for name in targets if f"{name}{SEPARATOR}{EXPONENT}" in metadata}
     _read(folder, {name: target for name, target in targets.items() if name not in levels})
@@ -166,7 +166,7 @@ def load_sharded_optimizer(
         owner, _, key = name.partition(SEPARATOR)
         if key and owner in parameters:
             slots[name] = _empty_slot(key, parameters[owner], entry, owner in experts)
-    _read(folder, slots if layout is None else cut_tensors(model, slots, layout))
+    _read(folder, slots if layout is None else with_places(model, slots, layout))
     place_optimizer(slots.items(), optimizer, model, str(folder))
 
 

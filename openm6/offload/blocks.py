@@ -97,7 +97,7 @@ class OffloadedBlocks:
         self.store, self.rule, self.config, self.sets = store, rule, config, sets
         self._gathered: tuple[int, dict[str, Tensor]] | None = None  # the set that was gathered last
         device = store.device
-        compiled = config.compile and not sets.parted  # a compiler does not trace collectives
+        compiled = config.compile and not sets.sharded  # a compiler does not trace collectives
         self._run_block = _compiled_run() if compiled else run_block
         self._step: Step | None = None
         self._updated: set[int] = set()

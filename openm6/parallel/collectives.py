@@ -19,7 +19,7 @@ from openm6.nn.gather import Gather, LocalGather
 
 @dataclass
 class AsyncAllToAll:
-    """One all-to-all of rows under way, and, when gradients come back, its reverse.
+    """Handle of an all-to-all of rows, and of the reverse one for their gradients.
 
     sent, received: rows to and from each rank.
     """
@@ -32,12 +32,12 @@ class AsyncAllToAll:
     returned: Tensor | None = None
 
     def start(self, rows: Tensor) -> Tensor:
-        """Sends `rows`, sorted by the rank they go to; the answer may be read after `self.work.wait()`."""
+        """Send `rows`, sorted by the rank they go to; the result may be read after `self.work.wait()`."""
         arrived, self.work = _exchange(rows, self.sent, self.received, self.group)
         return arrived
 
     def start_back(self, gradient: Tensor) -> None:
-        """Sends gradients the way back, where `end_back` waits for them."""
+        """Send gradients back, where `end_back` waits for them."""
         self.returned, self.back = _exchange(gradient, self.received, self.sent, self.group)
 
     def end_back(self) -> Tensor:
@@ -57,7 +57,7 @@ def _exchange(
 
 # Two functions for one exchange: what is computed between them runs while the rows travel, in both directions.
 class _StartAllToAll(torch.autograd.Function):
-    """Sets rows on their way; backwards it waits for their gradients."""
+    """Start the exchange; backwards, wait for the gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, flight: AsyncAllToAll) -> Tensor:
@@ -66,11 +66,11 @@ class _StartAllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.end_back(), None  # what autograd hands over is of the shape that went out
+        return ctx.flight.end_back(), None  # the incoming gradient has the shape of what was sent
 
 
 class _WaitAllToAll(torch.autograd.Function):
-    """Waits for rows; backwards it sets their gradients on their way."""
+    """Wait for the rows; backwards, start the exchange of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, flight: AsyncAllToAll) -> Tensor:
@@ -105,11 +105,11 @@ class TokenChunk:
         """`counts` P E'/Q: rows of each expert of the slice from each rank."""
         self.counts = counts.sum(0)
         self.flight = flight
-        self.flying = flying  # rows, then answers
+        self.flying = flying  # rows, then outputs
         self.order, self.inverse = _expert_order(counts, sum(flight.received))
 
     def rows(self) -> Tensor:
-        # They lie as (rank, expert); the grouped product wants the rows of one expert together.
+        # They are sorted by (rank, expert); the grouped product needs the rows of one expert together.
         return _Reorder.apply(_WaitAllToAll.apply(self.flying, self.flight), self.order, self.inverse)
 
 
@@ -117,51 +117,50 @@ class AllToAllExchange:
     """Rank p of the group holds the experts p·E' to (p+1)·E' - 1 of each layer.
 
     Every rank takes part in every exchange, with no rows if need be, so nobody waits for one who has nothing to send.
-    Numbers of rows are exchanged first and read by the host, once a layer; with a capacity they are known. `parcels`
-    cuts the experts of a rank, and with them the rows, into so many exchanges, of which one travels while another is
+    Numbers of rows are exchanged first and read by the host, once a layer; with a capacity they are known. `chunks`
+    divides the experts of a rank, and with them the rows, into so many exchanges, of which one travels while another is
     computed.
     """
 
-    def __init__(self, group: dist.ProcessGroup, parcels: int = 1) -> None:
+    def __init__(self, group: dist.ProcessGroup, chunks: int = 1) -> None:
         self.group = group
         self.size = dist.get_world_size(group)
-        self.parcels = parcels
+        self.chunks = chunks
 
     def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[TokenChunk]:
-        """R D and E -> the parcels, all of them already under way.
+        """R D and E -> the chunks, all of them already under way.
 
         Raises:
-            ValueError: the experts cannot be dealt out to the ranks and parcels evenly.
+            ValueError: the experts cannot be distributed over the ranks and chunks evenly.
         """
-        pieces = self.size * self.parcels
+        pieces = self.size * self.chunks
         if len(counts) % pieces:
             raise ValueError(
-                f"{len(counts)} experts cannot be dealt out to {self.size} ranks in {self.parcels} parts"
+                f"{len(counts)} experts cannot be distributed over {self.size} ranks in {self.chunks} chunks"
             )
         ours = counts.view(self.size, -1)  # P E'
         theirs = self._exchange_counts(ours) if capacity is None else ours
         sent, received = self._splits(ours, theirs, capacity)  # P Q each
         cut = rows.split([number for by_rank in sent for number in by_rank])
-        sliced = theirs.view(self.size, self.parcels, -1)  # P Q E'/Q
-        parcels = []
-        for part in range(self.parcels):
+        sliced = theirs.view(self.size, self.chunks, -1)  # P Q E'/Q
+        chunks = []
+        for part in range(self.chunks):
             flight = AsyncAllToAll(self.group, [row[part] for row in sent], [row[part] for row in received])
-            leaving = torch.cat(cut[part :: self.parcels]) if self.parcels > 1 else rows
+            leaving = torch.cat(cut[part :: self.chunks]) if self.chunks > 1 else rows
             flying = _StartAllToAll.apply(leaving, flight)
-            parcels.append(TokenChunk(sliced[:, part], flight, flying))
-        return parcels
+            chunks.append(TokenChunk(sliced[:, part], flight, flying))
+        return chunks
 
-    def reply(self, parcel: TokenChunk, answers: Tensor) -> None:
-        """Sends the answers of a parcel's experts home."""
-        home = AsyncAllToAll(self.group, parcel.flight.received, parcel.flight.sent)
-        answers = _Reorder.apply(answers, parcel.inverse, parcel.order)
-        parcel.flying, parcel.flight = _StartAllToAll.apply(answers, home), home
+    def reply(self, chunk: TokenChunk, outputs: Tensor) -> None:
+        """Send the outputs of a chunk's experts back."""
+        back = AsyncAllToAll(self.group, chunk.flight.received, chunk.flight.sent)
+        outputs = _Reorder.apply(outputs, chunk.inverse, chunk.order)
+        chunk.flying, chunk.flight = _StartAllToAll.apply(outputs, back), back
 
-    def collect(self, parcels: Sequence[TokenChunk]) -> Tensor:
-        """R D: all answers in the order of the rows that were sent."""
+    def collect(self, chunks: Sequence[TokenChunk]) -> Tensor:
+        """R D: all outputs in the order of the rows that were sent."""
         arrived = [
-            _WaitAllToAll.apply(parcel.flying, parcel.flight).split(parcel.flight.received)
-            for parcel in parcels
+            _WaitAllToAll.apply(chunk.flying, chunk.flight).split(chunk.flight.received) for chunk in chunks
         ]
         return torch.cat([piece for by_rank in zip(*arrived, strict=True) for piece in by_rank])
 
@@ -177,11 +176,11 @@ class AllToAllExchange:
     def _splits(
         self, ours: Tensor, theirs: Tensor, capacity: int | None
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Rows to and from each rank in each parcel, on the host: P Q."""
+        """Rows to and from each rank in each chunk, on the host: P Q."""
         if capacity is not None:
-            even = [[capacity * ours.shape[1] // self.parcels] * self.parcels] * self.size
+            even = [[capacity * ours.shape[1] // self.chunks] * self.chunks] * self.size
             return even, even
-        both = torch.stack([ours, theirs]).view(2, self.size, self.parcels, -1).sum(-1)
+        both = torch.stack([ours, theirs]).view(2, self.size, self.chunks, -1).sum(-1)
         sent, received = both.tolist()
         return sent, received
 
@@ -201,7 +200,7 @@ def sum_copy(load: Tensor) -> Tensor:
 
 
 def _expert_order(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """From rows that lie as (rank, expert) to (expert, rank), and back; counts P E."""
+    """Return the permutation from (rank, expert) to (expert, rank) and its inverse; counts P E."""
     ranks, experts = counts.shape
     segment = torch.arange(ranks * experts, device=counts.device).repeat_interleave(
         counts.reshape(-1), output_size=total
@@ -240,7 +239,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: list[int], own: int, group: dist.ProcessGroup | None) -> Tensor:
         ctx.lengths, ctx.own, ctx.group = lengths, own, group
-        longest = max(1, *lengths)  # collectives want one shape of all
+        longest = max(1, *lengths)  # collectives need the same shape on all ranks
         padded = x.new_zeros(longest, *x.shape[1:])
         padded[: len(x)] = x.detach()
         found = x.new_empty(len(lengths) * longest, *x.shape[1:])

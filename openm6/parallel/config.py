@@ -16,10 +16,10 @@ Axis = int | Literal["auto"]
 class ParallelConfig(Config):
     """Sizes of the three axes; their product is the number of ranks. Every rank trains on rows of its own.
 
-    data: copies of the model; shard: ranks among which weights, gradients and moments are cut; experts: ranks among
-    which the experts of each layer are dealt out. `auto` takes what the other axes leave (one automatic axis), or, with
-    all three automatic, experts where there are any and a GPU each, else copies.
-    parts: pieces in which rows travel to experts, so that one travels while another is computed.
+    data: replicas of the model; shard: ranks over which weights, gradients and moments are sharded; experts: ranks over
+    which the experts of each layer are distributed. `auto` takes what the other axes leave (one automatic axis), or,
+    with all three automatic, experts if there are any and a GPU each, else replicas.
+    parts: chunks in which rows are sent to experts, so that one is under way while another is computed.
     timeout_seconds: how long a rank waits for the others before the run is given up.
     """
 
@@ -33,7 +33,7 @@ class ParallelConfig(Config):
         """The axes for `size` ranks; `num_experts` is that of the model's sparse layers, None without any.
 
         Raises:
-            ConfigError: the axes do not multiply out to the ranks, or the experts cannot be dealt out evenly.
+            ConfigError: the axes do not multiply out to the ranks, or the experts cannot be distributed evenly.
         """
         data, shard, experts = self._fill(size, num_experts, accelerated)
         if data * shard * experts != size:
@@ -43,7 +43,7 @@ class ParallelConfig(Config):
             )
         if experts > 1 and (num_experts is None or num_experts % experts):
             raise ConfigError(
-                f"parallel.experts={experts} cannot deal out {num_experts or 'no'} experts evenly: "
+                f"parallel.experts={experts} cannot distribute {num_experts or 'no'} experts evenly: "
                 "choose a divisor of num_experts"
             )
         return MeshShape(data, shard, experts)

@@ -1,9 +1,9 @@
-"""Laying a model out over the ranks of a run: experts dealt out, what is dense cut by FSDP2, copies kept alike.
+"""The mesh of a run, and models on it: experts distributed over ranks, dense weights sharded by FSDP2, replicas.
 
 The mesh has the axes (data, shard, experts), experts innermost, so that their exchange stays within a machine. All
-ranks train on rows of their own. Dense weights are cut over shard × experts and copied over data. Of each expert
-matrix a rank holds the experts of its place on the last axis; those are cut over shard along the width, and copied over
-data. Losses are shares of a global sum, so every gradient is a plain sum over ranks: nothing is divided anywhere.
+ranks train on rows of their own. Dense weights are sharded over shard × experts and replicated over data. Of each
+expert matrix a rank holds the experts of its position on the last axis, sharded over shard along the width and
+replicated over data. Losses are fractions of a global sum, so every gradient is a plain sum over ranks.
 """
 
 # Dimensions: E experts, D width, F hidden, P columns of the first product
@@ -40,44 +40,44 @@ class Layout:
     dense: DeviceMesh  # shard and experts as one axis
 
     def inner_group(self) -> dist.ProcessGroup:
-        """The ranks that hold one copy of the model among them."""
+        """Return the ranks that hold one replica of the model among them."""
         return self.dense.get_group()
 
     def find(self, names: tuple[str, ...]) -> DeviceMesh:
-        """The part of the mesh with these axes."""
+        """Return the submesh with these axes."""
         return self.dense if names == ("dense",) else self.mesh[names]
 
     def on_host(self) -> Layout:
-        """The same ranks as processors, for copies of what lies on GPUs."""
+        """Return a mesh of the same ranks on CPUs, for copies of what is on GPUs."""
         return self if self.mesh.device_type == "cpu" else open_layout(self.shape, torch.device("cpu"))
 
     def expert_group(self) -> dist.ProcessGroup:
-        """The ranks among which the experts of a layer are dealt out."""
+        """Return the ranks over which the experts of a layer are distributed."""
         return self.mesh["experts"].get_group()
 
 
 def open_layout(shape: MeshShape, device: torch.device) -> Layout:
-    """The mesh of the ranks that the launcher started."""
+    """Open the mesh of the ranks that the launcher started."""
     sizes = (shape.data, shape.shard, shape.experts)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
     return Layout(shape, mesh, mesh["shard", "experts"]._flatten("dense"))
 
 
 def shard(model: nn.Module, layout: Layout) -> None:
-    """Cuts a model, the same on all ranks, in place: experts by `cut_experts`, then all else by FSDP2.
+    """Shard a model, the same on all ranks, in place: experts by `keep_experts`, then all else by FSDP2.
 
     Raises:
-        ConfigError: the experts' width cannot be cut evenly.
+        ConfigError: the experts' width cannot be sharded evenly.
     """
     layers = [module for module in model.modules() if isinstance(module, Experts)]
-    cut_experts(layers, layout.mesh.get_local_rank("experts"), layout.shape.experts)
+    keep_experts(layers, layout.mesh.get_local_rank("experts"), layout.shape.experts)
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         shard_block(block, layout)
     shard_rest(model, layout)
 
 
 def shard_block(block: Block, layout: Layout) -> None:
-    """Cuts a block whose experts are dealt out already."""
+    """Shard a block that holds only the experts of this rank."""
     dense, own = _dense_mesh(layout), _expert_mesh(layout)
     if own is not None and isinstance(block.feed_forward, Experts):
         _shard_experts(block.feed_forward, own, dense, layout.shape.shard)
@@ -88,7 +88,7 @@ def shard_block(block: Block, layout: Layout) -> None:
 
 
 def shard_rest(model: nn.Module, layout: Layout) -> None:
-    """Cuts what lies outside of the blocks, which are cut; `model` is called before all that it holds."""
+    """Shard what is outside of the blocks, which are sharded; `model` is called before all that it holds."""
     fully_shard(model, mesh=_dense_mesh(layout), ignored_params=_held(model.modules()))
     # FSDP warns, in every step, of adding in place to what a layer returns, which nobody does here.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
@@ -96,20 +96,20 @@ def shard_rest(model: nn.Module, layout: Layout) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets go of what was gathered for a forward pass that no backward pass followed."""
+    """Free what was gathered for a forward pass that no backward pass followed."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def _held(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
-    """The weights of experts, which are cut by themselves."""
+    """Return the weights of experts, which are sharded by themselves."""
     inner = (module for outer in modules for module in outer.modules() if isinstance(module, Experts))
     return {weight for experts in inner for weight in (experts.up, experts.down)}
 
 
 def _sum_only(module: nn.Module) -> None:
-    """Sums, not means."""
+    """Reduce by sums, not means."""
     for one in module.modules():
         if isinstance(one, FSDPModule):
             # Without the second line the division is asked of the backend, which gloo refuses and NCCL gets wrong in
@@ -118,8 +118,8 @@ def _sum_only(module: nn.Module) -> None:
             one.set_force_sum_reduction_for_comms(True)
 
 
-def cut_experts(layers: list[Experts], place: int, count: int) -> None:
-    """Keeps of each layer's experts part number `place` of `count`, as parameters of their own."""
+def keep_experts(layers: list[Experts], place: int, count: int) -> None:
+    """Keep of each layer's experts part `place` of `count`, as parameters of their own."""
     for experts in layers:
         for name in ("up", "down"):
             whole = getattr(experts, name)
@@ -131,12 +131,12 @@ def _shard_experts(experts: Experts, own: DeviceMesh, dense: DeviceMesh, ranks: 
     for name, weight in (("up", experts.up), ("down", experts.down)):
         if weight.shape[1] % ranks:
             raise ConfigError(
-                f"parallel.shard={ranks} cannot cut the experts' {name} matrices of {weight.shape[1]} rows evenly: "
+                f"parallel.shard={ranks} cannot shard the experts' {name} matrices of {weight.shape[1]} rows evenly: "
                 "choose a divisor"
             )
     if experts.shared is not None:
         fully_shard(experts.shared, mesh=dense)
-    # Along dim 1: dim 0 is that of the experts, which is cut already.
+    # Along dim 1, because dim 0, that of the experts, is distributed already.
     fully_shard(experts, mesh=own, shard_placement_fn=lambda parameter: Shard(1))
 
 
@@ -151,10 +151,10 @@ def _expert_mesh(layout: Layout) -> DeviceMesh | None:
     return layout.mesh["shard"] if layout.shape.data == 1 else layout.mesh["data", "shard"]
 
 
-def cut_tensors(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Tensors named after parameters (a slot of the optimizer's behind `::`), each as a part of the whole that it is.
+def with_places(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Return tensors named after parameters (a slot of the optimizer's behind `::`) with their place in the whole.
 
-    A part of experts' weights is plain or knows only how FSDP cut it: without its true place in all experts, a
+    Experts' weights are plain tensors or DTensors of FSDP's shards alone: without their offset among all experts, a
     checkpoint would take one rank's experts for all of them.
     """
     weights = dict(expert_parameters(model))
@@ -169,7 +169,7 @@ def cut_tensors(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) ->
 def _whole(tensor: Tensor, layout: Layout) -> Tensor:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     cut = isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
-    # What lacks the cut axis is alike on the ranks that share an expert. A DTensor's width is that before the cut.
+    # What lacks the sharded axis is equal on the ranks that share an expert. A DTensor's width is that of the whole.
     shape = torch.Size([local.shape[0] * layout.shape.experts, *tensor.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()
     placements = [Shard(1) if cut else Replicate(), Shard(0)]
@@ -178,15 +178,19 @@ def _whole(tensor: Tensor, layout: Layout) -> Tensor:
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The names and parameters that are dealt out by experts."""
+    """Yield the names and parameters that are distributed by experts."""
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             yield f"{name}.up", module.up
             yield f"{name}.down", module.down
 
 
-class Recut:
-    """Fills new blocks with the weights of old ones and cuts them; all ranks do so in the same order."""
+class BlockResharder:
+    """Fill new blocks with the weights of sharded ones and shard them; all ranks do so in the same order.
+
+    FSDP2 can neither unwrap nor copy a module. So a sharded model that takes another form is built again from the
+    old one's tensors and wrapped in turn, one block at a time.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -194,7 +198,7 @@ class Recut:
 
     @torch.no_grad()
     def refill(self, fresh: Block, old: Block) -> None:
-        """`fresh` has the form of `old` before it was cut; its own values do not matter. Experts stay dealt out."""
+        """Fill `fresh`, which has the form of `old` before it was sharded; each rank keeps its experts."""
         for name, weight in self._gathered(old).items():
             _put(fresh, name, nn.Parameter(weight.clone()))
         for name, buffer in old.named_buffers():
@@ -203,7 +207,7 @@ class Recut:
         shard_block(fresh, self.layout)
 
     def _gathered(self, old: Block) -> dict[str, Tensor]:
-        """All its weights, of its experts those of this rank. Layers that share a block ask in turn."""
+        """Return all weights, of the experts those of this rank; layers that share a block come one after another."""
         if self._last is None or self._last[0] is not old:
             self._last = old, {name: _full_tensor(weight) for name, weight in old.named_parameters()}
         return self._last[1]
@@ -211,7 +215,7 @@ class Recut:
 
 @torch.no_grad()
 def gather_parameters(modules: list[nn.Module]) -> None:
-    """Whole parameters in place of those that a wrapped parent had cut, within modules that are not wrapped."""
+    """Replace parameters that a wrapped parent has sharded by whole ones, within modules that are not wrapped."""
     wholes: dict[int, nn.Parameter] = {}
     for module in (inner for outer in modules for inner in outer.modules()):
         for name, weight in list(module.named_parameters(recurse=False)):

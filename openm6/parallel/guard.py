@@ -1,4 +1,4 @@
-"""Many ranks fail as one: the first failure is told by rank 0 in one sentence, and nobody goes on waiting.
+"""Failures of a rank: rank 0 reports the first one in one sentence, and no rank goes on waiting.
 
 A rank that fails leaves its sentence in the launcher's key-value store. A thread of every rank looks there: where its
 main thread is stuck in an exchange with the one that failed, it ends the process.
@@ -17,15 +17,15 @@ import torch.distributed as dist
 
 from openm6.base.errors import Interrupted, OpenM6Error, TrainingError
 
-FAILURE, HEARD, DONE = "failure", "heard", "done"
+FAILURE, REPORTED, DONE = "failure", "reported", "done"
 LOOK_EVERY = 0.3  # seconds between the first looks at the store
 LOOK_LATER = 2.0  # and between later ones: rank 0 answers the looks of all ranks
-SLOWER = 1.2  # from one look to the next
-PATIENCE = 5.0  # seconds that a failed rank gives rank 0 to speak before the launcher ends them all
+BACKOFF = 1.2  # from one look to the next
+PATIENCE = 5.0  # seconds that a failed rank waits for rank 0 to report before the launcher ends them all
 
 
-class Guard:
-    """While entered, a failure of any rank ends all of them; the first one's sentence is raised or told by rank 0."""
+class FailureWatchdog:
+    """While entered, a failure of any rank ends all of them; rank 0 raises or prints the first one's sentence."""
 
     def __init__(self, rank: int, size: int, timeout_seconds: float, name: str) -> None:
         """`name` is the same on all ranks and another one after each restart."""
@@ -34,7 +34,7 @@ class Guard:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="openm6-guard", daemon=True)
 
-    def __enter__(self) -> Guard:
+    def __enter__(self) -> FailureWatchdog:
         self._thread.start()
         return self
 
@@ -50,10 +50,10 @@ class Guard:
                 raise SystemExit(error.exit_code if isinstance(error, Interrupted) else 130) from None
             return
         own = f"rank {self.rank} of {self.size}: {self._sentence(error)}"
-        first = self._tell(own)
-        bug = first == own and not isinstance(error, OpenM6Error) and not _foreseen(error)
+        first = self._report(own)
+        bug = first == own and not isinstance(error, OpenM6Error) and not _is_external(error)
         if self.rank == 0:
-            if first != own or _foreseen(error):
+            if first != own or _is_external(error):
                 raise TrainingError(first) from None
             return
         if bug:
@@ -61,12 +61,12 @@ class Guard:
         self._wait_for_rank_0()
         raise SystemExit(1) from None
 
-    def _tell(self, own: str) -> str:
-        """Leaves the sentence for the others unless there is one; gives the first."""
+    def _report(self, own: str) -> str:
+        """Store the sentence for the others unless there is one; return the first."""
         try:
             first = self._store.compare_set(FAILURE, "", own).decode()
             if self.rank == 0:
-                self._store.set(HEARD, "yes")
+                self._store.set(REPORTED, "yes")
         except (dist.DistError, RuntimeError):  # the store has gone, and with it rank 0 or the launcher
             return own
         return first
@@ -74,7 +74,7 @@ class Guard:
     def _wait_for_rank_0(self) -> None:
         waiting = threading.Event()
         for _ in range(int(PATIENCE / LOOK_EVERY)):
-            if _has(self._store, HEARD):
+            if _has(self._store, REPORTED):
                 return
             waiting.wait(LOOK_EVERY)
 
@@ -90,7 +90,7 @@ class Guard:
             if self.rank == 0:
                 sys.stderr.write(f"error: {self._store.get(FAILURE).decode()}\n")
                 sys.stderr.flush()
-                self._store.set(HEARD, "yes")
+                self._store.set(REPORTED, "yes")
             os._exit(1)  # the main thread cannot be called back from an exchange
 
     def _sentence(self, error: BaseException) -> str:
@@ -102,7 +102,7 @@ class Guard:
                 "out of memory: lower packing.rows or packing.length, or raise parallel.shard or "
                 "parallel.experts"
             )
-        if _foreseen(error):
+        if _is_external(error):
             if "timed out" in str(error).lower():
                 return (
                     f"waited {self.timeout_seconds:g} s for another rank in vain: look for one that hangs, "
@@ -114,15 +114,15 @@ class Guard:
 
 def pause_before(look: int) -> float:
     """Seconds before look number `look` at the store, from 0: most failures come early, a long run has many ranks."""
-    return min(LOOK_LATER, LOOK_EVERY * SLOWER ** min(look, 100))
+    return min(LOOK_LATER, LOOK_EVERY * BACKOFF ** min(look, 100))
 
 
 def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _foreseen(error: BaseException) -> bool:
-    """Whether the machine or another rank is to blame, and no part of the program."""
+def _is_external(error: BaseException) -> bool:
+    """Return whether the machine or another rank is the cause, not the program."""
     text = str(error).lower()
     signs = ("timed out", "closed by peer", "reset by peer", "connection refused")
     lost = any(sign in text for sign in signs) or isinstance(error, dist.DistBackendError)

@@ -20,7 +20,7 @@ SAVING_SECONDS = "600"  # that stopped ranks have to save before they are killed
 
 
 def launch(words: list[str], processes: int, max_restarts: int = 0, module: str = "openm6") -> None:
-    """Runs `python -m MODULE WORDS` in `processes` processes of this machine until all have ended.
+    """Run `python -m MODULE WORDS` in `processes` processes of this machine until all have ended.
 
     After a failure of any process all are started again, up to `max_restarts` times; they go on from the newest
     checkpoint.
@@ -29,7 +29,7 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
         TrainingError: a process failed for good; its own sentence stands above.
         Interrupted: a signal stopped the run.
     """
-    # One thread each where nothing is said: teams of threads of several processes would fight for the cores.
+    # One thread each where nothing is said: threads of several processes would compete for the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # Else a restart meets at the store of the attempt before, where the addresses of the dead still stand.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -47,7 +47,9 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
     )
     stop = _Stop()
     before = {number: signal.signal(number, stop) for number in handled_stops()}
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failure is told below, once
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # a failure is reported below, once
     try:
         elastic_launch(config, sys.executable)("-m", module, *words)
     except ChildFailedError as error:

@@ -1,7 +1,7 @@
 """Several processes that train one model: torch's process group behind the interface of `Ranks`, and sums of gradients.
 
 `DistributedDataParallel` waits for a gradient of every parameter on every rank. Here a rank whose rows hold no
-picture has no gradient for the picture adapter: it must take part all the same, and a parameter that no rank used
+image has no gradient for the image adapter: it must take part all the same, and a parameter that no rank used
 must stay without a gradient, as in one process, so that the optimizer leaves it alone.
 """
 
@@ -25,7 +25,7 @@ from openm6.optim.rules import Shape
 from openm6.parallel.collectives import AllToAllExchange, CopiesExchange
 from openm6.parallel.config import MeshShape
 from openm6.parallel.fsdp import Layout, open_layout, reshard, shard
-from openm6.parallel.guard import DONE, Guard, open_store, wait_for
+from openm6.parallel.guard import DONE, FailureWatchdog, open_store, wait_for
 from openm6.parallel.ranks import Ranks, WeightSets
 from openm6.parallel.sharded_weights import CopiedSets, ShardedSets, local, piece_of
 
@@ -34,7 +34,7 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class ProcessRanks(Ranks):
-    """The processes that torchrun started, connected by NCCL on GPUs and by gloo elsewhere."""
+    """The processes that torchrun started, connected by NCCL on GPUs and by gloo on CPUs."""
 
     def __init__(self, device: torch.device, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
@@ -142,7 +142,9 @@ class ProcessRanks(Ranks):
         dist.barrier()  # rank 0 may keep the store that the others still look at
 
     def guard(self) -> AbstractContextManager[Any]:
-        return Guard(self.rank, self.size, self.timeout_seconds, self.broadcast_object(uuid.uuid4().hex))
+        return FailureWatchdog(
+            self.rank, self.size, self.timeout_seconds, self.broadcast_object(uuid.uuid4().hex)
+        )
 
     def close(self) -> None:
         if self._opened:
@@ -159,7 +161,7 @@ def _open_group(device: torch.device, timeout_seconds: float) -> None:
 
 
 def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Sums the gradients of `parameters`, which are the same on all ranks of `group`, in place."""
+    """Sum the gradients of `parameters`, which are the same on all ranks of `group`, in place."""
     if not parameters:
         return
     used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
@@ -176,7 +178,7 @@ def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None 
 
 
 def forget_unused(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Takes away gradients whose parts, which the ranks of `group` hold, are zero on all of them."""
+    """Remove gradients whose shards are zero on all ranks of `group`."""
     parts = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     used = torch.stack([part.any() for part in parts]).to(torch.uint8)
     dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
@@ -187,7 +189,7 @@ def forget_unused(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> Non
 
 
 def total_norm(parameters: Sequence[Tensor], group: dist.ProcessGroup | None) -> Tensor:
-    """The norm of all gradients, of which the ranks of `group` hold disjoint parts; None: this rank holds all."""
+    """Return the norm of all gradients, sharded over the ranks of `group`; None: this rank holds all."""
     parts = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(parts)
     if group is None:
@@ -199,14 +201,14 @@ def total_norm(parameters: Sequence[Tensor], group: dist.ProcessGroup | None) ->
 
 
 def clip(parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
-    """Scales gradients so that their norm, known to be `norm`, becomes `bound` at most."""
+    """Scale gradients so that their norm, known to be `norm`, becomes `bound` at most."""
     parts = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if parts:
         torch._foreach_mul_(parts, (bound / (norm + 1e-6)).clamp(max=1.0))
 
 
 def apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups in which plain parameters and parts of distributed ones do not mix: fused updates refuse that."""
+    """Separate plain parameters from sharded ones within groups, because fused updates refuse a mixture."""
     return [
         {**group, "params": chosen}
         for group in groups
@@ -216,7 +218,7 @@ def apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Neighbours of one dtype together, up to the size of a bucket."""
+    """Return neighbours of one dtype together, up to the size of a bucket."""
     buckets: list[list[Tensor]] = []
     room = 0
     for gradient in gradients:

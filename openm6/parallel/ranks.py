@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 
 
 class WeightSets:
-    """What lies here of each weight set: all of it, in one process; the parent of sets on several ranks.
+    """The shard of each offloaded weight set that this rank holds: all of it, in one process; base class for ranks.
 
     `number` is that of a set, `name` that of one of its matrices.
     """
@@ -30,152 +30,152 @@ class WeightSets:
         self.shapes = shapes
 
     @property
-    def parted(self) -> bool:
-        """Whether ranks hold unlike parts, so that using a set is an exchange."""
+    def sharded(self) -> bool:
+        """Return whether ranks hold different shards, so that using a set needs collectives."""
         return False
 
     def is_sharded(self, number: int, name: str) -> bool:
-        """Whether only some rows of a matrix lie here, so that it must be gathered to be used."""
+        """Return whether this rank holds only some rows of a matrix, so that it must be gathered to be used."""
         return False
 
     def piece(self, number: int, name: str) -> Piece:
-        """How a matrix lies here."""
+        """Return how a matrix is divided."""
         return WHOLE
 
-    def part(self, number: int, name: str, whole: Tensor, dealt: bool = False) -> Tensor:
-        """What lies here of a whole matrix, of which experts may be `dealt` out already."""
+    def part(self, number: int, name: str, whole: Tensor, local_experts: bool = False) -> Tensor:
+        """Return the shard here of a whole matrix, or of one that has only the `local_experts`."""
         return whole
 
     def local_shapes(self, number: int) -> dict[str, Shape]:
-        """The shapes of what lies here of a set."""
+        """Return the shapes of the shards here of a set."""
         return dict(self.shapes[number])
 
     def gather(self, number: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those matrices that travel, in full; of experts that are dealt out, those here. All ranks call it alike."""
+        """Return the sharded matrices in full, of distributed experts those here; a collective."""
         return parts
 
     def gathered(self, number: int) -> int:
-        """Numbers in a set as it is computed with here."""
+        """Return the number of parameters of a set when it is gathered here."""
         return sum(math.prod(shape) for shape in self.local_shapes(number).values())
 
     def reduce(self, number: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of what was gathered -> of what lies here, summed over ranks."""
+        """Reduce gradients of what was gathered to those of the shards here, summed over ranks."""
         return gradients
 
     def total(self, square: Tensor) -> Tensor:
-        """A sum over what lies here -> over all of a set, in place."""
+        """Sum a value of the shards here over all of a set, in place."""
         return square
 
-    def in_whole(self, number: int, name: str, slot: str, part: Tensor) -> Tensor:
-        """What lies here of a tensor kept for a matrix, as the part of the whole that a checkpoint takes it for.
+    def to_global(self, number: int, name: str, slot: str, part: Tensor) -> Tensor:
+        """Return a tensor that is kept for a matrix with its place in the whole, for a checkpoint.
 
-        On the host, and without a copy where it is there already.
+        On the host, and without a copy if it is there already.
         """
         return part.cpu()
 
-    def here(self, part: Tensor) -> Tensor:
-        """What `in_whole` was given, from what it gave."""
+    def to_local(self, part: Tensor) -> Tensor:
+        """Return the tensor that `to_global` was given, from its result."""
         return part
 
 
 class Ranks:
-    """One process alone, for which every sum is its own; the parent of several processes."""
+    """One process alone, for which every sum is its own; base class for several."""
 
     rank: int = 0
     size: int = 1
-    shares_memory: bool = False  # whether all ranks see the same weights, which rank 0 keeps the rest of
+    shares_memory: bool = False  # whether all ranks use the same weights in memory
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is rank 0, the only one that writes and speaks."""
+        """Return whether this is rank 0, the only one that writes and logs."""
         return self.rank == 0
 
     def total(self, numbers: Sequence[float]) -> list[float]:
-        """Each of a few plain numbers, summed over the ranks."""
+        """Return each of a few plain numbers summed over the ranks."""
         return list(numbers)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor's sum over the ranks, in place."""
+        """Sum a tensor over the ranks, in place."""
         return tensor
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sums gradients over the ranks; a parameter without one on some ranks counts as zero there."""
+        """Sum gradients over the ranks; a parameter without one on a rank counts as zero there."""
 
     def forget_unused(self, parameters: Sequence[Tensor]) -> None:
-        """Takes away the gradients that are zero on all ranks, as one process has none for what it does not use."""
+        """Remove gradients that are zero on all ranks, because one process has none for what it does not use."""
 
     def shard(self, model: nn.Module, shape: MeshShape) -> None:
-        """Lays the model, the same on all ranks, out over them."""
+        """Shard a model, the same on all ranks."""
 
     def open_mesh(self, shape: MeshShape) -> None:
-        """Lays out nothing but the axes: for a model whose weight sets are streamed, each rank its part."""
+        """Open the mesh alone, for a model whose weight sets are offloaded and sharded by their store."""
 
     def sets(self, shapes: Sequence[Mapping[str, Shape]]) -> WeightSets:
-        """What this rank keeps of streamed weight sets of these shapes."""
+        """Return the shards of offloaded weight sets of these shapes."""
         return WeightSets(shapes)
 
     @property
     def wrapped(self) -> bool:
-        """Whether the model itself is cut, so that all ranks must bring a gradient for each of its parameters."""
+        """Return whether the model is sharded, so that all ranks need a gradient for each of its parameters."""
         return False
 
     def reshard(self, model: nn.Module) -> None:
-        """After a forward pass that no backward one follows: parameters are again what this rank keeps of them."""
+        """Shard parameters again after a forward pass that no backward pass follows."""
 
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
-        """The norm of all gradients of the whole model."""
+        """Return the norm of all gradients of the whole model."""
         return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     def clip(self, parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
-        """Scales gradients so that their norm, known to be `norm`, becomes `bound` at most."""
+        """Scale gradients so that their norm, known to be `norm`, becomes `bound` at most."""
         clip_grads_with_norm_(list(parameters), bound, norm)
 
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The optimizer's groups, in a form that its fused updates take."""
+        """Return the optimizer's groups in a form that its fused updates accept."""
         return groups
 
     def piece(self, parameter: Tensor) -> Piece:
-        """How a parameter lies here, for update rules that need more than its own numbers."""
+        """Return how a parameter is divided, for update rules that need more than this rank's shard."""
         return whole(parameter)
 
     def first_expert(self, here: int) -> int:
-        """The number of the first of the `here` experts of each layer that this rank holds."""
+        """Return the index of the first of the `here` experts of each layer that this rank holds."""
         return 0
 
     def exchange(self, parts: int) -> ExpertExchange:
-        """The way of rows to their experts, in so many parts."""
+        """Return the exchange of rows with their experts, in so many chunks."""
         return LocalExchange()
 
     @property
     def layout(self) -> Any:
-        """How the model is cut; None where each rank holds all of it."""
+        """Return the mesh of a sharded model; None if each rank holds all of it."""
         return None
 
     def gather(self, value: Value) -> list[Value]:
-        """The plain values of all ranks, on every rank."""
+        """Return the plain values of all ranks, on every rank."""
         return [value]
 
     def broadcast_object(self, value: Value) -> Value:
-        """Rank 0's plain value, on every rank."""
+        """Return rank 0's plain value, on every rank."""
         return value
 
     def same(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor, on every rank, in place: what ranks decide by it, they decide alike."""
+        """Broadcast rank 0's tensor in place, so that all ranks decide equally by it."""
         return tensor
 
     def barrier(self) -> None:
         """Wait until all ranks that share memory have updated their part of the weights."""
 
     def main_process_first(self) -> AbstractContextManager[Any]:
-        """Left by the other ranks when rank 0 leaves it, however long that takes; all enter it together."""
+        """Enter together; the other ranks leave when rank 0 leaves, however long that takes."""
         return nullcontext()
 
     def guard(self) -> AbstractContextManager[Any]:
-        """While entered, a failure of any rank ends all of them with one sentence."""
+        """While entered, let a failure of any rank end all of them with one sentence."""
         return nullcontext()
 
     def close(self) -> None:
-        """Leaves the group; the other methods must not be called after it."""
+        """Leave the group; no other method may be called after it."""
 
 
 def launched() -> bool:

@@ -21,16 +21,18 @@ from openm6.optim.rules import Shape
 from openm6.parallel.fsdp import Layout
 from openm6.parallel.ranks import WeightSets
 
-WITHOUT_ROWS = frozenset({COLUMN_MEANS, "count", "step"})  # slots that are alike wherever a matrix has rows
+WITHOUT_ROWS = frozenset(
+    {COLUMN_MEANS, "count", "step"}
+)  # slots that are equal on all ranks that share a matrix
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds, sharing its memory."""
+    """Return the shard of a tensor that this rank holds; it shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class RankGroup:
-    """The ranks of a process group that hold the parts of the same tensors."""
+    """The ranks of a process group that hold the shards of the same tensors."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -48,15 +50,15 @@ class RankGroup:
 
 @cache
 def rank_group(group: dist.ProcessGroup) -> RankGroup:
-    """One for each process group: update rules tell groups apart by identity."""
+    """Return the one instance for a process group, because update rules compare groups by identity."""
     return RankGroup(group)
 
 
 class DistributedPiece(Piece):
-    """A parameter that FSDP2 has cut along one axis."""
+    """A parameter that FSDP2 has sharded along one axis."""
 
     def __init__(self, parameter: DTensor, place: int) -> None:
-        """`place` is that of the mesh axis over which it is cut."""
+        """`place` is the index of the mesh axis over which it is sharded."""
         self._mesh, self._placements, self._place = parameter.device_mesh, parameter.placements, place
         placement = parameter.placements[place]
         assert isinstance(placement, Shard)
@@ -78,13 +80,13 @@ class DistributedPiece(Piece):
 
 
 def as_part(part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
-    """What lies here of a tensor of this shape, with its place in the whole; no copy is made."""
+    """Return the shard here of a tensor of this shape as a DTensor, without a copy."""
     stride = torch.empty(torch.Size(shape), device="meta").stride()
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def piece_of(parameter: Tensor) -> Piece:
-    """How a parameter of a model that `sharding.shard` has cut lies here."""
+    """Return how a parameter of a model that `fsdp.shard` has sharded is divided."""
     if not isinstance(parameter, DTensor):
         return WHOLE
     places = [place for place, one in enumerate(parameter.placements) if isinstance(one, Shard)]
@@ -93,7 +95,7 @@ def piece_of(parameter: Tensor) -> Piece:
 
 
 class CopiedSets(WeightSets):
-    """Every rank keeps all sets, and moves them by the same gradients."""
+    """Every rank keeps all sets, and updates them by the same gradients."""
 
     def reduce(self, number: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         return _summed(gradients, None)
@@ -108,24 +110,24 @@ class SetShard(Piece):
         self.axis, self.group, self.first = axis, group, first
         self.lengths = chunk_lengths(length, group.size if group else 1)
 
-    def cut(self, whole: Tensor) -> Tensor:
-        """What lies here of a tensor."""
+    def shard_of(self, whole: Tensor) -> Tensor:
+        """Return the shard here of a tensor."""
         place = self.group.rank if self.group else 0
         return whole.split(self.lengths, self.axis)[place]
 
 
 class ShardedSets(WeightSets):
-    """Experts are dealt out, rows of dense matrices and of experts cut, as `sharding.shard` does.
+    """Experts are distributed, and rows of dense matrices and of experts sharded, as `fsdp.shard` does.
 
     A set is gathered where it is used, in the type of computation: one exchange for what is dense and, where experts
-    are cut, one for them. Gradients are summed and cut in one exchange each, in fp32.
+    are sharded, one for them. Gradients are summed and sharded in one exchange each, in fp32.
     """
 
     def __init__(self, layout: Layout, shapes: Sequence[Mapping[str, Shape]]) -> None:
         """`shapes` are those of whole sets.
 
         Raises:
-            ConfigError: the experts' rows cannot be cut evenly.
+            ConfigError: the experts' rows cannot be sharded evenly.
         """
         super().__init__(shapes)
         self.layout = layout
@@ -133,7 +135,7 @@ class ShardedSets(WeightSets):
         self._dense = rank_group(self._inner)
         self._own = rank_group(layout.mesh["shard"].get_group()) if layout.shape.shard > 1 else None
         self._data = layout.mesh["data"].get_group() if layout.shape.data > 1 else None
-        self.host = layout.on_host()  # checkpoints are written from there
+        self.host = layout.on_host()  # for checkpoints
         self._pieces = [{name: self._place(name, shape) for name, shape in one.items()} for one in shapes]
 
     def _place(self, name: str, shape: Shape) -> SetShard:
@@ -142,14 +144,14 @@ class ShardedSets(WeightSets):
         axes = self.layout.shape
         if shape[1] % axes.shard:
             raise ConfigError(
-                f"parallel.shard={axes.shard} cannot cut the experts' {name} of {shape[1]} rows evenly: "
+                f"parallel.shard={axes.shard} cannot shard the experts' {name} of {shape[1]} rows evenly: "
                 "choose a divisor"
             )
         here = shape[0] // axes.experts
         return SetShard(1, shape[1], self._own, here * self.layout.mesh.get_local_rank("experts"))
 
     @property
-    def parted(self) -> bool:
+    def sharded(self) -> bool:
         return True
 
     def is_sharded(self, number: int, name: str) -> bool:
@@ -162,12 +164,12 @@ class ShardedSets(WeightSets):
         empty = {name: torch.empty(shape, device="meta") for name, shape in self.shapes[number].items()}
         return {name: tuple(self.part(number, name, whole).shape) for name, whole in empty.items()}
 
-    def part(self, number: int, name: str, whole: Tensor, dealt: bool = False) -> Tensor:
+    def part(self, number: int, name: str, whole: Tensor, local_experts: bool = False) -> Tensor:
         piece = self.piece(number, name)
-        if whole.ndim == 3 and not dealt:
+        if whole.ndim == 3 and not local_experts:
             here = whole.shape[0] // self.layout.shape.experts
             whole = whole[piece.first : piece.first + here]
-        return piece.cut(whole)
+        return piece.shard_of(whole)
 
     def gather(self, number: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -179,9 +181,9 @@ class ShardedSets(WeightSets):
 
     def gathered(self, number: int) -> int:
         sizes = {name: math.prod(shape) for name, shape in self.shapes[number].items()}
-        dealt = (name for name, shape in self.shapes[number].items() if len(shape) == 3)
+        of_experts = (name for name, shape in self.shapes[number].items() if len(shape) == 3)
         return sum(sizes.values()) - sum(
-            sizes[name] - sizes[name] // self.layout.shape.experts for name in dealt
+            sizes[name] - sizes[name] // self.layout.shape.experts for name in of_experts
         )
 
     def reduce(self, number: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -197,7 +199,7 @@ class ShardedSets(WeightSets):
         dist.all_reduce(square, group=self._inner)
         return square
 
-    def in_whole(self, number: int, name: str, slot: str, part: Tensor) -> Tensor:
+    def to_global(self, number: int, name: str, slot: str, part: Tensor) -> Tensor:
         part = part.cpu()
         shape, sizes = self.shapes[number][name], list(part.shape)
         has_rows = slot not in WITHOUT_ROWS
@@ -211,7 +213,7 @@ class ShardedSets(WeightSets):
         experts = Shard(0) if sizes else Replicate()
         return as_part(part, self.host.mesh["shard", "experts"], [rows, experts], sizes)
 
-    def here(self, part: Tensor) -> Tensor:
+    def to_local(self, part: Tensor) -> Tensor:
         return local(part)
 
     def _groups(self, number: int) -> list[tuple[RankGroup | None, list[str]]]:
@@ -224,7 +226,7 @@ class ShardedSets(WeightSets):
 
 
 def _summed(gradients: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-    """The sums over a group, in one exchange, in fp32."""
+    """Return the sums over a group, in one exchange, in fp32."""
     flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients.values()])
     dist.all_reduce(flat, group=group)
     sizes = [gradient.numel() for gradient in gradients.values()]
@@ -235,7 +237,7 @@ def _summed(gradients: dict[str, Tensor], group: dist.ProcessGroup | None) -> di
 
 
 def _gathered(parts: list[Tensor], pieces: list[SetShard], group: RankGroup) -> list[Tensor]:
-    """Whole matrices, or whole experts, of their rows on all ranks; in one exchange."""
+    """Gather whole matrices, or whole experts, from their rows on all ranks; in one exchange."""
     padded = [
         F.pad(part, (0, 0, 0, piece.lengths[0] - part.shape[-2]))
         for part, piece in zip(parts, pieces, strict=True)
@@ -251,7 +253,7 @@ def _gathered(parts: list[Tensor], pieces: list[SetShard], group: RankGroup) -> 
 
 
 def _scattered(gradients: list[Tensor], pieces: list[SetShard], group: RankGroup) -> list[Tensor]:
-    """Of the sums over ranks the rows that lie here; in one exchange."""
+    """Return the rows of this rank of the sums over ranks; in one exchange."""
     apart = [
         _rows_apart(gradient, group.size, piece.lengths[0])
         for gradient, piece in zip(gradients, pieces, strict=True)

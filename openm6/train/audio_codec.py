@@ -27,8 +27,8 @@ NUM_HARMONICS = 48
 NUM_FORMANTS = 5
 
 
-class SoundLessonsConfig(Config):
-    """How training sounds are drawn, and what each part of the loss weighs.
+class AudioDataConfig(Config):
+    """How training clips are drawn, and what each part of the loss weighs.
 
     `voices` is the share made by formula; of the rest, `mixed` are two clips at once. Of all, `coloured` come from
     another room and `noisy` carry noise.
@@ -48,7 +48,7 @@ class SoundLessonsConfig(Config):
 
 
 @dataclass(frozen=True)
-class SoundBank:
+class AudioBank:
     """Clips end to end, where each begins and ends, and how often each is drawn."""
 
     samples: Tensor  # L
@@ -57,9 +57,9 @@ class SoundBank:
     weights: Tensor  # N
 
 
-def make_sound_bank(
+def make_audio_bank(
     clips: dict[str, list[Tensor]], shares: dict[str, float], device: torch.device
-) -> SoundBank:
+) -> AudioBank:
     """All clips of all sources; a source without a share counts by its seconds."""
     every = [clip for part in clips.values() for clip in part]
     lengths = torch.tensor([len(clip) for clip in every], dtype=torch.float64)
@@ -71,7 +71,7 @@ def make_sound_bank(
     ])  # fmt: skip
     end = lengths.cumsum(0)
     samples = torch.cat(every).to(device)
-    return SoundBank(samples, (end - lengths).to(device), end.to(device), weights.to(device))
+    return AudioBank(samples, (end - lengths).to(device), end.to(device), weights.to(device))
 
 
 def read_clip(data: bytes) -> Tensor:
@@ -83,12 +83,12 @@ def read_clip(data: bytes) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(read_sound(data), np.float32))
 
 
-class SoundLessons:
-    """Draws training sounds on the device; says how far a reconstruction is from them."""
+class AudioData:
+    """Draws training clips on the device; says how far a reconstruction is from them."""
 
     def __init__(
         self,
-        config: SoundLessonsConfig,
+        config: AudioDataConfig,
         codec: SoundCodecConfig,
         clips: dict[str, list[Tensor]],
         device: torch.device,
@@ -98,12 +98,12 @@ class SoundLessons:
         self.rate = codec.rate
         place = codec.samples_per_place
         self.length = max(1, round(config.seconds * codec.rate / place)) * place
-        self.bank = make_sound_bank(clips, config.shares, device)
+        self.bank = make_audio_bank(clips, config.shares, device)
         self.windows = {size: unit_window(size).to(device) for size in MEL_SCALES}
         self.filters = {size: mel_filters(n, size, codec.rate).to(device) for size, n in MEL_SCALES.items()}
 
     def draw(self, seed: int) -> Tensor:
-        """A batch of sounds within [-1, 1]; the same for the same seed.  # -> B S"""
+        """A batch of clips within [-1, 1]; the same for the same seed.  # -> B S"""
         rng = DeviceRng(seed, self.device)
         config, length = self.config, self.length
         num_voices = round(config.voices * config.batch)
@@ -160,7 +160,7 @@ def magnitude_difference(target: Tensor, output: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sound_scores(codec: Codec, clips: list[Tensor]) -> dict[str, float]:
+def audio_scores(codec: Codec, clips: list[Tensor]) -> dict[str, float]:
     """L1 in nats between the log-mels (80, window 1024) of whole clips before and after, and the bits used a place."""
     device = next(codec.parameters()).device
     window, filters = unit_window(1024).to(device), mel_filters(80, 1024, 16000).to(device)

@@ -25,13 +25,13 @@ from openm6.modalities.codec import save_codec
 from openm6.modalities.codec_base import Codec, Health
 from openm6.modalities.codec_image import ImageCodec, ImageCodecConfig
 from openm6.modalities.codec_sound import SoundCodec, SoundCodecConfig
-from openm6.train.audio_codec import SoundLessons, SoundLessonsConfig, read_clip, sound_scores
+from openm6.train.audio_codec import AudioData, AudioDataConfig, audio_scores, read_clip
 from openm6.train.codec_data import hold_out, read_records
 from openm6.train.config import LoopConfig
 from openm6.train.image_codec import (
-    PictureLessons,
-    PictureLessonsConfig,
-    picture_scores,
+    ImageData,
+    ImageDataConfig,
+    image_scores,
     read_small,
     to_pixels,
 )
@@ -44,7 +44,7 @@ AVERAGED, BEST = "averaged.", "best."
 
 
 class CodecRecipe(Config):
-    """What picture and sound codecs have in common.
+    """What image and sound codecs have in common.
 
     One record in `held_out` of each source is never trained on and picks the best averaged weights. In the last
     `settle_share` of the run the latent's statistics stay as they are. A run fails where, after `guard_from` steps,
@@ -79,7 +79,7 @@ class ImageCodecRecipe(CodecRecipe):
 
     kind: Literal["codec-image"] = "codec-image"
     codec: ImageCodecConfig = ImageCodecConfig()
-    lessons: PictureLessonsConfig = PictureLessonsConfig()
+    lessons: ImageDataConfig = ImageDataConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> ImageCodecRecipe:
@@ -92,15 +92,15 @@ class ImageCodecRecipe(CodecRecipe):
         return self
 
 
-class SoundCodecRecipe(CodecRecipe):
+class AudioCodecRecipe(CodecRecipe):
     """What `openm6 train` reads when `kind` is `codec-sound`."""
 
     kind: Literal["codec-sound"] = "codec-sound"
     codec: SoundCodecConfig = SoundCodecConfig()
-    lessons: SoundLessonsConfig = SoundLessonsConfig()
+    lessons: AudioDataConfig = AudioDataConfig()
 
     @model_validator(mode="after")
-    def _fits(self) -> SoundCodecRecipe:
+    def _fits(self) -> AudioCodecRecipe:
         _check_shares(self.lessons.shares, self.sources)
         return self
 
@@ -113,7 +113,7 @@ def _check_shares(shares: dict[str, float], sources: dict[str, AnySourceConfig])
 
 
 @dataclass(frozen=True)
-class Lesson:
+class CodecBatch:
     """One step's batch: only its number, from which the device makes the data."""
 
     step: int
@@ -124,8 +124,8 @@ class Lesson:
         return {"step": self.step}
 
 
-class Lessons(Protocol):
-    """What differs between pictures and sounds: data and loss."""
+class CodecData(Protocol):
+    """What differs between images and audio: data and loss."""
 
     def draw(self, seed: int) -> Tensor: ...
 
@@ -136,7 +136,7 @@ class CodecJob(Job):
     """Trains a codec, averages its weights, keeps the average that does best on held-out records, and writes it."""
 
     recipe: CodecRecipe
-    lessons: Lessons
+    data: CodecData
 
     def __init__(self, recipe: CodecRecipe, codec: Codec, device: torch.device) -> None:
         self.recipe = recipe
@@ -149,29 +149,29 @@ class CodecJob(Job):
         self.health: Health | None = None
         self._begin = 0
 
-    def batches(self) -> Iterator[Lesson]:
+    def batches(self) -> Iterator[CodecBatch]:
         step = self._begin
         while True:
             step += 1
-            yield Lesson(step, self.places_per_batch())
+            yield CodecBatch(step, self.positions_per_batch())
 
     def restore(self, cursor: dict[str, Any]) -> None:
         self._begin = int(cursor["step"])
 
-    def places_per_batch(self) -> int:
+    def positions_per_batch(self) -> int:
         """Places that a batch trains on: what counts as tokens here."""
         raise NotImplementedError
 
-    def loss(self, batch: Lesson) -> StepResult:
+    def loss(self, batch: CodecBatch) -> StepResult:
         settling = batch.step > self.recipe.settle_from
         for norm in self.codec.latent_norms():
             norm.frozen = settling
         # Data, losses and rounding stay in fp32; the loop's autocast holds for the networks alone.
         with torch.autocast(self.device.type, enabled=False):
-            raw = self.lessons.draw(derive_seed(self.recipe.loop.seed, "lesson", batch.step))
+            raw = self.data.draw(derive_seed(self.recipe.loop.seed, "lesson", batch.step))
         output, quantized = self.codec.reconstruct(raw)
         with torch.autocast(self.device.type, enabled=False):
-            loss = self.lessons.loss(raw, output, settling)
+            loss = self.data.loss(raw, output, settling)
         self.health = quantized.health
         return StepResult(loss, health_metrics(self.health))
 
@@ -236,7 +236,7 @@ class CodecJob(Job):
 
 
 class ImageCodecJob(CodecJob):
-    """Trains a picture codec from the `image` field of its sources."""
+    """Trains an image codec from the `image` field of its sources."""
 
     recipe: ImageCodecRecipe
 
@@ -245,54 +245,54 @@ class ImageCodecJob(CodecJob):
         super().__init__(recipe, ImageCodec(recipe.codec), device)
         self.side = max(recipe.lessons.sides, key=lambda side: recipe.lessons.sides[side])
         kept, held = hold_out(self._read("train"), recipe.held_out)
-        self.lessons = PictureLessons(recipe.lessons, kept, device)
-        self.held_out = to_pixels([picture for part in held.values() for picture in part], self.side)
+        self.data = ImageData(recipe.lessons, kept, device)
+        self.held_out = to_pixels([image for part in held.values() for image in part], self.side)
 
     def _read(self, split: Split) -> dict[str, list[Image]]:
         largest = max(self.recipe.lessons.sides)
         return read_records(self.recipe.sources, split, "image", lambda data: read_small(data, largest))
 
-    def places_per_batch(self) -> int:
+    def positions_per_batch(self) -> int:
         return self.recipe.lessons.batch * (self.side // self.recipe.codec.stride) ** 2
 
     def held_out_scores(self, codec: Codec) -> dict[str, float]:
-        return picture_scores(codec, self.held_out)
+        return image_scores(codec, self.held_out)
 
     def goodness(self, scores: dict[str, float]) -> float:
         return scores["psnr"]
 
     def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
         return {
-            f"{name}_{side}": picture_scores(codec, to_pixels(part, side))
+            f"{name}_{side}": image_scores(codec, to_pixels(part, side))
             for name, part in self._read("test").items()
             for side in self.recipe.lessons.sides
         }
 
 
-class SoundCodecJob(CodecJob):
-    """Trains a sound codec from the `audio` field of its sources."""
+class AudioCodecJob(CodecJob):
+    """Trains an audio codec from the `audio` field of its sources."""
 
-    recipe: SoundCodecRecipe
+    recipe: AudioCodecRecipe
 
-    def __init__(self, recipe: SoundCodecRecipe, device: torch.device) -> None:
+    def __init__(self, recipe: AudioCodecRecipe, device: torch.device) -> None:
         seed_everything(recipe.loop.seed, "weights")
         super().__init__(recipe, SoundCodec(recipe.codec), device)
         kept, held = hold_out(read_records(recipe.sources, "train", "audio", read_clip), recipe.held_out)
-        self.lessons = self.sounds = SoundLessons(recipe.lessons, recipe.codec, kept, device)
+        self.data = self.audio = AudioData(recipe.lessons, recipe.codec, kept, device)
         self.held_out = [clip for part in held.values() for clip in part]
 
-    def places_per_batch(self) -> int:
-        return self.recipe.lessons.batch * self.sounds.length // self.recipe.codec.samples_per_place
+    def positions_per_batch(self) -> int:
+        return self.recipe.lessons.batch * self.audio.length // self.recipe.codec.samples_per_place
 
     def held_out_scores(self, codec: Codec) -> dict[str, float]:
-        return sound_scores(codec, self.held_out)
+        return audio_scores(codec, self.held_out)
 
     def goodness(self, scores: dict[str, float]) -> float:
         return -scores["log_mel_l1"]
 
     def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
         clips = read_records(self.recipe.sources, "test", "audio", read_clip)
-        return {name: sound_scores(codec, part) for name, part in clips.items()}
+        return {name: audio_scores(codec, part) for name, part in clips.items()}
 
 
 def health_metrics(health: Health) -> dict[str, float | Tensor]:

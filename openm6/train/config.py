@@ -27,7 +27,7 @@ class HeldOutConfig(Config):
 
 
 class LoopConfig(Config):
-    """How long to train, by which rule, and how often to log, judge and save."""
+    """How long to train, by which rule, and how often to log, evaluate and save."""
 
     steps: int | Literal["auto"] = 1000
     minutes: float | None = Field(default=None, gt=0.0)  # with steps: auto, the time that the run may take
@@ -36,7 +36,7 @@ class LoopConfig(Config):
     streaming: StreamingConfig | None = None  # weights that come to the device block by block
     stages: StagesConfig | None = None  # Pseudo-to-Real, for a model whose layers share weights at first
     clip: float | None = Field(default=1.0, gt=0.0)  # bound on the gradient's global norm
-    # auto: bf16 where the device computes it fast; bf16-products: on a processor, the large products alone.
+    # auto: bf16 where the device computes it fast; bf16-products: on a CPU, the large products alone.
     precision: Precision = "auto"
     compile: bool | Literal["auto"] = "auto"  # the blocks; auto: on a GPU
     recompute: int | Literal["auto"] = (

@@ -30,7 +30,7 @@ from openm6.optim.rules import Memory, Stored, UpdateRule, update_rule
 from openm6.train.offloaded import full_name
 
 TIERS = (16, 4, 2, 1)
-WRITTEN_ANEW = ("format", "openm6", "step", "files")  # of state.json
+WRITTEN_AGAIN = ("format", "openm6", "step", "files")  # of state.json
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def convert(
 ) -> str:
     """Writes the newest checkpoint of `trained` into a new run at `out`, set by set; `openm6 train --resume` goes on.
 
-    Weights are rounded by chance where they get fewer bytes. The optimizer's moments go along as far as the new rule
-    has room for them.
+    Weights that get fewer bytes are rounded stochastically. The optimizer's moments are kept as far as the new rule
+    stores them.
 
     Raises:
         CheckpointError: nothing to convert, or it is not of a multimodal model.
@@ -104,7 +104,7 @@ def plan_conversion(
     """What is to be done, checked.
 
     Raises:
-        CheckpointError, ConfigError: as `convert` says.
+        CheckpointError, ConfigError: as for `convert`.
     """
     description = read_description(_text(folder / MODEL_FILE), str(folder / MODEL_FILE))
     old = int(state.get("bytes_per_parameter", 16))
@@ -113,7 +113,7 @@ def plan_conversion(
         raise ConfigError(f"--bytes {new} must be one of {', '.join(map(str, TIERS))}")
     if state.get("optimizer", "adamw") != "adamw" and new < 16:
         raise ConfigError(
-            f"{folder} was trained with {state['optimizer']}, whose memory fewer bytes cannot take over: "
+            f"{folder} was trained with {state['optimizer']}, whose state fewer bytes cannot take over: "
             "convert a run of adamw"
         )
     now = description.backbone.stage
@@ -140,7 +140,7 @@ def _sets(weights: Catalogue, kept: Catalogue, conversion: Conversion) -> Iterat
         views = new.views(torch.zeros(new.num_bytes, dtype=torch.uint8))
         shard = Shard({}, {})
         for name, stored in views.items():
-            memory = _handed_on(old_rule.remember(old[name]), uses[source], conversion.moments)
+            memory = _inherited(old_rule.remember(old[name]), uses[source], conversion.moments)
             new_rule.take_over(stored, memory, derive_seed(0, "convert", number, name))
             for slot, tensor in stored.items():
                 full = full_name(f"backbone.sets.{number}.{name}", slot)
@@ -163,7 +163,7 @@ def _read_set(
     return views
 
 
-def _handed_on(memory: Memory, uses: int, moments: Moments) -> Memory:
+def _inherited(memory: Memory, uses: int, moments: Moments) -> Memory:
     """A layer's part of what a set of `uses` layers remembered."""
     if uses == 1:
         return memory
@@ -198,7 +198,7 @@ def _edges(catalogue: Catalogue, conversion: Conversion, scaled: bool) -> Iterat
 
 
 def _new_state(state: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
-    kept = {name: value for name, value in state.items() if name not in WRITTEN_ANEW}
+    kept = {name: value for name, value in state.items() if name not in WRITTEN_AGAIN}
     if conversion.delinked:
         kept["hooks"] = {name: value for name, value in kept.get("hooks", {}).items() if name != "stages"}
     return {**kept, "stage": conversion.backbone.stage, "bytes_per_parameter": conversion.new_bytes}

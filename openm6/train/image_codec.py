@@ -21,12 +21,12 @@ from openm6.modalities.codec_base import Codec, code_bits
 from openm6.modalities.image import read_image, to_square
 from openm6.train.codec_data import DeviceRng
 
-ALMOST_EXACT = 1e-3  # squared error (of a range of 2) below which a picture no longer pulls: 36 dB
+ALMOST_EXACT = 1e-3  # squared error (of a range of 2) below which an image no longer pulls: 36 dB
 WHITE = 0.97  # channels above this count as background where they reach the border
 
 
-class PictureLessonsConfig(Config):
-    """How training pictures are drawn: batch size, sides in pixels with their shares, and how much is changed.
+class ImageDataConfig(Config):
+    """How training images are drawn: batch size, sides in pixels with their shares, and how much is changed.
 
     `drawn` is the share made of random shapes; of the rest, `warped` are turned and resized (others only moved by
     whole pixels), `composed` get another backdrop, `recoloured` other colours. `shares` weighs the sources.
@@ -43,52 +43,50 @@ class PictureLessonsConfig(Config):
 
 @dataclass(frozen=True)
 class Bank:
-    """Pictures of one side, where their backgrounds are, and how often each is drawn."""
+    """Images of one side, where their backgrounds are, and how often each is drawn."""
 
-    pictures: Tensor  # N 3 S S uint8
+    images: Tensor  # N 3 S S uint8
     masks: Tensor  # N 1 S S bool
     weights: Tensor  # N
 
 
 def read_small(data: bytes, largest: int) -> Image:
-    """An encoded picture, made smaller where a side is over `largest`, so that many fit into memory.
+    """An encoded image, made smaller where a side is over `largest`, so that many fit into memory.
 
     Raises:
         DataError: it is broken.
     """
-    picture = read_image(data)
-    return to_square(picture, largest) if max(picture.size) > largest else picture
+    image = read_image(data)
+    return to_square(image, largest) if max(image.size) > largest else image
 
 
-def to_pixels(pictures: Iterable[Image], side: int) -> Tensor:
-    """Pictures within white squares of `side` pixels.  # -> N 3 S S uint8"""
-    squares = [np.array(to_square(picture, side)) for picture in pictures]
+def to_pixels(images: Iterable[Image], side: int) -> Tensor:
+    """Images within white squares of `side` pixels.  # -> N 3 S S uint8"""
+    squares = [np.array(to_square(image, side)) for image in images]
     return torch.stack([torch.from_numpy(square).permute(2, 0, 1) for square in squares])
 
 
 def make_bank(
-    pictures: dict[str, list[Image]], side: int, shares: dict[str, float], device: torch.device
+    images: dict[str, list[Image]], side: int, shares: dict[str, float], device: torch.device
 ) -> Bank:
-    """All pictures of all sources; a source without a share counts as many pictures as it has."""
-    parts = [to_pixels(part, side) for part in pictures.values()]
+    """All images of all sources; a source without a share counts as many images as it has."""
+    parts = [to_pixels(part, side) for part in images.values()]
     total = sum(len(part) for part in parts)
     weights = [
         torch.full((len(part),), shares[name] * total / len(part) if name in shares else 1.0)
-        for name, part in zip(pictures, parts, strict=True)
+        for name, part in zip(images, parts, strict=True)
     ]
     pixels = torch.cat(parts).to(device)
     return Bank(pixels, background_mask(pixels.float() / 255.0) > 0, torch.cat(weights).to(device))
 
 
-class PictureLessons:
-    """Draws training pictures on the device; says how far a reconstruction is from them."""
+class ImageData:
+    """Draws training images on the device; says how far a reconstruction is from them."""
 
-    def __init__(
-        self, config: PictureLessonsConfig, pictures: dict[str, list[Image]], device: torch.device
-    ) -> None:
+    def __init__(self, config: ImageDataConfig, images: dict[str, list[Image]], device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.banks = {side: make_bank(pictures, side, config.shares, device) for side in config.sides}
+        self.banks = {side: make_bank(images, side, config.shares, device) for side in config.sides}
 
     def draw(self, seed: int) -> Tensor:
         """A batch of one side, in [-1, 1]; the same for the same seed.  # -> B 3 S S"""
@@ -103,20 +101,20 @@ class PictureLessons:
         composed = torch.lerp(front, behind, mask)
         front = torch.where(rng.chance(config.composed, count, 1, 1, 1), composed, front)
         front = recolour(front, config.recoloured, rng)
-        return torch.cat([front, drawn_pictures(num_drawn, side, rng)]) * 2.0 - 1.0
+        return torch.cat([front, drawn_images(num_drawn, side, rng)]) * 2.0 - 1.0
 
     def _moved(self, count: int, side: int, rng: DeviceRng) -> tuple[Tensor, Tensor]:
-        """Known pictures and where their background is, moved alike.  # -> B 3 S S, B 1 S S"""
+        """Known images and where their background is, moved alike.  # -> B 3 S S, B 1 S S"""
         bank = self.banks[side]
         chosen = torch.multinomial(bank.weights, count, replacement=True, generator=rng.generator)
-        layers = torch.cat([bank.pictures[chosen].float() / 255.0, bank.masks[chosen].float()], 1)
+        layers = torch.cat([bank.images[chosen].float() / 255.0, bank.masks[chosen].float()], 1)
         moved = warp(layers, self.config.warped, rng)
         return moved[:, :3], moved[:, 3:]
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor:
         """L1, squares, edges and coarse L1 at first; while settling, the mean logarithm of the squared error.
 
-        The PSNR of a set is the mean of -10·log10(mse) over its pictures, so the last phase descends on just that.
+        The PSNR of a set is the mean of -10·log10(mse) over its images, so the last phase descends on just that.
         """
         squares = (output - target).square().mean((1, 2, 3))  # B
         if settling:
@@ -134,7 +132,7 @@ def edge_difference(target: Tensor, output: Tensor) -> Tensor:
 
 
 def psnr(target: Tensor, output: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture; both in [-1, 1].  # B 3 S S, B 3 S S -> B"""
+    """Peak signal-to-noise ratio in dB of each image; both in [-1, 1].  # B 3 S S, B 3 S S -> B"""
     squares = ((output - target) / 2.0).square().mean((1, 2, 3))
     return -10.0 * squares.clamp(min=1e-10).log10()
 
@@ -156,13 +154,13 @@ def ssim(target: Tensor, output: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def picture_scores(codec: Codec, pictures: Tensor) -> dict[str, float]:
-    """PSNR, SSIM and used bits of pictures after a way through the codec.  # N 3 S S uint8"""
+def image_scores(codec: Codec, images: Tensor) -> dict[str, float]:
+    """PSNR, SSIM and used bits of images after a way through the codec.  # N 3 S S uint8"""
     device = next(codec.parameters()).device
     found: list[tuple[Tensor, Tensor]] = []
     cells = []
-    for part in pictures.split(64):
-        # Eight-bit pictures in, eight-bit pictures out, as a reader of the files would measure.
+    for part in images.split(64):
+        # Eight-bit images in, eight-bit images out, as a reader of the files would measure.
         target = part.to(device).float() / 127.5 - 1.0
         codes = codec.encode(target)
         output = ((codec.decode(codes) + 1.0) * 127.5).round() / 127.5 - 1.0
@@ -173,10 +171,10 @@ def picture_scores(codec: Codec, pictures: Tensor) -> dict[str, float]:
     return {"psnr": decibels.mean().item(), "ssim": likeness.mean().item(), "bits": bits}
 
 
-def background_mask(pictures: Tensor) -> Tensor:
+def background_mask(images: Tensor) -> Tensor:
     """Where white pixels are joined to the border: what may be replaced by another backdrop.  # N 3 S S -> N 1 S S"""
-    side = pictures.shape[-1]
-    white = (pictures.amin(1, keepdim=True) >= WHITE).float()  # N 3 S S -> N 1 S S
+    side = images.shape[-1]
+    white = (images.amin(1, keepdim=True) >= WHITE).float()  # N 3 S S -> N 1 S S
     border = torch.zeros_like(white)
     border[..., 0, :] = border[..., -1, :] = border[..., 0] = border[..., -1] = 1.0
     reached = white * border
@@ -185,11 +183,11 @@ def background_mask(pictures: Tensor) -> Tensor:
     return reached
 
 
-def warp(pictures: Tensor, warped: float, rng: DeviceRng) -> Tensor:
-    """Moves each picture: a share by any turn, size and shift, the rest by whole pixels, so that they stay sharp."""
-    count, side = pictures.shape[0], pictures.shape[-1]
+def warp(images: Tensor, warped: float, rng: DeviceRng) -> Tensor:
+    """Moves each image: a share by any turn, size and shift, the rest by whole pixels, so that they stay sharp."""
+    count, side = images.shape[0], images.shape[-1]
     angle = rng.uniform(count, low=-0.6, high=0.6)
-    # Over 1 shrinks the picture: it scales where pixels come from.
+    # Over 1 shrinks the image: it scales where pixels come from.
     size = torch.exp2(rng.uniform(count, low=-0.35, high=0.6))
     free = torch.stack([size * angle.cos(), -size * angle.sin(), size * angle.sin(), size * angle.cos()], 1)
     free_shift = rng.uniform(count, 2, low=-0.3, high=0.3)
@@ -203,24 +201,24 @@ def warp(pictures: Tensor, warped: float, rng: DeviceRng) -> Tensor:
     matrix = torch.where(turned, matrix.flip(-1), matrix)  # swaps rows and columns
     theta = torch.cat([matrix, torch.where(is_free, free_shift, whole_shift)[:, :, None]], 2)
     grid = F.affine_grid(theta, [count, 1, side, side], align_corners=False)
-    moved = F.grid_sample(pictures, grid, mode="bicubic", padding_mode="border", align_corners=False)
+    moved = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
     return moved.clamp(0.0, 1.0)
 
 
-def recolour(pictures: Tensor, share: float, rng: DeviceRng) -> Tensor:
-    """Mixes or swaps the colours of a share of the pictures, and changes their contrast."""
-    count = pictures.shape[0]
+def recolour(images: Tensor, share: float, rng: DeviceRng) -> Tensor:
+    """Mixes or swaps the colours of a share of the images, and changes their contrast."""
+    count = images.shape[0]
     order = rng.uniform(count, 3).argsort(1)
     swap = F.one_hot(order, 3).float()  # B 3 -> B 3 3
     mix = torch.eye(3, device=rng.device) + 0.25 * rng.normal(count, 3, 3)
     mix = mix / mix.sum(2, keepdim=True)  # rows of sum one leave grey as it is
     matrix = torch.where(rng.chance(0.5, count, 1, 1, 1)[:, :, 0], swap, mix)
-    changed = torch.einsum("bij,bjhw->bihw", matrix, pictures)
+    changed = torch.einsum("bij,bjhw->bihw", matrix, images)
     contrast = rng.uniform(count, 1, 1, 1, low=0.5, high=1.2)
     level = rng.uniform(count, 3, 1, 1)
     changed = level + contrast * (changed - level)
     changed = torch.where(rng.chance(0.1, count, 1, 1, 1), 1.0 - changed, changed)
-    return torch.where(rng.chance(share, count, 1, 1, 1), changed, pictures).clamp(0.0, 1.0)
+    return torch.where(rng.chance(share, count, 1, 1, 1), changed, images).clamp(0.0, 1.0)
 
 
 def backdrop(count: int, side: int, rng: DeviceRng) -> Tensor:
@@ -233,17 +231,17 @@ def backdrop(count: int, side: int, rng: DeviceRng) -> Tensor:
     return torch.lerp(first, second, slope)
 
 
-def drawn_pictures(count: int, side: int, rng: DeviceRng, num_shapes: int = 7) -> Tensor:
+def drawn_images(count: int, side: int, rng: DeviceRng, num_shapes: int = 7) -> Tensor:
     """Backdrops with blobs, boxes, rings, stripes and strokes laid over them, edges one pixel soft.  # -> B 3 S S"""
-    pictures = backdrop(count, side, rng)
-    pictures = torch.where(rng.chance(0.4, count, 1, 1, 1), torch.ones_like(pictures), pictures)
+    images = backdrop(count, side, rng)
+    images = torch.where(rng.chance(0.4, count, 1, 1, 1), torch.ones_like(images), images)
     for _ in range(num_shapes):
         cover = _shape(count, side, rng) * rng.chance(0.8, count, 1, 1, 1)
         colour = torch.lerp(rng.uniform(count, 3, 1, 1), backdrop(count, side, rng), 0.5)
         black_or_white = rng.chance(0.5, count, 1, 1, 1).float()
         colour = torch.where(rng.chance(0.25, count, 1, 1, 1), black_or_white, colour)
-        pictures = torch.lerp(pictures, colour.expand_as(pictures), cover)
-    return pictures
+        images = torch.lerp(images, colour.expand_as(images), cover)
+    return images
 
 
 def _shape(count: int, side: int, rng: DeviceRng) -> Tensor:

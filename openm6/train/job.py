@@ -1,4 +1,4 @@
-"""What a way of training brings to the loop: a model, batches, a loss, and what to keep."""
+"""The interface between the loop and a kind of training: a model, batches, a loss, and what to save."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one forward pass gave; several ranks, or parts of a batch, each give a share, and the shares add up.
+    """The result of one forward pass; on several ranks, or for parts of a batch, each a fraction of a sum.
 
     `metrics` are scalars such as `loss/text`; a tensor among them stays on its device until the loop reads them all
-    at once. `loads` has one entry per sparse layer. `work` says what the step was for; its joules are charged by it.
+    at once. `loads` has one entry per sparse layer. `work` attributes the step's joules.
     """
 
     loss: Tensor
@@ -44,9 +44,9 @@ class StepResult:
 
 
 class Job:
-    """Parent of every way of training; `model`, `batches`, `restore` and `loss` must be supplied.
+    """Base class of every kind of training; `model`, `batches`, `restore` and `loss` must be supplied.
 
-    The loop seeds torch, numpy and random anew from (seed, step) before each `loss`, so what is drawn there repeats
+    The loop seeds torch, numpy and random again from (seed, step) before each `loss`, so what is drawn there repeats
     exactly. `batches` runs in another thread: it must draw from generators of its own (`base.seeds`), never from the
     global ones, and must not touch the model.
     """
@@ -80,7 +80,7 @@ class Job:
         return default_groups(self.model)
 
     def optional_parameters(self) -> list[nn.Parameter]:
-        """Those that a step may not use on any rank, but have a gradient of zero then, where the model is cut."""
+        """Return those that a step may not use on any rank; in a sharded model they then have a gradient of zero."""
         return []
 
     @property
@@ -102,7 +102,7 @@ class Job:
         """Give each layer weights of its own; new parameter name -> the name that it had or is a copy of.
 
         Raises:
-            ConfigError: this way of training knows no stages.
+            ConfigError: this kind of training has no stages.
         """
         raise ConfigError("this kind of training has no stages: leave loop.stages out")
 
@@ -118,7 +118,7 @@ class Job:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Scores of the model as it is now, called in evaluation mode without gradients; empty: none."""

@@ -50,7 +50,7 @@ from openm6.train.workers import Workers, number_of_workers
 SKIPPED = 2  # first steps, slow through caches, compilation and memory that is claimed
 MEASURED_SHARE = 0.4  # of the time: at first, caches of codes are still being filled and steps take longer
 MEASURED_LEAST = 5  # steps
-TIME_FOR_STEPS = 0.96  # the rest is for judging and saving
+TIME_FOR_STEPS = 0.96  # the rest is for evaluating and saving
 
 
 @dataclass(frozen=True)
@@ -351,21 +351,21 @@ class _Run:
 
 
 def _check_bytes(folder: Path, saved: int, config: LoopConfig) -> None:
-    """Raises CheckpointError where the weights were kept by another rule."""
+    """Raise CheckpointError if the weights were stored by another rule."""
     wanted = config.optimizer.bytes_per_parameter
     if saved != wanted:
         raise CheckpointError(
             f"{folder} holds {saved} bytes a parameter, this run wants {wanted}: "
-            f"turn it with openm6 convert, or set loop.optimizer.bytes_per_parameter={saved}"
+            f"convert it with openm6 convert, or set loop.optimizer.bytes_per_parameter={saved}"
         )
 
 
 def _check_stage(folder: Path, saved: str, job: Job) -> None:
-    """Raises CheckpointError where the checkpoint's layers share weights and the job's do not, or the reverse."""
+    """Raise CheckpointError if the checkpoint's layers share weights and the job's do not, or the reverse."""
     if saved != job.stage:
         raise CheckpointError(
             f"{folder} is of the {saved} stage, this run is in the {job.stage} stage: "
-            f"turn it with openm6 convert, or set model.overrides.sharing and loop.stages back"
+            f"convert it with openm6 convert, or set model.overrides.sharing and loop.stages back"
         )
 
 
@@ -390,7 +390,7 @@ class RunLength:
         return self.steps is not None and step >= self.steps
 
     def observe(self, step: int, seconds: float) -> None:
-        """Take note of how long step `step` took; fixes the length once enough is known."""
+        """Record how long step `step` took; fix the length once enough is known."""
         if self.steps is not None or self._config.minutes is None:
             return
         self._spent.append(self._ranks.broadcast_object(seconds))  # all ranks must come to the same number
@@ -417,10 +417,10 @@ class RunLength:
 
 @contextmanager
 def failures_after_training(checkpoint: Path) -> Iterator[None]:
-    """Turns what fails once a run is trained into one sentence that says that nothing of the training is lost.
+    """Turn a failure after training into one sentence that says that nothing of the training is lost.
 
     Raises:
-        TrainingError: evaluating or reporting failed, for a reason that a person can do something about.
+        TrainingError: evaluating or reporting failed, for a reason that a user can fix.
     """
     try:
         yield

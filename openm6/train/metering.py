@@ -61,7 +61,7 @@ class MeterCallback(Callback):
         joules, seconds = self._step
         stage, progress, spent = self._running.job.stage, self._running.progress, self._read(joules)
         self.ledger.add_step(stage, spent, report.tokens, progress.seconds - seconds, report.work)
-        self._settle()
+        self._update_between()
         self._taken += time.perf_counter() - began
         return {}
 
@@ -99,7 +99,7 @@ class MeterCallback(Callback):
         return self._meter.joules() if self._meter is not None else Reading.of({})
 
     def _read(self, since: float) -> float:
-        """Brings the ledger's sum up to date; gives what all ranks spent since this one's sum was `since`."""
+        """Update the ledger's sum; return what all ranks spent since this one's sum was `since`."""
         assert self._running is not None
         own = self._own()
         numbers = [own.by_source.get(source, 0.0) for source in SOURCES]
@@ -116,26 +116,26 @@ class MeterCallback(Callback):
         """Between steps only one process may read: ranks do not come here at the same time."""
         if self._running is not None and self._running.job.ranks.size == 1:
             self._read(0.0)
-            self._settle()
+            self._update_between()
 
-    def _settle(self) -> None:
-        """What no step is charged with lies between steps."""
+    def _update_between(self) -> None:
+        """Attribute what no step used to the time between steps."""
         ledger = self.ledger
         ledger.between = max(0.0, ledger.joules - ledger.in_steps - ledger.repeated)
 
     def _count_repeated(self, run: Running) -> None:
         """Steps after the checkpoint that this process goes on from were paid for, and will be taken again."""
-        told = [line for line in read_metrics(run.run) if line.get("step", 0) > run.progress.step]
-        sums = [line["joules"] for line in told if isinstance(line.get("joules"), float)]
+        lines = [line for line in read_metrics(run.run) if line.get("step", 0) > run.progress.step]
+        sums = [line["joules"] for line in lines if isinstance(line.get("joules"), float)]
         lost = max(0.0, max(sums, default=0.0) - self.ledger.joules)
-        if lost and told and run.progress.step > 0:
-            source = str(told[-1].get("energy_source", "estimate")).split("+")[-1]
+        if lost and lines and run.progress.step > 0:
+            source = str(lines[-1].get("energy_source", "estimate")).split("+")[-1]
             self._before[source] = self._before.get(source, 0.0) + lost
             self.ledger.repeated += lost
 
 
 def gpus_of(device: torch.device) -> tuple[int, ...]:
-    """The GPU that a model on `device` uses; none for a processor."""
+    """Return the index of the GPU that a model on `device` uses; none for a CPU."""
     if device.type != "cuda":
         return ()
     return (device.index if device.index is not None else torch.cuda.current_device(),)
@@ -157,7 +157,7 @@ class Attribution:
                 self._learned[name] += PASSES * adapter.embedding.weight.numel()
 
     def shares(self, batch: Batch) -> dict[str, dict[str, Share]]:
-        """The batch's work by modality and by task; call it while the batch is still on the processor."""
+        """The batch's work by modality and by task; call it while the batch is still on the CPU."""
         modalities: dict[str, Share] = {}
         tokens, operations = np.zeros(batch.num_examples), np.zeros(batch.num_examples)  # E
         for name, kind in batch.kinds.items():

@@ -41,20 +41,20 @@ _NOT_SHOWN = {
 
 
 class Logger(Protocol):
-    """Takes in what a run tells; its methods must not change the run."""
+    """Receives the metrics of a run; its methods must not change the run."""
 
     def step(self, step: int, steps: int | None) -> None:
         """After every step."""
 
     def log(self, line: Line) -> None:
-        """Averages over the last steps, or, where the line has the key `evaluation`, scores."""
+        """Log averages over the last steps or, if there is the key `evaluation`, scores."""
 
     def close(self) -> None:
         """At the end, also after a failure."""
 
 
 class MetricAverager:
-    """Averages the reports of consecutive steps; its state is carried in checkpoints, so a resumed run tells the same.
+    """Averages the reports of consecutive steps; its state is in checkpoints, so a resumed run logs the same.
 
     Skipped steps are left out of the averages.
     """
@@ -65,7 +65,7 @@ class MetricAverager:
         self._seconds = 0.0
 
     def add(self, report: StepReport, seconds: float) -> None:
-        """Take in one step, which took `seconds`."""
+        """Add one step, which took `seconds`."""
         self._tokens += report.tokens
         self._seconds += seconds
         if not report.applied:
@@ -76,14 +76,14 @@ class MetricAverager:
         self.add_numbers(named)
 
     def add_numbers(self, named: Mapping[str, float]) -> None:
-        """Take in further numbers of one step."""
+        """Add further numbers of one step."""
         for name, value in named.items():
             total = self._sums.setdefault(name, [0.0, 0])
             total[0] += value
             total[1] += 1
 
     def compute(self) -> Line:
-        """The averages since the last call, and the speed."""
+        """Return the averages since the last call, and the speed, and reset them."""
         means = {name: total / count for name, (total, count) in self._sums.items()}
         layers = {
             kind: [means.pop(name) for name in list(means) if name.startswith(f"{kind} ")]
@@ -125,7 +125,7 @@ class MetricsFile:
 
 
 def read_metrics(run: RunFolder) -> list[Line]:
-    """The lines of a run's metrics.jsonl; one that a crash cut short is left out."""
+    """Return the lines of a run's metrics.jsonl, without one that a crash cut short."""
     if not run.metrics.exists():
         return []
     lines = []
@@ -145,7 +145,7 @@ def _keep_until(run: RunFolder, step: int) -> None:
 
 
 class WriterErrors:
-    """Keeps a failure of the writer's thread off the screen: its owner gets it with the next call, and says it better.
+    """Keeps a failure of the writer's thread off the screen, because its owner gets it with the next call.
 
     Errors of other threads, and other errors than the system's, go where they went before.
     """
@@ -291,7 +291,7 @@ class LiveDisplay:
 
 
 class Pace:
-    """How fast steps go, to tell the time that is left."""
+    """The speed of steps, to estimate the time that is left."""
 
     def __init__(self, start: int) -> None:
         self._start = start

@@ -228,11 +228,11 @@ class MultimodalJob(Job):
         Never more than one block stands whole on a rank, and of its experts only those that the rank holds.
         """
         # torch's distributed tensors take seconds to import: a process alone is spared them.
-        from openm6.parallel.fsdp import Recut, gather_parameters, shard_rest  # noqa: PLC0415
+        from openm6.parallel.fsdp import BlockResharder, gather_parameters, shard_rest  # noqa: PLC0415
 
         old, layout = self.omni, self.ranks.layout
         with torch.no_grad():
-            names = old.delink(Recut(layout).refill)
+            names = old.delink(BlockResharder(layout).refill)
             parts: list[nn.Module] = [old.adapters, old.backbone.layers, old.backbone.final_norm]
             gather_parameters(parts)
             self.omni = self.model = old.unwrapped()

@@ -1,4 +1,4 @@
-"""Training whose weight sets live in a store: fetched for their use, moved as soon as their gradient is known."""
+"""The train step with offloaded weights: fetched for each use, updated as soon as their gradient is known."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from openm6.train.step import (
     TrainStep,
     device_failures,
     make_report,
+    resolve_precision,
     seed_everything,
-    settle_precision,
     sum_over_ranks,
 )
 
@@ -54,11 +54,11 @@ def open_train_step(job: Job, config: LoopConfig, checkpoints: Path | None = Non
 
 
 class OffloadedTrainStep(TrainStep):
-    """Moves weight sets layer by layer during the backward pass, and everything else (the edges) after it.
+    """Update weight sets layer by layer during the backward pass, and everything else (the edges) after it.
 
     The edges are embeddings, heads, norms and routers: they stay on the device in fp32 under AdamW, whatever
     `bytes_per_parameter` says, since they are few and sensitive. `clip` bounds their gradient's norm alone; sets are
-    clipped by their rule, as nobody knows the norm of all gradients while they are used up.
+    clipped by their rule, because the norm of all gradients is not known while they are used up.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class OffloadedTrainStep(TrainStep):
         if report.applied:
             self.job.after_step(result)
         else:
-            self._tell_skipped(step, int(facts.skipped))
+            self._warn_skipped(step, int(facts.skipped))
         return report
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
@@ -120,7 +120,7 @@ class OffloadedTrainStep(TrainStep):
             self.store.storage[layer].copy_(before.storage[number])
             if uses[number] > 1:
                 for name, stored in self.store.stored(layer).items():
-                    self._hand_on(stored, moments, uses[number])
+                    self._inherit(stored, moments, uses[number])
                     if noise:
                         self._add_noise(layer, name, stored, noise)
         before.free()
@@ -136,7 +136,7 @@ class OffloadedTrainStep(TrainStep):
             for name, stored in self.store.stored(number).items():
                 for slot, tensor in stored.items():
                     own = full_name(self._prefix(number) + name, slot)
-                    part = self.sets.in_whole(number, name, slot, tensor)
+                    part = self.sets.to_global(number, name, slot, tensor)
                     (shard.model if slot in self.rule.read_slots else shard.optimizer)[own] = part
             yield shard
 
@@ -152,7 +152,7 @@ class OffloadedTrainStep(TrainStep):
         }:
             raise CheckpointError(
                 f"{folder} has {min(unknown)!r}, unknown to this model: "
-                "turn it with openm6 convert, or load it with the config that it was saved with"
+                "convert it with openm6 convert, or load it with the config that it was saved with"
             )
         self._load_edges(weights, kept)
         for number in range(self.num_shards):
@@ -171,33 +171,33 @@ class OffloadedTrainStep(TrainStep):
         for number, shard in enumerate(self.shards()):
             homes = {**shard.model, **shard.optimizer}
             load_parts(folder, homes, None)
-            self._bring_home(number, homes)
+            self._to_device(number, homes)
         self.store.invalidate()
 
-    def _bring_home(self, number: int, read: dict[str, Tensor]) -> None:
+    def _to_device(self, number: int, read: dict[str, Tensor]) -> None:
         """Parts that were read on the host, for a set that is resident on a GPU; others were read where they live."""
         for name, stored in self.store.stored(number).items():
             for slot, tensor in stored.items():
                 if not tensor.is_cpu:
-                    tensor.copy_(self.sets.here(read[full_name(self._prefix(number) + name, slot)]))
+                    tensor.copy_(self.sets.to_local(read[full_name(self._prefix(number) + name, slot)]))
 
     def close(self) -> None:
         self.store.free()
         self.backbone.runner = None
 
     def _open_store(self, device: torch.device) -> None:
-        """Room for every weight set, and the runner that uses them."""
+        """Open the store of all weight sets, and the runner that uses them."""
         self.sets = self.job.ranks.sets([set_shapes(cast(Block, block)) for block in self.backbone.sets])
         layouts = [
             RecordLayout(self.sets.local_shapes(number), self.rule)
             for number in range(len(self.backbone.sets))
         ]
         budget = self.budget(layouts)
-        room = available(device, self.streaming, self._checkpoints)
+        free = available(device, self.streaming, self._checkpoints)
         if self.config.stages is not None and self.backbone.config.stage == "pseudo":
-            check_budget(self._later(budget), room, self.rule)
-        check_budget(budget, room, self.rule)
-        resident = resident_sets(budget, room)
+            check_budget(self._later(budget), free, self.rule)
+        check_budget(budget, free, self.rule)
+        resident = resident_sets(budget, free)
         self.store = WeightStore(
             layouts, resident, device, self._streams, self.streaming.buffers, self.streaming.pin
         )
@@ -215,7 +215,7 @@ class OffloadedTrainStep(TrainStep):
         """What the run will take, by place."""
         edges = sum(parameter.numel() for parameter in self.job.model.parameters())
         edges -= sum(torch.Size(shape).numel() for one in self.sets.shapes for shape in one.values())
-        half = settle_precision(self.config.precision, self.device) == "bf16"
+        half = resolve_precision(self.config.precision, self.device) == "bf16"
         return Budget(
             self.backbone.config,
             layouts,
@@ -246,7 +246,7 @@ class OffloadedTrainStep(TrainStep):
                 values = first_values(config, number, self.config.seed, self.store.device, own)
             for name, stored in self.store.stored(number).items():
                 seed = self.config.seed
-                part = self.sets.part(number, name, values[name], dealt=own is not None)
+                part = self.sets.part(number, name, values[name], local_experts=own is not None)
                 key = derive_seed(seed, "fill", number, name)
                 self.rule.fill(stored, part.float(), key, self.sets.piece(number, name))
                 _empty_out(block, name)
@@ -260,7 +260,7 @@ class OffloadedTrainStep(TrainStep):
         first = self.sets.piece(number, "feed_forward.up").first
         return range(first, first + shape[0])
 
-    def _hand_on(self, stored: Stored, moments: Moments, uses: int) -> None:
+    def _inherit(self, stored: Stored, moments: Moments, uses: int) -> None:
         """What a layer gets of a shared set's memory."""
         for slot, tensor in stored.items():
             if slot not in self.rule.read_slots:
@@ -287,7 +287,7 @@ class OffloadedTrainStep(TrainStep):
         block = self.backbone.sets[number]
         return next(f"{name}." for name, module in self.job.model.named_modules() if module is block)
 
-    def _tell_skipped(self, step: int, skipped: int) -> None:
+    def _warn_skipped(self, step: int, skipped: int) -> None:
         moved = self.num_shards - skipped
         if moved:
             get_log().warning(

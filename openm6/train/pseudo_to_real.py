@@ -16,19 +16,19 @@ from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 
 
 class SwitchClock:
-    """Tells when the switch is due; its state is carried in checkpoints, so a resumed run switches at the same step."""
+    """Decides when the switch is due; its state is in checkpoints, so a resumed run switches at the same step."""
 
     def __init__(self, config: SwitchConfig) -> None:
         self._config = config
         self._losses: list[float] = []
 
     def observe(self, loss: float) -> None:
-        """Take in the loss of one step."""
+        """Record the loss of one step."""
         if self._config.plateau is not None:
             self._losses = [*self._losses, loss][-2 * self._config.plateau.window :]
 
     def due(self, steps: int, seconds: float) -> bool:
-        """True once the switch should happen, `steps` steps and `seconds` seconds into the run."""
+        """Return True once the switch should happen, `steps` steps and `seconds` seconds into the run."""
         config = self._config
         if config.step is not None:
             return steps >= config.step
@@ -51,7 +51,7 @@ def rate_after_switch(step: int, switched_at: int | None, config: StagesConfig) 
 
 
 def shared_matrices(sources: Mapping[str, str], model: nn.Module) -> dict[str, nn.Parameter]:
-    """The matrices that several layers of a delinked model now hold copies of; `sources` as `delink` gave it."""
+    """Return the matrices of which several layers of a delinked model hold copies, from the result of `delink`."""
     uses = Counter(sources.values())
     named = dict(model.named_parameters())
     return {new: named[new] for new, old in sources.items() if uses[old] > 1 and named[new].ndim > 1}
@@ -71,7 +71,7 @@ def matrix_noise(values: Tensor, noise: float, seed: int, piece: Piece = WHOLE, 
     """Normal noise of `noise` times the deviation of each matrix; R' C, or E R' C for a stack, as `values`.
 
     The matrices of a stack are number `first` and following. Each is drawn from the seed and its number, on the
-    processor: the same noise whatever device the weights live on, and whichever of their rows and experts live here.
+    CPU: the same noise whatever device the weights are on, and whichever of their rows and experts this rank holds.
     """
     stack = values if values.ndim > 2 else values.unsqueeze(0)
     start, rows = piece.rows(stack.shape[-2])

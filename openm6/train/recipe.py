@@ -110,7 +110,7 @@ def _check_rows(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConf
 def _check_compiling(loop: LoopConfig) -> None:
     if loop.compile is True or (loop.streaming is not None and loop.streaming.compile is True):
         raise ConfigError(
-            "blocks that are cut over ranks cannot be compiled: leave compile at auto, or set parallel.shard and "
+            "blocks that are sharded over ranks cannot be compiled: leave compile at auto, or set parallel.shard and "
             "parallel.experts to 1"
         )
 
@@ -121,5 +121,5 @@ def _check_parts(parts: int, shape: MeshShape, config: BackboneConfig) -> None:
     here = config.experts.num_experts // shape.experts
     if here % parts:
         raise ConfigError(
-            f"parallel.parts={parts} cannot cut the {here} experts of a rank evenly: choose a divisor"
+            f"parallel.parts={parts} cannot divide the {here} experts of a rank evenly: choose a divisor"
         )

@@ -20,7 +20,7 @@ from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.parallel.ranks import Ranks, launched, restarted
 from openm6.tasks.registry import TASKS
-from openm6.train.codec import CodecRecipe, ImageCodecJob, ImageCodecRecipe, SoundCodecJob, SoundCodecRecipe
+from openm6.train.codec import AudioCodecJob, AudioCodecRecipe, CodecRecipe, ImageCodecJob, ImageCodecRecipe
 from openm6.train.job import Job
 from openm6.train.loop import TrainResult, refuse_overwriting, train
 from openm6.train.multimodal import MultimodalJob
@@ -32,7 +32,7 @@ Build = Callable[[Any, RunFolder, torch.device, Ranks], Job]
 WAYS: dict[str, tuple[type[Recipe], Build]] = {
     "multimodal": (MultimodalRecipe, MultimodalJob),
     "codec-image": (ImageCodecRecipe, lambda recipe, run, device, ranks: ImageCodecJob(recipe, device)),
-    "codec-sound": (SoundCodecRecipe, lambda recipe, run, device, ranks: SoundCodecJob(recipe, device)),
+    "codec-sound": (AudioCodecRecipe, lambda recipe, run, device, ranks: AudioCodecJob(recipe, device)),
 }
 SHIPPED = Path(__file__).parents[1] / "recipes"
 
@@ -79,7 +79,7 @@ def train_recipe(
 
     Raises:
         ConfigError: the recipe is unusable, or `out` holds no run to resume.
-        TrainingError, DataError, CheckpointError: as `train` says.
+        TrainingError, DataError, CheckpointError: as for `train`.
     """
     device = own_device()
     plan = _plan(recipe, overrides or [], resume, out)
@@ -123,7 +123,7 @@ def _next_steps(recipe: MultimodalRecipe, folder: Path) -> str:
 
 @dataclass
 class _Plan:
-    """What one process is to do; a failure to find out is kept, to be told by all ranks together."""
+    """What one process is to do; a failure is kept, so that all ranks report it together."""
 
     resume: bool
     folder: Path = Path()

@@ -35,7 +35,7 @@ from openm6.train.pseudo_to_real import break_symmetry, shared_matrices
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is known after one step; all of it plain numbers."""
+    """The numbers of one step."""
 
     step: int
     tokens: int
@@ -44,11 +44,10 @@ class StepReport:
     learning_rate: float
     applied: bool  # False: not finite, so nothing was changed
     metrics: dict[str, float]
-    c_v: list[
-        float
-    ]  # per sparse layer, the load's σ/μ (M6-T, arXiv 2105.15082, section 3.1): 0 is a perfect balance
-    dropped: list[float]  # per sparse layer, share of choices dropped
-    work: Work = field(default_factory=dict)  # what the step was for, as the job says
+    # Per sparse layer the load's σ/μ (M6-T, arXiv 2105.15082, section 3.1), where 0 is a perfect balance.
+    c_v: list[float]
+    dropped: list[float]  # per sparse layer, the fraction of expert assignments that were dropped
+    work: Work = field(default_factory=dict)  # what the step was used for
 
 
 def seed_everything(seed: int, *purpose: str | int) -> None:
@@ -60,7 +59,7 @@ def seed_everything(seed: int, *purpose: str | int) -> None:
 
 
 class TrainStep:
-    """Moves a job's model by one batch at a time."""
+    """Train a job's model on one batch at a time."""
 
     def __init__(self, job: Job, config: LoopConfig) -> None:
         self.job = job
@@ -69,11 +68,9 @@ class TrainStep:
         self.rate_scale = 1.0  # a callback's factor on the learning rate
         self._build()
         self.device = self.parameters[0].device
-        settled = settle_precision(config.precision, self.device)
-        if settled == "bf16-products" != config.precision:
-            get_log().info(
-                "large products run in bf16, as this processor is fast at it (loop.precision=auto)"
-            )
+        resolved = resolve_precision(config.precision, self.device)
+        if resolved == "bf16-products" != config.precision:
+            get_log().info("large products run in bf16, as this CPU is fast at it (loop.precision=auto)")
 
     def _build(self) -> None:
         groups = self.job.ranks.groups(self.job.parameter_groups())
@@ -85,11 +82,11 @@ class TrainStep:
 
     @property
     def num_shards(self) -> int:
-        """Weight sets that the model itself does not hold, and that are saved one by one."""
+        """The number of weight sets that the model itself does not hold and that are saved one by one."""
         return 0
 
     def shards(self) -> Iterator[Shard]:
-        """Those sets, each when it is asked for."""
+        """Yield those sets one at a time."""
         return iter(())
 
     def load(self, folder: Path) -> None:
@@ -103,14 +100,14 @@ class TrainStep:
         load_optimizer(folder, self.optimizer, self.job.model, layout)
 
     def free_optimizer_state(self) -> None:
-        """Let go of what only training needs: the model remains, for evaluation."""
+        """Free what only training needs; the model remains, for evaluation."""
         self.optimizer.state.clear()
 
     def close(self) -> None:
-        """Give back what was taken besides the model."""
+        """Release what was allocated besides the model."""
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
-        """Give each layer weights of its own; the optimizer's moments go along as `moments` says."""
+        """Give each layer weights of its own, and of the optimizer's moments what `moments` selects."""
         tensors = optimizer_tensors(self.optimizer, self.job.model)
         sources = self.job.delink()
         self._build()
@@ -121,7 +118,7 @@ class TrainStep:
             break_symmetry(shared, noise, self.config.seed, self.job.ranks)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The precision in which forward passes run."""
+        """Return the context in which forward passes run."""
         return in_precision(self.config.precision, self.device)
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
@@ -150,12 +147,12 @@ class TrainStep:
         return report
 
     def _prepare(self, batch: Batch) -> None:
-        """Before the first step, when a batch tells its size: how blocks are run."""
+        """Choose how blocks run, before the first step, when the size of a batch is known."""
         if not self._prepared:
             size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
             copies = 1 if self.optimizer.state else 3  # a gradient, and two moments if they are not there yet
-            cut = self.job.ranks.layout is not None
-            choose_execution(self.job.model, self.config, batch.tokens, copies * size, cut)
+            sharded = self.job.ranks.layout is not None
+            choose_execution(self.job.model, self.config, batch.tokens, copies * size, sharded)
             self._prepared = True
 
     def _clip(self) -> Tensor:
@@ -216,18 +213,18 @@ def _take_layers(measured: dict[str, float], prefix: str) -> list[float]:
 
 
 def in_precision(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
-    """What a forward pass on a device runs under; its backward pass follows."""
-    settled = settle_precision(precision, device)
-    if settled == "bf16-products":
+    """Return the context of a forward pass on a device; the backward pass follows it."""
+    resolved = resolve_precision(precision, device)
+    if resolved == "bf16-products":
         return products_in_half()
-    return torch.autocast(device.type, dtype=HALF, enabled=settled == "bf16")
+    return torch.autocast(device.type, dtype=HALF, enabled=resolved == "bf16")
 
 
-def settle_precision(precision: Precision, device: torch.device) -> Precision:
-    """What `auto` means on a device; anything else is itself.
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """Return the precision that `auto` means on a device; any other is returned as it is.
 
     Raises:
-        ConfigError: bf16-products on another device than a processor.
+        ConfigError: bf16-products on another device than a CPU.
     """
     if precision == "bf16-products" and device.type != "cpu":
         raise ConfigError("loop.precision=bf16-products is for processors: on a GPU use bf16, or auto")
@@ -235,28 +232,30 @@ def settle_precision(precision: Precision, device: torch.device) -> Precision:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    # bf16 for everything between the products too is slower on a processor: see docs/performance.md.
+    # bf16 for everything between the products too is slower on a CPU: see docs/performance.md.
     return "bf16-products" if device.type == "cpu" and half_is_fast() else "fp32"
 
 
 def choose_execution(
-    model: nn.Module, config: LoopConfig, tokens: int, pending: int, cut: bool = False
+    model: nn.Module, config: LoopConfig, tokens: int, pending: int, sharded: bool = False
 ) -> None:
-    """Sets `run_block` of each backbone in the model that still runs plainly.
+    """Set `run_block` of each backbone in the model that still runs plainly.
 
-    tokens: of a step; pending: bytes that gradients and optimizer will take beside what is allocated now; cut: blocks
-    gather their weights or exchange rows with other ranks, which no compiler sees through.
+    tokens: of a step; pending: bytes that gradients and optimizer will take beside what is allocated now;
+    sharded: whether blocks gather weights or exchange rows with other ranks, which is not compiled.
     """
     for backbone in (module for module in model.modules() if isinstance(module, Backbone)):
         if backbone.run_block is run_plainly:
-            backbone.run_block = _way(backbone, config, tokens, pending, cut)
+            backbone.run_block = _block_runner(backbone, config, tokens, pending, sharded)
 
 
-def _way(backbone: Backbone, config: LoopConfig, tokens: int, pending: int, cut: bool) -> RunBlock:
+def _block_runner(
+    backbone: Backbone, config: LoopConfig, tokens: int, pending: int, sharded: bool
+) -> RunBlock:
     device = backbone.final_norm.weight.device
-    # On a processor compiling takes minutes and saves little: see docs/performance.md.
+    # On a CPU compiling takes minutes and saves little: see docs/performance.md.
     compiles = device.type == "cuda" if config.compile == "auto" else config.compile
-    run: RunBlock = CompiledBlocks() if compiles and not cut else run_plainly
+    run: RunBlock = CompiledBlocks() if compiles and not sharded else run_plainly
     again = config.recompute
     if again == "auto":
         again = 0 if device.type != "cuda" else _by_memory(backbone, tokens, pending, device)
@@ -277,9 +276,9 @@ def _by_memory(backbone: Backbone, tokens: int, pending: int, device: torch.devi
 
 @contextmanager
 def device_failures(step: Callable[[], int], streamed: bool = True) -> Iterator[None]:
-    """Turns a GPU's failures into one sentence; the run's checkpoints are whole, whatever happened.
+    """Turn a GPU's failures into one sentence; the run's checkpoints are complete in any case.
 
-    `step` tells which one is under way when it happens.
+    `step` returns the number of the step that is under way.
 
     Raises:
         TrainingError: the GPU's memory ran out, or the GPU is gone.
@@ -287,10 +286,10 @@ def device_failures(step: Callable[[], int], streamed: bool = True) -> Iterator[
     try:
         yield
     except torch.OutOfMemoryError as error:
-        mend = "raise loop.streaming.micro_batches or margin_gib"
-        mend = mend if streamed else "raise loop.recompute, make batches smaller, or add loop.streaming"
+        remedy = "raise loop.streaming.micro_batches or margin_gib"
+        remedy = remedy if streamed else "raise loop.recompute, make batches smaller, or add loop.streaming"
         raise TrainingError(
-            f"the GPU's memory ran out in step {step()}: {mend}, then go on with --resume"
+            f"the GPU's memory ran out in step {step()}: {remedy}, then go on with --resume"
         ) from error
     except torch.AcceleratorError as error:
         reason = str(error).splitlines()[0]

@@ -12,8 +12,8 @@ from openm6.data.sources import open_sources
 from openm6.modalities.codec import SHIPPED, load_codec, shipped_codecs
 from openm6.modalities.codec_image import ImageCodec
 from openm6.modalities.codec_sound import SoundCodec
-from openm6.train.audio_codec import read_clip, sound_scores
-from openm6.train.image_codec import picture_scores, read_small, to_pixels
+from openm6.train.audio_codec import audio_scores, read_clip
+from openm6.train.image_codec import image_scores, read_small, to_pixels
 
 
 def test_three_codecs_are_shipped_each_a_few_megabytes_with_its_scores() -> None:
@@ -32,7 +32,7 @@ def test_unseen_emoji_survive(name: str, grid: int, groups: int, decibels: float
     source = open_sources({"emoji": EmbeddedConfig(name="emoji")}, "test")["emoji"]
     pixels = to_pixels([read_small(source[index]["image"], 64) for index in range(0, len(source), 4)], 64)
     assert codec.encode(torch.zeros(1, 3, 64, 64)).shape == (1, grid, grid, groups)
-    assert picture_scores(codec, pixels)["psnr"] > decibels
+    assert image_scores(codec, pixels)["psnr"] > decibels
 
 
 def test_an_unseen_voice_survives_and_stages_refine() -> None:
@@ -40,7 +40,7 @@ def test_an_unseen_voice_survives_and_stages_refine() -> None:
     assert isinstance(codec, SoundCodec) and codec.groups == 4 and codec.codebook_size == 1000
     source = open_sources({"digits": EmbeddedConfig(name="espeak_digits")}, "test")["digits"]
     clips = [read_clip(source[index]["audio"]) for index in range(0, len(source), 6)]
-    assert sound_scores(codec, clips)["log_mel_l1"] < 0.65
+    assert audio_scores(codec, clips)["log_mel_l1"] < 0.65
     clip = clips[0][None]
     whole = codec.mels(clip[:, : clip.shape[1] // 640 * 640])
     codes = codec.encode(clip)

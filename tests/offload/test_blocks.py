@@ -259,7 +259,7 @@ def test_answers_are_the_same_at_the_switch() -> None:
 def test_a_checkpoint_of_another_tier_is_refused(tmp_path: Path) -> None:
     train(WordsJob(PLAIN), run_config(steps=2), RunFolder.open(tmp_path))
     with pytest.raises(
-        CheckpointError, match="holds 2 bytes a parameter, this run wants 1: turn it with openm6"
+        CheckpointError, match="holds 2 bytes a parameter, this run wants 1: convert it with openm6"
     ):
         train(WordsJob(PLAIN), run_config(bytes=1), RunFolder(tmp_path), resume=True)
 

@@ -52,8 +52,8 @@ def told(recipe: str, folder: str, settings: list[str], odd: str) -> str:
     ("settings", "odd", "sentence"),
     [
         (["parallel.data=3"], "", "data=3 × shard=1 × experts=1 is 3 ranks, but 2 run"),
-        (["parallel.experts=2", "model.overrides.experts.num_experts=5"], "", "cannot deal out 5 experts evenly"),
-        (["parallel.experts=2", "parallel.parts=3"], "", "parallel.parts=3 cannot cut the 2 experts of a rank"),
+        (["parallel.experts=2", "model.overrides.experts.num_experts=5"], "", "cannot distribute 5 experts evenly"),
+        (["parallel.experts=2", "parallel.parts=3"], "", "parallel.parts=3 cannot divide the 2 experts of a rank"),
         (["packing.rows=1"], "", "packing.rows=1 leaves some of 2 ranks without a row"),
         (["parallel.shard=2", "loop.compile=true"], "", "cannot be compiled: leave compile at auto"),
         (["parallel.experts=2", "model.overrides.experts.capacity=2.0"], "", "packing.rows to a multiple of 2"),

@@ -18,7 +18,7 @@ from openm6.nn.exchange import LocalExchange
 from openm6.nn.experts import Experts, Router
 from openm6.nn.gather import LocalGather
 from openm6.parallel.collectives import AllToAllExchange, CopiesExchange, RankGather, open_gather
-from openm6.parallel.fsdp import cut_experts
+from openm6.parallel.fsdp import keep_experts
 from tests.parallel.fleet import Fleet
 
 WIDTH, NUM_EXPERTS = 16, 8
@@ -63,7 +63,7 @@ def learn(experts: Experts, router: Router, exchange: Any, variant: str, rank: i
 def one_rank(variant: str, parcels: int) -> tuple[list[Tensor], list[Tensor | None]]:
     experts, router = build(variant)
     rank, size = dist.get_rank(), dist.get_world_size()
-    cut_experts([experts], rank, size)
+    keep_experts([experts], rank, size)
     found = learn(experts, router, AllToAllExchange(dist.group.WORLD, parcels), variant, rank)
     return found, [experts.up.grad, experts.down.grad, router.weight.grad, *shared_gradients(experts)]
 
@@ -130,7 +130,7 @@ def count_collectives() -> tuple[int, int]:
     dist.all_to_all_single = counting
     try:
         experts, router = build("top_k")
-        cut_experts([experts], dist.get_rank(), dist.get_world_size())
+        keep_experts([experts], dist.get_rank(), dist.get_world_size())
         x, valid = tokens_of(dist.get_rank(), "top_k")
         x.requires_grad_()
         y, _ = experts(x, router, valid, AllToAllExchange(dist.group.WORLD), 0)
@@ -146,7 +146,7 @@ def test_one_exchange_each_way(two: Fleet) -> None:
 
 
 def test_experts_that_do_not_divide_are_refused(two: Fleet) -> None:
-    with pytest.raises(AssertionError, match="8 experts cannot be dealt out to 2 ranks in 3 parts"):
+    with pytest.raises(AssertionError, match="8 experts cannot be distributed over 2 ranks in 3 chunks"):
         two.run(one_rank, "top_k", 3)
 
 

@@ -37,7 +37,7 @@ def test_axes_must_multiply_out_to_the_ranks() -> None:
 
 @pytest.mark.parametrize("num_experts", [6, None])
 def test_experts_must_be_dealt_out_evenly(num_experts: int | None) -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.experts=4 cannot deal out .* experts evenly"):
+    with pytest.raises(ConfigError, match=r"parallel\.experts=4 cannot distribute .* experts evenly"):
         ParallelConfig(experts=4).resolve(4, num_experts, False)
 
 

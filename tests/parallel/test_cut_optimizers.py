@@ -21,7 +21,7 @@ from openm6.checkpoint.optimizer import optimizer_tensors
 from openm6.checkpoint.save import Snapshot
 from openm6.checkpoint.sharded import ShardedSaver
 from openm6.optim.muon import Muon
-from openm6.parallel.fsdp import cut_tensors
+from openm6.parallel.fsdp import with_places
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
 from openm6.parallel.sharded_weights import piece_of
@@ -124,7 +124,7 @@ def load_moments(recipe: str, folder: str, checkpoint: str) -> dict[str, Tensor]
 def whole_moments(job: MultimodalJob, train_step: TrainStep) -> dict[str, Tensor]:
     tensors = optimizer_tensors(train_step.optimizer, job.model)
     if job.ranks.layout is not None:
-        tensors = cut_tensors(job.model, tensors, job.ranks.layout)
+        tensors = with_places(job.model, tensors, job.ranks.layout)
     # Copies, for a rank's tensors go with it.
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from openm6.base.run_folder import RunFolder
 from openm6.modalities.batch import Batch
-from openm6.parallel.fsdp import cut_tensors
+from openm6.parallel.fsdp import with_places
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
 from openm6.train.multimodal import MultimodalJob
@@ -90,7 +90,7 @@ def whole_weights(job: MultimodalJob) -> dict[str, Tensor]:
     """The weights of the whole model, wherever their parts lie."""
     weights = {name: tensor.detach() for name, tensor in job.model.state_dict().items()}
     if job.ranks.layout is not None:
-        weights = cut_tensors(job.model, weights, job.ranks.layout)
+        weights = with_places(job.model, weights, job.ranks.layout)
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in weights.items()}
 
 

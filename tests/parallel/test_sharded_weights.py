@@ -129,12 +129,14 @@ def moved_unevenly(rows: int, bytes_per_parameter: int, at_once: int) -> tuple[i
         mock.patch.object(kernels, "available", lambda device: False),
     ):
         for one in (piece, SetShard(1, rows, None)):
-            shape = tuple(one.cut(values).shape)
+            shape = tuple(one.shard_of(values).shape)
             stored = {slot.name: torch.zeros(slot.shape, dtype=slot.dtype) for slot in rule.slots(shape)}
-            rule.fill(stored, one.cut(values), 5, one)
-            rule.update(stored, one.cut(gradient), Move(0.05, 0.1, 11, torch.tensor(True), one))
+            rule.fill(stored, one.shard_of(values), 5, one)
+            rule.update(stored, one.shard_of(gradient), Move(0.05, 0.1, 11, torch.tensor(True), one))
             read.append(rule.read(stored, torch.float32))
-    same = torch.isclose(read[0], piece.cut(read[1]), rtol=1e-5).float().mean() if read[0].numel() else 1.0
+    same = (
+        torch.isclose(read[0], piece.shard_of(read[1]), rtol=1e-5).float().mean() if read[0].numel() else 1.0
+    )
     return group.exchanges, float(same) > 0.99
 
 

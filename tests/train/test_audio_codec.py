@@ -11,15 +11,15 @@ import torch
 
 from openm6.modalities.codec_sound import SoundCodec, SoundCodecConfig
 from openm6.train.audio_codec import (
-    SoundLessons,
-    SoundLessonsConfig,
+    AudioData,
+    AudioDataConfig,
+    audio_scores,
     colour,
     curve,
-    make_sound_bank,
+    make_audio_bank,
     noise,
     play,
     read_clip,
-    sound_scores,
     voices,
 )
 from openm6.train.codec_data import DeviceRng
@@ -39,9 +39,9 @@ def clips(*files: bytes) -> list[torch.Tensor]:
     return [read_clip(data) for data in files]
 
 
-def lessons(batch: int = 6) -> SoundLessons:
-    config = SoundLessonsConfig(batch=batch, seconds=0.4)
-    return SoundLessons(config, CODEC, {"a": clips(wav(0.3), wav(0.9, 300.0))}, CPU)
+def lessons(batch: int = 6) -> AudioData:
+    config = AudioDataConfig(batch=batch, seconds=0.4)
+    return AudioData(config, CODEC, {"a": clips(wav(0.3), wav(0.9, 300.0))}, CPU)
 
 
 def test_a_seed_gives_the_same_batch_within_range() -> None:
@@ -55,10 +55,10 @@ def test_a_seed_gives_the_same_batch_within_range() -> None:
 
 def test_clips_count_by_their_seconds_unless_shares_say_otherwise() -> None:
     sources = {"a": clips(wav(0.2)), "b": clips(wav(0.6), wav(0.2))}
-    plain = make_sound_bank(sources, {}, CPU)
+    plain = make_audio_bank(sources, {}, CPU)
     assert torch.allclose(plain.weights / plain.weights.sum(), torch.tensor([0.2, 0.6, 0.2]).double())
     assert plain.start.tolist() == [0, 3200, 12800] and plain.end.tolist() == [3200, 12800, 16000]
-    shared = make_sound_bank(sources, {"a": 0.5, "b": 0.5}, CPU).weights
+    shared = make_audio_bank(sources, {"a": 0.5, "b": 0.5}, CPU).weights
     assert float(shared[0]) == pytest.approx(float(shared[1:].sum()))
 
 
@@ -119,5 +119,5 @@ def test_the_loss_has_a_finite_gradient_at_silence() -> None:
 def test_scores_are_finite_and_worse_for_an_untrained_codec_than_for_none() -> None:
     torch.manual_seed(0)
     codec = SoundCodec(CODEC).eval()
-    scores = sound_scores(codec, clips(wav(0.33), wav(0.2)))
+    scores = audio_scores(codec, clips(wav(0.33), wav(0.2)))
     assert scores["log_mel_l1"] > 0.1 and 0 < scores["bits"] <= 40

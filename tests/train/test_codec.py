@@ -16,12 +16,12 @@ from openm6.modalities.codec_base import Health
 from openm6.train.codec import (
     CODEC_FILE,
     SCORES_FILE,
+    AudioCodecJob,
+    AudioCodecRecipe,
     CodecJob,
     ImageCodecJob,
     ImageCodecRecipe,
     Lesson,
-    SoundCodecJob,
-    SoundCodecRecipe,
     check_health,
 )
 from openm6.train.codec_data import hold_out
@@ -222,7 +222,7 @@ def test_broken_pictures_are_left_out_with_a_warning(
     for name in ("one.png", "two.png"):
         (tmp_path / name).write_bytes(_embedded_picture())
     job = image_job(sources={"mine": {"kind": "folder", "path": str(tmp_path), "test_share": 0.0}})
-    assert len(job.held_out) == 1 and len(job.lessons.banks[32].pictures) == 1
+    assert len(job.held_out) == 1 and len(job.data.banks[32].images) == 1
     assert "source 'mine', record 0 is left out" in caplog.text
 
 
@@ -253,8 +253,8 @@ def test_a_sound_codec_trains_and_is_written(tmp_path: Path) -> None:
         "loop.steps=3", "loop.save_every=3", "loop.tensorboard=false", "lessons.batch=4", "lessons.seconds=0.24",
         "codec.width=16", "codec.encoder_blocks=1", "codec.decoder_blocks=1", "sources.digits.limit=8", "held_out=4",
     ]  # fmt: skip
-    recipe = read_config(SoundCodecRecipe, RECIPES / "codec-sound.yaml", changes)
-    job = SoundCodecJob(recipe, CPU)
+    recipe = read_config(AudioCodecRecipe, RECIPES / "codec-sound.yaml", changes)
+    job = AudioCodecJob(recipe, CPU)
     train(job, recipe.loop, RunFolder.open(tmp_path))
     assert load_codec(tmp_path / CODEC_FILE).encode(torch.zeros(1, 16000)).shape == (1, 25, 4)
     assert json.loads((tmp_path / SCORES_FILE).read_text())["test"]["digits"]["log_mel_l1"] > 0

@@ -13,13 +13,13 @@ from PIL import Image
 from openm6.modalities.codec_image import ImageCodec, ImageCodecConfig
 from openm6.train.codec_data import DeviceRng
 from openm6.train.image_codec import (
-    PictureLessons,
-    PictureLessonsConfig,
+    ImageData,
+    ImageDataConfig,
     background_mask,
-    drawn_pictures,
+    drawn_images,
     edge_difference,
+    image_scores,
     make_bank,
-    picture_scores,
     psnr,
     read_small,
     recolour,
@@ -68,8 +68,8 @@ def test_shares_weigh_sources_and_others_count_by_their_size() -> None:
 
 
 def test_a_seed_gives_the_same_batch_and_another_seed_another() -> None:
-    config = PictureLessonsConfig(batch=8, sides={32: 0.5, 16: 0.5}, drawn=0.25)
-    lessons = PictureLessons(config, {"a": [plain(200, 30, 90), plain(9, 120, 60)]}, CPU)
+    config = ImageDataConfig(batch=8, sides={32: 0.5, 16: 0.5}, drawn=0.25)
+    lessons = ImageData(config, {"a": [plain(200, 30, 90), plain(9, 120, 60)]}, CPU)
     batches = [lessons.draw(seed) for seed in range(12)]
     assert {batch.shape[-1] for batch in batches} == {32, 16}
     assert all(batch.shape[0] == 8 and batch.abs().max() <= 1 for batch in batches)
@@ -105,7 +105,7 @@ def test_recolouring_keeps_the_range_and_leaves_the_other_pictures_alone() -> No
 
 
 def test_drawn_pictures_have_edges_and_differ() -> None:
-    pictures = drawn_pictures(16, 32, DeviceRng(3, CPU))
+    pictures = drawn_images(16, 32, DeviceRng(3, CPU))
     assert pictures.shape == (16, 3, 32, 32)
     assert pictures.min() >= 0 and pictures.max() <= 1
     assert (pictures.flatten(1).std(1) > 0.01).sum() >= 14
@@ -113,7 +113,7 @@ def test_drawn_pictures_have_edges_and_differ() -> None:
 
 
 def test_the_loss_is_zero_for_a_perfect_copy_and_grows_with_the_error() -> None:
-    lessons = PictureLessons(PictureLessonsConfig(batch=2, sides={16: 1.0}), {"a": [plain(1, 2, 3)]}, CPU)
+    lessons = ImageData(ImageDataConfig(batch=2, sides={16: 1.0}), {"a": [plain(1, 2, 3)]}, CPU)
     target = smooth(4) * 2 - 1
     noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
     assert lessons.loss(target, target, False) == 0
@@ -123,7 +123,7 @@ def test_the_loss_is_zero_for_a_perfect_copy_and_grows_with_the_error() -> None:
 
 
 def test_the_settling_loss_falls_as_the_mean_psnr_rises() -> None:
-    lessons = PictureLessons(PictureLessonsConfig(batch=2, sides={16: 1.0}), {"a": [plain(1, 2, 3)]}, CPU)
+    lessons = ImageData(ImageDataConfig(batch=2, sides={16: 1.0}), {"a": [plain(1, 2, 3)]}, CPU)
     target, output = torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)
     output[0], output[1] = 0.5, 1.0
     squares = torch.tensor([0.25, 1.0])
@@ -169,7 +169,7 @@ def test_scores_are_a_mean_over_pictures_whatever_the_batch() -> None:
     config = ImageCodecConfig(groups=1, widths=(16,), encoder_blocks=(1,), decoder_blocks=(1,))
     codec = ImageCodec(config).eval()
     pictures = (smooth(70, 16) * 255).byte()
-    scores = picture_scores(codec, pictures)
-    alone = [picture_scores(codec, picture[None])["psnr"] for picture in pictures[::23]]
+    scores = image_scores(codec, pictures)
+    alone = [image_scores(codec, picture[None])["psnr"] for picture in pictures[::23]]
     assert min(alone) - 3 < scores["psnr"] < max(alone) + 3
     assert 0 <= scores["bits"] <= math.log2(1000)
