@@ -38,7 +38,7 @@ class DyingJob(recording_job.RecordingJob):
 
 
 def main(recipe: str, folder: Path) -> None:
-    ranks = ProcessRanks(torch.device("cpu"), 60)  # kept open for what follows
+    ranks = ProcessRanks(torch.device("cpu"), 20)  # kept open for what follows
     recording_job.RecordingJob = DyingJob  # type: ignore[misc]
     if (
         ATTEMPT == 1 and ranks.is_main_process

@@ -50,7 +50,7 @@ def run_steps(
     names = ("data", "shard", "experts")
     settings = [f"parallel.{name}={size}" for name, size in zip(names, axes, strict=True)]
     checked, _ = read_recipe(Path(recipe), settings)
-    ranks = ProcessRanks(torch.device("cpu"), 60) if dist.is_initialized() else Ranks()
+    ranks = ProcessRanks(torch.device("cpu"), 20) if dist.is_initialized() else Ranks()
     run = RunFolder.open(folder)
     job = RecordingJob(checked, run, torch.device("cpu"), ranks)
     job.first_step = begin

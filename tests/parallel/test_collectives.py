@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 from torch import Tensor
 
 from openm6.modalities.pool import PoolAdapter, PoolConfig
@@ -162,33 +159,24 @@ def pairs() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return torch.randn(8, 8), {"key": key, "space": torch.ones_like(key)}
 
 
-def rank_loss(own: int, part: tuple[int, int], folder: str, port: int) -> None:
-    """One of two processes: its share of the loss, its gradients, and a turn without pairs."""
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=own)
+def rank_loss() -> list[torch.Tensor]:
+    """This rank's fraction of the loss, its gradients, and a turn in which only the first rank has pairs."""
+    own = dist.get_rank()
     adapter, (hidden, arrays) = pool(), pairs()
     adapter.gather = open_gather()
     assert isinstance(adapter.gather, RankGather)
-    rows = slice(2 * part[0], 2 * part[1])
+    rows = slice(2 * PARTS[own][0], 2 * PARTS[own][1])
     mine = hidden[rows].clone().requires_grad_(True)
     loss = adapter.nll(mine, {name: array[rows] for name, array in arrays.items()}).sum()
     loss.backward()
     weight = adapter.project.weight.grad
     dist.all_reduce(weight)
     both = adapter.none() if own else adapter.nll(hidden[:2], {n: a[:2] for n, a in arrays.items()}).sum()
-    torch.save([loss.detach(), mine.grad, weight, both.detach()], Path(folder) / f"{own}.pt")
-    dist.destroy_process_group()
+    return [loss.detach(), mine.grad, weight, both.detach()]
 
 
-def _worker(own: int, folder: str, port: int) -> None:
-    rank_loss(own, PARTS[own], folder, port)
-
-
-def test_two_ranks_are_as_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.spawn(_worker, (str(tmp_path), port), nprocs=2)
-    found = [torch.load(tmp_path / f"{own}.pt", weights_only=True) for own in range(2)]
+def test_two_ranks_are_as_one(two: Fleet) -> None:
+    found = two.run(rank_loss)
     adapter, (hidden, arrays) = pool(), pairs()
     hidden.requires_grad_(True)
     whole = adapter.nll(hidden, arrays).sum()
