@@ -358,7 +358,9 @@ def _row_parts(layout: SequenceMeta, x: Tensor, wanted: int) -> list[tuple[slice
         return [(slice(None), layout)]
     borders = [round(part * layout.batch / count) for part in range(count + 1)]
     rows = [slice(first, last) for first, last in itertools.pairwise(borders)]
-    return [(one, SequenceMeta(*(part[one] for part in layout.parts()))) for one in rows]
+    return [
+        (one, SequenceMeta(*(part[one] for part in layout.parts()), causal=layout.causal)) for one in rows
+    ]
 
 
 def _shares(contexts: list[Context]) -> list[Tensor]:

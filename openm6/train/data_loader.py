@@ -14,9 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from openm6.base.errors import OpenM6Error, TrainingError
-from openm6.parallel.worker_pool import (
-    Failure,
-)
+from openm6.parallel.worker_pool import Failure
 from openm6.train.job import Batch, Job
 
 Item = TypeVar("Item")
@@ -55,7 +53,7 @@ class Prefetch(Generic[Item]):
         return item
 
     def _fill(self) -> None:
-        # Of this thread alone: two teams of threads on the same cores would wait for one another at every barrier.
+        # For this thread alone: two pools of OpenMP threads on the same cores would wait for one another.
         torch.set_num_threads(1)
         try:
             for item in self._source:
@@ -69,7 +67,7 @@ class Prefetch(Generic[Item]):
         self._put(_End(error))
 
     def _put(self, item: Item | _End) -> bool:
-        """False if the reader has gone."""
+        """Return False if the reader has gone."""
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
