@@ -13,13 +13,13 @@ from openm6.base.log import get_log
 from openm6.data.source import Source, SourceConfig, Split
 from openm6.data.sources import open_sources
 
-Raw = TypeVar("Raw")  # a decoded image or sound
+Raw = TypeVar("Raw")  # a decoded image or clip
 
 
 def read_records(
     sources: Mapping[str, SourceConfig], split: Split, key: str, read: Callable[[bytes], Raw]
 ) -> dict[str, list[Raw]]:
-    """The decoded images or audio of each source that has some in this split; broken ones are told and left out.
+    """Return the decoded images or audio of each source that has some in this split; broken ones are logged.
 
     Raises:
         DataError: a source of training records has none.

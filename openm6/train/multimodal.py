@@ -58,7 +58,7 @@ from openm6.train.multimodal_data import (
 from openm6.train.recipe import MultimodalRecipe, check_mesh
 from openm6.train.step import seed_everything
 
-PART_TOKENS = 256  # fewer are not worth a process: each part costs some milliseconds whatever it holds
+PART_TOKENS = 256  # fewer are not worth a worker, because each part costs some milliseconds whatever it holds
 
 
 class MultimodalJob(Job):
@@ -131,9 +131,9 @@ class MultimodalJob(Job):
         return merge_cursors(cursors)
 
     def loss(self, batch: Batch) -> StepResult:
-        """Mean over examples of each one's mean over its learned tokens, plus the routers' side losses.
+        """Return the mean over examples of each one's mean over its learned tokens, plus the routers' side losses.
 
-        Each rank gives its share of what all of them together have.
+        On several ranks it is this rank's fraction of the global loss.
         """
         counts = self._count(batch)
         work = self.attribution.shares(batch)
@@ -160,7 +160,7 @@ class MultimodalJob(Job):
         return pack_held_out(self.recipe, self.modalities, self.ranks, number)
 
     def held_out_loss(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """The training loss of other records: `loss` as it is minimised, and the mean over learned tokens by kind.
+        """Return the training loss of other records: `loss` as it is minimised, and means over learned tokens by kind.
 
         The routers' side losses are left out.
         """
@@ -182,10 +182,10 @@ class MultimodalJob(Job):
         return {"loss": summed[0] / max(1.0, summed[1]), **found}
 
     def _idle(self) -> Tensor | float:
-        """Nothing, but with a gradient of zero for each weight of an adapter.
+        """Return zero with a gradient of zero for each weight of an adapter.
 
-        Where weights are cut every rank must bring a gradient for each, whatever of an adapter its rows use (a picture
-        may be read and none drawn), or the others wait for it for ever.
+        In a sharded model every rank needs a gradient for each weight, whatever of an adapter its rows use (an image
+        may be an input and none an output), or the others wait for it for ever.
         """
         weights = self.optional_parameters()
         # A sum of no numbers: 0 times a weight that is not finite would be NaN, and reads all of it.
@@ -195,7 +195,7 @@ class MultimodalJob(Job):
         return list(self.omni.adapters.parameters()) if self.ranks.wrapped else []
 
     def _count(self, batch: Batch) -> Counts:
-        """What the batch that this is a part of, or those of all ranks together, hold in this step."""
+        """Return the counts of the whole batch that this is a part of, or of the batches of all ranks."""
         own = batch.whole or count(batch)
         kinds = list(self.omni.adapters)
         learned = [own.learned.get(kind, 0) for kind in kinds]
@@ -240,10 +240,10 @@ class MultimodalJob(Job):
         return names
 
     def finish(self, run: RunFolder) -> None:
-        """Judges the run on its test records and writes report.html, report.json and README.md, the model card.
+        """Evaluate the run on its test records and write report.html, report.json and README.md, the model card.
 
-        The model is judged as it stands in memory: a second one might not fit. Ranks that hold copies leave it to the
-        first; those that hold parts of one model all take part.
+        The model in memory is evaluated, because a second one might not fit. Replicas leave it to rank 0; ranks that
+        hold shards of one model all take part.
         """
         if self.ranks.is_main_process:
             seen = epochs_seen(read_state(latest(run.path))["progress"]["cursor"]["mixture"])
@@ -259,39 +259,39 @@ class MultimodalJob(Job):
         if reported:
             get_log().info(f"{run.path} is trained, evaluated and reported: nothing is left to do")
             return
-        parted = self.ranks.layout is not None
-        if not (parted or self.ranks.is_main_process):
+        sharded = self.ranks.layout is not None
+        if not (sharded or self.ranks.is_main_process):
             return
         kept = load_evaluation(run, str(checkpoint)) if self.ranks.is_main_process else None
-        if parted:  # else the other ranks are gone, and would never answer
+        if sharded:  # else the other ranks are gone, and would never answer
             kept = self.ranks.broadcast_object(kept)
-        judgement, joules = kept or self._evaluate(run, checkpoint, parted)
+        judgement, joules = kept or self._evaluate(run, checkpoint, sharded)
         if self.ranks.is_main_process:
             if kept is None:
                 save_evaluation(run, judgement, joules)
             self._report(run, judgement, joules)
             drop_evaluation(run)
 
-    def _evaluate(self, run: RunFolder, checkpoint: Path, parted: bool) -> tuple[Judgement, float]:
-        """What the model scores, and the joules of finding out."""
-        loaded = Loaded(self._for_evaluation(parted), self.modalities, self.description, checkpoint)
+    def _evaluate(self, run: RunFolder, checkpoint: Path, sharded: bool) -> tuple[Judgement, float]:
+        """Return the scores of the model, and the joules of the evaluation."""
+        loaded = Loaded(self._for_evaluation(sharded), self.modalities, self.description, checkpoint)
         watts = self.recipe.loop.energy.cpu_watts
         with open_meter(gpus_of(self.omni.device), watts) as meter, meter.span() as span:
             judgement = evaluate(
                 run.path,
-                settings=["judge.workers=1"] if parted else None,
+                settings=["judge.workers=1"] if sharded else None,
                 tell=lambda result: get_log().info(summary(result)),
                 loaded=loaded,
             )
         return judgement, span.joules
 
-    def _for_evaluation(self, parted: bool) -> Omni:
-        """The model as one that was read from its checkpoint; all ranks get the same hidden states."""
+    def _for_evaluation(self, sharded: bool) -> Omni:
+        """Prepare the model as if it were read from its checkpoint; all ranks get the same hidden states."""
         omni = self.omni.eval()
         if omni.pool is not None:
             omni.pool.gather = LocalGather()
-        if parted:
-            # Text ends where a token says so: ranks that found another one would wait for each other for ever.
+        if sharded:
+            # Text ends at an end token: ranks that predicted different ones would wait for each other for ever.
             omni.backbone.register_forward_hook(lambda _, given, found: (self.ranks.same(found[0]), found[1]))
             return omni
         omni.backbone.exchange = LocalExchange()
@@ -334,7 +334,7 @@ def _to_device(module: nn.Module, device: torch.device) -> None:
 
 
 def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> ModelDescription:
-    """What a checkpoint tells of its model; `sources` are those that the mixture draws from."""
+    """Return the description of the model for checkpoints; `sources` are those that the mixture draws from."""
     return ModelDescription(
         preset=recipe.model.preset,
         backbone=build_backbone(recipe.model),

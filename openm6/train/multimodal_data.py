@@ -30,9 +30,9 @@ from openm6.models.description import (
     Lesson,
 )
 from openm6.parallel.ranks import Ranks
+from openm6.tasks.prompts import word_count
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES, Task
-from openm6.tasks.prompts import word_count
 from openm6.train.recipe import MultimodalRecipe
 
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
@@ -85,7 +85,7 @@ def _learned_tokenizer(recipe: MultimodalRecipe, sources: dict[str, Source]) -> 
 
 
 def fit_scales(sources: Iterable[Source]) -> Scales:
-    """Centre and spread of every number column, from training records alone."""
+    """Return location and scale of every number column, from training records alone."""
     columns: dict[str, list[float]] = {}
     for source in sources:
         for index in np.linspace(0, len(source) - 1, min(len(source), SCANNED)).astype(int):
@@ -152,7 +152,7 @@ def _sample(source: Source, most: int) -> tuple[list[Record], list[DataError]]:
 
 
 def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[Lesson]:
-    """The tasks of the mixture with the lengths of their texts: much shorter ones were not taught."""
+    """Return the tasks of the mixture with the lengths of their texts: much shorter ones were not trained on."""
     return [
         Lesson(task=x.task, source=x.source, words=words_read(TASKS[x.task], sources[x.source]))
         for x in recipe.mixture
@@ -160,7 +160,7 @@ def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[
 
 
 def words_read(task: Task, source: Source) -> tuple[int, int] | None:
-    """The fewest and the most words that the task reads in some records; None if it can read none of them."""
+    """Return the min and max of words of the task's inputs in some records; None if it can read none of them."""
     counts = []
     for index in np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int):
         rng = numpy_generator(0, "words", int(index))

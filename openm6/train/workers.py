@@ -45,7 +45,7 @@ def number_of_workers(job: Job, config: LoopConfig, run: RunFolder) -> int:
         ConfigError: this machine or this kind of training cannot have as many as are set.
     """
     on_cpu = all(parameter.is_cpu for parameter in job.model.parameters())
-    # A stage replaces the weights, and offloading keeps them elsewhere: other processes would not see it.
+    # A stage replaces the weights, and offloading keeps them elsewhere, where other processes do not see them.
     alone = config.stages is not None or config.streamed
     possible = job.most_parts if can_fork() and on_cpu and not alone else 1
     if config.workers == "auto":

@@ -18,10 +18,10 @@ from openm6.train.codec import (
     SCORES_FILE,
     AudioCodecJob,
     AudioCodecRecipe,
+    CodecBatch,
     CodecJob,
     ImageCodecJob,
     ImageCodecRecipe,
-    Lesson,
     check_health,
 )
 from openm6.train.codec_data import hold_out
@@ -74,7 +74,7 @@ def _stop_after(job: CodecJob, steps: int) -> None:
     """Cuts a run between two checkpoints, as a crash would."""
     plain = job.loss
 
-    def loss(batch: Lesson) -> object:
+    def loss(batch: CodecBatch) -> object:
         if batch.step > steps:
             raise KeyboardInterrupt
         return plain(batch)
@@ -88,7 +88,7 @@ def heat(job: ImageCodecJob, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(job.model.parameters(), lr=0.016, betas=(0.9, 0.99))
     losses = []
     for step in range(1, steps + 1):
-        result = job.loss(Lesson(step, 1))
+        result = job.loss(CodecBatch(step, 1))
         optimizer.zero_grad()
         result.loss.backward()
         torch.nn.utils.clip_grad_norm_(job.model.parameters(), 1.0)
@@ -132,7 +132,7 @@ def test_guards_wait_for_their_step() -> None:
 
 
 def test_health_goes_into_the_metrics() -> None:
-    metrics = image_job().loss(Lesson(1, 1)).metrics
+    metrics = image_job().loss(CodecBatch(1, 1)).metrics
     assert set(metrics) == {
         "latent/mean_magnitude",
         "latent/saturated",
@@ -145,10 +145,10 @@ def test_statistics_freeze_in_the_last_part_only() -> None:
     job = image_job(settle_share=0.5)
     norm = job.codec.latent_norms()[0]
     job.model.train()
-    job.loss(Lesson(3, 1))
+    job.loss(CodecBatch(3, 1))
     before = norm.mean.clone()
     assert not norm.frozen and before.abs().sum() > 0
-    job.loss(Lesson(4, 1))
+    job.loss(CodecBatch(4, 1))
     assert norm.frozen and torch.equal(norm.mean, before)
 
 
@@ -158,12 +158,12 @@ def test_the_average_follows_the_weights_by_the_stated_rule() -> None:
     first = job.averaged.state_dict()[name].clone()
     with torch.no_grad():
         job.codec.state_dict()[name].add_(1.0)
-    job.after_step(job.loss(Lesson(1, 1)))
+    job.after_step(job.loss(CodecBatch(1, 1)))
     keep = 2 / 11
     assert torch.allclose(job.averaged.state_dict()[name], first + (1 - keep), atol=1e-6)
     job.updates = 10**6
     now = job.averaged.state_dict()[name].clone()
-    job.after_step(job.loss(Lesson(2, 1)))
+    job.after_step(job.loss(CodecBatch(2, 1)))
     expected = now.lerp(job.codec.state_dict()[name], 1 - 0.999)
     assert torch.allclose(job.averaged.state_dict()[name], expected, atol=1e-6)
 
