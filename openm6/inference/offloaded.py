@@ -17,6 +17,7 @@ from openm6.checkpoint.shards import Catalogue
 from openm6.models.backbone import Backbone
 from openm6.models.omni import Omni
 from openm6.nn.block import Block
+from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.offload.streams import open_streams
 from openm6.offload.weight_store import RecordLayout, Use, WeightsOnly, WeightStore, set_shapes
 from openm6.optim.rules import WEIGHT, Stored
@@ -34,8 +35,10 @@ class OffloadedSource:
         self.backbone, self.catalogue, self.kept, self.device = backbone, catalogue, kept, device
         self.offloaded = [number for number in range(backbone.config.num_sets) if number not in kept]
         self.store: WeightStore | None = None  # made when first used: by then the model has its dtype
-        self._blocks: dict[int, Block] = {}
-        self._open: int | None = None
+        self._blocks: dict[
+            tuple[DenseConfig | ExpertsConfig, int], Block
+        ] = {}  # by form and address of the buffer
+        self._open: tuple[int, Block] | None = None
 
     def block(self, layer: int) -> Block:
         """As `BlockSource` requires; while the caller works with the block, the next one is fetched."""
@@ -44,17 +47,25 @@ class OffloadedSource:
             return cast(Block, self.backbone.sets[number])
         if self.store is None:
             self.store = self._open_store()
-        if number != self._open:
+        if self._open is None or number != self._open[0]:
             if self._open is not None:
-                self.store.close(self.offloaded.index(self._open))
+                self.store.close(self.offloaded.index(self._open[0]))
             self._open = None  # also if reading fails
             self.store.plan(self._uses(layer))
             stored = self.store.open(self.offloaded.index(number))
-            self._open = number
+            self._open = number, self._block_of(number, layer, stored)
+        return self._open[1]
+
+    def _block_of(self, number: int, layer: int, stored: dict[str, Stored]) -> Block:
+        """Return the block of a buffer, always the same one for the same memory and form, with the set's router."""
+        original = cast(Block, self.backbone.sets[number])
+        key = self.backbone.config.feed_forward(layer), next(iter(stored.values()))[WEIGHT].data_ptr()
+        if key not in self._blocks:
+            self._blocks[key] = _empty_like(original)
             for name, slots in stored.items():
-                _set_parameter(self._blocks[number], name, slots[WEIGHT])
-            self._blocks[number].router = cast(Block, self.backbone.sets[number]).router
-        return self._blocks[number]
+                _set_parameter(self._blocks[key], name, slots[WEIGHT])
+        self._blocks[key].router = original.router
+        return self._blocks[key]
 
     def _uses(self, layer: int) -> list[Use]:
         """One round of uses from this layer on; after the last layer comes the first of the next pass."""
@@ -69,7 +80,6 @@ class OffloadedSource:
         """Open a store of the dtype that the rest of the backbone has."""
         dtype, on_gpu = self.backbone.final_norm.weight.dtype, self.device.type == "cuda"
         blocks = {number: cast(Block, self.backbone.sets[number]) for number in self.offloaded}
-        self._blocks = {number: _empty_like(block) for number, block in blocks.items()}
         store = WeightStore(
             [RecordLayout(set_shapes(block), WeightsOnly(dtype)) for block in blocks.values()],
             resident=(),

@@ -15,23 +15,6 @@ from openm6.checkpoint.folder import STATE_FILE
 from openm6.checkpoint.save import Snapshot, save
 from openm6.checkpoint.shards import OFFSETS, PLACES, Catalogue
 from openm6.checkpoint.tensors import named_tensors
-<<<<<<<< HEAD:tests/inference/test_streamed.py
-from openm6.inference.decode import Speaker
-from openm6.inference.engine import write
-from openm6.inference.load import Loaded, load
-from openm6.inference.masked import fill_codes
-from openm6.inference.prefill import read_into
-from openm6.inference.sampling import MaskedSampling, Sampling
-from openm6.inference.streamed import (
-    BUFFERS,
-    FileHome,
-    MemoryHome,
-    StreamedSets,
-    matrices,
-    place_streamed,
-)
-from openm6.inference.text import TextRows
-========
 from openm6.inference.decode import Speaker
 from openm6.inference.engine import write
 from openm6.inference.load import Loaded, load
@@ -40,7 +23,6 @@ from openm6.inference.offloaded import BUFFERS, OffloadedSource, place_offloaded
 from openm6.inference.prefill import read_into
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.inference.text import TextRows
->>>>>>>> 3312de8 (One weight store for offloaded training and inference, in a package of its own):tests/inference/test_offloaded.py
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from openm6.models.config import BackboneConfig
