@@ -16,11 +16,11 @@ from openm6.checkpoint.folder import list_checkpoints
 from openm6.data.mixture import Component, Mixture
 from openm6.data.packing import Packer
 from openm6.data.prepare import Preparer, with_others
+from openm6.data.propose import unused_columns
 from openm6.data.quarantine import Quarantine
 from openm6.data.records import Record
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
-from openm6.data.propose import unused_columns
 from openm6.modalities.batch import Batch as PackedBatch
 from openm6.modalities.numbers import Scales, fit_scale
 from openm6.modalities.registry import Modalities
