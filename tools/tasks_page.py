@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from openm6.base.files import replace_text
-from openm6.evaluate.figures import METRIC_NOTES
+from openm6.evaluate.metrics import METRICS
 from openm6.modalities.registry import MODALITIES
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Task
@@ -85,7 +85,7 @@ def _escaped(cell: str) -> str:
 
 
 def _metrics(tasks: list[Task]) -> list[str]:
-    return [name for name in METRIC_NOTES if any(name in task.metrics for task in tasks)]
+    return [name for name in METRICS if any(name in task.metrics for task in tasks)]
 
 
 def _baselines(tasks: list[Task]) -> list[str]:
@@ -93,8 +93,7 @@ def _baselines(tasks: list[Task]) -> list[str]:
 
 
 def _note(metric: str) -> str:
-    title, note = METRIC_NOTES[metric]
-    return f"{title}: {note}"
+    return f"{METRICS[metric].title}: {METRICS[metric].note}"
 
 
 def main(words: list[str] | None = None) -> int:

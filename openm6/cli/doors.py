@@ -27,7 +27,7 @@ DOORS = {
     "run scenarios": "openm6.serve.scenarios.run:run_scenarios",
     "tried scenarios": "openm6.serve.scenarios.run:tried_table",
     "inspect": "openm6.data.inspect:inspect_path",
-    "show judgement": "openm6.evaluate.table:print_table",
+    "show judgement": "openm6.evaluate.summary:print_table",
     "show inspection": "openm6.cli.inspection:show_inspection",
     "cluster options": "openm6.plan.cluster:ClusterOptions",
     "plan machine": "openm6.plan.ask:read_machine",

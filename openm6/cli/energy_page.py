@@ -15,8 +15,7 @@ from openm6.base.energy.units import in_joules
 from openm6.base.errors import CheckpointError
 from openm6.base.files import replace_text
 from openm6.base.run_folder import RunFolder
-from openm6.evaluate.energy import EnergyAccount, read_account
-from openm6.evaluate.lines import Lines, read_lines
+from openm6.evaluate.energy import EnergyAccount, Lines, read_account, read_lines
 
 WIDTH, HEIGHT = 60, 10  # of the plot, in characters
 BAR = 16

@@ -1,10 +1,15 @@
-"""What each task must beat: answers from the training split's habits, or from common sense, without a model."""
+"""Baselines of tasks: predictors that see no inputs, fitted to training targets, and naive rules for numbers.
 
-# Shapes: N examples
+The priors p(y) serve twice: as baselines of text and codes, and as a null predictor of the information gain.
+"""
+
+# Shapes: M training targets, N test targets, P positions of a target, G codes per position, C codebook size
 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,30 +19,136 @@ from openm6.base.seeds import numpy_generator
 from openm6.data.prepare import with_others
 from openm6.data.source import Source
 from openm6.evaluate.metrics import METRICS, Scored, truths
-from openm6.evaluate.priors import (
-    AnswerFrequencies,
-    CodeFrequencies,
-    NoPrior,
-    TargetPrior,
-    ValueFrequencies,
-    target_column,
-)
 from openm6.inference.load import Loaded
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
+from openm6.modalities.numbers import BINS, LIMIT
 from openm6.modalities.registry import Modalities, target_segment
 from openm6.modalities.sound import Sound
 from openm6.tasks.task import Example, Task
 
-FITTED = 400  # training records that a baseline looks at
+MAX_TRAINING_EXAMPLES = 400
+# Candidate weights of a position's own frequencies, against those of all positions; one in HELD_OUT training targets
+# selects the weight.
+POSITION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 0.9)
+HELD_OUT = 4
+PSEUDO_COUNT = 0.5
+
+
+class TargetPrior(ABC):
+    """p(y) from the targets of the training split."""
+
+    @abstractmethod
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
+        """-log2 p(y) of each target in bits; infinite for a target without probability.  # N"""
+
+
+class NoPrior(TargetPrior):
+    """The prior without training records: no target has a probability."""
+
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
+        return np.full(len(examples), np.inf)
+
+
+class AnswerFrequencies(TargetPrior):
+    """Text: how often each answer occurs in the language of the prompt, add-half smoothed."""
+
+    def __init__(self, examples: list[Example], targets: list[Segment]) -> None:
+        self.counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for example in examples:
+            self.counts[example.language][example.answer] += 1
+
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
+        return np.asarray([self._bits(example) for example in examples])
+
+    def _bits(self, example: Example) -> float:
+        counts = self.counts[example.language]
+        if example.answer not in counts:
+            return np.inf
+        # One class more than was seen: the probability of a new answer.
+        total = counts.total() + PSEUDO_COUNT * (len(counts) + 1)
+        return float(-np.log2((counts[example.answer] + PSEUDO_COUNT) / total))
+
+    def most_frequent(self, language: str) -> str:
+        """The most frequent answer in a language; empty if there is none."""
+        return next((answer for answer, _ in self.counts[language].most_common(1)), "")
+
+    def covers(self, examples: list[Example]) -> bool:
+        """Whether every answer occurred in training: the task has a closed set of answers."""
+        return all(example.answer in self.counts[example.language] for example in examples)
+
+
+class ValueFrequencies(TargetPrior):
+    """Numbers: a histogram of each column's training values over the bins of the number head."""
+
+    def __init__(self, examples: list[Example], targets: list[Segment]) -> None:
+        self.counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(BINS))
+        for example, target in zip(examples, targets, strict=True):
+            self.counts[target_column(example)] += np.bincount(_bins(target), minlength=BINS)
+
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
+        return np.asarray([self._bits(*pair) for pair in zip(examples, targets, strict=True)])
+
+    def _bits(self, example: Example, target: Segment) -> float:
+        smoothed = self.counts[target_column(example)] + PSEUDO_COUNT / 4  # 160 bins would swamp few values
+        return float(-np.log2(smoothed[_bins(target)] / smoothed.sum()).sum())
+
+
+class CodeFrequencies(TargetPrior):
+    """Image and audio codes: frequencies by position and group, mixed with those of all positions.
+
+    The weight of the position's own frequencies is the one that predicts a held-out quarter of the training targets
+    best.
+    """
+
+    def __init__(self, examples: list[Example], targets: list[Segment], codebook_size: int) -> None:
+        codes = np.stack([target.arrays["codes"] for target in targets])  # M P G
+        held_out = np.arange(len(codes)) % HELD_OUT == HELD_OUT - 1
+        weight = 0.0
+        if held_out.any():
+            tables = {w: _code_bits(codes[~held_out], codebook_size, w) for w in POSITION_WEIGHTS}
+            weight = min(tables, key=lambda w: _lookup(tables[w], codes[held_out]).mean())
+        self.table = _code_bits(codes, codebook_size, weight)  # P G C
+
+    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
+        return np.asarray(
+            [_lookup(self.table, target.arrays["codes"])[target.learn].sum() for target in targets]
+        )
+
+
+def _code_bits(codes: np.ndarray, codebook_size: int, weight: float) -> np.ndarray:
+    """Bits of every code at every position.  # M P G -> P G C"""
+    _, positions, groups = codes.shape
+    own = np.zeros((positions, groups, codebook_size))
+    np.add.at(own, (np.arange(positions)[:, None], np.arange(groups), codes), 1)
+    pooled = own.sum(0) + PSEUDO_COUNT  # G C
+    pooled /= pooled.sum(-1, keepdims=True)
+    return -np.log2(weight * own / len(codes) + (1 - weight) * pooled)
+
+
+def _lookup(table: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Bits of codes.  # P G C, … P G -> … P G"""
+    positions, groups, _ = table.shape
+    return table[np.arange(positions)[:, None], np.arange(groups), codes]
+
+
+def _bins(target: Segment) -> np.ndarray:
+    """Bin of each observed value."""
+    values = target.arrays["values"][target.arrays["observed"]]
+    return ((values + LIMIT) * (BINS / (2 * LIMIT))).astype(int).clip(0, BINS - 1)
+
+
+def target_column(example: Example) -> str:
+    """The column that a numbers example predicts."""
+    return next(iter(example.answer)) if isinstance(example.answer, dict) else example.answer.name
 
 
 def training_examples(
     task: Task, source: Source, seed: int, modalities: Modalities
 ) -> tuple[list[Example], list[Segment]]:
-    """Some training records of a source through a task, and their targets as tokens; broken ones are left out."""
+    """Some training records of a source as examples of a task, with their targets; broken ones are left out."""
     examples, targets = [], []
-    for index in np.linspace(0, len(source) - 1, min(len(source), FITTED)).astype(int):
+    for index in np.linspace(0, len(source) - 1, min(len(source), MAX_TRAINING_EXAMPLES)).astype(int):
         rng = numpy_generator(seed, "baseline", int(index))
         try:
             record = source[int(index)]
@@ -64,14 +175,15 @@ def fit_prior(task: Task, examples: list[Example], targets: list[Segment], loade
 
 
 def baseline_values(metric: str, scored: Scored, prior: TargetPrior) -> np.ndarray | None:
-    """A metric for each record, for the baseline's answers in place of the model's; None if it has none.  # N
+    """A metric of the baseline for each record; None if the task has no baseline.  # N
 
     Text: the most frequent training answer of the language. Codes: their training frequencies by position. Numbers:
     the error of the reference predictions, which is the unit of `crps_share`.
     """
-    if isinstance(prior, AnswerFrequencies):
+    compute = METRICS[metric].values
+    if isinstance(prior, AnswerFrequencies) and compute is not None:
         answers = [prior.most_frequent(example.language) for example in scored.examples]
-        return METRICS[metric].values(dataclasses.replace(scored, answers=list(answers)))
+        return compute(dataclasses.replace(scored, answers=list(answers)))
     if metric == "crps_share":
         errors = scored.reference_errors()
         return errors / max(float(errors.mean()), 1e-9)
@@ -82,7 +194,7 @@ def baseline_values(metric: str, scored: Scored, prior: TargetPrior) -> np.ndarr
 
 @dataclass(frozen=True)
 class Reference:
-    """Point predictions for each example's observed truths, and the name of the rule that made them."""
+    """Point predictions of a naive rule for each example's observed truths, and its name."""
 
     name: str
     predictions: list[np.ndarray]
@@ -107,7 +219,7 @@ def numbers_reference(
 
 
 def find_season(train: list[Example]) -> int:
-    """The period of two or more steps whose seasonal naive forecast errs least on training windows; 1 if none fits."""
+    """The period of at least two steps with the best seasonal naive forecast of training windows; 1 if none fits."""
     longest = min((len(_past(example)) for example in train), default=1)
     errors = {
         period: np.mean([np.abs(_repeated(example, period) - truths(example)).mean() for example in train])
@@ -122,7 +234,7 @@ def _past(example: Example) -> list[float | None]:
 
 
 def _repeated(example: Example, period: int) -> np.ndarray:
-    """The last `period` values repeated over the horizon, at the observed steps; gaps take the value before them."""
+    """The last `period` values repeated over the horizon, at the observed steps; missing values are forward-filled."""
     past = np.asarray([np.nan if value is None else value for value in _past(example)], float)
     if not np.isfinite(past).any():
         past = np.zeros(1)
@@ -135,8 +247,8 @@ def _repeated(example: Example, period: int) -> np.ndarray:
     return past[len(past) - min(period, len(past)) + steps % min(period, len(past))]
 
 
-def spreads(examples: list[Example], loaded: Loaded) -> list[np.ndarray]:
-    """The column spread behind each observed truth: the unit in which errors of different columns are averaged."""
+def scales(examples: list[Example], loaded: Loaded) -> list[np.ndarray]:
+    """The scale of the column of each observed truth: the unit in which errors of different columns are averaged."""
     return [
         np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[1]) for example in examples
     ]

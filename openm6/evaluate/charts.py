@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.evaluate.figures import plain, short_count, words
+from openm6.evaluate.formatting import plain, short_count, words
 from openm6.modalities.numbers import Histogram, NumberSeries
 
 MAX_POINTS = 90

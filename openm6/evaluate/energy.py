@@ -1,7 +1,8 @@
-"""The energy account of a run, from the ledger in its last checkpoint and the lines of its metrics."""
+"""The energy account of a run, from the ledger in its last checkpoint and the lines of its metrics.jsonl."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,33 +15,50 @@ from openm6.base.energy.units import JOULES_A_KWH
 from openm6.base.errors import CheckpointError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state
-from openm6.evaluate.lines import Lines, read_lines
 
+Lines = list[dict[str, Any]]
 METER = "meter"  # the hook in a checkpoint's state that keeps the ledger
-ENDING = 0.1  # part of a stage's lines whose mean counts as where its loss arrived
+# Fraction of a stage's lines whose mean is its first, or its final, loss.
+END_FRACTION = 0.1
+
+
+def read_lines(run: RunFolder) -> Lines:
+    """The averages that a run logged while training, without scores; a line that a crash cut short is skipped."""
+    if not run.metrics.exists():
+        return []
+    found = []
+    with run.metrics.open(encoding="utf-8", errors="replace") as stream:
+        for text in stream:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int) and "evaluation" not in line:
+                found.append(line)
+    return found
 
 
 @dataclass(frozen=True)
 class EnergyAccount:
-    """A ledger with the grid and the building that its joules came through, and the losses of its stages.
+    """A ledger with the grid and the PUE that its joules came through, and the losses of its stages.
 
-    losses: stage -> mean loss at its beginning and at its end; judging: joules of judging the finished run.
+    losses: stage -> mean loss at its beginning and at its end; evaluation: joules of evaluating the finished run.
     """
 
     ledger: Ledger
     grid: Grid
     pue: float
     losses: dict[str, tuple[float, float]]
-    judging: float = 0.0
+    evaluation: float = 0.0
 
     @property
     def joules_per_token(self) -> float:
-        """Of training, all of it: what lies between steps counts, too."""
+        """Of the whole training, including the time between steps."""
         return self.ledger.joules / max(1, self.ledger.tokens)
 
     @property
     def of_gpt3(self) -> float:
-        """Joules a token at the building's meter, as a share of GPT-3's."""
+        """Joules per token with the PUE, as a fraction of GPT-3's."""
         return self.joules_per_token * self.pue / gpt3.JOULES_A_TOKEN
 
     def grams(self, joules: float) -> float:
@@ -48,7 +66,7 @@ class EnergyAccount:
         return self.grid.grams(joules, self.pue)
 
     def joules_per_point(self, stage: str) -> float | None:
-        """Joules of a stage for each nat that its loss fell; None where it did not fall."""
+        """Joules of a stage per nat by which its loss fell; None if it did not fall."""
         first, last = self.losses.get(stage, (0.0, 0.0))
         account = self.ledger.stages.get(stage)
         return account.joules / (first - last) if account is not None and first > last else None
@@ -77,7 +95,7 @@ class EnergyAccount:
             "tasks": {name: self._entry(account) for name, account in ledger.tasks.items()},
             "between_steps_joules": ledger.between,
             "repeated_joules": ledger.repeated,
-            "judging_joules": self.judging,
+            "judging_joules": self.evaluation,
         }
 
     def _entry(self, account: Account) -> dict[str, float]:
@@ -90,9 +108,9 @@ class EnergyAccount:
 
 
 def read_account(
-    run: RunFolder, country: str | None = None, pue: float | None = None, judging: float = 0.0
+    run: RunFolder, country: str | None = None, pue: float | None = None, evaluation: float = 0.0
 ) -> EnergyAccount:
-    """The account of a run; `country` and `pue` take the place of its own settings.
+    """The account of a run; `country` and `pue` override its own settings.
 
     Raises:
         CheckpointError: the run has no checkpoint yet, or one that was not metered.
@@ -106,23 +124,21 @@ def read_account(
     given = {name: value for name, value in (("country", country), ("pue", pue)) if value is not None}
     config = build(EnergyConfig, {**own, **given}, "the settings of energy")
     ledger = Ledger.from_json(state)
-    return EnergyAccount(ledger, grid(config.country), config.pue, _losses(run, ledger), judging)
+    return EnergyAccount(ledger, grid(config.country), config.pue, _losses(run, ledger), evaluation)
 
 
 def _losses(run: RunFolder, ledger: Ledger) -> dict[str, tuple[float, float]]:
-    """Mean loss over the first and over the last tenth of each stage's lines."""
+    """Mean loss over the first and over the last END_FRACTION of each stage's lines."""
     lines = read_lines(run)
     only = next(iter(ledger.stages)) if len(ledger.stages) == 1 else None
     found = {}
     for stage in ledger.stages:
         values = [
-            line["loss"] for line in _of_stage(lines, stage, only) if isinstance(line.get("loss"), float)
+            line["loss"]
+            for line in lines
+            if line.get("stage", only) == stage and isinstance(line.get("loss"), float)
         ]
-        part = max(1, round(len(values) * ENDING))
+        size = max(1, round(len(values) * END_FRACTION))
         if len(values) >= 2:
-            found[stage] = (sum(values[:part]) / part, sum(values[-part:]) / part)
+            found[stage] = (sum(values[:size]) / size, sum(values[-size:]) / size)
     return found
-
-
-def _of_stage(lines: Lines, stage: str, only: str | None) -> Lines:
-    return [line for line in lines if line.get("stage", only) == stage]

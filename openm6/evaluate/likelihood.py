@@ -11,13 +11,15 @@ then at most the cross-entropy of the test answers under those frequencies, abou
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from openm6.data.prepare import example_sequence, null_example
-from openm6.evaluate.priors import TargetPrior
+from openm6.evaluate.baselines import AnswerFrequencies, TargetPrior
 from openm6.inference.load import Loaded
 from openm6.modalities.batch import PackedExample, collate
 from openm6.models.omni import Omni
@@ -79,7 +81,25 @@ def sequence_nats(omni: Omni, sequences: list[PackedExample]) -> np.ndarray:
 def _nats(omni: Omni, rows: list[list[PackedExample]], length: int) -> list[float]:
     batch = collate(rows, length).to(omni.device)
     total = torch.zeros(batch.num_examples, device=omni.device)
-    judged, _ = omni.judge(batch)
-    for part in judged.values():
+    losses, _ = omni.judge(batch)
+    for part in losses.values():
         total.index_add_(0, part.example, part.nats)
     return total.tolist()
+
+
+def answer_entropy(examples: list[Example], prior: TargetPrior) -> float | None:
+    """Entropy in bits of the answers given the language; None unless they come from a closed set seen in training.
+
+    Counts underestimate it: (distinct answers - 1) / 2N nats are added for each language (Miller 1955), up to the
+    entropy of equally frequent training answers.
+    """
+    if not isinstance(prior, AnswerFrequencies) or not prior.covers(examples):
+        return None
+    total = 0.0
+    for language in {example.language for example in examples}:
+        answers = Counter(example.answer for example in examples if example.language == language)
+        size = answers.total()
+        counted = -sum(n / size * math.log2(n / size) for n in answers.values())
+        missing = (len(answers) - 1) / (2 * size * math.log(2))
+        total += size * min(counted + missing, math.log2(len(prior.counts[language])))
+    return total / len(examples)

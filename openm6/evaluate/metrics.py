@@ -1,9 +1,10 @@
-"""How answers are scored against the truth: one function a metric, all in one list, each with its direction."""
+"""Evaluation metrics: one registry entry each, with its title, its direction and a function that scores answers."""
 
 # Shapes: N examples
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image as Pillow
 
-from openm6.evaluate.recognise import Recogniser
+from openm6.evaluate.formatting import NO_BREAK, plain, words
+from openm6.evaluate.knn import KNNClassifier
 from openm6.evaluate.results import Answer
 from openm6.modalities.image import hole_places, pixels, read_image, to_square
 from openm6.modalities.numbers import Histogram
@@ -21,38 +23,53 @@ from openm6.tasks.task import Example
 
 @dataclass(frozen=True)
 class Scored:
-    """What metrics may look at: examples with answers, code likelihoods, and what the training split knows.
+    """The input of metrics: examples with answers, and statistics of the training split.
 
     `code_bits` are bits per code of each example for the model, `prior_code_bits` for the training frequencies (image
-    and audio targets only); `spread` is each truth's column spread and `reference` the baseline's point predictions
-    (numbers only).
+    and audio targets only); `scale` is the scale of the column of each true value and `reference` the baseline's point
+    predictions (numbers only).
     """
 
     examples: list[Example]
     answers: list[Answer]
     code_bits: np.ndarray | None = None
     prior_code_bits: np.ndarray | None = None
-    spread: list[np.ndarray] = field(default_factory=list)
+    scale: list[np.ndarray] = field(default_factory=list)
     reference: list[np.ndarray] = field(default_factory=list)
-    recogniser: Recogniser | None = None
+    knn: KNNClassifier | None = None
 
     def reference_errors(self) -> np.ndarray:
-        """Mean absolute error of the baseline for each example, in spreads of the column.  # N"""
-        rows = zip(self.examples, self.spread, self.reference, strict=True)
+        """Mean absolute error of the baseline for each example, in scales of the column.  # N"""
+        rows = zip(self.examples, self.scale, self.reference, strict=True)
         return np.asarray([(np.abs(truths(e) - r) / s).mean() for e, s, r in rows])
+
+    def texts(self) -> list[tuple[str, str]]:
+        """Answers and truths of a text task."""
+        return [(str(answer), e.answer) for answer, e in zip(self.answers, self.examples, strict=True)]
+
+    def histograms(self) -> list[tuple[Histogram, np.ndarray]]:
+        """Predicted distributions and true values of a numbers task."""
+        pairs = zip(self.answers, self.examples, strict=True)
+        return [(answer, truths(example)) for answer, example in pairs if isinstance(answer, Histogram)]
 
 
 Values = Callable[[Scored], np.ndarray | None]
-"""A metric of each example, whose mean is the score; None if the metric does not apply to this source."""
+"""Returns the metric of each example, whose mean is the score; None if it does not apply to the source."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A score, and which values are good: high ones, low ones, or those near `goal`."""
+    """A metric. Values near `goal` are good if there is one, else high or low ones, as `better` says.
+
+    `values` is None for metrics of a whole gallery or against a second baseline, which are computed elsewhere.
+    """
 
     name: str
+    title: str
+    note: str
     better: Literal["higher", "lower"]
-    values: Values
+    values: Values | None = None
+    percent: bool = False
     goal: float | None = None
 
     def quality(self, value: float) -> float:
@@ -63,21 +80,20 @@ class Metric:
 
 
 def truths(example: Example) -> np.ndarray:
-    """The observed values that a numbers example wants."""
+    """The observed values of a numbers example."""
     raw = example.answer
-    values = raw.values() if isinstance(raw, dict) else raw.values
-    values = list(values()) if callable(values) else list(values)
-    plain = np.asarray([np.nan if value is None else float(value) for value in values])
-    return plain[np.isfinite(plain)]
+    values = list(raw.values()) if isinstance(raw, dict) else list(raw.values)
+    floats = np.asarray([np.nan if value is None else float(value) for value in values])
+    return floats[np.isfinite(floats)]
 
 
 def same_text(answer: str, truth: str) -> bool:
-    """Equal but for case, and white space and full stops at the ends."""
+    """Equal except for case, and white space and full stops at the ends."""
     return answer.strip(" .。\n").casefold() == truth.strip(" .。\n").casefold()
 
 
-def character_overlap(answer: str, truth: str) -> float:
-    """F1 of character pairs (single characters where either is one): a gentle score that needs no word borders."""
+def bigram_f1(answer: str, truth: str) -> float:
+    """F1 of character bigrams, or of characters if either text has one only; needs no word boundaries."""
     size = 2 if min(len(answer), len(truth)) > 1 else 1
     first, second = (Counter(t[i : i + size] for i in range(len(t) - size + 1)) for t in (answer, truth))
     shared = sum((first & second).values())
@@ -86,81 +102,171 @@ def character_overlap(answer: str, truth: str) -> float:
 
 
 def _exact_match(scored: Scored) -> np.ndarray:
-    pairs = zip(scored.answers, scored.examples, strict=True)
-    return np.asarray([same_text(str(answer), example.answer) for answer, example in pairs], float)
+    return np.asarray([same_text(answer, truth) for answer, truth in scored.texts()], float)
 
 
 def _character_f1(scored: Scored) -> np.ndarray:
-    pairs = zip(scored.answers, scored.examples, strict=True)
-    return np.asarray([character_overlap(str(answer), example.answer) for answer, example in pairs])
+    return np.asarray([bigram_f1(answer, truth) for answer, truth in scored.texts()])
 
 
-def _histograms(scored: Scored) -> list[tuple[Histogram, np.ndarray]]:
-    pairs = zip(scored.answers, scored.examples, strict=True)
-    return [(answer, truths(example)) for answer, example in pairs if isinstance(answer, Histogram)]
-
-
-def crps_share(scored: Scored) -> np.ndarray:
-    """CRPS, in spreads of the column, as a share of the baseline's mean absolute error: below 1 beats the baseline."""
-    ours = [(h.crps(t) / s).mean() for (h, t), s in zip(_histograms(scored), scored.spread, strict=True)]
+def relative_crps(scored: Scored) -> np.ndarray:
+    """CRPS in scales of the column, divided by the baseline's mean absolute error: below 1 beats the baseline."""
+    ours = [(h.crps(t) / s).mean() for (h, t), s in zip(scored.histograms(), scored.scale, strict=True)]
     return np.asarray(ours) / max(float(scored.reference_errors().mean()), 1e-9)
 
 
 def _mae(scored: Scored) -> np.ndarray:
-    """Absolute error of the median, in spreads of the column."""
-    pairs = zip(_histograms(scored), scored.spread, strict=True)
+    pairs = zip(scored.histograms(), scored.scale, strict=True)
     return np.asarray([(np.abs(h.median() - t) / s).mean() for (h, t), s in pairs])
 
 
 def _coverage_80(scored: Scored) -> np.ndarray:
-    """Fraction of truths inside the central 80 % interval; 0.8 is right, more is too wide, less too narrow."""
     inside = []
-    for histogram, truth in _histograms(scored):
+    for histogram, truth in scored.histograms():
         low, high = histogram.interval(0.8)
         inside.append(((truth >= low) & (truth <= high)).mean())
     return np.asarray(inside)
 
 
-def _recognised(scored: Scored) -> np.ndarray | None:
-    """Share of drawn or spoken answers that a plain classifier, trained on real ones, takes for the right label."""
-    if scored.recogniser is None:
+def _knn_accuracy(scored: Scored) -> np.ndarray | None:
+    if scored.knn is None:
         return None
-    labels = scored.recogniser.labels(scored.answers)
+    labels = scored.knn.predict(scored.answers)
     return np.asarray([label == e.key for label, e in zip(labels, scored.examples, strict=True)], float)
 
 
-def _hole_psnr(scored: Scored) -> np.ndarray:
-    """PSNR in dB inside the hole."""
+def _masked_psnr(scored: Scored) -> np.ndarray:
     pairs = zip(scored.answers, scored.examples, strict=True)
-    return np.asarray(
-        [hole_psnr(answer, example) for answer, example in pairs if isinstance(answer, Pillow.Image)]
-    )
+    return np.asarray([masked_psnr(a, example) for a, example in pairs if isinstance(a, Pillow.Image)])
 
 
-def hole_psnr(answer: Pillow.Image, example: Example) -> float:
-    """PSNR in dB of one filled hole against the truth."""
+def masked_psnr(answer: Pillow.Image, example: Example) -> float:
+    """PSNR in dB of one inpainted region against the truth."""
     truth = pixels(to_square(read_image(example.answer), answer.width))
-    inside = hole_places(example.target.options["hole"], answer.height, answer.width).reshape(truth.shape[:2])
-    error = np.square((pixels(answer) - truth)[inside] / 2).mean()
+    mask = hole_places(example.target.options["hole"], answer.height, answer.width).reshape(truth.shape[:2])
+    error = np.square((pixels(answer) - truth)[mask] / 2).mean()
     return float(-10 * np.log10(max(error, 1e-6)))
 
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("exact_match", "higher", _exact_match),
-        Metric("character_f1", "higher", _character_f1),
-        Metric("crps_share", "lower", crps_share),
-        Metric("mae", "lower", _mae),
-        Metric("coverage_80", "higher", _coverage_80, goal=0.8),
-        Metric("code_bits", "lower", lambda scored: scored.code_bits),
-        Metric("recognised", "higher", _recognised),
-        Metric("hole_psnr", "higher", _hole_psnr),
+        Metric(
+            "exact_match",
+            "exact match",
+            "answers equal to the truth, except for case and full stops",
+            "higher",
+            _exact_match,
+            percent=True,
+        ),
+        Metric(
+            "character_f1",
+            "character bigram F1",
+            "overlap of character bigrams with the truth; 100 % is equal",
+            "higher",
+            _character_f1,
+            percent=True,
+        ),
+        Metric(
+            "code_bits",
+            "bits per code",
+            "negative log-likelihood per code of the true image or audio, of the masked region in inpainting: lower is "
+            "better",
+            "lower",
+            lambda scored: scored.code_bits,
+        ),
+        Metric(
+            "recognised",
+            "kNN accuracy",
+            "generated images or audio to which a kNN classifier of real ones assigns the right label",
+            "higher",
+            _knn_accuracy,
+            percent=True,
+        ),
+        Metric(
+            "hole_psnr",
+            "PSNR of the masked region",
+            "similarity of the inpainted region to the truth, in decibels",
+            "higher",
+            _masked_psnr,
+        ),
+        Metric(
+            "crps_share",
+            "relative CRPS",
+            "error of the whole predicted distribution (CRPS), relative to the baseline’s error",
+            "lower",
+            relative_crps,
+            percent=True,
+        ),
+        Metric(
+            "mae",
+            "MAE of the median",
+            "mean absolute error of the predicted median, in scales of the column",
+            "lower",
+            _mae,
+        ),
+        Metric(
+            "recall_at_1",
+            "recall at 1",
+            "queries whose match is nearest of all test records, in both directions and languages",
+            "higher",
+            percent=True,
+        ),
+        Metric(
+            "recall_at_5",
+            "recall at 5",
+            "queries whose match is among the nearest five",
+            "higher",
+            percent=True,
+        ),
+        Metric(
+            "crps_share_seasonal_naive",
+            "relative CRPS, seasonal naive",
+            "the same relative to the error of repeating the last season of the series",
+            "lower",
+            percent=True,
+        ),
+        Metric(
+            "coverage_80",
+            "80 % coverage",
+            "truths inside the 80 % interval: right at 80 %; more means too wide, less too narrow",
+            "higher",
+            _coverage_80,
+            percent=True,
+            goal=0.8,
+        ),
     )
 }
 
 
 def all_metrics(names: tuple[str, ...], scored: Scored) -> dict[str, np.ndarray]:
-    """Every named metric that applies, for each example; none if nothing was answered."""
-    found = {name: METRICS[name].values(scored) for name in names} if scored.examples else {}
-    return {name: values for name, values in found.items() if values is not None and len(values)}
+    """Every named metric that applies, for each example; empty if nothing was answered."""
+    found: dict[str, np.ndarray] = {}
+    for name in names if scored.examples else ():
+        compute = METRICS[name].values
+        values = compute(scored) if compute is not None else None
+        if values is not None and len(values):
+            found[name] = values
+    return found
+
+
+def is_percent(metric: str) -> bool:
+    """Whether a metric is reported in per cent."""
+    if metric in METRICS:
+        return METRICS[metric].percent
+    return "recall_at_" in metric or "chance_at_" in metric
+
+
+def metric_title(metric: str) -> str:
+    """A metric's name for a person."""
+    return METRICS[metric].title if metric in METRICS else words(metric)
+
+
+def score(metric: str, value: float) -> str:
+    """A metric's value with its unit: `62.4 %`, `24.1 dB`."""
+    if not math.isfinite(value):
+        return "–"
+    if is_percent(metric):
+        return f"{100 * value:.1f}{NO_BREAK}%"
+    unit = f"{NO_BREAK}dB" if metric.endswith("psnr") else ""
+    return f"{plain(value, digits=3)}{unit}"

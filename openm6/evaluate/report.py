@@ -25,7 +25,6 @@ from openm6.base.errors import DataError
 from openm6.base.files import replace_text
 from openm6.base.plain_json import to_json
 from openm6.base.run_folder import RunFolder
-from openm6.evaluate import figures
 from openm6.evaluate.charts import (
     Chart,
     ForecastChart,
@@ -36,12 +35,12 @@ from openm6.evaluate.charts import (
     history,
     value_charts,
 )
-from openm6.evaluate.figures import METRIC_NOTES, is_share, plain, standing
-from openm6.evaluate.lines import Lines, read_lines
+from openm6.evaluate.energy import Lines, read_lines
+from openm6.evaluate.formatting import count, duration, plain, short_count, signed, significance, words
 from openm6.evaluate.media import Media, MediaBudget, cut_audio
-from openm6.evaluate.metrics import same_text
-from openm6.evaluate.results import Judgement, RunFacts, Sample, TaskResult
-from openm6.evaluate.table import answered
+from openm6.evaluate.metrics import METRICS, is_percent, metric_title, same_text, score
+from openm6.evaluate.results import EvalReport, RunFacts, Sample, TaskResult
+from openm6.evaluate.summary import answered
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram, NumberSeries
 from openm6.modalities.sound import RATE
@@ -62,34 +61,34 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _CHINESE = re.compile("[\u3400-\u9fff]")
 
 
-def write_report(run: RunFolder, judgement: Judgement, facts: RunFacts) -> None:
+def write_report(run: RunFolder, report: EvalReport, facts: RunFacts) -> None:
     """Write report.html and report.json into the run's folder; each file is replaced whole or not at all.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
-    replace_text(run.path / "report.json", report_json(judgement, facts))
-    replace_text(run.path / "report.html", report_html(run, judgement, facts))
+    replace_text(run.path / "report.json", report_json(report, facts))
+    replace_text(run.path / "report.html", report_html(run, report, facts))
 
 
-def report_json(judgement: Judgement, facts: RunFacts) -> str:
+def report_json(report: EvalReport, facts: RunFacts) -> str:
     """Training and results as JSON: `seconds` of training, `params`, `tokens`, `steps`, `tasks`, `codecs`, `energy`."""
     content = {
         "seconds": facts.seconds,
         "params": {"total": facts.total_parameters, "active": facts.active_parameters},
         "tokens": facts.tokens,
         "steps": facts.steps,
-        "tasks": {result.name: result.to_json() for result in judgement.results},
+        "tasks": {result.name: result.to_json() for result in report.results},
         "codecs": facts.codecs,
         "energy": facts.energy.to_json() if facts.energy is not None else None,
     }
     return to_json(content, indent=1) + "\n"
 
 
-def report_html(run: RunFolder, judgement: Judgement, facts: RunFacts) -> str:
+def report_html(run: RunFolder, report: EvalReport, facts: RunFacts) -> str:
     """The whole page; training curves come from the run's metrics.jsonl."""
     template = files("openm6.evaluate").joinpath("report.html").read_text(encoding="utf-8")
-    data = report_data(run, judgement, facts)
+    data = report_data(run, report, facts)
     return report_environment().from_string(template).render(data) + "\n"
 
 
@@ -102,9 +101,8 @@ def report_environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    formats = ("plain", "count", "short_count", "duration", "score", "metric_title", "words", "signed")
-    environment.filters |= {name: getattr(figures, name) for name in formats}
-    environment.filters |= {"joules": in_joules, "shorten": shorten}
+    filters = (plain, count, short_count, duration, score, metric_title, words, signed, shorten)
+    environment.filters |= {function.__name__: function for function in filters} | {"joules": in_joules}
     environment.tests |= {"finite": math.isfinite, "chinese": _is_chinese}
     return environment
 
@@ -126,15 +124,15 @@ def shorten(text: str) -> str:
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
-def report_data(run: RunFolder, judgement: Judgement, facts: RunFacts) -> dict[str, Any]:
+def report_data(run: RunFolder, report: EvalReport, facts: RunFacts) -> dict[str, Any]:
     """Everything that the template shows."""
-    results = judgement.results
+    results = report.results
     compared = [result for result in results if math.isfinite(result.baseline)]
     used = {name for result in results for name in (result.metric, *result.metrics)}
     pairs = {(result.reads, result.gives) for result in results}
     return {
         "facts": facts,
-        "judgement": judgement,
+        "report": report,
         "modalities": MODALITIES,
         "inputs": _listed(title for kind, title in MODALITIES.items() if kind in {x for x, _ in pairs}),
         "outputs": _listed(title for kind, title in MODALITIES.items() if kind in {y for _, y in pairs}),
@@ -147,7 +145,7 @@ def report_data(run: RunFolder, judgement: Judgement, facts: RunFacts) -> dict[s
         "gpt3_caveat": gpt3.CAVEAT,
         "codecs": {name: codec_rows(scores) for name, scores in facts.codecs.items()},
         "codec_measures": CODEC_MEASURES,
-        "metric_notes": [note for name, note in METRIC_NOTES.items() if name in used],
+        "metrics": [metric for name, metric in METRICS.items() if name in used],
     }
 
 
@@ -161,10 +159,10 @@ def _entries(results: list[TaskResult]) -> dict[tuple[str, str], list[dict[str, 
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for index, result in enumerate(results):
         drawn = math.isfinite(result.value) and min(result.value, result.baseline) >= 0  # False for NaN
-        whole = 1.0 if is_share(result.metric) and result.better == "higher" else None
+        whole = 1.0 if is_percent(result.metric) and result.better == "higher" else None
         entry = {
             "result": result,
-            "significance": standing(result.information_interval),
+            "significance": significance(result.information_interval),
             "anchor": f"task-{index}" if result.samples else None,
             "bar": bar(result.value, result.baseline, whole) if drawn else None,
         }
@@ -187,7 +185,7 @@ def _sample_sections(results: list[TaskResult]) -> dict[str, list[dict[str, Any]
                 "anchor": f"task-{index}",
                 "summary": TASKS[result.task].summary if result.task in TASKS else "",
                 "metrics": {result.metric: result.value} | result.metrics,
-                "significance": standing(result.information_interval),
+                "significance": significance(result.information_interval),
                 "answered": answered(result),
                 "samples": [sample_data(sample, media) for sample in result.samples[:MAX_SAMPLES]],
             }
@@ -230,13 +228,13 @@ class SampleData:
 
 def sample_data(sample: Sample, media: MediaBudget) -> SampleData:
     """A sample as the template shows it."""
-    parts, answer, truth = sample.given[:MAX_PARTS], sample.answer, sample.truth
+    parts, answer, truth = sample.inputs[:MAX_PARTS], sample.answer, sample.truth
     if isinstance(answer, str):
         text = TextAnswer(answer.strip(), str(truth).strip(), same_text(answer, str(truth)))
         return SampleData([_input(part, media) for part in parts], [], text)
     if isinstance(answer, Histogram):
         inputs = [_input(part, media) for part in parts]
-        past = next((part.raw for part in sample.given if isinstance(part.raw, NumberSeries)), None)
+        past = next((part.raw for part in sample.inputs if isinstance(part.raw, NumberSeries)), None)
         forecast = None if past is None else forecast_chart(past, answer, truth)
         if forecast is not None:
             return SampleData(inputs, [], forecast=forecast)
@@ -382,6 +380,6 @@ def codec_rows(scores: dict[str, float]) -> dict[str, dict[str, float]]:
         records, _, measure = key.rpartition(" ")
         name, _, size = records.rpartition("_")
         has_size = name and size.isdigit()
-        title = f"{figures.words(name)}, {size} pixels" if has_size else figures.words(records or "all")
+        title = f"{words(name)}, {size} pixels" if has_size else words(records or "all")
         rows.setdefault(title, {})[measure] = value
     return rows

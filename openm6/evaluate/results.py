@@ -1,7 +1,10 @@
-"""What an evaluation found, as plain data: one result per task and source, with a few records to look at."""
+"""Results of an evaluation as plain data: one per task and source, with bootstrap intervals and a few samples."""
+
+# Shapes: N records, B blocks, R resamples
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,19 +12,46 @@ import numpy as np
 from PIL import Image
 
 from openm6.evaluate.energy import EnergyAccount
-from openm6.evaluate.intervals import Interval
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram
 
 Answer = str | Image.Image | np.ndarray | Histogram
-"""Text, a picture, 16 kHz samples, or distributions of numbers: what a model gives back."""
+"""The output of a model: text, an image, 16 kHz samples, or distributions of numbers."""
+
+RESAMPLES = 2000
+
+Interval = tuple[float, float]
+UNKNOWN: Interval = (float("nan"), float("nan"))
+
+
+def bootstrap_interval(
+    values: np.ndarray, seed: int, blocks: Sequence[str] = (), coverage: float = 0.95
+) -> Interval:
+    """Percentile bootstrap interval of the mean; both ends are NaN without records.  # N -> low, high
+
+    Records of one block are resampled together, since they depend on each other; "" marks an independent record.
+    """
+    if not len(values):
+        return UNKNOWN
+    blocks = blocks or [""] * len(values)
+    indices: dict[str | int, int] = {}
+    index = np.asarray(
+        [indices.setdefault(name or row, len(indices)) for row, name in enumerate(blocks)]
+    )  # N
+    sums = np.bincount(index, weights=values)  # B
+    counts = np.bincount(index).astype(float)  # B
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(sums), (RESAMPLES, len(sums)))  # R B
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, ((1 - coverage) / 2, (1 + coverage) / 2))
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One test record: what was given, what the model answered, and the truth (text, file bytes, or an array)."""
+    """One test record: the inputs, the model's answer, and the truth (text, file bytes, or an array)."""
 
-    given: list[Part]
+    inputs: list[Part]
     answer: Answer
     truth: Any
     record_id: str
@@ -97,8 +127,8 @@ class TaskResult:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """All results of one evaluation and how long it took."""
+class EvalReport:
+    """All results of one evaluation and the seconds it took."""
 
     results: list[TaskResult]
     seconds: float
@@ -107,7 +137,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the report tells of the training itself."""
+    """Facts about the training for the report."""
 
     name: str
     preset: str
@@ -116,5 +146,5 @@ class RunFacts:
     tokens: int
     steps: int
     seconds: float  # of training
-    codecs: dict[str, dict[str, float]]  # scores of the codecs used
+    codecs: dict[str, dict[str, float]]  # scores of the codecs used, by name
     energy: EnergyAccount | None = None  # None: the run was not metered

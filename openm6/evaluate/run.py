@@ -1,27 +1,31 @@
-"""`openm6 evaluate`: a checkpoint judged on the test records of the sources it was trained on, or of others."""
+"""`openm6 evaluate`: a checkpoint on the test records of the sources it was trained on, or on a file or folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from openm6.base.config import Config, apply_overrides, build, nearest
 from openm6.base.errors import ConfigError, DataError
 from openm6.base.files import check_place, replace_text
+from openm6.base.log import get_log
 from openm6.base.plain_json import to_json
-from openm6.data.source import SourceConfig
+from openm6.data.media import FolderConfig, data_config
+from openm6.data.source import Source, SourceConfig
 from openm6.data.sources import AnySourceConfig, open_sources
-from openm6.evaluate.config import JudgeConfig
-from openm6.evaluate.judge import judge
-from openm6.evaluate.own_data import open_own_data
-from openm6.evaluate.results import Judgement, TaskResult
+from openm6.data.table import TableConfig
+from openm6.data.windows import WindowsConfig
+from openm6.evaluate.evaluator import EvalConfig, evaluate_tasks
+from openm6.evaluate.results import EvalReport, TaskResult
 from openm6.inference.load import Loaded, load
 from openm6.models.description import Lesson, ModelDescription
 
+OwnData = TableConfig | FolderConfig | WindowsConfig
+
 
 class _Sources(Config):
-    """The sources of a recipe, as a checkpoint keeps them."""
+    """The sources of a recipe, as a checkpoint stores them."""
 
     sources: dict[str, AnySourceConfig]
 
@@ -36,7 +40,7 @@ def source_configs(values: dict[str, Any], where: str) -> dict[str, SourceConfig
 
 
 def chosen_lessons(description: ModelDescription, tasks: list[str] | None) -> list[Lesson]:
-    """The lessons of a model, or those whose task (or task/source) is named.
+    """The trained tasks of a model, or those whose task (or task/source) is named.
 
     Raises:
         ConfigError: a name that the model was not trained on.
@@ -57,56 +61,107 @@ def evaluate(
     data: Path | str | None = None,
     json_path: Path | None = None,
     settings: list[str] | None = None,
-    tell: Callable[[TaskResult], None] = lambda result: None,
+    on_result: Callable[[TaskResult], None] = lambda result: None,
     loaded: Loaded | None = None,
-) -> Judgement:
-    """Judges a run or checkpoint; `settings` such as `judge.answers=300` override those of its recipe.
+) -> EvalReport:
+    """Evaluate a run or checkpoint; `settings` such as `judge.answers=300` override those of its recipe.
 
-    `loaded` is its model where that is in memory already; else it is read from `path`.
-
-    `data` names a table or folder whose records stand in for every test split, as `open_own_data` says; baselines
-    are then fitted to it, too, which only makes them harder to beat.
+    `loaded` is its model if that is in memory already; else it is read from `path`. `data` names a table or folder
+    whose records replace every test split (`open_own_data`); baselines are then fitted to it, too, which only makes
+    them harder to beat.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
-        ConfigError: an unknown task, or `json_path` lies nowhere.
-        DataError: the sources are not where they were.
+        ConfigError: an unknown task, or the folder of `json_path` does not exist.
+        DataError: the sources are missing.
     """
     if json_path is not None:
         check_place(json_path, "--json")
     loaded = loaded or load(path)
     description = loaded.description
     lessons = chosen_lessons(description, tasks)
-    config = _judge_config(description, settings or [])
+    config = _eval_config(description, settings or [])
     configs = source_configs(description.sources, str(loaded.checkpoint))
     if data is not None:
-        named = {lesson.source for lesson in lessons}
-        train = test = open_own_data(str(data), {name: configs[name] for name in configs if name in named})
+        used = {lesson.source for lesson in lessons}
+        train = test = open_own_data(str(data), {name: configs[name] for name in configs if name in used})
         lessons = [lesson for lesson in lessons if lesson.source in test]
     else:
         train, test = open_sources(configs, "train"), open_sources(configs, "test")
-    judgement = judge(loaded, lessons, train, test, config, tell)
-    if data is not None and not judgement.results:
+    report = evaluate_tasks(loaded, lessons, train, test, config, on_result)
+    if data is not None and not report.results:
         raise DataError(
             f"no record of --data {data} can be judged in {', '.join(sorted({x.task for x in lessons}))}: name its "
             "columns as docs/own-data.md names the keys, or choose other --tasks"
         )
     if json_path is not None:
-        replace_text(json_path, scores_json(judgement))
-    return judgement
+        replace_text(json_path, scores_json(report))
+    return report
 
 
-def _judge_config(description: ModelDescription, settings: list[str]) -> JudgeConfig:
+def _eval_config(description: ModelDescription, settings: list[str]) -> EvalConfig:
     values = apply_overrides({"judge": description.judge}, settings)
     if set(values) != {"judge"}:
         raise ConfigError(
             f"evaluate takes settings of the section judge only, as judge.answers=300, not {settings}"
         )
-    return build(JudgeConfig, values["judge"], "judge")
+    return build(EvalConfig, values["judge"], "judge")
 
 
-def scores_json(judgement: Judgement) -> str:
+def scores_json(report: EvalReport) -> str:
     """The JSON of `openm6 evaluate --json`: `seconds`, `checkpoint` and `tasks` by name."""
-    tasks = {result.name: result.to_json() for result in judgement.results}
-    content = {"checkpoint": judgement.checkpoint, "seconds": round(judgement.seconds, 2), "tasks": tasks}
+    tasks = {result.name: result.to_json() for result in report.results}
+    content = {"checkpoint": report.checkpoint, "seconds": round(report.seconds, 2), "tasks": tasks}
     return to_json(content, indent=1) + "\n"
+
+
+def open_own_data(path: str, trained: Mapping[str, SourceConfig]) -> dict[str, Source]:
+    """The data of `--data` as a replacement of each source that the model was trained on.
+
+    The test rows if a column (or folder) marks them, else all rows. The settings of the trained source, such as
+    `fields`, are used if the columns fit, else canonical column names. A source that cannot be replaced is left out.
+
+    Raises:
+        DataError: nothing at the path can be read, or it can replace no source.
+    """
+    plain = data_config(path)
+    opened: dict[str, Source] = {}
+    failures: list[DataError] = []
+    for name, config in trained.items():
+        try:
+            opened[name] = _first_that_opens(name, list(_candidates(plain, config)))
+        except DataError as error:
+            failures.append(error)
+    if not opened:
+        raise DataError(f"--data {path} can stand in for no source of this model: {failures[0]}")
+    for failure in failures:
+        get_log().info(f"--data {path}: {failure}")
+    return opened
+
+
+def _first_that_opens(name: str, candidates: list[OwnData]) -> Source:
+    """The first config that opens; else the error of the first, which is closest to the training."""
+    failures = []
+    for config in candidates:
+        try:
+            return config.open_held_out(name)
+        except DataError as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def _candidates(plain: TableConfig | FolderConfig, trained: SourceConfig) -> Iterator[OwnData]:
+    """Ways to read the data, closest to the training first."""
+    here = {"path": plain.path}
+    if isinstance(trained, WindowsConfig):
+        if isinstance(plain, TableConfig):
+            yield trained.model_copy(update=here)
+        return
+    if isinstance(trained, FolderConfig) and isinstance(plain, FolderConfig):
+        yield trained.model_copy(update=here)
+        return
+    if isinstance(trained, TableConfig) and isinstance(plain, TableConfig):
+        if trained.kind == plain.kind:
+            yield trained.model_copy(update=here)
+        yield plain.model_copy(update={"fields": trained.fields, "split": trained.split})
+    yield plain

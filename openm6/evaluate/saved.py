@@ -1,4 +1,4 @@
-"""What of a run's end is done: an evaluation is kept in its folder until the report on it is written."""
+"""Saved evaluations: the results of a run are kept in its folder until its report is written."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ from openm6.base.files import replace_text
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import STATE_FILE, latest
-from openm6.evaluate.card import FILE as CARD_FILE
-from openm6.evaluate.results import Judgement, Sample, TaskResult
+from openm6.evaluate.results import EvalReport, Sample, TaskResult
+from openm6.evaluate.summary import CARD_FILE
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram, NumberSeries
 
 FILE = "evaluation.json"
 REPORTS = ("report.json", "report.html", CARD_FILE)
-_TAG = "is"  # of a value that JSON has no form for
+_TAG = "type"  # of a value that JSON cannot represent
 
 
 def last_checkpoint(run: RunFolder) -> tuple[Path, bool]:
-    """The newest checkpoint of a run, and whether it was reported on since."""
+    """The newest checkpoint of a run, and whether its report is newer."""
     checkpoint = latest(run.path)
     saved = (checkpoint / STATE_FILE).stat().st_mtime_ns
     reports = [run.path / name for name in REPORTS]
     return checkpoint, all(path.is_file() and path.stat().st_mtime_ns >= saved for path in reports)
 
 
-def save_evaluation(run: RunFolder, judgement: Judgement, joules: float) -> None:
-    """Write the results, samples included, and the joules that they took.
+def save_evaluation(run: RunFolder, report: EvalReport, joules: float) -> None:
+    """Write the results with their samples, and the joules of the evaluation.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
-    content = {"judgement": _encode(judgement), "joules": joules}
+    content = {"report": _encode(report), "joules": joules}
     replace_text(run.path / FILE, json.dumps(content, allow_nan=False))
 
 
-def load_evaluation(run: RunFolder, checkpoint: str) -> tuple[Judgement, float] | None:
-    """The results kept for a checkpoint, and their joules; None if there are none of it that can be read."""
+def load_evaluation(run: RunFolder, checkpoint: str) -> tuple[EvalReport, float] | None:
+    """The saved results of a checkpoint and their joules; None if there are none that can be read."""
     try:
         content = json.loads((run.path / FILE).read_text(encoding="utf-8"))
-        judgement = _decode(content["judgement"])
-        if not isinstance(judgement, Judgement) or judgement.checkpoint != checkpoint:
+        report = _decode(content["report"])
+        if not isinstance(report, EvalReport) or report.checkpoint != checkpoint:
             return None
-        return judgement, float(content["joules"])
+        return report, float(content["joules"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -62,11 +62,11 @@ def load_evaluation(run: RunFolder, checkpoint: str) -> tuple[Judgement, float] 
 
 
 def drop_evaluation(run: RunFolder) -> None:
-    """Remove what is no longer needed once the report is written."""
+    """Remove the saved results, once the report is written."""
     (run.path / FILE).unlink(missing_ok=True)
 
 
-_CLASSES = {found.__name__: found for found in (Judgement, TaskResult, Sample, Part, NumberSeries)}
+_CLASSES = {found.__name__: found for found in (EvalReport, TaskResult, Sample, Part, NumberSeries)}
 
 
 def _encode(value: Any) -> Any:

@@ -21,13 +21,12 @@ from openm6.data.quarantine import Quarantine
 from openm6.data.quarantine import summary as summary_of_records
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
-from openm6.evaluate.card import write_card
 from openm6.evaluate.energy import read_account
 from openm6.evaluate.report import write_report
-from openm6.evaluate.results import Judgement, RunFacts
+from openm6.evaluate.results import EvalReport, RunFacts
 from openm6.evaluate.run import evaluate
 from openm6.evaluate.saved import drop_evaluation, last_checkpoint, load_evaluation, save_evaluation
-from openm6.evaluate.table import summary
+from openm6.evaluate.summary import result_line, write_card
 from openm6.inference.load import Loaded
 from openm6.modalities.batch import Batch, Counts, count, split
 from openm6.modalities.codec import codec_scores
@@ -265,25 +264,25 @@ class MultimodalJob(Job):
         kept = load_evaluation(run, str(checkpoint)) if self.ranks.is_main_process else None
         if sharded:  # else the other ranks are gone, and would never answer
             kept = self.ranks.broadcast_object(kept)
-        judgement, joules = kept or self._evaluate(run, checkpoint, sharded)
+        report, joules = kept or self._evaluate(run, checkpoint, sharded)
         if self.ranks.is_main_process:
             if kept is None:
-                save_evaluation(run, judgement, joules)
-            self._report(run, judgement, joules)
+                save_evaluation(run, report, joules)
+            self._report(run, report, joules)
             drop_evaluation(run)
 
-    def _evaluate(self, run: RunFolder, checkpoint: Path, sharded: bool) -> tuple[Judgement, float]:
+    def _evaluate(self, run: RunFolder, checkpoint: Path, sharded: bool) -> tuple[EvalReport, float]:
         """Return the scores of the model, and the joules of the evaluation."""
         loaded = Loaded(self._for_evaluation(sharded), self.modalities, self.description, checkpoint)
         watts = self.recipe.loop.energy.cpu_watts
         with open_meter(gpus_of(self.omni.device), watts) as meter, meter.span() as span:
-            judgement = evaluate(
+            report = evaluate(
                 run.path,
                 settings=["judge.workers=1"] if sharded else None,
-                tell=lambda result: get_log().info(summary(result)),
+                on_result=lambda result: get_log().info(result_line(result)),
                 loaded=loaded,
             )
-        return judgement, span.joules
+        return report, span.joules
 
     def _for_evaluation(self, sharded: bool) -> Omni:
         """Prepare the model as if it were read from its checkpoint; all ranks get the same hidden states."""
@@ -297,7 +296,7 @@ class MultimodalJob(Job):
         omni.backbone.exchange = LocalExchange()
         return omni.requires_grad_(False)
 
-    def _report(self, run: RunFolder, judgement: Judgement, joules: float) -> None:
+    def _report(self, run: RunFolder, report: EvalReport, joules: float) -> None:
         progress = read_state(latest(run.path))["progress"]
         set_aside = summary_of_records(progress["cursor"]["quarantine"])
         if set_aside:
@@ -316,10 +315,10 @@ class MultimodalJob(Job):
             steps=int(progress["step"]),
             seconds=float(progress["seconds"]),
             codecs=codecs,
-            energy=read_account(run, judging=joules),
+            energy=read_account(run, evaluation=joules),
         )
-        write_report(run, judgement, facts)
-        write_card(run, judgement, facts)
+        write_report(run, report, facts)
+        write_card(run, report, facts)
         get_log().info(f"wrote {run.path / 'report.html'}")
 
     def files(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ from openm6.base.errors import ConfigError
 from openm6.data.packing import PackingConfig
 from openm6.data.quarantine import MAX_BROKEN
 from openm6.data.sources import AnySourceConfig
-from openm6.evaluate.config import JudgeConfig
+from openm6.evaluate.evaluator import EvalConfig
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
 from openm6.models.choice import ModelChoice, vocabulary_size
@@ -50,7 +50,7 @@ class MultimodalRecipe(Config):
     max_broken: float = Field(default=MAX_BROKEN, ge=0, le=1)  # share of records that may be quarantined
     loop: LoopConfig = LoopConfig()
     parallel: ParallelConfig = ParallelConfig()
-    judge: JudgeConfig = JudgeConfig()
+    judge: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _names_exist(self) -> MultimodalRecipe:

@@ -22,7 +22,7 @@ from openm6.evaluate.charts import (
     vertical,
 )
 from openm6.modalities.numbers import NumberSeries
-from tests.evaluate.example_judgement import histogram
+from tests.evaluate.example_report import histogram
 
 
 def positions(path: str) -> list[tuple[float, float]]:

@@ -13,10 +13,10 @@ from openm6.base.energy.ledger import Ledger, Share
 from openm6.base.errors import CheckpointError, ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.cli.energy_page import show_energy
-from openm6.evaluate.card import card
 from openm6.evaluate.energy import EnergyAccount, read_account
 from openm6.evaluate.report import report_html
-from tests.evaluate.example_judgement import facts, judgement, run_folder
+from openm6.evaluate.summary import card
+from tests.evaluate.example_report import eval_report, facts, run_folder
 
 
 def ledger() -> Ledger:
@@ -29,7 +29,9 @@ def ledger() -> Ledger:
 
 
 def account(pue: float = 1.0) -> EnergyAccount:
-    return EnergyAccount(ledger(), grid("WLD"), pue, {"pseudo": (5.0, 3.0), "real": (3.0, 3.5)}, judging=10.0)
+    return EnergyAccount(
+        ledger(), grid("WLD"), pue, {"pseudo": (5.0, 3.0), "real": (3.0, 3.5)}, evaluation=10.0
+    )
 
 
 def run_of(path: Path) -> RunFolder:
@@ -96,11 +98,11 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_report_and_the_card_contain_it(tmp_path: Path) -> None:
     run, metered = run_folder(tmp_path), dataclasses.replace(facts(), energy=account())
-    page = report_html(run, judgement(), metered)
+    page = report_html(run, eval_report(), metered)
     section = page.split('id="energy"')[1].split("</section>")[0]
     assert "1 kJ for 5,000 tokens" in section and "By modality" in section
     assert section.index("<dt>text</dt>") < section.index("<dt>image out</dt>"), "the largest first"
-    assert 'id="energy"' not in report_html(run, judgement(), facts())
-    text = card(judgement(), metered)
-    assert "1 kJ (0.2 J a token; read by nvml+estimate)" in text and "| task | metric |" in text
-    assert "was not metered" in card(judgement(), facts())
+    assert 'id="energy"' not in report_html(run, eval_report(), facts())
+    text = card(eval_report(), metered)
+    assert "1 kJ (0.2 J per token; read by nvml+estimate)" in text and "| task | metric |" in text
+    assert "was not metered" in card(eval_report(), facts())

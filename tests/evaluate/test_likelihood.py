@@ -9,9 +9,8 @@ import pytest
 
 from openm6.data.prepare import example_sequence, null_example
 from openm6.evaluate import likelihood
-from openm6.evaluate.judge import answer_entropy
-from openm6.evaluate.likelihood import likelihoods, sequence_nats
-from openm6.evaluate.priors import AnswerFrequencies, NoPrior
+from openm6.evaluate.baselines import AnswerFrequencies, NoPrior
+from openm6.evaluate.likelihood import answer_entropy, likelihoods, sequence_nats
 from openm6.inference.load import Loaded
 from openm6.modalities.batch import PackedExample
 from openm6.modalities.interface import Part

@@ -27,12 +27,12 @@ from openm6.evaluate.report import (
     shorten,
     write_report,
 )
-from openm6.evaluate.results import Judgement, Sample
+from openm6.evaluate.results import EvalReport, Sample
 from openm6.modalities.codec import codec_scores
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram
 from openm6.modalities.text import GAP
-from tests.evaluate import example_judgement as example
+from tests.evaluate import example_report as example
 
 VOID = {"meta", "img", "br", "hr"}
 
@@ -70,12 +70,12 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Page:
     run = example.run_folder(tmp_path_factory.mktemp("run"))
-    write_report(run, example.judgement(), example.facts())
+    write_report(run, example.eval_report(), example.facts())
     return Page((run.path / "report.html").read_text(encoding="utf-8"))
 
 
-def page_of(path: Path, judgement: Judgement) -> Page:
-    return Page(report_html(example.run_folder(path), judgement, example.facts()))
+def page_of(path: Path, report: EvalReport) -> Page:
+    return Page(report_html(example.run_folder(path), report, example.facts()))
 
 
 def test_data_cannot_become_markup(page: Page) -> None:
@@ -119,7 +119,7 @@ def test_nothing_is_fetched(page: Page) -> None:
 
 
 def test_the_style_sheet_fetches_nothing(tmp_path: Path) -> None:
-    html = report_html(example.run_folder(tmp_path), example.judgement(), example.facts())
+    html = report_html(example.run_folder(tmp_path), example.eval_report(), example.facts())
     style = html.split("<style>")[1].split("</style>")[0]
     assert "prefers-color-scheme: dark" in style
     assert "url(" not in style and "@import" not in style
@@ -150,7 +150,7 @@ def test_pairs_are_coloured_by_their_interval(page: Page) -> None:
     entries = [
         attributes["class"] for attributes in page.all("div") if "entry" in (attributes.get("class") or "")
     ]
-    assert sorted(entries) == ["entry gain"] * 6 + ["entry loss", "entry unsure"]
+    assert sorted(entries) == ["entry negative", "entry none"] + ["entry positive"] * 6
     text = "".join(page.text)
     assert "+1.00 bits [+0.50, +1.50]" in text
     assert "−2.00 bits [−3.00, −1.00]" in text
@@ -205,15 +205,15 @@ def test_a_value_outside_its_interval_is_called_so(tmp_path: Path) -> None:
         "mae",
         [Sample(given, example.histogram(), {"price": 99.0}, "1")],
     )
-    text = "".join(page_of(tmp_path, Judgement([task], 1.0, "x")).text)
+    text = "".join(page_of(tmp_path, EvalReport([task], 1.0, "x")).text)
     assert "outside" in text and "inside" not in text
 
 
 def test_a_gap_in_a_text_is_seen(tmp_path: Path) -> None:
     """Its own sign shows as nothing; nor does a truth that begins with a line break stand a line lower."""
     sample = Sample([Part("text", f"Restore: a {GAP} cup")], "a red cup", "\na red cup", "r1")
-    result = dataclasses.replace(example.judgement().results[0], samples=[sample])
-    html = report_html(example.run_folder(tmp_path), Judgement([result], 1.0, "x"), example.facts())
+    result = dataclasses.replace(example.eval_report().results[0], samples=[sample])
+    html = report_html(example.run_folder(tmp_path), EvalReport([result], 1.0, "x"), example.facts())
     assert (
         "Restore: a ____ cup" in html
         and ">a red cup<" in html
@@ -238,7 +238,7 @@ def test_training_curves_by_modality(page: Page) -> None:
 def test_a_run_without_metrics_still_has_a_report(tmp_path: Path) -> None:
     run = example.run_folder(tmp_path)
     run.metrics.unlink()
-    write_report(run, Judgement([], 0.0, "none"), example.facts())
+    write_report(run, EvalReport([], 0.0, "none"), example.facts())
     text = "".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text)
     assert "No curves" in text and "No task was evaluated." in text
 
@@ -256,7 +256,7 @@ def test_a_run_without_metrics_still_has_a_report(tmp_path: Path) -> None:
 def test_broken_data_never_stops_the_report(tmp_path: Path, part: Part, answer) -> None:
     truth = {"x": None} if isinstance(answer, Histogram) else b"broken"
     task = example.result("draw", ("text", "image"), "code_bits", [Sample([part], answer, truth, "1")])
-    page = page_of(tmp_path, Judgement([task], 1.0, "x"))
+    page = page_of(tmp_path, EvalReport([task], 1.0, "x"))
     drawn = "".join(str(attributes.get("d", "")) for attributes in page.all("path"))
     assert "nan" not in drawn and "sample" in page.classes()
 
@@ -269,14 +269,14 @@ def test_size_is_bounded(tmp_path: Path) -> None:
     drawings = example.result("draw", ("text", "image"), "code_bits", [Sample(wordy, noise, noise, "1")] * 40)
     sayings = example.result("speak", ("text", "sound"), "code_bits", [Sample(wordy, long, long, "1")] * 40)
     many = [dataclasses.replace(task, source=f"s{i}") for i in range(6) for task in (drawings, sayings)]
-    html = report_html(example.run_folder(tmp_path, steps=5_000), Judgement(many, 1.0, "x"), example.facts())
+    html = report_html(example.run_folder(tmp_path, steps=5_000), EvalReport(many, 1.0, "x"), example.facts())
     assert len(html) < 1.4 * MEDIA_BYTES + 1_500_000
     assert "left out to keep this page small" in html
 
 
 def test_json_holds_what_its_schema_says(tmp_path: Path) -> None:
     run = example.run_folder(tmp_path)
-    write_report(run, example.judgement(), example.facts())
+    write_report(run, example.eval_report(), example.facts())
     content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert set(content) == {"seconds", "params", "tokens", "steps", "tasks", "codecs", "energy"}
     assert content["params"] == {"total": 5_123_456, "active": 2_034_567}
@@ -290,14 +290,14 @@ def test_json_says_null_for_what_is_not_finite() -> None:
     task = dataclasses.replace(
         example.results()[0], baseline=float("nan"), information_interval=(float("-inf"), 1.0)
     )
-    content = json.loads(report_json(Judgement([task], 1.0, "x"), example.facts()))
+    content = json.loads(report_json(EvalReport([task], 1.0, "x"), example.facts()))
     entry = content["tasks"]["name_picture/things"]
     assert entry["baseline"] is None and entry["information_ci"] == [None, 1.0]
 
 
 def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch) -> None:
     run = example.run_folder(tmp_path)
-    write_report(run, example.judgement(), example.facts())
+    write_report(run, example.eval_report(), example.facts())
     old = (tmp_path / "report.html").read_bytes()
 
     def full(*_: object) -> None:
@@ -305,7 +305,7 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch) -> No
 
     monkeypatch.setattr("openm6.base.files.os.replace", full)
     with pytest.raises(OutputError, match="report.json could not be written .No space"):
-        write_report(run, Judgement([], 0.0, "x"), example.facts())
+        write_report(run, EvalReport([], 0.0, "x"), example.facts())
     assert (tmp_path / "report.html").read_bytes() == old
     assert not list(tmp_path.glob(".*.partial"))
 
@@ -322,7 +322,7 @@ def test_scores_of_codecs_are_grouped_by_their_records() -> None:
 def test_each_codec_has_a_table(tmp_path: Path) -> None:
     codecs = {name: codec_scores(name) for name in ("image-64", "sound")}
     facts = dataclasses.replace(example.facts(), codecs={**codecs, "x": {"a psnr": 30.0, "b ssim": 0.9}})
-    html = report_html(example.run_folder(tmp_path), Judgement([], 1.0, "x"), facts)
+    html = report_html(example.run_folder(tmp_path), EvalReport([], 1.0, "x"), facts)
     tables = html.split('id="codecs"')[1].split("</section>")[0]
     assert tables.count("<table") == 3 and tables.count("<td></td>") == 2  # measures that one record lacks
     assert "digits, 64 pixels" in tables and "log-mel L1" in tables and tables.count("dB</td>") == 7

@@ -7,8 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from openm6.evaluate.config import JudgeConfig
-from openm6.evaluate.retrieval import Search, both_directions, examples_in, judge_retrieval
+from openm6.evaluate.retrieval import Search, both_directions, evaluate_retrieval, examples_in
 from openm6.models.description import Lesson
 from openm6.tasks.registry import TASKS
 from tests.small_model import demo_sources, embedding_model
@@ -38,11 +37,11 @@ def test_bits_are_none_by_chance_and_log_of_the_size_at_best() -> None:
 
 def test_equal_texts_are_one_query() -> None:
     loaded, task = embedding_model(), TASKS["pair_picture"]
-    examples = examples_in(task, demo_sources("test")["digits"], "zh", JudgeConfig(), loaded)[:40]
-    there, back = both_directions(loaded, task, examples, "zh")
-    assert there.similar.shape == (len({example.key for example in examples}), 40)
-    assert back.similar.shape == there.similar.shape[::-1]
-    assert (there.right.sum(0) == 1).all() and (there.name, back.name) == (
+    examples = examples_in(task, demo_sources("test")["digits"], "zh", 0, loaded)[:40]
+    forward, backward = both_directions(loaded, task, examples, "zh")
+    assert forward.similarity.shape == (len({example.key for example in examples}), 40)
+    assert backward.similarity.shape == forward.similarity.shape[::-1]
+    assert (forward.matches.sum(0) == 1).all() and (forward.name, backward.name) == (
         "text_to_image_zh",
         "image_to_text_zh",
     )
@@ -51,7 +50,7 @@ def test_equal_texts_are_one_query() -> None:
 def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
     loaded = embedding_model()
     lesson = Lesson(task="pair_sound", source="spoken")
-    result = judge_retrieval(loaded, lesson, demo_sources("test")["spoken"], JudgeConfig())
+    result = evaluate_retrieval(loaded, lesson, demo_sources("test")["spoken"], 0)
     assert result is not None and result.metric == "recall_at_1" and result.baseline == pytest.approx(0.1)
     directions = {
         name.removesuffix("_recall_at_1") for name in result.metrics if name.endswith("_recall_at_1")
@@ -62,4 +61,4 @@ def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
 
 def test_a_source_that_fits_nothing_is_not_judged() -> None:
     lesson = Lesson(task="pair_sound", source="iris")
-    assert judge_retrieval(embedding_model(), lesson, demo_sources("test")["iris"], JudgeConfig()) is None
+    assert evaluate_retrieval(embedding_model(), lesson, demo_sources("test")["iris"], 0) is None

@@ -10,32 +10,32 @@ import pytest
 from openm6.base.run_folder import RunFolder
 from openm6.evaluate.report import report_html, report_json
 from openm6.evaluate.saved import FILE, drop_evaluation, load_evaluation, save_evaluation
-from tests.evaluate import example_judgement as example
+from tests.evaluate import example_report as example
 
 
 def test_the_report_is_the_same_from_what_was_kept(tmp_path: Path) -> None:
     """Texts, images, audio, numbers and missing values: all that a report shows."""
     run = example.run_folder(tmp_path)
     unknown = dataclasses.replace(example.results()[0], task="other", baseline=float("nan"))
-    judgement = dataclasses.replace(
-        example.judgement(), results=[*example.results(), unknown], checkpoint="runs/x/step-9"
+    report = dataclasses.replace(
+        example.eval_report(), results=[*example.results(), unknown], checkpoint="runs/x/step-9"
     )
-    save_evaluation(run, judgement, 12.5)
+    save_evaluation(run, report, 12.5)
     found = load_evaluation(run, "runs/x/step-9")
     assert found is not None and found[1] == 12.5
-    assert report_html(run, found[0], example.facts()) == report_html(run, judgement, example.facts())
-    assert report_json(found[0], example.facts()) == report_json(judgement, example.facts())
+    assert report_html(run, found[0], example.facts()) == report_html(run, report, example.facts())
+    assert report_json(found[0], example.facts()) == report_json(report, example.facts())
     drop_evaluation(run)
     assert load_evaluation(run, "runs/x/step-9") is None
 
 
 def test_what_was_kept_of_another_checkpoint_does_not_count(tmp_path: Path) -> None:
     run = RunFolder.open(tmp_path)
-    save_evaluation(run, dataclasses.replace(example.judgement(), checkpoint="step-1"), 0.0)
+    save_evaluation(run, dataclasses.replace(example.eval_report(), checkpoint="step-1"), 0.0)
     assert load_evaluation(run, "step-2") is None and load_evaluation(run, "step-1") is not None
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"judgement": {"is": "os.system"}, "joules": 1}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"report": {"type": "os.system"}, "joules": 1}'])
 def test_a_damaged_file_means_evaluating_again(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE).write_text(content, encoding="utf-8")
     assert load_evaluation(RunFolder.open(tmp_path), "step-1") is None

@@ -12,9 +12,8 @@ import torch.distributed as dist
 
 from openm6.base.errors import OutputError, TrainingError
 from openm6.base.run_folder import RunFolder
-from openm6.evaluate.results import Judgement
-from openm6.evaluate.run import evaluate
-from openm6.evaluate.run import scores_json as judgement_json
+from openm6.evaluate.results import EvalReport
+from openm6.evaluate.run import evaluate, scores_json
 from openm6.parallel.processes import ProcessRanks
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalJob
@@ -39,8 +38,8 @@ def reported(run: Path) -> dict[str, Any]:
     return tasks
 
 
-def tasks_of(judgement: Judgement) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(judgement_json(judgement))["tasks"]
+def tasks_of(report: EvalReport) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(scores_json(report))["tasks"]
     return found
 
 

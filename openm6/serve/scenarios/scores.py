@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openm6.evaluate.figures import metric_title, score
+from openm6.evaluate.metrics import metric_title, score
 
 REPORT = "report.json"
 

@@ -1,4 +1,4 @@
-"""How figures are said."""
+"""Numbers as text."""
 
 from __future__ import annotations
 
@@ -6,20 +6,7 @@ import math
 
 import pytest
 
-from openm6.evaluate.figures import (
-    METRIC_NOTES,
-    SHARES,
-    count,
-    duration,
-    metric_title,
-    plain,
-    score,
-    short_count,
-    signed,
-    standing,
-)
-from openm6.evaluate.metrics import METRICS
-from openm6.tasks.task import RECALLS
+from openm6.evaluate.formatting import count, duration, plain, short_count, signed, significance
 
 
 @pytest.mark.parametrize(
@@ -62,19 +49,6 @@ def test_durations(seconds, said) -> None:
     assert duration(seconds) == said
 
 
-def test_scores_have_their_units() -> None:
-    assert score("exact_match", 0.6245) == "62.5\u00a0%"
-    assert score("hole_psnr", 17.345) == "17.3\u00a0dB"
-    assert score("code_bits", 5.4444) == "5.44"
-    assert score("exact_match", math.nan) == "–"
-
-
-def test_every_metric_has_a_title_and_a_note() -> None:
-    assert set(METRIC_NOTES) == set(METRICS) | set(RECALLS) | {"crps_share_seasonal_naive"}
-    assert set(SHARES) <= set(METRIC_NOTES)
-    assert metric_title("crps_share") == "CRPS share" and metric_title("my_own") == "my own"
-
-
 @pytest.mark.parametrize(
     ("value", "said"),
     [
@@ -93,12 +67,12 @@ def test_signed(value, said) -> None:
 @pytest.mark.parametrize(
     ("interval", "kind"),
     [
-        ((0.1, 2), "gain"),
-        ((-1, 2), "unsure"),
-        ((-2, -1), "loss"),
-        ((0, 1), "unsure"),
-        ((math.nan, math.nan), "unsure"),
+        ((0.1, 2), "positive"),
+        ((-1, 2), "none"),
+        ((-2, -1), "negative"),
+        ((0, 1), "none"),
+        ((math.nan, math.nan), "none"),
     ],
 )
-def test_standing(interval, kind) -> None:
-    assert standing(interval) == kind
+def test_significance(interval, kind) -> None:
+    assert significance(interval) == kind

@@ -1,4 +1,4 @@
-"""The table of an evaluation in the terminal."""
+"""Results as a table in the terminal and as a line of the log."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import io
 
 from rich.console import Console
 
-from openm6.evaluate.results import Judgement
-from openm6.evaluate.table import print_table, summary
-from tests.evaluate import example_judgement as example
+from openm6.evaluate.results import EvalReport
+from openm6.evaluate.summary import print_table, result_line
+from tests.evaluate import example_report as example
 
 
-def printed(judgement: Judgement, width: int = 150) -> str:
+def printed(report: EvalReport, width: int = 150) -> str:
     stream = io.StringIO()
-    print_table(judgement, Console(file=stream, width=width))
+    print_table(report, Console(file=stream, width=width))
     return stream.getvalue()
 
 
 def test_one_row_a_task_with_score_baseline_and_bits() -> None:
-    judgement = dataclasses.replace(example.judgement(), checkpoint="runs/x/step-9")
-    text = printed(judgement)
+    report = dataclasses.replace(example.eval_report(), checkpoint="runs/x/step-9")
+    text = printed(report)
     row = next(line for line in text.splitlines() if "name_picture/things" in line)
     assert row.split() == ["name_picture/things", "image", "→", "text", "exact", "match", "62.5", "%", "25.0", "%",
                            "+1.00", "+0.50", "…", "+1.50", "20", "of", "40"]  # fmt: skip
-    assert sum("/things" in line for line in text.splitlines()) == len(judgement.results)
+    assert sum("/things" in line for line in text.splitlines()) == len(report.results)
     flat = " ".join(text.split())
     assert "6 of 8 tasks have a significant information gain" in flat and "runs/x/step-9" in flat
     assert "2 beat their baseline in both score and information" in flat
@@ -32,7 +32,7 @@ def test_one_row_a_task_with_score_baseline_and_bits() -> None:
 
 
 def test_a_line_of_the_log_says_how_sure_it_is() -> None:
-    line = summary(example.results()[0]).replace("\u00a0", " ")
+    line = result_line(example.results()[0]).replace("\u00a0", " ")
     assert line == (
         "name_picture/things: exact match 62.5 % [50.0 %, 75.0 %], baseline 25.0 %; information +1.00 bits "
         "[+0.50, +1.50]; 20 of 40 records answered"
@@ -41,20 +41,20 @@ def test_a_line_of_the_log_says_how_sure_it_is() -> None:
 
 def test_all_records_answered_needs_no_hint() -> None:
     task = dataclasses.replace(example.results()[0], answered=40)
-    text = printed(Judgement([task], 2.0, "x"))
+    text = printed(EvalReport([task], 2.0, "x"))
     assert "judge.answers" not in text and " 40" in text
 
 
 def test_square_brackets_in_names_are_no_markup() -> None:
     task = dataclasses.replace(example.results()[0], source="[red]shop[/red]", baseline=float("nan"))
-    text = printed(Judgement([task], 2.0, "x"))
+    text = printed(EvalReport([task], 2.0, "x"))
     assert "name_picture/[red]shop[/red]" in text
     assert "–" in text
 
 
 def test_a_narrow_terminal_cuts_no_name_and_no_number() -> None:
     task = dataclasses.replace(example.results()[0], task="number_from_picture", source="spoken_digits")
-    text = printed(Judgement([task], 2.0, "x"), width=80)
+    text = printed(EvalReport([task], 2.0, "x"), width=80)
     first, second = next(
         two for two in zip(text.splitlines(), text.splitlines()[1:], strict=False) if "62.5" in two[0]
     )

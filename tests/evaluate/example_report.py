@@ -1,4 +1,4 @@
-"""A made-up judgement that holds all four kinds of answer, with data that tries to be markup."""
+"""A synthetic evaluation with all four kinds of answer, and data that tries to be markup."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import soundfile
 from PIL import Image
 
 from openm6.base.run_folder import RunFolder
-from openm6.evaluate.results import Answer, Judgement, RunFacts, Sample, TaskResult
+from openm6.evaluate.results import Answer, EvalReport, RunFacts, Sample, TaskResult
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import BINS, LIMIT, Histogram, NumberSeries
 
@@ -124,8 +124,8 @@ def results() -> list[TaskResult]:
     ]
 
 
-def judgement() -> Judgement:
-    return Judgement(results(), 61.5, f"runs/x/checkpoints/step-{EVIL}")
+def eval_report() -> EvalReport:
+    return EvalReport(results(), 61.5, f"runs/x/checkpoints/step-{EVIL}")
 
 
 def facts() -> RunFacts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from openm6.evaluate.intervals import bootstrap_interval
+from openm6.evaluate.results import bootstrap_interval
 
 
 @pytest.mark.parametrize("count", [8, 40])

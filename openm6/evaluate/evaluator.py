@@ -1,0 +1,275 @@
+"""Evaluation of the tasks of a model on the test records of their sources, in parallel processes on a CPU."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveInt
+
+from openm6.base.config import Config
+from openm6.base.errors import DataError, MissingFieldError
+from openm6.base.log import get_log
+from openm6.base.seeds import numpy_generator
+from openm6.data.prepare import example_sequence, with_others
+from openm6.data.source import Source
+from openm6.evaluate.answers import answer
+from openm6.evaluate.baselines import (
+    Reference,
+    TargetPrior,
+    baseline_values,
+    fit_prior,
+    numbers_reference,
+    scales,
+    training_examples,
+)
+from openm6.evaluate.knn import fit_knn
+from openm6.evaluate.likelihood import answer_entropy, likelihoods
+from openm6.evaluate.metrics import METRICS, Scored, all_metrics, relative_crps
+from openm6.evaluate.results import UNKNOWN, EvalReport, Sample, TaskResult, bootstrap_interval
+from openm6.evaluate.retrieval import evaluate_retrieval
+from openm6.inference.load import Loaded
+from openm6.inference.sampling import MaskedSampling
+from openm6.modalities.batch import PackedExample
+from openm6.modalities.registry import Modalities
+from openm6.models.description import Lesson
+from openm6.parallel.worker_pool import WorkerPool, can_fork, usable_cores
+from openm6.tasks.registry import task_named
+from openm6.tasks.task import Example, Task
+
+Sources = Mapping[str, Source]
+Result = TypeVar("Result")
+
+REMEDY = "evaluate again with openm6 evaluate, in one process by judge.workers=1 in the recipe"
+
+
+class EvalConfig(Config):
+    """How many test records are evaluated, and how images and audio are decoded: the section `judge` of a recipe."""
+
+    # Whether a run is evaluated when it has been trained; auto: unless its weights are offloaded, which takes long.
+    at_end: bool | Literal["auto"] = "auto"
+    # Test records per task for the information gain; of them, those answered in text or numbers, and those answered in
+    # images or audio.
+    records: int = Field(default=160, ge=2)
+    answers: int = Field(default=60, ge=1)
+    drawn: int = Field(default=20, ge=1)
+    decoding: MaskedSampling = MaskedSampling()
+    # Samples kept for the report.
+    samples: int = Field(default=6, ge=0)
+    # Parallel processes on a CPU; auto: one per core. They change no result.
+    workers: PositiveInt | Literal["auto"] = "auto"
+    seed: int = 0
+
+
+def evaluate_tasks(
+    loaded: Loaded,
+    lessons: list[Lesson],
+    train: Sources,
+    test: Sources,
+    config: EvalConfig,
+    on_result: Callable[[TaskResult], None] = lambda result: None,
+) -> EvalReport:
+    """Evaluate each trained task that has test records; `on_result` is called with each result as it is ready."""
+    began = time.perf_counter()
+
+    def evaluated(index: int) -> TaskResult | None:
+        lesson = lessons[index]
+        task = task_named(lesson.task)
+        if task.contrasts:
+            return evaluate_retrieval(loaded, lesson, test[lesson.source], config.seed)
+        examples, sequences = select_examples(task, test[lesson.source], config, loaded.modalities)
+        if not examples:
+            return None
+        return evaluate_task(loaded, lesson, examples, sequences, train[lesson.source], config)
+
+    workers = num_workers(len(lessons), config, loaded.omni.device)
+    results: dict[int, TaskResult] = {}
+    for index, result in parallel_map(evaluated, _slowest_first(lessons), workers):
+        if result is None:
+            get_log().info(f"{lessons[index].task}/{lessons[index].source}: no test records, not evaluated")
+            continue
+        results[index] = result
+        on_result(result)
+    ordered = [results[index] for index in sorted(results)]
+    return EvalReport(ordered, time.perf_counter() - began, str(loaded.checkpoint))
+
+
+def _slowest_first(lessons: list[Lesson]) -> list[int]:
+    """Indices of the trained tasks, those that generate images or audio first, so that all processes end together."""
+    fast = [task_named(lesson.task).gives in ("text", "numbers") for lesson in lessons]
+    return sorted(range(len(lessons)), key=fast.__getitem__)
+
+
+def num_workers(tasks: int, config: EvalConfig, device: torch.device) -> int:
+    """The number of processes for a number of tasks; 1 on a GPU, off Linux and in a thread, which cannot fork."""
+    if device.type != "cpu" or not can_fork() or threading.current_thread() is not threading.main_thread():
+        return 1
+    return max(1, min(usable_cores() if config.workers == "auto" else config.workers, tasks))
+
+
+def parallel_map(
+    function: Callable[[int], Result], indices: Sequence[int], workers: int
+) -> Iterator[tuple[int, Result]]:
+    """Each index with `function(index)`: in this order from one process, as they are ready from several forked ones.
+
+    Raises:
+        OpenM6Error: an error of the function.
+        TrainingError: a process was killed.
+    """
+    if workers == 1:
+        yield from ((index, function(index)) for index in indices)
+        return
+
+    def serve(pipe: Connection) -> None:
+        while True:
+            pipe.send(function(pipe.recv()))
+
+    pool = WorkerPool([serve] * workers, remedy=REMEDY)
+    try:
+        for position, result in pool.imap_unordered(indices):
+            yield indices[position], result
+    finally:
+        pool.close()
+
+
+def select_examples(
+    task: Task, source: Source, config: EvalConfig, modalities: Modalities
+) -> tuple[list[Example], list[PackedExample]]:
+    """Up to `records` test records, evenly spaced, as examples of the task and as tokens, without broken ones."""
+    examples: list[Example] = []
+    sequences: list[PackedExample] = []
+    skipped = 0
+    indices = np.linspace(0, max(0, len(source) - 1), min(len(source), config.records)).astype(int)
+    for index in indices:
+        rng = numpy_generator(config.seed, task.name, int(index))
+        try:
+            record = source[int(index)]
+            record = with_others(record, source, rng) if task.compares else record
+            example = task.example(record, rng)
+            sequences.append(example_sequence(example, modalities))
+            examples.append(example)
+        except MissingFieldError:
+            skipped += 1
+        except DataError as error:
+            get_log().info(f"{task.name}: a test record is left out: {error}")
+    if skipped:
+        get_log().info(f"{task.name}: {skipped} of {len(indices)} test records lack a field that it needs")
+    return examples, sequences
+
+
+def evaluate_task(
+    loaded: Loaded,
+    lesson: Lesson,
+    examples: list[Example],
+    sequences: list[PackedExample],
+    train: Source,
+    config: EvalConfig,
+) -> TaskResult:
+    """Information gain over all examples; metrics and samples over those that are answered."""
+    task = task_named(lesson.task)
+    train_examples, train_targets = training_examples(task, train, config.seed, loaded.modalities)
+    prior = fit_prior(task, train_examples, train_targets, loaded)
+    found = likelihoods(loaded, examples, sequences, lesson.source, prior)
+
+    limit = config.drawn if task.gives in ("image", "sound") else config.answers
+    chosen = np.linspace(0, len(examples) - 1, min(len(examples), limit)).astype(int)
+    answered = [examples[row] for row in chosen]
+    scored = Scored(answered, answer(loaded, answered, config.decoding))
+    baseline_name = task.baseline.replace("_", " ")
+    against_others: dict[str, np.ndarray] = {}
+    if task.gives == "numbers":
+        references = numbers_reference(task, answered, train_examples, loaded)
+        scored, baseline_name, against_others = _score_numbers(scored, references, loaded)
+    elif task.gives in ("image", "sound"):
+        chosen_sequences = [sequences[row] for row in chosen]
+        scored = _score_codes(scored, task, found.bits[chosen], chosen_sequences, prior, loaded, train)
+    values = all_metrics(task.metrics, scored) | against_others
+    blocks = [example.block for example in examples]
+    return TaskResult(
+        task=task.name,
+        source=lesson.source,
+        reads=task.reads,
+        gives=task.gives,
+        **_comparison(
+            task.metrics[0], values, baseline_values(task.metrics[0], scored, prior), answered, config
+        ),
+        baseline_name=baseline_name,
+        information_gain=float(found.gain.mean()),
+        information_interval=bootstrap_interval(found.gain, config.seed, blocks),
+        null_predictor=found.null_predictor,
+        answer_entropy=answer_entropy(examples, prior),
+        records=len(examples),
+        answered=len(answered),
+        metrics={name: float(of_each.mean()) for name, of_each in values.items()},
+        samples=_samples(scored, config),
+    )
+
+
+def _comparison(
+    metric: str,
+    values: dict[str, np.ndarray],
+    baseline: np.ndarray | None,
+    answered: list[Example],
+    config: EvalConfig,
+) -> dict[str, Any]:
+    """The first metric and its baseline, as fields of a TaskResult."""
+    blocks = [example.block for example in answered]
+    advantage = UNKNOWN
+    if baseline is not None:
+        sign = 1 if METRICS[metric].better == "higher" else -1
+        advantage = bootstrap_interval(sign * (values[metric] - baseline), config.seed, blocks)
+    return {
+        "metric": metric,
+        "value": float(values[metric].mean()),
+        "value_interval": bootstrap_interval(values[metric], config.seed, blocks),
+        "baseline": float("nan") if baseline is None else float(baseline.mean()),
+        "better": METRICS[metric].better,
+        "advantage_interval": advantage,
+    }
+
+
+def _score_numbers(
+    scored: Scored, references: list[Reference], loaded: Loaded
+) -> tuple[Scored, str, dict[str, np.ndarray]]:
+    """Scored against the baseline with the smallest error, its name, and the error relative to the other baselines."""
+    scale = scales(scored.examples, loaded)
+    against = {x.name: replace(scored, scale=scale, reference=x.predictions) for x in references}
+    best = min(against, key=lambda name: against[name].reference_errors().mean())
+    names = {x.name: f"crps_share_{x.name.split(',')[0].replace(' ', '_')}" for x in references[1:]}
+    return against[best], best, {key: relative_crps(against[name]) for name, key in names.items()}
+
+
+def _score_codes(
+    scored: Scored,
+    task: Task,
+    bits: np.ndarray,
+    sequences: list[PackedExample],
+    prior: TargetPrior,
+    loaded: Loaded,
+    train: Source,
+) -> Scored:
+    """Scored with bits per code of the model and of the training frequencies, over the codes that carry a loss."""
+    targets = [sequence.segments[-1] for sequence in sequences]
+    codes = np.asarray([target.learn.sum() * target.arrays["codes"].shape[1] for target in targets])
+    prior_bits = prior.bits(scored.examples, targets) / codes
+    return replace(
+        scored,
+        code_bits=bits / codes,
+        prior_code_bits=prior_bits if np.isfinite(prior_bits).all() else None,
+        knn=fit_knn(loaded, train, task.gives) if "recognised" in task.metrics else None,
+    )
+
+
+def _samples(scored: Scored, config: EvalConfig) -> list[Sample]:
+    """A few answered records in random order, since neighbours in a table are often alike."""
+    rows = numpy_generator(config.seed, "samples").permutation(len(scored.examples))[: config.samples]
+    pairs = [(scored.examples[int(row)], scored.answers[int(row)]) for row in rows]
+    return [
+        Sample(example.source, answered, example.answer, example.record_id) for example, answered in pairs
+    ]

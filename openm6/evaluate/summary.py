@@ -1,0 +1,143 @@
+"""Results as text: a line of the log, a table in the terminal, and the model card README.md of a run."""
+
+from __future__ import annotations
+
+import math
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from openm6.base.energy import gpt3
+from openm6.base.energy.units import in_joules
+from openm6.base.files import replace_text
+from openm6.base.run_folder import RunFolder
+from openm6.evaluate.energy import EnergyAccount
+from openm6.evaluate.formatting import count, duration, signed, significance
+from openm6.evaluate.metrics import metric_title, score
+from openm6.evaluate.results import EvalReport, RunFacts, TaskResult
+
+CARD_FILE = "README.md"
+# Width in characters below which the table leaves columns out.
+WIDE = 120
+_STYLES = {"positive": "green", "none": "yellow", "negative": "red"}
+
+
+def answered(result: TaskResult) -> str:
+    """How many of the test records were answered: `60 of 372`, or `60` if all were."""
+    return (
+        str(result.records) if result.answered == result.records else f"{result.answered} of {result.records}"
+    )
+
+
+def result_line(result: TaskResult) -> str:
+    """One result as a line of a log."""
+    value, baseline = (score(result.metric, number) for number in (result.value, result.baseline))
+    low, high = (score(result.metric, end) for end in result.value_interval)
+    bits_low, bits_high = (signed(end) for end in result.information_interval)
+    return (
+        f"{result.name}: {metric_title(result.metric)} {value} [{low}, {high}], baseline {baseline}; information "
+        f"{signed(result.information_gain)} bits [{bits_low}, {bits_high}]; {answered(result)} records answered"
+    )
+
+
+def print_table(report: EvalReport, console: Console) -> None:
+    """One row per task: score and baseline, information gain with its 95 % interval, records answered.
+
+    A narrow terminal shows neither modalities nor records. Names are folded, since one cut short could not be typed.
+    """
+    narrow = console.width < WIDE
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0) if narrow else (0, 1))
+    table.add_column("task", overflow="fold", min_width=14)
+    if not narrow:
+        table.add_column("modalities", no_wrap=True)
+    table.add_column("metric", min_width=7)
+    last = [] if narrow else ["answered"]
+    for name in ("value", "baseline", "information", "95 % interval", *last):
+        table.add_column(name, justify="right", no_wrap=True)
+    for result in report.results:
+        task, pair, *rest, records = _cells(result)
+        table.add_row(*((task, *rest) if narrow else (task, pair, *rest, records)))
+    console.print(table)
+    console.print(Text(_totals(report), style="dim"))
+
+
+def _cells(result: TaskResult) -> list[Text]:
+    # Text, not str: rich would read square brackets in a name as its own markup.
+    style = "" if not math.isfinite(result.baseline) else "green" if result.beats_baseline else "red"
+    bits = _STYLES[significance(result.information_interval)]
+    low, high = (signed(end) for end in result.information_interval)
+    return [
+        Text(result.name),
+        Text(f"{result.reads} → {result.gives}"),
+        Text(metric_title(result.metric)),
+        Text(score(result.metric, result.value), style=style),
+        Text(score(result.metric, result.baseline)),
+        Text(signed(result.information_gain), style=bits),
+        Text(f"{low} … {high}", style=bits),
+        Text(answered(result)),
+    ]
+
+
+def _totals(report: EvalReport) -> str:
+    results = report.results
+    significant = sum(result.uses_inputs for result in results)
+    better = sum(result.beats_baseline for result in results)
+    partial = any(result.answered < result.records for result in results)
+    more = " More records are answered with judge.answers=N judge.drawn=N." if partial else ""
+    return (
+        f"{significant} of {len(results)} tasks have a significant information gain (95 % interval above 0 bits); "
+        f"{better} beat their baseline in both score and information. Evaluated in {duration(report.seconds)}: "
+        f"{report.checkpoint}.{more}"
+    )
+
+
+def write_card(run: RunFolder, report: EvalReport, facts: RunFacts) -> None:
+    """Write the model card into the run's folder.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    replace_text(run.path / CARD_FILE, card(report, facts))
+
+
+def card(report: EvalReport, facts: RunFacts) -> str:
+    """The model card: size and training, scores, energy and limits."""
+    rows = [
+        f"| {_inline(result.name)} | {metric_title(result.metric)} | {score(result.metric, result.value)} "
+        f"| {score(result.metric, result.baseline)} |"
+        for result in report.results
+    ]
+    parts = [
+        f"# {_inline(facts.name)}",
+        f"A model of OpenM6, preset `{_inline(facts.preset)}`: {count(facts.total_parameters)} parameters, "
+        f"{count(facts.active_parameters)} active per token. Trained for {count(facts.steps)} steps on "
+        f"{count(facts.tokens)} tokens in {duration(facts.seconds)}.",
+        "## Scores",
+        "Scores on test records; `report.html` shows answers.",
+        "\n".join(["| task | metric | score | baseline |", "|---|---|---|---|", *rows]) if rows else "",
+        "## Energy",
+        _energy(facts.energy),
+        "## Limits",
+        "The model repeats what is in its training data, whether right or wrong, fair or unfair. Evaluate it on your "
+        "own records (`openm6 evaluate RUN --data FILE`) before you rely on it.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _energy(account: EnergyAccount | None) -> str:
+    if account is None:
+        return "The energy of its training was not metered."
+    ledger = account.ledger
+    return (
+        f"{in_joules(ledger.joules)} ({account.joules_per_token:.3g} J per token; read by {ledger.source}), "
+        f"{account.grams(ledger.joules):.3g} g CO2e with the electricity of {account.grid.name} "
+        f"({account.grid.grams_per_kwh:g} g/kWh, {account.grid.year}) and a PUE of {account.pue:g}. "
+        f"The energy per token is {account.of_gpt3:.3%} of that of GPT-3's training. {gpt3.CAVEAT}"
+    )
+
+
+def _inline(text: str) -> str:
+    """Text as it may stand in a line or a cell of Markdown."""
+    return " ".join(text.replace("|", "/").replace("`", "'").split())
