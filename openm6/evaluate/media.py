@@ -17,6 +17,7 @@ from openm6.base.errors import DataError
 from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
 from openm6.modalities.sound import RATE, read_sound
+from openm6.ops.spectrum import mel_filters
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom as fractions of the sides."""
@@ -125,25 +126,14 @@ def spectrogram(samples: np.ndarray) -> Pillow.Image:
     padded = np.pad(samples, (WINDOW // 2, WINDOW // 2 + hop)).astype(np.float64)
     starts = np.arange(0, len(padded) - WINDOW, hop)
     frames = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[starts] * np.hanning(WINDOW)  # T WINDOW
-    power = np.square(np.abs(np.fft.rfft(frames, axis=1))) @ _mel_bands().T  # T F
+    filters = mel_filters(BANDS, WINDOW, RATE).numpy()
+    power = np.square(np.abs(np.fft.rfft(frames, axis=1))) @ (filters / filters.max(0))  # T F
     loudness = 10 * np.log10(power.T[::-1] + 1e-8)  # F T, high frequencies first
     # 60 dB below the loudest is black; the lower limit keeps silence from being stretched into noise.
     top = max(float(loudness.max()), -10.0)
     level = np.clip((loudness - top + 60) / 60, 0, 1) * (len(_COLOURS) - 1)
     colours = [np.interp(level, np.arange(len(_COLOURS)), _COLOURS[:, channel]) for channel in range(3)]
     return Pillow.fromarray(np.stack(colours, -1).astype(np.uint8)).quantize(64)
-
-
-def _mel_bands() -> np.ndarray:
-    """Triangles on the mel axis from 0 to 8 kHz.  # F WINDOW/2+1"""
-    mels = np.linspace(0, 2595 * np.log10(1 + RATE / 2 / 700), BANDS + 2)
-    centres = 700 * (10 ** (mels / 2595) - 1)
-    bins = np.linspace(0, RATE / 2, WINDOW // 2 + 1)
-    # A band narrower than a bin would catch nothing: it is widened to one.
-    width = np.maximum(np.diff(centres), RATE / WINDOW)
-    rise = (bins - centres[1:-1, None]) / width[:-1, None] + 1
-    fall = 1 - (bins - centres[1:-1, None]) / width[1:, None]
-    return np.clip(np.minimum(rise, fall), 0, None)
 
 
 def _png(image: Pillow.Image) -> bytes:
