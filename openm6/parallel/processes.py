@@ -24,8 +24,8 @@ from openm6.optim.pieces import Piece
 from openm6.optim.rules import Shape
 from openm6.parallel.collectives import AllToAllExchange, CopiesExchange
 from openm6.parallel.config import MeshShape
+from openm6.parallel.failure import DONE, FailureWatchdog, open_store, wait_for
 from openm6.parallel.fsdp import Layout, open_layout, reshard, shard
-from openm6.parallel.guard import DONE, FailureWatchdog, open_store, wait_for
 from openm6.parallel.ranks import Ranks, WeightSets
 from openm6.parallel.sharded_weights import CopiedSets, ShardedSets, local, piece_of
 

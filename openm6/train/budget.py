@@ -1,4 +1,4 @@
-"""The bytes of a run by place, from its sizes; a run that does not fit is refused with what would."""
+"""The memory budget of a run by place, from its sizes; a run that does not fit is refused with what would."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EDGE_BYTES = (
     20  # a weight, both moments, its gradient, and its copy in half precision, four bytes each at most
 )
 FULL, HALF = 4, 2  # bytes of an activation or a gradient
-TOLD = 0.02  # share of a place's bytes below which a line is left out of the log
+LOGGED = 0.02  # fraction of a place's bytes below which a line is left out of the log
 HOST_SHARE = 0.9  # of the free host memory; the rest is for everybody else
 SMALLER = (4, 2, 1)  # bytes a parameter
 UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -38,7 +38,7 @@ Room = dict[str, float]
 
 @dataclass(frozen=True)
 class Line:
-    """So many bytes for one thing in one place: `device`, `host` or `disk`."""
+    """The bytes of one thing in one place: `device`, `host` or `disk`."""
 
     place: str
     what: str
@@ -189,7 +189,7 @@ def _row_width(config: BackboneConfig, layer: int) -> int:
 
 
 def check_budget(budget: Budget, room: Room, rule: UpdateRule) -> None:
-    """Logs the budget, and refuses what does not fit.
+    """Log the budget, and refuse what does not fit.
 
     Raises:
         ConfigError: a set is named that does not exist; or a place is too small: the sentence names the largest number
@@ -199,7 +199,7 @@ def check_budget(budget: Budget, room: Room, rule: UpdateRule) -> None:
     if isinstance(wanted, tuple) and (wrong := [number for number in wanted if number >= num_sets]):
         raise ConfigError(f"streaming.resident names set {wrong[0]}: there are only 0 to {num_sets - 1}")
     for place, limit in room.items():
-        get_log().info(_told(budget, place, limit, room))
+        get_log().info(_describe(budget, place, limit, room))
     short = [place for place, limit in room.items() if needed_bytes(budget, place, room) > limit]
     if short:
         raise ConfigError(refusal(budget, short[0], room, rule))
@@ -276,14 +276,14 @@ def free_disk_bytes(checkpoints: Path) -> int:
     return shutil.disk_usage(there).free + older
 
 
-def _told(budget: Budget, place: str, limit: float, room: Room) -> str:
+def _describe(budget: Budget, place: str, limit: float, room: Room) -> str:
     """`host: 1.2 GiB of 20.1 GiB; streamed weights 921 MiB, …`."""
     needed = needed_bytes(budget, place, room)
     here = {place, "device"} if place == "host" and "device" not in room else {place}
     parts = [
         f"{line.what} {_size(line.num_bytes)}"
         for line in budget.lines(resident_sets(budget, room))
-        if line.place in here and line.num_bytes >= max(1, TOLD * needed)
+        if line.place in here and line.num_bytes >= max(1, LOGGED * needed)
     ]
     return f"{place}: {_size(needed)} of {_size(limit)}; {', '.join(parts)}"
 
@@ -328,7 +328,7 @@ def _changes(budget: Budget) -> Iterator[tuple[str, Budget]]:
 
 
 def _size(num_bytes: float) -> str:
-    """Bytes as people say them."""
+    """Format a number of bytes."""
     unit, name = next((pair for pair in UNITS if num_bytes >= pair[0]), UNITS[-1])
     return f"{num_bytes / unit:.3g} {name}"
 
