@@ -21,8 +21,7 @@ from openm6.ops.linear_loss import linear_nats
 from openm6.ops.rotary import rotary_table
 from openm6.ops.sequence import SequenceMeta, causal_meta
 from openm6.optim.config import OptimizerConfig
-from openm6.optim.groups import default_groups
-from openm6.optim.registry import build_optimizer
+from openm6.optim.registry import build_optimizer, default_groups
 
 
 class Decoder(nn.Module):

@@ -32,8 +32,7 @@ from openm6.nn.experts import Experts
 from openm6.ops.grouped import grouped_product_reference
 from openm6.ops.sequence import causal_meta
 from openm6.optim.config import OptimizerConfig
-from openm6.optim.groups import default_groups
-from openm6.optim.registry import build_optimizer
+from openm6.optim.registry import build_optimizer, default_groups
 
 WORTH = {"gain": 0.15, "loss_difference": 0.01}  # what it takes to become an option of training
 BLOCK = 128

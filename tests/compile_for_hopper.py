@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from openm6.kernels import cross_entropy, moe, optimizers
-from openm6.optim.blocks import LEVELS, SPARSE, STEPS
+from openm6.optim.low_precision import LEVELS, SPARSE, STEPS
 
 PACKAGE = Path(__file__).parent.parent / "openm6"
 

@@ -18,7 +18,7 @@ FLOORS = {
     "energy": 15,
     "kernels": 15,
     "ops": 20,
-    "optim": 20,
+    "optim": 25,
     "nn": 30,
     "codecs": 35,
     "modalities": 40,

@@ -1,7 +1,7 @@
 """Random seeds as a pure function of what they are for, so that nothing random needs to be carried along.
 
-The one hash of texts and contents and the one mixer of counters (64 bits: the order of records) are here; only
-`optim.rounding` has another mixer (32 bits, with its form in Triton beside it).
+The one hash of texts and contents and the mixer of the order of records (64 bits) are here; `ops.random_bits` mixes
+counters in tensors, for rounding and sampling.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from openm6.checkpoint.shards import SEPARATOR
 Moments = Literal["independent", "aligned", "reset"]
 
 FIRST_MOMENTS = frozenset({"exp_avg", "momentum", "momentum_buffer"})
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "row_var", "col_var", "variance"})
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "row_var", "col_var"})
 
 
 def delink_moments(

@@ -15,7 +15,7 @@ from openm6.checkpoint.optimizer import place_optimizer
 from openm6.checkpoint.save import Saver
 from openm6.checkpoint.shards import EXPONENT, INDEX_FILE, SEPARATOR, Catalogue
 from openm6.checkpoint.tensors import named_tensors, open_tensors, read_into
-from openm6.optim.blocks import from_levels
+from openm6.optim.low_precision import from_levels
 
 
 def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:

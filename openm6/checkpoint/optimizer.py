@@ -38,16 +38,15 @@ def place_optimizer(
         CheckpointError: one is of a parameter that the optimizer does not move; `where` names their origin.
     """
     parameters = dict(model.named_parameters())
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     optimizer.state.clear()
     for full_name, tensor in tensors:
         name, _, key = full_name.partition(SEPARATOR)
         parameter = parameters.get(name)
-        if parameter is None or id(parameter) not in groups:
+        if parameter is None or id(parameter) not in trained:
             raise CheckpointError(
                 f"{where} has state for {name!r}, which is not trained here: "
                 "go on with the config of that run, or start a new one"
             )
-        # A fused update counts its steps on the device; the others count on the host, which spares a wait.
-        on_host = key == "step" and not groups[id(parameter)].get("fused", False)
-        optimizer.state[parameter][key] = tensor.to("cpu" if on_host else parameter.device)
+        # Steps are counted on the host, which spares a wait for the device.
+        optimizer.state[parameter][key] = tensor.to("cpu" if key == "step" else parameter.device)

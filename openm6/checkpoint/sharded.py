@@ -25,7 +25,7 @@ from openm6.checkpoint.optimizer import place_optimizer
 from openm6.checkpoint.save import Saver, Snapshot, publish, told_as_checkpoint_error
 from openm6.checkpoint.shards import EXPONENT, SEPARATOR
 from openm6.checkpoint.tensors import named_tensors
-from openm6.optim.blocks import from_levels
+from openm6.optim.low_precision import from_levels
 from openm6.optim.pieces import keeps_cut
 from openm6.parallel.fsdp import Layout, expert_parameters, with_places
 from openm6.parallel.sharded_weights import local, piece_of

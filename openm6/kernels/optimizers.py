@@ -24,7 +24,7 @@ TILE = {"ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": WARPS}
 
 @triton.jit
 def mix(x) -> tl.tensor:
-    """A permutation of 32-bit numbers without visible order ("lowbias32"), as `rounding._mix`."""
+    """A permutation of 32-bit numbers without visible order ("lowbias32"), as `ops.random_bits.mix_32`."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -32,13 +32,13 @@ def mix(x) -> tl.tensor:
 
 @triton.jit
 def bits_at(place, key) -> tl.tensor:
-    """`rounding.random_bits` for these places of a matrix (any integer type) and the key of that matrix (uint32)."""
+    """`low_precision.random_bits` for these places of a matrix (any integer type) and the key of that matrix (uint32)."""
     return mix(place.to(tl.uint32) * 0x9E3779B9 + key)
 
 
 @triton.jit
 def round_bf16(value, bits) -> tl.tensor:
-    """`rounding.round_to_bf16`: fp32 -> bf16, up with the probability of what is cut off; finite stays finite."""
+    """`low_precision.round_to_bf16`: fp32 -> bf16, up with the probability of what is cut off; finite stays finite."""
     # bf16 is the upper half of fp32: 16 random bits added below it carry into it as often as they should.
     raised = (value.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)) & 0xFFFF0000
     largest = 3.3895313892515355e38
@@ -134,7 +134,7 @@ def _tile(gradient, allowed, matrix, rows, columns, num_rows, num_columns):
 
 @triton.jit
 def _random_bits(rows, columns, num_columns, key):
-    """rounding.random_bits, for one tile."""
+    """`low_precision.random_bits`, for one tile."""
     return bits_at(rows[:, None] * num_columns + columns[None, :], key.to(tl.uint32, bitcast=True))
 
 
@@ -287,7 +287,7 @@ def adafactor_update_int8(
     blocks: tuple[int, int, int, int],
     first_row: int = 0,
 ) -> None:
-    """`adafactor_int8_kernel` on all tiles; blocks: length, LEVELS, SPARSE and STEPS of `openm6.optim.blocks`."""
+    """`adafactor_int8_kernel` on all tiles; blocks: length, LEVELS, SPARSE and STEPS of `openm6.optim.low_precision`."""
     length, levels, sparse, steps = blocks
     adafactor_int8_kernel[_grid(gradient)](
         weight, exponent, gradient, *numbers, first_row, *gradient.shape[1:],

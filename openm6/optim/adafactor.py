@@ -1,28 +1,111 @@
-"""Adafactor, whose second moment is a number for each row and column, also over tensors that are cut over ranks."""
+"""Adafactor (arXiv 1804.04235): the second moment of a matrix is one number per row and one per column.
 
-# Letters: E matrices (experts; 1 for a plain tensor), R rows, R' of them here, C columns
+The rule is a generator that stops where it needs sums over the ranks that hold other rows of the same matrices. So
+many tensors advance together with one exchange for all of them, and the rules of fewer bytes (rules.py) use the same.
+"""
+
+# Dimensions: E matrices (experts; 1 for a plain matrix), R rows, R' of them on this rank, C columns
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from openm6.optim.pieces import COLUMN_MEANS, ROW_MEANS, Piece, Pieces, whole
+from openm6.optim.adamw import recompute
+from openm6.optim.pieces import COLUMN_MEANS, COUNT, ROW_MEANS, WHOLE, Piece, Pieces, total_together, whole
 
-AT_ONCE = 2**25  # values whose updates wait together for the sums of other ranks
+Result = TypeVar("Result")
+RankSums = Generator[list[Tensor], None, Result]  # yields tensors that are to be summed over ranks, in place
+
+TINY = 1e-30  # added to squares, as in the paper
+AT_ONCE = 2**25  # values per rank whose updates wait together for the sums of other ranks
+
+
+class Moments(NamedTuple):
+    """Running means of squared gradients, updated in place."""
+
+    row: Tensor  # E R', means over columns
+    column: Tensor  # E C, means over rows
+    updates: Tensor  # E, how many so far
+
+
+def follow(
+    moments: Moments, gradient: Tensor, piece: Piece = WHOLE, active: Tensor | None = None
+) -> RankSums[Tensor]:
+    """Take the squares of a gradient E R' C into its moments, and return which matrices were active: E.
+
+    Without `active` these are all with a gradient: if an expert got no token, and has a gradient of exactly 0,
+    nothing decays, or else its first gradient after a pause would be scaled up.
+    """
+    square = gradient.square() + TINY
+    sums = square.sum(-2)  # E C
+    active = ((gradient != 0).flatten(1).any(-1) if active is None else active).to(sums.dtype)
+    yield [sums, active]
+    _, num_rows = piece.rows(gradient.shape[-2])
+    follow_means(moments, square.mean(-1), sums / num_rows, active > 0)
+    return active > 0
+
+
+def follow_means(moments: Moments, row_mean: Tensor, column_mean: Tensor, active: Tensor) -> None:
+    """The same, from the means of a gradient's squares. The decay is 1 - t^-0.8 (section 7.2)."""
+    moments.updates.add_(active)
+    decay = torch.where(active, 1 - moments.updates.clamp(min=1).pow(-0.8), 1.0).unsqueeze(-1)
+    moments.row.lerp_(row_mean, 1 - decay)
+    moments.column.lerp_(column_mean, 1 - decay)
+
+
+def inverse_roots(moments: Moments, piece: Piece = WHOLE) -> RankSums[tuple[Tensor, Tensor]]:
+    """Return the factors E R' and E C of 1/√v, where v[r, c] = row[r] · column[c] / mean(row) (algorithm 4)."""
+    mean = moments.row.sum(-1, keepdim=True)  # E 1
+    yield [mean]
+    _, num_rows = piece.rows(moments.row.shape[-1])
+    mean = (mean / num_rows).clamp(min=TINY)
+    return (moments.row / mean).clamp(min=TINY).rsqrt(), moments.column.clamp(min=TINY).rsqrt()
+
+
+def normalized(gradient: Tensor, moments: Moments, piece: Piece = WHOLE) -> RankSums[Tensor]:
+    """Return g / √v, clipped to a root mean square of 1 per matrix (section 6): E R' C.
+
+    In offloaded training this clip replaces one by the norm of all gradients, which is not known while gradients are
+    used layer by layer.
+    """
+    row, column = yield from inverse_roots(moments, piece)
+    update = gradient * row.unsqueeze(-1) * column.unsqueeze(-2)
+    squares = update.square().sum((-2, -1), keepdim=True)
+    yield [squares]
+    return update / (squares / num_values(gradient, piece)).sqrt().clamp(min=1.0)
+
+
+def num_values(matrices: Tensor, piece: Piece) -> int:
+    """Return the number of values of one whole matrix."""
+    return piece.rows(matrices.shape[-2])[1] * matrices.shape[-1]
+
+
+def advance(updates: Sequence[RankSums[Result]], piece: Piece) -> list[Result]:
+    """Run updates that stop equally often side by side, with one exchange over the ranks of `piece` for each stop."""
+    results: list[Result] = []
+    while len(results) < len(updates):
+        sums: list[Tensor] = []
+        for update in updates:
+            try:
+                sums += next(update)
+            except StopIteration as end:
+                results.append(end.value)
+        total_together(sums, piece)
+    return results
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Scales gradients by factored second moments (arXiv 1804.04235) and steps to the size of the weights.
+    """Scale gradients by factored second moments, and step in proportion to the size of the weights (section 8).
 
-    For plain parameters the rule is that of `torch.optim.Adafactor`. A 3-D parameter of a group with `muon: True` is a
-    stack of matrices (experts), each of which is scaled and clipped for itself, so that experts on other ranks need
-    not be asked. Where a matrix's rows lie on several ranks, sums go over them: twice a step, many tensors at once.
+    For matrices and vectors, which count as matrices of one column, the rule is that of `torch.optim.Adafactor`. Of a
+    parameter with more dimensions (stacked experts, kernels) each matrix is updated by itself, so that ranks with
+    other experts need not be asked.
     """
 
     def __init__(
@@ -31,153 +114,84 @@ class Adafactor(torch.optim.Optimizer):
         lr: float,
         weight_decay: float = 0.0,
         pieces: Pieces = whole,
-        beta2_decay: float = -0.8,
         smallest_scale: float = 1e-3,
-        clip: float = 1.0,
     ) -> None:
-        """`pieces` says how a parameter lies here; `clip` bounds the root mean square of an update."""
+        """`pieces` returns how a parameter is sharded; `smallest_scale` is the least size of weights to step by."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.pieces, self.beta2_decay = pieces, beta2_decay
-        self.smallest_scale, self.clip = smallest_scale, clip
+        self.pieces, self.smallest_scale = pieces, smallest_scale
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; `closure` may recompute the loss first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Update every parameter that has a gradient; `closure` may recompute the loss first."""
+        loss = recompute(closure)
         for bucket in self._buckets():
-            sums = [self._follow(one) for one in bucket]
-            _total(bucket, sums)
-            updates = [self._scale(one, values) for one, values in zip(bucket, sums, strict=True)]
-            sizes = [[_squares(update, one.stacked)] for one, update in zip(bucket, updates, strict=True)]
-            _total(bucket, sizes)
-            for one, values, update, (size,) in zip(bucket, sums, updates, sizes, strict=True):
-                self._apply(one, values[0], update, size)
+            advance([self._update(one) for one in bucket], bucket[0].piece)
         return loss
 
-    def _buckets(self) -> Iterator[list[_Moving]]:
-        """Neighbours that are cut over the same ranks together; what lies here whole waits for nobody."""
-        bucket: list[_Moving] = []
+    def _buckets(self) -> Iterator[list[_Shard]]:
+        """Neighbours whose rows are on the same ranks together; one whose matrices are whole here is by itself.
+
+        Buckets end by the size of whole tensors, which all ranks know.
+        """
+        bucket: list[_Shard] = []
+        size = 0
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                moving = _Moving(parameter, self.pieces(parameter), group)
-                if bucket and (_is_full(bucket) or not _same_ranks(moving, bucket[-1])):
+            for parameter in (one for one in group["params"] if one.grad is not None):
+                one = _shard_of(parameter, self.pieces(parameter), group)
+                ranks = bucket[0].piece.group if bucket else None
+                if bucket and (ranks is None or one.piece.group is not ranks or size > AT_ONCE * ranks.size):
                     yield bucket
-                    bucket = []
-                bucket.append(moving)
+                    bucket, size = [], 0
+                bucket.append(one)
+                size += parameter.numel()
         if bucket:
             yield bucket
 
-    def _follow(self, one: _Moving) -> list[Tensor]:
-        """Takes the gradient into the moments; the sums that the rest of the step needs of all parts.
+    def _update(self, one: _Shard) -> RankSums[None]:
+        moments, lr = self._moments(one), one.group["lr"]
+        squares = one.weight.float().square().sum((-2, -1), keepdim=True)  # E 1 1
+        yield [squares]
+        yield from follow(moments, one.gradient, one.piece, torch.ones_like(moments.updates))
+        update = yield from normalized(one.gradient, moments, one.piece)
+        size = (squares / num_values(one.weight, one.piece)).sqrt().clamp(min=self.smallest_scale)
+        rate = size * moments.updates.rsqrt().clamp(max=lr).view(-1, 1, 1)
+        one.weight.mul_(1 - lr * one.group["weight_decay"])
+        one.weight.sub_((update * rate).to(one.weight.dtype))
 
-        Σ w² of each matrix; where rows are cut also Σ g² of each column and the sum of the row means.
-        """
-        state, gradient = self._state(one), one.gradient
-        state["step"] += 1
-        share = float(state["step"]) ** self.beta2_decay
-        sums = [_squares(one.weight, one.stacked)]
-        if gradient.ndim < 2:
-            variance = one.piece.local(state["variance"])
-            variance.lerp_(gradient.square(), share)
-            return sums
-        rows = one.piece.local(state[ROW_MEANS])  # E R' 1
-        rows.lerp_(gradient.square().mean(-1, keepdim=True), share)
-        return [*sums, gradient.square().sum(-2, keepdim=True), rows.sum(-2, keepdim=True)]
-
-    def _scale(self, one: _Moving, sums: list[Tensor]) -> Tensor:
-        """g / √v with v[r, c] = row[r] · column[c] / mean(row)."""
-        state, smallest = self.state[one.parameter], torch.finfo(one.weight.dtype).eps
-        share = float(state["step"]) ** self.beta2_decay
-        if one.gradient.ndim < 2:
-            variance = one.piece.local(state["variance"]).clone()
-        else:
-            num_rows = one.parameter.shape[-2]
-            columns = one.piece.local(state[COLUMN_MEANS])  # E 1 C
-            columns.lerp_(sums[1] / num_rows, share)
-            mean = (sums[2] / num_rows).clamp(min=smallest)
-            variance = one.piece.local(state[ROW_MEANS]) @ columns / mean
-        return variance.clamp_(min=smallest * smallest).rsqrt_().mul_(one.gradient)
-
-    def _apply(self, one: _Moving, weight_squares: Tensor, update: Tensor, update_squares: Tensor) -> None:
-        count = one.parameter[0].numel() if one.stacked else one.parameter.numel()
-        step, rate = float(self.state[one.parameter]["step"]), one.settings["lr"]
-        scale = (weight_squares / count).sqrt().clamp(min=self.smallest_scale)
-        size = (update_squares / count).sqrt() / self.clip
-        rate_now = scale * min(rate, 1 / math.sqrt(step)) / size.clamp(min=1.0)
-        one.weight.mul_(1 - rate * one.settings["weight_decay"])
-        one.weight.sub_((update * rate_now).to(one.weight.dtype))
-
-    def _state(self, one: _Moving) -> dict[str, Any]:
-        state, gradient = self.state[one.parameter], one.gradient
+    def _moments(self, one: _Shard) -> Moments:
+        state = self.state[one.parameter]
+        local = one.slots.local(one.parameter)
+        matrices, rows, columns = one.weight.shape
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            slots = {"variance": gradient.shape}
-            if gradient.ndim > 1:
-                outer = gradient.shape[:-2]
-                slots = {
-                    ROW_MEANS: torch.Size([*outer, gradient.shape[-2], 1]),
-                    COLUMN_MEANS: torch.Size([*outer, 1, gradient.shape[-1]]),
-                }
-            for key, shape in slots.items():
-                state[key] = one.piece.slot(key, gradient.new_zeros(shape))
-        return state
+            outer = local.shape[:-2]
+            vector = local.ndim < 2
+            shapes = {
+                ROW_MEANS: [rows] if vector else [*outer, rows, 1],
+                COLUMN_MEANS: [1] if vector else [*outer, 1, columns],
+                COUNT: [1] if vector else [*outer, 1, 1],
+            }
+            for key, shape in shapes.items():
+                state[key] = one.slots.slot(key, torch.zeros(shape, device=local.device))
+        row, column, count = (one.slots.local(state[key]) for key in (ROW_MEANS, COLUMN_MEANS, COUNT))
+        return Moments(row.view(matrices, rows), column.view(matrices, columns), count.view(matrices))
 
 
 @dataclass(frozen=True)
-class _Moving:
-    """A parameter about to move."""
+class _Shard:
+    """This rank's part of a parameter, as matrices E R' C."""
 
     parameter: Tensor
-    piece: Piece
-    settings: dict[str, Any]  # of its group
-
-    @property
-    def weight(self) -> Tensor:
-        return self.piece.local(self.parameter)
-
-    @property
-    def gradient(self) -> Tensor:
-        """In fp32 at least, and what lies here of it."""
-        assert self.parameter.grad is not None
-        gradient = self.piece.local(self.parameter.grad)
-        return gradient.float() if gradient.dtype in (torch.bfloat16, torch.float16) else gradient
-
-    @property
-    def stacked(self) -> bool:
-        """Whether it is a stack of matrices, each moved for itself."""
-        return self.parameter.ndim == 3 and self.settings.get("muon", False)
+    weight: Tensor
+    gradient: Tensor  # in fp32
+    piece: Piece  # over whose ranks sums go: WHOLE if no rows are on others
+    slots: Piece  # how the parameter and its moments are sharded
+    group: dict[str, Any]
 
 
-def _is_full(bucket: list[_Moving]) -> bool:
-    """By whole tensors, which are alike on all ranks."""
-    group = bucket[0].piece.group
-    return group is not None and sum(one.parameter.numel() for one in bucket) > AT_ONCE * group.size
-
-
-def _same_ranks(one: _Moving, other: _Moving) -> bool:
-    return one.piece.group is not None and one.piece.group is other.piece.group
-
-
-def _squares(tensor: Tensor, stacked: bool) -> Tensor:
-    """Σ x² of each matrix of a stack (E 1 1), or of the whole."""
-    square = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square()
-    return square.sum((-2, -1), keepdim=True) if stacked else square.sum()
-
-
-def _total(bucket: list[_Moving], sums: list[list[Tensor]]) -> None:
-    """Adds up, over the ranks, those sums of a bucket that go over parts of one matrix or tensor; in one exchange."""
-    if bucket[0].piece.group is None:
-        return
-    parts = []
-    for one, values in zip(bucket, sums, strict=True):
-        cut = one.piece.cuts_rows(one.parameter.ndim)
-        parts += values[:1] if not one.stacked or cut else []
-        parts += values[1:] if cut else []
-    flat = bucket[0].piece.total(torch.cat([part.reshape(-1) for part in parts]))
-    for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-        part.copy_(summed.view_as(part))
+def _shard_of(parameter: Tensor, piece: Piece, group: dict[str, Any]) -> _Shard:
+    assert parameter.grad is not None
+    weight, gradient = piece.local(parameter), piece.local(parameter.grad).float()
+    rows, columns = (weight.numel(), 1) if weight.ndim < 2 else weight.shape[-2:]
+    shape = (math.prod(weight.shape[:-2]), rows, columns)
+    sums = piece if piece.cuts_rows(parameter.ndim) else WHOLE
+    return _Shard(parameter, weight.view(shape), gradient.reshape(shape), sums, piece, group)

@@ -1,9 +1,9 @@
-"""AdamW (arXiv 1711.05101) whose update is one pass over memory, with moments of any dtype and rounding by chance."""
+"""AdamW (arXiv 1711.05101), its moments in any dtype, with stochastic rounding of bf16 weights on request."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,17 @@ from torch.optim.adamw import adamw
 
 from openm6 import kernels
 from openm6.base.seeds import derive_seed
+from openm6.optim.low_precision import random_bits, round_to_bf16
 from openm6.optim.pieces import Pieces, whole
-from openm6.optim.rounding import random_bits, round_to_bf16
+
+State = dict[str, Any]  # of a parameter: `step`, `exp_avg` and `exp_avg_sq`
 
 
 class AdamW(torch.optim.Optimizer):
-    """Moves every parameter by its two moments.
+    """Update every parameter by its two moments.
 
-    On a GPU with Triton one kernel per tensor reads and writes each number once; what changes from step to step lies
-    on the device, so nothing waits. Elsewhere, and without stochastic rounding, it is torch's own fused update, bit
-    for bit.
+    On a GPU with Triton one kernel per tensor reads and writes each number once; what changes from step to step is on
+    the device, so that nothing waits. Elsewhere, without stochastic rounding, it is torch's own update to the bit.
     """
 
     def __init__(
@@ -36,82 +37,58 @@ class AdamW(torch.optim.Optimizer):
         seed: int = 0,
         pieces: Pieces = whole,
     ) -> None:
-        """`state_dtype` None: each moment has its parameter's dtype. `stochastic`: bf16 results are rounded by chance,
-        the parts of a cut parameter by bits of their own. `pieces` says how a parameter lies here.
+        """`state_dtype` None: each moment has its parameter's dtype. `stochastic`: bf16 results are rounded by random
+        bits, other ones for each shard of a parameter. `pieces` returns how a parameter is sharded.
 
         Steps are counted on the host; checkpoints hold the same names as torch's AdamW.
         """
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.state_dtype, self.stochastic, self.seed = state_dtype, stochastic, seed
         self.pieces = pieces
-        self.scale: Tensor | None = None  # on the device: a factor on all gradients; not a number: no update
-        self._places = {
-            id(parameter): place
-            for place, parameter in enumerate(p for group in self.param_groups for p in group["params"])
-        }
-        self._sent: tuple[Tensor, Tensor] | None = None  # numbers and seeds of all parameters, on the device
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; `closure` may recompute the loss first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._advance()
-        self._apply()
+        """Update every parameter that has a gradient; `closure` may recompute the loss first."""
+        loss = recompute(closure)
+        in_kernel: list[tuple[Tensor, State]] = []
+        for group in self.param_groups:
+            plain: list[Tensor] = []
+            for parameter in self.trained(group):
+                state = self._state(parameter)
+                if self._uses_kernel(parameter):
+                    state["step"] += 1
+                    in_kernel.append((parameter, group))
+                elif self.stochastic or self.state_dtype is not None:
+                    state["step"] += 1
+                    weight, gradient, here = self._local(parameter)
+                    adamw_reference(weight, gradient, here, group, self.stochastic, self._seed(parameter))
+                else:
+                    plain.append(parameter)
+            if plain:
+                gradients = [parameter.grad for parameter in plain if parameter.grad is not None]
+                adamw_update(plain, gradients, [self.state[one] for one in plain], group)
+        if in_kernel:
+            self._run_kernels(in_kernel)
         return loss
 
-    def _advance(self) -> None:
-        """Count the step of each parameter that has a gradient and send its numbers to the device."""
-        moved = self._moved()
-        for parameter, _ in moved:
-            state = self._state(parameter)
-            if not self._is_plain(parameter):  # torch's own pass counts by itself
-                state["step"] += 1
-        on_device = [(parameter, group) for parameter, group in moved if self._in_kernel(parameter)]
-        if on_device:
-            self._send(on_device)
+    def trained(self, group: dict[str, Any]) -> list[Tensor]:
+        """Return the parameters of a group that this rule updates."""
+        return [parameter for parameter in group["params"] if parameter.grad is not None]
 
-    def _apply(self) -> None:
-        """The update itself, with the numbers of the last `_advance`."""
-        plain: dict[int, list[Tensor]] = {}
-        for parameter, group in self._moved():
-            if self._in_kernel(parameter):
-                self._pass(parameter, group)
-            elif not self._is_plain(parameter):
-                weight, gradient, state = self._local(parameter)
-                adamw_reference(weight, gradient, state, group, self.stochastic, self._seed(parameter))
-            else:
-                plain.setdefault(id(group), []).append(parameter)
-        for group in self.param_groups:
-            if id(group) in plain:
-                self._fused(plain[id(group)], group)
-
-    def _moved(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        return [
-            (parameter, group)
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-
-    def _in_kernel(self, parameter: Tensor) -> bool:
+    def _uses_kernel(self, parameter: Tensor) -> bool:
         part = self.pieces(parameter).local(parameter)
         return kernels.available(part.device) and part.is_contiguous()
 
-    def _local(self, parameter: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Weight, gradient and moments, as far as they lie here."""
+    def _local(self, parameter: Tensor) -> tuple[Tensor, Tensor, State]:
+        """Return what this rank holds of weight, gradient and moments."""
         local = self.pieces(parameter).local
         assert parameter.grad is not None
         state = {key: local(value) for key, value in self.state[parameter].items()}
         return local(parameter), local(parameter.grad), state
 
-    def _is_plain(self, parameter: Tensor) -> bool:
-        return not (self._in_kernel(parameter) or self.stochastic or self.state_dtype is not None)
-
-    def _state(self, parameter: Tensor) -> dict[str, Any]:
+    def _state(self, parameter: Tensor) -> State:
         state = self.state[parameter]
         if not state:
             dtype = self.state_dtype or parameter.dtype
@@ -123,80 +100,77 @@ class AdamW(torch.optim.Optimizer):
     def _seed(self, parameter: Tensor) -> int:
         if not self.stochastic:
             return 0
-        step, place = int(self.state[parameter]["step"]), self._places[id(parameter)]
+        step, index = int(self.state[parameter]["step"]), self._index[id(parameter)]
         group = self.pieces(parameter).group
-        part = () if group is None else (group.rank,)
-        return derive_seed(self.seed, "rounding", step, place, *part) % 2**31
+        shard = () if group is None else (group.rank,)
+        return derive_seed(self.seed, "rounding", step, index, *shard) % 2**31
 
-    def _send(self, moved: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """To the same tensors on the device each time; nothing waits."""
-        device, count = moved[0][0].device, len(self._places)
-        if self._sent is None or self._sent[0].device != device:
-            numbers = torch.zeros(count, 4, device=device)
-            self._sent = numbers, torch.zeros(count, dtype=torch.int64, device=device)
-        if self.scale is None or self.scale.device != device:
-            self.scale = torch.ones((), device=device)
-        rows, seeds = [(0.0, 0.0, 0.0, 0.0)] * count, [0] * count
-        for parameter, group in moved:
-            place = self._places[id(parameter)]
-            rows[place] = rule_numbers(group, float(self.state[parameter]["step"]))
-            seeds[place] = self._seed(parameter)
-        self._sent[0].copy_(torch.tensor(rows), non_blocking=True)
-        self._sent[1].copy_(torch.tensor(seeds), non_blocking=True)
-
-    def _pass(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        place = self._places[id(parameter)]
-        assert self._sent is not None and self.scale is not None
-        weight, gradient, state = self._local(parameter)
-        numbers, seeds = self._sent
+    def _run_kernels(self, updated: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """One kernel per tensor; coefficients and seeds of all are copied to the device at once, and nothing waits."""
         # Triton is optional.
         from openm6.kernels import optimizers  # noqa: PLC0415
 
-        optimizers.adamw_update(
-            weight, gradient.contiguous(), state["exp_avg"], state["exp_avg_sq"],
-            numbers[place], self.scale, seeds[place], group["betas"], group["eps"], self.stochastic,
-        )  # fmt: skip
-
-    def _fused(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        on_host = (
-            parameters[0].device.type == "cpu"
-        )  # elsewhere the fused pass wants its counts on the device
-        states = [self.state[parameter] for parameter in parameters]
-        adamw(
-            parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=on_host,
-            foreach=not on_host,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
+        device = updated[0][0].device
+        steps = [float(self.state[parameter]["step"]) for parameter, _ in updated]
+        rows = [coefficients(group, step) for (_, group), step in zip(updated, steps, strict=True)]
+        numbers = torch.tensor(rows).to(device, non_blocking=True)
+        seeds = torch.tensor([self._seed(parameter) for parameter, _ in updated]).to(
+            device, non_blocking=True
         )
+        scale = torch.ones((), device=device)
+        for index, (parameter, group) in enumerate(updated):
+            weight, gradient, state = self._local(parameter)
+            optimizers.adamw_update(
+                weight, gradient.contiguous(), state["exp_avg"], state["exp_avg_sq"],
+                numbers[index], scale, seeds[index], group["betas"], group["eps"], self.stochastic,
+            )  # fmt: skip
 
 
-def rule_numbers(group: dict[str, Any], step: float) -> tuple[float, float, float, float]:
-    """Rate, rate · decay, 1/(1 − β1ᵗ), 1/sqrt(1 − β2ᵗ): what the rule needs beside the tensors in step t."""
+def adamw_update(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    states: Sequence[State],
+    group: dict[str, Any],
+    found_inf: Tensor | None = None,
+) -> None:
+    """Count a step and update weights and moments in place, by torch's fused kernel.
+
+    group: `lr`, `betas`, `eps`, `weight_decay`. If `found_inf` is 1, nothing changes; on a GPU, where the fused
+    kernel counts on the device, it needs steps that are there.
+    """
+    steps = [state["step"] for state in states]
+    fused = steps[0].device == weights[0].device
+    adamw(
+        weights,
+        gradients,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        steps,
+        fused=fused,
+        foreach=not fused,
+        found_inf=found_inf,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def coefficients(group: dict[str, Any], step: float) -> tuple[float, float, float, float]:
+    """Return what step t needs beside the tensors: lr, lr · weight decay, 1/(1 − β1ᵗ), 1/sqrt(1 − β2ᵗ)."""
     first, second = (1 - beta**step for beta in group["betas"])
     return group["lr"], group["lr"] * group["weight_decay"], 1 / first, 1 / math.sqrt(second)
 
 
 def adamw_reference(
-    parameter: Tensor,
-    gradient: Tensor,
-    state: dict[str, Any],
-    group: dict[str, Any],
-    stochastic: bool,
-    seed: int,
+    parameter: Tensor, gradient: Tensor, state: State, group: dict[str, Any], stochastic: bool, seed: int
 ) -> None:
-    """The naive twin of the kernel: the same rule in fp32, the same bits for rounding."""
-    rate, decay, first_scale, second_scale = rule_numbers(group, float(state["step"]))
+    """Update as the kernel does, in plain torch: the same rule in fp32, the same random bits."""
+    rate, decay, first_scale, second_scale = coefficients(group, float(state["step"]))
     beta1, beta2 = group["betas"]
     p, g = parameter.float(), gradient.float()
     m, v = state["exp_avg"].float(), state["exp_avg_sq"].float()
@@ -205,11 +179,15 @@ def adamw_reference(
     p = p - decay * p
     p = p - rate * (m * first_scale) / (v.sqrt() * second_scale + group["eps"])
     bits = random_bits(1, p.numel(), seed, device=p.device).view(p.shape)
-    _put(parameter, p, bits, stochastic)
-    _put(state["exp_avg"], m, bits, False)
-    _put(state["exp_avg_sq"], v, bits >> 16, stochastic)
+    for target, value, noise in ((parameter, p, bits), (state["exp_avg_sq"], v, bits >> 16)):
+        rounded = stochastic and target.dtype == torch.bfloat16
+        target.copy_(round_to_bf16(value, noise) if rounded else value)
+    state["exp_avg"].copy_(m)
 
 
-def _put(target: Tensor, value: Tensor, bits: Tensor, stochastic: bool) -> None:
-    by_chance = stochastic and target.dtype == torch.bfloat16
-    target.copy_(round_to_bf16(value, bits) if by_chance else value)
+def recompute(closure: Callable[[], Any] | None) -> Any:
+    """Return the loss of an optimizer's closure, if there is one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

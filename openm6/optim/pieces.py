@@ -1,84 +1,190 @@
-"""Parameters of which only a part lies here: what an update rule must ask of the ranks that hold the rest."""
+"""Sharded parameters: how an update rule sees the part that a rank holds, and work on matrices cut over ranks."""
 
-# Letters: R rows of the whole, R' of them here, n values
+# Dimensions: E matrices of a stack, R rows of a whole matrix, R' of them on this rank, C columns, n values
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-ROW_MEANS, COLUMN_MEANS = "row_var", "col_var"  # factored second moments, each of which lacks one axis
+ROW_MEANS, COLUMN_MEANS, COUNT = (
+    "row_var",
+    "col_var",
+    "count",
+)  # factored second moments, and their updates so far
+AT_ONCE = (
+    2**26
+)  # values of this rank that travel together: what exists twice for a while stays under a gigabyte
 
 
 class PieceGroup(Protocol):
-    """The ranks that hold the parts of the same tensors; all call the same methods in the same order."""
+    """The ranks that hold the shards of the same tensors; all call the same methods in the same order."""
 
     @property
     def rank(self) -> int:
-        """The place of this process among them."""
+        """The index of this process among them."""
 
     @property
     def size(self) -> int: ...
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over the group, in place."""
+        """Sum over the group, in place."""
 
     def exchange(self, sent: Tensor, to: Sequence[int], received: Sequence[int]) -> Tensor:
-        """n values, the first `to[0]` of them for rank 0 and so on -> what came, `received[r]` values from rank r."""
+        """All-to-all: n values, the first `to[0]` of them for rank 0 and so on -> `received[r]` values of rank r."""
 
 
 class Piece:
-    """How a parameter lies here; this parent is for one that lies here as a whole."""
+    """How a parameter is sharded; this base class is for one that is whole on this rank."""
 
-    axis: int = 0  # along which the whole is cut
-    lengths: tuple[int, ...] = ()  # of the part of each rank, along that axis
-    group: PieceGroup | None = None  # None: nobody else holds a part
-    first: int = 0  # number of the first of the matrices here in the whole stack
+    axis: int = 0  # that is sharded
+    lengths: tuple[int, ...] = ()  # of each rank's shard along that axis
+    group: PieceGroup | None = None  # None: no other rank holds a shard
+    first: int = 0  # index in the whole stack of the first matrix on this rank
 
     def local(self, tensor: Tensor) -> Tensor:
-        """The part of a parameter, its gradient or a slot that lies here, sharing its memory."""
+        """Return this rank's shard of a parameter, its gradient or a slot, sharing its memory."""
         return tensor
 
     def slot(self, key: str, part: Tensor) -> Tensor:
-        """A tensor of the optimizer's, given what of it lies here, as one that checkpoints know the place of."""
+        """Return a tensor of the optimizer, given this rank's shard of it, in the form that checkpoints save."""
         return part
 
     def cuts_rows(self, dimensions: int) -> bool:
-        """Whether rows of one matrix lie on several ranks, where the last two axes are rows and columns."""
-        return self.group is not None and self.axis == dimensions - 2
+        """Return whether rows of one matrix are on several ranks; the last two axes are rows and columns.
+
+        A vector counts as a matrix with one column.
+        """
+        return self.group is not None and self.axis == max(dimensions, 2) - 2
 
     def rows(self, here: int) -> tuple[int, int]:
-        """The first of the rows that lie here, and how many there are of all, of matrices with `here` rows here."""
+        """Return the first row on this rank, and the number of rows of the whole, of matrices with `here` rows here."""
         if self.group is None:
             return 0, here
         return sum(self.lengths[: self.group.rank]), sum(self.lengths)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over the parts, in place."""
+        """Sum over the shards, in place."""
         return values if self.group is None else self.group.total(values)
 
 
 WHOLE = Piece()
-Pieces = Callable[[Tensor], Piece]  # how a parameter lies here
+Pieces = Callable[[Tensor], Piece]  # how a parameter is sharded
 
 
 def whole(parameter: Tensor) -> Piece:
-    """For a process that holds all of everything."""
+    """Return the piece of a process that holds all of everything."""
     return WHOLE
 
 
 def keeps_cut(key: str, axis: int, dimensions: int) -> bool:
-    """Whether a tensor kept for a parameter is cut along `axis` like it; one that lacks this axis is alike everywhere.
+    """Return whether a tensor kept for a parameter is sharded along `axis` as the parameter is.
 
-    `row_var` lacks columns and `col_var` rows; `dimensions` is the parameter's.
+    One that lacks this axis is the same everywhere: `row_var` lacks columns, `col_var` rows, and `count` both;
+    `dimensions` is the parameter's, and a vector counts as a matrix with one column.
     """
-    missing = {ROW_MEANS: dimensions - 1, COLUMN_MEANS: dimensions - 2}.get(key)
-    return axis != missing
+    rows, columns = max(dimensions, 2) - 2, max(dimensions, 2) - 1
+    missing = {ROW_MEANS: {columns}, COLUMN_MEANS: {rows}, COUNT: {rows, columns}}
+    return axis not in missing.get(key, set())
 
 
 def chunk_lengths(length: int, ranks: int) -> tuple[int, ...]:
-    """The parts of an axis as `torch.chunk` cuts it, with empty ones at the end where it runs short."""
+    """Return the shards of an axis as `torch.chunk` cuts it, with empty ones at the end if it runs short."""
     size = -(-length // ranks)
     return tuple(max(0, min(size, length - rank * size)) for rank in range(ranks))
+
+
+def total_together(tensors: Sequence[Tensor], piece: Piece) -> None:
+    """Sum fp32 tensors over the shards, in place, all in one exchange."""
+    if piece.group is None or not tensors:
+        return
+    flat = piece.group.total(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(summed.view_as(tensor))
+
+
+def on_whole_matrices(
+    parts: Sequence[Tensor], pieces: Sequence[Piece], work: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Apply `work`, which keeps shapes, to whole matrices, stacked as E R C; return this rank's part of each result.
+
+    Each `parts[i]` is E R' C or R' C, rows of matrices that `pieces[i]` shards over one group, the same for all and in
+    the same order on all ranks of it. Each matrix is sent to one rank and back; they are assigned evenly by size.
+    """
+    found: list[Tensor] = []
+    for first, last in _batches(parts, pieces):
+        found += _exchange_and_apply(parts[first:last], pieces[first:last], work)
+    return found
+
+
+def _batches(parts: Sequence[Tensor], pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
+    """Ranges of parts, by the most that any rank holds: all ranks must come to the same ranges."""
+    first = held = 0
+    for index, (part, piece) in enumerate(zip(parts, pieces, strict=True)):
+        stack = part.shape[0] if part.ndim > 2 else 1
+        size = stack * max(piece.lengths) * part.shape[-1]
+        if index > first and held + size > AT_ONCE:
+            yield first, index
+            first, held = index, 0
+        held += size
+    if len(parts) > first:
+        yield first, len(parts)
+
+
+def _exchange_and_apply(
+    parts: Sequence[Tensor], pieces: Sequence[Piece], work: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """One exchange there and one back."""
+    group = pieces[0].group
+    assert group is not None, "a whole matrix need not travel"
+    stacks = [part if part.ndim > 2 else part.unsqueeze(0) for part in parts]  # E R' C
+    assigned = _assign(stacks, pieces, group.size)
+    mine, ranks = assigned[group.rank], range(group.size)
+    rows_here = [[stacks[stack][index] for stack, index in matrices] for matrices in assigned]
+    sizes_here = [[rows.numel() for rows in matrices] for matrices in rows_here]
+    sizes = [[pieces[stack].lengths[rank] * stacks[stack].shape[-1] for stack, _ in mine] for rank in ranks]
+
+    received = _exchange(group, rows_here, sizes, stacks[0])
+    results: dict[tuple[int, int], Tensor] = {}
+    for stack in sorted({stack for stack, _ in mine}):  # matrices of one stack together, which is faster
+        columns = stacks[stack].shape[-1]
+        together = [(place, one) for place, one in enumerate(mine) if one[0] == stack]
+        wholes = [
+            torch.cat([received[rank][place].view(-1, columns) for rank in ranks]) for place, _ in together
+        ]
+        results |= zip([one for _, one in together], work(torch.stack(wholes)), strict=True)
+    rows_back = [[results[one].split(pieces[one[0]].lengths)[rank] for one in mine] for rank in ranks]
+    returned = _exchange(group, rows_back, sizes_here, stacks[0])
+
+    found = [torch.empty_like(stack) for stack in stacks]
+    for (stack, index), rows in zip(chain(*assigned), chain(*returned), strict=True):
+        found[stack][index] = rows.view_as(found[stack][index])
+    return [result.view(part.shape) for result, part in zip(found, parts, strict=True)]
+
+
+def _assign(stacks: list[Tensor], pieces: Sequence[Piece], ranks: int) -> list[list[tuple[int, int]]]:
+    """For each rank the matrices (stack, index) that it works on: the largest first, to the rank with the least."""
+    sizes = [sum(piece.lengths) * stack.shape[-1] for stack, piece in zip(stacks, pieces, strict=True)]
+    matrices = [(stack, index) for stack, part in enumerate(stacks) for index in range(len(part))]
+    load, assigned = [0] * ranks, [[] for _ in range(ranks)]  # type: tuple[list[int], list[list[tuple[int, int]]]]
+    for stack, index in sorted(matrices, key=lambda matrix: -sizes[matrix[0]]):
+        rank = load.index(min(load))
+        load[rank] += sizes[stack]
+        assigned[rank].append((stack, index))
+    return [sorted(one) for one in assigned]
+
+
+def _exchange(
+    group: PieceGroup, sent: list[list[Tensor]], sizes: list[list[int]], like: Tensor
+) -> list[list[Tensor]]:
+    """Send each rank a list of tensors; return, flat, what came: `sizes[r]` are those of rank r's tensors."""
+    flat = [tensor.reshape(-1) for tensors in sent for tensor in tensors]
+    joined = torch.cat(flat) if flat else like.new_empty(0)
+    to = [sum(tensor.numel() for tensor in tensors) for tensors in sent]
+    received = [sum(one) for one in sizes]
+    arrived = group.exchange(joined, to, received).split(received)
+    return [list(part.split(one)) for part, one in zip(arrived, sizes, strict=True)]

@@ -1,11 +1,13 @@
-"""The list of optimizers; adding one is a builder function and one line here."""
+"""The list of optimizers, and the groups of parameters that they treat alike; adding one is a function and one line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from openm6.base.config import nearest
 from openm6.base.errors import ConfigError
@@ -20,7 +22,7 @@ Build = Callable[[Groups, OptimizerConfig, Pieces], torch.optim.Optimizer]
 
 
 def build_adamw(groups: Groups, config: OptimizerConfig, pieces: Pieces) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) in one pass over the parameters."""
+    """Return AdamW (arXiv 1711.05101)."""
     return AdamW(
         groups,
         lr=config.learning_rate,
@@ -34,12 +36,12 @@ def build_adamw(groups: Groups, config: OptimizerConfig, pieces: Pieces) -> torc
 
 
 def build_adafactor(groups: Groups, config: OptimizerConfig, pieces: Pieces) -> torch.optim.Optimizer:
-    """Adafactor (arXiv 1804.04235): a factored second moment and no first one, so next to no memory."""
+    """Return Adafactor (arXiv 1804.04235): a factored second moment and no first one, so next to no memory."""
     return Adafactor(groups, lr=config.learning_rate, weight_decay=config.weight_decay, pieces=pieces)
 
 
 def build_muon(groups: Groups, config: OptimizerConfig, pieces: Pieces) -> torch.optim.Optimizer:
-    """Muon for hidden matrices and stacks of expert matrices, AdamW for the rest."""
+    """Return Muon for hidden matrices and stacks of expert matrices, with AdamW for the rest."""
     return Muon(
         groups,
         lr=config.learning_rate,
@@ -51,21 +53,19 @@ def build_muon(groups: Groups, config: OptimizerConfig, pieces: Pieces) -> torch
     )
 
 
-OPTIMIZERS: dict[str, Build] = {
-    "adamw": build_adamw,
-    "adafactor": build_adafactor,
-    "muon": build_muon,
-}
+OPTIMIZERS: dict[str, Build] = {"adamw": build_adamw, "adafactor": build_adafactor, "muon": build_muon}
 
 
 def check_optimizer_name(name: str) -> None:
-    """Raises ConfigError for a name that is not in the list."""
+    """Raise ConfigError for a name that is not in the list."""
     if name not in OPTIMIZERS:
         raise ConfigError(f"no optimizer {name!r}; {nearest(name, list(OPTIMIZERS))}")
 
 
 def build_optimizer(groups: Groups, config: OptimizerConfig, pieces: Pieces = whole) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, over groups as `default_groups` makes them; `pieces` says how they lie here.
+    """Return the optimizer that `config` names, over groups as `default_groups` makes them.
+
+    `pieces` returns how a parameter is sharded.
 
     Raises:
         ConfigError: no optimizer of that name.
@@ -81,3 +81,38 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use `rate`, times the group's `rate_scale`, in the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_scale"]
+
+
+def default_groups(model: nn.Module, embeddings: Sequence[str] = ()) -> Groups:
+    """Return three groups: matrices, tables and kernels, and vectors (norms, biases), which are not decayed.
+
+    Keys of a group: `params`; `muon` (True if Muon may orthogonalize the update); optional `weight_decay`, which
+    replaces the config's; optional `rate_scale`, a factor on the learning rate.
+
+    Args:
+        model: only its parameters that require gradients are taken, each once.
+        embeddings: prefixes of parameter names that are tables, not maps, such as an output head: Muon's premise,
+            a linear map between hidden states, does not hold for them.
+    """
+    tables = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, _ConvNd))
+        for parameter in module.parameters(recurse=False)
+    }
+    matrices, others, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif id(parameter) in tables or parameter.ndim > 3 or name.startswith(tuple(embeddings)):
+            others.append(parameter)
+        else:
+            matrices.append(parameter)
+    groups: Groups = [
+        {"params": matrices, "muon": True},
+        {"params": others, "muon": False},
+        {"params": vectors, "muon": False, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,6 +1,6 @@
-"""Update rules by the bytes that a weight and all that is kept with it may take: 16, 4, 2 or 1."""
+"""Update rules of offloaded training, by the bytes per parameter of a weight and all that is kept with it: 16 to 1."""
 
-# Letters: E matrices (experts; 1 for a plain matrix), R rows, C columns, b weights of a block that share a scale
+# Dimensions: E matrices (experts; 1 for a plain matrix), R rows, C columns
 
 from __future__ import annotations
 
@@ -11,20 +11,32 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
-from openm6.optim import factored_fused as fused
-from openm6.optim.blocks import LEVELS, block_length, fit_exponent, from_levels, refit, to_levels
+from openm6 import kernels
+from openm6.optim.adafactor import TINY, Moments, advance, follow, follow_means, inverse_roots, normalized
+from openm6.optim.adamw import adamw_update
 from openm6.optim.config import OptimizerConfig
-from openm6.optim.factored import TINY, follow_moments, scaled_update
-from openm6.optim.pieces import WHOLE, Piece
-from openm6.optim.rounding import random_bits, round_to_bf16, round_to_integer
+from openm6.optim.low_precision import (
+    LEVELS,
+    SPARSE,
+    STEPS,
+    block_length,
+    fit_exponent,
+    from_levels,
+    matrix_keys,
+    random_bits,
+    refit,
+    round_to_bf16,
+    round_to_integer,
+    to_levels,
+)
+from openm6.optim.pieces import COLUMN_MEANS, COUNT, ROW_MEANS, WHOLE, Piece
 
 Shape = tuple[int, ...]
 Stored = dict[str, Tensor]  # the slots of one parameter
-WEIGHT = "weight"
-AT_ONCE = 2**26  # values that an update takes at a time: what it computes with in fp32 stays under a gigabyte
-MOMENTUM_KEY = 0x5BD1E995  # tells the bits that round the momentum from those that round the weight
+WEIGHT, EXPONENT, MOMENTUM = "weight", "exponent", "momentum"
+AT_ONCE = 2**26  # values that are updated at a time: what is computed in fp32 stays under a gigabyte
+MOMENTUM_KEY = 0x5BD1E995  # the momentum is rounded by other bits than the weight
 
 
 @dataclass(frozen=True)
@@ -42,10 +54,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Move:
-    """One update: the rate, the decay, the key of its random bits, and whether the gradient may be used at all.
+    """Arguments of one update: learning rate, weight decay, the key of its random bits, and whether to apply it.
 
-    `allowed` is a bool on the device, so that nobody waits for it; where it is False nothing changes. `piece` says
-    what of the parameter lies here: statistics are those of whole matrices, and random bits follow the place in them.
+    `allowed` is a bool on the device, so that the host need not wait for it; if it is False nothing changes. `piece`
+    is the sharding: statistics are those of whole matrices, and random bits follow the position in them.
     """
 
     rate: float
@@ -57,7 +69,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Memory:
-    """A parameter and what its rule remembers, in fp32 and whole, as conversions between rules see it."""
+    """A parameter and its optimizer state, in fp32 and in full, as conversions between rules see it."""
 
     values: Tensor
     first: Tensor | None  # running mean of the gradient
@@ -66,37 +78,37 @@ class Memory:
 
 
 class UpdateRule(ABC):
-    """How one parameter is kept, read and moved."""
+    """How one parameter is stored, read and updated."""
 
     bytes_per_parameter: int
     read_slots: tuple[str, ...] = (WEIGHT,)  # those that `read` needs
 
     @abstractmethod
     def slots(self, shape: Shape) -> list[Slot]:
-        """What is kept for a parameter, `read_slots` first."""
+        """Return what is kept for a parameter, `read_slots` first."""
 
     @abstractmethod
     def read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
-        """The weights to compute with; the stored tensor itself where it has that dtype."""
+        """Return the weights to compute with; the stored tensor itself if it has that dtype."""
 
     @abstractmethod
     def update(self, stored: Stored, gradient: Tensor, move: Move) -> None:
-        """Moves the weights, in place."""
+        """Update the weights, in place."""
 
     @abstractmethod
     def remember(self, stored: Stored) -> Memory:
-        """What is kept, in full."""
+        """Return all that is kept."""
 
     @abstractmethod
     def take_over(self, stored: Stored, memory: Memory, key: int) -> None:
-        """Fills the slots; `key` seeds the rounding where there is less room than in fp32."""
+        """Fill the slots; `key` seeds the rounding to fewer bits than fp32."""
 
     @abstractmethod
     def write(self, stored: Stored, values: Tensor, key: int, piece: Piece = WHOLE) -> None:
-        """New weights; what is remembered stays. `key` seeds the rounding, as in `take_over`."""
+        """Replace the weights and keep the rest; `key` seeds the rounding, as in `take_over`."""
 
     def fill(self, stored: Stored, values: Tensor, key: int, piece: Piece = WHOLE) -> None:
-        """First values, nothing remembered."""
+        """Store first values, and zeros for the rest."""
         self.write(stored, values, key, piece)
         for name, tensor in stored.items():
             if name not in self.read_slots:
@@ -107,12 +119,12 @@ class UpdateRule(ABC):
 
 
 class AdamRule(UpdateRule):
-    """16 bytes: weights and both moments in fp32 (with the gradient, while there is one), by torch's fused AdamW."""
+    """16 bytes: weights and both moments in fp32 (and the gradient, while there is one), by AdamW."""
 
     bytes_per_parameter = 16
 
     def __init__(self, config: OptimizerConfig) -> None:
-        self.config = config
+        self.group = {"betas": config.betas, "eps": config.epsilon}
 
     def slots(self, shape: Shape) -> list[Slot]:
         moments = [Slot(name, shape, torch.float32) for name in (WEIGHT, "exp_avg", "exp_avg_sq")]
@@ -122,23 +134,9 @@ class AdamRule(UpdateRule):
         return stored[WEIGHT].to(dtype)
 
     def update(self, stored: Stored, gradient: Tensor, move: Move) -> None:
-        adamw(
-            [stored[WEIGHT]],
-            [gradient.to(torch.float32).contiguous()],
-            [stored["exp_avg"]],
-            [stored["exp_avg_sq"]],
-            [],
-            [stored["step"]],
-            fused=True,
-            found_inf=(~move.allowed).to(torch.float32),
-            amsgrad=False,
-            beta1=self.config.betas[0],
-            beta2=self.config.betas[1],
-            lr=move.rate,
-            weight_decay=move.weight_decay,
-            eps=self.config.epsilon,
-            maximize=False,
-        )
+        group = {**self.group, "lr": move.rate, "weight_decay": move.weight_decay}
+        skip = (~move.allowed).to(torch.float32)
+        adamw_update([stored[WEIGHT]], [gradient.float().contiguous()], [stored], group, skip)
 
     def remember(self, stored: Stored) -> Memory:
         return Memory(stored[WEIGHT], stored["exp_avg"], stored["exp_avg_sq"], stored["step"])
@@ -148,26 +146,26 @@ class AdamRule(UpdateRule):
 
     def take_over(self, stored: Stored, memory: Memory, key: int) -> None:
         self.write(stored, memory.values, key)
-        for name, moment in (("exp_avg", memory.first), ("exp_avg_sq", memory.second)):
-            stored[name].copy_(moment) if moment is not None else stored[name].zero_()
+        _copy_or_zero(stored["exp_avg"], memory.first)
+        _copy_or_zero(stored["exp_avg_sq"], memory.second)
         stored["step"].copy_(memory.count.max())
 
 
 class FactoredRule(UpdateRule):
-    """2 bytes: bf16 weights, moved by Adafactor's rule for each expert by itself and rounded by chance."""
+    """2 bytes: bf16 weights, updated by Adafactor for each expert by itself, with stochastic rounding."""
 
     bytes_per_parameter = 2
 
     def slots(self, shape: Shape) -> list[Slot]:
         moments = [
-            Slot("row_var", shape[:-1], torch.float32),
-            Slot("col_var", (*shape[:-2], shape[-1]), torch.float32),
-            Slot("count", shape[:-2], torch.float32),
+            Slot(ROW_MEANS, shape[:-1], torch.float32),
+            Slot(COLUMN_MEANS, (*shape[:-2], shape[-1]), torch.float32),
+            Slot(COUNT, shape[:-2], torch.float32),
         ]
         return [*self.weight_slots(shape), *moments]
 
     def weight_slots(self, shape: Shape) -> list[Slot]:
-        """The weight, and what else `read` needs."""
+        """Return the weight, and what else `read` needs."""
         return [Slot(WEIGHT, shape, torch.bfloat16)]
 
     def read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
@@ -176,44 +174,75 @@ class FactoredRule(UpdateRule):
     def update(self, stored: Stored, gradient: Tensor, move: Move) -> None:
         views = {name: _as_matrices(tensor, name) for name, tensor in stored.items()}
         matrices = _as_matrices(gradient, WEIGHT).contiguous()  # E R C; the kernels know no strides
-        if self.update_fused(views, matrices, move):
+        if self.uses_kernels(matrices, move.piece):
+            self.update_in_kernels(views, matrices, move)
             return
         for first, last in _chunks(matrices, move.piece):
             part = {name: view[first:last] for name, view in views.items()}
             self.update_part(part, matrices[first:last], move, first)
 
-    def update_fused(self, stored: Stored, gradient: Tensor, move: Move) -> bool:
-        """The same in a few kernels that keep nothing between them; False where they cannot run."""
-        if not fused.available(gradient, move.piece):
+    def uses_kernels(self, gradient: Tensor, piece: Piece) -> bool:
+        """Return whether Triton kernels, which keep nothing of the gradient's size, update this tensor.
+
+        All ranks of a piece must decide alike, since without kernels sums are exchanged in other portions: if one of
+        them has no rows, none uses the kernels.
+        """
+        if not gradient.numel() or (piece.group is not None and not all(piece.lengths)):
             return False
-        fused.update_bf16(stored, gradient, move.rate, move.weight_decay, move.key, move.allowed, move.piece)
-        return True
+        return kernels.available(gradient.device)
+
+    def update_in_kernels(self, stored: Stored, gradient: Tensor, move: Move) -> None:
+        """`update_part` of all matrices E R C at once."""
+        # Triton is optional.
+        from openm6.kernels import optimizers  # noqa: PLC0415
+
+        moments, piece, usable = _moments(stored), move.piece, move.allowed.to(torch.int32)
+        matrices, rows, columns = gradient.shape
+        first_row, num_rows = piece.rows(rows)
+        row_sum, column_sum, largest = optimizers.adafactor_sums(gradient, usable)
+        active = (largest > 0).float()
+        piece.total(column_sum)
+        active = piece.total(active) > 0
+        follow_means(moments, row_sum / columns + TINY, column_sum / num_rows + TINY, active)
+        ((inverse_row, inverse_column),) = advance([inverse_roots(moments, piece)], piece)
+        squares = piece.total(optimizers.adafactor_squares(gradient, usable, inverse_row, inverse_column))
+        size = (squares / (num_rows * columns)).sqrt().clamp(min=1.0)
+        rates = torch.where(active, move.rate / size, 0.0)
+        kept = torch.where(active, 1 - move.rate * move.weight_decay, 1.0)
+        keys = matrix_keys(matrices, move.key, piece.first, gradient.device)
+        numbers = (usable, inverse_row, inverse_column, rates, kept, keys)
+        if EXPONENT in stored:
+            blocks = block_length(columns), LEVELS, SPARSE, STEPS
+            optimizers.adafactor_update_int8(
+                stored[WEIGHT], stored[EXPONENT], gradient, numbers, blocks, first_row
+            )
+        else:
+            optimizers.adafactor_update_bf16(stored[WEIGHT], gradient, numbers, first_row)
 
     def update_part(self, stored: Stored, gradient: Tensor, move: Move, first: int) -> None:
-        """Moves matrices E R C, which are number `first` and following of the parameter."""
+        """Update matrices E R C, which have index `first` and following in the parameter."""
         usable = torch.where(move.allowed, gradient.float(), 0.0)
-        active = follow_moments(usable, stored["row_var"], stored["col_var"], stored["count"], move.piece)
-        update = self.direction(stored, usable, active, move, first)
+        (active,) = advance([follow(_moments(stored), usable, move.piece)], move.piece)
+        direction = self.direction(stored, usable, active, move, first)
+        (update,) = advance([normalized(direction, _moments(stored), move.piece)], move.piece)
         update = torch.where(active[:, None, None], move.rate * update, 0.0)
         kept = torch.where(active, 1 - move.rate * move.weight_decay, 1.0)[:, None, None]
         self.store(stored, kept, update, _bits(gradient, move.key, first, move.piece))
 
     def direction(self, stored: Stored, gradient: Tensor, active: Tensor, move: Move, first: int) -> Tensor:
-        """What the weights move against, at a rate of 1."""
-        return scaled_update(gradient, stored["row_var"], stored["col_var"], move.piece)
+        """Return what the weights are to move against, before it is normalized."""
+        return gradient
 
     def store(self, stored: Stored, kept: Tensor, update: Tensor, bits: Tensor) -> None:
-        """weight · kept - update, rounded with the help of `bits`."""
+        """Store weight · kept - update, rounded by `bits`."""
         stored[WEIGHT].copy_(round_to_bf16(stored[WEIGHT].float() * kept - update, bits))
 
     def remember(self, stored: Stored) -> Memory:
-        row, column = stored["row_var"], stored["col_var"]
+        row, column = stored[ROW_MEANS], stored[COLUMN_MEANS]
         mean = row.mean(-1, keepdim=True).clamp(min=TINY)
         second = (row / mean).unsqueeze(-1) * column.unsqueeze(-2)
-        return Memory(self.read(stored, torch.float32), self.first_moment(stored), second, stored["count"])
-
-    def first_moment(self, stored: Stored) -> Tensor | None:
-        return None
+        first = stored[MOMENTUM].float() if MOMENTUM in stored else None
+        return Memory(self.read(stored, torch.float32), first, second, stored[COUNT])
 
     def write(self, stored: Stored, values: Tensor, key: int, piece: Piece = WHOLE) -> None:
         weights = {name: _as_matrices(stored[name], name) for name in self.read_slots}
@@ -224,19 +253,20 @@ class FactoredRule(UpdateRule):
 
     def take_over(self, stored: Stored, memory: Memory, key: int) -> None:
         self.write(stored, memory.values, key)
-        for name, axis in (("row_var", -1), ("col_var", -2)):
-            stored[name].copy_(memory.second.mean(axis)) if memory.second is not None else stored[
-                name
-            ].zero_()
-        stored["count"].copy_(memory.count)
+        second = memory.second
+        _copy_or_zero(stored[ROW_MEANS], None if second is None else second.mean(-1))
+        _copy_or_zero(stored[COLUMN_MEANS], None if second is None else second.mean(-2))
+        stored[COUNT].copy_(memory.count)
+        if MOMENTUM in stored:
+            _copy_or_zero(stored[MOMENTUM], memory.first)
 
     def encode(self, stored: Stored, values: Tensor, bits: Tensor) -> None:
-        """Writes fp32 matrices E R C as weights, rounded with the help of `bits`."""
+        """Store fp32 matrices E R C as weights, rounded by `bits`."""
         stored[WEIGHT].copy_(round_to_bf16(values.contiguous(), bits))
 
 
 class MomentumRule(FactoredRule):
-    """4 bytes: the same with a first moment in bf16, rounded by chance as well."""
+    """4 bytes: the same with a first moment in bf16, also with stochastic rounding."""
 
     bytes_per_parameter = 4
 
@@ -244,69 +274,52 @@ class MomentumRule(FactoredRule):
         self.beta = config.betas[0]
 
     def slots(self, shape: Shape) -> list[Slot]:
-        return [*super().slots(shape), Slot("momentum", shape, torch.bfloat16)]
+        return [*super().slots(shape), Slot(MOMENTUM, shape, torch.bfloat16)]
 
-    def update_fused(self, stored: Stored, gradient: Tensor, move: Move) -> bool:
+    def uses_kernels(self, gradient: Tensor, piece: Piece) -> bool:
         return False
 
     def direction(self, stored: Stored, gradient: Tensor, active: Tensor, move: Move, first: int) -> Tensor:
-        before = stored["momentum"].float()
+        before = stored[MOMENTUM].float()
         mean = torch.where(active[:, None, None], before.lerp(gradient, 1 - self.beta), before)
         bits = _bits(gradient, move.key ^ MOMENTUM_KEY, first, move.piece)
-        stored["momentum"].copy_(round_to_bf16(mean, bits))
-        correction = 1 - self.beta ** stored["count"].clamp(min=1)
-        mean = mean / correction[:, None, None]
-        return scaled_update(mean, stored["row_var"], stored["col_var"], move.piece)
-
-    def first_moment(self, stored: Stored) -> Tensor | None:
-        return stored["momentum"].float()
-
-    def take_over(self, stored: Stored, memory: Memory, key: int) -> None:
-        super().take_over(stored, memory, key)
-        if memory.first is None:
-            stored["momentum"].zero_()
-        else:
-            stored["momentum"].copy_(memory.first)
+        stored[MOMENTUM].copy_(round_to_bf16(mean, bits))
+        correction = 1 - self.beta ** stored[COUNT].clamp(min=1)
+        return mean / correction[:, None, None]
 
 
 class BlockRule(FactoredRule):
-    """1 byte: int8 weights, 64 of which share a scale (one more byte for them all), moved like those of 2 bytes."""
+    """1 byte: int8 weights in blocks of 64 with a scale (one more byte per block), updated like those of 2 bytes."""
 
     bytes_per_parameter = 1
-    read_slots = (WEIGHT, "exponent")
+    read_slots = (WEIGHT, EXPONENT)
 
     def weight_slots(self, shape: Shape) -> list[Slot]:
         blocks = shape[-1] // block_length(shape[-1])
-        return [Slot(WEIGHT, shape, torch.int8), Slot("exponent", (*shape[:-1], blocks), torch.int8)]
+        return [Slot(WEIGHT, shape, torch.int8), Slot(EXPONENT, (*shape[:-1], blocks), torch.int8)]
 
     def read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
         levels, exponent = (_as_matrices(stored[name], name) for name in self.read_slots)
         weights = torch.empty(levels.shape, dtype=dtype, device=levels.device)
-        for first, last in _chunks(levels):  # in parts, as the products are in fp32 on their way
+        for first, last in _chunks(levels):  # in parts, as the products are in fp32 before they are rounded
             weights[first:last] = from_levels(levels[first:last], exponent[first:last], dtype)
         return weights.view(stored[WEIGHT].shape)
 
-    def update_fused(self, stored: Stored, gradient: Tensor, move: Move) -> bool:
-        if not fused.available(gradient, move.piece):
-            return False
-        fused.update_int8(stored, gradient, move.rate, move.weight_decay, move.key, move.allowed, move.piece)
-        return True
-
     def store(self, stored: Stored, kept: Tensor, update: Tensor, bits: Tensor) -> None:
-        # In units of the scale, so that a weight that is not to move lies on its level to the last bit.
-        levels = stored[WEIGHT].float() * kept - to_levels(update, stored["exponent"])
-        levels, exponent = refit(levels, stored["exponent"])
+        # In units of the scale, so that a weight that is not to move is exactly on its level.
+        levels = stored[WEIGHT].float() * kept - to_levels(update, stored[EXPONENT])
+        levels, exponent = refit(levels, stored[EXPONENT])
         stored[WEIGHT].copy_(round_to_integer(levels, bits).clamp(-LEVELS, LEVELS))
-        stored["exponent"].copy_(exponent)
+        stored[EXPONENT].copy_(exponent)
 
     def encode(self, stored: Stored, values: Tensor, bits: Tensor) -> None:
         exponent = fit_exponent(values)
         stored[WEIGHT].copy_(round_to_integer(to_levels(values, exponent), bits).clamp(-LEVELS, LEVELS))
-        stored["exponent"].copy_(exponent)
+        stored[EXPONENT].copy_(exponent)
 
 
 def update_rule(config: OptimizerConfig) -> UpdateRule:
-    """The rule of `config.bytes_per_parameter`."""
+    """Return the rule of `config.bytes_per_parameter`."""
     if config.bytes_per_parameter == 16:
         return AdamRule(config)
     if config.bytes_per_parameter == 4:
@@ -314,17 +327,25 @@ def update_rule(config: OptimizerConfig) -> UpdateRule:
     return FactoredRule() if config.bytes_per_parameter == 2 else BlockRule()
 
 
+def _copy_or_zero(slot: Tensor, values: Tensor | None) -> None:
+    slot.zero_() if values is None else slot.copy_(values)
+
+
+def _moments(stored: Stored) -> Moments:
+    return Moments(stored[ROW_MEANS], stored[COLUMN_MEANS], stored[COUNT])
+
+
 def _as_matrices(tensor: Tensor, slot: str) -> Tensor:
     """A slot with a leading axis for the experts, which a plain matrix lacks: E, E n (rows, columns) or E R C."""
-    own = {"count": 0, "row_var": 1, "col_var": 1}.get(slot, 2)
+    own = {COUNT: 0, ROW_MEANS: 1, COLUMN_MEANS: 1}.get(slot, 2)
     outer, inner = tensor.shape[: tensor.ndim - own], tensor.shape[tensor.ndim - own :]
-    return tensor.reshape(math.prod(outer), *inner)  # not -1: of a part nothing may lie here
+    return tensor.reshape(math.prod(outer), *inner)  # not -1: a shard may be empty
 
 
 def _chunks(matrices: Tensor, piece: Piece = WHOLE) -> Iterator[tuple[int, int]]:
     """Ranges of matrices that hold about AT_ONCE values on each rank.
 
-    By the rows of whole matrices, since all ranks of a piece must add up their sums equally often, however many rows
+    By the rows of whole matrices, since all ranks of a piece must exchange their sums equally often, however many rows
     each has.
     """
     _, rows = piece.rows(matrices.shape[1])
@@ -335,7 +356,7 @@ def _chunks(matrices: Tensor, piece: Piece = WHOLE) -> Iterator[tuple[int, int]]
 
 
 def _bits(matrices: Tensor, key: int, first: int, piece: Piece) -> Tensor:
-    """Of matrices E R C, number `first` and following of those here."""
+    """Random bits of matrices E R C, with index `first` and following of those on this rank."""
     _, rows, columns = matrices.shape
     start = piece.rows(rows)[0] * columns
     bits = random_bits(len(matrices), rows * columns, key, piece.first + first, matrices.device, start)

@@ -13,7 +13,7 @@ from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.models.backbone import Backbone
 from openm6.nn.experts import RouterLoad
-from openm6.optim.groups import default_groups
+from openm6.optim.registry import default_groups
 from openm6.parallel.ranks import Ranks
 
 
@@ -76,7 +76,7 @@ class Job:
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups as `optim.groups.default_groups` describes them."""
+        """Groups as `optim.registry.default_groups` describes them."""
         return default_groups(self.model)
 
     def optional_parameters(self) -> list[nn.Parameter]:

@@ -14,8 +14,7 @@ from openm6.checkpoint.optimizer import optimizer_tensors
 from openm6.checkpoint.save import Snapshot, save
 from openm6.checkpoint.tensors import open_tensors
 from openm6.optim.config import OptimizerConfig
-from openm6.optim.groups import default_groups
-from openm6.optim.registry import OPTIMIZERS, build_optimizer
+from openm6.optim.registry import OPTIMIZERS, build_optimizer, default_groups
 
 
 class Tied(nn.Module):

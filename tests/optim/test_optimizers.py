@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from openm6.base.errors import ConfigError
 from openm6.optim.config import OptimizerConfig
-from openm6.optim.groups import default_groups
-from openm6.optim.registry import OPTIMIZERS, build_optimizer, set_rate
+from openm6.optim.registry import OPTIMIZERS, build_optimizer, default_groups, set_rate
 
 RATES = {"adamw": 0.01, "adafactor": 0.03, "muon": 0.01}
 

@@ -5,17 +5,32 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openm6.optim.rounding import (
+from openm6.optim.low_precision import (
     BF16_LARGEST,
     random_bits,
-    random_bits_reference,
     round_to_bf16,
     round_to_integer,
 )
 
 
+def random_bits_reference(num_matrices: int, values: int, key: int) -> list[list[int]]:
+    """`random_bits` in Python's unbounded integers."""
+    keys = [mix_reference(index * 0x9E3779B9 + key) for index in range(num_matrices)]
+    mixed = [[mix_reference(position * 0x9E3779B9 + own) for position in range(values)] for own in keys]
+    return [[(bits + 2**31) % 2**32 - 2**31 for bits in matrix] for matrix in mixed]
+
+
+def mix_reference(x: int) -> int:
+    x %= 2**32
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ (x >> 16)
+
+
 @pytest.mark.parametrize("key", [0, 7, 2**62 + 12345])
-def test_bits_equal_their_naive_twin(key: int) -> None:
+def test_bits_equal_their_reference(key: int) -> None:
     assert random_bits(3, 17, key).tolist() == random_bits_reference(3, 17, key)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from openm6.optim.blocks import block_length, fit_exponent, from_levels, refit, to_levels
+from openm6.optim.adafactor import Moments, advance, follow, normalized
 from openm6.optim.config import OptimizerConfig
-from openm6.optim.factored import follow_moments, scaled_update
+from openm6.optim.low_precision import block_length, fit_exponent, from_levels, refit, to_levels
+from openm6.optim.pieces import WHOLE
 from openm6.optim.rules import Move, Stored, UpdateRule, update_rule
 
 TIERS = [16, 4, 2, 1]
@@ -146,18 +147,19 @@ def test_blocks_follow_weights_that_grow_and_shrink() -> None:
 
 def test_the_factored_moment_is_that_of_the_paper() -> None:
     """Against the formulas written out, for three steps of one matrix."""
-    row, column, count = torch.zeros(1, 4), torch.zeros(1, 6), torch.zeros(1)
+    moments = Moments(torch.zeros(1, 4), torch.zeros(1, 6), torch.zeros(1))
     mean_row, mean_column = torch.zeros(4), torch.zeros(6)
     for step in (1, 2, 3):
         gradient = normal(1, 4, 6, seed=step)
-        follow_moments(gradient, row, column, count)
+        advance([follow(moments, gradient)], WHOLE)
         decay = 1 - step**-0.8
         mean_row = decay * mean_row + (1 - decay) * (gradient[0] ** 2 + 1e-30).mean(1)
         mean_column = decay * mean_column + (1 - decay) * (gradient[0] ** 2 + 1e-30).mean(0)
         second = torch.outer(mean_row, mean_column) / mean_row.mean()
         expected = gradient[0] / second.sqrt()
         expected = expected / max(1.0, float(expected.square().mean().sqrt()))
-        torch.testing.assert_close(scaled_update(gradient, row, column)[0], expected)
+        (update,) = advance([normalized(gradient, moments)], WHOLE)
+        torch.testing.assert_close(update[0], expected)
 
 
 def test_moments_survive_the_way_through_another_rule() -> None:
