@@ -32,7 +32,7 @@ def mix(x) -> tl.tensor:
 
 @triton.jit
 def bits_at(place, key) -> tl.tensor:
-    """`low_precision.random_bits` for these places of a matrix (any integer type) and the key of that matrix (uint32)."""
+    """`low_precision.random_bits` for these places of a matrix (any integer type) and its key (uint32)."""
     return mix(place.to(tl.uint32) * 0x9E3779B9 + key)
 
 
@@ -287,7 +287,7 @@ def adafactor_update_int8(
     blocks: tuple[int, int, int, int],
     first_row: int = 0,
 ) -> None:
-    """`adafactor_int8_kernel` on all tiles; blocks: length, LEVELS, SPARSE and STEPS of `openm6.optim.low_precision`."""
+    """`adafactor_int8_kernel` on all tiles; blocks: length, LEVELS, SPARSE, STEPS of `optim.low_precision`."""
     length, levels, sparse, steps = blocks
     adafactor_int8_kernel[_grid(gradient)](
         weight, exponent, gradient, *numbers, first_row, *gradient.shape[1:],

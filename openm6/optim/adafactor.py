@@ -45,7 +45,7 @@ def follow(
     square = gradient.square() + TINY
     sums = square.sum(-2)  # E C
     active = ((gradient != 0).flatten(1).any(-1) if active is None else active).to(sums.dtype)
-    yield [sums, active]
+    yield _if_cut(piece, sums, active)
     _, num_rows = piece.rows(gradient.shape[-2])
     follow_means(moments, square.mean(-1), sums / num_rows, active > 0)
     return active > 0
@@ -62,28 +62,37 @@ def follow_means(moments: Moments, row_mean: Tensor, column_mean: Tensor, active
 def inverse_roots(moments: Moments, piece: Piece = WHOLE) -> RankSums[tuple[Tensor, Tensor]]:
     """Return the factors E R' and E C of 1/√v, where v[r, c] = row[r] · column[c] / mean(row) (algorithm 4)."""
     mean = moments.row.sum(-1, keepdim=True)  # E 1
-    yield [mean]
+    yield _if_cut(piece, mean)
     _, num_rows = piece.rows(moments.row.shape[-1])
     mean = (mean / num_rows).clamp(min=TINY)
     return (moments.row / mean).clamp(min=TINY).rsqrt(), moments.column.clamp(min=TINY).rsqrt()
 
 
-def normalized(gradient: Tensor, moments: Moments, piece: Piece = WHOLE) -> RankSums[Tensor]:
+def normalized(gradient: Tensor, moments: Moments, piece: Piece = WHOLE, pooled: int = 0) -> RankSums[Tensor]:
     """Return g / √v, clipped to a root mean square of 1 per matrix (section 6): E R' C.
 
-    In offloaded training this clip replaces one by the norm of all gradients, which is not known while gradients are
-    used layer by layer.
+    pooled: if not 0, the number of values of the whole tensor, which is then clipped as one. In offloaded training
+    this clip replaces one by the norm of all gradients, which is not known while gradients are used layer by layer.
     """
     row, column = yield from inverse_roots(moments, piece)
     update = gradient * row.unsqueeze(-1) * column.unsqueeze(-2)
-    squares = update.square().sum((-2, -1), keepdim=True)
-    yield [squares]
-    return update / (squares / num_values(gradient, piece)).sqrt().clamp(min=1.0)
+    size = yield from root_mean_square(update, piece, pooled)
+    return update / size.clamp(min=1.0)
 
 
-def num_values(matrices: Tensor, piece: Piece) -> int:
-    """Return the number of values of one whole matrix."""
-    return piece.rows(matrices.shape[-2])[1] * matrices.shape[-1]
+def root_mean_square(matrices: Tensor, piece: Piece, pooled: int) -> RankSums[Tensor]:
+    """Return the size of each matrix, E 1 1, or of all values together if `pooled` is their number in the whole."""
+    squares = matrices.square().sum((-2, -1), keepdim=True)
+    if pooled:
+        squares = squares.sum(0, keepdim=True)
+        yield [squares]
+        return (squares / pooled).sqrt()
+    yield _if_cut(piece, squares)
+    return (squares / (piece.rows(matrices.shape[-2])[1] * matrices.shape[-1])).sqrt()
+
+
+def _if_cut(piece: Piece, *sums: Tensor) -> list[Tensor]:
+    return [] if piece.group is None else list(sums)
 
 
 def advance(updates: Sequence[RankSums[Result]], piece: Piece) -> list[Result]:
@@ -103,9 +112,9 @@ def advance(updates: Sequence[RankSums[Result]], piece: Piece) -> list[Result]:
 class Adafactor(torch.optim.Optimizer):
     """Scale gradients by factored second moments, and step in proportion to the size of the weights (section 8).
 
-    For matrices and vectors, which count as matrices of one column, the rule is that of `torch.optim.Adafactor`. Of a
-    parameter with more dimensions (stacked experts, kernels) each matrix is updated by itself, so that ranks with
-    other experts need not be asked.
+    The rule is that of `torch.optim.Adafactor`; vectors count as matrices of one column. A 3-D parameter of a group
+    with `muon: True` is a stack of matrices (experts), each of which is updated by itself, so that ranks with other
+    experts need not be asked.
     """
 
     def __init__(
@@ -125,11 +134,11 @@ class Adafactor(torch.optim.Optimizer):
         """Update every parameter that has a gradient; `closure` may recompute the loss first."""
         loss = recompute(closure)
         for bucket in self._buckets():
-            advance([self._update(one) for one in bucket], bucket[0].piece)
+            advance([self._update(one) for one in bucket], bucket[0].sums)
         return loss
 
     def _buckets(self) -> Iterator[list[_Shard]]:
-        """Neighbours whose rows are on the same ranks together; one whose matrices are whole here is by itself.
+        """Neighbours whose sums go over the same ranks together; one without such sums is by itself.
 
         Buckets end by the size of whole tensors, which all ranks know.
         """
@@ -138,8 +147,8 @@ class Adafactor(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in (one for one in group["params"] if one.grad is not None):
                 one = _shard_of(parameter, self.pieces(parameter), group)
-                ranks = bucket[0].piece.group if bucket else None
-                if bucket and (ranks is None or one.piece.group is not ranks or size > AT_ONCE * ranks.size):
+                ranks = bucket[0].sums.group if bucket else None
+                if bucket and (ranks is None or one.sums.group is not ranks or size > AT_ONCE * ranks.size):
                     yield bucket
                     bucket, size = [], 0
                 bucket.append(one)
@@ -149,12 +158,10 @@ class Adafactor(torch.optim.Optimizer):
 
     def _update(self, one: _Shard) -> RankSums[None]:
         moments, lr = self._moments(one), one.group["lr"]
-        squares = one.weight.float().square().sum((-2, -1), keepdim=True)  # E 1 1
-        yield [squares]
+        size = yield from root_mean_square(one.weight.float(), one.piece, one.pooled)
         yield from follow(moments, one.gradient, one.piece, torch.ones_like(moments.updates))
-        update = yield from normalized(one.gradient, moments, one.piece)
-        size = (squares / num_values(one.weight, one.piece)).sqrt().clamp(min=self.smallest_scale)
-        rate = size * moments.updates.rsqrt().clamp(max=lr).view(-1, 1, 1)
+        update = yield from normalized(one.gradient, moments, one.piece, one.pooled)
+        rate = size.clamp(min=self.smallest_scale) * moments.updates.rsqrt().clamp(max=lr).view(-1, 1, 1)
         one.weight.mul_(1 - lr * one.group["weight_decay"])
         one.weight.sub_((update * rate).to(one.weight.dtype))
 
@@ -183,15 +190,22 @@ class _Shard:
     parameter: Tensor
     weight: Tensor
     gradient: Tensor  # in fp32
-    piece: Piece  # over whose ranks sums go: WHOLE if no rows are on others
     slots: Piece  # how the parameter and its moments are sharded
+    piece: Piece  # the same if rows of one matrix are on several ranks, else WHOLE
+    sums: Piece  # the same if any sum goes over ranks, else WHOLE
+    pooled: (
+        int  # number of values of a parameter that is scaled and clipped as one, 0 for matrices by themselves
+    )
     group: dict[str, Any]
 
 
-def _shard_of(parameter: Tensor, piece: Piece, group: dict[str, Any]) -> _Shard:
+def _shard_of(parameter: Tensor, slots: Piece, group: dict[str, Any]) -> _Shard:
     assert parameter.grad is not None
-    weight, gradient = piece.local(parameter), piece.local(parameter.grad).float()
+    weight, gradient = slots.local(parameter), slots.local(parameter.grad).float()
     rows, columns = (weight.numel(), 1) if weight.ndim < 2 else weight.shape[-2:]
     shape = (math.prod(weight.shape[:-2]), rows, columns)
-    sums = piece if piece.cuts_rows(parameter.ndim) else WHOLE
-    return _Shard(parameter, weight.view(shape), gradient.reshape(shape), sums, piece, group)
+    piece = slots if slots.cuts_rows(parameter.ndim) else WHOLE
+    stacked = parameter.ndim == 3 and group.get("muon", False)
+    pooled = 0 if stacked or parameter.ndim < 3 else parameter.numel()
+    sums = slots if pooled else piece
+    return _Shard(parameter, weight.view(shape), gradient.reshape(shape), slots, piece, sums, pooled, group)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from openm6.optim.adafactor import Adafactor
 
 
-def move_together(ours: nn.Parameter, others: list[nn.Parameter]) -> None:
+def move_together(ours: nn.Parameter, others: list[nn.Parameter], muon: bool = False) -> None:
     """Four steps of ours and of torch's on the parameters that `others` are: ours as one, or its matrices."""
-    mine = Adafactor([ours], lr=0.05, weight_decay=0.1)
+    mine = Adafactor([{"params": [ours], "muon": muon}], lr=0.05, weight_decay=0.1)
     theirs = torch.optim.Adafactor(others, lr=0.05, weight_decay=0.1, foreach=False)
     for _ in range(4):
         ours.grad = torch.randn_like(ours) * 3
@@ -22,7 +22,7 @@ def move_together(ours: nn.Parameter, others: list[nn.Parameter]) -> None:
         theirs.step()
 
 
-@pytest.mark.parametrize("shape", [(16, 24), (24, 1), (1, 9), (7,), ()])
+@pytest.mark.parametrize("shape", [(16, 24), (24, 1), (1, 9), (7,), (), (4, 5, 3), (2, 4, 3, 3)])
 def test_equals_torch_on_plain_tensors(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     ours = nn.Parameter(torch.randn(shape))
@@ -35,7 +35,7 @@ def test_each_expert_of_a_stack_moves_for_itself() -> None:
     torch.manual_seed(0)
     stack = nn.Parameter(torch.randn(3, 8, 6) * torch.tensor([0.01, 1.0, 10.0]).view(3, 1, 1))
     apart = [nn.Parameter(matrix.detach().clone()) for matrix in stack]
-    move_together(stack, apart)
+    move_together(stack, apart, muon=True)
     torch.testing.assert_close(
         stack.detach(), torch.stack([one.detach() for one in apart]), rtol=1e-5, atol=1e-6
     )
