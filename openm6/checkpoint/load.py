@@ -1,8 +1,9 @@
-"""Loading what a checkpoint holds into a model and an optimizer; nothing is ever unpickled."""
+"""Loading a checkpoint into a model and an optimizer; nothing is ever unpickled."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,99 +11,90 @@ import torch
 from torch import Tensor, nn
 
 from openm6.base.errors import CheckpointError
-from openm6.checkpoint.folder import JOB_FILE, MODEL_FILE
+from openm6.checkpoint.folder import EXPONENT, JOB_FILE, MODEL_FILE, SEPARATOR
 from openm6.checkpoint.optimizer import place_optimizer
-from openm6.checkpoint.save import Saver
-from openm6.checkpoint.shards import EXPONENT, INDEX_FILE, SEPARATOR, Catalogue
-from openm6.checkpoint.tensors import named_tensors, open_tensors, read_into
+from openm6.checkpoint.reader import CheckpointReader, read_file
+from openm6.checkpoint.save import Saver, named_tensors
 from openm6.optim.low_precision import from_levels
+
+
+def is_sharded(folder: Path) -> bool:
+    """Return whether ranks wrote their shards of the weights to files of their own."""
+    return not (folder / MODEL_FILE).exists() and any(folder.glob("shard-*.safetensors"))
+
+
+def open_reader(folder: Path, kind: str = "model") -> CheckpointReader:
+    """Return the reader of the weights (`model`) or moments (`optimizer`), whoever wrote them."""
+    return CheckpointReader(folder, "all" if is_sharded(folder) else kind)
 
 
 def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
     """Fill a placed model (not on `meta`) with the weights of a checkpoint folder.
 
-    `layout` is that of parallel/fsdp.py if the model is sharded, all of which call this.
+    `layout` is that of parallel/fsdp.py if the model is sharded over ranks, all of which call this.
 
     Raises:
         CheckpointError: names or shapes differ, or the file is missing or unreadable.
     """
-    if layout is not None or is_sharded(folder):
-        _sharded().load_sharded_model(folder, model, layout)
+    targets = named_tensors(model)
+    if meta := [name for name, target in targets.items() if target.is_meta]:
+        raise ValueError(f"{meta[0]} is on the meta device; place the model before loading into it")
+    reader = open_reader(folder)
+    _check_names(reader, set(targets))
+    if layout is not None:
+        _sharded().load_shards(reader, model, targets, layout)
         return
-    if (folder / INDEX_FILE).exists():
-        _load_shards(Catalogue(folder, "model"), named_tensors(model))
-        return
-    with open_tensors(folder / MODEL_FILE) as source:
-        read_into(source, named_tensors(model))
+    for name, target in targets.items():  # before anything is copied
+        if reader.shape(name) != tuple(target.shape):
+            reader.read_into(name, target)  # raises
+    for name, target in targets.items():
+        read_weight(reader, name, target)
 
 
-def load_placed(folder: Path, model: nn.Module) -> Catalogue:
-    """Fill what of a model is not on `meta`; gives the catalogue from which the rest may be read when it is needed.
+def load_placed(folder: Path, model: nn.Module) -> CheckpointReader:
+    """Fill what of a model is not on `meta`; return the reader from which the rest may be read when it is needed.
 
     Raises:
         CheckpointError: as `load_model`.
     """
-    catalogue = Catalogue(folder, "shard" if is_sharded(folder) else "model")
-    _load_shards(catalogue, named_tensors(model))
-    return catalogue
+    reader = open_reader(folder)
+    targets = named_tensors(model)
+    _check_names(reader, set(targets), {name for name, target in targets.items() if target.is_meta})
+    for name, target in targets.items():
+        if not target.is_meta:
+            read_weight(reader, name, target)
+    return reader
+
+
+def check_known(reader: CheckpointReader, known: set[str]) -> None:
+    """Raise CheckpointError for a weight, or a tensor kept with one, that the model does not have."""
+    if unknown := {name.partition(SEPARATOR)[0] for name in reader.names} - known:
+        raise CheckpointError(
+            f"{reader.folder} has {min(unknown)!r}, unknown to this model: "
+            "turn it with openm6 convert, or load it with the config that it was saved with"
+        )
+
+
+def load_parts(reader: CheckpointReader, targets: dict[str, Tensor]) -> None:
+    """Fill tensors, each of which may be a shard with its position in the whole; raises as `read_into`."""
+    for name, target in targets.items():
+        _sharded().read_shard(reader, name, target)
 
 
 @torch.no_grad()
-def read_weight(catalogue: Catalogue, name: str, target: Tensor) -> None:
-    """One weight of however many bytes, as the target's dtype and device; raises CheckpointError if it is not there."""
+def read_weight(reader: CheckpointReader, name: str, target: Tensor) -> None:
+    """Read a weight of any number of bytes, as the target's dtype and device; raises as `read_into`."""
     exponent = f"{name}{SEPARATOR}{EXPONENT}"
-    if exponent in catalogue:
-        target.copy_(from_levels(catalogue.read(name), catalogue.read(exponent), torch.float32))
+    if exponent in reader:
+        target.copy_(from_levels(reader.read(name), reader.read(exponent), torch.float32))
     else:
-        catalogue.read_into(name, target)
-
-
-def _load_shards(catalogue: Catalogue, targets: dict[str, Tensor]) -> None:
-    """All weights but those that stand on `meta`."""
-    names = {name for name in catalogue.names if SEPARATOR not in name}
-    if unknown := sorted(names - set(targets)):
-        raise CheckpointError(
-            f"{catalogue.folder} has {unknown[0]!r}, unknown to this model: "
-            "load it with the config that it was saved with"
-        )
-    for name, target in targets.items():
-        if not target.is_meta:
-            read_weight(catalogue, name, target)
+        reader.read_into(name, target)
 
 
 def load_job_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors that the job added to the checkpoint; empty if it added none."""
+    """Return the tensors that the job added to the checkpoint; empty if it added none."""
     path = folder / JOB_FILE
-    if not path.exists():
-        return {}
-    with open_tensors(path) as source:
-        return {name: source[name] for name in source.names}
-
-
-def open_saver(layout: Any = None) -> Saver:
-    """What saves a model of this layout (None: whole, in this process)."""
-    return Saver() if layout is None else _sharded().ShardedSaver(layout)
-
-
-def is_sharded(folder: Path) -> bool:
-    """Whether ranks wrote their parts of the weights to files of their own."""
-    return not (folder / MODEL_FILE).exists() and any(folder.glob("shard-*.safetensors"))
-
-
-def load_parts(folder: Path, targets: dict[str, Tensor], known: set[str] | None) -> None:
-    """Fills tensors, each of which may be a part that knows its place in the whole, from the files of any ranks.
-
-    All ranks call it. `known`, if given, names all that the model has.
-
-    Raises:
-        CheckpointError: a weight that is not known, a tensor that is missing or of another shape, or no readable file.
-    """
-    _sharded().load_parts(folder, targets, known)
-
-
-def _sharded() -> Any:
-    """checkpoint/sharded.py, whose import takes seconds that others need not wait for."""
-    return importlib.import_module("openm6.checkpoint.sharded")
+    return read_file(path) if path.exists() else {}
 
 
 def load_optimizer(
@@ -113,10 +105,46 @@ def load_optimizer(
     Raises:
         CheckpointError: the file is missing or unreadable, or names a parameter that the optimizer does not move.
     """
-    if layout is not None or is_sharded(folder):
-        _sharded().load_sharded_optimizer(folder, optimizer, model, layout)
-        return
-    catalogue = Catalogue(folder, "optimizer")
-    # One tensor at a time: the file must not stand in memory beside the optimizer.
-    pairs = ((name, catalogue.read(name)) for name in catalogue.names)
-    place_optimizer(pairs, optimizer, model, str(folder))
+    reader = open_reader(folder, "optimizer")
+    if layout is not None:
+        tensors = _sharded().optimizer_shards(reader, model, layout)
+    else:
+        tensors = _moments(reader, model, is_sharded(folder))
+    place_optimizer(tensors, optimizer, model, str(folder))
+
+
+def _moments(reader: CheckpointReader, model: nn.Module, mixed: bool) -> Iterator[tuple[str, Tensor]]:
+    """One tensor at a time: the file must not be in memory beside the optimizer."""
+    placed = {name for name, tensor in model.named_parameters() if not tensor.is_meta}
+    for name in reader.names:
+        owner, separator, _ = name.partition(SEPARATOR)
+        if not mixed or (
+            separator and owner in placed
+        ):  # a mixed file holds weights, too, and those of streamed sets
+            yield name, reader.read(name)
+
+
+def open_saver(layout: Any = None) -> Saver:
+    """Return what saves a model of this layout (None: whole, in this process)."""
+    return Saver() if layout is None else _sharded().ShardedSaver(layout)
+
+
+def _check_names(
+    reader: CheckpointReader, names: set[str], later: frozenset[str] | set[str] = frozenset()
+) -> None:
+    """Raise CheckpointError for a name that only one side has; those in `later` are read when they are needed."""
+    saved = {name for name in reader.names if SEPARATOR not in name}
+    fix = "load it with the config that it was saved with"
+    if missing := sorted(names - saved - later):
+        raise CheckpointError(f"{reader.folder} lacks {_listed(missing)}: {fix}")
+    if unknown := sorted(saved - names):
+        raise CheckpointError(f"{reader.folder} has {_listed(unknown)}, unknown to this model: {fix}")
+
+
+def _listed(names: list[str]) -> str:
+    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _sharded() -> Any:
+    """checkpoint/sharded.py, whose import takes seconds that others need not wait for."""
+    return importlib.import_module("openm6.checkpoint.sharded")

@@ -1,18 +1,27 @@
-"""An optimizer's tensors by name, as a checkpoint holds them, and back into their place."""
+"""An optimizer's tensors by name, as a checkpoint holds them: saved, loaded, and divided when layers are delinked."""
+
+# Dimensions: L layers that shared weights, g_l the gradient through layer l, G = Σ g_l the gradient of the shared ones
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from openm6.base.errors import CheckpointError
-from openm6.checkpoint.shards import SEPARATOR
+from openm6.checkpoint.folder import SEPARATOR
+
+Moments = Literal["independent", "aligned", "reset"]
+
+FIRST_MOMENTS = frozenset({"exp_avg", "momentum", "momentum_buffer"})
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "row_var", "col_var"})
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's tensors, each under `parameter::tensor`, for `Snapshot.optimizer`.
+    """Return the optimizer's tensors, each under `parameter::tensor`, for `Snapshot.optimizer`.
 
     Raises:
         ValueError: the optimizer holds a parameter that the model does not have, or a state that is not a tensor.
@@ -50,3 +59,44 @@ def place_optimizer(
             )
         # Steps are counted on the host, which spares a wait for the device.
         optimizer.state[parameter][key] = tensor.to("cpu" if key == "step" else parameter.device)
+
+
+def delink_moments(
+    tensors: Mapping[str, Tensor], sources: Mapping[str, str], moments: Moments
+) -> dict[str, Tensor]:
+    """Return an optimizer's tensors, each under `parameter::tensor`, for layers that no longer share weights.
+
+    Shared moments are those of G. A layer's own first moment is 1/L of it. Its second moment is 1/L of E[G²] if the
+    g_l are independent of one another, 1/L² if they are all equal; the truth is between.
+
+    Args:
+        tensors: as `optimizer_tensors` gives them before the delink.
+        sources: new parameter name -> old one; what it does not name keeps its tensors.
+        moments: which of the two to assume; with "reset" the delinked parameters start without any.
+    """
+    uses = Counter(sources.values())
+    kept: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.partition(SEPARATOR)
+        kept.setdefault(name, {})[key] = tensor
+    result = {
+        f"{name}{SEPARATOR}{key}": tensor
+        for name, state in kept.items() if name not in uses
+        for key, tensor in state.items()
+    }  # fmt: skip
+    for new, old in sources.items():
+        # What only one layer used is still its own.
+        if moments == "reset" and uses[old] > 1:
+            continue
+        for key, tensor in kept.get(old, {}).items():
+            result[f"{new}{SEPARATOR}{key}"] = tensor * moment_factor(key, uses[old], moments)
+    return result
+
+
+def moment_factor(key: str, uses: int, moments: Moments) -> float:
+    """Return the factor on one of the optimizer's tensors when `uses` layers no longer share weights."""
+    if key in FIRST_MOMENTS:
+        return 1 / uses
+    if key in SECOND_MOMENTS:
+        return 1 / uses**2 if moments == "aligned" else 1 / uses
+    return 1.0  # a count of steps

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from openm6.base.errors import CheckpointError
 from openm6.base.files import sync_file, sync_folder, write_synced
 from openm6.base.plain_json import to_json
 from openm6.checkpoint.folder import (
+    INDEX_FILE,
     JOB_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -26,10 +30,17 @@ from openm6.checkpoint.folder import (
     prune,
     step_folder,
 )
-from openm6.checkpoint.shards import Shard, write_shards
-from openm6.checkpoint.tensors import named_tensors, write_tensors
+from openm6.checkpoint.reader import TYPES, bytes_of
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The content of one pair of files: weights by name, and what the optimizer keeps, under `parameter::tensor`."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,17 +66,17 @@ def save(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
             are as they were.
     """
     partial = partial_folder(checkpoints, snapshot.step)
-    with told_as_checkpoint_error(step_folder(checkpoints, snapshot.step), partial):
+    with as_checkpoint_error(step_folder(checkpoints, snapshot.step), partial):
         checkpoints.mkdir(parents=True, exist_ok=True)
         clear_partial(checkpoints)
         partial.mkdir()
         _write_tensors_of(snapshot, partial)
-        return publish(snapshot, checkpoints, keep)
+        return commit(snapshot, checkpoints, keep)
 
 
 @contextmanager
-def told_as_checkpoint_error(target: Path, partial: Path) -> Iterator[None]:
-    """Turns a failure to write into one sentence, and removes what was written in part."""
+def as_checkpoint_error(target: Path, partial: Path) -> Iterator[None]:
+    """Raise a failure to write as CheckpointError, and remove what was written in part."""
     try:
         yield
     except OSError as error:
@@ -77,8 +88,8 @@ def told_as_checkpoint_error(target: Path, partial: Path) -> Iterator[None]:
         ) from error
 
 
-def publish(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
-    """Adds all but the weights and moments, which are written, and gives the folder its name; then older ones go."""
+def commit(snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
+    """Add all but the weights and moments, which are written, and rename the folder; then remove older ones."""
     partial = partial_folder(checkpoints, snapshot.step)
     target = step_folder(checkpoints, snapshot.step)
     _complete(snapshot, partial)
@@ -115,12 +126,63 @@ def _complete(snapshot: Snapshot, folder: Path) -> None:
     sync_folder(folder)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file from the memory of the tensors to the disk, without a copy (but for those on a GPU).
+
+    Raises:
+        OSError: the disk is full or the path cannot be written.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    ordered = sorted(tensors.items())  # the same bytes, in whatever order the tensors were made
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in ordered:
+            stream.write(bytes_of(tensor.detach().cpu().contiguous()))
+
+
+def write_shards(folder: Path, first: Shard, others: Iterable[Shard], count: int) -> None:
+    """Write `first` and `count` others as `model-00001-of-…`, each before the next is made, and the index."""
+    weight_map: dict[str, str] = {}
+    total = index = 0
+    for index, shard in enumerate(chain([first], others)):
+        ending = f"-{index + 1:05d}-of-{count + 1:05d}.safetensors"
+        write_tensors(folder / f"model{ending}", shard.model)
+        if shard.optimizer:
+            write_tensors(folder / f"optimizer{ending}", shard.optimizer)
+        weight_map |= dict.fromkeys(shard.model, f"model{ending}")
+        total += sum(tensor.numel() * tensor.element_size() for tensor in shard.model.values())
+    assert index == count, "as many shards as were announced"
+    listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(listing, indent=1), encoding="utf-8", newline="\n")
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers of a model, a shared one once, under the first of its names."""
+    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors
+
+
 class Saver:
-    """Saves at once, from one process; the parent of ways that do it in parts, or beside the training."""
+    """Save at once, from one process; the base class of savers of shards."""
 
     def begin(self, snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
-        """Writes `checkpoints/step-N`, or starts to; see `save`."""
+        """Write `checkpoints/step-N`, or start to; see `save`."""
         return save(snapshot, checkpoints, keep)
 
     def finish(self) -> None:
-        """Waits until the last checkpoint is whole; raises CheckpointError where it could not be written."""
+        """Wait until the last checkpoint is written; raise CheckpointError if it could not be."""

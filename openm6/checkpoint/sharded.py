@@ -1,12 +1,12 @@
-"""Checkpoints of which each rank writes its part, by torch's distributed checkpoint, as safetensors without any pickle.
+"""Sharded checkpoints: each rank writes its shards, by torch's distributed checkpoint, as safetensors without pickle.
 
-A file holds parts of tensors and, in its header, where in the whole they lie. So any number of ranks, in any mesh, can
-read what any other wrote, and one process can, too; the files of an unsharded checkpoint count as a single part.
+A file holds shards of tensors and, in its header, where in the whole they are. So any number of ranks, in any mesh, can
+read what any other wrote, and so can one process.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 
@@ -14,18 +14,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from openm6.base.errors import CheckpointError
-from openm6.checkpoint.folder import clear_partial, partial_folder, step_folder
-from openm6.checkpoint.optimizer import place_optimizer
-from openm6.checkpoint.save import Saver, Snapshot, publish, told_as_checkpoint_error
-from openm6.checkpoint.shards import EXPONENT, SEPARATOR
-from openm6.checkpoint.tensors import named_tensors
-from openm6.optim.low_precision import from_levels
+from openm6.checkpoint.folder import SEPARATOR, clear_partial, partial_folder, step_folder
+from openm6.checkpoint.reader import CheckpointReader, Shape
+from openm6.checkpoint.save import Saver, Snapshot, as_checkpoint_error, commit, named_tensors
 from openm6.optim.pieces import keeps_cut
 from openm6.parallel.fsdp import Layout, expert_parameters, with_places
 from openm6.parallel.sharded_weights import local, piece_of
@@ -34,18 +31,18 @@ FILE_BYTES = 2**28  # of a rank's file, unless one tensor is larger
 
 
 class ShardedSaver(Saver):
-    """Saves while training goes on: it stops only for the copy to the host."""
+    """Save while training continues, which waits only for the copy to the host."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.host = layout.on_host()
-        # Of its own: messages of a thread that saves must not mix with those of training.
+        # A group of its own: messages of a thread that saves must not mix with those of training.
         self.group = dist.new_group(backend="gloo")
         self._pending: Thread | None = None
         self._failure: BaseException | None = None
 
     def begin(self, snapshot: Snapshot, checkpoints: Path, keep: int) -> Path:
-        """Starts to write `checkpoints/step-N`; the tensors may change as soon as this returns. All ranks call it.
+        """Start to write `checkpoints/step-N`; the tensors may change as soon as this returns. All ranks call it.
 
         Raises:
             CheckpointError: the save before this one has failed, or the folder cannot be made.
@@ -53,7 +50,7 @@ class ShardedSaver(Saver):
         self.finish()
         partial, target = (make(checkpoints, snapshot.step) for make in (partial_folder, step_folder))
         if dist.get_rank() == 0:
-            with told_as_checkpoint_error(target, partial):
+            with as_checkpoint_error(target, partial):
                 checkpoints.mkdir(parents=True, exist_ok=True)
                 clear_partial(checkpoints)
                 partial.mkdir()
@@ -71,7 +68,7 @@ class ShardedSaver(Saver):
         return target
 
     def finish(self) -> None:
-        """Waits until the last checkpoint is whole.
+        """Wait until the last checkpoint is written.
 
         Raises:
             CheckpointError: it could not be written; earlier ones are intact.
@@ -87,7 +84,7 @@ class ShardedSaver(Saver):
             ) from failure
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        """On the host. Not by `dcp.async_save`, whose staging copies the mesh along with each tensor."""
+        """Copy to the host. Not by `dcp.async_save`, whose staging copies the mesh along with each tensor."""
         if not isinstance(tensor, DTensor):
             return tensor.detach().to("cpu", copy=True)
         part = tensor.to_local().detach().to("cpu", copy=True)
@@ -97,82 +94,66 @@ class ShardedSaver(Saver):
         )
 
     def _write(self, copies: dict[str, Tensor], snapshot: Snapshot, checkpoints: Path, keep: int) -> None:
-        """In a thread: once all ranks have written, rank 0 gives the checkpoint its name."""
+        """In a thread: once all ranks have written, rank 0 renames the checkpoint."""
         partial = partial_folder(checkpoints, snapshot.step)
         writer = HuggingFaceStorageWriter(str(partial), _files(copies), save_distributed=True)
         try:
             dcp.save(copies, storage_writer=writer, process_group=self.group)
             if dist.get_rank() == 0:
-                publish(snapshot, checkpoints, keep)
+                commit(snapshot, checkpoints, keep)
         except BaseException as error:  # CheckpointException is no Exception
             self._failure = error
 
 
 def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The number of the file that each tensor goes to: torch builds a file in memory, twice, before it writes it."""
-    numbers, number, held = {}, 1, 0
+    """Return the index of the file that each tensor goes to: torch holds a file in memory, twice, to write it."""
+    indices, index, held = {}, 1, 0
     for name, tensor in tensors.items():
         size = local(tensor).numel() * tensor.element_size()
         if held and held + size > FILE_BYTES:
-            number, held = number + 1, 0
-        numbers[name], held = number, held + size
-    return numbers
+            index, held = index + 1, 0
+        indices[name], held = index, held + size
+    return indices
 
 
-def load_sharded_model(folder: Path, model: nn.Module, layout: Layout | None) -> None:
-    """As `load_model`, for a model or a checkpoint that lies in parts."""
-    targets = named_tensors(model)
-    metadata = _metadata(folder)
-    saved = {name: entry for name, entry in metadata.items() if SEPARATOR not in name}
-    if layout is not None:
-        targets = with_places(model, targets, layout)
-    _compare(folder, saved, targets)
-    levels = {name for name in targets if f"{name}{SEPARATOR}{EXPONENT}" in metadata}
-    _read(folder, {name: target for name, target in targets.items() if name not in levels})
-    for name in levels:
-        _read_levels(folder, name, targets[name], metadata)
+def load_shards(
+    reader: CheckpointReader, model: nn.Module, targets: dict[str, Tensor], layout: Layout
+) -> None:
+    """Fill a sharded model, each rank its shards; see `load_model`."""
+    for name, target in with_places(model, targets, layout).items():
+        read_shard(reader, name, target)
 
 
 @torch.no_grad()
-def _read_levels(folder: Path, name: str, target: Tensor, metadata: dict[str, TensorStorageMetadata]) -> None:
-    """Weights of one byte, as those of a process that holds all of a model."""
-    names = (name, f"{name}{SEPARATOR}{EXPONENT}")
-    read = {one: torch.zeros(metadata[one].size, dtype=metadata[one].properties.dtype) for one in names}
-    _read(folder, read)
-    target.copy_(from_levels(read[names[0]], read[names[1]], torch.float32))
+def read_shard(reader: CheckpointReader, name: str, target: Tensor) -> None:
+    """Read what this rank holds of a tensor, of a plain one all; raises as `CheckpointReader.read_into`."""
+    if not isinstance(target, DTensor):
+        reader.read_into(name, target)
+        return
+    mesh, placements = target.device_mesh, target.placements
+    _, offsets = compute_local_shape_and_global_offset(target.shape, mesh, placements)
+    reader.read_into(name, target.to_local(), offsets, target.shape)
 
 
-def load_parts(folder: Path, targets: dict[str, Tensor], known: set[str] | None) -> None:
-    """See `openm6.checkpoint.load.load_parts`."""
-    metadata = _metadata(folder)
-    unknown = {name.partition(SEPARATOR)[0] for name in metadata} - known if known is not None else set()
-    if unknown:
-        raise CheckpointError(
-            f"{folder} has {min(unknown)!r}, unknown to this model: "
-            "turn it with openm6 convert, or load it with the config that it was saved with"
-        )
-    _compare(folder, {name: entry for name, entry in metadata.items() if name in targets}, targets)
-    _read(folder, targets)
-
-
-def load_sharded_optimizer(
-    folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module, layout: Layout | None
-) -> None:
-    """As `load_optimizer`, for a model or a checkpoint that lies in parts."""
+def optimizer_shards(
+    reader: CheckpointReader, model: nn.Module, layout: Layout
+) -> Iterator[tuple[str, Tensor]]:
+    """Read what this rank holds of an optimizer's tensors; see `load_optimizer`."""
     parameters = {name: tensor for name, tensor in model.named_parameters() if not tensor.is_meta}
     experts = {name for name, _ in expert_parameters(model)}
-    slots: dict[str, Tensor] = {}
-    for name, entry in _metadata(folder).items():
+    for name in reader.names:
         owner, _, key = name.partition(SEPARATOR)
         if key and owner in parameters:
-            slots[name] = _empty_slot(key, parameters[owner], entry, owner in experts)
-    _read(folder, slots if layout is None else with_places(model, slots, layout))
-    place_optimizer(slots.items(), optimizer, model, str(folder))
+            slot = _empty_slot(
+                key, parameters[owner], reader.shape(name), reader.dtype(name), owner in experts
+            )
+            read_shard(reader, name, with_places(model, {name: slot}, layout)[name])
+            yield name, slot
 
 
-def _empty_slot(key: str, parameter: Tensor, entry: TensorStorageMetadata, dealt: bool) -> Tensor:
-    """Room for what lies here of a tensor kept for a parameter, of which experts are `dealt` out or not."""
-    dtype, shape = entry.properties.dtype, list(entry.size)
+def _empty_slot(key: str, parameter: Tensor, size: Shape, dtype: torch.dtype, dealt: bool) -> Tensor:
+    """Memory for this rank's part of a tensor kept for a parameter, whose experts are on several ranks or not."""
+    shape = list(size)
     if len(shape) != parameter.dim() or not shape:
         return torch.zeros(shape, dtype=dtype)
     if dealt:
@@ -183,38 +164,6 @@ def _empty_slot(key: str, parameter: Tensor, entry: TensorStorageMetadata, dealt
     if keeps_cut(key, piece.axis, parameter.dim()) and piece.group is not None:
         shape[piece.axis] = piece.lengths[piece.group.rank]
     return piece.slot(key, torch.zeros(shape, dtype=dtype, device=parameter.device))
-
-
-def _metadata(folder: Path) -> dict[str, TensorStorageMetadata]:
-    metadata: Metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    return {
-        name: entry
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-
-
-def _compare(folder: Path, saved: dict[str, TensorStorageMetadata], targets: dict[str, Tensor]) -> None:
-    mend = "load it with the config that it was saved with"
-    for name in sorted(set(saved) ^ set(targets)):
-        where = "lacks" if name in targets else "has, unknown to this model,"
-        raise CheckpointError(f"{folder} {where} {name!r}: {mend}")
-    for name, target in targets.items():
-        if saved[name].size != target.shape:
-            raise CheckpointError(
-                f"{folder}: {name!r} has shape {list(saved[name].size)}, the model wants "
-                f"{list(target.shape)}: {mend}"
-            )
-
-
-def _read(folder: Path, targets: dict[str, Tensor]) -> None:
-    alone = not dist.is_initialized()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
-    except CheckpointException as error:
-        raise CheckpointError(f"{folder} cannot be read ({_reason(error)}): use another checkpoint") from None
 
 
 def _reason(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from openm6.checkpoint.load import load_placed, read_weight
-from openm6.checkpoint.shards import Catalogue
+from openm6.checkpoint.reader import CheckpointReader
 from openm6.models.backbone import Backbone
 from openm6.models.omni import Omni
 from openm6.nn.block import Block
@@ -29,7 +29,7 @@ class OffloadedSource:
     """A `BlockSource` of a backbone of which only some weight sets stay on the device; for one thread."""
 
     def __init__(
-        self, backbone: Backbone, catalogue: Catalogue, kept: frozenset[int], device: torch.device
+        self, backbone: Backbone, catalogue: CheckpointReader, kept: frozenset[int], device: torch.device
     ) -> None:
         """`kept` are the sets that the backbone itself holds; the others are on `meta` there."""
         self.backbone, self.catalogue, self.kept, self.device = backbone, catalogue, kept, device

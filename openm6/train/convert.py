@@ -15,11 +15,11 @@ from openm6.base.errors import CheckpointError, ConfigError
 from openm6.base.files import replace_text
 from openm6.base.run_folder import RunFolder
 from openm6.base.seeds import derive_seed
-from openm6.checkpoint.delink import Moments, moment_factor
-from openm6.checkpoint.folder import latest, list_checkpoints, read_state
+from openm6.checkpoint.folder import SEPARATOR, latest, list_checkpoints, read_state
 from openm6.checkpoint.load import load_job_tensors
-from openm6.checkpoint.save import Snapshot, save
-from openm6.checkpoint.shards import SEPARATOR, Catalogue, Shard
+from openm6.checkpoint.optimizer import Moments, moment_factor
+from openm6.checkpoint.reader import CheckpointReader
+from openm6.checkpoint.save import Shard, Snapshot, save
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, Stage
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescription, read_description
@@ -81,7 +81,7 @@ def convert(
     _write_settings(RunFolder(folder.parents[1]), run, conversion)
     texts = {MODEL_FILE: _description_text(conversion), TOKENIZER_FILE: _text(folder / TOKENIZER_FILE)}
     replace_text(run.path / TOKENIZER_FILE, texts[TOKENIZER_FILE])
-    weights, kept = Catalogue(folder, "model"), Catalogue(folder, "optimizer")
+    weights, kept = CheckpointReader(folder, "model"), CheckpointReader(folder, "optimizer")
     snapshot = Snapshot(
         step=int(state["step"]),
         model=nn.Module(),
@@ -124,7 +124,7 @@ def plan_conversion(
     return Conversion(description, old, new, stage == "real" and now == "pseudo", moments)
 
 
-def _sets(weights: Catalogue, kept: Catalogue, conversion: Conversion) -> Iterator[Shard]:
+def _sets(weights: CheckpointReader, kept: CheckpointReader, conversion: Conversion) -> Iterator[Shard]:
     """The new weight sets, one in memory at a time."""
     old_rule, new_rule = (
         update_rule(OptimizerConfig(bytes_per_parameter=size))
@@ -149,7 +149,7 @@ def _sets(weights: Catalogue, kept: Catalogue, conversion: Conversion) -> Iterat
 
 
 def _read_set(
-    layout: RecordLayout, rule: UpdateRule, weights: Catalogue, kept: Catalogue, prefix: str
+    layout: RecordLayout, rule: UpdateRule, weights: CheckpointReader, kept: CheckpointReader, prefix: str
 ) -> dict[str, Stored]:
     """One set as it was saved; what the optimizer had not kept yet is zero."""
     views = layout.views(torch.zeros(layout.num_bytes, dtype=torch.uint8))
@@ -176,7 +176,7 @@ def _inherited(memory: Memory, uses: int, moments: Moments) -> Memory:
     return Memory(memory.values, first, second, memory.count)
 
 
-def _edges(catalogue: Catalogue, conversion: Conversion, scaled: bool) -> Iterator[tuple[str, Tensor]]:
+def _edges(catalogue: CheckpointReader, conversion: Conversion, scaled: bool) -> Iterator[tuple[str, Tensor]]:
     """All tensors outside the sets' matrices, routers of delinked sets once for each layer."""
     uses = Counter(conversion.sources)
     for full in catalogue.names:

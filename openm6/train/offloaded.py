@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from openm6.base.errors import CheckpointError, ConfigError
 from openm6.base.log import get_log
 from openm6.base.seeds import derive_seed
-from openm6.checkpoint.delink import Moments, moment_factor
-from openm6.checkpoint.load import is_sharded, load_optimizer, load_parts
-from openm6.checkpoint.optimizer import place_optimizer
-from openm6.checkpoint.shards import SEPARATOR, Catalogue, Shard
-from openm6.checkpoint.tensors import named_tensors
+from openm6.checkpoint.folder import SEPARATOR
+from openm6.checkpoint.load import check_known, is_sharded, load_optimizer, load_parts, open_reader
+from openm6.checkpoint.optimizer import Moments, moment_factor, place_optimizer
+from openm6.checkpoint.reader import CheckpointReader
+from openm6.checkpoint.save import Shard, named_tensors
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.block import Block
@@ -145,7 +145,7 @@ class OffloadedTrainStep(TrainStep):
         if self.job.ranks.layout is not None or is_sharded(folder):
             self._load_parts(folder)
             return
-        weights, kept = Catalogue(folder, "model"), Catalogue(folder, "optimizer")
+        weights, kept = open_reader(folder), open_reader(folder, "optimizer")
         expected = {name for name, _ in self.job.model.named_parameters()}
         if unknown := {name for name in weights.names if name.partition(SEPARATOR)[0] not in expected} - {
             name for name, _ in self.job.model.named_buffers()
@@ -166,11 +166,13 @@ class OffloadedTrainStep(TrainStep):
         """From the files of any number of ranks, what this one keeps."""
         edges = {name: tensor for name, tensor in named_tensors(self.job.model).items() if not tensor.is_meta}
         known = {name for name, _ in self.job.model.named_parameters()} | set(edges)
-        load_parts(folder, edges, known)
+        reader = CheckpointReader(folder, "all")
+        check_known(reader, known)
+        load_parts(reader, edges)
         load_optimizer(folder, self.optimizer, self.job.model, self.job.ranks.layout)
         for number, shard in enumerate(self.shards()):
             homes = {**shard.model, **shard.optimizer}
-            load_parts(folder, homes, None)
+            load_parts(reader, homes)
             self._to_device(number, homes)
         self.store.invalidate()
 
@@ -272,7 +274,7 @@ class OffloadedTrainStep(TrainStep):
         draw = matrix_noise(values, noise, derive_seed(seed, "delink", f"{layer}.{name}"), piece, piece.first)
         self.rule.write(stored, values + draw, derive_seed(seed, "delink round", layer, name), piece)
 
-    def _load_edges(self, weights: Catalogue, kept: Catalogue) -> None:
+    def _load_edges(self, weights: CheckpointReader, kept: CheckpointReader) -> None:
         tensors = self.job.model.state_dict(keep_vars=True)
         edges = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
         for name, tensor in edges.items():

@@ -17,10 +17,9 @@ from openm6.base.energy.ledger import Work, sum_work
 from openm6.base.errors import ConfigError, TrainingError
 from openm6.base.log import get_log
 from openm6.base.seeds import derive_seed
-from openm6.checkpoint.delink import Moments, delink_moments
 from openm6.checkpoint.load import load_model, load_optimizer
-from openm6.checkpoint.optimizer import optimizer_tensors, place_optimizer
-from openm6.checkpoint.shards import Shard
+from openm6.checkpoint.optimizer import Moments, delink_moments, optimizer_tensors, place_optimizer
+from openm6.checkpoint.save import Shard
 from openm6.models.activations import layers_to_recompute
 from openm6.models.backbone import Backbone
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, RunBlock, run_plainly

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from openm6.base.errors import CheckpointError, ConfigError
 from openm6.checkpoint.folder import STATE_FILE
-from openm6.checkpoint.save import Snapshot, save
-from openm6.checkpoint.shards import OFFSETS, PLACES, Catalogue
-from openm6.checkpoint.tensors import named_tensors
+from openm6.checkpoint.reader import OFFSETS, PLACES, CheckpointReader
+from openm6.checkpoint.save import Snapshot, named_tensors, save
 from openm6.inference.decode import Speaker
 from openm6.inference.engine import write
 from openm6.inference.load import Loaded, load
@@ -166,7 +165,7 @@ def test_the_files_of_several_ranks_are_put_together(tmp_path: Path) -> None:
     texts, codes, scores = answers(streamed)
     assert source_of(streamed).store is not None and texts == wanted[0] and torch.equal(codes, wanted[1])
     assert all(torch.equal(found, true) for found, true in zip(scores, wanted[2], strict=True))
-    catalogue = Catalogue(folder, "shard")
+    catalogue = CheckpointReader(folder, "all")
     for name, tensor in named_tensors(whole.omni).items():
         assert torch.equal(catalogue.read(name), tensor)
     next(folder.glob("shard-00001-*")).unlink()

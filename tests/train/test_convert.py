@@ -13,7 +13,7 @@ from openm6.base.errors import CheckpointError, ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state
 from openm6.checkpoint.load import load_model
-from openm6.checkpoint.shards import Catalogue
+from openm6.checkpoint.reader import CheckpointReader
 from openm6.modalities.registry import ModalitiesConfig
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescription
 from openm6.train.convert import convert
@@ -54,7 +54,7 @@ def test_a_plain_run_goes_on_with_fewer_bytes(tmp_path: Path, size: int, near: f
     convert(plain, tmp_path / "small", bytes_per_parameter=size)
     before, after = answers(plain, PLAIN), answers(tmp_path / "small", PLAIN)
     assert 0 < float((after - before).abs().mean()) < near
-    kept, old = (Catalogue(latest(place), "optimizer") for place in (tmp_path / "small", plain))
+    kept, old = (CheckpointReader(latest(place), "optimizer") for place in (tmp_path / "small", plain))
     name = "backbone.sets.0.attention.qkv"
     torch.testing.assert_close(kept.read(f"{name}::row_var"), old.read(f"{name}::exp_avg_sq").mean(-1))
     assert RunFolder(tmp_path / "small").read_config()["loop"]["optimizer"]["bytes_per_parameter"] == size

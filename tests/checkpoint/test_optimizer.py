@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openm6.checkpoint.delink import Moments, delink_moments
+from openm6.checkpoint.optimizer import Moments, delink_moments
 
 SOURCES = {"sets.0.w": "sets.0.w", "sets.1.w": "sets.0.w", "sets.2.w": "sets.1.w"}
 TENSORS = {
