@@ -18,7 +18,7 @@ from openm6.base.config import apply_overrides
 from openm6.base.errors import ConfigError
 from openm6.cli import main as cli
 from openm6.cli.doors import door
-from openm6.modalities.codec import shipped_codecs
+from openm6.codecs.registry import shipped_codecs
 from openm6.tasks.registry import TASKS
 from openm6.train.run import read_recipe, recipe_path
 
@@ -177,7 +177,7 @@ def test_every_room_is_on_the_map() -> None:
 
 @pytest.mark.parametrize("name", shipped_codecs())
 def test_scores_of_the_codecs_are_those_that_were_measured(name: str) -> None:
-    scores = json.loads((ROOT / f"openm6/modalities/weights/{name}.json").read_text())["test"]
+    scores = json.loads((ROOT / f"openm6/codecs/weights/{name}.json").read_text())["test"]
     row = re.search(rf"^\| `{name}` \| [^|]+ \| (.+) \|$", README, re.MULTILINE)
     assert row, f"no row for codec {name}"
     cells = [float(cell.split()[0]) for cell in row[1].split(" | ")]

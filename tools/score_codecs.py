@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from sklearn.svm import SVC
 from torch import Tensor
 
+from openm6.codecs.audio import SoundCodec
+from openm6.codecs.image import ImageCodec
+from openm6.codecs.registry import load_codec, shipped_codecs
 from openm6.data.parquet import EmbeddedConfig, ParquetConfig
 from openm6.data.records import Record
 from openm6.data.source import Split
 from openm6.data.sources import AnySourceConfig, open_sources
-from openm6.modalities.codec import load_codec, shipped_codecs
-from openm6.modalities.codec_image import ImageCodec
-from openm6.modalities.codec_sound import SoundCodec
 from openm6.ops.spectrum import log_mel, mel_filters, overlap_add, spectrum, unit_window
 from openm6.train.audio_codec import audio_scores, read_clip
 from openm6.train.image_codec import image_scores, psnr, read_small, to_pixels

@@ -27,8 +27,8 @@ from openm6.data.source import Source, SourceConfig, Split
 from openm6.data.storage import is_remote, refuse_foreign
 from openm6.data.table import Table, TableConfig, UnreadableRowError
 from openm6.data.windows import WindowsConfig
+from openm6.modalities.audio import read_sound
 from openm6.modalities.image import read_image
-from openm6.modalities.sound import read_sound
 from openm6.tasks.registry import TASKS
 
 SAMPLE = 500  # rows looked at, evenly spread

@@ -20,11 +20,11 @@ from openm6.data.prepare import with_others
 from openm6.data.source import Source
 from openm6.evaluate.metrics import METRICS, Scored, truths
 from openm6.inference.load import Loaded
+from openm6.modalities.audio import Sound
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import BINS, LIMIT
 from openm6.modalities.registry import Modalities, target_segment
-from openm6.modalities.sound import Sound
 from openm6.tasks.task import Example, Task
 
 MAX_TRAINING_EXAMPLES = 400

@@ -14,8 +14,8 @@ from openm6.base.errors import DataError
 from openm6.data.source import Source
 from openm6.evaluate.results import Answer
 from openm6.inference.load import Loaded
+from openm6.modalities.audio import read_sound
 from openm6.modalities.image import read_image, to_square
-from openm6.modalities.sound import read_sound
 
 IMAGE_SIDE = 16  # pixels; features of an image
 AUDIO_FRAMES = 16  # features of audio, times the mel bands

@@ -14,9 +14,9 @@ import soundfile
 from PIL import Image as Pillow
 
 from openm6.base.errors import DataError
+from openm6.modalities.audio import RATE, read_sound
 from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
-from openm6.modalities.sound import RATE, read_sound
 from openm6.ops.spectrum import mel_filters
 
 Box = tuple[float, float, float, float]

@@ -41,9 +41,9 @@ from openm6.evaluate.media import Media, MediaBudget, cut_audio
 from openm6.evaluate.metrics import METRICS, is_percent, metric_title, same_text, score
 from openm6.evaluate.results import EvalReport, RunFacts, Sample, TaskResult
 from openm6.evaluate.summary import answered
+from openm6.modalities.audio import RATE
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram, NumberSeries
-from openm6.modalities.sound import RATE
 from openm6.modalities.text import GAP
 from openm6.tasks.registry import TASKS
 

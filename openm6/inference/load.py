@@ -12,10 +12,10 @@ from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import latest
 from openm6.checkpoint.load import load_model
 from openm6.inference.offloaded import place_offloaded
+from openm6.modalities.audio import Sound
 from openm6.modalities.image import Image
 from openm6.modalities.numbers import Numbers
 from openm6.modalities.registry import Modalities
-from openm6.modalities.sound import Sound
 from openm6.modalities.text import Text
 from openm6.models.description import (
     MODEL_FILE,

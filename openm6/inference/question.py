@@ -9,11 +9,11 @@ from pathlib import Path
 
 from openm6.base.errors import ConfigError, DataError
 from openm6.inference.load import Loaded
+from openm6.modalities.audio import read_sound
 from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import MODALITIES
-from openm6.modalities.sound import read_sound
 from openm6.modalities.truncation import join_texts
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES, Task

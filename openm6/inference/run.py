@@ -21,11 +21,11 @@ from openm6.inference.masked import fill_codes
 from openm6.inference.question import Question, prompt_parts, read_picture, read_recording
 from openm6.inference.sampling import Decoding, MaskedSampling
 from openm6.inference.taught import assess
+from openm6.modalities.audio import RATE, Sound
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import Histogram, NumberSeries
 from openm6.modalities.registry import source_segments
-from openm6.modalities.sound import RATE, Sound
 
 SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "sound": (".wav", ".flac", ".ogg")}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from openm6.base.errors import DataError
 from openm6.base.seeds import content_key
-from openm6.modalities.codec_image import ImageCodec
+from openm6.codecs.image import ImageCodec
 from openm6.modalities.codes import CodesAdapter, hide, inpainting_masks, masked_arrays, random_rectangle
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Segment, rectangle
 from openm6.modalities.places import PlaceEmbedding, picture_places

@@ -12,13 +12,13 @@ from tokenizers import Tokenizer
 
 from openm6.base.config import Config, nearest
 from openm6.base.errors import ConfigError, DataError
-from openm6.modalities.codec import load_codec
-from openm6.modalities.codec_image import ImageCodec
-from openm6.modalities.codec_sound import SoundCodec
+from openm6.codecs.audio import SoundCodec
+from openm6.codecs.image import ImageCodec
+from openm6.codecs.registry import load_codec
+from openm6.modalities.audio import MAX_SECONDS, Sound
 from openm6.modalities.image import MAX_PIXELS, Image
 from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
-from openm6.modalities.sound import MAX_SECONDS, Sound
 from openm6.modalities.text import Text
 
 MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Sound, Numbers)}

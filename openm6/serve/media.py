@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 from PIL import Image as Pillow
 
-from openm6.modalities.sound import RATE
+from openm6.modalities.audio import RATE
 from openm6.serve.errors import BadRequestError
 
 PictureFormat = Literal["png", "webp", "jpeg"]

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from openm6.modalities.audio import random_gap, random_speed
 from openm6.modalities.image import random_hole
 from openm6.modalities.interface import Cuttable, Part
 from openm6.modalities.numbers import NumberSeries, fit_scale
-from openm6.modalities.sound import random_gap, random_speed
 from openm6.modalities.text import GAP
 from openm6.tasks.slots import MAX_TOKENS, Built, Context, Derived, Record, as_text, localised, observed
 

@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from openm6.base.config import Config
-from openm6.modalities.codec_base import Codec, code_bits
-from openm6.modalities.codec_sound import SoundCodecConfig
-from openm6.modalities.sound import read_sound
+from openm6.codecs.audio import SoundCodecConfig
+from openm6.codecs.base import Codec, code_bits
+from openm6.modalities.audio import read_sound
 from openm6.ops.spectrum import FLOOR, log_mel, mel_filters, spectrum, unit_window
 from openm6.train.codec_data import DeviceRng
 

@@ -19,12 +19,12 @@ from openm6.base.files import replace_text
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.base.seeds import derive_seed
+from openm6.codecs.audio import SoundCodec, SoundCodecConfig
+from openm6.codecs.base import Codec, Health
+from openm6.codecs.image import ImageCodec, ImageCodecConfig
+from openm6.codecs.registry import save_codec
 from openm6.data.source import Split
 from openm6.data.sources import AnySourceConfig
-from openm6.modalities.codec import save_codec
-from openm6.modalities.codec_base import Codec, Health
-from openm6.modalities.codec_image import ImageCodec, ImageCodecConfig
-from openm6.modalities.codec_sound import SoundCodec, SoundCodecConfig
 from openm6.train.audio_codec import AudioData, AudioDataConfig, audio_scores, read_clip
 from openm6.train.codec_data import hold_out, read_records
 from openm6.train.config import LoopConfig

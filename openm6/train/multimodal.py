@@ -14,6 +14,7 @@ from openm6.base.energy.meter import open_meter
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state
+from openm6.codecs.registry import codec_scores
 from openm6.data.mixture import Component, Mixture, epochs_seen
 from openm6.data.packing import Packer, merge_cursors
 from openm6.data.prepare import Preparer
@@ -29,7 +30,6 @@ from openm6.evaluate.saved import drop_evaluation, last_checkpoint, load_evaluat
 from openm6.evaluate.summary import result_line, write_card
 from openm6.inference.load import Loaded
 from openm6.modalities.batch import Batch, Counts, count, split
-from openm6.modalities.codec import codec_scores
 from openm6.modalities.pool import POOL
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.choice import build_backbone

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from openm6.evaluate.knn import fit_knn, image_features
+from openm6.modalities.audio import read_sound
 from openm6.modalities.image import read_image
-from openm6.modalities.sound import read_sound
 from tests.data.lists import ListSource
 from tests.data.pictures import png
 from tests.small_model import demo_sources, loaded

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from openm6.base.errors import OutputError
+from openm6.codecs.registry import codec_scores
 from openm6.evaluate.report import (
     MEDIA_BYTES,
     codec_rows,
@@ -28,7 +29,6 @@ from openm6.evaluate.report import (
     write_report,
 )
 from openm6.evaluate.results import EvalReport, Sample
-from openm6.modalities.codec import codec_scores
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram
 from openm6.modalities.text import GAP

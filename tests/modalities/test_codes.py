@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from openm6.modalities.codec import load_codec
+from openm6.codecs.registry import load_codec
 from openm6.modalities.codes import (
     SMOOTHING,
     CodesAdapter,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from openm6.codecs.audio import SoundCodec
+from openm6.codecs.registry import load_codec
 from openm6.data.parquet import EmbeddedConfig
-from openm6.modalities.codec import load_codec
-from openm6.modalities.codec_sound import SoundCodec
 from tools.score_codecs import features, shrunk, sound_report, timed, vocoded
 
 

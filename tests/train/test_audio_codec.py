@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from openm6.modalities.codec_sound import SoundCodec, SoundCodecConfig
+from openm6.codecs.audio import SoundCodec, SoundCodecConfig
 from openm6.train.audio_codec import (
     AudioData,
     AudioDataConfig,

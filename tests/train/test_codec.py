@@ -11,8 +11,8 @@ import torch
 from openm6.base.config import build, read_config
 from openm6.base.errors import ConfigError, DataError, TrainingError
 from openm6.base.run_folder import RunFolder
-from openm6.modalities.codec import load_codec
-from openm6.modalities.codec_base import Health
+from openm6.codecs.base import Health
+from openm6.codecs.registry import load_codec
 from openm6.train.codec import (
     CODEC_FILE,
     SCORES_FILE,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from openm6.modalities.codec_image import ImageCodec, ImageCodecConfig
+from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.train.codec_data import DeviceRng
 from openm6.train.image_codec import (
     ImageData,

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image as Pillow
 
 from openm6.base.errors import DataError
+from openm6.modalities.audio import RATE
 from openm6.modalities.interface import Part
-from openm6.modalities.sound import RATE
 from openm6.serve.distributions import described
 from openm6.serve.playground.charts import interval_chart, ranking_list, untaught, vector_strip
 from openm6.serve.playground.inputs import uploaded

@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field
 
 from openm6.base.errors import DataError
 from openm6.inference.sampling import MaskedSampling, Sampling
+from openm6.modalities.audio import RATE, read_sound
 from openm6.modalities.interface import Part
-from openm6.modalities.sound import RATE, read_sound
 from openm6.serve.errors import DOCUMENTED, BadRequestError
 from openm6.serve.guard import StrictRoute
 from openm6.serve.media import SOUND_TYPES, SoundFormat, write_sound

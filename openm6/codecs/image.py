@@ -12,7 +12,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from openm6.base.errors import DataError
-from openm6.modalities.codec_base import Codec, GroupedQuantizer, Quantized, QuantizerConfig
+from openm6.codecs.base import Codec, GroupedQuantizer, Quantized, QuantizerConfig
 from openm6.ops.product import pays, product
 
 STEM = 4  # pixels folded into channels before the first convolution: what makes the codec quick on a CPU

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from openm6.base.errors import DataError
-from openm6.modalities.codec_sound import SoundCodec, SoundCodecConfig
+from openm6.codecs.audio import SoundCodec, SoundCodecConfig
 
 TINY = SoundCodecConfig(
     groups=3,

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from openm6.base.errors import DataError
-from openm6.modalities.codec_image import Convolution, ImageCodec, ImageCodecConfig
+from openm6.codecs.image import Convolution, ImageCodec, ImageCodecConfig
 from openm6.ops import product
 
 TINY = ImageCodecConfig(

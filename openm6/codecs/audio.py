@@ -12,7 +12,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from openm6.base.errors import DataError
-from openm6.modalities.codec_base import Codec, Quantized, QuantizerConfig, ResidualQuantizer
+from openm6.codecs.base import Codec, Quantized, QuantizerConfig, ResidualQuantizer
 from openm6.ops.product import product
 from openm6.ops.spectrum import log_mel, mel_filters, overlap_add, spectrum, unit_window
 

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
+from openm6.codecs.audio import SoundCodec
+from openm6.codecs.image import ImageCodec
+from openm6.codecs.registry import SHIPPED, load_codec, shipped_codecs
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.sources import open_sources
-from openm6.modalities.codec import SHIPPED, load_codec, shipped_codecs
-from openm6.modalities.codec_image import ImageCodec
-from openm6.modalities.codec_sound import SoundCodec
 from openm6.train.audio_codec import audio_scores, read_clip
 from openm6.train.image_codec import image_scores, read_small, to_pixels
 

@@ -10,8 +10,8 @@ import soundfile
 import torch
 
 from openm6.base.errors import DataError
-from openm6.modalities.codec import load_codec
-from openm6.modalities.sound import HIGHEST_RATE, RATE, Sound, gap_places, random_gap, read_sound
+from openm6.codecs.registry import load_codec
+from openm6.modalities.audio import HIGHEST_RATE, RATE, Sound, gap_places, random_gap, read_sound
 from openm6.tasks.registry import TASKS
 from tests.small_model import modalities
 

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from openm6.base.config import Config, build, nearest
 from openm6.base.errors import CheckpointError, ConfigError
-from openm6.modalities.codec_base import Codec, QuantizerConfig
-from openm6.modalities.codec_image import ImageCodec, ImageCodecConfig
-from openm6.modalities.codec_sound import SoundCodec, SoundCodecConfig
+from openm6.codecs.audio import SoundCodec, SoundCodecConfig
+from openm6.codecs.base import Codec, QuantizerConfig
+from openm6.codecs.image import ImageCodec, ImageCodecConfig
 
 __all__ = ["CODECS", "Codec", "QuantizerConfig", "load_codec", "save_codec", "shipped_codecs"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openm6.base.errors import DataError
 from openm6.base.seeds import content_key
-from openm6.modalities.codec_sound import SoundCodec
+from openm6.codecs.audio import SoundCodec
 from openm6.modalities.codes import CodesAdapter, hide, inpainting_masks, masked_arrays
 from openm6.modalities.image import PatchAdapter
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Segment, track

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from openm6.modalities.codec_base import GroupedQuantizer, LatentNorm, QuantizerConfig, ResidualQuantizer
+from openm6.codecs.base import GroupedQuantizer, LatentNorm, QuantizerConfig, ResidualQuantizer
 
 CONFIG = QuantizerConfig(groups=3, levels=(5, 4))
 

@@ -1,0 +1,1 @@
+"""Layer 35: image and audio codecs, their quantizers and their trained weights."""
