@@ -1,1 +1,1 @@
-"""Floor 4: text, image, sound and numbers: raw input to tokens or codes, embedding, loss, and back to raw."""
+"""Layer 40: text, image, audio and numbers: raw input to tokens or codes, embedding, loss, and back to raw."""

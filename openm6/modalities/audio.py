@@ -16,11 +16,17 @@ from torch import Tensor
 from openm6.base.errors import DataError
 from openm6.base.seeds import content_key
 from openm6.codecs.audio import SoundCodec
-from openm6.modalities.codes import CodesAdapter, hide, inpainting_masks, masked_arrays
+from openm6.modalities.codes import (
+    ArrayCache,
+    CodesAdapter,
+    PlaceEmbedding,
+    hide,
+    inpainting_masks,
+    masked_arrays,
+    sound_places,
+)
 from openm6.modalities.image import PatchAdapter
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Segment, track
-from openm6.modalities.places import PlaceEmbedding, sound_places
-from openm6.modalities.recall import Recall
 from openm6.ops.resample import resample
 
 RATE = 16_000
@@ -86,7 +92,7 @@ def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
         # Not the library's prefix, which names an object in memory.
         reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
         raise DataError(
-            f"the sound is broken or of an unknown format ({reason}): save it anew as WAV or FLAC"
+            f"the sound is broken or of an unknown format ({reason}): save it again as WAV or FLAC"
         ) from None
 
 
@@ -101,9 +107,9 @@ class Sound(Modality):
         self.max_seconds = max_seconds
         self.place = codec.quantizer_config.samples_per_place
         self.num_mels = codec.quantizer_config.num_mels
-        self.recall = Recall()
-        self.heard = Recall()
-        self.durations = Recall(2**20)
+        self.code_cache = ArrayCache()
+        self.mel_cache = ArrayCache()
+        self.duration_cache = ArrayCache(2**20)
 
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
@@ -116,7 +122,7 @@ class Sound(Modality):
         if options.get("gap") is not None:
             seconds = seconds or self.seconds
         frames = self._frames(raw, seconds, options.get("speed", 1.0))  # F M
-        if rng is not None and options.get("gap") is None:  # what is filled in must keep time with its source
+        if rng is not None and options.get("gap") is None:  # an inpainted part must keep time with its source
             frames = _augmented(frames, rng)
         count = -(-len(frames) // FRAMES)
         padded = np.full((count * FRAMES, self.num_mels), frames.min(), np.float32)
@@ -133,13 +139,13 @@ class Sound(Modality):
     def _frames(self, raw: Any, seconds: float | None, speed: float = 1.0) -> np.ndarray:
         """Log-mels of the sound, cut or padded to `seconds` where given.  # F M"""
         key = _key(raw, seconds, speed)
-        known = self.heard.get(key)
+        known = self.mel_cache.get(key)
         if known is not None:
             return known
         samples = self._samples(raw, seconds, speed)
         whole = np.pad(samples, (0, -len(samples) % (self.place // 4)))
         with torch.no_grad():
-            return self.heard.put(key, self.codec.mels(torch.from_numpy(whole)[None])[0].numpy())
+            return self.mel_cache.put(key, self.codec.mels(torch.from_numpy(whole)[None])[0].numpy())
 
     def _samples(self, raw: Any, seconds: float | None, speed: float = 1.0) -> np.ndarray:
         samples = read_sound(raw, self.max_seconds)
@@ -151,15 +157,15 @@ class Sound(Modality):
         return np.pad(samples[:wanted], (0, max(0, wanted - len(samples))))
 
     def length(self, seconds: float | None) -> int:
-        """Places of a wanted sound."""
+        """Return the number of positions of a generated recording."""
         return max(1, round((seconds or self.seconds) * RATE / self.place))
 
     def is_longer(self, raw: Any, seconds: float | None = None) -> bool:
         """Whether a recording, at its own speed, has a place of 40 ms or more beyond `seconds`: that part is lost."""
         key = _key(raw, None)
-        known = self.durations.get(key)
+        known = self.duration_cache.get(key)
         if known is None:
-            known = self.durations.put(key, np.asarray(duration(raw)))
+            known = self.duration_cache.put(key, np.asarray(duration(raw)))
         return float(known) >= (self.length(seconds) + 1) * self.place / RATE
 
     def target(
@@ -184,7 +190,7 @@ class Sound(Modality):
         return replace(tokens, truncated=self.is_longer(raw, options.get("seconds")))
 
     def blank(self, seconds: float | None = None) -> Segment:
-        """A sound of which nothing is known: every place hidden."""
+        """Return a target of which every position is masked."""
         count = self.length(seconds)
         hidden = hide(1, count, None)
         return self._masked(np.zeros((count, self.codec.groups), np.int64), hidden, hidden, None)
@@ -198,14 +204,14 @@ class Sound(Modality):
         return Segment("sound_out", arrays, grid, len(codes), learn, "block", OWN_ORIGIN)
 
     def encode(self, raw: Any, seconds: float | None = None, speed: float = 1.0) -> np.ndarray:
-        """Codes of the sound, cut or padded with silence; remembered by the bytes of the file.  # T G"""
+        """Codes of the sound, cut or padded with silence; cached by the bytes of the file.  # T G"""
         seconds = seconds or self.seconds
         key = _key(raw, seconds, speed)
-        known = self.recall.get(key)
+        known = self.code_cache.get(key)
         if known is not None:
             return known
         codes = self.codec.encode(torch.from_numpy(self._samples(raw, seconds, speed))[None])[0]
-        return self.recall.put(key, codes.numpy().astype(np.int16))
+        return self.code_cache.put(key, codes.numpy().astype(np.int16))
 
     def decode(self, codes: Tensor) -> np.ndarray:
         """Samples at 16 kHz of one run of codes.  # T G -> S"""

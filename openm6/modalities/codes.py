@@ -1,15 +1,18 @@
-"""Pictures and sounds as wanted output: a grid of codec codes, partly hidden, predicted in parallel.
+"""Images and audio as output: a grid of codec codes, partly masked, predicted in parallel.
 
-Training hides a random share of the places (MaskGIT, arXiv 2202.04200, section 3.1); decoding fills them in a few
-steps. One place holds G codes (groups or residual levels); they are predicted one after the other by a small head,
-p(c_1 … c_G | h) = Π_g p(c_g | h, c_<g), so that a place is drawn from one joint distribution.
+Training masks a random fraction of the positions (MaskGIT, arXiv 2202.04200, section 3.1); decoding predicts them in a
+few steps. A position holds G codes (groups or residual stages), which a small head predicts one after the other,
+p(c_1 … c_G | h) = Π_g p(c_g | h, c_<g), so that a position is drawn from one joint distribution.
 """
 
-# Letters: N tokens, D width, G codes a place, C codebook size, V numbers in one place's vector, B bottleneck
+# Dimensions: N tokens, H and W tokens down and across, D width, Q frequencies, G codes per position, C codebook size,
+# V numbers in the vector of one position, B bottleneck
 
 from __future__ import annotations
 
 import math
+import threading
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -17,19 +20,85 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.modalities.interface import Adapter
-from openm6.modalities.places import PlaceEmbedding
 from openm6.ops.cross_entropy import grouped_cross_entropy
 from openm6.ops.quantize import cell_values, unpack
 
-# Of the training masks: random positions, all, and a rectangle; the rest hides everything but a rectangle. Wholly
-# masked targets are half, since only there does the model depend on its inputs.
+OCTAVES = (-2, -1, 0, 1, 2, 3)  # waves of 4 sides (or seconds) down to an eighth of one
+# Of the training masks: random positions, all, and a rectangle; the rest masks everything but a rectangle. Half of the
+# targets are masked as a whole, since only there does the model depend on its inputs.
 RANDOM_FRACTION, ALL_FRACTION, INSIDE_FRACTION = 0.35, 0.5, 0.075
-SMOOTHING = 0.1  # of the training labels, as MaskGIT does: unseen voices and hands must not surprise too much
-WRONG_SHARE = 0.05  # visible codes replaced by random ones, and learned too: teaches repair
+SMOOTHING = (
+    0.1  # of the training labels, as MaskGIT does: generalizes better to unseen voices and handwriting
+)
+WRONG_FRACTION = 0.05  # of the visible codes is replaced by random ones, and learned, too: teaches to correct
+
+
+class ArrayCache:
+    """LRU cache of arrays by content, up to a number of bytes; what is dropped costs time, and changes no result.
+
+    So an image that is used in every epoch goes through the codec once. Thread-safe: a server prepares requests in
+    several threads.
+    """
+
+    def __init__(self, max_bytes: int = 64 * 2**20) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self.arrays: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes | None) -> np.ndarray | None:
+        """Return the array under `key`, or None."""
+        with self._lock:
+            if key is None or key not in self.arrays:
+                return None
+            self.arrays.move_to_end(key)
+            return self.arrays[key]
+
+    def put(self, key: bytes | None, array: np.ndarray) -> np.ndarray:
+        """Keep `array` (unless the key is None) and return it."""
+        with self._lock:
+            if key is not None and key not in self.arrays:
+                self.arrays[key] = array
+                self.bytes += array.nbytes
+                while self.bytes > self.max_bytes:
+                    self.bytes -= self.arrays.popitem(last=False)[1].nbytes
+        return array
+
+
+def picture_places(down: int, across: int) -> np.ndarray:
+    """Return row and column of each token's center, as fractions of the sides.  # H*W 2"""
+    rows, columns = np.divmod(np.arange(down * across), across)
+    return np.stack([(rows + 0.5) / down, (columns + 0.5) / across], axis=1).astype(np.float32)
+
+
+def sound_places(count: int, seconds: float) -> np.ndarray:
+    """Return the time of each token's center, for tokens of `seconds` each; the second axis is not used.  # N 2"""
+    times = (np.arange(count) + 0.5) * seconds
+    return np.stack([times, np.zeros(count)], axis=1).astype(np.float32)
+
+
+class PlaceEmbedding(nn.Module):
+    """Fourier features of a position in its own image or recording: rotary positions only encode distances.
+
+    Waves of several lengths along both axes are mixed into the model's width.  # N 2 -> N D
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer(
+            "frequencies", torch.tensor([2.0**octave for octave in OCTAVES]), persistent=False
+        )
+        self.mix = nn.Linear(4 * len(OCTAVES), width)
+
+    def forward(self, places: Tensor) -> Tensor:
+        angles = (2 * math.pi * places[..., None] * self.frequencies).flatten(1)  # N 2 -> N 2Q
+        return self.mix(torch.cat((angles.sin(), angles.cos()), -1).to(self.mix.weight.dtype))
 
 
 def hide(height: int, width: int, rng: np.random.Generator | None) -> np.ndarray:
-    """Which places of a grid are hidden for one training example; without a generator, all.  # H*W bool"""
+    """Return which positions of a grid are masked for one training example; without a generator, all.  # H*W bool"""
     places = height * width
     if rng is None:
         return np.ones(places, bool)
@@ -47,7 +116,7 @@ def hide(height: int, width: int, rng: np.random.Generator | None) -> np.ndarray
 
 
 def random_rectangle(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """A rectangle of a quarter to three quarters of each side, somewhere in the grid.  # H*W bool"""
+    """Return a rectangle of a quarter to three quarters of each side, somewhere in the grid.  # H*W bool"""
     tall = int(rng.integers(math.ceil(height / 4), max(2, math.ceil(height * 3 / 4) + 1)))
     wide = int(rng.integers(math.ceil(width / 4), max(2, math.ceil(width * 3 / 4) + 1)))
     tall, wide = min(tall, height), min(wide, width)
@@ -60,10 +129,10 @@ def random_rectangle(height: int, width: int, rng: np.random.Generator) -> np.nd
 def inpainting_masks(
     mask: np.ndarray, hide_context: bool, rng: np.random.Generator | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions whose codes are hidden, and those that carry a loss, when `mask` is to be filled in.  # N -> N, N
+    """Return the positions whose codes are masked, and those that carry a loss, to inpaint `mask`.  # N -> N, N
 
-    Without a generator the loss covers the mask alone. Training hides the context of half the examples, so that the
-    model also fills in from the source image or sound alone, and then learns all codes.
+    Without a generator the loss covers the mask alone. Training masks the context of half the examples, so that the
+    model also inpaints from the source image or audio alone, and then learns all codes.
     """
     if rng is not None and rng.random() < 0.5:
         hide_context = True
@@ -79,10 +148,10 @@ def masked_arrays(
     codebook_size: int,
     rng: np.random.Generator | None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Arrays of a masked target, and the positions that carry a loss.  # N G, N, N, N 2 -> {…}, N"""
+    """Return the arrays of a masked target, and the positions that carry a loss.  # N G, N, N, N 2 -> {…}, N"""
     shown, learn = codes.copy(), learn.copy()
     if rng is not None:
-        wrong = ~hidden & (rng.random(len(codes)) < WRONG_SHARE)
+        wrong = ~hidden & (rng.random(len(codes)) < WRONG_FRACTION)
         shown[wrong] = rng.integers(0, codebook_size, shown[wrong].shape)
         learn |= wrong
     arrays = {
@@ -95,7 +164,7 @@ def masked_arrays(
 
 
 class CodesAdapter(Adapter):
-    """Embeds shown codes by their FSQ vectors (near codes stay near) and predicts the codes of a place in turn."""
+    """Embed visible codes by their FSQ vectors (near codes stay near), and predict the codes of a position in turn."""
 
     earlier: Tensor
     levels: Tensor
@@ -109,22 +178,21 @@ class CodesAdapter(Adapter):
         dims = len(levels)
         self.shown = nn.Linear(groups * dims, width)
         self.mask = nn.Parameter(torch.empty(width))
-        self.place = (
-            place  # that of the patches: what is filled in is to be found where it lies in the source
-        )
+        # That of the patches, so that the model finds a masked region by its position in the source.
+        self.place = place
         self.hidden_to_groups = nn.Linear(width, groups * bottleneck)
         self.codes_to_groups = nn.Linear(groups * dims, groups * bottleneck, bias=False)
         self.to_codes = nn.Parameter(torch.empty(groups, bottleneck, self.codebook_size))
-        # Row block g (bottleneck rows) may look at column block j (dims columns) only where j < g.
+        # Row block g (bottleneck rows) may depend on column block j (dims columns) only if j < g.
         blocks = torch.ones(groups, groups).tril(-1)
         self.register_buffer("earlier", torch.kron(blocks, torch.ones(bottleneck, dims)), persistent=False)
-        # A tensor made in each pass would be copied to the device anew, and the host would wait for it.
+        # A tensor made in each pass would be copied to the device again, and the host would wait for it.
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         nn.init.normal_(self.mask, std=0.02)
         nn.init.normal_(self.to_codes, std=bottleneck**-0.5)
 
     def vectors(self, codes: Tensor) -> Tensor:
-        """FSQ coordinates in [-1, 1] of the codes of a place.  # N G -> N V"""
+        """Return FSQ coordinates in [-1, 1] of the codes of a position.  # N G -> N V"""
         cells = unpack(codes, self.levels)  # N G L
         return cell_values(cells, self.levels).flatten(-2)  # N G L -> N V
 
@@ -134,12 +202,12 @@ class CodesAdapter(Adapter):
         return shown + self.place(arrays["places"])
 
     def group_states(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """The head's inner state for each group, given the codes of the groups before it.  # N D, N G -> N G B"""
+        """Return the head's inner state for each group, given the codes of the groups before it.  # N D, N G -> N G B"""
         context = F.linear(self.vectors(codes).to(hidden.dtype), self.codes_to_groups.weight * self.earlier)
         return F.gelu(self.hidden_to_groups(hidden) + context).unflatten(-1, (self.groups, self.bottleneck))
 
     def group_logits(self, hidden: Tensor, codes: Tensor, group: int) -> Tensor:
-        """Scores of one group's code; the codes of later groups do not matter.  # N D, N G -> N C"""
+        """Return logits of one group's code; the codes of later groups do not matter.  # N D, N G -> N C"""
         rows = slice(group * self.bottleneck, (group + 1) * self.bottleneck)
         state = F.linear(hidden, self.hidden_to_groups.weight[rows], self.hidden_to_groups.bias[rows])
         if group:
@@ -148,7 +216,7 @@ class CodesAdapter(Adapter):
         return F.gelu(state) @ self.to_codes[group]  # N B -> N C
 
     def group_nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        """Nats of each code of each place.  # N D -> N G"""
+        """Return the negative log-likelihood of each code of each position, in nats.  # N D -> N G"""
         return self._cross_entropy(hidden, arrays, 0.0)
 
     def _cross_entropy(self, hidden: Tensor, arrays: dict[str, Tensor], smoothing: float) -> Tensor:
@@ -159,5 +227,5 @@ class CodesAdapter(Adapter):
         return self.group_nll(hidden, arrays).sum(-1)
 
     def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        # The mean over groups keeps a place as loud as a text token.
+        # The mean over groups gives a position the weight of a text token.
         return self._cross_entropy(hidden, arrays, SMOOTHING).mean(-1)

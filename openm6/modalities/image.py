@@ -18,10 +18,17 @@ from torch import Tensor, nn
 from openm6.base.errors import DataError
 from openm6.base.seeds import content_key
 from openm6.codecs.image import ImageCodec
-from openm6.modalities.codes import CodesAdapter, hide, inpainting_masks, masked_arrays, random_rectangle
+from openm6.modalities.codes import (
+    ArrayCache,
+    CodesAdapter,
+    PlaceEmbedding,
+    hide,
+    inpainting_masks,
+    masked_arrays,
+    picture_places,
+    random_rectangle,
+)
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Segment, rectangle
-from openm6.modalities.places import PlaceEmbedding, picture_places
-from openm6.modalities.recall import Recall
 
 PATCH = 8
 MAX_PIXELS = 32_000_000
@@ -57,11 +64,11 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
         raise DataError(f"the picture is over the bound of {max_pixels:,} pixels: shrink it") from None
     except UnidentifiedImageError:  # its own words name an object in memory
         raise DataError(
-            "the picture is broken or of an unknown format: save it anew as PNG or JPEG"
+            "the picture is broken or of an unknown format: save it again as PNG or JPEG"
         ) from None
     except (OSError, ValueError, SyntaxError, TypeError) as error:
         raise DataError(
-            f"the picture is broken or of an unknown format ({error}): save it anew as PNG or JPEG"
+            f"the picture is broken or of an unknown format ({error}): save it again as PNG or JPEG"
         ) from None
 
 
@@ -119,7 +126,7 @@ class Image(Modality):
         self.places = side // codec.quantizer_config.stride  # across, and down
         self.max_patches = max_patches
         self.max_pixels = max_pixels
-        self.recall = Recall()
+        self.code_cache = ArrayCache()
 
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
@@ -183,7 +190,7 @@ class Image(Modality):
     def encode(self, raw: Any) -> np.ndarray:
         """Codes of a picture squared to `side`; remembered by the bytes of the file.  # N G"""
         key = content_key(raw) if isinstance(raw, bytes) else None
-        known = self.recall.get(key)
+        known = self.code_cache.get(key)
         if known is not None:
             return known
         values = torch.from_numpy(
@@ -191,7 +198,7 @@ class Image(Modality):
         )
         with torch.no_grad():
             codes = self.codec.encode(values.permute(2, 0, 1)[None])  # 1 3 H W -> 1 h w G
-        return self.recall.put(key, codes[0].flatten(0, 1).numpy().astype(np.int16))
+        return self.code_cache.put(key, codes[0].flatten(0, 1).numpy().astype(np.int16))
 
     def decode(self, codes: Tensor) -> Pillow.Image:
         """The picture of one grid of codes.  # H*W G"""

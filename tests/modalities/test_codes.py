@@ -1,8 +1,10 @@
-"""Grids of codes as a target: what is hidden, what is learned, and the head that predicts a place's codes in turn."""
+"""Grids of codes as a target: masks, losses, the head that predicts a position's codes in turn; positions; the cache."""
 
 from __future__ import annotations
 
 import math
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -15,13 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from openm6.codecs.registry import load_codec
 from openm6.modalities.codes import (
     SMOOTHING,
+    ArrayCache,
     CodesAdapter,
+    PlaceEmbedding,
     hide,
     inpainting_masks,
     masked_arrays,
+    picture_places,
     random_rectangle,
+    sound_places,
 )
-from openm6.modalities.places import PlaceEmbedding
 from openm6.ops.quantize import pack
 
 LEVELS, GROUPS, WIDTH = (4, 3), 3, 16
@@ -194,3 +199,88 @@ def test_hidden_codes_do_not_show(adapter: CodesAdapter, codes: Tensor) -> None:
     assert torch.equal(first, second)
     visible = adapter.embed({"shown": (codes + 1) % 12, "hidden": hidden, "places": places})
     assert not torch.equal(visible[10:], first[10:])
+
+
+def test_positions_are_the_centers_of_tokens() -> None:
+    assert picture_places(2, 4)[[0, 3, 4]].tolist() == [[0.25, 0.125], [0.25, 0.875], [0.75, 0.125]]
+    assert np.allclose(sound_places(3, 0.04)[:, 0], [0.02, 0.06, 0.10])
+
+
+def test_positions_have_different_embeddings() -> None:
+    torch.manual_seed(0)
+    vectors = PlaceEmbedding(16).requires_grad_(False)(torch.from_numpy(picture_places(8, 8)))
+    distance = torch.cdist(vectors, vectors) + torch.eye(64) * 99
+    assert vectors.shape == (64, 16) and float(distance.min()) > 1e-2
+
+
+def test_the_cache_returns_what_was_put() -> None:
+    cache, array = ArrayCache(), np.arange(5)
+    assert cache.get(b"a") is None
+    assert cache.put(b"a", array) is array
+    assert cache.get(b"a") is array and cache.bytes == array.nbytes
+
+
+def test_the_least_recently_used_is_dropped_first() -> None:
+    cache = ArrayCache(max_bytes=3 * 80)
+    for key in (b"a", b"b", b"c"):
+        cache.put(key, np.zeros(10))
+    cache.get(b"a")
+    cache.put(b"d", np.zeros(10))
+    assert cache.get(b"b") is None
+    assert all(cache.get(key) is not None for key in (b"a", b"c", b"d"))
+    assert cache.bytes == 240
+
+
+def test_the_cache_stays_bounded() -> None:
+    cache = ArrayCache(max_bytes=1000)
+    for number in range(200):
+        cache.put(str(number).encode(), np.zeros(number % 7, np.float64))
+        assert cache.bytes == sum(array.nbytes for array in cache.arrays.values()) <= 1000
+
+
+def test_what_is_larger_than_the_cache_is_returned_and_dropped() -> None:
+    cache, large = ArrayCache(max_bytes=10), np.zeros(100)
+    assert cache.put(b"x", large) is large
+    assert cache.get(b"x") is None and cache.bytes == 0
+
+
+def test_without_a_key_nothing_is_kept() -> None:
+    cache = ArrayCache()
+    cache.put(None, np.zeros(3))
+    assert cache.get(None) is None and cache.bytes == 0
+
+
+def test_putting_twice_counts_once() -> None:
+    cache = ArrayCache()
+    cache.put(b"a", np.zeros(10))
+    cache.put(b"a", np.zeros(10))
+    assert cache.bytes == 80
+
+
+def test_threads_may_share_it() -> None:
+    """More keys than fit, requested by several threads: nothing is lost between a look-up and its use."""
+    cache = ArrayCache(max_bytes=20 * 80)
+    errors: list[Exception] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            for number in rng.integers(0, 40, 20_000):
+                key = str(number).encode()
+                if cache.get(key) is None:
+                    cache.put(key, np.zeros(10))
+        except Exception as error:
+            errors.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors
+    assert cache.bytes == sum(array.nbytes for array in cache.arrays.values()) <= cache.max_bytes

@@ -11,6 +11,7 @@ from PIL import Image as Pillow
 
 from openm6.base.errors import DataError
 from openm6.modalities.batch import build_sequence
+from openm6.modalities.codes import PlaceEmbedding
 from openm6.modalities.image import (
     PATCH,
     Image,
@@ -22,7 +23,6 @@ from openm6.modalities.image import (
     to_square,
 )
 from openm6.modalities.interface import Segment, line
-from openm6.modalities.places import PlaceEmbedding
 from tests.data.pictures import bomb, png
 from tests.small_model import modalities
 
