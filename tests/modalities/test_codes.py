@@ -1,4 +1,4 @@
-"""Grids of codes as a target: masks, losses, the head that predicts a position's codes in turn; positions; the cache."""
+"""Grids of codes as a target: masks, losses and the head that predicts a position's codes; positions; the cache."""
 
 from __future__ import annotations
 
