@@ -202,7 +202,7 @@ class CodesAdapter(Adapter):
         return shown + self.place(arrays["places"])
 
     def group_states(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Return the head's inner state for each group, given the codes of the groups before it.  # N D, N G -> N G B"""
+        """Return the head's state for each group, given the codes of the groups before it.  # N D, N G -> N G B"""
         context = F.linear(self.vectors(codes).to(hidden.dtype), self.codes_to_groups.weight * self.earlier)
         return F.gelu(self.hidden_to_groups(hidden) + context).unflatten(-1, (self.groups, self.bottleneck))
 
