@@ -170,7 +170,8 @@ def _assign(stacks: list[Tensor], pieces: Sequence[Piece], ranks: int) -> list[l
     """For each rank the matrices (stack, index) that it works on: the largest first, to the rank with the least."""
     sizes = [sum(piece.lengths) * stack.shape[-1] for stack, piece in zip(stacks, pieces, strict=True)]
     matrices = [(stack, index) for stack, part in enumerate(stacks) for index in range(len(part))]
-    load, assigned = [0] * ranks, [[] for _ in range(ranks)]  # type: tuple[list[int], list[list[tuple[int, int]]]]
+    load = [0] * ranks
+    assigned: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
     for stack, index in sorted(matrices, key=lambda matrix: -sizes[matrix[0]]):
         rank = load.index(min(load))
         load[rank] += sizes[stack]
