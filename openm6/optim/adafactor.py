@@ -23,6 +23,9 @@ Result = TypeVar("Result")
 RankSums = Generator[list[Tensor], None, Result]  # yields tensors that are to be summed over ranks, in place
 
 TINY = 1e-30  # added to squares, as in the paper
+TORCH_FLOOR = torch.finfo(
+    torch.float32
+).eps  # of √v and of the mean of the row means in `torch.optim.Adafactor`
 AT_ONCE = 2**25  # values per rank whose updates wait together for the sums of other ranks
 
 
@@ -59,28 +62,33 @@ def follow_means(moments: Moments, row_mean: Tensor, column_mean: Tensor, active
     moments.column.lerp_(column_mean, 1 - decay)
 
 
-def inverse_roots(moments: Moments, piece: Piece = WHOLE) -> RankSums[tuple[Tensor, Tensor]]:
-    """Return the factors E R' and E C of 1/√v, where v[r, c] = row[r] · column[c] / mean(row) (algorithm 4)."""
+def inverse_roots(
+    moments: Moments, piece: Piece = WHOLE, floor: float = TINY
+) -> RankSums[tuple[Tensor, Tensor]]:
+    """Return the factors E R' and E C of 1/√v, where v[r, c] = row[r] · column[c] / mean(row) (algorithm 4).
+
+    `floor` bounds the mean from below.
+    """
     mean = moments.row.sum(-1, keepdim=True)  # E 1
     yield _if_cut(piece, mean)
     _, num_rows = piece.rows(moments.row.shape[-1])
-    mean = (mean / num_rows).clamp(min=TINY)
+    mean = (mean / num_rows).clamp(min=floor)
     return (moments.row / mean).clamp(min=TINY).rsqrt(), moments.column.clamp(min=TINY).rsqrt()
 
 
-def normalized(gradient: Tensor, moments: Moments, piece: Piece = WHOLE, pooled: int = 0) -> RankSums[Tensor]:
+def normalized(gradient: Tensor, moments: Moments, piece: Piece = WHOLE) -> RankSums[Tensor]:
     """Return g / √v, clipped to a root mean square of 1 per matrix (section 6): E R' C.
 
-    pooled: if not 0, the number of values of the whole tensor, which is then clipped as one. In offloaded training
-    this clip replaces one by the norm of all gradients, which is not known while gradients are used layer by layer.
+    In offloaded training this clip replaces one by the norm of all gradients, which is not known while gradients are
+    used layer by layer.
     """
     row, column = yield from inverse_roots(moments, piece)
     update = gradient * row.unsqueeze(-1) * column.unsqueeze(-2)
-    size = yield from root_mean_square(update, piece, pooled)
+    size = yield from root_mean_square(update, piece)
     return update / size.clamp(min=1.0)
 
 
-def root_mean_square(matrices: Tensor, piece: Piece, pooled: int) -> RankSums[Tensor]:
+def root_mean_square(matrices: Tensor, piece: Piece, pooled: int = 0) -> RankSums[Tensor]:
     """Return the size of each matrix, E 1 1, or of all values together if `pooled` is their number in the whole."""
     squares = matrices.square().sum((-2, -1), keepdim=True)
     if pooled:
@@ -160,8 +168,13 @@ class Adafactor(torch.optim.Optimizer):
         moments, lr = self._moments(one), one.group["lr"]
         size = yield from root_mean_square(one.weight.float(), one.piece, one.pooled)
         yield from follow(moments, one.gradient, one.piece, torch.ones_like(moments.updates))
-        update = yield from normalized(one.gradient, moments, one.piece, one.pooled)
-        rate = size.clamp(min=self.smallest_scale) * moments.updates.rsqrt().clamp(max=lr).view(-1, 1, 1)
+        row, column = yield from inverse_roots(moments, one.piece, TORCH_FLOOR)
+        scale = (row.unsqueeze(-1) * column.unsqueeze(-2)).clamp_(max=1 / TORCH_FLOOR)  # 1/√v, E R' C
+        update = scale.mul_(one.gradient)
+        clip = (yield from root_mean_square(update, one.piece, one.pooled)).clamp(min=1.0)
+        rate = (
+            size.clamp(min=self.smallest_scale) * moments.updates.rsqrt().clamp(max=lr).view(-1, 1, 1) / clip
+        )
         one.weight.mul_(1 - lr * one.group["weight_decay"])
         one.weight.sub_((update * rate).to(one.weight.dtype))
 

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from openm6.optim.adafactor import Adafactor
 
 
-def move_together(ours: nn.Parameter, others: list[nn.Parameter], muon: bool = False) -> None:
+def move_together(
+    ours: nn.Parameter, others: list[nn.Parameter], muon: bool = False, size: float = 3
+) -> None:
     """Four steps of ours and of torch's on the parameters that `others` are: ours as one, or its matrices."""
     mine = Adafactor([{"params": [ours], "muon": muon}], lr=0.05, weight_decay=0.1)
     theirs = torch.optim.Adafactor(others, lr=0.05, weight_decay=0.1, foreach=False)
     for _ in range(4):
-        ours.grad = torch.randn_like(ours) * 3
+        ours.grad = torch.randn_like(ours) * size
         parts: list[Tensor] = [ours.grad] if len(others) == 1 else list(ours.grad)
         for other, part in zip(others, parts, strict=True):
             other.grad = part.clone()
@@ -23,11 +25,12 @@ def move_together(ours: nn.Parameter, others: list[nn.Parameter], muon: bool = F
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (24, 1), (1, 9), (7,), (), (4, 5, 3), (2, 4, 3, 3)])
-def test_equals_torch_on_plain_tensors(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("size", [3, 1e-3, 1e-5, 1e-7])
+def test_equals_torch_on_plain_tensors(shape: tuple[int, ...], size: float) -> None:
     torch.manual_seed(0)
     ours = nn.Parameter(torch.randn(shape))
     theirs = nn.Parameter(ours.detach().clone())
-    move_together(ours, [theirs])
+    move_together(ours, [theirs], size=size)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
