@@ -168,7 +168,8 @@ class Adafactor(torch.optim.Optimizer):
         moments, lr = self._moments(one), one.group["lr"]
         size = yield from root_mean_square(one.weight.float(), one.piece, one.pooled)
         yield from follow(moments, one.gradient, one.piece, torch.ones_like(moments.updates))
-        row, column = yield from inverse_roots(moments, one.piece, TORCH_FLOOR)
+        floor = TINY if one.parameter.ndim < 2 else TORCH_FLOOR  # a vector's v is its rows' alone
+        row, column = yield from inverse_roots(moments, one.piece, floor)
         scale = (row.unsqueeze(-1) * column.unsqueeze(-2)).clamp_(max=1 / TORCH_FLOOR)  # 1/√v, E R' C
         update = scale.mul_(one.gradient)
         clip = (yield from root_mean_square(update, one.piece, one.pooled)).clamp(min=1.0)
