@@ -169,5 +169,5 @@ def test_the_files_of_several_ranks_are_put_together(tmp_path: Path) -> None:
     for name, tensor in named_tensors(whole.omni).items():
         assert torch.equal(catalogue.read(name), tensor)
     next(folder.glob("shard-00001-*")).unlink()
-    with pytest.raises(CheckpointError, match="holds only parts of"):
+    with pytest.raises(CheckpointError, match="holds only parts of|lacks"):
         place_offloaded(streamed.omni, folder, 1, torch.device("cpu"))
