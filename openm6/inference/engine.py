@@ -56,7 +56,10 @@ def write_with_confidence(loaded: Loaded, prompts: list[Prompt], sampling: Sampl
     """As `write`, with the confidence in each text."""
     speaker = Speaker.of(loaded.omni, loaded.text)
     longest = max(map(prompt_length, prompts), default=0)
-    rows = open_rows(speaker, min(BATCH, max(1, len(prompts))), longest + sampling.max_tokens + 2)
+    # On a GPU each size of a pass is captured in a graph of its own, which one call would seldom replay: use one size.
+    one_size = loaded.omni.device.type == "cuda"
+    size = min(BATCH, max(1, len(prompts)))
+    rows = open_rows(speaker, size, longest + sampling.max_tokens + 2, deterministic=one_size)
     waiting, found = deque(range(len(prompts))), dict[int, Written]()
     while waiting or rows.rows:
         joining = [waiting.popleft() for _ in range(min(rows.free, len(waiting)))]

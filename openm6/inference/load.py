@@ -1,9 +1,10 @@
-"""A checkpoint opened for use: the model in evaluation mode, its modalities, and what it was trained on."""
+"""A checkpoint loaded for inference: the model in evaluation mode, its modalities, and what it was trained on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -29,7 +30,7 @@ from openm6.models.omni import Omni
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to answer."""
+    """A model ready for inference."""
 
     omni: Omni
     modalities: Modalities
@@ -38,31 +39,23 @@ class Loaded:
 
     @property
     def text(self) -> Text:
-        modality = self.modalities["text"]
-        assert isinstance(modality, Text)
-        return modality
+        return cast(Text, self.modalities["text"])
 
     @property
     def image(self) -> Image:
-        modality = self.modalities["image"]
-        assert isinstance(modality, Image)
-        return modality
+        return cast(Image, self.modalities["image"])
 
     @property
     def sound(self) -> Sound:
-        modality = self.modalities["sound"]
-        assert isinstance(modality, Sound)
-        return modality
+        return cast(Sound, self.modalities["sound"])
 
     @property
     def numbers(self) -> Numbers:
-        modality = self.modalities["numbers"]
-        assert isinstance(modality, Numbers)
-        return modality
+        return cast(Numbers, self.modalities["numbers"])
 
 
 def check(path: Path) -> None:
-    """Looks at the files of a run's newest checkpoint, or of one checkpoint, without loading the weights.
+    """Check the files of a run's newest checkpoint, or of one checkpoint, without loading the weights.
 
     Raises:
         CheckpointError: there is none, or it is not of a multimodal model.
@@ -77,7 +70,7 @@ def _texts(folder: Path) -> tuple[ModelDescription, str]:
 
 
 def load(path: Path, device: torch.device | None = None, resident: int | None = None) -> Loaded:
-    """The model of a run (its newest complete checkpoint) or of one checkpoint.
+    """Return the model of a run (its newest complete checkpoint) or of one checkpoint.
 
     With `resident`, only so many layers stay on the device; the others are offloaded, see offloaded.py.
 

@@ -18,14 +18,14 @@ from openm6.modalities.truncation import join_texts
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES, Task
 
-MAX_FILE_BYTES = 256 << 20  # of a picture or sound, far above what their own bounds let pass
+MAX_FILE_BYTES = 256 << 20  # of an image or recording, far above their own bounds
 
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is given and what is wanted.
+    """Inputs and the modality of the answer.
 
     `numbers` maps columns to values (None: missing); `column` names the number wanted; `series` with `ahead` asks for
     a forecast of so many steps. `language` is that of the words put in where `text` holds no question of its own.
@@ -73,7 +73,7 @@ class Question:
         return [name for name, there in found.items() if there]
 
     def wanted_column(self) -> str:
-        """The column to predict: the one named, or the one given as missing.
+        """Return the column to predict: the one named, or the one given as missing.
 
         Raises:
             ConfigError: neither is there.
@@ -94,7 +94,7 @@ def _path(name: str, given: object) -> Path | None:
 
 
 def read_picture(path: Path | str, loaded: Loaded) -> bytes:
-    """The bytes of a picture that can be opened.
+    """Return the bytes of an image that can be opened.
 
     Raises:
         DataError: it is missing, broken, or over a bound; the sentence begins with its path.
@@ -108,7 +108,7 @@ def read_picture(path: Path | str, loaded: Loaded) -> bytes:
 
 
 def read_recording(path: Path | str, loaded: Loaded) -> bytes:
-    """The bytes of a sound that can be opened; raises as `read_picture` does."""
+    """Return the bytes of a recording that can be opened; raise as `read_picture` does."""
     content = _read_file(Path(path))
     try:
         read_sound(content, loaded.sound.max_seconds)
@@ -148,7 +148,7 @@ def prompt_parts(question: Question, loaded: Loaded) -> list[Part]:
 
 
 def _given_parts(question: Question, loaded: Loaded) -> list[Part]:
-    """Picture, sound and numbers."""
+    """Image, audio and numbers."""
     parts: list[Part] = []
     if question.image is not None:
         parts.append(Part("image", read_picture(question.image, loaded), {"hole": question.hole}))
@@ -164,7 +164,7 @@ def _given_parts(question: Question, loaded: Loaded) -> list[Part]:
 
 
 def _needs_asking(question: Question) -> bool:
-    """Whether a text describes something, and the number that is wanted of it is not named there."""
+    """Whether a number is asked for that the text does not name."""
     if question.want != "numbers":
         return False
     column = question.wanted_column()
@@ -195,7 +195,7 @@ def _fits(task: Task, question: Question) -> bool:
 
 
 def parse_shares(words: str | None, count: int, name: str) -> tuple[float, ...] | None:
-    """`0.25,0.25,0.75,0.75` as numbers.
+    """Parse `0.25,0.25,0.75,0.75`.
 
     Raises:
         ConfigError: not `count` numbers.
@@ -212,7 +212,7 @@ def parse_shares(words: str | None, count: int, name: str) -> tuple[float, ...] 
 
 
 def parse_numbers(words: str | None) -> dict[str, float | None] | None:
-    """`mass=3.5,length=` as a mapping; nothing after the equals sign means missing.
+    """Parse `mass=3.5,length=`; nothing after the equals sign means missing.
 
     Raises:
         ConfigError: a part without a name, or with a value that is not a finite number.
@@ -234,7 +234,7 @@ def parse_numbers(words: str | None) -> dict[str, float | None] | None:
 
 
 def parse_series(words: str | None) -> NumberSeries | None:
-    """`temp_max=12.8,10.6,,11.1` as a series; nothing between commas means missing.
+    """Parse `temp_max=12.8,10.6,,11.1`; nothing between commas means missing.
 
     Raises:
         ConfigError: no name, or a value that is not a finite number.
@@ -256,7 +256,7 @@ def parse_series(words: str | None) -> NumberSeries | None:
 
 
 def _number(value: str) -> float | None:
-    """None for nothing; raises ValueError for anything but a finite number."""
+    """None for an empty text; raise ValueError for anything but a finite number."""
     if not value:
         return None
     number = float(value)

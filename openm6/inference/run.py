@@ -33,9 +33,9 @@ SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "sound": (".wav", ".fla
 def generate(
     path: Path, question: Question, decoding: Decoding, out: Path | None = None, resident: int | None = None
 ) -> str:
-    """Asks the model of a run or checkpoint; gives the text to print, and writes `out` where it is given.
+    """Ask the model of a run or checkpoint; return the text to print, and write `out` if it is given.
 
-    Pictures and sounds are always written, to answer.png or answer.wav unless told otherwise. `resident` as in `load`.
+    Images and audio are always written, by default to answer.png or answer.wav. `resident` as in `load`.
 
     Raises:
         CheckpointError, ConfigError, DataError: the model, the question or its files cannot be used.
@@ -46,7 +46,7 @@ def generate(
 
 
 def _target(want: str, out: Path | None) -> Path | None:
-    """Where the answer goes, checked before any work is done."""
+    """The file for the answer, checked before any work is done."""
     if want in SUFFIXES:
         out = out or Path(f"answer{SUFFIXES[want][0]}")
         if out.suffix.lower() not in SUFFIXES[want]:
@@ -57,7 +57,7 @@ def _target(want: str, out: Path | None) -> Path | None:
 
 
 def answer_question(loaded: Loaded, question: Question, decoding: Decoding, out: Path | None) -> str:
-    """The printed answer to a question; files are written on the way, and what was not taught is said in the log."""
+    """Return the printed answer to a question and write its file; what the model was not trained for is logged."""
     parts = prompt_parts(question, loaded)
     prompt = source_segments(parts, loaded.modalities)
     confidence = None
@@ -79,7 +79,7 @@ def answer_question(loaded: Loaded, question: Question, decoding: Decoding, out:
 
 
 def _file_content(modality: Image | Sound, codes: torch.Tensor, suffix: str) -> bytes:
-    """A picture or sound as the bytes of a file of that ending."""
+    """An image or recording as the bytes of a file with that suffix."""
     buffer = io.BytesIO()
     if isinstance(modality, Image):
         modality.decode(codes).save(buffer, format=Pillow.registered_extensions()[suffix])
@@ -101,7 +101,7 @@ def _codes(
     prompt: list[Segment],
     sampling: MaskedSampling,
 ) -> torch.Tensor:
-    """Codes of the wanted picture or sound; those outside a hole or gap are the given one's own.  # -> N G"""
+    """Codes of the image or recording; those outside the mask of an inpainting are the given ones.  # -> N G"""
     if question.hole is not None and question.image is not None:
         wanted = loaded.image.target(read_picture(question.image, loaded), options={"hole": question.hole})
     elif question.gap is not None and question.sound is not None:

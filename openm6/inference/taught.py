@@ -1,4 +1,4 @@
-"""Whether a question is of a kind that the model was trained on; where it is not, what it was trained on.
+"""Whether a question is of a kind that the model was trained on; if not, what it was trained on.
 
 Four things are looked at, in this order:
 
@@ -33,7 +33,7 @@ _SLOT = re.compile(r"\{\w+\}")
 
 @dataclass(frozen=True)
 class Taught:
-    """The verdict: `en` and `zh` say what is missing, and are empty where nothing is."""
+    """The verdict: `en` and `zh` say what is missing, and are empty if nothing is."""
 
     en: str = ""
     zh: str = ""
@@ -50,7 +50,7 @@ class Taught:
 def assess(
     parts: Sequence[Part], target: str, description: ModelDescription, confidence: float | None = None
 ) -> Taught:
-    """Whether a question was trained for: the parts that are read, and the modality of the answer.
+    """Check whether the model was trained for a question: its parts, and the modality of the answer.
 
     `confidence` is the geometric mean probability of the tokens of a text that was answered.
     """
@@ -73,7 +73,7 @@ def assess(
 
 
 def confidence_of(nats: float, tokens: int) -> float:
-    """Geometric mean probability of tokens whose negative log-likelihoods sum to `nats`; 0 where there are none."""
+    """Geometric mean probability of tokens whose negative log-likelihoods sum to `nats`; 0 without tokens."""
     return math.exp(-nats / tokens) if tokens else 0.0
 
 
