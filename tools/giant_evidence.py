@@ -24,9 +24,9 @@ import torch
 
 from openm6.base.config import build
 from openm6.base.run_folder import RunFolder
-from openm6.data.mixture import Component, Mixture
+from openm6.data.mixture import Component, MixtureSampler
 from openm6.data.packing import Packer
-from openm6.data.prepare import Preparer
+from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
 from openm6.modalities.batch import Batch
@@ -97,8 +97,8 @@ def held_out(job: MultimodalJob, folder: RunFolder) -> Iterator[Batch]:
         Component(source=sources[lecture.source], task=lecture.task, weight=lecture.weight)
         for lecture in job.recipe.mixture
     ]
-    preparer = Preparer(Mixture(parts, 1), job.modalities, 1, {})
-    return Packer(preparer, job.recipe.packing, Quarantine(folder.quarantine, 1.0)).batches()
+    transform = ExampleTransform(MixtureSampler(parts, 1), job.modalities, 1, {})
+    return Packer(transform, job.recipe.packing, Quarantine(folder.quarantine, 1.0)).batches()
 
 
 @torch.no_grad()

@@ -1,12 +1,15 @@
-"""The order in which a run sees its data: one seeded sequence of samples, dealt to data shards, with a small cursor."""
+"""The order in which a run sees its data: one seeded sequence of samples, dealt to data shards, with a small cursor.
 
-# Letters: L lanes, s serial number of a draw
+Sample s of the sequence belongs to shard s mod n. Each shard packs rows of its own and takes its samples at its own
+pace; its samples do not depend on the rank that holds it. So the position in the data is one small cursor per shard,
+and no record is lost or seen twice when a run resumes on another number of ranks.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,15 +19,17 @@ from openm6.base.seeds import mix, permutation, text_hash, uniform
 from openm6.data.records import Record
 from openm6.data.source import Source
 
+Cursor = dict[str, Any]
+
 
 @dataclass(frozen=True)
-class Draw:
-    """One place in the sequence: the `serial`-th draw takes record `index` of `component` in its `epoch`."""
+class SampleIndex:
+    """Sample number `global_index` of the sequence: record `index` of `component` in its `epoch`."""
 
     component: int
     epoch: int
     index: int
-    serial: int
+    global_index: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,64 +46,105 @@ class Component:
         return f"{self.source.name}/{self.task}"
 
 
-class Mixture:
+@dataclass
+class DataShard:
+    """One shard: the global index of its next sample, and the samples it took that wait for room in a row."""
+
+    number: int
+    next: int
+    waiting: list[SampleIndex] = field(default_factory=list)
+
+
+class MixtureSampler:
     """Draws components by weight, and each component's records shuffled without replacement per epoch.
 
-    Every draw is a pure function of the seed, its serial and the component's own count, so the sequence is the same
-    for any number of workers or ranks, and any of them may jump to a place of it by `restore`.
+    Every sample is a pure function of the seed, its global index and the component's own count, so the sequence is
+    the same for any number of workers or ranks. One rank holds the data shards `shards`, at first the only one.
     """
 
     def __init__(self, components: Sequence[Component], seed: int) -> None:
         _check(components)
         self.components = tuple(components)
-        self._seed = seed
+        self.seed = seed
         self._bounds = np.cumsum([component.weight for component in components]).tolist()
         self._names = [text_hash(component.key) for component in components]
-        self._serial = 0
         self._cursor = [(0, 0) for _ in components]  # epoch, offset
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # component -> the epoch shuffled last
+        # By component: the epoch shuffled last, and its order.
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self.global_index = 0  # of the next sample
+        self.set_shards(1, [0])
 
-    def draw(self) -> Draw:
-        """The next draw of the sequence."""
-        place = uniform(self._seed, self._serial) * self._bounds[-1]
-        component = next(number for number, bound in enumerate(self._bounds) if place < bound)
+    def set_shards(self, count: int, own: Sequence[int]) -> None:
+        """Deal the sequence to `count` shards, of which this rank holds `own`, from their beginning."""
+        self.num_shards = count
+        self.shards = [DataShard(number, number) for number in own]
+        self._ahead: deque[SampleIndex] = deque()  # samples of all shards from the slowest own one on
+
+    def draw(self) -> SampleIndex:
+        """The next sample of the whole sequence."""
+        point = uniform(self.seed, self.global_index) * self._bounds[-1]
+        component = next(number for number, bound in enumerate(self._bounds) if point < bound)
         epoch, offset = self._cursor[component]
         index = int(self._order(component, epoch)[offset])
-        draw = Draw(component, epoch, index, self._serial)
+        sample = SampleIndex(component, epoch, index, self.global_index)
         last = offset + 1 == len(self.components[component].source)
         self._cursor[component] = (epoch + 1, 0) if last else (epoch, offset + 1)
-        self._serial += 1
-        return draw
+        self.global_index += 1
+        return sample
 
-    def record(self, draw: Draw) -> Record:
-        """The record of a draw; DataError where its row is broken."""
-        return self.components[draw.component].source.at(draw.index, draw.epoch)
+    def take(self, shard: DataShard) -> SampleIndex:
+        """The next sample of a shard."""
+        while not self._ahead or self._ahead[-1].global_index < shard.next:
+            self._ahead.append(self.draw())
+        sample = self._ahead[shard.next - self._ahead[0].global_index]
+        shard.next += self.num_shards
+        slowest = min(other.next for other in self.shards)
+        while self._ahead and self._ahead[0].global_index < slowest:
+            self._ahead.popleft()
+        return sample
 
-    @property
-    def serial(self) -> int:
-        """The number of the next draw."""
-        return self._serial
+    def record(self, sample: SampleIndex) -> Record:
+        """The record of a sample; DataError if its row is broken."""
+        return self.components[sample.component].source.at(sample.index, sample.epoch)
 
-    def state(self, undo: Sequence[Draw] = ()) -> dict[str, Any]:
-        """The place in the sequence, as JSON-able values; before the last draws where those are given in `undo`."""
+    def state(self) -> Cursor:
+        """JSON-able: the position of the sequence at the slowest own shard, and that of each own shard."""
         cursors = {}
         for number, (component, (epoch, offset)) in enumerate(
             zip(self.components, self._cursor, strict=True)
         ):
             length = len(component.source)
-            taken = epoch * length + offset - sum(draw.component == number for draw in undo)
+            taken = epoch * length + offset - sum(sample.component == number for sample in self._ahead)
             cursors[component.key] = {"epoch": taken // length, "offset": taken % length, "length": length}
-        return {"seed": self._seed, "serial": self._serial - len(undo), "components": cursors}
+        serial = self.global_index - len(self._ahead)
+        shards = {
+            str(shard.number): {"next": shard.next, "waiting": [list(astuple(one)) for one in shard.waiting]}
+            for shard in self.shards
+        }
+        mixture = {"seed": self.seed, "serial": serial, "components": cursors}
+        return {"mixture": mixture, "count": self.num_shards, "lanes": shards}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to a place that `state` gave; the draws after it are exactly those that followed then.
+    def restore(self, state: Cursor) -> None:
+        """Continue from a position that `merge` put together; another number of shards is dealt again.
 
         Raises:
             DataError: the state is of another seed, of other components, or a source has another length now.
         """
-        cursors = state["components"]
-        names = {component.key for component in self.components}
-        if state["seed"] != self._seed or set(cursors) != names:
+        self._ahead.clear()
+        self._seek(state["mixture"])
+        if state["count"] == self.num_shards:
+            for shard in self.shards:
+                found = state["lanes"][str(shard.number)]
+                shard.next, shard.waiting = found["next"], [SampleIndex(*one) for one in found["waiting"]]
+            slowest = min(shard.next for shard in self.shards)
+            while self.global_index < slowest:
+                self.draw()
+        else:
+            self._deal_again(state)
+
+    def _seek(self, mixture: Mapping[str, Any]) -> None:
+        cursors = mixture["components"]
+        if mixture["seed"] != self.seed or set(cursors) != {component.key for component in self.components}:
             raise DataError(
                 "the data of this run has changed (seed or sources): resume with the recipe it began with"
             )
@@ -106,18 +152,32 @@ class Mixture:
             was, now = cursors[component.key]["length"], len(component.source)
             if was != now:
                 raise DataError(
-                    f"{component.key} had {was} records and has {now} now: restore the data, or begin anew"
+                    f"{component.key} had {was} records and has {now} now: restore the data, or start again"
                 )
-        self._cursor = [
-            (int(c["epoch"]), int(c["offset"])) for c in (cursors[x.key] for x in self.components)
-        ]
-        self._serial = int(state["serial"])
+        found = [cursors[component.key] for component in self.components]
+        self._cursor = [(int(cursor["epoch"]), int(cursor["offset"])) for cursor in found]
+        self.global_index = int(mixture["serial"])
+
+    def _deal_again(self, state: Cursor) -> None:
+        """First all samples begun but not used go round the new shards, then the sequence goes on."""
+        shards, old = state["lanes"], state["count"]
+        begun = [SampleIndex(*one) for shard in shards.values() for one in shard["waiting"]]
+        end = max(shard["next"] for shard in shards.values())
+        while self.global_index < end:
+            sample = self.draw()
+            if sample.global_index >= shards[str(sample.global_index % old)]["next"]:
+                begun.append(sample)
+        begun.sort(key=lambda sample: sample.global_index)
+        start = self.global_index
+        for shard in self.shards:
+            shard.waiting = begun[shard.number :: self.num_shards]
+            shard.next = start + (shard.number - start) % self.num_shards
 
     def _order(self, component: int, epoch: int) -> np.ndarray:
         known = self._orders.get(component)
         if known is None or known[0] != epoch:
             length = len(self.components[component].source)
-            known = (epoch, permutation(length, mix(self._seed, self._names[component]), epoch))
+            known = (epoch, permutation(length, mix(self.seed, self._names[component]), epoch))
             self._orders[component] = known
         return known[1]
 
@@ -143,87 +203,13 @@ def _check(components: Sequence[Component]) -> None:
             raise DataError(f"the mixture holds {component.key} twice: add up the weights")
 
 
-Cursor = dict[str, Any]
-
-
-@dataclass
-class Lane:
-    """One lane: the serial of its next draw, and the draws it took that wait for room in a row."""
-
-    number: int
-    next: int
-    waiting: list[Draw] = field(default_factory=list)
-
-
-class Lanes:
-    """The lanes that one rank works on, fed from the mixture's one sequence."""
-
-    def __init__(self, mixture: Mixture, count: int, own: Sequence[int]) -> None:
-        self.mixture = mixture
-        self.count = count
-        self.own = [Lane(number, number) for number in own]
-        self._front: deque[Draw] = deque()  # draws of all lanes from the slowest own one on
-
-    def take(self, lane: Lane) -> Draw:
-        """The lane's next draw."""
-        while not self._front or self._front[-1].serial < lane.next:
-            self._front.append(self.mixture.draw())
-        draw = self._front[lane.next - self._front[0].serial]
-        lane.next += self.count
-        slowest = min(other.next for other in self.own)
-        while self._front and self._front[0].serial < slowest:
-            self._front.popleft()
-        return draw
-
-    def state(self) -> Cursor:
-        """JSON-able: the mixture's place at the slowest own lane, and each own lane's."""
-        lanes = {
-            str(lane.number): {"next": lane.next, "waiting": [_as_list(draw) for draw in lane.waiting]}
-            for lane in self.own
-        }
-        return {"mixture": self.mixture.state(list(self._front)), "count": self.count, "lanes": lanes}
-
-    def restore(self, state: Cursor) -> None:
-        """Goes to a place that `merge` put together; with another number of lanes it deals anew."""
-        self._front.clear()
-        self.mixture.restore(state["mixture"])
-        if state["count"] == self.count:
-            for lane in self.own:
-                found = state["lanes"][str(lane.number)]
-                lane.next, lane.waiting = found["next"], [Draw(*draw) for draw in found["waiting"]]
-            slowest = min(lane.next for lane in self.own)
-            while self.mixture.serial < slowest:
-                self.mixture.draw()
-        else:
-            self._deal_anew(state)
-
-    def _deal_anew(self, state: Cursor) -> None:
-        """All draws begun but not used up go round the new lanes first; then the sequence goes on."""
-        lanes, old = state["lanes"], state["count"]
-        begun = [Draw(*draw) for lane in lanes.values() for draw in lane["waiting"]]
-        end = max(lane["next"] for lane in lanes.values())
-        while self.mixture.serial < end:
-            draw = self.mixture.draw()
-            if draw.serial >= lanes[str(draw.serial % old)]["next"]:
-                begun.append(draw)
-        begun.sort(key=lambda draw: draw.serial)
-        start = self.mixture.serial
-        for lane in self.own:
-            lane.waiting = begun[lane.number :: self.count]
-            lane.next = start + (lane.number - start) % self.count
-
-
 def merge(states: Sequence[Cursor]) -> Cursor:
-    """The place of the whole run from those of its ranks."""
+    """The position of the whole run from those of its ranks."""
     slowest = min(states, key=lambda state: state["mixture"]["serial"])
-    lanes = {number: lane for state in states for number, lane in state["lanes"].items()}
-    return {**slowest, "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+    shards = {number: shard for state in states for number, shard in state["lanes"].items()}
+    return {**slowest, "lanes": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
 
 
-def own_lanes(count: int, rank: int, size: int) -> range:
-    """The lanes of one of `size` ranks: neighbours, as even as can be."""
+def own_shards(count: int, rank: int, size: int) -> range:
+    """The shards of one of `size` ranks: neighbours, as evenly as possible."""
     return range(rank * count // size, (rank + 1) * count // size)
-
-
-def _as_list(draw: Draw) -> list[int]:
-    return [draw.component, draw.epoch, draw.index, draw.serial]

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 
 from openm6.base.config import Config
 from openm6.base.errors import ConfigError, DataError, MissingFieldError, TrainingError
-from openm6.data.mixture import Draw, Lane, Lanes, merge, own_lanes
-from openm6.data.prepare import Preparer
+from openm6.data.mixture import DataShard, MixtureSampler, SampleIndex, merge, own_shards
+from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine, merge_counts
 from openm6.modalities.batch import Batch, PackedExample, collate, shortened
 
@@ -46,107 +46,115 @@ class Packer:
     """
 
     def __init__(
-        self, preparer: Preparer, config: PackingConfig, quarantine: Quarantine, rank: int = 0, size: int = 1
+        self,
+        transform: ExampleTransform,
+        config: PackingConfig,
+        quarantine: Quarantine,
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
-        self.preparer = preparer
+        self.transform = transform
         self.config = config
         self.quarantine = quarantine
         self.rank, self.size = rank, size
-        # By serial, of the draws that wait: what they become, kept to save time.
-        self._made: dict[int, PackedExample] = {}
-        # By component: draws since the last that became an example.
-        self._fruitless = [0] * len(preparer.mixture.components)
-        self._begin(_number_of_lanes(config, size))
+        # By global index, of the samples that wait: what they become, kept to save time.
+        self._built: dict[int, PackedExample] = {}
+        # By component: samples since the last that became an example.
+        self._fruitless = [0] * len(transform.sampler.components)
+        self._begin(_num_shards(config, size))
 
     def _begin(self, count: int) -> None:
-        self.lanes = Lanes(self.preparer.mixture, count, own_lanes(count, self.rank, self.size))
+        self.sampler.set_shards(count, own_shards(count, self.rank, self.size))
 
     @property
-    def waiting(self) -> list[Draw]:
-        """The draws that found no room yet."""
-        return [draw for lane in self.lanes.own for draw in lane.waiting]
+    def sampler(self) -> MixtureSampler:
+        """The sequence of samples that is packed."""
+        return self.transform.sampler
+
+    @property
+    def waiting(self) -> list[SampleIndex]:
+        """The samples that found no room yet."""
+        return [sample for shard in self.sampler.shards for sample in shard.waiting]
 
     def state(self) -> dict[str, Any]:
         """JSON-able: the mixture's place, the draws that wait in this rank's lanes, and the quarantine's counts."""
-        return {**self.lanes.state(), "quarantine": self.quarantine.state()}
+        return {**self.sampler.state(), "quarantine": self.quarantine.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to a place that `merge_cursors` put together; a number of lanes that still fits is kept."""
-        self._made.clear()
+        self._built.clear()
         if state["count"] >= self.size and self.config.rows % state["count"] == 0:
             self._begin(state["count"])
         else:
-            self._begin(_number_of_lanes(self.config, self.size))
-        self.lanes.restore(state)
+            self._begin(_num_shards(self.config, self.size))
+        self.sampler.restore(state)
         if self.rank == 0:  # the counts of all ranks live on in one
             self.quarantine.restore(state["quarantine"])
 
     def batches(self) -> Iterator[Batch]:
         """An endless stream of this rank's part of each packed batch."""
         while True:
-            filled = [self._fill(lane) for lane in self.lanes.own]
-            rows = [[sequence for _, sequence in row] for rows in filled for row in rows]
-            draws = [draw for rows in filled for row in rows for draw, _ in row]
+            filled = [self._fill(shard) for shard in self.sampler.shards]
+            rows = [[example for _, example in row] for rows in filled for row in rows]
+            draws = [sample for rows in filled for row in rows for sample, _ in row]
             yield replace(collate(rows, self.config.length, self.state()), draws=draws)
 
-    def _fill(self, lane: Lane) -> list[list[tuple[Draw, PackedExample]]]:
-        count = self.config.rows // self.lanes.count
-        rows: list[list[tuple[Draw, PackedExample]]] = [[] for _ in range(count)]
+    def _fill(self, shard: DataShard) -> list[list[tuple[SampleIndex, PackedExample]]]:
+        count = self.config.rows // self.sampler.num_shards
+        rows: list[list[tuple[SampleIndex, PackedExample]]] = [[] for _ in range(count)]
         room = [self.config.length] * count
-        earlier, lane.waiting = lane.waiting, []
-        while len(lane.waiting) < self.config.waiting and any(room):
-            draw = earlier.pop(0) if earlier else self.lanes.take(lane)
-            sequence = self._made.pop(draw.serial, None) or self._sequence(draw)
-            if sequence is None:
+        earlier, shard.waiting = shard.waiting, []
+        while len(shard.waiting) < self.config.waiting and any(room):
+            sample = earlier.pop(0) if earlier else self.sampler.take(shard)
+            example = self._built.pop(sample.global_index, None) or self._example(sample)
+            if example is None:
                 continue
-            row = next((number for number, left in enumerate(room) if left >= len(sequence)), None)
+            row = next((number for number, left in enumerate(room) if left >= len(example)), None)
             if row is None:
-                lane.waiting.append(draw)  # counted only when it finds room
-                self._made[draw.serial] = sequence
+                shard.waiting.append(sample)  # counted only when it finds room
+                self._built[sample.global_index] = example
             else:
                 self.quarantine.accept()
-                if sequence.truncated:
-                    self.quarantine.note_truncated(
-                        self.preparer.mixture.components[draw.component].source.name
-                    )
-                rows[row].append((draw, sequence))
-                room[row] -= len(sequence)
-        lane.waiting.extend(earlier)
+                if example.truncated:
+                    self.quarantine.note_truncated(self.sampler.components[sample.component].source.name)
+                rows[row].append((sample, example))
+                room[row] -= len(example)
+        shard.waiting.extend(earlier)
         return rows
 
-    def _sequence(self, draw: Draw) -> PackedExample | None:
-        """The draw as tokens, cut to the length of a row; None if it cannot be used, which the quarantine counts.
+    def _example(self, sample: SampleIndex) -> PackedExample | None:
+        """The sample as tokens, cut to the length of a row; None if it cannot be used, which the quarantine counts.
 
         Raises:
             TrainingError: no record of any component has become an example, each of them drawn for an epoch.
         """
         try:
-            sequence = self.preparer.sequence(draw)
+            example = self.transform(sample)
         except MissingFieldError as error:
-            self.quarantine.skip(self.preparer.mixture.components[draw.component].key)
-            self._note_fruitless(draw, error)
+            self.quarantine.skip(self.sampler.components[sample.component].key)
+            self._note_fruitless(sample, error)
             return None
         except DataError as error:
-            self.quarantine.add(*self.preparer.name(draw), error)
-            self._note_fruitless(draw, error)
+            self.quarantine.add(*self.transform.name(sample), error)
+            self._note_fruitless(sample, error)
             return None
-        if len(sequence) > self.config.length:
-            sequence = shortened(sequence, self.config.length)
-        if len(sequence) > self.config.length:
+        if len(example) > self.config.length:
+            example = shortened(example, self.config.length)
+        if len(example) > self.config.length:
             reason = DataError(
-                f"{len(sequence)} tokens do not fit a row of {self.config.length}: "
+                f"{len(example)} tokens do not fit a row of {self.config.length}: "
                 "raise packing.length or shorten it"
             )
-            self.quarantine.add_too_long(*self.preparer.name(draw), reason)
-            self._note_fruitless(draw, reason)
+            self.quarantine.add_too_long(*self.transform.name(sample), reason)
+            self._note_fruitless(sample, reason)
             return None
-        self._fruitless[draw.component] = 0
-        return sequence
+        self._fruitless[sample.component] = 0
+        return example
 
-    def _note_fruitless(self, draw: Draw, reason: DataError) -> None:
+    def _note_fruitless(self, sample: SampleIndex, reason: DataError) -> None:
         """Or packing would search forever for the first record that can be used."""
-        self._fruitless[draw.component] += 1
-        components = self.preparer.mixture.components
+        self._fruitless[sample.component] += 1
+        components = self.sampler.components
         if all(
             count >= max(ENOUGH, len(component.source))
             for count, component in zip(self._fruitless, components, strict=True)
@@ -160,7 +168,7 @@ def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:
     return {**merge(states), "quarantine": merge_counts([state["quarantine"] for state in states])}
 
 
-def _number_of_lanes(config: PackingConfig, size: int) -> int:
+def _num_shards(config: PackingConfig, size: int) -> int:
     lanes = config.lanes if isinstance(config.lanes, int) else config.rows if size > 1 else 1
     if lanes < size:
         raise ConfigError(

@@ -9,7 +9,7 @@ import numpy as np
 
 from openm6.base.errors import DataError
 from openm6.base.seeds import numpy_generator
-from openm6.data.mixture import Draw, Mixture
+from openm6.data.mixture import MixtureSampler, SampleIndex
 from openm6.data.records import Record
 from openm6.data.source import Source
 from openm6.modalities.batch import PackedExample, build_pair, build_sequence
@@ -92,23 +92,27 @@ def _unbroken(source: Source, index: int) -> Record | None:
         return None
 
 
-class Preparer:
-    """Makes the training sequence of a draw: a pure function of the run's seed and the draw."""
+class ExampleTransform:
+    """A sample of the mixture as a packed example: a pure function of the run's seed and the sample."""
 
     def __init__(
-        self, mixture: Mixture, modalities: Modalities, seed: int, loss_weights: dict[str, float]
+        self, sampler: MixtureSampler, modalities: Modalities, seed: int, loss_weights: dict[str, float]
     ) -> None:
-        self.mixture = mixture
+        self.sampler = sampler
         self.modalities = modalities
         self.seed = seed
         self.loss_weights = loss_weights
 
-    def sequence(self, draw: Draw) -> PackedExample:
-        """Raises DataError where the record is broken or lacks what its task needs."""
-        component = self.mixture.components[draw.component]
-        rng = numpy_generator(self.seed, component.key, draw.epoch, draw.index)
+    def __call__(self, sample: SampleIndex) -> PackedExample:
+        """The example as tokens.
+
+        Raises:
+            DataError: the record is broken or lacks what its task needs.
+        """
+        component = self.sampler.components[sample.component]
+        rng = numpy_generator(self.seed, component.key, sample.epoch, sample.index)
         task = task_named(component.task)
-        record = self.mixture.record(draw)
+        record = self.sampler.record(sample)
         if task.compares:
             record = with_others(record, component.source, rng)
         example = task.example(record, rng, train=True)
@@ -117,10 +121,10 @@ class Preparer:
         weight = self.loss_weights.get(example.target.modality, 1.0)
         return example_sequence(example, self.modalities, rng, weight=weight)
 
-    def name(self, draw: Draw) -> tuple[str, str]:
-        """Source and record of a draw, for the quarantine."""
-        component = self.mixture.components[draw.component]
+    def name(self, sample: SampleIndex) -> tuple[str, str]:
+        """Source and record of a sample, for the quarantine."""
+        component = self.sampler.components[sample.component]
         try:
-            return component.source.name, str(self.mixture.record(draw).get("id", draw.index))
+            return component.source.name, str(self.sampler.record(sample).get("id", sample.index))
         except DataError:
-            return component.source.name, f"row {draw.index}"
+            return component.source.name, f"row {sample.index}"

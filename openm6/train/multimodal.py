@@ -15,9 +15,9 @@ from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state
 from openm6.codecs.registry import codec_scores
-from openm6.data.mixture import Component, Mixture, epochs_seen
+from openm6.data.mixture import Component, MixtureSampler, epochs_seen
 from openm6.data.packing import Packer, merge_cursors
-from openm6.data.prepare import Preparer
+from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine
 from openm6.data.quarantine import summary as summary_of_records
 from openm6.data.source import Source
@@ -92,9 +92,9 @@ class MultimodalJob(Job):
             for lecture in recipe.mixture
         ]
         seed = recipe.loop.seed
-        preparer = Preparer(Mixture(components, seed), self.modalities, seed, recipe.loss_weights)
+        transform = ExampleTransform(MixtureSampler(components, seed), self.modalities, seed, recipe.loss_weights)
         quarantine = Quarantine(run.quarantine, recipe.max_broken)
-        self.packer = Packer(preparer, recipe.packing, quarantine, self.ranks.rank, self.ranks.size)
+        self.packer = Packer(transform, recipe.packing, quarantine, self.ranks.rank, self.ranks.size)
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.
         whole = self.omni.pool is not None or self.ranks.size > 1
         self.most_parts = 1 if whole else max(1, recipe.packing.rows * recipe.packing.length // PART_TOKENS)

@@ -13,9 +13,9 @@ from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.base.seeds import numpy_generator
 from openm6.checkpoint.folder import list_checkpoints
-from openm6.data.mixture import Component, Mixture
+from openm6.data.mixture import Component, MixtureSampler
 from openm6.data.packing import Packer
-from openm6.data.prepare import Preparer, with_others
+from openm6.data.prepare import ExampleTransform, with_others
 from openm6.data.propose import unused_columns
 from openm6.data.quarantine import Quarantine
 from openm6.data.records import Record
@@ -198,8 +198,8 @@ def pack_held_out(
             "leave it out"
         )
     seed = recipe.loop.seed
-    preparer = Preparer(Mixture(components, seed), modalities, seed, recipe.loss_weights)
+    transform = ExampleTransform(MixtureSampler(components, seed), modalities, seed, recipe.loss_weights)
     packing = recipe.packing.model_copy(update={"lanes": recipe.packing.rows})
-    packer = Packer(preparer, packing, Quarantine(None, recipe.max_broken), ranks.rank, ranks.size)
+    packer = Packer(transform, packing, Quarantine(None, recipe.max_broken), ranks.rank, ranks.size)
     batches = packer.batches()
     return [next(batches) for _ in range(number)]

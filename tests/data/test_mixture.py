@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openm6.base.errors import DataError
-from openm6.data.mixture import Component, Draw, Mixture
+from openm6.data.mixture import Component, MixtureSampler, SampleIndex
 from tests.data.lists import ListSource
 
 
@@ -22,17 +22,17 @@ def components(lengths: list[int], weights: list[float] | None = None) -> list[C
     ]
 
 
-def draws(mixture: Mixture, count: int) -> list[Draw]:
+def draws(mixture: MixtureSampler, count: int) -> list[SampleIndex]:
     return [mixture.draw() for _ in range(count)]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(0, 2**63), st.integers(0, 60))
 def test_resuming_anywhere_goes_on_exactly(lengths, seed, before):
-    unbroken = Mixture(components(lengths), seed)
+    unbroken = MixtureSampler(components(lengths), seed)
     draws(unbroken, before)
     state = json.loads(json.dumps(unbroken.state()))
-    resumed = Mixture(components(lengths), seed)
+    resumed = MixtureSampler(components(lengths), seed)
     resumed.restore(state)
     assert draws(resumed, 50) == draws(unbroken, 50)
 
@@ -41,12 +41,12 @@ def test_resuming_anywhere_goes_on_exactly(lengths, seed, before):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 2**32))
 def test_each_epoch_holds_each_record_once(lengths, seed):
     seen: Counter[tuple[int, int, int]] = Counter()
-    found = draws(Mixture(components(lengths), seed), 200)
+    found = draws(MixtureSampler(components(lengths), seed), 200)
     for draw in found:
         seen[draw.component, draw.epoch, draw.index] += 1
         assert 0 <= draw.index < lengths[draw.component]
     assert max(seen.values()) == 1
-    assert [draw.serial for draw in found] == list(range(200))
+    assert [draw.global_index for draw in found] == list(range(200))
     for number, length in enumerate(lengths):
         finished = max((draw.epoch for draw in found if draw.component == number), default=0)
         for epoch in range(finished):
@@ -55,42 +55,44 @@ def test_each_epoch_holds_each_record_once(lengths, seed):
 
 def test_weights_are_kept():
     counts = Counter(
-        draw.component for draw in draws(Mixture(components([5, 5, 5], [1.0, 2.0, 5.0]), 3), 8000)
+        draw.component for draw in draws(MixtureSampler(components([5, 5, 5], [1.0, 2.0, 5.0]), 3), 8000)
     )
     assert [counts[n] / 8000 for n in range(3)] == pytest.approx([0.125, 0.25, 0.625], abs=0.02)
 
 
 def test_epochs_are_shuffled_anew_and_seeds_differ():
-    orders = [[draw.index for draw in draws(Mixture(components([30]), seed), 60)] for seed in (1, 2)]
+    orders = [[draw.index for draw in draws(MixtureSampler(components([30]), seed), 60)] for seed in (1, 2)]
     assert orders[0][:30] != orders[0][30:] and orders[0] != orders[1]
     assert orders[0][:30] != sorted(orders[0][:30])
 
 
 def test_an_unrelated_component_does_not_reorder_the_others():
-    alone = [draw.index for draw in draws(Mixture(components([20]), 5), 20)]
-    together = [draw.index for draw in draws(Mixture(components([20, 7]), 5), 80) if draw.component == 0]
+    alone = [draw.index for draw in draws(MixtureSampler(components([20]), 5), 20)]
+    together = [
+        draw.index for draw in draws(MixtureSampler(components([20, 7]), 5), 80) if draw.component == 0
+    ]
     assert together[:20] == alone
 
 
 def test_a_draw_gives_its_record():
-    mixture = Mixture(components([4, 3]), 0)
+    mixture = MixtureSampler(components([4, 3]), 0)
     for draw in draws(mixture, 20):
         assert mixture.record(draw)["id"] == f"{draw.component}/{draw.index}"
 
 
 def test_a_broken_record_is_an_error_and_the_sequence_goes_on():
-    mixture = Mixture([Component(source=ListSource("x", [None]), task="t")], 0)
+    mixture = MixtureSampler([Component(source=ListSource("x", [None]), task="t")], 0)
     with pytest.raises(DataError, match="x, row 0"):
         mixture.record(mixture.draw())
-    assert mixture.draw() == Draw(0, 1, 0, 1)
+    assert mixture.draw() == SampleIndex(0, 1, 0, 1)
 
 
 @pytest.mark.parametrize("change", ["seed", "length", "name"])
 def test_changed_data_is_noticed(change):
-    state = Mixture(components([4, 3]), 0).state()
-    other = {"seed": Mixture(components([4, 3]), 1), "length": Mixture(components([4, 2]), 0)}
+    state = MixtureSampler(components([4, 3]), 0).state()
+    other = {"seed": MixtureSampler(components([4, 3]), 1), "length": MixtureSampler(components([4, 2]), 0)}
     renamed = [Component(source=part.source, task="other") for part in components([4, 3])]
-    mixture = other.get(change) or Mixture(renamed, 0)
+    mixture = other.get(change) or MixtureSampler(renamed, 0)
     with pytest.raises(DataError, match="restore the data|resume with the recipe"):
         mixture.restore(state)
 
@@ -107,4 +109,4 @@ def test_changed_data_is_noticed(change):
 )
 def test_mixtures_that_cannot_be(parts, reason):
     with pytest.raises(DataError, match=reason):
-        Mixture(parts, 0)
+        MixtureSampler(parts, 0)

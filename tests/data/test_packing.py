@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from openm6.base.errors import TrainingError
-from openm6.data.mixture import Component, Draw, Mixture
+from openm6.data.mixture import Component, MixtureSampler, SampleIndex
 from openm6.data.packing import Packer, PackingConfig, merge_cursors
-from openm6.data.prepare import Preparer, example_sequence
+from openm6.data.prepare import ExampleTransform, example_sequence
 from openm6.data.quarantine import Quarantine
 from openm6.modalities.batch import Batch, PackedExample, shortened
 from openm6.modalities.text import Text
@@ -45,8 +45,8 @@ def packer(
     parts = [Component(source=ListSource("first", records), task="answer")]
     if second is not None:
         parts.append(Component(source=ListSource("second", second), task="answer", weight=2.0))
-    preparer = Preparer(Mixture(parts, 5), modalities(), 5, {})
-    return Packer(preparer, config, quarantine or Quarantine(limit=1.0))
+    transform = ExampleTransform(MixtureSampler(parts, 5), modalities(), 5, {})
+    return Packer(transform, config, quarantine or Quarantine(limit=1.0))
 
 
 def batches(made: Packer, count: int) -> list[Batch]:
@@ -93,8 +93,8 @@ def test_no_example_is_lost_or_seen_twice() -> None:
     """Every draw up to the last batch is in a batch, waits, or was broken: each once."""
     made = packer(texts(17, broken=(3, 11)))
     seen = Counter(answer for batch in batches(made, 12) for answer in answers(batch))
-    drawn = made.preparer.mixture.state()["serial"]
-    plan = Mixture(list(made.preparer.mixture.components), 5)
+    drawn = made.sampler.state()["mixture"]["serial"]
+    plan = MixtureSampler(list(made.sampler.components), 5)
     wanted = Counter(f"{plan.draw().index}." for _ in range(drawn))
     del wanted["3."], wanted["11."]
     waiting = Counter(f"{draw.index}." for draw in made.waiting)
@@ -120,7 +120,7 @@ def test_what_is_broken_is_counted_once_for_each_draw(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path / "q.jsonl", limit=1.0)
     made = packer(texts(10, broken=(2, 7)), quarantine=quarantine)
     placed = sum(batch.num_examples for batch in batches(made, 10))
-    drawn = made.preparer.mixture.state()["serial"]
+    drawn = made.sampler.state()["mixture"]["serial"]
     assert quarantine.total == drawn - placed - len(made.waiting)
     assert quarantine.seen == placed + quarantine.total, "an example that waits is counted when it is placed"
     listed = [json.loads(line)["id"] for line in (tmp_path / "q.jsonl").read_text().splitlines()]
@@ -132,8 +132,8 @@ def drawing(records: list[dict | None], length: int, quarantine: Quarantine, bes
     """Images to be drawn, whose 64 codes cannot be cut, and texts beside them."""
     parts = [Component(source=ListSource("images", records), task="draw")]
     parts += [Component(source=ListSource("texts", texts(9)), task="answer")] if beside else []
-    preparer = Preparer(Mixture(parts, 5), modalities(), 5, {})
-    return Packer(preparer, PackingConfig(rows=1, length=length), quarantine)
+    transform = ExampleTransform(MixtureSampler(parts, 5), modalities(), 5, {})
+    return Packer(transform, PackingConfig(rows=1, length=length), quarantine)
 
 
 IMAGES: list[dict | None] = [{"id": f"i{n}", "image": png(), "text_en": "red"} for n in range(4)]
@@ -224,7 +224,7 @@ def test_a_record_that_lacks_a_field_is_skipped_not_broken(tmp_path: Path) -> No
     assert {answer for batch in found for answer in answers(batch)} == {f"{n}." for n in range(30) if n % 3}
     skipped = quarantine.not_applicable["first/answer"]
     assert quarantine.total == 0 and not (tmp_path / "q.jsonl").exists()
-    assert made.preparer.mixture.state()["serial"] == quarantine.seen + skipped + len(made.waiting)
+    assert made.sampler.state()["mixture"]["serial"] == quarantine.seen + skipped + len(made.waiting)
     assert skipped == pytest.approx(quarantine.seen / 2, abs=8)
     fresh = packer(records)
     fresh.restore(json.loads(json.dumps(found[-1].cursor)))
@@ -267,16 +267,16 @@ def test_counts_survive_a_restart() -> None:
 class Watched(Packer):
     """Notes which draws become sequences."""
 
-    made: list[Draw]
+    made: list[SampleIndex]
 
-    def _sequence(self, draw: Draw) -> PackedExample | None:
+    def _example(self, draw: SampleIndex) -> PackedExample | None:
         self.made.append(draw)
-        return super()._sequence(draw)
+        return super()._example(draw)
 
 
 def test_one_that_waits_comes_first_in_the_next_batch_and_is_made_once() -> None:
     plain = packer(texts(23))
-    watched = Watched(plain.preparer, CONFIG, Quarantine(limit=1.0))
+    watched = Watched(plain.transform, CONFIG, Quarantine(limit=1.0))
     watched.made = []
     for _ in itertools.islice(watched.batches(), 5):
         waiting, before = list(watched.waiting), len(watched.made)
@@ -289,9 +289,9 @@ def test_those_still_waiting_when_the_rows_are_full_wait_on() -> None:
     """Examples as long as a row: the first that waited fills it, and the others must not be forgotten."""
     long = [{"id": f"l{n}", "text_en": "x" * 30, "question": "?", "answer": f"{n}."} for n in range(5)]
     records = [*long, {"id": "short", "text_en": "x", "question": "?", "answer": "5."}]
-    length = max(len(packer(long).preparer.sequence(Draw(0, 0, n, 0))) for n in range(5))
+    length = max(len(packer(long).transform(SampleIndex(0, 0, n, 0))) for n in range(5))
     made = packer(records, PackingConfig(rows=1, length=length, waiting=3))
     seen = Counter(answer for batch in batches(made, 24) for answer in answers(batch))
-    plan = Mixture(list(made.preparer.mixture.components), 5)
-    drawn = Counter(f"{plan.draw().index}." for _ in range(made.preparer.mixture.state()["serial"]))
+    plan = MixtureSampler(list(made.sampler.components), 5)
+    drawn = Counter(f"{plan.draw().index}." for _ in range(made.sampler.state()["mixture"]["serial"]))
     assert seen + Counter(f"{draw.index}." for draw in made.waiting) == drawn

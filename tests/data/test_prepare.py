@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from openm6.base.errors import DataError
-from openm6.data.mixture import Component, Draw, Mixture
+from openm6.data.mixture import Component, MixtureSampler, SampleIndex
 from openm6.data.prepare import (
     NULL_FRACTION,
     UNCONDITIONAL_FRACTION,
-    Preparer,
+    ExampleTransform,
     example_sequence,
     null_example,
     with_others,
@@ -35,11 +35,13 @@ RECORDS = [
 ]
 
 
-def preparer(
+def transform(
     task: str, records: list | None = None, weights: dict[str, float] | None = None, seed: int = 0
-) -> Preparer:
+) -> ExampleTransform:
     source = ListSource("things", RECORDS if records is None else records)
-    return Preparer(Mixture([Component(source=source, task=task)], 0), modalities(), seed, weights or {})
+    return ExampleTransform(
+        MixtureSampler([Component(source=source, task=task)], 0), modalities(), seed, weights or {}
+    )
 
 
 def alike(first: PackedExample, second: PackedExample) -> bool:
@@ -52,13 +54,13 @@ def alike(first: PackedExample, second: PackedExample) -> bool:
 
 @pytest.mark.parametrize("task", ["name_picture", "draw", "match_picture", "fill_picture", "denoise"])
 def test_a_sequence_follows_from_seed_and_draw(task: str) -> None:
-    draws = [Draw(0, 0, n, n) for n in range(6)]
-    first, second, third = ([preparer(task, seed=s).sequence(d) for d in draws] for s in (0, 0, 1))
+    draws = [SampleIndex(0, 0, n, n) for n in range(6)]
+    first, second, third = ([transform(task, seed=s)(d) for d in draws] for s in (0, 0, 1))
     assert all(alike(a, b) for a, b in zip(first, second, strict=True))
     assert not all(alike(a, b) for a, b in zip(first, third, strict=True)), "another seed, other choices"
     # Where in the run a draw lies does not matter, but its epoch does.
-    moved = [preparer(task).sequence(Draw(0, 0, n, n + 99)) for n in range(6)]
-    later = [preparer(task).sequence(Draw(0, 1, n, n)) for n in range(6)]
+    moved = [transform(task)(SampleIndex(0, 0, n, n + 99)) for n in range(6)]
+    later = [transform(task)(SampleIndex(0, 1, n, n)) for n in range(6)]
     assert all(alike(a, b) for a, b in zip(first, moved, strict=True))
     assert not all(alike(a, b) for a, b in zip(first, later, strict=True))
 
@@ -70,24 +72,24 @@ def is_null(sequence: PackedExample) -> bool:
 
 @pytest.mark.parametrize("task", ["name_picture", "draw", "fill_picture", "denoise", "draw_numbers"])
 def test_a_tenth_of_every_task_loses_its_inputs(task: str) -> None:
-    maker = preparer(task, [{**record, "numbers": {"mass": 1.0}} for record in RECORDS])
-    found = [maker.sequence(Draw(0, epoch, n, 0)) for epoch in range(50) for n in range(12)]
+    maker = transform(task, [{**record, "numbers": {"mass": 1.0}} for record in RECORDS])
+    found = [maker(SampleIndex(0, epoch, n, 0)) for epoch in range(50) for n in range(12)]
     assert sum(map(is_null, found)) / len(found) == pytest.approx(NULL_FRACTION, abs=0.04)
     kinds = {piece.kind for sequence in found if is_null(sequence) for piece in sequence.segments[:-1]}
     assert kinds <= {"text"}, "neither image nor numbers remain"
 
 
 def test_a_part_of_drawings_loses_prompt_and_inputs() -> None:
-    maker = preparer("draw")
-    found = [maker.sequence(Draw(0, epoch, n, 0)) for epoch in range(50) for n in range(12)]
+    maker = transform("draw")
+    found = [maker(SampleIndex(0, epoch, n, 0)) for epoch in range(50) for n in range(12)]
     empty = sum(len(sequence.segments) == 1 for sequence in found) / len(found)
     assert empty == pytest.approx(UNCONDITIONAL_FRACTION, abs=0.025)
 
 
 @pytest.mark.parametrize("task", ["name_picture", "denoise"])
 def test_what_is_answered_in_words_keeps_its_prompt(task: str) -> None:
-    maker = preparer(task)
-    assert all(len(maker.sequence(Draw(0, epoch, 0, 0)).segments) > 1 for epoch in range(60))
+    maker = transform(task)
+    assert all(len(maker(SampleIndex(0, epoch, 0, 0)).segments) > 1 for epoch in range(60))
 
 
 def test_the_null_input_holds_the_prompt_and_nothing_of_the_record() -> None:
@@ -112,9 +114,9 @@ def test_no_words_of_the_inputs_remain_in_the_prompt(task: str) -> None:
 
 def test_a_loss_weight_is_that_of_what_is_wanted() -> None:
     weights = {"image": 3.0, "text": 0.5}
-    assert preparer("draw", weights=weights).sequence(Draw(0, 0, 0, 0)).weight == 3.0
-    assert preparer("name_picture", weights=weights).sequence(Draw(0, 0, 0, 0)).weight == 0.5
-    assert preparer("draw").sequence(Draw(0, 0, 0, 0)).weight == 1.0
+    assert transform("draw", weights=weights)(SampleIndex(0, 0, 0, 0)).weight == 3.0
+    assert transform("name_picture", weights=weights)(SampleIndex(0, 0, 0, 0)).weight == 0.5
+    assert transform("draw")(SampleIndex(0, 0, 0, 0)).weight == 1.0
 
 
 def test_others_are_of_the_same_source() -> None:
@@ -139,10 +141,10 @@ def test_a_broken_record_is_no_other() -> None:
     ],
 )
 def test_a_broken_record_is_a_data_error_with_a_name(record: dict | None, reason: str) -> None:
-    maker = preparer("name_picture", [record])
+    maker = transform("name_picture", [record])
     with pytest.raises(DataError, match=reason):
-        maker.sequence(Draw(0, 0, 0, 0))
-    assert maker.name(Draw(0, 0, 0, 0)) == ("things", "x" if record else "row 0")
+        maker(SampleIndex(0, 0, 0, 0))
+    assert maker.name(SampleIndex(0, 0, 0, 0)) == ("things", "x" if record else "row 0")
 
 
 def test_nothing_to_learn_is_a_data_error() -> None:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from openm6.base.run_folder import RunFolder
-from openm6.data.mixture import Component, Mixture
+from openm6.data.mixture import Component, MixtureSampler
 from openm6.data.packing import Packer
-from openm6.data.prepare import Preparer
+from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
 from openm6.modalities.batch import Batch
@@ -52,10 +52,10 @@ def rows_of(job: MultimodalJob, number: int) -> Batch:
     """A row of one lecture alone."""
     sources = open_sources(job.recipe.sources, "train")
     source, task = LECTURES[number]
-    mixture = Mixture([Component(source=sources[source], task=task, weight=1.0)], 0)
-    preparer = Preparer(mixture, job.modalities, 0, job.recipe.loss_weights)
+    mixture = MixtureSampler([Component(source=sources[source], task=task, weight=1.0)], 0)
+    transform = ExampleTransform(mixture, job.modalities, 0, job.recipe.loss_weights)
     packing = job.recipe.packing.model_copy(update={"rows": 1, "lanes": 1})
-    return next(Packer(preparer, packing, Quarantine(None, 0.5), 0, 1).batches())
+    return next(Packer(transform, packing, Quarantine(None, 0.5), 0, 1).batches())
 
 
 def disjoint_steps(recipe: str, folder: str) -> tuple[list[StepReport], dict[str, Tensor], set[str]]:
