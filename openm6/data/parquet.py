@@ -16,7 +16,7 @@ from openm6.base.config import nearest
 from openm6.base.errors import DataError
 from openm6.data.records import RowReader, check_columns
 from openm6.data.source import Neighbour, Source, SourceConfig, Split
-from openm6.data.storage import TableFolder, find_files, is_remote, refuse_not_parquet
+from openm6.data.storage import TableFolder, find_files, first_line, is_remote, refuse_not_parquet
 from openm6.data.table import ArrowTable, ChooseColumns, Table, TableConfig, TableSource
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
@@ -80,7 +80,7 @@ def read_parquet(path: str, choose: ChooseColumns = list, max_gib: float = 8.0) 
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
-        raise DataError(f"the files at {path} have columns of unlike kinds: {_first_line(error)}") from None
+        raise DataError(f"the files at {path} have columns of unlike kinds: {first_line(error)}") from None
 
 
 def _read(file: pq.ParquetFile, path: str, columns: Sequence[str]) -> pa.Table:
@@ -90,7 +90,7 @@ def _read(file: pq.ParquetFile, path: str, columns: Sequence[str]) -> pa.Table:
     try:
         return file.read(columns=list(columns))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {_first_line(error)}") from None
+        raise DataError(f"{path} is damaged: {first_line(error)}") from None
 
 
 def _open(path: str) -> pq.ParquetFile:
@@ -98,7 +98,7 @@ def _open(path: str) -> pq.ParquetFile:
         return pq.ParquetFile(fsspec.open(path, "rb").open() if is_remote(path) else path)
     except (pa.ArrowException, OSError, ImportError, ValueError) as error:
         refuse_not_parquet(path)
-        raise DataError(f"{path} cannot be read as Parquet: {_first_line(error)}") from None
+        raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}") from None
 
 
 def _unpacked_bytes(file: pq.ParquetFile, columns: Sequence[str]) -> int:
@@ -110,10 +110,6 @@ def _unpacked_bytes(file: pq.ParquetFile, columns: Sequence[str]) -> int:
             if column.path_in_schema.split(".")[0] in columns:
                 total += column.total_uncompressed_size
     return total
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 class ParquetConfig(TableConfig):
@@ -235,9 +231,7 @@ class DatasetsConfig(TableConfig):
                 return found[self.train_split] if isinstance(found, Mapping) else found
             return library.load_dataset(path, self.subset, split=self.train_split, revision=self.revision)
         except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"data set {path!r} cannot be loaded: {str(error).splitlines()[0][:300]}"
-            ) from None
+            raise DataError(f"data set {path!r} cannot be loaded: {first_line(error)}") from None
 
 
 def _library() -> Any:

@@ -72,6 +72,11 @@ def read_bounded(path: str, limit: int) -> bytes:
     return content
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, for a sentence of ours."""
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
 class TableFolder:
     """Opens the files that a table names, relative to the table and never outside its folder."""
 

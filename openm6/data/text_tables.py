@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 
 from openm6.base.errors import DataError
 from openm6.data.records import decode_utf8
-from openm6.data.storage import find_files, is_remote, open_binary, refuse_foreign
+from openm6.data.storage import find_files, first_line, is_remote, open_binary, refuse_foreign
 from openm6.data.table import ArrowTable, ChooseColumns, Table, TableConfig, UnreadableRowError
 
 SEPARATORS = (",", ";", "\t", "|")  # the first of those that fit equally well is taken
@@ -198,7 +198,7 @@ class CsvConfig(TableConfig):
                 reading, parsing = _reading(encoding, self.columns), _parsing(separator, set_aside)
                 arrow = pa_csv.read_csv(file, reading, parsing, convert)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read as CSV: {_first_line(error)}") from None
+            raise DataError(f"{path} cannot be read as CSV: {first_line(error)}") from None
         arrow = arrow.rename_columns([names[stored.index(name)] for name in arrow.column_names])
         if broken and not arrow.num_rows:
             raise DataError(f"no row of {path} fits: {broken[0]}; check the header and `separator`")
@@ -231,7 +231,7 @@ def _header(path: str, encoding: str, separator: str) -> list[str]:
             reader = pa_csv.open_csv(file, _reading(encoding), _parsing(separator, lambda row: "skip"))
             return list(reader.schema.names)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as CSV: {_first_line(error)}") from None
+        raise DataError(f"{path} cannot be read as CSV: {first_line(error)}") from None
 
 
 def _reading(encoding: str, columns: list[str] | None = None) -> pa_csv.ReadOptions:
@@ -276,10 +276,6 @@ def _names(stored: list[str], encoding: str, path: str) -> list[str]:
         raise DataError(f"{path} has two columns called {doubled[0]!r}: rename one in the header")
     check_header(names, path)
     return names
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 HEADER_LINES = 200  # the columns are those of the first lines

@@ -92,7 +92,9 @@ class MultimodalJob(Job):
             for lecture in recipe.mixture
         ]
         seed = recipe.loop.seed
-        transform = ExampleTransform(MixtureSampler(components, seed), self.modalities, seed, recipe.loss_weights)
+        transform = ExampleTransform(
+            MixtureSampler(components, seed), self.modalities, seed, recipe.loss_weights
+        )
         quarantine = Quarantine(run.quarantine, recipe.max_broken)
         self.packer = Packer(transform, recipe.packing, quarantine, self.ranks.rank, self.ranks.size)
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.

@@ -12,9 +12,9 @@ import yaml
 from openm6.base.config import build
 from openm6.base.errors import DataError
 from openm6.data.inspect import Inspection, inspect_path
-from openm6.data.mixture import Component, Mixture
+from openm6.data.mixture import Component, MixtureSampler
 from openm6.data.packing import Packer, PackingConfig
-from openm6.data.prepare import Preparer
+from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
 from openm6.train.recipe import MultimodalRecipe
@@ -96,7 +96,9 @@ def test_a_recipe_for_captions_of_which_a_third_is_missing_can_be_packed(tmp_pat
     sources = open_sources(recipe.sources, "train")
     parts = [Component(source=sources[part.source], task=part.task) for part in recipe.mixture]
     quarantine = Quarantine(limit=recipe.max_broken, minimum=50)
-    packer = Packer(Preparer(Mixture(parts, 0), modalities(), 0, {}), PackingConfig(rows=1), quarantine)
+    packer = Packer(
+        ExampleTransform(MixtureSampler(parts, 0), modalities(), 0, {}), PackingConfig(rows=1), quarantine
+    )
     while quarantine.seen < 60:
         next(packer.batches())
     assert quarantine.not_applicable["x/describe_picture"] > 5 and quarantine.total == 0
