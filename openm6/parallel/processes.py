@@ -123,10 +123,6 @@ class ProcessRanks(Ranks):
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
-    def same(self, tensor: Tensor) -> Tensor:
-        dist.broadcast(tensor, src=0)
-        return tensor
-
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
         if "MASTER_ADDR" not in os.environ:  # no launcher, so no store: a barrier waits until its own timeout

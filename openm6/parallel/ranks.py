@@ -159,10 +159,6 @@ class Ranks:
         """Return rank 0's plain value, on every rank."""
         return value
 
-    def same(self, tensor: Tensor) -> Tensor:
-        """Broadcast rank 0's tensor in place, so that all ranks decide equally by it."""
-        return tensor
-
     def barrier(self) -> None:
         """Wait until all ranks that share memory have updated their part of the weights."""
 

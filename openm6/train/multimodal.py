@@ -28,7 +28,7 @@ from openm6.evaluate.results import EvalReport, RunFacts
 from openm6.evaluate.run import evaluate
 from openm6.evaluate.saved import drop_evaluation, last_checkpoint, load_evaluation, save_evaluation
 from openm6.evaluate.summary import result_line, write_card
-from openm6.inference.load import Loaded
+from openm6.inference.load import Loaded, load
 from openm6.modalities.batch import Batch, Counts, count, split
 from openm6.modalities.pool import POOL
 from openm6.models.backbone import Backbone, side_loss
@@ -39,7 +39,6 @@ from openm6.models.description import (
     ModelDescription,
     build_model,
 )
-from openm6.models.omni import Omni
 from openm6.nn.exchange import LocalExchange
 from openm6.nn.gather import LocalGather
 from openm6.parallel.collectives import open_gather
@@ -243,8 +242,8 @@ class MultimodalJob(Job):
     def finish(self, run: RunFolder) -> None:
         """Evaluate the run on its test records and write report.html, report.json and README.md, the model card.
 
-        The model in memory is evaluated, because a second one might not fit. Replicas leave it to rank 0; ranks that
-        hold shards of one model all take part.
+        Rank 0 does it while the others wait, with the model in memory, because a second one might not fit, or layer by
+        layer from the checkpoint if the model is sharded or offloaded.
         """
         if self.ranks.is_main_process:
             seen = epochs_seen(read_state(latest(run.path))["progress"]["cursor"]["mixture"])
@@ -260,43 +259,37 @@ class MultimodalJob(Job):
         if reported:
             get_log().info(f"{run.path} is trained, evaluated and reported: nothing is left to do")
             return
-        sharded = self.ranks.layout is not None
-        if not (sharded or self.ranks.is_main_process):
+        if not self.ranks.is_main_process:
             return
-        kept = load_evaluation(run, str(checkpoint)) if self.ranks.is_main_process else None
-        if sharded:  # else the other ranks are gone, and would never answer
-            kept = self.ranks.broadcast_object(kept)
-        report, joules = kept or self._evaluate(run, checkpoint, sharded)
-        if self.ranks.is_main_process:
-            if kept is None:
-                save_evaluation(run, report, joules)
-            self._report(run, report, joules)
-            drop_evaluation(run)
+        kept = load_evaluation(run, str(checkpoint))
+        report, joules = kept or self._evaluate(run, checkpoint)
+        if kept is None:
+            save_evaluation(run, report, joules)
+        self._report(run, report, joules)
+        drop_evaluation(run)
 
-    def _evaluate(self, run: RunFolder, checkpoint: Path, sharded: bool) -> tuple[EvalReport, float]:
+    def _evaluate(self, run: RunFolder, checkpoint: Path) -> tuple[EvalReport, float]:
         """Return the scores of the model, and the joules of the evaluation."""
-        loaded = Loaded(self._for_evaluation(sharded), self.modalities, self.description, checkpoint)
         watts = self.recipe.loop.energy.cpu_watts
         with open_meter(gpus_of(self.omni.device), watts) as meter, meter.span() as span:
             report = evaluate(
                 run.path,
-                settings=["judge.workers=1"] if sharded else None,
+                # A process that is part of a group is not forked.
+                settings=["judge.workers=1"] if self.ranks.layout is not None else None,
                 on_result=lambda result: get_log().info(result_line(result)),
-                loaded=loaded,
+                loaded=self._loaded(checkpoint),
             )
         return report, span.joules
 
-    def _for_evaluation(self, sharded: bool) -> Omni:
-        """Prepare the model as if it were read from its checkpoint; all ranks get the same hidden states."""
+    def _loaded(self, checkpoint: Path) -> Loaded:
+        """Return the model in memory or, if it is sharded or offloaded, the checkpoint with all layers offloaded."""
+        if self.ranks.layout is not None or self.recipe.loop.streamed:
+            return load(checkpoint, self.omni.device, resident=0)
         omni = self.omni.eval()
         if omni.pool is not None:
             omni.pool.gather = LocalGather()
-        if sharded:
-            # Text ends at an end token: ranks that predicted different ones would wait for each other for ever.
-            omni.backbone.register_forward_hook(lambda _, given, found: (self.ranks.same(found[0]), found[1]))
-            return omni
         omni.backbone.exchange = LocalExchange()
-        return omni.requires_grad_(False)
+        return Loaded(omni.requires_grad_(False), self.modalities, self.description, checkpoint)
 
     def _report(self, run: RunFolder, report: EvalReport, joules: float) -> None:
         progress = read_state(latest(run.path))["progress"]
