@@ -1,4 +1,4 @@
-"""Examples packed into rows of tokens, with a cursor from which the very next batch can be made again."""
+"""Examples packed into rows of tokens, with a cursor from which the next batch can be built again."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ENOUGH = 200  # draws in a row without an example, before they are a reason to s
 class PackingConfig(Config):
     """A batch is `rows` rows of `length` tokens; up to `waiting` examples that do not fit wait for the next one.
 
-    The rows are divided among `lanes`, each of which packs its own; a lane belongs to one rank. `auto`: one lane for
-    one rank, a lane for each row for several.
+    The rows are divided among `lanes`, the data shards, each of which packs its own; a shard belongs to one rank.
+    `auto`: one shard for one rank, one per row for several.
     """
 
     rows: int = Field(default=4, ge=1)
@@ -40,9 +40,9 @@ class PackingConfig(Config):
 class Packer:
     """First fit: each drawn example goes into the first row with room; those that fit nowhere open the next batch.
 
-    A lane's rows are closed when `waiting` examples did not fit. They are remembered as draws, not as tokens, so the
+    A shard's rows are closed when `waiting` examples did not fit. They are kept as sample indices, not tokens, so the
     cursor stays small and a resumed run makes the same rows. Of `size` ranks this is number `rank`, which packs the
-    rows of its own lanes.
+    rows of its own shards.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class Packer:
         return [sample for shard in self.sampler.shards for sample in shard.waiting]
 
     def state(self) -> dict[str, Any]:
-        """JSON-able: the mixture's place, the draws that wait in this rank's lanes, and the quarantine's counts."""
+        """JSON-able: position in the mixture, samples waiting in this rank's shards, and the quarantine's counts."""
         return {**self.sampler.state(), "quarantine": self.quarantine.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to a place that `merge_cursors` put together; a number of lanes that still fits is kept."""
+        """Continue from a position that `merge_cursors` put together; a number of shards that still fits is kept."""
         self._built.clear()
         if state["count"] >= self.size and self.config.rows % state["count"] == 0:
             self._begin(state["count"])
