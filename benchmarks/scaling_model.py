@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from openm6.models.config import BackboneConfig, count_parameters
 from openm6.plan.cluster import ALL_TO_ALL, ClusterOptions, gpu_cluster
+
+from openm6.models.config import BackboneConfig, count_parameters
 from openm6.plan.hardware import gpu
 
 SIZES = (1, 8, 16, 64, 128, 512)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from openm6.base.errors import ConfigError
 from openm6.cli.doors import door
 
 Model = Annotated[
@@ -16,7 +17,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")
 ]
 Kind = Annotated[
-    str | None, typer.Option("--gpu", metavar="KIND", help="From the table; left out: this machine.")
+    str | None, typer.Option("--gpu", metavar="KIND", help="From the table; left out: measure here.")
 ]
 Gpus = Annotated[int, typer.Option("--gpus", min=1, help="How many.")]
 PerNode = Annotated[int, typer.Option("--per-node", min=1, help="GPUs in a node.")]
@@ -75,21 +76,41 @@ def plan(
     plot: Plot = None,
     json_path: Json = None,
 ) -> None:
-    """Say what a run will take: bytes, seconds, joules, and whether it fits.
+    """Estimate what a run takes: bytes, seconds, joules, and whether it fits.
+
+    With --gpu by arithmetic, for a preset or a recipe, at once. Without it by a few real steps of the recipe on this
+    machine, in about a minute.
 
     \b
     Example: openm6 plan m6-10t --gpus 512 --gpu v100-32gb --days 10 --json plan.json
     """
+    energy = {"country": country, "pue": pue}
+    if gpu is None:
+        _refuse_gpu_options(
+            [gpus != 1, host_memory, link, network, batch, bytes_per_parameter, pseudo_share, sweep]
+        )
+        door("show measured")(_recipe(model), overrides or [], tokens, days, energy, json_path)
+        return
     lengths = (batch, tokens, days, bytes_per_parameter, pseudo_share, recompute_every)
-    question = door("plan question")(model, overrides or [], *lengths, {"country": country, "pue": pue})
+    question = door("plan question")(model, overrides or [], *lengths, energy)
     sizes = (gpus, per_node, host_memory, link, network, price)
     asked = door("plan machine")(gpu, gpu_table, door("cluster options")(*sizes))
-    _show(question, asked, sweep, plot, json_path)
-
-
-def _show(question: Any, asked: Any, sweep: str | None, plot: Path | None, json_path: Path | None) -> None:
-    """One plan, or several side by side."""
     if sweep is not None:
         door("show sweep")(question, asked, sweep, plot, json_path)
     else:
         door("show plan")(question, asked, json_path)
+
+
+def _recipe(model: str | None) -> str:
+    if model is None:
+        raise ConfigError("name a preset or a recipe to plan, as openm6 plan small --gpu h100-80gb")
+    return model
+
+
+def _refuse_gpu_options(given: list[Any]) -> None:
+    """Raise ConfigError if one of the options that describe a GPU was given without it."""
+    if any(given):
+        raise ConfigError(
+            "without --gpu the recipe is measured on this machine: add --gpu KIND, or keep to --tokens, --days, "
+            "--country, --pue and --json"
+        )

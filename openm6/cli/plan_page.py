@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from openm6.base.energy import gpt3
+from openm6.base.errors import ConfigError
 from openm6.base.files import replace_text
 from openm6.cli.list_presets import in_short
-from openm6.plan.ask import Asked, answer_question
-from openm6.plan.plan import Plan, StagePlan
-from openm6.plan.question import Question
+from openm6.models.presets import PRESETS
+from openm6.plan.measured import plan_measured
+from openm6.plan.plan import Plan, StagePlan, answer_question
+from openm6.plan.question import Asked, Question, read_model
 from openm6.plan.sweep import draw_sweep, sweep_json, sweep_plans
 
 GIB = 2**30
@@ -68,6 +71,49 @@ def show_sweep(
     Console(width=max(WIDTH, Console().width)).print(table)
     if plot is not None:
         draw_sweep(rows, kind, plot)
+
+
+def show_measured(
+    recipe: str,
+    overrides: list[str],
+    tokens: float | None,
+    days: float | None,
+    energy: dict[str, Any],
+    json_path: Path | None,
+) -> None:
+    """Measure a few steps of a recipe on this machine, and print what the whole run takes."""
+    read_model(recipe, overrides)  # refuses what is no recipe, or no setting, before a process starts
+    if recipe in PRESETS:
+        raise ConfigError(f"{recipe} is a preset: name a recipe to measure it here, or a GPU with --gpu")
+    Console(stderr=True).print("measuring a few steps on this machine ...", style="dim")
+    command = [sys.executable, "-m", "openm6.cli.trial_run", recipe, *overrides]
+    content = plan_measured(command, tokens, days, energy)
+    _write(content, json_path)
+    seconds, spent = content["seconds"], content["energy"]
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {in_time(part)}" for name, part in seconds.items() if part >= 0.5
+    )
+    peak = content["memory_peak_bytes"]
+    rows = [
+        (
+            "step",
+            f"{in_time(content['step_seconds'])} for {content['step_tokens']:,} tokens, {content['step_joules']:.3g} J",
+        ),
+        ("run", f"{content['steps']:,} steps, {in_short(round(content['tokens']))} tokens: {parts}"),
+        ("memory", "not reported by this system" if peak is None else f"at most {in_bytes(peak)}"),
+        (
+            "energy",
+            f"{in_energy(spent['mwh'])}; {spent['joules_per_token']:.3g} J a token (source: {spent['source']})",
+        ),
+        ("carbon", f"{in_figures(spent['kg_co2e'])} kg CO2e ({spent['grid']})"),
+    ]
+    console = Console()
+    console.print(Text(f"{content['model']} on {content['machine']}", style="bold"))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(Text(f"Extrapolated from {content['measured_steps']} measured steps.", style="dim"))
 
 
 def _rows(plan: Plan, smallest: dict[str, Any]) -> list[tuple[str, str]]:

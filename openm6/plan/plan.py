@@ -1,9 +1,9 @@
-"""The plan of a run: what it takes in bytes, seconds, joules and money, and whether it fits."""
+"""The plan of a run: bytes, seconds, joules and money, whether it fits, and the smallest machine that would do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from openm6.base.energy import gpt3
@@ -11,16 +11,17 @@ from openm6.base.energy.config import EnergyConfig
 from openm6.base.energy.grid import grid
 from openm6.base.energy.units import JOULES_A_KWH
 from openm6.models.config import BackboneConfig, count_parameters
-from openm6.plan.budget import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
-from openm6.plan.cluster import Cluster
-from openm6.plan.question import Model, Question
+from openm6.plan.hardware import GIB, Cluster, ClusterOptions, Gpu, gpu_cluster
+from openm6.plan.memory import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
+from openm6.plan.model_cost import largest_layer, operations_a_token, stored_parameters
+from openm6.plan.question import Asked, Model, Question
 from openm6.plan.step_time import StepTime, step_time
-from openm6.plan.work import largest_layer, operations_a_token, stored_parameters
 
 SECONDS_A_DAY = 86_400.0
 BATCH = 16_384  # tokens a step of one device, where nobody says
 TOKENS_A_PARAMETER = 20  # of the active ones, where nobody says (arXiv 2203.15556)
 LOGITS_AT_ONCE = 2048  # tokens whose logits exist at the same time, with their gradient 8 bytes each
+MAX_NODES = 1 << 17
 # From the most precise to the smallest: a tier with whether the host may hold what the devices cannot.
 PREFERENCE = ((16, False), (4, False), (2, False), (2, True), (1, False), (1, True))
 
@@ -238,3 +239,92 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "micro_batch": stage.budget.micro_batch,
         "fits": stage.fits,
     }  # fmt: skip
+
+
+def answer_question(question: Question, asked: Asked) -> tuple[Plan, dict[str, Any]]:
+    """The plan and its JSON, with the smallest machine that would do."""
+    plan = make_plan(question, asked.cluster())
+    content = plan.to_json()
+    content["smallest"] = answer(question, plan, asked.gpu, asked.options, list(asked.known))
+    return plan, content
+
+
+def smallest_count(question: Question, gpu: Gpu, options: ClusterOptions) -> Plan | None:
+    """The plan on the fewest GPUs of this kind that hold the model: fewer than a node's, or whole nodes."""
+    node = options.per_node
+    inside = [count for count in (1, 2, 4) if count < node]
+    for count in inside:
+        plan = _on(question, gpu, options, count)
+        if plan.fits:
+            return plan
+    low, high = 0, 1  # nodes that do not do, nodes that may
+    while not _on(question, gpu, options, high * node).fits:
+        low, high = high, high * 2
+        if high > MAX_NODES:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _on(question, gpu, options, middle * node).fits:
+            high = middle
+        else:
+            low = middle
+    return _on(question, gpu, options, high * node)
+
+
+def changes(question: Question, plan: Plan, gpu: Gpu, options: ClusterOptions, known: list[Gpu]) -> list[str]:
+    """One change each that would make a run fit that does not, from the easiest to the dearest."""
+    found = []
+    for bytes_ in (8, 4, 2, 1):
+        if bytes_ < plan.real.tier.bytes and _with_bytes(question, plan.cluster, bytes_).fits:
+            found.append(f"{bytes_} bytes a parameter ({TIERS[bytes_].description})")
+            break
+    batch = plan.real.tokens // plan.cluster.devices
+    while batch > 256:
+        batch //= 2
+        if make_plan(replace(question, batch=batch), plan.cluster).fits:
+            found.append(f"{batch:,} tokens a step on each GPU")
+            break
+    host = _host_memory(question, plan)
+    if host is not None:
+        found.append(f"{host:,.0f} GiB of host memory a node")
+    count = smallest_count(question, gpu, options)
+    if count is not None:
+        found.append(f"{count.cluster.devices:,} × {gpu.name}")
+    larger = sorted((card for card in known if card.memory > gpu.memory), key=lambda card: card.memory)
+    for card in larger:
+        if make_plan(question, gpu_cluster(card, options)).fits:
+            found.append(f"{options.devices:,} × {card.name}")
+            break
+    return found
+
+
+def answer(
+    question: Question, plan: Plan, gpu: Gpu, options: ClusterOptions, known: list[Gpu]
+) -> dict[str, Any]:
+    """The entry `smallest` of a plan's JSON: how few GPUs of the kind would do, and what would make a plan fit."""
+    count = smallest_count(question, gpu, options)
+    return {
+        "gpu": gpu.kind,
+        "gpus": None if count is None else count.cluster.devices,
+        "bytes_per_parameter": None if count is None else count.real.tier.bytes,
+        "changes": [] if plan.fits else changes(question, plan, gpu, options, known),
+    }
+
+
+def _on(question: Question, gpu: Gpu, options: ClusterOptions, count: int) -> Plan:
+    return make_plan(question, gpu_cluster(gpu, replace(options, devices=count)))
+
+
+def _with_bytes(question: Question, cluster: Cluster, bytes_: int) -> Plan:
+    return make_plan(replace(question, bytes_per_parameter=bytes_), cluster)
+
+
+def _host_memory(question: Question, plan: Plan) -> float | None:
+    """GiB of a node that would hold what the devices cannot, rounded up to 64; None where that does not help."""
+    budget, cluster = plan.real.budget, plan.cluster
+    if not plan.real.tier.layerwise or budget.host <= cluster.host_memory:
+        return None
+    needed = budget.host * cluster.per_node / GIB
+    rounded = -(-needed // 64) * 64
+    roomy = replace(cluster, host_memory=rounded * GIB / cluster.per_node)
+    return rounded if make_plan(question, roomy).fits else None

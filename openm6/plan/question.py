@@ -1,4 +1,4 @@
-"""What is asked of the planner: a model, how it is trained, for how long, and where the current comes from."""
+"""What is asked of the planner: a model, how it is trained and for how long, and a machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from openm6.models.choice import ModelChoice, build_backbone, vocabulary_size
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS, preset
 from openm6.offload.config import StreamingConfig
+from openm6.plan.hardware import Cluster, ClusterOptions, Gpu, gpu, gpu_cluster, gpus
+from openm6.plan.memory import TIERS
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 LENGTH = 512  # tokens of a row
@@ -121,3 +123,64 @@ def model_of_recipe(name: str, values: dict[str, Any], overrides: list[str] | No
         streaming=None if streaming is None else build(StreamingConfig, streaming, f"{name}: loop.streaming"),
         bytes_per_parameter=optimizer.get("bytes_per_parameter"),
     )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The machine asked about: a GPU of the table with the cluster's sizes."""
+
+    gpu: Gpu
+    known: tuple[Gpu, ...]
+    options: ClusterOptions
+
+    def cluster(self) -> Cluster:
+        """What the plan is made for."""
+        return gpu_cluster(self.gpu, self.options)
+
+
+def read_machine(kind: str, table: Path | None, options: ClusterOptions) -> Asked:
+    """The machine by the words of the command line.
+
+    Raises:
+        ConfigError: no such GPU, or a table that cannot be read.
+    """
+    return Asked(gpu(kind, table), tuple(gpus(table).values()), options)
+
+
+def read_question(
+    model: str | None,
+    overrides: list[str],
+    batch: int | None = None,
+    tokens: float | None = None,
+    days: float | None = None,
+    bytes_per_parameter: int | None = None,
+    pseudo_share: float = 0.0,
+    recompute_every: int | None = None,
+    energy: dict[str, Any] | None = None,
+) -> Question:
+    """The question by the words of the command line.
+
+    Raises:
+        ConfigError: no model was named, or a number that cannot be.
+    """
+    if model is None:
+        raise ConfigError("name a preset or a recipe to plan, as openm6 plan small --gpu h100-80gb")
+    check_bytes(bytes_per_parameter)
+    return Question(
+        read_model(model, overrides),
+        batch=batch,
+        tokens=tokens,
+        days=days,
+        bytes_per_parameter=bytes_per_parameter,
+        pseudo_share=pseudo_share,
+        recompute_every=recompute_every,
+        energy=build(EnergyConfig, energy or {}, "the options of energy"),
+    )
+
+
+def check_bytes(bytes_: int | None) -> None:
+    """Raises ConfigError for a number of bytes a parameter that no tier has."""
+    if bytes_ is not None and bytes_ not in TIERS:
+        raise ConfigError(
+            f"no tier of {bytes_} bytes a parameter: choose {', '.join(map(str, sorted(TIERS)))}"
+        )

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig
-from openm6.plan.budget import DeviceBudget, Tier
-from openm6.plan.cluster import Cluster
-from openm6.plan.work import Stored, attention_operations, weights_a_token
+from openm6.plan.hardware import Cluster
+from openm6.plan.memory import DeviceBudget, Tier
+from openm6.plan.model_cost import Stored, attention_operations, weights_a_token
 
 READS = 3  # of every weight in a step: forward, backward for inputs, backward for weights (or computed again)
 

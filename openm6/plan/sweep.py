@@ -8,10 +8,9 @@ from typing import Any
 
 from openm6.base.config import nearest
 from openm6.base.errors import ConfigError
-from openm6.plan.ask import Asked
-from openm6.plan.budget import TIERS
+from openm6.plan.memory import TIERS
 from openm6.plan.plan import BATCH, Plan, make_plan
-from openm6.plan.question import Question
+from openm6.plan.question import Asked, Question
 
 KINDS = ("gpus", "bytes", "batch")
 AXES = {"gpus": "GPUs", "bytes": "bytes a parameter", "batch": "tokens a step on each GPU"}

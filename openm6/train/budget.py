@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,17 +18,17 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS
 from openm6.nn.block import Block
-from openm6.nn.config import ExpertsConfig, matrices_of
 from openm6.offload.config import StreamingConfig, spread
 from openm6.offload.weight_store import RecordLayout, set_shapes
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import UpdateRule, update_rule
+from openm6.plan.memory import HALF, kept_inputs, largest_activation_bytes
 
 GIB = 2**30
 EDGE_BYTES = (
     20  # a weight, both moments, its gradient, and its copy in half precision, four bytes each at most
 )
-FULL, HALF = 4, 2  # bytes of an activation or a gradient
+FULL = 4  # bytes of an activation or a gradient in fp32
 LOGGED = 0.02  # fraction of a place's bytes below which a line is left out of the log
 HOST_SHARE = 0.9  # of the free host memory; the rest is for everybody else
 SMALLER = (4, 2, 1)  # bytes a parameter
@@ -128,17 +129,14 @@ class Budget:
 
     @property
     def _boundaries(self) -> int:
-        groups = -(-self.config.num_layers // self.streaming.recompute_every)
-        return self.value_bytes * self.tokens * self.config.width * groups
+        inputs = kept_inputs(self.config.num_layers, self.streaming.recompute_every)
+        return self.value_bytes * self.tokens * self.config.width * inputs
 
     @property
     def _activations(self) -> int:
-        """What one layer keeps for its own backward pass, for one micro-batch; a rough count of its products."""
-        config = self.config
-        heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        rows = max(_row_width(config, layer) for layer in range(config.num_layers))
+        """What one layer keeps for its own backward pass, for one micro-batch."""
         tokens = -(-self.tokens // self.streaming.micro_batches)
-        return self.value_bytes * tokens * (8 * config.width + 3 * heads + rows)
+        return math.ceil(tokens * largest_activation_bytes(self.config, self.value_bytes))
 
 
 def most_resident(budget: Budget, free: float) -> int:
@@ -338,3 +336,4 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError:
         return ""
+from openm6.plan.memory import HALF

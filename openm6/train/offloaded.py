@@ -31,7 +31,8 @@ from openm6.offload.weight_store import RecordLayout, WeightStore, set_shapes
 from openm6.optim.registry import set_rate
 from openm6.optim.rules import WEIGHT, Stored, update_rule
 from openm6.optim.schedule import rate_factor
-from openm6.train.budget import FULL, HALF, Budget, available, check_budget, resident_sets
+from openm6.plan.memory import HALF
+from openm6.train.budget import FULL, Budget, available, check_budget, resident_sets
 from openm6.train.config import LoopConfig
 from openm6.train.job import Batch, Job
 from openm6.train.pseudo_to_real import matrix_noise

@@ -20,13 +20,13 @@ from openm6.base.seeds import derive_seed
 from openm6.checkpoint.load import load_model, load_optimizer
 from openm6.checkpoint.optimizer import Moments, delink_moments, optimizer_tensors, place_optimizer
 from openm6.checkpoint.save import Shard
-from openm6.models.activations import layers_to_recompute
 from openm6.models.backbone import Backbone
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, RunBlock, run_plainly
 from openm6.ops.precision import HALF, half_is_fast, products_in_half
 from openm6.optim.registry import build_optimizer, set_rate
 from openm6.optim.schedule import rate_factor
 from openm6.parallel.ranks import Ranks
+from openm6.plan.memory import layers_to_recompute
 from openm6.train.config import LoopConfig, Precision
 from openm6.train.job import Batch, Job, StepResult
 from openm6.train.pseudo_to_real import break_symmetry, shared_matrices

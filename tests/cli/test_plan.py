@@ -31,7 +31,9 @@ def test_the_claim_on_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("base",), "name the kind of GPU"),
+        (("base",), "base is a preset: name a recipe to measure it here, or a GPU with --gpu"),
+        (("demo", "--sweep", "gpus"), "without --gpu the recipe is measured on this machine"),
+        (("demo", "model.presett=nano"), "presett"),
         ((), "name a preset or a recipe to plan"),
         (("base", "--gpu", "h100"), "no GPU 'h100' in the table"),
         (("base", "--gpu", "t4", "--country", "Atlantis"), "no grid of country 'Atlantis'"),

@@ -1,0 +1,152 @@
+"""The child process of `openm6 plan` on this machine: a few real steps of a recipe, a checkpoint and an evaluation."""
+
+from __future__ import annotations
+
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from openm6.base.device import own_device
+from openm6.base.errors import ConfigError, OpenM6Error
+from openm6.base.files import replace_text
+from openm6.base.run_folder import RunFolder
+from openm6.plan.measured import STEPS, WARMUP_STEPS, TrialRun, end_with_parent, trial_file
+from openm6.train.callbacks import Callback, Running, process_memory
+from openm6.train.loop import train
+from openm6.train.multimodal import MultimodalJob
+from openm6.train.recipe import MultimodalRecipe
+from openm6.train.run import read_recipe, recipe_path
+from openm6.train.step import StepReport
+
+EVALUATED = 5  # the trial evaluates one of so many records
+TRIAL = [
+    f"loop.steps={STEPS}", "loop.minutes=null", "loop.log_every=1", "loop.save_every=1000000", "loop.keep=1",
+    "loop.tensorboard=false", "loop.schedule.warmup_steps=2",
+]  # fmt: skip
+
+
+class Clock(Callback):
+    """When the last step ended, and how long the loss on held-out records took."""
+
+    name = "trial_clock"
+
+    def __init__(self) -> None:
+        self.last_step = 0.0
+        self.held_out_seconds: float | None = None
+
+    def start(self, run: Running) -> None:
+        self._run = run
+
+    def before_step(self, step: int) -> None:
+        self._began, self._trained = time.perf_counter(), self._run.progress.seconds
+
+    def after_step(self, report: StepReport) -> dict[str, float]:
+        self.last_step = time.perf_counter()
+        if report.step == WARMUP_STEPS and self._run.config.held_out is not None:
+            step_seconds = self._run.progress.seconds - self._trained
+            self.held_out_seconds = max(0.0, self.last_step - self._began - step_seconds)
+        return {}
+
+
+class TrialJob(MultimodalJob):
+    """The job of the recipe; it remembers when its evaluation began."""
+
+    finish_began = 0.0
+
+    def warm_caches(self, count: int) -> None:
+        """Make the first batches once: after its first epoch a run finds most codes of images and sounds cached."""
+        start = self.packer.state()
+        for _ in islice(self.batches(), count):
+            pass
+        self.restore(start)
+
+    def finish(self, run: RunFolder) -> None:
+        self.finish_began = time.perf_counter()
+        super().finish(run)
+
+
+def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
+    """Train a few steps of a recipe into `folder` and write what they took there.
+
+    Raises:
+        ConfigError: the recipe is unusable, or trains a codec.
+    """
+    began = time.perf_counter()
+    path = recipe_path(recipe)
+    whole, _ = read_recipe(path, overrides)
+    if not isinstance(whole, MultimodalRecipe):
+        raise ConfigError(f"{recipe} trains a codec: only multimodal recipes are planned")
+    checked, values = read_recipe(path, [*overrides, *_trial_settings(whole)])
+    assert isinstance(checked, MultimodalRecipe)
+    run = RunFolder.open(folder)
+    run.write_config(values)
+    device = own_device()
+    job = TrialJob(checked, run, device)
+    loop = whole.loop
+    total, active = job.omni.count_parameters()
+    trial = TrialRun(
+        name=path.stem,
+        machine=_machine(device),
+        step_tokens=job.tokens_per_step,
+        parameters={"total": total, "active": active},
+        steps=None if loop.steps == "auto" else int(loop.steps),
+        minutes=loop.minutes,
+        save_every=loop.save_every,
+        held_out_every=loop.held_out.every if loop.held_out is not None else None,
+        start_seconds=time.perf_counter() - began,
+    )
+    _write(trial, run)
+    job.warm_caches(STEPS + checked.loop.prefetch + 1)
+    clock = Clock()
+    train(job, checked.loop, run, callbacks=[clock])
+    evaluated = (run.path / "report.json").is_file()
+    found = {
+        "held_out_seconds": clock.held_out_seconds,
+        "save_seconds": job.finish_began - clock.last_step,
+        "evaluation_seconds": time.perf_counter() - job.finish_began if evaluated else None,
+        "evaluated_fraction": checked.judge.answers / whole.judge.answers,
+        "memory_peak": _memory_peak(device),
+    }
+    _write(trial.model_copy(update=found), run)
+
+
+def _trial_settings(recipe: MultimodalRecipe) -> list[str]:
+    """Overrides that make a recipe a trial: few steps, and a part of the evaluation."""
+    judge = recipe.judge
+    words = [*TRIAL, f"judge.records={max(2, judge.records // EVALUATED)}"]
+    words += [f"judge.{name}={max(1, getattr(judge, name) // EVALUATED)}" for name in ("answers", "drawn")]
+    if recipe.loop.held_out is not None:
+        words.append(f"loop.held_out.every={WARMUP_STEPS}")
+    return words
+
+
+def _write(trial: TrialRun, run: RunFolder) -> None:
+    replace_text(trial_file(run), trial.model_dump_json())
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"this processor, {torch.get_num_threads()} threads"
+
+
+def _memory_peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory("VmHWM")
+
+
+def main(words: list[str]) -> None:
+    """`RECIPE OVERRIDES… FOLDER`; a foreseen failure is one sentence on standard error."""
+    recipe, *overrides, folder = words
+    end_with_parent(Path(folder))
+    try:
+        run_trial(Path(folder), recipe, overrides)
+    except OpenM6Error as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

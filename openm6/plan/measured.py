@@ -1,0 +1,238 @@
+"""The plan of a run on this machine: a few of its steps, measured in a child process and extrapolated to all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from openm6.base.config import Config, build
+from openm6.base.energy import gpt3
+from openm6.base.energy.config import EnergyConfig
+from openm6.base.energy.grid import grid
+from openm6.base.energy.units import JOULES_A_KWH
+from openm6.base.errors import ConfigError, TrainingError
+from openm6.base.run_folder import RunFolder
+
+STEPS = 40  # that a trial run takes
+WARMUP_STEPS = 8  # of them, slower through caches, compilation and memory that is claimed for the first time
+MIN_STEPS = 3  # measured ones, without which nothing is extrapolated
+TIMEOUT = 600.0  # seconds that a trial run may take
+TIME_FOR_STEPS = 0.96  # of loop.minutes, as training itself divides them
+SECONDS_A_DAY = 86_400.0
+STDIN = 0
+
+
+class TrialRun(Config):
+    """What a trial run reports beside its metrics; seconds are None if it did not come so far.
+
+    steps, minutes: of the whole run; save_every: its steps from checkpoint to checkpoint; evaluated_fraction: part of
+    the evaluation's records that the trial evaluated.
+    """
+
+    name: str
+    machine: str
+    step_tokens: int
+    parameters: dict[str, int]
+    steps: int | None
+    minutes: float | None
+    save_every: int
+    start_seconds: float
+    held_out_every: int | None = None
+    held_out_seconds: float | None = None
+    save_seconds: float | None = None
+    evaluation_seconds: float | None = None
+    evaluated_fraction: float = 1.0
+    memory_peak: int | None = None
+
+
+@dataclass(frozen=True)
+class MeasuredSteps:
+    """Means over the steps after the warm-up, and the most bytes of memory so far."""
+
+    count: int
+    seconds: float
+    joules: float
+    memory_peak: int | None
+    energy_source: str
+
+
+def plan_measured(
+    command: Sequence[str], tokens: float | None, days: float | None, energy: dict[str, Any]
+) -> dict[str, Any]:
+    """Run `command`, which trains a few steps into the folder that is appended to it, and return the plan's JSON.
+
+    tokens, days: length of the run, if not as its recipe has it; energy: country and PUE.
+
+    Raises:
+        ConfigError: a number that cannot be.
+        TrainingError: the child process failed, with its own sentence, or took too long.
+    """
+    for name, value in (("tokens", tokens), ("days", days)):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name}={value:g} must be above 0")
+    config = build(EnergyConfig, energy, "the options of energy")
+    grid(config.country)  # refuses an unknown country before minutes are spent
+    with tempfile.TemporaryDirectory(prefix="openm6-plan-") as folder:
+        failure = _run_trial([*command, folder])
+        run = RunFolder(Path(folder))
+        try:
+            trial = TrialRun.model_validate_json(trial_file(run).read_text(encoding="utf-8"))
+            steps = measured_steps(run)
+        except (OSError, ValueError, TrainingError):
+            raise failure or TrainingError(
+                "the trial run wrote no results: train the recipe to see why"
+            ) from None
+        if failure is not None and not isinstance(failure, TrialTimeoutError):
+            raise failure
+    return extrapolate(trial, steps, tokens, days, config)
+
+
+class TrialTimeoutError(TrainingError):
+    """A trial run was stopped because it took too long; what it measured until then may do."""
+
+
+def _run_trial(command: list[str]) -> TrainingError | None:
+    """Run a trial in a child process; return how it failed, if it did."""
+    try:
+        done = run_child(command, TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return TrialTimeoutError(
+            f"{WARMUP_STEPS + MIN_STEPS + 1} steps took more than {TIMEOUT:g} s on this machine: "
+            "plan for a GPU with --gpu, or take a smaller model"
+        )
+    if done.returncode == 0:
+        return None
+    last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+    return TrainingError(f"the trial run failed: {last.removeprefix('error: ')}")
+
+
+def trial_file(run: RunFolder) -> Path:
+    """Where a trial run writes its `TrialRun`."""
+    return run.path / "trial.json"
+
+
+def measured_steps(run: RunFolder) -> MeasuredSteps:
+    """Means of a run that wrote a line after every step.
+
+    Raises:
+        TrainingError: too few steps.
+    """
+    lines = [json.loads(text) for text in run.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if "seconds" in line][WARMUP_STEPS:]
+    if len(lines) <= MIN_STEPS:
+        raise TrainingError(f"a trial run needs more than {WARMUP_STEPS + MIN_STEPS} steps")
+
+    def mean(name: str) -> float:
+        return statistics.mean(after[name] - before[name] for before, after in pairwise(lines))
+
+    return MeasuredSteps(
+        count=len(lines) - 1,
+        seconds=mean("seconds"),
+        joules=mean("joules"),  # the meter reads now and then: a single short step may show none
+        memory_peak=lines[-1].get("memory_peak"),
+        energy_source=str(lines[-1]["energy_source"]),
+    )
+
+
+def extrapolate(
+    trial: TrialRun, steps: MeasuredSteps, tokens: float | None, days: float | None, energy: EnergyConfig
+) -> dict[str, Any]:
+    """The plan of the whole run, as `openm6 plan --json` writes it."""
+    count = _number_of_steps(trial, steps.seconds, tokens, days)
+    saves = -(-count // trial.save_every)
+    evaluations = count // trial.held_out_every if trial.held_out_every else 0
+    seconds = {
+        "start": trial.start_seconds,
+        "steps": count * steps.seconds,
+        "held_out": evaluations * (trial.held_out_seconds or 0.0),
+        "checkpoints": saves * (trial.save_seconds or 0.0),
+        "evaluation": (trial.evaluation_seconds or 0.0) / trial.evaluated_fraction,
+    }
+    total = sum(seconds.values())
+    joules = (
+        steps.joules / steps.seconds * (total - trial.start_seconds)
+    )  # every second costs as a step's does
+    current, trained = grid(energy.country), float(count * trial.step_tokens)
+    mwh = joules * energy.pue / JOULES_A_KWH / 1000
+    peaks = [peak for peak in (steps.memory_peak, trial.memory_peak) if peak is not None]
+    return {
+        "model": trial.name,
+        "machine": trial.machine,
+        "parameters": trial.parameters,
+        "measured_steps": steps.count,
+        "step_seconds": steps.seconds,
+        "step_joules": steps.joules,
+        "step_tokens": trial.step_tokens,
+        "steps": count,
+        "tokens": trained,
+        "tokens_per_day": trial.step_tokens / steps.seconds * SECONDS_A_DAY,
+        "seconds": {**seconds, "total": total},
+        "days": total / SECONDS_A_DAY,
+        "memory_peak_bytes": max(peaks, default=None),
+        "energy": {
+            "joules": joules,
+            "joules_per_token": joules * energy.pue / trained,
+            "mwh": mwh,
+            "kg_co2e": current.grams(joules, energy.pue) / 1000,
+            "grid": f"{current.name}, {current.grams_per_kwh:g} g/kWh ({current.year})",
+            "of_gpt3": mwh / gpt3.MWH,
+            "source": steps.energy_source,
+        },
+        "not_measured": [
+            name for name in ("save_seconds", "evaluation_seconds") if getattr(trial, name) is None
+        ],
+    }
+
+
+def _number_of_steps(trial: TrialRun, seconds: float, tokens: float | None, days: float | None) -> int:
+    if tokens is not None:
+        return max(1, round(tokens / trial.step_tokens))
+    if days is not None:
+        return max(1, int(days * SECONDS_A_DAY / seconds))
+    if trial.steps is not None:
+        return trial.steps
+    assert trial.minutes is not None  # the recipe is checked: steps are given or follow from the minutes
+    return max(1, int(TIME_FOR_STEPS * trial.minutes * 60 / seconds))
+
+
+def run_child(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a command that calls `end_with_parent` at its start; return what it printed.
+
+    Its standard input is a pipe whose other end this process alone holds. The system closes it when this process is
+    gone, for whatever reason.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer, and was killed.
+    """
+    reader, writer = os.pipe()
+    try:
+        return subprocess.run(
+            command, stdin=reader, capture_output=True, text=True, check=False, timeout=seconds
+        )
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def end_with_parent(folder: Path | None = None) -> None:
+    """From now on this process ends when the one that started it by `run_child` does, and deletes `folder` before."""
+    threading.Thread(target=_end_after_input, args=(folder,), name="openm6-parent", daemon=True).start()
+
+
+def _end_after_input(folder: Path | None) -> None:
+    # Not through sys.stdin: its lock would be held for ever in processes that are forked meanwhile.
+    while os.read(STDIN, 1):
+        pass
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)

@@ -1,0 +1,160 @@
+"""Bytes of training: of each parameter and each token, on the device and in the host's memory; without torch."""
+
+# Shapes: D width, Q query width H·d, G key-value width, P first product, F hidden, E experts, K choices, T tokens
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from openm6.models.config import BackboneConfig
+from openm6.nn.config import DenseConfig, matrices_of
+
+CONTEXT = 2.0 * 2**30  # bytes of a GPU that the driver, the libraries and the allocator's gaps take
+HALF = 2  # bytes of an element in bf16
+ROW_ELEMENTS = 10.0  # of each row of an expert: its index, gate and place
+FRAGMENTATION = 1.25  # what the allocator's gaps and the buffers of products add to activations
+MIN_TOKENS = 128  # tokens of a micro-batch
+WORKING_SHARE = 0.25  # part of a device's memory that one micro-batch of one layer may take
+
+
+def activation_elements(config: BackboneConfig, layer: int, by_expert: bool = False) -> float:
+    """Elements that a layer keeps of one token for its backward pass; a test compares them with what torch keeps.
+
+    Attention keeps 2D + 5Q + 2·2G, a dense network 2D and its products, a mixture of experts 2D, 2E of the router and,
+    for each of K rows, 10 + 2D and its products. The products are 3F of swiglu (gate, up, hidden) and 2F of gelu.
+    by_expert: dropless SwiGLU experts run one after the other, as on a processor, and keep 10 + D + 2F of each row.
+    """
+    part = config.feed_forward(layer)
+    query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = 2 * config.width + 5 * query + 4 * key_value
+    products = part.hidden * matrices_of(part.ffn)
+    if isinstance(part, DenseConfig):
+        return attention + 2 * config.width + products
+    row = ROW_ELEMENTS + 2 * config.width + products
+    if by_expert and part.ffn == "swiglu" and part.capacity is None:
+        row = ROW_ELEMENTS + config.width + 2 * part.hidden
+    routed = part.choices * (part.capacity or 1.0) * row + 2 * part.num_experts
+    return attention + 2 * config.width + routed + part.num_shared * products
+
+
+def activation_bytes(config: BackboneConfig, element: int) -> float:
+    """Bytes that all layers keep of one token, at `element` bytes an element."""
+    return element * sum(activation_elements(config, layer) for layer in range(config.num_layers))
+
+
+def largest_activation_bytes(config: BackboneConfig, element: int) -> float:
+    """Bytes that the layer with the most keeps of one token."""
+    return element * max(activation_elements(config, layer) for layer in range(config.num_layers))
+
+
+def kept_inputs(layers: int, recompute_every: int) -> int:
+    """Inputs of blocks that exist at once: of each group the first's, and of the group at work all."""
+    return -(-layers // recompute_every) + recompute_every - 1
+
+
+def layers_to_recompute(config: BackboneConfig, tokens: int, element: int, free: float) -> int:
+    """How many layers, from the first on, must keep their input alone so that all fits into `free` bytes.
+
+    All of them if even that does not fit: the run then ends with the allocator's own sentence.
+    """
+    needed = [
+        FRAGMENTATION * tokens * element * activation_elements(config, layer)
+        for layer in range(config.num_layers)
+    ]
+    # One layer at a time is computed again in the backward pass and needs its memory then.
+    saved = [own - tokens * element * config.width for own in needed]
+    excess, number = sum(needed) - free, 0
+    while excess > 0 and number < config.num_layers:
+        excess -= saved[number]
+        number += 1
+    return number if number < 2 else min(config.num_layers, number + math.ceil(needed[0] / saved[0]))
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Bytes of one parameter. `layerwise`: gradients are consumed layer by layer, and blocks are computed again.
+
+    weights, gradients and moments are what is kept from step to step or through a whole step.
+    """
+
+    bytes: int
+    weights: float
+    gradients: float
+    moments: float
+    layerwise: bool
+    description: str
+
+    @property
+    def kept(self) -> float:
+        return self.weights + self.gradients + self.moments
+
+
+TIERS: dict[int, Tier] = {
+    tier.bytes: tier
+    for tier in (
+        Tier(16, 4, 4, 8, False, "fp32 weights, gradients and two moments of Adam"),
+        Tier(12, 4, 4, 4, False, "fp32 weights and gradients, one momentum (Muon)"),
+        Tier(8, 4, 4, 0, False, "fp32 weights and gradients, factored second moment (Adafactor)"),
+        Tier(4, 2, 0, 2, True, "bf16 weights and momentum, stochastic rounding"),
+        Tier(2, 2, 0, 0, True, "bf16 weights, stochastic rounding, factored second moment"),
+        Tier(1, 1, 0, 0, True, "8-bit weights with block scales, stochastic rounding"),
+    )
+}
+BY_OPTIMIZER = {"adamw": 16, "muon": 12, "adafactor": 8}
+
+
+@dataclass(frozen=True)
+class DeviceBudget:
+    """Bytes on one device and, for what does not fit there, in the host's memory beside it."""
+
+    states: float
+    activations: float
+    working: float
+    context: float
+    host: float
+    micro_batch: int  # tokens of one layer at a time
+
+    @property
+    def device(self) -> float:
+        return self.states + self.activations + self.working + self.context
+
+    @property
+    def streamed(self) -> bool:
+        return self.host > 0
+
+
+def device_budget(
+    config: BackboneConfig,
+    parameters: float,
+    largest: float,
+    tier: Tier,
+    tokens: int,
+    memory: float,
+    learned_logits: float,
+    recompute_every: int = 1,
+) -> DeviceBudget:
+    """Of one of several equal devices: its share of `parameters`, its share of the `largest` layer, T tokens a step.
+
+    memory: usable bytes of the device. learned_logits: bytes of the output layer's results. recompute_every: of so many
+    layers the first's input alone is kept, where blocks are computed again.
+    """
+    if not tier.layerwise:
+        # Gradients come as activations go: the larger of the two counts.
+        kept = tokens * activation_bytes(config, HALF) + learned_logits
+        states = parameters * (tier.weights + tier.moments)
+        return DeviceBudget(states, max(kept, parameters * tier.gradients), 0.0, CONTEXT, 0.0, tokens)
+    states = parameters * tier.kept
+    inputs = float(HALF) * tokens * config.width * kept_inputs(config.num_layers, recompute_every)
+    micro, row = tokens, largest_activation_bytes(config, HALF)
+    while micro > MIN_TOKENS and micro * row > WORKING_SHARE * memory:
+        micro //= 2
+    working, gradient = micro * row, float(HALF) * largest
+    room = memory - CONTEXT - inputs - working - learned_logits - gradient
+    if states <= room:
+        return DeviceBudget(states, inputs + learned_logits, working + gradient, CONTEXT, 0.0, micro)
+    # Streamed: a layer's weights while it is trained, and the next one on its way.
+    buffers = largest * (HALF + tier.weights)
+    kept = max(0.0, min(states, room - buffers))
+    working += gradient + buffers
+    return DeviceBudget(kept, inputs + learned_logits, working, CONTEXT, states - kept, micro)

@@ -1,0 +1,157 @@
+"""Plans by measured steps: the child process, what its metrics say, and the whole run by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from openm6.base.energy.config import EnergyConfig
+from openm6.base.errors import ConfigError, TrainingError
+from openm6.base.run_folder import RunFolder
+from openm6.cli.trial_run import run_trial
+from openm6.plan.measured import (
+    STEPS,
+    WARMUP_STEPS,
+    MeasuredSteps,
+    TrialRun,
+    extrapolate,
+    measured_steps,
+    plan_measured,
+    run_child,
+    trial_file,
+)
+
+CHILD = (
+    "import os, sys, time; from pathlib import Path; from openm6.plan.measured import end_with_parent; "
+    "Path(sys.argv[2]).mkdir(); end_with_parent(Path(sys.argv[2])); "
+    "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+)
+PARENT = "import sys; from openm6.plan.measured import run_child; run_child([sys.executable, '-c', *sys.argv[1:]], 60)"
+
+
+def wait_for(what: str, found: Callable[[], object]) -> None:
+    for _ in range(500):
+        if found():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{what} did not come within 10 s")
+
+
+def is_gone(process: int) -> bool:
+    """Whether a process has ended; one that nobody has reaped yet has."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return True
+    return state.rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_a_child_ends_with_its_parent(tmp_path: Path, ending: signal.Signals) -> None:
+    told, folder = tmp_path / "child", tmp_path / "folder"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(told), str(folder)])
+    wait_for("the child", lambda: told.exists() and told.read_text())
+    child = int(told.read_text())
+    assert not is_gone(child) and folder.is_dir()
+    os.kill(parent.pid, ending)
+    parent.wait()
+    wait_for("the child's end", lambda: is_gone(child))
+    assert not folder.exists()
+
+
+def test_what_a_child_prints_and_its_status() -> None:
+    words = "from openm6.plan.measured import end_with_parent; end_with_parent(); print('yes'); raise SystemExit(3)"
+    done = run_child([sys.executable, "-c", words], 60.0)
+    assert (done.stdout, done.returncode) == ("yes\n", 3)
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_child([sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
+
+
+TRIAL = TrialRun(
+    name="mine", machine="here", step_tokens=1000, parameters={"total": 2, "active": 1}, steps=1000, minutes=None,
+    save_every=400, start_seconds=5.0, held_out_every=100, held_out_seconds=2.0, save_seconds=3.0,
+    evaluation_seconds=4.0, evaluated_fraction=0.2, memory_peak=700,
+)  # fmt: skip
+MEASURED = MeasuredSteps(count=31, seconds=0.5, joules=10.0, memory_peak=600, energy_source="estimate")
+
+
+def test_a_whole_run_by_hand() -> None:
+    plan = extrapolate(TRIAL, MEASURED, None, None, EnergyConfig(country="FRA", pue=1.0))
+    assert plan["seconds"] == {
+        "start": 5.0, "steps": 500.0, "held_out": 20.0, "checkpoints": 9.0, "evaluation": 20.0, "total": 554.0
+    }  # fmt: skip
+    assert plan["energy"]["joules"] == pytest.approx(20.0 * 549)
+    assert plan["energy"]["joules_per_token"] == pytest.approx(20.0 * 549 / 1e6)
+    assert plan["memory_peak_bytes"] == 700 and plan["tokens"] == 1e6 and plan["not_measured"] == []
+
+
+def test_the_length_of_a_run() -> None:
+    def steps(trial: TrialRun, tokens: float | None = None, days: float | None = None) -> int:
+        return extrapolate(trial, MEASURED, tokens, days, EnergyConfig())["steps"]
+
+    by_minutes = TRIAL.model_copy(update={"steps": None, "minutes": 10.0})
+    assert steps(TRIAL, tokens=5e4) == 50 and steps(TRIAL, days=0.5 / 86_400 * 7.5) == 7
+    assert steps(by_minutes) == int(0.96 * 600 / 0.5)
+    slower = replace(MEASURED, seconds=1.0)
+    assert extrapolate(by_minutes, slower, None, None, EnergyConfig())["steps"] == 576
+
+
+def test_what_was_not_reached_is_named() -> None:
+    cut = TRIAL.model_copy(update={"save_seconds": None, "evaluation_seconds": None, "memory_peak": None})
+    plan = extrapolate(cut, MEASURED, None, None, EnergyConfig())
+    assert plan["not_measured"] == ["save_seconds", "evaluation_seconds"]
+    assert plan["seconds"]["evaluation"] == 0.0 and plan["memory_peak_bytes"] == 600
+
+
+def test_steps_of_the_warm_up_do_not_count(tmp_path: Path) -> None:
+    run, seconds = RunFolder.open(tmp_path), 0.0
+    lines = []
+    for step in range(1, WARMUP_STEPS + 6):
+        seconds += 9.0 if step <= WARMUP_STEPS else 0.5
+        line = {
+            "step": step,
+            "seconds": seconds,
+            "joules": 2 * seconds,
+            "energy_source": "nvml",
+            "memory_peak": step,
+        }
+        lines.append(json.dumps(line) + "\n")
+    run.metrics.write_text("".join(lines))
+    assert measured_steps(run) == MeasuredSteps(4, 0.5, 1.0, WARMUP_STEPS + 5, "nvml")
+    run.metrics.write_text("".join(lines[:-3]))
+    with pytest.raises(TrainingError, match="more than"):
+        measured_steps(run)
+
+
+def test_a_trial_that_fails_reports_its_sentence() -> None:
+    failing = [sys.executable, "-c", "import sys; sys.exit('error: no data at /nowhere')"]
+    with pytest.raises(TrainingError, match="the trial run failed: no data at /nowhere"):
+        plan_measured(failing, None, None, {})
+    with pytest.raises(ConfigError, match="tokens=-1 must be above 0"):
+        plan_measured(failing, -1.0, None, {})
+
+
+def test_a_trial_trains_saves_and_evaluates(tmp_path: Path) -> None:
+    small = [
+        "model.overrides={width: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16}",
+        "mixture=[{source: penguins, task: classify_numbers}]", "modalities.text.vocabulary=320", "loop.workers=1",
+        "packing={rows: 2, length: 128}", "judge={records: 10, answers: 10, samples: 1, workers: 1}",
+        "loop.held_out={every: 100, batches: 1}",
+    ]  # fmt: skip
+    run_trial(tmp_path, "demo", small)
+    run = RunFolder(tmp_path)
+    trial, steps = TrialRun.model_validate_json(trial_file(run).read_text()), measured_steps(run)
+    assert steps.count == STEPS - WARMUP_STEPS - 1 and steps.seconds > 0
+    assert trial.minutes == 5.6 and trial.steps is None and trial.step_tokens == 256
+    assert trial.save_seconds and trial.evaluation_seconds and trial.held_out_seconds
+    assert trial.evaluated_fraction == 0.2
