@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.report import Report
+from benchmarks.harness import Report
 from openm6.base.errors import ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters

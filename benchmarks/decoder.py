@@ -1,20 +1,22 @@
-"""Our side of the training benchmark: the backbone between a word embedding and a head, as a decoder for text."""
+"""Our side of the training benchmarks: a decoder for text around the backbone, and one sparse layer."""
 
-# Letters: B rows, S tokens of a row, D width
+# Shapes: B rows, S tokens of a row, D width
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contender import Contender, Part, backward_of, own_products_of, update_of
-from benchmarks.sizes import Sizes
+from benchmarks.candidate import Contender, Part, backward_of, own_products_of, update_of
+from benchmarks.harness import Timing
+from benchmarks.sizes import Sizes, peak_tflops
 from openm6.models.backbone import Backbone, choose_mask, side_loss
 from openm6.models.running import CompiledBlocks
 from openm6.nn.block import Block, LayerParts
+from openm6.nn.config import ExpertsConfig
 from openm6.nn.exchange import LocalExchange
 from openm6.nn.experts import Experts, Router
 from openm6.ops.linear_loss import linear_nats
@@ -114,3 +116,55 @@ def _parts(
 
 def _as_it_is(function: Any) -> Any:
     return function
+
+
+def our_layer(config: ExpertsConfig, x: Tensor) -> tuple[Part, Part]:
+    """A forward and backward pass of a sparse layer on x (B S D), and of its bare products with even loads."""
+    width = x.shape[-1]
+    with x.device:
+        experts, router = Experts(width, config), Router(width, config)
+    experts.reset_parameters(0.02, 0.02)
+    router.reset_parameters(0.02)
+    experts, router = experts.to(x.dtype), router.to(x.dtype)
+    valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+
+    def forward(leaf: Tensor) -> Tensor:
+        return experts(leaf, router, valid, LocalExchange(), 0)[0]
+
+    layer = backward_of(as_trained(forward, x), x, [*experts.parameters(), router.weight])
+    return layer, own_products_of(experts.up, experts.down, x.shape[0] * x.shape[1] * config.choices)
+
+
+def as_trained(forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Compiled on a GPU, as training is."""
+    compiled: Callable[[Tensor], Tensor] = torch.compile(forward) if x.is_cuda else forward
+    return compiled
+
+
+def layer_figures(
+    timing: Timing, products: Timing, call: Part, sizes: Sizes, device: torch.device
+) -> dict[str, Any]:
+    """The figures of one layer; routing is all that it does beside its products."""
+    tflops, peak = sizes.expert_flops / timing.median / 1e12, peak_tflops(device)
+    bare = 1000 * products.median
+    return {
+        "tokens_per_second": round(sizes.tokens / timing.median, 1),
+        "mfu": None if peak is None else round(tflops / peak, 4),
+        "tflops": round(tflops, 4),
+        "peak_memory_gib": _peak_memory(call, device),
+        "breakdown_ms": {
+            "expert_products": round(bare, 3),
+            "routing": round(1000 * timing.median - bare, 3),
+        },
+        "layer_seconds": timing.summary(),
+    }
+
+
+def _peak_memory(call: Part, device: torch.device) -> float | None:
+    """GiB that a pass takes beyond what lies there before it."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return round((torch.cuda.max_memory_allocated(device) - before) / 2**30, 3)

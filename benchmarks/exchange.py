@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.harness import Report
 from benchmarks.ranks import on_ranks
-from benchmarks.report import Report
 from openm6.base.errors import ConfigError
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.exchange import ExpertExchange, LocalExchange

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Timing, alternate, device_name
-from benchmarks.report import Report
+from benchmarks.harness import Report, Timing, alternate, device_name
 from openm6.base.device import own_device
 from openm6.inference.decode import DecodeStep, Speaker
 from openm6.inference.masked import Canvas, advance

@@ -1,4 +1,4 @@
-"""The benchmark giant: a few steps of a streamed model on real tokens, taken apart into computing and waiting."""
+"""The benchmark giant: a few steps of an offloaded model on real tokens, split into computing and waiting."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.link import link_ceiling
-from benchmarks.measure import Deadline, device_name
+from benchmarks.harness import Deadline, Report, device_name
 from benchmarks.peer_deepspeed import largest_of_deepspeed
-from benchmarks.report import Report
 from openm6.base.config import build
 from openm6.base.device import own_device
 from openm6.base.energy.meter import Meter, open_meter
@@ -24,6 +22,34 @@ from openm6.base.run_folder import RunFolder
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
+
+BYTES, ROUNDS = 2**28, 16
+
+
+def link_ceiling(device: torch.device) -> float | None:
+    """Gigabytes a second, in and out together, from registered memory; None where there is no link."""
+    if device.type != "cuda":
+        return None
+    inside = [torch.empty(BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
+    outside = [torch.empty(BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
+    pairs = [(inside[0], outside[0]), (outside[1], inside[1])]
+    _copy(pairs, streams, 2)
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    _copy(pairs, streams, ROUNDS)
+    torch.cuda.synchronize(device)
+    return 2 * ROUNDS * BYTES / (time.perf_counter() - began) / 1e9
+
+
+def _copy(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]], streams: list[torch.cuda.Stream], rounds: int
+) -> None:
+    for _ in range(rounds):
+        for (target, source), stream in zip(pairs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+
 
 GIB = 2**30
 GPT3_JOULES_A_TOKEN = 15.4  # 1,287 MWh for 300 billion tokens (2104.10350)

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Timing, alternate, device_name, speed_ratio
-from benchmarks.report import Report
+from benchmarks.harness import Report, Timing, alternate, device_name, speed_ratio
 from openm6.base.device import own_device
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contender import Contender, Part, backward_of, products_of, update_of
+from benchmarks.candidate import Contender, Part, backward_of, products_of, update_of
 from benchmarks.sizes import Sizes
 from openm6.base.errors import ConfigError
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Deadline
+from benchmarks.harness import Deadline
 from openm6.base.device import own_device
 
 VOCABULARY = 32_768

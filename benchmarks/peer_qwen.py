@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.our_text import Seen
 from openm6.models.backbone import Backbone
 from openm6.models.import_qwen import import_qwen
 
@@ -62,6 +62,15 @@ def _give_weights(model: Any, backbone: Backbone, embedding: Tensor) -> None:
         model.model.embed_tokens.weight.copy_(embedding)
         imported = import_qwen(model.state_dict(), model.config.to_dict())
         backbone.load_state_dict(imported.backbone)
+
+
+@dataclass
+class Seen:
+    """Tokens given, and when the first and the last token of each request came, in seconds from the start."""
+
+    tokens: int = 0
+    first: dict[int, float] = field(default_factory=dict)
+    last: dict[int, float] = field(default_factory=dict)
 
 
 class QwenPeer:

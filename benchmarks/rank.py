@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import device_name
-from benchmarks.report import Report
+from benchmarks.harness import Report, device_name
 from openm6.base.config import build
 from openm6.base.device import own_device
 from openm6.base.energy.meter import Meter, open_meter

@@ -16,9 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks.measure import device_name
+from benchmarks.harness import Report, device_name
 from benchmarks.ranks import on_ranks
-from benchmarks.report import Report
 from openm6.base.errors import ConfigError
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.folder import step_folder

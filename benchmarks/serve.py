@@ -1,6 +1,6 @@
-"""Text by continuous batching beside `transformers` on the same weights, then open-loop arrivals on mixed routes."""
+"""The benchmark serve: text by continuous batching beside transformers on the same weights, then mixed requests."""
 
-# Letters: V vocabulary
+# Shapes: V vocabulary
 
 from __future__ import annotations
 
@@ -8,26 +8,136 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.arrivals import mixed_load
-from benchmarks.measure import device_name
-from benchmarks.our_text import answer_prompts
-from benchmarks.peer_qwen import PEER_MISSING, open_peer
-from benchmarks.report import Report
-from benchmarks.text_load import compare_under_load
+from benchmarks.arrivals import mixed_load, tails
+from benchmarks.harness import Report, device_name
+from benchmarks.peer_qwen import PEER_MISSING, QwenPeer, Seen, open_peer
 from openm6.base.config import Config
 from openm6.base.device import own_device
 from openm6.base.energy.meter import open_meter
 from openm6.inference.decode import Speaker
 from openm6.inference.graphs import open_rows
+from openm6.inference.sampling import Sampling
 from openm6.inference.text import TextRows
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig
+from openm6.ops.sequence import causal_meta, join
+from openm6.serve.config import EngineConfig
+
+
+@torch.inference_mode()
+def answer_prompts(
+    rows: TextRows, prompts: list[list[int]], given: int, moments: list[float] | None = None
+) -> Seen:
+    """All prompts through the rows, greedily, each from its moment on (None: all are there at once)."""
+    moments = [0.0] * len(prompts) if moments is None else moments
+    waiting, seen = list(enumerate(prompts)), Seen()
+    sampling = Sampling(max_tokens=given)
+    began = time.perf_counter()
+    while waiting or rows.rows:
+        now = time.perf_counter() - began
+        if not rows.rows and moments[waiting[0][0]] > now:
+            time.sleep(moments[waiting[0][0]] - now)
+            now = moments[waiting[0][0]]
+        arrived: list[tuple[int, list[int]]] = []
+        while waiting and rows.free > len(arrived) and _fits(arrived, waiting[0][1]):
+            if moments[waiting[0][0]] > now:
+                break
+            arrived.append(waiting.pop(0))
+        if arrived:
+            _read(rows, [prompt for _, prompt in arrived])
+        for number, prompt in arrived:
+            rows.add(number, sampling, len(prompt) - 1, prompt[-1])
+        ended = rows.step()
+        now = time.perf_counter() - began
+        seen.tokens += len(rows.rows)
+        for row in rows.rows:
+            seen.first.setdefault(row.key, now)
+        for row in ended:
+            seen.last[row.key] = now
+            rows.remove(row)
+    return seen
+
+
+def _fits(arrived: list[tuple[int, list[int]]], prompt: list[int]) -> bool:
+    """Whether one more prompt may be read in the same pass, as the engine's `prefill` has it."""
+    return not arrived or sum(len(other) for _, other in arrived) + len(prompt) <= EngineConfig().prefill
+
+
+def _read(rows: TextRows, prompts: list[list[int]]) -> None:
+    """All but the last token of each, which the first step runs; several packed in one row."""
+    speaker = rows.speaker
+    device = speaker.embedding.device
+    ids = torch.tensor([token for prompt in prompts for token in prompt[:-1]], device=device)
+    layouts = [causal_meta(1, len(prompt) - 1, device=device) for prompt in prompts]
+    slots = [rows.next_slot + number for number in range(len(prompts))]
+    embedded = torch.nn.functional.embedding(ids[None], speaker.embedding)
+    if len(prompts) == 1:
+        speaker.backbone(embedded, layouts[0], rows.cache.writer(slots[0]))
+        return
+    layout = join([replace(part, example_id=part.example_id + n) for n, part in enumerate(layouts)])
+    speaker.backbone(embedded, layout, rows.cache.packed_writer(slots))
+
+
+SHARE = 0.7  # of what the peer's best setting answers at once, so that it keeps up
+
+
+def compare_under_load(
+    rows: TextRows, peer: QwenPeer | None, prompts: list[list[int]], given: int, rates: dict[str, float]
+) -> dict[str, Any]:
+    """The same prompts at the same random moments to each; `rates` are requests a second when all are there at once.
+
+    The peer takes part as it comes and in its best setting, where that is one of continuous batching.
+    """
+    others = [rate for name, rate in rates.items() if name != "openm6"]
+    rate = SHARE * max(others or list(rates.values()))
+    moments = arrival_moments(len(prompts), rate)
+    found: dict[str, Any] = {"arrivals_a_second": rate}
+    ways: dict[str, Callable[[], Seen | str]] = {
+        "openm6": lambda: answer_prompts(rows, prompts, given, moments)
+    }
+    if peer is not None:
+        settings = peer.batching_settings(prompts, given)
+        ways |= {n: partial(peer.under_load, prompts, given, moments, settings[n]) for n in wanted(rates)}
+    for name, call in ways.items():
+        seen = call()
+        found[name] = {"error": seen} if isinstance(seen, str) else told(seen, moments)
+    return found
+
+
+def wanted(rates: dict[str, float]) -> list[str]:
+    """The peer's continuous batching as it comes (the first that was measured) and its fastest setting."""
+    batching = [name for name in rates if "continuous" in name]
+    return (
+        list(dict.fromkeys([*batching[:1], max(batching, key=lambda name: rates[name])])) if batching else []
+    )
+
+
+def arrival_moments(count: int, rate: float) -> list[float]:
+    """Seconds after the start, with exponential gaps; the same on every machine but for the rate."""
+    dice, moment, found = random.Random(1), 0.0, []
+    for _ in range(count):
+        moment += dice.expovariate(rate)
+        found.append(moment)
+    return found
+
+
+def told(seen: Seen, moments: list[float]) -> dict[str, Any]:
+    """Waiting times from each arrival to the first token and to the whole answer, and requests a second."""
+    first = [seen.first[number] - moment for number, moment in enumerate(moments)]
+    whole = [seen.last[number] - moment for number, moment in enumerate(moments)]
+    return {
+        "requests_a_second": len(moments) / max(seen.last.values()),
+        "first_token_seconds": tails(first),
+        "answer_seconds": tails(whole),
+    }
 
 
 class ServeSetting(Config):

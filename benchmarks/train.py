@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.contender import Contender, take_turns, time_parts
+from benchmarks.candidate import Contender, take_turns, time_parts
 from benchmarks.decoder import our_contender
-from benchmarks.measure import device_name, speed_ratio
+from benchmarks.harness import Report, device_name, speed_ratio
 from benchmarks.peer import missing_peer, peer_contender
-from benchmarks.report import Report
 from benchmarks.sizes import Sizes, choose_sizes, default_name, peak_tflops
 from openm6.base.device import own_device
 from openm6.base.errors import ConfigError

@@ -19,9 +19,9 @@ from openm6.base.energy import gpt3
 from openm6.base.energy.config import EnergyConfig
 from openm6.base.energy.grid import grid
 from openm6.base.files import replace_text
-from openm6.plan.hardware import GIB, gpu
-from openm6.plan.plan import Plan, make_plan
-from openm6.plan.question import Question
+from openm6.plan.hardware import GIB, ClusterOptions, gpu
+from openm6.plan.plan import Plan, make_plan, smallest_count
+from openm6.plan.question import Question, read_machine, read_question
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "m6-10t.md"
 MODEL, DAYS, PUE = "m6-10t", 10.0, 1.1

@@ -179,13 +179,6 @@ def _state(layouts: Sequence[RecordLayout]) -> int:
     return sum(layout.num_bytes - layout.read_bytes for layout in layouts)
 
 
-def _row_width(config: BackboneConfig, layer: int) -> int:
-    """Values that one token's rows keep in the feed-forward part."""
-    part = config.feed_forward(layer)
-    rows = part.choices + part.num_shared if isinstance(part, ExpertsConfig) else 1
-    return rows * (2 * config.width + matrices_of(part.ffn) * part.hidden + part.hidden)
-
-
 def check_budget(budget: Budget, room: Room, rule: UpdateRule) -> None:
     """Log the budget, and refuse what does not fit.
 
@@ -336,4 +329,3 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError:
         return ""
-from openm6.plan.memory import HALF

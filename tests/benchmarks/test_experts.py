@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.experts import bench_experts
-from benchmarks.routings import routings
+from benchmarks.experts import bench_experts, routings
 from benchmarks.sizes import SIZES
 from openm6.base.errors import ConfigError
 from tests.benchmarks.test_sizes import TINY

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from benchmarks import fp8
-from benchmarks.fp8 import bench_fp8, product_errors
-from benchmarks.fp8_product import (
+from benchmarks.fp8 import (
     EightBitExperts,
+    bench_fp8,
     eight_bit_product,
+    product_errors,
     rounded,
     scaled_product,
     scaled_product_reference,

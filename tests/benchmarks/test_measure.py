@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.measure import Deadline, alternate, emit
+from benchmarks.harness import Deadline, alternate, emit
 
 
 def test_contenders_take_turns_after_the_warm_up():

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.measure import Deadline
-from benchmarks.report import LIMIT, Report
+from benchmarks.harness import LIMIT, Deadline, Report
 from openm6.base.errors import ConfigError
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.exchange import bench_exchange
-from benchmarks.scaling import bench_scaling, parse_counts
-from benchmarks.scaling_model import links_of, model_step
+from benchmarks.scaling import bench_scaling, links_of, model_step, parse_counts
 from openm6.base.errors import ConfigError
 from openm6.models.presets import preset
 

@@ -9,12 +9,17 @@ import pytest
 import torch
 
 from benchmarks.generate import Setting, compare
-from benchmarks.our_text import answer_prompts
+from benchmarks.harness import Report
 from benchmarks.peer_qwen import QwenPeer
-from benchmarks.report import Report
-from benchmarks.serve import ServeSetting, make_models, make_prompts, ours_run
+from benchmarks.serve import (
+    ServeSetting,
+    answer_prompts,
+    arrival_moments,
+    make_models,
+    make_prompts,
+    ours_run,
+)
 from benchmarks.serve import compare as compare_text
-from benchmarks.text_load import arrival_moments
 from openm6.inference.graphs import open_rows
 
 TUNED = QwenPeer.batching_settings

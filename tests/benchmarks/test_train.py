@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import train as bench
 from benchmarks.decoder import our_contender
-from benchmarks.measure import Deadline
+from benchmarks.harness import Deadline
 from benchmarks.peer import peer_contender
 from benchmarks.sizes import SIZES
 from openm6.base.errors import ConfigError

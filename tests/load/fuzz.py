@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from benchmarks.measure import emit
+from benchmarks.harness import emit
 from tests.load.server import Address, Reply, form, served
 from tests.load.soak import Json, requests
 

@@ -19,7 +19,7 @@ import typer
 from PIL import Image
 
 from benchmarks.arrivals import tails
-from benchmarks.measure import emit
+from benchmarks.harness import emit
 from tests.load.server import Address, served
 
 KEPT = ("choices", "data", "text")  # of an answer: what must not depend on the crowd

@@ -1,4 +1,6 @@
-"""Two models that take turns on one device: each can be parked in host memory while the other is measured."""
+"""A model, its optimizer and a training step that take turns with another on one device, and parts of a step."""
+
+# Shapes: E experts, D width, F hidden, P first product
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Deadline, Timing, alternate
+from benchmarks.harness import Deadline, Timing, alternate
 from openm6.ops.grouped import grouped_product
 from openm6.ops.product import filled_up, product
 
