@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+import typer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness import Report
+from benchmarks.harness import Json, Report
+from benchmarks.ranks import Of, Ranks
 from openm6.base.errors import ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
@@ -83,19 +84,21 @@ class Stack(nn.Module):
 
 
 def bench_cluster(
-    of: str = "m6-10t",
-    ranks: int = 512,
-    rank: int = 0,
-    shards: int = 1,
-    layers: int | None = None,
-    rows: int = 4,
-    length: int = 1024,
-    json_path: Path | None = None,
+    of: Of = "m6-10t",
+    ranks: Ranks = 512,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Which of them.")] = 0,
+    shards: Annotated[int, typer.Option("--shards", min=1, help="Ranks that cut the same experts.")] = 1,
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Fewer layers, for a quick look.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of a rank.")] = 4,
+    length: Annotated[int, typer.Option("--length", min=16, help="Tokens of a row.")] = 1024,
+    json_path: Json = None,
 ) -> None:
-    """Rehearses one step of one rank, prints one JSON object and writes it to `json_path`.
+    """A step of one rank of many, simulated without memory: bytes held, collectives and their bytes.
 
-    Raises:
-        ConfigError: no such preset, or a model that the ranks cannot share evenly.
+    \b
+    Example: python -m benchmarks cluster --of m6-10t --ranks 512 --json cluster.json
     """
     config = preset(of).backbone
     config = config.model_copy(update={"num_layers": layers}) if layers else config

@@ -5,17 +5,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import typer
 from torch import Tensor
 
-from benchmarks.harness import Report
+from benchmarks.harness import Json, Report
 from benchmarks.ranks import on_ranks
-from openm6.base.errors import ConfigError
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.exchange import ExpertExchange, LocalExchange
 from openm6.nn.experts import Experts, Router
@@ -39,14 +38,16 @@ class Found:
     router: Array
 
 
-def bench_exchange(ranks: int = 8, parts: int = 2, json_path: Path | None = None) -> None:
-    """Compares, prints one JSON object and writes it to `json_path`.
+def bench_exchange(
+    ranks: Annotated[int, typer.Option("--ranks", min=2, help="Processes.")] = 8,
+    parts: Annotated[int, typer.Option("--parts", min=1, help="Chunks in which rows travel.")] = 2,
+    json_path: Json = None,
+) -> None:
+    """Expert-parallel ranks with real numbers, compared with one process that has all experts.
 
-    Raises:
-        ConfigError: fewer than two ranks.
+    \b
+    Example: python -m benchmarks exchange --ranks 16
     """
-    if ranks < 2:
-        raise ConfigError("--ranks must be at least 2: one process has nothing to exchange")
     with Report(json_path, SECONDS) as report:
         report.update({"ranks": ranks, "experts": 4 * ranks, "parts": parts, "equal_to": TOLERANCE})
         report["tokens_of_ranks"] = [_tokens(rank).shape[1] for rank in range(ranks)]

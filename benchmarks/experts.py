@@ -5,15 +5,25 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 
 from benchmarks.candidate import Part, backward_of, products_of
 from benchmarks.decoder import as_trained, layer_figures, our_layer
-from benchmarks.harness import Report, Timing, alternate, device_name, speed_ratio
+from benchmarks.harness import (
+    Json,
+    Peer,
+    Report,
+    SizesName,
+    TimeLimit,
+    Timing,
+    alternate,
+    device_name,
+    speed_ratio,
+)
 from benchmarks.peer import build_layer, missing_peer
 from benchmarks.sizes import Sizes, choose_sizes, default_name
 from openm6.base.device import own_device
@@ -24,21 +34,24 @@ PEERS = ("transformers", "none")
 
 
 def bench_experts(
-    config: str | None, peer: str, seconds: float | None, json: Path | None, compare: bool = False
+    config: SizesName = None,
+    peer: Peer = "transformers",
+    seconds: TimeLimit = None,
+    json_path: Json = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Top-k beside prototypes and shared experts, without the peer.")
+    ] = False,
 ) -> dict[str, Any]:
-    """Measures both layers in turn, and the bare products, and prints the comparison as JSON.
+    """One sparse layer, forward and backward, and how much of it is matrix products.
 
-    config: "a", "fine" or "cpu"; None: the one that fits the device. seconds: after these it prints what it has;
-    compare: instead of the peer, our ways of choosing experts beside one another.
-
-    Raises:
-        ConfigError: no such config or peer.
+    \b
+    Example: python -m benchmarks experts --config fine --json experts.json
     """
     if peer not in PEERS:
         raise ConfigError(f"no peer {peer!r}: choose {' or '.join(PEERS)}")
     device = own_device()
     sizes, name = choose_sizes(config, device), config or default_name(device)
-    with Report(json, seconds or 60.0) as report:
+    with Report(json_path, seconds or 60.0) as report:
         report.update(
             {
                 "device": device_name(device),

@@ -8,7 +8,6 @@ import functools
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.candidate import Part, products_of
 from benchmarks.decoder import Decoder, our_contender
-from benchmarks.harness import Report, Timing, alternate, device_name
+from benchmarks.harness import Json, Report, SizesName, TimeLimit, Timing, alternate, device_name
 from benchmarks.sizes import Sizes, choose_sizes, default_name
 from openm6.base.device import own_device
 from openm6.data.parquet import embedded_path, read_parquet
@@ -144,14 +143,14 @@ LOSS_SIZES = {
 
 
 def bench_fp8(
-    config: str | None = None, seconds: float | None = None, json_path: Path | None = None
+    config: SizesName = None,
+    seconds: TimeLimit = None,
+    json_path: Json = None,
 ) -> dict[str, Any]:
-    """Measures errors, the loss of training, and where there is a Hopper GPU the time; prints one JSON object.
+    """Expert products in 8 bits: rounding errors and loss everywhere, and the time on a Hopper GPU.
 
-    config: the sizes of `bench train`; None: those that fit the device. seconds: after these it prints what it has.
-
-    Raises:
-        ConfigError: no such config.
+    \b
+    Example: python -m benchmarks fp8 --config a --json fp8.json
     """
     device = own_device()
     sizes, name = choose_sizes(config, device), config or default_name(device)

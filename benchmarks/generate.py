@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, Timing, alternate, device_name
+from benchmarks.harness import Json, Report, Timing, alternate, device_name
 from openm6.base.device import own_device
 from openm6.inference.decode import DecodeStep, Speaker
 from openm6.inference.masked import Canvas, advance
@@ -87,10 +86,16 @@ class Autoregressive:
         return drawn
 
 
-def bench_generate(json_path: Path | None = None, setting: Setting | None = None) -> None:
-    """Times both ways for one picture and prints the ratio."""
+def bench_generate(
+    json_path: Json = None,
+) -> None:
+    """An image of 256 positions by masked-parallel decoding, and position after position.
+
+    \b
+    Example: python -m benchmarks generate --json generate.json
+    """
     with Report(json_path, SECONDS) as report:
-        compare(setting or Setting(), report)
+        compare(Setting(), report)
 
 
 def compare(setting: Setting, report: Report) -> None:

@@ -8,11 +8,12 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
-from benchmarks.harness import Deadline, Report, device_name
+from benchmarks.harness import Deadline, Json, Report, Seconds, Steps, device_name
 from benchmarks.peer_deepspeed import largest_of_deepspeed
 from openm6.base.config import build
 from openm6.base.device import own_device
@@ -51,6 +52,7 @@ def _copy(
                 target.copy_(source, non_blocking=True)
 
 
+Whole = Annotated[int, typer.Option(min=1)]
 GIB = 2**30
 GPT3_JOULES_A_TOKEN = 15.4  # 1,287 MWh for 300 billion tokens (2104.10350)
 PHASES = ("fetch", "update", "write_back")
@@ -128,14 +130,51 @@ class StepTimes:
 
 
 def bench_giant(
-    size: GiantSize,
-    steps: int = 4,
-    peer: str | None = None,
-    curve: bool = False,
-    seconds: float = 420.0,
-    json_path: Path | None = None,
+    width: Whole = 128,
+    layers: Whole = 6,
+    experts: Whole = 8,
+    hidden: Annotated[int, typer.Option("--hidden", min=8, help="Width of one expert.")] = 128,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Experts a token.")] = 1,
+    rows: Whole = 4,
+    length: Annotated[int, typer.Option("--length", min=16, help="Tokens of a row.")] = 256,
+    vocabulary: Whole = 2048,
+    size: Annotated[int, typer.Option("--bytes", metavar="16|4|2|1", help="Bytes a parameter.")] = 2,
+    resident: Annotated[
+        str, typer.Option("--resident", help="Layers that stay on the device: a number, or auto.")
+    ] = "0",
+    micro_batches: Annotated[int, typer.Option("--micro-batches", min=1)] = 2,
+    recompute_every: Annotated[int, typer.Option("--recompute-every", min=1)] = 1,
+    boundaries: Annotated[
+        str, typer.Option("--boundaries", help="device or host: where inputs of layers wait.")
+    ] = "device",
+    margin: Annotated[float, typer.Option("--margin", help="GiB that auto leaves free.")] = 4.0,
+    steps: Steps = 4,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Also the time of a step by the share of layers streamed.")
+    ] = False,
+    peer: Annotated[
+        str | None, typer.Option("--peer", help="deepspeed: the largest size that it trains.")
+    ] = None,
+    seconds: Seconds = 420.0,
+    json_path: Json = None,
 ) -> None:
-    """Measures, prints one JSON object and writes it to `json_path`.
+    """Train a streamed model for a few steps and say where the time goes.
+
+    \b
+    Example: python -m benchmarks giant --width 4096 --layers 51 --experts 32 --hidden 4096 --rows 32 --length 2048
+    --bytes 2 --resident auto --micro-batches 4 --json giant.json
+    """
+    sizes = (
+        width, layers, experts, hidden, top_k, rows, length, vocabulary, size, resident, micro_batches,
+        recompute_every, boundaries, margin,
+    )  # fmt: skip
+    measure(GiantSize(*sizes), steps, peer, curve, seconds, json_path)
+
+
+def measure(
+    size: GiantSize, steps: int, peer: str | None, curve: bool, seconds: float, json_path: Path | None
+) -> None:
+    """Measure, print one JSON object and write it to `json_path`.
 
     Raises:
         ConfigError: the model does not fit this machine, or no such peer.

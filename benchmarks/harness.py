@@ -13,11 +13,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from openm6.base.files import replace_text
+
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results there as well.")]
+Seconds = Annotated[float, typer.Option("--seconds", help="No new part begins after so long.")]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option("--seconds", min=1.0, help="No new part begins after so long; by default by device."),
+]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Timed steps.")]
+Peer = Annotated[str, typer.Option("--peer", metavar="transformers|none", help="The baseline.")]
+SizesName = Annotated[
+    str | None,
+    typer.Option("--config", metavar="a|fine|cpu", help="Sizes: by default those that fit the device."),
+]
+LIMIT = 450.0  # seconds: with the start of Python and torch before it, a benchmark ends within eight minutes
+SPARE = 30.0  # seconds beyond the deadline for the part that is under way
+ENDINGS = {"SIGINT": "stopped by Ctrl-C", "SIGTERM": "stopped by SIGTERM", "SIGALRM": "the time was up"}
 
 
 @dataclass
@@ -115,11 +132,6 @@ def device_name(device: torch.device) -> str:
 def _drain(device: torch.device | None) -> None:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-LIMIT = 450.0  # seconds: with the start of Python and torch before it, a benchmark ends within eight minutes
-SPARE = 30.0  # seconds beyond the deadline for the part that is under way
-ENDINGS = {"SIGINT": "stopped by Ctrl-C", "SIGTERM": "stopped by SIGTERM", "SIGALRM": "the time was up"}
 
 
 class CutShort(BaseException):

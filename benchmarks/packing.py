@@ -11,12 +11,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
-from benchmarks.harness import Report, Timing, alternate, device_name, speed_ratio
+from benchmarks.harness import Json, Report, TimeLimit, Timing, alternate, device_name, speed_ratio
 from openm6.base.device import own_device
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
@@ -61,17 +61,19 @@ class Stream:
 
 
 def bench_packing(
-    seconds: float | None = None, json_path: Path | None = None, overrides: Sequence[str] = ()
+    seconds: TimeLimit = None,
+    json_path: Json = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings of the recipe demo.")
+    ] = None,
 ) -> dict[str, Any]:
-    """Trains one model on both kinds of batches in turn and prints what either reaches.
+    """Packed examples of all modalities beside dense rows of text: tokens a second of one model, and padding.
 
-    seconds: after these it prints what it has; overrides: settings of the recipe, of the device's size by default.
-
-    Raises:
-        ConfigError: an override names no setting.
+    \b
+    Example: python -m benchmarks packing --json packing.json
     """
     device = own_device()
-    words = [*SIZES[device.type], *overrides]
+    words = [*SIZES[device.type], *(overrides or [])]
     recipe, _ = read_recipe(recipe_path(RECIPE), words)
     if not isinstance(recipe, MultimodalRecipe):
         raise ConfigError(f"bench packing trains the recipe {RECIPE}: leave kind as it is")

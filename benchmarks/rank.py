@@ -14,13 +14,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, device_name
+from benchmarks.harness import Json, Report, Seconds, Steps, device_name
+from benchmarks.ranks import Of, Ranks
 from openm6.base.config import build
 from openm6.base.device import own_device
 from openm6.base.energy.meter import Meter, open_meter
@@ -127,16 +127,16 @@ def rank_size(name: str, ranks: int, on_gpu: bool) -> RankSize:
 
 
 def bench_rank(
-    of: str = "m6-10t",
-    ranks: int = 512,
-    steps: int = 3,
-    seconds: float = 420.0,
-    json_path: Path | None = None,
+    of: Of = "m6-10t",
+    ranks: Ranks = 512,
+    steps: Steps = 3,
+    seconds: Seconds = 420.0,
+    json_path: Json = None,
 ) -> None:
-    """Measures, prints one JSON object and writes it to `json_path`.
+    """One rank's share of a large model, trained at each share of layers offloaded; small without a GPU.
 
-    Raises:
-        ConfigError: no such preset, experts that do not divide, or no room on this machine.
+    \b
+    Example: python -m benchmarks rank --of m6-10t --ranks 512 --json rank.json
     """
     device = own_device()
     size = rank_size(of, ranks, device.type == "cuda")

@@ -8,14 +8,29 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+import typer
 
-from openm6.base.errors import OpenM6Error, TrainingError
+from openm6.base.errors import ConfigError, OpenM6Error, TrainingError
 
+Of = Annotated[str, typer.Option("--of", metavar="PRESET", help="The model of which a rank has a share.")]
+Ranks = Annotated[int, typer.Option("--ranks", min=1, help="Ranks of the whole run.")]
 LOOK_EVERY = 0.5  # seconds between two looks for a process that has died
+
+
+def parse_counts(words: str) -> tuple[int, ...]:
+    """`1,2,4` as numbers.
+
+    Raises:
+        ConfigError: something else.
+    """
+    parts = [word.strip() for word in words.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise ConfigError(f"{words!r} must be numbers of processes, such as 1,2,4")
+    return tuple(int(part) for part in parts)
 
 
 def on_ranks(size: int, work: Callable[..., Any], *values: Any, seconds: float = 300.0) -> list[Any]:

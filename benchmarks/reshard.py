@@ -9,15 +9,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+import typer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks.harness import Report, device_name
-from benchmarks.ranks import on_ranks
+from benchmarks.harness import Json, Report, Seconds, device_name
+from benchmarks.ranks import on_ranks, parse_counts
 from openm6.base.errors import ConfigError
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.folder import step_folder
@@ -71,18 +72,19 @@ class Read:
 
 
 def bench_reshard(
-    size: str = "1b",
-    ranks: int = 4,
-    to: tuple[int, ...] = (2, 1),
-    seconds: float = 420.0,
-    json_path: Path | None = None,
+    size: Annotated[str, typer.Option("--size", metavar="1b|small", help="Parameters of the model.")] = "1b",
+    ranks: Annotated[int, typer.Option("--ranks", min=2, help="Processes that write.")] = 4,
+    to: Annotated[str, typer.Option("--to", metavar="2,1", help="Processes that read, in turn.")] = "2,1",
+    seconds: Seconds = 420.0,
+    json_path: Json = None,
 ) -> None:
-    """Measures, prints one JSON object and writes it to `json_path`.
+    """A checkpoint written by several processes and read by others: seconds, memory, how long training waits.
 
-    Raises:
-        ConfigError: an unknown size, numbers of ranks that cannot share the model, or too little memory or disk.
+    \b
+    Example: python -m benchmarks reshard --ranks 4 --to 2,1 --json reshard.json
     """
-    config = _checked(size, ranks, to)
+    readers = parse_counts(to)
+    config = _checked(size, ranks, readers)
     read: list[dict[str, Any]] = []
     with Report(json_path, seconds) as report, tempfile.TemporaryDirectory() as folder:
         report["parameters"] = count_parameters(config).total
@@ -103,8 +105,8 @@ def bench_reshard(
                 "device": f"{device_name(CPU)}; one thread a process",
             }
         )
-        report.later("reached", lambda: _reached(read, len(to)))
-        for count in to:
+        report.later("reached", lambda: _reached(read, len(readers)))
+        for count in readers:
             if report.deadline.passed:
                 break
             found = on_ranks(count, read_part, size, folder, seconds=max(60.0, report.deadline.left))

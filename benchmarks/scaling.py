@@ -6,14 +6,14 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+import typer
 
-from benchmarks.harness import Deadline, Report, device_name
-from benchmarks.ranks import on_ranks
+from benchmarks.harness import Deadline, Json, Report, Seconds, Steps, device_name
+from benchmarks.ranks import Of, on_ranks, parse_counts
 from openm6.base.errors import ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
@@ -129,22 +129,25 @@ SMALL = BackboneConfig(
 
 
 def bench_scaling(
-    processes: tuple[int, ...] = (1, 2, 4),
-    rows: int = 8,
-    steps: int = 8,
-    of: str = "m6-10t",
-    gpu: str = "h100-80gb",
-    seconds: float = 150.0,
-    json_path: Path | None = None,
+    processes: Annotated[str, typer.Option("--processes", metavar="1,2,4", help="How many.")] = "1,2,4",
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of a step, of all processes.")] = 8,
+    steps: Steps = 8,
+    of: Of = "m6-10t",
+    gpu: Annotated[
+        str, typer.Option("--gpu", metavar="KIND", help="Of the model's GPUs, as for plan.")
+    ] = "h100-80gb",
+    seconds: Seconds = 150.0,
+    json_path: Json = None,
 ) -> None:
-    """Measures and models, prints one JSON object and writes it to `json_path`.
+    """A step on 1, 2 and more processes here, measured, and on up to 512 GPUs, modelled.
 
-    Raises:
-        ConfigError: rows that the processes cannot share evenly, or no such preset or GPU.
+    \b
+    Example: python -m benchmarks scaling --json scaling.json
     """
+    counts = parse_counts(processes)
     assert SMALL.experts is not None
     num_experts = SMALL.experts.num_experts
-    if wrong := [size for size in processes if rows % size or num_experts % size]:
+    if wrong := [size for size in counts if rows % size or num_experts % size]:
         raise ConfigError(
             f"{rows} rows and {num_experts} experts cannot be shared by {wrong[0]} processes: choose divisors of both"
         )
@@ -160,7 +163,7 @@ def bench_scaling(
                 "rates": asdict(links),
             }
         )
-        for row in _measured(processes, rows, steps, report.deadline):
+        for row in _measured(counts, rows, steps, report.deadline):
             measured.append(row)  # one by one: a cut leaves those before it
 
 
@@ -182,18 +185,6 @@ def _measured(
                     "seconds_per_step": seconds,
                     "tokens_per_second": rows_each * size * LENGTH / seconds,
                 }
-
-
-def parse_counts(words: str) -> tuple[int, ...]:
-    """`1,2,4` as numbers.
-
-    Raises:
-        ConfigError: something else.
-    """
-    parts = [word.strip() for word in words.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise ConfigError(f"{words!r} must be numbers of processes, such as 1,2,4")
-    return tuple(int(part) for part in parts)
 
 
 def time_steps(way: str, rows: int, steps: int) -> float:

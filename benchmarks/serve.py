@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from benchmarks.arrivals import mixed_load, tails
-from benchmarks.harness import Report, device_name
+from benchmarks.harness import Json, Report, device_name
 from benchmarks.peer_qwen import PEER_MISSING, QwenPeer, Seen, open_peer
 from openm6.base.config import Config
 from openm6.base.device import own_device
@@ -185,8 +185,15 @@ CPU_SETTING = ServeSetting(
 )  # fmt: skip
 
 
-def bench_serve(json_path: Path | None = None, load_seconds: float = 20.0) -> None:
-    """Prints throughput, first-token times and tails of both, and the latencies of a mixed load."""
+def bench_serve(
+    json_path: Json = None,
+    load_seconds: Annotated[float, typer.Option("--seconds", min=1, help="Length of the mixed load.")] = 20.0,
+) -> None:
+    """Text by continuous batching beside transformers on the same weights; then a mixed load.
+
+    \b
+    Example: python -m benchmarks serve --json serve.json
+    """
     device = own_device()
     setting = GPU_SETTING if device.type == "cuda" else CPU_SETTING
     with Report(json_path, setting.seconds) as report:

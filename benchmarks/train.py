@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.candidate import Contender, take_turns, time_parts
 from benchmarks.decoder import our_contender
-from benchmarks.harness import Report, device_name, speed_ratio
+from benchmarks.harness import Json, Peer, Report, SizesName, TimeLimit, device_name, speed_ratio
 from benchmarks.peer import missing_peer, peer_contender
 from benchmarks.sizes import Sizes, choose_sizes, default_name, peak_tflops
 from openm6.base.device import own_device
@@ -20,13 +19,16 @@ from openm6.base.errors import ConfigError
 PEERS = ("transformers", "none")
 
 
-def bench_train(config: str | None, peer: str, seconds: float | None, json: Path | None) -> dict[str, Any]:
-    """Measures both in turn and prints the comparison as JSON.
+def bench_train(
+    config: SizesName = None,
+    peer: Peer = "transformers",
+    seconds: TimeLimit = None,
+    json_path: Json = None,
+) -> dict[str, Any]:
+    """Tokens a second of a whole training step, and where its time goes, beside transformers' Qwen3-MoE.
 
-    config: "a", "fine" or "cpu"; None: the one that fits the device. seconds: after these it prints what it has.
-
-    Raises:
-        ConfigError: no such config or peer.
+    \b
+    Example: python -m benchmarks train --config a --json train.json
     """
     if peer not in PEERS:
         raise ConfigError(f"no peer {peer!r}: choose {' or '.join(PEERS)}")
@@ -36,7 +38,7 @@ def bench_train(config: str | None, peer: str, seconds: float | None, json: Path
     contenders: dict[str, Contender] = {}
     parts: dict[str, dict[str, float]] = {}
     turns, steps = (4, 8) if on_gpu else (3, 4)
-    with Report(json, seconds or (360.0 if on_gpu else 120.0)) as report:
+    with Report(json_path, seconds or (360.0 if on_gpu else 120.0)) as report:
         for who in ("ours", "peer"):
             report.later(who, partial(_figures, who, contenders, parts, sizes, device))
         report.later("ratio", lambda: speed_ratio(report.found["ours"], report.found["peer"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.giant import GiantSize, bench_giant
+from benchmarks.giant import GiantSize, measure
 from openm6.base.errors import ConfigError
 
 SMALL = GiantSize(
@@ -21,7 +21,7 @@ KEYS = {
 
 def test_it_prints_the_documented_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "giant.json"
-    bench_giant(SMALL, steps=2, peer="deepspeed", curve=True, json_path=path)
+    measure(SMALL, 2, "deepspeed", True, 420.0, path)
     printed, written = json.loads(capsys.readouterr().out), json.loads(path.read_text())
     assert printed == written and set(written) >= KEYS
     assert written["peer"] is None and "deepspeed" in written["peer_note"]
@@ -39,6 +39,6 @@ def test_it_prints_the_documented_figures(tmp_path: Path, capsys: pytest.Capture
 
 def test_what_it_does_not_know_is_refused() -> None:
     with pytest.raises(ConfigError, match="--peer megatron is unknown"):
-        bench_giant(SMALL, peer="megatron")
+        measure(SMALL, 4, "megatron", False, 420.0, None)
     with pytest.raises(ConfigError, match="--resident most must be"):
         GiantSize(resident="most").recipe()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.exchange import bench_exchange
-from benchmarks.scaling import bench_scaling, links_of, model_step, parse_counts
+from benchmarks.ranks import parse_counts
+from benchmarks.scaling import bench_scaling, links_of, model_step
 from openm6.base.errors import ConfigError
 from openm6.models.presets import preset
 
@@ -36,4 +37,4 @@ def test_processes_are_numbers() -> None:
     with pytest.raises(ConfigError, match="must be numbers of processes"):
         parse_counts("1,two")
     with pytest.raises(ConfigError, match="cannot be shared by 3 processes"):
-        bench_scaling(processes=(3,))
+        bench_scaling(processes="3")
