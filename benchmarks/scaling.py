@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import torch
@@ -16,111 +16,17 @@ from benchmarks.harness import Deadline, Json, Report, Seconds, Steps, device_na
 from benchmarks.ranks import Of, on_ranks, parse_counts
 from openm6.base.errors import ConfigError
 from openm6.models.backbone import Backbone
-from openm6.models.config import BackboneConfig, count_parameters
-from openm6.models.presets import preset
+from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig
 from openm6.ops.sequence import causal_meta
 from openm6.parallel.config import MeshShape
 from openm6.parallel.processes import ProcessRanks
-from openm6.plan.hardware import ALL_TO_ALL, ClusterOptions, gpu, gpu_cluster
+from openm6.plan.hardware import ClusterOptions, gpu, gpu_cluster
+from openm6.plan.plan import make_plan
+from openm6.plan.question import Question, read_model
 
-SIZES = (1, 8, 16, 64, 128, 512)
-
-
-@dataclass(frozen=True)
-class Links:
-    """Rates of one GPU as they are reached: operations a second by kind of layer, and bytes sent a second within a
-    machine and between machines; and where they come from."""
-
-    dense: float
-    experts: float
-    inside: float
-    between: float
-    gpus_a_machine: int
-    sources: tuple[str, ...] = ()
-
-
-def links_of(kind: str) -> Links:
-    """Of a GPU in the planner's table: its best product as measured, its links as declared, and the shares of both
-    that the planner takes to be reached.
-
-    Raises:
-        ConfigError: no such GPU.
-    """
-    entry = gpu(kind)
-    cluster = gpu_cluster(entry, ClusterOptions(devices=max(SIZES)))
-    product = entry.measured or entry.rate
-    known = "measured" if entry.measured else "specified"
-    sources = (
-        f"{entry.name}: best product {product / 1e12:.0f} TFLOP/s ({known}), links {entry.peer_link / 1e9:.0f} GB/s "
-        f"within a machine and {entry.network / 1e9:.0f} GB/s between them (declared); {entry.source}",
-        f"reached in dense layers {cluster.dense_rate / 1e12:.0f} and in expert layers "
-        f"{cluster.expert_rate / 1e12:.0f} TFLOP/s, and {ALL_TO_ALL:.0%} of the links (assumed, as by openm6 plan)",
-    )
-    return Links(
-        cluster.dense_rate,
-        cluster.expert_rate,
-        cluster.peer_link,
-        cluster.network,
-        cluster.per_node,
-        sources,
-    )
-
-
-def model_step(config: BackboneConfig, ranks: int, links: Links, tokens: int = 4096) -> dict[str, Any]:
-    """Seconds of a step in which every rank has `tokens` tokens, by part, and which of them binds.
-
-    Experts are dealt out to all ranks, what is dense is cut over them. Rows and answers travel forwards and backwards
-    in two bytes a number; overlapped with computing the longer of the two counts, else their sum.
-    """
-    count = count_parameters(config)
-    dense = count.total - _expert_parameters(config)
-    compute = 6 * tokens * (dense / links.dense + (count.active - dense) / links.experts)
-    parts = {
-        "compute": compute,
-        "exchange": _exchange(config, ranks, links, tokens),
-        "dense weights": _dense_weights(dense, ranks, links),
-    }
-    step = max(compute, parts["exchange"] + parts["dense weights"])
-    return {
-        "gpus": ranks,
-        "parameters_per_gpu": count.total / ranks,
-        "seconds": parts,
-        "seconds_per_step_overlapped": step,
-        "seconds_per_step_in_turn": sum(parts.values()),
-        "tokens_per_second_overlapped": tokens * ranks / step,
-        "binds": max(parts, key=lambda name: parts[name]),
-    }
-
-
-def _exchange(config: BackboneConfig, ranks: int, links: Links, tokens: int) -> float:
-    """Seconds for rows there and answers home, forwards and backwards."""
-    experts = config.experts
-    if experts is None:
-        return 0.0
-    layers = sum(config.has_experts(layer) for layer in range(config.num_layers))
-    rows = tokens * experts.choices * (experts.capacity or 1.0)
-    sent = 4 * layers * rows * config.width * 2
-    machine = min(links.gpus_a_machine, ranks)
-    inside, away = (machine - 1) / ranks, (ranks - machine) / ranks
-    return sent * (inside / links.inside + away / links.between)
-
-
-def _dense_weights(dense: int, ranks: int, links: Links) -> float:
-    """Seconds to gather them forwards and backwards in two bytes, and to sum their gradients in four."""
-    slowest = links.inside if ranks <= links.gpus_a_machine else links.between
-    return dense * (2 + 2 + 4) * (1 - 1 / ranks) / slowest
-
-
-def _expert_parameters(config: BackboneConfig) -> int:
-    experts = config.experts
-    if experts is None:
-        return 0
-    matrices = 3 if experts.ffn == "swiglu" else 2
-    layers = len({config.weight_sets[n] for n in range(config.num_layers) if config.has_experts(n)})
-    return layers * experts.num_experts * matrices * config.width * experts.hidden
-
-
+SIZES = (1, 8, 16, 64, 128, 512)  # GPUs
+MODELLED_TOKENS = 4096  # of a step on each GPU
 LENGTH, WARMUP = 256, 2
 SMALL = BackboneConfig(
     width=192, num_layers=4, num_heads=3, num_kv_heads=1, head_dim=64,
@@ -133,7 +39,7 @@ def bench_scaling(
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of a step, of all processes.")] = 8,
     steps: Steps = 8,
     of: Of = "m6-10t",
-    gpu: Annotated[
+    gpu_kind: Annotated[
         str, typer.Option("--gpu", metavar="KIND", help="Of the model's GPUs, as for plan.")
     ] = "h100-80gb",
     seconds: Seconds = 150.0,
@@ -151,20 +57,44 @@ def bench_scaling(
         raise ConfigError(
             f"{rows} rows and {num_experts} experts cannot be shared by {wrong[0]} processes: choose divisors of both"
         )
-    links, config = links_of(gpu), preset(of).backbone
     measured: list[dict[str, Any]] = []
     with Report(json_path, seconds) as report:
         report.update(
             {
                 "measured": measured,
                 "device": f"{device_name(torch.device('cpu'))}; one thread a process",
-                "modelled": [model_step(config, size, links) for size in SIZES],
+                "modelled": model_steps(of, gpu_kind),
                 "of": of,
-                "rates": asdict(links),
+                "assumed": gpu_cluster(gpu(gpu_kind), ClusterOptions()).assumed,
             }
         )
         for row in _measured(counts, rows, steps, report.deadline):
             measured.append(row)  # one by one: a cut leaves those before it
+
+
+def model_steps(of: str, kind: str) -> list[dict[str, Any]]:
+    """A step of a preset at two bytes a parameter on 1 to 512 GPUs, by the planner's rates; host memory is ignored.
+
+    Raises:
+        ConfigError: no such preset or GPU.
+    """
+    question = Question(read_model(of), batch=MODELLED_TOKENS, bytes_per_parameter=2)
+    rows = []
+    for count in SIZES:
+        cluster = gpu_cluster(gpu(kind), ClusterOptions(devices=count))
+        stage = make_plan(question, cluster).real
+        rows.append(
+            {
+                "gpus": count,
+                "parameters_per_gpu": stage.parameters / count,
+                "seconds": asdict(stage.time),
+                "seconds_per_step": stage.time.seconds,
+                "tokens_per_second": stage.tokens / stage.time.seconds,
+                "binds": stage.time.binds,
+                "fits": stage.fits,
+            }
+        )
+    return rows
 
 
 def _measured(

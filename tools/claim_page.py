@@ -11,10 +11,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from openm6.plan.ask import read_machine, read_question
-from openm6.plan.cluster import ClusterOptions
-from openm6.plan.smallest import smallest_count
-
 from openm6.base.energy import gpt3
 from openm6.base.energy.config import EnergyConfig
 from openm6.base.energy.grid import grid

@@ -35,7 +35,7 @@ class Clock(Callback):
 
     def __init__(self) -> None:
         self.last_step = 0.0
-        self.held_out_seconds: float | None = None
+        self.held_out_seconds = 0.0
 
     def start(self, run: Running) -> None:
         self._run = run
@@ -87,6 +87,11 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
     job = TrialJob(checked, run, device)
     loop = whole.loop
     total, active = job.omni.count_parameters()
+    start_seconds = time.perf_counter() - began
+    job.warm_caches(STEPS + checked.loop.prefetch + 1)
+    clock = Clock()
+    train(job, checked.loop, run, callbacks=[clock])
+    evaluated = (run.path / "report.json").is_file()
     trial = TrialRun(
         name=path.stem,
         machine=_machine(device),
@@ -95,22 +100,15 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
         steps=None if loop.steps == "auto" else int(loop.steps),
         minutes=loop.minutes,
         save_every=loop.save_every,
+        start_seconds=start_seconds,
         held_out_every=loop.held_out.every if loop.held_out is not None else None,
-        start_seconds=time.perf_counter() - began,
+        held_out_seconds=clock.held_out_seconds,
+        save_seconds=job.finish_began - clock.last_step,
+        evaluation_seconds=time.perf_counter() - job.finish_began if evaluated else 0.0,
+        evaluated_fraction=checked.judge.answers / whole.judge.answers,
+        memory_peak=_memory_peak(device),
     )
-    _write(trial, run)
-    job.warm_caches(STEPS + checked.loop.prefetch + 1)
-    clock = Clock()
-    train(job, checked.loop, run, callbacks=[clock])
-    evaluated = (run.path / "report.json").is_file()
-    found = {
-        "held_out_seconds": clock.held_out_seconds,
-        "save_seconds": job.finish_began - clock.last_step,
-        "evaluation_seconds": time.perf_counter() - job.finish_began if evaluated else None,
-        "evaluated_fraction": checked.judge.answers / whole.judge.answers,
-        "memory_peak": _memory_peak(device),
-    }
-    _write(trial.model_copy(update=found), run)
+    replace_text(trial_file(run), trial.model_dump_json())
 
 
 def _trial_settings(recipe: MultimodalRecipe) -> list[str]:
@@ -121,10 +119,6 @@ def _trial_settings(recipe: MultimodalRecipe) -> list[str]:
     if recipe.loop.held_out is not None:
         words.append(f"loop.held_out.every={WARMUP_STEPS}")
     return words
-
-
-def _write(trial: TrialRun, run: RunFolder) -> None:
-    replace_text(trial_file(run), trial.model_dump_json())
 
 
 def _machine(device: torch.device) -> str:

@@ -25,7 +25,6 @@ from openm6.base.run_folder import RunFolder
 
 STEPS = 40  # that a trial run takes
 WARMUP_STEPS = 8  # of them, slower through caches, compilation and memory that is claimed for the first time
-MIN_STEPS = 3  # measured ones, without which nothing is extrapolated
 TIMEOUT = 600.0  # seconds that a trial run may take
 TIME_FOR_STEPS = 0.96  # of loop.minutes, as training itself divides them
 SECONDS_A_DAY = 86_400.0
@@ -33,10 +32,10 @@ STDIN = 0
 
 
 class TrialRun(Config):
-    """What a trial run reports beside its metrics; seconds are None if it did not come so far.
+    """What a trial run reports beside its metrics.
 
-    steps, minutes: of the whole run; save_every: its steps from checkpoint to checkpoint; evaluated_fraction: part of
-    the evaluation's records that the trial evaluated.
+    steps, minutes: of the whole run; save_every: its steps from checkpoint to checkpoint; held_out_seconds,
+    evaluation_seconds: 0 if the recipe does without; evaluated_fraction: part of the records that the trial evaluated.
     """
 
     name: str
@@ -47,12 +46,12 @@ class TrialRun(Config):
     minutes: float | None
     save_every: int
     start_seconds: float
-    held_out_every: int | None = None
-    held_out_seconds: float | None = None
-    save_seconds: float | None = None
-    evaluation_seconds: float | None = None
-    evaluated_fraction: float = 1.0
-    memory_peak: int | None = None
+    held_out_every: int | None
+    held_out_seconds: float
+    save_seconds: float
+    evaluation_seconds: float
+    evaluated_fraction: float
+    memory_peak: int | None
 
 
 @dataclass(frozen=True)
@@ -83,37 +82,23 @@ def plan_measured(
     config = build(EnergyConfig, energy, "the options of energy")
     grid(config.country)  # refuses an unknown country before minutes are spent
     with tempfile.TemporaryDirectory(prefix="openm6-plan-") as folder:
-        failure = _run_trial([*command, folder])
         run = RunFolder(Path(folder))
-        try:
-            trial = TrialRun.model_validate_json(trial_file(run).read_text(encoding="utf-8"))
-            steps = measured_steps(run)
-        except (OSError, ValueError, TrainingError):
-            raise failure or TrainingError(
-                "the trial run wrote no results: train the recipe to see why"
-            ) from None
-        if failure is not None and not isinstance(failure, TrialTimeoutError):
-            raise failure
-    return extrapolate(trial, steps, tokens, days, config)
+        _run_trial([*command, folder])
+        trial = TrialRun.model_validate_json(trial_file(run).read_text(encoding="utf-8"))
+        return extrapolate(trial, measured_steps(run), tokens, days, config)
 
 
-class TrialTimeoutError(TrainingError):
-    """A trial run was stopped because it took too long; what it measured until then may do."""
-
-
-def _run_trial(command: list[str]) -> TrainingError | None:
-    """Run a trial in a child process; return how it failed, if it did."""
+def _run_trial(command: list[str]) -> None:
     try:
         done = run_child(command, TIMEOUT)
     except subprocess.TimeoutExpired:
-        return TrialTimeoutError(
-            f"{WARMUP_STEPS + MIN_STEPS + 1} steps took more than {TIMEOUT:g} s on this machine: "
-            "plan for a GPU with --gpu, or take a smaller model"
-        )
-    if done.returncode == 0:
-        return None
-    last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-    return TrainingError(f"the trial run failed: {last.removeprefix('error: ')}")
+        raise TrainingError(
+            f"{STEPS} steps took more than {TIMEOUT:g} s on this machine: plan for a GPU with --gpu, or take a smaller "
+            "model"
+        ) from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise TrainingError(f"the trial run failed: {last.removeprefix('error: ')}")
 
 
 def trial_file(run: RunFolder) -> Path:
@@ -122,15 +107,9 @@ def trial_file(run: RunFolder) -> Path:
 
 
 def measured_steps(run: RunFolder) -> MeasuredSteps:
-    """Means of a run that wrote a line after every step.
-
-    Raises:
-        TrainingError: too few steps.
-    """
+    """Means of a run that wrote a line after every step."""
     lines = [json.loads(text) for text in run.metrics.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if "seconds" in line][WARMUP_STEPS:]
-    if len(lines) <= MIN_STEPS:
-        raise TrainingError(f"a trial run needs more than {WARMUP_STEPS + MIN_STEPS} steps")
 
     def mean(name: str) -> float:
         return statistics.mean(after[name] - before[name] for before, after in pairwise(lines))
@@ -154,9 +133,9 @@ def extrapolate(
     seconds = {
         "start": trial.start_seconds,
         "steps": count * steps.seconds,
-        "held_out": evaluations * (trial.held_out_seconds or 0.0),
-        "checkpoints": saves * (trial.save_seconds or 0.0),
-        "evaluation": (trial.evaluation_seconds or 0.0) / trial.evaluated_fraction,
+        "held_out": evaluations * trial.held_out_seconds,
+        "checkpoints": saves * trial.save_seconds,
+        "evaluation": trial.evaluation_seconds / trial.evaluated_fraction,
     }
     total = sum(seconds.values())
     joules = (
@@ -188,9 +167,6 @@ def extrapolate(
             "of_gpt3": mwh / gpt3.MWH,
             "source": steps.energy_source,
         },
-        "not_measured": [
-            name for name in ("save_seconds", "evaluation_seconds") if getattr(trial, name) is None
-        ],
     }
 
 

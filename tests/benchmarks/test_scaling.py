@@ -1,18 +1,16 @@
-"""The benchmarks of many processes: equal numbers, and a model of many GPUs that follows its own law."""
+"""The benchmarks of many processes: equal numbers, and the planner's model of many GPUs."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.exchange import bench_exchange
 from benchmarks.ranks import parse_counts
-from benchmarks.scaling import bench_scaling, links_of, model_step
+from benchmarks.scaling import SIZES, bench_scaling, model_steps
 from openm6.base.errors import ConfigError
-from openm6.models.presets import preset
 
 
 def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
@@ -20,16 +18,11 @@ def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "exchange.json").read_text())["equal"] is True
 
 
-def test_a_faster_network_never_slows_a_step() -> None:
-    config = preset("m6-10t").backbone
-    links = links_of("h100-80gb")
-    assert "794 TFLOP/s (measured)" in links.sources[0] and links.gpus_a_machine == 8
-    slow, fast = (model_step(config, 512, replace(links, between=speed)) for speed in (40e9, 400e9))
-    assert fast["seconds"]["exchange"] < slow["seconds"]["exchange"]
-    assert fast["seconds"]["compute"] == slow["seconds"]["compute"]
-    assert fast["seconds_per_step_overlapped"] <= slow["seconds_per_step_overlapped"]
-    alone = model_step(config, 1, links)
-    assert alone["seconds"]["exchange"] == 0.0 and alone["binds"] == "compute"
+def test_the_model_of_many_gpus_is_the_planner_s() -> None:
+    rows = model_steps("m6-10t", "h100-80gb")
+    assert [row["gpus"] for row in rows] == list(SIZES)
+    assert rows[0]["seconds"]["network"] == 0.0 and rows[-1]["binds"] == "compute"
+    assert rows[-1]["fits"] and not rows[0]["fits"]
 
 
 def test_processes_are_numbers() -> None:
