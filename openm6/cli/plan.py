@@ -89,7 +89,7 @@ def plan(
         _refuse_gpu_options(
             [gpus != 1, host_memory, link, network, batch, bytes_per_parameter, pseudo_share, sweep]
         )
-        door("show measured")(_recipe(model), overrides or [], tokens, days, energy, json_path)
+        door("show measured")(model, overrides or [], tokens, days, energy, json_path)
         return
     lengths = (batch, tokens, days, bytes_per_parameter, pseudo_share, recompute_every)
     question = door("plan question")(model, overrides or [], *lengths, energy)
@@ -99,12 +99,6 @@ def plan(
         door("show sweep")(question, asked, sweep, plot, json_path)
     else:
         door("show plan")(question, asked, json_path)
-
-
-def _recipe(model: str | None) -> str:
-    if model is None:
-        raise ConfigError("name a preset or a recipe to plan, as openm6 plan small --gpu h100-80gb")
-    return model
 
 
 def _refuse_gpu_options(given: list[Any]) -> None:

@@ -74,7 +74,7 @@ def show_sweep(
 
 
 def show_measured(
-    recipe: str,
+    recipe: str | None,
     overrides: list[str],
     tokens: float | None,
     days: float | None,
@@ -82,6 +82,8 @@ def show_measured(
     json_path: Path | None,
 ) -> None:
     """Measure a few steps of a recipe on this machine, and print what the whole run takes."""
+    if recipe is None:
+        raise ConfigError("name a preset or a recipe to plan, as openm6 plan small --gpu h100-80gb")
     read_model(recipe, overrides)  # refuses what is no recipe, or no setting, before a process starts
     if recipe in PRESETS:
         raise ConfigError(f"{recipe} is a preset: name a recipe to measure it here, or a GPU with --gpu")
