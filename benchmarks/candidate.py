@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Deadline, Timing, alternate
-from openm6.ops.grouped import grouped_product
-from openm6.ops.product import filled_up, product
+from openm6.ops.matmul import grouped_mm, matmul, pad_rows
 
 Part = Callable[[], object]
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -101,7 +100,7 @@ def backward_of(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: list
     return call
 
 
-def products_of(up: Tensor, down: Tensor, num_rows: int, multiply: Product = grouped_product) -> Part:
+def products_of(up: Tensor, down: Tensor, num_rows: int, multiply: Product = grouped_mm) -> Part:
     """The two grouped products of a sparse layer and their gradients, every expert with as many rows.
 
     up is E D P and down E F D, in any strides; multiply: what makes a product of rows, weights and counts.
@@ -125,19 +124,19 @@ def own_products_of(up: Tensor, down: Tensor, num_rows: int) -> Part:
     """The same as our sparse layer makes them: on a processor expert after expert, with rows that fill pieces."""
     if not up.is_cpu:
         return products_of(up, down, num_rows)
-    rows = filled_up(-(-num_rows // len(up)), torch.float32)
+    rows = pad_rows(-(-num_rows // len(up)), torch.float32)
     x, d_answer = torch.randn(rows, up.shape[1]), torch.randn(rows, down.shape[2])
     hidden, d_both = torch.randn(rows, down.shape[1]), torch.randn(rows, up.shape[2])
 
     @torch.no_grad()
     def call() -> None:
         for first, second in zip(up, down, strict=True):
-            product(x, first.t())
-            product(hidden, second.t())
-            product(d_answer, second)
-            product(hidden.t(), d_answer.t())
-            product(d_both, first)
-            product(x.t(), d_both.t())
+            matmul(x, first.t())
+            matmul(hidden, second.t())
+            matmul(d_answer, second)
+            matmul(hidden.t(), d_answer.t())
+            matmul(d_both, first)
+            matmul(x.t(), d_both.t())
 
     return call
 

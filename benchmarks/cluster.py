@@ -28,7 +28,7 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.models.presets import preset
 from openm6.nn.block import Block, Context, LayerParts
-from openm6.parallel.collectives import AllToAllExchange
+from openm6.parallel.collectives import AllToAllDispatcher
 from openm6.parallel.config import MeshShape
 from openm6.parallel.fsdp import Layout, expert_parameters, open_layout, shard
 from openm6.parallel.processes import apart
@@ -191,7 +191,7 @@ def _context(config: BackboneConfig, layout: Layout, rows: int, length: int) -> 
     angle = torch.empty(rows, length, 1, config.head_dim // 2)
     mask = torch.zeros(1, 1, length, length, dtype=DTYPE)
     valid = torch.ones(rows, length, dtype=torch.bool)
-    exchange = AllToAllExchange(layout.expert_group())
+    exchange = AllToAllDispatcher(layout.expert_group())
     return Context(rotary=(angle, angle), mask=mask, valid=valid, cache=None, exchange=exchange)
 
 

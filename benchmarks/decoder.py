@@ -17,10 +17,9 @@ from openm6.models.backbone import Backbone, choose_mask, side_loss
 from openm6.models.running import CompiledBlocks
 from openm6.nn.block import Block, LayerParts
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.exchange import LocalExchange
-from openm6.nn.experts import Experts, Router
-from openm6.ops.linear_loss import linear_nats
-from openm6.ops.rotary import rotary_table
+from openm6.nn.moe import Experts, LocalDispatcher, Router
+from openm6.ops.losses import linear_cross_entropy
+from openm6.ops.pointwise import rotary_table
 from openm6.ops.sequence import SequenceMeta, causal_meta
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.registry import build_optimizer, default_groups
@@ -46,7 +45,7 @@ class Decoder(nn.Module):
         """B S D, B S -> mean nats; the last token of a row has no next."""
         flat, label = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()  # B·(S-1) D
         share = torch.full((len(label),), 1.0 / len(label), device=ids.device)
-        return linear_nats(flat, self.head, label, share)[0]
+        return linear_cross_entropy(flat, self.head, label, share)[0]
 
 
 def our_contender(sizes: Sizes, device: torch.device) -> Contender:
@@ -99,7 +98,7 @@ def _parts(
 
     @ready
     def sparse(leaf: Tensor) -> Tensor:
-        return experts(own.feed_forward_norm(leaf), router, layout.valid, LocalExchange(), 0)[0]
+        return experts(own.feed_forward_norm(leaf), router, layout.valid, LocalDispatcher(), 0)[0]
 
     rows = ids.numel() * experts.config.choices
     return {
@@ -129,7 +128,7 @@ def our_layer(config: ExpertsConfig, x: Tensor) -> tuple[Part, Part]:
     valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
     def forward(leaf: Tensor) -> Tensor:
-        return experts(leaf, router, valid, LocalExchange(), 0)[0]
+        return experts(leaf, router, valid, LocalDispatcher(), 0)[0]
 
     layer = backward_of(as_trained(forward, x), x, [*experts.parameters(), router.weight])
     return layer, own_products_of(experts.up, experts.down, x.shape[0] * x.shape[1] * config.choices)

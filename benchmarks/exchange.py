@@ -16,9 +16,8 @@ from torch import Tensor
 from benchmarks.harness import Json, Report
 from benchmarks.ranks import on_ranks
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.exchange import ExpertExchange, LocalExchange
-from openm6.nn.experts import Experts, Router
-from openm6.parallel.collectives import AllToAllExchange
+from openm6.nn.moe import Experts, LocalDispatcher, Router, TokenDispatcher
+from openm6.parallel.collectives import AllToAllDispatcher
 from openm6.parallel.fsdp import keep_experts
 
 Array = np.ndarray[Any, Any]
@@ -53,7 +52,7 @@ def bench_exchange(
         report["tokens_of_ranks"] = [_tokens(rank).shape[1] for rank in range(ranks)]
         found = on_ranks(ranks, work_of_rank, parts)
         experts, router = _layer(ranks)
-        alone = [_learn(experts, router, LocalExchange(), rank) for rank in range(ranks)]
+        alone = [_learn(experts, router, LocalDispatcher(), rank) for rank in range(ranks)]
         differences = _differences(found, alone)
         report["largest_relative_difference"] = differences
         report["equal"] = all(value <= TOLERANCE for value in differences.values())
@@ -79,7 +78,7 @@ def work_of_rank(parts: int) -> Found:
     rank, size = dist.get_rank(), dist.get_world_size()
     experts, router = _layer(size)
     keep_experts([experts], rank, size)
-    return _learn(experts, router, AllToAllExchange(whole_group(), parts), rank)
+    return _learn(experts, router, AllToAllDispatcher(whole_group(), parts), rank)
 
 
 def whole_group() -> dist.ProcessGroup:
@@ -107,7 +106,7 @@ def _tokens(rank: int) -> Tensor:
     return torch.randn(1, 1 + (7 * rank) % TOKENS, WIDTH, generator=generator)
 
 
-def _learn(experts: Experts, router: Router, exchange: ExpertExchange[Any], rank: int) -> Found:
+def _learn(experts: Experts, router: Router, exchange: TokenDispatcher[Any], rank: int) -> Found:
     x = _tokens(rank).requires_grad_()
     y, _ = experts(x, router, torch.ones(x.shape[:2], dtype=torch.bool), exchange, 0)
     y.square().sum().backward()

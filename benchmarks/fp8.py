@@ -22,11 +22,10 @@ from benchmarks.sizes import Sizes, choose_sizes, default_name
 from openm6.base.device import own_device
 from openm6.data.parquet import embedded_path, read_parquet
 from openm6.nn.block import Block
-from openm6.nn.exchange import ExpertExchange
-from openm6.nn.experts import Experts, Router, RouterLoad
-from openm6.nn.feedforward import activate
-from openm6.ops.grouped import grouped_product_reference
-from openm6.ops.routing import combine_rows, plan_dropless, send_rows
+from openm6.nn.layers import activate
+from openm6.nn.moe import Experts, Router, RouterLoad, TokenDispatcher
+from openm6.ops.matmul import grouped_mm_reference
+from openm6.ops.moe import dropless_permutation, permute, unpermute
 from openm6.ops.sequence import causal_meta
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.registry import build_optimizer, default_groups
@@ -60,7 +59,7 @@ def rounded(x: Tensor, block: int | None = None) -> Tensor:
 
 
 def scaled_product(rows: Tensor, weight: Tensor, counts: Tensor, block: int | None = None) -> Tensor:
-    """As `grouped_product`, both operands in eight bits: R K, E K N, E -> R N."""
+    """As `grouped_mm`, both operands in eight bits: R K, E K N, E -> R N."""
     if block is None and on_hopper(rows.device):
         return _kernel(rows, weight, counts)
     return scaled_product_reference(rows, weight, counts, block)
@@ -71,7 +70,7 @@ def scaled_product_reference(
 ) -> Tensor:
     """The naive twin: both operands rounded to eight bits, then multiplied as they are."""
     small = rounded(weight.mT.contiguous(), block).mT
-    return grouped_product_reference(rounded(rows, block), small, counts)
+    return grouped_mm_reference(rounded(rows, block), small, counts)
 
 
 def _kernel(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -112,14 +111,14 @@ class EightBitExperts(Experts):
     """A sparse layer whose two products run in eight bits, in one process and without a capacity."""
 
     def forward(
-        self, x: Tensor, router: Router, valid: Tensor, exchange: ExpertExchange, layer: int
+        self, x: Tensor, router: Router, valid: Tensor, exchange: TokenDispatcher, layer: int
     ) -> tuple[Tensor, RouterLoad]:
         flat = x.flatten(0, 1)
         routing = router(flat, valid.flatten(), exchange)
-        plan = plan_dropless(routing.chosen, self.config.num_experts)
-        hidden = activate(eight_bit_product(send_rows(flat, plan), self.up, plan.counts), self.config.ffn)
+        plan = dropless_permutation(routing.chosen, self.config.num_experts)
+        hidden = activate(eight_bit_product(permute(flat, plan), self.up, plan.counts), self.config.ffn)
         rows = eight_bit_product(hidden, self.down, plan.counts)
-        return combine_rows(rows, routing.gate, plan).view_as(x), self._report(routing, plan, valid, layer)
+        return unpermute(rows, routing.gate, plan).view_as(x), self._report(routing, plan, valid, layer)
 
 
 WORTH = {"gain": 0.15, "loss_difference": 0.01}  # what it takes to become an option of training
@@ -193,7 +192,7 @@ def product_errors(sizes: Sizes) -> dict[str, dict[str, float]]:
 
 
 def _error(rows: Tensor, weight: Tensor, counts: Tensor, block: int | None) -> float:
-    exact = grouped_product_reference(rows.double(), weight.double(), counts)
+    exact = grouped_mm_reference(rows.double(), weight.double(), counts)
     found = scaled_product_reference(rows, weight, counts, block)
     return round(float((found - exact).norm() / exact.norm()), 5)
 

@@ -28,7 +28,7 @@ from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import preset
-from openm6.nn.exchange import LocalExchange, LocalParcel
+from openm6.nn.moe import LocalChunk, LocalDispatcher
 from openm6.train.multimodal import MultimodalJob
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
@@ -37,22 +37,22 @@ GIB = 2**30
 OFFLOADED = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-class PlayedExchange(LocalExchange):
+class PlayedDispatcher(LocalDispatcher):
     """As many rows for each expert that lives here as all ranks together would send, copies of this rank's own."""
 
     def __init__(self, copies: int) -> None:
         self.copies = copies
 
-    def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[LocalParcel]:
+    def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[LocalChunk]:
         groups = rows.view(len(counts), -1, rows.shape[-1])  # E' T D: each token goes to every expert here
         arrived = groups.repeat(1, self.copies, 1).flatten(0, 1)
-        return [LocalParcel(arrived, counts * self.copies)]
+        return [LocalChunk(arrived, counts * self.copies)]
 
-    def reply(self, parcel: LocalParcel, answers: Tensor) -> None:
+    def reply(self, parcel: LocalChunk, answers: Tensor) -> None:
         groups = answers.view(len(parcel.counts), self.copies, -1, answers.shape[-1])
         parcel.held = groups.mean(1).flatten(0, 1)
 
-    def collect(self, parcels: Sequence[LocalParcel]) -> Tensor:
+    def collect(self, parcels: Sequence[LocalChunk]) -> Tensor:
         return parcels[0].held
 
 
@@ -172,7 +172,7 @@ def measure_share(
     with tempfile.TemporaryDirectory() as folder:
         recipe = size.recipe(layers - round(layers * offloaded))
         job = MultimodalJob(recipe, RunFolder.open(folder), device)
-        job.omni.backbone.exchange = PlayedExchange(size.copies)
+        job.omni.backbone.exchange = PlayedDispatcher(size.copies)
         train_step = OffloadedTrainStep(job, recipe.loop)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

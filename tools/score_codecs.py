@@ -26,7 +26,7 @@ from openm6.data.parquet import EmbeddedConfig, ParquetConfig
 from openm6.data.records import Record
 from openm6.data.source import Split
 from openm6.data.sources import AnySourceConfig, open_sources
-from openm6.ops.spectrum import log_mel, mel_filters, overlap_add, spectrum, unit_window
+from openm6.ops.audio import log_mel, mel_filters, overlap_add, spectrum, unit_window
 from openm6.train.audio_codec import audio_scores, read_clip
 from openm6.train.image_codec import image_scores, psnr, read_small, to_pixels
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from openm6.base.errors import DataError
 from openm6.codecs.base import Codec, Quantized, QuantizerConfig, ResidualQuantizer
-from openm6.ops.product import product
-from openm6.ops.spectrum import log_mel, mel_filters, overlap_add, spectrum, unit_window
+from openm6.ops.audio import log_mel, mel_filters, overlap_add, spectrum, unit_window
+from openm6.ops.matmul import matmul
 
 LOUDEST = 3.0  # log of the largest magnitude of a frame: twice that of a full-scale sine in a unit window
 QUIET = -4.0  # where the log-magnitudes begin, or a fresh network would start as loud noise
@@ -53,7 +53,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return super().forward(x)
-        return product(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
+        return matmul(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
 
 
 class ConvNext(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from openm6.base.errors import DataError
 from openm6.codecs.base import Codec, GroupedQuantizer, Quantized, QuantizerConfig
-from openm6.ops.product import pays, product
+from openm6.ops.matmul import matmul, use_onednn
 
 STEM = 4  # pixels folded into channels before the first convolution: what makes the codec quick on a CPU
 
@@ -46,13 +46,17 @@ class Convolution(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or len(x) > 1 or not pays(x.flatten(2)[0].t(), self.weight.flatten(1)):
+        if (
+            torch.is_grad_enabled()
+            or len(x) > 1
+            or not use_onednn(x.flatten(2)[0].t(), self.weight.flatten(1))
+        ):
             return super().forward(x)
         size, margin = self.kernel_size[0], self.kernel_size[0] // 2
         padded = F.pad(x[0].permute(1, 2, 0), (0, 0, margin, margin, margin, margin))  # h w C
         around = padded.unfold(0, size, 1).unfold(1, size, 1).permute(0, 1, 3, 4, 2)  # h w k k C
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # C' k k C -> C' k·k·C
-        places = product(around.reshape(x[0, 0].numel(), -1), weight, self.bias)  # h·w C'
+        places = matmul(around.reshape(x[0, 0].numel(), -1), weight, self.bias)  # h·w C'
         return places.t().reshape(1, -1, *x.shape[2:])
 
 

@@ -17,7 +17,7 @@ from openm6.base.errors import DataError
 from openm6.modalities.audio import RATE, read_sound
 from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
-from openm6.ops.spectrum import mel_filters
+from openm6.ops.audio import mel_filters
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom as fractions of the sides."""

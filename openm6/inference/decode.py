@@ -26,12 +26,11 @@ from openm6.models.omni import Omni
 from openm6.nn.block import Block, LayerParts
 from openm6.nn.cache import SlotCache
 from openm6.nn.config import Activation, ExpertsConfig
-from openm6.nn.experts import Experts, Router
-from openm6.nn.feedforward import FeedForward, activate
-from openm6.ops.grouped import grouped_product
-from openm6.ops.normalise import rms_norm
-from openm6.ops.rotary import rotary_table, rotate
-from openm6.ops.routing import choose_prototypes, choose_top_k, combine_rows, plan_dropless, send_rows
+from openm6.nn.layers import FeedForward, activate
+from openm6.nn.moe import Experts, Router
+from openm6.ops.matmul import grouped_mm
+from openm6.ops.moe import choose_prototypes, choose_top_k, dropless_permutation, permute, unpermute
+from openm6.ops.pointwise import rms_norm, rotary_table, rotate
 
 # Up to so many rows a GPU reads every expert's weights anyway, and multiplies all rows by all of them in less time.
 ALL_EXPERTS_ROWS = 170
@@ -220,9 +219,9 @@ class _Sparse:
         return self.down.each(hidden).sum(0)  # E B D -> B D
 
     def _sorted(self, x: Tensor, gate: Tensor, chosen: Tensor) -> Tensor:
-        plan = plan_dropless(chosen, self.config.num_experts)
-        hidden = activate(self.up.grouped(send_rows(x, plan), plan.counts), self.config.ffn)
-        return combine_rows(self.down.grouped(hidden, plan.counts), gate, plan)
+        plan = dropless_permutation(chosen, self.config.num_experts)
+        hidden = activate(self.up.grouped(permute(x, plan), plan.counts), self.config.ffn)
+        return unpermute(self.down.grouped(hidden, plan.counts), gate, plan)
 
 
 def meets_all_experts(rows: int, on_gpu: bool, captured: bool, experts: int, choices: int) -> bool:
@@ -274,7 +273,7 @@ class PlainStack:
 
     def grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Consecutive groups of rows, each times the matrix of its own expert.  # R I, E -> R O"""
-        return grouped_product(rows, self.weight, counts)
+        return grouped_mm(rows, self.weight, counts)
 
 
 class QuantizedStack:

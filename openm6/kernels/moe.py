@@ -41,7 +41,7 @@ def place_kernel(chosen, first, slot, choices, num_rows, num_experts, BLOCK: tl.
     tl.store(choices + row, choice.to(tl.int64), mask=inside)
 
 
-def plan_rows(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """N K -> choice R (flat number of the choice in each row), slot N K, ends E (int32); stable, nothing waits."""
     flat, device = chosen.reshape(-1), chosen.device
     num_rows = flat.shape[0]

@@ -27,7 +27,7 @@ from openm6.modalities.codes import (
 )
 from openm6.modalities.image import PatchAdapter
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Segment, track
-from openm6.ops.resample import resample
+from openm6.ops.audio import resample
 
 RATE = 16_000
 FRAMES = 8  # of 10 ms in one source token

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openm6.modalities.interface import Segment
 from openm6.modalities.truncation import fit
-from openm6.ops.product import ROWS
+from openm6.ops.matmul import ROWS
 from openm6.ops.sequence import PADDING, SequenceMeta
 
 SHORTEST = 16  # tokens of a text that are left if it is cut to fit a row; less would hardly be an example

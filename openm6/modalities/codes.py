@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.modalities.interface import Adapter
-from openm6.ops.cross_entropy import grouped_cross_entropy
+from openm6.ops.losses import grouped_cross_entropy
 from openm6.ops.quantize import cell_values, unpack
 
 OCTAVES = (-2, -1, 0, 1, 2, 3)  # waves of 4 sides (or seconds) down to an eighth of one

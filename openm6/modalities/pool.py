@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from openm6.base.config import Config
 from openm6.base.seeds import text_hash
 from openm6.modalities.interface import Adapter, Segment, line
-from openm6.nn.gather import Gather, LocalGather
-from openm6.ops.contrast import contrast_nats
+from openm6.ops.losses import info_nce
+
+# N … of this rank -> M … of all ranks in their order, and where this rank's rows begin; differentiable. Every rank must
+# call it equally often, with or without rows.
+Gather = Callable[[Tensor], tuple[Tensor, int]]
 
 POOL = "pool"  # the kind of token
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # arXiv 2103.00020, section 2.5
@@ -58,7 +62,7 @@ class PoolAdapter(Adapter):
         self.query = nn.Parameter(torch.empty(width).normal_(std=0.02))
         self.project = nn.Linear(width, config.size, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
-        self.gather: Gather = LocalGather()
+        self.gather: Gather | None = None
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
         return self.query.expand(len(arrays["key"]), -1)  # n -> n D
@@ -75,16 +79,18 @@ class PoolAdapter(Adapter):
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         """Nats of each side's partner among all partners of the batch.  # n D -> n"""
         sides = self.vectors(hidden).unflatten(0, (-1, 2))  # n E -> P 2 E
-        everybody, start = self.gather.rows(sides)  # M 2 E
+        everybody, start = self._all_rows(sides)  # M 2 E
         words = torch.stack([arrays["key"][::2], arrays["space"][::2]], dim=1)  # P 2
-        key, space = self.gather.rows(words)[0].unbind(1)  # M, M
+        key, space = self._all_rows(words)[0].unbind(1)  # M, M
         same = (words[:, :1] == key) | (words[:, 1:] != space)  # P M
         partner = torch.arange(start, start + len(sides), device=hidden.device)
         nats = [
-            contrast_nats(sides[:, side], everybody[:, 1 - side], same, partner, self.scale)
-            for side in (0, 1)
+            info_nce(sides[:, side], everybody[:, 1 - side], same, partner, self.scale) for side in (0, 1)
         ]
         return torch.stack(nats, dim=1).flatten()  # P 2 -> n
+
+    def _all_rows(self, x: Tensor) -> tuple[Tensor, int]:
+        return (x, 0) if self.gather is None else self.gather(x)
 
     def none(self) -> Tensor:
         """The loss of no pairs, 0: a rank without pairs must take part in gathering all the same."""

@@ -22,7 +22,7 @@ from openm6.modalities.interface import (
     line,
 )
 from openm6.modalities.truncation import cuttable_in, fit, select_tokens
-from openm6.ops.linear_loss import linear_nats
+from openm6.ops.losses import linear_cross_entropy
 
 # Our own marks lie above the tokenizer's ids, so no text that a user writes can spell one.
 NUM_MARKS = 3
@@ -202,7 +202,7 @@ class TextAdapter(Adapter):
         self, hidden: Tensor, arrays: dict[str, Tensor], weight: Tensor
     ) -> tuple[Tensor, Tensor]:
         # The logits of many words would be the largest tensor of a step: they are made and used up in chunks.
-        return linear_nats(hidden, self.embedding.weight, arrays["labels"], weight)
+        return linear_cross_entropy(hidden, self.embedding.weight, arrays["labels"], weight)
 
     def name_vectors(self, name_ids: Tensor) -> Tensor:
         """Mean embedding of the words of a name; -1 pads.  # N K -> N D"""

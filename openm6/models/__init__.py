@@ -1,1 +1,1 @@
-"""Floor 5: the backbone, its presets, and the import of published weights."""
+"""The backbone, its presets, and the import of published weights."""

@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from openm6.models.config import BackboneConfig
 from openm6.models.running import RunBlock, run_plainly
 from openm6.nn.attention import Mask
-from openm6.nn.block import Block, Context, LayerParts
+from openm6.nn.block import Block, BlockRunner, BlockSource, Context, LayerParts
 from openm6.nn.cache import SlotCache, TokenCache
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.exchange import ExpertExchange, LocalExchange
-from openm6.nn.experts import Router, RouterLoad
-from openm6.nn.norm import RMSNorm
-from openm6.nn.stack import BlockRunner, BlockSource
-from openm6.ops.attention import piece_mask
-from openm6.ops.rotary import rotary_table
+from openm6.nn.layers import RMSNorm
+from openm6.nn.moe import LocalDispatcher, Router, RouterLoad, TokenDispatcher
+from openm6.ops.attention import query_blocks
+from openm6.ops.pointwise import rotary_table
 from openm6.ops.sequence import BLOCK, CausalMask, SequenceMeta, additive_mask, block_mask, visible
 
 Refill = Callable[[Block, Block], None]  # fills a new block of the same form with an old one's weights
@@ -42,7 +40,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.runner: BlockRunner | None = None
-        self.source: BlockSource | None = None  # for inference where sets come and go
+        self.source: BlockSource | None = None  # replaced to offload weights in inference
         self.sets = nn.ModuleList(
             _block(config, config.weight_sets.index(number), empty_sets) for number in range(config.num_sets)
         )
@@ -51,14 +49,12 @@ class Backbone(nn.Module):
             for layer in range(config.num_layers)
         )
         self.final_norm = RMSNorm(config.width, config.norm_eps)
-        self.run_block: RunBlock = (
-            run_plainly  # another way where blocks are compiled, recomputed or streamed
-        )
-        self.exchange: ExpertExchange = LocalExchange()  # another one where experts are dealt out to ranks
+        self.run_block: RunBlock = run_plainly  # replaced to compile or recompute blocks
+        self.exchange: TokenDispatcher = LocalDispatcher()  # replaced for expert-parallel training
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """First values: truncated normal, smaller where a part adds to the stream; follows torch's seed."""
+        """First values: truncated normal, smaller if a part adds to the residual stream; follows torch's seed."""
         with torch.no_grad():
             for block in self.sets:
                 cast(Block, block).reset_parameters(self.config.deviation, self.config.output_deviation)
@@ -67,11 +63,7 @@ class Backbone(nn.Module):
             self.final_norm.reset_parameters()
 
     def forward(
-        self,
-        x: Tensor,
-        layout: SequenceMeta,
-        cache: TokenCache | None = None,
-        exchange: ExpertExchange | None = None,
+        self, x: Tensor, layout: SequenceMeta, cache: TokenCache | None = None
     ) -> tuple[Tensor, list[RouterLoad]]:
         """Embedded tokens B S D -> hidden states B S D after the final norm, and a report for each sparse layer.
 
@@ -91,7 +83,7 @@ class Backbone(nn.Module):
                 mask=choose_mask(layout, cache, x),
                 valid=layout.valid,
                 cache=cache,
-                exchange=exchange or self.exchange,
+                exchange=self.exchange,
             )
 
         if self.runner is not None:
@@ -140,13 +132,13 @@ class Backbone(nn.Module):
         }
 
     def block(self, layer: int) -> Block:
-        """The weight set of a layer, from the source where there is one."""
+        """The weight set of a layer, from the source if there is one."""
         if self.source is not None:
             return self.source.block(layer)
         return cast(Block, self.sets[self.config.weight_sets[layer]])
 
     def router(self, layer: int) -> Router | None:
-        """The router of a layer, None where it is dense."""
+        """The router of a layer, None if it is dense."""
         own = cast(LayerParts, self.layers[layer]).router
         return own if own is not None else cast(Block, self.sets[self.config.weight_sets[layer]]).router
 
@@ -171,10 +163,10 @@ def side_loss(loads: list[RouterLoad]) -> Tensor | float:
 
 
 def choose_mask(layout: SequenceMeta, cache: TokenCache | None, x: Tensor) -> Mask:
-    """The rule in the form that is fastest here: pieces or blocks for whole rows, else a mask of all pairs."""
+    """The rule in the form that is fastest here: query blocks or FlexAttention for whole rows, else a dense mask."""
     keys = layout if cache is None else cache.extend(layout)
     if keys is layout and x.is_cpu:
-        return piece_mask(layout, x.dtype)
+        return query_blocks(layout, x.dtype)
     if keys is layout and x.is_cuda and layout.causal:
         return CausalMask()
     if cache is None and x.is_cuda and layout.length % BLOCK == 0:

@@ -25,7 +25,7 @@ State = Mapping[str, Tensor]
 class ImportedModel:
     """The parts of a decoder for text.
 
-    backbone: state of a `Backbone(config)`; embedding and head: V D (one tensor where they are tied)
+    backbone: state of a `Backbone(config)`; embedding and head: V D (one tensor if they are tied)
     """
 
     config: BackboneConfig

@@ -17,7 +17,7 @@ from openm6.modalities.text import TextAdapter
 from openm6.models.backbone import Backbone, Refill
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.cache import TokenCache
-from openm6.nn.experts import RouterLoad
+from openm6.nn.moe import RouterLoad
 from openm6.ops.sequence import SequenceMeta
 
 
@@ -69,7 +69,7 @@ class Omni(nn.Module):
 
     @property
     def pool(self) -> PoolAdapter | None:
-        """The adapter that makes embeddings; None where the model has learned none."""
+        """The adapter that makes embeddings; None if the model has learned none."""
         adapter = dict(self.adapters.items()).get(POOL)
         assert adapter is None or isinstance(adapter, PoolAdapter)
         return adapter
@@ -99,7 +99,7 @@ class Omni(nn.Module):
         return fresh
 
     def embed(self, kinds: dict[str, TokenGroup], rows: int, length: int) -> Tensor:
-        """All tokens of a batch at their places; padding is zero.  # -> R S D"""
+        """All tokens of a batch at their positions; padding is zero.  # -> R S D"""
         vectors = [self._embed_kind(name, kind) for name, kind in kinds.items()]
         index = torch.cat([kind.index for kind in kinds.values()])
         dtype = (
@@ -126,7 +126,7 @@ class Omni(nn.Module):
     def judge(self, batch: Batch, as_trained: bool = False) -> tuple[dict[str, Judged], list[RouterLoad]]:
         """Losses of every learned token of a batch, by kind: the likelihood, or the training loss.
 
-        The latter is given while the model trains, and where it is asked for.
+        The latter is given while the model trains, and if it is asked for.
         """
         hidden, loads = self(batch.kinds, batch.layout)
         flat = hidden.flatten(0, 1)  # R S D -> N D

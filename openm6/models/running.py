@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from openm6.base.log import get_log
 from openm6.nn.block import Block, Context, LayerParts
-from openm6.nn.experts import Experts, RouterLoad
-from openm6.ops.precision import precision_now
+from openm6.nn.moe import Experts, RouterLoad
+from openm6.ops.matmul import capture_precision
 
 Answer = tuple[Tensor, RouterLoad | None]
 
@@ -39,7 +39,7 @@ class CompiledBlocks:
     """One compiled graph for all layers of a kind; what is not training (decoding, evaluation) runs plainly.
 
     The graph takes a layer's weights and the masks of a batch as inputs, so neither another layer nor another
-    packing compiles anew; `compilations` counts, that this may be held to. Experts are compiled in bf16 alone, and
+    packing compiles again; `compilations` counts, so that tests can check this. Experts are compiled in bf16 alone, and
     if the compiler fails, all blocks run plainly from then on: `broken`.
     """
 
@@ -96,7 +96,7 @@ class RecomputedBlocks:
     def __call__(self, block: Block, parts: LayerParts, x: Tensor, context: Context, layer: int) -> Answer:
         if layer >= self.num_layers or not torch.is_grad_enabled():
             return self.run(block, parts, x, context, layer)
-        again = precision_now(x.device.type)
+        again = capture_precision(x.device.type)
         answer: Answer = checkpoint(
             self.run, block, parts, x, context, layer,
             use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), again()),

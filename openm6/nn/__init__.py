@@ -1,1 +1,1 @@
-"""Floor 3: the layers of the transformer: attention, experts, norms, the key-value cache and their configs."""
+"""The layers of the transformer: attention, experts, norms, the key-value cache and their configs."""

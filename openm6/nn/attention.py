@@ -14,14 +14,13 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from openm6.nn.cache import TokenCache
 from openm6.nn.config import AttentionConfig
-from openm6.nn.initial import fill_normal
-from openm6.ops.attention import PieceMask, attend_pieces
-from openm6.ops.normalise import rms_norm
-from openm6.ops.product import linear
-from openm6.ops.rotary import rotate
+from openm6.nn.layers import fill_normal
+from openm6.ops.attention import QueryBlocks, attend_query_blocks
+from openm6.ops.matmul import linear
+from openm6.ops.pointwise import rms_norm, rotate
 from openm6.ops.sequence import CausalMask
 
-Mask = Tensor | PieceMask | BlockMask | CausalMask
+Mask = Tensor | QueryBlocks | BlockMask | CausalMask
 
 
 class HeadNorms(nn.Module):
@@ -79,8 +78,8 @@ class Attention(nn.Module):
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """Softmax attention under any of the masks: B S H d, B T G d twice -> B S H d."""
-    if isinstance(mask, PieceMask):
-        return attend_pieces(query, key, value, mask)
+    if isinstance(mask, QueryBlocks):
+        return attend_query_blocks(query, key, value, mask)
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # B H S d
     if isinstance(mask, BlockMask) and torch.compiler.is_compiling():
         answer = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)

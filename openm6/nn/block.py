@@ -4,17 +4,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from openm6.nn.attention import Attention, HeadNorms, Mask
 from openm6.nn.cache import TokenCache
 from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig
-from openm6.nn.exchange import ExpertExchange
-from openm6.nn.experts import Experts, Router, RouterLoad
-from openm6.nn.feedforward import FeedForward
-from openm6.nn.norm import RMSNorm
+from openm6.nn.layers import FeedForward, RMSNorm
+from openm6.nn.moe import Experts, Router, RouterLoad, TokenDispatcher
+from openm6.ops.sequence import SequenceMeta
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class Context:
     mask: Mask
     valid: Tensor
     cache: TokenCache | None
-    exchange: ExpertExchange
+    exchange: TokenDispatcher
 
 
 class LayerParts(nn.Module):
-    """What a layer keeps to itself even where it shares its weight set: the norms, and its router if unshared."""
+    """What a layer keeps to itself even if it shares its weight set: the norms, and its router if unshared."""
 
     def __init__(self, attention: AttentionConfig, router: Router | None) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, parts: LayerParts, context: Context, layer: int
     ) -> tuple[Tensor, RouterLoad | None]:
-        """B S D -> B S D, and the router's report where the layer has experts."""
+        """B S D -> B S D, and the router's report if the layer has experts."""
         attended = self.attention(
             parts.attention_norm(x), parts.head_norms, context.rotary, context.mask, context.cache, layer
         )
@@ -90,3 +91,27 @@ class Block(nn.Module):
         router = parts.router if parts.router is not None else self.router
         y, load = self.feed_forward(normal, router, context.valid, context.exchange, layer)
         return x + y, load
+
+
+MakeContext = Callable[[Tensor, SequenceMeta], Context]
+
+
+class BlockSource(Protocol):
+    """Return the block of each layer if not all of them are on the device at once."""
+
+    def block(self, layer: int) -> Block:
+        """The block, ready on the device until that of another layer is asked for."""
+        ...
+
+
+class BlockRunner(Protocol):
+    """Runs all layers on embedded tokens, in as many parts of the batch as it sees fit."""
+
+    def run(
+        self, x: Tensor, layout: SequenceMeta, layers: Sequence[LayerParts], make_context: MakeContext
+    ) -> tuple[Tensor, list[RouterLoad]]:
+        """B S D -> B S D before the final norm, and a report for each sparse layer.
+
+        `make_context` returns what the layers need to know about some of the rows.
+        """
+        ...

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from openm6.base.seeds import derive_seed
-from openm6.nn.block import Block, Context, LayerParts
-from openm6.nn.experts import RouterLoad
-from openm6.nn.stack import MakeContext
+from openm6.nn.block import Block, Context, LayerParts, MakeContext
+from openm6.nn.moe import RouterLoad
 from openm6.offload.config import StreamingConfig
 from openm6.offload.weight_store import Use, WeightStore
-from openm6.ops.precision import precision_now
+from openm6.ops.matmul import capture_precision
 from openm6.ops.sequence import SequenceMeta
 from openm6.optim.rules import Move, UpdateRule
 from openm6.parallel.ranks import WeightSets
@@ -315,7 +314,7 @@ class _Group(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             ctx.checkpoint = save_input(x, blocks.config.boundaries)
             ctx.given = (blocks, batch, group, layers, [id(edge) for edge in edges])
-            ctx.precision = precision_now(x.device.type)
+            ctx.precision = capture_precision(x.device.type)
         flat = [part for report in reports for part in _tensors_of(report)]
         ctx.mark_non_differentiable(*(part for number, part in enumerate(flat) if number % 5 != 4))
         ctx.set_materialize_grads(False)

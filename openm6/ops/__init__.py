@@ -1,1 +1,1 @@
-"""Floor 2: tensor functions; fast kernels and their naive twins."""
+"""Tensor functions: fast implementations with hand-written adjoints, and their references."""

@@ -16,7 +16,7 @@ def squash(z: Tensor) -> Tensor:
 
 
 def cells_of(y: Tensor, levels: Tensor) -> Tensor:
-    """Index of the equal-width cell of (-1, 1) in which each number lies.  # ... D -> ... D, int64"""
+    """Index of the equal-width cell of (-1, 1) of each number.  # ... D -> ... D, int64"""
     cells = torch.floor((y + 1.0) * 0.5 * levels).long()
     return torch.minimum(cells.clamp(min=0), levels - 1)
 

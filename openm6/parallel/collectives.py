@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from openm6.nn.exchange import LocalExchange
-from openm6.nn.gather import Gather, LocalGather
+from openm6.nn.moe import LocalDispatcher
 
 
 @dataclass
@@ -113,7 +112,7 @@ class TokenChunk:
         return _Reorder.apply(_WaitAllToAll.apply(self.flying, self.flight), self.order, self.inverse)
 
 
-class AllToAllExchange:
+class AllToAllDispatcher:
     """Rank p of the group holds the experts p·E' to (p+1)·E' - 1 of each layer.
 
     Every rank takes part in every exchange, with no rows if need be, so nobody waits for one who has nothing to send.
@@ -185,7 +184,7 @@ class AllToAllExchange:
         return sent, received
 
 
-class CopiesExchange(LocalExchange):
+class CopiesDispatcher(LocalDispatcher):
     """All experts live on every rank; only counts are summed."""
 
     def total(self, load: Tensor) -> Tensor:
@@ -211,10 +210,10 @@ def _expert_order(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return order, inverse
 
 
-def open_gather(group: dist.ProcessGroup | None = None) -> Gather:
-    """Gathers over the ranks of a group (by default all), or over this process alone where there are no others."""
+def open_gather(group: dist.ProcessGroup | None = None) -> RankGather | None:
+    """Gather over the ranks of a group (by default all); None if this process is alone."""
     alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
-    return LocalGather() if alone else RankGather(group)
+    return None if alone else RankGather(group)
 
 
 class RankGather:
@@ -223,8 +222,8 @@ class RankGather:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
 
-    def rows(self, x: Tensor) -> tuple[Tensor, int]:
-        """N … -> M …, and where our own begin.  See nn.gather.Gather."""
+    def __call__(self, x: Tensor) -> tuple[Tensor, int]:
+        """N … -> M …, and where our own begin: a `Gather` of modalities/pool.py."""
         ranks, own = dist.get_world_size(self.group), dist.get_rank(self.group)
         count = torch.tensor([len(x)], device=x.device)
         counts = torch.zeros(ranks, dtype=count.dtype, device=x.device)

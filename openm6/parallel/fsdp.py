@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from openm6.base.errors import ConfigError
 from openm6.nn.block import Block
-from openm6.nn.experts import Experts
+from openm6.nn.moe import Experts
 from openm6.parallel.config import MeshShape
 
 AXES = ("data", "shard", "experts")

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from openm6.nn.exchange import ExpertExchange
+from openm6.nn.moe import TokenDispatcher
 from openm6.optim.pieces import Piece
 from openm6.optim.rules import Shape
-from openm6.parallel.collectives import AllToAllExchange, CopiesExchange
+from openm6.parallel.collectives import AllToAllDispatcher, CopiesDispatcher
 from openm6.parallel.config import MeshShape
 from openm6.parallel.failure import DONE, FailureWatchdog, open_store, wait_for
 from openm6.parallel.fsdp import Layout, open_layout, reshard, shard
@@ -77,10 +77,10 @@ class ProcessRanks(Ranks):
         if self._wrapped:
             reshard(model)
 
-    def exchange(self, parts: int) -> ExpertExchange:
+    def exchange(self, parts: int) -> TokenDispatcher:
         if self._layout is None or self._layout.shape.experts == 1:
-            return CopiesExchange()
-        return AllToAllExchange(self._layout.expert_group(), parts)
+            return CopiesDispatcher()
+        return AllToAllDispatcher(self._layout.expert_group(), parts)
 
     @property
     def layout(self) -> Layout | None:

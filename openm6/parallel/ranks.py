@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from openm6.nn.exchange import ExpertExchange, LocalExchange
+from openm6.nn.moe import LocalDispatcher, TokenDispatcher
 from openm6.optim.pieces import WHOLE, Piece, whole
 from openm6.optim.rules import Shape
 from openm6.parallel.config import MeshShape
@@ -142,9 +142,9 @@ class Ranks:
         """Return the index of the first of the `here` experts of each layer that this rank holds."""
         return 0
 
-    def exchange(self, parts: int) -> ExpertExchange:
+    def exchange(self, parts: int) -> TokenDispatcher:
         """Return the exchange of rows with their experts, in so many chunks."""
-        return LocalExchange()
+        return LocalDispatcher()
 
     @property
     def layout(self) -> Any:

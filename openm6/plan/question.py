@@ -9,9 +9,8 @@ from typing import Any
 from openm6.base.config import apply_overrides, build, nearest, read_yaml
 from openm6.base.energy.config import EnergyConfig
 from openm6.base.errors import ConfigError
-from openm6.models.choice import ModelChoice, build_backbone, vocabulary_size
 from openm6.models.config import BackboneConfig
-from openm6.models.presets import PRESETS, preset
+from openm6.models.presets import PRESETS, ModelChoice, build_backbone, preset, vocabulary_size
 from openm6.offload.config import StreamingConfig
 from openm6.plan.hardware import Cluster, ClusterOptions, Gpu, gpu, gpu_cluster, gpus
 from openm6.plan.memory import TIERS

@@ -14,7 +14,7 @@ import torch
 from openm6.base.energy.meter import Meter, open_meter
 from openm6.base.log import get_log
 from openm6.inference.load import Loaded
-from openm6.nn.experts import Router
+from openm6.nn.moe import Router
 from openm6.serve.config import EngineConfig
 from openm6.serve.prepare import Prepared, prepare
 from openm6.serve.queue import FairQueue

@@ -17,7 +17,7 @@ from openm6.base.config import Config
 from openm6.codecs.audio import SoundCodecConfig
 from openm6.codecs.base import Codec, code_bits
 from openm6.modalities.audio import read_sound
-from openm6.ops.spectrum import FLOOR, log_mel, mel_filters, spectrum, unit_window
+from openm6.ops.audio import FLOOR, log_mel, mel_filters, spectrum, unit_window
 from openm6.train.codec_data import DeviceRng
 
 # Window -> mels (DAC, arXiv 2306.06546).

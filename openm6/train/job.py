@@ -12,7 +12,7 @@ from openm6.base.energy.ledger import Work
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.models.backbone import Backbone
-from openm6.nn.experts import RouterLoad
+from openm6.nn.moe import RouterLoad
 from openm6.optim.registry import default_groups
 from openm6.parallel.ranks import Ranks
 

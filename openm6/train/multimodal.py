@@ -32,15 +32,15 @@ from openm6.inference.load import Loaded, load
 from openm6.modalities.batch import Batch, Counts, count, split
 from openm6.modalities.pool import POOL
 from openm6.models.backbone import Backbone, side_loss
-from openm6.models.choice import build_backbone
 from openm6.models.description import (
     MODEL_FILE,
     TOKENIZER_FILE,
     ModelDescription,
     build_model,
 )
-from openm6.nn.exchange import LocalExchange
+from openm6.models.presets import build_backbone
 from openm6.nn.gather import LocalGather
+from openm6.nn.moe import LocalDispatcher
 from openm6.parallel.collectives import open_gather
 from openm6.parallel.config import MeshShape
 from openm6.parallel.ranks import Ranks
@@ -288,7 +288,7 @@ class MultimodalJob(Job):
         omni = self.omni.eval()
         if omni.pool is not None:
             omni.pool.gather = LocalGather()
-        omni.backbone.exchange = LocalExchange()
+        omni.backbone.exchange = LocalDispatcher()
         return Loaded(omni.requires_grad_(False), self.modalities, self.description, checkpoint)
 
     def _report(self, run: RunFolder, report: EvalReport, joules: float) -> None:

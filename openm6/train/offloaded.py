@@ -23,7 +23,7 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.block import Block
 from openm6.nn.config import DenseConfig, ExpertsConfig
-from openm6.nn.experts import Experts
+from openm6.nn.moe import Experts
 from openm6.offload.blocks import OffloadedBlocks, Step
 from openm6.offload.config import StreamingConfig
 from openm6.offload.streams import Streams, open_streams

@@ -14,8 +14,8 @@ from openm6.data.sources import AnySourceConfig
 from openm6.evaluate.evaluator import EvalConfig
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
-from openm6.models.choice import ModelChoice, vocabulary_size
 from openm6.models.config import BackboneConfig
+from openm6.models.presets import ModelChoice, vocabulary_size
 from openm6.parallel.config import MeshShape, ParallelConfig
 from openm6.tasks.registry import TASKS
 from openm6.train.config import LoopConfig

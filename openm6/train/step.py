@@ -21,8 +21,9 @@ from openm6.checkpoint.load import load_model, load_optimizer
 from openm6.checkpoint.optimizer import Moments, delink_moments, optimizer_tensors, place_optimizer
 from openm6.checkpoint.save import Shard
 from openm6.models.backbone import Backbone
+from openm6.models.config import layers_to_recompute
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, RunBlock, run_plainly
-from openm6.ops.precision import HALF, half_is_fast, products_in_half
+from openm6.ops.matmul import HALF, bf16_matmul, has_bf16
 from openm6.optim.registry import build_optimizer, set_rate
 from openm6.optim.schedule import rate_factor
 from openm6.parallel.ranks import Ranks
@@ -215,7 +216,7 @@ def in_precision(precision: Precision, device: torch.device) -> AbstractContextM
     """Return the context of a forward pass on a device; the backward pass follows it."""
     resolved = resolve_precision(precision, device)
     if resolved == "bf16-products":
-        return products_in_half()
+        return bf16_matmul()
     return torch.autocast(device.type, dtype=HALF, enabled=resolved == "bf16")
 
 
@@ -232,7 +233,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     # bf16 for everything between the products too is slower on a CPU: see docs/performance.md.
-    return "bf16-products" if device.type == "cpu" and half_is_fast() else "fp32"
+    return "bf16-products" if device.type == "cpu" and has_bf16() else "fp32"
 
 
 def choose_execution(

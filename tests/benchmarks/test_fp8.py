@@ -20,9 +20,8 @@ from benchmarks.fp8 import (
 )
 from benchmarks.sizes import SIZES, Sizes
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.exchange import LocalExchange
-from openm6.nn.experts import Experts, Router
-from openm6.ops.grouped import grouped_product
+from openm6.nn.moe import Experts, LocalDispatcher, Router
+from openm6.ops.matmul import grouped_mm
 from tests.benchmarks.test_sizes import TINY
 
 
@@ -42,7 +41,7 @@ def test_products_and_gradients_are_near_the_exact_ones() -> None:
     torch.manual_seed(0)
     rows, weight = torch.randn(10, 16, requires_grad=True), torch.randn(3, 16, 32, requires_grad=True)
     counts, upstream = torch.tensor([4, 0, 6]), torch.randn(10, 32)
-    exact = grouped_product(rows, weight, counts)
+    exact = grouped_mm(rows, weight, counts)
     small = eight_bit_product(rows, weight, counts)
     wanted = torch.autograd.grad(exact, [rows, weight], upstream)
     found = torch.autograd.grad(small, [rows, weight], upstream)
@@ -60,8 +59,8 @@ def test_a_layer_in_eight_bits_is_near_the_layer_it_was_made_of() -> None:
     eight = EightBitExperts(32, config)
     eight.load_state_dict(plain.state_dict())
     x, valid = torch.randn(2, 8, 32), torch.ones(2, 8, dtype=torch.bool)
-    wanted, load = plain(x, router, valid, LocalExchange(), 0)
-    found, own = eight(x, router, valid, LocalExchange(), 0)
+    wanted, load = plain(x, router, valid, LocalDispatcher(), 0)
+    found, own = eight(x, router, valid, LocalDispatcher(), 0)
     assert 0.001 < (found - wanted).norm() / wanted.norm() < 0.1
     assert torch.equal(own.load, load.load)
 

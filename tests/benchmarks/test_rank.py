@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.rank import PlayedExchange, bench_rank, rank_size
+from benchmarks.rank import PlayedDispatcher, bench_rank, rank_size
 from openm6.base.errors import ConfigError
 
 
@@ -21,7 +21,7 @@ def test_the_real_share_of_m6_10t() -> None:
 
 
 def test_rows_come_in_copies_and_answers_go_home() -> None:
-    exchange = PlayedExchange(3)
+    exchange = PlayedDispatcher(3)
     rows, counts = torch.randn(8, 4), torch.tensor([4, 4])
     (parcel,) = exchange.dispatch(rows, counts, None)
     assert torch.equal(parcel.counts, torch.tensor([12, 12])) and parcel.rows().shape == (24, 4)

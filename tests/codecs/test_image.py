@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from openm6.base.errors import DataError
 from openm6.codecs.image import Convolution, ImageCodec, ImageCodecConfig
-from openm6.ops import product
+from openm6.ops import matmul
 
 TINY = ImageCodecConfig(
     groups=2, levels=(8, 5), widths=(16, 24), encoder_blocks=(1, 1), decoder_blocks=(1, 1)
@@ -100,8 +100,8 @@ def test_scales_must_agree() -> None:
 
 
 def test_one_picture_alone_has_the_convolutions_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "onednn_is_faster", product.has_onednn)
-    monkeypatch.setattr(product, "SMALLEST", 1)
+    monkeypatch.setattr(matmul, "onednn_is_faster", matmul.has_onednn)
+    monkeypatch.setattr(matmul, "SMALLEST", 1)
     for size in (1, 3):
         layer, x = Convolution(8, 16, size, padding=size // 2), torch.randn(1, 8, 6, 10)
         with torch.no_grad():

@@ -16,7 +16,7 @@ from openm6.inference.decode import (
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig
-from openm6.nn.experts import Experts
+from openm6.nn.moe import Experts
 from openm6.ops.sequence import causal_meta
 
 SHAPES = {

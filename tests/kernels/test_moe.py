@@ -8,8 +8,8 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from openm6.kernels import moe  # noqa: E402
-from openm6.ops.sparse_network import (  # noqa: E402
-    plan_rows_reference,
+from openm6.ops.moe import (  # noqa: E402
+    sort_by_expert_reference,
     sum_rows_reference,
     swiglu_gate_backward_reference,
     swiglu_gate_reference,
@@ -70,6 +70,6 @@ CHOSEN = {
 @pytest.mark.parametrize("name", CHOSEN)
 def test_plan(device, name):
     chosen, num_experts = CHOSEN[name]
-    ours = moe.plan_rows(chosen.to(device), num_experts)
-    for mine, other in zip(ours, plan_rows_reference(chosen.to(device), num_experts), strict=True):
+    ours = moe.sort_by_expert(chosen.to(device), num_experts)
+    for mine, other in zip(ours, sort_by_expert_reference(chosen.to(device), num_experts), strict=True):
         assert torch.equal(mine, other)

@@ -10,7 +10,7 @@ import torch
 
 from openm6.modalities.batch import Batch, build_sequence, collate, count, split
 from openm6.modalities.interface import OWN_ORIGIN, Placement, Segment, line, rectangle
-from openm6.ops.product import ROWS
+from openm6.ops.matmul import ROWS
 from openm6.ops.sequence import visible
 
 

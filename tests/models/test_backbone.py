@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.config import BackboneConfig, count_parameters
-from openm6.nn.experts import RouterLoad
+from openm6.nn.moe import RouterLoad
 from openm6.ops.sequence import SequenceMeta, causal_meta, join, padding_meta
 
 SIZE: dict[str, Any] = {"width": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}

@@ -12,7 +12,7 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly
 from openm6.nn.config import DenseConfig, ExpertsConfig
-from openm6.ops.precision import products_in_half
+from openm6.ops.matmul import bf16_matmul
 from openm6.ops.sequence import (
     SequenceMeta,
     additive_mask,
@@ -59,7 +59,7 @@ def gradients(backbone: Backbone, layout: SequenceMeta) -> list[torch.Tensor]:
 def dense_mask(monkeypatch):
     """Masks as on a GPU for rows of any length: tensors, not pieces with the numbers of this batch in them."""
     monkeypatch.setattr(
-        "openm6.models.backbone.piece_mask",
+        "openm6.models.backbone.query_blocks",
         lambda layout, dtype: additive_mask(visible(layout, layout), dtype),
     )
 
@@ -152,7 +152,7 @@ def test_recomputed_layers_give_the_same_gradients(num_layers, half):
     results = []
     for run in (run_plainly, RecomputedBlocks(run_plainly, num_layers)):
         backbone.run_block = run
-        with products_in_half(half):
+        with bf16_matmul(half):
             hidden, _ = backbone(x, layout)
         results.append(
             [hidden, *torch.autograd.grad(hidden.sum(), [x, *backbone.sets.parameters()], allow_unused=True)]

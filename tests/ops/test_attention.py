@@ -1,4 +1,4 @@
-"""Attention by pieces against scaled_dot_product_attention under the whole mask."""
+"""Attention by blocks against scaled_dot_product_attention under the whole mask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm6.ops.attention import PIECE, attend_pieces, piece_mask
+from openm6.ops.attention import BLOCK_QUERIES, attend_query_blocks, query_blocks
 from openm6.ops.sequence import SequenceMeta, causal_meta, join, padding_meta, visible
 
 
@@ -23,7 +23,7 @@ def packed(seed: int) -> SequenceMeta:
     order = torch.tensor([[0] * 9 + [1, 2] + [3] * 5], dtype=torch.int32).expand(2, -1)
     private = torch.tensor([[0] * 11 + [2] * 5], dtype=torch.int32).expand(2, -1)
     short = SequenceMeta(torch.ones_like(order), order, private, torch.zeros(2, 16, 3))
-    long = int(torch.randint(1, 2 * PIECE, (1,), generator=generator))
+    long = int(torch.randint(1, 2 * BLOCK_QUERIES, (1,), generator=generator))
     return join([causal_meta(2, long), short, padding_meta(2, 3), of_sample(causal_meta(2, 30), 2)])
 
 
@@ -40,7 +40,7 @@ def test_values_and_gradients_equal_the_whole_mask(heads: tuple[int, int]) -> No
     query = torch.randn(2, layout.length, heads[0], 8, requires_grad=True)
     key, value = (torch.randn(2, layout.length, heads[1], 8, requires_grad=True) for _ in range(2))
     upstream = torch.randn_like(query)
-    ours = attend_pieces(query, key, value, piece_mask(layout, torch.float32))
+    ours = attend_query_blocks(query, key, value, query_blocks(layout, torch.float32))
     twin = reference(query, key, value, layout)
     torch.testing.assert_close(ours, twin)
     for mine, theirs in zip(
@@ -53,13 +53,13 @@ def test_values_and_gradients_equal_the_whole_mask(heads: tuple[int, int]) -> No
 
 def test_pieces_cover_each_query_once_in_order_and_hold_all_it_sees() -> None:
     layout = packed(seed=5)
-    pieces = piece_mask(layout, torch.float32).pieces
-    assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
-    assert pieces[-1].stop == 2 * layout.length
+    blocks = query_blocks(layout, torch.float32).blocks
+    assert [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])]
+    assert blocks[-1].stop == 2 * layout.length
     seen = torch.zeros(2 * layout.length, 2 * layout.length, dtype=torch.bool)
-    for piece in pieces:
-        seen[piece.start : piece.stop, piece.first : piece.last] = piece.bias == 0
-        assert piece.stop - piece.start <= PIECE
+    for block in blocks:
+        seen[block.start : block.stop, block.first : block.last] = block.bias == 0
+        assert block.stop - block.start <= BLOCK_QUERIES
     assert torch.equal(seen, torch.block_diag(*visible(layout, layout)[:, 0].float()).bool())
-    spent = sum(piece.bias.numel() for piece in pieces)
+    spent = sum(block.bias.numel() for block in blocks)
     assert spent < 0.8 * 2 * layout.length**2, "nothing was saved"

@@ -11,9 +11,9 @@ from openm6.models.backbone import Backbone, choose_mask
 from openm6.models.config import BackboneConfig
 from openm6.nn.block import Block, Context, LayerParts
 from openm6.nn.config import DenseConfig, ExpertsConfig
-from openm6.nn.exchange import LocalExchange
-from openm6.ops.precision import products_in_half
-from openm6.ops.rotary import rotary_table
+from openm6.nn.moe import LocalDispatcher
+from openm6.ops.matmul import bf16_matmul
+from openm6.ops.pointwise import rotary_table
 from openm6.ops.sequence import SequenceMeta
 from openm6.plan.memory import (
     BY_OPTIMIZER,
@@ -120,7 +120,7 @@ def block_of(config: BackboneConfig, batch: Batch) -> tuple[Block, LayerParts, C
         mask=choose_mask(layout, None, x),
         valid=layout.valid,
         cache=None,
-        exchange=LocalExchange(),
+        exchange=LocalDispatcher(),
     )
     block, parts = backbone.sets[0], backbone.layers[0]
     assert isinstance(block, Block) and isinstance(parts, LayerParts)
@@ -172,5 +172,5 @@ def test_elements_are_what_torch_keeps(config: BackboneConfig) -> None:
 def test_products_in_bf16_keep_a_little_less(config: BackboneConfig) -> None:
     """What lies between products stays in fp32, so the estimate holds for either precision, as an upper bound."""
     kept = activation_elements(config, 0, by_expert=True)
-    with products_in_half():
+    with bf16_matmul():
         assert 5 / 6 * kept <= kept_elements(config) <= kept

@@ -19,7 +19,7 @@ from openm6.inference.load import Loaded
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram
-from openm6.nn.experts import Router
+from openm6.nn.moe import Router
 from openm6.serve.alone import answer_alone
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine

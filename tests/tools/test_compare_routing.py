@@ -10,7 +10,7 @@ import pytest
 from openm6.base.config import build
 from openm6.base.errors import ConfigError
 from openm6.data.parquet import embedded_path
-from openm6.models.choice import build_backbone
+from openm6.models.presets import build_backbone
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import read_recipe, recipe_path
 from tools.compare_routing import folder_data, main, read_cells, summarise, with_routing

@@ -13,7 +13,7 @@ from openm6.base.errors import ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.presets import preset
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly
-from openm6.ops.precision import product_dtype
+from openm6.ops.matmul import matmul_dtype
 from openm6.train.config import LoopConfig
 from openm6.train.step import TrainStep, choose_execution, resolve_precision, seed_everything
 from tests.train.toy_job import ToyJob, toy_config
@@ -60,10 +60,10 @@ def test_half_precision_is_used_where_asked() -> None:
 
 def test_auto_is_settled_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     for fast, precision in ((True, "bf16-products"), (False, "fp32")):
-        monkeypatch.setattr("openm6.train.step.half_is_fast", lambda fast=fast: fast)
+        monkeypatch.setattr("openm6.train.step.has_bf16", lambda fast=fast: fast)
         assert resolve_precision("auto", torch.device("cpu")) == precision
         with TrainStep(ToyJob(), toy_config()).autocast():
-            assert (product_dtype(torch.ones(2)) == torch.bfloat16) == fast
+            assert (matmul_dtype(torch.ones(2)) == torch.bfloat16) == fast
 
 
 def test_products_alone_in_half_are_for_processors() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from openm6.base.errors import Interrupted
 from openm6.base.run_folder import RunFolder
 from openm6.base.seeds import numpy_generator
-from openm6.nn.experts import RouterLoad
+from openm6.nn.moe import RouterLoad
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.train.config import LoopConfig
 from openm6.train.job import Job, StepResult

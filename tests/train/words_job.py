@@ -15,7 +15,7 @@ from openm6.base.seeds import numpy_generator
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig
-from openm6.nn.experts import RouterLoad
+from openm6.nn.moe import RouterLoad
 from openm6.ops.sequence import causal_meta
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.train.config import LoopConfig

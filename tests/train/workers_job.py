@@ -17,7 +17,7 @@ from openm6.base.errors import DataError, Interrupted
 from openm6.base.log import start_log
 from openm6.base.run_folder import RunFolder
 from openm6.base.seeds import numpy_generator
-from openm6.nn.experts import RouterLoad
+from openm6.nn.moe import RouterLoad
 from openm6.train.config import LoopConfig
 from openm6.train.job import Job, StepResult
 from openm6.train.loop import train

@@ -1,4 +1,4 @@
-"""Short-time spectra with frames that tile the signal, mel filters, and the way back from a spectrum to samples."""
+"""Audio signals: short-time spectra and their inverse, mel filters, resampling by cutting or padding a spectrum."""
 
 # Letters: B batch, S samples, W window, H hop (W a multiple of H), N = S / H frames, K = W/2 + 1 frequencies, M mels
 
@@ -43,7 +43,7 @@ def overlap_add(values: Tensor, window: Tensor, hop: int) -> Tensor:
 
 
 def _add_frames(frames: Tensor, hop: int) -> Tensor:
-    """Adds overlapping frames at their places.  # B N W -> B (N-1)*H+W"""
+    """Add overlapping frames at their offsets.  # B N W -> B (N-1)*H+W"""
     count, size = frames.shape[1], frames.shape[2]
     num_shifts = size // hop
     rows = frames.new_zeros(frames.shape[0], count + num_shifts - 1, hop)
@@ -62,7 +62,7 @@ def mel_filters(num_mels: int, size: int, rate: int) -> Tensor:
     rise = (frequencies[:, None] - left) / (peak - left)
     fall = (right - frequencies[:, None]) / (right - peak)
     filters = torch.minimum(rise, fall).clamp(min=0.0)
-    # A low filter can be narrower than the grid of frequencies and miss it: give it its nearest frequency.
+    # A low filter can be narrower than the grid of frequencies and miss it: it gets its nearest frequency.
     empty = (filters.sum(0) == 0).nonzero()[:, 0]
     filters[(frequencies[:, None] - peak[empty]).abs().argmin(0), empty] = 1.0
     return (filters / filters.sum(0)).float()
@@ -71,3 +71,37 @@ def mel_filters(num_mels: int, size: int, rate: int) -> Tensor:
 def log_mel(magnitudes: Tensor, filters: Tensor) -> Tensor:
     """Natural logarithm of mel-averaged magnitudes, floored.  # B N K -> B N M"""
     return (magnitudes @ filters).clamp(min=FLOOR).log()
+
+
+def resample(samples: Tensor, old_rate: int, new_rate: int) -> Tensor:
+    """The sound at `new_rate`.  # S -> S·new/old, rounded up
+
+    The signal is padded with silence at its end, so that the spectrum's wrap-around falls there.
+    """
+    if old_rate == new_rate:
+        return samples
+    length = samples.shape[-1]
+    wanted = -(-length * new_rate // old_rate)
+    # A whole number of old periods must be a whole number of new ones, or the pitch would shift.
+    unit = old_rate // math.gcd(old_rate, new_rate)
+    padded = smooth(-(-(length + old_rate // 20) // unit)) * unit
+    count = padded * new_rate // old_rate
+    values = torch.fft.rfft(samples.double(), n=padded)
+    kept = min(values.shape[-1], count // 2 + 1)
+    out = torch.zeros(count // 2 + 1, dtype=values.dtype)
+    out[:kept] = values[:kept]
+    return (torch.fft.irfft(out, n=count) * (count / padded))[:wanted].to(samples.dtype)
+
+
+def smooth(number: int) -> int:
+    """The least product of 2, 3 and 5 that is not below a number: a transform of such a length is quick."""
+    best = 1 << max(0, number - 1).bit_length()
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            least = -(-number // three)
+            best = min(best, three << max(0, least - 1).bit_length())
+            three *= 3
+        five *= 5
+    return best

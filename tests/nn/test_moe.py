@@ -9,11 +9,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from openm6 import kernels
-from openm6.nn import experts as module
+from openm6.nn import moe as module
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.exchange import LocalExchange, LocalParcel
-from openm6.nn.experts import Experts, Router, Routing
-from openm6.ops.sparse_network import sparse_network
+from openm6.nn.moe import Experts, LocalChunk, LocalDispatcher, Router, Routing
 from tests.triton_interpreter import need_interpreter
 
 WIDTH = 16
@@ -69,7 +67,7 @@ def test_values_and_gradients_equal_the_loop(name):
     x = torch.randn(2, 9, WIDTH, requires_grad=True)
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[1, 6:] = False
-    y, load = experts(x, router, valid, LocalExchange(), 5)
+    y, load = experts(x, router, valid, LocalDispatcher(), 5)
     capacity = None
     if config.capacity is not None:
         capacity = -int(-config.choices * 18 * config.capacity // 6)
@@ -88,63 +86,48 @@ def test_values_and_gradients_equal_the_loop(name):
 WITHOUT_DROPS = ["top-2", "top-2 as they are", "prototypes", "shared"]
 
 
-def run_both_ways(name: str, monkeypatch, device: torch.device, dtype: torch.dtype) -> list[list[Tensor]]:
-    """Output and gradients of a layer as pieces, then as the one step that a GPU takes, which must have been taken."""
+def run_two_backends(
+    name: str, other: str, monkeypatch, device: torch.device, dtype: torch.dtype
+) -> list[list[Tensor]]:
+    """Output and gradients of a layer by the general backend, then by another one."""
     experts, router = (
         part.to(device, dtype) for part in make(ExpertsConfig(hidden=24, num_experts=6, **VARIANTS[name]))
     )
     x = torch.randn(2, 9, WIDTH, device=device, dtype=dtype, requires_grad=True)
     valid, upstream = torch.ones(2, 9, dtype=torch.bool, device=device), torch.randn_like(x)
-    leaves, results, taken = [x, *experts.parameters(), router.weight], [], []
-
-    def one_step(*parts):
-        taken.append(True)
-        return sparse_network(*parts)
-
-    monkeypatch.setattr(module, "by_expert", lambda x: False)
-    monkeypatch.setattr(module, "sparse_network", one_step)
-    for at_once in (False, True):
-        monkeypatch.setattr(module, "runs_at_once", lambda *_, choice=at_once: choice)
-        y, _ = experts(x, router, valid, LocalExchange(), 0)
+    leaves, results = [x, *experts.parameters(), router.weight], []
+    for backend in ("permute", other):
+        monkeypatch.setattr(module, "choose_backend", lambda *_, choice=backend: choice)
+        y, _ = experts(x, router, valid, LocalDispatcher(), 0)
         results.append([y, *torch.autograd.grad(y, leaves, upstream)])
-        assert bool(taken) is at_once
     return results
 
 
 @pytest.mark.parametrize("in_triton", [False, True], ids=["in plain torch", "in Triton's interpreter"])
 @pytest.mark.parametrize("name", WITHOUT_DROPS)
-def test_the_one_step_of_a_gpu_gives_what_the_pieces_give(name, in_triton, monkeypatch):
+def test_the_fused_backend_equals_the_general_one(name, in_triton, monkeypatch):
     if in_triton:
         need_interpreter()
         monkeypatch.setattr(kernels, "available", lambda device: True)
-    for pieces, one_step in zip(
-        *run_both_ways(name, monkeypatch, torch.device("cpu"), torch.float32), strict=True
-    ):
-        torch.testing.assert_close(one_step, pieces, rtol=1e-4, atol=1e-5)
+    pairs = run_two_backends(name, "fused", monkeypatch, torch.device("cpu"), torch.float32)
+    for general, fused in zip(*pairs, strict=True):
+        torch.testing.assert_close(fused, general, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", WITHOUT_DROPS)
-def test_one_step_on_a_gpu_gives_what_the_pieces_give(name, monkeypatch):
-    pairs = zip(*run_both_ways(name, monkeypatch, torch.device("cuda"), torch.bfloat16), strict=True)
-    for pieces, one_step in pairs:
-        assert (one_step - pieces).float().norm() <= 0.02 * pieces.float().norm()
+def test_on_a_gpu_the_fused_backend_equals_the_general_one(name, monkeypatch):
+    pairs = run_two_backends(name, "fused", monkeypatch, torch.device("cuda"), torch.bfloat16)
+    for general, fused in zip(*pairs, strict=True):
+        assert (fused - general).float().norm() <= 0.02 * general.float().norm()
 
 
 @pytest.mark.parametrize("name", WITHOUT_DROPS)
-def test_one_expert_after_the_other_gives_what_the_pieces_give(name, monkeypatch):
-    """As a processor takes a layer of many rows."""
-    experts, router = make(ExpertsConfig(hidden=24, num_experts=6, **VARIANTS[name]))
-    x, valid = torch.randn(2, 9, WIDTH, requires_grad=True), torch.ones(2, 9, dtype=torch.bool)
-    leaves, upstream = [x, *experts.parameters(), router.weight], torch.randn(2, 9, WIDTH)
-    results = []
-    for at_once in (False, True):
-        monkeypatch.setattr(module, "runs_at_once", lambda *_, choice=at_once: choice)
-        y, _ = experts(x, router, valid, LocalExchange(), 0)
-        results.append([y, *torch.autograd.grad(y, leaves, upstream)])
-    for pieces, one_step in zip(*results, strict=True):
-        torch.testing.assert_close(one_step, pieces, rtol=1e-4, atol=1e-5)
+def test_one_expert_after_the_other_equals_the_general_backend(name, monkeypatch):
+    pairs = run_two_backends(name, "per_expert", monkeypatch, torch.device("cpu"), torch.float32)
+    for general, per_expert in zip(*pairs, strict=True):
+        torch.testing.assert_close(per_expert, general, rtol=1e-4, atol=1e-5)
 
 
 def test_report_counts_valid_tokens_and_drops():
@@ -152,7 +135,7 @@ def test_report_counts_valid_tokens_and_drops():
     experts, router = make(config)
     valid = torch.zeros(2, 10, dtype=torch.bool)
     valid[0] = True
-    _, load = experts(torch.randn(2, 10, WIDTH), router, valid, LocalExchange(), 3)
+    _, load = experts(torch.randn(2, 10, WIDTH), router, valid, LocalDispatcher(), 3)
     assert load.layer == 3
     assert load.load.sum() == 20
     kept = load.load.clamp(max=5).sum()  # capacity: 0.5 · 2 · 20 / 4
@@ -163,7 +146,7 @@ def test_side_loss_holds_both_losses_and_reaches_the_router():
     config = ExpertsConfig(hidden=8, num_experts=4, top_k=2, balance="aux", aux_weight=0.3, z_weight=0.2)
     experts, router = make(config)
     _, load = experts(
-        torch.randn(1, 10, WIDTH), router, torch.ones(1, 10, dtype=torch.bool), LocalExchange(), 0
+        torch.randn(1, 10, WIDTH), router, torch.ones(1, 10, dtype=torch.bool), LocalDispatcher(), 0
     )
     torch.testing.assert_close(load.side_loss, 0.3 * load.aux_loss + 0.2 * load.z_loss)
     load.side_loss.backward()
@@ -199,18 +182,18 @@ def test_without_bias_balancing_there_is_no_bias():
 def test_exchange_sees_sorted_rows_and_gates_stay_home():
     """A stand-in for other devices: it doubles the answers, and so must the layer's output."""
 
-    class Doubling(LocalExchange):
-        def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[LocalParcel]:
+    class Doubling(LocalDispatcher):
+        def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[LocalChunk]:
             assert len(rows) == counts.sum() == 2 * 10 and capacity is None
             return super().dispatch(rows, counts, capacity)
 
-        def collect(self, parcels: list[LocalParcel]) -> Tensor:
+        def collect(self, parcels: list[LocalChunk]) -> Tensor:
             return 2 * super().collect(parcels)
 
     config = ExpertsConfig(hidden=8, num_experts=4, top_k=2)
     experts, router = make(config)
     x, valid = torch.randn(1, 10, WIDTH), torch.ones(1, 10, dtype=torch.bool)
-    plain, _ = experts(x, router, valid, LocalExchange(), 0)
+    plain, _ = experts(x, router, valid, LocalDispatcher(), 0)
     doubled, _ = experts(x, router, valid, Doubling(), 0)
     torch.testing.assert_close(doubled, 2 * plain)
 

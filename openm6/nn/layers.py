@@ -1,21 +1,42 @@
-"""The dense feed-forward part."""
+"""Layers without state: initial values, RMSNorm and the dense feed-forward network."""
 
 # Letters: D width, F hidden, P products of the first matrix: 2F for swiglu (gate and up in one), F for gelu
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.nn.config import Activation, DenseConfig
-from openm6.nn.initial import fill_normal
-from openm6.ops.activation import gelu, swiglu
-from openm6.ops.product import linear
+from openm6.ops.matmul import linear
+from openm6.ops.pointwise import rms_norm, swiglu
+
+
+def fill_normal(weight: Tensor, deviation: float) -> None:
+    """Fill in place with normal values, cut at three standard deviations."""
+    with torch.no_grad():
+        nn.init.trunc_normal_(weight, std=deviation, a=-3 * deviation, b=3 * deviation)
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square of the last axis and multiply by a learned weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)  # ... D -> ... D
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
     """... P -> ... F."""
-    return swiglu(x) if activation == "swiglu" else gelu(x)
+    return swiglu(x) if activation == "swiglu" else F.gelu(x)
 
 
 def first_width(hidden: int, activation: Activation) -> int:
@@ -24,7 +45,7 @@ def first_width(hidden: int, activation: Activation) -> int:
 
 
 class FeedForward(nn.Module):
-    """Widens each token, applies the activation, and narrows it again."""
+    """The dense feed-forward network: up (or gate and up), activation, down."""
 
     def __init__(self, width: int, config: DenseConfig) -> None:
         super().__init__()

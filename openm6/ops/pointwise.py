@@ -1,0 +1,157 @@
+"""SwiGLU, RMSNorm and the rotary embedding, with hand-written adjoints that write each result once.
+
+The rotary embedding has three axes (time, height, width); with equal positions on all axes it is the common 1-D one.
+A compiler fuses the plain forms well, and cannot read writes into halves, so it gets those.
+"""
+
+# Letters: B rows, S tokens, H heads, d size of a head, D width, F hidden width
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up: ... 2F -> ... F."""
+    if torch.compiler.is_compiling():  # which fuses the plain form, and cannot read writes into halves
+        return swiglu_reference(gate_up)
+    return _SwiGlu.apply(gate_up)
+
+
+def swiglu_reference(gate_up: Tensor) -> Tensor:
+    """The reference of `swiglu`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x · Φ(x), exactly (the error function, not its tanh approximation)."""
+    return F.gelu(x)
+
+
+class _SwiGlu(torch.autograd.Function):
+    """Keeps the product's output only, and writes both gradients into one buffer instead of joining two."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        d_gate, d_up = out.chunk(2, dim=-1)
+        d_gate.copy_(torch.ops.aten.silu_backward(gradient * up, gate))
+        torch.mul(F.silu(gate), gradient, out=d_up)
+        return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, computed in fp32, returned in x's dtype.
+
+    `weight` is D, or H D if each head has its own: ... H D -> ... H D.
+    """
+    if x.is_cpu and not torch.compiler.is_compiling():
+        return _RmsNorm.apply(x, weight, eps)
+    return rms_norm_reference(x, weight, eps)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The reference of `rms_norm`; a compiler fuses it well."""
+    normal = F.rms_norm(x.float(), (x.shape[-1],), eps=eps)
+    return (normal * weight.float()).to(x.dtype)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """With n = x·r and r = 1/rms: dx = r·(g − n·mean(g·n)) where g = dy·weight, and dweight = Σ dy·n."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normal = wide * inverse
+        ctx.save_for_backward(normal, inverse, weight)
+        ctx.dtype = x.dtype
+        return (normal * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        normal, inverse, weight = ctx.saved_tensors
+        gradient = gradient.float()
+        product = gradient * normal
+        d_weight = product.flatten(0, -1 - weight.dim()).sum(0).to(weight.dtype)
+        mean = torch.linalg.vecdot(product, weight.float()).div_(normal.shape[-1]).unsqueeze(-1)
+        d_x = torch.mul(gradient, weight, out=product)
+        d_x.addcmul_(normal, mean, value=-1).mul_(inverse)
+        return d_x.to(ctx.dtype), d_weight, None
+
+
+def axis_of_frequency(sections: tuple[int, int, int]) -> list[int]:
+    """Which axis drives each of the d/2 frequencies: taken in turn, so that each axis has fast and slow ones."""
+    left = list(sections)
+    axes: list[int] = []
+    while any(left):
+        for axis in range(3):
+            if left[axis]:
+                axes.append(axis)
+                left[axis] -= 1
+    return axes
+
+
+def rotary_table(positions: Tensor, theta: float, sections: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles at each position, in fp32: B S 3 -> twice B S 1 d/2."""
+    half = sum(sections)
+    exponent = torch.arange(half, dtype=torch.float32, device=positions.device) / half
+    frequency = 1.0 / theta**exponent  # d/2
+    # Stacking views, for an index made on the host would make a GPU wait.
+    along = positions.to(torch.float32).unbind(-1)
+    angle = torch.stack([along[axis] for axis in axis_of_frequency(sections)], dim=-1) * frequency  # B S d/2
+    return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turns the pairs (x[i], x[i + d/2]) by their angles: B S H d -> B S H d, in x's dtype."""
+    if torch.compiler.is_compiling():  # which fuses the plain form, and cannot read writes into halves
+        first, second = x.float().chunk(2, dim=-1)
+        turned = (first * cosine - second * sine, second * cosine + first * sine)
+        return torch.cat(turned, dim=-1).to(x.dtype)
+    return _Rotate.apply(x, cosine, sine)
+
+
+def rotate_reference(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The reference of `rotate`: a product of complex numbers."""
+    first, second = x.double().chunk(2, dim=-1)
+    turned = torch.complex(first, second) * torch.complex(cosine.double(), sine.double())
+    return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's adjoint is the rotation back: nothing but the table needs to be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turn(x, cosine, sine, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _turn(gradient, cosine, sine, -1.0), None, None
+
+
+def _turn(x: Tensor, cosine: Tensor, sine: Tensor, sign: float) -> Tensor:
+    """Writes both halves into one buffer: no concatenation, four passes in all."""
+    first, second = x.float().chunk(2, dim=-1)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    out_first, out_second = out.chunk(2, dim=-1)
+    torch.mul(first, cosine, out=out_first).addcmul_(second, sine, value=-sign)
+    torch.mul(second, cosine, out=out_second).addcmul_(first, sine, value=sign)
+    return out.to(x.dtype)
