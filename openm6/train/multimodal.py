@@ -39,7 +39,6 @@ from openm6.models.description import (
     build_model,
 )
 from openm6.models.presets import build_backbone
-from openm6.nn.gather import LocalGather
 from openm6.nn.moe import LocalDispatcher
 from openm6.parallel.collectives import open_gather
 from openm6.parallel.config import MeshShape
@@ -287,7 +286,7 @@ class MultimodalJob(Job):
             return load(checkpoint, self.omni.device, resident=0)
         omni = self.omni.eval()
         if omni.pool is not None:
-            omni.pool.gather = LocalGather()
+            omni.pool.gather = None
         omni.backbone.exchange = LocalDispatcher()
         return Loaded(omni.requires_grad_(False), self.modalities, self.description, checkpoint)
 

@@ -21,7 +21,6 @@ from openm6.checkpoint.load import load_model, load_optimizer
 from openm6.checkpoint.optimizer import Moments, delink_moments, optimizer_tensors, place_optimizer
 from openm6.checkpoint.save import Shard
 from openm6.models.backbone import Backbone
-from openm6.models.config import layers_to_recompute
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, RunBlock, run_plainly
 from openm6.ops.matmul import HALF, bf16_matmul, has_bf16
 from openm6.optim.registry import build_optimizer, set_rate
