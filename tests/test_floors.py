@@ -43,7 +43,6 @@ ALL_FILES = [*FILES, *sorted(BENCHMARKS.rglob("*.py"))]
 NAMES_MADE = {
     "../benchmarks/peer_deepspeed.py": "packages of others, for a comparison",
     "../benchmarks/__main__.py": "the table of its own file",
-    "cli/doors.py": "the table of its own file, whose names are read as imports of the command line",
 }
 NAME = re.compile(
     r"(openm6(?:\.\w+)+)(?::\w+)?"

@@ -1,1 +1,1 @@
-"""Floor 9: words on the command line become one validated call."""
+"""The command line: one file per command or group of commands, each of which calls one function of a lower layer."""

@@ -1,30 +1,135 @@
-"""`openm6 energy`: what a run has cost."""
+"""`openm6 energy`: what a run has cost, as tables and as a plot in characters."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from openm6.cli.doors import door
+from openm6.base.energy import gpt3
+from openm6.base.energy.units import in_joules
+from openm6.base.errors import CheckpointError
+from openm6.base.files import replace_text
+
+if TYPE_CHECKING:
+    from openm6.base.energy.ledger import Account
+    from openm6.evaluate.energy import EnergyAccount
+
+WIDTH, HEIGHT = 60, 10  # of the plot, in characters
+BAR = 16  # of a row's joules
 
 
 def energy(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     country: Annotated[
-        str | None, typer.Option("--country", help="Whose current it was; left out: the run's setting.")
+        str | None, typer.Option("--country", help="Country of the grid; by default the run's setting.")
     ] = None,
     pue: Annotated[
-        float | None, typer.Option("--pue", help="Joules of the building for each joule of the devices.")
+        float | None, typer.Option("--pue", help="Joules of the building per joule of the devices.")
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the account there.")
     ] = None,
 ) -> None:
-    """Account for a run: joules and grams of CO2e by stage, modality and task, a token and a point of loss.
+    """Account for a run: joules and grams of CO2e by stage, modality and task, per token and per point of loss.
 
     \b
     Example: openm6 energy runs/demo --country FRA
     """
-    door("show energy")(run, country, pue, json_path)
+    print_energy(run, country, pue, json_path)
+
+
+def print_energy(path: Path, country: str | None, pue: float | None, json_path: Path | None) -> None:
+    """Print what a run has cost; write it as JSON if a file is given.
+
+    Raises:
+        CheckpointError: there is no run, or it was not metered.
+    """
+    # torch takes seconds to import
+    from openm6.base.run_folder import RunFolder
+    from openm6.evaluate.energy import read_account, read_lines
+
+    if not path.is_dir():
+        raise CheckpointError(f"there is no run at {path}: check the path")
+    run = RunFolder(path)
+    account = read_account(run, country, pue)
+    if json_path is not None:
+        content = json.dumps(account.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+        replace_text(json_path, content + "\n")
+    console = Console()
+    console.print(Text(_summary(account)))
+    for title, accounts in (
+        ("stage", account.ledger.stages),
+        ("modality", account.ledger.modalities),
+        ("task", account.ledger.tasks),
+    ):
+        if accounts:
+            console.print(_table(account, title, accounts))
+    console.print(Text(_plot(read_lines(run))))
+    console.print(Text(_comparison(account)))
+
+
+def _summary(account: EnergyAccount) -> str:
+    ledger = account.ledger
+    parts = ", ".join(f"{in_joules(joules)} by {source}" for source, joules in ledger.by_source.items())
+    words = (
+        f"{in_joules(ledger.joules)} for {ledger.tokens:,} tokens: {account.joules_per_token:.3g} J a token ({parts}). "
+        f"{account.grams(ledger.joules):.3g} g CO2e with the current of {account.grid.name} "
+        f"({account.grid.grams_per_kwh:g} g/kWh, {account.grid.year}) and a PUE of {account.pue:g}. "
+        f"{in_joules(ledger.between)} went between steps: waiting for data, evaluating, saving."
+    )
+    repeated = f" {in_joules(ledger.repeated)} went into steps that a crash lost." if ledger.repeated else ""
+    return words + repeated
+
+
+def _table(account: EnergyAccount, title: str, accounts: dict[str, Account]) -> Table:
+    table = Table(box=None)
+    table.add_column(title, no_wrap=True)
+    for name in ("joules", "g CO2e", "tokens", "J / 1,000 tokens", "J / point of loss"):
+        if title == "stage" or name != "J / point of loss":
+            table.add_column(name, justify="right")
+    table.add_column("", no_wrap=True)
+    most = max(one.joules for one in accounts.values()) or 1.0
+    for name, one in sorted(accounts.items(), key=lambda item: -item[1].joules):
+        cells = [
+            name, in_joules(one.joules), f"{account.grams(one.joules):.3g}", f"{one.tokens:,}",
+            f"{1000 * one.joules / max(1, one.tokens):.3g}",
+        ]  # fmt: skip
+        if title == "stage":
+            point = account.joules_per_point(name)
+            cells.append("-" if point is None else in_joules(point))
+        table.add_row(*(Text(cell) for cell in [*cells, "█" * round(BAR * one.joules / most)]))
+    return table
+
+
+def _plot(lines: list[dict[str, Any]]) -> str:
+    """Loss over the joules that had been spent when it was reached."""
+    points = [
+        (line["joules"], line["loss"])
+        for line in lines
+        if isinstance(line.get("joules"), float) and isinstance(line.get("loss"), float)
+    ]
+    if len(points) < 2:
+        return "No plot: fewer than two lines of metrics hold joules and loss."
+    last, low = points[-1][0], min(loss for _, loss in points)
+    high = max(max(loss for _, loss in points), low + 1e-9)
+    rows = [[" "] * WIDTH for _ in range(HEIGHT)]
+    for joules, loss in points:
+        column = min(WIDTH - 1, int(joules / last * WIDTH)) if last > 0 else 0
+        row = min(HEIGHT - 1, int((high - loss) / (high - low) * HEIGHT))
+        rows[row][column] = "•"
+    edges = [f"{high:.3g}", *[""] * (HEIGHT - 2), f"{low:.3g}"]
+    drawn = [f"{edge:>8} │{''.join(row)}" for edge, row in zip(edges, rows, strict=True)]
+    axis = f"{'':>8} └{'─' * WIDTH}\n{'':>10}0 J{in_joules(last):>{WIDTH - 3}}"
+    return "\n".join(["loss over energy", *drawn, axis])
+
+
+def _comparison(account: EnergyAccount) -> str:
+    ratio = account.of_gpt3
+    words = f"{ratio:.3g} times" if ratio >= 1 else f"{ratio:.3%} of"
+    return f"A token took {words} what one of GPT-3's training took. {gpt3.CAVEAT}"

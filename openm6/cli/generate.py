@@ -1,36 +1,35 @@
-"""`openm6 generate`: a question in options becomes one call."""
+"""`openm6 generate`: the options of a question become one call."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
-from openm6.cli.doors import door
-from openm6.cli.show import show
+from openm6.cli.group import print_result
+from openm6.cli.train import Trained
 
-Trained = Annotated[
-    Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")
-]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+Span = tuple[float, float]  # start, end
 Want = Annotated[str, typer.Option("--want", help="text, image, sound or numbers.")]
-Text = Annotated[str | None, typer.Option("--text", help="What to say to the model.")]
-Picture = Annotated[Path | None, typer.Option("--image", help="A picture to show it.")]
-Recording = Annotated[Path | None, typer.Option("--sound", help="A recording to play to it.")]
+Text = Annotated[str | None, typer.Option("--text", help="Text input.")]
+Picture = Annotated[Path | None, typer.Option("--image", help="Image input.")]
+Recording = Annotated[Path | None, typer.Option("--sound", help="Audio input.")]
 Numbers = Annotated[
     str | None,
-    typer.Option("--numbers", metavar="NAME=VALUE,...", help="Numbers to tell it; NAME= is missing."),
+    typer.Option("--numbers", metavar="NAME=VALUE,...", help="Numbers as input; NAME= is missing."),
 ]
 Series = Annotated[str | None, typer.Option("--series", metavar="NAME=V,V,...", help="A series to forecast.")]
-Column = Annotated[str | None, typer.Option("--column", help="The number wanted.")]
+Column = Annotated[str | None, typer.Option("--column", help="The number to predict.")]
 Ahead = Annotated[int, typer.Option("--ahead", min=1, max=64, help="Steps to forecast.")]
 Hole = Annotated[
     str | None,
-    typer.Option("--hole", metavar="L,T,R,B", help="Box of the picture to fill in, as shares."),
+    typer.Option("--hole", metavar="L,T,R,B", help="Box of the image to fill in, as fractions."),
 ]
 Gap = Annotated[
     str | None,
-    typer.Option("--gap", metavar="START,END", help="Stretch of the sound to fill in, as shares."),
+    typer.Option("--gap", metavar="START,END", help="Span of the audio to fill in, as fractions."),
 ]
 Language = Annotated[str, typer.Option("--language", help="Without --text, the question is put in en or zh.")]
 Decoding = Annotated[
@@ -44,7 +43,9 @@ Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same 
 
 Resident = Annotated[
     int | None,
-    typer.Option("--resident", min=0, help="Layers that stay on the device; the others come when used."),
+    typer.Option(
+        "--resident", min=0, help="Layers that stay on the device; the others are loaded when used."
+    ),
 ]
 
 
@@ -71,18 +72,23 @@ def generate(
     \b
     Example: openm6 generate runs/demo --text "draw the digit seven" --want image --out seven.png
     """
-    question = door("question")(
+    # torch takes seconds to import
+    from openm6.inference.question import Question, parse_numbers, parse_series, parse_shares
+    from openm6.inference.run import generate as generate_answer
+    from openm6.inference.sampling import read_decoding
+
+    question = Question(
         want=want,
         text=text,
         image=image,
         sound=sound,
-        numbers=door("numbers")(numbers),
-        series=door("series")(series),
+        numbers=parse_numbers(numbers),
+        series=parse_series(series),
         column=column,
         ahead=ahead,
-        hole=door("shares")(hole, 4, "--hole"),
-        gap=door("shares")(gap, 2, "--gap"),
+        hole=cast(Box | None, parse_shares(hole, 4, "--hole")),
+        gap=cast(Span | None, parse_shares(gap, 2, "--gap")),
         language=language,
     )
-    seeds = [f"text.seed={seed}", f"masked.seed={seed}"]
-    show(door("generate")(trained, question, door("decoding")([*seeds, *(decoding or [])]), out, resident))
+    settings = read_decoding([f"text.seed={seed}", f"masked.seed={seed}", *(decoding or [])])
+    print_result(generate_answer(trained, question, settings, out, resident))

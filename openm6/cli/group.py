@@ -1,4 +1,4 @@
-"""How every command fails: one sentence on standard error and an exit code, no traceback for what was foreseen."""
+"""How a command ends: its result on standard output, or one sentence on standard error and an exit code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import errno
 import sys
 from typing import Any
 
+import typer
+from rich.console import Console
+from rich.protocol import is_renderable
 from typer.core import TyperGroup
 
 from openm6.base.errors import Interrupted, OpenM6Error
@@ -13,37 +16,67 @@ from openm6.base.files import mend_of
 from openm6.base.log import start_log
 
 FAILED, INTERRUPTED = 1, 130
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 # What the system may refuse at any moment, whatever was being written: no bug.
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
+# Packages that come with an extra, so that a missing one is a sentence.
+EXTRAS = {
+    "fastapi": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "gradio": "serve",
+    "ray": "ray",
+}
 
 
 class PlainGroup(TyperGroup):
-    """Turns foreseen errors into exit code 1 and Ctrl-C into 130; anything else is a bug with its traceback."""
+    """Turn expected errors into exit code 1 and Ctrl-C into 130; anything else is a bug and keeps its traceback."""
 
-    def invoke(
-        self, ctx: Any
-    ) -> Any:  # the type of a context lives in another place in each release of typer
+    # The type of a context is in another module in each release of typer.
+    def invoke(self, ctx: Any) -> Any:
         start_log()
         try:
             return super().invoke(ctx)
         except OpenM6Error as error:
-            _say(f"error: {error}")
-            ctx.exit(FAILED)
+            sentence, code = f"error: {error}", FAILED
+        except ModuleNotFoundError as error:
+            extra = EXTRAS.get((error.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            sentence, code = f"error: this needs {error.name}: pip install 'openm6[{extra}]'", FAILED
         except OSError as error:
             if error.errno not in REFUSED:
                 raise
-            _say(f"error: {refused(error)}")
-            ctx.exit(FAILED)
+            sentence, code = f"error: {refusal(error)}", FAILED
         except KeyboardInterrupt as stop:
-            _say(str(stop) or "stopped")
-            ctx.exit(stop.exit_code if isinstance(stop, Interrupted) else INTERRUPTED)
+            sentence = str(stop) or "stopped"
+            code = stop.exit_code if isinstance(stop, Interrupted) else INTERRUPTED
+        sys.stderr.write(sentence + "\n")
+        ctx.exit(code)
 
 
-def refused(error: OSError) -> str:
-    """What the system would not do, in one sentence."""
+def make_app(group: type[TyperGroup] = PlainGroup) -> typer.Typer:
+    """Return an empty Typer program with plain help and without Typer's own tracebacks."""
+    return typer.Typer(
+        cls=group,
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings=HELP_OPTIONS,
+    )
+
+
+def refusal(error: OSError) -> str:
+    """Return what the system refused, in one sentence."""
     what = error.filename if error.filename is not None else "a file"
     return f"{what} cannot be read or written ({error.strerror}): {mend_of(error)}"
 
 
-def _say(sentence: str) -> None:
-    sys.stderr.write(sentence + "\n")
+def print_result(result: Any) -> None:
+    """Print what a call returned, if anything: tables as tables, the rest by `str`."""
+    if result is not None:
+        # rich would print a dataclass field by field instead of its `str`.
+        shown = result if is_renderable(result) else str(result)
+        Console().print(shown, soft_wrap=True, highlight=False, markup=False)

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from openm6.base.errors import ConfigError
-from openm6.cli.doors import door
 
 Model = Annotated[
     str | None, typer.Argument(metavar="PRESET|RECIPE", help="A preset, a recipe, or a run's folder.")
@@ -84,21 +83,25 @@ def plan(
     \b
     Example: openm6 plan m6-10t --gpus 512 --gpu v100-32gb --days 10 --json plan.json
     """
+    # pydantic would slow down `openm6 --help`
+    from openm6.cli.plan_page import show_measured, show_plan, show_sweep
+    from openm6.plan.hardware import ClusterOptions
+    from openm6.plan.question import read_machine, read_question
+
     energy = {"country": country, "pue": pue}
     if gpu is None:
         _refuse_gpu_options(
             [gpus != 1, host_memory, link, network, batch, bytes_per_parameter, pseudo_share, sweep]
         )
-        door("show measured")(model, overrides or [], tokens, days, energy, json_path)
+        show_measured(model, overrides or [], tokens, days, energy, json_path)
         return
     lengths = (batch, tokens, days, bytes_per_parameter, pseudo_share, recompute_every)
-    question = door("plan question")(model, overrides or [], *lengths, energy)
-    sizes = (gpus, per_node, host_memory, link, network, price)
-    asked = door("plan machine")(gpu, gpu_table, door("cluster options")(*sizes))
+    question = read_question(model, overrides or [], *lengths, energy)
+    asked = read_machine(gpu, gpu_table, ClusterOptions(gpus, per_node, host_memory, link, network, price))
     if sweep is not None:
-        door("show sweep")(question, asked, sweep, plot, json_path)
+        show_sweep(question, asked, sweep, plot, json_path)
     else:
-        door("show plan")(question, asked, json_path)
+        show_plan(question, asked, json_path)
 
 
 def _refuse_gpu_options(given: list[Any]) -> None:

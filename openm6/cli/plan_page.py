@@ -14,7 +14,7 @@ from rich.text import Text
 from openm6.base.energy import gpt3
 from openm6.base.errors import ConfigError
 from openm6.base.files import replace_text
-from openm6.cli.list_presets import in_short
+from openm6.cli.listings import in_short
 from openm6.models.presets import PRESETS
 from openm6.plan.measured import plan_measured
 from openm6.plan.plan import Plan, StagePlan, answer_question

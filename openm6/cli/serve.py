@@ -9,17 +9,17 @@ from typing import Annotated
 import typer
 
 from openm6.base.errors import ConfigError
-from openm6.cli.doors import door
+from openm6.cli.train import Trained
 
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="engine.rows=32, limits.pixels=…")
 ]
 Keys = Annotated[
-    Path | None, typer.Option("--keys", metavar="FILE", help="API keys, one a line; else OPENM6_API_KEYS.")
+    Path | None, typer.Option("--keys", metavar="FILE", help="API keys, one per line; else OPENM6_API_KEYS.")
 ]
 Hosts = Annotated[
     list[str] | None,
-    typer.Option("--allow-host", metavar="HOST", help="Pictures may be fetched from there, by https."),
+    typer.Option("--allow-host", metavar="HOST", help="Images may be fetched from there, by https."),
 ]
 Replicas = Annotated[
     list[str] | None,
@@ -30,9 +30,7 @@ Replicas = Annotated[
 
 
 def serve(
-    trained: Annotated[
-        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")
-    ],
+    trained: Trained,
     settings: Settings = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65_535)] = 8000,
@@ -47,7 +45,7 @@ def serve(
     ] = False,
     replicas: Replicas = None,
 ) -> None:
-    """Serve a trained model: chat, pictures, speech, embeddings and numbers in OpenAI's forms.
+    """Serve a trained model: chat, images, speech, embeddings and numbers in OpenAI's formats.
 
     \b
     Example: openm6 serve runs/demo --port 8000
@@ -55,11 +53,22 @@ def serve(
     settings = [f"host={host}", f"port={port}", *(settings or [])]
     if allow_host:
         settings.append(f"hosts={json.dumps(allow_host)}")
-    config = door("serve config")(settings, keys)
+    # torch takes seconds to import, and the server's packages are an extra
+    from openm6.serve.run import read_serve_config
+    from openm6.serve.run import serve as serve_api
+
+    config = read_serve_config(settings, keys)
     if ray:
         if playground:
             raise ConfigError("--playground keeps its visits in one process: leave it out with --ray")
-        door("serve replicas")(trained, config, name, replicas)
-        return
-    dress = {"dress": door("playground")} if playground else {}
-    door("serve")(trained, config, name, **dress)
+        # Ray is an extra of its own
+        from openm6.serve.replicas import serve_replicas
+
+        serve_replicas(trained, config, name, replicas)
+    elif playground:
+        # only this page needs its packages
+        from openm6.serve.playground.mount import add_playground
+
+        serve_api(trained, config, name, dress=add_playground)
+    else:
+        serve_api(trained, config, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from openm6.cli.list_presets import in_short
+from openm6.cli.listings import in_short
 from openm6.cli.main import app
 from openm6.models.presets import PRESETS
 from openm6.tasks.registry import TASKS

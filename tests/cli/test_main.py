@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,10 @@ from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from openm6.base.errors import ConfigError, DataError, Interrupted
-from openm6.cli import generate as cli_generate
-from openm6.cli import main as cli
-from openm6.cli.doors import DOORS, door
+from openm6.base.errors import DataError, Interrupted
+from openm6.cli.main import app
 from openm6.train.loop import TrainResult
-
-NEEDS_AN_EXTRA = {"serve replicas": "ray"}  # doors to what is too large for the extra [dev]
+from tests.cli.lazy_imports import import_name, lazy_imports, replace_calls
 
 
 def names_of(command: Any, before: str = "") -> Iterator[str]:
@@ -33,19 +31,19 @@ def names_of(command: Any, before: str = "") -> Iterator[str]:
         yield from names_of(inner, f"{before}{name} ") if isinstance(inner, TyperGroup) else [before + name]
 
 
-COMMANDS = sorted(names_of(get_command(cli.app)))
+COMMANDS = sorted(names_of(get_command(app)))
 runner = CliRunner()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str) -> None:
-    shown = runner.invoke(cli.app, [*command.split(), "--help"])
+    shown = runner.invoke(app, [*command.split(), "--help"])
     assert shown.exit_code == 0
     assert f"Example: openm6 {command}" in shown.stdout
 
 
 def test_the_first_page_lists_the_commands() -> None:
-    shown = runner.invoke(cli.app, ["--help"])
+    shown = runner.invoke(app, ["--help"])
     assert all(command.split()[0] in shown.stdout for command in COMMANDS)
     assert "openm6 demo" in shown.stdout
 
@@ -66,91 +64,93 @@ def test_threads_wait_without_spinning_unless_the_user_wants_it(given: str | Non
     assert done.stdout.splitlines()[-1] == f"{expected} False"
 
 
-@pytest.mark.parametrize("name", DOORS)
-def test_every_door_opens(name: str) -> None:
-    if name in NEEDS_AN_EXTRA and importlib.util.find_spec(NEEDS_AN_EXTRA[name]) is None:
-        with pytest.raises(ConfigError, match=rf"pip install 'openm6\[{NEEDS_AN_EXTRA[name]}\]'$"):
-            door(name)
-    else:
-        assert callable(door(name))
+@pytest.mark.parametrize(("module", "name"), lazy_imports())
+def test_every_lazy_import_is_there(module: str, name: str) -> None:
+    """A missing one would be seen only when the command is used."""
+    assert import_name(module, name) is not None or importlib.util.find_spec("ray") is None
+
+
+def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openm6.serve.run.read_serve_config", missing_ray)
+    shown = runner.invoke(app, ["serve", "runs/x", "--ray"])
+    assert shown.exit_code == 1 and shown.stderr == "error: this needs ray: pip install 'openm6[ray]'\n"
+
+
+def missing_ray(settings: list[str], keys: Path | None) -> None:
+    raise ModuleNotFoundError("No module named 'ray'", name="ray")
 
 
 class Called:
-    """Stands where a door leads to, and keeps what it was called with."""
+    """Replaces what a command calls, and keeps the arguments."""
 
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = error
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.error = error
+        names = {name for _, name in lazy_imports()}
+        replace_calls(monkeypatch, {name: partial(self.call, name) for name in names})
 
-    def door(self, name: str) -> Any:
-        def stand_in(*words: Any, **named: Any) -> Any:
-            self.calls.append((name, words, named))
-            if self.error is not None:
-                raise self.error
-            return f"{name} is done"
-
-        return stand_in
+    def call(self, name: str, *words: Any, **named: Any) -> Any:
+        self.calls.append((name, words, named))
+        if self.error is not None:
+            raise self.error
+        return f"{name} is done"
 
 
 @pytest.mark.parametrize(
     ("words", "call"),
     [
-        ("demo", ("train", ("demo", [], False, Path("runs/demo")), {})),
+        ("demo", ("train_recipe", ("demo", [], False, Path("runs/demo")), {})),
         (
             "train my.yaml loop.steps=3 a=b --resume --out here",
-            ("train", ("my.yaml", ["loop.steps=3", "a=b"], True, Path("here")), {}),
+            ("train_recipe", ("my.yaml", ["loop.steps=3", "a=b"], True, Path("here")), {}),
         ),
-        ("train my.yaml", ("train", ("my.yaml", [], False, None), {})),
+        ("train my.yaml", ("train_recipe", ("my.yaml", [], False, None), {})),
     ],
 )
 def test_words_arrive(monkeypatch: pytest.MonkeyPatch, words: str, call: tuple) -> None:
-    called = Called()
-    monkeypatch.setattr(cli, "door", called.door)
-    shown = runner.invoke(cli.app, words.split())
+    called = Called(monkeypatch)
+    shown = runner.invoke(app, words.split())
     assert shown.exit_code == 0, shown.output
     assert called.calls == [call]
     assert shown.stdout == f"{call[0]} is done\n"
 
 
 def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = Called()
-    monkeypatch.setattr(cli_generate, "door", called.door)
+    called = Called(monkeypatch)
+    monkeypatch.setattr("openm6.inference.question.Question", partial(called.call, "question"))
     words = "generate runs/x --text hello --numbers mass=3.5,length= --want image --hole 0,0,1,.5 --out o.png"
-    shown = runner.invoke(
-        cli.app, [*words.split(), "--seed", "4", "--resident", "2", "--set", "masked.steps=2"]
-    )
+    shown = runner.invoke(app, [*words.split(), "--seed", "4", "--resident", "2", "--set", "masked.steps=2"])
     assert shown.exit_code == 0, shown.output
     calls = {name: (words, named) for name, words, named in called.calls}
     asked = {name: value for name, value in calls["question"][1].items() if value is not None}
     assert asked == {
         "want": "image",
         "text": "hello",
-        "numbers": "numbers is done",
-        "series": "series is done",
+        "numbers": "parse_numbers is done",
+        "series": "parse_series is done",
         "ahead": 8,
-        "hole": "shares is done",
-        "gap": "shares is done",
+        "hole": "parse_shares is done",
+        "gap": "parse_shares is done",
         "language": "en",
     }
-    assert calls["decoding"][0] == (["text.seed=4", "masked.seed=4", "masked.steps=2"],)
-    assert calls["numbers"][0] == ("mass=3.5,length=",)
-    assert ("shares", ("0,0,1,.5", 4, "--hole"), {}) in called.calls
-    given = (Path("runs/x"), "question is done", "decoding is done", Path("o.png"))
+    assert calls["read_decoding"][0] == (["text.seed=4", "masked.seed=4", "masked.steps=2"],)
+    assert calls["parse_numbers"][0] == ("mass=3.5,length=",)
+    assert ("parse_shares", ("0,0,1,.5", 4, "--hole"), {}) in called.calls
+    given = (Path("runs/x"), "question is done", "read_decoding is done", Path("o.png"))
     assert calls["generate"] == ((*given, 2), {})
     assert shown.stdout == "generate is done\n"
 
 
 def test_how_a_training_ended_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = TrainResult(8, 1234, 3.0, 0, 0, Path("runs/x/checkpoints/step-8"), {})
-    monkeypatch.setattr(cli, "door", lambda name: lambda *words: ended)
-    shown = runner.invoke(cli.app, ["train", "x.yaml"])
+    replace_calls(monkeypatch, {"train_recipe": lambda *words: ended})
+    shown = runner.invoke(app, ["train", "x.yaml"])
     assert shown.stdout == "8 steps, 1,234 tokens in 3 s, saved as runs/x/checkpoints/step-8\n"
 
 
 def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = Called()
-    monkeypatch.setattr(cli, "door", called.door)
-    shown = runner.invoke(cli.app, ["evaluate", "runs/x", "--tasks", "a,b", "--json", "s.json"])
+    called = Called(monkeypatch)
+    shown = runner.invoke(app, ["evaluate", "runs/x", "--tasks", "a,b", "--json", "s.json"])
     assert shown.exit_code == 0, shown.output
     (name, words, named), (show, shown_words, _) = called.calls
     assert (name, words, named) == (
@@ -158,7 +158,7 @@ def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> N
         (Path("runs/x"),),
         {"tasks": ["a", "b"], "data": None, "json_path": Path("s.json"), "settings": []},
     )
-    assert (show, shown_words[0]) == ("show judgement", "evaluate is done")
+    assert (show, shown_words[0]) == ("print_table", "evaluate is done")
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> N
 def test_foreseen_failures_are_one_sentence(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, sentence: str
 ) -> None:
-    monkeypatch.setattr(cli, "door", Called(error).door)
-    shown = runner.invoke(cli.app, ["train", "x.yaml"])
+    Called(monkeypatch, error)
+    shown = runner.invoke(app, ["train", "x.yaml"])
     assert (shown.exit_code, shown.stderr, shown.stdout) == (code, sentence, "")
 
 
@@ -194,25 +194,25 @@ def test_what_the_system_refuses_is_one_sentence(
 ) -> None:
     """Wherever it happens: no file is written without its own sentence, but libraries write, too."""
     error = OSError(number, os.strerror(number), "/full/x")
-    monkeypatch.setattr(cli, "door", Called(error).door)
-    shown = runner.invoke(cli.app, ["train", "x.yaml"])
+    Called(monkeypatch, error)
+    shown = runner.invoke(app, ["train", "x.yaml"])
     assert shown.exit_code == 1 and shown.stdout == ""
     assert shown.stderr == f"error: {sentence} another place\n"
 
 
 def test_another_failure_of_the_system_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "door", Called(OSError(errno.EBADF, "Bad file descriptor")).door)
-    assert isinstance(runner.invoke(cli.app, ["train", "x.yaml"]).exception, OSError)
+    Called(monkeypatch, OSError(errno.EBADF, "Bad file descriptor"))
+    assert isinstance(runner.invoke(app, ["train", "x.yaml"]).exception, OSError)
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "door", Called(ZeroDivisionError()).door)
-    assert isinstance(runner.invoke(cli.app, ["train", "x.yaml"]).exception, ZeroDivisionError)
+    Called(monkeypatch, ZeroDivisionError())
+    assert isinstance(runner.invoke(app, ["train", "x.yaml"]).exception, ZeroDivisionError)
 
 
 def test_an_unknown_command_or_option_is_an_error() -> None:
-    assert runner.invoke(cli.app, ["trian"]).exit_code == 2
-    assert runner.invoke(cli.app, ["train", "x.yaml", "--reusme"]).exit_code == 2
+    assert runner.invoke(app, ["trian"]).exit_code == 2
+    assert runner.invoke(app, ["train", "x.yaml", "--reusme"]).exit_code == 2
 
 
 def test_the_module_runs_as_a_program_in_a_terminal() -> None:

@@ -12,7 +12,7 @@ from openm6.base.energy.grid import grid
 from openm6.base.energy.ledger import Ledger, Share
 from openm6.base.errors import CheckpointError, ConfigError
 from openm6.base.run_folder import RunFolder
-from openm6.cli.energy_page import show_energy
+from openm6.cli.energy import print_energy
 from openm6.evaluate.energy import EnergyAccount, read_account
 from openm6.evaluate.report import report_html
 from openm6.evaluate.summary import card
@@ -79,11 +79,11 @@ def test_a_run_that_was_not_metered_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="was not metered"):
         read_account(run)
     with pytest.raises(CheckpointError, match="there is no run at"):
-        show_energy(tmp_path / "nothing", None, None, None)
+        print_energy(tmp_path / "nothing", None, None, None)
 
 
 def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show_energy(run_of(tmp_path / "run").path, None, None, tmp_path / "energy.json")
+    print_energy(run_of(tmp_path / "run").path, None, None, tmp_path / "energy.json")
     page = " ".join(capsys.readouterr().out.split())
     for words in (
         "1 kJ for 5,000 tokens: 0.2 J a token",

@@ -1,35 +1,58 @@
-"""The page behind `openm6 data inspect`: what was found, what is broken, and the proposed recipe."""
+"""`openm6 data inspect`: what was found in a person's data, what is broken, and the proposed recipe."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from openm6.base.errors import ConfigError
 from openm6.base.files import check_place, replace_text
-from openm6.data.inspect import DataSet, Inspection
 from openm6.data.quarantine import MAX_BROKEN
 
+if TYPE_CHECKING:
+    from openm6.data.inspect import DataSet, Inspection
 
-def show_inspection(inspection: Inspection, out: Path | None, console: Console) -> None:
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="A folder, a table, or their address.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the recipe there, such as my.yaml.")
+    ] = None,
+) -> None:
+    """Report what is in your data and what is broken, and propose a recipe for it.
+
+    \b
+    Example: openm6 data inspect ~/photos --out photos.yaml
+    """
+    # torch takes seconds to import
+    from openm6.data.inspect import inspect_path
+
+    print_inspection(inspect_path(path), out)
+
+
+def print_inspection(inspection: Inspection, out: Path | None) -> None:
     """Print everything; the recipe comes last and bare, or is written to `out`.
 
     Raises:
         DataError: nothing can be trained on.
         ConfigError, OutputError: `out` exists already, or cannot be written.
     """
+    console = Console()
     for data_set in inspection.data_sets:
-        _show_data_set(data_set, console)
+        _print_data_set(data_set, console)
     recipe = inspection.usable_recipe()
     if out is None:
         ask = "A recipe to start from; --out my.yaml writes it to a file, which openm6 train my.yaml trains:"
         console.print(Text(ask, style="bold"))
         console.print(recipe, markup=False, highlight=False, soft_wrap=True)
         return
-    if out.exists():  # it may hold hours of a person's work
+    # It may hold hours of a person's work
+    if out.exists():
         raise ConfigError(f"--out {out} exists already: name another file, or remove it")
     check_place(out, "--out")
     replace_text(out, recipe)
@@ -38,22 +61,22 @@ def show_inspection(inspection: Inspection, out: Path | None, console: Console) 
     )
 
 
-def _show_data_set(data_set: DataSet, console: Console) -> None:
+def _print_data_set(data_set: DataSet, console: Console) -> None:
     console.print(Text(f"{data_set.name} ({data_set.kind}, {data_set.path})", style="bold"))
     sampled = f", {data_set.sampled:,} looked at" if data_set.sampled < data_set.rows else ""
     validation = f", {data_set.validation:,} to validate on" if data_set.validation else ""
     console.print(
-        f"{data_set.rows:,} rows{sampled}; {data_set.train:,} to train on{validation}, {data_set.test:,} to judge by"
+        f"{data_set.rows:,} rows{sampled}; {data_set.train:,} to train on{validation}, {data_set.test:,} to test on"
     )
     if data_set.columns:
         console.print(_columns(data_set))
     if data_set.unused:
         console.print(Text(f"no task reads: {', '.join(data_set.unused)}"))
-    _show_problems(data_set, console)
+    _print_problems(data_set, console)
     console.print(Text(f"tasks: {', '.join(data_set.tasks) or 'none'}\n"))
 
 
-def _show_problems(data_set: DataSet, console: Console) -> None:
+def _print_problems(data_set: DataSet, console: Console) -> None:
     if data_set.unreadable + data_set.broken:
         console.print(Text(f"broken rows: {data_set.unreadable + data_set.broken:,}", style="red"))
     for problem in data_set.problems:
@@ -61,8 +84,8 @@ def _show_problems(data_set: DataSet, console: Console) -> None:
         console.print(Text(f"  {where}{problem.reason}"), soft_wrap=True)
     share = data_set.broken_share
     if data_set.tasks and share > MAX_BROKEN:
-        mend = f"mend them, or let it pass with max_broken={min(1.0, share + MAX_BROKEN):.2f}"
-        warning = f"That is {share:.0%}, and training stops above {MAX_BROKEN:.0%}: {mend}"
+        advice = f"fix them, or let it pass with max_broken={min(1.0, share + MAX_BROKEN):.2f}"
+        warning = f"That is {share:.0%}, and training stops above {MAX_BROKEN:.0%}: {advice}"
         console.print(Text(warning, style="red"), soft_wrap=True)
 
 

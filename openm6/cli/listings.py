@@ -1,0 +1,84 @@
+"""`openm6 tasks`, `openm6 presets` and `openm6 scenarios`: what can be named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from openm6.base.errors import ConfigError
+from openm6.base.files import replace_text
+from openm6.cli.group import print_result
+
+STANDARD_OUTPUT = "-"
+
+
+def tasks() -> None:
+    """List the tasks: the inputs and the target of each.
+
+    \b
+    Example: openm6 tasks
+    """
+    # torch takes seconds to import
+    from openm6.tasks.registry import TASKS
+
+    table = Table("task", "reads", "gives", "what it asks", box=None)
+    for task in TASKS.values():
+        table.add_row(task.name, task.reads, task.gives, task.summary)
+    print_result(table)
+
+
+def presets() -> None:
+    """List the named model sizes.
+
+    \b
+    Example: openm6 presets
+    """
+    # pydantic would slow down `openm6 --help`
+    from openm6.models.presets import PRESETS
+
+    table = Table("preset", "parameters", "active per token", "layers", "width", "what it is", box=None)
+    for preset in PRESETS.values():
+        total, active = in_short(preset.parameters.total), in_short(preset.parameters.active)
+        layers, width = str(preset.backbone.num_layers), str(preset.backbone.width)
+        table.add_row(preset.name, total, active, layers, width, preset.description)
+    print_result(table)
+
+
+def scenarios(
+    trained: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN|CHECKPOINT]", help="Report which of them this model can do."),
+    ] = None,
+    json_path: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write all that is known; - prints it.")
+    ] = None,
+    language: Annotated[str, typer.Option("--language", help="en or zh.")] = "en",
+) -> None:
+    """List the scenarios: inputs, output, and the recipe that trains each.
+
+    \b
+    Example: openm6 scenarios runs/demo
+    """
+    if language not in ("en", "zh"):
+        raise ConfigError(f"--language {language!r} must be en or zh")
+    # torch takes seconds to import
+    from openm6.serve.scenarios.listing import list_scenarios, scenarios_json
+
+    if json_path is None:
+        Console().print(list_scenarios(trained, "zh" if language == "zh" else "en"))
+    elif json_path == STANDARD_OUTPUT:
+        typer.echo(scenarios_json(trained))
+    else:
+        replace_text(Path(json_path), scenarios_json(trained))
+
+
+def in_short(count: int) -> str:
+    """Return a number of parameters or tokens in four digits: 4.1M, 10.07B, 1.003T."""
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if count >= size:
+            return f"{count / size:.4g}{letter}"
+    return str(count)

@@ -1,0 +1,116 @@
+"""`openm6 demo`, `openm6 train`, `openm6 convert`: train a recipe, take a checkpoint to another stage or byte tier."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openm6.cli.group import print_result
+
+DEMO = "demo"  # the shipped recipe that `openm6 demo` trains
+
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run's latest checkpoint.")]
+Processes = Annotated[
+    int, typer.Option("--nproc", min=1, help="Processes on this machine, with one GPU each if there are any.")
+]
+Restarts = Annotated[
+    int, typer.Option("--max-restarts", min=0, help="How often to start again after a process has failed.")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the run; by default runs/NAME of the recipe.")
+]
+Trained = Annotated[
+    Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")
+]
+
+
+class TargetStage(StrEnum):
+    """Stages that a checkpoint can be converted to."""
+
+    real = "real"
+    pseudo = "pseudo"
+
+
+class Moments(StrEnum):
+    """What becomes of the optimizer state of shared weights."""
+
+    independent = "independent"
+    aligned = "aligned"
+    reset = "reset"
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/demo"),
+    resume: Resume = False,
+) -> None:
+    """Train and evaluate the small model; about six minutes on two cores.
+
+    It learns from the data in the package and ends with a report.
+
+    \b
+    Example: openm6 demo --out runs/demo
+    """
+    # torch takes seconds to import
+    from openm6.train.run import train_recipe
+
+    print_result(train_recipe(DEMO, [], resume, out))
+
+
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    out: Out = None,
+    nproc: Processes = 1,
+    max_restarts: Restarts = 0,
+) -> None:
+    """Train what a recipe describes.
+
+    \b
+    Example: openm6 train recipes/demo.yaml loop.steps=2000 --out runs/longer
+    Several processes: openm6 train recipes/demo.yaml --nproc 2
+    """
+    if nproc > 1 or max_restarts:
+        # torch takes seconds to import
+        from openm6.parallel.launch import launch
+
+        words = ["train", recipe, *(overrides or []), *(["--resume"] if resume else [])]
+        launch([*words, *(["--out", str(out)] if out else [])], nproc, max_restarts)
+    else:
+        # torch takes seconds to import
+        from openm6.train.run import train_recipe
+
+        print_result(train_recipe(recipe, overrides or [], resume, out))
+
+
+def convert(
+    trained: Trained,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new run.")],
+    size: Annotated[
+        int | None, typer.Option("--bytes", metavar="16|4|2|1", help="Bytes per parameter.")
+    ] = None,
+    stage: Annotated[
+        TargetStage | None, typer.Option("--stage", help="real: each layer with weights of its own.")
+    ] = None,
+    moments: Annotated[
+        Moments, typer.Option("--moments", help="What layers inherit of shared weights' moments.")
+    ] = Moments.independent,
+) -> None:
+    """Convert a checkpoint to another stage or another number of bytes per parameter.
+
+    \b
+    Example: openm6 convert runs/demo --bytes 2 --out runs/demo-2
+    """
+    # torch takes seconds to import
+    from openm6.train.convert import convert as convert_checkpoint
+
+    typer.echo(convert_checkpoint(trained, out, size, stage.value if stage else None, moments.value))
