@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from openm6.base.device import own_device
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import ModalitiesConfig, build_modalities
@@ -53,7 +53,7 @@ def mixed_load(seconds: float, preset: str = "nano", share: float = 0.8) -> dict
     }
 
 
-def untrained(preset: str) -> Loaded:
+def untrained(preset: str) -> LoadedModel:
     """A model of all modalities that knows nothing: latencies do not depend on what the weights say."""
     modalities = build_modalities(ModalitiesConfig(), train_tokenizer(WORDS, 320), {"mass": (3.0, 1.0)})
     backbone = PRESETS[preset].backbone
@@ -62,7 +62,7 @@ def untrained(preset: str) -> Loaded:
     description = ModelDescription(
         backbone=backbone, modalities=ModalitiesConfig(), scales={"mass": (3.0, 1.0)}, lessons=[]
     )
-    return Loaded(omni, modalities, description, Path("untrained"))
+    return LoadedModel(omni, modalities, description, Path("untrained"))
 
 
 def requests_of(number: int) -> tuple[str, Request]:

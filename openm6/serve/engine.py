@@ -13,7 +13,7 @@ import torch
 
 from openm6.base.energy.meter import Meter, open_meter
 from openm6.base.log import get_log
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.nn.moe import Router
 from openm6.serve.config import EngineConfig
 from openm6.serve.prepare import Prepared, prepare
@@ -29,7 +29,7 @@ class Engine:
     """Answers requests in the order that fairness asks for. Use it as a context, or call `start` and `stop`."""
 
     def __init__(
-        self, loaded: Loaded, config: EngineConfig | None = None, meter: Meter | None = None
+        self, loaded: LoadedModel, config: EngineConfig | None = None, meter: Meter | None = None
     ) -> None:
         """Without a meter it opens one of its own."""
         self.config = config or EngineConfig()
@@ -185,7 +185,7 @@ class Engine:
                 )
 
 
-def _in_precision(loaded: Loaded, config: EngineConfig) -> Loaded:
+def _in_precision(loaded: LoadedModel, config: EngineConfig) -> LoadedModel:
     """The model in the dtype asked for; int8 keeps what is not decoding as it is.
 
     Routers keep their balance bias in fp32: it is small against the scores, and rounded it would choose otherwise.

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from openm6.base.errors import DataError
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import source_segments
@@ -55,7 +55,7 @@ class Prepared:
         return self.length + given
 
 
-def prepare(request: Request, loaded: Loaded, room: int) -> Prepared:
+def prepare(request: Request, loaded: LoadedModel, room: int) -> Prepared:
     """Tokens of a request.
 
     Raises:
@@ -76,7 +76,7 @@ def prepare(request: Request, loaded: Loaded, room: int) -> Prepared:
     return prepared
 
 
-def _wanted(request: Request, loaded: Loaded) -> list[Segment]:
+def _wanted(request: Request, loaded: LoadedModel) -> list[Segment]:
     if isinstance(request, CodesRequest):
         return [_canvas(request, loaded)]
     if isinstance(request, NumbersRequest):
@@ -87,7 +87,7 @@ def _wanted(request: Request, loaded: Loaded) -> list[Segment]:
     return []
 
 
-def _canvas(request: CodesRequest, loaded: Loaded) -> Segment:
+def _canvas(request: CodesRequest, loaded: LoadedModel) -> Segment:
     """Codes to fill in: all, or those of the hole or gap in what is given."""
     if request.want == "image":
         if request.given is None:
@@ -98,7 +98,7 @@ def _canvas(request: CodesRequest, loaded: Loaded) -> Segment:
     return loaded.sound.target(request.given, options={"gap": request.gap, "seconds": request.duration})
 
 
-def _queries(request: NumbersRequest, loaded: Loaded) -> NumberSeries | dict[str, float]:
+def _queries(request: NumbersRequest, loaded: LoadedModel) -> NumberSeries | dict[str, float]:
     """Any value that is not missing marks what is asked for."""
     if request.series is not None:
         return NumberSeries(request.series, [loaded.numbers.scale(request.series)[0]] * request.ahead)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.modalities.interface import Part
 from openm6.tasks.registry import TASKS
 
@@ -17,7 +17,7 @@ def language_of(text: str) -> str:
     return "zh" if _CHINESE.search(text) else "en"
 
 
-def taught(loaded: Loaded, task: str) -> bool:
+def taught(loaded: LoadedModel, task: str) -> bool:
     """Whether the model was trained on a task."""
     return any(lesson.task == task for lesson in loaded.description.lessons)
 

@@ -11,14 +11,14 @@ import torch
 from openm6.base.energy.meter import Meter
 from openm6.base.errors import OpenM6Error
 from openm6.base.log import get_log
-from openm6.inference.decode import Speaker
-from openm6.inference.engine import candidate_nats, embed_tokens, predict_numbers
-from openm6.inference.graphs import open_rows
-from openm6.inference.load import Loaded
-from openm6.inference.masked import Canvas, advance
-from openm6.inference.prefill import PromptMemory, read_into, read_together
+from openm6.inference.decode import TextHead
+from openm6.inference.engine import embed_tokens, predict_numbers, score_candidates
+from openm6.inference.graphs import open_batch
+from openm6.inference.load import LoadedModel
+from openm6.inference.masked import MaskedDecodeState, masked_step
+from openm6.inference.prefill import PrefixCache, prefill, prefill_packed
 from openm6.inference.taught import confidence_of
-from openm6.inference.text import Row
+from openm6.inference.text import DecodeSequence
 from openm6.serve.config import EngineConfig
 from openm6.serve.energy import EnergyShares
 from openm6.serve.requests import (
@@ -43,16 +43,16 @@ FATAL = (torch.AcceleratorError,)
 class Worker:
     """All requests at work, on one model; used by one thread alone."""
 
-    def __init__(self, loaded: Loaded, config: EngineConfig, meter: Meter) -> None:
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, meter: Meter) -> None:
         self.loaded, self.config = loaded, config
-        speaker = Speaker.of(loaded.omni, loaded.text)
-        self.text = open_rows(speaker, config.rows, config.room, config.weights, config.deterministic)
+        text_head = TextHead.of(loaded.omni, loaded.text)
+        self.text = open_batch(text_head, config.rows, config.room, config.weights, config.deterministic)
         self.shelf = loaded.omni.backbone.new_cache(config.canvases + 1, config.room)
         self.desk = config.canvases  # its last slot, for prompts that are answered at once
         self.shelf_free = list(range(config.canvases))
-        self.canvases: deque[Canvas] = deque()
+        self.canvases: deque[MaskedDecodeState] = deque()
         self.gathered: list[Ticket] = []  # texts whose prompts this tick reads together
-        self.memory = PromptMemory(config.prefixes)
+        self.memory = PrefixCache(config.prefixes)
         self.energy = EnergyShares(meter)
         self.ended: list[tuple[Ticket, Answer]] = []
         self.passes = self.read = 0
@@ -123,9 +123,9 @@ class Worker:
         if isinstance(prepared.request, EmbedRequest):
             value = embed_tokens(self.loaded, [prepared.prompt])[0]
         else:
-            place, ticket.known = read_into(omni, prepared.prompt, self.shelf, self.desk, self.memory)
+            place, ticket.known = prefill(omni, prepared.prompt, self.shelf, self.desk, self.memory)
             if isinstance(prepared.request, RankRequest):
-                nats = candidate_nats(omni, self.shelf, self.desk, place, prepared.wanted)
+                nats = score_candidates(omni, self.shelf, self.desk, place, prepared.wanted)
                 value = list(zip(nats, map(len, prepared.wanted), strict=True))
             else:
                 value = predict_numbers(omni, self.shelf, [self.desk], [place], prepared.wanted)[0]
@@ -139,7 +139,7 @@ class Worker:
 
     def _read_text(self, ticket: Ticket) -> None:
         slot, cache = self.text.next_slot, self.text.cache
-        self._open(ticket, *read_into(self.loaded.omni, ticket.prepared.prompt, cache, slot, self.memory))
+        self._open(ticket, *prefill(self.loaded.omni, ticket.prepared.prompt, cache, slot, self.memory))
 
     def _read_gathered(self) -> None:
         """All in one pass; where that fails, one after the other, so that only what is broken ends."""
@@ -147,7 +147,7 @@ class Worker:
         prompts = [ticket.prepared.prompt for ticket in tickets]
         slots = [self.text.next_slot + number for number in range(len(tickets))]
         try:
-            found = read_together(self.loaded.omni, prompts, self.text.cache, slots, self.memory)
+            found = prefill_packed(self.loaded.omni, prompts, self.text.cache, slots, self.memory)
         except FATAL:
             raise
         except Exception:
@@ -161,9 +161,9 @@ class Worker:
     def _start_canvas(self, ticket: Ticket, request: CodesRequest) -> None:
         prompt, wanted = ticket.prepared.prompt, ticket.prepared.wanted[0]
         slot = self.shelf_free[-1]
-        place, ticket.known = read_into(self.loaded.omni, prompt, self.shelf, slot, self.memory)
+        place, ticket.known = prefill(self.loaded.omni, prompt, self.shelf, slot, self.memory)
         self.shelf_free.pop()
-        canvas = Canvas.of(ticket, wanted, request.sampling, slot, place, self.loaded.omni.device)
+        canvas = MaskedDecodeState.of(ticket, wanted, request.sampling, slot, place, self.loaded.omni.device)
         if canvas.first_unknown:
             self.canvases.append(canvas)
         else:  # a hole that touches nothing
@@ -197,7 +197,7 @@ class Worker:
             self.drop(lambda ticket: ticket.over)
         self.energy.spent(tickets, time.monotonic() - began)
 
-    def _next_canvases(self) -> list[Canvas]:
+    def _next_canvases(self) -> list[MaskedDecodeState]:
         """Those to be advanced together: the one that waits longest, and those that are like it."""
         first = self.canvases[0]
         if self.config.deterministic:
@@ -206,7 +206,7 @@ class Worker:
 
     def _draw(self) -> None:
         group = self._next_canvases()
-        done = advance(self.loaded.omni, self.shelf, group)
+        done = masked_step(self.loaded.omni, self.shelf, group)
         for canvas in group:
             self.canvases.remove(canvas)
             if canvas in done:
@@ -227,7 +227,7 @@ class Worker:
             if over or request.stop or ticket.watched:
                 self._show(row, ticket, request, over)
 
-    def _show(self, row: Row, ticket: Ticket, request: TextRequest, over: bool) -> None:
+    def _show(self, row: DecodeSequence, ticket: Ticket, request: TextRequest, over: bool) -> None:
         text = self.loaded.text
         shown, stopped = shown_text(text, row, request.stop, over)
         if request.top is not None:
@@ -236,7 +236,7 @@ class Worker:
         if over or stopped:
             self.text.remove(row)
             ended = stopped or row.tokens[-1] == text.end
-            sure = confidence_of(row.nats, len(row.tokens))
+            sure = confidence_of(row.nll, len(row.tokens))
             self._end(ticket, shown, len(row.tokens), cut=not ended, confidence=sure)
         else:
             ticket.announce()
@@ -257,7 +257,7 @@ class Worker:
         )
         self.ended.append((ticket, answer))
 
-    def _release(self, canvas: Canvas) -> None:
+    def _release(self, canvas: MaskedDecodeState) -> None:
         assert canvas.slot is not None
         self.shelf_free.append(canvas.slot)
 

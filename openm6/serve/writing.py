@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from openm6.inference.text import Row
+from openm6.inference.text import DecodeSequence
 from openm6.modalities.text import Text
 from openm6.serve.requests import Scored
 
 HALF = "\N{REPLACEMENT CHARACTER}"  # how the tokenizer shows a character whose bytes are not all there yet
 
 
-def shown_text(text: Text, row: Row, stop: tuple[str, ...], over: bool) -> tuple[str, bool]:
+def shown_text(text: Text, row: DecodeSequence, stop: tuple[str, ...], over: bool) -> tuple[str, bool]:
     """What may be shown of a row's text so far, and whether a stop string has ended it."""
     tokens = row.tokens[:-1] if row.tokens and row.tokens[-1] == text.end else row.tokens
     written = text.decode(tokens)
@@ -28,7 +28,7 @@ def _begun(written: str, word: str) -> int:
     return next((size for size in range(longest, 0, -1) if word.startswith(written[-size:])), 0)
 
 
-def scored_tokens(text: Text, row: Row) -> list[Scored]:
+def scored_tokens(text: Text, row: DecodeSequence) -> list[Scored]:
     """The tokens of a row with their scores, the mark at its end left out."""
     return [
         Scored(text.decode([token]), value, tuple((text.decode([rival]), score) for rival, score in rivals))

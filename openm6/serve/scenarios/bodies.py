@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field
 
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.modalities.image import hole_places, read_image
 from openm6.serve.config import Limits
 from openm6.serve.content import Series
@@ -112,7 +112,7 @@ def _check_size(value: Any, limits: Limits, param: str) -> None:
         raise BadRequestError(f"{param} holds over {limits.characters} characters: shorten it", param)
 
 
-def shown(scenario: Scenario, request: Request, answer: Answer, loaded: Loaded) -> dict[str, Any]:
+def shown(scenario: Scenario, request: Request, answer: Answer, loaded: LoadedModel) -> dict[str, Any]:
     """The field of `ScenarioAnswer` that holds the answer; pictures and sounds are unpacked here."""
     value = answer.value
     if scenario.gives == "text":
@@ -129,7 +129,7 @@ def shown(scenario: Scenario, request: Request, answer: Answer, loaded: Loaded) 
     return {"ranking": ranking_of(request, value)}
 
 
-def picture_of(request: Request, codes: Any, loaded: Loaded) -> Any:
+def picture_of(request: Request, codes: Any, loaded: LoadedModel) -> Any:
     """The drawn picture; where only a box was filled in, the given one around it, pixel by pixel."""
     drawn = loaded.image.decode(codes)
     if not isinstance(request, CodesRequest) or request.given is None or request.hole is None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from openm6.base.errors import OpenM6Error
 from openm6.base.files import replace_text
-from openm6.inference.load import Loaded, load
+from openm6.inference.load import LoadedModel, load
 from openm6.modalities.numbers import Histogram
 from openm6.serve.alone import answer_alone
 from openm6.serve.scenarios.ask import scenario_request
@@ -51,7 +51,7 @@ def run_scenarios(
 
 
 def try_all(
-    loaded: Loaded, catalogue: Catalogue, tell: Callable[[Tried], None] = lambda tried: None
+    loaded: LoadedModel, catalogue: Catalogue, tell: Callable[[Tried], None] = lambda tried: None
 ) -> list[Tried]:
     """The examples of a catalogue on a model."""
     found = []
@@ -62,7 +62,7 @@ def try_all(
     return found
 
 
-def try_example(loaded: Loaded, scenario: Scenario, language: Language) -> Tried:
+def try_example(loaded: LoadedModel, scenario: Scenario, language: Language) -> Tried:
     """One example; a scenario that the model was not taught is not run."""
     able = standing(scenario, loaded.description)
     if not able.trained:
