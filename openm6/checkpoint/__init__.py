@@ -1,1 +1,1 @@
-"""Floor 5: saving, finding and loading checkpoints; safetensors and JSON only, never pickle."""
+"""Saving, finding and loading checkpoints; safetensors and JSON only, never pickle."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -145,6 +145,9 @@ def _listed(names: list[str]) -> str:
     return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _sharded() -> Any:
-    """checkpoint/sharded.py, whose import takes seconds that others need not wait for."""
-    return importlib.import_module("openm6.checkpoint.sharded")
+def _sharded() -> ModuleType:
+    """Return checkpoint/sharded.py."""
+    # torch.distributed.tensor takes seconds to import, for sharded models only
+    from openm6.checkpoint import sharded  # noqa: PLC0415
+
+    return sharded

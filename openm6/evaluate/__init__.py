@@ -1,1 +1,1 @@
-"""Floor 7: tasks through the decoder, metrics against baselines, information gain, and the report."""
+"""Evaluation: metrics of decoded answers, baselines, information gain, and the report."""

@@ -1,1 +1,1 @@
-"""Floor 6: from a checkpoint and a question to text, pictures, sound and numbers."""
+"""Inference: from a checkpoint and a prompt to text, images, audio and numbers."""

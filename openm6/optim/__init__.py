@@ -1,1 +1,1 @@
-"""Floor 2: update rules, learning-rate schedules and the list of optimizers."""
+"""Update rules, learning-rate schedules and the list of optimizers."""

@@ -1,1 +1,1 @@
-"""Floor 4: many processes on one model: sums and gathers over ranks, meshes, expert exchange, streamed weights."""
+"""Many processes on one model: collectives over ranks, meshes, expert parallelism, worker pools."""

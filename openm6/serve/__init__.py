@@ -1,1 +1,1 @@
-"""Floor 8: an engine that answers many requests at once, and the HTTP API around it."""
+"""An engine that answers many requests at once, and its HTTP API."""

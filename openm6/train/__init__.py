@@ -1,1 +1,1 @@
-"""Floor 8: the training loop, its callbacks, and the jobs that bring a model and data to it."""
+"""The training loop, its callbacks, and the training tasks that bring a model and data to it."""
