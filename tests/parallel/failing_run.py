@@ -13,9 +13,12 @@ import torch
 from openm6.base.errors import OpenM6Error, TrainingError
 from openm6.parallel.processes import ProcessRanks
 
+# Seconds that a collective waits. The ranks must also have started within that time, on a busy machine, too.
+PATIENCE = 10.0
+
 
 def main(way: str, folder: Path) -> None:
-    ranks = ProcessRanks(torch.device("cpu"), timeout_seconds=3.0 if way in ("hang", "end") else 60.0)
+    ranks = ProcessRanks(torch.device("cpu"), timeout_seconds=PATIENCE if way in ("hang", "end") else 60.0)
     with ranks.guard():
         ranks.total([1])
         if ranks.rank == 1:
@@ -28,7 +31,7 @@ def main(way: str, folder: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         with ranks.main_process_first():
             if way == "end" and ranks.is_main_process:
-                time.sleep(4)  # longer than a collective waits
+                time.sleep(PATIENCE + 1)  # longer than a collective waits
                 raise TrainingError("the report could not be written")
         ranks.total([1])
         (folder / f"rank-{ranks.rank}").write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
