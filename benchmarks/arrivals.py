@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from openm6.base.device import own_device
-from openm6.inference.load import LoadedModel
+from openm6.inference.load import Loaded
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import ModalitiesConfig, build_modalities
@@ -21,9 +21,8 @@ from openm6.models.omni import Omni
 from openm6.models.presets import PRESETS
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
-from openm6.serve.prepare import prepare
-from openm6.serve.requests import CodesRequest, NumbersRequest, Request, TextRequest
-from openm6.serve.ticket import RefusedError, Ticket
+from openm6.serve.queue import QueueFullError, RequestHandle
+from openm6.serve.requests import CodesRequest, NumbersRequest, Request, TextRequest, prepare
 
 WORDS = ("draw the digit seven", "what is the mass of a small red apple", "say zero")
 
@@ -32,7 +31,7 @@ WORDS = ("draw the digit seven", "what is the mass of a small red apple", "say z
 class Load:
     """Answered and refused requests of a run, by kind."""
 
-    tickets: list[tuple[str, Ticket]] = field(default_factory=list)
+    handles: list[tuple[str, RequestHandle]] = field(default_factory=list)
     refused: int = 0
 
 
@@ -43,8 +42,8 @@ def mixed_load(seconds: float, preset: str = "nano", share: float = 0.8) -> dict
         capacity = _capacity(engine)
         rate = share * capacity
         load = arrive(engine, rate, seconds, random.Random(1))
-        for _, ticket in load.tickets:
-            ticket.wait(120)
+        for _, handle in load.handles:
+            handle.wait(120)
     return {
         "preset": preset,
         "capacity_requests_a_second": capacity,
@@ -53,7 +52,7 @@ def mixed_load(seconds: float, preset: str = "nano", share: float = 0.8) -> dict
     }
 
 
-def untrained(preset: str) -> LoadedModel:
+def untrained(preset: str) -> Loaded:
     """A model of all modalities that knows nothing: latencies do not depend on what the weights say."""
     modalities = build_modalities(ModalitiesConfig(), train_tokenizer(WORDS, 320), {"mass": (3.0, 1.0)})
     backbone = PRESETS[preset].backbone
@@ -62,7 +61,7 @@ def untrained(preset: str) -> LoadedModel:
     description = ModelDescription(
         backbone=backbone, modalities=ModalitiesConfig(), scales={"mass": (3.0, 1.0)}, lessons=[]
     )
-    return LoadedModel(omni, modalities, description, Path("untrained"))
+    return Loaded(omni, modalities, description, Path("untrained"))
 
 
 def requests_of(number: int) -> tuple[str, Request]:
@@ -87,12 +86,12 @@ def _capacity(engine: Engine, count: int = 36) -> float:
     for number in range(6):
         _submit(engine, number)[1].wait(120)
     began = time.perf_counter()
-    for _, ticket in [_submit(engine, number) for number in range(count)]:
-        ticket.wait(120)
+    for _, handle in [_submit(engine, number) for number in range(count)]:
+        handle.wait(120)
     return count / (time.perf_counter() - began)
 
 
-def _submit(engine: Engine, number: int) -> tuple[str, Ticket]:
+def _submit(engine: Engine, number: int) -> tuple[str, RequestHandle]:
     kind, request = requests_of(number)
     return kind, engine.submit(prepare(request, engine.loaded, engine.config.room))
 
@@ -109,8 +108,8 @@ def arrive(engine: Engine, rate: float, seconds: float, dice: random.Random) -> 
         time.sleep(max(0.0, moment - time.perf_counter()))
         number += 1
         try:
-            load.tickets.append(_submit(engine, number))
-        except RefusedError:
+            load.handles.append(_submit(engine, number))
+        except QueueFullError:
             load.refused += 1
 
 
@@ -119,16 +118,16 @@ def _told(load: Load) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {}
     first: list[float] = []
     joules = 0.0
-    for kind, ticket in load.tickets:
-        answer = ticket.result()
+    for kind, handle in load.handles:
+        answer = handle.result()
         seconds.setdefault(kind, []).append(answer.seconds)
         joules += answer.joules or 0.0
         if kind == "text":
-            first.append(answer.first)
+            first.append(answer.first_token_seconds)
     return {
-        "answered": len(load.tickets),
+        "answered": len(load.handles),
         "refused": load.refused,
-        "joules_a_request": joules / max(1, len(load.tickets)),
+        "joules_a_request": joules / max(1, len(load.handles)),
         "answer_seconds": {kind: tails(found) for kind, found in sorted(seconds.items())},
         "first_token_seconds": tails(first),
     }

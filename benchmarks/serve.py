@@ -21,10 +21,10 @@ from benchmarks.peer_qwen import PEER_MISSING, QwenPeer, Seen, open_peer
 from openm6.base.config import Config
 from openm6.base.device import own_device
 from openm6.base.energy.meter import open_meter
-from openm6.inference.decode import TextHead
-from openm6.inference.graphs import open_batch
+from openm6.inference.decode import Speaker
+from openm6.inference.graphs import open_rows
 from openm6.inference.sampling import Sampling
-from openm6.inference.text import DecodeBatch
+from openm6.inference.text import TextRows
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig
@@ -34,7 +34,7 @@ from openm6.serve.config import EngineConfig
 
 @torch.inference_mode()
 def answer_prompts(
-    rows: DecodeBatch, prompts: list[list[int]], given: int, moments: list[float] | None = None
+    rows: TextRows, prompts: list[list[int]], given: int, moments: list[float] | None = None
 ) -> Seen:
     """All prompts through the rows, greedily, each from its moment on (None: all are there at once)."""
     moments = [0.0] * len(prompts) if moments is None else moments
@@ -71,26 +71,26 @@ def _fits(arrived: list[tuple[int, list[int]]], prompt: list[int]) -> bool:
     return not arrived or sum(len(other) for _, other in arrived) + len(prompt) <= EngineConfig().prefill
 
 
-def _read(rows: DecodeBatch, prompts: list[list[int]]) -> None:
+def _read(rows: TextRows, prompts: list[list[int]]) -> None:
     """All but the last token of each, which the first step runs; several packed in one row."""
-    text_head = rows.text_head
-    device = text_head.embedding.device
+    speaker = rows.speaker
+    device = speaker.embedding.device
     ids = torch.tensor([token for prompt in prompts for token in prompt[:-1]], device=device)
     layouts = [causal_meta(1, len(prompt) - 1, device=device) for prompt in prompts]
     slots = [rows.next_slot + number for number in range(len(prompts))]
-    embedded = torch.nn.functional.embedding(ids[None], text_head.embedding)
+    embedded = torch.nn.functional.embedding(ids[None], speaker.embedding)
     if len(prompts) == 1:
-        text_head.backbone(embedded, layouts[0], rows.cache.writer(slots[0]))
+        speaker.backbone(embedded, layouts[0], rows.cache.writer(slots[0]))
         return
     layout = join([replace(part, example_id=part.example_id + n) for n, part in enumerate(layouts)])
-    text_head.backbone(embedded, layout, rows.cache.packed_writer(slots))
+    speaker.backbone(embedded, layout, rows.cache.packed_writer(slots))
 
 
 SHARE = 0.7  # of what the peer's best setting answers at once, so that it keeps up
 
 
 def compare_under_load(
-    rows: DecodeBatch, peer: QwenPeer | None, prompts: list[list[int]], given: int, rates: dict[str, float]
+    rows: TextRows, peer: QwenPeer | None, prompts: list[list[int]], given: int, rates: dict[str, float]
 ) -> dict[str, Any]:
     """The same prompts at the same random moments to each; `rates` are requests a second when all are there at once.
 
@@ -206,7 +206,7 @@ def compare(setting: ServeSetting, device: torch.device, report: Report) -> None
     prompts = make_prompts(setting)
     ours, peer = make_models(setting, device)
     # Made once: captured graphs are part of a running server, not of its requests.
-    rows = open_batch(ours, setting.rows, -(-(setting.longest + setting.given + 1) // 64) * 64)
+    rows = open_rows(ours, setting.rows, -(-(setting.longest + setting.given + 1) // 64) * 64)
     contenders: dict[str, Callable[[], dict[str, Any]]] = {
         "openm6": lambda: ours_run(rows, prompts, setting.given)
     }
@@ -289,7 +289,7 @@ def make_prompts(setting: ServeSetting) -> list[list[int]]:
     return [[dice.randrange(2, setting.vocabulary) for _ in range(length)] for length in lengths]
 
 
-def make_models(setting: ServeSetting, device: torch.device) -> tuple[TextHead, Any]:
+def make_models(setting: ServeSetting, device: torch.device) -> tuple[Speaker, Any]:
     """Our backbone with random weights, and the same weights as a Qwen3-MoE of `transformers` where installed."""
     torch.manual_seed(0)
     backbone = Backbone(setting.backbone).eval().requires_grad_(False)
@@ -298,10 +298,10 @@ def make_models(setting: ServeSetting, device: torch.device) -> tuple[TextHead, 
     peer = open_peer(backbone, embedding, setting.longest + setting.given + 64, device, dtype)
     backbone.to(device, dtype)
     weight = embedding.to(device, dtype)
-    return TextHead(backbone, weight, weight, None, None), peer
+    return Speaker(backbone, weight, weight, None, None), peer
 
 
-def ours_run(rows: DecodeBatch, prompts: list[list[int]], given: int) -> dict[str, Any]:
+def ours_run(rows: TextRows, prompts: list[list[int]], given: int) -> dict[str, Any]:
     """All prompts at once; each token drawn is counted, first-token times are from the start."""
     seen = answer_prompts(rows, prompts, given)
     return {"tokens": seen.tokens, "first_token_seconds_median": statistics.median(seen.first.values())}

@@ -51,6 +51,6 @@ def evaluate(
 
 def _run_scenarios(trained: Path, json_path: Path | None) -> None:
     # torch takes seconds to import
-    from openm6.serve.scenarios.run import run_scenarios, tried_table
+    from openm6.serve.scenarios.run import results_table, run_scenarios
 
-    Console().print(tried_table(run_scenarios(trained, json_path)))
+    Console().print(results_table(run_scenarios(trained, json_path)))

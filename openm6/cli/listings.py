@@ -66,7 +66,7 @@ def scenarios(
     if language not in ("en", "zh"):
         raise ConfigError(f"--language {language!r} must be en or zh")
     # torch takes seconds to import
-    from openm6.serve.scenarios.listing import list_scenarios, scenarios_json
+    from openm6.serve.scenarios.run import list_scenarios, scenarios_json
 
     if json_path is None:
         Console().print(list_scenarios(trained, "zh" if language == "zh" else "en"))

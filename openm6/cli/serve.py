@@ -67,8 +67,8 @@ def serve(
         serve_replicas(trained, config, name, replicas)
     elif playground:
         # only this page needs its packages
-        from openm6.serve.playground.mount import add_playground
+        from openm6.serve.playground.page import add_playground
 
-        serve_api(trained, config, name, dress=add_playground)
+        serve_api(trained, config, name, configure_app=add_playground)
     else:
         serve_api(trained, config, name)

@@ -1,4 +1,4 @@
-"""Settings of a server: where it listens, what it allows, how much it takes on at once."""
+"""Settings of a server: its address, the limits of a request, and the capacity of the engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOST = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}
 
 
 class Limits(Config):
-    """The largest of everything that one request may hold; what is larger is refused before any work is done."""
+    """The limits of one request; what exceeds one is refused before any work is done."""
 
     body_bytes: int = Field(default=16 * 2**20, ge=1024)
     body_seconds: float = Field(default=60.0, gt=0, description="for a whole body to arrive")
@@ -34,33 +34,32 @@ class Limits(Config):
     rows: int = Field(default=256, ge=1)
     candidates: int = Field(default=256, ge=1)
     steps: int = Field(default=64, ge=1)
-    seconds: float = Field(default=120.0, gt=0, description="before an unanswered request is given up")
-    fetch_bytes: int = Field(default=8 * 2**20, ge=1024, description="of a picture that is fetched")
-    fetch_seconds: float = Field(default=5.0, gt=0, description="for all pictures of a request to be fetched")
+    seconds: float = Field(default=120.0, gt=0, description="until a request without an answer is dropped")
+    fetch_bytes: int = Field(default=8 * 2**20, ge=1024, description="of an image that is fetched")
+    fetch_seconds: float = Field(default=5.0, gt=0, description="for all images of a request to be fetched")
 
 
 class EngineConfig(Config):
-    """How much is worked on at once.
+    """How much the engine computes at once.
 
-    rows: texts written side by side; room: tokens of prompt and answer together, for each of them. canvases:
-    pictures and sounds drawn side by side. deterministic: shapes that do not depend on what else is being answered,
-    so that a request gets the same bits alone or in a crowd. waiting: tokens of work that may wait before more is
-    refused; passes: requests answered in one pass each (numbers, ranks, embeddings) that a tick may hold.
+    rows: texts decoded side by side; room: tokens of prompt and answer together, for each of them
+    canvases: images and audio decoded side by side
+    passes: requests answered in one pass each (numbers, ranks, embeddings) per tick
+    deterministic: batch-invariant shapes, so that a request gets the same bits alone or among others
+    waiting: tokens of work that may wait before more is refused
     """
 
     rows: int = Field(default=16, ge=1, le=1024)
     room: int = Field(default=1024, ge=16)
     canvases: int = Field(default=8, ge=1, le=256)
     passes: int = Field(default=4, ge=1)
-    prefill: int = Field(
-        default=1024, ge=1, description="prompt tokens read in one tick, at least one prompt"
-    )
+    prefill: int = Field(default=1024, ge=1, description="prompt tokens read per tick, at least one prompt")
     deterministic: bool = True
     waiting: int = Field(default=32_768, ge=1)
-    prefixes: int = Field(default=64 * 2**20, ge=0, description="bytes of prompts kept for reuse")
+    prefixes: int = Field(default=64 * 2**20, ge=0, description="bytes of the prefix cache")
     weights: Precision = "float32"
     resident: int | None = Field(
-        default=None, ge=0, description="layers that stay on the device; the others come as they are used"
+        default=None, ge=0, description="layers that stay on the device; the others are offloaded"
     )
 
     @model_validator(mode="after")
@@ -73,7 +72,7 @@ class EngineConfig(Config):
 
 
 class ServeConfig(Config):
-    """A server as a whole; `hosts` are those from which pictures may be fetched, none by default."""
+    """A server as a whole; `hosts` are those from which images may be fetched, none by default."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)

@@ -1,17 +1,46 @@
-"""Messages of a chat as parts to read: the words of the API in, raw parts of our modalities out."""
+"""Inputs of requests as parts for the model, and files of answers: the only place where media is read and written.
+
+Messages in OpenAI's form become parts of our modalities. Images and audio are strict base64 or data URLs; only their
+headers are read here. Routes that name a task put the input into the task's own prompt.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
+import re
 from itertools import chain
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+import numpy as np
+import soundfile
+from PIL import Image as Pillow
+from PIL import ImageOps
 from pydantic import BaseModel, Field
 
+from openm6.inference.load import Loaded
+from openm6.modalities.audio import RATE
+from openm6.modalities.image import Image, read_image, to_square
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.serve.config import Limits
-from openm6.serve.errors import BadRequestError
-from openm6.serve.media import check_picture, check_sound, from_base64, from_data_url
+from openm6.serve.errors import BadRequestError, check_limit
+from openm6.tasks.registry import TASKS
+
+ImageFormat = Literal["png", "webp", "jpeg"]
+AudioFormat = Literal["wav", "flac", "mp3", "opus", "pcm"]
+IMAGE_TYPES: dict[ImageFormat, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+AUDIO_TYPES: dict[AudioFormat, str] = {
+    "wav": "audio/wav",
+    "flac": "audio/flac",
+    "mp3": "audio/mpeg",
+    "opus": "audio/ogg",
+    "pcm": "audio/pcm",
+}
+READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_SLOT = re.compile(r"\{\w+\}")
+_CHINESE = re.compile(r"[\u3400-\u9fff]")
 
 
 class TextPart(BaseModel):
@@ -63,102 +92,243 @@ Content = str | list[ContentPart]
 
 
 class Message(BaseModel):
-    """One turn. The model was taught no roles: turns are read one after the other, a line each."""
+    """One turn. The model was trained on no roles: turns are read one after the other, a line each."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
 
 
 def parts_of_messages(messages: list[Message], limits: Limits, apart: bool = False) -> tuple[Part, ...]:
-    """All turns as parts, in order; neighbouring texts become one, those of two turns unless they stay `apart`.
+    """Return the parts of all turns, in order; texts of two turns are joined unless the turns stay `apart`.
 
     Raises:
         BadRequestError: there are too many parts or characters, or one of them is broken.
     """
     turns: list[list[Part]] = []
-    for number, message in enumerate(messages):
-        where = f"messages.{number}.content"
-        found = parts_of_content(message.content or "", limits, where)
-        if found:
-            turns.append([Part("text", "\n"), *found] if turns else found)
+    for index, message in enumerate(messages):
+        parts = _content_parts(message.content or "", limits, f"messages.{index}.content")
+        if parts:
+            turns.append([Part("text", "\n"), *parts] if turns else parts)
     groups = turns if apart else [list(chain.from_iterable(turns))]
-    return _bounded([part for group in groups for part in _merged(group)], limits, "messages")
+    return _within_limits([part for group in groups for part in join_texts(group)], limits, "messages")
 
 
-def pictures_in(content: Content | None, where: str) -> list[tuple[str, ImageURL]]:
-    """The pictures of a turn, each with the name of its field."""
-    pieces = content if isinstance(content, list) else []
+def parts_of_content(content: Content, limits: Limits, param: str) -> tuple[Part, ...]:
+    """Return the parts of one turn, neighbouring texts joined; raise as `parts_of_messages`."""
+    return _within_limits(join_texts(_content_parts(content, limits, param)), limits, param)
+
+
+def images_of(content: Content | None, param: str) -> list[tuple[str, ImageURL]]:
+    """Return the images of a turn, each with the name of its field."""
     return [
-        (f"{where}.{number}.image_url.url", piece.image_url)
-        for number, piece in enumerate(pieces)
-        if isinstance(piece, ImagePart)
+        (f"{param}.{index}.image_url.url", part.image_url)
+        for index, part in enumerate(content if isinstance(content, list) else [])
+        if isinstance(part, ImagePart)
     ]
 
 
-def parts_of_content(content: Content, limits: Limits, where: str) -> list[Part]:
-    """The parts of one turn. A text after something else begins with a blank, as the model was taught."""
-    if isinstance(content, str):
-        return [Part("text", content)] if content else []
-    parts: list[Part] = []
-    for number, piece in enumerate(content):
-        part = _part(piece, limits, f"{where}.{number}")
-        if part.modality == "text" and parts and parts[-1].modality != "text":
-            part = Part("text", part.raw if part.raw[:1].isspace() else " " + part.raw)
-        parts.append(part)
-    return parts
-
-
-def _part(piece: Any, limits: Limits, where: str) -> Part:
-    if isinstance(piece, TextPart):
-        return Part("text", piece.text)
-    if isinstance(piece, ImagePart):
-        param = f"{where}.image_url.url"
-        return Part("image", check_picture(from_data_url(piece.image_url.url, param), limits.pixels, param))
-    if isinstance(piece, AudioPart):
-        param = f"{where}.input_audio.data"
-        return Part(
-            "sound", check_sound(from_base64(piece.input_audio.data, param), limits.sound_seconds, param)
-        )
-    assert isinstance(piece, NumbersPart)
-    return numbers_part(piece, limits, where)
-
-
-def numbers_part(piece: NumbersPart, limits: Limits, where: str) -> Part:
-    """Columns or a series as a part.
-
-    Raises:
-        BadRequestError: both, neither, or too many columns.
-    """
-    if (piece.numbers is None) == (piece.series is None):
-        raise BadRequestError(f"{where} needs either numbers or series", where)
-    if piece.series is not None:
-        return Part("numbers", NumberSeries(piece.series.name, piece.series.values))
-    if not piece.numbers or len(piece.numbers) > limits.columns:
-        raise BadRequestError(f"{where}.numbers must hold 1 to {limits.columns} columns", f"{where}.numbers")
-    return Part("numbers", piece.numbers)
-
-
-def joined(parts: list[Part], limits: Limits, where: str) -> tuple[Part, ...]:
-    """Neighbouring texts as one, and all within the limits."""
-    return _bounded(_merged(parts), limits, where)
-
-
-def _merged(parts: list[Part]) -> list[Part]:
+def join_texts(parts: list[Part]) -> list[Part]:
+    """Join neighbouring texts; a text after another modality begins with a blank, as in training."""
     found: list[Part] = []
     for part in parts:
         if part.modality == "text" and found and found[-1].modality == "text":
             found[-1] = Part("text", found[-1].raw + part.raw)
+        elif part.modality == "text" and found and not part.raw[:1].isspace():
+            found.append(Part("text", " " + part.raw))
         else:
             found.append(part)
     return found
 
 
-def _bounded(found: list[Part], limits: Limits, where: str) -> tuple[Part, ...]:
-    if len(found) > limits.parts:
-        raise BadRequestError(f"{where} hold {len(found)} parts, over {limits.parts}: send fewer", where)
-    characters = sum(len(part.raw) for part in found if part.modality == "text")
-    if characters > limits.characters:
+def _content_parts(content: Content, limits: Limits, param: str) -> list[Part]:
+    if isinstance(content, str):
+        return [Part("text", content)] if content else []
+    return [_part(part, limits, f"{param}.{index}") for index, part in enumerate(content)]
+
+
+def _part(part: ContentPart, limits: Limits, param: str) -> Part:
+    if isinstance(part, TextPart):
+        return Part("text", part.text)
+    if isinstance(part, ImagePart):
+        param = f"{param}.image_url.url"
+        return Part("image", check_image(decode_data_url(part.image_url.url, param), limits, param))
+    if isinstance(part, AudioPart):
+        param = f"{param}.input_audio.data"
+        return Part("sound", check_audio(decode_base64(part.input_audio.data, param), limits, param))
+    if (part.numbers is None) == (part.series is None):
+        raise BadRequestError(f"{param} needs either numbers or series", param)
+    if part.series is not None:
+        return Part("numbers", NumberSeries(part.series.name, part.series.values))
+    if not part.numbers:
+        raise BadRequestError(f"{param}.numbers must hold at least 1 column", f"{param}.numbers")
+    check_limit(f"{param}.numbers", len(part.numbers), limits.columns, "columns")
+    return Part("numbers", part.numbers)
+
+
+def _within_limits(parts: list[Part], limits: Limits, param: str) -> tuple[Part, ...]:
+    check_limit(param, len(parts), limits.parts, "parts")
+    characters = sum(len(part.raw) for part in parts if part.modality == "text")
+    check_limit(param, characters, limits.characters, "characters")
+    return tuple(part for part in parts if part.modality != "text" or part.raw)
+
+
+def decode_base64(text: str, param: str) -> bytes:
+    """Return the bytes in base64, which must be flawless.
+
+    Raises:
+        BadRequestError: it is not, or empty.
+    """
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadRequestError(f"{param} is not valid base64: encode the file's bytes again", param) from None
+    if not data:
+        raise BadRequestError(f"{param} is empty: send the file's bytes", param)
+    return data
+
+
+def decode_data_url(url: str, param: str) -> bytes:
+    """Return the bytes in `data:image/png;base64,…`.
+
+    Raises:
+        BadRequestError: it is a URL of another kind, or broken.
+    """
+    head, comma, body = url.partition(",")
+    if not head.startswith("data:") or not comma or not head.endswith(";base64"):
         raise BadRequestError(
-            f"{where} hold {characters} characters, over {limits.characters}: shorten them", where
+            f"{param} must be a data URL (data:image/png;base64,…): send the bytes along", param
         )
-    return tuple(part for part in found if part.modality != "text" or part.raw)
+    return decode_base64(body, param)
+
+
+def decode_file(text: str, kind: str, limits: Limits, param: str) -> bytes:
+    """Return the bytes of an image or audio file (`sound`) in base64 or a data URL, checked as below."""
+    data = decode_data_url(text, param) if text.startswith("data:") else decode_base64(text, param)
+    return check_image(data, limits, param) if kind == "image" else check_audio(data, limits, param)
+
+
+def check_image(data: bytes, limits: Limits, param: str) -> bytes:
+    """Return the bytes of an image whose header is that of an allowed format and size; nothing is decompressed.
+
+    Raises:
+        BadRequestError: it is none, or too large.
+    """
+    try:
+        with Pillow.open(io.BytesIO(data), formats=READABLE) as image:
+            width, height = image.size
+    except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError):
+        known = ", ".join(READABLE)
+        raise BadRequestError(f"{param} is not a readable image: send one of {known}", param) from None
+    check_limit(param, width * height, limits.pixels, f"pixels ({width} x {height})")
+    return data
+
+
+def check_audio(data: bytes, limits: Limits, param: str) -> bytes:
+    """Return the bytes of an audio file whose header can be read and claims no more seconds than allowed.
+
+    Raises:
+        BadRequestError: it is none, or too long.
+    """
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            seconds = file.frames / file.samplerate
+    except (soundfile.LibsndfileError, TypeError, ZeroDivisionError, RuntimeError):
+        raise BadRequestError(f"{param} is not readable audio: send WAV, FLAC, Ogg or MP3", param) from None
+    check_limit(param, round(seconds, 2), limits.sound_seconds, "seconds")
+    return data
+
+
+def image_file(image: Pillow.Image, form: ImageFormat) -> bytes:
+    """Return an image as a file of this format."""
+    out = io.BytesIO()
+    image.save(out, form)
+    return out.getvalue()
+
+
+def image_data_url(image: Pillow.Image, form: ImageFormat = "png") -> str:
+    """Return an image as a data URL."""
+    return f"data:{IMAGE_TYPES[form]};base64,{base64.b64encode(image_file(image, form)).decode()}"
+
+
+def audio_file(samples: np.ndarray, form: AudioFormat) -> bytes:
+    """Return samples at 16 kHz as a file; `pcm` are 16-bit samples and nothing else."""
+    if form == "pcm":
+        return pcm(samples).tobytes()
+    out = io.BytesIO()
+    if form == "opus":
+        soundfile.write(out, samples, RATE, format="OGG", subtype="OPUS")
+    else:
+        soundfile.write(out, samples, RATE, format=form.upper())
+    return out.getvalue()
+
+
+def pcm(samples: np.ndarray) -> np.ndarray:
+    """Return samples as 16-bit integers."""
+    return (np.clip(samples, -1, 1) * 32767).astype("<i2")
+
+
+def edit_mask(mask: bytes | None, source: bytes, pixels: int) -> np.ndarray | None:
+    """Return which pixels may change: those transparent in the mask, or in the image itself without one.  # H W bool
+
+    None if nothing says: all of them may change.
+
+    Raises:
+        BadRequestError: the mask has no transparency, or is of another size than the image.
+        DataError: one of them is broken.
+    """
+    size = read_image(source, pixels).size
+    if mask is None:
+        own = _transparent(source)
+        return own if own is not None and own.any() else None
+    mask_size = read_image(mask, pixels).size
+    if mask_size != size:
+        raise BadRequestError(f"mask is {mask_size}, but image is {size}: make them equal in size", "mask")
+    found = _transparent(mask)
+    if found is None or not found.any():
+        raise BadRequestError("mask is transparent nowhere: make transparent what may change", "mask")
+    return found
+
+
+def _transparent(data: bytes) -> np.ndarray | None:
+    """Pixels of an image, known to be valid, that are not fully opaque."""
+    with Pillow.open(io.BytesIO(data)) as opened:
+        image = ImageOps.exif_transpose(opened)
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return None
+    return np.asarray(image.convert("RGBA").getchannel("A")) < 255
+
+
+def restore_outside(drawn: Pillow.Image, source: bytes, mask: np.ndarray, image: Image) -> Pillow.Image:
+    """Return the drawn image within the mask, and the source, made square like it, everywhere else."""
+    kept = to_square(read_image(source, image.max_pixels), image.side)
+    outside = Pillow.fromarray(np.where(mask, 0, 255).astype(np.uint8)).convert("RGB")
+    keep = to_square(outside, image.side).convert("L")
+    return Pillow.composite(kept, drawn, keep.point(lambda value: 255 if value == 255 else 0))
+
+
+def language_of(text: str) -> str:
+    """Return `zh` if a text holds a Chinese character, else `en`."""
+    return "zh" if _CHINESE.search(text) else "en"
+
+
+def is_trained(loaded: Loaded, task: str) -> bool:
+    """Whether the model was trained on a task."""
+    return any(lesson.task == task for lesson in loaded.description.lessons)
+
+
+def text_prompt(loaded: Loaded, task: str, text: str) -> tuple[Part, ...]:
+    """Return a text in the first prompt of a task; it stays as it is if it has the form of one, or without training."""
+    prompts = [_SLOT.split(prompt, maxsplit=1) for prompt in TASKS[task].prompts[language_of(text)]]
+    worded = any(before and text.startswith(before) and text.endswith(after) for before, after in prompts)
+    if not is_trained(loaded, task) or worded:
+        return (Part("text", text),)
+    before, after = prompts[0]
+    return (Part("text", before + text + after),)
+
+
+def part_prompt(task: str, part: Part, language: str = "en", column: str = "") -> tuple[Part, ...]:
+    """Return an image, audio or numbers in the first prompt of a task."""
+    prompt = TASKS[task].prompts[language][0].replace("{column}", column.replace("_", " "))
+    before, after = _SLOT.split(prompt, maxsplit=1)
+    parts = [Part("text", before), part, Part("text", after)]
+    return tuple(one for one in parts if one is part or one.raw)

@@ -1,7 +1,13 @@
-"""Every failure in OpenAI's form: {"error": {message, type, param, code}}, one sentence, never a traceback."""
+"""Errors in OpenAI's form, {"error": {message, type, param, code}}: one sentence, never a traceback.
+
+An expected failure is an `OpenM6Error`; `failure_of` is the only place where it gets a status. A body that does not
+fit its schema is described by `describe_invalid`, in one sentence: which field, what is wrong, what to do.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -13,8 +19,7 @@ from starlette.exceptions import HTTPException
 
 from openm6.base.errors import ConfigError, DataError, OpenM6Error
 from openm6.base.log import get_log
-from openm6.serve.ticket import LateError, RefusedError, StoppedError
-from openm6.serve.validation import complaint
+from openm6.serve.queue import DeadlineExceededError, EngineUnavailableError, QueueFullError
 
 
 class ErrorDetail(BaseModel):
@@ -33,21 +38,32 @@ class ErrorBody(BaseModel):
 
 
 class BadRequestError(OpenM6Error):
-    """A field that cannot be used as given; answered with 400."""
+    """A field that cannot be used as given."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
 
 
-class TooLargeError(OpenM6Error):
-    """A body that tells no length has passed its bound on the way; answered with 413."""
+class BodyTooLargeError(OpenM6Error):
+    """A body without a declared length exceeded its limit while it arrived."""
 
 
-class LateBodyError(OpenM6Error):
-    """A body that has not arrived within its time; answered with 408."""
+class BodyTimeoutError(OpenM6Error):
+    """A body did not arrive within its time."""
 
 
+STATUS: dict[type[OpenM6Error], int] = {
+    BadRequestError: 400,
+    DataError: 400,
+    ConfigError: 400,
+    BodyTimeoutError: 408,
+    BodyTooLargeError: 413,
+    QueueFullError: 429,
+    DeadlineExceededError: 503,
+    EngineUnavailableError: 503,
+}
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": meaning}
     for status, meaning in (
@@ -56,70 +72,165 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
         (408, "The body did not arrive in time."),
         (413, "The request is too large."),
         (429, "Too much is waiting; Retry-After says when to try again."),
-        (503, "The deadline passed, or the server is going down."),
+        (503, "The deadline passed, or the server is shutting down."),
     )
 }
 
 
-def error_response(
-    status: int, message: str, param: str | None = None, code: str | None = None, after: int | None = None
-) -> JSONResponse:
-    """A response in OpenAI's form. Clients retry 5xx by themselves; `after` tells them when."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    body = ErrorBody(error=ErrorDetail(message=_encodable(message), type=kind, param=param, code=code))
-    headers = {} if after is None else {"retry-after": str(after)}
-    if status in (408, 413):  # the rest of the body is not waited for
-        headers["connection"] = "close"
-    return JSONResponse(body.model_dump(), status, headers)
+@dataclass(frozen=True)
+class Failure:
+    """An error as it is answered; `retry_after` is in seconds."""
+
+    status: int
+    message: str
+    param: str | None = None
+    retry_after: int | None = None
+
+    def body(self, code: str | None = None) -> ErrorBody:
+        """Return the JSON of the error."""
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        # A request may hold half a surrogate pair, and a message may quote it.
+        message = self.message.encode("utf-8", "replace").decode("utf-8")
+        return ErrorBody(error=ErrorDetail(message=message, type=kind, param=self.param, code=code))
+
+    def response(self) -> JSONResponse:
+        """Return the HTTP response; clients retry 5xx by themselves."""
+        headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        if self.status in (408, 413):  # the rest of the body is not read
+            headers["connection"] = "close"
+        return JSONResponse(self.body().model_dump(), self.status, headers)
 
 
-def error_of(error: OpenM6Error) -> tuple[int, str, str | None, int | None]:
-    """Status, sentence, field and seconds to wait for an expected failure."""
-    if isinstance(error, RefusedError):
-        return 429, str(error), None, error.after
-    if isinstance(error, LateError | StoppedError):
-        return 503, str(error), None, 1
-    if isinstance(error, TooLargeError):
-        return 413, str(error), None, None
-    if isinstance(error, LateBodyError):
-        return 408, str(error), None, None
-    param = error.param if isinstance(error, BadRequestError) else None
-    known = isinstance(error, BadRequestError | DataError | ConfigError)
-    return 400 if known else 500, str(error), param, None
+def failure_of(error: OpenM6Error) -> Failure:
+    """Return how an expected failure is answered."""
+    status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
+    retry_after = error.retry_after if isinstance(error, QueueFullError) else 1 if status == 503 else None
+    return Failure(status, str(error), getattr(error, "param", None), retry_after)
 
 
-def _encodable(text: str) -> str:
-    """A request may hold half a surrogate pair, and an error may quote it."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+def check_limit(param: str, value: float, limit: float, unit: str = "") -> None:
+    """Raise BadRequestError if a field exceeds its limit; with a unit, `value` is how much of it the field holds."""
+    if value > limit:
+        found = f"{param} holds {value:,} {unit}" if unit else f"{param}={value:,}"
+        raise BadRequestError(f"{found}, over the limit of {limit:,}: send less", param)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Makes every failure of an app speak in one form."""
+    """Answer every failure of an app in one form."""
 
     @app.exception_handler(OpenM6Error)
     async def expected(_: Request, error: OpenM6Error) -> JSONResponse:
-        status, message, param, after = error_of(error)
-        return error_response(status, message, param, after=after)
+        return failure_of(error).response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        # Nothing of the body is echoed but a type that is not known: it may be huge, or not Unicode.
-        message, path = complaint(error.errors(), error.body)
-        return error_response(400, message, path)
+        # Nothing of the body is echoed but an unknown type: it may be huge, or not Unicode.
+        return Failure(400, *describe_invalid(error.errors(), error.body)).response()
 
     @app.exception_handler(HTTPException)
-    async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        if isinstance(
-            error.__cause__, OpenM6Error
-        ):  # FastAPI puts words of its own over what reading a body says
-            return await expected(request, error.__cause__)
+    async def plain(_: Request, error: HTTPException) -> JSONResponse:
+        # FastAPI wraps what reading a body raises.
+        if isinstance(error.__cause__, OpenM6Error):
+            return failure_of(error.__cause__).response()
         message = error.detail or HTTPStatus(error.status_code).phrase
-        response = error_response(error.status_code, str(message))
+        response = Failure(error.status_code, str(message)).response()
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         get_log().error("a request failed", exc_info=error)
-        return error_response(500, "the server failed on this request: report it with the server's log")
+        return Failure(500, "the server failed on this request: report it with the server's log").response()
+
+
+PydanticError = Mapping[str, Any]  # type, loc, ctx
+
+# What a value must be, by the type of pydantic's error; several of them are joined by "or".
+KINDS = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_parsing_size": "a smaller integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "bytes_type": "a file",
+    "none_required": "null",
+    "finite_number": "a finite number",
+    "string_unicode": "valid Unicode",
+}
+# What else is wrong, and what to do.
+SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "missing": lambda _: "is missing: add it",
+    "extra_forbidden": lambda _: "is not known: leave it out",
+    "too_short": lambda ctx: f"holds too little: at least {_count(ctx['min_length'], 'item')}",
+    "too_long": lambda ctx: f"holds too much: at most {_count(ctx['max_length'], 'item')}",
+    "string_too_short": lambda ctx: f"is too short: at least {_count(ctx['min_length'], 'character')}",
+    "string_too_long": lambda ctx: f"is too long: at most {_count(ctx['max_length'], 'character')}",
+    "string_pattern_mismatch": lambda ctx: f"must match {ctx['pattern']}",
+    "greater_than": lambda ctx: f"must be above {ctx['gt']:g}",
+    "greater_than_equal": lambda ctx: f"must be at least {ctx['ge']:g}",
+    "less_than": lambda ctx: f"must be below {ctx['lt']:g}",
+    "less_than_equal": lambda ctx: f"must be at most {ctx['le']:g}",
+    "literal_error": lambda ctx: f"must be {_listed(ctx['expected'])}",
+    "enum": lambda ctx: f"must be {_listed(ctx['expected'])}",
+    "union_tag_invalid": lambda ctx: f"{ctx['tag']!r} is not supported: use {_listed(ctx['expected_tags'])}",
+    "union_tag_not_found": lambda _: "has no type: add it",
+    "value_error": lambda ctx: str(ctx["error"]),
+}
+OTHER = "cannot be used as given: see /docs"
+
+
+def describe_invalid(errors: Sequence[PydanticError], body: Any) -> tuple[str, str | None]:
+    """Return one sentence for the errors of a body, and the path of the field that it is about.
+
+    If a field may take several forms, pydantic reports each; the deepest field counts, since that form fits best.
+    """
+    located = [(_path(error, body), error) for error in errors]
+    # The type of a part decides before what its fields lack.
+    deepest = max((path for path, _ in located), key=len)
+    sentence = _sentence([error for path, error in located if path == deepest])
+    name = ".".join(map(str, deepest))
+    return (f"{name} {sentence}" if name else f"the body {sentence}"), name or None
+
+
+def _sentence(errors: list[PydanticError]) -> str:
+    for error in errors:
+        if error["type"] in SENTENCES:
+            return SENTENCES[error["type"]](error.get("ctx", {}))
+    kinds = list(dict.fromkeys(KINDS[error["type"]] for error in errors if error["type"] in KINDS))
+    return f"must be {' or '.join(kinds)}" if kinds else OTHER
+
+
+def _path(error: PydanticError, body: Any) -> tuple[str | int, ...]:
+    """Where in the body: pydantic's path without the names of its own classes, which no body holds."""
+    path = list(error["loc"][1:])
+    found: list[str | int] = []
+    node = body
+    for index, step in enumerate(path):
+        last = index == len(path) - 1
+        known = isinstance(node, Mapping) and step in node
+        if known or (isinstance(node, list) and isinstance(step, int) and step < len(node)):
+            node = node[step]
+        elif not (last and error["type"] == "missing") and isinstance(body, (Mapping, list)):
+            continue
+        found.append(step)
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        found.append(str(error.get("ctx", {}).get("discriminator", "type")).strip("'"))
+    return tuple(found)
+
+
+def _listed(words: str) -> str:
+    """pydantic lists as 'a', 'b' or 'c', or with commas alone; so do we, without quotes."""
+    names = [word.strip().strip("'") for word in words.replace(" or ", ", ").split(",")]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _count(amount: int, noun: str) -> str:
+    return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"

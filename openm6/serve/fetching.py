@@ -1,8 +1,8 @@
-"""Pictures from a few hosts that whoever runs the server has named: by https, at public addresses, small and soon.
+"""Images from a few hosts that the operator of the server has named: by https, at public addresses, small and soon.
 
-A request could otherwise make the server ask machines that only it can reach. So a name is resolved once, every
-address that it has must be a public one, the connection goes to the address that was checked, and no redirect is
-followed. What is said of a failure names no address.
+A request could otherwise make the server ask machines that only it can reach (server-side request forgery). So a name
+is resolved once, every address that it has must be a public one, the connection goes to the address that was checked,
+and no redirect is followed. Error messages name no address.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from openm6.serve.errors import BadRequestError
 
 PORT = 443
 BLOCK = 65_536  # bytes read at once
-FETCHING = 4  # at the same time
+MAX_FETCHES = 4  # at the same time
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that lead to an IPv4 one
 
 Resolve = Callable[[str], list[str]]  # a host's addresses
@@ -33,7 +33,7 @@ Dial = Callable[[str, str, float], socket.socket]  # address, host, seconds -> a
 
 
 class Fetcher:
-    """Fetches what chats and embeddings name by `image_url`."""
+    """Fetches the images that chats, embeddings and rankings name by `image_url`."""
 
     def __init__(
         self,
@@ -43,33 +43,33 @@ class Fetcher:
         resolve: Resolve | None = None,
         dial: Dial | None = None,
     ) -> None:
-        """`seconds` are for all pictures of a request together."""
+        """`seconds` are for all images of a request together."""
         self.hosts = frozenset(hosts)
         self.max_bytes, self.seconds = max_bytes, seconds
         self._resolve, self._dial = resolve or resolve_by_system, dial or dial_by_tls
-        self._pool = ThreadPoolExecutor(FETCHING, "fetch") if self.hosts else None
+        self._pool = ThreadPoolExecutor(MAX_FETCHES, "fetch") if self.hosts else None
 
-    async def bring(self, pictures: Iterable[tuple[str, ImageURL]]) -> None:
-        """Replaces every https URL by a data URL of what is there; pictures come with the names of their fields.
+    async def fetch_all(self, images: Iterable[tuple[str, ImageURL]]) -> None:
+        """Replace every https URL by a data URL of its content; images come with the names of their fields.
 
         Raises:
             BadRequestError: one is elsewhere, too large, or does not come in time.
         """
-        wanted = [(param, picture) for param, picture in pictures if not picture.url.startswith("data:")]
-        if self._pool is None or not wanted:
-            return  # without hosts, what is no data URL is refused where it is read
+        remote = [(param, image) for param, image in images if not image.url.startswith("data:")]
+        if self._pool is None or not remote:
+            return  # without hosts, what is no data URL is refused when it is read
         end = time.monotonic() + self.seconds
         loop = asyncio.get_running_loop()
-        for param, picture in wanted:
-            coming = loop.run_in_executor(self._pool, self.fetch, picture.url, param, end)
+        for param, image in remote:
+            fetched = loop.run_in_executor(self._pool, self.fetch, image.url, param, end)
             try:
-                data = await asyncio.wait_for(coming, max(0.0, end - time.monotonic()))
+                data = await asyncio.wait_for(fetched, max(0.0, end - time.monotonic()))
             except TimeoutError:
-                raise self._late(param) from None
-            picture.url = "data:;base64," + base64.b64encode(data).decode()
+                raise self._timeout(param) from None
+            image.url = "data:;base64," + base64.b64encode(data).decode()
 
     def fetch(self, url: str, param: str, end: float) -> bytes:
-        """The bytes at a URL, until the moment `end` of the monotonic clock; raises as `bring` does."""
+        """Return the bytes at a URL, until the moment `end` of the monotonic clock; raise as `fetch_all`."""
         parts = self._checked(url, param)
         address = self._public_address(parts.hostname or "", param)
         try:
@@ -83,10 +83,8 @@ class Fetcher:
                     cut.cancel()
         except (OSError, http.client.HTTPException):
             if time.monotonic() >= end:
-                raise self._late(param) from None
-            raise BadRequestError(
-                f"{param} cannot be fetched: send the picture as a data URL", param
-            ) from None
+                raise self._timeout(param) from None
+            raise BadRequestError(f"{param} cannot be fetched: send the image as a data URL", param) from None
 
     def _checked(self, url: str, param: str) -> SplitResult:
         allowed = ", ".join(sorted(self.hosts))
@@ -119,8 +117,8 @@ class Fetcher:
         connection.request("GET", target, headers=headers)
         response = connection.getresponse()
         if response.status != 200:
-            sentence = f"{param} is answered with status {response.status}, and redirects are not followed"
-            raise BadRequestError(f"{sentence}: give the picture's own address", param)
+            sentence = f"{param} answers with status {response.status}, and redirects are not followed"
+            raise BadRequestError(f"{sentence}: give the image's own address", param)
         data = bytearray()
         while block := response.read1(BLOCK):
             data += block
@@ -130,14 +128,14 @@ class Fetcher:
             raise http.client.IncompleteRead(bytes(data))
         return bytes(data)
 
-    def _late(self, param: str) -> BadRequestError:
+    def _timeout(self, param: str) -> BadRequestError:
         return BadRequestError(
-            f"{param} did not come within {self.seconds:g} s: send the picture as a data URL", param
+            f"{param} did not come within {self.seconds:g} s: send the image as a data URL", param
         )
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the open internet, also behind the forms of IPv6 that stand for IPv4."""
+    """Whether an address is a public one, also in the forms of IPv6 that stand for IPv4."""
     found = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
@@ -149,12 +147,12 @@ def is_public(address: str) -> bool:
 
 
 def resolve_by_system(host: str) -> list[str]:
-    """All addresses of a host."""
+    """Return all addresses of a host."""
     return [str(found[4][0]) for found in socket.getaddrinfo(host, PORT, type=socket.SOCK_STREAM)]
 
 
 def dial_by_tls(address: str, host: str, seconds: float) -> socket.socket:
-    """A connection to this address whose certificate is that of the host."""
+    """Return a connection to this address whose certificate is that of the host."""
     plain = socket.create_connection((address, PORT), timeout=seconds)
     try:
         return ssl.create_default_context().wrap_socket(plain, server_hostname=host)

@@ -1,4 +1,4 @@
-"""`openm6 serve --ray`: the same app as replicas on Ray Serve, one model each, more of them while more is asked."""
+"""`openm6 serve --ray`: the same app as replicas on Ray Serve, one model each, more of them under load."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ APPLICATION = "openm6"
 
 
 class ReplicaConfig(Config):
-    """How many replicas, and on what each of them stands.
+    """How many replicas, and the resources of each.
 
-    least, most: replicas that autoscaling keeps to; equal numbers switch it off
-    ongoing: requests in work that a replica is wanted for; a replica takes twice as many before Ray lets more wait
+    least, most: the range of autoscaling; equal numbers switch it off
+    ongoing: target of requests in work per replica; a replica takes twice as many before Ray lets more wait
     waiting: requests that may wait in Ray before more are answered with 503
-    cpus, gpus: what one replica occupies; a whole GPU where there is one, unless told otherwise
+    cpus, gpus: what one replica occupies; by default a whole GPU if there is one
     """
 
     least: int = Field(default=1, ge=1, le=1024)
@@ -48,9 +48,9 @@ class ReplicaConfig(Config):
 
 
 def deployment(build: Callable[[], FastAPI], replicas: ReplicaConfig) -> ray_serve.Application:
-    """An app as a Ray Serve application; `build` is called where each replica lives.
+    """Return an app as a Ray Serve application; `build` is called in the process of each replica.
 
-    Whole requests and streams go through to one replica's engine: there is no hop for a token.
+    Whole requests and streams go to one replica's engine: no token takes a hop of its own.
     """
     scaling = None
     if replicas.least != replicas.most:
@@ -71,15 +71,15 @@ def deployment(build: Callable[[], FastAPI], replicas: ReplicaConfig) -> ray_ser
 
 
 def run_replicas(build: Callable[[], FastAPI], config: ServeConfig, replicas: ReplicaConfig) -> None:
-    """Starts the replicas, on this machine or on the cluster that it belongs to; returns when they answer."""
+    """Start the replicas, on this machine or on its cluster; return when they answer."""
     ray_serve.start(http_options={"host": config.host, "port": config.port})
     ray_serve.run(deployment(build, replicas), name=APPLICATION, route_prefix="/")
 
 
 def app_of(trained: Path, config: ServeConfig, name: str) -> FastAPI:
-    """The app of one replica."""
+    """Return the app of one replica."""
     engine = Engine(load(trained, resident=config.engine.resident), config.engine)
-    # Ray starts another replica for one that has ended; the time lets its last answers out.
+    # Ray replaces a replica that has ended; the delay lets its last answers out.
     engine.on_failure = threading.Timer(1.0, os._exit, (1,)).start
     return create_app(engine, config, name)
 
@@ -87,14 +87,14 @@ def app_of(trained: Path, config: ServeConfig, name: str) -> FastAPI:
 def serve_replicas(
     trained: Path, config: ServeConfig, name: str | None = None, settings: list[str] | None = None
 ) -> None:
-    """Serves a run or checkpoint on Ray until it is interrupted; `settings` are those of ReplicaConfig.
+    """Serve a run or checkpoint on Ray until it is interrupted; `settings` are those of ReplicaConfig.
 
     Raises:
         CheckpointError: there is no model there.
         ConfigError: an unknown setting, or one out of range.
     """
     replicas = build_config(ReplicaConfig, apply_overrides({}, settings or []), "--ray")
-    check(trained)  # what is wrong with it is said here, not in every replica
+    check(trained)  # an error is raised here, not in every replica
     run_replicas(partial(app_of, trained.resolve(), config, name or trained.resolve().name), config, replicas)
     get_log().info(f"serving {trained} on http://{config.host}:{config.port}/docs")
     try:

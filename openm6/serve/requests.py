@@ -1,28 +1,43 @@
-"""What the engine is asked and what it answers: plain data, without HTTP."""
+"""Requests to the engine and its answers, as plain data without HTTP, and the tokens of a request.
 
-# Letters: N places, G codes a place, D width
+`prepare` runs in threads of its own, before a request is queued: files are decoded and inputs are checked there.
+"""
+
+# Shapes: N positions, G codes of a position, D width
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from openm6.base.errors import DataError
+from openm6.inference.load import Loaded
 from openm6.inference.sampling import MaskedSampling, Sampling
-from openm6.modalities.interface import Part
+from openm6.modalities.interface import Part, Segment
+from openm6.modalities.numbers import NumberSeries
+from openm6.modalities.registry import source_segments
+
+MODALITY_OF = {"text": "text", "image_in": "image", "sound_in": "audio", "numbers_in": "numbers"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Parts to read, in order. `client` is who is asking, for fairness; `seconds` is how long the answer may take."""
+    """Inputs, in order. `client` is who asks, for fairness; `seconds` is how long the answer may take."""
 
     parts: tuple[Part, ...]
     client: str = ""
     seconds: float | None = None
 
+    @property
+    def output(self) -> str:
+        """The modality of the answer."""
+        return "text"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextRequest(Request):
-    """Wants text; `stop` are strings that end it (and are left out), `top` how many rivals of each token to score."""
+    """Asks for text. `stop` strings end it and are left out; `top` is how many alternatives of each token to score."""
 
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
@@ -31,80 +46,184 @@ class TextRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class CodesRequest(Request):
-    """Wants a picture or a sound. `given` are the bytes of one to be kept but for `hole` (or `gap`).
+    """Asks for an image or audio, decoded in parallel.
 
-    `hole` is a box in shares of the side, or a mask (H W bool, true where it is to be filled in).
+    source: bytes of a file of which everything but the mask (or the span) is kept
+    mask: a box in fractions of the sides, or an array (H W bool, true where it is to be filled in)
+    span: start and end in fractions of the length
     """
 
     want: Literal["image", "sound"]
     sampling: MaskedSampling = field(default_factory=MaskedSampling)
-    given: bytes | None = None
-    hole: Any = None
-    gap: tuple[float, float] | None = None
+    source: bytes | None = None
+    mask: Any = None
+    span: tuple[float, float] | None = None
     duration: float | None = None
+
+    @property
+    def output(self) -> str:
+        return self.want
 
 
 @dataclass(frozen=True, kw_only=True)
 class NumbersRequest(Request):
-    """Wants distributions: of `columns`, or of `ahead` steps of the column `series`."""
+    """Asks for distributions: of `columns`, or of `ahead` steps of the column `series`."""
 
     columns: tuple[str, ...] = ()
     series: str | None = None
     ahead: int = 8
 
+    @property
+    def output(self) -> str:
+        return "numbers"
+
+    @property
+    def name(self) -> str:
+        """The first column that is predicted."""
+        return self.series or self.columns[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankRequest(Request):
-    """Wants the likelihood of each candidate text as the answer to the parts."""
+    """Asks for the likelihood of each candidate text as the answer."""
 
     candidates: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedRequest(Request):
-    """Wants one vector of unit length for all parts together."""
+    """Asks for one vector of unit length for all parts together."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read, by modality, those read before and found again, and those given."""
+    """Prompt tokens by modality, how many of them were in the prefix cache, and generated tokens."""
 
-    read: dict[str, int] = field(default_factory=dict)
+    by_modality: dict[str, int] = field(default_factory=dict)
     cached: int = 0
-    given: int = 0
+    generated: int = 0
 
     @property
     def prompt(self) -> int:
-        return sum(self.read.values())
+        """Prompt tokens of all modalities."""
+        return sum(self.by_modality.values())
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A token of a text as its own text, its log-probability, and those of its likeliest rivals."""
+class ScoredToken:
+    """A token's text, its log-probability, and those of its likeliest alternatives."""
 
     text: str
-    log_probability: float
-    rivals: tuple[tuple[str, float], ...] = ()
+    logprob: float
+    alternatives: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came of a request.
+    """The result of a request.
 
     value: a text (str), codes (Tensor N G), distributions (one `Histogram` for each column, in order), nats of each
         candidate with its number of tokens (list of pairs), or a vector (array D), as the request asked
-    finish: `stop` where the answer ended by itself, `length` where it was cut
+    finish: `stop` if the answer ended by itself, `length` if it was cut
     confidence: geometric mean probability of the tokens of a text, None for anything else
-    joules: its share of the energy counted while it was worked on, None where nothing counts; source says by what
+    joules: its share of the energy that was measured while it was computed, None if nothing measures it
+    energy_source: what measured the energy
     """
 
     value: Any
     usage: Usage
     finish: Literal["stop", "length"] = "stop"
-    scored: tuple[Scored, ...] = ()
+    tokens: tuple[ScoredToken, ...] = ()
     confidence: float | None = None
     joules: float | None = None
-    source: str | None = None
-    waited: float = 0.0
-    first: float = 0.0
+    energy_source: str | None = None
+    queue_seconds: float = 0.0
+    first_token_seconds: float = 0.0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request as tokens: the prompt and the targets (several segments if candidates are ranked, none for text)."""
+
+    request: Request
+    prompt: list[Segment]
+    targets: list[Segment]
+
+    @property
+    def by_modality(self) -> dict[str, int]:
+        """Tokens of the prompt by modality."""
+        found: Counter[str] = Counter()
+        for segment in self.prompt:
+            found[MODALITY_OF[segment.kind]] += len(segment)
+        return dict(found)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return sum(map(len, self.prompt))
+
+    @property
+    def target_length(self) -> int:
+        """Tokens of all targets."""
+        return sum(map(len, self.targets))
+
+    @property
+    def work(self) -> int:
+        """Tokens that the answer will run through the model, at most: the unit of the queue and of fairness."""
+        generated = self.target_length
+        if isinstance(self.request, TextRequest):
+            generated = self.request.sampling.max_tokens
+        if isinstance(self.request, CodesRequest):
+            sampling = self.request.sampling
+            generated *= sampling.steps * (2 if sampling.guidance > 0 else 1)
+        return self.prompt_length + generated
+
+
+def prepare(request: Request, loaded: Loaded, max_length: int) -> PreparedRequest:
+    """Return the tokens of a request.
+
+    Raises:
+        DataError: a part is broken or out of bounds, or prompt and answer need more than `max_length` tokens.
+    """
+    prompt = [segment for segment in source_segments(request.parts, loaded.modalities) if len(segment)]
+    prepared = PreparedRequest(request, prompt, _targets(request, loaded))
+    longest = max((len(segment) for segment in prepared.targets), default=0)
+    if isinstance(request, TextRequest):
+        longest = request.sampling.max_tokens
+    if not prompt and not isinstance(request, CodesRequest):
+        raise DataError("the input is empty: add a text, an image, audio or numbers")
+    if prepared.prompt_length + longest + 1 > max_length:
+        raise DataError(
+            f"{prepared.prompt_length} prompt tokens and {longest} of the answer exceed the {max_length} of a "
+            f"request: shorten it"
+        )
+    return prepared
+
+
+def _targets(request: Request, loaded: Loaded) -> list[Segment]:
+    if isinstance(request, CodesRequest):
+        return [_masked_target(request, loaded)]
+    if isinstance(request, NumbersRequest):
+        return [loaded.numbers.target(_queries(request, loaded))]
+    if isinstance(request, RankRequest):
+        return [loaded.text.target(candidate) for candidate in request.candidates]
+    return []
+
+
+def _masked_target(request: CodesRequest, loaded: Loaded) -> Segment:
+    """Codes to decode: all, or those of the masked region of the source."""
+    if request.want == "image":
+        if request.source is None:
+            return loaded.image.blank()
+        return loaded.image.target(request.source, options={"hole": request.mask})
+    if request.source is None:
+        return loaded.sound.blank(request.duration)
+    return loaded.sound.target(request.source, options={"gap": request.span, "seconds": request.duration})
+
+
+def _queries(request: NumbersRequest, loaded: Loaded) -> NumberSeries | dict[str, float]:
+    """What is asked for, marked by any value that is not missing."""
+    if request.series is not None:
+        return NumberSeries(request.series, [loaded.numbers.scale(request.series)[0]] * request.ahead)
+    return {name: loaded.numbers.scale(name)[0] for name in request.columns}

@@ -1,31 +1,37 @@
-"""`openm6 serve`: a checkpoint behind an address."""
+"""`openm6 serve`: a checkpoint behind an address, which is bound before anything is loaded."""
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
 import os
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h11
+import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from openm6.base.config import apply_overrides, build
 from openm6.base.errors import ConfigError, EngineError
 from openm6.base.log import get_log
 from openm6.inference.load import load
 from openm6.serve.app import create_app
-from openm6.serve.config import ServeConfig
+from openm6.serve.config import Limits, ServeConfig
 from openm6.serve.engine import Engine
-from openm6.serve.guard import PLAYGROUND
-from openm6.serve.listening import address_of, bind, http_server, is_public
+from openm6.serve.middleware import PLAYGROUND
 
 KEY_VARIABLE = "OPENM6_API_KEYS"
+BACKLOG = 2048
 
 
 def read_serve_config(settings: list[str], keys: Path | None = None) -> ServeConfig:
-    """Settings from `key=value` words; API keys come from a file (one a line) or from OPENM6_API_KEYS (commas).
+    """Return settings from `key=value` words; API keys come from a file (one a line) or OPENM6_API_KEYS (commas).
 
     Raises:
         ConfigError: an unknown setting, or a file of keys that cannot be read or is empty.
@@ -46,14 +52,14 @@ def serve(
     trained: Path,
     config: ServeConfig,
     name: str | None = None,
-    dress: Callable[[FastAPI], FastAPI] = lambda app: app,
+    configure_app: Callable[[FastAPI], FastAPI] = lambda app: app,
 ) -> None:
-    """Serves a run or checkpoint until it is interrupted; `dress` may put more on the app, as a playground.
+    """Serve a run or checkpoint until it is interrupted; `configure_app` may add to the app, as the playground does.
 
     Raises:
         CheckpointError: there is no model there.
-        ConfigError: the address cannot be listened on.
-        EngineError: the engine stopped by itself, and the server with it.
+        ConfigError: the address cannot be used.
+        EngineError: the engine failed, and the server ended with it.
     """
     with bind(config.host, config.port) as listener:
         if is_public(listener) and not config.keys:
@@ -62,7 +68,7 @@ def serve(
                 f"set {KEY_VARIABLE} or --keys"
             )
         engine = Engine(load(trained, resident=config.engine.resident), config.engine)
-        app = dress(create_app(engine, config, name or trained.resolve().name))
+        app = configure_app(create_app(engine, config, name or trained.resolve().name))
         server = http_server(app, config.limits)
         engine.on_failure = partial(setattr, server, "should_exit", True)
         address = address_of(listener)
@@ -73,3 +79,86 @@ def serve(
             server.run(sockets=[listener])
     if engine.failure is not None:
         raise EngineError(engine.failure)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that has this address to itself; port 0 takes a free one.
+
+    Raises:
+        ConfigError: the address is taken, not of this machine, or not allowed.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host} cannot be used ({error.strerror}): name an address of this machine"
+        ) from None
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(BACKLOG)
+    except OSError as error:
+        found.close()
+        raise ConfigError(
+            f"{host}:{port} cannot be used ({error.strerror}): stop what uses it, or choose another --port"
+        ) from None
+    return found
+
+
+def address_of(listener: socket.socket) -> str:
+    """Return the URL of a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_public(listener: socket.socket) -> bool:
+    """Whether other machines may reach it."""
+    return not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def http_server(app: FastAPI, limits: Limits) -> uvicorn.Server:
+    """Return uvicorn with limits on connections, and on the size and the slowness of headers."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            timeout_graceful_shutdown=5,
+            http=HeaderTimeoutProtocol,
+            limit_concurrency=limits.connections,
+            h11_max_incomplete_event_size=limits.header_bytes,
+        )
+    )
+
+
+class HeaderTimeoutProtocol(H11Protocol):
+    """Closes a connection on which the header of a request does not arrive in time; uvicorn would wait for ever."""
+
+    header_seconds = 10.0
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._update_deadline()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._update_deadline()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._clear_deadline()
+        super().connection_lost(exc)
+
+    def _update_deadline(self) -> None:
+        """Set the deadline while a header is awaited, and clear it once the header is complete."""
+        if self.conn.their_state is not h11.IDLE:
+            self._clear_deadline()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(self.header_seconds, self.transport.close)
+
+    def _clear_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None

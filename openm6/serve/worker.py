@@ -1,4 +1,9 @@
-"""What the engine's thread does in a tick: admit, read prompts, draw a step of a picture or sound, write a token."""
+"""One tick of the engine's thread: prompts are read, every text gets a token, images and audio a decoding step.
+
+Texts are rows of a decode batch; images and audio hold a KV slot each. Requests that take one pass (numbers, ranks,
+embeddings) are answered as they start, their prompts in a scratch slot. The energy that the meter counts is divided
+by the seconds spent on each request.
+"""
 
 from __future__ import annotations
 
@@ -11,266 +16,336 @@ import torch
 from openm6.base.energy.meter import Meter
 from openm6.base.errors import OpenM6Error
 from openm6.base.log import get_log
-from openm6.inference.decode import TextHead
-from openm6.inference.engine import embed_tokens, predict_numbers, score_candidates
-from openm6.inference.graphs import open_batch
-from openm6.inference.load import LoadedModel
-from openm6.inference.masked import MaskedDecodeState, masked_step
-from openm6.inference.prefill import PrefixCache, prefill, prefill_packed
+from openm6.inference.decode import Speaker
+from openm6.inference.engine import candidate_nats, embed_tokens, predict_numbers
+from openm6.inference.graphs import open_rows
+from openm6.inference.load import Loaded
+from openm6.inference.masked import Canvas, advance
+from openm6.inference.prefill import PromptMemory, read_into, read_together
 from openm6.inference.taught import confidence_of
-from openm6.inference.text import DecodeSequence
+from openm6.inference.text import Row
+from openm6.modalities.text import Text
 from openm6.serve.config import EngineConfig
-from openm6.serve.energy import EnergyShares
+from openm6.serve.queue import DeadlineExceededError, EngineUnavailableError, RequestHandle
 from openm6.serve.requests import (
     Answer,
     CodesRequest,
     EmbedRequest,
     NumbersRequest,
     RankRequest,
+    ScoredToken,
     TextRequest,
     Usage,
 )
-from openm6.serve.ticket import LateError, StoppedError, Ticket
-from openm6.serve.writing import scored_tokens, shown_text
 
-LATE = "the deadline passed before the answer was there: ask for less, or again later"
+EXPIRED = "the deadline passed before the answer was there: ask for less, or again later"
 FAILED = "the engine failed on this request: report it with the server's log"
 LOST = "the engine stopped: ask again when the server has been started again"
 # After these the device answers nothing any more.
 FATAL = (torch.AcceleratorError,)
+PARTIAL = "\N{REPLACEMENT CHARACTER}"  # shown by the tokenizer for a character whose bytes are incomplete
 
 
 class Worker:
-    """All requests at work, on one model; used by one thread alone."""
+    """All requests in work, on one model; used by one thread alone."""
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig, meter: Meter) -> None:
+    def __init__(self, loaded: Loaded, config: EngineConfig, meter: Meter) -> None:
         self.loaded, self.config = loaded, config
-        text_head = TextHead.of(loaded.omni, loaded.text)
-        self.text = open_batch(text_head, config.rows, config.room, config.weights, config.deterministic)
-        self.shelf = loaded.omni.backbone.new_cache(config.canvases + 1, config.room)
-        self.desk = config.canvases  # its last slot, for prompts that are answered at once
-        self.shelf_free = list(range(config.canvases))
-        self.canvases: deque[MaskedDecodeState] = deque()
-        self.gathered: list[Ticket] = []  # texts whose prompts this tick reads together
-        self.memory = PrefixCache(config.prefixes)
+        speaker = Speaker.of(loaded.omni, loaded.text)
+        self.text = open_rows(speaker, config.rows, config.room, config.weights, config.deterministic)
+        self.slots = loaded.omni.backbone.new_cache(config.canvases + 1, config.room)
+        self.scratch_slot = config.canvases
+        self.free_slots = list(range(config.canvases))
+        self.masked: deque[Canvas] = deque()
+        self.unread: list[RequestHandle] = []  # texts whose prompts this tick reads together
+        self.prefix_cache = PromptMemory(config.prefixes)
         self.energy = EnergyShares(meter)
-        self.ended: list[tuple[Ticket, Answer]] = []
-        self.passes = self.read = 0
+        self.ended: list[tuple[RequestHandle, Answer]] = []
+        self.passes = self.read_tokens = 0  # of this tick
 
     @property
     def busy(self) -> bool:
-        return bool(self.text.rows or self.canvases or self.gathered)
+        return bool(self.text.rows or self.masked or self.unread)
 
     @property
-    def live(self) -> list[Ticket]:
-        """All tickets at work."""
+    def active(self) -> list[RequestHandle]:
+        """All requests in work."""
         rows = [row.key for row in self.text.rows]
-        return rows + [canvas.key for canvas in self.canvases] + self.gathered
+        return rows + [state.key for state in self.masked] + self.unread
 
     @property
-    def open_to(self) -> set[type]:
-        """The kinds of requests for which there is a place in this tick."""
+    def open_kinds(self) -> set[type]:
+        """The kinds of requests for which there is a free slot in this tick."""
         kinds: set[type] = set()
-        if self.text.free > len(self.gathered):
+        if self.text.free > len(self.unread):
             kinds.add(TextRequest)
-        if self.shelf_free:
+        if self.free_slots:
             kinds.add(CodesRequest)
         if self.passes < self.config.passes:
             kinds |= {NumbersRequest, RankRequest, EmbedRequest}
         return kinds
 
-    def fits(self, ticket: Ticket) -> bool:
+    def fits(self, handle: RequestHandle) -> bool:
         """Whether a request's prompt may still be read in this tick; at least one is."""
-        return not self.read or self.read + ticket.prepared.length <= self.config.prefill
+        return not self.read_tokens or self.read_tokens + handle.prepared.prompt_length <= self.config.prefill
 
-    def start(self, ticket: Ticket) -> None:
-        """Begins a request; one that takes a single pass is answered at once."""
-        ticket.started = time.monotonic()
-        self.read += ticket.prepared.length
-        self._alone(ticket, self._start)
-        self.energy.spent([ticket], time.monotonic() - ticket.started)
+    def start(self, handle: RequestHandle) -> None:
+        """Start a request; one that takes a single pass is answered at once."""
+        handle.started_at = time.monotonic()
+        self.read_tokens += handle.prepared.prompt_length
+        self._run_one(handle, self._start)
+        self.energy.add([handle], time.monotonic() - handle.started_at)
 
-    def _alone(self, ticket: Ticket, step: Callable[[Ticket], None]) -> None:
-        """A step of one request, whose failure ends it with its own sentence; one that is fatal goes on up."""
+    def tick(self) -> None:
+        """Run one step of everything in work."""
+        if self.unread:
+            self._run_group(self._read_together, list(self.unread))
+        self.drop(lambda handle: handle.cancelled or handle.expired)
+        if self.masked:
+            self._run_group(self._step_masked, [state.key for state in self._masked_group()])
+        if self.text.rows:
+            self._run_group(self._step_text, [row.key for row in self.text.rows])
+        self.passes = self.read_tokens = 0
+
+    def drop(self, gone: Callable[[RequestHandle], bool]) -> None:
+        """End requests in work without an answer, and free their slots."""
+        for row in [row for row in self.text.rows if gone(row.key)]:
+            self.text.remove(row)
+            self._fail_dropped(row.key)
+        for state in [state for state in self.masked if gone(state.key)]:
+            self.masked.remove(state)
+            self._free_slot(state)
+            self._fail_dropped(state.key)
+
+    def _fail_dropped(self, handle: RequestHandle) -> None:
+        if not handle.done:
+            reason = "the request was cancelled" if handle.cancelled else EXPIRED
+            handle.fail(DeadlineExceededError(reason))
+
+    def _run_one(self, handle: RequestHandle, step: Callable[[RequestHandle], None]) -> None:
+        """Run a step of one request; a failure ends it with its own sentence, a fatal one is raised again."""
         try:
-            step(ticket)
+            step(handle)
         except OpenM6Error as error:
-            ticket.fail(error)
+            handle.fail(error)
         except FATAL:
-            ticket.fail(StoppedError(LOST))
+            handle.fail(EngineUnavailableError(LOST))
             raise
         except Exception:
             get_log().exception("a request failed")
-            ticket.fail(StoppedError(FAILED))
+            handle.fail(EngineUnavailableError(FAILED))
 
-    def _start(self, ticket: Ticket) -> None:
-        request = ticket.prepared.request
-        if isinstance(request, TextRequest):
-            if self.config.deterministic:
-                self._read_text(ticket)
-            else:
-                self.gathered.append(ticket)
-        elif isinstance(request, CodesRequest):
-            self._start_canvas(ticket, request)
-        else:
+    def _run_group(self, step: Callable[[], None], handles: list[RequestHandle]) -> None:
+        """Run a step of several requests; a failure ends these and no others, a fatal one is raised again."""
+        began = time.monotonic()
+        try:
+            step()
+        except FATAL:
+            for handle in handles:
+                handle.fail(EngineUnavailableError(LOST))
+            raise
+        except Exception:
+            get_log().exception("a step failed")
+            for handle in handles:
+                handle.fail(EngineUnavailableError(FAILED))
+            self.drop(lambda handle: handle.done)
+        self.energy.add(handles, time.monotonic() - began)
+
+    def _start(self, handle: RequestHandle) -> None:
+        request = handle.prepared.request
+        if isinstance(request, CodesRequest):
+            self._start_masked(handle, request)
+        elif not isinstance(request, TextRequest):
             self.passes += 1
-            self._answer_at_once(ticket)
+            self._answer_at_once(handle)
+        elif self.config.deterministic:
+            self._read_text(handle)
+        else:
+            self.unread.append(handle)
 
-    def _answer_at_once(self, ticket: Ticket) -> None:
-        """Answer a request that takes one pass after its prompt, which is read into the last slot meanwhile."""
-        prepared, omni = ticket.prepared, self.loaded.omni
+    def _answer_at_once(self, handle: RequestHandle) -> None:
+        """Answer a request that takes one pass after its prompt."""
+        prepared, omni, slot = handle.prepared, self.loaded.omni, self.scratch_slot
         value: object
         if isinstance(prepared.request, EmbedRequest):
             value = embed_tokens(self.loaded, [prepared.prompt])[0]
         else:
-            place, ticket.known = prefill(omni, prepared.prompt, self.shelf, self.desk, self.memory)
+            place, handle.cached = read_into(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
             if isinstance(prepared.request, RankRequest):
-                nats = score_candidates(omni, self.shelf, self.desk, place, prepared.wanted)
-                value = list(zip(nats, map(len, prepared.wanted), strict=True))
+                nats = candidate_nats(omni, self.slots, slot, place, prepared.targets)
+                value = list(zip(nats, map(len, prepared.targets), strict=True))
             else:
-                value = predict_numbers(omni, self.shelf, [self.desk], [place], prepared.wanted)[0]
-        self._end(ticket, value, sum(map(len, prepared.wanted)))
+                value = predict_numbers(omni, self.slots, [slot], [place], prepared.targets)[0]
+        self._end(handle, value, prepared.target_length)
 
-    def _open(self, ticket: Ticket, place: int, known: int) -> None:
-        """A row of text whose prompt stands in the next slot."""
-        request, ticket.known = ticket.prepared.request, known
-        assert isinstance(request, TextRequest)
-        self.text.add(ticket, request.sampling, place, self.loaded.text.start, request.top)
-
-    def _read_text(self, ticket: Ticket) -> None:
+    def _read_text(self, handle: RequestHandle) -> None:
         slot, cache = self.text.next_slot, self.text.cache
-        self._open(ticket, *prefill(self.loaded.omni, ticket.prepared.prompt, cache, slot, self.memory))
+        prompt = handle.prepared.prompt
+        self._add_row(handle, *read_into(self.loaded.omni, prompt, cache, slot, self.prefix_cache))
 
-    def _read_gathered(self) -> None:
-        """All in one pass; where that fails, one after the other, so that only what is broken ends."""
-        tickets, self.gathered = self.gathered, []
-        prompts = [ticket.prepared.prompt for ticket in tickets]
-        slots = [self.text.next_slot + number for number in range(len(tickets))]
+    def _read_together(self) -> None:
+        """Read prompts in one pass; if that fails, one after the other, so that only the broken one ends."""
+        handles, self.unread = self.unread, []
+        prompts = [handle.prepared.prompt for handle in handles]
+        slots = [self.text.next_slot + index for index in range(len(handles))]
         try:
-            found = prefill_packed(self.loaded.omni, prompts, self.text.cache, slots, self.memory)
+            found = read_together(self.loaded.omni, prompts, self.text.cache, slots, self.prefix_cache)
         except FATAL:
             raise
         except Exception:
             get_log().exception("prompts could not be read together")
             found = []
-        for ticket, (place, known) in zip(tickets, found, strict=False):
-            self._open(ticket, place, known)
-        for ticket in tickets[len(found) :]:
-            self._alone(ticket, self._read_text)
+        for handle, (place, cached) in zip(handles, found, strict=False):
+            self._add_row(handle, place, cached)
+        for handle in handles[len(found) :]:
+            self._run_one(handle, self._read_text)
 
-    def _start_canvas(self, ticket: Ticket, request: CodesRequest) -> None:
-        prompt, wanted = ticket.prepared.prompt, ticket.prepared.wanted[0]
-        slot = self.shelf_free[-1]
-        place, ticket.known = prefill(self.loaded.omni, prompt, self.shelf, slot, self.memory)
-        self.shelf_free.pop()
-        canvas = MaskedDecodeState.of(ticket, wanted, request.sampling, slot, place, self.loaded.omni.device)
-        if canvas.first_unknown:
-            self.canvases.append(canvas)
-        else:  # a hole that touches nothing
-            self._release(canvas)
-            self._end(ticket, canvas.codes.cpu(), 0)
+    def _add_row(self, handle: RequestHandle, place: int, cached: int) -> None:
+        """Add a text whose prompt is in the next slot to the decode batch."""
+        request, handle.cached = handle.prepared.request, cached
+        assert isinstance(request, TextRequest)
+        self.text.add(handle, request.sampling, place, self.loaded.text.start, request.top)
 
-    def tick(self) -> None:
-        """One step of everything that is at work."""
-        if self.gathered:
-            self._guarded(self._read_gathered, list(self.gathered))
-        self.drop(lambda ticket: ticket.cancelled or ticket.late)
-        if self.canvases:
-            self._guarded(self._draw, [canvas.key for canvas in self._next_canvases()])
-        if self.text.rows:
-            self._guarded(self._write, [row.key for row in self.text.rows])
-        self.passes = self.read = 0
-
-    def _guarded(self, step: Callable[[], None], tickets: list[Ticket]) -> None:
-        """A step whose failure ends the requests in it, and nothing else; one that is fatal goes on up."""
-        began = time.monotonic()
-        try:
-            step()
-        except FATAL:
-            for ticket in tickets:
-                ticket.fail(StoppedError(LOST))
-            raise
-        except Exception:
-            get_log().exception("a step failed")
-            for ticket in tickets:
-                ticket.fail(StoppedError(FAILED))
-            self.drop(lambda ticket: ticket.over)
-        self.energy.spent(tickets, time.monotonic() - began)
-
-    def _next_canvases(self) -> list[MaskedDecodeState]:
-        """Those to be advanced together: the one that waits longest, and those that are like it."""
-        first = self.canvases[0]
-        if self.config.deterministic:
-            return [first]
-        return [canvas for canvas in self.canvases if canvas.like == first.like]
-
-    def _draw(self) -> None:
-        group = self._next_canvases()
-        done = masked_step(self.loaded.omni, self.shelf, group)
-        for canvas in group:
-            self.canvases.remove(canvas)
-            if canvas in done:
-                self._release(canvas)
-                self._end(canvas.key, canvas.codes.cpu(), canvas.first_unknown)
-            else:
-                self.canvases.append(canvas)
-
-    def _write(self) -> None:
+    def _step_text(self) -> None:
+        """Generate one token of every text."""
         ended = self.text.step()
         for row in list(self.text.rows):
-            ticket: Ticket = row.key
-            over = row in ended
+            handle: RequestHandle = row.key
             if len(row.tokens) == 1:
-                ticket.first = time.monotonic() - ticket.born
-            request = ticket.prepared.request
+                handle.first_token_seconds = time.monotonic() - handle.created_at
+            request = handle.prepared.request
             assert isinstance(request, TextRequest)
-            if over or request.stop or ticket.watched:
-                self._show(row, ticket, request, over)
+            if row in ended or request.stop or handle.has_readers:
+                self._update_text(row, handle, request, row in ended)
 
-    def _show(self, row: DecodeSequence, ticket: Ticket, request: TextRequest, over: bool) -> None:
+    def _update_text(self, row: Row, handle: RequestHandle, request: TextRequest, ended: bool) -> None:
         text = self.loaded.text
-        shown, stopped = shown_text(text, row, request.stop, over)
+        handle.text, stopped = visible_text(text, row, request.stop, ended)
         if request.top is not None:
-            ticket.scored = scored_tokens(text, row)
-        ticket.text = shown
-        if over or stopped:
+            handle.tokens = scored_tokens(text, row)
+        if ended or stopped:
             self.text.remove(row)
-            ended = stopped or row.tokens[-1] == text.end
-            sure = confidence_of(row.nll, len(row.tokens))
-            self._end(ticket, shown, len(row.tokens), cut=not ended, confidence=sure)
+            cut = not stopped and row.tokens[-1] != text.end
+            confidence = confidence_of(row.nats, len(row.tokens))
+            self._end(handle, handle.text, len(row.tokens), cut, confidence)
         else:
-            ticket.announce()
+            handle.notify()
+
+    def _start_masked(self, handle: RequestHandle, request: CodesRequest) -> None:
+        prepared, slot, omni = handle.prepared, self.free_slots[-1], self.loaded.omni
+        place, handle.cached = read_into(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
+        self.free_slots.pop()
+        state = Canvas.of(handle, prepared.targets[0], request.sampling, slot, place, omni.device)
+        if state.first_unknown:
+            self.masked.append(state)
+        else:  # a mask that covers no position
+            self._free_slot(state)
+            self._end(handle, state.codes.cpu(), 0)
+
+    def _masked_group(self) -> list[Canvas]:
+        """Those to step together: the one that waits longest, and those of its kind and size."""
+        first = self.masked[0]
+        if self.config.deterministic:
+            return [first]
+        return [state for state in self.masked if state.like == first.like]
+
+    def _step_masked(self) -> None:
+        """Run one decoding step of a group of images or audio."""
+        group = self._masked_group()
+        done = advance(self.loaded.omni, self.slots, group)
+        for state in group:
+            self.masked.remove(state)
+            if state in done:
+                self._free_slot(state)
+                self._end(state.key, state.codes.cpu(), state.first_unknown)
+            else:
+                self.masked.append(state)
+
+    def _free_slot(self, state: Canvas) -> None:
+        assert state.slot is not None
+        self.free_slots.append(state.slot)
 
     def _end(
-        self, ticket: Ticket, value: object, given: int, cut: bool = False, confidence: float | None = None
+        self,
+        handle: RequestHandle,
+        value: object,
+        generated: int,
+        cut: bool = False,
+        confidence: float | None = None,
     ) -> None:
-        """The answer is there; its joules are not known before the tick's end."""
-        read = ticket.prepared.read
+        """Keep an answer until the end of the tick, when its joules are known."""
         answer = Answer(
             value=value,
-            usage=Usage(read, ticket.known, given),
+            usage=Usage(handle.prepared.by_modality, handle.cached, generated),
             finish="length" if cut else "stop",
-            scored=tuple(ticket.scored),
+            tokens=tuple(handle.tokens),
             confidence=confidence,
-            waited=ticket.started - ticket.born,
-            first=ticket.first,
+            queue_seconds=handle.started_at - handle.created_at,
+            first_token_seconds=handle.first_token_seconds,
         )
-        self.ended.append((ticket, answer))
+        self.ended.append((handle, answer))
 
-    def _release(self, canvas: MaskedDecodeState) -> None:
-        assert canvas.slot is not None
-        self.shelf_free.append(canvas.slot)
 
-    def drop(self, gone: Callable[[Ticket], bool]) -> None:
-        """Ends requests at work without an answer, and frees what they held."""
-        for row in [row for row in self.text.rows if gone(row.key)]:
-            self.text.remove(row)
-            self._fail(row.key)
-        for canvas in [canvas for canvas in self.canvases if gone(canvas.key)]:
-            self.canvases.remove(canvas)
-            self._release(canvas)
-            self._fail(canvas.key)
+class EnergyShares:
+    """Divides what the meter counts among requests by the seconds spent on each; idle energy belongs to none."""
 
-    def _fail(self, ticket: Ticket) -> None:
-        if not ticket.over:
-            ticket.fail(LateError("the request was given up" if ticket.cancelled else LATE))
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self.reading = meter.joules()
+        self.seconds: dict[RequestHandle, float] = {}
+        self.idle = 0.0
+        self.shared = 0.0
+
+    def add(self, handles: list[RequestHandle], seconds: float) -> None:
+        """Add time that was spent on these requests together."""
+        for handle in handles:
+            self.seconds[handle] = self.seconds.get(handle, 0.0) + seconds / len(handles)
+
+    def settle(self) -> None:
+        """Divide what was counted since the last call, to the last joule."""
+        reading = self.meter.joules(fresh=True)
+        counted, self.reading = reading.joules - self.reading.joules, reading
+        total = sum(self.seconds.values())
+        if not total:
+            self.idle += counted
+            return
+        for handle, seconds in self.seconds.items():
+            handle.joules += counted * seconds / total
+        self.shared += counted
+        self.seconds.clear()
+
+    @property
+    def source(self) -> str:
+        """What kind of counter it is."""
+        return self.reading.source
+
+
+def visible_text(text: Text, row: Row, stop: tuple[str, ...], ended: bool) -> tuple[str, bool]:
+    """Return what may be shown of a row's text, and whether a stop string has ended it.
+
+    Until it has ended, partial characters and what may become a stop string are left out.
+    """
+    tokens = row.tokens[:-1] if row.tokens and row.tokens[-1] == text.end else row.tokens
+    written = text.decode(tokens)
+    found = [index for word in stop if (index := written.find(word)) >= 0]
+    if found:
+        return written[: min(found)], True
+    if ended:
+        return written, False
+    written = written.rstrip(PARTIAL)
+    return written[: len(written) - max((_overlap(written, word) for word in stop), default=0)], False
+
+
+def _overlap(written: str, word: str) -> int:
+    """Length of the longest end of a text that is the beginning of a word."""
+    longest = min(len(word) - 1, len(written))
+    return next((size for size in range(longest, 0, -1) if word.startswith(written[-size:])), 0)
+
+
+def scored_tokens(text: Text, row: Row) -> list[ScoredToken]:
+    """Return the tokens of a row with their scores, without the end mark."""
+    return [
+        ScoredToken(text.decode([token]), value, tuple((text.decode([other]), score) for other, score in top))
+        for token, (value, top) in zip(row.tokens, row.scores, strict=True)
+        if token != text.end
+    ]

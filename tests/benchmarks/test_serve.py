@@ -20,7 +20,7 @@ from benchmarks.serve import (
     ours_run,
 )
 from benchmarks.serve import compare as compare_text
-from openm6.inference.graphs import open_batch
+from openm6.inference.graphs import open_rows
 
 TUNED = QwenPeer.batching_settings
 TINY = ServeSetting(
@@ -31,9 +31,9 @@ TINY = ServeSetting(
 
 def test_text_is_the_same_as_the_peers() -> None:
     prompts = make_prompts(TINY)
-    text_head, peer = make_models(TINY, torch.device("cpu"))
+    speaker, peer = make_models(TINY, torch.device("cpu"))
     assert peer is not None
-    rows = open_batch(text_head, 3, 64)
+    rows = open_rows(speaker, 3, 64)
     assert ours_run(rows, prompts, TINY.given)["tokens"] == TINY.requests * TINY.given
     ids = torch.tensor([prompts[0]])
     theirs = peer.model.generate(
@@ -45,7 +45,7 @@ def test_text_is_the_same_as_the_peers() -> None:
         pad_token_id=0,
     )
     from_us: list[int] = []
-    rows = open_batch(text_head, 1, 64)
+    rows = open_rows(speaker, 1, 64)
     run_one(rows, prompts[0], from_us)
     assert theirs[0, len(prompts[0]) :].tolist() == from_us
 
@@ -112,9 +112,9 @@ def test_the_core_is_enough() -> None:
 
 
 def test_prompts_wait_for_their_moment() -> None:
-    text_head, _ = make_models(TINY, torch.device("cpu"))
+    speaker, _ = make_models(TINY, torch.device("cpu"))
     moments = arrival_moments(TINY.requests, 50.0)
-    seen = answer_prompts(open_batch(text_head, 3, 64), make_prompts(TINY), TINY.given, moments)
+    seen = answer_prompts(open_rows(speaker, 3, 64), make_prompts(TINY), TINY.given, moments)
     assert all(seen.first[number] >= moment for number, moment in enumerate(moments))
     assert all(seen.last[number] >= seen.first[number] for number in seen.first) and seen.tokens == 20
 

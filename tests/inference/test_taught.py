@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from openm6.base.errors import DataError
-from openm6.inference.load import LoadedModel
+from openm6.inference.load import Loaded
 from openm6.inference.question import Question
 from openm6.inference.run import answer_question
 from openm6.inference.sampling import Decoding, Sampling
@@ -91,9 +91,7 @@ def test_a_model_of_embeddings_answers_nothing() -> None:
     assert "only embeddings" in assess([text("a")], "text", trained("pair_picture")).en
 
 
-def say(
-    model: LoadedModel, question: Question, log: pytest.LogCaptureFixture, out: Path | None = None
-) -> str:
+def say(model: Loaded, question: Question, log: pytest.LogCaptureFixture, out: Path | None = None) -> str:
     log.clear()
     answer_question(model, question, Decoding(text=Sampling(max_tokens=3)), out)
     return log.text

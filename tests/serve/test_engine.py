@@ -15,15 +15,20 @@ import torch
 
 from openm6.base.energy.meter import open_meter
 from openm6.base.errors import ConfigError, DataError
-from openm6.inference.load import LoadedModel
+from openm6.inference.load import Loaded
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram
 from openm6.nn.moe import Router
-from openm6.serve.alone import answer_alone
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
-from openm6.serve.prepare import prepare
+from openm6.serve.queue import (
+    DeadlineExceededError,
+    EngineUnavailableError,
+    QueueFullError,
+    RequestHandle,
+    _Reader,
+)
 from openm6.serve.requests import (
     CodesRequest,
     EmbedRequest,
@@ -31,11 +36,12 @@ from openm6.serve.requests import (
     RankRequest,
     Request,
     TextRequest,
+    prepare,
 )
 from openm6.serve.run import read_serve_config
-from openm6.serve.ticket import LateError, RefusedError, StoppedError, Ticket, _Reader
 from openm6.serve.worker import Worker
 from tests.data.pictures import png, wav
+from tests.serve.alone import answer_alone
 from tests.small_model import embedding_model, loaded
 
 
@@ -54,8 +60,8 @@ def requests() -> list[Request]:
         CodesRequest(
             parts=say("fill"),
             want="image",
-            given=png("red", 40),
-            hole=(0.0, 0.0, 0.5, 0.5),
+            source=png("red", 40),
+            mask=(0.0, 0.0, 0.5, 0.5),
             sampling=MaskedSampling(steps=2),
         ),
         NumbersRequest(parts=say("a small apple"), columns=("mass", "length")),
@@ -67,12 +73,12 @@ def requests() -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def model() -> LoadedModel:
+def model() -> Loaded:
     return embedding_model()
 
 
 @pytest.fixture(scope="module")
-def engine(model: LoadedModel) -> Iterator[Engine]:
+def engine(model: Loaded) -> Iterator[Engine]:
     with Engine(model, EngineConfig(rows=3, room=256, canvases=2)) as found:
         yield found
 
@@ -85,15 +91,15 @@ def same(found: Any, wanted: Any) -> bool:
     return bool(np.all(np.asarray(found) == np.asarray(wanted)))
 
 
-def test_in_a_crowd_each_gets_the_answer_that_it_gets_alone(engine: Engine, model: LoadedModel) -> None:
+def test_in_a_crowd_each_gets_the_answer_that_it_gets_alone(engine: Engine, model: Loaded) -> None:
     crowd = requests() * 2
-    tickets = [engine.submit(prepare(request, model, 256)) for request in crowd]
-    for request, ticket in zip(crowd, tickets, strict=True):
-        answer = ticket.wait(60)
+    handles = [engine.submit(prepare(request, model, 256)) for request in crowd]
+    for request, handle in zip(crowd, handles, strict=True):
+        answer = handle.wait(60)
         assert same(answer.value, answer_alone(model, request, 256)), type(request).__name__
-        assert answer.joules is not None and answer.joules >= 0 and answer.source
+        assert answer.joules is not None and answer.joules >= 0 and answer.energy_source
         assert answer.usage.prompt > 0 and answer.seconds > 0
-    assert any(ticket.known for ticket in tickets), "the second of two equal prompts is not read again"
+    assert any(handle.cached for handle in handles), "the second of two equal prompts is not read again"
 
 
 def test_a_second_question_about_a_picture_reads_only_its_own_tokens() -> None:
@@ -109,8 +115,8 @@ def test_a_second_question_about_a_picture_reads_only_its_own_tokens() -> None:
     with Engine(model, config) as engine:
         alone = engine.ask_and_wait(ask(" Say more."))
     assert (first.usage.cached, alone.usage.cached) == (0, 0)
-    assert second.usage.cached == second.usage.read["image"] > 0
-    assert (second.value, second.scored) == (alone.value, alone.scored), "bit for bit"
+    assert second.usage.cached == second.usage.by_modality["image"] > 0
+    assert (second.value, second.tokens) == (alone.value, alone.tokens), "bit for bit"
     assert second.value == answer_alone(model, ask(" Say more."), 256)
 
 
@@ -124,21 +130,21 @@ def test_a_query_is_read_once_for_candidates_and_for_later_requests() -> None:
     with Engine(model, EngineConfig(rows=2, room=256)) as engine:
         first, second, third = map(engine.ask_and_wait, (again, again, other))
     assert (first.usage.cached, second.usage.cached) == (0, first.usage.prompt)
-    assert third.usage.cached == third.usage.read["image"] > 0
+    assert third.usage.cached == third.usage.by_modality["image"] > 0
     assert second.value == first.value == answer_alone(model, again), "bit for bit"
     assert third.value == answer_alone(model, other)
 
 
-def test_not_deterministic_is_as_right(model: LoadedModel) -> None:
+def test_not_deterministic_is_as_right(model: Loaded) -> None:
     config = EngineConfig(rows=3, room=256, canvases=2, deterministic=False)
     with Engine(model, config) as engine:
-        tickets = [engine.submit(prepare(request, model, 256)) for request in requests()[:5]]
-        for request, ticket in zip(requests(), tickets, strict=False):
-            assert same(ticket.wait(60).value, answer_alone(model, request, 256))
+        handles = [engine.submit(prepare(request, model, 256)) for request in requests()[:5]]
+        for request, handle in zip(requests(), handles, strict=False):
+            assert same(handle.wait(60).value, answer_alone(model, request, 256))
 
 
 def test_of_prompts_read_together_only_the_broken_one_ends(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    model: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def embed(arrays: dict[str, torch.Tensor]) -> torch.Tensor:
         raise DataError("the picture fades away")
@@ -149,25 +155,25 @@ def test_of_prompts_read_together_only_the_broken_one_ends(
     monkeypatch.setattr(model.omni.adapter("image_in"), "embed", embed)
     with open_meter() as meter:
         worker = Worker(model, EngineConfig(rows=4, room=256, deterministic=False), meter)
-        tickets = [Ticket(prepare(request, model, 256)) for request in asked]
-        for ticket in tickets:
-            worker.start(ticket)
+        handles = [RequestHandle(prepare(request, model, 256)) for request in asked]
+        for handle in handles:
+            worker.start(handle)
         while worker.busy:
             worker.tick()
-    found = {ticket: answer.value for ticket, answer in worker.ended}
-    broken = tickets.pop(1)
-    assert broken.over and set(found) == set(tickets)
+    found = {handle: answer.value for handle, answer in worker.ended}
+    broken = handles.pop(1)
+    assert broken.done and set(found) == set(handles)
     with pytest.raises(DataError, match="fades away"):
         broken.result()
-    for ticket in tickets:
-        assert found[ticket] == answer_alone(model, ticket.prepared.request, 256)
+    for handle in handles:
+        assert found[handle] == answer_alone(model, handle.prepared.request, 256)
 
 
-def test_joules_add_up_to_what_the_meter_counted(model: LoadedModel) -> None:
+def test_joules_add_up_to_what_the_meter_counted(model: Loaded) -> None:
     with Engine(model, EngineConfig(rows=3, room=256)) as engine:
         before = engine.meter.joules(fresh=True).joules
-        tickets = [engine.submit(prepare(request, model, 256)) for request in requests()]
-        total = sum(ticket.wait(60).joules or 0 for ticket in tickets)
+        handles = [engine.submit(prepare(request, model, 256)) for request in requests()]
+        total = sum(handle.wait(60).joules or 0 for handle in handles)
         assert 0 < total <= engine.meter.joules(fresh=True).joules - before + 1e-6
 
 
@@ -180,11 +186,11 @@ def test_a_stop_string_ends_the_text_and_is_left_out(engine: Engine) -> None:
 
 def test_a_reader_sees_the_text_grow_and_never_shrink(engine: Engine) -> None:
     async def read() -> tuple[list[str], str]:
-        ticket = await engine.ask(
+        handle = await engine.ask(
             TextRequest(parts=say("a"), sampling=Sampling(temperature=1.0, max_tokens=40))
         )
-        seen = [text async for text in ticket.growth()]
-        return seen, ticket.result().value
+        seen = [text async for text in handle.stream()]
+        return seen, handle.result().value
 
     seen, whole = asyncio.run(read())
     assert seen[-1] == whole
@@ -192,17 +198,19 @@ def test_a_reader_sees_the_text_grow_and_never_shrink(engine: Engine) -> None:
 
 
 def test_who_stops_reading_frees_the_place(engine: Engine) -> None:
-    async def leave() -> Ticket:
-        ticket = await engine.ask(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=200)))
-        async for _ in ticket.growth():
+    async def leave() -> RequestHandle:
+        handle = await engine.ask(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=200)))
+        async for _ in handle.stream():
             break
-        ticket.cancel()
-        return ticket
+        handle.cancel()
+        return handle
 
-    ticket = asyncio.run(leave())
-    with pytest.raises(LateError, match="given up"):
-        ticket.wait(30)
-    assert engine.ask_and_wait(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=2))).usage.given == 2
+    handle = asyncio.run(leave())
+    with pytest.raises(DeadlineExceededError, match="cancelled"):
+        handle.wait(30)
+    assert (
+        engine.ask_and_wait(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=2))).usage.generated == 2
+    )
 
 
 def test_a_loop_that_closes_does_not_stop_the_engine(engine: Engine) -> None:
@@ -215,10 +223,12 @@ def test_a_loop_that_closes_does_not_stop_the_engine(engine: Engine) -> None:
         def call_soon_threadsafe(self, *_: object) -> None:
             raise RuntimeError("Event loop is closed")
 
-    ticket = Ticket(prepare(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=3)), engine.loaded, 256))
-    ticket._readers.append(_Reader(cast(asyncio.AbstractEventLoop, Closing()), asyncio.Event()))
-    ticket.announce()
-    assert not ticket.over
+    handle = RequestHandle(
+        prepare(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=3)), engine.loaded, 256)
+    )
+    handle._readers.append(_Reader(cast(asyncio.AbstractEventLoop, Closing()), asyncio.Event()))
+    handle.notify()
+    assert not handle.done
 
 
 def test_requests_being_read_are_counted_exactly(engine: Engine) -> None:
@@ -243,20 +253,20 @@ def test_requests_being_read_are_counted_exactly(engine: Engine) -> None:
 
 
 def test_a_deadline_that_passes_is_said(engine: Engine) -> None:
-    with pytest.raises(LateError):
+    with pytest.raises(DeadlineExceededError):
         engine.ask_and_wait(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=200), seconds=0.0))
 
 
-def test_too_much_work_is_refused_with_a_time_to_come_back(model: LoadedModel) -> None:
+def test_too_much_work_is_refused_with_a_time_to_come_back(model: Loaded) -> None:
     with Engine(model, EngineConfig(rows=1, room=256, waiting=460)) as engine:
         request = TextRequest(parts=say("a"), sampling=Sampling(max_tokens=150))
-        tickets = []
-        with pytest.raises(RefusedError) as caught:
+        handles = []
+        with pytest.raises(QueueFullError) as caught:
             for _ in range(10):
-                tickets.append(engine.submit(prepare(request, model, 256)))
-        assert caught.value.after >= 1 and len(tickets) >= 2
-        for ticket in tickets:
-            ticket.cancel()
+                handles.append(engine.submit(prepare(request, model, 256)))
+        assert caught.value.retry_after >= 1 and len(handles) >= 2
+        for handle in handles:
+            handle.cancel()
 
 
 def test_what_does_not_fit_is_one_sentence(engine: Engine) -> None:
@@ -277,7 +287,7 @@ def test_a_failure_ends_one_request_and_not_the_engine(
 
     with monkeypatch.context() as patch:
         patch.setattr("openm6.serve.worker.read_into", fail)
-        with pytest.raises(StoppedError, match="failed on this request"):
+        with pytest.raises(EngineUnavailableError, match="failed on this request"):
             engine.ask_and_wait(TextRequest(parts=say("b")))
     assert engine.ready and engine.ask_and_wait(TextRequest(parts=say("b"), sampling=Sampling(max_tokens=1)))
 
@@ -299,9 +309,9 @@ def test_in_bfloat16_the_router_chooses_as_it_was_balanced() -> None:
         assert router.weight.dtype == torch.bfloat16
 
 
-def test_after_the_end_nothing_is_taken(model: LoadedModel) -> None:
+def test_after_the_end_nothing_is_taken(model: Loaded) -> None:
     engine = Engine(model, EngineConfig(rows=1, room=256)).start()
     engine.stop()
     assert not engine.ready
-    with pytest.raises(StoppedError):
+    with pytest.raises(EngineUnavailableError):
         engine.ask_and_wait(TextRequest(parts=say("a")))

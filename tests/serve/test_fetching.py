@@ -150,7 +150,7 @@ def test_all_pictures_of_a_request_share_one_time() -> None:
     pictures = [(f"p{n}", ImageURL(url=f"https://{HOST}/{n}")) for n in range(50)]
     began = time.monotonic()
     with pytest.raises(BadRequestError, match=r"did not come within 1\.5 s"):
-        asyncio.run(web.fetcher(1.5).bring(pictures))
+        asyncio.run(web.fetcher(1.5).fetch_all(pictures))
     assert time.monotonic() - began < 10 and 1 <= len(web.called) <= 3
 
 

@@ -19,7 +19,7 @@ from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
 from openm6.serve.errors import BadRequestError
-from openm6.serve.guard import read_json
+from openm6.serve.middleware import read_json
 from openm6.serve.run import read_serve_config
 from tests.data.pictures import png, wav
 from tests.load.server import Address, Reply, form
@@ -61,10 +61,13 @@ BAD = {
     "an address within": (chat(image("http://169.254.169.254/a.png")), "must be a data URL"),
     "a file": (chat(image("file:///etc/passwd")), "must be a data URL"),
     "no base64": (chat(image("data:image/png;base64,%%%")), "is not valid base64"),
-    "no picture": (chat(image("data:image/png;base64,aGVsbG8=")), "is no picture that can be read"),
-    "too many pixels": (chat(image(of_size(200, 200))), "200 x 200 pixels, over 10,000"),
-    "too long a sound": (chat(long_sound()), "over the bound of 1 s"),
-    "too long a text": (chat("a" * 101), "101 characters, over 100"),
+    "no picture": (chat(image("data:image/png;base64,aGVsbG8=")), "is not a readable image"),
+    "too many pixels": (
+        chat(image(of_size(200, 200))),
+        "40,000 pixels (200 x 200), over the limit of 10,000",
+    ),
+    "too long a sound": (chat(long_sound()), "1.4 seconds, over the limit of 1.0"),
+    "too long a text": (chat("a" * 101), "101 characters, over the limit of 100"),
     "nothing": (chat(""), "the messages are empty"),
     "no messages": ({"model": "tiny", "messages": []}, "messages"),
     "an unknown part": (chat([{"type": "video"}]), "content"),
@@ -132,7 +135,7 @@ def test_while_a_body_is_parsed_others_are_answered(
         assert go_on.wait(30)
         return read_json(body, depth, most)
 
-    monkeypatch.setattr("openm6.serve.guard.read_json", slow)
+    monkeypatch.setattr("openm6.serve.middleware.read_json", slow)
     replies: list[Reply] = []
     hostile = threading.Thread(target=lambda: replies.append(address.post(CHAT, [[]] * 10)))
     hostile.start()

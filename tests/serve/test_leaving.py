@@ -16,7 +16,7 @@ import pytest
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
-from openm6.serve.ticket import Ticket
+from openm6.serve.queue import RequestHandle
 from openm6.serve.worker import Worker
 from tests.load.server import Address, Reply
 from tests.serve.running import running
@@ -36,8 +36,8 @@ class Served:
     workers: list[Worker] = field(default_factory=list)
 
     @property
-    def live(self) -> list[Ticket]:
-        return [ticket for worker in self.workers[-1:] for ticket in worker.live]
+    def live(self) -> list[RequestHandle]:
+        return [handle for worker in self.workers[-1:] for handle in worker.active]
 
     def begin(self, stream: bool = False, **more: object) -> http.client.HTTPConnection:
         """Sends a request that takes seconds, and waits for nothing."""
@@ -96,12 +96,12 @@ def test_who_leaves_while_it_is_written_frees_the_place(serve: Open, stream: boo
     server = serve(EngineConfig(rows=1, room=256))
     line = server.begin(stream)
     until(lambda: server.live)
-    ticket = server.live[0]
+    handle = server.live[0]
     if stream:
         assert line.getresponse().readline().startswith(b"data: {")
     line.close()
     until(lambda: not server.live, 2.0)
-    assert ticket.cancelled and ticket.over
+    assert handle.cancelled and handle.done
     assert server.address.post(CHAT, body(2)).status == 200, "the only place is free again"
 
 
@@ -124,7 +124,7 @@ def test_who_leaves_while_a_picture_is_drawn_frees_the_place(serve: Open) -> Non
     until(lambda: server.live)
     line.close()
     until(lambda: not server.live, 1.0)
-    assert server.workers[-1].shelf_free == [0]
+    assert server.workers[-1].free_slots == [0]
 
 
 def test_a_full_queue_says_when_to_come_back(serve: Open) -> None:

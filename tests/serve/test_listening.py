@@ -10,19 +10,19 @@ from fastapi import FastAPI
 
 from openm6.base.errors import ConfigError
 from openm6.serve.config import Limits
-from openm6.serve.listening import PromptProtocol, address_of, bind, http_server, is_public
+from openm6.serve.run import HeaderTimeoutProtocol, address_of, bind, http_server, is_public
 
 
 def test_an_address_that_is_taken_is_one_sentence() -> None:
     with bind("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
         assert address_of(first) == f"http://127.0.0.1:{port}"
-        with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be listened on .* another --port"):
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be used .* another --port"):
             bind("127.0.0.1", port)
 
 
 def test_an_address_of_another_machine_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match="192.0.2.1:0 cannot be listened on"):
+    with pytest.raises(ConfigError, match="192.0.2.1:0 cannot be used"):
         bind("192.0.2.1", 0)
     with pytest.raises(ConfigError, match="--host no.such.host.invalid cannot be used"):
         bind("no.such.host.invalid", 0)
@@ -38,7 +38,7 @@ def test_who_may_reach_it() -> None:
 def test_a_header_that_does_not_come_closes_the_connection(
     begun: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PromptProtocol, "header_seconds", 0.05)
+    monkeypatch.setattr(HeaderTimeoutProtocol, "header_seconds", 0.05)
 
     async def send() -> bytes:
         with bind("127.0.0.1", 0) as listener:

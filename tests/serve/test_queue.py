@@ -11,47 +11,45 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openm6.serve.prepare import Prepared
-from openm6.serve.queue import FairQueue
-from openm6.serve.requests import CodesRequest, Request, TextRequest
-from openm6.serve.ticket import RefusedError, Ticket
+from openm6.serve.queue import FairQueue, QueueFullError, RequestHandle
+from openm6.serve.requests import CodesRequest, PreparedRequest, Request, TextRequest
 
 
-def ticket(client: str, work: int, drawn: bool = False) -> Ticket:
+def handle(client: str, work: int, drawn: bool = False) -> RequestHandle:
     request: Request = TextRequest(parts=(), client=client)
     if drawn:
         request = CodesRequest(parts=(), client=client, want="image")
-    return Ticket(cast(Prepared, SimpleNamespace(request=request, work=work)))
+    return RequestHandle(cast(PreparedRequest, SimpleNamespace(request=request, work=work)))
 
 
 class PlainQueue:
     """The rule of the queue without its heaps: sort all clients, look through all lines."""
 
     def __init__(self) -> None:
-        self.waiting: dict[str, deque[Ticket]] = {}
+        self.waiting: dict[str, deque[RequestHandle]] = {}
         self.served: OrderedDict[str, int] = OrderedDict()
 
-    def push(self, ticket: Ticket) -> None:
-        client = ticket.client
+    def push(self, handle: RequestHandle) -> None:
+        client = handle.client
         if client not in self.waiting:
             lowest = min((self.served.get(name, 0) for name in self.waiting), default=0)
             self.served[client] = max(lowest, self.served.get(client, 0))
             self.waiting[client] = deque()
-        self.waiting[client].append(ticket)
+        self.waiting[client].append(handle)
 
-    def pop(self, fits: Callable[[Ticket], bool]) -> Ticket | None:
+    def pop(self, fits: Callable[[RequestHandle], bool]) -> RequestHandle | None:
         for client in sorted(self.waiting, key=lambda name: self.served.get(name, 0)):
-            for ticket in self.waiting[client]:
-                if fits(ticket):
-                    self.served[client] += ticket.prepared.work
-                    self.take(ticket)
-                    return ticket
+            for handle in self.waiting[client]:
+                if fits(handle):
+                    self.served[client] += handle.prepared.work
+                    self.take(handle)
+                    return handle
         return None
 
-    def take(self, ticket: Ticket) -> None:
-        self.waiting[ticket.client].remove(ticket)
-        if not self.waiting[ticket.client]:
-            del self.waiting[ticket.client]
+    def take(self, handle: RequestHandle) -> None:
+        self.waiting[handle.client].remove(handle)
+        if not self.waiting[handle.client]:
+            del self.waiting[handle.client]
 
 
 STEPS = st.lists(
@@ -66,10 +64,10 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_the_order_is_that_of_the_plain_rule(steps: list[tuple[object, ...]]) -> None:
-    queue, plain, left = FairQueue(10**9), PlainQueue(), list[Ticket]()
+    queue, plain, left = FairQueue(10**9), PlainQueue(), list[RequestHandle]()
     for step in steps:
         if step[0] == "push":
-            one = ticket(str(step[1]), cast(int, step[2]), bool(step[3]))
+            one = handle(str(step[1]), cast(int, step[2]), bool(step[3]))
             queue.push(one, 1.0)
             plain.push(one)
             left.append(one)
@@ -94,9 +92,9 @@ def test_the_order_is_that_of_the_plain_rule(steps: list[tuple[object, ...]]) ->
 def test_a_kind_without_a_place_is_not_looked_at() -> None:
     queue = FairQueue(10**9)
     for number in range(50):
-        queue.push(ticket(f"client {number}", 5), 1.0)
-    queue.push(ticket("late", 5, drawn=True), 1.0)
-    looked: list[Ticket] = []
+        queue.push(handle(f"client {number}", 5), 1.0)
+    queue.push(handle("late", 5, drawn=True), 1.0)
+    looked: list[RequestHandle] = []
     found = queue.pop(lambda one: not looked.append(one), {CodesRequest})  # type: ignore[func-returns-value]
     assert found is not None and found.client == "late" and looked == [found]
     assert queue.pop(lambda one: not looked.append(one), set()) is None  # type: ignore[func-returns-value]
@@ -105,9 +103,9 @@ def test_a_kind_without_a_place_is_not_looked_at() -> None:
 
 def test_who_comes_and_goes_does_not_fill_the_memory() -> None:
     queue = FairQueue(10**9)
-    queue.push(ticket("busy", 5), 1.0)
+    queue.push(handle("busy", 5), 1.0)
     for _ in range(2000):
-        queue.push(ticket("restless", 5), 1.0)
+        queue.push(handle("restless", 5), 1.0)
         queue.drop(lambda one: one.client == "restless")
     assert sum(map(len, queue._heaps.values())) < 200
 
@@ -118,7 +116,7 @@ ARRIVALS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 50)), max_
 @given(ARRIVALS)
 def test_nothing_is_lost_and_each_client_keeps_its_order(arrivals: list[tuple[str, int]]) -> None:
     queue = FairQueue(10**9)
-    sent = [ticket(client, work) for client, work in arrivals]
+    sent = [handle(client, work) for client, work in arrivals]
     for one in sent:
         queue.push(one, 1.0)
     assert len(queue) == len(sent) and queue.work == sum(work for _, work in arrivals)
@@ -137,8 +135,8 @@ def test_nothing_is_lost_and_each_client_keeps_its_order(arrivals: list[tuple[st
 def test_two_who_always_want_more_differ_by_one_request(first: list[int], second: list[int]) -> None:
     queue = FairQueue(10**9)
     for one, other in zip(first, second, strict=True):
-        queue.push(ticket("a", one), 1.0)
-        queue.push(ticket("b", other), 1.0)
+        queue.push(handle("a", one), 1.0)
+        queue.push(handle("b", other), 1.0)
     got = {"a": 0, "b": 0}
     while {"a", "b"} <= set(queue.waiting):
         found = queue.pop(lambda _: True)
@@ -150,27 +148,27 @@ def test_two_who_always_want_more_differ_by_one_request(first: list[int], second
 def test_who_comes_back_has_saved_up_nothing() -> None:
     queue = FairQueue(10**9)
     for _ in range(20):
-        queue.push(ticket("busy", 10), 1.0)
+        queue.push(handle("busy", 10), 1.0)
     for _ in range(10):
         queue.pop(lambda _: True)
     for _ in range(5):
-        queue.push(ticket("new", 10), 1.0)
+        queue.push(handle("new", 10), 1.0)
     turns = [found.client for _ in range(6) if (found := queue.pop(lambda _: True))]
     assert turns.count("busy") >= 2
 
 
 def test_what_does_not_fit_lets_others_pass() -> None:
     queue = FairQueue(100)
-    queue.push(ticket("a", 60), 1.0)
-    queue.push(ticket("b", 5), 1.0)
+    queue.push(handle("a", 60), 1.0)
+    queue.push(handle("b", 5), 1.0)
     found = queue.pop(lambda one: one.prepared.work < 10)
     assert found is not None and found.client == "b"
-    with pytest.raises(RefusedError) as caught:
-        queue.push(ticket("c", 50), 7.4)
-    assert caught.value.after == 7
+    with pytest.raises(QueueFullError) as caught:
+        queue.push(handle("c", 50), 7.4)
+    assert caught.value.retry_after == 7
 
 
 def test_one_that_exceeds_the_bound_alone_is_taken_when_nothing_waits() -> None:
     queue = FairQueue(10)
-    queue.push(ticket("a", 50), 1.0)
+    queue.push(handle("a", 50), 1.0)
     assert len(queue.drop(lambda one: one.client == "a")) == 1 and queue.work == 0

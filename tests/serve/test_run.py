@@ -19,8 +19,7 @@ from openm6.base.errors import ConfigError, EngineError
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, ServeConfig
 from openm6.serve.engine import Engine
-from openm6.serve.listening import bind
-from openm6.serve.run import serve
+from openm6.serve.run import bind, serve
 from openm6.serve.worker import Worker
 from tests.serve.running import running
 from tests.small_model import loaded
@@ -138,7 +137,7 @@ def test_the_address_of_the_playground_is_printed(
     log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("openm6.serve.run.http_server", NeverRun)
-    serve(Path("runs/x"), config(), dress=with_playground)
+    serve(Path("runs/x"), config(), configure_app=with_playground)
     assert re.search(r"playground on http://127.0.0.1:[1-9]\d*/playground", log.text)
 
 

@@ -13,16 +13,15 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from openm6.serve.app import create_app
-from openm6.serve.chat_schemas import UNSUPPORTED, ChatBody
 from openm6.serve.config import EngineConfig, ServeConfig
 from openm6.serve.engine import Engine
-from openm6.serve.routes.audio import Speech
-from openm6.serve.routes.embeddings import Embedding
-from openm6.serve.routes.images import Generation
-from openm6.serve.routes.predict import Prediction
-from openm6.serve.routes.rank import Ranking
-from openm6.serve.scenarios.bodies import ScenarioBody
-from openm6.serve.validation import KINDS, SENTENCES, complaint
+from openm6.serve.errors import KINDS, SENTENCES, describe_invalid
+from openm6.serve.routes.audio import SpeechBody
+from openm6.serve.routes.chat_schemas import UNSUPPORTED, ChatBody
+from openm6.serve.routes.images import GenerationBody
+from openm6.serve.routes.predict import PredictionBody
+from openm6.serve.routes.retrieval import EmbeddingBody, RankingBody
+from openm6.serve.routes.scenarios import ScenarioBody
 from tests.load.server import Address, Reply, form
 from tests.serve.running import running
 from tests.small_model import loaded
@@ -75,14 +74,14 @@ CHATS: dict[str, tuple[Any, str, str]] = {
 
 BODIES: dict[type[BaseModel], list[Any]] = {
     ChatBody: [body for body, _, _ in CHATS.values()],
-    Generation: [{}, {"prompt": ""}, {"prompt": "a", "size": 3}, {"prompt": "a", "n": 99},
+    GenerationBody: [{}, {"prompt": ""}, {"prompt": "a", "size": 3}, {"prompt": "a", "n": 99},
                  {"prompt": "a", "response_format": "url"}, {"prompt": ["a"]}, {"prompt": "a", "guidance": "x"}],
-    Speech: [{"input": ""}, {"input": "a", "response_format": "midi"}, {"input": "a", "speed": 9}, {"input": {}}],
-    Embedding: [{}, {"input": 3}, {"input": [3]}, {"input": {"type": "video_url"}}, {"input": [[1, 2]]},
+    SpeechBody: [{"input": ""}, {"input": "a", "response_format": "midi"}, {"input": "a", "speed": 9}, {"input": {}}],
+    EmbeddingBody: [{}, {"input": 3}, {"input": [3]}, {"input": {"type": "video_url"}}, {"input": [[1, 2]]},
                 {"input": "a", "encoding_format": "x"}, {"input": [{"type": "image_url"}]}],
-    Prediction: [{"rows": []}, {"rows": [{"a": "x"}]}, {"rows": {}}, {"series": {"name": "a", "values": []}},
+    PredictionBody: [{"rows": []}, {"rows": [{"a": "x"}]}, {"rows": {}}, {"series": {"name": "a", "values": []}},
                  {"series": {"values": [1]}}, {"rows": [{"a": 1}], "coverage": 1}, {"rows": [[]]}],
-    Ranking: [{"query": "a", "candidates": []}, {"query": "a", "candidates": [""]}, {"candidates": ["a"]},
+    RankingBody: [{"query": "a", "candidates": []}, {"query": "a", "candidates": [""]}, {"candidates": ["a"]},
               {"query": 3, "candidates": ["a"]}, {"query": "a", "candidates": [["a"]]}],
     ScenarioBody: [{}, {"inputs": {}}, {"inputs": {"x": 3}}, {"inputs": {"x": {"name": "a"}}},
                    {"inputs": {"x": [[]]}}, {"inputs": {"x": "a"}, "language": "fr"}, {"inputs": []},
@@ -94,7 +93,7 @@ def sentence(model: type[BaseModel], body: Any) -> tuple[str, str | None]:
     with pytest.raises(ValidationError) as caught:
         TypeAdapter(model).validate_python(body)
     errors = [{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()]
-    return complaint(RequestValidationError(errors).errors(), body)
+    return describe_invalid(RequestValidationError(errors).errors(), body)
 
 
 @pytest.mark.parametrize(("body", "path", "words"), CHATS.values(), ids=CHATS)
@@ -123,12 +122,12 @@ def test_any_field_of_any_wrong_kind_gets_a_sentence() -> None:
                 errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
                 unknown = {one["type"] for one in errors} - set(KINDS) - set(SENTENCES)
                 assert not unknown
-                message, _ = complaint(errors, {name: value})
+                message, _ = describe_invalid(errors, {name: value})
                 assert not [word for word in FORBIDDEN if word in message], message
 
 
 def test_what_is_not_known_has_a_sentence_too() -> None:
-    message, path = complaint(
+    message, path = describe_invalid(
         [{"type": "brand_new", "loc": ("body", "a"), "msg": "Input should be"}], {"a": 1}
     )
     assert (message, path) == ("a cannot be used as given: see /docs", "a")

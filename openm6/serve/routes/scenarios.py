@@ -6,24 +6,44 @@ import asyncio
 import base64
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Path
-from fastapi import Request as HTTPRequest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from openm6.serve.errors import DOCUMENTED, ErrorBody
-from openm6.serve.guard import StrictRoute
-from openm6.serve.replies import ask_all
-from openm6.serve.scenarios.ask import scenario_request
-from openm6.serve.scenarios.bodies import ScenarioAnswer, ScenarioBody, shown, values_of
-from openm6.serve.scenarios.catalogue import read_catalogue, require, standing
-from openm6.serve.scenarios.examples import example_fits, example_values
-from openm6.serve.scenarios.scenario import LANGUAGES, Scenario
-from openm6.serve.schemas import chosen_seed, joules_of
-from openm6.serve.state import Server, ThisClient, ThisServer
-from openm6.serve.teaching import teaching_of
+from openm6.inference.load import Loaded
+from openm6.modalities.image import hole_places, read_image
+from openm6.serve.config import Limits
+from openm6.serve.content import Series, audio_file, decode_file, image_data_url, restore_outside
+from openm6.serve.errors import DOCUMENTED, ErrorBody, check_limit
+from openm6.serve.middleware import StrictRoute
+from openm6.serve.requests import Answer, CodesRequest, NumbersRequest, RankRequest, Request
+from openm6.serve.scenarios.ask import example_fits, example_values, scenario_request
+from openm6.serve.scenarios.scenario import (
+    LANGUAGES,
+    Bilingual,
+    Language,
+    Scenario,
+    read_catalogue,
+    readiness,
+    require,
+)
+from openm6.serve.schemas import (
+    Distribution,
+    Energy,
+    RankedCandidate,
+    Seed,
+    Teaching,
+    chosen_seed,
+    distribution_of,
+    rank_candidates,
+    with_energy,
+    with_teaching,
+)
+from openm6.serve.server import Server, ThisCall, ThisServer
 
 CATALOGUE = read_catalogue()
+COVERAGE = 0.8
 MISSING: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No scenario has this name."}
 }
@@ -31,6 +51,11 @@ MISSING: dict[int | str, dict[str, Any]] = {
 router = APIRouter(prefix="/v1/scenarios", tags=["scenarios"], route_class=StrictRoute)
 
 Name = Annotated[str, Path(max_length=64)]
+# Longest first: pydantic takes what fits, and a mapping of numbers would fit a series' form otherwise.
+# The first wrong item ends a list: one error for each of many would take longer than the answer.
+NumberList = Annotated[list[float], Field(fail_fast=True)]
+TextList = Annotated[list[str], Field(fail_fast=True)]
+Value = str | Series | dict[str, float | None] | NumberList | TextList
 
 
 class Titles(BaseModel):
@@ -41,7 +66,7 @@ class Titles(BaseModel):
 
 
 class ScenarioInput(BaseModel):
-    """One thing to give."""
+    """One input."""
 
     name: str
     kind: str
@@ -49,7 +74,7 @@ class ScenarioInput(BaseModel):
 
 
 class ScenarioEntry(BaseModel):
-    """A scenario; where it is not `ready`, `state` says why, `needs` what the model lacks, `recipe` what teaches it."""
+    """A scenario; if it is not `ready`, `state` says why, `needs` what the model lacks, `recipe` what trains it."""
 
     id: str
     object: Literal["scenario"] = "scenario"
@@ -67,7 +92,7 @@ class ScenarioEntry(BaseModel):
 
 
 class OneScenario(ScenarioEntry):
-    """`examples` are inputs ready to be sent, by language; without those that do not fit what the model was taught."""
+    """`examples` are inputs to send, by language; without those that do not fit the model's training data."""
 
     examples: dict[str, dict[str, Any]]
 
@@ -77,10 +102,37 @@ class ScenarioList(BaseModel):
     data: list[ScenarioEntry]
 
 
+class ScenarioBody(BaseModel):
+    """`inputs` by name. Text is text; images and audio are data URLs or base64; numbers are values by column;
+    a series is {name, values}; candidates are a list of texts; boxes and stretches are lists of fractions."""
+
+    inputs: dict[str, Value] = Field(min_length=1, max_length=16)
+    language: Language = "en"
+    seed: Seed = None
+
+
+class ScenarioAnswer(Energy, Teaching):
+    """One of the fields after `gives` holds the answer: image is a data URL, audio base64 of a WAV file."""
+
+    object: Literal["scenario.answer"] = "scenario.answer"
+    model: str
+    scenario: str
+    language: str
+    seed: int
+    gives: str
+    text: str | None = None
+    image: str | None = None
+    audio: str | None = None
+    numbers: dict[str, Distribution] | None = None
+    ranking: list[RankedCandidate] | None = None
+    embedding: list[float] | None = None
+
+
 @router.get("", responses={401: DOCUMENTED[401]})
 async def list_all(server: ThisServer) -> ScenarioList:
     """All scenarios, and which of them this model can do."""
-    return ScenarioList(data=[_entry(server, scenario) for scenario in CATALOGUE.scenarios.values()])
+    data = [ScenarioEntry(**_entry(server, scenario)) for scenario in CATALOGUE.scenarios.values()]
+    return ScenarioList(data=data)
 
 
 @router.get("/{name}", responses={400: DOCUMENTED[400], 401: DOCUMENTED[401], **MISSING})
@@ -88,37 +140,28 @@ async def one(name: Name, server: ThisServer) -> OneScenario:
     """One scenario, with its examples."""
     scenario = _named(name)
     examples = await asyncio.to_thread(_examples, server, scenario)
-    return OneScenario(**_entry(server, scenario).model_dump(), examples=examples)
+    return OneScenario(**_entry(server, scenario), examples=examples)
 
 
 @router.post("/{name}", responses={**DOCUMENTED, **MISSING})
-async def answer(
-    name: Name, body: ScenarioBody, server: ThisServer, client: ThisClient, http: HTTPRequest
-) -> ScenarioAnswer:
-    """Answers by a scenario; one whose tasks the model lacks answers 400 and says what would teach it."""
-    scenario, loaded, limits = _named(name), server.engine.loaded, server.config.limits
+async def answer(name: Name, body: ScenarioBody, call: ThisCall) -> ScenarioAnswer:
+    """Answers by a scenario; one whose tasks the model lacks answers 400 and says what would train it."""
+    scenario, loaded = _named(name), call.server.loaded
     require(scenario, loaded.description)
     seed = chosen_seed(body.seed)
-    values = values_of(scenario, body.inputs, limits)
-    request = scenario_request(
-        scenario, body.language, values, client=client, seconds=limits.seconds, seed=seed
-    )
-    answers = await ask_all(server, http, "scenarios", [request])
-    field = await asyncio.to_thread(shown, scenario, request, answers[0], loaded)
-    joules, source = joules_of(answers)
-    taught, note = teaching_of([request], answers, loaded.description, body.language)
-    return ScenarioAnswer(
-        model=server.name,
+    values = await asyncio.to_thread(input_values, scenario, body.inputs, call.server.limits)
+    request = scenario_request(scenario, body.language, values, seed)
+    answers = await call.answer("scenarios", [request])
+    reply = ScenarioAnswer(
+        model=call.server.name,
         scenario=scenario.name,
         language=body.language,
         seed=seed,
         gives=scenario.gives,
-        joules=joules,
-        joules_source=source,
-        taught=taught,
-        note=note,
-        **field,
     )
+    await asyncio.to_thread(_set_answer, reply, request, answers[0], loaded)
+    with_energy(reply, answers)
+    return with_teaching(reply, [request], answers, loaded.description, body.language)
 
 
 def _named(name: str) -> Scenario:
@@ -128,36 +171,96 @@ def _named(name: str) -> Scenario:
     return found
 
 
+def _entry(server: Server, scenario: Scenario) -> dict[str, Any]:
+    """The fields of a `ScenarioEntry`."""
+    found = readiness(scenario, server.loaded.description, server.scores)
+    return {
+        "id": scenario.name,
+        "domain": CATALOGUE.domain_of(scenario.name),
+        "title": _titles(scenario.title),
+        "summary": _titles(scenario.summary),
+        "inputs": [
+            ScenarioInput(name=name, kind=given.kind, title=_titles(given.label))
+            for name, given in scenario.inputs.items()
+        ],
+        "gives": scenario.gives,
+        "prompt": _titles(scenario.prompt),
+        "tasks": scenario.tasks,
+        "recipe": scenario.recipe,
+        "ready": found.ready,
+        "needs": list(found.missing),
+        "state": Titles(en=found.text("en"), zh=found.text("zh")),
+    }
+
+
+def _titles(text: Bilingual) -> Titles:
+    return Titles(en=text.en, zh=text.zh)
+
+
 def _examples(server: Server, scenario: Scenario) -> dict[str, dict[str, Any]]:
-    """Inputs as they are sent, pictures and sounds in base64."""
-    description = server.engine.loaded.description
+    """Inputs as they are sent, images and audio in base64."""
     return {
         language: {
             name: base64.b64encode(value).decode() if isinstance(value, bytes) else value
             for name, value in example_values(scenario, language).items()
         }
         for language in LANGUAGES
-        if example_fits(scenario, language, description)
+        if example_fits(scenario, language, server.loaded.description)
     }
 
 
-def _entry(server: Server, scenario: Scenario) -> ScenarioEntry:
-    able = standing(scenario, server.engine.loaded.description, server.scores)
-    inputs = [
-        ScenarioInput(name=name, kind=given.kind, title=Titles(en=given.said("en"), zh=given.said("zh")))
-        for name, given in scenario.inputs.items()
-    ]
-    return ScenarioEntry(
-        id=scenario.name,
-        domain=CATALOGUE.domain_of(scenario.name),
-        title=Titles(**scenario.title.model_dump()),
-        summary=Titles(**scenario.summary.model_dump()),
-        inputs=inputs,
-        gives=scenario.gives,
-        prompt=Titles(**scenario.prompt.model_dump()),
-        tasks=scenario.tasks,
-        recipe=scenario.recipe,
-        ready=able.ready,
-        needs=list(able.missing),
-        state=Titles(en=able.said("en"), zh=able.said("zh")),
-    )
+def input_values(scenario: Scenario, inputs: dict[str, Value], limits: Limits) -> dict[str, Any]:
+    """Return the inputs as `scenario_request` takes them: files decoded, all within the limits.
+
+    Raises:
+        BadRequestError: a file is broken or too large, or there is too much of something.
+    """
+    found: dict[str, Any] = {}
+    for name, value in inputs.items():
+        kind = scenario.inputs[name].kind if name in scenario.inputs else "text"
+        param = f"inputs.{name}"
+        if kind in ("image", "sound") and isinstance(value, str):
+            found[name] = decode_file(value, kind, limits, param)
+        elif isinstance(value, Series):
+            found[name] = {"name": value.name, "values": value.values}
+        else:
+            found[name] = value
+            _check_size(value, limits, param)
+    return found
+
+
+def _check_size(value: Any, limits: Limits, param: str) -> None:
+    if isinstance(value, str):
+        check_limit(param, len(value), limits.characters, "characters")
+    if isinstance(value, dict):
+        check_limit(param, len(value), limits.columns, "columns")
+    if isinstance(value, list):
+        check_limit(param, len(value), limits.candidates, "items")
+        check_limit(param, sum(len(str(item)) for item in value), limits.characters, "characters")
+
+
+def _set_answer(reply: ScenarioAnswer, request: Request, answer: Answer, loaded: Loaded) -> None:
+    """Set the field of a response that holds the answer; images and audio are decoded here."""
+    value = answer.value
+    if reply.gives == "text":
+        reply.text = value
+    elif reply.gives == "image":
+        reply.image = image_data_url(drawn_image(request, value, loaded))
+    elif reply.gives == "sound":
+        reply.audio = base64.b64encode(audio_file(loaded.sound.decode(value), "wav")).decode()
+    elif isinstance(request, NumbersRequest):
+        reply.numbers = {request.name: distribution_of(value, COVERAGE)}
+    elif isinstance(request, RankRequest):
+        reply.ranking = rank_candidates(request.candidates, value)
+    else:
+        reply.embedding = np.asarray(value).tolist()
+
+
+def drawn_image(request: Request, codes: Any, loaded: Loaded) -> Any:
+    """Return the drawn image; if only a box was filled in, the source around it, pixel by pixel."""
+    drawn = loaded.image.decode(codes)
+    if not isinstance(request, CodesRequest) or request.source is None or request.mask is None:
+        return drawn
+    width, height = read_image(request.source).size
+    mask = hole_places(request.mask, height, width).reshape(height, width)
+    return restore_outside(drawn, request.source, mask, loaded.image)

@@ -1,16 +1,22 @@
-"""A scenario with its inputs as a request to the engine, in the words that the model was taught."""
+"""A scenario with its inputs as a request to the engine, and the examples that scenarios come with.
+
+Images and audio of an example name one record of the data in the package: `emoji#emoji/1FAB4`.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from openm6.base.config import nearest
-from openm6.base.errors import DataError
+from openm6.base.errors import ConfigError, DataError
+from openm6.data.parquet import EmbeddedConfig
+from openm6.data.records import Record
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.truncation import join_texts
+from openm6.models.description import ModelDescription
 from openm6.serve.requests import (
     CodesRequest,
     EmbedRequest,
@@ -19,82 +25,52 @@ from openm6.serve.requests import (
     Request,
     TextRequest,
 )
-from openm6.serve.scenarios.scenario import Language, Scenario
+from openm6.serve.scenarios.scenario import SLOT, InputKind, Language, Scenario
 
 Values = Mapping[str, Any]
-_SLOT = re.compile(r"\{(\w+)\}")
+EMBEDDED = "embedded:"
+RECORD_FIELDS: dict[InputKind, str] = {"image": "image", "sound": "audio"}
 
 
-def scenario_request(
-    scenario: Scenario,
-    language: Language,
-    values: Values,
-    *,
-    client: str = "",
-    seconds: float | None = None,
-    seed: int = 0,
-) -> Request:
-    """The request of a scenario.
+def scenario_request(scenario: Scenario, language: Language, values: Values, seed: int = 0) -> Request:
+    """Return the request of a scenario.
 
     values: by name of the input: str for text, bytes for image and sound, {column: value} for numbers, {name, values}
-        for series, a list of texts for candidates, shares for box (4) and stretch (2)
+        for series, a list of texts for candidates, fractions for box (4) and stretch (2)
 
     Raises:
         DataError: an input is missing, unknown or not of its kind.
     """
-    checked = check_values(scenario, values)
-    parts = scenario_parts(scenario, language, checked)
+    check_values(scenario, values)
+    parts = scenario_parts(scenario, language, values)
     if scenario.gives == "text":
-        sampling = scenario.decoding.text.model_copy(update={"seed": seed})
-        return TextRequest(parts=parts, client=client, seconds=seconds, sampling=sampling)
+        return TextRequest(parts=parts, sampling=scenario.decoding.text.model_copy(update={"seed": seed}))
     if scenario.gives == "numbers":
-        return _numbers(scenario, checked, parts, client, seconds)
+        series = scenario.kind_of("series")
+        if series is not None:
+            return NumbersRequest(parts=parts, series=values[series]["name"], ahead=scenario.ahead)
+        return NumbersRequest(parts=parts, columns=(str(scenario.column),))
     if scenario.gives == "ranking":
-        candidates = tuple(checked[str(scenario.kind_of("candidates"))])
-        return RankRequest(parts=parts, client=client, seconds=seconds, candidates=candidates)
+        return RankRequest(parts=parts, candidates=tuple(values[str(scenario.kind_of("candidates"))]))
     if scenario.gives == "embedding":
-        return EmbedRequest(parts=parts, client=client, seconds=seconds)
-    return _codes(scenario, checked, parts, client, seconds, seed)
-
-
-def _numbers(
-    scenario: Scenario, values: Values, parts: tuple[Part, ...], client: str, seconds: float | None
-) -> NumbersRequest:
-    series = scenario.kind_of("series")
-    if series is not None:
-        name = values[series]["name"]
-        return NumbersRequest(parts=parts, client=client, seconds=seconds, series=name, ahead=scenario.ahead)
-    return NumbersRequest(parts=parts, client=client, seconds=seconds, columns=(str(scenario.column),))
-
-
-def _codes(
-    scenario: Scenario,
-    values: Values,
-    parts: tuple[Part, ...],
-    client: str,
-    seconds: float | None,
-    seed: int,
-) -> CodesRequest:
-    """A picture or sound, wholly new or filled in where the box or stretch lies."""
-    hole, gap = scenario.kind_of("box"), scenario.kind_of("stretch")
-    kept = scenario.kind_of("image") if hole else scenario.kind_of("sound") if gap else None
+        return EmbedRequest(parts=parts)
+    box, stretch = scenario.kind_of("box"), scenario.kind_of("stretch")
+    source = scenario.kind_of("image") if box else scenario.kind_of("sound") if stretch else None
     return CodesRequest(
         parts=parts,
-        client=client,
-        seconds=seconds,
         want="image" if scenario.gives == "image" else "sound",
         sampling=scenario.decoding.masked.model_copy(update={"seed": seed}),
-        given=values[kept] if kept else None,
-        hole=tuple(values[hole]) if hole else None,
-        gap=tuple(values[gap]) if gap else None,
+        source=values[source] if source else None,
+        mask=tuple(values[box]) if box else None,
+        span=tuple(values[stretch]) if stretch else None,
     )
 
 
 def scenario_parts(scenario: Scenario, language: Language, values: Values) -> tuple[Part, ...]:
-    """The prompt with every input in its place; neighbouring texts become one."""
+    """Return the prompt with every input in its slot; neighbouring texts become one."""
     parts: list[Part] = []
-    for number, piece in enumerate(_SLOT.split(scenario.prompt.said(language))):
-        if number % 2 == 0:
+    for index, piece in enumerate(SLOT.split(scenario.prompt.text(language))):
+        if index % 2 == 0:
             part = Part("text", piece, {"cuttable": ()})
         elif piece == "column":
             part = Part("text", str(scenario.column).replace("_", " "), {"cuttable": ()})
@@ -110,11 +86,11 @@ def scenario_parts(scenario: Scenario, language: Language, values: Values) -> tu
 def _part(scenario: Scenario, name: str, values: Values) -> Part:
     kind, value = scenario.inputs[name].kind, values[name]
     if kind == "image":
-        hole = scenario.kind_of("box")
-        return Part("image", value, {"hole": tuple(values[hole])} if hole else {})
+        box = scenario.kind_of("box")
+        return Part("image", value, {"hole": tuple(values[box])} if box else {})
     if kind == "sound":
-        gap = scenario.kind_of("stretch")
-        return Part("sound", value, {"gap": tuple(values[gap])} if gap else {})
+        stretch = scenario.kind_of("stretch")
+        return Part("sound", value, {"gap": tuple(values[stretch])} if stretch else {})
     if kind == "series":
         return Part("numbers", NumberSeries(value["name"], list(value["values"])))
     if kind == "numbers":
@@ -122,12 +98,8 @@ def _part(scenario: Scenario, name: str, values: Values) -> Part:
     return Part("text", value)
 
 
-def check_values(scenario: Scenario, values: Values) -> dict[str, Any]:
-    """The inputs, each of its kind.
-
-    Raises:
-        DataError: an input is missing, unknown or not of its kind.
-    """
+def check_values(scenario: Scenario, values: Values) -> None:
+    """Raise DataError if an input is missing, unknown or not of its kind."""
     for name in values:
         if name not in scenario.inputs:
             hint = nearest(name, sorted(scenario.inputs))
@@ -137,7 +109,6 @@ def check_values(scenario: Scenario, values: Values) -> dict[str, Any]:
             raise DataError(f"scenario {scenario.name} needs the input {name!r} ({given.kind}): give it")
         if not _FITS[given.kind](values[name]):
             raise DataError(f"input {name!r} of scenario {scenario.name} must be {_FORMS[given.kind]}")
-    return dict(values)
 
 
 def _is_number(value: Any) -> bool:
@@ -155,15 +126,11 @@ def _is_series(value: Any) -> bool:
     return isinstance(values, list) and bool(values) and all(x is None or _is_number(x) for x in values)
 
 
-def _are_shares(value: Any, count: int) -> bool:
+def _are_fractions(value: Any, count: int) -> bool:
     if not isinstance(value, list | tuple) or len(value) != count or not all(map(_is_number, value)):
         return False
     half = count // 2
     return all(0 <= value[i] < value[i + half] <= 1 for i in range(half))
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) and text for text in value)
 
 
 _FITS = {
@@ -172,17 +139,82 @@ _FITS = {
     "sound": lambda value: isinstance(value, bytes),
     "numbers": _is_row,
     "series": _is_series,
-    "candidates": _are_texts,
-    "box": lambda value: _are_shares(value, 4),
-    "stretch": lambda value: _are_shares(value, 2),
+    "candidates": lambda value: (
+        isinstance(value, list) and all(isinstance(text, str) and text for text in value)
+    ),
+    "box": lambda value: _are_fractions(value, 4),
+    "stretch": lambda value: _are_fractions(value, 2),
 }
 _FORMS = {
     "text": "a text",
-    "image": "the bytes of a picture file",
-    "sound": "the bytes of a sound file",
+    "image": "the bytes of an image file",
+    "sound": "the bytes of an audio file",
     "numbers": "values by column, as {'mass': 3.5}",
     "series": "a name and values, as {'name': 'price', 'values': [3.5, 4]}",
     "candidates": "a list of texts",
-    "box": "four shares of the sides: left, top, right, bottom",
-    "stretch": "two shares of the length: start, end",
+    "box": "four fractions of the sides: left, top, right, bottom",
+    "stretch": "two fractions of the length: start, end",
 }
+
+
+@cache
+def example_record(name: str) -> Record:
+    """Return the record that `data#id` names, from the embedded data.
+
+    Raises:
+        ConfigError: there is no such data or record.
+    """
+    data, _, key = name.partition("#")
+    for split in ("test", "train"):
+        source = EmbeddedConfig(name=data).open(data, split, _no_other_source)
+        ids = source.values("id")
+        if key in ids:
+            return source[ids.index(key)]
+    raise ConfigError(f"no record is called {name!r}: name one as emoji#emoji/1FAB4")
+
+
+def _no_other_source(name: str) -> Any:
+    raise ConfigError(f"the data in the package refers to no other source such as {name!r}")
+
+
+def example_values(scenario: Scenario, language: Language) -> dict[str, Any]:
+    """Return the inputs of a scenario's example, images and audio as bytes of a file."""
+    values = dict(scenario.examples[language])
+    for name, given in scenario.inputs.items():
+        if given.kind in RECORD_FIELDS:
+            values[name] = example_record(values[name])[RECORD_FIELDS[given.kind]]
+    return values
+
+
+def example_fits(scenario: Scenario, language: Language, description: ModelDescription) -> bool:
+    """Whether a model was trained on such inputs as the example holds: its columns, and data of the package.
+
+    A checkpoint that does not say where its records came from passes.
+    """
+    example = scenario.examples[language]
+    known = _package_data(description, {lesson.source for lesson in description.lessons})
+    trained = {lesson.source for lesson in description.lessons if lesson.task in scenario.tasks}
+    for name, given in scenario.inputs.items():
+        value = example[name]
+        columns = (
+            list(value) if given.kind == "numbers" else [value["name"]] if given.kind == "series" else []
+        )
+        if not set(columns) <= set(description.scales):
+            return False
+        if description.sources and given.kind in RECORD_FIELDS and value.partition("#")[0] not in known:
+            return False
+    return not description.sources or bool(_package_data(description, trained))
+
+
+def _package_data(description: ModelDescription, names: Iterable[str]) -> set[str]:
+    """Names of the embedded data behind some sources, also if one refers to another."""
+    found: set[str] = set()
+    for name in names:
+        source = description.sources.get(name, {})
+        if source.get("kind") == "embedded":
+            found.add(source["name"])
+        words = [value for key, value in source.items() if isinstance(value, str) and key != "name"]
+        found |= {word.removeprefix(EMBEDDED) for word in words if word.startswith(EMBEDDED)}
+        others = [word for word in words if word in description.sources and word != name]
+        found |= _package_data(description, others)
+    return found

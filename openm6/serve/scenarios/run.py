@@ -1,10 +1,9 @@
-"""Every scenario's example run on a model: what it answers, how long it takes, what it still has to learn."""
+"""`openm6 scenarios` lists them, with what a run can do; `openm6 evaluate --scenarios` runs all examples on a model."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,72 @@ from rich.table import Table
 
 from openm6.base.errors import OpenM6Error
 from openm6.base.files import replace_text
-from openm6.inference.load import LoadedModel, load
+from openm6.checkpoint.folder import latest
+from openm6.inference.load import load
 from openm6.modalities.numbers import Histogram
-from openm6.serve.alone import answer_alone
-from openm6.serve.scenarios.ask import scenario_request
-from openm6.serve.scenarios.catalogue import Catalogue, read_catalogue, standing
-from openm6.serve.scenarios.examples import example_values
-from openm6.serve.scenarios.scenario import LANGUAGES, Language, Scenario
+from openm6.models.description import MODEL_FILE, ModelDescription, read_description
+from openm6.serve.config import EngineConfig
+from openm6.serve.engine import Engine
+from openm6.serve.scenarios.ask import example_values, scenario_request
+from openm6.serve.scenarios.scenario import (
+    LANGUAGES,
+    Catalogue,
+    Language,
+    Scenario,
+    Scores,
+    read_catalogue,
+    read_scores,
+    readiness,
+)
 
-SHORT = 48  # characters of an answer in the table
+MAX_ANSWER = 48  # characters in the table
+ONE_AT_A_TIME = EngineConfig(rows=1, canvases=1, room=4096, deterministic=False)
+
+
+def list_scenarios(trained: Path | None = None, language: Language = "en") -> Table:
+    """Return a table with one row per scenario; with a run, whether it is ready.
+
+    Raises:
+        CheckpointError: there is no model there.
+    """
+    description, scores = _trained_on(trained)
+    catalogue = read_catalogue()
+    last = "state" if description is not None else "recipe"
+    table = Table("scenario", "domain", "takes", "gives", "what it does", last, box=None)
+    for name, scenario in catalogue.scenarios.items():
+        domain = catalogue.domains[catalogue.domain_of(name)].title.text(language)
+        takes = ", ".join(dict.fromkeys(given.kind for given in scenario.inputs.values()))
+        state = scenario.recipe
+        if description is not None:
+            state = readiness(scenario, description, scores).text(language)
+        table.add_row(name, domain, takes, scenario.gives, scenario.summary.text(language), state)
+    return table
+
+
+def scenarios_json(trained: Path | None = None) -> str:
+    """Return all that is known of each scenario, as JSON; with a run, `ready` and `needs`."""
+    description, scores = _trained_on(trained)
+    catalogue, found = read_catalogue(), []
+    for name, scenario in catalogue.scenarios.items():
+        entry = {"domain": catalogue.domain_of(name), **scenario.model_dump(mode="json")}
+        if description is not None:
+            able = readiness(scenario, description, scores)
+            entry |= {"ready": able.ready, "needs": list(able.missing), "state": able.text()}
+        found.append(entry)
+    return json.dumps({"scenarios": found}, ensure_ascii=False, indent=1)
+
+
+def _trained_on(trained: Path | None) -> tuple[ModelDescription | None, Scores]:
+    """The description in a run's checkpoint and the scores in its report, if a run is given."""
+    if trained is None:
+        return None, {}
+    folder = latest(trained)
+    path = folder / MODEL_FILE
+    return read_description(path.read_text(encoding="utf-8"), str(path)), read_scores(folder)
 
 
 @dataclass(frozen=True)
-class Tried:
+class ExampleResult:
     """One example of one scenario: `state` is answered, untaught or failed."""
 
     scenario: str
@@ -36,76 +88,71 @@ class Tried:
     seconds: float
 
 
-def run_scenarios(
-    trained: Path, json_path: Path | None = None, tell: Callable[[Tried], None] = lambda tried: None
-) -> list[Tried]:
-    """Runs the examples of all scenarios, in both languages, one after the other.
+def run_scenarios(trained: Path, json_path: Path | None = None) -> list[ExampleResult]:
+    """Run the examples of all scenarios, in both languages, one after the other.
 
     Raises:
         CheckpointError: there is no model there.
     """
-    found = try_all(load(trained), read_catalogue(), tell)
+    with Engine(load(trained), ONE_AT_A_TIME) as engine:
+        results = run_examples(engine, read_catalogue())
     if json_path is not None:
-        replace_text(json_path, to_json(found))
-    return found
+        replace_text(json_path, results_json(results))
+    return results
 
 
-def try_all(
-    loaded: LoadedModel, catalogue: Catalogue, tell: Callable[[Tried], None] = lambda tried: None
-) -> list[Tried]:
-    """The examples of a catalogue on a model."""
-    found = []
-    for scenario in catalogue.scenarios.values():
-        for language in LANGUAGES:
-            found.append(try_example(loaded, scenario, language))
-            tell(found[-1])
-    return found
+def run_examples(engine: Engine, catalogue: Catalogue) -> list[ExampleResult]:
+    """Run the examples of a catalogue on a model."""
+    return [
+        run_example(engine, scenario, language)
+        for scenario in catalogue.scenarios.values()
+        for language in LANGUAGES
+    ]
 
 
-def try_example(loaded: LoadedModel, scenario: Scenario, language: Language) -> Tried:
-    """One example; a scenario that the model was not taught is not run."""
-    able = standing(scenario, loaded.description)
+def run_example(engine: Engine, scenario: Scenario, language: Language) -> ExampleResult:
+    """Run one example; a scenario that the model was not trained for is not run."""
+    able = readiness(scenario, engine.loaded.description)
     if not able.trained:
-        return Tried(scenario.name, language, "untaught", able.said(), 0.0)
+        return ExampleResult(scenario.name, language, "untaught", able.text(), 0.0)
     began = time.perf_counter()
     try:
         request = scenario_request(scenario, language, example_values(scenario, language))
-        answer = answer_alone(loaded, request)
+        state, answer = "answered", answer_text(scenario, engine.ask_and_wait(request).value)
     except OpenM6Error as error:
-        return Tried(scenario.name, language, "failed", str(error), time.perf_counter() - began)
-    return Tried(scenario.name, language, "answered", said(scenario, answer), time.perf_counter() - began)
+        state, answer = "failed", str(error)
+    return ExampleResult(scenario.name, language, state, answer, time.perf_counter() - began)
 
 
-def said(scenario: Scenario, value: Any) -> str:
-    """An engine's value in a few words."""
+def answer_text(scenario: Scenario, value: Any) -> str:
+    """Return an answer's value in a few words."""
     if isinstance(value, str):
         return value
     if isinstance(value, Histogram):
         low, high = value.interval(0.8)
         return f"{value.median()[0]:.4g} [{low[0]:.4g}, {high[0]:.4g}]"
     if scenario.gives == "ranking":
-        scores = [-nats / length for nats, length in value]
-        return " > ".join(str(row + 1) for row in np.argsort([-score for score in scores]))
+        order = np.argsort([nats / length for nats, length in value])
+        return " > ".join(str(index + 1) for index in order)
     if scenario.gives == "embedding":
         return f"{len(value)} numbers"
-    return f"{scenario.gives} of {len(value)} places"
+    return f"{scenario.gives} of {len(value)} positions"
 
 
-def to_json(found: list[Tried]) -> str:
-    """The JSON of `openm6 evaluate --scenarios --json`: counts by state, and each example."""
-    states = [tried.state for tried in found]
+def results_json(results: list[ExampleResult]) -> str:
+    """Return the JSON of `openm6 evaluate --scenarios --json`: counts by state, and each example."""
+    states = [result.state for result in results]
     counts = {state: states.count(state) for state in ("answered", "untaught", "failed")}
     return json.dumps(
-        {**counts, "examples": [asdict(tried) for tried in found]}, ensure_ascii=False, indent=1
+        {**counts, "examples": [asdict(result) for result in results]}, ensure_ascii=False, indent=1
     )
 
 
-def tried_table(found: list[Tried]) -> Table:
-    """One row an example."""
+def results_table(results: list[ExampleResult]) -> Table:
+    """Return a table with one row per example."""
     table = Table("scenario", "language", "state", "answer", "s", box=None)
-    for tried in found:
-        answer = tried.answer if len(tried.answer) <= SHORT else tried.answer[: SHORT - 1] + "…"
-        table.add_row(
-            tried.scenario, tried.language, tried.state, answer.replace("\n", " "), f"{tried.seconds:.2f}"
-        )
+    for result in results:
+        answer = result.answer.replace("\n", " ")
+        answer = answer if len(answer) <= MAX_ANSWER else answer[: MAX_ANSWER - 1] + "…"
+        table.add_row(result.scenario, result.language, result.state, answer, f"{result.seconds:.2f}")
     return table

@@ -1,77 +1,89 @@
-"""What a scenario is: a use of a model with its inputs, prompt, decoding settings, tasks and an example that runs."""
+"""Scenarios: uses of a model with inputs, prompt, decoding settings, tasks and an example that runs.
+
+Here is their schema, the catalogue of those in the package, and what a model can do of them by its training and by
+the report of its run.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from openm6.base.config import Config, nearest
+from openm6.base.config import Config, build, nearest, read_yaml
+from openm6.base.errors import ConfigError
+from openm6.evaluate.metrics import metric_title
+from openm6.evaluate.metrics import score as score_text
 from openm6.inference.sampling import Decoding
+from openm6.models.description import ModelDescription
 from openm6.tasks.registry import TASKS
+
+LIBRARY = Path(__file__).parent / "library"
+REPORT = "report.json"
 
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
 InputKind = Literal["text", "image", "sound", "numbers", "series", "candidates", "box", "stretch"]
 Output = Literal["text", "image", "sound", "numbers", "ranking", "embedding"]
-PROMPTED: tuple[InputKind, ...] = (
-    "text",
-    "image",
-    "sound",
-    "numbers",
-    "series",
-)  # the others steer the answer
-_SLOT = re.compile(r"\{(\w+)\}")
+# The others steer the answer.
+PROMPTED: tuple[InputKind, ...] = ("text", "image", "sound", "numbers", "series")
+SLOT = re.compile(r"\{(\w+)\}")
 
 
-class Words(Config):
+class Bilingual(Config):
     """The same in both languages."""
 
     en: str = Field(min_length=1)
     zh: str = Field(min_length=1)
 
-    def said(self, language: Language) -> str:
+    def text(self, language: Language) -> str:
         return self.en if language == "en" else self.zh
 
 
-KINDS: dict[InputKind, Words] = {
-    "text": Words(en="Text", zh="文本"),
-    "image": Words(en="Picture", zh="图片"),
-    "sound": Words(en="Sound", zh="声音"),
-    "numbers": Words(en="Numbers", zh="数值"),
-    "series": Words(en="Series", zh="序列"),
-    "candidates": Words(en="Candidates", zh="候选"),
-    "box": Words(en="Box", zh="区域"),
-    "stretch": Words(en="Stretch", zh="区间"),
+KINDS: dict[InputKind, Bilingual] = {
+    "text": Bilingual(en="Text", zh="文本"),
+    "image": Bilingual(en="Image", zh="图片"),
+    "sound": Bilingual(en="Audio", zh="声音"),
+    "numbers": Bilingual(en="Numbers", zh="数值"),
+    "series": Bilingual(en="Series", zh="序列"),
+    "candidates": Bilingual(en="Candidates", zh="候选"),
+    "box": Bilingual(en="Box", zh="区域"),
+    "stretch": Bilingual(en="Span", zh="区间"),
 }
 
 
 class Input(Config):
-    """One thing to give; without a title it is called after its kind."""
+    """One input; without a title it is called after its kind."""
 
     kind: InputKind
-    title: Words | None = None
+    title: Bilingual | None = None
 
-    def said(self, language: Language) -> str:
-        return (self.title or KINDS[self.kind]).said(language)
+    @property
+    def label(self) -> Bilingual:
+        return self.title or KINDS[self.kind]
 
 
 class Scenario(Config):
     """One use.
 
-    prompt: the words in which a task was taught; `{name}` is where an input goes, `{column}` the number wanted
-    ahead: steps of a series that are forecast; column: the number that is predicted
-    tasks: what a model must have been trained on; recipe: the shipped one that teaches it
-    examples: inputs to try, for each language; pictures and sounds are named as `data#id` (see examples.py)
+    prompt: the words of a trained task; `{name}` is the slot of an input, `{column}` the column that is predicted
+    ahead: steps of a series that are forecast; column: the column that is predicted
+    tasks: what a model must have been trained on; recipe: the shipped one that trains it
+    examples: inputs to try, for each language; images and audio are named as `data#id` (see ask.py)
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    title: Words
-    summary: Words
+    title: Bilingual
+    summary: Bilingual
     inputs: dict[str, Input] = Field(min_length=1)
     gives: Output
-    prompt: Words
+    prompt: Bilingual
     column: str | None = None
     ahead: int = Field(default=8, ge=1, le=64)
     decoding: Decoding = Decoding()
@@ -91,26 +103,171 @@ class Scenario(Config):
     def _complete(self) -> Scenario:
         prompted = {name for name, given in self.inputs.items() if given.kind in PROMPTED}
         for language in LANGUAGES:
-            named = set(_SLOT.findall(self.prompt.said(language))) - {"column"}
+            named = set(SLOT.findall(self.prompt.text(language))) - {"column"}
             if named != prompted:
                 raise ValueError(f"the {language} prompt must name {sorted(prompted)}, not {sorted(named)}")
             if set(self.examples.get(language, {})) != set(self.inputs):
                 raise ValueError(f"the {language} example must give {sorted(self.inputs)}")
-        wants_number = self.gives == "numbers" and "series" not in {x.kind for x in self.inputs.values()}
-        if wants_number != (self.column is not None):
-            raise ValueError("name the column that is predicted, where a number is, and only there")
         kinds = {given.kind for given in self.inputs.values()}
+        if (self.gives == "numbers" and "series" not in kinds) != (self.column is not None):
+            raise ValueError("name the column that is predicted, if a number is, and only then")
         if ("candidates" in kinds) != (self.gives == "ranking"):
             raise ValueError("a ranking needs candidates, and nothing else does")
         return self
 
     def kind_of(self, kind: InputKind) -> str | None:
-        """The name of the first input of a kind."""
+        """Return the name of the first input of a kind."""
         return next((name for name, given in self.inputs.items() if given.kind == kind), None)
 
 
 class Domain(Config):
     """A file of scenarios that belong together."""
 
-    title: Words
+    title: Bilingual
     scenarios: list[Scenario] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All scenarios, by domain."""
+
+    domains: dict[str, Domain]
+
+    @property
+    def scenarios(self) -> dict[str, Scenario]:
+        """Every scenario by its name, in the order of the files."""
+        return {scenario.name: scenario for domain in self.domains.values() for scenario in domain.scenarios}
+
+    def named(self, name: str) -> Scenario:
+        """Return the scenario of this name.
+
+        Raises:
+            ConfigError: there is none; the sentence names the nearest.
+        """
+        found = self.scenarios
+        if name not in found:
+            raise ConfigError(f"no scenario is called {name!r}; {nearest(name, sorted(found))}")
+        return found[name]
+
+    def domain_of(self, name: str) -> str:
+        """Return the domain that holds a scenario."""
+        return next(key for key, domain in self.domains.items() if name in {s.name for s in domain.scenarios})
+
+
+def read_catalogue(folder: Path = LIBRARY) -> Catalogue:
+    """Return the scenarios in the YAML files of a folder, one domain per file.
+
+    Raises:
+        ConfigError: a file is not as `Domain` says, or two scenarios share a name.
+    """
+    paths = sorted(folder.glob("*.yaml"))
+    if not paths:
+        raise ConfigError(f"{folder} holds no scenarios: put YAML files there")
+    domains = {path.stem: build(Domain, read_yaml(path), str(path)) for path in paths}
+    names = [scenario.name for domain in domains.values() for scenario in domain.scenarios]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"two scenarios in {folder} are called {twice!r}: rename one")
+    return Catalogue(domains)
+
+
+@dataclass(frozen=True)
+class Score:
+    """The first metric of a task over one source, and that of its baseline."""
+
+    metric: str
+    value: float
+    baseline: float
+    better: bool
+
+    def texts(self) -> tuple[str, str]:
+        """Return score and baseline for a person, the metric named."""
+        own = f"{score_text(self.metric, self.value)} {metric_title(self.metric)}"
+        return own, score_text(self.metric, self.baseline)
+
+
+Scores = dict[str, list[Score]]  # by task; none for a task that was not evaluated
+
+
+def read_scores(checkpoint: Path) -> Scores:
+    """Return the scores in the report of the run of a checkpoint; empty if there is no such report."""
+    path = checkpoint.parent.parent / REPORT
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["tasks"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    found: Scores = defaultdict(list)
+    for name, entry in entries:
+        score = _score(entry)
+        if score is not None:
+            found[name.partition("/")[0]].append(score)
+    return dict(found)
+
+
+def _score(entry: Any) -> Score | None:
+    """None if the entry says too little to judge by; older reports do not say `beats_baseline`."""
+    try:
+        value, baseline = float(entry["value"]), float(entry["baseline"])
+        better = entry.get("beats_baseline")
+        if better is None:
+            better = value > baseline if entry["better"] == "higher" else value < baseline
+        return Score(entry["metric"], value, baseline, bool(better)) if math.isfinite(value) else None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether a model can do a scenario.
+
+    missing: what it lacks, tasks or the column to be predicted; weak: the score of a task that was trained, but is
+    not better than its baseline.
+    """
+
+    missing: tuple[str, ...]
+    recipe: str
+    weak: Score | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether it can be asked at all."""
+        return not self.missing
+
+    @property
+    def ready(self) -> bool:
+        """Whether its answers are worth asking for."""
+        return self.trained and self.weak is None
+
+    def text(self, language: Language = "en") -> str:
+        """Return `ready`, what is needed, or the scores."""
+        if self.missing and language == "en":
+            return f"needs training on {', '.join(self.missing)} (openm6 train {self.recipe})"
+        if self.missing:
+            return f"需要训练：{'、'.join(self.missing)}（openm6 train {self.recipe}）"
+        if self.weak is not None:
+            value, baseline = self.weak.texts()
+            if language == "en":
+                return f"trained, but not better than its baseline: {value} against {baseline}"
+            return f"已训练，但不优于基线：{value}，基线 {baseline}"
+        return "ready" if language == "en" else "可用"
+
+
+def readiness(scenario: Scenario, description: ModelDescription, scores: Scores | None = None) -> Readiness:
+    """Return what a model lacks for a scenario, by the tasks and columns in its checkpoint and by its report.
+
+    A task over several sources is good enough if it is on one of them; so is one that was not evaluated.
+    """
+    learned = {lesson.task for lesson in description.lessons}
+    missing = [task for task in scenario.tasks if task not in learned]
+    if not missing and scenario.column is not None and scenario.column not in description.scales:
+        missing = [f"the column {scenario.column}"]
+    found = [(scores or {}).get(task, []) for task in scenario.tasks]
+    weak = [own[0] for own in found if own and not any(score.better for score in own)]
+    return Readiness(tuple(missing), scenario.recipe, weak[0] if weak else None)
+
+
+def require(scenario: Scenario, description: ModelDescription) -> None:
+    """Raise ConfigError, with what is needed, if a model was not trained for a scenario."""
+    found = readiness(scenario, description)
+    if not found.trained:
+        raise ConfigError(f"scenario {scenario.name} {found.text()}: train it, or choose another scenario")

@@ -15,7 +15,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, ServeConfig
 from openm6.serve.engine import Engine
-from openm6.serve.playground.mount import add_playground
+from openm6.serve.playground.page import add_playground
 from tests.serve.routes.test_scenarios import taught
 from tests.serve.running import running
 
@@ -51,6 +51,8 @@ def page(browser: playwright.Browser, address: str) -> Iterator[playwright.Page]
     found.goto(address)
     found.wait_for_selector("#run")
     playwright.expect(found.locator("#state")).to_contain_text("●", timeout=PATIENCE)
+    # The button is enabled when the first example has arrived; until then the page would overwrite a choice.
+    playwright.expect(found.locator("#run")).to_be_enabled(timeout=PATIENCE)
     yield found
     found.close()
 
@@ -75,7 +77,7 @@ def test_a_picture_is_filled_in_and_kept_in_the_gallery(page: playwright.Page) -
 
 
 def test_a_sound_is_spoken(page: playwright.Page) -> None:
-    choose(page, "domain", "Speech and sound")
+    choose(page, "domain", "SpeechBody and sound")
     choose(page, "scenario", "Read aloud")
     playwright.expect(page.locator("#text-0 textarea")).to_have_value("seven", timeout=PATIENCE)
     page.click("#run")
@@ -103,7 +105,7 @@ def test_what_was_not_taught_says_so(page: playwright.Page) -> None:
 
 
 @pytest.mark.parametrize(
-    ("language", "sentence"), [("English", "The picture is broken"), ("中文", "图片已损坏")]
+    ("language", "sentence"), [("English", "The image is broken"), ("中文", "图片已损坏")]
 )
 def test_a_broken_upload_is_one_sentence(page: playwright.Page, language: str, sentence: str) -> None:
     page.set_viewport_size(PHONE)
@@ -137,7 +139,7 @@ def test_a_phone_shows_it_in_chinese_without_scrolling_sideways(page: playwright
 def test_a_free_question_is_answered(page: playwright.Page) -> None:
     page.get_by_role("tab", name="Ask freely").click()
     page.fill("#free-text textarea", "draw the digit seven")
-    page.locator("#want label", has_text="Picture").click()
+    page.locator("#want label", has_text="Image").click()
     page.click("#ask")
     answered(page)
     playwright.expect(page.locator("#answer-picture img").first).to_be_visible(timeout=PATIENCE)

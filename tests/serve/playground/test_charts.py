@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-from openm6.serve.distributions import Distribution
-from openm6.serve.playground.charts import failure, interval_chart, ranking_list, vector_strip
-from openm6.serve.scenarios.bodies import RankedCandidate
+from openm6.serve.playground.answers import failure_box, interval_chart, ranking_list, vector_strip
+from openm6.serve.routes.scenarios import RankedCandidate
+from openm6.serve.schemas import Distribution
 
 ONE = Distribution(mean=3.0, median=3.0, low=2.0, high=4.5, coverage=0.8)
 AHEAD = Distribution(mean=[1.0, 2.0], median=[1.0, 2.0], low=[0.5, 1.0], high=[2.0, 3.0], coverage=0.8)
@@ -43,8 +43,10 @@ def test_a_series_that_never_changes_can_be_drawn() -> None:
 
 def test_markup_in_names_stays_text() -> None:
     name = '"><script>alert(1)</script>'
-    drawn = interval_chart(name, ONE) + ranking_list([RankedCandidate(index=0, candidate=name, score=-1.0)])
-    drawn += failure(name, name)
+    drawn = interval_chart(name, ONE) + ranking_list(
+        [RankedCandidate(index=0, candidate=name, log_likelihood=-2.0, score=-1.0)]
+    )
+    drawn += failure_box(name, name)
     assert "<script" not in drawn and "&lt;script&gt;" in drawn
 
 

@@ -15,18 +15,17 @@ from gradio.data_classes import ImageData
 from openm6.base.errors import DataError
 from openm6.serve.config import Limits
 from openm6.serve.playground.inputs import (
-    PICTURES,
-    SOUNDS,
+    AUDIOS,
+    IMAGES,
     TEXTS,
-    picture_input,
+    image_input,
     slot_names,
     slot_updates,
     uploaded,
     values_in,
 )
-from openm6.serve.scenarios.catalogue import read_catalogue
-from openm6.serve.scenarios.examples import example_values
-from openm6.serve.scenarios.scenario import LANGUAGES, Scenario
+from openm6.serve.scenarios.ask import example_values
+from openm6.serve.scenarios.scenario import LANGUAGES, Scenario, read_catalogue
 from tests.data.pictures import png, wav
 
 ALL = read_catalogue().scenarios.values()
@@ -37,7 +36,7 @@ def test_the_example_goes_in_and_comes_back(scenario: Scenario, tmp_path: Path) 
     for language in LANGUAGES:
         updates = slot_updates(scenario, language)
         names = slot_names(scenario)
-        assert len(updates) == len(names) == TEXTS + PICTURES + SOUNDS
+        assert len(updates) == len(names) == TEXTS + IMAGES + AUDIOS
         assert {name for name in names if name} == set(scenario.inputs)
         slots = []
         for number, (name, update) in enumerate(zip(names, updates, strict=True)):
@@ -71,7 +70,7 @@ def test_what_was_uploaded_broken_or_too_large_is_one_sentence_in_the_pages_lang
         ("sound", wav(seconds=2)),
     ):
         path.write_bytes(data)
-        for language, word in (("en", "save it anew"), ("zh", "另存为")):
+        for language, word in (("en", "save it again"), ("zh", "另存为")):
             with pytest.raises(DataError, match=word) as caught:
                 uploaded(kind, str(path), limits, language)  # type: ignore[arg-type]
             assert str(tmp_path) not in str(caught.value) and ("1,000" if kind == "image" else "1 ") in str(
@@ -83,7 +82,7 @@ def test_what_was_uploaded_broken_or_too_large_is_one_sentence_in_the_pages_lang
 
 def test_a_picture_is_handed_on_unread_also_when_its_label_has_changed(tmp_path: Path) -> None:
     """Gradio makes a component anew with every update; what it makes must not read the file either."""
-    first = picture_input("free-picture", "Picture")
+    first = image_input("free-picture", "Picture")
     again = type(first)(**{**first.constructor_args, "label": "图片", "render": False})
     broken = tmp_path / "a.png"
     broken.write_bytes(b"no picture")

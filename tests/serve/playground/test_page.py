@@ -12,15 +12,15 @@ pytest.importorskip("gradio", reason="the extra [serve] is not installed")
 
 from openm6.models.description import ModelDescription
 from openm6.serve.playground.page import Page
-from openm6.serve.scenarios.scores import Score, Scores
-from openm6.serve.state import Server
+from openm6.serve.scenarios.scenario import Score, Scores
+from openm6.serve.server import Server
 from tests.serve.scenarios.test_examples import EMOJI, OWN, trained
 from tests.small_model import loaded
 
 
 def page(description: ModelDescription, scores: Scores | None = None) -> Page:
-    engine = SimpleNamespace(loaded=replace(loaded(), description=description))
-    return Page(cast(Server, SimpleNamespace(engine=engine, scores=scores or {})))
+    model = replace(loaded(), description=description)
+    return Page(cast(Server, SimpleNamespace(loaded=model, scores=scores or {})))
 
 
 def values(updates: list[Any]) -> list[Any]:
@@ -30,8 +30,8 @@ def values(updates: list[Any]) -> list[Any]:
 def test_it_opens_on_an_example_that_fits() -> None:
     lessons = (("predict_number", "own"), ("describe_picture", "emoji"))
     found = page(trained(lessons, {"own": OWN, "emoji": EMOJI}, price=1.0, body_mass_g=1.0))
-    first = found._first()
-    assert first.tasks == ["describe_picture"] and found._opening(first) == "scenarios"
+    first = found.first_scenario()
+    assert first.tasks == ["describe_picture"] and found.opening_tab(first) == "scenarios"
     assert all(value is not None for value in values(found.choose_scenario(first.name, "en")))
 
 
@@ -46,10 +46,10 @@ def test_a_task_below_its_baseline_is_not_what_it_opens_with() -> None:
     lessons = (("describe_picture", "emoji"), ("draw", "emoji"))
     weak = {"describe_picture": [Score("exact_match", 0.021, 0.033, False)]}
     found = page(trained(lessons, {"emoji": EMOJI}), weak)
-    assert found._first().tasks == ["draw"]
+    assert found.first_scenario().tasks == ["draw"]
     assert "not better than its baseline" in found.choose_scenario("caption", "en")[0]
 
 
 def test_a_model_without_any_scenario_opens_on_free_questions() -> None:
     found = page(trained((("count", "own"),), {"own": OWN}))
-    assert found._opening(found._first()) == "freely"
+    assert found.opening_tab(found.first_scenario()) == "freely"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from openm6.base.errors import DataError
-from openm6.serve.playground.written import read_written, written
+from openm6.serve.playground.inputs import read_typed, write_typed
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from openm6.serve.playground.written import read_written, written
     ],
 )
 def test_what_is_shown_reads_back(kind: Any, value: Any) -> None:
-    assert read_written(kind, written(kind, value)) == value
+    assert read_typed(kind, write_typed(kind, value)) == value
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_what_is_shown_reads_back(kind: Any, value: Any) -> None:
     ],
 )
 def test_it_is_read_as_people_write(kind: Any, text: str, value: Any) -> None:
-    assert read_written(kind, text) == value
+    assert read_typed(kind, text) == value
 
 
 @pytest.mark.parametrize(
@@ -43,5 +43,5 @@ def test_it_is_read_as_people_write(kind: Any, text: str, value: Any) -> None:
 )
 def test_what_cannot_be_read_is_one_sentence(kind: Any, text: str) -> None:
     with pytest.raises(DataError) as caught:
-        read_written(kind, text)
+        read_typed(kind, text)
     assert "\n" not in str(caught.value)

@@ -13,14 +13,14 @@ import pytest
 import soundfile
 from PIL import Image
 
-from openm6.inference.load import LoadedModel
+from openm6.inference.load import Loaded
 from openm6.modalities.image import read_image, to_square
 from openm6.models.description import Lesson
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
-from openm6.serve.scenarios.catalogue import read_catalogue
-from openm6.serve.scenarios.examples import example_values
+from openm6.serve.scenarios.ask import example_values
+from openm6.serve.scenarios.scenario import read_catalogue
 from tests.serve.running import running
 from tests.small_model import embedding_model
 
@@ -36,7 +36,7 @@ TASKS = (
 )
 
 
-def taught() -> LoadedModel:
+def taught() -> Loaded:
     """The untrained model with a checkpoint that claims some lessons."""
     model = embedding_model()
     lessons = [Lesson(task=name, source="x") for name in TASKS]
@@ -133,7 +133,7 @@ def test_numbers_a_ranking_and_a_vector_come_back(client: httpx.Client) -> None:
         ("couplet", {"inputs": {"lines": "x"}}, 400, "did you mean 'line'"),
         ("couplet", {"inputs": {"line": "x"}, "language": "fr"}, 400, "language"),
         ("fill_region", {"inputs": {"image": "x", "hole": [0, 0, 1, 1]}}, 400, "base64"),
-        ("fill_region", {"inputs": {"image": "eHg=", "hole": [0, 0, 1, 1]}}, 400, "no picture"),
+        ("fill_region", {"inputs": {"image": "eHg=", "hole": [0, 0, 1, 1]}}, 400, "not a readable image"),
         ("missing_measurement", {"inputs": {"numbers": {"hmm": 1}}}, 400, "knows no column"),
         ("couplet", {"inputs": {"line": "x" * 30_000}}, 400, "characters"),
     ],

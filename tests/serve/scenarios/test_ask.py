@@ -11,10 +11,8 @@ from openm6.base.errors import ConfigError, DataError
 from openm6.data.prepare import with_others
 from openm6.modalities.interface import Part
 from openm6.serve.requests import CodesRequest, EmbedRequest, NumbersRequest, RankRequest, TextRequest
-from openm6.serve.scenarios.ask import scenario_parts, scenario_request
-from openm6.serve.scenarios.catalogue import read_catalogue
-from openm6.serve.scenarios.examples import example_record, example_values
-from openm6.serve.scenarios.scenario import LANGUAGES, Scenario
+from openm6.serve.scenarios.ask import example_record, example_values, scenario_parts, scenario_request
+from openm6.serve.scenarios.scenario import LANGUAGES, Scenario, read_catalogue
 from openm6.tasks.registry import TASKS
 from tests.small_model import demo_sources
 
@@ -63,10 +61,10 @@ def test_a_gap_in_a_sound_is_asked_as_it_was_taught() -> None:
     sound = next(part for part in example.source if part.modality == "sound")
     values = {"sound": record["audio"], "gap": sound.options["gap"]}
     request = scenario_request(CATALOGUE.named("repair_sound"), "en", values)
-    assert isinstance(request, CodesRequest) and request.gap == sound.options["gap"]
+    assert isinstance(request, CodesRequest) and request.span == sound.options["gap"]
     asked = next(part for part in request.parts if part.modality == "sound")
     assert asked.options == {"gap": sound.options["gap"]} and "seconds" not in sound.options
-    assert request.duration is None and request.given == record["audio"]
+    assert request.duration is None and request.source == record["audio"]
 
 
 def test_the_number_wanted_is_not_read() -> None:
@@ -83,9 +81,9 @@ def test_the_number_wanted_is_not_read() -> None:
         ("couplet", {"line": ""}, "needs the input 'line'"),
         ("couplet", {"lines": "x"}, "did you mean 'line'"),
         ("couplet", {"line": 3}, "must be a text"),
-        ("caption", {"image": "x"}, "must be the bytes of a picture"),
-        ("fill_region", {"image": b"x", "hole": [0.5, 0, 0.2, 1]}, "four shares"),
-        ("repair_sound", {"sound": b"x", "gap": [0.1, 1.5]}, "two shares"),
+        ("caption", {"image": "x"}, "must be the bytes of an image"),
+        ("fill_region", {"image": b"x", "hole": [0.5, 0, 0.2, 1]}, "four fractions"),
+        ("repair_sound", {"sound": b"x", "gap": [0.1, 1.5]}, "two fractions"),
         ("weather_forecast", {"series": {"name": "x", "values": ["a"]}}, "a name and values"),
         ("machine_state", {"numbers": {"a": "b"}}, "values by column"),
         ("search_ranking", {"query": "x", "candidates": ["a", ""]}, "a list of texts"),

@@ -10,8 +10,15 @@ import yaml
 from openm6.base.errors import ConfigError
 from openm6.data.sources import open_sources
 from openm6.models.description import Lesson
-from openm6.serve.scenarios.catalogue import LIBRARY, read_catalogue, require, standing
-from openm6.serve.scenarios.scenario import LANGUAGES, PROMPTED, Scenario
+from openm6.serve.scenarios.scenario import (
+    LANGUAGES,
+    LIBRARY,
+    PROMPTED,
+    Scenario,
+    read_catalogue,
+    readiness,
+    require,
+)
 from openm6.tasks.registry import TASKS
 from openm6.train.run import read_recipe, recipe_path
 from tests.small_model import loaded
@@ -42,7 +49,7 @@ def test_there_are_forty_and_the_promised_ones_are_among_them() -> None:
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
 def test_it_asks_in_words_that_its_task_teaches(scenario: Scenario) -> None:
     for language in LANGUAGES:
-        words = scenario.prompt.said(language)
+        words = scenario.prompt.text(language)
         taught = [prompt for name in scenario.tasks for prompt in TASKS[name].prompts[language]]
         if scenario.gives == "embedding":  # either side of a pair stands alone
             assert words in ("{text}", "{image}", "{sound}")
@@ -84,11 +91,11 @@ def test_it_speaks_both_languages(scenario: Scenario) -> None:
 
 def test_a_model_that_lacks_a_task_is_told_what_would_teach_it() -> None:
     description = loaded(lessons=(("draw", "digits"),)).description
-    assert standing(CATALOGUE.named("illustration"), description).ready
-    lacking = standing(CATALOGUE.named("restyle"), description)
+    assert readiness(CATALOGUE.named("illustration"), description).ready
+    lacking = readiness(CATALOGUE.named("restyle"), description)
     assert not lacking.ready and lacking.missing == ("restyle",)
-    assert lacking.said() == "needs training on restyle (openm6 train design)"
-    assert "需要训练" in lacking.said("zh")
+    assert lacking.text() == "needs training on restyle (openm6 train design)"
+    assert "需要训练" in lacking.text("zh")
     with pytest.raises(ConfigError, match="scenario restyle needs training on restyle"):
         require(CATALOGUE.named("restyle"), description)
 
@@ -96,7 +103,7 @@ def test_a_model_that_lacks_a_task_is_told_what_would_teach_it() -> None:
 def test_a_column_that_was_never_seen_is_not_predicted() -> None:
     description = loaded().description.model_copy(update={"scales": {}})
     description = description.model_copy(update={"lessons": [Lesson(task="predict_price", source="shop")]})
-    assert standing(CATALOGUE.named("price_prediction"), description).missing == ("the column price",)
+    assert readiness(CATALOGUE.named("price_prediction"), description).missing == ("the column price",)
 
 
 def test_an_unknown_name_gets_a_hint() -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from openm6.models.description import Lesson, ModelDescription
-from openm6.serve.scenarios.catalogue import read_catalogue
-from openm6.serve.scenarios.examples import example_fits
-from openm6.serve.scenarios.scenario import LANGUAGES, Scenario
+from openm6.serve.scenarios.ask import example_fits
+from openm6.serve.scenarios.scenario import LANGUAGES, Scenario, read_catalogue
 from openm6.train.run import read_recipe, recipe_path
 from tests.small_model import loaded
 

@@ -8,8 +8,16 @@ from dataclasses import replace
 import pytest
 
 from openm6.models.description import Lesson
-from openm6.serve.scenarios.catalogue import read_catalogue
-from openm6.serve.scenarios.run import Tried, to_json, tried_table, try_all, try_example
+from openm6.serve.engine import Engine
+from openm6.serve.scenarios.run import (
+    ONE_AT_A_TIME,
+    ExampleResult,
+    results_json,
+    results_table,
+    run_example,
+    run_examples,
+)
+from openm6.serve.scenarios.scenario import read_catalogue
 from openm6.tasks.registry import TASKS
 from tests.small_model import embedding_model, loaded
 
@@ -33,13 +41,15 @@ def all_knowing():  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("name", QUICK)
 def test_an_example_is_answered(name: str) -> None:
-    tried = try_example(all_knowing(), CATALOGUE.named(name), "en")
+    with Engine(all_knowing(), ONE_AT_A_TIME) as engine:
+        tried = run_example(engine, CATALOGUE.named(name), "en")
     assert tried.state == "answered", tried.answer
     assert tried.seconds > 0
 
 
 def test_an_untaught_model_answers_nothing() -> None:
-    tried = try_all(loaded(lessons=()), CATALOGUE)
+    with Engine(loaded(lessons=()), ONE_AT_A_TIME) as engine:
+        tried = run_examples(engine, CATALOGUE)
     assert len(tried) == 2 * len(CATALOGUE.scenarios)
     assert {one.state for one in tried} == {"untaught"}
     assert all("needs training on" in one.answer for one in tried)
@@ -50,13 +60,17 @@ def test_a_column_that_the_model_does_not_know_fails_in_a_sentence() -> None:
     model = replace(model, modalities=loaded().modalities)
     scenario = CATALOGUE.named("machine_state")
     strange = scenario.model_copy(update={"examples": {"en": {"numbers": {"hmm": 1.0}}}})
-    tried = try_example(model, strange, "en")
+    with Engine(model, ONE_AT_A_TIME) as engine:
+        tried = run_example(engine, strange, "en")
     assert tried.state == "failed" and "knows no column 'hmm'" in tried.answer
 
 
 def test_what_is_told() -> None:
-    found = [Tried("a", "en", "answered", "x" * 99, 0.5), Tried("b", "zh", "untaught", "needs", 0.0)]
-    told = json.loads(to_json(found))
+    found = [
+        ExampleResult("a", "en", "answered", "x" * 99, 0.5),
+        ExampleResult("b", "zh", "untaught", "needs", 0.0),
+    ]
+    told = json.loads(results_json(found))
     assert (told["answered"], told["untaught"], told["failed"]) == (1, 1, 0)
     assert [entry["scenario"] for entry in told["examples"]] == ["a", "b"]
-    assert tried_table(found).row_count == 2
+    assert results_table(found).row_count == 2

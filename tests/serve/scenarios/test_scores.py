@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from openm6.serve.scenarios.catalogue import read_catalogue, require, standing
-from openm6.serve.scenarios.scores import read_scores
+from openm6.serve.scenarios.scenario import read_catalogue, read_scores, readiness, require
 from tests.small_model import loaded
 
 CATALOGUE = read_catalogue()
@@ -44,16 +43,16 @@ def reported(folder: Path, tasks: Any) -> Path:
     ],
 )
 def test_ready_is_what_beats_its_baseline(entries: Any, ready: bool, tmp_path: Path) -> None:
-    found = standing(CAPTION, KNOWS, read_scores(reported(tmp_path, entries)))
+    found = readiness(CAPTION, KNOWS, read_scores(reported(tmp_path, entries)))
     assert found.ready is ready and found.trained
 
 
 def test_the_figures_are_said_in_both_languages(tmp_path: Path) -> None:
     scores = read_scores(reported(tmp_path, {"describe_picture/emoji": entry(0.021, 0.033)}))
-    found = standing(CAPTION, KNOWS, scores)
-    said = found.said().replace("\u00a0", " ")
+    found = readiness(CAPTION, KNOWS, scores)
+    said = found.text().replace("\u00a0", " ")
     assert said == "trained, but not better than its baseline: 2.1 % exact match against 3.3 %"
-    assert "不优于基线" in found.said("zh")
+    assert "不优于基线" in found.text("zh")
     require(CAPTION, KNOWS)  # it may be asked all the same
 
 

@@ -6,13 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from openm6.serve.content import Message
-from openm6.serve.distributions import Distribution
-from openm6.serve.media import PictureFormat, SoundFormat
-from openm6.serve.schemas import MAX_SEED, Energy, TokenUsage
-from openm6.serve.teaching import Teaching
+from openm6.serve.content import AudioFormat, ImageFormat, Message
+from openm6.serve.schemas import Distribution, Energy, Guidance, Seed, Steps, Teaching, TokenUsage
 
-# Fields of OpenAI's that would change the answer: the values that ask for nothing, besides null and what is empty.
+# Fields of OpenAI's that would change the answer: the values that ask for nothing, besides null and empty ones.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": (),
     "tool_choice": ("none", "auto"),
@@ -28,7 +25,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-Wanted = Literal["text", "image", "audio", "numbers"]
+Output = Literal["text", "image", "audio", "numbers"]
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -36,32 +33,32 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class SoundSettings(BaseModel):
+class AudioSettings(BaseModel):
     """`voice` is accepted and changes nothing."""
 
-    format: SoundFormat = "wav"
+    format: AudioFormat = "wav"
     voice: str | None = None
 
 
 class NumbersSettings(BaseModel):
-    """Which number is wanted: a `column`, or, for a series given, how many steps `ahead`."""
+    """What to predict: a `column`, or, if a series is given, how many steps `ahead`."""
 
     column: str | None = None
     ahead: int = Field(default=8, ge=1, le=64)
     coverage: float = Field(default=0.8, gt=0, lt=1)
 
 
-class PictureSettings(BaseModel):
-    """How a picture in the answer is drawn, and as what file."""
+class ImageSettings(BaseModel):
+    """The file format of an image in the answer."""
 
-    format: PictureFormat = "png"
+    format: ImageFormat = "png"
 
 
 class DrawSettings(BaseModel):
-    """Masked-parallel decoding of pictures and sounds in the answer."""
+    """Masked-parallel decoding of images and audio in the answer."""
 
-    steps: int = Field(default=8, ge=1, le=64)
-    guidance: float = Field(default=2.0, ge=0, le=20)
+    steps: Steps = 8
+    guidance: Guidance = 2.0
 
 
 class ChatBody(BaseModel):
@@ -75,27 +72,27 @@ class ChatBody(BaseModel):
 
     messages: list[Message] = Field(min_length=1, max_length=64)
     model: str
-    modalities: list[Wanted] | None = Field(default=None, min_length=1, max_length=4)
+    modalities: list[Output] | None = Field(default=None, min_length=1, max_length=4)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=1)
     n: int | None = Field(default=None, ge=1, le=8)
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    seed: Seed = None
     stop: Stop | list[Stop] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    audio: SoundSettings | None = None
-    image: PictureSettings | None = None
+    audio: AudioSettings | None = None
+    image: ImageSettings | None = None
     numbers: NumbersSettings | None = None
     draw: DrawSettings | None = None
 
 
 class AnswerAudio(BaseModel):
-    """A sound in the answer, base64."""
+    """Audio in the answer, base64."""
 
     id: str
     data: str
@@ -108,14 +105,14 @@ class DataURL(BaseModel):
 
 
 class AnswerImage(BaseModel):
-    """A picture in the answer, as a data URL."""
+    """An image in the answer, as a data URL."""
 
     type: Literal["image_url"] = "image_url"
     image_url: DataURL
 
 
 class AnswerMessage(BaseModel):
-    """What the model gives: text in `content`, the rest in fields of its own."""
+    """The answer: text in `content`, the rest in fields of its own."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None = None
@@ -125,14 +122,14 @@ class AnswerMessage(BaseModel):
     numbers: dict[str, Distribution] | None = None
 
 
-class Rival(BaseModel):
+class TokenAlternative(BaseModel):
     token: str
     logprob: float
     bytes: list[int] | None = None
 
 
-class TokenLogprob(Rival):
-    top_logprobs: list[Rival] = []
+class TokenLogprob(TokenAlternative):
+    top_logprobs: list[TokenAlternative] = []
 
 
 class Logprobs(BaseModel):
@@ -160,7 +157,7 @@ class Completion(Energy, Teaching):
 
 
 class Delta(BaseModel):
-    """What is new in a piece of a streamed answer."""
+    """What is new in a chunk of a streamed answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -177,7 +174,7 @@ class DeltaChoice(BaseModel):
 
 
 class Chunk(Energy, Teaching):
-    """A piece of a streamed answer; the last one with choices carries the joules, and whether it was taught."""
+    """A chunk of a streamed answer; the last one with choices holds the joules, and whether it was trained for."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

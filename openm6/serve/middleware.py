@@ -1,0 +1,177 @@
+"""Checks before every route: size and speed of the body, API keys, a request id, and strict JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from openm6.serve.config import Limits
+from openm6.serve.errors import BadRequestError, BodyTimeoutError, BodyTooLargeError, Failure, failure_of
+from openm6.serve.server import server_of
+
+OPEN = ("/", "/health", "/ready")  # asked by a browser or a load balancer, without a key
+PLAYGROUND = "/playground"  # asks for a key by itself: a browser cannot send one in a header
+
+
+def match_key(given: str, keys: tuple[str, ...]) -> int | None:
+    """Return the index of an API key; all are compared, so that the time does not depend on which came close."""
+    matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
+    return matches.index(True) if any(matches) else None
+
+
+class GuardMiddleware:
+    """Pure ASGI: a middleware that wraps responses would hide from routes that their client has disconnected."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...], limits: Limits) -> None:
+        self.app, self.keys, self.limits = app, keys, limits
+        self._too_large = f"the body exceeds {limits.body_bytes:,} bytes: send less"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", uuid.uuid4().hex.encode())]
+            await send(message)
+
+        failure = self._check(scope)
+        if failure is not None:
+            await failure.response()(scope, receive, send_with_id)
+            return
+        try:
+            await self.app(scope, self._limited(receive), send_with_id)
+        except (BodyTooLargeError, BodyTimeoutError) as error:
+            if started:
+                raise
+            await failure_of(error).response()(scope, receive, send_with_id)
+
+    def _check(self, scope: Scope) -> Failure | None:
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self.limits.body_bytes:
+            return Failure(413, self._too_large)
+        page = scope["path"] == PLAYGROUND or scope["path"].startswith(PLAYGROUND + "/")
+        if not self.keys or scope["path"] in OPEN or page:
+            return None
+        key = match_key(headers.get("authorization", "").removeprefix("Bearer "), self.keys)
+        if key is None:
+            return Failure(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
+        scope["openm6.client"] = f"key {key}"
+        return None
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Pass the body on while it is not too large and not too slow."""
+        size, complete = 0, False
+        end = asyncio.get_running_loop().time() + self.limits.body_seconds
+
+        async def limited() -> Message:
+            nonlocal size, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(end):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyTimeoutError(
+                    f"the body did not arrive within {self.limits.body_seconds:g} seconds: send it faster"
+                ) from None
+            complete = not message.get("more_body", False)
+            size += len(message.get("body", b""))
+            if size > self.limits.body_bytes:
+                raise BodyTooLargeError(self._too_large)
+            return message
+
+        return limited
+
+
+class StrictRequest(Request):
+    """JSON that is not too deep, holds finite numbers only and can be written as UTF-8 again."""
+
+    async def json(self) -> Any:
+        limits = server_of(self).limits
+        # In a thread: the event loop serves everyone else meanwhile.
+        return await asyncio.to_thread(read_json, await self.body(), limits.json_depth, limits.json_values)
+
+
+class StrictRoute(APIRoute):
+    """Reads bodies by `StrictRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handler(StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+def read_json(body: bytes, max_depth: int, max_values: int) -> Any:
+    """Return the value in a JSON text; `max_values` bounds its commas and brackets.
+
+    These are counted before anything is parsed: the parser lets no other thread run until it is done. Images and
+    audio are base64, which holds none of them.
+
+    Raises:
+        BadRequestError: it is not JSON, too deep, of too many values, not Unicode, or holds NaN or infinity.
+    """
+    if sum(map(body.count, (b",", b"[", b"{"))) > max_values:
+        raise BadRequestError(f"the JSON holds over {max_values:,} commas and brackets: send fewer values")
+    try:
+        value = json.loads(body, parse_constant=_not_finite)
+    except RecursionError:
+        raise _too_deep(max_depth) from None
+    except ValueError as error:  # UnicodeDecodeError among them
+        place = (
+            f"{error.msg} at character {error.pos}"
+            if isinstance(error, json.JSONDecodeError)
+            else "not UTF-8"
+        )
+        raise BadRequestError(f"the body is not valid JSON: {place}") from None
+    _check_values(value, max_depth)
+    return value
+
+
+def _too_deep(max_depth: int) -> BadRequestError:
+    return BadRequestError(f"the JSON is nested deeper than {max_depth} levels: flatten it")
+
+
+def _not_finite(name: str) -> float:
+    raise BadRequestError(f"the JSON holds {name}, which is no number: leave it out, or send null")
+
+
+def _check_values(value: Any, max_depth: int) -> None:
+    """Check all values, one level of nesting after the other."""
+    level = [value]
+    for _ in range(max_depth + 1):
+        texts = [item for item in level if isinstance(item, str)]
+        texts += [key for item in level if isinstance(item, dict) for key in item]
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise BadRequestError("the JSON holds half of a surrogate pair: fix the text") from None
+        if any(isinstance(item, float) and item in (float("inf"), float("-inf")) for item in level):
+            raise BadRequestError("the JSON holds a number too large: send a smaller one")
+        level = [
+            inner
+            for item in level
+            if isinstance(item, (dict, list))
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return
+    raise _too_deep(max_depth)

@@ -1,0 +1,97 @@
+"""The server itself: `/v1/models`, `/health`, `/ready`, `/metrics`, and `/` with links to the rest."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from openm6.serve.errors import DOCUMENTED, ErrorBody
+from openm6.serve.middleware import PLAYGROUND
+from openm6.serve.server import Server, ThisServer
+
+router = APIRouter()
+
+LINKS = {"documentation": "/docs", "models": "/v1/models", "health": "/health", "ready": "/ready"}
+KEYED: dict[int | str, dict[str, Any]] = {401: DOCUMENTED[401]}
+
+
+class Model(BaseModel):
+    """A model and the tasks that it was trained on."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "openm6"
+    parameters: int
+    tasks: list[str]
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    """`ok` while the process answers at all."""
+
+    status: Literal["ok"] = "ok"
+    waiting: int
+
+
+@router.get("/v1/models", tags=["models"], responses=KEYED)
+async def list_models(server: ThisServer) -> ModelList:
+    """All models: one."""
+    return ModelList(data=[_model(server)])
+
+
+@router.get(
+    "/v1/models/{model}",
+    tags=["models"],
+    responses={**KEYED, 404: {"model": ErrorBody, "description": "No model is called so."}},
+)
+async def one_model(server: ThisServer, model: str) -> Model:
+    """The model of this name."""
+    if model != server.name:
+        raise HTTPException(404, f"no model is called {model!r} here: use {server.name!r}")
+    return _model(server)
+
+
+def _model(server: Server) -> Model:
+    return Model(
+        id=server.name,
+        created=server.created,
+        parameters=server.loaded.omni.count_parameters()[0],
+        tasks=sorted({lesson.task for lesson in server.loaded.description.lessons}),
+    )
+
+
+@router.get("/health", tags=["state"])
+async def health(server: ThisServer) -> Health:
+    """Whether the server is alive, and how many requests wait."""
+    return Health(waiting=len(server.engine.queue))
+
+
+@router.get("/ready", tags=["state"], responses={503: DOCUMENTED[503]})
+async def ready(server: ThisServer) -> Health:
+    """Whether the engine accepts requests; 503 if it does not."""
+    if not server.engine.ready:
+        raise server.engine.unavailable
+    return Health(waiting=len(server.engine.queue))
+
+
+@router.get("/metrics", tags=["state"], response_class=PlainTextResponse, responses=KEYED)
+async def metrics(server: ThisServer) -> Response:
+    """Counters in Prometheus' text format."""
+    return Response(server.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/", include_in_schema=False)
+async def index(http: Request) -> Response:
+    """The playground if there is one, else a few links."""
+    if getattr(http.app.state, "playground", False):
+        return RedirectResponse(PLAYGROUND)
+    return JSONResponse({"name": http.app.title, "version": http.app.version, **LINKS})
