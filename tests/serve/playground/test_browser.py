@@ -68,6 +68,13 @@ def answered(page: playwright.Page) -> None:
 
 
 def test_a_picture_is_filled_in_and_kept_in_the_gallery(page: playwright.Page) -> None:
+    """On the way, a scenario that was not trained says so."""
+    choose(page, "scenario", "Restyle")
+    playwright.expect(page.locator("#state")).to_contain_text("needs training on restyle", timeout=PATIENCE)
+    page.click("#run")
+    playwright.expect(page.locator("#note [role=alert]")).to_contain_text(
+        "openm6 train design", timeout=PATIENCE
+    )
     choose(page, "scenario", "Fill in a region")
     playwright.expect(page.locator("#state")).to_contain_text("Paint anew", timeout=PATIENCE)
     page.click("#run")
@@ -95,34 +102,24 @@ def test_an_interval_is_drawn(page: playwright.Page) -> None:
     playwright.expect(page.locator("#answer-figure")).to_contain_text("80%")
 
 
-def test_what_was_not_taught_says_so(page: playwright.Page) -> None:
-    choose(page, "scenario", "Restyle")
-    playwright.expect(page.locator("#state")).to_contain_text("needs training on restyle", timeout=PATIENCE)
-    page.click("#run")
-    playwright.expect(page.locator("#note [role=alert]")).to_contain_text(
-        "openm6 train design", timeout=PATIENCE
-    )
-
-
-@pytest.mark.parametrize(
-    ("language", "sentence"), [("English", "The image is broken"), ("中文", "图片已损坏")]
-)
-def test_a_broken_upload_is_one_sentence(page: playwright.Page, language: str, sentence: str) -> None:
+def test_a_broken_upload_is_one_sentence(page: playwright.Page) -> None:
     page.set_viewport_size(PHONE)
-    page.locator("#language label", has_text=language).click()
-    words = {"English": "Answer", "中文": "回答"}
-    playwright.expect(page.locator("#run")).to_have_text(words[language], timeout=PATIENCE)
     page.get_by_role("tab").nth(1).click()
-    playwright.expect(page.locator("#ask")).to_have_text(words[language], timeout=PATIENCE)
     broken = {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"}
     page.locator("#free-picture input[type=file]").set_input_files(files=[broken])
     playwright.expect(page.locator("#free-picture img").first).to_be_attached(timeout=PATIENCE)
-    page.click("#ask")
-    said = page.locator("#note [role=alert]")
-    playwright.expect(said).to_contain_text(sentence, timeout=PATIENCE)
-    playwright.expect(said).to_be_in_viewport(ratio=1, timeout=PATIENCE)
-    assert page.locator("[data-testid=toast-body]").count() == 0, "nothing of Gradio's own lies over it"
-    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    for language, button, sentence in (
+        ("English", "Answer", "The image is broken"),
+        ("中文", "回答", "图片已损坏"),
+    ):
+        page.locator("#language label", has_text=language).click()
+        playwright.expect(page.locator("#ask")).to_have_text(button, timeout=PATIENCE)
+        page.click("#ask")
+        said = page.locator("#note [role=alert]")
+        playwright.expect(said).to_contain_text(sentence, timeout=PATIENCE)
+        playwright.expect(said).to_be_in_viewport(ratio=1, timeout=PATIENCE)
+        assert page.locator("[data-testid=toast-body]").count() == 0, "nothing of Gradio's own lies over it"
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 
 
 def test_a_phone_shows_it_in_chinese_without_scrolling_sideways(page: playwright.Page) -> None:

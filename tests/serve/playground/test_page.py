@@ -14,7 +14,7 @@ from openm6.models.description import ModelDescription
 from openm6.serve.playground.page import Page
 from openm6.serve.scenarios.scenario import Score, Scores
 from openm6.serve.server import Server
-from tests.serve.scenarios.test_examples import EMOJI, OWN, trained
+from tests.serve.scenarios.test_ask import EMOJI, OWN, trained
 from tests.small_model import loaded
 
 
