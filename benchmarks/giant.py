@@ -20,7 +20,7 @@ from openm6.base.device import own_device
 from openm6.base.energy.meter import Meter, open_meter
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
 
@@ -200,18 +200,20 @@ def measure_giant(report: Report, size: GiantSize, steps: int, device: torch.dev
     """Puts all figures of one size into the report; the first step warms up and is not counted."""
     times: list[StepTimes] = []
     with tempfile.TemporaryDirectory() as folder:
-        job, train_step = _open(size, None, folder, device)
+        training, train_step = _open(size, None, folder, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        batches = job.batches()
-        _timed_step(job, train_step, next(batches), 1)
-        report.at_end(lambda: {} if settled or not times else _figures(size, job, train_step, times, device))
+        batches = training.batches()
+        _timed_step(training, train_step, next(batches), 1)
+        report.at_end(
+            lambda: {} if settled or not times else _figures(size, training, train_step, times, device)
+        )
         settled = False
         with meter.span() as span:
             while len(times) < steps and not (times and report.deadline.passed):
-                times.append(_timed_step(job, train_step, next(batches), len(times) + 2))
+                times.append(_timed_step(training, train_step, next(batches), len(times) + 2))
         # At once: what is measured next would count as this size's peak of memory.
-        report.update(_figures(size, job, train_step, times, device))
+        report.update(_figures(size, training, train_step, times, device))
         report.update(_energy(span.joules, span.source, sum(time.tokens for time in times)))
         settled = True
         train_step.close()
@@ -227,9 +229,9 @@ def offload_curve(
     for quarter in range(5):
         streamed = round(size.layers * quarter / 4)
         with tempfile.TemporaryDirectory() as folder:
-            job, train_step = _open(size, str(size.layers - streamed), folder, device)
-            batches = job.batches()
-            times = [_timed_step(job, train_step, next(batches), step) for step in (1, 2, 3)]
+            training, train_step = _open(size, str(size.layers - streamed), folder, device)
+            batches = training.batches()
+            times = [_timed_step(training, train_step, next(batches), step) for step in (1, 2, 3)]
             train_step.close()
         seconds = min(time.seconds for time in times[1:])
         found.append({"streamed": streamed / size.layers, "seconds_per_step": seconds})
@@ -239,15 +241,17 @@ def offload_curve(
 
 def _open(
     size: GiantSize, resident: str | None, folder: str, device: torch.device
-) -> tuple[MultimodalJob, OffloadedTrainStep]:
+) -> tuple[MultimodalTraining, OffloadedTrainStep]:
     recipe = size.recipe(resident)
-    job = MultimodalJob(recipe, RunFolder.open(folder), device)
-    train_step = OffloadedTrainStep(job, recipe.loop)
+    training = MultimodalTraining(recipe, RunFolder.open(folder), device)
+    train_step = OffloadedTrainStep(training, recipe.loop)
     train_step.store.timer.running = True
-    return job, train_step
+    return training, train_step
 
 
-def _timed_step(job: MultimodalJob, train_step: OffloadedTrainStep, batch: Any, step: int) -> StepTimes:
+def _timed_step(
+    training: MultimodalTraining, train_step: OffloadedTrainStep, batch: Any, step: int
+) -> StepTimes:
     """One step from its first fetch to its last set's arrival at home."""
     store, before = train_step.store, train_step.store.moved_bytes
     store.synchronize()
@@ -263,12 +267,12 @@ def _timed_step(job: MultimodalJob, train_step: OffloadedTrainStep, batch: Any, 
 
 def _figures(
     size: GiantSize,
-    job: MultimodalJob,
+    training: MultimodalTraining,
     train_step: OffloadedTrainStep,
     times: list[StepTimes],
     device: torch.device,
 ) -> dict[str, Any]:
-    total, active = job.omni.count_parameters()
+    total, active = training.omni.count_parameters()
     seconds = statistics.median(time.seconds for time in times)
     phases = {name: statistics.median(time.phases.get(name, 0.0) for time in times) for name in PHASES}
     tokens = statistics.mean(time.tokens for time in times)

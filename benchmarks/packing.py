@@ -26,7 +26,7 @@ from openm6.data.sources import open_sources
 from openm6.modalities.batch import Batch, build_sequence, collate
 from openm6.modalities.text import Text
 from openm6.models.running import CompiledBlocks, RecomputedBlocks
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import read_recipe, recipe_path
 from openm6.train.step import TrainStep
@@ -82,36 +82,36 @@ def bench_packing(
         tempfile.TemporaryDirectory() as folder,
     ):
         report.update({"device": device_name(device), "torch": torch.__version__, "overrides": words})
-        measure(report, MultimodalJob(recipe, RunFolder.open(folder), device), device)
+        measure(report, MultimodalTraining(recipe, RunFolder.open(folder), device), device)
     return report.found
 
 
-def measure(report: Report, job: MultimodalJob, device: torch.device) -> None:
+def measure(report: Report, training: MultimodalTraining, device: torch.device) -> None:
     """Fills the report: both streams in turn, after two rounds that warm up."""
-    train_step, recipe = TrainStep(job, job.recipe.loop), job.recipe
+    train_step, recipe = TrainStep(training, training.recipe.loop), training.recipe
     report["rows"], report["length"] = recipe.packing.rows, recipe.packing.length
-    report["parameters"], report["active_parameters"] = job.omni.count_parameters()
+    report["parameters"], report["active_parameters"] = training.omni.count_parameters()
     count = BATCHES[device.type]
-    streams = {"packed": _packed(job, count), "dense_text": Stream(dense_text(job, count))}
+    streams = {"packed": _packed(training, count), "dense_text": Stream(dense_text(training, count))}
     for name, stream in streams.items():
-        report.later(name, partial(_figures, stream, job.tokens_per_step))
+        report.later(name, partial(_figures, stream, training.tokens_per_step))
     report.later("ratio", lambda: speed_ratio(report.found["packed"], report.found["dense_text"]))
     report["goal"] = GOAL
     number = itertools.count(1)
     contenders = {name: partial(stream.step, train_step, number) for name, stream in streams.items()}
     timings = {name: stream.timing for name, stream in streams.items()}
-    job.model.train()
+    training.model.train()
     alternate(contenders, 1, 2, report.deadline, device)
-    known = _compilations(job)
-    report.later("recompilations", lambda: _compilations(job) - known)
+    known = _compilations(training)
+    report.later("recompilations", lambda: _compilations(training) - known)
     for stream in streams.values():
         stream.tokens.clear()
     alternate(contenders, 4 * count, 0, report.deadline, device, timings)
 
 
-def _packed(job: MultimodalJob, count: int) -> Stream:
+def _packed(training: MultimodalTraining, count: int) -> Stream:
     """The first batches of the mixture, made as training makes them."""
-    batches, made, seconds = job.batches(), [], []
+    batches, made, seconds = training.batches(), [], []
     for _ in range(count):
         began = time.perf_counter()
         made.append(next(batches))
@@ -119,10 +119,10 @@ def _packed(job: MultimodalJob, count: int) -> Stream:
     return Stream(made, making=seconds)
 
 
-def dense_text(job: MultimodalJob, count: int) -> list[Batch]:
+def dense_text(training: MultimodalTraining, count: int) -> list[Batch]:
     """Batches whose rows are one text each, without padding, every token learned and causal."""
-    rows, length = job.recipe.packing.rows, job.recipe.packing.length
-    text = job.modalities["text"]
+    rows, length = training.recipe.packing.rows, training.recipe.packing.length
+    text = training.modalities["text"]
     assert isinstance(text, Text)
     sources = open_sources({name: EmbeddedConfig(name=name) for name in TEXTS}, "train")
     tokens = itertools.chain.from_iterable(map(text.encode_plain, itertools.cycle(_words(sources.values()))))
@@ -170,8 +170,8 @@ def _quartiles(rates: list[float]) -> list[float]:
     return statistics.quantiles(rates, n=4)[::2] if len(rates) > 1 else [rates[0], rates[0]]
 
 
-def _compilations(job: MultimodalJob) -> int:
+def _compilations(training: MultimodalTraining) -> int:
     """Graphs compiled so far for the blocks."""
-    run = job.omni.backbone.run_block
+    run = training.omni.backbone.run_block
     run = run.run if isinstance(run, RecomputedBlocks) else run
     return run.compilations if isinstance(run, CompiledBlocks) else 0

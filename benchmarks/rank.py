@@ -29,7 +29,7 @@ from openm6.base.run_folder import RunFolder
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import preset
 from openm6.nn.moe import LocalChunk, LocalDispatcher
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
 
@@ -171,12 +171,12 @@ def measure_share(
     layers = size.whole.num_layers
     with tempfile.TemporaryDirectory() as folder:
         recipe = size.recipe(layers - round(layers * offloaded))
-        job = MultimodalJob(recipe, RunFolder.open(folder), device)
-        job.omni.backbone.exchange = PlayedDispatcher(size.copies)
-        train_step = OffloadedTrainStep(job, recipe.loop)
+        training = MultimodalTraining(recipe, RunFolder.open(folder), device)
+        training.omni.backbone.exchange = PlayedDispatcher(size.copies)
+        train_step = OffloadedTrainStep(training, recipe.loop)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        batches = job.batches()
+        batches = training.batches()
         train_step.update(next(batches), 1, None)
         train_step.store.synchronize()
         times = []

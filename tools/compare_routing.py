@@ -32,7 +32,7 @@ from openm6.tasks.registry import TASKS
 from openm6.train.callbacks import HELD_OUT_PREFIX
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import recipe_path
 
@@ -47,7 +47,7 @@ NEARLY_ALL = 0.98
 ENDING = 0.2  # part of a run whose loads are averaged
 
 
-class ComparedJob(MultimodalJob):
+class ComparedTraining(MultimodalTraining):
     """Is not judged at its end: its held-out loss is all that is asked for."""
 
     def finish(self, run: RunFolder) -> None:
@@ -107,7 +107,7 @@ def run_cell(values: Values, folder: Path) -> Values:
     run = RunFolder.open(folder)
     run.write_config(values)
     device = own_device()
-    result = train(ComparedJob(recipe, run, device), recipe.loop, run, resume=True)
+    result = train(ComparedTraining(recipe, run, device), recipe.loop, run, resume=True)
     return {"tokens": result.tokens, "seconds": round(result.seconds, 1), **curves(run)}
 
 

@@ -30,7 +30,7 @@ from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
 from openm6.modalities.batch import Batch
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import open_train_step
 from openm6.train.recipe import MultimodalRecipe
 
@@ -90,23 +90,23 @@ def recipe_of(case: Values, seed: int, setting: Setting, tokenizer: str | None) 
     return build(MultimodalRecipe, values, "the evidence")
 
 
-def held_out(job: MultimodalJob, folder: RunFolder) -> Iterator[Batch]:
+def held_out(training: MultimodalTraining, folder: RunFolder) -> Iterator[Batch]:
     """Batches of test records, always the same."""
-    sources = open_sources(job.recipe.sources, "test")
+    sources = open_sources(training.recipe.sources, "test")
     parts = [
         Component(source=sources[lecture.source], task=lecture.task, weight=lecture.weight)
-        for lecture in job.recipe.mixture
+        for lecture in training.recipe.mixture
     ]
-    transform = ExampleTransform(MixtureSampler(parts, 1), job.modalities, 1, {})
-    return Packer(transform, job.recipe.packing, Quarantine(folder.quarantine, 1.0)).batches()
+    transform = ExampleTransform(MixtureSampler(parts, 1), training.modalities, 1, {})
+    return Packer(transform, training.recipe.packing, Quarantine(folder.quarantine, 1.0)).batches()
 
 
 @torch.no_grad()
-def judge(job: MultimodalJob, batches: list[Batch]) -> float:
+def judge(training: MultimodalTraining, batches: list[Batch]) -> float:
     """Nats a token on the held-out batches."""
-    job.model.eval()
-    parts = [part.nats for batch in batches for part in job.omni.judge(batch)[0].values()]
-    job.model.train()
+    training.model.eval()
+    parts = [part.nats for batch in batches for part in training.omni.judge(batch)[0].values()]
+    training.model.train()
     return float(torch.cat(parts).mean())
 
 
@@ -116,15 +116,15 @@ def run_case(case: Values, seed: int, setting: Setting, tokenizer: str | None = 
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder.open(place)
         recipe = recipe_of(case, seed, setting, tokenizer)
-        job = MultimodalJob(recipe, folder, torch.device("cpu"))
-        train_step = open_train_step(job, recipe.loop)
-        test = list(islice(held_out(job, folder), HELD_OUT))
+        training = MultimodalTraining(recipe, folder, torch.device("cpu"))
+        train_step = open_train_step(training, recipe.loop)
+        test = list(islice(held_out(training, folder), HELD_OUT))
         run = Run(case, train_step, round(case.get("switch", 0) * setting.steps), setting.steps)
-        batches, curve = job.batches(), []
+        batches, curve = training.batches(), []
         for step in range(1, setting.steps + 1):
             run.step(next(batches), step)
             if step * POINTS % setting.steps < POINTS:
-                curve.append((step, sum(run.seconds), judge(job, test)))
+                curve.append((step, sum(run.seconds), judge(training, test)))
         return {"loss": curve[-1][2], "seconds": run.seconds, "set_bytes": run.kept, "curve": curve}
 
 
@@ -163,7 +163,9 @@ def main() -> int:
     setting = Setting(words.width, words.steps, words.rate, words.rows, words.length)
     found = earlier_runs(words.json, words.what, setting)
     with tempfile.TemporaryDirectory() as place:
-        first = MultimodalJob(recipe_of({}, 0, setting, None), RunFolder.open(place), torch.device("cpu"))
+        first = MultimodalTraining(
+            recipe_of({}, 0, setting, None), RunFolder.open(place), torch.device("cpu")
+        )
         tokenizer = Path(place) / "words.json"
         tokenizer.write_text(first.tokenizer, encoding="utf-8")
         run_all(words, setting, str(tokenizer), found)

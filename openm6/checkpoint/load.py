@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openm6.base.errors import CheckpointError
-from openm6.checkpoint.folder import EXPONENT, JOB_FILE, MODEL_FILE, SEPARATOR
+from openm6.checkpoint.folder import EXPONENT, MODEL_FILE, SEPARATOR, TRAINING_FILE
 from openm6.checkpoint.optimizer import place_optimizer
 from openm6.checkpoint.reader import CheckpointReader, read_file
 from openm6.checkpoint.save import Saver, named_tensors
@@ -91,9 +91,9 @@ def read_weight(reader: CheckpointReader, name: str, target: Tensor) -> None:
         reader.read_into(name, target)
 
 
-def load_job_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors that the job added to the checkpoint; empty if it added none."""
-    path = folder / JOB_FILE
+def load_training_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors that the training task added to the checkpoint; empty if it added none."""
+    path = folder / TRAINING_FILE
     return read_file(path) if path.exists() else {}
 
 

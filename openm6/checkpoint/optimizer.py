@@ -30,7 +30,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     tensors: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
         if id(parameter) not in names:
-            raise ValueError("the optimizer moves a parameter that is not part of the job's model")
+            raise ValueError("the optimizer moves a parameter that is not part of the training task's model")
         for key, value in state.items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"the optimizer's state {key!r} must be a tensor to be saved")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from openm6.base.errors import CheckpointError
-from openm6.checkpoint.folder import JOB_FILE, MODEL_FILE, OPTIMIZER_FILE
+from openm6.checkpoint.folder import MODEL_FILE, OPTIMIZER_FILE, TRAINING_FILE
 
 PLACES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in the header of a file with shards, by torch
 TYPES = {
@@ -81,7 +81,7 @@ class CheckpointReader:
         self.folder = folder
         whole = folder / {"optimizer": OPTIMIZER_FILE}.get(kind, MODEL_FILE)
         if kind == "all":
-            paths = sorted(path for path in folder.glob("*.safetensors") if path.name != JOB_FILE)
+            paths = sorted(path for path in folder.glob("*.safetensors") if path.name != TRAINING_FILE)
         else:
             paths = [whole] if whole.exists() else sorted(folder.glob(f"{kind}-*.safetensors"))
         if not paths:

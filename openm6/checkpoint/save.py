@@ -21,10 +21,10 @@ from openm6.base.files import sync_file, sync_folder, write_synced
 from openm6.base.plain_json import to_json
 from openm6.checkpoint.folder import (
     INDEX_FILE,
-    JOB_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
+    TRAINING_FILE,
     clear_partial,
     partial_folder,
     prune,
@@ -51,7 +51,9 @@ class Snapshot:
     model: nn.Module
     optimizer: dict[str, Tensor]  # as `optimizer_tensors` gives it; empty: no such file
     state: dict[str, Any]  # JSON-able; numbers that are not finite become null
-    job: dict[str, Tensor] = field(default_factory=dict)  # tensors of the job, such as averaged weights
+    training: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # tensors of the training task, such as averaged weights
     files: dict[str, str] = field(default_factory=dict)  # text files beside the weights
     shards: Iterable[Shard] = ()  # weight sets that the model itself does not hold, made one at a time
     num_shards: int = 0
@@ -114,8 +116,8 @@ def _write_tensors_of(snapshot: Snapshot, folder: Path) -> None:
 
 
 def _complete(snapshot: Snapshot, folder: Path) -> None:
-    if snapshot.job:
-        write_tensors(folder / JOB_FILE, snapshot.job)
+    if snapshot.training:
+        write_tensors(folder / TRAINING_FILE, snapshot.training)
     for name, text in snapshot.files.items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
     for path in folder.iterdir():

@@ -16,7 +16,7 @@ from openm6.base.run_folder import RunFolder
 from openm6.plan.measured import STEPS, WARMUP_STEPS, TrialRun, end_with_parent, trial_file
 from openm6.train.callbacks import Callback, Running, process_memory
 from openm6.train.loop import train
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import read_recipe, recipe_path
 from openm6.train.step import StepReport
@@ -51,8 +51,8 @@ class Clock(Callback):
         return {}
 
 
-class TrialJob(MultimodalJob):
-    """The job of the recipe; it remembers when its evaluation began."""
+class TrialTraining(MultimodalTraining):
+    """The training task of the recipe; it remembers when its evaluation began."""
 
     finish_began = 0.0
 
@@ -84,18 +84,18 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
     run = RunFolder.open(folder)
     run.write_config(values)
     device = own_device()
-    job = TrialJob(checked, run, device)
+    training = TrialTraining(checked, run, device)
     loop = whole.loop
-    total, active = job.omni.count_parameters()
+    total, active = training.omni.count_parameters()
     start_seconds = time.perf_counter() - began
-    job.warm_caches(STEPS + checked.loop.prefetch + 1)
+    training.warm_caches(STEPS + checked.loop.prefetch + 1)
     clock = Clock()
-    train(job, checked.loop, run, callbacks=[clock])
+    train(training, checked.loop, run, callbacks=[clock])
     evaluated = (run.path / "report.json").is_file()
     trial = TrialRun(
         name=path.stem,
         machine=_machine(device),
-        step_tokens=job.tokens_per_step,
+        step_tokens=training.tokens_per_step,
         parameters={"total": total, "active": active},
         steps=None if loop.steps == "auto" else int(loop.steps),
         minutes=loop.minutes,
@@ -103,8 +103,8 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
         start_seconds=start_seconds,
         held_out_every=loop.held_out.every if loop.held_out is not None else None,
         held_out_seconds=clock.held_out_seconds,
-        save_seconds=job.finish_began - clock.last_step,
-        evaluation_seconds=time.perf_counter() - job.finish_began if evaluated else 0.0,
+        save_seconds=training.finish_began - clock.last_step,
+        evaluation_seconds=time.perf_counter() - training.finish_began if evaluated else 0.0,
         evaluated_fraction=checked.judge.answers / whole.judge.answers,
         memory_peak=_memory_peak(device),
     )

@@ -18,9 +18,9 @@ from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.parallel.worker_pool import children, handled_stops
 from openm6.train.config import LOOP_SECTION, STAGES_SECTION, HeldOutConfig, LoopConfig, StagesConfig
-from openm6.train.job import Batch, Job
 from openm6.train.pseudo_to_real import SwitchClock, rate_after_switch
 from openm6.train.step import StepReport, TrainStep, seed_everything
+from openm6.train.training_task import Batch, TrainingTask
 
 PROCESSES = Path("/proc")
 RESET_PEAK = "5"  # resets the peak alone (proc(5))
@@ -48,7 +48,7 @@ class Progress:
 class Running(Protocol):
     """The part of a run that callbacks use."""
 
-    job: Job
+    training: TrainingTask
     config: LoopConfig
     run: RunFolder
     train_step: TrainStep
@@ -175,18 +175,18 @@ class HeldOutCallback(Callback):
     def start(self, run: Running) -> None:
         """Make the batches, so that an error in them is raised before the first step."""
         self._run = run
-        self._batches = run.job.held_out_batches(self.config.batches)
+        self._batches = run.training.held_out_batches(self.config.batches)
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         if report.step % self.config.every:
             return {}
         run = self._run
         seed_everything(run.config.seed, "held out")
-        run.job.model.eval()
+        run.training.model.eval()
         with torch.no_grad(), run.train_step.autocast():
-            found = run.job.held_out_loss(self._batches)
-        run.job.ranks.reshard(run.job.model)
-        run.job.model.train()
+            found = run.training.held_out_loss(self._batches)
+        run.training.ranks.reshard(run.training.model)
+        run.training.model.train()
         return {f"{HELD_OUT_PREFIX}{name}": value for name, value in found.items()}
 
 
@@ -210,7 +210,7 @@ class StagesCallback(Callback):
 
     def start(self, run: Running) -> None:
         self._run = run
-        if self.switched_at is None and run.job.stage != "pseudo":
+        if self.switched_at is None and run.training.stage != "pseudo":
             raise ConfigError(
                 "loop.stages is given, but no layers of the model share weights: "
                 "add sharing: all to model.overrides"
@@ -227,7 +227,7 @@ class StagesCallback(Callback):
         return {}
 
     def totals(self) -> dict[str, Any]:
-        return {"stage": self._run.job.stage}
+        return {"stage": self._run.training.stage}
 
     def state(self) -> dict[str, Any]:
         return {"switched_at": self.switched_at, **self._clock.state()}
@@ -240,7 +240,7 @@ class StagesCallback(Callback):
         run = self._run
         due = self._clock.due(run.progress.step, run.progress.seconds)
         # Losses and steps are the same on all ranks; clocks are not.
-        return due if self.config.switch.minutes is None else run.job.ranks.broadcast_object(due)
+        return due if self.config.switch.minutes is None else run.training.ranks.broadcast_object(due)
 
     def _switch(self, step: int) -> None:
         run = self._run
@@ -248,7 +248,7 @@ class StagesCallback(Callback):
             run.save()
         run.train_step.delink(self.config.moments, self.config.noise)
         self.switched_at = step
-        if self.config.switch.minutes is not None and run.job.ranks.is_main_process:
+        if self.config.switch.minutes is not None and run.training.ranks.is_main_process:
             known = run.run.read_config().get(LOOP_SECTION, {}).get(STAGES_SECTION, {})
             run.run.set_config(LOOP_SECTION, STAGES_SECTION, {**known, "switch": {"step": step}})
         get_log().info(f"each layer has weights of its own from step {step + 1} on")

@@ -35,8 +35,8 @@ from openm6.train.image_codec import (
     read_small,
     to_pixels,
 )
-from openm6.train.job import Job, StepResult
 from openm6.train.step import seed_everything
+from openm6.train.training_task import StepResult, TrainingTask
 
 CODEC_FILE = "codec.safetensors"
 SCORES_FILE = "scores.json"
@@ -132,7 +132,7 @@ class CodecData(Protocol):
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor: ...
 
 
-class CodecJob(Job):
+class CodecTraining(TrainingTask):
     """Trains a codec, averages its weights, keeps the average that does best on held-out records, and writes it."""
 
     recipe: CodecRecipe
@@ -235,7 +235,7 @@ class CodecJob(Job):
         get_log().info(f"wrote {run.path / CODEC_FILE}: {json.dumps(scores['test'])}")
 
 
-class ImageCodecJob(CodecJob):
+class ImageCodecTraining(CodecTraining):
     """Trains an image codec from the `image` field of its sources."""
 
     recipe: ImageCodecRecipe
@@ -269,7 +269,7 @@ class ImageCodecJob(CodecJob):
         }
 
 
-class AudioCodecJob(CodecJob):
+class AudioCodecTraining(CodecTraining):
     """Trains an audio codec from the `audio` field of its sources."""
 
     recipe: AudioCodecRecipe

@@ -16,7 +16,7 @@ from openm6.base.files import replace_text
 from openm6.base.run_folder import RunFolder
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.folder import SEPARATOR, latest, list_checkpoints, read_state
-from openm6.checkpoint.load import load_job_tensors
+from openm6.checkpoint.load import load_training_tensors
 from openm6.checkpoint.optimizer import Moments, moment_factor
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Shard, Snapshot, save
@@ -88,7 +88,7 @@ def convert(
         weights=dict(_edges(weights, conversion, scaled=False)),
         optimizer=dict(_edges(kept, conversion, scaled=True)),
         state=_new_state(state, conversion),
-        job=load_job_tensors(folder),
+        training=load_training_tensors(folder),
         files=texts,
         shards=_sets(weights, kept, conversion),
         num_shards=len(conversion.sources),

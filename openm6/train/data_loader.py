@@ -15,7 +15,7 @@ import torch
 
 from openm6.base.errors import OpenM6Error, TrainingError
 from openm6.parallel.worker_pool import Failure
-from openm6.train.job import Batch, Job
+from openm6.train.training_task import Batch, TrainingTask
 
 Item = TypeVar("Item")
 
@@ -88,8 +88,8 @@ class DataWorker:
     A thread beside the training would take its interpreter lock and half of its core; a process takes neither.
     """
 
-    def __init__(self, job: Job, parts: int, ahead: int) -> None:
-        self.job, self.ahead = job, ahead
+    def __init__(self, training: TrainingTask, parts: int, ahead: int) -> None:
+        self.training, self.ahead = training, ahead
         pairs = [multiprocessing.Pipe(duplex=False) for _ in range(parts)]
         self.readers = [reader for reader, _ in pairs]
         self.writers = [writer for _, writer in pairs]
@@ -119,8 +119,8 @@ class DataWorker:
         for waiting, writer in zip(queues, self.writers, strict=True):
             threading.Thread(target=_send, args=(waiting, writer), daemon=True).start()
         try:
-            for batch in self.job.batches():
-                for waiting, part in zip(queues, self.job.split(batch, len(queues)), strict=True):
+            for batch in self.training.batches():
+                for waiting, part in zip(queues, self.training.split(batch, len(queues)), strict=True):
                     waiting.put(part)
             queues[0].put(TrainingError("the data ended before the run did: batches() must go on for ever"))
         except OpenM6Error as error:

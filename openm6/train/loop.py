@@ -1,4 +1,4 @@
-"""The training loop: next batch, step, log, evaluate, save; every kind of training is a Job, never another loop.
+"""The training loop: next batch, step, log, evaluate, save; every kind of training is a TrainingTask.
 
 A step passes through six files: loop.py (this one) takes the next batch and counts, step.py runs forward, backward and
 update, multimodal.py computes the loss with models/omni.py, and models/backbone.py runs the blocks of nn/block.py. With
@@ -23,7 +23,7 @@ from openm6.base.heap import keep_freed_memory
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints, read_state, refuse_damaged, step_of
-from openm6.checkpoint.load import load_job_tensors, open_saver
+from openm6.checkpoint.load import load_training_tensors, open_saver
 from openm6.checkpoint.optimizer import optimizer_tensors
 from openm6.checkpoint.save import Snapshot
 from openm6.optim.schedule import decay_start
@@ -40,11 +40,11 @@ from openm6.train.callbacks import (
 )
 from openm6.train.config import LOOP_SECTION, LoopConfig
 from openm6.train.data_loader import Prefetch
-from openm6.train.job import Batch, Job
 from openm6.train.metering import MeterCallback
 from openm6.train.metrics import Logger, MetricAverager, MetricsFile, open_display, open_tensorboard
 from openm6.train.offloaded import open_train_step
 from openm6.train.step import StepReport, TrainStep, device_failures, seed_everything
+from openm6.train.training_task import Batch, TrainingTask
 from openm6.train.workers import Workers, number_of_workers
 
 SKIPPED = 2  # first steps, slow through caches, compilation and memory that is claimed
@@ -74,27 +74,27 @@ class TrainResult:
 
 
 def train(
-    job: Job,
+    training: TrainingTask,
     config: LoopConfig,
     run: RunFolder,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     settings: dict[str, Any] | None = None,
 ) -> TrainResult:
-    """Train `job` into `run`, from the start or, with `resume`, from the latest complete checkpoint.
+    """Train `training` into `run`, from the start or, with `resume`, from the latest complete checkpoint.
 
     `callbacks` act at every step, after the meters of energy and memory, in their order. `settings` become the run's
-    config.yaml, but only once its checkpoint was found to fit the job: a mistaken setting leaves the run as it was.
+    config.yaml, but only once its checkpoint fits the training task: a wrong setting leaves the run as it was.
 
     A run killed at any step and resumed equals an unbroken one bit for bit on the CPU, since all randomness comes
     from (seed, step) and the data's cursor is saved.
 
     Raises:
         TrainingError: the run exists and `resume` is off; too many steps in a row without a finite loss; data ended.
-        CheckpointError: a checkpoint does not fit the job, or cannot be written.
+        CheckpointError: a checkpoint does not fit the training task, or cannot be written.
         Interrupted: a signal stopped the run; it has saved itself.
     """
-    return _Run(job, config, run, resume, callbacks, settings).to_the_end()
+    return _Run(training, config, run, resume, callbacks, settings).to_the_end()
 
 
 def refuse_overwriting(run: RunFolder, resume: bool) -> None:
@@ -110,15 +110,15 @@ class _Run:
 
     def __init__(
         self,
-        job: Job,
+        training: TrainingTask,
         config: LoopConfig,
         run: RunFolder,
         resume: bool,
         callbacks: Sequence[Callback],
         settings: dict[str, Any] | None,
     ) -> None:
-        self.job, self.config, self.run = job, config, run
-        self.train_step = open_train_step(job, config, run.checkpoints)
+        self.training, self.config, self.run = training, config, run
+        self.train_step = open_train_step(training, config, run.checkpoints)
         stages = [StagesCallback(config.stages)] if config.stages is not None else []
         streaming = [SwapCallback()] if config.streamed else []
         held_out = [HeldOutCallback(config.held_out)] if config.held_out is not None else []
@@ -132,7 +132,7 @@ class _Run:
         ]
         self.averager, self.spikes, self.progress = MetricAverager(), SpikeDetector(), Progress()
         self.workers: Workers | None = None
-        self.saver = open_saver(job.ranks.layout)
+        self.saver = open_saver(training.ranks.layout)
         self.saved: Path | None = None
         self.scores: dict[str, float] = {}
         refuse_overwriting(run, resume)
@@ -143,7 +143,7 @@ class _Run:
             get_log().info(f"{run.path} holds no checkpoint yet: starting from the first step")
         if settings is not None:
             run.write_config(settings)
-        self.length = RunLength(config, run, job.ranks)
+        self.length = RunLength(config, run, training.ranks)
 
     def to_the_end(self) -> TrainResult:
         with ExitStack() as stack:
@@ -154,14 +154,14 @@ class _Run:
             self._train()
             result = self._result()
             self.train_step.free_optimizer_state()
-            with failures_after_training(result.checkpoint), self.job.ranks.main_process_first():
-                self.job.finish(self.run)
-        self.job.ranks.close()
+            with failures_after_training(result.checkpoint), self.training.ranks.main_process_first():
+                self.training.finish(self.run)
+        self.training.ranks.close()
         return result
 
     def _train(self) -> None:
-        job, progress = self.job, self.progress
-        job.model.train()
+        training, progress = self.training, self.progress
+        training.model.train()
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
             for callback in self.callbacks:
@@ -192,19 +192,19 @@ class _Run:
 
     def _signal(self, interrupt: Interrupt) -> int:
         """Return the signal that any rank got, so that all stop after the same step; 0: none did."""
-        ranks = self.job.ranks
+        ranks = self.training.ranks
         if not ranks.total([interrupt.requested])[0]:
             return 0
         return max(ranks.gather(interrupt.requested))
 
     def _open_steps(self, stack: ExitStack) -> tuple[Iterator[Batch], TrainStep | Workers]:
         """Return the batches and what trains on them: this process alone, or workers that share each step."""
-        workers = number_of_workers(self.job, self.config, self.run)
+        workers = number_of_workers(self.training, self.config, self.run)
         keep_freed_memory()
         if workers > 1:
-            self.workers = stack.enter_context(Workers(self.job, self.train_step, self.config, workers))
+            self.workers = stack.enter_context(Workers(self.training, self.train_step, self.config, workers))
             return self.workers, self.workers
-        return stack.enter_context(Prefetch(self.job.batches(), self.config.prefetch)), self.train_step
+        return stack.enter_context(Prefetch(self.training.batches(), self.config.prefetch)), self.train_step
 
     def _account(self, report: StepReport, batch: Batch, seconds: float) -> None:
         """Count the step, and give up if the loss stays non-finite."""
@@ -255,17 +255,17 @@ class _Run:
 
     def _evaluate(self, loggers: list[Logger]) -> None:
         seed_everything(self.config.seed, "evaluate", self.progress.step)
-        self.job.model.eval()
+        self.training.model.eval()
         with torch.no_grad(), self.train_step.autocast():
-            self.scores = self.job.evaluate(self.progress.step)
-        self.job.ranks.reshard(self.job.model)
-        self.job.model.train()
+            self.scores = self.training.evaluate(self.progress.step)
+        self.training.ranks.reshard(self.training.model)
+        self.training.model.train()
         for logger in loggers if self.scores else []:
             logger.log({"step": self.progress.step, "evaluation": self.scores})
 
     def _open_loggers(self, stack: ExitStack) -> list[Logger]:
         step = self.progress.step
-        if not self.job.ranks.is_main_process:
+        if not self.training.ranks.is_main_process:
             return []
         loggers: list[Logger] = [MetricsFile(self.run, step), open_display(self.run.name, step)]
         events = open_tensorboard(self.run, step) if self.config.tensorboard else None
@@ -280,19 +280,19 @@ class _Run:
             return
         if self.workers is not None:
             self.workers.collect()
-        self.progress.cursor = self.job.merge_cursors(self.job.ranks.gather(self.progress.cursor))
-        ranks = self.job.ranks
+        self.progress.cursor = self.training.merge_cursors(self.training.ranks.gather(self.progress.cursor))
+        ranks = self.training.ranks
         if ranks.is_main_process or ranks.layout is not None:
             self.saved = self.saver.begin(self._snapshot(), self.run.checkpoints, self.config.keep)
         self.saved = ranks.broadcast_object(self.saved)
 
     def _snapshot(self) -> Snapshot:
-        extra = self.job.state()
+        extra = self.training.state()
         tensors = {name: value for name, value in extra.items() if isinstance(value, Tensor)}
         state = {
             "progress": asdict(self.progress),
             "optimizer": self.config.optimizer.name,
-            "stage": self.job.stage,
+            "stage": self.training.stage,
             "bytes_per_parameter": self.config.optimizer.bytes_per_parameter,
             "recorder": self.averager.state(),
             "watch": self.spikes.state(),
@@ -300,14 +300,14 @@ class _Run:
             "hooks": {callback.name: callback.state() for callback in self.callbacks},
             "job": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         }
-        moments = optimizer_tensors(self.train_step.optimizer, self.job.model)
+        moments = optimizer_tensors(self.train_step.optimizer, self.training.model)
         return Snapshot(
             self.progress.step,
-            self.job.model,
+            self.training.model,
             moments,
             state,
             tensors,
-            self.job.files(),
+            self.training.files(),
             self.train_step.shards(),
             self.train_step.num_shards,
         )
@@ -323,17 +323,17 @@ class _Run:
         for callback in self.callbacks:
             if callback.name in kept:
                 callback.before_load(self, kept[callback.name])
-        _check_stage(folder, state.get("stage", self.job.stage), self.job)
+        _check_stage(folder, state.get("stage", self.training.stage), self.training)
         _check_bytes(folder, state.get("bytes_per_parameter", 16), self.config)
         self.train_step.load(folder)
-        self.job.load_state({**state["job"], **load_job_tensors(folder)})
+        self.training.load_state({**state["job"], **load_training_tensors(folder)})
         self.averager.load_state(state["recorder"])
         self.spikes.load_state(state["watch"])
         for callback in self.callbacks:
             if callback.name in kept:
                 callback.load_state(kept[callback.name])
         self.progress, self.scores, self.saved = Progress(**state["progress"]), state["scores"], folder
-        self.job.restore(self.progress.cursor)
+        self.training.restore(self.progress.cursor)
         get_log().info(f"resumed from {folder}")
 
     def _result(self) -> TrainResult:
@@ -360,11 +360,11 @@ def _check_bytes(folder: Path, saved: int, config: LoopConfig) -> None:
         )
 
 
-def _check_stage(folder: Path, saved: str, job: Job) -> None:
-    """Raise CheckpointError if the checkpoint's layers share weights and the job's do not, or the reverse."""
-    if saved != job.stage:
+def _check_stage(folder: Path, saved: str, training: TrainingTask) -> None:
+    """Raise CheckpointError if the checkpoint's layers share weights and the training task's do not, or the reverse."""
+    if saved != training.stage:
         raise CheckpointError(
-            f"{folder} is of the {saved} stage, this run is in the {job.stage} stage: "
+            f"{folder} is of the {saved} stage, this run is in the {training.stage} stage: "
             f"convert it with openm6 convert, or set model.overrides.sharing and loop.stages back"
         )
 

@@ -59,7 +59,7 @@ class MeterCallback(Callback):
         assert self._running is not None
         began = time.perf_counter()
         joules, seconds = self._step
-        stage, progress, spent = self._running.job.stage, self._running.progress, self._read(joules)
+        stage, progress, spent = self._running.training.stage, self._running.progress, self._read(joules)
         self.ledger.add_step(stage, spent, report.tokens, progress.seconds - seconds, report.work)
         self._update_between()
         self._taken += time.perf_counter() - began
@@ -103,7 +103,7 @@ class MeterCallback(Callback):
         assert self._running is not None
         own = self._own()
         numbers = [own.by_source.get(source, 0.0) for source in SOURCES]
-        spent, *now = self._running.job.ranks.total([own.joules - since, *numbers])
+        spent, *now = self._running.training.ranks.total([own.joules - since, *numbers])
         by_source: dict[str, float] = {
             source: self._before.get(source, 0.0) + joules
             for source, joules in zip(SOURCES, now, strict=True)
@@ -114,7 +114,7 @@ class MeterCallback(Callback):
 
     def _read_alone(self) -> None:
         """Between steps only one process may read: ranks do not come here at the same time."""
-        if self._running is not None and self._running.job.ranks.size == 1:
+        if self._running is not None and self._running.training.ranks.size == 1:
             self._read(0.0)
             self._update_between()
 

@@ -37,7 +37,7 @@ _NOT_SHOWN = {
     "joules",
     "joules_per_token",
     "watts",
-}  # numbers that are not the job's own
+}  # numbers that are not the training task's own
 
 
 class Logger(Protocol):
@@ -311,7 +311,7 @@ class Pace:
 
 
 def losses(line: Line) -> dict[str, float]:
-    """The losses and the job's own metrics in a line."""
+    """The losses and the training task's own metrics in a line."""
     return {
         name: value for name, value in line.items() if name not in _NOT_SHOWN and isinstance(value, float)
     }

@@ -43,7 +43,6 @@ from openm6.nn.moe import LocalDispatcher
 from openm6.parallel.collectives import open_gather
 from openm6.parallel.config import MeshShape
 from openm6.parallel.ranks import Ranks
-from openm6.train.job import Job, StepResult
 from openm6.train.metering import Attribution, gpus_of
 from openm6.train.multimodal_data import (
     check_sources,
@@ -54,11 +53,12 @@ from openm6.train.multimodal_data import (
 )
 from openm6.train.recipe import MultimodalRecipe, check_mesh
 from openm6.train.step import seed_everything
+from openm6.train.training_task import StepResult, TrainingTask
 
 PART_TOKENS = 256  # fewer are not worth a worker, because each part costs some milliseconds whatever it holds
 
 
-class MultimodalJob(Job):
+class MultimodalTraining(TrainingTask):
     """Builds modalities and model from a recipe (or takes those of a checkpoint) and trains them on its mixture."""
 
     def __init__(

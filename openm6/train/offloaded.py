@@ -34,7 +34,6 @@ from openm6.optim.schedule import rate_factor
 from openm6.plan.memory import HALF
 from openm6.train.budget import FULL, Budget, available, check_budget, resident_sets
 from openm6.train.config import LoopConfig
-from openm6.train.job import Batch, Job
 from openm6.train.pseudo_to_real import matrix_noise
 from openm6.train.step import (
     StepReport,
@@ -45,13 +44,14 @@ from openm6.train.step import (
     seed_everything,
     sum_over_ranks,
 )
+from openm6.train.training_task import Batch, TrainingTask
 
 
-def open_train_step(job: Job, config: LoopConfig, checkpoints: Path | None = None) -> TrainStep:
+def open_train_step(training: TrainingTask, config: LoopConfig, checkpoints: Path | None = None) -> TrainStep:
     """The train_step that `config` asks for, of a run that is saved in `checkpoints`."""
     if config.streamed:
-        return OffloadedTrainStep(job, config, checkpoints=checkpoints)
-    return TrainStep(job, config)
+        return OffloadedTrainStep(training, config, checkpoints=checkpoints)
+    return TrainStep(training, config)
 
 
 class OffloadedTrainStep(TrainStep):
@@ -63,29 +63,33 @@ class OffloadedTrainStep(TrainStep):
     """
 
     def __init__(
-        self, job: Job, config: LoopConfig, streams: Streams | None = None, checkpoints: Path | None = None
+        self,
+        training: TrainingTask,
+        config: LoopConfig,
+        streams: Streams | None = None,
+        checkpoints: Path | None = None,
     ) -> None:
         """`streams` stand in for those of the device, in tests; `checkpoints` is where the run is saved, if it is.
 
         Raises:
-            ConfigError: the job has no blocks to stream, or memory or disk do not suffice.
+            ConfigError: the training task has no blocks to stream, or memory or disk do not suffice.
         """
-        if job.backbone is None:
+        if training.backbone is None:
             raise ConfigError(
                 "this kind of training has no blocks to stream: leave loop.streaming and "
                 "loop.optimizer.bytes_per_parameter out"
             )
-        self.job, self.config, self.ranks = job, config, job.ranks
-        self.backbone: Backbone = job.backbone
+        self.training, self.config, self.ranks = training, config, training.ranks
+        self.backbone: Backbone = training.backbone
         self.streaming = config.streaming or StreamingConfig()
         self.rule = update_rule(config.optimizer)
         self._checkpoints = checkpoints
-        placed = next(parameter for parameter in job.model.parameters() if not parameter.is_meta)
+        placed = next(parameter for parameter in training.model.parameters() if not parameter.is_meta)
         self.device = placed.device
         self._streams = streams or open_streams(self.device)
         self._open_store(self.device)
         self._fill()
-        super().__init__(job, config)
+        super().__init__(training, config)
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
         optimizer = self.config.optimizer
@@ -95,18 +99,18 @@ class OffloadedTrainStep(TrainStep):
         self.blocks.begin_step(Step(step, rate, optimizer.weight_decay, self.config.seed))
         with device_failures(lambda: step):
             with self.autocast():
-                result = self.job.loss(batch)
+                result = self.training.loss(batch)
             result.loss.backward()
             facts = self.blocks.end_step()
-        self.job.ranks.sum_gradients(self.parameters)
+        self.training.ranks.sum_gradients(self.parameters)
         norm = torch.hypot(self._clip(), facts.grad_norm)
-        result, tokens = sum_over_ranks(result, batch.tokens, self.job.ranks)
+        result, tokens = sum_over_ranks(result, batch.tokens, self.training.ranks)
         report = make_report(step, tokens, rate, result, norm)
         if report.applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if report.applied:
-            self.job.after_step(result)
+            self.training.after_step(result)
         else:
             self._warn_skipped(step, int(facts.skipped))
         return report
@@ -143,13 +147,13 @@ class OffloadedTrainStep(TrainStep):
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        if self.job.ranks.layout is not None or is_sharded(folder):
+        if self.training.ranks.layout is not None or is_sharded(folder):
             self._load_parts(folder)
             return
         weights, kept = open_reader(folder), open_reader(folder, "optimizer")
-        expected = {name for name, _ in self.job.model.named_parameters()}
+        expected = {name for name, _ in self.training.model.named_parameters()}
         if unknown := {name for name in weights.names if name.partition(SEPARATOR)[0] not in expected} - {
-            name for name, _ in self.job.model.named_buffers()
+            name for name, _ in self.training.model.named_buffers()
         }:
             raise CheckpointError(
                 f"{folder} has {min(unknown)!r}, unknown to this model: "
@@ -165,12 +169,14 @@ class OffloadedTrainStep(TrainStep):
 
     def _load_parts(self, folder: Path) -> None:
         """From the files of any number of ranks, what this one keeps."""
-        edges = {name: tensor for name, tensor in named_tensors(self.job.model).items() if not tensor.is_meta}
-        known = {name for name, _ in self.job.model.named_parameters()} | set(edges)
+        edges = {
+            name: tensor for name, tensor in named_tensors(self.training.model).items() if not tensor.is_meta
+        }
+        known = {name for name, _ in self.training.model.named_parameters()} | set(edges)
         reader = CheckpointReader(folder, "all")
         check_known(reader, known)
         load_parts(reader, edges)
-        load_optimizer(folder, self.optimizer, self.job.model, self.job.ranks.layout)
+        load_optimizer(folder, self.optimizer, self.training.model, self.training.ranks.layout)
         for number, shard in enumerate(self.shards()):
             homes = {**shard.model, **shard.optimizer}
             load_parts(reader, homes)
@@ -190,7 +196,7 @@ class OffloadedTrainStep(TrainStep):
 
     def _open_store(self, device: torch.device) -> None:
         """Open the store of all weight sets, and the runner that uses them."""
-        self.sets = self.job.ranks.sets([set_shapes(cast(Block, block)) for block in self.backbone.sets])
+        self.sets = self.training.ranks.sets([set_shapes(cast(Block, block)) for block in self.backbone.sets])
         layouts = [
             RecordLayout(self.sets.local_shapes(number), self.rule)
             for number in range(len(self.backbone.sets))
@@ -216,14 +222,14 @@ class OffloadedTrainStep(TrainStep):
 
     def budget(self, layouts: list[RecordLayout]) -> Budget:
         """What the run will take, by place."""
-        edges = sum(parameter.numel() for parameter in self.job.model.parameters())
+        edges = sum(parameter.numel() for parameter in self.training.model.parameters())
         edges -= sum(torch.Size(shape).numel() for one in self.sets.shapes for shape in one.values())
         half = resolve_precision(self.config.precision, self.device) == "bf16"
         return Budget(
             self.backbone.config,
             layouts,
             edges,
-            -(-self.job.tokens_per_step // self.job.ranks.size),
+            -(-self.training.tokens_per_step // self.training.ranks.size),
             self.streaming,
             value_bytes=HALF if half else FULL,
             checkpoints=0 if self._checkpoints is None else self.config.keep + 1,
@@ -276,19 +282,19 @@ class OffloadedTrainStep(TrainStep):
         self.rule.write(stored, values + draw, derive_seed(seed, "delink round", layer, name), piece)
 
     def _load_edges(self, weights: CheckpointReader, kept: CheckpointReader) -> None:
-        tensors = self.job.model.state_dict(keep_vars=True)
+        tensors = self.training.model.state_dict(keep_vars=True)
         edges = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
         for name, tensor in edges.items():
             if name in weights or not _is_alias(name, tensor, edges):
                 weights.read_into(name, tensor.detach())
         names = {name for name, tensor in edges.items() if isinstance(tensor, nn.Parameter)}
         pairs = ((name, kept.read(name)) for name in kept.names if name.partition(SEPARATOR)[0] in names)
-        place_optimizer(pairs, self.optimizer, self.job.model, str(kept.folder))
+        place_optimizer(pairs, self.optimizer, self.training.model, str(kept.folder))
 
     def _prefix(self, number: int) -> str:
         """The name of a set within the whole model, up to its parameters."""
         block = self.backbone.sets[number]
-        return next(f"{name}." for name, module in self.job.model.named_modules() if module is block)
+        return next(f"{name}." for name, module in self.training.model.named_modules() if module is block)
 
     def _warn_skipped(self, step: int, skipped: int) -> None:
         moved = self.num_shards - skipped

@@ -1,4 +1,4 @@
-"""`openm6 train`: a recipe file becomes a job, a run folder and a finished training."""
+"""`openm6 train`: a recipe file becomes a training task, a run folder and a finished training."""
 
 from __future__ import annotations
 
@@ -20,19 +20,25 @@ from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.parallel.ranks import Ranks, launched, restarted
 from openm6.tasks.registry import TASKS
-from openm6.train.codec import AudioCodecJob, AudioCodecRecipe, CodecRecipe, ImageCodecJob, ImageCodecRecipe
-from openm6.train.job import Job
+from openm6.train.codec import (
+    AudioCodecRecipe,
+    AudioCodecTraining,
+    CodecRecipe,
+    ImageCodecRecipe,
+    ImageCodecTraining,
+)
 from openm6.train.loop import TrainResult, refuse_overwriting, train
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
+from openm6.train.training_task import TrainingTask
 
 Recipe = MultimodalRecipe | CodecRecipe
-Build = Callable[[Any, RunFolder, torch.device, Ranks], Job]
+Build = Callable[[Any, RunFolder, torch.device, Ranks], TrainingTask]
 
 WAYS: dict[str, tuple[type[Recipe], Build]] = {
-    "multimodal": (MultimodalRecipe, MultimodalJob),
-    "codec-image": (ImageCodecRecipe, lambda recipe, run, device, ranks: ImageCodecJob(recipe, device)),
-    "codec-sound": (AudioCodecRecipe, lambda recipe, run, device, ranks: AudioCodecJob(recipe, device)),
+    "multimodal": (MultimodalRecipe, MultimodalTraining),
+    "codec-image": (ImageCodecRecipe, lambda recipe, run, device, ranks: ImageCodecTraining(recipe, device)),
+    "codec-sound": (AudioCodecRecipe, lambda recipe, run, device, ranks: AudioCodecTraining(recipe, device)),
 }
 SHIPPED = Path(__file__).parents[1] / "recipes"
 
@@ -93,8 +99,8 @@ def train_recipe(
         _check_alike(ranks, plan.values)
         run = RunFolder.open(plan.folder)
         settings = plan.values if ranks.is_main_process and (plan.path != run.config or overrides) else None
-        job = WAYS[plan.recipe.kind][1](plan.recipe, run, device, ranks)  # type: ignore[union-attr]
-        result = train(job, plan.recipe.loop, run, plan.resume, settings=settings)
+        training = WAYS[plan.recipe.kind][1](plan.recipe, run, device, ranks)  # type: ignore[union-attr]
+        result = train(training, plan.recipe.loop, run, plan.resume, settings=settings)
         if isinstance(plan.recipe, MultimodalRecipe):
             get_log().info(_next_steps(plan.recipe, plan.folder))
     return result if ranks.is_main_process else None

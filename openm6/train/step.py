@@ -28,8 +28,8 @@ from openm6.optim.schedule import rate_factor
 from openm6.parallel.ranks import Ranks
 from openm6.plan.memory import layers_to_recompute
 from openm6.train.config import LoopConfig, Precision
-from openm6.train.job import Batch, Job, StepResult
 from openm6.train.pseudo_to_real import break_symmetry, shared_matrices
+from openm6.train.training_task import Batch, StepResult, TrainingTask
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def seed_everything(seed: int, *purpose: str | int) -> None:
 
 
 class TrainStep:
-    """Train a job's model on one batch at a time."""
+    """Train a training task's model on one batch at a time."""
 
-    def __init__(self, job: Job, config: LoopConfig) -> None:
-        self.job = job
+    def __init__(self, training: TrainingTask, config: LoopConfig) -> None:
+        self.training = training
         self.config = config
-        self.ranks = job.ranks  # or the workers that share the steps of this process
+        self.ranks = training.ranks  # or the workers that share the steps of this process
         self.rate_scale = 1.0  # a callback's factor on the learning rate
         self._build()
         self.device = self.parameters[0].device
@@ -72,8 +72,8 @@ class TrainStep:
             get_log().info("large products run in bf16, as this CPU is fast at it (loop.precision=auto)")
 
     def _build(self) -> None:
-        groups = self.job.ranks.groups(self.job.parameter_groups())
-        self.optimizer = build_optimizer(groups, self.config.optimizer, self.job.ranks.piece)
+        groups = self.training.ranks.groups(self.training.parameter_groups())
+        self.optimizer = build_optimizer(groups, self.config.optimizer, self.training.ranks.piece)
         self.parameters = [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]
@@ -94,9 +94,9 @@ class TrainStep:
         Raises:
             CheckpointError: names or shapes differ, or a file is missing or unreadable.
         """
-        layout = self.job.ranks.layout
-        load_model(folder, self.job.model, layout)
-        load_optimizer(folder, self.optimizer, self.job.model, layout)
+        layout = self.training.ranks.layout
+        load_model(folder, self.training.model, layout)
+        load_optimizer(folder, self.optimizer, self.training.model, layout)
 
     def free_optimizer_state(self) -> None:
         """Free what only training needs; the model remains, for evaluation."""
@@ -107,14 +107,14 @@ class TrainStep:
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
         """Give each layer weights of its own, and of the optimizer's moments what `moments` selects."""
-        tensors = optimizer_tensors(self.optimizer, self.job.model)
-        sources = self.job.delink()
+        tensors = optimizer_tensors(self.optimizer, self.training.model)
+        sources = self.training.delink()
         self._build()
         inherited = delink_moments(tensors, sources, moments)
-        place_optimizer(inherited.items(), self.optimizer, self.job.model, "the stage before")
+        place_optimizer(inherited.items(), self.optimizer, self.training.model, "the stage before")
         if noise:
-            shared = shared_matrices(sources, self.job.model)
-            break_symmetry(shared, noise, self.config.seed, self.job.ranks)
+            shared = shared_matrices(sources, self.training.model)
+            break_symmetry(shared, noise, self.config.seed, self.training.ranks)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which forward passes run."""
@@ -130,10 +130,10 @@ class TrainStep:
         seed_everything(self.config.seed, "step", step, *own)
         with self.autocast():
             self._prepare(batch)
-            result = self.job.loss(batch)
+            result = self.training.loss(batch)
         result.loss.backward()
         ranks.sum_gradients(self.parameters)
-        ranks.forget_unused(self.job.optional_parameters())
+        ranks.forget_unused(self.training.optional_parameters())
         norm = self._clip()
         result, tokens = sum_over_ranks(result, batch.tokens, ranks)
         report = make_report(step, tokens, rate, result, norm)
@@ -142,7 +142,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         ranks.barrier()
         if report.applied and (ranks.is_main_process or not ranks.shares_memory):
-            self.job.after_step(result)
+            self.training.after_step(result)
         return report
 
     def _prepare(self, batch: Batch) -> None:
@@ -150,8 +150,8 @@ class TrainStep:
         if not self._prepared:
             size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
             copies = 1 if self.optimizer.state else 3  # a gradient, and two moments if they are not there yet
-            sharded = self.job.ranks.layout is not None
-            choose_execution(self.job.model, self.config, batch.tokens, copies * size, sharded)
+            sharded = self.training.ranks.layout is not None
+            choose_execution(self.training.model, self.config, batch.tokens, copies * size, sharded)
             self._prepared = True
 
     def _clip(self) -> Tensor:

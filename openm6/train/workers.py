@@ -30,24 +30,24 @@ from openm6.parallel.worker_pool import (
 )
 from openm6.train.config import LOOP_SECTION, LoopConfig
 from openm6.train.data_loader import DataWorker
-from openm6.train.job import Batch, Job
 from openm6.train.step import StepReport, TrainStep
+from openm6.train.training_task import Batch, TrainingTask
 
 COLLECT = "collect"
 NORM_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 Value = TypeVar("Value")
 
 
-def number_of_workers(job: Job, config: LoopConfig, run: RunFolder) -> int:
+def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder) -> int:
     """Return how many processes share a step; `auto` is resolved once and written into the run's config.yaml.
 
     Raises:
         ConfigError: this machine or this kind of training cannot have as many as are set.
     """
-    on_cpu = all(parameter.is_cpu for parameter in job.model.parameters())
+    on_cpu = all(parameter.is_cpu for parameter in training.model.parameters())
     # A stage replaces the weights, and offloading keeps them elsewhere, where other processes do not see them.
     alone = config.stages is not None or config.streamed
-    possible = job.most_parts if can_fork() and on_cpu and not alone else 1
+    possible = training.most_parts if can_fork() and on_cpu and not alone else 1
     if config.workers == "auto":
         if possible == 1:
             return 1
@@ -137,12 +137,14 @@ class WorkerRanks(Ranks):
 class Workers:
     """Bring a loop its batches and take its steps, as `Prefetch` and `TrainStep` do, with several processes."""
 
-    def __init__(self, job: Job, train_step: TrainStep, config: LoopConfig, workers: int) -> None:
-        share_model(job.model)
+    def __init__(
+        self, training: TrainingTask, train_step: TrainStep, config: LoopConfig, workers: int
+    ) -> None:
+        share_model(training.model)
         self._train_step = train_step
         self._ranks = WorkerRanks(train_step.parameters, workers)
         self._threads = torch.get_num_threads()
-        self._data = DataWorker(job, workers, config.prefetch)
+        self._data = DataWorker(training, workers, config.prefetch)
         works = [partial(self._work, rank) for rank in range(1, workers)]
         self._pool = WorkerPool([*works, self._data.serve], service=1)
         self._ranks.lead(self._pool)

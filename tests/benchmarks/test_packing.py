@@ -13,7 +13,7 @@ from benchmarks.packing import bench_packing, dense_text
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.ops.sequence import PADDING
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe, recipe_path
 
 SMALL = [
@@ -32,9 +32,9 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_dense_rows_are_full_of_one_causal_text(tmp_path: Path) -> None:
     recipe, _ = read_recipe(recipe_path("demo"), SMALL)
-    job = MultimodalJob(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
-    first, second = dense_text(job, 2)
-    assert list(first.kinds) == ["text"] and first.tokens == job.tokens_per_step == 320
+    training = MultimodalTraining(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
+    first, second = dense_text(training, 2)
+    assert list(first.kinds) == ["text"] and first.tokens == training.tokens_per_step == 320
     assert (first.layout.example_id == 0).all() and not (first.layout.example_id == PADDING).any()
     assert torch.equal(first.layout.attn_order[0], torch.arange(1, 161, dtype=torch.int32))
     assert (first.kinds["text"].weight > 0).all()

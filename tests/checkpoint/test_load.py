@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from openm6.base.errors import CheckpointError
-from openm6.checkpoint.load import load_job_tensors, load_model, load_optimizer
+from openm6.checkpoint.load import load_model, load_optimizer, load_training_tensors
 from openm6.checkpoint.optimizer import optimizer_tensors
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Snapshot, save
@@ -136,12 +136,14 @@ def test_a_parameter_outside_the_model_is_a_mistake() -> None:
     inside, outside = nn.Linear(4, 4), nn.Linear(4, 4)
     optimizer = build_optimizer(default_groups(outside), OptimizerConfig())
     one_step(outside, optimizer)
-    with pytest.raises(ValueError, match="not part of the job's model"):
+    with pytest.raises(ValueError, match="not part of the training task's model"):
         optimizer_tensors(optimizer, inside)
 
 
-def test_the_jobs_tensors(tmp_path: Path) -> None:
+def test_the_training_tensors(tmp_path: Path) -> None:
     average = torch.rand(2, 3)
-    folder = save(Snapshot(1, nn.Linear(1, 1), {}, {}, job={"average": average}), tmp_path / "with", keep=1)
-    assert torch.equal(load_job_tensors(folder)["average"], average)
-    assert load_job_tensors(saved(nn.Linear(1, 1), tmp_path / "without")) == {}
+    folder = save(
+        Snapshot(1, nn.Linear(1, 1), {}, {}, training={"average": average}), tmp_path / "with", keep=1
+    )
+    assert torch.equal(load_training_tensors(folder)["average"], average)
+    assert load_training_tensors(saved(nn.Linear(1, 1), tmp_path / "without")) == {}

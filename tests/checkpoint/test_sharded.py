@@ -18,10 +18,10 @@ from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import is_complete, latest
 from openm6.checkpoint.load import is_sharded, load_model
 from openm6.inference.load import load
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
 from tests.parallel.fleet import Fleet
-from tests.parallel.recording_job import Records, run_steps
+from tests.parallel.recording_training import Records, run_steps
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 Axes = tuple[int, int, int]
@@ -48,9 +48,9 @@ def weights(recipe: str, checkpoint: Path) -> dict[str, Tensor]:
     checked, _ = read_recipe(Path(recipe), [])
     with TemporaryDirectory() as name:
         shutil.copy(checkpoint / "tokenizer.json", name)
-        job = MultimodalJob(checked, RunFolder(Path(name)), torch.device("cpu"))
-    load_model(checkpoint, job.model)
-    return {name: tensor.detach() for name, tensor in job.model.state_dict().items()}
+        training = MultimodalTraining(checked, RunFolder(Path(name)), torch.device("cpu"))
+    load_model(checkpoint, training.model)
+    return {name: tensor.detach() for name, tensor in training.model.state_dict().items()}
 
 
 def wait_for(folder: Path, step: int) -> Path:

@@ -23,7 +23,7 @@ from openm6.train.loop import train
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.step import TrainStep
 from tests.offload.strict_streams import WatchedStreams, late_streams
-from tests.train.words_job import WordsJob, words_backbone, words_config
+from tests.train.words_training import WordsTraining, words_backbone, words_config
 
 PLAIN = words_backbone()
 SHARED = words_backbone(sharing=(0, 1, 0, 1))
@@ -36,20 +36,20 @@ def config_of(bytes_per_parameter: int = 2, **streaming: Any) -> LoopConfig:
     )
 
 
-def steps_of(train_step: TrainStep, job: WordsJob, count: int = 3) -> list[float]:
-    return [train_step.update(job.batch(step), step, 10).loss for step in range(1, count + 1)]
+def steps_of(train_step: TrainStep, training: WordsTraining, count: int = 3) -> list[float]:
+    return [train_step.update(training.batch(step), step, 10).loss for step in range(1, count + 1)]
 
 
 def streamed_run(
     backbone: BackboneConfig, config: LoopConfig, streams: Streams | None = None
 ) -> tuple[list[float], list[Tensor]]:
     """Losses of three steps, and all bytes of the sets and the edges after them."""
-    job = WordsJob(backbone)
-    train_step = OffloadedTrainStep(job, config, streams)
-    losses = steps_of(train_step, job)
+    training = WordsTraining(backbone)
+    train_step = OffloadedTrainStep(training, config, streams)
+    losses = steps_of(train_step, training)
     train_step.store.synchronize()
     sets = [stored.clone() for stored in train_step.store.storage]
-    return losses, [*sets, *(p.detach().clone() for p in job.model.parameters() if not p.is_meta)]
+    return losses, [*sets, *(p.detach().clone() for p in training.model.parameters() if not p.is_meta)]
 
 
 def assert_same(left: tuple[list[float], list[Tensor]], right: tuple[list[float], list[Tensor]]) -> None:
@@ -62,12 +62,12 @@ def assert_same(left: tuple[list[float], list[Tensor]], right: tuple[list[float]
 def test_with_sixteen_bytes_streaming_is_plain_training_to_the_bit(
     backbone: BackboneConfig, recompute_every: int, precision: Precision
 ) -> None:
-    job, other = WordsJob(backbone), WordsJob(backbone)
-    plain = TrainStep(job, words_config(clip=None, precision=precision))
+    training, other = WordsTraining(backbone), WordsTraining(backbone)
+    plain = TrainStep(training, words_config(clip=None, precision=precision))
     config = config_of(16, recompute_every=recompute_every).model_copy(update={"precision": precision})
     streamed = OffloadedTrainStep(other, config)
-    assert steps_of(plain, job) == steps_of(streamed, other)
-    named = dict(job.model.named_parameters())
+    assert steps_of(plain, training) == steps_of(streamed, other)
+    named = dict(training.model.named_parameters())
     for number in range(streamed.num_shards):
         for name, stored in streamed.store.stored(number).items():
             assert torch.equal(stored["weight"], named[f"backbone.sets.{number}.{name}"]), name
@@ -102,13 +102,13 @@ def test_copies_as_late_as_their_waits_allow_change_nothing(
 def test_streams_never_touch_the_same_bytes_without_an_order(
     backbone: BackboneConfig, changes: dict[str, Any]
 ) -> None:
-    job, streams = WordsJob(backbone), WatchedStreams()
-    train_step = OffloadedTrainStep(job, config_of(**changes), streams)
+    training, streams = WordsTraining(backbone), WatchedStreams()
+    train_step = OffloadedTrainStep(training, config_of(**changes), streams)
     streams.watch(train_step.store, train_step.rule.read_slots)
     for step in range(1, 4):
-        steps_of(train_step, job, 1)
+        steps_of(train_step, training, 1)
         with torch.no_grad():
-            job.words(job.batch(step).words)
+            training.words(training.batch(step).words)
     assert train_step.store.moved_bytes > 0 and not streams.clashes
 
 
@@ -118,23 +118,23 @@ def test_a_pass_that_breaks_off_leaves_sets_as_they_were(
     where: str, buffers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a buffer was half changed, and where the set in it is still on its way home."""
-    job, streams = WordsJob(PLAIN), WatchedStreams()
-    train_step = OffloadedTrainStep(job, config_of(buffers=buffers), streams)
+    training, streams = WordsTraining(PLAIN), WatchedStreams()
+    train_step = OffloadedTrainStep(training, config_of(buffers=buffers), streams)
     streams.watch(train_step.store, train_step.rule.read_slots)
-    words = job.batch(7).words
-    steps_of(train_step, job, 1)
+    words = training.batch(7).words
+    steps_of(train_step, training, 1)
     with monkeypatch.context() as broken:
         target: Any = train_step.blocks if where == "use" else train_step.rule
         broken.setattr(target, "_run_block" if where == "use" else "update", breaks_off)
         with pytest.raises(InterruptedError):
-            steps_of(train_step, job, 1)
+            steps_of(train_step, training, 1)
     broken_sets = [stored.clone() for stored in train_step.store.storage]
     with torch.no_grad():
-        answer = job.words(words)[0]
+        answer = training.words(words)[0]
     assert all(torch.equal(a, b) for a, b in zip(broken_sets, train_step.store.storage, strict=True))
     train_step.store.invalidate()
     with torch.no_grad():
-        assert torch.equal(job.words(words)[0], answer)
+        assert torch.equal(training.words(words)[0], answer)
     assert not streams.clashes
 
 
@@ -153,43 +153,43 @@ def test_micro_batches_add_up_to_the_batch() -> None:
 def test_a_set_is_fetched_once_for_all_micro_batches_and_a_shared_one_once_a_pass() -> None:
     moved = {}
     for name, backbone, micro in (("one", PLAIN, 1), ("many", PLAIN, 4), ("shared", SHARED, 1)):
-        job = WordsJob(backbone)
-        train_step = OffloadedTrainStep(job, config_of(micro_batches=micro))
-        steps_of(train_step, job, 1)
+        training = WordsTraining(backbone)
+        train_step = OffloadedTrainStep(training, config_of(micro_batches=micro))
+        steps_of(train_step, training, 1)
         moved[name] = train_step.store.moved_bytes
     assert moved["one"] == moved["many"]
     assert moved["shared"] < 0.6 * moved["one"]  # both sets fit the buffers: there is nothing to fetch twice
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
-    job = WordsJob(PLAIN, spoilt=(2,))
-    train_step = OffloadedTrainStep(job, config_of())
-    train_step.update(job.batch(0), 1, 10)
+    training = WordsTraining(PLAIN, spoilt=(2,))
+    train_step = OffloadedTrainStep(training, config_of())
+    train_step.update(training.batch(0), 1, 10)
     before = [stored.clone() for stored in train_step.store.storage]
-    report = train_step.update(job.batch(1), 2, 10)
+    report = train_step.update(training.batch(1), 2, 10)
     assert not report.applied
     assert all(torch.equal(a, b) for a, b in zip(before, train_step.store.storage, strict=True))
 
 
 def test_two_backward_passes_of_one_step_are_refused() -> None:
-    job = WordsJob(PLAIN)
-    train_step = OffloadedTrainStep(job, config_of())
+    training = WordsTraining(PLAIN)
+    train_step = OffloadedTrainStep(training, config_of())
     with pytest.raises(RuntimeError, match="begin_step"):
-        job.loss(job.batch(0))
+        training.loss(training.batch(0))
     train_step.blocks.begin_step(Step(1, 0.01, 0.0, 0))
-    loss = job.loss(job.batch(0)).loss
+    loss = training.loss(training.batch(0)).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="was updated in this step"):
         loss.backward()
 
 
 def test_judging_and_answering_use_the_streamed_weights() -> None:
-    job = WordsJob(PLAIN)
-    words = job.batch(7).words
+    training = WordsTraining(PLAIN)
+    words = training.batch(7).words
     with torch.no_grad():
-        expected = job.words(words)[0]
-        OffloadedTrainStep(job, config_of(16))
-        assert torch.equal(job.words(words)[0], expected)
+        expected = training.words(words)[0]
+        OffloadedTrainStep(training, config_of(16))
+        assert torch.equal(training.words(words)[0], expected)
 
 
 class Killed(BaseException):
@@ -210,79 +210,79 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_a_run_killed_in_the_middle_of_saving_resumes_as_if_unbroken(
     tmp_path: Path, bytes_per_parameter: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(WordsJob(PLAIN), run_config(bytes=bytes_per_parameter), RunFolder.open(tmp_path / "whole"))
+    train(WordsTraining(PLAIN), run_config(bytes=bytes_per_parameter), RunFolder.open(tmp_path / "whole"))
     shards = OffloadedTrainStep.shards
 
     def interrupted(self: OffloadedTrainStep) -> Any:
         for number, shard in enumerate(shards(self)):
-            if self.job.first_saved and number == 2:  # type: ignore[attr-defined]
+            if self.training.first_saved and number == 2:  # type: ignore[attr-defined]
                 raise Killed
             yield shard
-        self.job.first_saved = True  # type: ignore[attr-defined]
+        self.training.first_saved = True  # type: ignore[attr-defined]
 
-    job = WordsJob(PLAIN)
-    job.first_saved = False  # type: ignore[attr-defined]
+    training = WordsTraining(PLAIN)
+    training.first_saved = False  # type: ignore[attr-defined]
     monkeypatch.setattr(OffloadedTrainStep, "shards", interrupted)
     broken = RunFolder.open(tmp_path / "broken")
     with pytest.raises(Killed):
-        train(job, run_config(bytes=bytes_per_parameter), broken)
+        train(training, run_config(bytes=bytes_per_parameter), broken)
     monkeypatch.undo()
     assert latest(broken.path).name == "step-4"
-    train(WordsJob(PLAIN), run_config(bytes=bytes_per_parameter), broken, resume=True)
+    train(WordsTraining(PLAIN), run_config(bytes=bytes_per_parameter), broken, resume=True)
     assert bytes_of(latest(broken.path)) == bytes_of(latest(tmp_path / "whole"))
 
 
 def test_a_giant_goes_from_pseudo_to_real(tmp_path: Path) -> None:
     stages = StagesConfig(switch=SwitchConfig(step=5), warmup_steps=2)
     run = RunFolder.open(tmp_path)
-    train(WordsJob(SHARED), run_config(stages=stages, save_every=5), run)
-    pseudo, real = (WordsJob(backbone) for backbone in (SHARED, PLAIN))
+    train(WordsTraining(SHARED), run_config(stages=stages, save_every=5), run)
+    pseudo, real = (WordsTraining(backbone) for backbone in (SHARED, PLAIN))
     load_model(step_folder(run.checkpoints, 5), pseudo.model)  # a plain model reads the shards
     load_model(step_folder(run.checkpoints, 10), real.model)
-    train(WordsJob(SHARED), run_config(stages=stages, save_every=5, steps=12), run, resume=True)
+    train(WordsTraining(SHARED), run_config(stages=stages, save_every=5, steps=12), run, resume=True)
 
 
 def test_answers_are_the_same_at_the_switch() -> None:
-    job = WordsJob(SHARED)
-    train_step = OffloadedTrainStep(job, config_of())
-    steps_of(train_step, job)
-    words = job.batch(8).words
+    training = WordsTraining(SHARED)
+    train_step = OffloadedTrainStep(training, config_of())
+    steps_of(train_step, training)
+    words = training.batch(8).words
     with torch.no_grad():
-        before = job.words(words)[0]
+        before = training.words(words)[0]
         train_step.delink("independent")
-        assert torch.equal(job.words(words)[0], before)
-    steps_of(train_step, job)
+        assert torch.equal(training.words(words)[0], before)
+    steps_of(train_step, training)
     row = train_step.store.stored(0)["attention.qkv"]["row_var"]
     assert row.mean() > 0 and train_step.num_shards == 4
 
 
 def test_a_checkpoint_of_another_tier_is_refused(tmp_path: Path) -> None:
-    train(WordsJob(PLAIN), run_config(steps=2), RunFolder.open(tmp_path))
+    train(WordsTraining(PLAIN), run_config(steps=2), RunFolder.open(tmp_path))
     with pytest.raises(
         CheckpointError, match="holds 2 bytes a parameter, this run wants 1: convert it with openm6"
     ):
-        train(WordsJob(PLAIN), run_config(bytes=1), RunFolder(tmp_path), resume=True)
+        train(WordsTraining(PLAIN), run_config(bytes=1), RunFolder(tmp_path), resume=True)
 
 
 def test_what_cannot_be_streamed_is_refused() -> None:
-    class Blockless(WordsJob):
+    class Blockless(WordsTraining):
         backbone = None  # type: ignore[assignment]
 
     with pytest.raises(ConfigError, match="no blocks to stream"):
         OffloadedTrainStep(Blockless(PLAIN), config_of())
     with pytest.raises(ConfigError, match="names set 9: there are only 0 to 3"):
-        OffloadedTrainStep(WordsJob(PLAIN), config_of(resident=(9,)))
+        OffloadedTrainStep(WordsTraining(PLAIN), config_of(resident=(9,)))
 
 
 def test_weights_on_meta_get_first_values_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = WordsJob(PLAIN)
-    for block in job.words.backbone.sets:
+    training = WordsTraining(PLAIN)
+    for block in training.words.backbone.sets:
         for name, parameter in list(block.named_parameters()):
             if not name.startswith("router."):
                 path, _, leaf = name.rpartition(".")
                 empty = nn.Parameter(torch.empty_like(parameter, device="meta"))
                 setattr(block.get_submodule(path), leaf, empty)
-    train_step = OffloadedTrainStep(job, config_of(16))
+    train_step = OffloadedTrainStep(training, config_of(16))
     first, third = (train_step.store.stored(number)["attention.qkv"]["weight"] for number in (0, 2))
     assert float(first.std()) == pytest.approx(PLAIN.deviation, rel=0.1) and not torch.equal(first, third)
-    assert steps_of(train_step, job)[-1] > 0
+    assert steps_of(train_step, training)[-1] > 0

@@ -15,8 +15,8 @@ from openm6.checkpoint import save as saving
 from openm6.checkpoint.folder import list_checkpoints, step_of
 from openm6.modalities.batch import Batch
 from openm6.parallel.processes import ProcessRanks
-from openm6.train.job import StepResult
-from tests.parallel import recording_job
+from openm6.train.training_task import StepResult
+from tests.parallel import recording_training
 
 ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
@@ -25,7 +25,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class DyingJob(recording_job.RecordingJob):
+class DyingTraining(recording_training.RecordingTraining):
     """On the first attempt rank 1 dies in step 5, when what was saved beside the training after step 3 is there."""
 
     def loss(self, batch: Batch) -> StepResult:
@@ -39,7 +39,7 @@ class DyingJob(recording_job.RecordingJob):
 
 def main(recipe: str, folder: Path) -> None:
     ranks = ProcessRanks(torch.device("cpu"), 20)  # kept open for what follows
-    recording_job.RecordingJob = DyingJob  # type: ignore[misc]
+    recording_training.RecordingTraining = DyingTraining  # type: ignore[misc]
     if (
         ATTEMPT == 1 and ranks.is_main_process
     ):  # rank 0 dies when the weights are written, and the folder has no name yet
@@ -47,7 +47,7 @@ def main(recipe: str, folder: Path) -> None:
     done = list_checkpoints(folder / "checkpoints")
     begin = step_of(done[-1]) + 1 if done else 1
     with ranks.guard():
-        seen, _ = recording_job.run_steps(recipe, str(folder), (1, 1, 2), begin, None)
+        seen, _ = recording_training.run_steps(recipe, str(folder), (1, 1, 2), begin, None)
     (folder / f"seen-{ATTEMPT}-{ranks.rank}.json").write_text(json.dumps(seen))
 
 

@@ -20,7 +20,7 @@ from openm6.data.sources import open_sources
 from openm6.modalities.batch import Batch
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import open_train_step
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport
@@ -48,24 +48,24 @@ def recipe_file(folder: Path, axes: Axes, lectures: Any = LECTURES, **loop: Any)
     return write_recipe(folder, recipe)
 
 
-def rows_of(job: MultimodalJob, number: int) -> Batch:
+def rows_of(training: MultimodalTraining, number: int) -> Batch:
     """A row of one lecture alone."""
-    sources = open_sources(job.recipe.sources, "train")
+    sources = open_sources(training.recipe.sources, "train")
     source, task = LECTURES[number]
     mixture = MixtureSampler([Component(source=sources[source], task=task, weight=1.0)], 0)
-    transform = ExampleTransform(mixture, job.modalities, 0, job.recipe.loss_weights)
-    packing = job.recipe.packing.model_copy(update={"rows": 1, "lanes": 1})
+    transform = ExampleTransform(mixture, training.modalities, 0, training.recipe.loss_weights)
+    packing = training.recipe.packing.model_copy(update={"rows": 1, "lanes": 1})
     return next(Packer(transform, packing, Quarantine(None, 0.5), 0, 1).batches())
 
 
 def disjoint_steps(recipe: str, folder: str) -> tuple[list[StepReport], dict[str, Tensor], set[str]]:
     checked, _ = read_recipe(Path(recipe), [])
     ranks = ProcessRanks(CPU, 60) if dist.is_initialized() else Ranks()
-    job = MultimodalJob(checked, RunFolder.open(folder), CPU, ranks)
-    train_step = open_train_step(job, checked.loop)
-    batch = rows_of(job, ranks.rank)
+    training = MultimodalTraining(checked, RunFolder.open(folder), CPU, ranks)
+    train_step = open_train_step(training, checked.loop)
+    batch = rows_of(training, ranks.rank)
     reports = [train_step.update(batch, step, 20) for step in (1, 2, 3)]
-    weights = {} if checked.loop.streamed else whole_weights(job)
+    weights = {} if checked.loop.streamed else whole_weights(training)
     return reports, weights, set(batch.kinds)
 
 

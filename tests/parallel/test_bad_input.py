@@ -14,11 +14,11 @@ from openm6.base.run_folder import RunFolder
 from openm6.parallel.processes import ProcessRanks
 from openm6.train import run as running
 from openm6.train.loop import train
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
 from tests.checkpoint.test_sharded import wait_for
 from tests.parallel.fleet import Fleet
-from tests.parallel.recording_job import run_steps
+from tests.parallel.recording_training import run_steps
 from tests.parallel.test_ranks import CPU
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
@@ -39,8 +39,8 @@ def told(recipe: str, folder: str, settings: list[str], odd: str) -> str:
     try:
         checked, values = read_recipe(Path(recipe), own)
         running._check_alike(ranks, values)
-        job = MultimodalJob(checked, RunFolder.open(folder), CPU, ranks)
-        train(job, checked.loop, RunFolder.open(folder), resume=True)
+        training = MultimodalTraining(checked, RunFolder.open(folder), CPU, ranks)
+        train(training, checked.loop, RunFolder.open(folder), resume=True)
     except OpenM6Error as error:
         return str(error)
     finally:

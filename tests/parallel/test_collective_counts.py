@@ -19,7 +19,7 @@ from openm6.parallel.processes import ProcessRanks
 from tests.parallel.fleet import Fleet
 from tests.parallel.test_ranks import CPU
 from tests.parallel.test_twenty_steps import MESHES, Axes, SharedWords
-from tests.train.words_job import words_backbone
+from tests.train.words_training import words_backbone
 
 WAITS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
@@ -53,17 +53,17 @@ class Exchanges(TorchDispatchMode):
 def one_step(axes: Axes, capacity: float | None, parts: int) -> tuple[dict[str, int], int]:
     """All-to-alls of a forward and a backward pass, and how often the layers read a tensor on the host."""
     experts = ExpertsConfig(hidden=32, num_experts=8, top_k=2, num_shared=1, capacity=capacity)
-    job = SharedWords(words_backbone(experts=experts, experts_every=1))
-    job.ranks = ProcessRanks(CPU, 60)
-    job.ranks.shard(job.model, MeshShape(*axes))
-    job.words.backbone.exchange = job.ranks.exchange(parts)
-    batch, exchanges = job.batch(1), Exchanges()
-    for block in job.words.backbone.sets:
+    training = SharedWords(words_backbone(experts=experts, experts_every=1))
+    training.ranks = ProcessRanks(CPU, 60)
+    training.ranks.shard(training.model, MeshShape(*axes))
+    training.words.backbone.exchange = training.ranks.exchange(parts)
+    batch, exchanges = training.batch(1), Exchanges()
+    for block in training.words.backbone.sets:
         assert isinstance(block, Block)
         block.feed_forward.register_forward_pre_hook(exchanges.enter)
         block.feed_forward.register_forward_hook(exchanges.leave)
     with exchanges:
-        job.loss(batch).loss.backward()
+        training.loss(batch).loss.backward()
     dist.barrier()
     return dict(exchanges.calls), sum(exchanges.waits.values())
 

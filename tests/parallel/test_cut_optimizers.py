@@ -25,7 +25,7 @@ from openm6.parallel.fsdp import with_places
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
 from openm6.parallel.sharded_weights import piece_of
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport, TrainStep
 from tests.parallel.fleet import Fleet
@@ -90,41 +90,41 @@ def test_a_matrix_visits_one_rank_and_comes_home(four: Fleet) -> None:
     assert all(float(difference) == 0 for rank in four.run(moved_rows) for difference in rank)
 
 
-def job_of(recipe: str, folder: str) -> tuple[MultimodalJob, TrainStep]:
+def training_of(recipe: str, folder: str) -> tuple[MultimodalTraining, TrainStep]:
     checked, _ = read_recipe(Path(recipe), [])
     ranks = ProcessRanks(CPU, 60) if dist.is_initialized() else Ranks()
-    job = MultimodalJob(checked, RunFolder.open(folder), CPU, ranks)
-    return job, TrainStep(job, checked.loop)
+    training = MultimodalTraining(checked, RunFolder.open(folder), CPU, ranks)
+    return training, TrainStep(training, checked.loop)
 
 
 def save_moments(recipe: str, folder: str) -> dict[str, Tensor]:
     """Two steps, then a checkpoint of all that there is."""
-    job, train_step = job_of(recipe, folder)
-    batches = job.batches()
+    training, train_step = training_of(recipe, folder)
+    batches = training.batches()
     for step in (1, 2):
         train_step.update(next(batches), step, 20)
-    moments = optimizer_tensors(train_step.optimizer, job.model)
-    saver = ShardedSaver(job.ranks.layout)
+    moments = optimizer_tensors(train_step.optimizer, training.model)
+    saver = ShardedSaver(training.ranks.layout)
     state = {"optimizer": train_step.config.optimizer.name}
-    saver.begin(Snapshot(2, job.model, moments, state), Path(folder), keep=1)
+    saver.begin(Snapshot(2, training.model, moments, state), Path(folder), keep=1)
     saver.finish()
     dist.barrier()
-    return whole_moments(job, train_step)
+    return whole_moments(training, train_step)
 
 
 def load_moments(recipe: str, folder: str, checkpoint: str) -> dict[str, Tensor]:
-    job, train_step = job_of(recipe, folder)
-    load_optimizer(Path(checkpoint), train_step.optimizer, job.model, job.ranks.layout)
-    found = whole_moments(job, train_step)
-    batches = job.batches()
+    training, train_step = training_of(recipe, folder)
+    load_optimizer(Path(checkpoint), train_step.optimizer, training.model, training.ranks.layout)
+    found = whole_moments(training, train_step)
+    batches = training.batches()
     train_step.update(next(batches), 1, 20)  # what was loaded is of the form that the rule wants
     return found
 
 
-def whole_moments(job: MultimodalJob, train_step: TrainStep) -> dict[str, Tensor]:
-    tensors = optimizer_tensors(train_step.optimizer, job.model)
-    if job.ranks.layout is not None:
-        tensors = with_places(job.model, tensors, job.ranks.layout)
+def whole_moments(training: MultimodalTraining, train_step: TrainStep) -> dict[str, Tensor]:
+    tensors = optimizer_tensors(train_step.optimizer, training.model)
+    if training.ranks.layout is not None:
+        tensors = with_places(training.model, tensors, training.ranks.layout)
     # Copies, for a rank's tensors go with it.
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
 

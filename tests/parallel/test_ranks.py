@@ -18,7 +18,7 @@ from openm6.modalities.batch import Batch
 from openm6.parallel.fsdp import with_places
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport, TrainStep
 from tests.parallel.fleet import Fleet
@@ -75,22 +75,22 @@ def few_steps(recipe: str, folder: str, steps: int) -> tuple[list[StepReport], d
     """Reports, the weights at the end, and the records of each step's rows on this rank."""
     checked, _ = read_recipe(Path(recipe), [])
     ranks = ProcessRanks(CPU, 60) if torch.distributed.is_initialized() else Ranks()
-    job = MultimodalJob(checked, RunFolder.open(folder), CPU, ranks)
-    train_step = TrainStep(job, checked.loop)
-    batches = job.batches()
+    training = MultimodalTraining(checked, RunFolder.open(folder), CPU, ranks)
+    train_step = TrainStep(training, checked.loop)
+    batches = training.batches()
     reports, seen = [], []
     for step in range(1, steps + 1):
         batch: Batch = next(batches)
         seen.append([(draw.component, draw.epoch, draw.index) for draw in batch.draws])
         reports.append(train_step.update(batch, step, 20))
-    return reports, whole_weights(job), seen
+    return reports, whole_weights(training), seen
 
 
-def whole_weights(job: MultimodalJob) -> dict[str, Tensor]:
+def whole_weights(training: MultimodalTraining) -> dict[str, Tensor]:
     """The weights of the whole model, wherever their parts lie."""
-    weights = {name: tensor.detach() for name, tensor in job.model.state_dict().items()}
-    if job.ranks.layout is not None:
-        weights = with_places(job.model, weights, job.ranks.layout)
+    weights = {name: tensor.detach() for name, tensor in training.model.state_dict().items()}
+    if training.ranks.layout is not None:
+        weights = with_places(training.model, weights, training.ranks.layout)
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in weights.items()}
 
 

@@ -19,11 +19,11 @@ from openm6.parallel.config import MeshShape
 from openm6.parallel.fsdp import with_places
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
-from openm6.train.job import StepResult
 from openm6.train.step import TrainStep
+from openm6.train.training_task import StepResult
 from tests.parallel.fleet import Fleet
 from tests.parallel.test_ranks import CPU
-from tests.train.words_job import ROWS, WordBatch, WordsJob, words_backbone, words_config
+from tests.train.words_training import ROWS, WordBatch, WordsTraining, words_backbone, words_config
 
 Axes = tuple[int, int, int]
 STEPS = 20
@@ -33,7 +33,7 @@ MESHES: dict[Axes, int] = {
 }  # fmt: skip
 
 
-class SharedWords(WordsJob):
+class SharedWords(WordsTraining):
     """Each rank has its rows of the batch, and its share of the loss."""
 
     def loss(self, batch: WordBatch) -> StepResult:
@@ -49,7 +49,7 @@ class Watched(TrainStep):
     """Keeps the gradients of the whole model, before they are clipped."""
 
     def _clip(self) -> Tensor:
-        model, layout = self.job.model, self.job.ranks.layout
+        model, layout = self.training.model, self.training.ranks.layout
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         if layout is not None:
             found = with_places(model, found, layout)
@@ -59,19 +59,19 @@ class Watched(TrainStep):
 
 
 def steps_on(axes: Axes) -> list[tuple[float, dict[str, np.ndarray]]]:
-    job = SharedWords(words_backbone())
+    training = SharedWords(words_backbone())
     if dist.is_initialized():
-        job.ranks = ProcessRanks(CPU, 60)
-        job.ranks.shard(job.model, MeshShape(*axes))
-        job.words.backbone.exchange = job.ranks.exchange(1)
+        training.ranks = ProcessRanks(CPU, 60)
+        training.ranks.shard(training.model, MeshShape(*axes))
+        training.words.backbone.exchange = training.ranks.exchange(1)
     # AdamW divides by a gradient's size: where that is no more than rounding, its default epsilon makes steps of noise.
     optimizer = OptimizerConfig(learning_rate=0.003, epsilon=1e-3)
-    train_step = Watched(job, words_config(STEPS, optimizer=optimizer))
+    train_step = Watched(training, words_config(STEPS, optimizer=optimizer))
     found = []
     for step in range(1, MESHES.get(axes, STEPS) + 1):
-        report = train_step.update(job.batch(step), step, STEPS)
+        report = train_step.update(training.batch(step), step, STEPS)
         found.append((report.loss, train_step.seen))
-    return found if job.ranks.is_main_process else []
+    return found if training.ranks.is_main_process else []
 
 
 @cache

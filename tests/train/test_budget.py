@@ -36,7 +36,7 @@ from openm6.train.budget import (
 from openm6.train.config import StagesConfig, SwitchConfig
 from openm6.train.loop import train
 from openm6.train.offloaded import OffloadedTrainStep
-from tests.train.words_job import WordsJob, words_backbone, words_config
+from tests.train.words_training import WordsTraining, words_backbone, words_config
 
 CPU = torch.device("cpu")
 RULE = update_rule(OptimizerConfig(bytes_per_parameter=2))
@@ -53,9 +53,9 @@ def budget_of(size: int = 2, layers: int = 10, **streaming: Any) -> Budget:
 def test_it_counts_what_a_run_allocates() -> None:
     streaming = StreamingConfig(resident=1)
     config = words_config(streaming=streaming, optimizer=OptimizerConfig(bytes_per_parameter=2))
-    train_step = OffloadedTrainStep(WordsJob(words_backbone()), config)
+    train_step = OffloadedTrainStep(WordsTraining(words_backbone()), config)
     budget = train_step.budget(train_step.store.layouts)
-    assert budget.parameters == sum(p.numel() for p in train_step.job.model.parameters())
+    assert budget.parameters == sum(p.numel() for p in train_step.training.model.parameters())
     assert budget.value_bytes == 4 and budget.checkpoints == 0
     lines = {line.what: line.num_bytes for line in budget.lines(tuple(train_step.store.resident))}
     held = [train_step.store.storage[number].numel() for number in train_step.store.resident]
@@ -137,7 +137,7 @@ def test_the_disk_must_hold_the_kept_checkpoints_and_the_one_being_written(
     optimizer = OptimizerConfig(learning_rate=0.01, bytes_per_parameter=1)
     config = words_config(4, keep=3, streaming=StreamingConfig(), optimizer=optimizer)
     run = RunFolder.open(tmp_path)
-    train(WordsJob(words_backbone()), config, run)
+    train(WordsTraining(words_backbone()), config, run)
     size = sum(path.stat().st_size for path in latest(run.path).iterdir())
     disk = shutil._ntuple_diskusage(10**9, 0, 2 * size)  # type: ignore[attr-defined]
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: disk)
@@ -147,28 +147,28 @@ def test_the_disk_must_hold_the_kept_checkpoints_and_the_one_being_written(
         == available(CPU, StreamingConfig(), run.checkpoints)["disk"]
     )
     with pytest.raises(ConfigError, match=r"KiB of disk, and .* are free.*loop\.keep=1 frees most"):
-        train(WordsJob(words_backbone()), config, run, resume=True)
-    train(WordsJob(words_backbone()), config.model_copy(update={"keep": 1}), run, resume=True)
+        train(WordsTraining(words_backbone()), config, run, resume=True)
+    train(WordsTraining(words_backbone()), config.model_copy(update={"keep": 1}), run, resume=True)
 
 
 def test_a_run_that_may_not_have_the_memory_is_refused_before_it_starts() -> None:
     config = words_config(streaming=StreamingConfig(host_gib=1e-5))
     with pytest.raises(ConfigError, match="of host memory, and 10.5 KiB are free"):
-        OffloadedTrainStep(WordsJob(words_backbone()), config)
+        OffloadedTrainStep(WordsTraining(words_backbone()), config)
 
 
 def test_the_real_stage_is_counted_before_the_pseudo_one_begins() -> None:
     shared = words_backbone(sharing="all", experts_every=1, dense=None)
     needed = (
-        OffloadedTrainStep(WordsJob(shared), words_config(streaming=StreamingConfig()))
+        OffloadedTrainStep(WordsTraining(shared), words_config(streaming=StreamingConfig()))
         .store.layouts[0]
         .num_bytes
     )
     room = StreamingConfig(host_gib=5 * needed / GIB)  # one set, or two, but never four beside the shared one
-    OffloadedTrainStep(WordsJob(shared), words_config(streaming=room))
+    OffloadedTrainStep(WordsTraining(shared), words_config(streaming=room))
     stages = StagesConfig(switch=SwitchConfig(step=5))
     with pytest.raises(ConfigError, match="num_layers"):
-        OffloadedTrainStep(WordsJob(shared), words_config(streaming=room, stages=stages))
+        OffloadedTrainStep(WordsTraining(shared), words_config(streaming=room, stages=stages))
 
 
 def test_free_memory_is_read_from_the_system() -> None:

@@ -22,21 +22,21 @@ from openm6.train.callbacks import SpikeDetector, SwapCallback, swapped_bytes
 from openm6.train.config import HeldOutConfig, LoopConfig
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.multimodal_data import pack_held_out
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.step import TrainStep, device_failures
 from tests.small_model import modalities
 from tests.train.tiny_recipe import tiny_recipe
-from tests.train.toy_job import ToyJob, toy_config
-from tests.train.words_job import WordsJob, words_backbone, words_config
+from tests.train.toy_training import ToyTraining, toy_config
+from tests.train.words_training import WordsTraining, words_backbone, words_config
 
 CPU = torch.device("cpu")
 EVERY = {"every": 2, "batches": 2}
 
 
-class UnjudgedJob(MultimodalJob):
+class UnjudgedTraining(MultimodalTraining):
     def finish(self, run: RunFolder) -> None:
         pass
 
@@ -45,7 +45,7 @@ def run_to(steps: int, folder: Path, resume: bool = False, **loop: Any) -> RunFo
     """Trains the tiny recipe in one process."""
     recipe = build(MultimodalRecipe, tiny_recipe(6, workers=1, log_every=2, **loop), "tiny")
     run, config = RunFolder.open(folder), recipe.loop.model_copy(update={"steps": steps})
-    train(UnjudgedJob(recipe, run, CPU), config, run, resume)
+    train(UnjudgedTraining(recipe, run, CPU), config, run, resume)
     return run
 
 
@@ -92,7 +92,7 @@ def test_several_processes_find_the_same(tmp_path: Path) -> None:
         values = tiny_recipe(2, workers=workers, log_every=2, held_out=EVERY)
         recipe = build(MultimodalRecipe, {**values, "packing": {"rows": 2, "length": 256}}, "tiny")
         run = RunFolder.open(tmp_path / str(workers))
-        train(UnjudgedJob(recipe, run, CPU), recipe.loop, run)
+        train(UnjudgedTraining(recipe, run, CPU), recipe.loop, run)
         found.append(held_out(run)[0])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
@@ -100,27 +100,27 @@ def test_several_processes_find_the_same(tmp_path: Path) -> None:
 def test_the_loss_is_that_of_training_on_other_records(tmp_path: Path) -> None:
     """Taken over training batches, it is what a step of training reports, side losses aside."""
     recipe = build(MultimodalRecipe, tiny_recipe(1), "tiny")
-    job = MultimodalJob(recipe, RunFolder.open(tmp_path), CPU)
-    batch = next(job.batches())
-    job.model.train()
-    trained = job.loss(batch)
+    training = MultimodalTraining(recipe, RunFolder.open(tmp_path), CPU)
+    batch = next(training.batches())
+    training.model.train()
+    trained = training.loss(batch)
     side = float(sum(load.side_loss.detach() for load in trained.loads))
-    job.model.eval()
+    training.model.eval()
     with torch.no_grad():
-        found = job.held_out_loss([batch])
+        found = training.held_out_loss([batch])
     assert found["loss"] == pytest.approx(float(trained.loss.detach()) - side, rel=1e-5)
     assert found["text"] == pytest.approx(float(trained.metrics["loss/text"]), rel=1e-5)
 
 
 def test_ranks_share_the_same_rows(tmp_path: Path) -> None:
     recipe = build(MultimodalRecipe, tiny_recipe(1), "tiny")
-    job = MultimodalJob(recipe, RunFolder.open(tmp_path), CPU)
-    whole = pack_held_out(recipe, job.modalities, Ranks(), 1)[0]
+    training = MultimodalTraining(recipe, RunFolder.open(tmp_path), CPU)
+    whole = pack_held_out(recipe, training.modalities, Ranks(), 1)[0]
     rows = []
     for rank in (0, 1):
         ranks = Ranks()
         ranks.rank, ranks.size = rank, 2
-        rows.append(pack_held_out(recipe, job.modalities, ranks, 1)[0])
+        rows.append(pack_held_out(recipe, training.modalities, ranks, 1)[0])
     assert [row.layout.batch for row in rows] == [1, 1]
     assert torch.equal(torch.cat([row.layout.example_id for row in rows]), whole.layout.example_id)
     assert rows[0].tasks + rows[1].tasks == whole.tasks
@@ -135,17 +135,17 @@ def test_data_without_test_records_is_refused_before_the_first_step(tmp_path: Pa
     }
     recipe, run = build(MultimodalRecipe, values, "tiny"), RunFolder.open(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"loop\.held_out needs validation or test records"):
-        train(MultimodalJob(recipe, run, CPU), recipe.loop, run)
+        train(MultimodalTraining(recipe, run, CPU), recipe.loop, run)
     assert read_metrics(run) == []
 
 
 def test_a_way_of_training_without_it_says_so(tmp_path: Path) -> None:
     config = LoopConfig(steps=2, held_out=HeldOutConfig(every=1), tensorboard=False)
     with pytest.raises(ConfigError, match=r"leave loop\.held_out out"):
-        train(ToyJob(), config, RunFolder.open(tmp_path))
+        train(ToyTraining(), config, RunFolder.open(tmp_path))
 
 
-class StrayJob(ToyJob):
+class StrayTraining(ToyTraining):
     """The model is sound, yet its loss on other records and its scores are not finite."""
 
     def held_out_batches(self, number: int) -> list[Any]:
@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_breaks_no_checkpoint_and_is_told_as_null(tmp_
     run = RunFolder.open(tmp_path)
     config = toy_config(steps=7).model_copy(update={"held_out": HeldOutConfig(every=6), "evaluate_every": 6})
     config = config.model_copy(update={"log_every": 10, "save_every": 6})
-    train(StrayJob(), config, run)
+    train(StrayTraining(), config, run)
     (line,) = [line for line in read_metrics(run) if "loss" in line]
     assert line["held_out/loss"] is None and line["held_out/text"] == 2.0
     state = read_state(latest(tmp_path))
@@ -258,15 +258,15 @@ def test_a_gpu_lost_in_the_middle_leaves_a_run_to_go_on_with(
             raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore")
         return loss(*given)
 
-    loss = WordsJob.loss
+    loss = WordsTraining.loss
     with monkeypatch.context() as patched:
-        patched.setattr(WordsJob, moment, gone)
+        patched.setattr(WordsTraining, moment, gone)
         patched.setattr(TrainStep, "close", gone_for_good)
         patched.setattr(OffloadedTrainStep, "close", gone_for_good)
         with pytest.raises(TrainingError, match=r"failed in step \d \(CUDA error.*\): what was saved"):
-            train(WordsJob(words_backbone()), config, RunFolder.open(tmp_path))
+            train(WordsTraining(words_backbone()), config, RunFolder.open(tmp_path))
     assert latest(tmp_path).name == "step-4"
-    assert train(WordsJob(words_backbone()), config, RunFolder(tmp_path), resume=True).steps == 8
+    assert train(WordsTraining(words_backbone()), config, RunFolder(tmp_path), resume=True).steps == 8
 
 
 def gone_for_good(*given: Any) -> None:

@@ -16,12 +16,12 @@ from openm6.codecs.registry import load_codec
 from openm6.train.codec import (
     CODEC_FILE,
     SCORES_FILE,
-    AudioCodecJob,
     AudioCodecRecipe,
+    AudioCodecTraining,
     CodecBatch,
-    CodecJob,
-    ImageCodecJob,
+    CodecTraining,
     ImageCodecRecipe,
+    ImageCodecTraining,
     check_health,
 )
 from openm6.train.codec_data import hold_out
@@ -42,56 +42,56 @@ def image_recipe(**changes: object) -> ImageCodecRecipe:
     return build(ImageCodecRecipe, values | changes, "the test")
 
 
-def image_job(**changes: object) -> ImageCodecJob:
-    return ImageCodecJob(image_recipe(**changes), CPU)
+def image_training(**changes: object) -> ImageCodecTraining:
+    return ImageCodecTraining(image_recipe(**changes), CPU)
 
 
 def test_a_run_writes_a_codec_that_loads_and_its_scores(tmp_path: Path) -> None:
-    job = image_job()
-    result = train(job, job.recipe.loop, RunFolder.open(tmp_path))
+    training = image_training()
+    result = train(training, training.recipe.loop, RunFolder.open(tmp_path))
     codec = load_codec(tmp_path / CODEC_FILE)
     assert codec.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 8, 2)
     scores = json.loads((tmp_path / SCORES_FILE).read_text())
-    assert scores["held_out"]["psnr"] == pytest.approx(job.best_score)
+    assert scores["held_out"]["psnr"] == pytest.approx(training.best_score)
     assert set(scores["test"]) == {"emoji_32"} and scores["test"]["emoji_32"]["psnr"] > 0
-    assert result.scores["psnr"] <= job.best_score
+    assert result.scores["psnr"] <= training.best_score
 
 
 def test_a_resumed_run_writes_the_same_codec_bit_for_bit(tmp_path: Path) -> None:
-    whole = image_job()
+    whole = image_training()
     train(whole, whole.recipe.loop, RunFolder.open(tmp_path / "whole"))
-    cut = image_job()
+    cut = image_training()
     _stop_after(cut, 4)
     with pytest.raises(KeyboardInterrupt):
         train(cut, cut.recipe.loop, RunFolder.open(tmp_path / "cut"))
-    again = image_job()
+    again = image_training()
     train(again, again.recipe.loop, RunFolder.open(tmp_path / "cut"), resume=True)
     assert (tmp_path / "cut" / CODEC_FILE).read_bytes() == (tmp_path / "whole" / CODEC_FILE).read_bytes()
     assert again.updates == whole.updates == 6
 
 
-def _stop_after(job: CodecJob, steps: int) -> None:
+def _stop_after(training: CodecTraining, steps: int) -> None:
     """Cuts a run between two checkpoints, as a crash would."""
-    plain = job.loss
+    plain = training.loss
 
     def loss(batch: CodecBatch) -> object:
         if batch.step > steps:
             raise KeyboardInterrupt
         return plain(batch)
 
-    job.loss = loss  # type: ignore[method-assign, assignment]
+    training.loss = loss  # type: ignore[method-assign, assignment]
 
 
-def heat(job: ImageCodecJob, steps: int) -> list[float]:
+def heat(training: ImageCodecTraining, steps: int) -> list[float]:
     """Losses of plain steps at 0.016, twice the recipes' rule of 0.002 · 64 / width for a width of 16."""
-    job.model.train()
-    optimizer = torch.optim.AdamW(job.model.parameters(), lr=0.016, betas=(0.9, 0.99))
+    training.model.train()
+    optimizer = torch.optim.AdamW(training.model.parameters(), lr=0.016, betas=(0.9, 0.99))
     losses = []
     for step in range(1, steps + 1):
-        result = job.loss(CodecBatch(step, 1))
+        result = training.loss(CodecBatch(step, 1))
         optimizer.zero_grad()
         result.loss.backward()
-        torch.nn.utils.clip_grad_norm_(job.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
         optimizer.step()
         losses.append(result.loss.item())
     return losses
@@ -99,15 +99,17 @@ def heat(job: ImageCodecJob, steps: int) -> list[float]:
 
 def test_the_latent_stays_alive_at_twice_the_rate_and_would_not_without_its_norm() -> None:
     codec = {"groups": 4, "widths": [16, 16], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]}
-    job = image_job(codec=codec, loop={"steps": 1000})
-    losses = heat(job, 150)
-    assert job.health is not None
-    check_health(job.health, job.recipe)
+    training = image_training(codec=codec, loop={"steps": 1000})
+    losses = heat(training, 150)
+    assert training.health is not None
+    check_health(training.health, training.recipe)
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
-    bare = image_job(codec=codec, loop={"steps": 1000}, settle_share=1.0)  # statistics frozen as they begin
+    bare = image_training(
+        codec=codec, loop={"steps": 1000}, settle_share=1.0
+    )  # statistics frozen as they begin
     heat(bare, 60)
     assert bare.health is not None
-    assert bare.health.saturated > 2 * job.health.saturated
+    assert bare.health.saturated > 2 * training.health.saturated
 
 
 def health(saturated: float, bits: tuple[float, ...]) -> Health:
@@ -124,15 +126,15 @@ def test_a_saturated_or_starved_latent_stops_the_run_with_the_mend() -> None:
 
 
 def test_guards_wait_for_their_step() -> None:
-    job = image_job(guard_from=10)
-    job.health = health(0.97, (2.9, 1.9))
-    job.evaluate(10)
+    training = image_training(guard_from=10)
+    training.health = health(0.97, (2.9, 1.9))
+    training.evaluate(10)
     with pytest.raises(TrainingError, match="saturated"):
-        job.evaluate(11)
+        training.evaluate(11)
 
 
 def test_health_goes_into_the_metrics() -> None:
-    metrics = image_job().loss(CodecBatch(1, 1)).metrics
+    metrics = image_training().loss(CodecBatch(1, 1)).metrics
     assert set(metrics) == {
         "latent/mean_magnitude",
         "latent/saturated",
@@ -142,50 +144,50 @@ def test_health_goes_into_the_metrics() -> None:
 
 
 def test_statistics_freeze_in_the_last_part_only() -> None:
-    job = image_job(settle_share=0.5)
-    norm = job.codec.latent_norms()[0]
-    job.model.train()
-    job.loss(CodecBatch(3, 1))
+    training = image_training(settle_share=0.5)
+    norm = training.codec.latent_norms()[0]
+    training.model.train()
+    training.loss(CodecBatch(3, 1))
     before = norm.mean.clone()
     assert not norm.frozen and before.abs().sum() > 0
-    job.loss(CodecBatch(4, 1))
+    training.loss(CodecBatch(4, 1))
     assert norm.frozen and torch.equal(norm.mean, before)
 
 
 def test_the_average_follows_the_weights_by_the_stated_rule() -> None:
-    job = image_job()
+    training = image_training()
     name = "decoder.0.weight"
-    first = job.averaged.state_dict()[name].clone()
+    first = training.averaged.state_dict()[name].clone()
     with torch.no_grad():
-        job.codec.state_dict()[name].add_(1.0)
-    job.after_step(job.loss(CodecBatch(1, 1)))
+        training.codec.state_dict()[name].add_(1.0)
+    training.after_step(training.loss(CodecBatch(1, 1)))
     keep = 2 / 11
-    assert torch.allclose(job.averaged.state_dict()[name], first + (1 - keep), atol=1e-6)
-    job.updates = 10**6
-    now = job.averaged.state_dict()[name].clone()
-    job.after_step(job.loss(CodecBatch(2, 1)))
-    expected = now.lerp(job.codec.state_dict()[name], 1 - 0.999)
-    assert torch.allclose(job.averaged.state_dict()[name], expected, atol=1e-6)
+    assert torch.allclose(training.averaged.state_dict()[name], first + (1 - keep), atol=1e-6)
+    training.updates = 10**6
+    now = training.averaged.state_dict()[name].clone()
+    training.after_step(training.loss(CodecBatch(2, 1)))
+    expected = now.lerp(training.codec.state_dict()[name], 1 - 0.999)
+    assert torch.allclose(training.averaged.state_dict()[name], expected, atol=1e-6)
 
 
 def test_the_best_average_is_kept_when_later_ones_are_worse() -> None:
-    job = image_job()
+    training = image_training()
     scores = iter([{"psnr": 20.0}, {"psnr": 25.0}, {"psnr": 21.0}])
-    job.held_out_scores = lambda codec: next(scores)  # type: ignore[method-assign]
+    training.held_out_scores = lambda codec: next(scores)  # type: ignore[method-assign]
     name = "decoder.0.bias"
     for step in range(3):
-        job.averaged.state_dict()[name].fill_(float(step))
-        job.evaluate(step)
-    assert job.best_score == 25.0
-    assert (job.best.state_dict()[name] == 1.0).all()
+        training.averaged.state_dict()[name].fill_(float(step))
+        training.evaluate(step)
+    assert training.best_score == 25.0
+    assert (training.best.state_dict()[name] == 1.0).all()
 
 
 def test_state_survives_a_round_trip_before_and_after_the_first_score() -> None:
     for score in (float("-inf"), 12.5):
-        job, other = image_job(), image_job()
-        job.best_score, job.updates = score, 7
-        job.averaged.state_dict()["decoder.0.bias"].fill_(3.0)
-        state = job.state()
+        training, other = image_training(), image_training()
+        training.best_score, training.updates = score, 7
+        training.averaged.state_dict()["decoder.0.bias"].fill_(3.0)
+        state = training.state()
         json.dumps(
             {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)},
             allow_nan=False,
@@ -205,7 +207,7 @@ def test_held_out_files_are_never_trained_on() -> None:
 
 def test_a_source_without_pictures_is_named() -> None:
     with pytest.raises(DataError, match=r"source 'poems' has no usable image"):
-        image_job(sources={"poems": {"kind": "embedded", "name": "poems_zh", "limit": 4}})
+        image_training(sources={"poems": {"kind": "embedded", "name": "poems_zh", "limit": 4}})
 
 
 def test_a_single_record_is_not_enough() -> None:
@@ -221,8 +223,8 @@ def test_broken_pictures_are_left_out_with_a_warning(
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     for name in ("one.png", "two.png"):
         (tmp_path / name).write_bytes(_embedded_picture())
-    job = image_job(sources={"mine": {"kind": "folder", "path": str(tmp_path), "test_share": 0.0}})
-    assert len(job.held_out) == 1 and len(job.data.banks[32].images) == 1
+    training = image_training(sources={"mine": {"kind": "folder", "path": str(tmp_path), "test_share": 0.0}})
+    assert len(training.held_out) == 1 and len(training.data.banks[32].images) == 1
     assert "source 'mine', record 0 is left out" in caplog.text
 
 
@@ -254,8 +256,8 @@ def test_a_sound_codec_trains_and_is_written(tmp_path: Path) -> None:
         "codec.width=16", "codec.encoder_blocks=1", "codec.decoder_blocks=1", "sources.digits.limit=8", "held_out=4",
     ]  # fmt: skip
     recipe = read_config(AudioCodecRecipe, RECIPES / "codec-sound.yaml", changes)
-    job = AudioCodecJob(recipe, CPU)
-    train(job, recipe.loop, RunFolder.open(tmp_path))
+    training = AudioCodecTraining(recipe, CPU)
+    train(training, recipe.loop, RunFolder.open(tmp_path))
     assert load_codec(tmp_path / CODEC_FILE).encode(torch.zeros(1, 16000)).shape == (1, 25, 4)
     assert json.loads((tmp_path / SCORES_FILE).read_text())["test"]["digits"]["log_mel_l1"] > 0
 
@@ -264,5 +266,5 @@ def test_a_sound_codec_trains_and_is_written(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_codec_trains_on_the_gpu_in_half_precision(tmp_path: Path) -> None:
     recipe = image_recipe()
-    train(ImageCodecJob(recipe, torch.device("cuda")), recipe.loop, RunFolder.open(tmp_path))
+    train(ImageCodecTraining(recipe, torch.device("cuda")), recipe.loop, RunFolder.open(tmp_path))
     assert load_codec(tmp_path / CODEC_FILE).encode(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 8, 2)

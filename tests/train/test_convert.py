@@ -19,10 +19,10 @@ from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescripti
 from openm6.train.convert import convert
 from openm6.train.loop import train
 from tests.offload.test_blocks import PLAIN, SHARED, run_config
-from tests.train.words_job import WordsJob, words_backbone, words_config
+from tests.train.words_training import WordsTraining, words_backbone, words_config
 
 
-class DescribedJob(WordsJob):
+class DescribedTraining(WordsTraining):
     """Keeps what a multimodal run keeps beside the weights."""
 
     def files(self) -> dict[str, str]:
@@ -37,15 +37,15 @@ def trained(folder: Path, backbone: Any, config: Any) -> Path:
     run.write_config(
         {"model": {"overrides": {"sharing": "all"}}, "loop": {"steps": 4, "stages": {"moments": "reset"}}}
     )
-    train(DescribedJob(backbone), config, run)
+    train(DescribedTraining(backbone), config, run)
     return folder
 
 
 def answers(folder: Path, backbone: Any) -> torch.Tensor:
-    job = WordsJob(backbone)
-    load_model(latest(folder), job.model)
+    training = WordsTraining(backbone)
+    load_model(latest(folder), training.model)
     with torch.no_grad():
-        return job.words(job.batch(99).words)[0]
+        return training.words(training.batch(99).words)[0]
 
 
 @pytest.mark.parametrize(("size", "near"), [(4, 0.003), (2, 0.003), (1, 0.02)])
@@ -58,14 +58,16 @@ def test_a_plain_run_goes_on_with_fewer_bytes(tmp_path: Path, size: int, near: f
     name = "backbone.sets.0.attention.qkv"
     torch.testing.assert_close(kept.read(f"{name}::row_var"), old.read(f"{name}::exp_avg_sq").mean(-1))
     assert RunFolder(tmp_path / "small").read_config()["loop"]["optimizer"]["bytes_per_parameter"] == size
-    train(DescribedJob(PLAIN), run_config(steps=6, bytes=size), RunFolder(tmp_path / "small"), resume=True)
+    train(
+        DescribedTraining(PLAIN), run_config(steps=6, bytes=size), RunFolder(tmp_path / "small"), resume=True
+    )
 
 
 def test_a_small_run_goes_on_plainly(tmp_path: Path) -> None:
     small = trained(tmp_path / "small", PLAIN, run_config(steps=4))
     convert(small, tmp_path / "plain", bytes_per_parameter=16)
     assert torch.equal(answers(small, PLAIN), answers(tmp_path / "plain", PLAIN))
-    train(DescribedJob(PLAIN), words_config(6), RunFolder(tmp_path / "plain"), resume=True)
+    train(DescribedTraining(PLAIN), words_config(6), RunFolder(tmp_path / "plain"), resume=True)
 
 
 @pytest.mark.parametrize("share_routers", [False, True])
@@ -80,7 +82,7 @@ def test_a_pseudo_checkpoint_becomes_a_real_one(tmp_path: Path, share_routers: b
     assert json.loads((latest(tmp_path / "real") / MODEL_FILE).read_text())["backbone"]["sharing"] is None
     settings = RunFolder(tmp_path / "real").read_config()
     assert settings["model"]["overrides"]["sharing"] is None and "stages" not in settings["loop"]
-    train(DescribedJob(real), words_config(6), RunFolder(tmp_path / "real"), resume=True)
+    train(DescribedTraining(real), words_config(6), RunFolder(tmp_path / "real"), resume=True)
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
@@ -91,6 +93,6 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
         convert(real, tmp_path / "out", stage="pseudo")
     with pytest.raises(ConfigError, match="already holds a run"):
         convert(real, real, bytes_per_parameter=1)
-    train(WordsJob(SHARED), words_config(1), RunFolder.open(tmp_path / "bare"))
+    train(WordsTraining(SHARED), words_config(1), RunFolder.open(tmp_path / "bare"))
     with pytest.raises(CheckpointError, match=r"has no model\.json"):
         convert(tmp_path / "bare", tmp_path / "out")

@@ -16,7 +16,7 @@ from openm6.evaluate.results import EvalReport
 from openm6.evaluate.run import evaluate, scores_json
 from openm6.parallel.processes import ProcessRanks
 from openm6.train.loop import train
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe, train_recipe
 from tests.parallel.fleet import Fleet
 from tests.train.tiny_recipe import JUDGE, tiny_recipe, write_recipe
@@ -109,12 +109,12 @@ def judged_on_ranks(recipe: str, folder: str, axes: tuple[int, int, int]) -> dic
     names = ("data", "shard", "experts")
     checked, _ = read_recipe(Path(recipe), [f"parallel.{n}={s}" for n, s in zip(names, axes, strict=True)])
     ranks, run = ProcessRanks(CPU, 60), RunFolder.open(folder)
-    job = MultimodalJob(checked, run, CPU, ranks)
+    training = MultimodalTraining(checked, run, CPU, ranks)
     with pytest.MonkeyPatch.context() as patched:
         load_no_second(patched)
         # The fleet has no launcher, whose store ranks wait at.
         patched.setattr(ProcessRanks, "main_process_first", lambda self: torch.no_grad())
-        train(job, checked.loop, run)
+        train(training, checked.loop, run)
     dist.barrier()
     return reported(run.path) if ranks.is_main_process else None
 

@@ -21,13 +21,13 @@ from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 from openm6.train.convert import convert
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe
 from tests.offload.test_blocks import SHARED, bytes_of, run_config
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
-from tests.train.words_job import WordsJob, words_backbone
+from tests.train.words_training import WordsTraining, words_backbone
 
 STEPS, SWITCH = 6, 3
 
@@ -68,9 +68,9 @@ def test_a_shared_set_is_moved_once_a_pass(tmp_path: Path) -> None:
     moved = {}
     for sharing in ("all", None):
         recipe = build(MultimodalRecipe, giant_recipe({"step": 9}, sharing=sharing, num_layers=4), "a test")
-        job = MultimodalJob(recipe, RunFolder.open(tmp_path / str(sharing)), torch.device("cpu"))
-        train_step = OffloadedTrainStep(job, recipe.loop)
-        batches = job.batches()
+        training = MultimodalTraining(recipe, RunFolder.open(tmp_path / str(sharing)), torch.device("cpu"))
+        train_step = OffloadedTrainStep(training, recipe.loop)
+        batches = training.batches()
         for step in (1, 2):
             before = train_step.store.moved_bytes
             train_step.update(next(batches), step, 9)
@@ -100,7 +100,7 @@ def test_stage_and_bytes_are_converted_and_the_run_goes_on(finished: Path, tmp_p
 def test_a_switch_by_loss_or_clock_happens_in_a_streamed_run(switch: SwitchConfig, tmp_path: Path) -> None:
     """A loss that does not fall by 99 % in two steps stands still; a moment is over after the first step."""
     run = RunFolder.open(tmp_path)
-    train(WordsJob(SHARED), run_config(stages=StagesConfig(switch=switch), steps=6), run)
+    train(WordsTraining(SHARED), run_config(stages=StagesConfig(switch=switch), steps=6), run)
     first = 1 if switch.plateau is None else 4
     assert [line["stage"] for line in read_metrics(run)] == ["pseudo"] * first + ["real"] * (6 - first)
 
@@ -111,7 +111,7 @@ STAGED = run_config(stages=StagesConfig(switch=SwitchConfig(step=5), warmup_step
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    train(WordsJob(SHARED), STAGED, RunFolder.open(folder))
+    train(WordsTraining(SHARED), STAGED, RunFolder.open(folder))
     return folder
 
 
@@ -121,17 +121,17 @@ def test_a_streamed_run_broken_on_either_side_of_the_switch_resumes_as_if_unbrok
 ) -> None:
     broken = RunFolder.open(tmp_path)
 
-    def crash(self: WordsJob, batch: Any) -> Any:
+    def crash(self: WordsTraining, batch: Any) -> Any:
         if batch.index == stop:
             raise OSError("the lights went out")
         return loss(self, batch)
 
-    loss = WordsJob.loss
+    loss = WordsTraining.loss
     with monkeypatch.context() as patched:
-        patched.setattr(WordsJob, "loss", crash)
+        patched.setattr(WordsTraining, "loss", crash)
         with pytest.raises(OSError, match="lights"):
-            train(WordsJob(SHARED), STAGED, broken)
-    train(WordsJob(SHARED), STAGED, broken, resume=True)
+            train(WordsTraining(SHARED), STAGED, broken)
+    train(WordsTraining(SHARED), STAGED, broken, resume=True)
     assert bytes_of(latest(broken.path)) == bytes_of(latest(whole))
 
 
@@ -140,10 +140,10 @@ def test_sets_are_saved_and_read_without_a_second_copy(tmp_path: Path) -> None:
     """64 sets of 1 MiB: the peak may rise by a few of them, not by all."""
     experts = ExpertsConfig(hidden=192, num_experts=8, top_k=1)
     backbone = words_backbone(width=192, num_layers=64, experts=experts, experts_every=1, dense=None)
-    train_step = OffloadedTrainStep(WordsJob(backbone), run_config())
+    train_step = OffloadedTrainStep(WordsTraining(backbone), run_config())
     held = sum(stored.numel() for stored in train_step.store.storage)
     shards = {"shards": train_step.shards(), "num_shards": train_step.num_shards}
-    snapshot = Snapshot(step=1, model=train_step.job.model, optimizer={}, state={}, **shards)
+    snapshot = Snapshot(step=1, model=train_step.training.model, optimizer={}, state={}, **shards)
     folder, saved = peak_of(lambda: save(snapshot, tmp_path, keep=1))
     weights = [stored.clone() for stored in train_step.store.storage[:2]]
     for stored in train_step.store.storage:

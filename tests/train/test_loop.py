@@ -20,10 +20,10 @@ from openm6.checkpoint.folder import latest, list_checkpoints, read_state
 from openm6.optim.config import ScheduleConfig
 from openm6.optim.schedule import decay_start
 from openm6.train.config import LoopConfig
-from openm6.train.job import StepResult
 from openm6.train.loop import RunLength, TrainResult, train
 from openm6.train.metrics import Line, read_metrics
-from tests.train.toy_job import ToyBatch, ToyJob, toy_config
+from openm6.train.training_task import StepResult
+from tests.train.toy_training import ToyBatch, ToyTraining, toy_config
 
 ROOT = Path(__file__).parents[2]
 MEASURED = {
@@ -38,7 +38,7 @@ MEASURED = {
 }
 
 
-class CrashingJob(ToyJob):
+class CrashingTraining(ToyTraining):
     """Dies in the middle of a step, as a machine might."""
 
     def __init__(self, step: int) -> None:
@@ -78,7 +78,7 @@ def assert_same_run(left: Path, right: Path) -> None:
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 40 steps that nothing disturbed."""
     folder = tmp_path_factory.mktemp("unbroken")
-    train(ToyJob(), toy_config(), RunFolder.open(folder))
+    train(ToyTraining(), toy_config(), RunFolder.open(folder))
     return folder
 
 
@@ -103,17 +103,17 @@ def test_the_last_checkpoints_are_kept(unbroken: Path) -> None:
 @pytest.mark.parametrize("crash", [3, 22, 40])
 def test_resumed_equals_unbroken(tmp_path: Path, optimizer: str, crash: int) -> None:
     config = toy_config(optimizer)
-    train(ToyJob(), config, RunFolder.open(tmp_path / "whole"))
+    train(ToyTraining(), config, RunFolder.open(tmp_path / "whole"))
     broken = RunFolder.open(tmp_path / "broken")
     with pytest.raises(OSError, match="lights"):
-        train(CrashingJob(crash), config, broken)
-    train(ToyJob(), config, broken, resume=True)
+        train(CrashingTraining(crash), config, broken)
+    train(ToyTraining(), config, broken, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """The toy job in a process of its own, slow enough to be hit in the middle."""
-    command = [sys.executable, "-m", "tests.train.toy_job", str(folder), "--pause", "0.1", *words]
+    """The toy training in a process of its own, slow enough to be hit in the middle."""
+    command = [sys.executable, "-m", "tests.train.toy_training", str(folder), "--pause", "0.1", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -141,7 +141,7 @@ def test_killed_at_a_random_step_and_resumed_equals_unbroken(tmp_path: Path, unb
     assert process.returncode == -signal.SIGKILL
     # The kill may fall before the first checkpoint: then there is nothing to go on from, and the run begins anew.
     assert not (tmp_path / "checkpoints" / "step-40").exists()
-    train(ToyJob(), toy_config(), RunFolder(tmp_path), resume=True)
+    train(ToyTraining(), toy_config(), RunFolder(tmp_path), resume=True)
     assert_same_run(unbroken, tmp_path)
 
 
@@ -155,11 +155,11 @@ def test_ctrl_c_saves_and_says_so_in_one_sentence(tmp_path: Path, unbroken: Path
     checkpoint = latest(tmp_path)
     assert errors.splitlines()[-1].startswith(f"stopped at step {checkpoint.name[5:]}, saved as {checkpoint}")
     assert 10 <= read_state(checkpoint)["step"] < 40
-    train(ToyJob(), toy_config(), RunFolder(tmp_path), resume=True)
+    train(ToyTraining(), toy_config(), RunFolder(tmp_path), resume=True)
     assert_same_run(unbroken, tmp_path)
 
 
-class StoppedJob(ToyJob):
+class StoppedTraining(ToyTraining):
     """Gets signals within one step, as from a cluster that wants its machine back or an impatient person."""
 
     def __init__(self, step: int, *words: signal.Signals) -> None:
@@ -176,7 +176,7 @@ class StoppedJob(ToyJob):
 def test_a_polite_kill_saves_too(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match=r"stopped at step 12, saved as .*step-12: go on with --resume"):
-        train(StoppedJob(12, signal.SIGTERM), toy_config(), RunFolder.open(tmp_path))
+        train(StoppedTraining(12, signal.SIGTERM), toy_config(), RunFolder.open(tmp_path))
     assert latest(tmp_path).name == "step-12"
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -185,14 +185,14 @@ def test_a_polite_kill_saves_too(tmp_path: Path) -> None:
 def test_a_second_polite_kill_changes_nothing(tmp_path: Path, word: signal.Signals) -> None:
     """`timeout` sends its signal twice, once to the process and once to its group."""
     with pytest.raises(Interrupted, match="stopped at step 12") as stop:
-        train(StoppedJob(12, signal.SIGTERM, word), toy_config(), RunFolder.open(tmp_path))
+        train(StoppedTraining(12, signal.SIGTERM, word), toy_config(), RunFolder.open(tmp_path))
     assert stop.value.exit_code == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("word", [signal.SIGTERM, signal.SIGINT])
 def test_ctrl_c_after_another_stop_ends_at_once(tmp_path: Path, word: signal.Signals) -> None:
     with pytest.raises(KeyboardInterrupt) as stop:
-        train(StoppedJob(12, word, signal.SIGINT), toy_config(), RunFolder.open(tmp_path))
+        train(StoppedTraining(12, word, signal.SIGINT), toy_config(), RunFolder.open(tmp_path))
     assert not isinstance(stop.value, Interrupted)
     assert latest(tmp_path).name == "step-7"
 
@@ -201,23 +201,23 @@ def test_a_run_that_was_started_to_outlive_its_terminal_does(tmp_path: Path) -> 
     """`nohup` has SIGHUP ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        result = train(StoppedJob(5, signal.SIGHUP), toy_config(steps=6), RunFolder.open(tmp_path))
+        result = train(StoppedTraining(5, signal.SIGHUP), toy_config(steps=6), RunFolder.open(tmp_path))
     finally:
         signal.signal(signal.SIGHUP, before)
     assert result.steps == 6
 
 
 def test_a_stop_in_the_last_step_lets_the_run_finish(tmp_path: Path) -> None:
-    job = StoppedJob(40, signal.SIGTERM)
-    train(job, toy_config(), RunFolder.open(tmp_path))
-    assert job.finished == [tmp_path]
+    training = StoppedTraining(40, signal.SIGTERM)
+    train(training, toy_config(), RunFolder.open(tmp_path))
+    assert training.finished == [tmp_path]
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
-    job = ToyJob(spoilt=(4, 5, 9))
-    result = train(job, toy_config(steps=12), RunFolder.open(tmp_path))
-    assert result.non_finite == 3 and job.applied == 9
-    assert all(torch.isfinite(parameter).all() for parameter in job.model.parameters())
+    training = ToyTraining(spoilt=(4, 5, 9))
+    result = train(training, toy_config(steps=12), RunFolder.open(tmp_path))
+    assert result.non_finite == 3 and training.applied == 9
+    assert all(torch.isfinite(parameter).all() for parameter in training.model.parameters())
     lines = [line for line in read_metrics(RunFolder(tmp_path)) if "loss" in line]
     assert [line["non_finite"] for line in lines] == [2, 3, 3]
     assert all(line["loss"] is not None for line in lines)
@@ -225,7 +225,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> No
 
 def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path: Path) -> None:
     """A run whose step 6 is spoilt ends like one that never took it: only the data went on."""
-    spoilt, plain = ToyJob(spoilt=(6,)), ToyJob()
+    spoilt, plain = ToyTraining(spoilt=(6,)), ToyTraining()
     train(spoilt, toy_config(steps=6, save_every=5), RunFolder.open(tmp_path / "spoilt"))
     folders = [tmp_path / "spoilt/checkpoints" / name for name in ("step-5", "step-6")]
     for name in ("optimizer.safetensors", "job.safetensors"):
@@ -237,54 +237,54 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path: Path) -> None
 def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     config = toy_config().model_copy(update={"max_non_finite": 3})
     with pytest.raises(TrainingError, match=r"4 steps up to step 13: lower loop\.optimizer\.learning_rate"):
-        train(ToyJob(spoilt=tuple(range(10, 40))), config, RunFolder.open(tmp_path))
+        train(ToyTraining(spoilt=tuple(range(10, 40))), config, RunFolder.open(tmp_path))
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path, unbroken: Path) -> None:
     with pytest.raises(TrainingError, match="already holds a run: add --resume"):
-        train(ToyJob(), toy_config(), RunFolder(unbroken))
+        train(ToyTraining(), toy_config(), RunFolder(unbroken))
 
 
 def test_resuming_nothing_starts_from_the_beginning(tmp_path: Path, unbroken: Path) -> None:
-    train(ToyJob(), toy_config(), RunFolder.open(tmp_path), resume=True)
+    train(ToyTraining(), toy_config(), RunFolder.open(tmp_path), resume=True)
     assert_same_run(unbroken, tmp_path)
 
 
 def test_resuming_a_finished_run_finishes_again(tmp_path: Path) -> None:
     config = toy_config(steps=6)
-    first = train(ToyJob(), config, RunFolder.open(tmp_path))
-    job = ToyJob()
-    second = train(job, config, RunFolder(tmp_path), resume=True)
-    assert job.finished == [tmp_path] and job.applied == 6
+    first = train(ToyTraining(), config, RunFolder.open(tmp_path))
+    training = ToyTraining()
+    second = train(training, config, RunFolder(tmp_path), resume=True)
+    assert training.finished == [tmp_path] and training.applied == 6
     assert isinstance(second, TrainResult) and second.checkpoint == first.checkpoint
     assert second.scores == first.scores != {}
 
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
-    train(ToyJob(), toy_config(steps=6), RunFolder.open(tmp_path))
+    train(ToyTraining(), toy_config(steps=6), RunFolder.open(tmp_path))
     with pytest.raises(
         CheckpointError, match=r"trained with adamw, not muon: set loop\.optimizer\.name back"
     ):
-        train(ToyJob(), toy_config("muon"), RunFolder(tmp_path), resume=True)
+        train(ToyTraining(), toy_config("muon"), RunFolder(tmp_path), resume=True)
 
 
 def test_a_broken_checkpoint_is_passed_over(tmp_path: Path, unbroken: Path) -> None:
     run = RunFolder.open(tmp_path)
     with pytest.raises(OSError, match="lights"):
-        train(CrashingJob(30), toy_config(), run)
+        train(CrashingTraining(30), toy_config(), run)
     weights = tmp_path / "checkpoints/step-28/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     assert latest(tmp_path).name == "step-21"
-    train(ToyJob(), toy_config(), run, resume=True)
+    train(ToyTraining(), toy_config(), run, resume=True)
     assert_same_run(unbroken, tmp_path)
 
 
 def test_a_failure_while_making_batches_is_told_in_the_main_thread(tmp_path: Path) -> None:
-    job = ToyJob()
-    stream = job.batches()
-    job.batches = lambda: (next(stream) for _ in range(3))  # type: ignore[method-assign]
+    training = ToyTraining()
+    stream = training.batches()
+    training.batches = lambda: (next(stream) for _ in range(3))  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match="the data ended"):
-        train(job, toy_config(), RunFolder.open(tmp_path))
+        train(training, toy_config(), RunFolder.open(tmp_path))
 
 
 def test_metrics_are_valid_json(unbroken: Path) -> None:
@@ -360,9 +360,11 @@ def test_a_measured_run_repeats_exactly_as_a_given_one(tmp_path: Path) -> None:
         "save_every": 9999,
     }
     config = LoopConfig.model_validate(values)
-    measured = train(ToyJob(), config, RunFolder.open(tmp_path / "measured"))
+    measured = train(ToyTraining(), config, RunFolder.open(tmp_path / "measured"))
     steps = RunFolder(tmp_path / "measured").read_config()["loop"]["steps"]
     assert measured.steps == steps >= 5
-    given = train(ToyJob(), config.model_copy(update={"steps": steps}), RunFolder.open(tmp_path / "given"))
+    given = train(
+        ToyTraining(), config.model_copy(update={"steps": steps}), RunFolder.open(tmp_path / "given")
+    )
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (measured.checkpoint / name).read_bytes() == (given.checkpoint / name).read_bytes()

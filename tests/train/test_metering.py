@@ -20,7 +20,7 @@ from openm6.train.metering import PASSES, Attribution
 from openm6.train.metrics import read_metrics
 from openm6.train.step import StepReport
 from tests.small_model import BACKBONE, modalities
-from tests.train.toy_job import ToyJob, toy_config
+from tests.train.toy_training import ToyTraining, toy_config
 
 
 class Witness(Callback):
@@ -58,12 +58,12 @@ class Witness(Callback):
 
 def test_hooks_are_called_in_order_and_their_state_is_kept(tmp_path: Path) -> None:
     run, first = RunFolder.open(tmp_path), Witness()
-    train(ToyJob(), toy_config(steps=5), run, callbacks=[first])
+    train(ToyTraining(), toy_config(steps=5), run, callbacks=[first])
     assert first.told[:3] == ["start 0", "before 1", "after 1"] and first.told[-2:] == ["after 5", "close"]
     line = read_metrics(run)[0]
     assert line["seen twice"] == pytest.approx(6.0) and line["stage"] == "real"
     second = Witness()
-    train(ToyJob(), toy_config(steps=8), run, resume=True, callbacks=[second])
+    train(ToyTraining(), toy_config(steps=8), run, resume=True, callbacks=[second])
     assert second.told[0] == "start 5" and second.seen == 8
 
 
@@ -74,13 +74,13 @@ def test_a_hook_is_closed_when_the_run_fails(tmp_path: Path) -> None:
 
     callback = Failing()
     with pytest.raises(OSError, match="lights"):
-        train(ToyJob(), toy_config(steps=5), RunFolder.open(tmp_path), callbacks=[callback])
+        train(ToyTraining(), toy_config(steps=5), RunFolder.open(tmp_path), callbacks=[callback])
     assert callback.told[-1] == "close"
 
 
 def test_lines_and_checkpoints_tell_joules_and_a_resumed_run_carries_them_on(tmp_path: Path) -> None:
     run = RunFolder.open(tmp_path)
-    train(ToyJob(), toy_config(steps=10), run)
+    train(ToyTraining(), toy_config(steps=10), run)
     lines = [line for line in read_metrics(run) if "joules" in line]
     assert len(lines) == 2 and 0 < lines[0]["joules"] <= lines[1]["joules"]
     assert lines[1]["energy_source"] and lines[1]["watts"] >= 0 and lines[1]["joules_per_token"] >= 0
@@ -88,7 +88,7 @@ def test_lines_and_checkpoints_tell_joules_and_a_resumed_run_carries_them_on(tmp
     assert ledger.joules >= lines[1]["joules"]
     assert ledger.joules == pytest.approx(ledger.in_steps + ledger.between + ledger.repeated)
     assert ledger.tokens == lines[1]["tokens"]
-    train(ToyJob(), toy_config(steps=15), run, resume=True)
+    train(ToyTraining(), toy_config(steps=15), run, resume=True)
     after = [line for line in read_metrics(run) if "joules" in line][-1]
     assert after["step"] == 15 and after["joules"] >= ledger.joules
 
@@ -102,10 +102,10 @@ def test_steps_that_a_crash_lost_are_accounted_as_repeated(tmp_path: Path) -> No
 
     run = RunFolder.open(tmp_path)
     with pytest.raises(OSError, match="lights"):
-        train(ToyJob(pause=0.002), toy_config(steps=20), run, callbacks=[Failing()])
+        train(ToyTraining(pause=0.002), toy_config(steps=20), run, callbacks=[Failing()])
     told = [line["joules"] for line in read_metrics(run) if "joules" in line][-1]
     at_checkpoint = Ledger.from_json(read_state(latest(tmp_path))["hooks"]["meter"])
-    train(ToyJob(), toy_config(steps=20), run, resume=True)
+    train(ToyTraining(), toy_config(steps=20), run, resume=True)
     ledger = Ledger.from_json(read_state(latest(tmp_path))["hooks"]["meter"])
     assert ledger.repeated == pytest.approx(told - at_checkpoint.joules)
     assert ledger.joules > told and ledger.tokens == 20 * 16

@@ -29,7 +29,7 @@ from openm6.inference.load import load
 from openm6.modalities.registry import MODALITIES
 from openm6.tasks.registry import TASKS
 from openm6.train.metrics import Line, read_metrics
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe
 from tests.data.pictures import png
@@ -372,12 +372,12 @@ def test_embeddings_are_taught_beside_answers(tmp_path: Path) -> None:
 def test_a_weight_that_no_row_uses_adds_nothing_even_when_it_is_not_finite(tmp_path: Path) -> None:
     """Where weights are cut, each has a gradient of zeros for the others' sake."""
     recipe = build(MultimodalRecipe, tiny_recipe(1) | text_only(), "tiny")
-    job = MultimodalJob(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
-    unused = list(job.omni.adapter("image_in").parameters())
-    job.optional_parameters = lambda: unused  # type: ignore[method-assign]
+    training = MultimodalTraining(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
+    unused = list(training.omni.adapter("image_in").parameters())
+    training.optional_parameters = lambda: unused  # type: ignore[method-assign]
     with torch.no_grad():
         unused[0].view(-1)[0] = float("inf")
-    loss = job.loss(next(job.batches())).loss
+    loss = training.loss(next(training.batches())).loss
     loss.backward()
     assert torch.isfinite(loss)
     assert all(weight.grad is not None and not weight.grad.any() for weight in unused)
@@ -385,17 +385,17 @@ def test_a_weight_that_no_row_uses_adds_nothing_even_when_it_is_not_finite(tmp_p
 
 def test_the_parts_of_a_batch_add_up_to_its_loss_and_gradient(tmp_path: Path) -> None:
     recipe = build(MultimodalRecipe, {**tiny_recipe(), "packing": {"rows": 4, "length": 160}}, "tiny")
-    job = MultimodalJob(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
-    job.model.train()
-    assert job.most_parts == 2
-    batch = next(job.batches())
-    whole = job.loss(batch)
-    wanted = torch.autograd.grad(whole.loss, list(job.model.parameters()), allow_unused=True)
-    parts = [job.loss(part) for part in job.split(batch, 3)]
+    training = MultimodalTraining(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
+    training.model.train()
+    assert training.most_parts == 2
+    batch = next(training.batches())
+    whole = training.loss(batch)
+    wanted = torch.autograd.grad(whole.loss, list(training.model.parameters()), allow_unused=True)
+    parts = [training.loss(part) for part in training.split(batch, 3)]
     total = torch.stack([part.loss for part in parts]).sum()
     assert total.item() == pytest.approx(whole.loss.item(), rel=1e-4)
-    found = torch.autograd.grad(total, list(job.model.parameters()), allow_unused=True)
-    for (name, _), one, other in zip(job.model.named_parameters(), wanted, found, strict=True):
+    found = torch.autograd.grad(total, list(training.model.parameters()), allow_unused=True)
+    for (name, _), one, other in zip(training.model.named_parameters(), wanted, found, strict=True):
         assert (one is None) == (other is None), name
         if one is not None:
             torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-5, msg=name)

@@ -16,12 +16,12 @@ from torch import Tensor
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest
 from openm6.parallel.processes import ProcessRanks
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.run import read_recipe
 from tests.checkpoint.test_sharded import together, wait_for, weights
 from tests.parallel.fleet import Fleet
-from tests.parallel.recording_job import Records, run_steps
+from tests.parallel.recording_training import Records, run_steps
 from tests.parallel.test_ranks import CPU
 from tests.train.test_pseudo_to_real_ranks import real_weights
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
@@ -112,8 +112,8 @@ def test_ranks_change_from_pseudo_to_real(tmp_path: Path, two: Fleet, four: Flee
 def gathers(recipe: str, folder: str) -> tuple[int, int]:
     """All-gathers and reduce-scatters of one step."""
     checked, _ = read_recipe(Path(recipe), ["parallel.shard=2", "parallel.experts=1"])
-    job = MultimodalJob(checked, RunFolder.open(folder), CPU, ProcessRanks(CPU, 60))
-    train_step = OffloadedTrainStep(job, checked.loop)
+    training = MultimodalTraining(checked, RunFolder.open(folder), CPU, ProcessRanks(CPU, 60))
+    train_step = OffloadedTrainStep(training, checked.loop)
     counts = [0, 0]
     originals = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
@@ -127,7 +127,7 @@ def gathers(recipe: str, folder: str) -> tuple[int, int]:
 
     dist.all_gather_into_tensor, dist.reduce_scatter_tensor = gather, scatter
     try:
-        train_step.update(next(job.batches()), 1, 10)
+        train_step.update(next(training.batches()), 1, 10)
     finally:
         dist.all_gather_into_tensor, dist.reduce_scatter_tensor = originals
     return counts[0], counts[1]

@@ -19,7 +19,7 @@ from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
 from openm6.train.pseudo_to_real import SwitchClock, rate_after_switch
 from openm6.train.step import TrainStep
-from tests.train.words_job import WordsJob, words_backbone, words_config
+from tests.train.words_training import WordsTraining, words_backbone, words_config
 
 SHARED = words_backbone(sharing="all")
 STAGES = StagesConfig(switch=SwitchConfig(step=7), warmup_steps=2)
@@ -36,7 +36,7 @@ def files_of(folder: Path) -> list[bytes]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("staged")
-    train(WordsJob(SHARED), staged(), RunFolder.open(folder))
+    train(WordsTraining(SHARED), staged(), RunFolder.open(folder))
     return folder
 
 
@@ -44,32 +44,34 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("share_routers", [False, True])
 def test_answers_are_equal_just_before_and_just_after_the_switch(sharing: Any, share_routers: bool) -> None:
     config = words_backbone(sharing=sharing, share_routers=share_routers, experts_every=1, dense=None)
-    job = WordsJob(config)
-    train_step = TrainStep(job, words_config())
+    training = WordsTraining(config)
+    train_step = TrainStep(training, words_config())
     for step in (1, 2, 3):
-        train_step.update(job.batch(step), step, 10)
-    words = job.batch(9).words
+        train_step.update(training.batch(step), step, 10)
+    words = training.batch(9).words
     with torch.no_grad():
-        before = job.words(words)[0]
+        before = training.words(words)[0]
         train_step.delink("independent")
-        after = job.words(words)[0]
-    assert job.stage == "real" and len(job.words.backbone.sets) == 4
+        after = training.words(words)[0]
+    assert training.stage == "real" and len(training.words.backbone.sets) == 4
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
-    train_step.update(job.batch(4), 4, 10)
-    first, second = (next(job.words.backbone.sets[layer].parameters()) for layer in (1, 3))
+    train_step.update(training.batch(4), 4, 10)
+    first, second = (next(training.words.backbone.sets[layer].parameters()) for layer in (1, 3))
     assert not torch.equal(first, second)  # each layer goes its own way from here on
 
 
 def test_every_delinked_parameter_is_trained_and_remembered() -> None:
-    job = WordsJob(SHARED)
-    train_step = TrainStep(job, words_config())
-    train_step.update(job.batch(1), 1, 10)
-    shared = optimizer_tensors(train_step.optimizer, job.model)
+    training = WordsTraining(SHARED)
+    train_step = TrainStep(training, words_config())
+    train_step.update(training.batch(1), 1, 10)
+    shared = optimizer_tensors(train_step.optimizer, training.model)
     train_step.delink("aligned")
-    kept = optimizer_tensors(train_step.optimizer, job.model)
-    names = {name for name, _ in job.model.named_parameters()}
+    kept = optimizer_tensors(train_step.optimizer, training.model)
+    names = {name for name, _ in training.model.named_parameters()}
     assert {name.partition("::")[0] for name in kept} == names
-    assert {id(parameter) for parameter in train_step.parameters} == {id(p) for p in job.model.parameters()}
+    assert {id(parameter) for parameter in train_step.parameters} == {
+        id(p) for p in training.model.parameters()
+    }
     second = shared["backbone.sets.1.attention.qkv::exp_avg_sq"]
     for layer in (1, 3):  # the layers with experts
         torch.testing.assert_close(kept[f"backbone.sets.{layer}.attention.qkv::exp_avg_sq"], second / 4)
@@ -78,9 +80,9 @@ def test_every_delinked_parameter_is_trained_and_remembered() -> None:
 def test_noise_breaks_the_symmetry_and_repeats() -> None:
     weights = []
     for _ in range(2):
-        job = WordsJob(SHARED)
-        TrainStep(job, words_config()).delink("reset", noise=0.1)
-        weights.append([block.attention.qkv for block in job.words.backbone.sets])  # type: ignore[union-attr]
+        training = WordsTraining(SHARED)
+        TrainStep(training, words_config()).delink("reset", noise=0.1)
+        weights.append([block.attention.qkv for block in training.words.backbone.sets])  # type: ignore[union-attr]
     assert not torch.equal(weights[0][0], weights[0][2])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     moved = float((weights[0][0] - weights[0][2]).std() / weights[0][0].std())
@@ -100,33 +102,33 @@ def test_the_run_tells_its_stage_and_saves_both(unbroken: Path) -> None:
 def test_resuming_on_either_side_of_the_switch_equals_an_unbroken_run(
     unbroken: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def crash(self: WordsJob, batch: Any) -> Any:
+    def crash(self: WordsTraining, batch: Any) -> Any:
         if batch.index == stop:
             raise OSError("the lights went out")
         return loss(self, batch)
 
-    loss = WordsJob.loss
-    monkeypatch.setattr(WordsJob, "loss", crash)
+    loss = WordsTraining.loss
+    monkeypatch.setattr(WordsTraining, "loss", crash)
     with pytest.raises(OSError, match="lights"):
-        train(WordsJob(SHARED), staged(), RunFolder.open(tmp_path))
+        train(WordsTraining(SHARED), staged(), RunFolder.open(tmp_path))
     monkeypatch.undo()
-    train(WordsJob(SHARED), staged(), RunFolder.open(tmp_path), resume=True)
+    train(WordsTraining(SHARED), staged(), RunFolder.open(tmp_path), resume=True)
     assert files_of(latest(tmp_path)) == files_of(latest(unbroken))
 
 
 def test_both_checkpoints_give_what_was_trained(unbroken: Path) -> None:
-    pseudo, real = WordsJob(SHARED), WordsJob(words_backbone())
-    for job, step in ((pseudo, 7), (real, 10)):
-        first = {name: one.clone() for name, one in job.model.named_parameters()}
-        load_model(step_folder(unbroken / "checkpoints", step), job.model)
-        assert not any(torch.equal(one, first[name]) for name, one in job.model.named_parameters())
+    pseudo, real = WordsTraining(SHARED), WordsTraining(words_backbone())
+    for training, step in ((pseudo, 7), (real, 10)):
+        first = {name: one.clone() for name, one in training.model.named_parameters()}
+        load_model(step_folder(unbroken / "checkpoints", step), training.model)
+        assert not any(torch.equal(one, first[name]) for name, one in training.model.named_parameters())
 
 
 def test_a_switch_by_the_clock_is_written_down(tmp_path: Path) -> None:
     run = RunFolder.open(tmp_path)
     run.write_config({"loop": {"steps": 6, "stages": {"switch": {"minutes": 1e-9}, "warmup_steps": 2}}})
     config = words_config(4, stages=STAGES.model_copy(update={"switch": SwitchConfig(minutes=1e-9)}))
-    train(WordsJob(SHARED), config, run)
+    train(WordsTraining(SHARED), config, run)
     step = run.read_config()["loop"]["stages"]["switch"]["step"]
     assert 1 <= step < 4 and run.read_config()["loop"]["stages"]["warmup_steps"] == 2
 
@@ -147,8 +149,8 @@ def test_a_plateau_is_found_and_survives_a_restart() -> None:
 def test_a_skipped_step_does_not_enter_the_plateau_and_the_run_saves(tmp_path: Path) -> None:
     """Its loss is not a number, which no checkpoint can hold."""
     plateau = SwitchConfig(plateau=PlateauConfig(window=20))
-    job = WordsJob(SHARED, spoilt=(4, 5))
-    result = train(job, staged(5, switch=plateau), RunFolder.open(tmp_path))
+    training = WordsTraining(SHARED, spoilt=(4, 5))
+    result = train(training, staged(5, switch=plateau), RunFolder.open(tmp_path))
     assert result.non_finite == 2
     losses = read_state(latest(tmp_path))["hooks"]["stages"]["losses"]
     assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
@@ -167,12 +169,12 @@ def test_a_checkpoint_of_another_stage_is_refused(unbroken: Path) -> None:
     with pytest.raises(
         CheckpointError, match="is of the real stage, this run is in the pseudo stage.*convert"
     ):
-        train(WordsJob(SHARED), words_config(), RunFolder(unbroken), resume=True)
+        train(WordsTraining(SHARED), words_config(), RunFolder(unbroken), resume=True)
 
 
 def test_stages_need_a_shared_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no layers of the model share weights"):
-        train(WordsJob(words_backbone()), staged(), RunFolder.open(tmp_path))
+        train(WordsTraining(words_backbone()), staged(), RunFolder.open(tmp_path))
 
 
 @pytest.mark.parametrize("ways", [{}, {"step": 3, "minutes": 1.0}])

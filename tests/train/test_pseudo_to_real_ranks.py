@@ -18,13 +18,13 @@ from openm6.checkpoint.folder import latest, read_state, step_folder
 from openm6.checkpoint.load import load_model
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.pseudo_to_real import matrix_noise
 from openm6.train.run import read_recipe
 from openm6.train.step import TrainStep
 from tests.checkpoint.test_sharded import together, wait_for
 from tests.parallel.fleet import Fleet
-from tests.parallel.recording_job import Records, run_steps
+from tests.parallel.recording_training import Records, run_steps
 from tests.parallel.test_ranks import CPU
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
@@ -45,21 +45,21 @@ def around_the_switch(recipe: str, folder: str) -> tuple[list[float], list[float
     """Losses of one batch and this rank's logits' sum, before and after; and a step of either stage goes through."""
     checked, _ = read_recipe(Path(recipe), [])
     ranks = ProcessRanks(CPU, 60) if dist.is_initialized() else Ranks()
-    job = MultimodalJob(checked, RunFolder.open(folder), CPU, ranks)
-    train_step = TrainStep(job, checked.loop)
-    batches = job.batches()
+    training = MultimodalTraining(checked, RunFolder.open(folder), CPU, ranks)
+    train_step = TrainStep(training, checked.loop)
+    batches = training.batches()
     train_step.update(next(batches), 1, 20)
     batch = next(batches)
     answers = []
     for turn in range(2):
         with torch.no_grad():
-            hidden, _ = job.omni(batch.kinds, batch.layout)
-            answers.append([float(job.loss(batch).loss), float(hidden.abs().sum())])
-        ranks.reshard(job.model)
+            hidden, _ = training.omni(batch.kinds, batch.layout)
+            answers.append([float(training.loss(batch).loss), float(hidden.abs().sum())])
+        ranks.reshard(training.model)
         if turn == 0:
             train_step.delink("independent")
-    assert job.stage == "real" and len(job.omni.backbone.sets) == 2
-    first = [next(block.parameters()) for block in job.omni.backbone.sets]
+    assert training.stage == "real" and len(training.omni.backbone.sets) == 2
+    first = [next(block.parameters()) for block in training.omni.backbone.sets]
     train_step.update(next(batches), 2, 20)
     train_step.update(next(batches), 3, 20)
     parts = [ranks.piece(weight).local(weight) for weight in first]
@@ -91,10 +91,10 @@ def unbroken() -> tuple[Records, dict[int, float], dict[str, Tensor]]:
 def real_weights(recipe: str, checkpoint: Path, folder: str) -> dict[str, Tensor]:
     """The whole model of a checkpoint of the real stage, read by one process."""
     checked, _ = read_recipe(Path(recipe), [])
-    job = MultimodalJob(checked, RunFolder(Path(folder)), CPU)
-    job.delink()
-    load_model(checkpoint, job.model)
-    return {name: tensor.detach() for name, tensor in job.model.state_dict().items()}
+    training = MultimodalTraining(checked, RunFolder(Path(folder)), CPU)
+    training.delink()
+    load_model(checkpoint, training.model)
+    return {name: tensor.detach() for name, tensor in training.model.state_dict().items()}
 
 
 def test_a_run_changes_its_ranks_across_the_switch(tmp_path: Path, two: Fleet, four: Fleet) -> None:

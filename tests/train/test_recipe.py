@@ -19,7 +19,7 @@ from openm6.models.presets import PRESETS, ModelChoice, build_backbone, preset
 from openm6.plan.question import read_model
 from openm6.tasks.registry import TASKS
 from openm6.train import multimodal_data
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import SHIPPED, read_recipe, recipe_path
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
@@ -93,5 +93,7 @@ def test_the_tokenizer_is_learned_at_that_size(
 
     monkeypatch.setattr(multimodal_data, "train_tokenizer", learn)
     values = tiny_recipe() | {"modalities": {"text": {"vocabulary": named}}}
-    job = MultimodalJob(build(MultimodalRecipe, values, "recipe"), RunFolder(tmp_path), torch.device("cpu"))
-    assert sizes == [wanted] and job.description.modalities.text.vocabulary == wanted
+    training = MultimodalTraining(
+        build(MultimodalRecipe, values, "recipe"), RunFolder(tmp_path), torch.device("cpu")
+    )
+    assert sizes == [wanted] and training.description.modalities.text.vocabulary == wanted

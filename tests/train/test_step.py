@@ -16,7 +16,7 @@ from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly
 from openm6.ops.matmul import matmul_dtype
 from openm6.train.config import LoopConfig
 from openm6.train.step import TrainStep, choose_execution, resolve_precision, seed_everything
-from tests.train.toy_job import ToyJob, toy_config
+from tests.train.toy_training import ToyTraining, toy_config
 
 
 def test_seeding_covers_every_generator_and_depends_on_the_purpose() -> None:
@@ -32,29 +32,29 @@ def test_seeding_covers_every_generator_and_depends_on_the_purpose() -> None:
 @pytest.mark.parametrize("clip", [None, 0.01])
 def test_clipping(clip: float | None) -> None:
     """The update sees the clipped gradient; the norm that is told is the one before."""
-    job = ToyJob()
-    train_step = TrainStep(job, toy_config().model_copy(update={"clip": clip}))
+    training = ToyTraining()
+    train_step = TrainStep(training, toy_config().model_copy(update={"clip": clip}))
     seen: list[float] = []
     train_step.optimizer.register_step_pre_hook(
         lambda *_: seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in train_step.parameters])))
     )
-    report = train_step.update(next(job.batches()), 1, 10)
+    report = train_step.update(next(training.batches()), 1, 10)
     assert report.grad_norm > 0.05
     assert seen[0] == pytest.approx(report.grad_norm if clip is None else clip, rel=1e-3)
 
 
 def test_gradients_do_not_pile_up() -> None:
-    job = ToyJob()
-    train_step = TrainStep(job, toy_config())
-    train_step.update(next(job.batches()), 1, 10)
+    training = ToyTraining()
+    train_step = TrainStep(training, toy_config())
+    train_step.update(next(training.batches()), 1, 10)
     assert all(parameter.grad is None for parameter in train_step.parameters)
 
 
 def test_half_precision_is_used_where_asked() -> None:
-    train_step = TrainStep(ToyJob(), toy_config().model_copy(update={"precision": "bf16"}))
+    train_step = TrainStep(ToyTraining(), toy_config().model_copy(update={"precision": "bf16"}))
     with train_step.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with TrainStep(ToyJob(), toy_config()).autocast():  # auto, on a processor
+    with TrainStep(ToyTraining(), toy_config()).autocast():  # auto, on a processor
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
@@ -62,7 +62,7 @@ def test_auto_is_settled_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> No
     for fast, precision in ((True, "bf16-products"), (False, "fp32")):
         monkeypatch.setattr("openm6.train.step.has_bf16", lambda fast=fast: fast)
         assert resolve_precision("auto", torch.device("cpu")) == precision
-        with TrainStep(ToyJob(), toy_config()).autocast():
+        with TrainStep(ToyTraining(), toy_config()).autocast():
             assert (matmul_dtype(torch.ones(2)) == torch.bfloat16) == fast
 
 

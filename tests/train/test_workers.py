@@ -18,8 +18,8 @@ from openm6.checkpoint.folder import latest
 from openm6.train.loop import train
 from openm6.train.metrics import Line, read_metrics
 from openm6.train.workers import assign_owners, number_of_workers
-from tests.train.toy_job import ToyJob, toy_config
-from tests.train.workers_job import WorkersJob, workers_config
+from tests.train.toy_training import ToyTraining, toy_config
+from tests.train.workers_training import WorkersTraining, workers_config
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def assert_same_end(left: Path, right: Path) -> None:
 
 @pytest.mark.parametrize(("optimizer", "workers"), [("adamw", 2), ("muon", 3)])
 def test_workers_train_as_one_process_does(tmp_path: Path, optimizer: str, workers: int) -> None:
-    alone, together = WorkersJob(), WorkersJob()
+    alone, together = WorkersTraining(), WorkersTraining()
     train(alone, workers_config(1, optimizer), RunFolder.open(tmp_path / "alone"))
     train(together, workers_config(workers, optimizer), RunFolder.open(tmp_path / "together"))
     for (name, one), other in zip(alone.model.named_parameters(), together.model.parameters(), strict=True):
@@ -58,11 +58,11 @@ def test_workers_train_as_one_process_does(tmp_path: Path, optimizer: str, worke
 
 
 def test_a_run_resumed_equals_one_unbroken(tmp_path: Path) -> None:
-    train(WorkersJob(), workers_config(2), RunFolder.open(tmp_path / "whole"))
+    train(WorkersTraining(), workers_config(2), RunFolder.open(tmp_path / "whole"))
     with pytest.raises(TrainingError, match=r"a worker process ended with code 7 .*loop\.workers=1"):
-        train(WorkersJob(dies=15), workers_config(2), RunFolder.open(tmp_path / "broken"))
+        train(WorkersTraining(dies=15), workers_config(2), RunFolder.open(tmp_path / "broken"))
     assert latest(tmp_path / "broken").name == "step-12"
-    train(WorkersJob(), workers_config(2), RunFolder.open(tmp_path / "broken"), resume=True)
+    train(WorkersTraining(), workers_config(2), RunFolder.open(tmp_path / "broken"), resume=True)
     assert_same_end(tmp_path / "whole", tmp_path / "broken")
 
 
@@ -86,14 +86,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Unbroken runs by their number of workers."""
     folders = {workers: tmp_path_factory.mktemp(f"whole-{workers}") for workers in (1, 2)}
     for workers, folder in folders.items():
-        train(WorkersJob(), workers_config(workers), RunFolder.open(folder))
+        train(WorkersTraining(), workers_config(workers), RunFolder.open(folder))
     return folders
 
 
 def start(folder: Path, workers: int) -> subprocess.Popen[str]:
     """A run as the leader of a process group, a few steps old."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.train.workers_job", str(folder), str(workers)]
+    command = [sys.executable, "-m", "tests.train.workers_training", str(folder), str(workers)]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
@@ -112,7 +112,7 @@ def test_a_killed_run_leaves_nobody_behind_and_resumes_exactly(
     process.kill()
     process.communicate(timeout=60)
     assert wait_until_gone(others)
-    train(WorkersJob(), workers_config(2), RunFolder(tmp_path), resume=True)
+    train(WorkersTraining(), workers_config(2), RunFolder(tmp_path), resume=True)
     assert_same_end(whole[2], tmp_path)
 
 
@@ -136,37 +136,37 @@ def test_a_signal_to_the_whole_group_saves_and_resumes_exactly(
         f"stopped at step {saved.name[5:]}, saved as {saved}: go on with --resume"
     )
     assert "Traceback" not in errors and errors.count("stopping after this step") == 1
-    train(WorkersJob(), workers_config(workers), RunFolder(tmp_path), resume=True)
+    train(WorkersTraining(), workers_config(workers), RunFolder(tmp_path), resume=True)
     assert_same_end(whole[workers], tmp_path)
 
 
 def test_a_step_that_is_not_finite_in_one_part_is_skipped_by_all(tmp_path: Path) -> None:
-    job = WorkersJob(spoilt=4)
-    result = train(job, workers_config(3, steps=6), RunFolder.open(tmp_path))
-    assert result.non_finite == 1 and all(torch.isfinite(p).all() for p in job.model.parameters())
-    assert job.loads.sum() == 5 * 11
+    training = WorkersTraining(spoilt=4)
+    result = train(training, workers_config(3, steps=6), RunFolder.open(tmp_path))
+    assert result.non_finite == 1 and all(torch.isfinite(p).all() for p in training.model.parameters())
+    assert training.loads.sum() == 5 * 11
 
 
 def test_broken_data_is_told_in_its_own_words(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the disk is gone: mount it again"):
-        train(WorkersJob(broken_at=4), workers_config(2), RunFolder.open(tmp_path))
+        train(WorkersTraining(broken_at=4), workers_config(2), RunFolder.open(tmp_path))
 
 
 def test_too_many_workers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"loop\.workers=9 .* at most 4 parts: set loop\.workers to 4"):
-        train(WorkersJob(), workers_config(9), RunFolder.open(tmp_path))
+        train(WorkersTraining(), workers_config(9), RunFolder.open(tmp_path))
     with pytest.raises(ConfigError, match=r"one process here: set loop\.workers to 1"):
-        train(ToyJob(), workers_config(2), RunFolder.open(tmp_path / "toy"))
+        train(ToyTraining(), workers_config(2), RunFolder.open(tmp_path / "toy"))
 
 
 def test_auto_is_settled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder.open(tmp_path)
     monkeypatch.setattr("openm6.train.workers.usable_cores", lambda: 3)
-    assert number_of_workers(WorkersJob(), toy_config(), run) == 3
+    assert number_of_workers(WorkersTraining(), toy_config(), run) == 3
     monkeypatch.setattr("openm6.train.workers.usable_cores", lambda: 16)
-    assert number_of_workers(WorkersJob(), toy_config(), run) == 3
+    assert number_of_workers(WorkersTraining(), toy_config(), run) == 3
     assert run.read_config()["loop"]["workers"] == 3
-    assert number_of_workers(ToyJob(), toy_config(), RunFolder.open(tmp_path / "toy")) == 1
+    assert number_of_workers(ToyTraining(), toy_config(), RunFolder.open(tmp_path / "toy")) == 1
 
 
 def test_parameters_have_owners_evenly() -> None:

@@ -1,4 +1,4 @@
-"""The tiny recipe as a job that notes which records each step saw, and may fall over at a step."""
+"""The tiny recipe as a training task that notes which records each step saw, and may fall over at a step."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from openm6.base.run_folder import RunFolder
 from openm6.modalities.batch import Batch
 from openm6.parallel.processes import ProcessRanks
 from openm6.parallel.ranks import Ranks
-from openm6.train.job import StepResult
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
-from openm6.train.multimodal import MultimodalJob
+from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
+from openm6.train.training_task import StepResult
 
 Records = dict[int, list[tuple[int, int, int]]]  # step -> component, epoch and index of each example
 
 
 class FallError(Exception):
-    """What the job raises where it is told to."""
+    """What the training task raises where it is told to."""
 
 
-class RecordingJob(MultimodalJob):
+class RecordingTraining(MultimodalTraining):
     """`seen` holds the records of each step that this rank took; nothing is judged at the end."""
 
     def prepare(self, fall_at: int | None) -> None:
@@ -52,10 +52,10 @@ def run_steps(
     checked, _ = read_recipe(Path(recipe), settings)
     ranks = ProcessRanks(torch.device("cpu"), 20) if dist.is_initialized() else Ranks()
     run = RunFolder.open(folder)
-    job = RecordingJob(checked, run, torch.device("cpu"), ranks)
-    job.first_step = begin
-    job.prepare(fall_at)
+    training = RecordingTraining(checked, run, torch.device("cpu"), ranks)
+    training.first_step = begin
+    training.prepare(fall_at)
     with contextlib.suppress(FallError):
-        train(job, checked.loop, run, resume=True)
+        train(training, checked.loop, run, resume=True)
     losses: dict[int, Any] = {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
-    return job.seen, losses
+    return training.seen, losses

@@ -1,5 +1,4 @@
-"""A job whose batches can be split. As a program it trains in several processes: `python workers_job.py FOLDER
-WORKERS`."""
+"""A training task whose batches can be split; as a program it trains: `python workers_training.py FOLDER WORKERS`."""
 
 from __future__ import annotations
 
@@ -19,9 +18,9 @@ from openm6.base.run_folder import RunFolder
 from openm6.base.seeds import numpy_generator
 from openm6.nn.moe import RouterLoad
 from openm6.train.config import LoopConfig
-from openm6.train.job import Job, StepResult
 from openm6.train.loop import train
-from tests.train.toy_job import toy_config
+from openm6.train.training_task import StepResult, TrainingTask
+from tests.train.toy_training import toy_config
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Part:
         return len(self.points)
 
 
-class WorkersJob(Job):
+class WorkersTraining(TrainingTask):
     """Learns corners from points; `second` has a gradient only where a point lies in its half."""
 
     most_parts = 4
@@ -103,7 +102,7 @@ def workers_config(workers: int, optimizer: str = "adamw", steps: int = 20) -> L
 if __name__ == "__main__":
     start_log()
     try:
-        train(WorkersJob(pause=0.1), workers_config(int(sys.argv[2])), RunFolder.open(sys.argv[1]))
+        train(WorkersTraining(pause=0.1), workers_config(int(sys.argv[2])), RunFolder.open(sys.argv[1]))
     except Interrupted as stop:  # as the command line does
         sys.stderr.write(f"{stop}\n")
         sys.exit(stop.exit_code)

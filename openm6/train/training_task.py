@@ -18,7 +18,7 @@ from openm6.parallel.ranks import Ranks
 
 
 class Batch(Protocol):
-    """One step's data; what else it holds is between the job's `batches` and its `loss`."""
+    """One step's data; what else it holds is between the training task's `batches` and its `loss`."""
 
     @property
     def tokens(self) -> int:
@@ -26,7 +26,7 @@ class Batch(Protocol):
 
     @property
     def cursor(self) -> dict[str, Any]:
-        """JSON-able state of the data *after* this batch; `Job.restore` goes on from it."""
+        """JSON-able state of the data *after* this batch; `TrainingTask.restore` goes on from it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class StepResult:
     work: Work = field(default_factory=dict)
 
 
-class Job:
+class TrainingTask:
     """Base class of every kind of training; `model`, `batches`, `restore` and `loss` must be supplied.
 
     The loop seeds torch, numpy and random again from (seed, step) before each `loss`, so what is drawn there repeats

@@ -1,6 +1,6 @@
-"""A job small enough for a test: two layers learn to tell which of four corners a noisy point lies in.
+"""A training task small enough for a test: two layers learn to tell which of four corners a noisy point lies in.
 
-Run as a program it trains into a folder, so that a test can kill it: `python toy_job.py FOLDER [--resume] [--pause S]`.
+Run as a program it trains into a folder, so that a test can kill it: `toy_training.py FOLDER [--resume] [--pause S]`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from openm6.base.seeds import numpy_generator
 from openm6.nn.moe import RouterLoad
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.train.config import LoopConfig
-from openm6.train.job import Job, StepResult
 from openm6.train.loop import train
+from openm6.train.training_task import StepResult, TrainingTask
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class ToyBatch:
         return {"next": self.index + 1}
 
 
-class ToyJob(Job):
-    """Uses all that a job may: dropout, a buffer, shared weights, averaged weights as tensor state, plain state."""
+class ToyTraining(TrainingTask):
+    """Uses all that one may: dropout, a buffer, shared weights, averaged weights as tensor state, plain state."""
 
     def __init__(self, spoilt: tuple[int, ...] = (), pause: float = 0.0) -> None:
         torch.manual_seed(5)
@@ -121,7 +121,7 @@ def main(words: list[str]) -> int:
     pause = float(words[words.index("--pause") + 1]) if "--pause" in words else 0.0
     torch.set_num_threads(1)
     try:
-        train(ToyJob(pause=pause), toy_config(), RunFolder.open(words[0]), resume="--resume" in words)
+        train(ToyTraining(pause=pause), toy_config(), RunFolder.open(words[0]), resume="--resume" in words)
     except Interrupted as stop:
         sys.stderr.write(f"{stop}\n")
         return stop.exit_code

@@ -19,7 +19,7 @@ from openm6.nn.moe import RouterLoad
 from openm6.ops.sequence import causal_meta
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.train.config import LoopConfig
-from openm6.train.job import Job, StepResult
+from openm6.train.training_task import StepResult, TrainingTask
 
 WORDS, LENGTH, ROWS, WIDTH = 32, 16, 4, 32
 
@@ -67,7 +67,7 @@ class WordBatch:
         return {"next": self.index + 1}
 
 
-class WordsJob(Job):
+class WordsTraining(TrainingTask):
     """Each row counts up in steps of its own; the next number is to be told."""
 
     def __init__(self, config: BackboneConfig, spoilt: tuple[int, ...] = ()) -> None:
