@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import Json, Report
-from benchmarks.ranks import Of, Ranks
+from benchmarks.ranks import NumRanks, Of
 from openm6.base.errors import ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
@@ -85,7 +85,7 @@ class Stack(nn.Module):
 
 def bench_cluster(
     of: Of = "m6-10t",
-    ranks: Ranks = 512,
+    ranks: NumRanks = 512,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Which of them.")] = 0,
     shards: Annotated[int, typer.Option("--shards", min=1, help="Ranks that cut the same experts.")] = 1,
     layers: Annotated[

@@ -14,7 +14,7 @@ import torch
 import typer
 
 from benchmarks.harness import Deadline, Json, Report, Seconds, Steps, device_name
-from benchmarks.peer_deepspeed import largest_of_deepspeed
+from benchmarks.peer_deepspeed import max_deepspeed_size
 from openm6.base.config import build
 from openm6.base.device import own_device
 from openm6.base.energy.meter import Meter, open_meter
@@ -190,7 +190,7 @@ def measure(
             report["curve"] = []
             offload_curve(size, device, report.deadline, report.found["curve"])
         if peer is not None:
-            found, note = largest_of_deepspeed(size.length, report.deadline)
+            found, note = max_deepspeed_size(size.length, report.deadline)
             report.update({"peer": found, "peer_note": note})
             if found:
                 report["times_the_peer"] = report.found["parameters"] / found["parameters"]

@@ -25,7 +25,7 @@ SIZES = ((1024, 16), (2048, 16), (2048, 32), (3072, 24), (4096, 16), (4096, 20),
 LONGEST = 600.0  # seconds that one size may take
 
 
-def largest_of_deepspeed(length: int, deadline: Deadline) -> tuple[dict[str, Any] | None, str]:
+def max_deepspeed_size(length: int, deadline: Deadline) -> tuple[dict[str, Any] | None, str]:
     """Figures of the largest size that ran, and a sentence; sizes grow until one fails or time is up."""
     if importlib.util.find_spec("deepspeed") is None or own_device().type == "cpu":
         return (

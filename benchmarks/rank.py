@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Json, Report, Seconds, Steps, device_name
-from benchmarks.ranks import Of, Ranks
+from benchmarks.ranks import NumRanks, Of
 from openm6.base.config import build
 from openm6.base.device import own_device
 from openm6.base.energy.meter import Meter, open_meter
@@ -128,7 +128,7 @@ def rank_size(name: str, ranks: int, on_gpu: bool) -> RankSize:
 
 def bench_rank(
     of: Of = "m6-10t",
-    ranks: Ranks = 512,
+    ranks: NumRanks = 512,
     steps: Steps = 3,
     seconds: Seconds = 420.0,
     json_path: Json = None,

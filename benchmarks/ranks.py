@@ -17,7 +17,7 @@ import typer
 from openm6.base.errors import ConfigError, OpenM6Error, TrainingError
 
 Of = Annotated[str, typer.Option("--of", metavar="PRESET", help="The model of which a rank has a share.")]
-Ranks = Annotated[int, typer.Option("--ranks", min=1, help="Ranks of the whole run.")]
+NumRanks = Annotated[int, typer.Option("--ranks", min=1, help="Ranks of the whole run.")]
 LOOK_EVERY = 0.5  # seconds between two looks for a process that has died
 
 

@@ -23,7 +23,7 @@ from openm6.base.errors import ConfigError
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.folder import step_folder
 from openm6.checkpoint.load import load_model, load_optimizer
-from openm6.checkpoint.optimizer import optimizer_tensors
+from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.checkpoint.save import Snapshot
 from openm6.checkpoint.sharded import ShardedSaver
 from openm6.models.backbone import Backbone
@@ -166,7 +166,7 @@ def write_part(size: str, folder: str) -> Written:
         generator = torch.Generator().manual_seed(derive_seed(number, name, dist.get_rank()))
         local(tensor).detach().uniform_(0.5, 1.5, generator=generator)
     checksum = _checksum(model, optimizer, layout)
-    moments = optimizer_tensors(optimizer, model)
+    moments = optimizer_state_dict(optimizer, model)
     saver = ShardedSaver(layout)
     dist.barrier()
     began = time.perf_counter()
@@ -213,7 +213,7 @@ def build_part(size: str) -> tuple[Backbone, torch.optim.Optimizer, Layout | Non
 
 def _tensors(model: Backbone, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
-    yield from sorted(optimizer_tensors(optimizer, model).items())
+    yield from sorted(optimizer_state_dict(optimizer, model).items())
 
 
 def _checksum(model: Backbone, optimizer: torch.optim.Optimizer, layout: Layout | None) -> float:

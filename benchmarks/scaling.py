@@ -20,7 +20,7 @@ from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig
 from openm6.ops.sequence import causal_meta
 from openm6.parallel.config import MeshShape
-from openm6.parallel.processes import ProcessRanks
+from openm6.parallel.processes import DistributedContext
 from openm6.plan.hardware import ClusterOptions, gpu, gpu_cluster
 from openm6.plan.plan import make_plan
 from openm6.plan.question import Question, read_model
@@ -90,7 +90,7 @@ def model_steps(of: str, kind: str) -> list[dict[str, Any]]:
                 "seconds": asdict(stage.time),
                 "seconds_per_step": stage.time.seconds,
                 "tokens_per_second": stage.tokens / stage.time.seconds,
-                "binds": stage.time.binds,
+                "bottleneck": stage.time.bottleneck,
                 "fits": stage.fits,
             }
         )
@@ -119,12 +119,12 @@ def _measured(
 
 def time_steps(way: str, rows: int, steps: int) -> float:
     """The median seconds of a forward, backward and update on this rank's rows."""
-    ranks = ProcessRanks(torch.device("cpu"), 120)
+    ranks = DistributedContext(torch.device("cpu"), 120)
     torch.manual_seed(0)
     model = Backbone(SMALL)
     if way == "experts":
         ranks.shard(model, MeshShape(1, 1, ranks.size))
-    model.exchange = ranks.exchange(1)
+    model.exchange = ranks.token_dispatcher(1)
     groups = ranks.groups([{"params": list(model.parameters())}])
     optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
     x, layout = torch.randn(rows, LENGTH, SMALL.width), causal_meta(rows, LENGTH)

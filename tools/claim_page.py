@@ -17,7 +17,7 @@ from openm6.base.energy.grid import grid
 from openm6.base.files import replace_text
 from openm6.plan.hardware import GIB, ClusterOptions, gpu
 from openm6.plan.plan import Plan, make_plan, smallest_count
-from openm6.plan.question import Question, read_machine, read_question
+from openm6.plan.question import Question, read_question, read_target
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "m6-10t.md"
 MODEL, DAYS, PUE = "m6-10t", 10.0, 1.1
@@ -60,7 +60,7 @@ def page() -> str:
 def plan_on(kind: str, bytes_: int | None = None, network: float | None = None) -> Plan:
     """Ten days of the model on 512 GPUs of a kind."""
     options = replace(CLUSTER, network=network)
-    return make_plan(_question(bytes_), read_machine(kind, None, options).cluster())
+    return make_plan(_question(bytes_), read_target(kind, None, options).cluster())
 
 
 def _question(bytes_: int | None = None) -> Question:
@@ -109,7 +109,7 @@ def _speeds(plans: Plans) -> dict[str, float | str]:
         f"a step of {plans.assumed.real.tokens / 1e6:.1f}M tokens": [
             f"{plan.real.time.seconds:.0f} s" for plan in plans.columns
         ],
-        "binds": [plan.real.time.binds for plan in plans.columns],
+        "binds": [plan.real.time.bottleneck for plan in plans.columns],
         "tokens a day": [f"{tokens / DAYS:.2f} billion" for tokens in billions],
         "tokens in ten days": [f"{tokens:.1f} billion" for tokens in billions],
     }

@@ -143,7 +143,7 @@ class Run:
         if switch and step == switch + 1:
             self._train_step.delink(self._case.get("moments", "independent"))
             self.kept.append(self._bytes())
-        self._train_step.rate_scale = min(1.0, (step - switch) / 10) if switch and step > switch else 1.0
+        self._train_step.lr_scale = min(1.0, (step - switch) / 10) if switch and step > switch else 1.0
         self._train_step.update(batch, step, self._steps)
         self.seconds[step > switch] += time.process_time() - began
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import EXPONENT, MODEL_FILE, SEPARATOR, TRAINING_FILE
-from openm6.checkpoint.optimizer import place_optimizer
+from openm6.checkpoint.optimizer import load_optimizer_state
 from openm6.checkpoint.reader import CheckpointReader, read_file
 from openm6.checkpoint.save import Saver, named_tensors
 from openm6.optim.low_precision import from_levels
@@ -110,7 +110,7 @@ def load_optimizer(
         tensors = _sharded().optimizer_shards(reader, model, layout)
     else:
         tensors = _moments(reader, model, is_sharded(folder))
-    place_optimizer(tensors, optimizer, model, str(folder))
+    load_optimizer_state(tensors, optimizer, model, str(folder))
 
 
 def _moments(reader: CheckpointReader, model: nn.Module, mixed: bool) -> Iterator[tuple[str, Tensor]]:

@@ -20,7 +20,7 @@ FIRST_MOMENTS = frozenset({"exp_avg", "momentum", "momentum_buffer"})
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "row_var", "col_var"})
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+def optimizer_state_dict(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Return the optimizer's tensors, each under `parameter::tensor`, for `Snapshot.optimizer`.
 
     Raises:
@@ -38,10 +38,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     return tensors
 
 
-def place_optimizer(
+def load_optimizer_state(
     tensors: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer, model: nn.Module, where: str
 ) -> None:
-    """Put tensors, named as `optimizer_tensors` names them, in place of the optimizer's state.
+    """Put tensors, named as `optimizer_state_dict` names them, in place of the optimizer's state.
 
     Raises:
         CheckpointError: one is of a parameter that the optimizer does not move; `where` names their origin.
@@ -70,7 +70,7 @@ def delink_moments(
     g_l are independent of one another, 1/L² if they are all equal; the truth is between.
 
     Args:
-        tensors: as `optimizer_tensors` gives them before the delink.
+        tensors: as `optimizer_state_dict` gives them before the delink.
         sources: new parameter name -> old one; what it does not name keeps its tensors.
         moments: which of the two to assume; with "reset" the delinked parameters start without any.
     """

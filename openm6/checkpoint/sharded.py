@@ -23,9 +23,9 @@ from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import SEPARATOR, clear_partial, partial_folder, step_folder
 from openm6.checkpoint.reader import CheckpointReader, Shape
 from openm6.checkpoint.save import Saver, Snapshot, as_checkpoint_error, commit, named_tensors
-from openm6.optim.pieces import keeps_cut
+from openm6.optim.sharding import is_sharded_along
 from openm6.parallel.fsdp import Layout, expert_parameters, with_places
-from openm6.parallel.sharded_weights import local, piece_of
+from openm6.parallel.sharded_weights import local, shard_spec_of
 
 FILE_BYTES = 2**28  # of a rank's file, unless one tensor is larger
 
@@ -160,10 +160,10 @@ def _empty_slot(key: str, parameter: Tensor, size: Shape, dtype: torch.dtype, de
         shape[0] = parameter.shape[0]
     if not isinstance(parameter, DTensor):
         return torch.zeros(shape, dtype=dtype, device=parameter.device)
-    piece = piece_of(parameter)
-    if keeps_cut(key, piece.axis, parameter.dim()) and piece.group is not None:
-        shape[piece.axis] = piece.lengths[piece.group.rank]
-    return piece.slot(key, torch.zeros(shape, dtype=dtype, device=parameter.device))
+    spec = shard_spec_of(parameter)
+    if is_sharded_along(key, spec.axis, parameter.dim()) and spec.group is not None:
+        shape[spec.axis] = spec.lengths[spec.group.rank]
+    return spec.slot(key, torch.zeros(shape, dtype=dtype, device=parameter.device))
 
 
 def _reason(error: BaseException) -> str:

@@ -18,16 +18,16 @@ from openm6.cli.listings import in_short
 from openm6.models.presets import PRESETS
 from openm6.plan.measured import plan_measured
 from openm6.plan.plan import Plan, StagePlan, answer_question
-from openm6.plan.question import Asked, Question, read_model
+from openm6.plan.question import PlanTarget, Question, read_model
 from openm6.plan.sweep import draw_sweep, sweep_json, sweep_plans
 
 GIB = 2**30
 WIDTH = 100  # characters of a sweep's table
 
 
-def show_plan(question: Question, asked: Asked, json_path: Path | None) -> None:
+def show_plan(question: Question, target: PlanTarget, json_path: Path | None) -> None:
     """Print a plan, and write its JSON where a file is given."""
-    plan, content = answer_question(question, asked)
+    plan, content = answer_question(question, target)
     _write(content, json_path)
     console = Console()
     console.print(Text(f"{plan.model.name} on {plan.cluster.name}", style="bold"))
@@ -39,10 +39,10 @@ def show_plan(question: Question, asked: Asked, json_path: Path | None) -> None:
 
 
 def show_sweep(
-    question: Question, asked: Asked, kind: str, plot: Path | None, json_path: Path | None
+    question: Question, target: PlanTarget, kind: str, plot: Path | None, json_path: Path | None
 ) -> None:
     """Print plans side by side; write and draw them where files are given."""
-    rows = sweep_plans(question, asked, kind)
+    rows = sweep_plans(question, target, kind)
     _write(sweep_json(rows, kind), json_path)
     table = Table(box=None)
     for name in (
@@ -52,7 +52,7 @@ def show_sweep(
         "on a GPU",
         "in host",
         "step",
-        "binds",
+        "bottleneck",
         "tokens/day",
         "days",
         "J/token",
@@ -63,7 +63,7 @@ def show_sweep(
         real = plan.real
         table.add_row(
             f"{value:,}", "yes" if plan.fits else "no", str(real.tier.bytes), in_bytes(real.budget.device),
-            in_bytes(real.budget.host) if real.budget.host else "-", in_time(real.time.seconds), real.time.binds,
+            in_bytes(real.budget.host) if real.budget.host else "-", in_time(real.time.seconds), real.time.bottleneck,
             in_short(round(plan.tokens / plan.days)), in_figures(plan.days),
             f"{plan.energy.joules_per_token:.3g}", in_figures(plan.energy.mwh),
         )  # fmt: skip
@@ -163,7 +163,7 @@ def _step(stage: StagePlan) -> str:
     time = stage.time
     parts = {"compute": time.compute, "memory": time.memory, "link": time.link, "network": time.network}
     words = ", ".join(f"{name} {in_time(seconds)}" for name, seconds in parts.items() if seconds > 0)
-    return f"{in_time(time.seconds)} for {in_short(stage.tokens)} tokens; binds: {time.binds} ({words})"
+    return f"{in_time(time.seconds)} for {in_short(stage.tokens)} tokens; bottleneck: {time.bottleneck} ({words})"
 
 
 def _share(share: float) -> str:

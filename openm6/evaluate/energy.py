@@ -11,7 +11,7 @@ from openm6.base.energy import gpt3
 from openm6.base.energy.config import EnergyConfig
 from openm6.base.energy.grid import Grid, grid
 from openm6.base.energy.ledger import Account, Ledger
-from openm6.base.energy.units import JOULES_A_KWH
+from openm6.base.energy.units import JOULES_PER_KWH
 from openm6.base.errors import CheckpointError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state
@@ -80,7 +80,7 @@ class EnergyAccount:
             "by_source": ledger.by_source,
             "tokens": ledger.tokens,
             "joules_per_token": self.joules_per_token,
-            "kwh": ledger.joules * self.pue / JOULES_A_KWH,
+            "kwh": ledger.joules * self.pue / JOULES_PER_KWH,
             "g_co2e": self.grams(ledger.joules),
             "country": self.grid.code,
             "g_co2e_per_kwh": self.grid.grams_per_kwh,

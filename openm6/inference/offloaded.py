@@ -20,7 +20,7 @@ from openm6.nn.block import Block
 from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.offload.streams import open_streams
 from openm6.offload.weight_store import RecordLayout, Use, WeightsOnly, WeightStore, set_shapes
-from openm6.optim.rules import WEIGHT, Stored
+from openm6.optim.rules import WEIGHT, Slots
 
 BUFFERS = 2  # one in use, one on its way
 
@@ -56,7 +56,7 @@ class OffloadedSource:
             self._open = number, self._block_of(number, layer, stored)
         return self._open[1]
 
-    def _block_of(self, number: int, layer: int, stored: dict[str, Stored]) -> Block:
+    def _block_of(self, number: int, layer: int, stored: dict[str, Slots]) -> Block:
         """Return the block of a buffer, always the same one for the same memory and form, with the set's router."""
         original = cast(Block, self.backbone.sets[number])
         key = self.backbone.config.feed_forward(layer), next(iter(stored.values()))[WEIGHT].data_ptr()
@@ -94,7 +94,7 @@ class OffloadedSource:
                 self._read(place, store.stored(place))
         return store
 
-    def _read(self, place: int, stored: dict[str, Stored]) -> None:
+    def _read(self, place: int, stored: dict[str, Slots]) -> None:
         """Read the weights of a set from the checkpoint's files."""
         for name, slots in stored.items():
             read_weight(self.catalogue, f"backbone.sets.{self.offloaded[place]}.{name}", slots[WEIGHT])

@@ -18,12 +18,12 @@ from torch.func import functional_call
 from openm6.base.seeds import derive_seed
 from openm6.nn.block import Block, Context, LayerParts, MakeContext
 from openm6.nn.moe import RouterLoad
-from openm6.offload.config import StreamingConfig
+from openm6.offload.config import OffloadConfig
 from openm6.offload.weight_store import Use, WeightStore
 from openm6.ops.matmul import capture_precision
 from openm6.ops.sequence import SequenceMeta
-from openm6.optim.rules import Move, UpdateRule
-from openm6.parallel.ranks import WeightSets
+from openm6.optim.rules import UpdateArgs, UpdateRule
+from openm6.parallel.process_group import LayerWeights
 
 LayerOutput = tuple[Tensor, RouterLoad | None]
 Run = Callable[[Block, dict[str, Tensor], Tensor, LayerParts, Context, int], LayerOutput]
@@ -88,8 +88,8 @@ class OffloadedBlocks:
         weight_sets: Sequence[int],
         store: WeightStore,
         rule: UpdateRule,
-        config: StreamingConfig,
-        sets: WeightSets,
+        config: OffloadConfig,
+        sets: LayerWeights,
     ) -> None:
         """`blocks` bring their structure and routers, not their matrices. `sets` is this rank's shard of them."""
         self.blocks, self.weight_sets = list(blocks), tuple(weight_sets)
@@ -139,7 +139,7 @@ class OffloadedBlocks:
     def uses(self, learning: bool) -> list[Use]:
         """The sets that a pass will open, in order; the backward pass goes over each group forward once more."""
         sets = self.weight_sets
-        found = [Use(number, whole=False) for number in sets]
+        found = [Use(index, whole=False) for index in sets]
         if learning:
             for group in reversed(self._groups):
                 found += [Use(sets[layer], whole=False) for layer in group[:-1]]
@@ -178,13 +178,13 @@ class OffloadedBlocks:
     def _forward_layer(
         self, batch: _Batch, layer: int, parts: LayerParts, x: Tensor
     ) -> tuple[Tensor, RouterLoad | None]:
-        number = self.weight_sets[layer]
-        block, weights = self.blocks[number], self._open(number, x)
+        index = self.weight_sets[layer]
+        block, weights = self.blocks[index], self._open(index, x)
         outputs = [
             self._run_block(block, weights, x[rows], parts, context, _number_for(context, layer))
             for rows, context in zip(batch.rows, batch.contexts, strict=True)
         ]
-        self.store.close(number)
+        self.store.close(index)
         reports = [report for _, report in outputs if report is not None]
         y = outputs[0][0] if len(outputs) == 1 else torch.cat([output for output, _ in outputs])
         return y, _blend(reports, batch.shares, layer) if reports else None
@@ -200,73 +200,73 @@ class OffloadedBlocks:
         edges: dict[int, Tensor],
     ) -> Tensor:
         """Run the layer again with a graph, part by part, and add up gradients of weights and edges."""
-        number = self.weight_sets[layer]
-        if number in self._updated or self._step is None:
+        index = self.weight_sets[layer]
+        if index in self._updated or self._step is None:
             raise RuntimeError(
-                f"weight set {number} was updated in this step: run backward once for each forward"
+                f"weight set {index} was updated in this step: run backward once for each forward"
             )
-        weights = {name: weight.detach().requires_grad_() for name, weight in self._open(number, x).items()}
+        weights = {name: weight.detach().requires_grad_() for name, weight in self._open(index, x).items()}
         own = self._layer_edges(layer, parts)
         wanted = [*weights.values(), *own]
         gradients: list[Tensor] = []
         for rows, context, share in zip(batch.rows, batch.contexts, batch.shares, strict=True):
             part = x[rows].detach().requires_grad_()
             with torch.enable_grad():
-                y, report = self._run_block(self.blocks[number], weights, part, parts, context, 0)
+                y, report = self._run_block(self.blocks[index], weights, part, parts, context, 0)
             results, slopes = [y], [gradient[rows].to(y.dtype)]
             if report is not None and side is not None and report.side_loss.requires_grad:
                 results, slopes = [y, report.side_loss], [*slopes, side * share]
             found = torch.autograd.grad(results, [part, *wanted], slopes, allow_unused=True)
             gradients.append(found[0])
-            self._add(number, dict(zip(weights, found[1 : 1 + len(weights)], strict=True)))
+            self._add(index, dict(zip(weights, found[1 : 1 + len(weights)], strict=True)))
             _add_edges(edges, own, found[1 + len(weights) :])
         changed = self._is_last_use(layer)
         if changed:
-            self._update(number)
-        self.store.close(number, changed)
+            self._update(index)
+        self.store.close(index, changed)
         return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
 
-    def _open(self, number: int, x: Tensor) -> dict[str, Tensor]:
+    def _open(self, index: int, x: Tensor) -> dict[str, Tensor]:
         """The set's weights in the dtype of computation."""
         kind = x.device.type
         half = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if half else torch.float32
-        self._opened = self.store.open(number)
-        sharded = {n: stored for n, stored in self._opened.items() if self.sets.is_sharded(number, n)}
-        if self._gathered is None or self._gathered[0] != number:  # layers that share a set gather it once
+        self._opened = self.store.open(index)
+        sharded = {n: stored for n, stored in self._opened.items() if self.sets.is_sharded(index, n)}
+        if self._gathered is None or self._gathered[0] != index:  # layers that share a set gather it once
             self._gathered = None  # free it before the next one is gathered
             parts = {name: self.rule.read(stored, dtype) for name, stored in sharded.items()}
-            self._gathered = number, self.sets.gather(number, parts) if parts else {}
+            self._gathered = index, self.sets.gather(index, parts) if parts else {}
         gathered = self._gathered[1]
         return {
             name: gathered[name] if name in gathered else self.rule.read(stored, dtype)
             for name, stored in self._opened.items()
         }
 
-    def _add(self, number: int, found: dict[str, Tensor | None]) -> None:
-        total = self._gradients.setdefault(number, {})
+    def _add(self, index: int, found: dict[str, Tensor | None]) -> None:
+        total = self._gradients.setdefault(index, {})
         for name, gradient in found.items():
             if gradient is not None:
                 total[name] = gradient if name not in total else total[name].add_(gradient)
 
-    def _update(self, number: int) -> None:
+    def _update(self, index: int) -> None:
         """Update the set that is open, unless its gradient is not finite."""
-        step, gradients = self._step, self._gradients.pop(number)
+        step, gradients = self._step, self._gradients.pop(index)
         assert step is not None
         self._gathered = None
         with self.store.timer.span("update"):
-            gradients = self.sets.reduce(number, gradients)
+            gradients = self.sets.reduce(index, gradients)
             norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients.values()]
-            square = self.sets.total(torch.stack(norms).square().sum())
+            square = self.sets.all_reduce(torch.stack(norms).square().sum())
             allowed = torch.isfinite(square)
             for name, gradient in gradients.items():
-                key = derive_seed(step.seed, "round", step.number, number, name)
-                piece = self.sets.piece(number, name)
-                move = Move(step.rate, step.weight_decay, key, allowed, piece)
-                self.rule.update(self._opened[name], gradient, move)
+                key = derive_seed(step.seed, "round", step.number, index, name)
+                spec = self.sets.shard_spec(index, name)
+                args = UpdateArgs(step.rate, step.weight_decay, key, allowed, spec)
+                self.rule.update(self._opened[name], gradient, args)
         self._squares += square
         self._skipped += ~allowed
-        self._updated.add(number)
+        self._updated.add(index)
 
     def _is_last_use(self, layer: int) -> bool:
         """Whether the backward pass, from the last layer to the first, needs the layer's set no more after it."""
@@ -316,7 +316,7 @@ class _Group(torch.autograd.Function):
             ctx.given = (blocks, batch, group, layers, [id(edge) for edge in edges])
             ctx.precision = capture_precision(x.device.type)
         flat = [part for report in reports for part in _tensors_of(report)]
-        ctx.mark_non_differentiable(*(part for number, part in enumerate(flat) if number % 5 != 4))
+        ctx.mark_non_differentiable(*(part for index, part in enumerate(flat) if index % 5 != 4))
         ctx.set_materialize_grads(False)
         return (y, *flat)
 
@@ -340,7 +340,7 @@ def run_block(
 
 
 def _number_for(context: Context, layer: int) -> int:
-    """Only a cache asks for the layer's number; otherwise it is 0, so that one compiled block serves all layers."""
+    """Only a cache asks for the layer's index; otherwise it is 0, so that one compiled block serves all layers."""
     return layer if context.cache is not None else 0
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from openm6.base.config import Config
 
 
-class StreamingConfig(Config):
+class OffloadConfig(Config):
     """Weight sets live on the device (resident), or in host memory, from where they are fetched for each use.
 
     resident: how many sets, or which, stay on the device; auto: as many as fit, less `margin_gib`

@@ -17,7 +17,7 @@ from torch import Tensor
 from openm6.nn.block import Block
 from openm6.offload.pinned_memory import PinnedArena
 from openm6.offload.streams import Event, PhaseTimer, Streams
-from openm6.optim.rules import WEIGHT, Shape, Slot, Stored
+from openm6.optim.rules import WEIGHT, Shape, Slot, Slots
 
 ALIGNMENT = 256  # of each tensor, for the matrix units
 PAGE = 4096  # of each record, for the host
@@ -75,9 +75,9 @@ class RecordLayout:
     def num_parameters(self) -> int:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
-    def views(self, record: Tensor) -> dict[str, Stored]:
+    def views(self, record: Tensor) -> dict[str, Slots]:
         """Return parameter -> its slots, as views of a record's bytes (uint8)."""
-        found: dict[str, Stored] = {name: {} for name in self.shapes}
+        found: dict[str, Slots] = {name: {} for name in self.shapes}
         for entry in self.entries:
             found[entry.parameter][entry.slot.name] = entry.view(record)
         return found
@@ -106,7 +106,7 @@ def set_shapes(block: Block) -> dict[str, tuple[int, ...]]:
 class Use:
     """A set of weights that will be needed: with the state that its update needs if `whole`, else the weights alone."""
 
-    number: int
+    index: int
     whole: bool
 
 
@@ -115,7 +115,7 @@ class _Buffer:
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.record = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self.number: int | None = None  # the set that it holds
+        self.index: int | None = None  # the set that it holds
         self.whole = False
         self.open = False
         self.ready: Event = None  # the set has arrived
@@ -139,7 +139,7 @@ class WeightStore:
         streams: Streams,
         num_buffers: int,
         pin: bool,
-        read: Callable[[int, dict[str, Stored]], None] | None = None,
+        read: Callable[[int, dict[str, Slots]], None] | None = None,
     ) -> None:
         """With `read`, which fills the views of a set, sets are read for each use and not kept in host memory."""
         self.layouts, self.device, self.streams = list(layouts), device, streams
@@ -147,17 +147,17 @@ class WeightStore:
         self.timer = PhaseTimer(device)
         self.moved_bytes = 0  # in both directions
         self._read = read
-        offloaded = [number for number in range(len(layouts)) if number not in self.resident]
-        sizes = [layouts[number].num_bytes for number in offloaded] if read is None else []
+        offloaded = [index for index in range(len(layouts)) if index not in self.resident]
+        sizes = [layouts[index].num_bytes for index in offloaded] if read is None else []
         self._arena = PinnedArena(sizes, pin and device.type == "cuda")
         in_host_memory = dict(zip(offloaded, self._arena.buffers, strict=False))
         self.storage: list[Tensor] = []
         if read is None:
             self.storage = [
-                in_host_memory[number] if number in in_host_memory else _on_device(layout, device)
-                for number, layout in enumerate(layouts)
+                in_host_memory[index] if index in in_host_memory else _on_device(layout, device)
+                for index, layout in enumerate(layouts)
             ]
-        largest = max((layouts[number].num_bytes for number in offloaded), default=0)
+        largest = max((layouts[index].num_bytes for index in offloaded), default=0)
         self._buffers = [_Buffer(largest, device) for _ in range(num_buffers)] if offloaded else []
         self._written: dict[int, Event] = {}
         self._uses: deque[Use] = deque()
@@ -167,26 +167,26 @@ class WeightStore:
             streams.to_device.record_stream(buffer.record)
             streams.to_host.record_stream(buffer.record)
 
-    def stored(self, number: int) -> dict[str, Stored]:
+    def stored(self, index: int) -> dict[str, Slots]:
         """Return a set in its storage; call `synchronize` first if it may be on its way."""
-        return self.layouts[number].views(self.storage[number])
+        return self.layouts[index].views(self.storage[index])
 
     def plan(self, uses: Sequence[Use]) -> None:
         """Set the uses to come, in order, in place of those that were planned before."""
         for buffer in self._buffers:
             if buffer.open:  # by a pass that broke off, perhaps in the middle of a change
-                buffer.open, buffer.number, buffer.free = False, None, self.streams.compute.record_event()
+                buffer.open, buffer.index, buffer.free = False, None, self.streams.compute.record_event()
         self._uses = deque(uses)
         self._fetch_ahead()
 
-    def open(self, number: int) -> dict[str, Stored]:
+    def open(self, index: int) -> dict[str, Slots]:
         """Return the next set of the plan, on the device, where it stays until `close`."""
-        if not self._uses or self._uses[0].number != number:
-            raise RuntimeError(f"weight set {number} was not planned to be used now")
+        if not self._uses or self._uses[0].index != index:
+            raise RuntimeError(f"weight set {index} was not planned to be used now")
         whole = self._uses.popleft().whole
-        if number in self.resident:
-            return self.stored(number)
-        buffer = self._holding(number)
+        if index in self.resident:
+            return self.stored(index)
+        buffer = self._holding(index)
         assert buffer is not None, "the plan fetches every set before its use"
         with self.timer.span("fetch"):
             self.streams.compute.wait_event(buffer.ready)
@@ -195,16 +195,16 @@ class WeightStore:
                 self.streams.compute.wait_event(buffer.left)
         buffer.open = True
         self._fetch_ahead()
-        return self.layouts[number].views(buffer.record)
+        return self.layouts[index].views(buffer.record)
 
-    def close(self, number: int, changed: bool = False) -> None:
+    def close(self, index: int, changed: bool = False) -> None:
         """End the use of a set by the work enqueued so far; write it back if that changed it."""
-        buffer = self._holding(number)
-        if number in self.resident or buffer is None:
+        buffer = self._holding(index)
+        if index in self.resident or buffer is None:
             return
         buffer.free = self.streams.compute.record_event()
         if changed:
-            self._write_back(number, buffer)
+            self._write_back(index, buffer)
         buffer.open = False
         self._fetch_ahead()
 
@@ -217,7 +217,7 @@ class WeightStore:
         """Drop what the buffers hold, because the storage was changed from outside."""
         self.synchronize()
         for buffer in self._buffers:
-            buffer.number = None
+            buffer.index = None
 
     def free(self) -> None:
         """Release the host memory."""
@@ -231,51 +231,51 @@ class WeightStore:
         for use in self._uses:
             if len(taken) == len(self._buffers):
                 return
-            if use.number in self.resident:
+            if use.index in self.resident:
                 continue
-            buffer = self._holding(use.number)
+            buffer = self._holding(use.index)
             if buffer is None:
                 buffer = next(one for one in self._buffers if one not in taken)
                 self._fetch(buffer, use)
             elif use.whole and not buffer.whole:
-                self._complete(buffer, use.number)
+                self._complete(buffer, use.index)
             if buffer not in taken:
                 taken.append(buffer)
 
     def _fetch(self, buffer: _Buffer, use: Use) -> None:
-        layout, stream = self.layouts[use.number], self.streams.to_device
+        layout, stream = self.layouts[use.index], self.streams.to_device
         end = layout.num_bytes if use.whole else layout.read_bytes
         stream.wait_event(buffer.free)
         stream.wait_event(buffer.left)
-        stream.wait_event(self._written.get(use.number))
-        buffer.number = None  # until it is filled: reading may fail
+        stream.wait_event(self._written.get(use.index))
+        buffer.index = None  # until it is filled: reading may fail
         with self.timer.span("fetch"):  # on a CPU the copy itself; on a GPU it is only enqueued
             if self._read is not None:
-                self._read(use.number, layout.views(buffer.record))
+                self._read(use.index, layout.views(buffer.record))
             else:
-                stream.copy(buffer.record[:end], self.storage[use.number][:end])
-        buffer.ready, buffer.number, buffer.whole = stream.record_event(), use.number, use.whole
+                stream.copy(buffer.record[:end], self.storage[use.index][:end])
+        buffer.ready, buffer.index, buffer.whole = stream.record_event(), use.index, use.whole
         self.moved_bytes += end
 
-    def _complete(self, buffer: _Buffer, number: int) -> None:
+    def _complete(self, buffer: _Buffer, index: int) -> None:
         """Fetch what an update needs besides the weights, which are there."""
-        layout, stream = self.layouts[number], self.streams.to_device
+        layout, stream = self.layouts[index], self.streams.to_device
         start, end = layout.read_bytes, layout.num_bytes
-        stream.wait_event(self._written.get(number))
-        stream.copy(buffer.record[start:end], self.storage[number][start:end])
+        stream.wait_event(self._written.get(index))
+        stream.copy(buffer.record[start:end], self.storage[index][start:end])
         buffer.ready, buffer.whole = stream.record_event(), True
         self.moved_bytes += end - start
 
-    def _write_back(self, number: int, buffer: _Buffer) -> None:
-        end, stream = self.layouts[number].num_bytes, self.streams.to_host
+    def _write_back(self, index: int, buffer: _Buffer) -> None:
+        end, stream = self.layouts[index].num_bytes, self.streams.to_host
         stream.wait_event(buffer.free)
         with self.timer.span("write_back"):
-            stream.copy(self.storage[number][:end], buffer.record[:end])
-        self._written[number] = buffer.left = stream.record_event()
+            stream.copy(self.storage[index][:end], buffer.record[:end])
+        self._written[index] = buffer.left = stream.record_event()
         self.moved_bytes += end
 
-    def _holding(self, number: int) -> _Buffer | None:
-        return next((buffer for buffer in self._buffers if buffer.number == number), None)
+    def _holding(self, index: int) -> _Buffer | None:
+        return next((buffer for buffer in self._buffers if buffer.index == index), None)
 
 
 def _on_device(layout: RecordLayout, device: torch.device) -> Tensor:

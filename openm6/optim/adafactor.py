@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from openm6.optim.adamw import recompute
-from openm6.optim.pieces import COLUMN_MEANS, COUNT, ROW_MEANS, WHOLE, Piece, Pieces, total_together, whole
+from openm6.optim.sharding import (
+    COLUMN_MEANS,
+    COUNT,
+    REPLICATED,
+    ROW_MEANS,
+    ShardSpec,
+    ShardSpecOf,
+    all_reduce_coalesced,
+    replicated,
+)
 
 Result = TypeVar("Result")
 RankSums = Generator[list[Tensor], None, Result]  # yields tensors that are to be summed over ranks, in place
@@ -38,7 +47,7 @@ class Moments(NamedTuple):
 
 
 def follow(
-    moments: Moments, gradient: Tensor, piece: Piece = WHOLE, active: Tensor | None = None
+    moments: Moments, gradient: Tensor, spec: ShardSpec = REPLICATED, active: Tensor | None = None
 ) -> RankSums[Tensor]:
     """Take the squares of a gradient E R' C into its moments, and return which matrices were active: E.
 
@@ -48,8 +57,8 @@ def follow(
     square = gradient.square() + TINY
     sums = square.sum(-2)  # E C
     active = ((gradient != 0).flatten(1).any(-1) if active is None else active).to(sums.dtype)
-    yield _if_cut(piece, sums, active)
-    _, num_rows = piece.rows(gradient.shape[-2])
+    yield _if_cut(spec, sums, active)
+    _, num_rows = spec.rows(gradient.shape[-2])
     follow_means(moments, square.mean(-1), sums / num_rows, active > 0)
     return active > 0
 
@@ -63,48 +72,48 @@ def follow_means(moments: Moments, row_mean: Tensor, column_mean: Tensor, active
 
 
 def inverse_roots(
-    moments: Moments, piece: Piece = WHOLE, floor: float = TINY
+    moments: Moments, spec: ShardSpec = REPLICATED, floor: float = TINY
 ) -> RankSums[tuple[Tensor, Tensor]]:
     """Return the factors E R' and E C of 1/√v, where v[r, c] = row[r] · column[c] / mean(row) (algorithm 4).
 
     `floor` bounds the mean from below.
     """
     mean = moments.row.sum(-1, keepdim=True)  # E 1
-    yield _if_cut(piece, mean)
-    _, num_rows = piece.rows(moments.row.shape[-1])
+    yield _if_cut(spec, mean)
+    _, num_rows = spec.rows(moments.row.shape[-1])
     mean = (mean / num_rows).clamp(min=floor)
     return (moments.row / mean).clamp(min=TINY).rsqrt(), moments.column.clamp(min=TINY).rsqrt()
 
 
-def normalized(gradient: Tensor, moments: Moments, piece: Piece = WHOLE) -> RankSums[Tensor]:
+def normalized(gradient: Tensor, moments: Moments, spec: ShardSpec = REPLICATED) -> RankSums[Tensor]:
     """Return g / √v, clipped to a root mean square of 1 per matrix (section 6): E R' C.
 
     In offloaded training this clip replaces one by the norm of all gradients, which is not known while gradients are
     used layer by layer.
     """
-    row, column = yield from inverse_roots(moments, piece)
+    row, column = yield from inverse_roots(moments, spec)
     update = gradient * row.unsqueeze(-1) * column.unsqueeze(-2)
-    size = yield from root_mean_square(update, piece)
+    size = yield from root_mean_square(update, spec)
     return update / size.clamp(min=1.0)
 
 
-def root_mean_square(matrices: Tensor, piece: Piece, pooled: int = 0) -> RankSums[Tensor]:
+def root_mean_square(matrices: Tensor, spec: ShardSpec, pooled: int = 0) -> RankSums[Tensor]:
     """Return the size of each matrix, E 1 1, or of all values together if `pooled` is their number in the whole."""
     squares = matrices.square().sum((-2, -1), keepdim=True)
     if pooled:
         squares = squares.sum(0, keepdim=True)
         yield [squares]
         return (squares / pooled).sqrt()
-    yield _if_cut(piece, squares)
-    return (squares / (piece.rows(matrices.shape[-2])[1] * matrices.shape[-1])).sqrt()
+    yield _if_cut(spec, squares)
+    return (squares / (spec.rows(matrices.shape[-2])[1] * matrices.shape[-1])).sqrt()
 
 
-def _if_cut(piece: Piece, *sums: Tensor) -> list[Tensor]:
-    return [] if piece.group is None else list(sums)
+def _if_cut(spec: ShardSpec, *sums: Tensor) -> list[Tensor]:
+    return [] if spec.group is None else list(sums)
 
 
-def advance(updates: Sequence[RankSums[Result]], piece: Piece) -> list[Result]:
-    """Run updates that stop equally often side by side, with one exchange over the ranks of `piece` for each stop."""
+def advance(updates: Sequence[RankSums[Result]], spec: ShardSpec) -> list[Result]:
+    """Run updates that stop equally often side by side, with one exchange over the ranks of `spec` for each stop."""
     results: list[Result] = []
     while len(results) < len(updates):
         sums: list[Tensor] = []
@@ -113,7 +122,7 @@ def advance(updates: Sequence[RankSums[Result]], piece: Piece) -> list[Result]:
                 sums += next(update)
             except StopIteration as end:
                 results.append(end.value)
-        total_together(sums, piece)
+        all_reduce_coalesced(sums, spec)
     return results
 
 
@@ -130,12 +139,12 @@ class Adafactor(torch.optim.Optimizer):
         params: Iterable[Any],
         lr: float,
         weight_decay: float = 0.0,
-        pieces: Pieces = whole,
+        spec_of: ShardSpecOf = replicated,
         smallest_scale: float = 1e-3,
     ) -> None:
-        """`pieces` returns how a parameter is sharded; `smallest_scale` is the least size of weights to step by."""
+        """`spec_of` returns how a parameter is sharded; `smallest_scale` is the least size of weights to step by."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.pieces, self.smallest_scale = pieces, smallest_scale
+        self.spec_of, self.smallest_scale = spec_of, smallest_scale
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -154,7 +163,7 @@ class Adafactor(torch.optim.Optimizer):
         size = 0
         for group in self.param_groups:
             for parameter in (one for one in group["params"] if one.grad is not None):
-                one = _shard_of(parameter, self.pieces(parameter), group)
+                one = _shard_of(parameter, self.spec_of(parameter), group)
                 ranks = bucket[0].sums.group if bucket else None
                 if bucket and (ranks is None or one.sums.group is not ranks or size > AT_ONCE * ranks.size):
                     yield bucket
@@ -166,13 +175,13 @@ class Adafactor(torch.optim.Optimizer):
 
     def _update(self, one: _Shard) -> RankSums[None]:
         moments, lr = self._moments(one), one.group["lr"]
-        size = yield from root_mean_square(one.weight.float(), one.piece, one.pooled)
-        yield from follow(moments, one.gradient, one.piece, torch.ones_like(moments.updates))
+        size = yield from root_mean_square(one.weight.float(), one.spec, one.pooled)
+        yield from follow(moments, one.gradient, one.spec, torch.ones_like(moments.updates))
         floor = TINY if one.parameter.ndim < 2 else TORCH_FLOOR  # a vector's v is its rows' alone
-        row, column = yield from inverse_roots(moments, one.piece, floor)
+        row, column = yield from inverse_roots(moments, one.spec, floor)
         scale = (row.unsqueeze(-1) * column.unsqueeze(-2)).clamp_(max=1 / TORCH_FLOOR)  # 1/√v, E R' C
         update = scale.mul_(one.gradient)
-        clip = (yield from root_mean_square(update, one.piece, one.pooled)).clamp(min=1.0)
+        clip = (yield from root_mean_square(update, one.spec, one.pooled)).clamp(min=1.0)
         rate = (
             size.clamp(min=self.smallest_scale) * moments.updates.rsqrt().clamp(max=lr).view(-1, 1, 1) / clip
         )
@@ -204,22 +213,22 @@ class _Shard:
     parameter: Tensor
     weight: Tensor
     gradient: Tensor  # in fp32
-    slots: Piece  # how the parameter and its moments are sharded
-    piece: Piece  # the same if rows of one matrix are on several ranks, else WHOLE
-    sums: Piece  # the same if any sum goes over ranks, else WHOLE
+    slots: ShardSpec  # how the parameter and its moments are sharded
+    spec: ShardSpec  # the same if rows of one matrix are on several ranks, else REPLICATED
+    sums: ShardSpec  # the same if any sum goes over ranks, else REPLICATED
     pooled: (
         int  # number of values of a parameter that is scaled and clipped as one, 0 for matrices by themselves
     )
     group: dict[str, Any]
 
 
-def _shard_of(parameter: Tensor, slots: Piece, group: dict[str, Any]) -> _Shard:
+def _shard_of(parameter: Tensor, slots: ShardSpec, group: dict[str, Any]) -> _Shard:
     assert parameter.grad is not None
     weight, gradient = slots.local(parameter), slots.local(parameter.grad).float()
     rows, columns = (weight.numel(), 1) if weight.ndim < 2 else weight.shape[-2:]
     shape = (math.prod(weight.shape[:-2]), rows, columns)
-    piece = slots if slots.cuts_rows(parameter.ndim) else WHOLE
+    spec = slots if slots.shards_rows(parameter.ndim) else REPLICATED
     stacked = parameter.ndim == 3 and group.get("muon", False)
     pooled = 0 if stacked or parameter.ndim < 3 else parameter.numel()
-    sums = slots if pooled else piece
-    return _Shard(parameter, weight.view(shape), gradient.reshape(shape), slots, piece, sums, pooled, group)
+    sums = slots if pooled else spec
+    return _Shard(parameter, weight.view(shape), gradient.reshape(shape), slots, spec, sums, pooled, group)

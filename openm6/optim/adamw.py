@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 from openm6 import kernels
 from openm6.base.seeds import derive_seed
 from openm6.optim.low_precision import random_bits, round_to_bf16
-from openm6.optim.pieces import Pieces, whole
+from openm6.optim.sharding import ShardSpecOf, replicated
 
 State = dict[str, Any]  # of a parameter: `step`, `exp_avg` and `exp_avg_sq`
 
@@ -35,16 +35,16 @@ class AdamW(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
         stochastic: bool = False,
         seed: int = 0,
-        pieces: Pieces = whole,
+        spec_of: ShardSpecOf = replicated,
     ) -> None:
         """`state_dtype` None: each moment has its parameter's dtype. `stochastic`: bf16 results are rounded by random
-        bits, other ones for each shard of a parameter. `pieces` returns how a parameter is sharded.
+        bits, other ones for each shard of a parameter. `spec_of` returns how a parameter is sharded.
 
         Steps are counted on the host; checkpoints hold the same names as torch's AdamW.
         """
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.state_dtype, self.stochastic, self.seed = state_dtype, stochastic, seed
-        self.pieces = pieces
+        self.spec_of = spec_of
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
 
@@ -78,12 +78,12 @@ class AdamW(torch.optim.Optimizer):
         return [parameter for parameter in group["params"] if parameter.grad is not None]
 
     def _uses_kernel(self, parameter: Tensor) -> bool:
-        part = self.pieces(parameter).local(parameter)
+        part = self.spec_of(parameter).local(parameter)
         return kernels.available(part.device) and part.is_contiguous()
 
     def _local(self, parameter: Tensor) -> tuple[Tensor, Tensor, State]:
         """Return what this rank holds of weight, gradient and moments."""
-        local = self.pieces(parameter).local
+        local = self.spec_of(parameter).local
         assert parameter.grad is not None
         state = {key: local(value) for key, value in self.state[parameter].items()}
         return local(parameter), local(parameter.grad), state
@@ -101,7 +101,7 @@ class AdamW(torch.optim.Optimizer):
         if not self.stochastic:
             return 0
         step, index = int(self.state[parameter]["step"]), self._index[id(parameter)]
-        group = self.pieces(parameter).group
+        group = self.spec_of(parameter).group
         shard = () if group is None else (group.rank,)
         return derive_seed(self.seed, "rounding", step, index, *shard) % 2**31
 

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from openm6.optim.adamw import AdamW
-from openm6.optim.pieces import Piece, Pieces, on_whole_matrices, whole
+from openm6.optim.sharding import ShardSpec, ShardSpecOf, on_whole_matrices, replicated
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at zero (Jordan 2024)
+NEWTON_SCHULZ_COEFFICIENTS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # quintic with the steepest slope at zero (Jordan 2024)
 
 
-def orthogonalise(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
+def newton_schulz(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
     """Return the nearest matrix with (nearly) equal singular values, by Newton–Schulz: X ← aX + (bA + cA²)X, A = XXᵀ.
 
     Args:
@@ -26,7 +30,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tenso
     Returns:
         The same shape in `dtype`.
     """
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     stack = matrices.to(dtype).reshape(-1, *matrices.shape[-2:])  # E R C
     tall = stack.shape[-2] > stack.shape[-1]
     x = stack.mT if tall else stack  # the product A is smaller on the short side
@@ -53,15 +57,15 @@ class Muon(AdamW):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         dtype: torch.dtype | None = None,
-        pieces: Pieces = whole,
+        spec_of: ShardSpecOf = replicated,
     ) -> None:
-        """`dtype` is that of the orthogonalization (None: bfloat16 on a GPU, float32 elsewhere); `pieces` returns how
+        """`dtype` is that of the orthogonalization (None: bfloat16 on a GPU, float32 elsewhere); `spec_of` returns how
         a parameter is sharded."""
         groups = [{"muon": False, "momentum": momentum, **group} for group in params]
         for parameter in (parameter for group in groups if group["muon"] for parameter in group["params"]):
             if parameter.ndim not in (2, 3):
                 raise ValueError(f"Muon takes matrices or stacks of them, not shape {tuple(parameter.shape)}")
-        super().__init__(groups, lr, betas, eps, weight_decay, pieces=pieces)
+        super().__init__(groups, lr, betas, eps, weight_decay, spec_of=spec_of)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -79,41 +83,41 @@ class Muon(AdamW):
 
     def _update_matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Whole matrices one tensor at a time; sharded ones after an exchange, those of one process group together."""
-        sharded: dict[int, list[tuple[Tensor, Piece]]] = {}
+        sharded: dict[int, list[tuple[Tensor, ShardSpec]]] = {}
         for parameter in parameters:
-            piece = self.pieces(parameter)
-            if piece.cuts_rows(parameter.ndim):
-                sharded.setdefault(id(piece.group), []).append((parameter, piece))
+            spec = self.spec_of(parameter)
+            if spec.shards_rows(parameter.ndim):
+                sharded.setdefault(id(spec.group), []).append((parameter, spec))
                 continue
-            update = orthogonalise(self._lookahead(parameter, piece, group), self._dtype(parameter))
-            self._apply(parameter, piece, update, group)
+            update = newton_schulz(self._lookahead(parameter, spec, group), self._dtype(parameter))
+            self._apply(parameter, spec, update, group)
         for pairs in sharded.values():
             ahead = [self._lookahead(*pair, group).to(self._dtype(pair[0])) for pair in pairs]
-            pieces = [piece for _, piece in pairs]
-            updates = on_whole_matrices(ahead, pieces, lambda stack: orthogonalise(stack, stack.dtype))
-            for (parameter, piece), update in zip(pairs, updates, strict=True):
-                self._apply(parameter, piece, update, group)
+            specs = [spec for _, spec in pairs]
+            updates = on_whole_matrices(ahead, specs, lambda stack: newton_schulz(stack, stack.dtype))
+            for (parameter, spec), update in zip(pairs, updates, strict=True):
+                self._apply(parameter, spec, update, group)
 
     def _dtype(self, parameter: Tensor) -> torch.dtype:
         return self.dtype or (torch.bfloat16 if parameter.is_cuda else torch.float32)
 
-    def _lookahead(self, parameter: Tensor, piece: Piece, group: dict[str, Any]) -> Tensor:
+    def _lookahead(self, parameter: Tensor, spec: ShardSpec, group: dict[str, Any]) -> Tensor:
         """Update the momentum, and return Nesterov's look-ahead, of this rank's shard."""
         state = self.state[parameter]
         assert parameter.grad is not None
-        gradient = piece.local(parameter.grad)
+        gradient = spec.local(parameter.grad)
         if not state:
-            state["momentum"] = piece.slot("momentum", torch.zeros_like(gradient))
-        momentum = piece.local(state["momentum"])
+            state["momentum"] = spec.slot("momentum", torch.zeros_like(gradient))
+        momentum = spec.local(state["momentum"])
         momentum.lerp_(gradient, 1 - group["momentum"])
         return gradient.lerp(momentum, group["momentum"])
 
-    def _apply(self, parameter: Tensor, piece: Piece, update: Tensor, group: dict[str, Any]) -> None:
+    def _apply(self, parameter: Tensor, spec: ShardSpec, update: Tensor, group: dict[str, Any]) -> None:
         """Step at a rate that gives an orthogonal update the size of a typical AdamW update.
 
         0.2·sqrt(max(R, C)) (Liu et al. 2025, arXiv 2502.16982, section 2.2): one learning rate then serves all groups.
         """
-        weight = piece.local(parameter)
+        weight = spec.local(parameter)
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] * (0.2 * math.sqrt(max(parameter.shape[-2:])))
         weight.add_(update.to(weight.dtype), alpha=-rate)

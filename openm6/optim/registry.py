@@ -15,13 +15,13 @@ from openm6.optim.adafactor import Adafactor
 from openm6.optim.adamw import AdamW
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.muon import Muon
-from openm6.optim.pieces import Pieces, whole
+from openm6.optim.sharding import ShardSpecOf, replicated
 
 Groups = list[dict[str, Any]]
-Build = Callable[[Groups, OptimizerConfig, Pieces], torch.optim.Optimizer]
+Build = Callable[[Groups, OptimizerConfig, ShardSpecOf], torch.optim.Optimizer]
 
 
-def build_adamw(groups: Groups, config: OptimizerConfig, pieces: Pieces) -> torch.optim.Optimizer:
+def build_adamw(groups: Groups, config: OptimizerConfig, spec_of: ShardSpecOf) -> torch.optim.Optimizer:
     """Return AdamW (arXiv 1711.05101)."""
     return AdamW(
         groups,
@@ -31,16 +31,16 @@ def build_adamw(groups: Groups, config: OptimizerConfig, pieces: Pieces) -> torc
         weight_decay=config.weight_decay,
         state_dtype=torch.bfloat16 if config.moments == "bf16" else None,
         stochastic=config.rounding == "stochastic",
-        pieces=pieces,
+        spec_of=spec_of,
     )
 
 
-def build_adafactor(groups: Groups, config: OptimizerConfig, pieces: Pieces) -> torch.optim.Optimizer:
+def build_adafactor(groups: Groups, config: OptimizerConfig, spec_of: ShardSpecOf) -> torch.optim.Optimizer:
     """Return Adafactor (arXiv 1804.04235): a factored second moment and no first one, so next to no memory."""
-    return Adafactor(groups, lr=config.learning_rate, weight_decay=config.weight_decay, pieces=pieces)
+    return Adafactor(groups, lr=config.learning_rate, weight_decay=config.weight_decay, spec_of=spec_of)
 
 
-def build_muon(groups: Groups, config: OptimizerConfig, pieces: Pieces) -> torch.optim.Optimizer:
+def build_muon(groups: Groups, config: OptimizerConfig, spec_of: ShardSpecOf) -> torch.optim.Optimizer:
     """Return Muon for hidden matrices and stacks of expert matrices, with AdamW for the rest."""
     return Muon(
         groups,
@@ -49,7 +49,7 @@ def build_muon(groups: Groups, config: OptimizerConfig, pieces: Pieces) -> torch
         momentum=config.momentum,
         betas=config.betas,
         eps=config.epsilon,
-        pieces=pieces,
+        spec_of=spec_of,
     )
 
 
@@ -62,32 +62,34 @@ def check_optimizer_name(name: str) -> None:
         raise ConfigError(f"no optimizer {name!r}; {nearest(name, list(OPTIMIZERS))}")
 
 
-def build_optimizer(groups: Groups, config: OptimizerConfig, pieces: Pieces = whole) -> torch.optim.Optimizer:
+def build_optimizer(
+    groups: Groups, config: OptimizerConfig, spec_of: ShardSpecOf = replicated
+) -> torch.optim.Optimizer:
     """Return the optimizer that `config` names, over groups as `default_groups` makes them.
 
-    `pieces` returns how a parameter is sharded.
+    `spec_of` returns how a parameter is sharded.
 
     Raises:
         ConfigError: no optimizer of that name.
     """
     check_optimizer_name(config.name)
-    optimizer = OPTIMIZERS[config.name](groups, config, pieces)
+    optimizer = OPTIMIZERS[config.name](groups, config, spec_of)
     for group in optimizer.param_groups:
-        group.setdefault("rate_scale", 1.0)
+        group.setdefault("lr_scale", 1.0)
     return optimizer
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate`, times the group's `rate_scale`, in the next step."""
+def set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use `rate`, times the group's `lr_scale`, in the next step."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate_scale"]
+        group["lr"] = rate * group["lr_scale"]
 
 
 def default_groups(model: nn.Module, embeddings: Sequence[str] = ()) -> Groups:
     """Return three groups: matrices, tables and kernels, and vectors (norms, biases), which are not decayed.
 
     Keys of a group: `params`; `muon` (True if Muon may orthogonalize the update); optional `weight_decay`, which
-    replaces the config's; optional `rate_scale`, a factor on the learning rate.
+    replaces the config's; optional `lr_scale`, a factor on the learning rate.
 
     Args:
         model: only its parameters that require gradients are taken, each once.

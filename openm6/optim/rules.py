@@ -30,10 +30,10 @@ from openm6.optim.low_precision import (
     round_to_integer,
     to_levels,
 )
-from openm6.optim.pieces import COLUMN_MEANS, COUNT, ROW_MEANS, WHOLE, Piece
+from openm6.optim.sharding import COLUMN_MEANS, COUNT, REPLICATED, ROW_MEANS, ShardSpec
 
 Shape = tuple[int, ...]
-Stored = dict[str, Tensor]  # the slots of one parameter
+Slots = dict[str, Tensor]  # the slots of one parameter
 WEIGHT, EXPONENT, MOMENTUM = "weight", "exponent", "momentum"
 AT_ONCE = 2**26  # values that are updated at a time: what is computed in fp32 stays under a gigabyte
 MOMENTUM_KEY = 0x5BD1E995  # the momentum is rounded by other bits than the weight
@@ -53,22 +53,22 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Move:
+class UpdateArgs:
     """Arguments of one update: learning rate, weight decay, the key of its random bits, and whether to apply it.
 
-    `allowed` is a bool on the device, so that the host need not wait for it; if it is False nothing changes. `piece`
+    `allowed` is a bool on the device, so that the host need not wait for it; if it is False nothing changes. `spec`
     is the sharding: statistics are those of whole matrices, and random bits follow the position in them.
     """
 
-    rate: float
+    lr: float
     weight_decay: float
     key: int
     allowed: Tensor
-    piece: Piece = WHOLE
+    spec: ShardSpec = REPLICATED
 
 
 @dataclass(frozen=True)
-class Memory:
+class OptimizerState:
     """A parameter and its optimizer state, in fp32 and in full, as conversions between rules see it."""
 
     values: Tensor
@@ -88,28 +88,28 @@ class UpdateRule(ABC):
         """Return what is kept for a parameter, `read_slots` first."""
 
     @abstractmethod
-    def read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
+    def read(self, stored: Slots, dtype: torch.dtype) -> Tensor:
         """Return the weights to compute with; the stored tensor itself if it has that dtype."""
 
     @abstractmethod
-    def update(self, stored: Stored, gradient: Tensor, move: Move) -> None:
+    def update(self, stored: Slots, gradient: Tensor, args: UpdateArgs) -> None:
         """Update the weights, in place."""
 
     @abstractmethod
-    def remember(self, stored: Stored) -> Memory:
+    def export_state(self, stored: Slots) -> OptimizerState:
         """Return all that is kept."""
 
     @abstractmethod
-    def take_over(self, stored: Stored, memory: Memory, key: int) -> None:
+    def import_state(self, stored: Slots, state: OptimizerState, key: int) -> None:
         """Fill the slots; `key` seeds the rounding to fewer bits than fp32."""
 
     @abstractmethod
-    def write(self, stored: Stored, values: Tensor, key: int, piece: Piece = WHOLE) -> None:
-        """Replace the weights and keep the rest; `key` seeds the rounding, as in `take_over`."""
+    def write(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
+        """Replace the weights and keep the rest; `key` seeds the rounding, as in `import_state`."""
 
-    def fill(self, stored: Stored, values: Tensor, key: int, piece: Piece = WHOLE) -> None:
+    def fill(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
         """Store first values, and zeros for the rest."""
-        self.write(stored, values, key, piece)
+        self.write(stored, values, key, spec)
         for name, tensor in stored.items():
             if name not in self.read_slots:
                 tensor.zero_()
@@ -130,25 +130,25 @@ class AdamRule(UpdateRule):
         moments = [Slot(name, shape, torch.float32) for name in (WEIGHT, "exp_avg", "exp_avg_sq")]
         return [*moments, Slot("step", (), torch.float32)]
 
-    def read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
+    def read(self, stored: Slots, dtype: torch.dtype) -> Tensor:
         return stored[WEIGHT].to(dtype)
 
-    def update(self, stored: Stored, gradient: Tensor, move: Move) -> None:
-        group = {**self.group, "lr": move.rate, "weight_decay": move.weight_decay}
-        skip = (~move.allowed).to(torch.float32)
+    def update(self, stored: Slots, gradient: Tensor, args: UpdateArgs) -> None:
+        group = {**self.group, "lr": args.lr, "weight_decay": args.weight_decay}
+        skip = (~args.allowed).to(torch.float32)
         adamw_update([stored[WEIGHT]], [gradient.float().contiguous()], [stored], group, skip)
 
-    def remember(self, stored: Stored) -> Memory:
-        return Memory(stored[WEIGHT], stored["exp_avg"], stored["exp_avg_sq"], stored["step"])
+    def export_state(self, stored: Slots) -> OptimizerState:
+        return OptimizerState(stored[WEIGHT], stored["exp_avg"], stored["exp_avg_sq"], stored["step"])
 
-    def write(self, stored: Stored, values: Tensor, key: int, piece: Piece = WHOLE) -> None:
+    def write(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
         stored[WEIGHT].copy_(values)
 
-    def take_over(self, stored: Stored, memory: Memory, key: int) -> None:
-        self.write(stored, memory.values, key)
-        _copy_or_zero(stored["exp_avg"], memory.first)
-        _copy_or_zero(stored["exp_avg_sq"], memory.second)
-        stored["step"].copy_(memory.count.max())
+    def import_state(self, stored: Slots, state: OptimizerState, key: int) -> None:
+        self.write(stored, state.values, key)
+        _copy_or_zero(stored["exp_avg"], state.first)
+        _copy_or_zero(stored["exp_avg_sq"], state.second)
+        stored["step"].copy_(state.count.max())
 
 
 class FactoredRule(UpdateRule):
@@ -168,48 +168,48 @@ class FactoredRule(UpdateRule):
         """Return the weight, and what else `read` needs."""
         return [Slot(WEIGHT, shape, torch.bfloat16)]
 
-    def read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
+    def read(self, stored: Slots, dtype: torch.dtype) -> Tensor:
         return stored[WEIGHT].to(dtype)
 
-    def update(self, stored: Stored, gradient: Tensor, move: Move) -> None:
+    def update(self, stored: Slots, gradient: Tensor, args: UpdateArgs) -> None:
         views = {name: _as_matrices(tensor, name) for name, tensor in stored.items()}
         matrices = _as_matrices(gradient, WEIGHT).contiguous()  # E R C; the kernels know no strides
-        if self.uses_kernels(matrices, move.piece):
-            self.update_in_kernels(views, matrices, move)
+        if self.uses_kernels(matrices, args.spec):
+            self.update_in_kernels(views, matrices, args)
             return
-        for first, last in _chunks(matrices, move.piece):
+        for first, last in _chunks(matrices, args.spec):
             part = {name: view[first:last] for name, view in views.items()}
-            self.update_part(part, matrices[first:last], move, first)
+            self.update_part(part, matrices[first:last], args, first)
 
-    def uses_kernels(self, gradient: Tensor, piece: Piece) -> bool:
+    def uses_kernels(self, gradient: Tensor, spec: ShardSpec) -> bool:
         """Return whether Triton kernels, which keep nothing of the gradient's size, update this tensor.
 
-        All ranks of a piece must decide alike, since without kernels sums are exchanged in other portions: if one of
+        All ranks of a spec must decide alike, since without kernels sums are exchanged in other portions: if one of
         them has no rows, none uses the kernels.
         """
-        if not gradient.numel() or (piece.group is not None and not all(piece.lengths)):
+        if not gradient.numel() or (spec.group is not None and not all(spec.lengths)):
             return False
         return kernels.available(gradient.device)
 
-    def update_in_kernels(self, stored: Stored, gradient: Tensor, move: Move) -> None:
+    def update_in_kernels(self, stored: Slots, gradient: Tensor, args: UpdateArgs) -> None:
         """`update_part` of all matrices E R C at once."""
         # Triton is optional.
         from openm6.kernels import optimizers  # noqa: PLC0415
 
-        moments, piece, usable = _moments(stored), move.piece, move.allowed.to(torch.int32)
+        moments, spec, usable = _moments(stored), args.spec, args.allowed.to(torch.int32)
         matrices, rows, columns = gradient.shape
-        first_row, num_rows = piece.rows(rows)
+        first_row, num_rows = spec.rows(rows)
         row_sum, column_sum, largest = optimizers.adafactor_sums(gradient, usable)
         active = (largest > 0).float()
-        piece.total(column_sum)
-        active = piece.total(active) > 0
+        spec.all_reduce(column_sum)
+        active = spec.all_reduce(active) > 0
         follow_means(moments, row_sum / columns + TINY, column_sum / num_rows + TINY, active)
-        ((inverse_row, inverse_column),) = advance([inverse_roots(moments, piece)], piece)
-        squares = piece.total(optimizers.adafactor_squares(gradient, usable, inverse_row, inverse_column))
+        ((inverse_row, inverse_column),) = advance([inverse_roots(moments, spec)], spec)
+        squares = spec.all_reduce(optimizers.adafactor_squares(gradient, usable, inverse_row, inverse_column))
         size = (squares / (num_rows * columns)).sqrt().clamp(min=1.0)
-        rates = torch.where(active, move.rate / size, 0.0)
-        kept = torch.where(active, 1 - move.rate * move.weight_decay, 1.0)
-        keys = matrix_keys(matrices, move.key, piece.first, gradient.device)
+        rates = torch.where(active, args.lr / size, 0.0)
+        kept = torch.where(active, 1 - args.lr * args.weight_decay, 1.0)
+        keys = matrix_keys(matrices, args.key, spec.first, gradient.device)
         numbers = (usable, inverse_row, inverse_column, rates, kept, keys)
         if EXPONENT in stored:
             blocks = block_length(columns), LEVELS, SPARSE, STEPS
@@ -219,48 +219,50 @@ class FactoredRule(UpdateRule):
         else:
             optimizers.adafactor_update_bf16(stored[WEIGHT], gradient, numbers, first_row)
 
-    def update_part(self, stored: Stored, gradient: Tensor, move: Move, first: int) -> None:
+    def update_part(self, stored: Slots, gradient: Tensor, args: UpdateArgs, first: int) -> None:
         """Update matrices E R C, which have index `first` and following in the parameter."""
-        usable = torch.where(move.allowed, gradient.float(), 0.0)
-        (active,) = advance([follow(_moments(stored), usable, move.piece)], move.piece)
-        direction = self.direction(stored, usable, active, move, first)
-        (update,) = advance([normalized(direction, _moments(stored), move.piece)], move.piece)
-        update = torch.where(active[:, None, None], move.rate * update, 0.0)
-        kept = torch.where(active, 1 - move.rate * move.weight_decay, 1.0)[:, None, None]
-        self.store(stored, kept, update, _bits(gradient, move.key, first, move.piece))
+        usable = torch.where(args.allowed, gradient.float(), 0.0)
+        (active,) = advance([follow(_moments(stored), usable, args.spec)], args.spec)
+        direction = self.direction(stored, usable, active, args, first)
+        (update,) = advance([normalized(direction, _moments(stored), args.spec)], args.spec)
+        update = torch.where(active[:, None, None], args.lr * update, 0.0)
+        kept = torch.where(active, 1 - args.lr * args.weight_decay, 1.0)[:, None, None]
+        self.store(stored, kept, update, _bits(gradient, args.key, first, args.spec))
 
-    def direction(self, stored: Stored, gradient: Tensor, active: Tensor, move: Move, first: int) -> Tensor:
+    def direction(
+        self, stored: Slots, gradient: Tensor, active: Tensor, args: UpdateArgs, first: int
+    ) -> Tensor:
         """Return what the weights are to move against, before it is normalized."""
         return gradient
 
-    def store(self, stored: Stored, kept: Tensor, update: Tensor, bits: Tensor) -> None:
+    def store(self, stored: Slots, kept: Tensor, update: Tensor, bits: Tensor) -> None:
         """Store weight · kept - update, rounded by `bits`."""
         stored[WEIGHT].copy_(round_to_bf16(stored[WEIGHT].float() * kept - update, bits))
 
-    def remember(self, stored: Stored) -> Memory:
+    def export_state(self, stored: Slots) -> OptimizerState:
         row, column = stored[ROW_MEANS], stored[COLUMN_MEANS]
         mean = row.mean(-1, keepdim=True).clamp(min=TINY)
         second = (row / mean).unsqueeze(-1) * column.unsqueeze(-2)
         first = stored[MOMENTUM].float() if MOMENTUM in stored else None
-        return Memory(self.read(stored, torch.float32), first, second, stored[COUNT])
+        return OptimizerState(self.read(stored, torch.float32), first, second, stored[COUNT])
 
-    def write(self, stored: Stored, values: Tensor, key: int, piece: Piece = WHOLE) -> None:
+    def write(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
         weights = {name: _as_matrices(stored[name], name) for name in self.read_slots}
         values = _as_matrices(values, WEIGHT)
         for first, last in _chunks(values):
             part = {name: tensor[first:last] for name, tensor in weights.items()}
-            self.encode(part, values[first:last].float(), _bits(values[first:last], key, first, piece))
+            self.encode(part, values[first:last].float(), _bits(values[first:last], key, first, spec))
 
-    def take_over(self, stored: Stored, memory: Memory, key: int) -> None:
-        self.write(stored, memory.values, key)
-        second = memory.second
+    def import_state(self, stored: Slots, state: OptimizerState, key: int) -> None:
+        self.write(stored, state.values, key)
+        second = state.second
         _copy_or_zero(stored[ROW_MEANS], None if second is None else second.mean(-1))
         _copy_or_zero(stored[COLUMN_MEANS], None if second is None else second.mean(-2))
-        stored[COUNT].copy_(memory.count)
+        stored[COUNT].copy_(state.count)
         if MOMENTUM in stored:
-            _copy_or_zero(stored[MOMENTUM], memory.first)
+            _copy_or_zero(stored[MOMENTUM], state.first)
 
-    def encode(self, stored: Stored, values: Tensor, bits: Tensor) -> None:
+    def encode(self, stored: Slots, values: Tensor, bits: Tensor) -> None:
         """Store fp32 matrices E R C as weights, rounded by `bits`."""
         stored[WEIGHT].copy_(round_to_bf16(values.contiguous(), bits))
 
@@ -276,13 +278,15 @@ class MomentumRule(FactoredRule):
     def slots(self, shape: Shape) -> list[Slot]:
         return [*super().slots(shape), Slot(MOMENTUM, shape, torch.bfloat16)]
 
-    def uses_kernels(self, gradient: Tensor, piece: Piece) -> bool:
+    def uses_kernels(self, gradient: Tensor, spec: ShardSpec) -> bool:
         return False
 
-    def direction(self, stored: Stored, gradient: Tensor, active: Tensor, move: Move, first: int) -> Tensor:
+    def direction(
+        self, stored: Slots, gradient: Tensor, active: Tensor, args: UpdateArgs, first: int
+    ) -> Tensor:
         before = stored[MOMENTUM].float()
         mean = torch.where(active[:, None, None], before.lerp(gradient, 1 - self.beta), before)
-        bits = _bits(gradient, move.key ^ MOMENTUM_KEY, first, move.piece)
+        bits = _bits(gradient, args.key ^ MOMENTUM_KEY, first, args.spec)
         stored[MOMENTUM].copy_(round_to_bf16(mean, bits))
         correction = 1 - self.beta ** stored[COUNT].clamp(min=1)
         return mean / correction[:, None, None]
@@ -298,21 +302,21 @@ class BlockRule(FactoredRule):
         blocks = shape[-1] // block_length(shape[-1])
         return [Slot(WEIGHT, shape, torch.int8), Slot(EXPONENT, (*shape[:-1], blocks), torch.int8)]
 
-    def read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
+    def read(self, stored: Slots, dtype: torch.dtype) -> Tensor:
         levels, exponent = (_as_matrices(stored[name], name) for name in self.read_slots)
         weights = torch.empty(levels.shape, dtype=dtype, device=levels.device)
         for first, last in _chunks(levels):  # in parts, as the products are in fp32 before they are rounded
             weights[first:last] = from_levels(levels[first:last], exponent[first:last], dtype)
         return weights.view(stored[WEIGHT].shape)
 
-    def store(self, stored: Stored, kept: Tensor, update: Tensor, bits: Tensor) -> None:
+    def store(self, stored: Slots, kept: Tensor, update: Tensor, bits: Tensor) -> None:
         # In units of the scale, so that a weight that is not to move is exactly on its level.
         levels = stored[WEIGHT].float() * kept - to_levels(update, stored[EXPONENT])
         levels, exponent = refit(levels, stored[EXPONENT])
         stored[WEIGHT].copy_(round_to_integer(levels, bits).clamp(-LEVELS, LEVELS))
         stored[EXPONENT].copy_(exponent)
 
-    def encode(self, stored: Stored, values: Tensor, bits: Tensor) -> None:
+    def encode(self, stored: Slots, values: Tensor, bits: Tensor) -> None:
         exponent = fit_exponent(values)
         stored[WEIGHT].copy_(round_to_integer(to_levels(values, exponent), bits).clamp(-LEVELS, LEVELS))
         stored[EXPONENT].copy_(exponent)
@@ -331,7 +335,7 @@ def _copy_or_zero(slot: Tensor, values: Tensor | None) -> None:
     slot.zero_() if values is None else slot.copy_(values)
 
 
-def _moments(stored: Stored) -> Moments:
+def _moments(stored: Slots) -> Moments:
     return Moments(stored[ROW_MEANS], stored[COLUMN_MEANS], stored[COUNT])
 
 
@@ -342,22 +346,22 @@ def _as_matrices(tensor: Tensor, slot: str) -> Tensor:
     return tensor.reshape(math.prod(outer), *inner)  # not -1: a shard may be empty
 
 
-def _chunks(matrices: Tensor, piece: Piece = WHOLE) -> Iterator[tuple[int, int]]:
+def _chunks(matrices: Tensor, spec: ShardSpec = REPLICATED) -> Iterator[tuple[int, int]]:
     """Ranges of matrices that hold about AT_ONCE values on each rank.
 
-    By the rows of whole matrices, since all ranks of a piece must exchange their sums equally often, however many rows
+    By the rows of whole matrices, since all ranks of a spec must exchange their sums equally often, however many rows
     each has.
     """
-    _, rows = piece.rows(matrices.shape[1])
-    ranks = 1 if piece.group is None else piece.group.size
+    _, rows = spec.rows(matrices.shape[1])
+    ranks = 1 if spec.group is None else spec.group.size
     size = max(1, AT_ONCE * ranks // max(1, rows * matrices.shape[2]))
     for first in range(0, len(matrices), size):
         yield first, min(first + size, len(matrices))
 
 
-def _bits(matrices: Tensor, key: int, first: int, piece: Piece) -> Tensor:
+def _bits(matrices: Tensor, key: int, first: int, spec: ShardSpec) -> Tensor:
     """Random bits of matrices E R C, with index `first` and following of those on this rank."""
     _, rows, columns = matrices.shape
-    start = piece.rows(rows)[0] * columns
-    bits = random_bits(len(matrices), rows * columns, key, piece.first + first, matrices.device, start)
+    start = spec.rows(rows)[0] * columns
+    bits = random_bits(len(matrices), rows * columns, key, spec.first + first, matrices.device, start)
     return bits.view(matrices.shape)

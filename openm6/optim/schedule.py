@@ -12,7 +12,7 @@ def decay_start(total: int, config: ScheduleConfig) -> int:
     return total - math.floor(total * config.decay_share)
 
 
-def rate_factor(step: int, total: int | None, config: ScheduleConfig) -> float:
+def lr_multiplier(step: int, total: int | None, config: ScheduleConfig) -> float:
     """Share of the full learning rate in step `step` (the first is 1) of `total` (None: not known yet, no decay).
 
     The decay `1 - sqrt(x)` ends lower than a linear one at equal length (Hägele et al. 2024, arXiv 2405.18392,

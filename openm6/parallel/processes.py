@@ -1,4 +1,4 @@
-"""Several processes that train one model: torch's process group behind the interface of `Ranks`, and sums of gradients.
+"""Several processes that train one model: torch's process group as a `ProcessGroupContext`; sums of gradients.
 
 `DistributedDataParallel` waits for a gradient of every parameter on every rank. Here a rank whose rows hold no
 image has no gradient for the image adapter: it must take part all the same, and a parameter that no rank used
@@ -20,20 +20,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from openm6.nn.moe import TokenDispatcher
-from openm6.optim.pieces import Piece
 from openm6.optim.rules import Shape
+from openm6.optim.sharding import ShardSpec
 from openm6.parallel.collectives import AllToAllDispatcher, CopiesDispatcher
 from openm6.parallel.config import MeshShape
 from openm6.parallel.failure import DONE, FailureWatchdog, open_store, wait_for
 from openm6.parallel.fsdp import Layout, open_layout, reshard, shard
-from openm6.parallel.ranks import Ranks, WeightSets
-from openm6.parallel.sharded_weights import CopiedSets, ShardedSets, local, piece_of
+from openm6.parallel.process_group import LayerWeights, ProcessGroupContext
+from openm6.parallel.sharded_weights import ReplicatedWeights, ShardedWeights, local, shard_spec_of
 
 Value = TypeVar("Value")
 BUCKET_BYTES = 25 * 2**20
 
 
-class ProcessRanks(Ranks):
+class DistributedContext(ProcessGroupContext):
     """The processes that torchrun started, connected by NCCL on GPUs and by gloo on CPUs."""
 
     def __init__(self, device: torch.device, timeout_seconds: float) -> None:
@@ -46,13 +46,13 @@ class ProcessRanks(Ranks):
         self._wrapped = False
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
-    def total(self, numbers: Sequence[float]) -> list[float]:
+    def all_reduce(self, numbers: Sequence[float]) -> list[float]:
         # On the host, where the numbers are: a GPU would have to be waited for.
         tensor = torch.tensor(list(numbers), dtype=torch.float64)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_tensor(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         return tensor
 
@@ -66,8 +66,8 @@ class ProcessRanks(Ranks):
         if not shape.copies_only:
             self._layout = open_layout(shape, self.device)
 
-    def sets(self, shapes: Sequence[Mapping[str, Shape]]) -> WeightSets:
-        return CopiedSets(shapes) if self._layout is None else ShardedSets(self._layout, shapes)
+    def layer_weights(self, shapes: Sequence[Mapping[str, Shape]]) -> LayerWeights:
+        return ReplicatedWeights(shapes) if self._layout is None else ShardedWeights(self._layout, shapes)
 
     @property
     def wrapped(self) -> bool:
@@ -77,10 +77,10 @@ class ProcessRanks(Ranks):
         if self._wrapped:
             reshard(model)
 
-    def exchange(self, parts: int) -> TokenDispatcher:
+    def token_dispatcher(self, chunks: int) -> TokenDispatcher:
         if self._layout is None or self._layout.shape.experts == 1:
             return CopiesDispatcher()
-        return AllToAllDispatcher(self._layout.expert_group(), parts)
+        return AllToAllDispatcher(self._layout.expert_group(), chunks)
 
     @property
     def layout(self) -> Layout | None:
@@ -104,8 +104,8 @@ class ProcessRanks(Ranks):
     def clip(self, parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
         clip(parameters, bound, norm)
 
-    def piece(self, parameter: Tensor) -> Piece:
-        return piece_of(parameter)
+    def shard_spec(self, parameter: Tensor) -> ShardSpec:
+        return shard_spec_of(parameter)
 
     def first_expert(self, here: int) -> int:
         return 0 if self._layout is None else here * self._layout.mesh.get_local_rank("experts")

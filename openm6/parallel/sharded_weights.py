@@ -16,10 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from openm6.base.errors import ConfigError
-from openm6.optim.pieces import COLUMN_MEANS, WHOLE, Piece, chunk_lengths, keeps_cut
 from openm6.optim.rules import Shape
+from openm6.optim.sharding import COLUMN_MEANS, REPLICATED, ShardSpec, is_sharded_along, shard_lengths
 from openm6.parallel.fsdp import Layout
-from openm6.parallel.ranks import WeightSets
+from openm6.parallel.process_group import LayerWeights
 
 WITHOUT_ROWS = frozenset(
     {COLUMN_MEANS, "count", "step"}
@@ -38,11 +38,11 @@ class RankGroup:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         dist.all_reduce(values, group=self.group)
         return values
 
-    def exchange(self, sent: Tensor, to: Sequence[int], received: Sequence[int]) -> Tensor:
+    def all_to_all(self, sent: Tensor, to: Sequence[int], received: Sequence[int]) -> Tensor:
         arrived = sent.new_empty(sum(received))
         dist.all_to_all_single(arrived, sent.contiguous(), list(received), list(to), group=self.group)
         return arrived
@@ -54,7 +54,7 @@ def rank_group(group: dist.ProcessGroup) -> RankGroup:
     return RankGroup(group)
 
 
-class DistributedPiece(Piece):
+class DTensorShardSpec(ShardSpec):
     """A parameter that FSDP2 has sharded along one axis."""
 
     def __init__(self, parameter: DTensor, place: int) -> None:
@@ -65,13 +65,13 @@ class DistributedPiece(Piece):
         self._dimensions = parameter.ndim
         self.axis = placement.dim % parameter.ndim
         self.group = rank_group(self._mesh.get_group(place))
-        self.lengths = chunk_lengths(parameter.shape[self.axis], self.group.size)
+        self.lengths = shard_lengths(parameter.shape[self.axis], self.group.size)
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     def slot(self, key: str, part: Tensor) -> Tensor:
-        kept = keeps_cut(key, self.axis, self._dimensions)
+        kept = is_sharded_along(key, self.axis, self._dimensions)
         shape = list(part.shape)
         if kept:
             shape[self.axis] = sum(self.lengths)
@@ -85,30 +85,30 @@ def as_part(part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], sha
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def piece_of(parameter: Tensor) -> Piece:
+def shard_spec_of(parameter: Tensor) -> ShardSpec:
     """Return how a parameter of a model that `fsdp.shard` has sharded is divided."""
     if not isinstance(parameter, DTensor):
-        return WHOLE
+        return REPLICATED
     places = [place for place, one in enumerate(parameter.placements) if isinstance(one, Shard)]
     assert len(places) == 1, "FSDP2 cuts a parameter along one axis"
-    return DistributedPiece(parameter, places[0])
+    return DTensorShardSpec(parameter, places[0])
 
 
-class CopiedSets(WeightSets):
+class ReplicatedWeights(LayerWeights):
     """Every rank keeps all sets, and updates them by the same gradients."""
 
-    def reduce(self, number: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    def reduce(self, index: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         return _summed(gradients, None)
 
 
-class SetShard(Piece):
+class WeightShard(ShardSpec):
     """Rows of a matrix, or of each expert that this rank holds."""
 
     group: RankGroup | None
 
     def __init__(self, axis: int, length: int, group: RankGroup | None, first: int = 0) -> None:
         self.axis, self.group, self.first = axis, group, first
-        self.lengths = chunk_lengths(length, group.size if group else 1)
+        self.lengths = shard_lengths(length, group.size if group else 1)
 
     def shard_of(self, whole: Tensor) -> Tensor:
         """Return the shard here of a tensor."""
@@ -116,7 +116,7 @@ class SetShard(Piece):
         return whole.split(self.lengths, self.axis)[place]
 
 
-class ShardedSets(WeightSets):
+class ShardedWeights(LayerWeights):
     """Experts are distributed, and rows of dense matrices and of experts sharded, as `fsdp.shard` does.
 
     A set is gathered where it is used, in the type of computation: one exchange for what is dense and, where experts
@@ -136,11 +136,11 @@ class ShardedSets(WeightSets):
         self._own = rank_group(layout.mesh["shard"].get_group()) if layout.shape.shard > 1 else None
         self._data = layout.mesh["data"].get_group() if layout.shape.data > 1 else None
         self.host = layout.on_host()  # for checkpoints
-        self._pieces = [{name: self._place(name, shape) for name, shape in one.items()} for one in shapes]
+        self._specs = [{name: self._place(name, shape) for name, shape in one.items()} for one in shapes]
 
-    def _place(self, name: str, shape: Shape) -> SetShard:
+    def _place(self, name: str, shape: Shape) -> WeightShard:
         if len(shape) == 2:
-            return SetShard(0, shape[0], self._dense)
+            return WeightShard(0, shape[0], self._dense)
         axes = self.layout.shape
         if shape[1] % axes.shard:
             raise ConfigError(
@@ -148,60 +148,60 @@ class ShardedSets(WeightSets):
                 "choose a divisor"
             )
         here = shape[0] // axes.experts
-        return SetShard(1, shape[1], self._own, here * self.layout.mesh.get_local_rank("experts"))
+        return WeightShard(1, shape[1], self._own, here * self.layout.mesh.get_local_rank("experts"))
 
     @property
     def sharded(self) -> bool:
         return True
 
-    def is_sharded(self, number: int, name: str) -> bool:
-        return self.piece(number, name).group is not None
+    def is_sharded(self, index: int, name: str) -> bool:
+        return self.shard_spec(index, name).group is not None
 
-    def piece(self, number: int, name: str) -> SetShard:
-        return self._pieces[number][name]
+    def shard_spec(self, index: int, name: str) -> WeightShard:
+        return self._specs[index][name]
 
-    def local_shapes(self, number: int) -> dict[str, Shape]:
-        empty = {name: torch.empty(shape, device="meta") for name, shape in self.shapes[number].items()}
-        return {name: tuple(self.part(number, name, whole).shape) for name, whole in empty.items()}
+    def local_shapes(self, index: int) -> dict[str, Shape]:
+        empty = {name: torch.empty(shape, device="meta") for name, shape in self.shapes[index].items()}
+        return {name: tuple(self.part(index, name, whole).shape) for name, whole in empty.items()}
 
-    def part(self, number: int, name: str, whole: Tensor, local_experts: bool = False) -> Tensor:
-        piece = self.piece(number, name)
+    def part(self, index: int, name: str, whole: Tensor, local_experts: bool = False) -> Tensor:
+        spec = self.shard_spec(index, name)
         if whole.ndim == 3 and not local_experts:
             here = whole.shape[0] // self.layout.shape.experts
-            whole = whole[piece.first : piece.first + here]
-        return piece.shard_of(whole)
+            whole = whole[spec.first : spec.first + here]
+        return spec.shard_of(whole)
 
-    def gather(self, number: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, index: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for group, names in self._groups(number):
+        for group, names in self._groups(index):
             if group is not None:
-                pieces = [self.piece(number, name) for name in names]
-                found |= zip(names, _gathered([parts[name] for name in names], pieces, group), strict=True)
+                specs = [self.shard_spec(index, name) for name in names]
+                found |= zip(names, _gathered([parts[name] for name in names], specs, group), strict=True)
         return found
 
-    def gathered(self, number: int) -> int:
-        sizes = {name: math.prod(shape) for name, shape in self.shapes[number].items()}
-        of_experts = (name for name, shape in self.shapes[number].items() if len(shape) == 3)
+    def gathered(self, index: int) -> int:
+        sizes = {name: math.prod(shape) for name, shape in self.shapes[index].items()}
+        of_experts = (name for name, shape in self.shapes[index].items() if len(shape) == 3)
         return sum(sizes.values()) - sum(
             sizes[name] - sizes[name] // self.layout.shape.experts for name in of_experts
         )
 
-    def reduce(self, number: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    def reduce(self, index: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for group, names in self._groups(number):
+        for group, names in self._groups(index):
             parts = [gradients[name].float() for name in names]
             if group is not None:
-                parts = _scattered(parts, [self.piece(number, name) for name in names], group)
+                parts = _scattered(parts, [self.shard_spec(index, name) for name in names], group)
             found |= zip(names, parts, strict=True)
         return found if self._data is None else _summed(found, self._data)
 
-    def total(self, square: Tensor) -> Tensor:
+    def all_reduce(self, square: Tensor) -> Tensor:
         dist.all_reduce(square, group=self._inner)
         return square
 
-    def to_global(self, number: int, name: str, slot: str, part: Tensor) -> Tensor:
+    def to_global(self, index: int, name: str, slot: str, part: Tensor) -> Tensor:
         part = part.cpu()
-        shape, sizes = self.shapes[number][name], list(part.shape)
+        shape, sizes = self.shapes[index][name], list(part.shape)
         has_rows = slot not in WITHOUT_ROWS
         if has_rows:
             sizes[len(shape) - 2] = shape[-2]
@@ -216,11 +216,11 @@ class ShardedSets(WeightSets):
     def to_local(self, part: Tensor) -> Tensor:
         return local(part)
 
-    def _groups(self, number: int) -> list[tuple[RankGroup | None, list[str]]]:
-        pieces = self._pieces[number]
-        groups = {id(piece.group): piece.group for piece in pieces.values()}
+    def _groups(self, index: int) -> list[tuple[RankGroup | None, list[str]]]:
+        specs = self._specs[index]
+        groups = {id(spec.group): spec.group for spec in specs.values()}
         return [
-            (group, [name for name, piece in pieces.items() if piece.group is group])
+            (group, [name for name, spec in specs.items() if spec.group is group])
             for group in groups.values()
         ]
 
@@ -236,35 +236,35 @@ def _summed(gradients: dict[str, Tensor], group: dist.ProcessGroup | None) -> di
     }
 
 
-def _gathered(parts: list[Tensor], pieces: list[SetShard], group: RankGroup) -> list[Tensor]:
+def _gathered(parts: list[Tensor], specs: list[WeightShard], group: RankGroup) -> list[Tensor]:
     """Gather whole matrices, or whole experts, from their rows on all ranks; in one exchange."""
     padded = [
-        F.pad(part, (0, 0, 0, piece.lengths[0] - part.shape[-2]))
-        for part, piece in zip(parts, pieces, strict=True)
+        F.pad(part, (0, 0, 0, spec.lengths[0] - part.shape[-2]))
+        for part, spec in zip(parts, specs, strict=True)
     ]
     flat = torch.cat([part.reshape(-1) for part in padded])
     joined = flat.new_empty(group.size * len(flat))
     dist.all_gather_into_tensor(joined, flat, group=group.group)
     split = joined.view(group.size, -1).split([part.numel() for part in padded], dim=1)
     return [
-        _rows_together(rows.reshape(group.size, *part.shape))[..., : sum(piece.lengths), :]
-        for rows, part, piece in zip(split, padded, pieces, strict=True)
+        _rows_together(rows.reshape(group.size, *part.shape))[..., : sum(spec.lengths), :]
+        for rows, part, spec in zip(split, padded, specs, strict=True)
     ]
 
 
-def _scattered(gradients: list[Tensor], pieces: list[SetShard], group: RankGroup) -> list[Tensor]:
+def _scattered(gradients: list[Tensor], specs: list[WeightShard], group: RankGroup) -> list[Tensor]:
     """Return the rows of this rank of the sums over ranks; in one exchange."""
     apart = [
-        _rows_apart(gradient, group.size, piece.lengths[0])
-        for gradient, piece in zip(gradients, pieces, strict=True)
+        _rows_apart(gradient, group.size, spec.lengths[0])
+        for gradient, spec in zip(gradients, specs, strict=True)
     ]
     flat = torch.cat([rows.reshape(group.size, -1) for rows in apart], dim=1)
     own = flat.new_empty(flat.shape[1])
     dist.reduce_scatter_tensor(own, flat.reshape(-1), group=group.group)
     split = own.split([rows[0].numel() for rows in apart])
     return [
-        part.view(rows.shape[1:])[..., : piece.lengths[group.rank], :]
-        for part, rows, piece in zip(split, apart, pieces, strict=True)
+        part.view(rows.shape[1:])[..., : spec.lengths[group.rank], :]
+        for part, rows, spec in zip(split, apart, specs, strict=True)
     ]
 
 

@@ -19,7 +19,7 @@ from openm6.base.config import Config, build
 from openm6.base.energy import gpt3
 from openm6.base.energy.config import EnergyConfig
 from openm6.base.energy.grid import grid
-from openm6.base.energy.units import JOULES_A_KWH
+from openm6.base.energy.units import JOULES_PER_KWH
 from openm6.base.errors import ConfigError, TrainingError
 from openm6.base.run_folder import RunFolder
 
@@ -27,7 +27,7 @@ STEPS = 40  # that a trial run takes
 WARMUP_STEPS = 8  # of them, slower through caches, compilation and memory that is claimed for the first time
 TIMEOUT = 600.0  # seconds that a trial run may take
 TIME_FOR_STEPS = 0.96  # of loop.minutes, as training itself divides them
-SECONDS_A_DAY = 86_400.0
+SECONDS_PER_DAY = 86_400.0
 STDIN = 0
 
 
@@ -142,7 +142,7 @@ def extrapolate(
         steps.joules / steps.seconds * (total - trial.start_seconds)
     )  # every second costs as a step's does
     current, trained = grid(energy.country), float(count * trial.step_tokens)
-    mwh = joules * energy.pue / JOULES_A_KWH / 1000
+    mwh = joules * energy.pue / JOULES_PER_KWH / 1000
     peaks = [peak for peak in (steps.memory_peak, trial.memory_peak) if peak is not None]
     return {
         "model": trial.name,
@@ -154,9 +154,9 @@ def extrapolate(
         "step_tokens": trial.step_tokens,
         "steps": count,
         "tokens": trained,
-        "tokens_per_day": trial.step_tokens / steps.seconds * SECONDS_A_DAY,
+        "tokens_per_day": trial.step_tokens / steps.seconds * SECONDS_PER_DAY,
         "seconds": {**seconds, "total": total},
-        "days": total / SECONDS_A_DAY,
+        "days": total / SECONDS_PER_DAY,
         "memory_peak_bytes": max(peaks, default=None),
         "energy": {
             "joules": joules,
@@ -174,7 +174,7 @@ def _number_of_steps(trial: TrialRun, seconds: float, tokens: float | None, days
     if tokens is not None:
         return max(1, round(tokens / trial.step_tokens))
     if days is not None:
-        return max(1, int(days * SECONDS_A_DAY / seconds))
+        return max(1, int(days * SECONDS_PER_DAY / seconds))
     if trial.steps is not None:
         return trial.steps
     assert trial.minutes is not None  # the recipe is checked: steps are given or follow from the minutes

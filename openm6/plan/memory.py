@@ -43,7 +43,7 @@ def activation_bytes(config: BackboneConfig, element: int) -> float:
     return element * sum(activation_elements(config, layer) for layer in range(config.num_layers))
 
 
-def largest_activation_bytes(config: BackboneConfig, element: int) -> float:
+def max_activation_bytes(config: BackboneConfig, element: int) -> float:
     """Bytes that the layer with the most keeps of one token."""
     return element * max(activation_elements(config, layer) for layer in range(config.num_layers))
 
@@ -146,7 +146,7 @@ def device_budget(
         return DeviceBudget(states, max(kept, parameters * tier.gradients), 0.0, CONTEXT, 0.0, tokens)
     states = parameters * tier.kept
     inputs = float(HALF) * tokens * config.width * kept_inputs(config.num_layers, recompute_every)
-    micro, row = tokens, largest_activation_bytes(config, HALF)
+    micro, row = tokens, max_activation_bytes(config, HALF)
     while micro > MIN_TOKENS and micro * row > WORKING_SHARE * memory:
         micro //= 2
     working, gradient = micro * row, float(HALF) * largest

@@ -30,7 +30,7 @@ class Weights:
         return self.projections + self.dense + self.experts + self.head
 
 
-def weights_a_token(config: BackboneConfig, vocabulary: int, learned: float = 1.0) -> Weights:
+def weights_per_token(config: BackboneConfig, vocabulary: int, learned: float = 1.0) -> Weights:
     """Of a model with this backbone; `learned` is the share of tokens that go through the output layer."""
     projections = dense = experts = 0.0
     attention = config.width * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
@@ -52,12 +52,12 @@ def attention_operations(config: BackboneConfig, keys: float) -> float:
     return 4.0 * keys * config.num_heads * config.head_dim * config.num_layers
 
 
-def operations_a_token(
+def operations_per_token(
     config: BackboneConfig, vocabulary: int, keys: float, recompute: bool = False, learned: float = 1.0
 ) -> float:
     """Operations of training on one token: 2 for each weight it meets, forward once and backward twice."""
     passes = PASSES + (1 if recompute else 0)
-    products = 2.0 * weights_a_token(config, vocabulary, learned).all
+    products = 2.0 * weights_per_token(config, vocabulary, learned).all
     return passes * (products + attention_operations(config, keys))
 
 
@@ -67,7 +67,7 @@ def adapter_parameters(width: int) -> int:
 
 
 @dataclass(frozen=True)
-class Stored:
+class ParameterCounts:
     """Parameters that exist: in the experts, and everywhere else."""
 
     experts: int
@@ -78,7 +78,7 @@ class Stored:
         return self.experts + self.others
 
 
-def stored_parameters(config: BackboneConfig, vocabulary: int, adapters: bool = False) -> Stored:
+def stored_parameters(config: BackboneConfig, vocabulary: int, adapters: bool = False) -> ParameterCounts:
     """Backbone and embedding, which is the output layer as well; with `adapters`, those of the other modalities."""
     sets = config.weight_sets
     experts = 0
@@ -88,10 +88,10 @@ def stored_parameters(config: BackboneConfig, vocabulary: int, adapters: bool = 
             experts += part.num_experts * matrices_of(part.ffn) * config.width * part.hidden
     total = count_parameters(config).total + vocabulary * config.width
     total += adapter_parameters(config.width) if adapters else 0
-    return Stored(experts, total - experts)
+    return ParameterCounts(experts, total - experts)
 
 
-def largest_layer(config: BackboneConfig) -> int:
+def max_layer_parameters(config: BackboneConfig) -> int:
     """Parameters of the largest layer, which is what streaming holds on the device at once."""
     alone = {"num_layers": 1, "sharing": None, "dense_layers": (), "experts_every": 1}
     return count_parameters(config.model_copy(update=alone)).total

@@ -9,17 +9,17 @@ from typing import Any
 from openm6.base.energy import gpt3
 from openm6.base.energy.config import EnergyConfig
 from openm6.base.energy.grid import grid
-from openm6.base.energy.units import JOULES_A_KWH
+from openm6.base.energy.units import JOULES_PER_KWH
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.plan.hardware import GIB, Cluster, ClusterOptions, Gpu, gpu_cluster
 from openm6.plan.memory import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
-from openm6.plan.model_cost import largest_layer, operations_a_token, stored_parameters
-from openm6.plan.question import Asked, Model, Question
+from openm6.plan.model_cost import max_layer_parameters, operations_per_token, stored_parameters
+from openm6.plan.question import Model, PlanTarget, Question
 from openm6.plan.step_time import StepTime, step_time
 
-SECONDS_A_DAY = 86_400.0
+SECONDS_PER_DAY = 86_400.0
 BATCH = 16_384  # tokens a step of one device, where nobody says
-TOKENS_A_PARAMETER = 20  # of the active ones, where nobody says (arXiv 2203.15556)
+TOKENS_PER_PARAMETER = 20  # of the active ones, where nobody says (arXiv 2203.15556)
 LOGITS_AT_ONCE = 2048  # tokens whose logits exist at the same time, with their gradient 8 bytes each
 MAX_NODES = 1 << 17
 # From the most precise to the smallest: a tier with whether the host may hold what the devices cannot.
@@ -40,7 +40,7 @@ class StagePlan:
 
     @property
     def tokens_per_day(self) -> float:
-        return self.tokens / self.time.seconds * SECONDS_A_DAY
+        return self.tokens / self.time.seconds * SECONDS_PER_DAY
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Plan:
             "bytes_per_gpu": {"used": real.budget.device, "usable": self.cluster.memory},
             "step_seconds": real.time.seconds,
             "step_tokens": real.tokens,
-            "binds": real.time.binds,
+            "binds": real.time.bottleneck,
             "stages": {name: _stage_json(stage) for name, stage in self.stages.items()},
             "pseudo_share": self.pseudo_share,
             "tokens_per_day": self.tokens / self.days,
@@ -129,11 +129,11 @@ def make_plan(question: Question, cluster: Cluster) -> Plan:
         stages["pseudo"] = _first_fit(question, cluster, pseudo_config, "pseudo", allowed)
     share = question.pseudo_share if "pseudo" in stages else 0.0
     parts = {"real": 1.0 - share, "pseudo": share}
-    day_a_token = sum(parts[name] / stage.tokens_per_day for name, stage in stages.items())
+    days_per_token = sum(parts[name] / stage.tokens_per_day for name, stage in stages.items())
     active = count_parameters(model.backbone).active + model.vocabulary * model.backbone.width
-    tokens, days = _length(question, day_a_token, active)
+    tokens, days = _length(question, days_per_token, active)
     seconds = {
-        name: tokens * parts[name] / stage.tokens_per_day * SECONDS_A_DAY for name, stage in stages.items()
+        name: tokens * parts[name] / stage.tokens_per_day * SECONDS_PER_DAY for name, stage in stages.items()
     }
     hours = days * 24 * cluster.devices
     return Plan(
@@ -141,7 +141,7 @@ def make_plan(question: Question, cluster: Cluster) -> Plan:
         cluster=cluster,
         total=stored_parameters(model.backbone, model.vocabulary, model.adapters).total,
         active=active,
-        operations=operations_a_token(model.backbone, model.vocabulary, model.length / 2),
+        operations=operations_per_token(model.backbone, model.vocabulary, model.length / 2),
         stages=stages,
         pseudo_share=share,
         tokens=tokens,
@@ -185,7 +185,7 @@ def plan_stage(
     model, n = question.model, cluster.devices
     stored = stored_parameters(config, model.vocabulary, model.adapters)
     tokens = question.batch or (model.rows * model.length if model.rows else BATCH)
-    layer = largest_layer(config)
+    layer = max_layer_parameters(config)
     in_experts = layer * stored.experts / stored.total
     held = in_experts / n + layer - in_experts
     logits = 8.0 * min(tokens, LOGITS_AT_ONCE) * model.vocabulary
@@ -199,11 +199,11 @@ def plan_stage(
     return StagePlan(name, stored.total, tier, budget, time, tokens * n, fits)
 
 
-def _length(question: Question, day_a_token: float, active: int) -> tuple[float, float]:
+def _length(question: Question, days_per_token: float, active: int) -> tuple[float, float]:
     if question.tokens is None and question.days is not None:
-        return question.days / day_a_token, question.days
-    tokens = question.tokens or float(TOKENS_A_PARAMETER * active)
-    return tokens, tokens * day_a_token
+        return question.days / days_per_token, question.days
+    tokens = question.tokens or float(TOKENS_PER_PARAMETER * active)
+    return tokens, tokens * days_per_token
 
 
 def _energy(
@@ -218,7 +218,7 @@ def _energy(
         seconds[name] * cluster.devices * cluster.draw(*stage.time.shares) for name, stage in stages.items()
     )
     rated = sum(seconds.values()) * cluster.devices * cluster.watts
-    mwh, mwh_rated = (joule * config.pue / JOULES_A_KWH / 1000 for joule in (joules, rated))
+    mwh, mwh_rated = (joule * config.pue / JOULES_PER_KWH / 1000 for joule in (joules, rated))
     words = f"{current.name}, {current.grams_per_kwh:g} g/kWh ({current.year})"
     return Energy(
         joules * config.pue / tokens, mwh, mwh_rated, current.grams(joules, config.pue) / 1000, words
@@ -233,7 +233,7 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "seconds": {
             "compute": time.compute, "memory": time.memory, "link": time.link, "network": time.network
         },
-        "binds": time.binds,
+        "binds": time.bottleneck,
         "tokens_per_day": stage.tokens_per_day,
         "host_bytes_per_gpu": stage.budget.host,
         "micro_batch": stage.budget.micro_batch,
@@ -241,11 +241,11 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def answer_question(question: Question, asked: Asked) -> tuple[Plan, dict[str, Any]]:
+def answer_question(question: Question, target: PlanTarget) -> tuple[Plan, dict[str, Any]]:
     """The plan and its JSON, with the smallest machine that would do."""
-    plan = make_plan(question, asked.cluster())
+    plan = make_plan(question, target.cluster())
     content = plan.to_json()
-    content["smallest"] = answer(question, plan, asked.gpu, asked.options, list(asked.known))
+    content["smallest"] = answer(question, plan, target.gpu, target.options, list(target.known))
     return plan, content
 
 

@@ -11,7 +11,7 @@ from openm6.base.energy.config import EnergyConfig
 from openm6.base.errors import ConfigError
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS, ModelChoice, build_backbone, preset, vocabulary_size
-from openm6.offload.config import StreamingConfig
+from openm6.offload.config import OffloadConfig
 from openm6.plan.hardware import Cluster, ClusterOptions, Gpu, gpu, gpu_cluster, gpus
 from openm6.plan.memory import TIERS
 
@@ -34,7 +34,7 @@ class Model:
     length: int = LENGTH
     optimizer: str | None = None
     adapters: bool = False
-    streaming: StreamingConfig | None = None
+    streaming: OffloadConfig | None = None
     bytes_per_parameter: int | None = None
 
 
@@ -119,13 +119,13 @@ def model_of_recipe(name: str, values: dict[str, Any], overrides: list[str] | No
         length=int(packing.get("length", LENGTH)),
         optimizer=str(optimizer.get("name", "adamw")),
         adapters=True,
-        streaming=None if streaming is None else build(StreamingConfig, streaming, f"{name}: loop.streaming"),
+        streaming=None if streaming is None else build(OffloadConfig, streaming, f"{name}: loop.streaming"),
         bytes_per_parameter=optimizer.get("bytes_per_parameter"),
     )
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanTarget:
     """The machine asked about: a GPU of the table with the cluster's sizes."""
 
     gpu: Gpu
@@ -137,13 +137,13 @@ class Asked:
         return gpu_cluster(self.gpu, self.options)
 
 
-def read_machine(kind: str, table: Path | None, options: ClusterOptions) -> Asked:
+def read_target(kind: str, table: Path | None, options: ClusterOptions) -> PlanTarget:
     """The machine by the words of the command line.
 
     Raises:
         ConfigError: no such GPU, or a table that cannot be read.
     """
-    return Asked(gpu(kind, table), tuple(gpus(table).values()), options)
+    return PlanTarget(gpu(kind, table), tuple(gpus(table).values()), options)
 
 
 def read_question(

@@ -1,4 +1,4 @@
-"""Seconds of one training step on a cluster of GPUs, by what takes them; and which of them binds."""
+"""Seconds of one training step on a cluster of GPUs, by what takes them; and the bottleneck."""
 
 # Letters: n devices, g of them in a node, T tokens a step of one device, K choices, D width
 
@@ -10,7 +10,7 @@ from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig
 from openm6.plan.hardware import Cluster
 from openm6.plan.memory import DeviceBudget, Tier
-from openm6.plan.model_cost import Stored, attention_operations, weights_a_token
+from openm6.plan.model_cost import ParameterCounts, attention_operations, weights_per_token
 
 READS = 3  # of every weight in a step: forward, backward for inputs, backward for weights (or computed again)
 
@@ -29,7 +29,7 @@ class StepTime:
         return max(self.compute + self.memory + self.network, self.link)
 
     @property
-    def binds(self) -> str:
+    def bottleneck(self) -> str:
         """What most of the time is spent on."""
         if self.link >= self.compute + self.memory + self.network:
             return "link"
@@ -47,7 +47,7 @@ class StepTime:
 def step_time(
     config: BackboneConfig,
     vocabulary: int,
-    stored: Stored,
+    stored: ParameterCounts,
     tier: Tier,
     budget: DeviceBudget,
     tokens: int,
@@ -57,7 +57,7 @@ def step_time(
 ) -> StepTime:
     """One step of T tokens a device, of which each sees `keys` keys."""
     passes = forward_passes(recompute_every) + 2.0 if tier.layerwise else 3.0
-    weights = weights_a_token(config, vocabulary)
+    weights = weights_per_token(config, vocabulary)
     dense = passes * (2.0 * (weights.all - weights.experts) + attention_operations(config, keys)) * tokens
     experts = passes * 2.0 * weights.experts * tokens
     compute = dense / cluster.dense_rate + experts / cluster.expert_rate
@@ -97,7 +97,7 @@ def all_to_all(config: BackboneConfig, tokens: int, passes: float, cluster: Clus
     return max(inside / cluster.peer_link, outside / cluster.network)
 
 
-def reduction(stored: Stored, cluster: Cluster) -> float:
+def reduction(stored: ParameterCounts, cluster: Cluster) -> float:
     """Seconds of summing the gradients of what every device holds, in bf16, first within nodes, then between them."""
     if cluster.devices == 1:
         return 0.0

@@ -10,14 +10,14 @@ from openm6.base.config import nearest
 from openm6.base.errors import ConfigError
 from openm6.plan.memory import TIERS
 from openm6.plan.plan import BATCH, Plan, make_plan
-from openm6.plan.question import Asked, Question
+from openm6.plan.question import PlanTarget, Question
 
 KINDS = ("gpus", "bytes", "batch")
 AXES = {"gpus": "GPUs", "bytes": "bytes a parameter", "batch": "tokens a step on each GPU"}
 Row = tuple[int, Plan]
 
 
-def sweep_plans(question: Question, asked: Asked, kind: str) -> list[Row]:
+def sweep_plans(question: Question, target: PlanTarget, kind: str) -> list[Row]:
     """A plan for each value of `kind`: GPUs from a quarter of those asked for to four times as many, all tiers, or
     batches from a quarter to four times the size.
 
@@ -27,8 +27,8 @@ def sweep_plans(question: Question, asked: Asked, kind: str) -> list[Row]:
     if kind not in KINDS:
         raise ConfigError(f"--sweep {kind!r} is not known; {nearest(kind, KINDS)}")
     if kind == "gpus":
-        counts = sorted({max(1, round(asked.options.devices * factor)) for factor in (0.25, 0.5, 1, 2, 4)})
-        clusters = [replace(asked, options=replace(asked.options, devices=count)) for count in counts]
+        counts = sorted({max(1, round(target.options.devices * factor)) for factor in (0.25, 0.5, 1, 2, 4)})
+        clusters = [replace(target, options=replace(target.options, devices=count)) for count in counts]
         return [
             (count, make_plan(question, one.cluster())) for count, one in zip(counts, clusters, strict=True)
         ]
@@ -39,7 +39,7 @@ def sweep_plans(question: Question, asked: Asked, kind: str) -> list[Row]:
         base = question.batch or (model.rows * model.length if model.rows else BATCH)
         sizes = [max(1, round(base * factor)) for factor in (0.25, 0.5, 1, 2, 4)]
         plans = [(size, replace(question, batch=size)) for size in sizes]
-    return [(value, make_plan(one, asked.cluster())) for value, one in plans]
+    return [(value, make_plan(one, target.cluster())) for value, one in plans]
 
 
 def sweep_json(rows: list[Row], kind: str) -> list[dict[str, Any]]:

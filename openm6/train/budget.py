@@ -18,11 +18,11 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS
 from openm6.nn.block import Block
-from openm6.offload.config import StreamingConfig, spread
+from openm6.offload.config import OffloadConfig, spread
 from openm6.offload.weight_store import RecordLayout, set_shapes
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import UpdateRule, update_rule
-from openm6.plan.memory import HALF, kept_inputs, largest_activation_bytes
+from openm6.plan.memory import HALF, kept_inputs, max_activation_bytes
 
 GIB = 2**30
 EDGE_BYTES = (
@@ -60,7 +60,7 @@ class Budget:
     layouts: Sequence[RecordLayout]
     edges: int
     tokens: int
-    streaming: StreamingConfig
+    streaming: OffloadConfig
     value_bytes: int = HALF
     checkpoints: int = 0
     beside: int = 0
@@ -136,10 +136,10 @@ class Budget:
     def _activations(self) -> int:
         """What one layer keeps for its own backward pass, for one micro-batch."""
         tokens = -(-self.tokens // self.streaming.micro_batches)
-        return math.ceil(tokens * largest_activation_bytes(self.config, self.value_bytes))
+        return math.ceil(tokens * max_activation_bytes(self.config, self.value_bytes))
 
 
-def most_resident(budget: Budget, free: float) -> int:
+def max_resident(budget: Budget, free: float) -> int:
     """How many sets fit `free` bytes of a device beside everything else that has to be there."""
     num_sets = len(budget.layouts)
     if budget.total("device", range(num_sets)) <= free:
@@ -160,7 +160,7 @@ def resident_sets(budget: Budget, room: dict[str, float]) -> tuple[int, ...]:
         return spread(wanted, num_sets)
     if "device" not in room:
         return tuple(range(num_sets))
-    return spread(most_resident(budget, room["device"] - budget.streaming.margin_gib * GIB), num_sets)
+    return spread(max_resident(budget, room["device"] - budget.streaming.margin_gib * GIB), num_sets)
 
 
 def needed_bytes(budget: Budget, place: str, room: dict[str, float]) -> int:
@@ -196,7 +196,7 @@ def check_budget(budget: Budget, room: Room, rule: UpdateRule) -> None:
         raise ConfigError(refusal(budget, short[0], room, rule))
 
 
-def available(device: torch.device, streaming: StreamingConfig, checkpoints: Path | None = None) -> Room:
+def available(device: torch.device, streaming: OffloadConfig, checkpoints: Path | None = None) -> Room:
     """Free bytes by place; a processor has no place of its own, and without a folder the disk does not matter."""
     host = HOST_SHARE * free_host_bytes()
     if streaming.host_gib is not None:
@@ -224,13 +224,13 @@ def fits(budget: Budget, room: Room) -> bool:
     return all(needed_bytes(budget, place, room) <= limit for place, limit in room.items())
 
 
-def largest_fit(budget: Budget, room: Room) -> int:
+def max_fit(budget: Budget, room: Room) -> int:
     """The most layers of this model that would fit everywhere; 0: not even one."""
     counts = range(budget.config.num_layers - 1, 0, -1)
     return next((layers for layers in counts if fits(budget.with_layers(layers), room)), 0)
 
 
-def largest_preset(budget: Budget, room: Room, rule: UpdateRule) -> str | None:
+def max_preset(budget: Budget, room: Room, rule: UpdateRule) -> str | None:
     """The largest preset that would fit, trained in the same way."""
     by_size = sorted(PRESETS.values(), key=lambda preset: -preset.parameters.total)
     for preset in by_size:
@@ -280,9 +280,9 @@ def _describe(budget: Budget, place: str, limit: float, room: Room) -> str:
 
 
 def _what_would_fit(budget: Budget, room: Room, rule: UpdateRule) -> str:
-    if layers := largest_fit(budget, room):
+    if layers := max_fit(budget, room):
         return f"model.overrides.num_layers={layers} would fit"
-    if preset := largest_preset(budget, room, rule):
+    if preset := max_preset(budget, room, rule):
         return f"model.preset={preset} would fit"
     return "not even the smallest preset would fit"
 

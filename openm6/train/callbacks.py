@@ -18,7 +18,7 @@ from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.parallel.worker_pool import children, handled_stops
 from openm6.train.config import LOOP_SECTION, STAGES_SECTION, HeldOutConfig, LoopConfig, StagesConfig
-from openm6.train.pseudo_to_real import SwitchClock, rate_after_switch
+from openm6.train.pseudo_to_real import SwitchClock, lr_after_switch
 from openm6.train.step import StepReport, TrainStep, seed_everything
 from openm6.train.training_task import Batch, TrainingTask
 
@@ -219,7 +219,7 @@ class StagesCallback(Callback):
     def before_step(self, step: int) -> None:
         if self.switched_at is None and self._due():
             self._switch(step - 1)
-        self._run.train_step.rate_scale = rate_after_switch(step, self.switched_at, self.config)
+        self._run.train_step.lr_scale = lr_after_switch(step, self.switched_at, self.config)
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         if report.applied:  # a skipped step says nothing about the training

@@ -10,7 +10,7 @@ from openm6.base.config import Config
 from openm6.base.energy.config import EnergyConfig
 from openm6.base.errors import ConfigError
 from openm6.checkpoint.optimizer import Moments
-from openm6.offload.config import StreamingConfig
+from openm6.offload.config import OffloadConfig
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.optim.registry import check_optimizer_name
 
@@ -33,7 +33,7 @@ class LoopConfig(Config):
     minutes: float | None = Field(default=None, gt=0.0)  # with steps: auto, the time that the run may take
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    streaming: StreamingConfig | None = None  # weights that come to the device block by block
+    streaming: OffloadConfig | None = None  # weights that come to the device block by block
     stages: StagesConfig | None = None  # Pseudo-to-Real, for a model whose layers share weights at first
     clip: float | None = Field(default=1.0, gt=0.0)  # bound on the gradient's global norm
     # auto: bf16 where the device computes it fast; bf16-products: on a CPU, the large products alone.

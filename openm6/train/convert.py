@@ -26,7 +26,7 @@ from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescripti
 from openm6.nn.block import Block
 from openm6.offload.weight_store import RecordLayout, set_shapes
 from openm6.optim.config import OptimizerConfig
-from openm6.optim.rules import Memory, Stored, UpdateRule, update_rule
+from openm6.optim.rules import OptimizerState, Slots, UpdateRule, update_rule
 from openm6.train.offloaded import full_name
 
 TIERS = (16, 4, 2, 1)
@@ -140,8 +140,8 @@ def _sets(weights: CheckpointReader, kept: CheckpointReader, conversion: Convers
         views = new.views(torch.zeros(new.num_bytes, dtype=torch.uint8))
         shard = Shard({}, {})
         for name, stored in views.items():
-            memory = _inherited(old_rule.remember(old[name]), uses[source], conversion.moments)
-            new_rule.take_over(stored, memory, derive_seed(0, "convert", number, name))
+            state = _inherited(old_rule.export_state(old[name]), uses[source], conversion.moments)
+            new_rule.import_state(stored, state, derive_seed(0, "convert", number, name))
             for slot, tensor in stored.items():
                 full = full_name(f"backbone.sets.{number}.{name}", slot)
                 (shard.model if slot in new_rule.read_slots else shard.optimizer)[full] = tensor
@@ -150,7 +150,7 @@ def _sets(weights: CheckpointReader, kept: CheckpointReader, conversion: Convers
 
 def _read_set(
     layout: RecordLayout, rule: UpdateRule, weights: CheckpointReader, kept: CheckpointReader, prefix: str
-) -> dict[str, Stored]:
+) -> dict[str, Slots]:
     """One set as it was saved; what the optimizer had not kept yet is zero."""
     views = layout.views(torch.zeros(layout.num_bytes, dtype=torch.uint8))
     for name, stored in views.items():
@@ -163,17 +163,17 @@ def _read_set(
     return views
 
 
-def _inherited(memory: Memory, uses: int, moments: Moments) -> Memory:
+def _inherited(state: OptimizerState, uses: int, moments: Moments) -> OptimizerState:
     """A layer's part of what a set of `uses` layers remembered."""
     if uses == 1:
-        return memory
+        return state
     if moments == "reset":
-        return Memory(memory.values, None, None, torch.zeros_like(memory.count))
+        return OptimizerState(state.values, None, None, torch.zeros_like(state.count))
     first, second = (
         None if moment is None else moment * moment_factor(key, uses, moments)
-        for key, moment in (("exp_avg", memory.first), ("exp_avg_sq", memory.second))
+        for key, moment in (("exp_avg", state.first), ("exp_avg_sq", state.second))
     )
-    return Memory(memory.values, first, second, memory.count)
+    return OptimizerState(state.values, first, second, state.count)
 
 
 def _edges(catalogue: CheckpointReader, conversion: Conversion, scaled: bool) -> Iterator[tuple[str, Tensor]]:

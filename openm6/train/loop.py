@@ -24,10 +24,10 @@ from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints, read_state, refuse_damaged, step_of
 from openm6.checkpoint.load import load_training_tensors, open_saver
-from openm6.checkpoint.optimizer import optimizer_tensors
+from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.checkpoint.save import Snapshot
 from openm6.optim.schedule import decay_start
-from openm6.parallel.ranks import Ranks
+from openm6.parallel.process_group import ProcessGroupContext
 from openm6.train.callbacks import (
     Callback,
     HeldOutCallback,
@@ -193,7 +193,7 @@ class _Run:
     def _signal(self, interrupt: Interrupt) -> int:
         """Return the signal that any rank got, so that all stop after the same step; 0: none did."""
         ranks = self.training.ranks
-        if not ranks.total([interrupt.requested])[0]:
+        if not ranks.all_reduce([interrupt.requested])[0]:
             return 0
         return max(ranks.gather(interrupt.requested))
 
@@ -300,7 +300,7 @@ class _Run:
             "hooks": {callback.name: callback.state() for callback in self.callbacks},
             "job": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         }
-        moments = optimizer_tensors(self.train_step.optimizer, self.training.model)
+        moments = optimizer_state_dict(self.train_step.optimizer, self.training.model)
         return Snapshot(
             self.progress.step,
             self.training.model,
@@ -376,11 +376,11 @@ class RunLength:
     repeated with that file takes exactly the same steps.
     """
 
-    def __init__(self, config: LoopConfig, run: RunFolder, ranks: Ranks | None = None) -> None:
+    def __init__(self, config: LoopConfig, run: RunFolder, ranks: ProcessGroupContext | None = None) -> None:
         self.steps: int | None = None if config.steps == "auto" else int(config.steps)
         self._config = config
         self._run = run
-        self._ranks = ranks or Ranks()
+        self._ranks = ranks or ProcessGroupContext()
         self._spent: list[float] = []
         if self.steps is None:
             written = run.read_config().get(LOOP_SECTION, {}).get("steps")

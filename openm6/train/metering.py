@@ -103,7 +103,7 @@ class MeterCallback(Callback):
         assert self._running is not None
         own = self._own()
         numbers = [own.by_source.get(source, 0.0) for source in SOURCES]
-        spent, *now = self._running.training.ranks.total([own.joules - since, *numbers])
+        spent, *now = self._running.training.ranks.all_reduce([own.joules - since, *numbers])
         by_source: dict[str, float] = {
             source: self._before.get(source, 0.0) + joules
             for source, joules in zip(SOURCES, now, strict=True)

@@ -42,7 +42,7 @@ from openm6.models.presets import build_backbone
 from openm6.nn.moe import LocalDispatcher
 from openm6.parallel.collectives import open_gather
 from openm6.parallel.config import MeshShape
-from openm6.parallel.ranks import Ranks
+from openm6.parallel.process_group import ProcessGroupContext
 from openm6.train.metering import Attribution, gpus_of
 from openm6.train.multimodal_data import (
     check_sources,
@@ -62,10 +62,14 @@ class MultimodalTraining(TrainingTask):
     """Builds modalities and model from a recipe (or takes those of a checkpoint) and trains them on its mixture."""
 
     def __init__(
-        self, recipe: MultimodalRecipe, run: RunFolder, device: torch.device, ranks: Ranks | None = None
+        self,
+        recipe: MultimodalRecipe,
+        run: RunFolder,
+        device: torch.device,
+        ranks: ProcessGroupContext | None = None,
     ) -> None:
         self.recipe = recipe
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or ProcessGroupContext()
         self.run = run
         mesh = self._mesh(device)  # first, as its checks need no data
         sources = open_sources(recipe.sources, "train")
@@ -97,7 +101,7 @@ class MultimodalTraining(TrainingTask):
         self.packer = Packer(transform, recipe.packing, quarantine, self.ranks.rank, self.ranks.size)
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.
         whole = self.omni.pool is not None or self.ranks.size > 1
-        self.most_parts = 1 if whole else max(1, recipe.packing.rows * recipe.packing.length // PART_TOKENS)
+        self.max_parts = 1 if whole else max(1, recipe.packing.rows * recipe.packing.length // PART_TOKENS)
 
     def _mesh(self, device: torch.device) -> MeshShape | None:
         """Return the checked mesh of several ranks; None for a process alone."""
@@ -115,7 +119,7 @@ class MultimodalTraining(TrainingTask):
             self.ranks.open_mesh(shape)
         else:
             self.ranks.shard(self.omni, shape)
-        self.omni.backbone.exchange = self.ranks.exchange(self.recipe.parallel.parts)
+        self.omni.backbone.exchange = self.ranks.token_dispatcher(self.recipe.parallel.parts)
 
     def batches(self) -> Iterator[Batch]:
         return self.packer.batches()
@@ -175,7 +179,7 @@ class MultimodalTraining(TrainingTask):
                 learned[kind] += len(part.nats)
                 total += float(part.total)
             examples += batch.num_examples
-        summed = self.ranks.total([total, examples, *nats.values(), *learned.values()])
+        summed = self.ranks.all_reduce([total, examples, *nats.values(), *learned.values()])
         means = zip(kinds, summed[2 : 2 + len(kinds)], summed[2 + len(kinds) :], strict=True)
         found = {kind: one / count for kind, one, count in means if count}
         return {"loss": summed[0] / max(1.0, summed[1]), **found}
@@ -198,7 +202,9 @@ class MultimodalTraining(TrainingTask):
         own = batch.whole or count(batch)
         kinds = list(self.omni.adapters)
         learned = [own.learned.get(kind, 0) for kind in kinds]
-        examples, tokens, places, *rest = self.ranks.total([own.examples, own.tokens, own.places, *learned])
+        examples, tokens, places, *rest = self.ranks.all_reduce(
+            [own.examples, own.tokens, own.places, *learned]
+        )
         return Counts(max(1.0, examples), tokens, places, dict(zip(kinds, rest, strict=True)))
 
     def after_step(self, result: StepResult) -> None:

@@ -29,7 +29,7 @@ from openm6.models.description import (
     TOKENIZER_FILE,
     Lesson,
 )
-from openm6.parallel.ranks import Ranks
+from openm6.parallel.process_group import ProcessGroupContext
 from openm6.tasks.prompts import word_count
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES, Task
@@ -174,7 +174,7 @@ def words_read(task: Task, source: Source) -> tuple[int, int] | None:
 
 
 def pack_held_out(
-    recipe: MultimodalRecipe, modalities: Modalities, ranks: Ranks, number: int
+    recipe: MultimodalRecipe, modalities: Modalities, ranks: ProcessGroupContext, number: int
 ) -> list[PackedBatch]:
     """The first batches of the recipe's mixture over its test records; each rank gets its own rows of them.
 

@@ -16,7 +16,7 @@ from openm6.base.log import get_log
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.folder import SEPARATOR
 from openm6.checkpoint.load import check_known, is_sharded, load_optimizer, load_parts, open_reader
-from openm6.checkpoint.optimizer import Moments, moment_factor, place_optimizer
+from openm6.checkpoint.optimizer import Moments, load_optimizer_state, moment_factor
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Shard, named_tensors
 from openm6.models.backbone import Backbone
@@ -25,12 +25,12 @@ from openm6.nn.block import Block
 from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.nn.moe import Experts
 from openm6.offload.blocks import OffloadedBlocks, Step
-from openm6.offload.config import StreamingConfig
+from openm6.offload.config import OffloadConfig
 from openm6.offload.streams import Streams, open_streams
 from openm6.offload.weight_store import RecordLayout, WeightStore, set_shapes
-from openm6.optim.registry import set_rate
-from openm6.optim.rules import WEIGHT, Stored, update_rule
-from openm6.optim.schedule import rate_factor
+from openm6.optim.registry import set_lr
+from openm6.optim.rules import WEIGHT, Slots, update_rule
+from openm6.optim.schedule import lr_multiplier
 from openm6.plan.memory import HALF
 from openm6.train.budget import FULL, Budget, available, check_budget, resident_sets
 from openm6.train.config import LoopConfig
@@ -81,7 +81,7 @@ class OffloadedTrainStep(TrainStep):
             )
         self.training, self.config, self.ranks = training, config, training.ranks
         self.backbone: Backbone = training.backbone
-        self.streaming = config.streaming or StreamingConfig()
+        self.streaming = config.streaming or OffloadConfig()
         self.rule = update_rule(config.optimizer)
         self._checkpoints = checkpoints
         placed = next(parameter for parameter in training.model.parameters() if not parameter.is_meta)
@@ -93,8 +93,8 @@ class OffloadedTrainStep(TrainStep):
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
         optimizer = self.config.optimizer
-        rate = optimizer.learning_rate * rate_factor(step, total, self.config.schedule) * self.rate_scale
-        set_rate(self.optimizer, rate)
+        rate = optimizer.learning_rate * lr_multiplier(step, total, self.config.schedule) * self.lr_scale
+        set_lr(self.optimizer, rate)
         seed_everything(self.config.seed, "step", step)
         self.blocks.begin_step(Step(step, rate, optimizer.weight_decay, self.config.seed))
         with device_failures(lambda: step):
@@ -121,11 +121,11 @@ class OffloadedTrainStep(TrainStep):
         super().delink(moments)
         self._open_store(self.device)
         uses = Counter(numbers)
-        for layer, number in enumerate(numbers):
-            self.store.storage[layer].copy_(before.storage[number])
-            if uses[number] > 1:
+        for layer, index in enumerate(numbers):
+            self.store.storage[layer].copy_(before.storage[index])
+            if uses[index] > 1:
                 for name, stored in self.store.stored(layer).items():
-                    self._inherit(stored, moments, uses[number])
+                    self._inherit(stored, moments, uses[index])
                     if noise:
                         self._add_noise(layer, name, stored, noise)
         before.free()
@@ -136,12 +136,12 @@ class OffloadedTrainStep(TrainStep):
 
     def shards(self) -> Iterator[Shard]:
         self.store.synchronize()
-        for number in range(self.num_shards):
+        for index in range(self.num_shards):
             shard = Shard({}, {})
-            for name, stored in self.store.stored(number).items():
+            for name, stored in self.store.stored(index).items():
                 for slot, tensor in stored.items():
-                    own = full_name(self._prefix(number) + name, slot)
-                    part = self.sets.to_global(number, name, slot, tensor)
+                    own = full_name(self._prefix(index) + name, slot)
+                    part = self.sets.to_global(index, name, slot, tensor)
                     (shard.model if slot in self.rule.read_slots else shard.optimizer)[own] = part
             yield shard
 
@@ -160,11 +160,11 @@ class OffloadedTrainStep(TrainStep):
                 "convert it with openm6 convert, or load it with the config that it was saved with"
             )
         self._load_edges(weights, kept)
-        for number in range(self.num_shards):
-            for name, stored in self.store.stored(number).items():
+        for index in range(self.num_shards):
+            for name, stored in self.store.stored(index).items():
                 for slot, tensor in stored.items():
                     source = weights if slot in self.rule.read_slots else kept
-                    source.read_into(full_name(self._prefix(number) + name, slot), tensor)
+                    source.read_into(full_name(self._prefix(index) + name, slot), tensor)
         self.store.invalidate()
 
     def _load_parts(self, folder: Path) -> None:
@@ -177,18 +177,18 @@ class OffloadedTrainStep(TrainStep):
         check_known(reader, known)
         load_parts(reader, edges)
         load_optimizer(folder, self.optimizer, self.training.model, self.training.ranks.layout)
-        for number, shard in enumerate(self.shards()):
+        for index, shard in enumerate(self.shards()):
             homes = {**shard.model, **shard.optimizer}
             load_parts(reader, homes)
-            self._to_device(number, homes)
+            self._to_device(index, homes)
         self.store.invalidate()
 
-    def _to_device(self, number: int, read: dict[str, Tensor]) -> None:
+    def _to_device(self, index: int, read: dict[str, Tensor]) -> None:
         """Parts that were read on the host, for a set that is resident on a GPU; others were read where they live."""
-        for name, stored in self.store.stored(number).items():
+        for name, stored in self.store.stored(index).items():
             for slot, tensor in stored.items():
                 if not tensor.is_cpu:
-                    tensor.copy_(self.sets.to_local(read[full_name(self._prefix(number) + name, slot)]))
+                    tensor.copy_(self.sets.to_local(read[full_name(self._prefix(index) + name, slot)]))
 
     def close(self) -> None:
         self.store.free()
@@ -196,10 +196,11 @@ class OffloadedTrainStep(TrainStep):
 
     def _open_store(self, device: torch.device) -> None:
         """Open the store of all weight sets, and the runner that uses them."""
-        self.sets = self.training.ranks.sets([set_shapes(cast(Block, block)) for block in self.backbone.sets])
+        self.sets = self.training.ranks.layer_weights(
+            [set_shapes(cast(Block, block)) for block in self.backbone.sets]
+        )
         layouts = [
-            RecordLayout(self.sets.local_shapes(number), self.rule)
-            for number in range(len(self.backbone.sets))
+            RecordLayout(self.sets.local_shapes(index), self.rule) for index in range(len(self.backbone.sets))
         ]
         budget = self.budget(layouts)
         free = available(device, self.streaming, self._checkpoints)
@@ -233,12 +234,12 @@ class OffloadedTrainStep(TrainStep):
             self.streaming,
             value_bytes=HALF if half else FULL,
             checkpoints=0 if self._checkpoints is None else self.config.keep + 1,
-            gathered=max(self.sets.gathered(number) for number in range(len(layouts))),
+            gathered=max(self.sets.gathered(index) for index in range(len(layouts))),
         )
 
     def _later(self, budget: Budget) -> Budget:
         """Of the real stage, while layers get their copies of the shared sets."""
-        layouts = [budget.layouts[number] for number in self.backbone.config.weight_sets]
+        layouts = [budget.layouts[index] for index in self.backbone.config.weight_sets]
         real = self.backbone.config.model_copy(update={"sharing": None})
         beside = sum(layout.num_bytes for layout in budget.layouts)
         return replace(budget, config=real, layouts=layouts, beside=beside)
@@ -246,40 +247,40 @@ class OffloadedTrainStep(TrainStep):
     def _fill(self) -> None:
         """The model's weights into the store, or first values drawn set by set; the model keeps their shapes."""
         config = self.backbone.config
-        for number, layout in enumerate(self.store.layouts):
-            block = cast(Block, self.backbone.sets[number])
+        for index, layout in enumerate(self.store.layouts):
+            block = cast(Block, self.backbone.sets[index])
             values = {name: block.get_parameter(name).detach() for name in layout.shapes}
             own = None
             if any(value.is_meta for value in values.values()):
-                own = self._own_experts(number)
-                values = first_values(config, number, self.config.seed, self.store.device, own)
-            for name, stored in self.store.stored(number).items():
+                own = self._own_experts(index)
+                values = first_values(config, index, self.config.seed, self.store.device, own)
+            for name, stored in self.store.stored(index).items():
                 seed = self.config.seed
-                part = self.sets.part(number, name, values[name], local_experts=own is not None)
-                key = derive_seed(seed, "fill", number, name)
-                self.rule.fill(stored, part.float(), key, self.sets.piece(number, name))
+                part = self.sets.part(index, name, values[name], local_experts=own is not None)
+                key = derive_seed(seed, "fill", index, name)
+                self.rule.fill(stored, part.float(), key, self.sets.shard_spec(index, name))
                 _empty_out(block, name)
         self.store.invalidate()
 
-    def _own_experts(self, number: int) -> range:
+    def _own_experts(self, index: int) -> range:
         """The numbers of the experts of a set that this rank holds."""
-        shape = self.sets.local_shapes(number).get("feed_forward.up", ())
+        shape = self.sets.local_shapes(index).get("feed_forward.up", ())
         if len(shape) < 3:
             return range(0)
-        first = self.sets.piece(number, "feed_forward.up").first
+        first = self.sets.shard_spec(index, "feed_forward.up").first
         return range(first, first + shape[0])
 
-    def _inherit(self, stored: Stored, moments: Moments, uses: int) -> None:
+    def _inherit(self, stored: Slots, moments: Moments, uses: int) -> None:
         """What a layer gets of a shared set's memory."""
         for slot, tensor in stored.items():
             if slot not in self.rule.read_slots:
                 tensor.zero_() if moments == "reset" else tensor.mul_(moment_factor(slot, uses, moments))
 
-    def _add_noise(self, layer: int, name: str, stored: Stored, noise: float) -> None:
-        piece, seed = self.sets.piece(layer, name), self.config.seed
+    def _add_noise(self, layer: int, name: str, stored: Slots, noise: float) -> None:
+        spec, seed = self.sets.shard_spec(layer, name), self.config.seed
         values = self.rule.read(stored, torch.float32)
-        draw = matrix_noise(values, noise, derive_seed(seed, "delink", f"{layer}.{name}"), piece, piece.first)
-        self.rule.write(stored, values + draw, derive_seed(seed, "delink round", layer, name), piece)
+        draw = matrix_noise(values, noise, derive_seed(seed, "delink", f"{layer}.{name}"), spec, spec.first)
+        self.rule.write(stored, values + draw, derive_seed(seed, "delink round", layer, name), spec)
 
     def _load_edges(self, weights: CheckpointReader, kept: CheckpointReader) -> None:
         tensors = self.training.model.state_dict(keep_vars=True)
@@ -289,11 +290,11 @@ class OffloadedTrainStep(TrainStep):
                 weights.read_into(name, tensor.detach())
         names = {name for name, tensor in edges.items() if isinstance(tensor, nn.Parameter)}
         pairs = ((name, kept.read(name)) for name in kept.names if name.partition(SEPARATOR)[0] in names)
-        place_optimizer(pairs, self.optimizer, self.training.model, str(kept.folder))
+        load_optimizer_state(pairs, self.optimizer, self.training.model, str(kept.folder))
 
-    def _prefix(self, number: int) -> str:
+    def _prefix(self, index: int) -> str:
         """The name of a set within the whole model, up to its parameters."""
-        block = self.backbone.sets[number]
+        block = self.backbone.sets[index]
         return next(f"{name}." for name, module in self.training.model.named_modules() if module is block)
 
     def _warn_skipped(self, step: int, skipped: int) -> None:
@@ -306,22 +307,22 @@ class OffloadedTrainStep(TrainStep):
 
 @torch.no_grad()
 def first_values(
-    config: BackboneConfig, number: int, seed: int, device: torch.device, own: range
+    config: BackboneConfig, index: int, seed: int, device: torch.device, own: range
 ) -> dict[str, Tensor]:
     """First weights of one set, of its experts those numbered `own`.
 
     From (seed, set) alone, and for an expert (seed, set, expert): no two sets, and on several ranks no whole set, need
     to stand in memory.
     """
-    part = config.feed_forward(config.weight_sets.index(number))
-    seed_everything(seed, "weight set", number)
+    part = config.feed_forward(config.weight_sets.index(index))
+    seed_everything(seed, "weight set", index)
     with torch.device(device):
         block = Block(config.attention, _with_one_expert(part), None)
     block.reset_parameters(config.deviation, config.output_deviation)
     values = {name: parameter.detach() for name, parameter in block.named_parameters()}
     if isinstance(part, ExpertsConfig):
         drawn = [
-            _first_expert(config, part, (seed, "weight set", number, "expert", one), device) for one in own
+            _first_expert(config, part, (seed, "weight set", index, "expert", one), device) for one in own
         ]
         values["feed_forward.up"] = torch.cat([up for up, _ in drawn])
         values["feed_forward.down"] = torch.cat([down for _, down in drawn])

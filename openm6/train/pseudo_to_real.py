@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from openm6.base.seeds import derive_seed
-from openm6.optim.pieces import WHOLE, Piece
-from openm6.parallel.ranks import Ranks
+from openm6.optim.sharding import REPLICATED, ShardSpec
+from openm6.parallel.process_group import ProcessGroupContext
 from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 
 
@@ -43,7 +43,7 @@ class SwitchClock:
         self._losses = list(state["losses"])
 
 
-def rate_after_switch(step: int, switched_at: int | None, config: StagesConfig) -> float:
+def lr_after_switch(step: int, switched_at: int | None, config: StagesConfig) -> float:
     """Factor on the learning rate in step `step`, if the switch came after step `switched_at`."""
     if switched_at is None or not config.warmup_steps:
         return 1.0
@@ -58,24 +58,28 @@ def shared_matrices(sources: Mapping[str, str], model: nn.Module) -> dict[str, n
 
 
 @torch.no_grad()
-def break_symmetry(parameters: dict[str, nn.Parameter], noise: float, seed: int, ranks: Ranks) -> None:
+def break_symmetry(
+    parameters: dict[str, nn.Parameter], noise: float, seed: int, ranks: ProcessGroupContext
+) -> None:
     """Add noise to layers that are alike; see `matrix_noise`. All ranks call it."""
     for name, parameter in sorted(parameters.items()):
-        piece = ranks.piece(parameter)
-        values = piece.local(parameter)
+        spec = ranks.shard_spec(parameter)
+        values = spec.local(parameter)
         first = ranks.first_expert(len(values)) if parameter.ndim > 2 else 0
-        values.add_(matrix_noise(values, noise, derive_seed(seed, "delink", name), piece, first))
+        values.add_(matrix_noise(values, noise, derive_seed(seed, "delink", name), spec, first))
 
 
-def matrix_noise(values: Tensor, noise: float, seed: int, piece: Piece = WHOLE, first: int = 0) -> Tensor:
+def matrix_noise(
+    values: Tensor, noise: float, seed: int, spec: ShardSpec = REPLICATED, first: int = 0
+) -> Tensor:
     """Normal noise of `noise` times the deviation of each matrix; R' C, or E R' C for a stack, as `values`.
 
     The matrices of a stack are number `first` and following. Each is drawn from the seed and its number, on the
     CPU: the same noise whatever device the weights are on, and whichever of their rows and experts this rank holds.
     """
     stack = values if values.ndim > 2 else values.unsqueeze(0)
-    start, rows = piece.rows(stack.shape[-2])
-    deviation = _deviations(stack.double(), rows, piece)
+    start, rows = spec.rows(stack.shape[-2])
+    deviation = _deviations(stack.double(), rows, spec)
     draws = []
     for number in range(first, first + len(stack)):
         words = (number,) if values.ndim > 2 else ()
@@ -86,11 +90,11 @@ def matrix_noise(values: Tensor, noise: float, seed: int, piece: Piece = WHOLE, 
     return draw.view(values.shape).to(values.dtype)
 
 
-def _deviations(stack: Tensor, rows: int, piece: Piece) -> Tensor:
+def _deviations(stack: Tensor, rows: int, spec: ShardSpec) -> Tensor:
     """E 1 1: that of each whole matrix."""
     count = rows * stack.shape[-1]
-    mean = piece.total(stack.sum((-2, -1), keepdim=True)) / count
-    return (piece.total((stack - mean).square().sum((-2, -1), keepdim=True)) / max(1, count - 1)).sqrt()
+    mean = spec.all_reduce(stack.sum((-2, -1), keepdim=True)) / count
+    return (spec.all_reduce((stack - mean).square().sum((-2, -1), keepdim=True)) / max(1, count - 1)).sqrt()
 
 
 def _stands_still(losses: list[float], config: PlateauConfig) -> bool:

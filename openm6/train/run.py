@@ -18,7 +18,7 @@ from openm6.base.device import own_device
 from openm6.base.errors import ConfigError, OpenM6Error
 from openm6.base.log import get_log
 from openm6.base.run_folder import RunFolder
-from openm6.parallel.ranks import Ranks, launched, restarted
+from openm6.parallel.process_group import ProcessGroupContext, launched, restarted
 from openm6.tasks.registry import TASKS
 from openm6.train.codec import (
     AudioCodecRecipe,
@@ -33,7 +33,7 @@ from openm6.train.recipe import MultimodalRecipe
 from openm6.train.training_task import TrainingTask
 
 Recipe = MultimodalRecipe | CodecRecipe
-Build = Callable[[Any, RunFolder, torch.device, Ranks], TrainingTask]
+Build = Callable[[Any, RunFolder, torch.device, ProcessGroupContext], TrainingTask]
 
 WAYS: dict[str, tuple[type[Recipe], Build]] = {
     "multimodal": (MultimodalRecipe, MultimodalTraining),
@@ -106,14 +106,14 @@ def train_recipe(
     return result if ranks.is_main_process else None
 
 
-def _open_ranks(device: torch.device, timeout_seconds: float) -> Ranks:
+def _open_ranks(device: torch.device, timeout_seconds: float) -> ProcessGroupContext:
     """Return the ranks of this run: this process alone, or those that the launcher started."""
     if not launched():
-        return Ranks()
+        return ProcessGroupContext()
     # torch's distributed tensors take seconds to import: a process alone is spared them.
-    from openm6.parallel.processes import ProcessRanks  # noqa: PLC0415
+    from openm6.parallel.processes import DistributedContext  # noqa: PLC0415
 
-    return ProcessRanks(device, timeout_seconds)
+    return DistributedContext(device, timeout_seconds)
 
 
 def _next_steps(recipe: MultimodalRecipe, folder: Path) -> str:
@@ -166,7 +166,7 @@ def _plan(recipe: str, overrides: list[str], resume: bool, out: Path | None) -> 
     return plan
 
 
-def _check_alike(ranks: Ranks, values: dict[str, Any]) -> None:
+def _check_alike(ranks: ProcessGroupContext, values: dict[str, Any]) -> None:
     """Raises ConfigError where a rank was started with another recipe or another version than the rest."""
     versions = f"OpenM6 {__version__} with torch {torch.__version__}"
     described = ranks.gather((versions, json.dumps(values, sort_keys=True, default=str)))

@@ -18,14 +18,14 @@ from openm6.base.errors import ConfigError, TrainingError
 from openm6.base.log import get_log
 from openm6.base.seeds import derive_seed
 from openm6.checkpoint.load import load_model, load_optimizer
-from openm6.checkpoint.optimizer import Moments, delink_moments, optimizer_tensors, place_optimizer
+from openm6.checkpoint.optimizer import Moments, delink_moments, load_optimizer_state, optimizer_state_dict
 from openm6.checkpoint.save import Shard
 from openm6.models.backbone import Backbone
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, RunBlock, run_plainly
 from openm6.ops.matmul import HALF, bf16_matmul, has_bf16
-from openm6.optim.registry import build_optimizer, set_rate
-from openm6.optim.schedule import rate_factor
-from openm6.parallel.ranks import Ranks
+from openm6.optim.registry import build_optimizer, set_lr
+from openm6.optim.schedule import lr_multiplier
+from openm6.parallel.process_group import ProcessGroupContext
 from openm6.plan.memory import layers_to_recompute
 from openm6.train.config import LoopConfig, Precision
 from openm6.train.pseudo_to_real import break_symmetry, shared_matrices
@@ -64,7 +64,7 @@ class TrainStep:
         self.training = training
         self.config = config
         self.ranks = training.ranks  # or the workers that share the steps of this process
-        self.rate_scale = 1.0  # a callback's factor on the learning rate
+        self.lr_scale = 1.0  # a callback's factor on the learning rate
         self._build()
         self.device = self.parameters[0].device
         resolved = resolve_precision(config.precision, self.device)
@@ -73,7 +73,7 @@ class TrainStep:
 
     def _build(self) -> None:
         groups = self.training.ranks.groups(self.training.parameter_groups())
-        self.optimizer = build_optimizer(groups, self.config.optimizer, self.training.ranks.piece)
+        self.optimizer = build_optimizer(groups, self.config.optimizer, self.training.ranks.shard_spec)
         self.parameters = [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]
@@ -107,11 +107,11 @@ class TrainStep:
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
         """Give each layer weights of its own, and of the optimizer's moments what `moments` selects."""
-        tensors = optimizer_tensors(self.optimizer, self.training.model)
+        tensors = optimizer_state_dict(self.optimizer, self.training.model)
         sources = self.training.delink()
         self._build()
         inherited = delink_moments(tensors, sources, moments)
-        place_optimizer(inherited.items(), self.optimizer, self.training.model, "the stage before")
+        load_optimizer_state(inherited.items(), self.optimizer, self.training.model, "the stage before")
         if noise:
             shared = shared_matrices(sources, self.training.model)
             break_symmetry(shared, noise, self.config.seed, self.training.ranks)
@@ -122,9 +122,9 @@ class TrainStep:
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
         """Train on one batch as step number `step`, the first being 1."""
-        rate = self.config.optimizer.learning_rate * rate_factor(step, total, self.config.schedule)
-        rate *= self.rate_scale
-        set_rate(self.optimizer, rate)
+        rate = self.config.optimizer.learning_rate * lr_multiplier(step, total, self.config.schedule)
+        rate *= self.lr_scale
+        set_lr(self.optimizer, rate)
         ranks = self.ranks
         own = (ranks.rank,) if ranks.shares_memory and ranks.rank else ()
         seed_everything(self.config.seed, "step", step, *own)
@@ -161,7 +161,7 @@ class TrainStep:
         return norm
 
 
-def sum_over_ranks(result: StepResult, tokens: int, ranks: Ranks) -> tuple[StepResult, int]:
+def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) -> tuple[StepResult, int]:
     """Loss, metrics and router loads of all ranks together, and their tokens, in one exchange."""
     if ranks.size == 1:
         return result, tokens
@@ -171,7 +171,7 @@ def sum_over_ranks(result: StepResult, tokens: int, ranks: Ranks) -> tuple[StepR
     for report in result.loads:
         pieces += [report.load, report.dropped]
     # fp64, so that the number of tokens stays a whole number.
-    flat = ranks.sum(torch.cat([piece.reshape(-1).double() for piece in pieces]))
+    flat = ranks.all_reduce_tensor(torch.cat([piece.reshape(-1).double() for piece in pieces]))
     summed = [
         part.view_as(piece).to(piece.dtype)
         for part, piece in zip(flat.split([piece.numel() for piece in pieces]), pieces, strict=True)

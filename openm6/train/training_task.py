@@ -14,7 +14,7 @@ from openm6.base.run_folder import RunFolder
 from openm6.models.backbone import Backbone
 from openm6.nn.moe import RouterLoad
 from openm6.optim.registry import default_groups
-from openm6.parallel.ranks import Ranks
+from openm6.parallel.process_group import ProcessGroupContext
 
 
 class Batch(Protocol):
@@ -52,8 +52,8 @@ class TrainingTask:
     """
 
     model: nn.Module
-    ranks: Ranks = Ranks()  # who trains the same model beside this process
-    most_parts: int = 1  # into how many parts, each worth a process, a batch may be split
+    ranks: ProcessGroupContext = ProcessGroupContext()  # who trains the same model beside this process
+    max_parts: int = 1  # into how many parts, each worth a process, a batch may be split
 
     def batches(self) -> Iterator[Batch]:
         """An endless stream from where `restore` put it."""

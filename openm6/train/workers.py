@@ -20,7 +20,7 @@ from torch import Tensor
 
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
-from openm6.parallel.ranks import Ranks
+from openm6.parallel.process_group import ProcessGroupContext
 from openm6.parallel.worker_pool import (
     WorkerPool,
     can_fork,
@@ -47,7 +47,7 @@ def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder
     on_cpu = all(parameter.is_cpu for parameter in training.model.parameters())
     # A stage replaces the weights, and offloading keeps them elsewhere, where other processes do not see them.
     alone = config.stages is not None or config.streamed
-    possible = training.most_parts if can_fork() and on_cpu and not alone else 1
+    possible = training.max_parts if can_fork() and on_cpu and not alone else 1
     if config.workers == "auto":
         if possible == 1:
             return 1
@@ -66,7 +66,7 @@ def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder
     return config.workers
 
 
-class WorkerRanks(Ranks):
+class WorkerGroupContext(ProcessGroupContext):
     """The workers as ranks of a train step: values go through pipes to the first and back, gradients through memory."""
 
     shares_memory = True
@@ -96,7 +96,7 @@ class WorkerRanks(Ranks):
         received: list[Value] = self._pipe.recv()
         return received
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_tensor(self, tensor: Tensor) -> Tensor:
         return tensor.copy_(torch.from_numpy(np.sum(self.gather(tensor.numpy()), axis=0)))
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -142,7 +142,7 @@ class Workers:
     ) -> None:
         share_model(training.model)
         self._train_step = train_step
-        self._ranks = WorkerRanks(train_step.parameters, workers)
+        self._ranks = WorkerGroupContext(train_step.parameters, workers)
         self._threads = torch.get_num_threads()
         self._data = DataWorker(training, workers, config.prefetch)
         works = [partial(self._work, rank) for rank in range(1, workers)]
@@ -158,7 +158,7 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._train_step.ranks = Ranks()
+        self._train_step.ranks = ProcessGroupContext()
         torch.set_num_threads(self._threads)
         self._pool.close()
 

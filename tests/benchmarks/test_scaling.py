@@ -21,7 +21,7 @@ def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
 def test_the_model_of_many_gpus_is_the_planner_s() -> None:
     rows = model_steps("m6-10t", "h100-80gb")
     assert [row["gpus"] for row in rows] == list(SIZES)
-    assert rows[0]["seconds"]["network"] == 0.0 and rows[-1]["binds"] == "compute"
+    assert rows[0]["seconds"]["network"] == 0.0 and rows[-1]["bottleneck"] == "compute"
     assert rows[-1]["fits"] and not rows[0]["fits"]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from openm6.base.errors import CheckpointError
 from openm6.checkpoint.load import load_model, load_optimizer, load_training_tensors
-from openm6.checkpoint.optimizer import optimizer_tensors
+from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Snapshot, save
 from openm6.optim.config import OptimizerConfig
@@ -111,7 +111,7 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path: Path, name: str) -> None:
     ours = build_optimizer(default_groups(first), config)
     for _ in range(3):
         one_step(first, ours)
-    folder = save(Snapshot(3, first, optimizer_tensors(ours, first), {}), tmp_path, keep=1)
+    folder = save(Snapshot(3, first, optimizer_state_dict(ours, first), {}), tmp_path, keep=1)
     theirs = build_optimizer(default_groups(second), config)
     one_step(second, theirs)  # state of its own, which must go
     load_model(folder, second)
@@ -126,7 +126,7 @@ def test_state_for_a_parameter_that_is_not_trained_is_told(tmp_path: Path) -> No
     model = nn.Linear(4, 4)
     optimizer = build_optimizer(default_groups(model), OptimizerConfig())
     one_step(model, optimizer)
-    folder = save(Snapshot(1, model, optimizer_tensors(optimizer, model), {}), tmp_path, keep=1)
+    folder = save(Snapshot(1, model, optimizer_state_dict(optimizer, model), {}), tmp_path, keep=1)
     model.bias.requires_grad_(False)
     with pytest.raises(CheckpointError, match="state for 'bias', which is not trained here"):
         load_optimizer(folder, build_optimizer(default_groups(model), OptimizerConfig()), model)
@@ -137,7 +137,7 @@ def test_a_parameter_outside_the_model_is_a_mistake() -> None:
     optimizer = build_optimizer(default_groups(outside), OptimizerConfig())
     one_step(outside, optimizer)
     with pytest.raises(ValueError, match="not part of the training task's model"):
-        optimizer_tensors(optimizer, inside)
+        optimizer_state_dict(optimizer, inside)
 
 
 def test_the_training_tensors(tmp_path: Path) -> None:

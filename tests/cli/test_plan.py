@@ -21,7 +21,13 @@ def test_the_claim_on_the_command_line(tmp_path: Path) -> None:
     words = ("m6-10t", "--gpus", "512", "--gpu", "v100-32gb", "--days", "10", "--price", "1")
     done = openm6("plan", *words, "--json", str(tmp_path / "plan.json"), cache=tmp_path)
     assert done.returncode == 0, done.stderr
-    for said in ("10.05T", "at most 40.6 MWh by rating", "binds: network", "122,880 US dollars", "Assumed:"):
+    for said in (
+        "10.05T",
+        "at most 40.6 MWh by rating",
+        "bottleneck: network",
+        "122,880 US dollars",
+        "Assumed:",
+    ):
         assert said in done.stdout
     content = json.loads((tmp_path / "plan.json").read_text())
     assert content["fits"] and content["energy"]["mwh_rated"] == pytest.approx(40.55, abs=0.01)

@@ -16,7 +16,7 @@ from openm6.kernels.optimizers import bits_at, round_bf16  # noqa: E402
 from openm6.optim.adamw import adamw_reference, coefficients  # noqa: E402
 from openm6.optim.config import OptimizerConfig  # noqa: E402
 from openm6.optim.low_precision import BF16_LARGEST, matrix_keys, random_bits, round_to_bf16  # noqa: E402
-from openm6.optim.rules import Move, update_rule  # noqa: E402
+from openm6.optim.rules import UpdateArgs, update_rule  # noqa: E402
 
 GROUP = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 
@@ -144,7 +144,9 @@ def test_adafactor_equals_its_reference(bytes_per_parameter, shape, device, monk
             if step == 1 and len(shape) == 3:
                 gradient[1] = 0
             before = stored["weight"]._version
-            rule.update(stored, gradient, Move(0.003, 0.1, 77 + step, torch.tensor(step < 2, device=device)))
+            rule.update(
+                stored, gradient, UpdateArgs(0.003, 0.1, 77 + step, torch.tensor(step < 2, device=device))
+            )
             assert stored["weight"]._version > before  # so that autograd notices
     for name, ours in both[0].items():
         expected = both[1][name]

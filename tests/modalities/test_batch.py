@@ -1,4 +1,4 @@
-"""Pieces laid out by the sequence rule, and examples gathered into rows."""
+"""ShardSpecOf laid out by the sequence rule, and examples gathered into rows."""
 
 from __future__ import annotations
 

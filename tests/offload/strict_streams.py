@@ -124,16 +124,16 @@ class WatchedStreams(Streams):
         opened: dict[int, list[Tensor]] = {}
         open_set, close_set, slots = store.open, store.close, set(readable)
 
-        def open_watched(number: int) -> Any:
-            views = open_set(number)
-            opened[number] = [tensor for stored in views.values() for tensor in stored.values()]
+        def open_watched(index: int) -> Any:
+            views = open_set(index)
+            opened[index] = [tensor for stored in views.values() for tensor in stored.values()]
             weights = [stored[slot] for stored in views.values() for slot in slots & stored.keys()]
             self.compute.touch(weights, writes=False)  # type: ignore[attr-defined]
             return views
 
-        def close_watched(number: int, changed: bool = False) -> None:
+        def close_watched(index: int, changed: bool = False) -> None:
             if changed:
-                self.compute.touch(opened[number], writes=True)  # type: ignore[attr-defined]
-            close_set(number, changed)
+                self.compute.touch(opened[index], writes=True)  # type: ignore[attr-defined]
+            close_set(index, changed)
 
         store.open, store.close = open_watched, close_watched  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from openm6.checkpoint.folder import latest, step_folder
 from openm6.checkpoint.load import load_model
 from openm6.models.config import BackboneConfig
 from openm6.offload.blocks import Step
-from openm6.offload.config import StreamingConfig
+from openm6.offload.config import OffloadConfig
 from openm6.offload.streams import Streams
 from openm6.optim.config import OptimizerConfig
 from openm6.train.config import LoopConfig, Precision, StagesConfig, SwitchConfig
@@ -32,7 +32,7 @@ SHARED = words_backbone(sharing=(0, 1, 0, 1))
 def config_of(bytes_per_parameter: int = 2, **streaming: Any) -> LoopConfig:
     optimizer = OptimizerConfig(learning_rate=0.01, bytes_per_parameter=bytes_per_parameter)
     return words_config(
-        optimizer=optimizer, clip=None, streaming=StreamingConfig(**{"resident": 0, **streaming})
+        optimizer=optimizer, clip=None, streaming=OffloadConfig(**{"resident": 0, **streaming})
     )
 
 
@@ -68,9 +68,9 @@ def test_with_sixteen_bytes_streaming_is_plain_training_to_the_bit(
     streamed = OffloadedTrainStep(other, config)
     assert steps_of(plain, training) == steps_of(streamed, other)
     named = dict(training.model.named_parameters())
-    for number in range(streamed.num_shards):
-        for name, stored in streamed.store.stored(number).items():
-            assert torch.equal(stored["weight"], named[f"backbone.sets.{number}.{name}"]), name
+    for index in range(streamed.num_shards):
+        for name, stored in streamed.store.stored(index).items():
+            assert torch.equal(stored["weight"], named[f"backbone.sets.{index}.{name}"]), name
     resting = {name: one for name, one in other.model.named_parameters() if not one.is_meta}
     assert len(resting) > 3
     for name, parameter in resting.items():
@@ -197,7 +197,7 @@ class Killed(BaseException):
 
 
 def run_config(**changes: Any) -> LoopConfig:
-    values = {"steps": 10, "save_every": 4, "streaming": StreamingConfig(resident=1)}
+    values = {"steps": 10, "save_every": 4, "streaming": OffloadConfig(resident=1)}
     optimizer = OptimizerConfig(learning_rate=0.01, bytes_per_parameter=changes.pop("bytes", 2))
     return words_config(**{**values, "optimizer": optimizer, **changes})
 
@@ -214,8 +214,8 @@ def test_a_run_killed_in_the_middle_of_saving_resumes_as_if_unbroken(
     shards = OffloadedTrainStep.shards
 
     def interrupted(self: OffloadedTrainStep) -> Any:
-        for number, shard in enumerate(shards(self)):
-            if self.training.first_saved and number == 2:  # type: ignore[attr-defined]
+        for index, shard in enumerate(shards(self)):
+            if self.training.first_saved and index == 2:  # type: ignore[attr-defined]
                 raise Killed
             yield shard
         self.training.first_saved = True  # type: ignore[attr-defined]
@@ -283,6 +283,6 @@ def test_weights_on_meta_get_first_values_of_their_own(monkeypatch: pytest.Monke
                 empty = nn.Parameter(torch.empty_like(parameter, device="meta"))
                 setattr(block.get_submodule(path), leaf, empty)
     train_step = OffloadedTrainStep(training, config_of(16))
-    first, third = (train_step.store.stored(number)["attention.qkv"]["weight"] for number in (0, 2))
+    first, third = (train_step.store.stored(index)["attention.qkv"]["weight"] for index in (0, 2))
     assert float(first.std()) == pytest.approx(PLAIN.deviation, rel=0.1) and not torch.equal(first, third)
     assert steps_of(train_step, training)[-1] > 0

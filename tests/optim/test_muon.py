@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from openm6.optim.muon import Muon, orthogonalise
+from openm6.optim.muon import Muon, newton_schulz
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16), (20, 20), (1, 8)])
@@ -46,25 +46,25 @@ def test_the_rest_equals_adamw() -> None:
 def test_a_stack_is_its_matrices_one_by_one(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     stack = torch.randn(shape)
-    apart = torch.stack([orthogonalise(matrix, torch.float32) for matrix in stack])
-    torch.testing.assert_close(orthogonalise(stack, torch.float32), apart)
+    apart = torch.stack([newton_schulz(matrix, torch.float32) for matrix in stack])
+    torch.testing.assert_close(newton_schulz(stack, torch.float32), apart)
 
 
 def test_half_precision_is_exact_enough() -> None:
     torch.manual_seed(0)
     stack = torch.randn(3, 32, 64)
-    full, half = orthogonalise(stack, torch.float32), orthogonalise(stack, torch.bfloat16)
+    full, half = newton_schulz(stack, torch.float32), newton_schulz(stack, torch.bfloat16)
     assert (full - half.float()).norm() < 0.02 * full.norm()
 
 
 def test_the_result_is_nearly_orthogonal() -> None:
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(3, 32, 64), torch.float32))
+    values = torch.linalg.svdvals(newton_schulz(torch.randn(3, 32, 64), torch.float32))
     assert 0.6 < values.min() and values.max() < 1.3
 
 
 def test_a_gradient_of_zero_gives_no_update() -> None:
-    assert torch.equal(orthogonalise(torch.zeros(4, 6), torch.float32), torch.zeros(4, 6))
+    assert torch.equal(newton_schulz(torch.zeros(4, 6), torch.float32), torch.zeros(4, 6))
 
 
 def test_a_vector_is_refused() -> None:

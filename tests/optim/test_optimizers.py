@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from openm6.base.errors import ConfigError
 from openm6.optim.config import OptimizerConfig
-from openm6.optim.registry import OPTIMIZERS, build_optimizer, default_groups, set_rate
+from openm6.optim.registry import OPTIMIZERS, build_optimizer, default_groups, set_lr
 
 RATES = {"adamw": 0.01, "adafactor": 0.03, "muon": 0.01}
 
@@ -85,7 +85,7 @@ class TestContract:
         model = mixed()
         before = [parameter.clone() for parameter in model.parameters()]
         optimizer = build_optimizer(groups_of(model), config_of(name))
-        set_rate(optimizer, 0.0)
+        set_lr(optimizer, 0.0)
         take_steps(model, optimizer, 2)
         assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
@@ -106,9 +106,9 @@ class TestContract:
     def test_a_groups_scale_multiplies_the_rate(self, name: str) -> None:
         model = mixed()
         before = model.map.weight.clone()
-        groups = [{**group, "rate_scale": 0.0 if group["muon"] else 1.0} for group in groups_of(model)]
+        groups = [{**group, "lr_scale": 0.0 if group["muon"] else 1.0} for group in groups_of(model)]
         optimizer = build_optimizer(groups, config_of(name))
-        set_rate(optimizer, RATES[name])
+        set_lr(optimizer, RATES[name])
         take_steps(model, optimizer, 1)
         assert torch.equal(model.map.weight, before)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from openm6.optim.adafactor import Moments, advance, follow, normalized
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.low_precision import block_length, fit_exponent, from_levels, refit, to_levels
-from openm6.optim.pieces import WHOLE
-from openm6.optim.rules import Move, Stored, UpdateRule, update_rule
+from openm6.optim.rules import Slots, UpdateArgs, UpdateRule, update_rule
+from openm6.optim.sharding import REPLICATED
 
 TIERS = [16, 4, 2, 1]
 
@@ -21,7 +21,7 @@ def rule_of(bytes_per_parameter: int) -> UpdateRule:
     return update_rule(OptimizerConfig(bytes_per_parameter=bytes_per_parameter))
 
 
-def start(rule: UpdateRule, values: Tensor) -> Stored:
+def start(rule: UpdateRule, values: Tensor) -> Slots:
     stored = {
         slot.name: torch.empty(slot.shape, dtype=slot.dtype) for slot in rule.slots(tuple(values.shape))
     }
@@ -30,10 +30,10 @@ def start(rule: UpdateRule, values: Tensor) -> Stored:
 
 
 def push(
-    rule: UpdateRule, stored: Stored, gradient: Tensor, step: int, rate: float = 1e-3, **changes: Any
+    rule: UpdateRule, stored: Slots, gradient: Tensor, step: int, rate: float = 1e-3, **changes: Any
 ) -> None:
-    values = {"rate": rate, "weight_decay": 0.0, "key": 1000 + step, "allowed": torch.tensor(True), **changes}
-    rule.update(stored, gradient, Move(**values))
+    values = {"lr": rate, "weight_decay": 0.0, "key": 1000 + step, "allowed": torch.tensor(True), **changes}
+    rule.update(stored, gradient, UpdateArgs(**values))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -151,14 +151,14 @@ def test_the_factored_moment_is_that_of_the_paper() -> None:
     mean_row, mean_column = torch.zeros(4), torch.zeros(6)
     for step in (1, 2, 3):
         gradient = normal(1, 4, 6, seed=step)
-        advance([follow(moments, gradient)], WHOLE)
+        advance([follow(moments, gradient)], REPLICATED)
         decay = 1 - step**-0.8
         mean_row = decay * mean_row + (1 - decay) * (gradient[0] ** 2 + 1e-30).mean(1)
         mean_column = decay * mean_column + (1 - decay) * (gradient[0] ** 2 + 1e-30).mean(0)
         second = torch.outer(mean_row, mean_column) / mean_row.mean()
         expected = gradient[0] / second.sqrt()
         expected = expected / max(1.0, float(expected.square().mean().sqrt()))
-        (update,) = advance([normalized(gradient, moments)], WHOLE)
+        (update,) = advance([normalized(gradient, moments)], REPLICATED)
         torch.testing.assert_close(update[0], expected)
 
 
@@ -167,11 +167,11 @@ def test_moments_survive_the_way_through_another_rule() -> None:
     stored = start(adam, 0.02 * normal(16, 32))
     for step in range(3):
         push(adam, stored, normal(16, 32, seed=step), step)
-    memory = adam.remember(stored)
-    assert memory.second is not None
-    other = start(factored, memory.values)
-    factored.take_over(other, memory, key=5)
-    torch.testing.assert_close(other["row_var"], memory.second.mean(-1))
-    back = factored.remember(other)
+    state = adam.export_state(stored)
+    assert state.second is not None
+    other = start(factored, state.values)
+    factored.import_state(other, state, key=5)
+    torch.testing.assert_close(other["row_var"], state.second.mean(-1))
+    back = factored.export_state(other)
     assert float(back.count) == 3.0 and back.first is None and back.second is not None
-    torch.testing.assert_close(back.second.mean(0), memory.second.mean(0))
+    torch.testing.assert_close(back.second.mean(0), state.second.mean(0))

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 
 from openm6.base.errors import OpenM6Error, TrainingError
-from openm6.parallel.processes import ProcessRanks
+from openm6.parallel.processes import DistributedContext
 
 # Seconds that a collective waits. The ranks must also have started within that time, on a busy machine, too.
 PATIENCE = 10.0
 
 
 def main(way: str, folder: Path) -> None:
-    ranks = ProcessRanks(torch.device("cpu"), timeout_seconds=PATIENCE if way in ("hang", "end") else 60.0)
+    ranks = DistributedContext(torch.device("cpu"), timeout_seconds=PATIENCE if way in ("hang", "end") else 60.0)
     with ranks.guard():
-        ranks.total([1])
+        ranks.all_reduce([1])
         if ranks.rank == 1:
             if way == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -33,7 +33,7 @@ def main(way: str, folder: Path) -> None:
             if way == "end" and ranks.is_main_process:
                 time.sleep(PATIENCE + 1)  # longer than a collective waits
                 raise TrainingError("the report could not be written")
-        ranks.total([1])
+        ranks.all_reduce([1])
         (folder / f"rank-{ranks.rank}").write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
 

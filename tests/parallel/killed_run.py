@@ -14,7 +14,7 @@ import torch
 from openm6.checkpoint import save as saving
 from openm6.checkpoint.folder import list_checkpoints, step_of
 from openm6.modalities.batch import Batch
-from openm6.parallel.processes import ProcessRanks
+from openm6.parallel.processes import DistributedContext
 from openm6.train.training_task import StepResult
 from tests.parallel import recording_training
 
@@ -38,7 +38,7 @@ class DyingTraining(recording_training.RecordingTraining):
 
 
 def main(recipe: str, folder: Path) -> None:
-    ranks = ProcessRanks(torch.device("cpu"), 20)  # kept open for what follows
+    ranks = DistributedContext(torch.device("cpu"), 20)  # kept open for what follows
     recording_training.RecordingTraining = DyingTraining  # type: ignore[misc]
     if (
         ATTEMPT == 1 and ranks.is_main_process

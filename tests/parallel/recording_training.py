@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from openm6.base.run_folder import RunFolder
 from openm6.modalities.batch import Batch
-from openm6.parallel.processes import ProcessRanks
-from openm6.parallel.ranks import Ranks
+from openm6.parallel.process_group import ProcessGroupContext
+from openm6.parallel.processes import DistributedContext
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
 from openm6.train.multimodal import MultimodalTraining
@@ -50,7 +50,7 @@ def run_steps(
     names = ("data", "shard", "experts")
     settings = [f"parallel.{name}={size}" for name, size in zip(names, axes, strict=True)]
     checked, _ = read_recipe(Path(recipe), settings)
-    ranks = ProcessRanks(torch.device("cpu"), 20) if dist.is_initialized() else Ranks()
+    ranks = DistributedContext(torch.device("cpu"), 20) if dist.is_initialized() else ProcessGroupContext()
     run = RunFolder.open(folder)
     training = RecordingTraining(checked, run, torch.device("cpu"), ranks)
     training.first_step = begin

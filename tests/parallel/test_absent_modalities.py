@@ -18,8 +18,8 @@ from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
 from openm6.modalities.batch import Batch
-from openm6.parallel.processes import ProcessRanks
-from openm6.parallel.ranks import Ranks
+from openm6.parallel.process_group import ProcessGroupContext
+from openm6.parallel.processes import DistributedContext
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import open_train_step
 from openm6.train.run import read_recipe
@@ -60,7 +60,7 @@ def rows_of(training: MultimodalTraining, number: int) -> Batch:
 
 def disjoint_steps(recipe: str, folder: str) -> tuple[list[StepReport], dict[str, Tensor], set[str]]:
     checked, _ = read_recipe(Path(recipe), [])
-    ranks = ProcessRanks(CPU, 60) if dist.is_initialized() else Ranks()
+    ranks = DistributedContext(CPU, 60) if dist.is_initialized() else ProcessGroupContext()
     training = MultimodalTraining(checked, RunFolder.open(folder), CPU, ranks)
     train_step = open_train_step(training, checked.loop)
     batch = rows_of(training, ranks.rank)

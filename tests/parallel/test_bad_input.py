@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from openm6.base.errors import OpenM6Error
 from openm6.base.run_folder import RunFolder
-from openm6.parallel.processes import ProcessRanks
+from openm6.parallel.processes import DistributedContext
 from openm6.train import run as running
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
@@ -31,7 +31,7 @@ def recipe_file(folder: Path) -> str:
 
 def told(recipe: str, folder: str, settings: list[str], odd: str) -> str:
     """The sentence with which this rank stops; `odd` is what sets rank 1 apart."""
-    ranks = ProcessRanks(CPU, 60)
+    ranks = DistributedContext(CPU, 60)
     version = running.__version__
     if odd == "version" and ranks.rank == 1:
         running.__version__ = "0.0.1"

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from openm6.nn.block import Block
 from openm6.nn.config import ExpertsConfig
 from openm6.parallel.config import MeshShape
-from openm6.parallel.processes import ProcessRanks
+from openm6.parallel.processes import DistributedContext
 from tests.parallel.fleet import Fleet
 from tests.parallel.test_ranks import CPU
 from tests.parallel.test_twenty_steps import MESHES, Axes, SharedWords
@@ -54,9 +54,9 @@ def one_step(axes: Axes, capacity: float | None, parts: int) -> tuple[dict[str, 
     """All-to-alls of a forward and a backward pass, and how often the layers read a tensor on the host."""
     experts = ExpertsConfig(hidden=32, num_experts=8, top_k=2, num_shared=1, capacity=capacity)
     training = SharedWords(words_backbone(experts=experts, experts_every=1))
-    training.ranks = ProcessRanks(CPU, 60)
+    training.ranks = DistributedContext(CPU, 60)
     training.ranks.shard(training.model, MeshShape(*axes))
-    training.words.backbone.exchange = training.ranks.exchange(parts)
+    training.words.backbone.exchange = training.ranks.token_dispatcher(parts)
     batch, exchanges = training.batch(1), Exchanges()
     for block in training.words.backbone.sets:
         assert isinstance(block, Block)

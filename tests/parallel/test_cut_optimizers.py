@@ -17,14 +17,14 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.load import load_optimizer
-from openm6.checkpoint.optimizer import optimizer_tensors
+from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.checkpoint.save import Snapshot
 from openm6.checkpoint.sharded import ShardedSaver
 from openm6.optim.muon import Muon
 from openm6.parallel.fsdp import with_places
-from openm6.parallel.processes import ProcessRanks
-from openm6.parallel.ranks import Ranks
-from openm6.parallel.sharded_weights import piece_of
+from openm6.parallel.process_group import ProcessGroupContext
+from openm6.parallel.processes import DistributedContext
+from openm6.parallel.sharded_weights import shard_spec_of
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport, TrainStep
@@ -74,7 +74,7 @@ def moved_rows() -> list[Tensor]:
     parts = [distribute_tensor(one, mesh, [Shard(one.ndim - 2)]) for one in wholes]
     for part in parts:
         part.requires_grad_()
-    cut = Muon([{"params": parts, "muon": True}], lr=0.1, pieces=piece_of)
+    cut = Muon([{"params": parts, "muon": True}], lr=0.1, spec_of=shard_spec_of)
     plain = [one.clone().requires_grad_() for one in wholes]
     uncut = Muon([{"params": plain, "muon": True}], lr=0.1)
     for _ in range(3):
@@ -92,7 +92,7 @@ def test_a_matrix_visits_one_rank_and_comes_home(four: Fleet) -> None:
 
 def training_of(recipe: str, folder: str) -> tuple[MultimodalTraining, TrainStep]:
     checked, _ = read_recipe(Path(recipe), [])
-    ranks = ProcessRanks(CPU, 60) if dist.is_initialized() else Ranks()
+    ranks = DistributedContext(CPU, 60) if dist.is_initialized() else ProcessGroupContext()
     training = MultimodalTraining(checked, RunFolder.open(folder), CPU, ranks)
     return training, TrainStep(training, checked.loop)
 
@@ -103,7 +103,7 @@ def save_moments(recipe: str, folder: str) -> dict[str, Tensor]:
     batches = training.batches()
     for step in (1, 2):
         train_step.update(next(batches), step, 20)
-    moments = optimizer_tensors(train_step.optimizer, training.model)
+    moments = optimizer_state_dict(train_step.optimizer, training.model)
     saver = ShardedSaver(training.ranks.layout)
     state = {"optimizer": train_step.config.optimizer.name}
     saver.begin(Snapshot(2, training.model, moments, state), Path(folder), keep=1)
@@ -122,7 +122,7 @@ def load_moments(recipe: str, folder: str, checkpoint: str) -> dict[str, Tensor]
 
 
 def whole_moments(training: MultimodalTraining, train_step: TrainStep) -> dict[str, Tensor]:
-    tensors = optimizer_tensors(train_step.optimizer, training.model)
+    tensors = optimizer_state_dict(train_step.optimizer, training.model)
     if training.ranks.layout is not None:
         tensors = with_places(training.model, tensors, training.ranks.layout)
     # Copies, for a rank's tensors go with it.

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from openm6.base.run_folder import RunFolder
 from openm6.modalities.batch import Batch
 from openm6.parallel.fsdp import with_places
-from openm6.parallel.processes import ProcessRanks
-from openm6.parallel.ranks import Ranks
+from openm6.parallel.process_group import ProcessGroupContext
+from openm6.parallel.processes import DistributedContext
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport, TrainStep
@@ -28,9 +28,9 @@ CPU = torch.device("cpu")
 
 
 def plain_exchanges() -> tuple[list[float], list[int], str, float]:
-    ranks = ProcessRanks(CPU, 60)
-    total = ranks.total([ranks.rank, 2.5])
-    summed = ranks.sum(torch.tensor([float(ranks.rank + 1)]))
+    ranks = DistributedContext(CPU, 60)
+    total = ranks.all_reduce([ranks.rank, 2.5])
+    summed = ranks.all_reduce_tensor(torch.tensor([float(ranks.rank + 1)]))
     return total, ranks.gather(ranks.rank), ranks.broadcast_object(f"rank {ranks.rank}"), float(summed)
 
 
@@ -39,13 +39,13 @@ def test_what_ranks_tell_one_another(four: Fleet) -> None:
 
 
 def test_one_process_needs_nobody() -> None:
-    ranks = Ranks()
-    assert ranks.total([2, 3]) == [2, 3] and ranks.gather("x") == ["x"] and ranks.is_main_process
+    ranks = ProcessGroupContext()
+    assert ranks.all_reduce([2, 3]) == [2, 3] and ranks.gather("x") == ["x"] and ranks.is_main_process
 
 
 def uneven_gradients() -> list[Tensor | None]:
     """Rank 0 uses the first two of three layers, the others the second alone; nobody uses the third."""
-    ranks = ProcessRanks(CPU, 60)
+    ranks = DistributedContext(CPU, 60)
     torch.manual_seed(1)
     layers = [nn.Linear(3, 3) for _ in range(3)]
     x = torch.full((2, 3), float(ranks.rank + 1))
@@ -74,7 +74,7 @@ def recipe_file(folder: Path, axes: tuple[int, int, int], **experts: Any) -> str
 def few_steps(recipe: str, folder: str, steps: int) -> tuple[list[StepReport], dict[str, Tensor], list[Any]]:
     """Reports, the weights at the end, and the records of each step's rows on this rank."""
     checked, _ = read_recipe(Path(recipe), [])
-    ranks = ProcessRanks(CPU, 60) if torch.distributed.is_initialized() else Ranks()
+    ranks = DistributedContext(CPU, 60) if torch.distributed.is_initialized() else ProcessGroupContext()
     training = MultimodalTraining(checked, RunFolder.open(folder), CPU, ranks)
     train_step = TrainStep(training, checked.loop)
     batches = training.batches()

@@ -13,11 +13,11 @@ from openm6 import kernels
 from openm6.offload.weight_store import RecordLayout
 from openm6.optim import rules
 from openm6.optim.config import OptimizerConfig
-from openm6.optim.rules import Move, update_rule
+from openm6.optim.rules import UpdateArgs, update_rule
 from openm6.parallel.config import MeshShape
-from openm6.parallel.processes import ProcessRanks
-from openm6.parallel.ranks import WeightSets
-from openm6.parallel.sharded_weights import RankGroup, SetShard
+from openm6.parallel.process_group import LayerWeights
+from openm6.parallel.processes import DistributedContext
+from openm6.parallel.sharded_weights import RankGroup, WeightShard
 from tests.parallel.fleet import Fleet
 from tests.parallel.test_ranks import CPU
 from tests.triton_interpreter import need_interpreter
@@ -30,10 +30,10 @@ def values(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def sets_of(axes: tuple[int, int, int]) -> WeightSets:
-    ranks = ProcessRanks(CPU, 60)
+def sets_of(axes: tuple[int, int, int]) -> LayerWeights:
+    ranks = DistributedContext(CPU, 60)
     ranks.open_mesh(MeshShape(*axes))
-    return ranks.sets([SHAPES])
+    return ranks.layer_weights([SHAPES])
 
 
 def there_and_back(axes: tuple[int, int, int]) -> list[bool]:
@@ -42,7 +42,7 @@ def there_and_back(axes: tuple[int, int, int]) -> list[bool]:
     parts = {name: sets.part(0, name, tensor) for name, tensor in whole.items()}
     assert {name: tuple(part.shape) for name, part in parts.items()} == sets.local_shapes(0)
     found = sets.gather(0, {name: part for name, part in parts.items() if sets.is_sharded(0, name)})
-    first = sets.piece(0, "feed_forward.up").first
+    first = sets.shard_spec(0, "feed_forward.up").first
     experts = whole["feed_forward.up"][first : first + 4 // axes[2]]
     expected = {**whole, "feed_forward.up": experts}
     same = [torch.equal(tensor, expected[name]) for name, tensor in found.items()]
@@ -62,19 +62,19 @@ def test_parts_are_gathered_and_sums_are_cut(axes: tuple[int, int, int], four: F
 
 def moved(axes: tuple[int, int, int] | None, bytes_per_parameter: int, in_triton: bool) -> dict[str, Tensor]:
     """The weights after three updates, of the whole or of this rank's parts."""
-    sets = WeightSets([SHAPES]) if axes is None else sets_of(axes)
+    sets = LayerWeights([SHAPES]) if axes is None else sets_of(axes)
     rule = update_rule(OptimizerConfig(bytes_per_parameter=bytes_per_parameter))
     layout = RecordLayout(sets.local_shapes(0), rule)
     views = layout.views(torch.zeros(layout.num_bytes, dtype=torch.uint8))
     for name, stored in views.items():
-        rule.fill(stored, sets.part(0, name, values(1)[name]), 5, sets.piece(0, name))
+        rule.fill(stored, sets.part(0, name, values(1)[name]), 5, sets.shard_spec(0, name))
     for step in range(3):
         gradients = values(2 + step)
         gradients["feed_forward.up"][2] = 0.0  # an expert without a token
         for name, stored in views.items():
-            move = Move(0.05, 0.1, 11 + step, torch.tensor(True), sets.piece(0, name))
+            args = UpdateArgs(0.05, 0.1, 11 + step, torch.tensor(True), sets.shard_spec(0, name))
             with mock.patch.object(kernels, "available", lambda device: in_triton):
-                rule.update(stored, sets.part(0, name, gradients[name]), move)
+                rule.update(stored, sets.part(0, name, gradients[name]), args)
     return {name: rule.read(stored, torch.float32).clone() for name, stored in views.items()}
 
 
@@ -111,15 +111,15 @@ class CountingGroup(RankGroup):
         super().__init__(group)
         self.exchanges = 0
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         self.exchanges += 1
-        return super().total(values)
+        return super().all_reduce(values)
 
 
 def moved_unevenly(rows: int, bytes_per_parameter: int, at_once: int) -> tuple[int, bool]:
     """How often six matrices whose rows are cut unevenly ask the other rank, and whether they move as if whole."""
     group = CountingGroup(dist.group.WORLD)
-    piece = SetShard(1, rows, group)
+    spec = WeightShard(1, rows, group)
     rule = update_rule(OptimizerConfig(bytes_per_parameter=bytes_per_parameter))
     generator = torch.Generator().manual_seed(3)
     values, gradient = (torch.randn(6, rows, 16, generator=generator) for _ in range(2))
@@ -128,14 +128,14 @@ def moved_unevenly(rows: int, bytes_per_parameter: int, at_once: int) -> tuple[i
         mock.patch.object(rules, "AT_ONCE", at_once),
         mock.patch.object(kernels, "available", lambda device: False),
     ):
-        for one in (piece, SetShard(1, rows, None)):
+        for one in (spec, WeightShard(1, rows, None)):
             shape = tuple(one.shard_of(values).shape)
             stored = {slot.name: torch.zeros(slot.shape, dtype=slot.dtype) for slot in rule.slots(shape)}
             rule.fill(stored, one.shard_of(values), 5, one)
-            rule.update(stored, one.shard_of(gradient), Move(0.05, 0.1, 11, torch.tensor(True), one))
+            rule.update(stored, one.shard_of(gradient), UpdateArgs(0.05, 0.1, 11, torch.tensor(True), one))
             read.append(rule.read(stored, torch.float32))
     same = (
-        torch.isclose(read[0], piece.shard_of(read[1]), rtol=1e-5).float().mean() if read[0].numel() else 1.0
+        torch.isclose(read[0], spec.shard_of(read[1]), rtol=1e-5).float().mean() if read[0].numel() else 1.0
     )
     return group.exchanges, float(same) > 0.99
 

@@ -17,8 +17,8 @@ from openm6.models.backbone import side_loss
 from openm6.optim.config import OptimizerConfig
 from openm6.parallel.config import MeshShape
 from openm6.parallel.fsdp import with_places
-from openm6.parallel.processes import ProcessRanks
-from openm6.parallel.ranks import Ranks
+from openm6.parallel.process_group import ProcessGroupContext
+from openm6.parallel.processes import DistributedContext
 from openm6.train.step import TrainStep
 from openm6.train.training_task import StepResult
 from tests.parallel.fleet import Fleet
@@ -61,9 +61,9 @@ class Watched(TrainStep):
 def steps_on(axes: Axes) -> list[tuple[float, dict[str, np.ndarray]]]:
     training = SharedWords(words_backbone())
     if dist.is_initialized():
-        training.ranks = ProcessRanks(CPU, 60)
+        training.ranks = DistributedContext(CPU, 60)
         training.ranks.shard(training.model, MeshShape(*axes))
-        training.words.backbone.exchange = training.ranks.exchange(1)
+        training.words.backbone.exchange = training.ranks.token_dispatcher(1)
     # AdamW divides by a gradient's size: where that is no more than rounding, its default epsilon makes steps of noise.
     optimizer = OptimizerConfig(learning_rate=0.003, epsilon=1e-3)
     train_step = Watched(training, words_config(STEPS, optimizer=optimizer))
@@ -76,7 +76,7 @@ def steps_on(axes: Axes) -> list[tuple[float, dict[str, np.ndarray]]]:
 
 @cache
 def alone() -> list[tuple[float, dict[str, np.ndarray]]]:
-    assert type(SharedWords(words_backbone()).ranks) is Ranks
+    assert type(SharedWords(words_backbone()).ranks) is ProcessGroupContext
     return steps_on((1, 1, 1))
 
 

@@ -24,8 +24,8 @@ from openm6.plan.memory import (
     activation_elements,
     device_budget,
     kept_inputs,
-    largest_activation_bytes,
     layers_to_recompute,
+    max_activation_bytes,
 )
 
 CONFIG = BackboneConfig(
@@ -57,7 +57,7 @@ def test_small_tiers_hold_no_gradients_but_a_layer_s(size: int, states: float) -
     budget = device_budget(CONFIG, 1e9, 1e8, TIERS[size], 1024, 80 * GIB, learned_logits=0.0)
     assert budget.states == states and budget.host == 0
     assert budget.activations == 2 * 1024 * 64 * 3  # bf16 input of each block
-    assert budget.working == 1024 * largest_activation_bytes(CONFIG, 2) + 2 * 1e8
+    assert budget.working == 1024 * max_activation_bytes(CONFIG, 2) + 2 * 1e8
 
 
 def test_what_does_not_fit_is_streamed_and_nothing_is_lost() -> None:
@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_streamed_and_nothing_is_lost() -> None:
 
 def test_a_micro_batch_shrinks_until_a_layer_fits() -> None:
     budget = device_budget(CONFIG, 1e6, 1e5, TIERS[2], 1 << 20, 4 * GIB, learned_logits=0.0)
-    row = largest_activation_bytes(CONFIG, 2)
+    row = max_activation_bytes(CONFIG, 2)
     assert budget.micro_batch * row <= GIB < 2 * budget.micro_batch * row
 
 

@@ -12,10 +12,10 @@ from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.plan.model_cost import (
     adapter_parameters,
     attention_operations,
-    largest_layer,
-    operations_a_token,
+    max_layer_parameters,
+    operations_per_token,
     stored_parameters,
-    weights_a_token,
+    weights_per_token,
 )
 from tests.small_model import modalities
 
@@ -54,7 +54,7 @@ def test_ten_trillion_by_hand() -> None:
 def test_sharing_stores_a_set_once() -> None:
     shared = SPARSE.model_copy(update={"sharing": "all"})
     assert stored_parameters(shared, 100).experts * 2 == stored_parameters(SPARSE, 100).experts
-    assert weights_a_token(shared, 100) == weights_a_token(SPARSE, 100)
+    assert weights_per_token(shared, 100) == weights_per_token(SPARSE, 100)
 
 
 def test_stored_is_what_a_model_has() -> None:
@@ -78,7 +78,7 @@ def test_adapters_are_what_the_modalities_have(width: int) -> None:
 
 
 def test_weights_a_token_by_hand() -> None:
-    weights = weights_a_token(SPARSE, 100, learned=0.5)
+    weights = weights_per_token(SPARSE, 100, learned=0.5)
     attention, router, network = 64 * 2 * (2 + 1) * 32, 64 * 4, 3 * 64 * 128
     assert weights.projections == 2 * (attention + router)
     assert weights.experts == 2 * 2 * network and weights.dense == 0 and weights.head == 0.5 * 100 * 64
@@ -90,20 +90,20 @@ def test_capacity_pads_and_dense_layers_count() -> None:
         dense=DenseConfig(hidden=256, ffn="gelu"),
         experts=ExpertsConfig(hidden=128, num_experts=4, num_prototypes=2, num_shared=1, ffn="gelu", capacity=1.25),
     )  # fmt: skip
-    weights = weights_a_token(config, 100)
+    weights = weights_per_token(config, 100)
     assert weights.experts == 1.25 * 2 * 2 * 64 * 128
     assert weights.dense == 2 * 64 * 256 + 2 * 64 * 128
 
 
 def test_operations_are_six_for_each_weight_and_attention() -> None:
-    weights = weights_a_token(SPARSE, 100).all
+    weights = weights_per_token(SPARSE, 100).all
     assert attention_operations(SPARSE, 10) == 4 * 10 * 64 * 2
-    assert operations_a_token(SPARSE, 100, 10) == 3 * (2 * weights + 4 * 10 * 64 * 2)
-    assert operations_a_token(SPARSE, 100, 10, recompute=True) == 4 * (2 * weights + 4 * 10 * 64 * 2)
+    assert operations_per_token(SPARSE, 100, 10) == 3 * (2 * weights + 4 * 10 * 64 * 2)
+    assert operations_per_token(SPARSE, 100, 10, recompute=True) == 4 * (2 * weights + 4 * 10 * 64 * 2)
 
 
 def test_the_largest_layer_is_the_sparse_one() -> None:
     config = preset("m6-100b").backbone
-    assert largest_layer(config) == pytest.approx(
+    assert max_layer_parameters(config) == pytest.approx(
         1024 * 2 * 1024 * 4096 + 4 * 1024**2 + 1024 * 1024, rel=1e-4
     )

@@ -1,4 +1,4 @@
-"""Whole plans: the claim about M6-10T, what binds, budgets, and the words for what cannot be."""
+"""Whole plans: the claim about M6-10T, the bottleneck, budgets, and the words for what cannot be."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from openm6.base.errors import ConfigError
 from openm6.plan.hardware import ClusterOptions
 from openm6.plan.plan import Plan, answer_question, make_plan
-from openm6.plan.question import read_machine, read_question
+from openm6.plan.question import read_question, read_target
 from openm6.plan.sweep import draw_sweep, sweep_json, sweep_plans
 
 M6 = ClusterOptions(devices=512)
@@ -22,7 +22,7 @@ def the_plan(
     model: str = "m6-10t", gpu: str = "v100-32gb", options: ClusterOptions = M6, **asked: float
 ) -> Plan:
     question = read_question(model, [], energy={"pue": 1.1}, **asked)
-    return make_plan(question, read_machine(gpu, None, options).cluster())
+    return make_plan(question, read_target(gpu, None, options).cluster())
 
 
 def test_the_rated_bound_of_the_claim_by_hand() -> None:
@@ -57,14 +57,14 @@ def test_tokens_days_and_energy_agree() -> None:
 
 
 def test_a_faster_network_moves_what_binds() -> None:
-    assert the_plan().real.time.binds == "network"
-    assert the_plan(options=replace(M6, network=200.0)).real.time.binds == "compute"
+    assert the_plan().real.time.bottleneck == "network"
+    assert the_plan(options=replace(M6, network=200.0)).real.time.bottleneck == "compute"
 
 
 def test_a_slow_link_binds_a_streamed_model() -> None:
     options = ClusterOptions(devices=1, host_memory=512.0, host_link=0.5)
     plan = the_plan("m6-100b", "h100-80gb", options, bytes_per_parameter=2)
-    assert plan.real.budget.streamed and plan.real.time.binds == "link"
+    assert plan.real.budget.streamed and plan.real.time.bottleneck == "link"
 
 
 def test_fewer_kept_inputs_save_memory_and_cost_a_pass() -> None:
@@ -86,19 +86,19 @@ def test_one_gpu_needs_no_network() -> None:
 
 
 def test_the_schema_and_the_smallest_machine() -> None:
-    question, asked = read_question("m6-10t", [], days=10), read_machine("v100-32gb", None, M6)
+    question, asked = read_question("m6-10t", [], days=10), read_target("v100-32gb", None, M6)
     content = answer_question(question, asked)[1]
     assert set(content["parameters"]) == {"total", "active"} and content["fits"] is True
     assert {"joules_per_token", "mwh", "kg_co2e"} <= set(content["energy"])
     smallest = content["smallest"]["gpus"]
-    assert make_plan(question, read_machine("v100-32gb", None, replace(M6, devices=smallest)).cluster()).fits
+    assert make_plan(question, read_target("v100-32gb", None, replace(M6, devices=smallest)).cluster()).fits
     fewer = replace(M6, devices=smallest - 8)
-    assert not make_plan(question, read_machine("v100-32gb", None, fewer).cluster()).fits
+    assert not make_plan(question, read_target("v100-32gb", None, fewer).cluster()).fits
 
 
 def test_changes_that_would_make_it_fit() -> None:
     question = read_question("m6-10t", [], bytes_per_parameter=2)
-    asked = read_machine("v100-32gb", None, replace(M6, host_memory=16.0))
+    asked = read_target("v100-32gb", None, replace(M6, host_memory=16.0))
     plan, content = answer_question(question, asked)
     changes = content["smallest"]["changes"]
     assert not plan.fits and changes
@@ -110,7 +110,7 @@ def test_a_recipe_and_its_overrides_are_planned() -> None:
     plan = the_plan("demo", "t4", ClusterOptions())
     assert plan.real.tokens == 2048 and plan.real.tier.bytes == 16 and plan.total > 4_000_000
     question = read_question("recipes/demo.yaml", ["packing.rows=8", "loop.optimizer.name=adafactor"])
-    changed = make_plan(question, read_machine("t4", None, ClusterOptions()).cluster())
+    changed = make_plan(question, read_target("t4", None, ClusterOptions()).cluster())
     assert changed.real.tokens == 4096 and changed.real.tier.bytes == 8
 
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_planned_is_told() -> None:
     with pytest.raises(
         ConfigError, match=r"no GPU 'v100-23gb' in the table; did you mean 'v100-32gb'.*--gpu-table"
     ):
-        read_machine("v100-23gb", None, M6)
+        read_target("v100-23gb", None, M6)
     with pytest.raises(ConfigError, match="no preset and no recipe 'm6-10x'; did you mean 'm6-10"):
         read_question("m6-10x", [])
     with pytest.raises(ConfigError, match="no tier of 3 bytes a parameter: choose 1, 2, 4"):
@@ -132,15 +132,15 @@ def test_a_gpu_of_one_s_own(tmp_path: Path) -> None:
     table.write_text(
         "id,name,memory_gib,memory_gb_s,half_tflops,host_link_gb_s,watts\nx1,X 1,10,500,50,16,200\n"
     )
-    cluster = read_machine("x1", table, ClusterOptions()).cluster()
+    cluster = read_target("x1", table, ClusterOptions()).cluster()
     assert cluster.memory == 10 * 2**30 and cluster.watts == 200
     table.write_text("id,memory_gib\nx1,ten\n")
     with pytest.raises(ConfigError, match="GPU 'x1': memory_gib must be a number, not 'ten'"):
-        read_machine("x1", table, ClusterOptions())
+        read_target("x1", table, ClusterOptions())
 
 
 def test_sweeps(tmp_path: Path) -> None:
-    question, asked = read_question("base", []), read_machine("h100-80gb", None, ClusterOptions(devices=8))
+    question, asked = read_question("base", []), read_target("h100-80gb", None, ClusterOptions(devices=8))
     rows = sweep_plans(question, asked, "gpus")
     assert [count for count, _ in rows] == [2, 4, 8, 16, 32]
     speeds = [plan.tokens / plan.days for _, plan in rows]
@@ -159,7 +159,7 @@ def test_a_plan_needs_no_torch() -> None:
     code = (
         "import sys; from openm6.plan.hardware import *; from openm6.plan.question import *; "
         "from openm6.plan.plan import *; "
-        "answer_question(read_question('m6-10t', [], days=10), read_machine('h100-80gb', None, ClusterOptions(512))); "
+        "answer_question(read_question('m6-10t', [], days=10), read_target('h100-80gb', None, ClusterOptions(512))); "
         "print('torch' in sys.modules, 'numpy' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ import torch
 from openm6.base.errors import ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest
-from openm6.offload.config import StreamingConfig, spread
+from openm6.offload.config import OffloadConfig, spread
 from openm6.offload.weight_store import RecordLayout
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import update_rule
@@ -26,9 +26,9 @@ from openm6.train.budget import (
     fits,
     free_disk_bytes,
     free_host_bytes,
-    largest_fit,
-    largest_preset,
-    most_resident,
+    max_fit,
+    max_preset,
+    max_resident,
     needed_bytes,
     refusal,
     resident_sets,
@@ -47,11 +47,11 @@ def budget_of(size: int = 2, layers: int = 10, **streaming: Any) -> Budget:
     rule = update_rule(OptimizerConfig(bytes_per_parameter=size))  # type: ignore[arg-type]
     layouts = [RecordLayout({"w": (1024, 1024)}, rule)] * layers
     config = words_backbone(num_layers=layers, experts_every=1, dense=None)
-    return Budget(config, layouts, 50_000, 1024, StreamingConfig(**streaming))
+    return Budget(config, layouts, 50_000, 1024, OffloadConfig(**streaming))
 
 
 def test_it_counts_what_a_run_allocates() -> None:
-    streaming = StreamingConfig(resident=1)
+    streaming = OffloadConfig(resident=1)
     config = words_config(streaming=streaming, optimizer=OptimizerConfig(bytes_per_parameter=2))
     train_step = OffloadedTrainStep(WordsTraining(words_backbone()), config)
     budget = train_step.budget(train_step.store.layouts)
@@ -81,8 +81,8 @@ def test_auto_fills_the_device_to_the_last_whole_set() -> None:
     budget = budget_of()
     empty = budget.total("device", ())
     one = budget.layouts[0].num_bytes
-    assert most_resident(budget, empty + 3.5 * one) == 3
-    assert most_resident(budget, 0) == 0 and most_resident(budget, 100 * GIB) == 10
+    assert max_resident(budget, empty + 3.5 * one) == 3
+    assert max_resident(budget, 0) == 0 and max_resident(budget, 100 * GIB) == 10
     assert resident_sets(budget, {"host": 0.0}) == tuple(range(10))
     device = {"device": empty + 3.5 * one + 4 * GIB, "host": 0.0}
     assert resident_sets(budget, device) == spread(3, 10)
@@ -101,7 +101,7 @@ def test_too_large_a_model_is_refused_with_the_number_of_layers_that_fit() -> No
     with pytest.raises(ConfigError) as caught:
         check_budget(budget, room, RULE)
     sentence = str(caught.value)
-    layers = largest_fit(budget, room)
+    layers = max_fit(budget, room)
     assert 0 < layers < 10 and f"model.overrides.num_layers={layers} would fit" in sentence
     assert fits(budget.with_layers(layers), room) and not fits(budget.with_layers(layers + 1), room)
     mildest = "and loop.optimizer.bytes_per_parameter=4 would do"
@@ -127,7 +127,7 @@ def test_where_no_layer_fits_a_preset_is_named() -> None:
     wide = replace(budget_of(2, layers=2, resident=0), edges=10**9)
     sentence = refusal(wide, "host", {"host": 1.0 * GIB}, RULE)
     assert "model.preset=tiny would fit" in sentence
-    assert largest_preset(wide, {"host": 1.0 * GIB}, RULE) == "tiny"
+    assert max_preset(wide, {"host": 1.0 * GIB}, RULE) == "tiny"
     assert "not even the smallest preset" in refusal(wide, "host", {"host": 1e6}, RULE)
 
 
@@ -135,7 +135,7 @@ def test_the_disk_must_hold_the_kept_checkpoints_and_the_one_being_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     optimizer = OptimizerConfig(learning_rate=0.01, bytes_per_parameter=1)
-    config = words_config(4, keep=3, streaming=StreamingConfig(), optimizer=optimizer)
+    config = words_config(4, keep=3, streaming=OffloadConfig(), optimizer=optimizer)
     run = RunFolder.open(tmp_path)
     train(WordsTraining(words_backbone()), config, run)
     size = sum(path.stat().st_size for path in latest(run.path).iterdir())
@@ -144,7 +144,7 @@ def test_the_disk_must_hold_the_kept_checkpoints_and_the_one_being_written(
     assert (
         free_disk_bytes(run.checkpoints)
         == 3 * size
-        == available(CPU, StreamingConfig(), run.checkpoints)["disk"]
+        == available(CPU, OffloadConfig(), run.checkpoints)["disk"]
     )
     with pytest.raises(ConfigError, match=r"KiB of disk, and .* are free.*loop\.keep=1 frees most"):
         train(WordsTraining(words_backbone()), config, run, resume=True)
@@ -152,7 +152,7 @@ def test_the_disk_must_hold_the_kept_checkpoints_and_the_one_being_written(
 
 
 def test_a_run_that_may_not_have_the_memory_is_refused_before_it_starts() -> None:
-    config = words_config(streaming=StreamingConfig(host_gib=1e-5))
+    config = words_config(streaming=OffloadConfig(host_gib=1e-5))
     with pytest.raises(ConfigError, match="of host memory, and 10.5 KiB are free"):
         OffloadedTrainStep(WordsTraining(words_backbone()), config)
 
@@ -160,11 +160,11 @@ def test_a_run_that_may_not_have_the_memory_is_refused_before_it_starts() -> Non
 def test_the_real_stage_is_counted_before_the_pseudo_one_begins() -> None:
     shared = words_backbone(sharing="all", experts_every=1, dense=None)
     needed = (
-        OffloadedTrainStep(WordsTraining(shared), words_config(streaming=StreamingConfig()))
+        OffloadedTrainStep(WordsTraining(shared), words_config(streaming=OffloadConfig()))
         .store.layouts[0]
         .num_bytes
     )
-    room = StreamingConfig(host_gib=5 * needed / GIB)  # one set, or two, but never four beside the shared one
+    room = OffloadConfig(host_gib=5 * needed / GIB)  # one set, or two, but never four beside the shared one
     OffloadedTrainStep(WordsTraining(shared), words_config(streaming=room))
     stages = StagesConfig(switch=SwitchConfig(step=5))
     with pytest.raises(ConfigError, match="num_layers"):

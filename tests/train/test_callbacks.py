@@ -16,8 +16,8 @@ from openm6.base.config import build
 from openm6.base.errors import ConfigError, TrainingError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state
-from openm6.offload.config import StreamingConfig
-from openm6.parallel.ranks import Ranks
+from openm6.offload.config import OffloadConfig
+from openm6.parallel.process_group import ProcessGroupContext
 from openm6.train.callbacks import SpikeDetector, SwapCallback, swapped_bytes
 from openm6.train.config import HeldOutConfig, LoopConfig
 from openm6.train.loop import train
@@ -115,10 +115,10 @@ def test_the_loss_is_that_of_training_on_other_records(tmp_path: Path) -> None:
 def test_ranks_share_the_same_rows(tmp_path: Path) -> None:
     recipe = build(MultimodalRecipe, tiny_recipe(1), "tiny")
     training = MultimodalTraining(recipe, RunFolder.open(tmp_path), CPU)
-    whole = pack_held_out(recipe, training.modalities, Ranks(), 1)[0]
+    whole = pack_held_out(recipe, training.modalities, ProcessGroupContext(), 1)[0]
     rows = []
     for rank in (0, 1):
-        ranks = Ranks()
+        ranks = ProcessGroupContext()
         ranks.rank, ranks.size = rank, 2
         rows.append(pack_held_out(recipe, training.modalities, ranks, 1)[0])
     assert [row.layout.batch for row in rows] == [1, 1]
@@ -182,7 +182,7 @@ def test_validation_records_come_before_test_records(tmp_path: Path) -> None:
     mixture = [{"source": "mine", "task": "classify_text"}, {"source": "penguins", "task": "predict_number"}]
     recipe = build(MultimodalRecipe, {**tiny_recipe(), "sources": sources, "mixture": mixture}, "tiny")
     words = modalities()["text"]
-    batches = pack_held_out(recipe, modalities(), Ranks(), 3)
+    batches = pack_held_out(recipe, modalities(), ProcessGroupContext(), 3)
     texts = " ".join(words.decode(batch.kinds["text"].arrays["ids"].tolist()) for batch in batches)
     assert "text validation number" in texts and "text test" not in texts and "text train" not in texts
     assert any("numbers_in" in batch.kinds for batch in batches)
@@ -244,10 +244,10 @@ def test_a_failing_gpu_is_told_in_one_sentence(failure: Exception, sentence: str
     assert "\n" not in str(caught.value) and "--resume" in str(caught.value)
 
 
-@pytest.mark.parametrize("streaming", [None, StreamingConfig(resident=1)])
+@pytest.mark.parametrize("streaming", [None, OffloadConfig(resident=1)])
 @pytest.mark.parametrize("moment", ["loss", "evaluate"])
 def test_a_gpu_lost_in_the_middle_leaves_a_run_to_go_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, streaming: StreamingConfig | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, streaming: OffloadConfig | None
 ) -> None:
     """Whatever is under way; and closing fails as well then, since everything on the device does."""
     config = words_config(8, save_every=2, evaluate_every=5, streaming=streaming)

@@ -14,7 +14,7 @@ from openm6.base.errors import OutputError, TrainingError
 from openm6.base.run_folder import RunFolder
 from openm6.evaluate.results import EvalReport
 from openm6.evaluate.run import evaluate, scores_json
-from openm6.parallel.processes import ProcessRanks
+from openm6.parallel.processes import DistributedContext
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe, train_recipe
@@ -108,12 +108,12 @@ def judged_on_ranks(recipe: str, folder: str, axes: tuple[int, int, int]) -> dic
     """A run of this rank; what was reported is given by rank 0."""
     names = ("data", "shard", "experts")
     checked, _ = read_recipe(Path(recipe), [f"parallel.{n}={s}" for n, s in zip(names, axes, strict=True)])
-    ranks, run = ProcessRanks(CPU, 60), RunFolder.open(folder)
+    ranks, run = DistributedContext(CPU, 60), RunFolder.open(folder)
     training = MultimodalTraining(checked, run, CPU, ranks)
     with pytest.MonkeyPatch.context() as patched:
         load_no_second(patched)
         # The fleet has no launcher, whose store ranks wait at.
-        patched.setattr(ProcessRanks, "main_process_first", lambda self: torch.no_grad())
+        patched.setattr(DistributedContext, "main_process_first", lambda self: torch.no_grad())
         train(training, checked.loop, run)
     dist.barrier()
     return reported(run.path) if ranks.is_main_process else None

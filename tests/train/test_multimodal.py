@@ -387,7 +387,7 @@ def test_the_parts_of_a_batch_add_up_to_its_loss_and_gradient(tmp_path: Path) ->
     recipe = build(MultimodalRecipe, {**tiny_recipe(), "packing": {"rows": 4, "length": 160}}, "tiny")
     training = MultimodalTraining(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
     training.model.train()
-    assert training.most_parts == 2
+    assert training.max_parts == 2
     batch = next(training.batches())
     whole = training.loss(batch)
     wanted = torch.autograd.grad(whole.loss, list(training.model.parameters()), allow_unused=True)

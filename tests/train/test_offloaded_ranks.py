@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest
-from openm6.parallel.processes import ProcessRanks
+from openm6.parallel.processes import DistributedContext
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.run import read_recipe
@@ -112,7 +112,7 @@ def test_ranks_change_from_pseudo_to_real(tmp_path: Path, two: Fleet, four: Flee
 def gathers(recipe: str, folder: str) -> tuple[int, int]:
     """All-gathers and reduce-scatters of one step."""
     checked, _ = read_recipe(Path(recipe), ["parallel.shard=2", "parallel.experts=1"])
-    training = MultimodalTraining(checked, RunFolder.open(folder), CPU, ProcessRanks(CPU, 60))
+    training = MultimodalTraining(checked, RunFolder.open(folder), CPU, DistributedContext(CPU, 60))
     train_step = OffloadedTrainStep(training, checked.loop)
     counts = [0, 0]
     originals = dist.all_gather_into_tensor, dist.reduce_scatter_tensor

@@ -13,11 +13,11 @@ from openm6.base.errors import CheckpointError, ConfigError
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state, step_folder
 from openm6.checkpoint.load import load_model
-from openm6.checkpoint.optimizer import optimizer_tensors
+from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
-from openm6.train.pseudo_to_real import SwitchClock, rate_after_switch
+from openm6.train.pseudo_to_real import SwitchClock, lr_after_switch
 from openm6.train.step import TrainStep
 from tests.train.words_training import WordsTraining, words_backbone, words_config
 
@@ -64,9 +64,9 @@ def test_every_delinked_parameter_is_trained_and_remembered() -> None:
     training = WordsTraining(SHARED)
     train_step = TrainStep(training, words_config())
     train_step.update(training.batch(1), 1, 10)
-    shared = optimizer_tensors(train_step.optimizer, training.model)
+    shared = optimizer_state_dict(train_step.optimizer, training.model)
     train_step.delink("aligned")
-    kept = optimizer_tensors(train_step.optimizer, training.model)
+    kept = optimizer_state_dict(train_step.optimizer, training.model)
     names = {name for name, _ in training.model.named_parameters()}
     assert {name.partition("::")[0] for name in kept} == names
     assert {id(parameter) for parameter in train_step.parameters} == {
@@ -158,11 +158,11 @@ def test_a_skipped_step_does_not_enter_the_plateau_and_the_run_saves(tmp_path: P
 
 def test_the_rate_climbs_back() -> None:
     rates = [
-        rate_after_switch(step, 10, StagesConfig(switch=SwitchConfig(step=10), warmup_steps=4))
+        lr_after_switch(step, 10, StagesConfig(switch=SwitchConfig(step=10), warmup_steps=4))
         for step in (11, 14, 20)
     ]
     assert rates == [0.25, 1.0, 1.0]
-    assert rate_after_switch(3, None, STAGES) == 1.0
+    assert lr_after_switch(3, None, STAGES) == 1.0
 
 
 def test_a_checkpoint_of_another_stage_is_refused(unbroken: Path) -> None:

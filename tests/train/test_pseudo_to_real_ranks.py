@@ -16,8 +16,8 @@ from torch import Tensor
 from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state, step_folder
 from openm6.checkpoint.load import load_model
-from openm6.parallel.processes import ProcessRanks
-from openm6.parallel.ranks import Ranks
+from openm6.parallel.process_group import ProcessGroupContext
+from openm6.parallel.processes import DistributedContext
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.pseudo_to_real import matrix_noise
 from openm6.train.run import read_recipe
@@ -44,7 +44,7 @@ def recipe_file(folder: Path, axes: Axes = (1, 1, 1), noise: float = 0.0, **over
 def around_the_switch(recipe: str, folder: str) -> tuple[list[float], list[float]]:
     """Losses of one batch and this rank's logits' sum, before and after; and a step of either stage goes through."""
     checked, _ = read_recipe(Path(recipe), [])
-    ranks = ProcessRanks(CPU, 60) if dist.is_initialized() else Ranks()
+    ranks = DistributedContext(CPU, 60) if dist.is_initialized() else ProcessGroupContext()
     training = MultimodalTraining(checked, RunFolder.open(folder), CPU, ranks)
     train_step = TrainStep(training, checked.loop)
     batches = training.batches()
@@ -62,7 +62,7 @@ def around_the_switch(recipe: str, folder: str) -> tuple[list[float], list[float
     first = [next(block.parameters()) for block in training.omni.backbone.sets]
     train_step.update(next(batches), 2, 20)
     train_step.update(next(batches), 3, 20)
-    parts = [ranks.piece(weight).local(weight) for weight in first]
+    parts = [ranks.shard_spec(weight).local(weight) for weight in first]
     assert not torch.equal(*parts)  # each layer goes its own way from here on
     return answers[0], answers[1]
 

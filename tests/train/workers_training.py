@@ -38,7 +38,7 @@ class Part:
 class WorkersTraining(TrainingTask):
     """Learns corners from points; `second` has a gradient only where a point lies in its half."""
 
-    most_parts = 4
+    max_parts = 4
 
     def __init__(self, pause: float = 0.0, broken_at: int = -1, dies: int = -1, spoilt: int = -1) -> None:
         torch.manual_seed(5)

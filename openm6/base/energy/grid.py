@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openm6.base.config import nearest
-from openm6.base.energy.units import JOULES_A_KWH
+from openm6.base.energy.units import JOULES_PER_KWH
 from openm6.base.errors import ConfigError
 from openm6.base.tables import read_table
 
@@ -24,7 +24,7 @@ class Grid:
 
     def grams(self, joules: float, pue: float = 1.0) -> float:
         """CO2e of `joules` at the devices; `pue` is what the building draws for each joule that they draw."""
-        return joules * pue / JOULES_A_KWH * self.grams_per_kwh
+        return joules * pue / JOULES_PER_KWH * self.grams_per_kwh
 
 
 def grids() -> list[Grid]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-JOULES_A_KWH = 3.6e6
+JOULES_PER_KWH = 3.6e6
 _SIZES = ((1e12, "TJ"), (1e9, "GJ"), (1e6, "MJ"), (1e3, "kJ"))
 
 

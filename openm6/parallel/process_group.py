@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from openm6.nn.moe import LocalDispatcher, TokenDispatcher
-from openm6.optim.pieces import WHOLE, Piece, whole
 from openm6.optim.rules import Shape
+from openm6.optim.sharding import REPLICATED, ShardSpec, replicated
 from openm6.parallel.config import MeshShape
 
 Value = TypeVar("Value")
 
 
-class WeightSets:
+class LayerWeights:
     """The shard of each offloaded weight set that this rank holds: all of it, in one process; base class for ranks.
 
-    `number` is that of a set, `name` that of one of its matrices.
+    `index` is that of a set, `name` that of one of its matrices.
     """
 
     def __init__(self, shapes: Sequence[Mapping[str, Shape]]) -> None:
@@ -34,39 +34,39 @@ class WeightSets:
         """Return whether ranks hold different shards, so that using a set needs collectives."""
         return False
 
-    def is_sharded(self, number: int, name: str) -> bool:
+    def is_sharded(self, index: int, name: str) -> bool:
         """Return whether this rank holds only some rows of a matrix, so that it must be gathered to be used."""
         return False
 
-    def piece(self, number: int, name: str) -> Piece:
+    def shard_spec(self, index: int, name: str) -> ShardSpec:
         """Return how a matrix is divided."""
-        return WHOLE
+        return REPLICATED
 
-    def part(self, number: int, name: str, whole: Tensor, local_experts: bool = False) -> Tensor:
+    def part(self, index: int, name: str, whole: Tensor, local_experts: bool = False) -> Tensor:
         """Return the shard here of a whole matrix, or of one that has only the `local_experts`."""
         return whole
 
-    def local_shapes(self, number: int) -> dict[str, Shape]:
+    def local_shapes(self, index: int) -> dict[str, Shape]:
         """Return the shapes of the shards here of a set."""
-        return dict(self.shapes[number])
+        return dict(self.shapes[index])
 
-    def gather(self, number: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, index: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the sharded matrices in full, of distributed experts those here; a collective."""
         return parts
 
-    def gathered(self, number: int) -> int:
+    def gathered(self, index: int) -> int:
         """Return the number of parameters of a set when it is gathered here."""
-        return sum(math.prod(shape) for shape in self.local_shapes(number).values())
+        return sum(math.prod(shape) for shape in self.local_shapes(index).values())
 
-    def reduce(self, number: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    def reduce(self, index: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Reduce gradients of what was gathered to those of the shards here, summed over ranks."""
         return gradients
 
-    def total(self, square: Tensor) -> Tensor:
+    def all_reduce(self, square: Tensor) -> Tensor:
         """Sum a value of the shards here over all of a set, in place."""
         return square
 
-    def to_global(self, number: int, name: str, slot: str, part: Tensor) -> Tensor:
+    def to_global(self, index: int, name: str, slot: str, part: Tensor) -> Tensor:
         """Return a tensor that is kept for a matrix with its place in the whole, for a checkpoint.
 
         On the host, and without a copy if it is there already.
@@ -78,7 +78,7 @@ class WeightSets:
         return part
 
 
-class Ranks:
+class ProcessGroupContext:
     """One process alone, for which every sum is its own; base class for several."""
 
     rank: int = 0
@@ -90,11 +90,11 @@ class Ranks:
         """Return whether this is rank 0, the only one that writes and logs."""
         return self.rank == 0
 
-    def total(self, numbers: Sequence[float]) -> list[float]:
+    def all_reduce(self, numbers: Sequence[float]) -> list[float]:
         """Return each of a few plain numbers summed over the ranks."""
         return list(numbers)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_tensor(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place."""
         return tensor
 
@@ -110,9 +110,9 @@ class Ranks:
     def open_mesh(self, shape: MeshShape) -> None:
         """Open the mesh alone, for a model whose weight sets are offloaded and sharded by their store."""
 
-    def sets(self, shapes: Sequence[Mapping[str, Shape]]) -> WeightSets:
+    def layer_weights(self, shapes: Sequence[Mapping[str, Shape]]) -> LayerWeights:
         """Return the shards of offloaded weight sets of these shapes."""
-        return WeightSets(shapes)
+        return LayerWeights(shapes)
 
     @property
     def wrapped(self) -> bool:
@@ -134,15 +134,15 @@ class Ranks:
         """Return the optimizer's groups in a form that its fused updates accept."""
         return groups
 
-    def piece(self, parameter: Tensor) -> Piece:
+    def shard_spec(self, parameter: Tensor) -> ShardSpec:
         """Return how a parameter is divided, for update rules that need more than this rank's shard."""
-        return whole(parameter)
+        return replicated(parameter)
 
     def first_expert(self, here: int) -> int:
         """Return the index of the first of the `here` experts of each layer that this rank holds."""
         return 0
 
-    def exchange(self, parts: int) -> TokenDispatcher:
+    def token_dispatcher(self, chunks: int) -> TokenDispatcher:
         """Return the exchange of rows with their experts, in so many chunks."""
         return LocalDispatcher()
 

@@ -21,7 +21,7 @@ AT_ONCE = (
 )  # values of this rank that travel together: what exists twice for a while stays under a gigabyte
 
 
-class PieceGroup(Protocol):
+class ShardGroup(Protocol):
     """The ranks that hold the shards of the same tensors; all call the same methods in the same order."""
 
     @property
@@ -31,19 +31,19 @@ class PieceGroup(Protocol):
     @property
     def size(self) -> int: ...
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over the group, in place."""
 
-    def exchange(self, sent: Tensor, to: Sequence[int], received: Sequence[int]) -> Tensor:
+    def all_to_all(self, sent: Tensor, to: Sequence[int], received: Sequence[int]) -> Tensor:
         """All-to-all: n values, the first `to[0]` of them for rank 0 and so on -> `received[r]` values of rank r."""
 
 
-class Piece:
+class ShardSpec:
     """How a parameter is sharded; this base class is for one that is whole on this rank."""
 
     axis: int = 0  # that is sharded
     lengths: tuple[int, ...] = ()  # of each rank's shard along that axis
-    group: PieceGroup | None = None  # None: no other rank holds a shard
+    group: ShardGroup | None = None  # None: no other rank holds a shard
     first: int = 0  # index in the whole stack of the first matrix on this rank
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Piece:
         """Return a tensor of the optimizer, given this rank's shard of it, in the form that checkpoints save."""
         return part
 
-    def cuts_rows(self, dimensions: int) -> bool:
+    def shards_rows(self, dimensions: int) -> bool:
         """Return whether rows of one matrix are on several ranks; the last two axes are rows and columns.
 
         A vector counts as a matrix with one column.
@@ -67,21 +67,21 @@ class Piece:
             return 0, here
         return sum(self.lengths[: self.group.rank]), sum(self.lengths)
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over the shards, in place."""
-        return values if self.group is None else self.group.total(values)
+        return values if self.group is None else self.group.all_reduce(values)
 
 
-WHOLE = Piece()
-Pieces = Callable[[Tensor], Piece]  # how a parameter is sharded
+REPLICATED = ShardSpec()
+ShardSpecOf = Callable[[Tensor], ShardSpec]  # how a parameter is sharded
 
 
-def whole(parameter: Tensor) -> Piece:
-    """Return the piece of a process that holds all of everything."""
-    return WHOLE
+def replicated(parameter: Tensor) -> ShardSpec:
+    """Return the spec of a process that holds all of everything."""
+    return REPLICATED
 
 
-def keeps_cut(key: str, axis: int, dimensions: int) -> bool:
+def is_sharded_along(key: str, axis: int, dimensions: int) -> bool:
     """Return whether a tensor kept for a parameter is sharded along `axis` as the parameter is.
 
     One that lacks this axis is the same everywhere: `row_var` lacks columns, `col_var` rows, and `count` both;
@@ -92,41 +92,41 @@ def keeps_cut(key: str, axis: int, dimensions: int) -> bool:
     return axis not in missing.get(key, set())
 
 
-def chunk_lengths(length: int, ranks: int) -> tuple[int, ...]:
+def shard_lengths(length: int, ranks: int) -> tuple[int, ...]:
     """Return the shards of an axis as `torch.chunk` cuts it, with empty ones at the end if it runs short."""
     size = -(-length // ranks)
     return tuple(max(0, min(size, length - rank * size)) for rank in range(ranks))
 
 
-def total_together(tensors: Sequence[Tensor], piece: Piece) -> None:
+def all_reduce_coalesced(tensors: Sequence[Tensor], spec: ShardSpec) -> None:
     """Sum fp32 tensors over the shards, in place, all in one exchange."""
-    if piece.group is None or not tensors:
+    if spec.group is None or not tensors:
         return
-    flat = piece.group.total(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+    flat = spec.group.all_reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]))
     for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(summed.view_as(tensor))
 
 
 def on_whole_matrices(
-    parts: Sequence[Tensor], pieces: Sequence[Piece], work: Callable[[Tensor], Tensor]
+    parts: Sequence[Tensor], specs: Sequence[ShardSpec], work: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
     """Apply `work`, which keeps shapes, to whole matrices, stacked as E R C; return this rank's part of each result.
 
-    Each `parts[i]` is E R' C or R' C, rows of matrices that `pieces[i]` shards over one group, the same for all and in
+    Each `parts[i]` is E R' C or R' C, rows of matrices that `specs[i]` shards over one group, the same for all and in
     the same order on all ranks of it. Each matrix is sent to one rank and back; they are assigned evenly by size.
     """
     found: list[Tensor] = []
-    for first, last in _batches(parts, pieces):
-        found += _exchange_and_apply(parts[first:last], pieces[first:last], work)
+    for first, last in _batches(parts, specs):
+        found += _exchange_and_apply(parts[first:last], specs[first:last], work)
     return found
 
 
-def _batches(parts: Sequence[Tensor], pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
+def _batches(parts: Sequence[Tensor], specs: Sequence[ShardSpec]) -> Iterator[tuple[int, int]]:
     """Ranges of parts, by the most that any rank holds: all ranks must come to the same ranges."""
     first = held = 0
-    for index, (part, piece) in enumerate(zip(parts, pieces, strict=True)):
+    for index, (part, spec) in enumerate(zip(parts, specs, strict=True)):
         stack = part.shape[0] if part.ndim > 2 else 1
-        size = stack * max(piece.lengths) * part.shape[-1]
+        size = stack * max(spec.lengths) * part.shape[-1]
         if index > first and held + size > AT_ONCE:
             yield first, index
             first, held = index, 0
@@ -136,17 +136,17 @@ def _batches(parts: Sequence[Tensor], pieces: Sequence[Piece]) -> Iterator[tuple
 
 
 def _exchange_and_apply(
-    parts: Sequence[Tensor], pieces: Sequence[Piece], work: Callable[[Tensor], Tensor]
+    parts: Sequence[Tensor], specs: Sequence[ShardSpec], work: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
     """One exchange there and one back."""
-    group = pieces[0].group
+    group = specs[0].group
     assert group is not None, "a whole matrix need not travel"
     stacks = [part if part.ndim > 2 else part.unsqueeze(0) for part in parts]  # E R' C
-    assigned = _assign(stacks, pieces, group.size)
+    assigned = _assign(stacks, specs, group.size)
     mine, ranks = assigned[group.rank], range(group.size)
     rows_here = [[stacks[stack][index] for stack, index in matrices] for matrices in assigned]
     sizes_here = [[rows.numel() for rows in matrices] for matrices in rows_here]
-    sizes = [[pieces[stack].lengths[rank] * stacks[stack].shape[-1] for stack, _ in mine] for rank in ranks]
+    sizes = [[specs[stack].lengths[rank] * stacks[stack].shape[-1] for stack, _ in mine] for rank in ranks]
 
     received = _exchange(group, rows_here, sizes, stacks[0])
     results: dict[tuple[int, int], Tensor] = {}
@@ -157,7 +157,7 @@ def _exchange_and_apply(
             torch.cat([received[rank][place].view(-1, columns) for rank in ranks]) for place, _ in together
         ]
         results |= zip([one for _, one in together], work(torch.stack(wholes)), strict=True)
-    rows_back = [[results[one].split(pieces[one[0]].lengths)[rank] for one in mine] for rank in ranks]
+    rows_back = [[results[one].split(specs[one[0]].lengths)[rank] for one in mine] for rank in ranks]
     returned = _exchange(group, rows_back, sizes_here, stacks[0])
 
     found = [torch.empty_like(stack) for stack in stacks]
@@ -166,9 +166,9 @@ def _exchange_and_apply(
     return [result.view(part.shape) for result, part in zip(found, parts, strict=True)]
 
 
-def _assign(stacks: list[Tensor], pieces: Sequence[Piece], ranks: int) -> list[list[tuple[int, int]]]:
+def _assign(stacks: list[Tensor], specs: Sequence[ShardSpec], ranks: int) -> list[list[tuple[int, int]]]:
     """For each rank the matrices (stack, index) that it works on: the largest first, to the rank with the least."""
-    sizes = [sum(piece.lengths) * stack.shape[-1] for stack, piece in zip(stacks, pieces, strict=True)]
+    sizes = [sum(spec.lengths) * stack.shape[-1] for stack, spec in zip(stacks, specs, strict=True)]
     matrices = [(stack, index) for stack, part in enumerate(stacks) for index in range(len(part))]
     load = [0] * ranks
     assigned: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
@@ -180,12 +180,12 @@ def _assign(stacks: list[Tensor], pieces: Sequence[Piece], ranks: int) -> list[l
 
 
 def _exchange(
-    group: PieceGroup, sent: list[list[Tensor]], sizes: list[list[int]], like: Tensor
+    group: ShardGroup, sent: list[list[Tensor]], sizes: list[list[int]], like: Tensor
 ) -> list[list[Tensor]]:
     """Send each rank a list of tensors; return, flat, what came: `sizes[r]` are those of rank r's tensors."""
     flat = [tensor.reshape(-1) for tensors in sent for tensor in tensors]
     joined = torch.cat(flat) if flat else like.new_empty(0)
     to = [sum(tensor.numel() for tensor in tensors) for tensors in sent]
     received = [sum(one) for one in sizes]
-    arrived = group.exchange(joined, to, received).split(received)
+    arrived = group.all_to_all(joined, to, received).split(received)
     return [list(part.split(one)) for part, one in zip(arrived, sizes, strict=True)]
