@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME …`: one command for each benchmark, the function `bench_NAME` of `benchmarks/NAME.py`."""
+"""`python -m benchmarks NAME …`: one command for each file, its function `bench_NAME`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from openm6.cli.group import PlainGroup
 
 BENCHMARKS = (
-    "train", "experts", "packing", "fp8", "serve", "generate", "plan", "giant", "rank", "cluster", "exchange",
+    "train", "experts", "packing", "fp8", "serve", "generate", "plan", "offload", "rank", "simulate", "all-to-all",
     "scaling", "reshard",
 )  # fmt: skip
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -28,10 +28,11 @@ class Benchmarks(PlainGroup):
 
 def command(name: str) -> Any:
     """The command of one benchmark, with the options of its function."""
+    module = name.replace("-", "_")
     one = typer.Typer(
         add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP
     )
-    one.command(name)(getattr(importlib.import_module(f"benchmarks.{name}"), f"bench_{name}"))
+    one.command(name)(getattr(importlib.import_module(f"benchmarks.{module}"), f"bench_{module}"))
     return typer.main.get_command(one)
 
 

@@ -46,14 +46,14 @@ def mixed_load(seconds: float, preset: str = "nano", share: float = 0.8) -> dict
             handle.wait(120)
     return {
         "preset": preset,
-        "capacity_requests_a_second": capacity,
-        "arrivals_a_second": rate,
-        **_told(load),
+        "capacity_requests_per_second": capacity,
+        "arrivals_per_second": rate,
+        **_summary(load),
     }
 
 
 def untrained(preset: str) -> Loaded:
-    """A model of all modalities that knows nothing: latencies do not depend on what the weights say."""
+    """A model of all modalities with random weights: latencies do not depend on them."""
     modalities = build_modalities(ModalitiesConfig(), train_tokenizer(WORDS, 320), {"mass": (3.0, 1.0)})
     backbone = PRESETS[preset].backbone
     torch.manual_seed(0)
@@ -64,12 +64,12 @@ def untrained(preset: str) -> Loaded:
     return Loaded(omni, modalities, description, Path("untrained"))
 
 
-def requests_of(number: int) -> tuple[str, Request]:
-    """The n-th request: two texts for each picture, sound or number, each with a seed of its own."""
-    words = (Part("text", WORDS[number % len(WORDS)]),)
-    client = f"client {number % 5}"
-    sampling = Sampling(temperature=0.8, max_tokens=24, seed=number)
-    masked = MaskedSampling(steps=4, seed=number)
+def requests_of(index: int) -> tuple[str, Request]:
+    """The n-th request: two texts for each image, audio or number, each with a seed of its own."""
+    words = (Part("text", WORDS[index % len(WORDS)]),)
+    client = f"client {index % 5}"
+    sampling = Sampling(temperature=0.8, max_tokens=24, seed=index)
+    masked = MaskedSampling(steps=4, seed=index)
     kinds: tuple[tuple[str, Request], ...] = (
         ("text", TextRequest(parts=words, client=client, sampling=sampling)),
         ("text", TextRequest(parts=words, client=client, sampling=Sampling(max_tokens=24))),
@@ -78,42 +78,42 @@ def requests_of(number: int) -> tuple[str, Request]:
         ("sound", CodesRequest(parts=words, client=client, want="sound", sampling=masked)),
         ("numbers", NumbersRequest(parts=words, client=client, columns=("mass",))),
     )
-    return kinds[number % len(kinds)]
+    return kinds[index % len(kinds)]
 
 
 def _capacity(engine: Engine, count: int = 36) -> float:
     """Requests a second when all are there at once."""
-    for number in range(6):
-        _submit(engine, number)[1].wait(120)
+    for index in range(6):
+        _submit(engine, index)[1].wait(120)
     began = time.perf_counter()
-    for _, handle in [_submit(engine, number) for number in range(count)]:
+    for _, handle in [_submit(engine, index) for index in range(count)]:
         handle.wait(120)
     return count / (time.perf_counter() - began)
 
 
-def _submit(engine: Engine, number: int) -> tuple[str, RequestHandle]:
-    kind, request = requests_of(number)
+def _submit(engine: Engine, index: int) -> tuple[str, RequestHandle]:
+    kind, request = requests_of(index)
     return kind, engine.submit(prepare(request, engine.loaded, engine.config.room))
 
 
-def arrive(engine: Engine, rate: float, seconds: float, dice: random.Random) -> Load:
+def arrive(engine: Engine, rate: float, seconds: float, rng: random.Random) -> Load:
     """Submits at random moments, `rate` a second on average, whatever has become of the earlier ones."""
-    load, number = Load(), 0
+    load, index = Load(), 0
     moment = time.perf_counter()
     end = moment + seconds
     while True:
-        moment += dice.expovariate(rate)
+        moment += rng.expovariate(rate)
         if moment >= end:
             return load
         time.sleep(max(0.0, moment - time.perf_counter()))
-        number += 1
+        index += 1
         try:
-            load.handles.append(_submit(engine, number))
+            load.handles.append(_submit(engine, index))
         except QueueFullError:
             load.refused += 1
 
 
-def _told(load: Load) -> dict[str, Any]:
+def _summary(load: Load) -> dict[str, Any]:
     """Median and tails of the whole answer for each kind, and of the first token of texts."""
     seconds: dict[str, list[float]] = {}
     first: list[float] = []
@@ -127,7 +127,7 @@ def _told(load: Load) -> dict[str, Any]:
     return {
         "answered": len(load.handles),
         "refused": load.refused,
-        "joules_a_request": joules / max(1, len(load.handles)),
+        "joules_per_request": joules / max(1, len(load.handles)),
         "answer_seconds": {kind: tails(found) for kind, found in sorted(seconds.items())},
         "first_token_seconds": tails(first),
     }

@@ -18,7 +18,7 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
-class Contender:
+class Candidate:
     """A model, its optimizer, and one whole training step.
 
     parts: pieces of a step to be timed alone (built when asked for), each with how often a step runs it
@@ -45,44 +45,44 @@ class Contender:
 
 
 def take_turns(
-    contenders: Mapping[str, Contender], device: torch.device, turns: int, steps: int, deadline: Deadline
+    candidates: Mapping[str, Candidate], device: torch.device, turns: int, steps: int, deadline: Deadline
 ) -> None:
-    """Fills in each contender's timing and peak memory: in each turn `steps` timed steps after three untimed ones.
+    """Fills in each candidate's timing and peak memory: in each turn `steps` timed steps after three untimed ones.
 
     On a GPU the others are parked, so that each has the memory for itself and its peak is its own.
     """
     for turn in range(turns):
         if turn and deadline.passed:
             return
-        for contender in contenders.values():
-            contender.move(device)
+        for candidate in candidates.values():
+            candidate.move(device)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
             for _ in range(3):
-                contender.step()
-            known = contender.compilations()
-            found = alternate({"step": contender.step}, steps, 0, deadline, device)["step"]
-            contender.recompiled += contender.compilations() - known
-            contender.timing.seconds += found.seconds
+                candidate.step()
+            known = candidate.compilations()
+            found = alternate({"step": candidate.step}, steps, 0, deadline, device)["step"]
+            candidate.recompiled += candidate.compilations() - known
+            candidate.timing.seconds += found.seconds
             if device.type == "cuda":
-                contender.peak_bytes = max(contender.peak_bytes, torch.cuda.max_memory_allocated(device))
-                contender.move(torch.device("cpu"))
+                candidate.peak_bytes = max(candidate.peak_bytes, torch.cuda.max_memory_allocated(device))
+                candidate.move(torch.device("cpu"))
 
 
-def time_parts(contender: Contender, device: torch.device, deadline: Deadline) -> dict[str, float]:
+def time_parts(candidate: Candidate, device: torch.device, deadline: Deadline) -> dict[str, float]:
     """Milliseconds a step spends in each part, timed alone; `rest` is what the whole step has beyond their sum."""
-    contender.move(device)
+    candidate.move(device)
     found: dict[str, float] = {}
-    for name, (times, part) in contender.parts().items():
+    for name, (times, part) in candidate.parts().items():
         timing = alternate({name: part}, 5, 2, deadline, device)[name]
         found[name] = 1000 * times * timing.median
-    contender.optimizer.zero_grad(set_to_none=True)
+    candidate.optimizer.zero_grad(set_to_none=True)
     # The sparse layer was timed whole, so routing is what it does beside its products.
     found["routing"] = found.pop("sparse_layer") - found["expert_products"]
-    found["rest"] = 1000 * contender.timing.median - sum(found.values())
+    found["rest"] = 1000 * candidate.timing.median - sum(found.values())
     if device.type == "cuda":
-        contender.move(torch.device("cpu"))
+        candidate.move(torch.device("cpu"))
     return {name: round(value, 3) for name, value in found.items()}
 
 

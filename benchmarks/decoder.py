@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from benchmarks.candidate import Contender, Part, backward_of, own_products_of, update_of
+from benchmarks.candidate import Candidate, Part, backward_of, own_products_of, update_of
 from benchmarks.harness import Timing
 from benchmarks.sizes import Sizes, peak_tflops
 from openm6.models.backbone import Backbone, choose_mask, side_loss
@@ -26,7 +26,7 @@ from openm6.optim.registry import build_optimizer, default_groups
 
 
 class Decoder(nn.Module):
-    """Embedding, backbone and a head of its own, as the peer has them."""
+    """Embedding, backbone and a head of its own, as the baseline has them."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Decoder(nn.Module):
         return linear_cross_entropy(flat, self.head, label, share)[0]
 
 
-def our_contender(sizes: Sizes, device: torch.device) -> Contender:
+def our_candidate(sizes: Sizes, device: torch.device) -> Candidate:
     """The decoder with random weights, and one step of it on random words, as a training run takes it."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -69,7 +69,7 @@ def our_contender(sizes: Sizes, device: torch.device) -> Contender:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return Contender(
+    return Candidate(
         model,
         optimizer,
         step,

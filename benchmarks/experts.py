@@ -11,11 +11,12 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.baseline import build_layer, missing_baseline
 from benchmarks.candidate import Part, backward_of, products_of
 from benchmarks.decoder import as_trained, layer_figures, our_layer
 from benchmarks.harness import (
+    Baseline,
     Json,
-    Peer,
     Report,
     SizesName,
     TimeLimit,
@@ -24,22 +25,22 @@ from benchmarks.harness import (
     device_name,
     speed_ratio,
 )
-from benchmarks.peer import build_layer, missing_peer
 from benchmarks.sizes import Sizes, choose_sizes, default_name
 from openm6.base.device import own_device
 from openm6.base.errors import ConfigError
 from openm6.nn.config import ExpertsConfig
 
-PEERS = ("transformers", "none")
+BASELINES = ("transformers", "none")
 
 
 def bench_experts(
     config: SizesName = None,
-    peer: Peer = "transformers",
+    baseline: Baseline = "transformers",
     seconds: TimeLimit = None,
     json_path: Json = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Top-k beside prototypes and shared experts, without the peer.")
+        bool,
+        typer.Option("--compare", help="Top-k beside prototypes and shared experts, without the baseline."),
     ] = False,
 ) -> dict[str, Any]:
     """One sparse layer, forward and backward, and how much of it is matrix products.
@@ -47,8 +48,8 @@ def bench_experts(
     \b
     Example: python -m benchmarks experts --config fine --json experts.json
     """
-    if peer not in PEERS:
-        raise ConfigError(f"no peer {peer!r}: choose {' or '.join(PEERS)}")
+    if baseline not in BASELINES:
+        raise ConfigError(f"no baseline {baseline!r}: choose {' or '.join(BASELINES)}")
     device = own_device()
     sizes, name = choose_sizes(config, device), config or default_name(device)
     with Report(json_path, seconds or 60.0) as report:
@@ -62,7 +63,7 @@ def bench_experts(
         if compare:
             compare_routings(report, sizes, _input(sizes, device))
         else:
-            _compare_with_peer(report, sizes, peer, _input(sizes, device))
+            _compare_with_baseline(report, sizes, baseline, _input(sizes, device))
     return report.found
 
 
@@ -73,32 +74,32 @@ def _input(sizes: Sizes, device: torch.device) -> Tensor:
     return torch.randn(sizes.rows, sizes.length, sizes.width, device=device, dtype=dtype)
 
 
-def _compare_with_peer(report: Report, sizes: Sizes, peer: str, x: Tensor) -> None:
+def _compare_with_baseline(report: Report, sizes: Sizes, baseline: str, x: Tensor) -> None:
     timings: dict[str, Timing] = {}
-    contenders: dict[str, Part] = {}
+    candidates: dict[str, Part] = {}
 
     def figures(who: str) -> dict[str, Any] | None:
         found = timings.get(f"{who} products")
         if found is None or not found.seconds:
             return None
-        return layer_figures(timings[who], found, contenders[who], sizes, x.device)
+        return layer_figures(timings[who], found, candidates[who], sizes, x.device)
 
-    for who in ("ours", "peer"):
+    for who in ("ours", "baseline"):
         report.later(who, partial(figures, who))
-    report.later("ratio", lambda: speed_ratio(report.found["ours"], report.found["peer"]))
+    report.later("ratio", lambda: speed_ratio(report.found["ours"], report.found["baseline"]))
     config = sizes.backbone.experts
     assert config is not None
-    contenders["ours"], contenders["ours products"] = our_layer(config, x)
-    note = "left out, as asked" if peer == "none" else missing_peer()
+    candidates["ours"], candidates["ours products"] = our_layer(config, x)
+    note = "left out, as asked" if baseline == "none" else missing_baseline()
     if note is None:
-        contenders["peer"], contenders["peer products"] = _peer_layer(sizes, x)
+        candidates["baseline"], candidates["baseline products"] = _baseline_layer(sizes, x)
         note = "Qwen3MoeSparseMoeBlock with grouped_mm experts"
-    report["peer_note"] = note
-    alternate(contenders, 20, 3, report.deadline, x.device, timings)
+    report["baseline_note"] = note
+    alternate(candidates, 20, 3, report.deadline, x.device, timings)
 
 
-def _peer_layer(sizes: Sizes, x: Tensor) -> tuple[Part, Part]:
-    """A pass of the peer's layer, and of its bare products."""
+def _baseline_layer(sizes: Sizes, x: Tensor) -> tuple[Part, Part]:
+    """A pass of the baseline's layer, and of its bare products."""
     layer = build_layer(sizes, x.device)
     up, down = layer.experts.gate_up_proj.transpose(1, 2), layer.experts.down_proj.transpose(1, 2)
     config = sizes.backbone.experts
@@ -137,13 +138,13 @@ def routings(config: ExpertsConfig) -> dict[str, ExpertsConfig]:
 def compare_routings(report: Report, sizes: Sizes, x: Tensor) -> None:
     """Times a layer of each way in turn on x (B S D) and fills the report's `routings` and `over_top_k`."""
     timings: dict[str, Timing] = {}
-    contenders: dict[str, Part] = {}
+    candidates: dict[str, Part] = {}
     config = sizes.backbone.experts
     assert config is not None
 
     def figures() -> dict[str, Any]:
         return {
-            name: layer_figures(timings[name], timings[f"{name} products"], contenders[name], sizes, x.device)
+            name: layer_figures(timings[name], timings[f"{name} products"], candidates[name], sizes, x.device)
             | {"experts": way.model_dump(include={"top_k", "num_prototypes", "num_shared"})}
             for name, way in ways.items()
             if timings[name].seconds and timings[f"{name} products"].seconds
@@ -158,8 +159,8 @@ def compare_routings(report: Report, sizes: Sizes, x: Tensor) -> None:
     )
     timings |= {f"{name}{part}": Timing() for name in ways for part in ("", " products")}
     for name, way in ways.items():
-        contenders[name], contenders[f"{name} products"] = our_layer(way, x)
-    alternate(contenders, 20, 3, report.deadline, x.device, timings)
+        candidates[name], candidates[f"{name} products"] = our_layer(way, x)
+    alternate(candidates, 20, 3, report.deadline, x.device, timings)
 
 
 def _over_reference(report: Report) -> dict[str, float] | None:

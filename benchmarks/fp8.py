@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.candidate import Part, products_of
-from benchmarks.decoder import Decoder, our_contender
+from benchmarks.decoder import Decoder, our_candidate
 from benchmarks.harness import Json, Report, SizesName, TimeLimit, Timing, alternate, device_name
 from benchmarks.sizes import Sizes, choose_sizes, default_name
 from openm6.base.device import own_device
@@ -68,7 +68,7 @@ def scaled_product(rows: Tensor, weight: Tensor, counts: Tensor, block: int | No
 def scaled_product_reference(
     rows: Tensor, weight: Tensor, counts: Tensor, block: int | None = None
 ) -> Tensor:
-    """The naive twin: both operands rounded to eight bits, then multiplied as they are."""
+    """The reference: both operands rounded to eight bits, then multiplied as they are."""
     small = rounded(weight.mT.contiguous(), block).mT
     return grouped_mm_reference(rounded(rows, block), small, counts)
 
@@ -125,7 +125,7 @@ WORTH = {"gain": 0.15, "loss_difference": 0.01}  # what it takes to become an op
 BLOCK = 128
 NO_HOPPER = (
     "torch's grouped product of eight-bit numbers needs a GPU of the Hopper generation (compute capability 9.0), "
-    "which this machine lacks: only errors are measured, by a plain twin"
+    "which this machine lacks: only errors are measured, by the reference implementation"
 )
 LOSS_STEPS = {"cpu": 80, "cuda": 600}
 BYTES = 256  # the words of the loss runs: texts as bytes
@@ -203,8 +203,8 @@ def measure_speed(found: dict[str, Any], sizes: Sizes, device: torch.device, rep
     timings = _time_products(sizes, device, report)
     found["layer_ms"] = {name: round(1000 * timing.median, 3) for name, timing in timings.items()}
     torch.cuda.empty_cache()
-    contender = our_contender(sizes, device)
-    step = alternate({"step": contender.step}, 8, 3, report.deadline, device)["step"].median
+    candidate = our_candidate(sizes, device)
+    step = alternate({"step": candidate.step}, 8, 3, report.deadline, device)["step"].median
     saved = layers * (timings["bf16"].median - timings["fp8"].median)
     found["step_ms"] = round(1000 * step, 3)
     found["share_of_products"] = round(layers * timings["bf16"].median / step, 4)
@@ -226,12 +226,12 @@ def _time_products(sizes: Sizes, device: torch.device, report: Report) -> dict[s
                 for one in (weight, weight.mT.contiguous()):
                     fused(one)
 
-    contenders: dict[str, Part] = {
+    candidates: dict[str, Part] = {
         "bf16": products_of(up, down, num_rows),
         "fp8": products_of(up, down, num_rows, eight_bit_product),
         "quantising weights": quantise_weights,
     }
-    return alternate(contenders, 20, 3, report.deadline, device)
+    return alternate(candidates, 20, 3, report.deadline, device)
 
 
 def compare_losses(report: Report, device: torch.device) -> None:

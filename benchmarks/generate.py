@@ -1,6 +1,6 @@
 """Masked-parallel against autoregressive decoding of the same picture codes, by the same backbone."""
 
-# Letters: B rows, N places, G codes a place, D width
+# Shapes: B rows, N places, G codes a place, D width
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def compare(setting: Setting, report: Report) -> None:
 
     way = Autoregressive(omni, text, len(blank), room)
     like = {"places": torch.from_numpy(blank.arrays["places"]).to(device)}
-    contenders = {
+    candidates = {
         "masked_parallel": masked,
         "autoregressive": lambda: way.draw(prompt, like, setting.guidance),
     }
@@ -138,7 +138,7 @@ def compare(setting: Setting, report: Report) -> None:
     )
     report.later("seconds", lambda: {name: one.summary() for name, one in timings.items() if one.seconds})
     report.later("autoregressive_over_masked", lambda: _ratio(timings))
-    alternate(contenders, setting.repeats, 1, report.deadline, device, timings)
+    alternate(candidates, setting.repeats, 1, report.deadline, device, timings)
 
 
 def _ratio(timings: dict[str, Timing]) -> float | None:
@@ -147,7 +147,7 @@ def _ratio(timings: dict[str, Timing]) -> float | None:
 
 
 def _model(setting: Setting, device: torch.device) -> tuple[Omni, Any]:
-    """Untrained: time does not depend on what the weights say."""
+    """Untrained: time does not depend on the weights."""
     preset = PRESETS[setting.preset]
     values = {"image": {"codec": setting.codec}}
     modalities = build_modalities(

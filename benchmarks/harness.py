@@ -27,7 +27,7 @@ TimeLimit = Annotated[
     typer.Option("--seconds", min=1.0, help="No new part begins after so long; by default by device."),
 ]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Timed steps.")]
-Peer = Annotated[str, typer.Option("--peer", metavar="transformers|none", help="The baseline.")]
+Baseline = Annotated[str, typer.Option("--baseline", metavar="transformers|none", help="The baseline.")]
 SizesName = Annotated[
     str | None,
     typer.Option("--config", metavar="a|fine|cpu", help="Sizes: by default those that fit the device."),
@@ -39,7 +39,7 @@ ENDINGS = {"SIGINT": "stopped by Ctrl-C", "SIGTERM": "stopped by SIGTERM", "SIGA
 
 @dataclass
 class Timing:
-    """Seconds of one contender's timed runs."""
+    """Seconds of one candidate's timed runs."""
 
     seconds: list[float] = field(default_factory=list)
 
@@ -75,29 +75,29 @@ class Deadline:
 
 
 def alternate(
-    contenders: Mapping[str, Callable[[], object]],
+    candidates: Mapping[str, Callable[[], object]],
     repeats: int,
     warmup: int,
     deadline: Deadline,
     device: torch.device | None = None,
     into: dict[str, Timing] | None = None,
 ) -> dict[str, Timing]:
-    """Times the contenders in turn, so that a machine that warms or throttles treats all alike.
+    """Times the candidates in turn, so that a machine that warms or throttles treats all alike.
 
     Each is called `warmup` times untimed, then up to `repeats` times; past the deadline it ends as soon as every
-    contender has one timing. Seconds are of wall time, the device's queue drained before and after. Timings go `into`
+    candidate has one timing. Seconds are of wall time, the device's queue drained before and after. Timings go `into`
     the dict that is given, so that whoever is cut short still has those that were taken.
     """
     timings = into if into is not None else {}
-    for name in contenders:
+    for name in candidates:
         timings.setdefault(name, Timing())
-    for call in contenders.values():
+    for call in candidates.values():
         for _ in range(warmup):
             call()
     for number in range(repeats):
         if number and deadline.passed:
             break
-        for name, call in contenders.items():
+        for name, call in candidates.items():
             _drain(device)
             began = time.perf_counter()
             call()
@@ -141,8 +141,8 @@ class CutShort(BaseException):
 class Report:
     """The JSON object of one benchmark; as a context it sees to it that what there is gets printed.
 
-    Used as `with Report(path, seconds) as report:`, its `deadline` says when no new part should begin. Past the limit,
-    on Ctrl-C and on SIGTERM, the block is left by `CutShort`, `cut_short` says why, and what was found is printed. Any
+    Used as `with Report(path, seconds) as report:`, its `deadline` states when no new part should begin. Past the limit,
+    on Ctrl-C and on SIGTERM, the block is left by `CutShort`, `cut_short` states why, and what was found is printed. Any
     other error passes through and prints nothing. In other threads than the main one, which get no signals, only the
     deadline holds.
     """
@@ -193,7 +193,7 @@ class Report:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        self._give_back()
+        self._restore_signals()
         ending = self._ending
         if error is not None and ending is None:
             return False
@@ -216,7 +216,7 @@ class Report:
             self._ending = signal.Signals(number)
             raise CutShort
 
-    def _give_back(self) -> None:
+    def _restore_signals(self) -> None:
         if sys.platform != "win32" and self._previous:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous.items():

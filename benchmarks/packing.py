@@ -1,6 +1,6 @@
 """The benchmark packing: packed examples of all modalities beside dense rows of text, trained on by the same model."""
 
-# Letters: R rows, S tokens of a row
+# Shapes: R rows, S tokens of a row
 
 from __future__ import annotations
 
@@ -98,15 +98,15 @@ def measure(report: Report, training: MultimodalTraining, device: torch.device) 
     report.later("ratio", lambda: speed_ratio(report.found["packed"], report.found["dense_text"]))
     report["goal"] = GOAL
     number = itertools.count(1)
-    contenders = {name: partial(stream.step, train_step, number) for name, stream in streams.items()}
+    candidates = {name: partial(stream.step, train_step, number) for name, stream in streams.items()}
     timings = {name: stream.timing for name, stream in streams.items()}
     training.model.train()
-    alternate(contenders, 1, 2, report.deadline, device)
+    alternate(candidates, 1, 2, report.deadline, device)
     known = _compilations(training)
     report.later("recompilations", lambda: _compilations(training) - known)
     for stream in streams.values():
         stream.tokens.clear()
-    alternate(contenders, 4 * count, 0, report.deadline, device, timings)
+    alternate(candidates, 4 * count, 0, report.deadline, device, timings)
 
 
 def _packed(training: MultimodalTraining, count: int) -> Stream:
@@ -156,13 +156,13 @@ def _figures(stream: Stream, places: int) -> dict[str, Any] | None:
         "quartiles": [round(rate, 1) for rate in _quartiles(rates)],
         "step_seconds": stream.timing.summary(),
         "padding": round(1 - held / places, 4),
-        "examples_a_row": round(statistics.mean(_examples_a_row(batch) for batch in stream.batches), 2),
+        "examples_per_row": round(statistics.mean(_examples_per_row(batch) for batch in stream.batches), 2),
         "learned": round(learned / sum(batch.tokens for batch in stream.batches), 3),
     }
     return found | ({"seconds_to_make_a_batch": statistics.median(stream.making)} if stream.making else {})
 
 
-def _examples_a_row(batch: Batch) -> float:
+def _examples_per_row(batch: Batch) -> float:
     return batch.num_examples / batch.layout.batch
 
 

@@ -1,11 +1,11 @@
 """The benchmark rank: the share of one rank of a large run, on this machine, at each share of layers offloaded.
 
 The rank's own experts, attention, norms and updates are real. The other ranks are played by an exchange of the same
-volume: each row is copied as often as an all-to-all would bring rows from elsewhere, and the answers are gathered home.
+volume: each row is copied as often as an all-to-all would bring rows from elsewhere, and the answers are gathered again.
 What is left out is the network itself and the router over all experts (below one percent of the arithmetic).
 """
 
-# Letters: T tokens of a rank, E' experts of a rank, D width
+# Shapes: T tokens of a rank, E' experts of a rank, D width
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class PlayedDispatcher(LocalDispatcher):
         arrived = groups.repeat(1, self.copies, 1).flatten(0, 1)
         return [LocalChunk(arrived, counts * self.copies)]
 
-    def reply(self, parcel: LocalChunk, answers: Tensor) -> None:
-        groups = answers.view(len(parcel.counts), self.copies, -1, answers.shape[-1])
-        parcel.held = groups.mean(1).flatten(0, 1)
+    def reply(self, chunk: LocalChunk, answers: Tensor) -> None:
+        groups = answers.view(len(chunk.counts), self.copies, -1, answers.shape[-1])
+        chunk.held = groups.mean(1).flatten(0, 1)
 
-    def collect(self, parcels: Sequence[LocalChunk]) -> Tensor:
-        return parcels[0].held
+    def collect(self, chunks: Sequence[LocalChunk]) -> Tensor:
+        return chunks[0].held
 
 
 @dataclass(frozen=True)

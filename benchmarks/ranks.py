@@ -39,7 +39,7 @@ def on_ranks(size: int, work: Callable[..., Any], *values: Any, seconds: float =
     Raises:
         TrainingError: a process failed, or did not answer in time.
     """
-    # Forked from one that has imported all this: anew it would take each process seconds.
+    # Forked from one that has imported all this: a new import would take each process seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, work.__module__])
     answers = context.Queue()

@@ -53,7 +53,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank tells after saving."""
+    """What a rank reports after saving."""
 
     copied: float  # seconds of a plain copy of all its tensors on the host
     stood_still: float  # seconds until training could go on
@@ -64,7 +64,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Read:
-    """What a rank tells after loading."""
+    """What a rank reports after loading."""
 
     seconds: float
     peak: int
@@ -195,7 +195,7 @@ def read_part(size: str, folder: str) -> Read:
 
 
 def build_part(size: str) -> tuple[Backbone, torch.optim.Optimizer, Layout | None]:
-    """This rank's part of a model, with room for its values and moments; the whole never stands anywhere."""
+    """This rank's part of a model, with memory for its values and moments; the whole never stands anywhere."""
     ranks = dist.get_world_size()
     layout = open_layout(mesh_shape(ranks), CPU) if ranks > 1 else None
     with torch.device("meta"):

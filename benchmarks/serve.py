@@ -17,7 +17,7 @@ import typer
 
 from benchmarks.arrivals import mixed_load, tails
 from benchmarks.harness import Json, Report, device_name
-from benchmarks.peer_qwen import PEER_MISSING, QwenPeer, Seen, open_peer
+from benchmarks.baseline_qwen import BASELINE_MISSING, QwenBaseline, Seen, open_baseline
 from openm6.base.config import Config
 from openm6.base.device import own_device
 from openm6.base.energy.meter import open_meter
@@ -86,34 +86,34 @@ def _read(rows: TextRows, prompts: list[list[int]]) -> None:
     speaker.backbone(embedded, layout, rows.cache.packed_writer(slots))
 
 
-SHARE = 0.7  # of what the peer's best setting answers at once, so that it keeps up
+SHARE = 0.7  # of what the baseline's best setting answers at once, so that it keeps up
 
 
 def compare_under_load(
-    rows: TextRows, peer: QwenPeer | None, prompts: list[list[int]], given: int, rates: dict[str, float]
+    rows: TextRows, baseline: QwenBaseline | None, prompts: list[list[int]], given: int, rates: dict[str, float]
 ) -> dict[str, Any]:
     """The same prompts at the same random moments to each; `rates` are requests a second when all are there at once.
 
-    The peer takes part as it comes and in its best setting, where that is one of continuous batching.
+    The baseline takes part as it comes and in its best setting, where that is one of continuous batching.
     """
     others = [rate for name, rate in rates.items() if name != "openm6"]
     rate = SHARE * max(others or list(rates.values()))
     moments = arrival_moments(len(prompts), rate)
-    found: dict[str, Any] = {"arrivals_a_second": rate}
+    found: dict[str, Any] = {"arrivals_per_second": rate}
     ways: dict[str, Callable[[], Seen | str]] = {
         "openm6": lambda: answer_prompts(rows, prompts, given, moments)
     }
-    if peer is not None:
-        settings = peer.batching_settings(prompts, given)
-        ways |= {n: partial(peer.under_load, prompts, given, moments, settings[n]) for n in wanted(rates)}
+    if baseline is not None:
+        settings = baseline.batching_settings(prompts, given)
+        ways |= {n: partial(baseline.under_load, prompts, given, moments, settings[n]) for n in wanted(rates)}
     for name, call in ways.items():
         seen = call()
-        found[name] = {"error": seen} if isinstance(seen, str) else told(seen, moments)
+        found[name] = {"error": seen} if isinstance(seen, str) else summarize(seen, moments)
     return found
 
 
 def wanted(rates: dict[str, float]) -> list[str]:
-    """The peer's continuous batching as it comes (the first that was measured) and its fastest setting."""
+    """The baseline's continuous batching as it comes (the first that was measured) and its fastest setting."""
     batching = [name for name in rates if "continuous" in name]
     return (
         list(dict.fromkeys([*batching[:1], max(batching, key=lambda name: rates[name])])) if batching else []
@@ -122,19 +122,19 @@ def wanted(rates: dict[str, float]) -> list[str]:
 
 def arrival_moments(count: int, rate: float) -> list[float]:
     """Seconds after the start, with exponential gaps; the same on every machine but for the rate."""
-    dice, moment, found = random.Random(1), 0.0, []
+    rng, moment, found = random.Random(1), 0.0, []
     for _ in range(count):
-        moment += dice.expovariate(rate)
+        moment += rng.expovariate(rate)
         found.append(moment)
     return found
 
 
-def told(seen: Seen, moments: list[float]) -> dict[str, Any]:
+def summarize(seen: Seen, moments: list[float]) -> dict[str, Any]:
     """Waiting times from each arrival to the first token and to the whole answer, and requests a second."""
     first = [seen.first[number] - moment for number, moment in enumerate(moments)]
     whole = [seen.last[number] - moment for number, moment in enumerate(moments)]
     return {
-        "requests_a_second": len(moments) / max(seen.last.values()),
+        "requests_per_second": len(moments) / max(seen.last.values()),
         "first_token_seconds": tails(first),
         "answer_seconds": tails(whole),
     }
@@ -204,14 +204,14 @@ def bench_serve(
 def compare(setting: ServeSetting, device: torch.device, report: Report) -> None:
     """Offline throughput into the report: all requests there at once; each answers the same ones, greedily."""
     prompts = make_prompts(setting)
-    ours, peer = make_models(setting, device)
+    ours, baseline = make_models(setting, device)
     # Made once: captured graphs are part of a running server, not of its requests.
     rows = open_rows(ours, setting.rows, -(-(setting.longest + setting.given + 1) // 64) * 64)
-    contenders: dict[str, Callable[[], dict[str, Any]]] = {
+    candidates: dict[str, Callable[[], dict[str, Any]]] = {
         "openm6": lambda: ours_run(rows, prompts, setting.given)
     }
-    if peer is not None:
-        contenders |= peer.ways(prompts, setting.given)
+    if baseline is not None:
+        candidates |= baseline.ways(prompts, setting.given)
     found: dict[str, Any] = {}
     left_out: list[str] = []
     report.update(
@@ -221,32 +221,32 @@ def compare(setting: ServeSetting, device: torch.device, report: Report) -> None
             "torch": torch.__version__,
             "setting": setting.model_dump(),
             "text": found,
-            "peer": peer.version if peer is not None else None,
-            "peer_note": PEER_MISSING if peer is None else None,
+            "baseline": baseline.version if baseline is not None else None,
+            "baseline_note": BASELINE_MISSING if baseline is None else None,
             "left_out": left_out,
         }
     )
     report.at_end(lambda: _ratios(found))
-    for name, call in contenders.items():
+    for name, call in candidates.items():
         if found and report.deadline.passed:
             left_out.append(name)
             continue
         call()  # warm up: graphs, kernels, caches
         found[name] = _median_run(call, setting)
-    requests = {name: row["requests_a_second"] for name, row in found.items() if "requests_a_second" in row}
-    report["text_under_load"] = compare_under_load(rows, peer, prompts, setting.given, requests)
+    requests = {name: row["requests_per_second"] for name, row in found.items() if "requests_per_second" in row}
+    report["text_under_load"] = compare_under_load(rows, baseline, prompts, setting.given, requests)
 
 
 def _ratios(found: dict[str, Any]) -> dict[str, Any]:
     """Our rate over that of each other way, and of the best."""
-    rates = {name: row["tokens_a_second"] for name, row in found.items() if "tokens_a_second" in row}
+    rates = {name: row["tokens_per_second"] for name, row in found.items() if "tokens_per_second" in row}
     others = {name: rate for name, rate in rates.items() if name != "openm6"}
     if "openm6" not in rates:
         return {}
     best = max(others, key=lambda name: others[name]) if others else None
     return {
-        "best_peer": best,
-        "ours_over_best_peer": rates["openm6"] / others[best] if best is not None else None,
+        "best_baseline": best,
+        "ours_over_best_baseline": rates["openm6"] / others[best] if best is not None else None,
         "ours_over_each": {name: rates["openm6"] / rate for name, rate in others.items()},
     }
 
@@ -262,7 +262,7 @@ def _median_run(call: Callable[[], dict[str, Any]], setting: ServeSetting) -> di
 
 
 def _measured(call: Callable[[], dict[str, Any]], setting: ServeSetting) -> dict[str, Any]:
-    """Tokens a second and joules a request of one run; an expected failure of a peer is its result."""
+    """Tokens a second and joules a request of one run; an expected failure of a baseline is its result."""
     with open_meter() as meter:
         began = time.perf_counter()
         with meter.span() as span:
@@ -274,9 +274,9 @@ def _measured(call: Callable[[], dict[str, Any]], setting: ServeSetting) -> dict
     return {
         "seconds": seconds,
         "tokens": tokens,
-        "tokens_a_second": tokens / seconds,
-        "requests_a_second": setting.requests / seconds,
-        "joules_a_request": span.joules / setting.requests,
+        "tokens_per_second": tokens / seconds,
+        "requests_per_second": setting.requests / seconds,
+        "joules_per_request": span.joules / setting.requests,
         "joules_source": span.source,
         **extra,
     }
@@ -284,9 +284,9 @@ def _measured(call: Callable[[], dict[str, Any]], setting: ServeSetting) -> dict
 
 def make_prompts(setting: ServeSetting) -> list[list[int]]:
     """Random ids, lengths spread evenly; the same on every machine."""
-    dice = random.Random(0)
-    lengths = [dice.randint(setting.shortest, setting.longest) for _ in range(setting.requests)]
-    return [[dice.randrange(2, setting.vocabulary) for _ in range(length)] for length in lengths]
+    rng = random.Random(0)
+    lengths = [rng.randint(setting.shortest, setting.longest) for _ in range(setting.requests)]
+    return [[rng.randrange(2, setting.vocabulary) for _ in range(length)] for length in lengths]
 
 
 def make_models(setting: ServeSetting, device: torch.device) -> tuple[Speaker, Any]:
@@ -295,10 +295,10 @@ def make_models(setting: ServeSetting, device: torch.device) -> tuple[Speaker, A
     backbone = Backbone(setting.backbone).eval().requires_grad_(False)
     embedding = torch.randn(setting.vocabulary, setting.width) * 0.02
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    peer = open_peer(backbone, embedding, setting.longest + setting.given + 64, device, dtype)
+    baseline = open_baseline(backbone, embedding, setting.longest + setting.given + 64, device, dtype)
     backbone.to(device, dtype)
     weight = embedding.to(device, dtype)
-    return Speaker(backbone, weight, weight, None, None), peer
+    return Speaker(backbone, weight, weight, None, None), baseline
 
 
 def ours_run(rows: TextRows, prompts: list[list[int]], given: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Sizes(Config):
 
     @property
     def backbone(self) -> BackboneConfig:
-        """The same sizes as our config; balanced by an auxiliary loss, as the peer is."""
+        """The same sizes as our config; balanced by an auxiliary loss, as the baseline is."""
         experts = ExpertsConfig(
             hidden=self.hidden,
             num_experts=self.num_experts,

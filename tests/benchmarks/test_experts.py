@@ -17,16 +17,16 @@ def test_the_report_compares_both(tmp_path, monkeypatch, capsys):
     bench_experts("cpu", "transformers", 0.01, tmp_path / "experts.json")
     report = json.loads((tmp_path / "experts.json").read_text())
     assert json.loads(capsys.readouterr().out) == report
-    for side in (report["ours"], report["peer"]):
+    for side in (report["ours"], report["baseline"]):
         seconds = side["layer_seconds"]["median"]
         assert side["tokens_per_second"] == pytest.approx(TINY.tokens / seconds, rel=0.01)
         assert sum(side["breakdown_ms"].values()) == pytest.approx(1000 * seconds, rel=0.01)
     assert report["ratio"] > 0
 
 
-def test_the_peer_can_be_left_out_but_not_be_anything(monkeypatch, capsys):
+def test_the_baseline_can_be_left_out_but_not_be_anything(monkeypatch, capsys):
     monkeypatch.setitem(SIZES, "cpu", TINY)
-    assert bench_experts("cpu", "none", 0.01, None)["peer"] is None
+    assert bench_experts("cpu", "none", 0.01, None)["baseline"] is None
     with pytest.raises(ConfigError, match="transformers or none"):
         bench_experts("cpu", "fairseq", None, None)
 

@@ -5,16 +5,16 @@ import json
 from benchmarks.harness import Deadline, alternate, emit
 
 
-def test_contenders_take_turns_after_the_warm_up():
+def test_candidates_take_turns_after_the_warm_up():
     calls: list[str] = []
-    contenders = {"ours": lambda: calls.append("ours"), "peer": lambda: calls.append("peer")}
-    timings = alternate(contenders, repeats=2, warmup=1, deadline=Deadline(60))
-    assert calls == ["ours", "peer", "ours", "peer", "ours", "peer"]
-    assert {name: timing.summary()["runs"] for name, timing in timings.items()} == {"ours": 2, "peer": 2}
+    candidates = {"ours": lambda: calls.append("ours"), "baseline": lambda: calls.append("baseline")}
+    timings = alternate(candidates, repeats=2, warmup=1, deadline=Deadline(60))
+    assert calls == ["ours", "baseline", "ours", "baseline", "ours", "baseline"]
+    assert {name: timing.summary()["runs"] for name, timing in timings.items()} == {"ours": 2, "baseline": 2}
 
 
 def test_past_the_deadline_everyone_still_has_one_timing():
-    timings = alternate({"ours": int, "peer": int}, repeats=50, warmup=0, deadline=Deadline(0))
+    timings = alternate({"ours": int, "baseline": int}, repeats=50, warmup=0, deadline=Deadline(0))
     assert all(len(timing.seconds) == 1 for timing in timings.values())
 
 

@@ -23,11 +23,11 @@ def test_the_real_share_of_m6_10t() -> None:
 def test_rows_come_in_copies_and_answers_go_home() -> None:
     exchange = PlayedDispatcher(3)
     rows, counts = torch.randn(8, 4), torch.tensor([4, 4])
-    (parcel,) = exchange.dispatch(rows, counts, None)
-    assert torch.equal(parcel.counts, torch.tensor([12, 12])) and parcel.rows().shape == (24, 4)
-    assert torch.equal(parcel.rows()[4:8], rows[:4]) and torch.equal(parcel.rows()[12:16], rows[4:])
-    exchange.reply(parcel, 2 * parcel.rows())
-    torch.testing.assert_close(exchange.collect([parcel]), 2 * rows)
+    (chunk,) = exchange.dispatch(rows, counts, None)
+    assert torch.equal(chunk.counts, torch.tensor([12, 12])) and chunk.rows().shape == (24, 4)
+    assert torch.equal(chunk.rows()[4:8], rows[:4]) and torch.equal(chunk.rows()[12:16], rows[4:])
+    exchange.reply(chunk, 2 * chunk.rows())
+    torch.testing.assert_close(exchange.collect([chunk]), 2 * rows)
 
 
 def test_the_curve_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark of resharding, on a small model: what was written comes back, and what it cannot do is told."""
+"""The benchmark of resharding, on a small model: what was written comes back, and what it cannot do is summarize."""
 
 from __future__ import annotations
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.exchange import bench_exchange
+from benchmarks.all_to_all import bench_all_to_all
 from benchmarks.ranks import parse_counts
 from benchmarks.scaling import SIZES, bench_scaling, model_steps
 from openm6.base.errors import ConfigError
 
 
 def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
-    bench_exchange(ranks=4, parts=2, json_path=tmp_path / "exchange.json")
+    bench_all_to_all(ranks=4, parts=2, json_path=tmp_path / "exchange.json")
     assert json.loads((tmp_path / "exchange.json").read_text())["equal"] is True
 
 

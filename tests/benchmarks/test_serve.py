@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.generate import Setting, compare
 from benchmarks.harness import Report
-from benchmarks.peer_qwen import QwenPeer
+from benchmarks.baseline_qwen import QwenBaseline
 from benchmarks.serve import (
     ServeSetting,
     answer_prompts,
@@ -22,21 +22,21 @@ from benchmarks.serve import (
 from benchmarks.serve import compare as compare_text
 from openm6.inference.graphs import open_rows
 
-TUNED = QwenPeer.batching_settings
+TUNED = QwenBaseline.batching_settings
 TINY = ServeSetting(
     width=32, layers=2, heads=2, kv_heads=1, head_dim=16, experts=4, hidden=16, vocabulary=96,
     requests=4, shortest=3, longest=8, given=5, rows=3, seconds=30,
 )  # fmt: skip
 
 
-def test_text_is_the_same_as_the_peers() -> None:
+def test_text_is_the_same_as_the_baselines() -> None:
     prompts = make_prompts(TINY)
-    speaker, peer = make_models(TINY, torch.device("cpu"))
-    assert peer is not None
+    speaker, baseline = make_models(TINY, torch.device("cpu"))
+    assert baseline is not None
     rows = open_rows(speaker, 3, 64)
     assert ours_run(rows, prompts, TINY.given)["tokens"] == TINY.requests * TINY.given
     ids = torch.tensor([prompts[0]])
-    theirs = peer.model.generate(
+    theirs = baseline.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=5,
@@ -64,18 +64,18 @@ def run_one(rows, prompt, found) -> None:
 
 @pytest.fixture(autouse=True)
 def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it comes, the peer's pool is most of the memory of the machine, and takes half a minute to make."""
+    """As it comes, the baseline's pool is most of the memory of the machine, and takes half a minute to make."""
     names = ("transformers continuous batching", "transformers continuous batching, small pool")
     settings = {"page_size": 32, "num_blocks": 16, "max_batch_tokens": 64}
     found = {name: {**settings, "allow_block_sharing": name == names[0]} for name in names}
-    monkeypatch.setattr(QwenPeer, "batching_settings", lambda *_: found)
+    monkeypatch.setattr(QwenBaseline, "batching_settings", lambda *_: found)
 
 
 def test_the_tuned_pool_holds_all_prompts() -> None:
-    _, peer = make_models(TINY, torch.device("cpu"))
-    assert isinstance(peer, QwenPeer)
+    _, baseline = make_models(TINY, torch.device("cpu"))
+    assert isinstance(baseline, QwenBaseline)
     prompts = make_prompts(TINY)
-    ways = TUNED(peer, prompts, TINY.given)
+    ways = TUNED(baseline, prompts, TINY.given)
     first, second = ways
     assert ways[first] == {} and ways[second]["num_blocks"] * ways[second]["page_size"] >= sum(
         len(prompt) + TINY.given for prompt in prompts
@@ -86,20 +86,20 @@ def test_what_bench_serve_prints() -> None:
     with Report(None, 60) as report:
         compare_text(TINY, torch.device("cpu"), report)
     found = report.found
-    assert found["text"]["openm6"]["tokens"] == 20 and found["peer"].startswith("transformers")
-    assert found["best_peer"] in found["text"] and len(found["text"]) == 4, "as it comes and tuned"
+    assert found["text"]["openm6"]["tokens"] == 20 and found["baseline"].startswith("transformers")
+    assert found["best_baseline"] in found["text"] and len(found["text"]) == 4, "as it comes and tuned"
     load = found["text_under_load"]
     assert load["openm6"]["first_token_seconds"]["p99"] > 0 and len(load) >= 3
-    assert set(found["ours_over_each"]) <= set(found["text"]) and found["ours_over_best_peer"] > 0
+    assert set(found["ours_over_each"]) <= set(found["text"]) and found["ours_over_best_baseline"] > 0
 
 
-def test_without_the_peer_ours_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_baseline_ours_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with Report(None, 60) as report:
         compare_text(TINY, torch.device("cpu"), report)
     found = report.found
-    assert found["peer"] is None and "pip install" in found["peer_note"] and set(found["text"]) == {"openm6"}
-    assert found["text_under_load"]["openm6"]["requests_a_second"] > 0
+    assert found["baseline"] is None and "pip install" in found["baseline_note"] and set(found["text"]) == {"openm6"}
+    assert found["text_under_load"]["openm6"]["requests_per_second"] > 0
 
 
 def test_the_core_is_enough() -> None:

@@ -163,7 +163,7 @@ def _told(found: Found, asked: int, rate: float, seconds: float, wanted: float) 
     return {
         "benchmark": "soak",
         "seconds": seconds,
-        "capacity_requests_a_second": rate,
+        "capacity_requests_per_second": rate,
         "asked": asked,
         "answered": answered,
         "refused": refused,

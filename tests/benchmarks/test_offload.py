@@ -1,4 +1,4 @@
-"""The benchmark giant, small: the documented keys, and figures that fit one another."""
+"""The benchmark offload, small: the documented keys, and figures that fit one another."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.giant import GiantSize, measure
+from benchmarks.offload import OffloadSize, measure
 from openm6.base.errors import ConfigError
 
-SMALL = GiantSize(
+SMALL = OffloadSize(
     width=64, layers=2, experts=2, hidden=64, rows=2, length=128, vocabulary=400, micro_batches=1
 )
 KEYS = {
@@ -24,7 +24,7 @@ def test_it_prints_the_documented_figures(tmp_path: Path, capsys: pytest.Capture
     measure(SMALL, 2, "deepspeed", True, 420.0, path)
     printed, written = json.loads(capsys.readouterr().out), json.loads(path.read_text())
     assert printed == written and set(written) >= KEYS
-    assert written["peer"] is None and "deepspeed" in written["peer_note"]
+    assert written["baseline"] is None and "deepspeed" in written["baseline_note"]
     assert 0 < written["active_parameters"] < written["parameters"]
     assert 2 < written["bytes_per_parameter"] < 12  # a small model is mostly edges
     assert written["tokens_per_second"] * written["seconds_per_step"] == pytest.approx(
@@ -38,7 +38,7 @@ def test_it_prints_the_documented_figures(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_what_it_does_not_know_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--peer megatron is unknown"):
+    with pytest.raises(ConfigError, match="--baseline megatron is unknown"):
         measure(SMALL, 4, "megatron", False, 420.0, None)
     with pytest.raises(ConfigError, match="--resident most must be"):
-        GiantSize(resident="most").recipe()
+        OffloadSize(resident="most").recipe()

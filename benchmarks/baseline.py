@@ -1,6 +1,6 @@
-"""The peer of the training benchmark: transformers' Qwen3-MoE of the same sizes, as fast as it offers to be."""
+"""The baseline of the training benchmark: transformers' Qwen3-MoE of the same sizes, as fast as it offers to be."""
 
-# Letters: B rows, S tokens of a row, D width
+# Shapes: B rows, S tokens of a row, D width
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.candidate import Contender, Part, backward_of, products_of, update_of
+from benchmarks.candidate import Candidate, Part, backward_of, products_of, update_of
 from benchmarks.sizes import Sizes
 from openm6.base.errors import ConfigError
 
 EXPERTS = "grouped_mm"  # the fastest of its ways on a GPU; on a CPU, too
 
 
-def missing_peer() -> str | None:
-    """A sentence for the report where the peer is not installed, else None."""
+def missing_baseline() -> str | None:
+    """A sentence for the report where the baseline is not installed, else None."""
     if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed: pip install 'openm6[hf]' measures the peer as well"
+        return "transformers is not installed: pip install 'openm6[hf]' measures the baseline as well"
     return None
 
 
-def build_peer(sizes: Sizes, device: torch.device) -> nn.Module:
+def build_baseline(sizes: Sizes, device: torch.device) -> nn.Module:
     """Qwen3MoeForCausalLM with random weights, in bf16 on a GPU and in fp32 on a CPU.
 
     Raises:
@@ -71,15 +71,15 @@ def build_peer(sizes: Sizes, device: torch.device) -> nn.Module:
 
 
 def build_layer(sizes: Sizes, device: torch.device) -> Any:
-    """The peer's sparse layer alone."""
+    """The baseline's sparse layer alone."""
     one = sizes.model_copy(update={"num_layers": 1, "vocabulary": 8})
-    model: Any = build_peer(one, device)
+    model: Any = build_baseline(one, device)
     return model.model.layers[0].mlp
 
 
-def peer_contender(sizes: Sizes, device: torch.device, compiled: bool) -> Contender:
-    """The peer's model and one step of it, with torch's fused AdamW."""
-    model = build_peer(sizes, device)
+def baseline_candidate(sizes: Sizes, device: torch.device, compiled: bool) -> Candidate:
+    """The baseline's model and one step of it, with torch's fused AdamW."""
+    model = build_baseline(sizes, device)
     forward: Any = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     ids = torch.randint(0, sizes.vocabulary, (sizes.rows, sizes.length), device=device)
@@ -91,7 +91,7 @@ def peer_contender(sizes: Sizes, device: torch.device, compiled: bool) -> Conten
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return Contender(model, optimizer, step, lambda: _parts(model, optimizer, ids, compiled))
+    return Candidate(model, optimizer, step, lambda: _parts(model, optimizer, ids, compiled))
 
 
 def _parts(

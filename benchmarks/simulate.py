@@ -1,11 +1,11 @@
-"""The benchmark cluster: one rank of many, rehearsed in one process: bytes it holds, what it says to the others.
+"""The benchmark simulate: one rank of many in one process: bytes that it holds and sends.
 
 The process group is torch's fake one and the tensors have shapes but no contents, so a step of ten trillion parameters
 runs through the very code that trains: sharding, exchange, backward pass, update. Shapes, bytes and the list of
 collectives are true; values are not, and none is looked at.
 """
 
-# Letters: T tokens of a rank, D width
+# Shapes: T tokens of a rank, D width
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Stack(nn.Module):
         return self.backbone.final_norm(x)
 
 
-def bench_cluster(
+def bench_simulate(
     of: Of = "m6-10t",
     ranks: NumRanks = 512,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Which of them.")] = 0,
@@ -98,16 +98,16 @@ def bench_cluster(
     """A step of one rank of many, simulated without memory: bytes held, collectives and their bytes.
 
     \b
-    Example: python -m benchmarks cluster --of m6-10t --ranks 512 --json cluster.json
+    Example: python -m benchmarks simulate --of m6-10t --ranks 512 --json simulation.json
     """
     config = preset(of).backbone
     config = config.model_copy(update={"num_layers": layers}) if layers else config
     with Report(json_path, SECONDS) as report:
         report["of"] = of
-        report.update(rehearse(config, ranks, rank, shards, rows, length))
+        report.update(simulate(config, ranks, rank, shards, rows, length))
 
 
-def rehearse(
+def simulate(
     config: BackboneConfig, ranks: int, rank: int, shards: int, rows: int, length: int
 ) -> dict[str, Any]:
     """Bytes held and exchanged by rank `rank` of `ranks`, cut over `shards` × the rest as experts."""
@@ -138,7 +138,7 @@ def rehearse(
 
 
 def expected_exchange_bytes(config: BackboneConfig, columns: int, tokens: int) -> int:
-    """What a rank sends in a step by the formula: rows there and answers home, forwards and backwards."""
+    """What a rank sends in a step by the formula: rows there and answers back, forwards and backwards."""
     experts = config.experts
     assert experts is not None
     layers = sum(config.has_experts(layer) for layer in range(config.num_layers))

@@ -1,10 +1,10 @@
-"""The rehearsal of a large run: ranks' shares add up to the whole, and the exchange is as large as the formula says."""
+"""The simulation of a large run: ranks' shares add up, and the all-to-all is as large as the formula says."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.cluster import rehearse
+from benchmarks.simulate import simulate
 from openm6.base.errors import ConfigError
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.models.presets import preset
@@ -18,7 +18,7 @@ SMALL = BackboneConfig(
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_shares_add_up(shards: int) -> None:
-    found = [rehearse(SMALL, 4, rank, shards, rows=1, length=32) for rank in range(4)]
+    found = [simulate(SMALL, 4, rank, shards, rows=1, length=32) for rank in range(4)]
     assert sum(rank["parameters_per_rank"] for rank in found) == count_parameters(SMALL).total
     assert len({rank["expert_parameters_per_rank"] for rank in found}) == 1
     for rank in found:
@@ -30,11 +30,11 @@ def test_shares_add_up(shards: int) -> None:
 def test_ten_trillion_parameters_on_512_ranks() -> None:
     """Two of the 48 layers, as the last rank sees them."""
     config = preset("m6-10t").backbone.model_copy(update={"num_layers": 2})
-    found = rehearse(config, 512, 511, 1, rows=1, length=64)
+    found = simulate(config, 512, 511, 1, rows=1, length=64)
     assert found["expert_parameters_per_rank"] == 2 * 20 * 2 * 1024 * 9984
     assert found["collectives"]["all_to_all"]["bytes"] == found["expected_exchange_bytes"]
 
 
 def test_ranks_that_cannot_share_are_refused() -> None:
     with pytest.raises(ConfigError, match="7 ranks in 1 shards cannot share the model's experts evenly"):
-        rehearse(SMALL, 7, 0, 1, rows=1, length=32)
+        simulate(SMALL, 7, 0, 1, rows=1, length=32)

@@ -1,7 +1,7 @@
-"""The peer of streamed training: the largest dense model that DeepSpeed ZeRO-3 trains here with everything offloaded.
+"""The baseline of offloading: the largest dense model that DeepSpeed ZeRO-3 trains here with everything offloaded.
 
 Each size runs in a process of its own, since one that is too large may be killed by the system:
-python -m benchmarks.peer_deepspeed WIDTH LAYERS ROWS LENGTH
+python -m benchmarks.baseline_deepspeed WIDTH LAYERS ROWS LENGTH
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def max_deepspeed_size(length: int, deadline: Deadline) -> tuple[dict[str, Any] 
 
 
 def _run(width: int, layers: int, length: int) -> dict[str, Any] | None:
-    words = [sys.executable, "-m", "benchmarks.peer_deepspeed", str(width), str(layers), "8", str(length)]
+    words = [sys.executable, "-m", "benchmarks.baseline_deepspeed", str(width), str(layers), "8", str(length)]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=LONGEST)
         return json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""The benchmark giant: a few steps of an offloaded model on real tokens, split into computing and waiting."""
+"""The benchmark offload: a few steps of an offloaded model on real tokens, split into computing and waiting."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.baseline_deepspeed import max_deepspeed_size
 from benchmarks.harness import Deadline, Json, Report, Seconds, Steps, device_name
-from benchmarks.peer_deepspeed import max_deepspeed_size
 from openm6.base.config import build
 from openm6.base.device import own_device
 from openm6.base.energy.meter import Meter, open_meter
@@ -59,7 +59,7 @@ PHASES = ("fetch", "update", "write_back")
 
 
 @dataclass(frozen=True)
-class GiantSize:
+class OffloadSize:
     """A model and a step; the defaults are for two cores without a GPU.
 
     tokens a step: rows · length; head_dim is 128 from a width of 1024 on, 32 below
@@ -116,7 +116,7 @@ class GiantSize:
                 "streaming": streaming,
             },
         }
-        return build(MultimodalRecipe, values, "bench giant")
+        return build(MultimodalRecipe, values, "bench offload")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class StepTimes:
     moved_bytes: int
 
 
-def bench_giant(
+def bench_offload(
     width: Whole = 128,
     layers: Whole = 6,
     experts: Whole = 8,
@@ -152,51 +152,53 @@ def bench_giant(
     curve: Annotated[
         bool, typer.Option("--curve", help="Also the time of a step by the share of layers streamed.")
     ] = False,
-    peer: Annotated[
-        str | None, typer.Option("--peer", help="deepspeed: the largest size that it trains.")
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="deepspeed: the largest size that it trains.")
     ] = None,
     seconds: Seconds = 420.0,
     json_path: Json = None,
 ) -> None:
-    """Train a streamed model for a few steps and say where the time goes.
+    """Train an offloaded model for a few steps and report where the time goes.
 
     \b
-    Example: python -m benchmarks giant --width 4096 --layers 51 --experts 32 --hidden 4096 --rows 32 --length 2048
-    --bytes 2 --resident auto --micro-batches 4 --json giant.json
+    Example: python -m benchmarks offload --width 4096 --layers 51 --experts 32 --hidden 4096 --rows 32 --length 2048
+    --bytes 2 --resident auto --micro-batches 4 --json offload.json
     """
     sizes = (
         width, layers, experts, hidden, top_k, rows, length, vocabulary, size, resident, micro_batches,
         recompute_every, boundaries, margin,
     )  # fmt: skip
-    measure(GiantSize(*sizes), steps, peer, curve, seconds, json_path)
+    measure(OffloadSize(*sizes), steps, baseline, curve, seconds, json_path)
 
 
 def measure(
-    size: GiantSize, steps: int, peer: str | None, curve: bool, seconds: float, json_path: Path | None
+    size: OffloadSize, steps: int, baseline: str | None, curve: bool, seconds: float, json_path: Path | None
 ) -> None:
     """Measure, print one JSON object and write it to `json_path`.
 
     Raises:
-        ConfigError: the model does not fit this machine, or no such peer.
+        ConfigError: the model does not fit this machine, or no such baseline.
     """
-    if peer not in (None, "deepspeed"):
-        raise ConfigError(f"--peer {peer} is unknown: deepspeed is the one there is")
+    if baseline not in (None, "deepspeed"):
+        raise ConfigError(f"--baseline {baseline} is unknown: deepspeed is the one there is")
     device = own_device()
     with Report(json_path, seconds) as report:
         report["device"] = device_name(device)
         with open_meter() as meter:
-            measure_giant(report, size, steps, device, meter)
+            measure_offload(report, size, steps, device, meter)
         if curve:
             report["curve"] = []
             offload_curve(size, device, report.deadline, report.found["curve"])
-        if peer is not None:
+        if baseline is not None:
             found, note = max_deepspeed_size(size.length, report.deadline)
-            report.update({"peer": found, "peer_note": note})
+            report.update({"baseline": found, "baseline_note": note})
             if found:
-                report["times_the_peer"] = report.found["parameters"] / found["parameters"]
+                report["times_the_baseline"] = report.found["parameters"] / found["parameters"]
 
 
-def measure_giant(report: Report, size: GiantSize, steps: int, device: torch.device, meter: Meter) -> None:
+def measure_offload(
+    report: Report, size: OffloadSize, steps: int, device: torch.device, meter: Meter
+) -> None:
     """Puts all figures of one size into the report; the first step warms up and is not counted."""
     times: list[StepTimes] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -223,7 +225,7 @@ def measure_giant(report: Report, size: GiantSize, steps: int, device: torch.dev
 
 
 def offload_curve(
-    size: GiantSize, device: torch.device, deadline: Deadline, found: list[dict[str, float]]
+    size: OffloadSize, device: torch.device, deadline: Deadline, found: list[dict[str, float]]
 ) -> None:
     """Adds seconds a step against the share of layers that are streamed, from none to all."""
     for quarter in range(5):
@@ -240,7 +242,7 @@ def offload_curve(
 
 
 def _open(
-    size: GiantSize, resident: str | None, folder: str, device: torch.device
+    size: OffloadSize, resident: str | None, folder: str, device: torch.device
 ) -> tuple[MultimodalTraining, OffloadedTrainStep]:
     recipe = size.recipe(resident)
     training = MultimodalTraining(recipe, RunFolder.open(folder), device)
@@ -252,7 +254,7 @@ def _open(
 def _timed_step(
     training: MultimodalTraining, train_step: OffloadedTrainStep, batch: Any, step: int
 ) -> StepTimes:
-    """One step from its first fetch to its last set's arrival at home."""
+    """One step from its first fetch to its last set written back."""
     store, before = train_step.store, train_step.store.moved_bytes
     store.synchronize()
     store.timer.take()
@@ -266,7 +268,7 @@ def _timed_step(
 
 
 def _figures(
-    size: GiantSize,
+    size: OffloadSize,
     training: MultimodalTraining,
     train_step: OffloadedTrainStep,
     times: list[StepTimes],

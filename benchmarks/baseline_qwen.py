@@ -14,15 +14,15 @@ from torch import Tensor
 from openm6.models.backbone import Backbone
 from openm6.models.import_qwen import import_qwen
 
-PEER_MISSING = "transformers is not installed: pip install 'openm6[hf]' to measure beside it."
+BASELINE_MISSING = "transformers is not installed: pip install 'openm6[hf]' to measure beside it."
 PAD = 0
 SMALL_PAGE = 32  # tokens
 
 
-def open_peer(
+def open_baseline(
     backbone: Backbone, embedding: Tensor, positions: int, device: torch.device, dtype: torch.dtype
-) -> QwenPeer | None:
-    """The peer with the very weights of `backbone` and a tied embedding; None where it is not installed."""
+) -> QwenBaseline | None:
+    """The baseline with the very weights of `backbone` and a tied embedding; None where it is not installed."""
     try:
         import transformers  # noqa: PLC0415 - optional
     except ModuleNotFoundError:
@@ -52,11 +52,11 @@ def open_peer(
         pad_token_id=PAD,
     )
     model = library.Qwen3MoeForCausalLM(settings).eval()
-    _give_weights(model, backbone, embedding)
-    return QwenPeer(model.to(device, dtype), library)
+    _copy_weights(model, backbone, embedding)
+    return QwenBaseline(model.to(device, dtype), library)
 
 
-def _give_weights(model: Any, backbone: Backbone, embedding: Tensor) -> None:
+def _copy_weights(model: Any, backbone: Backbone, embedding: Tensor) -> None:
     """Their random weights are read into our backbone, so both hold the same, by the tested way in."""
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(embedding)
@@ -73,8 +73,8 @@ class Seen:
     last: dict[int, float] = field(default_factory=dict)
 
 
-class QwenPeer:
-    """Each way answers all prompts greedily with a fixed number of tokens, and says how many it gave."""
+class QwenBaseline:
+    """Each way answers all prompts greedily with a fixed number of tokens, and returns how many it wrote."""
 
     def __init__(self, model: Any, transformers: Any) -> None:
         self.model, self.library = model, transformers
@@ -123,7 +123,7 @@ class QwenPeer:
                 "default_compile_level": 1,
             }
             return ways
-        # Its mask spans the whole pool, which by default is as large as the memory: give it what the prompts need.
+        # Its mask spans the whole pool, which by default is as large as the memory: set it to what the prompts need.
         blocks = sum(-(-(len(prompt) + given) // SMALL_PAGE) + 1 for prompt in prompts)
         ways["transformers continuous batching, small pool"] = {
             "page_size": SMALL_PAGE,

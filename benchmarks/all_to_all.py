@@ -1,6 +1,6 @@
-"""The benchmark exchange: experts dealt out to ranks, with real numbers, against one process that holds them all."""
+"""The benchmark all-to-all: experts distributed over ranks, compared with one process that holds them all."""
 
-# Letters: T tokens of a rank, D width
+# Shapes: T tokens of a rank, D width
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Found:
     router: Array
 
 
-def bench_exchange(
+def bench_all_to_all(
     ranks: Annotated[int, typer.Option("--ranks", min=2, help="Processes.")] = 8,
     parts: Annotated[int, typer.Option("--parts", min=1, help="Chunks in which rows travel.")] = 2,
     json_path: Json = None,
@@ -45,7 +45,7 @@ def bench_exchange(
     """Expert-parallel ranks with real numbers, compared with one process that has all experts.
 
     \b
-    Example: python -m benchmarks exchange --ranks 16
+    Example: python -m benchmarks all-to-all --ranks 16
     """
     with Report(json_path, SECONDS) as report:
         report.update({"ranks": ranks, "experts": 4 * ranks, "parts": parts, "equal_to": TOLERANCE})
