@@ -141,10 +141,9 @@ class CutShort(BaseException):
 class Report:
     """The JSON object of one benchmark; as a context it sees to it that what there is gets printed.
 
-    Used as `with Report(path, seconds) as report:`, its `deadline` states when no new part should begin. Past the limit,
-    on Ctrl-C and on SIGTERM, the block is left by `CutShort`, `cut_short` states why, and what was found is printed. Any
-    other error passes through and prints nothing. In other threads than the main one, which get no signals, only the
-    deadline holds.
+    Used as `with Report(path, seconds) as report:`; no part begins past its `deadline`. Past the limit, on Ctrl-C and
+    on SIGTERM, `CutShort` leaves the block, `cut_short` holds the reason, and the results so far are printed. Any other
+    error passes through and prints nothing. Threads other than the main one get no signals: only the deadline holds.
     """
 
     def __init__(

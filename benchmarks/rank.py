@@ -1,7 +1,7 @@
 """The benchmark rank: the share of one rank of a large run, on this machine, at each share of layers offloaded.
 
 The rank's own experts, attention, norms and updates are real. The other ranks are played by an exchange of the same
-volume: each row is copied as often as an all-to-all would bring rows from elsewhere, and the answers are gathered again.
+volume: each row is copied as often as an all-to-all would bring rows from elsewhere, and the answers are gathered.
 What is left out is the network itself and the router over all experts (below one percent of the arithmetic).
 """
 

@@ -39,7 +39,7 @@ ALL_FILES = [*FILES, *sorted(BENCHMARKS.rglob("*.py"))]
 
 # Files that import a module whose name they compute, with the reason; all others name what they import.
 COMPUTED_NAMES = {
-    "benchmarks/peer_deepspeed.py": "packages of others, for a comparison",
+    "benchmarks/baseline_deepspeed.py": "packages of others, for a comparison",
     "benchmarks/__main__.py": "the list of benchmarks in its own file",
 }
 MODULE = re.compile(r"openm6(?:\.\w+)+")

@@ -70,7 +70,7 @@ def delink_moments(
     g_l are independent of one another, 1/L² if they are all equal; the truth is between.
 
     Args:
-        tensors: as `optimizer_state_dict` gives them before the delink.
+        tensors: as `optimizer_state_dict` returns them before the delink.
         sources: new parameter name -> old one; what it does not name keeps its tensors.
         moments: which of the two to assume; with "reset" the delinked parameters start without any.
     """

@@ -49,7 +49,7 @@ class Snapshot:
 
     step: int
     model: nn.Module
-    optimizer: dict[str, Tensor]  # as `optimizer_state_dict` gives it; empty: no such file
+    optimizer: dict[str, Tensor]  # as `optimizer_state_dict` returns it; empty: no such file
     state: dict[str, Any]  # JSON-able; numbers that are not finite become null
     training: dict[str, Tensor] = field(
         default_factory=dict

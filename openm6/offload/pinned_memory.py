@@ -28,7 +28,7 @@ class PinnedArena:
     def __init__(self, sizes: Sequence[int], pin: bool) -> None:
         """`sizes` are multiples of the page size; no buffer straddles two registered segments.
 
-        If the system refuses to pin the memory, the arena works with slower copies, and the log says so.
+        If the system refuses to pin the memory, the arena works with slower copies, and a warning is logged.
         """
         self._registered: list[int] = []
         self._unpin: weakref.finalize | None = None

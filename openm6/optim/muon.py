@@ -113,7 +113,7 @@ class Muon(AdamW):
         return gradient.lerp(momentum, group["momentum"])
 
     def _apply(self, parameter: Tensor, spec: ShardSpec, update: Tensor, group: dict[str, Any]) -> None:
-        """Step at a rate that gives an orthogonal update the size of a typical AdamW update.
+        """Step at a rate at which an orthogonal update has the size of a typical AdamW update.
 
         0.2·sqrt(max(R, C)) (Liu et al. 2025, arXiv 2502.16982, section 2.2): one learning rate then serves all groups.
         """

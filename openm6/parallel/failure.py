@@ -108,7 +108,7 @@ class FailureWatchdog:
                     f"waited {self.timeout_seconds:g} s for another rank in vain: look for one that hangs, "
                     "or raise parallel.timeout_seconds"
                 )
-            return "another rank was lost: see what it said last, and go on with --resume"
+            return "another rank was lost: see its last message, and go on with --resume"
         return f"{type(error).__name__}: {words[0][:300]}"
 
 
@@ -142,7 +142,7 @@ def open_store(name: str) -> dist.Store:
 
 
 def wait_for(store: dist.Store, key: str) -> None:
-    """Wait for a key, however long it takes: a collective would give up after its timeout.
+    """Wait for a key, however long it takes: a collective would fail after its timeout.
 
     Raises:
         TrainingError: the store has gone, and with it rank 0 or the launcher.
@@ -154,7 +154,7 @@ def wait_for(store: dist.Store, key: str) -> None:
             waiting.wait(pause_before(looks))
             looks += 1
     except (dist.DistError, RuntimeError):
-        raise TrainingError("rank 0 was lost: see what it said last, and go on with --resume") from None
+        raise TrainingError("rank 0 was lost: see its last message, and go on with --resume") from None
 
 
 def _has(store: dist.Store, key: str) -> bool:

@@ -29,7 +29,7 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
         TrainingError: a process failed for good; its own sentence stands above.
         Interrupted: a signal stopped the run.
     """
-    # One thread each where nothing is said: threads of several processes would compete for the cores.
+    # One thread each by default: threads of several processes would compete for the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # Else a restart meets at the store of the attempt before, where the addresses of the dead still stand.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

@@ -216,12 +216,12 @@ def apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
     """Return neighbours of one dtype together, up to the size of a bucket."""
     buckets: list[list[Tensor]] = []
-    room = 0
+    remaining = 0
     for gradient in gradients:
         size = gradient.numel() * gradient.element_size()
-        if not buckets or size > room or buckets[-1][0].dtype != gradient.dtype:
+        if not buckets or size > remaining or buckets[-1][0].dtype != gradient.dtype:
             buckets.append([])
-            room = BUCKET_BYTES
+            remaining = BUCKET_BYTES
         buckets[-1].append(gradient)
-        room -= size
+        remaining -= size
     return buckets

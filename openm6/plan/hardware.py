@@ -14,7 +14,7 @@ GIB = 2**30
 TABLE = "gpus"
 
 # What is reached of the specified rates; each is an assumption until the machine itself was measured.
-PRODUCTS = 0.8  # of the peak, in the largest products, where nobody has measured the card
+PRODUCTS = 0.8  # of the peak, in the largest products, if the card was not measured
 DENSE = 0.6  # of the best product, by all products of a dense layer, small kernels and waiting included
 EXPERTS = 0.45  # the same for grouped products
 STREAM = 0.85  # of a memory's or a link's rate
@@ -76,7 +76,7 @@ def gpu(kind: str, table: Path | None = None) -> Gpu:
     known = gpus(table)
     if kind.lower() not in known:
         raise ConfigError(
-            f"no GPU {kind!r} in the table; {nearest(kind.lower(), list(known))}; to add one, give --gpu-table a CSV "
+            f"no GPU {kind!r} in the table; {nearest(kind.lower(), list(known))}; to add one, pass --gpu-table a CSV "
             "with the columns id, name, memory_gib, memory_gb_s, half_tflops, host_link_gb_s, watts"
         )
     return known[kind.lower()]
@@ -89,7 +89,7 @@ def _gpu(row: dict[str, str]) -> Gpu:
             return float(text) if text or needed else 0.0
         except ValueError:
             raise ConfigError(
-                f"GPU {row.get('id')!r}: {column} must be a number, not {text!r}: mend that cell of the table"
+                f"GPU {row.get('id')!r}: {column} must be a number, not {text!r}: fix that cell of the table"
             ) from None
 
     return Gpu(
@@ -141,7 +141,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """What a person may say of a cluster; None leaves it to the table or to an assumption that is told.
+    """Options of a cluster; None: from the table, or an assumption that is reported.
 
     host_memory: GiB of a node; host_link, network: GB/s of one GPU each way; price: US dollars for a GPU and hour.
     """

@@ -150,11 +150,11 @@ def device_budget(
     while micro > MIN_TOKENS and micro * row > WORKING_SHARE * memory:
         micro //= 2
     working, gradient = micro * row, float(HALF) * largest
-    room = memory - CONTEXT - inputs - working - learned_logits - gradient
-    if states <= room:
+    left_over = memory - CONTEXT - inputs - working - learned_logits - gradient
+    if states <= left_over:
         return DeviceBudget(states, inputs + learned_logits, working + gradient, CONTEXT, 0.0, micro)
     # Streamed: a layer's weights while it is trained, and the next one on its way.
     buffers = largest * (HALF + tier.weights)
-    kept = max(0.0, min(states, room - buffers))
+    kept = max(0.0, min(states, left_over - buffers))
     working += gradient + buffers
     return DeviceBudget(kept, inputs + learned_logits, working, CONTEXT, states - kept, micro)

@@ -1,6 +1,6 @@
 """How many operations and weights one token meets, by part of the model; a pure function of the config."""
 
-# Letters: L layers, D width, F hidden, H·d attention width, E experts, K choices, V vocabulary, S keys a token sees
+# Shapes: L layers, D width, F hidden, H·d attention width, E experts, K choices, V vocabulary, S keys a token sees
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from openm6.plan.question import Model, PlanTarget, Question
 from openm6.plan.step_time import StepTime, step_time
 
 SECONDS_PER_DAY = 86_400.0
-BATCH = 16_384  # tokens a step of one device, where nobody says
-TOKENS_PER_PARAMETER = 20  # of the active ones, where nobody says (arXiv 2203.15556)
+BATCH = 16_384  # tokens a step of one device, by default
+TOKENS_PER_PARAMETER = 20  # of the active ones, by default (arXiv 2203.15556)
 LOGITS_AT_ONCE = 2048  # tokens whose logits exist at the same time, with their gradient 8 bytes each
 MAX_NODES = 1 << 17
 # From the most precise to the smallest: a tier with whether the host may hold what the devices cannot.

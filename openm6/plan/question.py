@@ -44,7 +44,7 @@ class Question:
 
     batch: tokens a step of one device; bytes_per_parameter: the tier, None for the most precise that fits;
     pseudo_share: part of the tokens in the stage whose layers share their weights; recompute_every: of so many blocks
-    the first's input is kept, where they are computed again; None as the recipe says, or 1.
+    the first's input is kept, where they are computed again; None: as in the recipe, or 1.
     """
 
     model: Model

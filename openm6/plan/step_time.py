@@ -1,6 +1,6 @@
 """Seconds of one training step on a cluster of GPUs, by what takes them; and the bottleneck."""
 
-# Letters: n devices, g of them in a node, T tokens a step of one device, K choices, D width
+# Shapes: n devices, g of them in a node, T tokens a step of one device, K choices, D width
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def read_clip(data: bytes) -> Tensor:
 
 
 class AudioData:
-    """Draws training clips on the device; says how far a reconstruction is from them."""
+    """Draws training clips on the device; measures how far a reconstruction is from them."""
 
     def __init__(
         self,
@@ -129,8 +129,8 @@ class AudioData:
         speed = torch.where(rng.chance(0.3, count), torch.ones_like(speed), speed)
         spare = (end - start - self.length * speed).clamp(min=0.0)  # long clips are cut anywhere
         start = start + (spare * rng.uniform(count)).floor()
-        room = (self.length - (end - start) / speed).clamp(min=0.0)  # short ones lie anywhere
-        begin = (room * rng.uniform(count)).floor()
+        slack = (self.length - (end - start) / speed).clamp(min=0.0)  # short ones lie anywhere
+        begin = (slack * rng.uniform(count)).floor()
         return play(bank.samples, start, end, speed, begin, self.length)
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor:
@@ -197,7 +197,7 @@ def play(bank: Tensor, start: Tensor, end: Tensor, speed: Tensor, begin: Tensor,
 def colour(sounds: Tensor, rate: int, rng: DeviceRng) -> Tensor:
     """Another microphone and room: a smooth random filter, an echo tail, sometimes only the band up to 4 kHz."""
     count, length = sounds.shape
-    size = 2 * length  # room for the tail, or it would wrap around
+    size = 2 * length  # with space for the tail, or it would wrap around
     bins = size // 2 + 1
     filtered = torch.fft.rfft(sounds, n=size) * torch.exp(0.7 * curve(rng.normal(count, 9), bins))
     frequency = torch.linspace(0.0, rate / 2, bins, device=rng.device)

@@ -34,7 +34,7 @@ HOST_SHARE = 0.9  # of the free host memory; the rest is for everybody else
 SMALLER = (4, 2, 1)  # bytes a parameter
 UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 NAMES = {"device": "device memory", "host": "host memory", "disk": "disk"}
-Room = dict[str, float]
+FreeBytes = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,12 @@ def max_resident(budget: Budget, free: float) -> int:
     num_sets = len(budget.layouts)
     if budget.total("device", range(num_sets)) <= free:
         return num_sets
-    room = free - budget.total("device", ())
-    return max(0, min(num_sets - 1, int(room // max(layout.num_bytes for layout in budget.layouts))))
+    free_bytes = free - budget.total("device", ())
+    return max(0, min(num_sets - 1, int(free_bytes // max(layout.num_bytes for layout in budget.layouts))))
 
 
-def resident_sets(budget: Budget, room: dict[str, float]) -> tuple[int, ...]:
-    """The sets that stay on the device, within `room` bytes by place.
+def resident_sets(budget: Budget, free_bytes: dict[str, float]) -> tuple[int, ...]:
+    """The sets that stay on the device, within `free_bytes` bytes by place.
 
     `auto` keeps all where there is no place `device`, as on a processor; else as many as fit beside the margin.
     """
@@ -158,15 +158,15 @@ def resident_sets(budget: Budget, room: dict[str, float]) -> tuple[int, ...]:
         return tuple(number for number in wanted if number < num_sets)
     if wanted != "auto":
         return spread(wanted, num_sets)
-    if "device" not in room:
+    if "device" not in free_bytes:
         return tuple(range(num_sets))
-    return spread(max_resident(budget, room["device"] - budget.streaming.margin_gib * GIB), num_sets)
+    return spread(max_resident(budget, free_bytes["device"] - budget.streaming.margin_gib * GIB), num_sets)
 
 
-def needed_bytes(budget: Budget, place: str, room: dict[str, float]) -> int:
+def needed_bytes(budget: Budget, place: str, free_bytes: dict[str, float]) -> int:
     """In one place; on a processor the host's memory is the device's, too."""
-    resident = resident_sets(budget, room)
-    if place == "host" and "device" not in room:
+    resident = resident_sets(budget, free_bytes)
+    if place == "host" and "device" not in free_bytes:
         return budget.total("device", resident) + budget.total("host", resident)
     return budget.total(place, resident)
 
@@ -179,7 +179,7 @@ def _state(layouts: Sequence[RecordLayout]) -> int:
     return sum(layout.num_bytes - layout.read_bytes for layout in layouts)
 
 
-def check_budget(budget: Budget, room: Room, rule: UpdateRule) -> None:
+def check_budget(budget: Budget, free_bytes: FreeBytes, rule: UpdateRule) -> None:
     """Log the budget, and refuse what does not fit.
 
     Raises:
@@ -189,54 +189,55 @@ def check_budget(budget: Budget, room: Room, rule: UpdateRule) -> None:
     wanted, num_sets = budget.streaming.resident, len(budget.layouts)
     if isinstance(wanted, tuple) and (wrong := [number for number in wanted if number >= num_sets]):
         raise ConfigError(f"streaming.resident names set {wrong[0]}: there are only 0 to {num_sets - 1}")
-    for place, limit in room.items():
-        get_log().info(_describe(budget, place, limit, room))
-    short = [place for place, limit in room.items() if needed_bytes(budget, place, room) > limit]
+    for place, limit in free_bytes.items():
+        get_log().info(_describe(budget, place, limit, free_bytes))
+    short = [place for place, limit in free_bytes.items() if needed_bytes(budget, place, free_bytes) > limit]
     if short:
-        raise ConfigError(refusal(budget, short[0], room, rule))
+        raise ConfigError(refusal(budget, short[0], free_bytes, rule))
 
 
-def available(device: torch.device, streaming: OffloadConfig, checkpoints: Path | None = None) -> Room:
+def available(device: torch.device, streaming: OffloadConfig, checkpoints: Path | None = None) -> FreeBytes:
     """Free bytes by place; a processor has no place of its own, and without a folder the disk does not matter."""
     host = HOST_SHARE * free_host_bytes()
     if streaming.host_gib is not None:
         host = min(host, streaming.host_gib * GIB)
-    room: Room = {}
+    free_bytes: FreeBytes = {}
     if device.type == "cuda":
-        room["device"] = float(torch.cuda.mem_get_info(device)[0])
-    room["host"] = host
+        free_bytes["device"] = float(torch.cuda.mem_get_info(device)[0])
+    free_bytes["host"] = host
     if checkpoints is not None:
-        room["disk"] = float(free_disk_bytes(checkpoints))
-    return room
+        free_bytes["disk"] = float(free_disk_bytes(checkpoints))
+    return free_bytes
 
 
-def refusal(budget: Budget, place: str, room: Room, rule: UpdateRule) -> str:
+def refusal(budget: Budget, place: str, free_bytes: FreeBytes, rule: UpdateRule) -> str:
     """One sentence: what is short, what would fit, what frees most."""
-    needed, limit = needed_bytes(budget, place, room), room[place]
+    needed, limit = needed_bytes(budget, place, free_bytes), free_bytes[place]
     return (
         f"{budget.parameters / 1e9:.3g}B parameters need {_size(needed)} of {NAMES[place]}, and "
-        f"{_size(limit)} are free: {_what_would_fit(budget, room, rule)}; {_what_frees_most(budget, place, room)}"
+        f"{_size(limit)} are free: {_what_would_fit(budget, free_bytes, rule)}; "
+        f"{_what_frees_most(budget, place, free_bytes)}"
     )
 
 
-def fits(budget: Budget, room: Room) -> bool:
+def fits(budget: Budget, free_bytes: FreeBytes) -> bool:
     """Whether there is enough of every place."""
-    return all(needed_bytes(budget, place, room) <= limit for place, limit in room.items())
+    return all(needed_bytes(budget, place, free_bytes) <= limit for place, limit in free_bytes.items())
 
 
-def max_fit(budget: Budget, room: Room) -> int:
+def max_fit(budget: Budget, free_bytes: FreeBytes) -> int:
     """The most layers of this model that would fit everywhere; 0: not even one."""
     counts = range(budget.config.num_layers - 1, 0, -1)
-    return next((layers for layers in counts if fits(budget.with_layers(layers), room)), 0)
+    return next((layers for layers in counts if fits(budget.with_layers(layers), free_bytes)), 0)
 
 
-def max_preset(budget: Budget, room: Room, rule: UpdateRule) -> str | None:
+def max_preset(budget: Budget, free_bytes: FreeBytes, rule: UpdateRule) -> str | None:
     """The largest preset that would fit, trained in the same way."""
     by_size = sorted(PRESETS.values(), key=lambda preset: -preset.parameters.total)
     for preset in by_size:
         layouts = layouts_of(preset.backbone, rule)
         edges = preset.parameters.total - sum(layout.num_parameters for layout in layouts)
-        if fits(replace(budget, config=preset.backbone, layouts=layouts, edges=edges, beside=0), room):
+        if fits(replace(budget, config=preset.backbone, layouts=layouts, edges=edges, beside=0), free_bytes):
             return preset.name
     return None
 
@@ -267,35 +268,35 @@ def free_disk_bytes(checkpoints: Path) -> int:
     return shutil.disk_usage(there).free + older
 
 
-def _describe(budget: Budget, place: str, limit: float, room: Room) -> str:
+def _describe(budget: Budget, place: str, limit: float, free_bytes: FreeBytes) -> str:
     """`host: 1.2 GiB of 20.1 GiB; streamed weights 921 MiB, …`."""
-    needed = needed_bytes(budget, place, room)
-    here = {place, "device"} if place == "host" and "device" not in room else {place}
+    needed = needed_bytes(budget, place, free_bytes)
+    here = {place, "device"} if place == "host" and "device" not in free_bytes else {place}
     parts = [
         f"{line.what} {_size(line.num_bytes)}"
-        for line in budget.lines(resident_sets(budget, room))
+        for line in budget.lines(resident_sets(budget, free_bytes))
         if line.place in here and line.num_bytes >= max(1, LOGGED * needed)
     ]
     return f"{place}: {_size(needed)} of {_size(limit)}; {', '.join(parts)}"
 
 
-def _what_would_fit(budget: Budget, room: Room, rule: UpdateRule) -> str:
-    if layers := max_fit(budget, room):
+def _what_would_fit(budget: Budget, free_bytes: FreeBytes, rule: UpdateRule) -> str:
+    if layers := max_fit(budget, free_bytes):
         return f"model.overrides.num_layers={layers} would fit"
-    if preset := max_preset(budget, room, rule):
+    if preset := max_preset(budget, free_bytes, rule):
         return f"model.preset={preset} would fit"
     return "not even the smallest preset would fit"
 
 
-def _what_frees_most(budget: Budget, place: str, room: Room) -> str:
+def _what_frees_most(budget: Budget, place: str, free_bytes: FreeBytes) -> str:
     """The setting with the largest effect on this place, and the mildest that would be enough; both tried out."""
-    before = needed_bytes(budget, place, room)
+    before = needed_bytes(budget, place, free_bytes)
     changes = dict(_changes(budget))
-    freed = {words: before - needed_bytes(other, place, room) for words, other in changes.items()}
+    freed = {words: before - needed_bytes(other, place, free_bytes) for words, other in changes.items()}
     most = max(freed, key=lambda words: freed[words])
     if freed[most] <= 0:
         return "no setting frees any"
-    enough = next((words for words, other in changes.items() if fits(other, room)), None)
+    enough = next((words for words, other in changes.items() if fits(other, free_bytes)), None)
     return f"{most} frees most, {_size(freed[most])}" + (f", and {enough} would do" if enough else "")
 
 

@@ -191,7 +191,7 @@ class HeldOutCallback(Callback):
 
 
 class StagesCallback(Callback):
-    """Save the shared model when the switch is due, give each layer its own weights, and warm the rate up again.
+    """Save the shared model when the switch is due, copy the weights for each layer, and warm the rate up again.
 
     A switch that the clock decided is written into the run's config.yaml as a step, so that a run repeated or resumed
     with that file switches at the same one.
@@ -222,7 +222,7 @@ class StagesCallback(Callback):
         self._run.train_step.lr_scale = lr_after_switch(step, self.switched_at, self.config)
 
     def after_step(self, report: StepReport) -> dict[str, float]:
-        if report.applied:  # a skipped step says nothing about the training
+        if report.applied:  # a skipped step is no evidence about the training
             self._clock.observe(report.loss)
         return {}
 

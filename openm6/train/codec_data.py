@@ -57,12 +57,12 @@ def hold_out(records: dict[str, list[Raw]], every: int) -> tuple[dict[str, list[
     }
     held = {name: part[1::every] for name, part in records.items()}
     if not any(held.values()):
-        raise DataError("no source has two records, one to learn from and one to judge by: add records")
+        raise DataError("no source has two records, one to train on and one to evaluate on: add records")
     return kept, held
 
 
 class DeviceRng:
-    """Draws from one generator, so that the same seed gives the same batch."""
+    """Draws from one generator, so that the same seed makes the same batch."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.device = device

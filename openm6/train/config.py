@@ -51,7 +51,7 @@ class LoopConfig(Config):
     prefetch: int = Field(default=2, ge=1)  # batches made ahead
     # Processes that share a step on a CPU; auto: one a core. A run keeps its number, which decides the order of sums.
     workers: int | Literal["auto"] = "auto"
-    max_non_finite: int = Field(default=10, ge=0)  # skipped steps in a row before the run gives up
+    max_non_finite: int = Field(default=10, ge=0)  # skipped steps in a row before the run ends with an error
     energy: EnergyConfig = EnergyConfig()
     tensorboard: bool = True  # where the package is installed
 
@@ -120,7 +120,7 @@ class SwitchConfig(Config):
     @model_validator(mode="after")
     def _one_way(self) -> SwitchConfig:
         if sum(way is not None for way in (self.step, self.minutes, self.plateau)) != 1:
-            raise ValueError("give one of step, minutes and plateau, e.g. switch: {step: 500}")
+            raise ValueError("set one of step, minutes and plateau, e.g. switch: {step: 500}")
         return self
 
 

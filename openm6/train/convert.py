@@ -164,7 +164,7 @@ def _read_set(
 
 
 def _inherited(state: OptimizerState, uses: int, moments: Moments) -> OptimizerState:
-    """A layer's part of what a set of `uses` layers remembered."""
+    """A layer's part of the state of a set of `uses` layers."""
     if uses == 1:
         return state
     if moments == "reset":

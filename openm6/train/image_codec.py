@@ -81,7 +81,7 @@ def make_bank(
 
 
 class ImageData:
-    """Draws training images on the device; says how far a reconstruction is from them."""
+    """Draws training images on the device; measures how far a reconstruction is from them."""
 
     def __init__(self, config: ImageDataConfig, images: dict[str, list[Image]], device: torch.device) -> None:
         self.config = config

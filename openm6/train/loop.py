@@ -207,7 +207,7 @@ class _Run:
         return stack.enter_context(Prefetch(self.training.batches(), self.config.prefetch)), self.train_step
 
     def _account(self, report: StepReport, batch: Batch, seconds: float) -> None:
-        """Count the step, and give up if the loss stays non-finite."""
+        """Count the step, and raise if the loss stays non-finite."""
         progress, log = self.progress, get_log()
         progress.step, progress.cursor = report.step, batch.cursor
         progress.tokens += report.tokens
@@ -417,7 +417,7 @@ class RunLength:
 
 @contextmanager
 def failures_after_training(checkpoint: Path) -> Iterator[None]:
-    """Turn a failure after training into one sentence that says that nothing of the training is lost.
+    """Turn a failure after training into one sentence, as nothing of the training is lost.
 
     Raises:
         TrainingError: evaluating or reporting failed, for a reason that a user can fix.

@@ -336,11 +336,11 @@ def describe(line: Line, steps: int | None, pace: Pace) -> str:
     if line["c_v"]:
         more.append(f"c_v {sum(line['c_v']) / len(line['c_v']):.2f}")
     # The losses of modalities before energy and balance, as many as fit.
-    room = MOST - len("  ".join([*first, *last]))
+    remaining = MOST - len("  ".join([*first, *last]))
     fitting = []
     for part in [*named[1:], *more]:
-        if len(part) + 2 <= room:
+        if len(part) + 2 <= remaining:
             fitting.append(part)
-            room -= len(part) + 2
+            remaining -= len(part) + 2
     fitting_losses = [part for part in fitting if part in named]
     return "  ".join([*first, *fitting_losses, last[0], *fitting[len(fitting_losses) :], last[1]])

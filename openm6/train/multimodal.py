@@ -256,7 +256,7 @@ class MultimodalTraining(TrainingTask):
             get_log().info(f"epochs of each source and task: {listed}")
         at_end = self.recipe.judge.at_end
         if not (at_end if at_end != "auto" else not self.recipe.loop.streamed):
-            get_log().info(f"not evaluated, as judge.at_end says; openm6 evaluate {run.path} does it")
+            get_log().info(f"not evaluated, as judge.at_end is false; openm6 evaluate {run.path} does it")
             return
         checkpoint, reported = self.ranks.broadcast_object(
             last_checkpoint(run) if self.ranks.is_main_process else (run.path, False)

@@ -178,7 +178,7 @@ def pack_held_out(
 ) -> list[PackedBatch]:
     """The first batches of the recipe's mixture over its test records; each rank gets its own rows of them.
 
-    A source that has validation records gives those instead. A row is a lane of its own, so that the rows do not
+    A source that has validation records supplies those instead. Each row is a data shard, so that rows do not
     depend on how many ranks there are. Tasks whose source has neither are left out.
 
     Raises:

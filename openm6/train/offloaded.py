@@ -58,7 +58,7 @@ class OffloadedTrainStep(TrainStep):
     """Update weight sets layer by layer during the backward pass, and everything else (the edges) after it.
 
     The edges are embeddings, heads, norms and routers: they stay on the device in fp32 under AdamW, whatever
-    `bytes_per_parameter` says, since they are few and sensitive. `clip` bounds their gradient's norm alone; sets are
+    `bytes_per_parameter` states, since they are few and sensitive. `clip` bounds their gradient's norm alone; sets are
     clipped by their rule, because the norm of all gradients is not known while they are used up.
     """
 
@@ -178,9 +178,9 @@ class OffloadedTrainStep(TrainStep):
         load_parts(reader, edges)
         load_optimizer(folder, self.optimizer, self.training.model, self.training.ranks.layout)
         for index, shard in enumerate(self.shards()):
-            homes = {**shard.model, **shard.optimizer}
-            load_parts(reader, homes)
-            self._to_device(index, homes)
+            targets = {**shard.model, **shard.optimizer}
+            load_parts(reader, targets)
+            self._to_device(index, targets)
         self.store.invalidate()
 
     def _to_device(self, index: int, read: dict[str, Tensor]) -> None:

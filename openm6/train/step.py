@@ -106,7 +106,7 @@ class TrainStep:
         """Release what was allocated besides the model."""
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
-        """Give each layer weights of its own, and of the optimizer's moments what `moments` selects."""
+        """Copy the weights so that each layer has its own, and of the optimizer's moments what `moments` selects."""
         tensors = optimizer_state_dict(self.optimizer, self.training.model)
         sources = self.training.delink()
         self._build()

@@ -52,7 +52,7 @@ class TrainingTask:
     """
 
     model: nn.Module
-    ranks: ProcessGroupContext = ProcessGroupContext()  # who trains the same model beside this process
+    ranks: ProcessGroupContext = ProcessGroupContext()  # the processes that train the same model
     max_parts: int = 1  # into how many parts, each worth a process, a batch may be split
 
     def batches(self) -> Iterator[Batch]:
@@ -99,7 +99,7 @@ class TrainingTask:
         return "real"
 
     def delink(self) -> dict[str, str]:
-        """Give each layer weights of its own; new parameter name -> the name that it had or is a copy of.
+        """Copy the weights so that each layer has its own; new parameter name -> the name that it had or is a copy of.
 
         Raises:
             ConfigError: this kind of training has no stages.

@@ -97,13 +97,15 @@ def test_offloaded_inputs_move_to_the_host() -> None:
 
 
 def test_too_large_a_model_is_refused_with_the_number_of_layers_that_fit() -> None:
-    budget, room = budget_of(16, resident=0), {"host": 0.1 * GIB}
+    budget, free_bytes = budget_of(16, resident=0), {"host": 0.1 * GIB}
     with pytest.raises(ConfigError) as caught:
-        check_budget(budget, room, RULE)
+        check_budget(budget, free_bytes, RULE)
     sentence = str(caught.value)
-    layers = max_fit(budget, room)
+    layers = max_fit(budget, free_bytes)
     assert 0 < layers < 10 and f"model.overrides.num_layers={layers} would fit" in sentence
-    assert fits(budget.with_layers(layers), room) and not fits(budget.with_layers(layers + 1), room)
+    assert fits(budget.with_layers(layers), free_bytes) and not fits(
+        budget.with_layers(layers + 1), free_bytes
+    )
     mildest = "and loop.optimizer.bytes_per_parameter=4 would do"
     assert f"bytes_per_parameter=1 frees most, 132 MiB, {mildest}" in sentence and "\n" not in sentence
     assert " would do" not in refusal(budget, "host", {"host": 0.01 * GIB}, RULE)
@@ -112,15 +114,15 @@ def test_too_large_a_model_is_refused_with_the_number_of_layers_that_fit() -> No
 def test_what_frees_most_is_tried_out() -> None:
     """Few weights and many tokens: fewer bytes a parameter hardly help, fewer inputs kept do."""
     budget = replace(budget_of(2, resident=0), tokens=10**6)
-    room = {"device": 1e6, "host": 10.0 * GIB}
-    assert "loop.streaming.micro_batches=8 frees most" in refusal(budget, "device", room, RULE)
+    free_bytes = {"device": 1e6, "host": 10.0 * GIB}
+    assert "loop.streaming.micro_batches=8 frees most" in refusal(budget, "device", free_bytes, RULE)
     parts = budget.with_streaming("micro_batches", 64)
-    assert "loop.streaming.boundaries=host frees most" in refusal(parts, "device", room, RULE)
-    room = {"device": 10.0 * GIB, "host": 0.3 * GIB}
+    assert "loop.streaming.boundaries=host frees most" in refusal(parts, "device", free_bytes, RULE)
+    free_bytes = {"device": 10.0 * GIB, "host": 0.3 * GIB}
     offloaded = parts.with_streaming("boundaries", "host")
-    sentence = refusal(offloaded, "host", room, RULE)
+    sentence = refusal(offloaded, "host", free_bytes, RULE)
     assert "boundaries=device frees most" in sentence and "boundaries=device would do" in sentence
-    assert needed_bytes(parts, "host", room) < needed_bytes(offloaded, "host", room)
+    assert needed_bytes(parts, "host", free_bytes) < needed_bytes(offloaded, "host", free_bytes)
 
 
 def test_where_no_layer_fits_a_preset_is_named() -> None:
@@ -164,11 +166,13 @@ def test_the_real_stage_is_counted_before_the_pseudo_one_begins() -> None:
         .store.layouts[0]
         .num_bytes
     )
-    room = OffloadConfig(host_gib=5 * needed / GIB)  # one set, or two, but never four beside the shared one
-    OffloadedTrainStep(WordsTraining(shared), words_config(streaming=room))
+    free_bytes = OffloadConfig(
+        host_gib=5 * needed / GIB
+    )  # one set, or two, but never four beside the shared one
+    OffloadedTrainStep(WordsTraining(shared), words_config(streaming=free_bytes))
     stages = StagesConfig(switch=SwitchConfig(step=5))
     with pytest.raises(ConfigError, match="num_layers"):
-        OffloadedTrainStep(WordsTraining(shared), words_config(streaming=room, stages=stages))
+        OffloadedTrainStep(WordsTraining(shared), words_config(streaming=free_bytes, stages=stages))
 
 
 def test_free_memory_is_read_from_the_system() -> None:
