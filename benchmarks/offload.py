@@ -150,7 +150,7 @@ def bench_offload(
     margin: Annotated[float, typer.Option("--margin", help="GiB that auto leaves free.")] = 4.0,
     steps: Steps = 4,
     curve: Annotated[
-        bool, typer.Option("--curve", help="Also the time of a step by the share of layers streamed.")
+        bool, typer.Option("--curve", help="Also the time of a step by the share of layers offloaded.")
     ] = False,
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="deepspeed: the largest size that it trains.")
@@ -227,16 +227,16 @@ def measure_offload(
 def offload_curve(
     size: OffloadSize, device: torch.device, deadline: Deadline, found: list[dict[str, float]]
 ) -> None:
-    """Adds seconds a step against the share of layers that are streamed, from none to all."""
+    """Adds seconds a step against the share of layers that are offloaded, from none to all."""
     for quarter in range(5):
-        streamed = round(size.layers * quarter / 4)
+        offloaded = round(size.layers * quarter / 4)
         with tempfile.TemporaryDirectory() as folder:
-            training, train_step = _open(size, str(size.layers - streamed), folder, device)
+            training, train_step = _open(size, str(size.layers - offloaded), folder, device)
             batches = training.batches()
             times = [_timed_step(training, train_step, next(batches), step) for step in (1, 2, 3)]
             train_step.close()
         seconds = min(time.seconds for time in times[1:])
-        found.append({"streamed": streamed / size.layers, "seconds_per_step": seconds})
+        found.append({"offloaded": offloaded / size.layers, "seconds_per_step": seconds})
         if deadline.passed:
             break
 

@@ -23,7 +23,7 @@ from openm6.parallel.config import MeshShape
 from openm6.parallel.processes import DistributedContext
 from openm6.plan.hardware import ClusterOptions, gpu, gpu_cluster
 from openm6.plan.plan import make_plan
-from openm6.plan.question import Question, read_model
+from openm6.plan.request import PlanRequest, read_model
 
 SIZES = (1, 8, 16, 64, 128, 512)  # GPUs
 MODELLED_TOKENS = 4096  # of a step on each GPU
@@ -78,11 +78,11 @@ def model_steps(of: str, kind: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: no such preset or GPU.
     """
-    question = Question(read_model(of), batch=MODELLED_TOKENS, bytes_per_parameter=2)
+    request = PlanRequest(read_model(of), batch=MODELLED_TOKENS, bytes_per_parameter=2)
     rows = []
     for count in SIZES:
         cluster = gpu_cluster(gpu(kind), ClusterOptions(devices=count))
-        stage = make_plan(question, cluster).real
+        stage = make_plan(request, cluster).real
         rows.append(
             {
                 "gpus": count,

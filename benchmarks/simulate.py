@@ -68,7 +68,7 @@ class CollectiveCount(TorchDispatchMode):
 
 
 class Stack(nn.Module):
-    """The blocks of a backbone under a plain causal mask: all of a step that depends on the number of ranks."""
+    """The blocks of a backbone under a plain causal mask: all of a step that depends on the index of ranks."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -76,8 +76,8 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         sets = self.backbone.config.weight_sets
-        for layer, number in enumerate(sets):
-            block, parts = self.backbone.sets[number], self.backbone.layers[layer]
+        for layer, index in enumerate(sets):
+            block, parts = self.backbone.sets[index], self.backbone.layers[layer]
             assert isinstance(block, Block) and isinstance(parts, LayerParts)
             x, _ = block(x, parts, context, layer)
         return self.backbone.final_norm(x)

@@ -17,7 +17,7 @@ from openm6.base.energy.grid import grid
 from openm6.base.files import replace_text
 from openm6.plan.hardware import GIB, ClusterOptions, gpu
 from openm6.plan.plan import Plan, make_plan, smallest_count
-from openm6.plan.question import Question, read_question, read_target
+from openm6.plan.request import PlanRequest, read_request, read_target
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "m6-10t.md"
 MODEL, DAYS, PUE = "m6-10t", 10.0, 1.1
@@ -60,11 +60,11 @@ def page() -> str:
 def plan_on(kind: str, bytes_: int | None = None, network: float | None = None) -> Plan:
     """Ten days of the model on 512 GPUs of a kind."""
     options = replace(CLUSTER, network=network)
-    return make_plan(_question(bytes_), read_target(kind, None, options).cluster())
+    return make_plan(_request(bytes_), read_target(kind, None, options).cluster())
 
 
-def _question(bytes_: int | None = None) -> Question:
-    return read_question(MODEL, [], days=DAYS, bytes_per_parameter=bytes_, energy={"pue": PUE})
+def _request(bytes_: int | None = None) -> PlanRequest:
+    return read_request(MODEL, [], days=DAYS, bytes_per_parameter=bytes_, energy={"pue": PUE})
 
 
 def _fit(plan: Plan) -> dict[str, float]:
@@ -90,7 +90,7 @@ def _smallest() -> str:
     options = ClusterOptions()
     rows = []
     for kind, name in CARDS.items():
-        one, two = (smallest_count(_question(bytes_), gpu(kind), options) for bytes_ in (1, 2))
+        one, two = (smallest_count(_request(bytes_), gpu(kind), options) for bytes_ in (1, 2))
         assert one is not None and two is not None
         cells = (
             name,

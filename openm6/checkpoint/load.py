@@ -120,7 +120,7 @@ def _moments(reader: CheckpointReader, model: nn.Module, mixed: bool) -> Iterato
         owner, separator, _ = name.partition(SEPARATOR)
         if not mixed or (
             separator and owner in placed
-        ):  # a mixed file holds weights, too, and those of streamed sets
+        ):  # a mixed file holds weights, too, and those of offloaded sets
             yield name, reader.read(name)
 
 

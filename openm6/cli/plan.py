@@ -86,7 +86,7 @@ def plan(
     # pydantic would slow down `openm6 --help`
     from openm6.cli.plan_page import show_measured, show_plan, show_sweep
     from openm6.plan.hardware import ClusterOptions
-    from openm6.plan.question import read_question, read_target
+    from openm6.plan.request import read_request, read_target
 
     energy = {"country": country, "pue": pue}
     if gpu is None:
@@ -96,12 +96,12 @@ def plan(
         show_measured(model, overrides or [], tokens, days, energy, json_path)
         return
     lengths = (batch, tokens, days, bytes_per_parameter, pseudo_share, recompute_every)
-    question = read_question(model, overrides or [], *lengths, energy)
+    request = read_request(model, overrides or [], *lengths, energy)
     target = read_target(gpu, gpu_table, ClusterOptions(gpus, per_node, host_memory, link, network, price))
     if sweep is not None:
-        show_sweep(question, target, sweep, plot, json_path)
+        show_sweep(request, target, sweep, plot, json_path)
     else:
-        show_plan(question, target, json_path)
+        show_plan(request, target, json_path)
 
 
 def _refuse_gpu_options(given: list[Any]) -> None:

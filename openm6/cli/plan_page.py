@@ -17,17 +17,17 @@ from openm6.base.files import replace_text
 from openm6.cli.listings import in_short
 from openm6.models.presets import PRESETS
 from openm6.plan.measured import plan_measured
-from openm6.plan.plan import Plan, StagePlan, answer_question
-from openm6.plan.question import PlanTarget, Question, read_model
+from openm6.plan.plan import Plan, StagePlan, plan_json
+from openm6.plan.request import PlanRequest, PlanTarget, read_model
 from openm6.plan.sweep import draw_sweep, sweep_json, sweep_plans
 
 GIB = 2**30
 WIDTH = 100  # characters of a sweep's table
 
 
-def show_plan(question: Question, target: PlanTarget, json_path: Path | None) -> None:
+def show_plan(request: PlanRequest, target: PlanTarget, json_path: Path | None) -> None:
     """Print a plan, and write its JSON where a file is given."""
-    plan, content = answer_question(question, target)
+    plan, content = plan_json(request, target)
     _write(content, json_path)
     console = Console()
     console.print(Text(f"{plan.model.name} on {plan.cluster.name}", style="bold"))
@@ -39,10 +39,10 @@ def show_plan(question: Question, target: PlanTarget, json_path: Path | None) ->
 
 
 def show_sweep(
-    question: Question, target: PlanTarget, kind: str, plot: Path | None, json_path: Path | None
+    request: PlanRequest, target: PlanTarget, kind: str, plot: Path | None, json_path: Path | None
 ) -> None:
     """Print plans side by side; write and draw them where files are given."""
-    rows = sweep_plans(question, target, kind)
+    rows = sweep_plans(request, target, kind)
     _write(sweep_json(rows, kind), json_path)
     table = Table(box=None)
     for name in (

@@ -18,7 +18,7 @@ class OffloadConfig(Config):
     recompute_every: of so many layers the first's input is kept, the others' are computed again
     boundaries: where those inputs wait for the backward pass
     buffers: sets on the device at a time, besides the resident ones
-    compile: whether blocks are compiled; off until a GPU has shown that compiled streamed blocks are right
+    compile: whether blocks are compiled; off until a GPU has shown that compiled offloaded blocks are right
     host_gib: most host memory that weights may take; None: what is free, less a tenth
     pin: register host memory with the GPU, without which copies are slow and wait for one another
     """
@@ -43,6 +43,6 @@ class OffloadConfig(Config):
 
 
 def spread(count: int, num_sets: int) -> tuple[int, ...]:
-    """`count` resident sets, evenly between streamed ones, so that their work hides the others' transfers."""
+    """`count` resident sets, evenly between offloaded ones, so that their work hides the others' transfers."""
     count = min(count, num_sets)
     return tuple(int((place + 0.5) * num_sets / count) for place in range(count)) if count else ()

@@ -64,11 +64,11 @@ def layers_to_recompute(config: BackboneConfig, tokens: int, element: int, free:
     ]
     # One layer at a time is computed again in the backward pass and needs its memory then.
     saved = [own - tokens * element * config.width for own in needed]
-    excess, number = sum(needed) - free, 0
-    while excess > 0 and number < config.num_layers:
-        excess -= saved[number]
-        number += 1
-    return number if number < 2 else min(config.num_layers, number + math.ceil(needed[0] / saved[0]))
+    excess, layers = sum(needed) - free, 0
+    while excess > 0 and layers < config.num_layers:
+        excess -= saved[layers]
+        layers += 1
+    return layers if layers < 2 else min(config.num_layers, layers + math.ceil(needed[0] / saved[0]))
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class DeviceBudget:
         return self.states + self.activations + self.working + self.context
 
     @property
-    def streamed(self) -> bool:
+    def offloaded(self) -> bool:
         return self.host > 0
 
 

@@ -14,7 +14,7 @@ from openm6.models.config import BackboneConfig, count_parameters
 from openm6.plan.hardware import GIB, Cluster, ClusterOptions, Gpu, gpu_cluster
 from openm6.plan.memory import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
 from openm6.plan.model_cost import max_layer_parameters, operations_per_token, stored_parameters
-from openm6.plan.question import Model, PlanTarget, Question
+from openm6.plan.request import Model, PlanRequest, PlanTarget
 from openm6.plan.step_time import StepTime, step_time
 
 SECONDS_PER_DAY = 86_400.0
@@ -56,7 +56,7 @@ class Energy:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer to a question on one cluster."""
+    """The plan of a run on one cluster."""
 
     model: Model
     cluster: Cluster
@@ -118,20 +118,20 @@ class Plan:
         }
 
 
-def make_plan(question: Question, cluster: Cluster) -> Plan:
-    """What the run of `question` takes on `cluster`, with the bytes a parameter asked for or the most that fit."""
-    model = question.model
+def make_plan(request: PlanRequest, cluster: Cluster) -> Plan:
+    """What the run of `request` takes on `cluster`, with the requested bytes per parameter or the most that fit."""
+    model = request.model
     pseudo_config = model.backbone.model_copy(update={"sharing": "all"})
-    real = _choose(question, cluster, model.backbone)
+    real = _choose(request, cluster, model.backbone)
     allowed = ((real.tier.bytes, True),)
     stages = {"real": real}
     if model.backbone.sharing is None and model.backbone.num_layers > 1:
-        stages["pseudo"] = _first_fit(question, cluster, pseudo_config, "pseudo", allowed)
-    share = question.pseudo_share if "pseudo" in stages else 0.0
+        stages["pseudo"] = _first_fit(request, cluster, pseudo_config, "pseudo", allowed)
+    share = request.pseudo_share if "pseudo" in stages else 0.0
     parts = {"real": 1.0 - share, "pseudo": share}
     days_per_token = sum(parts[name] / stage.tokens_per_day for name, stage in stages.items())
     active = count_parameters(model.backbone).active + model.vocabulary * model.backbone.width
-    tokens, days = _length(question, days_per_token, active)
+    tokens, days = _length(request, days_per_token, active)
     seconds = {
         name: tokens * parts[name] / stage.tokens_per_day * SECONDS_PER_DAY for name, stage in stages.items()
     }
@@ -146,25 +146,25 @@ def make_plan(question: Question, cluster: Cluster) -> Plan:
         pseudo_share=share,
         tokens=tokens,
         days=days,
-        energy=_energy(stages, seconds, tokens, cluster, question.energy),
+        energy=_energy(stages, seconds, tokens, cluster, request.energy),
         cost=None if cluster.price is None else cluster.price * hours,
     )
 
 
-def _choose(question: Question, cluster: Cluster, config: BackboneConfig) -> StagePlan:
-    if question.bytes_per_parameter is not None:
-        allowed: tuple[tuple[int, bool], ...] = ((question.bytes_per_parameter, True),)
-    elif (question.model.bytes_per_parameter or 16) < 16:
-        allowed = ((question.model.bytes_per_parameter or 16, True),)
-    elif question.model.optimizer is not None:
-        allowed = ((BY_OPTIMIZER.get(question.model.optimizer, 16), False),)
+def _choose(request: PlanRequest, cluster: Cluster, config: BackboneConfig) -> StagePlan:
+    if request.bytes_per_parameter is not None:
+        allowed: tuple[tuple[int, bool], ...] = ((request.bytes_per_parameter, True),)
+    elif (request.model.bytes_per_parameter or 16) < 16:
+        allowed = ((request.model.bytes_per_parameter or 16, True),)
+    elif request.model.optimizer is not None:
+        allowed = ((BY_OPTIMIZER.get(request.model.optimizer, 16), False),)
     else:
         allowed = PREFERENCE
-    return _first_fit(question, cluster, config, "real", allowed)
+    return _first_fit(request, cluster, config, "real", allowed)
 
 
 def _first_fit(
-    question: Question,
+    request: PlanRequest,
     cluster: Cluster,
     config: BackboneConfig,
     name: str,
@@ -172,37 +172,37 @@ def _first_fit(
 ) -> StagePlan:
     """The first of the allowed tiers that fits, or the last."""
     for bytes_, may_stream in allowed:
-        stage = plan_stage(question, cluster, config, name, TIERS[bytes_], may_stream)
+        stage = plan_stage(request, cluster, config, name, TIERS[bytes_], may_stream)
         if stage.fits:
             break
     return stage
 
 
 def plan_stage(
-    question: Question, cluster: Cluster, config: BackboneConfig, name: str, tier: Tier, may_stream: bool
+    request: PlanRequest, cluster: Cluster, config: BackboneConfig, name: str, tier: Tier, may_stream: bool
 ) -> StagePlan:
     """One stage at one tier."""
-    model, n = question.model, cluster.devices
+    model, n = request.model, cluster.devices
     stored = stored_parameters(config, model.vocabulary, model.adapters)
-    tokens = question.batch or (model.rows * model.length if model.rows else BATCH)
+    tokens = request.batch or (model.rows * model.length if model.rows else BATCH)
     layer = max_layer_parameters(config)
     in_experts = layer * stored.experts / stored.total
     held = in_experts / n + layer - in_experts
     logits = 8.0 * min(tokens, LOGITS_AT_ONCE) * model.vocabulary
     budget = device_budget(
-        config, stored.total / n, held, tier, tokens, cluster.memory, logits, question.group
+        config, stored.total / n, held, tier, tokens, cluster.memory, logits, request.group
     )
     keys = model.length / 2
-    time = step_time(config, model.vocabulary, stored, tier, budget, tokens, keys, cluster, question.group)
+    time = step_time(config, model.vocabulary, stored, tier, budget, tokens, keys, cluster, request.group)
     on_host = budget.host <= cluster.host_memory if may_stream else budget.host == 0
     fits = budget.device <= cluster.memory and on_host
     return StagePlan(name, stored.total, tier, budget, time, tokens * n, fits)
 
 
-def _length(question: Question, days_per_token: float, active: int) -> tuple[float, float]:
-    if question.tokens is None and question.days is not None:
-        return question.days / days_per_token, question.days
-    tokens = question.tokens or float(TOKENS_PER_PARAMETER * active)
+def _length(request: PlanRequest, days_per_token: float, active: int) -> tuple[float, float]:
+    if request.tokens is None and request.days is not None:
+        return request.days / days_per_token, request.days
+    tokens = request.tokens or float(TOKENS_PER_PARAMETER * active)
     return tokens, tokens * days_per_token
 
 
@@ -241,85 +241,87 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def answer_question(question: Question, target: PlanTarget) -> tuple[Plan, dict[str, Any]]:
+def plan_json(request: PlanRequest, target: PlanTarget) -> tuple[Plan, dict[str, Any]]:
     """The plan and its JSON, with the smallest machine that would do."""
-    plan = make_plan(question, target.cluster())
+    plan = make_plan(request, target.cluster())
     content = plan.to_json()
-    content["smallest"] = answer(question, plan, target.gpu, target.options, list(target.known))
+    content["smallest"] = answer(request, plan, target.gpu, target.options, list(target.known))
     return plan, content
 
 
-def smallest_count(question: Question, gpu: Gpu, options: ClusterOptions) -> Plan | None:
+def smallest_count(request: PlanRequest, gpu: Gpu, options: ClusterOptions) -> Plan | None:
     """The plan on the fewest GPUs of this kind that hold the model: fewer than a node's, or whole nodes."""
     node = options.per_node
     inside = [count for count in (1, 2, 4) if count < node]
     for count in inside:
-        plan = _on(question, gpu, options, count)
+        plan = _on(request, gpu, options, count)
         if plan.fits:
             return plan
     low, high = 0, 1  # nodes that do not do, nodes that may
-    while not _on(question, gpu, options, high * node).fits:
+    while not _on(request, gpu, options, high * node).fits:
         low, high = high, high * 2
         if high > MAX_NODES:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        if _on(question, gpu, options, middle * node).fits:
+        if _on(request, gpu, options, middle * node).fits:
             high = middle
         else:
             low = middle
-    return _on(question, gpu, options, high * node)
+    return _on(request, gpu, options, high * node)
 
 
-def changes(question: Question, plan: Plan, gpu: Gpu, options: ClusterOptions, known: list[Gpu]) -> list[str]:
+def changes(
+    request: PlanRequest, plan: Plan, gpu: Gpu, options: ClusterOptions, known: list[Gpu]
+) -> list[str]:
     """One change each that would make a run fit that does not, from the easiest to the dearest."""
     found = []
     for bytes_ in (8, 4, 2, 1):
-        if bytes_ < plan.real.tier.bytes and _with_bytes(question, plan.cluster, bytes_).fits:
+        if bytes_ < plan.real.tier.bytes and _with_bytes(request, plan.cluster, bytes_).fits:
             found.append(f"{bytes_} bytes a parameter ({TIERS[bytes_].description})")
             break
     batch = plan.real.tokens // plan.cluster.devices
     while batch > 256:
         batch //= 2
-        if make_plan(replace(question, batch=batch), plan.cluster).fits:
+        if make_plan(replace(request, batch=batch), plan.cluster).fits:
             found.append(f"{batch:,} tokens a step on each GPU")
             break
-    host = _host_memory(question, plan)
+    host = _host_memory(request, plan)
     if host is not None:
         found.append(f"{host:,.0f} GiB of host memory a node")
-    count = smallest_count(question, gpu, options)
+    count = smallest_count(request, gpu, options)
     if count is not None:
         found.append(f"{count.cluster.devices:,} × {gpu.name}")
     larger = sorted((card for card in known if card.memory > gpu.memory), key=lambda card: card.memory)
     for card in larger:
-        if make_plan(question, gpu_cluster(card, options)).fits:
+        if make_plan(request, gpu_cluster(card, options)).fits:
             found.append(f"{options.devices:,} × {card.name}")
             break
     return found
 
 
 def answer(
-    question: Question, plan: Plan, gpu: Gpu, options: ClusterOptions, known: list[Gpu]
+    request: PlanRequest, plan: Plan, gpu: Gpu, options: ClusterOptions, known: list[Gpu]
 ) -> dict[str, Any]:
     """The entry `smallest` of a plan's JSON: how few GPUs of the kind would do, and what would make a plan fit."""
-    count = smallest_count(question, gpu, options)
+    count = smallest_count(request, gpu, options)
     return {
         "gpu": gpu.kind,
         "gpus": None if count is None else count.cluster.devices,
         "bytes_per_parameter": None if count is None else count.real.tier.bytes,
-        "changes": [] if plan.fits else changes(question, plan, gpu, options, known),
+        "changes": [] if plan.fits else changes(request, plan, gpu, options, known),
     }
 
 
-def _on(question: Question, gpu: Gpu, options: ClusterOptions, count: int) -> Plan:
-    return make_plan(question, gpu_cluster(gpu, replace(options, devices=count)))
+def _on(request: PlanRequest, gpu: Gpu, options: ClusterOptions, count: int) -> Plan:
+    return make_plan(request, gpu_cluster(gpu, replace(options, devices=count)))
 
 
-def _with_bytes(question: Question, cluster: Cluster, bytes_: int) -> Plan:
-    return make_plan(replace(question, bytes_per_parameter=bytes_), cluster)
+def _with_bytes(request: PlanRequest, cluster: Cluster, bytes_: int) -> Plan:
+    return make_plan(replace(request, bytes_per_parameter=bytes_), cluster)
 
 
-def _host_memory(question: Question, plan: Plan) -> float | None:
+def _host_memory(request: PlanRequest, plan: Plan) -> float | None:
     """GiB of a node that would hold what the devices cannot, rounded up to 64; None where that does not help."""
     budget, cluster = plan.real.budget, plan.cluster
     if not plan.real.tier.layerwise or budget.host <= cluster.host_memory:
@@ -327,4 +329,4 @@ def _host_memory(question: Question, plan: Plan) -> float | None:
     needed = budget.host * cluster.per_node / GIB
     rounded = -(-needed // 64) * 64
     roomy = replace(cluster, host_memory=rounded * GIB / cluster.per_node)
-    return rounded if make_plan(question, roomy).fits else None
+    return rounded if make_plan(request, roomy).fits else None

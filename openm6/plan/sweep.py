@@ -1,4 +1,4 @@
-"""Plans side by side: the same question with one thing changed."""
+"""Plans side by side: the same request with one change."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from openm6.base.config import nearest
 from openm6.base.errors import ConfigError
 from openm6.plan.memory import TIERS
 from openm6.plan.plan import BATCH, Plan, make_plan
-from openm6.plan.question import PlanTarget, Question
+from openm6.plan.request import PlanRequest, PlanTarget
 
 KINDS = ("gpus", "bytes", "batch")
 AXES = {"gpus": "GPUs", "bytes": "bytes a parameter", "batch": "tokens a step on each GPU"}
 Row = tuple[int, Plan]
 
 
-def sweep_plans(question: Question, target: PlanTarget, kind: str) -> list[Row]:
-    """A plan for each value of `kind`: GPUs from a quarter of those asked for to four times as many, all tiers, or
+def sweep_plans(request: PlanRequest, target: PlanTarget, kind: str) -> list[Row]:
+    """A plan for each value of `kind`: GPUs from a quarter of the requested number to four times as many, all tiers, or
     batches from a quarter to four times the size.
 
     Raises:
@@ -30,15 +30,15 @@ def sweep_plans(question: Question, target: PlanTarget, kind: str) -> list[Row]:
         counts = sorted({max(1, round(target.options.devices * factor)) for factor in (0.25, 0.5, 1, 2, 4)})
         clusters = [replace(target, options=replace(target.options, devices=count)) for count in counts]
         return [
-            (count, make_plan(question, one.cluster())) for count, one in zip(counts, clusters, strict=True)
+            (count, make_plan(request, one.cluster())) for count, one in zip(counts, clusters, strict=True)
         ]
     if kind == "bytes":
-        plans = [(size, replace(question, bytes_per_parameter=size)) for size in TIERS]
+        plans = [(size, replace(request, bytes_per_parameter=size)) for size in TIERS]
     else:
-        model = question.model
-        base = question.batch or (model.rows * model.length if model.rows else BATCH)
+        model = request.model
+        base = request.batch or (model.rows * model.length if model.rows else BATCH)
         sizes = [max(1, round(base * factor)) for factor in (0.25, 0.5, 1, 2, 4)]
-        plans = [(size, replace(question, batch=size)) for size in sizes]
+        plans = [(size, replace(request, batch=size)) for size in sizes]
     return [(value, make_plan(one, target.cluster())) for value, one in plans]
 
 

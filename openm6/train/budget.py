@@ -82,20 +82,20 @@ class Budget:
 
     def lines(self, resident: Sequence[int]) -> list[Line]:
         """Every byte, with these sets on the device."""
-        held = [layout for number, layout in enumerate(self.layouts) if number in set(resident)]
-        streamed = [layout for number, layout in enumerate(self.layouts) if number not in set(resident)]
-        largest = max((layout.num_bytes for layout in streamed), default=0)
+        held = [layout for index, layout in enumerate(self.layouts) if index in set(resident)]
+        offloaded = [layout for index, layout in enumerate(self.layouts) if index not in set(resident)]
+        largest = max((layout.num_bytes for layout in offloaded), default=0)
         inputs = "host" if self.streaming.boundaries == "host" else "device"
         return [
             Line("device", "resident weights", _weights(held)),
             Line("device", "state of resident weights", _state(held)),
-            Line("device", "buffers for streamed sets", self.streaming.buffers * largest),
+            Line("device", "buffers for offloaded sets", self.streaming.buffers * largest),
             Line("device", "embeddings, heads, norms, routers", EDGE_BYTES * self.edges),
             Line("device", "gradient and weights of the set in use", self._in_use),
             Line("device", "activations of one layer", self._activations),
             Line(inputs, "inputs of layers, kept for the backward pass", self._boundaries),
-            Line("host", "streamed weights", _weights(streamed)),
-            Line("host", "state of streamed weights", _state(streamed)),
+            Line("host", "offloaded weights", _weights(offloaded)),
+            Line("host", "state of offloaded weights", _state(offloaded)),
             Line("host", "sets of the shared stage, at the switch", self.beside),
             Line("disk", "checkpoints", self.checkpoints * self.checkpoint_bytes),
         ]
@@ -155,7 +155,7 @@ def resident_sets(budget: Budget, free_bytes: dict[str, float]) -> tuple[int, ..
     """
     num_sets, wanted = len(budget.layouts), budget.streaming.resident
     if isinstance(wanted, tuple):
-        return tuple(number for number in wanted if number < num_sets)
+        return tuple(index for index in wanted if index < num_sets)
     if wanted != "auto":
         return spread(wanted, num_sets)
     if "device" not in free_bytes:
@@ -187,7 +187,7 @@ def check_budget(budget: Budget, free_bytes: FreeBytes, rule: UpdateRule) -> Non
             of layers that would fit, else the largest preset, and which setting frees most.
     """
     wanted, num_sets = budget.streaming.resident, len(budget.layouts)
-    if isinstance(wanted, tuple) and (wrong := [number for number in wanted if number >= num_sets]):
+    if isinstance(wanted, tuple) and (wrong := [index for index in wanted if index >= num_sets]):
         raise ConfigError(f"streaming.resident names set {wrong[0]}: there are only 0 to {num_sets - 1}")
     for place, limit in free_bytes.items():
         get_log().info(_describe(budget, place, limit, free_bytes))
@@ -269,7 +269,7 @@ def free_disk_bytes(checkpoints: Path) -> int:
 
 
 def _describe(budget: Budget, place: str, limit: float, free_bytes: FreeBytes) -> str:
-    """`host: 1.2 GiB of 20.1 GiB; streamed weights 921 MiB, …`."""
+    """`host: 1.2 GiB of 20.1 GiB; offloaded weights 921 MiB, …`."""
     needed = needed_bytes(budget, place, free_bytes)
     here = {place, "device"} if place == "host" and "device" not in free_bytes else {place}
     parts = [

@@ -79,13 +79,13 @@ class LoopConfig(Config):
         return optimizer
 
     @property
-    def streamed(self) -> bool:
+    def offloaded(self) -> bool:
         """Whether gradients are used up block by block, as streaming and few bytes a parameter need."""
         return self.streaming is not None or self.optimizer.bytes_per_parameter < 16
 
     @model_validator(mode="after")
     def _rule_for_streaming(self) -> LoopConfig:
-        if self.streamed and self.optimizer.name != "adamw":
+        if self.offloaded and self.optimizer.name != "adamw":
             raise ValueError(
                 "streaming and bytes_per_parameter below 16 bring a rule of their own, with adamw for embeddings "
                 f"and norms: take optimizer.name={self.optimizer.name} out"

@@ -133,7 +133,7 @@ def _sets(weights: CheckpointReader, kept: CheckpointReader, conversion: Convers
     with torch.device("meta"):
         blocks = Backbone(conversion.description.backbone).sets
     uses = Counter(conversion.sources)
-    for number, source in enumerate(conversion.sources):
+    for index, source in enumerate(conversion.sources):
         shapes = set_shapes(cast(Block, blocks[source]))
         old = _read_set(RecordLayout(shapes, old_rule), old_rule, weights, kept, f"backbone.sets.{source}.")
         new = RecordLayout(shapes, new_rule)
@@ -141,9 +141,9 @@ def _sets(weights: CheckpointReader, kept: CheckpointReader, conversion: Convers
         shard = Shard({}, {})
         for name, stored in views.items():
             state = _inherited(old_rule.export_state(old[name]), uses[source], conversion.moments)
-            new_rule.import_state(stored, state, derive_seed(0, "convert", number, name))
+            new_rule.import_state(stored, state, derive_seed(0, "convert", index, name))
             for slot, tensor in stored.items():
-                full = full_name(f"backbone.sets.{number}.{name}", slot)
+                full = full_name(f"backbone.sets.{index}.{name}", slot)
                 (shard.model if slot in new_rule.read_slots else shard.optimizer)[full] = tensor
         yield shard
 
@@ -185,15 +185,15 @@ def _edges(catalogue: CheckpointReader, conversion: Conversion, scaled: bool) ->
             yield full, catalogue.read(full)
             continue
         start, _, rest = name.partition(".sets.")
-        number, _, inner = rest.partition(".")
+        index, _, inner = rest.partition(".")
         if not inner.startswith("router."):
             continue
-        if scaled and conversion.moments == "reset" and uses[int(number)] > 1:
+        if scaled and conversion.moments == "reset" and uses[int(index)] > 1:
             continue
-        factor = moment_factor(key, uses[int(number)], conversion.moments) if scaled else 1.0
+        factor = moment_factor(key, uses[int(index)], conversion.moments) if scaled else 1.0
         ending = f"{SEPARATOR}{key}" if key else ""
         for new, source in enumerate(conversion.sources):
-            if source == int(number):
+            if source == int(index):
                 yield f"{start}.sets.{new}.{inner}{ending}", catalogue.read(full) * factor
 
 

@@ -120,7 +120,7 @@ class _Run:
         self.training, self.config, self.run = training, config, run
         self.train_step = open_train_step(training, config, run.checkpoints)
         stages = [StagesCallback(config.stages)] if config.stages is not None else []
-        streaming = [SwapCallback()] if config.streamed else []
+        streaming = [SwapCallback()] if config.offloaded else []
         held_out = [HeldOutCallback(config.held_out)] if config.held_out is not None else []
         self.callbacks: list[Callback] = [
             MeterCallback(),
@@ -148,7 +148,7 @@ class _Run:
     def to_the_end(self) -> TrainResult:
         with ExitStack() as stack:
             # The outermost: a GPU that is gone fails again while the rest is closed.
-            stack.enter_context(device_failures(lambda: self.progress.step + 1, self.config.streamed))
+            stack.enter_context(device_failures(lambda: self.progress.step + 1, self.config.offloaded))
             # Offloaded weights live in it, also during the evaluation.
             stack.callback(self.train_step.close)
             self._train()

@@ -79,7 +79,7 @@ class MultimodalTraining(TrainingTask):
         self.description = _describe(recipe, used)
         seed_everything(recipe.loop.seed, "weights")
         self.omni, self.modalities = build_model(
-            self.description, self.tokenizer, "the tokenizer", recipe.loop.streamed
+            self.description, self.tokenizer, "the tokenizer", recipe.loop.offloaded
         )
         self.model = self.omni
         _to_device(self.omni, device)
@@ -115,7 +115,7 @@ class MultimodalTraining(TrainingTask):
 
     def _shard(self, shape: MeshShape) -> None:
         """Divide the model among the ranks; offloaded weights are divided by their store."""
-        if self.recipe.loop.streamed:
+        if self.recipe.loop.offloaded:
             self.ranks.open_mesh(shape)
         else:
             self.ranks.shard(self.omni, shape)
@@ -159,8 +159,8 @@ class MultimodalTraining(TrainingTask):
         loss = total / counts.examples + share * side_loss(loads) + self._idle()
         return StepResult(loss, metrics, loads, work)
 
-    def held_out_batches(self, number: int) -> list[Batch]:
-        return pack_held_out(self.recipe, self.modalities, self.ranks, number)
+    def held_out_batches(self, count: int) -> list[Batch]:
+        return pack_held_out(self.recipe, self.modalities, self.ranks, count)
 
     def held_out_loss(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Return the training loss of other records: `loss` as it is minimised, and means over learned tokens by kind.
@@ -255,7 +255,7 @@ class MultimodalTraining(TrainingTask):
             listed = ", ".join(f"{name} {epochs:.3g}" for name, epochs in seen.items())
             get_log().info(f"epochs of each source and task: {listed}")
         at_end = self.recipe.judge.at_end
-        if not (at_end if at_end != "auto" else not self.recipe.loop.streamed):
+        if not (at_end if at_end != "auto" else not self.recipe.loop.offloaded):
             get_log().info(f"not evaluated, as judge.at_end is false; openm6 evaluate {run.path} does it")
             return
         checkpoint, reported = self.ranks.broadcast_object(
@@ -288,7 +288,7 @@ class MultimodalTraining(TrainingTask):
 
     def _loaded(self, checkpoint: Path) -> Loaded:
         """Return the model in memory or, if it is sharded or offloaded, the checkpoint with all layers offloaded."""
-        if self.ranks.layout is not None or self.recipe.loop.streamed:
+        if self.ranks.layout is not None or self.recipe.loop.offloaded:
             return load(checkpoint, self.omni.device, resident=0)
         omni = self.omni.eval()
         if omni.pool is not None:

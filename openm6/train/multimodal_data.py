@@ -174,7 +174,7 @@ def words_read(task: Task, source: Source) -> tuple[int, int] | None:
 
 
 def pack_held_out(
-    recipe: MultimodalRecipe, modalities: Modalities, ranks: ProcessGroupContext, number: int
+    recipe: MultimodalRecipe, modalities: Modalities, ranks: ProcessGroupContext, count: int
 ) -> list[PackedBatch]:
     """The first batches of the recipe's mixture over its test records; each rank gets its own rows of them.
 
@@ -202,4 +202,4 @@ def pack_held_out(
     packing = recipe.packing.model_copy(update={"lanes": recipe.packing.rows})
     packer = Packer(transform, packing, Quarantine(None, recipe.max_broken), ranks.rank, ranks.size)
     batches = packer.batches()
-    return [next(batches) for _ in range(number)]
+    return [next(batches) for _ in range(count)]

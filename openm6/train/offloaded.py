@@ -49,7 +49,7 @@ from openm6.train.training_task import Batch, TrainingTask
 
 def open_train_step(training: TrainingTask, config: LoopConfig, checkpoints: Path | None = None) -> TrainStep:
     """The train_step that `config` asks for, of a run that is saved in `checkpoints`."""
-    if config.streamed:
+    if config.offloaded:
         return OffloadedTrainStep(training, config, checkpoints=checkpoints)
     return TrainStep(training, config)
 

@@ -74,15 +74,15 @@ def matrix_noise(
 ) -> Tensor:
     """Normal noise of `noise` times the deviation of each matrix; R' C, or E R' C for a stack, as `values`.
 
-    The matrices of a stack are number `first` and following. Each is drawn from the seed and its number, on the
+    The matrices of a stack have index `first` and following. Each is drawn from the seed and its index, on the
     CPU: the same noise whatever device the weights are on, and whichever of their rows and experts this rank holds.
     """
     stack = values if values.ndim > 2 else values.unsqueeze(0)
     start, rows = spec.rows(stack.shape[-2])
     deviation = _deviations(stack.double(), rows, spec)
     draws = []
-    for number in range(first, first + len(stack)):
-        words = (number,) if values.ndim > 2 else ()
+    for index in range(first, first + len(stack)):
+        words = (index,) if values.ndim > 2 else ()
         generator = torch.Generator().manual_seed(derive_seed(seed, "matrix", *words))
         draw = torch.randn(rows, stack.shape[-1], generator=generator)
         draws.append(draw[start : start + stack.shape[-2]])

@@ -274,7 +274,7 @@ def _by_memory(backbone: Backbone, tokens: int, pending: int, device: torch.devi
 
 
 @contextmanager
-def device_failures(step: Callable[[], int], streamed: bool = True) -> Iterator[None]:
+def device_failures(step: Callable[[], int], offloaded: bool = True) -> Iterator[None]:
     """Turn a GPU's failures into one sentence; the run's checkpoints are complete in any case.
 
     `step` returns the number of the step that is under way.
@@ -286,7 +286,7 @@ def device_failures(step: Callable[[], int], streamed: bool = True) -> Iterator[
         yield
     except torch.OutOfMemoryError as error:
         remedy = "raise loop.streaming.micro_batches or margin_gib"
-        remedy = remedy if streamed else "raise loop.recompute, make batches smaller, or add loop.streaming"
+        remedy = remedy if offloaded else "raise loop.recompute, make batches smaller, or add loop.streaming"
         raise TrainingError(
             f"the GPU's memory ran out in step {step()}: {remedy}, then go on with --resume"
         ) from error

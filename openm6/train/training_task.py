@@ -85,7 +85,7 @@ class TrainingTask:
 
     @property
     def backbone(self) -> Backbone | None:
-        """The stack whose blocks may be streamed; None: this kind of training has none."""
+        """The stack whose blocks may be offloaded; None: this kind of training has none."""
         return None
 
     @property
@@ -124,7 +124,7 @@ class TrainingTask:
         """Scores of the model as it is now, called in evaluation mode without gradients; empty: none."""
         return {}
 
-    def held_out_batches(self, number: int) -> list[Any]:
+    def held_out_batches(self, count: int) -> list[Any]:
         """So many batches of records that are never trained on, always the same ones.
 
         Raises:

@@ -46,7 +46,7 @@ def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder
     """
     on_cpu = all(parameter.is_cpu for parameter in training.model.parameters())
     # A stage replaces the weights, and offloading keeps them elsewhere, where other processes do not see them.
-    alone = config.stages is not None or config.streamed
+    alone = config.stages is not None or config.offloaded
     possible = training.max_parts if can_fork() and on_cpu and not alone else 1
     if config.workers == "auto":
         if possible == 1:

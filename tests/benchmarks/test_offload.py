@@ -32,9 +32,9 @@ def test_it_prints_the_documented_figures(tmp_path: Path, capsys: pytest.Capture
     )
     assert sum(written["seconds"].values()) == pytest.approx(written["seconds_per_step"])
     assert min(written["seconds"].values()) > 0 and written["link_gbps"] > 0 and written["resident_sets"] == 0
-    streamed = written["budget_gib"]["host: streamed weights"]
-    assert 0 < streamed < sum(written["budget_gib"].values()) < written["peak_host_gib"]
-    assert written["curve"][0]["streamed"] == 0.0
+    offloaded = written["budget_gib"]["host: offloaded weights"]
+    assert 0 < offloaded < sum(written["budget_gib"].values()) < written["peak_host_gib"]
+    assert written["curve"][0]["offloaded"] == 0.0
 
 
 def test_what_it_does_not_know_is_refused() -> None:

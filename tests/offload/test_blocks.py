@@ -65,11 +65,11 @@ def test_with_sixteen_bytes_streaming_is_plain_training_to_the_bit(
     training, other = WordsTraining(backbone), WordsTraining(backbone)
     plain = TrainStep(training, words_config(clip=None, precision=precision))
     config = config_of(16, recompute_every=recompute_every).model_copy(update={"precision": precision})
-    streamed = OffloadedTrainStep(other, config)
-    assert steps_of(plain, training) == steps_of(streamed, other)
+    offloaded = OffloadedTrainStep(other, config)
+    assert steps_of(plain, training) == steps_of(offloaded, other)
     named = dict(training.model.named_parameters())
-    for index in range(streamed.num_shards):
-        for name, stored in streamed.store.stored(index).items():
+    for index in range(offloaded.num_shards):
+        for name, stored in offloaded.store.stored(index).items():
             assert torch.equal(stored["weight"], named[f"backbone.sets.{index}.{name}"]), name
     resting = {name: one for name, one in other.model.named_parameters() if not one.is_meta}
     assert len(resting) > 3

@@ -1,4 +1,4 @@
-"""Host memory for streamed sets: runs side by side, registered in segments that no copy straddles."""
+"""Host memory for offloaded sets: runs side by side, registered in segments that no copy straddles."""
 
 from __future__ import annotations
 

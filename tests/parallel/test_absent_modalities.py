@@ -25,7 +25,7 @@ from openm6.train.offloaded import open_train_step
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport
 from tests.parallel.fleet import Fleet
-from tests.parallel.test_ranks import CPU, few_steps, whole_weights
+from tests.parallel.test_process_group import CPU, few_steps, whole_weights
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
 Axes = tuple[int, int, int]
@@ -65,14 +65,14 @@ def disjoint_steps(recipe: str, folder: str) -> tuple[list[StepReport], dict[str
     train_step = open_train_step(training, checked.loop)
     batch = rows_of(training, ranks.rank)
     reports = [train_step.update(batch, step, 20) for step in (1, 2, 3)]
-    weights = {} if checked.loop.streamed else whole_weights(training)
+    weights = {} if checked.loop.offloaded else whole_weights(training)
     return reports, weights, set(batch.kinds)
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_four_ranks_of_four_modalities(streamed: bool, tmp_path: Path, four: Fleet) -> None:
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_four_ranks_of_four_modalities(offloaded: bool, tmp_path: Path, four: Fleet) -> None:
     """All meshes agree with one another: what each rank lacks is nothing, and not a wait."""
-    loop = {"streaming": {"resident": 0}} if streamed else {}
+    loop = {"streaming": {"resident": 0}} if offloaded else {}
     found = []
     for number, axes in enumerate(MESHES):
         recipe = recipe_file(tmp_path / str(number), axes, **loop)

@@ -19,7 +19,7 @@ from openm6.train.run import read_recipe
 from tests.checkpoint.test_sharded import wait_for
 from tests.parallel.fleet import Fleet
 from tests.parallel.recording_training import run_steps
-from tests.parallel.test_ranks import CPU
+from tests.parallel.test_process_group import CPU
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 

@@ -17,7 +17,7 @@ from openm6.nn.config import ExpertsConfig
 from openm6.parallel.config import MeshShape
 from openm6.parallel.processes import DistributedContext
 from tests.parallel.fleet import Fleet
-from tests.parallel.test_ranks import CPU
+from tests.parallel.test_process_group import CPU
 from tests.parallel.test_twenty_steps import MESHES, Axes, SharedWords
 from tests.train.words_training import words_backbone
 

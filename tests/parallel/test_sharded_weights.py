@@ -19,7 +19,7 @@ from openm6.parallel.process_group import LayerWeights
 from openm6.parallel.processes import DistributedContext
 from openm6.parallel.sharded_weights import RankGroup, WeightShard
 from tests.parallel.fleet import Fleet
-from tests.parallel.test_ranks import CPU
+from tests.parallel.test_process_group import CPU
 from tests.triton_interpreter import need_interpreter
 
 SHAPES = {"qkv": (7, 64), "narrow": (3, 128), "feed_forward.up": (4, 8, 64)}

@@ -22,7 +22,7 @@ from openm6.parallel.processes import DistributedContext
 from openm6.train.step import TrainStep
 from openm6.train.training_task import StepResult
 from tests.parallel.fleet import Fleet
-from tests.parallel.test_ranks import CPU
+from tests.parallel.test_process_group import CPU
 from tests.train.words_training import ROWS, WordBatch, WordsTraining, words_backbone, words_config
 
 Axes = tuple[int, int, int]

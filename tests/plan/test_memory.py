@@ -47,7 +47,7 @@ def test_a_tier_is_called_by_the_bytes_that_it_keeps() -> None:
 def test_sixteen_bytes_hold_weights_moments_and_the_larger_of_activations_and_gradients() -> None:
     budget = device_budget(CONFIG, 1e9, 1e8, TIERS[16], 1000, 80 * GIB, learned_logits=0.0)
     assert (budget.states, budget.activations, budget.context) == (12e9, 4e9, CONTEXT)
-    assert not budget.streamed and budget.device == 16e9 + CONTEXT
+    assert not budget.offloaded and budget.device == 16e9 + CONTEXT
     crowded = device_budget(CONFIG, 1e3, 1e3, TIERS[16], 1000, 80 * GIB, learned_logits=5.0)
     assert crowded.activations == 1000 * activation_bytes(CONFIG, 2) + 5.0
 
@@ -62,7 +62,7 @@ def test_small_tiers_hold_no_gradients_but_a_layer_s(size: int, states: float) -
 
 def test_what_does_not_fit_is_streamed_and_nothing_is_lost() -> None:
     budget = device_budget(CONFIG, 40e9, 1e9, TIERS[2], 1024, 32 * GIB, learned_logits=0.0)
-    assert budget.streamed and budget.states + budget.host == 80e9
+    assert budget.offloaded and budget.states + budget.host == 80e9
     assert budget.device == pytest.approx(32 * GIB)
 
 

@@ -11,18 +11,18 @@ import pytest
 
 from openm6.base.errors import ConfigError
 from openm6.plan.hardware import ClusterOptions
-from openm6.plan.plan import Plan, answer_question, make_plan
-from openm6.plan.question import read_question, read_target
+from openm6.plan.plan import Plan, make_plan, plan_json
+from openm6.plan.request import read_request, read_target
 from openm6.plan.sweep import draw_sweep, sweep_json, sweep_plans
 
 M6 = ClusterOptions(devices=512)
 
 
 def the_plan(
-    model: str = "m6-10t", gpu: str = "v100-32gb", options: ClusterOptions = M6, **asked: float
+    model: str = "m6-10t", gpu: str = "v100-32gb", options: ClusterOptions = M6, **options_of_run: float
 ) -> Plan:
-    question = read_question(model, [], energy={"pue": 1.1}, **asked)
-    return make_plan(question, read_target(gpu, None, options).cluster())
+    request = read_request(model, [], energy={"pue": 1.1}, **options_of_run)
+    return make_plan(request, read_target(gpu, None, options).cluster())
 
 
 def test_the_rated_bound_of_the_claim_by_hand() -> None:
@@ -34,7 +34,7 @@ def test_the_rated_bound_of_the_claim_by_hand() -> None:
 
 def test_ten_trillion_fit_only_with_the_host_at_two_bytes() -> None:
     plan = the_plan(days=10)
-    assert plan.fits and plan.real.tier.bytes == 2 and plan.real.budget.streamed
+    assert plan.fits and plan.real.tier.bytes == 2 and plan.real.budget.offloaded
     gpu, host = plan.bytes["gpu"], plan.bytes["host"]
     assert gpu + host == pytest.approx(2 * plan.total)
     alone = the_plan(days=10, options=replace(M6, host_memory=0.0), bytes_per_parameter=2)
@@ -64,7 +64,7 @@ def test_a_faster_network_moves_what_binds() -> None:
 def test_a_slow_link_binds_a_streamed_model() -> None:
     options = ClusterOptions(devices=1, host_memory=512.0, host_link=0.5)
     plan = the_plan("m6-100b", "h100-80gb", options, bytes_per_parameter=2)
-    assert plan.real.budget.streamed and plan.real.time.bottleneck == "link"
+    assert plan.real.budget.offloaded and plan.real.time.bottleneck == "link"
 
 
 def test_fewer_kept_inputs_save_memory_and_cost_a_pass() -> None:
@@ -86,20 +86,20 @@ def test_one_gpu_needs_no_network() -> None:
 
 
 def test_the_schema_and_the_smallest_machine() -> None:
-    question, asked = read_question("m6-10t", [], days=10), read_target("v100-32gb", None, M6)
-    content = answer_question(question, asked)[1]
+    request, target = read_request("m6-10t", [], days=10), read_target("v100-32gb", None, M6)
+    content = plan_json(request, target)[1]
     assert set(content["parameters"]) == {"total", "active"} and content["fits"] is True
     assert {"joules_per_token", "mwh", "kg_co2e"} <= set(content["energy"])
     smallest = content["smallest"]["gpus"]
-    assert make_plan(question, read_target("v100-32gb", None, replace(M6, devices=smallest)).cluster()).fits
+    assert make_plan(request, read_target("v100-32gb", None, replace(M6, devices=smallest)).cluster()).fits
     fewer = replace(M6, devices=smallest - 8)
-    assert not make_plan(question, read_target("v100-32gb", None, fewer).cluster()).fits
+    assert not make_plan(request, read_target("v100-32gb", None, fewer).cluster()).fits
 
 
 def test_changes_that_would_make_it_fit() -> None:
-    question = read_question("m6-10t", [], bytes_per_parameter=2)
-    asked = read_target("v100-32gb", None, replace(M6, host_memory=16.0))
-    plan, content = answer_question(question, asked)
+    request = read_request("m6-10t", [], bytes_per_parameter=2)
+    target = read_target("v100-32gb", None, replace(M6, host_memory=16.0))
+    plan, content = plan_json(request, target)
     changes = content["smallest"]["changes"]
     assert not plan.fits and changes
     assert any("GiB of host memory" in change for change in changes)
@@ -109,8 +109,8 @@ def test_changes_that_would_make_it_fit() -> None:
 def test_a_recipe_and_its_overrides_are_planned() -> None:
     plan = the_plan("demo", "t4", ClusterOptions())
     assert plan.real.tokens == 2048 and plan.real.tier.bytes == 16 and plan.total > 4_000_000
-    question = read_question("recipes/demo.yaml", ["packing.rows=8", "loop.optimizer.name=adafactor"])
-    changed = make_plan(question, read_target("t4", None, ClusterOptions()).cluster())
+    request = read_request("recipes/demo.yaml", ["packing.rows=8", "loop.optimizer.name=adafactor"])
+    changed = make_plan(request, read_target("t4", None, ClusterOptions()).cluster())
     assert changed.real.tokens == 4096 and changed.real.tier.bytes == 8
 
 
@@ -120,11 +120,11 @@ def test_what_cannot_be_planned_is_told() -> None:
     ):
         read_target("v100-23gb", None, M6)
     with pytest.raises(ConfigError, match="no preset and no recipe 'm6-10x'; did you mean 'm6-10"):
-        read_question("m6-10x", [])
+        read_request("m6-10x", [])
     with pytest.raises(ConfigError, match="no tier of 3 bytes a parameter: choose 1, 2, 4"):
-        read_question("base", [], bytes_per_parameter=3)
+        read_request("base", [], bytes_per_parameter=3)
     with pytest.raises(ConfigError, match=r"pseudo share 1.5 must lie between 0 and 1"):
-        read_question("base", [], pseudo_share=1.5)
+        read_request("base", [], pseudo_share=1.5)
 
 
 def test_a_gpu_of_one_s_own(tmp_path: Path) -> None:
@@ -140,26 +140,26 @@ def test_a_gpu_of_one_s_own(tmp_path: Path) -> None:
 
 
 def test_sweeps(tmp_path: Path) -> None:
-    question, asked = read_question("base", []), read_target("h100-80gb", None, ClusterOptions(devices=8))
-    rows = sweep_plans(question, asked, "gpus")
+    request, target = read_request("base", []), read_target("h100-80gb", None, ClusterOptions(devices=8))
+    rows = sweep_plans(request, target, "gpus")
     assert [count for count, _ in rows] == [2, 4, 8, 16, 32]
     speeds = [plan.tokens / plan.days for _, plan in rows]
     assert (
         speeds[0] < speeds[1] < speeds[2] < speeds[4]
     )  # a second node costs more than it brings: its network
-    assert [size for size, _ in sweep_plans(question, asked, "bytes")] == [16, 12, 8, 4, 2, 1]
-    assert sweep_json(sweep_plans(question, asked, "batch"), "batch")[2]["value"] == 16_384
+    assert [size for size, _ in sweep_plans(request, target, "bytes")] == [16, 12, 8, 4, 2, 1]
+    assert sweep_json(sweep_plans(request, target, "batch"), "batch")[2]["value"] == 16_384
     draw_sweep(rows, "gpus", tmp_path / "sweep.svg")
     assert (tmp_path / "sweep.svg").read_text().startswith("<?xml")
     with pytest.raises(ConfigError, match="--sweep 'gpu' is not known; did you mean 'gpus'"):
-        sweep_plans(question, asked, "gpu")
+        sweep_plans(request, target, "gpu")
 
 
 def test_a_plan_needs_no_torch() -> None:
     code = (
-        "import sys; from openm6.plan.hardware import *; from openm6.plan.question import *; "
+        "import sys; from openm6.plan.hardware import *; from openm6.plan.request import *; "
         "from openm6.plan.plan import *; "
-        "answer_question(read_question('m6-10t', [], days=10), read_target('h100-80gb', None, ClusterOptions(512))); "
+        "plan_json(read_request('m6-10t', [], days=10), read_target('h100-80gb', None, ClusterOptions(512))); "
         "print('torch' in sys.modules, 'numpy' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

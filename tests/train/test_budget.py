@@ -65,10 +65,10 @@ def test_it_counts_what_a_run_allocates() -> None:
         if number not in train_step.store.resident
     ]
     assert lines["resident weights"] + lines["state of resident weights"] == sum(held)
-    assert lines["streamed weights"] + lines["state of streamed weights"] == sum(away)
+    assert lines["offloaded weights"] + lines["state of offloaded weights"] == sum(away)
     weights = 2 * sum(layout.num_parameters for layout in train_step.store.layouts)
-    assert lines["resident weights"] + lines["streamed weights"] == pytest.approx(weights, rel=0.02)
-    assert lines["buffers for streamed sets"] == 2 * max(away)
+    assert lines["resident weights"] + lines["offloaded weights"] == pytest.approx(weights, rel=0.02)
+    assert lines["buffers for offloaded sets"] == 2 * max(away)
 
 
 @pytest.mark.parametrize("size", [16, 4, 2, 1])

@@ -50,7 +50,7 @@ def load_no_second(monkeypatch: pytest.MonkeyPatch) -> None:
 STREAMED = {"streaming": {"resident": 1}, "optimizer": {"learning_rate": 0.002, "bytes_per_parameter": 2}}
 
 
-@pytest.mark.parametrize("loop", [{}, STREAMED], ids=["plain", "streamed"])
+@pytest.mark.parametrize("loop", [{}, STREAMED], ids=["plain", "offloaded"])
 def test_the_live_model_is_judged_as_its_checkpoint_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: dict[str, Any]
 ) -> None:
@@ -62,7 +62,7 @@ def test_the_live_model_is_judged_as_its_checkpoint_is(
 
 
 @pytest.mark.parametrize(
-    ("judge", "loop"), [({"at_end": False}, {}), ({}, STREAMED)], ids=["turned off", "streamed"]
+    ("judge", "loop"), [({"at_end": False}, {}), ({}, STREAMED)], ids=["turned off", "offloaded"]
 )
 def test_a_run_that_is_not_to_be_judged_is_not(
     tmp_path: Path, judge: dict[str, Any], loop: dict[str, Any], caplog: pytest.LogCaptureFixture

@@ -22,7 +22,7 @@ from openm6.train.run import read_recipe
 from tests.checkpoint.test_sharded import together, wait_for, weights
 from tests.parallel.fleet import Fleet
 from tests.parallel.recording_training import Records, run_steps
-from tests.parallel.test_ranks import CPU
+from tests.parallel.test_process_group import CPU
 from tests.train.test_pseudo_to_real_ranks import real_weights
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
@@ -30,9 +30,9 @@ Axes = tuple[int, int, int]
 STEPS, SWITCH = 6, 3
 
 
-def recipe_file(folder: Path, bytes_per_parameter: int, streamed: bool = True, **changes: Any) -> str:
+def recipe_file(folder: Path, bytes_per_parameter: int, offloaded: bool = True, **changes: Any) -> str:
     optimizer = {"bytes_per_parameter": bytes_per_parameter, "learning_rate": 0.002}
-    loop = {"streaming": {"resident": 1, **changes.pop("streaming", {})}} if streamed else {}
+    loop = {"streaming": {"resident": 1, **changes.pop("streaming", {})}} if offloaded else {}
     recipe = tiny_recipe(
         steps=STEPS, save_every=2, keep=9, workers=1, clip=None, optimizer=optimizer, **{**loop, **changes}
     )
@@ -48,7 +48,7 @@ def alone(bytes_per_parameter: int) -> tuple[dict[int, float], dict[str, Tensor]
     with TemporaryDirectory() as name:
         recipe = recipe_file(Path(name), bytes_per_parameter)
         _, losses = run_steps(recipe, name, (1, 1, 1), 1, None)
-        return losses, weights(recipe_file(Path(name), 16, streamed=False), latest(name))
+        return losses, weights(recipe_file(Path(name), 16, offloaded=False), latest(name))
 
 
 @pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2)])
@@ -60,7 +60,7 @@ def test_streamed_on_ranks_equals_one_process(
     recipe = recipe_file(tmp_path, 16)
     _, found = fleet.run(run_steps, recipe, str(tmp_path / "run"), axes, 1, None)[0]
     assert found == pytest.approx(losses, rel=1e-5)
-    for name, tensor in weights(recipe_file(tmp_path, 16, streamed=False), latest(tmp_path / "run")).items():
+    for name, tensor in weights(recipe_file(tmp_path, 16, offloaded=False), latest(tmp_path / "run")).items():
         torch.testing.assert_close(tensor, last[name], rtol=1e-3, atol=2e-4, msg=name)
 
 
@@ -71,7 +71,7 @@ def test_fewer_bytes_on_ranks(bytes_per_parameter: int, tmp_path: Path, four: Fl
     recipe = recipe_file(tmp_path, bytes_per_parameter)
     _, found = four.run(run_steps, recipe, str(tmp_path / "run"), (1, 2, 2), 1, None)[0]
     assert found == pytest.approx(losses, rel=2e-3)
-    plain = recipe_file(tmp_path, 16, streamed=False)
+    plain = recipe_file(tmp_path, 16, offloaded=False)
     for name, tensor in weights(plain, latest(tmp_path / "run")).items():
         if tensor.is_floating_point() and tensor.ndim > 1:
             assert (tensor - last[name]).norm() <= 0.03 * last[name].norm(), name
@@ -101,7 +101,7 @@ def test_ranks_change_from_pseudo_to_real(tmp_path: Path, two: Fleet, four: Flee
     expected, expected_losses = run_steps(recipe, str(tmp_path / "whole"), (1, 1, 1), 1, None)
     assert records == expected
     assert losses == pytest.approx(expected_losses, rel=2e-3)
-    plain = recipe_file(tmp_path / "recipe", 16, streamed=False, stages=stages)
+    plain = recipe_file(tmp_path / "recipe", 16, offloaded=False, stages=stages)
     ours, theirs = (
         real_weights(plain, latest(tmp_path / name), str(tmp_path / name)) for name in ("run", "whole")
     )

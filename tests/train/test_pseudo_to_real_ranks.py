@@ -25,7 +25,7 @@ from openm6.train.step import TrainStep
 from tests.checkpoint.test_sharded import together, wait_for
 from tests.parallel.fleet import Fleet
 from tests.parallel.recording_training import Records, run_steps
-from tests.parallel.test_ranks import CPU
+from tests.parallel.test_process_group import CPU
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
 Axes = tuple[int, int, int]

@@ -29,7 +29,7 @@ from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport, TrainStep
 from tests.parallel.fleet import Fleet
-from tests.parallel.test_ranks import CPU, few_steps
+from tests.parallel.test_process_group import CPU, few_steps
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
 Axes = tuple[int, int, int]

@@ -1,4 +1,4 @@
-"""A giant with everything at once: all modalities, streamed, few bytes a parameter, from pseudo to real."""
+"""A giant with everything at once: all modalities, offloaded, few bytes a parameter, from pseudo to real."""
 
 from __future__ import annotations
 

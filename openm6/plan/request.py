@@ -1,4 +1,4 @@
-"""What is asked of the planner: a model, how it is trained and for how long, and a machine."""
+"""The request to the planner: a model, how it is trained and for how long, and a machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LENGTH = 512  # tokens of a row
 class Model:
     """What is to be trained: its name, backbone and vocabulary; of a recipe also rows, row length and optimizer.
 
-    adapters: whether it takes other modalities than text; streaming: how its blocks are streamed, None where they are
+    adapters: whether it takes other modalities than text; streaming: how its blocks are offloaded, None where they are
     not; bytes_per_parameter: of its blocks, None where the optimizer decides.
     """
 
@@ -39,7 +39,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanRequest:
     """`tokens`: budget in tokens; `days`: time that there is; neither: 20 tokens for each active parameter.
 
     batch: tokens a step of one device; bytes_per_parameter: the tier, None for the most precise that fits;
@@ -126,7 +126,7 @@ def model_of_recipe(name: str, values: dict[str, Any], overrides: list[str] | No
 
 @dataclass(frozen=True)
 class PlanTarget:
-    """The machine asked about: a GPU of the table with the cluster's sizes."""
+    """The machine: a GPU of the table with the cluster's sizes."""
 
     gpu: Gpu
     known: tuple[Gpu, ...]
@@ -146,7 +146,7 @@ def read_target(kind: str, table: Path | None, options: ClusterOptions) -> PlanT
     return PlanTarget(gpu(kind, table), tuple(gpus(table).values()), options)
 
 
-def read_question(
+def read_request(
     model: str | None,
     overrides: list[str],
     batch: int | None = None,
@@ -156,8 +156,8 @@ def read_question(
     pseudo_share: float = 0.0,
     recompute_every: int | None = None,
     energy: dict[str, Any] | None = None,
-) -> Question:
-    """The question by the words of the command line.
+) -> PlanRequest:
+    """Return the request from the options of the command line.
 
     Raises:
         ConfigError: no model was named, or a number that cannot be.
@@ -165,7 +165,7 @@ def read_question(
     if model is None:
         raise ConfigError("name a preset or a recipe to plan, as openm6 plan small --gpu h100-80gb")
     check_bytes(bytes_per_parameter)
-    return Question(
+    return PlanRequest(
         read_model(model, overrides),
         batch=batch,
         tokens=tokens,
