@@ -16,8 +16,8 @@ import torch
 import typer
 
 from benchmarks.arrivals import mixed_load, tails
-from benchmarks.harness import Json, Report, device_name
 from benchmarks.baseline_qwen import BASELINE_MISSING, QwenBaseline, Seen, open_baseline
+from benchmarks.harness import Json, Report, device_name
 from openm6.base.config import Config
 from openm6.base.device import own_device
 from openm6.base.energy.meter import open_meter
@@ -90,7 +90,11 @@ SHARE = 0.7  # of what the baseline's best setting answers at once, so that it k
 
 
 def compare_under_load(
-    rows: TextRows, baseline: QwenBaseline | None, prompts: list[list[int]], given: int, rates: dict[str, float]
+    rows: TextRows,
+    baseline: QwenBaseline | None,
+    prompts: list[list[int]],
+    given: int,
+    rates: dict[str, float],
 ) -> dict[str, Any]:
     """The same prompts at the same random moments to each; `rates` are requests a second when all are there at once.
 
@@ -233,7 +237,9 @@ def compare(setting: ServeSetting, device: torch.device, report: Report) -> None
             continue
         call()  # warm up: graphs, kernels, caches
         found[name] = _median_run(call, setting)
-    requests = {name: row["requests_per_second"] for name, row in found.items() if "requests_per_second" in row}
+    requests = {
+        name: row["requests_per_second"] for name, row in found.items() if "requests_per_second" in row
+    }
     report["text_under_load"] = compare_under_load(rows, baseline, prompts, setting.given, requests)
 
 

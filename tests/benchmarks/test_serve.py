@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
+from benchmarks.baseline_qwen import QwenBaseline
 from benchmarks.generate import Setting, compare
 from benchmarks.harness import Report
-from benchmarks.baseline_qwen import QwenBaseline
 from benchmarks.serve import (
     ServeSetting,
     answer_prompts,
@@ -98,7 +98,11 @@ def test_without_the_baseline_ours_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     with Report(None, 60) as report:
         compare_text(TINY, torch.device("cpu"), report)
     found = report.found
-    assert found["baseline"] is None and "pip install" in found["baseline_note"] and set(found["text"]) == {"openm6"}
+    assert (
+        found["baseline"] is None
+        and "pip install" in found["baseline_note"]
+        and set(found["text"]) == {"openm6"}
+    )
     assert found["text_under_load"]["openm6"]["requests_per_second"] > 0
 
 

@@ -1,4 +1,4 @@
-"""ShardSpecOf laid out by the sequence rule, and examples gathered into rows."""
+"""Pieces laid out by the sequence rule, and examples gathered into rows."""
 
 from __future__ import annotations
 
