@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from openm6.base.device import own_device
+from openm6.core.device import resolve_device
 from openm6.inference.load import Loaded
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
@@ -57,7 +57,7 @@ def untrained(preset: str) -> Loaded:
     modalities = build_modalities(ModalitiesConfig(), train_tokenizer(WORDS, 320), {"mass": (3.0, 1.0)})
     backbone = PRESETS[preset].backbone
     torch.manual_seed(0)
-    omni = Omni(backbone, modalities).eval().requires_grad_(False).to(own_device())
+    omni = Omni(backbone, modalities).eval().requires_grad_(False).to(resolve_device())
     description = ModelDescription(
         backbone=backbone, modalities=ModalitiesConfig(), scales={"mass": (3.0, 1.0)}, lessons=[]
     )

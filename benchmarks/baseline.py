@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.candidate import Candidate, Part, backward_of, products_of, update_of
 from benchmarks.sizes import Sizes
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 
 EXPERTS = "grouped_mm"  # the fastest of its ways on a GPU; on a CPU, too
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Deadline
-from openm6.base.device import own_device
+from openm6.core.device import resolve_device
 
 VOCABULARY = 32_768
 SIZES = ((1024, 16), (2048, 16), (2048, 32), (3072, 24), (4096, 16), (4096, 20), (4096, 24), (4096, 32))
@@ -27,7 +27,7 @@ LONGEST = 600.0  # seconds that one size may take
 
 def max_deepspeed_size(length: int, deadline: Deadline) -> tuple[dict[str, Any] | None, str]:
     """Figures of the largest size that ran, and a sentence; sizes grow until one fails or time is up."""
-    if importlib.util.find_spec("deepspeed") is None or own_device().type == "cpu":
+    if importlib.util.find_spec("deepspeed") is None or resolve_device().type == "cpu":
         return (
             None,
             "deepspeed needs a GPU and `pip install deepspeed transformers`; neither was measured here",

@@ -26,8 +26,8 @@ from benchmarks.harness import (
     speed_ratio,
 )
 from benchmarks.sizes import Sizes, choose_sizes, default_name
-from openm6.base.device import own_device
-from openm6.base.errors import ConfigError
+from openm6.core.device import resolve_device
+from openm6.core.errors import ConfigError
 from openm6.nn.config import ExpertsConfig
 
 BASELINES = ("transformers", "none")
@@ -50,7 +50,7 @@ def bench_experts(
     """
     if baseline not in BASELINES:
         raise ConfigError(f"no baseline {baseline!r}: choose {' or '.join(BASELINES)}")
-    device = own_device()
+    device = resolve_device()
     sizes, name = choose_sizes(config, device), config or default_name(device)
     with Report(json_path, seconds or 60.0) as report:
         report.update(

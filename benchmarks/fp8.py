@@ -19,7 +19,7 @@ from benchmarks.candidate import Part, products_of
 from benchmarks.decoder import Decoder, our_candidate
 from benchmarks.harness import Json, Report, SizesName, TimeLimit, Timing, alternate, device_name
 from benchmarks.sizes import Sizes, choose_sizes, default_name
-from openm6.base.device import own_device
+from openm6.core.device import resolve_device
 from openm6.data.parquet import embedded_path, read_parquet
 from openm6.nn.block import Block
 from openm6.nn.layers import activate
@@ -151,7 +151,7 @@ def bench_fp8(
     \b
     Example: python -m benchmarks fp8 --config a --json fp8.json
     """
-    device = own_device()
+    device = resolve_device()
     sizes, name = choose_sizes(config, device), config or default_name(device)
     with Report(json_path, seconds or (300.0 if device.type == "cuda" else 90.0)) as report:
         report.update({"device": device_name(device), "torch": torch.__version__, "worth_it_at": WORTH})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Json, Report, Timing, alternate, device_name
-from openm6.base.device import own_device
+from openm6.core.device import resolve_device
 from openm6.inference.decode import DecodeStep, Speaker
 from openm6.inference.masked import Canvas, advance
 from openm6.inference.prefill import read_into
@@ -100,7 +100,7 @@ def bench_generate(
 
 def compare(setting: Setting, report: Report) -> None:
     """Puts the figures of both ways of decoding into the report."""
-    device = own_device()
+    device = resolve_device()
     omni, modalities = _model(setting, device)
     image, text = modalities["image"], modalities["text"]
     assert isinstance(text, Text)

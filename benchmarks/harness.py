@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from openm6.base.files import replace_text
+from openm6.core.files import replace_text
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results there as well.")]
 Seconds = Annotated[float, typer.Option("--seconds", help="No new part begins after so long.")]

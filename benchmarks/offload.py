@@ -15,11 +15,11 @@ import typer
 
 from benchmarks.baseline_deepspeed import max_deepspeed_size
 from benchmarks.harness import Deadline, Json, Report, Seconds, Steps, device_name
-from openm6.base.config import build
-from openm6.base.device import own_device
-from openm6.base.energy.meter import Meter, open_meter
-from openm6.base.errors import ConfigError
-from openm6.base.run_folder import RunFolder
+from openm6.core.config import build
+from openm6.core.device import resolve_device
+from openm6.core.errors import ConfigError
+from openm6.core.run_folder import RunFolder
+from openm6.energy.meter import Meter, open_meter
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
@@ -181,7 +181,7 @@ def measure(
     """
     if baseline not in (None, "deepspeed"):
         raise ConfigError(f"--baseline {baseline} is unknown: deepspeed is the one there is")
-    device = own_device()
+    device = resolve_device()
     with Report(json_path, seconds) as report:
         report["device"] = device_name(device)
         with open_meter() as meter:

@@ -17,9 +17,9 @@ import torch
 import typer
 
 from benchmarks.harness import Json, Report, TimeLimit, Timing, alternate, device_name, speed_ratio
-from openm6.base.device import own_device
-from openm6.base.errors import ConfigError
-from openm6.base.run_folder import RunFolder
+from openm6.core.device import resolve_device
+from openm6.core.errors import ConfigError
+from openm6.core.run_folder import RunFolder
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
@@ -72,7 +72,7 @@ def bench_packing(
     \b
     Example: python -m benchmarks packing --json packing.json
     """
-    device = own_device()
+    device = resolve_device()
     words = [*SIZES[device.type], *(overrides or [])]
     recipe, _ = read_recipe(recipe_path(RECIPE), words)
     if not isinstance(recipe, MultimodalRecipe):

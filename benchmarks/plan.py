@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Json, Report, Seconds
-from openm6.base.errors import TrainingError
-from openm6.base.run_folder import RunFolder
+from openm6.core.errors import TrainingError
+from openm6.core.run_folder import RunFolder
 from openm6.plan.measured import plan_measured
 
 GOAL = 0.15  # relative error

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from benchmarks.harness import Json, Report, Seconds, Steps, device_name
 from benchmarks.ranks import NumRanks, Of
-from openm6.base.config import build
-from openm6.base.device import own_device
-from openm6.base.energy.meter import Meter, open_meter
-from openm6.base.errors import ConfigError
-from openm6.base.run_folder import RunFolder
+from openm6.core.config import build
+from openm6.core.device import resolve_device
+from openm6.core.errors import ConfigError
+from openm6.core.run_folder import RunFolder
+from openm6.energy.meter import Meter, open_meter
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import preset
 from openm6.nn.moe import LocalChunk, LocalDispatcher
@@ -138,7 +138,7 @@ def bench_rank(
     \b
     Example: python -m benchmarks rank --of m6-10t --ranks 512 --json rank.json
     """
-    device = own_device()
+    device = resolve_device()
     size = rank_size(of, ranks, device.type == "cuda")
     experts = size.whole.experts
     curve: list[dict[str, Any]] = []

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import typer
 
-from openm6.base.errors import ConfigError, OpenM6Error, TrainingError
+from openm6.core.errors import ConfigError, OpenM6Error, TrainingError
 
 Of = Annotated[str, typer.Option("--of", metavar="PRESET", help="The model of which a rank has a share.")]
 NumRanks = Annotated[int, typer.Option("--ranks", min=1, help="Ranks of the whole run.")]

@@ -19,13 +19,13 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.harness import Json, Report, Seconds, device_name
 from benchmarks.ranks import on_ranks, parse_counts
-from openm6.base.errors import ConfigError
-from openm6.base.seeds import derive_seed
 from openm6.checkpoint.folder import step_folder
 from openm6.checkpoint.load import load_model, load_optimizer
 from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.checkpoint.save import Snapshot
 from openm6.checkpoint.sharded import ShardedSaver
+from openm6.core.errors import ConfigError
+from openm6.core.seeds import derive_seed
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.config import ExpertsConfig

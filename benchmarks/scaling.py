@@ -14,7 +14,7 @@ import typer
 
 from benchmarks.harness import Deadline, Json, Report, Seconds, Steps, device_name
 from benchmarks.ranks import Of, on_ranks, parse_counts
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig

@@ -18,9 +18,9 @@ import typer
 from benchmarks.arrivals import mixed_load, tails
 from benchmarks.baseline_qwen import BASELINE_MISSING, QwenBaseline, Seen, open_baseline
 from benchmarks.harness import Json, Report, device_name
-from openm6.base.config import Config
-from openm6.base.device import own_device
-from openm6.base.energy.meter import open_meter
+from openm6.core.config import Config
+from openm6.core.device import resolve_device
+from openm6.energy.meter import open_meter
 from openm6.inference.decode import Speaker
 from openm6.inference.graphs import open_rows
 from openm6.inference.sampling import Sampling
@@ -198,7 +198,7 @@ def bench_serve(
     \b
     Example: python -m benchmarks serve --json serve.json
     """
-    device = own_device()
+    device = resolve_device()
     setting = GPU_SETTING if device.type == "cuda" else CPU_SETTING
     with Report(json_path, setting.seconds) as report:
         compare(setting, device, report)

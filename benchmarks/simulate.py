@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import Json, Report
 from benchmarks.ranks import NumRanks, Of
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.models.presets import preset

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from openm6.base.config import Config, nearest
-from openm6.base.errors import ConfigError
+from openm6.core.config import Config
+from openm6.core.errors import ConfigError, nearest
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig
 

@@ -13,8 +13,8 @@ from benchmarks.candidate import Candidate, take_turns, time_parts
 from benchmarks.decoder import our_candidate
 from benchmarks.harness import Baseline, Json, Report, SizesName, TimeLimit, device_name, speed_ratio
 from benchmarks.sizes import Sizes, choose_sizes, default_name, peak_tflops
-from openm6.base.device import own_device
-from openm6.base.errors import ConfigError
+from openm6.core.device import resolve_device
+from openm6.core.errors import ConfigError
 
 BASELINES = ("transformers", "none")
 
@@ -32,7 +32,7 @@ def bench_train(
     """
     if baseline not in BASELINES:
         raise ConfigError(f"no baseline {baseline!r}: choose {' or '.join(BASELINES)}")
-    device = own_device()
+    device = resolve_device()
     sizes, name = choose_sizes(config, device), config or default_name(device)
     on_gpu = device.type == "cuda"
     candidates: dict[str, Candidate] = {}

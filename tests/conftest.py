@@ -1,4 +1,4 @@
-"""Fleets of two and of four processes for the tests of several rooms, and where Triton kernels are tested."""
+"""Fleets of two and of four processes for the tests of several packages, and where Triton kernels are tested."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, by whomever
 
+from openm6.core.device import resolve_device
 from tests.parallel.fleet import Fleet
 from tests.triton_interpreter import need_triton
 
@@ -19,7 +20,7 @@ from tests.triton_interpreter import need_triton
 def device() -> torch.device:
     """The GPU where there is one; else kernels run in Triton's interpreter, on the CPU."""
     need_triton()
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return resolve_device()
 
 
 @pytest.fixture(scope="session")

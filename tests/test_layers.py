@@ -14,7 +14,8 @@ PACKAGE = ROOT / "openm6"
 # Beside the package: they may import all of it, and it none of them.
 BENCHMARKS = ROOT / "benchmarks"
 LAYERS = {
-    "base": 10,
+    "core": 10,
+    "energy": 15,
     "kernels": 15,
     "ops": 20,
     "optim": 25,
@@ -158,11 +159,11 @@ def test_a_violation_is_found(source: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "from openm6.base.errors import DataError",
+        "from openm6.core.errors import DataError",
         "from openm6.tasks.task import Task",
         "from . import task",
         "import torch",
-        "import importlib\nimportlib.import_module('openm6.base.files')",
+        "import importlib\nimportlib.import_module('openm6.core.files')",
         "def f():\n    from openm6.kernels import moe",
         "FILE = 'openm6.yaml of a run'",
     ],
@@ -189,10 +190,10 @@ def test_a_computed_name_is_found(source: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "importlib.import_module('openm6.base.files')",
-        "import_module(name='openm6.base.files')",
-        "ENTRIES = {'write': 'openm6.base.files:replace_text'}",
-        "def f(name='openm6.base.files:RunFolder.open'): pass",
+        "importlib.import_module('openm6.core.files')",
+        "import_module(name='openm6.core.files')",
+        "ENTRIES = {'write': 'openm6.core.files:replace_text'}",
+        "def f(name='openm6.core.files:RunFolder.open'): pass",
     ],
 )
 def test_an_import_by_string_is_found(source: str) -> None:
@@ -200,7 +201,7 @@ def test_an_import_by_string_is_found(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["import_module('json')", "from openm6.base import files", "KEY = 'openm6.base'"]
+    "source", ["import_module('json')", "from openm6.core import files", "KEY = 'openm6.core'"]
 )
 def test_other_strings_are_free(source: str) -> None:
     assert imports_by_string(source) == []

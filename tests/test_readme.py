@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as benchmarks
-from openm6.base.config import apply_overrides
-from openm6.base.errors import ConfigError
 from openm6.cli.main import app
 from openm6.codecs.registry import shipped_codecs
+from openm6.core.config import apply_overrides
+from openm6.core.errors import ConfigError
 from openm6.tasks.registry import TASKS
 from openm6.train.run import read_recipe, recipe_path
 from tests.cli.lazy_imports import replace_calls

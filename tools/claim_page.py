@@ -11,10 +11,9 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from openm6.base.energy import gpt3
-from openm6.base.energy.config import EnergyConfig
-from openm6.base.energy.grid import grid
-from openm6.base.files import replace_text
+from openm6.core.files import replace_text
+from openm6.energy.carbon import GPT3_JOULES_PER_TOKEN, GPT3_MWH, GPT3_TOKENS, grid
+from openm6.energy.meter import EnergyConfig
 from openm6.plan.hardware import GIB, ClusterOptions, gpu
 from openm6.plan.plan import Plan, make_plan, smallest_count
 from openm6.plan.request import PlanRequest, read_request, read_target
@@ -119,8 +118,8 @@ def _speeds(plans: Plans) -> dict[str, float | str]:
         "flops_again": plans.assumed.operations * 4 / 3 / 1e12,
         "fewest": billions[0],
         "most": billions[2],
-        "of_gpt3_few": gpt3.TOKENS / 1e9 / billions[0],
-        "of_gpt3_many": gpt3.TOKENS / 1e9 / billions[2],
+        "of_gpt3_few": GPT3_TOKENS / 1e9 / billions[0],
+        "of_gpt3_many": GPT3_TOKENS / 1e9 / billions[2],
         "pseudo_step": plans.assumed.stages["pseudo"].time.seconds,
         "real_step": plans.assumed.real.time.seconds,
     }
@@ -131,7 +130,7 @@ def _energy(plans: Plans) -> dict[str, float]:
     energy, free, hopper = plans.assumed.energy, plans.free.energy, plans.hopper.energy
     return {
         "rated": energy.mwh_rated,
-        "rated_share": 100 * energy.mwh_rated / gpt3.MWH,
+        "rated_share": 100 * energy.mwh_rated / GPT3_MWH,
         "waiting": energy.mwh,
         "computing": free.mwh,
         "tons_low": energy.kg_co2e / 1000,
@@ -144,15 +143,15 @@ def _energy(plans: Plans) -> dict[str, float]:
         "h100_times": plans.hopper.tokens / plans.assumed.tokens,
         "h100_joules": hopper.joules_per_token,
         "v100_joules": energy.joules_per_token,
-        "gpt3_joules": gpt3.JOULES_A_TOKEN,
+        "gpt3_joules": GPT3_JOULES_PER_TOKEN,
         "joules_low": free.joules_per_token,
         "joules_high": energy.joules_per_token,
     }
 
 
 def _percent(plans: Plans) -> dict[str, float]:
-    plan, percent = plans.assumed, gpt3.MWH / 100
-    gpt3_million = gpt3.MWH * 1000 / (GPT3_PARAMETERS / 1e6)
+    plan, percent = plans.assumed, GPT3_MWH / 100
+    gpt3_million = GPT3_MWH * 1000 / (GPT3_PARAMETERS / 1e6)
     own_million = plan.energy.mwh_rated * 1000 / (plan.total / 1e6)
     return {
         "percent": percent,

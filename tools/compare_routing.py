@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from openm6.base.config import apply_overrides, build, read_yaml
-from openm6.base.device import own_device
-from openm6.base.errors import ConfigError, OpenM6Error
-from openm6.base.files import replace_text
-from openm6.base.run_folder import RunFolder
+from openm6.core.config import apply_overrides, build, read_yaml
+from openm6.core.device import resolve_device
+from openm6.core.errors import ConfigError, OpenM6Error
+from openm6.core.files import replace_text
+from openm6.core.run_folder import RunFolder
 from openm6.data.parquet import ParquetConfig
 from openm6.data.sources import open_sources
 from openm6.tasks.registry import TASKS
@@ -106,7 +106,7 @@ def run_cell(values: Values, folder: Path) -> Values:
     recipe = build(MultimodalRecipe, values, "the recipe")
     run = RunFolder.open(folder)
     run.write_config(values)
-    device = own_device()
+    device = resolve_device()
     result = train(ComparedTraining(recipe, run, device), recipe.loop, run, resume=True)
     return {"tokens": result.tokens, "seconds": round(result.seconds, 1), **curves(run)}
 

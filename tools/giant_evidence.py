@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from openm6.base.config import build
-from openm6.base.run_folder import RunFolder
+from openm6.core.config import build
+from openm6.core.run_folder import RunFolder
 from openm6.data.mixture import Component, MixtureSampler
 from openm6.data.packing import Packer
 from openm6.data.prepare import ExampleTransform

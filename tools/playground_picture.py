@@ -13,7 +13,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect, sync_playwright
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from tests.load.server import served
 
 SIZE = {"width": 1200, "height": 780}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 
 TASKS = ("name picture/digits", "transcribe/spoken", "draw/digits", "fill picture/digits", "forecast/weather")
 SIZE = {"width": 1152, "height": 800}

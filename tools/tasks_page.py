@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from openm6.base.files import replace_text
+from openm6.core.files import replace_text
 from openm6.evaluate.metrics import METRICS
 from openm6.modalities.registry import MODALITIES
 from openm6.tasks.registry import TASKS

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from openm6.base.errors import CheckpointError
+from openm6.core.errors import CheckpointError
 
 STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"

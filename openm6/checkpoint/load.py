@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import EXPONENT, MODEL_FILE, SEPARATOR, TRAINING_FILE
 from openm6.checkpoint.optimizer import load_optimizer_state
 from openm6.checkpoint.reader import CheckpointReader, read_file
 from openm6.checkpoint.save import Saver, named_tensors
+from openm6.core.errors import CheckpointError
 from openm6.optim.low_precision import from_levels
 
 

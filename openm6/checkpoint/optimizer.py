@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import SEPARATOR
+from openm6.core.errors import CheckpointError
 
 Moments = Literal["independent", "aligned", "reset"]
 

@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import MODEL_FILE, OPTIMIZER_FILE, TRAINING_FILE
+from openm6.core.errors import CheckpointError
 
 PLACES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in the header of a file with shards, by torch
 TYPES = {

@@ -16,9 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from openm6 import __version__
-from openm6.base.errors import CheckpointError
-from openm6.base.files import sync_file, sync_folder, write_synced
-from openm6.base.plain_json import to_json
 from openm6.checkpoint.folder import (
     INDEX_FILE,
     MODEL_FILE,
@@ -31,6 +28,8 @@ from openm6.checkpoint.folder import (
     step_folder,
 )
 from openm6.checkpoint.reader import TYPES, bytes_of
+from openm6.core.errors import CheckpointError
+from openm6.core.files import sync_file, sync_folder, to_json, write_synced
 
 FORMAT = 1
 

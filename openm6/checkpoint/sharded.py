@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import SEPARATOR, clear_partial, partial_folder, step_folder
 from openm6.checkpoint.reader import CheckpointReader, Shape
 from openm6.checkpoint.save import Saver, Snapshot, as_checkpoint_error, commit, named_tensors
+from openm6.core.errors import CheckpointError
 from openm6.optim.sharding import is_sharded_along
 from openm6.parallel.fsdp import Layout, expert_parameters, with_places
 from openm6.parallel.sharded_weights import local, shard_spec_of

@@ -11,13 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from openm6.base.energy import gpt3
-from openm6.base.energy.units import in_joules
-from openm6.base.errors import CheckpointError
-from openm6.base.files import replace_text
+from openm6.core.errors import CheckpointError
+from openm6.core.files import replace_text
+from openm6.energy.carbon import GPT3_CAVEAT, in_joules
 
 if TYPE_CHECKING:
-    from openm6.base.energy.ledger import Account
+    from openm6.energy.tracker import EnergyUse
     from openm6.evaluate.energy import EnergyAccount
 
 WIDTH, HEIGHT = 60, 10  # of the plot, in characters
@@ -51,7 +50,7 @@ def print_energy(path: Path, country: str | None, pue: float | None, json_path: 
         CheckpointError: there is no run, or it was not metered.
     """
     # torch takes seconds to import
-    from openm6.base.run_folder import RunFolder
+    from openm6.core.run_folder import RunFolder
     from openm6.evaluate.energy import read_account, read_lines
 
     if not path.is_dir():
@@ -87,7 +86,7 @@ def _summary(account: EnergyAccount) -> str:
     return words + repeated
 
 
-def _table(account: EnergyAccount, title: str, accounts: dict[str, Account]) -> Table:
+def _table(account: EnergyAccount, title: str, accounts: dict[str, EnergyUse]) -> Table:
     table = Table(box=None)
     table.add_column(title, no_wrap=True)
     for name in ("joules", "g CO2e", "tokens", "J / 1,000 tokens", "J / point of loss"):
@@ -132,4 +131,4 @@ def _plot(lines: list[dict[str, Any]]) -> str:
 def _comparison(account: EnergyAccount) -> str:
     ratio = account.of_gpt3
     words = f"{ratio:.3g} times" if ratio >= 1 else f"{ratio:.3%} of"
-    return f"A token took {words} what one of GPT-3's training took. {gpt3.CAVEAT}"
+    return f"A token took {words} what one of GPT-3's training took. {GPT3_CAVEAT}"

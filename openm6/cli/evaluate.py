@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from openm6.base.errors import ConfigError
 from openm6.cli.train import Trained
+from openm6.core.errors import ConfigError
 
 
 def evaluate(

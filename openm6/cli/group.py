@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.protocol import is_renderable
 from typer.core import TyperGroup
 
-from openm6.base.errors import Interrupted, OpenM6Error
-from openm6.base.files import mend_of
-from openm6.base.log import start_log
+from openm6.core.errors import Interrupted, OpenM6Error
+from openm6.core.files import mend_of
+from openm6.core.log import start_log
 
 FAILED, INTERRUPTED = 1, 130
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}

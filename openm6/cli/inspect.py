@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from openm6.base.errors import ConfigError
-from openm6.base.files import check_place, replace_text
+from openm6.core.errors import ConfigError
+from openm6.core.files import check_place, replace_text
 from openm6.data.quarantine import MAX_BROKEN
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from openm6.base.errors import ConfigError
-from openm6.base.files import replace_text
 from openm6.cli.group import print_result
+from openm6.core.errors import ConfigError
+from openm6.core.files import replace_text
 
 STANDARD_OUTPUT = "-"
 

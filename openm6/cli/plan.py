@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 
 Model = Annotated[
     str | None, typer.Argument(metavar="PRESET|RECIPE", help="A preset, a recipe, or a run's folder.")

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from openm6.base.energy import gpt3
-from openm6.base.errors import ConfigError
-from openm6.base.files import replace_text
 from openm6.cli.listings import in_short
+from openm6.core.errors import ConfigError
+from openm6.core.files import replace_text
+from openm6.energy.carbon import GPT3_JOULES_PER_TOKEN, GPT3_MWH
 from openm6.models.presets import PRESETS
 from openm6.plan.measured import plan_measured
 from openm6.plan.plan import Plan, StagePlan, plan_json
@@ -142,7 +142,7 @@ def _rows(plan: Plan, smallest: dict[str, Any]) -> list[tuple[str, str]]:
             "energy",
             f"{in_energy(energy.mwh)}, at most {in_energy(energy.mwh_rated)} by rating; "
             f"{energy.joules_per_token:.3g} J a token "
-            f"(GPT-3: {gpt3.JOULES_A_TOKEN:.1f} J, {gpt3.MWH:,.0f} MWh; this is {_share(energy.mwh / gpt3.MWH)})",
+            f"(GPT-3: {GPT3_JOULES_PER_TOKEN:.1f} J, {GPT3_MWH:,.0f} MWh; this is {_share(energy.mwh / GPT3_MWH)})",
         ),
         ("carbon", f"{in_figures(energy.kg_co2e)} kg CO2e ({energy.grid})"),
     ]

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from openm6.base.errors import ConfigError
 from openm6.cli.train import Trained
+from openm6.core.errors import ConfigError
 
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="engine.rows=32, limits.pixels=…")

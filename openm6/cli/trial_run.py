@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from openm6.base.device import own_device
-from openm6.base.errors import ConfigError, OpenM6Error
-from openm6.base.files import replace_text
-from openm6.base.run_folder import RunFolder
+from openm6.core.device import resolve_device
+from openm6.core.errors import ConfigError, OpenM6Error
+from openm6.core.files import replace_text
+from openm6.core.run_folder import RunFolder
 from openm6.plan.measured import STEPS, WARMUP_STEPS, TrialRun, end_with_parent, trial_file
 from openm6.train.callbacks import Callback, Running, process_memory
 from openm6.train.loop import train
@@ -83,7 +83,7 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
     assert isinstance(checked, MultimodalRecipe)
     run = RunFolder.open(folder)
     run.write_config(values)
-    device = own_device()
+    device = resolve_device()
     training = TrialTraining(checked, run, device)
     loop = whole.loop
     total, active = training.omni.count_parameters()

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from openm6.base.errors import DataError
 from openm6.codecs.base import Codec, Quantized, QuantizerConfig, ResidualQuantizer
+from openm6.core.errors import DataError
 from openm6.ops.audio import log_mel, mel_filters, overlap_add, spectrum, unit_window
 from openm6.ops.matmul import matmul
 

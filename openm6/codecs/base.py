@@ -13,7 +13,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
-from openm6.base.config import Config
+from openm6.core.config import Config
 from openm6.ops.quantize import SATURATION, bits_per_channel, cell_values, pack, quantize, unpack
 
 MAX_CODEBOOK = 1024  # one softmax of the transformer per code

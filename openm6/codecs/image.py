@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from openm6.base.errors import DataError
 from openm6.codecs.base import Codec, GroupedQuantizer, Quantized, QuantizerConfig
+from openm6.core.errors import DataError
 from openm6.ops.matmul import matmul, use_onednn
 
 STEM = 4  # pixels folded into channels before the first convolution: what makes the codec quick on a CPU

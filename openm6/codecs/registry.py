@@ -9,11 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from openm6.base.config import Config, build, nearest
-from openm6.base.errors import CheckpointError, ConfigError
 from openm6.codecs.audio import SoundCodec, SoundCodecConfig
 from openm6.codecs.base import Codec, QuantizerConfig
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
+from openm6.core.config import Config, build
+from openm6.core.errors import CheckpointError, ConfigError, nearest
 
 __all__ = ["CODECS", "Codec", "QuantizerConfig", "load_codec", "save_codec", "shipped_codecs"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.media import TABLE_ENDINGS, FolderConfig, load_table, media_files, table_config
 from openm6.data.propose import (
     Column,

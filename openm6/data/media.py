@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.parquet import EMBEDDED_MARK, ParquetConfig
 from openm6.data.records import (
     AUDIO_ENDINGS,

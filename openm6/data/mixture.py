@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from openm6.base.errors import DataError
-from openm6.base.seeds import mix, permutation, text_hash, uniform
+from openm6.core.errors import DataError
+from openm6.core.seeds import mix, permutation, text_hash, uniform
 from openm6.data.records import Record
 from openm6.data.source import Source
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from openm6.base.config import Config
-from openm6.base.errors import ConfigError, DataError, MissingFieldError, TrainingError
+from openm6.core.config import Config
+from openm6.core.errors import ConfigError, DataError, MissingFieldError, TrainingError
 from openm6.data.mixture import DataShard, MixtureSampler, SampleIndex, merge, own_shards
 from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine, merge_counts

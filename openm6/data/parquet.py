@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from openm6.base.config import nearest
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError, nearest
 from openm6.data.records import RowReader, check_columns
 from openm6.data.source import Neighbour, Source, SourceConfig, Split
 from openm6.data.storage import TableFolder, find_files, first_line, is_remote, refuse_not_parquet

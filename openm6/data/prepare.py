@@ -7,8 +7,8 @@ from itertools import islice
 
 import numpy as np
 
-from openm6.base.errors import DataError
-from openm6.base.seeds import numpy_generator
+from openm6.core.errors import DataError
+from openm6.core.seeds import numpy_generator
 from openm6.data.mixture import MixtureSampler, SampleIndex
 from openm6.data.records import Record
 from openm6.data.source import Source

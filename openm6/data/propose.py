@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.prepare import with_others
 from openm6.data.records import (
     AUDIO_ENDINGS,

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openm6.base.errors import TrainingError
-from openm6.base.files import append_line, told_as_output_error
+from openm6.core.errors import TrainingError
+from openm6.core.files import append_line, as_output_error
 
 MAX_BROKEN = 0.05  # share of the records at which a run stops unless its recipe says otherwise
 MAX_LISTED = 10_000
@@ -116,7 +116,7 @@ class Quarantine:
         if self._path is None or (source, record_id) in self._listed or len(self._listed) >= MAX_LISTED:
             return
         self._listed.add((source, record_id))
-        with told_as_output_error(self._path):
+        with as_output_error(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
         line = {"kind": kind, "source": source, "id": record_id, "reason": reason}
         append_line(self._path, json.dumps(line, ensure_ascii=False))

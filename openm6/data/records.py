@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from openm6.base.config import Config, nearest
-from openm6.base.errors import DataError
+from openm6.core.config import Config
+from openm6.core.errors import DataError, nearest
 
 Record = dict[str, Any]
 """One row of data. Keys that the row does not fill are absent.

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from openm6.base.config import Config
-from openm6.base.errors import DataError
-from openm6.base.seeds import text_hash
+from openm6.core.config import Config
+from openm6.core.errors import DataError
+from openm6.core.seeds import text_hash
 from openm6.data.records import Record
 
 Split = Literal["train", "validation", "test"]

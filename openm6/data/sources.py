@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from openm6.base.config import nearest
-from openm6.base.errors import DataError
-from openm6.base.seeds import mix, text_hash
+from openm6.core.errors import DataError, nearest
+from openm6.core.seeds import mix, text_hash
 from openm6.data.media import FolderConfig, TarConfig
 from openm6.data.parquet import DatasetsConfig, EmbeddedConfig, ParquetConfig
 from openm6.data.records import CANONICAL_KEYS, TEXT_KEYS, Record

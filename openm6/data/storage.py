@@ -8,7 +8,7 @@ from typing import IO
 
 import fsspec
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.records import AUDIO_ENDINGS, IMAGE_ENDINGS
 
 

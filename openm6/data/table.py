@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.records import Fields, Record, RowReader, check_columns
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index, rows_by_hash, rows_by_word
 from openm6.data.storage import TableFolder

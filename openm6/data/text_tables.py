@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 from pydantic import Field, field_validator
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.records import decode_utf8
 from openm6.data.storage import find_files, first_line, is_remote, open_binary, refuse_foreign
 from openm6.data.table import ArrowTable, ChooseColumns, Table, TableConfig, UnreadableRowError

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.media import load_table
 from openm6.data.records import MISSING_WORDS, Record, as_number, check_columns
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index

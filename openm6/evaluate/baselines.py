@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from openm6.base.errors import DataError
-from openm6.base.seeds import numpy_generator
+from openm6.core.errors import DataError
+from openm6.core.seeds import numpy_generator
 from openm6.data.prepare import with_others
 from openm6.data.source import Source
 from openm6.evaluate.metrics import METRICS, Scored, truths

@@ -6,15 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from openm6.base.config import build
-from openm6.base.energy import gpt3
-from openm6.base.energy.config import EnergyConfig
-from openm6.base.energy.grid import Grid, grid
-from openm6.base.energy.ledger import Account, Ledger
-from openm6.base.energy.units import JOULES_PER_KWH
-from openm6.base.errors import CheckpointError
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state
+from openm6.core.config import build
+from openm6.core.errors import CheckpointError
+from openm6.core.run_folder import RunFolder
+from openm6.energy.carbon import GPT3_JOULES_PER_TOKEN, JOULES_PER_KWH, Grid, grid
+from openm6.energy.meter import EnergyConfig
+from openm6.energy.tracker import EnergyTracker, EnergyUse
 
 Lines = list[dict[str, Any]]
 METER = "meter"  # the hook in a checkpoint's state that keeps the ledger
@@ -45,7 +43,7 @@ class EnergyAccount:
     losses: stage -> mean loss at its beginning and at its end; evaluation: joules of evaluating the finished run.
     """
 
-    ledger: Ledger
+    ledger: EnergyTracker
     grid: Grid
     pue: float
     losses: dict[str, tuple[float, float]]
@@ -59,7 +57,7 @@ class EnergyAccount:
     @property
     def of_gpt3(self) -> float:
         """Joules per token with the PUE, as a fraction of GPT-3's."""
-        return self.joules_per_token * self.pue / gpt3.JOULES_A_TOKEN
+        return self.joules_per_token * self.pue / GPT3_JOULES_PER_TOKEN
 
     def grams(self, joules: float) -> float:
         """CO2e of some of the joules."""
@@ -98,7 +96,7 @@ class EnergyAccount:
             "judging_joules": self.evaluation,
         }
 
-    def _entry(self, account: Account) -> dict[str, float]:
+    def _entry(self, account: EnergyUse) -> dict[str, float]:
         return {
             "joules": account.joules,
             "g_co2e": self.grams(account.joules),
@@ -123,11 +121,11 @@ def read_account(
     own = (run.read_config().get("loop") or {}).get("energy") or {}
     given = {name: value for name, value in (("country", country), ("pue", pue)) if value is not None}
     config = build(EnergyConfig, {**own, **given}, "the settings of energy")
-    ledger = Ledger.from_json(state)
+    ledger = EnergyTracker.from_json(state)
     return EnergyAccount(ledger, grid(config.country), config.pue, _losses(run, ledger), evaluation)
 
 
-def _losses(run: RunFolder, ledger: Ledger) -> dict[str, tuple[float, float]]:
+def _losses(run: RunFolder, ledger: EnergyTracker) -> dict[str, tuple[float, float]]:
     """Mean loss over the first and over the last END_FRACTION of each stage's lines."""
     lines = read_lines(run)
     only = next(iter(ledger.stages)) if len(ledger.stages) == 1 else None

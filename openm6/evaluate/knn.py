@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image as Pillow
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.source import Source
 from openm6.evaluate.results import Answer
 from openm6.inference.load import Loaded

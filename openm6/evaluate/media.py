@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 from PIL import Image as Pillow
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.modalities.audio import RATE, read_sound
 from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part

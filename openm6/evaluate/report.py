@@ -19,12 +19,10 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image as Pillow
 
-from openm6.base.energy import gpt3
-from openm6.base.energy.units import in_joules
-from openm6.base.errors import DataError
-from openm6.base.files import replace_text
-from openm6.base.plain_json import to_json
-from openm6.base.run_folder import RunFolder
+from openm6.core.errors import DataError
+from openm6.core.files import replace_text, to_json
+from openm6.core.run_folder import RunFolder
+from openm6.energy.carbon import GPT3_CAVEAT, in_joules
 from openm6.evaluate.charts import (
     Chart,
     ForecastChart,
@@ -142,7 +140,7 @@ def report_data(run: RunFolder, report: EvalReport, facts: RunFacts) -> dict[str
         "entries": _entries(results),
         "sections": _sample_sections(results),
         "training": _training(read_lines(run), facts),
-        "gpt3_caveat": gpt3.CAVEAT,
+        "gpt3_caveat": GPT3_CAVEAT,
         "codecs": {name: codec_rows(scores) for name, scores in facts.codecs.items()},
         "codec_measures": CODEC_MEASURES,
         "metrics": [metric for name, metric in METRICS.items() if name in used],

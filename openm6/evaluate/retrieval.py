@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from openm6.base.errors import DataError
-from openm6.base.seeds import numpy_generator
+from openm6.core.errors import DataError
+from openm6.core.seeds import numpy_generator
 from openm6.data.source import Source
 from openm6.evaluate.results import TaskResult, bootstrap_interval
 from openm6.inference.engine import embed, taught_pool

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from openm6.base.config import Config, apply_overrides, build, nearest
-from openm6.base.errors import ConfigError, DataError
-from openm6.base.files import check_place, replace_text
-from openm6.base.log import get_log
-from openm6.base.plain_json import to_json
+from openm6.core.config import Config, apply_overrides, build
+from openm6.core.errors import ConfigError, DataError, nearest
+from openm6.core.files import check_place, replace_text, to_json
+from openm6.core.log import get_log
 from openm6.data.media import FolderConfig, data_config
 from openm6.data.source import Source, SourceConfig
 from openm6.data.sources import AnySourceConfig, open_sources

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from openm6.base.files import replace_text
-from openm6.base.log import get_log
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import STATE_FILE, latest
+from openm6.core.files import replace_text
+from openm6.core.log import get_log
+from openm6.core.run_folder import RunFolder
 from openm6.evaluate.results import EvalReport, Sample, TaskResult
 from openm6.evaluate.summary import CARD_FILE
 from openm6.modalities.interface import Part

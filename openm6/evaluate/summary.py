@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from openm6.base.energy import gpt3
-from openm6.base.energy.units import in_joules
-from openm6.base.files import replace_text
-from openm6.base.run_folder import RunFolder
+from openm6.core.files import replace_text
+from openm6.core.run_folder import RunFolder
+from openm6.energy.carbon import GPT3_CAVEAT, in_joules
 from openm6.evaluate.energy import EnergyAccount
 from openm6.evaluate.formatting import count, duration, signed, significance
 from openm6.evaluate.metrics import metric_title, score
@@ -134,7 +133,7 @@ def _energy(account: EnergyAccount | None) -> str:
         f"{in_joules(ledger.joules)} ({account.joules_per_token:.3g} J per token; read by {ledger.source}), "
         f"{account.grams(ledger.joules):.3g} g CO2e with the electricity of {account.grid.name} "
         f"({account.grid.grams_per_kwh:g} g/kWh, {account.grid.year}) and a PUE of {account.pue:g}. "
-        f"The energy per token is {account.of_gpt3:.3%} of that of GPT-3's training. {gpt3.CAVEAT}"
+        f"The energy per token is {account.of_gpt3:.3%} of that of GPT-3's training. {GPT3_CAVEAT}"
     )
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.modalities.text import Text
 from openm6.models.backbone import Backbone
 from openm6.models.omni import Omni

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.inference.decode import Speaker
 from openm6.inference.graphs import open_rows
 from openm6.inference.load import Loaded

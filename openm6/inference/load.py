@@ -8,10 +8,10 @@ from typing import cast
 
 import torch
 
-from openm6.base.device import own_device
-from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import latest
 from openm6.checkpoint.load import load_model
+from openm6.core.device import resolve_device
+from openm6.core.errors import CheckpointError
 from openm6.inference.offloaded import place_offloaded
 from openm6.modalities.audio import Sound
 from openm6.modalities.image import Image
@@ -77,7 +77,7 @@ def load(path: Path, device: torch.device | None = None, resident: int | None = 
     Raises:
         CheckpointError: there is none, it is not of a multimodal model, or its parts do not fit one another.
     """
-    folder, device = latest(path), device or own_device()
+    folder, device = latest(path), device or resolve_device()
     description, tokenizer = _texts(folder)
     streamed = resident is not None and resident < description.backbone.num_layers
     omni, modalities = build_model(description, tokenizer, str(folder / TOKENIZER_FILE), empty_sets=streamed)

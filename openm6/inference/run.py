@@ -12,9 +12,9 @@ import soundfile
 import torch
 from PIL import Image as Pillow
 
-from openm6.base.errors import ConfigError
-from openm6.base.files import check_place, replace_bytes, replace_text
-from openm6.base.log import get_log
+from openm6.core.errors import ConfigError
+from openm6.core.files import check_place, replace_bytes, replace_text
+from openm6.core.log import get_log
 from openm6.inference.engine import predict, write_with_confidence
 from openm6.inference.load import Loaded, load
 from openm6.inference.masked import fill_codes

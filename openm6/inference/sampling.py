@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from openm6.base.config import Config, apply_overrides, build
+from openm6.core.config import Config, apply_overrides, build
 from openm6.ops.random_bits import uniform
 
 

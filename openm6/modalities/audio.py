@@ -13,9 +13,9 @@ import soundfile
 import torch
 from torch import Tensor
 
-from openm6.base.errors import DataError
-from openm6.base.seeds import content_key
 from openm6.codecs.audio import SoundCodec
+from openm6.core.errors import DataError
+from openm6.core.seeds import content_key
 from openm6.modalities.codes import (
     ArrayCache,
     CodesAdapter,

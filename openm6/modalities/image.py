@@ -15,9 +15,9 @@ from PIL import Image as Pillow
 from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from openm6.base.errors import DataError
-from openm6.base.seeds import content_key
 from openm6.codecs.image import ImageCodec
+from openm6.core.errors import DataError
+from openm6.core.seeds import content_key
 from openm6.modalities.codes import (
     ArrayCache,
     CodesAdapter,

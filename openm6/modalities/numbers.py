@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.base.config import nearest
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError, nearest
 from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Segment, line
 from openm6.modalities.text import Text
 

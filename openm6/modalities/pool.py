@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from openm6.base.config import Config
-from openm6.base.seeds import text_hash
+from openm6.core.config import Config
+from openm6.core.seeds import text_hash
 from openm6.modalities.interface import Adapter, Segment, line
 from openm6.ops.losses import info_nce
 

@@ -10,11 +10,11 @@ import numpy as np
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from openm6.base.config import Config, nearest
-from openm6.base.errors import ConfigError, DataError
 from openm6.codecs.audio import SoundCodec
 from openm6.codecs.image import ImageCodec
 from openm6.codecs.registry import load_codec
+from openm6.core.config import Config
+from openm6.core.errors import ConfigError, DataError, nearest
 from openm6.modalities.audio import MAX_SECONDS, Sound
 from openm6.modalities.image import MAX_PIXELS, Image
 from openm6.modalities.interface import Modality, Part, Segment

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from openm6.base.errors import ConfigError, DataError
+from openm6.core.errors import ConfigError, DataError
 from openm6.modalities.interface import (
     NO_OPTIONS,
     Adapter,

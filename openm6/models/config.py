@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from openm6.base.config import Config
+from openm6.core.config import Config
 from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig, matrices_of
 
 Stage = Literal["pseudo", "real"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from openm6.base.config import Config, build
-from openm6.base.errors import CheckpointError
+from openm6.core.config import Config, build
+from openm6.core.errors import CheckpointError
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import Modalities, ModalitiesConfig, build_modalities
 from openm6.modalities.text import read_tokenizer

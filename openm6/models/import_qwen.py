@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from openm6.base.errors import CheckpointError, ConfigError
+from openm6.core.errors import CheckpointError, ConfigError
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import Field
 
-from openm6.base.config import Config, build, nearest
-from openm6.base.errors import ConfigError
+from openm6.core.config import Config, build
+from openm6.core.errors import ConfigError, nearest
 from openm6.models.config import BackboneConfig, ParameterCount, count_parameters
 from openm6.nn.config import DenseConfig, ExpertsConfig
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from openm6.base.log import get_log
+from openm6.core.log import get_log
 from openm6.nn.block import Block, Context, LayerParts
 from openm6.nn.moe import Experts, RouterLoad
 from openm6.ops.matmul import capture_precision

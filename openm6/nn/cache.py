@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.ops.sequence import PADDING, SequenceMeta, join
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from openm6.base.seeds import derive_seed
+from openm6.core.seeds import derive_seed
 from openm6.nn.block import Block, Context, LayerParts, MakeContext
 from openm6.nn.moe import RouterLoad
 from openm6.offload.config import OffloadConfig

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.base.log import get_log
+from openm6.core.log import get_log
 
 try:
     import resource

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 
 HALF = torch.bfloat16
 _asked: ContextVar[bool] = ContextVar("bf16_matmul", default=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from openm6 import kernels
-from openm6.base.seeds import derive_seed
+from openm6.core.seeds import derive_seed
 from openm6.optim.low_precision import random_bits, round_to_bf16
 from openm6.optim.sharding import ShardSpecOf, replicated
 

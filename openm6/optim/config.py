@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from openm6.base.config import Config
+from openm6.core.config import Config
 
 
 class ScheduleConfig(Config):

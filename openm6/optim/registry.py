@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from openm6.base.config import nearest
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError, nearest
 from openm6.optim.adafactor import Adafactor
 from openm6.optim.adamw import AdamW
 from openm6.optim.config import OptimizerConfig

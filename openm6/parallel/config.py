@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from openm6.base.config import Config
-from openm6.base.errors import ConfigError
+from openm6.core.config import Config
+from openm6.core.errors import ConfigError
 
 Axis = int | Literal["auto"]
 

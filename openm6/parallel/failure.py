@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from openm6.base.errors import Interrupted, OpenM6Error, TrainingError
+from openm6.core.errors import Interrupted, OpenM6Error, TrainingError
 
 FAILURE, REPORTED, DONE = "failure", "reported", "done"
 LOOK_EVERY = 0.3  # seconds between the first looks at the store

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.nn.block import Block
 from openm6.nn.moe import Experts
 from openm6.parallel.config import MeshShape

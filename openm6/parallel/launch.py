@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from openm6.base.errors import Interrupted, TrainingError
+from openm6.core.errors import Interrupted, TrainingError
 from openm6.parallel.worker_pool import STOPS, children, handled_stops
 
 SAVING_SECONDS = "600"  # that stopped ranks have to save before they are killed

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.optim.rules import Shape
 from openm6.optim.sharding import COLUMN_MEANS, REPLICATED, ShardSpec, is_sharded_along, shard_lengths
 from openm6.parallel.fsdp import Layout

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openm6.base.errors import OpenM6Error, TrainingError
+from openm6.core.errors import OpenM6Error, TrainingError
 
 Work = Callable[[Connection], None]
 STOPS = tuple(one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP"))
@@ -30,11 +30,6 @@ ALIGNMENT = 64  # bytes of a cache line, where wide loads begin
 def can_fork() -> bool:
     """Whether a process with threads may be forked here: macOS aborts the child, Windows has no fork."""
     return sys.platform == "linux"
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def handled_stops() -> list[signal.Signals]:

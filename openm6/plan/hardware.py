@@ -6,9 +6,8 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from openm6.base.config import nearest
-from openm6.base.errors import ConfigError
-from openm6.base.tables import read_table
+from openm6.core.errors import ConfigError, nearest
+from openm6.core.files import read_table
 
 GIB = 2**30
 TABLE = "gpus"

@@ -15,13 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from openm6.base.config import Config, build
-from openm6.base.energy import gpt3
-from openm6.base.energy.config import EnergyConfig
-from openm6.base.energy.grid import grid
-from openm6.base.energy.units import JOULES_PER_KWH
-from openm6.base.errors import ConfigError, TrainingError
-from openm6.base.run_folder import RunFolder
+from openm6.core.config import Config, build
+from openm6.core.errors import ConfigError, TrainingError
+from openm6.core.run_folder import RunFolder
+from openm6.energy.carbon import GPT3_MWH, JOULES_PER_KWH, grid
+from openm6.energy.meter import EnergyConfig
 
 STEPS = 40  # that a trial run takes
 WARMUP_STEPS = 8  # of them, slower through caches, compilation and memory that is claimed for the first time
@@ -164,7 +162,7 @@ def extrapolate(
             "mwh": mwh,
             "kg_co2e": current.grams(joules, energy.pue) / 1000,
             "grid": f"{current.name}, {current.grams_per_kwh:g} g/kWh ({current.year})",
-            "of_gpt3": mwh / gpt3.MWH,
+            "of_gpt3": mwh / GPT3_MWH,
             "source": steps.energy_source,
         },
     }

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from openm6.base.energy import gpt3
-from openm6.base.energy.config import EnergyConfig
-from openm6.base.energy.grid import grid
-from openm6.base.energy.units import JOULES_PER_KWH
+from openm6.energy.carbon import GPT3_MWH, JOULES_PER_KWH, grid
+from openm6.energy.meter import EnergyConfig
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.plan.hardware import GIB, Cluster, ClusterOptions, Gpu, gpu_cluster
 from openm6.plan.memory import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
@@ -110,7 +108,7 @@ class Plan:
                 "mwh_rated": energy.mwh_rated,
                 "kg_co2e": energy.kg_co2e,
                 "grid": energy.grid,
-                "of_gpt3": energy.mwh / gpt3.MWH,
+                "of_gpt3": energy.mwh / GPT3_MWH,
             },
             "cost_usd": self.cost,
             "fits": self.fits,

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openm6.base.config import apply_overrides, build, nearest, read_yaml
-from openm6.base.energy.config import EnergyConfig
-from openm6.base.errors import ConfigError
+from openm6.core.config import apply_overrides, build, read_yaml
+from openm6.core.errors import ConfigError, nearest
+from openm6.energy.meter import EnergyConfig
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS, ModelChoice, build_backbone, preset, vocabulary_size
 from openm6.offload.config import OffloadConfig

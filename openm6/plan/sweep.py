@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openm6.base.config import nearest
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError, nearest
 from openm6.plan.memory import TIERS
 from openm6.plan.plan import BATCH, Plan, make_plan
 from openm6.plan.request import PlanRequest, PlanTarget

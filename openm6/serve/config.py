@@ -6,7 +6,7 @@ import re
 
 from pydantic import Field, field_validator, model_validator
 
-from openm6.base.config import Config
+from openm6.core.config import Config
 from openm6.inference.decode import Precision
 
 # A name, not an address: its last part is not a number.

@@ -17,8 +17,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from openm6.base.errors import ConfigError, DataError, OpenM6Error
-from openm6.base.log import get_log
+from openm6.core.errors import ConfigError, DataError, OpenM6Error
+from openm6.core.log import get_log
 from openm6.serve.queue import DeadlineExceededError, EngineUnavailableError, QueueFullError
 
 

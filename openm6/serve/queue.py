@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from operator import itemgetter
 
-from openm6.base.errors import OpenM6Error
+from openm6.core.errors import OpenM6Error
 from openm6.serve.requests import Answer, PreparedRequest, ScoredToken
 
 MAX_COUNTERS = 4096  # counters kept of clients who are not waiting

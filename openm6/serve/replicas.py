@@ -13,9 +13,9 @@ from fastapi import FastAPI
 from pydantic import Field, model_validator
 from ray import serve as ray_serve
 
-from openm6.base.config import Config, apply_overrides
-from openm6.base.config import build as build_config
-from openm6.base.log import get_log
+from openm6.core.config import Config, apply_overrides
+from openm6.core.config import build as build_config
+from openm6.core.log import get_log
 from openm6.inference.load import check, load
 from openm6.serve.app import create_app
 from openm6.serve.config import ServeConfig

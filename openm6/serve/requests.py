@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.inference.load import Loaded
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part, Segment

@@ -17,9 +17,9 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from openm6.base.config import apply_overrides, build
-from openm6.base.errors import ConfigError, EngineError
-from openm6.base.log import get_log
+from openm6.core.config import apply_overrides, build
+from openm6.core.errors import ConfigError, EngineError
+from openm6.core.log import get_log
 from openm6.inference.load import load
 from openm6.serve.app import create_app
 from openm6.serve.config import Limits, ServeConfig

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 import numpy as np
 from pydantic import BaseModel, Field
 
-from openm6.base.seeds import derive_seed
+from openm6.core.seeds import derive_seed
 from openm6.inference.taught import Taught, assess
 from openm6.modalities.numbers import Histogram
 from openm6.models.description import ModelDescription

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-from openm6.base.energy.meter import Meter
-from openm6.base.errors import OpenM6Error
-from openm6.base.log import get_log
+from openm6.core.errors import OpenM6Error
+from openm6.core.log import get_log
+from openm6.energy.meter import Meter
 from openm6.inference.decode import Speaker
 from openm6.inference.engine import candidate_nats, embed_tokens, predict_numbers
 from openm6.inference.graphs import open_rows

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from openm6.base.config import nearest
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError, nearest
 from openm6.tasks import audio, design, image, shop, tables, text
 from openm6.tasks.task import Task
 

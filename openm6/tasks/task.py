@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.base.errors import ConfigError, MissingFieldError
+from openm6.core.errors import ConfigError, MissingFieldError
 from openm6.modalities.interface import Part
 from openm6.tasks.prompts import fill_prompt, names_in, without_inputs
 from openm6.tasks.slots import Built, Context, Derived, Record, Slot

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from openm6.base.config import Config
 from openm6.codecs.audio import SoundCodecConfig
 from openm6.codecs.base import Codec, code_bits
+from openm6.core.config import Config
 from openm6.modalities.audio import read_sound
 from openm6.ops.audio import FLOOR, log_mel, mel_filters, spectrum, unit_window
 from openm6.train.codec_data import DeviceRng

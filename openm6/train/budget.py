@@ -11,9 +11,9 @@ from typing import cast
 
 import torch
 
-from openm6.base.errors import ConfigError
-from openm6.base.log import get_log
 from openm6.checkpoint.folder import list_checkpoints
+from openm6.core.errors import ConfigError
+from openm6.core.log import get_log
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from openm6.base.errors import ConfigError
-from openm6.base.log import get_log
-from openm6.base.run_folder import RunFolder
+from openm6.core.errors import ConfigError
+from openm6.core.log import get_log
+from openm6.core.run_folder import RunFolder
 from openm6.parallel.worker_pool import children, handled_stops
 from openm6.train.config import LOOP_SECTION, STAGES_SECTION, HeldOutConfig, LoopConfig, StagesConfig
 from openm6.train.pseudo_to_real import SwitchClock, lr_after_switch

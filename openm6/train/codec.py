@@ -13,16 +13,16 @@ from PIL.Image import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from openm6.base.config import Config, nearest
-from openm6.base.errors import TrainingError
-from openm6.base.files import replace_text
-from openm6.base.log import get_log
-from openm6.base.run_folder import RunFolder
-from openm6.base.seeds import derive_seed
 from openm6.codecs.audio import SoundCodec, SoundCodecConfig
 from openm6.codecs.base import Codec, Health
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.codecs.registry import save_codec
+from openm6.core.config import Config
+from openm6.core.errors import TrainingError, nearest
+from openm6.core.files import replace_text
+from openm6.core.log import get_log
+from openm6.core.run_folder import RunFolder
+from openm6.core.seeds import derive_seed
 from openm6.data.source import Split
 from openm6.data.sources import AnySourceConfig
 from openm6.train.audio_codec import AudioData, AudioDataConfig, audio_scores, read_clip

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from openm6.base.errors import DataError
-from openm6.base.log import get_log
+from openm6.core.errors import DataError
+from openm6.core.log import get_log
 from openm6.data.source import Source, SourceConfig, Split
 from openm6.data.sources import open_sources
 

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from openm6.base.config import Config
-from openm6.base.energy.config import EnergyConfig
-from openm6.base.errors import ConfigError
 from openm6.checkpoint.optimizer import Moments
+from openm6.core.config import Config
+from openm6.core.errors import ConfigError
+from openm6.energy.meter import EnergyConfig
 from openm6.offload.config import OffloadConfig
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.optim.registry import check_optimizer_name

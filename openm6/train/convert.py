@@ -11,15 +11,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from openm6.base.errors import CheckpointError, ConfigError
-from openm6.base.files import replace_text
-from openm6.base.run_folder import RunFolder
-from openm6.base.seeds import derive_seed
 from openm6.checkpoint.folder import SEPARATOR, latest, list_checkpoints, read_state
 from openm6.checkpoint.load import load_training_tensors
 from openm6.checkpoint.optimizer import Moments, moment_factor
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Shard, Snapshot, save
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.files import replace_text
+from openm6.core.run_folder import RunFolder
+from openm6.core.seeds import derive_seed
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, Stage
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescription, read_description

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from openm6.base.errors import OpenM6Error, TrainingError
+from openm6.core.errors import OpenM6Error, TrainingError
 from openm6.parallel.worker_pool import Failure
 from openm6.train.training_task import Batch, TrainingTask
 

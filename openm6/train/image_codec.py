@@ -16,8 +16,8 @@ from PIL.Image import Image
 from pydantic import Field
 from torch import Tensor
 
-from openm6.base.config import Config
 from openm6.codecs.base import Codec, code_bits
+from openm6.core.config import Config
 from openm6.modalities.image import read_image, to_square
 from openm6.train.codec_data import DeviceRng
 

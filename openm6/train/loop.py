@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.base.errors import CheckpointError, Interrupted, OpenM6Error, TrainingError
-from openm6.base.heap import keep_freed_memory
-from openm6.base.log import get_log
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints, read_state, refuse_damaged, step_of
 from openm6.checkpoint.load import load_training_tensors, open_saver
 from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.checkpoint.save import Snapshot
+from openm6.core.device import keep_freed_memory
+from openm6.core.errors import CheckpointError, Interrupted, OpenM6Error, TrainingError
+from openm6.core.log import get_log
+from openm6.core.run_folder import RunFolder
 from openm6.optim.schedule import decay_start
 from openm6.parallel.process_group import ProcessGroupContext
 from openm6.train.callbacks import (

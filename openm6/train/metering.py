@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from openm6.base.energy.ledger import Ledger, Share
-from openm6.base.energy.meter import Meter, open_meter
-from openm6.base.energy.reading import SOURCES, Reading
+from openm6.energy.counter import SOURCES, EnergyReading
+from openm6.energy.meter import Meter, open_meter
+from openm6.energy.tracker import EnergyTracker, WorkShare
 from openm6.modalities.batch import Batch
 from openm6.modalities.text import TextAdapter
 from openm6.models.config import count_parameters
@@ -35,7 +35,7 @@ class MeterCallback(Callback):
     name = "meter"
 
     def __init__(self) -> None:
-        self.ledger = Ledger()
+        self.ledger = EnergyTracker()
         self._before: dict[str, float] = {}  # joules of earlier processes of this run, by source
         self._meter: Meter | None = None
         self._running: Running | None = None
@@ -87,16 +87,16 @@ class MeterCallback(Callback):
         return self.ledger.to_json()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.ledger = Ledger.from_json(state)
+        self.ledger = EnergyTracker.from_json(state)
         self._before = dict(self.ledger.by_source)
 
     def close(self) -> None:
         if self._meter is not None:
             self._meter.close()
 
-    def _own(self) -> Reading:
+    def _own(self) -> EnergyReading:
         """Of this process's devices, since it began."""
-        return self._meter.joules() if self._meter is not None else Reading.of({})
+        return self._meter.joules() if self._meter is not None else EnergyReading.of({})
 
     def _read(self, since: float) -> float:
         """Update the ledger's sum; return what all ranks spent since this one's sum was `since`."""
@@ -109,7 +109,7 @@ class MeterCallback(Callback):
             for source, joules in zip(SOURCES, now, strict=True)
             if joules or source in self._before or source in own.by_source
         }
-        self.ledger.by_source = dict(Reading.of(by_source).by_source)
+        self.ledger.by_source = dict(EnergyReading.of(by_source).by_source)
         return spent
 
     def _read_alone(self) -> None:
@@ -156,9 +156,9 @@ class Attribution:
             if isinstance(adapter, TextAdapter):  # the embedding is the output layer as well
                 self._learned[name] += PASSES * adapter.embedding.weight.numel()
 
-    def shares(self, batch: Batch) -> dict[str, dict[str, Share]]:
+    def shares(self, batch: Batch) -> dict[str, dict[str, WorkShare]]:
         """The batch's work by modality and by task; call it while the batch is still on the CPU."""
-        modalities: dict[str, Share] = {}
+        modalities: dict[str, WorkShare] = {}
         tokens, operations = np.zeros(batch.num_examples), np.zeros(batch.num_examples)  # E
         for name, kind in batch.kinds.items():
             learned = kind.weight.numpy() > 0  # n
@@ -166,11 +166,11 @@ class Attribution:
             example = kind.example.numpy()
             tokens += np.bincount(example, minlength=batch.num_examples)
             operations += np.bincount(example, weights=cost, minlength=batch.num_examples)
-            modalities[name] = Share(len(learned), float(cost.sum()))
-        tasks: dict[str, Share] = {}
+            modalities[name] = WorkShare(len(learned), float(cost.sum()))
+        tasks: dict[str, WorkShare] = {}
         for task, count, spent in zip(batch.tasks, tokens, operations, strict=True):
-            before = tasks.get(task, Share(0, 0.0))
-            tasks[task] = Share(before.tokens + int(count), before.operations + float(spent))
+            before = tasks.get(task, WorkShare(0, 0.0))
+            tasks[task] = WorkShare(before.tokens + int(count), before.operations + float(spent))
         return {"modality": modalities, "task": tasks}
 
 

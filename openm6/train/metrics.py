@@ -17,10 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from openm6.base.energy.units import in_joules
-from openm6.base.files import append_line, replace_text, told_as_output_error
-from openm6.base.plain_json import to_json
-from openm6.base.run_folder import RunFolder
+from openm6.core.files import append_line, as_output_error, replace_text, to_json
+from openm6.core.run_folder import RunFolder
+from openm6.energy.carbon import in_joules
 from openm6.train.step import StepReport
 
 Line = dict[str, Any]
@@ -176,7 +175,7 @@ class TensorBoardEvents:
 
     def log(self, line: Line) -> None:
         """Raises OutputError where an earlier line found the disk full: events are written by a thread."""
-        with told_as_output_error(self._folder):
+        with as_output_error(self._folder):
             self._add(line)
 
     def _add(self, line: Line) -> None:
@@ -193,7 +192,7 @@ class TensorBoardEvents:
 
     def close(self) -> None:
         try:
-            with told_as_output_error(self._folder):
+            with as_output_error(self._folder):
                 self._writer.close()
         finally:
             self._errors.close()
@@ -211,7 +210,7 @@ def open_tensorboard(run: RunFolder, step: int) -> TensorBoardEvents | None:
         return None
     errors = WriterErrors()
     try:
-        with told_as_output_error(run.tensorboard):
+        with as_output_error(run.tensorboard):
             writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
     except BaseException:
         errors.close()

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openm6.base.energy.meter import open_meter
-from openm6.base.log import get_log
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state
 from openm6.codecs.registry import codec_scores
+from openm6.core.log import get_log
+from openm6.core.run_folder import RunFolder
 from openm6.data.mixture import Component, MixtureSampler, epochs_seen
 from openm6.data.packing import Packer, merge_cursors
 from openm6.data.prepare import ExampleTransform
@@ -22,6 +21,7 @@ from openm6.data.quarantine import Quarantine
 from openm6.data.quarantine import summary as summary_of_records
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
+from openm6.energy.meter import open_meter
 from openm6.evaluate.energy import read_account
 from openm6.evaluate.report import write_report
 from openm6.evaluate.results import EvalReport, RunFacts

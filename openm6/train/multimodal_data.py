@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from openm6.base.errors import ConfigError, DataError
-from openm6.base.files import replace_text
-from openm6.base.log import get_log
-from openm6.base.run_folder import RunFolder
-from openm6.base.seeds import numpy_generator
 from openm6.checkpoint.folder import list_checkpoints
+from openm6.core.errors import ConfigError, DataError
+from openm6.core.files import replace_text
+from openm6.core.log import get_log
+from openm6.core.run_folder import RunFolder
+from openm6.core.seeds import numpy_generator
 from openm6.data.mixture import Component, MixtureSampler
 from openm6.data.packing import Packer
 from openm6.data.prepare import ExampleTransform, with_others

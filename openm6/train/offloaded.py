@@ -11,14 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from openm6.base.errors import CheckpointError, ConfigError
-from openm6.base.log import get_log
-from openm6.base.seeds import derive_seed
 from openm6.checkpoint.folder import SEPARATOR
 from openm6.checkpoint.load import check_known, is_sharded, load_optimizer, load_parts, open_reader
 from openm6.checkpoint.optimizer import Moments, load_optimizer_state, moment_factor
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Shard, named_tensors
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.log import get_log
+from openm6.core.seeds import derive_seed
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.block import Block

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from openm6.base.config import Config, nearest
-from openm6.base.errors import ConfigError
+from openm6.core.config import Config
+from openm6.core.errors import ConfigError, nearest
 from openm6.data.packing import PackingConfig
 from openm6.data.quarantine import MAX_BROKEN
 from openm6.data.sources import AnySourceConfig

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from openm6 import __version__
-from openm6.base.config import apply_overrides, build, nearest, read_yaml
-from openm6.base.device import own_device
-from openm6.base.errors import ConfigError, OpenM6Error
-from openm6.base.log import get_log
-from openm6.base.run_folder import RunFolder
+from openm6.core.config import apply_overrides, build, read_yaml
+from openm6.core.device import resolve_device
+from openm6.core.errors import ConfigError, OpenM6Error, nearest
+from openm6.core.log import get_log
+from openm6.core.run_folder import RunFolder
 from openm6.parallel.process_group import ProcessGroupContext, launched, restarted
 from openm6.tasks.registry import TASKS
 from openm6.train.codec import (
@@ -87,7 +87,7 @@ def train_recipe(
         ConfigError: the recipe is unusable, or `out` holds no run to resume.
         TrainingError, DataError, CheckpointError: as for `train`.
     """
-    device = own_device()
+    device = resolve_device()
     plan = _plan(recipe, overrides or [], resume, out)
     ranks = _open_ranks(device, plan.timeout_seconds)
     if not ranks.is_main_process:

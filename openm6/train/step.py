@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openm6.base.energy.ledger import Work, sum_work
-from openm6.base.errors import ConfigError, TrainingError
-from openm6.base.log import get_log
-from openm6.base.seeds import derive_seed
 from openm6.checkpoint.load import load_model, load_optimizer
 from openm6.checkpoint.optimizer import Moments, delink_moments, load_optimizer_state, optimizer_state_dict
 from openm6.checkpoint.save import Shard
+from openm6.core.errors import ConfigError, TrainingError
+from openm6.core.log import get_log
+from openm6.core.seeds import derive_seed
+from openm6.energy.tracker import Work, sum_work
 from openm6.models.backbone import Backbone
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, RunBlock, run_plainly
 from openm6.ops.matmul import HALF, bf16_matmul, has_bf16

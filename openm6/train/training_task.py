@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from openm6.base.energy.ledger import Work
-from openm6.base.errors import ConfigError
-from openm6.base.run_folder import RunFolder
+from openm6.core.errors import ConfigError
+from openm6.core.run_folder import RunFolder
+from openm6.energy.tracker import Work
 from openm6.models.backbone import Backbone
 from openm6.nn.moe import RouterLoad
 from openm6.optim.registry import default_groups

@@ -18,16 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openm6.base.errors import ConfigError
-from openm6.base.run_folder import RunFolder
+from openm6.core.device import usable_cores
+from openm6.core.errors import ConfigError
+from openm6.core.run_folder import RunFolder
 from openm6.parallel.process_group import ProcessGroupContext
-from openm6.parallel.worker_pool import (
-    WorkerPool,
-    can_fork,
-    share_model,
-    shared_like,
-    usable_cores,
-)
+from openm6.parallel.worker_pool import WorkerPool, can_fork, share_model, shared_like
 from openm6.train.config import LOOP_SECTION, LoopConfig
 from openm6.train.data_loader import DataWorker
 from openm6.train.step import StepReport, TrainStep

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.experts import bench_experts, routings
 from benchmarks.sizes import SIZES
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from tests.benchmarks.test_sizes import TINY
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.offload import OffloadSize, measure
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 
 SMALL = OffloadSize(
     width=64, layers=2, experts=2, hidden=64, rows=2, length=128, vocabulary=400, micro_batches=1

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks import packing
 from benchmarks.packing import bench_packing, dense_text
-from openm6.base.errors import ConfigError
-from openm6.base.run_folder import RunFolder
+from openm6.core.errors import ConfigError
+from openm6.core.run_folder import RunFolder
 from openm6.ops.sequence import PADDING
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe, recipe_path

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.rank import PlayedDispatcher, bench_rank, rank_size
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 
 
 def test_the_real_share_of_m6_10t() -> None:

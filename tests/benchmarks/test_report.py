@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness import LIMIT, Deadline, Report
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 
 
 def printed(capsys: pytest.CaptureFixture) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reshard import bench_reshard
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 
 
 def test_what_four_ranks_wrote_two_and_one_read(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.all_to_all import bench_all_to_all
 from benchmarks.ranks import parse_counts
 from benchmarks.scaling import SIZES, bench_scaling, model_steps
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 
 
 def test_four_ranks_equal_one_process(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.simulate import simulate
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.models.presets import preset
 from openm6.nn.config import ExpertsConfig

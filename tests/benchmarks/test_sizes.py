@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.sizes import SIZES, Sizes, choose_sizes, peak_tflops
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.models.config import count_parameters
 
 TINY = Sizes(

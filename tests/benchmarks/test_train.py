@@ -12,7 +12,7 @@ from benchmarks.baseline import baseline_candidate
 from benchmarks.decoder import our_candidate
 from benchmarks.harness import Deadline
 from benchmarks.sizes import SIZES
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.models.import_qwen import import_qwen
 from openm6.ops.sequence import causal_meta
 from tests.benchmarks.test_sizes import TINY

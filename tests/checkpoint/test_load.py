@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from openm6.base.errors import CheckpointError
 from openm6.checkpoint.load import load_model, load_optimizer, load_training_tensors
 from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.checkpoint.save import Snapshot, save
+from openm6.core.errors import CheckpointError
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.registry import OPTIMIZERS, build_optimizer, default_groups
 

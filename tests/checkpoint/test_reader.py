@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import INDEX_FILE
 from openm6.checkpoint.reader import OFFSETS, PLACES, CheckpointReader
 from openm6.checkpoint.save import Shard, write_shards, write_tensors
+from openm6.core.errors import CheckpointError
 
 TENSORS = {
     "b": torch.randn(3, 5).to(torch.bfloat16),

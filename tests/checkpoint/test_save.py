@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import latest, list_checkpoints, prune, read_state
 from openm6.checkpoint.load import load_model
 from openm6.checkpoint.save import Snapshot, save
+from openm6.core.errors import CheckpointError
 
 
 def network(width: int = 64, seed: int = 0) -> nn.Module:

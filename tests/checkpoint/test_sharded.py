@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from openm6.base.errors import CheckpointError
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import is_complete, latest
 from openm6.checkpoint.load import is_sharded, load_model
+from openm6.core.errors import CheckpointError
+from openm6.core.run_folder import RunFolder
 from openm6.inference.load import load
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe

@@ -19,8 +19,8 @@ from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from openm6.base.errors import DataError, Interrupted
 from openm6.cli.main import app
+from openm6.core.errors import DataError, Interrupted
 from openm6.train.loop import TrainResult
 from tests.cli.lazy_imports import import_name, lazy_imports, replace_calls
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from openm6.base.errors import DataError
 from openm6.codecs.audio import SoundCodec, SoundCodecConfig
+from openm6.core.errors import DataError
 
 TINY = SoundCodecConfig(
     groups=3,

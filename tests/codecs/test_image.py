@@ -6,8 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from openm6.base.errors import DataError
 from openm6.codecs.image import Convolution, ImageCodec, ImageCodecConfig
+from openm6.core.errors import DataError
 from openm6.ops import matmul
 
 TINY = ImageCodecConfig(

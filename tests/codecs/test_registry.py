@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from openm6.base.errors import CheckpointError, ConfigError
 from openm6.codecs.audio import SoundCodec, SoundCodecConfig
 from openm6.codecs.base import Codec
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.codecs.registry import CODECS, METADATA_KEY, load_codec, save_codec
+from openm6.core.errors import CheckpointError, ConfigError
 
 
 def example(kind: str) -> tuple[Codec, torch.Tensor]:

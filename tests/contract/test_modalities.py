@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.registry import MODALITIES, source_segments, target_segment

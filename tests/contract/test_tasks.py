@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from openm6.base.errors import ConfigError, MissingFieldError
+from openm6.core.errors import ConfigError, MissingFieldError
 from openm6.data.prepare import example_sequence, with_others
 from openm6.data.records import Record
 from openm6.data.source import Source

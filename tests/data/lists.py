@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.records import Record
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
 

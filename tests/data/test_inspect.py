@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from openm6.base.config import build
-from openm6.base.errors import DataError
+from openm6.core.config import build
+from openm6.core.errors import DataError
 from openm6.data.inspect import Inspection, inspect_path
 from openm6.data.mixture import Component, MixtureSampler
 from openm6.data.packing import Packer, PackingConfig

@@ -9,7 +9,7 @@ import tarfile
 import fsspec
 import pytest
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.media import FolderConfig, TarConfig, shards
 from openm6.data.records import Fields
 from openm6.data.source import Source

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.mixture import Component, MixtureSampler, SampleIndex, merge, own_shards
 from tests.data.lists import ListSource
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from openm6.base.config import build
-from openm6.base.errors import DataError
 from openm6.cli.main import app
+from openm6.core.config import build
+from openm6.core.errors import DataError
 from openm6.data.parquet import EMBEDDED
 from openm6.data.records import CANONICAL_KEYS
 from openm6.data.sources import SOURCES, open_sources

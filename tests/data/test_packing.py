@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.base.errors import TrainingError
+from openm6.core.errors import TrainingError
 from openm6.data.mixture import Component, MixtureSampler, SampleIndex
 from openm6.data.packing import Packer, PackingConfig, merge_cursors
 from openm6.data.prepare import ExampleTransform, example_sequence

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Pillow
 
-from openm6.base.config import build
-from openm6.base.errors import ConfigError, DataError
+from openm6.core.config import build
+from openm6.core.errors import ConfigError, DataError
 from openm6.data.parquet import (
     EMBEDDED,
     EMBEDDED_TABLES,
@@ -78,7 +78,7 @@ def test_embedded_tables_and_names():
     with pytest.raises(ConfigError, match="did you mean 'emoji'"):
         build(EmbeddedConfig, {"name": "emojy"}, "r.yaml")
     with pytest.raises(DataError, match="no embedded table"):
-        embedded_path("../../base/config")
+        embedded_path("../../core/config")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.mixture import Component, MixtureSampler, SampleIndex
 from openm6.data.prepare import (
     NULL_FRACTION,

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from openm6.base.errors import TrainingError
+from openm6.core.errors import TrainingError
 from openm6.data.quarantine import MAX_REASON, Quarantine, merge_counts, summary
 
 

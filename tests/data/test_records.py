@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openm6.base.config import build
-from openm6.base.errors import ConfigError, DataError
+from openm6.core.config import build
+from openm6.core.errors import ConfigError, DataError
 from openm6.data import records
 from openm6.data.records import (
     Fields,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.source import rows_by_hash, rows_by_word, stable_share
 
 

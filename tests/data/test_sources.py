@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from openm6.base.config import Config, build
-from openm6.base.errors import ConfigError, DataError, OpenM6Error
+from openm6.core.config import Config, build
+from openm6.core.errors import ConfigError, DataError, OpenM6Error
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.records import CANONICAL_KEYS
 from openm6.data.sources import SOURCES, AnySourceConfig, PairsConfig, open_sources

@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.data.inspect import inspect_path
 from openm6.data.media import load_table
 from openm6.data.parquet import ParquetConfig

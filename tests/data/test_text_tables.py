@@ -7,8 +7,8 @@ import json
 import fsspec
 import pytest
 
-from openm6.base.config import build
-from openm6.base.errors import ConfigError, DataError
+from openm6.core.config import build
+from openm6.core.errors import ConfigError, DataError
 from openm6.data.records import Fields
 from openm6.data.source import Source
 from openm6.data.sources import open_sources

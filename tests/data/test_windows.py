@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from openm6.base.config import build
-from openm6.base.errors import ConfigError, DataError
+from openm6.core.config import build
+from openm6.core.errors import ConfigError, DataError
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
 from openm6.data.windows import FORMATS, WindowsConfig, is_date, parse_times

@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from openm6.base.run_folder import RunFolder
+from openm6.core.run_folder import RunFolder
 from openm6.evaluate.results import Answer, EvalReport, RunFacts, Sample, TaskResult
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import BINS, LIMIT, Histogram, NumberSeries

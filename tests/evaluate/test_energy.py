@@ -8,21 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from openm6.base.energy.grid import grid
-from openm6.base.energy.ledger import Ledger, Share
-from openm6.base.errors import CheckpointError, ConfigError
-from openm6.base.run_folder import RunFolder
 from openm6.cli.energy import print_energy
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.run_folder import RunFolder
+from openm6.energy.carbon import grid
+from openm6.energy.tracker import EnergyTracker, WorkShare
 from openm6.evaluate.energy import EnergyAccount, read_account
 from openm6.evaluate.report import report_html
 from openm6.evaluate.summary import card
 from tests.evaluate.example_report import eval_report, facts, run_folder
 
 
-def ledger() -> Ledger:
+def ledger() -> EnergyTracker:
     """1,000 J over 5,000 tokens: 900 in steps of two stages, 80 between, 20 repeated."""
-    found = Ledger(by_source={"nvml": 700.0, "estimate": 300.0}, between=80.0, repeated=20.0)
-    work = {"modality": {"text": Share(4, 3.0), "image_out": Share(1, 1.0)}, "task": {"draw": Share(5, 4.0)}}
+    found = EnergyTracker(by_source={"nvml": 700.0, "estimate": 300.0}, between=80.0, repeated=20.0)
+    work = {
+        "modality": {"text": WorkShare(4, 3.0), "image_out": WorkShare(1, 1.0)},
+        "task": {"draw": WorkShare(5, 4.0)},
+    }
     found.add_step("pseudo", 400.0, 3000, 2.0, work)
     found.add_step("real", 500.0, 2000, 2.0, work)
     return found

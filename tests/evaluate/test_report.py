@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from openm6.base.errors import OutputError
 from openm6.codecs.registry import codec_scores
+from openm6.core.errors import OutputError
 from openm6.evaluate.report import (
     MEDIA_BYTES,
     codec_rows,
@@ -303,7 +303,7 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch) -> No
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("openm6.base.files.os.replace", full)
+    monkeypatch.setattr("openm6.core.files.os.replace", full)
     with pytest.raises(OutputError, match="report.json could not be written .No space"):
         write_report(run, EvalReport([], 0.0, "x"), example.facts())
     assert (tmp_path / "report.html").read_bytes() == old

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from openm6.base.errors import CheckpointError, ConfigError, DataError
 from openm6.cli.main import app
+from openm6.core.errors import CheckpointError, ConfigError, DataError
 from openm6.data.media import FolderConfig
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.records import Fields

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from openm6.base.run_folder import RunFolder
+from openm6.core.run_folder import RunFolder
 from openm6.evaluate.report import report_html, report_json
 from openm6.evaluate.saved import FILE, drop_evaluation, load_evaluation, save_evaluation
 from tests.evaluate import example_report as example

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.base.errors import ConfigError, DataError
+from openm6.core.errors import ConfigError, DataError
 from openm6.evaluate.likelihood import sequence_nats
 from openm6.inference import engine
 from openm6.inference.engine import (

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from openm6.base.errors import CheckpointError
 from openm6.checkpoint.folder import STATE_FILE
+from openm6.core.errors import CheckpointError
 from openm6.inference.load import check
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE
 from tests.small_model import loaded

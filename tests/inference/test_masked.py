@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.inference import masked
 from openm6.inference.load import Loaded
 from openm6.inference.masked import Canvas, fill_codes

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from openm6.base.errors import CheckpointError, ConfigError
 from openm6.checkpoint.folder import STATE_FILE
 from openm6.checkpoint.reader import OFFSETS, PLACES, CheckpointReader
 from openm6.checkpoint.save import Snapshot, named_tensors, save
+from openm6.core.errors import CheckpointError, ConfigError
 from openm6.inference.decode import Speaker
 from openm6.inference.engine import write
 from openm6.inference.load import Loaded, load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.inference import prefill
 from openm6.inference.load import Loaded
 from openm6.inference.prefill import Prompt, PromptMemory, read_all, read_into, read_together

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from openm6.base.errors import ConfigError, DataError
+from openm6.core.errors import ConfigError, DataError
 from openm6.inference.question import (
     Question,
     parse_numbers,

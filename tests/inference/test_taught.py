@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.inference.load import Loaded
 from openm6.inference.question import Question
 from openm6.inference.run import answer_question

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openm6.base.errors import TrainingError
+from openm6.core.errors import TrainingError
 
 STARTING = 120.0  # seconds
 

@@ -9,8 +9,8 @@ import pytest
 import soundfile
 import torch
 
-from openm6.base.errors import DataError
 from openm6.codecs.registry import load_codec
+from openm6.core.errors import DataError
 from openm6.modalities.audio import HIGHEST_RATE, RATE, Sound, gap_places, random_gap, read_sound
 from openm6.tasks.registry import TASKS
 from tests.small_model import modalities

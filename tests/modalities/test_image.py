@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.modalities.batch import build_sequence
 from openm6.modalities.codes import PlaceEmbedding
 from openm6.modalities.image import (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.modalities.numbers import (
     BINS,
     LIMIT,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from openm6.base.errors import ConfigError, DataError
+from openm6.core.errors import ConfigError, DataError
 from openm6.modalities.text import GAP, HOLE, START, Text, read_tokenizer, train_tokenizer
 
 LESSON = ["draw the digit seven", "画数字七", "what is this", "这是什么"] * 4

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from openm6.base.errors import CheckpointError, ConfigError
+from openm6.core.errors import CheckpointError, ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.import_qwen import ImportedModel, import_qwen, qwen_config, read_qwen
 from openm6.ops.sequence import causal_meta

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.config import count_parameters
 from openm6.models.presets import PRESETS, preset

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from openm6.base.log import get_log
+from openm6.core.log import get_log
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.nn.cache import SlotCache
 from openm6.ops.sequence import SequenceMeta, causal_meta, join, visible
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from openm6.base.errors import CheckpointError, ConfigError
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, step_folder
 from openm6.checkpoint.load import load_model
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.run_folder import RunFolder
 from openm6.models.config import BackboneConfig
 from openm6.offload.blocks import Step
 from openm6.offload.config import OffloadConfig

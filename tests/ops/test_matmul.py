@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.ops import matmul as ops
 from openm6.ops.losses import (
     grouped_cross_entropy,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.registry import OPTIMIZERS, build_optimizer, default_groups, set_lr
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from openm6.base.errors import OpenM6Error, TrainingError
+from openm6.core.errors import OpenM6Error, TrainingError
 from openm6.parallel.processes import DistributedContext
 
 # Seconds that a collective waits. The ranks must also have started within that time, on a busy machine, too.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from openm6.base.run_folder import RunFolder
+from openm6.core.run_folder import RunFolder
 from openm6.modalities.batch import Batch
 from openm6.parallel.process_group import ProcessGroupContext
 from openm6.parallel.processes import DistributedContext

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from openm6.base.run_folder import RunFolder
+from openm6.core.run_folder import RunFolder
 from openm6.data.mixture import Component, MixtureSampler
 from openm6.data.packing import Packer
 from openm6.data.prepare import ExampleTransform

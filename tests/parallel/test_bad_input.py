@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from openm6.base.errors import OpenM6Error
-from openm6.base.run_folder import RunFolder
+from openm6.core.errors import OpenM6Error
+from openm6.core.run_folder import RunFolder
 from openm6.parallel.processes import DistributedContext
 from openm6.train import run as running
 from openm6.train.loop import train

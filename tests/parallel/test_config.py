@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.parallel.config import MeshShape, ParallelConfig
 
 

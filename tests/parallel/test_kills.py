@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import list_checkpoints
+from openm6.core.run_folder import RunFolder
 from openm6.parallel.launch import launch
 from openm6.train.metrics import read_metrics
 from tests.checkpoint.test_sharded import recipe_file, unbroken

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from openm6.base.errors import TrainingError
+from openm6.core.errors import TrainingError
 from openm6.parallel.launch import launch
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from openm6.base.run_folder import RunFolder
+from openm6.core.run_folder import RunFolder
 from openm6.modalities.batch import Batch
 from openm6.parallel.fsdp import with_places
 from openm6.parallel.process_group import ProcessGroupContext

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.load import load_optimizer
 from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.checkpoint.save import Snapshot
 from openm6.checkpoint.sharded import ShardedSaver
+from openm6.core.run_folder import RunFolder
 from openm6.optim.muon import Muon
 from openm6.parallel.fsdp import with_places
 from openm6.parallel.process_group import ProcessGroupContext

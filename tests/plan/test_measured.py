@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from openm6.base.energy.config import EnergyConfig
-from openm6.base.errors import ConfigError, TrainingError
-from openm6.base.run_folder import RunFolder
 from openm6.cli.trial_run import run_trial
+from openm6.core.errors import ConfigError, TrainingError
+from openm6.core.run_folder import RunFolder
+from openm6.energy.meter import EnergyConfig
 from openm6.plan.measured import (
     STEPS,
     WARMUP_STEPS,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.plan.hardware import ClusterOptions
 from openm6.plan.plan import Plan, make_plan, plan_json
 from openm6.plan.request import read_request, read_target

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.base.energy.meter import open_meter
-from openm6.base.errors import ConfigError, DataError
+from openm6.core.errors import ConfigError, DataError
+from openm6.energy.meter import open_meter
 from openm6.inference.load import Loaded
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part

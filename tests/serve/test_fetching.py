@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, ServeConfig
 from openm6.serve.content import ImageURL

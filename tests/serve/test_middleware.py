@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine

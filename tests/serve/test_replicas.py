@@ -17,7 +17,7 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'open
 
 from ray import serve  # noqa: E402
 
-from openm6.base.errors import CheckpointError  # noqa: E402
+from openm6.core.errors import CheckpointError  # noqa: E402
 from openm6.serve.app import create_app  # noqa: E402
 from openm6.serve.config import EngineConfig, ServeConfig  # noqa: E402
 from openm6.serve.engine import Engine  # noqa: E402

@@ -17,7 +17,7 @@ import pytest
 import torch
 from fastapi import FastAPI
 
-from openm6.base.errors import ConfigError, EngineError
+from openm6.core.errors import ConfigError, EngineError
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine

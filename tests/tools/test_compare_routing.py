@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from openm6.base.config import build
-from openm6.base.errors import ConfigError
+from openm6.core.config import build
+from openm6.core.errors import ConfigError
 from openm6.data.parquet import embedded_path
 from openm6.models.presets import build_backbone
 from openm6.train.recipe import MultimodalRecipe

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from openm6.base.errors import ConfigError
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest
+from openm6.core.errors import ConfigError
+from openm6.core.run_folder import RunFolder
 from openm6.offload.config import OffloadConfig, spread
 from openm6.offload.weight_store import RecordLayout
 from openm6.optim.config import OptimizerConfig

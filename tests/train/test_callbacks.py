@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.base.config import build
-from openm6.base.errors import ConfigError, TrainingError
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state
+from openm6.core.config import build
+from openm6.core.errors import ConfigError, TrainingError
+from openm6.core.run_folder import RunFolder
 from openm6.offload.config import OffloadConfig
 from openm6.parallel.process_group import ProcessGroupContext
 from openm6.train.callbacks import SpikeDetector, SwapCallback, swapped_bytes

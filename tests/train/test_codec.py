@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from openm6.base.config import build, read_config
-from openm6.base.errors import ConfigError, DataError, TrainingError
-from openm6.base.run_folder import RunFolder
 from openm6.codecs.base import Health
 from openm6.codecs.registry import load_codec
+from openm6.core.config import build, read_config
+from openm6.core.errors import ConfigError, DataError, TrainingError
+from openm6.core.run_folder import RunFolder
 from openm6.train.codec import (
     CODEC_FILE,
     SCORES_FILE,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from openm6.base.config import build
-from openm6.base.errors import ConfigError
+from openm6.core.config import build
+from openm6.core.errors import ConfigError
 from openm6.train.config import LoopConfig
 
 

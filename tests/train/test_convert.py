@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from openm6.base.errors import CheckpointError, ConfigError
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state
 from openm6.checkpoint.load import load_model
 from openm6.checkpoint.reader import CheckpointReader
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.run_folder import RunFolder
 from openm6.modalities.registry import ModalitiesConfig
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescription
 from openm6.train.convert import convert

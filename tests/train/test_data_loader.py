@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from openm6.base.errors import DataError, TrainingError
+from openm6.core.errors import DataError, TrainingError
 from openm6.train.data_loader import Prefetch
 
 

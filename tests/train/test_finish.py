@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from openm6.base.errors import OutputError, TrainingError
-from openm6.base.run_folder import RunFolder
+from openm6.core.errors import OutputError, TrainingError
+from openm6.core.run_folder import RunFolder
 from openm6.evaluate.results import EvalReport
 from openm6.evaluate.run import evaluate, scores_json
 from openm6.parallel.processes import DistributedContext

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from openm6.base.errors import CheckpointError, Interrupted, TrainingError
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints, read_state
+from openm6.core.errors import CheckpointError, Interrupted, TrainingError
+from openm6.core.run_folder import RunFolder
 from openm6.optim.config import ScheduleConfig
 from openm6.optim.schedule import decay_start
 from openm6.train.config import LoopConfig

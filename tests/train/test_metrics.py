@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from openm6.base.errors import OutputError
-from openm6.base.plain_json import to_json
-from openm6.base.run_folder import RunFolder
+from openm6.core.errors import OutputError
+from openm6.core.files import to_json
+from openm6.core.run_folder import RunFolder
 from openm6.train.metrics import (
     LiveDisplay,
     MetricAverager,

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from openm6.base.config import build
-from openm6.base.errors import OpenM6Error, TrainingError
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, list_checkpoints
+from openm6.core.config import build
+from openm6.core.errors import OpenM6Error, TrainingError
+from openm6.core.run_folder import RunFolder
 from openm6.evaluate.run import evaluate
 from openm6.inference.engine import embedding_size
 from openm6.inference.load import load

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from openm6.base.config import build
-from openm6.base.errors import ConfigError, DataError
+from openm6.core.config import build
+from openm6.core.errors import ConfigError, DataError
 from openm6.train.multimodal_data import SAMPLED, check_sources
 from openm6.train.recipe import MultimodalRecipe
 from tests.data.lists import ListSource

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest
+from openm6.core.run_folder import RunFolder
 from openm6.parallel.processes import DistributedContext
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import OffloadedTrainStep

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from openm6.base.config import build
-from openm6.base.errors import CheckpointError
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state, step_folder
 from openm6.checkpoint.save import Snapshot, save
+from openm6.core.config import build
+from openm6.core.errors import CheckpointError
+from openm6.core.run_folder import RunFolder
 from openm6.inference.load import load
 from openm6.nn.config import ExpertsConfig
 from openm6.train.callbacks import process_memory, reset_peak

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from openm6.base.errors import CheckpointError, ConfigError
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state, step_folder
 from openm6.checkpoint.load import load_model
 from openm6.checkpoint.optimizer import optimizer_state_dict
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.core.run_folder import RunFolder
 from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest, read_state, step_folder
 from openm6.checkpoint.load import load_model
+from openm6.core.run_folder import RunFolder
 from openm6.parallel.process_group import ProcessGroupContext
 from openm6.parallel.processes import DistributedContext
 from openm6.train.multimodal import MultimodalTraining

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from openm6.base.config import build
-from openm6.base.run_folder import RunFolder
+from openm6.core.config import build
+from openm6.core.run_folder import RunFolder
 from openm6.data.sources import open_sources
 from openm6.modalities.registry import MODALITIES
 from openm6.modalities.text import train_tokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.presets import preset
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly

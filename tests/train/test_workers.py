@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from openm6.base.errors import ConfigError, DataError, TrainingError
-from openm6.base.run_folder import RunFolder
 from openm6.checkpoint.folder import latest
+from openm6.core.errors import ConfigError, DataError, TrainingError
+from openm6.core.run_folder import RunFolder
 from openm6.train.loop import train
 from openm6.train.metrics import Line, read_metrics
 from openm6.train.workers import assign_owners, number_of_workers

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openm6.base.errors import Interrupted
-from openm6.base.run_folder import RunFolder
-from openm6.base.seeds import numpy_generator
+from openm6.core.errors import Interrupted
+from openm6.core.run_folder import RunFolder
+from openm6.core.seeds import numpy_generator
 from openm6.nn.moe import RouterLoad
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.train.config import LoopConfig

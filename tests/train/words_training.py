@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.base.seeds import numpy_generator
+from openm6.core.seeds import numpy_generator
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openm6.base.errors import DataError, Interrupted
-from openm6.base.log import start_log
-from openm6.base.run_folder import RunFolder
-from openm6.base.seeds import numpy_generator
+from openm6.core.errors import DataError, Interrupted
+from openm6.core.log import start_log
+from openm6.core.run_folder import RunFolder
+from openm6.core.seeds import numpy_generator
 from openm6.nn.moe import RouterLoad
 from openm6.train.config import LoopConfig
 from openm6.train.loop import train

@@ -15,7 +15,7 @@ import soundfile
 from embedded_data.series import HORIZON, seasonal_series
 from embedded_data.shop import product_record
 from embedded_data.tables import SCHEMA, Row
-from openm6.base.seeds import numpy_generator
+from openm6.core.seeds import numpy_generator
 from openm6.data.records import Record
 from openm6.data.source import stable_share
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as Pillow
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.modalities.audio import RATE
 from openm6.modalities.interface import Part
 from openm6.serve.content import join_texts, pcm

@@ -11,7 +11,7 @@ import gradio
 import soundfile
 from PIL import Image as Pillow
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.serve.config import Limits
 from openm6.serve.content import check_audio, check_image
 from openm6.serve.errors import BadRequestError

@@ -8,7 +8,7 @@ from typing import Any
 import gradio
 from fastapi import FastAPI
 
-from openm6.base.errors import OpenM6Error
+from openm6.core.errors import OpenM6Error
 from openm6.serve.middleware import PLAYGROUND, match_key
 from openm6.serve.playground import inputs as words
 from openm6.serve.playground.answers import Shown, answer_freely, answer_scenario, failure_box

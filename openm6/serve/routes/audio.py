@@ -9,7 +9,7 @@ from fastapi import APIRouter, File, Form, Response, UploadFile
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.audio import RATE, read_sound
 from openm6.modalities.interface import Part

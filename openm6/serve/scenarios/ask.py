@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from openm6.base.config import nearest
-from openm6.base.errors import ConfigError, DataError
+from openm6.core.errors import ConfigError, DataError, nearest
 from openm6.data.parquet import EmbeddedConfig
 from openm6.data.records import Record
 from openm6.modalities.interface import Part

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from openm6.base.errors import OpenM6Error
-from openm6.base.files import replace_text
 from openm6.checkpoint.folder import latest
+from openm6.core.errors import OpenM6Error
+from openm6.core.files import replace_text
 from openm6.inference.load import load
 from openm6.modalities.numbers import Histogram
 from openm6.models.description import MODEL_FILE, ModelDescription, read_description

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from openm6.base.config import Config, build, nearest, read_yaml
-from openm6.base.errors import ConfigError
+from openm6.core.config import Config, build, read_yaml
+from openm6.core.errors import ConfigError, nearest
 from openm6.evaluate.metrics import metric_title
 from openm6.evaluate.metrics import score as score_text
 from openm6.inference.sampling import Decoding

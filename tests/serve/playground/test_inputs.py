@@ -13,7 +13,7 @@ from typing import Any
 import soundfile
 from gradio.data_classes import ImageData
 
-from openm6.base.errors import DataError
+from openm6.core.errors import DataError
 from openm6.serve.config import Limits
 from openm6.serve.playground.inputs import (
     AUDIOS,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from openm6.base.errors import ConfigError
+from openm6.core.errors import ConfigError
 from openm6.data.sources import open_sources
 from openm6.models.description import Lesson
 from openm6.serve.scenarios.scenario import (

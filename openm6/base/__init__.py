@@ -1,1 +1,0 @@
-"""Floor 1: errors, configuration, files, seeds and logs; nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""Errors, configuration, files, seeds, logs and the device of a process."""

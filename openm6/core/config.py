@@ -1,0 +1,146 @@
+"""Reading settings: YAML file, then `key.path=value` overrides, checked against the fields of a config class."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from openm6.core.errors import ConfigError, nearest
+
+
+class Config(BaseModel):
+    """Base class of all configs: frozen, keyword-only; unknown keys raise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, not UTF-8, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe at {path}: check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text ({error}): save it again as UTF-8") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f" at line {place.line + 1}" if place is not None else ""
+        raise ConfigError(f"{path} is not valid YAML{where}: fix its indentation or quotes there") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, as the files in recipes/ do")
+    return content
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of `values` with each `key.path=value` set; a value is read as YAML; a number in the path indexes a list.
+
+    Raises:
+        ConfigError: an override without `=`, or a path that runs through something that is not a mapping or list.
+    """
+    result = yaml.safe_load(yaml.safe_dump(values))  # a deep copy of plain data
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"override {override!r} must look like key.path=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        _set(result, path.split("."), value, override)
+    return result
+
+
+def _set(node: Any, path: list[str], value: Any, override: str) -> None:
+    for depth, key in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+            index: Any = int(key)
+        elif isinstance(node, dict):
+            index = key
+        else:
+            raise ConfigError(f"override {override!r}: {'.'.join(path[: depth + 1])} does not lead anywhere")
+        if last:
+            node[index] = value
+        else:
+            if isinstance(node, dict):
+                node.setdefault(index, {})
+            node = node[index]
+
+
+def build(config_class: type[AnyConfig], values: dict[str, Any], where: str) -> AnyConfig:
+    """`config_class` from plain values; `where` names the file or object in the error sentence.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a missing one, or a value of the wrong kind.
+    """
+    try:
+        return config_class.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_sentence(config_class, error)}") from None
+
+
+def _sentence(config_class: type[Config], error: ValidationError) -> str:
+    """Return the first error of pydantic as one sentence."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        names = _fields_at(config_class, [str(part) for part in first["loc"][:-1]])
+        return f"unknown key {path!r}; {nearest(str(first['loc'][-1]), names)}"
+    if first["type"] == "union_tag_invalid":
+        known = re.findall(r"'([^']+)'", first["ctx"]["expected_tags"])
+        return f"{path}: no kind is called {first['ctx']['tag']!r}; {nearest(first['ctx']['tag'], known)}"
+    if first["type"] == "union_tag_not_found":
+        return f"the key '{path}.kind' is missing: add it"
+    if first["type"] == "missing":
+        return f"the key {path!r} is missing: add it"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], (dict, list)) else f" (given: {first['input']!r})"
+    return f"{path}: {message}{given}" if path else f"{message}{given}"
+
+
+def _fields_at(config_class: type[Config], path: list[str]) -> list[str]:
+    """Names of the fields at `path`: through fields, list positions, keys of mappings and the kinds of a union."""
+    candidates: list[type[BaseModel]] = [config_class]
+    for part in path:
+        inner = [
+            found
+            for one in candidates
+            if part in one.model_fields
+            for found in _config_classes(one.model_fields[part].annotation)
+        ]
+        of_kind = [
+            one
+            for one in candidates
+            if "kind" in one.model_fields and one.model_fields["kind"].default == part
+        ]
+        candidates = inner or of_kind or candidates  # else a list position or a key of a mapping
+    return list(candidates[0].model_fields)
+
+
+def _config_classes(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes mentioned in a type annotation such as `list[X] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in _config_classes(part)]
+
+
+def read_config(config_class: type[AnyConfig], path: Path, overrides: list[str] | None = None) -> AnyConfig:
+    """A validated config from a YAML file and command-line overrides.
+
+    Raises:
+        ConfigError: the file or an override is unusable; the sentence names the key.
+    """
+    return build(config_class, apply_overrides(read_yaml(path), overrides or []), str(path))

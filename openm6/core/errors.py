@@ -1,0 +1,61 @@
+"""The errors that a person is meant to read: one sentence that says what is wrong and how to fix it."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+
+# `describe` is 0.67 like `transcribe`, and means something else.
+MIN_SIMILARITY = 0.75
+
+
+class OpenM6Error(Exception):
+    """Base of every expected failure; the command line prints it without a traceback and exits with 1."""
+
+
+class ConfigError(OpenM6Error):
+    """A setting, key, preset, task or recipe that cannot be used as given."""
+
+
+class DataError(OpenM6Error):
+    """Input that is missing, broken, out of bounds or lacks a column."""
+
+
+class MissingFieldError(DataError):
+    """A record without a field that a task needs: it is skipped for that task, and not broken."""
+
+
+class CheckpointError(OpenM6Error):
+    """A checkpoint that is missing, incomplete, of another shape, or could not be written."""
+
+
+class OutputError(OpenM6Error):
+    """A file that could not be written: a full disk, missing permission, something else in its place."""
+
+
+class TrainingError(OpenM6Error):
+    """A run that cannot go on: too many broken records or too many non-finite steps."""
+
+
+class EngineError(OpenM6Error):
+    """The engine of a server that stopped by itself and cannot go on."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped a run, which saved itself first; the message says how to go on.
+
+    The exit code is the shell's for a process that ended by this signal: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, signal_number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """Return a hint such as `did you mean 'penguins'? (known: …)` for a mistyped name."""
+    if not known:
+        return "none is known"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=MIN_SIMILARITY)
+    listing = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
+    return f"did you mean {close[0]!r}? (known: {listing})" if close else f"known: {listing}"

@@ -1,0 +1,134 @@
+"""Files and what is in them: writes that a crash leaves old or new, JSON that every parser reads, packaged tables."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from io import StringIO
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from openm6.core.errors import ConfigError, OutputError
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the file's bytes are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the folder's list of names is on the disk; without this a rename may be lost in a power cut.
+
+    Windows cannot open a folder for this and orders renames by itself, so nothing is done there.
+    """
+    if os.name != "nt":
+        sync_file(path)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write `content` and wait until it is on the disk.
+
+    Raises:
+        OSError: the disk is full or the path cannot be written.
+    """
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Put `content` in place of the file's in one step; on failure the old content stays.
+
+    Raises:
+        OutputError: the disk is full or the path cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with as_output_error(path):
+        try:
+            write_synced(partial, content)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """As `replace_bytes`, for text, which is written as UTF-8."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line of UTF-8 to a file.
+
+    Raises:
+        OutputError: the disk is full or the path cannot be written.
+    """
+    with as_output_error(path), path.open("a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+
+
+@contextmanager
+def as_output_error(path: Path) -> Iterator[None]:
+    """Turns the system's failure to write `path` into one sentence, an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path} could not be written ({error.strerror or error}): {mend_of(error)}"
+        ) from error
+
+
+def mend_of(error: OSError) -> str:
+    """What a person may do about a failure to write."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "free some space or choose another place" if full else "check its rights or choose another place"
+
+
+def check_place(path: Path, option: str) -> None:
+    """Whether a file may be written to `path`, asked before any work is done.
+
+    Raises:
+        ConfigError: its folder is not there, or the path is a folder itself; `option` names the setting to change.
+    """
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {folder}; make it first")
+    if path.is_dir():
+        raise ConfigError(f"{option} {path} is a folder: name a file in it")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return plain data as JSON text, with null for what is not finite."""
+    return json.dumps(plain_data(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def plain_data(value: Any) -> Any:
+    """Return a copy that JSON and UTF-8 can hold: NumPy's numbers as Python's, None for NaN and infinities."""
+    if isinstance(value, dict):
+        return {plain_data(str(key)): plain_data(inner) for key, inner in value.items()}
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become question marks
+    if isinstance(value, Sequence):
+        return [plain_data(inner) for inner in value]
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def read_table(name: str) -> list[dict[str, str]]:
+    """Return the rows of `core/facts/NAME.csv`, every cell as text; an empty cell means that the fact is not known."""
+    text = resources.files("openm6.core").joinpath("facts", f"{name}.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(StringIO(text)))

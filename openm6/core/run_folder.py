@@ -1,0 +1,74 @@
+"""The folder of one run: where its settings, metrics, checkpoints and reports lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from openm6.core.config import read_yaml
+from openm6.core.files import as_output_error, replace_text
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names the places inside a run's folder; `RunFolder.open` makes the folder."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """The run at `path`, with its folder made if it is not there yet.
+
+        Raises:
+            OutputError: it cannot be made, perhaps because a file of that name is in its place.
+        """
+        folder = Path(path)
+        with as_output_error(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def begun(self) -> bool:
+        """Whether a training has begun here: its settings are there, or its checkpoints."""
+        return self.config.is_file() or self.checkpoints.is_dir()
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.path / "quarantine.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def read_config(self) -> dict[str, Any]:
+        """The settings the run was started with; empty where none were written yet."""
+        return read_yaml(self.config) if self.config.exists() else {}
+
+    def write_config(self, values: dict[str, Any]) -> None:
+        """Keep the run's settings, in the order given."""
+        replace_text(self.config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def set_config(self, section: str, key: str, value: Any) -> None:
+        """Change one setting of one section in config.yaml and leave the rest as it is."""
+        values = self.read_config()
+        values[section] = {**values.get(section, {}), key: value}
+        self.write_config(values)

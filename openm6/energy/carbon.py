@@ -1,0 +1,70 @@
+"""Joules in words, in grams of CO2e by country from a table, and beside the training of GPT-3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from openm6.core.errors import ConfigError, nearest
+from openm6.core.files import read_table
+
+JOULES_PER_KWH = 3.6e6
+_SIZES = ((1e12, "TJ"), (1e9, "GJ"), (1e6, "MJ"), (1e3, "kJ"))
+WORLD = "WLD"
+
+# What training GPT-3 took, as others worked it out.
+GPT3_MWH = 1287.0  # arXiv 2104.10350: 10,000 V100 × 14.8 days × 330 W × PUE 1.10
+GPT3_TOKENS = 300e9
+GPT3_JOULES_PER_TOKEN = GPT3_MWH * 3.6e9 / GPT3_TOKENS  # 15.4
+
+GPT3_CAVEAT = (
+    "GPT-3 took 15.4 J a token (1,287 MWh for 300B tokens, worked out from rated hardware, arXiv 2104.10350). "
+    "The ratio says how much energy one token of training took here and there. It does not say that the models are "
+    "alike: energy a token grows with the parameters that work on it and falls with newer hardware, and a small model "
+    "is not made equal to a large one by being cheap."
+)
+
+
+def in_joules(joules: float) -> str:
+    """Return three digits with their unit, such as `12.3 kJ`."""
+    for size, unit in _SIZES:
+        if joules >= size:
+            return f"{joules / size:.3g} {unit}"
+    return f"{joules:.3g} J"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Grams of CO2e for each kWh made in a country, over the life cycle of its plants, in one year."""
+
+    code: str
+    name: str
+    grams_per_kwh: float
+    year: int
+    source: str
+
+    def grams(self, joules: float, pue: float = 1.0) -> float:
+        """CO2e of `joules` at the devices; `pue` is what the building draws for each joule that they draw."""
+        return joules * pue / JOULES_PER_KWH * self.grams_per_kwh
+
+
+def grids() -> list[Grid]:
+    """Every grid in the table."""
+    return [
+        Grid(row["code"], row["name"], float(row["g_co2e_per_kwh"]), int(row["year"]), row["source"])
+        for row in read_table("grid_intensity")
+    ]
+
+
+def grid(country: str) -> Grid:
+    """The grid of a country by its three-letter code or English name, in any case.
+
+    Raises:
+        ConfigError: it is not in the table.
+    """
+    every = grids()
+    for found in every:
+        if country.lower() in (found.code.lower(), found.name.lower()):
+            return found
+    known = sorted([found.name for found in every] + [found.code for found in every])
+    hint = nearest(country.upper() if len(country) == 3 else country.title(), known)
+    raise ConfigError(f"no grid of country {country!r} in the table; {hint}")

@@ -1,0 +1,169 @@
+"""The energy meter: one counter for each device, read rarely enough to cost nothing, tagged by source."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+from pydantic import Field, field_validator
+
+from openm6.core.config import Config
+from openm6.core.errors import ConfigError
+from openm6.core.log import get_log
+from openm6.energy.carbon import WORLD, grid
+from openm6.energy.counter import Counter, CounterLostError, EnergyReading
+from openm6.energy.nvml import open_gpus
+from openm6.energy.processor import (
+    WATTS_PER_CORE,
+    MemoryEstimate,
+    ProcessorEstimate,
+    installed_gib,
+    open_packages,
+)
+
+POLL_SECONDS = 10.0  # a counter of RAPL wraps in minutes, so somebody must look even in a long step
+LONGEST_REST = 1.0  # seconds
+SHARE_OF_TIME = 0.002  # that reading may take: what is asked for more often is answered from the last reading
+
+
+class EnergyConfig(Config):
+    """`country` by three-letter code or name; `pue`: joules of the building for each joule of the devices.
+
+    cpu_watts: rated power of all processors, for the estimate where nothing can be read; default 5 W a core.
+    """
+
+    country: str = WORLD
+    pue: float = Field(default=1.0, ge=1.0, le=3.0)
+    cpu_watts: float | None = Field(default=None, gt=0)
+
+    @field_validator("country")
+    @classmethod
+    def _known(cls, country: str) -> str:
+        try:
+            return grid(country).code
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+
+@dataclass
+class Span:
+    """What was spent between two moments; filled in when the span ends."""
+
+    joules: float = 0.0
+    source: str = ""
+    seconds: float = 0.0
+    by_source: dict[str, float] | None = None
+
+
+class Meter:
+    """Sums its counters; cumulative since it was opened. `notes` says what is not counted, or counted oddly."""
+
+    def __init__(self, counters: Sequence[Counter], notes: Sequence[str] = ()) -> None:
+        self.notes = list(notes)
+        self._counters = list(counters)
+        self._read = [0.0 for _ in counters]
+        self._lost: set[int] = set()
+        self._lock = threading.Lock()
+        self._rest_until = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="energy meter", daemon=True)
+        self._thread.start()
+
+    @property
+    def devices(self) -> list[str]:
+        """What is counted and how, in words."""
+        return [f"{counter.name} ({counter.source})" for counter in self._counters]
+
+    def joules(self, fresh: bool = False) -> EnergyReading:
+        """All joules since the meter was opened; with `fresh`, read now whatever it costs."""
+        with self._lock:
+            if fresh or time.perf_counter() >= self._rest_until:
+                self._read_all()
+            parts: dict[str, float] = {}
+            for counter, joules in zip(self._counters, self._read, strict=True):
+                parts[counter.source] = parts.get(counter.source, 0.0) + joules
+        return EnergyReading.of(parts)
+
+    @contextmanager
+    def span(self) -> Iterator[Span]:
+        """Measures what happens inside: `with meter.span() as span: ...`, then `span.joules`."""
+        span, before, began = Span(), self.joules(fresh=True), time.perf_counter()
+        try:
+            yield span
+        finally:
+            spent = self.joules(fresh=True).since(before)
+            span.joules, span.source, span.by_source = spent.joules, spent.source, dict(spent.by_source)
+            span.seconds = time.perf_counter() - began
+
+    def close(self) -> None:
+        """Read once more and let go of the devices; `joules` gives the last sum from then on."""
+        self._stop.set()
+        self._thread.join()
+        self.joules(fresh=True)
+        with self._lock:
+            open_ones = [one for number, one in enumerate(self._counters) if number not in self._lost]
+            self._lost.update(range(len(self._counters)))
+        for counter in open_ones:
+            counter.close()
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read_all(self) -> None:
+        began = time.perf_counter()
+        for number, counter in enumerate(self._counters):
+            if number in self._lost:
+                continue
+            try:
+                self._read[number] = counter.joules()
+            except CounterLostError as reason:
+                self._lost.add(number)
+                self.notes.append(f"{counter.name} is counted only in part: {reason}")
+                get_log().warning(self.notes[-1])
+        ended = time.perf_counter()
+        # On a crowded machine a reading may take long by the clock: not for that may the meter stand still.
+        self._rest_until = ended + min((ended - began) / SHARE_OF_TIME, LONGEST_REST)
+
+    def _poll(self) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            self.joules()
+
+
+def open_meter(
+    gpus: Sequence[int] | None = None, cpu_watts: float | None = None, processor: bool | None = None
+) -> Meter:
+    """A meter of this machine's devices.
+
+    gpus: numbers as CUDA counts them, empty for none; by default all visible, or that of the process where several
+    share the machine. cpu_watts: rated power of all processors, for the estimate where RAPL cannot be read; by default
+    5 W a core. processor: whether to count processor and memory; by default only the first process of a machine does,
+    so that nothing is counted twice; the others add an estimate of their own load where there is no counter of all.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if gpus is None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        gpus = (rank,)
+    boards, notes = open_gpus(None if gpus is None else tuple(gpus))
+    if processor is None:
+        processor = rank == 0
+    packages, has_memory, why = open_packages()
+    if not packages:
+        # Of the machine, as `cpu_watts` is, even if this process may use only some of them.
+        cores = os.cpu_count() or 1
+        packages = [ProcessorEstimate(cpu_watts or WATTS_PER_CORE * cores, cores, idle=processor)]
+    elif not processor:
+        packages = []
+    if not processor:
+        return Meter([*boards, *packages], notes)
+    if not has_memory and installed_gib() > 0:
+        packages.append(MemoryEstimate(installed_gib()))
+    return Meter([*boards, *packages], [*notes, *why])

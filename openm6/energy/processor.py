@@ -1,0 +1,150 @@
+"""Processors and memory: Linux's RAPL counters, or rated power times load and watts per GiB if there are none."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from openm6.energy.counter import SILENCE, Counter, CounterDelta, CounterLostError, Source
+
+POWERCAP = Path("/sys/class/powercap")
+MAX_WATTS = 2000.0  # of one package or its memory
+IDLE_SHARE = 0.1  # of its rated power that a processor draws at no load, as codecarbon assumes
+WATTS_PER_CORE = 5.0  # rated power by core: 64 cores of a server share some 350 W, 8 of a laptop some 45 W
+WATTS_PER_GIB = 0.375  # of memory: 3 W for 8 GB, as codecarbon assumed
+
+Clock = Callable[[], float]
+
+
+class RaplCounter:
+    """One zone, in microjoules; it wraps within minutes, so it must be read often."""
+
+    source: Source = "rapl"
+
+    def __init__(self, zone: Path, name: str) -> None:
+        self.name = name
+        self._path = zone / "energy_uj"
+        wrap = int((zone / "max_energy_range_uj").read_text()) / 1e6
+        self._delta = CounterDelta(self._read(), time.monotonic(), MAX_WATTS, wrap, bridges_silence=False)
+
+    def joules(self) -> float:
+        try:
+            return self._delta.observe(self._read(), time.monotonic())
+        except (OSError, ValueError) as error:
+            raise CounterLostError(str(error)) from None
+
+    def close(self) -> None:
+        pass
+
+    def _read(self) -> float:
+        return int(self._path.read_text()) / 1e6
+
+
+def open_packages(root: Path = POWERCAP) -> tuple[list[Counter], bool, list[str]]:
+    """Counters of every package and its memory, whether the memory is among them, and why one is missing.
+
+    Zones are nested: core and uncore lie within the package, psys contains it, and intel-rapl-mmio shows it again, so
+    only packages and DRAM are summed. AMD's processors appear under the same names, without DRAM.
+    """
+    counters: list[Counter] = []
+    has_memory = False
+    zones = sorted(path for path in root.glob("intel-rapl:*") if (path / "name").is_file())
+    try:
+        for zone in zones:
+            kind = (zone / "name").read_text().strip()
+            if kind.startswith("package") or kind == "dram":
+                counters.append(RaplCounter(zone, f"{zone.name} {kind}"))
+                has_memory = has_memory or kind == "dram"
+    except PermissionError:
+        return (
+            [],
+            False,
+            [f"RAPL is there, but may not be read: let an administrator allow reading of {root}"],
+        )
+    except (OSError, ValueError) as error:
+        return [], False, [f"RAPL cannot be read: {error}"]
+    return counters, has_memory, []
+
+
+def own_cpu_seconds() -> float:
+    """Processor time of this process and of its children, those that have ended and, on Linux, those that live."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system + _living_children()
+
+
+def _living_children() -> float:
+    """Seconds of the processes that the main thread has started, and of their own children that have ended."""
+    total = 0
+    try:
+        own = os.getpid()
+        for child in Path(f"/proc/{own}/task/{own}/children").read_text().split():
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            total += sum(int(ticks) for ticks in fields[11:15])  # utime, stime and those of its children
+        return total / os.sysconf("SC_CLK_TCK")
+    except OSError:  # not Linux, or the child ended just now: it is counted among the ended ones next time
+        return 0.0
+
+
+class ProcessorEstimate:
+    """Rated watts × (0.1 of the time + 0.9 of the share of cores that this process kept busy).
+
+    Without `idle` only the load counts: another process of the machine counts the rest.
+    """
+
+    source: Source = "estimate"
+
+    def __init__(
+        self,
+        rated_watts: float,
+        cores: int,
+        clock: Clock = time.monotonic,
+        cpu_clock: Clock = own_cpu_seconds,
+        idle: bool = True,
+    ) -> None:
+        self._idle = IDLE_SHARE if idle else 0.0
+        self.name = f"processor, {rated_watts:g} W rated"
+        self._rated, self._cores, self._clock, self._cpu_clock = rated_watts, cores, clock, cpu_clock
+        self._joules, self._now, self._busy = 0.0, clock(), cpu_clock()
+
+    def joules(self) -> float:
+        now, busy = self._clock(), self._cpu_clock()
+        share = max(0.0, busy - self._busy) / self._cores  # seconds at full load
+        seconds = now - self._now
+        awake = seconds if seconds <= SILENCE else 0.0  # a machine that slept counts only what was computed
+        self._joules += self._rated * (self._idle * awake + (1 - IDLE_SHARE) * share)
+        self._now, self._busy = now, busy
+        return self._joules
+
+    def close(self) -> None:
+        pass
+
+
+class MemoryEstimate:
+    """Watts a GiB of installed memory, whatever is stored in it."""
+
+    source: Source = "estimate"
+
+    def __init__(self, gib: float, clock: Clock = time.monotonic) -> None:
+        self.name = f"memory, {gib:.0f} GiB at {WATTS_PER_GIB} W"
+        self._watts, self._clock = gib * WATTS_PER_GIB, clock
+        self._joules, self._now = 0.0, clock()
+
+    def joules(self) -> float:
+        now = self._clock()
+        if now - self._now <= SILENCE:
+            self._joules += self._watts * (now - self._now)
+        self._now = now
+        return self._joules
+
+    def close(self) -> None:
+        pass
+
+
+def installed_gib() -> float:
+    """Memory of the machine; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (ValueError, OSError, AttributeError):  # AttributeError: Windows has no sysconf
+        return 0.0

@@ -1,0 +1,110 @@
+"""Where a run's joules went: by source, stage, modality and task, and what no step can be charged with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WorkShare:
+    """One kind's part in a step: its tokens, and the floating-point operations that they took."""
+
+    tokens: int
+    operations: float
+
+
+Work = Mapping[str, Mapping[str, WorkShare]]
+"""`modality` or `task` -> its name -> its share of a step."""
+
+
+def sum_work(parts: Sequence[Work]) -> Work:
+    """The work of several parts of a step as that of the whole."""
+    total: dict[str, dict[str, WorkShare]] = {}
+    for part in parts:
+        for kind, shares in part.items():
+            known = total.setdefault(kind, {})
+            for name, share in shares.items():
+                before = known.get(name, WorkShare(0, 0.0))
+                known[name] = WorkShare(before.tokens + share.tokens, before.operations + share.operations)
+    return total
+
+
+@dataclass
+class EnergyUse:
+    """What one stage, modality or task has cost so far."""
+
+    joules: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, joules: float, tokens: int, seconds: float) -> None:
+        self.joules += joules
+        self.tokens += tokens
+        self.seconds += seconds
+
+
+@dataclass
+class EnergyTracker:
+    """The energy use of a run.
+
+    A step's joules go to its stage as a whole, and to modalities and tasks in proportion to the operations that their
+    tokens took in it (`WorkShare.operations`). `between`: joules while no step ran (waiting, evaluating, saving).
+    `repeated`: joules of steps that a crash lost and that were taken again. All add up to `joules`.
+    """
+
+    by_source: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, EnergyUse] = field(default_factory=dict)
+    modalities: dict[str, EnergyUse] = field(default_factory=dict)
+    tasks: dict[str, EnergyUse] = field(default_factory=dict)
+    between: float = 0.0
+    repeated: float = 0.0
+
+    @property
+    def joules(self) -> float:
+        return sum(self.by_source.values())
+
+    @property
+    def source(self) -> str:
+        """The sources joined by `+`, from the best to the least."""
+        return "+".join(self.by_source)
+
+    @property
+    def in_steps(self) -> float:
+        """Joules of the steps that count."""
+        return sum(account.joules for account in self.stages.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(account.tokens for account in self.stages.values())
+
+    def add_step(self, stage: str, joules: float, tokens: int, seconds: float, work: Work) -> None:
+        """Charge one step."""
+        self.stages.setdefault(stage, EnergyUse()).add(joules, tokens, seconds)
+        for kind, accounts in (("modality", self.modalities), ("task", self.tasks)):
+            shares = work.get(kind, {})
+            total = sum(share.operations for share in shares.values())
+            for name, share in shares.items():
+                part = share.operations / total if total > 0 else 0.0
+                accounts.setdefault(name, EnergyUse()).add(joules * part, share.tokens, seconds * part)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, which `from_json` takes back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> EnergyTracker:
+        """The tracker that `to_json` gave."""
+
+        def accounts(kind: str) -> dict[str, EnergyUse]:
+            return {name: EnergyUse(**account) for name, account in values.get(kind, {}).items()}
+
+        return cls(
+            by_source=dict(values.get("by_source", {})),
+            stages=accounts("stages"),
+            modalities=accounts("modalities"),
+            tasks=accounts("tasks"),
+            between=float(values.get("between", 0.0)),
+            repeated=float(values.get("repeated", 0.0)),
+        )

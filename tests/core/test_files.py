@@ -1,0 +1,70 @@
+"""A file is replaced in one step or not at all."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from openm6.core.config import Config
+from openm6.core.errors import ConfigError, OutputError
+from openm6.core.files import append_line, check_place, replace_text
+from openm6.core.run_folder import RunFolder
+
+
+def test_the_old_content_stays_where_the_new_does_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    replace_text(path, "old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(
+            OutputError, match=r"notes.txt could not be written \(File too large\): free some space"
+        ):
+            replace_text(path, "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    replace_text(path, "新\n")
+    assert path.read_text(encoding="utf-8") == "新\n"
+
+
+def test_a_line_that_does_not_fit_is_one_sentence() -> None:
+    with pytest.raises(
+        OutputError, match=r"^/dev/full could not be written \(No space left on device\): free"
+    ):
+        append_line(Path("/dev/full"), "x")
+
+
+def test_where_nothing_can_be_written_is_said_beforehand(tmp_path: Path) -> None:
+    check_place(tmp_path / "new.json", "--json")
+    with pytest.raises(ConfigError, match="--json .*: there is no folder .*no; make it first"):
+        check_place(tmp_path / "no/x.json", "--json")
+    with pytest.raises(ConfigError, match="is a folder: name a file in it"):
+        check_place(tmp_path, "--json")
+
+
+def test_a_file_in_the_place_of_a_run_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(
+        OutputError, match=r"run could not be written \(File exists\): check its rights or choose"
+    ):
+        RunFolder.open(tmp_path / "run")
+
+
+def test_a_run_keeps_its_settings_in_order(tmp_path: Path) -> None:
+    run = RunFolder.open(tmp_path / "a/b")
+    assert run.name == "b" and run.read_config() == {}
+    run.write_config({"kind": "toy", "loop": {"steps": "auto", "seed": 1}, "名": "é"})
+    run.set_config("loop", "steps", 12)
+    run.set_config("judge", "records", 3)
+    expected = {"kind": "toy", "loop": {"steps": 12, "seed": 1}, "名": "é", "judge": {"records": 3}}
+    assert run.read_config() == expected
+    assert list(run.read_config()) == list(expected)
+    assert "名: é" in run.config.read_text(encoding="utf-8")
+
+
+def test_config_parents_refuse_what_they_do_not_know() -> None:
+    assert Config.model_config["extra"] == "forbid" and Config.model_config["frozen"]
