@@ -84,7 +84,7 @@ def test_a_picture_is_filled_in_and_kept_in_the_gallery(page: playwright.Page) -
 
 
 def test_a_sound_is_spoken(page: playwright.Page) -> None:
-    choose(page, "domain", "SpeechBody and sound")
+    choose(page, "domain", "Speech and sound")
     choose(page, "scenario", "Read aloud")
     playwright.expect(page.locator("#text-0 textarea")).to_have_value("seven", timeout=PATIENCE)
     page.click("#run")
