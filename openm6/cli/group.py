@@ -12,7 +12,7 @@ from rich.protocol import is_renderable
 from typer.core import TyperGroup
 
 from openm6.core.errors import Interrupted, OpenM6Error
-from openm6.core.files import mend_of
+from openm6.core.files import advice_for
 from openm6.core.log import start_log
 
 FAILED, INTERRUPTED = 1, 130
@@ -71,7 +71,7 @@ def make_app(group: type[TyperGroup] = PlainGroup) -> typer.Typer:
 def refusal(error: OSError) -> str:
     """Return what the system refused, in one sentence."""
     what = error.filename if error.filename is not None else "a file"
-    return f"{what} cannot be read or written ({error.strerror}): {mend_of(error)}"
+    return f"{what} cannot be read or written ({error.strerror}): {advice_for(error)}"
 
 
 def print_result(result: Any) -> None:

@@ -82,23 +82,23 @@ def append_line(path: Path, line: str) -> None:
 
 @contextmanager
 def as_output_error(path: Path) -> Iterator[None]:
-    """Turns the system's failure to write `path` into one sentence, an OutputError."""
+    """Turn the system's failure to write `path` into one sentence, an OutputError."""
     try:
         yield
     except OSError as error:
         raise OutputError(
-            f"{path} could not be written ({error.strerror or error}): {mend_of(error)}"
+            f"{path} could not be written ({error.strerror or error}): {advice_for(error)}"
         ) from error
 
 
-def mend_of(error: OSError) -> str:
-    """What a person may do about a failure to write."""
+def advice_for(error: OSError) -> str:
+    """Return what a person may do about a failure to write."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return "free some space or choose another place" if full else "check its rights or choose another place"
 
 
 def check_place(path: Path, option: str) -> None:
-    """Whether a file may be written to `path`, asked before any work is done.
+    """Raise ConfigError if no file can be written to `path`, before any work is done.
 
     Raises:
         ConfigError: its folder is not there, or the path is a folder itself; `option` names the setting to change.

@@ -1,4 +1,4 @@
-"""One way to say something to the person who runs the program: plain lines on standard error."""
+"""The program's log: plain lines on standard error."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class CounterDelta:
         self._max_watts, self._wrap, self._bridges = max_watts, wrap, bridges_silence
 
     def observe(self, value: float, now: float) -> float:
-        """Take in the counter's value, in joules, at the moment `now`, in seconds; gives the sum."""
+        """Add the counter's value, in joules, at the moment `now`, in seconds; return the sum."""
         rise, seconds = value - self._value, now - self._now
         self._value, self._now = value, now
         if rise < 0 and self._wrap is not None:

@@ -27,14 +27,16 @@ from openm6.energy.processor import (
 )
 
 POLL_SECONDS = 10.0  # a counter of RAPL wraps in minutes, so somebody must look even in a long step
-LONGEST_REST = 1.0  # seconds
-SHARE_OF_TIME = 0.002  # that reading may take: what is asked for more often is answered from the last reading
+MAX_REST = 1.0  # seconds
+MAX_TIME_FRACTION = (
+    0.002  # that reading may take: what is asked for more often is answered from the last reading
+)
 
 
 class EnergyConfig(Config):
     """`country` by three-letter code or name; `pue`: joules of the building for each joule of the devices.
 
-    cpu_watts: rated power of all processors, for the estimate where nothing can be read; default 5 W a core.
+    cpu_watts: rated power of all processors, for the estimate if nothing can be read; default 5 W per core.
     """
 
     country: str = WORLD
@@ -91,7 +93,7 @@ class Meter:
 
     @contextmanager
     def span(self) -> Iterator[Span]:
-        """Measures what happens inside: `with meter.span() as span: ...`, then `span.joules`."""
+        """Measure what happens inside: `with meter.span() as span: ...`, then `span.joules`."""
         span, before, began = Span(), self.joules(fresh=True), time.perf_counter()
         try:
             yield span
@@ -101,12 +103,12 @@ class Meter:
             span.seconds = time.perf_counter() - began
 
     def close(self) -> None:
-        """Read once more and let go of the devices; `joules` gives the last sum from then on."""
+        """Read once more and let go of the devices; `joules` returns the last sum from then on."""
         self._stop.set()
         self._thread.join()
         self.joules(fresh=True)
         with self._lock:
-            open_ones = [one for number, one in enumerate(self._counters) if number not in self._lost]
+            open_ones = [counter for index, counter in enumerate(self._counters) if index not in self._lost]
             self._lost.update(range(len(self._counters)))
         for counter in open_ones:
             counter.close()
@@ -121,18 +123,18 @@ class Meter:
 
     def _read_all(self) -> None:
         began = time.perf_counter()
-        for number, counter in enumerate(self._counters):
-            if number in self._lost:
+        for index, counter in enumerate(self._counters):
+            if index in self._lost:
                 continue
             try:
-                self._read[number] = counter.joules()
+                self._read[index] = counter.joules()
             except CounterLostError as reason:
-                self._lost.add(number)
+                self._lost.add(index)
                 self.notes.append(f"{counter.name} is counted only in part: {reason}")
                 get_log().warning(self.notes[-1])
         ended = time.perf_counter()
-        # On a crowded machine a reading may take long by the clock: not for that may the meter stand still.
-        self._rest_until = ended + min((ended - began) / SHARE_OF_TIME, LONGEST_REST)
+        # On a busy machine a reading may take long by the clock; the meter must not pause for that long.
+        self._rest_until = ended + min((ended - began) / MAX_TIME_FRACTION, MAX_REST)
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
@@ -146,7 +148,7 @@ def open_meter(
 
     gpus: numbers as CUDA counts them, empty for none; by default all visible, or that of the process where several
     share the machine. cpu_watts: rated power of all processors, for the estimate where RAPL cannot be read; by default
-    5 W a core. processor: whether to count processor and memory; by default only the first process of a machine does,
+    5 W per core. processor: whether to count processor and memory; by default only the first process of a machine does,
     so that nothing is counted twice; the others add an estimate of their own load where there is no counter of all.
     """
     rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -92,7 +92,7 @@ def open_gpus(numbers: tuple[int, ...] | None) -> tuple[list[Counter], list[str]
 
 
 def _open(handle: Any, number: int) -> tuple[Counter | None, str]:
-    """A counter that holds NVML open for itself, and what has to be said about it."""
+    """A counter that holds NVML open for itself, and a note about it, or none."""
     name = f"GPU {number} {_text(pynvml.nvmlDeviceGetName(handle))}"
     shared = "MIG is on: the whole card is counted, not its slice" if _is_sliced(handle) else ""
     for kind in (NvmlCounter, NvmlPower):
@@ -101,7 +101,7 @@ def _open(handle: Any, number: int) -> tuple[Counter | None, str]:
             return kind(handle, name), f"{name}: {shared}" if shared else ""
         except pynvml.NVMLError:
             pynvml.nvmlShutdown()
-    return None, f"{name} is not counted: it tells neither energy nor power"
+    return None, f"{name} is not counted: it reports neither energy nor power"
 
 
 def _visible_handles() -> list[Any]:

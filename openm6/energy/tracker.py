@@ -1,4 +1,4 @@
-"""Where a run's joules went: by source, stage, modality and task, and what no step can be charged with."""
+"""Where a run's joules went: by source, stage, modality and task, and what belongs to no step."""
 
 from __future__ import annotations
 
@@ -73,38 +73,38 @@ class EnergyTracker:
     @property
     def in_steps(self) -> float:
         """Joules of the steps that count."""
-        return sum(account.joules for account in self.stages.values())
+        return sum(use.joules for use in self.stages.values())
 
     @property
     def tokens(self) -> int:
-        return sum(account.tokens for account in self.stages.values())
+        return sum(use.tokens for use in self.stages.values())
 
     def add_step(self, stage: str, joules: float, tokens: int, seconds: float, work: Work) -> None:
-        """Charge one step."""
+        """Add one step."""
         self.stages.setdefault(stage, EnergyUse()).add(joules, tokens, seconds)
-        for kind, accounts in (("modality", self.modalities), ("task", self.tasks)):
+        for kind, uses in (("modality", self.modalities), ("task", self.tasks)):
             shares = work.get(kind, {})
             total = sum(share.operations for share in shares.values())
             for name, share in shares.items():
                 part = share.operations / total if total > 0 else 0.0
-                accounts.setdefault(name, EnergyUse()).add(joules * part, share.tokens, seconds * part)
+                uses.setdefault(name, EnergyUse()).add(joules * part, share.tokens, seconds * part)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, which `from_json` takes back."""
+        """Return plain data for `from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EnergyTracker:
-        """The tracker that `to_json` gave."""
+        """Return the tracker of which `to_json` made the values."""
 
-        def accounts(kind: str) -> dict[str, EnergyUse]:
-            return {name: EnergyUse(**account) for name, account in values.get(kind, {}).items()}
+        def uses(kind: str) -> dict[str, EnergyUse]:
+            return {name: EnergyUse(**use) for name, use in values.get(kind, {}).items()}
 
         return cls(
             by_source=dict(values.get("by_source", {})),
-            stages=accounts("stages"),
-            modalities=accounts("modalities"),
-            tasks=accounts("tasks"),
+            stages=uses("stages"),
+            modalities=uses("modalities"),
+            tasks=uses("tasks"),
             between=float(values.get("between", 0.0)),
             repeated=float(values.get("repeated", 0.0)),
         )

@@ -40,7 +40,7 @@ def test_each_launched_process_has_a_gpu_of_its_own(eight_gpus, monkeypatch):
     assert eight_gpus[-1] == 5
 
 
-def test_nobody_else_decides_about_the_device():
+def test_only_one_file_asks_for_the_device():
     """A device without a number is whatever card comes first to NVML, `mem_get_info` and the like."""
     asking = {
         path.relative_to(ROOT).as_posix()

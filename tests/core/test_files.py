@@ -1,15 +1,17 @@
-"""A file is replaced in one step or not at all."""
+"""A file is replaced in one step or not at all; JSON holds only what every parser reads."""
 
 from __future__ import annotations
 
+import json
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, OutputError
-from openm6.core.files import append_line, check_place, replace_text
+from openm6.core.files import append_line, check_place, plain_data, replace_text, to_json
 from openm6.core.run_folder import RunFolder
 
 
@@ -68,3 +70,17 @@ def test_a_run_keeps_its_settings_in_order(tmp_path: Path) -> None:
 
 def test_config_parents_refuse_what_they_do_not_know() -> None:
     assert Config.model_config["extra"] == "forbid" and Config.model_config["frozen"]
+
+
+VALUE = {"a": [1.0, float("inf")], "b": {"c": float("nan")}, "d": "nan", "e": 3, "f": (1, -float("inf"))}
+
+
+def test_numbers_that_are_not_finite_become_null() -> None:
+    expected = {"a": [1.0, None], "b": {"c": None}, "d": "nan", "e": 3, "f": [1, None]}
+    assert plain_data(VALUE) == expected
+    assert json.loads(to_json(VALUE, indent=1)) == expected
+
+
+def test_numbers_of_numpy_and_half_characters() -> None:
+    value = {"a": np.float32(0.5), 3: np.int64(7), "b": [np.float64("nan"), True], "c": "x\ud800"}
+    assert json.loads(to_json(value)) == {"a": 0.5, "3": 7, "b": [None, True], "c": "x?"}

@@ -1,4 +1,4 @@
-"""The lowest floor and the command line's help come up without torch, and a model without torch's compiler."""
+"""The lowest layer and the command line's help load without torch, and a model without torch's compiler."""
 
 from __future__ import annotations
 

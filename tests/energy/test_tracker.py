@@ -1,4 +1,4 @@
-"""The accounts add up, and shares follow the operations."""
+"""The uses add up, and shares follow the operations."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from openm6.energy.tracker import EnergyTracker, EnergyUse, WorkShare, sum_work
 
 
 def test_a_step_is_charged_by_operations() -> None:
-    ledger = EnergyTracker(by_source={"nvml": 90.0, "estimate": 30.0}, between=15.0, repeated=5.0)
+    tracker = EnergyTracker(by_source={"nvml": 90.0, "estimate": 30.0}, between=15.0, repeated=5.0)
     work = {
         "modality": {"text": WorkShare(30, 3e6), "image": WorkShare(10, 1e6)},
         "task": {"caption": WorkShare(40, 4e6)},
     }
-    ledger.add_step("pseudo", 60.0, 40, 2.0, work)
-    ledger.add_step("real", 40.0, 40, 2.0, work)
-    assert ledger.modalities == {"text": EnergyUse(75.0, 60, 3.0), "image": EnergyUse(25.0, 20, 1.0)}
-    assert ledger.tasks == {"caption": EnergyUse(100.0, 80, 4.0)}
-    assert ledger.stages == {"pseudo": EnergyUse(60.0, 40, 2.0), "real": EnergyUse(40.0, 40, 2.0)}
-    assert (ledger.joules, ledger.in_steps, ledger.tokens) == (120.0, 100.0, 80)
-    assert ledger.joules == ledger.in_steps + ledger.between + ledger.repeated
-    assert ledger.source == "nvml+estimate"
+    tracker.add_step("pseudo", 60.0, 40, 2.0, work)
+    tracker.add_step("real", 40.0, 40, 2.0, work)
+    assert tracker.modalities == {"text": EnergyUse(75.0, 60, 3.0), "image": EnergyUse(25.0, 20, 1.0)}
+    assert tracker.tasks == {"caption": EnergyUse(100.0, 80, 4.0)}
+    assert tracker.stages == {"pseudo": EnergyUse(60.0, 40, 2.0), "real": EnergyUse(40.0, 40, 2.0)}
+    assert (tracker.joules, tracker.in_steps, tracker.tokens) == (120.0, 100.0, 80)
+    assert tracker.joules == tracker.in_steps + tracker.between + tracker.repeated
+    assert tracker.source == "nvml+estimate"
 
 
-def test_a_ledger_survives_its_json() -> None:
-    ledger = EnergyTracker(by_source={"rapl": 3.0}, between=1.0)
-    ledger.add_step("real", 2.0, 8, 0.5, {"modality": {"text": WorkShare(8, 1.0)}})
-    assert EnergyTracker.from_json(ledger.to_json()) == ledger
+def test_a_tracker_survives_its_json() -> None:
+    tracker = EnergyTracker(by_source={"rapl": 3.0}, between=1.0)
+    tracker.add_step("real", 2.0, 8, 0.5, {"modality": {"text": WorkShare(8, 1.0)}})
+    assert EnergyTracker.from_json(tracker.to_json()) == tracker
     assert EnergyTracker.from_json({}) == EnergyTracker()
 
 
 def test_work_without_operations_charges_nobody() -> None:
-    ledger = EnergyTracker()
-    ledger.add_step("real", 2.0, 8, 0.5, {"modality": {"text": WorkShare(8, 0.0)}})
-    assert ledger.modalities["text"].joules == 0.0 and ledger.stages["real"].joules == pytest.approx(2.0)
+    tracker = EnergyTracker()
+    tracker.add_step("real", 2.0, 8, 0.5, {"modality": {"text": WorkShare(8, 0.0)}})
+    assert tracker.modalities["text"].joules == 0.0 and tracker.stages["real"].joules == pytest.approx(2.0)
 
 
 def test_parts_of_a_step_are_summed() -> None:
