@@ -67,7 +67,7 @@ def check_evaluation(
     trained: Path, tasks: list[str] | None, data: Path | None, json_path: Path | None, settings: list[str]
 ) -> None:
     apply_overrides({"judge": {}}, settings)
-    known = {f"{lecture['task']}/{lecture['source']}" for lecture in demo_mixture()} | set(TASKS)
+    known = {f"{component['task']}/{component['source']}" for component in demo_mixture()} | set(TASKS)
     assert set(tasks or ()) <= known
 
 
@@ -187,7 +187,7 @@ def test_no_figure_is_left_open() -> None:
 
 def test_the_figures_shown_are_of_lessons_of_the_demo() -> None:
     shown = set(re.findall(r"^\| `(\w+/\w+)` \|", README, re.MULTILINE))
-    assert shown and shown <= {f"{lecture['task']}/{lecture['source']}" for lecture in demo_mixture()}
+    assert shown and shown <= {f"{component['task']}/{component['source']}" for component in demo_mixture()}
 
 
 def test_a_missing_recipe_says_so() -> None:

@@ -94,8 +94,8 @@ def held_out(training: MultimodalTraining, folder: RunFolder) -> Iterator[Batch]
     """Batches of test records, always the same."""
     sources = open_sources(training.recipe.sources, "test")
     parts = [
-        Component(source=sources[lecture.source], task=lecture.task, weight=lecture.weight)
-        for lecture in training.recipe.mixture
+        Component(source=sources[component.source], task=component.task, weight=component.weight)
+        for component in training.recipe.mixture
     ]
     transform = ExampleTransform(MixtureSampler(parts, 1), training.modalities, 1, {})
     return Packer(transform, training.recipe.packing, Quarantine(folder.quarantine, 1.0)).batches()

@@ -14,7 +14,7 @@ from openm6.core.errors import ConfigError, OpenM6Error
 from openm6.core.files import replace_text
 from openm6.core.run_folder import RunFolder
 from openm6.plan.measured import STEPS, WARMUP_STEPS, TrialRun, end_with_parent, trial_file
-from openm6.train.callbacks import Callback, Running, process_memory
+from openm6.train.callbacks import Callback, RunState, process_memory
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
@@ -37,7 +37,7 @@ class Clock(Callback):
         self.last_step = 0.0
         self.held_out_seconds = 0.0
 
-    def start(self, run: Running) -> None:
+    def start(self, run: RunState) -> None:
         self._run = run
 
     def before_step(self, step: int) -> None:

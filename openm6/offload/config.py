@@ -42,7 +42,7 @@ class OffloadConfig(Config):
         return resident
 
 
-def spread(count: int, num_sets: int) -> tuple[int, ...]:
+def evenly_spaced(count: int, num_sets: int) -> tuple[int, ...]:
     """`count` resident sets, evenly between offloaded ones, so that their work hides the others' transfers."""
     count = min(count, num_sets)
     return tuple(int((place + 0.5) * num_sets / count) for place in range(count)) if count else ()

@@ -18,7 +18,7 @@ from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS
 from openm6.nn.block import Block
-from openm6.offload.config import OffloadConfig, spread
+from openm6.offload.config import OffloadConfig, evenly_spaced
 from openm6.offload.weight_store import RecordLayout, set_shapes
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import UpdateRule, update_rule
@@ -157,10 +157,12 @@ def resident_sets(budget: Budget, free_bytes: dict[str, float]) -> tuple[int, ..
     if isinstance(wanted, tuple):
         return tuple(index for index in wanted if index < num_sets)
     if wanted != "auto":
-        return spread(wanted, num_sets)
+        return evenly_spaced(wanted, num_sets)
     if "device" not in free_bytes:
         return tuple(range(num_sets))
-    return spread(max_resident(budget, free_bytes["device"] - budget.streaming.margin_gib * GIB), num_sets)
+    return evenly_spaced(
+        max_resident(budget, free_bytes["device"] - budget.streaming.margin_gib * GIB), num_sets
+    )
 
 
 def needed_bytes(budget: Budget, place: str, free_bytes: dict[str, float]) -> int:

@@ -45,7 +45,7 @@ class Progress:
     cursor: dict[str, Any] = field(default_factory=dict)
 
 
-class Running(Protocol):
+class RunState(Protocol):
     """The part of a run that callbacks use."""
 
     training: TrainingTask
@@ -68,10 +68,10 @@ class Callback:
 
     name: str
 
-    def before_load(self, run: Running, state: dict[str, Any]) -> None:
+    def before_load(self, run: RunState, state: dict[str, Any]) -> None:
         """Give the model the shape that its weights have in the checkpoint with this state, which will be loaded."""
 
-    def start(self, run: Running) -> None:
+    def start(self, run: RunState) -> None:
         """Act before the first step of this process, when model, optimizer and progress are loaded."""
 
     def before_step(self, step: int) -> None:
@@ -111,7 +111,7 @@ class MemoryCallback(Callback):
         # Bytes that a forked process shares with this one until it writes there.
         self._inherited = 0
 
-    def start(self, run: Running) -> None:
+    def start(self, run: RunState) -> None:
         self._device = run.train_step.device
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -172,7 +172,7 @@ class HeldOutCallback(Callback):
         self.config = config
         self._batches: list[Batch] = []
 
-    def start(self, run: Running) -> None:
+    def start(self, run: RunState) -> None:
         """Make the batches, so that an error in them is raised before the first step."""
         self._run = run
         self._batches = run.training.held_out_batches(self.config.batches)
@@ -204,11 +204,11 @@ class StagesCallback(Callback):
         self.switched_at: int | None = None
         self._clock = SwitchClock(config.switch)
 
-    def before_load(self, run: Running, state: dict[str, Any]) -> None:
+    def before_load(self, run: RunState, state: dict[str, Any]) -> None:
         if state["switched_at"] is not None:
             run.train_step.delink("reset")
 
-    def start(self, run: Running) -> None:
+    def start(self, run: RunState) -> None:
         self._run = run
         if self.switched_at is None and run.training.stage != "pseudo":
             raise ConfigError(

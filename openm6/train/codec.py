@@ -208,8 +208,8 @@ class CodecTraining(TrainingTask):
             check_health(self.health, self.recipe)
         with torch.autocast(self.device.type, enabled=False):
             scores = self.held_out_scores(self.averaged)
-        if self.goodness(scores) > self.best_score:
-            self.best_score = self.goodness(scores)
+        if self.selection_score(scores) > self.best_score:
+            self.best_score = self.selection_score(scores)
             self.best.load_state_dict(self.averaged.state_dict())
         return scores
 
@@ -217,7 +217,7 @@ class CodecTraining(TrainingTask):
         """Scores on training records that are never trained on."""
         raise NotImplementedError
 
-    def goodness(self, scores: dict[str, float]) -> float:
+    def selection_score(self, scores: dict[str, float]) -> float:
         """One number, higher is better."""
         raise NotImplementedError
 
@@ -258,7 +258,7 @@ class ImageCodecTraining(CodecTraining):
     def held_out_scores(self, codec: Codec) -> dict[str, float]:
         return image_scores(codec, self.held_out)
 
-    def goodness(self, scores: dict[str, float]) -> float:
+    def selection_score(self, scores: dict[str, float]) -> float:
         return scores["psnr"]
 
     def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
@@ -287,7 +287,7 @@ class AudioCodecTraining(CodecTraining):
     def held_out_scores(self, codec: Codec) -> dict[str, float]:
         return audio_scores(codec, self.held_out)
 
-    def goodness(self, scores: dict[str, float]) -> float:
+    def selection_score(self, scores: dict[str, float]) -> float:
         return -scores["log_mel_l1"]
 
     def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ from openm6.modalities.batch import Batch
 from openm6.modalities.text import TextAdapter
 from openm6.models.config import count_parameters
 from openm6.models.omni import Omni
-from openm6.train.callbacks import Callback, Running
+from openm6.train.callbacks import Callback, RunState
 from openm6.train.metrics import read_metrics
 from openm6.train.step import StepReport
 
@@ -38,39 +38,39 @@ class MeterCallback(Callback):
         self.ledger = EnergyTracker()
         self._before: dict[str, float] = {}  # joules of earlier processes of this run, by source
         self._meter: Meter | None = None
-        self._running: Running | None = None
+        self._run: RunState | None = None
         self._step = (0.0, 0.0)  # joules and seconds of training when the step began
         self._line = (0.0, 0, 0.0)  # joules, tokens and seconds of training when the last line was written
         self._taken = 0.0  # seconds of metering, in this process
 
-    def start(self, run: Running) -> None:
-        self._running = run
+    def start(self, run: RunState) -> None:
+        self._run = run
         self._count_repeated(run)
         self._meter = open_meter(gpus_of(run.train_step.device), run.config.energy.cpu_watts)
         self._line = (self.ledger.joules, run.progress.tokens, run.progress.seconds)
 
     def before_step(self, step: int) -> None:
-        assert self._running is not None
+        assert self._run is not None
         began = time.perf_counter()
-        self._step = (self._own().joules, self._running.progress.seconds)
+        self._step = (self._own().joules, self._run.progress.seconds)
         self._taken += time.perf_counter() - began
 
     def after_step(self, report: StepReport) -> dict[str, float]:
-        assert self._running is not None
+        assert self._run is not None
         began = time.perf_counter()
         joules, seconds = self._step
-        stage, progress, spent = self._running.training.stage, self._running.progress, self._read(joules)
+        stage, progress, spent = self._run.training.stage, self._run.progress, self._read(joules)
         self.ledger.add_step(stage, spent, report.tokens, progress.seconds - seconds, report.work)
         self._update_between()
         self._taken += time.perf_counter() - began
         return {}
 
     def totals(self) -> dict[str, Any]:
-        assert self._running is not None
+        assert self._run is not None
         began = time.perf_counter()
         self._read_alone()
         self._taken += time.perf_counter() - began
-        ledger, progress = self.ledger, self._running.progress
+        ledger, progress = self.ledger, self._run.progress
         joules, tokens, seconds = self._line
         self._line = (ledger.joules, progress.tokens, progress.seconds)
         spent = ledger.joules - joules
@@ -100,10 +100,10 @@ class MeterCallback(Callback):
 
     def _read(self, since: float) -> float:
         """Update the ledger's sum; return what all ranks spent since this one's sum was `since`."""
-        assert self._running is not None
+        assert self._run is not None
         own = self._own()
         numbers = [own.by_source.get(source, 0.0) for source in SOURCES]
-        spent, *now = self._running.training.ranks.all_reduce([own.joules - since, *numbers])
+        spent, *now = self._run.training.ranks.all_reduce([own.joules - since, *numbers])
         by_source: dict[str, float] = {
             source: self._before.get(source, 0.0) + joules
             for source, joules in zip(SOURCES, now, strict=True)
@@ -114,7 +114,7 @@ class MeterCallback(Callback):
 
     def _read_alone(self) -> None:
         """Between steps only one process may read: ranks do not come here at the same time."""
-        if self._running is not None and self._running.training.ranks.size == 1:
+        if self._run is not None and self._run.training.ranks.size == 1:
             self._read(0.0)
             self._update_between()
 
@@ -123,7 +123,7 @@ class MeterCallback(Callback):
         ledger = self.ledger
         ledger.between = max(0.0, ledger.joules - ledger.in_steps - ledger.repeated)
 
-    def _count_repeated(self, run: Running) -> None:
+    def _count_repeated(self, run: RunState) -> None:
         """Steps after the checkpoint that this process goes on from were paid for, and will be taken again."""
         lines = [line for line in read_metrics(run.run) if line.get("step", 0) > run.progress.step]
         sums = [line["joules"] for line in lines if isinstance(line.get("joules"), float)]

@@ -25,8 +25,8 @@ from openm6.train.step import StepReport
 Line = dict[str, Any]
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-MOST = 100  # characters of a plain line
-EVERY = 10.0  # seconds between two of them
+LINE_LENGTH = 100  # characters of a plain line
+LINE_SECONDS = 10.0  # seconds between two of them
 _NOT_SHOWN = {
     "metering_seconds",
     "seconds",
@@ -240,7 +240,7 @@ class PlainDisplay:
     def log(self, line: Line) -> None:
         if self._clock() < self._next and line["step"] != self._steps and "evaluation" not in line:
             return
-        self._next = self._clock() + EVERY
+        self._next = self._clock() + LINE_SECONDS
         sys.stderr.write(describe(line, self._steps, self._pace) + "\n")
         sys.stderr.flush()
 
@@ -335,7 +335,7 @@ def describe(line: Line, steps: int | None, pace: Pace) -> str:
     if line["c_v"]:
         more.append(f"c_v {sum(line['c_v']) / len(line['c_v']):.2f}")
     # The losses of modalities before energy and balance, as many as fit.
-    remaining = MOST - len("  ".join([*first, *last]))
+    remaining = LINE_LENGTH - len("  ".join([*first, *last]))
     fitting = []
     for part in [*named[1:], *more]:
         if len(part) + 2 <= remaining:

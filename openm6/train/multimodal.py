@@ -73,7 +73,7 @@ class MultimodalTraining(TrainingTask):
         self.run = run
         mesh = self._mesh(device)  # first, as its checks need no data
         sources = open_sources(recipe.sources, "train")
-        used = {lecture.source: sources[lecture.source] for lecture in recipe.mixture}
+        used = {component.source: sources[component.source] for component in recipe.mixture}
         first = self.ranks.is_main_process
         self.tokenizer = self.ranks.broadcast_object(tokenizer_text(recipe, used, run) if first else "")
         self.description = _describe(recipe, used)
@@ -90,8 +90,8 @@ class MultimodalTraining(TrainingTask):
         self.attribution = Attribution(self.omni)
         check_sources(recipe, sources)
         components = [
-            Component(source=sources[lecture.source], task=lecture.task, weight=lecture.weight)
-            for lecture in recipe.mixture
+            Component(source=sources[component.source], task=component.task, weight=component.weight)
+            for component in recipe.mixture
         ]
         seed = recipe.loop.seed
         transform = ExampleTransform(

@@ -73,8 +73,8 @@ def tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: Ru
 
 def _learned_tokenizer(recipe: MultimodalRecipe, sources: dict[str, Source]) -> str:
     prompts = [
-        prompt for lecture in recipe.mixture for language in LANGUAGES
-        for prompt in TASKS[lecture.task].prompts.get(language, ())
+        prompt for component in recipe.mixture for language in LANGUAGES
+        for prompt in TASKS[component.task].prompts.get(language, ())
     ]  # fmt: skip
     spread = {
         name: np.linspace(0, len(s) - 1, min(len(s), SCANNED)).astype(int) for name, s in sources.items()
@@ -107,8 +107,8 @@ def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> No
         DataError: all records of a sample are broken.
         ConfigError: a task finds nothing that it needs in its source.
     """
-    for name in dict.fromkeys(lecture.source for lecture in recipe.mixture):
-        tasks = [TASKS[lecture.task] for lecture in recipe.mixture if lecture.source == name]
+    for name in dict.fromkeys(component.source for component in recipe.mixture):
+        tasks = [TASKS[component.task] for component in recipe.mixture if component.source == name]
         _check(name, sources[name], tasks)
 
 
@@ -140,10 +140,10 @@ def _check(name: str, source: Source, tasks: Sequence[Task]) -> None:
         get_log().info(f"source {name}: no task reads the columns {', '.join(map(repr, unused))}")
 
 
-def _sample(source: Source, most: int) -> tuple[list[Record], list[DataError]]:
-    """Up to `most` records, evenly spread, and why those that are broken cannot be read."""
+def _sample(source: Source, limit: int) -> tuple[list[Record], list[DataError]]:
+    """Up to `limit` records, evenly spread, and why those that are broken cannot be read."""
     records, broken = [], []
-    for index in np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)):
+    for index in np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)):
         try:
             records.append(source[int(index)])
         except DataError as error:
@@ -188,9 +188,9 @@ def pack_held_out(
     validation, test = open_sources(recipe.sources, "validation"), open_sources(recipe.sources, "test")
     sources = {name: source if len(source) else test[name] for name, source in validation.items()}
     components = [
-        Component(source=sources[lecture.source], task=lecture.task, weight=lecture.weight)
-        for lecture in recipe.mixture
-        if len(sources[lecture.source])
+        Component(source=sources[component.source], task=component.task, weight=component.weight)
+        for component in recipe.mixture
+        if len(sources[component.source])
     ]
     if not components:
         raise ConfigError(

@@ -34,7 +34,7 @@ class SwitchClock:
             return steps >= config.step
         if config.minutes is not None:
             return seconds >= 60 * config.minutes
-        return config.plateau is not None and _stands_still(self._losses, config.plateau)
+        return config.plateau is not None and _has_plateaued(self._losses, config.plateau)
 
     def state(self) -> dict[str, Any]:
         return {"losses": self._losses}
@@ -97,7 +97,7 @@ def _deviations(stack: Tensor, rows: int, spec: ShardSpec) -> Tensor:
     return (spec.all_reduce((stack - mean).square().sum((-2, -1), keepdim=True)) / max(1, count - 1)).sqrt()
 
 
-def _stands_still(losses: list[float], config: PlateauConfig) -> bool:
+def _has_plateaued(losses: list[float], config: PlateauConfig) -> bool:
     if len(losses) < 2 * config.window:
         return False
     before, now = losses[: config.window], losses[config.window :]

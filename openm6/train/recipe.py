@@ -21,7 +21,7 @@ from openm6.tasks.registry import TASKS
 from openm6.train.config import LoopConfig
 
 
-class Lecture(Config):
+class MixtureComponent(Config):
     """One component of the mixture: a task over a source, drawn with a weight."""
 
     source: str
@@ -43,7 +43,7 @@ class MultimodalRecipe(Config):
     model: ModelChoice = ModelChoice()
     modalities: ModalitiesConfig = ModalitiesConfig()
     sources: dict[str, AnySourceConfig]
-    mixture: list[Lecture] = Field(min_length=1)
+    mixture: list[MixtureComponent] = Field(min_length=1)
     embedding: PoolConfig | None = None  # where not given: the usual one if a task contrasts, else none
     packing: PackingConfig = PackingConfig()
     loss_weights: dict[str, float] = {}
@@ -54,16 +54,16 @@ class MultimodalRecipe(Config):
 
     @model_validator(mode="after")
     def _names_exist(self) -> MultimodalRecipe:
-        for lecture in self.mixture:
-            if lecture.source not in self.sources:
-                hint = nearest(lecture.source, sorted(self.sources))
+        for component in self.mixture:
+            if component.source not in self.sources:
+                hint = nearest(component.source, sorted(self.sources))
                 raise ValueError(
-                    f"the mixture names source {lecture.source!r}, which sources does not hold; {hint}"
+                    f"the mixture names source {component.source!r}, which sources does not hold; {hint}"
                 )
         for name in self.loss_weights:
             if name not in MODALITIES:
                 raise ValueError(f"loss_weights names {name!r}; {nearest(name, sorted(MODALITIES))}")
-        pairs = [(lecture.source, lecture.task) for lecture in self.mixture]
+        pairs = [(component.source, component.task) for component in self.mixture]
         twice = next((pair for pair in pairs if pairs.count(pair) > 1), None)
         if twice:
             raise ValueError(f"the mixture names task {twice[1]} over {twice[0]} twice: add up the weights")
@@ -77,7 +77,7 @@ class MultimodalRecipe(Config):
     @property
     def pooling(self) -> PoolConfig | None:
         """How the model makes embeddings, if any task of the mixture teaches it to."""
-        contrasts = any(TASKS[lecture.task].contrasts for lecture in self.mixture)
+        contrasts = any(TASKS[component.task].contrasts for component in self.mixture)
         return self.embedding or (PoolConfig() if contrasts else None)
 
 

@@ -35,7 +35,7 @@ from openm6.train.training_task import TrainingTask
 Recipe = MultimodalRecipe | CodecRecipe
 Build = Callable[[Any, RunFolder, torch.device, ProcessGroupContext], TrainingTask]
 
-WAYS: dict[str, tuple[type[Recipe], Build]] = {
+TRAININGS: dict[str, tuple[type[Recipe], Build]] = {
     "multimodal": (MultimodalRecipe, MultimodalTraining),
     "codec-image": (ImageCodecRecipe, lambda recipe, run, device, ranks: ImageCodecTraining(recipe, device)),
     "codec-sound": (AudioCodecRecipe, lambda recipe, run, device, ranks: AudioCodecTraining(recipe, device)),
@@ -69,9 +69,11 @@ def read_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, dict[str, Any
     """
     values = apply_overrides(read_yaml(path), overrides)
     kind = str(values.get("kind", "multimodal"))
-    if kind not in WAYS:
-        raise ConfigError(f"{path}: no kind of training is called {kind!r}; {nearest(kind, sorted(WAYS))}")
-    return build(WAYS[kind][0], values, str(path)), values
+    if kind not in TRAININGS:
+        raise ConfigError(
+            f"{path}: no kind of training is called {kind!r}; {nearest(kind, sorted(TRAININGS))}"
+        )
+    return build(TRAININGS[kind][0], values, str(path)), values
 
 
 def train_recipe(
@@ -99,7 +101,7 @@ def train_recipe(
         _check_alike(ranks, plan.values)
         run = RunFolder.open(plan.folder)
         settings = plan.values if ranks.is_main_process and (plan.path != run.config or overrides) else None
-        training = WAYS[plan.recipe.kind][1](plan.recipe, run, device, ranks)  # type: ignore[union-attr]
+        training = TRAININGS[plan.recipe.kind][1](plan.recipe, run, device, ranks)  # type: ignore[union-attr]
         result = train(training, plan.recipe.loop, run, plan.resume, settings=settings)
         if isinstance(plan.recipe, MultimodalRecipe):
             get_log().info(_next_steps(plan.recipe, plan.folder))

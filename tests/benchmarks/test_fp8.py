@@ -1,4 +1,4 @@
-"""Eight-bit expert products: their twin's rounding, their gradients, and what the benchmark says without a GPU."""
+"""Eight-bit expert products: rounding as in the reference, their gradients; the report without a GPU."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_without_a_gpu_it_says_so_and_tells_errors_and_losses(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_kernel_is_its_twin() -> None:
+def test_the_kernel_equals_the_reference() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")
     torch.manual_seed(0)

@@ -93,7 +93,7 @@ def test_what_bench_serve_prints() -> None:
     assert set(found["ours_over_each"]) <= set(found["text"]) and found["ours_over_best_baseline"] > 0
 
 
-def test_without_the_baseline_ours_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_baseline_ours_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with Report(None, 60) as report:
         compare_text(TINY, torch.device("cpu"), report)

@@ -56,9 +56,9 @@ def test_the_example_gives_the_record_shown(recipe):
 
 def test_every_task_of_the_example_can_be_posed(recipe):
     record = open_sources(recipe.sources, "train")["shop"][0]
-    for lecture in recipe.mixture:
-        example = TASKS[lecture.task].example(record, np.random.default_rng(0))
-        assert example.source and example.task == lecture.task
+    for component in recipe.mixture:
+        example = TASKS[component.task].example(record, np.random.default_rng(0))
+        assert example.source and example.task == component.task
 
 
 def test_the_recipe_is_trained_as_it_stands(recipe, tmp_path):

@@ -116,7 +116,7 @@ def test_a_gradient_that_may_not_be_used_changes_nothing(tier: int) -> None:
 
 
 def test_bytes_that_are_not_pushed_stay_for_500_steps() -> None:
-    """Scales that stick: with scales drawn anew each step, every weight of a block would wander."""
+    """Scales that stick: with scales fitted again in each step, every weight of a block would wander."""
     rule = rule_of(1)
     stored = start(rule, 0.02 * normal(8, 64))
     gradient = torch.zeros(8, 64)

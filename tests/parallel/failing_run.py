@@ -1,4 +1,4 @@
-"""A program for the launcher, of which rank 1 fails in the way that it is told to, or rank 0 at its end."""
+"""A program for the launcher, of which rank 1 fails in the way that its argument names, or rank 0 at its end."""
 
 from __future__ import annotations
 

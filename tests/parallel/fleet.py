@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Forked from one process that has imported torch: importing it anew takes seconds each.
+# Forked from one process that has imported torch: importing it again takes seconds each.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "openm6.train.multimodal"])
 PATIENCE = 120  # seconds that a function may take

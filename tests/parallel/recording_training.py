@@ -23,7 +23,7 @@ Records = dict[int, list[tuple[int, int, int]]]  # step -> component, epoch and 
 
 
 class FallError(Exception):
-    """What the training task raises where it is told to."""
+    """What the training task raises on request."""
 
 
 class RecordingTraining(MultimodalTraining):

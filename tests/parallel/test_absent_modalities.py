@@ -30,7 +30,7 @@ from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
 Axes = tuple[int, int, int]
 # One for each rank: a picture is read, a picture drawn, sound given, a number predicted.
-LECTURES = [
+COMPONENTS = [
     ("digits", "name_picture"),
     ("digits", "draw"),
     ("spoken", "speak"),
@@ -39,9 +39,9 @@ LECTURES = [
 MESHES: list[Axes] = [(4, 1, 1), (1, 1, 4), (1, 2, 2), (1, 4, 1)]
 
 
-def recipe_file(folder: Path, axes: Axes, lectures: Any = LECTURES, **loop: Any) -> str:
+def recipe_file(folder: Path, axes: Axes, components: Any = COMPONENTS, **loop: Any) -> str:
     recipe = tiny_recipe(steps=20, workers=1, **loop)
-    recipe["mixture"] = [{"source": source, "task": task} for source, task in lectures]
+    recipe["mixture"] = [{"source": source, "task": task} for source, task in components]
     recipe["packing"] = {"rows": 4, "length": 160, "lanes": 4}
     recipe["parallel"] = dict(zip(("data", "shard", "experts"), axes, strict=True))
     recipe["model"] = MODEL
@@ -49,9 +49,9 @@ def recipe_file(folder: Path, axes: Axes, lectures: Any = LECTURES, **loop: Any)
 
 
 def rows_of(training: MultimodalTraining, number: int) -> Batch:
-    """A row of one lecture alone."""
+    """A row of one component alone."""
     sources = open_sources(training.recipe.sources, "train")
-    source, task = LECTURES[number]
+    source, task = COMPONENTS[number]
     mixture = MixtureSampler([Component(source=sources[source], task=task, weight=1.0)], 0)
     transform = ExampleTransform(mixture, training.modalities, 0, training.recipe.loss_weights)
     packing = training.recipe.packing.model_copy(update={"rows": 1, "lanes": 1})
@@ -91,10 +91,10 @@ def test_four_ranks_of_four_modalities(offloaded: bool, tmp_path: Path, four: Fl
 @pytest.mark.parametrize("axes", [(1, 2, 1), (1, 1, 2), (2, 1, 1)])
 def test_adapters_that_no_task_uses_stay_as_they_are(axes: Axes, tmp_path: Path, two: Fleet) -> None:
     assert math.prod(axes) == 2
-    lectures = [("penguins", "predict_number")]
-    alone = few_steps(recipe_file(tmp_path / "a", (1, 1, 1), lectures), str(tmp_path / "alone"), 2)
-    before = few_steps(recipe_file(tmp_path / "b", (1, 1, 1), lectures), str(tmp_path / "before"), 0)
-    found = two.run(few_steps, recipe_file(tmp_path / "c", axes, lectures), str(tmp_path / "cut"), 2)
+    components = [("penguins", "predict_number")]
+    alone = few_steps(recipe_file(tmp_path / "a", (1, 1, 1), components), str(tmp_path / "alone"), 2)
+    before = few_steps(recipe_file(tmp_path / "b", (1, 1, 1), components), str(tmp_path / "before"), 0)
+    found = two.run(few_steps, recipe_file(tmp_path / "c", axes, components), str(tmp_path / "cut"), 2)
     unused = [name for name, tensor in before[1].items() if torch.equal(tensor, alone[1][name])]
     assert any("adapters" in name for name in unused)
     for name, tensor in alone[1].items():

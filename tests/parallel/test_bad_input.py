@@ -29,7 +29,7 @@ def recipe_file(folder: Path) -> str:
     return write_recipe(folder, recipe)
 
 
-def told(recipe: str, folder: str, settings: list[str], odd: str) -> str:
+def reported(recipe: str, folder: str, settings: list[str], odd: str) -> str:
     """The sentence with which this rank stops; `odd` is what sets rank 1 apart."""
     ranks = DistributedContext(CPU, 60)
     version = running.__version__
@@ -65,7 +65,7 @@ def told(recipe: str, folder: str, settings: list[str], odd: str) -> str:
 def test_every_rank_stops_with_the_same_sentence(
     settings: list[str], odd: str, sentence: str, tmp_path: Path, two: Fleet
 ) -> None:
-    first, second = two.run(told, recipe_file(tmp_path), str(tmp_path / "run"), settings, odd)
+    first, second = two.run(reported, recipe_file(tmp_path), str(tmp_path / "run"), settings, odd)
     assert first == second and sentence in first and "\n" not in first
     two.run(dist.barrier)  # nobody hangs in what came before
 
@@ -79,5 +79,5 @@ def test_a_checkpoint_that_lacks_a_part_stops_every_rank(tmp_path: Path, two: Fl
         shutil.rmtree(other)
     next(damaged.glob("shard-00002-*")).unlink()
     settings = [f"parallel.{name}={size}" for name, size in axes.items()]
-    first, second = two.run(told, recipe, str(run), settings, "")
+    first, second = two.run(reported, recipe, str(run), settings, "")
     assert first == second and "shard-00002" in first and "is missing or cut short" in first

@@ -1,4 +1,4 @@
-"""Forked processes that take messages in turn: every one is answered, and a lost process is told."""
+"""Forked processes that take messages in turn: every one is answered, and a lost process is reported."""
 
 from __future__ import annotations
 

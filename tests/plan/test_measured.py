@@ -58,10 +58,10 @@ def is_gone(process: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
 def test_a_child_ends_with_its_parent(tmp_path: Path, ending: signal.Signals) -> None:
-    told, folder = tmp_path / "child", tmp_path / "folder"
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(told), str(folder)])
-    wait_for("the child", lambda: told.exists() and told.read_text())
-    child = int(told.read_text())
+    reported, folder = tmp_path / "child", tmp_path / "folder"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(reported), str(folder)])
+    wait_for("the child", lambda: reported.exists() and reported.read_text())
+    child = int(reported.read_text())
     assert not is_gone(child) and folder.is_dir()
     os.kill(parent.pid, ending)
     parent.wait()

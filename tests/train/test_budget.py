@@ -13,7 +13,7 @@ import torch
 from openm6.checkpoint.folder import latest
 from openm6.core.errors import ConfigError
 from openm6.core.run_folder import RunFolder
-from openm6.offload.config import OffloadConfig, spread
+from openm6.offload.config import OffloadConfig, evenly_spaced
 from openm6.offload.weight_store import RecordLayout
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.rules import update_rule
@@ -85,8 +85,10 @@ def test_auto_fills_the_device_to_the_last_whole_set() -> None:
     assert max_resident(budget, 0) == 0 and max_resident(budget, 100 * GIB) == 10
     assert resident_sets(budget, {"host": 0.0}) == tuple(range(10))
     device = {"device": empty + 3.5 * one + 4 * GIB, "host": 0.0}
-    assert resident_sets(budget, device) == spread(3, 10)
-    assert spread(3, 9) == (1, 4, 7) and spread(0, 9) == () and spread(12, 3) == (0, 1, 2)
+    assert resident_sets(budget, device) == evenly_spaced(3, 10)
+    assert (
+        evenly_spaced(3, 9) == (1, 4, 7) and evenly_spaced(0, 9) == () and evenly_spaced(12, 3) == (0, 1, 2)
+    )
 
 
 def test_offloaded_inputs_move_to_the_host() -> None:

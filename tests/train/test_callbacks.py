@@ -287,5 +287,5 @@ def test_swapping_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         status.write_text("Name: python\nVmSwap:\t 1048576 kB\n", encoding="utf-8")
         callback.after_step(report)
         callback.after_step(report)
-    told = [record.message for record in caplog.records if "swapped out" in record.message]
-    assert len(told) == 1 and "1.0 GiB" in told[0] and swapped_bytes(tmp_path / "nothing") == 0
+    reported = [record.message for record in caplog.records if "swapped out" in record.message]
+    assert len(reported) == 1 and "1.0 GiB" in reported[0] and swapped_bytes(tmp_path / "nothing") == 0

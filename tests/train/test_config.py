@@ -1,4 +1,4 @@
-"""Settings of the loop that cannot work are refused, with the mend."""
+"""Settings of the loop that cannot work are refused, with the fix."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def test_psnr_is_the_textbook_figure() -> None:
     assert float(psnr(target, target)) > 90
 
 
-def test_ssim_agrees_with_a_slow_twin() -> None:
+def test_ssim_agrees_with_a_slow_reference() -> None:
     first = smooth(1)
     second = (first + 0.1 * torch.randn(first.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     line = np.exp(-((np.arange(11) - 5.0) ** 2) / (2 * 1.5**2))

@@ -119,7 +119,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
-    """Returns once the run's metrics tell of `step` or a later one."""
+    """Returns once the run's metrics hold `step` or a later one."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         lines = read_metrics(RunFolder(folder))
@@ -139,7 +139,7 @@ def test_killed_at_a_random_step_and_resumed_equals_unbroken(tmp_path: Path, unb
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    # The kill may fall before the first checkpoint: then there is nothing to go on from, and the run begins anew.
+    # The kill may fall before the first checkpoint: then there is nothing to go on from, and the run begins again.
     assert not (tmp_path / "checkpoints" / "step-40").exists()
     train(ToyTraining(), toy_config(), RunFolder(tmp_path), resume=True)
     assert_same_run(unbroken, tmp_path)

@@ -14,7 +14,7 @@ from openm6.energy.tracker import EnergyTracker
 from openm6.modalities.batch import build_sequence, collate
 from openm6.models.config import count_parameters
 from openm6.models.omni import Omni
-from openm6.train.callbacks import Callback, Running
+from openm6.train.callbacks import Callback, RunState
 from openm6.train.loop import train
 from openm6.train.metering import PASSES, Attribution
 from openm6.train.metrics import read_metrics
@@ -24,22 +24,22 @@ from tests.train.toy_training import ToyTraining, toy_config
 
 
 class Witness(Callback):
-    """Writes down what it is told."""
+    """Records its calls."""
 
     name = "witness"
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.calls: list[str] = []
         self.seen = 0
 
-    def start(self, run: Running) -> None:
-        self.told.append(f"start {run.progress.step}")
+    def start(self, run: RunState) -> None:
+        self.calls.append(f"start {run.progress.step}")
 
     def before_step(self, step: int) -> None:
-        self.told.append(f"before {step}")
+        self.calls.append(f"before {step}")
 
     def after_step(self, report: StepReport) -> dict[str, float]:
-        self.told.append(f"after {report.step}")
+        self.calls.append(f"after {report.step}")
         self.seen += 1
         return {"seen twice": 2.0 * report.step}
 
@@ -53,18 +53,18 @@ class Witness(Callback):
         self.seen = state["seen"]
 
     def close(self) -> None:
-        self.told.append("close")
+        self.calls.append("close")
 
 
 def test_hooks_are_called_in_order_and_their_state_is_kept(tmp_path: Path) -> None:
     run, first = RunFolder.open(tmp_path), Witness()
     train(ToyTraining(), toy_config(steps=5), run, callbacks=[first])
-    assert first.told[:3] == ["start 0", "before 1", "after 1"] and first.told[-2:] == ["after 5", "close"]
+    assert first.calls[:3] == ["start 0", "before 1", "after 1"] and first.calls[-2:] == ["after 5", "close"]
     line = read_metrics(run)[0]
     assert line["seen twice"] == pytest.approx(6.0) and line["stage"] == "real"
     second = Witness()
     train(ToyTraining(), toy_config(steps=8), run, resume=True, callbacks=[second])
-    assert second.told[0] == "start 5" and second.seen == 8
+    assert second.calls[0] == "start 5" and second.seen == 8
 
 
 def test_a_hook_is_closed_when_the_run_fails(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_hook_is_closed_when_the_run_fails(tmp_path: Path) -> None:
     callback = Failing()
     with pytest.raises(OSError, match="lights"):
         train(ToyTraining(), toy_config(steps=5), RunFolder.open(tmp_path), callbacks=[callback])
-    assert callback.told[-1] == "close"
+    assert callback.calls[-1] == "close"
 
 
 def test_lines_and_checkpoints_tell_joules_and_a_resumed_run_carries_them_on(tmp_path: Path) -> None:
@@ -103,12 +103,12 @@ def test_steps_that_a_crash_lost_are_accounted_as_repeated(tmp_path: Path) -> No
     run = RunFolder.open(tmp_path)
     with pytest.raises(OSError, match="lights"):
         train(ToyTraining(pause=0.002), toy_config(steps=20), run, callbacks=[Failing()])
-    told = [line["joules"] for line in read_metrics(run) if "joules" in line][-1]
+    reported = [line["joules"] for line in read_metrics(run) if "joules" in line][-1]
     at_checkpoint = EnergyTracker.from_json(read_state(latest(tmp_path))["hooks"]["meter"])
     train(ToyTraining(), toy_config(steps=20), run, resume=True)
     ledger = EnergyTracker.from_json(read_state(latest(tmp_path))["hooks"]["meter"])
-    assert ledger.repeated == pytest.approx(told - at_checkpoint.joules)
-    assert ledger.joules > told and ledger.tokens == 20 * 16
+    assert ledger.repeated == pytest.approx(reported - at_checkpoint.joules)
+    assert ledger.joules > reported and ledger.tokens == 20 * 16
 
 
 def test_operations_follow_tokens_and_what_their_adapters_multiply() -> None:

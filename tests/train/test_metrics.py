@@ -57,7 +57,7 @@ def test_means_are_over_the_steps_that_had_the_metric() -> None:
     assert line["tokens_per_second"] == 15.0
 
 
-def test_taking_starts_anew() -> None:
+def test_computing_resets() -> None:
     averager = MetricAverager()
     averager.add(report(1, 4.0), 1.0)
     averager.compute()

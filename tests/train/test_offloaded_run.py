@@ -135,7 +135,7 @@ def test_a_streamed_run_broken_on_either_side_of_the_switch_resumes_as_if_unbrok
     assert bytes_of(latest(broken.path)) == bytes_of(latest(whole))
 
 
-@pytest.mark.skipif(process_memory("VmHWM") is None, reason="the system does not tell a process's peak")
+@pytest.mark.skipif(process_memory("VmHWM") is None, reason="the system does not report a process's peak")
 def test_sets_are_saved_and_read_without_a_second_copy(tmp_path: Path) -> None:
     """64 sets of 1 MiB: the peak may rise by a few of them, not by all."""
     experts = ExpertsConfig(hidden=192, num_experts=8, top_k=1)

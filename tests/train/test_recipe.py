@@ -40,10 +40,10 @@ def test_the_demo_is_found_by_its_path_in_the_package() -> None:
 def test_every_source_of_the_demo_opens_with_what_its_tasks_need(split) -> None:
     assert isinstance(DEMO, MultimodalRecipe)
     sources = open_sources(DEMO.sources, split)
-    for lecture in DEMO.mixture:
-        source = sources[lecture.source]
+    for component in DEMO.mixture:
+        source = sources[component.source]
         assert len(source) > 20
-        assert all(TASKS[lecture.task].languages(source[index]) for index in (0, len(source) // 2, -1))
+        assert all(TASKS[component.task].languages(source[index]) for index in (0, len(source) // 2, -1))
 
 
 def test_the_demo_learns_all_pairs_of_modalities() -> None:

@@ -31,7 +31,7 @@ def test_seeding_covers_every_generator_and_depends_on_the_purpose() -> None:
 
 @pytest.mark.parametrize("clip", [None, 0.01])
 def test_clipping(clip: float | None) -> None:
-    """The update sees the clipped gradient; the norm that is told is the one before."""
+    """The update sees the clipped gradient; the norm that is reported is the one before."""
     training = ToyTraining()
     train_step = TrainStep(training, toy_config().model_copy(update={"clip": clip}))
     seen: list[float] = []

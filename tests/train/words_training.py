@@ -68,7 +68,7 @@ class WordBatch:
 
 
 class WordsTraining(TrainingTask):
-    """Each row counts up in steps of its own; the next number is to be told."""
+    """Each row counts up in steps of its own; the next number is to be predicted."""
 
     def __init__(self, config: BackboneConfig, spoilt: tuple[int, ...] = ()) -> None:
         torch.manual_seed(3)

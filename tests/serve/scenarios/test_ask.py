@@ -128,7 +128,7 @@ def trained(
 def test_each_example_fits_the_recipe_of_its_scenario(scenario: Scenario) -> None:
     recipe, values = read_recipe(recipe_path(scenario.recipe), [])
     assert recipe.kind == "multimodal"
-    lessons = tuple((lecture.task, lecture.source) for lecture in recipe.mixture)
+    lessons = tuple((component.task, component.source) for component in recipe.mixture)
     columns = {
         column: 1.0
         for example in scenario.examples.values()

@@ -66,7 +66,7 @@ def test_it_asks_in_words_that_its_task_teaches(scenario: Scenario) -> None:
 def test_its_recipe_teaches_its_tasks(scenario: Scenario) -> None:
     recipe, _ = read_recipe(recipe_path(scenario.recipe), [])
     assert recipe.kind == "multimodal"
-    assert set(scenario.tasks) <= {lecture.task for lecture in recipe.mixture}
+    assert set(scenario.tasks) <= {component.task for component in recipe.mixture}
 
 
 @pytest.mark.parametrize("name", sorted({scenario.recipe for scenario in ALL}))
@@ -74,9 +74,9 @@ def test_every_lesson_of_a_recipe_finds_what_it_needs(name: str) -> None:
     recipe, _ = read_recipe(recipe_path(name), [])
     assert recipe.kind == "multimodal"
     sources = open_sources(recipe.sources, "train")
-    for lecture in recipe.mixture:
-        first = (sources[lecture.source][row] for row in range(20))
-        assert any(TASKS[lecture.task].languages(record) for record in first), lecture
+    for component in recipe.mixture:
+        first = (sources[component.source][row] for row in range(20))
+        assert any(TASKS[component.task].languages(record) for record in first), component
 
 
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
