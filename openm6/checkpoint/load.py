@@ -24,7 +24,7 @@ def is_sharded(folder: Path) -> bool:
 
 
 def open_reader(folder: Path, kind: str = "model") -> CheckpointReader:
-    """Return the reader of the weights (`model`) or moments (`optimizer`), whoever wrote them."""
+    """Return the reader of the weights (`model`) or moments (`optimizer`), sharded or not."""
     return CheckpointReader(folder, "all" if is_sharded(folder) else kind)
 
 

@@ -46,7 +46,7 @@ class PinnedArena:
         runtime = torch.cuda.cudart()
         self._unpin = weakref.finalize(self, _unregister, runtime, self._registered)  # also if the run fails
         for start, size in wanted:
-            # The first touch claims the pages; a mapping that nobody touched is pinned far more slowly.
+            # The first touch claims the pages; an untouched mapping is pinned far more slowly.
             self._bytes[start : start + size : mmap.PAGESIZE].zero_()
             address = self._bytes.data_ptr() + start
             code = int(runtime.cudaHostRegister(address, size, 0))

@@ -115,7 +115,7 @@ class TokenChunk:
 class AllToAllDispatcher:
     """Rank p of the group holds the experts p·E' to (p+1)·E' - 1 of each layer.
 
-    Every rank takes part in every exchange, with no rows if need be, so nobody waits for one who has nothing to send.
+    Every rank takes part in every exchange, with no rows if need be, so no rank waits for one that has nothing to send.
     Numbers of rows are exchanged first and read by the host, once a layer; with a capacity they are known. `chunks`
     divides the experts of a rank, and with them the rows, into so many exchanges, of which one travels while another is
     computed.

@@ -90,7 +90,7 @@ def shard_block(block: Block, layout: Layout) -> None:
 def shard_rest(model: nn.Module, layout: Layout) -> None:
     """Shard what is outside of the blocks, which are sharded; `model` is called before all that it holds."""
     fully_shard(model, mesh=_dense_mesh(layout), ignored_params=_held(model.modules()))
-    # FSDP warns, in every step, of adding in place to what a layer returns, which nobody does here.
+    # FSDP warns, in every step, of adding in place to what a layer returns, which does not happen here.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     _sum_only(model)
 

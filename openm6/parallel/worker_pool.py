@@ -149,7 +149,7 @@ class Failure:
 
 
 def _run(work: Work, pipe: Connection, ends: Sequence[Connection]) -> None:
-    """Run a worker. It must hold no other end of a pipe, or nobody would notice that the first process has died."""
+    """Run a worker. It must hold no other end of a pipe, or the others would not notice its end."""
     for end in ends:
         if end is not pipe:
             end.close()

@@ -62,7 +62,7 @@ def operations_per_token(
 
 
 def adapter_parameters(width: int) -> int:
-    """Of pictures, sound and numbers together, with the shipped codecs: in and out of a backbone of this width."""
+    """Of images, audio and numbers together, with the shipped codecs: in and out of a backbone of this width."""
     return 4 * width**2 + 1937 * width + 520_880
 
 

@@ -75,7 +75,7 @@ def make_audio_bank(
 
 
 def read_clip(data: bytes) -> Tensor:
-    """An encoded sound as mono samples at 16 kHz.
+    """An encoded audio file as mono samples at 16 kHz.
 
     Raises:
         DataError: it is broken, empty or too long.
@@ -108,17 +108,19 @@ class AudioData:
         config, length = self.config, self.length
         num_voices = round(config.voices * config.batch)
         count = config.batch - num_voices
-        sounds = self._clips(count, rng)
-        sounds = sounds + self._clips(count, rng) * rng.chance(config.mixed, count, 1)
-        sounds = torch.cat([sounds, voices(num_voices, length, self.rate, rng)])
-        is_coloured = rng.chance(config.coloured, len(sounds), 1)
-        sounds = torch.where(is_coloured, colour(sounds, self.rate, rng), sounds)
-        level = torch.exp(rng.uniform(len(sounds), 1, low=-7.0, high=-2.5))
-        hiss = noise(len(sounds), length, self.rate, rng) * level
-        sounds = sounds + hiss * rng.chance(config.noisy, len(sounds), 1)
-        peak = sounds.abs().amax(1, keepdim=True).clamp(min=1e-3)
-        wanted = torch.exp(rng.uniform(len(sounds), 1, low=-2.5, high=-0.05))
-        return sounds * torch.where(rng.chance(0.5, len(sounds), 1) | (peak > 1.0), wanted / peak, 1.0)
+        waveforms = self._clips(count, rng)
+        waveforms = waveforms + self._clips(count, rng) * rng.bernoulli(config.mixed, count, 1)
+        waveforms = torch.cat([waveforms, voices(num_voices, length, self.rate, rng)])
+        is_coloured = rng.bernoulli(config.coloured, len(waveforms), 1)
+        waveforms = torch.where(is_coloured, colour(waveforms, self.rate, rng), waveforms)
+        level = torch.exp(rng.uniform(len(waveforms), 1, low=-7.0, high=-2.5))
+        hiss = noise(len(waveforms), length, self.rate, rng) * level
+        waveforms = waveforms + hiss * rng.bernoulli(config.noisy, len(waveforms), 1)
+        peak = waveforms.abs().amax(1, keepdim=True).clamp(min=1e-3)
+        wanted = torch.exp(rng.uniform(len(waveforms), 1, low=-2.5, high=-0.05))
+        return waveforms * torch.where(
+            rng.bernoulli(0.5, len(waveforms), 1) | (peak > 1.0), wanted / peak, 1.0
+        )
 
     def _clips(self, count: int, rng: DeviceRng) -> Tensor:
         """Clips at random speeds, begun at random times: half of them from within.  # -> B S"""
@@ -126,7 +128,7 @@ class AudioData:
         chosen = torch.multinomial(bank.weights, count, replacement=True, generator=rng.generator)
         start, end = bank.start[chosen], bank.end[chosen]
         speed = torch.exp2(rng.uniform(count, low=-0.5, high=0.5)).double()
-        speed = torch.where(rng.chance(0.3, count), torch.ones_like(speed), speed)
+        speed = torch.where(rng.bernoulli(0.3, count), torch.ones_like(speed), speed)
         spare = (end - start - self.length * speed).clamp(min=0.0)  # long clips are cut anywhere
         start = start + (spare * rng.uniform(count)).floor()
         slack = (self.length - (end - start) / speed).clamp(min=0.0)  # short ones lie anywhere
@@ -194,18 +196,18 @@ def play(bank: Tensor, start: Tensor, end: Tensor, speed: Tensor, begin: Tensor,
     return torch.lerp(bank[low], bank[low + 1], (place - low).float()) * inside
 
 
-def colour(sounds: Tensor, rate: int, rng: DeviceRng) -> Tensor:
+def colour(waveforms: Tensor, rate: int, rng: DeviceRng) -> Tensor:
     """Another microphone and room: a smooth random filter, an echo tail, sometimes only the band up to 4 kHz."""
-    count, length = sounds.shape
+    count, length = waveforms.shape
     size = 2 * length  # with space for the tail, or it would wrap around
     bins = size // 2 + 1
-    filtered = torch.fft.rfft(sounds, n=size) * torch.exp(0.7 * curve(rng.normal(count, 9), bins))
+    filtered = torch.fft.rfft(waveforms, n=size) * torch.exp(0.7 * curve(rng.normal(count, 9), bins))
     frequency = torch.linspace(0.0, rate / 2, bins, device=rng.device)
-    narrow = rng.chance(0.3, count, 1) & (frequency > 0.24 * rate)
+    narrow = rng.bernoulli(0.3, count, 1) & (frequency > 0.24 * rate)
     filtered = filtered.masked_fill(narrow, 0.0)
     time = torch.arange(length, device=rng.device) / rate
     decay = torch.exp(-time / rng.uniform(count, 1, low=0.02, high=0.2))
-    tail = rng.normal(count, length) * decay * 0.03 * rng.chance(0.3, count, 1)
+    tail = rng.normal(count, length) * decay * 0.03 * rng.bernoulli(0.3, count, 1)
     tail[:, 0] = 1.0
     return torch.fft.irfft(filtered * torch.fft.rfft(tail, n=size), n=size)[:, :length]
 
@@ -216,9 +218,9 @@ def noise(count: int, length: int, rate: int, rng: DeviceRng) -> Tensor:
     frequency = torch.linspace(0.0, rate / 2, values.shape[1], device=rng.device)
     slope = (1.0 + frequency / 200.0) ** rng.uniform(count, 1, low=-1.2, high=0.2)
     shape = slope * torch.exp(1.0 * curve(rng.normal(count, 12), values.shape[1]))
-    sound = torch.fft.irfft(values * shape, n=length)
-    sound = sound / sound.square().mean(1, keepdim=True).sqrt().clamp(min=1e-5)
-    return sound * curve(rng.uniform(count, 6), length)
+    waveform = torch.fft.irfft(values * shape, n=length)
+    waveform = waveform / waveform.square().mean(1, keepdim=True).sqrt().clamp(min=1e-5)
+    return waveform * curve(rng.uniform(count, 6), length)
 
 
 def voices(count: int, length: int, rate: int, rng: DeviceRng) -> Tensor:
@@ -237,12 +239,14 @@ def voices(count: int, length: int, rate: int, rng: DeviceRng) -> Tensor:
     formants = centres[None, :, None] * stretch * curve(glide, length).view(count, NUM_FORMANTS, length)
     width = rng.uniform(count, NUM_FORMANTS, 1, low=50.0, high=220.0)
     gain = torch.exp(-0.6 * torch.arange(NUM_FORMANTS, device=rng.device))[None, :, None]
-    sound = torch.zeros(count, length, device=rng.device)
+    waveform = torch.zeros(count, length, device=rng.device)
     for k in number.tolist():  # one harmonic at a time: all at once would take gigabytes
         heard = k * pitch  # B S
         level = (gain / (1.0 + ((heard[:, None] - formants) / width).square())).sum(1) / math.sqrt(k)
-        sound = sound + torch.sin((phase * k).remainder(2 * math.pi)).float() * level * (heard < 0.48 * rate)
-    sound = sound / sound.abs().amax(1, keepdim=True).clamp(min=1e-5)
+        waveform = waveform + torch.sin((phase * k).remainder(2 * math.pi)).float() * level * (
+            heard < 0.48 * rate
+        )
+    waveform = waveform / waveform.abs().amax(1, keepdim=True).clamp(min=1e-5)
     voiced = curve(2.5 * rng.normal(count, points) + 1.0, length).clamp(0.0, 1.0)
     hissing = curve(2.5 * rng.normal(count, points) - 2.0, length).clamp(0.0, 1.0)
-    return 0.5 * sound * voiced + 0.15 * noise(count, length, rate, rng) * hissing
+    return 0.5 * waveform * voiced + 0.15 * noise(count, length, rate, rng) * hissing

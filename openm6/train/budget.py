@@ -30,7 +30,7 @@ EDGE_BYTES = (
 )
 FULL = 4  # bytes of an activation or a gradient in fp32
 LOGGED = 0.02  # fraction of a place's bytes below which a line is left out of the log
-HOST_SHARE = 0.9  # of the free host memory; the rest is for everybody else
+HOST_SHARE = 0.9  # of the free host memory; the rest is for other programs
 SMALLER = (4, 2, 1)  # bytes a parameter
 UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 NAMES = {"device": "device memory", "host": "host memory", "disk": "disk"}

@@ -44,7 +44,7 @@ AVERAGED, BEST = "averaged.", "best."
 
 
 class CodecRecipe(Config):
-    """What image and sound codecs have in common.
+    """Settings that image and audio codecs have in common.
 
     One record in `held_out` of each source is never trained on and picks the best averaged weights. In the last
     `settle_share` of the run the latent's statistics stay as they are. A run fails where, after `guard_from` steps,
@@ -186,7 +186,7 @@ class CodecTraining(TrainingTask):
     def state(self) -> dict[str, Any]:
         averaged = {AVERAGED + name: value for name, value in self.averaged.state_dict().items()}
         best = {BEST + name: value for name, value in self.best.state_dict().items()}
-        # JSON knows no infinity.
+        # JSON has no infinity.
         score = None if self.best_score == float("-inf") else self.best_score
         return {**averaged, **best, "updates": self.updates, "best_score": score}
 

@@ -80,6 +80,6 @@ class DeviceRng:
         """Whole numbers from low to high - 1."""
         return torch.randint(low, high, shape, generator=self.generator, device=self.device)
 
-    def chance(self, share: float, *shape: int) -> Tensor:
+    def bernoulli(self, share: float, *shape: int) -> Tensor:
         """True with probability `share`."""
         return self.uniform(*shape) < share

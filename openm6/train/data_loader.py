@@ -113,7 +113,7 @@ class DataWorker:
         return batch
 
     def serve(self, pipe: Connection) -> None:
-        """Make batches until nobody reads them."""
+        """Make batches until they are not read any more."""
         self.keep(reader=None)
         queues: list[queue.Queue[Any]] = [queue.Queue(self.ahead) for _ in self.writers]
         for waiting, writer in zip(queues, self.writers, strict=True):
@@ -141,4 +141,4 @@ def _send(waiting: queue.Queue[Any], writer: Connection) -> None:
         while True:
             writer.send(waiting.get())
     except OSError:
-        os._exit(0)  # nobody reads any more
+        os._exit(0)  # no reader is left

@@ -97,9 +97,9 @@ class ImageData:
         count = config.batch - num_drawn
         front, mask = self._moved(count, side, rng)
         others = self._moved(count, side, rng)[0]
-        behind = torch.where(rng.chance(0.5, count, 1, 1, 1), others, backdrop(count, side, rng))
+        behind = torch.where(rng.bernoulli(0.5, count, 1, 1, 1), others, backdrop(count, side, rng))
         composed = torch.lerp(front, behind, mask)
-        front = torch.where(rng.chance(config.composed, count, 1, 1, 1), composed, front)
+        front = torch.where(rng.bernoulli(config.composed, count, 1, 1, 1), composed, front)
         front = recolour(front, config.recoloured, rng)
         return torch.cat([front, drawn_images(num_drawn, side, rng)]) * 2.0 - 1.0
 
@@ -212,13 +212,13 @@ def recolour(images: Tensor, share: float, rng: DeviceRng) -> Tensor:
     swap = F.one_hot(order, 3).float()  # B 3 -> B 3 3
     mix = torch.eye(3, device=rng.device) + 0.25 * rng.normal(count, 3, 3)
     mix = mix / mix.sum(2, keepdim=True)  # rows of sum one leave grey as it is
-    matrix = torch.where(rng.chance(0.5, count, 1, 1, 1)[:, :, 0], swap, mix)
+    matrix = torch.where(rng.bernoulli(0.5, count, 1, 1, 1)[:, :, 0], swap, mix)
     changed = torch.einsum("bij,bjhw->bihw", matrix, images)
     contrast = rng.uniform(count, 1, 1, 1, low=0.5, high=1.2)
     level = rng.uniform(count, 3, 1, 1)
     changed = level + contrast * (changed - level)
-    changed = torch.where(rng.chance(0.1, count, 1, 1, 1), 1.0 - changed, changed)
-    return torch.where(rng.chance(share, count, 1, 1, 1), changed, images).clamp(0.0, 1.0)
+    changed = torch.where(rng.bernoulli(0.1, count, 1, 1, 1), 1.0 - changed, changed)
+    return torch.where(rng.bernoulli(share, count, 1, 1, 1), changed, images).clamp(0.0, 1.0)
 
 
 def backdrop(count: int, side: int, rng: DeviceRng) -> Tensor:
@@ -226,7 +226,7 @@ def backdrop(count: int, side: int, rng: DeviceRng) -> Tensor:
     x, y = _axes(side, rng)
     angle = rng.uniform(count, 1, 1, 1, high=2 * math.pi)
     slope = (0.5 + 0.5 * (x * angle.cos() + y * angle.sin())).clamp(0.0, 1.0)
-    slope = slope * rng.chance(0.6, count, 1, 1, 1)
+    slope = slope * rng.bernoulli(0.6, count, 1, 1, 1)
     first, second = rng.uniform(count, 3, 1, 1), rng.uniform(count, 3, 1, 1)
     return torch.lerp(first, second, slope)
 
@@ -234,12 +234,12 @@ def backdrop(count: int, side: int, rng: DeviceRng) -> Tensor:
 def drawn_images(count: int, side: int, rng: DeviceRng, num_shapes: int = 7) -> Tensor:
     """Backdrops with blobs, boxes, rings, stripes and strokes laid over them, edges one pixel soft.  # -> B 3 S S"""
     images = backdrop(count, side, rng)
-    images = torch.where(rng.chance(0.4, count, 1, 1, 1), torch.ones_like(images), images)
+    images = torch.where(rng.bernoulli(0.4, count, 1, 1, 1), torch.ones_like(images), images)
     for _ in range(num_shapes):
-        cover = _shape(count, side, rng) * rng.chance(0.8, count, 1, 1, 1)
+        cover = _shape(count, side, rng) * rng.bernoulli(0.8, count, 1, 1, 1)
         colour = torch.lerp(rng.uniform(count, 3, 1, 1), backdrop(count, side, rng), 0.5)
-        black_or_white = rng.chance(0.5, count, 1, 1, 1).float()
-        colour = torch.where(rng.chance(0.25, count, 1, 1, 1), black_or_white, colour)
+        black_or_white = rng.bernoulli(0.5, count, 1, 1, 1).float()
+        colour = torch.where(rng.bernoulli(0.25, count, 1, 1, 1), black_or_white, colour)
         images = torch.lerp(images, colour.expand_as(images), cover)
     return images
 
@@ -252,17 +252,17 @@ def _shape(count: int, side: int, rng: DeviceRng) -> Tensor:
     half = torch.exp(rng.uniform(count, 2, 1, 1, low=-3.4, high=-0.2))
     across = (x - shift_x) * angle.cos() + (y - shift_y) * angle.sin()
     along = (y - shift_y) * angle.cos() - (x - shift_x) * angle.sin()
-    bend = rng.uniform(count, 1, 1, 1, low=-1.5, high=1.5) * rng.chance(0.5, count, 1, 1, 1)
+    bend = rng.uniform(count, 1, 1, 1, low=-1.5, high=1.5) * rng.bernoulli(0.5, count, 1, 1, 1)
     across = across + bend * along * along
     wide, tall = half[:, :1], half[:, 1:]
     oval = torch.sqrt((across / wide) ** 2 + (along / tall) ** 2 + 1e-6)
     oval_edge = (1.0 - oval) * torch.minimum(wide, tall)
     box_edge = torch.minimum(wide - across.abs(), tall - along.abs())
-    edge = torch.where(rng.chance(0.5, count, 1, 1, 1), oval_edge, box_edge)
+    edge = torch.where(rng.bernoulli(0.5, count, 1, 1, 1), oval_edge, box_edge)
     ring = rng.uniform(count, 1, 1, 1, low=0.02, high=0.12) - edge.abs()
-    edge = torch.where(rng.chance(0.25, count, 1, 1, 1), ring, edge)
+    edge = torch.where(rng.bernoulli(0.25, count, 1, 1, 1), ring, edge)
     waves = torch.sin(across * rng.uniform(count, 1, 1, 1, low=8.0, high=40.0)) * 0.05
-    edge = torch.where(rng.chance(0.15, count, 1, 1, 1), torch.minimum(edge, waves), edge)
+    edge = torch.where(rng.bernoulli(0.15, count, 1, 1, 1), torch.minimum(edge, waves), edge)
     return (0.5 + edge * side / 2.0).clamp(0.0, 1.0)
 
 

@@ -141,15 +141,15 @@ class MultimodalTraining(TrainingTask):
         counts = self._count(batch)
         work = self.attribution.shares(batch)
         batch = batch.to(self.omni.device)
-        judged, loads = self.omni.judge(batch)
+        losses, loads = self.omni.judge(batch)
         total = sum(
-            (part.total for part in judged.values()),
+            (part.total for part in losses.values()),
             start=torch.zeros((), device=self.omni.device),
         )
-        if self.omni.pool is not None and POOL not in judged:
+        if self.omni.pool is not None and POOL not in losses:
             total = total + self.omni.pool.none()
         none = torch.zeros((), device=self.omni.device)
-        nats = {kind: part.nats.detach().sum() for kind, part in judged.items()}
+        nats = {kind: part.nats.detach().sum() for kind, part in losses.items()}
         metrics: dict[str, float | Tensor] = {
             f"loss/{kind}": nats.get(kind, none) / count for kind, count in counts.learned.items() if count
         }
@@ -171,10 +171,10 @@ class MultimodalTraining(TrainingTask):
         nats, learned = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
         total, examples = 0.0, 0
         for batch in batches:
-            judged, _ = self.omni.judge(batch.to(self.omni.device), as_trained=True)
-            if self.omni.pool is not None and POOL not in judged:
+            losses, _ = self.omni.judge(batch.to(self.omni.device), as_trained=True)
+            if self.omni.pool is not None and POOL not in losses:
                 self.omni.pool.none()  # other ranks may have pairs, and gather
-            for kind, part in judged.items():
+            for kind, part in losses.items():
                 nats[kind] += float(part.nats.sum())
                 learned[kind] += len(part.nats)
                 total += float(part.total)
