@@ -61,7 +61,7 @@ def untrained(preset: str) -> Loaded:
     description = ModelDescription(
         backbone=backbone, modalities=ModalitiesConfig(), scales={"mass": (3.0, 1.0)}, lessons=[]
     )
-    return Loaded(omni, modalities, description, Path("untrained"))
+    return LoadedModel(omni, modalities, description, Path("untrained"))
 
 
 def requests_of(index: int) -> tuple[str, Request]:

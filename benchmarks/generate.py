@@ -45,11 +45,11 @@ class Autoregressive:
     reads no prompt. What the codes look like is not judged: the work is that of a model trained to be decoded so.
     """
 
-    def __init__(self, omni: Omni, text: Text, places: int, room: int) -> None:
-        self.omni, self.places = omni, places
-        self.speaker = Speaker.of(omni, text)
+    def __init__(self, omni: Omni, text: Text, positions: int, room: int) -> None:
+        self.omni, self.positions = omni, positions
+        self.text_head = TextHead.of(omni, text)
         self.cache = omni.backbone.new_cache(2, room)
-        self.step = DecodeStep(self.speaker, self.cache)
+        self.step = DecodeStep(self.text_head, self.cache)
         adapter = omni.adapter("image_out")
         assert isinstance(adapter, CodesAdapter)
         self.adapter = adapter
@@ -57,14 +57,14 @@ class Autoregressive:
     @torch.inference_mode()
     def draw(self, prompt: list[Any], like: dict[str, Tensor], guidance: float) -> Tensor:
         """Codes of all places.  # -> N G"""
-        place, _ = read_into(self.omni, prompt, self.cache, 0)
+        position, _ = prefill(self.omni, prompt, self.cache, 0)
         rows = 2 if guidance > 0 else 1
-        start = torch.tensor([place, 0][:rows], device=self.omni.device)
+        start = torch.tensor([position, 0][:rows], device=self.omni.device)
         length = torch.tensor([self.cache.lengths[0], 0][:rows], device=self.omni.device)
         codes = torch.zeros(1, self.adapter.groups, dtype=torch.int64, device=self.omni.device)
         longest = self.cache.room
         found = []
-        for number in range(self.places):
+        for number in range(self.positions):
             arrays = {
                 "shown": codes,
                 "hidden": torch.full((1,), number == 0, device=codes.device),
@@ -111,11 +111,11 @@ def compare(setting: Setting, report: Report) -> None:
     sampling = MaskedSampling(steps=setting.steps, guidance=setting.guidance, temperature=0.0)
 
     def masked() -> Tensor:
-        place, _ = read_into(omni, prompt, slots, 0)
-        canvas = Canvas.of(None, blank, sampling, 0, place, device)
-        while not advance(omni, slots, [canvas]):
+        position, _ = prefill(omni, prompt, slots, 0)
+        state = MaskedDecodeState.of(None, blank, sampling, 0, position, device)
+        while not masked_step(omni, slots, [state]):
             pass
-        return canvas.codes
+        return state.codes
 
     way = Autoregressive(omni, text, len(blank), room)
     like = {"places": torch.from_numpy(blank.arrays["places"]).to(device)}

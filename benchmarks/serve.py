@@ -24,7 +24,7 @@ from openm6.energy.meter import open_meter
 from openm6.inference.decode import Speaker
 from openm6.inference.graphs import open_rows
 from openm6.inference.sampling import Sampling
-from openm6.inference.text import TextRows
+from openm6.inference.text import DecodeBatch
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig
@@ -34,7 +34,7 @@ from openm6.serve.config import EngineConfig
 
 @torch.inference_mode()
 def answer_prompts(
-    rows: TextRows, prompts: list[list[int]], given: int, moments: list[float] | None = None
+    rows: DecodeBatch, prompts: list[list[int]], given: int, moments: list[float] | None = None
 ) -> Seen:
     """All prompts through the rows, greedily, each from its moment on (None: all are there at once)."""
     moments = [0.0] * len(prompts) if moments is None else moments
@@ -71,19 +71,19 @@ def _fits(arrived: list[tuple[int, list[int]]], prompt: list[int]) -> bool:
     return not arrived or sum(len(other) for _, other in arrived) + len(prompt) <= EngineConfig().prefill
 
 
-def _read(rows: TextRows, prompts: list[list[int]]) -> None:
+def _read(rows: DecodeBatch, prompts: list[list[int]]) -> None:
     """All but the last token of each, which the first step runs; several packed in one row."""
-    speaker = rows.speaker
-    device = speaker.embedding.device
+    text_head = rows.text_head
+    device = text_head.embedding.device
     ids = torch.tensor([token for prompt in prompts for token in prompt[:-1]], device=device)
     layouts = [causal_meta(1, len(prompt) - 1, device=device) for prompt in prompts]
     slots = [rows.next_slot + number for number in range(len(prompts))]
-    embedded = torch.nn.functional.embedding(ids[None], speaker.embedding)
+    embedded = torch.nn.functional.embedding(ids[None], text_head.embedding)
     if len(prompts) == 1:
-        speaker.backbone(embedded, layouts[0], rows.cache.writer(slots[0]))
+        text_head.backbone(embedded, layouts[0], rows.cache.writer(slots[0]))
         return
     layout = join([replace(part, example_id=part.example_id + n) for n, part in enumerate(layouts)])
-    speaker.backbone(embedded, layout, rows.cache.packed_writer(slots))
+    text_head.backbone(embedded, layout, rows.cache.packed_writer(slots))
 
 
 SHARE = 0.7  # of what the baseline's best setting answers at once, so that it keeps up
@@ -295,7 +295,7 @@ def make_prompts(setting: ServeSetting) -> list[list[int]]:
     return [[rng.randrange(2, setting.vocabulary) for _ in range(length)] for length in lengths]
 
 
-def make_models(setting: ServeSetting, device: torch.device) -> tuple[Speaker, Any]:
+def make_models(setting: ServeSetting, device: torch.device) -> tuple[TextHead, Any]:
     """Our backbone with random weights, and the same weights as a Qwen3-MoE of `transformers` where installed."""
     torch.manual_seed(0)
     backbone = Backbone(setting.backbone).eval().requires_grad_(False)
@@ -307,7 +307,7 @@ def make_models(setting: ServeSetting, device: torch.device) -> tuple[Speaker, A
     return Speaker(backbone, weight, weight, None, None), baseline
 
 
-def ours_run(rows: TextRows, prompts: list[list[int]], given: int) -> dict[str, Any]:
+def ours_run(rows: DecodeBatch, prompts: list[list[int]], given: int) -> dict[str, Any]:
     """All prompts at once; each token drawn is counted, first-token times are from the start."""
     seen = answer_prompts(rows, prompts, given)
     return {"tokens": seen.tokens, "first_token_seconds_median": statistics.median(seen.first.values())}

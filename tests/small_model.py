@@ -11,7 +11,7 @@ import torch
 from openm6.data.source import Source, SourceConfig
 from openm6.data.sources import open_sources
 from openm6.evaluate.run import source_configs
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import Modalities, ModalitiesConfig, Reading, build_modalities
 from openm6.modalities.text import train_tokenizer
@@ -84,7 +84,7 @@ def omni(seed: int = 0, embedding: PoolConfig | None = None) -> Omni:
 
 def loaded(
     seed: int = 0, lessons: tuple[tuple[str, str], ...] = LESSONS, reading: Reading = "whole"
-) -> Loaded:
+) -> LoadedModel:
     """The untrained model as if it came from a checkpoint."""
     description = ModelDescription(
         backbone=BACKBONE,
@@ -92,11 +92,11 @@ def loaded(
         scales=SCALES,
         lessons=[Lesson(task=task, source=source) for task, source in lessons],
     )
-    return Loaded(omni(seed), modalities(reading), description, Path("nowhere/checkpoints/step-1"))
+    return LoadedModel(omni(seed), modalities(reading), description, Path("nowhere/checkpoints/step-1"))
 
 
 @cache
-def embedding_model() -> Loaded:
+def embedding_model() -> LoadedModel:
     """The untrained model with a head for embeddings."""
     plain, embedding = loaded(lessons=(("pair_picture", "digits"),)), PoolConfig(size=16)
     description = plain.description.model_copy(update={"embedding": embedding})

@@ -19,7 +19,7 @@ from openm6.core.seeds import numpy_generator
 from openm6.data.prepare import with_others
 from openm6.data.source import Source
 from openm6.evaluate.metrics import METRICS, Scored, truths
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.modalities.audio import Sound
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
@@ -161,7 +161,9 @@ def training_examples(
     return examples, targets
 
 
-def fit_prior(task: Task, examples: list[Example], targets: list[Segment], loaded: Loaded) -> TargetPrior:
+def fit_prior(
+    task: Task, examples: list[Example], targets: list[Segment], loaded: LoadedModel
+) -> TargetPrior:
     """The input-free predictor of a task's targets, from training examples."""
     if not examples:
         return NoPrior()
@@ -201,7 +203,7 @@ class Reference:
 
 
 def numbers_reference(
-    task: Task, examples: list[Example], train: list[Example], loaded: Loaded
+    task: Task, examples: list[Example], train: list[Example], loaded: LoadedModel
 ) -> list[Reference]:
     """Baselines of a numbers task: the column's median; for a forecast, the last value and a seasonal naive rule."""
     if task.baseline != "last_value":
@@ -247,7 +249,7 @@ def _repeated(example: Example, period: int) -> np.ndarray:
     return past[len(past) - min(period, len(past)) + steps % min(period, len(past))]
 
 
-def scales(examples: list[Example], loaded: Loaded) -> list[np.ndarray]:
+def scales(examples: list[Example], loaded: LoadedModel) -> list[np.ndarray]:
     """The scale of the column of each observed truth: the unit in which errors of different columns are averaged."""
     return [
         np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[1]) for example in examples

@@ -35,7 +35,7 @@ from openm6.evaluate.likelihood import answer_entropy, likelihoods
 from openm6.evaluate.metrics import METRICS, Scored, all_metrics, relative_crps
 from openm6.evaluate.results import UNKNOWN, EvalReport, Sample, TaskResult, bootstrap_interval
 from openm6.evaluate.retrieval import evaluate_retrieval
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.batch import PackedExample
 from openm6.modalities.registry import Modalities
@@ -69,7 +69,7 @@ class EvalConfig(Config):
 
 
 def evaluate_tasks(
-    loaded: Loaded,
+    loaded: LoadedModel,
     lessons: list[Lesson],
     train: Sources,
     test: Sources,
@@ -165,7 +165,7 @@ def select_examples(
 
 
 def evaluate_task(
-    loaded: Loaded,
+    loaded: LoadedModel,
     lesson: Lesson,
     examples: list[Example],
     sequences: list[PackedExample],
@@ -236,7 +236,7 @@ def _comparison(
 
 
 def _score_numbers(
-    scored: Scored, references: list[Reference], loaded: Loaded
+    scored: Scored, references: list[Reference], loaded: LoadedModel
 ) -> tuple[Scored, str, dict[str, np.ndarray]]:
     """Scored against the baseline with the smallest error, its name, and the error relative to the other baselines."""
     scale = scales(scored.examples, loaded)
@@ -252,7 +252,7 @@ def _score_codes(
     bits: np.ndarray,
     sequences: list[PackedExample],
     prior: TargetPrior,
-    loaded: Loaded,
+    loaded: LoadedModel,
     train: Source,
 ) -> Scored:
     """Scored with bits per code of the model and of the training frequencies, over the codes that carry a loss."""

@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from openm6.core.errors import DataError
 from openm6.data.source import Source
 from openm6.evaluate.results import Answer
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.modalities.audio import read_sound
 from openm6.modalities.image import read_image, to_square
 
@@ -41,7 +41,7 @@ class KNNClassifier:
         return found
 
 
-def fit_knn(loaded: Loaded, source: Source, modality: str) -> KNNClassifier | None:
+def fit_knn(loaded: LoadedModel, source: Source, modality: str) -> KNNClassifier | None:
     """A classifier of the source's training records; None if labels are missing, rare or too many."""
     counts = Counter(label for label in source.values("label") if label is not None)
     if not 2 <= len(counts) <= MAX_LABELS or min(counts.values()) < MIN_RECORDS_PER_LABEL:
@@ -67,7 +67,7 @@ def image_features(raw: object) -> np.ndarray:
     return _standardized(np.asarray(small, dtype=np.float32).reshape(-1) / 255)
 
 
-def _audio_features(loaded: Loaded) -> Callable[[object], np.ndarray]:
+def _audio_features(loaded: LoadedModel) -> Callable[[object], np.ndarray]:
     """A function that returns the log-mels of the voiced span, resampled to AUDIO_FRAMES and standardized."""
 
     def extract(raw: object) -> np.ndarray:

@@ -20,7 +20,7 @@ import torch
 
 from openm6.data.prepare import example_sequence, null_example
 from openm6.evaluate.baselines import AnswerFrequencies, TargetPrior
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.modalities.batch import PackedExample, collate
 from openm6.models.omni import Omni
 from openm6.tasks.task import Example
@@ -45,7 +45,7 @@ class Likelihoods:
 
 
 def likelihoods(
-    loaded: Loaded,
+    loaded: LoadedModel,
     examples: list[Example],
     sequences: list[PackedExample],
     source_name: str,

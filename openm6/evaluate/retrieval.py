@@ -14,7 +14,7 @@ from openm6.core.seeds import numpy_generator
 from openm6.data.source import Source
 from openm6.evaluate.results import TaskResult, bootstrap_interval
 from openm6.inference.engine import embed, taught_pool
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.modalities.registry import source_segments
 from openm6.models.description import Lesson
 from openm6.tasks.registry import task_named
@@ -58,7 +58,7 @@ class Search:
         return np.log2(np.maximum(probability, 1e-12)) - np.log2(self.matches.mean(1))
 
 
-def evaluate_retrieval(loaded: Loaded, lesson: Lesson, test: Source, seed: int) -> TaskResult | None:
+def evaluate_retrieval(loaded: LoadedModel, lesson: Lesson, test: Source, seed: int) -> TaskResult | None:
     """Recall of a contrastive task in both directions and both languages; None if no test record fits."""
     task = task_named(lesson.task)
     searches, records = [], 0
@@ -70,7 +70,7 @@ def evaluate_retrieval(loaded: Loaded, lesson: Lesson, test: Source, seed: int) 
     return _result(loaded, lesson, searches, records, seed) if searches else None
 
 
-def examples_in(task: Task, source: Source, language: str, seed: int, loaded: Loaded) -> list[Example]:
+def examples_in(task: Task, source: Source, language: str, seed: int, loaded: LoadedModel) -> list[Example]:
     """Test records that can be posed in a language and decoded."""
     found = []
     for index in np.linspace(0, len(source) - 1, min(len(source), MAX_GALLERY)).astype(int):
@@ -84,7 +84,7 @@ def examples_in(task: Task, source: Source, language: str, seed: int, loaded: Lo
     return found
 
 
-def both_directions(loaded: Loaded, task: Task, examples: list[Example], language: str) -> list[Search]:
+def both_directions(loaded: LoadedModel, task: Task, examples: list[Example], language: str) -> list[Search]:
     """Searches with inputs among targets and the other way; equal texts count once."""
     unique = list({example.key: example for example in examples}.values())
     inputs = embed(loaded, [example.source for example in unique])
@@ -98,7 +98,9 @@ def both_directions(loaded: Loaded, task: Task, examples: list[Example], languag
     return [Search(forward, similarity, matches), Search(backward, similarity.T, matches.T)]
 
 
-def _result(loaded: Loaded, lesson: Lesson, searches: list[Search], records: int, seed: int) -> TaskResult:
+def _result(
+    loaded: LoadedModel, lesson: Lesson, searches: list[Search], records: int, seed: int
+) -> TaskResult:
     """One result: the mean over directions and languages, and each of them among the metrics."""
     task = task_named(lesson.task)
     metrics = {f"recall_at_{k}": float(np.mean([s.recall(k) for s in searches])) for k in RANKS}

@@ -17,7 +17,7 @@ from openm6.data.table import TableConfig
 from openm6.data.windows import WindowsConfig
 from openm6.evaluate.evaluator import EvalConfig, evaluate_tasks
 from openm6.evaluate.results import EvalReport, TaskResult
-from openm6.inference.load import Loaded, load
+from openm6.inference.load import LoadedModel, load
 from openm6.models.description import Lesson, ModelDescription
 
 OwnData = TableConfig | FolderConfig | WindowsConfig
@@ -61,7 +61,7 @@ def evaluate(
     json_path: Path | None = None,
     settings: list[str] | None = None,
     on_result: Callable[[TaskResult], None] = lambda result: None,
-    loaded: Loaded | None = None,
+    loaded: LoadedModel | None = None,
 ) -> EvalReport:
     """Evaluate a run or checkpoint; `settings` such as `judge.answers=300` override those of its recipe.
 

@@ -41,7 +41,7 @@ Precision = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
-class Speaker:
+class TextHead:
     """What generates text: a backbone, its word embedding and its head (V D each), the ids that open and close a text.
 
     mute: V bool, ids that are never generated, or None
@@ -52,26 +52,26 @@ class Speaker:
     head: Tensor
     start: int | None
     end: int | None
-    mute: Tensor | None = None
+    suppress_tokens: Tensor | None = None
 
     @classmethod
-    def of(cls, omni: Omni, text: Text) -> Speaker:
+    def of(cls, omni: Omni, text: Text) -> TextHead:
         """Return the text side of a multimodal model."""
         weight = omni.text.embedding.weight
         token = torch.arange(text.vocabulary_size, device=weight.device)
-        mute = (token >= text.first_mark) & (token != text.end)
-        return cls(omni.backbone, weight, weight, text.start, text.end, mute)
+        suppress_tokens = (token >= text.first_mark) & (token != text.end)
+        return cls(omni.backbone, weight, weight, text.start, text.end, suppress_tokens)
 
 
 class DecodeStep:
     """Runs one new token of each row through all layers; row b uses slot b of the cache."""
 
     def __init__(
-        self, speaker: Speaker, cache: SlotCache, precision: Precision = "float32", fixed: bool = False
+        self, text_head: TextHead, cache: SlotCache, precision: Precision = "float32", fixed: bool = False
     ) -> None:
         """`fixed` keeps every shape independent of what the rows hold."""
-        self.speaker, self.cache = speaker, cache
-        self.backbone = speaker.backbone
+        self.text_head, self.cache = text_head, cache
+        self.backbone = text_head.backbone
         self.config = self.backbone.config
         self.precision, self.fixed = precision, fixed
         if self.backbone.source is not None and precision == "int8":
@@ -79,45 +79,45 @@ class DecodeStep:
                 "int8 weights stay on the device: leave out resident, or take float32 or bfloat16"
             )
         self._layers: dict[tuple[int, Block], _Layer] = {}
-        self.head = matrix_of(speaker.head, precision)
+        self.head = matrix_of(text_head.head, precision)
         position = torch.arange(cache.room + 1, device=cache.keys.device)[:, None].expand(-1, 3)
         cosine, sine = rotary_table(position[None], self.config.rope_theta, self.config.sections)
         self.cosine, self.sine = cosine[0], sine[0]  # C+1 1 d/2
 
-    def __call__(self, token: Tensor, place: Tensor, length: Tensor, longest: int) -> Tensor:
-        """Scores of the token after `token`, which has the position `place` and is number `length` of its slot.
+    def __call__(self, token: Tensor, position: Tensor, length: Tensor, longest: int) -> Tensor:
+        """Scores of the token after `token`, which stands at `position` and is the last of `length` + 1 in its slot.
 
         `longest` bounds the keys to look at and must exceed every length.  # B, B, B -> B V
         """
-        x = F.embedding(token, self.speaker.embedding)  # B D
-        logits = self.head(self.states(x, place, length, longest)).float()
-        mute = self.speaker.mute
-        return logits if mute is None else logits.masked_fill_(mute, float("-inf"))
+        x = F.embedding(token, self.text_head.embedding)  # B D
+        logits = self.head(self.states(x, position, length, longest)).float()
+        suppress_tokens = self.text_head.suppress_tokens
+        return logits if suppress_tokens is None else logits.masked_fill_(suppress_tokens, float("-inf"))
 
-    def states(self, x: Tensor, place: Tensor, length: Tensor, longest: int) -> Tensor:
+    def states(self, x: Tensor, position: Tensor, length: Tensor, longest: int) -> Tensor:
         """Hidden states after the final norm of one embedded token per row.  # B D, B, B -> B D"""
-        rotary = self.cosine[place], self.sine[place]  # B 1 d/2
+        rotary = self.cosine[position], self.sine[position]  # B 1 d/2
         index = torch.arange(len(x), device=x.device), length
         seen = torch.arange(longest, device=x.device) <= length[:, None]  # B T
         mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, float("-inf"))
         mask = mask[:, None, None, :]
-        for number in range(self.config.num_layers):
-            layer = self._layer(number)
+        for layer_index in range(self.config.num_layers):
+            layer = self._layer(layer_index)
             normal = layer.parts.attention_norm(x)
-            x = x + self._attend(normal, layer, number, rotary, mask, index)
+            x = x + self._attend(normal, layer, layer_index, rotary, mask, index)
             x = x + layer.feed_forward(layer.parts.feed_forward_norm(x))
         states: Tensor = self.backbone.final_norm(x)
         return states
 
-    def _layer(self, number: int) -> _Layer:
+    def _layer(self, layer_index: int) -> _Layer:
         """A layer on the weights that are on the device now; an offloaded block may use one of several buffers."""
-        block = self.backbone.block(number)
-        if (number, block) not in self._layers:
-            self._layers[number, block] = self._new_layer(number, block)
-        return self._layers[number, block]
+        block = self.backbone.block(layer_index)
+        if (layer_index, block) not in self._layers:
+            self._layers[layer_index, block] = self._new_layer(layer_index, block)
+        return self._layers[layer_index, block]
 
-    def _new_layer(self, number: int, block: Block) -> _Layer:
-        parts, router = cast(LayerParts, self.backbone.layers[number]), self.backbone.router(number)
+    def _new_layer(self, layer_index: int, block: Block) -> _Layer:
+        parts, router = cast(LayerParts, self.backbone.layers[layer_index]), self.backbone.router(layer_index)
         heads = self.config.num_heads, self.config.num_kv_heads
         feed_forward: _Dense | _Sparse
         if isinstance(block.feed_forward, Experts):
@@ -137,7 +137,7 @@ class DecodeStep:
         self,
         x: Tensor,
         layer: _Layer,
-        number: int,
+        layer_index: int,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor,
         index: tuple[Tensor, Tensor],
@@ -148,7 +148,7 @@ class DecodeStep:
         if layer.head_norms is not None:
             qk = rms_norm(qk, layer.head_norms, self.config.norm_eps)
         query, key = rotate(qk, *rotary).split([heads, kv_heads], dim=1)
-        keys, values = self.cache.keys[number], self.cache.values[number]  # S C G d
+        keys, values = self.cache.keys[layer_index], self.cache.values[layer_index]  # S C G d
         keys.index_put_(index, key.to(keys.dtype))
         values.index_put_(index, value.to(values.dtype))
         longest = mask.shape[-1]

@@ -1,7 +1,7 @@
 """The inference engine: many prompts answered side by side, for the command line, the evaluation and the server.
 
-One generated token is computed in four files: `write` here (in the server: worker.py), `TextRows.step` in text.py
-(the batch of sequences and the draw), `DecodeStep` in decode.py (one token through all layers, attention included),
+One generated token is computed in four files: `generate_texts` here (in the server: worker.py), `DecodeBatch.step` in
+text.py (the batch of sequences and the draw), `DecodeStep` in decode.py (one token through all layers with attention),
 and `SlotCache` in nn/cache.py (keys and values). Prompts run through the model itself, by prefill.py; images and
 audio are decoded by masked.py; numbers, candidates and embeddings take a single pass, below.
 """
@@ -25,7 +25,7 @@ from openm6.inference.load import Loaded
 from openm6.inference.prefill import Prompt, prompt_length, read_all, run_block
 from openm6.inference.sampling import Sampling
 from openm6.inference.taught import confidence_of
-from openm6.inference.text import Row
+from openm6.inference.text import DecodeSequence
 from openm6.modalities.batch import PackedExample, build_sequence, collate
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import Histogram, NumbersOut
@@ -40,76 +40,78 @@ BATCH = 32  # texts decoded side by side
 ROW_TOKENS, MAX_ROWS = 512, 4  # of a pass of candidates (one row) or embeddings
 
 
-class Written(NamedTuple):
+class GeneratedText(NamedTuple):
     """A text, and the geometric mean probability of its tokens, its end mark among them."""
 
     text: str
     confidence: float
 
 
-def write(loaded: Loaded, prompts: list[Prompt], sampling: Sampling) -> list[str]:
+def generate_texts(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampling) -> list[str]:
     """Return the text that follows each prompt, up to its end mark or `max_tokens`; row i draws from seed + i."""
-    return [written.text for written in write_with_confidence(loaded, prompts, sampling)]
+    return [generated.text for generated in generate_scored(loaded, prompts, sampling)]
 
 
-def write_with_confidence(loaded: Loaded, prompts: list[Prompt], sampling: Sampling) -> list[Written]:
-    """As `write`, with the confidence in each text."""
-    speaker = Speaker.of(loaded.omni, loaded.text)
+def generate_scored(loaded: LoadedModel, prompts: list[Prompt], sampling: Sampling) -> list[GeneratedText]:
+    """As `generate_texts`, with the confidence in each text."""
+    text_head = TextHead.of(loaded.omni, loaded.text)
     longest = max(map(prompt_length, prompts), default=0)
     # On a GPU each size of a pass is captured in a graph of its own, which one call would seldom replay: use one size.
     one_size = loaded.omni.device.type == "cuda"
     size = min(BATCH, max(1, len(prompts)))
-    rows = open_rows(speaker, size, longest + sampling.max_tokens + 2, deterministic=one_size)
-    waiting, found = deque(range(len(prompts))), dict[int, Written]()
+    rows = open_batch(text_head, size, longest + sampling.max_tokens + 2, deterministic=one_size)
+    waiting, found = deque(range(len(prompts))), dict[int, GeneratedText]()
     while waiting or rows.rows:
         joining = [waiting.popleft() for _ in range(min(rows.free, len(waiting)))]
-        places = read_all(loaded.omni, [prompts[number] for number in joining], rows.cache, rows.next_slot)
-        for number, place in zip(joining, places, strict=True):
-            own = sampling.model_copy(update={"seed": sampling.seed + number})
-            rows.add(number, own, place, loaded.text.start)
+        positions = prefill_all(
+            loaded.omni, [prompts[index] for index in joining], rows.cache, rows.next_slot
+        )
+        for index, position in zip(joining, positions, strict=True):
+            own = sampling.model_copy(update={"seed": sampling.seed + index})
+            rows.add(index, own, position, loaded.text.start)
         for row in rows.step():
-            found[row.key] = _written(loaded.text, row)
+            found[row.key] = _generated(loaded.text, row)
             rows.remove(row)
-    return [found[number] for number in range(len(prompts))]
+    return [found[index] for index in range(len(prompts))]
 
 
-def _written(text: Text, row: Row) -> Written:
+def _generated(text: Text, row: DecodeSequence) -> GeneratedText:
     tokens = row.tokens[:-1] if row.tokens[-1] == text.end else row.tokens
-    return Written(text.decode(tokens), confidence_of(row.nats, len(row.tokens)))
+    return GeneratedText(text.decode(tokens), confidence_of(row.nll, len(row.tokens)))
 
 
-def predict(omni: Omni, prompts: list[Prompt], wanted: list[Segment]) -> list[Histogram]:
-    """Return, for each prompt, the distributions of the values that `wanted` asks for (its observed ones), in order."""
+def predict_distributions(omni: Omni, prompts: list[Prompt], targets: list[Segment]) -> list[Histogram]:
+    """Return, for each prompt, the distributions of the observed values of its target, in order."""
     cache = omni.backbone.new_cache(len(prompts), max(map(prompt_length, prompts), default=0))
-    places = read_all(omni, prompts, cache)
+    positions = prefill_all(omni, prompts, cache)
     answers: dict[int, Histogram] = {}
-    for length in sorted({len(tokens) for tokens in wanted}):  # rows of one pass ask for equally many tokens
-        rows = [row for row, tokens in enumerate(wanted) if len(tokens) == length]
-        asked = [wanted[row] for row in rows]
-        found = predict_numbers(omni, cache, rows, [places[row] for row in rows], asked)
+    for length in sorted({len(tokens) for tokens in targets}):  # rows of one pass ask for equally many tokens
+        rows = [row for row, tokens in enumerate(targets) if len(tokens) == length]
+        asked = [targets[row] for row in rows]
+        found = predict_numbers(omni, cache, rows, [positions[row] for row in rows], asked)
         answers |= zip(rows, found, strict=True)
     return [answers[row] for row in range(len(prompts))]
 
 
 @torch.inference_mode()
 def predict_numbers(
-    omni: Omni, cache: SlotCache, slots: list[int], places: list[int], wanted: list[Segment]
+    omni: Omni, cache: SlotCache, slots: list[int], positions: list[int], targets: list[Segment]
 ) -> list[Histogram]:
-    """As `predict` for prompts in slots, which stay as they are; all of `wanted` have one length.
+    """As `predict_distributions` for prompts in slots, which stay as they are; all of `targets` have one length.
 
-    `places` are the positions after the prompts.
+    `positions` are those after the prompts.
     """
     adapter = omni.adapter("numbers_out")
     assert isinstance(adapter, NumbersOut)
     arrays = {
-        name: torch.from_numpy(np.concatenate([tokens.arrays[name] for tokens in wanted])).to(omni.device)
-        for name in wanted[0].arrays
+        name: torch.from_numpy(np.concatenate([tokens.arrays[name] for tokens in targets])).to(omni.device)
+        for name in targets[0].arrays
     }
-    hidden = run_block(omni, cache, list(slots), places, wanted[0], arrays)  # B T D
+    hidden = run_block(omni, cache, list(slots), positions, targets[0], arrays)  # B T D
     logits = adapter.logits(hidden.flatten(0, 1)).float()  # B*T P bins
     probability = logits.softmax(-1).unflatten(0, hidden.shape[:2]).flatten(1, 2)
     answers = []
-    for row, tokens in zip(probability.cpu().numpy(), wanted, strict=True):
+    for row, tokens in zip(probability.cpu().numpy(), targets, strict=True):
         scale = np.repeat(tokens.arrays["scale"], tokens.arrays["observed"].shape[1], axis=0)  # T*P 2
         asked = tokens.arrays["observed"].reshape(-1)
         answers.append(Histogram(row[asked], scale[asked]))
@@ -117,26 +119,26 @@ def predict_numbers(
 
 
 @torch.inference_mode()
-def candidate_nats(
-    omni: Omni, cache: SlotCache, slot: int, place: int, candidates: list[Segment]
+def score_candidates(
+    omni: Omni, cache: SlotCache, slot: int, position: int, candidates: list[Segment]
 ) -> list[float]:
     """Return the negative log-likelihood, in nats, of each text after the prompt in a slot, which stays as it is.  # N
 
-    Candidates are private blocks of one row, so that none sees another. `place` is the position after the prompt.
+    Candidates are private blocks of one row, so that none sees another. `position` is the one after the prompt.
     """
     found: list[float] = []
     for few in _candidate_passes(candidates):
-        sequences = [build_sequence([tokens], place=place) for tokens in few]
+        sequences = [build_sequence([tokens], position=position) for tokens in few]
         batch = collate([sequences], sum(map(len, few))).to(omni.device)
-        number = batch.layout.example_id
+        example_id = batch.layout.example_id
         # All belong to the example of the prompt, each to its own block.
         layout = SequenceMeta(
-            torch.zeros_like(number), batch.layout.attn_order, number + 1, batch.layout.positions
+            torch.zeros_like(example_id), batch.layout.attn_order, example_id + 1, batch.layout.positions
         )
         hidden, _ = omni(batch.kinds, layout, cache.reader([slot]))  # 1 S D
         kind = batch.kinds["text"]
-        nats = omni.text.nll(hidden[0, kind.index], kind.arrays).float()
-        found += nats.new_zeros(len(few)).index_add_(0, kind.example, nats).tolist()
+        nll = omni.text.nll(hidden[0, kind.index], kind.arrays).float()
+        found += nll.new_zeros(len(few)).index_add_(0, kind.example, nll).tolist()
     return found
 
 
@@ -152,7 +154,7 @@ def _candidate_passes(candidates: list[Segment]) -> Iterator[list[Segment]]:
         yield few
 
 
-def embedding_size(loaded: Loaded) -> int:
+def embedding_size(loaded: LoadedModel) -> int:
     """Return how many numbers an embedding of this model has.
 
     Raises:
@@ -161,7 +163,7 @@ def embedding_size(loaded: Loaded) -> int:
     return taught_pool(loaded).project.out_features
 
 
-def taught_pool(loaded: Loaded) -> PoolAdapter:
+def taught_pool(loaded: LoadedModel) -> PoolAdapter:
     """The adapter that makes embeddings; raise ConfigError if the model was not trained to embed."""
     pool = loaded.omni.pool
     if pool is None:
@@ -171,7 +173,7 @@ def taught_pool(loaded: Loaded) -> PoolAdapter:
     return pool
 
 
-def embed(loaded: Loaded, inputs: Sequence[list[Part]]) -> np.ndarray:
+def embed(loaded: LoadedModel, inputs: Sequence[list[Part]]) -> np.ndarray:
     """Return the embedding of each input (text, image, audio, or several parts together), of length 1.  # -> B E
 
     Raises:
@@ -181,7 +183,7 @@ def embed(loaded: Loaded, inputs: Sequence[list[Part]]) -> np.ndarray:
     return embed_tokens(loaded, [source_segments(parts, loaded.modalities) for parts in inputs])
 
 
-def embed_tokens(loaded: Loaded, inputs: Sequence[list[Segment]]) -> np.ndarray:
+def embed_tokens(loaded: LoadedModel, inputs: Sequence[list[Segment]]) -> np.ndarray:
     """As `embed`, of inputs that are source tokens already.  # -> B E"""
     size = embedding_size(loaded)
     sequences = [build_sequence(pooled(segments)) for segments in inputs]
@@ -205,7 +207,7 @@ def packed_rows(sequences: list[PackedExample]) -> list[list[list[PackedExample]
 
 
 @torch.inference_mode()
-def _vectors(loaded: Loaded, rows: list[list[PackedExample]]) -> np.ndarray:
+def _vectors(loaded: LoadedModel, rows: list[list[PackedExample]]) -> np.ndarray:
     length = max(sum(map(len, row)) for row in rows)
     batch = collate(rows, length).to(loaded.omni.device)
     hidden, _ = loaded.omni(batch.kinds, batch.layout)  # R S D

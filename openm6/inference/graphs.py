@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from openm6.inference.decode import Precision, Speaker
-from openm6.inference.text import SamplingMode, TextRows
+from openm6.inference.decode import Precision, TextHead
+from openm6.inference.text import DecodeBatch, SamplingMode
 
 BATCHES = (
     1,
@@ -33,8 +33,8 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 _Key = tuple[int, int, SamplingMode]
 
 
-class GraphedRows(TextRows):
-    """`TextRows` whose passes are replayed; sizes are rounded up to a few, each captured when it first occurs.
+class GraphedDecodeBatch(DecodeBatch):
+    """`DecodeBatch` whose passes are replayed; sizes are rounded up to a few, each captured when it first occurs.
 
     A graph holds addresses: of the cache, of the state, of its own outputs, all of which stay where they are. Its
     sizes are constants, so they are its key. The one wait of a step is the reading of the drawn tokens.
@@ -42,7 +42,7 @@ class GraphedRows(TextRows):
 
     def __init__(
         self,
-        speaker: Speaker,
+        text_head: TextHead,
         rows: int,
         room: int,
         precision: Precision = "bfloat16",
@@ -50,7 +50,7 @@ class GraphedRows(TextRows):
     ) -> None:
         """`deterministic` uses the largest number of rows in every pass."""
         slots = next(size for size in BATCHES if size >= rows)
-        super().__init__(speaker, slots, room, precision, deterministic=False)
+        super().__init__(text_head, slots, room, precision, deterministic=False)
         self.capacity = rows
         self.largest_only = deterministic
         self.graphs: dict[_Key, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
@@ -74,7 +74,7 @@ class GraphedRows(TextRows):
 
         The state is put back each time; what the passes wrote into the cache is written again by the next one.
         """
-        state = (self.token, self.place, self.length, self.draw)
+        state = (self.token, self.position, self.length, self.draw)
         before = [part.clone() for part in state]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -92,14 +92,14 @@ class GraphedRows(TextRows):
         return graph, drawn, logits
 
     def _restore(self, before: list[Tensor]) -> None:
-        for part, old in zip((self.token, self.place, self.length, self.draw), before, strict=True):
+        for part, old in zip((self.token, self.position, self.length, self.draw), before, strict=True):
             part.copy_(old)
 
 
-def open_rows(
-    speaker: Speaker, rows: int, room: int, precision: Precision = "float32", deterministic: bool = False
-) -> TextRows:
+def open_batch(
+    text_head: TextHead, rows: int, room: int, precision: Precision = "float32", deterministic: bool = False
+) -> DecodeBatch:
     """Return the fastest kind of rows for the model's device; a graph cannot wait for offloaded layers."""
-    graphed = speaker.embedding.is_cuda and speaker.backbone.source is None
-    kind = GraphedRows if graphed else TextRows
-    return kind(speaker, rows, room, precision, deterministic)
+    graphed = text_head.embedding.is_cuda and text_head.backbone.source is None
+    kind = GraphedDecodeBatch if graphed else DecodeBatch
+    return kind(text_head, rows, room, precision, deterministic)

@@ -29,7 +29,7 @@ from openm6.models.omni import Omni
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model ready for inference."""
 
     omni: Omni
@@ -69,7 +69,7 @@ def _texts(folder: Path) -> tuple[ModelDescription, str]:
     return read_description(texts[MODEL_FILE], str(folder / MODEL_FILE)), texts[TOKENIZER_FILE]
 
 
-def load(path: Path, device: torch.device | None = None, resident: int | None = None) -> Loaded:
+def load(path: Path, device: torch.device | None = None, resident: int | None = None) -> LoadedModel:
     """Return the model of a run (its newest complete checkpoint) or of one checkpoint.
 
     With `resident`, only so many layers stay on the device; the others are offloaded, see offloaded.py.
@@ -87,7 +87,7 @@ def load(path: Path, device: torch.device | None = None, resident: int | None = 
         load_model(folder, omni)
         omni.to(device)
     omni.eval().requires_grad_(False)
-    return Loaded(omni, modalities, description, folder)
+    return LoadedModel(omni, modalities, description, folder)
 
 
 def _read(path: Path) -> str:

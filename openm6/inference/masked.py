@@ -5,7 +5,7 @@ kept, the others are predicted again; classifier-free guidance grows over the st
 stay as they are, so inpainting is the same loop.
 """
 
-# Shapes: B canvases, R rows (B, and one more for each that is guided), N positions, G codes of a position, C codebook
+# Shapes: B targets, R rows (B, and one more for each that is guided), N positions, G codes of a position, C codebook
 # size, D width
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openm6.inference.prefill import Prompt, prompt_length, read_all, run_block
+from openm6.inference.prefill import Prompt, prefill_all, prompt_length, run_block
 from openm6.inference.sampling import MaskedSampling, gumbel
 from openm6.modalities.codes import CodesAdapter
 from openm6.modalities.interface import Segment
@@ -27,14 +27,14 @@ from openm6.nn.cache import SlotCache
 
 
 @dataclass(eq=False)
-class Canvas:
-    """Codes being decoded. `slot` holds the prompt (None: there is none), `place` is the position that follows it."""
+class MaskedDecodeState:
+    """Codes being decoded. `slot` holds the prompt (None: there is none), `position` follows it."""
 
     key: Any
-    wanted: Segment
+    target: Segment
     sampling: MaskedSampling
     slot: int | None
-    place: int
+    position: int
     codes: Tensor  # N G
     unknown: Tensor  # N
     first_unknown: int
@@ -43,141 +43,147 @@ class Canvas:
 
     @classmethod
     def of(
-        cls, key: Any, wanted: Segment, sampling: MaskedSampling, slot: int | None, place: int, device: Any
-    ) -> Canvas:
+        cls, key: Any, target: Segment, sampling: MaskedSampling, slot: int | None, position: int, device: Any
+    ) -> MaskedDecodeState:
         """Return the state before the first step; the true codes of masked positions are not read."""
-        hidden = torch.from_numpy(wanted.arrays["hidden"]).to(device)
-        codes = torch.from_numpy(wanted.arrays["codes"]).to(device).masked_fill(hidden[:, None], 0)
-        return cls(key, wanted, sampling, slot, place, codes, hidden, int(hidden.sum()))
+        mask = torch.from_numpy(target.arrays["hidden"]).to(device)
+        codes = torch.from_numpy(target.arrays["codes"]).to(device).masked_fill(mask[:, None], 0)
+        return cls(key, target, sampling, slot, position, codes, mask, int(mask.sum()))
 
     @property
     def guided(self) -> bool:
         return self.sampling.guidance > 0
 
     @property
-    def share(self) -> float:
+    def progress(self) -> float:
         """Fraction of the steps that are done."""
         return self.step / self.sampling.steps
 
     @property
     def like(self) -> tuple[str, int]:
-        """Canvases that are equal in this can share a pass."""
-        return self.wanted.kind, len(self.wanted)
+        """States that are equal in this can share a pass."""
+        return self.target.kind, len(self.target)
 
 
-def fill_codes(omni: Omni, prompts: list[Prompt], wanted: list[Segment], sampling: MaskedSampling) -> Tensor:
+def decode_masked(
+    omni: Omni, prompts: list[Prompt], targets: list[Segment], sampling: MaskedSampling
+) -> Tensor:
     """Codes of target tokens, the masked ones drawn in answer to each prompt.  # -> B N G
 
-    All of `wanted` are of one kind and size. Row i draws from seed + i.
+    All targets are of one kind and size. Row i draws from seed + i.
     """
     cache = omni.backbone.new_cache(len(prompts), max(map(prompt_length, prompts)))
-    canvases = [
-        Canvas.of(
+    states = [
+        MaskedDecodeState.of(
             row,
-            wanted[row],
+            targets[row],
             sampling.model_copy(update={"seed": sampling.seed + row}),
             row,
-            place,
+            position,
             omni.device,
         )
-        for row, place in enumerate(read_all(omni, prompts, cache))
+        for row, position in enumerate(prefill_all(omni, prompts, cache))
     ]
-    active = [canvas for canvas in canvases if canvas.first_unknown]
+    active = [state for state in states if state.first_unknown]
     while active:
-        done = advance(omni, cache, active)
-        active = [canvas for canvas in active if canvas not in done]
-    return torch.stack([canvas.codes for canvas in canvases])
+        done = masked_step(omni, cache, active)
+        active = [state for state in active if state not in done]
+    return torch.stack([state.codes for state in states])
 
 
 @torch.inference_mode()
-def advance(omni: Omni, cache: SlotCache, canvases: list[Canvas]) -> list[Canvas]:
-    """Run one step of canvases that are alike; return those that are done."""
-    for canvas in canvases:
-        canvas.step += 1
-    codes = torch.stack([canvas.codes for canvas in canvases])  # B N G
-    unknown = torch.stack([canvas.unknown for canvas in canvases])  # B N
-    states = _states(omni, cache, canvases, codes, unknown)  # R N D
-    drawn, confidence = _drawn(omni, canvases, states, codes)
+def masked_step(omni: Omni, cache: SlotCache, states: list[MaskedDecodeState]) -> list[MaskedDecodeState]:
+    """Run one step of states that are alike; return those that are done."""
+    for state in states:
+        state.step += 1
+    codes = torch.stack([state.codes for state in states])  # B N G
+    unknown = torch.stack([state.unknown for state in states])  # B N
+    hidden = _hidden_states(omni, cache, states, codes, unknown)  # R N D
+    drawn, confidence = _drawn(omni, states, hidden, codes)
     codes = torch.where(unknown[..., None], drawn, codes)
-    unknown = _still_unknown(canvases, confidence, unknown)
+    unknown = _still_unknown(states, confidence, unknown)
     left = unknown.any(1).tolist()
-    for canvas, own, hidden in zip(canvases, codes, unknown, strict=True):
-        canvas.codes, canvas.unknown = own, hidden
-    return [canvas for canvas, more in zip(canvases, left, strict=True) if not more]
+    for state, own, mask in zip(states, codes, unknown, strict=True):
+        state.codes, state.unknown = own, mask
+    return [state for state, more in zip(states, left, strict=True) if not more]
 
 
-def _states(omni: Omni, cache: SlotCache, canvases: list[Canvas], codes: Tensor, unknown: Tensor) -> Tensor:
+def _hidden_states(
+    omni: Omni, cache: SlotCache, states: list[MaskedDecodeState], codes: Tensor, unknown: Tensor
+) -> Tensor:
     """Hidden states of all positions with each prompt, then without it for those that are guided.  # -> R N D"""
-    guided = torch.tensor([row for row, canvas in enumerate(canvases) if canvas.guided], dtype=torch.int64)
-    rows = torch.cat([torch.arange(len(canvases)), guided]).to(codes.device)
-    slots = [canvas.slot for canvas in canvases] + [None] * len(guided)
-    place = [canvas.place for canvas in canvases] + [0] * len(guided)
-    like = canvases[0].wanted
+    guided = torch.tensor([row for row, state in enumerate(states) if state.guided], dtype=torch.int64)
+    rows = torch.cat([torch.arange(len(states)), guided]).to(codes.device)
+    slots = [state.slot for state in states] + [None] * len(guided)
+    starts = [state.position for state in states] + [0] * len(guided)
+    like = states[0].target
     flat = codes[rows].flatten(0, 1)
-    # Canvases of one size have the same grid, but may differ in the embeddings of its cells.
-    places = np.concatenate([canvases[row].wanted.arrays["places"] for row in rows.tolist()])
+    # States of one size have the same grid, but may differ in the embeddings of its cells.
+    positions = np.concatenate([states[row].target.arrays["places"] for row in rows.tolist()])
     arrays = {
         "shown": flat,
         "codes": flat,
         "hidden": unknown[rows].flatten(),
-        "places": torch.from_numpy(places).to(codes.device),
+        "places": torch.from_numpy(positions).to(codes.device),
     }
-    return run_block(omni, cache, slots, place, like, arrays)
+    return run_block(omni, cache, slots, starts, like, arrays)
 
 
-def _drawn(omni: Omni, canvases: list[Canvas], states: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def _drawn(
+    omni: Omni, states: list[MaskedDecodeState], hidden: Tensor, codes: Tensor
+) -> tuple[Tensor, Tensor]:
     """A code for each group of each position in turn, and the log-probability of what was drawn.  # -> B N G, B N"""
-    adapter = omni.adapter(canvases[0].wanted.kind)
+    adapter = omni.adapter(states[0].target.kind)
     assert isinstance(adapter, CodesAdapter)
-    batch, places, groups = codes.shape
-    guided = torch.tensor([row for row, c in enumerate(canvases) if c.guided], device=codes.device)
+    batch, positions, groups = codes.shape
+    guided = torch.tensor([row for row, c in enumerate(states) if c.guided], device=codes.device)
     rows = torch.cat([torch.arange(batch, device=codes.device), guided.long()])
-    scale = _column(canvases, [c.sampling.guidance * c.share for c in canvases], codes)[guided.long()]
-    temperature = _column(canvases, [c.sampling.temperature for c in canvases], codes)
+    scale = _column(states, [c.sampling.guidance * c.progress for c in states], codes)[guided.long()]
+    temperature = _column(states, [c.sampling.temperature for c in states], codes)
     drawn = torch.zeros_like(codes)
-    confidence = torch.zeros(batch, places, device=codes.device)
+    confidence = torch.zeros(batch, positions, device=codes.device)
     for group in range(groups):
-        logits = adapter.group_logits(states.flatten(0, 1), drawn[rows].flatten(0, 1), group)
-        logits = logits.float().unflatten(0, (len(rows), places))  # R N C
+        logits = adapter.group_logits(hidden.flatten(0, 1), drawn[rows].flatten(0, 1), group)
+        logits = logits.float().unflatten(0, (len(rows), positions))  # R N C
         own, without = logits[:batch], logits[batch:]
         if len(guided):
             own = own.index_copy(0, guided, own[guided] + scale * (own[guided] - without))
         scores = own / torch.where(temperature > 0, temperature, 1.0)
-        if any(canvas.sampling.temperature > 0 for canvas in canvases):
-            noise = gumbel(*_drawing(canvases, codes), places, own.shape[-1])
+        if any(state.sampling.temperature > 0 for state in states):
+            noise = gumbel(*_drawing(states, codes), positions, own.shape[-1])
             scores = torch.where(temperature > 0, scores + noise, own)
-        for canvas in canvases:
-            canvas.draws += canvas.sampling.temperature > 0
+        for state in states:
+            state.draws += state.sampling.temperature > 0
         chosen = scores.argmax(-1)
         drawn[..., group] = chosen
         confidence += own.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
     return drawn, confidence
 
 
-def _still_unknown(canvases: list[Canvas], confidence: Tensor, unknown: Tensor) -> Tensor:
+def _still_unknown(states: list[MaskedDecodeState], confidence: Tensor, unknown: Tensor) -> Tensor:
     """Which positions stay masked after this step.  # B N, B N -> B N"""
-    noisy = gumbel(*_drawing(canvases, unknown), unknown.shape[1])
-    for canvas in canvases:
-        canvas.draws += 1
-    noise = _column(canvases, [c.sampling.noise * (1 - c.share) for c in canvases], confidence)[..., 0]
+    noisy = gumbel(*_drawing(states, unknown), unknown.shape[1])
+    for state in states:
+        state.draws += 1
+    noise = _column(states, [c.sampling.noise * (1 - c.progress) for c in states], confidence)[..., 0]
     confident = confidence + noise * noisy
-    at_random = torch.tensor([c.sampling.order == "random" for c in canvases], device=unknown.device)
+    at_random = torch.tensor([c.sampling.order == "random" for c in states], device=unknown.device)
     noisy = torch.where(at_random[:, None], noisy, confident)
     left = [
-        math.floor(c.first_unknown * math.cos(math.pi / 2 * c.share)) * (c.step < c.sampling.steps)
-        for c in canvases
+        math.floor(c.first_unknown * math.cos(math.pi / 2 * c.progress)) * (c.step < c.sampling.steps)
+        for c in states
     ]
     return least_confident(noisy, unknown, torch.tensor(left, device=unknown.device))
 
 
-def _drawing(canvases: list[Canvas], like: Tensor) -> tuple[Tensor, Tensor]:
+def _drawing(states: list[MaskedDecodeState], like: Tensor) -> tuple[Tensor, Tensor]:
     """Seeds and numbers of the draws."""
-    seeds = torch.tensor([canvas.sampling.seed for canvas in canvases], device=like.device)
-    return seeds, torch.tensor([canvas.draws for canvas in canvases], device=like.device)
+    seeds = torch.tensor([state.sampling.seed for state in states], device=like.device)
+    return seeds, torch.tensor([state.draws for state in states], device=like.device)
 
 
-def _column(canvases: list[Canvas], values: list[float], like: Tensor) -> Tensor:
-    """One value per canvas, broadcast over positions and codes.  # B 1 1"""
+def _column(states: list[MaskedDecodeState], values: list[float], like: Tensor) -> Tensor:
+    """One value per state, broadcast over positions and codes.  # B 1 1"""
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1)
 
 

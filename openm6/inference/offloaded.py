@@ -33,7 +33,7 @@ class OffloadedSource:
     ) -> None:
         """`kept` are the sets that the backbone itself holds; the others are on `meta` there."""
         self.backbone, self.catalogue, self.kept, self.device = backbone, catalogue, kept, device
-        self.offloaded = [number for number in range(backbone.config.num_sets) if number not in kept]
+        self.offloaded = [index for index in range(backbone.config.num_sets) if index not in kept]
         self.store: WeightStore | None = None  # made when first used: by then the model has its dtype
         self._blocks: dict[
             tuple[DenseConfig | ExpertsConfig, int], Block
@@ -42,23 +42,23 @@ class OffloadedSource:
 
     def block(self, layer: int) -> Block:
         """As `BlockSource` requires; while the caller works with the block, the next one is fetched."""
-        number = self.backbone.config.weight_sets[layer]
-        if number in self.kept:
-            return cast(Block, self.backbone.sets[number])
+        index = self.backbone.config.weight_sets[layer]
+        if index in self.kept:
+            return cast(Block, self.backbone.sets[index])
         if self.store is None:
             self.store = self._open_store()
-        if self._open is None or number != self._open[0]:
+        if self._open is None or index != self._open[0]:
             if self._open is not None:
                 self.store.close(self.offloaded.index(self._open[0]))
             self._open = None  # also if reading fails
             self.store.plan(self._uses(layer))
-            stored = self.store.open(self.offloaded.index(number))
-            self._open = number, self._block_of(number, layer, stored)
+            stored = self.store.open(self.offloaded.index(index))
+            self._open = index, self._block_of(index, layer, stored)
         return self._open[1]
 
     def _block_of(self, number: int, layer: int, stored: dict[str, Slots]) -> Block:
         """Return the block of a buffer, always the same one for the same memory and form, with the set's router."""
-        original = cast(Block, self.backbone.sets[number])
+        original = cast(Block, self.backbone.sets[index])
         key = self.backbone.config.feed_forward(layer), next(iter(stored.values()))[WEIGHT].data_ptr()
         if key not in self._blocks:
             self._blocks[key] = _empty_like(original)
@@ -71,15 +71,15 @@ class OffloadedSource:
         """One round of uses from this layer on; after the last layer comes the first of the next pass."""
         sets = self.backbone.config.weight_sets
         return [
-            Use(self.offloaded.index(number), whole=False)
-            for number in (*sets[layer:], *sets[:layer])
-            if number not in self.kept
+            Use(self.offloaded.index(index), whole=False)
+            for index in (*sets[layer:], *sets[:layer])
+            if index not in self.kept
         ]
 
     def _open_store(self) -> WeightStore:
         """Open a store of the dtype that the rest of the backbone has."""
         dtype, on_gpu = self.backbone.final_norm.weight.dtype, self.device.type == "cuda"
-        blocks = {number: cast(Block, self.backbone.sets[number]) for number in self.offloaded}
+        blocks = {index: cast(Block, self.backbone.sets[index]) for index in self.offloaded}
         store = WeightStore(
             [RecordLayout(set_shapes(block), WeightsOnly(dtype)) for block in blocks.values()],
             resident=(),
@@ -90,14 +90,14 @@ class OffloadedSource:
             read=None if on_gpu else self._read,
         )
         if on_gpu:
-            for place in range(len(self.offloaded)):
-                self._read(place, store.stored(place))
+            for record in range(len(self.offloaded)):
+                self._read(record, store.stored(record))
         return store
 
     def _read(self, place: int, stored: dict[str, Slots]) -> None:
         """Read the weights of a set from the checkpoint's files."""
         for name, slots in stored.items():
-            read_weight(self.catalogue, f"backbone.sets.{self.offloaded[place]}.{name}", slots[WEIGHT])
+            read_weight(self.catalogue, f"backbone.sets.{self.offloaded[record]}.{name}", slots[WEIGHT])
 
 
 def _set_parameter(block: Block, name: str, value: Tensor) -> None:
@@ -121,11 +121,11 @@ def place_offloaded(omni: Omni, folder: Path, resident: int, device: torch.devic
     backbone = omni.backbone
     kept = frozenset(backbone.config.weight_sets[:resident])
     blocks = [cast(Block, block) for block in backbone.sets]
-    for block in (blocks[number] for number in kept):
+    for block in (blocks[index] for index in kept):
         block.attention.to_empty(device="cpu")
         block.feed_forward.to_empty(device="cpu")
     catalogue = load_placed(folder, omni)
-    for part in (omni.adapters, backbone.layers, backbone.final_norm, *(blocks[number] for number in kept)):
+    for part in (omni.adapters, backbone.layers, backbone.final_norm, *(blocks[index] for index in kept)):
         part.to(device)
     for block in blocks:
         if block.router is not None:

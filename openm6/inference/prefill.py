@@ -25,7 +25,7 @@ from openm6.ops.sequence import SequenceMeta
 
 Prompt = list[Segment]
 PACKED_TOKENS = 2048  # tokens of one packed pass
-PREFIX_BYTES = 256 << 20  # prefixes kept by `read_all`
+PREFIX_BYTES = 256 << 20  # prefixes kept by `prefill_all`
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Unit:
         return sum(segment.span for segment in self.segments)
 
 
-class PromptMemory:
+class PrefixCache:
     """LRU cache of the keys and values of units, up to a number of bytes."""
 
     def __init__(self, max_bytes: int) -> None:
@@ -114,75 +114,81 @@ def _cleared_on_failure(cache: SlotCache, slots: list[int]) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def read_into(
-    omni: Omni, prompt: Prompt, cache: SlotCache, slot: int, memory: PromptMemory | None = None
+def prefill(
+    omni: Omni, prompt: Prompt, cache: SlotCache, slot: int, prefix_cache: PrefixCache | None = None
 ) -> tuple[int, int]:
     """Run a prompt into a slot; return the next position, and the number of tokens that came from the cache."""
     position = start = known = 0
     cache.lengths[slot] = 0
     found = [unit for unit in units(prompt) if len(unit)]
     for unit in found:
-        kept = None if memory is None else memory.get(unit.key)
+        kept = None if prefix_cache is None else prefix_cache.get(unit.key)
         if kept is not None:
             cache.put(slot, kept, start)
             known += cache.lengths[slot] - start
         else:
-            sequence = build_sequence(unit.segments, place=position)
+            sequence = build_sequence(unit.segments, position=position)
             batch = collate([[sequence]], len(sequence)).to(omni.device)
             with _cleared_on_failure(cache, [slot]):
                 omni(batch.kinds, batch.layout, cache.writer(slot, start))
-            if memory is not None:
-                memory.put(unit.key, cache.take(slot, start))
+            if prefix_cache is not None:
+                prefix_cache.put(unit.key, cache.take(slot, start))
         position, start = position + unit.span, cache.lengths[slot]
-    if memory is not None:  # prefixes serve more prompts than ends: they are dropped last
+    if prefix_cache is not None:  # prefixes serve more prompts than ends: they are dropped last
         for unit in reversed(found):
-            memory.touch(unit.key)
+            prefix_cache.touch(unit.key)
     return position, known
 
 
 @torch.inference_mode()
-def read_together(
-    omni: Omni, prompts: list[Prompt], cache: SlotCache, slots: list[int], memory: PromptMemory
+def prefill_packed(
+    omni: Omni, prompts: list[Prompt], cache: SlotCache, slots: list[int], prefix_cache: PrefixCache
 ) -> list[tuple[int, int]]:
-    """As `read_into` for several prompts; those of a single unit that is not cached share a pass, packed in one row.
+    """As `prefill` for several prompts; those of a single unit that is not cached share a pass, packed in one row.
 
     A prompt's keys then depend on the other prompts within rounding.
     """
     firsts: dict[bytes, tuple[Unit, int]] = {}  # of equal prompts the first, and its slot
     for prompt, slot in zip(prompts, slots, strict=True):
         found = units(prompt)
-        if len(found) == 1 and len(found[0]) and found[0].key not in memory.kept:
+        if len(found) == 1 and len(found[0]) and found[0].key not in prefix_cache.kept:
             firsts.setdefault(found[0].key, (found[0], slot))
     if len(firsts) > 1:
-        _read_packed(omni, list(firsts.values()), cache, memory)
+        _prefill_single_units(omni, list(firsts.values()), cache, prefix_cache)
     packed = {slot for _, slot in firsts.values()} if len(firsts) > 1 else set()
     return [
         (sum(segment.span for segment in prompt), 0)
         if slot in packed
-        else read_into(omni, prompt, cache, slot, memory)
+        else prefill(omni, prompt, cache, slot, prefix_cache)
         for prompt, slot in zip(prompts, slots, strict=True)
     ]
 
 
-def _read_packed(omni: Omni, firsts: list[tuple[Unit, int]], cache: SlotCache, memory: PromptMemory) -> None:
+def _prefill_single_units(
+    omni: Omni, firsts: list[tuple[Unit, int]], cache: SlotCache, prefix_cache: PrefixCache
+) -> None:
     sequences = [build_sequence(unit.segments) for unit, _ in firsts]
     batch = collate([sequences], sum(map(len, sequences))).to(omni.device)
     slots = [slot for _, slot in firsts]
     with _cleared_on_failure(cache, slots):
         omni(batch.kinds, batch.layout, cache.packed_writer(slots))
     for unit, slot in firsts:
-        memory.put(unit.key, cache.take(slot))
+        prefix_cache.put(unit.key, cache.take(slot))
 
 
-def read_all(
-    omni: Omni, prompts: list[Prompt], cache: SlotCache, first: int = 0, memory: PromptMemory | None = None
+def prefill_all(
+    omni: Omni,
+    prompts: list[Prompt],
+    cache: SlotCache,
+    first: int = 0,
+    prefix_cache: PrefixCache | None = None,
 ) -> list[int]:
     """Run prompts into consecutive slots, packed in passes of bounded length; return the next position of each."""
-    memory = memory or PromptMemory(PREFIX_BYTES)
+    prefix_cache = prefix_cache or PrefixCache(PREFIX_BYTES)
     positions: list[int] = []
     for few in _passes(prompts):
         slots = list(range(first + len(positions), first + len(positions) + len(few)))
-        positions += [position for position, _ in read_together(omni, few, cache, slots, memory)]
+        positions += [position for position, _ in prefill_packed(omni, few, cache, slots, prefix_cache)]
     return positions
 
 
@@ -207,17 +213,17 @@ def run_block(
     omni: Omni,
     cache: SlotCache,
     slots: list[int | None],
-    places: list[int],
+    starts: list[int],
     like: Segment,
     arrays: dict[str, Tensor],
 ) -> Tensor:
     """Hidden states of one private block of tokens per row, after the prompt in a slot, which stays as it is.
 
-    All blocks are of the kind and grid of `like`; `arrays` hold the tokens of all rows, `places` are the positions
+    All blocks are of the kind and grid of `like`; `arrays` hold the tokens of all rows, `starts` are the positions
     that follow the prompts.  # -> B T D
     """
     device = omni.device
-    start = torch.tensor(places, device=device)[:, None, None]
+    start = torch.tensor(starts, device=device)[:, None, None]
     along = torch.tensor(like.moves, device=device)
     positions = torch.from_numpy(like.grid).to(device) + start * along  # B T 3
     sample = torch.zeros(positions.shape[:2], dtype=torch.int32, device=device)

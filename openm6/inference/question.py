@@ -93,7 +93,7 @@ def _path(name: str, given: object) -> Path | None:
     return None if given is None else Path(given)
 
 
-def read_picture(path: Path | str, loaded: Loaded) -> bytes:
+def read_picture(path: Path | str, loaded: LoadedModel) -> bytes:
     """Return the bytes of an image that can be opened.
 
     Raises:
@@ -107,7 +107,7 @@ def read_picture(path: Path | str, loaded: Loaded) -> bytes:
     return content
 
 
-def read_recording(path: Path | str, loaded: Loaded) -> bytes:
+def read_recording(path: Path | str, loaded: LoadedModel) -> bytes:
     """Return the bytes of a recording that can be opened; raise as `read_picture` does."""
     content = _read_file(Path(path))
     try:
@@ -130,7 +130,7 @@ def _read_file(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read ({error.strerror}): name a file that you may read") from None
 
 
-def prompt_parts(question: Question, loaded: Loaded) -> list[Part]:
+def prompt_parts(question: Question, loaded: LoadedModel) -> list[Part]:
     """The parts to read: what is given, amid the words that ask for what is wanted.
 
     These are the person's own where there is a text. Without one, or where a text tells of something but does not
@@ -147,7 +147,7 @@ def prompt_parts(question: Question, loaded: Loaded) -> list[Part]:
     return [*([Part("text", before)] if before else []), *parts, *([Part("text", after)] if after else [])]
 
 
-def _given_parts(question: Question, loaded: Loaded) -> list[Part]:
+def _given_parts(question: Question, loaded: LoadedModel) -> list[Part]:
     """Image, audio and numbers."""
     parts: list[Part] = []
     if question.image is not None:
@@ -171,7 +171,7 @@ def _needs_asking(question: Question) -> bool:
     return all(name not in (question.text or "") for name in (column, column.replace("_", " ")))
 
 
-def _taught_words(question: Question, loaded: Loaded) -> tuple[str, str]:
+def _taught_words(question: Question, loaded: LoadedModel) -> tuple[str, str]:
     """The words before and after the slot in the first prompt of the first lesson that reads and gives the same."""
     for lesson in loaded.description.lessons:
         task = TASKS.get(lesson.task)

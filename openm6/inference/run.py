@@ -56,13 +56,13 @@ def _target(want: str, out: Path | None) -> Path | None:
     return out
 
 
-def answer_question(loaded: Loaded, question: Question, decoding: Decoding, out: Path | None) -> str:
+def answer_question(loaded: LoadedModel, question: Question, decoding: Decoding, out: Path | None) -> str:
     """Return the printed answer to a question and write its file; what the model was not trained for is logged."""
     parts = prompt_parts(question, loaded)
     prompt = source_segments(parts, loaded.modalities)
     confidence = None
     if question.want == "text":
-        written, confidence = write_with_confidence(loaded, [prompt], decoding.text)[0]
+        written, confidence = generate_scored(loaded, [prompt], decoding.text)[0]
         answer = _kept(written, out)
     elif question.want == "numbers":
         answer = _kept(_numbers(loaded, question, prompt), out)
@@ -95,7 +95,7 @@ def _kept(answer: str, out: Path | None) -> str:
 
 
 def _codes(
-    loaded: Loaded,
+    loaded: LoadedModel,
     modality: Image | Sound,
     question: Question,
     prompt: list[Segment],
@@ -108,10 +108,10 @@ def _codes(
         wanted = loaded.sound.target(read_recording(question.sound, loaded), options={"gap": question.gap})
     else:
         wanted = modality.blank()
-    return fill_codes(loaded.omni, [prompt], [wanted], sampling)[0].cpu()
+    return decode_masked(loaded.omni, [prompt], [wanted], sampling)[0].cpu()
 
 
-def _numbers(loaded: Loaded, question: Question, prompt: list[Segment]) -> str:
+def _numbers(loaded: LoadedModel, question: Question, prompt: list[Segment]) -> str:
     """Distributions of the wanted column or of the steps ahead, as JSON."""
     raw: Any
     if question.series is not None:
@@ -122,7 +122,7 @@ def _numbers(loaded: Loaded, question: Question, prompt: list[Segment]) -> str:
     else:
         name = question.wanted_column()
         raw = {name: loaded.numbers.scale(name)[0]}
-    histogram = predict(loaded.omni, [prompt], [loaded.numbers.target(raw)])[0]
+    histogram = predict_distributions(loaded.omni, [prompt], [loaded.numbers.target(raw)])[0]
     return json.dumps({name: _described(histogram)}, ensure_ascii=False)
 
 

@@ -72,9 +72,9 @@ def assess(
     return _other_words(fitting)
 
 
-def confidence_of(nats: float, tokens: int) -> float:
-    """Geometric mean probability of tokens whose negative log-likelihoods sum to `nats`; 0 without tokens."""
-    return math.exp(-nats / tokens) if tokens else 0.0
+def confidence_of(nll: float, tokens: int) -> float:
+    """Geometric mean probability of tokens whose negative log-likelihoods sum to `nll`; 0 without tokens."""
+    return math.exp(-nll / tokens) if tokens else 0.0
 
 
 def inputs_of(task: Task) -> set[str]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from openm6.inference.decode import DecodeStep, Precision, Speaker
+from openm6.inference.decode import DecodeStep, Precision, TextHead
 from openm6.inference.sampling import Sampling, filter_logits, gumbel
 
 SamplingMode = Literal["greedy", "unfiltered", "filtered"]
@@ -20,25 +20,25 @@ STRIDE = 64  # keys are looked at in whole multiples of this many
 
 
 @dataclass(eq=False)
-class Row:
+class DecodeSequence:
     """A sequence being generated. `key` is the caller's own reference."""
 
     key: Any
     sampling: Sampling
-    place: int  # position of the next token
+    position: int  # position of the next token
     token: int  # the last token, which is not in the cache yet
     tokens: list[int] = field(default_factory=list)
     scores: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     top: int | None = None
-    nats: float = 0.0  # negative log-likelihood of the tokens
+    nll: float = 0.0  # negative log-likelihood of the tokens
 
 
-class TextRows:
+class DecodeBatch:
     """A decode batch: rows 0 to n-1 of a slot cache are active; the last row moves into the slot of one that ends."""
 
     def __init__(
         self,
-        speaker: Speaker,
+        text_head: TextHead,
         rows: int,
         room: int,
         precision: Precision = "float32",
@@ -48,15 +48,15 @@ class TextRows:
 
         Padding rows write to slots that are not in use; their state is set again when a row takes the slot.
         """
-        self.speaker = speaker
+        self.text_head = text_head
         self.deterministic = deterministic
         slots = -(-rows // PADDED_ROWS) * PADDED_ROWS if deterministic else rows
         self.capacity = rows
-        self.cache = speaker.backbone.new_cache(slots, room)
-        self.step_of = DecodeStep(speaker, self.cache, precision, deterministic)
-        self.rows: list[Row] = []
+        self.cache = text_head.backbone.new_cache(slots, room)
+        self.step_of = DecodeStep(text_head, self.cache, precision, deterministic)
+        self.rows: list[DecodeSequence] = []
         device = self.cache.keys.device
-        self.token, self.place, self.length, self.seed, self.draw, self.active = (
+        self.token, self.position, self.length, self.seed, self.draw, self.active = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(6)
         )
         self.top_k = torch.zeros_like(self.token)
@@ -72,24 +72,26 @@ class TextRows:
         """The slot for the prompt of the next row."""
         return len(self.rows)
 
-    def add(self, key: Any, sampling: Sampling, place: int, token: int, top: int | None = None) -> Row:
-        """Add a row whose prompt is in `next_slot`; `token` opens its text at position `place`."""
-        row = Row(key, sampling, place, token, top=top)
+    def add(
+        self, key: Any, sampling: Sampling, position: int, token: int, top: int | None = None
+    ) -> DecodeSequence:
+        """Add a row whose prompt is in `next_slot`; `token` opens its text at `position`."""
+        row = DecodeSequence(key, sampling, position, token, top=top)
         self._set(len(self.rows), row)
         self.rows.append(row)
         return row
 
-    def _set(self, slot: int, row: Row) -> None:
+    def _set(self, slot: int, row: DecodeSequence) -> None:
         sampling = row.sampling
-        vocabulary = len(self.speaker.head)
-        self.token[slot], self.place[slot] = row.token, row.place
+        vocabulary = len(self.text_head.head)
+        self.token[slot], self.position[slot] = row.token, row.position
         self.length[slot], self.seed[slot] = self.cache.lengths[slot], sampling.seed
         self.draw[slot], self.temperature[slot] = len(row.tokens), sampling.temperature
         self.active[slot] = 1
         self.top_k[slot] = min(sampling.top_k or vocabulary, vocabulary)
         self.top_p[slot] = 1.0 if sampling.top_p is None else sampling.top_p
 
-    def remove(self, row: Row) -> None:
+    def remove(self, row: DecodeSequence) -> None:
         """Remove a row, ended or not; the last row moves into its slot."""
         slot, last = self.rows.index(row), len(self.rows) - 1
         if slot != last:
@@ -97,11 +99,11 @@ class TextRows:
             self._set(slot, self.rows[last])
             self.rows[slot] = self.rows[last]
         self.rows.pop()
-        for state in (self.length, self.place, self.active, self.temperature):
+        for state in (self.length, self.position, self.active, self.temperature):
             state[last] = 0
 
     @torch.inference_mode()
-    def step(self) -> list[Row]:
+    def step(self) -> list[DecodeSequence]:
         """Draw the next token of every row; return the rows that have ended or reached their bound."""
         count = len(self.rows)
         longest = max(self.cache.lengths[:count]) + 1
@@ -125,12 +127,12 @@ class TextRows:
 
     def _run(self, batch: int, longest: int, mode: SamplingMode) -> tuple[Tensor, Tensor]:
         """Draw, and advance the state of the rows, all of it on the device.  # -> B, B V"""
-        token, place, length = self.token[:batch], self.place[:batch], self.length[:batch]
-        logits = self.step_of(token, place, length, longest)  # B V
+        token, position, length = self.token[:batch], self.position[:batch], self.length[:batch]
+        logits = self.step_of(token, position, length, longest)  # B V
         drawn = self._drawn(logits, mode)
         token.copy_(drawn)
         active = self.active[:batch]
-        for counter in (place, length, self.draw[:batch]):
+        for counter in (position, length, self.draw[:batch]):
             counter += active  # padding stays at its position, so that it does not leave its slot
         return drawn, logits
 
@@ -146,19 +148,19 @@ class TextRows:
         noise = gumbel(self.seed[:batch], self.draw[:batch], logits.shape[-1])
         return torch.where(temperature > 0, scores + noise, logits).argmax(-1)
 
-    def _settle(self, drawn: list[int], chosen: list[float], logits: Tensor) -> list[Row]:
+    def _settle(self, drawn: list[int], chosen: list[float], logits: Tensor) -> list[DecodeSequence]:
         ended = []
         scored = {slot for slot, row in enumerate(self.rows) if row.top is not None}
         for slot, (row, token) in enumerate(zip(self.rows, drawn, strict=True)):
             row.token = token
-            row.place += 1
+            row.position += 1
             self.cache.lengths[slot] += 1
             row.tokens.append(token)
-            row.nats -= chosen[slot]
+            row.nll -= chosen[slot]
             if slot in scored:
                 row.scores.append(_score(logits[slot], token, row.top or 0))
             full = self.cache.lengths[slot] + 1 >= self.cache.room
-            if token == self.speaker.end or len(row.tokens) >= row.sampling.max_tokens or full:
+            if token == self.text_head.end or len(row.tokens) >= row.sampling.max_tokens or full:
                 ended.append(row)
         return ended
 

@@ -43,11 +43,11 @@ class PackedExample:
 
 
 def build_sequence(
-    segments: list[Segment], task: str = "", weight: float = 1.0, place: int = 0
+    segments: list[Segment], task: str = "", weight: float = 1.0, position: int = 0
 ) -> PackedExample:
     """Sources first (order 0, or one order per part), then targets: causal ones count up, blocks are hidden.
 
-    `place` is the position of the first token, for segments that continue others.
+    `position` is that of the first token, for segments that continue others.
     """
     orders, blocks, positions = [], [], []
     order, block = 0, 0
@@ -68,8 +68,8 @@ def build_sequence(
             order, block = order + 1, block + 1
             orders.append(np.full(length, order, np.int32))
             blocks.append(np.full(length, block, np.int32))
-        positions.append(segment.grid + place * np.asarray(segment.moves))
-        place += segment.span
+        positions.append(segment.grid + position * np.asarray(segment.moves))
+        position += segment.span
     join = np.concatenate
     return PackedExample(segments, join(orders), join(blocks), join(positions).astype(np.int32), task, weight)
 

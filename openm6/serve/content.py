@@ -19,7 +19,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 from pydantic import BaseModel, Field
 
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.modalities.audio import RATE
 from openm6.modalities.image import Image, read_image, to_square
 from openm6.modalities.interface import Part
@@ -311,12 +311,12 @@ def language_of(text: str) -> str:
     return "zh" if _CHINESE.search(text) else "en"
 
 
-def is_trained(loaded: Loaded, task: str) -> bool:
+def is_trained(loaded: LoadedModel, task: str) -> bool:
     """Whether the model was trained on a task."""
     return any(lesson.task == task for lesson in loaded.description.lessons)
 
 
-def text_prompt(loaded: Loaded, task: str, text: str) -> tuple[Part, ...]:
+def text_prompt(loaded: LoadedModel, task: str, text: str) -> tuple[Part, ...]:
     """Return a text in the first prompt of a task; it stays as it is if it has the form of one, or without training."""
     prompts = [_SLOT.split(prompt, maxsplit=1) for prompt in TASKS[task].prompts[language_of(text)]]
     worded = any(before and text.startswith(before) and text.endswith(after) for before, after in prompts)

@@ -33,7 +33,7 @@ class Engine:
     """Answers requests in a fair order. Use it as a context, or call `start` and `stop`."""
 
     def __init__(
-        self, loaded: Loaded, config: EngineConfig | None = None, meter: Meter | None = None
+        self, loaded: LoadedModel, config: EngineConfig | None = None, meter: Meter | None = None
     ) -> None:
         """Without a meter it opens one of its own."""
         self.config = config or EngineConfig()
@@ -192,7 +192,7 @@ class Engine:
                 handle.fail(EngineUnavailableError(reason))
 
 
-def _in_precision(loaded: Loaded, config: EngineConfig) -> Loaded:
+def _in_precision(loaded: LoadedModel, config: EngineConfig) -> LoadedModel:
     """The model in the dtype of the config; int8 leaves everything but decoding as it is.
 
     Routers keep their balance bias in fp32: it is small against the scores, and rounded it would choose other experts.

@@ -180,7 +180,7 @@ class PreparedRequest:
         return self.prompt_length + generated
 
 
-def prepare(request: Request, loaded: Loaded, max_length: int) -> PreparedRequest:
+def prepare(request: Request, loaded: LoadedModel, max_length: int) -> PreparedRequest:
     """Return the tokens of a request.
 
     Raises:
@@ -201,7 +201,7 @@ def prepare(request: Request, loaded: Loaded, max_length: int) -> PreparedReques
     return prepared
 
 
-def _targets(request: Request, loaded: Loaded) -> list[Segment]:
+def _targets(request: Request, loaded: LoadedModel) -> list[Segment]:
     if isinstance(request, CodesRequest):
         return [_masked_target(request, loaded)]
     if isinstance(request, NumbersRequest):
@@ -211,7 +211,7 @@ def _targets(request: Request, loaded: Loaded) -> list[Segment]:
     return []
 
 
-def _masked_target(request: CodesRequest, loaded: Loaded) -> Segment:
+def _masked_target(request: CodesRequest, loaded: LoadedModel) -> Segment:
     """Codes to decode: all, or those of the masked region of the source."""
     if request.want == "image":
         if request.source is None:
@@ -222,7 +222,7 @@ def _masked_target(request: CodesRequest, loaded: Loaded) -> Segment:
     return loaded.sound.target(request.source, options={"gap": request.span, "seconds": request.duration})
 
 
-def _queries(request: NumbersRequest, loaded: Loaded) -> NumberSeries | dict[str, float]:
+def _queries(request: NumbersRequest, loaded: LoadedModel) -> NumberSeries | dict[str, float]:
     """What is asked for, marked by any value that is not missing."""
     if request.series is not None:
         return NumberSeries(request.series, [loaded.numbers.scale(request.series)[0]] * request.ahead)

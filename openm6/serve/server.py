@@ -11,7 +11,7 @@ from typing import Annotated
 from fastapi import Depends
 from fastapi import Request as HTTPRequest
 
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.serve.config import Limits, ServeConfig
 from openm6.serve.engine import Engine
 from openm6.serve.errors import BadRequestError
@@ -37,7 +37,7 @@ class Server:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> LoadedModel:
         return self.engine.loaded
 
     @property

@@ -23,7 +23,7 @@ from openm6.inference.load import Loaded
 from openm6.inference.masked import Canvas, advance
 from openm6.inference.prefill import PromptMemory, read_into, read_together
 from openm6.inference.taught import confidence_of
-from openm6.inference.text import Row
+from openm6.inference.text import DecodeSequence
 from openm6.modalities.text import Text
 from openm6.serve.config import EngineConfig
 from openm6.serve.queue import DeadlineExceededError, EngineUnavailableError, RequestHandle
@@ -49,16 +49,16 @@ PARTIAL = "\N{REPLACEMENT CHARACTER}"  # shown by the tokenizer for a character 
 class Worker:
     """All requests in work, on one model; used by one thread alone."""
 
-    def __init__(self, loaded: Loaded, config: EngineConfig, meter: Meter) -> None:
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, meter: Meter) -> None:
         self.loaded, self.config = loaded, config
-        speaker = Speaker.of(loaded.omni, loaded.text)
-        self.text = open_rows(speaker, config.rows, config.room, config.weights, config.deterministic)
+        text_head = TextHead.of(loaded.omni, loaded.text)
+        self.text = open_batch(text_head, config.rows, config.room, config.weights, config.deterministic)
         self.slots = loaded.omni.backbone.new_cache(config.canvases + 1, config.room)
         self.scratch_slot = config.canvases
         self.free_slots = list(range(config.canvases))
-        self.masked: deque[Canvas] = deque()
+        self.masked: deque[MaskedDecodeState] = deque()
         self.unread: list[RequestHandle] = []  # texts whose prompts this tick reads together
-        self.prefix_cache = PromptMemory(config.prefixes)
+        self.prefix_cache = PrefixCache(config.prefixes)
         self.energy = EnergyShares(meter)
         self.ended: list[tuple[RequestHandle, Answer]] = []
         self.passes = self.read_tokens = 0  # of this tick
@@ -170,9 +170,9 @@ class Worker:
         if isinstance(prepared.request, EmbedRequest):
             value = embed_tokens(self.loaded, [prepared.prompt])[0]
         else:
-            place, handle.cached = read_into(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
+            place, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
             if isinstance(prepared.request, RankRequest):
-                nats = candidate_nats(omni, self.slots, slot, place, prepared.targets)
+                nats = score_candidates(omni, self.slots, slot, place, prepared.targets)
                 value = list(zip(nats, map(len, prepared.targets), strict=True))
             else:
                 value = predict_numbers(omni, self.slots, [slot], [place], prepared.targets)[0]
@@ -181,7 +181,7 @@ class Worker:
     def _read_text(self, handle: RequestHandle) -> None:
         slot, cache = self.text.next_slot, self.text.cache
         prompt = handle.prepared.prompt
-        self._add_row(handle, *read_into(self.loaded.omni, prompt, cache, slot, self.prefix_cache))
+        self._add_row(handle, *prefill(self.loaded.omni, prompt, cache, slot, self.prefix_cache))
 
     def _read_together(self) -> None:
         """Read prompts in one pass; if that fails, one after the other, so that only the broken one ends."""
@@ -189,7 +189,7 @@ class Worker:
         prompts = [handle.prepared.prompt for handle in handles]
         slots = [self.text.next_slot + index for index in range(len(handles))]
         try:
-            found = read_together(self.loaded.omni, prompts, self.text.cache, slots, self.prefix_cache)
+            found = prefill_packed(self.loaded.omni, prompts, self.text.cache, slots, self.prefix_cache)
         except FATAL:
             raise
         except Exception:
@@ -218,7 +218,9 @@ class Worker:
             if row in ended or request.stop or handle.has_readers:
                 self._update_text(row, handle, request, row in ended)
 
-    def _update_text(self, row: Row, handle: RequestHandle, request: TextRequest, ended: bool) -> None:
+    def _update_text(
+        self, row: DecodeSequence, handle: RequestHandle, request: TextRequest, ended: bool
+    ) -> None:
         text = self.loaded.text
         handle.text, stopped = visible_text(text, row, request.stop, ended)
         if request.top is not None:
@@ -226,23 +228,23 @@ class Worker:
         if ended or stopped:
             self.text.remove(row)
             cut = not stopped and row.tokens[-1] != text.end
-            confidence = confidence_of(row.nats, len(row.tokens))
+            confidence = confidence_of(row.nll, len(row.tokens))
             self._end(handle, handle.text, len(row.tokens), cut, confidence)
         else:
             handle.notify()
 
     def _start_masked(self, handle: RequestHandle, request: CodesRequest) -> None:
         prepared, slot, omni = handle.prepared, self.free_slots[-1], self.loaded.omni
-        place, handle.cached = read_into(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
+        place, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
         self.free_slots.pop()
-        state = Canvas.of(handle, prepared.targets[0], request.sampling, slot, place, omni.device)
+        state = MaskedDecodeState.of(handle, prepared.targets[0], request.sampling, slot, place, omni.device)
         if state.first_unknown:
             self.masked.append(state)
         else:  # a mask that covers no position
             self._free_slot(state)
             self._end(handle, state.codes.cpu(), 0)
 
-    def _masked_group(self) -> list[Canvas]:
+    def _masked_group(self) -> list[MaskedDecodeState]:
         """Those to step together: the one that waits longest, and those of its kind and size."""
         first = self.masked[0]
         if self.config.deterministic:
@@ -252,7 +254,7 @@ class Worker:
     def _step_masked(self) -> None:
         """Run one decoding step of a group of images or audio."""
         group = self._masked_group()
-        done = advance(self.loaded.omni, self.slots, group)
+        done = masked_step(self.loaded.omni, self.slots, group)
         for state in group:
             self.masked.remove(state)
             if state in done:
@@ -261,7 +263,7 @@ class Worker:
             else:
                 self.masked.append(state)
 
-    def _free_slot(self, state: Canvas) -> None:
+    def _free_slot(self, state: MaskedDecodeState) -> None:
         assert state.slot is not None
         self.free_slots.append(state.slot)
 
@@ -320,7 +322,7 @@ class EnergyShares:
         return self.reading.source
 
 
-def visible_text(text: Text, row: Row, stop: tuple[str, ...], ended: bool) -> tuple[str, bool]:
+def visible_text(text: Text, row: DecodeSequence, stop: tuple[str, ...], ended: bool) -> tuple[str, bool]:
     """Return what may be shown of a row's text, and whether a stop string has ended it.
 
     Until it has ended, partial characters and what may become a stop string are left out.
@@ -342,7 +344,7 @@ def _overlap(written: str, word: str) -> int:
     return next((size for size in range(longest, 0, -1) if word.startswith(written[-size:])), 0)
 
 
-def scored_tokens(text: Text, row: Row) -> list[ScoredToken]:
+def scored_tokens(text: Text, row: DecodeSequence) -> list[ScoredToken]:
     """Return the tokens of a row with their scores, without the end mark."""
     return [
         ScoredToken(text.decode([token]), value, tuple((text.decode([other]), score) for other, score in top))

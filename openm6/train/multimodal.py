@@ -28,7 +28,7 @@ from openm6.evaluate.results import EvalReport, RunFacts
 from openm6.evaluate.run import evaluate
 from openm6.evaluate.saved import drop_evaluation, last_checkpoint, load_evaluation, save_evaluation
 from openm6.evaluate.summary import result_line, write_card
-from openm6.inference.load import Loaded, load
+from openm6.inference.load import LoadedModel, load
 from openm6.modalities.batch import Batch, Counts, count, split
 from openm6.modalities.pool import POOL
 from openm6.models.backbone import Backbone, side_loss
@@ -286,7 +286,7 @@ class MultimodalTraining(TrainingTask):
             )
         return report, span.joules
 
-    def _loaded(self, checkpoint: Path) -> Loaded:
+    def _loaded(self, checkpoint: Path) -> LoadedModel:
         """Return the model in memory or, if it is sharded or offloaded, the checkpoint with all layers offloaded."""
         if self.ranks.layout is not None or self.recipe.loop.offloaded:
             return load(checkpoint, self.omni.device, resident=0)
@@ -294,7 +294,7 @@ class MultimodalTraining(TrainingTask):
         if omni.pool is not None:
             omni.pool.gather = None
         omni.backbone.exchange = LocalDispatcher()
-        return Loaded(omni.requires_grad_(False), self.modalities, self.description, checkpoint)
+        return LoadedModel(omni.requires_grad_(False), self.modalities, self.description, checkpoint)
 
     def _report(self, run: RunFolder, report: EvalReport, joules: float) -> None:
         progress = read_state(latest(run.path))["progress"]

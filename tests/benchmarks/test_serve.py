@@ -20,7 +20,7 @@ from benchmarks.serve import (
     ours_run,
 )
 from benchmarks.serve import compare as compare_text
-from openm6.inference.graphs import open_rows
+from openm6.inference.graphs import open_batch
 
 TUNED = QwenBaseline.batching_settings
 TINY = ServeSetting(
@@ -45,7 +45,7 @@ def test_text_is_the_same_as_the_baselines() -> None:
         pad_token_id=0,
     )
     from_us: list[int] = []
-    rows = open_rows(speaker, 1, 64)
+    rows = open_batch(text_head, 1, 64)
     run_one(rows, prompts[0], from_us)
     assert theirs[0, len(prompts[0]) :].tolist() == from_us
 
@@ -116,9 +116,9 @@ def test_the_core_is_enough() -> None:
 
 
 def test_prompts_wait_for_their_moment() -> None:
-    speaker, _ = make_models(TINY, torch.device("cpu"))
+    text_head, _ = make_models(TINY, torch.device("cpu"))
     moments = arrival_moments(TINY.requests, 50.0)
-    seen = answer_prompts(open_rows(speaker, 3, 64), make_prompts(TINY), TINY.given, moments)
+    seen = answer_prompts(open_batch(text_head, 3, 64), make_prompts(TINY), TINY.given, moments)
     assert all(seen.first[number] >= moment for number, moment in enumerate(moments))
     assert all(seen.last[number] >= seen.first[number] for number in seen.first) and seen.tokens == 20
 

@@ -20,7 +20,7 @@ from openm6.evaluate.baselines import (
     training_examples,
 )
 from openm6.evaluate.metrics import Scored
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import target_segment
@@ -32,7 +32,7 @@ from tests.small_model import SCALES, loaded
 
 
 @pytest.fixture(scope="module")
-def model() -> Loaded:
+def model() -> LoadedModel:
     return loaded()
 
 
@@ -58,7 +58,7 @@ def test_the_most_frequent_answer_of_the_language() -> None:
     assert baseline_values("exact_match", scored, NoPrior()) is None
 
 
-def test_a_column_is_guessed_by_its_median(model: Loaded) -> None:
+def test_a_column_is_guessed_by_its_median(model: LoadedModel) -> None:
     examples = [number({"mass": 3.0}), number({"length": 5.0})]
     (found,) = numbers_reference(TASKS["predict_number"], examples, [], model)
     assert found.name == "column median"
@@ -66,7 +66,7 @@ def test_a_column_is_guessed_by_its_median(model: Loaded) -> None:
     assert [float(v[0]) for v in scales(examples, model)] == [SCALES["mass"][1], SCALES["length"][1]]
 
 
-def test_a_series_is_guessed_by_its_last_value(model: Loaded) -> None:
+def test_a_series_is_guessed_by_its_last_value(model: LoadedModel) -> None:
     example = window([5.0, 7.0, None], [8.0, None, 9.0])
     (found,) = numbers_reference(TASKS["forecast"], [example], [], model)
     assert found.name == "last value"
@@ -75,7 +75,7 @@ def test_a_series_is_guessed_by_its_last_value(model: Loaded) -> None:
     assert spread.tolist() == [SCALES["temp_max"][1]] * 2
 
 
-def test_a_series_with_a_season_is_also_guessed_by_its_last_season(model: Loaded) -> None:
+def test_a_series_with_a_season_is_also_guessed_by_its_last_season(model: LoadedModel) -> None:
     rng = np.random.default_rng(0)
     series = np.tile([1.0, 5.0, 2.0, 9.0, 4.0, 7.0, 3.0], 8) + rng.normal(0, 0.1, 56)
     train = [window(list(series[n : n + 21]), list(series[n + 21 : n + 29])) for n in range(20)]
@@ -89,7 +89,7 @@ def test_a_series_with_a_season_is_also_guessed_by_its_last_season(model: Loaded
     )
 
 
-def test_a_series_that_was_never_observed_is_guessed_at_zero(model: Loaded) -> None:
+def test_a_series_that_was_never_observed_is_guessed_at_zero(model: LoadedModel) -> None:
     (found,) = numbers_reference(TASKS["forecast"], [window([None, None], [1.0])], [], model)
     assert found.predictions[0].tolist() == [0.0]
 
@@ -105,7 +105,7 @@ def test_numbers_are_measured_in_units_of_their_baseline() -> None:
     assert found is not None and found == pytest.approx([1 / 3, 5 / 3]) and found.mean() == pytest.approx(1.0)
 
 
-def test_broken_training_records_are_left_out(model: Loaded) -> None:
+def test_broken_training_records_are_left_out(model: LoadedModel) -> None:
     good = {"id": "a", "label": "x", "text_en": "x", "image": png()}
     source = ListSource("s", [good, None, {**good, "image": b"broken"}, {"id": "b"}])
     examples, targets = training_examples(TASKS["draw"], source, 0, model.modalities)
@@ -178,12 +178,12 @@ def test_values_are_counted_by_column() -> None:
     assert bits == pytest.approx([seen, -np.log2(0.125 / 50), 2 * seen])
 
 
-def test_nothing_is_known_without_training_records(model: Loaded) -> None:
+def test_nothing_is_known_without_training_records(model: LoadedModel) -> None:
     prior = fit_prior(TASKS["draw"], [], [], model)
     assert isinstance(prior, NoPrior) and np.isinf(prior.bits([number({"mass": 1.0})], [])).all()
 
 
-def test_images_alike_cost_few_bits(model: Loaded) -> None:
+def test_images_alike_cost_few_bits(model: LoadedModel) -> None:
     records = [{"id": f"{n}", "label": "x", "text_en": "x", "image": png("red", 64)} for n in range(20)]
     examples, targets = training_examples(TASKS["draw"], ListSource("s", records), 0, model.modalities)
     prior = fit_prior(TASKS["draw"], examples, targets, model)

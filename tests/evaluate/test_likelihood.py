@@ -11,7 +11,7 @@ from openm6.data.prepare import example_sequence, null_example
 from openm6.evaluate import likelihood
 from openm6.evaluate.baselines import AnswerFrequencies, NoPrior
 from openm6.evaluate.likelihood import answer_entropy, likelihoods, sequence_nats
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.modalities.batch import PackedExample
 from openm6.modalities.interface import Part
 from openm6.tasks.registry import TASKS
@@ -20,7 +20,7 @@ from tests.small_model import demo_sources, loaded
 
 
 @pytest.fixture(scope="module")
-def model() -> Loaded:
+def model() -> LoadedModel:
     return loaded(2)
 
 
@@ -30,7 +30,7 @@ def real(task: str, source: str, count: int, split: str = "test") -> list[Exampl
     return [TASKS[task].example(records[n * step], np.random.default_rng(n)) for n in range(count)]
 
 
-def tokens(model: Loaded, examples: list[Example]) -> list[PackedExample]:
+def tokens(model: LoadedModel, examples: list[Example]) -> list[PackedExample]:
     return [example_sequence(example, model.modalities) for example in examples]
 
 
@@ -43,7 +43,7 @@ def tokens(model: Loaded, examples: list[Example]) -> list[PackedExample]:
         ("speak", "spoken"),
     ],
 )
-def test_likelihoods_against_direct_computation(model: Loaded, task: str, source: str) -> None:
+def test_likelihoods_against_direct_computation(model: LoadedModel, task: str, source: str) -> None:
     examples = real(task, source, 5)
     found = likelihoods(model, examples, tokens(model, examples), source, NoPrior())
     assert found.null_predictor == "model without inputs"
@@ -55,7 +55,7 @@ def test_likelihoods_against_direct_computation(model: Loaded, task: str, source
         assert found.gain[row] == pytest.approx(null - own, abs=1e-2)
 
 
-def test_inputs_that_say_nothing_gain_nothing(model: Loaded) -> None:
+def test_inputs_that_say_nothing_gain_nothing(model: LoadedModel) -> None:
     """An example that consists of its null input only."""
     examples = [null_example(example, "digits") for example in real("name_picture", "digits", 6)]
     twice = [replace(example, prompt=example.source[0].raw.partition(" ")[2]) for example in examples]
@@ -68,7 +68,7 @@ def test_inputs_that_say_nothing_gain_nothing(model: Loaded) -> None:
     [("name_picture", "digits"), ("transcribe", "spoken"), ("classify_numbers", "penguins")],
 )
 def test_an_overconfident_model_gains_no_more_than_the_answers_hold(
-    model: Loaded, monkeypatch: pytest.MonkeyPatch, task: str, source: str
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, task: str, source: str
 ) -> None:
     """A model that is right with its inputs and absurdly wrong without them once "gained" 14.9 bits for ten digits."""
     examples = real(task, source, min(100, len(demo_sources("test")[source])))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.inference.prefill import Prompt
 from openm6.inference.sampling import MaskedSampling, Sampling, filter_logits, gumbel
 from openm6.modalities.batch import build_sequence, collate
@@ -21,7 +21,7 @@ from openm6.modalities.codes import CodesAdapter
 from openm6.modalities.interface import Segment, line
 
 
-def hidden_states(model: Loaded, prompt: Prompt, target: Segment) -> Tensor:
+def hidden_states(model: LoadedModel, prompt: Prompt, target: Segment) -> Tensor:
     """Hidden states of the target tokens from one pass over prompt and target.  # -> N D"""
     sequence = build_sequence([*prompt, target])
     batch = collate([[sequence]], len(sequence))
@@ -33,7 +33,7 @@ def noise(seed: int, draw: int, *shape: int) -> Tensor:
 
 
 @torch.inference_mode()
-def write_reference(model: Loaded, prompt: Prompt, sampling: Sampling) -> str:
+def write_reference(model: LoadedModel, prompt: Prompt, sampling: Sampling) -> str:
     """A text, token by token."""
     text, ids = model.text, [model.text.start]
     token = torch.arange(text.vocabulary_size)
@@ -53,18 +53,20 @@ def write_reference(model: Loaded, prompt: Prompt, sampling: Sampling) -> str:
 
 
 @torch.inference_mode()
-def fill_codes_reference(model: Loaded, prompt: Prompt, wanted: Segment, sampling: MaskedSampling) -> Tensor:
+def decode_masked_reference(
+    model: LoadedModel, prompt: Prompt, target: Segment, sampling: MaskedSampling
+) -> Tensor:
     """Codes of one image or recording, step by step.  # -> N G"""
-    adapter = model.omni.adapter(wanted.kind)
+    adapter = model.omni.adapter(target.kind)
     assert isinstance(adapter, CodesAdapter)
-    unknown = torch.from_numpy(wanted.arrays["hidden"])
-    codes = torch.from_numpy(wanted.arrays["codes"]).masked_fill(unknown[:, None], 0)
+    unknown = torch.from_numpy(target.arrays["hidden"])
+    codes = torch.from_numpy(target.arrays["codes"]).masked_fill(unknown[:, None], 0)
     first, draws = int(unknown.sum()), 0
     for step in range(1, sampling.steps + 1):
         share = step / sampling.steps
-        arrays = {**wanted.arrays, "shown": codes.numpy(), "codes": codes.numpy(), "hidden": unknown.numpy()}
+        arrays = {**target.arrays, "shown": codes.numpy(), "codes": codes.numpy(), "hidden": unknown.numpy()}
         target = Segment(
-            wanted.kind, arrays, wanted.grid, wanted.span, unknown.numpy(), "block", wanted.moves
+            target.kind, arrays, target.grid, target.span, unknown.numpy(), "block", target.moves
         )
         states = [hidden_states(model, found, target) for found in (prompt, [])]
         drawn, confidence = torch.zeros_like(codes), torch.zeros(len(codes))

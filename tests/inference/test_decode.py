@@ -9,7 +9,7 @@ from openm6.inference.decode import (
     DecodeStep,
     QuantizedMatrix,
     QuantizedStack,
-    Speaker,
+    TextHead,
     meets_all_experts,
     stack_of,
 )
@@ -37,14 +37,14 @@ def test_the_step_is_the_backbone(shape: dict, fixed: bool) -> None:
     config = BackboneConfig(width=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, **shape)
     backbone = Backbone(config).requires_grad_(False)
     embedding = torch.randn(50, 64)
-    speaker = Speaker(backbone, embedding, embedding, None, None)
+    text_head = TextHead(backbone, embedding, embedding, None, None)
     ids, lengths = torch.randint(0, 50, (3, 9)), (8, 3, 5)
     cache = backbone.new_cache(4, 32)
     for row, length in enumerate(lengths):
         backbone(embedding[ids[row : row + 1, :length]], causal_meta(1, length), cache.writer(row))
-    places = torch.tensor(lengths)
-    token = ids[torch.arange(3), places]
-    found = DecodeStep(speaker, cache, fixed=fixed)(token, places, places, 16)
+    positions = torch.tensor(lengths)
+    token = ids[torch.arange(3), positions]
+    found = DecodeStep(text_head, cache, fixed=fixed)(token, positions, positions, 16)
     for row, length in enumerate(lengths):
         hidden, _ = backbone(embedding[ids[row : row + 1, : length + 1]], causal_meta(1, length + 1))
         torch.testing.assert_close(found[row], embedding @ hidden[0, -1], rtol=1e-4, atol=1e-4)
@@ -71,8 +71,8 @@ def test_int8_experts_stand_for_what_they_say() -> None:
     plain = torch.stack([matrix.plain().t() for matrix in stack.matrices])
     torch.testing.assert_close(stack.each(x), torch.bmm(x, plain), rtol=1e-4, atol=1e-3)
     rows = torch.randn(5, 32)
-    wanted = torch.cat([rows[:2] @ plain[0], rows[2:] @ plain[2]])
-    torch.testing.assert_close(stack.grouped(rows, counts), wanted, rtol=1e-4, atol=1e-3)
+    expected = torch.cat([rows[:2] @ plain[0], rows[2:] @ plain[2]])
+    torch.testing.assert_close(stack.grouped(rows, counts), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("experts", [4, 16])  # all rows by all experts, and rows sorted by their own
@@ -84,7 +84,7 @@ def test_int8_decoding_reads_no_expert_in_full(experts: int) -> None:
         BackboneConfig(width=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, **shape)
     )
     embedding = torch.randn(50, 32)
-    speaker = Speaker(backbone.eval(), embedding, embedding, 0, 1)
+    text_head = TextHead(backbone.eval(), embedding, embedding, 0, 1)
     arguments = (
         torch.tensor([3, 4, 5]),
         torch.zeros(3, dtype=torch.int64),
@@ -92,8 +92,8 @@ def test_int8_decoding_reads_no_expert_in_full(experts: int) -> None:
         8,
     )
     with torch.inference_mode():
-        plain = DecodeStep(speaker, backbone.new_cache(3, 16))(*arguments)
-        step = DecodeStep(speaker, backbone.new_cache(3, 16), "int8")
+        plain = DecodeStep(text_head, backbone.new_cache(3, 16))(*arguments)
+        step = DecodeStep(text_head, backbone.new_cache(3, 16), "int8")
         step(*arguments)
         for part in backbone.modules():
             if isinstance(part, Experts):

@@ -12,13 +12,13 @@ from openm6.inference import engine
 from openm6.inference.engine import (
     MAX_ROWS,
     ROW_TOKENS,
-    candidate_nats,
     embed,
     embedding_size,
     packed_rows,
-    predict,
+    predict_distributions,
+    score_candidates,
 )
-from openm6.inference.prefill import Prompt, read_into
+from openm6.inference.prefill import Prompt, prefill
 from openm6.modalities.batch import build_sequence
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries
@@ -50,16 +50,23 @@ WANTED = [
 
 
 def test_a_batch_equals_each_alone() -> None:
-    together = predict(MODEL.omni, PROMPTS, WANTED)
+    together = predict_distributions(MODEL.omni, PROMPTS, WANTED)
     for row in range(len(PROMPTS)):
-        (alone,) = predict(MODEL.omni, [PROMPTS[row]], [WANTED[row]])
+        (alone,) = predict_distributions(MODEL.omni, [PROMPTS[row]], [WANTED[row]])
         np.testing.assert_allclose(together[row].probability, alone.probability, rtol=1e-4, atol=1e-7)
         assert np.array_equal(together[row].centre, alone.centre)
 
 
 def test_only_what_is_asked_for_is_answered() -> None:
-    assert [len(found.probability) for found in predict(MODEL.omni, PROMPTS, WANTED)] == [1, 1, 9, 1]
-    np.testing.assert_allclose(predict(MODEL.omni, PROMPTS, WANTED)[2].probability.sum(1), 1, rtol=1e-5)
+    assert [len(found.probability) for found in predict_distributions(MODEL.omni, PROMPTS, WANTED)] == [
+        1,
+        1,
+        9,
+        1,
+    ]
+    np.testing.assert_allclose(
+        predict_distributions(MODEL.omni, PROMPTS, WANTED)[2].probability.sum(1), 1, rtol=1e-5
+    )
 
 
 def uncached(prompt: Prompt, segment: Segment) -> np.ndarray:
@@ -71,12 +78,12 @@ def uncached(prompt: Prompt, segment: Segment) -> np.ndarray:
 
 @pytest.mark.parametrize("row", range(3))
 def test_cached_equals_uncached(row: int) -> None:
-    (found,) = predict(MODEL.omni, [PROMPTS[row]], [WANTED[row]])
+    (found,) = predict_distributions(MODEL.omni, [PROMPTS[row]], [WANTED[row]])
     np.testing.assert_allclose(found.probability, uncached(PROMPTS[row], WANTED[row]), rtol=1e-4, atol=1e-7)
 
 
 def test_answers_are_in_the_columns_own_units() -> None:
-    (found,) = predict(MODEL.omni, PROMPTS[:1], WANTED[:1])
+    (found,) = predict_distributions(MODEL.omni, PROMPTS[:1], WANTED[:1])
     assert found.centre.tolist() == [10.0] and found.spread.tolist() == [2.0]
     low, high = found.interval(0.8)
     assert low < found.median() < high
@@ -95,9 +102,9 @@ def test_candidates_have_the_likelihood_that_each_has_alone(
     prompt = source_segments([Part("image", png("red", 40)), Part("text", " What?")], model.modalities)
     wanted = [model.text.target(words) for words in CANDIDATES]
     cache = model.omni.backbone.new_cache(2, 64)
-    place, _ = read_into(model.omni, prompt, cache, 1)
+    position, _ = prefill(model.omni, prompt, cache, 1)
     before = cache.take(1)
-    found = candidate_nats(model.omni, cache, 1, place, wanted)
+    found = score_candidates(model.omni, cache, 1, position, wanted)
     alone = sequence_nats(model.omni, [build_sequence([*prompt, tokens]) for tokens in wanted])
     np.testing.assert_allclose(found, alone, rtol=1e-5)
     assert len(set(np.round(found, 3))) == len(CANDIDATES) - 1, "equal candidates alone are equal"

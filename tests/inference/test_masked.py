@@ -13,20 +13,20 @@ from torch import Tensor
 
 from openm6.core.errors import ConfigError
 from openm6.inference import masked
-from openm6.inference.load import Loaded
-from openm6.inference.masked import Canvas, fill_codes
-from openm6.inference.prefill import Prompt, read_into
+from openm6.inference.load import LoadedModel
+from openm6.inference.masked import MaskedDecodeState, decode_masked
+from openm6.inference.prefill import Prompt, prefill
 from openm6.inference.sampling import MaskedSampling, read_decoding
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.registry import source_segments
-from tests.inference.reference import fill_codes_reference
+from tests.inference.reference import decode_masked_reference
 from tests.small_model import demo_sources, loaded, modalities
 
 HOLES = ((0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.25, 1.0), (0.0, 0.0, 1.0, 1.0), (0.5, 0.5, 0.625, 0.625))
 
 
 @pytest.fixture(scope="module")
-def model() -> Loaded:
+def model() -> LoadedModel:
     return loaded(5)
 
 
@@ -37,7 +37,7 @@ def prompts() -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def wanted(model: Loaded) -> list[Segment]:
+def targets(model: LoadedModel) -> list[Segment]:
     """Pictures with holes of several sizes."""
     return [
         model.image.target(demo_sources()["digits"][row]["image"], options={"hole": hole})
@@ -51,41 +51,41 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.unknown: list[dict[int, Tensor]] = []
         self.rows: list[int] = []
-        advance, run_block = masked.advance, masked.run_block
+        masked_step, run_block = masked.masked_step, masked.run_block
 
-        def watched(omni: Any, cache: Any, canvases: list[Canvas]) -> list[Canvas]:
-            self.unknown.append({canvas.key: canvas.unknown for canvas in canvases})
-            return advance(omni, cache, canvases)
+        def watched(omni: Any, cache: Any, states: list[MaskedDecodeState]) -> list[MaskedDecodeState]:
+            self.unknown.append({state.key: state.unknown for state in states})
+            return masked_step(omni, cache, states)
 
         def run(omni: Any, cache: Any, slots: list[int | None], *rest: Any) -> Tensor:
             self.rows.append(len(slots))
             return run_block(omni, cache, slots, *rest)
 
-        monkeypatch.setattr(masked, "advance", watched)
+        monkeypatch.setattr(masked, "masked_step", watched)
         monkeypatch.setattr(masked, "run_block", run)
 
 
 @pytest.mark.parametrize("order", ["confidence", "random"])
 @pytest.mark.parametrize("steps", [1, 2, 5, 8])
 def test_given_codes_stay_and_all_is_settled_in_time(
-    model: Loaded,
+    model: LoadedModel,
     prompts: list[Prompt],
-    wanted: list[Segment],
+    targets: list[Segment],
     steps: int,
     order: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     watch = Watch(monkeypatch)
-    found = fill_codes(model.omni, prompts, wanted, MaskedSampling(steps=steps, order=order))
+    found = decode_masked(model.omni, prompts, targets, MaskedSampling(steps=steps, order=order))
     size = model.image.codec.codebook_size
     assert (
         found.shape == (4, 64, model.image.codec.groups) and 0 <= int(found.min()) <= int(found.max()) < size
     )
-    for row, tokens in enumerate(wanted):
+    for row, tokens in enumerate(targets):
         hidden = tokens.arrays["hidden"]
         assert np.array_equal(found[row].numpy()[~hidden], tokens.arrays["codes"][~hidden])
     assert 1 <= len(watch.unknown) <= steps
-    for row, tokens in enumerate(wanted):
+    for row, tokens in enumerate(targets):
         seen = [passed[row] for passed in watch.unknown if row in passed]
         counts = [int(unknown.sum()) for unknown in seen]
         assert counts[0] == int(tokens.arrays["hidden"].sum())
@@ -95,15 +95,16 @@ def test_given_codes_stay_and_all_is_settled_in_time(
 
 
 def test_the_true_codes_of_a_hole_are_never_read(
-    model: Loaded, prompts: list[Prompt], wanted: list[Segment]
+    model: LoadedModel, prompts: list[Prompt], targets: list[Segment]
 ) -> None:
     other = [
         replace(t, arrays={**t.arrays, "codes": np.where(t.arrays["hidden"][:, None], 7, t.arrays["codes"])})
-        for t in wanted
+        for t in targets
     ]
     settings = MaskedSampling(steps=3)
     assert torch.equal(
-        fill_codes(model.omni, prompts, wanted, settings), fill_codes(model.omni, prompts, other, settings)
+        decode_masked(model.omni, prompts, targets, settings),
+        decode_masked(model.omni, prompts, other, settings),
     )
 
 
@@ -117,76 +118,78 @@ SETTINGS = (
 
 @pytest.mark.parametrize("kind", ["image", "sound"])
 def test_each_of_a_batch_is_what_it_is_alone(
-    model: Loaded, prompts: list[Prompt], wanted: list[Segment], kind: str
+    model: LoadedModel, prompts: list[Prompt], targets: list[Segment], kind: str
 ) -> None:
-    """Canvases that join at different steps, with settings of their own, against one pass per step without a cache."""
-    segments = wanted if kind == "image" else [model.sound.blank() for _ in prompts]
+    """States that join at different steps, with settings of their own, against one pass per step without a cache."""
+    segments = targets if kind == "image" else [model.sound.blank() for _ in prompts]
     cache = model.omni.backbone.new_cache(4, 64)
-    waiting: list[Canvas] = []
-    for number, prompt in enumerate(prompts):
-        place, _ = read_into(model.omni, prompt, cache, number)
-        waiting.append(Canvas.of(number, segments[number], SETTINGS[number], number, place, "cpu"))
+    waiting: list[MaskedDecodeState] = []
+    for index, prompt in enumerate(prompts):
+        position, _ = prefill(model.omni, prompt, cache, index)
+        waiting.append(MaskedDecodeState.of(index, segments[index], SETTINGS[index], index, position, "cpu"))
     everyone, live = list(waiting), [waiting.pop(0)]
     while live:
-        done = masked.advance(model.omni, cache, live)
-        live = [canvas for canvas in live if canvas not in done] + waiting[:1]  # one joins at each step
+        done = masked.masked_step(model.omni, cache, live)
+        live = [state for state in live if state not in done] + waiting[:1]  # one joins at each step
         del waiting[:1]
-    for canvas, prompt, segment, sampling in zip(everyone, prompts, segments, SETTINGS, strict=True):
-        assert canvas.step <= sampling.steps
-        assert torch.equal(canvas.codes, fill_codes(model.omni, [prompt], [segment], sampling)[0])
-        assert torch.equal(canvas.codes, fill_codes_reference(model, prompt, segment, sampling))
+    for state, prompt, segment, sampling in zip(everyone, prompts, segments, SETTINGS, strict=True):
+        assert state.step <= sampling.steps
+        assert torch.equal(state.codes, decode_masked(model.omni, [prompt], [segment], sampling)[0])
+        assert torch.equal(state.codes, decode_masked_reference(model, prompt, segment, sampling))
 
 
-def test_row_i_draws_from_seed_plus_i(model: Loaded, prompts: list[Prompt], wanted: list[Segment]) -> None:
+def test_row_i_draws_from_seed_plus_i(
+    model: LoadedModel, prompts: list[Prompt], targets: list[Segment]
+) -> None:
     settings = MaskedSampling(steps=4, seed=11)
-    batch = fill_codes(model.omni, prompts, wanted, settings)
+    batch = decode_masked(model.omni, prompts, targets, settings)
     for row in range(len(prompts)):
         own = settings.model_copy(update={"seed": 11 + row})
-        assert torch.equal(fill_codes(model.omni, [prompts[row]], [wanted[row]], own)[0], batch[row])
+        assert torch.equal(decode_masked(model.omni, [prompts[row]], [targets[row]], own)[0], batch[row])
 
 
 def test_without_guidance_there_is_no_empty_prompt(
-    model: Loaded, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = Watch(monkeypatch)
     blanks = [model.image.blank() for _ in prompts]
-    fill_codes(model.omni, prompts, blanks, MaskedSampling(steps=2, guidance=0.0))
+    decode_masked(model.omni, prompts, blanks, MaskedSampling(steps=2, guidance=0.0))
     assert set(watch.rows) == {len(prompts)}
-    fill_codes(model.omni, prompts, blanks, MaskedSampling(steps=2, guidance=1.0))
+    decode_masked(model.omni, prompts, blanks, MaskedSampling(steps=2, guidance=1.0))
     assert watch.rows[-1] == 2 * len(prompts)
 
 
-def test_guidance_towards_an_empty_prompt_changes_nothing(model: Loaded) -> None:
+def test_guidance_towards_an_empty_prompt_changes_nothing(model: LoadedModel) -> None:
     """With the empty prompt on both sides, s + g (s - s) = s."""
     blank = [model.image.blank()]
     without, guided = (
-        fill_codes(model.omni, [[]], blank, MaskedSampling(steps=3, guidance=guidance))
+        decode_masked(model.omni, [[]], blank, MaskedSampling(steps=3, guidance=guidance))
         for guidance in (0.0, 3.0)
     )
     assert torch.equal(without, guided)
 
 
-def test_the_prompt_and_the_seed_matter(model: Loaded, prompts: list[Prompt]) -> None:
+def test_the_prompt_and_the_seed_matter(model: LoadedModel, prompts: list[Prompt]) -> None:
     def answer(prompt: Prompt, seed: int) -> Tensor:
-        return fill_codes(model.omni, [prompt], [model.image.blank()], MaskedSampling(steps=3, seed=seed))
+        return decode_masked(model.omni, [prompt], [model.image.blank()], MaskedSampling(steps=3, seed=seed))
 
     assert torch.equal(answer(prompts[0], 1), answer(prompts[0], 1))
     assert not torch.equal(answer(prompts[0], 1), answer(prompts[0], 2))
     assert not torch.equal(answer(prompts[0], 1), answer(prompts[2], 1))
 
 
-def test_sounds_are_filled_likewise(model: Loaded, prompts: list[Prompt]) -> None:
+def test_sounds_are_filled_likewise(model: LoadedModel, prompts: list[Prompt]) -> None:
     raw = demo_sources()["spoken"][0]["audio"]
     tokens = model.sound.target(raw, options={"gap": (0.2, 0.5), "seconds": 1.2})
-    found = fill_codes(model.omni, prompts[:1], [tokens], MaskedSampling(steps=4))[0].numpy()
+    found = decode_masked(model.omni, prompts[:1], [tokens], MaskedSampling(steps=4))[0].numpy()
     hidden = tokens.arrays["hidden"]
     assert np.array_equal(found[~hidden], tokens.arrays["codes"][~hidden])
     assert np.isfinite(model.sound.decode(torch.from_numpy(found))).all()
 
 
-def test_temperature_zero_and_no_noise_need_no_seed(model: Loaded, prompts: list[Prompt]) -> None:
+def test_temperature_zero_and_no_noise_need_no_seed(model: LoadedModel, prompts: list[Prompt]) -> None:
     found = [
-        fill_codes(
+        decode_masked(
             model.omni,
             prompts[:1],
             [model.image.blank()],

@@ -19,9 +19,9 @@ from openm6.inference.engine import write
 from openm6.inference.load import Loaded, load
 from openm6.inference.masked import fill_codes
 from openm6.inference.offloaded import BUFFERS, OffloadedSource, place_offloaded
-from openm6.inference.prefill import read_into
+from openm6.inference.prefill import prefill
 from openm6.inference.sampling import MaskedSampling, Sampling
-from openm6.inference.text import TextRows
+from openm6.inference.text import DecodeBatch
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from openm6.models.config import BackboneConfig
@@ -55,24 +55,24 @@ def checkpoint(folder: Path, shape: str) -> Path:
     return save(Snapshot(1, omni, {}, {}, files=files), folder, keep=1)
 
 
-def source_of(model: Loaded) -> OffloadedSource:
+def source_of(model: LoadedModel) -> OffloadedSource:
     source = model.omni.backbone.source
     assert isinstance(source, OffloadedSource)
     return source
 
 
-def answers(model: Loaded) -> tuple[list[str], torch.Tensor, list[torch.Tensor]]:
+def answers(model: LoadedModel) -> tuple[list[str], torch.Tensor, list[torch.Tensor]]:
     """A text, a picture's codes, and the scores of texts decoded in rows."""
     prompt = source_segments([Part("text", "draw the digit seven")], model.modalities)
-    texts = write(model, [prompt], Sampling(max_tokens=4))
+    texts = generate_texts(model, [prompt], Sampling(max_tokens=4))
     sampling = MaskedSampling(steps=2, seed=1)
-    codes = fill_codes(model.omni, [prompt], [model.image.blank()], sampling)
+    codes = decode_masked(model.omni, [prompt], [model.image.blank()], sampling)
     dtype = model.omni.backbone.final_norm.weight.dtype
-    rows = TextRows(Speaker.of(model.omni, model.text), 2, 64, deterministic=dtype == torch.float32)
+    rows = DecodeBatch(TextHead.of(model.omni, model.text), 2, 64, deterministic=dtype == torch.float32)
     scores = []
-    for number in range(2):
-        place, _ = read_into(model.omni, prompt, rows.cache, rows.next_slot)
-        rows.add(number, Sampling(max_tokens=3), place, model.text.start, top=5)
+    for index in range(2):
+        place, _ = prefill(model.omni, prompt, rows.cache, rows.next_slot)
+        rows.add(index, Sampling(max_tokens=3), place, model.text.start, top=5)
         rows.step()
         scores += [torch.tensor([score for _, score in row.scores[-1][1]]) for row in rows.rows]
     return texts, codes, scores
@@ -84,9 +84,9 @@ def test_answers_are_those_of_a_resident_model(tmp_path: Path, shape: str, resid
     folder = checkpoint(tmp_path, shape)
     model = load(folder, torch.device("cpu"), resident)
     texts, codes, scores = answers(model)
-    wanted = answers(load(folder, torch.device("cpu")))
-    assert texts == wanted[0] and torch.equal(codes, wanted[1])
-    assert all(torch.equal(found, true) for found, true in zip(scores, wanted[2], strict=True))
+    expected = answers(load(folder, torch.device("cpu")))
+    assert texts == expected[0] and torch.equal(codes, expected[1])
+    assert all(torch.equal(found, true) for found, true in zip(scores, expected[2], strict=True))
     store = source_of(model).store
     assert store is not None and len(store._buffers) == BUFFERS and not store.storage
     assert store.moved_bytes >= BUFFERS * min(layout.read_bytes for layout in store.layouts)
@@ -94,18 +94,18 @@ def test_answers_are_those_of_a_resident_model(tmp_path: Path, shape: str, resid
 
 def test_bfloat16_is_converted_on_the_way(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "mixed")
-    streamed, resident = (load(folder, torch.device("cpu"), number) for number in (1, None))
+    streamed, resident = (load(folder, torch.device("cpu"), index) for index in (1, None))
     for model in (streamed, resident):
         model.omni.to(torch.bfloat16)
-    found, wanted = answers(streamed), answers(resident)
-    assert found[0] == wanted[0] and torch.equal(found[1], wanted[1])
+    found, expected = answers(streamed), answers(resident)
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1])
     assert source_of(streamed).block(1).attention.qkv.dtype == torch.bfloat16
 
 
 def test_host_memory_gives_what_the_files_give(tmp_path: Path) -> None:
     """A GPU's store, which keeps the sets in host memory, on a CPU."""
     model = load(checkpoint(tmp_path, "mixed"), torch.device("cpu"), 1)
-    wanted = answers(model)
+    expected = answers(model)
     source = source_of(model)
     from_files, cpu = source.store, torch.device("cpu")
     assert from_files is not None
@@ -115,7 +115,7 @@ def test_host_memory_gives_what_the_files_give(tmp_path: Path) -> None:
     assert store.layouts[0].views(store.storage[0])["attention.qkv"][WEIGHT].any()
     source.store, source._open = store, None
     found = answers(model)
-    assert found[0] == wanted[0] and torch.equal(found[1], wanted[1]) and store.moved_bytes > 0
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1]) and store.moved_bytes > 0
 
 
 def test_as_many_layers_as_there_are_is_the_usual_way(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_what_cannot_be_streamed_is_one_sentence(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "sparse")
     model = load(folder, torch.device("cpu"), 1)
     with pytest.raises(ConfigError, match="int8"):
-        TextRows(Speaker.of(model.omni, model.text), 1, 64, "int8")
+        DecodeBatch(TextHead.of(model.omni, model.text), 1, 64, "int8")
 
 
 def cut_over_ranks(folder: Path) -> None:
@@ -135,9 +135,9 @@ def cut_over_ranks(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     files: list[dict[str, torch.Tensor]] = [{} for _ in range(5)]
     places: list[dict[str, dict[str, list[int]]]] = [{} for _ in range(5)]
-    for number, (name, tensor) in enumerate(sorted(weights.items())):
+    for index, (name, tensor) in enumerate(sorted(weights.items())):
         rows = [0, *sorted({len(tensor) // 3, len(tensor)} - {0})] if tensor.ndim else [0, 1]
-        columns = [0, tensor.shape[1] // 2, tensor.shape[1]] if tensor.ndim > 1 and number % 2 else [0]
+        columns = [0, tensor.shape[1] // 2, tensor.shape[1]] if tensor.ndim > 1 and index % 2 else [0]
         grid = list(product(pairwise(rows), pairwise(columns) if len(columns) > 1 else [(0, None)]))
         for rank, ((top, bottom), (left, right)) in enumerate(grid):
             part = tensor if tensor.ndim == 0 else tensor[top:bottom]
@@ -157,14 +157,14 @@ def cut_over_ranks(folder: Path) -> None:
 
 def test_the_files_of_several_ranks_are_put_together(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "mixed")
-    wanted = answers(load(folder, torch.device("cpu")))
+    expected = answers(load(folder, torch.device("cpu")))
     cut_over_ranks(folder)
     whole = load(folder, torch.device("cpu"))
-    assert answers(whole)[0] == wanted[0], "torch reads them, too"
+    assert answers(whole)[0] == expected[0], "torch reads them, too"
     streamed = load(folder, torch.device("cpu"), 1)
     texts, codes, scores = answers(streamed)
-    assert source_of(streamed).store is not None and texts == wanted[0] and torch.equal(codes, wanted[1])
-    assert all(torch.equal(found, true) for found, true in zip(scores, wanted[2], strict=True))
+    assert source_of(streamed).store is not None and texts == expected[0] and torch.equal(codes, expected[1])
+    assert all(torch.equal(found, true) for found, true in zip(scores, expected[2], strict=True))
     catalogue = CheckpointReader(folder, "all")
     for name, tensor in named_tensors(whole.omni).items():
         assert torch.equal(catalogue.read(name), tensor)

@@ -91,7 +91,9 @@ def test_a_model_of_embeddings_answers_nothing() -> None:
     assert "only embeddings" in assess([text("a")], "text", trained("pair_picture")).en
 
 
-def say(model: Loaded, question: Question, log: pytest.LogCaptureFixture, out: Path | None = None) -> str:
+def say(
+    model: LoadedModel, question: Question, log: pytest.LogCaptureFixture, out: Path | None = None
+) -> str:
     log.clear()
     answer_question(model, question, Decoding(text=Sampling(max_tokens=3)), out)
     return log.text

@@ -10,13 +10,13 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from openm6.inference import engine
-from openm6.inference.decode import Speaker
-from openm6.inference.engine import write, write_with_confidence
-from openm6.inference.graphs import ATTENTION, GraphedRows
-from openm6.inference.load import Loaded
-from openm6.inference.prefill import Prompt, read_into
+from openm6.inference.decode import TextHead
+from openm6.inference.engine import generate_scored, generate_texts
+from openm6.inference.graphs import ATTENTION, GraphedDecodeBatch
+from openm6.inference.load import LoadedModel
+from openm6.inference.prefill import Prompt, prefill
 from openm6.inference.sampling import Sampling
-from openm6.inference.text import Row, TextRows
+from openm6.inference.text import DecodeBatch, DecodeSequence
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from openm6.modalities.text import HOLE, START
@@ -35,12 +35,12 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def model() -> Loaded:
+def model() -> LoadedModel:
     return loaded(5)
 
 
 @pytest.fixture(scope="module")
-def prompts(model: Loaded) -> list[Prompt]:
+def prompts(model: LoadedModel) -> list[Prompt]:
     return [source_segments([Part("text", words)], model.modalities) for words in WORDS]
 
 
@@ -58,15 +58,17 @@ def ragged() -> list[Prompt]:
     return [source_segments(found, modalities()) for found in parts]
 
 
-def run_all(model: Loaded, prompts: list[Prompt], slots: int, deterministic: bool) -> dict[int, Row]:
+def run_all(
+    model: LoadedModel, prompts: list[Prompt], slots: int, deterministic: bool
+) -> dict[int, DecodeSequence]:
     """All prompts through few slots, a new one every other step."""
-    rows = TextRows(Speaker.of(model.omni, model.text), slots, 128, deterministic=deterministic)
+    rows = DecodeBatch(TextHead.of(model.omni, model.text), slots, 128, deterministic=deterministic)
     todo, done, steps = list(range(len(prompts))), {}, 0
     while todo or rows.rows:
         if todo and rows.free and steps % 2 == 0:
-            number = todo.pop(0)
-            place, _ = read_into(model.omni, prompts[number], rows.cache, rows.next_slot)
-            rows.add(number, SAMPLINGS[number], place, model.text.start, top=2)
+            index = todo.pop(0)
+            position, _ = prefill(model.omni, prompts[index], rows.cache, rows.next_slot)
+            rows.add(index, SAMPLINGS[index], position, model.text.start, top=2)
         for row in rows.step():
             done[row.key] = row
             rows.remove(row)
@@ -76,49 +78,53 @@ def run_all(model: Loaded, prompts: list[Prompt], slots: int, deterministic: boo
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_row_in_a_crowd_writes_what_it_writes_alone(
-    model: Loaded, prompts: list[Prompt], deterministic: bool
+    model: LoadedModel, prompts: list[Prompt], deterministic: bool
 ) -> None:
     done = run_all(model, prompts, 3, deterministic)
-    for number, row in done.items():
-        assert len(row.tokens) <= SAMPLINGS[number].max_tokens
+    for index, row in done.items():
+        assert len(row.tokens) <= SAMPLINGS[index].max_tokens
         tokens = [token for token in row.tokens if token != model.text.end]
-        assert model.text.decode(tokens) == write(model, [prompts[number]], SAMPLINGS[number])[0]
+        assert model.text.decode(tokens) == generate_texts(model, [prompts[index]], SAMPLINGS[index])[0]
 
 
-def test_scores_are_those_of_the_model_alone_to_the_last_bit(model: Loaded, prompts: list[Prompt]) -> None:
+def test_scores_are_those_of_the_model_alone_to_the_last_bit(
+    model: LoadedModel, prompts: list[Prompt]
+) -> None:
     crowd = run_all(model, prompts, 5, True)
-    for number in (0, 3):
-        alone = run_all(model, [prompts[number]], 5, True) if number == 0 else None
+    for index in (0, 3):
+        alone = run_all(model, [prompts[index]], 5, True) if index == 0 else None
         if alone is not None:
             assert alone[0].scores == crowd[0].scores
     assert all(score <= 0 for row in crowd.values() for score, _ in row.scores)
     assert all(rivals[0][1] >= rivals[1][1] for row in crowd.values() for _, rivals in row.scores)
 
 
-def test_texts_are_those_of_the_model_without_a_cache(model: Loaded, ragged: list[Prompt]) -> None:
-    found = write(model, ragged, Sampling(max_tokens=STEPS))
+def test_texts_are_those_of_the_model_without_a_cache(model: LoadedModel, ragged: list[Prompt]) -> None:
+    found = generate_texts(model, ragged, Sampling(max_tokens=STEPS))
     assert found == [write_reference(model, prompt, Sampling(max_tokens=STEPS)) for prompt in ragged]
     assert len(set(found)) > 2, "the prompts must matter"
 
 
 def test_a_text_alone_equals_the_text_in_a_batch(
-    model: Loaded, ragged: list[Prompt], monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, ragged: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "BATCH", 4)  # fewer than there are prompts: some wait
     settings = Sampling(max_tokens=STEPS, temperature=1.0, seed=40)
-    batch = write_with_confidence(model, ragged, settings)
+    batch = generate_scored(model, ragged, settings)
     for row, prompt in enumerate(ragged):
         own = settings.model_copy(update={"seed": 40 + row})
-        (alone,) = write_with_confidence(model, [prompt], own)
+        (alone,) = generate_scored(model, [prompt], own)
         assert alone.text == batch[row].text == write_reference(model, prompt, own)
         assert alone.confidence == pytest.approx(batch[row].confidence, rel=1e-4)
         assert 0 < alone.confidence <= 1
-    assert write(model, [], settings) == []
+    assert generate_texts(model, [], settings) == []
 
 
-def test_seeds_matter_only_if_something_is_drawn(model: Loaded, prompts: list[Prompt]) -> None:
+def test_seeds_matter_only_if_something_is_drawn(model: LoadedModel, prompts: list[Prompt]) -> None:
     def answers(temperature: float, seed: int) -> list[str]:
-        return write(model, prompts[:1], Sampling(max_tokens=STEPS, temperature=temperature, seed=seed))
+        return generate_texts(
+            model, prompts[:1], Sampling(max_tokens=STEPS, temperature=temperature, seed=seed)
+        )
 
     assert answers(0.0, 1) == answers(0.0, 2)
     assert answers(1.0, 1) == answers(1.0, 1)
@@ -129,15 +135,15 @@ def test_seeds_matter_only_if_something_is_drawn(model: Loaded, prompts: list[Pr
 def test_marks_are_never_generated(prompts: list[Prompt], mark: int) -> None:
     """A model whose most likely token is a mark generates the text that is likely without it."""
     model = loaded(3)
-    speaker = Speaker.of(model.omni, model.text)
+    text_head = TextHead.of(model.omni, model.text)
     forbidden = model.text.first_mark + mark
     found = []
     for factor in (1.0, 100.0, -100.0):  # by its sign, one of the last two makes the mark most likely
-        head = speaker.head.clone()
+        head = text_head.head.clone()
         head[forbidden] *= factor
-        rows = TextRows(replace(speaker, head=head), 1, 64)
-        place, _ = read_into(model.omni, prompts[0], rows.cache, 0)
-        row = rows.add(0, Sampling(max_tokens=4), place, model.text.start)
+        rows = DecodeBatch(replace(text_head, head=head), 1, 64)
+        position, _ = prefill(model.omni, prompts[0], rows.cache, 0)
+        row = rows.add(0, Sampling(max_tokens=4), position, model.text.start)
         while row not in rows.step():
             pass
         found.append(row.tokens)
@@ -145,10 +151,10 @@ def test_marks_are_never_generated(prompts: list[Prompt], mark: int) -> None:
 
 
 def test_graphs_leave_the_settings_of_the_process_alone(
-    model: Loaded, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     torch.backends.cuda.enable_cudnn_sdp(True)
-    GraphedRows(Speaker.of(model.omni, model.text), 2, 32, "float32")
+    GraphedDecodeBatch(TextHead.of(model.omni, model.text), 2, 32, "float32")
     assert torch.backends.cuda.cudnn_sdp_enabled()
     assert SDPBackend.CUDNN_ATTENTION not in ATTENTION

@@ -36,7 +36,7 @@ def test_sources_causal_text_and_blocks() -> None:
 
 def test_parts_see_themselves_and_what_stands_before_them() -> None:
     found = build_sequence(
-        [piece(2, "part"), piece(1, "part"), piece(2, "causal"), piece(2, "block")], place=3
+        [piece(2, "part"), piece(1, "part"), piece(2, "causal"), piece(2, "block")], position=3
     )
     assert found.attn_order.tolist() == [1, 1, 2, 3, 4, 5, 5]
     assert found.block_id.tolist() == [0, 0, 0, 0, 0, 1, 1]

@@ -26,12 +26,12 @@ def text() -> Text:
 
 def piece(lengths: list[int], between: int, keep_end: bool = False) -> Segment:
     """A text of stretches that may be cut, each followed by so many words that may not."""
-    cuttable, place = [], 0
+    cuttable, position = [], 0
     for length in lengths:
-        cuttable.append(Cuttable(place, place + length, keep_end))
-        place += length + between
-    ids = np.arange(place)
-    return Segment("text", {"ids": ids}, line(place), place, np.zeros(place, bool), cuttable=tuple(cuttable))
+        cuttable.append(Cuttable(position, position + length, keep_end))
+        position += length + between
+    ids = np.arange(position)
+    return Segment("text", {"ids": ids}, line(position), position, np.zeros(position, bool), cuttable=tuple(cuttable))
 
 
 @settings(max_examples=200, deadline=None)

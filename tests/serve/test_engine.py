@@ -73,12 +73,12 @@ def requests() -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def model() -> Loaded:
+def model() -> LoadedModel:
     return embedding_model()
 
 
 @pytest.fixture(scope="module")
-def engine(model: Loaded) -> Iterator[Engine]:
+def engine(model: LoadedModel) -> Iterator[Engine]:
     with Engine(model, EngineConfig(rows=3, room=256, canvases=2)) as found:
         yield found
 
@@ -91,7 +91,7 @@ def same(found: Any, wanted: Any) -> bool:
     return bool(np.all(np.asarray(found) == np.asarray(wanted)))
 
 
-def test_in_a_crowd_each_gets_the_answer_that_it_gets_alone(engine: Engine, model: Loaded) -> None:
+def test_in_a_crowd_each_gets_the_answer_that_it_gets_alone(engine: Engine, model: LoadedModel) -> None:
     crowd = requests() * 2
     handles = [engine.submit(prepare(request, model, 256)) for request in crowd]
     for request, handle in zip(crowd, handles, strict=True):
@@ -135,7 +135,7 @@ def test_a_query_is_read_once_for_candidates_and_for_later_requests() -> None:
     assert third.value == answer_alone(model, other)
 
 
-def test_not_deterministic_is_as_right(model: Loaded) -> None:
+def test_not_deterministic_is_as_right(model: LoadedModel) -> None:
     config = EngineConfig(rows=3, room=256, canvases=2, deterministic=False)
     with Engine(model, config) as engine:
         handles = [engine.submit(prepare(request, model, 256)) for request in requests()[:5]]
@@ -144,7 +144,7 @@ def test_not_deterministic_is_as_right(model: Loaded) -> None:
 
 
 def test_of_prompts_read_together_only_the_broken_one_ends(
-    model: Loaded, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def embed(arrays: dict[str, torch.Tensor]) -> torch.Tensor:
         raise DataError("the picture fades away")
@@ -169,7 +169,7 @@ def test_of_prompts_read_together_only_the_broken_one_ends(
         assert found[handle] == answer_alone(model, handle.prepared.request, 256)
 
 
-def test_joules_add_up_to_what_the_meter_counted(model: Loaded) -> None:
+def test_joules_add_up_to_what_the_meter_counted(model: LoadedModel) -> None:
     with Engine(model, EngineConfig(rows=3, room=256)) as engine:
         before = engine.meter.joules(fresh=True).joules
         handles = [engine.submit(prepare(request, model, 256)) for request in requests()]
@@ -257,7 +257,7 @@ def test_a_deadline_that_passes_is_said(engine: Engine) -> None:
         engine.ask_and_wait(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=200), seconds=0.0))
 
 
-def test_too_much_work_is_refused_with_a_time_to_come_back(model: Loaded) -> None:
+def test_too_much_work_is_refused_with_a_time_to_come_back(model: LoadedModel) -> None:
     with Engine(model, EngineConfig(rows=1, room=256, waiting=460)) as engine:
         request = TextRequest(parts=say("a"), sampling=Sampling(max_tokens=150))
         handles = []
@@ -286,7 +286,7 @@ def test_a_failure_ends_one_request_and_not_the_engine(
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr("openm6.serve.worker.read_into", fail)
+        patch.setattr("openm6.serve.worker.prefill", fail)
         with pytest.raises(EngineUnavailableError, match="failed on this request"):
             engine.ask_and_wait(TextRequest(parts=say("b")))
     assert engine.ready and engine.ask_and_wait(TextRequest(parts=say("b"), sampling=Sampling(max_tokens=1)))
@@ -309,7 +309,7 @@ def test_in_bfloat16_the_router_chooses_as_it_was_balanced() -> None:
         assert router.weight.dtype == torch.bfloat16
 
 
-def test_after_the_end_nothing_is_taken(model: Loaded) -> None:
+def test_after_the_end_nothing_is_taken(model: LoadedModel) -> None:
     engine = Engine(model, EngineConfig(rows=1, room=256)).start()
     engine.stop()
     assert not engine.ready

@@ -77,7 +77,7 @@ def test_a_lost_device_ends_the_server_with_a_sentence(
         def lose(*_: object) -> None:
             raise lost
 
-        monkeypatch.setattr("openm6.serve.worker.read_into", lose)
+        monkeypatch.setattr("openm6.serve.worker.prefill", lose)
     else:
         monkeypatch.setattr(Worker, "tick", failing(ValueError("out of luck")))
     said: list[tuple[int, str]] = []

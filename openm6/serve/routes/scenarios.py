@@ -11,7 +11,7 @@ from fastapi import APIRouter, Path
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.modalities.image import hole_places, read_image
 from openm6.serve.config import Limits
 from openm6.serve.content import Series, audio_file, decode_file, image_data_url, restore_outside
@@ -239,7 +239,7 @@ def _check_size(value: Any, limits: Limits, param: str) -> None:
         check_limit(param, sum(len(str(item)) for item in value), limits.characters, "characters")
 
 
-def _set_answer(reply: ScenarioAnswer, request: Request, answer: Answer, loaded: Loaded) -> None:
+def _set_answer(reply: ScenarioAnswer, request: Request, answer: Answer, loaded: LoadedModel) -> None:
     """Set the field of a response that holds the answer; images and audio are decoded here."""
     value = answer.value
     if reply.gives == "text":
@@ -256,7 +256,7 @@ def _set_answer(reply: ScenarioAnswer, request: Request, answer: Answer, loaded:
         reply.embedding = np.asarray(value).tolist()
 
 
-def drawn_image(request: Request, codes: Any, loaded: Loaded) -> Any:
+def drawn_image(request: Request, codes: Any, loaded: LoadedModel) -> Any:
     """Return the drawn image; if only a box was filled in, the source around it, pixel by pixel."""
     drawn = loaded.image.decode(codes)
     if not isinstance(request, CodesRequest) or request.source is None or request.mask is None:

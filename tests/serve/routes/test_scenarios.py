@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.modalities.image import read_image, to_square
 from openm6.models.description import Lesson
 from openm6.serve.app import create_app
@@ -36,7 +36,7 @@ TASKS = (
 )
 
 
-def taught() -> Loaded:
+def taught() -> LoadedModel:
     """The untrained model with a checkpoint that claims some lessons."""
     model = embedding_model()
     lessons = [Lesson(task=name, source="x") for name in TASKS]
