@@ -36,9 +36,9 @@ class Decoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.head, std=0.02)
 
-    def forward(self, ids: Tensor, layout: SequenceMeta) -> Tensor:
+    def forward(self, ids: Tensor, meta: SequenceMeta) -> Tensor:
         """Mean loss of the next tokens of B S ids, with the routers' side losses."""
-        hidden, loads = self.backbone(self.embedding(ids), layout)
+        hidden, loads = self.backbone(self.embedding(ids), meta)
         return self.loss(hidden, ids) + side_loss(loads)
 
     def loss(self, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -58,12 +58,12 @@ def our_candidate(sizes: Sizes, device: torch.device) -> Candidate:
         model.backbone.run_block = CompiledBlocks()
     optimizer = build_optimizer(default_groups(model), OptimizerConfig(name="adamw", learning_rate=1e-4))
     ids = torch.randint(0, sizes.vocabulary, (sizes.rows, sizes.length), device=device)
-    layout = causal_meta(sizes.rows, sizes.length, device=device)
+    meta = causal_meta(sizes.rows, sizes.length, device=device)
 
     run = model.backbone.run_block
 
     def step() -> Tensor:
-        loss = model(ids, layout)
+        loss = model(ids, meta)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -73,21 +73,21 @@ def our_candidate(sizes: Sizes, device: torch.device) -> Candidate:
         model,
         optimizer,
         step,
-        lambda: _parts(model, optimizer, ids, layout),
+        lambda: _parts(model, optimizer, ids, meta),
         compilations=lambda: run.compilations if isinstance(run, CompiledBlocks) else 0,
     )
 
 
 def _parts(
-    model: Decoder, optimizer: torch.optim.Optimizer, ids: Tensor, layout: SequenceMeta
+    model: Decoder, optimizer: torch.optim.Optimizer, ids: Tensor, meta: SequenceMeta
 ) -> Mapping[str, tuple[int, Part]]:
     """Layer 0 piece by piece, as often as there are layers; then what a step does once."""
     config = model.backbone.config
     block, own = cast(Block, model.backbone.sets[0]), cast(LayerParts, model.backbone.layers[0])
     router, experts = cast(Router, own.router), cast(Experts, block.feed_forward)
     x = torch.randn_like(model.embedding(ids))
-    rotary = rotary_table(layout.positions, config.rope_theta, config.sections)
-    mask = choose_mask(layout, None, x)
+    rotary = rotary_table(meta.positions, config.rope_theta, config.sections)
+    mask = choose_mask(meta, None, x)
 
     ready = torch.compile if x.is_cuda else _as_it_is  # as the blocks of a step are
 
@@ -98,7 +98,7 @@ def _parts(
 
     @ready
     def sparse(leaf: Tensor) -> Tensor:
-        return experts(own.feed_forward_norm(leaf), router, layout.valid, LocalDispatcher(), 0)[0]
+        return experts(own.feed_forward_norm(leaf), router, meta.valid, LocalDispatcher(), 0)[0]
 
     rows = ids.numel() * experts.config.choices
     return {

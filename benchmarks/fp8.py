@@ -240,7 +240,7 @@ def compare_losses(report: Report, device: torch.device) -> None:
     losses: dict[str, list[float]] = {"plain": [], "fp8": []}
     report.later("loss", partial(_loss_figures, losses))
     text = _bytes_of_texts()
-    layout = causal_meta(sizes.rows, sizes.length, device=device)
+    meta = causal_meta(sizes.rows, sizes.length, device=device)
     runs = {name: _decoder(sizes, device, name == "fp8") for name in losses}
     generator = np.random.default_rng(0)
     for _ in range(steps):
@@ -249,7 +249,7 @@ def compare_losses(report: Report, device: torch.device) -> None:
         starts = generator.integers(0, len(text) - sizes.length, sizes.rows)
         ids = torch.from_numpy(np.stack([text[start : start + sizes.length] for start in starts])).to(device)
         for name, (model, optimizer) in runs.items():
-            loss = model(ids, layout)
+            loss = model(ids, meta)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -127,12 +127,12 @@ def time_steps(way: str, rows: int, steps: int) -> float:
     model.exchange = ranks.token_dispatcher(1)
     groups = ranks.groups([{"params": list(model.parameters())}])
     optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
-    x, layout = torch.randn(rows, LENGTH, SMALL.width), causal_meta(rows, LENGTH)
+    x, meta = torch.randn(rows, LENGTH, SMALL.width), causal_meta(rows, LENGTH)
     times = []
     for _ in range(WARMUP + steps):
         dist.barrier()
         began = time.perf_counter()
-        y, loads = model(x, layout)
+        y, loads = model(x, meta)
         (y.square().mean() + sum(load.side_loss for load in loads)).backward()
         ranks.sum_gradients(model.parameters())
         ranks.norm(list(model.parameters()))

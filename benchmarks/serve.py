@@ -76,14 +76,14 @@ def _read(rows: DecodeBatch, prompts: list[list[int]]) -> None:
     text_head = rows.text_head
     device = text_head.embedding.device
     ids = torch.tensor([token for prompt in prompts for token in prompt[:-1]], device=device)
-    layouts = [causal_meta(1, len(prompt) - 1, device=device) for prompt in prompts]
+    metas = [causal_meta(1, len(prompt) - 1, device=device) for prompt in prompts]
     slots = [rows.next_slot + number for number in range(len(prompts))]
     embedded = torch.nn.functional.embedding(ids[None], text_head.embedding)
     if len(prompts) == 1:
-        text_head.backbone(embedded, layouts[0], rows.cache.writer(slots[0]))
+        text_head.backbone(embedded, metas[0], rows.cache.writer(slots[0]))
         return
-    layout = join([replace(part, example_id=part.example_id + n) for n, part in enumerate(layouts)])
-    text_head.backbone(embedded, layout, rows.cache.packed_writer(slots))
+    meta = join([replace(part, example_id=part.example_id + n) for n, part in enumerate(metas)])
+    text_head.backbone(embedded, meta, rows.cache.packed_writer(slots))
 
 
 SHARE = 0.7  # of what the baseline's best setting answers at once, so that it keeps up

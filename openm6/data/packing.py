@@ -96,8 +96,8 @@ class Packer:
         while True:
             filled = [self._fill(shard) for shard in self.sampler.shards]
             rows = [[example for _, example in row] for rows in filled for row in rows]
-            draws = [sample for rows in filled for row in rows for sample, _ in row]
-            yield replace(collate(rows, self.config.length, self.state()), draws=draws)
+            samples = [sample for rows in filled for row in rows for sample, _ in row]
+            yield replace(collate(rows, self.config.length, self.state()), samples=samples)
 
     def _fill(self, shard: DataShard) -> list[list[tuple[SampleIndex, PackedExample]]]:
         count = self.config.rows // self.sampler.num_shards

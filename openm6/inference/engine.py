@@ -130,15 +130,15 @@ def score_candidates(
     for few in _candidate_passes(candidates):
         sequences = [build_sequence([tokens], position=position) for tokens in few]
         batch = collate([sequences], sum(map(len, few))).to(omni.device)
-        example_id = batch.layout.example_id
+        example_id = batch.meta.example_id
         # All belong to the example of the prompt, each to its own block.
-        layout = SequenceMeta(
-            torch.zeros_like(example_id), batch.layout.attn_order, example_id + 1, batch.layout.positions
+        meta = SequenceMeta(
+            torch.zeros_like(example_id), batch.meta.attn_order, example_id + 1, batch.meta.positions
         )
-        hidden, _ = omni(batch.kinds, layout, cache.reader([slot]))  # 1 S D
-        kind = batch.kinds["text"]
-        nll = omni.text.nll(hidden[0, kind.index], kind.arrays).float()
-        found += nll.new_zeros(len(few)).index_add_(0, kind.example, nll).tolist()
+        hidden, _ = omni(batch.groups, meta, cache.reader([slot]))  # 1 S D
+        group = batch.groups["text"]
+        nll = omni.text.nll(hidden[0, group.index], group.arrays).float()
+        found += nll.new_zeros(len(few)).index_add_(0, group.example, nll).tolist()
     return found
 
 
@@ -210,6 +210,6 @@ def packed_rows(sequences: list[PackedExample]) -> list[list[list[PackedExample]
 def _vectors(loaded: LoadedModel, rows: list[list[PackedExample]]) -> np.ndarray:
     length = max(sum(map(len, row)) for row in rows)
     batch = collate(rows, length).to(loaded.omni.device)
-    hidden, _ = loaded.omni(batch.kinds, batch.layout)  # R S D
-    index = batch.kinds[POOL].index
+    hidden, _ = loaded.omni(batch.groups, batch.meta)  # R S D
+    index = batch.groups[POOL].index
     return taught_pool(loaded).vectors(hidden.flatten(0, 1)[index]).cpu().numpy()

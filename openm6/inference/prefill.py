@@ -130,7 +130,7 @@ def prefill(
             sequence = build_sequence(unit.segments, position=position)
             batch = collate([[sequence]], len(sequence)).to(omni.device)
             with _cleared_on_failure(cache, [slot]):
-                omni(batch.kinds, batch.layout, cache.writer(slot, start))
+                omni(batch.groups, batch.meta, cache.writer(slot, start))
             if prefix_cache is not None:
                 prefix_cache.put(unit.key, cache.take(slot, start))
         position, start = position + unit.span, cache.lengths[slot]
@@ -171,7 +171,7 @@ def _prefill_single_units(
     batch = collate([sequences], sum(map(len, sequences))).to(omni.device)
     slots = [slot for _, slot in firsts]
     with _cleared_on_failure(cache, slots):
-        omni(batch.kinds, batch.layout, cache.packed_writer(slots))
+        omni(batch.groups, batch.meta, cache.packed_writer(slots))
     for unit, slot in firsts:
         prefix_cache.put(unit.key, cache.take(slot))
 
@@ -227,7 +227,7 @@ def run_block(
     along = torch.tensor(like.moves, device=device)
     positions = torch.from_numpy(like.grid).to(device) + start * along  # B T 3
     sample = torch.zeros(positions.shape[:2], dtype=torch.int32, device=device)
-    layout = SequenceMeta(sample, sample + 1, sample + 1, positions.to(torch.int32))
+    meta = SequenceMeta(sample, sample + 1, sample + 1, positions.to(torch.int32))
     index = torch.arange(sample.numel(), device=device)
-    kinds = {like.kind: TokenGroup(index, arrays, index, index.float(), index[:0])}
-    return omni(kinds, layout, cache.reader(slots))[0]
+    groups = {like.kind: TokenGroup(index, arrays, index, index.float(), index[:0])}
+    return omni(groups, meta, cache.reader(slots))[0]

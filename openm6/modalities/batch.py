@@ -145,16 +145,16 @@ class Counts:
 class Batch:
     """Packed rows of examples, ready for the model; `cursor` is the data state after it.
 
-    `draws` says of each example where in the data it was drawn, as the packer names it. A part of a batch keeps the
-    whole's `tasks` and `draws`, and knows what the `whole` holds.
+    `samples` holds the position of each example in the data, as the packer names it. A part of a batch keeps the
+    `tasks` and `samples` of the whole batch, and the counts of the `whole`.
     """
 
-    layout: SequenceMeta
-    kinds: dict[str, TokenGroup]
+    meta: SequenceMeta
+    groups: dict[str, TokenGroup]
     tokens: int
     tasks: list[str]
     cursor: dict[str, Any] = field(default_factory=dict)
-    draws: Sequence[Any] = ()
+    samples: Sequence[Any] = ()
     whole: Counts | None = None
 
     @property
@@ -163,8 +163,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        kinds = {name: kind.to(device) for name, kind in self.kinds.items()}
-        return replace(self, layout=self.layout.to(device), kinds=kinds)
+        groups = {name: group.to(device) for name, group in self.groups.items()}
+        return replace(self, meta=self.meta.to(device), groups=groups)
 
 
 def collate(rows: list[list[PackedExample]], length: int, cursor: dict[str, Any] | None = None) -> Batch:
@@ -184,9 +184,9 @@ def collate(rows: list[list[PackedExample]], length: int, cursor: dict[str, Any]
             _add_segments(segments, sequence, row * length + start, len(tasks))
             tasks.append(sequence.task)
             start = stop
-    layout = SequenceMeta(*(torch.from_numpy(part) for part in (example_id, attn_order, block_id, positions)))
-    kinds = {kind: _gather(found) for kind, found in sorted(segments.items())}
-    return Batch(layout, kinds, sum(len(s) for row in rows for s in row), tasks, cursor or {})
+    meta = SequenceMeta(*(torch.from_numpy(part) for part in (example_id, attn_order, block_id, positions)))
+    groups = {kind: _gather(found) for kind, found in sorted(segments.items())}
+    return Batch(meta, groups, sum(len(s) for row in rows for s in row), tasks, cursor or {})
 
 
 def _add_segments(
@@ -217,8 +217,8 @@ def _gather(found: list[tuple[Segment, int, int, np.ndarray]]) -> TokenGroup:
 
 def count(batch: Batch) -> Counts:
     """What a batch holds."""
-    learned = {name: float(len(kind.learned)) for name, kind in batch.kinds.items()}
-    return Counts(batch.num_examples, batch.tokens, batch.layout.example_id.numel(), learned)
+    learned = {name: float(len(group.learned)) for name, group in batch.groups.items()}
+    return Counts(batch.num_examples, batch.tokens, batch.meta.example_id.numel(), learned)
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -227,12 +227,12 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     Examples see only themselves, so where they lie changes nothing but the order of sums. Rows end with less than
     `ROWS` places of padding, so that their lengths, and with them the shapes of products, come back.
     """
-    place_of = torch.full((batch.layout.example_id.numel(),), -1)  # R*S -> example
+    place_of = torch.full((batch.meta.example_id.numel(),), -1)  # R*S -> example
     cost = torch.zeros(batch.num_examples)
-    for kind in batch.kinds.values():
-        place_of[kind.index] = kind.example
-        learned = (kind.weight > 0).to(cost.dtype)
-        cost.index_add_(0, kind.example, 1 + HEAD_COST * learned)
+    for group in batch.groups.values():
+        place_of[group.index] = group.example
+        learned = (group.weight > 0).to(cost.dtype)
+        cost.index_add_(0, group.example, 1 + HEAD_COST * learned)
     owner = torch.tensor([*_deal(cost.tolist(), parts), -1])[place_of]  # R*S -> part; padding has none
     held = count(batch)
     dealt = [_part_of(batch, (owner == part).nonzero()[:, 0], held) for part in range(parts)]
@@ -250,24 +250,24 @@ def _deal(cost: list[float], parts: int) -> list[int]:
 
 def _part_of(batch: Batch, places: Tensor, whole: Counts) -> Batch:
     """The tokens at `places` of the flattened rows as one row, with padding at its end."""
-    rows = batch.layout
+    rows = batch.meta
     row_number = places // rows.length
     # Examples are numbered within their row, so two rows use the same numbers.
     example_id, attn_order, block_id, positions = (part.flatten(0, 1)[places][None] for part in rows.parts())
     example_id = example_id * rows.batch + row_number.to(example_id.dtype)
-    layout = SequenceMeta(*(_lengthened(part) for part in (example_id, attn_order, block_id, positions)))
-    layout.example_id[:, len(places) :] = PADDING
+    meta = SequenceMeta(*(_lengthened(part) for part in (example_id, attn_order, block_id, positions)))
+    meta.example_id[:, len(places) :] = PADDING
     moved = torch.full((rows.batch * rows.length,), -1)
     moved[places] = torch.arange(len(places))
-    kinds = {}
-    for name, kind in batch.kinds.items():
-        here = (moved[kind.index] >= 0).nonzero()[:, 0]
+    groups = {}
+    for name, group in batch.groups.items():
+        here = (moved[group.index] >= 0).nonzero()[:, 0]
         if len(here):
-            arrays = {key: array[here] for key, array in kind.arrays.items()}
-            index = moved[kind.index[here]]
-            weight = kind.weight[here]
-            kinds[name] = TokenGroup(index, arrays, kind.example[here], weight, weight.nonzero()[:, 0])
-    return replace(batch, layout=layout, kinds=kinds, tokens=len(places), cursor={}, whole=whole)
+            arrays = {key: array[here] for key, array in group.arrays.items()}
+            index = moved[group.index[here]]
+            weight = group.weight[here]
+            groups[name] = TokenGroup(index, arrays, group.example[here], weight, weight.nonzero()[:, 0])
+    return replace(batch, meta=meta, groups=groups, tokens=len(places), cursor={}, whole=whole)
 
 
 def _lengthened(part: Tensor) -> Tensor:

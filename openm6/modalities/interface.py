@@ -34,11 +34,11 @@ class Cuttable:
 
 @dataclass(frozen=True)
 class Segment:
-    """One piece of raw input as N tokens: what the sequence rule and an adapter need to know of it.
+    """One segment of raw input as N tokens: what the sequence rule and an adapter need to know of it.
 
     `kind` names the adapter that embeds them. `arrays` holds one array per feature, each with leading length N.
     `grid` (N 3, int) is each token's offset in time, height and width; `moves` says for each axis whether it counts
-    from where the piece begins (1) or from its own origin wherever it stands (0); `span` is how far the next piece
+    from where the segment begins (1) or from its own origin wherever it stands (0); `span` is how far the next segment
     moves on. `learn` (N, bool) marks the tokens that carry a loss. `placement` is `source`
     (order 0), `part` (a source of the next order, which sees only itself and what stands before it), `causal` (one
     order after the other) or `block` (one order for all, private). `truncated` tells that the raw input was longer

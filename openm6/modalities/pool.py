@@ -33,10 +33,10 @@ class PoolConfig(Config):
     size: int = Field(default=128, ge=2, le=8192)
 
 
-def pooled(pieces: list[Segment], key: str = "", space: str = "", learn: bool = False) -> list[Segment]:
-    """Source pieces and the token that pools them, placed as they are."""
+def pooled(segments: list[Segment], key: str = "", space: str = "", learn: bool = False) -> list[Segment]:
+    """Source segments and the token that pools them, placed as they are."""
     pool = pool_segment(key, space, learn)
-    return [*pieces, replace(pool, placement=pieces[-1].placement) if pieces else pool]
+    return [*segments, replace(pool, placement=segments[-1].placement) if segments else pool]
 
 
 def pool_segment(key: str = "", space: str = "", learn: bool = False) -> Segment:

@@ -1,4 +1,4 @@
-"""The list of modalities, their settings, and raw parts turned into pieces of a sequence."""
+"""The list of modalities, their settings, and raw parts turned into segments of a sequence."""
 
 from __future__ import annotations
 
@@ -128,10 +128,12 @@ def source_segments(
     Raises:
         DataError: a part is broken or out of bounds.
     """
-    pieces = [modality_named(modalities, part.modality).source(part.raw, rng, part.options) for part in parts]
+    segments = [
+        modality_named(modalities, part.modality).source(part.raw, rng, part.options) for part in parts
+    ]
     if modalities.reading == "parts":
-        pieces = [replace(piece, placement="part") for piece in pieces]
-    return pieces
+        segments = [replace(segment, placement="part") for segment in segments]
+    return segments
 
 
 def target_segment(part: Part, modalities: Modalities, rng: np.random.Generator | None = None) -> Segment:
@@ -140,7 +142,7 @@ def target_segment(part: Part, modalities: Modalities, rng: np.random.Generator 
     Raises:
         DataError: the part is broken, or there is nothing in it to learn.
     """
-    piece = modality_named(modalities, part.modality).target(part.raw, rng, part.options)
-    if not piece.learn.any():
+    segment = modality_named(modalities, part.modality).target(part.raw, rng, part.options)
+    if not segment.learn.any():
         raise DataError(f"nothing of this {part.modality} is observed, so there is nothing to learn from it")
-    return piece
+    return segment

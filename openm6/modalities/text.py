@@ -79,17 +79,17 @@ class Text(Modality):
         starts: list[int] = []
         stops: list[int] = []
         place = 0
-        for number, piece in enumerate(text.split(GAP)):
+        for number, segment in enumerate(text.split(GAP)):
             if number:
                 ids.append(self.first_mark + HOLE)
                 starts.append(place)
                 place += 1
                 stops.append(place)
-            encoding = self.tokenizer.encode(piece, add_special_tokens=False)
+            encoding = self.tokenizer.encode(segment, add_special_tokens=False)
             ids.extend(encoding.ids)
             starts.extend(place + start for start, _ in encoding.offsets)
             stops.extend(place + stop for _, stop in encoding.offsets)
-            place += len(piece)
+            place += len(segment)
         return ids, starts, stops
 
     def encode_plain(self, text: str) -> list[int]:

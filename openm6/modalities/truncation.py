@@ -25,20 +25,20 @@ def cuttable_in(part: Part) -> tuple[Cuttable, ...]:
     return tuple(part.options.get("cuttable", (whole,)))
 
 
-def fit(pieces: Sequence[Segment], limit: int, shortest: int = 0) -> list[Segment]:
-    """The pieces with at most `limit` tokens together; as they are if that would leave less than `shortest` of a text.
+def fit(segments: Sequence[Segment], limit: int, shortest: int = 0) -> list[Segment]:
+    """The segments with at most `limit` tokens together; as they are if that would leave less than `shortest` of a text.
 
     All texts are cut to one length, the largest that fits, so the longest lose first and short ones nothing.
     """
-    lengths = [one.stop - one.start for piece in pieces for one in piece.cuttable]
-    excess = sum(map(len, pieces)) - limit
+    lengths = [one.stop - one.start for segment in segments for one in segment.cuttable]
+    excess = sum(map(len, segments)) - limit
     room = sum(lengths) - excess
     if excess <= 0 or room < 0 or not lengths:
-        return list(pieces)
+        return list(segments)
     longest = _longest_allowed(lengths, room)
     if longest < shortest:
-        return list(pieces)
-    return [_cut(piece, longest) for piece in pieces]
+        return list(segments)
+    return [_cut(segment, longest) for segment in segments]
 
 
 def _longest_allowed(lengths: list[int], room: int) -> int:
@@ -51,29 +51,29 @@ def _longest_allowed(lengths: list[int], room: int) -> int:
     return max(lengths)
 
 
-def _cut(piece: Segment, longest: int) -> Segment:
-    """The piece with at most `longest` tokens of each stretch that may be cut."""
-    kept = np.ones(len(piece), bool)
+def _cut(segment: Segment, longest: int) -> Segment:
+    """The segment with at most `longest` tokens of each stretch that may be cut."""
+    kept = np.ones(len(segment), bool)
     left: list[Cuttable] = []
     lost = 0
-    for one in piece.cuttable:
+    for one in segment.cuttable:
         over = max(0, one.stop - one.start - longest)
         gone = slice(one.start, one.start + over) if one.keep_end else slice(one.stop - over, one.stop)
         kept[gone] = False
         left.append(Cuttable(one.start - lost, one.stop - lost - over, one.keep_end))
         lost += over
-    return select_tokens(piece, kept, tuple(left)) if lost else piece
+    return select_tokens(segment, kept, tuple(left)) if lost else segment
 
 
-def select_tokens(piece: Segment, kept: np.ndarray, cuttable: tuple[Cuttable, ...] = ()) -> Segment:
+def select_tokens(segment: Segment, kept: np.ndarray, cuttable: tuple[Cuttable, ...] = ()) -> Segment:
     """A text of those of its tokens that are kept, marked as truncated.  # N bool"""
     count = int(kept.sum())
     return replace(
-        piece,
-        arrays={name: array[kept] for name, array in piece.arrays.items()},
+        segment,
+        arrays={name: array[kept] for name, array in segment.arrays.items()},
         grid=line(count),
         span=count,
-        learn=piece.learn[kept],
+        learn=segment.learn[kept],
         truncated=True,
         cuttable=cuttable,
     )

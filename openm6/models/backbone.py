@@ -63,34 +63,34 @@ class Backbone(nn.Module):
             self.final_norm.reset_parameters()
 
     def forward(
-        self, x: Tensor, layout: SequenceMeta, cache: TokenCache | None = None
+        self, x: Tensor, meta: SequenceMeta, cache: TokenCache | None = None
     ) -> tuple[Tensor, list[RouterLoad]]:
         """Embedded tokens B S D -> hidden states B S D after the final norm, and a report for each sparse layer.
 
         With a cache, the S tokens are added to it and see all of it by the same rule.
 
         Raises:
-            ValueError: x does not fit the config or the layout.
+            ValueError: x does not fit the config or `meta`.
             ConfigError: the cache is too small.
         """
-        if x.shape != (layout.batch, layout.length, self.config.width):
-            expected = (layout.batch, layout.length, self.config.width)
+        if x.shape != (meta.batch, meta.length, self.config.width):
+            expected = (meta.batch, meta.length, self.config.width)
             raise ValueError(f"embedded tokens have the shape {tuple(x.shape)}, expected {expected}")
 
-        def make_context(x: Tensor, layout: SequenceMeta) -> Context:
+        def make_context(x: Tensor, meta: SequenceMeta) -> Context:
             return Context(
-                rotary=rotary_table(layout.positions, self.config.rope_theta, self.config.sections),
-                mask=choose_mask(layout, cache, x),
-                valid=layout.valid,
+                rotary=rotary_table(meta.positions, self.config.rope_theta, self.config.sections),
+                mask=choose_mask(meta, cache, x),
+                valid=meta.valid,
                 cache=cache,
                 exchange=self.exchange,
             )
 
         if self.runner is not None:
             parts = [cast(LayerParts, layer) for layer in self.layers]
-            x, loads = self.runner.run(x, layout, parts, make_context)
+            x, loads = self.runner.run(x, meta, parts, make_context)
         else:
-            x, loads = self._run(x, make_context(x, layout))
+            x, loads = self._run(x, make_context(x, meta))
         return self.final_norm(x), loads
 
     def _run(self, x: Tensor, context: Context) -> tuple[Tensor, list[RouterLoad]]:
@@ -162,16 +162,16 @@ def side_loss(loads: list[RouterLoad]) -> Tensor | float:
     return sum((load.side_loss for load in loads), start=0.0)
 
 
-def choose_mask(layout: SequenceMeta, cache: TokenCache | None, x: Tensor) -> Mask:
+def choose_mask(meta: SequenceMeta, cache: TokenCache | None, x: Tensor) -> Mask:
     """The rule in the form that is fastest here: query blocks or FlexAttention for whole rows, else a dense mask."""
-    keys = layout if cache is None else cache.extend(layout)
-    if keys is layout and x.is_cpu:
-        return query_blocks(layout, x.dtype)
-    if keys is layout and x.is_cuda and layout.causal:
+    keys = meta if cache is None else cache.extend(meta)
+    if keys is meta and x.is_cpu:
+        return query_blocks(meta, x.dtype)
+    if keys is meta and x.is_cuda and meta.causal:
         return CausalMask()
-    if cache is None and x.is_cuda and layout.length % BLOCK == 0:
-        return block_mask(layout, layout)
-    mask = visible(layout, keys)
+    if cache is None and x.is_cuda and meta.length % BLOCK == 0:
+        return block_mask(meta, meta)
+    mask = visible(meta, keys)
     return additive_mask(mask, x.dtype) if x.is_cpu else mask
 
 

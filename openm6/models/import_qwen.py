@@ -59,7 +59,7 @@ def read_qwen(folder: Path) -> ImportedModel:
 def import_qwen(state: State, settings: Mapping[str, Any]) -> ImportedModel:
     """Maps the tensors of a Qwen3 or Qwen3-MoE decoder; `settings` is its config.json as a dictionary.
 
-    A row is read as its decoder would if its layout is causal (`causal_layout`). Matrices are copied.
+    With `causal_meta` a row is computed as its decoder would. Matrices are copied.
 
     Raises:
         ConfigError: a model of another kind, or with features that the backbone lacks.

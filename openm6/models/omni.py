@@ -98,10 +98,10 @@ class Omni(nn.Module):
         fresh.training = self.training
         return fresh
 
-    def embed(self, kinds: dict[str, TokenGroup], rows: int, length: int) -> Tensor:
+    def embed(self, groups: dict[str, TokenGroup], rows: int, length: int) -> Tensor:
         """All tokens of a batch at their positions; padding is zero.  # -> R S D"""
-        vectors = [self._embed_kind(name, kind) for name, kind in kinds.items()]
-        index = torch.cat([kind.index for kind in kinds.values()])
+        vectors = [self._embed_kind(name, group) for name, group in groups.items()]
+        index = torch.cat([group.index for group in groups.values()])
         dtype = (
             torch.get_autocast_dtype(self.device.type)
             if torch.is_autocast_enabled(self.device.type)
@@ -111,36 +111,36 @@ class Omni(nn.Module):
         empty = joined.new_zeros(rows * length, self.config.width)
         return empty.index_copy(0, index, joined).view(rows, length, -1)
 
-    def _embed_kind(self, name: str, kind: TokenGroup) -> Tensor:
-        vectors = self.adapter(name).embed(kind.arrays)  # n D
-        if "name_ids" in kind.arrays:  # a token that has a name carries the mean of its words
-            vectors = vectors + self.text.name_vectors(kind.arrays["name_ids"])
+    def _embed_kind(self, name: str, group: TokenGroup) -> Tensor:
+        vectors = self.adapter(name).embed(group.arrays)  # n D
+        if "name_ids" in group.arrays:  # a token that has a name carries the mean of its words
+            vectors = vectors + self.text.name_vectors(group.arrays["name_ids"])
         return vectors
 
     def forward(
-        self, kinds: dict[str, TokenGroup], layout: SequenceMeta, cache: TokenCache | None = None
+        self, groups: dict[str, TokenGroup], meta: SequenceMeta, cache: TokenCache | None = None
     ) -> tuple[Tensor, list[RouterLoad]]:
         """Hidden states after the final norm, and what each sparse layer routed.  # -> R S D"""
-        return self.backbone(self.embed(kinds, layout.batch, layout.length), layout, cache)
+        return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache)
 
     def judge(self, batch: Batch, as_trained: bool = False) -> tuple[dict[str, Judged], list[RouterLoad]]:
         """Losses of every learned token of a batch, by kind: the likelihood, or the training loss.
 
         The latter is given while the model trains, and if it is asked for.
         """
-        hidden, loads = self(batch.kinds, batch.layout)
+        hidden, loads = self(batch.groups, batch.meta)
         flat = hidden.flatten(0, 1)  # R S D -> N D
         judged = {}
-        for name, kind in batch.kinds.items():
-            chosen = kind.learned  # m
+        for name, group in batch.groups.items():
+            chosen = group.learned  # m
             if len(chosen):
-                arrays = {key: array[chosen] for key, array in kind.arrays.items()}
+                arrays = {key: array[chosen] for key, array in group.arrays.items()}
                 adapter = self.adapter(name)
-                rows, weight = flat[kind.index[chosen]], kind.weight[chosen]  # m D, m
+                rows, weight = flat[group.index[chosen]], group.weight[chosen]  # m D, m
                 if self.training or as_trained:
                     total, nats = adapter.weighed_loss(rows, arrays, weight)
                 else:
                     nats = adapter.nll(rows, arrays).float()
                     total = (nats * weight).sum()
-                judged[name] = Judged(total, nats, kind.example[chosen], weight)
+                judged[name] = Judged(total, nats, group.example[chosen], weight)
         return judged, loads

@@ -108,7 +108,7 @@ class BlockRunner(Protocol):
     """Runs all layers on embedded tokens, in as many parts of the batch as it sees fit."""
 
     def run(
-        self, x: Tensor, layout: SequenceMeta, layers: Sequence[LayerParts], make_context: MakeContext
+        self, x: Tensor, meta: SequenceMeta, layers: Sequence[LayerParts], make_context: MakeContext
     ) -> tuple[Tensor, list[RouterLoad]]:
         """B S D -> B S D before the final norm, and a report for each sparse layer.
 

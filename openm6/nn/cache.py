@@ -16,8 +16,8 @@ from openm6.ops.sequence import PADDING, SequenceMeta, join
 class TokenCache(Protocol):
     """What a forward pass needs of a cache."""
 
-    def extend(self, layout: SequenceMeta) -> SequenceMeta:
-        """Take the layout of the new tokens and return that of all keys; called once before the layers `write`."""
+    def extend(self, meta: SequenceMeta) -> SequenceMeta:
+        """Take the metadata of the new tokens and return that of all keys; called once before the layers `write`."""
         ...
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,15 +107,15 @@ class SlotWriter:
     def __init__(self, cache: SlotCache, slot: int, start: int) -> None:
         self.cache, self.slot, self.start, self.end = cache, slot, start, start
 
-    def extend(self, layout: SequenceMeta) -> SequenceMeta:
+    def extend(self, meta: SequenceMeta) -> SequenceMeta:
         """Raise ConfigError if the slot has too little room."""
-        self.end = self.start + layout.length
+        self.end = self.start + meta.length
         self.cache.check_room(self.end)
         self.cache.lengths[self.slot] = self.end
         if not self.start:
-            return layout
-        known = torch.zeros(1, self.start, dtype=torch.int32, device=layout.example_id.device)
-        return join([_open_layout(known), layout])
+            return meta
+        known = torch.zeros(1, self.start, dtype=torch.int32, device=meta.example_id.device)
+        return join([_open_meta(known), meta])
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         row = slice(self.slot, self.slot + 1)
@@ -135,9 +135,9 @@ class PackedWriter:
             torch.empty(0),
         )  # slot and position of each token
 
-    def extend(self, layout: SequenceMeta) -> SequenceMeta:
+    def extend(self, meta: SequenceMeta) -> SequenceMeta:
         """Raise ConfigError if a slot has too little room."""
-        sample = layout.example_id[0].long()  # S, without padding
+        sample = meta.example_id[0].long()  # S, without padding
         lengths = torch.bincount(sample, minlength=len(self.slots))
         starts = lengths.cumsum(0) - lengths
         slots = torch.tensor(self.slots, device=sample.device)
@@ -145,7 +145,7 @@ class PackedWriter:
         for slot, length in zip(self.slots, lengths.tolist(), strict=True):
             self.cache.check_room(length)
             self.cache.lengths[slot] = length
-        return layout
+        return meta
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -167,8 +167,8 @@ class SlotReader:
         known = position < torch.tensor(lengths, device=device)[:, None]  # B T
         self.sample = torch.where(known, 0, PADDING).to(torch.int32)
 
-    def extend(self, layout: SequenceMeta) -> SequenceMeta:
-        return join([_open_layout(self.sample), layout])
+    def extend(self, meta: SequenceMeta) -> SequenceMeta:
+        return join([_open_meta(self.sample), meta])
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         keys = self.cache.keys[layer, self.index, : self.longest]
@@ -176,7 +176,7 @@ class SlotReader:
         return torch.cat([keys.to(key.dtype), key], 1), torch.cat([values.to(value.dtype), value], 1)
 
 
-def _open_layout(sample: Tensor) -> SequenceMeta:
+def _open_meta(sample: Tensor) -> SequenceMeta:
     """Tokens of order 0 in no block: all later ones of their sample see them.  # B T"""
     zero = torch.zeros_like(sample)
     return SequenceMeta(sample, zero, zero, zero.unsqueeze(-1).expand(*sample.shape, 3))

@@ -117,10 +117,10 @@ class OffloadedBlocks:
         return BackwardFacts(self._squares.sqrt(), self._skipped)
 
     def run(
-        self, x: Tensor, layout: SequenceMeta, layers: Sequence[LayerParts], make_context: MakeContext
+        self, x: Tensor, meta: SequenceMeta, layers: Sequence[LayerParts], make_context: MakeContext
     ) -> tuple[Tensor, list[RouterLoad]]:
         learning = torch.is_grad_enabled()
-        parts = _row_parts(layout, x, self.config.micro_batches if learning else 1)
+        parts = _row_parts(meta, x, self.config.micro_batches if learning else 1)
         contexts = [make_context(x[rows], part) for rows, part in parts]
         batch = _Batch(contexts, [rows for rows, _ in parts], _shares(contexts))
         if learning and self._step is None:
@@ -350,16 +350,14 @@ def _compiled_run() -> Run:
     return torch.compile(run_block)
 
 
-def _row_parts(layout: SequenceMeta, x: Tensor, wanted: int) -> list[tuple[slice, SequenceMeta]]:
+def _row_parts(meta: SequenceMeta, x: Tensor, wanted: int) -> list[tuple[slice, SequenceMeta]]:
     """Up to `wanted` parts of the rows, as even as can be."""
-    count = max(1, min(wanted, layout.batch))
+    count = max(1, min(wanted, meta.batch))
     if count == 1:
-        return [(slice(None), layout)]
-    borders = [round(part * layout.batch / count) for part in range(count + 1)]
+        return [(slice(None), meta)]
+    borders = [round(part * meta.batch / count) for part in range(count + 1)]
     rows = [slice(first, last) for first, last in itertools.pairwise(borders)]
-    return [
-        (one, SequenceMeta(*(part[one] for part in layout.parts()), causal=layout.causal)) for one in rows
-    ]
+    return [(one, SequenceMeta(*(part[one] for part in meta.parts()), causal=meta.causal)) for one in rows]
 
 
 def _shares(contexts: list[Context]) -> list[Tensor]:

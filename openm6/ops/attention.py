@@ -38,13 +38,13 @@ class QueryBlocks:
     blocks: tuple[QueryBlock, ...]
 
 
-def query_blocks(layout: SequenceMeta, dtype: torch.dtype) -> QueryBlocks:
+def query_blocks(meta: SequenceMeta, dtype: torch.dtype) -> QueryBlocks:
     """Cut rows at the borders of examples, and after each 128 tokens."""
-    mask = visible(layout, layout)[:, 0]  # B S S
+    mask = visible(meta, meta)[:, 0]  # B S S
     blocks = []
-    for row, example in enumerate(layout.example_id):
+    for row, example in enumerate(meta.example_id):
         lengths = torch.unique_consecutive(example, return_counts=True)[1].tolist()
-        start, base = 0, row * layout.length
+        start, base = 0, row * meta.length
         for length in lengths:
             end = start + length
             for begin in range(start, end, BLOCK_QUERIES):

@@ -68,7 +68,7 @@ class SequenceMeta:
         return self.example_id >= 0
 
     def to(self, device: torch.device | str) -> SequenceMeta:
-        """The same layout on another device."""
+        """The same metadata on another device."""
         return SequenceMeta(*(part.to(device) for part in self.parts()), causal=self.causal)
 
     def narrow(self, start: int, stop: int) -> SequenceMeta:
@@ -108,9 +108,9 @@ def padding_meta(batch: int, length: int, device: torch.device | str | None = No
     )
 
 
-def join(layouts: list[SequenceMeta]) -> SequenceMeta:
-    """Several layouts one after the other along the row."""
-    columns = zip(*(layout.parts() for layout in layouts), strict=True)
+def join(metas: list[SequenceMeta]) -> SequenceMeta:
+    """Several sequences one after the other along the row."""
+    columns = zip(*(meta.parts() for meta in metas), strict=True)
     return SequenceMeta(*(torch.cat(column, dim=1) for column in columns))
 
 
@@ -190,9 +190,9 @@ def block_kinds(query: SequenceMeta, key: SequenceMeta, block: int = BLOCK) -> t
     return ~(apart | later), whole
 
 
-def _summary(layout: SequenceMeta, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _summary(meta: SequenceMeta, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Lowest and highest example_id, lowest and highest attn_order, highest block_id of each block: B n."""
-    example, order, private = (part.unflatten(1, (-1, block)) for part in layout.parts()[:3])
+    example, order, private = (part.unflatten(1, (-1, block)) for part in meta.parts()[:3])
     return example.amin(-1), example.amax(-1), order.amin(-1), order.amax(-1), private.amax(-1)
 
 

@@ -160,7 +160,7 @@ class Attribution:
         """The batch's work by modality and by task; call it while the batch is still on the CPU."""
         modalities: dict[str, WorkShare] = {}
         tokens, operations = np.zeros(batch.num_examples), np.zeros(batch.num_examples)  # E
-        for name, kind in batch.kinds.items():
+        for name, kind in batch.groups.items():
             learned = kind.weight.numpy() > 0  # n
             cost = self._backbone + np.where(learned, self._learned[name], self._read[name])
             example = kind.example.numpy()

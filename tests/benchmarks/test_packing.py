@@ -39,7 +39,7 @@ def test_dense_rows_are_full_of_one_causal_text(tmp_path: Path) -> None:
     assert torch.equal(first.layout.attn_order[0], torch.arange(1, 161, dtype=torch.int32))
     assert (first.kinds["text"].weight > 0).all()
     # Texts go on from row to row.
-    assert not torch.equal(first.kinds["text"].arrays["ids"], second.kinds["text"].arrays["ids"])
+    assert not torch.equal(first.groups["text"].arrays["ids"], second.groups["text"].arrays["ids"])
 
 
 def test_both_are_told_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -33,7 +33,7 @@ def check_shapes(tokens: Segment) -> None:
     assert tokens.learn.shape == (count,) and tokens.learn.dtype == bool
     assert {len(array) for array in tokens.arrays.values()} == {count}
     along = (tokens.grid * np.asarray(tokens.moves)).max(initial=-1)
-    assert tokens.span > along, "the next piece would stand on this one's places"
+    assert tokens.span > along, "the next segment would stand on this one's places"
     for name, array in tokens.arrays.items():
         assert array.dtype.kind in "biuf" and np.isfinite(array).all(), name
 

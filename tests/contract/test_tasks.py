@@ -97,7 +97,7 @@ def test_a_real_record_becomes_an_example(task: Task) -> None:
         assert task.reads in {part.modality for part in example.source}
         assert example.target.modality == task.gives
         sequence = example_sequence(example, modalities())
-        learned = [piece.kind for piece in sequence.segments if piece.learn.any()]
+        learned = [segment.kind for segment in sequence.segments if segment.learn.any()]
         assert learned == [POOL, POOL] if task.contrasts else len(learned) == 1
         assert sequence.segments[-1].learn.any()
 
@@ -206,9 +206,9 @@ def test_a_gap_stands_where_words_are_missing() -> None:
     for seed in range(10):
         example = task.example(source[seed], np.random.default_rng(seed))
         (given,) = example.source
-        pieces = given.raw.removeprefix("Restore: ").split("\N{OBJECT REPLACEMENT CHARACTER}")
-        assert len(pieces) > 1 and sum(map(len, pieces)) < len(example.answer)
-        assert re.fullmatch(".+".join(map(re.escape, pieces)), example.answer, re.DOTALL)
+        segments = given.raw.removeprefix("Restore: ").split("\N{OBJECT REPLACEMENT CHARACTER}")
+        assert len(segments) > 1 and sum(map(len, segments)) < len(example.answer)
+        assert re.fullmatch(".+".join(map(re.escape, segments)), example.answer, re.DOTALL)
 
 
 def test_a_prompt_that_names_a_slot_that_is_not_there_is_refused() -> None:

@@ -57,7 +57,7 @@ def answers(batch: Batch) -> list[str]:
     """The answers of all examples of a batch, in order."""
     text = modalities()["text"]
     assert isinstance(text, Text)
-    kind = batch.kinds["text"]
+    kind = batch.groups["text"]
     return [
         text.decode([i for i in kind.arrays["labels"][kind.example == e].tolist() if i >= 0])
         for e in range(batch.num_examples)
@@ -65,14 +65,14 @@ def answers(batch: Batch) -> list[str]:
 
 
 def same(first: Batch, second: Batch) -> bool:
-    layouts = zip(first.layout.parts(), second.layout.parts(), strict=True)
+    metas = zip(first.meta.parts(), second.meta.parts(), strict=True)
     return (
         first.cursor == second.cursor
-        and first.kinds.keys() == second.kinds.keys()
-        and all(torch.equal(a, b) for a, b in layouts)
+        and first.groups.keys() == second.groups.keys()
+        and all(torch.equal(a, b) for a, b in metas)
         and all(
-            torch.equal(a, second.kinds[k].arrays[n])
-            for k, kind in first.kinds.items()
+            torch.equal(a, second.groups[k].arrays[n])
+            for k, kind in first.groups.items()
             for n, a in kind.arrays.items()
         )
     )
@@ -109,9 +109,9 @@ def test_each_record_is_seen_about_once_an_epoch() -> None:
 
 def test_rows_are_full_and_hold_whole_examples() -> None:
     for batch in batches(packer(texts(30)), 8):
-        assert batch.layout.example_id.shape == (2, 64)
-        assert int(batch.layout.valid.sum()) == batch.tokens > 0.75 * 2 * 64
-        for row in batch.layout.example_id.tolist():
+        assert batch.meta.example_id.shape == (2, 64)
+        assert int(batch.meta.valid.sum()) == batch.tokens > 0.75 * 2 * 64
+        for row in batch.meta.example_id.tolist():
             numbers = [number for number, _ in itertools.groupby(row)]
             assert numbers in (list(range(len(numbers))), [*range(len(numbers) - 1), -1])
 
@@ -143,7 +143,7 @@ def test_what_is_too_long_is_set_aside_with_advice_and_is_not_broken(tmp_path: P
     quarantine = Quarantine(tmp_path / "q.jsonl", limit=0.0, minimum=1)
     made = drawing(IMAGES, 48, quarantine, beside=True)
     found = batches(made, 20)
-    assert all(batch.num_examples and "image_out" not in batch.kinds for batch in found)
+    assert all(batch.num_examples and "image_out" not in batch.groups for batch in found)
     assert quarantine.total == 0 and quarantine.too_long["images"] > 10
     lines = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     assert sorted(line["id"] for line in lines) == ["i0", "i1", "i2", "i3"]
@@ -281,7 +281,7 @@ def test_one_that_waits_comes_first_in_the_next_batch_and_is_made_once() -> None
     for _ in itertools.islice(watched.batches(), 5):
         waiting, before = list(watched.waiting), len(watched.made)
         batch = next(iter(watched.batches()))
-        assert batch.draws[0] == waiting[0], "the first fills the first row"
+        assert batch.samples[0] == waiting[0], "the first fills the first row"
         assert not set(waiting) & set(watched.made[before:])
 
 

@@ -47,8 +47,8 @@ def transform(
 def alike(first: PackedExample, second: PackedExample) -> bool:
     return len(first) == len(second) and all(
         np.array_equal(array, other.arrays[name])
-        for piece, other in zip(first.segments, second.segments, strict=True)
-        for name, array in piece.arrays.items()
+        for segment, other in zip(first.segments, second.segments, strict=True)
+        for name, array in segment.arrays.items()
     )
 
 
@@ -75,7 +75,7 @@ def test_a_tenth_of_every_task_loses_its_inputs(task: str) -> None:
     maker = transform(task, [{**record, "numbers": {"mass": 1.0}} for record in RECORDS])
     found = [maker(SampleIndex(0, epoch, n, 0)) for epoch in range(50) for n in range(12)]
     assert sum(map(is_null, found)) / len(found) == pytest.approx(NULL_FRACTION, abs=0.04)
-    kinds = {piece.kind for sequence in found if is_null(sequence) for piece in sequence.segments[:-1]}
+    kinds = {segment.kind for sequence in found if is_null(sequence) for segment in sequence.segments[:-1]}
     assert kinds <= {"text"}, "neither image nor numbers remain"
 
 

@@ -25,7 +25,7 @@ def hidden_states(model: LoadedModel, prompt: Prompt, target: Segment) -> Tensor
     """Hidden states of the target tokens from one pass over prompt and target.  # -> N D"""
     sequence = build_sequence([*prompt, target])
     batch = collate([[sequence]], len(sequence))
-    return model.omni(batch.kinds, batch.layout)[0][0, len(sequence) - len(target) :]
+    return model.omni(batch.groups, batch.meta)[0][0, len(sequence) - len(target) :]
 
 
 def noise(seed: int, draw: int, *shape: int) -> Tensor:

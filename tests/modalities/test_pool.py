@@ -21,9 +21,9 @@ def adapter(width: int = 16, size: int = 8) -> PoolAdapter:
 
 def arrays(keys: list[str], space: str = "a") -> dict[str, torch.Tensor]:
     """What a batch of pairs with these keys holds: each key once a side."""
-    pieces = [pool_segment(key, space, learn=True) for key in keys for _ in range(2)]
+    segments = [pool_segment(key, space, learn=True) for key in keys for _ in range(2)]
     return {
-        name: torch.from_numpy(np.concatenate([piece.arrays[name] for piece in pieces]))
+        name: torch.from_numpy(np.concatenate([segment.arrays[name] for segment in segments]))
         for name in ("key", "space")
     }
 
@@ -33,7 +33,7 @@ def test_the_sides_of_a_pair_are_strangers() -> None:
     left = [text.source("seven"), pool_segment("7", "s", learn=True)]
     right = [text.source("draw the digit"), pool_segment("7", "s", learn=True)]
     pair, alone = build_pair(left, right), build_sequence(right)
-    seen = visible(*[collate([[pair]], len(pair)).layout] * 2)[0, 0]
+    seen = visible(*[collate([[pair]], len(pair)).meta] * 2)[0, 0]
     half = sum(map(len, left))
     assert seen[:half, :half].all() and seen[half:, half:].all()
     assert not seen[:half, half:].any() and not seen[half:, :half].any()
@@ -74,14 +74,14 @@ def test_vectors_have_length_one_and_the_scale_a_bound() -> None:
 
 
 def test_what_pools_parts_sees_them_all() -> None:
-    pieces = source_segments([Part("text", "draw"), Part("text", "seven")], modalities("parts"))
-    order = build_sequence(pooled(pieces)).attn_order
+    segments = source_segments([Part("text", "draw"), Part("text", "seven")], modalities("parts"))
+    order = build_sequence(pooled(segments)).attn_order
     assert order[-1] > order[-2] > order[0], "and no part sees what pools it"
     assert pooled([])[0].placement == "source"
 
 
 def test_a_piece_is_one_token_of_its_own_kind() -> None:
-    piece = pool_segment("seven", "text image")
-    assert piece.kind == POOL and len(piece) == 1 and piece.span == 1 and not piece.learn.any()
-    assert pool_segment("seven").arrays["key"] == piece.arrays["key"] >= 0
-    assert pool_segment("eight").arrays["key"] != piece.arrays["key"]
+    segment = pool_segment("seven", "text image")
+    assert segment.kind == POOL and len(segment) == 1 and segment.span == 1 and not segment.learn.any()
+    assert pool_segment("seven").arrays["key"] == segment.arrays["key"] >= 0
+    assert pool_segment("eight").arrays["key"] != segment.arrays["key"]

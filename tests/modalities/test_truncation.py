@@ -24,14 +24,16 @@ def text() -> Text:
     return found
 
 
-def piece(lengths: list[int], between: int, keep_end: bool = False) -> Segment:
+def segment(lengths: list[int], between: int, keep_end: bool = False) -> Segment:
     """A text of stretches that may be cut, each followed by so many words that may not."""
     cuttable, position = [], 0
     for length in lengths:
         cuttable.append(Cuttable(position, position + length, keep_end))
         position += length + between
     ids = np.arange(position)
-    return Segment("text", {"ids": ids}, line(position), position, np.zeros(position, bool), cuttable=tuple(cuttable))
+    return Segment(
+        "text", {"ids": ids}, line(position), position, np.zeros(position, bool), cuttable=tuple(cuttable)
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -44,17 +46,17 @@ def piece(lengths: list[int], between: int, keep_end: bool = False) -> Segment:
 def test_all_stretches_are_cut_to_the_largest_length_that_fits(
     lengths: list[list[int]], between: int, limit: int, keep_end: bool
 ) -> None:
-    pieces = [piece(found, between, keep_end) for found in lengths]
+    segments = [segment(found, between, keep_end) for found in lengths]
     every = [length for found in lengths for length in found]
     fixed = between * len(every)
     fitting = [c for c in range(14) if fixed + sum(min(length, c) for length in every) <= limit]
-    cut = fit(pieces, limit)
+    cut = fit(segments, limit)
     if not every or not fitting:
-        assert cut == pieces
+        assert cut == segments
         return
     most = max(fitting)
     assert sum(map(len, cut)) == fixed + sum(min(length, most) for length in every) <= limit
-    for before, after in zip(pieces, cut, strict=True):
+    for before, after in zip(segments, cut, strict=True):
         assert after.truncated == any(one.stop - one.start > most for one in before.cuttable)
         kept = []
         for one, left in zip(before.cuttable, after.cuttable, strict=True):
@@ -67,9 +69,9 @@ def test_all_stretches_are_cut_to_the_largest_length_that_fits(
 
 
 def test_less_than_the_shortest_is_not_cut() -> None:
-    pieces = [piece([40], 2), piece([30], 2)]
-    assert [len(found) for found in fit(pieces, 36, shortest=16)] == [18, 18]
-    assert fit(pieces, 34, shortest=16) == pieces
+    segments = [segment([40], 2), segment([30], 2)]
+    assert [len(found) for found in fit(segments, 36, shortest=16)] == [18, 18]
+    assert fit(segments, 34, shortest=16) == segments
 
 
 def test_a_text_that_is_too_long_keeps_the_question(text: Text) -> None:

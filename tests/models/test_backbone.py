@@ -46,20 +46,20 @@ def example(sample: int, seed: int) -> SequenceMeta:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_examples_answer_as_alone(name):
     model = make(name)
-    layouts = [example(0, 1), example(1, 2), padding_meta(1, 3), example(2, 3)]
+    metas = [example(0, 1), example(1, 2), padding_meta(1, 3), example(2, 3)]
     x = torch.randn(1, 39, 32)
-    packed, _ = model(x, join(layouts))
-    for start, layout in ((0, layouts[0]), (12, layouts[1]), (27, layouts[3])):
-        alone, _ = model(x[:, start : start + 12], layout)
+    packed, _ = model(x, join(metas))
+    for start, meta in ((0, metas[0]), (12, metas[1]), (27, metas[3])):
+        alone, _ = model(x[:, start : start + 12], meta)
         torch.testing.assert_close(packed[:, start : start + 12], alone, rtol=1e-4, atol=1e-5)
     assert packed.isfinite().all()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_steps_equal_one_pass(name):
-    model, x, layout = make(name).eval(), torch.randn(2, 20, 32), causal_meta(2, 20)
+    model, x, meta = make(name).eval(), torch.randn(2, 20, 32), causal_meta(2, 20)
     with torch.no_grad():
-        whole, _ = model(x, layout)
+        whole, _ = model(x, meta)
         cache = model.new_cache(3, 20)
         for row, slot in ((0, 2), (1, 0)):
             parts = [
@@ -76,22 +76,22 @@ def test_cached_steps_equal_one_pass(name):
 
 def test_a_masked_parallel_target_leaves_no_trace():
     """Two private images after the same cached prompt: the second must not see the first."""
-    model, layout = make("experts"), example(0, 4)
+    model, meta = make("experts"), example(0, 4)
     x, other = torch.randn(1, 12, 32), torch.randn(1, 4, 32)
     with torch.no_grad():
         cache = model.new_cache(1, 8)
-        model(x[:, :8], layout.narrow(0, 8), cache.writer(0))
+        model(x[:, :8], meta.narrow(0, 8), cache.writer(0))
         for target in (other, x[:, 8:]):
-            judged, _ = model(target, layout.narrow(8, 12), cache.reader([0]))
-        torch.testing.assert_close(judged, model(x, layout)[0][:, 8:], rtol=1e-4, atol=1e-5)
+            judged, _ = model(target, meta.narrow(8, 12), cache.reader([0]))
+        torch.testing.assert_close(judged, model(x, meta)[0][:, 8:], rtol=1e-4, atol=1e-5)
 
 
 def test_later_tokens_do_not_see_a_private_picture():
-    model, layout = make("dense"), example(0, 5)
-    after = SequenceMeta(*(part[:, :1] for part in layout.parts()))
+    model, meta = make("dense"), example(0, 5)
+    after = SequenceMeta(*(part[:, :1] for part in meta.parts()))
     after = SequenceMeta(after.example_id, after.attn_order + 9, after.block_id, after.positions)
     x = torch.randn(1, 13, 32, requires_grad=True)
-    hidden, _ = model(x, join([layout, after]))
+    hidden, _ = model(x, join([meta, after]))
     hidden[0, 12].square().sum().backward()
     assert x.grad is not None
     assert not x.grad[0, 8:12].any()
@@ -127,8 +127,8 @@ def test_delinked_copies_answer_as_the_shared_set():
         for name, value in shared.sets[number].state_dict().items():
             state[f"sets.{layer}.{name}"] = value
     plain.load_state_dict(state)
-    x, layout = torch.randn(1, 9, 32), causal_meta(1, 9)
-    assert torch.equal(shared(x, layout)[0], plain(x, layout)[0])
+    x, meta = torch.randn(1, 9, 32), causal_meta(1, 9)
+    assert torch.equal(shared(x, meta)[0], plain(x, meta)[0])
 
 
 def test_meta_build_fills_as_a_direct_one():
@@ -180,10 +180,10 @@ def test_a_shared_router_moves_once_by_the_sum_of_its_layers():
 
 def test_autocast_runs_forward_and_backward():
     model = make("experts")
-    x, layout = torch.randn(2, 10, 32), causal_meta(2, 10)
-    plain, _ = model(x, layout)
+    x, meta = torch.randn(2, 10, 32), causal_meta(2, 10)
+    plain, _ = model(x, meta)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden, loads = model(x, layout)
+        hidden, loads = model(x, meta)
         (hidden.float().square().mean() + side_loss(loads)).backward()
         with torch.no_grad():
             cached, _ = model(x[:1], causal_meta(1, 10), model.new_cache(1, 10).writer(0))
@@ -193,10 +193,10 @@ def test_autocast_runs_forward_and_backward():
 
 
 def test_half_precision_weights():
-    model, layout = make("experts"), causal_meta(1, 10)
+    model, meta = make("experts"), causal_meta(1, 10)
     x = torch.randn(1, 10, 32)
-    plain, _ = model(x, layout)
-    half, _ = model.bfloat16()(x.bfloat16(), layout)
+    plain, _ = model(x, meta)
+    half, _ = model.bfloat16()(x.bfloat16(), meta)
     assert half.dtype == torch.bfloat16
     assert (half.float() - plain).abs().mean() < 0.1
 

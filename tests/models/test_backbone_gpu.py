@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 
-def layout() -> SequenceMeta:
+def meta() -> SequenceMeta:
     """512 tokens: a source, words and a private picture, then a text, then padding."""
     order = torch.tensor([[0] * 50 + list(range(1, 31)) + [31] * 48], dtype=torch.int32).expand(2, 128)
     private = torch.tensor([[0] * 80 + [1] * 48], dtype=torch.int32).expand(2, 128)
@@ -37,7 +37,7 @@ def gradients(model: Backbone, x: Tensor, where: SequenceMeta, upstream: Tensor)
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 0.05)])
 def test_gpu_agrees_with_cpu(autocast, tolerance):
     torch.manual_seed(0)
-    model, where = Backbone(preset("nano").backbone), layout()
+    model, where = Backbone(preset("nano").backbone), meta()
     x, upstream = torch.randn(2, 512, 192), torch.randn(2, 512, 192)
     here = gradients(model, x, where, upstream)
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
@@ -47,7 +47,7 @@ def test_gpu_agrees_with_cpu(autocast, tolerance):
 
 
 def test_a_step_never_makes_the_gpu_wait():
-    model, where, x = Backbone(preset("nano").backbone).cuda(), layout().to("cuda"), torch.randn(2, 512, 192)
+    model, where, x = Backbone(preset("nano").backbone).cuda(), meta().to("cuda"), torch.randn(2, 512, 192)
     x = x.cuda()
     for mode in ("default", "error"):  # the first step compiles
         torch.cuda.set_sync_debug_mode(mode)
@@ -63,7 +63,7 @@ def test_a_step_never_makes_the_gpu_wait():
 
 def test_compiled_blocks_with_kernels_agree_with_the_cpu():
     torch.manual_seed(0)
-    model, where = Backbone(preset("nano").backbone), layout()
+    model, where = Backbone(preset("nano").backbone), meta()
     x, upstream = torch.randn(2, 512, 192), torch.randn(2, 512, 192)
     here = gradients(model, x, where, upstream)
     run = CompiledBlocks()

@@ -92,14 +92,14 @@ def test_cached_decoding_equals_theirs(name):
     reference = theirs(name)
     imported = import_qwen(reference.state_dict(), reference.config.to_dict())
     model, tokens = ours(imported), torch.randint(0, 61, (2, 12))
-    cache, past, layout = model.new_cache(2, 12), None, causal_meta(1, 12)
+    cache, past, meta = model.new_cache(2, 12), None, causal_meta(1, 12)
     with torch.no_grad():
         for start, stop in ((0, 8), (8, 9), (9, 10), (10, 12)):
             step = tokens[:, start:stop]
             expected = reference(step, past_key_values=past, use_cache=True)
             past = expected.past_key_values
             for row in range(2):
-                embedded, new = imported.embedding[step[row : row + 1]], layout.narrow(start, stop)
+                embedded, new = imported.embedding[step[row : row + 1]], meta.narrow(start, stop)
                 hidden, _ = model(embedded, new, cache.writer(row, start))
                 logits = hidden[0] @ imported.head.t()
                 torch.testing.assert_close(logits, expected.logits[row], rtol=0, atol=1e-5)

@@ -91,7 +91,7 @@ def test_hidden_codes_do_not_leak(model: Omni, seed: int) -> None:
     def states(arrays: dict[str, np.ndarray]) -> torch.Tensor:
         sequence = build_sequence([*source, replace(target, arrays={**target.arrays, **arrays})])
         batch = collate([[sequence]], len(sequence))
-        return model(batch.kinds, batch.layout)[0]
+        return model(batch.groups, batch.meta)[0]
 
     plain = states({})
     other = (target.arrays["shown"] + 1) % size
@@ -110,23 +110,23 @@ def test_nothing_to_learn_gives_no_loss(model: Omni) -> None:
 def test_the_wanted_number_does_not_leak(model: Omni) -> None:
     found = []
     for value in (1.0, 9.0):
-        pieces = source_segments([Part("text", "what is the mass?")], modalities())
+        segments = source_segments([Part("text", "what is the mass?")], modalities())
         target = target_segment(Part("numbers", {"mass": value}), modalities())
-        batch = collate([[build_sequence([*pieces, target])]], 64)
-        found.append(model(batch.kinds, batch.layout)[0])
+        batch = collate([[build_sequence([*segments, target])]], 64)
+        found.append(model(batch.groups, batch.meta)[0])
     assert torch.equal(found[0], found[1])
 
 
 def test_later_words_do_not_leak(model: Omni) -> None:
-    pieces = source_segments([Part("text", "say")], modalities())
+    segments = source_segments([Part("text", "say")], modalities())
     found, ids = [], []
     for words in ("seven apples", "seven pears!"):
         target = target_segment(Part("text", words), modalities())
-        batch = collate([[build_sequence([*pieces, target])]], 48)
-        found.append(model(batch.kinds, batch.layout)[0])
+        batch = collate([[build_sequence([*segments, target])]], 48)
+        found.append(model(batch.groups, batch.meta)[0])
         ids.append(target.arrays["ids"].tolist())
     alike = next(place for place, pair in enumerate(zip(*ids, strict=False)) if pair[0] != pair[1])
-    same = len(pieces[0]) + alike
+    same = len(segments[0]) + alike
     assert alike > 2
     # Rows of other lengths are summed in another order: equal to rounding, where a leak would differ by tenths.
     torch.testing.assert_close(found[0][:, :same], found[1][:, :same], rtol=0, atol=1e-5)
@@ -138,7 +138,7 @@ def test_a_name_carries_its_words(model: Omni) -> None:
     for column in ("mass", "length"):
         tokens = modalities()["numbers"].source({column: None})
         batch = collate([[build_sequence([tokens])]], 1)
-        found.append(model.embed(batch.kinds, 1, 1))
+        found.append(model.embed(batch.groups, 1, 1))
     assert not torch.equal(found[0], found[1])
 
 
@@ -193,15 +193,15 @@ def test_a_loss_makes_no_gpu_wait(sequences: list[PackedExample], monkeypatch: p
     """All adapters, forward and backward; the backbone, which has paths of its own on a GPU, is tested there."""
     model = omni().requires_grad_(True).train()
     batch = collate([sequences[:4], sequences[4:7], sequences[7:]], 512)
-    hidden, loads = model(batch.kinds, batch.layout)
+    hidden, loads = model(batch.groups, batch.meta)
 
     def no_list(tensor: torch.Tensor) -> None:
         raise AssertionError("a tensor became a list")
 
     with monkeypatch.context() as patched, HostReads() as reads:
         patched.setattr(torch.Tensor, "tolist", no_list)
-        embedded = model.embed(batch.kinds, batch.layout.batch, batch.layout.length)
-        patched.setattr(model, "forward", lambda kinds, layout: (hidden + 0 * embedded, loads))
+        embedded = model.embed(batch.groups, batch.meta.batch, batch.meta.length)
+        patched.setattr(model, "forward", lambda groups, meta: (hidden + 0 * embedded, loads))
         judged, _ = model.judge(batch)
         total = sum((part.total for part in judged.values()), start=embedded.new_zeros(()))
         total.backward()
@@ -211,7 +211,7 @@ def test_a_loss_makes_no_gpu_wait(sequences: list[PackedExample], monkeypatch: p
 def test_the_tokens_judged_are_those_with_a_weight(model: Omni, sequences: list[PackedExample]) -> None:
     batch = collate([sequences[:4], sequences[4:7], sequences[7:]], 512)
     judged, _ = model.judge(batch)
-    for name, kind in batch.kinds.items():
+    for name, kind in batch.groups.items():
         chosen = kind.weight != 0
         if name in judged:
             assert torch.equal(judged[name].weight, kind.weight[chosen])

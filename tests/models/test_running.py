@@ -43,10 +43,10 @@ def packings() -> list[SequenceMeta]:
     ]
 
 
-def gradients(backbone: Backbone, layout: SequenceMeta) -> list[torch.Tensor]:
+def gradients(backbone: Backbone, meta: SequenceMeta) -> list[torch.Tensor]:
     torch.manual_seed(1)
     x = torch.randn(2, 32, 32).bfloat16().requires_grad_()
-    hidden, loads = backbone(x, layout)
+    hidden, loads = backbone(x, meta)
     upstream, leaves = torch.randn(2, 32, 32), [x, *backbone.parameters()]
     found = torch.autograd.grad(
         (hidden.float() * upstream).sum() + sum(load.side_loss for load in loads), leaves, allow_unused=True
@@ -60,18 +60,18 @@ def dense_mask(monkeypatch):
     """Masks as on a GPU for rows of any length: tensors, not pieces with the numbers of this batch in them."""
     monkeypatch.setattr(
         "openm6.models.backbone.query_blocks",
-        lambda layout, dtype: additive_mask(visible(layout, layout), dtype),
+        lambda meta, dtype: additive_mask(visible(meta, meta), dtype),
     )
 
 
 def test_compiled_once_for_all_layers_and_packings(dense_mask):
     backbone = model()
     run = CompiledBlocks(backend="aot_eager")
-    for layout in packings():
+    for meta in packings():
         backbone.run_block = run_plainly
-        plain = gradients(backbone, layout)
+        plain = gradients(backbone, meta)
         backbone.run_block = run
-        compiled = gradients(backbone, layout)
+        compiled = gradients(backbone, meta)
         for ours, theirs in zip(compiled, plain, strict=True):
             assert (ours - theirs).float().norm() <= 0.02 * theirs.float().norm()
     assert run.compilations == 2  # one graph of a dense layer, one of a sparse layer
@@ -79,25 +79,23 @@ def test_compiled_once_for_all_layers_and_packings(dense_mask):
 
 def test_block_masks_of_other_packings_compile_nothing_anew(monkeypatch):
     """As on a GPU; forward alone, for FlexAttention has no backward pass on a CPU."""
-    monkeypatch.setattr(
-        "openm6.models.backbone.choose_mask", lambda layout, cache, x: block_mask(layout, layout)
-    )
+    monkeypatch.setattr("openm6.models.backbone.choose_mask", lambda meta, cache, x: block_mask(meta, meta))
     backbone, run = model(), CompiledBlocks(backend="aot_eager")
     backbone.run_block = run
-    layouts = [
+    metas = [
         causal_meta(1, 256),
         join([causal_meta(1, 200), padding_meta(1, 56)]),
         join([padding_meta(1, 130), causal_meta(1, 126)]),
     ]
     with torch.no_grad():
-        for layout in layouts:
+        for meta in metas:
             x = torch.randn(1, 256, 32).bfloat16()
-            ours, _ = backbone(x, layout)
-            mask = additive_mask(visible(layout, layout), x.dtype)
+            ours, _ = backbone(x, meta)
+            mask = additive_mask(visible(meta, meta), x.dtype)
             with monkeypatch.context() as patch:
                 patch.setattr("openm6.models.backbone.choose_mask", lambda *_, mask=mask: mask)
                 backbone.run_block = run_plainly
-                theirs, _ = backbone(x, layout)
+                theirs, _ = backbone(x, meta)
                 backbone.run_block = run
             torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
     assert run.compilations == 2
@@ -135,7 +133,7 @@ def test_a_compiler_that_fails_is_named_once_and_blocks_run_plainly(dense_mask, 
     plain = gradients(backbone, packings()[0])
     backbone.run_block = CompiledBlocks()
     with caplog.at_level(logging.WARNING, logger=get_log().name):
-        again, *_ = (gradients(backbone, layout) for layout in packings())
+        again, *_ = (gradients(backbone, meta) for meta in packings())
     for ours, theirs in zip(again, plain, strict=True):
         assert torch.equal(ours, theirs)
     assert len(tried) == 1
@@ -148,12 +146,12 @@ def test_a_compiler_that_fails_is_named_once_and_blocks_run_plainly(dense_mask, 
 @pytest.mark.parametrize("num_layers", [1, 4])
 def test_recomputed_layers_give_the_same_gradients(num_layers, half):
     backbone = model().float()
-    x, layout = torch.randn(2, 32, 32, requires_grad=True), packings()[1]
+    x, meta = torch.randn(2, 32, 32, requires_grad=True), packings()[1]
     results = []
     for run in (run_plainly, RecomputedBlocks(run_plainly, num_layers)):
         backbone.run_block = run
         with bf16_matmul(half):
-            hidden, _ = backbone(x, layout)
+            hidden, _ = backbone(x, meta)
         results.append(
             [hidden, *torch.autograd.grad(hidden.sum(), [x, *backbone.sets.parameters()], allow_unused=True)]
         )

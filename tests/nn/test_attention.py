@@ -43,9 +43,9 @@ def test_layer_equals_its_parts():
     with torch.no_grad():
         norms.query.uniform_(0.5, 2)
         norms.key.uniform_(0.5, 2)
-    x, layout = torch.randn(2, 6, 24), causal_meta(2, 6)
-    table = rotary_table(layout.positions, 100.0, (2, 1, 1))
-    mask = visible(layout, layout)
+    x, meta = torch.randn(2, 6, 24), causal_meta(2, 6)
+    table = rotary_table(meta.positions, 100.0, (2, 1, 1))
+    mask = visible(meta, meta)
     query, key, value = (
         part.unflatten(-1, (-1, 8)) for part in (x @ layer.qkv.t()).split([4 * 8, 2 * 8, 2 * 8], dim=-1)
     )
@@ -62,9 +62,9 @@ def test_without_head_norms_queries_keep_their_length():
     torch.manual_seed(2)
     layer = Attention(CONFIG)
     layer.reset_parameters(0.3, 0.3)
-    layout = causal_meta(1, 6)
-    table = rotary_table(layout.positions, 100.0, (2, 1, 1))
-    x, mask, norms = torch.randn(1, 6, 24), visible(layout, layout), HeadNorms(8)
+    meta = causal_meta(1, 6)
+    table = rotary_table(meta.positions, 100.0, (2, 1, 1))
+    x, mask, norms = torch.randn(1, 6, 24), visible(meta, meta), HeadNorms(8)
     norms.reset_parameters()
     assert not torch.allclose(layer(x, None, table, mask, None, 0), layer(x, norms, table, mask, None, 0))
 
@@ -72,6 +72,6 @@ def test_without_head_norms_queries_keep_their_length():
 def test_the_causal_mask_is_the_rule_of_a_causal_layout():
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
-    layout = causal_meta(2, 7)
-    expected = attend(query, key, value, visible(layout, layout))
+    meta = causal_meta(2, 7)
+    expected = attend(query, key, value, visible(meta, meta))
     torch.testing.assert_close(attend(query, key, value, CausalMask()), expected)

@@ -11,9 +11,9 @@ from openm6.ops.attention import BLOCK_QUERIES, attend_query_blocks, query_block
 from openm6.ops.sequence import SequenceMeta, causal_meta, join, padding_meta, visible
 
 
-def of_sample(layout: SequenceMeta, number: int) -> SequenceMeta:
+def of_sample(meta: SequenceMeta, number: int) -> SequenceMeta:
     return SequenceMeta(
-        torch.full_like(layout.example_id, number), layout.attn_order, layout.block_id, layout.positions
+        torch.full_like(meta.example_id, number), meta.attn_order, meta.block_id, meta.positions
     )
 
 
@@ -27,21 +27,21 @@ def packed(seed: int) -> SequenceMeta:
     return join([causal_meta(2, long), short, padding_meta(2, 3), of_sample(causal_meta(2, 30), 2)])
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, layout: SequenceMeta) -> Tensor:
+def reference(query: Tensor, key: Tensor, value: Tensor, meta: SequenceMeta) -> Tensor:
     parts = (part.transpose(1, 2) for part in (query, key, value))
-    mask = visible(layout, layout)
+    mask = visible(meta, meta)
     return F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
 def test_values_and_gradients_equal_the_whole_mask(heads: tuple[int, int]) -> None:
     torch.manual_seed(sum(heads))
-    layout = packed(seed=sum(heads))
-    query = torch.randn(2, layout.length, heads[0], 8, requires_grad=True)
-    key, value = (torch.randn(2, layout.length, heads[1], 8, requires_grad=True) for _ in range(2))
+    meta = packed(seed=sum(heads))
+    query = torch.randn(2, meta.length, heads[0], 8, requires_grad=True)
+    key, value = (torch.randn(2, meta.length, heads[1], 8, requires_grad=True) for _ in range(2))
     upstream = torch.randn_like(query)
-    ours = attend_query_blocks(query, key, value, query_blocks(layout, torch.float32))
-    twin = reference(query, key, value, layout)
+    ours = attend_query_blocks(query, key, value, query_blocks(meta, torch.float32))
+    twin = reference(query, key, value, meta)
     torch.testing.assert_close(ours, twin)
     for mine, theirs in zip(
         torch.autograd.grad(ours, (query, key, value), upstream),
@@ -52,14 +52,14 @@ def test_values_and_gradients_equal_the_whole_mask(heads: tuple[int, int]) -> No
 
 
 def test_pieces_cover_each_query_once_in_order_and_hold_all_it_sees() -> None:
-    layout = packed(seed=5)
-    blocks = query_blocks(layout, torch.float32).blocks
+    meta = packed(seed=5)
+    blocks = query_blocks(meta, torch.float32).blocks
     assert [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])]
-    assert blocks[-1].stop == 2 * layout.length
-    seen = torch.zeros(2 * layout.length, 2 * layout.length, dtype=torch.bool)
+    assert blocks[-1].stop == 2 * meta.length
+    seen = torch.zeros(2 * meta.length, 2 * meta.length, dtype=torch.bool)
     for block in blocks:
         seen[block.start : block.stop, block.first : block.last] = block.bias == 0
         assert block.stop - block.start <= BLOCK_QUERIES
-    assert torch.equal(seen, torch.block_diag(*visible(layout, layout)[:, 0].float()).bool())
+    assert torch.equal(seen, torch.block_diag(*visible(meta, meta)[:, 0].float()).bool())
     spent = sum(block.bias.numel() for block in blocks)
-    assert spent < 0.8 * 2 * layout.length**2, "nothing was saved"
+    assert spent < 0.8 * 2 * meta.length**2, "nothing was saved"

@@ -21,18 +21,18 @@ from openm6.ops.sequence import (
 )
 
 
-def random_layout(batch: int, length: int, seed: int) -> SequenceMeta:
+def random_meta(batch: int, length: int, seed: int) -> SequenceMeta:
     """Rows of a few examples with a source, text, private blocks and padding at the end."""
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randint(0, 3, (batch, length), generator=generator, dtype=torch.int32).sort(dim=1).values
     order = torch.randint(0, 4, (batch, length), generator=generator, dtype=torch.int32)
     private = torch.randint(-3, 3, (batch, length), generator=generator, dtype=torch.int32).clamp(min=0)
-    layout = SequenceMeta(sample, order, private, torch.zeros(batch, length, 3))
-    return join([layout.narrow(0, length - length // 5), padding_meta(batch, length // 5)])
+    meta = SequenceMeta(sample, order, private, torch.zeros(batch, length, 3))
+    return join([meta.narrow(0, length - length // 5), padding_meta(batch, length // 5)])
 
 
 def test_visible_reads_as_the_rule():
-    query, key = random_layout(2, 11, 0), random_layout(2, 23, 1)
+    query, key = random_meta(2, 11, 0), random_meta(2, 23, 1)
     mask = visible(query, key)
     assert mask.shape == (2, 1, 11, 23)
     for b in range(2):
@@ -45,15 +45,15 @@ def test_visible_reads_as_the_rule():
 
 
 def test_every_token_sees_itself():
-    layout = random_layout(3, 40, 2)
-    assert visible(layout, layout).diagonal(dim1=-2, dim2=-1).all()
+    meta = random_meta(3, 40, 2)
+    assert visible(meta, meta).diagonal(dim1=-2, dim2=-1).all()
 
 
 def test_source_text_and_private_block():
     """Two source tokens, one word, then a private picture of two codes, then another word."""
     order = torch.tensor([[0, 0, 1, 2, 2, 3]], dtype=torch.int32)
     private = torch.tensor([[0, 0, 0, 1, 1, 0]], dtype=torch.int32)
-    layout = SequenceMeta(torch.zeros_like(order), order, private, torch.zeros(1, 6, 3))
+    meta = SequenceMeta(torch.zeros_like(order), order, private, torch.zeros(1, 6, 3))
     expected = torch.tensor(
         [
             [1, 1, 0, 0, 0, 0],
@@ -64,29 +64,29 @@ def test_source_text_and_private_block():
             [1, 1, 1, 0, 0, 1],
         ]
     )
-    assert torch.equal(visible(layout, layout)[0, 0].int(), expected.int())
+    assert torch.equal(visible(meta, meta)[0, 0].int(), expected.int())
 
 
-def test_causal_layout_is_lower_triangular():
-    layout = causal_meta(2, 7, start=5)
-    assert torch.equal(visible(layout, layout)[1, 0], torch.ones(7, 7).tril().bool())
-    assert layout.positions[0, :, 2].tolist() == list(range(5, 12))
+def test_causal_meta_is_lower_triangular():
+    meta = causal_meta(2, 7, start=5)
+    assert torch.equal(visible(meta, meta)[1, 0], torch.ones(7, 7).tril().bool())
+    assert meta.positions[0, :, 2].tolist() == list(range(5, 12))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_mask_mod_equals_boolean_mask(seed):
-    query, key = random_layout(2, 32, seed), random_layout(2, 48, seed + 100)
+    query, key = random_meta(2, 32, seed), random_meta(2, 48, seed + 100)
     flex = create_mask(mask_mod(query, key), 2, 1, 32, 48, device="cpu")
     assert torch.equal(flex, visible(query, key))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_block_kinds_never_contradict_the_rule(seed):
-    packed = random_layout(2, 160, seed)
+    packed = random_meta(2, 160, seed)
     order = packed.attn_order.sort(dim=1).values  # long runs, so that some blocks are whole and some empty
-    layout = SequenceMeta(packed.example_id, order, packed.block_id * (seed % 2), packed.positions)
-    some, whole = block_kinds(layout, layout, block=8)
-    pairs = visible(layout, layout)[:, 0].unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3)
+    meta = SequenceMeta(packed.example_id, order, packed.block_id * (seed % 2), packed.positions)
+    some, whole = block_kinds(meta, meta, block=8)
+    pairs = visible(meta, meta)[:, 0].unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3)
     assert pairs.flatten(3).all(-1)[whole].all()
     assert not pairs.flatten(3).any(-1)[~some].any()
     assert (~some).any(), "nothing is skipped: the summary is of no use"
@@ -95,9 +95,9 @@ def test_block_kinds_never_contradict_the_rule(seed):
 
 
 def test_block_mask_lists_the_blocks():
-    layout = random_layout(2, 160, 3)
-    some, _ = block_kinds(layout, layout, block=8)
-    assert torch.equal(block_mask(layout, layout, block=8).to_dense()[:, 0].bool(), some)
+    meta = random_meta(2, 160, 3)
+    some, _ = block_kinds(meta, meta, block=8)
+    assert torch.equal(block_mask(meta, meta, block=8).to_dense()[:, 0].bool(), some)
 
 
 def test_block_mask_refuses_odd_lengths():
@@ -106,12 +106,12 @@ def test_block_mask_refuses_odd_lengths():
 
 
 def test_additive_mask_is_the_boolean_mask_in_logs():
-    layout = random_layout(1, 20, 5)
-    mask = visible(layout, layout)
+    meta = random_meta(1, 20, 5)
+    mask = visible(meta, meta)
     assert torch.equal(additive_mask(mask, torch.float32).exp(), mask.float())
 
 
-def test_layout_refuses_unequal_shapes():
+def test_meta_refuses_unequal_shapes():
     good = causal_meta(2, 5)
     with pytest.raises(ValueError, match="positions B S 3"):
         SequenceMeta(good.example_id, good.attn_order, good.block_id, good.positions[..., :2])
@@ -119,16 +119,16 @@ def test_layout_refuses_unequal_shapes():
         SequenceMeta(good.example_id, good.attn_order[:, :3], good.block_id, good.positions)
 
 
-def test_a_causal_layout_says_so_and_others_do_not():
-    layout = causal_meta(2, 5)
-    assert layout.causal and layout.to("cpu").causal
-    assert not layout.narrow(0, 3).causal and not join([layout, layout]).causal
+def test_a_causal_meta_says_so_and_others_do_not():
+    meta = causal_meta(2, 5)
+    assert meta.causal and meta.to("cpu").causal
+    assert not meta.narrow(0, 3).causal and not join([meta, meta]).causal
 
 
-@pytest.mark.parametrize("layout", [causal_meta(2, 5), padding_meta(2, 5)], ids=["causal", "padding"])
-def test_a_layout_goes_to_another_process_whole(layout: SequenceMeta) -> None:
+@pytest.mark.parametrize("meta", [causal_meta(2, 5), padding_meta(2, 5)], ids=["causal", "padding"])
+def test_meta_goes_to_another_process_whole(meta: SequenceMeta) -> None:
     reader, writer = Pipe(duplex=False)
-    writer.send(layout)
+    writer.send(meta)
     found = reader.recv()
-    assert found.causal == layout.causal
-    assert all(torch.equal(a, b) for a, b in zip(found.parts(), layout.parts(), strict=True))
+    assert found.causal == meta.causal
+    assert all(torch.equal(a, b) for a, b in zip(found.parts(), meta.parts(), strict=True))

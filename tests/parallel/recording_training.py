@@ -36,7 +36,7 @@ class RecordingTraining(MultimodalTraining):
         step = self.first_step + len(self.seen)
         if step == self.fall_at:
             raise FallError
-        self.seen[step] = [(draw.component, draw.epoch, draw.index) for draw in batch.draws]
+        self.seen[step] = [(draw.component, draw.epoch, draw.index) for draw in batch.samples]
         return super().loss(batch)
 
     def finish(self, run: RunFolder) -> None:

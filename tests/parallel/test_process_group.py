@@ -81,7 +81,7 @@ def few_steps(recipe: str, folder: str, steps: int) -> tuple[list[StepReport], d
     reports, seen = [], []
     for step in range(1, steps + 1):
         batch: Batch = next(batches)
-        seen.append([(draw.component, draw.epoch, draw.index) for draw in batch.draws])
+        seen.append([(draw.component, draw.epoch, draw.index) for draw in batch.samples])
         reports.append(train_step.update(batch, step, 20))
     return reports, whole_weights(training), seen
 

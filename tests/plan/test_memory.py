@@ -113,12 +113,12 @@ def packed() -> Batch:
 
 def block_of(config: BackboneConfig, batch: Batch) -> tuple[Block, LayerParts, Context]:
     """The only layer of a backbone, and what its forward pass needs of a batch."""
-    backbone, layout = Backbone(config), batch.layout
-    x = torch.zeros(layout.batch, layout.length, config.width)
+    backbone, meta = Backbone(config), batch.meta
+    x = torch.zeros(meta.batch, meta.length, config.width)
     context = Context(
-        rotary=rotary_table(layout.positions, config.rope_theta, config.sections),
-        mask=choose_mask(layout, None, x),
-        valid=layout.valid,
+        rotary=rotary_table(meta.positions, config.rope_theta, config.sections),
+        mask=choose_mask(meta, None, x),
+        valid=meta.valid,
         cache=None,
         exchange=LocalDispatcher(),
     )

@@ -100,12 +100,12 @@ def test_a_text_with_holes_lacks_a_share_of_its_words_in_short_runs(language: st
     for seed in range(20):
         record = {f"text_{language}": joint.join(words)}
         built = mask_words(record, Context(language, np.random.default_rng(seed), train=True))
-        pieces = built.inputs["text"].raw.split(GAP)
-        kept = [piece.split() if language == "en" else list(piece) for piece in pieces]
-        assert len(pieces) - 1 == max(1, round(0.05 * count)), "runs of about three words"
+        segments = built.inputs["text"].raw.split(GAP)
+        kept = [segment.split() if language == "en" else list(segment) for segment in segments]
+        assert len(segments) - 1 == max(1, round(0.05 * count)), "runs of about three words"
         assert sum(map(len, kept)) == count - max(1, round(0.15 * count))
         assert all(kept[1:-1]), "two gaps side by side would be one run"
-        places = [words.index(word) for piece in kept for word in piece]
+        places = [words.index(word) for segment in kept for word in segment]
         assert places == sorted(places), "what stays is the text, in its order"
         first_runs.add(len(kept[0]))
     assert count < 7 or len(first_runs) > 3

@@ -185,7 +185,7 @@ def test_validation_records_come_before_test_records(tmp_path: Path) -> None:
     batches = pack_held_out(recipe, modalities(), ProcessGroupContext(), 3)
     texts = " ".join(words.decode(batch.kinds["text"].arrays["ids"].tolist()) for batch in batches)
     assert "text validation number" in texts and "text test" not in texts and "text train" not in texts
-    assert any("numbers_in" in batch.kinds for batch in batches)
+    assert any("numbers_in" in batch.groups for batch in batches)
 
 
 def noisy_losses(count: int) -> list[float]:

@@ -123,7 +123,7 @@ def test_operations_follow_tokens_and_what_their_adapters_multiply() -> None:
     )
     shares = Attribution(omni).shares(batch)
     kinds, tasks = shares["modality"], shares["task"]
-    assert set(tasks) == {"echo", "transcribe"} and set(kinds) == set(batch.kinds)
+    assert set(tasks) == {"echo", "transcribe"} and set(kinds) == set(batch.groups)
     assert sum(share.tokens for share in kinds.values()) == batch.tokens
     assert sum(share.tokens for share in tasks.values()) == batch.tokens
     assert sum(share.operations for share in kinds.values()) == pytest.approx(
