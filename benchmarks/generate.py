@@ -29,7 +29,7 @@ SECONDS = 150.0
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared: a preset, a codec of 256 places, steps of masked-parallel decoding, guidance in both."""
+    """What is compared: a preset, a codec of 256 positions, steps of masked-parallel decoding, guidance in both."""
 
     preset: str = "nano"
     codec: str = "image-256"
@@ -39,9 +39,9 @@ class Setting:
 
 
 class Autoregressive:
-    """Place after place from cached keys and values, by the same fast step as text: one token a step.
+    """Position after position from cached keys and values, by the same fast step as text: one token a step.
 
-    Each place's codes are drawn by the same head, in the light of all earlier places; with guidance, a second row
+    Each position's codes are drawn by the same head, given all earlier positions; with guidance, a second row
     reads no prompt. What the codes look like is not judged: the work is that of a model trained to be decoded so.
     """
 
@@ -56,7 +56,7 @@ class Autoregressive:
 
     @torch.inference_mode()
     def draw(self, prompt: list[Any], like: dict[str, Tensor], guidance: float) -> Tensor:
-        """Codes of all places.  # -> N G"""
+        """Codes of all positions.  # -> N G"""
         position, _ = prefill(self.omni, prompt, self.cache, 0)
         rows = 2 if guidance > 0 else 1
         start = torch.tensor([position, 0][:rows], device=self.omni.device)
@@ -67,8 +67,8 @@ class Autoregressive:
         for number in range(self.positions):
             arrays = {
                 "shown": codes,
-                "hidden": torch.full((1,), number == 0, device=codes.device),
-                "places": like["places"][number : number + 1],
+                "is_masked": torch.full((1,), number == 0, device=codes.device),
+                "positions": like["positions"][number : number + 1],
             }
             x = self.adapter.embed(arrays).expand(rows, -1)
             states = self.step.states(x, start + number, length + number, longest)  # B D

@@ -43,7 +43,7 @@ class SoundCodecConfig(QuantizerConfig):
         return self
 
     @property
-    def samples_per_place(self) -> int:
+    def samples_per_position(self) -> int:
         return self.hop * self.stride
 
 
@@ -129,7 +129,7 @@ class SoundCodec(Codec):
     def quantized(self, samples: Tensor) -> Quantized:
         """The quantized latent of sound; the end is padded with silence to a whole place.  # B S -> B T C"""
         _check_sound(samples)
-        samples = F.pad(samples, (0, -samples.shape[1] % self.config.samples_per_place))
+        samples = F.pad(samples, (0, -samples.shape[1] % self.config.samples_per_position))
         with torch.autocast(samples.device.type, enabled=False):  # spectra and rounding want fp32
             mels = self.mels(samples)
         hidden = self.encoder(self.first(mels.mT).mT)  # B N M -> B N D
@@ -154,7 +154,7 @@ class SoundCodec(Codec):
 
     @torch.no_grad()
     def encode(self, raw: Tensor) -> Tensor:
-        """Codes of sound, one place per started `samples_per_place`.  # B S -> B T G
+        """Codes of sound, one place per started `samples_per_position`.  # B S -> B T G
 
         Raises:
             DataError: not a batch of mono sounds, or an empty one.

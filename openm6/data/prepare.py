@@ -34,7 +34,7 @@ def null_example(example: Example, source_name: str) -> Example:
     record comes from would otherwise count as information of its inputs. A target to inpaint loses its context.
     """
     source = [Part("text", f"{GAP}{source_name} {example.prompt}")]
-    target = replace(example.target, options={**example.target.options, "hide_context": True})
+    target = replace(example.target, options={**example.target.options, "mask_context": True})
     return replace(example, source=source, target=target)
 
 

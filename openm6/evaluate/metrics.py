@@ -16,7 +16,7 @@ from PIL import Image as Pillow
 from openm6.evaluate.formatting import NO_BREAK, plain, words
 from openm6.evaluate.knn import KNNClassifier
 from openm6.evaluate.results import Answer
-from openm6.modalities.image import hole_places, pixels, read_image, to_square
+from openm6.modalities.image import box_mask, pixels, read_image, to_square
 from openm6.modalities.numbers import Histogram
 from openm6.tasks.task import Example
 
@@ -143,7 +143,7 @@ def _masked_psnr(scored: Scored) -> np.ndarray:
 def masked_psnr(answer: Pillow.Image, example: Example) -> float:
     """PSNR in dB of one inpainted region against the truth."""
     truth = pixels(to_square(read_image(example.answer), answer.width))
-    mask = hole_places(example.target.options["hole"], answer.height, answer.width).reshape(truth.shape[:2])
+    mask = box_mask(example.target.options["hole"], answer.height, answer.width).reshape(truth.shape[:2])
     error = np.square((pixels(answer) - truth)[mask] / 2).mean()
     return float(-10 * np.log10(max(error, 1e-6)))
 

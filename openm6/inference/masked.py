@@ -46,7 +46,7 @@ class MaskedDecodeState:
         cls, key: Any, target: Segment, sampling: MaskedSampling, slot: int | None, position: int, device: Any
     ) -> MaskedDecodeState:
         """Return the state before the first step; the true codes of masked positions are not read."""
-        mask = torch.from_numpy(target.arrays["hidden"]).to(device)
+        mask = torch.from_numpy(target.arrays["is_masked"]).to(device)
         codes = torch.from_numpy(target.arrays["codes"]).to(device).masked_fill(mask[:, None], 0)
         return cls(key, target, sampling, slot, position, codes, mask, int(mask.sum()))
 
@@ -119,12 +119,12 @@ def _hidden_states(
     like = states[0].target
     flat = codes[rows].flatten(0, 1)
     # States of one size have the same grid, but may differ in the embeddings of its cells.
-    positions = np.concatenate([states[row].target.arrays["places"] for row in rows.tolist()])
+    positions = np.concatenate([states[row].target.arrays["positions"] for row in rows.tolist()])
     arrays = {
         "shown": flat,
         "codes": flat,
-        "hidden": unknown[rows].flatten(),
-        "places": torch.from_numpy(positions).to(codes.device),
+        "is_masked": unknown[rows].flatten(),
+        "positions": torch.from_numpy(positions).to(codes.device),
     }
     return run_block(omni, cache, slots, starts, like, arrays)
 

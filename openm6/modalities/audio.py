@@ -1,6 +1,6 @@
 """Sound: log-mel patches in, residual codes of a neural codec out, filled in masked-parallel; 16 kHz mono."""
 
-# Letters: S samples, N tokens, F frames of 10 ms, M mels, T places of 40 ms, G codes a place
+# Letters: S samples, N tokens, F frames of 10 ms, M mels, T positions of 40 ms, G codes per position
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from openm6.core.seeds import content_key
 from openm6.modalities.codes import (
     ArrayCache,
     CodesAdapter,
-    PlaceEmbedding,
-    hide,
+    FourierPositionEmbedding,
+    audio_positions,
     inpainting_masks,
     masked_arrays,
-    sound_places,
+    sample_mask,
 )
 from openm6.modalities.image import PatchAdapter
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Segment, track
@@ -33,10 +33,10 @@ RATE = 16_000
 FRAMES = 8  # of 10 ms in one source token
 UNIT = 320  # samples (20 ms) in one unit of rotary time, so that patches and codes have whole middles
 MAX_SECONDS = 30.0
-# Wanted sounds are sped up or slowed down while training, which changes the voice (Ko et al., Interspeech 2015); a
+# Target sounds are sped up or slowed down while training, which changes the voice (Ko et al., Interspeech 2015); a
 # few fixed speeds, so that the codes can be remembered.
 SPEEDS = (0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.12, 1.2, 1.28)
-LOWEST_RATE, HIGHEST_RATE = (
+MIN_RATE, MAX_RATE = (
     1_000,
     768_000,
 )  # a header may claim any: resampling takes memory in step with the rate
@@ -47,25 +47,25 @@ def read_sound(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
 
     Raises:
         DataError: not a sound, broken, empty, of a rate that nobody records at, or longer than `max_seconds`, which
-            the header tells before decoding.
+            is read from the header before decoding.
     """
     if isinstance(raw, np.ndarray):
         samples, rate = raw.astype(np.float32), RATE
     else:
         samples, rate = _decode(raw, max_seconds)
     if samples.ndim != 1 or not len(samples):
-        raise DataError("the sound is empty: record it anew")
+        raise DataError("the sound is empty: record it again")
     if len(samples) > max_seconds * rate:
         raise DataError(
             f"the sound lasts {len(samples) / rate:.0f} s, over the bound of {max_seconds:g} s: cut it"
         )
     if not np.isfinite(samples).all():
-        raise DataError("the sound holds values that are not finite: export it anew")
+        raise DataError("the sound holds values that are not finite: export it again")
     return np.clip(resample(torch.from_numpy(samples), rate, RATE).numpy(), -1, 1)
 
 
 def duration(raw: Any) -> float:
-    """Seconds of a sound that `read_sound` accepts; those of a file as its header tells them."""
+    """Seconds of a sound that `read_sound` accepts; of a file, as stated in its header."""
     if isinstance(raw, np.ndarray):
         return len(raw) / RATE
     with soundfile.SoundFile(io.BytesIO(raw)) as file:
@@ -75,10 +75,10 @@ def duration(raw: Any) -> float:
 def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(io.BytesIO(raw)) as file:
-            if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
+            if not MIN_RATE <= file.samplerate <= MAX_RATE:
                 raise DataError(
-                    f"the sound has {file.samplerate:,} samples a second, outside {LOWEST_RATE:,} to "
-                    f"{HIGHEST_RATE:,}: export it anew at 16,000"
+                    f"the sound has {file.samplerate:,} samples a second, outside {MIN_RATE:,} to "
+                    f"{MAX_RATE:,}: export it again at 16,000"
                 )
             seconds = file.frames / file.samplerate
             if seconds > max_seconds:
@@ -97,7 +97,7 @@ def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
 
 
 class Sound(Modality):
-    """Reads a sound as patches of 8 log-mel frames; speaks up to a number of seconds in places of 40 ms."""
+    """Reads a sound as patches of 8 log-mel frames; speaks up to a number of seconds in positions of 40 ms."""
 
     name: ClassVar[str] = "sound"
 
@@ -105,7 +105,7 @@ class Sound(Modality):
         self.codec = codec
         self.seconds = seconds
         self.max_seconds = max_seconds
-        self.place = codec.quantizer_config.samples_per_place
+        self.hop = codec.quantizer_config.samples_per_position
         self.num_mels = codec.quantizer_config.num_mels
         self.code_cache = ArrayCache()
         self.mel_cache = ArrayCache()
@@ -127,9 +127,13 @@ class Sound(Modality):
         count = -(-len(frames) // FRAMES)
         padded = np.full((count * FRAMES, self.num_mels), frames.min(), np.float32)
         padded[: len(frames)] = frames
-        gone = gap_places(options.get("gap"), count)
-        patches = np.where(gone[:, None], 0, padded.reshape(count, -1)).astype(np.float32)
-        arrays = {"patches": patches, "gone": gone, "places": sound_places(count, FRAMES / 100)}
+        is_masked = span_mask(options.get("gap"), count)
+        patches = np.where(is_masked[:, None], 0, padded.reshape(count, -1)).astype(np.float32)
+        arrays = {
+            "patches": patches,
+            "is_masked": is_masked,
+            "positions": audio_positions(count, FRAMES / 100),
+        }
         grid = track(count, FRAMES * RATE // 100 // UNIT)
         truncated = seconds is not None and self.is_longer(raw, seconds)
         return Segment(
@@ -143,7 +147,7 @@ class Sound(Modality):
         if known is not None:
             return known
         samples = self._samples(raw, seconds, speed)
-        whole = np.pad(samples, (0, -len(samples) % (self.place // 4)))
+        whole = np.pad(samples, (0, -len(samples) % (self.hop // 4)))
         with torch.no_grad():
             return self.mel_cache.put(key, self.codec.mels(torch.from_numpy(whole)[None])[0].numpy())
 
@@ -153,28 +157,28 @@ class Sound(Modality):
             samples = resample(torch.from_numpy(samples), round(RATE * speed), RATE).numpy()
         if seconds is None:
             return samples
-        wanted = self.length(seconds) * self.place
-        return np.pad(samples[:wanted], (0, max(0, wanted - len(samples))))
+        length = self.length(seconds) * self.hop
+        return np.pad(samples[:length], (0, max(0, length - len(samples))))
 
     def length(self, seconds: float | None) -> int:
         """Return the number of positions of a generated recording."""
-        return max(1, round((seconds or self.seconds) * RATE / self.place))
+        return max(1, round((seconds or self.seconds) * RATE / self.hop))
 
     def is_longer(self, raw: Any, seconds: float | None = None) -> bool:
-        """Whether a recording, at its own speed, has a place of 40 ms or more beyond `seconds`: that part is lost."""
+        """Whether a recording, at its own speed, has a position of 40 ms or more beyond `seconds`: it is lost."""
         key = _key(raw, None)
         known = self.duration_cache.get(key)
         if known is None:
             known = self.duration_cache.put(key, np.asarray(duration(raw)))
-        return float(known) >= (self.length(seconds) + 1) * self.place / RATE
+        return float(known) >= (self.length(seconds) + 1) * self.hop / RATE
 
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Codes of `seconds` of sound, hidden by the training pattern, or, with `gap`, in the gap alone.
+        """Codes of `seconds` of sound, masked by the training pattern, or, with `gap`, in the gap alone.
 
         A longer recording is cut at its end, a shorter one is followed by silence.
-        `hide_context` hides the codes around the gap as well; without a generator only those in it carry a loss.
+        `mask_context` masks the codes around the gap as well; without a generator only those in it carry a loss.
         """
         speed = options.get("speed", 1.0)
         if rng is not None and "speed" not in options:
@@ -182,25 +186,25 @@ class Sound(Modality):
         codes = self.encode(raw, options.get("seconds"), speed)
         count = len(codes)
         if options.get("gap") is None:
-            hidden = hide(1, count, rng)
-            tokens = self._masked(codes, hidden, hidden, rng)
+            mask = sample_mask(1, count, rng)
+            tokens = self._masked(codes, mask, mask, rng)
         else:
-            gap = gap_places(options["gap"], count)
-            tokens = self._masked(codes, *inpainting_masks(gap, bool(options.get("hide_context")), rng), rng)
+            gap = span_mask(options["gap"], count)
+            tokens = self._masked(codes, *inpainting_masks(gap, bool(options.get("mask_context")), rng), rng)
         return replace(tokens, truncated=self.is_longer(raw, options.get("seconds")))
 
     def blank(self, seconds: float | None = None) -> Segment:
         """Return a target of which every position is masked."""
         count = self.length(seconds)
-        hidden = hide(1, count, None)
-        return self._masked(np.zeros((count, self.codec.groups), np.int64), hidden, hidden, None)
+        mask = sample_mask(1, count, None)
+        return self._masked(np.zeros((count, self.codec.groups), np.int64), mask, mask, None)
 
     def _masked(
-        self, codes: np.ndarray, hidden: np.ndarray, learn: np.ndarray, rng: np.random.Generator | None
+        self, codes: np.ndarray, mask: np.ndarray, learn: np.ndarray, rng: np.random.Generator | None
     ) -> Segment:
-        places = sound_places(len(codes), self.place / RATE)
-        arrays, learn = masked_arrays(codes, hidden, learn, places, self.codec.codebook_size, rng)
-        grid = track(len(codes), self.place // UNIT)
+        positions = audio_positions(len(codes), self.hop / RATE)
+        arrays, learn = masked_arrays(codes, mask, learn, positions, self.codec.codebook_size, rng)
+        grid = track(len(codes), self.hop // UNIT)
         return Segment("sound_out", arrays, grid, len(codes), learn, "block", OWN_ORIGIN)
 
     def encode(self, raw: Any, seconds: float | None = None, speed: float = 1.0) -> np.ndarray:
@@ -218,9 +222,9 @@ class Sound(Modality):
         return self.codec.decode(codes.cpu()[None])[0].numpy()
 
     def adapters(self, width: int) -> dict[str, Adapter]:
-        place = PlaceEmbedding(width)
-        out = CodesAdapter(place, width, self.codec.quantizer_config.levels, self.codec.groups)
-        return {"sound_in": PatchAdapter(place, FRAMES * self.num_mels, width), "sound_out": out}
+        position = FourierPositionEmbedding(width)
+        out = CodesAdapter(position, width, self.codec.quantizer_config.levels, self.codec.groups)
+        return {"sound_in": PatchAdapter(position, FRAMES * self.num_mels, width), "sound_out": out}
 
     def examples(self) -> list[Any]:
         time = np.arange(RATE // 2) / RATE
@@ -233,15 +237,15 @@ def _key(raw: Any, seconds: float | None, speed: float = 1.0) -> bytes | None:
     return content_key(raw) + f"{seconds} {speed}".encode()
 
 
-def gap_places(gap: tuple[float, float] | None, count: int) -> np.ndarray:
-    """Places that a gap (start and end as shares of the length) touches.  # N bool"""
+def span_mask(gap: tuple[float, float] | None, count: int) -> np.ndarray:
+    """Positions that a gap (start and end as fractions of the length) touches.  # N bool"""
     if gap is None:
         return np.zeros(count, bool)
-    place = np.arange(count)
-    return (place + 1 > gap[0] * count + 1e-6) & (place < gap[1] * count - 1e-6)
+    position = np.arange(count)
+    return (position + 1 > gap[0] * count + 1e-6) & (position < gap[1] * count - 1e-6)
 
 
-def random_gap(rng: np.random.Generator) -> tuple[float, float]:
+def random_span(rng: np.random.Generator) -> tuple[float, float]:
     """A gap of a fifth to a half of the length within the first four fifths, where most sounds are not yet over."""
     share = rng.uniform(0.2, 0.5)
     start = rng.uniform(0.0, 0.8 - share)
@@ -249,7 +253,7 @@ def random_gap(rng: np.random.Generator) -> tuple[float, float]:
 
 
 def random_speed(rng: np.random.Generator) -> float:
-    """One of the speeds at which wanted sounds are played while training."""
+    """One of the speeds at which target sounds are played while training."""
     return SPEEDS[int(rng.integers(len(SPEEDS)))]
 
 
@@ -265,16 +269,16 @@ def _augmented(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     changed = changed + np.linspace(rng.normal(0, 0.3), rng.normal(0, 0.3), mels)  # another microphone
     quiet = np.full((int(rng.integers(0, 12)), mels), changed.min())
     changed = np.concatenate([quiet, changed])
-    for axis, most in ((0, 12), (1, 14)):  # SpecAugment, arXiv 1904.08779
-        width = int(rng.integers(0, most))
+    for axis, max_width in ((0, 12), (1, 14)):  # SpecAugment, arXiv 1904.08779
+        width = int(rng.integers(0, max_width))
         start = int(rng.integers(0, max(1, changed.shape[axis] - width)))
         np.moveaxis(changed, axis, 0)[start : start + width] = changed.mean()
     return changed.astype(np.float32)
 
 
-def _sampled(values: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Rows of `values` at fractional places, linear in between.  # F M, R -> R M"""
-    below = np.floor(places).astype(int)
+def _sampled(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Rows of `values` at fractional positions, linear in between.  # F M, R -> R M"""
+    below = np.floor(positions).astype(int)
     above = np.minimum(below + 1, len(values) - 1)
-    share = (places - below)[:, None]
+    share = (positions - below)[:, None]
     return values[below] * (1 - share) + values[above] * share

@@ -17,7 +17,9 @@ from openm6.modalities.truncation import fit
 from openm6.ops.matmul import ROWS
 from openm6.ops.sequence import PADDING, SequenceMeta
 
-SHORTEST = 16  # tokens of a text that are left if it is cut to fit a row; less would hardly be an example
+MIN_TEXT_TOKENS = (
+    16  # tokens of a text that are left if it is cut to fit a row; less would hardly be an example
+)
 HEAD_COST = 0.5  # work of one learned token's head, in units of a token's way through the backbone
 
 
@@ -90,7 +92,7 @@ def build_pair(
 
 def shortened(sequence: PackedExample, length: int) -> PackedExample:
     """The sequence with its texts cut so that it has at most `length` tokens, if they can be cut by as much."""
-    segments = fit(sequence.segments, length, SHORTEST)
+    segments = fit(sequence.segments, length, MIN_TEXT_TOKENS)
     if sequence.left:
         left, right = segments[: sequence.left], segments[sequence.left :]
         return build_pair(left, right, sequence.task, sequence.weight)
@@ -101,7 +103,7 @@ def shortened(sequence: PackedExample, length: int) -> PackedExample:
 class TokenGroup:
     """All tokens of one kind in a batch, whichever rows they lie in.
 
-    `index` n: place in the flattened rows; `arrays`: features; `example` n: number of the example in the batch;
+    `index` n: index in the flattened rows; `arrays`: features; `example` n: number of the example in the batch;
     `weight` n: share of the example's loss that the token carries (0 where nothing is learned); `learned` m: which of
     the n tokens have such a share, listed here because a GPU would have to wait to count them.
     """
@@ -133,11 +135,11 @@ def _group_of_arrays(arrays: dict[str, np.ndarray], index: np.ndarray, *parts: n
 
 @dataclass(frozen=True)
 class Counts:
-    """Examples, tokens, places in rows, and learned tokens of each kind."""
+    """Examples, tokens, positions in rows, and learned tokens of each kind."""
 
     examples: float
     tokens: float
-    places: float
+    positions: float
     learned: dict[str, float]
 
 
@@ -176,9 +178,9 @@ def collate(rows: list[list[PackedExample]], length: int, cursor: dict[str, Any]
     tasks: list[str] = []
     for row, sequences in enumerate(rows):
         start = 0
-        for number, sequence in enumerate(sequences):
+        for index, sequence in enumerate(sequences):
             stop = start + len(sequence)
-            example_id[row, start:stop] = number
+            example_id[row, start:stop] = index
             attn_order[row, start:stop], block_id[row, start:stop] = sequence.attn_order, sequence.block_id
             positions[row, start:stop] = sequence.positions
             _add_segments(segments, sequence, row * length + start, len(tasks))
@@ -209,7 +211,7 @@ def _gather(found: list[tuple[Segment, int, int, np.ndarray]]) -> TokenGroup:
         for name in found[0][0].arrays
     }
     index = np.concatenate([np.arange(start, start + len(segment)) for segment, start, _, _ in found])
-    example = np.concatenate([np.full(len(segment), number) for segment, _, number, _ in found])
+    example = np.concatenate([np.full(len(segment), index) for segment, _, index, _ in found])
     weight = np.concatenate([weight for *_, weight in found])
     parts = (example, weight, np.flatnonzero(weight))
     return TokenGroup(torch.from_numpy(index), arrays, *(torch.from_numpy(part) for part in parts))
@@ -222,43 +224,43 @@ def count(batch: Batch) -> Counts:
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
-    """Whole examples dealt out to parts of about equal work, each one row; the first keeps the cursor.
+    """Whole examples divided into parts of about equal work, each one row; the first keeps the cursor.
 
     Examples see only themselves, so where they lie changes nothing but the order of sums. Rows end with less than
-    `ROWS` places of padding, so that their lengths, and with them the shapes of products, come back.
+    `ROWS` positions of padding, so that their lengths, and with them the shapes of products, come back.
     """
-    place_of = torch.full((batch.meta.example_id.numel(),), -1)  # R*S -> example
+    example_of = torch.full((batch.meta.example_id.numel(),), -1)  # R*S -> example
     cost = torch.zeros(batch.num_examples)
     for group in batch.groups.values():
-        place_of[group.index] = group.example
+        example_of[group.index] = group.example
         learned = (group.weight > 0).to(cost.dtype)
         cost.index_add_(0, group.example, 1 + HEAD_COST * learned)
-    owner = torch.tensor([*_deal(cost.tolist(), parts), -1])[place_of]  # R*S -> part; padding has none
+    owner = torch.tensor([*_divide(cost.tolist(), parts), -1])[example_of]  # R*S -> part; padding has none
     held = count(batch)
-    dealt = [_part_of(batch, (owner == part).nonzero()[:, 0], held) for part in range(parts)]
-    return [replace(dealt[0], cursor=batch.cursor), *dealt[1:]]
+    divided = [_part_of(batch, (owner == part).nonzero()[:, 0], held) for part in range(parts)]
+    return [replace(divided[0], cursor=batch.cursor), *divided[1:]]
 
 
-def _deal(cost: list[float], parts: int) -> list[int]:
-    """The part of each example: the dearest first, each to the part with the least so far."""
+def _divide(cost: list[float], parts: int) -> list[int]:
+    """The part of each example: the most expensive first, each to the part with the least work so far."""
     load, owner = [0.0] * parts, [0] * len(cost)
-    for number in sorted(range(len(cost)), key=lambda number: -cost[number]):
-        owner[number] = load.index(min(load))
-        load[owner[number]] += cost[number]
+    for index in sorted(range(len(cost)), key=lambda index: -cost[index]):
+        owner[index] = load.index(min(load))
+        load[owner[index]] += cost[index]
     return owner
 
 
-def _part_of(batch: Batch, places: Tensor, whole: Counts) -> Batch:
-    """The tokens at `places` of the flattened rows as one row, with padding at its end."""
+def _part_of(batch: Batch, tokens: Tensor, whole: Counts) -> Batch:
+    """The tokens with the indices `tokens` of the flattened rows as one row, with padding at its end."""
     rows = batch.meta
-    row_number = places // rows.length
+    row_number = tokens // rows.length
     # Examples are numbered within their row, so two rows use the same numbers.
-    example_id, attn_order, block_id, positions = (part.flatten(0, 1)[places][None] for part in rows.parts())
+    example_id, attn_order, block_id, positions = (part.flatten(0, 1)[tokens][None] for part in rows.parts())
     example_id = example_id * rows.batch + row_number.to(example_id.dtype)
     meta = SequenceMeta(*(_lengthened(part) for part in (example_id, attn_order, block_id, positions)))
-    meta.example_id[:, len(places) :] = PADDING
+    meta.example_id[:, len(tokens) :] = PADDING
     moved = torch.full((rows.batch * rows.length,), -1)
-    moved[places] = torch.arange(len(places))
+    moved[tokens] = torch.arange(len(tokens))
     groups = {}
     for name, group in batch.groups.items():
         here = (moved[group.index] >= 0).nonzero()[:, 0]
@@ -267,7 +269,7 @@ def _part_of(batch: Batch, places: Tensor, whole: Counts) -> Batch:
             index = moved[group.index[here]]
             weight = group.weight[here]
             groups[name] = TokenGroup(index, arrays, group.example[here], weight, weight.nonzero()[:, 0])
-    return replace(batch, meta=meta, groups=groups, tokens=len(places), cursor={}, whole=whole)
+    return replace(batch, meta=meta, groups=groups, tokens=len(tokens), cursor={}, whole=whole)
 
 
 def _lengthened(part: Tensor) -> Tensor:

@@ -65,19 +65,19 @@ class ArrayCache:
         return array
 
 
-def picture_places(down: int, across: int) -> np.ndarray:
+def image_positions(down: int, across: int) -> np.ndarray:
     """Return row and column of each token's center, as fractions of the sides.  # H*W 2"""
     rows, columns = np.divmod(np.arange(down * across), across)
     return np.stack([(rows + 0.5) / down, (columns + 0.5) / across], axis=1).astype(np.float32)
 
 
-def sound_places(count: int, seconds: float) -> np.ndarray:
+def audio_positions(count: int, seconds: float) -> np.ndarray:
     """Return the time of each token's center, for tokens of `seconds` each; the second axis is not used.  # N 2"""
     times = (np.arange(count) + 0.5) * seconds
     return np.stack([times, np.zeros(count)], axis=1).astype(np.float32)
 
 
-class PlaceEmbedding(nn.Module):
+class FourierPositionEmbedding(nn.Module):
     """Fourier features of a position in its own image or recording: rotary positions only encode distances.
 
     Waves of several lengths along both axes are mixed into the model's width.  # N 2 -> N D
@@ -92,27 +92,27 @@ class PlaceEmbedding(nn.Module):
         )
         self.mix = nn.Linear(4 * len(OCTAVES), width)
 
-    def forward(self, places: Tensor) -> Tensor:
-        angles = (2 * math.pi * places[..., None] * self.frequencies).flatten(1)  # N 2 -> N 2Q
+    def forward(self, positions: Tensor) -> Tensor:
+        angles = (2 * math.pi * positions[..., None] * self.frequencies).flatten(1)  # N 2 -> N 2Q
         return self.mix(torch.cat((angles.sin(), angles.cos()), -1).to(self.mix.weight.dtype))
 
 
-def hide(height: int, width: int, rng: np.random.Generator | None) -> np.ndarray:
+def sample_mask(height: int, width: int, rng: np.random.Generator | None) -> np.ndarray:
     """Return which positions of a grid are masked for one training example; without a generator, all.  # H*W bool"""
-    places = height * width
+    positions = height * width
     if rng is None:
-        return np.ones(places, bool)
+        return np.ones(positions, bool)
     draw = rng.random()
     if draw < RANDOM_FRACTION:
-        hidden = np.zeros(places, bool)
-        count = max(1, round(places * math.cos(math.pi / 2 * rng.random())))
-        hidden[rng.permutation(places)[:count]] = True
-        return hidden
+        mask = np.zeros(positions, bool)
+        count = max(1, round(positions * math.cos(math.pi / 2 * rng.random())))
+        mask[rng.permutation(positions)[:count]] = True
+        return mask
     if draw < RANDOM_FRACTION + ALL_FRACTION:
-        return np.ones(places, bool)
+        return np.ones(positions, bool)
     inside = random_rectangle(height, width, rng)
-    hidden = inside if draw < RANDOM_FRACTION + ALL_FRACTION + INSIDE_FRACTION else ~inside
-    return hidden if hidden.any() else np.ones(places, bool)  # a rectangle may fill a tiny grid
+    mask = inside if draw < RANDOM_FRACTION + ALL_FRACTION + INSIDE_FRACTION else ~inside
+    return mask if mask.any() else np.ones(positions, bool)  # a rectangle may fill a tiny grid
 
 
 def random_rectangle(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
@@ -127,38 +127,38 @@ def random_rectangle(height: int, width: int, rng: np.random.Generator) -> np.nd
 
 
 def inpainting_masks(
-    mask: np.ndarray, hide_context: bool, rng: np.random.Generator | None
+    region: np.ndarray, mask_context: bool, rng: np.random.Generator | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions whose codes are masked, and those that carry a loss, to inpaint `mask`.  # N -> N, N
+    """Return the positions whose codes are masked, and those that carry a loss, to inpaint `region`.  # N -> N, N
 
-    Without a generator the loss covers the mask alone. Training masks the context of half the examples, so that the
+    Without a generator the loss covers the region alone. Training masks the context of half the examples, so that the
     model also inpaints from the source image or audio alone, and then learns all codes.
     """
     if rng is not None and rng.random() < 0.5:
-        hide_context = True
-    hidden = np.ones_like(mask) if hide_context else mask
-    return hidden, mask if rng is None else hidden
+        mask_context = True
+    mask = np.ones_like(region) if mask_context else region
+    return mask, region if rng is None else mask
 
 
 def masked_arrays(
     codes: np.ndarray,
-    hidden: np.ndarray,
+    mask: np.ndarray,
     learn: np.ndarray,
-    places: np.ndarray,
+    positions: np.ndarray,
     codebook_size: int,
     rng: np.random.Generator | None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return the arrays of a masked target, and the positions that carry a loss.  # N G, N, N, N 2 -> {…}, N"""
     shown, learn = codes.copy(), learn.copy()
     if rng is not None:
-        wrong = ~hidden & (rng.random(len(codes)) < WRONG_FRACTION)
+        wrong = ~mask & (rng.random(len(codes)) < WRONG_FRACTION)
         shown[wrong] = rng.integers(0, codebook_size, shown[wrong].shape)
         learn |= wrong
     arrays = {
         "codes": codes.astype(np.int64),
         "shown": shown.astype(np.int64),
-        "hidden": hidden,
-        "places": places,
+        "is_masked": mask,
+        "positions": positions,
     }
     return arrays, learn
 
@@ -170,7 +170,12 @@ class CodesAdapter(Adapter):
     levels: Tensor
 
     def __init__(
-        self, place: PlaceEmbedding, width: int, levels: tuple[int, ...], groups: int, bottleneck: int = 64
+        self,
+        position: FourierPositionEmbedding,
+        width: int,
+        levels: tuple[int, ...],
+        groups: int,
+        bottleneck: int = 64,
     ) -> None:
         super().__init__()
         self.groups, self.bottleneck = groups, bottleneck
@@ -179,7 +184,7 @@ class CodesAdapter(Adapter):
         self.shown = nn.Linear(groups * dims, width)
         self.mask = nn.Parameter(torch.empty(width))
         # That of the patches, so that the model finds a masked region by its position in the source.
-        self.place = place
+        self.place = position
         self.hidden_to_groups = nn.Linear(width, groups * bottleneck)
         self.codes_to_groups = nn.Linear(groups * dims, groups * bottleneck, bias=False)
         self.to_codes = nn.Parameter(torch.empty(groups, bottleneck, self.codebook_size))
@@ -198,8 +203,8 @@ class CodesAdapter(Adapter):
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
         seen = self.shown(self.vectors(arrays["shown"]).to(self.shown.weight.dtype))  # N V -> N D
-        shown = torch.where(arrays["hidden"][:, None], self.mask.to(seen.dtype), seen)
-        return shown + self.place(arrays["places"])
+        shown = torch.where(arrays["is_masked"][:, None], self.mask.to(seen.dtype), seen)
+        return shown + self.place(arrays["positions"])
 
     def group_states(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Return the head's state for each group, given the codes of the groups before it.  # N D, N G -> N G B"""

@@ -1,6 +1,6 @@
 """Pictures: continuous patches in, codes of an autoencoder out, drawn masked-parallel."""
 
-# Letters: N tokens, H and W tokens down and across, P side of a patch in pixels, G codes a place
+# Letters: N tokens, H and W tokens down and across, P side of a patch in pixels, G codes per position
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from openm6.core.seeds import content_key
 from openm6.modalities.codes import (
     ArrayCache,
     CodesAdapter,
-    PlaceEmbedding,
-    hide,
+    FourierPositionEmbedding,
+    image_positions,
     inpainting_masks,
     masked_arrays,
-    picture_places,
     random_rectangle,
+    sample_mask,
 )
 from openm6.modalities.interface import NO_OPTIONS, OWN_ORIGIN, Adapter, Modality, Options, Segment, rectangle
 
@@ -123,7 +123,7 @@ class Image(Modality):
     ) -> None:
         self.codec = codec
         self.side = side
-        self.places = side // codec.quantizer_config.stride  # across, and down
+        self.grid_side = side // codec.quantizer_config.stride  # across, and down
         self.max_patches = max_patches
         self.max_pixels = max_pixels
         self.code_cache = ArrayCache()
@@ -131,24 +131,22 @@ class Image(Modality):
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Patches of the picture; `hole` (a share-of-the-side box left, top, right, bottom) hides what it touches."""
+        """Patches of the picture; `hole` (a share-of-the-side box left, top, right, bottom) masks what it touches."""
         picture = self._fit(read_image(raw, self.max_pixels, self.max_patches * PATCH**2))
         values = pixels(picture)
-        if (
-            rng is not None and options.get("hole") is None
-        ):  # what is filled in must lie where its source lies
+        if rng is not None and options.get("hole") is None:  # an inpainted region must keep its position
             values = _shifted(values, rng)
         down, across = values.shape[0] // PATCH, values.shape[1] // PATCH
         patches = (
             values.reshape(down, PATCH, across, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1)
         )
-        gone = hole_places(options.get("hole"), down, across)
+        is_masked = box_mask(options.get("hole"), down, across)
         arrays = {
-            "patches": np.where(gone[:, None], 0, patches).astype(np.float32),
-            "gone": gone,
-            "places": picture_places(down, across),
+            "patches": np.where(is_masked[:, None], 0, patches).astype(np.float32),
+            "is_masked": is_masked,
+            "positions": image_positions(down, across),
         }
-        grid, span, learn = rectangle(down, across), max(down, across), np.zeros(len(gone), bool)
+        grid, span, learn = rectangle(down, across), max(down, across), np.zeros(len(is_masked), bool)
         return Segment("image_in", arrays, grid, span, learn, moves=OWN_ORIGIN)
 
     def _fit(self, picture: Pillow.Image) -> Pillow.Image:
@@ -163,29 +161,29 @@ class Image(Modality):
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Codes of the picture, hidden by the training pattern, or, with `hole`, in the hole alone.
+        """Codes of the picture, masked by the training pattern, or, with `hole`, in the hole alone.
 
-        `hide_context` hides the codes around the hole as well; without a generator only those in it carry a loss.
+        `mask_context` masks the codes around the hole as well; without a generator only those in it carry a loss.
         """
         codes = self.encode(raw)
         if options.get("hole") is None:
-            hidden = hide(self.places, self.places, rng)
-            return self._masked(codes, hidden, hidden, rng)
-        hole = hole_places(_squared(options["hole"]), self.places, self.places)
-        return self._masked(codes, *inpainting_masks(hole, bool(options.get("hide_context")), rng), rng)
+            mask = sample_mask(self.grid_side, self.grid_side, rng)
+            return self._masked(codes, mask, mask, rng)
+        hole = box_mask(_squared(options["hole"]), self.grid_side, self.grid_side)
+        return self._masked(codes, *inpainting_masks(hole, bool(options.get("mask_context")), rng), rng)
 
     def blank(self) -> Segment:
-        """A picture of which nothing is known: every place hidden."""
-        hidden = hide(self.places, self.places, None)
-        return self._masked(np.zeros((len(hidden), self.codec.groups), np.int64), hidden, hidden, None)
+        """A target of which every position is masked."""
+        mask = sample_mask(self.grid_side, self.grid_side, None)
+        return self._masked(np.zeros((len(mask), self.codec.groups), np.int64), mask, mask, None)
 
     def _masked(
-        self, codes: np.ndarray, hidden: np.ndarray, learn: np.ndarray, rng: np.random.Generator | None
+        self, codes: np.ndarray, mask: np.ndarray, learn: np.ndarray, rng: np.random.Generator | None
     ) -> Segment:
-        places = picture_places(self.places, self.places)
-        arrays, learn = masked_arrays(codes, hidden, learn, places, self.codec.codebook_size, rng)
-        grid = rectangle(self.places, self.places)
-        return Segment("image_out", arrays, grid, self.places, learn, "block", OWN_ORIGIN)
+        positions = image_positions(self.grid_side, self.grid_side)
+        arrays, learn = masked_arrays(codes, mask, learn, positions, self.codec.codebook_size, rng)
+        grid = rectangle(self.grid_side, self.grid_side)
+        return Segment("image_out", arrays, grid, self.grid_side, learn, "block", OWN_ORIGIN)
 
     def encode(self, raw: Any) -> np.ndarray:
         """Codes of a picture squared to `side`; remembered by the bytes of the file.  # N G"""
@@ -203,13 +201,13 @@ class Image(Modality):
     def decode(self, codes: Tensor) -> Pillow.Image:
         """The picture of one grid of codes.  # H*W G"""
         with torch.no_grad():
-            values = self.codec.decode(codes.cpu().view(1, self.places, self.places, -1))[0]
+            values = self.codec.decode(codes.cpu().view(1, self.grid_side, self.grid_side, -1))[0]
         return Pillow.fromarray(((values.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
     def adapters(self, width: int) -> dict[str, Adapter]:
-        place = PlaceEmbedding(width)
-        out = CodesAdapter(place, width, self.codec.quantizer_config.levels, self.codec.groups)
-        return {"image_in": PatchAdapter(place, PATCH * PATCH * 3, width), "image_out": out}
+        position = FourierPositionEmbedding(width)
+        out = CodesAdapter(position, width, self.codec.quantizer_config.levels, self.codec.groups)
+        return {"image_in": PatchAdapter(position, PATCH * PATCH * 3, width), "image_out": out}
 
     def examples(self) -> list[Any]:
         rng = np.random.default_rng(0)
@@ -221,8 +219,8 @@ class Image(Modality):
 Hole = tuple[float, float, float, float] | np.ndarray | None
 
 
-def hole_places(hole: Hole, down: int, across: int) -> np.ndarray:
-    """Places that a box in shares of the side (left, top, right, bottom), or a mask (bool), touches.  # H*W bool"""
+def box_mask(hole: Hole, down: int, across: int) -> np.ndarray:
+    """Positions touched by a box (fractions of the side: left, top, right, bottom) or a mask (bool).  # H*W bool"""
     if hole is None:
         return np.zeros(down * across, bool)
     if isinstance(hole, np.ndarray):
@@ -246,7 +244,7 @@ def _squared(hole: Hole) -> Hole:
     return square
 
 
-def random_hole(rng: np.random.Generator, grid: int = 8) -> tuple[float, float, float, float]:
+def random_box(rng: np.random.Generator, grid: int = 8) -> tuple[float, float, float, float]:
     """A box on a `grid` × `grid` raster, as shares of the side: left, top, right, bottom."""
     inside = np.flatnonzero(random_rectangle(grid, grid, rng))
     rows, columns = np.divmod(inside, grid)
@@ -263,20 +261,20 @@ def _shifted(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 class PatchAdapter(Adapter):
-    """Flat patches of raw values to vectors; `gone` patches become one learned vector."""
+    """Flat patches of raw values to vectors; masked patches become one learned vector."""
 
-    def __init__(self, place: PlaceEmbedding, features: int, width: int) -> None:
+    def __init__(self, position: FourierPositionEmbedding, features: int, width: int) -> None:
         super().__init__()
         self.inner = nn.Linear(features, width)
         self.outer = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.gone = nn.Parameter(torch.empty(width))
-        self.place = place
+        self.place = position
         nn.init.normal_(self.gone, std=0.02)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
         seen = self.norm(
             self.outer(nn.functional.gelu(self.inner(arrays["patches"].to(self.gone.dtype))))
         )  # N F -> N D
-        shown = torch.where(arrays["gone"][:, None], self.gone.to(seen.dtype), seen)
-        return shown + self.place(arrays["places"])
+        shown = torch.where(arrays["is_masked"][:, None], self.gone.to(seen.dtype), seen)
+        return shown + self.place(arrays["positions"])

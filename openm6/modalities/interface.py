@@ -77,16 +77,17 @@ def rectangle(height: int, width: int) -> np.ndarray:
     """The grid of a picture of `height` × `width` tokens, row by row, at one moment: their middles.  # H*W 3"""
     rows, columns = np.divmod(np.arange(height * width, dtype=np.int32), width)
     middles = [
-        (2 * place + 1) * SIDE_UNITS // (2 * count) for place, count in ((rows, height), (columns, width))
+        (2 * position + 1) * SIDE_UNITS // (2 * count)
+        for position, count in ((rows, height), (columns, width))
     ]
     return np.stack([np.zeros_like(rows), *middles], axis=1)
 
 
 def track(count: int, step: int) -> np.ndarray:
     """The grid of a sound of `count` tokens of `step` units of time: number, then twice the middle.  # N 3"""
-    number = np.arange(count, dtype=np.int32)
-    middle = (2 * number + 1) * step // 2
-    return np.stack([number, middle, middle], axis=1)
+    index = np.arange(count, dtype=np.int32)
+    middle = (2 * index + 1) * step // 2
+    return np.stack([index, middle, middle], axis=1)
 
 
 class Adapter(nn.Module, ABC):

@@ -71,25 +71,25 @@ class Text(Modality):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; each GAP becomes the HOLE mark."""
-        return self._encode_with_places(text)[0]
+        return self._encode_with_offsets(text)[0]
 
-    def _encode_with_places(self, text: str) -> tuple[list[int], list[int], list[int]]:
+    def _encode_with_offsets(self, text: str) -> tuple[list[int], list[int], list[int]]:
         """Token ids of `text`, and where in it each one starts and stops."""
         ids: list[int] = []
         starts: list[int] = []
         stops: list[int] = []
-        place = 0
-        for number, segment in enumerate(text.split(GAP)):
-            if number:
+        position = 0
+        for index, segment in enumerate(text.split(GAP)):
+            if index:
                 ids.append(self.first_mark + HOLE)
-                starts.append(place)
-                place += 1
-                stops.append(place)
+                starts.append(position)
+                position += 1
+                stops.append(position)
             encoding = self.tokenizer.encode(segment, add_special_tokens=False)
             ids.extend(encoding.ids)
-            starts.extend(place + start for start, _ in encoding.offsets)
-            stops.extend(place + stop for _, stop in encoding.offsets)
-            place += len(segment)
+            starts.extend(position + start for start, _ in encoding.offsets)
+            stops.extend(position + stop for _, stop in encoding.offsets)
+            position += len(segment)
         return ids, starts, stops
 
     def encode_plain(self, text: str) -> list[int]:
@@ -118,7 +118,7 @@ class Text(Modality):
         What is longer is cut within `cuttable` (stretches of characters; default: anywhere), the longest first.
         """
         part = Part("text", _checked(raw), dict(options))
-        found, starts, stops = self._encode_with_places(part.raw)
+        found, starts, stops = self._encode_with_offsets(part.raw)
         ids = np.asarray(found, dtype=np.int64)
         cuttable = tuple(
             _in_tokens(stretch, np.asarray(starts), np.asarray(stops)) for stretch in cuttable_in(part)

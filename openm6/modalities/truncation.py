@@ -26,7 +26,7 @@ def cuttable_in(part: Part) -> tuple[Cuttable, ...]:
 
 
 def fit(segments: Sequence[Segment], limit: int, shortest: int = 0) -> list[Segment]:
-    """The segments with at most `limit` tokens together; as they are if that would leave less than `shortest` of a text.
+    """The segments with at most `limit` tokens together; unchanged if less than `shortest` of a text would be left.
 
     All texts are cut to one length, the largest that fits, so the longest lose first and short ones nothing.
     """
@@ -43,8 +43,8 @@ def fit(segments: Sequence[Segment], limit: int, shortest: int = 0) -> list[Segm
 
 def _longest_allowed(lengths: list[int], room: int) -> int:
     """The largest c for which Σ min(length, c) is at most `room`."""
-    for number, length in enumerate(sorted(lengths)):
-        share = room // (len(lengths) - number)
+    for index, length in enumerate(sorted(lengths)):
+        share = room // (len(lengths) - index)
         if length > share:
             return share
         room -= length

@@ -42,7 +42,7 @@ class Backbone(nn.Module):
         self.runner: BlockRunner | None = None
         self.source: BlockSource | None = None  # replaced to offload weights in inference
         self.sets = nn.ModuleList(
-            _block(config, config.weight_sets.index(number), empty_sets) for number in range(config.num_sets)
+            _block(config, config.weight_sets.index(index), empty_sets) for index in range(config.num_sets)
         )
         self.layers = nn.ModuleList(
             LayerParts(config.attention, _router(config, layer, shared=False))
@@ -126,9 +126,9 @@ class Backbone(nn.Module):
         )
         self.config = config
         return {
-            f"sets.{layer}.{name}": f"sets.{number}.{name}"
-            for layer, number in enumerate(numbers)
-            for name, _ in shared[number].named_parameters()
+            f"sets.{layer}.{name}": f"sets.{index}.{name}"
+            for layer, index in enumerate(numbers)
+            for name, _ in shared[index].named_parameters()
         }
 
     def block(self, layer: int) -> Block:
@@ -183,16 +183,16 @@ def _block(config: BackboneConfig, layer: int, empty: bool) -> Block:
 
 
 def _copies(shared: list[Block], numbers: Sequence[int]) -> Iterator[Block]:
-    for layer, number in enumerate(numbers):
-        yield shared[number] if numbers.index(number) == layer else deepcopy(shared[number])
+    for layer, index in enumerate(numbers):
+        yield shared[index] if numbers.index(index) == layer else deepcopy(shared[index])
 
 
 def _refilled(
     shared: list[Block], numbers: Sequence[int], config: BackboneConfig, refill: Refill
 ) -> Iterator[Block]:
-    for layer, number in enumerate(numbers):
+    for layer, index in enumerate(numbers):
         fresh = _block(config, layer, empty=True)
-        refill(fresh, shared[number])
+        refill(fresh, shared[index])
         yield fresh
 
 

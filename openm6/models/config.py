@@ -72,10 +72,10 @@ class BackboneConfig(Config):
             raise ValueError(f"sharing names {len(sets)} layers, but num_layers={self.num_layers}")
         if sorted(set(sets)) != list(range(len(set(sets)))):
             raise ValueError("sharing must number its weight sets from 0 without a gap")
-        for layer, number in enumerate(sets):
-            if self.has_experts(layer) != self.has_experts(sets.index(number)):
+        for layer, index in enumerate(sets):
+            if self.has_experts(layer) != self.has_experts(sets.index(index)):
                 raise ValueError(
-                    f"layers {sets.index(number)} and {layer} share weight set {number}, "
+                    f"layers {sets.index(index)} and {layer} share weight set {index}, "
                     f"but only one of them holds experts"
                 )
 

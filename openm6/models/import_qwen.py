@@ -189,7 +189,7 @@ def _experts(state: State, layer: int, config: BackboneConfig) -> dict[str, Tens
 
 def _stacked(state: State, theirs: str, config: BackboneConfig) -> tuple[Tensor, Tensor]:
     """E 2F D and E D F from the single matrices of each expert."""
-    experts = [f"{theirs}.experts.{number}" for number in range(_num_experts(config))]
+    experts = [f"{theirs}.experts.{index}" for index in range(_num_experts(config))]
     up = [
         torch.cat([_tensor(state, f"{name}.{part}_proj.weight") for part in ("gate", "up")])
         for name in experts

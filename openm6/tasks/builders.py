@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from openm6.modalities.audio import random_gap, random_speed
-from openm6.modalities.image import random_hole
+from openm6.modalities.audio import random_span, random_speed
+from openm6.modalities.image import random_box
 from openm6.modalities.interface import Cuttable, Part
 from openm6.modalities.numbers import NumberSeries, fit_scale
 from openm6.modalities.text import GAP
@@ -191,9 +191,9 @@ def match_text(record: Record, context: Context) -> Built:
 
 def mask_box(record: Record, context: Context) -> Built:
     """An image with a random box masked, to read and to predict."""
-    hole = random_hole(context.rng)
+    hole = random_box(context.rng)
     # The second draw is unused; without it all later draws of the example would change.
-    random_hole(context.rng)
+    random_box(context.rng)
     image = Part("image", record["image"], {"hole": hole})
     return Built({"image": image}, image)
 
@@ -210,7 +210,7 @@ def match_audio(record: Record, context: Context) -> Built:
 
 def mask_span(record: Record, context: Context) -> Built:
     """A recording with a random span masked, to read and to predict, both at one speed."""
-    gap = random_gap(context.rng)
+    gap = random_span(context.rng)
     speed = random_speed(context.rng) if context.train else 1.0
     audio = Part("sound", record["audio"], {"gap": gap, "speed": speed})
     return Built({"sound": audio}, audio)

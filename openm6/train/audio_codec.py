@@ -96,7 +96,7 @@ class AudioData:
         self.config = config
         self.device = device
         self.rate = codec.rate
-        place = codec.samples_per_place
+        place = codec.samples_per_position
         self.length = max(1, round(config.seconds * codec.rate / place)) * place
         self.bank = make_audio_bank(clips, config.shares, device)
         self.windows = {size: unit_window(size).to(device) for size in MEL_SCALES}

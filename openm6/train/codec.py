@@ -282,7 +282,7 @@ class AudioCodecTraining(CodecTraining):
         self.held_out = [clip for part in held.values() for clip in part]
 
     def positions_per_batch(self) -> int:
-        return self.recipe.lessons.batch * self.audio.length // self.recipe.codec.samples_per_place
+        return self.recipe.lessons.batch * self.audio.length // self.recipe.codec.samples_per_position
 
     def held_out_scores(self, codec: Codec) -> dict[str, float]:
         return audio_scores(codec, self.held_out)

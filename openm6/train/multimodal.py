@@ -153,7 +153,7 @@ class MultimodalTraining(TrainingTask):
         metrics: dict[str, float | Tensor] = {
             f"loss/{kind}": nats.get(kind, none) / count for kind, count in counts.learned.items() if count
         }
-        metrics["fill"] = batch.tokens / counts.places
+        metrics["fill"] = batch.tokens / counts.positions
         share = batch.tokens / max(1.0, counts.tokens)  # the routers' own means are over this rank's tokens
         loads = [replace(load, dropped=load.dropped * share) for load in loads]
         loss = total / counts.examples + share * side_loss(loads) + self._idle()

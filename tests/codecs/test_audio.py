@@ -91,4 +91,4 @@ def test_windows_must_overlap() -> None:
 
 
 def test_the_default_sends_25_places_a_second() -> None:
-    assert SoundCodecConfig().rate / SoundCodecConfig().samples_per_place == 25
+    assert SoundCodecConfig().rate / SoundCodecConfig().samples_per_position == 25

@@ -59,15 +59,15 @@ def test_a_target_is_learned_and_never_read_as_a_source(name: str, number: int) 
         tokens = modalities()[name].target(example(name, number), rng)
         check_shapes(tokens)
         assert tokens.placement in ("causal", "block")
-        if "hidden" in tokens.arrays:
-            assert tokens.arrays["hidden"].any() and tokens.learn[tokens.arrays["hidden"]].all()
+        if "is_masked" in tokens.arrays:
+            assert tokens.arrays["is_masked"].any() and tokens.learn[tokens.arrays["is_masked"]].all()
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)
 def test_without_a_generator_all_there_is_to_hide_is_hidden(name: str, number: int) -> None:
     tokens = modalities()[name].target(example(name, number))
-    if "hidden" in tokens.arrays:
-        assert tokens.arrays["hidden"].all() and tokens.learn.all()
+    if "is_masked" in tokens.arrays:
+        assert tokens.arrays["is_masked"].all() and tokens.learn.all()
     elif "observed" in tokens.arrays:
         assert np.array_equal(tokens.learn, tokens.arrays["observed"].any(1))
     else:
@@ -148,7 +148,7 @@ def test_codes_are_given_back_by_decode(name: str) -> None:
         if name == "image":
             assert decoded.size == (modality.side, modality.side) and decoded.mode == "RGB"
         else:
-            assert decoded.shape == (len(tokens) * modality.place,) and np.isfinite(decoded).all()
+            assert decoded.shape == (len(tokens) * modality.hop,) and np.isfinite(decoded).all()
 
 
 def test_numbers_are_given_back_by_their_scale() -> None:

@@ -43,7 +43,7 @@ def test_a_filled_picture_keeps_what_was_given() -> None:
         tokens = MODEL.image.target(example.target.raw, options=example.target.options)
         true = np.asarray(MODEL.image.decode(torch.from_numpy(tokens.arrays["codes"]))).astype(int)
         filled = np.asarray(found).astype(int)
-        down = ~tokens.arrays["hidden"].reshape(8, 8).repeat(8, 0).repeat(8, 1)
+        down = ~tokens.arrays["is_masked"].reshape(8, 8).repeat(8, 0).repeat(8, 1)
         inside = np.abs(filled - true)[~down].mean()
         assert inside > 3 * np.abs(filled - true)[down].mean() or inside == 0
 

@@ -59,12 +59,17 @@ def decode_masked_reference(
     """Codes of one image or recording, step by step.  # -> N G"""
     adapter = model.omni.adapter(target.kind)
     assert isinstance(adapter, CodesAdapter)
-    unknown = torch.from_numpy(target.arrays["hidden"])
+    unknown = torch.from_numpy(target.arrays["is_masked"])
     codes = torch.from_numpy(target.arrays["codes"]).masked_fill(unknown[:, None], 0)
     first, draws = int(unknown.sum()), 0
     for step in range(1, sampling.steps + 1):
         share = step / sampling.steps
-        arrays = {**target.arrays, "shown": codes.numpy(), "codes": codes.numpy(), "hidden": unknown.numpy()}
+        arrays = {
+            **target.arrays,
+            "shown": codes.numpy(),
+            "codes": codes.numpy(),
+            "is_masked": unknown.numpy(),
+        }
         target = Segment(
             target.kind, arrays, target.grid, target.span, unknown.numpy(), "block", target.moves
         )

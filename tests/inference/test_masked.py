@@ -82,13 +82,13 @@ def test_given_codes_stay_and_all_is_settled_in_time(
         found.shape == (4, 64, model.image.codec.groups) and 0 <= int(found.min()) <= int(found.max()) < size
     )
     for row, tokens in enumerate(targets):
-        hidden = tokens.arrays["hidden"]
+        hidden = tokens.arrays["is_masked"]
         assert np.array_equal(found[row].numpy()[~hidden], tokens.arrays["codes"][~hidden])
     assert 1 <= len(watch.unknown) <= steps
     for row, tokens in enumerate(targets):
         seen = [passed[row] for passed in watch.unknown if row in passed]
         counts = [int(unknown.sum()) for unknown in seen]
-        assert counts[0] == int(tokens.arrays["hidden"].sum())
+        assert counts[0] == int(tokens.arrays["is_masked"].sum())
         assert counts == sorted(set(counts), reverse=True), "every step settles something"
         for before, after in pairwise(seen):
             assert not bool((after & ~before).any()), "what is settled stays settled"
@@ -98,7 +98,9 @@ def test_the_true_codes_of_a_hole_are_never_read(
     model: LoadedModel, prompts: list[Prompt], targets: list[Segment]
 ) -> None:
     other = [
-        replace(t, arrays={**t.arrays, "codes": np.where(t.arrays["hidden"][:, None], 7, t.arrays["codes"])})
+        replace(
+            t, arrays={**t.arrays, "codes": np.where(t.arrays["is_masked"][:, None], 7, t.arrays["codes"])}
+        )
         for t in targets
     ]
     settings = MaskedSampling(steps=3)
@@ -182,7 +184,7 @@ def test_sounds_are_filled_likewise(model: LoadedModel, prompts: list[Prompt]) -
     raw = demo_sources()["spoken"][0]["audio"]
     tokens = model.sound.target(raw, options={"gap": (0.2, 0.5), "seconds": 1.2})
     found = decode_masked(model.omni, prompts[:1], [tokens], MaskedSampling(steps=4))[0].numpy()
-    hidden = tokens.arrays["hidden"]
+    hidden = tokens.arrays["is_masked"]
     assert np.array_equal(found[~hidden], tokens.arrays["codes"][~hidden])
     assert np.isfinite(model.sound.decode(torch.from_numpy(found))).all()
 

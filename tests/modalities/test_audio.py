@@ -78,7 +78,7 @@ def test_the_bound_can_be_set() -> None:
         read_sound(sine(1.0), max_seconds=0.5)
 
 
-@pytest.mark.parametrize("rate", [1, 999, HIGHEST_RATE + 1, 2_000_000_011])
+@pytest.mark.parametrize("rate", [1, 999, MAX_RATE + 1, 2_000_000_011])
 def test_a_rate_that_nobody_records_at_is_refused(rate: int) -> None:
     """A prime rate in the header of a short file would else ask for gigabytes."""
     header = bytearray(file_of(np.zeros(10, np.float32)))
@@ -132,22 +132,24 @@ def test_what_follows_a_short_sound_is_silence(sound: Sound) -> None:
     [(None, []), ((0.0, 1.0), [0, 1, 2, 3]), ((0.25, 0.5), [1]), ((0.3, 0.6), [1, 2]), ((0.9, 1.0), [3])],
 )
 def test_a_gap_takes_all_places_it_touches(gap: tuple[float, float] | None, touched: list[int]) -> None:
-    assert np.flatnonzero(gap_places(gap, 4)).tolist() == touched
+    assert np.flatnonzero(span_mask(gap, 4)).tolist() == touched
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_random_gap_always_hides_something(seed: int) -> None:
-    start, end = random_gap(np.random.default_rng(seed))
+    start, end = random_span(np.random.default_rng(seed))
     assert 0 <= start < end <= 0.8
-    assert gap_places((start, end), 30).sum() >= 5
+    assert span_mask((start, end), 30).sum() >= 5
 
 
 def test_a_gap_hides_from_the_source_and_alone_is_learned(sound: Sound) -> None:
     options = {"gap": (0.25, 0.5), "seconds": 1.2}
     read, wanted = (method(sine(0.6), options=options) for method in (sound.source, sound.target))
-    assert np.array_equal(read.arrays["gone"], gap_places((0.25, 0.5), len(read)))
-    assert np.array_equal(wanted.learn, gap_places((0.25, 0.5), len(wanted)))
-    assert (read.arrays["patches"][read.arrays["gone"]] == 0).all() and 0 < wanted.learn.sum() < len(wanted)
+    assert np.array_equal(read.arrays["is_masked"], span_mask((0.25, 0.5), len(read)))
+    assert np.array_equal(wanted.learn, span_mask((0.25, 0.5), len(wanted)))
+    assert (read.arrays["patches"][read.arrays["is_masked"]] == 0).all() and 0 < wanted.learn.sum() < len(
+        wanted
+    )
 
 
 def test_augmentation_stays_finite_and_differs(sound: Sound) -> None:
@@ -176,7 +178,7 @@ def test_a_file_heard_before_gives_the_same(sound: Sound) -> None:
     assert np.array_equal(sound.encode(raw), sound.encode(read_sound(raw)))
     # A gap must not stick to what is remembered.
     holed = sound.source(raw, options={"gap": (0.0, 0.5)})
-    assert holed.arrays["gone"].any() and not sound.source(raw).arrays["gone"].any()
+    assert holed.arrays["is_masked"].any() and not sound.source(raw).arrays["is_masked"].any()
 
 
 def sound_of(seconds: float) -> Sound:

@@ -19,13 +19,13 @@ from openm6.modalities.codes import (
     SMOOTHING,
     ArrayCache,
     CodesAdapter,
-    PlaceEmbedding,
-    hide,
+    FourierPositionEmbedding,
+    audio_positions,
+    image_positions,
     inpainting_masks,
     masked_arrays,
-    picture_places,
     random_rectangle,
-    sound_places,
+    sample_mask,
 )
 from openm6.ops.quantize import pack
 
@@ -35,7 +35,7 @@ LEVELS, GROUPS, WIDTH = (4, 3), 3, 16
 @pytest.fixture
 def adapter() -> CodesAdapter:
     torch.manual_seed(0)
-    return CodesAdapter(PlaceEmbedding(WIDTH), WIDTH, LEVELS, GROUPS, bottleneck=8)
+    return CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, LEVELS, GROUPS, bottleneck=8)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def hidden() -> Tensor:
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32))
 def test_something_is_always_hidden(height: int, width: int, seed: int) -> None:
-    hidden = hide(height, width, np.random.default_rng(seed))
+    hidden = sample_mask(height, width, np.random.default_rng(seed))
     assert hidden.shape == (height * width,) and hidden.dtype == bool and hidden.any()
 
 
@@ -66,12 +66,12 @@ def test_a_rectangle_is_one(height: int, width: int, seed: int) -> None:
 
 
 def test_all_is_hidden_without_a_generator() -> None:
-    assert hide(5, 4, None).all()
+    assert sample_mask(5, 4, None).all()
 
 
 def test_all_patterns_occur() -> None:
     rng = np.random.default_rng(0)
-    shares = np.array([hide(8, 8, rng).mean() for _ in range(600)])
+    shares = np.array([sample_mask(8, 8, rng).mean() for _ in range(600)])
     assert 0.42 < (shares == 1).mean() < 0.62, "all hidden in about half"
     assert (shares < 0.1).any() and ((shares > 0.4) & (shares < 0.6)).any()
 
@@ -150,7 +150,7 @@ def test_a_group_sees_only_the_groups_before_it(
 def test_the_likelihood_of_a_place_is_the_product_over_its_groups(
     adapter: CodesAdapter, codes: Tensor, hidden: Tensor
 ) -> None:
-    arrays = {"codes": codes, "shown": codes, "hidden": torch.ones(20, dtype=torch.bool)}
+    arrays = {"codes": codes, "shown": codes, "is_masked": torch.ones(20, dtype=torch.bool)}
     direct, blurred = torch.zeros(20), torch.zeros(20)
     for group in range(GROUPS):
         log_probability = adapter.group_logits(hidden, codes, group).log_softmax(-1)
@@ -163,17 +163,19 @@ def test_the_likelihood_of_a_place_is_the_product_over_its_groups(
 
 def test_the_probabilities_of_all_codes_of_a_place_sum_to_one() -> None:
     torch.manual_seed(0)
-    adapter = CodesAdapter(PlaceEmbedding(WIDTH), WIDTH, (2, 2), 2, bottleneck=4)
+    adapter = CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, (2, 2), 2, bottleneck=4)
     every = torch.cartesian_prod(torch.arange(4), torch.arange(4))
     hidden = torch.randn(1, WIDTH).expand(16, -1)
-    arrays = {"codes": every, "shown": every, "hidden": torch.ones(16, dtype=torch.bool)}
+    arrays = {"codes": every, "shown": every, "is_masked": torch.ones(16, dtype=torch.bool)}
     assert float((-adapter.nll(hidden, arrays)).exp().sum().detach()) == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["image-64", "image-256", "sound"])
 def test_vectors_are_those_of_the_codec(name: str) -> None:
     codec = load_codec(name)
-    adapter = CodesAdapter(PlaceEmbedding(WIDTH), WIDTH, codec.quantizer_config.levels, codec.groups)
+    adapter = CodesAdapter(
+        FourierPositionEmbedding(WIDTH), WIDTH, codec.quantizer_config.levels, codec.groups
+    )
     codes = torch.randint(
         0, codec.codebook_size, (50, codec.groups), generator=torch.Generator().manual_seed(0)
     )
@@ -192,23 +194,24 @@ def test_vectors_are_coordinates(adapter: CodesAdapter) -> None:
 def test_hidden_codes_do_not_show(adapter: CodesAdapter, codes: Tensor) -> None:
     hidden = torch.arange(20) < 10
     other = torch.where(hidden[:, None], (codes + 1) % 12, codes)
-    places = torch.rand(20, 2)
+    grid_cells = torch.rand(20, 2)
     first, second = (
-        adapter.embed({"shown": shown, "hidden": hidden, "places": places}) for shown in (codes, other)
+        adapter.embed({"shown": shown, "is_masked": hidden, "positions": grid_cells})
+        for shown in (codes, other)
     )
     assert torch.equal(first, second)
-    visible = adapter.embed({"shown": (codes + 1) % 12, "hidden": hidden, "places": places})
+    visible = adapter.embed({"shown": (codes + 1) % 12, "is_masked": hidden, "positions": grid_cells})
     assert not torch.equal(visible[10:], first[10:])
 
 
 def test_positions_are_the_centers_of_tokens() -> None:
-    assert picture_places(2, 4)[[0, 3, 4]].tolist() == [[0.25, 0.125], [0.25, 0.875], [0.75, 0.125]]
-    assert np.allclose(sound_places(3, 0.04)[:, 0], [0.02, 0.06, 0.10])
+    assert image_positions(2, 4)[[0, 3, 4]].tolist() == [[0.25, 0.125], [0.25, 0.875], [0.75, 0.125]]
+    assert np.allclose(audio_positions(3, 0.04)[:, 0], [0.02, 0.06, 0.10])
 
 
 def test_positions_have_different_embeddings() -> None:
     torch.manual_seed(0)
-    vectors = PlaceEmbedding(16).requires_grad_(False)(torch.from_numpy(picture_places(8, 8)))
+    vectors = FourierPositionEmbedding(16).requires_grad_(False)(torch.from_numpy(image_positions(8, 8)))
     distance = torch.cdist(vectors, vectors) + torch.eye(64) * 99
     assert vectors.shape == (64, 16) and float(distance.min()) > 1e-2
 

@@ -11,14 +11,14 @@ from PIL import Image as Pillow
 
 from openm6.core.errors import DataError
 from openm6.modalities.batch import build_sequence
-from openm6.modalities.codes import PlaceEmbedding
+from openm6.modalities.codes import FourierPositionEmbedding
 from openm6.modalities.image import (
     PATCH,
     Image,
     PatchAdapter,
-    hole_places,
+    box_mask,
     pixels,
-    random_hole,
+    random_box,
     read_image,
     to_square,
 )
@@ -107,7 +107,7 @@ def test_damaged_files_never_raise_anything_else() -> None:
 )
 def test_patches_keep_within_the_budget_and_near_the_aspect(image: Image, size: tuple[int, int]) -> None:
     tokens = image.source(Pillow.new("RGB", size))
-    down, across = (len(np.unique(tokens.arrays["places"][:, axis])) for axis in (0, 1))
+    down, across = (len(np.unique(tokens.arrays["positions"][:, axis])) for axis in (0, 1))
     assert len(tokens) == down * across <= image.max_patches
     assert tokens.span == max(down, across)
     wanted, found = size[0] / size[1], across / down
@@ -160,25 +160,25 @@ def test_pixels_lie_between_minus_one_and_one() -> None:
     ],
 )
 def test_a_hole_takes_all_places_it_touches(hole: tuple[float, ...] | None, touched: list[int]) -> None:
-    assert np.flatnonzero(hole_places(hole, 4, 4)).tolist() == touched  # type: ignore[arg-type]
+    assert np.flatnonzero(box_mask(hole, 4, 4)).tolist() == touched  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_random_hole_is_the_same_box_at_every_raster(seed: int) -> None:
-    hole = random_hole(np.random.default_rng(seed))
+    hole = random_box(np.random.default_rng(seed))
     left, top, right, bottom = hole
     assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
     share = (right - left) * (bottom - top)
     for side in (8, 16, 64):
-        assert hole_places(hole, side, side).mean() == pytest.approx(share)
+        assert box_mask(hole, side, side).mean() == pytest.approx(share)
 
 
 def test_a_hole_hides_from_the_source_and_alone_is_learned(image: Image) -> None:
     values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     options = {"hole": (0.25, 0.5, 0.75, 1.0)}
-    inside = hole_places(options["hole"], 8, 8)
+    inside = box_mask(options["hole"], 8, 8)
     read, wanted = image.source(values, options=options), image.target(values, options=options)
-    assert np.array_equal(read.arrays["gone"], inside) and np.array_equal(wanted.learn, inside)
+    assert np.array_equal(read.arrays["is_masked"], inside) and np.array_equal(wanted.learn, inside)
     assert (read.arrays["patches"][inside] == 0).all()
     other = values.copy()
     other[32:, 16:48] = 0
@@ -187,11 +187,11 @@ def test_a_hole_hides_from_the_source_and_alone_is_learned(image: Image) -> None
 
 def test_what_is_gone_is_one_vector() -> None:
     torch.manual_seed(0)
-    adapter = PatchAdapter(PlaceEmbedding(8), 12, 8)
+    adapter = PatchAdapter(FourierPositionEmbedding(8), 12, 8)
     arrays = {
         "patches": torch.randn(4, 12),
-        "gone": torch.tensor([True, False, True, False]),
-        "places": torch.full((4, 2), 0.5),
+        "is_masked": torch.tensor([True, False, True, False]),
+        "positions": torch.full((4, 2), 0.5),
     }
     first, second, third, fourth = adapter.embed(arrays)
     assert torch.equal(first, third) and not torch.equal(second, fourth)
@@ -218,7 +218,7 @@ def test_a_picture_survives_the_codec_roughly(image: Image) -> None:
 
 def test_a_blank_is_all_hidden(image: Image) -> None:
     tokens = image.blank()
-    assert len(tokens) == image.places**2 and tokens.arrays["hidden"].all()
+    assert len(tokens) == image.grid_side**2 and tokens.arrays["is_masked"].all()
 
 
 def test_sixteen_bit_grey_keeps_its_shades() -> None:

@@ -85,7 +85,7 @@ def test_hidden_codes_do_not_leak(model: Omni, seed: int) -> None:
     """Codes of hidden places, and the truth of all places, change no hidden state; shown ones do."""
     source = source_segments([Part("text", "draw it")], modalities())
     target = picture_target(seed)
-    hidden = target.arrays["hidden"]
+    hidden = target.arrays["is_masked"]
     size = modalities()["image"].codec.codebook_size  # type: ignore[attr-defined]
 
     def states(arrays: dict[str, np.ndarray]) -> torch.Tensor:
@@ -159,7 +159,7 @@ def test_training_minimises_the_training_loss_and_judging_the_likelihood(
 def test_gradients_reach_every_adapter(sequences: list[PackedExample]) -> None:
     model = omni().requires_grad_(True).train()
     pictures = (picture_target(seed) for seed in range(20))
-    partly = next(tokens for tokens in pictures if not tokens.arrays["hidden"].all())
+    partly = next(tokens for tokens in pictures if not tokens.arrays["is_masked"].all())
     sequences = [build_sequence([partly]), *sequences]
     judged, _ = model.judge(collate([sequences[:4], sequences[4:7], sequences[7:]], 512))
     sum(part.total for part in judged.values()).backward()
