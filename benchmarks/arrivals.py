@@ -16,7 +16,7 @@ from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import ModalitiesConfig, build_modalities
 from openm6.modalities.text import train_tokenizer
-from openm6.models.description import ModelDescription
+from openm6.models.description import CheckpointConfig
 from openm6.models.omni import Omni
 from openm6.models.presets import PRESETS
 from openm6.serve.config import EngineConfig

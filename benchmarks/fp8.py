@@ -23,7 +23,7 @@ from openm6.core.device import resolve_device
 from openm6.data.parquet import embedded_path, read_parquet
 from openm6.nn.block import Block
 from openm6.nn.layers import activate
-from openm6.nn.moe import Experts, Router, RouterLoad, TokenDispatcher
+from openm6.nn.moe import Experts, Router, RouterStats, TokenDispatcher
 from openm6.ops.matmul import grouped_mm_reference
 from openm6.ops.moe import dropless_permutation, permute, unpermute
 from openm6.ops.sequence import causal_meta
@@ -112,7 +112,7 @@ class EightBitExperts(Experts):
 
     def forward(
         self, x: Tensor, router: Router, valid: Tensor, exchange: TokenDispatcher, layer: int
-    ) -> tuple[Tensor, RouterLoad]:
+    ) -> tuple[Tensor, RouterStats]:
         flat = x.flatten(0, 1)
         routing = router(flat, valid.flatten(), exchange)
         plan = dropless_permutation(routing.chosen, self.config.num_experts)

@@ -16,7 +16,7 @@ from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import Modalities, ModalitiesConfig, Reading, build_modalities
 from openm6.modalities.text import train_tokenizer
 from openm6.models.config import BackboneConfig
-from openm6.models.description import Lesson, ModelDescription
+from openm6.models.description import CheckpointConfig, TrainedTask
 from openm6.models.omni import Omni
 from openm6.nn.config import ExpertsConfig
 from openm6.train.run import read_recipe, recipe_path
@@ -86,11 +86,11 @@ def loaded(
     seed: int = 0, lessons: tuple[tuple[str, str], ...] = LESSONS, reading: Reading = "whole"
 ) -> LoadedModel:
     """The untrained model as if it came from a checkpoint."""
-    description = ModelDescription(
+    description = CheckpointConfig(
         backbone=BACKBONE,
         modalities=ModalitiesConfig(reading=reading),
         scales=SCALES,
-        lessons=[Lesson(task=task, source=source) for task, source in lessons],
+        lessons=[TrainedTask(task=task, source=source) for task, source in lessons],
     )
     return LoadedModel(omni(seed), modalities(reading), description, Path("nowhere/checkpoints/step-1"))
 

@@ -71,7 +71,7 @@ class ConvNext(nn.Module):
         return x + self.scale * self.down(F.gelu(self.up(mixed)))
 
 
-class Fold(nn.Module):
+class Downsample(nn.Module):
     """Joins `stride` frames into one place by a linear layer.  # B N D -> B T C"""
 
     def __init__(self, width: int, stride: int, out: int) -> None:
@@ -83,7 +83,7 @@ class Fold(nn.Module):
         return self.project(x.unflatten(1, (-1, self.stride)).flatten(2))
 
 
-class Unfold(nn.Module):
+class Upsample(nn.Module):
     """Opens each place into `stride` frames.  # B T C -> B N D"""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
@@ -111,9 +111,9 @@ class SoundCodec(Codec):
         blocks = [ConvNext(width, config.expansion, 1.0 / count) for _ in range(count)]
         self.first = nn.Conv1d(config.num_mels, width, 7, padding=3)
         self.encoder = nn.Sequential(*blocks[: config.encoder_blocks], nn.LayerNorm(width))
-        self.fold = Fold(width, config.stride, config.latent)
+        self.fold = Downsample(width, config.stride, config.latent)
         self.quantizer = ResidualQuantizer(config, config.latent, config.stage_dropout)
-        self.unfold = Unfold(config.latent, width, config.stride)
+        self.unfold = Upsample(config.latent, width, config.stride)
         self.decoder = nn.Sequential(*blocks[config.encoder_blocks :], nn.LayerNorm(width))
         self.head = nn.Linear(width, 2 * (config.window // 2 + 1))
         nn.init.constant_(self.head.bias[: config.window // 2 + 1], QUIET)

@@ -51,7 +51,7 @@ class QuantizerConfig(Config):
 
 
 @dataclass(frozen=True)
-class Health:
+class QuantizerStats:
     """Whether a quantizer is alive: a saturated one learns nothing, a starved channel carries nothing.
 
     `bits` holds the entropy of each channel in bits and `capacity` the most it could be, log2(levels).
@@ -77,9 +77,9 @@ class Quantized:
     levels: Tensor
 
     @property
-    def health(self) -> Health:
+    def health(self) -> QuantizerStats:
         """Made when asked for: who only wants codes need not pay for it."""
-        return _health(self.inputs, self.cells, self.levels)
+        return _quantizer_stats(self.inputs, self.cells, self.levels)
 
 
 class LatentNorm(nn.Module):
@@ -181,14 +181,14 @@ class ResidualQuantizer(nn.Module):
         return torch.stack([out(value) for out, value in stages]).sum(0)
 
 
-def _health(z: Tensor, cells: Tensor, levels: Tensor) -> Health:
+def _quantizer_stats(z: Tensor, cells: Tensor, levels: Tensor) -> QuantizerStats:
     """# B P G D, B P G D -> four numbers or rows of G*D"""
     with torch.no_grad():
         size = z.detach().abs()
         groups = cells.shape[-2]
         bits = bits_per_channel(cells.flatten(0, -3).flatten(1), levels.repeat(groups))
         capacity = levels.float().log2().repeat(groups)
-        return Health(size.mean(), (size > SATURATION).float().mean(), bits, capacity)
+        return QuantizerStats(size.mean(), (size > SATURATION).float().mean(), bits, capacity)
 
 
 class Codec(nn.Module, ABC):

@@ -70,7 +70,7 @@ class EvalConfig(Config):
 
 def evaluate_tasks(
     loaded: LoadedModel,
-    lessons: list[Lesson],
+    lessons: list[TrainedTask],
     train: Sources,
     test: Sources,
     config: EvalConfig,
@@ -101,7 +101,7 @@ def evaluate_tasks(
     return EvalReport(ordered, time.perf_counter() - began, str(loaded.checkpoint))
 
 
-def _slowest_first(lessons: list[Lesson]) -> list[int]:
+def _slowest_first(lessons: list[TrainedTask]) -> list[int]:
     """Indices of the trained tasks, those that generate images or audio first, so that all processes end together."""
     fast = [task_named(lesson.task).gives in ("text", "numbers") for lesson in lessons]
     return sorted(range(len(lessons)), key=fast.__getitem__)
@@ -166,7 +166,7 @@ def select_examples(
 
 def evaluate_task(
     loaded: LoadedModel,
-    lesson: Lesson,
+    lesson: TrainedTask,
     examples: list[Example],
     sequences: list[PackedExample],
     train: Source,

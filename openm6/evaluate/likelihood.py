@@ -53,8 +53,8 @@ def likelihoods(
 ) -> Likelihoods:
     """Likelihoods of the examples' targets; `sequences` are the examples as tokens."""
     null = [example_sequence(null_example(example, source_name), loaded.modalities) for example in examples]
-    nats = sequence_nats(loaded.omni, [*sequences, *null])
-    bits, model_bits = np.split(nats * BITS, 2)
+    nll = sequence_nll(loaded.omni, [*sequences, *null])
+    bits, model_bits = np.split(nll * BITS, 2)
     prior_bits = prior.bits(examples, [sequence.segments[-1] for sequence in sequences])
     if prior_bits.mean() < model_bits.mean():
         return Likelihoods(bits, prior_bits, "training frequencies")
@@ -62,7 +62,7 @@ def likelihoods(
 
 
 @torch.inference_mode()
-def sequence_nats(omni: Omni, sequences: list[PackedExample]) -> np.ndarray:
+def sequence_nll(omni: Omni, sequences: list[PackedExample]) -> np.ndarray:
     """Negative log-likelihood of the learned tokens of each sequence, in nats.  # N"""
     length = max(ROW, *(len(sequence) for sequence in sequences), 0)
     found: list[float] = []
@@ -81,9 +81,9 @@ def sequence_nats(omni: Omni, sequences: list[PackedExample]) -> np.ndarray:
 def _nats(omni: Omni, rows: list[list[PackedExample]], length: int) -> list[float]:
     batch = collate(rows, length).to(omni.device)
     total = torch.zeros(batch.num_examples, device=omni.device)
-    losses, _ = omni.judge(batch)
+    losses, _ = omni.compute_loss(batch)
     for part in losses.values():
-        total.index_add_(0, part.example, part.nats)
+        total.index_add_(0, part.example, part.nll)
     return total.tolist()
 
 

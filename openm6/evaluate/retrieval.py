@@ -16,7 +16,7 @@ from openm6.evaluate.results import TaskResult, bootstrap_interval
 from openm6.inference.engine import embed, taught_pool
 from openm6.inference.load import LoadedModel
 from openm6.modalities.registry import source_segments
-from openm6.models.description import Lesson
+from openm6.models.description import TrainedTask
 from openm6.tasks.registry import task_named
 from openm6.tasks.task import LANGUAGES, Example, Task
 
@@ -58,7 +58,9 @@ class Search:
         return np.log2(np.maximum(probability, 1e-12)) - np.log2(self.matches.mean(1))
 
 
-def evaluate_retrieval(loaded: LoadedModel, lesson: Lesson, test: Source, seed: int) -> TaskResult | None:
+def evaluate_retrieval(
+    loaded: LoadedModel, lesson: TrainedTask, test: Source, seed: int
+) -> TaskResult | None:
     """Recall of a contrastive task in both directions and both languages; None if no test record fits."""
     task = task_named(lesson.task)
     searches, records = [], 0
@@ -99,7 +101,7 @@ def both_directions(loaded: LoadedModel, task: Task, examples: list[Example], la
 
 
 def _result(
-    loaded: LoadedModel, lesson: Lesson, searches: list[Search], records: int, seed: int
+    loaded: LoadedModel, lesson: TrainedTask, searches: list[Search], records: int, seed: int
 ) -> TaskResult:
     """One result: the mean over directions and languages, and each of them among the metrics."""
     task = task_named(lesson.task)

@@ -18,7 +18,7 @@ from openm6.data.windows import WindowsConfig
 from openm6.evaluate.evaluator import EvalConfig, evaluate_tasks
 from openm6.evaluate.results import EvalReport, TaskResult
 from openm6.inference.load import LoadedModel, load
-from openm6.models.description import Lesson, ModelDescription
+from openm6.models.description import CheckpointConfig, TrainedTask
 
 OwnData = TableConfig | FolderConfig | WindowsConfig
 
@@ -38,7 +38,7 @@ def source_configs(values: dict[str, Any], where: str) -> dict[str, SourceConfig
     return dict(build(_Sources, {"sources": values}, where).sources)
 
 
-def chosen_lessons(description: ModelDescription, tasks: list[str] | None) -> list[Lesson]:
+def chosen_lessons(description: CheckpointConfig, tasks: list[str] | None) -> list[TrainedTask]:
     """The trained tasks of a model, or those whose task (or task/source) is named.
 
     Raises:
@@ -98,7 +98,7 @@ def evaluate(
     return report
 
 
-def _eval_config(description: ModelDescription, settings: list[str]) -> EvalConfig:
+def _eval_config(description: CheckpointConfig, settings: list[str]) -> EvalConfig:
     values = apply_overrides({"judge": description.judge}, settings)
     if set(values) != {"judge"}:
         raise ConfigError(

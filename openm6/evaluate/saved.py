@@ -83,7 +83,7 @@ def _encode(value: Any) -> Any:
         text = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
         return {_TAG: "array", "base64": text, "dtype": value.dtype.str, "shape": list(value.shape)}
     if isinstance(value, Histogram):
-        scale = np.stack([value.centre, value.spread], axis=1)
+        scale = np.stack([value.loc, value.scale], axis=1)
         return {_TAG: "histogram", "probability": _encode(value.probability), "scale": _encode(scale)}
     if isinstance(value, dict):
         return {_TAG: "dict", "items": [[key, _encode(inner)] for key, inner in value.items()]}

@@ -21,7 +21,7 @@ from openm6.modalities.text import Text
 from openm6.models.description import (
     MODEL_FILE,
     TOKENIZER_FILE,
-    ModelDescription,
+    CheckpointConfig,
     build_model,
     read_description,
 )
@@ -34,7 +34,7 @@ class LoadedModel:
 
     omni: Omni
     modalities: Modalities
-    description: ModelDescription
+    description: CheckpointConfig
     checkpoint: Path
 
     @property
@@ -63,7 +63,7 @@ def check(path: Path) -> None:
     _texts(latest(path))
 
 
-def _texts(folder: Path) -> tuple[ModelDescription, str]:
+def _texts(folder: Path) -> tuple[CheckpointConfig, str]:
     """The description and the text of the tokenizer."""
     texts = {name: _read(folder / name) for name in (MODEL_FILE, TOKENIZER_FILE)}
     return read_description(texts[MODEL_FILE], str(folder / MODEL_FILE)), texts[TOKENIZER_FILE]

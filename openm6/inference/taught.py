@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from openm6.modalities.interface import Part
-from openm6.models.description import ModelDescription
+from openm6.models.description import CheckpointConfig
 from openm6.tasks.prompts import word_count, words_of
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Task
@@ -48,7 +48,7 @@ class Taught:
 
 
 def assess(
-    parts: Sequence[Part], target: str, description: ModelDescription, confidence: float | None = None
+    parts: Sequence[Part], target: str, description: CheckpointConfig, confidence: float | None = None
 ) -> Taught:
     """Check whether the model was trained for a question: its parts, and the modality of the answer.
 
@@ -82,7 +82,7 @@ def inputs_of(task: Task) -> set[str]:
     return {slot.modality for slot in task.inputs.values()} - {"text"}
 
 
-def _trained(description: ModelDescription) -> list[str]:
+def _trained(description: CheckpointConfig) -> list[str]:
     """Names of the trained tasks that have an answer, each once."""
     names = dict.fromkeys(lesson.task for lesson in description.lessons)
     return [name for name in names if name in TASKS and not TASKS[name].contrasts]

@@ -105,12 +105,12 @@ class Adapter(nn.Module, ABC):
         """What training minimises; the likelihood itself unless a smoothed form teaches better.  # N D -> N"""
         return self.nll(hidden, arrays)
 
-    def weighed_loss(
+    def weighted_loss(
         self, hidden: Tensor, arrays: dict[str, Tensor], weight: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Σ weight · loss, to learn from, and the loss of each token, to tell.  # N D, N -> (), N"""
-        nats = self.training_loss(hidden, arrays).float()
-        return (nats * weight).sum(), nats.detach()
+        nll = self.training_loss(hidden, arrays).float()
+        return (nll * weight).sum(), nll.detach()
 
 
 class Modality(ABC):

@@ -1,6 +1,6 @@
 """Numbers: values with column names in, distributions out; a column or a patch of a series is one token.
 
-A value is scaled by its column's statistics and squashed, t = asinh((x - centre) / spread), so that tails stay
+A value is scaled by its column's statistics and squashed, t = asinh((x - loc) / scale), so that tails stay
 finite. Out comes a histogram over t: mean, median, intervals and samples follow from it.
 """
 
@@ -24,11 +24,9 @@ from openm6.modalities.text import Text
 
 PATCH = 8
 BINS = 160
-LIMIT = 4.5  # in t: asinh(45), so 45 spreads from the centre before a value is clipped into the outer bin
+LIMIT = 4.5  # in t: asinh(45), so 45 scales from the location before a value is clipped into the outer bin
 FREQUENCIES = 16
-FREQUENCY_SPREAD = (
-    0.3  # small on purpose: large ones memorise (arXiv 2203.05556 and its authors' later advice)
-)
+FREQUENCY_STD = 0.3  # small on purpose: large ones memorise (arXiv 2203.05556 and its authors' later advice)
 SMOOTHING = (
     0.75  # of a bin: standard deviation of the soft target while training (HL-Gauss, arXiv 2403.03950)
 )
@@ -45,17 +43,17 @@ class NumberSeries:
 
 
 def fit_scale(values: np.ndarray) -> tuple[float, float]:
-    """Centre (median) and spread (interquartile range / 1.349, the normal's sigma) of a column's observed values."""
+    """Location (median) and scale (interquartile range / 1.349, the normal's sigma) of a column's observed values."""
     seen = values[np.isfinite(values)]
     if not len(seen):
         return 0.0, 1.0
     low, middle, high = np.quantile(seen, (0.25, 0.5, 0.75))
-    spread = (high - low) / 1.349 or float(seen.std()) or abs(float(middle)) or 1.0
-    return float(middle), float(spread)
+    scale = (high - low) / 1.349 or float(seen.std()) or abs(float(middle)) or 1.0
+    return float(middle), float(scale)
 
 
 class Numbers(Modality):
-    """Reads `{column: value}` or a series, a token per value or per PATCH steps; wants columns or a series."""
+    """Reads `{column: value}` or a series, a token per value or per PATCH steps; predicts columns or a series."""
 
     name: ClassVar[str] = "numbers"
 
@@ -92,16 +90,16 @@ class Numbers(Modality):
     ) -> dict[str, np.ndarray]:
         values, observed, scales, owners = [], [], [], []
         for name, row in zip(names, rows, strict=True):
-            centre, spread = self.scale(name)
+            loc, scale = self.scale(name)
             plain = np.asarray([math.nan if value is None else _number(name, value) for value in row])
             count = -(-len(plain) // PATCH)
             padded = np.full(count * PATCH, math.nan)
             padded[: len(plain)] = plain
             seen = np.isfinite(padded)
-            squashed = np.arcsinh((np.where(seen, padded, centre) - centre) / spread)
+            squashed = np.arcsinh((np.where(seen, padded, loc) - loc) / scale)
             values.append(squashed.reshape(count, PATCH))
             observed.append(seen.reshape(count, PATCH))
-            scales.extend([(centre, spread)] * count)
+            scales.extend([(loc, scale)] * count)
             owners.extend([name] * count)
         return {
             "values": np.clip(np.concatenate(values), -LIMIT, LIMIT).astype(np.float32),
@@ -112,7 +110,7 @@ class Numbers(Modality):
         }
 
     def scale(self, name: str) -> tuple[float, float]:
-        """Centre and spread of a column.
+        """Location and scale of a column.
 
         Raises:
             DataError: the model has not seen this column.
@@ -142,9 +140,9 @@ def _number(name: str, value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise DataError(f"{name}={value!r} is not a number: mend or map the column") from None
+        raise DataError(f"{name}={value!r} is not a number: fix or map the column") from None
     if math.isinf(number):
-        raise DataError(f"{name} is infinite: mend the value or leave it empty")
+        raise DataError(f"{name} is infinite: fix the value or leave it empty")
     return number
 
 
@@ -157,7 +155,7 @@ class NumbersIn(Adapter):
         self.series = nn.Embedding(2, width)
         self.inner = nn.Linear(PATCH * (2 + 2 * FREQUENCIES), width)
         self.outer = nn.Linear(width, width)
-        nn.init.normal_(self.frequencies, std=FREQUENCY_SPREAD)
+        nn.init.normal_(self.frequencies, std=FREQUENCY_STD)
         nn.init.normal_(self.series.weight, std=0.02)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
@@ -170,7 +168,7 @@ class NumbersIn(Adapter):
 
 
 class NumbersOut(Adapter):
-    """A query for up to PATCH values; the head gives a histogram over t for each."""
+    """A query for up to PATCH values; the head predicts a histogram over t for each."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -195,10 +193,10 @@ class NumbersOut(Adapter):
         mean = self._expected(hidden, arrays, smooth_bins(arrays["values"]))
         return mean / arrays["observed"].sum(-1).clamp(min=1)
 
-    def _expected(self, hidden: Tensor, arrays: dict[str, Tensor], wanted: Tensor) -> Tensor:
+    def _expected(self, hidden: Tensor, arrays: dict[str, Tensor], target: Tensor) -> Tensor:
         """Cross-entropy with soft targets, summed over the observed steps of a token.  # N P B -> N"""
         log_probability = self.logits(hidden).float().log_softmax(-1)
-        return -((log_probability * wanted).sum(-1) * arrays["observed"]).sum(-1)
+        return -((log_probability * target).sum(-1) * arrays["observed"]).sum(-1)
 
 
 def edges(device: torch.device | None = None) -> Tensor:
@@ -223,28 +221,30 @@ def smooth_bins(values: Tensor) -> Tensor:
 class Histogram:
     """Predicted distributions of M values: everything one may ask of them, in the column's own units.
 
-    `probability` is M B over bins in t; `scale` M 2 holds centre and spread.
+    `probability` is M B over bins in t; `scale` M 2 holds loc and scale.
     """
 
     def __init__(self, probability: np.ndarray, scale: np.ndarray) -> None:
         self.probability = probability.astype(np.float64)
-        self.centre, self.spread = scale[:, 0].astype(np.float64), scale[:, 1].astype(np.float64)
+        self.loc, self.scale = scale[:, 0].astype(np.float64), scale[:, 1].astype(np.float64)
         self.edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
 
     def _raw(self, squashed: np.ndarray) -> np.ndarray:
-        return self.centre + self.spread * np.sinh(squashed)
+        return self.loc + self.scale * np.sinh(squashed)
 
     def mean(self) -> np.ndarray:
         """Expected value, bin by bin.  # M"""
         middles = np.sinh((self.edges[:-1] + self.edges[1:]) / 2)
-        return self.centre + self.spread * (self.probability @ middles)
+        return self.loc + self.scale * (self.probability @ middles)
 
     def quantile(self, share: float | np.ndarray) -> np.ndarray:
         """Value below which `share` of the mass lies, linear in t within a bin.  # M"""
         below = np.concatenate([np.zeros((len(self.probability), 1)), self.probability.cumsum(1)], axis=1)
         below /= below[:, -1:]
-        wanted = np.broadcast_to(share, (len(below),))
-        return self._raw(np.array([np.interp(w, b, self.edges) for w, b in zip(wanted, below, strict=True)]))
+        fractions = np.broadcast_to(share, (len(below),))
+        return self._raw(
+            np.array([np.interp(f, b, self.edges) for f, b in zip(fractions, below, strict=True)])
+        )
 
     def median(self) -> np.ndarray:
         """Half lies below.  # M"""

@@ -84,10 +84,8 @@ class PoolAdapter(Adapter):
         key, space = self._all_rows(words)[0].unbind(1)  # M, M
         same = (words[:, :1] == key) | (words[:, 1:] != space)  # P M
         partner = torch.arange(start, start + len(sides), device=hidden.device)
-        nats = [
-            info_nce(sides[:, side], everybody[:, 1 - side], same, partner, self.scale) for side in (0, 1)
-        ]
-        return torch.stack(nats, dim=1).flatten()  # P 2 -> n
+        nll = [info_nce(sides[:, side], everybody[:, 1 - side], same, partner, self.scale) for side in (0, 1)]
+        return torch.stack(nll, dim=1).flatten()  # P 2 -> n
 
     def _all_rows(self, x: Tensor) -> tuple[Tensor, int]:
         return (x, 0) if self.gather is None else self.gather(x)

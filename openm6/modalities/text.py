@@ -198,7 +198,7 @@ class TextAdapter(Adapter):
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(self.logits(hidden).float(), arrays["labels"], reduction="none")
 
-    def weighed_loss(
+    def weighted_loss(
         self, hidden: Tensor, arrays: dict[str, Tensor], weight: Tensor
     ) -> tuple[Tensor, Tensor]:
         # The logits of many words would be the largest tensor of a step: they are made and used up in chunks.

@@ -19,7 +19,7 @@ from openm6.nn.block import Block, BlockRunner, BlockSource, Context, LayerParts
 from openm6.nn.cache import SlotCache, TokenCache
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.layers import RMSNorm
-from openm6.nn.moe import LocalDispatcher, Router, RouterLoad, TokenDispatcher
+from openm6.nn.moe import LocalDispatcher, Router, RouterStats, TokenDispatcher
 from openm6.ops.attention import query_blocks
 from openm6.ops.pointwise import rotary_table
 from openm6.ops.sequence import BLOCK, CausalMask, SequenceMeta, additive_mask, block_mask, visible
@@ -64,7 +64,7 @@ class Backbone(nn.Module):
 
     def forward(
         self, x: Tensor, meta: SequenceMeta, cache: TokenCache | None = None
-    ) -> tuple[Tensor, list[RouterLoad]]:
+    ) -> tuple[Tensor, list[RouterStats]]:
         """Embedded tokens B S D -> hidden states B S D after the final norm, and a report for each sparse layer.
 
         With a cache, the S tokens are added to it and see all of it by the same rule.
@@ -93,8 +93,8 @@ class Backbone(nn.Module):
             x, loads = self._run(x, make_context(x, meta))
         return self.final_norm(x), loads
 
-    def _run(self, x: Tensor, context: Context) -> tuple[Tensor, list[RouterLoad]]:
-        loads: list[RouterLoad] = []
+    def _run(self, x: Tensor, context: Context) -> tuple[Tensor, list[RouterStats]]:
+        loads: list[RouterStats] = []
         for layer in range(self.config.num_layers):
             parts = cast(LayerParts, self.layers[layer])
             x, load = self.run_block(self.block(layer), parts, x, context, layer)
@@ -143,7 +143,7 @@ class Backbone(nn.Module):
         return own if own is not None else cast(Block, self.sets[self.config.weight_sets[layer]]).router
 
     @torch.no_grad()
-    def update_balance(self, loads: list[RouterLoad]) -> None:
+    def update_balance(self, loads: list[RouterStats]) -> None:
         """Moves the routers' biases a step towards balance; call it once after each training step.
 
         `loads` may hold several reports of a layer (micro-batches); they are summed, as those of a shared router are.
@@ -157,7 +157,7 @@ class Backbone(nn.Module):
             router.update_balance(total)
 
 
-def side_loss(loads: list[RouterLoad]) -> Tensor | float:
+def side_loss(loads: list[RouterStats]) -> Tensor | float:
     """The weighted side losses of all routers, to be added to the training loss."""
     return sum((load.side_loss for load in loads), start=0.0)
 

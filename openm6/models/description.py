@@ -17,7 +17,7 @@ MODEL_FILE, TOKENIZER_FILE = "model.json", "tokenizer.json"
 FORMAT = 1
 
 
-class Lesson(Config):
+class TrainedTask(Config):
     """One thing the model was trained on: a task over a source.
 
     `words` are the fewest and the most words of the texts that it read, None if unknown.
@@ -28,7 +28,7 @@ class Lesson(Config):
     words: tuple[int, int] | None = None
 
 
-class ModelDescription(Config):
+class CheckpointConfig(Config):
     """Sizes, modalities, the scales of number columns, and what was learned."""
 
     format: int = FORMAT
@@ -36,7 +36,7 @@ class ModelDescription(Config):
     backbone: BackboneConfig
     modalities: ModalitiesConfig
     scales: dict[str, tuple[float, float]]
-    lessons: list[Lesson]
+    lessons: list[TrainedTask]
     embedding: PoolConfig | None = None  # None: no task taught it to make embeddings
     sources: dict[str, Any] = {}  # where the lessons' records came from, as in the recipe
     judge: dict[str, Any] = {}  # how to judge it, as in the recipe
@@ -46,7 +46,7 @@ class ModelDescription(Config):
         return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1)
 
 
-def read_description(text: str, where: str) -> ModelDescription:
+def read_description(text: str, where: str) -> CheckpointConfig:
     """The description in the text of a model.json.
 
     Raises:
@@ -60,11 +60,11 @@ def read_description(text: str, where: str) -> ModelDescription:
         raise CheckpointError(
             f"{where} is not a model description of format {FORMAT}: it is from another version"
         )
-    return build(ModelDescription, values, where)
+    return build(CheckpointConfig, values, where)
 
 
 def build_model(
-    description: ModelDescription, tokenizer: str, where: str, empty_sets: bool = False
+    description: CheckpointConfig, tokenizer: str, where: str, empty_sets: bool = False
 ) -> tuple[Omni, Modalities]:
     """A model with fresh weights and its modalities, from a description and the text of a tokenizer.json.
 

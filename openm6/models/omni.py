@@ -17,19 +17,19 @@ from openm6.modalities.text import TextAdapter
 from openm6.models.backbone import Backbone, Refill
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.cache import TokenCache
-from openm6.nn.moe import RouterLoad
+from openm6.nn.moe import RouterStats
 from openm6.ops.sequence import SequenceMeta
 
 
 @dataclass(frozen=True)
-class Judged:
+class TokenLosses:
     """Losses of the learned tokens of one kind: nats each (m), their example (m) and their weight (m).
 
     total is Σ weight · nats; while the model trains, it alone carries the gradient.
     """
 
     total: Tensor
-    nats: Tensor
+    nll: Tensor
     example: Tensor
     weight: Tensor
 
@@ -119,18 +119,20 @@ class Omni(nn.Module):
 
     def forward(
         self, groups: dict[str, TokenGroup], meta: SequenceMeta, cache: TokenCache | None = None
-    ) -> tuple[Tensor, list[RouterLoad]]:
+    ) -> tuple[Tensor, list[RouterStats]]:
         """Hidden states after the final norm, and what each sparse layer routed.  # -> R S D"""
         return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache)
 
-    def judge(self, batch: Batch, as_trained: bool = False) -> tuple[dict[str, Judged], list[RouterLoad]]:
+    def compute_loss(
+        self, batch: Batch, as_trained: bool = False
+    ) -> tuple[dict[str, TokenLosses], list[RouterStats]]:
         """Losses of every learned token of a batch, by kind: the likelihood, or the training loss.
 
         The latter is given while the model trains, and if it is asked for.
         """
         hidden, loads = self(batch.groups, batch.meta)
         flat = hidden.flatten(0, 1)  # R S D -> N D
-        judged = {}
+        losses = {}
         for name, group in batch.groups.items():
             chosen = group.learned  # m
             if len(chosen):
@@ -138,9 +140,9 @@ class Omni(nn.Module):
                 adapter = self.adapter(name)
                 rows, weight = flat[group.index[chosen]], group.weight[chosen]  # m D, m
                 if self.training or as_trained:
-                    total, nats = adapter.weighed_loss(rows, arrays, weight)
+                    total, nll = adapter.weighted_loss(rows, arrays, weight)
                 else:
-                    nats = adapter.nll(rows, arrays).float()
-                    total = (nats * weight).sum()
-                judged[name] = Judged(total, nats, group.example[chosen], weight)
-        return judged, loads
+                    nll = adapter.nll(rows, arrays).float()
+                    total = (nll * weight).sum()
+                losses[name] = TokenLosses(total, nll, group.example[chosen], weight)
+        return losses, loads

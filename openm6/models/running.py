@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from openm6.core.log import get_log
 from openm6.nn.block import Block, Context, LayerParts
-from openm6.nn.moe import Experts, RouterLoad
+from openm6.nn.moe import Experts, RouterStats
 from openm6.ops.matmul import capture_precision
 
-Answer = tuple[Tensor, RouterLoad | None]
+Answer = tuple[Tensor, RouterStats | None]
 
 
 class RunBlock(Protocol):

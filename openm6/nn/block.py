@@ -14,7 +14,7 @@ from openm6.nn.attention import Attention, HeadNorms, Mask
 from openm6.nn.cache import TokenCache
 from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig
 from openm6.nn.layers import FeedForward, RMSNorm
-from openm6.nn.moe import Experts, Router, RouterLoad, TokenDispatcher
+from openm6.nn.moe import Experts, Router, RouterStats, TokenDispatcher
 from openm6.ops.sequence import SequenceMeta
 
 
@@ -79,7 +79,7 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, parts: LayerParts, context: Context, layer: int
-    ) -> tuple[Tensor, RouterLoad | None]:
+    ) -> tuple[Tensor, RouterStats | None]:
         """B S D -> B S D, and the router's report if the layer has experts."""
         attended = self.attention(
             parts.attention_norm(x), parts.head_norms, context.rotary, context.mask, context.cache, layer
@@ -109,7 +109,7 @@ class BlockRunner(Protocol):
 
     def run(
         self, x: Tensor, meta: SequenceMeta, layers: Sequence[LayerParts], make_context: MakeContext
-    ) -> tuple[Tensor, list[RouterLoad]]:
+    ) -> tuple[Tensor, list[RouterStats]]:
         """B S D -> B S D before the final norm, and a report for each sparse layer.
 
         `make_context` returns what the layers need to know about some of the rows.

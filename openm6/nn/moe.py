@@ -101,7 +101,7 @@ class LocalDispatcher:
 
 
 @dataclass(frozen=True)
-class RouterLoad:
+class RouterStats:
     """What one layer's router did with the valid tokens of a step.
 
     load: E, tokens per expert, before any were dropped; dropped: share of choices dropped (0 without a capacity)
@@ -116,7 +116,7 @@ class RouterLoad:
     side_loss: Tensor
 
     @property
-    def variation(self) -> Tensor:
+    def load_cv(self) -> Tensor:
         """σ/μ of the load."""
         return load_cv(self.load)
 
@@ -196,7 +196,7 @@ class Experts(nn.Module):
 
     def forward(
         self, x: Tensor, router: Router, valid: Tensor, exchange: TokenDispatcher, layer: int
-    ) -> tuple[Tensor, RouterLoad]:
+    ) -> tuple[Tensor, RouterStats]:
         """B S D, B S bool -> B S D and the report of the router."""
         config, flat = self.config, x.flatten(0, 1)  # N D
         routing = router(flat, valid.flatten(), exchange)
@@ -215,7 +215,7 @@ class Experts(nn.Module):
 
     def _permuted(
         self, x: Tensor, routing: Routing, valid: Tensor, exchange: TokenDispatcher, layer: int
-    ) -> tuple[Tensor, RouterLoad]:
+    ) -> tuple[Tensor, RouterStats]:
         """The general way: permute, dispatch, two grouped products, collect, unpermute."""
         flat = x.flatten(0, 1)  # N D
         permutation = self._permutation(routing, valid.flatten())
@@ -243,14 +243,14 @@ class Experts(nn.Module):
 
     def _report(
         self, routing: Routing, permutation: TokenPermutation | None, valid: Tensor, layer: int
-    ) -> RouterLoad:
+    ) -> RouterStats:
         config = self.config
         dropped = routing.load.new_zeros(())
         if permutation is not None and permutation.kept is not None:
             wanted = valid.sum().clamp(min=1) * config.choices
             dropped = 1 - permutation.kept.sum() / wanted
         side = config.aux_weight * routing.aux_loss + config.z_weight * routing.z_loss
-        return RouterLoad(
+        return RouterStats(
             layer, routing.load, routing.aux_loss.detach(), routing.z_loss.detach(), dropped, side
         )
 

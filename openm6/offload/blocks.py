@@ -25,7 +25,7 @@ from openm6.ops.sequence import SequenceMeta
 from openm6.optim.rules import UpdateArgs, UpdateRule
 from openm6.parallel.process_group import LayerWeights
 
-LayerOutput = tuple[Tensor, RouterLoad | None]
+LayerOutput = tuple[Tensor, RouterStats | None]
 Run = Callable[[Block, dict[str, Tensor], Tensor, LayerParts, Context, int], LayerOutput]
 
 
@@ -118,7 +118,7 @@ class OffloadedBlocks:
 
     def run(
         self, x: Tensor, meta: SequenceMeta, layers: Sequence[LayerParts], make_context: MakeContext
-    ) -> tuple[Tensor, list[RouterLoad]]:
+    ) -> tuple[Tensor, list[RouterStats]]:
         learning = torch.is_grad_enabled()
         parts = _row_parts(meta, x, self.config.micro_batches if learning else 1)
         contexts = [make_context(x[rows], part) for rows, part in parts]
@@ -129,7 +129,7 @@ class OffloadedBlocks:
         self.store.plan(self.uses(learning))
         # Without an argument that wants a gradient, autograd would keep no trace of the first group.
         anchor = torch.zeros((), device=x.device, requires_grad=learning)
-        loads: list[RouterLoad] = []
+        loads: list[RouterStats] = []
         for group in self._groups:
             edges = self._edges(group, layers)
             x, *reports = _Group.apply(self, batch, group, layers, anchor, x, *edges)
@@ -150,7 +150,7 @@ class OffloadedBlocks:
         self, batch: _Batch, group: Sequence[int], layers: Sequence[LayerParts], x: Tensor
     ) -> Any:
         """B S D -> B S D and the reports of the group's sparse layers, without a graph."""
-        reports: list[RouterLoad] = []
+        reports: list[RouterStats] = []
         for layer in group:
             x, report = self._forward_layer(batch, layer, layers[layer], x)
             reports += [] if report is None else [report]
@@ -334,7 +334,7 @@ class _Group(torch.autograd.Function):
 
 def run_block(
     block: Block, weights: dict[str, Tensor], x: Tensor, parts: LayerParts, context: Context, layer: int
-) -> tuple[Tensor, RouterLoad | None]:
+) -> tuple[Tensor, RouterStats | None]:
     """One layer with these weights in place of its own."""
     return functional_call(block, weights, (x, parts, context, layer))
 
@@ -368,22 +368,22 @@ def _shares(contexts: list[Context]) -> list[Tensor]:
     return list((counts / counts.sum().clamp(min=1)).unbind())
 
 
-def _blend(reports: list[RouterLoad], shares: list[Tensor], layer: int) -> RouterLoad:
+def _blend(reports: list[RouterStats], shares: list[Tensor], layer: int) -> RouterStats:
     """One report of all parts: loads add up, the rest is a mean by valid tokens."""
     if len(reports) == 1:
         return replace(reports[0], layer=layer)
     columns = list(zip(*(_tensors_of(report) for report in reports), strict=True))
     means = [sum(part * share for part, share in zip(column, shares, strict=True)) for column in columns[1:]]
-    return RouterLoad(layer, torch.stack(columns[0]).sum(0), *means)
+    return RouterStats(layer, torch.stack(columns[0]).sum(0), *means)
 
 
-def _tensors_of(report: RouterLoad) -> tuple[Tensor, ...]:
+def _tensors_of(report: RouterStats) -> tuple[Tensor, ...]:
     """Return the tensors of a report, the one with a gradient last."""
     return report.load, report.aux_loss, report.z_loss, report.dropped, report.side_loss
 
 
-def _reports(flat: list[Tensor], layers: list[int]) -> list[RouterLoad]:
-    return [RouterLoad(layer, *flat[5 * place : 5 * place + 5]) for place, layer in enumerate(layers)]
+def _reports(flat: list[Tensor], layers: list[int]) -> list[RouterStats]:
+    return [RouterStats(layer, *flat[5 * place : 5 * place + 5]) for place, layer in enumerate(layers)]
 
 
 def _add_edges(edges: dict[int, Tensor], own: list[nn.Parameter], found: Sequence[Tensor | None]) -> None:

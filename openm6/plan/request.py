@@ -86,7 +86,7 @@ def read_model(name: str, overrides: list[str] | None = None) -> Model:
         chosen = preset(name)
         backbone = chosen.backbone
         if overrides:
-            backbone = build_backbone(ModelChoice(preset=name, overrides=apply_overrides({}, overrides)))
+            backbone = build_backbone(ModelConfig(preset=name, overrides=apply_overrides({}, overrides)))
         return Model(name, backbone, chosen.vocabulary)
     shipped = SHIPPED / f"{given.stem}.yaml"
     if shipped.is_file() and str(given.parent) in (".", "recipes"):
@@ -110,7 +110,7 @@ def model_of_recipe(name: str, values: dict[str, Any], overrides: list[str] | No
     packing, loop = values.get("packing") or {}, values.get("loop") or {}
     text = (values.get("modalities") or {}).get("text") or {}
     optimizer, streaming = loop.get("optimizer") or {}, loop.get("streaming")
-    choice = build(ModelChoice, values.get("model") or {}, f"{name}: model")
+    choice = build(ModelConfig, values.get("model") or {}, f"{name}: model")
     return Model(
         name=name,
         backbone=build_backbone(choice),

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from openm6.codecs.audio import SoundCodec, SoundCodecConfig
-from openm6.codecs.base import Codec, Health
+from openm6.codecs.base import Codec, QuantizerStats
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.codecs.registry import save_codec
 from openm6.core.config import Config
@@ -146,7 +146,7 @@ class CodecTraining(TrainingTask):
         self.best = deepcopy(self.averaged)
         self.best_score = float("-inf")
         self.updates = 0
-        self.health: Health | None = None
+        self.health: QuantizerStats | None = None
         self._begin = 0
 
     def batches(self) -> Iterator[CodecBatch]:
@@ -295,7 +295,7 @@ class AudioCodecTraining(CodecTraining):
         return {name: audio_scores(codec, part) for name, part in clips.items()}
 
 
-def health_metrics(health: Health) -> dict[str, float | Tensor]:
+def health_metrics(health: QuantizerStats) -> dict[str, float | Tensor]:
     """What the guards watch, for the run's metrics."""
     return {
         "latent/mean_magnitude": health.mean_magnitude,
@@ -305,7 +305,7 @@ def health_metrics(health: Health) -> dict[str, float | Tensor]:
     }
 
 
-def check_health(health: Health, recipe: CodecRecipe) -> None:
+def check_health(health: QuantizerStats, recipe: CodecRecipe) -> None:
     """Stops a run whose latent has died, since longer training cannot revive it.
 
     Raises:

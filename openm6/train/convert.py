@@ -22,7 +22,7 @@ from openm6.core.run_folder import RunFolder
 from openm6.core.seeds import derive_seed
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, Stage
-from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescription, read_description
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, read_description
 from openm6.nn.block import Block
 from openm6.offload.weight_store import RecordLayout, set_shapes
 from openm6.optim.config import OptimizerConfig
@@ -37,7 +37,7 @@ WRITTEN_AGAIN = ("format", "openm6", "step", "files")  # of state.json
 class Conversion:
     """From what to what: rules, and the layers of the sets."""
 
-    description: ModelDescription
+    description: CheckpointConfig
     old_bytes: int
     new_bytes: int
     delinked: bool

@@ -35,7 +35,7 @@ from openm6.models.backbone import Backbone, side_loss
 from openm6.models.description import (
     MODEL_FILE,
     TOKENIZER_FILE,
-    ModelDescription,
+    CheckpointConfig,
     build_model,
 )
 from openm6.models.presets import build_backbone
@@ -332,9 +332,9 @@ def _to_device(module: nn.Module, device: torch.device) -> None:
             tensor.data = tensor.data.to(device)
 
 
-def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> ModelDescription:
+def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> CheckpointConfig:
     """Return the description of the model for checkpoints; `sources` are those that the mixture draws from."""
-    return ModelDescription(
+    return CheckpointConfig(
         preset=recipe.model.preset,
         backbone=build_backbone(recipe.model),
         modalities=recipe.modalities.model_copy(

@@ -27,7 +27,7 @@ from openm6.modalities.registry import Modalities
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import (
     TOKENIZER_FILE,
-    Lesson,
+    TrainedTask,
 )
 from openm6.parallel.process_group import ProcessGroupContext
 from openm6.tasks.prompts import word_count
@@ -151,10 +151,10 @@ def _sample(source: Source, limit: int) -> tuple[list[Record], list[DataError]]:
     return records, broken
 
 
-def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[Lesson]:
+def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[TrainedTask]:
     """Return the tasks of the mixture with the lengths of their texts: much shorter ones were not trained on."""
     return [
-        Lesson(task=x.task, source=x.source, words=words_read(TASKS[x.task], sources[x.source]))
+        TrainedTask(task=x.task, source=x.source, words=words_read(TASKS[x.task], sources[x.source]))
         for x in recipe.mixture
     ]
 

@@ -15,7 +15,7 @@ from openm6.evaluate.evaluator import EvalConfig
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
 from openm6.models.config import BackboneConfig
-from openm6.models.presets import ModelChoice, vocabulary_size
+from openm6.models.presets import ModelConfig, vocabulary_size
 from openm6.parallel.config import MeshShape, ParallelConfig
 from openm6.tasks.registry import TASKS
 from openm6.train.config import LoopConfig
@@ -40,7 +40,7 @@ class MultimodalRecipe(Config):
     """What `openm6 train` reads when `kind` is `multimodal`."""
 
     kind: Literal["multimodal"] = "multimodal"
-    model: ModelChoice = ModelChoice()
+    model: ModelConfig = ModelConfig()
     modalities: ModalitiesConfig = ModalitiesConfig()
     sources: dict[str, AnySourceConfig]
     mixture: list[MixtureComponent] = Field(min_length=1)

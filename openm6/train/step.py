@@ -199,7 +199,7 @@ def _measure(result: StepResult, norm: Tensor) -> dict[str, float]:
     """Every scalar of a step as a float, fetched from the device in one transfer: each one costs a wait."""
     scalars = {name: value.detach() for name, value in result.metrics.items() if isinstance(value, Tensor)}
     for index, report in enumerate(result.loads):
-        scalars[f"c_v {index}"] = report.variation.detach()
+        scalars[f"c_v {index}"] = report.load_cv.detach()
         scalars[f"dropped {index}"] = report.dropped.detach()
     scalars |= {"loss": result.loss.detach(), "grad_norm": norm}
     stacked = torch.stack([value.to(norm.device, torch.float32).reshape(()) for value in scalars.values()])

@@ -12,7 +12,7 @@ from openm6.core.errors import ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.energy.tracker import Work
 from openm6.models.backbone import Backbone
-from openm6.nn.moe import RouterLoad
+from openm6.nn.moe import RouterStats
 from openm6.optim.registry import default_groups
 from openm6.parallel.process_group import ProcessGroupContext
 
@@ -39,7 +39,7 @@ class StepResult:
 
     loss: Tensor
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
-    loads: Sequence[RouterLoad] = ()
+    loads: Sequence[RouterStats] = ()
     work: Work = field(default_factory=dict)
 
 

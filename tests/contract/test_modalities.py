@@ -95,10 +95,10 @@ def test_adapters_embed_and_judge(name: str, number: int) -> None:
         assert vectors.shape == (len(tokens), 64) and bool(vectors.isfinite().all())
     hidden = torch.randn(len(tokens), 64, requires_grad=True)
     for loss in (adapters[tokens.kind].nll, adapters[tokens.kind].training_loss):
-        nats = loss(hidden, tensors(tokens))
-        assert nats.shape == (len(tokens),) and bool((nats >= 0).all()) and bool(nats.isfinite().all())
+        nll = loss(hidden, tensors(tokens))
+        assert nll.shape == (len(tokens),) and bool((nll >= 0).all()) and bool(nll.isfinite().all())
     learned = torch.from_numpy(tokens.learn)
-    (gradient,) = torch.autograd.grad(nats[learned].sum(), hidden)
+    (gradient,) = torch.autograd.grad(nll[learned].sum(), hidden)
     assert bool((gradient[learned].abs().sum(-1) > 0).all()), "a token without a gradient learns nothing"
 
 
@@ -114,10 +114,10 @@ def test_any_modality_can_follow_from_any(reads: str, gives: str) -> None:
     source = source_segments([Part(reads, example(reads, 0))], modalities())
     target = target_segment(Part(gives, example(gives, 0)), modalities(), np.random.default_rng(0))
     batch = collate([[build_sequence([*source, target], "x")]], len(source[0]) + len(target) + 3)
-    judged, _ = omni().judge(batch)
+    judged, _ = omni().compute_loss(batch)
     assert list(judged) == [target.kind]
-    assert len(judged[target.kind].nats) == target.learn.sum()
-    assert bool(judged[target.kind].nats.isfinite().all())
+    assert len(judged[target.kind].nll) == target.learn.sum()
+    assert bool(judged[target.kind].nll.isfinite().all())
     assert float(judged[target.kind].weight.sum()) == pytest.approx(1.0)
 
 

@@ -15,18 +15,18 @@ from PIL import Image
 
 from openm6.data.prepare import example_sequence
 from openm6.evaluate.evaluator import EvalConfig, evaluate_task, evaluate_tasks, num_workers, select_examples
-from openm6.evaluate.likelihood import sequence_nats
+from openm6.evaluate.likelihood import sequence_nll
 from openm6.evaluate.results import EvalReport, TaskResult
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.numbers import Histogram
-from openm6.models.description import Lesson
+from openm6.models.description import TrainedTask
 from openm6.tasks.registry import TASKS
 from tests.data.lists import ListSource
 from tests.data.pictures import png
 from tests.small_model import demo_sources, loaded
 
 LESSONS = [
-    Lesson(task=task, source=source)
+    TrainedTask(task=task, source=source)
     for task, source in (
         ("name_picture", "digits"),
         ("match_picture", "emoji"),
@@ -41,7 +41,9 @@ LESSONS = [
 CONFIG = EvalConfig(records=5, answers=3, drawn=2, samples=2, decoding=MaskedSampling(steps=2))
 
 
-def evaluated(config: EvalConfig = CONFIG, lessons: list[Lesson] = LESSONS, **options: Any) -> EvalReport:
+def evaluated(
+    config: EvalConfig = CONFIG, lessons: list[TrainedTask] = LESSONS, **options: Any
+) -> EvalReport:
     return evaluate_tasks(loaded(4), lessons, demo_sources(), demo_sources("test"), config, **options)
 
 
@@ -140,7 +142,7 @@ def test_a_baseline_is_beaten_only_if_score_and_information_agree(report: EvalRe
 
 def test_inpainting_is_scored_on_the_masked_region_only() -> None:
     """Codes outside of the mask may be anything: the score stays the same."""
-    model, lesson = loaded(4), Lesson(task="fill_picture", source="digits")
+    model, lesson = loaded(4), TrainedTask(task="fill_picture", source="digits")
     examples, _ = select_examples(
         TASKS["fill_picture"], demo_sources("test")["digits"], CONFIG, model.modalities
     )
@@ -150,7 +152,7 @@ def test_inpainting_is_scored_on_the_masked_region_only() -> None:
     sequence = sequences[0]
     assert sequence.segments[-1].learn.sum() == 16, "a quarter of the 64 positions"
     answered = shown[0], shown[-1]
-    bits = sequence_nats(model.omni, [example_sequence(e, model.modalities) for e in answered]) / np.log(2)
+    bits = sequence_nll(model.omni, [example_sequence(e, model.modalities) for e in answered]) / np.log(2)
     assert found.value == pytest.approx(bits.mean() / 16 / model.image.codec.groups, rel=1e-4)
 
 
@@ -180,7 +182,7 @@ def test_broken_test_records_are_left_out() -> None:
         found, sequences = select_examples(TASKS[name], source, config, loaded().modalities)
         assert len(sequences) == len(found)
         assert [example.record_id for example in found] == ["a", "d"]
-    lessons = [Lesson(task="draw", source="s")]
+    lessons = [TrainedTask(task="draw", source="s")]
     (result,) = evaluate_tasks(loaded(), lessons, {"s": source}, {"s": source}, CONFIG).results
     assert result.records == 2 and math.isfinite(result.value) and math.isfinite(result.baseline)
 

@@ -10,7 +10,7 @@ import pytest
 from openm6.data.prepare import example_sequence, null_example
 from openm6.evaluate import likelihood
 from openm6.evaluate.baselines import AnswerFrequencies, NoPrior
-from openm6.evaluate.likelihood import answer_entropy, likelihoods, sequence_nats
+from openm6.evaluate.likelihood import answer_entropy, likelihoods, sequence_nll
 from openm6.inference.load import LoadedModel
 from openm6.modalities.batch import PackedExample
 from openm6.modalities.interface import Part
@@ -48,8 +48,8 @@ def test_likelihoods_against_direct_computation(model: LoadedModel, task: str, s
     found = likelihoods(model, examples, tokens(model, examples), source, NoPrior())
     assert found.null_predictor == "model without inputs"
     for row, example in enumerate(examples):
-        own = sequence_nats(model.omni, tokens(model, [example]))[0] / np.log(2)
-        null = sequence_nats(model.omni, tokens(model, [null_example(example, source)]))[0] / np.log(2)
+        own = sequence_nll(model.omni, tokens(model, [example]))[0] / np.log(2)
+        null = sequence_nll(model.omni, tokens(model, [null_example(example, source)]))[0] / np.log(2)
         assert found.bits[row] == pytest.approx(own, rel=1e-5)
         assert found.null_bits[row] == pytest.approx(null, rel=1e-5)
         assert found.gain[row] == pytest.approx(null - own, abs=1e-2)
@@ -80,7 +80,7 @@ def test_an_overconfident_model_gains_no_more_than_the_answers_hold(
         half = len(sequences) // 2
         return np.concatenate([np.full(half, 1e-4), np.full(half, 30.0)])
 
-    monkeypatch.setattr(likelihood, "sequence_nats", certain)
+    monkeypatch.setattr(likelihood, "sequence_nll", certain)
     gain = likelihoods(model, examples, tokens(model, examples), source, prior).gain
     smoothing = 0.02  # the share of an answer that training did not see
     assert gain.mean() <= entropy + smoothing + 2 * gain.std() / len(gain) ** 0.5

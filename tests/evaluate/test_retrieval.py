@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from openm6.evaluate.retrieval import Search, both_directions, evaluate_retrieval, examples_in
-from openm6.models.description import Lesson
+from openm6.models.description import TrainedTask
 from openm6.tasks.registry import TASKS
 from tests.small_model import demo_sources, embedding_model
 
@@ -49,7 +49,7 @@ def test_equal_texts_are_one_query() -> None:
 
 def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
     loaded = embedding_model()
-    lesson = Lesson(task="pair_sound", source="spoken")
+    lesson = TrainedTask(task="pair_sound", source="spoken")
     result = evaluate_retrieval(loaded, lesson, demo_sources("test")["spoken"], 0)
     assert result is not None and result.metric == "recall_at_1" and result.baseline == pytest.approx(0.1)
     directions = {
@@ -60,5 +60,5 @@ def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
 
 
 def test_a_source_that_fits_nothing_is_not_judged() -> None:
-    lesson = Lesson(task="pair_sound", source="iris")
+    lesson = TrainedTask(task="pair_sound", source="iris")
     assert evaluate_retrieval(embedding_model(), lesson, demo_sources("test")["iris"], 0) is None

@@ -54,7 +54,7 @@ def test_a_batch_equals_each_alone() -> None:
     for row in range(len(PROMPTS)):
         (alone,) = predict_distributions(MODEL.omni, [PROMPTS[row]], [WANTED[row]])
         np.testing.assert_allclose(together[row].probability, alone.probability, rtol=1e-4, atol=1e-7)
-        assert np.array_equal(together[row].centre, alone.centre)
+        assert np.array_equal(together[row].loc, alone.loc)
 
 
 def test_only_what_is_asked_for_is_answered() -> None:
@@ -84,7 +84,7 @@ def test_cached_equals_uncached(row: int) -> None:
 
 def test_answers_are_in_the_columns_own_units() -> None:
     (found,) = predict_distributions(MODEL.omni, PROMPTS[:1], WANTED[:1])
-    assert found.centre.tolist() == [10.0] and found.spread.tolist() == [2.0]
+    assert found.loc.tolist() == [10.0] and found.scale.tolist() == [2.0]
     low, high = found.interval(0.8)
     assert low < found.median() < high
 
@@ -105,7 +105,7 @@ def test_candidates_have_the_likelihood_that_each_has_alone(
     position, _ = prefill(model.omni, prompt, cache, 1)
     before = cache.take(1)
     found = score_candidates(model.omni, cache, 1, position, wanted)
-    alone = sequence_nats(model.omni, [build_sequence([*prompt, tokens]) for tokens in wanted])
+    alone = sequence_nll(model.omni, [build_sequence([*prompt, tokens]) for tokens in wanted])
     np.testing.assert_allclose(found, alone, rtol=1e-5)
     assert len(set(np.round(found, 3))) == len(CANDIDATES) - 1, "equal candidates alone are equal"
     assert all(torch.equal(part, again) for part, again in zip(before, cache.take(1), strict=True))

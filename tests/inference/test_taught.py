@@ -15,14 +15,14 @@ from openm6.inference.run import answer_question
 from openm6.inference.sampling import Decoding, Sampling
 from openm6.inference.taught import SURE, Taught, assess, inputs_of
 from openm6.modalities.interface import Part
-from openm6.models.description import ModelDescription
+from openm6.models.description import CheckpointConfig
 from openm6.tasks.registry import TASKS
 from openm6.train.multimodal_data import words_read
 from tests.data.pictures import png
 from tests.small_model import demo_sources, loaded
 
 
-def trained(*tasks: str) -> ModelDescription:
+def trained(*tasks: str) -> CheckpointConfig:
     return loaded(lessons=tuple((task, "x") for task in tasks)).description
 
 

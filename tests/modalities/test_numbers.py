@@ -59,9 +59,9 @@ def test_what_is_missing_weighs_nothing(numbers: Numbers) -> None:
     bins = one_hot_bins(torch.from_numpy(arrays["values"])).argmax(-1)
     log_probability = adapter.logits(hidden).log_softmax(-1)
     direct = -(log_probability[0, 0, bins[0, 0]] + log_probability[0, 2, bins[0, 2]])
-    nats = adapter.nll(hidden, as_tensors(arrays))
-    assert float(nats[0]) == pytest.approx(float(direct), rel=1e-5)
-    assert float(nats[1]) == pytest.approx(-float(log_probability[1, 1, bins[1, 1]]), rel=1e-5)
+    nll = adapter.nll(hidden, as_tensors(arrays))
+    assert float(nll[0]) == pytest.approx(float(direct), rel=1e-5)
+    assert float(nll[1]) == pytest.approx(-float(log_probability[1, 1, bins[1, 1]]), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def sampled(histogram: Histogram, count: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     cell = rng.choice(BINS, count, p=histogram.probability[0] / histogram.probability[0].sum())
     squashed = histogram.edges[cell] + rng.random(count) * (histogram.edges[1] - histogram.edges[0])
-    return histogram.centre[0] + histogram.spread[0] * np.sinh(squashed)
+    return histogram.loc[0] + histogram.scale[0] * np.sinh(squashed)
 
 
 @pytest.fixture(scope="module")

@@ -42,11 +42,11 @@ def test_the_sides_of_a_pair_are_strangers() -> None:
 
 def test_the_loss_is_the_mean_of_both_directions() -> None:
     pool, hidden = adapter(), torch.randn(6, 16)
-    nats = pool.nll(hidden, arrays(["a", "b", "c"]))
+    nll = pool.nll(hidden, arrays(["a", "b", "c"]))
     sides = pool.vectors(hidden).unflatten(0, (3, 2))
     scores = pool.scale * sides[:, 0] @ sides[:, 1].t()
-    assert nats[::2].tolist() == pytest.approx((-scores.log_softmax(1).diagonal()).tolist(), rel=1e-5)
-    assert nats[1::2].tolist() == pytest.approx((-scores.log_softmax(0).diagonal()).tolist(), rel=1e-5)
+    assert nll[::2].tolist() == pytest.approx((-scores.log_softmax(1).diagonal()).tolist(), rel=1e-5)
+    assert nll[1::2].tolist() == pytest.approx((-scores.log_softmax(0).diagonal()).tolist(), rel=1e-5)
 
 
 def test_equal_keys_and_other_spaces_do_not_compete() -> None:

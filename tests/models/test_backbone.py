@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.config import BackboneConfig, count_parameters
-from openm6.nn.moe import RouterLoad
+from openm6.nn.moe import RouterStats
 from openm6.ops.sequence import SequenceMeta, causal_meta, join, padding_meta
 
 SIZE: dict[str, Any] = {"width": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
@@ -151,9 +151,9 @@ def test_first_weights_have_the_stated_spread():
     assert block.attention.output.std().item() == pytest.approx(0.64 / 128**0.5 / 8**0.5, rel=0.05)
 
 
-def report(layer: int, load: list[float]) -> RouterLoad:
+def report(layer: int, load: list[float]) -> RouterStats:
     zero = torch.zeros(())
-    return RouterLoad(layer, torch.tensor(load), zero, zero, zero, zero)
+    return RouterStats(layer, torch.tensor(load), zero, zero, zero, zero)
 
 
 def biases(model: Backbone) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openm6.data.prepare import example_sequence
-from openm6.evaluate.likelihood import sequence_nats
+from openm6.evaluate.likelihood import sequence_nll
 from openm6.modalities.batch import PackedExample, build_sequence, collate
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.registry import source_segments, target_segment
@@ -49,30 +49,30 @@ def sequences() -> list[PackedExample]:
     return found
 
 
-def nats(model: Omni, rows: list[list[PackedExample]], length: int) -> torch.Tensor:
+def nll(model: Omni, rows: list[list[PackedExample]], length: int) -> torch.Tensor:
     batch = collate(rows, length)
     found = torch.zeros(batch.num_examples)
-    for part in model.judge(batch)[0].values():
-        found.index_add_(0, part.example, part.nats)
+    for part in model.compute_loss(batch)[0].values():
+        found.index_add_(0, part.example, part.nll)
     return found
 
 
 def test_a_packed_example_is_judged_as_alone(model: Omni, sequences: list[PackedExample]) -> None:
-    alone = torch.cat([nats(model, [[sequence]], len(sequence)) for sequence in sequences])
-    packed = nats(model, [sequences[:4], sequences[4:7], sequences[7:]], 512)
+    alone = torch.cat([nll(model, [[sequence]], len(sequence)) for sequence in sequences])
+    packed = nll(model, [sequences[:4], sequences[4:7], sequences[7:]], 512)
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-3)
     assert float(alone.min()) > 1, "each example must have something to be wrong about"
 
 
 def test_order_and_neighbours_do_not_matter(model: Omni, sequences: list[PackedExample]) -> None:
-    forth, back = (sequence_nats(model, found) for found in (sequences, sequences[::-1]))
+    forth, back = (sequence_nll(model, found) for found in (sequences, sequences[::-1]))
     np.testing.assert_allclose(forth, back[::-1], rtol=1e-5)
 
 
 def test_padding_does_not_matter(model: Omni, sequences: list[PackedExample]) -> None:
-    short = nats(model, [[sequences[0]]], len(sequences[0]))
+    short = nll(model, [[sequences[0]]], len(sequences[0]))
     for length in (len(sequences[0]) + 1, 300):
-        torch.testing.assert_close(nats(model, [[sequences[0]], []], length), short, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(nll(model, [[sequences[0]], []], length), short, rtol=1e-5, atol=1e-3)
 
 
 def picture_target(seed: int) -> Segment:
@@ -104,7 +104,7 @@ def test_hidden_codes_do_not_leak(model: Omni, seed: int) -> None:
 
 def test_nothing_to_learn_gives_no_loss(model: Omni) -> None:
     sequence = build_sequence(source_segments([Part("text", "hello")], modalities()))
-    assert model.judge(collate([[sequence]], 16))[0] == {}
+    assert model.compute_loss(collate([[sequence]], 16))[0] == {}
 
 
 def test_the_wanted_number_does_not_leak(model: Omni) -> None:
@@ -147,9 +147,9 @@ def test_training_minimises_the_training_loss_and_judging_the_likelihood(
 ) -> None:
     model = omni()
     batch = collate([[sequences[0]]], 256)
-    likelihood = model.judge(batch)[0]["image_out"].nats
+    likelihood = model.compute_loss(batch)[0]["image_out"].nll
     model.train()
-    trained = model.judge(batch)[0]["image_out"].nats
+    trained = model.compute_loss(batch)[0]["image_out"].nll
     groups = modalities()["image"].codec.groups  # type: ignore[attr-defined]
     assert float(trained.mean()) < float(likelihood.mean()) / (groups - 1), (
         "a mean over groups, not their sum"
@@ -161,7 +161,7 @@ def test_gradients_reach_every_adapter(sequences: list[PackedExample]) -> None:
     pictures = (picture_target(seed) for seed in range(20))
     partly = next(tokens for tokens in pictures if not tokens.arrays["is_masked"].all())
     sequences = [build_sequence([partly]), *sequences]
-    judged, _ = model.judge(collate([sequences[:4], sequences[4:7], sequences[7:]], 512))
+    judged, _ = model.compute_loss(collate([sequences[:4], sequences[4:7], sequences[7:]], 512))
     sum(part.total for part in judged.values()).backward()
     silent = [
         name for name, p in model.adapters.named_parameters() if p.grad is None or not p.grad.abs().sum()
@@ -202,7 +202,7 @@ def test_a_loss_makes_no_gpu_wait(sequences: list[PackedExample], monkeypatch: p
         patched.setattr(torch.Tensor, "tolist", no_list)
         embedded = model.embed(batch.groups, batch.meta.batch, batch.meta.length)
         patched.setattr(model, "forward", lambda groups, meta: (hidden + 0 * embedded, loads))
-        judged, _ = model.judge(batch)
+        judged, _ = model.compute_loss(batch)
         total = sum((part.total for part in judged.values()), start=embedded.new_zeros(()))
         total.backward()
     assert reads.found == [] and len(judged) == 4
@@ -210,7 +210,7 @@ def test_a_loss_makes_no_gpu_wait(sequences: list[PackedExample], monkeypatch: p
 
 def test_the_tokens_judged_are_those_with_a_weight(model: Omni, sequences: list[PackedExample]) -> None:
     batch = collate([sequences[:4], sequences[4:7], sequences[7:]], 512)
-    judged, _ = model.judge(batch)
+    judged, _ = model.compute_loss(batch)
     for name, kind in batch.groups.items():
         chosen = kind.weight != 0
         if name in judged:

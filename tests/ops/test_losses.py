@@ -27,12 +27,12 @@ def inputs(tokens: int = 13) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize(("tokens", "chunks"), [(13, 4), (3, 4), (1, 1), (8, 2)])
 def test_it_equals_the_plain_loss(tokens, chunks):
     hidden, weight, label, token_weight = inputs(tokens)
-    total, nats = linear_cross_entropy(
+    total, nll = linear_cross_entropy(
         hidden, weight, label, token_weight, max_logits=20 * -(-tokens // chunks)
     )
-    plain, plain_nats = linear_cross_entropy_reference(hidden, weight, label, token_weight)
+    plain, plain_nll = linear_cross_entropy_reference(hidden, weight, label, token_weight)
     torch.testing.assert_close(total, plain)
-    torch.testing.assert_close(nats, plain_nats)
+    torch.testing.assert_close(nll, plain_nll)
     ours = torch.autograd.grad(0.3 * total, (hidden, weight))
     theirs = torch.autograd.grad(0.3 * plain, (hidden, weight))
     for mine, other in zip(ours, theirs, strict=True):
@@ -42,8 +42,8 @@ def test_it_equals_the_plain_loss(tokens, chunks):
 def test_the_nats_alone_need_no_gradient():
     hidden, weight, label, token_weight = inputs()
     with torch.no_grad():
-        total, nats = linear_cross_entropy(hidden, weight, label, token_weight)
-    torch.testing.assert_close(total, (nats * token_weight).sum())
+        total, nll = linear_cross_entropy(hidden, weight, label, token_weight)
+    torch.testing.assert_close(total, (nll * token_weight).sum())
     assert not linear_cross_entropy(hidden, weight, label, token_weight)[1].requires_grad
 
 
@@ -120,8 +120,8 @@ def test_it_is_what_the_formula_says(shift: int) -> None:
     query, gallery = torch.randn(4, 8), torch.randn(6, 8)
     same = torch.rand(4, 6) < 0.3
     partner = torch.arange(4) + shift
-    nats = info_nce(query, gallery, same, partner, 1.5)
-    assert nats.tolist() == pytest.approx(naive(query, gallery, same, partner, 1.5), rel=1e-5)
+    nll = info_nce(query, gallery, same, partner, 1.5)
+    assert nll.tolist() == pytest.approx(naive(query, gallery, same, partner, 1.5), rel=1e-5)
 
 
 def test_twins_are_no_wrong_answers() -> None:
@@ -132,5 +132,5 @@ def test_twins_are_no_wrong_answers() -> None:
 
 def test_no_pairs_give_no_losses() -> None:
     empty = torch.zeros(0, 4)
-    nats = info_nce(empty, torch.eye(4), torch.zeros(0, 4, dtype=torch.bool), torch.zeros(0).long(), 1.0)
-    assert nats.shape == (0,)
+    nll = info_nce(empty, torch.eye(4), torch.zeros(0, 4, dtype=torch.bool), torch.zeros(0).long(), 1.0)
+    assert nll.shape == (0,)

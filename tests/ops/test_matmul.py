@@ -100,9 +100,9 @@ def test_expert_after_expert_equals_all_at_once(tokens, choices):
 def test_the_losses_take_no_notice_of_the_rows_that_fill_up():
     hidden, weight = torch.randn(13, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     label, token_weight = torch.randint(0, 20, (13,)), torch.rand(13)
-    ours, nats = linear_cross_entropy(hidden, weight, label, token_weight)
+    ours, nll = linear_cross_entropy(hidden, weight, label, token_weight)
     theirs, plain = linear_cross_entropy_reference(hidden, weight, label, token_weight)
-    torch.testing.assert_close(nats, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(nll, plain, rtol=1e-5, atol=1e-5)
     same_gradients(ours, theirs, [hidden, weight])
     states, heads = torch.randn(7, 3, 8, requires_grad=True), torch.randn(3, 8, 12, requires_grad=True)
     wanted = torch.randint(0, 12, (7, 3))

@@ -112,8 +112,10 @@ def test_the_latent_stays_alive_at_twice_the_rate_and_would_not_without_its_norm
     assert bare.health.saturated > 2 * training.health.saturated
 
 
-def health(saturated: float, bits: tuple[float, ...]) -> Health:
-    return Health(torch.tensor(1.0), torch.tensor(saturated), torch.tensor(bits), torch.tensor([3.0, 2.0]))
+def health(saturated: float, bits: tuple[float, ...]) -> QuantizerStats:
+    return QuantizerStats(
+        torch.tensor(1.0), torch.tensor(saturated), torch.tensor(bits), torch.tensor([3.0, 2.0])
+    )
 
 
 def test_a_saturated_or_starved_latent_stops_the_run_with_the_mend() -> None:

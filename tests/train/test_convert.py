@@ -15,7 +15,7 @@ from openm6.checkpoint.reader import CheckpointReader
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.modalities.registry import ModalitiesConfig
-from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, ModelDescription
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig
 from openm6.train.convert import convert
 from openm6.train.loop import train
 from tests.offload.test_blocks import PLAIN, SHARED, run_config
@@ -26,7 +26,7 @@ class DescribedTraining(WordsTraining):
     """Keeps what a multimodal run keeps beside the weights."""
 
     def files(self) -> dict[str, str]:
-        description = ModelDescription(
+        description = CheckpointConfig(
             backbone=self.words.backbone.config, modalities=ModalitiesConfig(), scales={}, lessons=[]
         )
         return {MODEL_FILE: description.to_json(), TOKENIZER_FILE: "{}"}

@@ -60,12 +60,12 @@ def test_training_and_test_records_of_the_demo_are_not_the_same() -> None:
 
 
 def test_overrides_change_a_preset_field_by_field() -> None:
-    choice = ModelChoice(preset="nano", overrides={"num_layers": 2, "experts": {"num_experts": 4}})
+    choice = ModelConfig(preset="nano", overrides={"num_layers": 2, "experts": {"num_experts": 4}})
     found, plain = build_backbone(choice), preset("nano").backbone
     assert found.num_layers == 2 and found.width == plain.width
     assert found.experts is not None and plain.experts is not None
     assert (found.experts.num_experts, found.experts.hidden) == (4, plain.experts.hidden)
-    assert build_backbone(ModelChoice(preset="nano")) == plain
+    assert build_backbone(ModelConfig(preset="nano")) == plain
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

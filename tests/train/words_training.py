@@ -15,7 +15,7 @@ from openm6.core.seeds import numpy_generator
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import DenseConfig, ExpertsConfig
-from openm6.nn.moe import RouterLoad
+from openm6.nn.moe import RouterStats
 from openm6.ops.sequence import causal_meta
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.train.config import LoopConfig
@@ -48,7 +48,7 @@ class WordModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.05)
         self.backbone = Backbone(config)
 
-    def forward(self, words: Tensor) -> tuple[Tensor, list[RouterLoad]]:
+    def forward(self, words: Tensor) -> tuple[Tensor, list[RouterStats]]:
         hidden, loads = self.backbone(self.embedding(words), causal_meta(*words.shape))
         return F.linear(hidden, self.embedding.weight), loads
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from openm6.inference.load import LoadedModel
 from openm6.modalities.image import read_image, to_square
-from openm6.models.description import Lesson
+from openm6.models.description import TrainedTask
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
@@ -39,7 +39,7 @@ TASKS = (
 def taught() -> LoadedModel:
     """The untrained model with a checkpoint that claims some lessons."""
     model = embedding_model()
-    lessons = [Lesson(task=name, source="x") for name in TASKS]
+    lessons = [TrainedTask(task=name, source="x") for name in TASKS]
     return replace(model, description=model.description.model_copy(update={"lessons": lessons}))
 
 
