@@ -52,7 +52,9 @@ windows whose targets overlap are drawn together.
 def page(tasks: Iterable[Task]) -> str:
     """The whole page in Markdown."""
     order = list(MODALITIES)
-    ordered = sorted(tasks, key=lambda task: (order.index(task.reads), order.index(task.gives)))
+    ordered = sorted(
+        tasks, key=lambda task: (order.index(task.input_modality), order.index(task.output_modality))
+    )
     parts = [
         OPENING,
         table(HEAD, [row(task) for task in ordered]),
@@ -69,7 +71,15 @@ def row(task: Task) -> tuple[str, ...]:
     """One task as the cells of a row."""
     metrics = ", ".join(f"`{name}`" for name in task.metrics)
     prompt = f"`{task.prompts['en'][0]}`"
-    return (f"`{task.name}`", task.reads, task.gives, task.summary, metrics, f"`{task.baseline}`", prompt)
+    return (
+        f"`{task.name}`",
+        task.input_modality,
+        task.output_modality,
+        task.summary,
+        metrics,
+        f"`{task.baseline}`",
+        prompt,
+    )
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

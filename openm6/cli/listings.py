@@ -27,7 +27,7 @@ def tasks() -> None:
 
     table = Table("task", "reads", "gives", "what it asks", box=None)
     for task in TASKS.values():
-        table.add_row(task.name, task.reads, task.gives, task.summary)
+        table.add_row(task.name, task.input_modality, task.output_modality, task.summary)
     print_result(table)
 
 

@@ -49,7 +49,7 @@ def example_sequence(
     Raises:
         DataError: a part is broken or out of bounds.
     """
-    if task_named(example.task).contrasts:
+    if task_named(example.task).contrastive:
         return _pair_sequence(example, modalities, rng, weight)
     target = target_segment(example.target, modalities, rng)
     guided = example.target.modality in ("image", "sound")
@@ -70,7 +70,7 @@ def _pair_sequence(
     return build_pair(left, right, example.task, weight)
 
 
-def with_others(record: Record, source: Source, rng: np.random.Generator) -> Record:
+def with_negatives(record: Record, source: Source, rng: np.random.Generator) -> Record:
     """The record with what a few others of its source hold, for tasks that show a wrong one or a second one.
 
     Broken ones are passed over: the quarantine names a record when it is drawn itself, never for another's fault.
@@ -113,10 +113,10 @@ class ExampleTransform:
         rng = numpy_generator(self.seed, component.key, sample.epoch, sample.index)
         task = task_named(component.task)
         record = self.sampler.record(sample)
-        if task.compares:
-            record = with_others(record, component.source, rng)
+        if task.needs_negatives:
+            record = with_negatives(record, component.source, rng)
         example = task.example(record, rng, train=True)
-        if not task.contrasts and rng.random() < NULL_FRACTION:
+        if not task.contrastive and rng.random() < NULL_FRACTION:
             example = null_example(example, component.source.name)
         weight = self.loss_weights.get(example.target.modality, 1.0)
         return example_sequence(example, self.modalities, rng, weight=weight)

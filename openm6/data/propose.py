@@ -369,7 +369,7 @@ def _keys_read(source: Source, records: Sequence[Record], task: Task) -> set[str
     fitting = [record for record in records if task.languages(record)][:POSED]
     for record in fitting:
         try:
-            shown = with_others(record, source, rng) if task.compares else record
+            shown = with_negatives(record, source, rng) if task.needs_negatives else record
             for language in task.languages(shown):
                 task.build(_Watched(shown, read), Context(language, rng))
         except DataError:  # a broken picture or sound: the quarantine names it when it is drawn

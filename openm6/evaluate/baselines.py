@@ -152,7 +152,7 @@ def training_examples(
         rng = numpy_generator(seed, "baseline", int(index))
         try:
             record = source[int(index)]
-            record = with_others(record, source, rng) if task.compares else record
+            record = with_negatives(record, source, rng) if task.needs_negatives else record
             example = task.example(record, rng)
             targets.append(target_segment(example.target, modalities))
             examples.append(example)
@@ -167,11 +167,11 @@ def fit_prior(
     """The input-free predictor of a task's targets, from training examples."""
     if not examples:
         return NoPrior()
-    if task.gives == "text":
+    if task.output_modality == "text":
         return AnswerFrequencies(examples, targets)
-    if task.gives == "numbers":
+    if task.output_modality == "numbers":
         return ValueFrequencies(examples, targets)
-    modality = loaded.modalities[task.gives]
+    modality = loaded.modalities[task.output_modality]
     assert isinstance(modality, Image | Sound)
     return CodeFrequencies(examples, targets, modality.codec.codebook_size)
 

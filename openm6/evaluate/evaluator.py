@@ -82,7 +82,7 @@ def evaluate_tasks(
     def evaluated(index: int) -> TaskResult | None:
         lesson = lessons[index]
         task = task_named(lesson.task)
-        if task.contrasts:
+        if task.contrastive:
             return evaluate_retrieval(loaded, lesson, test[lesson.source], config.seed)
         examples, sequences = select_examples(task, test[lesson.source], config, loaded.modalities)
         if not examples:
@@ -103,7 +103,7 @@ def evaluate_tasks(
 
 def _slowest_first(lessons: list[TrainedTask]) -> list[int]:
     """Indices of the trained tasks, those that generate images or audio first, so that all processes end together."""
-    fast = [task_named(lesson.task).gives in ("text", "numbers") for lesson in lessons]
+    fast = [task_named(lesson.task).output_modality in ("text", "numbers") for lesson in lessons]
     return sorted(range(len(lessons)), key=fast.__getitem__)
 
 
@@ -151,7 +151,7 @@ def select_examples(
         rng = numpy_generator(config.seed, task.name, int(index))
         try:
             record = source[int(index)]
-            record = with_others(record, source, rng) if task.compares else record
+            record = with_negatives(record, source, rng) if task.needs_negatives else record
             example = task.example(record, rng)
             sequences.append(example_sequence(example, modalities))
             examples.append(example)
@@ -178,16 +178,16 @@ def evaluate_task(
     prior = fit_prior(task, train_examples, train_targets, loaded)
     found = likelihoods(loaded, examples, sequences, lesson.source, prior)
 
-    limit = config.drawn if task.gives in ("image", "sound") else config.answers
+    limit = config.drawn if task.output_modality in ("image", "sound") else config.answers
     chosen = np.linspace(0, len(examples) - 1, min(len(examples), limit)).astype(int)
     answered = [examples[row] for row in chosen]
     scored = Scored(answered, answer(loaded, answered, config.decoding))
     baseline_name = task.baseline.replace("_", " ")
     against_others: dict[str, np.ndarray] = {}
-    if task.gives == "numbers":
+    if task.output_modality == "numbers":
         references = numbers_reference(task, answered, train_examples, loaded)
         scored, baseline_name, against_others = _score_numbers(scored, references, loaded)
-    elif task.gives in ("image", "sound"):
+    elif task.output_modality in ("image", "sound"):
         chosen_sequences = [sequences[row] for row in chosen]
         scored = _score_codes(scored, task, found.bits[chosen], chosen_sequences, prior, loaded, train)
     values = all_metrics(task.metrics, scored) | against_others
@@ -195,8 +195,8 @@ def evaluate_task(
     return TaskResult(
         task=task.name,
         source=lesson.source,
-        reads=task.reads,
-        gives=task.gives,
+        input_modality=task.input_modality,
+        output_modality=task.output_modality,
         **_comparison(
             task.metrics[0], values, baseline_values(task.metrics[0], scored, prior), answered, config
         ),
@@ -263,7 +263,7 @@ def _score_codes(
         scored,
         code_bits=bits / codes,
         prior_code_bits=prior_bits if np.isfinite(prior_bits).all() else None,
-        knn=fit_knn(loaded, train, task.gives) if "recognised" in task.metrics else None,
+        knn=fit_knn(loaded, train, task.output_modality) if "recognised" in task.metrics else None,
     )
 
 

@@ -127,7 +127,7 @@ def report_data(run: RunFolder, report: EvalReport, facts: RunFacts) -> dict[str
     results = report.results
     compared = [result for result in results if math.isfinite(result.baseline)]
     used = {name for result in results for name in (result.metric, *result.metrics)}
-    pairs = {(result.reads, result.gives) for result in results}
+    pairs = {(result.input_modality, result.output_modality) for result in results}
     return {
         "facts": facts,
         "report": report,
@@ -164,7 +164,7 @@ def _entries(results: list[TaskResult]) -> dict[tuple[str, str], list[dict[str, 
             "anchor": f"task-{index}" if result.samples else None,
             "bar": bar(result.value, result.baseline, whole) if drawn else None,
         }
-        found.setdefault((result.reads, result.gives), []).append(entry)
+        found.setdefault((result.input_modality, result.output_modality), []).append(entry)
     return found
 
 
@@ -174,7 +174,7 @@ def _sample_sections(results: list[TaskResult]) -> dict[str, list[dict[str, Any]
     sections: dict[str, list[dict[str, Any]]] = {}
     for kind in MODALITIES:
         for index, result in enumerate(results):
-            if not result.samples or result.gives != kind:
+            if not result.samples or result.output_modality != kind:
                 continue
             # An equal share of the bytes that are left: what one task saves, the next may use.
             media = MediaBudget(left // waiting)

@@ -70,8 +70,8 @@ class TaskResult:
 
     task: str
     source: str
-    reads: str
-    gives: str
+    input_modality: str
+    output_modality: str
     metric: str
     value: float
     value_interval: Interval
@@ -105,8 +105,8 @@ class TaskResult:
     def to_json(self) -> dict[str, Any]:
         """The entry of this task in report.json."""
         return {
-            "source": self.reads,
-            "target": self.gives,
+            "source": self.input_modality,
+            "target": self.output_modality,
             "metric": self.metric,
             "value": self.value,
             "value_ci": self.value_interval,

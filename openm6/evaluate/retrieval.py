@@ -94,8 +94,8 @@ def both_directions(loaded: LoadedModel, task: Task, examples: list[Example], la
     similarity = inputs @ targets.T  # Q E, G E -> Q G
     matches = np.asarray([[x.key == y.key for y in examples] for x in unique])
     forward, backward = (
-        f"{task.reads}_to_{task.gives}_{language}",
-        f"{task.gives}_to_{task.reads}_{language}",
+        f"{task.input_modality}_to_{task.output_modality}_{language}",
+        f"{task.output_modality}_to_{task.input_modality}_{language}",
     )
     return [Search(forward, similarity, matches), Search(backward, similarity.T, matches.T)]
 
@@ -118,8 +118,8 @@ def _result(
     return TaskResult(
         task=task.name,
         source=lesson.source,
-        reads=task.reads,
-        gives=task.gives,
+        input_modality=task.input_modality,
+        output_modality=task.output_modality,
         metric="recall_at_1",
         value=metrics["recall_at_1"],
         value_interval=bootstrap_interval(hits, seed),

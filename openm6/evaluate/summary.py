@@ -69,7 +69,7 @@ def _cells(result: TaskResult) -> list[Text]:
     low, high = (signed(end) for end in result.information_interval)
     return [
         Text(result.name),
-        Text(f"{result.reads} → {result.gives}"),
+        Text(f"{result.input_modality} → {result.output_modality}"),
         Text(metric_title(result.metric)),
         Text(score(result.metric, result.value), style=style),
         Text(score(result.metric, result.baseline)),

@@ -184,12 +184,12 @@ def _taught_words(question: Question, loaded: LoadedModel) -> tuple[str, str]:
 
 def _fits(task: Task, question: Question) -> bool:
     return (
-        [task.reads] == (question.given or ["text"])
-        and task.gives == question.want
+        [task.input_modality] == (question.given or ["text"])
+        and task.output_modality == question.want
         and len(task.inputs) == 1
-        and not task.contrasts
+        and not task.contrastive
         and question.language in task.prompts
-        and task.inpaints == (question.hole is not None or question.gap is not None)
+        and task.is_inpainting == (question.hole is not None or question.gap is not None)
         and ("series" in task.inputs) == (question.series is not None)
     )
 

@@ -56,7 +56,7 @@ def assess(
     """
     trained = [TASKS[name] for name in _trained(description)]
     given = {part.modality for part in parts} - {"text"}
-    fitting = [task for task in trained if task.gives == target and inputs_of(task) == given]
+    fitting = [task for task in trained if task.output_modality == target and inputs_of(task) == given]
     if not fitting:
         return _other_pair(given, target, trained)
     text = " ".join(str(part.raw) for part in parts if part.modality == "text")
@@ -85,7 +85,7 @@ def inputs_of(task: Task) -> set[str]:
 def _trained(description: CheckpointConfig) -> list[str]:
     """Names of the trained tasks that have an answer, each once."""
     names = dict.fromkeys(lesson.task for lesson in description.lessons)
-    return [name for name in names if name in TASKS and not TASKS[name].contrasts]
+    return [name for name in names if name in TASKS and not TASKS[name].contrastive]
 
 
 def _prompts(task: Task) -> list[str]:
@@ -116,7 +116,9 @@ def _resembles(text: str, prompt: str) -> bool:
 
 
 def _other_pair(given: Collection[str], target: str, trained: list[Task]) -> Taught:
-    pairs = list(dict.fromkeys((tuple(sorted(inputs_of(task))) or ("text",), task.gives) for task in trained))
+    pairs = list(
+        dict.fromkeys((tuple(sorted(inputs_of(task))) or ("text",), task.output_modality) for task in trained)
+    )
     read = sorted(given) or ["text"]
     more = len(pairs) > LISTED
     en = "; ".join(f"{gives} from {' and '.join(reads)}" for reads, gives in pairs[:LISTED])

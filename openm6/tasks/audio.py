@@ -28,7 +28,7 @@ TASKS = (
         inputs={"sound": AUDIO, "image": IMAGE},
         target=AUDIO_MATCH,
         prompts={"en": ("{image} {sound} Is it this?",), "zh": ("{image} {sound} 是这个吗？",)},
-        compares=True,
+        needs_negatives=True,
     ),
     Task(
         name="speak",
@@ -43,7 +43,7 @@ TASKS = (
         inputs={"sound": AUDIO},
         target=UNMASKED_AUDIO,
         prompts={"en": ("{sound} Fill in.",), "zh": ("{sound} 补全。",)},
-        inpaints=True,
+        is_inpainting=True,
     ),
     Task(
         name="number_from_sound",
@@ -79,6 +79,6 @@ TASKS = (
         inputs={"text": TEXT},
         target=AUDIO,
         prompts={"en": ("{text}", "the sound of {text}"), "zh": ("{text}", "{text}的声音")},
-        contrasts=True,
+        contrastive=True,
     ),
 )

@@ -162,7 +162,7 @@ TASKS = (
         inputs={"image": IMAGE, "reference": Derived("image")},
         target=Derived("image", restyle),
         prompts={"en": ("{image} in the style of {reference}",), "zh": ("{image} 按照风格 {reference}",)},
-        compares=True,
+        needs_negatives=True,
     ),
     Task(
         name="mix_styles",
@@ -173,7 +173,7 @@ TASKS = (
             "en": ("{image} mixing {reference} and {second}",),
             "zh": ("{image} 混合 {reference} 和 {second}",),
         },
-        compares=True,
+        needs_negatives=True,
     ),
     Task(
         name="change_background",

@@ -47,7 +47,7 @@ TASKS = (
         inputs={"image": IMAGE, "text": TEXT},
         target=TEXT_MATCH,
         prompts={"en": ("{image} Is this {text}?",), "zh": ("{image} 这是{text}吗？",)},
-        compares=True,
+        needs_negatives=True,
     ),
     Task(
         name="tag_picture",
@@ -74,7 +74,7 @@ TASKS = (
         target=UNMASKED_IMAGE,
         prompts={"en": ("{image} Fill in.",), "zh": ("{image} 补全。",)},
         metrics=("code_bits", "hole_psnr"),
-        inpaints=True,
+        is_inpainting=True,
     ),
     Task(
         name="number_from_picture",
@@ -96,7 +96,7 @@ TASKS = (
         inputs={"text": TEXT},
         target=IMAGE,
         prompts={"en": ("{text}", "a picture of {text}"), "zh": ("{text}", "{text}的图片")},
-        contrasts=True,
+        contrastive=True,
     ),
     Task(
         name="pair_picture_tags",
@@ -104,6 +104,6 @@ TASKS = (
         inputs={"tags": Text("tags")},
         target=IMAGE,
         prompts={"en": ("{tags}",), "zh": ("{tags}",)},
-        contrasts=True,
+        contrastive=True,
     ),
 )

@@ -52,7 +52,7 @@ TASKS = (
         inputs={"image": IMAGE, "text": TEXT},
         target=TEXT_MATCH,
         prompts={"en": ("{image} {text} The same product?",), "zh": ("{image} {text} 是同款吗？",)},
-        compares=True,
+        needs_negatives=True,
     ),
     Task(
         name="judge_review",

@@ -54,14 +54,14 @@ class Task:
     metrics: tuple[str, ...] = ()
     baseline: str = ""
     # The record must come with `others`, fields of other records.
-    compares: bool = False
+    needs_negatives: bool = False
     # Nothing is answered: the embeddings of inputs and target are aligned (InfoNCE).
-    contrasts: bool = False
+    contrastive: bool = False
     # The target is the masked part of the input.
-    inpaints: bool = False
+    is_inpainting: bool = False
     # Input modality: that of the first input that is not text, if there is one; and output modality.
-    reads: str = field(init=False)
-    gives: str = field(init=False)
+    input_modality: str = field(init=False)
+    output_modality: str = field(init=False)
 
     def __post_init__(self) -> None:
         for language, prompts in self.prompts.items():
@@ -73,10 +73,10 @@ class Task:
                     )
         modalities = [slot.modality for slot in self.inputs.values() if slot.modality != "text"]
         derived = {
-            "reads": modalities[0] if modalities else "text",
-            "gives": self.target.modality,
-            "metrics": self.metrics or (RECALLS if self.contrasts else self.target.metrics()),
-            "baseline": self.baseline or ("chance" if self.contrasts else self.target.baseline()),
+            "input_modality": modalities[0] if modalities else "text",
+            "output_modality": self.target.modality,
+            "metrics": self.metrics or (RECALLS if self.contrastive else self.target.metrics()),
+            "baseline": self.baseline or ("chance" if self.contrastive else self.target.baseline()),
         }
         for name, value in derived.items():
             # The dataclass is frozen for its users.
@@ -120,7 +120,7 @@ class Task:
         language = languages[int(rng.integers(len(languages)))]
         prompt = self.prompts[language][int(rng.integers(len(self.prompts[language]))) if train else 0]
         built = self.build(record, Context(language, rng, train))
-        if self.contrasts:
+        if self.contrastive:
             # Two records with one English text say the same, in whatever language.
             key = str(record.get("text_en") or record.get("text_zh") or record.get("id"))
         else:

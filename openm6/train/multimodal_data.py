@@ -15,7 +15,7 @@ from openm6.core.run_folder import RunFolder
 from openm6.core.seeds import numpy_generator
 from openm6.data.mixture import Component, MixtureSampler
 from openm6.data.packing import Packer
-from openm6.data.prepare import ExampleTransform, with_others
+from openm6.data.prepare import ExampleTransform, with_negatives
 from openm6.data.propose import unused_columns
 from openm6.data.quarantine import Quarantine
 from openm6.data.records import Record
@@ -166,7 +166,7 @@ def words_read(task: Task, source: Source) -> tuple[int, int] | None:
         rng = numpy_generator(0, "words", int(index))
         try:
             record = source[int(index)]
-            record = with_others(record, source, rng) if task.compares else record
+            record = with_negatives(record, source, rng) if task.needs_negatives else record
             counts.append(word_count(task.example(record, rng).source))
         except DataError:
             continue

@@ -120,7 +120,7 @@ def _open_ranks(device: torch.device, timeout_seconds: float) -> ProcessGroupCon
 
 def _next_steps(recipe: MultimodalRecipe, folder: Path) -> str:
     """Commands for the model that was trained."""
-    wanted, run = TASKS[recipe.mixture[0].task].gives, shlex.quote(str(folder))
+    wanted, run = TASKS[recipe.mixture[0].task].output_modality, shlex.quote(str(folder))
     return (
         "next:\n"
         f"  openm6 evaluate {run}\n"

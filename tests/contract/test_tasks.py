@@ -44,7 +44,9 @@ def records_of(task: Task) -> list[Record]:
     found = []
     for source in sources_of(task):
         record = next(source[i] for i in range(LOOKED_AT) if task.languages(source[i]))
-        found.append(with_others(record, source, np.random.default_rng(0)) if task.compares else record)
+        found.append(
+            with_negatives(record, source, np.random.default_rng(0)) if task.needs_negatives else record
+        )
     return found
 
 
@@ -67,7 +69,9 @@ def test_names_are_unique_and_their_own() -> None:
 
 
 def test_all_pairs_of_modalities_are_covered() -> None:
-    assert {(task.reads, task.gives) for task in TASKS.values()} == set(product(MODALITIES, MODALITIES))
+    assert {(task.input_modality, task.output_modality) for task in TASKS.values()} == set(
+        product(MODALITIES, MODALITIES)
+    )
 
 
 def test_a_mistyped_name_gets_a_hint() -> None:
@@ -79,8 +83,8 @@ def test_a_mistyped_name_gets_a_hint() -> None:
 def test_prompts_metrics_and_baseline_exist(task: Task) -> None:
     assert set(task.prompts) == set(LANGUAGES) and all(task.prompts.values())
     assert task.metrics and set(task.metrics) <= set(METRICS)
-    assert task.contrasts or all(METRICS[name].values for name in task.metrics)
-    assert task.gives in BASELINES[task.baseline]
+    assert task.contrastive or all(METRICS[name].values for name in task.metrics)
+    assert task.output_modality in BASELINES[task.baseline]
     assert task.summary and not task.summary.endswith(".")
     for prompt in (prompt for prompts in task.prompts.values() for prompt in prompts):
         for name in task.inputs:
@@ -94,11 +98,11 @@ def test_a_real_record_becomes_an_example(task: Task) -> None:
     for record, example in examples:
         assert example.task == task.name and example.record_id == record["id"] and example.key
         assert example.language in task.languages(record)
-        assert task.reads in {part.modality for part in example.source}
-        assert example.target.modality == task.gives
+        assert task.input_modality in {part.modality for part in example.source}
+        assert example.target.modality == task.output_modality
         sequence = example_sequence(example, modalities())
         learned = [segment.kind for segment in sequence.segments if segment.learn.any()]
-        assert learned == [POOL, POOL] if task.contrasts else len(learned) == 1
+        assert learned == [POOL, POOL] if task.contrastive else len(learned) == 1
         assert sequence.segments[-1].learn.any()
 
 
@@ -134,7 +138,7 @@ def test_holes_and_gaps_are_the_same_in_both(task: Task) -> None:
     for _, example in examples_of(task):
         for name in ("hole", "gap"):
             if name in example.target.options:
-                given = [part.options for part in example.source if part.modality == task.gives]
+                given = [part.options for part in example.source if part.modality == task.output_modality]
                 assert given == [example.target.options]
 
 
@@ -155,7 +159,7 @@ def test_words_are_of_the_language_of_the_example(task: Task) -> None:
 
     for _, example in examples_of(task):
         assert example.language == "zh" or not chinese("".join(task.prompts[example.language]))
-        if task.gives == "text" and not task.name.startswith("translate"):
+        if task.output_modality == "text" and not task.name.startswith("translate"):
             neutral = {"label", "answer", "question"}  # English, or of no language
             if getattr(task.target, "name", "") not in neutral:
                 assert not (example.language == "en" and chinese(example.answer))
@@ -175,7 +179,7 @@ def test_a_text_to_match_says_nothing_of_whether_it_fits() -> None:
     task, source = TASKS["match_picture"], demo_sources()["emoji"]
     seen = set()
     for seed in range(40):
-        record = with_others(source[3], source, np.random.default_rng(seed))
+        record = with_negatives(source[3], source, np.random.default_rng(seed))
         example = task.example(record, np.random.default_rng(seed))
         own = record[f"text_{example.language}"] in plain_texts(example)
         assert own == (example.key == "True") == (example.answer in ("yes", "是"))

@@ -13,7 +13,7 @@ from openm6.data.prepare import (
     ExampleTransform,
     example_sequence,
     null_example,
-    with_others,
+    with_negatives,
 )
 from openm6.modalities.batch import PackedExample
 from openm6.modalities.interface import Part
@@ -120,7 +120,7 @@ def test_a_loss_weight_is_that_of_what_is_wanted() -> None:
 
 
 def test_others_are_of_the_same_source() -> None:
-    record = with_others(RECORDS[0], ListSource("things", RECORDS), np.random.default_rng(0))
+    record = with_negatives(RECORDS[0], ListSource("things", RECORDS), np.random.default_rng(0))
     texts = {entry["text_en"] for entry in RECORDS}
     assert len(record["others"]) == 2 and all(other["en"] in texts for other in record["others"])
     assert "others" not in RECORDS[0]
@@ -129,7 +129,7 @@ def test_others_are_of_the_same_source() -> None:
 def test_a_broken_record_is_no_other() -> None:
     source = ListSource("things", [RECORDS[0], None, RECORDS[1], RECORDS[2]])
     for seed in range(20):
-        assert len(with_others(RECORDS[0], source, np.random.default_rng(seed))["others"]) == 2
+        assert len(with_negatives(RECORDS[0], source, np.random.default_rng(seed))["others"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ def result(
     return TaskResult(
         task=task,
         source="things",
-        reads=pair[0],
-        gives=pair[1],
+        input_modality=pair[0],
+        output_modality=pair[1],
         metric=metric,
         value=0.625,
         value_interval=(0.5, 0.75),

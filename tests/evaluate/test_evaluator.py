@@ -103,10 +103,10 @@ def test_results_are_complete(report: EvalReport) -> None:
         assert all(math.isfinite(value) for value in result.metrics.values())
         assert math.isfinite(result.baseline)
         assert 2 <= result.records <= 5
-        assert result.answered == (2 if result.gives in ("image", "sound") else 3)
+        assert result.answered == (2 if result.output_modality in ("image", "sound") else 3)
         low, high = result.information_interval
         assert low <= result.information_gain <= high
-        assert result.answer_entropy is None or result.gives == "text"
+        assert result.answer_entropy is None or result.output_modality == "text"
 
 
 def test_samples_are_of_the_right_kind(report: EvalReport) -> None:
@@ -114,7 +114,7 @@ def test_samples_are_of_the_right_kind(report: EvalReport) -> None:
     for result in report.results:
         assert len(result.samples) == 2
         for sample in result.samples:
-            assert isinstance(sample.answer, kinds[result.gives])
+            assert isinstance(sample.answer, kinds[result.output_modality])
             assert sample.record_id and sample.inputs and sample.truth is not None
 
 

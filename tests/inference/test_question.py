@@ -41,7 +41,7 @@ DEMO = read_recipe(recipe_path("demo"), [])[0]
 ASKED = sorted(
     {
         lesson.task for lesson in DEMO.mixture
-        if len(TASKS[lesson.task].inputs) == 1 and TASKS[lesson.task].reads != "text"
+        if len(TASKS[lesson.task].inputs) == 1 and TASKS[lesson.task].input_modality != "text"
     } - {"describe_picture", "classify_picture"}  # asked in the words of name_picture, which comes first
 )  # fmt: skip
 RECORD = {
@@ -112,14 +112,14 @@ def asked(task: Task, language: str, picture: Path, recording: Path) -> Question
         "image": {"image": picture},
         "sound": {"sound": recording},
         "numbers": {"numbers": {"mass": 3.0, "length": 4.0}},
-    }[task.reads]
+    }[task.input_modality]
     if "series" in task.inputs:
         given = {"series": NumberSeries("temp_max", [1.0, 2.0])}
-    elif task.gives == "numbers":
+    elif task.output_modality == "numbers":
         given |= {"column": "mass"}
-    if task.inpaints:
-        given |= {"hole": (0.0, 0.0, 0.5, 0.5)} if task.reads == "image" else {"gap": (0.0, 0.5)}
-    return Question(want=task.gives, language=language, **given)
+    if task.is_inpainting:
+        given |= {"hole": (0.0, 0.0, 0.5, 0.5)} if task.input_modality == "image" else {"gap": (0.0, 0.5)}
+    return Question(want=task.output_modality, language=language, **given)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -136,7 +136,7 @@ def test_the_question_put_in_is_the_one_that_was_taught(
 
 def test_the_demo_asks_for_all_that_it_gives() -> None:
     """Between them, the tasks above read and give all there is but texts, which a person words."""
-    pairs = {(TASKS[name].reads, TASKS[name].gives) for name in ASKED}
+    pairs = {(TASKS[name].input_modality, TASKS[name].output_modality) for name in ASKED}
     assert pairs == {(reads, gives) for reads in MODALITIES if reads != "text" for gives in MODALITIES}
 
 

@@ -37,10 +37,10 @@ CLASSIFIER = trained("name_picture", "classify_numbers")
 @pytest.mark.parametrize("name", TASKS)
 def test_the_modalities_of_a_task_follow_from_its_slots(name: str) -> None:
     task = TASKS[name]
-    assert task.reads in (inputs_of(task) or {"text"})
+    assert task.input_modality in (inputs_of(task) or {"text"})
 
 
-@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if not task.contrasts])
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if not task.contrastive])
 def test_what_was_trained_is_taught(name: str) -> None:
     """A record put to its own task, in both languages and all its prompts."""
     task, rng = TASKS[name], np.random.default_rng(0)
@@ -52,8 +52,11 @@ def test_what_was_trained_is_taught(name: str) -> None:
             except (DataError, KeyError):
                 continue
             seen += 1
-            assert assess(example.source, task.gives, trained("translate_label", name), 0.9) == Taught()
-    assert seen or task.compares or task.name in ("predict_from_all",)
+            assert (
+                assess(example.source, task.output_modality, trained("translate_label", name), 0.9)
+                == Taught()
+            )
+    assert seen or task.needs_negatives or task.name in ("predict_from_all",)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_modalities_metrics_and_baseline_follow_from_the_slots(
     baseline: str,
 ) -> None:
     task = Task(name="x", summary="", inputs=inputs, target=target, prompts={"en": ("{a}",)})
-    assert (task.reads, task.gives) == (reads, gives)
+    assert (task.input_modality, task.output_modality) == (reads, gives)
     assert (task.metrics, task.baseline) == (metrics, baseline)
 
 
@@ -64,7 +64,7 @@ def test_what_is_set_wins_and_contrastive_tasks_are_retrieval() -> None:
         baseline="last_value",
     )
     assert (task.metrics, task.baseline) == (("mae",), "last_value")
-    pair = Task(name="x", summary="", inputs={"a": TEXT}, target=IMAGE, prompts=prompts, contrasts=True)
+    pair = Task(name="x", summary="", inputs={"a": TEXT}, target=IMAGE, prompts=prompts, contrastive=True)
     assert (pair.metrics, pair.baseline) == (RECALLS, "chance")
 
 
@@ -98,7 +98,7 @@ def test_the_example_of_a_new_task_in_contributing_works() -> None:
     (block,) = [found for found in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Task(" in found]
     task = eval(textwrap.dedent(block).strip().removesuffix(","), {"Task": Task, **vars(slots)})  # noqa: S307
     assert isinstance(task, Task) and task.name not in TASKS
-    assert isinstance(task.target, Text) and (task.reads, task.gives) == ("text", "text")
+    assert isinstance(task.target, Text) and (task.input_modality, task.output_modality) == ("text", "text")
     record = demo_sources()["emoji"][3]
     example = task.example(record, np.random.default_rng(0), language="en")
     assert example.answer == record["label"] and record["tags_en"][0] in example.source[0].raw

@@ -23,7 +23,7 @@ def test_every_task_has_one_row_with_its_pair_and_prompt() -> None:
         r"^\| `(\w+)` \| (\w+) \| (\w+) \|.*\| `([^`]+)` \|$", page(TASKS.values()), re.MULTILINE
     )
     assert sorted(rows) == sorted(
-        (task.name, task.reads, task.gives, task.prompts["en"][0].replace("\n", "\\n"))
+        (task.name, task.input_modality, task.output_modality, task.prompts["en"][0].replace("\n", "\\n"))
         for task in TASKS.values()
     )
 

@@ -48,7 +48,7 @@ def test_every_source_of_the_demo_opens_with_what_its_tasks_need(split) -> None:
 
 def test_the_demo_learns_all_pairs_of_modalities() -> None:
     assert isinstance(DEMO, MultimodalRecipe)
-    pairs = {(TASKS[part.task].reads, TASKS[part.task].gives) for part in DEMO.mixture}
+    pairs = {(TASKS[part.task].input_modality, TASKS[part.task].output_modality) for part in DEMO.mixture}
     assert pairs == set(product(MODALITIES, MODALITIES))
 
 

@@ -51,7 +51,7 @@ def test_every_example_becomes_a_request(scenario: Scenario) -> None:
 def test_the_parts_are_those_of_training() -> None:
     """A record through the task, and the same fields through the scenario."""
     shop, rng = demo_sources()["shop"], np.random.default_rng(0)
-    record = with_others(shop[4], shop, rng)
+    record = with_negatives(shop[4], shop, rng)
     title, tags = record["text_en"], ", ".join(record["tags_en"])
     for name, values in {
         "product_title": {"image": record["image"], "tags": tags},

@@ -58,7 +58,7 @@ def test_it_asks_in_words_that_its_task_teaches(scenario: Scenario) -> None:
             assert words in ("{text}", "{image}", "{sound}")
         else:
             assert words in taught
-            gives = {TASKS[name].gives for name in scenario.tasks}
+            gives = {TASKS[name].output_modality for name in scenario.tasks}
             assert gives == {"text" if scenario.gives == "ranking" else scenario.gives}
 
 
