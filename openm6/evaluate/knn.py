@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image as Pillow
+from PIL import Image
 
 from openm6.core.errors import DataError
 from openm6.data.source import Source
@@ -62,8 +62,8 @@ def fit_knn(loaded: LoadedModel, source: Source, modality: str) -> KNNClassifier
 
 def image_features(raw: object) -> np.ndarray:
     """A small grey image, standardized.  # IMAGE_SIDE*IMAGE_SIDE"""
-    image = raw if isinstance(raw, Pillow.Image) else read_image(raw)
-    small = to_square(image, 64).convert("L").resize((IMAGE_SIDE, IMAGE_SIDE), Pillow.Resampling.BOX)
+    image = raw if isinstance(raw, Image.Image) else read_image(raw)
+    small = to_square(image, 64).convert("L").resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BOX)
     return _standardized(np.asarray(small, dtype=np.float32).reshape(-1) / 255)
 
 

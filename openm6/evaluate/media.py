@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from PIL import Image as Pillow
+from PIL import Image
 
 from openm6.core.errors import DataError
 from openm6.modalities.audio import RATE, read_sound
@@ -120,7 +120,7 @@ def cut_audio(part: Part) -> Any:
     return np.pad(samples, (0, round(seconds * RATE) - len(samples)))
 
 
-def spectrogram(samples: np.ndarray) -> Pillow.Image:
+def spectrogram(samples: np.ndarray) -> Image.Image:
     """Loudness over time and mel frequency.  # S"""
     hop = max(64, len(samples) // FRAMES)
     padded = np.pad(samples, (WINDOW // 2, WINDOW // 2 + hop)).astype(np.float64)
@@ -133,10 +133,10 @@ def spectrogram(samples: np.ndarray) -> Pillow.Image:
     top = max(float(loudness.max()), -10.0)
     level = np.clip((loudness - top + 60) / 60, 0, 1) * (len(_COLOURS) - 1)
     colours = [np.interp(level, np.arange(len(_COLOURS)), _COLOURS[:, channel]) for channel in range(3)]
-    return Pillow.fromarray(np.stack(colours, -1).astype(np.uint8)).quantize(64)
+    return Image.fromarray(np.stack(colours, -1).astype(np.uint8)).quantize(64)
 
 
-def _png(image: Pillow.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)
     return stream.getvalue()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from PIL import Image as Pillow
+from PIL import Image
 
 from openm6.evaluate.formatting import NO_BREAK, plain, words
 from openm6.evaluate.knn import KNNClassifier
@@ -137,10 +137,10 @@ def _knn_accuracy(scored: Scored) -> np.ndarray | None:
 
 def _masked_psnr(scored: Scored) -> np.ndarray:
     pairs = zip(scored.answers, scored.examples, strict=True)
-    return np.asarray([masked_psnr(a, example) for a, example in pairs if isinstance(a, Pillow.Image)])
+    return np.asarray([masked_psnr(a, example) for a, example in pairs if isinstance(a, Image.Image)])
 
 
-def masked_psnr(answer: Pillow.Image, example: Example) -> float:
+def masked_psnr(answer: Image.Image, example: Example) -> float:
     """PSNR in dB of one inpainted region against the truth."""
     truth = pixels(to_square(read_image(example.answer), answer.width))
     mask = box_mask(example.target.options["hole"], answer.height, answer.width).reshape(truth.shape[:2])

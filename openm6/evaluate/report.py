@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from PIL import Image as Pillow
+from PIL import Image
 
 from openm6.core.errors import DataError
 from openm6.core.files import replace_text, to_json
@@ -250,7 +250,7 @@ def sample_data(sample: Sample, media: MediaBudget) -> SampleData:
         ]
     rest = [_input(part, media) for part in parts if part.modality not in ("image", "sound")]
     row = [_input_media(part, media) for part in parts if part.modality in ("image", "sound")]
-    show = media.image if isinstance(answer, Pillow.Image) else media.audio
+    show = media.image if isinstance(answer, Image.Image) else media.audio
     return SampleData(rest, [*row, show(answer, "model"), show(truth, "truth")])
 
 

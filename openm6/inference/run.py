@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import soundfile
 import torch
-from PIL import Image as Pillow
 
 from openm6.core.errors import ConfigError
 from openm6.core.files import check_place, replace_bytes, replace_text
@@ -82,7 +82,7 @@ def _file_content(modality: Image | Sound, codes: torch.Tensor, suffix: str) -> 
     """An image or recording as the bytes of a file with that suffix."""
     buffer = io.BytesIO()
     if isinstance(modality, Image):
-        modality.decode(codes).save(buffer, format=Pillow.registered_extensions()[suffix])
+        modality.decode(codes).save(buffer, format=PIL.Image.registered_extensions()[suffix])
     else:
         soundfile.write(buffer, modality.decode(codes), RATE, format=suffix[1:])
     return buffer.getvalue()

@@ -10,8 +10,8 @@ import warnings
 from typing import Any, ClassVar
 
 import numpy as np
+import PIL.Image
 import torch
-from PIL import Image as Pillow
 from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ MAX_PIXELS = 32_000_000
 OVERSAMPLING = 4  # pixels decoded for each that is kept: fewer would show after resizing
 
 
-def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None = None) -> Pillow.Image:
+def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None = None) -> PIL.Image.Image:
     """An RGB picture (transparency over white) from file bytes, a Pillow image, or an array H W 3 of bytes.
 
     Where it is to be resized to `target_pixels`, the file of a large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides.
@@ -45,22 +45,22 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
             anything is unpacked, so a decompression bomb costs nothing.
     """
     if isinstance(raw, np.ndarray):
-        return Pillow.fromarray(raw.astype(np.uint8)).convert("RGB")
+        return PIL.Image.fromarray(raw.astype(np.uint8)).convert("RGB")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Pillow.DecompressionBombWarning)
-            picture = raw if isinstance(raw, Pillow.Image) else Pillow.open(io.BytesIO(raw))
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            picture = raw if isinstance(raw, PIL.Image.Image) else PIL.Image.open(io.BytesIO(raw))
         if picture.width * picture.height > max_pixels:
             raise DataError(
                 f"the picture has {picture.width} x {picture.height} pixels, "
                 f"over the bound of {max_pixels:,}: shrink it"
             )
-        if target_pixels is not None and not isinstance(raw, Pillow.Image):
+        if target_pixels is not None and not isinstance(raw, PIL.Image.Image):
             picture = _decoded_small(picture, OVERSAMPLING * target_pixels)
         return _in_colour(ImageOps.exif_transpose(picture))  # as the camera was held
     except DataError:
         raise
-    except Pillow.DecompressionBombError:
+    except PIL.Image.DecompressionBombError:
         raise DataError(f"the picture is over the bound of {max_pixels:,} pixels: shrink it") from None
     except UnidentifiedImageError:  # its own words name an object in memory
         raise DataError(
@@ -72,7 +72,7 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
         ) from None
 
 
-def _decoded_small(picture: Pillow.Image, least: int) -> Pillow.Image:
+def _decoded_small(picture: PIL.Image.Image, least: int) -> PIL.Image.Image:
     """A JPEG that is not yet decoded with fewer pixels, but no fewer than `least`; any other picture as it is."""
     share = (least / (picture.width * picture.height)) ** 0.5
     if share >= 1:
@@ -81,34 +81,34 @@ def _decoded_small(picture: Pillow.Image, least: int) -> Pillow.Image:
     if drafted is None or drafted[1] == (0, 0, *picture.size):
         return picture
     # A side that 8 does not divide ends within the last pixel.
-    return picture.resize(picture.size, Pillow.Resampling.BICUBIC, box=drafted[1])
+    return picture.resize(picture.size, PIL.Image.Resampling.BICUBIC, box=drafted[1])
 
 
-def _in_colour(picture: Pillow.Image) -> Pillow.Image:
+def _in_colour(picture: PIL.Image.Image) -> PIL.Image.Image:
     """RGB of any mode, transparency over white."""
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
         levels = np.asarray(picture, np.float32) / 257
-        picture = Pillow.fromarray(levels.clip(0, 255).astype(np.uint8))
+        picture = PIL.Image.fromarray(levels.clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         layers = picture.convert("RGBA")
-        picture = Pillow.alpha_composite(Pillow.new("RGBA", layers.size, "white"), layers)
+        picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", layers.size, "white"), layers)
     return picture.convert("RGB")
 
 
-def to_square(picture: Pillow.Image, side: int) -> Pillow.Image:
+def to_square(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
     """The picture within a white square of `side` pixels, its aspect kept."""
     if picture.size == (side, side):
         return picture
     share = side / max(picture.size)
     size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
-    square = Pillow.new("RGB", (side, side), "white")
+    square = PIL.Image.new("RGB", (side, side), "white")
     square.paste(
-        picture.resize(size, Pillow.Resampling.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2)
+        picture.resize(size, PIL.Image.Resampling.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2)
     )
     return square
 
 
-def pixels(picture: Pillow.Image) -> np.ndarray:
+def pixels(picture: PIL.Image.Image) -> np.ndarray:
     """Values in [-1, 1].  # H W 3"""
     return np.asarray(picture, dtype=np.float32) / 127.5 - 1
 
@@ -149,14 +149,14 @@ class Image(Modality):
         grid, span, learn = rectangle(down, across), max(down, across), np.zeros(len(is_masked), bool)
         return Segment("image_in", arrays, grid, span, learn, moves=OWN_ORIGIN)
 
-    def _fit(self, picture: Pillow.Image) -> Pillow.Image:
+    def _fit(self, picture: PIL.Image.Image) -> PIL.Image.Image:
         """The picture resized to whole patches within the budget; small ones keep their size."""
         down, across = picture.height / PATCH, picture.width / PATCH
         share = min(1.0, (self.max_patches / max(down * across, 1e-9)) ** 0.5)
         rows = min(max(1, round(down * share)), self.max_patches)
         columns = min(max(1, round(across * share)), self.max_patches // rows)
         size = (columns * PATCH, rows * PATCH)
-        return picture if picture.size == size else picture.resize(size, Pillow.Resampling.BICUBIC)
+        return picture if picture.size == size else picture.resize(size, PIL.Image.Resampling.BICUBIC)
 
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
@@ -198,11 +198,13 @@ class Image(Modality):
             codes = self.codec.encode(values.permute(2, 0, 1)[None])  # 1 3 H W -> 1 h w G
         return self.code_cache.put(key, codes[0].flatten(0, 1).numpy().astype(np.int16))
 
-    def decode(self, codes: Tensor) -> Pillow.Image:
+    def decode(self, codes: Tensor) -> PIL.Image.Image:
         """The picture of one grid of codes.  # H*W G"""
         with torch.no_grad():
             values = self.codec.decode(codes.cpu().view(1, self.grid_side, self.grid_side, -1))[0]
-        return Pillow.fromarray(((values.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+        return PIL.Image.fromarray(
+            ((values.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        )
 
     def adapters(self, width: int) -> dict[str, Adapter]:
         position = FourierPositionEmbedding(width)
@@ -224,7 +226,7 @@ def box_mask(hole: Hole, down: int, across: int) -> np.ndarray:
     if hole is None:
         return np.zeros(down * across, bool)
     if isinstance(hole, np.ndarray):
-        shares = Pillow.fromarray(hole.astype(np.float32)).resize((across, down), Pillow.Resampling.BOX)
+        shares = PIL.Image.fromarray(hole.astype(np.float32)).resize((across, down), PIL.Image.Resampling.BOX)
         return np.asarray(shares).reshape(-1) > 0
     left, top, right, bottom = hole
     row, column = np.divmod(np.arange(down * across), across)

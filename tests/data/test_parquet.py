@@ -6,10 +6,10 @@ import builtins
 import io
 import json
 
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image as Pillow
 
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
@@ -65,7 +65,7 @@ def test_embedded_records_have_what_the_tasks_need():
     assert set(embedded("penguins", "train")[0]["numbers"]) > {"body_mass_g"}
     digit = embedded("digits", "test")[5]
     assert digit["numbers"] == {"digit": float(DIGITS.index(digit["label"]))}
-    assert Pillow.open(io.BytesIO(digit["image"])).size == (32, 32)
+    assert PIL.Image.open(io.BytesIO(digit["image"])).size == (32, 32)
 
 
 def test_digits_of_the_test_split_are_a_tenth_of_each():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from PIL import Image as Pillow
 
 from openm6.core.errors import DataError
 from openm6.modalities.batch import build_sequence
@@ -34,7 +34,7 @@ def image() -> Image:
     return found
 
 
-def file_of(picture: Pillow.Image, kind: str = "PNG") -> bytes:
+def file_of(picture: PIL.Image.Image, kind: str = "PNG") -> bytes:
     stream = io.BytesIO()
     picture.save(stream, kind)
     return stream.getvalue()
@@ -42,7 +42,7 @@ def file_of(picture: Pillow.Image, kind: str = "PNG") -> bytes:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_what_is_transparent_is_white(mode: str) -> None:
-    picture = Pillow.new("RGBA", (4, 2), (200, 0, 0, 0))
+    picture = PIL.Image.new("RGBA", (4, 2), (200, 0, 0, 0))
     picture.paste((0, 0, 200, 255), (0, 0, 2, 2))
     found = np.asarray(read_image(file_of(picture.convert(mode))))
     assert (found[:, 2:] == 255).all(), "the right half is transparent"
@@ -50,13 +50,13 @@ def test_what_is_transparent_is_white(mode: str) -> None:
 
 
 def test_half_transparent_is_half_white() -> None:
-    found = read_image(file_of(Pillow.new("RGBA", (1, 1), (0, 0, 0, 128)))).getpixel((0, 0))
+    found = read_image(file_of(PIL.Image.new("RGBA", (1, 1), (0, 0, 0, 128)))).getpixel((0, 0))
     assert all(abs(value - 127) <= 1 for value in found)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP"])
 def test_common_formats_are_read(kind: str) -> None:
-    found = np.asarray(read_image(file_of(Pillow.new("RGB", (9, 5), (250, 120, 10)), kind)))
+    found = np.asarray(read_image(file_of(PIL.Image.new("RGB", (9, 5), (250, 120, 10)), kind)))
     assert found.shape == (5, 9, 3)
     assert np.abs(found.astype(int) - (250, 120, 10)).max() < 12
 
@@ -86,7 +86,7 @@ def test_what_is_no_picture_is_one_sentence(raw: object) -> None:
 
 def test_damaged_files_never_raise_anything_else() -> None:
     rng = np.random.default_rng(0)
-    noise = Pillow.fromarray(rng.integers(0, 256, (24, 30, 3), dtype=np.uint8))
+    noise = PIL.Image.fromarray(rng.integers(0, 256, (24, 30, 3), dtype=np.uint8))
     read = refused = 0
     for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP"):
         whole = file_of(noise, kind)
@@ -106,7 +106,7 @@ def test_damaged_files_never_raise_anything_else() -> None:
     "size", [(64, 64), (8, 8), (3, 3), (1000, 10), (1, 1000), (2000, 1500), (20, 50), (640, 64)]
 )
 def test_patches_keep_within_the_budget_and_near_the_aspect(image: Image, size: tuple[int, int]) -> None:
-    tokens = image.source(Pillow.new("RGB", size))
+    tokens = image.source(PIL.Image.new("RGB", size))
     down, across = (len(np.unique(tokens.arrays["positions"][:, axis])) for axis in (0, 1))
     assert len(tokens) == down * across <= image.max_patches
     assert tokens.span == max(down, across)
@@ -127,7 +127,7 @@ def test_patches_are_the_pixels(image: Image) -> None:
 
 
 def test_codes_stand_where_the_patches_stand_whatever_lies_between(image: Image) -> None:
-    picture = Pillow.new("RGB", (64, 64))
+    picture = PIL.Image.new("RGB", (64, 64))
     source, wanted = image.source(picture), image.target(picture)
     words = Segment("text", {}, line(7), 7, np.zeros(7, bool))
     laid = build_sequence([words, source, words, wanted])
@@ -138,12 +138,12 @@ def test_codes_stand_where_the_patches_stand_whatever_lies_between(image: Image)
 
 
 def test_a_square_keeps_the_aspect_on_white() -> None:
-    square = np.asarray(to_square(Pillow.new("RGB", (40, 20), "black"), 64))
+    square = np.asarray(to_square(PIL.Image.new("RGB", (40, 20), "black"), 64))
     assert (square[:15] == 255).all() and (square[-15:] == 255).all() and (square[20:44] == 0).all()
 
 
 def test_pixels_lie_between_minus_one_and_one() -> None:
-    found = pixels(Pillow.fromarray(np.array([[[0, 128, 255]]], np.uint8)))
+    found = pixels(PIL.Image.fromarray(np.array([[[0, 128, 255]]], np.uint8)))
     assert found[0, 0].tolist() == pytest.approx([-1, 128 / 127.5 - 1, 1], abs=1e-6)
 
 
@@ -223,12 +223,12 @@ def test_a_blank_is_all_hidden(image: Image) -> None:
 
 def test_sixteen_bit_grey_keeps_its_shades() -> None:
     levels = np.array([[0, 32768], [65535, 16384]], np.uint16)
-    shades = np.asarray(read_image(file_of(Pillow.fromarray(levels))))[..., 0]
+    shades = np.asarray(read_image(file_of(PIL.Image.fromarray(levels))))[..., 0]
     assert np.abs(shades - np.array([[0, 127.5], [255, 63.8]])).max() <= 1
 
 
 def test_a_photograph_stands_as_the_camera_was_held() -> None:
-    picture = Pillow.new("RGB", (4, 2), "white")
+    picture = PIL.Image.new("RGB", (4, 2), "white")
     tags = picture.getexif()
     tags[0x0112] = 6  # turned by a quarter
     stream = io.BytesIO()
@@ -236,10 +236,10 @@ def test_a_photograph_stands_as_the_camera_was_held() -> None:
     assert read_image(stream.getvalue()).size == (2, 4)
 
 
-def photograph(width: int, height: int) -> Pillow.Image:
+def photograph(width: int, height: int) -> PIL.Image.Image:
     """Something as smooth as photographs are: noise at 1/50 of the size, enlarged."""
     noise = np.random.default_rng(0).integers(0, 256, (height // 50, width // 50, 3), dtype=np.uint8)
-    return Pillow.fromarray(noise).resize((width, height), Pillow.Resampling.BICUBIC)
+    return PIL.Image.fromarray(noise).resize((width, height), PIL.Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize("size", [(1600, 1200), (1080, 1920), (1500, 1500), (1591, 803)])

@@ -8,8 +8,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image as Pillow
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from embedded_data.series import HORIZON, pick, seasonal_series
 from openm6.data.parquet import EmbeddedConfig
@@ -229,9 +228,9 @@ def _named(emoji: str) -> Product:
 
 def tinted(image: bytes, colour: str) -> bytes:
     """An image on white, blended towards one colour, as lossless WebP."""
-    layers = Pillow.open(io.BytesIO(image)).convert("RGBA")
-    whole = Pillow.alpha_composite(Pillow.new("RGBA", layers.size, "white"), layers).convert("RGB")
+    layers = Image.open(io.BytesIO(image)).convert("RGBA")
+    whole = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
     shades = ImageOps.colorize(ImageOps.grayscale(whole), "black", "white", mid=colour)
     stream = io.BytesIO()
-    Pillow.blend(whole, shades, 0.7).save(stream, "WEBP", lossless=True, quality=100, method=6)
+    Image.blend(whole, shades, 0.7).save(stream, "WEBP", lossless=True, quality=100, method=6)
     return stream.getvalue()
