@@ -1,6 +1,6 @@
 """The sound codec: log-mels to residual FSQ codes, and back through a predicted spectrum (Vocos, 2306.00814)."""
 
-# Letters: B batch, S samples, T places, N = stride·T frames, D width, M mels, K frequencies, C latent, G stages
+# Letters: B batch, S samples, T positions, N = stride·T frames, D width, M mels, K frequencies, C latent, G stages
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUIET = -4.0  # where the log-magnitudes begin, or a fresh network would start a
 
 
 class SoundCodecConfig(QuantizerConfig):
-    """Shape of the network; `stride` frames of `hop` samples make one place (25 a second by default)."""
+    """Shape of the network; `stride` frames of `hop` samples make one position (25 per second by default)."""
 
     groups: int = 4
     rate: int = 16000
@@ -57,7 +57,7 @@ class Linear(nn.Linear):
 
 
 class ConvNext(nn.Module):
-    """Adds to a sequence what a wide convolution per channel and a small network per frame make of it (2201.03545)."""
+    """A residual block: a wide convolution per channel and a small network per frame (2201.03545)."""
 
     def __init__(self, width: int, expansion: int, scale: float) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class ConvNext(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Joins `stride` frames into one place by a linear layer.  # B N D -> B T C"""
+    """Join `stride` frames into one position by a linear layer.  # B N D -> B T C"""
 
     def __init__(self, width: int, stride: int, out: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Opens each place into `stride` frames.  # B T C -> B N D"""
+    """Expand each position to `stride` frames.  # B T C -> B N D"""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class SoundCodec(Codec):
         return (log_mel(magnitudes, self.filters) + 4.0) / 3.0
 
     def quantized(self, samples: Tensor) -> Quantized:
-        """The quantized latent of sound; the end is padded with silence to a whole place.  # B S -> B T C"""
+        """The quantized latent of sound; the end is padded with silence to a whole position.  # B S -> B T C"""
         _check_sound(samples)
         samples = F.pad(samples, (0, -samples.shape[1] % self.config.samples_per_position))
         with torch.autocast(samples.device.type, enabled=False):  # spectra and rounding want fp32
@@ -148,13 +148,13 @@ class SoundCodec(Codec):
             )
 
     def reconstruct(self, raw: Tensor) -> tuple[Tensor, Quantized]:
-        """# B S -> B S rounded up to whole places"""
+        """# B S -> B S rounded up to whole positions"""
         quantized = self.quantized(raw)
         return self.synthesise(quantized.latent), quantized
 
     @torch.no_grad()
     def encode(self, raw: Tensor) -> Tensor:
-        """Codes of sound, one place per started `samples_per_position`.  # B S -> B T G
+        """Codes of sound, one position per started `samples_per_position`.  # B S -> B T G
 
         Raises:
             DataError: not a batch of mono sounds, or an empty one.

@@ -1,6 +1,6 @@
 """What every codec offers, and the two ways to quantize its latent: groups side by side, or stage after stage."""
 
-# Letters: B batch, P places (any number of axes), C numbers of a latent, G groups or stages, D numbers of one code
+# Letters: B batch, P positions (any number of axes), C numbers of a latent, G groups or stages, D numbers of one code
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_CODEBOOK = 1024  # one softmax of the transformer per code
 
 
 class QuantizerConfig(Config):
-    """How many codes a place has, and the FSQ levels of one code."""
+    """How many codes a position has, and the FSQ levels of one code."""
 
     groups: int
     levels: tuple[int, ...] = (8, 5, 5, 5)
@@ -52,7 +52,7 @@ class QuantizerConfig(Config):
 
 @dataclass(frozen=True)
 class QuantizerStats:
-    """Whether a quantizer is alive: a saturated one learns nothing, a starved channel carries nothing.
+    """Statistics of a quantizer: a saturated one has no gradient, a channel of few bits carries no information.
 
     `bits` holds the entropy of each channel in bits and `capacity` the most it could be, log2(levels).
     """
@@ -78,7 +78,7 @@ class Quantized:
 
     @property
     def health(self) -> QuantizerStats:
-        """Made when asked for: who only wants codes need not pay for it."""
+        """Computed on access, since it is not needed to encode."""
         return _quantizer_stats(self.inputs, self.cells, self.levels)
 
 
@@ -200,7 +200,7 @@ class Codec(nn.Module, ABC):
 
     @property
     def groups(self) -> int:
-        """Codes at each place."""
+        """Codes at each position."""
         return self.quantizer_config.groups
 
     @property
@@ -210,7 +210,7 @@ class Codec(nn.Module, ABC):
 
     @property
     def vector_size(self) -> int:
-        """Numbers in one place's FSQ vector, over all groups."""
+        """Numbers in one position's FSQ vector, over all groups."""
         return self.quantizer_config.vector_size
 
     @abstractmethod
@@ -219,11 +219,11 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, raw: Tensor) -> Tensor:
-        """Codes of raw input; no gradient.  # B raw -> B places G, int64"""
+        """Codes of raw input; no gradient.  # B raw -> B positions G, int64"""
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
-        """Raw output of codes; no gradient.  # B places G -> B raw"""
+        """Raw output of codes; no gradient.  # B positions G -> B raw"""
 
     def vectors(self, codes: Tensor) -> Tensor:
         """FSQ coordinates in [-1, 1] of codes: near vectors mean like content.  # ... G -> ... vector_size"""
@@ -236,7 +236,7 @@ class Codec(nn.Module, ABC):
 
 
 def code_bits(codes: Tensor, codec: Codec) -> float:
-    """Bits that one place's codes carry, channel by channel, out of vector_size channels.  # N G -> float"""
+    """Bits that one position's codes carry, channel by channel, out of vector_size channels.  # N G -> float"""
     values = codec.vectors(codes)  # N G -> N C
     total = 0.0
     for channel in values.unbind(-1):

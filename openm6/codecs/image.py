@@ -1,6 +1,6 @@
 """The picture codec: a small convolutional autoencoder whose latent is a grid of grouped FSQ codes."""
 
-# Letters: B batch, H W height and width in pixels, h w in places, C channels of the latent, G groups
+# Letters: B batch, H W height and width in pixels, h w in positions, C channels of the latent, G groups
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class ImageCodecConfig(QuantizerConfig):
 
     @property
     def stride(self) -> int:
-        """Pixels per place, along each side."""
+        """Pixels per position, along each side."""
         return STEM * 2 ** (len(self.widths) - 1)
 
 
 class Convolution(nn.Conv2d):
-    """A product of each place's surroundings where one picture is encoded: on a processor torch lays a convolution's
-    weights out anew for every call, which is half of its time where a picture is small.
+    """A product of each position's surroundings where one picture is encoded: on a processor torch lays a convolution's
+    weights out again for every call, which is half of its time where a picture is small.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ class Convolution(nn.Conv2d):
         padded = F.pad(x[0].permute(1, 2, 0), (0, 0, margin, margin, margin, margin))  # h w C
         around = padded.unfold(0, size, 1).unfold(1, size, 1).permute(0, 1, 3, 4, 2)  # h w k k C
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # C' k k C -> C' k·k·C
-        places = matmul(around.reshape(x[0, 0].numel(), -1), weight, self.bias)  # h·w C'
-        return places.t().reshape(1, -1, *x.shape[2:])
+        rows = matmul(around.reshape(x[0, 0].numel(), -1), weight, self.bias)  # h·w C'
+        return rows.t().reshape(1, -1, *x.shape[2:])
 
 
 class Residual(nn.Module):
@@ -121,7 +121,7 @@ class ImageCodec(Codec):
 
     @property
     def stride(self) -> int:
-        """Pixels per place, along each side."""
+        """Pixels per position, along each side."""
         return self.config.stride
 
     def quantized(self, pictures: Tensor) -> Quantized:

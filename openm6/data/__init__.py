@@ -1,6 +1,6 @@
 """From a user's data to packed batches. The steps of the data path, in the order in which a record takes them:
 
-1. `sources` opens every source of a recipe by its `kind`; `source` says what a source is and how records are split.
+1. `sources` opens every source of a recipe by its `kind`; `source` defines a source and the split of its records.
 2. `table` reads rows of a table (`text_tables`: CSV, JSON Lines; `parquet`: Parquet, embedded data, `datasets`;
    `media`: tars and folders of files; `windows`: time series), each found through `storage`.
 3. `records` turns a row into a record: canonical keys, each with a checked value.

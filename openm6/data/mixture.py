@@ -1,4 +1,4 @@
-"""The order in which a run sees its data: one seeded sequence of samples, dealt to data shards, with a small cursor.
+"""The order in which a run sees its data: one seeded sequence of samples, divided among data shards, with a small cursor.
 
 Sample s of the sequence belongs to shard s mod n. Each shard packs rows of its own and takes its samples at its own
 pace; its samples do not depend on the rank that holds it. So the position in the data is one small cursor per shard,
@@ -42,7 +42,7 @@ class Component:
 
     @property
     def key(self) -> str:
-        """The name by which the mixture's state knows the component."""
+        """The component's name in the mixture's state."""
         return f"{self.source.name}/{self.task}"
 
 
@@ -125,7 +125,7 @@ class MixtureSampler:
         return {"mixture": mixture, "count": self.num_shards, "lanes": shards}
 
     def restore(self, state: Cursor) -> None:
-        """Continue from a position that `merge` put together; another number of shards is dealt again.
+        """Continue from a position that `merge` put together; another number of shards is divided again.
 
         Raises:
             DataError: the state is of another seed, of other components, or a source has another length now.
@@ -197,7 +197,7 @@ def _check(components: Sequence[Component]) -> None:
             raise DataError(f"{component.key} has no records to draw: check its path and split")
         if not component.weight > 0 or component.weight == float("inf"):
             raise DataError(
-                f"{component.key} has weight {component.weight}: give a number above 0 or leave it out"
+                f"{component.key} has weight {component.weight}: set a number above 0 or leave it out"
             )
         if keys.count(component.key) > 1:
             raise DataError(f"the mixture holds {component.key} twice: add up the weights")

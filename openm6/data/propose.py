@@ -73,7 +73,7 @@ class Column:
 
 
 def column_of(name: str, cells: Sequence[Any]) -> Column:
-    """The column that a sample of its cells speaks for."""
+    """The column type that fits a sample of its cells."""
     filled = [cell for cell in cells if not _is_absent(cell)]
     kind = _kind(name, filled)
     texts = [str(cell) for cell in filled if isinstance(cell, (str, int, float, bool))]
@@ -203,7 +203,7 @@ NAMED_KEYS = {
 }
 LONG_TEXT = 80  # letters from which a text is worth going on with
 MAX_LABELS = 50  # up to so many, labels are categories; more are names
-MOST_RECORDS = 0.5  # of the sample must be able to pose a task
+MIN_RECORDS_FRACTION = 0.5  # of the sample must be able to pose a task
 
 
 def is_canonical(names: Iterable[str]) -> bool:
@@ -253,10 +253,10 @@ def _by_name(names: Sequence[str], telling: Sequence[str]) -> list[str]:
 
 def propose_tasks(records: Sequence[Record]) -> list[str]:
     """The tasks that suit these records, each of which most of them can pose."""
-    wanted = [*_picture_tasks(records), *_sound_tasks(records), *_number_tasks(records)]
+    names = [*_picture_tasks(records), *_sound_tasks(records), *_number_tasks(records)]
     if not _holds(records, "image") and not _holds(records, "audio"):
-        wanted += _text_tasks(records)
-    return [name for name in wanted if _posable(name, records) >= MOST_RECORDS]
+        names += _text_tasks(records)
+    return [name for name in names if _posable(name, records) >= MIN_RECORDS_FRACTION]
 
 
 def _picture_tasks(records: Sequence[Record]) -> list[str]:
@@ -295,13 +295,13 @@ def _text_tasks(records: Sequence[Record]) -> list[str]:
 
 
 def _text_tells_label(records: Sequence[Record]) -> bool:
-    told = [
+    distinct = [
         str(_label(record, language)).lower() in record[f"text_{language}"].lower()
         for record in records
         for language in ("en", "zh")
         if _label(record, language) and f"text_{language}" in record
     ]
-    return sum(told) > MOST_RECORDS * len(told)
+    return sum(distinct) > MIN_RECORDS_FRACTION * len(distinct)
 
 
 def _label(record: Record, language: str) -> Any:
@@ -356,7 +356,7 @@ class _Watched(dict[str, Any]):
 
 
 def unused_columns(source: Source, records: Sequence[Record], tasks: Iterable[Task]) -> list[str]:
-    """The columns of the source that none of the tasks reads, judged by a sample of its records."""
+    """The columns of the source that none of the tasks uses, by a sample of its records."""
     read = set(ALWAYS_READ)
     for task in tasks:
         read |= _keys_read(source, records, task)

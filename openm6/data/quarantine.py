@@ -16,10 +16,10 @@ from typing import Any
 from openm6.core.errors import TrainingError
 from openm6.core.files import append_line, as_output_error
 
-MAX_BROKEN = 0.05  # share of the records at which a run stops unless its recipe says otherwise
+MAX_BROKEN = 0.05  # share of the records at which a run stops unless its recipe sets another limit
 MAX_LISTED = 10_000
 MAX_REASON = 500
-# What is counted beside the records seen, and what a person is told of it.
+# What is counted beside the records seen, and the words of the summary.
 COUNTS = {
     "counts": "broken",
     "too_long": "too long for a row",
@@ -60,7 +60,7 @@ class Quarantine:
         return self.total / self.seen if self.seen else 0.0
 
     def accept(self, count: int = 1) -> None:
-        """Counts records that were read well."""
+        """Count records that were read."""
         with self._lock:
             self.seen += count
 
@@ -82,7 +82,7 @@ class Quarantine:
             self.not_applicable[component] += 1
 
     def add(self, source: str, record_id: str, reason: object) -> None:
-        """Sets a record aside; it counts as seen.
+        """Set a record aside; it counts as seen.
 
         Raises:
             TrainingError: the share of broken records is above the limit.
@@ -96,7 +96,7 @@ class Quarantine:
                 where = f"; see {self._path}" if self._path else ""
                 raise TrainingError(
                     f"{self.share:.1%} of the records are broken, most ({count}) in {worst!r}, such as {record_id}: "
-                    f"{str(reason)[:MAX_REASON]}{where}; mend the data or raise max_broken, the limit "
+                    f"{str(reason)[:MAX_REASON]}{where}; fix the data or raise max_broken, the limit "
                     f"of {self._limit:.0%}"
                 )
 
@@ -123,7 +123,7 @@ class Quarantine:
 
 
 def merge_counts(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The sum of what the quarantines of several ranks count, as `state` gives it."""
+    """The sum of what the quarantines of several ranks count, as returned by `state`."""
     merged: dict[str, Any] = {"seen": sum(state["seen"] for state in states)}
     for name in COUNTS:
         total: Counter[str] = Counter()

@@ -62,7 +62,7 @@ def as_text(value: Any, column: str) -> str | None:
     if isinstance(value, (bool, int, float, Decimal)):
         value = str(value)
     if not isinstance(value, str):
-        raise DataError(f"column {column!r} holds a {type(value).__name__} where text is wanted")
+        raise DataError(f"column {column!r} holds a {type(value).__name__} where text is expected")
     if len(value) > MAX_TEXT_BYTES or len(value.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
         raise DataError(f"column {column!r} holds a text of more than {MAX_TEXT_BYTES:,} bytes: shorten it")
     return value or None
@@ -117,7 +117,7 @@ def as_list(value: Any, column: str) -> list[str] | None:
     if value is None:
         return None
     if not isinstance(value, list):
-        raise DataError(f"column {column!r} holds a {type(value).__name__} where a list of texts is wanted")
+        raise DataError(f"column {column!r} holds a {type(value).__name__} where a list of texts is expected")
     texts = [as_text(item, column) for item in value]
     return [text.strip() for text in texts if text is not None and text.strip()] or None
 
@@ -171,7 +171,7 @@ def as_bytes(value: Any, column: str, limit: int, open_file: OpenFile) -> bytes 
         value = open_file(value, limit)
     if not isinstance(value, (bytes, bytearray, memoryview)):
         raise DataError(
-            f"column {column!r} holds a {type(value).__name__} where a file's bytes or name is wanted"
+            f"column {column!r} holds a {type(value).__name__} where a file's bytes or name is expected"
         )
     if len(value) > limit:
         raise DataError(
@@ -289,9 +289,9 @@ class RowReader:
         return record
 
 
-def check_columns(wanted: Sequence[str], columns: Sequence[str], where: str) -> None:
-    """Raises DataError, naming the nearest column, where a wanted column is not there."""
-    for column in wanted:
+def check_columns(names: Sequence[str], columns: Sequence[str], where: str) -> None:
+    """Raise DataError, with the nearest column, if one of the names is not a column."""
+    for column in names:
         if column not in columns:
             raise DataError(f"{where} has no column {column!r}; {nearest(column, list(columns))}")
 

@@ -35,7 +35,7 @@ class Source(ABC):
     def __getitem__(self, index: int) -> Record: ...
 
     def at(self, index: int, epoch: int) -> Record:
-        """The record of an index in an epoch; sources that pair anew each epoch differ between epochs."""
+        """The record of an index in an epoch; sources that pair again each epoch differ between epochs."""
         return self[index]
 
     def values(self, key: str) -> list[Any]:
@@ -55,7 +55,7 @@ Neighbour = Callable[[str], Source]
 
 
 class SourceConfig(Config):
-    """Parent of the source configs: each names its `kind` and knows how to open itself."""
+    """Parent of the source configs: each names its `kind` and opens itself."""
 
     kind: str
 
@@ -93,7 +93,7 @@ def stable_share(key: str) -> float:
 def rows_by_hash(keys: Sequence[Any], test_share: float, split: Split) -> np.ndarray:
     """Row numbers of one split: equal keys fall on the same side, also when rows are added later.
 
-    A hash tells training from testing alone; no row is for validation.
+    A hash separates only training from testing; no row is for validation.
     """
     if split == "validation":
         return np.zeros(0, dtype=np.int64)
@@ -110,8 +110,8 @@ def rows_by_word(words: Sequence[Any], split: Split, where: str) -> np.ndarray:
         DataError: a word that is none of them.
     """
     side = {word: _side(word, where) for word in set(words)}
-    wanted = present_split(split, side.values())
-    return np.flatnonzero([side[word] == wanted for word in words])
+    side_name = present_split(split, side.values())
+    return np.flatnonzero([side[word] == side_name for word in words])
 
 
 def present_split(split: Split, present: Collection[Split | None]) -> Split:

@@ -89,11 +89,11 @@ class PairsConfig(SourceConfig):
     right_keys: list[str] | None = Field(default=None)
 
     def takes_left(self, key: str) -> bool:
-        """Whether the left record gives this key."""
+        """Whether the left record has this key."""
         return self.left_keys is None or key in self.left_keys
 
     def takes_right(self, key: str) -> bool:
-        """Whether the right record gives this key (where the left one does not)."""
+        """Whether the right record has this key and the left one does not."""
         return self.right_keys is None or key in self.right_keys
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:

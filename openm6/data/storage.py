@@ -25,7 +25,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
     """
     found = _find_remote(path, suffixes) if is_remote(path) else _find_local(path, suffixes)
     if not found:
-        raise DataError(f"nothing to read at {path}: check the path (wanted: {', '.join(suffixes)})")
+        raise DataError(f"nothing to read at {path}: check the path (expected: {', '.join(suffixes)})")
     return sorted(found)
 
 
@@ -177,7 +177,7 @@ def refuse_foreign(path: str) -> None:
 
 
 def refuse_not_parquet(path: str) -> None:
-    """Raise DataError if a file is not Parquet: what it is instead, as far as its bytes or its name tell."""
+    """Raise DataError if a file is not Parquet: the message names what it is instead, by its bytes or its name."""
     head = _head(path)
     if head.startswith(b"PAR1"):
         return

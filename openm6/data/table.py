@@ -131,7 +131,7 @@ class TableConfig(SourceConfig):
 
     path: str
     fields: Fields | None = None
-    split: str | None = None  # the column that says train or test; `split` where the table has one
+    split: str | None = None  # the column that holds train or test; `split` where the table has one
     test_path: str | None = None  # a second table with the test rows; `path` is then all training
     test_share: float = Field(default=0.1, ge=0.0, le=0.9)  # by a stable hash, where neither is given
     test_by: str | None = None  # rows with equal values here stay on one side (a speaker, a patient)

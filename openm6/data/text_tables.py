@@ -67,7 +67,7 @@ def check_header(names: Sequence[str], path: str) -> None:
         shown = ", ".join(names[:3])
         raise DataError(
             f"the first line of {path} holds only numbers ({shown}), so it is no header: write the names of the "
-            "columns above it, or, in a source of kind csv, give them as `columns: [...]`"
+            "columns above it, or, in a source of kind csv, name them as `columns: [...]`"
         )
 
 
@@ -246,7 +246,7 @@ def _parsing(separator: str, set_aside: Any) -> pa_csv.ParseOptions:
 
 
 def _encoding(path: str) -> str:
-    """UTF-8, or Latin-1 where some byte is not: it takes any byte for a letter, and gives it back as it was.
+    """UTF-8, or Latin-1 where some byte is not: it takes any byte for a letter, and writes it back unchanged.
 
     Arrow cannot hand over a row with a wrong number of cells whose bytes are not what was announced.
     """
@@ -269,7 +269,7 @@ def _names(stored: list[str], encoding: str, path: str) -> list[str]:
         names = [name.encode(encoding).decode("utf-8-sig") for name in stored]
     except UnicodeDecodeError:
         raise DataError(
-            f"the first line of {path} is not UTF-8: if it is a CSV, save it anew as UTF-8"
+            f"the first line of {path} is not UTF-8: if it is a CSV, save it again as UTF-8"
         ) from None
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:

@@ -147,7 +147,7 @@ def _by_format(text: str, row: int, where: str, time_format: str) -> float:
 
 
 def _no_time(texts: Sequence[str], where: str) -> str:
-    """What to say of a column that no form parses: the first cell that the most fitting form does not."""
+    """The error of a column that no format parses: the first cell that the best format does not."""
     forms: list[Parse] = [
         _plain_number,
         _iso,
@@ -235,7 +235,7 @@ class WindowSource(Source):
 
 
 class _Start:
-    """Where a window lies: the rows of the table it covers and what is said about it."""
+    """Where a window lies: the rows of the table it covers and their description."""
 
     def __init__(self, rows: np.ndarray, about: dict[str, Any]) -> None:
         self.rows = rows
@@ -270,7 +270,7 @@ class WindowsConfig(SourceConfig):
     @model_validator(mode="after")
     def _format_has_a_column(self) -> WindowsConfig:
         if self.time_format is not None and self.time is None:
-            raise ValueError("time_format says how the column `time` is written: name that column, too")
+            raise ValueError("time_format describes the column `time`: name that column, too")
         return self
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:

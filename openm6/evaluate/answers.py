@@ -36,8 +36,8 @@ def _answer_batch(
 ) -> list[Answer]:
     modality = examples[0].target.modality
     if modality == "numbers":
-        wanted = [target_segment(example.target, loaded.modalities) for example in examples]
-        return list(predict_distributions(loaded.omni, prompts, wanted))
+        targets = [target_segment(example.target, loaded.modalities) for example in examples]
+        return list(predict_distributions(loaded.omni, prompts, targets))
     codec = loaded.image if modality == "image" else loaded.sound
-    wanted = [codec.target(example.target.raw, options=example.target.options) for example in examples]
-    return [codec.decode(codes) for codes in decode_masked(loaded.omni, prompts, wanted, sampling).cpu()]
+    targets = [codec.target(example.target.raw, options=example.target.options) for example in examples]
+    return [codec.decode(codes) for codes in decode_masked(loaded.omni, prompts, targets, sampling).cpu()]

@@ -82,7 +82,7 @@ def line(frame: Frame, xs: np.ndarray, ys: np.ndarray, name: str) -> Shape:
     commands, drawing = [], False
     for x, y in zip(frame.x(xs), frame.y(ys), strict=True):
         if math.isfinite(x) and math.isfinite(y):
-            # `h0` gives an isolated point a segment of length 0, which round line caps turn into a dot.
+            # `h0` draws an isolated point as a segment of length 0, which round line caps turn into a dot.
             commands.append(f"L{x:.2f} {y:.2f}" if drawing else f"M{x:.2f} {y:.2f}h0")
         drawing = math.isfinite(x) and math.isfinite(y)
     return Shape(name, "".join(commands))

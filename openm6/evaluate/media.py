@@ -33,7 +33,7 @@ _COLOURS = np.array(
 
 @dataclass(frozen=True)
 class Media:
-    """An image, or audio with its spectrogram as the image; `missing` says why there is neither."""
+    """An image, or audio with its spectrogram as the image; `missing` is the reason if there is neither."""
 
     caption: str
     image: str = ""

@@ -59,7 +59,7 @@ Values = Callable[[Scored], np.ndarray | None]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric. Values near `goal` are good if there is one, else high or low ones, as `better` says.
+    """A metric. Values near `goal` are good if there is one, else high or low ones, by `better`.
 
     `values` is None for metrics of a whole gallery or against a second baseline, which are computed elsewhere.
     """

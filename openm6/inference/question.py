@@ -27,7 +27,7 @@ Box = tuple[float, float, float, float]
 class Question:
     """Inputs and the modality of the answer.
 
-    `numbers` maps columns to values (None: missing); `column` names the number wanted; `series` with `ahead` asks for
+    `numbers` maps columns to values (None: missing); `column` is the number to predict; `series` with `ahead` asks for
     a forecast of so many steps. `language` is that of the words put in where `text` holds no question of its own.
     `hole` (left, top, right, bottom as shares of the side) and `gap` (start, end as shares of the length) ask for a
     picture or sound to be filled in there and left alone elsewhere.
@@ -72,7 +72,7 @@ class Question:
         found = {"image": self.image is not None, "sound": self.sound is not None, "numbers": numbers}
         return [name for name, there in found.items() if there]
 
-    def wanted_column(self) -> str:
+    def target_column(self) -> str:
         """Return the column to predict: the one named, or the one given as missing.
 
         Raises:
@@ -81,7 +81,7 @@ class Question:
         missing = [name for name, value in (self.numbers or {}).items() if value is None]
         if self.column is None and len(missing) != 1:
             raise ConfigError(
-                "say which number is wanted: add --column NAME, or give it without a value, as NAME="
+                "the number to predict is not named: add --column NAME, or leave its value out, as NAME="
             )
         return self.column or missing[0]
 
@@ -131,10 +131,10 @@ def _read_file(path: Path) -> bytes:
 
 
 def prompt_parts(question: Question, loaded: LoadedModel) -> list[Part]:
-    """The parts to read: what is given, amid the words that ask for what is wanted.
+    """The parts of the prompt: the inputs, and the words that ask for the output.
 
-    These are the person's own where there is a text. Without one, or where a text tells of something but does not
-    name the number wanted, they are the prompt of the first lesson that reads and gives the same.
+    These are the text of the question if it has one. Without one, or if the text does not name the number to
+    predict, they are the prompt of the first trained task with the same input and output.
     """
     parts = _given_parts(question, loaded)
     if question.text is None:
@@ -155,8 +155,8 @@ def _given_parts(question: Question, loaded: LoadedModel) -> list[Part]:
     if question.sound is not None:
         parts.append(Part("sound", read_recording(question.sound, loaded), {"gap": question.gap}))
     if question.numbers is not None:
-        wanted = question.wanted_column() if question.want == "numbers" else None
-        rest = {name: value for name, value in question.numbers.items() if name != wanted}
+        target = question.target_column() if question.want == "numbers" else None
+        rest = {name: value for name, value in question.numbers.items() if name != target}
         parts += [Part("numbers", rest)] if rest else []
     if question.series is not None:
         parts.append(Part("numbers", question.series))
@@ -167,17 +167,17 @@ def _needs_asking(question: Question) -> bool:
     """Whether a number is asked for that the text does not name."""
     if question.want != "numbers":
         return False
-    column = question.wanted_column()
+    column = question.target_column()
     return all(name not in (question.text or "") for name in (column, column.replace("_", " ")))
 
 
 def _taught_words(question: Question, loaded: LoadedModel) -> tuple[str, str]:
-    """The words before and after the slot in the first prompt of the first lesson that reads and gives the same."""
-    for lesson in loaded.description.lessons:
-        task = TASKS.get(lesson.task)
+    """The words before and after the slot in the first prompt of the first such trained task."""
+    for trained in loaded.description.lessons:
+        task = TASKS.get(trained.task)
         if task is not None and _fits(task, question):
             before, after = re.split(r"\{(?!column)\w+\}", task.prompts[question.language][0], maxsplit=1)
-            column = question.wanted_column().replace("_", " ") if "{column}" in after else ""
+            column = question.target_column().replace("_", " ") if "{column}" in after else ""
             return before, after.replace("{column}", column)
     return "", ""
 

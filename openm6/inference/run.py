@@ -41,8 +41,8 @@ def generate(
         CheckpointError, ConfigError, DataError: the model, the question or its files cannot be used.
         OutputError: the answer cannot be written; what the file held is still there.
     """
-    target = _target(question.want, out)
-    return answer_question(load(path, resident=resident), question, decoding, target)
+    out = _target(question.want, out)
+    return answer_question(load(path, resident=resident), question, decoding, out)
 
 
 def _target(want: str, out: Path | None) -> Path | None:
@@ -103,16 +103,16 @@ def _codes(
 ) -> torch.Tensor:
     """Codes of the image or recording; those outside the mask of an inpainting are the given ones.  # -> N G"""
     if question.hole is not None and question.image is not None:
-        wanted = loaded.image.target(read_picture(question.image, loaded), options={"hole": question.hole})
+        target = loaded.image.target(read_picture(question.image, loaded), options={"hole": question.hole})
     elif question.gap is not None and question.sound is not None:
-        wanted = loaded.sound.target(read_recording(question.sound, loaded), options={"gap": question.gap})
+        target = loaded.sound.target(read_recording(question.sound, loaded), options={"gap": question.gap})
     else:
-        wanted = modality.blank()
-    return decode_masked(loaded.omni, [prompt], [wanted], sampling)[0].cpu()
+        target = modality.blank()
+    return decode_masked(loaded.omni, [prompt], [target], sampling)[0].cpu()
 
 
 def _numbers(loaded: LoadedModel, question: Question, prompt: list[Segment]) -> str:
-    """Distributions of the wanted column or of the steps ahead, as JSON."""
+    """Distributions of the target column or of the steps ahead, as JSON."""
     raw: Any
     if question.series is not None:
         name = question.series.name
@@ -120,7 +120,7 @@ def _numbers(loaded: LoadedModel, question: Question, prompt: list[Segment]) -> 
             name, [loaded.numbers.scale(name)[0]] * question.ahead
         )  # any value: only asked for
     else:
-        name = question.wanted_column()
+        name = question.target_column()
         raw = {name: loaded.numbers.scale(name)[0]}
     histogram = predict_distributions(loaded.omni, [prompt], [loaded.numbers.target(raw)])[0]
     return json.dumps({name: _described(histogram)}, ensure_ascii=False)

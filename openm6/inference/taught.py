@@ -2,7 +2,7 @@
 
 Four things are looked at, in this order:
 
-- the pair: some trained task must read the modalities that are given and answer in the one that is asked for;
+- the pair: some trained task must have the same input and output modalities;
 - the words: more than half of the fixed words of one of that task's prompts must stand in the text;
 - the length: where a task takes any words ("{text}"), the text must be about as long as those that it was trained on;
 - the answer: there, too, a text whose tokens have a low mean probability was not learned.
@@ -33,7 +33,7 @@ _SLOT = re.compile(r"\{\w+\}")
 
 @dataclass(frozen=True)
 class Taught:
-    """The verdict: `en` and `zh` say what is missing, and are empty if nothing is."""
+    """The result: `en` and `zh` describe what is missing, and are empty if nothing is."""
 
     en: str = ""
     zh: str = ""
@@ -78,7 +78,7 @@ def confidence_of(nll: float, tokens: int) -> float:
 
 
 def inputs_of(task: Task) -> set[str]:
-    """The modalities that a task reads besides text."""
+    """The input modalities of a task besides text."""
     return {slot.modality for slot in task.inputs.values()} - {"text"}
 
 
@@ -121,8 +121,8 @@ def _other_pair(given: Collection[str], target: str, trained: list[Task]) -> Tau
     )
     read = sorted(given) or ["text"]
     more = len(pairs) > LISTED
-    en = "; ".join(f"{gives} from {' and '.join(reads)}" for reads, gives in pairs[:LISTED])
-    zh = "；".join(f"{_zh(reads)}→{CHINESE[gives]}" for reads, gives in pairs[:LISTED])
+    en = "; ".join(f"{output} from {' and '.join(inputs)}" for inputs, output in pairs[:LISTED])
+    zh = "；".join(f"{_zh(inputs)}→{CHINESE[output]}" for inputs, output in pairs[:LISTED])
     return Taught(
         f"not taught: this model was never trained to give {target} from {' and '.join(read)}, "
         f"only {en or 'embeddings'}{'; …' if more else ''}",
@@ -148,11 +148,11 @@ def _other_words(fitting: list[Task]) -> Taught:
 
 
 def _other_length(length: int, known: list[tuple[int, int]]) -> Taught:
-    fewest, most = min(low for low, _ in known), max(high for _, high in known)
+    min_words, max_words = min(low for low, _ in known), max(high for _, high in known)
     return Taught(
-        f"not taught: the question has {length} words, and this model answers texts of {fewest} to {most} words, "
-        "which must hold what is asked for",
-        f"未学过：问题有{length}个词，该模型只学过回答{fewest}到{most}个词的文本，且答案须在文本之中",
+        f"not taught: the question has {length} words, and this model answers texts of {min_words} to "
+        f"{max_words} words, which must hold what is asked for",
+        f"未学过：问题有{length}个词，该模型只学过回答{min_words}到{max_words}个词的文本，且答案须在文本之中",
     )
 
 

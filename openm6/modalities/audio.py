@@ -97,7 +97,7 @@ def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
 
 
 class Sound(Modality):
-    """Reads a sound as patches of 8 log-mel frames; speaks up to a number of seconds in positions of 40 ms."""
+    """Sound as patches of 8 log-mel frames in, and up to a number of seconds in positions of 40 ms out."""
 
     name: ClassVar[str] = "sound"
 

@@ -114,7 +114,7 @@ def pixels(picture: PIL.Image.Image) -> np.ndarray:
 
 
 class Image(Modality):
-    """Reads a picture as patches, at its own aspect up to a budget of tokens; draws squares of `side` pixels."""
+    """A picture as patches in, at its own aspect up to a budget of tokens, and a square of `side` pixels out."""
 
     name: ClassVar[str] = "image"
 

@@ -17,8 +17,8 @@ Options = Mapping[str, Any]
 NO_OPTIONS: Options = MappingProxyType({})
 Moves = tuple[int, int, int]
 ALONG: Moves = (1, 1, 1)
-# The middle two of a picture or sound count from its own origin, in units that its patches and its codes share: what
-# is wanted at a place then has the rotary position of the patch that lies there, however long the words between are.
+# The last two of a picture or sound count from its own origin, in units that its patches and its codes share. So a
+# target at a position has the rotary position of the source patch there, whatever the length of the text between.
 OWN_ORIGIN: Moves = (1, 0, 0)
 SIDE_UNITS = 32  # along each side of a picture
 
@@ -34,14 +34,14 @@ class Cuttable:
 
 @dataclass(frozen=True)
 class Segment:
-    """One segment of raw input as N tokens: what the sequence rule and an adapter need to know of it.
+    """One segment of raw input as N tokens: the input of the sequence rule and of an adapter.
 
     `kind` names the adapter that embeds them. `arrays` holds one array per feature, each with leading length N.
-    `grid` (N 3, int) is each token's offset in time, height and width; `moves` says for each axis whether it counts
+    `grid` (N 3, int) is each token's offset in time, height and width; `moves` states for each axis whether it counts
     from where the segment begins (1) or from its own origin wherever it stands (0); `span` is how far the next segment
     moves on. `learn` (N, bool) marks the tokens that carry a loss. `placement` is `source`
     (order 0), `part` (a source of the next order, which sees only itself and what stands before it), `causal` (one
-    order after the other) or `block` (one order for all, private). `truncated` tells that the raw input was longer
+    order after the other) or `block` (one order for all, private). `truncated`: the raw input was longer
     than what became tokens, `cuttable` which stretches of them may still be shortened.
     """
 
@@ -91,15 +91,15 @@ def track(count: int, step: int) -> np.ndarray:
 
 
 class Adapter(nn.Module, ABC):
-    """Carries one kind of token into the backbone's width and, where it can be wanted, back out to a loss."""
+    """Embeds one kind of token in the backbone's width and, if it can be a target, computes its loss."""
 
     @abstractmethod
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
         """Features of N tokens to vectors.  # N … -> N D"""
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        """Negative log-likelihood in nats of what each of N tokens should give.  # N D -> N"""
-        raise NotImplementedError(f"{type(self).__name__} is only read, never wanted")
+        """Negative log-likelihood in nats of the target of each of N tokens.  # N D -> N"""
+        raise NotImplementedError(f"{type(self).__name__} is an input only, never a target")
 
     def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         """What training minimises; the likelihood itself unless a smoothed form teaches better.  # N D -> N"""
@@ -108,7 +108,7 @@ class Adapter(nn.Module, ABC):
     def weighted_loss(
         self, hidden: Tensor, arrays: dict[str, Tensor], weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Σ weight · loss, to learn from, and the loss of each token, to tell.  # N D, N -> (), N"""
+        """Σ weight · loss, with a gradient, and the loss of each token, without.  # N D, N -> (), N"""
         nll = self.training_loss(hidden, arrays).float()
         return (nll * weight).sum(), nll.detach()
 
@@ -122,7 +122,7 @@ class Modality(ABC):
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Tokens to read. A generator asks for augmentation; None gives the plain, repeatable form.
+        """Tokens to read. A generator asks for augmentation; None means the plain, repeatable form.
 
         Raises:
             DataError: the input is broken, empty or out of the stated bounds.
@@ -132,7 +132,7 @@ class Modality(ABC):
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Tokens to produce. A generator draws the training mask; None hides all there is to hide."""
+        """Tokens to produce. A generator draws the training mask; None masks everything that can be masked."""
 
     @abstractmethod
     def adapters(self, width: int) -> dict[str, Adapter]:

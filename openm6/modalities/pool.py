@@ -1,4 +1,4 @@
-"""One vector for a text, a picture or a sound: a token that reads the others, and the loss that teaches it."""
+"""One vector for a text, a picture or a sound: a token that attends to the others, and its contrastive loss."""
 
 # Letters: n pool tokens, P = n/2 pairs, M pairs of all ranks, D width, E size of an embedding
 
@@ -24,7 +24,7 @@ from openm6.ops.losses import info_nce
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 
 POOL = "pool"  # the kind of token
-FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # arXiv 2103.00020, section 2.5
+FIRST_SCALE, MAX_SCALE = 1 / 0.07, 100.0  # arXiv 2103.00020, section 2.5
 
 
 class PoolConfig(Config):
@@ -51,10 +51,10 @@ def _number(word: str) -> int:
 
 
 class PoolAdapter(Adapter):
-    """Embeds the pool token, turns its hidden state into a unit vector, and judges pairs by symmetric InfoNCE.
+    """Embeds the pool token, turns its hidden state into a unit vector, and computes symmetric InfoNCE over pairs.
 
     Pool tokens come in pairs: rows 2i and 2i + 1 of a batch are the two sides of pair i. `gather` is set by whoever
-    trains on several ranks; each rank then judges its own pairs against everybody's.
+    trains on several ranks; each rank then compares its own pairs with those of all ranks.
     """
 
     def __init__(self, width: int, config: PoolConfig) -> None:
@@ -74,17 +74,17 @@ class PoolAdapter(Adapter):
     @property
     def scale(self) -> Tensor:
         """What similarities are multiplied with; learned, and bounded."""
-        return self.log_scale.exp().clamp(max=LARGEST_SCALE)
+        return self.log_scale.exp().clamp(max=MAX_SCALE)
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        """Nats of each side's partner among all partners of the batch.  # n D -> n"""
+        """NLL of each side's partner among all partners of the batch.  # n D -> n"""
         sides = self.vectors(hidden).unflatten(0, (-1, 2))  # n E -> P 2 E
-        everybody, start = self._all_rows(sides)  # M 2 E
+        all_sides, start = self._all_rows(sides)  # M 2 E
         words = torch.stack([arrays["key"][::2], arrays["space"][::2]], dim=1)  # P 2
         key, space = self._all_rows(words)[0].unbind(1)  # M, M
         same = (words[:, :1] == key) | (words[:, 1:] != space)  # P M
         partner = torch.arange(start, start + len(sides), device=hidden.device)
-        nll = [info_nce(sides[:, side], everybody[:, 1 - side], same, partner, self.scale) for side in (0, 1)]
+        nll = [info_nce(sides[:, side], all_sides[:, 1 - side], same, partner, self.scale) for side in (0, 1)]
         return torch.stack(nll, dim=1).flatten()  # P 2 -> n
 
     def _all_rows(self, x: Tensor) -> tuple[Tensor, int]:

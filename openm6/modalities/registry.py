@@ -38,7 +38,7 @@ class Modalities(dict[str, Modality]):
 class TextConfig(Config):
     """`vocabulary` tokens are learned from the mixture, unless `tokenizer` names a tokenizer.json.
 
-    Without a number they are as many as the model's preset says.
+    Without a number the model's preset sets it.
     """
 
     vocabulary: int | None = Field(default=None, ge=320, le=1_000_000)
@@ -47,7 +47,7 @@ class TextConfig(Config):
 
 
 class ImageConfig(Config):
-    """`codec` is a shipped name or a file; wanted pictures are squares of `side` pixels."""
+    """`codec` is a shipped name or a file; generated images are squares of `side` pixels."""
 
     codec: str = "image-64"
     side: int = Field(default=64, ge=8, le=4096)
@@ -56,9 +56,9 @@ class ImageConfig(Config):
 
 
 class SoundConfig(Config):
-    """`codec` is a shipped name or a file; a wanted sound lasts `seconds`.
+    """`codec` is a shipped name or a file; a generated recording lasts `seconds`.
 
-    Recordings that are longer are cut when they are wanted, shorter ones padded with silence; `max_seconds` bounds
+    Recordings that are longer are cut when they are targets, shorter ones padded with silence; `max_seconds` bounds
     what is read.
     """
 

@@ -1,4 +1,4 @@
-"""Text: byte-level BPE in and out; autoregressive when wanted; nothing is ever unknown."""
+"""Text: byte-level BPE in and out; autoregressive as a target; there are no unknown tokens."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def read_tokenizer(text: str, where: str) -> Tokenizer:
 
 
 class Text(Modality):
-    """Reads and writes text through a tokenizer; START opens a wanted text, END closes it, HOLE stands for a gap."""
+    """Reads and writes text through a tokenizer; START opens a target text, END closes it, HOLE stands for a gap."""
 
     name: ClassVar[str] = "text"
 
@@ -102,12 +102,12 @@ class Text(Modality):
 
     @property
     def end(self) -> int:
-        """The id that closes a wanted text."""
+        """The id that closes a target text."""
         return self.first_mark + END
 
     @property
     def start(self) -> int:
-        """The id that opens a wanted text."""
+        """The id that opens a target text."""
         return self.first_mark + START
 
     def source(
@@ -138,14 +138,14 @@ class Text(Modality):
 
         A text of more than `max_tokens` is cut there and has no END, which would teach to stop amid a sentence.
         """
-        most = int(options.get("max_tokens", self.max_tokens))
+        max_tokens = int(options.get("max_tokens", self.max_tokens))
         tokens = self.written(self.encode_plain(_checked(raw)))
-        if len(tokens) <= most + 1:
+        if len(tokens) <= max_tokens + 1:
             return tokens
-        return select_tokens(tokens, np.arange(len(tokens)) < most, (Cuttable(0, most),))
+        return select_tokens(tokens, np.arange(len(tokens)) < max_tokens, (Cuttable(0, max_tokens),))
 
     def written(self, ids: list[int]) -> Segment:
-        """A wanted text of these token ids, which END closes."""
+        """A target text of these token ids, which END closes."""
         arrays = {
             "ids": np.asarray([self.start, *ids], dtype=np.int64),
             "labels": np.asarray([*ids, self.end], dtype=np.int64),
@@ -169,7 +169,7 @@ def _checked(raw: Any) -> str:
     try:
         raw.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON's \ud800 gives
-        raise DataError(f"the text is not Unicode at character {error.start}: mend or remove it") from None
+        raise DataError(f"the text is not Unicode at character {error.start}: fix or remove it") from None
     return raw
 
 

@@ -20,7 +20,7 @@ def join_texts(first: Part, second: Part) -> Part:
 
 
 def cuttable_in(part: Part) -> tuple[Cuttable, ...]:
-    """Where a text may be cut, in characters: anywhere unless its options say otherwise."""
+    """Where a text may be cut, in characters: anywhere unless its options set it."""
     whole = Cuttable(0, len(part.raw))
     return tuple(part.options.get("cuttable", (whole,)))
 

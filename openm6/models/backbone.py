@@ -32,8 +32,8 @@ class Backbone(nn.Module):
 
     `sets` holds the weight sets and `layers` what each layer keeps to itself; layer l uses sets[weight_sets[l]].
     Built under `torch.device("meta")` it costs no memory; then `to_empty(device=...)` and `reset_parameters()`, or
-    load a checkpoint. With `empty_sets` only the matrices of the sets are on `meta`, for a model that is too large to
-    stand anywhere as a whole: whoever sets `runner` or `source` then keeps their values.
+    load a checkpoint. With `empty_sets` only the matrices of the sets are on `meta`, for a model that does not fit
+    on one device: whoever sets `runner` or `source` then keeps their values.
     """
 
     def __init__(self, config: BackboneConfig, empty_sets: bool = False) -> None:
@@ -110,7 +110,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def delink(self, refill: Refill | None = None) -> dict[str, str]:
-        """Gives every layer a weight set of its own, a copy of the one that it shared (M6-10T, 2110.03888, §3).
+        """Give every layer a weight set of its own, a copy of the one that it shared (M6-10T, 2110.03888, §3).
 
         The first layer of a set keeps the very tensors, so that nothing is computed differently afterwards. Where
         blocks cannot be copied, as those cut over ranks, every layer gets a new one, which `refill` fills from the old.

@@ -57,9 +57,9 @@ class BackboneConfig(Config):
     def _check_kinds(self) -> None:
         kinds = [self.has_experts(layer) for layer in range(self.num_layers)]
         if any(kinds) and self.experts is None:
-            raise ValueError("give experts, or dense alone with experts_every left out")
+            raise ValueError("set experts, or dense alone with experts_every left out")
         if not all(kinds) and self.dense is None:
-            raise ValueError("some layers hold no experts: give dense its hidden size, too")
+            raise ValueError("some layers hold no experts: set the hidden size of dense, too")
         wrong = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
         if wrong:
             raise ValueError(f"dense_layers {wrong} do not exist: layers are 0 to {self.num_layers - 1}")
@@ -88,7 +88,7 @@ class BackboneConfig(Config):
         """The feed-forward part of a layer."""
         part = self.experts if self.has_experts(layer) else self.dense
         if part is None:
-            raise ValueError(f"layer {layer} has no feed-forward part: give dense or experts")
+            raise ValueError(f"layer {layer} has no feed-forward part: set dense or experts")
         return part
 
     @property

@@ -20,7 +20,7 @@ FORMAT = 1
 class TrainedTask(Config):
     """One thing the model was trained on: a task over a source.
 
-    `words` are the fewest and the most words of the texts that it read, None if unknown.
+    `words` are the minimum and maximum words of its input texts, None if unknown.
     """
 
     task: str
@@ -29,7 +29,7 @@ class TrainedTask(Config):
 
 
 class CheckpointConfig(Config):
-    """Sizes, modalities, the scales of number columns, and what was learned."""
+    """Sizes, modalities, the scales of number columns, and the trained tasks."""
 
     format: int = FORMAT
     preset: str = ""
@@ -37,9 +37,9 @@ class CheckpointConfig(Config):
     modalities: ModalitiesConfig
     scales: dict[str, tuple[float, float]]
     lessons: list[TrainedTask]
-    embedding: PoolConfig | None = None  # None: no task taught it to make embeddings
-    sources: dict[str, Any] = {}  # where the lessons' records came from, as in the recipe
-    judge: dict[str, Any] = {}  # how to judge it, as in the recipe
+    embedding: PoolConfig | None = None  # None: no trained task makes embeddings
+    sources: dict[str, Any] = {}  # where the records came from, as in the recipe
+    judge: dict[str, Any] = {}  # how to evaluate it, as in the recipe
 
     def to_json(self) -> str:
         """The text of model.json."""

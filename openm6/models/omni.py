@@ -1,4 +1,4 @@
-"""The whole model: adapters carry every kind of token into one backbone and its hidden states back to a loss."""
+"""The whole model: adapters embed every kind of token for one backbone and compute losses of its hidden states."""
 
 # Letters: R rows, S tokens a row, N = R*S, D width, n tokens of one kind, m of them learned
 
@@ -23,9 +23,9 @@ from openm6.ops.sequence import SequenceMeta
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Losses of the learned tokens of one kind: nats each (m), their example (m) and their weight (m).
+    """Losses of the learned tokens of one kind: nll each (m), their example (m) and their weight (m).
 
-    total is Σ weight · nats; while the model trains, it alone carries the gradient.
+    total is Σ weight · nll; while the model trains, it alone carries the gradient.
     """
 
     total: Tensor
@@ -69,7 +69,7 @@ class Omni(nn.Module):
 
     @property
     def pool(self) -> PoolAdapter | None:
-        """The adapter that makes embeddings; None if the model has learned none."""
+        """The adapter that makes embeddings; None if the model was not trained to."""
         adapter = dict(self.adapters.items()).get(POOL)
         assert adapter is None or isinstance(adapter, PoolAdapter)
         return adapter

@@ -112,6 +112,6 @@ class BlockRunner(Protocol):
     ) -> tuple[Tensor, list[RouterStats]]:
         """B S D -> B S D before the final norm, and a report for each sparse layer.
 
-        `make_context` returns what the layers need to know about some of the rows.
+        `make_context` returns the context of some of the rows.
         """
         ...

@@ -47,7 +47,7 @@ class ExpertsConfig(Config):
     @model_validator(mode="after")
     def _choices_fit(self) -> ExpertsConfig:
         if (self.top_k is None) == (self.num_prototypes is None):
-            raise ValueError("give either top_k or num_prototypes, not both and not neither")
+            raise ValueError("set either top_k or num_prototypes, not both and not neither")
         if self.top_k is not None and self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k={self.top_k} exceeds num_experts={self.num_experts}: lower top_k or raise num_experts"

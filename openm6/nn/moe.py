@@ -247,8 +247,8 @@ class Experts(nn.Module):
         config = self.config
         dropped = routing.load.new_zeros(())
         if permutation is not None and permutation.kept is not None:
-            wanted = valid.sum().clamp(min=1) * config.choices
-            dropped = 1 - permutation.kept.sum() / wanted
+            routed = valid.sum().clamp(min=1) * config.choices
+            dropped = 1 - permutation.kept.sum() / routed
         side = config.aux_weight * routing.aux_loss + config.z_weight * routing.z_loss
         return RouterStats(
             layer, routing.load, routing.aux_loss.detach(), routing.z_loss.detach(), dropped, side

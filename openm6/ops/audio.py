@@ -81,7 +81,7 @@ def resample(samples: Tensor, old_rate: int, new_rate: int) -> Tensor:
     if old_rate == new_rate:
         return samples
     length = samples.shape[-1]
-    wanted = -(-length * new_rate // old_rate)
+    target_length = -(-length * new_rate // old_rate)
     # A whole number of old periods must be a whole number of new ones, or the pitch would shift.
     unit = old_rate // math.gcd(old_rate, new_rate)
     padded = smooth(-(-(length + old_rate // 20) // unit)) * unit
@@ -90,7 +90,7 @@ def resample(samples: Tensor, old_rate: int, new_rate: int) -> Tensor:
     kept = min(values.shape[-1], count // 2 + 1)
     out = torch.zeros(count // 2 + 1, dtype=values.dtype)
     out[:kept] = values[:kept]
-    return (torch.fft.irfft(out, n=count) * (count / padded))[:wanted].to(samples.dtype)
+    return (torch.fft.irfft(out, n=count) * (count / padded))[:target_length].to(samples.dtype)
 
 
 def smooth(number: int) -> int:

@@ -180,7 +180,7 @@ def info_nce(query: Tensor, gallery: Tensor, same: Tensor, partner: Tensor, scal
     """−log softmax of each query's partner among the gallery (arXiv 2103.00020, figure 3).  # Q E, G E -> Q
 
     query, gallery: unit vectors
-    same:    Q G bool, what says the same as the query or is not to be compared with it; left out but for the partner
+    same:    Q G bool, what equals the query or is not to be compared with it; left out but for the partner
     partner: Q, the row of the gallery that belongs to the query
     """
     scores = scale * (query @ gallery.t())  # Q G

@@ -30,8 +30,8 @@ from openm6.core.errors import ConfigError
 HALF = torch.bfloat16
 _asked: ContextVar[bool] = ContextVar("bf16_matmul", default=False)
 ROWS = 32  # fewer waste less on padding; more make fewer shapes, whose kernels take memory
-SMALLEST = 2**20  # multiplications: below, the longer way into oneDNN costs more than it saves
-MOST_EXPERTS = 1023  # of one `F.grouped_mm` on a GPU
+MIN_PRODUCT = 2**20  # multiplications: below, the longer way into oneDNN costs more than it saves
+MAX_EXPERTS = 1023  # of one `F.grouped_mm` on a GPU
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def has_bf16() -> bool:
 
 
 def capture_precision(kind: str) -> Callable[[], AbstractContextManager[None]]:
-    """Gives back, whenever it is called, the precision of this moment on a kind of device: for what runs again."""
+    """Return a function that restores the current precision on a kind of device, for what runs again."""
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     half = _asked.get()
 
@@ -73,7 +73,7 @@ def capture_precision(kind: str) -> Callable[[], AbstractContextManager[None]]:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ as `F.linear` computes it: ... K, N K -> ... N."""
-    # Not by whether a gradient is wanted: a layer that is computed again must come out as it did before.
+    # Not by whether a gradient is needed: a layer that is computed again must come out as it did before.
     again = (x.numel() // x.shape[-1]) % ROWS == 0 and not torch.compiler.is_compiling()
     if again and _plain(x) and (matmul_dtype(x) == HALF or onednn_is_faster()):
         return _Linear.apply(x, weight)
@@ -106,7 +106,7 @@ def matmul_add(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 def use_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` takes the other way for rows and a matrix of these sizes; bf16 goes to oneDNN by itself."""
-    large = x.shape[0] * weight.numel() >= SMALLEST
+    large = x.shape[0] * weight.numel() >= MIN_PRODUCT
     # With gaps between a matrix's rows and between its columns oneDNN takes a path a thousand times as slow.
     dense = weight.is_contiguous() or weight.t().is_contiguous()
     return large and dense and _plain(x) and onednn_is_faster()
@@ -115,14 +115,14 @@ def use_onednn(x: Tensor, weight: Tensor) -> bool:
 def pad_rows(rows: int, dtype: torch.dtype) -> int:
     """The number that rows of a dtype should be padded to, so that few shapes occur; no padding if it saves nothing.
 
-    Whole pieces of `ROWS`, and of more if rows are many: from 16 pieces on eight lengths an octave.
+    Whole multiples of `ROWS`, and of more if rows are many: from 16 multiples on eight lengths per octave.
     """
     if dtype != HALF and not onednn_is_faster():
         return rows
-    piece = ROWS
-    while rows > 16 * piece:
-        piece *= 2
-    return -(-rows // piece) * piece
+    step = ROWS
+    while rows > 16 * step:
+        step *= 2
+    return -(-rows // step) * step
 
 
 @functools.cache
@@ -179,7 +179,7 @@ def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     runs in autocast's dtype, as `F.linear` would.
     """
     rows, weight = cast_alike(rows, weight)
-    # On a GPU the kernel knows bf16 only; other dtypes occur there in tests, which may be slow.
+    # On a GPU the kernel supports bf16 only; other dtypes occur there in tests, which may be slow.
     if rows.is_cuda and rows.dtype != torch.bfloat16:
         return grouped_mm_reference(rows, weight, counts)
     ends = counts.cumsum(0).to(torch.int32)
@@ -201,9 +201,9 @@ def check_experts(count: int, device: torch.device) -> None:
     Raises:
         ConfigError: too many.
     """
-    if device.type == "cuda" and count > MOST_EXPERTS:
+    if device.type == "cuda" and count > MAX_EXPERTS:
         raise ConfigError(
-            f"a layer has {count} experts on one GPU, whose grouped product takes {MOST_EXPERTS}: "
+            f"a layer has {count} experts on one GPU, whose grouped product takes {MAX_EXPERTS}: "
             f"lower experts.num_experts, or spread them over more ranks with parallel.experts"
         )
 

@@ -189,7 +189,7 @@ def unpermute(rows: Tensor, gate: Tensor, permutation: TokenPermutation) -> Tens
     return _Unpermute.apply(rows, gate.to(rows.dtype), permutation.source, permutation.slot)
 
 
-# Autograd does not know that `slot` inverts `source`, and would scatter with atomics. Both adjoints are gathers.
+# Autograd cannot use that `slot` inverts `source`, and would scatter with atomics. Both adjoints are gathers.
 class _Permute(torch.autograd.Function):
     """x[source]; backwards each token sums the gradients of its own K rows."""
 

@@ -21,7 +21,7 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class CausalMask:
-    """The rule where every row is one example read from left to right: kernels know it without a table."""
+    """The rule where every row is one example read from left to right: kernels support it without a table."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def causal_meta(
 ) -> SequenceMeta:
     """Rows of one example each, read strictly from left to right, whose first token stands at `start`."""
     order = torch.arange(start, start + length, dtype=torch.int32, device=device).expand(batch, length)
-    # A tensor of its own for each part: a compiler that saw two of them be one would compile anew where they differ.
+    # A tensor of its own for each part: a compiler that saw two of them be one would compile again where they differ.
     example_id, block_id = torch.zeros_like(order), torch.zeros_like(order)
     return SequenceMeta(
         example_id, order, block_id, order.unsqueeze(-1).expand(batch, length, 3), causal=True
@@ -133,7 +133,7 @@ def visible(query: SequenceMeta, key: SequenceMeta) -> Tensor:
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible and -inf elsewhere: SDPA on a CPU would convert a boolean mask anew in every layer."""
+    """0 where visible and -inf elsewhere: SDPA on a CPU would convert a boolean mask again in every layer."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
@@ -197,7 +197,7 @@ def _summary(meta: SequenceMeta, block: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """B n n bool -> how many per query block (B 1 n) and their numbers, the wanted ones first (B 1 n n)."""
+    """B n n bool -> how many per query block (B 1 n) and their indices, the visible ones first (B 1 n n)."""
     count = blocks.sum(-1, dtype=torch.int32)
     index = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return count.unsqueeze(1), index.unsqueeze(1)

@@ -210,7 +210,7 @@ class Built:
 class Derived(Slot):
     """A part that no field holds. As a target it has the function that builds it, together with derived inputs.
 
-    `needs` tells whether the record holds what the part is built from.
+    `needs` returns whether the record holds what the part is built from.
     """
 
     modality: str

@@ -21,7 +21,7 @@ RECALLS = ("recall_at_1", "recall_at_5")
 
 @dataclass(frozen=True)
 class Example:
-    """A record seen through a task. `answer` is the truth as metrics expect it; equal answers share a `key`.
+    """A record as an example of a task. `answer` is the truth as metrics expect it; equal answers share a `key`.
 
     `prompt` holds the prompt's own words without any input: all that remains when the inputs are dropped. Examples
     of one `block` depend on each other (windows that overlap), so a bootstrap draws them together.
@@ -121,7 +121,7 @@ class Task:
         prompt = self.prompts[language][int(rng.integers(len(self.prompts[language]))) if train else 0]
         built = self.build(record, Context(language, rng, train))
         if self.contrastive:
-            # Two records with one English text say the same, in whatever language.
+            # Two records with one English text have the same meaning, in whatever language.
             key = str(record.get("text_en") or record.get("text_zh") or record.get("id"))
         else:
             key = self.target.key(record, language) if built.key is None else built.key

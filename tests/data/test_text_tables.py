@@ -76,7 +76,7 @@ def test_separator_and_identical_rows_after_a_hash_split(tmp_path):
     "content, reason",
     [
         (b"", "cannot be read as CSV"),
-        (b"caf\xe9,price\na,b\n", "the first line of .*shop.csv is not UTF-8: if it is a CSV, save it anew"),
+        (b"caf\xe9,price\na,b\n", "the first line of .*shop.csv is not UTF-8: if it is a CSV, save it again"),
         (b"title,title\na,b\n", "two columns called 'title'"),
         (b"name,price\n", "'title'"),
     ],

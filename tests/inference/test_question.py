@@ -171,13 +171,13 @@ def test_a_number_is_asked_for_by_name(picture: Path) -> None:
 
 def test_the_missing_number_is_the_wanted_one() -> None:
     asked = Question(want="numbers", numbers={"bill_length_mm": 40.0, "body_mass_g": None})
-    assert asked.wanted_column() == "body_mass_g"
+    assert asked.target_column() == "body_mass_g"
     parts = prompt_parts(asked, MODEL)
     assert parts[0] == Part("numbers", {"bill_length_mm": 40.0})
     assert parts[1].raw == " What is its body mass g?"
 
 
-def test_a_wanted_column_is_never_told() -> None:
+def test_a_target_column_is_never_an_input() -> None:
     numbers = {"bill_length_mm": 40.0, "body_mass_g": 4000.0}
     parts = prompt_parts(Question(want="numbers", numbers=numbers, column="body_mass_g"), MODEL)
     assert parts[0].raw == {"bill_length_mm": 40.0}
@@ -185,7 +185,7 @@ def test_a_wanted_column_is_never_told() -> None:
 
 @pytest.mark.parametrize("numbers", [{"a": 1.0}, {"a": None, "b": None}])
 def test_an_open_question_for_a_number_is_refused(numbers: dict[str, float | None]) -> None:
-    with pytest.raises(ConfigError, match="say which number is wanted: add --column"):
+    with pytest.raises(ConfigError, match="the number to predict is not named: add --column"):
         prompt_parts(Question(want="numbers", numbers=numbers), MODEL)
 
 

@@ -115,7 +115,7 @@ BAD = {
     "unknown column": ("--numbers bill_lenght_mm=3 --want text", "did you mean 'bill_length_mm'"),
     "unknown wanted column": ("--text x --want numbers --column mass", "knows no column 'mass'"),
     "unknown series": ("--series x=1,2 --want numbers", "knows no column 'x'"),
-    "no column": ("--text x --want numbers", "say which number is wanted"),
+    "no column": ("--text x --want numbers", "the number to predict is not named"),
     "hole without picture": ("--text x --hole 0,0,1,1 --want image", "it needs --image"),
     "hole of words": ("--image a.png --hole big --want image", "must be 4 numbers"),
     "gap without sound": ("--text x --gap 0,1 --want sound", "it needs --sound"),

@@ -8,7 +8,7 @@ import torch
 
 from openm6.modalities.batch import build_pair, build_sequence, collate
 from openm6.modalities.interface import Part
-from openm6.modalities.pool import LARGEST_SCALE, POOL, PoolAdapter, PoolConfig, pool_segment, pooled
+from openm6.modalities.pool import MAX_SCALE, POOL, PoolAdapter, PoolConfig, pool_segment, pooled
 from openm6.modalities.registry import source_segments
 from openm6.ops.sequence import visible
 from tests.small_model import modalities
@@ -70,7 +70,7 @@ def test_vectors_have_length_one_and_the_scale_a_bound() -> None:
     assert torch.allclose(pool.vectors(torch.randn(5, 16)).norm(dim=-1), torch.ones(5))
     with torch.no_grad():
         pool.log_scale.fill_(50.0)
-    assert pool.scale.item() == LARGEST_SCALE
+    assert pool.scale.item() == MAX_SCALE
 
 
 def test_what_pools_parts_sees_them_all() -> None:

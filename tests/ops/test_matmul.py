@@ -40,7 +40,7 @@ def library(request, monkeypatch):
     if request.param == "oneDNN" and not ops.has_onednn():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(ops, "onednn_is_faster", lambda: request.param == "oneDNN")
-    monkeypatch.setattr(ops, "SMALLEST", 1)
+    monkeypatch.setattr(ops, "MIN_PRODUCT", 1)
     return request.param
 
 

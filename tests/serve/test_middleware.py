@@ -75,7 +75,7 @@ BAD = {
         chat([{"type": "numbers", "numbers": {"nothing": 1}}]),
         "the model knows no column 'nothing'",
     ),
-    "no column": (chat("a", modalities=["numbers"]), "say which number is wanted"),
+    "no column": (chat("a", modalities=["numbers"]), "the number to predict is not named"),
     "too deep": (json.loads("[" * 30 + "]" * 30), "nested deeper than 8"),
 }
 
