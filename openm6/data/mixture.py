@@ -1,4 +1,4 @@
-"""The order in which a run sees its data: one seeded sequence of samples, divided among data shards, with a small cursor.
+"""The order in which a run sees its data: one seeded sequence of samples, divided among data shards, with a cursor.
 
 Sample s of the sequence belongs to shard s mod n. Each shard packs rows of its own and takes its samples at its own
 pace; its samples do not depend on the rank that holds it. So the position in the data is one small cursor per shard,

@@ -116,7 +116,7 @@ class Numbers(Modality):
             DataError: the model has not seen this column.
         """
         if name not in self.scales:
-            raise DataError(f"the model knows no column {name!r}; {nearest(name, sorted(self.scales))}")
+            raise DataError(f"the model has no column {name!r}; {nearest(name, sorted(self.scales))}")
         return self.scales[name]
 
     def _name_ids(self, names: list[str]) -> np.ndarray:

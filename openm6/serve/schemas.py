@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from openm6.core.seeds import derive_seed
 from openm6.inference.taught import Taught, assess
 from openm6.modalities.numbers import Histogram
-from openm6.models.description import ModelDescription
+from openm6.models.description import CheckpointConfig
 from openm6.serve.requests import Answer, EmbedRequest, Request
 
 MAX_SEED = 2**31 - 1
@@ -98,7 +98,7 @@ def with_energy(reply: EnergyReply, answers: Sequence[Answer]) -> EnergyReply:
     return reply
 
 
-def verdict_on(request: Request, answer: Answer, description: ModelDescription) -> Taught:
+def verdict_on(request: Request, answer: Answer, description: CheckpointConfig) -> Taught:
     """Return whether a request was trained for; embeddings are refused elsewhere if they were not."""
     if isinstance(request, EmbedRequest):
         return Taught()
@@ -109,7 +109,7 @@ def with_teaching(
     reply: TeachingReply,
     requests: Sequence[Request],
     answers: Sequence[Answer],
-    description: ModelDescription,
+    description: CheckpointConfig,
     language: str = "en",
 ) -> TeachingReply:
     """Set `taught` and `note` of a response by its first request that was not trained for."""

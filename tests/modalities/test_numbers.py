@@ -73,7 +73,7 @@ def test_what_is_missing_weighs_nothing(numbers: Numbers) -> None:
         ({"lenght": 3.0}, "did you mean 'length'"),
         ({}, "at least one of them"),
         (NumberSeries("length", [1.0, math.inf]), "length is infinite"),
-        (NumberSeries("depth", [1.0]), "knows no column 'depth'"),
+        (NumberSeries("depth", [1.0]), "has no column 'depth'"),
     ],
 )
 def test_what_cannot_be_read_is_refused(numbers: Numbers, raw: object, sentence: str) -> None:

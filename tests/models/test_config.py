@@ -23,8 +23,8 @@ EXPERTS = {"hidden": 24, "num_experts": 4, "top_k": 2}
 @pytest.mark.parametrize(
     ("wrong", "mend"),
     [
-        ({"dense": None}, "give experts"),
-        ({"experts": EXPERTS, "dense": None, "experts_every": 2}, "give dense its hidden size"),
+        ({"dense": None}, "set experts"),
+        ({"experts": EXPERTS, "dense": None, "experts_every": 2}, "set the hidden size of dense"),
         ({"experts": EXPERTS, "dense_layers": (4,)}, "layers are 0 to 3"),
         ({"rope_sections": (8, 8, 8)}, "half of head_dim=64"),
         ({"num_kv_heads": 3}, "multiple of num_kv_heads=3"),

@@ -73,7 +73,7 @@ BAD = {
     "an unknown part": (chat([{"type": "video"}]), "content"),
     "a column nobody knows": (
         chat([{"type": "numbers", "numbers": {"nothing": 1}}]),
-        "the model knows no column 'nothing'",
+        "the model has no column 'nothing'",
     ),
     "no column": (chat("a", modalities=["numbers"]), "the number to predict is not named"),
     "too deep": (json.loads("[" * 30 + "]" * 30), "nested deeper than 8"),

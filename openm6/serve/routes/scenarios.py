@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from openm6.inference.load import LoadedModel
-from openm6.modalities.image import hole_places, read_image
+from openm6.modalities.image import box_mask, read_image
 from openm6.serve.config import Limits
 from openm6.serve.content import Series, audio_file, decode_file, image_data_url, restore_outside
 from openm6.serve.errors import DOCUMENTED, ErrorBody, check_limit
@@ -262,5 +262,5 @@ def drawn_image(request: Request, codes: Any, loaded: LoadedModel) -> Any:
     if not isinstance(request, CodesRequest) or request.source is None or request.mask is None:
         return drawn
     width, height = read_image(request.source).size
-    mask = hole_places(request.mask, height, width).reshape(height, width)
+    mask = box_mask(request.mask, height, width).reshape(height, width)
     return restore_outside(drawn, request.source, mask, loaded.image)

@@ -15,7 +15,7 @@ from openm6.data.records import Record
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.truncation import join_texts
-from openm6.models.description import ModelDescription
+from openm6.models.description import CheckpointConfig
 from openm6.serve.requests import (
     CodesRequest,
     EmbedRequest,
@@ -185,7 +185,7 @@ def example_values(scenario: Scenario, language: Language) -> dict[str, Any]:
     return values
 
 
-def example_fits(scenario: Scenario, language: Language, description: ModelDescription) -> bool:
+def example_fits(scenario: Scenario, language: Language, description: CheckpointConfig) -> bool:
     """Whether a model was trained on such inputs as the example holds: its columns, and data of the package.
 
     A checkpoint that does not say where its records came from passes.
@@ -205,7 +205,7 @@ def example_fits(scenario: Scenario, language: Language, description: ModelDescr
     return not description.sources or bool(_package_data(description, trained))
 
 
-def _package_data(description: ModelDescription, names: Iterable[str]) -> set[str]:
+def _package_data(description: CheckpointConfig, names: Iterable[str]) -> set[str]:
     """Names of the embedded data behind some sources, also if one refers to another."""
     found: set[str] = set()
     for name in names:

@@ -16,7 +16,7 @@ from openm6.core.errors import OpenM6Error
 from openm6.core.files import replace_text
 from openm6.inference.load import load
 from openm6.modalities.numbers import Histogram
-from openm6.models.description import MODEL_FILE, ModelDescription, read_description
+from openm6.models.description import MODEL_FILE, CheckpointConfig, read_description
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
 from openm6.serve.scenarios.ask import example_values, scenario_request
@@ -68,7 +68,7 @@ def scenarios_json(trained: Path | None = None) -> str:
     return json.dumps({"scenarios": found}, ensure_ascii=False, indent=1)
 
 
-def _trained_on(trained: Path | None) -> tuple[ModelDescription | None, Scores]:
+def _trained_on(trained: Path | None) -> tuple[CheckpointConfig | None, Scores]:
     """The description in a run's checkpoint and the scores in its report, if a run is given."""
     if trained is None:
         return None, {}

@@ -21,7 +21,7 @@ from openm6.core.errors import ConfigError, nearest
 from openm6.evaluate.metrics import metric_title
 from openm6.evaluate.metrics import score as score_text
 from openm6.inference.sampling import Decoding
-from openm6.models.description import ModelDescription
+from openm6.models.description import CheckpointConfig
 from openm6.tasks.registry import TASKS
 
 LIBRARY = Path(__file__).parent / "library"
@@ -252,7 +252,7 @@ class Readiness:
         return "ready" if language == "en" else "可用"
 
 
-def readiness(scenario: Scenario, description: ModelDescription, scores: Scores | None = None) -> Readiness:
+def readiness(scenario: Scenario, description: CheckpointConfig, scores: Scores | None = None) -> Readiness:
     """Return what a model lacks for a scenario, by the tasks and columns in its checkpoint and by its report.
 
     A task over several sources is good enough if it is on one of them; so is one that was not evaluated.
@@ -266,7 +266,7 @@ def readiness(scenario: Scenario, description: ModelDescription, scores: Scores 
     return Readiness(tuple(missing), scenario.recipe, weak[0] if weak else None)
 
 
-def require(scenario: Scenario, description: ModelDescription) -> None:
+def require(scenario: Scenario, description: CheckpointConfig) -> None:
     """Raise ConfigError, with what is needed, if a model was not trained for a scenario."""
     found = readiness(scenario, description)
     if not found.trained:

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("gradio", reason="the extra [serve] is not installed")
 
-from openm6.models.description import ModelDescription
+from openm6.models.description import CheckpointConfig
 from openm6.serve.playground.page import Page
 from openm6.serve.scenarios.scenario import Score, Scores
 from openm6.serve.server import Server
@@ -18,7 +18,7 @@ from tests.serve.scenarios.test_ask import EMOJI, OWN, trained
 from tests.small_model import loaded
 
 
-def page(description: ModelDescription, scores: Scores | None = None) -> Page:
+def page(description: CheckpointConfig, scores: Scores | None = None) -> Page:
     model = replace(loaded(), description=description)
     return Page(cast(Server, SimpleNamespace(loaded=model, scores=scores or {})))
 

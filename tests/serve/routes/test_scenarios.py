@@ -134,7 +134,7 @@ def test_numbers_a_ranking_and_a_vector_come_back(client: httpx.Client) -> None:
         ("couplet", {"inputs": {"line": "x"}, "language": "fr"}, 400, "language"),
         ("fill_region", {"inputs": {"image": "x", "hole": [0, 0, 1, 1]}}, 400, "base64"),
         ("fill_region", {"inputs": {"image": "eHg=", "hole": [0, 0, 1, 1]}}, 400, "not a readable image"),
-        ("missing_measurement", {"inputs": {"numbers": {"hmm": 1}}}, 400, "knows no column"),
+        ("missing_measurement", {"inputs": {"numbers": {"hmm": 1}}}, 400, "has no column"),
         ("couplet", {"inputs": {"line": "x" * 30_000}}, 400, "characters"),
     ],
 )

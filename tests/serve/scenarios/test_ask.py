@@ -11,7 +11,7 @@ import pytest
 from openm6.core.errors import ConfigError, DataError
 from openm6.data.prepare import with_others
 from openm6.modalities.interface import Part
-from openm6.models.description import Lesson, ModelDescription
+from openm6.models.description import CheckpointConfig, TrainedTask
 from openm6.serve.requests import CodesRequest, EmbedRequest, NumbersRequest, RankRequest, TextRequest
 from openm6.serve.scenarios.ask import (
     example_fits,
@@ -114,10 +114,10 @@ OWN = {"kind": "csv", "path": "shop.csv"}
 
 def trained(
     lessons: tuple[tuple[str, str], ...], sources: dict[str, Any], **scales: float
-) -> ModelDescription:
+) -> CheckpointConfig:
     return loaded().description.model_copy(
         update={
-            "lessons": [Lesson(task=task, source=source) for task, source in lessons],
+            "lessons": [TrainedTask(task=task, source=source) for task, source in lessons],
             "sources": sources,
             "scales": dict.fromkeys(scales, (0.0, 1.0)),
         }

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from openm6.models.description import Lesson
+from openm6.models.description import TrainedTask
 from openm6.serve.engine import Engine
 from openm6.serve.scenarios.run import (
     ONE_AT_A_TIME,
@@ -35,7 +35,7 @@ QUICK = (
 def all_knowing():  # type: ignore[no-untyped-def]
     """The untrained model with a checkpoint that claims every lesson."""
     model = embedding_model()
-    lessons = [Lesson(task=name, source="all") for name in TASKS]
+    lessons = [TrainedTask(task=name, source="all") for name in TASKS]
     return replace(model, description=model.description.model_copy(update={"lessons": lessons}))
 
 
@@ -62,7 +62,7 @@ def test_a_column_that_the_model_does_not_know_fails_in_a_sentence() -> None:
     strange = scenario.model_copy(update={"examples": {"en": {"numbers": {"hmm": 1.0}}}})
     with Engine(model, ONE_AT_A_TIME) as engine:
         tried = run_example(engine, strange, "en")
-    assert tried.state == "failed" and "knows no column 'hmm'" in tried.answer
+    assert tried.state == "failed" and "has no column 'hmm'" in tried.answer
 
 
 def test_what_is_told() -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from openm6.core.errors import ConfigError
 from openm6.data.sources import open_sources
-from openm6.models.description import Lesson
+from openm6.models.description import TrainedTask
 from openm6.serve.scenarios.scenario import (
     LANGUAGES,
     LIBRARY,
@@ -105,7 +105,9 @@ def test_a_model_that_lacks_a_task_is_told_what_would_teach_it() -> None:
 
 def test_a_column_that_was_never_seen_is_not_predicted() -> None:
     description = loaded().description.model_copy(update={"scales": {}})
-    description = description.model_copy(update={"lessons": [Lesson(task="predict_price", source="shop")]})
+    description = description.model_copy(
+        update={"lessons": [TrainedTask(task="predict_price", source="shop")]}
+    )
     assert readiness(CATALOGUE.named("price_prediction"), description).missing == ("the column price",)
 
 
