@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from openm6.core.device import resolve_device
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import ModalitiesConfig, build_modalities
@@ -52,13 +52,13 @@ def mixed_load(seconds: float, preset: str = "nano", share: float = 0.8) -> dict
     }
 
 
-def untrained(preset: str) -> Loaded:
+def untrained(preset: str) -> LoadedModel:
     """A model of all modalities with random weights: latencies do not depend on them."""
     modalities = build_modalities(ModalitiesConfig(), train_tokenizer(WORDS, 320), {"mass": (3.0, 1.0)})
     backbone = PRESETS[preset].backbone
     torch.manual_seed(0)
     omni = Omni(backbone, modalities).eval().requires_grad_(False).to(resolve_device())
-    description = ModelDescription(
+    description = CheckpointConfig(
         backbone=backbone, modalities=ModalitiesConfig(), scales={"mass": (3.0, 1.0)}, lessons=[]
     )
     return LoadedModel(omni, modalities, description, Path("untrained"))

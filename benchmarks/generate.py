@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.harness import Json, Report, Timing, alternate, device_name
 from openm6.core.device import resolve_device
-from openm6.inference.decode import DecodeStep, Speaker
-from openm6.inference.masked import Canvas, advance
-from openm6.inference.prefill import read_into
+from openm6.inference.decode import DecodeStep, TextHead
+from openm6.inference.masked import MaskedDecodeState, masked_step
+from openm6.inference.prefill import prefill
 from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.codes import CodesAdapter
 from openm6.modalities.interface import Part

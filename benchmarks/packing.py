@@ -165,7 +165,7 @@ def _figures(stream: Stream, places: int) -> dict[str, Any] | None:
 
 
 def _examples_per_row(batch: Batch) -> float:
-    return batch.num_examples / batch.layout.batch
+    return batch.num_examples / batch.meta.batch
 
 
 def _quartiles(rates: list[float]) -> list[float]:

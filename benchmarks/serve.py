@@ -21,8 +21,8 @@ from benchmarks.harness import Json, Report, device_name
 from openm6.core.config import Config
 from openm6.core.device import resolve_device
 from openm6.energy.meter import open_meter
-from openm6.inference.decode import Speaker
-from openm6.inference.graphs import open_rows
+from openm6.inference.decode import TextHead
+from openm6.inference.graphs import open_batch
 from openm6.inference.sampling import Sampling
 from openm6.inference.text import DecodeBatch
 from openm6.models.backbone import Backbone
@@ -90,7 +90,7 @@ SHARE = 0.7  # of what the baseline's best setting answers at once, so that it k
 
 
 def compare_under_load(
-    rows: TextRows,
+    rows: DecodeBatch,
     baseline: QwenBaseline | None,
     prompts: list[list[int]],
     given: int,
@@ -210,7 +210,7 @@ def compare(setting: ServeSetting, device: torch.device, report: Report) -> None
     prompts = make_prompts(setting)
     ours, baseline = make_models(setting, device)
     # Made once: captured graphs are part of a running server, not of its requests.
-    rows = open_rows(ours, setting.rows, -(-(setting.longest + setting.given + 1) // 64) * 64)
+    rows = open_batch(ours, setting.rows, -(-(setting.longest + setting.given + 1) // 64) * 64)
     candidates: dict[str, Callable[[], dict[str, Any]]] = {
         "openm6": lambda: ours_run(rows, prompts, setting.given)
     }
@@ -304,7 +304,7 @@ def make_models(setting: ServeSetting, device: torch.device) -> tuple[TextHead, 
     baseline = open_baseline(backbone, embedding, setting.longest + setting.given + 64, device, dtype)
     backbone.to(device, dtype)
     weight = embedding.to(device, dtype)
-    return Speaker(backbone, weight, weight, None, None), baseline
+    return TextHead(backbone, weight, weight, None, None), baseline
 
 
 def ours_run(rows: DecodeBatch, prompts: list[list[int]], given: int) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def held_out(training: MultimodalTraining, folder: RunFolder) -> Iterator[Batch]
 def judge(training: MultimodalTraining, batches: list[Batch]) -> float:
     """Nats a token on the held-out batches."""
     training.model.eval()
-    parts = [part.nats for batch in batches for part in training.omni.judge(batch)[0].values()]
+    parts = [part.nll for batch in batches for part in training.omni.compute_loss(batch)[0].values()]
     training.model.train()
     return float(torch.cat(parts).mean())
 

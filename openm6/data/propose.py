@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from openm6.core.errors import DataError
-from openm6.data.prepare import with_others
+from openm6.data.prepare import with_negatives
 from openm6.data.records import (
     AUDIO_ENDINGS,
     CANONICAL_KEYS,

@@ -16,7 +16,7 @@ import numpy as np
 
 from openm6.core.errors import DataError
 from openm6.core.seeds import numpy_generator
-from openm6.data.prepare import with_others
+from openm6.data.prepare import with_negatives
 from openm6.data.source import Source
 from openm6.evaluate.metrics import METRICS, Scored, truths
 from openm6.inference.load import LoadedModel

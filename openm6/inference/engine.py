@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from openm6.core.errors import ConfigError
-from openm6.inference.decode import Speaker
-from openm6.inference.graphs import open_rows
-from openm6.inference.load import Loaded
-from openm6.inference.prefill import Prompt, prompt_length, read_all, run_block
+from openm6.inference.decode import TextHead
+from openm6.inference.graphs import open_batch
+from openm6.inference.load import LoadedModel
+from openm6.inference.prefill import Prompt, prefill_all, prompt_length, run_block
 from openm6.inference.sampling import Sampling
 from openm6.inference.taught import confidence_of
 from openm6.inference.text import DecodeSequence

@@ -56,7 +56,7 @@ class OffloadedSource:
             self._open = index, self._block_of(index, layer, stored)
         return self._open[1]
 
-    def _block_of(self, number: int, layer: int, stored: dict[str, Slots]) -> Block:
+    def _block_of(self, index: int, layer: int, stored: dict[str, Slots]) -> Block:
         """Return the block of a buffer, always the same one for the same memory and form, with the set's router."""
         original = cast(Block, self.backbone.sets[index])
         key = self.backbone.config.feed_forward(layer), next(iter(stored.values()))[WEIGHT].data_ptr()
@@ -94,7 +94,7 @@ class OffloadedSource:
                 self._read(record, store.stored(record))
         return store
 
-    def _read(self, place: int, stored: dict[str, Slots]) -> None:
+    def _read(self, record: int, stored: dict[str, Slots]) -> None:
         """Read the weights of a set from the checkpoint's files."""
         for name, slots in stored.items():
             read_weight(self.catalogue, f"backbone.sets.{self.offloaded[record]}.{name}", slots[WEIGHT])

@@ -15,9 +15,9 @@ import torch
 from openm6.core.errors import ConfigError
 from openm6.core.files import check_place, replace_bytes, replace_text
 from openm6.core.log import get_log
-from openm6.inference.engine import predict, write_with_confidence
-from openm6.inference.load import Loaded, load
-from openm6.inference.masked import fill_codes
+from openm6.inference.engine import generate_scored, predict_distributions
+from openm6.inference.load import LoadedModel, load
+from openm6.inference.masked import decode_masked
 from openm6.inference.question import Question, prompt_parts, read_picture, read_recording
 from openm6.inference.sampling import Decoding, MaskedSampling
 from openm6.inference.taught import assess

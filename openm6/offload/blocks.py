@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from openm6.core.seeds import derive_seed
 from openm6.nn.block import Block, Context, LayerParts, MakeContext
-from openm6.nn.moe import RouterLoad
+from openm6.nn.moe import RouterStats
 from openm6.offload.config import OffloadConfig
 from openm6.offload.weight_store import Use, WeightStore
 from openm6.ops.matmul import capture_precision
@@ -177,7 +177,7 @@ class OffloadedBlocks:
 
     def _forward_layer(
         self, batch: _Batch, layer: int, parts: LayerParts, x: Tensor
-    ) -> tuple[Tensor, RouterLoad | None]:
+    ) -> tuple[Tensor, RouterStats | None]:
         index = self.weight_sets[layer]
         block, weights = self.blocks[index], self._open(index, x)
         outputs = [

@@ -10,7 +10,7 @@ from openm6.core.config import apply_overrides, build, read_yaml
 from openm6.core.errors import ConfigError, nearest
 from openm6.energy.meter import EnergyConfig
 from openm6.models.config import BackboneConfig
-from openm6.models.presets import PRESETS, ModelChoice, build_backbone, preset, vocabulary_size
+from openm6.models.presets import PRESETS, ModelConfig, build_backbone, preset, vocabulary_size
 from openm6.offload.config import OffloadConfig
 from openm6.plan.hardware import Cluster, ClusterOptions, Gpu, gpu, gpu_cluster, gpus
 from openm6.plan.memory import TIERS

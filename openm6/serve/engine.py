@@ -13,7 +13,7 @@ import torch
 
 from openm6.core.log import get_log
 from openm6.energy.meter import Meter, open_meter
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.nn.moe import Router
 from openm6.serve.config import EngineConfig
 from openm6.serve.queue import (

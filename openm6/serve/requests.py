@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from openm6.core.errors import DataError
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries

@@ -16,12 +16,12 @@ import torch
 from openm6.core.errors import OpenM6Error
 from openm6.core.log import get_log
 from openm6.energy.meter import Meter
-from openm6.inference.decode import Speaker
-from openm6.inference.engine import candidate_nats, embed_tokens, predict_numbers
-from openm6.inference.graphs import open_rows
-from openm6.inference.load import Loaded
-from openm6.inference.masked import Canvas, advance
-from openm6.inference.prefill import PromptMemory, read_into, read_together
+from openm6.inference.decode import TextHead
+from openm6.inference.engine import embed_tokens, predict_numbers, score_candidates
+from openm6.inference.graphs import open_batch
+from openm6.inference.load import LoadedModel
+from openm6.inference.masked import MaskedDecodeState, masked_step
+from openm6.inference.prefill import PrefixCache, prefill, prefill_packed
 from openm6.inference.taught import confidence_of
 from openm6.inference.text import DecodeSequence
 from openm6.modalities.text import Text

@@ -34,10 +34,10 @@ def test_dense_rows_are_full_of_one_causal_text(tmp_path: Path) -> None:
     recipe, _ = read_recipe(recipe_path("demo"), SMALL)
     training = MultimodalTraining(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
     first, second = dense_text(training, 2)
-    assert list(first.kinds) == ["text"] and first.tokens == training.tokens_per_step == 320
-    assert (first.layout.example_id == 0).all() and not (first.layout.example_id == PADDING).any()
-    assert torch.equal(first.layout.attn_order[0], torch.arange(1, 161, dtype=torch.int32))
-    assert (first.kinds["text"].weight > 0).all()
+    assert list(first.groups) == ["text"] and first.tokens == training.tokens_per_step == 320
+    assert (first.meta.example_id == 0).all() and not (first.meta.example_id == PADDING).any()
+    assert torch.equal(first.meta.attn_order[0], torch.arange(1, 161, dtype=torch.int32))
+    assert (first.groups["text"].weight > 0).all()
     # Texts go on from row to row.
     assert not torch.equal(first.groups["text"].arrays["ids"], second.groups["text"].arrays["ids"])
 

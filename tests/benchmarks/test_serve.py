@@ -31,9 +31,9 @@ TINY = ServeSetting(
 
 def test_text_is_the_same_as_the_baselines() -> None:
     prompts = make_prompts(TINY)
-    speaker, baseline = make_models(TINY, torch.device("cpu"))
+    text_head, baseline = make_models(TINY, torch.device("cpu"))
     assert baseline is not None
-    rows = open_rows(speaker, 3, 64)
+    rows = open_batch(text_head, 3, 64)
     assert ours_run(rows, prompts, TINY.given)["tokens"] == TINY.requests * TINY.given
     ids = torch.tensor([prompts[0]])
     theirs = baseline.model.generate(

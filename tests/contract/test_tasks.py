@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from openm6.core.errors import ConfigError, MissingFieldError
-from openm6.data.prepare import example_sequence, with_others
+from openm6.data.prepare import example_sequence, with_negatives
 from openm6.data.records import Record
 from openm6.data.source import Source
 from openm6.evaluate.metrics import METRICS

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from openm6.core.errors import ConfigError, DataError
-from openm6.evaluate.likelihood import sequence_nats
+from openm6.evaluate.likelihood import sequence_nll
 from openm6.inference import engine
 from openm6.inference.engine import (
     MAX_ROWS,

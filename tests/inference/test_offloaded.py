@@ -14,10 +14,10 @@ from openm6.checkpoint.folder import STATE_FILE
 from openm6.checkpoint.reader import OFFSETS, PLACES, CheckpointReader
 from openm6.checkpoint.save import Snapshot, named_tensors, save
 from openm6.core.errors import CheckpointError, ConfigError
-from openm6.inference.decode import Speaker
-from openm6.inference.engine import write
-from openm6.inference.load import Loaded, load
-from openm6.inference.masked import fill_codes
+from openm6.inference.decode import TextHead
+from openm6.inference.engine import generate_texts
+from openm6.inference.load import LoadedModel, load
+from openm6.inference.masked import decode_masked
 from openm6.inference.offloaded import BUFFERS, OffloadedSource, place_offloaded
 from openm6.inference.prefill import prefill
 from openm6.inference.sampling import MaskedSampling, Sampling

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from openm6.core.errors import ConfigError
-from openm6.inference import prefill
-from openm6.inference.load import Loaded
-from openm6.inference.prefill import Prompt, PromptMemory, read_all, read_into, read_together
+from openm6.inference.load import LoadedModel
+from openm6.inference.prefill import PrefixCache, Prompt, prefill, prefill_all, prefill_packed
 from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments

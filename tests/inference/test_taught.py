@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from openm6.core.errors import DataError
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.inference.question import Question
 from openm6.inference.run import answer_question
 from openm6.inference.sampling import Decoding, Sampling

@@ -11,7 +11,7 @@ import torch
 
 from openm6.codecs.registry import load_codec
 from openm6.core.errors import DataError
-from openm6.modalities.audio import HIGHEST_RATE, RATE, Sound, gap_places, random_gap, read_sound
+from openm6.modalities.audio import MAX_RATE, RATE, Sound, random_span, read_sound, span_mask
 from openm6.tasks.registry import TASKS
 from tests.small_model import modalities
 

@@ -66,7 +66,7 @@ def disjoint_steps(recipe: str, folder: str) -> tuple[list[StepReport], dict[str
     batch = rows_of(training, ranks.rank)
     reports = [train_step.update(batch, step, 20) for step in (1, 2, 3)]
     weights = {} if checked.loop.offloaded else whole_weights(training)
-    return reports, weights, set(batch.kinds)
+    return reports, weights, set(batch.groups)
 
 
 @pytest.mark.parametrize("offloaded", [False, True])

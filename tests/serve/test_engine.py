@@ -15,7 +15,7 @@ import torch
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.energy.meter import open_meter
-from openm6.inference.load import Loaded
+from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram

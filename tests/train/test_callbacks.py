@@ -121,8 +121,8 @@ def test_ranks_share_the_same_rows(tmp_path: Path) -> None:
         ranks = ProcessGroupContext()
         ranks.rank, ranks.size = rank, 2
         rows.append(pack_held_out(recipe, training.modalities, ranks, 1)[0])
-    assert [row.layout.batch for row in rows] == [1, 1]
-    assert torch.equal(torch.cat([row.layout.example_id for row in rows]), whole.layout.example_id)
+    assert [row.meta.batch for row in rows] == [1, 1]
+    assert torch.equal(torch.cat([row.meta.example_id for row in rows]), whole.meta.example_id)
     assert rows[0].tasks + rows[1].tasks == whole.tasks
 
 
@@ -183,7 +183,7 @@ def test_validation_records_come_before_test_records(tmp_path: Path) -> None:
     recipe = build(MultimodalRecipe, {**tiny_recipe(), "sources": sources, "mixture": mixture}, "tiny")
     words = modalities()["text"]
     batches = pack_held_out(recipe, modalities(), ProcessGroupContext(), 3)
-    texts = " ".join(words.decode(batch.kinds["text"].arrays["ids"].tolist()) for batch in batches)
+    texts = " ".join(words.decode(batch.groups["text"].arrays["ids"].tolist()) for batch in batches)
     assert "text validation number" in texts and "text test" not in texts and "text train" not in texts
     assert any("numbers_in" in batch.groups for batch in batches)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from openm6.codecs.base import Health
+from openm6.codecs.base import QuantizerStats
 from openm6.codecs.registry import load_codec
 from openm6.core.config import build, read_config
 from openm6.core.errors import ConfigError, DataError, TrainingError

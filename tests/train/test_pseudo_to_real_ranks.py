@@ -53,7 +53,7 @@ def around_the_switch(recipe: str, folder: str) -> tuple[list[float], list[float
     answers = []
     for turn in range(2):
         with torch.no_grad():
-            hidden, _ = training.omni(batch.kinds, batch.layout)
+            hidden, _ = training.omni(batch.groups, batch.meta)
             answers.append([float(training.loss(batch).loss), float(hidden.abs().sum())])
         ranks.reshard(training.model)
         if turn == 0:

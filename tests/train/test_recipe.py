@@ -15,7 +15,7 @@ from openm6.core.run_folder import RunFolder
 from openm6.data.sources import open_sources
 from openm6.modalities.registry import MODALITIES
 from openm6.modalities.text import train_tokenizer
-from openm6.models.presets import PRESETS, ModelChoice, build_backbone, preset
+from openm6.models.presets import PRESETS, ModelConfig, build_backbone, preset
 from openm6.plan.request import read_model
 from openm6.tasks.registry import TASKS
 from openm6.train import multimodal_data

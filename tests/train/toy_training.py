@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from openm6.core.errors import Interrupted
 from openm6.core.run_folder import RunFolder
 from openm6.core.seeds import numpy_generator
-from openm6.nn.moe import RouterLoad
+from openm6.nn.moe import RouterStats
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.train.config import LoopConfig
 from openm6.train.loop import train

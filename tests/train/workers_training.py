@@ -16,7 +16,7 @@ from openm6.core.errors import DataError, Interrupted
 from openm6.core.log import start_log
 from openm6.core.run_folder import RunFolder
 from openm6.core.seeds import numpy_generator
-from openm6.nn.moe import RouterLoad
+from openm6.nn.moe import RouterStats
 from openm6.train.config import LoopConfig
 from openm6.train.loop import train
 from openm6.train.training_task import StepResult, TrainingTask

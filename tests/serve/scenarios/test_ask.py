@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from openm6.core.errors import ConfigError, DataError
-from openm6.data.prepare import with_others
+from openm6.data.prepare import with_negatives
 from openm6.modalities.interface import Part
 from openm6.models.description import CheckpointConfig, TrainedTask
 from openm6.serve.requests import CodesRequest, EmbedRequest, NumbersRequest, RankRequest, TextRequest
