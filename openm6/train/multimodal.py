@@ -203,7 +203,7 @@ class MultimodalTraining(TrainingTask):
         kinds = list(self.omni.adapters)
         learned = [own.learned.get(kind, 0) for kind in kinds]
         examples, tokens, places, *rest = self.ranks.all_reduce(
-            [own.examples, own.tokens, own.places, *learned]
+            [own.examples, own.tokens, own.positions, *learned]
         )
         return Counts(max(1.0, examples), tokens, places, dict(zip(kinds, rest, strict=True)))
 
