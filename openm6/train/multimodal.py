@@ -141,7 +141,7 @@ class MultimodalTraining(TrainingTask):
         counts = self._count(batch)
         work = self.attribution.shares(batch)
         batch = batch.to(self.omni.device)
-        losses, loads = self.omni.judge(batch)
+        losses, loads = self.omni.compute_loss(batch)
         total = sum(
             (part.total for part in losses.values()),
             start=torch.zeros((), device=self.omni.device),
@@ -149,7 +149,7 @@ class MultimodalTraining(TrainingTask):
         if self.omni.pool is not None and POOL not in losses:
             total = total + self.omni.pool.none()
         none = torch.zeros((), device=self.omni.device)
-        nats = {kind: part.nats.detach().sum() for kind, part in losses.items()}
+        nats = {kind: part.nll.detach().sum() for kind, part in losses.items()}
         metrics: dict[str, float | Tensor] = {
             f"loss/{kind}": nats.get(kind, none) / count for kind, count in counts.learned.items() if count
         }
@@ -171,12 +171,12 @@ class MultimodalTraining(TrainingTask):
         nats, learned = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
         total, examples = 0.0, 0
         for batch in batches:
-            losses, _ = self.omni.judge(batch.to(self.omni.device), as_trained=True)
+            losses, _ = self.omni.compute_loss(batch.to(self.omni.device), as_trained=True)
             if self.omni.pool is not None and POOL not in losses:
                 self.omni.pool.none()  # other ranks may have pairs, and gather
             for kind, part in losses.items():
-                nats[kind] += float(part.nats.sum())
-                learned[kind] += len(part.nats)
+                nats[kind] += float(part.nll.sum())
+                learned[kind] += len(part.nll)
                 total += float(part.total)
             examples += batch.num_examples
         summed = self.ranks.all_reduce([total, examples, *nats.values(), *learned.values()])

@@ -77,7 +77,7 @@ class MultimodalRecipe(Config):
     @property
     def pooling(self) -> PoolConfig | None:
         """How the model makes embeddings, if any task of the mixture teaches it to."""
-        contrasts = any(TASKS[component.task].contrasts for component in self.mixture)
+        contrasts = any(TASKS[component.task].contrastive for component in self.mixture)
         return self.embedding or (PoolConfig() if contrasts else None)
 
 
