@@ -118,7 +118,7 @@ def compare(setting: Setting, report: Report) -> None:
         return state.codes
 
     way = Autoregressive(omni, text, len(blank), room)
-    like = {"places": torch.from_numpy(blank.arrays["places"]).to(device)}
+    like = {"positions": torch.from_numpy(blank.arrays["positions"]).to(device)}
     candidates = {
         "masked_parallel": masked,
         "autoregressive": lambda: way.draw(prompt, like, setting.guidance),
@@ -130,7 +130,7 @@ def compare(setting: Setting, report: Report) -> None:
             "device": device_name(device),
             "torch": torch.__version__,
             "preset": setting.preset,
-            "places": len(blank),
+            "positions": len(blank),
             "codes": len(blank) * way.adapter.groups,
             "steps": setting.steps,
             "guidance": setting.guidance,

@@ -127,5 +127,5 @@ def test_what_bench_generate_prints() -> None:
     with Report(None, 60) as report:
         compare(Setting(steps=2, repeats=1), report)
     found = report.found
-    assert found["places"] == 256 and found["codes"] >= 256
+    assert found["positions"] == 256 and found["codes"] >= 256
     assert found["autoregressive_over_masked"] > 0

@@ -96,7 +96,7 @@ def test_a_task_without_random_decisions_leaves_the_generator_alone() -> None:
 def test_the_example_of_a_new_task_in_contributing_works() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (block,) = [found for found in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Task(" in found]
-    task = eval(textwrap.dedent(block).strip().removesuffix(","), {"Task": Task, **vars(slots)})  # noqa: S307
+    task = eval(textwrap.dedent(block), {"Task": Task, **vars(slots)})  # noqa: S307
     assert isinstance(task, Task) and task.name not in TASKS
     assert isinstance(task.target, Text) and (task.input_modality, task.output_modality) == ("text", "text")
     record = demo_sources()["emoji"][3]

@@ -156,7 +156,7 @@ def _missing_column(parts: tuple[Part, ...]) -> str:
     missing = [name for row in rows for name, value in row.items() if value is None]
     if len(missing) != 1:
         raise BadRequestError(
-            "say which number is wanted: numbers={'column': …}, or one value of null", "numbers"
+            "the number to predict is not named: send numbers={'column': …}, or one value of null", "numbers"
         )
     return missing[0]
 
