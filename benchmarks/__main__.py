@@ -7,13 +7,12 @@ from typing import Any
 
 import typer
 
-from openm6.cli.group import PlainGroup
+from openm6.cli.group import HELP_OPTIONS, PlainGroup, make_app
 
 BENCHMARKS = (
     "train", "experts", "packing", "fp8", "serve", "generate", "plan", "offload", "rank", "simulate", "all-to-all",
     "scaling", "reshard",
 )  # fmt: skip
-HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class Benchmarks(PlainGroup):
@@ -30,20 +29,16 @@ def command(name: str) -> Any:
     """The command of one benchmark, with the options of its function."""
     module = name.replace("-", "_")
     one = typer.Typer(
-        add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=HELP
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings=HELP_OPTIONS,
     )
     one.command(name)(getattr(importlib.import_module(f"benchmarks.{module}"), f"bench_{module}"))
     return typer.main.get_command(one)
 
 
-app = typer.Typer(
-    cls=Benchmarks,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings=HELP,
-)
+app = make_app(Benchmarks)
 
 
 @app.callback()

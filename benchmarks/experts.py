@@ -25,12 +25,9 @@ from benchmarks.harness import (
     device_name,
     speed_ratio,
 )
-from benchmarks.sizes import Sizes, choose_sizes, default_name
+from benchmarks.sizes import Sizes, check_baseline, choose_sizes, default_name
 from openm6.core.device import resolve_device
-from openm6.core.errors import ConfigError
 from openm6.nn.config import ExpertsConfig
-
-BASELINES = ("transformers", "none")
 
 
 def bench_experts(
@@ -48,8 +45,7 @@ def bench_experts(
     \b
     Example: python -m benchmarks experts --config fine --json experts.json
     """
-    if baseline not in BASELINES:
-        raise ConfigError(f"no baseline {baseline!r}: choose {' or '.join(BASELINES)}")
+    check_baseline(baseline)
     device = resolve_device()
     sizes, name = choose_sizes(config, device), config or default_name(device)
     with Report(json_path, seconds or 60.0) as report:

@@ -77,6 +77,7 @@ class Sizes(Config):
         return 6.0 * dense * self.tokens + self.num_layers * self.expert_flops + attention
 
 
+BASELINES = ("transformers", "none")  # of whole steps and of layers
 SIZES: dict[str, Sizes] = {
     # 3.44B parameters, few large experts.
     "a": Sizes(
@@ -106,6 +107,12 @@ def choose_sizes(name: str | None, device: torch.device) -> Sizes:
     if name not in SIZES:
         raise ConfigError(f"no sizes {name!r}; {nearest(name, list(SIZES))}")
     return SIZES[name]
+
+
+def check_baseline(name: str) -> None:
+    """Raise ConfigError unless the name is a baseline of whole steps or layers."""
+    if name not in BASELINES:
+        raise ConfigError(f"no baseline {name!r}: choose {' or '.join(BASELINES)}")
 
 
 def default_name(device: torch.device) -> str:

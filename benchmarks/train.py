@@ -12,11 +12,8 @@ from benchmarks.baseline import baseline_candidate, missing_baseline
 from benchmarks.candidate import Candidate, take_turns, time_parts
 from benchmarks.decoder import our_candidate
 from benchmarks.harness import Baseline, Json, Report, SizesName, TimeLimit, device_name, speed_ratio
-from benchmarks.sizes import Sizes, choose_sizes, default_name, peak_tflops
+from benchmarks.sizes import Sizes, check_baseline, choose_sizes, default_name, peak_tflops
 from openm6.core.device import resolve_device
-from openm6.core.errors import ConfigError
-
-BASELINES = ("transformers", "none")
 
 
 def bench_train(
@@ -30,8 +27,7 @@ def bench_train(
     \b
     Example: python -m benchmarks train --config a --json train.json
     """
-    if baseline not in BASELINES:
-        raise ConfigError(f"no baseline {baseline!r}: choose {' or '.join(BASELINES)}")
+    check_baseline(baseline)
     device = resolve_device()
     sizes, name = choose_sizes(config, device), config or default_name(device)
     on_gpu = device.type == "cuda"

@@ -9,6 +9,7 @@ import typer
 
 from openm6.core.errors import ConfigError
 
+PER_NODE = 8
 Model = Annotated[
     str | None, typer.Argument(metavar="PRESET|RECIPE", help="A preset, a recipe, or a run's folder.")
 ]
@@ -57,7 +58,7 @@ def plan(
     overrides: Overrides = None,
     gpu: Kind = None,
     gpus: Gpus = 1,
-    per_node: PerNode = 8,
+    per_node: PerNode = PER_NODE,
     gpu_table: GpuTable = None,
     host_memory: HostMemory = None,
     link: Link = None,
@@ -91,8 +92,11 @@ def plan(
     energy = {"country": country, "pue": pue}
     if gpu is None:
         _refuse_gpu_options(
-            [gpus != 1, host_memory, link, network, batch, bytes_per_parameter, pseudo_share, sweep]
-        )
+            [
+                gpus != 1, per_node != PER_NODE, gpu_table, host_memory, link, network, batch, bytes_per_parameter,
+                pseudo_share, recompute_every, price, sweep, plot,
+            ]
+        )  # fmt: skip
         show_measured(model, overrides or [], tokens, days, energy, json_path)
         return
     lengths = (batch, tokens, days, bytes_per_parameter, pseudo_share, recompute_every)
@@ -105,8 +109,8 @@ def plan(
 
 
 def _refuse_gpu_options(given: list[Any]) -> None:
-    """Raise ConfigError if one of the options that describe a GPU was given without it."""
-    if any(given):
+    """Raise ConfigError if an option that only the plan for a GPU reads was given without one."""
+    if any(option not in (None, False, 0.0) for option in given):
         raise ConfigError(
             "without --gpu the recipe is measured on this machine: add --gpu KIND, or keep to --tokens, --days, "
             "--country, --pue and --json"

@@ -69,10 +69,13 @@ def _texts(folder: Path) -> tuple[CheckpointConfig, str]:
     return read_description(texts[MODEL_FILE], str(folder / MODEL_FILE)), texts[TOKENIZER_FILE]
 
 
-def load(path: Path, device: torch.device | None = None, resident: int | None = None) -> LoadedModel:
+def load(
+    path: Path, device: torch.device | None = None, resident: int | None = None, host_copy: bool = True
+) -> LoadedModel:
     """Return the model of a run (its newest complete checkpoint) or of one checkpoint.
 
-    With `resident`, only so many layers stay on the device; the others are offloaded, see offloaded.py.
+    With `resident`, only so many layers stay on the device; the others are offloaded, see offloaded.py. Without
+    `host_copy` they stay in the files, and the model is never whole in memory.
 
     Raises:
         CheckpointError: there is none, it is not of a multimodal model, or its parts do not fit one another.
@@ -82,7 +85,7 @@ def load(path: Path, device: torch.device | None = None, resident: int | None = 
     streamed = resident is not None and resident < description.backbone.num_layers
     omni, modalities = build_model(description, tokenizer, str(folder / TOKENIZER_FILE), empty_sets=streamed)
     if streamed and resident is not None:
-        place_offloaded(omni, folder, resident, device)
+        place_offloaded(omni, folder, resident, device, host_copy)
     else:
         load_model(folder, omni)
         omni.to(device)

@@ -1,7 +1,8 @@
 """Inference with offloaded layers: the first few stay on the device, the others are fetched for each use.
 
 On a CPU their weights stay in the checkpoint's files and are read for each use. On a GPU they lie in pinned host
-memory, and the next layer is copied on a stream of its own while one computes.
+memory, and the next layer is copied on a stream of its own while one computes; without a host copy they are read from
+the files as on a CPU, which is slow and takes no memory.
 """
 
 from __future__ import annotations
@@ -29,9 +30,15 @@ class OffloadedSource:
     """A `BlockSource` of a backbone of which only some weight sets stay on the device; for one thread."""
 
     def __init__(
-        self, backbone: Backbone, catalogue: CheckpointReader, kept: frozenset[int], device: torch.device
+        self,
+        backbone: Backbone,
+        catalogue: CheckpointReader,
+        kept: frozenset[int],
+        device: torch.device,
+        host_copy: bool = True,
     ) -> None:
         """`kept` are the sets that the backbone itself holds; the others are on `meta` there."""
+        self.host_copy = host_copy and device.type == "cuda"
         self.backbone, self.catalogue, self.kept, self.device = backbone, catalogue, kept, device
         self.offloaded = [index for index in range(backbone.config.num_sets) if index not in kept]
         self.store: WeightStore | None = None  # made when first used: by then the model has its dtype
@@ -78,7 +85,7 @@ class OffloadedSource:
 
     def _open_store(self) -> WeightStore:
         """Open a store of the dtype that the rest of the backbone has."""
-        dtype, on_gpu = self.backbone.final_norm.weight.dtype, self.device.type == "cuda"
+        dtype = self.backbone.final_norm.weight.dtype
         blocks = {index: cast(Block, self.backbone.sets[index]) for index in self.offloaded}
         store = WeightStore(
             [RecordLayout(set_shapes(block), WeightsOnly(dtype)) for block in blocks.values()],
@@ -87,9 +94,9 @@ class OffloadedSource:
             streams=open_streams(self.device),
             num_buffers=BUFFERS,
             pin=True,
-            read=None if on_gpu else self._read,
+            read=None if self.host_copy else self._read,
         )
-        if on_gpu:
+        if self.host_copy:
             for record in range(len(self.offloaded)):
                 self._read(record, store.stored(record))
         return store
@@ -112,7 +119,9 @@ def _empty_like(block: Block) -> Block:
     return copy.eval().requires_grad_(False)
 
 
-def place_offloaded(omni: Omni, folder: Path, resident: int, device: torch.device) -> None:
+def place_offloaded(
+    omni: Omni, folder: Path, resident: int, device: torch.device, host_copy: bool = True
+) -> None:
     """Put a model whose sets are on `meta` on a device, but not the sets that only layers from `resident` on use.
 
     Raises:
@@ -130,4 +139,4 @@ def place_offloaded(omni: Omni, folder: Path, resident: int, device: torch.devic
     for block in blocks:
         if block.router is not None:
             block.router.to(device)
-    backbone.source = OffloadedSource(backbone, catalogue, kept, device)
+    backbone.source = OffloadedSource(backbone, catalogue, kept, device, host_copy)

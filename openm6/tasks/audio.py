@@ -47,7 +47,7 @@ TASKS = (
     ),
     Task(
         name="number_from_sound",
-        summary="predict a number that a sound tells",
+        summary="predict a number that an audio clip states",
         inputs={"sound": AUDIO},
         target=NUMBER,
         prompts={"en": ("{sound} What is the {column}?",), "zh": ("{sound} {column}是多少？",)},
@@ -75,7 +75,7 @@ TASKS = (
     ),
     Task(
         name="pair_sound",
-        summary="embed a sound like the text that tells of it",
+        summary="embed an audio clip like the text that describes it",
         inputs={"text": TEXT},
         target=AUDIO,
         prompts={"en": ("{text}", "the sound of {text}"), "zh": ("{text}", "{text}的声音")},

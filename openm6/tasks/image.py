@@ -92,7 +92,7 @@ TASKS = (
     ),
     Task(
         name="pair_picture",
-        summary="embed a picture like the text that tells of it",
+        summary="embed an image like the text that describes it",
         inputs={"text": TEXT},
         target=IMAGE,
         prompts={"en": ("{text}", "a picture of {text}"), "zh": ("{text}", "{text}的图片")},

@@ -287,9 +287,12 @@ class MultimodalTraining(TrainingTask):
         return report, span.joules
 
     def _loaded(self, checkpoint: Path) -> LoadedModel:
-        """Return the model in memory or, if it is sharded or offloaded, the checkpoint with all layers offloaded."""
+        """Return the model in memory or, if it is sharded or offloaded, the checkpoint, read layer by layer.
+
+        The model that was trained is still in memory then: a second one must never be whole beside it.
+        """
         if self.ranks.layout is not None or self.recipe.loop.offloaded:
-            return load(checkpoint, self.omni.device, resident=0)
+            return load(checkpoint, self.omni.device, resident=0, host_copy=False)
         omni = self.omni.eval()
         if omni.pool is not None:
             omni.pool.gather = None

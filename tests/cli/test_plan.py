@@ -38,7 +38,19 @@ def test_the_claim_on_the_command_line(tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (("base",), "base is a preset: name a recipe to measure it here, or a GPU with --gpu"),
-        (("demo", "--sweep", "gpus"), "without --gpu the recipe is measured on this machine"),
+        *(
+            (("demo", *option), "without --gpu the recipe is measured on this machine")
+            for option in (
+                ("--sweep", "gpus"),
+                ("--plot", "x.svg"),
+                ("--price", "2"),
+                ("--recompute-every", "2"),
+                ("--per-node", "4"),
+                ("--gpu-table", "mine.csv"),
+                ("--batch", "64"),
+                ("--bytes", "2"),
+            )
+        ),
         (("demo", "model.presett=nano"), "presett"),
         ((), "name a preset or a recipe to plan"),
         (("base", "--gpu", "h100"), "no GPU 'h100' in the table"),

@@ -20,7 +20,7 @@ from openm6.serve.engine import Engine
 from tests.serve.running import running
 from tests.small_model import loaded
 
-EXAMPLES = 3  # in each run of the tests; `python -m tests.load.fuzz` does more
+EXAMPLES = 4  # in each run of the tests; `python -m tests.load.fuzz` does more
 APP = create_app(
     Engine(loaded(3), EngineConfig(rows=2, room=128)), ServeConfig(limits=Limits(tokens=8, answers=2)), "tiny"
 )

@@ -14,6 +14,8 @@ from openm6.core.errors import OutputError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.results import EvalReport
 from openm6.evaluate.run import evaluate, scores_json
+from openm6.inference.load import LoadedModel, load
+from openm6.inference.offloaded import OffloadedSource
 from openm6.parallel.processes import DistributedContext
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
@@ -43,20 +45,32 @@ def tasks_of(report: EvalReport) -> dict[str, Any]:
     return found
 
 
-def load_no_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def load_no_second(monkeypatch: pytest.MonkeyPatch, layers: bool) -> None:
+    """No second model may be loaded; with `layers`, one whose layers stay in the checkpoint's files may."""
+
+    def load_layers(*words: Any, **named: Any) -> LoadedModel:
+        assert layers, "a second model was loaded"
+        found = load(*words, **named)
+        weights = [p for block in found.omni.backbone.sets for p in block.attention.parameters()]
+        assert weights and all(weight.is_meta for weight in weights)
+        source = found.omni.backbone.source
+        assert isinstance(source, OffloadedSource) and not source.host_copy
+        return found
+
     monkeypatch.setattr("openm6.evaluate.run.load", lambda *_: pytest.fail("a second model was loaded"))
+    monkeypatch.setattr("openm6.train.multimodal.load", load_layers)
 
 
 STREAMED = {"streaming": {"resident": 1}, "optimizer": {"learning_rate": 0.002, "bytes_per_parameter": 2}}
 
 
 @pytest.mark.parametrize("loop", [{}, STREAMED], ids=["plain", "offloaded"])
-def test_the_live_model_is_judged_as_its_checkpoint_is(
+def test_no_second_model_is_loaded_whole_to_evaluate_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: dict[str, Any]
 ) -> None:
     recipe = tiny_recipe(4, workers=1, **loop) | {"mixture": FEW_TASKS, "judge": {**JUDGE, "at_end": True}}
     with monkeypatch.context() as patched:
-        load_no_second(patched)
+        load_no_second(patched, layers=bool(loop))
         train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
     assert reported(tmp_path / "run") == tasks_of(evaluate(tmp_path / "run"))
 
@@ -111,7 +125,7 @@ def judged_on_ranks(recipe: str, folder: str, axes: tuple[int, int, int]) -> dic
     ranks, run = DistributedContext(CPU, 60), RunFolder.open(folder)
     training = MultimodalTraining(checked, run, CPU, ranks)
     with pytest.MonkeyPatch.context() as patched:
-        load_no_second(patched)
+        load_no_second(patched, layers=True)
         # The fleet has no launcher, whose store ranks wait at.
         patched.setattr(DistributedContext, "main_process_first", lambda self: torch.no_grad())
         train(training, checked.loop, run)
@@ -122,7 +136,7 @@ def judged_on_ranks(recipe: str, folder: str, axes: tuple[int, int, int]) -> dic
 @pytest.mark.parametrize(("axes", "loop"), [
     ((2, 1, 1), {}), ((1, 2, 1), {}), ((1, 1, 2), STREAMED),
 ])  # fmt: skip
-def test_ranks_judge_the_model_that_they_hold(
+def test_no_second_model_is_loaded_whole_to_evaluate_ranks(
     tmp_path: Path, two: Fleet, axes: tuple[int, int, int], loop: dict[str, Any]
 ) -> None:
     recipe = tiny_recipe(2, workers=1, **loop) | {

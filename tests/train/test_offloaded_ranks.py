@@ -51,7 +51,9 @@ def alone(bytes_per_parameter: int) -> tuple[dict[int, float], dict[str, Tensor]
         return losses, weights(recipe_file(Path(name), 16, offloaded=False), latest(name))
 
 
-@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2)])
+@pytest.mark.parametrize(
+    "axes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 1, 4)]
+)
 def test_streamed_on_ranks_equals_one_process(
     axes: Axes, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -64,7 +66,7 @@ def test_streamed_on_ranks_equals_one_process(
         torch.testing.assert_close(tensor, last[name], rtol=1e-3, atol=2e-4, msg=name)
 
 
-@pytest.mark.parametrize("bytes_per_parameter", [2, 1])
+@pytest.mark.parametrize("bytes_per_parameter", [4, 2, 1])
 def test_fewer_bytes_on_ranks(bytes_per_parameter: int, tmp_path: Path, four: Fleet) -> None:
     """Roundings turn over where sums have another order: losses agree to a thousandth."""
     losses, last = alone(bytes_per_parameter)
