@@ -75,7 +75,7 @@ def requests_of(index: int) -> tuple[str, Request]:
         ("text", TextRequest(parts=words, client=client, sampling=Sampling(max_tokens=24))),
         ("image", CodesRequest(parts=words, client=client, want="image", sampling=masked)),
         ("text", TextRequest(parts=words, client=client, sampling=sampling)),
-        ("sound", CodesRequest(parts=words, client=client, want="sound", sampling=masked)),
+        ("audio", CodesRequest(parts=words, client=client, want="audio", sampling=masked)),
         ("numbers", NumbersRequest(parts=words, client=client, columns=("mass",))),
     )
     return kinds[index % len(kinds)]

@@ -1,4 +1,4 @@
-"""Masked-parallel against autoregressive decoding of the same picture codes, by the same backbone."""
+"""Masked-parallel against autoregressive decoding of the same image codes, by the same backbone."""
 
 # Shapes: B rows, N places, G codes a place, D width
 

@@ -1,3 +1,3 @@
-"""OpenM6: one sparse-expert transformer that takes in and gives out text, images, sound and numbers."""
+"""OpenM6: one sparse-expert transformer that takes in and gives out text, images, audio and numbers."""
 
 __version__ = "0.1.0"

@@ -59,9 +59,9 @@ SCALES = {
 WORDS = ("draw the digit seven", "画数字七", "say zero", "the mass of a small red apple", "What is this?")
 LESSONS = (
     ("draw", "digits"),
-    ("fill_picture", "digits"),
+    ("fill_image", "digits"),
     ("predict_number", "penguins"),
-    ("fill_sound", "spoken"),
+    ("fill_audio", "spoken"),
 )
 
 
@@ -98,7 +98,7 @@ def loaded(
 @cache
 def embedding_model() -> LoadedModel:
     """The untrained model with a head for embeddings."""
-    plain, embedding = loaded(lessons=(("pair_picture", "digits"),)), PoolConfig(size=16)
+    plain, embedding = loaded(lessons=(("pair_image", "digits"),)), PoolConfig(size=16)
     description = plain.description.model_copy(update={"embedding": embedding})
     return replace(plain, omni=omni(embedding=embedding), description=description)
 
@@ -122,6 +122,8 @@ def demo_sources(split: str = "train") -> dict[str, Source]:
     """All embedded data as the demo uses it, pairs and windows among it, and questions asked about flags."""
     asked = {"kind": "pairs", "left": "countries", "right": "questions", "key": "text_en"}
     more = {"asked": asked, "countries": {"kind": "embedded", "name": "countries"}}
-    more |= {name: {"kind": "embedded", "name": name, "limit": 60} for name in ("shop", "machines", "sounds")}
+    more |= {
+        name: {"kind": "embedded", "name": name, "limit": 60} for name in ("shop", "machines", "audio_events")
+    }
     configs = {**demo_configs(), **source_configs(more, "more")}
     return open_sources(configs, "train" if split == "train" else "test")

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from tests.data.pictures import png, wav
+from tests.data.sample_images import png, wav
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
@@ -46,7 +46,7 @@ def openm6(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the demo was trained, with a picture and a recording at hand."""
+    """Where the demo was trained, with an image and a recording at hand."""
     found = tmp_path_factory.mktemp("demo")
     limits = [f"sources.{name}.limit={limit}" for name, limit in LIMITS.items()]
     done = openm6(found, "train", "demo", *SETTINGS, *limits, "--out", "run")
@@ -63,7 +63,7 @@ def test_a_report_is_written(folder: Path) -> None:
     pairs = {(task["source"], task["target"]) for task in report["tasks"].values()}
     assert len(pairs) == 16, "all pairs of modalities"
     closed = {name: task for name, task in report["tasks"].items() if task["answer_entropy"] is not None}
-    assert {"name_picture/digits", "transcribe/spoken", "classify_numbers/penguins"} <= set(closed)
+    assert {"name_image/digits", "transcribe/spoken", "classify_numbers/penguins"} <= set(closed)
     for name, task in closed.items():
         low, _ = task["information_ci"]
         assert low <= task["answer_entropy"], name
@@ -71,24 +71,24 @@ def test_a_report_is_written(folder: Path) -> None:
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
 
 
-def test_a_picture_is_drawn(folder: Path) -> None:
+def test_a_image_is_drawn(folder: Path) -> None:
     done = openm6(
         folder, "generate", "run", "--text", "draw the digit seven", "--want", "image", "--out", "7.png"
     )
     assert done.returncode == 0, done.stderr
-    picture = Image.open(folder / "7.png")
-    assert (picture.format, picture.size, picture.mode) == ("PNG", (32, 32), "RGB")
+    image = Image.open(folder / "7.png")
+    assert (image.format, image.size, image.mode) == ("PNG", (32, 32), "RGB")
 
 
-def test_a_sound_is_spoken(folder: Path) -> None:
-    done = openm6(folder, "generate", "run", "--image", "a.png", "--want", "sound", "--out", "x.wav")
+def test_a_audio_is_spoken(folder: Path) -> None:
+    done = openm6(folder, "generate", "run", "--image", "a.png", "--want", "audio", "--out", "x.wav")
     assert done.returncode == 0, done.stderr
     samples, rate = soundfile.read(folder / "x.wav")
     assert rate == 16_000 and len(samples) > 8000 and np.isfinite(samples).all()
 
 
 def test_a_text_is_written(folder: Path) -> None:
-    done = openm6(folder, "generate", "run", "--sound", "a.wav", "--want", "text")
+    done = openm6(folder, "generate", "run", "--audio", "a.wav", "--want", "text")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
 
@@ -102,12 +102,12 @@ def test_numbers_are_predicted(folder: Path) -> None:
 
 
 def test_it_is_judged_again(folder: Path) -> None:
-    done = openm6(folder, "evaluate", "run", "--tasks", "name_picture", "--json", "scores.json")
+    done = openm6(folder, "evaluate", "run", "--tasks", "name_image", "--json", "scores.json")
     assert done.returncode == 0, done.stderr
     report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["tasks"]
-    assert list(scores) == ["name_picture/digits"]
-    assert scores["name_picture/digits"]["value"] == report["tasks"]["name_picture/digits"]["value"]
-    assert scores["name_picture/digits"]["information_gain"] == pytest.approx(
-        report["tasks"]["name_picture/digits"]["information_gain"], rel=1e-4
+    assert list(scores) == ["name_image/digits"]
+    assert scores["name_image/digits"]["value"] == report["tasks"]["name_image/digits"]["value"]
+    assert scores["name_image/digits"]["information_gain"] == pytest.approx(
+        report["tasks"]["name_image/digits"]["information_gain"], rel=1e-4
     )

@@ -120,7 +120,7 @@ def test_an_unknown_task_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_enough_is_quoted_to_be_worth_the_test() -> None:
     lines = [line for page, line in commands("openm6") if page == "README.md"]
     wants = {word for line in lines for word in re.findall(r"--want (\w+)", line)}
-    assert wants == {"text", "image", "sound", "numbers"}
+    assert wants == {"text", "image", "audio", "numbers"}
     assert {line.split()[1] for line in lines} >= {"demo", "train", "evaluate", "generate", "data", "tasks"}
 
 
@@ -173,7 +173,7 @@ def test_scores_of_the_codecs_are_those_that_were_measured(name: str) -> None:
     row = re.search(rf"^\| `{name}` \| [^|]+ \| (.+) \|$", README, re.MULTILINE)
     assert row, f"no row for codec {name}"
     cells = [float(cell.split()[0]) for cell in row[1].split(" | ")]
-    if name == "sound":
+    if name == "audio":
         wanted = [round(scores["digits"]["log_mel_l1"], 2), round(scores["digits"]["bits"], 1)]
     else:
         wanted = [round(scores[f"{source}_64"]["psnr"], 1) for source in ("emoji", "flags", "digits")]

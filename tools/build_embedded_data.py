@@ -12,12 +12,12 @@ import tempfile
 from pathlib import Path
 
 import pyarrow as pa
-from embedded_data import numbers, pictures, questions, speech, synthetic, tables, texts
+from embedded_data import images, numbers, questions, speech, synthetic, tables, texts
 
 RECORDS = {
-    "emoji": pictures.emoji,
-    "countries": pictures.countries,
-    "digits": pictures.digits,
+    "emoji": images.emoji,
+    "countries": images.countries,
+    "digits": images.digits,
     "espeak_digits": speech.espeak_digits,
     "poems_zh": texts.poems_zh,
     "wordnet_en": texts.wordnet_en,
@@ -25,7 +25,7 @@ RECORDS = {
     "iris": numbers.iris,
     "questions": questions.questions,
 }
-SYNTHETIC = {"shop": synthetic.shop, "machines": synthetic.machines, "sounds": synthetic.sounds}
+SYNTHETIC = {"shop": synthetic.shop, "machines": synthetic.machines, "audio_events": synthetic.events}
 PLAIN = {"seattle_weather_daily": numbers.seattle_weather_daily}
 EMBEDDED = Path(__file__).resolve().parents[1] / "openm6" / "data" / "embedded"
 

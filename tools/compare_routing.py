@@ -41,7 +41,7 @@ ROUTINGS = ("top_k", "prototypes")
 BALANCES = ("aux", "bias", "none")
 REFERENCE = "top_k/bias"  # what the presets use
 TEXT_TASKS = ("continue", "denoise")
-PICTURE_TASKS = ("describe_picture", "ask_picture", "draw")
+IMAGE_TASKS = ("describe_image", "ask_image", "draw")
 LOOKED_AT = 200  # records of a source, nearly all of which must hold what a task needs
 NEARLY_ALL = 0.98
 ENDING = 0.2  # part of a run whose loads are averaged
@@ -55,7 +55,7 @@ class ComparedTraining(MultimodalTraining):
 
 
 def folder_data(folder: Path) -> tuple[Values, list[Values]]:
-    """Sources and mixture of a folder of NAME-train.parquet and NAME-test.parquet: those of text and pictures.
+    """Sources and mixture of a folder of NAME-train.parquet and NAME-test.parquet: those of text and images.
 
     Every source has the same weight, divided among the tasks that suit its records.
 
@@ -72,7 +72,7 @@ def folder_data(folder: Path) -> tuple[Values, list[Values]]:
             sources[name] = source.model_dump(exclude_defaults=True) | {"kind": "parquet"}
             mixture += [{"source": name, "task": task, "weight": 1 / len(tasks)} for task in tasks]
     if not mixture:
-        raise ConfigError(f"{folder} holds no NAME-train.parquet with texts or pictures: check --data")
+        raise ConfigError(f"{folder} holds no NAME-train.parquet with texts or images: check --data")
     return sources, mixture
 
 
@@ -82,7 +82,7 @@ def _suitable_tasks(name: str, config: ParquetConfig) -> list[str]:
     records = [source[index] for index in range(0, len(source), step)]
     if any("audio" in record for record in records):
         return []
-    tried = PICTURE_TASKS if any("image" in record for record in records) else TEXT_TASKS
+    tried = IMAGE_TASKS if any("image" in record for record in records) else TEXT_TASKS
     suits = {task: sum(bool(TASKS[task].languages(record)) for record in records) for task in tried}
     return [task for task, count in suits.items() if count >= NEARLY_ALL * len(records)]
 

@@ -1,7 +1,7 @@
-"""Measures codecs on test records: picture quality, sound distance, spoken digits still understood, speed; as JSON.
+"""Measures codecs on test records: image quality, audio distance, spoken digits still understood, speed; as JSON.
 
 python tools/score_codecs.py image-64 image-256
-python tools/score_codecs.py sound --digits my_digits-train.parquet my_digits-test.parquet
+python tools/score_codecs.py audio --digits my_digits-train.parquet my_digits-test.parquet
 """
 
 # Letters: N records, S side in pixels, M mel bands, F frames
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sklearn.svm import SVC
 from torch import Tensor
 
-from openm6.codecs.audio import SoundCodec
+from openm6.codecs.audio import AudioCodec
 from openm6.codecs.image import ImageCodec
 from openm6.codecs.registry import load_codec, shipped_codecs
 from openm6.data.parquet import EmbeddedConfig, ParquetConfig
@@ -30,7 +30,7 @@ from openm6.ops.audio import log_mel, mel_filters, overlap_add, spectrum, unit_w
 from openm6.train.audio_codec import audio_scores, read_clip
 from openm6.train.image_codec import image_scores, psnr, read_small, to_pixels
 
-PICTURES = ("emoji", "countries", "digits")
+IMAGES = ("emoji", "countries", "digits")
 SIDE = 64
 BANDS, FRAMES, WINDOW, HOP = 40, 24, 640, 160
 QUIET = -6.0  # natural logarithm, 37 dB under the loudness that features are brought to
@@ -43,10 +43,10 @@ def records_of(config: AnySourceConfig, split: Split) -> list[Record]:
     return [source[index] for index in range(len(source))]
 
 
-def picture_report(codec: ImageCodec) -> Scores:
-    """Scores of each embedded set of pictures, with the PSNR of as many plain colours as the codec has places."""
+def image_report(codec: ImageCodec) -> Scores:
+    """Scores of each embedded set of images, with the PSNR of as many plain colours as the codec has places."""
     report = {}
-    for name in PICTURES:
+    for name in IMAGES:
         records = records_of(EmbeddedConfig(name=name), "test")
         pixels = to_pixels([read_small(record["image"], SIDE) for record in records], SIDE)
         report[name] = image_scores(codec, pixels) | {"psnr_of_shrinking": shrunk(pixels, codec.stride)}
@@ -60,10 +60,10 @@ def picture_report(codec: ImageCodec) -> Scores:
 
 
 def shrunk(pixels: Tensor, stride: int) -> float:
-    """PSNR of pictures shrunk by the stride and enlarged again.  # N 3 S S uint8"""
-    pictures = pixels.float() / 127.5 - 1.0
-    small = F.interpolate(pictures, scale_factor=1 / stride, mode="area")
-    return float(psnr(pictures, F.interpolate(small, pixels.shape[2:], mode="bicubic").clamp(-1, 1)).mean())
+    """PSNR of images shrunk by the stride and enlarged again.  # N 3 S S uint8"""
+    images = pixels.float() / 127.5 - 1.0
+    small = F.interpolate(images, scale_factor=1 / stride, mode="area")
+    return float(psnr(images, F.interpolate(small, pixels.shape[2:], mode="bicubic").clamp(-1, 1)).mean())
 
 
 def timed(act: Callable[[], object], times: int = 20) -> float:
@@ -85,7 +85,7 @@ def digits(config: AnySourceConfig, split: Split) -> tuple[list[Tensor], list[st
 
 
 def features(clip: Tensor) -> np.ndarray:
-    """Log-mels of the sounding part, brought to one loudness and to 24 frames.  # S -> M·F"""
+    """Log-mels of the audioing part, brought to one loudness and to 24 frames.  # S -> M·F"""
     loud = (clip.abs() > 0.02 * clip.abs().max()).nonzero()[:, 0]
     heard = clip[loud[0] : loud[-1] + 1] if len(loud) else clip
     heard = heard * (0.1 / heard.square().mean().sqrt().clamp(min=1e-5))
@@ -109,7 +109,7 @@ def vocoded(clip: Tensor, rounds: int = 32) -> Tensor:
     return overlap_add(values, window, HOP)[0, : len(clip)]
 
 
-def sound_report(codec: SoundCodec, sources: dict[str, AnySourceConfig]) -> Scores:
+def audio_report(codec: AudioCodec, sources: dict[str, AnySourceConfig]) -> Scores:
     """Per source: log-mel L1, and how often an SVM trained on originals is right about originals and copies."""
     report: Scores = {}
     for name, config in sources.items():
@@ -118,8 +118,12 @@ def sound_report(codec: SoundCodec, sources: dict[str, AnySourceConfig]) -> Scor
         clips, words = digits(config, "test")
         copies = [codec.decode(codec.encode(clip[None]))[0, : len(clip)] for clip in clips]
         report[name] = audio_scores(codec, clips)
-        for what, sounds in (("original", clips), ("codec", copies), ("griffin_lim", map(vocoded, clips))):
-            accuracy = judge.score(np.stack([features(sound) for sound in sounds]), words)
+        for what, audio_clips in (
+            ("original", clips),
+            ("codec", copies),
+            ("griffin_lim", map(vocoded, clips)),
+        ):
+            accuracy = judge.score(np.stack([features(audio) for audio in audio_clips]), words)
             report[name][f"digits_right_{what}"] = float(accuracy)
     second = torch.zeros(1, 16000)
     codes = codec.encode(second)
@@ -149,9 +153,9 @@ def main() -> None:
     for name in arguments.codecs:
         codec = load_codec(name)
         if isinstance(codec, ImageCodec):
-            report[name] = picture_report(codec)
-        elif isinstance(codec, SoundCodec):
-            report[name] = sound_report(codec, sources)
+            report[name] = image_report(codec)
+        elif isinstance(codec, AudioCodec):
+            report[name] = audio_report(codec, sources)
     print(json.dumps(report, indent=2))
 
 

@@ -12,10 +12,10 @@ from openm6.cli.train import Trained
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 Span = tuple[float, float]  # start, end
-Want = Annotated[str, typer.Option("--want", help="text, image, sound or numbers.")]
+Want = Annotated[str, typer.Option("--want", help="text, image, audio or numbers.")]
 Text = Annotated[str | None, typer.Option("--text", help="Text input.")]
-Picture = Annotated[Path | None, typer.Option("--image", help="Image input.")]
-Recording = Annotated[Path | None, typer.Option("--sound", help="Audio input.")]
+Image = Annotated[Path | None, typer.Option("--image", help="Image input.")]
+Recording = Annotated[Path | None, typer.Option("--audio", help="Audio input.")]
 Numbers = Annotated[
     str | None,
     typer.Option("--numbers", metavar="NAME=VALUE,...", help="Numbers as input; NAME= is missing."),
@@ -53,8 +53,8 @@ def generate(
     trained: Trained,
     want: Want,
     text: Text = None,
-    image: Picture = None,
-    sound: Recording = None,
+    image: Image = None,
+    audio: Recording = None,
     numbers: Numbers = None,
     series: Series = None,
     column: Column = None,
@@ -81,7 +81,7 @@ def generate(
         want=want,
         text=text,
         image=image,
-        sound=sound,
+        audio=audio,
         numbers=parse_numbers(numbers),
         series=parse_series(series),
         column=column,

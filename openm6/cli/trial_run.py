@@ -57,7 +57,7 @@ class TrialTraining(MultimodalTraining):
     finish_began = 0.0
 
     def warm_caches(self, count: int) -> None:
-        """Make the first batches once: after its first epoch a run finds most codes of images and sounds cached."""
+        """Make the first batches once: after the first epoch most codes of images and audio clips are cached."""
         start = self.packer.state()
         for _ in islice(self.batches(), count):
             pass

@@ -1,4 +1,4 @@
-"""The sound codec: log-mels to residual FSQ codes, and back through a predicted spectrum (Vocos, 2306.00814)."""
+"""The audio codec: log-mels to residual FSQ codes, and back through a predicted spectrum (Vocos, 2306.00814)."""
 
 # Letters: B batch, S samples, T positions, N = stride·T frames, D width, M mels, K frequencies, C latent, G stages
 
@@ -20,7 +20,7 @@ LOUDEST = 3.0  # log of the largest magnitude of a frame: twice that of a full-s
 QUIET = -4.0  # where the log-magnitudes begin, or a fresh network would start as loud noise
 
 
-class SoundCodecConfig(QuantizerConfig):
+class AudioCodecConfig(QuantizerConfig):
     """Shape of the network; `stride` frames of `hop` samples make one position (25 per second by default)."""
 
     groups: int = 4
@@ -37,7 +37,7 @@ class SoundCodecConfig(QuantizerConfig):
     stage_dropout: float = 0.5
 
     @model_validator(mode="after")
-    def _frames_overlap(self) -> SoundCodecConfig:
+    def _frames_overlap(self) -> AudioCodecConfig:
         if self.window % self.hop or self.window < 2 * self.hop:
             raise ValueError("window must be a multiple of hop, at least twice it, so that frames overlap")
         return self
@@ -48,7 +48,7 @@ class SoundCodecConfig(QuantizerConfig):
 
 
 class Linear(nn.Linear):
-    """The fast product where codes are made: sounds of a run have one length, or few (see `product`)."""
+    """The fast product where codes are made: audio clips of a run have one length, or few (see `product`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -95,16 +95,16 @@ class Upsample(nn.Module):
         return self.project(x).unflatten(2, (self.stride, -1)).flatten(1, 2)
 
 
-class SoundCodec(Codec):
-    """Mono sound in [-1, 1] at the config's rate, to codes and back."""
+class AudioCodec(Codec):
+    """Mono audio in [-1, 1] at the config's rate, to codes and back."""
 
-    kind: ClassVar[str] = "sound"
-    config: SoundCodecConfig
-    quantizer_config: SoundCodecConfig
+    kind: ClassVar[str] = "audio"
+    config: AudioCodecConfig
+    quantizer_config: AudioCodecConfig
     filters: Tensor
     window: Tensor
 
-    def __init__(self, config: SoundCodecConfig) -> None:
+    def __init__(self, config: AudioCodecConfig) -> None:
         super().__init__()
         self.config = self.quantizer_config = config
         width, count = config.width, config.encoder_blocks + config.decoder_blocks
@@ -127,8 +127,8 @@ class SoundCodec(Codec):
         return (log_mel(magnitudes, self.filters) + 4.0) / 3.0
 
     def quantized(self, samples: Tensor) -> Quantized:
-        """The quantized latent of sound; the end is padded with silence to a whole position.  # B S -> B T C"""
-        _check_sound(samples)
+        """The quantized latent of audio; the end is padded with silence to a whole position.  # B S -> B T C"""
+        _check_audio(samples)
         samples = F.pad(samples, (0, -samples.shape[1] % self.config.samples_per_position))
         with torch.autocast(samples.device.type, enabled=False):  # spectra and rounding want fp32
             mels = self.mels(samples)
@@ -138,7 +138,7 @@ class SoundCodec(Codec):
             return self.quantizer(latent)
 
     def synthesise(self, latent: Tensor) -> Tensor:
-        """Sound of a quantized latent.  # B T C -> B S"""
+        """Audio of a quantized latent.  # B T C -> B S"""
         hidden = self.decoder(self.unfold(latent))  # B T C -> B N D
         with torch.autocast(latent.device.type, enabled=False):
             values = F.linear(hidden.float(), self.head.weight, self.head.bias)
@@ -154,21 +154,21 @@ class SoundCodec(Codec):
 
     @torch.no_grad()
     def encode(self, raw: Tensor) -> Tensor:
-        """Codes of sound, one position per started `samples_per_position`.  # B S -> B T G
+        """Codes of audio, one position per started `samples_per_position`.  # B S -> B T G
 
         Raises:
-            DataError: not a batch of mono sounds, or an empty one.
+            DataError: not a batch of mono audio clips, or an empty one.
         """
         return self.quantized(raw).codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Sound of codes, within [-1, 1]; codes of the first stages alone give a coarser sound.  # B T G -> B S"""
+        """Audio of codes, within [-1, 1]; codes of the first stages alone give a coarser audio.  # B T G -> B S"""
         return self.synthesise(self.quantizer.latent_of(codes)).clamp(-1.0, 1.0)
 
 
-def _check_sound(samples: Tensor) -> None:
+def _check_audio(samples: Tensor) -> None:
     if samples.dim() != 2 or samples.shape[1] == 0:
         raise DataError(
-            f"sound of shape {tuple(samples.shape)} does not fit the codec: it reads B samples, mono and not empty"
+            f"audio of shape {tuple(samples.shape)} does not fit the codec: it reads B samples, mono and not empty"
         )

@@ -192,7 +192,7 @@ def _quantizer_stats(z: Tensor, cells: Tensor, levels: Tensor) -> QuantizerStats
 
 
 class Codec(nn.Module, ABC):
-    """Turns raw pictures or sound into a grid of discrete codes and back."""
+    """Turns raw images or audio into a grid of discrete codes and back."""
 
     kind: ClassVar[str]
     config: QuantizerConfig

@@ -1,4 +1,4 @@
-"""The picture codec: a small convolutional autoencoder whose latent is a grid of grouped FSQ codes."""
+"""The image codec: a small convolutional autoencoder whose latent is a grid of grouped FSQ codes."""
 
 # Letters: B batch, H W height and width in pixels, h w in positions, C channels of the latent, G groups
 
@@ -41,8 +41,8 @@ class ImageCodecConfig(QuantizerConfig):
 
 
 class Convolution(nn.Conv2d):
-    """A product of each position's surroundings where one picture is encoded: on a processor torch lays a convolution's
-    weights out again for every call, which is half of its time where a picture is small.
+    """A product of each position's surroundings where one image is encoded: on a processor torch lays a convolution's
+    weights out again for every call, which is half of its time where an image is small.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def make_decoder(config: ImageCodecConfig) -> nn.Sequential:
 
 
 class ImageCodec(Codec):
-    """Pictures in [-1, 1] of any size divisible by the stride, to codes and back."""
+    """Images in [-1, 1] of any size divisible by the stride, to codes and back."""
 
     kind: ClassVar[str] = "image"
     config: ImageCodecConfig
@@ -124,12 +124,12 @@ class ImageCodec(Codec):
         """Pixels per position, along each side."""
         return self.config.stride
 
-    def quantized(self, pictures: Tensor) -> Quantized:
-        """The quantized latent of pictures.  # B 3 H W -> B h w C"""
-        _check_size(pictures, self.stride)
-        latent = self.encoder(pictures).movedim(1, -1)  # B C h w -> B h w C
+    def quantized(self, images: Tensor) -> Quantized:
+        """The quantized latent of images.  # B 3 H W -> B h w C"""
+        _check_size(images, self.stride)
+        latent = self.encoder(images).movedim(1, -1)  # B C h w -> B h w C
         # Rounding must not depend on the precision around it.
-        with torch.autocast(pictures.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False):
             return self.quantizer(latent)
 
     def reconstruct(self, raw: Tensor) -> tuple[Tensor, Quantized]:
@@ -139,24 +139,24 @@ class ImageCodec(Codec):
 
     @torch.no_grad()
     def encode(self, raw: Tensor) -> Tensor:
-        """Codes of pictures.  # B 3 H W -> B h w G
+        """Codes of images.  # B 3 H W -> B h w G
 
         Raises:
-            DataError: the pictures' sides are not multiples of the stride.
+            DataError: the images' sides are not multiples of the stride.
         """
         return self.quantized(raw).codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Pictures of codes, within [-1, 1].  # B h w G -> B 3 H W"""
+        """Images of codes, within [-1, 1].  # B h w G -> B 3 H W"""
         latent = self.quantizer.latent_of(codes).movedim(-1, 1)  # B h w G -> B C h w
         return self.decoder(latent).float().clamp(-1.0, 1.0)
 
 
-def _check_size(pictures: Tensor, stride: int) -> None:
-    sides = pictures.shape[2:]
-    if pictures.dim() != 4 or pictures.shape[1] != 3 or any(side % stride or side == 0 for side in sides):
+def _check_size(images: Tensor, stride: int) -> None:
+    sides = images.shape[2:]
+    if images.dim() != 4 or images.shape[1] != 3 or any(side % stride or side == 0 for side in sides):
         raise DataError(
-            f"pictures of shape {tuple(pictures.shape)} do not fit the codec: it reads B 3 H W with H and W"
+            f"images of shape {tuple(images.shape)} do not fit the codec: it reads B 3 H W with H and W"
             f" multiples of {stride}; resize or pad them"
         )

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from openm6.codecs.audio import SoundCodec, SoundCodecConfig
+from openm6.codecs.audio import AudioCodec, AudioCodecConfig
 from openm6.codecs.base import Codec, QuantizerConfig
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.core.config import Config, build
@@ -19,7 +19,7 @@ __all__ = ["CODECS", "Codec", "QuantizerConfig", "load_codec", "save_codec", "sh
 
 CODECS: dict[str, tuple[type[Config], type[Codec]]] = {
     "image": (ImageCodecConfig, ImageCodec),
-    "sound": (SoundCodecConfig, SoundCodec),
+    "audio": (AudioCodecConfig, AudioCodec),
 }
 METADATA_KEY = "openm6_codec"
 SHIPPED = Path(__file__).parent / "weights"

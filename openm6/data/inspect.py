@@ -27,12 +27,12 @@ from openm6.data.source import Source, SourceConfig, Split
 from openm6.data.storage import is_remote, refuse_foreign
 from openm6.data.table import Table, TableConfig, UnreadableRowError
 from openm6.data.windows import WindowsConfig
-from openm6.modalities.audio import read_sound
+from openm6.modalities.audio import read_audio
 from openm6.modalities.image import read_image
 from openm6.tasks.registry import TASKS
 
 SAMPLE = 500  # rows looked at, evenly spread
-DECODED = 200  # pictures and sounds opened
+DECODED = 200  # images and audio clips opened
 MAX_PROBLEMS = 20
 CONTEXT, HORIZON = 32, 8
 MIN_SERIES = 40  # rows from which a series is proposed
@@ -103,7 +103,7 @@ class Inspection:
 
 
 def inspect_path(path: str) -> Inspection:
-    """Looks at a table, a folder of tables, or a folder of pictures or sounds.
+    """Looks at a table, a folder of tables, or a folder of images or audio clips.
 
     Raises:
         DataError: nothing at the path can be read.
@@ -129,7 +129,7 @@ def _looks(path: str) -> list[Callable[[], list[DataSet]]]:
     for file in sorted(place.iterdir()):
         if file.is_file():
             refuse_foreign(str(file))
-    raise DataError(f"{path} holds no tables ({', '.join(TABLE_ENDINGS)}), pictures or sounds")
+    raise DataError(f"{path} holds no tables ({', '.join(TABLE_ENDINGS)}), images or audio clips")
 
 
 def _with_tests(tables: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -172,7 +172,7 @@ def look_at_table(path: str, test_path: str | None) -> list[DataSet]:
 
 
 def look_at_folder(path: str) -> list[DataSet]:
-    """A folder of pictures or sounds, labelled by subfolder."""
+    """A folder of images or audio clips, labelled by subfolder."""
     config = FolderConfig(path=path)
     data_set = DataSet(name_of(path), path, config.kind, rows=len(media_files(Path(path).expanduser())))
     records = _try_source(data_set, config)
@@ -233,7 +233,7 @@ def _no_neighbour(name: str) -> Source:
 
 
 def _read(data_set: DataSet, source: Source) -> list[Record]:
-    """A sample of records; pictures and sounds are opened as the modalities would."""
+    """A sample of records; images and audio clips are opened as the modalities would."""
     records = []
     decoded = 0
     for index in _spread(len(source), SAMPLE):
@@ -259,7 +259,7 @@ def _decodes(data_set: DataSet, record: Record) -> bool:
         if "image" in record:
             read_image(record["image"])
         if "audio" in record:
-            read_sound(record["audio"])
+            read_audio(record["audio"])
     except DataError as error:
         data_set.broken += 1
         data_set.report(str(record["id"]), error)

@@ -79,7 +79,7 @@ class FolderSource(Source):
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file's ending is that of a picture."""
+    """Whether a file's ending is that of an image."""
     return file.suffix.lower() in IMAGE_ENDINGS
 
 
@@ -95,7 +95,7 @@ def label_of(file: Path) -> str | None:
 
 
 def media_files(root: Path) -> list[Path]:
-    """Every picture and sound below a folder, relative to it, sorted; hidden files are passed over."""
+    """Every image and audio below a folder, relative to it, sorted; hidden files are passed over."""
     found = []
     for place, folders, names in os.walk(root):
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
@@ -105,7 +105,7 @@ def media_files(root: Path) -> list[Path]:
 
 
 class FolderConfig(SourceConfig):
-    """A local folder of pictures or sounds: `cat/1.jpg`, or `train/cat/1.jpg` and `test/cat/2.jpg`."""
+    """A local folder of images or audio clips: `cat/1.jpg`, or `train/cat/1.jpg` and `test/cat/2.jpg`."""
 
     kind: Literal["folder"] = "folder"
     path: str
@@ -135,7 +135,7 @@ class FolderConfig(SourceConfig):
         files = media_files(root)
         if not files:
             endings = " ".join((*IMAGE_ENDINGS, *AUDIO_ENDINGS))
-            raise DataError(f"no pictures or sounds below {self.path} (looked for {endings})")
+            raise DataError(f"no images or audio clips below {self.path} (looked for {endings})")
         return root, files
 
     def _of_split(self, files: list[Path], split: Split) -> list[Path]:
@@ -171,8 +171,8 @@ class _Sample:
 class TarTable(Table):
     """Rows are samples; columns are endings of their files (`jpg`, `txt`, `cls`) and keys of their JSON.
 
-    Only the headers are read when it is opened. `image`, `audio`, `text_en` and `label` name whichever picture,
-    sound, `txt` and `cls` file a sample has.
+    Only the headers are read when it is opened. `image`, `audio`, `text_en` and `label` name whichever image,
+    audio, `txt` and `cls` file a sample has.
     """
 
     def __init__(self, path: str) -> None:

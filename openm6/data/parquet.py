@@ -31,7 +31,7 @@ EMBEDDED = (
     "questions",
     "shop",
     "machines",
-    "sounds",
+    "audio_events",
 )
 EMBEDDED_TABLES = ("seattle_weather_daily",)
 EMBEDDED_MARK = "embedded:"
@@ -161,7 +161,7 @@ class ColumnarDataset(Protocol):
 
 
 class DatasetsTable(Table):
-    """A `datasets.Dataset` as a table: pictures and sounds stay undecoded, class numbers become names."""
+    """A `datasets.Dataset` as a table: images and audio clips stay undecoded, class numbers become names."""
 
     def __init__(self, dataset: ColumnarDataset, where: str) -> None:
         self.where = where
@@ -247,7 +247,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _undecoded(dataset: ColumnarDataset) -> ColumnarDataset:
-    """The same data set giving `{bytes, path}` for pictures and sounds: decoding is the modalities' task."""
+    """The same data set giving `{bytes, path}` for images and audio clips: decoding is the modalities' task."""
     for name, feature in dataset.features.items():
         if type(feature).__name__ in ("Image", "Audio"):
             dataset = dataset.cast_column(name, type(feature)(decode=False))

@@ -52,7 +52,7 @@ def example_sequence(
     if task_named(example.task).contrastive:
         return _pair_sequence(example, modalities, rng, weight)
     target = target_segment(example.target, modalities, rng)
-    guided = example.target.modality in ("image", "sound")
+    guided = example.target.modality in ("image", "audio")
     unconditional = rng is not None and guided and rng.random() < UNCONDITIONAL_FRACTION
     source = [] if unconditional else source_segments(example.source, modalities, rng)
     return build_sequence([*source, target], example.task, weight)

@@ -33,8 +33,8 @@ from openm6.tasks.slots import Context
 from openm6.tasks.task import Task
 
 Kind = Literal[
-    "picture",
-    "sound",
+    "image",
+    "audio",
     "number",
     "category",
     "free text",
@@ -79,7 +79,7 @@ def column_of(name: str, cells: Sequence[Any]) -> Column:
     texts = [str(cell) for cell in filled if isinstance(cell, (str, int, float, bool))]
     odd = sum(not _fits(kind, cell) for cell in filled)
     language = _language(texts) if kind in ("category", "free text") else None
-    distinct = len(filled) if kind in ("picture", "sound") else len({str(cell) for cell in filled})
+    distinct = len(filled) if kind in ("image", "audio") else len({str(cell) for cell in filled})
     return Column(name, kind, language, len(cells) - len(filled), distinct, _summary(kind, filled), odd)
 
 
@@ -90,7 +90,7 @@ def _is_absent(cell: Any) -> bool:
 def _kind(name: str, cells: Sequence[Any]) -> Kind:
     if not cells:
         return "empty"
-    for kind in ("picture", "sound", "list", "mapping", "date"):
+    for kind in ("image", "audio", "list", "mapping", "date"):
         if _share(kind, cells) >= MOST:
             return kind
     texts = [str(cell) for cell in cells]
@@ -130,8 +130,8 @@ def _share(kind: Kind, cells: Sequence[Any]) -> float:
 
 def _fits(kind: Kind, cell: Any) -> bool:
     """Whether a cell may stand in a column of a kind."""
-    if kind in ("picture", "sound"):
-        return _is_media(cell, IMAGE_ENDINGS, _IMAGE_MAGIC) if kind == "picture" else _is_sound(cell)
+    if kind in ("image", "audio"):
+        return _is_media(cell, IMAGE_ENDINGS, _IMAGE_MAGIC) if kind == "image" else _is_audio(cell)
     if kind == "number":
         return _is_number(cell)
     if kind == "date":
@@ -151,7 +151,7 @@ def _is_media(cell: Any, endings: tuple[str, ...], magic: tuple[bytes, ...]) -> 
     )
 
 
-def _is_sound(cell: Any) -> bool:
+def _is_audio(cell: Any) -> bool:
     return _is_media(cell, AUDIO_ENDINGS, _AUDIO_MAGIC) or (isinstance(cell, bytes) and cell[8:12] == b"WAVE")
 
 
@@ -215,7 +215,7 @@ def is_canonical(names: Iterable[str]) -> bool:
 def propose_fields(columns: Sequence[Column]) -> Fields:
     """Which column fills which key; where several could, the one with the telling name, else the first."""
     picked: dict[str, Any] = {}
-    for key, kind in (("image", "picture"), ("audio", "sound"), ("id", "identifier")):
+    for key, kind in (("image", "image"), ("audio", "audio"), ("id", "identifier")):
         _pick(picked, key, [column.name for column in columns if column.kind == kind])
     for column in columns:
         named = NAMED_KEYS.get(column.name.lower())
@@ -234,7 +234,7 @@ def propose_fields(columns: Sequence[Column]) -> Fields:
 
 
 def _fill_gaps(picked: dict[str, Any]) -> None:
-    """A sound's transcript is its label, and a picture's label is a text to draw it from."""
+    """An audio clip's transcript is its label, and an image's label is a text to draw it from."""
     for text, label in (("text_en", "label"), ("text_zh", "label_zh")):
         if "audio" in picked and text in picked and label not in picked:
             picked[label] = picked[text]
@@ -253,25 +253,25 @@ def _by_name(names: Sequence[str], telling: Sequence[str]) -> list[str]:
 
 def propose_tasks(records: Sequence[Record]) -> list[str]:
     """The tasks that suit these records, each of which most of them can pose."""
-    names = [*_picture_tasks(records), *_sound_tasks(records), *_number_tasks(records)]
+    names = [*_image_tasks(records), *_audio_tasks(records), *_number_tasks(records)]
     if not _holds(records, "image") and not _holds(records, "audio"):
         names += _text_tasks(records)
     return [name for name in names if _posable(name, records) >= MIN_RECORDS_FRACTION]
 
 
-def _picture_tasks(records: Sequence[Record]) -> list[str]:
+def _image_tasks(records: Sequence[Record]) -> list[str]:
     captioned = any(record.get(f"text_{x}") != _label(record, x) for record in records for x in ("en", "zh"))
-    named = "classify_picture" if len(_labels(records)) <= MAX_LABELS else "name_picture"
-    return [named, *(["describe_picture"] if captioned else []), "ask_picture", "draw", "number_from_picture"]
+    named = "classify_image" if len(_labels(records)) <= MAX_LABELS else "name_image"
+    return [named, *(["describe_image"] if captioned else []), "ask_image", "draw", "number_from_image"]
 
 
-def _sound_tasks(records: Sequence[Record]) -> list[str]:
+def _audio_tasks(records: Sequence[Record]) -> list[str]:
     written = any(
         record.get(f"text_{x}") and record.get(f"text_{x}") == _label(record, x)
         for record in records
         for x in ("en", "zh")
     )
-    return ["transcribe", "speak"] if written else ["name_sound", "number_from_sound"]
+    return ["transcribe", "speak"] if written else ["name_audio", "number_from_audio"]
 
 
 def _number_tasks(records: Sequence[Record]) -> list[str]:
@@ -372,6 +372,6 @@ def _keys_read(source: Source, records: Sequence[Record], task: Task) -> set[str
             shown = with_negatives(record, source, rng) if task.needs_negatives else record
             for language in task.languages(shown):
                 task.build(_Watched(shown, read), Context(language, rng))
-        except DataError:  # a broken picture or sound: the quarantine names it when it is drawn
+        except DataError:  # a broken image or audio: the quarantine names it when it is drawn
             continue
     return read

@@ -158,7 +158,7 @@ def as_series(value: Any, column: str) -> dict[str, list[float | None]] | None:
 
 
 def as_bytes(value: Any, column: str, limit: int, open_file: OpenFile) -> bytes | None:
-    """A cell as the bytes of a picture or sound file: bytes, `{bytes, path}` or the name of a file.
+    """A cell as the bytes of an image or audio file: bytes, `{bytes, path}` or the name of a file.
 
     Raises:
         DataError: larger than `limit`, empty, of another kind, or `open_file` cannot read the file named.

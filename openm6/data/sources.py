@@ -57,7 +57,7 @@ class PairSource(Source):
         return self._join(left, self._right.at(chosen, epoch))
 
     def values(self, key: str) -> list[Any]:
-        """One key of every pair, without opening pictures or sounds where the left side alone fills it."""
+        """One key of every pair, without opening images or audio clips where the left side alone fills it."""
         if key not in _JOINED and self._config.takes_left(key):
             values = self._left.values(key)
             found = [values[row] for row in self._rows]

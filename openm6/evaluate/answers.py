@@ -38,6 +38,6 @@ def _answer_batch(
     if modality == "numbers":
         targets = [target_segment(example.target, loaded.modalities) for example in examples]
         return list(predict_distributions(loaded.omni, prompts, targets))
-    codec = loaded.image if modality == "image" else loaded.sound
+    codec = loaded.image if modality == "image" else loaded.audio
     targets = [codec.target(example.target.raw, options=example.target.options) for example in examples]
     return [codec.decode(codes) for codes in decode_masked(loaded.omni, prompts, targets, sampling).cpu()]

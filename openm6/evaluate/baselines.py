@@ -20,7 +20,7 @@ from openm6.data.prepare import with_negatives
 from openm6.data.source import Source
 from openm6.evaluate.metrics import METRICS, Scored, truths
 from openm6.inference.load import LoadedModel
-from openm6.modalities.audio import Sound
+from openm6.modalities.audio import Audio
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import BINS, LIMIT
@@ -172,7 +172,7 @@ def fit_prior(
     if task.output_modality == "numbers":
         return ValueFrequencies(examples, targets)
     modality = loaded.modalities[task.output_modality]
-    assert isinstance(modality, Image | Sound)
+    assert isinstance(modality, Image | Audio)
     return CodeFrequencies(examples, targets, modality.codec.codebook_size)
 
 

@@ -178,7 +178,7 @@ def evaluate_task(
     prior = fit_prior(task, train_examples, train_targets, loaded)
     found = likelihoods(loaded, examples, sequences, lesson.source, prior)
 
-    limit = config.drawn if task.output_modality in ("image", "sound") else config.answers
+    limit = config.drawn if task.output_modality in ("image", "audio") else config.answers
     chosen = np.linspace(0, len(examples) - 1, min(len(examples), limit)).astype(int)
     answered = [examples[row] for row in chosen]
     scored = Scored(answered, answer(loaded, answered, config.decoding))
@@ -187,7 +187,7 @@ def evaluate_task(
     if task.output_modality == "numbers":
         references = numbers_reference(task, answered, train_examples, loaded)
         scored, baseline_name, against_others = _score_numbers(scored, references, loaded)
-    elif task.output_modality in ("image", "sound"):
+    elif task.output_modality in ("image", "audio"):
         chosen_sequences = [sequences[row] for row in chosen]
         scored = _score_codes(scored, task, found.bits[chosen], chosen_sequences, prior, loaded, train)
     values = all_metrics(task.metrics, scored) | against_others

@@ -50,7 +50,7 @@ def duration(seconds: float) -> str:
 
 
 def words(name: str) -> str:
-    """An identifier as words: `number_from_picture` is `number from picture`."""
+    """An identifier as words: `number_from_image` is `number from image`."""
     return name.replace("_", " ")
 
 

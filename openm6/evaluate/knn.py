@@ -14,7 +14,7 @@ from openm6.core.errors import DataError
 from openm6.data.source import Source
 from openm6.evaluate.results import Answer
 from openm6.inference.load import LoadedModel
-from openm6.modalities.audio import read_sound
+from openm6.modalities.audio import read_audio
 from openm6.modalities.image import read_image, to_square
 
 IMAGE_SIDE = 16  # pixels; features of an image
@@ -46,7 +46,7 @@ def fit_knn(loaded: LoadedModel, source: Source, modality: str) -> KNNClassifier
     counts = Counter(label for label in source.values("label") if label is not None)
     if not 2 <= len(counts) <= MAX_LABELS or min(counts.values()) < MIN_RECORDS_PER_LABEL:
         return None
-    key = {"image": "image", "sound": "audio"}[modality]
+    key = {"image": "image", "audio": "audio"}[modality]
     extract = image_features if modality == "image" else _audio_features(loaded)
     features, labels = [], []
     for index in np.linspace(0, len(source) - 1, min(len(source), MAX_RECORDS)).astype(int):
@@ -71,8 +71,8 @@ def _audio_features(loaded: LoadedModel) -> Callable[[object], np.ndarray]:
     """A function that returns the log-mels of the voiced span, resampled to AUDIO_FRAMES and standardized."""
 
     def extract(raw: object) -> np.ndarray:
-        segment = loaded.sound.source(read_sound(raw))
-        frames = segment.arrays["patches"].reshape(-1, loaded.sound.num_mels)  # time, mels
+        segment = loaded.audio.source(read_audio(raw))
+        frames = segment.arrays["patches"].reshape(-1, loaded.audio.num_mels)  # time, mels
         loud = np.flatnonzero(frames.mean(1) > frames.mean(1).max() - 2.0)
         voiced = frames[loud[0] : loud[-1] + 1] if len(loud) else frames
         positions = np.linspace(0, len(voiced) - 1, AUDIO_FRAMES).round().astype(int)

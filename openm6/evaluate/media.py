@@ -14,7 +14,7 @@ import soundfile
 from PIL import Image
 
 from openm6.core.errors import DataError
-from openm6.modalities.audio import RATE, read_sound
+from openm6.modalities.audio import RATE, read_audio
 from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
 from openm6.ops.audio import mel_filters
@@ -74,7 +74,7 @@ class MediaBudget:
         if self.full:
             return _left_out(caption)
         try:
-            samples = read_sound(raw)
+            samples = read_audio(raw)
         except DataError as error:
             return Media(caption, missing=str(error))
         start, stop = (round(fraction * len(samples)) for fraction in mask or (0, 0))
@@ -116,7 +116,7 @@ def cut_audio(part: Part) -> Any:
     seconds = part.options.get("seconds")
     if seconds is None:
         return part.raw
-    samples = read_sound(part.raw)[: round(seconds * RATE)]
+    samples = read_audio(part.raw)[: round(seconds * RATE)]
     return np.pad(samples, (0, round(seconds * RATE) - len(samples)))
 
 

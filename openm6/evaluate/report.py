@@ -46,7 +46,7 @@ from openm6.modalities.text import GAP
 from openm6.tasks.registry import TASKS
 
 # Modalities in the order of the page, with their titles.
-MODALITIES = {"text": "text", "image": "image", "sound": "audio", "numbers": "numbers"}
+MODALITIES = {"text": "text", "image": "image", "audio": "audio", "numbers": "numbers"}
 MAX_SAMPLES, MAX_PARTS, MAX_COLUMNS = 6, 8, 10
 MAX_CHARACTERS = 260
 # Bytes of all images and audio together; base64 makes them a third longer.
@@ -248,8 +248,8 @@ def sample_data(sample: Sample, media: MediaBudget) -> SampleData:
             else replace(part, options={**part.options, "seconds": seconds})
             for part in parts
         ]
-    rest = [_input(part, media) for part in parts if part.modality not in ("image", "sound")]
-    row = [_input_media(part, media) for part in parts if part.modality in ("image", "sound")]
+    rest = [_input(part, media) for part in parts if part.modality not in ("image", "audio")]
+    row = [_input_media(part, media) for part in parts if part.modality in ("image", "audio")]
     show = media.image if isinstance(answer, Image.Image) else media.audio
     return SampleData(rest, [*row, show(answer, "model"), show(truth, "truth")])
 
@@ -257,14 +257,14 @@ def sample_data(sample: Sample, media: MediaBudget) -> SampleData:
 def _cut_truth(truth: Any, seconds: float) -> Any:
     """The true audio at the length of the answer, so that both spectrograms share their time axis."""
     try:
-        return cut_audio(Part("sound", truth, {"seconds": seconds}))
+        return cut_audio(Part("audio", truth, {"seconds": seconds}))
     except DataError:
         return truth
 
 
 def _input(part: Part, media: MediaBudget) -> str | Media | NumberSeries | Columns:
     """One part of the inputs as the model saw it."""
-    if part.modality in ("image", "sound"):
+    if part.modality in ("image", "audio"):
         return _input_media(part, media)
     if isinstance(part.raw, NumberSeries):
         return part.raw

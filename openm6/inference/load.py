@@ -13,7 +13,7 @@ from openm6.checkpoint.load import load_model
 from openm6.core.device import resolve_device
 from openm6.core.errors import CheckpointError
 from openm6.inference.offloaded import place_offloaded
-from openm6.modalities.audio import Sound
+from openm6.modalities.audio import Audio
 from openm6.modalities.image import Image
 from openm6.modalities.numbers import Numbers
 from openm6.modalities.registry import Modalities
@@ -46,8 +46,8 @@ class LoadedModel:
         return cast(Image, self.modalities["image"])
 
     @property
-    def sound(self) -> Sound:
-        return cast(Sound, self.modalities["sound"])
+    def audio(self) -> Audio:
+        return cast(Audio, self.modalities["audio"])
 
     @property
     def numbers(self) -> Numbers:

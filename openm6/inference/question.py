@@ -9,7 +9,7 @@ from pathlib import Path
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.inference.load import LoadedModel
-from openm6.modalities.audio import read_sound
+from openm6.modalities.audio import read_audio
 from openm6.modalities.image import read_image
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
@@ -30,13 +30,13 @@ class Question:
     `numbers` maps columns to values (None: missing); `column` is the number to predict; `series` with `ahead` asks for
     a forecast of so many steps. `language` is that of the words put in where `text` holds no question of its own.
     `hole` (left, top, right, bottom as shares of the side) and `gap` (start, end as shares of the length) ask for a
-    picture or sound to be filled in there and left alone elsewhere.
+    image or audio to be filled in there and left alone elsewhere.
     """
 
     want: str
     text: str | None = None
     image: Path | str | None = None
-    sound: Path | str | None = None
+    audio: Path | str | None = None
     numbers: dict[str, float | None] | None = None
     series: NumberSeries | None = None
     column: str | None = None
@@ -46,18 +46,18 @@ class Question:
     language: str = "en"
 
     def __post_init__(self) -> None:
-        for name in ("image", "sound"):
+        for name in ("image", "audio"):
             object.__setattr__(self, name, _path(name, getattr(self, name)))
         if self.want not in MODALITIES:
             raise ConfigError(f"--want {self.want!r} is not one of {', '.join(MODALITIES)}")
         if self.language not in LANGUAGES:
             raise ConfigError(f"--language {self.language!r} is not one of {', '.join(LANGUAGES)}")
-        if not any((self.text, self.image, self.sound, self.numbers, self.series)):
-            raise ConfigError("nothing is given: add --text, --image, --sound, --numbers or --series")
+        if not any((self.text, self.image, self.audio, self.numbers, self.series)):
+            raise ConfigError("nothing is given: add --text, --image, --audio, --numbers or --series")
         if self.hole is not None and (self.image is None or self.want != "image"):
-            raise ConfigError("--hole fills in a picture: it needs --image and --want image")
-        if self.gap is not None and (self.sound is None or self.want != "sound"):
-            raise ConfigError("--gap fills in a sound: it needs --sound and --want sound")
+            raise ConfigError("--hole fills in an image: it needs --image and --want image")
+        if self.gap is not None and (self.audio is None or self.want != "audio"):
+            raise ConfigError("--gap fills in an audio clip: it needs --audio and --want audio")
         for name, shares in (("--hole", self.hole), ("--gap", self.gap)):
             half = len(shares or ()) // 2
             if shares is not None and not all(
@@ -69,7 +69,7 @@ class Question:
     def given(self) -> list[str]:
         """Modalities that are given besides text."""
         numbers = self.numbers is not None or self.series is not None
-        found = {"image": self.image is not None, "sound": self.sound is not None, "numbers": numbers}
+        found = {"image": self.image is not None, "audio": self.audio is not None, "numbers": numbers}
         return [name for name, there in found.items() if there]
 
     def target_column(self) -> str:
@@ -93,7 +93,7 @@ def _path(name: str, given: object) -> Path | None:
     return None if given is None else Path(given)
 
 
-def read_picture(path: Path | str, loaded: LoadedModel) -> bytes:
+def read_image_file(path: Path | str, loaded: LoadedModel) -> bytes:
     """Return the bytes of an image that can be opened.
 
     Raises:
@@ -108,10 +108,10 @@ def read_picture(path: Path | str, loaded: LoadedModel) -> bytes:
 
 
 def read_recording(path: Path | str, loaded: LoadedModel) -> bytes:
-    """Return the bytes of a recording that can be opened; raise as `read_picture` does."""
+    """Return the bytes of a recording that can be opened; raise as `read_image_file` does."""
     content = _read_file(Path(path))
     try:
-        read_sound(content, loaded.sound.max_seconds)
+        read_audio(content, loaded.audio.max_seconds)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     return content
@@ -151,9 +151,9 @@ def _given_parts(question: Question, loaded: LoadedModel) -> list[Part]:
     """Image, audio and numbers."""
     parts: list[Part] = []
     if question.image is not None:
-        parts.append(Part("image", read_picture(question.image, loaded), {"hole": question.hole}))
-    if question.sound is not None:
-        parts.append(Part("sound", read_recording(question.sound, loaded), {"gap": question.gap}))
+        parts.append(Part("image", read_image_file(question.image, loaded), {"hole": question.hole}))
+    if question.audio is not None:
+        parts.append(Part("audio", read_recording(question.audio, loaded), {"gap": question.gap}))
     if question.numbers is not None:
         target = question.target_column() if question.want == "numbers" else None
         rest = {name: value for name, value in question.numbers.items() if name != target}

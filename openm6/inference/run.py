@@ -18,16 +18,16 @@ from openm6.core.log import get_log
 from openm6.inference.engine import generate_scored, predict_distributions
 from openm6.inference.load import LoadedModel, load
 from openm6.inference.masked import decode_masked
-from openm6.inference.question import Question, prompt_parts, read_picture, read_recording
+from openm6.inference.question import Question, prompt_parts, read_image_file, read_recording
 from openm6.inference.sampling import Decoding, MaskedSampling
 from openm6.inference.taught import assess
-from openm6.modalities.audio import RATE, Sound
+from openm6.modalities.audio import RATE, Audio
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
 from openm6.modalities.numbers import Histogram, NumberSeries
 from openm6.modalities.registry import source_segments
 
-SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "sound": (".wav", ".flac", ".ogg")}
+SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "audio": (".wav", ".flac", ".ogg")}
 
 
 def generate(
@@ -68,7 +68,7 @@ def answer_question(loaded: LoadedModel, question: Question, decoding: Decoding,
         answer = _kept(_numbers(loaded, question, prompt), out)
     else:
         assert out is not None
-        modality = loaded.image if question.want == "image" else loaded.sound
+        modality = loaded.image if question.want == "image" else loaded.audio
         codes = _codes(loaded, modality, question, prompt, decoding.masked)
         replace_bytes(out, _file_content(modality, codes, out.suffix.lower()))
         answer = f"wrote {out}"
@@ -78,7 +78,7 @@ def answer_question(loaded: LoadedModel, question: Question, decoding: Decoding,
     return answer
 
 
-def _file_content(modality: Image | Sound, codes: torch.Tensor, suffix: str) -> bytes:
+def _file_content(modality: Image | Audio, codes: torch.Tensor, suffix: str) -> bytes:
     """An image or recording as the bytes of a file with that suffix."""
     buffer = io.BytesIO()
     if isinstance(modality, Image):
@@ -96,16 +96,16 @@ def _kept(answer: str, out: Path | None) -> str:
 
 def _codes(
     loaded: LoadedModel,
-    modality: Image | Sound,
+    modality: Image | Audio,
     question: Question,
     prompt: list[Segment],
     sampling: MaskedSampling,
 ) -> torch.Tensor:
     """Codes of the image or recording; those outside the mask of an inpainting are the given ones.  # -> N G"""
     if question.hole is not None and question.image is not None:
-        target = loaded.image.target(read_picture(question.image, loaded), options={"hole": question.hole})
-    elif question.gap is not None and question.sound is not None:
-        target = loaded.sound.target(read_recording(question.sound, loaded), options={"gap": question.gap})
+        target = loaded.image.target(read_image_file(question.image, loaded), options={"hole": question.hole})
+    elif question.gap is not None and question.audio is not None:
+        target = loaded.audio.target(read_recording(question.audio, loaded), options={"gap": question.gap})
     else:
         target = modality.blank()
     return decode_masked(loaded.omni, [prompt], [target], sampling)[0].cpu()

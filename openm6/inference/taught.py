@@ -27,7 +27,7 @@ SURE = (
 ALIKE = 0.5  # share of a prompt's fixed words that a question must exceed
 LENGTHS = 1.25  # how many times longer or shorter than those of training a text may be
 LISTED = 4  # kinds of answers that a note names
-CHINESE = {"text": "文本", "image": "图片", "sound": "声音", "numbers": "数值"}
+CHINESE = {"text": "文本", "image": "图片", "audio": "声音", "numbers": "数值"}
 _SLOT = re.compile(r"\{\w+\}")
 
 

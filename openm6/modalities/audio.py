@@ -1,4 +1,4 @@
-"""Sound: log-mel patches in, residual codes of a neural codec out, filled in masked-parallel; 16 kHz mono."""
+"""Audio: log-mel patches in, residual codes of a neural codec out, filled in masked-parallel; 16 kHz mono."""
 
 # Letters: S samples, N tokens, F frames of 10 ms, M mels, T positions of 40 ms, G codes per position
 
@@ -13,7 +13,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from openm6.codecs.audio import SoundCodec
+from openm6.codecs.audio import AudioCodec
 from openm6.core.errors import DataError
 from openm6.core.seeds import content_key
 from openm6.modalities.codes import (
@@ -33,7 +33,7 @@ RATE = 16_000
 FRAMES = 8  # of 10 ms in one source token
 UNIT = 320  # samples (20 ms) in one unit of rotary time, so that patches and codes have whole middles
 MAX_SECONDS = 30.0
-# Target sounds are sped up or slowed down while training, which changes the voice (Ko et al., Interspeech 2015); a
+# Target audio clips are sped up or slowed down while training, which changes the voice (Ko et al., Interspeech 2015); a
 # few fixed speeds, so that the codes can be remembered.
 SPEEDS = (0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.12, 1.2, 1.28)
 MIN_RATE, MAX_RATE = (
@@ -42,11 +42,11 @@ MIN_RATE, MAX_RATE = (
 )  # a header may claim any: resampling takes memory in step with the rate
 
 
-def read_sound(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+def read_audio(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     """Mono samples in [-1, 1] at 16 kHz from the bytes of a WAV, FLAC, Ogg or MP3 file, or from such samples.  # S
 
     Raises:
-        DataError: not a sound, broken, empty, of a rate that nobody records at, or longer than `max_seconds`, which
+        DataError: not an audio clip, broken, empty, of an unusual sampling rate, or longer than `max_seconds`, which
             is read from the header before decoding.
     """
     if isinstance(raw, np.ndarray):
@@ -54,36 +54,36 @@ def read_sound(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     else:
         samples, rate = _decode(raw, max_seconds)
     if samples.ndim != 1 or not len(samples):
-        raise DataError("the sound is empty: record it again")
+        raise DataError("the audio is empty: record it again")
     if len(samples) > max_seconds * rate:
         raise DataError(
-            f"the sound lasts {len(samples) / rate:.0f} s, over the bound of {max_seconds:g} s: cut it"
+            f"the audio lasts {len(samples) / rate:.0f} s, over the bound of {max_seconds:g} s: cut it"
         )
     if not np.isfinite(samples).all():
-        raise DataError("the sound holds values that are not finite: export it again")
+        raise DataError("the audio holds values that are not finite: export it again")
     return np.clip(resample(torch.from_numpy(samples), rate, RATE).numpy(), -1, 1)
 
 
 def duration(raw: Any) -> float:
-    """Seconds of a sound that `read_sound` accepts; of a file, as stated in its header."""
+    """Seconds of an audio clip that `read_audio` accepts; of a file, as stated in its header."""
     if isinstance(raw, np.ndarray):
         return len(raw) / RATE
-    with soundfile.SoundFile(io.BytesIO(raw)) as file:
+    with soundfile.AudioFile(io.BytesIO(raw)) as file:
         return float(file.frames / file.samplerate)
 
 
 def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
     try:
-        with soundfile.SoundFile(io.BytesIO(raw)) as file:
+        with soundfile.AudioFile(io.BytesIO(raw)) as file:
             if not MIN_RATE <= file.samplerate <= MAX_RATE:
                 raise DataError(
-                    f"the sound has {file.samplerate:,} samples a second, outside {MIN_RATE:,} to "
+                    f"the audio has {file.samplerate:,} samples a second, outside {MIN_RATE:,} to "
                     f"{MAX_RATE:,}: export it again at 16,000"
                 )
             seconds = file.frames / file.samplerate
             if seconds > max_seconds:
                 raise DataError(
-                    f"the sound lasts {seconds:.0f} s, over the bound of {max_seconds:g} s: cut it"
+                    f"the audio lasts {seconds:.0f} s, over the bound of {max_seconds:g} s: cut it"
                 )
             # A header may lie about the length: never decode more than the bound.
             samples = file.read(int(max_seconds * file.samplerate) + 1, dtype="float32", always_2d=True)
@@ -92,16 +92,16 @@ def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
         # Not the library's prefix, which names an object in memory.
         reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
         raise DataError(
-            f"the sound is broken or of an unknown format ({reason}): save it again as WAV or FLAC"
+            f"the audio is broken or of an unknown format ({reason}): save it again as WAV or FLAC"
         ) from None
 
 
-class Sound(Modality):
-    """Sound as patches of 8 log-mel frames in, and up to a number of seconds in positions of 40 ms out."""
+class Audio(Modality):
+    """Audio as patches of 8 log-mel frames in, and up to a number of seconds in positions of 40 ms out."""
 
-    name: ClassVar[str] = "sound"
+    name: ClassVar[str] = "audio"
 
-    def __init__(self, codec: SoundCodec, seconds: float = 1.2, max_seconds: float = MAX_SECONDS) -> None:
+    def __init__(self, codec: AudioCodec, seconds: float = 1.2, max_seconds: float = MAX_SECONDS) -> None:
         self.codec = codec
         self.seconds = seconds
         self.max_seconds = max_seconds
@@ -137,11 +137,11 @@ class Sound(Modality):
         grid = track(count, FRAMES * RATE // 100 // UNIT)
         truncated = seconds is not None and self.is_longer(raw, seconds)
         return Segment(
-            "sound_in", arrays, grid, count, np.zeros(count, bool), moves=OWN_ORIGIN, truncated=truncated
+            "audio_in", arrays, grid, count, np.zeros(count, bool), moves=OWN_ORIGIN, truncated=truncated
         )
 
     def _frames(self, raw: Any, seconds: float | None, speed: float = 1.0) -> np.ndarray:
-        """Log-mels of the sound, cut or padded to `seconds` where given.  # F M"""
+        """Log-mels of the audio, cut or padded to `seconds` where given.  # F M"""
         key = _key(raw, seconds, speed)
         known = self.mel_cache.get(key)
         if known is not None:
@@ -152,7 +152,7 @@ class Sound(Modality):
             return self.mel_cache.put(key, self.codec.mels(torch.from_numpy(whole)[None])[0].numpy())
 
     def _samples(self, raw: Any, seconds: float | None, speed: float = 1.0) -> np.ndarray:
-        samples = read_sound(raw, self.max_seconds)
+        samples = read_audio(raw, self.max_seconds)
         if speed != 1.0:
             samples = resample(torch.from_numpy(samples), round(RATE * speed), RATE).numpy()
         if seconds is None:
@@ -175,7 +175,7 @@ class Sound(Modality):
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Codes of `seconds` of sound, masked by the training pattern, or, with `gap`, in the gap alone.
+        """Codes of `seconds` of audio, masked by the training pattern, or, with `gap`, in the gap alone.
 
         A longer recording is cut at its end, a shorter one is followed by silence.
         `mask_context` masks the codes around the gap as well; without a generator only those in it carry a loss.
@@ -205,10 +205,10 @@ class Sound(Modality):
         positions = audio_positions(len(codes), self.hop / RATE)
         arrays, learn = masked_arrays(codes, mask, learn, positions, self.codec.codebook_size, rng)
         grid = track(len(codes), self.hop // UNIT)
-        return Segment("sound_out", arrays, grid, len(codes), learn, "block", OWN_ORIGIN)
+        return Segment("audio_out", arrays, grid, len(codes), learn, "block", OWN_ORIGIN)
 
     def encode(self, raw: Any, seconds: float | None = None, speed: float = 1.0) -> np.ndarray:
-        """Codes of the sound, cut or padded with silence; cached by the bytes of the file.  # T G"""
+        """Codes of the audio, cut or padded with silence; cached by the bytes of the file.  # T G"""
         seconds = seconds or self.seconds
         key = _key(raw, seconds, speed)
         known = self.code_cache.get(key)
@@ -224,7 +224,7 @@ class Sound(Modality):
     def adapters(self, width: int) -> dict[str, Adapter]:
         position = FourierPositionEmbedding(width)
         out = CodesAdapter(position, width, self.codec.quantizer_config.levels, self.codec.groups)
-        return {"sound_in": PatchAdapter(position, FRAMES * self.num_mels, width), "sound_out": out}
+        return {"audio_in": PatchAdapter(position, FRAMES * self.num_mels, width), "audio_out": out}
 
     def examples(self) -> list[Any]:
         time = np.arange(RATE // 2) / RATE
@@ -246,14 +246,14 @@ def span_mask(gap: tuple[float, float] | None, count: int) -> np.ndarray:
 
 
 def random_span(rng: np.random.Generator) -> tuple[float, float]:
-    """A gap of a fifth to a half of the length within the first four fifths, where most sounds are not yet over."""
+    """A gap of a fifth to a half of the length within the first four fifths, where most clips are not yet over."""
     share = rng.uniform(0.2, 0.5)
     start = rng.uniform(0.0, 0.8 - share)
     return float(start), float(start + share)
 
 
 def random_speed(rng: np.random.Generator) -> float:
-    """One of the speeds at which target sounds are played while training."""
+    """One of the speeds at which target audio clips are played while training."""
     return SPEEDS[int(rng.integers(len(SPEEDS)))]
 
 

@@ -1,4 +1,4 @@
-"""Pictures: continuous patches in, codes of an autoencoder out, drawn masked-parallel."""
+"""Images: continuous patches in, codes of an autoencoder out, drawn masked-parallel."""
 
 # Letters: N tokens, H and W tokens down and across, P side of a patch in pixels, G codes per position
 
@@ -36,12 +36,12 @@ OVERSAMPLING = 4  # pixels decoded for each that is kept: fewer would show after
 
 
 def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None = None) -> PIL.Image.Image:
-    """An RGB picture (transparency over white) from file bytes, a Pillow image, or an array H W 3 of bytes.
+    """An RGB image (transparency over white) from file bytes, a Pillow image, or an array H W 3 of bytes.
 
     Where it is to be resized to `target_pixels`, the file of a large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides.
 
     Raises:
-        DataError: not a picture, broken, or more than `max_pixels`; the size is read from the header, before
+        DataError: not an image, broken, or more than `max_pixels`; the size is read from the header, before
             anything is unpacked, so a decompression bomb costs nothing.
     """
     if isinstance(raw, np.ndarray):
@@ -49,72 +49,70 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            picture = raw if isinstance(raw, PIL.Image.Image) else PIL.Image.open(io.BytesIO(raw))
-        if picture.width * picture.height > max_pixels:
+            image = raw if isinstance(raw, PIL.Image.Image) else PIL.Image.open(io.BytesIO(raw))
+        if image.width * image.height > max_pixels:
             raise DataError(
-                f"the picture has {picture.width} x {picture.height} pixels, "
+                f"the image has {image.width} x {image.height} pixels, "
                 f"over the bound of {max_pixels:,}: shrink it"
             )
         if target_pixels is not None and not isinstance(raw, PIL.Image.Image):
-            picture = _decoded_small(picture, OVERSAMPLING * target_pixels)
-        return _in_colour(ImageOps.exif_transpose(picture))  # as the camera was held
+            image = _decoded_small(image, OVERSAMPLING * target_pixels)
+        return _in_colour(ImageOps.exif_transpose(image))  # as the camera was held
     except DataError:
         raise
     except PIL.Image.DecompressionBombError:
-        raise DataError(f"the picture is over the bound of {max_pixels:,} pixels: shrink it") from None
+        raise DataError(f"the image is over the bound of {max_pixels:,} pixels: shrink it") from None
     except UnidentifiedImageError:  # its own words name an object in memory
-        raise DataError(
-            "the picture is broken or of an unknown format: save it again as PNG or JPEG"
-        ) from None
+        raise DataError("the image is broken or of an unknown format: save it again as PNG or JPEG") from None
     except (OSError, ValueError, SyntaxError, TypeError) as error:
         raise DataError(
-            f"the picture is broken or of an unknown format ({error}): save it again as PNG or JPEG"
+            f"the image is broken or of an unknown format ({error}): save it again as PNG or JPEG"
         ) from None
 
 
-def _decoded_small(picture: PIL.Image.Image, least: int) -> PIL.Image.Image:
-    """A JPEG that is not yet decoded with fewer pixels, but no fewer than `least`; any other picture as it is."""
-    share = (least / (picture.width * picture.height)) ** 0.5
+def _decoded_small(image: PIL.Image.Image, least: int) -> PIL.Image.Image:
+    """A JPEG that is not yet decoded with fewer pixels, but no fewer than `least`; any other image as it is."""
+    share = (least / (image.width * image.height)) ** 0.5
     if share >= 1:
-        return picture
-    drafted = picture.draft(None, (math.ceil(picture.width * share), math.ceil(picture.height * share)))
-    if drafted is None or drafted[1] == (0, 0, *picture.size):
-        return picture
+        return image
+    drafted = image.draft(None, (math.ceil(image.width * share), math.ceil(image.height * share)))
+    if drafted is None or drafted[1] == (0, 0, *image.size):
+        return image
     # A side that 8 does not divide ends within the last pixel.
-    return picture.resize(picture.size, PIL.Image.Resampling.BICUBIC, box=drafted[1])
+    return image.resize(image.size, PIL.Image.Resampling.BICUBIC, box=drafted[1])
 
 
-def _in_colour(picture: PIL.Image.Image) -> PIL.Image.Image:
+def _in_colour(image: PIL.Image.Image) -> PIL.Image.Image:
     """RGB of any mode, transparency over white."""
-    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
-        levels = np.asarray(picture, np.float32) / 257
-        picture = PIL.Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        layers = picture.convert("RGBA")
-        picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", layers.size, "white"), layers)
-    return picture.convert("RGB")
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
+        levels = np.asarray(image, np.float32) / 257
+        image = PIL.Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layers = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", layers.size, "white"), layers)
+    return image.convert("RGB")
 
 
-def to_square(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
-    """The picture within a white square of `side` pixels, its aspect kept."""
-    if picture.size == (side, side):
-        return picture
-    share = side / max(picture.size)
-    size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
+def to_square(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    """The image within a white square of `side` pixels, its aspect kept."""
+    if image.size == (side, side):
+        return image
+    share = side / max(image.size)
+    size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
     square = PIL.Image.new("RGB", (side, side), "white")
     square.paste(
-        picture.resize(size, PIL.Image.Resampling.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2)
+        image.resize(size, PIL.Image.Resampling.BICUBIC), ((side - size[0]) // 2, (side - size[1]) // 2)
     )
     return square
 
 
-def pixels(picture: PIL.Image.Image) -> np.ndarray:
+def pixels(image: PIL.Image.Image) -> np.ndarray:
     """Values in [-1, 1].  # H W 3"""
-    return np.asarray(picture, dtype=np.float32) / 127.5 - 1
+    return np.asarray(image, dtype=np.float32) / 127.5 - 1
 
 
 class Image(Modality):
-    """A picture as patches in, at its own aspect up to a budget of tokens, and a square of `side` pixels out."""
+    """An image as patches in, at its own aspect up to a budget of tokens, and a square of `side` pixels out."""
 
     name: ClassVar[str] = "image"
 
@@ -131,9 +129,9 @@ class Image(Modality):
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Patches of the picture; `hole` (a share-of-the-side box left, top, right, bottom) masks what it touches."""
-        picture = self._fit(read_image(raw, self.max_pixels, self.max_patches * PATCH**2))
-        values = pixels(picture)
+        """Patches of the image; `hole` (a share-of-the-side box left, top, right, bottom) masks what it touches."""
+        image = self._fit(read_image(raw, self.max_pixels, self.max_patches * PATCH**2))
+        values = pixels(image)
         if rng is not None and options.get("hole") is None:  # an inpainted region must keep its position
             values = _shifted(values, rng)
         down, across = values.shape[0] // PATCH, values.shape[1] // PATCH
@@ -149,19 +147,19 @@ class Image(Modality):
         grid, span, learn = rectangle(down, across), max(down, across), np.zeros(len(is_masked), bool)
         return Segment("image_in", arrays, grid, span, learn, moves=OWN_ORIGIN)
 
-    def _fit(self, picture: PIL.Image.Image) -> PIL.Image.Image:
-        """The picture resized to whole patches within the budget; small ones keep their size."""
-        down, across = picture.height / PATCH, picture.width / PATCH
+    def _fit(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """The image resized to whole patches within the budget; small ones keep their size."""
+        down, across = image.height / PATCH, image.width / PATCH
         share = min(1.0, (self.max_patches / max(down * across, 1e-9)) ** 0.5)
         rows = min(max(1, round(down * share)), self.max_patches)
         columns = min(max(1, round(across * share)), self.max_patches // rows)
         size = (columns * PATCH, rows * PATCH)
-        return picture if picture.size == size else picture.resize(size, PIL.Image.Resampling.BICUBIC)
+        return image if image.size == size else image.resize(size, PIL.Image.Resampling.BICUBIC)
 
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Codes of the picture, masked by the training pattern, or, with `hole`, in the hole alone.
+        """Codes of the image, masked by the training pattern, or, with `hole`, in the hole alone.
 
         `mask_context` masks the codes around the hole as well; without a generator only those in it carry a loss.
         """
@@ -186,7 +184,7 @@ class Image(Modality):
         return Segment("image_out", arrays, grid, self.grid_side, learn, "block", OWN_ORIGIN)
 
     def encode(self, raw: Any) -> np.ndarray:
-        """Codes of a picture squared to `side`; remembered by the bytes of the file.  # N G"""
+        """Codes of an image squared to `side`; remembered by the bytes of the file.  # N G"""
         key = content_key(raw) if isinstance(raw, bytes) else None
         known = self.code_cache.get(key)
         if known is not None:
@@ -199,7 +197,7 @@ class Image(Modality):
         return self.code_cache.put(key, codes[0].flatten(0, 1).numpy().astype(np.int16))
 
     def decode(self, codes: Tensor) -> PIL.Image.Image:
-        """The picture of one grid of codes.  # H*W G"""
+        """The image of one grid of codes.  # H*W G"""
         with torch.no_grad():
             values = self.codec.decode(codes.cpu().view(1, self.grid_side, self.grid_side, -1))[0]
         return PIL.Image.fromarray(
@@ -236,7 +234,7 @@ def box_mask(hole: Hole, down: int, across: int) -> np.ndarray:
 
 
 def _squared(hole: Hole) -> Hole:
-    """A mask as `to_square` lays its picture out: nothing is to be filled in beside it.  # H W -> side side"""
+    """A mask as `to_square` lays its image out: nothing is to be filled in beside it.  # H W -> side side"""
     if not isinstance(hole, np.ndarray) or hole.shape[0] == hole.shape[1]:
         return hole
     side = max(hole.shape)

@@ -17,10 +17,10 @@ Options = Mapping[str, Any]
 NO_OPTIONS: Options = MappingProxyType({})
 Moves = tuple[int, int, int]
 ALONG: Moves = (1, 1, 1)
-# The last two of a picture or sound count from its own origin, in units that its patches and its codes share. So a
+# The last two of an image or audio count from its own origin, in units that its patches and its codes share. So a
 # target at a position has the rotary position of the source patch there, whatever the length of the text between.
 OWN_ORIGIN: Moves = (1, 0, 0)
-SIDE_UNITS = 32  # along each side of a picture
+SIDE_UNITS = 32  # along each side of an image
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def line(length: int) -> np.ndarray:
 
 
 def rectangle(height: int, width: int) -> np.ndarray:
-    """The grid of a picture of `height` × `width` tokens, row by row, at one moment: their middles.  # H*W 3"""
+    """The grid of an image of `height` × `width` tokens, row by row, at one moment: their middles.  # H*W 3"""
     rows, columns = np.divmod(np.arange(height * width, dtype=np.int32), width)
     middles = [
         (2 * position + 1) * SIDE_UNITS // (2 * count)
@@ -84,7 +84,7 @@ def rectangle(height: int, width: int) -> np.ndarray:
 
 
 def track(count: int, step: int) -> np.ndarray:
-    """The grid of a sound of `count` tokens of `step` units of time: number, then twice the middle.  # N 3"""
+    """The grid of an audio clip of `count` tokens of `step` units of time: number, then twice the middle.  # N 3"""
     index = np.arange(count, dtype=np.int32)
     middle = (2 * index + 1) * step // 2
     return np.stack([index, middle, middle], axis=1)

@@ -1,4 +1,4 @@
-"""One vector for a text, a picture or a sound: a token that attends to the others, and its contrastive loss."""
+"""One vector for a text, an image or an audio clip: a token that attends to the others, and its contrastive loss."""
 
 # Letters: n pool tokens, P = n/2 pairs, M pairs of all ranks, D width, E size of an embedding
 

@@ -10,25 +10,25 @@ import numpy as np
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from openm6.codecs.audio import SoundCodec
+from openm6.codecs.audio import AudioCodec
 from openm6.codecs.image import ImageCodec
 from openm6.codecs.registry import load_codec
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, DataError, nearest
-from openm6.modalities.audio import MAX_SECONDS, Sound
+from openm6.modalities.audio import MAX_SECONDS, Audio
 from openm6.modalities.image import MAX_PIXELS, Image
 from openm6.modalities.interface import Modality, Part, Segment
 from openm6.modalities.numbers import Numbers, Scales
 from openm6.modalities.text import Text
 
-MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Sound, Numbers)}
+MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Audio, Numbers)}
 Reading = Literal["whole", "parts"]
 
 
 class Modalities(dict[str, Modality]):
     """The modalities of one model by name, and how its sources are read.
 
-    `whole`: all tokens of a source see one another. `parts`: a part (a text, a picture, a sound, numbers) sees itself
+    `whole`: all tokens of a source see one another. `parts`: a part (text, image, audio, numbers) sees itself
     and the parts before it, so what it becomes does not depend on what follows, and can be used again.
     """
 
@@ -55,14 +55,14 @@ class ImageConfig(Config):
     max_pixels: int = Field(default=MAX_PIXELS, ge=64)
 
 
-class SoundConfig(Config):
+class AudioConfig(Config):
     """`codec` is a shipped name or a file; a generated recording lasts `seconds`.
 
     Recordings that are longer are cut when they are targets, shorter ones padded with silence; `max_seconds` bounds
     what is read.
     """
 
-    codec: str = "sound"
+    codec: str = "audio"
     seconds: float = Field(default=1.2, gt=0)
     max_seconds: float = Field(default=MAX_SECONDS, gt=0)
 
@@ -72,7 +72,7 @@ class ModalitiesConfig(Config):
 
     text: TextConfig = TextConfig()
     image: ImageConfig = ImageConfig()
-    sound: SoundConfig = SoundConfig()
+    audio: AudioConfig = AudioConfig()
     reading: Reading = Field(
         default="whole", description="parts: each part of a source sees itself and those before it"
     )
@@ -82,16 +82,16 @@ def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Sca
     """The four modalities of one model.
 
     Raises:
-        ConfigError: a codec of another modality, or a picture side that its stride does not divide.
+        ConfigError: a codec of another modality, or an image side that its stride does not divide.
     """
-    image_codec, sound_codec = load_codec(config.image.codec), load_codec(config.sound.codec)
+    image_codec, audio_codec = load_codec(config.image.codec), load_codec(config.audio.codec)
     if not isinstance(image_codec, ImageCodec):
         raise ConfigError(
-            f"modalities.image.codec={config.image.codec!r} is no picture codec: name one, as image-64"
+            f"modalities.image.codec={config.image.codec!r} is no image codec: name one, as image-64"
         )
-    if not isinstance(sound_codec, SoundCodec):
+    if not isinstance(audio_codec, AudioCodec):
         raise ConfigError(
-            f"modalities.sound.codec={config.sound.codec!r} is no sound codec: name one, as sound"
+            f"modalities.audio.codec={config.audio.codec!r} is no audio codec: name one, as audio"
         )
     if config.image.side % image_codec.quantizer_config.stride:
         raise ConfigError(
@@ -102,7 +102,7 @@ def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Sca
     modalities = Modalities(
         text=text,
         image=Image(image_codec, config.image.side, config.image.max_patches, config.image.max_pixels),
-        sound=Sound(sound_codec, config.sound.seconds, config.sound.max_seconds),
+        audio=Audio(audio_codec, config.audio.seconds, config.audio.max_seconds),
         numbers=Numbers(text, scales),
     )
     modalities.reading = config.reading

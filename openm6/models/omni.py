@@ -35,7 +35,7 @@ class TokenLosses:
 
 
 class Omni(nn.Module):
-    """Text, pictures, sound and numbers in; a loss, or hidden states to decode from, out."""
+    """Text, images, audio and numbers in; a loss, or hidden states to decode from, out."""
 
     def __init__(
         self,

@@ -74,7 +74,7 @@ def log_mel(magnitudes: Tensor, filters: Tensor) -> Tensor:
 
 
 def resample(samples: Tensor, old_rate: int, new_rate: int) -> Tensor:
-    """The sound at `new_rate`.  # S -> S·new/old, rounded up
+    """The audio at `new_rate`.  # S -> S·new/old, rounded up
 
     The signal is padded with silence at its end, so that the spectrum's wrap-around falls there.
     """

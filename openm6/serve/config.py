@@ -23,7 +23,7 @@ class Limits(Config):
     json_depth: int = Field(default=32, ge=4)
     json_values: int = Field(default=100_000, ge=64, description="commas and brackets of a JSON body")
     pixels: int = Field(default=4_000_000, ge=64)
-    sound_seconds: float = Field(default=30.0, gt=0)
+    audio_seconds: float = Field(default=30.0, gt=0)
     messages: int = Field(default=64, ge=1)
     parts: int = Field(default=64, ge=1)
     characters: int = Field(default=20_000, ge=1)

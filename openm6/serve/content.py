@@ -154,7 +154,7 @@ def _part(part: ContentPart, limits: Limits, param: str) -> Part:
         return Part("image", check_image(decode_data_url(part.image_url.url, param), limits, param))
     if isinstance(part, AudioPart):
         param = f"{param}.input_audio.data"
-        return Part("sound", check_audio(decode_base64(part.input_audio.data, param), limits, param))
+        return Part("audio", check_audio(decode_base64(part.input_audio.data, param), limits, param))
     if (part.numbers is None) == (part.series is None):
         raise BadRequestError(f"{param} needs either numbers or series", param)
     if part.series is not None:
@@ -202,7 +202,7 @@ def decode_data_url(url: str, param: str) -> bytes:
 
 
 def decode_file(text: str, kind: str, limits: Limits, param: str) -> bytes:
-    """Return the bytes of an image or audio file (`sound`) in base64 or a data URL, checked as below."""
+    """Return the bytes of an image or audio file (`audio`) in base64 or a data URL, checked as below."""
     data = decode_data_url(text, param) if text.startswith("data:") else decode_base64(text, param)
     return check_image(data, limits, param) if kind == "image" else check_audio(data, limits, param)
 
@@ -230,11 +230,11 @@ def check_audio(data: bytes, limits: Limits, param: str) -> bytes:
         BadRequestError: it is none, or too long.
     """
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with soundfile.AudioFile(io.BytesIO(data)) as file:
             seconds = file.frames / file.samplerate
     except (soundfile.LibsndfileError, TypeError, ZeroDivisionError, RuntimeError):
         raise BadRequestError(f"{param} is not readable audio: send WAV, FLAC, Ogg or MP3", param) from None
-    check_limit(param, round(seconds, 2), limits.sound_seconds, "seconds")
+    check_limit(param, round(seconds, 2), limits.audio_seconds, "seconds")
     return data
 
 

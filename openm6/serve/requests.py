@@ -18,7 +18,7 @@ from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import source_segments
 
-MODALITY_OF = {"text": "text", "image_in": "image", "sound_in": "audio", "numbers_in": "numbers"}
+MODALITY_OF = {"text": "text", "image_in": "image", "audio_in": "audio", "numbers_in": "numbers"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class CodesRequest(Request):
     span: start and end in fractions of the length
     """
 
-    want: Literal["image", "sound"]
+    want: Literal["image", "audio"]
     sampling: MaskedSampling = field(default_factory=MaskedSampling)
     source: bytes | None = None
     mask: Any = None
@@ -218,8 +218,8 @@ def _masked_target(request: CodesRequest, loaded: LoadedModel) -> Segment:
             return loaded.image.blank()
         return loaded.image.target(request.source, options={"hole": request.mask})
     if request.source is None:
-        return loaded.sound.blank(request.duration)
-    return loaded.sound.target(request.source, options={"gap": request.span, "seconds": request.duration})
+        return loaded.audio.blank(request.duration)
+    return loaded.audio.target(request.source, options={"gap": request.span, "seconds": request.duration})
 
 
 def _queries(request: NumbersRequest, loaded: LoadedModel) -> NumberSeries | dict[str, float]:

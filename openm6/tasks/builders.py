@@ -205,15 +205,15 @@ def match_audio(record: Record, context: Context) -> Built:
         for other in record.get("others", ())
         if other.get("audio") and other.get("label") != record.get("label")
     ]
-    return draw_match("sound", Part("sound", record["audio"]), others, context)
+    return draw_match("audio", Part("audio", record["audio"]), others, context)
 
 
 def mask_span(record: Record, context: Context) -> Built:
     """A recording with a random span masked, to read and to predict, both at one speed."""
     gap = random_span(context.rng)
     speed = random_speed(context.rng) if context.train else 1.0
-    audio = Part("sound", record["audio"], {"gap": gap, "speed": speed})
-    return Built({"sound": audio}, audio)
+    audio = Part("audio", record["audio"], {"gap": gap, "speed": speed})
+    return Built({"audio": audio}, audio)
 
 
 def _has_price(record: Record, language: str) -> bool:
@@ -236,4 +236,4 @@ ANOMALY = Derived("text", insert_anomaly, _has_long_series)
 TEXT_MATCH = Derived("text", match_text)
 AUDIO_MATCH = Derived("text", match_audio)
 UNMASKED_IMAGE = Derived("image", mask_box)
-UNMASKED_AUDIO = Derived("sound", mask_span)
+UNMASKED_AUDIO = Derived("audio", mask_span)

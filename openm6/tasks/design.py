@@ -158,7 +158,7 @@ TASKS = (
     ),
     Task(
         name="restyle",
-        summary="redraw a picture in the style of a reference",
+        summary="redraw an image in the style of a reference",
         inputs={"image": IMAGE, "reference": Derived("image")},
         target=Derived("image", restyle),
         prompts={"en": ("{image} in the style of {reference}",), "zh": ("{image} 按照风格 {reference}",)},
@@ -166,7 +166,7 @@ TASKS = (
     ),
     Task(
         name="mix_styles",
-        summary="redraw a picture in a mixture of two styles",
+        summary="redraw an image in a mixture of two styles",
         inputs={"image": IMAGE, "reference": Derived("image"), "second": Derived("image")},
         target=Derived("image", mix_styles),
         prompts={
@@ -177,7 +177,7 @@ TASKS = (
     ),
     Task(
         name="change_background",
-        summary="put another background behind what a picture shows",
+        summary="put another background behind what an image shows",
         inputs={"image": IMAGE, "colour": Derived("text")},
         target=Derived("image", change_background),
         prompts={"en": ("{image} Background: {colour}",), "zh": ("{image} 背景：{colour}",)},

@@ -8,8 +8,8 @@ from openm6.tasks.task import Task
 
 TASKS = (
     Task(
-        name="name_picture",
-        summary="say in a word what a picture shows",
+        name="name_image",
+        summary="say in a word what an image shows",
         inputs={"image": IMAGE},
         target=LABEL,
         prompts={
@@ -18,8 +18,8 @@ TASKS = (
         },
     ),
     Task(
-        name="describe_picture",
-        summary="caption a picture",
+        name="describe_image",
+        summary="caption an image",
         inputs={"image": IMAGE},
         target=Text("text", max_tokens=64),
         prompts={
@@ -28,30 +28,30 @@ TASKS = (
         },
     ),
     Task(
-        name="classify_picture",
-        summary="name the category of a picture",
+        name="classify_image",
+        summary="name the category of an image",
         inputs={"image": IMAGE},
         target=LABEL,
         prompts={"en": ("{image} Category:",), "zh": ("{image} 类别：",)},
     ),
     Task(
-        name="ask_picture",
-        summary="answer a question about a picture",
+        name="ask_image",
+        summary="answer a question about an image",
         inputs={"image": IMAGE, "question": QUESTION},
         target=Text("answer", max_tokens=16),
         prompts={"en": ("{image} {question}",), "zh": ("{image} {question}",)},
     ),
     Task(
-        name="match_picture",
-        summary="say whether a text fits a picture",
+        name="match_image",
+        summary="say whether a text fits an image",
         inputs={"image": IMAGE, "text": TEXT},
         target=TEXT_MATCH,
         prompts={"en": ("{image} Is this {text}?",), "zh": ("{image} 这是{text}吗？",)},
         needs_negatives=True,
     ),
     Task(
-        name="tag_picture",
-        summary="give the keywords of a picture",
+        name="tag_image",
+        summary="give the keywords of an image",
         inputs={"image": IMAGE},
         target=Text("tags", max_tokens=48),
         prompts={"en": ("{image} Keywords:",), "zh": ("{image} 关键词：",)},
@@ -68,8 +68,8 @@ TASKS = (
         },
     ),
     Task(
-        name="fill_picture",
-        summary="fill in a hole in a picture",
+        name="fill_image",
+        summary="fill in a hole in an image",
         inputs={"image": IMAGE},
         target=UNMASKED_IMAGE,
         prompts={"en": ("{image} Fill in.",), "zh": ("{image} 补全。",)},
@@ -77,8 +77,8 @@ TASKS = (
         is_inpainting=True,
     ),
     Task(
-        name="number_from_picture",
-        summary="predict a number of what a picture shows",
+        name="number_from_image",
+        summary="predict a number of what an image shows",
         inputs={"image": IMAGE},
         target=NUMBER,
         prompts={"en": ("{image} What is the {column}?",), "zh": ("{image} {column}是多少？",)},
@@ -91,7 +91,7 @@ TASKS = (
         prompts={"en": ("draw {numbers}", "{numbers} Draw it."), "zh": ("画{numbers}",)},
     ),
     Task(
-        name="pair_picture",
+        name="pair_image",
         summary="embed an image like the text that describes it",
         inputs={"text": TEXT},
         target=IMAGE,
@@ -99,8 +99,8 @@ TASKS = (
         contrastive=True,
     ),
     Task(
-        name="pair_picture_tags",
-        summary="embed a picture like its keywords",
+        name="pair_image_tags",
+        summary="embed an image like its keywords",
         inputs={"tags": Text("tags")},
         target=IMAGE,
         prompts={"en": ("{tags}",), "zh": ("{tags}",)},

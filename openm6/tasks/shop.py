@@ -13,7 +13,7 @@ from openm6.tasks.task import Task
 TASKS = (
     Task(
         name="write_title",
-        summary="title a product from its picture and keywords",
+        summary="title a product from its image and keywords",
         inputs={"image": IMAGE, "tags": Text("tags")},
         target=Text("text", max_tokens=48),
         prompts={"en": ("{image} {tags} Title:",), "zh": ("{image} {tags} 标题：",)},
@@ -34,7 +34,7 @@ TASKS = (
     ),
     Task(
         name="fill_attributes",
-        summary="read a product's attributes off its picture and title",
+        summary="read a product's attributes off its image and title",
         inputs={"image": IMAGE, "title": TEXT},
         target=Text("attributes", max_tokens=48),
         prompts={"en": ("{image} {title} Attributes:",), "zh": ("{image} {title} 属性：",)},
@@ -48,7 +48,7 @@ TASKS = (
     ),
     Task(
         name="match_product",
-        summary="say whether a title fits the picture of a product",
+        summary="say whether a title fits the image of a product",
         inputs={"image": IMAGE, "text": TEXT},
         target=TEXT_MATCH,
         prompts={"en": ("{image} {text} The same product?",), "zh": ("{image} {text} 是同款吗？",)},

@@ -19,13 +19,13 @@ SHORT = 16
 METRICS: dict[str, tuple[str, ...]] = {
     "text": ("exact_match",),
     "image": ("code_bits",),
-    "sound": ("code_bits",),
+    "audio": ("code_bits",),
     "numbers": ("crps_share", "mae", "coverage_80"),
 }
 BASELINES = {
     "text": "frequent_answer",
     "image": "position_frequencies",
-    "sound": "position_frequencies",
+    "audio": "position_frequencies",
     "numbers": "column_median",
 }
 
@@ -227,5 +227,5 @@ class Derived(Slot):
         return str(record.get("id"))
 
 
-IMAGE, AUDIO, NUMBERS = Media("image", "image"), Media("sound", "audio"), Numbers()
+IMAGE, AUDIO, NUMBERS = Media("image", "image"), Media("audio", "audio"), Numbers()
 TEXT, LABEL, QUESTION = Text("text"), Text("label", max_tokens=SHORT), Text("question")

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from openm6.codecs.audio import SoundCodecConfig
+from openm6.codecs.audio import AudioCodecConfig
 from openm6.codecs.base import Codec, code_bits
 from openm6.core.config import Config
-from openm6.modalities.audio import read_sound
+from openm6.modalities.audio import read_audio
 from openm6.ops.audio import FLOOR, log_mel, mel_filters, spectrum, unit_window
 from openm6.train.codec_data import DeviceRng
 
@@ -80,7 +80,7 @@ def read_clip(data: bytes) -> Tensor:
     Raises:
         DataError: it is broken, empty or too long.
     """
-    return torch.from_numpy(np.ascontiguousarray(read_sound(data), np.float32))
+    return torch.from_numpy(np.ascontiguousarray(read_audio(data), np.float32))
 
 
 class AudioData:
@@ -89,7 +89,7 @@ class AudioData:
     def __init__(
         self,
         config: AudioDataConfig,
-        codec: SoundCodecConfig,
+        codec: AudioCodecConfig,
         clips: dict[str, list[Tensor]],
         device: torch.device,
     ) -> None:

@@ -13,7 +13,7 @@ from PIL.Image import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from openm6.codecs.audio import SoundCodec, SoundCodecConfig
+from openm6.codecs.audio import AudioCodec, AudioCodecConfig
 from openm6.codecs.base import Codec, QuantizerStats
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.codecs.registry import save_codec
@@ -93,10 +93,10 @@ class ImageCodecRecipe(CodecRecipe):
 
 
 class AudioCodecRecipe(CodecRecipe):
-    """What `openm6 train` reads when `kind` is `codec-sound`."""
+    """What `openm6 train` reads when `kind` is `codec-audio`."""
 
-    kind: Literal["codec-sound"] = "codec-sound"
-    codec: SoundCodecConfig = SoundCodecConfig()
+    kind: Literal["codec-audio"] = "codec-audio"
+    codec: AudioCodecConfig = AudioCodecConfig()
     lessons: AudioDataConfig = AudioDataConfig()
 
     @model_validator(mode="after")
@@ -276,7 +276,7 @@ class AudioCodecTraining(CodecTraining):
 
     def __init__(self, recipe: AudioCodecRecipe, device: torch.device) -> None:
         seed_everything(recipe.loop.seed, "weights")
-        super().__init__(recipe, SoundCodec(recipe.codec), device)
+        super().__init__(recipe, AudioCodec(recipe.codec), device)
         kept, held = hold_out(read_records(recipe.sources, "train", "audio", read_clip), recipe.held_out)
         self.data = self.audio = AudioData(recipe.lessons, recipe.codec, kept, device)
         self.held_out = [clip for part in held.values() for clip in part]

@@ -307,7 +307,7 @@ class MultimodalTraining(TrainingTask):
         total, active = self.omni.count_parameters()
         codecs = {
             name: codec_scores(name)
-            for name in (self.recipe.modalities.image.codec, self.recipe.modalities.sound.codec)
+            for name in (self.recipe.modalities.image.codec, self.recipe.modalities.audio.codec)
         }
         facts = RunFacts(
             name=run.name,

@@ -38,7 +38,7 @@ Build = Callable[[Any, RunFolder, torch.device, ProcessGroupContext], TrainingTa
 TRAININGS: dict[str, tuple[type[Recipe], Build]] = {
     "multimodal": (MultimodalRecipe, MultimodalTraining),
     "codec-image": (ImageCodecRecipe, lambda recipe, run, device, ranks: ImageCodecTraining(recipe, device)),
-    "codec-sound": (AudioCodecRecipe, lambda recipe, run, device, ranks: AudioCodecTraining(recipe, device)),
+    "codec-audio": (AudioCodecRecipe, lambda recipe, run, device, ranks: AudioCodecTraining(recipe, device)),
 }
 SHIPPED = Path(__file__).parents[1] / "recipes"
 

@@ -164,7 +164,7 @@ def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("error", "code", "sentence"),
     [
-        (DataError("row 3 has no picture: remove it"), 1, "error: row 3 has no picture: remove it\n"),
+        (DataError("row 3 has no image: remove it"), 1, "error: row 3 has no image: remove it\n"),
         (Interrupted("stopped at step 9", signal.SIGINT), 130, "stopped at step 9\n"),
         (Interrupted("stopped at step 9", signal.SIGTERM), 143, "stopped at step 9\n"),
         (Interrupted("stopped at step 9", signal.SIGHUP), 129, "stopped at step 9\n"),

@@ -1,4 +1,4 @@
-"""The sound codec: shapes, lengths, gradients, stages."""
+"""The audio codec: shapes, lengths, gradients, stages."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from openm6.codecs.audio import SoundCodec, SoundCodecConfig
+from openm6.codecs.audio import AudioCodec, AudioCodecConfig
 from openm6.core.errors import DataError
 
-TINY = SoundCodecConfig(
+TINY = AudioCodecConfig(
     groups=3,
     levels=(5, 4),
     window=64,
@@ -22,19 +22,19 @@ TINY = SoundCodecConfig(
 )
 
 
-def make() -> SoundCodec:
+def make() -> AudioCodec:
     torch.manual_seed(0)
-    return SoundCodec(TINY).eval()
+    return AudioCodec(TINY).eval()
 
 
-def sounds(count: int, samples: int) -> torch.Tensor:
+def audio_clips(count: int, samples: int) -> torch.Tensor:
     return 0.1 * torch.randn(count, samples, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(("samples", "places"), [(64, 1), (640, 10), (650, 11), (1, 1)])
-def test_a_started_place_counts_and_sound_comes_back_in_whole_places(samples: int, places: int) -> None:
+def test_a_started_place_counts_and_audio_comes_back_in_whole_places(samples: int, places: int) -> None:
     codec = make()
-    codes = codec.encode(sounds(2, samples))
+    codes = codec.encode(audio_clips(2, samples))
     assert codes.shape == (2, places, 3) and codes.dtype == torch.int64
     assert codes.min() >= 0 and codes.max() < codec.codebook_size == 20
     output = codec.decode(codes)
@@ -49,7 +49,7 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_encode_and_decode_agree_with_reconstruct() -> None:
-    codec, raw = make(), sounds(2, 640)
+    codec, raw = make(), audio_clips(2, 640)
     output, quantized = codec.reconstruct(raw)
     assert torch.equal(codec.encode(raw), quantized.codes)
     assert torch.allclose(codec.decode(quantized.codes), output.clamp(-1, 1), atol=1e-5)
@@ -57,14 +57,14 @@ def test_encode_and_decode_agree_with_reconstruct() -> None:
 
 def test_first_stages_alone_can_be_decoded() -> None:
     codec = make()
-    codes = codec.encode(sounds(1, 640))
+    codes = codec.encode(audio_clips(1, 640))
     coarse, fine = codec.decode(codes[..., :1]), codec.decode(codes)
     assert coarse.shape == fine.shape and not torch.equal(coarse, fine)
 
 
 def test_a_gradient_reaches_every_parameter() -> None:
     codec = make().train()
-    output, _ = codec.reconstruct(sounds(8, 640))
+    output, _ = codec.reconstruct(audio_clips(8, 640))
     output.abs().mean().backward()
     assert [
         name for name, p in codec.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
@@ -72,7 +72,7 @@ def test_a_gradient_reaches_every_parameter() -> None:
 
 
 def test_autocast_leaves_rounding_and_spectra_in_full_precision() -> None:
-    codec, raw = make(), sounds(2, 640)
+    codec, raw = make(), audio_clips(2, 640)
     with torch.autocast("cpu", torch.bfloat16):
         output, quantized = codec.reconstruct(raw)
     assert output.dtype == quantized.latent.dtype == torch.float32
@@ -87,8 +87,8 @@ def test_silence_and_full_scale_stay_finite() -> None:
 
 def test_windows_must_overlap() -> None:
     with pytest.raises(ValidationError, match="multiple of hop"):
-        SoundCodecConfig(window=100, hop=64)
+        AudioCodecConfig(window=100, hop=64)
 
 
 def test_the_default_sends_25_places_a_second() -> None:
-    assert SoundCodecConfig().rate / SoundCodecConfig().samples_per_position == 25
+    assert AudioCodecConfig().rate / AudioCodecConfig().samples_per_position == 25

@@ -1,4 +1,4 @@
-"""The picture codec: shapes, sizes, gradients, precision."""
+"""The image codec: shapes, sizes, gradients, precision."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def make(config: ImageCodecConfig = TINY) -> ImageCodec:
     return codec.eval()
 
 
-def pictures(count: int, height: int, width: int) -> torch.Tensor:
+def images(count: int, height: int, width: int) -> torch.Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 32), (8, 8), (24, 40)])
 def test_any_size_that_the_stride_divides_goes_there_and_back(height: int, width: int) -> None:
     codec = make()
-    codes = codec.encode(pictures(2, height, width))
+    codes = codec.encode(images(2, height, width))
     assert codes.shape == (2, height // 8, width // 8, 2) and codes.dtype == torch.int64
     assert codes.min() >= 0 and codes.max() < codec.codebook_size == 40
     output = codec.decode(codes)
@@ -41,7 +41,7 @@ def test_any_size_that_the_stride_divides_goes_there_and_back(height: int, width
 
 def test_one_scale_means_places_of_four_pixels() -> None:
     codec = make(ImageCodecConfig(groups=1, widths=(16,), encoder_blocks=(1,), decoder_blocks=(1,)))
-    assert codec.encode(pictures(1, 64, 64)).shape == (1, 16, 16, 1)
+    assert codec.encode(images(1, 64, 64)).shape == (1, 16, 16, 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 60, 64), (1, 1, 64, 64), (3, 64, 64), (1, 3, 0, 8)])
@@ -51,14 +51,14 @@ def test_other_shapes_are_refused_with_the_stride(shape: tuple[int, ...]) -> Non
 
 
 def test_encode_and_decode_agree_with_reconstruct() -> None:
-    codec, raw = make(), pictures(2, 32, 32)
+    codec, raw = make(), images(2, 32, 32)
     output, quantized = codec.reconstruct(raw)
     assert torch.equal(codec.encode(raw), quantized.codes)
     assert torch.allclose(codec.decode(quantized.codes), output.clamp(-1, 1), atol=1e-5)
 
 
 def test_codes_depend_on_what_is_near_and_not_on_the_batch() -> None:
-    codec, raw = make(), pictures(3, 64, 64)
+    codec, raw = make(), images(3, 64, 64)
     alone = codec.encode(raw[1:2])
     assert torch.equal(codec.encode(raw)[1:2], alone)
     changed = raw[1:2].clone()
@@ -68,7 +68,7 @@ def test_codes_depend_on_what_is_near_and_not_on_the_batch() -> None:
 
 def test_a_gradient_reaches_every_parameter() -> None:
     codec = make().train()
-    output, _ = codec.reconstruct(pictures(4, 32, 32))
+    output, _ = codec.reconstruct(images(4, 32, 32))
     output.square().mean().backward()
     assert [
         name for name, p in codec.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
@@ -78,7 +78,7 @@ def test_a_gradient_reaches_every_parameter() -> None:
 def test_autocast_leaves_the_quantizer_in_full_precision() -> None:
     codec = make().train()
     with torch.autocast("cpu", torch.bfloat16):
-        output, quantized = codec.reconstruct(pictures(2, 32, 32))
+        output, quantized = codec.reconstruct(images(2, 32, 32))
     assert output.dtype == quantized.latent.dtype == torch.float32
     values = codec.vectors(quantized.codes)
     assert torch.allclose(values, quantized.latent, atol=1e-6)
@@ -86,7 +86,7 @@ def test_autocast_leaves_the_quantizer_in_full_precision() -> None:
 
 def test_vectors_are_the_latent_the_decoder_reads() -> None:
     codec = make()
-    codes = codec.encode(pictures(1, 16, 16))
+    codes = codec.encode(images(1, 16, 16))
     vectors = codec.vectors(codes)
     assert vectors.shape == (1, 2, 2, codec.vector_size)
     assert torch.allclose(vectors, codec.quantizer.latent_of(codes), atol=1e-6)
@@ -99,7 +99,7 @@ def test_scales_must_agree() -> None:
         ImageCodecConfig(widths=(20,), encoder_blocks=(1,), decoder_blocks=(1,))
 
 
-def test_one_picture_alone_has_the_convolutions_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_alone_has_the_convolutions_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "onednn_is_faster", matmul.has_onednn)
     monkeypatch.setattr(matmul, "MIN_PRODUCT", 1)
     for size in (1, 3):

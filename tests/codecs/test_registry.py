@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from openm6.codecs.audio import SoundCodec, SoundCodecConfig
+from openm6.codecs.audio import AudioCodec, AudioCodecConfig
 from openm6.codecs.base import Codec
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.codecs.registry import CODECS, METADATA_KEY, load_codec, save_codec
@@ -23,10 +23,10 @@ def example(kind: str) -> tuple[Codec, torch.Tensor]:
             groups=2, levels=(8, 5), widths=(16,), encoder_blocks=(1,), decoder_blocks=(1,)
         )
         return ImageCodec(config).eval(), torch.rand(2, 3, 16, 16) * 2 - 1
-    small = SoundCodecConfig(
+    small = AudioCodecConfig(
         groups=2, window=64, hop=16, num_mels=8, width=16, encoder_blocks=1, decoder_blocks=1
     )
-    return SoundCodec(small).eval(), 0.1 * torch.randn(2, 640)
+    return AudioCodec(small).eval(), 0.1 * torch.randn(2, 640)
 
 
 @pytest.mark.parametrize("kind", list(CODECS))
@@ -68,7 +68,7 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 
 def test_another_safetensors_file_is_no_codec(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    save_file({"a": torch.zeros(2)}, str(path), {METADATA_KEY: json.dumps({"kind": "picture"})})
+    save_file({"a": torch.zeros(2)}, str(path), {METADATA_KEY: json.dumps({"kind": "image"})})
     with pytest.raises(CheckpointError, match="holds no codec"):
         load_codec(path)
 

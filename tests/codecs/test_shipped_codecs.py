@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from openm6.codecs.audio import SoundCodec
+from openm6.codecs.audio import AudioCodec
 from openm6.codecs.image import ImageCodec
 from openm6.codecs.registry import SHIPPED, load_codec, shipped_codecs
 from openm6.data.parquet import EmbeddedConfig
@@ -17,7 +17,7 @@ from openm6.train.image_codec import image_scores, read_small, to_pixels
 
 
 def test_three_codecs_are_shipped_each_a_few_megabytes_with_its_scores() -> None:
-    assert shipped_codecs() == ("image-256", "image-64", "sound")
+    assert shipped_codecs() == ("image-256", "image-64", "audio")
     for name in shipped_codecs():
         assert (SHIPPED / f"{name}.safetensors").stat().st_size < 8_000_000
         assert set(json.loads((SHIPPED / f"{name}.json").read_text())) >= {"held_out", "test"}
@@ -36,8 +36,8 @@ def test_unseen_emoji_survive(name: str, grid: int, groups: int, decibels: float
 
 
 def test_an_unseen_voice_survives_and_stages_refine() -> None:
-    codec = load_codec("sound")
-    assert isinstance(codec, SoundCodec) and codec.groups == 4 and codec.codebook_size == 1000
+    codec = load_codec("audio")
+    assert isinstance(codec, AudioCodec) and codec.groups == 4 and codec.codebook_size == 1000
     source = open_sources({"digits": EmbeddedConfig(name="espeak_digits")}, "test")["digits"]
     clips = [read_clip(source[index]["audio"]) for index in range(0, len(source), 6)]
     assert audio_scores(codec, clips)["log_mel_l1"] < 0.65

@@ -137,7 +137,7 @@ def test_a_text_is_given_back_by_decode() -> None:
         assert text.decode(labels.tolist()) == raw
 
 
-@pytest.mark.parametrize("name", ["image", "sound"])
+@pytest.mark.parametrize("name", ["image", "audio"])
 def test_codes_are_given_back_by_decode(name: str) -> None:
     modality: Any = modalities()[name]
     for raw in modality.examples():

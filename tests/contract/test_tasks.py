@@ -22,10 +22,10 @@ from tests.small_model import demo_sources, modalities
 
 BASELINES = {
     "frequent_answer": {"text"},
-    "position_frequencies": {"image", "sound"},
+    "position_frequencies": {"image", "audio"},
     "column_median": {"numbers"},
     "last_value": {"numbers"},
-    "chance": {"image", "sound"},
+    "chance": {"image", "audio"},
 }
 LOOKED_AT = 40  # records of a source
 
@@ -75,7 +75,7 @@ def test_all_pairs_of_modalities_are_covered() -> None:
 
 
 def test_a_mistyped_name_gets_a_hint() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'name_picture'"):
+    with pytest.raises(ConfigError, match="did you mean 'name_image'"):
         task_named("name_pictur")
 
 
@@ -176,7 +176,7 @@ def test_the_label_does_not_leak_into_a_definition() -> None:
 
 def test_a_text_to_match_says_nothing_of_whether_it_fits() -> None:
     """Prompt and truth share one draw: both occur, the text shown is the record's own exactly where it says yes."""
-    task, source = TASKS["match_picture"], demo_sources()["emoji"]
+    task, source = TASKS["match_image"], demo_sources()["emoji"]
     seen = set()
     for seed in range(40):
         record = with_negatives(source[3], source, np.random.default_rng(seed))
@@ -217,4 +217,4 @@ def test_a_gap_stands_where_words_are_missing() -> None:
 
 def test_a_prompt_that_names_a_slot_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="names"):
-        Task(name="x", summary="", inputs={"image": IMAGE}, target=IMAGE, prompts={"en": ("{picture}",)})
+        Task(name="x", summary="", inputs={"image": IMAGE}, target=IMAGE, prompts={"en": ("{image}",)})

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from tests.data.sample_images import png, wav
 
 from openm6.core.config import build
 from openm6.core.errors import DataError
@@ -18,7 +19,6 @@ from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
 from openm6.train.recipe import MultimodalRecipe
-from tests.data.pictures import png, wav
 from tests.small_model import modalities
 
 
@@ -36,7 +36,7 @@ def tasks_of(inspection: Inspection, name: str) -> list[str]:
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:
-    """A shop's table with a picture that is broken, one that is missing, a wrong cell and a wrong line."""
+    """A shop's table with an image that is broken, one that is missing, a wrong cell and a wrong line."""
     for number in range(40):
         (tmp_path / f"{number}.png").write_bytes(png() if number != 5 else b"\x89PNG broken")
     (tmp_path / "6.png").unlink()
@@ -54,7 +54,7 @@ def test_a_shop_with_troubles(shop):
     (found,) = inspection.data_sets
     assert (found.name, found.kind, found.rows) == ("shop", "csv", 42)
     assert {column.name: column.kind for column in found.columns} == {
-        "photo": "picture",
+        "photo": "image",
         "title": "free text",
         "price": "number",
         "rating": "number",
@@ -73,12 +73,12 @@ def test_a_shop_with_troubles(shop):
     for wanted in (
         "7 cells where the header has 6",
         "no file '6.png'",
-        "shop/5 the picture",
+        "shop/5 the image",
         "'cheap'",
         "not UTF-8",
     ):
         assert wanted in reasons
-    assert {"classify_picture", "describe_picture", "draw", "number_from_picture", "predict_number"} <= set(
+    assert {"classify_image", "describe_image", "draw", "number_from_image", "predict_number"} <= set(
         found.tasks
     )
     assert recipe_of(inspection).sources["shop"].kind == "csv"
@@ -91,7 +91,7 @@ def test_a_recipe_for_captions_of_which_a_third_is_missing_can_be_packed(tmp_pat
     rows = [f"a.png,{'' if n % 3 == 0 else f'a thing that has the number {n}'}" for n in range(90)]
     (tmp_path / "x.csv").write_text("photo,caption\n" + "\n".join(rows) + "\n")
     inspection = inspect_path(str(tmp_path / "x.csv"))
-    assert "describe_picture" in tasks_of(inspection, "x") and not inspection.data_sets[0].broken
+    assert "describe_image" in tasks_of(inspection, "x") and not inspection.data_sets[0].broken
     recipe = recipe_of(inspection)
     sources = open_sources(recipe.sources, "train")
     parts = [Component(source=sources[part.source], task=part.task) for part in recipe.mixture]
@@ -101,7 +101,7 @@ def test_a_recipe_for_captions_of_which_a_third_is_missing_can_be_packed(tmp_pat
     )
     while quarantine.seen < 60:
         next(packer.batches())
-    assert quarantine.not_applicable["x/describe_picture"] > 5 and quarantine.total == 0
+    assert quarantine.not_applicable["x/describe_image"] > 5 and quarantine.total == 0
 
 
 def test_a_folder_of_tables_with_test_parts(tmp_path):
@@ -119,21 +119,21 @@ def test_a_folder_of_tables_with_test_parts(tmp_path):
     recipe_of(inspection)
 
 
-def test_a_folder_of_pictures(tmp_path):
+def test_a_folder_of_images(tmp_path):
     for kind in ("cat", "dog"):
         (tmp_path / kind).mkdir()
         for number in range(10):
             (tmp_path / kind / f"{number}.png").write_bytes(png())
-    (tmp_path / "dog" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "dog" / "bad.png").write_bytes(b"no image")
     inspection = inspect_path(str(tmp_path))
     (found,) = inspection.data_sets
     assert (found.kind, found.rows, found.broken) == ("folder", 21, 1)
-    assert found.tasks == ["classify_picture"]
+    assert found.tasks == ["classify_image"]
     assert [column.summary for column in found.columns] == ["cat (10), dog (10)"]
     recipe_of(inspection)
 
 
-def test_sounds_and_their_words(tmp_path):
+def test_audio_clips_and_their_words(tmp_path):
     rows = [{"clip": f"{number}.wav", "sentence": f"word number {number} is said"} for number in range(12)]
     for row in rows:
         (tmp_path / row["clip"]).write_bytes(wav())

@@ -8,13 +8,13 @@ import tarfile
 
 import fsspec
 import pytest
+from tests.data.sample_images import png, wav
 
 from openm6.core.errors import DataError
 from openm6.data.media import FolderConfig, TarConfig, shards
 from openm6.data.records import Fields
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
-from tests.data.pictures import png, wav
 
 
 def open_folder(path: object, split: str = "train", **settings: object):
@@ -80,7 +80,7 @@ def test_broken_files_are_broken_alone(pets, tmp_path):
 def test_nothing_there(tmp_path):
     with pytest.raises(DataError, match="no folder"):
         open_folder(tmp_path / "none")
-    with pytest.raises(DataError, match="no pictures or sounds"):
+    with pytest.raises(DataError, match="no images or audio clips"):
         open_folder(tmp_path)
 
 

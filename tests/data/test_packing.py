@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.data.sample_images import png
 
 from openm6.core.errors import TrainingError
 from openm6.data.mixture import Component, MixtureSampler, SampleIndex
@@ -20,7 +21,6 @@ from openm6.modalities.batch import Batch, PackedExample, shortened
 from openm6.modalities.text import Text
 from openm6.tasks.registry import TASKS
 from tests.data.lists import ListSource
-from tests.data.pictures import png
 from tests.small_model import modalities
 
 CONFIG = PackingConfig(rows=2, length=64, waiting=3)
@@ -192,7 +192,7 @@ def test_a_shortened_example_is_laid_out_as_one_of_that_text(tmp_path: Path) -> 
 
 def test_both_sides_of_a_pair_are_cut() -> None:
     record = {"id": "1", "text_en": "word " * 200, "image": png(), "label": "red"}
-    whole = example_of(record, "pair_picture")
+    whole = example_of(record, "pair_image")
     cut = shortened(whole, 100)
     assert whole.left and len(whole) > 200 and len(cut) == 100
     assert (

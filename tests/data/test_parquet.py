@@ -10,6 +10,7 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.data.sample_images import png
 
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
@@ -24,7 +25,6 @@ from openm6.data.parquet import (
 )
 from openm6.data.records import Fields
 from openm6.data.sources import open_sources
-from tests.data.pictures import png
 
 LENGTHS = {
     "emoji": (1468, 181),
@@ -38,7 +38,7 @@ LENGTHS = {
     "questions": (705, 72),
     "shop": (714, 86),
     "machines": (910, 90),
-    "sounds": (86, 14),
+    "audio_events": (86, 14),
 }
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -193,7 +193,7 @@ class Image:
 
 
 class FakeDataset:
-    """As much of `datasets.Dataset` as is used; pictures come as bytes once decoding is off."""
+    """As much of `datasets.Dataset` as is used; images come as bytes once decoding is off."""
 
     def __init__(self, features: dict[str, object]) -> None:
         self.features = features
@@ -214,7 +214,7 @@ class FakeDataset:
         return FakeDataset({**self.features, column: feature})
 
 
-def test_pictures_stay_bytes_and_classes_get_names():
+def test_images_stay_bytes_and_classes_get_names():
     table = DatasetsTable(FakeDataset({"photo": Image(), "kind": ClassLabel()}), "pets")
     assert table.row(1, ["photo", "kind"]) == {"photo": {"bytes": png(), "path": None}, "kind": "dog"}
     with pytest.raises(DataError, match="bad page"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.data.sample_images import png
 
 from openm6.core.errors import DataError
 from openm6.data.mixture import Component, MixtureSampler, SampleIndex
@@ -21,7 +22,6 @@ from openm6.modalities.text import GAP, HOLE
 from openm6.tasks.prompts import without_inputs
 from openm6.tasks.registry import TASKS
 from tests.data.lists import ListSource
-from tests.data.pictures import png
 from tests.small_model import modalities
 
 RECORDS = [
@@ -52,7 +52,7 @@ def alike(first: PackedExample, second: PackedExample) -> bool:
     )
 
 
-@pytest.mark.parametrize("task", ["name_picture", "draw", "match_picture", "fill_picture", "denoise"])
+@pytest.mark.parametrize("task", ["name_image", "draw", "match_image", "fill_image", "denoise"])
 def test_a_sequence_follows_from_seed_and_draw(task: str) -> None:
     draws = [SampleIndex(0, 0, n, n) for n in range(6)]
     first, second, third = ([transform(task, seed=s)(d) for d in draws] for s in (0, 0, 1))
@@ -70,7 +70,7 @@ def is_null(sequence: PackedExample) -> bool:
     return first.kind == "text" and int(first.arrays["ids"][0]) == modalities()["text"].first_mark + HOLE  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("task", ["name_picture", "draw", "fill_picture", "denoise", "draw_numbers"])
+@pytest.mark.parametrize("task", ["name_image", "draw", "fill_image", "denoise", "draw_numbers"])
 def test_a_tenth_of_every_task_loses_its_inputs(task: str) -> None:
     maker = transform(task, [{**record, "numbers": {"mass": 1.0}} for record in RECORDS])
     found = [maker(SampleIndex(0, epoch, n, 0)) for epoch in range(50) for n in range(12)]
@@ -86,7 +86,7 @@ def test_a_part_of_drawings_loses_prompt_and_inputs() -> None:
     assert empty == pytest.approx(UNCONDITIONAL_FRACTION, abs=0.025)
 
 
-@pytest.mark.parametrize("task", ["name_picture", "denoise"])
+@pytest.mark.parametrize("task", ["name_image", "denoise"])
 def test_what_is_answered_in_words_keeps_its_prompt(task: str) -> None:
     maker = transform(task)
     assert all(len(maker(SampleIndex(0, epoch, 0, 0)).segments) > 1 for epoch in range(60))
@@ -115,7 +115,7 @@ def test_no_words_of_the_inputs_remain_in_the_prompt(task: str) -> None:
 def test_a_loss_weight_is_that_of_what_is_wanted() -> None:
     weights = {"image": 3.0, "text": 0.5}
     assert transform("draw", weights=weights)(SampleIndex(0, 0, 0, 0)).weight == 3.0
-    assert transform("name_picture", weights=weights)(SampleIndex(0, 0, 0, 0)).weight == 0.5
+    assert transform("name_image", weights=weights)(SampleIndex(0, 0, 0, 0)).weight == 0.5
     assert transform("draw")(SampleIndex(0, 0, 0, 0)).weight == 1.0
 
 
@@ -135,13 +135,13 @@ def test_a_broken_record_is_no_other() -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"id": "x", "image": b"no picture", "label": "red"}, "broken or of an unknown format"),
-        ({"id": "x", "label": "red"}, "lacks a field that task name_picture needs"),
+        ({"id": "x", "image": b"no image", "label": "red"}, "broken or of an unknown format"),
+        ({"id": "x", "label": "red"}, "lacks a field that task name_image needs"),
         (None, "row 0: broken"),
     ],
 )
 def test_a_broken_record_is_a_data_error_with_a_name(record: dict | None, reason: str) -> None:
-    maker = transform("name_picture", [record])
+    maker = transform("name_image", [record])
     with pytest.raises(DataError, match=reason):
         maker(SampleIndex(0, 0, 0, 0))
     assert maker.name(SampleIndex(0, 0, 0, 0)) == ("things", "x" if record else "row 0")

@@ -6,13 +6,13 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from tests.data.sample_images import png, wav
 
 from openm6.data.propose import column_of, unused_columns
 from openm6.data.records import Fields
 from openm6.data.sources import open_sources
 from openm6.data.text_tables import CsvConfig
 from openm6.tasks.registry import TASKS
-from tests.data.pictures import png, wav
 
 TITLES = ["a red cup", "two blue plates", "the last green bowl", "one fork", "a set of six knives"]
 
@@ -20,11 +20,11 @@ TITLES = ["a red cup", "two blue plates", "the last green bowl", "one fork", "a 
 @pytest.mark.parametrize(
     "name, cells, kind",
     [
-        ("photo", ["a.PNG", "b/c.jpeg", None], "picture"),
-        ("photo", [png(), None], "picture"),
-        ("photo", [{"bytes": png(), "path": None}], "picture"),
-        ("clip", ["a.wav", "b.flac"], "sound"),
-        ("clip", [wav()], "sound"),
+        ("photo", ["a.PNG", "b/c.jpeg", None], "image"),
+        ("photo", [png(), None], "image"),
+        ("photo", [{"bytes": png(), "path": None}], "image"),
+        ("clip", ["a.wav", "b.flac"], "audio"),
+        ("clip", [wav()], "audio"),
         ("price", ["1.5", "", "-2e3", "NA", None], "number"),
         ("price", [1, 2, 2.5, float("nan")], "number"),
         ("colour", ["red", "blue", "red", "blue", "red"], "category"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from tests.data.sample_images import png, wav
 
 from openm6.core.errors import DataError
 from openm6.data.inspect import inspect_path
@@ -17,21 +18,20 @@ from openm6.data.media import load_table
 from openm6.data.parquet import ParquetConfig
 from openm6.data.storage import TableFolder, find_files, read_bounded
 from openm6.data.text_tables import CsvConfig, JsonlConfig
-from tests.data.pictures import png, wav
 
 
 @pytest.fixture
 def folder(tmp_path):
     inside = tmp_path / "data"
     (inside / "sub").mkdir(parents=True)
-    (inside / "sub" / "a.png").write_bytes(b"picture")
+    (inside / "sub" / "a.png").write_bytes(b"image")
     (tmp_path / "secret.txt").write_bytes(b"secret")
     (inside / "link.txt").symlink_to(tmp_path / "secret.txt")
     return inside
 
 
 def test_a_file_beside_the_table(folder):
-    assert TableFolder(str(folder / "table.csv"))("sub/a.png", 100) == b"picture"
+    assert TableFolder(str(folder / "table.csv"))("sub/a.png", 100) == b"image"
 
 
 @pytest.mark.parametrize("name", ["../secret.txt", "sub/../../secret.txt", "link.txt", "/etc/hostname"])
@@ -55,10 +55,10 @@ def test_size_is_bounded(folder):
 
 def test_remote_names_are_confined_too():
     system = fsspec.filesystem("memory")
-    system.pipe("/shop/pictures/a.png", b"picture")
+    system.pipe("/shop/images/a.png", b"image")
     system.pipe("/other.png", b"secret")
     opener = TableFolder("memory://shop/table.csv")
-    assert opener("pictures/a.png", 100) == b"picture"
+    assert opener("images/a.png", 100) == b"image"
     for name in ("../other.png", "/other.png", "memory://other.png"):
         with pytest.raises(DataError, match="leads out"):
             opener(name, 100)

@@ -21,7 +21,7 @@ def opened(name: str, split: Split = "train") -> Source:
     return EmbeddedConfig(name=name).open(name, split, lambda other: NotImplemented)
 
 
-@pytest.mark.parametrize(("name", "records"), [("shop", 800), ("machines", 1000), ("sounds", 100)])
+@pytest.mark.parametrize(("name", "records"), [("shop", 800), ("machines", 1000), ("audio_events", 100)])
 def test_splits_share_no_record(name: str, records: int) -> None:
     train, test = opened(name), opened(name, "test")
     ids = [set(source.values("id")) for source in (train, test)]
@@ -75,9 +75,9 @@ def test_a_machine_state_follows_from_its_readings() -> None:
 
 
 def test_audio_can_be_decoded() -> None:
-    sounds, labels = opened("sounds"), set()
-    for row in range(len(sounds)):
-        record = sounds[row]
+    events, labels = opened("audio_events"), set()
+    for row in range(len(events)):
+        record = events[row]
         samples, rate = soundfile.read(io.BytesIO(record["audio"]))
         assert rate == 16_000 and len(samples) == 16_000 and 0.01 < np.abs(samples).max() <= 1
         labels.add(record["label"])

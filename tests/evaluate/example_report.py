@@ -18,26 +18,26 @@ from openm6.modalities.numbers import BINS, LIMIT, Histogram, NumberSeries
 EVIL = "</p><script>alert('1')</script><img src=x onerror=\"alert(2)\"> & 中文\x00\ud800"
 
 
-def picture(side: int = 64, colour: int = 200) -> Image.Image:
+def image(side: int = 64, colour: int = 200) -> Image.Image:
     pixels = np.full((side, side, 3), 255, np.uint8)
     pixels[side // 4 : 3 * side // 4, side // 4 : 3 * side // 4] = (colour, 60, 40)
     return Image.fromarray(pixels)
 
 
-def picture_bytes(side: int = 64) -> bytes:
+def image_bytes(side: int = 64) -> bytes:
     stream = io.BytesIO()
-    picture(side).save(stream, "PNG")
+    image(side).save(stream, "PNG")
     return stream.getvalue()
 
 
-def sound(seconds: float = 0.5) -> np.ndarray:
+def audio(seconds: float = 0.5) -> np.ndarray:
     time = np.arange(round(16_000 * seconds)) / 16_000
     return (0.3 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
 
 
-def sound_bytes(seconds: float = 0.5) -> bytes:
+def audio_bytes(seconds: float = 0.5) -> bytes:
     stream = io.BytesIO()
-    soundfile.write(stream, sound(seconds), 16_000, format="FLAC")
+    soundfile.write(stream, audio(seconds), 16_000, format="FLAC")
     return stream.getvalue()
 
 
@@ -83,17 +83,17 @@ def sample(given: list[Part], answer: Answer, truth: object) -> Sample:
 
 def results() -> list[TaskResult]:
     say, draw = Part("text", f"say {EVIL}"), Part("text", "draw it")
-    holed = Part("image", picture_bytes(), {"hole": (0.25, 0.5, 0.75, 1.0)})
-    silenced = Part("sound", sound_bytes(), {"gap": (0.25, 0.5), "seconds": 1.0})
+    holed = Part("image", image_bytes(), {"hole": (0.25, 0.5, 0.75, 1.0)})
+    silenced = Part("audio", audio_bytes(), {"gap": (0.25, 0.5), "seconds": 1.0})
     row = Part("numbers", {EVIL: 4.5, "mass_g": None})
     past = Part("numbers", NumberSeries("temp_max", [5.0, None, 7.0, *range(8, 30)]))
     future = NumberSeries("temp_max", [11.0, None, 9.0, 10.0])
     return [
         result(
-            "name_picture",
+            "name_image",
             ("image", "text"),
             "exact_match",
-            [sample([Part("image", picture_bytes())], EVIL, "ship")],
+            [sample([Part("image", image_bytes())], EVIL, "ship")],
         ),
         result(
             "write",
@@ -105,17 +105,15 @@ def results() -> list[TaskResult]:
             "draw",
             ("text", "image"),
             "code_bits",
-            [sample([draw], picture(32), picture_bytes())],
+            [sample([draw], image(32), image_bytes())],
             (-1.0, 2.0),
         ),
+        result("fill_image", ("image", "image"), "code_bits", [sample([holed], image(), image_bytes())]),
         result(
-            "fill_picture", ("image", "image"), "code_bits", [sample([holed], picture(), picture_bytes())]
+            "speak", ("text", "audio"), "code_bits", [sample([say], audio(), audio_bytes())], (-3.0, -1.0)
         ),
         result(
-            "speak", ("text", "sound"), "code_bits", [sample([say], sound(), sound_bytes())], (-3.0, -1.0)
-        ),
-        result(
-            "fill_sound", ("sound", "sound"), "code_bits", [sample([silenced], sound(1.0), sound_bytes())]
+            "fill_audio", ("audio", "audio"), "code_bits", [sample([silenced], audio(1.0), audio_bytes())]
         ),
         result(
             "predict_number", ("numbers", "numbers"), "crps_share", [sample([row], histogram(), {EVIL: 10.5})]

@@ -23,7 +23,7 @@ def examples(task: str, source: str, count: int) -> list[Example]:
     ]
 
 
-@pytest.mark.parametrize(("task", "source"), [("name_picture", "digits"), ("predict_number", "penguins")])
+@pytest.mark.parametrize(("task", "source"), [("name_image", "digits"), ("predict_number", "penguins")])
 def test_batches_change_nothing(task: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = examples(task, source, 5)
     together = answer(MODEL, asked, FAST)
@@ -37,8 +37,8 @@ def test_batches_change_nothing(task: str, source: str, monkeypatch: pytest.Monk
             np.testing.assert_allclose(first.median(), second.median(), rtol=1e-4)
 
 
-def test_a_filled_picture_keeps_what_was_given() -> None:
-    asked = examples("fill_picture", "digits", 3)
+def test_a_filled_image_keeps_what_was_given() -> None:
+    asked = examples("fill_image", "digits", 3)
     for example, found in zip(asked, answer(MODEL, asked, FAST), strict=True):
         tokens = MODEL.image.target(example.target.raw, options=example.target.options)
         true = np.asarray(MODEL.image.decode(torch.from_numpy(tokens.arrays["codes"]))).astype(int)
@@ -48,6 +48,6 @@ def test_a_filled_picture_keeps_what_was_given() -> None:
         assert inside > 3 * np.abs(filled - true)[down].mean() or inside == 0
 
 
-def test_a_sound_is_as_long_as_wanted() -> None:
+def test_a_audio_is_as_long_as_wanted() -> None:
     asked = examples("speak", "spoken", 2)
     assert [len(found) for found in answer(MODEL, asked, FAST)] == [19_200, 19_200]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.data.sample_images import png
 
 from openm6.evaluate.baselines import (
     AnswerFrequencies,
@@ -27,7 +28,6 @@ from openm6.modalities.registry import target_segment
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
 from tests.data.lists import ListSource
-from tests.data.pictures import png
 from tests.small_model import SCALES, loaded
 
 
@@ -37,7 +37,7 @@ def model() -> LoadedModel:
 
 
 def text(answer: str, language: str = "en") -> Example:
-    return Example("name_picture", language, [], Part("text", answer), answer, answer)
+    return Example("name_image", language, [], Part("text", answer), answer, answer)
 
 
 def number(raw: Any, source: list[Part] | None = None) -> Example:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.data.sample_images import png
 
 from openm6.data.prepare import example_sequence
 from openm6.evaluate.evaluator import EvalConfig, evaluate_task, evaluate_tasks, num_workers, select_examples
@@ -22,18 +23,17 @@ from openm6.modalities.numbers import Histogram
 from openm6.models.description import TrainedTask
 from openm6.tasks.registry import TASKS
 from tests.data.lists import ListSource
-from tests.data.pictures import png
 from tests.small_model import demo_sources, loaded
 
 LESSONS = [
     TrainedTask(task=task, source=source)
     for task, source in (
-        ("name_picture", "digits"),
-        ("match_picture", "emoji"),
+        ("name_image", "digits"),
+        ("match_image", "emoji"),
         ("draw", "digits"),
-        ("fill_picture", "emoji"),
+        ("fill_image", "emoji"),
         ("speak", "spoken"),
-        ("fill_sound", "spoken"),
+        ("fill_audio", "spoken"),
         ("predict_number", "penguins"),
         ("forecast", "weather"),
     )
@@ -55,7 +55,7 @@ def report() -> EvalReport:
 def test_every_task_is_evaluated_and_reported() -> None:
     received: list[TaskResult] = []
     found = evaluated(lessons=LESSONS[:2], on_result=received.append)
-    assert [result.name for result in found.results] == ["name_picture/digits", "match_picture/emoji"]
+    assert [result.name for result in found.results] == ["name_image/digits", "match_image/emoji"]
     assert received == found.results and found.seconds > 0
 
 
@@ -103,14 +103,14 @@ def test_results_are_complete(report: EvalReport) -> None:
         assert all(math.isfinite(value) for value in result.metrics.values())
         assert math.isfinite(result.baseline)
         assert 2 <= result.records <= 5
-        assert result.answered == (2 if result.output_modality in ("image", "sound") else 3)
+        assert result.answered == (2 if result.output_modality in ("image", "audio") else 3)
         low, high = result.information_interval
         assert low <= result.information_gain <= high
         assert result.answer_entropy is None or result.output_modality == "text"
 
 
 def test_samples_are_of_the_right_kind(report: EvalReport) -> None:
-    kinds = {"text": str, "image": Image.Image, "sound": np.ndarray, "numbers": Histogram}
+    kinds = {"text": str, "image": Image.Image, "audio": np.ndarray, "numbers": Histogram}
     for result in report.results:
         assert len(result.samples) == 2
         for sample in result.samples:
@@ -142,9 +142,9 @@ def test_a_baseline_is_beaten_only_if_score_and_information_agree(report: EvalRe
 
 def test_inpainting_is_scored_on_the_masked_region_only() -> None:
     """Codes outside of the mask may be anything: the score stays the same."""
-    model, lesson = loaded(4), TrainedTask(task="fill_picture", source="digits")
+    model, lesson = loaded(4), TrainedTask(task="fill_image", source="digits")
     examples, _ = select_examples(
-        TASKS["fill_picture"], demo_sources("test")["digits"], CONFIG, model.modalities
+        TASKS["fill_image"], demo_sources("test")["digits"], CONFIG, model.modalities
     )
     shown = [replace(e, target=replace(e.target, options={"hole": (0.0, 0.0, 0.5, 0.5)})) for e in examples]
     sequences = [example_sequence(example, model.modalities) for example in shown]
@@ -164,7 +164,7 @@ def test_more_records_on_request() -> None:
 def test_a_task_without_test_records_is_left_out() -> None:
     test = {**demo_sources("test"), "digits": ListSource("digits", [])}
     found = evaluate_tasks(loaded(), LESSONS[:2], demo_sources(), test, CONFIG)
-    assert [result.task for result in found.results] == ["match_picture"]
+    assert [result.task for result in found.results] == ["match_image"]
 
 
 def test_broken_test_records_are_left_out() -> None:
@@ -178,7 +178,7 @@ def test_broken_test_records_are_left_out() -> None:
     ]
     source = ListSource("s", records)
     config = EvalConfig(records=5)
-    for name in ("name_picture", "draw"):
+    for name in ("name_image", "draw"):
         found, sequences = select_examples(TASKS[name], source, config, loaded().modalities)
         assert len(sequences) == len(found)
         assert [example.record_id for example in found] == ["a", "d"]

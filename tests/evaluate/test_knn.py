@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+from tests.data.sample_images import png
 
 from openm6.evaluate.knn import fit_knn, image_features
-from openm6.modalities.audio import read_sound
+from openm6.modalities.audio import read_audio
 from openm6.modalities.image import read_image
 from tests.data.lists import ListSource
-from tests.data.pictures import png
 from tests.small_model import demo_sources, loaded
 
 MODEL = loaded()
@@ -30,10 +30,10 @@ def test_written_digits_are_classified() -> None:
 
 
 def test_spoken_digits_are_classified_far_above_chance() -> None:
-    knn = fit_knn(MODEL, demo_sources()["spoken"], "sound")
+    knn = fit_knn(MODEL, demo_sources()["spoken"], "audio")
     assert knn is not None
     source = demo_sources("test")["spoken"]
-    answers = [read_sound(source[n]["audio"]) for n in range(len(source))]
+    answers = [read_audio(source[n]["audio"]) for n in range(len(source))]
     right = [found == source[n]["label"] for n, found in enumerate(knn.predict(answers))]
     assert np.mean(right) > 0.4, "chance is 0.1"
 
@@ -59,7 +59,7 @@ def test_broken_records_are_passed_over() -> None:
 
 def test_features_do_not_depend_on_brightness_or_size() -> None:
     values = np.random.default_rng(0).integers(60, 120, (8, 8), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    picture = Image.fromarray(np.stack([values] * 3, -1))
+    image = Image.fromarray(np.stack([values] * 3, -1))
     brighter = Image.fromarray(np.stack([values + 60] * 3, -1))
-    np.testing.assert_allclose(image_features(picture), image_features(brighter), atol=0.05)
-    assert np.abs(image_features(picture)).mean() > 0.3
+    np.testing.assert_allclose(image_features(image), image_features(brighter), atol=0.05)
+    assert np.abs(image_features(image)).mean() > 0.3

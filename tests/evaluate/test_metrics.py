@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tests.data.sample_images import png
 
 from openm6.evaluate.knn import KNNClassifier, image_features
 from openm6.evaluate.metrics import (
@@ -25,7 +26,6 @@ from openm6.modalities.interface import Part
 from openm6.modalities.numbers import BINS, LIMIT, Histogram, NumberSeries
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
-from tests.data.pictures import png
 
 HOLE = (0.25, 0.25, 0.75, 0.75)
 
@@ -53,7 +53,7 @@ def numbers(answers: list[Histogram], wanted: list[float], baseline: float = 0.0
     )
 
 
-def pictures(colours: list[str], wanted: list[str]) -> Scored:
+def images(colours: list[str], wanted: list[str]) -> Scored:
     known = KNNClassifier(
         np.stack([image_features(striped(c)) for c in ("red", "blue") for _ in range(3)]),
         ["red"] * 3 + ["blue"] * 3,
@@ -65,10 +65,10 @@ def pictures(colours: list[str], wanted: list[str]) -> Scored:
 
 def striped(colour: str) -> Image.Image:
     """Stripes down for red, across for blue: the classifier sees shapes, not at colours."""
-    picture = Image.new("RGB", (64, 64), "white")
+    image = Image.new("RGB", (64, 64), "white")
     for place in range(0, 64, 16):
-        picture.paste(colour, (place, 0, place + 8, 64) if colour == "red" else (0, place, 64, place + 8))
-    return picture
+        image.paste(colour, (place, 0, place + 8, 64) if colour == "red" else (0, place, 64, place + 8))
+    return image
 
 
 def plain(colours: list[str], wanted: list[str]) -> Scored:
@@ -92,8 +92,8 @@ CASES: dict[str, tuple[Scored, Scored, float | None]] = {  # perfect, worse, the
         None,
     ),
     "recognised": (
-        pictures(["red", "blue"], ["red", "blue"]),
-        pictures(["red", "red"], ["red", "blue"]),
+        images(["red", "blue"], ["red", "blue"]),
+        images(["red", "red"], ["red", "blue"]),
         1.0,
     ),
     "hole_psnr": (plain(["red"], ["red"]), plain(["blue"], ["red"]), 60.0),
@@ -174,9 +174,9 @@ def test_psnr_by_hand() -> None:
 
 def test_only_the_hole_counts() -> None:
     examples = [example(np.zeros((64, 64, 3), np.uint8), options={"hole": HOLE})]
-    picture = Image.new("RGB", (64, 64), "white")
-    picture.paste("black", (16, 16, 48, 48))
-    assert mean("hole_psnr", Scored(examples, [picture])) == pytest.approx(60)
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste("black", (16, 16, 48, 48))
+    assert mean("hole_psnr", Scored(examples, [image])) == pytest.approx(60)
 
 
 def test_truths_are_the_observed_values() -> None:

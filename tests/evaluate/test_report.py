@@ -158,10 +158,10 @@ def test_pairs_are_coloured_by_their_interval(page: Page) -> None:
     assert text.count("not trained") == 9  # eight results in seven of sixteen pairs
 
 
-def test_pictures_are_shown_whole_and_large(page: Page) -> None:
-    pictures = [image for image in page.all("img") if not (image["alt"] or "").startswith("spectrogram")]
-    assert len(pictures) == 6  # given; drawn and real; given with its hole, drawn and real
-    for image in pictures:
+def test_images_are_shown_whole_and_large(page: Page) -> None:
+    images = [image for image in page.all("img") if not (image["alt"] or "").startswith("spectrogram")]
+    assert len(images) == 6  # given; drawn and real; given with its hole, drawn and real
+    for image in images:
         content = base64.b64decode((image["src"] or "").removeprefix("data:image/png;base64,"))
         assert Image.open(io.BytesIO(content)).size in ((64, 64), (32, 32))
         assert int(image["width"] or 0) == int(image["height"] or 0) == 128
@@ -176,7 +176,7 @@ def test_masked_box_and_span_are_covered(page: Page) -> None:
     ]
 
 
-def test_sounds_can_be_played_and_the_gap_is_silent(page: Page) -> None:
+def test_audio_clips_can_be_played_and_the_gap_is_silent(page: Page) -> None:
     players = {player["aria-label"]: player["src"] or "" for player in page.all("audio")}
     assert len(page.all("audio")) == 5  # model and real; given, model and real
     content = base64.b64decode(players["input, 1.0 s"].removeprefix("data:audio/wav;base64,"))
@@ -184,7 +184,7 @@ def test_sounds_can_be_played_and_the_gap_is_silent(page: Page) -> None:
     assert (rate, len(samples)) == (
         16_000,
         16_000,
-    )  # half a second of sound, padded to the second that was asked for
+    )  # half a second of audio, padded to the second that was asked for
     assert np.abs(samples[:4000]).max() > 0.2
     assert np.abs(samples[4000:8000]).max() == 0
 
@@ -246,8 +246,8 @@ def test_a_run_without_metrics_still_has_a_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "answer"),
     [
-        (Part("image", b"not a picture"), "ship"),
-        (Part("sound", b"not a sound", {"seconds": 1.0}), "ship"),
+        (Part("image", b"not an image"), "ship"),
+        (Part("audio", b"not an audio clip", {"seconds": 1.0}), "ship"),
         (Part("text", "draw"), Image.new("RGB", (8, 8))),
         (Part("text", "say"), np.array([np.nan, 0.0], np.float32)),
         (Part("text", "how much"), Histogram(np.full((1, 160), np.nan), np.array([[0.0, 1.0]]))),
@@ -267,7 +267,7 @@ def test_size_is_bounded(tmp_path: Path) -> None:
     long = rng.normal(0, 0.1, 16_000 * 29).astype(np.float32)
     wordy = [Part("text", "word " * 5000)]
     drawings = example.result("draw", ("text", "image"), "code_bits", [Sample(wordy, noise, noise, "1")] * 40)
-    sayings = example.result("speak", ("text", "sound"), "code_bits", [Sample(wordy, long, long, "1")] * 40)
+    sayings = example.result("speak", ("text", "audio"), "code_bits", [Sample(wordy, long, long, "1")] * 40)
     many = [dataclasses.replace(task, source=f"s{i}") for i in range(6) for task in (drawings, sayings)]
     html = report_html(example.run_folder(tmp_path, steps=5_000), EvalReport(many, 1.0, "x"), example.facts())
     assert len(html) < 1.4 * MEDIA_BYTES + 1_500_000
@@ -291,7 +291,7 @@ def test_json_says_null_for_what_is_not_finite() -> None:
         example.results()[0], baseline=float("nan"), information_interval=(float("-inf"), 1.0)
     )
     content = json.loads(report_json(EvalReport([task], 1.0, "x"), example.facts()))
-    entry = content["tasks"]["name_picture/things"]
+    entry = content["tasks"]["name_image/things"]
     assert entry["baseline"] is None and entry["information_ci"] == [None, 1.0]
 
 
@@ -320,7 +320,7 @@ def test_scores_of_codecs_are_grouped_by_their_records() -> None:
 
 
 def test_each_codec_has_a_table(tmp_path: Path) -> None:
-    codecs = {name: codec_scores(name) for name in ("image-64", "sound")}
+    codecs = {name: codec_scores(name) for name in ("image-64", "audio")}
     facts = dataclasses.replace(example.facts(), codecs={**codecs, "x": {"a psnr": 30.0, "b ssim": 0.9}})
     html = report_html(example.run_folder(tmp_path), EvalReport([], 1.0, "x"), facts)
     tables = html.split('id="codecs"')[1].split("</section>")[0]

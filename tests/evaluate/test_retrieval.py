@@ -36,7 +36,7 @@ def test_bits_are_none_by_chance_and_log_of_the_size_at_best() -> None:
 
 
 def test_equal_texts_are_one_query() -> None:
-    loaded, task = embedding_model(), TASKS["pair_picture"]
+    loaded, task = embedding_model(), TASKS["pair_image"]
     examples = examples_in(task, demo_sources("test")["digits"], "zh", 0, loaded)[:40]
     forward, backward = both_directions(loaded, task, examples, "zh")
     assert forward.similarity.shape == (len({example.key for example in examples}), 40)
@@ -49,16 +49,16 @@ def test_equal_texts_are_one_query() -> None:
 
 def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
     loaded = embedding_model()
-    lesson = TrainedTask(task="pair_sound", source="spoken")
+    lesson = TrainedTask(task="pair_audio", source="spoken")
     result = evaluate_retrieval(loaded, lesson, demo_sources("test")["spoken"], 0)
     assert result is not None and result.metric == "recall_at_1" and result.baseline == pytest.approx(0.1)
     directions = {
         name.removesuffix("_recall_at_1") for name in result.metrics if name.endswith("_recall_at_1")
     }
-    assert directions == {f"{x}_{y}" for x in ("text_to_sound", "sound_to_text") for y in ("en", "zh")}
+    assert directions == {f"{x}_{y}" for x in ("text_to_audio", "audio_to_text") for y in ("en", "zh")}
     assert np.isfinite(list(result.metrics.values())).all()
 
 
 def test_a_source_that_fits_nothing_is_not_judged() -> None:
-    lesson = TrainedTask(task="pair_sound", source="iris")
+    lesson = TrainedTask(task="pair_audio", source="iris")
     assert evaluate_retrieval(embedding_model(), lesson, demo_sources("test")["iris"], 0) is None

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.data.sample_images import png
 from typer.testing import CliRunner
 
 from openm6.cli.main import app
@@ -23,7 +24,6 @@ from openm6.data.text_tables import CsvConfig
 from openm6.data.windows import WindowsConfig
 from openm6.evaluate.run import evaluate, open_own_data, source_configs
 from openm6.train.run import train_recipe
-from tests.data.pictures import png
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 
@@ -88,7 +88,7 @@ def test_records_that_suit_no_task_are_an_error(run: Path, tmp_path: Path) -> No
     [
         ("nowhere.csv", "there is nothing at .*nowhere.csv: check the path"),
         ("notes.txt", "notes.txt is no table but a text"),
-        ("folder.csv", "no pictures or sounds below"),
+        ("folder.csv", "no images or audio clips below"),
     ],
 )
 def test_records_that_cannot_be_read(run: Path, tmp_path: Path, name: str, sentence: str) -> None:
@@ -108,7 +108,7 @@ def test_only_the_rows_marked_as_test_are_judged(run: Path, tmp_path: Path) -> N
 
 
 def test_settings_can_be_changed(run: Path) -> None:
-    found = evaluate(run, ["name_picture"], settings=["judge.records=12", "judge.answers=7"])
+    found = evaluate(run, ["name_image"], settings=["judge.records=12", "judge.answers=7"])
     assert found.results[0].answered == 7
     with pytest.raises(ConfigError, match="unknown key 'record'"):
         evaluate(run, settings=["judge.record=3"])

@@ -62,7 +62,7 @@ RUNS: dict[str, list[str]] = {
 QUESTIONS: dict[str, list[str]] = {
     "text": ["--text", "What is the capital of France?", "--want", "text"],
     "text-of-image": ["--image", "7.png", "--want", "text"],
-    "text-of-audio": ["--sound", "a.wav", "--want", "text"],
+    "text-of-audio": ["--audio", "a.wav", "--want", "text"],
     "text-sampled": [
         "--text",
         "say a word",
@@ -84,7 +84,7 @@ QUESTIONS: dict[str, list[str]] = {
         "6",
     ],
     "text-of-audio-sampled": [
-        "--sound",
+        "--audio",
         "a.wav",
         "--want",
         "text",
@@ -94,9 +94,9 @@ QUESTIONS: dict[str, list[str]] = {
         "7",
     ],
     "image": ["--text", "draw the digit seven", "--want", "image", "--seed", "3"],
-    "image-of-audio": ["--sound", "a.wav", "--want", "image", "--seed", "3"],
+    "image-of-audio": ["--audio", "a.wav", "--want", "image", "--seed", "3"],
     "image-masked": ["--image", "7.png", "--want", "image", "--hole", "0.25,0.25,0.75,0.75", "--seed", "3"],
-    "audio": ["--text", "say seven", "--want", "sound", "--seed", "3"],
+    "audio": ["--text", "say seven", "--want", "audio", "--seed", "3"],
     "numbers": [
         "--numbers",
         "bill_length_mm=40,bill_depth_mm=18",
@@ -141,7 +141,7 @@ def losses(folder: Path, name: str) -> list[float]:
 
 
 def media(folder: Path) -> None:
-    """A picture and a recording to ask about."""
+    """An image and a recording to ask about."""
     grid = np.linspace(0, 255, 40)
     Image.fromarray(
         np.stack([np.add.outer(grid, grid * k) % 256 for k in (1, 2, 3)], -1).astype(np.uint8)
@@ -163,7 +163,7 @@ def answers(folder: Path) -> dict[str, str]:
     """Answers of the command line, one at a time."""
     found = {}
     for name, words in QUESTIONS.items():
-        file = {"image": "out.png", "sound": "out.wav"}.get(words[words.index("--want") + 1])
+        file = {"image": "out.png", "audio": "out.wav"}.get(words[words.index("--want") + 1])
         said = run(folder, "generate", "demo", *words, *(["--out", file] if file else []))
         found[name] = digest((folder / file).read_bytes()) if file else said.strip()
     return found
@@ -178,8 +178,8 @@ def served(folder: Path) -> dict[str, str]:
     )  # fmt: skip
     try:
         wait_for("http://127.0.0.1:8437/ready", server)
-        picture = base64.b64encode((folder / "7.png").read_bytes()).decode()
-        seen = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}]
+        image = base64.b64encode((folder / "7.png").read_bytes()).decode()
+        seen = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}]
         chats = {
             "text": {
                 "messages": [{"role": "user", "content": "What is the capital of France?"}],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.data.sample_images import png, wav
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.evaluate.likelihood import sequence_nll
@@ -24,7 +25,6 @@ from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.pool import pool_segment
 from openm6.modalities.registry import Reading, source_segments
-from tests.data.pictures import png, wav
 from tests.inference.reference import hidden_states
 from tests.small_model import embedding_model, loaded, modalities
 
@@ -89,7 +89,7 @@ def test_answers_are_in_the_columns_own_units() -> None:
     assert low < found.median() < high
 
 
-CANDIDATES = ("zero", "seven apples", "", "a picture of something long", "zero")
+CANDIDATES = ("zero", "seven apples", "", "an image of something long", "zero")
 
 
 @pytest.mark.parametrize("reading", ["whole", "parts"])
@@ -114,7 +114,7 @@ def test_candidates_have_the_likelihood_that_each_has_alone(
 INPUTS = [
     [Part("text", "seven")],
     [Part("image", png(side=40))],
-    [Part("sound", wav(seconds=0.4))],
+    [Part("audio", wav(seconds=0.4))],
     [Part("text", "a cup"), Part("image", png(side=24))],
     [Part("numbers", {"mass": 3.0})],
 ]
@@ -149,10 +149,10 @@ def test_inputs_keep_their_order_over_rows_and_passes() -> None:
 
 
 def test_a_model_without_the_lesson_says_what_it_needs() -> None:
-    with pytest.raises(ConfigError, match="needs training on pair_picture"):
+    with pytest.raises(ConfigError, match="needs training on pair_image"):
         embed(loaded(), INPUTS)
 
 
-def test_a_broken_picture_is_refused() -> None:
-    with pytest.raises(DataError, match="picture is broken"):
-        embed(embedding_model(), [[Part("image", b"no picture")]])
+def test_a_broken_image_is_refused() -> None:
+    with pytest.raises(DataError, match="image is broken"):
+        embed(embedding_model(), [[Part("image", b"no image")]])

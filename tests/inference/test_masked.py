@@ -32,13 +32,13 @@ def model() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    words = ("draw the digit seven", "a", "a picture of something long and wide and high", "x")
+    words = ("draw the digit seven", "a", "an image of something long and wide and high", "x")
     return [source_segments([Part("text", found)], modalities()) for found in words]
 
 
 @pytest.fixture(scope="module")
 def targets(model: LoadedModel) -> list[Segment]:
-    """Pictures with holes of several sizes."""
+    """Images with holes of several sizes."""
     return [
         model.image.target(demo_sources()["digits"][row]["image"], options={"hole": hole})
         for row, hole in enumerate(HOLES)
@@ -118,12 +118,12 @@ SETTINGS = (
 )
 
 
-@pytest.mark.parametrize("kind", ["image", "sound"])
+@pytest.mark.parametrize("kind", ["image", "audio"])
 def test_each_of_a_batch_is_what_it_is_alone(
     model: LoadedModel, prompts: list[Prompt], targets: list[Segment], kind: str
 ) -> None:
     """States that join at different steps, with settings of their own, against one pass per step without a cache."""
-    segments = targets if kind == "image" else [model.sound.blank() for _ in prompts]
+    segments = targets if kind == "image" else [model.audio.blank() for _ in prompts]
     cache = model.omni.backbone.new_cache(4, 64)
     waiting: list[MaskedDecodeState] = []
     for index, prompt in enumerate(prompts):
@@ -180,13 +180,13 @@ def test_the_prompt_and_the_seed_matter(model: LoadedModel, prompts: list[Prompt
     assert not torch.equal(answer(prompts[0], 1), answer(prompts[2], 1))
 
 
-def test_sounds_are_filled_likewise(model: LoadedModel, prompts: list[Prompt]) -> None:
+def test_audio_clips_are_filled_likewise(model: LoadedModel, prompts: list[Prompt]) -> None:
     raw = demo_sources()["spoken"][0]["audio"]
-    tokens = model.sound.target(raw, options={"gap": (0.2, 0.5), "seconds": 1.2})
+    tokens = model.audio.target(raw, options={"gap": (0.2, 0.5), "seconds": 1.2})
     found = decode_masked(model.omni, prompts[:1], [tokens], MaskedSampling(steps=4))[0].numpy()
     hidden = tokens.arrays["is_masked"]
     assert np.array_equal(found[~hidden], tokens.arrays["codes"][~hidden])
-    assert np.isfinite(model.sound.decode(torch.from_numpy(found))).all()
+    assert np.isfinite(model.audio.decode(torch.from_numpy(found))).all()
 
 
 def test_temperature_zero_and_no_noise_need_no_seed(model: LoadedModel, prompts: list[Prompt]) -> None:

@@ -62,7 +62,7 @@ def source_of(model: LoadedModel) -> OffloadedSource:
 
 
 def answers(model: LoadedModel) -> tuple[list[str], torch.Tensor, list[torch.Tensor]]:
-    """A text, a picture's codes, and the scores of texts decoded in rows."""
+    """A text, an image's codes, and the scores of texts decoded in rows."""
     prompt = source_segments([Part("text", "draw the digit seven")], model.modalities)
     texts = generate_texts(model, [prompt], Sampling(max_tokens=4))
     sampling = MaskedSampling(steps=2, seed=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.data.sample_images import png
 
 from openm6.core.errors import ConfigError
 from openm6.inference.load import LoadedModel
@@ -12,10 +13,9 @@ from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from openm6.nn.cache import PackedWriter, SlotWriter
-from tests.data.pictures import png
 from tests.small_model import loaded
 
-WORDS = ("draw the digit seven", "a", "a picture of something long", "x", "What is this?")
+WORDS = ("draw the digit seven", "a", "an image of something long", "x", "What is this?")
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,11 @@ def test_parts_read_one_by_one_are_as_if_read_at_once() -> None:
         torch.testing.assert_close(whole[:, 0], whole[:, 1], rtol=1e-4, atol=1e-4)
 
 
-def test_a_second_question_about_a_picture_reads_its_own_tokens_alone() -> None:
+def test_a_second_question_about_a_image_reads_its_own_tokens_alone() -> None:
     model = loaded(reading="parts")
-    picture = Part("image", png("red", 40))
+    image = Part("image", png("red", 40))
     first, second = (
-        source_segments((picture, Part("text", words)), model.modalities) for words in (" What?", " And why?")
+        source_segments((image, Part("text", words)), model.modalities) for words in (" What?", " And why?")
     )
     cache = model.omni.backbone.new_cache(3, 128)
     memory = PrefixCache(10**6)
@@ -70,7 +70,7 @@ def test_a_second_question_about_a_picture_reads_its_own_tokens_alone() -> None:
     assert torch.equal(cache.keys[:, 1, :length], cache.keys[:, 2, :length])
     assert torch.equal(cache.values[:, 1, :length], cache.values[:, 2, :length])
     other = source_segments((Part("image", png("blue", 40)), Part("text", " What?")), model.modalities)
-    assert prefill(model.omni, other, cache, 0, memory)[1] == 0, "the same words after another picture"
+    assert prefill(model.omni, other, cache, 0, memory)[1] == 0, "the same words after another image"
 
 
 def test_the_memory_forgets_what_was_not_used_for_longest() -> None:

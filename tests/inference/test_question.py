@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.data.sample_images import png, wav
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.inference.question import (
@@ -22,18 +23,17 @@ from openm6.modalities.registry import MODALITIES
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Task
 from openm6.train.run import read_recipe, recipe_path
-from tests.data.pictures import png, wav
 from tests.small_model import loaded
 
 MODEL = loaded(
     lessons=(
-        ("name_picture", "digits"),
-        ("fill_picture", "digits"),
-        ("number_from_picture", "digits"),
+        ("name_image", "digits"),
+        ("fill_image", "digits"),
+        ("number_from_image", "digits"),
         ("classify_numbers", "penguins"),
         ("predict_number", "penguins"),
         ("forecast", "weather"),
-        ("fill_sound", "spoken"),
+        ("fill_audio", "spoken"),
     )
 )
 
@@ -42,7 +42,7 @@ ASKED = sorted(
     {
         lesson.task for lesson in DEMO.mixture
         if len(TASKS[lesson.task].inputs) == 1 and TASKS[lesson.task].input_modality != "text"
-    } - {"describe_picture", "classify_picture"}  # asked in the words of name_picture, which comes first
+    } - {"describe_image", "classify_image"}  # asked in the words of name_image, which comes first
 )  # fmt: skip
 RECORD = {
     "image": png(), "audio": wav(), "label": "seven", "label_zh": "七",
@@ -51,7 +51,7 @@ RECORD = {
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     path = tmp_path / "a.png"
     path.write_bytes(png())
     return path
@@ -73,16 +73,16 @@ def shown(question: Question) -> list[Any]:
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"want": "video", "text": "x"}, "'video' is not one of text, image, sound, numbers"),
+        ({"want": "video", "text": "x"}, "'video' is not one of text, image, audio, numbers"),
         ({"want": "text"}, "nothing is given"),
         ({"want": "text", "text": ""}, "nothing is given"),
-        ({"want": "image", "text": "x", "hole": (0, 0, 1, 1)}, "--hole fills in a picture"),
-        ({"want": "text", "image": Path("a"), "hole": (0, 0, 1, 1)}, "--hole fills in a picture"),
-        ({"want": "sound", "text": "x", "gap": (0, 1)}, "--gap fills in a sound"),
+        ({"want": "image", "text": "x", "hole": (0, 0, 1, 1)}, "--hole fills in an image"),
+        ({"want": "text", "image": Path("a"), "hole": (0, 0, 1, 1)}, "--hole fills in an image"),
+        ({"want": "audio", "text": "x", "gap": (0, 1)}, "--gap fills in an audio clip"),
         ({"want": "image", "image": Path("a"), "hole": (0.5, 0, 0.5, 1)}, "each start below its end"),
         ({"want": "image", "image": Path("a"), "hole": (0, 0, 1, 1.5)}, "between 0 and 1"),
-        ({"want": "sound", "sound": Path("a"), "gap": (-0.1, 0.5)}, "between 0 and 1"),
-        ({"want": "sound", "sound": Path("a"), "gap": (0.6, 0.5)}, "each start below its end"),
+        ({"want": "audio", "audio": Path("a"), "gap": (-0.1, 0.5)}, "between 0 and 1"),
+        ({"want": "audio", "audio": Path("a"), "gap": (0.6, 0.5)}, "each start below its end"),
     ],
 )
 def test_what_does_not_fit_together_is_one_sentence(asked: dict[str, Any], sentence: str) -> None:
@@ -91,12 +91,12 @@ def test_what_does_not_fit_together_is_one_sentence(asked: dict[str, Any], sente
     assert "\n" not in str(caught.value)
 
 
-def test_a_picture_alone_is_asked_in_taught_words(picture: Path) -> None:
-    assert shown(Question(want="text", image=picture)) == ["image", " What is this?"]
+def test_a_image_alone_is_asked_in_taught_words(image: Path) -> None:
+    assert shown(Question(want="text", image=image)) == ["image", " What is this?"]
 
 
-def test_a_persons_words_win(picture: Path) -> None:
-    assert shown(Question(want="text", image=picture, text="How many?")) == ["image", " How many?"]
+def test_a_persons_words_win(image: Path) -> None:
+    assert shown(Question(want="text", image=image, text="How many?")) == ["image", " How many?"]
     assert shown(Question(want="image", text="draw the digit seven")) == ["draw the digit seven"]
 
 
@@ -106,11 +106,11 @@ def taught(task: Task, language: str) -> list[Any]:
     return [part.raw if part.modality == "text" else part.modality for part in example.source]
 
 
-def asked(task: Task, language: str, picture: Path, recording: Path) -> Question:
+def asked(task: Task, language: str, image: Path, recording: Path) -> Question:
     """What a person gives and wants who would have a task done, without a word of how it was taught."""
     given: dict[str, Any] = {
-        "image": {"image": picture},
-        "sound": {"sound": recording},
+        "image": {"image": image},
+        "audio": {"audio": recording},
         "numbers": {"numbers": {"mass": 3.0, "length": 4.0}},
     }[task.input_modality]
     if "series" in task.inputs:
@@ -125,10 +125,10 @@ def asked(task: Task, language: str, picture: Path, recording: Path) -> Question
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("name", ASKED)
 def test_the_question_put_in_is_the_one_that_was_taught(
-    name: str, language: str, picture: Path, recording: Path
+    name: str, language: str, image: Path, recording: Path
 ) -> None:
     model = loaded(lessons=((name, "digits"),))
-    parts = prompt_parts(asked(TASKS[name], language, picture, recording), model)
+    parts = prompt_parts(asked(TASKS[name], language, image, recording), model)
     found = [part.raw if part.modality == "text" else part.modality for part in parts]
     assert found == taught(TASKS[name], language)
     assert any(isinstance(part.raw, str) for part in parts)
@@ -149,23 +149,23 @@ def test_a_text_that_tells_of_something_is_asked_for_the_number(language: str, q
     assert [part.raw for part in prompt_parts(own, model)] == ["How much mass has a stone?"]
 
 
-def test_a_hole_is_asked_for_as_in_training(picture: Path) -> None:
+def test_a_hole_is_asked_for_as_in_training(image: Path) -> None:
     hole = (0.25, 0.25, 0.75, 0.75)
-    parts = prompt_parts(Question(want="image", image=picture, hole=hole), MODEL)
+    parts = prompt_parts(Question(want="image", image=image, hole=hole), MODEL)
     assert parts == [Part("image", png(), {"hole": hole}), Part("text", " Fill in.")]
 
 
 def test_a_gap_is_read_at_the_length_that_will_be_filled(recording: Path) -> None:
     """As in training: a share of the length must be the same stretch in what is read and what is wanted."""
-    parts = prompt_parts(Question(want="sound", sound=recording, gap=(0.2, 0.5)), MODEL)
+    parts = prompt_parts(Question(want="audio", audio=recording, gap=(0.2, 0.5)), MODEL)
     assert parts[0].options == {"gap": (0.2, 0.5)}
-    read = MODEL.sound.source(parts[0].raw, options=parts[0].options)
-    assert len(read) * 0.08 == pytest.approx(MODEL.sound.seconds, abs=0.08)
+    read = MODEL.audio.source(parts[0].raw, options=parts[0].options)
+    assert len(read) * 0.08 == pytest.approx(MODEL.audio.seconds, abs=0.08)
     assert parts[1].raw == " Fill in."
 
 
-def test_a_number_is_asked_for_by_name(picture: Path) -> None:
-    asked = Question(want="numbers", image=picture, column="body_mass_g")
+def test_a_number_is_asked_for_by_name(image: Path) -> None:
+    asked = Question(want="numbers", image=image, column="body_mass_g")
     assert shown(asked) == ["image", " What is the body mass g?"]
 
 
@@ -199,9 +199,9 @@ def test_a_series_is_asked_to_go_on() -> None:
     assert shown(Question(want="numbers", series=series)) == ["numbers", " What comes next?"]
 
 
-def test_what_was_never_taught_is_asked_without_words(recording: Path, picture: Path) -> None:
-    assert shown(Question(want="image", sound=recording)) == ["sound"]
-    assert shown(Question(want="text", sound=recording, image=picture)) == ["image", "sound"]
+def test_what_was_never_taught_is_asked_without_words(recording: Path, image: Path) -> None:
+    assert shown(Question(want="image", audio=recording)) == ["audio"]
+    assert shown(Question(want="text", audio=recording, image=image)) == ["image", "audio"]
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -216,10 +216,10 @@ def test_shares_that_are_not_numbers_are_refused() -> None:
         Question(want="image", image=Path("a"), hole=(float("nan"), 0.0, 1.0, 1.0))
 
 
-def test_a_path_may_be_a_string(picture: Path) -> None:
-    asked = Question(want="text", image=str(picture))
-    assert asked.image == picture
-    assert prompt_parts(asked, MODEL) == prompt_parts(Question(want="text", image=picture), MODEL)
+def test_a_path_may_be_a_string(image: Path) -> None:
+    asked = Question(want="text", image=str(image))
+    assert asked.image == image
+    assert prompt_parts(asked, MODEL) == prompt_parts(Question(want="text", image=image), MODEL)
     with pytest.raises(ConfigError, match="image must be the path of a file, not bytes"):
         Question(want="text", image=png())  # type: ignore[arg-type]
 

@@ -10,11 +10,11 @@ import pytest
 import soundfile
 from click.testing import Result
 from PIL import Image
+from tests.data.sample_images import bomb, png, silence, wav
 from typer.testing import CliRunner
 
 from openm6.cli.main import app
 from openm6.train.run import train_recipe
-from tests.data.pictures import bomb, png, silence, wav
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 FAST = ["--set", "masked.steps=2", "--set", "text.max_tokens=6"]
@@ -35,7 +35,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "a.wav").write_bytes(wav(seconds=0.5))
     (tmp_path / "broken.png").write_bytes(png()[:40])
     (tmp_path / "broken.wav").write_bytes(wav()[:20])
-    (tmp_path / "text.txt").write_text("I am a text, not a picture", encoding="utf-8")
+    (tmp_path / "text.txt").write_text("I am a text, not an image", encoding="utf-8")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "bomb.png").write_bytes(bomb())
     (tmp_path / "long.wav").write_bytes(silence(seconds=7200))
@@ -53,14 +53,14 @@ def test_text(run: Path, files: Path) -> None:
     assert (files / "t.txt").read_text(encoding="utf-8") == shown.stdout
 
 
-def test_a_picture(run: Path, files: Path) -> None:
+def test_a_image(run: Path, files: Path) -> None:
     shown = ask(run, "--text", "draw the digit seven", "--want", "image")
     assert shown.exit_code == 0 and "answer.png" in shown.stdout
     assert Image.open(files / "answer.png").size == (64, 64)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
-def test_pictures_of_several_formats(run: Path, files: Path, suffix: str) -> None:
+def test_images_of_several_formats(run: Path, files: Path, suffix: str) -> None:
     assert ask(run, "--text", "draw", "--want", "image", "--out", f"x{suffix}").exit_code == 0
     assert Image.open(files / f"x{suffix}").size == (64, 64)
 
@@ -72,9 +72,9 @@ def test_a_hole_keeps_what_is_around_it(run: Path, files: Path) -> None:
     assert np.abs(filled[:4, :4] - (255, 0, 0)).mean() < 60, "the corner is red as it was"
 
 
-@pytest.mark.parametrize("words", [["--text", "say zero"], ["--sound", "a.wav", "--gap", "0.2,0.4"]])
-def test_a_sound(run: Path, files: Path, words: list[str]) -> None:
-    assert ask(run, *words, "--want", "sound", "--out", "x.wav").exit_code == 0
+@pytest.mark.parametrize("words", [["--text", "say zero"], ["--audio", "a.wav", "--gap", "0.2,0.4"]])
+def test_a_audio(run: Path, files: Path, words: list[str]) -> None:
+    assert ask(run, *words, "--want", "audio", "--out", "x.wav").exit_code == 0
     samples, rate = soundfile.read(files / "x.wav")
     assert rate == 16_000 and len(samples) == 19_200 and np.isfinite(samples).all()
 
@@ -104,32 +104,32 @@ def test_the_same_seed_gives_the_same_answer(run: Path, files: Path) -> None:
 
 
 BAD = {
-    "no picture": ("--image nowhere.png --want text", "no file at nowhere.png: check the path"),
-    "no sound": ("--sound nowhere.wav --want text", "no file at nowhere.wav: check the path"),
-    "broken picture": ("--image broken.png --want text", "broken.png: the picture is broken"),
-    "broken sound": ("--sound broken.wav --want text", "broken.wav: the sound is broken"),
-    "text as picture": ("--image text.txt --want text", "the picture is broken or of an unknown format"),
-    "text as sound": ("--sound text.txt --want text", "the sound is broken or of an unknown format"),
-    "picture as sound": ("--sound a.png --want text", "the sound is broken or of an unknown format"),
+    "no image": ("--image nowhere.png --want text", "no file at nowhere.png: check the path"),
+    "no audio clip": ("--audio nowhere.wav --want text", "no file at nowhere.wav: check the path"),
+    "broken image": ("--image broken.png --want text", "broken.png: the image is broken"),
+    "broken audio": ("--audio broken.wav --want text", "broken.wav: the audio is broken"),
+    "text as image": ("--image text.txt --want text", "the image is broken or of an unknown format"),
+    "text as audio": ("--audio text.txt --want text", "the audio is broken or of an unknown format"),
+    "image as audio": ("--audio a.png --want text", "the audio is broken or of an unknown format"),
     "a folder": ("--image folder.png --want text", "cannot be read"),
     "unknown column": ("--numbers bill_lenght_mm=3 --want text", "did you mean 'bill_length_mm'"),
     "unknown wanted column": ("--text x --want numbers --column mass", "has no column 'mass'"),
     "unknown series": ("--series x=1,2 --want numbers", "has no column 'x'"),
     "no column": ("--text x --want numbers", "the number to predict is not named"),
-    "hole without picture": ("--text x --hole 0,0,1,1 --want image", "it needs --image"),
+    "hole without image": ("--text x --hole 0,0,1,1 --want image", "it needs --image"),
     "hole of words": ("--image a.png --hole big --want image", "must be 4 numbers"),
-    "gap without sound": ("--text x --gap 0,1 --want sound", "it needs --sound"),
-    "suffix of a picture": ("--text x --want image --out x.bmp", "must end in one of .png"),
-    "suffix of a sound": ("--text x --want sound --out x.mp3", "must end in one of .wav"),
+    "gap without audio": ("--text x --gap 0,1 --want audio", "it needs --audio"),
+    "suffix of an image": ("--text x --want image --out x.bmp", "must end in one of .png"),
+    "suffix of an audio clip": ("--text x --want audio --out x.mp3", "must end in one of .wav"),
     "no such folder": ("--text x --want image --out no/x.png", "there is no folder"),
     "out is a folder": ("--text x --want image --out folder.png", "is a folder: name a file in it"),
-    "decompression bomb": ("--image bomb.png --want text", "bomb.png: the picture is over the bound of"),
-    "two hours": ("--sound long.wav --want text", "long.wav: the sound lasts 7200 s, over the bound of 30 s"),
-    "broken in a gap": ("--sound broken.wav --gap 0,.5 --want sound", "broken.wav: the sound is broken"),
+    "decompression bomb": ("--image bomb.png --want text", "bomb.png: the image is over the bound of"),
+    "two hours": ("--audio long.wav --want text", "long.wav: the audio lasts 7200 s, over the bound of 30 s"),
+    "broken in a gap": ("--audio broken.wav --gap 0,.5 --want audio", "broken.wav: the audio is broken"),
     "not a number": ("--numbers body_mass_g=nan --want text", "must look like name=3.5, a finite number"),
     "series of infinity": ("--series body_mass_g=1,inf --want numbers", "must be a finite number"),
     "unknown language": ("--image a.png --want text --language de", "'de' is not one of en, zh"),
-    "unknown want": ("--text x --want smell", "is not one of text, image, sound, numbers"),
+    "unknown want": ("--text x --want smell", "is not one of text, image, audio, numbers"),
     "nothing given": ("--want text", "nothing is given"),
     "bad setting": ("--text x --want text --set text.topp=1", "did you mean 'top_p'"),
     "infinite": ("--numbers body_mass_g=inf --want text", "a finite number, or name= where it is missing"),

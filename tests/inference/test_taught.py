@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.data.sample_images import png
 
 from openm6.core.errors import DataError
 from openm6.inference.load import LoadedModel
@@ -18,7 +19,6 @@ from openm6.modalities.interface import Part
 from openm6.models.description import CheckpointConfig
 from openm6.tasks.registry import TASKS
 from openm6.train.multimodal_data import words_read
-from tests.data.pictures import png
 from tests.small_model import demo_sources, loaded
 
 
@@ -30,8 +30,8 @@ def text(words: str) -> Part:
     return Part("text", words)
 
 
-PICTURE, ROW = Part("image", b""), Part("numbers", {"mass": 1.0})
-CLASSIFIER = trained("name_picture", "classify_numbers")
+IMAGE, ROW = Part("image", b""), Part("numbers", {"mass": 1.0})
+CLASSIFIER = trained("name_image", "classify_numbers")
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -63,8 +63,8 @@ def test_what_was_trained_is_taught(name: str) -> None:
     ("parts", "target", "said"),
     [
         ([text("draw a cat")], "image", "image from text, only text from image; text from numbers"),
-        ([PICTURE, text(" Say it.")], "sound", "sound from image, only text from image"),
-        ([ROW, PICTURE], "text", "text from image and numbers, only"),
+        ([IMAGE, text(" Say it.")], "audio", "audio from image, only text from image"),
+        ([ROW, IMAGE], "text", "text from image and numbers, only"),
         ([ROW, text(" What is its mass?")], "numbers", "numbers from numbers, only"),
     ],
 )  # fmt: skip
@@ -75,9 +75,9 @@ def test_a_pair_that_was_never_trained(parts: list[Part], target: str, said: str
 
 
 def test_words_that_are_like_no_prompt() -> None:
-    assert assess([PICTURE, text(" What is this?")], "text", CLASSIFIER).taught
-    assert assess([PICTURE, text(" 这是什么？")], "text", CLASSIFIER).taught
-    found = assess([PICTURE, text(" Who painted it, and when?")], "text", CLASSIFIER)
+    assert assess([IMAGE, text(" What is this?")], "text", CLASSIFIER).taught
+    assert assess([IMAGE, text(" 这是什么？")], "text", CLASSIFIER).taught
+    found = assess([IMAGE, text(" Who painted it, and when?")], "text", CLASSIFIER)
     assert not found.taught and "trained on '… What is this?'" in found.en
 
 
@@ -91,7 +91,7 @@ def test_an_answer_to_any_words_must_be_sure() -> None:
 
 
 def test_a_model_of_embeddings_answers_nothing() -> None:
-    assert "only embeddings" in assess([text("a")], "text", trained("pair_picture")).en
+    assert "only embeddings" in assess([text("a")], "text", trained("pair_image")).en
 
 
 def say(
@@ -106,10 +106,10 @@ def test_the_command_prints_a_note_beside_the_answer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("openm6"), "propagate", True)
-    picture, out = tmp_path / "a.png", tmp_path / "b.png"
-    picture.write_bytes(png())
-    model = loaded(lessons=(("name_picture", "digits"),))
-    assert "not taught" not in say(model, Question(want="text", image=picture), caplog)
+    image, out = tmp_path / "a.png", tmp_path / "b.png"
+    image.write_bytes(png())
+    model = loaded(lessons=(("name_image", "digits"),))
+    assert "not taught" not in say(model, Question(want="text", image=image), caplog)
     noted = say(model, Question(want="image", text="a cat"), caplog, out)
     assert "never trained to give image from text, only text from image" in noted and out.exists()
 

@@ -23,7 +23,7 @@ from openm6.modalities.text import HOLE, START
 from tests.inference.reference import write_reference
 from tests.small_model import demo_sources, loaded, modalities
 
-WORDS = ("draw the digit seven", "a", "a picture of something long", "x", "What is this?")
+WORDS = ("draw the digit seven", "a", "an image of something long", "x", "What is this?")
 SAMPLINGS = (
     Sampling(max_tokens=12),
     Sampling(temperature=1.0, max_tokens=5, seed=2),
@@ -49,7 +49,7 @@ def ragged() -> list[Prompt]:
     """An image, a recording, long and short texts, numbers, and nothing at all."""
     parts = [
         [Part("image", demo_sources()["digits"][0]["image"]), Part("text", " What is this?")],
-        [Part("sound", demo_sources()["spoken"][0]["audio"])],
+        [Part("audio", demo_sources()["spoken"][0]["audio"])],
         [Part("text", "hi")],
         [Part("text", "a longer prompt, with many words in it " * 3)],
         [Part("numbers", {"mass": 3.0, "length": None})],

@@ -1,4 +1,4 @@
-"""Broken pictures, sounds and bodies for every route; the server must answer each with a 4xx, or well."""
+"""Broken images, audio clips and bodies for every route; the server must answer each with a 4xx, or well."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def _well_formed(reply: Reply) -> bool:
 
 
 def _files() -> tuple[bytes, bytes]:
-    """A picture and a sound that are whole."""
+    """An image and an audio clip that are whole."""
     content = [body["messages"][0]["content"] for path, body in requests() if path.endswith("completions")]
-    picture, sound = content[1][0]["image_url"]["url"].partition(",")[2], content[2][0]["input_audio"]["data"]
-    return base64.b64decode(picture), base64.b64decode(sound)
+    image, audio = content[1][0]["image_url"]["url"].partition(",")[2], content[2][0]["input_audio"]["data"]
+    return base64.b64decode(image), base64.b64decode(audio)
 
 
 def mutated(data: bytes, dice: Dice) -> bytes:
@@ -113,26 +113,26 @@ def mutated(data: bytes, dice: Dice) -> bytes:
 
 
 def _edit(address: Address, dice: Dice, files: tuple[bytes, bytes]) -> Reply:
-    pictures = {"image": ("a.png", mutated(files[0], dice))}
+    images = {"image": ("a.png", mutated(files[0], dice))}
     if dice.random() < 0.5:
-        pictures["mask"] = ("m.png", mutated(files[0], dice))
-    return address.send("POST", "/v1/images/edits", *form({"prompt": "x", **FAST}, pictures))
+        images["mask"] = ("m.png", mutated(files[0], dice))
+    return address.send("POST", "/v1/images/edits", *form({"prompt": "x", **FAST}, images))
 
 
 def _transcribe(address: Address, dice: Dice, files: tuple[bytes, bytes]) -> Reply:
-    sound = {"file": ("../../a.wav", mutated(files[1], dice))}
-    return address.send("POST", "/v1/audio/transcriptions", *form({"model": "default"}, sound))
+    audio = {"file": ("../../a.wav", mutated(files[1], dice))}
+    return address.send("POST", "/v1/audio/transcriptions", *form({"model": "default"}, audio))
 
 
 def _chat(address: Address, dice: Dice, files: tuple[bytes, bytes]) -> Reply:
     """A broken file within a body that is whole; at times its base64 is broken, too."""
-    sound = dice.random() < 0.5
-    text = base64.b64encode(mutated(files[int(sound)], dice)).decode()
+    audio = dice.random() < 0.5
+    text = base64.b64encode(mutated(files[int(audio)], dice)).decode()
     if dice.random() < 0.1:
         text = text[:-1] + dice.choice("!=é\x00")
     part = (
         {"type": "input_audio", "input_audio": {"data": text, "format": "wav"}}
-        if sound
+        if audio
         else {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}}
     )
     message = {"role": "user", "content": [part, {"type": "text", "text": "?"}]}

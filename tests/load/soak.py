@@ -178,12 +178,12 @@ def _told(found: Found, asked: int, rate: float, seconds: float, wanted: float) 
 
 def requests() -> list[tuple[str, dict[str, Any]]]:
     """One of each kind, with seeds, so that the answer is known beforehand."""
-    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_picture()}"}}
-    sound = {"type": "input_audio", "input_audio": {"data": _sound(), "format": "wav"}}
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_image()}"}}
+    audio = {"type": "input_audio", "input_audio": {"data": _audio(), "format": "wav"}}
     asked: list[tuple[Any, dict[str, Any]]] = [
         ("draw the digit seven", {"temperature": 0.8}),
-        ([picture, {"type": "text", "text": "What is this?"}], {}),
-        ([sound, {"type": "text", "text": "What is said?"}], {"temperature": 1.0, "top_p": 0.9}),
+        ([image, {"type": "text", "text": "What is this?"}], {}),
+        ([audio, {"type": "text", "text": "What is said?"}], {"temperature": 1.0, "top_p": 0.9}),
         ("say zero", {"modalities": ["audio"], "audio": {"format": "pcm"}}),
         ("画数字七", {"modalities": ["image"]}),
     ]
@@ -208,13 +208,13 @@ def requests() -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _picture() -> str:
+def _image() -> str:
     out = io.BytesIO()
     Image.new("RGB", (40, 40), "red").save(out, "PNG")
     return base64.b64encode(out.getvalue()).decode()
 
 
-def _sound() -> str:
+def _audio() -> str:
     out = io.BytesIO()
     soundfile.write(out, 0.3 * np.sin(np.arange(8000) / 6), 16_000, format="WAV")
     return base64.b64encode(out.getvalue()).decode()

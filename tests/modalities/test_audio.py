@@ -1,4 +1,4 @@
-"""Sounds: what is read from which files, what is refused, gaps, and lengths."""
+"""Audio clips: what is read from which files, what is refused, gaps, and lengths."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 from openm6.codecs.registry import load_codec
 from openm6.core.errors import DataError
-from openm6.modalities.audio import MAX_RATE, RATE, Sound, random_span, read_sound, span_mask
+from openm6.modalities.audio import MAX_RATE, RATE, Audio, random_span, read_audio, span_mask
 from openm6.tasks.registry import TASKS
 from tests.small_model import modalities
 
 
 @pytest.fixture(scope="module")
-def sound() -> Sound:
-    found = modalities()["sound"]
-    assert isinstance(found, Sound)
+def audio() -> Audio:
+    found = modalities()["audio"]
+    assert isinstance(found, Audio)
     return found
 
 
@@ -41,7 +41,7 @@ def loudest(samples: np.ndarray) -> float:
 
 @pytest.mark.parametrize("rate", [8000, 11_025, 16_000, 22_050, 44_100, 48_000])
 def test_any_rate_becomes_sixteen_thousand_with_the_same_pitch(rate: int) -> None:
-    found = read_sound(file_of(sine(0.5, rate), rate))
+    found = read_audio(file_of(sine(0.5, rate), rate))
     assert len(found) == RATE // 2 and found.dtype == np.float32
     assert loudest(found) == pytest.approx(440, abs=2.1)
     inner = slice(800, -800)
@@ -50,13 +50,13 @@ def test_any_rate_becomes_sixteen_thousand_with_the_same_pitch(rate: int) -> Non
 
 @pytest.mark.parametrize(("kind", "subtype"), [("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS")])
 def test_common_formats_are_read(kind: str, subtype: str) -> None:
-    found = read_sound(file_of(sine(0.25), RATE, kind, subtype))
+    found = read_audio(file_of(sine(0.25), RATE, kind, subtype))
     assert len(found) == RATE // 4 and loudest(found) == pytest.approx(440, abs=5)
 
 
 def test_stereo_is_mixed() -> None:
     both = np.stack([sine(0.1), -sine(0.1)], axis=1)
-    assert np.abs(read_sound(file_of(both))).max() < 1e-3
+    assert np.abs(read_audio(file_of(both))).max() < 1e-3
 
 
 def test_two_hours_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,17 +65,17 @@ def test_two_hours_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) 
     def read(*words: object, **named: object) -> None:
         raise AssertionError("decoded, although the header tells the length")
 
-    monkeypatch.setattr(soundfile.SoundFile, "read", read)
+    monkeypatch.setattr(soundfile.AudioFile, "read", read)
     with pytest.raises(DataError, match="lasts 7200 s, over the bound of 30 s: cut it"):
-        read_sound(raw)
+        read_audio(raw)
 
 
 def test_the_bound_can_be_set() -> None:
-    assert len(read_sound(file_of(sine(1.0)), max_seconds=1.0)) == RATE
+    assert len(read_audio(file_of(sine(1.0)), max_seconds=1.0)) == RATE
     with pytest.raises(DataError, match="over the bound of 0.5 s"):
-        read_sound(file_of(sine(1.0)), max_seconds=0.5)
+        read_audio(file_of(sine(1.0)), max_seconds=0.5)
     with pytest.raises(DataError, match="over the bound of 0.5 s"):
-        read_sound(sine(1.0), max_seconds=0.5)
+        read_audio(sine(1.0), max_seconds=0.5)
 
 
 @pytest.mark.parametrize("rate", [1, 999, MAX_RATE + 1, 2_000_000_011])
@@ -84,7 +84,7 @@ def test_a_rate_that_nobody_records_at_is_refused(rate: int) -> None:
     header = bytearray(file_of(np.zeros(10, np.float32)))
     header[24:28] = rate.to_bytes(4, "little")
     with pytest.raises(DataError, match="samples a second, outside 1,000 to 768,000"):
-        read_sound(bytes(header))
+        read_audio(bytes(header))
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,9 @@ def test_a_rate_that_nobody_records_at_is_refused(rate: int) -> None:
     [b"", b"hello, I am a text", file_of(np.zeros(500, np.float32))[:20], None, 5],
     ids=["empty", "text", "header", "none", "number"],
 )
-def test_what_is_no_sound_is_one_sentence(raw: object) -> None:
+def test_what_is_no_audio_is_one_sentence(raw: object) -> None:
     with pytest.raises(DataError, match="broken or of an unknown format") as caught:
-        read_sound(raw)
+        read_audio(raw)
     assert "\n" not in str(caught.value)
 
 
@@ -103,27 +103,27 @@ def test_what_is_no_sound_is_one_sentence(raw: object) -> None:
 )
 def test_samples_that_are_none(samples: np.ndarray) -> None:
     with pytest.raises(DataError, match="empty|not finite"):
-        read_sound(samples)
+        read_audio(samples)
 
 
 def test_a_file_of_values_that_are_not_finite_is_refused() -> None:
     with pytest.raises(DataError, match="not finite"):
-        read_sound(file_of(np.array([0.1, np.inf, 0.2], np.float32), subtype="FLOAT"))
+        read_audio(file_of(np.array([0.1, np.inf, 0.2], np.float32), subtype="FLOAT"))
 
 
 @pytest.mark.parametrize("seconds", [0.04, 0.5, 1.2])
-def test_a_target_is_as_long_as_wanted(sound: Sound, seconds: float) -> None:
+def test_a_target_is_as_long_as_wanted(audio: Audio, seconds: float) -> None:
     for given in (0.1, 2.0):
-        tokens = sound.target(sine(given), options={"seconds": seconds})
-        assert len(tokens) == sound.length(seconds) == round(seconds * 25)
-    assert len(sound.blank(seconds)) == len(tokens)
+        tokens = audio.target(sine(given), options={"seconds": seconds})
+        assert len(tokens) == audio.length(seconds) == round(seconds * 25)
+    assert len(audio.blank(seconds)) == len(tokens)
 
 
-def test_what_follows_a_short_sound_is_silence(sound: Sound) -> None:
-    short = sound.encode(sine(0.4), 1.2)
-    padded = sound.encode(np.pad(sine(0.4), (0, RATE)), 1.2)
+def test_what_follows_a_short_audio_is_silence(audio: Audio) -> None:
+    short = audio.encode(sine(0.4), 1.2)
+    padded = audio.encode(np.pad(sine(0.4), (0, RATE)), 1.2)
     assert np.array_equal(short, padded)
-    decoded = sound.decode(torch.from_numpy(short.astype(np.int64)))
+    decoded = audio.decode(torch.from_numpy(short.astype(np.int64)))
     assert np.abs(decoded[RATE:]).mean() < 0.1 * np.abs(decoded[: RATE // 4]).mean()
 
 
@@ -142,9 +142,9 @@ def test_a_random_gap_always_hides_something(seed: int) -> None:
     assert span_mask((start, end), 30).sum() >= 5
 
 
-def test_a_gap_hides_from_the_source_and_alone_is_learned(sound: Sound) -> None:
+def test_a_gap_hides_from_the_source_and_alone_is_learned(audio: Audio) -> None:
     options = {"gap": (0.25, 0.5), "seconds": 1.2}
-    read, wanted = (method(sine(0.6), options=options) for method in (sound.source, sound.target))
+    read, wanted = (method(sine(0.6), options=options) for method in (audio.source, audio.target))
     assert np.array_equal(read.arrays["is_masked"], span_mask((0.25, 0.5), len(read)))
     assert np.array_equal(wanted.learn, span_mask((0.25, 0.5), len(wanted)))
     assert (read.arrays["patches"][read.arrays["is_masked"]] == 0).all() and 0 < wanted.learn.sum() < len(
@@ -152,10 +152,10 @@ def test_a_gap_hides_from_the_source_and_alone_is_learned(sound: Sound) -> None:
     )
 
 
-def test_augmentation_stays_finite_and_differs(sound: Sound) -> None:
-    plain = sound.source(sine(0.6))
+def test_augmentation_stays_finite_and_differs(audio: Audio) -> None:
+    plain = audio.source(sine(0.6))
     for seed in range(30):
-        tokens = sound.source(sine(0.6), np.random.default_rng(seed))
+        tokens = audio.source(sine(0.6), np.random.default_rng(seed))
         assert np.isfinite(tokens.arrays["patches"]).all() and len(tokens) > 0
         assert tokens.arrays["patches"].shape != plain.arrays["patches"].shape or not np.array_equal(
             tokens.arrays["patches"], plain.arrays["patches"]
@@ -163,47 +163,47 @@ def test_augmentation_stays_finite_and_differs(sound: Sound) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 10, 159, 161, 641])
-def test_very_short_sounds_are_read_and_spoken(sound: Sound, count: int) -> None:
+def test_very_short_audio_clips_are_read_and_spoken(audio: Audio, count: int) -> None:
     for rng in (None, *(np.random.default_rng(seed) for seed in range(40))):
-        assert len(sound.source(np.full(count, 0.1, np.float32), rng)) >= 1
+        assert len(audio.source(np.full(count, 0.1, np.float32), rng)) >= 1
     for rng in (None, np.random.default_rng(0)):
-        assert len(sound.target(np.full(count, 0.1, np.float32), rng)) == 30
+        assert len(audio.target(np.full(count, 0.1, np.float32), rng)) == 30
 
 
-def test_a_file_heard_before_gives_the_same(sound: Sound) -> None:
+def test_a_file_heard_before_gives_the_same(audio: Audio) -> None:
     raw = file_of(sine(0.3))
-    first, second = sound.source(raw), sound.source(raw)
+    first, second = audio.source(raw), audio.source(raw)
     assert np.array_equal(first.arrays["patches"], second.arrays["patches"])
-    assert np.array_equal(first.arrays["patches"], sound.source(read_sound(raw)).arrays["patches"])
-    assert np.array_equal(sound.encode(raw), sound.encode(read_sound(raw)))
+    assert np.array_equal(first.arrays["patches"], audio.source(read_audio(raw)).arrays["patches"])
+    assert np.array_equal(audio.encode(raw), audio.encode(read_audio(raw)))
     # A gap must not stick to what is remembered.
-    holed = sound.source(raw, options={"gap": (0.0, 0.5)})
-    assert holed.arrays["is_masked"].any() and not sound.source(raw).arrays["is_masked"].any()
+    holed = audio.source(raw, options={"gap": (0.0, 0.5)})
+    assert holed.arrays["is_masked"].any() and not audio.source(raw).arrays["is_masked"].any()
 
 
-def sound_of(seconds: float) -> Sound:
-    """The modality as `modalities.sound.seconds` makes it."""
-    return Sound(load_codec("sound"), seconds)  # type: ignore[arg-type]
+def audio_of(seconds: float) -> Audio:
+    """The modality as `modalities.audio.seconds` makes it."""
+    return Audio(load_codec("audio"), seconds)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seconds", [0.4, 2.0])
-@pytest.mark.parametrize("task", ["speak", "say_picture", "say_numbers", "fill_sound"])
+@pytest.mark.parametrize("task", ["speak", "say_image", "say_numbers", "fill_audio"])
 def test_the_setting_decides_how_long_every_task_speaks(task: str, seconds: float) -> None:
     """Taught, asked for and read around a gap at one length."""
     record = {"id": "1", "label": "seven", "label_zh": "七", "image": b"p", "numbers": {"mass": 1.0}}
     record["audio"] = file_of(sine(0.8))
     example = TASKS[task].example(record, np.random.default_rng(0), train=True)
-    modality = sound_of(seconds)
+    modality = audio_of(seconds)
     for rng in (None, np.random.default_rng(1)):
         assert len(modality.target(example.target.raw, rng, example.target.options)) == seconds * 25
     assert len(modality.blank()) == seconds * 25
     for part in example.source:
-        if part.modality == "sound":
+        if part.modality == "audio":
             assert len(modality.source(part.raw, options=part.options)) == seconds * 12.5
 
 
 def test_a_recording_longer_than_the_setting_is_cut_and_says_so() -> None:
-    modality = sound_of(0.4)
+    modality = audio_of(0.4)
     cut = {
         seconds: modality.target(file_of(sine(seconds))).truncated for seconds in (0.1, 0.4, 0.43, 0.45, 2.0)
     }

@@ -30,7 +30,7 @@ def test_sources_causal_text_and_blocks() -> None:
     assert found.block_id.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
     assert found.positions[:6, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert found.positions[6:10].tolist() == [[6, 8, 8], [6, 8, 24], [6, 24, 8], [6, 24, 24]]
-    assert found.positions[10].tolist() == [8, 8, 8], "a picture moves on by its longer side"
+    assert found.positions[10].tolist() == [8, 8, 8], "an image moves on by its longer side"
     assert len(found) == 12
 
 

@@ -170,7 +170,7 @@ def test_the_probabilities_of_all_codes_of_a_place_sum_to_one() -> None:
     assert float((-adapter.nll(hidden, arrays)).exp().sum().detach()) == pytest.approx(1.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["image-64", "image-256", "sound"])
+@pytest.mark.parametrize("name", ["image-64", "image-256", "audio"])
 def test_vectors_are_those_of_the_codec(name: str) -> None:
     codec = load_codec(name)
     adapter = CodesAdapter(

@@ -1,4 +1,4 @@
-"""Pictures: what is read from which files, what is refused, how many patches, and where holes lie."""
+"""Images: what is read from which files, what is refused, how many patches, and where holes lie."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from tests.data.sample_images import bomb, png
 
 from openm6.core.errors import DataError
 from openm6.modalities.batch import build_sequence
@@ -23,7 +24,6 @@ from openm6.modalities.image import (
     to_square,
 )
 from openm6.modalities.interface import Segment, line
-from tests.data.pictures import bomb, png
 from tests.small_model import modalities
 
 
@@ -34,17 +34,17 @@ def image() -> Image:
     return found
 
 
-def file_of(picture: PIL.Image.Image, kind: str = "PNG") -> bytes:
+def file_of(image: PIL.Image.Image, kind: str = "PNG") -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, kind)
+    image.save(stream, kind)
     return stream.getvalue()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_what_is_transparent_is_white(mode: str) -> None:
-    picture = PIL.Image.new("RGBA", (4, 2), (200, 0, 0, 0))
-    picture.paste((0, 0, 200, 255), (0, 0, 2, 2))
-    found = np.asarray(read_image(file_of(picture.convert(mode))))
+    image = PIL.Image.new("RGBA", (4, 2), (200, 0, 0, 0))
+    image.paste((0, 0, 200, 255), (0, 0, 2, 2))
+    found = np.asarray(read_image(file_of(image.convert(mode))))
     assert (found[:, 2:] == 255).all(), "the right half is transparent"
     assert (found[:, :2] < 255).any(), "the left half is not"
 
@@ -78,7 +78,7 @@ def test_the_bound_can_be_set() -> None:
     [b"", b"hello, I am a text", png()[:30], png()[:-40], None, 5],
     ids=["empty", "text", "header", "cut", "none", "number"],
 )
-def test_what_is_no_picture_is_one_sentence(raw: object) -> None:
+def test_what_is_no_image_is_one_sentence(raw: object) -> None:
     with pytest.raises(DataError, match="broken or of an unknown format") as caught:
         read_image(raw)
     assert "\n" not in str(caught.value)
@@ -127,8 +127,8 @@ def test_patches_are_the_pixels(image: Image) -> None:
 
 
 def test_codes_stand_where_the_patches_stand_whatever_lies_between(image: Image) -> None:
-    picture = PIL.Image.new("RGB", (64, 64))
-    source, wanted = image.source(picture), image.target(picture)
+    image = PIL.Image.new("RGB", (64, 64))
+    source, wanted = image.source(image), image.target(image)
     words = Segment("text", {}, line(7), 7, np.zeros(7, bool))
     laid = build_sequence([words, source, words, wanted])
     patches, codes = laid.positions[7 : 7 + len(source)], laid.positions[-len(wanted) :]
@@ -211,7 +211,7 @@ def test_a_file_seen_before_gives_the_same_codes(image: Image) -> None:
     assert np.array_equal(image.encode(read_image(raw)), first), "remembered or not must be the same"
 
 
-def test_a_picture_survives_the_codec_roughly(image: Image) -> None:
+def test_a_image_survives_the_codec_roughly(image: Image) -> None:
     red = image.decode(torch.from_numpy(image.encode(png("red", 64)).astype(np.int64)))
     assert np.abs(np.asarray(red).astype(int) - (255, 0, 0)).mean() < 30
 
@@ -228,11 +228,11 @@ def test_sixteen_bit_grey_keeps_its_shades() -> None:
 
 
 def test_a_photograph_stands_as_the_camera_was_held() -> None:
-    picture = PIL.Image.new("RGB", (4, 2), "white")
-    tags = picture.getexif()
+    image = PIL.Image.new("RGB", (4, 2), "white")
+    tags = image.getexif()
     tags[0x0112] = 6  # turned by a quarter
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", exif=tags)
+    image.save(stream, "JPEG", exif=tags)
     assert read_image(stream.getvalue()).size == (2, 4)
 
 
@@ -252,7 +252,7 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same(image: Image, size: tu
     found = image.source(raw).arrays["patches"]
     assert found.shape == whole.shape
     assert np.abs(found - whole).mean() < 0.005 and np.abs(found - whole).max() < 0.04  # of 2
-    squares = [np.asarray(to_square(picture, 64), np.float32) for picture in (small, read_image(raw))]
+    squares = [np.asarray(to_square(image, 64), np.float32) for image in (small, read_image(raw))]
     assert np.abs(squares[0] - squares[1]).mean() < 0.6  # of 255
 
 
@@ -262,9 +262,9 @@ def test_what_is_small_or_no_jpeg_is_decoded_whole(kind: str, side: int) -> None
 
 
 def test_a_jpeg_that_is_decoded_small_stands_as_the_camera_was_held() -> None:
-    picture = photograph(1591, 800)
-    tags = picture.getexif()
+    image = photograph(1591, 800)
+    tags = image.getexif()
     tags[0x0112] = 6
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", exif=tags)
+    image.save(stream, "JPEG", exif=tags)
     assert read_image(stream.getvalue(), target_pixels=64 * 64).size == (100, 199)

@@ -36,7 +36,7 @@ def make(name: str, seed: int = 0) -> Backbone:
 
 
 def example(sample: int, seed: int) -> SequenceMeta:
-    """A source of 5 tokens with positions in the plane, 3 words, and a private picture of 4 codes."""
+    """A source of 5 tokens with positions in the plane, 3 words, and a private image of 4 codes."""
     order = torch.tensor([[0] * 5 + [1, 2, 3] + [4] * 4], dtype=torch.int32)
     private = torch.tensor([[0] * 8 + [1] * 4], dtype=torch.int32)
     positions = torch.randint(0, 9, (1, 12, 3), generator=torch.Generator().manual_seed(seed))
@@ -86,7 +86,7 @@ def test_a_masked_parallel_target_leaves_no_trace():
         torch.testing.assert_close(judged, model(x, meta)[0][:, 8:], rtol=1e-4, atol=1e-5)
 
 
-def test_later_tokens_do_not_see_a_private_picture():
+def test_later_tokens_do_not_see_a_private_image():
     model, meta = make("dense"), example(0, 5)
     after = SequenceMeta(*(part[:, :1] for part in meta.parts()))
     after = SequenceMeta(after.example_id, after.attn_order + 9, after.block_id, after.positions)

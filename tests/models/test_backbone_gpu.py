@@ -18,11 +18,11 @@ pytestmark = [
 
 
 def meta() -> SequenceMeta:
-    """512 tokens: a source, words and a private picture, then a text, then padding."""
+    """512 tokens: a source, words and a private image, then a text, then padding."""
     order = torch.tensor([[0] * 50 + list(range(1, 31)) + [31] * 48], dtype=torch.int32).expand(2, 128)
     private = torch.tensor([[0] * 80 + [1] * 48], dtype=torch.int32).expand(2, 128)
-    picture = SequenceMeta(torch.ones_like(order), order, private, torch.randint(0, 30, (2, 128, 3)))
-    return join([picture, causal_meta(2, 356), padding_meta(2, 28)])
+    image = SequenceMeta(torch.ones_like(order), order, private, torch.randint(0, 30, (2, 128, 3)))
+    return join([image, causal_meta(2, 356), padding_meta(2, 28)])
 
 
 def gradients(model: Backbone, x: Tensor, where: SequenceMeta, upstream: Tensor) -> list[Tensor]:

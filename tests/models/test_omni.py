@@ -21,14 +21,14 @@ from tests.small_model import demo_sources, modalities, omni
 
 PICKED = (
     ("draw", "digits"),
-    ("name_picture", "digits"),
-    ("fill_picture", "emoji"),
-    ("fill_sound", "spoken"),
-    ("say_picture", "spoken_digits"),
+    ("name_image", "digits"),
+    ("fill_image", "emoji"),
+    ("fill_audio", "spoken"),
+    ("say_image", "spoken_digits"),
     ("transcribe", "spoken"),
     ("predict_number", "penguins"),
     ("forecast", "weather"),
-    ("number_from_sound", "spoken"),
+    ("number_from_audio", "spoken"),
     ("continue", "poems"),
 )
 
@@ -75,7 +75,7 @@ def test_padding_does_not_matter(model: Omni, sequences: list[PackedExample]) ->
         torch.testing.assert_close(nll(model, [[sequences[0]], []], length), short, rtol=1e-5, atol=1e-3)
 
 
-def picture_target(seed: int) -> Segment:
+def image_target(seed: int) -> Segment:
     values = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     return target_segment(Part("image", values), modalities(), np.random.default_rng(seed))
 
@@ -84,7 +84,7 @@ def picture_target(seed: int) -> Segment:
 def test_hidden_codes_do_not_leak(model: Omni, seed: int) -> None:
     """Codes of hidden places, and the truth of all places, change no hidden state; shown ones do."""
     source = source_segments([Part("text", "draw it")], modalities())
-    target = picture_target(seed)
+    target = image_target(seed)
     hidden = target.arrays["is_masked"]
     size = modalities()["image"].codec.codebook_size  # type: ignore[attr-defined]
 
@@ -158,8 +158,8 @@ def test_training_minimises_the_training_loss_and_judging_the_likelihood(
 
 def test_gradients_reach_every_adapter(sequences: list[PackedExample]) -> None:
     model = omni().requires_grad_(True).train()
-    pictures = (picture_target(seed) for seed in range(20))
-    partly = next(tokens for tokens in pictures if not tokens.arrays["is_masked"].all())
+    images = (image_target(seed) for seed in range(20))
+    partly = next(tokens for tokens in images if not tokens.arrays["is_masked"].all())
     sequences = [build_sequence([partly]), *sequences]
     judged, _ = model.compute_loss(collate([sequences[:4], sequences[4:7], sequences[7:]], 512))
     sum(part.total for part in judged.values()).backward()

@@ -15,19 +15,19 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("size", "hop"), [(640, 160), (64, 32), (96, 16)])
-def test_a_spectrum_brings_its_sound_back(size: int, hop: int) -> None:
-    sound = noise(2, 20 * hop)
+def test_a_spectrum_brings_its_audio_back(size: int, hop: int) -> None:
+    audio = noise(2, 20 * hop)
     window = unit_window(size)
-    back = overlap_add(spectrum(sound, window, hop), window, hop)
-    assert back.shape == sound.shape
-    assert torch.allclose(back, sound, atol=1e-4)
+    back = overlap_add(spectrum(audio, window, hop), window, hop)
+    assert back.shape == audio.shape
+    assert torch.allclose(back, audio, atol=1e-4)
 
 
 def test_frames_are_those_of_torch_where_the_signal_is_inside() -> None:
-    sound, window = noise(1, 1600), unit_window(640)
-    ours = spectrum(sound, window, 160)
+    audio, window = noise(1, 1600), unit_window(640)
+    ours = spectrum(audio, window, 160)
     # Our frame n begins (640 - 160) / 2 = 240 samples before n·160, so frame 2 begins at sample 80.
-    theirs = torch.stft(sound[:, 80:], 640, 160, window=window, center=False, return_complex=True).mT
+    theirs = torch.stft(audio[:, 80:], 640, 160, window=window, center=False, return_complex=True).mT
     assert ours.shape == (1, 10, 321)
     assert torch.allclose(ours[:, 2 : 2 + theirs.shape[1]], theirs, atol=1e-4)
 

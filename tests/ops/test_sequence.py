@@ -50,7 +50,7 @@ def test_every_token_sees_itself():
 
 
 def test_source_text_and_private_block():
-    """Two source tokens, one word, then a private picture of two codes, then another word."""
+    """Two source tokens, one word, then a private image of two codes, then another word."""
     order = torch.tensor([[0, 0, 1, 2, 2, 3]], dtype=torch.int32)
     private = torch.tensor([[0, 0, 0, 1, 1, 0]], dtype=torch.int32)
     meta = SequenceMeta(torch.zeros_like(order), order, private, torch.zeros(1, 6, 3))

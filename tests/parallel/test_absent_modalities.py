@@ -29,9 +29,9 @@ from tests.parallel.test_process_group import CPU, few_steps, whole_weights
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
 Axes = tuple[int, int, int]
-# One for each rank: a picture is read, a picture drawn, sound given, a number predicted.
+# One for each rank: an image is read, an image drawn, audio given, a number predicted.
 COMPONENTS = [
-    ("digits", "name_picture"),
+    ("digits", "name_image"),
     ("digits", "draw"),
     ("spoken", "speak"),
     ("penguins", "predict_number"),

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from tests.data.sample_images import png, wav
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.energy.meter import open_meter
@@ -40,7 +41,6 @@ from openm6.serve.requests import (
 )
 from openm6.serve.run import read_serve_config
 from openm6.serve.worker import Worker
-from tests.data.pictures import png, wav
 from tests.serve.alone import answer_alone
 from tests.small_model import embedding_model, loaded
 
@@ -56,7 +56,7 @@ def requests() -> list[Request]:
         TextRequest(parts=say("draw the digit seven"), sampling=Sampling(max_tokens=10), client="a"),
         TextRequest(parts=(Part("image", png("red", 40)), Part("text", " What?")), sampling=warm, client="b"),
         CodesRequest(parts=say("draw"), want="image", sampling=MaskedSampling(steps=3, seed=1)),
-        CodesRequest(parts=say("say zero"), want="sound", sampling=MaskedSampling(steps=2, seed=2)),
+        CodesRequest(parts=say("say zero"), want="audio", sampling=MaskedSampling(steps=2, seed=2)),
         CodesRequest(
             parts=say("fill"),
             want="image",
@@ -66,7 +66,7 @@ def requests() -> list[Request]:
         ),
         NumbersRequest(parts=say("a small apple"), columns=("mass", "length")),
         NumbersRequest(parts=say("an apple"), series="mass", ahead=5),
-        RankRequest(parts=(Part("sound", wav()),), candidates=("zero", "seven apples")),
+        RankRequest(parts=(Part("audio", wav()),), candidates=("zero", "seven apples")),
         EmbedRequest(parts=say("What is this?")),
         TextRequest(parts=say("x"), sampling=warm, client="a"),
     ]
@@ -102,7 +102,7 @@ def test_in_a_crowd_each_gets_the_answer_that_it_gets_alone(engine: Engine, mode
     assert any(handle.cached for handle in handles), "the second of two equal prompts is not read again"
 
 
-def test_a_second_question_about_a_picture_reads_only_its_own_tokens() -> None:
+def test_a_second_question_about_a_image_reads_only_its_own_tokens() -> None:
     model = loaded(reading="parts")
 
     def ask(words: str) -> TextRequest:
@@ -147,7 +147,7 @@ def test_of_prompts_read_together_only_the_broken_one_ends(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def embed(arrays: dict[str, torch.Tensor]) -> torch.Tensor:
-        raise DataError("the picture fades away")
+        raise DataError("the image fades away")
 
     few = Sampling(max_tokens=6)
     asked = [TextRequest(parts=say(words), sampling=few) for words in ("draw", "say zero", "a small apple")]

@@ -1,4 +1,4 @@
-"""Pictures from allowed hosts: nothing but public addresses, no redirects, few bytes, in time."""
+"""Images from allowed hosts: nothing but public addresses, no redirects, few bytes, in time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from tests.data.sample_images import png
 
 from openm6.core.errors import ConfigError
 from openm6.serve.app import create_app
@@ -19,7 +20,6 @@ from openm6.serve.engine import Engine
 from openm6.serve.errors import BadRequestError
 from openm6.serve.fetching import Fetcher, is_public
 from openm6.serve.run import read_serve_config
-from tests.data.pictures import png
 from tests.load.server import Address
 from tests.serve.running import running
 from tests.small_model import loaded
@@ -68,7 +68,7 @@ def fetched(web: FakeWeb, url: str = f"https://{HOST}/a.png?size=1", seconds: fl
     return web.fetcher(seconds).fetch(url, "url", time.monotonic() + seconds)
 
 
-def test_a_picture_comes_from_the_address_that_was_checked() -> None:
+def test_a_image_comes_from_the_address_that_was_checked() -> None:
     web = FakeWeb(GOOD)
     assert fetched(web) == b"hello"
     assert web.called == [(PUBLIC, HOST)]
@@ -145,12 +145,12 @@ def test_a_host_that_drips_is_cut_off() -> None:
     assert time.monotonic() - began < 3
 
 
-def test_all_pictures_of_a_request_share_one_time() -> None:
+def test_all_images_of_a_request_share_one_time() -> None:
     web = FakeWeb(GOOD, drip=0.02)  # a second each
-    pictures = [(f"p{n}", ImageURL(url=f"https://{HOST}/{n}")) for n in range(50)]
+    images = [(f"p{n}", ImageURL(url=f"https://{HOST}/{n}")) for n in range(50)]
     began = time.monotonic()
     with pytest.raises(BadRequestError, match=r"did not come within 1\.5 s"):
-        asyncio.run(web.fetcher(1.5).fetch_all(pictures))
+        asyncio.run(web.fetcher(1.5).fetch_all(images))
     assert time.monotonic() - began < 10 and 1 <= len(web.called) <= 3
 
 
@@ -186,11 +186,11 @@ def test_chats_and_ranks_see_what_was_fetched(served: Callable[[FakeWeb | None],
     data = png("red", 40)
     web = FakeWeb(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
     address = served(web)
-    picture = {"type": "image_url", "image_url": {"url": f"https://{HOST}/a.png"}}
-    body = {"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": [picture]}]}
+    image = {"type": "image_url", "image_url": {"url": f"https://{HOST}/a.png"}}
+    body = {"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": [image]}]}
     assert address.post("/v1/chat/completions", body).status == 200
-    assert address.post("/v1/rank", {"query": [picture], "candidates": ["a"]}).status == 200
+    assert address.post("/v1/rank", {"query": [image], "candidates": ["a"]}).status == 200
     assert len(web.called) == 2
-    picture["image_url"] = {"url": "https://127.0.0.1/a.png"}
+    image["image_url"] = {"url": "https://127.0.0.1/a.png"}
     refused = address.post("/v1/chat/completions", body)
     assert refused.status == 400 and b"messages.0.content.0.image_url.url must be a data URL" in refused.body

@@ -118,7 +118,7 @@ def test_who_leaves_while_waiting_is_taken_out_of_the_line(serve: Open, stream: 
     first.close()
 
 
-def test_who_leaves_while_a_picture_is_drawn_frees_the_place(serve: Open) -> None:
+def test_who_leaves_while_a_image_is_drawn_frees_the_place(serve: Open) -> None:
     server = serve(EngineConfig(rows=1, room=256, canvases=1))
     line = server.begin(stream=True, modalities=["image"], draw={"steps": 64})
     until(lambda: server.live)

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.data.sample_images import png
 
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
 from openm6.serve.run import read_serve_config
-from tests.data.pictures import png
 from tests.load.server import Address, form
 from tests.serve.running import running
 from tests.small_model import loaded
@@ -56,7 +56,7 @@ def chat(content: Any = "a", turns: int = 1, **more: Any) -> dict[str, Any]:
     }
 
 
-def sound(data: bytes) -> list[dict[str, Any]]:
+def audio(data: bytes) -> list[dict[str, Any]]:
     given = {"data": base64.b64encode(data).decode(), "format": "wav"}
     return [{"type": "input_audio", "input_audio": given}]
 
@@ -67,13 +67,13 @@ def wav_that_claims(size: int) -> bytes:
     return struct.pack("<4sI4s", b"RIFF", size, b"WAVE") + layout + struct.pack("<4sI", b"data", size)
 
 
-PICTURE = {
+IMAGE = {
     "type": "image_url",
     "image_url": {"url": "data:image/png;base64," + base64.b64encode(png("red", 8)).decode()},
 }
 OVER: dict[str, tuple[str, dict[str, Any], str]] = {
     "messages": (CHAT, chat(turns=3), "messages"),
-    "parts": (CHAT, chat([PICTURE] * 4), "parts"),
+    "parts": (CHAT, chat([IMAGE] * 4), "parts"),
     "tokens": (CHAT, chat(max_tokens=9), "max_tokens=9"),
     "answers": (CHAT, chat(n=3), "n"),
     "stops": (CHAT, chat(stop=["a", "b", "c", "d", "e"]), "stop"),
@@ -84,9 +84,9 @@ OVER: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "rows": ("/v1/predict", {"rows": [{"mass": None, "length": 1.0}] * 3}, "rows"),
     "candidates": ("/v1/rank", {"query": "a", "candidates": ["a", "b", "c"]}, "candidates"),
-    "pictures": ("/v1/images/generations", {"prompt": "a", "n": 3}, "n=3"),
-    "a sound that lies": (CHAT, chat(sound(wav_that_claims(4_000_000_000))), "the sound is empty"),
-    "a sound of nothing": (CHAT, chat(sound(wav_that_claims(0))), "sound"),
+    "images": ("/v1/images/generations", {"prompt": "a", "n": 3}, "n=3"),
+    "an audio clip that lies": (CHAT, chat(audio(wav_that_claims(4_000_000_000))), "the audio is empty"),
+    "an audio clip of nothing": (CHAT, chat(audio(wav_that_claims(0))), "audio"),
 }
 
 

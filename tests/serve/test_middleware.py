@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tests.data.sample_images import png, wav
 
 from openm6.core.errors import ConfigError
 from openm6.serve.app import create_app
@@ -21,7 +22,6 @@ from openm6.serve.engine import Engine
 from openm6.serve.errors import BadRequestError
 from openm6.serve.middleware import read_json
 from openm6.serve.run import read_serve_config
-from tests.data.pictures import png, wav
 from tests.load.server import Address, Reply, form
 from tests.serve.running import running
 from tests.small_model import loaded
@@ -31,7 +31,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[Address]:
-    limits = Limits(body_bytes=60_000, pixels=10_000, sound_seconds=1.0, characters=100, json_depth=8)
+    limits = Limits(body_bytes=60_000, pixels=10_000, audio_seconds=1.0, characters=100, json_depth=8)
     config = ServeConfig(limits=limits)
     with running(create_app(Engine(loaded(3), EngineConfig(rows=2, room=256)), config, "tiny")) as found:
         yield Address(int(found.rpartition(":")[2]), os.getpid())
@@ -51,7 +51,7 @@ def of_size(width: int, height: int) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def long_sound() -> list[dict[str, object]]:
+def long_audio() -> list[dict[str, object]]:
     data = base64.b64encode(wav(seconds=1.4)).decode()
     return [{"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}]
 
@@ -61,12 +61,12 @@ BAD = {
     "an address within": (chat(image("http://169.254.169.254/a.png")), "must be a data URL"),
     "a file": (chat(image("file:///etc/passwd")), "must be a data URL"),
     "no base64": (chat(image("data:image/png;base64,%%%")), "is not valid base64"),
-    "no picture": (chat(image("data:image/png;base64,aGVsbG8=")), "is not a readable image"),
+    "no image": (chat(image("data:image/png;base64,aGVsbG8=")), "is not a readable image"),
     "too many pixels": (
         chat(image(of_size(200, 200))),
         "40,000 pixels (200 x 200), over the limit of 10,000",
     ),
-    "too long a sound": (chat(long_sound()), "1.4 seconds, over the limit of 1.0"),
+    "too long an audio clip": (chat(long_audio()), "1.4 seconds, over the limit of 1.0"),
     "too long a text": (chat("a" * 101), "101 characters, over the limit of 100"),
     "nothing": (chat(""), "the messages are empty"),
     "no messages": ({"model": "tiny", "messages": []}, "messages"),
@@ -160,7 +160,7 @@ def test_a_body_that_comes_too_slowly_is_given_up() -> None:
     assert b"408" in answer.split(b"\r\n")[0] and b"did not arrive within 0.2 seconds" in answer
 
 
-def test_an_upload_that_is_no_sound(address: Address) -> None:
+def test_an_upload_that_is_no_audio(address: Address) -> None:
     body, kind = form({"model": "tiny"}, {"file": ("../../x.wav", b"RIFF")})
     reply = address.send("POST", "/v1/audio/transcriptions", body, kind)
     assert reply.status == 400 and json.loads(reply.body)["error"]["param"] == "file"

@@ -11,19 +11,19 @@ import openai
 import pytest
 import soundfile
 from PIL import Image
+from tests.data.sample_images import png, wav
 
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
-from tests.data.pictures import png, wav
 from tests.serve.running import running
 from tests.small_model import embedding_model
 
-PICTURE = {
+IMAGE = {
     "type": "image_url",
     "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png()).decode()}"},
 }
-SOUND = {
+AUDIO = {
     "type": "input_audio",
     "input_audio": {"data": base64.b64encode(wav()).decode(), "format": "wav"},
 }
@@ -59,11 +59,11 @@ def test_models(client: openai.OpenAI) -> None:
     "content",
     [
         "draw the digit seven",
-        [PICTURE, {"type": "text", "text": "What is this?"}],
-        [SOUND, {"type": "text", "text": "What is said?"}],
+        [IMAGE, {"type": "text", "text": "What is this?"}],
+        [AUDIO, {"type": "text", "text": "What is said?"}],
         [NUMBERS, {"type": "text", "text": "What is this?"}],
     ],
-    ids=["text", "picture", "sound", "numbers"],
+    ids=["text", "image", "audio", "numbers"],
 )
 def test_chat_reads_every_modality(client: openai.OpenAI, content: object) -> None:
     found = ask(client, content)
@@ -103,7 +103,7 @@ def test_images(client: openai.OpenAI) -> None:
     more = {"steps": 2, "seed": 3}
     found = client.images.generate(prompt="the digit seven", n=2, extra_body=more)
     again = client.images.generate(prompt="the digit seven", n=1, extra_body=more)
-    first, second = (base64.b64decode(picture.b64_json) for picture in found.data)
+    first, second = (base64.b64decode(image.b64_json) for image in found.data)
     assert Image.open(io.BytesIO(first)).size == (64, 64)
     assert first == base64.b64decode(again.data[0].b64_json) != second
     assert found.usage.input_tokens_details.text_tokens > 0
@@ -148,8 +148,8 @@ def test_embeddings(client: openai.OpenAI, form: str | None) -> None:
     vectors = np.array([one.embedding for one in found.data])
     assert vectors.shape == (3, 16) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert np.array_equal(vectors[0], vectors[1]) and not np.allclose(vectors[0], vectors[2])
-    pictures = client.embeddings.create(model="tiny", input=[PICTURE, SOUND])
-    assert len(pictures.data) == 2
+    images = client.embeddings.create(model="tiny", input=[IMAGE, AUDIO])
+    assert len(images.data) == 2
 
 
 def test_predict_and_rank(client: openai.OpenAI) -> None:

@@ -9,16 +9,16 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from tests.data.sample_images import png
 
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, ServeConfig
 from openm6.serve.engine import Engine
-from tests.data.pictures import png
 from tests.load.server import Address, Reply
 from tests.serve.running import running
 from tests.small_model import loaded
 
-LESSONS = (("name_picture", "digits"), ("draw", "digits"))
+LESSONS = (("name_image", "digits"), ("draw", "digits"))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_stream_says_so_in_the_event_with_the_joules(address: Address) -> None
 
 
 def test_a_classifier_that_is_to_draw_says_so() -> None:
-    model = loaded(3, (("name_picture", "digits"),))
+    model = loaded(3, (("name_image", "digits"),))
     with running(create_app(Engine(model, EngineConfig(rows=1, room=128)), ServeConfig(), "m")) as found:
         reply = Address(int(found.rpartition(":")[2]), os.getpid()).post(
             "/v1/images/generations", {"prompt": "a cat", "steps": 1}
@@ -66,15 +66,13 @@ def test_a_classifier_that_is_to_draw_says_so() -> None:
 def test_the_playground_shows_it_in_its_language(tmp_path) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("gradio", reason="the extra [serve] is not installed")
     answers = importlib.import_module("openm6.serve.playground.answers")
-    picture = tmp_path / "a.png"
-    picture.write_bytes(png())
+    image = tmp_path / "a.png"
+    image.write_bytes(png())
     app = create_app(Engine(loaded(3, LESSONS), EngineConfig(rows=1, room=128)), ServeConfig(), "m")
     server = app.state.server
     with server.engine:
         for language, word in (("en", "never trained"), ("zh", "未学过")):
             shown = asyncio.run(answers.answer_freely(server, language, "Hello <b>", None, None, "text", 0))  # type: ignore[arg-type]
             assert word in shown.note and 'class="untaught"' in shown.note and " s" in shown.note
-        shown = asyncio.run(
-            answers.answer_freely(server, "en", "What is this?", str(picture), None, "text", 0)
-        )
+        shown = asyncio.run(answers.answer_freely(server, "en", "What is this?", str(image), None, "text", 0))
         assert "untaught" not in shown.note

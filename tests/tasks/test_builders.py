@@ -79,14 +79,14 @@ def test_most_poems_hold_a_couplet() -> None:
     assert sum(found) > 40
 
 
-def test_a_spoken_word_fits_the_picture_exactly_where_the_answer_says_so() -> None:
-    record = {"id": "1", "image": b"picture", "audio": b"own", "label": "one"}
+def test_a_spoken_word_fits_the_image_exactly_where_the_answer_says_so() -> None:
+    record = {"id": "1", "image": b"image", "audio": b"own", "label": "one"}
     others = [{"audio": b"twin", "label": "one"}, {"audio": b"other", "label": "two"}]
     seen = set()
     for seed in range(30):
         example = TASKS["match_spoken"].example({**record, "others": others}, np.random.default_rng(seed))
-        sound = next(part.raw for part in example.source if part.modality == "sound")
-        assert sound == (b"own" if example.answer in ("yes", "是") else b"other")
+        audio = next(part.raw for part in example.source if part.modality == "audio")
+        assert audio == (b"own" if example.answer in ("yes", "是") else b"other")
         seen.add(example.answer)
     assert len(seen) == 4
 

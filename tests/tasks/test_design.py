@@ -1,4 +1,4 @@
-"""What is done to pictures by formula: lines where something changes, colours behind and not within."""
+"""What is done to images by formula: lines where something changes, colours behind and not within."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def test_a_background_reaches_the_border_and_leaves_white_inside() -> None:
     assert (values[15, 15] == 255).all() and (values[9, 9] == (20, 40, 160)).all()
 
 
-def test_a_picture_without_white_keeps_its_background() -> None:
+def test_a_image_without_white_keeps_its_background() -> None:
     grey = Image.new("RGB", (8, 8), (90, 90, 90))
     assert np.array_equal(np.asarray(on_background(grey, (1, 2, 3))), np.asarray(grey))
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_each_style_changes_a_picture_and_keeps_its_size(name: str) -> None:
-    picture = read_image(demo_sources()["emoji"][0]["image"])
-    styled = STYLES[name](picture)
-    assert styled.size == picture.size and styled.mode == "RGB"
-    assert np.abs(np.asarray(styled, int) - np.asarray(picture, int)).mean() > 5
+def test_each_style_changes_a_image_and_keeps_its_size(name: str) -> None:
+    image = read_image(demo_sources()["emoji"][0]["image"])
+    styled = STYLES[name](image)
+    assert styled.size == image.size and styled.mode == "RGB"
+    assert np.abs(np.asarray(styled, int) - np.asarray(image, int)).mean() > 5
 
 
 def test_a_mixture_lies_in_the_middle_of_its_styles() -> None:
@@ -56,7 +56,7 @@ def test_a_mixture_lies_in_the_middle_of_its_styles() -> None:
 
 
 def test_the_reference_has_the_style_that_is_wanted() -> None:
-    """The same picture as content and as reference, so both must come out alike."""
+    """The same image as content and as reference, so both must come out alike."""
     record = demo_sources()["emoji"][5]
     other = {"image": record["image"], "en": None, "zh": None}
     for seed in range(5):

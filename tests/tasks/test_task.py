@@ -30,8 +30,8 @@ NUMERIC = ("crps_share", "mae", "coverage_80")
         (
             {"a": AUDIO, "b": IMAGE},
             AUDIO,
-            "sound",
-            "sound",
+            "audio",
+            "audio",
             ("code_bits", "recognised"),
             "position_frequencies",
         ),

@@ -31,13 +31,13 @@ def test_cells_differ_in_routing_balance_and_seed_alone() -> None:
         read_cells("top_k/luck")
 
 
-def test_a_folder_gives_the_tasks_of_its_texts_and_pictures(tmp_path: Path) -> None:
+def test_a_folder_gives_the_tasks_of_its_texts_and_images(tmp_path: Path) -> None:
     for name in ("emoji", "poems_zh", "espeak_digits"):
         for split in ("train", "test"):
             (tmp_path / f"{name}-{split}.parquet").symlink_to(embedded_path(f"{name}-{split}"))
     sources, mixture = folder_data(tmp_path)
-    assert set(sources) == {"emoji", "poems_zh"}  # sounds are left out
-    assert {part["task"] for part in mixture if part["source"] == "emoji"} == {"describe_picture", "draw"}
+    assert set(sources) == {"emoji", "poems_zh"}  # audio clips are left out
+    assert {part["task"] for part in mixture if part["source"] == "emoji"} == {"describe_image", "draw"}
     assert {part["task"] for part in mixture if part["source"] == "poems_zh"} == {"continue", "denoise"}
     assert sum(part["weight"] for part in mixture) == pytest.approx(2)
     with pytest.raises(ConfigError, match="check --data"):

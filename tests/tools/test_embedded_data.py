@@ -17,11 +17,11 @@ def builders(monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     return {
-        name: importlib.import_module(f"embedded_data.{name}") for name in ("pictures", "numbers", "tables")
+        name: importlib.import_module(f"embedded_data.{name}") for name in ("images", "numbers", "tables")
     }
 
 
-@pytest.mark.parametrize("name, room", [("digits", "pictures"), ("iris", "numbers")])
+@pytest.mark.parametrize("name, room", [("digits", "images"), ("iris", "numbers")])
 def test_what_comes_from_pypi_is_rebuilt_exactly(builders, name, room, tmp_path):
     rows = getattr(builders[room], name)(tmp_path)
     for split in ("train", "test"):

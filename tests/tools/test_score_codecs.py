@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.codecs.audio import SoundCodec
+from openm6.codecs.audio import AudioCodec
 from openm6.codecs.registry import load_codec
 from openm6.data.parquet import EmbeddedConfig
-from tools.score_codecs import features, shrunk, sound_report, timed, vocoded
+from tools.score_codecs import audio_report, features, shrunk, timed, vocoded
 
 
 def tone(pitch: float, seconds: float = 0.5) -> torch.Tensor:
@@ -50,8 +50,8 @@ def test_timing_gives_milliseconds() -> None:
 
 
 def test_digits_stay_recognisable_through_the_shipped_codec() -> None:
-    codec = load_codec("sound")
-    assert isinstance(codec, SoundCodec)
-    scores = sound_report(codec, {"digits": EmbeddedConfig(name="espeak_digits")})["digits"]
+    codec = load_codec("audio")
+    assert isinstance(codec, AudioCodec)
+    scores = audio_report(codec, {"digits": EmbeddedConfig(name="espeak_digits")})["digits"]
     assert scores["digits_right_original"] > 0.9
     assert scores["digits_right_codec"] >= 0.9 * scores["digits_right_original"]

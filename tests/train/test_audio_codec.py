@@ -1,4 +1,4 @@
-"""Training sounds and sound losses: repeatable, in range, and pulling the right way."""
+"""Training audio clips and audio losses: repeatable, in range, and pulling the right way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from openm6.codecs.audio import SoundCodec, SoundCodecConfig
+from openm6.codecs.audio import AudioCodec, AudioCodecConfig
 from openm6.train.audio_codec import (
     AudioData,
     AudioDataConfig,
@@ -25,7 +25,7 @@ from openm6.train.audio_codec import (
 from openm6.train.codec_data import DeviceRng
 
 CPU = torch.device("cpu")
-CODEC = SoundCodecConfig(width=16, encoder_blocks=1, decoder_blocks=1, latent=6)
+CODEC = AudioCodecConfig(width=16, encoder_blocks=1, decoder_blocks=1, latent=6)
 
 
 def wav(seconds: float, pitch: float = 440.0, rate: int = 16000) -> bytes:
@@ -76,7 +76,7 @@ def test_a_curve_goes_through_its_points() -> None:
     assert curve(points, 5)[0].tolist() == [0.0, 1.0, 2.0, 1.5, 1.0]
 
 
-def test_voices_are_sound_with_a_pitch_and_noise_has_unit_power_at_most() -> None:
+def test_voices_are_audio_with_a_pitch_and_noise_has_unit_power_at_most() -> None:
     made = voices(4, 16000, 16000, DeviceRng(0, CPU))
     assert made.shape == (4, 16000) and torch.isfinite(made).all()
     assert (made.square().mean(1).sqrt() > 0.005).all() and made.abs().max() < 3
@@ -85,10 +85,10 @@ def test_voices_are_sound_with_a_pitch_and_noise_has_unit_power_at_most() -> Non
 
 
 def test_colouring_changes_the_spectrum_and_not_the_length() -> None:
-    sounds = torch.randn(3, 4000, generator=torch.Generator().manual_seed(0)) * 0.1
-    changed = colour(sounds, 16000, DeviceRng(1, CPU))
-    assert changed.shape == sounds.shape and torch.isfinite(changed).all()
-    assert not torch.allclose(changed, sounds, atol=1e-2)
+    audio_clips = torch.randn(3, 4000, generator=torch.Generator().manual_seed(0)) * 0.1
+    changed = colour(audio_clips, 16000, DeviceRng(1, CPU))
+    assert changed.shape == audio_clips.shape and torch.isfinite(changed).all()
+    assert not torch.allclose(changed, audio_clips, atol=1e-2)
 
 
 def test_the_loss_is_zero_for_a_copy_and_orders_errors() -> None:
@@ -118,6 +118,6 @@ def test_the_loss_has_a_finite_gradient_at_silence() -> None:
 
 def test_scores_are_finite_and_worse_for_an_untrained_codec_than_for_none() -> None:
     torch.manual_seed(0)
-    codec = SoundCodec(CODEC).eval()
+    codec = AudioCodec(CODEC).eval()
     scores = audio_scores(codec, clips(wav(0.33), wav(0.2)))
     assert scores["log_mel_l1"] > 0.1 and 0 < scores["bits"] <= 40

@@ -146,7 +146,7 @@ def test_a_way_of_training_without_it_says_so(tmp_path: Path) -> None:
 
 
 class StrayTraining(ToyTraining):
-    """The model is sound, yet its loss on other records and its scores are not finite."""
+    """The model is audio, yet its loss on other records and its scores are not finite."""
 
     def held_out_batches(self, count: int) -> list[Any]:
         return []

@@ -207,7 +207,7 @@ def test_held_out_files_are_never_trained_on() -> None:
     assert sum(map(len, kept.values())) + sum(map(len, held.values())) == 12
 
 
-def test_a_source_without_pictures_is_named() -> None:
+def test_a_source_without_images_is_named() -> None:
     with pytest.raises(DataError, match=r"source 'poems' has no usable image"):
         image_training(sources={"poems": {"kind": "embedded", "name": "poems_zh", "limit": 4}})
 
@@ -219,18 +219,16 @@ def test_a_single_record_is_not_enough() -> None:
         hold_out({"a": [b"x"]}, 4)
 
 
-def test_broken_pictures_are_left_out_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
+def test_broken_images_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     for name in ("one.png", "two.png"):
-        (tmp_path / name).write_bytes(_embedded_picture())
+        (tmp_path / name).write_bytes(_embedded_image())
     training = image_training(sources={"mine": {"kind": "folder", "path": str(tmp_path), "test_share": 0.0}})
     assert len(training.held_out) == 1 and len(training.data.banks[32].images) == 1
     assert "source 'mine', record 0 is left out" in caplog.text
 
 
-def _embedded_picture() -> bytes:
+def _embedded_image() -> bytes:
     source = image_recipe().sources["emoji"].open("emoji", "train", lambda name: pytest.fail(name))
     return source[0]["image"]
 
@@ -247,17 +245,17 @@ def test_mistakes_in_a_recipe_are_told_with_the_mend() -> None:
 
 
 @pytest.mark.parametrize(("name", "stride"), [("codec-image-64", 8), ("codec-image-256", 4)])
-def test_the_recipes_of_the_shipped_picture_codecs_are_valid(name: str, stride: int) -> None:
+def test_the_recipes_of_the_shipped_image_codecs_are_valid(name: str, stride: int) -> None:
     recipe = read_config(ImageCodecRecipe, RECIPES / f"{name}.yaml")
     assert recipe.codec.stride == stride and recipe.codec.codebook_size == 1000
 
 
-def test_a_sound_codec_trains_and_is_written(tmp_path: Path) -> None:
+def test_a_audio_codec_trains_and_is_written(tmp_path: Path) -> None:
     changes = [
         "loop.steps=3", "loop.save_every=3", "loop.tensorboard=false", "lessons.batch=4", "lessons.seconds=0.24",
         "codec.width=16", "codec.encoder_blocks=1", "codec.decoder_blocks=1", "sources.digits.limit=8", "held_out=4",
     ]  # fmt: skip
-    recipe = read_config(AudioCodecRecipe, RECIPES / "codec-sound.yaml", changes)
+    recipe = read_config(AudioCodecRecipe, RECIPES / "codec-audio.yaml", changes)
     training = AudioCodecTraining(recipe, CPU)
     train(training, recipe.loop, RunFolder.open(tmp_path))
     assert load_codec(tmp_path / CODEC_FILE).encode(torch.zeros(1, 16000)).shape == (1, 25, 4)

@@ -1,4 +1,4 @@
-"""Training pictures and picture scores: repeatable, in range, and right on known cases."""
+"""Training images and image scores: repeatable, in range, and right on known cases."""
 
 from __future__ import annotations
 
@@ -46,16 +46,14 @@ def smooth(count: int, side: int = 32) -> torch.Tensor:
     return torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear")
 
 
-def test_pictures_are_decoded_on_white_and_resized() -> None:
-    pictures = to_pixels(
-        [read_small(png((255, 0, 0)), 64), read_small(png((0, 0, 0, 0), 20, "RGBA"), 64)], 16
-    )
-    assert pictures.shape == (2, 3, 16, 16) and pictures.dtype == torch.uint8
-    assert pictures[0, :, 8, 8].tolist() == [255, 0, 0]
-    assert (pictures[1] == 255).all()
+def test_images_are_decoded_on_white_and_resized() -> None:
+    images = to_pixels([read_small(png((255, 0, 0)), 64), read_small(png((0, 0, 0, 0), 20, "RGBA"), 64)], 16)
+    assert images.shape == (2, 3, 16, 16) and images.dtype == torch.uint8
+    assert images[0, :, 8, 8].tolist() == [255, 0, 0]
+    assert (images[1] == 255).all()
 
 
-def test_large_pictures_are_shrunk_when_read_and_small_ones_kept() -> None:
+def test_large_images_are_shrunk_when_read_and_small_ones_kept() -> None:
     assert read_small(png((1, 2, 3), 100), 64).size == (64, 64)
     assert read_small(png((1, 2, 3), 32), 64).size == (32, 32)
 
@@ -77,39 +75,39 @@ def test_a_seed_gives_the_same_batch_and_another_seed_another() -> None:
     assert all(not torch.equal(batches[0], other) for other in batches[1:] if other.shape == batches[0].shape)
 
 
-def test_unwarped_pictures_only_move_by_whole_pixels_and_mirror() -> None:
-    pictures = torch.rand(64, 1, 12, 12, generator=torch.Generator().manual_seed(0))
-    moved = warp(pictures, 0.0, DeviceRng(1, CPU))
-    for before, after in zip(pictures, moved, strict=True):
+def test_unwarped_images_only_move_by_whole_pixels_and_mirror() -> None:
+    images = torch.rand(64, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    moved = warp(images, 0.0, DeviceRng(1, CPU))
+    for before, after in zip(images, moved, strict=True):
         known = before.flatten()
         nearest = (after.flatten()[:, None] - known[None]).abs().min(1).values
         assert nearest.max() < 1e-4  # no new values: nothing was blurred
-    assert not torch.allclose(moved, pictures)
+    assert not torch.allclose(moved, images)
 
 
 def test_only_white_that_reaches_the_border_is_background() -> None:
-    picture = torch.zeros(1, 3, 8, 8)
-    picture[..., :3, :] = 1.0  # white at the top
-    picture[..., 5, 4] = 1.0  # a white dot inside black
-    mask = background_mask(picture)[0, 0]
+    image = torch.zeros(1, 3, 8, 8)
+    image[..., :3, :] = 1.0  # white at the top
+    image[..., 5, 4] = 1.0  # a white dot inside black
+    mask = background_mask(image)[0, 0]
     assert mask[:3].all() and mask[3:].sum() == 0
 
 
-def test_recolouring_keeps_the_range_and_leaves_the_other_pictures_alone() -> None:
-    pictures = smooth(64)
-    changed = recolour(pictures, 0.5, DeviceRng(2, CPU))
-    same = (changed == pictures).flatten(1).all(1)
+def test_recolouring_keeps_the_range_and_leaves_the_other_images_alone() -> None:
+    images = smooth(64)
+    changed = recolour(images, 0.5, DeviceRng(2, CPU))
+    same = (changed == images).flatten(1).all(1)
     assert 16 < int(same.sum()) < 48
     assert changed.min() >= 0 and changed.max() <= 1
-    assert torch.equal(recolour(pictures, 0.0, DeviceRng(2, CPU)), pictures)
+    assert torch.equal(recolour(images, 0.0, DeviceRng(2, CPU)), images)
 
 
-def test_drawn_pictures_have_edges_and_differ() -> None:
-    pictures = drawn_images(16, 32, DeviceRng(3, CPU))
-    assert pictures.shape == (16, 3, 32, 32)
-    assert pictures.min() >= 0 and pictures.max() <= 1
-    assert (pictures.flatten(1).std(1) > 0.01).sum() >= 14
-    assert not torch.allclose(pictures[0], pictures[1], atol=0.1)
+def test_drawn_images_have_edges_and_differ() -> None:
+    images = drawn_images(16, 32, DeviceRng(3, CPU))
+    assert images.shape == (16, 3, 32, 32)
+    assert images.min() >= 0 and images.max() <= 1
+    assert (images.flatten(1).std(1) > 0.01).sum() >= 14
+    assert not torch.allclose(images[0], images[1], atol=0.1)
 
 
 def test_the_loss_is_zero_for_a_perfect_copy_and_grows_with_the_error() -> None:
@@ -164,12 +162,12 @@ def test_ssim_agrees_with_a_slow_reference() -> None:
     assert float(ssim(first * 2 - 1, first * 2 - 1)) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_scores_are_a_mean_over_pictures_whatever_the_batch() -> None:
+def test_scores_are_a_mean_over_images_whatever_the_batch() -> None:
     torch.manual_seed(0)
     config = ImageCodecConfig(groups=1, widths=(16,), encoder_blocks=(1,), decoder_blocks=(1,))
     codec = ImageCodec(config).eval()
-    pictures = (smooth(70, 16) * 255).byte()
-    scores = image_scores(codec, pictures)
-    alone = [image_scores(codec, picture[None])["psnr"] for picture in pictures[::23]]
+    images = (smooth(70, 16) * 255).byte()
+    scores = image_scores(codec, images)
+    alone = [image_scores(codec, image[None])["psnr"] for image in images[::23]]
     assert min(alone) - 3 < scores["psnr"] < max(alone) + 3
     assert 0 <= scores["bits"] <= math.log2(1000)

@@ -117,7 +117,7 @@ def test_operations_follow_tokens_and_what_their_adapters_multiply() -> None:
     read = text.source("seven red apples")
     wanted = text.target("apples")
     rng = np.random.default_rng(0)
-    heard = modalities()["sound"].source(rng.normal(size=8000).astype(np.float32) * 0.1)
+    heard = modalities()["audio"].source(rng.normal(size=8000).astype(np.float32) * 0.1)
     batch = collate(
         [[build_sequence([read, wanted], "echo"), build_sequence([heard, wanted], "transcribe")]], 256
     )

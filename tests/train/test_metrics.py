@@ -48,10 +48,10 @@ def report(step: int, loss: float, applied: bool = True, **metrics: float) -> St
 def test_means_are_over_the_steps_that_had_the_metric() -> None:
     averager = MetricAverager()
     averager.add(report(1, 4.0, text=1.0), 0.5)
-    averager.add(report(2, 2.0, text=3.0, sound=7.0), 0.5)
-    averager.add(report(3, float("nan"), applied=False, sound=float("nan")), 1.0)
+    averager.add(report(2, 2.0, text=3.0, audio=7.0), 0.5)
+    averager.add(report(3, float("nan"), applied=False, audio=float("nan")), 1.0)
     line = averager.compute()
-    assert (line["loss"], line["text"], line["sound"]) == (3.0, 2.0, 7.0)
+    assert (line["loss"], line["text"], line["audio"]) == (3.0, 2.0, 7.0)
     assert line["c_v"] == [3.0, 2.0]
     assert "dropped" not in line  # nothing was
     assert line["tokens_per_second"] == 15.0
@@ -180,7 +180,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
 
 
 def test_plain_lines_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    kinds = {f"loss/{kind}": 12.3456 for kind in ("text", "image_out", "sound_out", "numbers_out", "pool")}
+    kinds = {f"loss/{kind}": 12.3456 for kind in ("text", "image_out", "audio_out", "numbers_out", "pool")}
     line = (
         LINE
         | kinds

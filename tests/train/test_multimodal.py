@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.data.sample_images import png
 
 from openm6.checkpoint.folder import latest, list_checkpoints
 from openm6.core.config import build
@@ -32,7 +33,6 @@ from openm6.train.metrics import Line, read_metrics
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe
-from tests.data.pictures import png
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def test_the_report_has_its_documented_parts(unbroken: Path) -> None:
     assert set(report) == {"seconds", "params", "tokens", "steps", "tasks", "codecs", "energy"}
     assert report["steps"] == STEPS and report["tokens"] > 0 and report["seconds"] > 0
     assert 0 < report["params"]["active"] < report["params"]["total"]
-    assert set(report["codecs"]) == {"image-64", "sound"} and report["codecs"]["sound"]
+    assert set(report["codecs"]) == {"image-64", "audio"} and report["codecs"]["audio"]
     expected = [f"{part['task']}/{part['source']}" for part in tiny_recipe()["mixture"]]
     assert sorted(report["tasks"]) == sorted(expected)
 
@@ -100,7 +100,7 @@ def test_the_page_is_written_and_needs_nothing_else(unbroken: Path) -> None:
 
 def test_metrics_tell_of_every_modality(unbroken: Path) -> None:
     names = {name for line in losses(unbroken) for name in line}
-    assert {"loss/text", "loss/image_out", "loss/sound_out", "loss/numbers_out", "c_v", "fill"} <= names
+    assert {"loss/text", "loss/image_out", "loss/audio_out", "loss/numbers_out", "c_v", "fill"} <= names
     assert [line["step"] for line in losses(unbroken)] == list(range(1, STEPS + 1))
 
 
@@ -234,8 +234,8 @@ def text_only() -> dict[str, Any]:
     }
 
 
-def pictures(folder: Path, broken: int, count: int = 60) -> dict[str, Any]:
-    """A recipe over a table of pictures, some of them broken, in the test split, too."""
+def images(folder: Path, broken: int, count: int = 60) -> dict[str, Any]:
+    """A recipe over a table of images, some of them broken, in the test split, too."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(count):
@@ -244,46 +244,46 @@ def pictures(folder: Path, broken: int, count: int = 60) -> dict[str, Any]:
         label = "broken" if number < broken else ("red", "green", "blue")[number % 3]
         lines.append({"id": f"p{number}", "image": file.name, "label": label, "text_en": label})
         lines.append({**lines[-1], "id": f"t{number}", "split": "test"} if number % 5 == 0 else {})
-    table = folder / "pictures.jsonl"
+    table = folder / "images.jsonl"
     table.write_text("".join(json.dumps(line) + "\n" for line in lines if line), encoding="utf-8")
     source = {"kind": "jsonl", "path": str(table), "split": "split"}
     return {
-        "sources": {"pictures": source},
-        "mixture": [{"source": "pictures", "task": "name_picture"}, {"source": "pictures", "task": "draw"}],
+        "sources": {"images": source},
+        "mixture": [{"source": "images", "task": "name_image"}, {"source": "images", "task": "draw"}],
     }
 
 
 def test_a_few_broken_records_are_set_aside_and_listed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe = tiny_recipe(10) | pictures(tmp_path / "data", broken=2)
+    recipe = tiny_recipe(10) | images(tmp_path / "data", broken=2)
     recipe["mixture"] = recipe["mixture"][:1]
     run = tmp_path / "run"
     with caplog.at_level("INFO", logger="openm6"):
         train_recipe(write_recipe(tmp_path, recipe), out=run)
-    assert re.search(r"\d+ records drawn; \d+ broken \(pictures \d+\); see .*quarantine.jsonl", caplog.text)
+    assert re.search(r"\d+ records drawn; \d+ broken \(images \d+\); see .*quarantine.jsonl", caplog.text)
     listed = [
         json.loads(line) for line in (run / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert {entry["id"] for entry in listed} == {"p0", "p1"}
-    assert all(e["source"] == "pictures" and "broken or of an unknown format" in e["reason"] for e in listed)
-    assert report_of(run)["tasks"]["name_picture/pictures"]["n"] > 0, "a broken test record must not stop it"
+    assert all(e["source"] == "images" and "broken or of an unknown format" in e["reason"] for e in listed)
+    assert report_of(run)["tasks"]["name_image/images"]["n"] > 0, "a broken test record must not stop it"
 
 
-def test_broken_pictures_do_not_stop_the_judging_of_drawings(tmp_path: Path) -> None:
+def test_broken_images_do_not_stop_the_judging_of_drawings(tmp_path: Path) -> None:
     recipe = (
-        tiny_recipe(2, save_every=2) | pictures(tmp_path / "data", broken=4, count=30) | {"max_broken": 0.5}
+        tiny_recipe(2, save_every=2) | images(tmp_path / "data", broken=4, count=30) | {"max_broken": 0.5}
     )
     recipe["judge"] = {**recipe["judge"], "records": 12}
     recipe["mixture"] = recipe["mixture"][1:]
     train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
-    assert math.isfinite(report_of(tmp_path / "run")["tasks"]["draw/pictures"]["baseline"])
+    assert math.isfinite(report_of(tmp_path / "run")["tasks"]["draw/images"]["baseline"])
 
 
 def test_too_many_broken_records_stop_the_run(tmp_path: Path) -> None:
-    recipe = tiny_recipe(400, save_every=400) | pictures(tmp_path / "data", broken=15)
+    recipe = tiny_recipe(400, save_every=400) | images(tmp_path / "data", broken=15)
     with pytest.raises(
-        TrainingError, match=r"of the records are broken, most \(\d+\) in 'pictures'.*limit of 5%"
+        TrainingError, match=r"of the records are broken, most \(\d+\) in 'images'.*limit of 5%"
     ):
         train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
     assert (tmp_path / "run" / "quarantine.jsonl").is_file()
@@ -315,7 +315,7 @@ def test_examples_that_fit_no_row_are_set_aside(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "task": (["mixture.0.task=name_pictur"], "no task is called 'name_pictur'; did you mean 'name_picture'"),
+    "task": (["mixture.0.task=name_pictur"], "no task is called 'name_pictur'; did you mean 'name_image'"),
     "preset": (["model.preset=nanoo"], "no preset 'nanoo'; did you mean 'nano'"),
     "key": (["loop.stepz=3"], "unknown key 'loop.stepz'; did you mean 'steps'"),
     "deep key": (["judge.decoding.step=3"], "unknown key 'judge.decoding.step'; did you mean 'steps'"),
@@ -327,11 +327,11 @@ REFUSED = {
     "sizes": (["model.overrides.num_kv_heads=3"], "num_heads=2 must be a multiple"),
     "kind": (["kind=multimodel"], "did you mean 'multimodal'"),
     "codec": (["modalities.image.codec=image-65"], "did you mean 'image-64'"),
-    "wrong codec": (["modalities.image.codec=sound"], "is no picture codec"),
+    "wrong codec": (["modalities.image.codec=audio"], "is no image codec"),
     "side": (["modalities.image.side=60"], "must be a multiple of the codec's stride"),
     "weight": (["mixture.0.weight=0"], "greater than 0"),
     "loss weight": (["loss_weights={images: 2}"], "did you mean 'image'"),
-    "twice": (["mixture.1.task=name_picture"], "twice: add up the weights"),
+    "twice": (["mixture.1.task=name_image"], "twice: add up the weights"),
     "optimizer": (["loop.optimizer.name=adamv"], "did you mean 'adamw'"),
     "no such field": (["mixture.4.task=transcribe"], "finds nothing to read in source 'penguins'"),
     "not a setting": (["loop.steps"], "must look like key.path=value"),
@@ -358,13 +358,13 @@ def test_embeddings_are_taught_beside_answers(tmp_path: Path) -> None:
     """A mixture of both kinds of task has both losses; its checkpoint makes embeddings, its report tells recall."""
     values = tiny_recipe(3)
     values["mixture"] = [
-        {"source": "digits", "task": "pair_picture", "weight": 3},
-        {"source": "digits", "task": "name_picture"},
+        {"source": "digits", "task": "pair_image", "weight": 3},
+        {"source": "digits", "task": "name_image"},
     ]
     train_recipe(write_recipe(tmp_path, values), out=tmp_path / "run")
     names = {name for line in losses(tmp_path / "run") for name in line}
     assert {"loss/pool", "loss/text"} <= names
-    entry = report_of(tmp_path / "run")["tasks"]["pair_picture/digits"]
+    entry = report_of(tmp_path / "run")["tasks"]["pair_image/digits"]
     assert entry["metric"] == "recall_at_1" and entry["baseline_name"] == "chance"
     assert embedding_size(load(tmp_path / "run")) == 128
 

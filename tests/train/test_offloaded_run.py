@@ -53,7 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_trained_judged_and_told_apart(finished: Path) -> None:
     lines = read_metrics(RunFolder(finished))
     assert [line["stage"] for line in lines] == ["pseudo"] * SWITCH + ["real"] * (STEPS - SWITCH)
-    assert {"loss/text", "loss/image_out", "loss/sound_out", "loss/numbers_out"} <= set().union(*lines)
+    assert {"loss/text", "loss/image_out", "loss/audio_out", "loss/numbers_out"} <= set().union(*lines)
     assert (finished / "report.json").exists()
     sets = {}
     for step in (SWITCH, STEPS):

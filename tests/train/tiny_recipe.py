@@ -36,7 +36,7 @@ def tiny_recipe(steps: int = 6, **loop: Any) -> dict[str, Any]:
             "penguins": {"kind": "embedded", "name": "penguins", "limit": 40},
         },
         "mixture": [
-            {"source": "digits", "task": "name_picture"},
+            {"source": "digits", "task": "name_image"},
             {"source": "digits", "task": "draw"},
             {"source": "spoken", "task": "transcribe"},
             {"source": "spoken", "task": "speak"},

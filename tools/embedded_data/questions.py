@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from embedded_data.images import countries
 from embedded_data.numbers import penguins
-from embedded_data.pictures import countries
 from embedded_data.tables import Row, split_of
 
 _COUNTRY = re.compile(

@@ -12,8 +12,8 @@ import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
+from embedded_data.images import DIGITS_EN, DIGITS_ZH
 from embedded_data.packages import debian_package
-from embedded_data.pictures import DIGITS_EN, DIGITS_ZH
 from embedded_data.tables import Row
 
 VOICES = ("en-us+m1", "en-us+m3", "en-us+f2", "en-gb+m1", "cmn+m1", "cmn+m3", "cmn+f2", "en-us+f4", "cmn+f4")

@@ -1,4 +1,4 @@
-"""Synthetic records: an invented shop, machines whose state follows from their readings, and sounds of formulas."""
+"""Synthetic records: a synthetic shop, machines whose state follows from their readings, and audio events."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ WAVES: dict[str, tuple[str, Wave]] = {
 }
 
 
-def sound_record(rng: np.random.Generator) -> Record:
+def audio_record(rng: np.random.Generator) -> Record:
     """One second of audio of one kind, as Ogg Opus."""
     name = sorted(WAVES)[int(rng.integers(len(WAVES)))]
     chinese, make = WAVES[name]
@@ -147,9 +147,9 @@ def machines(cache: Path) -> list[Row]:
     return _rows("machines", machine_record, 1000, 0.1)
 
 
-def sounds(cache: Path) -> list[Row]:
-    """100 sounds; so few because each is five kilobytes."""
-    return _rows("sounds", sound_record, 100, 0.2)
+def events(cache: Path) -> list[Row]:
+    """100 audio clips; so few because each is five kilobytes."""
+    return _rows("audio_events", audio_record, 100, 0.2)
 
 
 def _rows(

@@ -61,7 +61,7 @@ def write(table: pa.Table, path: Path) -> None:
 
 
 def differences(built: pa.Table, path: Path) -> list[str]:
-    """How a built table differs from the file: pictures by pixels, sounds but for breath, the rest exactly."""
+    """How a built table differs from the file: images by pixels, audio clips but for breath, the rest exactly."""
     known = pq.read_table(path)
     if built.num_rows != known.num_rows or built.column_names != known.column_names:
         return [

@@ -71,7 +71,7 @@ async def answer_freely(
     """Answer whatever is given; raise as `answer_scenario`."""
     parts = [
         Part(kind, uploaded(kind, path, server.limits, language))
-        for kind, path in (("image", image), ("sound", audio))
+        for kind, path in (("image", image), ("audio", audio))
         if path
     ]
     if text.strip():
@@ -85,7 +85,7 @@ async def answer_freely(
             parts=request.parts, sampling=request.sampling.model_copy(update={"seed": seed})
         )
     else:
-        request = CodesRequest(parts=tuple(parts), want="image" if output == "image" else "sound")
+        request = CodesRequest(parts=tuple(parts), want="image" if output == "image" else "audio")
         sampling = request.sampling.model_copy(update={"seed": seed})
         request = CodesRequest(parts=request.parts, want=request.want, sampling=sampling)
     return await _answer(server, request, output, language)
@@ -106,8 +106,8 @@ async def _answer(
         return Shown(text=value, note=note)
     if output == "image":
         return Shown(image=drawn_image(request, value, loaded), note=note)
-    if output == "sound":
-        return Shown(audio=(RATE, pcm(loaded.sound.decode(value))), note=note)
+    if output == "audio":
+        return Shown(audio=(RATE, pcm(loaded.audio.decode(value))), note=note)
     if isinstance(request, NumbersRequest):
         return Shown(figure=interval_chart(request.name, distribution_of(value, COVERAGE), past), note=note)
     if isinstance(request, RankRequest):

@@ -103,7 +103,7 @@ def uploaded(kind: str, path: str, limits: Limits, language: Language) -> bytes:
     try:
         return check_image(data, limits, kind) if kind == "image" else check_audio(data, limits, kind)
     except BadRequestError:
-        text, most = (BAD_IMAGE, limits.pixels) if kind == "image" else (BAD_AUDIO, limits.sound_seconds)
+        text, most = (BAD_IMAGE, limits.pixels) if kind == "image" else (BAD_AUDIO, limits.audio_seconds)
         raise DataError(text.text(language).format(most=most)) from None
 
 
@@ -111,21 +111,21 @@ def make_slots() -> list[gradio.components.Component]:
     """Return all slots, hidden: text boxes, images, audio."""
     texts = [gradio.Textbox(visible=False, lines=2, elem_id=f"text-{index}") for index in range(TEXTS)]
     with gradio.Row():
-        images = [image_input(f"picture-{index}", visible=False) for index in range(IMAGES)]
-    audios = [
-        gradio.Audio(visible=False, type="filepath", elem_id=f"sound-{index}") for index in range(AUDIOS)
+        images = [image_input(f"image-{index}", visible=False) for index in range(IMAGES)]
+    audio_clips = [
+        gradio.Audio(visible=False, type="filepath", elem_id=f"audio-{index}") for index in range(AUDIOS)
     ]
-    return [*texts, *images, *audios]
+    return [*texts, *images, *audio_clips]
 
 
 def slot_names(scenario: Scenario) -> list[str | None]:
     """Return which input each slot holds."""
     names: list[str | None] = []
-    for kind, count in (("text", TEXTS), ("image", IMAGES), ("sound", AUDIOS)):
+    for kind, count in (("text", TEXTS), ("image", IMAGES), ("audio", AUDIOS)):
         found = [
             name
             for name, given in scenario.inputs.items()
-            if kind == (given.kind if given.kind in ("image", "sound") else "text")
+            if kind == (given.kind if given.kind in ("image", "audio") else "text")
         ]
         if len(found) > count:
             raise DataError(
@@ -155,7 +155,7 @@ def slot_updates(scenario: Scenario, language: Language, filled: bool = True) ->
 def _shown(kind: InputKind, value: Any) -> Any:
     if kind == "image":
         return Pillow.open(io.BytesIO(value)).convert("RGBA")
-    if kind == "sound":
+    if kind == "audio":
         samples, rate = soundfile.read(io.BytesIO(value), dtype="int16")
         return rate, samples
     return write_typed(kind, value)
@@ -173,7 +173,7 @@ def values_in(
     for name, value in zip(slot_names(scenario), slots, strict=True):
         if name is not None and value not in (None, ""):
             kind = scenario.inputs[name].kind
-            is_file = kind in ("image", "sound")
+            is_file = kind in ("image", "audio")
             found[name] = uploaded(kind, value, limits, language) if is_file else read_typed(kind, value)
     return found
 

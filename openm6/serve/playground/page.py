@@ -28,7 +28,7 @@ from openm6.serve.server import Server
 
 STYLE = Path(__file__).with_name("page.css")
 MAX_GALLERY = 24
-OUTPUTS: tuple[Output, ...] = ("text", "image", "sound")
+OUTPUTS: tuple[Output, ...] = ("text", "image", "audio")
 Images = list[tuple[Any, str]]
 # On a phone the answer, or why there is none, comes below the screen; the page takes a moment to hold it.
 SHOW = """() => setTimeout(
@@ -137,8 +137,8 @@ class Page:
     def _free_tab(self) -> None:
         with gradio.Tab(words.FREELY.en, id="freely") as tab:
             self.text = gradio.Textbox(label=words.TEXT.en, lines=3, elem_id="free-text")
-            self.image = image_input("free-picture", words.IMAGE.en)
-            self.audio = gradio.Audio(label=words.AUDIO.en, type="filepath", elem_id="free-sound")
+            self.image = image_input("free-image", words.IMAGE.en)
+            self.audio = gradio.Audio(label=words.AUDIO.en, type="filepath", elem_id="free-audio")
             self.output = gradio.Radio(_outputs("en"), value="text", label=words.OUTPUT.en, elem_id="want")
             self.ask = gradio.Button(words.RUN.en, variant="primary", elem_id="ask")
         self.labels += [
@@ -157,10 +157,10 @@ class Page:
             format="png",
             height=280,
             buttons=["download", "fullscreen"],
-            elem_id="answer-picture",
+            elem_id="answer-image",
         )
         out_audio = gradio.Audio(
-            label=words.AUDIO.en, visible=False, interactive=False, elem_id="answer-sound"
+            label=words.AUDIO.en, visible=False, interactive=False, elem_id="answer-audio"
         )
         out_figure = gradio.HTML(visible=False, elem_id="answer-figure")
         note = gradio.HTML("", elem_id="note")

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from openm6.core.errors import DataError
 from openm6.inference.sampling import MaskedSampling, Sampling
-from openm6.modalities.audio import RATE, read_sound
+from openm6.modalities.audio import RATE, read_audio
 from openm6.modalities.interface import Part
 from openm6.serve.content import AUDIO_TYPES, AudioFormat, audio_file, part_prompt, text_prompt
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
@@ -70,16 +70,16 @@ async def speak(body: SpeechBody, call: ThisCall) -> Response:
         raise BadRequestError("speed other than 1 is not offered: leave it out", "speed")
     if body.stream_format != "audio":
         raise BadRequestError("stream_format sse is not offered: use audio", "stream_format")
-    check_limit("seconds", body.seconds or 0.0, server.limits.sound_seconds)
+    check_limit("seconds", body.seconds or 0.0, server.limits.audio_seconds)
     seed = chosen_seed(body.seed)
     request = CodesRequest(
-        want="sound",
+        want="audio",
         parts=text_prompt(server.loaded, "speak", body.input),
         duration=body.seconds,
         sampling=MaskedSampling(steps=body.steps, guidance=body.guidance, seed=seed),
     )
     [answer] = await call.answer("speech", [request])
-    samples = await asyncio.to_thread(server.loaded.sound.decode, answer.value)
+    samples = await asyncio.to_thread(server.loaded.audio.decode, answer.value)
     data = await asyncio.to_thread(audio_file, samples, form)
     headers = {"x-seed": str(seed), "x-sample-rate": str(RATE)}
     if answer.joules is not None:
@@ -104,10 +104,10 @@ async def transcribe(
         raise BadRequestError("stream is not offered for transcriptions: leave it out", "stream")
     data = await file.read()
     try:
-        samples = await asyncio.to_thread(read_sound, data, call.server.limits.sound_seconds)
+        samples = await asyncio.to_thread(read_audio, data, call.server.limits.audio_seconds)
     except DataError as error:
         raise BadRequestError(f"file: {error}", "file") from None
-    part = Part("sound", samples)
+    part = Part("audio", samples)
     parts = (part, Part("text", " " + prompt)) if prompt else part_prompt("transcribe", part, language)
     sampling = Sampling(temperature=temperature, max_tokens=64)
     [answer] = await call.answer("transcriptions", [TextRequest(parts=parts, sampling=sampling)])

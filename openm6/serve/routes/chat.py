@@ -116,7 +116,7 @@ def _request(output: Output, body: ChatBody, parts: tuple[Part, ...], seed: int,
     sampling = MaskedSampling(seed=seed)
     if body.draw is not None:
         sampling = MaskedSampling(seed=seed, steps=body.draw.steps, guidance=body.draw.guidance)
-    return CodesRequest(parts=parts, want="image" if output == "image" else "sound", sampling=sampling)
+    return CodesRequest(parts=parts, want="image" if output == "image" else "audio", sampling=sampling)
 
 
 def _text_request(body: ChatBody, parts: tuple[Part, ...], seed: int, max_tokens: int) -> TextRequest:
@@ -225,7 +225,7 @@ class _Reply:
                 url = image_data_url(loaded.image.decode(answer.value), form)
                 message.images = [AnswerImage(image_url=DataURL(url=url))]
             elif output == "audio":
-                data = audio_file(loaded.sound.decode(answer.value), (body.audio or AudioSettings()).format)
+                data = audio_file(loaded.audio.decode(answer.value), (body.audio or AudioSettings()).format)
                 message.audio = AnswerAudio(
                     id=f"audio-{uuid.uuid4().hex}",
                     data=base64.b64encode(data).decode(),

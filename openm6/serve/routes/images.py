@@ -125,7 +125,7 @@ async def edit(
     region = await asyncio.to_thread(edit_mask, mask_file, source, limits.pixels)
     parts: tuple[Part, ...] = (Part("image", source, {"hole": None}), Part("text", " " + prompt))
     if region is not None:
-        parts = part_prompt("fill_picture", Part("image", source, {"hole": region}), language_of(prompt))
+        parts = part_prompt("fill_image", Part("image", source, {"hole": region}), language_of(prompt))
     request = CodesRequest(
         want="image",
         parts=parts,

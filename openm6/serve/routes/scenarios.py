@@ -219,7 +219,7 @@ def input_values(scenario: Scenario, inputs: dict[str, Value], limits: Limits) -
     for name, value in inputs.items():
         kind = scenario.inputs[name].kind if name in scenario.inputs else "text"
         param = f"inputs.{name}"
-        if kind in ("image", "sound") and isinstance(value, str):
+        if kind in ("image", "audio") and isinstance(value, str):
             found[name] = decode_file(value, kind, limits, param)
         elif isinstance(value, Series):
             found[name] = {"name": value.name, "values": value.values}
@@ -246,8 +246,8 @@ def _set_answer(reply: ScenarioAnswer, request: Request, answer: Answer, loaded:
         reply.text = value
     elif reply.gives == "image":
         reply.image = image_data_url(drawn_image(request, value, loaded))
-    elif reply.gives == "sound":
-        reply.audio = base64.b64encode(audio_file(loaded.sound.decode(value), "wav")).decode()
+    elif reply.gives == "audio":
+        reply.audio = base64.b64encode(audio_file(loaded.audio.decode(value), "wav")).decode()
     elif isinstance(request, NumbersRequest):
         reply.numbers = {request.name: distribution_of(value, COVERAGE)}
     elif isinstance(request, RankRequest):

@@ -28,13 +28,13 @@ from openm6.serve.scenarios.scenario import SLOT, InputKind, Language, Scenario
 
 Values = Mapping[str, Any]
 EMBEDDED = "embedded:"
-RECORD_FIELDS: dict[InputKind, str] = {"image": "image", "sound": "audio"}
+RECORD_FIELDS: dict[InputKind, str] = {"image": "image", "audio": "audio"}
 
 
 def scenario_request(scenario: Scenario, language: Language, values: Values, seed: int = 0) -> Request:
     """Return the request of a scenario.
 
-    values: by name of the input: str for text, bytes for image and sound, {column: value} for numbers, {name, values}
+    values: by name of the input: str for text, bytes for image and audio, {column: value} for numbers, {name, values}
         for series, a list of texts for candidates, fractions for box (4) and stretch (2)
 
     Raises:
@@ -54,10 +54,10 @@ def scenario_request(scenario: Scenario, language: Language, values: Values, see
     if scenario.gives == "embedding":
         return EmbedRequest(parts=parts)
     box, stretch = scenario.kind_of("box"), scenario.kind_of("stretch")
-    source = scenario.kind_of("image") if box else scenario.kind_of("sound") if stretch else None
+    source = scenario.kind_of("image") if box else scenario.kind_of("audio") if stretch else None
     return CodesRequest(
         parts=parts,
-        want="image" if scenario.gives == "image" else "sound",
+        want="image" if scenario.gives == "image" else "audio",
         sampling=scenario.decoding.masked.model_copy(update={"seed": seed}),
         source=values[source] if source else None,
         mask=tuple(values[box]) if box else None,
@@ -87,9 +87,9 @@ def _part(scenario: Scenario, name: str, values: Values) -> Part:
     if kind == "image":
         box = scenario.kind_of("box")
         return Part("image", value, {"hole": tuple(values[box])} if box else {})
-    if kind == "sound":
+    if kind == "audio":
         stretch = scenario.kind_of("stretch")
-        return Part("sound", value, {"gap": tuple(values[stretch])} if stretch else {})
+        return Part("audio", value, {"gap": tuple(values[stretch])} if stretch else {})
     if kind == "series":
         return Part("numbers", NumberSeries(value["name"], list(value["values"])))
     if kind == "numbers":
@@ -135,7 +135,7 @@ def _are_fractions(value: Any, count: int) -> bool:
 _FITS = {
     "text": lambda value: isinstance(value, str),
     "image": lambda value: isinstance(value, bytes),
-    "sound": lambda value: isinstance(value, bytes),
+    "audio": lambda value: isinstance(value, bytes),
     "numbers": _is_row,
     "series": _is_series,
     "candidates": lambda value: (
@@ -147,7 +147,7 @@ _FITS = {
 _FORMS = {
     "text": "a text",
     "image": "the bytes of an image file",
-    "sound": "the bytes of an audio file",
+    "audio": "the bytes of an audio file",
     "numbers": "values by column, as {'mass': 3.5}",
     "series": "a name and values, as {'name': 'price', 'values': [3.5, 4]}",
     "candidates": "a list of texts",

@@ -29,10 +29,10 @@ REPORT = "report.json"
 
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
-InputKind = Literal["text", "image", "sound", "numbers", "series", "candidates", "box", "stretch"]
-Output = Literal["text", "image", "sound", "numbers", "ranking", "embedding"]
+InputKind = Literal["text", "image", "audio", "numbers", "series", "candidates", "box", "stretch"]
+Output = Literal["text", "image", "audio", "numbers", "ranking", "embedding"]
 # The others steer the answer.
-PROMPTED: tuple[InputKind, ...] = ("text", "image", "sound", "numbers", "series")
+PROMPTED: tuple[InputKind, ...] = ("text", "image", "audio", "numbers", "series")
 SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -49,7 +49,7 @@ class Bilingual(Config):
 KINDS: dict[InputKind, Bilingual] = {
     "text": Bilingual(en="Text", zh="文本"),
     "image": Bilingual(en="Image", zh="图片"),
-    "sound": Bilingual(en="Audio", zh="声音"),
+    "audio": Bilingual(en="Audio", zh="声音"),
     "numbers": Bilingual(en="Numbers", zh="数值"),
     "series": Bilingual(en="Series", zh="序列"),
     "candidates": Bilingual(en="Candidates", zh="候选"),

@@ -67,7 +67,7 @@ def answered(page: playwright.Page) -> None:
     playwright.expect(page.locator("#note")).to_contain_text(" s", timeout=PATIENCE)
 
 
-def test_a_picture_is_filled_in_and_kept_in_the_gallery(page: playwright.Page) -> None:
+def test_a_image_is_filled_in_and_kept_in_the_gallery(page: playwright.Page) -> None:
     """On the way, a scenario that was not trained says so."""
     choose(page, "scenario", "Restyle")
     playwright.expect(page.locator("#state")).to_contain_text("needs training on restyle", timeout=PATIENCE)
@@ -79,17 +79,17 @@ def test_a_picture_is_filled_in_and_kept_in_the_gallery(page: playwright.Page) -
     playwright.expect(page.locator("#state")).to_contain_text("Paint anew", timeout=PATIENCE)
     page.click("#run")
     answered(page)
-    playwright.expect(page.locator("#answer-picture img").first).to_be_visible(timeout=PATIENCE)
+    playwright.expect(page.locator("#answer-image img").first).to_be_visible(timeout=PATIENCE)
     playwright.expect(page.locator("#gallery img").first).to_be_visible(timeout=PATIENCE)
 
 
-def test_a_sound_is_spoken(page: playwright.Page) -> None:
-    choose(page, "domain", "Speech and sound")
+def test_a_audio_is_spoken(page: playwright.Page) -> None:
+    choose(page, "domain", "Speech and audio")
     choose(page, "scenario", "Read aloud")
     playwright.expect(page.locator("#text-0 textarea")).to_have_value("seven", timeout=PATIENCE)
     page.click("#run")
     answered(page)
-    playwright.expect(page.locator("#answer-sound")).to_be_visible(timeout=PATIENCE)
+    playwright.expect(page.locator("#answer-audio")).to_be_visible(timeout=PATIENCE)
 
 
 def test_an_interval_is_drawn(page: playwright.Page) -> None:
@@ -105,9 +105,9 @@ def test_an_interval_is_drawn(page: playwright.Page) -> None:
 def test_a_broken_upload_is_one_sentence(page: playwright.Page) -> None:
     page.set_viewport_size(PHONE)
     page.get_by_role("tab").nth(1).click()
-    broken = {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"}
-    page.locator("#free-picture input[type=file]").set_input_files(files=[broken])
-    playwright.expect(page.locator("#free-picture img").first).to_be_attached(timeout=PATIENCE)
+    broken = {"name": "a.png", "mimeType": "image/png", "buffer": b"no image"}
+    page.locator("#free-image input[type=file]").set_input_files(files=[broken])
+    playwright.expect(page.locator("#free-image img").first).to_be_attached(timeout=PATIENCE)
     for language, button, sentence in (
         ("English", "Answer", "The image is broken"),
         ("中文", "回答", "图片已损坏"),
@@ -126,7 +126,7 @@ def test_a_phone_shows_it_in_chinese_without_scrolling_sideways(page: playwright
     page.set_viewport_size(PHONE)
     page.click("#run")
     playwright.expect(page.locator("#gallery img").first).to_be_attached(timeout=PATIENCE)
-    playwright.expect(page.locator("#answer-picture img").first).to_be_in_viewport(ratio=1, timeout=PATIENCE)
+    playwright.expect(page.locator("#answer-image img").first).to_be_in_viewport(ratio=1, timeout=PATIENCE)
     page.locator("#language label", has_text="中文").click()
     playwright.expect(page.locator("#title")).to_contain_text("试验场", timeout=PATIENCE)
     playwright.expect(page.locator("#run")).to_have_text("回答", timeout=PATIENCE)
@@ -139,7 +139,7 @@ def test_a_free_question_is_answered(page: playwright.Page) -> None:
     page.locator("#want label", has_text="Image").click()
     page.click("#ask")
     answered(page)
-    playwright.expect(page.locator("#answer-picture img").first).to_be_visible(timeout=PATIENCE)
+    playwright.expect(page.locator("#answer-image img").first).to_be_visible(timeout=PATIENCE)
 
 
 def test_a_key_is_asked_for_where_there_are_keys(browser: playwright.Browser) -> None:

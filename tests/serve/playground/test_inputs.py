@@ -12,6 +12,7 @@ from typing import Any
 
 import soundfile
 from gradio.data_classes import ImageData
+from tests.data.sample_images import png, wav
 
 from openm6.core.errors import DataError
 from openm6.serve.config import Limits
@@ -29,7 +30,6 @@ from openm6.serve.playground.inputs import (
 )
 from openm6.serve.scenarios.ask import example_values
 from openm6.serve.scenarios.scenario import LANGUAGES, Scenario, read_catalogue
-from tests.data.pictures import png, wav
 
 ALL = read_catalogue().scenarios.values()
 
@@ -46,7 +46,7 @@ def test_the_example_goes_in_and_comes_back(scenario: Scenario, tmp_path: Path) 
             assert update["visible"] == (name is not None)
             value = update.get("value")
             kind = scenario.inputs[name].kind if name else "text"
-            if kind in ("image", "sound"):
+            if kind in ("image", "audio"):
                 path = tmp_path / f"{number}.png"
                 if kind == "image":
                     value.save(path)
@@ -65,12 +65,12 @@ def test_the_example_goes_in_and_comes_back(scenario: Scenario, tmp_path: Path) 
 
 def test_what_was_uploaded_broken_or_too_large_is_one_sentence_in_the_pages_language(tmp_path: Path) -> None:
     path = tmp_path / "upload"
-    limits = Limits(pixels=1000, sound_seconds=1.0)
+    limits = Limits(pixels=1000, audio_seconds=1.0)
     for kind, data in (
         ("image", b"no"),
         ("image", png("red", 40)),
-        ("sound", b"RIFF"),
-        ("sound", wav(seconds=2)),
+        ("audio", b"RIFF"),
+        ("audio", wav(seconds=2)),
     ):
         path.write_bytes(data)
         for language, word in (("en", "save it again"), ("zh", "另存为")):
@@ -83,12 +83,12 @@ def test_what_was_uploaded_broken_or_too_large_is_one_sentence_in_the_pages_lang
     assert uploaded("image", str(path), limits, "en") == png("red", 20)
 
 
-def test_a_picture_is_handed_on_unread_also_when_its_label_has_changed(tmp_path: Path) -> None:
+def test_a_image_is_handed_on_unread_also_when_its_label_has_changed(tmp_path: Path) -> None:
     """Gradio makes a component anew with every update; what it makes must not read the file either."""
-    first = image_input("free-picture", "Picture")
+    first = image_input("free-image", "Image")
     again = type(first)(**{**first.constructor_args, "label": "图片", "render": False})
     broken = tmp_path / "a.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     for made in (first, again):
         assert made.get_block_name() == "image"
         assert made.preprocess(ImageData(path=str(broken))) == str(broken)

@@ -28,10 +28,10 @@ def values(updates: list[Any]) -> list[Any]:
 
 
 def test_it_opens_on_an_example_that_fits() -> None:
-    lessons = (("predict_number", "own"), ("describe_picture", "emoji"))
+    lessons = (("predict_number", "own"), ("describe_image", "emoji"))
     found = page(trained(lessons, {"own": OWN, "emoji": EMOJI}, price=1.0, body_mass_g=1.0))
     first = found.first_scenario()
-    assert first.tasks == ["describe_picture"] and found.opening_tab(first) == "scenarios"
+    assert first.tasks == ["describe_image"] and found.opening_tab(first) == "scenarios"
     assert all(value is not None for value in values(found.choose_scenario(first.name, "en")))
 
 
@@ -43,8 +43,8 @@ def test_what_does_not_fit_is_shown_empty_with_a_word() -> None:
 
 
 def test_a_task_below_its_baseline_is_not_what_it_opens_with() -> None:
-    lessons = (("describe_picture", "emoji"), ("draw", "emoji"))
-    weak = {"describe_picture": [Score("exact_match", 0.021, 0.033, False)]}
+    lessons = (("describe_image", "emoji"), ("draw", "emoji"))
+    weak = {"describe_image": [Score("exact_match", 0.021, 0.033, False)]}
     found = page(trained(lessons, {"emoji": EMOJI}), weak)
     assert found.first_scenario().tasks == ["draw"]
     assert "not better than its baseline" in found.choose_scenario("caption", "en")[0]

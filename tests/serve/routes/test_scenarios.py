@@ -26,12 +26,12 @@ from tests.small_model import embedding_model
 
 TASKS = (
     "couplet",
-    "describe_picture",
-    "fill_picture",
+    "describe_image",
+    "fill_image",
     "speak",
     "predict_number",
     "search_product",
-    "pair_picture",
+    "pair_image",
     "sketch",
 )
 
@@ -93,7 +93,7 @@ def test_text_comes_back_and_repeats(client: httpx.Client) -> None:
     assert first["text"] == second["text"] and first["image"] is None
 
 
-def test_a_filled_picture_keeps_what_lies_outside(client: httpx.Client) -> None:
+def test_a_filled_image_keeps_what_lies_outside(client: httpx.Client) -> None:
     asked = body("fill_region")
     found = client.post("/v1/scenarios/fill_region", json=asked).json()
     after = Image.open(io.BytesIO(base64.b64decode(found["image"].partition(",")[2])))
@@ -108,7 +108,7 @@ def test_it_is_said_whether_the_words_were_trained(client: httpx.Client) -> None
     assert found["taught"] and found["note"] is None
 
 
-def test_a_sound_comes_back(client: httpx.Client) -> None:
+def test_a_audio_comes_back(client: httpx.Client) -> None:
     found = client.post("/v1/scenarios/read_aloud", json=body("read_aloud")).json()
     samples, rate = soundfile.read(io.BytesIO(base64.b64decode(found["audio"])))
     assert rate == 16_000 and len(samples) == pytest.approx(1.2 * rate, abs=640)
@@ -121,7 +121,7 @@ def test_numbers_a_ranking_and_a_vector_come_back(client: httpx.Client) -> None:
     ranking = client.post("/v1/scenarios/search_ranking", json=body("search_ranking")).json()["ranking"]
     assert sorted(ranked["index"] for ranked in ranking) == [0, 1, 2]
     assert ranking[0]["score"] >= ranking[1]["score"] >= ranking[2]["score"]
-    vector = client.post("/v1/scenarios/picture_search_vector", json=body("picture_search_vector")).json()
+    vector = client.post("/v1/scenarios/image_search_vector", json=body("image_search_vector")).json()
     assert len(vector["embedding"]) == 16
 
 

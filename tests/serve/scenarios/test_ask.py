@@ -30,7 +30,7 @@ ALL = CATALOGUE.scenarios.values()
 REQUESTS = {
     "text": TextRequest,
     "image": CodesRequest,
-    "sound": CodesRequest,
+    "audio": CodesRequest,
     "numbers": NumbersRequest,
     "ranking": RankRequest,
     "embedding": EmbedRequest,
@@ -64,15 +64,15 @@ def test_the_parts_are_those_of_training() -> None:
         assert list(scenario_parts(scenario, "en", values)) == example.source
 
 
-def test_a_gap_in_a_sound_is_asked_as_it_was_taught() -> None:
+def test_a_gap_in_a_audio_is_asked_as_it_was_taught() -> None:
     record = demo_sources()["spoken"][2]
-    example = TASKS["fill_sound"].example(record, np.random.default_rng(1))
-    sound = next(part for part in example.source if part.modality == "sound")
-    values = {"sound": record["audio"], "gap": sound.options["gap"]}
-    request = scenario_request(CATALOGUE.named("repair_sound"), "en", values)
-    assert isinstance(request, CodesRequest) and request.span == sound.options["gap"]
-    asked = next(part for part in request.parts if part.modality == "sound")
-    assert asked.options == {"gap": sound.options["gap"]} and "seconds" not in sound.options
+    example = TASKS["fill_audio"].example(record, np.random.default_rng(1))
+    audio = next(part for part in example.source if part.modality == "audio")
+    values = {"audio": record["audio"], "gap": audio.options["gap"]}
+    request = scenario_request(CATALOGUE.named("repair_audio"), "en", values)
+    assert isinstance(request, CodesRequest) and request.span == audio.options["gap"]
+    asked = next(part for part in request.parts if part.modality == "audio")
+    assert asked.options == {"gap": audio.options["gap"]} and "seconds" not in audio.options
     assert request.duration is None and request.source == record["audio"]
 
 
@@ -92,7 +92,7 @@ def test_the_number_wanted_is_not_read() -> None:
         ("couplet", {"line": 3}, "must be a text"),
         ("caption", {"image": "x"}, "must be the bytes of an image"),
         ("fill_region", {"image": b"x", "hole": [0.5, 0, 0.2, 1]}, "four fractions"),
-        ("repair_sound", {"sound": b"x", "gap": [0.1, 1.5]}, "two fractions"),
+        ("repair_audio", {"audio": b"x", "gap": [0.1, 1.5]}, "two fractions"),
         ("weather_forecast", {"series": {"name": "x", "values": ["a"]}}, "a name and values"),
         ("machine_state", {"numbers": {"a": "b"}}, "values by column"),
         ("search_ranking", {"query": "x", "candidates": ["a", ""]}, "a list of texts"),
@@ -145,7 +145,7 @@ def test_each_example_fits_the_recipe_of_its_scenario(scenario: Scenario) -> Non
     [
         ("missing_measurement", (("predict_number", "own"),), {"own": OWN}, {"price": 1.0}),
         ("weather_forecast", (("forecast", "own"),), {"own": OWN}, {"sales": 1.0}),
-        ("caption", (("describe_picture", "own"),), {"own": {"kind": "folder", "path": "photos"}}, {}),
+        ("caption", (("describe_image", "own"),), {"own": {"kind": "folder", "path": "photos"}}, {}),
         ("illustration", (("draw", "own"),), {"own": OWN}, {}),
         # The data of the package, but of another task.
         ("illustration", (("draw", "own"), ("translate", "e")), {"own": OWN, "e": EMOJI}, {}),

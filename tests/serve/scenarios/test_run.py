@@ -26,7 +26,7 @@ QUICK = (
     "couplet",
     "caption",
     "search_ranking",
-    "picture_search_vector",
+    "image_search_vector",
     "missing_measurement",
     "fill_region",
 )

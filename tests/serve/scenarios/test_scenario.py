@@ -33,7 +33,7 @@ NAMED_IN_THE_PLAN = {
     "product_matching", "fill_attributes", "product_category", "review_sentiment", "review_summary",
     "price_prediction", "demand_forecast", "search_ranking", "recommendation", "design_sketch", "restyle",
     "fill_region", "change_background", "style_mix", "spoken_description", "transcription", "spoken_question",
-    "sound_event", "table_question", "series_anomaly", "number_report",
+    "audio_event", "table_question", "series_anomaly", "number_report",
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def test_there_are_forty_and_the_promised_ones_are_among_them() -> None:
     assert {scenario.gives for scenario in ALL} == {
         "text",
         "image",
-        "sound",
+        "audio",
         "numbers",
         "ranking",
         "embedding",
@@ -55,7 +55,7 @@ def test_it_asks_in_words_that_its_task_teaches(scenario: Scenario) -> None:
         words = scenario.prompt.text(language)
         taught = [prompt for name in scenario.tasks for prompt in TASKS[name].prompts[language]]
         if scenario.gives == "embedding":  # either side of a pair stands alone
-            assert words in ("{text}", "{image}", "{sound}")
+            assert words in ("{text}", "{image}", "{audio}")
         else:
             assert words in taught
             gives = {TASKS[name].output_modality for name in scenario.tasks}
@@ -146,7 +146,7 @@ def test_a_broken_file_is_one_sentence(change: dict[str, object], said: str, tmp
 def test_an_empty_folder_and_twins_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no scenarios"):
         read_catalogue(tmp_path)
-    text = (LIBRARY / "sound.yaml").read_text(encoding="utf-8")
+    text = (LIBRARY / "audio.yaml").read_text(encoding="utf-8")
     for name in ("one", "two"):
         (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match="two scenarios in"):
@@ -154,7 +154,7 @@ def test_an_empty_folder_and_twins_are_refused(tmp_path: Path) -> None:
 
 
 CAPTION = CATALOGUE.named("caption")
-KNOWS = loaded(lessons=(("describe_picture", "emoji"),)).description
+KNOWS = loaded(lessons=(("describe_image", "emoji"),)).description
 
 
 def entry(value: float | None, baseline: float | None, **more: Any) -> dict[str, Any]:
@@ -170,15 +170,15 @@ def reported(folder: Path, tasks: Any) -> Path:
 @pytest.mark.parametrize(
     ("entries", "ready"),
     [
-        ({"describe_picture/emoji": entry(0.021, 0.033)}, False),
-        ({"describe_picture/emoji": entry(0.5, 0.033)}, True),
-        ({"describe_picture/emoji": entry(0.5, 0.033, beats_baseline=False)}, False),  # not significant
-        ({"describe_picture/emoji": entry(0.5, 0.033, beats_baseline=True)}, True),
-        ({"describe_picture/a": entry(0.0, 0.1), "describe_picture/b": entry(0.5, 0.1)}, True),
+        ({"describe_image/emoji": entry(0.021, 0.033)}, False),
+        ({"describe_image/emoji": entry(0.5, 0.033)}, True),
+        ({"describe_image/emoji": entry(0.5, 0.033, beats_baseline=False)}, False),  # not significant
+        ({"describe_image/emoji": entry(0.5, 0.033, beats_baseline=True)}, True),
+        ({"describe_image/a": entry(0.0, 0.1), "describe_image/b": entry(0.5, 0.1)}, True),
         ({"draw/emoji": entry(0.021, 0.033)}, True),
-        ({"describe_picture/emoji": entry(None, 0.033)}, True),
-        ({"describe_picture/emoji": {}}, True),
-        ({"describe_picture/emoji": "?"}, True),
+        ({"describe_image/emoji": entry(None, 0.033)}, True),
+        ({"describe_image/emoji": {}}, True),
+        ({"describe_image/emoji": "?"}, True),
         ([], True),
         ({}, True),
     ],
@@ -189,7 +189,7 @@ def test_ready_is_what_beats_its_baseline(entries: Any, ready: bool, tmp_path: P
 
 
 def test_the_figures_are_said_in_both_languages(tmp_path: Path) -> None:
-    scores = read_scores(reported(tmp_path, {"describe_picture/emoji": entry(0.021, 0.033)}))
+    scores = read_scores(reported(tmp_path, {"describe_image/emoji": entry(0.021, 0.033)}))
     found = readiness(CAPTION, KNOWS, scores)
     said = found.text().replace("\u00a0", " ")
     assert said == "trained, but not better than its baseline: 2.1 % exact match against 3.3 %"

@@ -1,6 +1,6 @@
 """Takes docs/images/demo.png anew: five tasks of a run's report, in a browser without a window.
 
-    python tools/report_picture.py runs/demo docs/images/demo.png
+    python tools/report_image.py runs/demo docs/images/demo.png
 
 Needs the extra [dev], and Debian's chromium.
 """
@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 
 from openm6.core.errors import ConfigError
 
-TASKS = ("name picture/digits", "transcribe/spoken", "draw/digits", "fill picture/digits", "forecast/weather")
+TASKS = ("name image/digits", "transcribe/spoken", "draw/digits", "fill image/digits", "forecast/weather")
 SIZE = {"width": 1152, "height": 800}
 # Those tasks alone, in this order, each in a copy of its section, from which it has its colours.
 KEEP = """wanted => {
@@ -33,7 +33,7 @@ KEEP = """wanted => {
 
 
 def main(run: Path, target: Path) -> None:
-    """Opens the report and writes the picture.
+    """Opens the report and writes the image.
 
     Raises:
         ConfigError: there is no Chromium, or no report.

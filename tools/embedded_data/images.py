@@ -28,7 +28,7 @@ DIGIT_SIDE = 32
 
 def emoji(cache: Path) -> list[Row]:
     """Emoji with English and Chinese names and keywords; flags of countries are a set of their own."""
-    pictures = {_bare(path.stem): path for path in _noto(cache).iterdir()}
+    images = {_bare(path.stem): path for path in _noto(cache).iterdir()}
     words = npm_package(*EMOJIBASE, cache)
     chinese = {entry["hexcode"]: entry for entry in _json(words / "zh" / "data.json")}
     headings = _json(words / "en" / "messages.json")
@@ -39,8 +39,8 @@ def emoji(cache: Path) -> list[Row]:
     rows = []
     for entry in sorted(_json(words / "en" / "data.json"), key=lambda entry: entry.get("order", 0)):
         code = entry["hexcode"]
-        picture = pictures.get(_bare(code))
-        if "group" not in entry or entry["subgroup"] in flags or code not in chinese or picture is None:
+        image = images.get(_bare(code))
+        if "group" not in entry or entry["subgroup"] in flags or code not in chinese or image is None:
             continue
         rows.append(
             {
@@ -49,7 +49,7 @@ def emoji(cache: Path) -> list[Row]:
                 "license": "Apache-2.0 (Noto Emoji images); MIT (emojibase-data text; CLDR: Unicode-3.0)",
                 "split": split_of(code),
                 "kind": "image_text",
-                **_picture(on_white(picture)),
+                **_image(on_white(image)),
                 "text_en": entry["label"],
                 "text_zh": chinese[code]["label"],
                 "tags_en": entry.get("tags"),
@@ -63,16 +63,16 @@ def emoji(cache: Path) -> list[Row]:
 
 def countries(cache: Path) -> list[Row]:
     """Countries: flag, names, capital, region and five numbers."""
-    pictures = _noto(cache)
+    images = _noto(cache)
     rows = []
     for country in _json(npm_package(*COUNTRIES, cache) / "countries.json"):
         letters = "-".join(f"{0x1F1E6 + ord(letter) - ord('A'):x}" for letter in country["cca2"])
-        if (pictures / f"{letters}.png").is_file() and country["cca3"] not in LEFT_OUT:
-            rows.append(_country(country, pictures / f"{letters}.png"))
+        if (images / f"{letters}.png").is_file() and country["cca3"] not in LEFT_OUT:
+            rows.append(_country(country, images / f"{letters}.png"))
     return rows
 
 
-def _country(country: dict[str, Any], picture: Path) -> Row:
+def _country(country: dict[str, Any], image: Path) -> Row:
     name, chinese = country["name"]["common"], country["translations"]["zho"]["common"]
     capital = ", ".join(country["capital"]) or "none"
     region = country["subregion"] or country["region"]
@@ -83,7 +83,7 @@ def _country(country: dict[str, Any], picture: Path) -> Row:
         "license": "ODbL-1.0 (facts); Apache-2.0 (Noto flag images)",
         "split": split_of(country["cca3"]),
         "kind": "image_text_numbers",
-        **_picture(on_white(picture)),
+        **_image(on_white(image)),
         "text_en": f"The flag of {name}. Capital: {capital}. Region: {region}.",
         "text_zh": f"{chinese}的国旗。",
         "tags_en": [part for part in (country["region"], country["subregion"]) if part],
@@ -109,13 +109,13 @@ def digits(cache: Path) -> list[Row]:
 
 
 def _digit(number: int, grey: np.ndarray, digit: int) -> Row:
-    picture = Image.fromarray(np.round(grey * 255 / 16).astype(np.uint8))
+    image = Image.fromarray(np.round(grey * 255 / 16).astype(np.uint8))
     return {
         "id": f"digits/{number}",
         "source": f"pypi:scikit-learn@{sklearn.__version__} load_digits (UCI)",
         "license": "CC-BY-4.0 (UCI) / BSD-3-Clause (scikit-learn)",
         "kind": "image_text_numbers",
-        **_picture(picture.resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.LANCZOS)),
+        **_image(image.resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.LANCZOS)),
         "text_en": f"the digit {DIGITS_EN[digit]}",
         "text_zh": f"数字{DIGITS_ZH[digit]}",
         "label": DIGITS_EN[digit],
@@ -131,22 +131,20 @@ def _noto(cache: Path) -> Path:
 
 
 def _bare(code: str) -> str:
-    """A code without the marks that only ask for a coloured picture; the two packages differ in them."""
+    """A code without the marks that only ask for a coloured image; the two packages differ in them."""
     return "-".join(part for part in code.lower().split("-") if part != "fe0f")
 
 
 def on_white(path: Path) -> Image.Image:
-    """A picture over white, reduced to 256 colours: a quarter of the bytes and no difference to the eye."""
-    picture = Image.open(path).convert("RGBA")
-    return (
-        Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB").quantize(256)
-    )
+    """An image over white, reduced to 256 colours: a quarter of the bytes and no difference to the eye."""
+    image = Image.open(path).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB").quantize(256)
 
 
-def _picture(picture: Image.Image) -> Row:
+def _image(image: Image.Image) -> Row:
     file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
-    return {"image": file.getvalue(), "image_w": picture.width, "image_h": picture.height}
+    image.save(file, "PNG", optimize=True)
+    return {"image": file.getvalue(), "image_w": image.width, "image_h": image.height}
 
 
 def _hash(text: str) -> bytes:

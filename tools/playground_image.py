@@ -1,6 +1,6 @@
-"""Takes docs/images/playground.png anew: a few pictures drawn by a trained model, in a browser without a window.
+"""Takes docs/images/playground.png anew: a few images drawn by a trained model, in a browser without a window.
 
-    python -m tools.playground_picture runs/demo docs/images/playground.png
+    python -m tools.playground_image runs/demo docs/images/playground.png
 
 Needs the extras [serve] and [dev], and Debian's chromium.
 """
@@ -22,7 +22,7 @@ PATIENCE = 60_000  # milliseconds
 
 
 def main(trained: Path, target: Path) -> None:
-    """Serves the run, draws, and writes the picture.
+    """Serves the run, draws, and writes the image.
 
     Raises:
         ConfigError: there is no Chromium.
