@@ -105,8 +105,8 @@ class OffloadSize:
             "modalities": {"text": {"vocabulary": self.vocabulary}},
             "sources": {name: {"kind": "embedded", "name": name} for name in names},
             "mixture": [
-                {"source": "wordnet_en", "task": "define", "weight": 2},
-                {"source": "poems_zh", "task": "continue"},
+                {"source": "wordnet_en", "task": "reverse_dictionary", "weight": 2},
+                {"source": "poems_zh", "task": "text_generation"},
             ],
             "packing": {"rows": self.rows, "length": self.length},
             "loop": {

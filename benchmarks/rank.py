@@ -95,7 +95,7 @@ class RankSize:
             "model": {"preset": "nano", "overrides": backbone},
             "modalities": {"text": {"vocabulary": 2048}},
             "sources": {"words": {"kind": "embedded", "name": "wordnet_en"}},
-            "mixture": [{"source": "words", "task": "define"}],
+            "mixture": [{"source": "words", "task": "reverse_dictionary"}],
             "packing": {"rows": self.rows, "length": self.length},
             "loop": {
                 "optimizer": {"learning_rate": 1e-4, "bytes_per_parameter": 2},

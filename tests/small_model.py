@@ -58,10 +58,10 @@ SCALES = {
 }
 WORDS = ("draw the digit seven", "画数字七", "say zero", "the mass of a small red apple", "What is this?")
 LESSONS = (
-    ("draw", "digits"),
-    ("fill_image", "digits"),
-    ("predict_number", "penguins"),
-    ("fill_audio", "spoken"),
+    ("text_to_image", "digits"),
+    ("image_inpainting", "digits"),
+    ("tabular_regression", "penguins"),
+    ("audio_inpainting", "spoken"),
 )
 
 
@@ -98,7 +98,7 @@ def loaded(
 @cache
 def embedding_model() -> LoadedModel:
     """The untrained model with a head for embeddings."""
-    plain, embedding = loaded(lessons=(("pair_image", "digits"),)), PoolConfig(size=16)
+    plain, embedding = loaded(lessons=(("image_text_retrieval", "digits"),)), PoolConfig(size=16)
     description = plain.description.model_copy(update={"embedding": embedding})
     return replace(plain, omni=omni(embedding=embedding), description=description)
 

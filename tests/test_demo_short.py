@@ -63,7 +63,11 @@ def test_a_report_is_written(folder: Path) -> None:
     pairs = {(task["source"], task["target"]) for task in report["tasks"].values()}
     assert len(pairs) == 16, "all pairs of modalities"
     closed = {name: task for name, task in report["tasks"].items() if task["answer_entropy"] is not None}
-    assert {"name_image/digits", "transcribe/spoken", "classify_numbers/penguins"} <= set(closed)
+    assert {
+        "image_classification/digits",
+        "speech_recognition/spoken",
+        "tabular_classification/penguins",
+    } <= set(closed)
     for name, task in closed.items():
         low, _ = task["information_ci"]
         assert low <= task["answer_entropy"], name
@@ -102,12 +106,15 @@ def test_numbers_are_predicted(folder: Path) -> None:
 
 
 def test_it_is_judged_again(folder: Path) -> None:
-    done = openm6(folder, "evaluate", "run", "--tasks", "name_image", "--json", "scores.json")
+    done = openm6(folder, "evaluate", "run", "--tasks", "image_classification", "--json", "scores.json")
     assert done.returncode == 0, done.stderr
     report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["tasks"]
-    assert list(scores) == ["name_image/digits"]
-    assert scores["name_image/digits"]["value"] == report["tasks"]["name_image/digits"]["value"]
-    assert scores["name_image/digits"]["information_gain"] == pytest.approx(
-        report["tasks"]["name_image/digits"]["information_gain"], rel=1e-4
+    assert list(scores) == ["image_classification/digits"]
+    assert (
+        scores["image_classification/digits"]["value"]
+        == report["tasks"]["image_classification/digits"]["value"]
+    )
+    assert scores["image_classification/digits"]["information_gain"] == pytest.approx(
+        report["tasks"]["image_classification/digits"]["information_gain"], rel=1e-4
     )

@@ -75,8 +75,8 @@ def recipe_of(case: Values, seed: int, setting: Setting, tokenizer: str | None) 
         "modalities": {"text": {"vocabulary": 1024, "tokenizer": tokenizer}},
         "sources": {name: {"kind": "embedded", "name": name} for name in ("wordnet_en", "poems_zh")},
         "mixture": [
-            {"source": "wordnet_en", "task": "define", "weight": 2},
-            {"source": "poems_zh", "task": "continue", "weight": 1},
+            {"source": "wordnet_en", "task": "reverse_dictionary", "weight": 2},
+            {"source": "poems_zh", "task": "text_generation", "weight": 1},
         ],
         "packing": {"rows": setting.rows, "length": setting.length},
         "loop": {

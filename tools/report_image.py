@@ -15,7 +15,13 @@ from playwright.sync_api import sync_playwright
 
 from openm6.core.errors import ConfigError
 
-TASKS = ("name image/digits", "transcribe/spoken", "draw/digits", "fill image/digits", "forecast/weather")
+TASKS = (
+    "image classification/digits",
+    "speech recognition/spoken",
+    "text to image/digits",
+    "image inpainting/digits",
+    "time series forecasting/weather",
+)
 SIZE = {"width": 1152, "height": 800}
 # Those tasks alone, in this order, each in a copy of its section, from which it has its colours.
 KEEP = """wanted => {

@@ -32,7 +32,7 @@ def evaluate(
     """Evaluate a trained model on held-out records.
 
     \b
-    Example: openm6 evaluate runs/demo --tasks name_image,draw --json scores.json
+    Example: openm6 evaluate runs/demo --tasks image_classification,draw --json scores.json
     All records: openm6 evaluate runs/demo judge.records=1000 judge.answers=1000
     """
     if scenarios:

@@ -235,7 +235,7 @@ class Codec(nn.Module, ABC):
         return [module for module in self.modules() if isinstance(module, LatentNorm)]
 
 
-def code_bits(codes: Tensor, codec: Codec) -> float:
+def bits_per_code(codes: Tensor, codec: Codec) -> float:
     """Bits that one position's codes carry, channel by channel, out of vector_size channels.  # N G -> float"""
     values = codec.vectors(codes)  # N G -> N C
     total = 0.0

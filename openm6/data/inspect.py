@@ -297,7 +297,7 @@ def _series(data_set: DataSet, path: str, table: Table) -> DataSet | None:
     series.source = {"kind": config.kind, **config.model_dump(exclude_none=True)}
     train, test = _open(series, config, "train"), _open(series, config, "test")
     series.train, series.test = len(train or ()), len(test or ())
-    series.tasks = ["forecast"] if train is not None else []
+    series.tasks = ["time_series_forecasting"] if train is not None else []
     return series
 
 

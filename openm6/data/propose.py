@@ -261,8 +261,14 @@ def propose_tasks(records: Sequence[Record]) -> list[str]:
 
 def _image_tasks(records: Sequence[Record]) -> list[str]:
     captioned = any(record.get(f"text_{x}") != _label(record, x) for record in records for x in ("en", "zh"))
-    named = "classify_image" if len(_labels(records)) <= MAX_LABELS else "name_image"
-    return [named, *(["describe_image"] if captioned else []), "ask_image", "draw", "number_from_image"]
+    named = "image_categorization" if len(_labels(records)) <= MAX_LABELS else "image_classification"
+    return [
+        named,
+        *(["image_captioning"] if captioned else []),
+        "visual_question_answering",
+        "text_to_image",
+        "image_regression",
+    ]
 
 
 def _audio_tasks(records: Sequence[Record]) -> list[str]:
@@ -271,26 +277,28 @@ def _audio_tasks(records: Sequence[Record]) -> list[str]:
         for record in records
         for x in ("en", "zh")
     )
-    return ["transcribe", "speak"] if written else ["name_audio", "number_from_audio"]
+    return (
+        ["speech_recognition", "text_to_speech"] if written else ["audio_classification", "audio_regression"]
+    )
 
 
 def _number_tasks(records: Sequence[Record]) -> list[str]:
-    return ["classify_numbers", "predict_number", "number_from_text"]
+    return ["tabular_classification", "tabular_regression", "text_regression"]
 
 
 def _text_tasks(records: Sequence[Record]) -> list[str]:
     texts = [record[key] for record in records for key in ("text_en", "text_zh") if key in record]
     long = bool(texts) and sum(map(len, texts)) / len(texts) >= LONG_TEXT
     both = any("text_en" in record and "text_zh" in record for record in records)
-    labelled = ["classify_text"] if 1 < len(_labels(records)) <= MAX_LABELS else ["define"]
+    labelled = ["text_classification"] if 1 < len(_labels(records)) <= MAX_LABELS else ["reverse_dictionary"]
     if _text_tells_label(records):  # to copy a word is not to learn it
         labelled = []
     return [
         *labelled,
-        "answer",
-        "write",
-        *(["continue", "denoise"] if long else []),
-        *(["translate"] if both else []),
+        "question_answering",
+        "keywords_to_text",
+        *(["text_generation", "text_denoising"] if long else []),
+        *(["translation"] if both else []),
     ]
 
 

@@ -180,17 +180,17 @@ def baseline_values(metric: str, scored: Scored, prior: TargetPrior) -> np.ndarr
     """A metric of the baseline for each record; None if the task has no baseline.  # N
 
     Text: the most frequent training answer of the language. Codes: their training frequencies by position. Numbers:
-    the error of the reference predictions, which is the unit of `crps_share`.
+    the error of the reference predictions, which is the unit of `relative_crps`.
     """
     compute = METRICS[metric].values
     if isinstance(prior, AnswerFrequencies) and compute is not None:
         answers = [prior.most_frequent(example.language) for example in scored.examples]
         return compute(dataclasses.replace(scored, answers=list(answers)))
-    if metric == "crps_share":
+    if metric == "relative_crps":
         errors = scored.reference_errors()
         return errors / max(float(errors.mean()), 1e-9)
-    if metric == "code_bits" and scored.prior_code_bits is not None:
-        return scored.prior_code_bits
+    if metric == "bits_per_code" and scored.prior_bits_per_code is not None:
+        return scored.prior_bits_per_code
     return None
 
 

@@ -261,9 +261,9 @@ def _score_codes(
     prior_bits = prior.bits(scored.examples, targets) / codes
     return replace(
         scored,
-        code_bits=bits / codes,
-        prior_code_bits=prior_bits if np.isfinite(prior_bits).all() else None,
-        knn=fit_knn(loaded, train, task.output_modality) if "recognised" in task.metrics else None,
+        bits_per_code=bits / codes,
+        prior_bits_per_code=prior_bits if np.isfinite(prior_bits).all() else None,
+        knn=fit_knn(loaded, train, task.output_modality) if "knn_accuracy" in task.metrics else None,
     )
 
 

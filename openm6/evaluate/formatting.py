@@ -50,7 +50,7 @@ def duration(seconds: float) -> str:
 
 
 def words(name: str) -> str:
-    """An identifier as words: `number_from_image` is `number from image`."""
+    """An identifier as words: `image_regression` is `image regression`."""
     return name.replace("_", " ")
 
 

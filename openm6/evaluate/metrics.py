@@ -25,15 +25,15 @@ from openm6.tasks.task import Example
 class Scored:
     """The input of metrics: examples with answers, and statistics of the training split.
 
-    `code_bits` are bits per code of each example for the model, `prior_code_bits` for the training frequencies (image
+    `bits_per_code` are bits per code of each example for the model, `prior_bits_per_code` for the training frequencies (image
     and audio targets only); `scale` is the scale of the column of each true value and `reference` the baseline's point
     predictions (numbers only).
     """
 
     examples: list[Example]
     answers: list[Answer]
-    code_bits: np.ndarray | None = None
-    prior_code_bits: np.ndarray | None = None
+    bits_per_code: np.ndarray | None = None
+    prior_bits_per_code: np.ndarray | None = None
     scale: list[np.ndarray] = field(default_factory=list)
     reference: list[np.ndarray] = field(default_factory=list)
     knn: KNNClassifier | None = None
@@ -160,7 +160,7 @@ METRICS: dict[str, Metric] = {
             percent=True,
         ),
         Metric(
-            "character_f1",
+            "char_bigram_f1",
             "character bigram F1",
             "overlap of character bigrams with the truth; 100 % is equal",
             "higher",
@@ -168,15 +168,15 @@ METRICS: dict[str, Metric] = {
             percent=True,
         ),
         Metric(
-            "code_bits",
+            "bits_per_code",
             "bits per code",
             "negative log-likelihood per code of the true image or audio, of the masked region in inpainting: lower is "
             "better",
             "lower",
-            lambda scored: scored.code_bits,
+            lambda scored: scored.bits_per_code,
         ),
         Metric(
-            "recognised",
+            "knn_accuracy",
             "kNN accuracy",
             "generated images or audio to which a kNN classifier of real ones assigns the right label",
             "higher",
@@ -184,14 +184,14 @@ METRICS: dict[str, Metric] = {
             percent=True,
         ),
         Metric(
-            "hole_psnr",
+            "masked_psnr",
             "PSNR of the masked region",
             "similarity of the inpainted region to the truth, in decibels",
             "higher",
             _masked_psnr,
         ),
         Metric(
-            "crps_share",
+            "relative_crps",
             "relative CRPS",
             "error of the whole predicted distribution (CRPS), relative to the baseline’s error",
             "lower",

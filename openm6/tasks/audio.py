@@ -8,7 +8,7 @@ from openm6.tasks.task import Task
 
 TASKS = (
     Task(
-        name="transcribe",
+        name="speech_recognition",
         summary="write down what is said",
         inputs={"audio": AUDIO},
         target=Text("label", max_tokens=64),
@@ -16,14 +16,14 @@ TASKS = (
         metrics=("exact_match",),
     ),
     Task(
-        name="name_audio",
+        name="audio_classification",
         summary="say what made an audio clip",
         inputs={"audio": AUDIO},
         target=LABEL,
         prompts={"en": ("{audio} What made this sound?",), "zh": ("{audio} 这是什么声音？",)},
     ),
     Task(
-        name="match_spoken",
+        name="image_audio_matching",
         summary="say whether what is spoken fits an image",
         inputs={"audio": AUDIO, "image": IMAGE},
         target=AUDIO_MATCH,
@@ -31,14 +31,14 @@ TASKS = (
         needs_negatives=True,
     ),
     Task(
-        name="speak",
+        name="text_to_speech",
         summary="say a text aloud",
         inputs={"text": Text("label")},
         target=AUDIO,
         prompts={"en": ("say {text}", "Say {text}."), "zh": ("说{text}", "请说{text}。")},
     ),
     Task(
-        name="fill_audio",
+        name="audio_inpainting",
         summary="fill in a gap in an audio clip",
         inputs={"audio": AUDIO},
         target=UNMASKED_AUDIO,
@@ -46,35 +46,35 @@ TASKS = (
         is_inpainting=True,
     ),
     Task(
-        name="number_from_audio",
+        name="audio_regression",
         summary="predict a number that an audio clip states",
         inputs={"audio": AUDIO},
         target=NUMBER,
         prompts={"en": ("{audio} What is the {column}?",), "zh": ("{audio} {column}是多少？",)},
     ),
     Task(
-        name="say_numbers",
+        name="tabular_to_audio",
         summary="say aloud what numbers describe",
         inputs={"numbers": NUMBERS},
         target=AUDIO,
         prompts={"en": ("say {numbers}", "{numbers} Say it."), "zh": ("说{numbers}",)},
     ),
     Task(
-        name="say_image",
+        name="image_to_audio",
         summary="say aloud what an image shows",
         inputs={"image": IMAGE},
         target=AUDIO,
         prompts={"en": ("{image} Say it.",), "zh": ("{image} 说出来。",)},
     ),
     Task(
-        name="draw_audio",
+        name="audio_to_image",
         summary="draw what is said",
         inputs={"audio": AUDIO},
         target=IMAGE,
         prompts={"en": ("{audio} Draw it.",), "zh": ("{audio} 画出来。",)},
     ),
     Task(
-        name="pair_audio",
+        name="audio_text_retrieval",
         summary="embed an audio clip like the text that describes it",
         inputs={"text": TEXT},
         target=AUDIO,

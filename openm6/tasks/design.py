@@ -119,7 +119,7 @@ def restyle(record: Record, context: Context) -> Built:
     return Built({"reference": _reference(record, 0, style)}, target)
 
 
-def mix_styles(record: Record, context: Context) -> Built:
+def style_mixing(record: Record, context: Context) -> Built:
     """Two references in two styles, and the record's image half in each."""
     first, second = _two_styles(context)
     image = _read(record["image"])
@@ -128,7 +128,7 @@ def mix_styles(record: Record, context: Context) -> Built:
     return Built(references, target)
 
 
-def change_background(record: Record, context: Context) -> Built:
+def background_replacement(record: Record, context: Context) -> Built:
     """The name of a random colour, and the record's image on a background of it."""
     names = sorted(BACKGROUNDS)
     name = names[int(context.rng.integers(len(names)))]
@@ -142,22 +142,22 @@ OUTLINE = Outline("image", needs=IMAGE.present)
 
 TASKS = (
     Task(
-        name="sketch",
+        name="text_to_sketch",
         summary="sketch what a text says in lines",
         inputs={"text": TEXT},
         target=OUTLINE,
         prompts={"en": ("sketch {text}",), "zh": ("画{text}的草图",)},
     ),
     Task(
-        name="colour_sketch",
+        name="sketch_to_image",
         summary="colour a sketch in",
         inputs={"image": OUTLINE, "text": TEXT},
         target=IMAGE,
         prompts={"en": ("{image} Colour it in: {text}",), "zh": ("{image} 上色：{text}",)},
-        metrics=("code_bits",),
+        metrics=("bits_per_code",),
     ),
     Task(
-        name="restyle",
+        name="style_transfer",
         summary="redraw an image in the style of a reference",
         inputs={"image": IMAGE, "reference": Derived("image")},
         target=Derived("image", restyle),
@@ -165,10 +165,10 @@ TASKS = (
         needs_negatives=True,
     ),
     Task(
-        name="mix_styles",
+        name="style_mixing",
         summary="redraw an image in a mixture of two styles",
         inputs={"image": IMAGE, "reference": Derived("image"), "second": Derived("image")},
-        target=Derived("image", mix_styles),
+        target=Derived("image", style_mixing),
         prompts={
             "en": ("{image} mixing {reference} and {second}",),
             "zh": ("{image} 混合 {reference} 和 {second}",),
@@ -176,10 +176,10 @@ TASKS = (
         needs_negatives=True,
     ),
     Task(
-        name="change_background",
+        name="background_replacement",
         summary="put another background behind what an image shows",
         inputs={"image": IMAGE, "colour": Derived("text")},
-        target=Derived("image", change_background),
+        target=Derived("image", background_replacement),
         prompts={"en": ("{image} Background: {colour}",), "zh": ("{image} 背景：{colour}",)},
     ),
 )

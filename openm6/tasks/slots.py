@@ -18,9 +18,9 @@ MAX_TOKENS = 256
 SHORT = 16
 METRICS: dict[str, tuple[str, ...]] = {
     "text": ("exact_match",),
-    "image": ("code_bits",),
-    "audio": ("code_bits",),
-    "numbers": ("crps_share", "mae", "coverage_80"),
+    "image": ("bits_per_code",),
+    "audio": ("bits_per_code",),
+    "numbers": ("relative_crps", "mae", "coverage_80"),
 }
 BASELINES = {
     "text": "frequent_answer",
@@ -112,7 +112,7 @@ class Text(Slot):
         return as_text(self.value(record, language))
 
     def metrics(self) -> tuple[str, ...]:
-        return ("exact_match",) if self.max_tokens <= SHORT else ("character_f1", "exact_match")
+        return ("exact_match",) if self.max_tokens <= SHORT else ("char_bigram_f1", "exact_match")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Media(Slot):
         return Part(self.modality, record[self.name])
 
     def metrics(self) -> tuple[str, ...]:
-        return (*METRICS[self.modality], "recognised")
+        return (*METRICS[self.modality], "knn_accuracy")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from openm6.codecs.audio import AudioCodecConfig
-from openm6.codecs.base import Codec, code_bits
+from openm6.codecs.base import Codec, bits_per_code
 from openm6.core.config import Config
 from openm6.modalities.audio import read_audio
 from openm6.ops.audio import FLOOR, log_mel, mel_filters, spectrum, unit_window
@@ -175,7 +175,10 @@ def audio_scores(codec: Codec, clips: list[Tensor]) -> dict[str, float]:
         true, guess = (log_mel(spectrum(x, window, 160).abs(), filters) for x in (raw, output))
         distances.append((true - guess).abs().mean())
         places.append(codes.flatten(0, -2))
-    return {"log_mel_l1": torch.stack(distances).mean().item(), "bits": code_bits(torch.cat(places), codec)}
+    return {
+        "log_mel_l1": torch.stack(distances).mean().item(),
+        "bits": bits_per_code(torch.cat(places), codec),
+    }
 
 
 def curve(points: Tensor, length: int) -> Tensor:

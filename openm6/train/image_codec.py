@@ -16,7 +16,7 @@ from PIL.Image import Image
 from pydantic import Field
 from torch import Tensor
 
-from openm6.codecs.base import Codec, code_bits
+from openm6.codecs.base import Codec, bits_per_code
 from openm6.core.config import Config
 from openm6.modalities.image import read_image, to_square
 from openm6.train.codec_data import DeviceRng
@@ -167,7 +167,7 @@ def image_scores(codec: Codec, images: Tensor) -> dict[str, float]:
         found.append((psnr(target, output), ssim(target, output)))
         cells.append(codes.flatten(0, -2))
     decibels, likeness = (torch.cat(values) for values in zip(*found, strict=True))
-    bits = code_bits(torch.cat(cells), codec)
+    bits = bits_per_code(torch.cat(cells), codec)
     return {"psnr": decibels.mean().item(), "ssim": likeness.mean().item(), "bits": bits}
 
 

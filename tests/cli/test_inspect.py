@@ -33,7 +33,7 @@ def test_the_recipe_is_written_once(tmp_path: Path) -> None:
     words = ["data", "inspect", str(data), "--out", str(out)]
     shown = runner.invoke(app, words)
     assert shown.exit_code == 0 and f"wrote {out}; train it with: openm6 train {out}" in shown.stdout
-    assert yaml.safe_load(out.read_text())["mixture"] == [{"source": "x", "task": "classify_text"}]
+    assert yaml.safe_load(out.read_text())["mixture"] == [{"source": "x", "task": "text_classification"}]
     again = runner.invoke(app, words)
     assert again.exit_code == 1 and "exists already: name another file" in again.stderr
 

@@ -75,7 +75,7 @@ def test_all_pairs_of_modalities_are_covered() -> None:
 
 
 def test_a_mistyped_name_gets_a_hint() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'name_image'"):
+    with pytest.raises(ConfigError, match="did you mean 'image_classification'"):
         task_named("name_pictur")
 
 
@@ -159,14 +159,14 @@ def test_words_are_of_the_language_of_the_example(task: Task) -> None:
 
     for _, example in examples_of(task):
         assert example.language == "zh" or not chinese("".join(task.prompts[example.language]))
-        if task.output_modality == "text" and not task.name.startswith("translate"):
+        if task.output_modality == "text" and not task.name.startswith("translation"):
             neutral = {"label", "answer", "question"}  # English, or of no language
             if getattr(task.target, "name", "") not in neutral:
                 assert not (example.language == "en" and chinese(example.answer))
 
 
 def test_the_label_does_not_leak_into_a_definition() -> None:
-    task, source = TASKS["define"], demo_sources()["wordnet"]
+    task, source = TASKS["reverse_dictionary"], demo_sources()["wordnet"]
     for index in range(60):
         record = source[index]
         words, _, gloss = record["text_en"].partition(": ")
@@ -176,7 +176,7 @@ def test_the_label_does_not_leak_into_a_definition() -> None:
 
 def test_a_text_to_match_says_nothing_of_whether_it_fits() -> None:
     """Prompt and truth share one draw: both occur, the text shown is the record's own exactly where it says yes."""
-    task, source = TASKS["match_image"], demo_sources()["emoji"]
+    task, source = TASKS["image_text_matching"], demo_sources()["emoji"]
     seen = set()
     for seed in range(40):
         record = with_negatives(source[3], source, np.random.default_rng(seed))
@@ -188,7 +188,7 @@ def test_a_text_to_match_says_nothing_of_whether_it_fits() -> None:
 
 
 def test_both_halves_of_a_text_make_the_whole() -> None:
-    task, source = TASKS["continue"], demo_sources()["poems"]
+    task, source = TASKS["text_generation"], demo_sources()["poems"]
     for seed in range(20):
         record = source[seed]
         example = task.example(record, np.random.default_rng(seed), train=True)
@@ -197,7 +197,7 @@ def test_both_halves_of_a_text_make_the_whole() -> None:
 
 
 def test_a_forecast_gives_the_past_alone() -> None:
-    task, source = TASKS["forecast"], demo_sources()["weather"]
+    task, source = TASKS["time_series_forecasting"], demo_sources()["weather"]
     record = source[5]
     example = task.example(record, np.random.default_rng(0))
     past = next(part.raw for part in example.source if part.modality == "numbers")
@@ -206,7 +206,7 @@ def test_a_forecast_gives_the_past_alone() -> None:
 
 
 def test_a_gap_stands_where_words_are_missing() -> None:
-    task, source = TASKS["denoise"], demo_sources()["wordnet"]
+    task, source = TASKS["text_denoising"], demo_sources()["wordnet"]
     for seed in range(10):
         example = task.example(source[seed], np.random.default_rng(seed))
         (given,) = example.source

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tests.data.sample_images import png, wav
 
 from openm6.core.config import build
 from openm6.core.errors import DataError
@@ -19,6 +18,7 @@ from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
 from openm6.train.recipe import MultimodalRecipe
+from tests.data.sample_images import png, wav
 from tests.small_model import modalities
 
 
@@ -78,9 +78,13 @@ def test_a_shop_with_troubles(shop):
         "not UTF-8",
     ):
         assert wanted in reasons
-    assert {"classify_image", "describe_image", "draw", "number_from_image", "predict_number"} <= set(
-        found.tasks
-    )
+    assert {
+        "image_categorization",
+        "image_captioning",
+        "text_to_image",
+        "image_regression",
+        "tabular_regression",
+    } <= set(found.tasks)
     assert recipe_of(inspection).sources["shop"].kind == "csv"
     json.dumps(asdict(inspection))
 
@@ -91,7 +95,7 @@ def test_a_recipe_for_captions_of_which_a_third_is_missing_can_be_packed(tmp_pat
     rows = [f"a.png,{'' if n % 3 == 0 else f'a thing that has the number {n}'}" for n in range(90)]
     (tmp_path / "x.csv").write_text("photo,caption\n" + "\n".join(rows) + "\n")
     inspection = inspect_path(str(tmp_path / "x.csv"))
-    assert "describe_image" in tasks_of(inspection, "x") and not inspection.data_sets[0].broken
+    assert "image_captioning" in tasks_of(inspection, "x") and not inspection.data_sets[0].broken
     recipe = recipe_of(inspection)
     sources = open_sources(recipe.sources, "train")
     parts = [Component(source=sources[part.source], task=part.task) for part in recipe.mixture]
@@ -101,7 +105,7 @@ def test_a_recipe_for_captions_of_which_a_third_is_missing_can_be_packed(tmp_pat
     )
     while quarantine.seen < 60:
         next(packer.batches())
-    assert quarantine.not_applicable["x/describe_image"] > 5 and quarantine.total == 0
+    assert quarantine.not_applicable["x/image_captioning"] > 5 and quarantine.total == 0
 
 
 def test_a_folder_of_tables_with_test_parts(tmp_path):
@@ -115,7 +119,7 @@ def test_a_folder_of_tables_with_test_parts(tmp_path):
     (found,) = inspection.data_sets
     assert (found.name, found.train, found.test, found.source["kind"]) == ("notes", 30, 10, "parquet")
     assert "fields" not in found.source  # the columns have canonical names already
-    assert found.tasks == ["classify_text"]
+    assert found.tasks == ["text_classification"]
     recipe_of(inspection)
 
 
@@ -128,7 +132,7 @@ def test_a_folder_of_images(tmp_path):
     inspection = inspect_path(str(tmp_path))
     (found,) = inspection.data_sets
     assert (found.kind, found.rows, found.broken) == ("folder", 21, 1)
-    assert found.tasks == ["classify_image"]
+    assert found.tasks == ["image_categorization"]
     assert [column.summary for column in found.columns] == ["cat (10), dog (10)"]
     recipe_of(inspection)
 
@@ -139,7 +143,7 @@ def test_audio_clips_and_their_words(tmp_path):
         (tmp_path / row["clip"]).write_bytes(wav())
     (tmp_path / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     inspection = inspect_path(str(tmp_path / "said.jsonl"))
-    assert tasks_of(inspection, "said") == ["transcribe", "speak"]
+    assert tasks_of(inspection, "said") == ["speech_recognition", "text_to_speech"]
     recipe_of(inspection)
 
 
@@ -147,7 +151,7 @@ def test_a_series(tmp_path):
     days = [f"20{10 + n // 336}-{1 + n // 28 % 12:02d}-{1 + n % 28:02d},{n % 7},{n}" for n in range(400)]
     (tmp_path / "w.csv").write_text("date,rain,wind\n" + "\n".join(days) + "\n")
     inspection = inspect_path(str(tmp_path / "w.csv"))
-    assert tasks_of(inspection, "w_series") == ["forecast"]
+    assert tasks_of(inspection, "w_series") == ["time_series_forecasting"]
     assert recipe_of(inspection).sources["w_series"].columns == ["rain", "wind"]
 
 
@@ -156,7 +160,9 @@ def test_a_series_of_months(tmp_path):
     rows = [f"{1949 + n // 12}-{1 + n % 12:02d},{100 + n}" for n in range(144)]
     (tmp_path / "air.csv").write_text("Month,Passengers\n" + "\n".join(rows) + "\n")
     inspection = inspect_path(str(tmp_path / "air.csv"))
-    assert tasks_of(inspection, "air") == [] and tasks_of(inspection, "air_series") == ["forecast"]
+    assert tasks_of(inspection, "air") == [] and tasks_of(inspection, "air_series") == [
+        "time_series_forecasting"
+    ]
     source = recipe_of(inspection).sources["air_series"]
     assert (source.columns, source.time, source.context, source.horizon) == (["Passengers"], "Month", 28, 7)
 
@@ -192,7 +198,7 @@ def test_dates_of_two_readings_ask_for_a_format(tmp_path):
 def test_a_text_that_tells_its_label_is_no_task(tmp_path):
     rows = [f"the {kind} ware number {n},{kind}" for n in range(30) for kind in ("red", "blue")]
     (tmp_path / "t.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
-    assert "classify_text" not in tasks_of(inspect_path(str(tmp_path / "t.csv")), "t")
+    assert "text_classification" not in tasks_of(inspect_path(str(tmp_path / "t.csv")), "t")
 
 
 @pytest.mark.parametrize("content", ["", "no table at all", "\n\n"])

@@ -8,13 +8,13 @@ import tarfile
 
 import fsspec
 import pytest
-from tests.data.sample_images import png, wav
 
 from openm6.core.errors import DataError
 from openm6.data.media import FolderConfig, TarConfig, shards
 from openm6.data.records import Fields
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
+from tests.data.sample_images import png, wav
 
 
 def open_folder(path: object, split: str = "train", **settings: object):

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from tests.data.sample_images import png
 from typer.testing import CliRunner
 
 from openm6.cli.main import app
@@ -20,6 +19,7 @@ from openm6.data.records import CANONICAL_KEYS
 from openm6.data.sources import SOURCES, open_sources
 from openm6.tasks.registry import TASKS
 from openm6.train.recipe import MultimodalRecipe
+from tests.data.sample_images import png
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text(encoding="utf-8")
 

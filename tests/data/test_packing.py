@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.data.sample_images import png
 
 from openm6.core.errors import TrainingError
 from openm6.data.mixture import Component, MixtureSampler, SampleIndex
@@ -21,6 +20,7 @@ from openm6.modalities.batch import Batch, PackedExample, shortened
 from openm6.modalities.text import Text
 from openm6.tasks.registry import TASKS
 from tests.data.lists import ListSource
+from tests.data.sample_images import png
 from tests.small_model import modalities
 
 CONFIG = PackingConfig(rows=2, length=64, waiting=3)
@@ -42,9 +42,9 @@ def packer(
     quarantine: Quarantine | None = None,
     second: list[dict | None] | None = None,
 ) -> Packer:
-    parts = [Component(source=ListSource("first", records), task="answer")]
+    parts = [Component(source=ListSource("first", records), task="question_answering")]
     if second is not None:
-        parts.append(Component(source=ListSource("second", second), task="answer", weight=2.0))
+        parts.append(Component(source=ListSource("second", second), task="question_answering", weight=2.0))
     transform = ExampleTransform(MixtureSampler(parts, 5), modalities(), 5, {})
     return Packer(transform, config, quarantine or Quarantine(limit=1.0))
 
@@ -130,8 +130,8 @@ def test_what_is_broken_is_counted_once_for_each_draw(tmp_path: Path) -> None:
 
 def drawing(records: list[dict | None], length: int, quarantine: Quarantine, beside: bool = False) -> Packer:
     """Images to be drawn, whose 64 codes cannot be cut, and texts beside them."""
-    parts = [Component(source=ListSource("images", records), task="draw")]
-    parts += [Component(source=ListSource("texts", texts(9)), task="answer")] if beside else []
+    parts = [Component(source=ListSource("images", records), task="text_to_image")]
+    parts += [Component(source=ListSource("texts", texts(9)), task="question_answering")] if beside else []
     transform = ExampleTransform(MixtureSampler(parts, 5), modalities(), 5, {})
     return Packer(transform, PackingConfig(rows=1, length=length), quarantine)
 
@@ -192,7 +192,7 @@ def test_a_shortened_example_is_laid_out_as_one_of_that_text(tmp_path: Path) -> 
 
 def test_both_sides_of_a_pair_are_cut() -> None:
     record = {"id": "1", "text_en": "word " * 200, "image": png(), "label": "red"}
-    whole = example_of(record, "pair_image")
+    whole = example_of(record, "image_text_retrieval")
     cut = shortened(whole, 100)
     assert whole.left and len(whole) > 200 and len(cut) == 100
     assert (
@@ -202,7 +202,7 @@ def test_both_sides_of_a_pair_are_cut() -> None:
     )
 
 
-def example_of(record: dict, task: str = "answer") -> PackedExample:
+def example_of(record: dict, task: str = "question_answering") -> PackedExample:
     return example_sequence(TASKS[task].example(record, np.random.default_rng(0)), modalities())
 
 

@@ -10,7 +10,6 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.data.sample_images import png
 
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
@@ -25,6 +24,7 @@ from openm6.data.parquet import (
 )
 from openm6.data.records import Fields
 from openm6.data.sources import open_sources
+from tests.data.sample_images import png
 
 LENGTHS = {
     "emoji": (1468, 181),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.data.sample_images import png
 
 from openm6.core.errors import DataError
 from openm6.data.mixture import Component, MixtureSampler, SampleIndex
@@ -22,6 +21,7 @@ from openm6.modalities.text import GAP, HOLE
 from openm6.tasks.prompts import without_inputs
 from openm6.tasks.registry import TASKS
 from tests.data.lists import ListSource
+from tests.data.sample_images import png
 from tests.small_model import modalities
 
 RECORDS = [
@@ -52,7 +52,10 @@ def alike(first: PackedExample, second: PackedExample) -> bool:
     )
 
 
-@pytest.mark.parametrize("task", ["name_image", "draw", "match_image", "fill_image", "denoise"])
+@pytest.mark.parametrize(
+    "task",
+    ["image_classification", "text_to_image", "image_text_matching", "image_inpainting", "text_denoising"],
+)
 def test_a_sequence_follows_from_seed_and_draw(task: str) -> None:
     draws = [SampleIndex(0, 0, n, n) for n in range(6)]
     first, second, third = ([transform(task, seed=s)(d) for d in draws] for s in (0, 0, 1))
@@ -70,7 +73,10 @@ def is_null(sequence: PackedExample) -> bool:
     return first.kind == "text" and int(first.arrays["ids"][0]) == modalities()["text"].first_mark + HOLE  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("task", ["name_image", "draw", "fill_image", "denoise", "draw_numbers"])
+@pytest.mark.parametrize(
+    "task",
+    ["image_classification", "text_to_image", "image_inpainting", "text_denoising", "tabular_to_image"],
+)
 def test_a_tenth_of_every_task_loses_its_inputs(task: str) -> None:
     maker = transform(task, [{**record, "numbers": {"mass": 1.0}} for record in RECORDS])
     found = [maker(SampleIndex(0, epoch, n, 0)) for epoch in range(50) for n in range(12)]
@@ -80,13 +86,13 @@ def test_a_tenth_of_every_task_loses_its_inputs(task: str) -> None:
 
 
 def test_a_part_of_drawings_loses_prompt_and_inputs() -> None:
-    maker = transform("draw")
+    maker = transform("text_to_image")
     found = [maker(SampleIndex(0, epoch, n, 0)) for epoch in range(50) for n in range(12)]
     empty = sum(len(sequence.segments) == 1 for sequence in found) / len(found)
     assert empty == pytest.approx(UNCONDITIONAL_FRACTION, abs=0.025)
 
 
-@pytest.mark.parametrize("task", ["name_image", "denoise"])
+@pytest.mark.parametrize("task", ["image_classification", "text_denoising"])
 def test_what_is_answered_in_words_keeps_its_prompt(task: str) -> None:
     maker = transform(task)
     assert all(len(maker(SampleIndex(0, epoch, 0, 0)).segments) > 1 for epoch in range(60))
@@ -94,7 +100,7 @@ def test_what_is_answered_in_words_keeps_its_prompt(task: str) -> None:
 
 def test_the_null_input_holds_the_prompt_and_nothing_of_the_record() -> None:
     record = {**RECORDS[0], "numbers": {"bill_length_mm": 40.0, "body_mass_g": 4000.0}}
-    example = TASKS["predict_number"].example(record, np.random.default_rng(0))
+    example = TASKS["tabular_regression"].example(record, np.random.default_rng(0))
     null = null_example(example, "things")
     (part,) = null.source
     column = next(iter(example.answer)).replace("_", " ")
@@ -114,9 +120,9 @@ def test_no_words_of_the_inputs_remain_in_the_prompt(task: str) -> None:
 
 def test_a_loss_weight_is_that_of_what_is_wanted() -> None:
     weights = {"image": 3.0, "text": 0.5}
-    assert transform("draw", weights=weights)(SampleIndex(0, 0, 0, 0)).weight == 3.0
-    assert transform("name_image", weights=weights)(SampleIndex(0, 0, 0, 0)).weight == 0.5
-    assert transform("draw")(SampleIndex(0, 0, 0, 0)).weight == 1.0
+    assert transform("text_to_image", weights=weights)(SampleIndex(0, 0, 0, 0)).weight == 3.0
+    assert transform("image_classification", weights=weights)(SampleIndex(0, 0, 0, 0)).weight == 0.5
+    assert transform("text_to_image")(SampleIndex(0, 0, 0, 0)).weight == 1.0
 
 
 def test_others_are_of_the_same_source() -> None:
@@ -136,19 +142,19 @@ def test_a_broken_record_is_no_other() -> None:
     ("record", "reason"),
     [
         ({"id": "x", "image": b"no image", "label": "red"}, "broken or of an unknown format"),
-        ({"id": "x", "label": "red"}, "lacks a field that task name_image needs"),
+        ({"id": "x", "label": "red"}, "lacks a field that task image_classification needs"),
         (None, "row 0: broken"),
     ],
 )
 def test_a_broken_record_is_a_data_error_with_a_name(record: dict | None, reason: str) -> None:
-    maker = transform("name_image", [record])
+    maker = transform("image_classification", [record])
     with pytest.raises(DataError, match=reason):
         maker(SampleIndex(0, 0, 0, 0))
     assert maker.name(SampleIndex(0, 0, 0, 0)) == ("things", "x" if record else "row 0")
 
 
 def test_nothing_to_learn_is_a_data_error() -> None:
-    example = TASKS["draw_numbers"].example(
+    example = TASKS["tabular_to_image"].example(
         {**RECORDS[0], "numbers": {"mass": 1.0}}, np.random.default_rng(0)
     )
     wanted = Part("numbers", {"mass": None})

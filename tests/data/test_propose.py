@@ -6,13 +6,13 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from tests.data.sample_images import png, wav
 
 from openm6.data.propose import column_of, unused_columns
 from openm6.data.records import Fields
 from openm6.data.sources import open_sources
 from openm6.data.text_tables import CsvConfig
 from openm6.tasks.registry import TASKS
+from tests.data.sample_images import png, wav
 
 TITLES = ["a red cup", "two blue plates", "the last green bowl", "one fork", "a set of six knives"]
 
@@ -81,9 +81,9 @@ def unused(folder: Path, *tasks: str, fields: Fields | None = FIELDS, header: st
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [
-        (["classify_text"], ["tags", "price", "selling_points", "shelf", "seller"]),
-        (["write_selling_points"], ["price", "shelf", "seller"]),
-        (["classify_text", "number_from_text"], ["tags", "selling_points", "shelf", "seller"]),
+        (["text_classification"], ["tags", "price", "selling_points", "shelf", "seller"]),
+        (["selling_point_generation"], ["price", "shelf", "seller"]),
+        (["text_classification", "text_regression"], ["tags", "selling_points", "shelf", "seller"]),
         ([], ["title", "tags", "kind", "price", "selling_points", "shelf", "seller"]),
     ],
 )
@@ -94,7 +94,7 @@ def test_what_no_task_reads(tmp_path: Path, tasks: list[str], expected: list[str
 
 def test_canonical_columns_are_judged_alike(tmp_path: Path) -> None:
     header = "text_en,tags_en,label,price,notes,shelf,seller,split"
-    assert unused(tmp_path, "classify_text", fields=None, header=header) == [
+    assert unused(tmp_path, "text_classification", fields=None, header=header) == [
         "tags_en",
         "price",
         "notes",
@@ -104,4 +104,4 @@ def test_canonical_columns_are_judged_alike(tmp_path: Path) -> None:
 
 
 def test_a_task_that_compares_reads_through_others(tmp_path: Path) -> None:
-    assert "title" not in unused(tmp_path, "predict_from_all", "denoise")
+    assert "title" not in unused(tmp_path, "text_tabular_regression", "text_denoising")

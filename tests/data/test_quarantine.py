@@ -89,10 +89,10 @@ def test_the_summary_tells_what_was_broken_too_long_and_truncated_apart():
             quarantine.add(source, str(number), "broken")
     quarantine.add_too_long("poems", "1", "900 tokens")
     quarantine.note_truncated("speech")
-    quarantine.skip("shop/speak")
+    quarantine.skip("shop/text_to_speech")
     merged = merge_counts([quarantine.state(), Quarantine().state()])
     assert merged == quarantine.state()
     assert summary(merged) == (
         "1,207 records drawn; 6 broken (shop 3, pets 1, a 1, …); 1 too long for a row (poems 1); "
-        "1 truncated to fit (speech 1); 1 skipped for want of a field (shop/speak 1)"
+        "1 truncated to fit (speech 1); 1 skipped for want of a field (shop/text_to_speech 1)"
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.data.sample_images import png
 
 from openm6.core.config import Config, build
 from openm6.core.errors import ConfigError, DataError, OpenM6Error
@@ -19,6 +18,7 @@ from openm6.data.parquet import EmbeddedConfig
 from openm6.data.records import CANONICAL_KEYS
 from openm6.data.sources import SOURCES, AnySourceConfig, PairsConfig, open_sources
 from tests.data.lists import ListConfig
+from tests.data.sample_images import png
 
 ROWS = [{"id": str(number), "text_en": f"thing {number}", "label": "ab"[number % 2]} for number in range(60)]
 

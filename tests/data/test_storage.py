@@ -10,7 +10,6 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from tests.data.sample_images import png, wav
 
 from openm6.core.errors import DataError
 from openm6.data.inspect import inspect_path
@@ -18,6 +17,7 @@ from openm6.data.media import load_table
 from openm6.data.parquet import ParquetConfig
 from openm6.data.storage import TableFolder, find_files, read_bounded
 from openm6.data.text_tables import CsvConfig, JsonlConfig
+from tests.data.sample_images import png, wav
 
 
 @pytest.fixture

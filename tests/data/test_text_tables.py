@@ -6,7 +6,6 @@ import json
 
 import fsspec
 import pytest
-from tests.data.sample_images import png
 
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
@@ -15,6 +14,7 @@ from openm6.data.source import Source
 from openm6.data.sources import open_sources
 from openm6.data.text_tables import CsvConfig, JsonlConfig, sniff_separator
 from openm6.data.windows import WindowsConfig
+from tests.data.sample_images import png
 
 FIELDS = Fields(text_en="title", numbers=["price"])
 

@@ -37,9 +37,9 @@ def test_work_without_operations_charges_nobody() -> None:
 
 
 def test_parts_of_a_step_are_summed() -> None:
-    left = {"modality": {"text": WorkShare(8, 1.0)}, "task": {"draw": WorkShare(8, 1.0)}}
+    left = {"modality": {"text": WorkShare(8, 1.0)}, "task": {"text_to_image": WorkShare(8, 1.0)}}
     right = {"modality": {"text": WorkShare(2, 0.5), "image": WorkShare(4, 4.0)}}
     assert sum_work([left, right]) == {
         "modality": {"text": WorkShare(10, 1.5), "image": WorkShare(4, 4.0)},
-        "task": {"draw": WorkShare(8, 1.0)},
+        "task": {"text_to_image": WorkShare(8, 1.0)},
     }

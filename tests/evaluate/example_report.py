@@ -72,7 +72,7 @@ def result(
         null_predictor="model without inputs",
         records=40,
         answered=20,
-        metrics={metric: 0.625, "recognised": np.float32(0.5)},
+        metrics={metric: 0.625, "knn_accuracy": np.float32(0.5)},
         samples=samples,
     )
 
@@ -90,35 +90,52 @@ def results() -> list[TaskResult]:
     future = NumberSeries("temp_max", [11.0, None, 9.0, 10.0])
     return [
         result(
-            "name_image",
+            "image_classification",
             ("image", "text"),
             "exact_match",
             [sample([Part("image", image_bytes())], EVIL, "ship")],
         ),
         result(
-            "write",
+            "keywords_to_text",
             ("text", "text"),
             "exact_match",
             [sample([say], "ship", "Ship."), sample([say], "", EVIL)],
         ),
         result(
-            "draw",
+            "text_to_image",
             ("text", "image"),
-            "code_bits",
+            "bits_per_code",
             [sample([draw], image(32), image_bytes())],
             (-1.0, 2.0),
         ),
-        result("fill_image", ("image", "image"), "code_bits", [sample([holed], image(), image_bytes())]),
         result(
-            "speak", ("text", "audio"), "code_bits", [sample([say], audio(), audio_bytes())], (-3.0, -1.0)
+            "image_inpainting", ("image", "image"), "bits_per_code", [sample([holed], image(), image_bytes())]
         ),
         result(
-            "fill_audio", ("audio", "audio"), "code_bits", [sample([silenced], audio(1.0), audio_bytes())]
+            "text_to_speech",
+            ("text", "audio"),
+            "bits_per_code",
+            [sample([say], audio(), audio_bytes())],
+            (-3.0, -1.0),
         ),
         result(
-            "predict_number", ("numbers", "numbers"), "crps_share", [sample([row], histogram(), {EVIL: 10.5})]
+            "audio_inpainting",
+            ("audio", "audio"),
+            "bits_per_code",
+            [sample([silenced], audio(1.0), audio_bytes())],
         ),
-        result("forecast", ("numbers", "numbers"), "crps_share", [sample([past], histogram(3), future)]),
+        result(
+            "tabular_regression",
+            ("numbers", "numbers"),
+            "relative_crps",
+            [sample([row], histogram(), {EVIL: 10.5})],
+        ),
+        result(
+            "time_series_forecasting",
+            ("numbers", "numbers"),
+            "relative_crps",
+            [sample([past], histogram(3), future)],
+        ),
     ]
 
 

@@ -23,7 +23,9 @@ def examples(task: str, source: str, count: int) -> list[Example]:
     ]
 
 
-@pytest.mark.parametrize(("task", "source"), [("name_image", "digits"), ("predict_number", "penguins")])
+@pytest.mark.parametrize(
+    ("task", "source"), [("image_classification", "digits"), ("tabular_regression", "penguins")]
+)
 def test_batches_change_nothing(task: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = examples(task, source, 5)
     together = answer(MODEL, asked, FAST)
@@ -38,7 +40,7 @@ def test_batches_change_nothing(task: str, source: str, monkeypatch: pytest.Monk
 
 
 def test_a_filled_image_keeps_what_was_given() -> None:
-    asked = examples("fill_image", "digits", 3)
+    asked = examples("image_inpainting", "digits", 3)
     for example, found in zip(asked, answer(MODEL, asked, FAST), strict=True):
         tokens = MODEL.image.target(example.target.raw, options=example.target.options)
         true = np.asarray(MODEL.image.decode(torch.from_numpy(tokens.arrays["codes"]))).astype(int)
@@ -49,5 +51,5 @@ def test_a_filled_image_keeps_what_was_given() -> None:
 
 
 def test_a_audio_is_as_long_as_wanted() -> None:
-    asked = examples("speak", "spoken", 2)
+    asked = examples("text_to_speech", "spoken", 2)
     assert [len(found) for found in answer(MODEL, asked, FAST)] == [19_200, 19_200]

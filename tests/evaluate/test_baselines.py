@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.data.sample_images import png
 
 from openm6.evaluate.baselines import (
     AnswerFrequencies,
@@ -28,6 +27,7 @@ from openm6.modalities.registry import target_segment
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
 from tests.data.lists import ListSource
+from tests.data.sample_images import png
 from tests.small_model import SCALES, loaded
 
 
@@ -37,11 +37,11 @@ def model() -> LoadedModel:
 
 
 def text(answer: str, language: str = "en") -> Example:
-    return Example("name_image", language, [], Part("text", answer), answer, answer)
+    return Example("image_classification", language, [], Part("text", answer), answer, answer)
 
 
 def number(raw: Any, source: list[Part] | None = None) -> Example:
-    return Example("predict_number", "en", source or [], Part("numbers", raw), raw, "x")
+    return Example("tabular_regression", "en", source or [], Part("numbers", raw), raw, "x")
 
 
 def window(past: list[float | None], future: list[float | None]) -> Example:
@@ -60,7 +60,7 @@ def test_the_most_frequent_answer_of_the_language() -> None:
 
 def test_a_column_is_guessed_by_its_median(model: LoadedModel) -> None:
     examples = [number({"mass": 3.0}), number({"length": 5.0})]
-    (found,) = numbers_reference(TASKS["predict_number"], examples, [], model)
+    (found,) = numbers_reference(TASKS["tabular_regression"], examples, [], model)
     assert found.name == "column median"
     assert [float(v[0]) for v in found.predictions] == [SCALES["mass"][0], SCALES["length"][0]]
     assert [float(v[0]) for v in scales(examples, model)] == [SCALES["mass"][1], SCALES["length"][1]]
@@ -68,7 +68,7 @@ def test_a_column_is_guessed_by_its_median(model: LoadedModel) -> None:
 
 def test_a_series_is_guessed_by_its_last_value(model: LoadedModel) -> None:
     example = window([5.0, 7.0, None], [8.0, None, 9.0])
-    (found,) = numbers_reference(TASKS["forecast"], [example], [], model)
+    (found,) = numbers_reference(TASKS["time_series_forecasting"], [example], [], model)
     assert found.name == "last value"
     assert found.predictions[0].tolist() == [7.0, 7.0], "one prediction for each truth that is there"
     (spread,) = scales([example], model)
@@ -81,7 +81,7 @@ def test_a_series_with_a_season_is_also_guessed_by_its_last_season(model: Loaded
     train = [window(list(series[n : n + 21]), list(series[n + 21 : n + 29])) for n in range(20)]
     assert find_season(train) in (7, 14), "a multiple of the period is as good"
     example = window([1.0, None, 2.0, 9.0, 4.0, 7.0, 3.0] * 3, list(range(8)))
-    last, seasonal = numbers_reference(TASKS["forecast"], [example], train, model)
+    last, seasonal = numbers_reference(TASKS["time_series_forecasting"], [example], train, model)
     assert (last.name, seasonal.name[:23]) == ("last value", "seasonal naive, period ")
     assert last.predictions[0].tolist() == [3.0] * 8
     assert seasonal.predictions[0].tolist() == [1.0, 1.0, 2.0, 9.0, 4.0, 7.0, 3.0, 1.0], (
@@ -90,7 +90,7 @@ def test_a_series_with_a_season_is_also_guessed_by_its_last_season(model: Loaded
 
 
 def test_a_series_that_was_never_observed_is_guessed_at_zero(model: LoadedModel) -> None:
-    (found,) = numbers_reference(TASKS["forecast"], [window([None, None], [1.0])], [], model)
+    (found,) = numbers_reference(TASKS["time_series_forecasting"], [window([None, None], [1.0])], [], model)
     assert found.predictions[0].tolist() == [0.0]
 
 
@@ -101,19 +101,19 @@ def test_numbers_are_measured_in_units_of_their_baseline() -> None:
         scale=[np.ones(1)] * 2,
         reference=[np.full(1, 4.0)] * 2,
     )
-    found = baseline_values("crps_share", scored, NoPrior())
+    found = baseline_values("relative_crps", scored, NoPrior())
     assert found is not None and found == pytest.approx([1 / 3, 5 / 3]) and found.mean() == pytest.approx(1.0)
 
 
 def test_broken_training_records_are_left_out(model: LoadedModel) -> None:
     good = {"id": "a", "label": "x", "text_en": "x", "image": png()}
     source = ListSource("s", [good, None, {**good, "image": b"broken"}, {"id": "b"}])
-    examples, targets = training_examples(TASKS["draw"], source, 0, model.modalities)
+    examples, targets = training_examples(TASKS["text_to_image"], source, 0, model.modalities)
     assert [example.record_id for example in examples] == ["a"] and len(targets) == 1
 
 
 def test_a_baseline_that_does_not_exist_is_none() -> None:
-    assert baseline_values("recognised", Scored([], []), NoPrior()) is None
+    assert baseline_values("knn_accuracy", Scored([], []), NoPrior()) is None
 
 
 SIZE = 6
@@ -179,14 +179,16 @@ def test_values_are_counted_by_column() -> None:
 
 
 def test_nothing_is_known_without_training_records(model: LoadedModel) -> None:
-    prior = fit_prior(TASKS["draw"], [], [], model)
+    prior = fit_prior(TASKS["text_to_image"], [], [], model)
     assert isinstance(prior, NoPrior) and np.isinf(prior.bits([number({"mass": 1.0})], [])).all()
 
 
 def test_images_alike_cost_few_bits(model: LoadedModel) -> None:
     records = [{"id": f"{n}", "label": "x", "text_en": "x", "image": png("red", 64)} for n in range(20)]
-    examples, targets = training_examples(TASKS["draw"], ListSource("s", records), 0, model.modalities)
-    prior = fit_prior(TASKS["draw"], examples, targets, model)
+    examples, targets = training_examples(
+        TASKS["text_to_image"], ListSource("s", records), 0, model.modalities
+    )
+    prior = fit_prior(TASKS["text_to_image"], examples, targets, model)
     noise = Part("image", np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     near, far = (
         prior.bits([], [targets[0], target_segment(noise, model.modalities)])

@@ -24,7 +24,7 @@ def ledger() -> EnergyTracker:
     found = EnergyTracker(by_source={"nvml": 700.0, "estimate": 300.0}, between=80.0, repeated=20.0)
     work = {
         "modality": {"text": WorkShare(4, 3.0), "image_out": WorkShare(1, 1.0)},
-        "task": {"draw": WorkShare(5, 4.0)},
+        "task": {"text_to_image": WorkShare(5, 4.0)},
     }
     found.add_step("pseudo", 400.0, 3000, 2.0, work)
     found.add_step("real", 500.0, 2000, 2.0, work)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.data.sample_images import png
 
 from openm6.data.prepare import example_sequence
 from openm6.evaluate.evaluator import EvalConfig, evaluate_task, evaluate_tasks, num_workers, select_examples
@@ -23,19 +22,20 @@ from openm6.modalities.numbers import Histogram
 from openm6.models.description import TrainedTask
 from openm6.tasks.registry import TASKS
 from tests.data.lists import ListSource
+from tests.data.sample_images import png
 from tests.small_model import demo_sources, loaded
 
 LESSONS = [
     TrainedTask(task=task, source=source)
     for task, source in (
-        ("name_image", "digits"),
-        ("match_image", "emoji"),
-        ("draw", "digits"),
-        ("fill_image", "emoji"),
-        ("speak", "spoken"),
-        ("fill_audio", "spoken"),
-        ("predict_number", "penguins"),
-        ("forecast", "weather"),
+        ("image_classification", "digits"),
+        ("image_text_matching", "emoji"),
+        ("text_to_image", "digits"),
+        ("image_inpainting", "emoji"),
+        ("text_to_speech", "spoken"),
+        ("audio_inpainting", "spoken"),
+        ("tabular_regression", "penguins"),
+        ("time_series_forecasting", "weather"),
     )
 ]
 CONFIG = EvalConfig(records=5, answers=3, drawn=2, samples=2, decoding=MaskedSampling(steps=2))
@@ -55,7 +55,10 @@ def report() -> EvalReport:
 def test_every_task_is_evaluated_and_reported() -> None:
     received: list[TaskResult] = []
     found = evaluated(lessons=LESSONS[:2], on_result=received.append)
-    assert [result.name for result in found.results] == ["name_image/digits", "match_image/emoji"]
+    assert [result.name for result in found.results] == [
+        "image_classification/digits",
+        "image_text_matching/emoji",
+    ]
     assert received == found.results and found.seconds > 0
 
 
@@ -123,7 +126,7 @@ def test_an_untrained_model_gains_no_information(report: EvalReport) -> None:
     for result in report.results:
         assert result.information_gain < 0 and not result.uses_inputs and not result.beats_baseline
         assert result.null_predictor == "training frequencies"
-        if result.metric == "code_bits":
+        if result.metric == "bits_per_code":
             assert result.value > np.log2(1000) - 3
 
 
@@ -142,9 +145,9 @@ def test_a_baseline_is_beaten_only_if_score_and_information_agree(report: EvalRe
 
 def test_inpainting_is_scored_on_the_masked_region_only() -> None:
     """Codes outside of the mask may be anything: the score stays the same."""
-    model, lesson = loaded(4), TrainedTask(task="fill_image", source="digits")
+    model, lesson = loaded(4), TrainedTask(task="image_inpainting", source="digits")
     examples, _ = select_examples(
-        TASKS["fill_image"], demo_sources("test")["digits"], CONFIG, model.modalities
+        TASKS["image_inpainting"], demo_sources("test")["digits"], CONFIG, model.modalities
     )
     shown = [replace(e, target=replace(e.target, options={"hole": (0.0, 0.0, 0.5, 0.5)})) for e in examples]
     sequences = [example_sequence(example, model.modalities) for example in shown]
@@ -164,7 +167,7 @@ def test_more_records_on_request() -> None:
 def test_a_task_without_test_records_is_left_out() -> None:
     test = {**demo_sources("test"), "digits": ListSource("digits", [])}
     found = evaluate_tasks(loaded(), LESSONS[:2], demo_sources(), test, CONFIG)
-    assert [result.task for result in found.results] == ["match_image"]
+    assert [result.task for result in found.results] == ["image_text_matching"]
 
 
 def test_broken_test_records_are_left_out() -> None:
@@ -178,18 +181,18 @@ def test_broken_test_records_are_left_out() -> None:
     ]
     source = ListSource("s", records)
     config = EvalConfig(records=5)
-    for name in ("name_image", "draw"):
+    for name in ("image_classification", "text_to_image"):
         found, sequences = select_examples(TASKS[name], source, config, loaded().modalities)
         assert len(sequences) == len(found)
         assert [example.record_id for example in found] == ["a", "d"]
-    lessons = [TrainedTask(task="draw", source="s")]
+    lessons = [TrainedTask(task="text_to_image", source="s")]
     (result,) = evaluate_tasks(loaded(), lessons, {"s": source}, {"s": source}, CONFIG).results
     assert result.records == 2 and math.isfinite(result.value) and math.isfinite(result.baseline)
 
 
 def test_records_are_spread_over_the_source() -> None:
     found, _ = select_examples(
-        TASKS["draw"], demo_sources("test")["digits"], EvalConfig(records=4), loaded().modalities
+        TASKS["text_to_image"], demo_sources("test")["digits"], EvalConfig(records=4), loaded().modalities
     )
     ids = demo_sources("test")["digits"].values("id")
     assert found[0].record_id == ids[0] and found[-1].record_id == ids[-1] and len(found) == 4

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
-from tests.data.sample_images import png
 
 from openm6.evaluate.knn import fit_knn, image_features
 from openm6.modalities.audio import read_audio
 from openm6.modalities.image import read_image
 from tests.data.lists import ListSource
+from tests.data.sample_images import png
 from tests.small_model import demo_sources, loaded
 
 MODEL = loaded()

@@ -37,10 +37,10 @@ def tokens(model: LoadedModel, examples: list[Example]) -> list[PackedExample]:
 @pytest.mark.parametrize(
     ("task", "source"),
     [
-        ("name_image", "digits"),
-        ("fill_image", "digits"),
-        ("predict_number", "penguins"),
-        ("speak", "spoken"),
+        ("image_classification", "digits"),
+        ("image_inpainting", "digits"),
+        ("tabular_regression", "penguins"),
+        ("text_to_speech", "spoken"),
     ],
 )
 def test_likelihoods_against_direct_computation(model: LoadedModel, task: str, source: str) -> None:
@@ -57,7 +57,7 @@ def test_likelihoods_against_direct_computation(model: LoadedModel, task: str, s
 
 def test_inputs_that_say_nothing_gain_nothing(model: LoadedModel) -> None:
     """An example that consists of its null input only."""
-    examples = [null_example(example, "digits") for example in real("name_image", "digits", 6)]
+    examples = [null_example(example, "digits") for example in real("image_classification", "digits", 6)]
     twice = [replace(example, prompt=example.source[0].raw.partition(" ")[2]) for example in examples]
     found = likelihoods(model, twice, tokens(model, twice), "digits", NoPrior())
     assert np.abs(found.gain).max() < 1e-3
@@ -65,7 +65,11 @@ def test_inputs_that_say_nothing_gain_nothing(model: LoadedModel) -> None:
 
 @pytest.mark.parametrize(
     ("task", "source"),
-    [("name_image", "digits"), ("transcribe", "spoken"), ("classify_numbers", "penguins")],
+    [
+        ("image_classification", "digits"),
+        ("speech_recognition", "spoken"),
+        ("tabular_classification", "penguins"),
+    ],
 )
 def test_an_overconfident_model_gains_no_more_than_the_answers_hold(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch, task: str, source: str

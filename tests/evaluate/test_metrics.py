@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.data.sample_images import png
 
 from openm6.evaluate.knn import KNNClassifier, image_features
 from openm6.evaluate.metrics import (
@@ -26,6 +25,7 @@ from openm6.modalities.interface import Part
 from openm6.modalities.numbers import BINS, LIMIT, Histogram, NumberSeries
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Example
+from tests.data.sample_images import png
 
 HOLE = (0.25, 0.25, 0.75, 0.75)
 
@@ -78,25 +78,25 @@ def plain(colours: list[str], wanted: list[str]) -> Scored:
 
 CASES: dict[str, tuple[Scored, Scored, float | None]] = {  # perfect, worse, the best there is
     "exact_match": (texts(("a", "a"), ("b", "b")), texts(("a", "a"), ("x", "b")), 1.0),
-    "character_f1": (texts(("seven", "seven")), texts(("seventeen", "seven")), 1.0),
-    "crps_share": (numbers([around(2, 0.3)], [2.0]), numbers([around(-2, 0.3)], [2.0]), None),
+    "char_bigram_f1": (texts(("seven", "seven")), texts(("seventeen", "seven")), 1.0),
+    "relative_crps": (numbers([around(2, 0.3)], [2.0]), numbers([around(-2, 0.3)], [2.0]), None),
     "mae": (numbers([around(2, 0.3)], [2.0]), numbers([around(0, 0.3)], [2.0]), None),
     "coverage_80": (
         numbers([around(2, 3)] * 5, [2.0] * 4 + [-3.0]),
         numbers([around(2, 3)] * 5, [2.0] * 5),  # too wide: all of them inside
         0.8,
     ),
-    "code_bits": (
-        Scored([], [], code_bits=np.array([0.5, 1.5])),
-        Scored([], [], code_bits=np.array([9.5, 1.5])),
+    "bits_per_code": (
+        Scored([], [], bits_per_code=np.array([0.5, 1.5])),
+        Scored([], [], bits_per_code=np.array([9.5, 1.5])),
         None,
     ),
-    "recognised": (
+    "knn_accuracy": (
         images(["red", "blue"], ["red", "blue"]),
         images(["red", "red"], ["red", "blue"]),
         1.0,
     ),
-    "hole_psnr": (plain(["red"], ["red"]), plain(["blue"], ["red"]), 60.0),
+    "masked_psnr": (plain(["red"], ["red"]), plain(["blue"], ["red"]), 60.0),
 }
 
 
@@ -115,10 +115,10 @@ def test_the_perfect_answer_scores_best(name: str) -> None:
     assert metric.name == name and metric.quality(good) > metric.quality(bad)
     if best is not None:
         assert good == pytest.approx(best)
-    assert (good >= 0 and bad >= 0) or name == "hole_psnr"
+    assert (good >= 0 and bad >= 0) or name == "masked_psnr"
 
 
-@pytest.mark.parametrize("name", ["exact_match", "character_f1", "coverage_80", "recognised"])
+@pytest.mark.parametrize("name", ["exact_match", "char_bigram_f1", "coverage_80", "knn_accuracy"])
 def test_shares_lie_between_zero_and_one(name: str) -> None:
     for scored in CASES[name][:2]:
         assert 0 <= mean(name, scored) <= 1
@@ -156,7 +156,7 @@ def test_bigram_f1_by_hand() -> None:
 def test_the_baseline_itself_has_a_share_of_one() -> None:
     """A point at the baseline's place has the baseline's error as its CRPS."""
     scored = numbers([around(0.0, 0.05)] * 2, [2.0, -3.0])
-    assert mean("crps_share", scored) == pytest.approx(1.0, rel=0.03)
+    assert mean("relative_crps", scored) == pytest.approx(1.0, rel=0.03)
 
 
 def test_mae_by_hand() -> None:
@@ -168,7 +168,7 @@ def test_psnr_by_hand() -> None:
     """Half a step of brightness off, all over: -10 log10(0.25)."""
     examples = [example(np.zeros((64, 64, 3), np.uint8), options={"hole": HOLE})]
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
-    found = mean("hole_psnr", Scored(examples, [grey]))
+    found = mean("masked_psnr", Scored(examples, [grey]))
     assert found == pytest.approx(-20 * np.log10(128 / 255), abs=0.01)
 
 
@@ -176,7 +176,7 @@ def test_only_the_hole_counts() -> None:
     examples = [example(np.zeros((64, 64, 3), np.uint8), options={"hole": HOLE})]
     image = Image.new("RGB", (64, 64), "white")
     image.paste("black", (16, 16, 48, 48))
-    assert mean("hole_psnr", Scored(examples, [image])) == pytest.approx(60)
+    assert mean("masked_psnr", Scored(examples, [image])) == pytest.approx(60)
 
 
 def test_truths_are_the_observed_values() -> None:
@@ -185,9 +185,9 @@ def test_truths_are_the_observed_values() -> None:
 
 
 def test_a_metric_that_does_not_apply_is_left_out() -> None:
-    scored = Scored([example("a")], [Image.new("RGB", (64, 64))], code_bits=np.array([2.0]))
-    found = all_metrics(("code_bits", "recognised"), scored)
-    assert list(found) == ["code_bits"] and found["code_bits"].tolist() == [2.0]
+    scored = Scored([example("a")], [Image.new("RGB", (64, 64))], bits_per_code=np.array([2.0]))
+    found = all_metrics(("bits_per_code", "knn_accuracy"), scored)
+    assert list(found) == ["bits_per_code"] and found["bits_per_code"].tolist() == [2.0]
 
 
 def test_nothing_answered_has_no_metrics() -> None:
@@ -204,12 +204,12 @@ def test_coverage_is_best_at_its_goal(inside: int, outside: int) -> None:
 
 def test_scores_have_their_units() -> None:
     assert score("exact_match", 0.6245) == "62.5\u00a0%"
-    assert score("hole_psnr", 17.345) == "17.3\u00a0dB"
-    assert score("code_bits", 5.4444) == "5.44"
+    assert score("masked_psnr", 17.345) == "17.3\u00a0dB"
+    assert score("bits_per_code", 5.4444) == "5.44"
     assert score("exact_match", math.nan) == "–"
 
 
 def test_every_metric_has_a_title_and_a_note() -> None:
     assert all(metric.title and metric.note for metric in METRICS.values())
-    assert metric_title("crps_share") == "relative CRPS" and metric_title("my_own") == "my own"
+    assert metric_title("relative_crps") == "relative CRPS" and metric_title("my_own") == "my own"
     assert score("text_to_image_en_chance_at_5", 0.125) == "12.5\u00a0%"

@@ -200,7 +200,7 @@ def test_numbers_show_median_interval_and_truth(page: Page) -> None:
 def test_a_value_outside_its_interval_is_called_so(tmp_path: Path) -> None:
     given = [Part("text", "how much?")]
     task = example.result(
-        "predict_number",
+        "tabular_regression",
         ("text", "numbers"),
         "mae",
         [Sample(given, example.histogram(), {"price": 99.0}, "1")],
@@ -255,7 +255,9 @@ def test_a_run_without_metrics_still_has_a_report(tmp_path: Path) -> None:
 )
 def test_broken_data_never_stops_the_report(tmp_path: Path, part: Part, answer) -> None:
     truth = {"x": None} if isinstance(answer, Histogram) else b"broken"
-    task = example.result("draw", ("text", "image"), "code_bits", [Sample([part], answer, truth, "1")])
+    task = example.result(
+        "text_to_image", ("text", "image"), "bits_per_code", [Sample([part], answer, truth, "1")]
+    )
     page = page_of(tmp_path, EvalReport([task], 1.0, "x"))
     drawn = "".join(str(attributes.get("d", "")) for attributes in page.all("path"))
     assert "nan" not in drawn and "sample" in page.classes()
@@ -266,8 +268,12 @@ def test_size_is_bounded(tmp_path: Path) -> None:
     noise = Image.fromarray(rng.integers(0, 256, (480, 400, 3), dtype=np.uint8))
     long = rng.normal(0, 0.1, 16_000 * 29).astype(np.float32)
     wordy = [Part("text", "word " * 5000)]
-    drawings = example.result("draw", ("text", "image"), "code_bits", [Sample(wordy, noise, noise, "1")] * 40)
-    sayings = example.result("speak", ("text", "audio"), "code_bits", [Sample(wordy, long, long, "1")] * 40)
+    drawings = example.result(
+        "text_to_image", ("text", "image"), "bits_per_code", [Sample(wordy, noise, noise, "1")] * 40
+    )
+    sayings = example.result(
+        "text_to_speech", ("text", "audio"), "bits_per_code", [Sample(wordy, long, long, "1")] * 40
+    )
     many = [dataclasses.replace(task, source=f"s{i}") for i in range(6) for task in (drawings, sayings)]
     html = report_html(example.run_folder(tmp_path, steps=5_000), EvalReport(many, 1.0, "x"), example.facts())
     assert len(html) < 1.4 * MEDIA_BYTES + 1_500_000
@@ -281,9 +287,9 @@ def test_json_holds_what_its_schema_says(tmp_path: Path) -> None:
     assert set(content) == {"seconds", "params", "tokens", "steps", "tasks", "codecs", "energy"}
     assert content["params"] == {"total": 5_123_456, "active": 2_034_567}
     assert (content["seconds"], content["tokens"], content["steps"]) == (391.0, 3_512_000, 2140)
-    task = content["tasks"]["draw/things"]
+    task = content["tasks"]["text_to_image/things"]
     assert (task["value"], task["baseline"], task["information_ci"]) == (0.625, 0.25, [-1.0, 2.0])
-    assert task["metrics"] == {"code_bits": 0.625, "recognised": 0.5}  # a float32 of numpy among them
+    assert task["metrics"] == {"bits_per_code": 0.625, "knn_accuracy": 0.5}  # a float32 of numpy among them
 
 
 def test_json_says_null_for_what_is_not_finite() -> None:
@@ -291,7 +297,7 @@ def test_json_says_null_for_what_is_not_finite() -> None:
         example.results()[0], baseline=float("nan"), information_interval=(float("-inf"), 1.0)
     )
     content = json.loads(report_json(EvalReport([task], 1.0, "x"), example.facts()))
-    entry = content["tasks"]["name_image/things"]
+    entry = content["tasks"]["image_classification/things"]
     assert entry["baseline"] is None and entry["information_ci"] == [None, 1.0]
 
 

@@ -36,7 +36,7 @@ def test_bits_are_none_by_chance_and_log_of_the_size_at_best() -> None:
 
 
 def test_equal_texts_are_one_query() -> None:
-    loaded, task = embedding_model(), TASKS["pair_image"]
+    loaded, task = embedding_model(), TASKS["image_text_retrieval"]
     examples = examples_in(task, demo_sources("test")["digits"], "zh", 0, loaded)[:40]
     forward, backward = both_directions(loaded, task, examples, "zh")
     assert forward.similarity.shape == (len({example.key for example in examples}), 40)
@@ -49,7 +49,7 @@ def test_equal_texts_are_one_query() -> None:
 
 def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
     loaded = embedding_model()
-    lesson = TrainedTask(task="pair_audio", source="spoken")
+    lesson = TrainedTask(task="audio_text_retrieval", source="spoken")
     result = evaluate_retrieval(loaded, lesson, demo_sources("test")["spoken"], 0)
     assert result is not None and result.metric == "recall_at_1" and result.baseline == pytest.approx(0.1)
     directions = {
@@ -60,5 +60,5 @@ def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
 
 
 def test_a_source_that_fits_nothing_is_not_judged() -> None:
-    lesson = TrainedTask(task="pair_audio", source="iris")
+    lesson = TrainedTask(task="audio_text_retrieval", source="iris")
     assert evaluate_retrieval(embedding_model(), lesson, demo_sources("test")["iris"], 0) is None

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.data.sample_images import png
 from typer.testing import CliRunner
 
 from openm6.cli.main import app
@@ -24,6 +23,7 @@ from openm6.data.text_tables import CsvConfig
 from openm6.data.windows import WindowsConfig
 from openm6.evaluate.run import evaluate, open_own_data, source_configs
 from openm6.train.run import train_recipe
+from tests.data.sample_images import png
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 
@@ -53,26 +53,28 @@ def table(folder: Path, name: str = "mine.csv") -> Path:
 
 
 def test_only_the_tasks_named(run: Path) -> None:
-    assert [r.name for r in evaluate(run, ["draw", "transcribe/spoken"]).results] == [
-        "draw/digits",
-        "transcribe/spoken",
+    assert [r.name for r in evaluate(run, ["text_to_image", "speech_recognition/spoken"]).results] == [
+        "text_to_image/digits",
+        "speech_recognition/spoken",
     ]
 
 
 def test_a_task_that_was_not_learned_gets_a_hint(run: Path) -> None:
-    with pytest.raises(ConfigError, match="was not trained on task 'drew'; did you mean 'draw'"):
-        evaluate(run, ["drew"])
+    with pytest.raises(
+        ConfigError, match="was not trained on task 'text_to_imag'; did you mean 'text_to_image'"
+    ):
+        evaluate(run, ["text_to_imag"])
 
 
 @pytest.mark.parametrize("name", ["mine.jsonl", "mine.csv"])
 def test_records_of_ones_own(run: Path, tmp_path: Path, name: str) -> None:
-    found = evaluate(run, ["predict_number"], data=table(tmp_path, name))
-    assert [(result.name, result.records) for result in found.results] == [("predict_number/penguins", 4)]
+    found = evaluate(run, ["tabular_regression"], data=table(tmp_path, name))
+    assert [(result.name, result.records) for result in found.results] == [("tabular_regression/penguins", 4)]
 
 
 def test_tasks_that_find_nothing_in_them_are_left_out(run: Path, tmp_path: Path) -> None:
     found = evaluate(run, data=table(tmp_path, "mine.jsonl"))
-    assert [result.task for result in found.results] == ["predict_number"]
+    assert [result.task for result in found.results] == ["tabular_regression"]
 
 
 def test_records_that_suit_no_task_are_an_error(run: Path, tmp_path: Path) -> None:
@@ -80,7 +82,7 @@ def test_records_that_suit_no_task_are_an_error(run: Path, tmp_path: Path) -> No
     with pytest.raises(
         DataError, match=r"no record of --data .*mine.jsonl can be judged in draw: name its columns"
     ):
-        evaluate(run, ["draw"], data=table(tmp_path, "mine.jsonl"))
+        evaluate(run, ["text_to_image"], data=table(tmp_path, "mine.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -103,12 +105,12 @@ def test_only_the_rows_marked_as_test_are_judged(run: Path, tmp_path: Path) -> N
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     path.write_text("".join(json.dumps({**row, "split": "test" if n > 3 else "train"}) + "\n"
                             for n, row in enumerate(rows)), encoding="utf-8")  # fmt: skip
-    (result,) = evaluate(run, ["predict_number"], data=path).results
+    (result,) = evaluate(run, ["tabular_regression"], data=path).results
     assert result.records == 2 and {sample.record_id for sample in result.samples} <= {"p4", "p5"}
 
 
 def test_settings_can_be_changed(run: Path) -> None:
-    found = evaluate(run, ["name_image"], settings=["judge.records=12", "judge.answers=7"])
+    found = evaluate(run, ["image_classification"], settings=["judge.records=12", "judge.answers=7"])
     assert found.results[0].answered == 7
     with pytest.raises(ConfigError, match="unknown key 'record'"):
         evaluate(run, settings=["judge.record=3"])
@@ -118,10 +120,10 @@ def test_settings_can_be_changed(run: Path) -> None:
 
 def test_from_the_command_line(run: Path, tmp_path: Path) -> None:
     scores = tmp_path / "s.json"
-    shown = CliRunner().invoke(app, ["evaluate", str(run), "--tasks", "draw", "--json", str(scores)])
+    shown = CliRunner().invoke(app, ["evaluate", str(run), "--tasks", "text_to_image", "--json", str(scores)])
     assert shown.exit_code == 0, shown.output
-    assert "draw/digits" in shown.stdout and "information" in shown.stdout
-    assert list(json.loads(scores.read_text(encoding="utf-8"))["tasks"]) == ["draw/digits"]
+    assert "text_to_image/digits" in shown.stdout and "information" in shown.stdout
+    assert list(json.loads(scores.read_text(encoding="utf-8"))["tasks"]) == ["text_to_image/digits"]
 
 
 def test_scores_that_could_not_be_written_are_refused_before_the_work(tmp_path: Path) -> None:

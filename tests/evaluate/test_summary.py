@@ -21,8 +21,8 @@ def printed(report: EvalReport, width: int = 150) -> str:
 def test_one_row_a_task_with_score_baseline_and_bits() -> None:
     report = dataclasses.replace(example.eval_report(), checkpoint="runs/x/step-9")
     text = printed(report)
-    row = next(line for line in text.splitlines() if "name_image/things" in line)
-    assert row.split() == ["name_image/things", "image", "→", "text", "exact", "match", "62.5", "%", "25.0", "%",
+    row = next(line for line in text.splitlines() if "image_classification/things" in line)
+    assert row.split() == ["image_classification/things", "image", "→", "text", "exact", "match", "62.5", "%", "25.0", "%",
                            "+1.00", "+0.50", "…", "+1.50", "20", "of", "40"]  # fmt: skip
     assert sum("/things" in line for line in text.splitlines()) == len(report.results)
     flat = " ".join(text.split())
@@ -34,7 +34,7 @@ def test_one_row_a_task_with_score_baseline_and_bits() -> None:
 def test_a_line_of_the_log_says_how_sure_it_is() -> None:
     line = result_line(example.results()[0]).replace("\u00a0", " ")
     assert line == (
-        "name_image/things: exact match 62.5 % [50.0 %, 75.0 %], baseline 25.0 %; information +1.00 bits "
+        "image_classification/things: exact match 62.5 % [50.0 %, 75.0 %], baseline 25.0 %; information +1.00 bits "
         "[+0.50, +1.50]; 20 of 40 records answered"
     )
 
@@ -48,15 +48,15 @@ def test_all_records_answered_needs_no_hint() -> None:
 def test_square_brackets_in_names_are_no_markup() -> None:
     task = dataclasses.replace(example.results()[0], source="[red]shop[/red]", baseline=float("nan"))
     text = printed(EvalReport([task], 2.0, "x"))
-    assert "name_image/[red]shop[/red]" in text
+    assert "image_classification/[red]shop[/red]" in text
     assert "–" in text
 
 
 def test_a_narrow_terminal_cuts_no_name_and_no_number() -> None:
-    task = dataclasses.replace(example.results()[0], task="number_from_image", source="spoken_digits")
+    task = dataclasses.replace(example.results()[0], task="image_regression", source="spoken_digits")
     text = printed(EvalReport([task], 2.0, "x"), width=80)
     first, second = next(
         two for two in zip(text.splitlines(), text.splitlines()[1:], strict=False) if "62.5" in two[0]
     )
-    assert first.split()[0] + second.split()[0] == "number_from_image/spoken_digits"
+    assert first.split()[0] + second.split()[0] == "image_regression/spoken_digits"
     assert "25.0" in first and first.rstrip().endswith("+0.50 … +1.50")

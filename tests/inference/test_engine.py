@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.data.sample_images import png, wav
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.evaluate.likelihood import sequence_nll
@@ -25,6 +24,7 @@ from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.pool import pool_segment
 from openm6.modalities.registry import Reading, source_segments
+from tests.data.sample_images import png, wav
 from tests.inference.reference import hidden_states
 from tests.small_model import embedding_model, loaded, modalities
 
@@ -149,7 +149,7 @@ def test_inputs_keep_their_order_over_rows_and_passes() -> None:
 
 
 def test_a_model_without_the_lesson_says_what_it_needs() -> None:
-    with pytest.raises(ConfigError, match="needs training on pair_image"):
+    with pytest.raises(ConfigError, match="needs training on image_text_retrieval"):
         embed(loaded(), INPUTS)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.data.sample_images import png
 
 from openm6.core.errors import ConfigError
 from openm6.inference.load import LoadedModel
@@ -13,6 +12,7 @@ from openm6.modalities.batch import build_sequence, collate
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from openm6.nn.cache import PackedWriter, SlotWriter
+from tests.data.sample_images import png
 from tests.small_model import loaded
 
 WORDS = ("draw the digit seven", "a", "an image of something long", "x", "What is this?")

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.data.sample_images import png, wav
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.inference.question import (
@@ -23,17 +22,18 @@ from openm6.modalities.registry import MODALITIES
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import Task
 from openm6.train.run import read_recipe, recipe_path
+from tests.data.sample_images import png, wav
 from tests.small_model import loaded
 
 MODEL = loaded(
     lessons=(
-        ("name_image", "digits"),
-        ("fill_image", "digits"),
-        ("number_from_image", "digits"),
-        ("classify_numbers", "penguins"),
-        ("predict_number", "penguins"),
-        ("forecast", "weather"),
-        ("fill_audio", "spoken"),
+        ("image_classification", "digits"),
+        ("image_inpainting", "digits"),
+        ("image_regression", "digits"),
+        ("tabular_classification", "penguins"),
+        ("tabular_regression", "penguins"),
+        ("time_series_forecasting", "weather"),
+        ("audio_inpainting", "spoken"),
     )
 )
 
@@ -42,7 +42,7 @@ ASKED = sorted(
     {
         lesson.task for lesson in DEMO.mixture
         if len(TASKS[lesson.task].inputs) == 1 and TASKS[lesson.task].input_modality != "text"
-    } - {"describe_image", "classify_image"}  # asked in the words of name_image, which comes first
+    } - {"image_captioning", "image_categorization"}  # asked in the words of image_classification, which comes first
 )  # fmt: skip
 RECORD = {
     "image": png(), "audio": wav(), "label": "seven", "label_zh": "七",
@@ -142,7 +142,7 @@ def test_the_demo_asks_for_all_that_it_gives() -> None:
 
 @pytest.mark.parametrize(("language", "question"), [("en", " What is its mass?"), ("zh", " mass是多少？")])
 def test_a_text_that_tells_of_something_is_asked_for_the_number(language: str, question: str) -> None:
-    model = loaded(lessons=(("number_from_text", "penguins"),))
+    model = loaded(lessons=(("text_regression", "penguins"),))
     told = Question(want="numbers", text="a stone", column="mass", language=language)
     assert [part.raw for part in prompt_parts(told, model)] == ["a stone" + question]
     own = Question(want="numbers", text="How much mass has a stone?", column="mass", language=language)

@@ -10,11 +10,11 @@ import pytest
 import soundfile
 from click.testing import Result
 from PIL import Image
-from tests.data.sample_images import bomb, png, silence, wav
 from typer.testing import CliRunner
 
 from openm6.cli.main import app
 from openm6.train.run import train_recipe
+from tests.data.sample_images import bomb, png, silence, wav
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 FAST = ["--set", "masked.steps=2", "--set", "text.max_tokens=6"]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.sample_images import png
 
 from openm6.core.errors import DataError
 from openm6.inference.load import LoadedModel
@@ -19,6 +18,7 @@ from openm6.modalities.interface import Part
 from openm6.models.description import CheckpointConfig
 from openm6.tasks.registry import TASKS
 from openm6.train.multimodal_data import words_read
+from tests.data.sample_images import png
 from tests.small_model import demo_sources, loaded
 
 
@@ -31,7 +31,7 @@ def text(words: str) -> Part:
 
 
 IMAGE, ROW = Part("image", b""), Part("numbers", {"mass": 1.0})
-CLASSIFIER = trained("name_image", "classify_numbers")
+CLASSIFIER = trained("image_classification", "tabular_classification")
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -53,10 +53,10 @@ def test_what_was_trained_is_taught(name: str) -> None:
                 continue
             seen += 1
             assert (
-                assess(example.source, task.output_modality, trained("translate_label", name), 0.9)
+                assess(example.source, task.output_modality, trained("word_translation", name), 0.9)
                 == Taught()
             )
-    assert seen or task.needs_negatives or task.name in ("predict_from_all",)
+    assert seen or task.needs_negatives or task.name in ("text_tabular_regression",)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,10 @@ def test_words_that_are_like_no_prompt() -> None:
 
 def test_an_answer_to_any_words_must_be_sure() -> None:
     """Where a prompt has no words of its own, only the answer can tell."""
-    free, question = trained("answer", "translate_label"), [text("What is the capital of France?")]
+    free, question = (
+        trained("question_answering", "word_translation"),
+        [text("What is the capital of France?")],
+    )
     assert assess(question, "text", free, SURE).taught and assess(question, "text", free).taught
     found = assess(question, "text", free, 0.04)
     assert not found.taught and "probably not taught" in found.en and "4%" in found.en
@@ -91,7 +94,7 @@ def test_an_answer_to_any_words_must_be_sure() -> None:
 
 
 def test_a_model_of_embeddings_answers_nothing() -> None:
-    assert "only embeddings" in assess([text("a")], "text", trained("pair_image")).en
+    assert "only embeddings" in assess([text("a")], "text", trained("image_text_retrieval")).en
 
 
 def say(
@@ -108,7 +111,7 @@ def test_the_command_prints_a_note_beside_the_answer(
     monkeypatch.setattr(logging.getLogger("openm6"), "propagate", True)
     image, out = tmp_path / "a.png", tmp_path / "b.png"
     image.write_bytes(png())
-    model = loaded(lessons=(("name_image", "digits"),))
+    model = loaded(lessons=(("image_classification", "digits"),))
     assert "not taught" not in say(model, Question(want="text", image=image), caplog)
     noted = say(model, Question(want="image", text="a cat"), caplog, out)
     assert "never trained to give image from text, only text from image" in noted and out.exists()
@@ -116,19 +119,19 @@ def test_the_command_prints_a_note_beside_the_answer(
 
 def test_a_text_much_shorter_than_those_of_training() -> None:
     """A task without words of its own reads texts: a bare question is none of them, however sure the answer is."""
-    description = trained("answer")
+    description = trained("question_answering")
     known = [lesson.model_copy(update={"words": (9, 20)}) for lesson in description.lessons]
     description = description.model_copy(update={"lessons": known})
     found = assess([text("What is the capital of France?")], "text", description, 0.9)
     assert not found.taught and "has 6 words" in found.en and "9 to 20 words" in found.en
     read = text("The flag of Aruba. Capital: Oranjestad. Region: Caribbean. What is the capital?")
     assert assess([read], "text", description, 0.9).taught
-    assert assess([text("seven")], "text", trained("answer"), 0.9).taught, (
+    assert assess([text("seven")], "text", trained("question_answering"), 0.9).taught, (
         "lengths are unknown: nothing is said"
     )
 
 
 def test_lengths_are_those_of_the_records() -> None:
-    fewest, most = words_read(TASKS["answer"], demo_sources()["questions"]) or (0, 0)
+    fewest, most = words_read(TASKS["question_answering"], demo_sources()["questions"]) or (0, 0)
     assert 8 <= fewest <= 12 and 12 <= most <= 40
-    assert words_read(TASKS["answer"], demo_sources()["digits"]) is None
+    assert words_read(TASKS["question_answering"], demo_sources()["digits"]) is None

@@ -187,7 +187,7 @@ def audio_of(seconds: float) -> Audio:
 
 
 @pytest.mark.parametrize("seconds", [0.4, 2.0])
-@pytest.mark.parametrize("task", ["speak", "say_image", "say_numbers", "fill_audio"])
+@pytest.mark.parametrize("task", ["text_to_speech", "image_to_audio", "tabular_to_audio", "audio_inpainting"])
 def test_the_setting_decides_how_long_every_task_speaks(task: str, seconds: float) -> None:
     """Taught, asked for and read around a gap at one length."""
     record = {"id": "1", "label": "seven", "label_zh": "七", "image": b"p", "numbers": {"mass": 1.0}}

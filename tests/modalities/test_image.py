@@ -8,7 +8,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tests.data.sample_images import bomb, png
 
 from openm6.core.errors import DataError
 from openm6.modalities.batch import build_sequence
@@ -24,6 +23,7 @@ from openm6.modalities.image import (
     to_square,
 )
 from openm6.modalities.interface import Segment, line
+from tests.data.sample_images import bomb, png
 from tests.small_model import modalities
 
 

@@ -77,7 +77,7 @@ def test_less_than_the_shortest_is_not_cut() -> None:
 def test_a_text_that_is_too_long_keeps_the_question(text: Text) -> None:
     record = {"id": "1", "text_en": LONG, "question": QUESTION, "answer": "3000"}
     for rng in (None, np.random.default_rng(0)):
-        (part,) = TASKS["answer"].example(record, np.random.default_rng(1)).source
+        (part,) = TASKS["question_answering"].example(record, np.random.default_rng(1)).source
         tokens = text.source(part.raw, rng, part.options)
         read = text.decode(tokens.arrays["ids"].tolist())
         assert len(tokens) == text.max_tokens and tokens.truncated
@@ -86,7 +86,7 @@ def test_a_text_that_is_too_long_keeps_the_question(text: Text) -> None:
 
 def test_a_short_text_is_not_truncated(text: Text) -> None:
     record = {"id": "1", "text_en": "two words", "question": QUESTION, "answer": "2"}
-    example = TASKS["answer"].example(record, np.random.default_rng(1))
+    example = TASKS["question_answering"].example(record, np.random.default_rng(1))
     (part,) = example.source
     tokens = text.source(part.raw, options=part.options)
     assert not tokens.truncated and text.decode(tokens.arrays["ids"].tolist()) == part.raw
@@ -116,7 +116,7 @@ def test_words_of_a_prompt_beyond_the_limit_are_cut_at_the_end(text: Text) -> No
 def test_going_on_with_a_long_text_goes_on_where_the_given_part_ends(text: Text) -> None:
     record = {"id": "1", "text_en": LONG}
     for seed in range(4):
-        example = TASKS["continue"].example(record, np.random.default_rng(seed), train=True)
+        example = TASKS["text_generation"].example(record, np.random.default_rng(seed), train=True)
         (part,) = example.source
         read = text.source(part.raw, options=part.options)
         written = text.target(example.target.raw, options=example.target.options)

@@ -20,16 +20,16 @@ from openm6.tasks.registry import TASKS
 from tests.small_model import demo_sources, modalities, omni
 
 PICKED = (
-    ("draw", "digits"),
-    ("name_image", "digits"),
-    ("fill_image", "emoji"),
-    ("fill_audio", "spoken"),
-    ("say_image", "spoken_digits"),
-    ("transcribe", "spoken"),
-    ("predict_number", "penguins"),
-    ("forecast", "weather"),
-    ("number_from_audio", "spoken"),
-    ("continue", "poems"),
+    ("text_to_image", "digits"),
+    ("image_classification", "digits"),
+    ("image_inpainting", "emoji"),
+    ("audio_inpainting", "spoken"),
+    ("image_to_audio", "spoken_digits"),
+    ("speech_recognition", "spoken"),
+    ("tabular_regression", "penguins"),
+    ("time_series_forecasting", "weather"),
+    ("audio_regression", "spoken"),
+    ("text_generation", "poems"),
 )
 
 

@@ -31,10 +31,10 @@ from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 Axes = tuple[int, int, int]
 # One for each rank: an image is read, an image drawn, audio given, a number predicted.
 COMPONENTS = [
-    ("digits", "name_image"),
-    ("digits", "draw"),
-    ("spoken", "speak"),
-    ("penguins", "predict_number"),
+    ("digits", "image_classification"),
+    ("digits", "text_to_image"),
+    ("spoken", "text_to_speech"),
+    ("penguins", "tabular_regression"),
 ]
 MESHES: list[Axes] = [(4, 1, 1), (1, 1, 4), (1, 2, 2), (1, 4, 1)]
 
@@ -91,7 +91,7 @@ def test_four_ranks_of_four_modalities(offloaded: bool, tmp_path: Path, four: Fl
 @pytest.mark.parametrize("axes", [(1, 2, 1), (1, 1, 2), (2, 1, 1)])
 def test_adapters_that_no_task_uses_stay_as_they_are(axes: Axes, tmp_path: Path, two: Fleet) -> None:
     assert math.prod(axes) == 2
-    components = [("penguins", "predict_number")]
+    components = [("penguins", "tabular_regression")]
     alone = few_steps(recipe_file(tmp_path / "a", (1, 1, 1), components), str(tmp_path / "alone"), 2)
     before = few_steps(recipe_file(tmp_path / "b", (1, 1, 1), components), str(tmp_path / "before"), 0)
     found = two.run(few_steps, recipe_file(tmp_path / "c", axes, components), str(tmp_path / "cut"), 2)

@@ -12,7 +12,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from tests.data.sample_images import png, wav
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.energy.meter import open_meter
@@ -41,6 +40,7 @@ from openm6.serve.requests import (
 )
 from openm6.serve.run import read_serve_config
 from openm6.serve.worker import Worker
+from tests.data.sample_images import png, wav
 from tests.serve.alone import answer_alone
 from tests.small_model import embedding_model, loaded
 

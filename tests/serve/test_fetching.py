@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.data.sample_images import png
 
 from openm6.core.errors import ConfigError
 from openm6.serve.app import create_app
@@ -20,6 +19,7 @@ from openm6.serve.engine import Engine
 from openm6.serve.errors import BadRequestError
 from openm6.serve.fetching import Fetcher, is_public
 from openm6.serve.run import read_serve_config
+from tests.data.sample_images import png
 from tests.load.server import Address
 from tests.serve.running import running
 from tests.small_model import loaded

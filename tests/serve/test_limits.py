@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.data.sample_images import png
 
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
 from openm6.serve.run import read_serve_config
+from tests.data.sample_images import png
 from tests.load.server import Address, form
 from tests.serve.running import running
 from tests.small_model import loaded

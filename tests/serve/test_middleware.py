@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.data.sample_images import png, wav
 
 from openm6.core.errors import ConfigError
 from openm6.serve.app import create_app
@@ -22,6 +21,7 @@ from openm6.serve.engine import Engine
 from openm6.serve.errors import BadRequestError
 from openm6.serve.middleware import read_json
 from openm6.serve.run import read_serve_config
+from tests.data.sample_images import png, wav
 from tests.load.server import Address, Reply, form
 from tests.serve.running import running
 from tests.small_model import loaded

@@ -11,11 +11,11 @@ import openai
 import pytest
 import soundfile
 from PIL import Image
-from tests.data.sample_images import png, wav
 
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
+from tests.data.sample_images import png, wav
 from tests.serve.running import running
 from tests.small_model import embedding_model
 

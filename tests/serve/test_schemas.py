@@ -9,16 +9,16 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from tests.data.sample_images import png
 
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, ServeConfig
 from openm6.serve.engine import Engine
+from tests.data.sample_images import png
 from tests.load.server import Address, Reply
 from tests.serve.running import running
 from tests.small_model import loaded
 
-LESSONS = (("name_image", "digits"), ("draw", "digits"))
+LESSONS = (("image_classification", "digits"), ("text_to_image", "digits"))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_stream_says_so_in_the_event_with_the_joules(address: Address) -> None
 
 
 def test_a_classifier_that_is_to_draw_says_so() -> None:
-    model = loaded(3, (("name_image", "digits"),))
+    model = loaded(3, (("image_classification", "digits"),))
     with running(create_app(Engine(model, EngineConfig(rows=1, room=128)), ServeConfig(), "m")) as found:
         reply = Address(int(found.rpartition(":")[2]), os.getpid()).post(
             "/v1/images/generations", {"prompt": "a cat", "steps": 1}

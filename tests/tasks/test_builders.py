@@ -18,7 +18,9 @@ POEM = "《江雪》 柳宗元\n千山鸟飞绝，万径人踪灭。\n孤舟蓑�
 def test_the_answer_says_which_side_of_the_bound_the_value_lies() -> None:
     record, seen = demo_sources()["penguins"][7], set()
     for seed in range(40):
-        example = TASKS["ask_numbers"].example(record, np.random.default_rng(seed), language="en")
+        example = TASKS["table_question_answering"].example(
+            record, np.random.default_rng(seed), language="en"
+        )
         words = example.source[-1].raw.strip()
         column, bound = words.removeprefix("Is the ").removesuffix("?").split(" above ")
         value = record["numbers"][column.replace(" ", "_")]
@@ -30,7 +32,7 @@ def test_the_answer_says_which_side_of_the_bound_the_value_lies() -> None:
 def test_the_step_named_is_the_one_that_was_moved() -> None:
     record, places = demo_sources()["weather"][4], []
     for seed in range(30):
-        example = TASKS["find_anomaly"].example(record, np.random.default_rng(seed), language="en")
+        example = TASKS["anomaly_detection"].example(record, np.random.default_rng(seed), language="en")
         shown = next(part.raw for part in example.source if part.modality == "numbers").values
         true = record["series"]["temp_max"]
         moved = [place for place, pair in enumerate(zip(shown, true, strict=True), 1) if pair[0] != pair[1]]
@@ -48,7 +50,7 @@ def test_a_record_is_left_as_it_was() -> None:
     record = demo_sources()["weather"][4]
     before = list(record["series"]["temp_max"])
     for seed in range(5):
-        TASKS["find_anomaly"].example(record, np.random.default_rng(seed))
+        TASKS["anomaly_detection"].example(record, np.random.default_rng(seed))
     assert record["series"]["temp_max"] == before
 
 
@@ -62,20 +64,20 @@ def test_both_lines_are_of_one_couplet() -> None:
     record = {"id": "x", "text_zh": POEM}
     seen = set()
     for seed in range(20):
-        example = TASKS["couplet"].example(record, np.random.default_rng(seed))
+        example = TASKS["couplet_completion"].example(record, np.random.default_rng(seed))
         seen.add((example.source[0].raw.strip().removeprefix("对下联："), example.answer))
     assert seen == set(couplets(POEM))
 
 
 def test_title_and_poem_make_the_whole() -> None:
-    example = TASKS["write_poem"].example({"id": "x", "text_zh": POEM}, np.random.default_rng(0))
+    example = TASKS["poem_generation"].example({"id": "x", "text_zh": POEM}, np.random.default_rng(0))
     assert example.source[0].raw == "作诗：《江雪》 柳宗元\n"
     assert POEM == "《江雪》 柳宗元\n" + example.answer
 
 
 def test_most_poems_hold_a_couplet() -> None:
     poems = demo_sources()["poems"]
-    found = [bool(TASKS["couplet"].languages(poems[row])) for row in range(60)]
+    found = [bool(TASKS["couplet_completion"].languages(poems[row])) for row in range(60)]
     assert sum(found) > 40
 
 
@@ -84,7 +86,9 @@ def test_a_spoken_word_fits_the_image_exactly_where_the_answer_says_so() -> None
     others = [{"audio": b"twin", "label": "one"}, {"audio": b"other", "label": "two"}]
     seen = set()
     for seed in range(30):
-        example = TASKS["match_spoken"].example({**record, "others": others}, np.random.default_rng(seed))
+        example = TASKS["image_audio_matching"].example(
+            {**record, "others": others}, np.random.default_rng(seed)
+        )
         audio = next(part.raw for part in example.source if part.modality == "audio")
         assert audio == (b"own" if example.answer in ("yes", "是") else b"other")
         seen.add(example.answer)

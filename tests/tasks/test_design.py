@@ -49,7 +49,7 @@ def test_each_style_changes_a_image_and_keeps_its_size(name: str) -> None:
 def test_a_mixture_lies_in_the_middle_of_its_styles() -> None:
     record = demo_sources()["emoji"][5]
     other = {"image": record["image"], "en": None, "zh": None}
-    example = TASKS["mix_styles"].example({**record, "others": [other]}, np.random.default_rng(0))
+    example = TASKS["style_mixing"].example({**record, "others": [other]}, np.random.default_rng(0))
     images = [part.raw for part in example.source if part.modality == "image"][1:]
     first, second, mixed = (np.asarray(read_image(raw), int) for raw in (*images, example.target.raw))
     assert np.abs(mixed - (first + second) / 2).max() <= 1 and (first != second).any()
@@ -60,7 +60,7 @@ def test_the_reference_has_the_style_that_is_wanted() -> None:
     record = demo_sources()["emoji"][5]
     other = {"image": record["image"], "en": None, "zh": None}
     for seed in range(5):
-        example = TASKS["restyle"].example({**record, "others": [other]}, np.random.default_rng(seed))
+        example = TASKS["style_transfer"].example({**record, "others": [other]}, np.random.default_rng(seed))
         reference = [part for part in example.source if part.modality == "image"][1]
         assert reference.raw == example.target.raw != record["image"]
 
@@ -68,7 +68,7 @@ def test_the_reference_has_the_style_that_is_wanted() -> None:
 def test_the_colour_named_is_the_colour_behind() -> None:
     record = demo_sources()["emoji"][3]
     for seed in range(8):
-        example = TASKS["change_background"].example(record, np.random.default_rng(seed))
+        example = TASKS["background_replacement"].example(record, np.random.default_rng(seed))
         named = example.source[-1].raw.split()[-1].removeprefix("背景：")
         colours = {word: rgb for name, (chinese, rgb) in BACKGROUNDS.items() for word in (name, chinese)}
         corner = np.asarray(read_image(example.target.raw))[0, 0]

@@ -35,6 +35,6 @@ def test_a_field_is_found_in_its_language(name: str, language: str, found: str |
 
 def test_a_plain_table_in_one_language_can_pose_a_shop_task() -> None:
     table = {"id": "1", "extra": {"review": "The seams are loose.", "sentiment": "negative"}}
-    task = TASKS["judge_review"]
+    task = TASKS["sentiment_analysis"]
     assert task.languages(table) == ["en"]
     assert task.example(table, np.random.default_rng(0)).answer == "negative"

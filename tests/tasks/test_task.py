@@ -18,24 +18,31 @@ from openm6.tasks.task import RECALLS, Task
 from tests.small_model import demo_sources
 
 ROOT = Path(__file__).parents[2]
-NUMERIC = ("crps_share", "mae", "coverage_80")
+NUMERIC = ("relative_crps", "mae", "coverage_80")
 
 
 @pytest.mark.parametrize(
     ("inputs", "target", "reads", "gives", "metrics", "baseline"),
     [
         ({"a": TEXT}, LABEL, "text", "text", ("exact_match",), "frequent_answer"),
-        ({"a": TEXT, "b": IMAGE}, TEXT, "image", "text", ("character_f1", "exact_match"), "frequent_answer"),
-        ({"a": TEXT}, IMAGE, "text", "image", ("code_bits", "recognised"), "position_frequencies"),
+        (
+            {"a": TEXT, "b": IMAGE},
+            TEXT,
+            "image",
+            "text",
+            ("char_bigram_f1", "exact_match"),
+            "frequent_answer",
+        ),
+        ({"a": TEXT}, IMAGE, "text", "image", ("bits_per_code", "knn_accuracy"), "position_frequencies"),
         (
             {"a": AUDIO, "b": IMAGE},
             AUDIO,
             "audio",
             "audio",
-            ("code_bits", "recognised"),
+            ("bits_per_code", "knn_accuracy"),
             "position_frequencies",
         ),
-        ({"a": NUMBERS}, design.OUTLINE, "numbers", "image", ("code_bits",), "position_frequencies"),
+        ({"a": NUMBERS}, design.OUTLINE, "numbers", "image", ("bits_per_code",), "position_frequencies"),
         ({"a": TEXT, "b": NUMBERS}, NUMBER, "numbers", "numbers", NUMERIC, "column_median"),
     ],
 )
@@ -79,7 +86,12 @@ def test_each_image_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(design, "_part", count)
     record = demo_sources()["emoji"][5]
-    for name, expected in (("sketch", 1), ("colour_sketch", 1), ("restyle", 2), ("mix_styles", 3)):
+    for name, expected in (
+        ("text_to_sketch", 1),
+        ("sketch_to_image", 1),
+        ("style_transfer", 2),
+        ("style_mixing", 3),
+    ):
         calls.clear()
         example = TASKS[name].example(record, np.random.default_rng(0))
         assert calls["rendered"] == expected
@@ -88,7 +100,7 @@ def test_each_image_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_task_without_random_decisions_leaves_the_generator_alone() -> None:
     rng = np.random.default_rng(3)
-    built = TASKS["draw"].build({"text_en": "a red cup", "image": b"x"}, Context("en", rng))
+    built = TASKS["text_to_image"].build({"text_en": "a red cup", "image": b"x"}, Context("en", rng))
     assert built.inputs["text"].raw == "a red cup" and built.target.raw == b"x"
     assert rng.random() == np.random.default_rng(3).random()
 

@@ -37,8 +37,14 @@ def test_a_folder_gives_the_tasks_of_its_texts_and_images(tmp_path: Path) -> Non
             (tmp_path / f"{name}-{split}.parquet").symlink_to(embedded_path(f"{name}-{split}"))
     sources, mixture = folder_data(tmp_path)
     assert set(sources) == {"emoji", "poems_zh"}  # audio clips are left out
-    assert {part["task"] for part in mixture if part["source"] == "emoji"} == {"describe_image", "draw"}
-    assert {part["task"] for part in mixture if part["source"] == "poems_zh"} == {"continue", "denoise"}
+    assert {part["task"] for part in mixture if part["source"] == "emoji"} == {
+        "image_captioning",
+        "text_to_image",
+    }
+    assert {part["task"] for part in mixture if part["source"] == "poems_zh"} == {
+        "text_generation",
+        "text_denoising",
+    }
     assert sum(part["weight"] for part in mixture) == pytest.approx(2)
     with pytest.raises(ConfigError, match="check --data"):
         folder_data(tmp_path / "nothing")

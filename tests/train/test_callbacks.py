@@ -131,7 +131,7 @@ def test_data_without_test_records_is_refused_before_the_first_step(tmp_path: Pa
     table.write_text("text_en\n" + "\n".join(f"some words {number}" for number in range(30)) + "\n")
     values = tiny_recipe(2, held_out=EVERY) | {
         "sources": {"words": {"kind": "csv", "path": str(table), "test_share": 0.0}},
-        "mixture": [{"source": "words", "task": "continue"}],
+        "mixture": [{"source": "words", "task": "text_generation"}],
     }
     recipe, run = build(MultimodalRecipe, values, "tiny"), RunFolder.open(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"loop\.held_out needs validation or test records"):
@@ -179,7 +179,10 @@ def test_validation_records_come_before_test_records(tmp_path: Path) -> None:
         "mine": {"kind": "csv", "path": str(tmp_path / "x.csv")},
         "penguins": {"kind": "embedded", "name": "penguins", "limit": 40},
     }
-    mixture = [{"source": "mine", "task": "classify_text"}, {"source": "penguins", "task": "predict_number"}]
+    mixture = [
+        {"source": "mine", "task": "text_classification"},
+        {"source": "penguins", "task": "tabular_regression"},
+    ]
     recipe = build(MultimodalRecipe, {**tiny_recipe(), "sources": sources, "mixture": mixture}, "tiny")
     words = modalities()["text"]
     batches = pack_held_out(recipe, modalities(), ProcessGroupContext(), 3)

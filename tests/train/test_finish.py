@@ -26,12 +26,12 @@ from tests.train.tiny_recipe import JUDGE, tiny_recipe, write_recipe
 CPU = torch.device("cpu")
 ONE_TEXT = {
     "sources": {"digits": {"kind": "embedded", "name": "digits", "limit": 30}},
-    "mixture": [{"source": "digits", "task": "name_image"}],
+    "mixture": [{"source": "digits", "task": "image_classification"}],
 }
 FEW_TASKS = [
-    {"source": "digits", "task": "name_image"},
-    {"source": "digits", "task": "draw"},
-    {"source": "penguins", "task": "predict_number"},
+    {"source": "digits", "task": "image_classification"},
+    {"source": "digits", "task": "text_to_image"},
+    {"source": "penguins", "task": "tabular_regression"},
 ]
 
 
@@ -109,7 +109,7 @@ def test_a_failure_after_training_says_that_nothing_is_lost_and_resuming_repeats
     monkeypatch.setattr("openm6.train.multimodal.evaluate", lambda *_, **__: pytest.fail("judged again"))
     with caplog.at_level("INFO", logger="openm6"):
         assert train_recipe(path, resume=True, out=run).steps == 2
-    assert "epochs of each source and task: digits/name_image 1." in caplog.text
+    assert "epochs of each source and task: digits/image_classification 1." in caplog.text
     assert all(f"openm6 {word} {run}" in caplog.text for word in ("evaluate", "generate", "serve"))
     assert (run / "report.json").exists() and (run / "metrics.jsonl").read_text() == lines
     assert not (run / "evaluation.json").exists()

@@ -119,11 +119,11 @@ def test_operations_follow_tokens_and_what_their_adapters_multiply() -> None:
     rng = np.random.default_rng(0)
     heard = modalities()["audio"].source(rng.normal(size=8000).astype(np.float32) * 0.1)
     batch = collate(
-        [[build_sequence([read, wanted], "echo"), build_sequence([heard, wanted], "transcribe")]], 256
+        [[build_sequence([read, wanted], "echo"), build_sequence([heard, wanted], "speech_recognition")]], 256
     )
     shares = Attribution(omni).shares(batch)
     kinds, tasks = shares["modality"], shares["task"]
-    assert set(tasks) == {"echo", "transcribe"} and set(kinds) == set(batch.groups)
+    assert set(tasks) == {"echo", "speech_recognition"} and set(kinds) == set(batch.groups)
     assert sum(share.tokens for share in kinds.values()) == batch.tokens
     assert sum(share.tokens for share in tasks.values()) == batch.tokens
     assert sum(share.operations for share in kinds.values()) == pytest.approx(

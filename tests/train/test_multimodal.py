@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.data.sample_images import png
 
 from openm6.checkpoint.folder import latest, list_checkpoints
 from openm6.core.config import build
@@ -33,6 +32,7 @@ from openm6.train.metrics import Line, read_metrics
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe
+from tests.data.sample_images import png
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -230,7 +230,7 @@ def text_only() -> dict[str, Any]:
     """The cheapest mixture."""
     return {
         "sources": {"penguins": {"kind": "embedded", "name": "penguins", "limit": 40}},
-        "mixture": [{"source": "penguins", "task": "translate"}],
+        "mixture": [{"source": "penguins", "task": "translation"}],
     }
 
 
@@ -249,7 +249,10 @@ def images(folder: Path, broken: int, count: int = 60) -> dict[str, Any]:
     source = {"kind": "jsonl", "path": str(table), "split": "split"}
     return {
         "sources": {"images": source},
-        "mixture": [{"source": "images", "task": "name_image"}, {"source": "images", "task": "draw"}],
+        "mixture": [
+            {"source": "images", "task": "image_classification"},
+            {"source": "images", "task": "text_to_image"},
+        ],
     }
 
 
@@ -267,7 +270,9 @@ def test_a_few_broken_records_are_set_aside_and_listed(
     ]
     assert {entry["id"] for entry in listed} == {"p0", "p1"}
     assert all(e["source"] == "images" and "broken or of an unknown format" in e["reason"] for e in listed)
-    assert report_of(run)["tasks"]["name_image/images"]["n"] > 0, "a broken test record must not stop it"
+    assert report_of(run)["tasks"]["image_classification/images"]["n"] > 0, (
+        "a broken test record must not stop it"
+    )
 
 
 def test_broken_images_do_not_stop_the_judging_of_drawings(tmp_path: Path) -> None:
@@ -277,7 +282,7 @@ def test_broken_images_do_not_stop_the_judging_of_drawings(tmp_path: Path) -> No
     recipe["judge"] = {**recipe["judge"], "records": 12}
     recipe["mixture"] = recipe["mixture"][1:]
     train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
-    assert math.isfinite(report_of(tmp_path / "run")["tasks"]["draw/images"]["baseline"])
+    assert math.isfinite(report_of(tmp_path / "run")["tasks"]["text_to_image/images"]["baseline"])
 
 
 def test_too_many_broken_records_stop_the_run(tmp_path: Path) -> None:
@@ -295,7 +300,7 @@ def test_a_source_that_is_broken_from_the_start_says_why(tmp_path: Path) -> None
     table.write_bytes(b"text_en,label\n" + b"caf\xe9 and more,x\n" * 40)
     recipe = tiny_recipe(2) | {
         "sources": {"mine": {"kind": "csv", "path": str(table)}},
-        "mixture": [{"source": "mine", "task": "classify_text"}],
+        "mixture": [{"source": "mine", "task": "text_classification"}],
     }
     with pytest.raises(
         OpenM6Error,
@@ -307,7 +312,7 @@ def test_a_source_that_is_broken_from_the_start_says_why(tmp_path: Path) -> None
 def test_examples_that_fit_no_row_are_set_aside(tmp_path: Path) -> None:
     poems = {
         "sources": {"poems": {"kind": "embedded", "name": "poems_zh"}},
-        "mixture": [{"source": "poems", "task": "continue"}],
+        "mixture": [{"source": "poems", "task": "text_generation"}],
     }
     recipe = tiny_recipe(400) | poems | {"packing": {"rows": 1, "length": 16}}
     with pytest.raises(TrainingError, match="do not fit a row of 16: raise packing.length"):
@@ -315,7 +320,10 @@ def test_examples_that_fit_no_row_are_set_aside(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "task": (["mixture.0.task=name_pictur"], "no task is called 'name_pictur'; did you mean 'name_image'"),
+    "task": (
+        ["mixture.0.task=name_pictur"],
+        "no task is called 'name_pictur'; did you mean 'image_classification'",
+    ),
     "preset": (["model.preset=nanoo"], "no preset 'nanoo'; did you mean 'nano'"),
     "key": (["loop.stepz=3"], "unknown key 'loop.stepz'; did you mean 'steps'"),
     "deep key": (["judge.decoding.step=3"], "unknown key 'judge.decoding.step'; did you mean 'steps'"),
@@ -331,9 +339,9 @@ REFUSED = {
     "side": (["modalities.image.side=60"], "must be a multiple of the codec's stride"),
     "weight": (["mixture.0.weight=0"], "greater than 0"),
     "loss weight": (["loss_weights={images: 2}"], "did you mean 'image'"),
-    "twice": (["mixture.1.task=name_image"], "twice: add up the weights"),
+    "twice": (["mixture.1.task=image_classification"], "twice: add up the weights"),
     "optimizer": (["loop.optimizer.name=adamv"], "did you mean 'adamw'"),
-    "no such field": (["mixture.4.task=transcribe"], "finds nothing to read in source 'penguins'"),
+    "no such field": (["mixture.4.task=speech_recognition"], "finds nothing to read in source 'penguins'"),
     "not a setting": (["loop.steps"], "must look like key.path=value"),
     "nowhere": (["mixture.9.task=draw"], "does not lead anywhere"),
     "tokenizer": (["modalities.text.tokenizer=nowhere.json"], "cannot be read"),
@@ -358,13 +366,13 @@ def test_embeddings_are_taught_beside_answers(tmp_path: Path) -> None:
     """A mixture of both kinds of task has both losses; its checkpoint makes embeddings, its report tells recall."""
     values = tiny_recipe(3)
     values["mixture"] = [
-        {"source": "digits", "task": "pair_image", "weight": 3},
-        {"source": "digits", "task": "name_image"},
+        {"source": "digits", "task": "image_text_retrieval", "weight": 3},
+        {"source": "digits", "task": "image_classification"},
     ]
     train_recipe(write_recipe(tmp_path, values), out=tmp_path / "run")
     names = {name for line in losses(tmp_path / "run") for name in line}
     assert {"loss/pool", "loss/text"} <= names
-    entry = report_of(tmp_path / "run")["tasks"]["pair_image/digits"]
+    entry = report_of(tmp_path / "run")["tasks"]["image_text_retrieval/digits"]
     assert entry["metric"] == "recall_at_1" and entry["baseline_name"] == "chance"
     assert embedding_size(load(tmp_path / "run")) == 128
 

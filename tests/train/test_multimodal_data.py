@@ -36,29 +36,31 @@ def bare(number: int) -> dict[str, Any]:
 
 def test_a_field_that_some_records_lack_is_said_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        check([full(n) if n % 2 else bare(n) for n in range(SAMPLED)], "classify_text", "denoise")
-    assert "classify_text/mine: 10 of 20 records looked at lack a field" in caplog.text
-    assert "denoise" not in caplog.text
+        check(
+            [full(n) if n % 2 else bare(n) for n in range(SAMPLED)], "text_classification", "text_denoising"
+        )
+    assert "text_classification/mine: 10 of 20 records looked at lack a field" in caplog.text
+    assert "text_denoising" not in caplog.text
 
 
 def test_a_rare_field_is_found_further_on() -> None:
     records = [bare(n) for n in range(500)]
     records[7] = full(7)
-    check(records, "classify_text")
+    check(records, "text_classification")
 
 
 def test_a_field_that_no_record_has_is_an_error() -> None:
     with pytest.raises(
-        ConfigError, match="task classify_text finds nothing to read in source 'mine': map the fields"
+        ConfigError, match="task text_classification finds nothing to read in source 'mine': map the fields"
     ):
-        check([bare(n) for n in range(100)], "denoise", "classify_text")
+        check([bare(n) for n in range(100)], "text_denoising", "text_classification")
 
 
 def test_a_source_of_broken_records_says_why() -> None:
     with pytest.raises(
         DataError, match="all of the 3 records looked at in source 'mine' are broken: mine, row 0"
     ):
-        check([None, None, None], "classify_text")
+        check([None, None, None], "text_classification")
 
 
 def test_columns_that_no_task_reads_are_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -68,7 +70,7 @@ def test_columns_that_no_task_reads_are_named(caplog: pytest.LogCaptureFixture) 
         MultimodalRecipe,
         {
             "sources": {"mine": {"kind": "jsonl", "path": "unread"}},
-            "mixture": [{"source": "mine", "task": "classify_text"}],
+            "mixture": [{"source": "mine", "task": "text_classification"}],
         },
         "r.yaml",
     )

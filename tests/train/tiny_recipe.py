@@ -36,11 +36,11 @@ def tiny_recipe(steps: int = 6, **loop: Any) -> dict[str, Any]:
             "penguins": {"kind": "embedded", "name": "penguins", "limit": 40},
         },
         "mixture": [
-            {"source": "digits", "task": "name_image"},
-            {"source": "digits", "task": "draw"},
-            {"source": "spoken", "task": "transcribe"},
-            {"source": "spoken", "task": "speak"},
-            {"source": "penguins", "task": "predict_number"},
+            {"source": "digits", "task": "image_classification"},
+            {"source": "digits", "task": "text_to_image"},
+            {"source": "spoken", "task": "speech_recognition"},
+            {"source": "spoken", "task": "text_to_speech"},
+            {"source": "penguins", "task": "tabular_regression"},
         ],
         "packing": {"rows": 2, "length": 160},
         "loop": {

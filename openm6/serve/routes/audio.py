@@ -74,7 +74,7 @@ async def speak(body: SpeechBody, call: ThisCall) -> Response:
     seed = chosen_seed(body.seed)
     request = CodesRequest(
         want="audio",
-        parts=text_prompt(server.loaded, "speak", body.input),
+        parts=text_prompt(server.loaded, "text_to_speech", body.input),
         duration=body.seconds,
         sampling=MaskedSampling(steps=body.steps, guidance=body.guidance, seed=seed),
     )
@@ -108,7 +108,9 @@ async def transcribe(
     except DataError as error:
         raise BadRequestError(f"file: {error}", "file") from None
     part = Part("audio", samples)
-    parts = (part, Part("text", " " + prompt)) if prompt else part_prompt("transcribe", part, language)
+    parts = (
+        (part, Part("text", " " + prompt)) if prompt else part_prompt("speech_recognition", part, language)
+    )
     sampling = Sampling(temperature=temperature, max_tokens=64)
     [answer] = await call.answer("transcriptions", [TextRequest(parts=parts, sampling=sampling)])
     text = answer.value.strip()

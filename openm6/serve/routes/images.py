@@ -94,7 +94,7 @@ async def generate(body: GenerationBody, call: ThisCall) -> Images:
     _check(call.server, body.model, body.size, body.n)
     request = CodesRequest(
         want="image",
-        parts=text_prompt(call.server.loaded, "draw", body.prompt),
+        parts=text_prompt(call.server.loaded, "text_to_image", body.prompt),
         sampling=MaskedSampling(steps=body.steps, guidance=body.guidance, seed=chosen_seed(body.seed)),
     )
     return await _answer(call, "images", request, body.n, body.output_format or "png")
@@ -125,7 +125,7 @@ async def edit(
     region = await asyncio.to_thread(edit_mask, mask_file, source, limits.pixels)
     parts: tuple[Part, ...] = (Part("image", source, {"hole": None}), Part("text", " " + prompt))
     if region is not None:
-        parts = part_prompt("fill_image", Part("image", source, {"hole": region}), language_of(prompt))
+        parts = part_prompt("image_inpainting", Part("image", source, {"hole": region}), language_of(prompt))
     request = CodesRequest(
         want="image",
         parts=parts,

@@ -72,7 +72,7 @@ async def predict(body: PredictionBody, call: ThisCall) -> Predictions:
 
 
 def _forecast(series: Series, ahead: int) -> NumbersRequest:
-    parts = part_prompt("forecast", Part("numbers", NumberSeries(series.name, series.values)))
+    parts = part_prompt("time_series_forecasting", Part("numbers", NumberSeries(series.name, series.values)))
     return NumbersRequest(parts=parts, series=series.name, ahead=ahead)
 
 
@@ -91,7 +91,7 @@ def _row_requests(param: str, row: Row, columns: list[str] | None, limit: int) -
         raise BadRequestError(f"{param} holds no value to predict from: add one", param)
     return [
         NumbersRequest(
-            parts=part_prompt("predict_number", Part("numbers", inputs), column=column), columns=(column,)
+            parts=part_prompt("tabular_regression", Part("numbers", inputs), column=column), columns=(column,)
         )
         for column in targets
     ]

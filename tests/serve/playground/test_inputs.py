@@ -12,7 +12,6 @@ from typing import Any
 
 import soundfile
 from gradio.data_classes import ImageData
-from tests.data.sample_images import png, wav
 
 from openm6.core.errors import DataError
 from openm6.serve.config import Limits
@@ -30,6 +29,7 @@ from openm6.serve.playground.inputs import (
 )
 from openm6.serve.scenarios.ask import example_values
 from openm6.serve.scenarios.scenario import LANGUAGES, Scenario, read_catalogue
+from tests.data.sample_images import png, wav
 
 ALL = read_catalogue().scenarios.values()
 

@@ -28,25 +28,25 @@ def values(updates: list[Any]) -> list[Any]:
 
 
 def test_it_opens_on_an_example_that_fits() -> None:
-    lessons = (("predict_number", "own"), ("describe_image", "emoji"))
+    lessons = (("tabular_regression", "own"), ("image_captioning", "emoji"))
     found = page(trained(lessons, {"own": OWN, "emoji": EMOJI}, price=1.0, body_mass_g=1.0))
     first = found.first_scenario()
-    assert first.tasks == ["describe_image"] and found.opening_tab(first) == "scenarios"
+    assert first.tasks == ["image_captioning"] and found.opening_tab(first) == "scenarios"
     assert all(value is not None for value in values(found.choose_scenario(first.name, "en")))
 
 
 def test_what_does_not_fit_is_shown_empty_with_a_word() -> None:
-    found = page(trained((("predict_number", "own"),), {"own": OWN}, price=1.0, body_mass_g=1.0))
+    found = page(trained((("tabular_regression", "own"),), {"own": OWN}, price=1.0, body_mass_g=1.0))
     shown = found.choose_scenario("missing_measurement", "en")
     assert "give inputs of your own" in shown[0] and values(shown) == [None]
     assert "请自行输入" in found.choose_scenario("missing_measurement", "zh")[0]
 
 
 def test_a_task_below_its_baseline_is_not_what_it_opens_with() -> None:
-    lessons = (("describe_image", "emoji"), ("draw", "emoji"))
-    weak = {"describe_image": [Score("exact_match", 0.021, 0.033, False)]}
+    lessons = (("image_captioning", "emoji"), ("text_to_image", "emoji"))
+    weak = {"image_captioning": [Score("exact_match", 0.021, 0.033, False)]}
     found = page(trained(lessons, {"emoji": EMOJI}), weak)
-    assert found.first_scenario().tasks == ["draw"]
+    assert found.first_scenario().tasks == ["text_to_image"]
     assert "not better than its baseline" in found.choose_scenario("caption", "en")[0]
 
 

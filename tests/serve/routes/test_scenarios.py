@@ -25,14 +25,14 @@ from tests.serve.running import running
 from tests.small_model import embedding_model
 
 TASKS = (
-    "couplet",
-    "describe_image",
-    "fill_image",
-    "speak",
-    "predict_number",
-    "search_product",
-    "pair_image",
-    "sketch",
+    "couplet_completion",
+    "image_captioning",
+    "image_inpainting",
+    "text_to_speech",
+    "tabular_regression",
+    "product_search",
+    "image_text_retrieval",
+    "text_to_sketch",
 )
 
 
@@ -65,7 +65,7 @@ def test_all_are_listed_with_what_they_need(client: httpx.Client) -> None:
     assert set(found) == set(read_catalogue().scenarios)
     assert found["couplet"]["ready"] and found["couplet"]["needs"] == []
     restyle = found["restyle"]
-    assert not restyle["ready"] and restyle["needs"] == ["restyle"] and restyle["recipe"] == "design"
+    assert not restyle["ready"] and restyle["needs"] == ["style_transfer"] and restyle["recipe"] == "design"
     assert "needs training on restyle" in restyle["state"]["en"]
     one = client.get("/v1/scenarios/restyle").json()
     assert {key: value for key, value in one.items() if key != "examples"} == restyle

@@ -55,7 +55,7 @@ def test_the_parts_are_those_of_training() -> None:
     title, tags = record["text_en"], ", ".join(record["tags_en"])
     for name, values in {
         "product_title": {"image": record["image"], "tags": tags},
-        "fill_attributes": {"image": record["image"], "title": title},
+        "attribute_extraction": {"image": record["image"], "title": title},
         "live_script": {"title": title, "selling_points": record["extra"]["selling_points_en"]},
         "price_prediction": {"image": record["image"], "title": title},
     }.items():
@@ -66,7 +66,7 @@ def test_the_parts_are_those_of_training() -> None:
 
 def test_a_gap_in_a_audio_is_asked_as_it_was_taught() -> None:
     record = demo_sources()["spoken"][2]
-    example = TASKS["fill_audio"].example(record, np.random.default_rng(1))
+    example = TASKS["audio_inpainting"].example(record, np.random.default_rng(1))
     audio = next(part for part in example.source if part.modality == "audio")
     values = {"audio": record["audio"], "gap": audio.options["gap"]}
     request = scenario_request(CATALOGUE.named("repair_audio"), "en", values)
@@ -143,12 +143,12 @@ def test_each_example_fits_the_recipe_of_its_scenario(scenario: Scenario) -> Non
 @pytest.mark.parametrize(
     ("name", "lessons", "sources", "scales"),
     [
-        ("missing_measurement", (("predict_number", "own"),), {"own": OWN}, {"price": 1.0}),
+        ("missing_measurement", (("tabular_regression", "own"),), {"own": OWN}, {"price": 1.0}),
         ("weather_forecast", (("forecast", "own"),), {"own": OWN}, {"sales": 1.0}),
-        ("caption", (("describe_image", "own"),), {"own": {"kind": "folder", "path": "photos"}}, {}),
-        ("illustration", (("draw", "own"),), {"own": OWN}, {}),
+        ("caption", (("image_captioning", "own"),), {"own": {"kind": "folder", "path": "photos"}}, {}),
+        ("illustration", (("text_to_image", "own"),), {"own": OWN}, {}),
         # The data of the package, but of another task.
-        ("illustration", (("draw", "own"), ("translate", "e")), {"own": OWN, "e": EMOJI}, {}),
+        ("illustration", (("text_to_image", "own"), ("translate", "e")), {"own": OWN, "e": EMOJI}, {}),
     ],
 )  # fmt: skip
 def test_data_of_ones_own_has_no_such_example(

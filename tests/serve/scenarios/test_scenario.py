@@ -30,9 +30,9 @@ CATALOGUE = read_catalogue()
 ALL = CATALOGUE.scenarios.values()
 NAMED_IN_THE_PLAN = {
     "product_title", "selling_points", "live_script", "poem", "couplet", "caption", "alt_text", "visual_question",
-    "product_matching", "fill_attributes", "product_category", "review_sentiment", "review_summary",
+    "product_matching", "attribute_extraction", "product_category", "review_sentiment", "review_summary",
     "price_prediction", "demand_forecast", "search_ranking", "recommendation", "design_sketch", "restyle",
-    "fill_region", "change_background", "style_mix", "spoken_description", "transcription", "spoken_question",
+    "fill_region", "background_replacement", "style_mix", "spoken_description", "transcription", "spoken_question",
     "audio_event", "table_question", "series_anomaly", "number_report",
 }  # fmt: skip
 
@@ -93,20 +93,20 @@ def test_it_speaks_both_languages(scenario: Scenario) -> None:
 
 
 def test_a_model_that_lacks_a_task_is_told_what_would_teach_it() -> None:
-    description = loaded(lessons=(("draw", "digits"),)).description
+    description = loaded(lessons=(("text_to_image", "digits"),)).description
     assert readiness(CATALOGUE.named("illustration"), description).ready
     lacking = readiness(CATALOGUE.named("restyle"), description)
-    assert not lacking.ready and lacking.missing == ("restyle",)
-    assert lacking.text() == "needs training on restyle (openm6 train design)"
+    assert not lacking.ready and lacking.missing == ("style_transfer",)
+    assert lacking.text() == "needs training on style_transfer (openm6 train design)"
     assert "需要训练" in lacking.text("zh")
-    with pytest.raises(ConfigError, match="scenario restyle needs training on restyle"):
+    with pytest.raises(ConfigError, match="scenario restyle needs training on style_transfer"):
         require(CATALOGUE.named("restyle"), description)
 
 
 def test_a_column_that_was_never_seen_is_not_predicted() -> None:
     description = loaded().description.model_copy(update={"scales": {}})
     description = description.model_copy(
-        update={"lessons": [TrainedTask(task="predict_price", source="shop")]}
+        update={"lessons": [TrainedTask(task="price_prediction", source="shop")]}
     )
     assert readiness(CATALOGUE.named("price_prediction"), description).missing == ("the column price",)
 
@@ -130,7 +130,7 @@ def broken(change: dict[str, object], folder: Path) -> str:
     ("change", "said"),
     [
         ({"prompt": {"en": "A poem", "zh": "{title}"}}, "the en prompt must name"),
-        ({"tasks": ["write_poems"]}, "did you mean 'write_poem'"),
+        ({"tasks": ["write_poems"]}, "did you mean 'poem_generation'"),
         ({"examples": {"en": {"title": "x"}}}, "the zh example must give"),
         ({"gives": "numbers"}, "name the column that is predicted"),
         ({"gives": "ranking"}, "a ranking needs candidates"),
@@ -154,7 +154,7 @@ def test_an_empty_folder_and_twins_are_refused(tmp_path: Path) -> None:
 
 
 CAPTION = CATALOGUE.named("caption")
-KNOWS = loaded(lessons=(("describe_image", "emoji"),)).description
+KNOWS = loaded(lessons=(("image_captioning", "emoji"),)).description
 
 
 def entry(value: float | None, baseline: float | None, **more: Any) -> dict[str, Any]:
@@ -170,15 +170,15 @@ def reported(folder: Path, tasks: Any) -> Path:
 @pytest.mark.parametrize(
     ("entries", "ready"),
     [
-        ({"describe_image/emoji": entry(0.021, 0.033)}, False),
-        ({"describe_image/emoji": entry(0.5, 0.033)}, True),
-        ({"describe_image/emoji": entry(0.5, 0.033, beats_baseline=False)}, False),  # not significant
-        ({"describe_image/emoji": entry(0.5, 0.033, beats_baseline=True)}, True),
-        ({"describe_image/a": entry(0.0, 0.1), "describe_image/b": entry(0.5, 0.1)}, True),
-        ({"draw/emoji": entry(0.021, 0.033)}, True),
-        ({"describe_image/emoji": entry(None, 0.033)}, True),
-        ({"describe_image/emoji": {}}, True),
-        ({"describe_image/emoji": "?"}, True),
+        ({"image_captioning/emoji": entry(0.021, 0.033)}, False),
+        ({"image_captioning/emoji": entry(0.5, 0.033)}, True),
+        ({"image_captioning/emoji": entry(0.5, 0.033, beats_baseline=False)}, False),  # not significant
+        ({"image_captioning/emoji": entry(0.5, 0.033, beats_baseline=True)}, True),
+        ({"image_captioning/a": entry(0.0, 0.1), "image_captioning/b": entry(0.5, 0.1)}, True),
+        ({"text_to_image/emoji": entry(0.021, 0.033)}, True),
+        ({"image_captioning/emoji": entry(None, 0.033)}, True),
+        ({"image_captioning/emoji": {}}, True),
+        ({"image_captioning/emoji": "?"}, True),
         ([], True),
         ({}, True),
     ],
@@ -189,7 +189,7 @@ def test_ready_is_what_beats_its_baseline(entries: Any, ready: bool, tmp_path: P
 
 
 def test_the_figures_are_said_in_both_languages(tmp_path: Path) -> None:
-    scores = read_scores(reported(tmp_path, {"describe_image/emoji": entry(0.021, 0.033)}))
+    scores = read_scores(reported(tmp_path, {"image_captioning/emoji": entry(0.021, 0.033)}))
     found = readiness(CAPTION, KNOWS, scores)
     said = found.text().replace("\u00a0", " ")
     assert said == "trained, but not better than its baseline: 2.1 % exact match against 3.3 %"
