@@ -92,7 +92,11 @@ def _layer(ranks: int) -> tuple[Experts, Router]:
     """Four experts for each rank, in as many prototypes as there are ranks."""
     torch.manual_seed(0)
     config = ExpertsConfig(
-        hidden=HIDDEN, num_experts=4 * ranks, num_prototypes=ranks, ffn="gelu", balance="none"
+        intermediate_size=HIDDEN,
+        num_experts=4 * ranks,
+        num_prototypes=ranks,
+        hidden_act="gelu",
+        balance="none",
     )
     experts, router = Experts(WIDTH, config), Router(WIDTH, config)
     experts.reset_parameters(0.1, 0.1)

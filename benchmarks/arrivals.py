@@ -38,7 +38,7 @@ class Load:
 def mixed_load(seconds: float, preset: str = "nano", share: float = 0.8) -> dict[str, Any]:
     """Poisson arrivals at a share of the measured capacity, for so long: rates and latencies by kind."""
     loaded = untrained(preset)
-    with Engine(loaded, EngineConfig(rows=16, room=256, waiting=10**9)) as engine:
+    with Engine(loaded, EngineConfig(max_num_seqs=16, max_model_len=256, max_queued_tokens=10**9)) as engine:
         capacity = _capacity(engine)
         rate = share * capacity
         load = arrive(engine, rate, seconds, random.Random(1))
@@ -59,7 +59,7 @@ def untrained(preset: str) -> LoadedModel:
     torch.manual_seed(0)
     omni = Omni(backbone, modalities).eval().requires_grad_(False).to(resolve_device())
     description = CheckpointConfig(
-        backbone=backbone, modalities=ModalitiesConfig(), scales={"mass": (3.0, 1.0)}, lessons=[]
+        backbone=backbone, modalities=ModalitiesConfig(), scales={"mass": (3.0, 1.0)}, trained_tasks=[]
     )
     return LoadedModel(omni, modalities, description, Path("untrained"))
 
@@ -73,9 +73,9 @@ def requests_of(index: int) -> tuple[str, Request]:
     kinds: tuple[tuple[str, Request], ...] = (
         ("text", TextRequest(parts=words, client=client, sampling=sampling)),
         ("text", TextRequest(parts=words, client=client, sampling=Sampling(max_tokens=24))),
-        ("image", CodesRequest(parts=words, client=client, want="image", sampling=masked)),
+        ("image", CodesRequest(parts=words, client=client, modality="image", sampling=masked)),
         ("text", TextRequest(parts=words, client=client, sampling=sampling)),
-        ("audio", CodesRequest(parts=words, client=client, want="audio", sampling=masked)),
+        ("audio", CodesRequest(parts=words, client=client, modality="audio", sampling=masked)),
         ("numbers", NumbersRequest(parts=words, client=client, columns=("mass",))),
     )
     return kinds[index % len(kinds)]
@@ -93,7 +93,7 @@ def _capacity(engine: Engine, count: int = 36) -> float:
 
 def _submit(engine: Engine, index: int) -> tuple[str, RequestHandle]:
     kind, request = requests_of(index)
-    return kind, engine.submit(prepare(request, engine.loaded, engine.config.room))
+    return kind, engine.submit(prepare(request, engine.loaded, engine.config.max_model_len))
 
 
 def arrive(engine: Engine, rate: float, seconds: float, rng: random.Random) -> Load:

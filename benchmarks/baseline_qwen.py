@@ -33,15 +33,15 @@ def open_baseline(
     assert experts is not None and experts.top_k is not None
     settings = library.Qwen3MoeConfig(
         vocab_size=len(embedding),
-        hidden_size=config.width,
+        hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         num_experts=experts.num_experts,
         num_experts_per_tok=experts.top_k,
-        moe_intermediate_size=experts.hidden,
-        intermediate_size=2 * experts.hidden,
+        moe_intermediate_size=experts.intermediate_size,
+        intermediate_size=2 * experts.intermediate_size,
         norm_topk_prob=True,
         rope_theta=config.rope_theta,
         rms_norm_eps=config.norm_eps,

@@ -100,7 +100,7 @@ def _parts(
     def sparse(leaf: Tensor) -> Tensor:
         return experts(own.feed_forward_norm(leaf), router, meta.valid, LocalDispatcher(), 0)[0]
 
-    rows = ids.numel() * experts.config.choices
+    rows = ids.numel() * experts.config.experts_per_token
     return {
         "attention": (config.num_layers, backward_of(attention, x, [*block.attention.parameters()])),
         "expert_products": (config.num_layers, own_products_of(experts.up, experts.down, rows)),
@@ -131,7 +131,9 @@ def our_layer(config: ExpertsConfig, x: Tensor) -> tuple[Part, Part]:
         return experts(leaf, router, valid, LocalDispatcher(), 0)[0]
 
     layer = backward_of(as_trained(forward, x), x, [*experts.parameters(), router.weight])
-    return layer, own_products_of(experts.up, experts.down, x.shape[0] * x.shape[1] * config.choices)
+    return layer, own_products_of(
+        experts.up, experts.down, x.shape[0] * x.shape[1] * config.experts_per_token
+    )
 
 
 def as_trained(forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:

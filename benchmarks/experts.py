@@ -101,7 +101,7 @@ def _baseline_layer(sizes: Sizes, x: Tensor) -> tuple[Part, Part]:
     config = sizes.backbone.experts
     assert config is not None
     whole = backward_of(as_trained(layer.forward, x), x, [*layer.parameters()])
-    return whole, products_of(up, down, sizes.tokens * config.choices)
+    return whole, products_of(up, down, sizes.tokens * config.experts_per_token)
 
 
 REFERENCE = "top_k"
@@ -114,7 +114,7 @@ def routings(config: ExpertsConfig) -> dict[str, ExpertsConfig]:
     is the choice, and how rows lie. Shared experts are one dense network of K/2 times the size; an odd K has one more
     that is chosen. One prototype alone is top-1, and left out.
     """
-    count, experts = config.choices, config.num_experts
+    count, experts = config.experts_per_token, config.num_experts
     chosen, shared = count - count // 2, count // 2
     ways: dict[str, dict[str, int | None]] = {
         REFERENCE: {"top_k": count},

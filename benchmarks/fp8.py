@@ -116,7 +116,9 @@ class EightBitExperts(Experts):
         flat = x.flatten(0, 1)
         routing = router(flat, valid.flatten(), exchange)
         plan = dropless_permutation(routing.chosen, self.config.num_experts)
-        hidden = activate(eight_bit_product(permute(flat, plan), self.up, plan.counts), self.config.ffn)
+        hidden = activate(
+            eight_bit_product(permute(flat, plan), self.up, plan.counts), self.config.hidden_act
+        )
         rows = eight_bit_product(hidden, self.down, plan.counts)
         return unpermute(rows, routing.gate, plan).view_as(x), self._report(routing, plan, valid, layer)
 

@@ -20,6 +20,7 @@ from openm6.core.device import resolve_device
 from openm6.core.errors import ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.energy.meter import Meter, open_meter
+from openm6.optim.config import PRECISION_OF_BYTES
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
@@ -74,46 +75,49 @@ class OffloadSize:
     length: int = 256
     vocabulary: int = 2048
     bytes_per_parameter: int = 2
-    resident: str = "0"
-    micro_batches: int = 2
+    num_gpu_layers: str = "0"
+    gradient_accumulation_steps: int = 2
     recompute_every: int = 1
     boundaries: str = "device"
     margin_gib: float = 4.0
 
-    def recipe(self, resident: str | None = None) -> MultimodalRecipe:
+    def recipe(self, num_gpu_layers: str | None = None) -> MultimodalRecipe:
         """Training on the definitions and the verse that come with the package."""
         head = 128 if self.width >= 1024 else 32
         heads = self.width // head
         names = ("wordnet_en", "poems_zh")
-        where = self.resident if resident is None else resident
+        where = self.num_gpu_layers if num_gpu_layers is None else num_gpu_layers
         if where != "auto" and not where.isdigit():
-            raise ConfigError(f"--resident {where} must be a number of layers, or auto")
-        streaming = {
-            "resident": where if where == "auto" else int(where),
-            "micro_batches": self.micro_batches,
+            raise ConfigError(f"--num-gpu-layers {where} must be a number of layers, or auto")
+        offload = {
+            "num_gpu_layers": where if where == "auto" else int(where),
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "recompute_every": self.recompute_every,
-            "boundaries": self.boundaries,
+            "activation_storage": self.boundaries,
             "margin_gib": self.margin_gib,
         }
         overrides = {
-            "width": self.width, "num_layers": self.layers, "num_heads": heads, "head_dim": head,
+            "hidden_size": self.width, "num_layers": self.layers, "num_heads": heads, "head_dim": head,
             "num_kv_heads": max(1, heads // 4),
-            "experts": {"hidden": self.hidden, "num_experts": self.experts, "top_k": self.top_k},
+            "experts": {"intermediate_size": self.hidden, "num_experts": self.experts, "top_k": self.top_k},
         }  # fmt: skip
         values = {
             "model": {"preset": "nano", "overrides": overrides},
-            "modalities": {"text": {"vocabulary": self.vocabulary}},
+            "modalities": {"text": {"vocab_size": self.vocabulary}},
             "sources": {name: {"kind": "embedded", "name": name} for name in names},
             "mixture": [
                 {"source": "wordnet_en", "task": "reverse_dictionary", "weight": 2},
                 {"source": "poems_zh", "task": "text_generation"},
             ],
-            "packing": {"rows": self.rows, "length": self.length},
+            "packing": {"batch_size": self.rows, "seq_len": self.length},
             "loop": {
                 "steps": 1000,
-                "optimizer": {"learning_rate": 1e-4, "bytes_per_parameter": self.bytes_per_parameter},
+                "optimizer": {
+                    "learning_rate": 1e-4,
+                    "precision": PRECISION_OF_BYTES[self.bytes_per_parameter],
+                },
                 "schedule": {"warmup_steps": 10},
-                "streaming": streaming,
+                "offload": offload,
             },
         }
         return build(MultimodalRecipe, values, "bench offload")
@@ -139,10 +143,10 @@ def bench_offload(
     length: Annotated[int, typer.Option("--length", min=16, help="Tokens of a row.")] = 256,
     vocabulary: Whole = 2048,
     size: Annotated[int, typer.Option("--bytes", metavar="16|4|2|1", help="Bytes a parameter.")] = 2,
-    resident: Annotated[
-        str, typer.Option("--resident", help="Layers that stay on the device: a number, or auto.")
+    num_gpu_layers: Annotated[
+        str, typer.Option("--num-gpu-layers", help="Layers that stay on the device: a number, or auto.")
     ] = "0",
-    micro_batches: Annotated[int, typer.Option("--micro-batches", min=1)] = 2,
+    gradient_accumulation_steps: Annotated[int, typer.Option("--gradient-accumulation-steps", min=1)] = 2,
     recompute_every: Annotated[int, typer.Option("--recompute-every", min=1)] = 1,
     boundaries: Annotated[
         str, typer.Option("--boundaries", help="device or host: where inputs of layers wait.")
@@ -162,11 +166,11 @@ def bench_offload(
 
     \b
     Example: python -m benchmarks offload --width 4096 --layers 51 --experts 32 --hidden 4096 --rows 32 --length 2048
-    --bytes 2 --resident auto --micro-batches 4 --json offload.json
+    --bytes 2 --num-gpu-layers auto --gradient-accumulation-steps 4 --json offload.json
     """
     sizes = (
-        width, layers, experts, hidden, top_k, rows, length, vocabulary, size, resident, micro_batches,
-        recompute_every, boundaries, margin,
+        width, layers, experts, hidden, top_k, rows, length, vocabulary, size, num_gpu_layers,
+        gradient_accumulation_steps, recompute_every, boundaries, margin,
     )  # fmt: skip
     measure(OffloadSize(*sizes), steps, baseline, curve, seconds, json_path)
 
@@ -242,9 +246,9 @@ def offload_curve(
 
 
 def _open(
-    size: OffloadSize, resident: str | None, folder: str, device: torch.device
+    size: OffloadSize, num_gpu_layers: str | None, folder: str, device: torch.device
 ) -> tuple[MultimodalTraining, OffloadedTrainStep]:
-    recipe = size.recipe(resident)
+    recipe = size.recipe(num_gpu_layers)
     training = MultimodalTraining(recipe, RunFolder.open(folder), device)
     train_step = OffloadedTrainStep(training, recipe.loop)
     train_step.store.timer.running = True
@@ -287,10 +291,10 @@ def _figures(
         "bytes_per_parameter": budget.bytes_per_parameter,
         "budget_gib": {
             f"{line.place}: {line.what}": line.num_bytes / GIB
-            for line in budget.lines(tuple(train_step.store.resident))
+            for line in budget.lines(tuple(train_step.store.on_device))
             if line.num_bytes
         },
-        "resident_sets": len(train_step.store.resident),
+        "sets_on_device": len(train_step.store.on_device),
         "sets": train_step.num_shards,
         "seconds_per_step": seconds,
         "seconds": {**phases, "compute": seconds - sum(phases.values())},

@@ -35,8 +35,13 @@ RECIPE = "demo"  # its mixture of embedded data has all sixteen pairs of modalit
 GOAL = 0.9
 BATCHES = {"cpu": 8, "cuda": 16}  # different ones of each kind
 SIZES = {
-    "cpu": ["packing.rows=2", "packing.length=512"],
-    "cuda": ["model.preset=base", "packing.rows=8", "packing.length=2048", "modalities.text.vocabulary=4096"],
+    "cpu": ["packing.batch_size=2", "packing.seq_len=512"],
+    "cuda": [
+        "model.preset=base",
+        "packing.batch_size=8",
+        "packing.seq_len=2048",
+        "modalities.text.vocab_size=4096",
+    ],
 }
 TEXTS = ("wordnet_en", "poems_zh")  # embedded data that dense rows are filled with
 
@@ -89,7 +94,7 @@ def bench_packing(
 def measure(report: Report, training: MultimodalTraining, device: torch.device) -> None:
     """Fills the report: both streams in turn, after two rounds that warm up."""
     train_step, recipe = TrainStep(training, training.recipe.loop), training.recipe
-    report["rows"], report["length"] = recipe.packing.rows, recipe.packing.length
+    report["rows"], report["length"] = recipe.packing.batch_size, recipe.packing.seq_len
     report["parameters"], report["active_parameters"] = training.omni.count_parameters()
     count = BATCHES[device.type]
     streams = {"packed": _packed(training, count), "dense_text": Stream(dense_text(training, count))}
@@ -121,7 +126,7 @@ def _packed(training: MultimodalTraining, count: int) -> Stream:
 
 def dense_text(training: MultimodalTraining, count: int) -> list[Batch]:
     """Batches whose rows are one text each, without padding, every token learned and causal."""
-    rows, length = training.recipe.packing.rows, training.recipe.packing.length
+    rows, length = training.recipe.packing.batch_size, training.recipe.packing.seq_len
     text = training.modalities["text"]
     assert isinstance(text, Text)
     sources = open_sources({name: EmbeddedConfig(name=name) for name in TEXTS}, "train")

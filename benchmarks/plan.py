@@ -19,10 +19,12 @@ GOAL = 0.15  # relative error
 TEXT = "mixture=[{source: questions, task: answer}]"
 CASES: dict[str, list[str]] = {
     "all modalities": ["loop.steps=400", "loop.minutes=null"],
-    "text": [TEXT, "packing.rows=8", "loop.steps=200", "loop.minutes=null"],
-    "wide, one process": ["model.overrides={width: 384}", "loop.workers=1", "loop.steps=150", "loop.minutes=null"],
+    "text": [TEXT, "packing.batch_size=8", "loop.steps=200", "loop.minutes=null"],
+    "wide, one process": [
+        "model.overrides={hidden_size: 384}", "loop.num_processes=1", "loop.steps=150", "loop.minutes=null"
+    ],
     "offloaded, 2 bytes a parameter": [
-        "loop.optimizer.bytes_per_parameter=2", "loop.streaming={}", "loop.steps=150", "loop.minutes=null"
+        "loop.optimizer.precision=bf16-adafactor", "loop.offload={}", "loop.steps=150", "loop.minutes=null"
     ],
 }  # fmt: skip
 

@@ -64,7 +64,7 @@ class RankSize:
     ranks: int
     rows: int
     length: int
-    micro_batches: int
+    gradient_accumulation_steps: int
 
     @property
     def experts_per_rank(self) -> int:
@@ -83,23 +83,29 @@ class RankSize:
         """Rows that one expert gets for each token of a rank: choices · ranks / experts, with the capacity's slack."""
         experts = self.whole.experts
         assert experts is not None
-        return max(1, round(experts.choices * self.ranks / self._experts * (experts.capacity or 1.0)))
+        return max(
+            1,
+            round(experts.experts_per_token * self.ranks / self._experts * (experts.capacity_factor or 1.0)),
+        )
 
-    def recipe(self, resident: int) -> MultimodalRecipe:
-        """Training on texts that come with the package, `resident` layers on the device, the others offloaded."""
+    def recipe(self, num_gpu_layers: int) -> MultimodalRecipe:
+        """Training on texts that come with the package, `num_gpu_layers` layers on the device, the others offloaded."""
         own = self.experts_per_rank
-        experts = {"num_experts": own, "top_k": own, "num_prototypes": None, "capacity": None}
+        experts = {"num_experts": own, "top_k": own, "num_prototypes": None, "capacity_factor": None}
         kept = self.whole.experts.model_dump() if self.whole.experts is not None else {}
         backbone = {**self.whole.model_dump(exclude_defaults=True), "experts": {**kept, **experts}}
         values = {
             "model": {"preset": "nano", "overrides": backbone},
-            "modalities": {"text": {"vocabulary": 2048}},
+            "modalities": {"text": {"vocab_size": 2048}},
             "sources": {"words": {"kind": "embedded", "name": "wordnet_en"}},
             "mixture": [{"source": "words", "task": "reverse_dictionary"}],
-            "packing": {"rows": self.rows, "length": self.length},
+            "packing": {"batch_size": self.rows, "seq_len": self.length},
             "loop": {
-                "optimizer": {"learning_rate": 1e-4, "bytes_per_parameter": 2},
-                "streaming": {"resident": resident, "micro_batches": self.micro_batches},
+                "optimizer": {"learning_rate": 1e-4, "precision": "bf16-adafactor"},
+                "offload": {
+                    "num_gpu_layers": num_gpu_layers,
+                    "gradient_accumulation_steps": self.gradient_accumulation_steps,
+                },
             },
         }
         return build(MultimodalRecipe, values, "bench rank")
@@ -109,21 +115,21 @@ def rank_size(name: str, ranks: int, on_gpu: bool) -> RankSize:
     """The share of one of `ranks` ranks; without a GPU of a model of the same form that is some 1,000 times smaller."""
     whole = preset(name).backbone
     if on_gpu:
-        return RankSize(whole, ranks, rows=4, length=1024, micro_batches=4)
+        return RankSize(whole, ranks, rows=4, length=1024, gradient_accumulation_steps=4)
     if whole.experts is None:
         raise ConfigError(
             f"preset {name} has no experts to share among ranks: choose a sparse one, as m6-10t"
         )
-    narrow = {"hidden": 64, "num_experts": 4 * ranks}
+    narrow = {"intermediate_size": 64, "num_experts": 4 * ranks}
     if whole.experts.num_prototypes is not None:
         narrow["num_prototypes"] = 4
     small = whole.model_copy(
         update={
-            "width": 64, "num_layers": 4, "num_heads": 2, "num_kv_heads": 2, "head_dim": 32, "dense": None,
-            "experts": whole.experts.model_copy(update=narrow), "experts_every": 1,
+            "hidden_size": 64, "num_layers": 4, "num_heads": 2, "num_kv_heads": 2, "head_dim": 32, "dense": None,
+            "experts": whole.experts.model_copy(update=narrow), "moe_layer_freq": 1,
         }
     )  # fmt: skip
-    return RankSize(small, ranks, rows=2, length=128, micro_batches=2)
+    return RankSize(small, ranks, rows=2, length=128, gradient_accumulation_steps=2)
 
 
 def bench_rank(

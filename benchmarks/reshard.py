@@ -41,12 +41,12 @@ GIB, GOAL_SECONDS, STEP = 2**30, 60.0, 1
 BYTES = 4 + 2 + 2  # of a parameter in a checkpoint: weights in fp32, two moments in bf16
 SIZES = {
     "1b": BackboneConfig(
-        width=1024, num_layers=8, num_heads=16, num_kv_heads=4, head_dim=64,
-        experts=ExpertsConfig(hidden=1280, num_experts=32, top_k=2),
+        hidden_size=1024, num_layers=8, num_heads=16, num_kv_heads=4, head_dim=64,
+        experts=ExpertsConfig(intermediate_size=1280, num_experts=32, top_k=2),
     ),
     "small": BackboneConfig(
-        width=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32,
-        experts=ExpertsConfig(hidden=64, num_experts=8, top_k=2),
+        hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32,
+        experts=ExpertsConfig(intermediate_size=64, num_experts=8, top_k=2),
     ),
 }  # fmt: skip
 

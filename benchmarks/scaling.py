@@ -29,8 +29,8 @@ SIZES = (1, 8, 16, 64, 128, 512)  # GPUs
 MODELLED_TOKENS = 4096  # of a step on each GPU
 LENGTH, WARMUP = 256, 2
 SMALL = BackboneConfig(
-    width=192, num_layers=4, num_heads=3, num_kv_heads=1, head_dim=64,
-    experts=ExpertsConfig(hidden=192, num_experts=8, top_k=2),
+    hidden_size=192, num_layers=4, num_heads=3, num_kv_heads=1, head_dim=64,
+    experts=ExpertsConfig(intermediate_size=192, num_experts=8, top_k=2),
 )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def time_steps(way: str, rows: int, steps: int) -> float:
     model.exchange = ranks.token_dispatcher(1)
     groups = ranks.groups([{"params": list(model.parameters())}])
     optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
-    x, meta = torch.randn(rows, LENGTH, SMALL.width), causal_meta(rows, LENGTH)
+    x, meta = torch.randn(rows, LENGTH, SMALL.hidden_size), causal_meta(rows, LENGTH)
     times = []
     for _ in range(WARMUP + steps):
         dist.barrier()

@@ -68,7 +68,10 @@ def answer_prompts(
 
 def _fits(arrived: list[tuple[int, list[int]]], prompt: list[int]) -> bool:
     """Whether one more prompt may be read in the same pass, as the engine's `prefill` has it."""
-    return not arrived or sum(len(other) for _, other in arrived) + len(prompt) <= EngineConfig().prefill
+    return (
+        not arrived
+        or sum(len(other) for _, other in arrived) + len(prompt) <= EngineConfig().max_num_batched_tokens
+    )
 
 
 def _read(rows: DecodeBatch, prompts: list[list[int]]) -> None:
@@ -165,13 +168,17 @@ class ServeSetting(Config):
     @property
     def backbone(self) -> BackboneConfig:
         return BackboneConfig(
-            width=self.width,
+            hidden_size=self.width,
             num_layers=self.layers,
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             experts=ExpertsConfig(
-                hidden=self.hidden, num_experts=self.experts, top_k=2, balance="none", z_weight=0.0
+                intermediate_size=self.hidden,
+                num_experts=self.experts,
+                top_k=2,
+                balance="none",
+                router_z_loss_coef=0.0,
             ),
         )
 

@@ -127,7 +127,7 @@ def simulate(
     return {
         "ranks": ranks,
         "rank": rank,
-        "mesh": {"data": 1, "shard": shards, "experts": ranks // shards},
+        "mesh": {"dp_replicate": 1, "dp_shard": shards, "ep": ranks // shards},
         "parameters": total,
         "layers": config.num_layers,
         "tokens_per_rank": rows * length,
@@ -142,12 +142,12 @@ def expected_exchange_bytes(config: BackboneConfig, columns: int, tokens: int) -
     experts = config.experts
     assert experts is not None
     layers = sum(config.has_experts(layer) for layer in range(config.num_layers))
-    rows = experts.choices * tokens
+    rows = experts.experts_per_token * tokens
     counts = experts.num_experts * 8  # how many rows, where that is not known beforehand
-    if experts.capacity is not None:
-        share = experts.choices * tokens / experts.num_experts * experts.capacity
+    if experts.capacity_factor is not None:
+        share = experts.experts_per_token * tokens / experts.num_experts * experts.capacity_factor
         rows, counts = experts.num_experts * max(1, -int(-share // 1)), 0
-    return layers * (4 * rows * config.width * DTYPE.itemsize + counts)
+    return layers * (4 * rows * config.hidden_size * DTYPE.itemsize + counts)
 
 
 def _step(config: BackboneConfig, layout: Layout, rows: int, length: int) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _step(config: BackboneConfig, layout: Layout, rows: int, length: int) -> dic
         shard(stack, layout)
         groups = apart([{"params": list(stack.parameters())}])
         optimizer = torch.optim.AdamW(groups, lr=1e-3, foreach=True)
-        x = torch.empty(rows, length, config.width, dtype=DTYPE)
+        x = torch.empty(rows, length, config.hidden_size, dtype=DTYPE)
         with counter:
             stack(x, _context(config, layout, rows, length)).sum().backward()
             gradients = sum(_bytes(p.grad) for p in stack.parameters() if p.grad is not None)

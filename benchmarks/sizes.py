@@ -44,15 +44,15 @@ class Sizes(Config):
     def backbone(self) -> BackboneConfig:
         """The same sizes as our config; balanced by an auxiliary loss, as the baseline is."""
         experts = ExpertsConfig(
-            hidden=self.hidden,
+            intermediate_size=self.hidden,
             num_experts=self.num_experts,
             top_k=self.top_k,
             balance="aux",
-            aux_weight=0.001,
-            z_weight=0.0,
+            router_aux_loss_coef=0.001,
+            router_z_loss_coef=0.0,
         )
         return BackboneConfig(
-            width=self.width,
+            hidden_size=self.width,
             num_layers=self.num_layers,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,

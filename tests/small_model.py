@@ -13,7 +13,7 @@ from openm6.data.sources import open_sources
 from openm6.evaluate.run import source_configs
 from openm6.inference.load import LoadedModel
 from openm6.modalities.pool import PoolConfig
-from openm6.modalities.registry import Modalities, ModalitiesConfig, Reading, build_modalities
+from openm6.modalities.registry import Modalities, ModalitiesConfig, PromptAttention, build_modalities
 from openm6.modalities.text import train_tokenizer
 from openm6.models.config import BackboneConfig
 from openm6.models.description import CheckpointConfig, TrainedTask
@@ -22,12 +22,12 @@ from openm6.nn.config import ExpertsConfig
 from openm6.train.run import read_recipe, recipe_path
 
 BACKBONE = BackboneConfig(
-    width=64,
+    hidden_size=64,
     num_layers=2,
     num_heads=2,
     num_kv_heads=1,
     head_dim=32,
-    experts=ExpertsConfig(hidden=64, num_experts=4, top_k=2),
+    experts=ExpertsConfig(intermediate_size=64, num_experts=4, top_k=2),
 )
 SCALES = {
     "price": (40.0, 30.0),
@@ -57,7 +57,7 @@ SCALES = {
     "languages": (1.0, 1.0),
 }
 WORDS = ("draw the digit seven", "画数字七", "say zero", "the mass of a small red apple", "What is this?")
-LESSONS = (
+TRAINED_TASKS = (
     ("text_to_image", "digits"),
     ("image_inpainting", "digits"),
     ("tabular_regression", "penguins"),
@@ -66,9 +66,11 @@ LESSONS = (
 
 
 @cache
-def modalities(reading: Reading = "whole") -> Modalities:
+def modalities(prompt_attention: PromptAttention = "bidirectional") -> Modalities:
     """The four modalities with the shipped codecs; made once a process, since nothing in them learns."""
-    return build_modalities(ModalitiesConfig(reading=reading), train_tokenizer(WORDS, 320), SCALES)
+    return build_modalities(
+        ModalitiesConfig(prompt_attention=prompt_attention), train_tokenizer(WORDS, 320), SCALES
+    )
 
 
 def omni(seed: int = 0, embedding: PoolConfig | None = None) -> Omni:
@@ -83,22 +85,26 @@ def omni(seed: int = 0, embedding: PoolConfig | None = None) -> Omni:
 
 
 def loaded(
-    seed: int = 0, lessons: tuple[tuple[str, str], ...] = LESSONS, reading: Reading = "whole"
+    seed: int = 0,
+    trained_tasks: tuple[tuple[str, str], ...] = TRAINED_TASKS,
+    prompt_attention: PromptAttention = "bidirectional",
 ) -> LoadedModel:
     """The untrained model as if it came from a checkpoint."""
     description = CheckpointConfig(
         backbone=BACKBONE,
-        modalities=ModalitiesConfig(reading=reading),
+        modalities=ModalitiesConfig(prompt_attention=prompt_attention),
         scales=SCALES,
-        lessons=[TrainedTask(task=task, source=source) for task, source in lessons],
+        trained_tasks=[TrainedTask(task=task, source=source) for task, source in trained_tasks],
     )
-    return LoadedModel(omni(seed), modalities(reading), description, Path("nowhere/checkpoints/step-1"))
+    return LoadedModel(
+        omni(seed), modalities(prompt_attention), description, Path("nowhere/checkpoints/step-1")
+    )
 
 
 @cache
 def embedding_model() -> LoadedModel:
     """The untrained model with a head for embeddings."""
-    plain, embedding = loaded(lessons=(("image_text_retrieval", "digits"),)), PoolConfig(size=16)
+    plain, embedding = loaded(trained_tasks=(("image_text_retrieval", "digits"),)), PoolConfig(size=16)
     description = plain.description.model_copy(update={"embedding": embedding})
     return replace(plain, omni=omni(embedding=embedding), description=description)
 

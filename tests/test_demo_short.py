@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = [
     "loop.steps=8",
     "loop.save_every=8",
-    "packing.rows=2",
-    "judge.records=4",
-    "judge.answers=2",
-    "judge.drawn=2",
-    "judge.samples=1",
-    "judge.decoding.steps=2",
+    "packing.batch_size=2",
+    "eval.records=4",
+    "eval.answers=2",
+    "eval.drawn=2",
+    "eval.samples=1",
+    "eval.decoding.steps=2",
 ]
 # Fewer records, or the tokenizer takes the time; as many as hold every answer of the closed tasks.
 LIMITS = {"digits": 60, "spoken": 400, "questions": 60}
@@ -77,7 +77,7 @@ def test_a_report_is_written(folder: Path) -> None:
 
 def test_a_image_is_drawn(folder: Path) -> None:
     done = openm6(
-        folder, "generate", "run", "--text", "draw the digit seven", "--want", "image", "--out", "7.png"
+        folder, "generate", "run", "--text", "draw the digit seven", "--output", "image", "--out", "7.png"
     )
     assert done.returncode == 0, done.stderr
     image = Image.open(folder / "7.png")
@@ -85,20 +85,20 @@ def test_a_image_is_drawn(folder: Path) -> None:
 
 
 def test_a_audio_is_spoken(folder: Path) -> None:
-    done = openm6(folder, "generate", "run", "--image", "a.png", "--want", "audio", "--out", "x.wav")
+    done = openm6(folder, "generate", "run", "--image", "a.png", "--output", "audio", "--out", "x.wav")
     assert done.returncode == 0, done.stderr
     samples, rate = soundfile.read(folder / "x.wav")
     assert rate == 16_000 and len(samples) > 8000 and np.isfinite(samples).all()
 
 
 def test_a_text_is_written(folder: Path) -> None:
-    done = openm6(folder, "generate", "run", "--audio", "a.wav", "--want", "text")
+    done = openm6(folder, "generate", "run", "--audio", "a.wav", "--output", "text")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
 
 
 def test_numbers_are_predicted(folder: Path) -> None:
-    words = ["--numbers", "bill_length_mm=40,flipper_length_mm=190,body_mass_g=", "--want", "numbers"]
+    words = ["--numbers", "bill_length_mm=40,flipper_length_mm=190,body_mass_g=", "--output", "numbers"]
     done = openm6(folder, "generate", "run", *words)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["body_mass_g"]

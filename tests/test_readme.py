@@ -66,7 +66,7 @@ def check_training(recipe: str, overrides: list[str], resume: bool, out: Path | 
 def check_evaluation(
     trained: Path, tasks: list[str] | None, data: Path | None, json_path: Path | None, settings: list[str]
 ) -> None:
-    apply_overrides({"judge": {}}, settings)
+    apply_overrides({"eval": {}}, settings)
     known = {f"{component['task']}/{component['source']}" for component in demo_mixture()} | set(TASKS)
     assert set(tasks or ()) <= known
 
@@ -103,8 +103,8 @@ def test_quoted_commands_are_understood(page: str, line: str, monkeypatch: pytes
         "openm6 sreve runs/demo",
         "openm6 demo --fast",
         "openm6 generate runs/demo --text hello",
-        "openm6 generate runs/demo --text hello --want video",
-        "openm6 generate runs/demo --text hello --want text --set text.heat=1",
+        "openm6 generate runs/demo --text hello --output video",
+        "openm6 generate runs/demo --text hello --output text --set text.heat=1",
         "openm6 train recipes/demo.yaml loop.stepz=3",
         "openm6 train recipes/demonstration.yaml",
     ],
@@ -119,7 +119,7 @@ def test_an_unknown_task_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_enough_is_quoted_to_be_worth_the_test() -> None:
     lines = [line for page, line in commands("openm6") if page == "README.md"]
-    wants = {word for line in lines for word in re.findall(r"--want (\w+)", line)}
+    wants = {word for line in lines for word in re.findall(r"--output (\w+)", line)}
     assert wants == {"text", "image", "audio", "numbers"}
     assert {line.split()[1] for line in lines} >= {"demo", "train", "evaluate", "generate", "data", "tasks"}
 

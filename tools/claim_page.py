@@ -108,7 +108,7 @@ def _speeds(plans: Plans) -> dict[str, float | str]:
         f"a step of {plans.assumed.real.tokens / 1e6:.1f}M tokens": [
             f"{plan.real.time.seconds:.0f} s" for plan in plans.columns
         ],
-        "binds": [plan.real.time.bottleneck for plan in plans.columns],
+        "bottleneck": [plan.real.time.bottleneck for plan in plans.columns],
         "tokens a day": [f"{tokens / DAYS:.2f} billion" for tokens in billions],
         "tokens in ten days": [f"{tokens:.1f} billion" for tokens in billions],
     }

@@ -1,7 +1,7 @@
 """Trains one small model with top-k experts and with prototypes, under three kinds of balancing, and compares them.
 
 python tools/compare_routing.py --out runs/routing
-python tools/compare_routing.py --out runs/routing --data my/data --steps 400 --seeds 3 loop.workers=1
+python tools/compare_routing.py --out runs/routing --data my/data --steps 400 --seeds 3 loop.num_processes=1
 
 All runs of a seed begin with the same draws and see the same tokens in the same order. Results are written to
 OUT/routing.json after every run; called again, it goes on where it stopped.
@@ -112,7 +112,7 @@ def run_cell(values: Values, folder: Path) -> Values:
 
 
 def curves(run: RunFolder) -> Values:
-    """Held-out and training losses by step, and each layer's c_v at the end and on the way."""
+    """Held-out and training losses by step, and each layer's expert load CV at the end and on the way."""
     lines = read_metrics(run)
     held_out = [
         {"step": line["step"], "tokens": line["tokens"]}
@@ -128,9 +128,12 @@ def curves(run: RunFolder) -> Values:
     return {
         "held_out": held_out,
         "train": [[line["step"], round(line["loss"], 5)] for line in lines],
-        "c_v": [[line["step"], *(round(value, 3) for value in line["c_v"])] for line in lines],
-        "c_v_at_end": [
-            round(statistics.mean(layer), 3) for layer in zip(*(x["c_v"] for x in last), strict=True)
+        "expert_load_cv": [
+            [line["step"], *(round(value, 3) for value in line["expert_load_cv"])] for line in lines
+        ],
+        "expert_load_cv_at_end": [
+            round(statistics.mean(layer), 3)
+            for layer in zip(*(x["expert_load_cv"] for x in last), strict=True)
         ],
     }
 
@@ -151,9 +154,9 @@ def summarise(runs: Sequence[Values]) -> Values:
                 for kind in kinds
                 if paired
             },
-            "c_v_at_end": [
+            "expert_load_cv_at_end": [
                 round(statistics.mean(layer), 3)
-                for layer in zip(*(run["c_v_at_end"] for run in own), strict=True)
+                for layer in zip(*(run["expert_load_cv_at_end"] for run in own), strict=True)
             ],
         }
     return found
@@ -215,7 +218,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of each run; default: the recipe's")
     parser.add_argument("--cells", default="", metavar="ROUTING/BALANCE,…", help="default: all six")
-    parser.add_argument("overrides", nargs="*", help="settings of the recipe, as loop.workers=1")
+    parser.add_argument("overrides", nargs="*", help="settings of the recipe, as loop.num_processes=1")
     arguments = parser.parse_args(words)
     values = apply_overrides(read_yaml(recipe_path(arguments.recipe)), arguments.overrides)
     if arguments.steps:

@@ -30,6 +30,7 @@ from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
 from openm6.modalities.batch import Batch
+from openm6.optim.config import PRECISION_OF_BYTES
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import open_train_step
 from openm6.train.recipe import MultimodalRecipe
@@ -66,25 +67,28 @@ class Setting:
 
 def recipe_of(case: Values, seed: int, setting: Setting, tokenizer: str | None) -> MultimodalRecipe:
     """Four layers of eight experts on English definitions and Chinese verse."""
-    overrides: Values = {"width": setting.width, "experts": {"hidden": setting.width}}
+    overrides: Values = {"hidden_size": setting.width, "experts": {"intermediate_size": setting.width}}
     overrides |= {"num_heads": setting.width // 32, "num_kv_heads": 1, "head_dim": 32}
     overrides |= {"sharing": "all"} if "switch" in case else {}
     steps = setting.steps
     values: Values = {
         "model": {"preset": "nano", "overrides": overrides},
-        "modalities": {"text": {"vocabulary": 1024, "tokenizer": tokenizer}},
+        "modalities": {"text": {"vocab_size": 1024, "tokenizer": tokenizer}},
         "sources": {name: {"kind": "embedded", "name": name} for name in ("wordnet_en", "poems_zh")},
         "mixture": [
             {"source": "wordnet_en", "task": "reverse_dictionary", "weight": 2},
             {"source": "poems_zh", "task": "text_generation", "weight": 1},
         ],
-        "packing": {"rows": setting.rows, "length": setting.length},
+        "packing": {"batch_size": setting.rows, "seq_len": setting.length},
         "loop": {
             "steps": steps,
             "seed": seed,
-            "streaming": {},
-            "optimizer": {"learning_rate": setting.rate, "bytes_per_parameter": case.get("bytes", 16)},
-            "schedule": {"warmup_steps": steps // 10, "decay_share": 0.4},
+            "offload": {},
+            "optimizer": {
+                "learning_rate": setting.rate,
+                "precision": PRECISION_OF_BYTES[case.get("bytes", 16)],
+            },
+            "schedule": {"warmup_steps": steps // 10, "decay_fraction": 0.4},
         },
     }
     return build(MultimodalRecipe, values, "the evidence")

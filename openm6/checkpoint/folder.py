@@ -13,7 +13,7 @@ from openm6.core.errors import CheckpointError
 STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-TRAINING_FILE = "job.safetensors"
+TRAINING_FILE = "training.safetensors"
 INDEX_FILE = f"{MODEL_FILE}.index.json"
 SEPARATOR = "::"  # between a parameter's name and the name of one of the tensors kept with it
 EXPONENT = "exponent"  # of int8 weights, kept with them

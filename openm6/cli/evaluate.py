@@ -15,7 +15,7 @@ from openm6.core.errors import ConfigError
 def evaluate(
     trained: Trained,
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="judge.KEY=VALUE", help="Settings, as judge.answers=300.")
+        list[str] | None, typer.Argument(metavar="eval.KEY=VALUE", help="Settings, as eval.answers=300.")
     ] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B", help="Only these tasks.")] = None,
     data: Annotated[
@@ -33,7 +33,7 @@ def evaluate(
 
     \b
     Example: openm6 evaluate runs/demo --tasks image_classification,draw --json scores.json
-    All records: openm6 evaluate runs/demo judge.records=1000 judge.answers=1000
+    All records: openm6 evaluate runs/demo eval.records=1000 eval.answers=1000
     """
     if scenarios:
         if tasks is not None or data is not None or settings:

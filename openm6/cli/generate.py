@@ -12,7 +12,7 @@ from openm6.cli.train import Trained
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 Span = tuple[float, float]  # start, end
-Want = Annotated[str, typer.Option("--want", help="text, image, audio or numbers.")]
+Output = Annotated[str, typer.Option("--output", help="text, image, audio or numbers.")]
 Text = Annotated[str | None, typer.Option("--text", help="Text input.")]
 Image = Annotated[Path | None, typer.Option("--image", help="Image input.")]
 Recording = Annotated[Path | None, typer.Option("--audio", help="Audio input.")]
@@ -23,13 +23,13 @@ Numbers = Annotated[
 Series = Annotated[str | None, typer.Option("--series", metavar="NAME=V,V,...", help="A series to forecast.")]
 Column = Annotated[str | None, typer.Option("--column", help="The number to predict.")]
 Ahead = Annotated[int, typer.Option("--ahead", min=1, max=64, help="Steps to forecast.")]
-Hole = Annotated[
+MaskBox = Annotated[
     str | None,
-    typer.Option("--hole", metavar="L,T,R,B", help="Box of the image to fill in, as fractions."),
+    typer.Option("--mask-box", metavar="L,T,R,B", help="Box of the image to fill in, as fractions."),
 ]
-Gap = Annotated[
+MaskSpan = Annotated[
     str | None,
-    typer.Option("--gap", metavar="START,END", help="Span of the audio to fill in, as fractions."),
+    typer.Option("--mask-span", metavar="START,END", help="Span of the audio to fill in, as fractions."),
 ]
 Language = Annotated[str, typer.Option("--language", help="Without --text, the question is put in en or zh.")]
 Decoding = Annotated[
@@ -41,17 +41,17 @@ Decoding = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="File for the answer.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same answer.")]
 
-Resident = Annotated[
+NumGpuLayers = Annotated[
     int | None,
     typer.Option(
-        "--resident", min=0, help="Layers that stay on the device; the others are loaded when used."
+        "--num-gpu-layers", min=0, help="Layers that stay on the device; the others are loaded when used."
     ),
 ]
 
 
 def generate(
     trained: Trained,
-    want: Want,
+    output: Output,
     text: Text = None,
     image: Image = None,
     audio: Recording = None,
@@ -59,18 +59,18 @@ def generate(
     series: Series = None,
     column: Column = None,
     ahead: Ahead = 8,
-    hole: Hole = None,
-    gap: Gap = None,
+    mask_box: MaskBox = None,
+    mask_span: MaskSpan = None,
     language: Language = "en",
     decoding: Decoding = None,
     out: Out = None,
     seed: Seed = 0,
-    resident: Resident = None,
+    num_gpu_layers: NumGpuLayers = None,
 ) -> None:
     """Ask a trained model for an answer.
 
     \b
-    Example: openm6 generate runs/demo --text "draw the digit seven" --want image --out seven.png
+    Example: openm6 generate runs/demo --text "draw the digit seven" --output image --out seven.png
     """
     # torch takes seconds to import
     from openm6.inference.question import Question, parse_numbers, parse_series, parse_shares
@@ -78,7 +78,7 @@ def generate(
     from openm6.inference.sampling import read_decoding
 
     question = Question(
-        want=want,
+        output=output,
         text=text,
         image=image,
         audio=audio,
@@ -86,9 +86,9 @@ def generate(
         series=parse_series(series),
         column=column,
         ahead=ahead,
-        hole=cast(Box | None, parse_shares(hole, 4, "--hole")),
-        gap=cast(Span | None, parse_shares(gap, 2, "--gap")),
+        mask_box=cast(Box | None, parse_shares(mask_box, 4, "--mask-box")),
+        mask_span=cast(Span | None, parse_shares(mask_span, 2, "--mask-span")),
         language=language,
     )
     settings = read_decoding([f"text.seed={seed}", f"masked.seed={seed}", *(decoding or [])])
-    print_result(generate_answer(trained, question, settings, out, resident))
+    print_result(generate_answer(trained, question, settings, out, num_gpu_layers))

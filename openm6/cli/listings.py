@@ -25,7 +25,7 @@ def tasks() -> None:
     # torch takes seconds to import
     from openm6.tasks.registry import TASKS
 
-    table = Table("task", "reads", "gives", "what it asks", box=None)
+    table = Table("task", "inputs", "output", "what it asks", box=None)
     for task in TASKS.values():
         table.add_row(task.name, task.input_modality, task.output_modality, task.summary)
     print_result(table)
@@ -43,7 +43,7 @@ def presets() -> None:
     table = Table("preset", "parameters", "active per token", "layers", "width", "what it is", box=None)
     for preset in PRESETS.values():
         total, active = in_short(preset.parameters.total), in_short(preset.parameters.active)
-        layers, width = str(preset.backbone.num_layers), str(preset.backbone.width)
+        layers, width = str(preset.backbone.num_layers), str(preset.backbone.hidden_size)
         table.add_row(preset.name, total, active, layers, width, preset.description)
     print_result(table)
 

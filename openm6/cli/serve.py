@@ -12,7 +12,8 @@ from openm6.cli.train import Trained
 from openm6.core.errors import ConfigError
 
 Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="engine.rows=32, limits.pixels=…")
+    list[str] | None,
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="engine.max_num_seqs=32, limits.pixels=…"),
 ]
 Keys = Annotated[
     Path | None, typer.Option("--keys", metavar="FILE", help="API keys, one per line; else OPENM6_API_KEYS.")

@@ -95,8 +95,12 @@ def train(
 def convert(
     trained: Trained,
     out: Annotated[Path, typer.Option("--out", help="Folder of the new run.")],
-    size: Annotated[
-        int | None, typer.Option("--bytes", metavar="16|4|2|1", help="Bytes per parameter.")
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision",
+            help="fp32, bf16-adafactor-momentum, bf16-adafactor or int8-adafactor (16, 4, 2, 1 bytes).",
+        ),
     ] = None,
     stage: Annotated[
         TargetStage | None, typer.Option("--stage", help="real: each layer with weights of its own.")
@@ -105,12 +109,12 @@ def convert(
         Moments, typer.Option("--moments", help="What layers inherit of shared weights' moments.")
     ] = Moments.independent,
 ) -> None:
-    """Convert a checkpoint to another stage or another number of bytes per parameter.
+    """Convert a checkpoint to another stage or another precision.
 
     \b
-    Example: openm6 convert runs/demo --bytes 2 --out runs/demo-2
+    Example: openm6 convert runs/demo --precision bf16-adafactor --out runs/demo-bf16
     """
     # torch takes seconds to import
     from openm6.train.convert import convert as convert_checkpoint
 
-    typer.echo(convert_checkpoint(trained, out, size, stage.value if stage else None, moments.value))
+    typer.echo(convert_checkpoint(trained, out, precision, stage.value if stage else None, moments.value))

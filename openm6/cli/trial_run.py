@@ -23,7 +23,7 @@ from openm6.train.step import StepReport
 
 EVALUATED = 5  # the trial evaluates one of so many records
 TRIAL = [
-    f"loop.steps={STEPS}", "loop.minutes=null", "loop.log_every=1", "loop.save_every=1000000", "loop.keep=1",
+    f"loop.steps={STEPS}", "loop.minutes=null", "loop.log_every=1", "loop.save_every=1000000", "loop.keep_last=1",
     "loop.tensorboard=false", "loop.schedule.warmup_steps=2",
 ]  # fmt: skip
 
@@ -105,7 +105,7 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
         held_out_seconds=clock.held_out_seconds,
         save_seconds=training.finish_began - clock.last_step,
         evaluation_seconds=time.perf_counter() - training.finish_began if evaluated else 0.0,
-        evaluated_fraction=checked.judge.answers / whole.judge.answers,
+        evaluated_fraction=checked.eval.answers / whole.eval.answers,
         memory_peak=_memory_peak(device),
     )
     replace_text(trial_file(run), trial.model_dump_json())
@@ -113,9 +113,9 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
 
 def _trial_settings(recipe: MultimodalRecipe) -> list[str]:
     """Overrides that make a recipe a trial: few steps, and a part of the evaluation."""
-    judge = recipe.judge
-    words = [*TRIAL, f"judge.records={max(2, judge.records // EVALUATED)}"]
-    words += [f"judge.{name}={max(1, getattr(judge, name) // EVALUATED)}" for name in ("answers", "drawn")]
+    config = recipe.eval
+    words = [*TRIAL, f"eval.records={max(2, config.records // EVALUATED)}"]
+    words += [f"eval.{name}={max(1, getattr(config, name) // EVALUATED)}" for name in ("answers", "drawn")]
     if recipe.loop.held_out is not None:
         words.append(f"loop.held_out.every={WARMUP_STEPS}")
     return words

@@ -55,7 +55,7 @@ def load_codec(name_or_path: Path | str) -> Codec:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as a codec: {error}") from None
-    if about.get("kind") not in CODECS:
+    if about.get("kind") not in CODECS or "config" not in about:
         raise CheckpointError(f"{path} holds no codec: name a file written by training a codec-… recipe")
     config_class, codec_class = CODECS[about["kind"]]
     codec = codec_class(build(config_class, about["config"], str(path)))

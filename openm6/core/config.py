@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from openm6.core.errors import ConfigError, nearest
+from openm6.core.renamed import KEYS
 
 
 class Config(BaseModel):
@@ -97,8 +98,10 @@ def _sentence(config_class: type[Config], error: ValidationError) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        names = _fields_at(config_class, [str(part) for part in first["loc"][:-1]])
-        return f"unknown key {path!r}; {nearest(str(first['loc'][-1]), names)}"
+        found, key = _class_at(config_class, [str(part) for part in first["loc"][:-1]]), str(first["loc"][-1])
+        if new := KEYS.get(found.__name__, {}).get(key):
+            return f"the key {path!r} was renamed to {new!r}"
+        return f"unknown key {path!r}; {nearest(key, list(found.model_fields))}"
     if first["type"] == "union_tag_invalid":
         known = re.findall(r"'([^']+)'", first["ctx"]["expected_tags"])
         return f"{path}: no kind is called {first['ctx']['tag']!r}; {nearest(first['ctx']['tag'], known)}"
@@ -111,8 +114,8 @@ def _sentence(config_class: type[Config], error: ValidationError) -> str:
     return f"{path}: {message}{given}" if path else f"{message}{given}"
 
 
-def _fields_at(config_class: type[Config], path: list[str]) -> list[str]:
-    """Names of the fields at `path`: through fields, list positions, keys of mappings and the kinds of a union."""
+def _class_at(config_class: type[Config], path: list[str]) -> type[BaseModel]:
+    """The config class at `path`: through fields, list positions, keys of mappings and the kinds of a union."""
     candidates: list[type[BaseModel]] = [config_class]
     for part in path:
         inner = [
@@ -127,7 +130,7 @@ def _fields_at(config_class: type[Config], path: list[str]) -> list[str]:
             if "kind" in one.model_fields and one.model_fields["kind"].default == part
         ]
         candidates = inner or of_kind or candidates  # else a list position or a key of a mapping
-    return list(candidates[0].model_fields)
+    return candidates[0]
 
 
 def _config_classes(annotation: Any) -> list[type[BaseModel]]:

@@ -71,7 +71,7 @@ class DataSet:
 
     @property
     def broken_share(self) -> float:
-        """Of all rows, judged by the sample."""
+        """Of all rows, estimated from the sample."""
         return (self.unreadable / self.rows if self.rows else 0) + self.broken / max(1, self.sampled)
 
     def report(self, where: str, reason: object) -> None:

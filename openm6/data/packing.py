@@ -19,21 +19,24 @@ ENOUGH = 200  # draws in a row without an example, before they are a reason to s
 
 
 class PackingConfig(Config):
-    """A batch is `rows` rows of `length` tokens; up to `waiting` examples that do not fit wait for the next one.
+    """A batch is `batch_size` rows of `seq_len` tokens; up to `buffer_size` examples that do not fit are
+    kept for the next one.
 
-    The rows are divided among `lanes`, the data shards, each of which packs its own; a shard belongs to one rank.
+    The rows are divided among `num_shards`, the data shards, each of which packs its own; a shard belongs to one rank.
     `auto`: one shard for one rank, one per row for several.
     """
 
-    rows: int = Field(default=4, ge=1)
-    length: int = Field(default=512, ge=16)
-    waiting: int = Field(default=8, ge=1)
-    lanes: int | Literal["auto"] = "auto"
+    batch_size: int = Field(default=4, ge=1)
+    seq_len: int = Field(default=512, ge=16)
+    buffer_size: int = Field(default=8, ge=1)
+    num_shards: int | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
     def _lanes_divide(self) -> PackingConfig:
-        if isinstance(self.lanes, int) and (self.lanes < 1 or self.rows % self.lanes):
-            raise ValueError(f"rows={self.rows} must be a multiple of lanes={self.lanes}: change one of them")
+        if isinstance(self.num_shards, int) and (self.num_shards < 1 or self.batch_size % self.num_shards):
+            raise ValueError(
+                f"rows={self.batch_size} must be a multiple of lanes={self.num_shards}: change one of them"
+            )
         return self
 
 
@@ -83,7 +86,7 @@ class Packer:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a position that `merge_cursors` put together; a number of shards that still fits is kept."""
         self._built.clear()
-        if state["count"] >= self.size and self.config.rows % state["count"] == 0:
+        if state["count"] >= self.size and self.config.batch_size % state["count"] == 0:
             self._begin(state["count"])
         else:
             self._begin(_num_shards(self.config, self.size))
@@ -97,14 +100,14 @@ class Packer:
             filled = [self._fill(shard) for shard in self.sampler.shards]
             rows = [[example for _, example in row] for rows in filled for row in rows]
             samples = [sample for rows in filled for row in rows for sample, _ in row]
-            yield replace(collate(rows, self.config.length, self.state()), samples=samples)
+            yield replace(collate(rows, self.config.seq_len, self.state()), samples=samples)
 
     def _fill(self, shard: DataShard) -> list[list[tuple[SampleIndex, PackedExample]]]:
-        count = self.config.rows // self.sampler.num_shards
+        count = self.config.batch_size // self.sampler.num_shards
         rows: list[list[tuple[SampleIndex, PackedExample]]] = [[] for _ in range(count)]
-        room = [self.config.length] * count
+        room = [self.config.seq_len] * count
         earlier, shard.waiting = shard.waiting, []
-        while len(shard.waiting) < self.config.waiting and any(room):
+        while len(shard.waiting) < self.config.buffer_size and any(room):
             sample = earlier.pop(0) if earlier else self.sampler.take(shard)
             example = self._built.pop(sample.global_index, None) or self._example(sample)
             if example is None:
@@ -138,12 +141,12 @@ class Packer:
             self.quarantine.add(*self.transform.name(sample), error)
             self._note_fruitless(sample, error)
             return None
-        if len(example) > self.config.length:
-            example = shortened(example, self.config.length)
-        if len(example) > self.config.length:
+        if len(example) > self.config.seq_len:
+            example = shortened(example, self.config.seq_len)
+        if len(example) > self.config.seq_len:
             reason = DataError(
-                f"{len(example)} tokens do not fit a row of {self.config.length}: "
-                "raise packing.length or shorten it"
+                f"{len(example)} tokens do not fit a row of {self.config.seq_len}: "
+                "raise packing.seq_len or shorten it"
             )
             self.quarantine.add_too_long(*self.transform.name(sample), reason)
             self._note_fruitless(sample, reason)
@@ -169,10 +172,10 @@ def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _num_shards(config: PackingConfig, size: int) -> int:
-    lanes = config.lanes if isinstance(config.lanes, int) else config.rows if size > 1 else 1
+    lanes = config.num_shards if isinstance(config.num_shards, int) else config.batch_size if size > 1 else 1
     if lanes < size:
         raise ConfigError(
             f"packing has {lanes} lanes for {size} ranks, so some would have nothing to do: "
-            f"raise packing.rows to a multiple of {size}"
+            f"raise packing.batch_size to a multiple of {size}"
         )
     return lanes

@@ -31,7 +31,7 @@ COUNTS = {
 class Quarantine:
     """Counts records seen and set aside; writes each broken one once to `path` as a line of JSON.
 
-    Safe to share between threads. `limit` is the share of broken records at which the run stops, judged once
+    Safe to share between threads. `limit` is the share of broken records at which the run stops, checked once
     `minimum` records were seen.
     """
 

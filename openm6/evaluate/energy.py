@@ -93,7 +93,7 @@ class EnergyAccount:
             "tasks": {name: self._entry(account) for name, account in ledger.tasks.items()},
             "between_steps_joules": ledger.between,
             "repeated_joules": ledger.repeated,
-            "judging_joules": self.evaluation,
+            "evaluation_joules": self.evaluation,
         }
 
     def _entry(self, account: EnergyUse) -> dict[str, float]:
@@ -115,7 +115,7 @@ def read_account(
         ConfigError: a country that is not in the table, or a PUE below 1.
     """
     folder = latest(run.path)
-    state = read_state(folder).get("hooks", {}).get(METER, {})
+    state = read_state(folder).get("callbacks", {}).get(METER, {})
     if not state.get("stages"):
         raise CheckpointError(f"{folder} was not metered: it is of a version before the energy meter")
     own = (run.read_config().get("loop") or {}).get("energy") or {}

@@ -47,11 +47,11 @@ from openm6.tasks.task import Example, Task
 Sources = Mapping[str, Source]
 Result = TypeVar("Result")
 
-REMEDY = "evaluate again with openm6 evaluate, in one process by judge.workers=1 in the recipe"
+REMEDY = "evaluate again with openm6 evaluate, in one process by eval.num_processes=1 in the recipe"
 
 
 class EvalConfig(Config):
-    """How many test records are evaluated, and how images and audio are decoded: the section `judge` of a recipe."""
+    """How many test records are evaluated, and how images and audio are decoded: the section `eval` of a recipe."""
 
     # Whether a run is evaluated when it has been trained; auto: unless its weights are offloaded, which takes long.
     at_end: bool | Literal["auto"] = "auto"
@@ -64,13 +64,13 @@ class EvalConfig(Config):
     # Samples kept for the report.
     samples: int = Field(default=6, ge=0)
     # Parallel processes on a CPU; auto: one per core. They change no result.
-    workers: PositiveInt | Literal["auto"] = "auto"
+    num_processes: PositiveInt | Literal["auto"] = "auto"
     seed: int = 0
 
 
 def evaluate_tasks(
     loaded: LoadedModel,
-    lessons: list[TrainedTask],
+    trained_tasks: list[TrainedTask],
     train: Sources,
     test: Sources,
     config: EvalConfig,
@@ -80,20 +80,22 @@ def evaluate_tasks(
     began = time.perf_counter()
 
     def evaluated(index: int) -> TaskResult | None:
-        lesson = lessons[index]
-        task = task_named(lesson.task)
+        trained_task = trained_tasks[index]
+        task = task_named(trained_task.task)
         if task.contrastive:
-            return evaluate_retrieval(loaded, lesson, test[lesson.source], config.seed)
-        examples, sequences = select_examples(task, test[lesson.source], config, loaded.modalities)
+            return evaluate_retrieval(loaded, trained_task, test[trained_task.source], config.seed)
+        examples, sequences = select_examples(task, test[trained_task.source], config, loaded.modalities)
         if not examples:
             return None
-        return evaluate_task(loaded, lesson, examples, sequences, train[lesson.source], config)
+        return evaluate_task(loaded, trained_task, examples, sequences, train[trained_task.source], config)
 
-    workers = num_workers(len(lessons), config, loaded.omni.device)
+    workers = num_workers(len(trained_tasks), config, loaded.omni.device)
     results: dict[int, TaskResult] = {}
-    for index, result in parallel_map(evaluated, _slowest_first(lessons), workers):
+    for index, result in parallel_map(evaluated, _slowest_first(trained_tasks), workers):
         if result is None:
-            get_log().info(f"{lessons[index].task}/{lessons[index].source}: no test records, not evaluated")
+            get_log().info(
+                f"{trained_tasks[index].task}/{trained_tasks[index].source}: no test records, not evaluated"
+            )
             continue
         results[index] = result
         on_result(result)
@@ -101,17 +103,19 @@ def evaluate_tasks(
     return EvalReport(ordered, time.perf_counter() - began, str(loaded.checkpoint))
 
 
-def _slowest_first(lessons: list[TrainedTask]) -> list[int]:
+def _slowest_first(trained_tasks: list[TrainedTask]) -> list[int]:
     """Indices of the trained tasks, those that generate images or audio first, so that all processes end together."""
-    fast = [task_named(lesson.task).output_modality in ("text", "numbers") for lesson in lessons]
-    return sorted(range(len(lessons)), key=fast.__getitem__)
+    fast = [
+        task_named(trained_task.task).output_modality in ("text", "numbers") for trained_task in trained_tasks
+    ]
+    return sorted(range(len(trained_tasks)), key=fast.__getitem__)
 
 
 def num_workers(tasks: int, config: EvalConfig, device: torch.device) -> int:
     """The number of processes for a number of tasks; 1 on a GPU, off Linux and in a thread, which cannot fork."""
     if device.type != "cpu" or not can_fork() or threading.current_thread() is not threading.main_thread():
         return 1
-    return max(1, min(usable_cores() if config.workers == "auto" else config.workers, tasks))
+    return max(1, min(usable_cores() if config.num_processes == "auto" else config.num_processes, tasks))
 
 
 def parallel_map(
@@ -166,17 +170,17 @@ def select_examples(
 
 def evaluate_task(
     loaded: LoadedModel,
-    lesson: TrainedTask,
+    trained_task: TrainedTask,
     examples: list[Example],
     sequences: list[PackedExample],
     train: Source,
     config: EvalConfig,
 ) -> TaskResult:
     """Information gain over all examples; metrics and samples over those that are answered."""
-    task = task_named(lesson.task)
+    task = task_named(trained_task.task)
     train_examples, train_targets = training_examples(task, train, config.seed, loaded.modalities)
     prior = fit_prior(task, train_examples, train_targets, loaded)
-    found = likelihoods(loaded, examples, sequences, lesson.source, prior)
+    found = likelihoods(loaded, examples, sequences, trained_task.source, prior)
 
     limit = config.drawn if task.output_modality in ("image", "audio") else config.answers
     chosen = np.linspace(0, len(examples) - 1, min(len(examples), limit)).astype(int)
@@ -194,7 +198,7 @@ def evaluate_task(
     blocks = [example.block for example in examples]
     return TaskResult(
         task=task.name,
-        source=lesson.source,
+        source=trained_task.source,
         input_modality=task.input_modality,
         output_modality=task.output_modality,
         **_comparison(

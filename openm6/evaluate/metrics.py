@@ -25,9 +25,9 @@ from openm6.tasks.task import Example
 class Scored:
     """The input of metrics: examples with answers, and statistics of the training split.
 
-    `bits_per_code` are bits per code of each example for the model, `prior_bits_per_code` for the training frequencies (image
-    and audio targets only); `scale` is the scale of the column of each true value and `reference` the baseline's point
-    predictions (numbers only).
+    `bits_per_code` are those of each example for the model, `prior_bits_per_code` those of the training frequencies
+    (image and audio targets only); `scale` is the scale of the column of each true value and
+    `reference` the baseline's point predictions (numbers only).
     """
 
     examples: list[Example]
@@ -143,7 +143,7 @@ def _masked_psnr(scored: Scored) -> np.ndarray:
 def masked_psnr(answer: Image.Image, example: Example) -> float:
     """PSNR in dB of one inpainted region against the truth."""
     truth = pixels(to_square(read_image(example.answer), answer.width))
-    mask = box_mask(example.target.options["hole"], answer.height, answer.width).reshape(truth.shape[:2])
+    mask = box_mask(example.target.options["mask_box"], answer.height, answer.width).reshape(truth.shape[:2])
     error = np.square((pixels(answer) - truth)[mask] / 2).mean()
     return float(-10 * np.log10(max(error, 1e-6)))
 

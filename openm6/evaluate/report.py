@@ -244,7 +244,7 @@ def sample_data(sample: Sample, media: MediaBudget) -> SampleData:
         # A masked span is given in fractions of the length of the answer.
         parts = [
             part
-            if part.options.get("gap") is None
+            if part.options.get("mask_span") is None
             else replace(part, options={**part.options, "seconds": seconds})
             for part in parts
         ]
@@ -278,9 +278,9 @@ def _input(part: Part, media: MediaBudget) -> str | Media | NumberSeries | Colum
 def _input_media(part: Part, media: MediaBudget) -> Media:
     """An image or audio of the inputs with its mask."""
     if part.modality == "image":
-        return media.image(part.raw, "input", part.options.get("hole"))
+        return media.image(part.raw, "input", part.options.get("mask_box"))
     try:
-        return media.audio(cut_audio(part), "input", part.options.get("gap"))
+        return media.audio(cut_audio(part), "input", part.options.get("mask_span"))
     except DataError as error:
         return Media("input", missing=str(error))
 
@@ -332,7 +332,7 @@ def _loss_curve(name: str, steps: np.ndarray, lines: Lines) -> Curve:
 
 def _load_curve(steps: np.ndarray, lines: Lines) -> list[Curve]:
     """The coefficient of variation of the experts' load; none for a dense model."""
-    rows = [line.get("c_v") or [] for line in lines]
+    rows = [line.get("expert_load_cv") or [] for line in lines]
     depth = max(len(row) for row in rows)
     if not depth:
         return []
@@ -342,7 +342,7 @@ def _load_curve(steps: np.ndarray, lines: Lines) -> list[Curve]:
     drawing = history(steps, layers, "coefficient of variation of expert load over steps", from_zero=True)
     _, last = _ends(np.array([finite_mean(column) for column in layers.T]))
     note = "σ/μ of the tokens per expert, by layer (fine) and on average: 0 is a perfect balance."
-    return [Curve("expert load c_v", plain(last, 3), drawing, note=note)]
+    return [Curve("expert load CV", plain(last, 3), drawing, note=note)]
 
 
 def _speed_curve(steps: np.ndarray, lines: Lines) -> Curve:

@@ -59,17 +59,17 @@ class Search:
 
 
 def evaluate_retrieval(
-    loaded: LoadedModel, lesson: TrainedTask, test: Source, seed: int
+    loaded: LoadedModel, trained_task: TrainedTask, test: Source, seed: int
 ) -> TaskResult | None:
     """Recall of a contrastive task in both directions and both languages; None if no test record fits."""
-    task = task_named(lesson.task)
+    task = task_named(trained_task.task)
     searches, records = [], 0
     for language in LANGUAGES:
         examples = examples_in(task, test, language, seed, loaded)
         if len({example.key for example in examples}) > 1:
             searches += both_directions(loaded, task, examples, language)
             records += len(examples)
-    return _result(loaded, lesson, searches, records, seed) if searches else None
+    return _result(loaded, trained_task, searches, records, seed) if searches else None
 
 
 def examples_in(task: Task, source: Source, language: str, seed: int, loaded: LoadedModel) -> list[Example]:
@@ -101,10 +101,10 @@ def both_directions(loaded: LoadedModel, task: Task, examples: list[Example], la
 
 
 def _result(
-    loaded: LoadedModel, lesson: TrainedTask, searches: list[Search], records: int, seed: int
+    loaded: LoadedModel, trained_task: TrainedTask, searches: list[Search], records: int, seed: int
 ) -> TaskResult:
     """One result: the mean over directions and languages, and each of them among the metrics."""
-    task = task_named(lesson.task)
+    task = task_named(trained_task.task)
     metrics = {f"recall_at_{k}": float(np.mean([s.recall(k) for s in searches])) for k in RANKS}
     metrics |= {f"chance_at_{k}": float(np.mean([s.chance(k) for s in searches])) for k in RANKS}
     for search in searches:
@@ -117,7 +117,7 @@ def _result(
     )
     return TaskResult(
         task=task.name,
-        source=lesson.source,
+        source=trained_task.source,
         input_modality=task.input_modality,
         output_modality=task.output_modality,
         metric="recall_at_1",

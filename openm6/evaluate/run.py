@@ -38,20 +38,24 @@ def source_configs(values: dict[str, Any], where: str) -> dict[str, SourceConfig
     return dict(build(_Sources, {"sources": values}, where).sources)
 
 
-def chosen_lessons(description: CheckpointConfig, tasks: list[str] | None) -> list[TrainedTask]:
+def chosen_tasks(description: CheckpointConfig, tasks: list[str] | None) -> list[TrainedTask]:
     """The trained tasks of a model, or those whose task (or task/source) is named.
 
     Raises:
         ConfigError: a name that the model was not trained on.
     """
-    lessons = list(description.lessons)
+    trained_tasks = list(description.trained_tasks)
     if tasks is None:
-        return lessons
-    known = {name for lesson in lessons for name in (lesson.task, f"{lesson.task}/{lesson.source}")}
+        return trained_tasks
+    known = {
+        name
+        for trained_task in trained_tasks
+        for name in (trained_task.task, f"{trained_task.task}/{trained_task.source}")
+    }
     for name in tasks:
         if name not in known:
             raise ConfigError(f"this model was not trained on task {name!r}; {nearest(name, sorted(known))}")
-    return [x for x in lessons if x.task in tasks or f"{x.task}/{x.source}" in tasks]
+    return [x for x in trained_tasks if x.task in tasks or f"{x.task}/{x.source}" in tasks]
 
 
 def evaluate(
@@ -63,7 +67,7 @@ def evaluate(
     on_result: Callable[[TaskResult], None] = lambda result: None,
     loaded: LoadedModel | None = None,
 ) -> EvalReport:
-    """Evaluate a run or checkpoint; `settings` such as `judge.answers=300` override those of its recipe.
+    """Evaluate a run or checkpoint; `settings` such as `eval.answers=300` override those of its recipe.
 
     `loaded` is its model if that is in memory already; else it is read from `path`. `data` names a table or folder
     whose records replace every test split (`open_own_data`); baselines are then fitted to it, too, which only makes
@@ -78,20 +82,20 @@ def evaluate(
         check_place(json_path, "--json")
     loaded = loaded or load(path)
     description = loaded.description
-    lessons = chosen_lessons(description, tasks)
+    trained_tasks = chosen_tasks(description, tasks)
     config = _eval_config(description, settings or [])
     configs = source_configs(description.sources, str(loaded.checkpoint))
     if data is not None:
-        used = {lesson.source for lesson in lessons}
+        used = {trained_task.source for trained_task in trained_tasks}
         train = test = open_own_data(str(data), {name: configs[name] for name in configs if name in used})
-        lessons = [lesson for lesson in lessons if lesson.source in test]
+        trained_tasks = [trained_task for trained_task in trained_tasks if trained_task.source in test]
     else:
         train, test = open_sources(configs, "train"), open_sources(configs, "test")
-    report = evaluate_tasks(loaded, lessons, train, test, config, on_result)
+    report = evaluate_tasks(loaded, trained_tasks, train, test, config, on_result)
     if data is not None and not report.results:
         raise DataError(
-            f"no record of --data {data} can be judged in {', '.join(sorted({x.task for x in lessons}))}: name its "
-            "columns as docs/own-data.md names the keys, or choose other --tasks"
+            f"no record of --data {data} can be evaluated in {', '.join(sorted({x.task for x in trained_tasks}))}: "
+            "name its columns as docs/own-data.md names the keys, or choose other --tasks"
         )
     if json_path is not None:
         replace_text(json_path, scores_json(report))
@@ -99,12 +103,12 @@ def evaluate(
 
 
 def _eval_config(description: CheckpointConfig, settings: list[str]) -> EvalConfig:
-    values = apply_overrides({"judge": description.judge}, settings)
-    if set(values) != {"judge"}:
+    values = apply_overrides({"eval": description.eval}, settings)
+    if set(values) != {"eval"}:
         raise ConfigError(
-            f"evaluate takes settings of the section judge only, as judge.answers=300, not {settings}"
+            f"evaluate takes settings of the section eval only, as eval.answers=300, not {settings}"
         )
-    return build(EvalConfig, values["judge"], "judge")
+    return build(EvalConfig, values["eval"], "eval")
 
 
 def scores_json(report: EvalReport) -> str:

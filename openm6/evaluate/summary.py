@@ -84,7 +84,7 @@ def _totals(report: EvalReport) -> str:
     significant = sum(result.uses_inputs for result in results)
     better = sum(result.beats_baseline for result in results)
     partial = any(result.answered < result.records for result in results)
-    more = " More records are answered with judge.answers=N judge.drawn=N." if partial else ""
+    more = " More records are answered with eval.answers=N eval.drawn=N." if partial else ""
     return (
         f"{significant} of {len(results)} tasks have a significant information gain (95 % interval above 0 bits); "
         f"{better} beat their baseline in both score and information. Evaluated in {duration(report.seconds)}: "

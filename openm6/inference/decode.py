@@ -76,7 +76,7 @@ class DecodeStep:
         self.precision, self.fixed = precision, fixed
         if self.backbone.source is not None and precision == "int8":
             raise ConfigError(
-                "int8 weights stay on the device: leave out resident, or take float32 or bfloat16"
+                "int8 weights stay on the device: leave out num_gpu_layers, or take float32 or bfloat16"
             )
         self._layers: dict[tuple[int, Block], _Layer] = {}
         self.head = matrix_of(text_head.head, precision)
@@ -176,7 +176,7 @@ class _Dense:
 
     def __init__(self, part: FeedForward, precision: Precision) -> None:
         self.up, self.down = matrix_of(part.up, precision), matrix_of(part.down, precision)
-        self.activation: Activation = part.config.ffn
+        self.activation: Activation = part.config.hidden_act
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.down(activate(self.up(x), self.activation))
@@ -200,9 +200,9 @@ class _Sparse:
         if config.num_prototypes is not None:
             gate, chosen, _ = choose_prototypes(logits, self.bias, config.num_prototypes)
         else:
-            gate, chosen, _ = choose_top_k(logits, self.bias, config.choices, config.normalise_gates)
+            gate, chosen, _ = choose_top_k(logits, self.bias, config.experts_per_token, config.norm_topk_prob)
         by_all = self.fixed or meets_all_experts(
-            len(x), x.is_cuda, self.captured, config.num_experts, config.choices
+            len(x), x.is_cuda, self.captured, config.num_experts, config.experts_per_token
         )
         y = self._by_all(x, gate, chosen) if by_all else self._sorted(x, gate, chosen)
         return y if self.shared is None else y + self.shared(x)
@@ -212,7 +212,7 @@ class _Sparse:
         experts = self.config.num_experts
         weight = torch.zeros(len(x), experts, device=x.device).scatter_(1, chosen, gate)  # B E
         # E B D -> E B P -> E B F
-        hidden = activate(self.up.each(x.expand(experts, -1, -1)), self.config.ffn)
+        hidden = activate(self.up.each(x.expand(experts, -1, -1)), self.config.hidden_act)
         hidden = hidden * weight.t().unsqueeze(-1).to(x.dtype)
         if isinstance(self.down, PlainStack):  # one product does the sum, too
             return hidden.transpose(0, 1).flatten(1) @ self.down.weight.flatten(0, 1)  # B E·F -> B D
@@ -220,7 +220,7 @@ class _Sparse:
 
     def _sorted(self, x: Tensor, gate: Tensor, chosen: Tensor) -> Tensor:
         plan = dropless_permutation(chosen, self.config.num_experts)
-        hidden = activate(self.up.grouped(permute(x, plan), plan.counts), self.config.ffn)
+        hidden = activate(self.up.grouped(permute(x, plan), plan.counts), self.config.hidden_act)
         return unpermute(self.down.grouped(hidden, plan.counts), gate, plan)
 
 

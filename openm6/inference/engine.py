@@ -168,7 +168,8 @@ def taught_pool(loaded: LoadedModel) -> PoolAdapter:
     pool = loaded.omni.pool
     if pool is None:
         raise ConfigError(
-            "this model makes no embeddings: needs training on image_text_retrieval or audio_text_retrieval, as in recipes/embed.yaml"
+            "this model makes no embeddings: it needs training on image_text_retrieval or audio_text_retrieval, "
+            "as in recipes/embed.yaml"
         )
     return pool
 

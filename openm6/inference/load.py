@@ -70,11 +70,11 @@ def _texts(folder: Path) -> tuple[CheckpointConfig, str]:
 
 
 def load(
-    path: Path, device: torch.device | None = None, resident: int | None = None, host_copy: bool = True
+    path: Path, device: torch.device | None = None, num_gpu_layers: int | None = None, host_copy: bool = True
 ) -> LoadedModel:
     """Return the model of a run (its newest complete checkpoint) or of one checkpoint.
 
-    With `resident`, only so many layers stay on the device; the others are offloaded, see offloaded.py. Without
+    With `num_gpu_layers`, only so many layers stay on the device; the others are offloaded, see offloaded.py. Without
     `host_copy` they stay in the files, and the model is never whole in memory.
 
     Raises:
@@ -82,10 +82,10 @@ def load(
     """
     folder, device = latest(path), device or resolve_device()
     description, tokenizer = _texts(folder)
-    streamed = resident is not None and resident < description.backbone.num_layers
-    omni, modalities = build_model(description, tokenizer, str(folder / TOKENIZER_FILE), empty_sets=streamed)
-    if streamed and resident is not None:
-        place_offloaded(omni, folder, resident, device, host_copy)
+    offloaded = num_gpu_layers is not None and num_gpu_layers < description.backbone.num_layers
+    omni, modalities = build_model(description, tokenizer, str(folder / TOKENIZER_FILE), empty_sets=offloaded)
+    if offloaded and num_gpu_layers is not None:
+        place_offloaded(omni, folder, num_gpu_layers, device, host_copy)
     else:
         load_model(folder, omni)
         omni.to(device)

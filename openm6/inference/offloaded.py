@@ -89,7 +89,7 @@ class OffloadedSource:
         blocks = {index: cast(Block, self.backbone.sets[index]) for index in self.offloaded}
         store = WeightStore(
             [RecordLayout(set_shapes(block), WeightsOnly(dtype)) for block in blocks.values()],
-            resident=(),
+            on_device=(),
             device=self.device,
             streams=open_streams(self.device),
             num_buffers=BUFFERS,
@@ -120,15 +120,15 @@ def _empty_like(block: Block) -> Block:
 
 
 def place_offloaded(
-    omni: Omni, folder: Path, resident: int, device: torch.device, host_copy: bool = True
+    omni: Omni, folder: Path, num_gpu_layers: int, device: torch.device, host_copy: bool = True
 ) -> None:
-    """Put a model whose sets are on `meta` on a device, but not the sets that only layers from `resident` on use.
+    """Put a model whose sets are on `meta` on a device, but not the sets that only layers from `num_gpu_layers` on use.
 
     Raises:
         CheckpointError: its weights are not in the folder.
     """
     backbone = omni.backbone
-    kept = frozenset(backbone.config.weight_sets[:resident])
+    kept = frozenset(backbone.config.weight_sets[:num_gpu_layers])
     blocks = [cast(Block, block) for block in backbone.sets]
     for block in (blocks[index] for index in kept):
         block.attention.to_empty(device="cpu")

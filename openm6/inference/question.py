@@ -29,11 +29,11 @@ class Question:
 
     `numbers` maps columns to values (None: missing); `column` is the number to predict; `series` with `ahead` asks for
     a forecast of so many steps. `language` is that of the words put in where `text` holds no question of its own.
-    `hole` (left, top, right, bottom as shares of the side) and `gap` (start, end as shares of the length) ask for a
-    image or audio to be filled in there and left alone elsewhere.
+    `mask_box` (left, top, right, bottom as fractions of the sides) and `mask_span` (start, end as fractions of the
+    length) ask for inpainting: the image or audio is replaced there and kept elsewhere.
     """
 
-    want: str
+    output: str
     text: str | None = None
     image: Path | str | None = None
     audio: Path | str | None = None
@@ -41,24 +41,24 @@ class Question:
     series: NumberSeries | None = None
     column: str | None = None
     ahead: int = 8
-    hole: Box | None = None
-    gap: tuple[float, float] | None = None
+    mask_box: Box | None = None
+    mask_span: tuple[float, float] | None = None
     language: str = "en"
 
     def __post_init__(self) -> None:
         for name in ("image", "audio"):
             object.__setattr__(self, name, _path(name, getattr(self, name)))
-        if self.want not in MODALITIES:
-            raise ConfigError(f"--want {self.want!r} is not one of {', '.join(MODALITIES)}")
+        if self.output not in MODALITIES:
+            raise ConfigError(f"--output {self.output!r} is not one of {', '.join(MODALITIES)}")
         if self.language not in LANGUAGES:
             raise ConfigError(f"--language {self.language!r} is not one of {', '.join(LANGUAGES)}")
         if not any((self.text, self.image, self.audio, self.numbers, self.series)):
             raise ConfigError("nothing is given: add --text, --image, --audio, --numbers or --series")
-        if self.hole is not None and (self.image is None or self.want != "image"):
-            raise ConfigError("--hole fills in an image: it needs --image and --want image")
-        if self.gap is not None and (self.audio is None or self.want != "audio"):
-            raise ConfigError("--gap fills in an audio clip: it needs --audio and --want audio")
-        for name, shares in (("--hole", self.hole), ("--gap", self.gap)):
+        if self.mask_box is not None and (self.image is None or self.output != "image"):
+            raise ConfigError("--mask-box fills in an image: it needs --image and --output image")
+        if self.mask_span is not None and (self.audio is None or self.output != "audio"):
+            raise ConfigError("--mask-span fills in an audio clip: it needs --audio and --output audio")
+        for name, shares in (("--mask-box", self.mask_box), ("--mask-span", self.mask_span)):
             half = len(shares or ()) // 2
             if shares is not None and not all(
                 0 <= a < b <= 1 for a, b in zip(shares, shares[half:], strict=False)
@@ -151,11 +151,11 @@ def _given_parts(question: Question, loaded: LoadedModel) -> list[Part]:
     """Image, audio and numbers."""
     parts: list[Part] = []
     if question.image is not None:
-        parts.append(Part("image", read_image_file(question.image, loaded), {"hole": question.hole}))
+        parts.append(Part("image", read_image_file(question.image, loaded), {"mask_box": question.mask_box}))
     if question.audio is not None:
-        parts.append(Part("audio", read_recording(question.audio, loaded), {"gap": question.gap}))
+        parts.append(Part("audio", read_recording(question.audio, loaded), {"mask_span": question.mask_span}))
     if question.numbers is not None:
-        target = question.target_column() if question.want == "numbers" else None
+        target = question.target_column() if question.output == "numbers" else None
         rest = {name: value for name, value in question.numbers.items() if name != target}
         parts += [Part("numbers", rest)] if rest else []
     if question.series is not None:
@@ -165,7 +165,7 @@ def _given_parts(question: Question, loaded: LoadedModel) -> list[Part]:
 
 def _needs_asking(question: Question) -> bool:
     """Whether a number is asked for that the text does not name."""
-    if question.want != "numbers":
+    if question.output != "numbers":
         return False
     column = question.target_column()
     return all(name not in (question.text or "") for name in (column, column.replace("_", " ")))
@@ -173,7 +173,7 @@ def _needs_asking(question: Question) -> bool:
 
 def _taught_words(question: Question, loaded: LoadedModel) -> tuple[str, str]:
     """The words before and after the slot in the first prompt of the first such trained task."""
-    for trained in loaded.description.lessons:
+    for trained in loaded.description.trained_tasks:
         task = TASKS.get(trained.task)
         if task is not None and _fits(task, question):
             before, after = re.split(r"\{(?!column)\w+\}", task.prompts[question.language][0], maxsplit=1)
@@ -185,11 +185,11 @@ def _taught_words(question: Question, loaded: LoadedModel) -> tuple[str, str]:
 def _fits(task: Task, question: Question) -> bool:
     return (
         [task.input_modality] == (question.given or ["text"])
-        and task.output_modality == question.want
+        and task.output_modality == question.output
         and len(task.inputs) == 1
         and not task.contrastive
         and question.language in task.prompts
-        and task.is_inpainting == (question.hole is not None or question.gap is not None)
+        and task.is_inpainting == (question.mask_box is not None or question.mask_span is not None)
         and ("series" in task.inputs) == (question.series is not None)
     )
 

@@ -31,26 +31,32 @@ SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "audio": (".wav", ".fla
 
 
 def generate(
-    path: Path, question: Question, decoding: Decoding, out: Path | None = None, resident: int | None = None
+    path: Path,
+    question: Question,
+    decoding: Decoding,
+    out: Path | None = None,
+    num_gpu_layers: int | None = None,
 ) -> str:
     """Ask the model of a run or checkpoint; return the text to print, and write `out` if it is given.
 
-    Images and audio are always written, by default to answer.png or answer.wav. `resident` as in `load`.
+    Images and audio are always written, by default to answer.png or answer.wav. `num_gpu_layers` as in `load`.
 
     Raises:
         CheckpointError, ConfigError, DataError: the model, the question or its files cannot be used.
         OutputError: the answer cannot be written; what the file held is still there.
     """
-    out = _target(question.want, out)
-    return answer_question(load(path, resident=resident), question, decoding, out)
+    out = _target(question.output, out)
+    return answer_question(load(path, num_gpu_layers=num_gpu_layers), question, decoding, out)
 
 
-def _target(want: str, out: Path | None) -> Path | None:
+def _target(output: str, out: Path | None) -> Path | None:
     """The file for the answer, checked before any work is done."""
-    if want in SUFFIXES:
-        out = out or Path(f"answer{SUFFIXES[want][0]}")
-        if out.suffix.lower() not in SUFFIXES[want]:
-            raise ConfigError(f"--out {out} must end in one of {', '.join(SUFFIXES[want])} for --want {want}")
+    if output in SUFFIXES:
+        out = out or Path(f"answer{SUFFIXES[output][0]}")
+        if out.suffix.lower() not in SUFFIXES[output]:
+            raise ConfigError(
+                f"--out {out} must end in one of {', '.join(SUFFIXES[output])} for --output {output}"
+            )
     if out is not None:
         check_place(out, "--out")
     return out
@@ -61,18 +67,18 @@ def answer_question(loaded: LoadedModel, question: Question, decoding: Decoding,
     parts = prompt_parts(question, loaded)
     prompt = source_segments(parts, loaded.modalities)
     confidence = None
-    if question.want == "text":
+    if question.output == "text":
         written, confidence = generate_scored(loaded, [prompt], decoding.text)[0]
         answer = _kept(written, out)
-    elif question.want == "numbers":
+    elif question.output == "numbers":
         answer = _kept(_numbers(loaded, question, prompt), out)
     else:
         assert out is not None
-        modality = loaded.image if question.want == "image" else loaded.audio
+        modality = loaded.image if question.output == "image" else loaded.audio
         codes = _codes(loaded, modality, question, prompt, decoding.masked)
         replace_bytes(out, _file_content(modality, codes, out.suffix.lower()))
         answer = f"wrote {out}"
-    found = assess(parts, question.want, loaded.description, confidence)
+    found = assess(parts, question.output, loaded.description, confidence)
     if not found.taught:
         get_log().warning(found.en)
     return answer
@@ -102,10 +108,14 @@ def _codes(
     sampling: MaskedSampling,
 ) -> torch.Tensor:
     """Codes of the image or recording; those outside the mask of an inpainting are the given ones.  # -> N G"""
-    if question.hole is not None and question.image is not None:
-        target = loaded.image.target(read_image_file(question.image, loaded), options={"hole": question.hole})
-    elif question.gap is not None and question.audio is not None:
-        target = loaded.audio.target(read_recording(question.audio, loaded), options={"gap": question.gap})
+    if question.mask_box is not None and question.image is not None:
+        target = loaded.image.target(
+            read_image_file(question.image, loaded), options={"mask_box": question.mask_box}
+        )
+    elif question.mask_span is not None and question.audio is not None:
+        target = loaded.audio.target(
+            read_recording(question.audio, loaded), options={"mask_span": question.mask_span}
+        )
     else:
         target = modality.blank()
     return decode_masked(loaded.omni, [prompt], [target], sampling)[0].cpu()

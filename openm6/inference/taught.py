@@ -64,7 +64,9 @@ def assess(
         return Taught()
     if any(map(_is_bare, fitting)):
         length = word_count(parts)
-        known = [x.words for x in description.lessons if TASKS[x.task] in fitting and _is_bare(TASKS[x.task])]
+        known = [
+            x.words for x in description.trained_tasks if TASKS[x.task] in fitting and _is_bare(TASKS[x.task])
+        ]
         if not any(words is None or _near(length, words) for words in known):
             return _other_length(length, [words for words in known if words is not None])
         sure = confidence is None or confidence >= SURE
@@ -84,7 +86,7 @@ def inputs_of(task: Task) -> set[str]:
 
 def _trained(description: CheckpointConfig) -> list[str]:
     """Names of the trained tasks that have an answer, each once."""
-    names = dict.fromkeys(lesson.task for lesson in description.lessons)
+    names = dict.fromkeys(trained_task.task for trained_task in description.trained_tasks)
     return [name for name in names if name in TASKS and not TASKS[name].contrastive]
 
 

@@ -68,13 +68,13 @@ def duration(raw: Any) -> float:
     """Seconds of an audio clip that `read_audio` accepts; of a file, as stated in its header."""
     if isinstance(raw, np.ndarray):
         return len(raw) / RATE
-    with soundfile.AudioFile(io.BytesIO(raw)) as file:
+    with soundfile.SoundFile(io.BytesIO(raw)) as file:
         return float(file.frames / file.samplerate)
 
 
 def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
     try:
-        with soundfile.AudioFile(io.BytesIO(raw)) as file:
+        with soundfile.SoundFile(io.BytesIO(raw)) as file:
             if not MIN_RATE <= file.samplerate <= MAX_RATE:
                 raise DataError(
                     f"the audio has {file.samplerate:,} samples a second, outside {MIN_RATE:,} to "
@@ -114,20 +114,22 @@ class Audio(Modality):
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Log-mel patches of all of it, or, with `gap`, of as much as a target holds.
+        """Log-mel patches of all of it, or, with `mask_span`, of as much as a target holds.
 
         A gap is given as shares of the length, so what is read must be as long as what will be filled in.
         """
         seconds = options.get("seconds")
-        if options.get("gap") is not None:
+        if options.get("mask_span") is not None:
             seconds = seconds or self.seconds
         frames = self._frames(raw, seconds, options.get("speed", 1.0))  # F M
-        if rng is not None and options.get("gap") is None:  # an inpainted part must keep time with its source
+        if (
+            rng is not None and options.get("mask_span") is None
+        ):  # an inpainted part must keep time with its source
             frames = _augmented(frames, rng)
         count = -(-len(frames) // FRAMES)
         padded = np.full((count * FRAMES, self.num_mels), frames.min(), np.float32)
         padded[: len(frames)] = frames
-        is_masked = span_mask(options.get("gap"), count)
+        is_masked = span_mask(options.get("mask_span"), count)
         patches = np.where(is_masked[:, None], 0, padded.reshape(count, -1)).astype(np.float32)
         arrays = {
             "patches": patches,
@@ -175,7 +177,7 @@ class Audio(Modality):
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Codes of `seconds` of audio, masked by the training pattern, or, with `gap`, in the gap alone.
+        """Codes of `seconds` of audio, masked by the training pattern, or, with `mask_span`, in the gap alone.
 
         A longer recording is cut at its end, a shorter one is followed by silence.
         `mask_context` masks the codes around the gap as well; without a generator only those in it carry a loss.
@@ -185,12 +187,14 @@ class Audio(Modality):
             speed = random_speed(rng)
         codes = self.encode(raw, options.get("seconds"), speed)
         count = len(codes)
-        if options.get("gap") is None:
+        if options.get("mask_span") is None:
             mask = sample_mask(1, count, rng)
             tokens = self._masked(codes, mask, mask, rng)
         else:
-            gap = span_mask(options["gap"], count)
-            tokens = self._masked(codes, *inpainting_masks(gap, bool(options.get("mask_context")), rng), rng)
+            mask_span = span_mask(options["mask_span"], count)
+            tokens = self._masked(
+                codes, *inpainting_masks(mask_span, bool(options.get("mask_context")), rng), rng
+            )
         return replace(tokens, truncated=self.is_longer(raw, options.get("seconds")))
 
     def blank(self, seconds: float | None = None) -> Segment:
@@ -237,12 +241,12 @@ def _key(raw: Any, seconds: float | None, speed: float = 1.0) -> bytes | None:
     return content_key(raw) + f"{seconds} {speed}".encode()
 
 
-def span_mask(gap: tuple[float, float] | None, count: int) -> np.ndarray:
+def span_mask(mask_span: tuple[float, float] | None, count: int) -> np.ndarray:
     """Positions that a gap (start and end as fractions of the length) touches.  # N bool"""
-    if gap is None:
+    if mask_span is None:
         return np.zeros(count, bool)
     position = np.arange(count)
-    return (position + 1 > gap[0] * count + 1e-6) & (position < gap[1] * count - 1e-6)
+    return (position + 1 > mask_span[0] * count + 1e-6) & (position < mask_span[1] * count - 1e-6)
 
 
 def random_span(rng: np.random.Generator) -> tuple[float, float]:

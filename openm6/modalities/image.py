@@ -129,16 +129,16 @@ class Image(Modality):
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Patches of the image; `hole` (a share-of-the-side box left, top, right, bottom) masks what it touches."""
+        """Patches of the image; `mask_box` (a share-of-the-side box left, top, right, bottom) masks what it touches."""
         image = self._fit(read_image(raw, self.max_pixels, self.max_patches * PATCH**2))
         values = pixels(image)
-        if rng is not None and options.get("hole") is None:  # an inpainted region must keep its position
+        if rng is not None and options.get("mask_box") is None:  # an inpainted region must keep its position
             values = _shifted(values, rng)
         down, across = values.shape[0] // PATCH, values.shape[1] // PATCH
         patches = (
             values.reshape(down, PATCH, across, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(down * across, -1)
         )
-        is_masked = box_mask(options.get("hole"), down, across)
+        is_masked = box_mask(options.get("mask_box"), down, across)
         arrays = {
             "patches": np.where(is_masked[:, None], 0, patches).astype(np.float32),
             "is_masked": is_masked,
@@ -159,16 +159,16 @@ class Image(Modality):
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Codes of the image, masked by the training pattern, or, with `hole`, in the hole alone.
+        """Codes of the image, masked by the training pattern, or, with `mask_box`, in the hole alone.
 
         `mask_context` masks the codes around the hole as well; without a generator only those in it carry a loss.
         """
         codes = self.encode(raw)
-        if options.get("hole") is None:
+        if options.get("mask_box") is None:
             mask = sample_mask(self.grid_side, self.grid_side, rng)
             return self._masked(codes, mask, mask, rng)
-        hole = box_mask(_squared(options["hole"]), self.grid_side, self.grid_side)
-        return self._masked(codes, *inpainting_masks(hole, bool(options.get("mask_context")), rng), rng)
+        mask_box = box_mask(_squared(options["mask_box"]), self.grid_side, self.grid_side)
+        return self._masked(codes, *inpainting_masks(mask_box, bool(options.get("mask_context")), rng), rng)
 
     def blank(self) -> Segment:
         """A target of which every position is masked."""
@@ -216,31 +216,33 @@ class Image(Modality):
         ]
 
 
-Hole = tuple[float, float, float, float] | np.ndarray | None
+MaskBox = tuple[float, float, float, float] | np.ndarray | None
 
 
-def box_mask(hole: Hole, down: int, across: int) -> np.ndarray:
+def box_mask(mask_box: MaskBox, down: int, across: int) -> np.ndarray:
     """Positions touched by a box (fractions of the side: left, top, right, bottom) or a mask (bool).  # H*W bool"""
-    if hole is None:
+    if mask_box is None:
         return np.zeros(down * across, bool)
-    if isinstance(hole, np.ndarray):
-        shares = PIL.Image.fromarray(hole.astype(np.float32)).resize((across, down), PIL.Image.Resampling.BOX)
+    if isinstance(mask_box, np.ndarray):
+        shares = PIL.Image.fromarray(mask_box.astype(np.float32)).resize(
+            (across, down), PIL.Image.Resampling.BOX
+        )
         return np.asarray(shares).reshape(-1) > 0
-    left, top, right, bottom = hole
+    left, top, right, bottom = mask_box
     row, column = np.divmod(np.arange(down * across), across)
     beside = (column + 1 <= left * across + 1e-6) | (column >= right * across - 1e-6)
     above = (row + 1 <= top * down + 1e-6) | (row >= bottom * down - 1e-6)
     return ~(beside | above)
 
 
-def _squared(hole: Hole) -> Hole:
+def _squared(mask_box: MaskBox) -> MaskBox:
     """A mask as `to_square` lays its image out: nothing is to be filled in beside it.  # H W -> side side"""
-    if not isinstance(hole, np.ndarray) or hole.shape[0] == hole.shape[1]:
-        return hole
-    side = max(hole.shape)
+    if not isinstance(mask_box, np.ndarray) or mask_box.shape[0] == mask_box.shape[1]:
+        return mask_box
+    side = max(mask_box.shape)
     square = np.zeros((side, side), bool)
-    top, left = ((side - length) // 2 for length in hole.shape)
-    square[top : top + hole.shape[0], left : left + hole.shape[1]] = hole
+    top, left = ((side - length) // 2 for length in mask_box.shape)
+    square[top : top + mask_box.shape[0], left : left + mask_box.shape[1]] = mask_box
     return square
 
 

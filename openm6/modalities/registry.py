@@ -22,26 +22,26 @@ from openm6.modalities.numbers import Numbers, Scales
 from openm6.modalities.text import Text
 
 MODALITIES: dict[str, type[Modality]] = {kind.name: kind for kind in (Text, Image, Audio, Numbers)}
-Reading = Literal["whole", "parts"]
+PromptAttention = Literal["bidirectional", "block"]
 
 
 class Modalities(dict[str, Modality]):
     """The modalities of one model by name, and how its sources are read.
 
-    `whole`: all tokens of a source see one another. `parts`: a part (text, image, audio, numbers) sees itself
+    `bidirectional`: all tokens of a source see one another. `block`: a part (text, image, audio, numbers) sees itself
     and the parts before it, so what it becomes does not depend on what follows, and can be used again.
     """
 
-    reading: Reading = "whole"
+    prompt_attention: PromptAttention = "bidirectional"
 
 
 class TextConfig(Config):
-    """`vocabulary` tokens are learned from the mixture, unless `tokenizer` names a tokenizer.json.
+    """`vocab_size` tokens are learned from the mixture, unless `tokenizer` names a tokenizer.json.
 
     Without a number the model's preset sets it.
     """
 
-    vocabulary: int | None = Field(default=None, ge=320, le=1_000_000)
+    vocab_size: int | None = Field(default=None, ge=320, le=1_000_000)
     tokenizer: str | None = None
     max_tokens: int = Field(default=2048, ge=1)
 
@@ -73,8 +73,8 @@ class ModalitiesConfig(Config):
     text: TextConfig = TextConfig()
     image: ImageConfig = ImageConfig()
     audio: AudioConfig = AudioConfig()
-    reading: Reading = Field(
-        default="whole", description="parts: each part of a source sees itself and those before it"
+    prompt_attention: PromptAttention = Field(
+        default="bidirectional", description="block: each part of a source sees itself and those before it"
     )
 
 
@@ -105,7 +105,7 @@ def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Sca
         audio=Audio(audio_codec, config.audio.seconds, config.audio.max_seconds),
         numbers=Numbers(text, scales),
     )
-    modalities.reading = config.reading
+    modalities.prompt_attention = config.prompt_attention
     return modalities
 
 
@@ -131,7 +131,7 @@ def source_segments(
     segments = [
         modality_named(modalities, part.modality).source(part.raw, rng, part.options) for part in parts
     ]
-    if modalities.reading == "parts":
+    if modalities.prompt_attention == "block":
         segments = [replace(segment, placement="part") for segment in segments]
     return segments
 

@@ -48,7 +48,7 @@ class Backbone(nn.Module):
             LayerParts(config.attention, _router(config, layer, shared=False))
             for layer in range(config.num_layers)
         )
-        self.final_norm = RMSNorm(config.width, config.norm_eps)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.run_block: RunBlock = run_plainly  # replaced to compile or recompute blocks
         self.exchange: TokenDispatcher = LocalDispatcher()  # replaced for expert-parallel training
         self.reset_parameters()
@@ -73,8 +73,8 @@ class Backbone(nn.Module):
             ValueError: x does not fit the config or `meta`.
             ConfigError: the cache is too small.
         """
-        if x.shape != (meta.batch, meta.length, self.config.width):
-            expected = (meta.batch, meta.length, self.config.width)
+        if x.shape != (meta.batch, meta.length, self.config.hidden_size):
+            expected = (meta.batch, meta.length, self.config.hidden_size)
             raise ValueError(f"embedded tokens have the shape {tuple(x.shape)}, expected {expected}")
 
         def make_context(x: Tensor, meta: SequenceMeta) -> Context:
@@ -201,4 +201,4 @@ def _router(config: BackboneConfig, layer: int, shared: bool) -> Router | None:
     part = config.feed_forward(layer)
     if not isinstance(part, ExpertsConfig) or shared != config.share_routers:
         return None
-    return Router(config.width, part)
+    return Router(config.hidden_size, part)

@@ -16,21 +16,21 @@ Stage = Literal["pseudo", "real"]
 class BackboneConfig(Config):
     """A stack of `num_layers` layers; which of them hold experts, and which share their weights.
 
-    experts_every: of `experts_every` layers the last holds experts, the others `dense`; `dense_layers` never do.
+    moe_layer_freq: of `moe_layer_freq` layers the last holds experts, the others `dense`; `dense_layers` never do.
     rope_sections: frequencies (half of head_dim) driven by time, height and width; default 6 : 5 : 5.
     sharing: layer -> number of its weight set; "all" gives one set to all layers of a kind, a number n one to every
         n layers that follow one another; None shares nothing.
-    initial_deviation: of the first weights; default 0.64/sqrt(width), which is 0.02 at a width of 1024.
+    initializer_range: of the first weights; default 0.64/sqrt(width), which is 0.02 at a width of 1024.
     """
 
-    width: int = Field(gt=0, multiple_of=8)
+    hidden_size: int = Field(gt=0, multiple_of=8)
     num_layers: int = Field(gt=0)
     num_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0, multiple_of=8)
     dense: DenseConfig | None = None
     experts: ExpertsConfig | None = None
-    experts_every: int = Field(default=1, gt=0)
+    moe_layer_freq: int = Field(default=1, gt=0)
     dense_layers: tuple[int, ...] = ()
     qk_norm: bool = True
     norm_eps: float = Field(default=1e-6, gt=0)
@@ -38,7 +38,7 @@ class BackboneConfig(Config):
     rope_sections: tuple[int, int, int] | None = None
     sharing: tuple[int, ...] | int | Literal["all"] | None = None
     share_routers: bool = False
-    initial_deviation: float | None = Field(default=None, gt=0)
+    initializer_range: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> BackboneConfig:
@@ -57,7 +57,7 @@ class BackboneConfig(Config):
     def _check_kinds(self) -> None:
         kinds = [self.has_experts(layer) for layer in range(self.num_layers)]
         if any(kinds) and self.experts is None:
-            raise ValueError("set experts, or dense alone with experts_every left out")
+            raise ValueError("set experts, or dense alone with moe_layer_freq left out")
         if not all(kinds) and self.dense is None:
             raise ValueError("some layers hold no experts: set the hidden size of dense, too")
         wrong = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
@@ -82,7 +82,7 @@ class BackboneConfig(Config):
     def has_experts(self, layer: int) -> bool:
         """Whether a layer is sparse. A config with `dense` alone has no sparse layer."""
         dense_only = self.experts is None and self.dense is not None
-        return not dense_only and (layer + 1) % self.experts_every == 0 and layer not in self.dense_layers
+        return not dense_only and (layer + 1) % self.moe_layer_freq == 0 and layer not in self.dense_layers
 
     def feed_forward(self, layer: int) -> DenseConfig | ExpertsConfig:
         """The feed-forward part of a layer."""
@@ -123,7 +123,7 @@ class BackboneConfig(Config):
     @property
     def attention(self) -> AttentionConfig:
         return AttentionConfig(
-            width=self.width,
+            hidden_size=self.hidden_size,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
@@ -134,7 +134,7 @@ class BackboneConfig(Config):
     @property
     def deviation(self) -> float:
         """Standard deviation of the first weights."""
-        return self.initial_deviation or 0.64 / self.width**0.5
+        return self.initializer_range or 0.64 / self.hidden_size**0.5
 
     @property
     def output_deviation(self) -> float:
@@ -153,7 +153,7 @@ class ParameterCount:
 def count_parameters(config: BackboneConfig) -> ParameterCount:
     """Parameters of a backbone (no embedding, no head), from its config alone."""
     sets = config.weight_sets
-    total = active = config.width  # the final norm
+    total = active = config.hidden_size  # the final norm
     for layer in range(config.num_layers):
         own = _count_own(config, layer)
         matrices = _count_matrices(config, layer)
@@ -167,23 +167,23 @@ def count_parameters(config: BackboneConfig) -> ParameterCount:
 
 def _count_own(config: BackboneConfig, layer: int) -> ParameterCount:
     """Norms and router."""
-    norms = 2 * config.width + (2 * config.head_dim if config.qk_norm else 0)
+    norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
     count = norms + _count_router(config, layer)
     return ParameterCount(count, count)
 
 
 def _count_router(config: BackboneConfig, layer: int) -> int:
     part = config.feed_forward(layer)
-    return part.num_experts * config.width if isinstance(part, ExpertsConfig) else 0
+    return part.num_experts * config.hidden_size if isinstance(part, ExpertsConfig) else 0
 
 
 def _count_matrices(config: BackboneConfig, layer: int) -> ParameterCount:
     """Attention and feed-forward."""
     query = config.num_heads * config.head_dim
-    attention = config.width * (2 * query + 2 * config.num_kv_heads * config.head_dim)
+    attention = config.hidden_size * (2 * query + 2 * config.num_kv_heads * config.head_dim)
     part = config.feed_forward(layer)
-    network = matrices_of(part.ffn) * config.width * part.hidden
+    network = matrices_of(part.hidden_act) * config.hidden_size * part.intermediate_size
     if isinstance(part, DenseConfig):
         return ParameterCount(attention + network, attention + network)
     always = attention + part.num_shared * network
-    return ParameterCount(always + part.num_experts * network, always + part.choices * network)
+    return ParameterCount(always + part.num_experts * network, always + part.experts_per_token * network)

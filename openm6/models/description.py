@@ -36,10 +36,10 @@ class CheckpointConfig(Config):
     backbone: BackboneConfig
     modalities: ModalitiesConfig
     scales: dict[str, tuple[float, float]]
-    lessons: list[TrainedTask]
+    trained_tasks: list[TrainedTask]
     embedding: PoolConfig | None = None  # None: no trained task makes embeddings
     sources: dict[str, Any] = {}  # where the records came from, as in the recipe
-    judge: dict[str, Any] = {}  # how to evaluate it, as in the recipe
+    eval: dict[str, Any] = {}  # how to evaluate it, as in the recipe
 
     def to_json(self) -> str:
         """The text of model.json."""

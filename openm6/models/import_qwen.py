@@ -88,17 +88,17 @@ def qwen_config(settings: Mapping[str, Any]) -> BackboneConfig:
     every = settings.get("decoder_sparse_step", 1) if sparse else 1
     heads = settings["num_attention_heads"]
     return BackboneConfig(
-        width=settings["hidden_size"],
+        hidden_size=settings["hidden_size"],
         num_layers=settings["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=settings["num_key_value_heads"],
         head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
         norm_eps=settings["rms_norm_eps"],
         rope_theta=_rope(settings).get("rope_theta", 10_000.0),
-        experts_every=every,
+        moe_layer_freq=every,
         dense_layers=dense_layers,
         experts=_experts_config(settings) if sparse else None,
-        dense=DenseConfig(hidden=settings["intermediate_size"])
+        dense=DenseConfig(intermediate_size=settings["intermediate_size"])
         if not sparse or every > 1 or dense_layers
         else None,
     )
@@ -134,10 +134,10 @@ def _experts_config(settings: Mapping[str, Any]) -> ExpertsConfig:
     if num_experts is None:
         raise ConfigError("config.json of this qwen3_moe model lacks num_experts: download it again")
     return ExpertsConfig(
-        hidden=settings["moe_intermediate_size"],
+        intermediate_size=settings["moe_intermediate_size"],
         num_experts=num_experts,
         top_k=settings["num_experts_per_tok"],
-        normalise_gates=settings.get("norm_topk_prob", False),
+        norm_topk_prob=settings.get("norm_topk_prob", False),
         balance="none",
     )
 

@@ -49,9 +49,9 @@ class Omni(nn.Module):
         self.backbone = Backbone(config, empty_sets)
         adapters: dict[str, Adapter] = {}
         for modality in modalities.values():
-            adapters |= modality.adapters(config.width)
+            adapters |= modality.adapters(config.hidden_size)
         if embedding is not None:
-            adapters[POOL] = PoolAdapter(config.width, embedding)
+            adapters[POOL] = PoolAdapter(config.hidden_size, embedding)
         self.adapters = nn.ModuleDict(adapters)
 
     def adapter(self, kind: str) -> Adapter:
@@ -108,7 +108,7 @@ class Omni(nn.Module):
             else None
         )
         joined = torch.cat([v.to(dtype or v.dtype) for v in vectors])
-        empty = joined.new_zeros(rows * length, self.config.width)
+        empty = joined.new_zeros(rows * length, self.config.hidden_size)
         return empty.index_copy(0, index, joined).view(rows, length, -1)
 
     def _embed_kind(self, name: str, group: TokenGroup) -> Tensor:

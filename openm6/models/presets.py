@@ -18,13 +18,13 @@ class Preset(Config):
     name: str
     description: str
     backbone: BackboneConfig
-    vocabulary: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
 
     @property
     def parameters(self) -> ParameterCount:
         """Backbone and word embedding; a token counts the whole embedding as active, as it is the text head too."""
         count = count_parameters(self.backbone)
-        embedding = self.vocabulary * self.backbone.width
+        embedding = self.vocab_size * self.backbone.hidden_size
         return ParameterCount(count.total + embedding, count.active + embedding)
 
 
@@ -52,14 +52,14 @@ def _sparse(
 ) -> Preset:
     """A model of ours: every layer holds SwiGLU experts, heads of 64 share keys and values in groups."""
     backbone = BackboneConfig(
-        width=width,
+        hidden_size=width,
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=64,
         experts=experts,
     )
-    return Preset(name=name, description=description, backbone=backbone, vocabulary=vocabulary)
+    return Preset(name=name, description=description, backbone=backbone, vocab_size=vocabulary)
 
 
 def _paper(
@@ -71,34 +71,34 @@ def _paper(
     num_heads: int,
     hidden: int,
     experts: ExpertsConfig | None = None,
-    experts_every: int = 1,
+    moe_layer_freq: int = 1,
 ) -> Preset:
     """A model of the M6 papers: one key-value head for each query head, GELU networks of two matrices."""
-    needs_dense = experts is None or experts_every > 1
+    needs_dense = experts is None or moe_layer_freq > 1
     backbone = BackboneConfig(
-        width=width,
+        hidden_size=width,
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=width // num_heads,
-        dense=DenseConfig(hidden=hidden, ffn="gelu") if needs_dense else None,
+        dense=DenseConfig(intermediate_size=hidden, hidden_act="gelu") if needs_dense else None,
         experts=experts,
-        experts_every=experts_every,
+        moe_layer_freq=moe_layer_freq,
         qk_norm=False,
     )
-    return Preset(name=name, description=description, backbone=backbone, vocabulary=21_128)
+    return Preset(name=name, description=description, backbone=backbone, vocab_size=21_128)
 
 
 def _gelu_experts(hidden: int, num_experts: int, num_prototypes: int) -> ExpertsConfig:
     """Experts as M6-T ran them: one in each prototype, no balancing, a capacity of 1.25 times the fair share."""
     return ExpertsConfig(
-        hidden=hidden,
+        intermediate_size=hidden,
         num_experts=num_experts,
         num_prototypes=num_prototypes,
-        ffn="gelu",
+        hidden_act="gelu",
         balance="none",
-        z_weight=0.0,
-        capacity=1.25,
+        router_z_loss_coef=0.0,
+        capacity_factor=1.25,
     )
 
 
@@ -106,22 +106,22 @@ _ALL = (
     _sparse(
         "nano", "for two cores and the demo",
         width=192, num_layers=4, num_heads=3, num_kv_heads=1, vocabulary=4096,
-        experts=ExpertsConfig(hidden=192, num_experts=8, top_k=2),
+        experts=ExpertsConfig(intermediate_size=192, num_experts=8, top_k=2),
     ),
     _sparse(
         "tiny", "for one small GPU",
         width=384, num_layers=8, num_heads=6, num_kv_heads=2, vocabulary=16_384,
-        experts=ExpertsConfig(hidden=512, num_experts=8, top_k=2),
+        experts=ExpertsConfig(intermediate_size=512, num_experts=8, top_k=2),
     ),
     _sparse(
         "small", "for one GPU",
         width=768, num_layers=12, num_heads=12, num_kv_heads=4, vocabulary=32_768,
-        experts=ExpertsConfig(hidden=576, num_experts=16, top_k=2),
+        experts=ExpertsConfig(intermediate_size=576, num_experts=16, top_k=2),
     ),
     _sparse(
         "base", "for one large GPU",
         width=1536, num_layers=18, num_heads=24, num_kv_heads=8, vocabulary=32_768,
-        experts=ExpertsConfig(hidden=512, num_experts=64, top_k=4),
+        experts=ExpertsConfig(intermediate_size=512, num_experts=64, top_k=4),
     ),
     _paper(
         "m6-base", "M6 base, dense (2103.00823)", width=1024, num_layers=24, num_heads=16, hidden=4096
@@ -132,7 +132,7 @@ _ALL = (
     _paper(
         "m6-100b", "M6-100B, experts in every other layer (2103.00823)",
         width=1024, num_layers=24, num_heads=16, hidden=4096,
-        experts=_gelu_experts(4096, 1024, 1), experts_every=2,
+        experts=_gelu_experts(4096, 1024, 1), moe_layer_freq=2,
     ),
     _paper(
         "m6t-1t", "M6-T, a trillion parameters (2105.15082)",
@@ -173,4 +173,4 @@ def vocabulary_size(config: ModelConfig, named: int | None) -> int:
     Raises:
         ConfigError: no such preset.
     """
-    return preset(config.preset).vocabulary if named is None else named
+    return preset(config.preset).vocab_size if named is None else named

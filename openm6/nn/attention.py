@@ -47,8 +47,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         heads = config.num_heads + 2 * config.num_kv_heads
-        self.qkv = nn.Parameter(torch.empty(heads * config.head_dim, config.width))  # (H+2G)·d D
-        self.output = nn.Parameter(torch.empty(config.width, config.num_heads * config.head_dim))  # D H·d
+        self.qkv = nn.Parameter(torch.empty(heads * config.head_dim, config.hidden_size))  # (H+2G)·d D
+        self.output = nn.Parameter(
+            torch.empty(config.hidden_size, config.num_heads * config.head_dim)
+        )  # D H·d
 
     def reset_parameters(self, deviation: float, output_deviation: float) -> None:
         fill_normal(self.qkv, deviation)

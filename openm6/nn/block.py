@@ -37,9 +37,9 @@ class LayerParts(nn.Module):
 
     def __init__(self, attention: AttentionConfig, router: Router | None) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(attention.width, attention.norm_eps)
+        self.attention_norm = RMSNorm(attention.hidden_size, attention.norm_eps)
         self.head_norms = HeadNorms(attention.head_dim) if attention.qk_norm else None
-        self.feed_forward_norm = RMSNorm(attention.width, attention.norm_eps)
+        self.feed_forward_norm = RMSNorm(attention.hidden_size, attention.norm_eps)
         self.router = router
 
     def reset_parameters(self, deviation: float) -> None:
@@ -61,9 +61,9 @@ class Block(nn.Module):
         self.attention = Attention(attention)
         self.feed_forward: FeedForward | Experts
         if isinstance(feed_forward, ExpertsConfig):
-            self.feed_forward = Experts(attention.width, feed_forward)
+            self.feed_forward = Experts(attention.hidden_size, feed_forward)
         else:
-            self.feed_forward = FeedForward(attention.width, feed_forward)
+            self.feed_forward = FeedForward(attention.hidden_size, feed_forward)
         self.router = router
 
     def reset_parameters(self, deviation: float, output_deviation: float) -> None:

@@ -19,8 +19,8 @@ def matrices_of(activation: Activation) -> int:
 class DenseConfig(Config):
     """One feed-forward network that every token goes through."""
 
-    hidden: int = Field(gt=0, multiple_of=8)
-    ffn: Activation = "swiglu"
+    intermediate_size: int = Field(gt=0, multiple_of=8)
+    hidden_act: Activation = "swiglu"
 
 
 class ExpertsConfig(Config):
@@ -28,21 +28,21 @@ class ExpertsConfig(Config):
 
     Either `top_k` experts of all, or one expert in each of `num_prototypes` equal groups (M6-T). `num_shared` more
     see every token. `balance: bias` steers the choice by a bias that `update_balance` moves by `balance_rate`;
-    `aux` adds a loss. `capacity` is the factor γ above which an expert drops tokens; None drops nothing.
+    `aux` adds a loss. `capacity_factor` is the factor γ above which an expert drops tokens; None drops nothing.
     """
 
-    hidden: int = Field(gt=0, multiple_of=8)
+    intermediate_size: int = Field(gt=0, multiple_of=8)
     num_experts: int = Field(gt=0)
     top_k: int | None = Field(default=None, gt=0)
     num_prototypes: int | None = Field(default=None, gt=0)
     num_shared: int = Field(default=0, ge=0)
-    ffn: Activation = "swiglu"
-    normalise_gates: bool = True
+    hidden_act: Activation = "swiglu"
+    norm_topk_prob: bool = True
     balance: Literal["bias", "aux", "none"] = "bias"
     balance_rate: float = Field(default=0.01, gt=0)
-    aux_weight: float = Field(default=0.01, ge=0)
-    z_weight: float = Field(default=0.001, ge=0)
-    capacity: float | None = Field(default=None, gt=0)
+    router_aux_loss_coef: float = Field(default=0.01, ge=0)
+    router_z_loss_coef: float = Field(default=0.001, ge=0)
+    capacity_factor: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _choices_fit(self) -> ExpertsConfig:
@@ -59,7 +59,7 @@ class ExpertsConfig(Config):
         return self
 
     @property
-    def choices(self) -> int:
+    def experts_per_token(self) -> int:
         """Routed experts that one token goes through."""
         return self.top_k or self.num_prototypes or 0
 
@@ -67,7 +67,7 @@ class ExpertsConfig(Config):
 class AttentionConfig(Config):
     """Heads and positions of one attention layer."""
 
-    width: int = Field(gt=0, multiple_of=8)
+    hidden_size: int = Field(gt=0, multiple_of=8)
     num_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0, multiple_of=8)

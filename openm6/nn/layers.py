@@ -50,13 +50,15 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, config: DenseConfig) -> None:
         super().__init__()
         self.config = config
-        self.up = nn.Parameter(torch.empty(first_width(config.hidden, config.ffn), width))  # P D
-        self.down = nn.Parameter(torch.empty(width, config.hidden))  # D F
+        self.up = nn.Parameter(
+            torch.empty(first_width(config.intermediate_size, config.hidden_act), width)
+        )  # P D
+        self.down = nn.Parameter(torch.empty(width, config.intermediate_size))  # D F
 
     def reset_parameters(self, deviation: float, output_deviation: float) -> None:
         fill_normal(self.up, deviation)
         fill_normal(self.down, output_deviation)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = activate(linear(x, self.up), self.config.ffn)  # ... D -> ... F
+        hidden = activate(linear(x, self.up), self.config.hidden_act)  # ... D -> ... F
         return linear(hidden, self.down)  # ... F -> ... D

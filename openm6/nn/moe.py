@@ -160,14 +160,14 @@ class Router(nn.Module):
                 gate, chosen, probability = choose_prototypes(logits, self.bias, config.num_prototypes)
             else:
                 gate, chosen, probability = choose_top_k(
-                    logits, self.bias, config.choices, config.normalise_gates
+                    logits, self.bias, config.experts_per_token, config.norm_topk_prob
                 )
             load = tokens_per_expert(chosen, valid, config.num_experts)
             none = logits.new_zeros(())
             aux = none
             if config.balance == "aux":
                 aux = balance_loss(probability, exchange.total(load) if exchange else load, valid)
-            z = z_loss(logits, valid, config.num_prototypes or 1) if config.z_weight else none
+            z = z_loss(logits, valid, config.num_prototypes or 1) if config.router_z_loss_coef else none
         return Routing(gate, chosen, load, aux, z)
 
     def update_balance(self, load: Tensor) -> None:
@@ -182,10 +182,14 @@ class Experts(nn.Module):
     def __init__(self, width: int, config: ExpertsConfig) -> None:
         super().__init__()
         self.config = config
-        experts, hidden = config.num_experts, config.hidden
-        self.up = nn.Parameter(torch.empty(experts, width, first_width(hidden, config.ffn)))  # E D P
+        experts, hidden = config.num_experts, config.intermediate_size
+        self.up = nn.Parameter(torch.empty(experts, width, first_width(hidden, config.hidden_act)))  # E D P
         self.down = nn.Parameter(torch.empty(experts, hidden, width))  # E F D
-        shared = DenseConfig(hidden=hidden * config.num_shared, ffn=config.ffn) if config.num_shared else None
+        shared = (
+            DenseConfig(intermediate_size=hidden * config.num_shared, hidden_act=config.hidden_act)
+            if config.num_shared
+            else None
+        )
         self.shared = FeedForward(width, shared) if shared else None
 
     def reset_parameters(self, deviation: float, output_deviation: float) -> None:
@@ -200,8 +204,12 @@ class Experts(nn.Module):
         """B S D, B S bool -> B S D and the report of the router."""
         config, flat = self.config, x.flatten(0, 1)  # N D
         routing = router(flat, valid.flatten(), exchange)
-        simple = config.ffn == "swiglu" and config.capacity is None and type(exchange) is LocalDispatcher
-        backend = choose_backend(flat, config.choices, config.num_experts, simple)
+        simple = (
+            config.hidden_act == "swiglu"
+            and config.capacity_factor is None
+            and type(exchange) is LocalDispatcher
+        )
+        backend = choose_backend(flat, config.experts_per_token, config.num_experts, simple)
         if backend == "permute":
             return self._permuted(x, routing, valid, exchange, layer)
         if backend == "per_expert":
@@ -223,7 +231,9 @@ class Experts(nn.Module):
         shared = self.shared(x) if self.shared is not None else None  # while the rows are sent
         ups, downs = (_divide(weight, len(chunks)) for weight in (self.up, self.down))
         for chunk, up, down in zip(chunks, ups, downs, strict=True):
-            hidden = activate(grouped_mm(chunk.rows(), up, chunk.counts), self.config.ffn)  # R D -> R F
+            hidden = activate(
+                grouped_mm(chunk.rows(), up, chunk.counts), self.config.hidden_act
+            )  # R D -> R F
             exchange.reply(chunk, grouped_mm(hidden, down, chunk.counts))  # R F -> R D
         y = unpermute(exchange.collect(chunks), routing.gate, permutation).view_as(x)
         return y if shared is None else y + shared, self._report(routing, permutation, valid, layer)
@@ -231,9 +241,9 @@ class Experts(nn.Module):
     def _capacity(self, num_tokens: int) -> int | None:
         """Rows that each expert takes of so many tokens; None if nothing is dropped."""
         config = self.config
-        if config.capacity is None:
+        if config.capacity_factor is None:
             return None
-        return capacity_of(num_tokens, config.choices, config.num_experts, config.capacity)
+        return capacity_of(num_tokens, config.experts_per_token, config.num_experts, config.capacity_factor)
 
     def _permutation(self, routing: Routing, valid: Tensor) -> TokenPermutation:
         capacity, num_experts = self._capacity(len(valid)), self.config.num_experts
@@ -247,9 +257,9 @@ class Experts(nn.Module):
         config = self.config
         dropped = routing.load.new_zeros(())
         if permutation is not None and permutation.kept is not None:
-            routed = valid.sum().clamp(min=1) * config.choices
+            routed = valid.sum().clamp(min=1) * config.experts_per_token
             dropped = 1 - permutation.kept.sum() / routed
-        side = config.aux_weight * routing.aux_loss + config.z_weight * routing.z_loss
+        side = config.router_aux_loss_coef * routing.aux_loss + config.router_z_loss_coef * routing.z_loss
         return RouterStats(
             layer, routing.load, routing.aux_loss.detach(), routing.z_loss.detach(), dropped, side
         )

@@ -120,7 +120,7 @@ class OffloadedBlocks:
         self, x: Tensor, meta: SequenceMeta, layers: Sequence[LayerParts], make_context: MakeContext
     ) -> tuple[Tensor, list[RouterStats]]:
         learning = torch.is_grad_enabled()
-        parts = _row_parts(meta, x, self.config.micro_batches if learning else 1)
+        parts = _row_parts(meta, x, self.config.gradient_accumulation_steps if learning else 1)
         contexts = [make_context(x[rows], part) for rows, part in parts]
         batch = _Batch(contexts, [rows for rows, _ in parts], _shares(contexts))
         if learning and self._step is None:
@@ -312,7 +312,7 @@ class _Group(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         y, reports = blocks.forward_group(batch, group, layers, x)
         if ctx.needs_input_grad[4]:
-            ctx.checkpoint = save_input(x, blocks.config.boundaries)
+            ctx.checkpoint = save_input(x, blocks.config.activation_storage)
             ctx.given = (blocks, batch, group, layers, [id(edge) for edge in edges])
             ctx.precision = capture_precision(x.device.type)
         flat = [part for report in reports for part in _tensors_of(report)]

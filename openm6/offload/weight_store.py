@@ -134,7 +134,7 @@ class WeightStore:
     def __init__(
         self,
         layouts: Sequence[RecordLayout],
-        resident: Sequence[int],
+        on_device: Sequence[int],
         device: torch.device,
         streams: Streams,
         num_buffers: int,
@@ -143,11 +143,11 @@ class WeightStore:
     ) -> None:
         """With `read`, which fills the views of a set, sets are read for each use and not kept in host memory."""
         self.layouts, self.device, self.streams = list(layouts), device, streams
-        self.resident = frozenset(resident)
+        self.on_device = frozenset(on_device)
         self.timer = PhaseTimer(device)
         self.moved_bytes = 0  # in both directions
         self._read = read
-        offloaded = [index for index in range(len(layouts)) if index not in self.resident]
+        offloaded = [index for index in range(len(layouts)) if index not in self.on_device]
         sizes = [layouts[index].num_bytes for index in offloaded] if read is None else []
         self._arena = PinnedArena(sizes, pin and device.type == "cuda")
         in_host_memory = dict(zip(offloaded, self._arena.buffers, strict=False))
@@ -184,7 +184,7 @@ class WeightStore:
         if not self._uses or self._uses[0].index != index:
             raise RuntimeError(f"weight set {index} was not planned to be used now")
         whole = self._uses.popleft().whole
-        if index in self.resident:
+        if index in self.on_device:
             return self.stored(index)
         buffer = self._holding(index)
         assert buffer is not None, "the plan fetches every set before its use"
@@ -200,7 +200,7 @@ class WeightStore:
     def close(self, index: int, changed: bool = False) -> None:
         """End the use of a set by the work enqueued so far; write it back if that changed it."""
         buffer = self._holding(index)
-        if index in self.resident or buffer is None:
+        if index in self.on_device or buffer is None:
             return
         buffer.free = self.streams.compute.record_event()
         if changed:
@@ -231,7 +231,7 @@ class WeightStore:
         for use in self._uses:
             if len(taken) == len(self._buffers):
                 return
-            if use.index in self.resident:
+            if use.index in self.on_device:
                 continue
             buffer = self._holding(use.index)
             if buffer is None:

@@ -204,7 +204,7 @@ def check_experts(count: int, device: torch.device) -> None:
     if device.type == "cuda" and count > MAX_EXPERTS:
         raise ConfigError(
             f"a layer has {count} experts on one GPU, whose grouped product takes {MAX_EXPERTS}: "
-            f"lower experts.num_experts, or spread them over more ranks with parallel.experts"
+            f"lower experts.num_experts, or spread them over more ranks with parallel.ep"
         )
 
 

@@ -88,7 +88,7 @@ def tokens_per_expert(chosen: Tensor, valid: Tensor, num_experts: int) -> Tensor
 
 
 def load_cv(load: Tensor) -> Tensor:
-    """c_v = σ/μ of the tokens per expert: 0 is perfect balance (M6-T, §3.1)."""
+    """Coefficient of variation σ/μ of the tokens per expert: 0 is perfect balance (M6-T, §3.1)."""
     mean = load.mean()
     return load.std(correction=0) / mean.clamp(min=1e-9)
 

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
 from openm6.core.config import Config
 
+WeightPrecision = Literal["fp32", "bf16-adafactor-momentum", "bf16-adafactor", "int8-adafactor"]
+PRECISIONS: tuple[WeightPrecision, ...] = get_args(WeightPrecision)
+# What a parameter takes with its gradient and the optimizer's state.
+BYTES_PER_PARAMETER: dict[WeightPrecision, int] = dict(zip(PRECISIONS, (16, 4, 2, 1), strict=True))
+PRECISION_OF_BYTES: dict[int, WeightPrecision] = {size: name for name, size in BYTES_PER_PARAMETER.items()}
+
 
 class ScheduleConfig(Config):
-    """Warm-up, a stable part, then a decay over the last `decay_share` of the run (warmup-stable-decay)."""
+    """Warm-up, a stable part, then a decay over the last `decay_fraction` of the run (warmup-stable-decay)."""
 
     warmup_steps: int = Field(default=50, ge=0)
-    decay_share: float = Field(default=0.2, ge=0.0, le=1.0)
+    decay_fraction: float = Field(default=0.2, ge=0.0, le=1.0)
     decay: Literal["sqrt", "linear"] = "sqrt"
-    floor: float = Field(default=0.0, ge=0.0, le=1.0)  # share of the full rate that is left at the end
+    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)  # share of the full rate that is left at the end
 
 
 class OptimizerConfig(Config):
     """Which update rule, and its numbers; a rule ignores the numbers that it has no use for.
 
-    bytes_per_parameter: what a weight of the blocks and all that is kept with it takes. 16 is the rule that `name`
-        names, with its gradient; below that the rule is Adafactor's (optim/rules.py) with weights and momentum in
-        bf16 (4), weights in bf16 (2) or int8 (1), and `name` is for embeddings, heads, norms and routers.
+    precision: of the blocks' weights and of their optimizer state. `fp32` is the rule that `name` names, 16 bytes per
+        parameter with the gradient. The others are Adafactor's rule (optim/rules.py) with weights and momentum in
+        bf16 (4 bytes), weights in bf16 (2) or int8 (1); `name` is then for embeddings, heads, norms and routers.
     """
 
     name: str = "adamw"
-    bytes_per_parameter: Literal[16, 4, 2, 1] = 16
+    precision: WeightPrecision = "fp32"
     learning_rate: float = Field(default=1e-3, gt=0.0)
     weight_decay: float = Field(default=0.1, ge=0.0)
     betas: tuple[float, float] = (0.9, 0.95)  # adamw, and muon's vectors and embeddings
@@ -35,6 +41,11 @@ class OptimizerConfig(Config):
     momentum: float = Field(default=0.95, ge=0.0, lt=1.0)  # muon
     moments: Literal["as weights", "bf16"] = "as weights"  # adamw: the dtype of both moments
     rounding: Literal["nearest", "stochastic"] = "nearest"  # adamw: of bf16 weights and second moments
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Bytes of one weight of the blocks with its gradient and optimizer state."""
+        return BYTES_PER_PARAMETER[self.precision]
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> OptimizerConfig:

@@ -323,12 +323,12 @@ class BlockRule(FactoredRule):
 
 
 def update_rule(config: OptimizerConfig) -> UpdateRule:
-    """Return the rule of `config.bytes_per_parameter`."""
-    if config.bytes_per_parameter == 16:
+    """Return the rule of `config.precision`."""
+    if config.precision == "fp32":
         return AdamRule(config)
-    if config.bytes_per_parameter == 4:
+    if config.precision == "bf16-adafactor-momentum":
         return MomentumRule(config)
-    return FactoredRule() if config.bytes_per_parameter == 2 else BlockRule()
+    return FactoredRule() if config.precision == "bf16-adafactor" else BlockRule()
 
 
 def _copy_or_zero(slot: Tensor, values: Tensor | None) -> None:

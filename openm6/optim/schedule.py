@@ -9,7 +9,7 @@ from openm6.optim.config import ScheduleConfig
 
 def decay_start(total: int, config: ScheduleConfig) -> int:
     """Last step at the full rate, out of `total` steps."""
-    return total - math.floor(total * config.decay_share)
+    return total - math.floor(total * config.decay_fraction)
 
 
 def lr_multiplier(step: int, total: int | None, config: ScheduleConfig) -> float:
@@ -28,4 +28,4 @@ def lr_multiplier(step: int, total: int | None, config: ScheduleConfig) -> float
         1.0, (step - start) / (total - start + 1)
     )  # the last step still moves: only the one after would be 1
     left = 1.0 - (math.sqrt(done) if config.decay == "sqrt" else done)
-    return warmup * (config.floor + (1.0 - config.floor) * left)
+    return warmup * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)

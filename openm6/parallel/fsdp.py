@@ -26,7 +26,7 @@ from openm6.nn.block import Block
 from openm6.nn.moe import Experts
 from openm6.parallel.config import MeshShape
 
-AXES = ("data", "shard", "experts")
+AXES = ("dp_replicate", "dp_shard", "ep")
 SLOT = "::"  # between a parameter's name and that of one of its optimizer's tensors
 
 
@@ -53,14 +53,14 @@ class Layout:
 
     def expert_group(self) -> dist.ProcessGroup:
         """Return the ranks over which the experts of a layer are distributed."""
-        return self.mesh["experts"].get_group()
+        return self.mesh["ep"].get_group()
 
 
 def open_layout(shape: MeshShape, device: torch.device) -> Layout:
     """Open the mesh of the ranks that the launcher started."""
-    sizes = (shape.data, shape.shard, shape.experts)
+    sizes = (shape.dp_replicate, shape.dp_shard, shape.ep)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
-    return Layout(shape, mesh, mesh["shard", "experts"]._flatten("dense"))
+    return Layout(shape, mesh, mesh["dp_shard", "ep"]._flatten("dense"))
 
 
 def shard(model: nn.Module, layout: Layout) -> None:
@@ -70,7 +70,7 @@ def shard(model: nn.Module, layout: Layout) -> None:
         ConfigError: the experts' width cannot be sharded evenly.
     """
     layers = [module for module in model.modules() if isinstance(module, Experts)]
-    keep_experts(layers, layout.mesh.get_local_rank("experts"), layout.shape.experts)
+    keep_experts(layers, layout.mesh.get_local_rank("ep"), layout.shape.ep)
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         shard_block(block, layout)
     shard_rest(model, layout)
@@ -80,7 +80,7 @@ def shard_block(block: Block, layout: Layout) -> None:
     """Shard a block that holds only the experts of this rank."""
     dense, own = _dense_mesh(layout), _expert_mesh(layout)
     if own is not None and isinstance(block.feed_forward, Experts):
-        _shard_experts(block.feed_forward, own, dense, layout.shape.shard)
+        _shard_experts(block.feed_forward, own, dense, layout.shape.dp_shard)
     # A shared router's side loss leaves the block by another way than its output, which FSDP watches.
     keep = block.router is not None
     fully_shard(block, mesh=dense, ignored_params=_held([block]), reshard_after_forward=not keep)
@@ -131,8 +131,8 @@ def _shard_experts(experts: Experts, own: DeviceMesh, dense: DeviceMesh, ranks: 
     for name, weight in (("up", experts.up), ("down", experts.down)):
         if weight.shape[1] % ranks:
             raise ConfigError(
-                f"parallel.shard={ranks} cannot shard the experts' {name} matrices of {weight.shape[1]} rows evenly: "
-                "choose a divisor"
+                f"parallel.dp_shard={ranks} cannot shard the experts' {name} matrices of {weight.shape[1]} rows "
+                "evenly: choose a divisor"
             )
     if experts.shared is not None:
         fully_shard(experts.shared, mesh=dense)
@@ -141,14 +141,16 @@ def _shard_experts(experts: Experts, own: DeviceMesh, dense: DeviceMesh, ranks: 
 
 
 def _dense_mesh(layout: Layout) -> DeviceMesh:
-    return layout.dense if layout.shape.data == 1 else layout.mesh["data", "dense"]
+    return layout.dense if layout.shape.dp_replicate == 1 else layout.mesh["dp_replicate", "dense"]
 
 
 def _expert_mesh(layout: Layout) -> DeviceMesh | None:
     """None where each rank of a copy holds experts of its own, uncut."""
-    if layout.shape.shard == 1:
+    if layout.shape.dp_shard == 1:
         return None
-    return layout.mesh["shard"] if layout.shape.data == 1 else layout.mesh["data", "shard"]
+    return (
+        layout.mesh["dp_shard"] if layout.shape.dp_replicate == 1 else layout.mesh["dp_replicate", "dp_shard"]
+    )
 
 
 def with_places(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -170,10 +172,10 @@ def _whole(tensor: Tensor, layout: Layout) -> Tensor:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     cut = isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
     # What lacks the sharded axis is equal on the ranks that share an expert. A DTensor's width is that of the whole.
-    shape = torch.Size([local.shape[0] * layout.shape.experts, *tensor.shape[1:]])
+    shape = torch.Size([local.shape[0] * layout.shape.ep, *tensor.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()
     placements = [Shard(1) if cut else Replicate(), Shard(0)]
-    mesh = layout.mesh["shard", "experts"]
+    mesh = layout.mesh["dp_shard", "ep"]
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 

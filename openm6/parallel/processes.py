@@ -78,7 +78,7 @@ class DistributedContext(ProcessGroupContext):
             reshard(model)
 
     def token_dispatcher(self, chunks: int) -> TokenDispatcher:
-        if self._layout is None or self._layout.shape.experts == 1:
+        if self._layout is None or self._layout.shape.ep == 1:
             return CopiesDispatcher()
         return AllToAllDispatcher(self._layout.expert_group(), chunks)
 
@@ -89,9 +89,9 @@ class DistributedContext(ProcessGroupContext):
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         if self._layout is None or not self._wrapped:
             sum_gradients(list(parameters))
-        elif self._layout.shape.data > 1:  # FSDP has summed all others
+        elif self._layout.shape.dp_replicate > 1:  # FSDP has summed all others
             plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-            sum_gradients(plain, self._layout.mesh["data"].get_group())
+            sum_gradients(plain, self._layout.mesh["dp_replicate"].get_group())
 
     def forget_unused(self, parameters: Sequence[Tensor]) -> None:
         if self._layout is not None and parameters:
@@ -108,7 +108,7 @@ class DistributedContext(ProcessGroupContext):
         return shard_spec_of(parameter)
 
     def first_expert(self, here: int) -> int:
-        return 0 if self._layout is None else here * self._layout.mesh.get_local_rank("experts")
+        return 0 if self._layout is None else here * self._layout.mesh.get_local_rank("ep")
 
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return apart(groups)

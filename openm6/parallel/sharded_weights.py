@@ -133,8 +133,8 @@ class ShardedWeights(LayerWeights):
         self.layout = layout
         self._inner = layout.inner_group()
         self._dense = rank_group(self._inner)
-        self._own = rank_group(layout.mesh["shard"].get_group()) if layout.shape.shard > 1 else None
-        self._data = layout.mesh["data"].get_group() if layout.shape.data > 1 else None
+        self._own = rank_group(layout.mesh["dp_shard"].get_group()) if layout.shape.dp_shard > 1 else None
+        self._data = layout.mesh["dp_replicate"].get_group() if layout.shape.dp_replicate > 1 else None
         self.host = layout.on_host()  # for checkpoints
         self._specs = [{name: self._place(name, shape) for name, shape in one.items()} for one in shapes]
 
@@ -142,13 +142,13 @@ class ShardedWeights(LayerWeights):
         if len(shape) == 2:
             return WeightShard(0, shape[0], self._dense)
         axes = self.layout.shape
-        if shape[1] % axes.shard:
+        if shape[1] % axes.dp_shard:
             raise ConfigError(
-                f"parallel.shard={axes.shard} cannot shard the experts' {name} of {shape[1]} rows evenly: "
+                f"parallel.dp_shard={axes.dp_shard} cannot shard the experts' {name} of {shape[1]} rows evenly: "
                 "choose a divisor"
             )
-        here = shape[0] // axes.experts
-        return WeightShard(1, shape[1], self._own, here * self.layout.mesh.get_local_rank("experts"))
+        here = shape[0] // axes.ep
+        return WeightShard(1, shape[1], self._own, here * self.layout.mesh.get_local_rank("ep"))
 
     @property
     def sharded(self) -> bool:
@@ -167,7 +167,7 @@ class ShardedWeights(LayerWeights):
     def part(self, index: int, name: str, whole: Tensor, local_experts: bool = False) -> Tensor:
         spec = self.shard_spec(index, name)
         if whole.ndim == 3 and not local_experts:
-            here = whole.shape[0] // self.layout.shape.experts
+            here = whole.shape[0] // self.layout.shape.ep
             whole = whole[spec.first : spec.first + here]
         return spec.shard_of(whole)
 
@@ -183,7 +183,7 @@ class ShardedWeights(LayerWeights):
         sizes = {name: math.prod(shape) for name, shape in self.shapes[index].items()}
         of_experts = (name for name, shape in self.shapes[index].items() if len(shape) == 3)
         return sum(sizes.values()) - sum(
-            sizes[name] - sizes[name] // self.layout.shape.experts for name in of_experts
+            sizes[name] - sizes[name] // self.layout.shape.ep for name in of_experts
         )
 
     def reduce(self, index: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -211,7 +211,7 @@ class ShardedWeights(LayerWeights):
         if sizes:  # a count of steps has no experts
             sizes[0] = shape[0]
         experts = Shard(0) if sizes else Replicate()
-        return as_part(part, self.host.mesh["shard", "experts"], [rows, experts], sizes)
+        return as_part(part, self.host.mesh["dp_shard", "ep"], [rows, experts], sizes)
 
     def to_local(self, part: Tensor) -> Tensor:
         return local(part)

@@ -23,7 +23,7 @@ from openm6.core.errors import OpenM6Error, TrainingError
 
 Work = Callable[[Connection], None]
 STOPS = tuple(one for one in signal.Signals if one.name in ("SIGINT", "SIGTERM", "SIGHUP"))
-RESUME = "go on with --resume, or with loop.workers=1"
+RESUME = "go on with --resume, or with loop.num_processes=1"
 ALIGNMENT = 64  # bytes of a cache line, where wide loads begin
 
 

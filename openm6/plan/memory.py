@@ -27,15 +27,15 @@ def activation_elements(config: BackboneConfig, layer: int, by_expert: bool = Fa
     """
     part = config.feed_forward(layer)
     query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = 2 * config.width + 5 * query + 4 * key_value
-    products = part.hidden * matrices_of(part.ffn)
+    attention = 2 * config.hidden_size + 5 * query + 4 * key_value
+    products = part.intermediate_size * matrices_of(part.hidden_act)
     if isinstance(part, DenseConfig):
-        return attention + 2 * config.width + products
-    row = ROW_ELEMENTS + 2 * config.width + products
-    if by_expert and part.ffn == "swiglu" and part.capacity is None:
-        row = ROW_ELEMENTS + config.width + 2 * part.hidden
-    routed = part.choices * (part.capacity or 1.0) * row + 2 * part.num_experts
-    return attention + 2 * config.width + routed + part.num_shared * products
+        return attention + 2 * config.hidden_size + products
+    row = ROW_ELEMENTS + 2 * config.hidden_size + products
+    if by_expert and part.hidden_act == "swiglu" and part.capacity_factor is None:
+        row = ROW_ELEMENTS + config.hidden_size + 2 * part.intermediate_size
+    routed = part.experts_per_token * (part.capacity_factor or 1.0) * row + 2 * part.num_experts
+    return attention + 2 * config.hidden_size + routed + part.num_shared * products
 
 
 def activation_bytes(config: BackboneConfig, element: int) -> float:
@@ -63,7 +63,7 @@ def layers_to_recompute(config: BackboneConfig, tokens: int, element: int, free:
         for layer in range(config.num_layers)
     ]
     # One layer at a time is computed again in the backward pass and needs its memory then.
-    saved = [own - tokens * element * config.width for own in needed]
+    saved = [own - tokens * element * config.hidden_size for own in needed]
     excess, layers = sum(needed) - free, 0
     while excess > 0 and layers < config.num_layers:
         excess -= saved[layers]
@@ -145,7 +145,7 @@ def device_budget(
         states = parameters * (tier.weights + tier.moments)
         return DeviceBudget(states, max(kept, parameters * tier.gradients), 0.0, CONTEXT, 0.0, tokens)
     states = parameters * tier.kept
-    inputs = float(HALF) * tokens * config.width * kept_inputs(config.num_layers, recompute_every)
+    inputs = float(HALF) * tokens * config.hidden_size * kept_inputs(config.num_layers, recompute_every)
     micro, row = tokens, max_activation_bytes(config, HALF)
     while micro > MIN_TOKENS and micro * row > WORKING_SHARE * memory:
         micro //= 2
@@ -153,7 +153,7 @@ def device_budget(
     left_over = memory - CONTEXT - inputs - working - learned_logits - gradient
     if states <= left_over:
         return DeviceBudget(states, inputs + learned_logits, working + gradient, CONTEXT, 0.0, micro)
-    # Streamed: a layer's weights while it is trained, and the next one on its way.
+    # Offloaded: a layer's weights while it is trained, and the next one on its way.
     buffers = largest * (HALF + tier.weights)
     kept = max(0.0, min(states, left_over - buffers))
     working += gradient + buffers

@@ -33,18 +33,20 @@ class Weights:
 def weights_per_token(config: BackboneConfig, vocabulary: int, learned: float = 1.0) -> Weights:
     """Of a model with this backbone; `learned` is the share of tokens that go through the output layer."""
     projections = dense = experts = 0.0
-    attention = config.width * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    attention = config.hidden_size * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     for layer in range(config.num_layers):
         part = config.feed_forward(layer)
-        network = matrices_of(part.ffn) * config.width * part.hidden
+        network = matrices_of(part.hidden_act) * config.hidden_size * part.intermediate_size
         projections += attention
         if isinstance(part, DenseConfig):
             dense += network
         else:
-            projections += config.width * part.num_experts
+            projections += config.hidden_size * part.num_experts
             dense += part.num_shared * network
-            experts += part.choices * network * (part.capacity or 1.0)  # padded places are multiplied, too
-    return Weights(projections, dense, experts, learned * vocabulary * config.width)
+            experts += (
+                part.experts_per_token * network * (part.capacity_factor or 1.0)
+            )  # padded places are multiplied, too
+    return Weights(projections, dense, experts, learned * vocabulary * config.hidden_size)
 
 
 def attention_operations(config: BackboneConfig, keys: float) -> float:
@@ -85,13 +87,15 @@ def stored_parameters(config: BackboneConfig, vocabulary: int, adapters: bool = 
     for layer in range(config.num_layers):
         part = config.feed_forward(layer)
         if isinstance(part, ExpertsConfig) and sets.index(sets[layer]) == layer:
-            experts += part.num_experts * matrices_of(part.ffn) * config.width * part.hidden
-    total = count_parameters(config).total + vocabulary * config.width
-    total += adapter_parameters(config.width) if adapters else 0
+            experts += (
+                part.num_experts * matrices_of(part.hidden_act) * config.hidden_size * part.intermediate_size
+            )
+    total = count_parameters(config).total + vocabulary * config.hidden_size
+    total += adapter_parameters(config.hidden_size) if adapters else 0
     return ParameterCounts(experts, total - experts)
 
 
 def max_layer_parameters(config: BackboneConfig) -> int:
-    """Parameters of the largest layer, which is what streaming holds on the device at once."""
-    alone = {"num_layers": 1, "sharing": None, "dense_layers": (), "experts_every": 1}
+    """Parameters of the largest layer, which is what offloaded training holds on the device at once."""
+    alone = {"num_layers": 1, "sharing": None, "dense_layers": (), "moe_layer_freq": 1}
     return count_parameters(config.model_copy(update=alone)).total

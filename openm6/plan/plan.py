@@ -96,7 +96,7 @@ class Plan:
             "bytes_per_gpu": {"used": real.budget.device, "usable": self.cluster.memory},
             "step_seconds": real.time.seconds,
             "step_tokens": real.tokens,
-            "binds": real.time.bottleneck,
+            "bottleneck": real.time.bottleneck,
             "stages": {name: _stage_json(stage) for name, stage in self.stages.items()},
             "pseudo_share": self.pseudo_share,
             "tokens_per_day": self.tokens / self.days,
@@ -128,7 +128,7 @@ def make_plan(request: PlanRequest, cluster: Cluster) -> Plan:
     share = request.pseudo_share if "pseudo" in stages else 0.0
     parts = {"real": 1.0 - share, "pseudo": share}
     days_per_token = sum(parts[name] / stage.tokens_per_day for name, stage in stages.items())
-    active = count_parameters(model.backbone).active + model.vocabulary * model.backbone.width
+    active = count_parameters(model.backbone).active + model.vocabulary * model.backbone.hidden_size
     tokens, days = _length(request, days_per_token, active)
     seconds = {
         name: tokens * parts[name] / stage.tokens_per_day * SECONDS_PER_DAY for name, stage in stages.items()
@@ -169,15 +169,15 @@ def _first_fit(
     allowed: tuple[tuple[int, bool], ...],
 ) -> StagePlan:
     """The first of the allowed tiers that fits, or the last."""
-    for bytes_, may_stream in allowed:
-        stage = plan_stage(request, cluster, config, name, TIERS[bytes_], may_stream)
+    for bytes_, may_offload in allowed:
+        stage = plan_stage(request, cluster, config, name, TIERS[bytes_], may_offload)
         if stage.fits:
             break
     return stage
 
 
 def plan_stage(
-    request: PlanRequest, cluster: Cluster, config: BackboneConfig, name: str, tier: Tier, may_stream: bool
+    request: PlanRequest, cluster: Cluster, config: BackboneConfig, name: str, tier: Tier, may_offload: bool
 ) -> StagePlan:
     """One stage at one tier."""
     model, n = request.model, cluster.devices
@@ -192,7 +192,7 @@ def plan_stage(
     )
     keys = model.length / 2
     time = step_time(config, model.vocabulary, stored, tier, budget, tokens, keys, cluster, request.group)
-    on_host = budget.host <= cluster.host_memory if may_stream else budget.host == 0
+    on_host = budget.host <= cluster.host_memory if may_offload else budget.host == 0
     fits = budget.device <= cluster.memory and on_host
     return StagePlan(name, stored.total, tier, budget, time, tokens * n, fits)
 
@@ -231,7 +231,7 @@ def _stage_json(stage: StagePlan) -> dict[str, Any]:
         "seconds": {
             "compute": time.compute, "memory": time.memory, "link": time.link, "network": time.network
         },
-        "binds": time.bottleneck,
+        "bottleneck": time.bottleneck,
         "tokens_per_day": stage.tokens_per_day,
         "host_bytes_per_gpu": stage.budget.host,
         "micro_batch": stage.budget.micro_batch,

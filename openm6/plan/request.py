@@ -12,6 +12,7 @@ from openm6.energy.meter import EnergyConfig
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS, ModelConfig, build_backbone, preset, vocabulary_size
 from openm6.offload.config import OffloadConfig
+from openm6.optim.config import BYTES_PER_PARAMETER
 from openm6.plan.hardware import Cluster, ClusterOptions, Gpu, gpu, gpu_cluster, gpus
 from openm6.plan.memory import TIERS
 
@@ -23,7 +24,7 @@ LENGTH = 512  # tokens of a row
 class Model:
     """What is to be trained: its name, backbone and vocabulary; of a recipe also rows, row length and optimizer.
 
-    adapters: whether it takes other modalities than text; streaming: how its blocks are offloaded, None where they are
+    adapters: whether it takes other modalities than text; offload: how its blocks are offloaded, None where they are
     not; bytes_per_parameter: of its blocks, None where the optimizer decides.
     """
 
@@ -34,7 +35,7 @@ class Model:
     length: int = LENGTH
     optimizer: str | None = None
     adapters: bool = False
-    streaming: OffloadConfig | None = None
+    offload: OffloadConfig | None = None
     bytes_per_parameter: int | None = None
 
 
@@ -59,8 +60,8 @@ class PlanRequest:
     @property
     def group(self) -> int:
         """Blocks of which the first's input is kept."""
-        streaming = self.model.streaming
-        return self.recompute_every or (1 if streaming is None else streaming.recompute_every)
+        offload = self.model.offload
+        return self.recompute_every or (1 if offload is None else offload.recompute_every)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.pseudo_share <= 1.0:
@@ -87,7 +88,7 @@ def read_model(name: str, overrides: list[str] | None = None) -> Model:
         backbone = chosen.backbone
         if overrides:
             backbone = build_backbone(ModelConfig(preset=name, overrides=apply_overrides({}, overrides)))
-        return Model(name, backbone, chosen.vocabulary)
+        return Model(name, backbone, chosen.vocab_size)
     shipped = SHIPPED / f"{given.stem}.yaml"
     if shipped.is_file() and str(given.parent) in (".", "recipes"):
         return model_of_recipe(given.stem, read_yaml(shipped), overrides)
@@ -109,19 +110,29 @@ def model_of_recipe(name: str, values: dict[str, Any], overrides: list[str] | No
         )
     packing, loop = values.get("packing") or {}, values.get("loop") or {}
     text = (values.get("modalities") or {}).get("text") or {}
-    optimizer, streaming = loop.get("optimizer") or {}, loop.get("streaming")
+    optimizer, offload = loop.get("optimizer") or {}, loop.get("offload")
     choice = build(ModelConfig, values.get("model") or {}, f"{name}: model")
     return Model(
         name=name,
         backbone=build_backbone(choice),
-        vocabulary=vocabulary_size(choice, text.get("vocabulary")),
-        rows=int(packing.get("rows", 4)),
-        length=int(packing.get("length", LENGTH)),
+        vocabulary=vocabulary_size(choice, text.get("vocab_size")),
+        rows=int(packing.get("batch_size", 4)),
+        length=int(packing.get("seq_len", LENGTH)),
         optimizer=str(optimizer.get("name", "adamw")),
         adapters=True,
-        streaming=None if streaming is None else build(OffloadConfig, streaming, f"{name}: loop.streaming"),
-        bytes_per_parameter=optimizer.get("bytes_per_parameter"),
+        offload=None if offload is None else build(OffloadConfig, offload, f"{name}: loop.offload"),
+        bytes_per_parameter=_bytes_of(optimizer.get("precision"), name),
     )
+
+
+def _bytes_of(precision: str | None, name: str) -> int | None:
+    """Bytes per parameter of an optimizer's precision; None if the recipe sets none."""
+    if precision is None:
+        return None
+    if precision not in BYTES_PER_PARAMETER:
+        hint = nearest(precision, list(BYTES_PER_PARAMETER))
+        raise ConfigError(f"{name}: loop.optimizer.precision={precision} is not known; {hint}")
+    return BYTES_PER_PARAMETER[precision]
 
 
 @dataclass(frozen=True)

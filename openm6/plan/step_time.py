@@ -87,11 +87,11 @@ def all_to_all(config: BackboneConfig, tokens: int, passes: float, cluster: Clus
     rows = 0.0
     for layer in range(config.num_layers):
         part = config.feed_forward(layer)
-        rows += part.choices if isinstance(part, ExpertsConfig) else 0
+        rows += part.experts_per_token if isinstance(part, ExpertsConfig) else 0
     exchanges = 2 * (
         passes - 1
     )  # there and back: forward, backward, and once more where blocks are computed again
-    moved = tokens * rows * config.width * 2.0 * exchanges
+    moved = tokens * rows * config.hidden_size * 2.0 * exchanges
     n, g = cluster.devices, cluster.per_node
     inside, outside = moved * (min(g, n) - 1) / n, moved * max(0, n - g) / n
     return max(inside / cluster.peer_link, outside / cluster.network)

@@ -42,31 +42,33 @@ class Limits(Config):
 class EngineConfig(Config):
     """How much the engine computes at once.
 
-    rows: texts decoded side by side; room: tokens of prompt and answer together, for each of them
-    canvases: images and audio decoded side by side
-    passes: requests answered in one pass each (numbers, ranks, embeddings) per tick
-    deterministic: batch-invariant shapes, so that a request gets the same bits alone or among others
-    waiting: tokens of work that may wait before more is refused
+    max_num_seqs: texts decoded side by side; room: tokens of prompt and answer together, for each of them
+    max_num_media: images and audio decoded side by side
+    max_num_single_pass: requests answered in one pass each (numbers, ranks, embeddings) per tick
+    batch_invariant: batch-invariant shapes, so that a request gets the same bits alone or among others
+    max_queued_tokens: tokens of work that may wait before more is refused
     """
 
-    rows: int = Field(default=16, ge=1, le=1024)
-    room: int = Field(default=1024, ge=16)
-    canvases: int = Field(default=8, ge=1, le=256)
-    passes: int = Field(default=4, ge=1)
-    prefill: int = Field(default=1024, ge=1, description="prompt tokens read per tick, at least one prompt")
-    deterministic: bool = True
-    waiting: int = Field(default=32_768, ge=1)
-    prefixes: int = Field(default=64 * 2**20, ge=0, description="bytes of the prefix cache")
+    max_num_seqs: int = Field(default=16, ge=1, le=1024)
+    max_model_len: int = Field(default=1024, ge=16)
+    max_num_media: int = Field(default=8, ge=1, le=256)
+    max_num_single_pass: int = Field(default=4, ge=1)
+    max_num_batched_tokens: int = Field(
+        default=1024, ge=1, description="prompt tokens read per tick, at least one prompt"
+    )
+    batch_invariant: bool = True
+    max_queued_tokens: int = Field(default=32_768, ge=1)
+    prefix_cache_bytes: int = Field(default=64 * 2**20, ge=0, description="bytes of the prefix cache")
     weights: Precision = "float32"
-    resident: int | None = Field(
+    num_gpu_layers: int | None = Field(
         default=None, ge=0, description="layers that stay on the device; the others are offloaded"
     )
 
     @model_validator(mode="after")
     def _weights_can_move(self) -> EngineConfig:
-        if self.resident is not None and self.weights == "int8":
+        if self.num_gpu_layers is not None and self.weights == "int8":
             raise ValueError(
-                "weights=int8 keeps its copies on the device: leave out resident, or take bfloat16"
+                "weights=int8 keeps its copies on the device: leave out num_gpu_layers, or take bfloat16"
             )
         return self
 

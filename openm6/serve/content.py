@@ -230,7 +230,7 @@ def check_audio(data: bytes, limits: Limits, param: str) -> bytes:
         BadRequestError: it is none, or too long.
     """
     try:
-        with soundfile.AudioFile(io.BytesIO(data)) as file:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
             seconds = file.frames / file.samplerate
     except (soundfile.LibsndfileError, TypeError, ZeroDivisionError, RuntimeError):
         raise BadRequestError(f"{param} is not readable audio: send WAV, FLAC, Ogg or MP3", param) from None
@@ -313,7 +313,7 @@ def language_of(text: str) -> str:
 
 def is_trained(loaded: LoadedModel, task: str) -> bool:
     """Whether the model was trained on a task."""
-    return any(lesson.task == task for lesson in loaded.description.lessons)
+    return any(trained_task.task == task for trained_task in loaded.description.trained_tasks)
 
 
 def text_prompt(loaded: LoadedModel, task: str, text: str) -> tuple[Part, ...]:

@@ -40,7 +40,7 @@ class Engine:
         self.loaded = _in_precision(loaded, self.config)
         self.meter = meter or open_meter()
         self._own_meter = meter is None
-        self.queue = FairQueue(self.config.waiting)
+        self.queue = FairQueue(self.config.max_queued_tokens)
         self._changed = threading.Condition()
         self._preparing = 0
         self._pool = ThreadPoolExecutor(2, "prepare")
@@ -115,7 +115,7 @@ class Engine:
             self._preparing -= 1
 
     def _prepare(self, request: Request) -> PreparedRequest:
-        return prepare(request, self.loaded, self.config.room)
+        return prepare(request, self.loaded, self.config.max_model_len)
 
     def submit(self, prepared: PreparedRequest) -> RequestHandle:
         """Queue a prepared request; raise as `ask`."""

@@ -27,23 +27,25 @@ APPLICATION = "openm6"
 class ReplicaConfig(Config):
     """How many replicas, and the resources of each.
 
-    least, most: the range of autoscaling; equal numbers switch it off
-    ongoing: target of requests in work per replica; a replica takes twice as many before Ray lets more wait
-    waiting: requests that may wait in Ray before more are answered with 503
+    min_replicas, max_replicas: the range of autoscaling; equal numbers switch it off
+    target_ongoing_requests: per replica, which takes twice as many before Ray queues more
+    max_queued_requests: requests that may wait in Ray before more are answered with 503
     cpus, gpus: what one replica occupies; by default a whole GPU if there is one
     """
 
-    least: int = Field(default=1, ge=1, le=1024)
-    most: int = Field(default=1, ge=1, le=1024)
-    ongoing: float = Field(default=8.0, gt=0)
-    waiting: int = Field(default=256, ge=1)
+    min_replicas: int = Field(default=1, ge=1, le=1024)
+    max_replicas: int = Field(default=1, ge=1, le=1024)
+    target_ongoing_requests: float = Field(default=8.0, gt=0)
+    max_queued_requests: int = Field(default=256, ge=1)
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default_factory=lambda: float(torch.cuda.is_available()), ge=0)
 
     @model_validator(mode="after")
     def _in_order(self) -> ReplicaConfig:
-        if self.least > self.most:
-            raise ValueError(f"least={self.least} must not exceed most={self.most}")
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas={self.min_replicas} must not exceed max_replicas={self.max_replicas}"
+            )
         return self
 
 
@@ -53,18 +55,18 @@ def deployment(build: Callable[[], FastAPI], replicas: ReplicaConfig) -> ray_ser
     Whole requests and streams go to one replica's engine: no token takes a hop of its own.
     """
     scaling = None
-    if replicas.least != replicas.most:
+    if replicas.min_replicas != replicas.max_replicas:
         scaling = {
-            "min_replicas": replicas.least,
-            "max_replicas": replicas.most,
-            "target_ongoing_requests": replicas.ongoing,
+            "min_replicas": replicas.min_replicas,
+            "max_replicas": replicas.max_replicas,
+            "target_ongoing_requests": replicas.target_ongoing_requests,
         }
     replicated = ray_serve.deployment(
         name="model",
-        num_replicas=None if scaling else replicas.least,
+        num_replicas=None if scaling else replicas.min_replicas,
         autoscaling_config=scaling,
-        max_ongoing_requests=max(1, round(2 * replicas.ongoing)),
-        max_queued_requests=replicas.waiting,
+        max_ongoing_requests=max(1, round(2 * replicas.target_ongoing_requests)),
+        max_queued_requests=replicas.max_queued_requests,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
     )
     return replicated(ray_serve.ingress(build)()).bind()
@@ -78,7 +80,7 @@ def run_replicas(build: Callable[[], FastAPI], config: ServeConfig, replicas: Re
 
 def app_of(trained: Path, config: ServeConfig, name: str) -> FastAPI:
     """Return the app of one replica."""
-    engine = Engine(load(trained, resident=config.engine.resident), config.engine)
+    engine = Engine(load(trained, num_gpu_layers=config.engine.num_gpu_layers), config.engine)
     # Ray replaces a replica that has ended; the delay lets its last answers out.
     engine.on_failure = threading.Timer(1.0, os._exit, (1,)).start
     return create_app(engine, config, name)

@@ -53,7 +53,7 @@ class CodesRequest(Request):
     span: start and end in fractions of the length
     """
 
-    want: Literal["image", "audio"]
+    modality: Literal["image", "audio"]
     sampling: MaskedSampling = field(default_factory=MaskedSampling)
     source: bytes | None = None
     mask: Any = None
@@ -62,7 +62,7 @@ class CodesRequest(Request):
 
     @property
     def output(self) -> str:
-        return self.want
+        return self.modality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,13 +213,15 @@ def _targets(request: Request, loaded: LoadedModel) -> list[Segment]:
 
 def _masked_target(request: CodesRequest, loaded: LoadedModel) -> Segment:
     """Codes to decode: all, or those of the masked region of the source."""
-    if request.want == "image":
+    if request.modality == "image":
         if request.source is None:
             return loaded.image.blank()
-        return loaded.image.target(request.source, options={"hole": request.mask})
+        return loaded.image.target(request.source, options={"mask_box": request.mask})
     if request.source is None:
         return loaded.audio.blank(request.duration)
-    return loaded.audio.target(request.source, options={"gap": request.span, "seconds": request.duration})
+    return loaded.audio.target(
+        request.source, options={"mask_span": request.span, "seconds": request.duration}
+    )
 
 
 def _queries(request: NumbersRequest, loaded: LoadedModel) -> NumberSeries | dict[str, float]:

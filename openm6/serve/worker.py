@@ -52,13 +52,15 @@ class Worker:
     def __init__(self, loaded: LoadedModel, config: EngineConfig, meter: Meter) -> None:
         self.loaded, self.config = loaded, config
         text_head = TextHead.of(loaded.omni, loaded.text)
-        self.text = open_batch(text_head, config.rows, config.room, config.weights, config.deterministic)
-        self.slots = loaded.omni.backbone.new_cache(config.canvases + 1, config.room)
-        self.scratch_slot = config.canvases
-        self.free_slots = list(range(config.canvases))
+        self.text = open_batch(
+            text_head, config.max_num_seqs, config.max_model_len, config.weights, config.batch_invariant
+        )
+        self.slots = loaded.omni.backbone.new_cache(config.max_num_media + 1, config.max_model_len)
+        self.scratch_slot = config.max_num_media
+        self.free_slots = list(range(config.max_num_media))
         self.masked: deque[MaskedDecodeState] = deque()
         self.unread: list[RequestHandle] = []  # texts whose prompts this tick reads together
-        self.prefix_cache = PrefixCache(config.prefixes)
+        self.prefix_cache = PrefixCache(config.prefix_cache_bytes)
         self.energy = EnergyShares(meter)
         self.ended: list[tuple[RequestHandle, Answer]] = []
         self.passes = self.read_tokens = 0  # of this tick
@@ -81,13 +83,16 @@ class Worker:
             kinds.add(TextRequest)
         if self.free_slots:
             kinds.add(CodesRequest)
-        if self.passes < self.config.passes:
+        if self.passes < self.config.max_num_single_pass:
             kinds |= {NumbersRequest, RankRequest, EmbedRequest}
         return kinds
 
     def fits(self, handle: RequestHandle) -> bool:
         """Whether a request's prompt may still be read in this tick; at least one is."""
-        return not self.read_tokens or self.read_tokens + handle.prepared.prompt_length <= self.config.prefill
+        return (
+            not self.read_tokens
+            or self.read_tokens + handle.prepared.prompt_length <= self.config.max_num_batched_tokens
+        )
 
     def start(self, handle: RequestHandle) -> None:
         """Start a request; one that takes a single pass is answered at once."""
@@ -158,7 +163,7 @@ class Worker:
         elif not isinstance(request, TextRequest):
             self.passes += 1
             self._answer_at_once(handle)
-        elif self.config.deterministic:
+        elif self.config.batch_invariant:
             self._read_text(handle)
         else:
             self.unread.append(handle)
@@ -247,7 +252,7 @@ class Worker:
     def _masked_group(self) -> list[MaskedDecodeState]:
         """Those to step together: the one that waits longest, and those of its kind and size."""
         first = self.masked[0]
-        if self.config.deterministic:
+        if self.config.batch_invariant:
             return [first]
         return [state for state in self.masked if state.like == first.like]
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from openm6.core.errors import ConfigError, nearest
+from openm6.core.renamed import TASKS as RENAMED
 from openm6.tasks import audio, design, image, shop, tables, text
 from openm6.tasks.task import Task
 
 SUBJECTS = (text, image, design, audio, tables, shop)
 TASKS: dict[str, Task] = {task.name: task for subject in SUBJECTS for task in subject.TASKS}
+
+
+def unknown_task(name: str) -> str:
+    """The sentence about a name that no task has: its new name, or the nearest."""
+    if name in RENAMED:
+        return f"the task {name!r} was renamed to {RENAMED[name]!r}"
+    return f"no task is called {name!r}; {nearest(name, sorted(TASKS))}"
 
 
 def task_named(name: str) -> Task:
@@ -17,5 +25,5 @@ def task_named(name: str) -> Task:
         ConfigError: there is none; the sentence names the nearest.
     """
     if name not in TASKS:
-        raise ConfigError(f"no task is called {name!r}; {nearest(name, sorted(TASKS))}")
+        raise ConfigError(unknown_task(name))
     return TASKS[name]

@@ -20,7 +20,7 @@ from openm6.models.presets import PRESETS
 from openm6.nn.block import Block
 from openm6.offload.config import OffloadConfig, evenly_spaced
 from openm6.offload.weight_store import RecordLayout, set_shapes
-from openm6.optim.config import OptimizerConfig
+from openm6.optim.config import PRECISIONS, OptimizerConfig
 from openm6.optim.rules import UpdateRule, update_rule
 from openm6.plan.memory import HALF, kept_inputs, max_activation_bytes
 
@@ -31,7 +31,6 @@ EDGE_BYTES = (
 FULL = 4  # bytes of an activation or a gradient in fp32
 LOGGED = 0.02  # fraction of a place's bytes below which a line is left out of the log
 HOST_SHARE = 0.9  # of the free host memory; the rest is for other programs
-SMALLER = (4, 2, 1)  # bytes a parameter
 UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 NAMES = {"device": "device memory", "host": "host memory", "disk": "disk"}
 FreeBytes = dict[str, float]
@@ -60,7 +59,7 @@ class Budget:
     layouts: Sequence[RecordLayout]
     edges: int
     tokens: int
-    streaming: OffloadConfig
+    offload: OffloadConfig
     value_bytes: int = HALF
     checkpoints: int = 0
     beside: int = 0
@@ -80,16 +79,16 @@ class Budget:
         """Of one checkpoint on the disk."""
         return sum(layout.num_bytes for layout in self.layouts) + 12 * self.edges
 
-    def lines(self, resident: Sequence[int]) -> list[Line]:
+    def lines(self, on_device: Sequence[int]) -> list[Line]:
         """Every byte, with these sets on the device."""
-        held = [layout for index, layout in enumerate(self.layouts) if index in set(resident)]
-        offloaded = [layout for index, layout in enumerate(self.layouts) if index not in set(resident)]
+        held = [layout for index, layout in enumerate(self.layouts) if index in set(on_device)]
+        offloaded = [layout for index, layout in enumerate(self.layouts) if index not in set(on_device)]
         largest = max((layout.num_bytes for layout in offloaded), default=0)
-        inputs = "host" if self.streaming.boundaries == "host" else "device"
+        inputs = "host" if self.offload.activation_storage == "host" else "device"
         return [
-            Line("device", "resident weights", _weights(held)),
-            Line("device", "state of resident weights", _state(held)),
-            Line("device", "buffers for offloaded sets", self.streaming.buffers * largest),
+            Line("device", "weights on the device", _weights(held)),
+            Line("device", "optimizer state on the device", _state(held)),
+            Line("device", "buffers for offloaded sets", self.offload.buffers * largest),
             Line("device", "embeddings, heads, norms, routers", EDGE_BYTES * self.edges),
             Line("device", "gradient and weights of the set in use", self._in_use),
             Line("device", "activations of one layer", self._activations),
@@ -100,9 +99,9 @@ class Budget:
             Line("disk", "checkpoints", self.checkpoints * self.checkpoint_bytes),
         ]
 
-    def total(self, place: str, resident: Sequence[int]) -> int:
+    def total(self, place: str, on_device: Sequence[int]) -> int:
         """Bytes in one place."""
-        return sum(line.num_bytes for line in self.lines(resident) if line.place == place)
+        return sum(line.num_bytes for line in self.lines(on_device) if line.place == place)
 
     def with_layers(self, layers: int) -> Budget:
         """Of the first so many layers."""
@@ -114,9 +113,9 @@ class Budget:
         """With as many bytes a parameter as this rule keeps."""
         return replace(self, layouts=[RecordLayout(layout.shapes, rule) for layout in self.layouts])
 
-    def with_streaming(self, name: str, value: object) -> Budget:
-        """With another value of a setting in the section `loop.streaming`."""
-        return replace(self, streaming=self.streaming.model_copy(update={name: value}))
+    def with_offload(self, name: str, value: object) -> Budget:
+        """With another value of a setting in the section `loop.offload`."""
+        return replace(self, offload=self.offload.model_copy(update={name: value}))
 
     @property
     def _in_use(self) -> int:
@@ -129,17 +128,17 @@ class Budget:
 
     @property
     def _boundaries(self) -> int:
-        inputs = kept_inputs(self.config.num_layers, self.streaming.recompute_every)
-        return self.value_bytes * self.tokens * self.config.width * inputs
+        inputs = kept_inputs(self.config.num_layers, self.offload.recompute_every)
+        return self.value_bytes * self.tokens * self.config.hidden_size * inputs
 
     @property
     def _activations(self) -> int:
         """What one layer keeps for its own backward pass, for one micro-batch."""
-        tokens = -(-self.tokens // self.streaming.micro_batches)
+        tokens = -(-self.tokens // self.offload.gradient_accumulation_steps)
         return math.ceil(tokens * max_activation_bytes(self.config, self.value_bytes))
 
 
-def max_resident(budget: Budget, free: float) -> int:
+def max_on_device(budget: Budget, free: float) -> int:
     """How many sets fit `free` bytes of a device beside everything else that has to be there."""
     num_sets = len(budget.layouts)
     if budget.total("device", range(num_sets)) <= free:
@@ -148,12 +147,12 @@ def max_resident(budget: Budget, free: float) -> int:
     return max(0, min(num_sets - 1, int(free_bytes // max(layout.num_bytes for layout in budget.layouts))))
 
 
-def resident_sets(budget: Budget, free_bytes: dict[str, float]) -> tuple[int, ...]:
+def on_device_sets(budget: Budget, free_bytes: dict[str, float]) -> tuple[int, ...]:
     """The sets that stay on the device, within `free_bytes` bytes by place.
 
     `auto` keeps all where there is no place `device`, as on a processor; else as many as fit beside the margin.
     """
-    num_sets, wanted = len(budget.layouts), budget.streaming.resident
+    num_sets, wanted = len(budget.layouts), budget.offload.num_gpu_layers
     if isinstance(wanted, tuple):
         return tuple(index for index in wanted if index < num_sets)
     if wanted != "auto":
@@ -161,16 +160,16 @@ def resident_sets(budget: Budget, free_bytes: dict[str, float]) -> tuple[int, ..
     if "device" not in free_bytes:
         return tuple(range(num_sets))
     return evenly_spaced(
-        max_resident(budget, free_bytes["device"] - budget.streaming.margin_gib * GIB), num_sets
+        max_on_device(budget, free_bytes["device"] - budget.offload.margin_gib * GIB), num_sets
     )
 
 
 def needed_bytes(budget: Budget, place: str, free_bytes: dict[str, float]) -> int:
     """In one place; on a processor the host's memory is the device's, too."""
-    resident = resident_sets(budget, free_bytes)
+    on_device = on_device_sets(budget, free_bytes)
     if place == "host" and "device" not in free_bytes:
-        return budget.total("device", resident) + budget.total("host", resident)
-    return budget.total(place, resident)
+        return budget.total("device", on_device) + budget.total("host", on_device)
+    return budget.total(place, on_device)
 
 
 def _weights(layouts: Sequence[RecordLayout]) -> int:
@@ -188,9 +187,11 @@ def check_budget(budget: Budget, free_bytes: FreeBytes, rule: UpdateRule) -> Non
         ConfigError: a set is named that does not exist; or a place is too small: the sentence names the largest number
             of layers that would fit, else the largest preset, and which setting frees most.
     """
-    wanted, num_sets = budget.streaming.resident, len(budget.layouts)
+    wanted, num_sets = budget.offload.num_gpu_layers, len(budget.layouts)
     if isinstance(wanted, tuple) and (wrong := [index for index in wanted if index >= num_sets]):
-        raise ConfigError(f"streaming.resident names set {wrong[0]}: there are only 0 to {num_sets - 1}")
+        raise ConfigError(
+            f"loop.offload.num_gpu_layers names set {wrong[0]}: there are only 0 to {num_sets - 1}"
+        )
     for place, limit in free_bytes.items():
         get_log().info(_describe(budget, place, limit, free_bytes))
     short = [place for place, limit in free_bytes.items() if needed_bytes(budget, place, free_bytes) > limit]
@@ -198,11 +199,11 @@ def check_budget(budget: Budget, free_bytes: FreeBytes, rule: UpdateRule) -> Non
         raise ConfigError(refusal(budget, short[0], free_bytes, rule))
 
 
-def available(device: torch.device, streaming: OffloadConfig, checkpoints: Path | None = None) -> FreeBytes:
+def available(device: torch.device, offload: OffloadConfig, checkpoints: Path | None = None) -> FreeBytes:
     """Free bytes by place; a processor has no place of its own, and without a folder the disk does not matter."""
     host = HOST_SHARE * free_host_bytes()
-    if streaming.host_gib is not None:
-        host = min(host, streaming.host_gib * GIB)
+    if offload.host_gib is not None:
+        host = min(host, offload.host_gib * GIB)
     free_bytes: FreeBytes = {}
     if device.type == "cuda":
         free_bytes["device"] = float(torch.cuda.mem_get_info(device)[0])
@@ -276,7 +277,7 @@ def _describe(budget: Budget, place: str, limit: float, free_bytes: FreeBytes) -
     here = {place, "device"} if place == "host" and "device" not in free_bytes else {place}
     parts = [
         f"{line.what} {_size(line.num_bytes)}"
-        for line in budget.lines(resident_sets(budget, free_bytes))
+        for line in budget.lines(on_device_sets(budget, free_bytes))
         if line.place in here and line.num_bytes >= max(1, LOGGED * needed)
     ]
     return f"{place}: {_size(needed)} of {_size(limit)}; {', '.join(parts)}"
@@ -304,21 +305,24 @@ def _what_frees_most(budget: Budget, place: str, free_bytes: FreeBytes) -> str:
 
 def _changes(budget: Budget) -> Iterator[tuple[str, Budget]]:
     """Settings that leave the model as it is, and what they would make of the budget; the mildest first."""
-    streaming = budget.streaming
+    offload = budget.offload
     if budget.checkpoints > 2:
-        yield "loop.keep=1", replace(budget, checkpoints=2)
+        yield "loop.keep_last=1", replace(budget, checkpoints=2)
     for where in ("device", "host"):
-        yield f"loop.streaming.boundaries={where}", budget.with_streaming("boundaries", where)
-    yield "loop.streaming.resident=auto", budget.with_streaming("resident", "auto")
-    yield "loop.streaming.resident=0", budget.with_streaming("resident", 0)
+        yield f"loop.offload.activation_storage={where}", budget.with_offload("activation_storage", where)
+    yield "loop.offload.num_gpu_layers=auto", budget.with_offload("num_gpu_layers", "auto")
+    yield "loop.offload.num_gpu_layers=0", budget.with_offload("num_gpu_layers", 0)
     for count in (2, 4, 8):
-        if count > streaming.micro_batches:
-            yield f"loop.streaming.micro_batches={count}", budget.with_streaming("micro_batches", count)
-        if count > streaming.recompute_every:
-            yield f"loop.streaming.recompute_every={count}", budget.with_streaming("recompute_every", count)
-    for size in SMALLER:
-        rule = update_rule(OptimizerConfig(bytes_per_parameter=size))
-        yield f"loop.optimizer.bytes_per_parameter={size}", budget.with_rule(rule)
+        if count > offload.gradient_accumulation_steps:
+            yield (
+                f"loop.offload.gradient_accumulation_steps={count}",
+                budget.with_offload("gradient_accumulation_steps", count),
+            )
+        if count > offload.recompute_every:
+            yield f"loop.offload.recompute_every={count}", budget.with_offload("recompute_every", count)
+    for precision in PRECISIONS[1:]:
+        rule = update_rule(OptimizerConfig(precision=precision))
+        yield f"loop.optimizer.precision={precision}", budget.with_rule(rule)
 
 
 def _size(num_bytes: float) -> str:

@@ -269,7 +269,7 @@ class SwapCallback(Callback):
             self._warned = True
             get_log().warning(
                 f"step {report.step}: the host has swapped out {swapped / 2**30:.1f} GiB of this run, so steps will "
-                "be slow; end other programs, or lower loop.streaming.host_gib and train fewer layers"
+                "be slow; end other programs, or lower loop.offload.host_gib and train fewer layers"
             )
         return {}
 

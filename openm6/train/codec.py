@@ -79,16 +79,14 @@ class ImageCodecRecipe(CodecRecipe):
 
     kind: Literal["codec-image"] = "codec-image"
     codec: ImageCodecConfig = ImageCodecConfig()
-    lessons: ImageDataConfig = ImageDataConfig()
+    data: ImageDataConfig = ImageDataConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> ImageCodecRecipe:
-        _check_shares(self.lessons.shares, self.sources)
-        for side in self.lessons.sides:
+        _check_shares(self.data.shares, self.sources)
+        for side in self.data.sides:
             if side % self.codec.stride:
-                raise ValueError(
-                    f"lessons.sides: {side} must be a multiple of {self.codec.stride}, the stride"
-                )
+                raise ValueError(f"data.sides: {side} must be a multiple of {self.codec.stride}, the stride")
         return self
 
 
@@ -97,11 +95,11 @@ class AudioCodecRecipe(CodecRecipe):
 
     kind: Literal["codec-audio"] = "codec-audio"
     codec: AudioCodecConfig = AudioCodecConfig()
-    lessons: AudioDataConfig = AudioDataConfig()
+    data: AudioDataConfig = AudioDataConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> AudioCodecRecipe:
-        _check_shares(self.lessons.shares, self.sources)
+        _check_shares(self.data.shares, self.sources)
         return self
 
 
@@ -109,7 +107,7 @@ def _check_shares(shares: dict[str, float], sources: dict[str, AnySourceConfig])
     for name in shares:
         if name not in sources:
             hint = nearest(name, list(sources))
-            raise ValueError(f"lessons.shares names {name!r}, which is not a source; {hint}")
+            raise ValueError(f"data.shares names {name!r}, which is not a source; {hint}")
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ class CodecTraining(TrainingTask):
             norm.frozen = settling
         # Data, losses and rounding stay in fp32; the loop's autocast holds for the networks alone.
         with torch.autocast(self.device.type, enabled=False):
-            raw = self.data.draw(derive_seed(self.recipe.loop.seed, "lesson", batch.step))
+            raw = self.data.draw(derive_seed(self.recipe.loop.seed, "batch", batch.step))
         output, quantized = self.codec.reconstruct(raw)
         with torch.autocast(self.device.type, enabled=False):
             loss = self.data.loss(raw, output, settling)
@@ -243,17 +241,17 @@ class ImageCodecTraining(CodecTraining):
     def __init__(self, recipe: ImageCodecRecipe, device: torch.device) -> None:
         seed_everything(recipe.loop.seed, "weights")
         super().__init__(recipe, ImageCodec(recipe.codec), device)
-        self.side = max(recipe.lessons.sides, key=lambda side: recipe.lessons.sides[side])
+        self.side = max(recipe.data.sides, key=lambda side: recipe.data.sides[side])
         kept, held = hold_out(self._read("train"), recipe.held_out)
-        self.data = ImageData(recipe.lessons, kept, device)
+        self.data = ImageData(recipe.data, kept, device)
         self.held_out = to_pixels([image for part in held.values() for image in part], self.side)
 
     def _read(self, split: Split) -> dict[str, list[Image]]:
-        largest = max(self.recipe.lessons.sides)
+        largest = max(self.recipe.data.sides)
         return read_records(self.recipe.sources, split, "image", lambda data: read_small(data, largest))
 
     def positions_per_batch(self) -> int:
-        return self.recipe.lessons.batch * (self.side // self.recipe.codec.stride) ** 2
+        return self.recipe.data.batch * (self.side // self.recipe.codec.stride) ** 2
 
     def held_out_scores(self, codec: Codec) -> dict[str, float]:
         return image_scores(codec, self.held_out)
@@ -265,7 +263,7 @@ class ImageCodecTraining(CodecTraining):
         return {
             f"{name}_{side}": image_scores(codec, to_pixels(part, side))
             for name, part in self._read("test").items()
-            for side in self.recipe.lessons.sides
+            for side in self.recipe.data.sides
         }
 
 
@@ -278,11 +276,11 @@ class AudioCodecTraining(CodecTraining):
         seed_everything(recipe.loop.seed, "weights")
         super().__init__(recipe, AudioCodec(recipe.codec), device)
         kept, held = hold_out(read_records(recipe.sources, "train", "audio", read_clip), recipe.held_out)
-        self.data = self.audio = AudioData(recipe.lessons, recipe.codec, kept, device)
+        self.data = self.audio = AudioData(recipe.data, recipe.codec, kept, device)
         self.held_out = [clip for part in held.values() for clip in part]
 
     def positions_per_batch(self) -> int:
-        return self.recipe.lessons.batch * self.audio.length // self.recipe.codec.samples_per_position
+        return self.recipe.data.batch * self.audio.length // self.recipe.codec.samples_per_position
 
     def held_out_scores(self, codec: Codec) -> dict[str, float]:
         return audio_scores(codec, self.held_out)

@@ -33,13 +33,13 @@ class LoopConfig(Config):
     minutes: float | None = Field(default=None, gt=0.0)  # with steps: auto, the time that the run may take
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    streaming: OffloadConfig | None = None  # weights that come to the device block by block
+    offload: OffloadConfig | None = None  # weights that come to the device block by block
     stages: StagesConfig | None = None  # Pseudo-to-Real, for a model whose layers share weights at first
-    clip: float | None = Field(default=1.0, gt=0.0)  # bound on the gradient's global norm
+    max_grad_norm: float | None = Field(default=1.0, gt=0.0)  # bound on the gradient's global norm
     # auto: bf16 where the device computes it fast; bf16-products: on a CPU, the large products alone.
     precision: Precision = "auto"
     compile: bool | Literal["auto"] = "auto"  # the blocks; auto: on a GPU
-    recompute: int | Literal["auto"] = (
+    activation_checkpointing: int | Literal["auto"] = (
         "auto"  # layers that keep their input alone; auto: as few as fit into memory
     )
     seed: int = 0
@@ -47,22 +47,22 @@ class LoopConfig(Config):
     evaluate_every: int | None = Field(default=None, ge=1)
     held_out: HeldOutConfig | None = None  # the loss on records that are never trained on, as the run goes on
     save_every: int = Field(default=500, ge=1)
-    keep: int = Field(default=2, ge=1)  # checkpoints kept
+    keep_last: int = Field(default=2, ge=1)  # checkpoints kept
     prefetch: int = Field(default=2, ge=1)  # batches made ahead
     # Processes that share a step on a CPU; auto: one a core. A run keeps its number, which decides the order of sums.
-    workers: int | Literal["auto"] = "auto"
+    num_processes: int | Literal["auto"] = "auto"
     max_non_finite: int = Field(default=10, ge=0)  # skipped steps in a row before the run ends with an error
     energy: EnergyConfig = EnergyConfig()
     tensorboard: bool = True  # where the package is installed
 
-    @field_validator("steps", "workers")
+    @field_validator("steps", "num_processes")
     @classmethod
     def _at_least_one(cls, number: int | str) -> int | str:
         if isinstance(number, int) and number < 1:
             raise ValueError("must be at least 1, or auto")
         return number
 
-    @field_validator("recompute")
+    @field_validator("activation_checkpointing")
     @classmethod
     def _not_below_zero(cls, layers: int | str) -> int | str:
         if isinstance(layers, int) and layers < 0:
@@ -80,14 +80,14 @@ class LoopConfig(Config):
 
     @property
     def offloaded(self) -> bool:
-        """Whether gradients are used up block by block, as streaming and few bytes a parameter need."""
-        return self.streaming is not None or self.optimizer.bytes_per_parameter < 16
+        """Whether gradients are used up block by block, as offloading and a precision below fp32 need."""
+        return self.offload is not None or self.optimizer.precision != "fp32"
 
     @model_validator(mode="after")
-    def _rule_for_streaming(self) -> LoopConfig:
+    def _rule_for_offload(self) -> LoopConfig:
         if self.offloaded and self.optimizer.name != "adamw":
             raise ValueError(
-                "streaming and bytes_per_parameter below 16 bring a rule of their own, with adamw for embeddings "
+                "offload and a precision below fp32 have an update rule of their own, with adamw for embeddings "
                 f"and norms: take optimizer.name={self.optimizer.name} out"
             )
         return self
@@ -96,9 +96,9 @@ class LoopConfig(Config):
     def _time_for_auto(self) -> LoopConfig:
         if self.steps == "auto" and self.minutes is None:
             raise ValueError("steps: auto needs minutes: add e.g. minutes: 8")
-        if self.steps == "auto" and self.schedule.decay_share > 0.9:
+        if self.steps == "auto" and self.schedule.decay_fraction > 0.9:
             raise ValueError(
-                "steps: auto needs some steps at the full rate: set schedule.decay_share to 0.9 or less"
+                "steps: auto needs some steps at the full rate: set schedule.decay_fraction to 0.9 or less"
             )
         return self
 

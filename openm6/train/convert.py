@@ -1,4 +1,4 @@
-"""`openm6 convert`: a checkpoint with other bytes a parameter, or taken from the pseudo stage to the real one."""
+"""`openm6 convert`: a checkpoint in another precision, or taken from the pseudo stage to the real one."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ from openm6.models.config import BackboneConfig, Stage
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, read_description
 from openm6.nn.block import Block
 from openm6.offload.weight_store import RecordLayout, set_shapes
-from openm6.optim.config import OptimizerConfig
+from openm6.optim.config import PRECISIONS, OptimizerConfig, WeightPrecision
 from openm6.optim.rules import OptimizerState, Slots, UpdateRule, update_rule
 from openm6.train.offloaded import full_name
 
-TIERS = (16, 4, 2, 1)
 WRITTEN_AGAIN = ("format", "openm6", "step", "files")  # of state.json
 
 
@@ -38,8 +37,8 @@ class Conversion:
     """From what to what: rules, and the layers of the sets."""
 
     description: CheckpointConfig
-    old_bytes: int
-    new_bytes: int
+    old_precision: WeightPrecision
+    new_precision: WeightPrecision
     delinked: bool
     moments: Moments
 
@@ -59,13 +58,13 @@ class Conversion:
 def convert(
     trained: Path,
     out: Path,
-    bytes_per_parameter: int | None = None,
+    precision: str | None = None,
     stage: Stage | None = None,
     moments: Moments = "independent",
 ) -> str:
     """Writes the newest checkpoint of `trained` into a new run at `out`, set by set; `openm6 train --resume` goes on.
 
-    Weights that get fewer bytes are rounded stochastically. The optimizer's moments are kept as far as the new rule
+    Weights of a lower precision are rounded stochastically. The optimizer's moments are kept as far as the new rule
     stores them.
 
     Raises:
@@ -74,7 +73,7 @@ def convert(
     """
     folder = latest(trained)
     state = read_state(folder)
-    conversion = plan_conversion(folder, state, bytes_per_parameter, stage, moments)
+    conversion = plan_conversion(folder, state, precision, stage, moments)
     if list_checkpoints(RunFolder(out).checkpoints):
         raise ConfigError(f"{out} already holds a run: choose another folder")
     run = RunFolder.open(out)
@@ -94,12 +93,12 @@ def convert(
         num_shards=len(conversion.sources),
     )
     saved = save(snapshot, run.checkpoints, keep=1)
-    kind = f"{conversion.new_bytes} bytes a parameter, {conversion.backbone.stage} stage"
+    kind = f"precision {conversion.new_precision}, {conversion.backbone.stage} stage"
     return f"{saved}: {kind}; go on with openm6 train {run.config} --resume --out {out}"
 
 
 def plan_conversion(
-    folder: Path, state: dict[str, Any], wanted: int | None, stage: Stage | None, moments: Moments
+    folder: Path, state: dict[str, Any], wanted: str | None, stage: Stage | None, moments: Moments
 ) -> Conversion:
     """What is to be done, checked.
 
@@ -107,13 +106,13 @@ def plan_conversion(
         CheckpointError, ConfigError: as for `convert`.
     """
     description = read_description(_text(folder / MODEL_FILE), str(folder / MODEL_FILE))
-    old = int(state.get("bytes_per_parameter", 16))
+    old = state["precision"]
     new = wanted or old
-    if new not in TIERS:
-        raise ConfigError(f"--bytes {new} must be one of {', '.join(map(str, TIERS))}")
-    if state.get("optimizer", "adamw") != "adamw" and new < 16:
+    if new not in PRECISIONS:
+        raise ConfigError(f"--precision {new} must be one of {', '.join(PRECISIONS)}")
+    if state.get("optimizer", "adamw") != "adamw" and new != "fp32":
         raise ConfigError(
-            f"{folder} was trained with {state['optimizer']}, whose state fewer bytes cannot take over: "
+            f"{folder} was trained with {state['optimizer']}, whose state Adafactor cannot use: "
             "convert a run of adamw"
         )
     now = description.backbone.stage
@@ -121,14 +120,16 @@ def plan_conversion(
         raise ConfigError(
             f"{folder} is of the real stage: layers that have gone apart cannot share weights again"
         )
-    return Conversion(description, old, new, stage == "real" and now == "pseudo", moments)
+    return Conversion(
+        description, old, cast(WeightPrecision, new), stage == "real" and now == "pseudo", moments
+    )
 
 
 def _sets(weights: CheckpointReader, kept: CheckpointReader, conversion: Conversion) -> Iterator[Shard]:
     """The new weight sets, one in memory at a time."""
     old_rule, new_rule = (
-        update_rule(OptimizerConfig(bytes_per_parameter=size))
-        for size in (conversion.old_bytes, conversion.new_bytes)
+        update_rule(OptimizerConfig(precision=precision))
+        for precision in (conversion.old_precision, conversion.new_precision)
     )
     with torch.device("meta"):
         blocks = Backbone(conversion.description.backbone).sets
@@ -200,8 +201,10 @@ def _edges(catalogue: CheckpointReader, conversion: Conversion, scaled: bool) ->
 def _new_state(state: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
     kept = {name: value for name, value in state.items() if name not in WRITTEN_AGAIN}
     if conversion.delinked:
-        kept["hooks"] = {name: value for name, value in kept.get("hooks", {}).items() if name != "stages"}
-    return {**kept, "stage": conversion.backbone.stage, "bytes_per_parameter": conversion.new_bytes}
+        kept["callbacks"] = {
+            name: value for name, value in kept.get("callbacks", {}).items() if name != "stages"
+        }
+    return {**kept, "stage": conversion.backbone.stage, "precision": conversion.new_precision}
 
 
 def _write_settings(old: RunFolder, new: RunFolder, conversion: Conversion) -> None:
@@ -210,7 +213,7 @@ def _write_settings(old: RunFolder, new: RunFolder, conversion: Conversion) -> N
     if not values:
         return
     loop = dict(values.get("loop") or {})
-    loop["optimizer"] = {**(loop.get("optimizer") or {}), "bytes_per_parameter": conversion.new_bytes}
+    loop["optimizer"] = {**(loop.get("optimizer") or {}), "precision": conversion.new_precision}
     if conversion.delinked:
         loop.pop("stages", None)
         model = dict(values.get("model") or {})

@@ -120,13 +120,13 @@ class _Run:
         self.training, self.config, self.run = training, config, run
         self.train_step = open_train_step(training, config, run.checkpoints)
         stages = [StagesCallback(config.stages)] if config.stages is not None else []
-        streaming = [SwapCallback()] if config.offloaded else []
+        offload = [SwapCallback()] if config.offloaded else []
         held_out = [HeldOutCallback(config.held_out)] if config.held_out is not None else []
         self.callbacks: list[Callback] = [
             MeterCallback(),
             MemoryCallback(),
             *stages,
-            *streaming,
+            *offload,
             *held_out,
             *callbacks,
         ]
@@ -283,7 +283,7 @@ class _Run:
         self.progress.cursor = self.training.merge_cursors(self.training.ranks.gather(self.progress.cursor))
         ranks = self.training.ranks
         if ranks.is_main_process or ranks.layout is not None:
-            self.saved = self.saver.begin(self._snapshot(), self.run.checkpoints, self.config.keep)
+            self.saved = self.saver.begin(self._snapshot(), self.run.checkpoints, self.config.keep_last)
         self.saved = ranks.broadcast_object(self.saved)
 
     def _snapshot(self) -> Snapshot:
@@ -293,12 +293,12 @@ class _Run:
             "progress": asdict(self.progress),
             "optimizer": self.config.optimizer.name,
             "stage": self.training.stage,
-            "bytes_per_parameter": self.config.optimizer.bytes_per_parameter,
+            "precision": self.config.optimizer.precision,
             "recorder": self.averager.state(),
             "watch": self.spikes.state(),
             "scores": self.scores,
-            "hooks": {callback.name: callback.state() for callback in self.callbacks},
-            "job": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
+            "callbacks": {callback.name: callback.state() for callback in self.callbacks},
+            "task": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         }
         moments = optimizer_state_dict(self.train_step.optimizer, self.training.model)
         return Snapshot(
@@ -319,14 +319,14 @@ class _Run:
                 f"{folder} was trained with {state['optimizer']}, not {self.config.optimizer.name}: "
                 "set loop.optimizer.name back, or start a new run"
             )
-        kept = state.get("hooks", {})
+        kept = state.get("callbacks", {})
         for callback in self.callbacks:
             if callback.name in kept:
                 callback.before_load(self, kept[callback.name])
         _check_stage(folder, state.get("stage", self.training.stage), self.training)
-        _check_bytes(folder, state.get("bytes_per_parameter", 16), self.config)
+        _check_precision(folder, state["precision"], self.config)
         self.train_step.load(folder)
-        self.training.load_state({**state["job"], **load_training_tensors(folder)})
+        self.training.load_state({**state["task"], **load_training_tensors(folder)})
         self.averager.load_state(state["recorder"])
         self.spikes.load_state(state["watch"])
         for callback in self.callbacks:
@@ -350,13 +350,13 @@ class _Run:
         )
 
 
-def _check_bytes(folder: Path, saved: int, config: LoopConfig) -> None:
-    """Raise CheckpointError if the weights were stored by another rule."""
-    wanted = config.optimizer.bytes_per_parameter
-    if saved != wanted:
+def _check_precision(folder: Path, saved: str, config: LoopConfig) -> None:
+    """Raise CheckpointError if the weights were stored in another precision."""
+    precision = config.optimizer.precision
+    if saved != precision:
         raise CheckpointError(
-            f"{folder} holds {saved} bytes a parameter, this run wants {wanted}: "
-            f"convert it with openm6 convert, or set loop.optimizer.bytes_per_parameter={saved}"
+            f"{folder} holds weights of precision {saved}, this run trains {precision}: "
+            f"convert it with openm6 convert, or set loop.optimizer.precision={saved}"
         )
 
 

@@ -70,7 +70,7 @@ class MetricAverager:
         if not report.applied:
             return
         named = {"loss": report.loss, "grad_norm": report.grad_norm, **report.metrics}
-        named |= {f"c_v {layer}": value for layer, value in enumerate(report.c_v)}
+        named |= {f"expert_load_cv {layer}": value for layer, value in enumerate(report.expert_load_cv)}
         named |= {f"dropped {layer}": value for layer, value in enumerate(report.dropped)}
         self.add_numbers(named)
 
@@ -86,7 +86,7 @@ class MetricAverager:
         means = {name: total / count for name, (total, count) in self._sums.items()}
         layers = {
             kind: [means.pop(name) for name in list(means) if name.startswith(f"{kind} ")]
-            for kind in ("c_v", "dropped")
+            for kind in ("expert_load_cv", "dropped")
         }
         if not any(layers["dropped"]):
             del layers["dropped"]  # dropless routing, by far the usual case
@@ -186,7 +186,7 @@ class TensorBoardEvents:
         for name, value in numbers.items():
             if isinstance(value, (int, float)) and name != "step":
                 self._writer.add_scalar(name, value, line["step"])
-        for name in ("c_v", "dropped"):
+        for name in ("expert_load_cv", "dropped"):
             for layer, value in enumerate(line.get(name, [])):
                 self._writer.add_scalar(f"{name}/{layer}", value, line["step"])
 
@@ -282,8 +282,10 @@ class LiveDisplay:
             table.add_row("tokens/s", f"{self._last['tokens_per_second']:,.0f}")
         if "joules" in self._last:
             table.add_row("energy", energy(self._last))
-        if self._last.get("c_v"):
-            table.add_row("c_v by layer", " ".join(f"{value:.2f}" for value in self._last["c_v"]))
+        if self._last.get("expert_load_cv"):
+            table.add_row(
+                "expert load CV by layer", " ".join(f"{value:.2f}" for value in self._last["expert_load_cv"])
+            )
         for name, value in self._scores.get("evaluation", {}).items():
             table.add_row(f"{name} (step {self._scores['step']})", f"{value:.4g}")
         return Group(head, ProgressBar(total=steps or 1, completed=step if steps else 0, width=60), table)
@@ -332,8 +334,8 @@ def describe(line: Line, steps: int | None, pace: Pace) -> str:
     first = [place, *named[:1]]
     last = [f"{line['tokens_per_second']:,.0f} tokens/s", pace.time_left(line["step"], steps)]
     more = [energy(line)] if "joules" in line else []
-    if line["c_v"]:
-        more.append(f"c_v {sum(line['c_v']) / len(line['c_v']):.2f}")
+    if line["expert_load_cv"]:
+        more.append(f"load CV {sum(line['expert_load_cv']) / len(line['expert_load_cv']):.2f}")
     # The losses of modalities before energy and balance, as many as fit.
     remaining = LINE_LENGTH - len("  ".join([*first, *last]))
     fitting = []

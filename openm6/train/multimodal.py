@@ -101,7 +101,9 @@ class MultimodalTraining(TrainingTask):
         self.packer = Packer(transform, recipe.packing, quarantine, self.ranks.rank, self.ranks.size)
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.
         whole = self.omni.pool is not None or self.ranks.size > 1
-        self.max_parts = 1 if whole else max(1, recipe.packing.rows * recipe.packing.length // PART_TOKENS)
+        self.max_parts = (
+            1 if whole else max(1, recipe.packing.batch_size * recipe.packing.seq_len // PART_TOKENS)
+        )
 
     def _mesh(self, device: torch.device) -> MeshShape | None:
         """Return the checked mesh of several ranks; None for a process alone."""
@@ -119,7 +121,7 @@ class MultimodalTraining(TrainingTask):
             self.ranks.open_mesh(shape)
         else:
             self.ranks.shard(self.omni, shape)
-        self.omni.backbone.exchange = self.ranks.token_dispatcher(self.recipe.parallel.parts)
+        self.omni.backbone.exchange = self.ranks.token_dispatcher(self.recipe.parallel.ep_overlap_chunks)
 
     def batches(self) -> Iterator[Batch]:
         return self.packer.batches()
@@ -153,7 +155,7 @@ class MultimodalTraining(TrainingTask):
         metrics: dict[str, float | Tensor] = {
             f"loss/{kind}": nats.get(kind, none) / count for kind, count in counts.learned.items() if count
         }
-        metrics["fill"] = batch.tokens / counts.positions
+        metrics["packing_efficiency"] = batch.tokens / counts.positions
         share = batch.tokens / max(1.0, counts.tokens)  # the routers' own means are over this rank's tokens
         loads = [replace(load, dropped=load.dropped * share) for load in loads]
         loss = total / counts.examples + share * side_loss(loads) + self._idle()
@@ -216,7 +218,7 @@ class MultimodalTraining(TrainingTask):
 
     @property
     def tokens_per_step(self) -> int:
-        return self.recipe.packing.rows * self.recipe.packing.length
+        return self.recipe.packing.batch_size * self.recipe.packing.seq_len
 
     @property
     def stage(self) -> str:
@@ -254,9 +256,9 @@ class MultimodalTraining(TrainingTask):
             seen = epochs_seen(read_state(latest(run.path))["progress"]["cursor"]["mixture"])
             listed = ", ".join(f"{name} {epochs:.3g}" for name, epochs in seen.items())
             get_log().info(f"epochs of each source and task: {listed}")
-        at_end = self.recipe.judge.at_end
+        at_end = self.recipe.eval.at_end
         if not (at_end if at_end != "auto" else not self.recipe.loop.offloaded):
-            get_log().info(f"not evaluated, as judge.at_end is false; openm6 evaluate {run.path} does it")
+            get_log().info(f"not evaluated, as eval.at_end is false; openm6 evaluate {run.path} does it")
             return
         checkpoint, reported = self.ranks.broadcast_object(
             last_checkpoint(run) if self.ranks.is_main_process else (run.path, False)
@@ -280,7 +282,7 @@ class MultimodalTraining(TrainingTask):
             report = evaluate(
                 run.path,
                 # A process that is part of a group is not forked.
-                settings=["judge.workers=1"] if self.ranks.layout is not None else None,
+                settings=["eval.num_processes=1"] if self.ranks.layout is not None else None,
                 on_result=lambda result: get_log().info(result_line(result)),
                 loaded=self._loaded(checkpoint),
             )
@@ -292,7 +294,7 @@ class MultimodalTraining(TrainingTask):
         The model that was trained is still in memory then: a second one must never be whole beside it.
         """
         if self.ranks.layout is not None or self.recipe.loop.offloaded:
-            return load(checkpoint, self.omni.device, resident=0, host_copy=False)
+            return load(checkpoint, self.omni.device, num_gpu_layers=0, host_copy=False)
         omni = self.omni.eval()
         if omni.pool is not None:
             omni.pool.gather = None
@@ -341,11 +343,11 @@ def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> Checkpoin
         preset=recipe.model.preset,
         backbone=build_backbone(recipe.model),
         modalities=recipe.modalities.model_copy(
-            update={"text": recipe.modalities.text.model_copy(update={"vocabulary": recipe.vocabulary})}
+            update={"text": recipe.modalities.text.model_copy(update={"vocab_size": recipe.vocabulary})}
         ),
         scales=fit_scales(sources.values()),
         embedding=recipe.pooling,
-        lessons=trained_tasks(recipe, sources),
+        trained_tasks=trained_tasks(recipe, sources),
         sources={name: source.model_dump(mode="json") for name, source in recipe.sources.items()},
-        judge=recipe.judge.model_dump(mode="json"),
+        eval=recipe.eval.model_dump(mode="json"),
     )

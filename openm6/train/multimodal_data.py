@@ -199,7 +199,7 @@ def pack_held_out(
         )
     seed = recipe.loop.seed
     transform = ExampleTransform(MixtureSampler(components, seed), modalities, seed, recipe.loss_weights)
-    packing = recipe.packing.model_copy(update={"lanes": recipe.packing.rows})
+    packing = recipe.packing.model_copy(update={"num_shards": recipe.packing.batch_size})
     packer = Packer(transform, packing, Quarantine(None, recipe.max_broken), ranks.rank, ranks.size)
     batches = packer.batches()
     return [next(batches) for _ in range(count)]

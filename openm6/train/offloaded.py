@@ -32,7 +32,7 @@ from openm6.optim.registry import set_lr
 from openm6.optim.rules import WEIGHT, Slots, update_rule
 from openm6.optim.schedule import lr_multiplier
 from openm6.plan.memory import HALF
-from openm6.train.budget import FULL, Budget, available, check_budget, resident_sets
+from openm6.train.budget import FULL, Budget, available, check_budget, on_device_sets
 from openm6.train.config import LoopConfig
 from openm6.train.pseudo_to_real import matrix_noise
 from openm6.train.step import (
@@ -72,16 +72,16 @@ class OffloadedTrainStep(TrainStep):
         """`streams` stand in for those of the device, in tests; `checkpoints` is where the run is saved, if it is.
 
         Raises:
-            ConfigError: the training task has no blocks to stream, or memory or disk do not suffice.
+            ConfigError: the training task has no blocks to offload, or memory or disk do not suffice.
         """
         if training.backbone is None:
             raise ConfigError(
-                "this kind of training has no blocks to stream: leave loop.streaming and "
+                "this kind of training has no blocks to offload: leave loop.offload and "
                 "loop.optimizer.bytes_per_parameter out"
             )
         self.training, self.config, self.ranks = training, config, training.ranks
         self.backbone: Backbone = training.backbone
-        self.streaming = config.streaming or OffloadConfig()
+        self.offload = config.offload or OffloadConfig()
         self.rule = update_rule(config.optimizer)
         self._checkpoints = checkpoints
         placed = next(parameter for parameter in training.model.parameters() if not parameter.is_meta)
@@ -184,7 +184,7 @@ class OffloadedTrainStep(TrainStep):
         self.store.invalidate()
 
     def _to_device(self, index: int, read: dict[str, Tensor]) -> None:
-        """Parts that were read on the host, for a set that is resident on a GPU; others were read where they live."""
+        """Parts that were read on the host, for a set that stays on a GPU; others were read where they are stored."""
         for name, stored in self.store.stored(index).items():
             for slot, tensor in stored.items():
                 if not tensor.is_cpu:
@@ -203,20 +203,20 @@ class OffloadedTrainStep(TrainStep):
             RecordLayout(self.sets.local_shapes(index), self.rule) for index in range(len(self.backbone.sets))
         ]
         budget = self.budget(layouts)
-        free = available(device, self.streaming, self._checkpoints)
+        free = available(device, self.offload, self._checkpoints)
         if self.config.stages is not None and self.backbone.config.stage == "pseudo":
             check_budget(self._later(budget), free, self.rule)
         check_budget(budget, free, self.rule)
-        resident = resident_sets(budget, free)
+        on_device = on_device_sets(budget, free)
         self.store = WeightStore(
-            layouts, resident, device, self._streams, self.streaming.buffers, self.streaming.pin
+            layouts, on_device, device, self._streams, self.offload.buffers, self.offload.pin
         )
         self.blocks = OffloadedBlocks(
             [cast(Block, block) for block in self.backbone.sets],
             self.backbone.config.weight_sets,
             self.store,
             self.rule,
-            self.streaming,
+            self.offload,
             self.sets,
         )
         self.backbone.runner = self.blocks
@@ -231,9 +231,9 @@ class OffloadedTrainStep(TrainStep):
             layouts,
             edges,
             -(-self.training.tokens_per_step // self.training.ranks.size),
-            self.streaming,
+            self.offload,
             value_bytes=HALF if half else FULL,
-            checkpoints=0 if self._checkpoints is None else self.config.keep + 1,
+            checkpoints=0 if self._checkpoints is None else self.config.keep_last + 1,
             gathered=max(self.sets.gathered(index) for index in range(len(layouts))),
         )
 
@@ -335,7 +335,7 @@ def _first_expert(
     seed_everything(*words)
     alone = part.model_copy(update={"num_experts": 1, "top_k": 1, "num_prototypes": None, "num_shared": 0})
     with torch.device(device):
-        expert = Experts(config.width, alone)
+        expert = Experts(config.hidden_size, alone)
     expert.reset_parameters(config.deviation, config.output_deviation)
     return expert.up.detach(), expert.down.detach()
 

@@ -17,7 +17,7 @@ from openm6.modalities.registry import MODALITIES, ModalitiesConfig
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import ModelConfig, vocabulary_size
 from openm6.parallel.config import MeshShape, ParallelConfig
-from openm6.tasks.registry import TASKS
+from openm6.tasks.registry import TASKS, unknown_task
 from openm6.train.config import LoopConfig
 
 
@@ -32,7 +32,7 @@ class MixtureComponent(Config):
     @classmethod
     def _known(cls, task: str) -> str:
         if task not in TASKS:
-            raise ValueError(f"no task is called {task!r}; {nearest(task, sorted(TASKS))}")
+            raise ValueError(unknown_task(task))
         return task
 
 
@@ -50,7 +50,7 @@ class MultimodalRecipe(Config):
     max_broken: float = Field(default=MAX_BROKEN, ge=0, le=1)  # share of records that may be quarantined
     loop: LoopConfig = LoopConfig()
     parallel: ParallelConfig = ParallelConfig()
-    judge: EvalConfig = EvalConfig()
+    eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _names_exist(self) -> MultimodalRecipe:
@@ -72,7 +72,7 @@ class MultimodalRecipe(Config):
     @property
     def vocabulary(self) -> int:
         """Tokens that the tokenizer learns."""
-        return vocabulary_size(self.model, self.modalities.text.vocabulary)
+        return vocabulary_size(self.model, self.modalities.text.vocab_size)
 
     @property
     def pooling(self) -> PoolConfig | None:
@@ -87,39 +87,42 @@ def check_mesh(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfi
     if shape.copies_only:
         return
     _check_compiling(recipe.loop)
-    _check_parts(recipe.parallel.parts, shape, config)
+    _check_parts(recipe.parallel.ep_overlap_chunks, shape, config)
 
 
 def _check_rows(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfig) -> None:
-    rows, streaming = recipe.packing.rows, recipe.loop.streaming
+    rows, offload = recipe.packing.batch_size, recipe.loop.offload
     if rows < shape.size:
-        raise ConfigError(f"packing.rows={rows} leaves some of {shape.size} ranks without a row: raise it")
-    least = rows // shape.size
-    if streaming is not None and streaming.micro_batches > least:
         raise ConfigError(
-            f"loop.streaming.micro_batches={streaming.micro_batches} are more than the rows of a rank, of which "
-            f"some have {least}: lower it, or raise packing.rows"
+            f"packing.batch_size={rows} leaves some of {shape.size} ranks without a row: raise it"
         )
-    capacity = None if config.experts is None else config.experts.capacity
+    least = rows // shape.size
+    if offload is not None and offload.gradient_accumulation_steps > least:
+        raise ConfigError(
+            f"loop.offload.gradient_accumulation_steps={offload.gradient_accumulation_steps} are more than "
+            f"the rows of a rank, of which some have {least}: lower it, or raise packing.batch_size"
+        )
+    capacity = None if config.experts is None else config.experts.capacity_factor
     if capacity is not None and rows % shape.size and not shape.copies_only:
         raise ConfigError(
-            f"experts with a capacity need as many rows on each rank: set packing.rows to a multiple of {shape.size}"
+            f"experts with a capacity_factor need as many rows on each rank: set packing.batch_size to a multiple "
+            f"of {shape.size}"
         )
 
 
 def _check_compiling(loop: LoopConfig) -> None:
-    if loop.compile is True or (loop.streaming is not None and loop.streaming.compile is True):
+    if loop.compile is True or (loop.offload is not None and loop.offload.compile is True):
         raise ConfigError(
-            "blocks that are sharded over ranks cannot be compiled: leave compile at auto, or set parallel.shard and "
-            "parallel.experts to 1"
+            "blocks that are sharded over ranks cannot be compiled: leave compile at auto, or set "
+            "parallel.dp_shard and parallel.ep to 1"
         )
 
 
 def _check_parts(parts: int, shape: MeshShape, config: BackboneConfig) -> None:
-    if shape.experts == 1 or config.experts is None:
+    if shape.ep == 1 or config.experts is None:
         return
-    here = config.experts.num_experts // shape.experts
+    here = config.experts.num_experts // shape.ep
     if here % parts:
         raise ConfigError(
-            f"parallel.parts={parts} cannot divide the {here} experts of a rank evenly: choose a divisor"
+            f"parallel.ep_overlap_chunks={parts} cannot divide the {here} experts of a rank evenly: choose a divisor"
         )

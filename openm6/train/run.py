@@ -124,7 +124,7 @@ def _next_steps(recipe: MultimodalRecipe, folder: Path) -> str:
     return (
         "next:\n"
         f"  openm6 evaluate {run}\n"
-        f"  openm6 generate {run} --text 'your question' --want {wanted}\n"
+        f"  openm6 generate {run} --text 'your question' --output {wanted}\n"
         f"  openm6 serve {run} --playground"
     )
 

@@ -44,7 +44,7 @@ class StepReport:
     applied: bool  # False: not finite, so nothing was changed
     metrics: dict[str, float]
     # Per sparse layer the load's σ/μ (M6-T, arXiv 2105.15082, section 3.1), where 0 is a perfect balance.
-    c_v: list[float]
+    expert_load_cv: list[float]
     dropped: list[float]  # per sparse layer, the fraction of expert assignments that were dropped
     work: Work = field(default_factory=dict)  # what the step was used for
 
@@ -156,8 +156,8 @@ class TrainStep:
 
     def _clip(self) -> Tensor:
         norm = self.ranks.norm(self.parameters)
-        if self.config.clip is not None:
-            self.ranks.clip(self.parameters, self.config.clip, norm)
+        if self.config.max_grad_norm is not None:
+            self.ranks.clip(self.parameters, self.config.max_grad_norm, norm)
         return norm
 
 
@@ -189,17 +189,19 @@ def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) 
 def make_report(step: int, tokens: int, rate: float, result: StepResult, norm: Tensor) -> StepReport:
     """The report of a step whose gradients have this norm; it is applied if its loss and norm are finite."""
     measured = _measure(result, norm)
-    c_v, dropped = (_take_layers(measured, f"{name} ") for name in ("c_v", "dropped"))
+    expert_load_cv, dropped = (_take_layers(measured, f"{name} ") for name in ("expert_load_cv", "dropped"))
     loss, grad_norm = measured.pop("loss"), measured.pop("grad_norm")
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
-    return StepReport(step, tokens, loss, grad_norm, rate, applied, measured, c_v, dropped, result.work)
+    return StepReport(
+        step, tokens, loss, grad_norm, rate, applied, measured, expert_load_cv, dropped, result.work
+    )
 
 
 def _measure(result: StepResult, norm: Tensor) -> dict[str, float]:
     """Every scalar of a step as a float, fetched from the device in one transfer: each one costs a wait."""
     scalars = {name: value.detach() for name, value in result.metrics.items() if isinstance(value, Tensor)}
     for index, report in enumerate(result.loads):
-        scalars[f"c_v {index}"] = report.load_cv.detach()
+        scalars[f"expert_load_cv {index}"] = report.load_cv.detach()
         scalars[f"dropped {index}"] = report.dropped.detach()
     scalars |= {"loss": result.loss.detach(), "grad_norm": norm}
     stacked = torch.stack([value.to(norm.device, torch.float32).reshape(()) for value in scalars.values()])
@@ -255,7 +257,7 @@ def _block_runner(
     # On a CPU compiling takes minutes and saves little: see docs/performance.md.
     compiles = device.type == "cuda" if config.compile == "auto" else config.compile
     run: RunBlock = CompiledBlocks() if compiles and not sharded else run_plainly
-    again = config.recompute
+    again = config.activation_checkpointing
     if again == "auto":
         again = 0 if device.type != "cuda" else _by_memory(backbone, tokens, pending, device)
     if again:
@@ -285,8 +287,12 @@ def device_failures(step: Callable[[], int], offloaded: bool = True) -> Iterator
     try:
         yield
     except torch.OutOfMemoryError as error:
-        remedy = "raise loop.streaming.micro_batches or margin_gib"
-        remedy = remedy if offloaded else "raise loop.recompute, make batches smaller, or add loop.streaming"
+        remedy = "raise loop.offload.gradient_accumulation_steps or margin_gib"
+        remedy = (
+            remedy
+            if offloaded
+            else "raise loop.activation_checkpointing, make batches smaller, or add loop.offload"
+        )
         raise TrainingError(
             f"the GPU's memory ran out in step {step()}: {remedy}, then go on with --resume"
         ) from error

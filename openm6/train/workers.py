@@ -43,22 +43,23 @@ def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder
     # A stage replaces the weights, and offloading keeps them elsewhere, where other processes do not see them.
     alone = config.stages is not None or config.offloaded
     possible = training.max_parts if can_fork() and on_cpu and not alone else 1
-    if config.workers == "auto":
+    if config.num_processes == "auto":
         if possible == 1:
             return 1
-        written = run.read_config().get(LOOP_SECTION, {}).get("workers")
+        written = run.read_config().get(LOOP_SECTION, {}).get("num_processes")
         if not isinstance(written, int):
             written = min(possible, usable_cores())
-            run.set_config(LOOP_SECTION, "workers", written)
+            run.set_config(LOOP_SECTION, "num_processes", written)
         return written
-    if config.workers > possible:
+    if config.num_processes > possible:
         where = (
             f"its batches make at most {possible} parts" if possible > 1 else "it runs in one process here"
         )
         raise ConfigError(
-            f"loop.workers={config.workers} is too many for this run, {where}: set loop.workers to {possible}"
+            f"loop.num_processes={config.num_processes} is too many for this run, {where}: "
+            f"set loop.num_processes to {possible}"
         )
-    return config.workers
+    return config.num_processes
 
 
 class WorkerGroupContext(ProcessGroupContext):

@@ -35,7 +35,7 @@ def test_routings_have_the_same_active_weights():
     config = SIZES["fine"].backbone.experts
     ways = routings(config)
     assert list(ways) == ["top_k", "prototypes", "top_k_shared", "prototypes_shared"]
-    assert {way.choices + way.num_shared for way in ways.values()} == {8}
+    assert {way.experts_per_token + way.num_shared for way in ways.values()} == {8}
     assert ways["prototypes"].num_prototypes == 8 and ways["prototypes_shared"].num_prototypes == 4
     # One prototype is top-1, which stands there already.
     assert list(routings(SIZES["a"].backbone.experts)) == ["top_k", "prototypes", "top_k_shared"]

@@ -52,7 +52,7 @@ def test_products_and_gradients_are_near_the_exact_ones() -> None:
 
 def test_a_layer_in_eight_bits_is_near_the_layer_it_was_made_of() -> None:
     torch.manual_seed(0)
-    config = ExpertsConfig(hidden=32, num_experts=4, top_k=2)
+    config = ExpertsConfig(intermediate_size=32, num_experts=4, top_k=2)
     plain, router = Experts(32, config), Router(32, config)
     plain.reset_parameters(0.2, 0.2)
     router.reset_parameters(0.2)

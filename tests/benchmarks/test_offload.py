@@ -11,7 +11,14 @@ from benchmarks.offload import OffloadSize, measure
 from openm6.core.errors import ConfigError
 
 SMALL = OffloadSize(
-    width=64, layers=2, experts=2, hidden=64, rows=2, length=128, vocabulary=400, micro_batches=1
+    width=64,
+    layers=2,
+    experts=2,
+    hidden=64,
+    rows=2,
+    length=128,
+    vocabulary=400,
+    gradient_accumulation_steps=1,
 )
 KEYS = {
     "parameters", "active_parameters", "bytes_per_parameter", "seconds_per_step", "tokens_per_step",
@@ -31,7 +38,9 @@ def test_it_prints_the_documented_figures(tmp_path: Path, capsys: pytest.Capture
         written["tokens_per_step"]
     )
     assert sum(written["seconds"].values()) == pytest.approx(written["seconds_per_step"])
-    assert min(written["seconds"].values()) > 0 and written["link_gbps"] > 0 and written["resident_sets"] == 0
+    assert (
+        min(written["seconds"].values()) > 0 and written["link_gbps"] > 0 and written["sets_on_device"] == 0
+    )
     offloaded = written["budget_gib"]["host: offloaded weights"]
     assert 0 < offloaded < sum(written["budget_gib"].values()) < written["peak_host_gib"]
     assert written["curve"][0]["offloaded"] == 0.0
@@ -40,5 +49,5 @@ def test_it_prints_the_documented_figures(tmp_path: Path, capsys: pytest.Capture
 def test_what_it_does_not_know_is_refused() -> None:
     with pytest.raises(ConfigError, match="--baseline megatron is unknown"):
         measure(SMALL, 4, "megatron", False, 420.0, None)
-    with pytest.raises(ConfigError, match="--resident most must be"):
-        OffloadSize(resident="most").recipe()
+    with pytest.raises(ConfigError, match="--num-gpu-layers most must be"):
+        OffloadSize(num_gpu_layers="most").recipe()

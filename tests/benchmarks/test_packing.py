@@ -17,10 +17,10 @@ from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe, recipe_path
 
 SMALL = [
-    "packing.rows=2",
-    "packing.length=160",
+    "packing.batch_size=2",
+    "packing.seq_len=160",
     "model.overrides.num_layers=1",
-    "modalities.text.vocabulary=400",
+    "modalities.text.vocab_size=400",
 ]
 
 

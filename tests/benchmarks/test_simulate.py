@@ -11,8 +11,10 @@ from openm6.models.presets import preset
 from openm6.nn.config import ExpertsConfig
 
 SMALL = BackboneConfig(
-    width=64, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=32, qk_norm=False,
-    experts=ExpertsConfig(hidden=64, num_experts=16, num_prototypes=4, ffn="gelu", balance="none", capacity=1.25),
+    hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=32, qk_norm=False,
+    experts=ExpertsConfig(
+        intermediate_size=64, num_experts=16, num_prototypes=4, hidden_act="gelu", balance="none", capacity_factor=1.25
+    ),
 )  # fmt: skip
 
 

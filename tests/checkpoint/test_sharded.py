@@ -29,8 +29,8 @@ STEPS = 9
 
 
 def recipe_file(folder: Path) -> str:
-    recipe = tiny_recipe(steps=STEPS, save_every=3, keep=9, workers=1)
-    recipe["packing"] = {"rows": 4, "length": 160, "lanes": 4}
+    recipe = tiny_recipe(steps=STEPS, save_every=3, keep_last=9, num_processes=1)
+    recipe["packing"] = {"batch_size": 4, "seq_len": 160, "num_shards": 4}
     return write_recipe(folder, recipe)
 
 
@@ -117,7 +117,7 @@ def test_the_same_ranks_go_on_bit_for_bit(tmp_path: Path, four: Fleet) -> None:
 def assert_streamed(checkpoint: Path, weights: dict[str, Tensor]) -> None:
     """Layers that stay in the ranks' files have these weights when they are used."""
     assert is_sharded(checkpoint)
-    backbone = load(checkpoint, torch.device("cpu"), resident=0).omni.backbone
+    backbone = load(checkpoint, torch.device("cpu"), num_gpu_layers=0).omni.backbone
     for layer, number in enumerate(backbone.config.weight_sets):
         for name, tensor in backbone.block(layer).named_parameters():
             assert torch.equal(tensor, weights[f"backbone.sets.{number}.{name}"]), name

@@ -118,24 +118,26 @@ def test_words_arrive(monkeypatch: pytest.MonkeyPatch, words: str, call: tuple) 
 def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     called = Called(monkeypatch)
     monkeypatch.setattr("openm6.inference.question.Question", partial(called.call, "question"))
-    words = "generate runs/x --text hello --numbers mass=3.5,length= --want image --hole 0,0,1,.5 --out o.png"
-    shown = runner.invoke(app, [*words.split(), "--seed", "4", "--resident", "2", "--set", "masked.steps=2"])
+    words = "generate runs/x --text hello --numbers mass=3.5,length= --output image --mask-box 0,0,1,.5 --out o.png"
+    shown = runner.invoke(
+        app, [*words.split(), "--seed", "4", "--num-gpu-layers", "2", "--set", "masked.steps=2"]
+    )
     assert shown.exit_code == 0, shown.output
     calls = {name: (words, named) for name, words, named in called.calls}
     asked = {name: value for name, value in calls["question"][1].items() if value is not None}
     assert asked == {
-        "want": "image",
+        "output": "image",
         "text": "hello",
         "numbers": "parse_numbers is done",
         "series": "parse_series is done",
         "ahead": 8,
-        "hole": "parse_shares is done",
-        "gap": "parse_shares is done",
+        "mask_box": "parse_shares is done",
+        "mask_span": "parse_shares is done",
         "language": "en",
     }
     assert calls["read_decoding"][0] == (["text.seed=4", "masked.seed=4", "masked.steps=2"],)
     assert calls["parse_numbers"][0] == ("mass=3.5,length=",)
-    assert ("parse_shares", ("0,0,1,.5", 4, "--hole"), {}) in called.calls
+    assert ("parse_shares", ("0,0,1,.5", 4, "--mask-box"), {}) in called.calls
     given = (Path("runs/x"), "question is done", "read_decoding is done", Path("o.png"))
     assert calls["generate"] == ((*given, 2), {})
     assert shown.stdout == "generate is done\n"

@@ -19,7 +19,7 @@ def test_a_preset_builds_without_memory_and_counts_itself(name: str) -> None:
     count = count_parameters(chosen.backbone)
     assert count.total == sum(parameter.numel() for parameter in model.parameters())
     assert 0 < count.active <= count.total
-    embedding = chosen.vocabulary * chosen.backbone.width
+    embedding = chosen.vocab_size * chosen.backbone.hidden_size
     assert chosen.parameters.total == count.total + embedding
 
 

@@ -76,7 +76,7 @@ def test_all_pairs_of_modalities_are_covered() -> None:
 
 def test_a_mistyped_name_gets_a_hint() -> None:
     with pytest.raises(ConfigError, match="did you mean 'image_classification'"):
-        task_named("name_pictur")
+        task_named("image_clasification")
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -124,7 +124,7 @@ def test_what_is_wanted_is_not_among_what_is_given(task: Task) -> None:
     """Neither the very part, nor the wanted column among the given numbers."""
     for _, example in examples_of(task):
         assert example.target not in [p for p in example.source if p.options == example.target.options] or (
-            "hole" in example.target.options or "gap" in example.target.options
+            "mask_box" in example.target.options or "mask_span" in example.target.options
         )
         if "{column}" in task.prompts["en"][0]:
             (column,) = example.target.raw
@@ -136,7 +136,7 @@ def test_what_is_wanted_is_not_among_what_is_given(task: Task) -> None:
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_holes_and_gaps_are_the_same_in_both(task: Task) -> None:
     for _, example in examples_of(task):
-        for name in ("hole", "gap"):
+        for name in ("mask_box", "mask_span"):
             if name in example.target.options:
                 given = [part.options for part in example.source if part.modality == task.output_modality]
                 assert given == [example.target.options]
@@ -217,4 +217,4 @@ def test_a_gap_stands_where_words_are_missing() -> None:
 
 def test_a_prompt_that_names_a_slot_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="names"):
-        Task(name="x", summary="", inputs={"image": IMAGE}, target=IMAGE, prompts={"en": ("{image}",)})
+        Task(name="x", summary="", inputs={"image": IMAGE}, target=IMAGE, prompts={"en": ("{photo}",)})

@@ -61,8 +61,8 @@ def test_a_run_keeps_its_settings_in_order(tmp_path: Path) -> None:
     assert run.name == "b" and run.read_config() == {}
     run.write_config({"kind": "toy", "loop": {"steps": "auto", "seed": 1}, "名": "é"})
     run.set_config("loop", "steps", 12)
-    run.set_config("judge", "records", 3)
-    expected = {"kind": "toy", "loop": {"steps": 12, "seed": 1}, "名": "é", "judge": {"records": 3}}
+    run.set_config("eval", "records", 3)
+    expected = {"kind": "toy", "loop": {"steps": 12, "seed": 1}, "名": "é", "eval": {"records": 3}}
     assert run.read_config() == expected
     assert list(run.read_config()) == list(expected)
     assert "名: é" in run.config.read_text(encoding="utf-8")

@@ -101,7 +101,9 @@ def test_a_recipe_for_captions_of_which_a_third_is_missing_can_be_packed(tmp_pat
     parts = [Component(source=sources[part.source], task=part.task) for part in recipe.mixture]
     quarantine = Quarantine(limit=recipe.max_broken, minimum=50)
     packer = Packer(
-        ExampleTransform(MixtureSampler(parts, 0), modalities(), 0, {}), PackingConfig(rows=1), quarantine
+        ExampleTransform(MixtureSampler(parts, 0), modalities(), 0, {}),
+        PackingConfig(batch_size=1),
+        quarantine,
     )
     while quarantine.seen < 60:
         next(packer.batches())

@@ -23,7 +23,7 @@ from tests.data.lists import ListSource
 from tests.data.sample_images import png
 from tests.small_model import modalities
 
-CONFIG = PackingConfig(rows=2, length=64, waiting=3)
+CONFIG = PackingConfig(batch_size=2, seq_len=64, buffer_size=3)
 
 
 def texts(count: int, broken: tuple[int, ...] = (), longest: int = 30) -> list[dict | None]:
@@ -133,7 +133,7 @@ def drawing(records: list[dict | None], length: int, quarantine: Quarantine, bes
     parts = [Component(source=ListSource("images", records), task="text_to_image")]
     parts += [Component(source=ListSource("texts", texts(9)), task="question_answering")] if beside else []
     transform = ExampleTransform(MixtureSampler(parts, 5), modalities(), 5, {})
-    return Packer(transform, PackingConfig(rows=1, length=length), quarantine)
+    return Packer(transform, PackingConfig(batch_size=1, seq_len=length), quarantine)
 
 
 IMAGES: list[dict | None] = [{"id": f"i{n}", "image": png(), "text_en": "red"} for n in range(4)]
@@ -147,7 +147,7 @@ def test_what_is_too_long_is_set_aside_with_advice_and_is_not_broken(tmp_path: P
     assert quarantine.total == 0 and quarantine.too_long["images"] > 10
     lines = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     assert sorted(line["id"] for line in lines) == ["i0", "i1", "i2", "i3"]
-    assert all(line["kind"] == "too long" and "raise packing.length" in line["reason"] for line in lines)
+    assert all(line["kind"] == "too long" and "raise packing.seq_len" in line["reason"] for line in lines)
     fresh = drawing(IMAGES, 48, Quarantine(limit=0.0), beside=True)
     fresh.restore(json.loads(json.dumps(found[-1].cursor)))
     assert fresh.quarantine.too_long == Counter(found[-1].cursor["quarantine"]["too_long"])
@@ -155,7 +155,8 @@ def test_what_is_too_long_is_set_aside_with_advice_and_is_not_broken(tmp_path: P
 
 def test_records_that_are_all_too_long_end_the_search() -> None:
     with pytest.raises(
-        TrainingError, match=r"no record of images/draw can be used; .* do not fit a row of 48: raise"
+        TrainingError,
+        match=r"no record of images/text_to_image can be used; .* do not fit a row of 48: raise",
     ):
         batches(drawing(IMAGES, 48, Quarantine(limit=1.0)), 1)
 
@@ -222,7 +223,7 @@ def test_a_record_that_lacks_a_field_is_skipped_not_broken(tmp_path: Path) -> No
     made = packer(records, quarantine=quarantine)
     found = batches(made, 20)
     assert {answer for batch in found for answer in answers(batch)} == {f"{n}." for n in range(30) if n % 3}
-    skipped = quarantine.not_applicable["first/answer"]
+    skipped = quarantine.not_applicable["first/question_answering"]
     assert quarantine.total == 0 and not (tmp_path / "q.jsonl").exists()
     assert made.sampler.state()["mixture"]["serial"] == quarantine.seen + skipped + len(made.waiting)
     assert skipped == pytest.approx(quarantine.seen / 2, abs=8)
@@ -234,9 +235,9 @@ def test_a_record_that_lacks_a_field_is_skipped_not_broken(tmp_path: Path) -> No
 def test_counts_of_ranks_are_added_up() -> None:
     one = packer(texts(9, broken=(1,)))
     list(itertools.islice(one.batches(), 3))
-    one.quarantine.skip("first/answer")
+    one.quarantine.skip("first/question_answering")
     merged = merge_cursors([one.state(), one.state()])["quarantine"]
-    assert merged["not_applicable"] == {"first/answer": 2}
+    assert merged["not_applicable"] == {"first/question_answering": 2}
     assert (
         merged["counts"] == {"first": 2 * one.quarantine.total} and merged["seen"] == 2 * one.quarantine.seen
     )
@@ -246,7 +247,8 @@ def test_counts_of_ranks_are_added_up() -> None:
 def test_records_of_which_none_can_be_used_end_the_search(record: dict | None) -> None:
     made = packer([record] * 3, quarantine=Quarantine(limit=1.0), second=[record])
     with pytest.raises(
-        TrainingError, match="no record of first/answer, second/answer can be used; the last one: "
+        TrainingError,
+        match="no record of first/question_answering, second/question_answering can be used",
     ):
         batches(made, 1)
 
@@ -290,7 +292,7 @@ def test_those_still_waiting_when_the_rows_are_full_wait_on() -> None:
     long = [{"id": f"l{n}", "text_en": "x" * 30, "question": "?", "answer": f"{n}."} for n in range(5)]
     records = [*long, {"id": "short", "text_en": "x", "question": "?", "answer": "5."}]
     length = max(len(packer(long).transform(SampleIndex(0, 0, n, 0))) for n in range(5))
-    made = packer(records, PackingConfig(rows=1, length=length, waiting=3))
+    made = packer(records, PackingConfig(batch_size=1, seq_len=length, buffer_size=3))
     seen = Counter(answer for batch in batches(made, 24) for answer in answers(batch))
     plan = MixtureSampler(list(made.sampler.components), 5)
     drawn = Counter(f"{plan.draw().index}." for _ in range(made.sampler.state()["mixture"]["serial"]))

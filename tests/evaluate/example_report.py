@@ -83,8 +83,8 @@ def sample(given: list[Part], answer: Answer, truth: object) -> Sample:
 
 def results() -> list[TaskResult]:
     say, draw = Part("text", f"say {EVIL}"), Part("text", "draw it")
-    holed = Part("image", image_bytes(), {"hole": (0.25, 0.5, 0.75, 1.0)})
-    silenced = Part("audio", audio_bytes(), {"gap": (0.25, 0.5), "seconds": 1.0})
+    holed = Part("image", image_bytes(), {"mask_box": (0.25, 0.5, 0.75, 1.0)})
+    silenced = Part("audio", audio_bytes(), {"mask_span": (0.25, 0.5), "seconds": 1.0})
     row = Part("numbers", {EVIL: 4.5, "mass_g": None})
     past = Part("numbers", NumberSeries("temp_max", [5.0, None, 7.0, *range(8, 30)]))
     future = NumberSeries("temp_max", [11.0, None, 9.0, 10.0])
@@ -159,7 +159,7 @@ def run_folder(path: Path, steps: int = 400) -> RunFolder:
             "loss/numbers_out": None if step == 50 else 2 + 100 / step,
             "loss/text": 1 + 100 / step,
             f"loss/{EVIL}": 1.0,
-            "c_v": [1 / step, 2 / step],
+            "expert_load_cv": [1 / step, 2 / step],
             "tokens_per_second": 9000.0 + step,
             "non_finite": 2,
             "spikes": 1,

@@ -43,7 +43,7 @@ def run_of(path: Path) -> RunFolder:
     run.write_config({"loop": {"energy": {"country": "FRA", "pue": 1.2}}})
     folder = run.checkpoints / "step-5"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"files": {}, "hooks": {"meter": ledger().to_json()}}))
+    (folder / "state.json").write_text(json.dumps({"files": {}, "callbacks": {"meter": ledger().to_json()}}))
     lines = [
         {"step": 1, "loss": 5.0, "joules": 200.0, "stage": "pseudo"},
         {"step": 2, "loss": 3.0, "joules": 400.0, "stage": "pseudo"},

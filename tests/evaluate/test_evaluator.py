@@ -25,7 +25,7 @@ from tests.data.lists import ListSource
 from tests.data.sample_images import png
 from tests.small_model import demo_sources, loaded
 
-LESSONS = [
+TRAINED_TASKS = [
     TrainedTask(task=task, source=source)
     for task, source in (
         ("image_classification", "digits"),
@@ -42,9 +42,9 @@ CONFIG = EvalConfig(records=5, answers=3, drawn=2, samples=2, decoding=MaskedSam
 
 
 def evaluated(
-    config: EvalConfig = CONFIG, lessons: list[TrainedTask] = LESSONS, **options: Any
+    config: EvalConfig = CONFIG, trained_tasks: list[TrainedTask] = TRAINED_TASKS, **options: Any
 ) -> EvalReport:
-    return evaluate_tasks(loaded(4), lessons, demo_sources(), demo_sources("test"), config, **options)
+    return evaluate_tasks(loaded(4), trained_tasks, demo_sources(), demo_sources("test"), config, **options)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def report() -> EvalReport:
 
 def test_every_task_is_evaluated_and_reported() -> None:
     received: list[TaskResult] = []
-    found = evaluated(lessons=LESSONS[:2], on_result=received.append)
+    found = evaluated(trained_tasks=TRAINED_TASKS[:2], on_result=received.append)
     assert [result.name for result in found.results] == [
         "image_classification/digits",
         "image_text_matching/emoji",
@@ -64,12 +64,13 @@ def test_every_task_is_evaluated_and_reported() -> None:
 
 def test_several_processes_find_what_one_finds() -> None:
     """Whoever is done first: scores, intervals and answers are the same, and in the same order."""
-    lessons = LESSONS[:1] + LESSONS[2:3] + LESSONS[5:]
+    trained_tasks = TRAINED_TASKS[:1] + TRAINED_TASKS[2:3] + TRAINED_TASKS[5:]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes: how a sum is divided among threads decides its last bits
     try:
         alone, shared = (
-            evaluated(CONFIG.model_copy(update={"workers": workers}), lessons) for workers in (1, 3)
+            evaluated(CONFIG.model_copy(update={"num_processes": workers}), trained_tasks)
+            for workers in (1, 3)
         )
     finally:
         torch.set_num_threads(threads)
@@ -92,14 +93,14 @@ def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_workers(28, EvalConfig(), cpu) == 4
     assert num_workers(3, EvalConfig(), cpu) == 3
     assert num_workers(0, EvalConfig(), cpu) == 1
-    assert num_workers(28, EvalConfig(workers=2), cpu) == 2
+    assert num_workers(28, EvalConfig(num_processes=2), cpu) == 2
     assert num_workers(28, EvalConfig(), gpu) == 1
     with ThreadPoolExecutor(1) as pool:  # another thread may hold a lock that the child would wait for
         assert pool.submit(num_workers, 28, EvalConfig(), cpu).result() == 1
 
 
 def test_results_are_complete(report: EvalReport) -> None:
-    assert [(r.task, r.source) for r in report.results] == [(x.task, x.source) for x in LESSONS]
+    assert [(r.task, r.source) for r in report.results] == [(x.task, x.source) for x in TRAINED_TASKS]
     for result in report.results:
         task = TASKS[result.task]
         assert result.metric == task.metrics[0] and result.value == result.metrics[result.metric]
@@ -145,13 +146,15 @@ def test_a_baseline_is_beaten_only_if_score_and_information_agree(report: EvalRe
 
 def test_inpainting_is_scored_on_the_masked_region_only() -> None:
     """Codes outside of the mask may be anything: the score stays the same."""
-    model, lesson = loaded(4), TrainedTask(task="image_inpainting", source="digits")
+    model, trained_task = loaded(4), TrainedTask(task="image_inpainting", source="digits")
     examples, _ = select_examples(
         TASKS["image_inpainting"], demo_sources("test")["digits"], CONFIG, model.modalities
     )
-    shown = [replace(e, target=replace(e.target, options={"hole": (0.0, 0.0, 0.5, 0.5)})) for e in examples]
+    shown = [
+        replace(e, target=replace(e.target, options={"mask_box": (0.0, 0.0, 0.5, 0.5)})) for e in examples
+    ]
     sequences = [example_sequence(example, model.modalities) for example in shown]
-    found = evaluate_task(model, lesson, shown, sequences, demo_sources()["digits"], CONFIG)
+    found = evaluate_task(model, trained_task, shown, sequences, demo_sources()["digits"], CONFIG)
     sequence = sequences[0]
     assert sequence.segments[-1].learn.sum() == 16, "a quarter of the 64 positions"
     answered = shown[0], shown[-1]
@@ -160,13 +163,13 @@ def test_inpainting_is_scored_on_the_masked_region_only() -> None:
 
 
 def test_more_records_on_request() -> None:
-    found = evaluated(CONFIG.model_copy(update={"records": 30}), LESSONS[:1]).results[0]
+    found = evaluated(CONFIG.model_copy(update={"records": 30}), TRAINED_TASKS[:1]).results[0]
     assert 20 <= found.records <= 30
 
 
 def test_a_task_without_test_records_is_left_out() -> None:
     test = {**demo_sources("test"), "digits": ListSource("digits", [])}
-    found = evaluate_tasks(loaded(), LESSONS[:2], demo_sources(), test, CONFIG)
+    found = evaluate_tasks(loaded(), TRAINED_TASKS[:2], demo_sources(), test, CONFIG)
     assert [result.task for result in found.results] == ["image_text_matching"]
 
 
@@ -185,8 +188,8 @@ def test_broken_test_records_are_left_out() -> None:
         found, sequences = select_examples(TASKS[name], source, config, loaded().modalities)
         assert len(sequences) == len(found)
         assert [example.record_id for example in found] == ["a", "d"]
-    lessons = [TrainedTask(task="text_to_image", source="s")]
-    (result,) = evaluate_tasks(loaded(), lessons, {"s": source}, {"s": source}, CONFIG).results
+    trained_tasks = [TrainedTask(task="text_to_image", source="s")]
+    (result,) = evaluate_tasks(loaded(), trained_tasks, {"s": source}, {"s": source}, CONFIG).results
     assert result.records == 2 and math.isfinite(result.value) and math.isfinite(result.baseline)
 
 

@@ -59,7 +59,7 @@ def images(colours: list[str], wanted: list[str]) -> Scored:
         ["red"] * 3 + ["blue"] * 3,
         image_features,
     )
-    examples = [example(png(c, 64), c, {"hole": HOLE}) for c in wanted]
+    examples = [example(png(c, 64), c, {"mask_box": HOLE}) for c in wanted]
     return Scored(examples, [striped(c) for c in colours], knn=known)
 
 
@@ -72,7 +72,7 @@ def striped(colour: str) -> Image.Image:
 
 
 def plain(colours: list[str], wanted: list[str]) -> Scored:
-    examples = [example(png(c, 64), c, {"hole": HOLE}) for c in wanted]
+    examples = [example(png(c, 64), c, {"mask_box": HOLE}) for c in wanted]
     return Scored(examples, [read_image(png(c, 64)) for c in colours])
 
 
@@ -166,14 +166,14 @@ def test_mae_by_hand() -> None:
 
 def test_psnr_by_hand() -> None:
     """Half a step of brightness off, all over: -10 log10(0.25)."""
-    examples = [example(np.zeros((64, 64, 3), np.uint8), options={"hole": HOLE})]
+    examples = [example(np.zeros((64, 64, 3), np.uint8), options={"mask_box": HOLE})]
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
     found = mean("masked_psnr", Scored(examples, [grey]))
     assert found == pytest.approx(-20 * np.log10(128 / 255), abs=0.01)
 
 
 def test_only_the_hole_counts() -> None:
-    examples = [example(np.zeros((64, 64, 3), np.uint8), options={"hole": HOLE})]
+    examples = [example(np.zeros((64, 64, 3), np.uint8), options={"mask_box": HOLE})]
     image = Image.new("RGB", (64, 64), "white")
     image.paste("black", (16, 16, 48, 48))
     assert mean("masked_psnr", Scored(examples, [image])) == pytest.approx(60)

@@ -230,7 +230,7 @@ def test_training_curves_by_modality(page: Page) -> None:
     ]
     assert charts[0] == "chart tone-text" and charts[1] == "chart tone-numbers"  # the report's order
     text = "".join(page.text)
-    assert "expert load c_v" in text and "tokens per second" in text
+    assert "expert load CV" in text and "tokens per second" in text
     assert "11 → 1.26" in text  # 1 + 100/10 at first, the mean of the last four lines at the end
     assert len([path for path in page.all("path") if path.get("class") == "fine"]) == 2  # one line a layer
 

@@ -49,8 +49,8 @@ def test_equal_texts_are_one_query() -> None:
 
 def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
     loaded = embedding_model()
-    lesson = TrainedTask(task="audio_text_retrieval", source="spoken")
-    result = evaluate_retrieval(loaded, lesson, demo_sources("test")["spoken"], 0)
+    trained_task = TrainedTask(task="audio_text_retrieval", source="spoken")
+    result = evaluate_retrieval(loaded, trained_task, demo_sources("test")["spoken"], 0)
     assert result is not None and result.metric == "recall_at_1" and result.baseline == pytest.approx(0.1)
     directions = {
         name.removesuffix("_recall_at_1") for name in result.metrics if name.endswith("_recall_at_1")
@@ -60,5 +60,5 @@ def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
 
 
 def test_a_source_that_fits_nothing_is_not_judged() -> None:
-    lesson = TrainedTask(task="audio_text_retrieval", source="iris")
-    assert evaluate_retrieval(embedding_model(), lesson, demo_sources("test")["iris"], 0) is None
+    trained_task = TrainedTask(task="audio_text_retrieval", source="iris")
+    assert evaluate_retrieval(embedding_model(), trained_task, demo_sources("test")["iris"], 0) is None

@@ -80,7 +80,8 @@ def test_tasks_that_find_nothing_in_them_are_left_out(run: Path, tmp_path: Path)
 def test_records_that_suit_no_task_are_an_error(run: Path, tmp_path: Path) -> None:
     """An empty table of scores would look like success."""
     with pytest.raises(
-        DataError, match=r"no record of --data .*mine.jsonl can be judged in draw: name its columns"
+        DataError,
+        match=r"no record of --data .*mine.jsonl can be evaluated in text_to_image: name its columns",
     ):
         evaluate(run, ["text_to_image"], data=table(tmp_path, "mine.jsonl"))
 
@@ -110,17 +111,21 @@ def test_only_the_rows_marked_as_test_are_judged(run: Path, tmp_path: Path) -> N
 
 
 def test_settings_can_be_changed(run: Path) -> None:
-    found = evaluate(run, ["image_classification"], settings=["judge.records=12", "judge.answers=7"])
+    found = evaluate(run, ["image_classification"], settings=["eval.records=12", "eval.answers=7"])
     assert found.results[0].answered == 7
     with pytest.raises(ConfigError, match="unknown key 'record'"):
-        evaluate(run, settings=["judge.record=3"])
-    with pytest.raises(ConfigError, match="settings of the section judge only"):
+        evaluate(run, settings=["eval.record=3"])
+    with pytest.raises(ConfigError, match="settings of the section eval only"):
         evaluate(run, settings=["loop.steps=3"])
 
 
 def test_from_the_command_line(run: Path, tmp_path: Path) -> None:
     scores = tmp_path / "s.json"
-    shown = CliRunner().invoke(app, ["evaluate", str(run), "--tasks", "text_to_image", "--json", str(scores)])
+    shown = CliRunner().invoke(
+        app,
+        env={"COLUMNS": "160"},
+        args=["evaluate", str(run), "--tasks", "text_to_image", "--json", str(scores)],
+    )
     assert shown.exit_code == 0, shown.output
     assert "text_to_image/digits" in shown.stdout and "information" in shown.stdout
     assert list(json.loads(scores.read_text(encoding="utf-8"))["tasks"]) == ["text_to_image/digits"]

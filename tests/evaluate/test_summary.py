@@ -22,13 +22,13 @@ def test_one_row_a_task_with_score_baseline_and_bits() -> None:
     report = dataclasses.replace(example.eval_report(), checkpoint="runs/x/step-9")
     text = printed(report)
     row = next(line for line in text.splitlines() if "image_classification/things" in line)
-    assert row.split() == ["image_classification/things", "image", "→", "text", "exact", "match", "62.5", "%", "25.0", "%",
-                           "+1.00", "+0.50", "…", "+1.50", "20", "of", "40"]  # fmt: skip
+    assert row.split() == ["image_classification/things", "image", "→", "text", "exact", "match", "62.5", "%",
+                           "25.0", "%", "+1.00", "+0.50", "…", "+1.50", "20", "of", "40"]  # fmt: skip
     assert sum("/things" in line for line in text.splitlines()) == len(report.results)
     flat = " ".join(text.split())
     assert "6 of 8 tasks have a significant information gain" in flat and "runs/x/step-9" in flat
     assert "2 beat their baseline in both score and information" in flat
-    assert "More records are answered with judge.answers=N" in flat
+    assert "More records are answered with eval.answers=N" in flat
 
 
 def test_a_line_of_the_log_says_how_sure_it_is() -> None:
@@ -42,7 +42,7 @@ def test_a_line_of_the_log_says_how_sure_it_is() -> None:
 def test_all_records_answered_needs_no_hint() -> None:
     task = dataclasses.replace(example.results()[0], answered=40)
     text = printed(EvalReport([task], 2.0, "x"))
-    assert "judge.answers" not in text and " 40" in text
+    assert "eval.answers" not in text and " 40" in text
 
 
 def test_square_brackets_in_names_are_no_markup() -> None:

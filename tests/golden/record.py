@@ -36,7 +36,7 @@ STORE = Path(__file__).with_name("record.json")
 TOLERANCE = 5e-3  # relative, of a loss on another machine
 STEPS = 40
 
-QUICK = ["judge.records=2", "judge.answers=1", "judge.drawn=1", "judge.samples=1", "judge.decoding.steps=2"]
+QUICK = ["eval.records=2", "eval.answers=1", "eval.drawn=1", "eval.samples=1", "eval.decoding.steps=2"]
 STEADY = [
     "loop.log_every=1",
     f"loop.steps={STEPS}",
@@ -44,29 +44,29 @@ STEADY = [
     "loop.tensorboard=false",
     *QUICK,
 ]
-GIANT = ["loop.stages.switch.step=20", "judge.records=2", "loop.precision=fp32"]
+GIANT = ["loop.stages.switch.step=20", "eval.records=2", "loop.precision=fp32"]
 TINY = "tests/golden/tiny.yaml"
 
 # Name of a run: the words behind `openm6 train`.
 RUNS: dict[str, list[str]] = {
-    "demo": ["demo", "loop.workers=1"],
-    "demo-two-processes": ["demo", "loop.workers=2"],
+    "demo": ["demo", "loop.num_processes=1"],
+    "demo-two-processes": ["demo", "loop.num_processes=2"],
     "pseudo-to-real": ["pseudo-to-real", *GIANT],
-    "offload-16": [TINY, "loop.streaming.resident=0", "loop.optimizer.bytes_per_parameter=16"],
-    "offload-2": [TINY, "loop.streaming.resident=1", "loop.optimizer.bytes_per_parameter=2"],
-    "offload-1": [TINY, "loop.streaming.resident=0", "loop.optimizer.bytes_per_parameter=1"],
+    "offload-16": [TINY, "loop.offload.num_gpu_layers=0", "loop.optimizer.precision=fp32"],
+    "offload-2": [TINY, "loop.offload.num_gpu_layers=1", "loop.optimizer.precision=bf16-adafactor"],
+    "offload-1": [TINY, "loop.offload.num_gpu_layers=0", "loop.optimizer.precision=int8-adafactor"],
     "muon": [TINY, "loop.optimizer.name=muon"],
     "adafactor": [TINY, "loop.optimizer.name=adafactor"],
-    "four-ranks": [TINY, "--nproc", "4", "parallel.experts=2", "parallel.data=2", "packing.rows=4"],
+    "four-ranks": [TINY, "--nproc", "4", "parallel.ep=2", "parallel.dp_replicate=2", "packing.batch_size=4"],
 }
 QUESTIONS: dict[str, list[str]] = {
-    "text": ["--text", "What is the capital of France?", "--want", "text"],
-    "text-of-image": ["--image", "7.png", "--want", "text"],
-    "text-of-audio": ["--audio", "a.wav", "--want", "text"],
+    "text": ["--text", "What is the capital of France?", "--output", "text"],
+    "text-of-image": ["--image", "7.png", "--output", "text"],
+    "text-of-audio": ["--audio", "a.wav", "--output", "text"],
     "text-sampled": [
         "--text",
         "say a word",
-        "--want",
+        "--output",
         "text",
         "--set",
         "text.temperature=0.9",
@@ -76,7 +76,7 @@ QUESTIONS: dict[str, list[str]] = {
     "text-of-image-sampled": [
         "--image",
         "7.png",
-        "--want",
+        "--output",
         "text",
         "--set",
         "text.temperature=2",
@@ -86,23 +86,32 @@ QUESTIONS: dict[str, list[str]] = {
     "text-of-audio-sampled": [
         "--audio",
         "a.wav",
-        "--want",
+        "--output",
         "text",
         "--set",
         "text.temperature=2",
         "--seed",
         "7",
     ],
-    "image": ["--text", "draw the digit seven", "--want", "image", "--seed", "3"],
-    "image-of-audio": ["--audio", "a.wav", "--want", "image", "--seed", "3"],
-    "image-masked": ["--image", "7.png", "--want", "image", "--hole", "0.25,0.25,0.75,0.75", "--seed", "3"],
-    "audio": ["--text", "say seven", "--want", "audio", "--seed", "3"],
+    "image": ["--text", "draw the digit seven", "--output", "image", "--seed", "3"],
+    "image-of-audio": ["--audio", "a.wav", "--output", "image", "--seed", "3"],
+    "image-masked": [
+        "--image",
+        "7.png",
+        "--output",
+        "image",
+        "--mask-box",
+        "0.25,0.25,0.75,0.75",
+        "--seed",
+        "3",
+    ],
+    "audio": ["--text", "say seven", "--output", "audio", "--seed", "3"],
     "numbers": [
         "--numbers",
         "bill_length_mm=40,bill_depth_mm=18",
         "--column",
         "body_mass_g",
-        "--want",
+        "--output",
         "numbers",
     ],
 }
@@ -163,7 +172,7 @@ def answers(folder: Path) -> dict[str, str]:
     """Answers of the command line, one at a time."""
     found = {}
     for name, words in QUESTIONS.items():
-        file = {"image": "out.png", "audio": "out.wav"}.get(words[words.index("--want") + 1])
+        file = {"image": "out.png", "audio": "out.wav"}.get(words[words.index("--output") + 1])
         said = run(folder, "generate", "demo", *words, *(["--out", file] if file else []))
         found[name] = digest((folder / file).read_bytes()) if file else said.strip()
     return found

@@ -20,12 +20,14 @@ from openm6.nn.moe import Experts
 from openm6.ops.sequence import causal_meta
 
 SHAPES = {
-    "experts": {"experts": ExpertsConfig(hidden=32, num_experts=4, top_k=2)},
-    "many experts": {"experts": ExpertsConfig(hidden=32, num_experts=16, top_k=2)},
-    "prototypes": {"experts": ExpertsConfig(hidden=32, num_experts=8, num_prototypes=2, ffn="gelu")},
-    "shared": {"experts": ExpertsConfig(hidden=32, num_experts=4, top_k=1, num_shared=1)},
-    "dense": {"dense": DenseConfig(hidden=64), "qk_norm": False},
-    "shared sets": {"experts": ExpertsConfig(hidden=32, num_experts=4, top_k=2), "sharing": "all"},
+    "experts": {"experts": ExpertsConfig(intermediate_size=32, num_experts=4, top_k=2)},
+    "many experts": {"experts": ExpertsConfig(intermediate_size=32, num_experts=16, top_k=2)},
+    "prototypes": {
+        "experts": ExpertsConfig(intermediate_size=32, num_experts=8, num_prototypes=2, hidden_act="gelu")
+    },
+    "shared": {"experts": ExpertsConfig(intermediate_size=32, num_experts=4, top_k=1, num_shared=1)},
+    "dense": {"dense": DenseConfig(intermediate_size=64), "qk_norm": False},
+    "shared sets": {"experts": ExpertsConfig(intermediate_size=32, num_experts=4, top_k=2), "sharing": "all"},
 }
 
 
@@ -34,7 +36,7 @@ SHAPES = {
 @torch.inference_mode()
 def test_the_step_is_the_backbone(shape: dict, fixed: bool) -> None:
     torch.manual_seed(0)
-    config = BackboneConfig(width=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, **shape)
+    config = BackboneConfig(hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, **shape)
     backbone = Backbone(config).requires_grad_(False)
     embedding = torch.randn(50, 64)
     text_head = TextHead(backbone, embedding, embedding, None, None)
@@ -78,10 +80,10 @@ def test_int8_experts_stand_for_what_they_say() -> None:
 @pytest.mark.parametrize("experts", [4, 16])  # all rows by all experts, and rows sorted by their own
 def test_int8_decoding_reads_no_expert_in_full(experts: int) -> None:
     """The answer of int8 weights is close to that of the weights, and the experts are among them."""
-    shape = {"experts": ExpertsConfig(hidden=32, num_experts=experts, top_k=2)}
+    shape = {"experts": ExpertsConfig(intermediate_size=32, num_experts=experts, top_k=2)}
     torch.manual_seed(1)
     backbone = Backbone(
-        BackboneConfig(width=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, **shape)
+        BackboneConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, **shape)
     )
     embedding = torch.randn(50, 32)
     text_head = TextHead(backbone.eval(), embedding, embedding, 0, 1)

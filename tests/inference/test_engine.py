@@ -23,7 +23,7 @@ from openm6.modalities.batch import build_sequence
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.pool import pool_segment
-from openm6.modalities.registry import Reading, source_segments
+from openm6.modalities.registry import PromptAttention, source_segments
 from tests.data.sample_images import png, wav
 from tests.inference.reference import hidden_states
 from tests.small_model import embedding_model, loaded, modalities
@@ -92,13 +92,13 @@ def test_answers_are_in_the_columns_own_units() -> None:
 CANDIDATES = ("zero", "seven apples", "", "an image of something long", "zero")
 
 
-@pytest.mark.parametrize("reading", ["whole", "parts"])
+@pytest.mark.parametrize("prompt_attention", ["bidirectional", "block"])
 @pytest.mark.parametrize("row", [512, 20, 1])
 def test_candidates_have_the_likelihood_that_each_has_alone(
-    reading: Reading, row: int, monkeypatch: pytest.MonkeyPatch
+    prompt_attention: PromptAttention, row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "ROW_TOKENS", row)
-    model = loaded(reading=reading)
+    model = loaded(prompt_attention=prompt_attention)
     prompt = source_segments([Part("image", png("red", 40)), Part("text", " What?")], model.modalities)
     wanted = [model.text.target(words) for words in CANDIDATES]
     cache = model.omni.backbone.new_cache(2, 64)

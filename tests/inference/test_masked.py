@@ -40,8 +40,8 @@ def prompts() -> list[Prompt]:
 def targets(model: LoadedModel) -> list[Segment]:
     """Images with holes of several sizes."""
     return [
-        model.image.target(demo_sources()["digits"][row]["image"], options={"hole": hole})
-        for row, hole in enumerate(HOLES)
+        model.image.target(demo_sources()["digits"][row]["image"], options={"mask_box": mask_box})
+        for row, mask_box in enumerate(HOLES)
     ]
 
 
@@ -182,7 +182,7 @@ def test_the_prompt_and_the_seed_matter(model: LoadedModel, prompts: list[Prompt
 
 def test_audio_clips_are_filled_likewise(model: LoadedModel, prompts: list[Prompt]) -> None:
     raw = demo_sources()["spoken"][0]["audio"]
-    tokens = model.audio.target(raw, options={"gap": (0.2, 0.5), "seconds": 1.2})
+    tokens = model.audio.target(raw, options={"mask_span": (0.2, 0.5), "seconds": 1.2})
     found = decode_masked(model.omni, prompts[:1], [tokens], MaskedSampling(steps=4))[0].numpy()
     hidden = tokens.arrays["is_masked"]
     assert np.array_equal(found[~hidden], tokens.arrays["codes"][~hidden])

@@ -33,10 +33,15 @@ from openm6.offload.weight_store import WeightStore
 from openm6.optim.rules import WEIGHT
 from tests.small_model import BACKBONE, loaded, modalities
 
-EXPERTS = ExpertsConfig(hidden=32, num_experts=4, top_k=2, num_shared=1)
+EXPERTS = ExpertsConfig(intermediate_size=32, num_experts=4, top_k=2, num_shared=1)
 SHAPES = {
     "sparse": {"num_layers": 5, "experts": EXPERTS},
-    "mixed": {"num_layers": 5, "experts": EXPERTS, "experts_every": 2, "dense": DenseConfig(hidden=64)},
+    "mixed": {
+        "num_layers": 5,
+        "experts": EXPERTS,
+        "moe_layer_freq": 2,
+        "dense": DenseConfig(intermediate_size=64),
+    },
     "shared": {"num_layers": 5, "experts": EXPERTS, "sharing": 2, "share_routers": True},
 }
 
@@ -79,10 +84,10 @@ def answers(model: LoadedModel) -> tuple[list[str], torch.Tensor, list[torch.Ten
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("resident", [0, 2])
-def test_answers_are_those_of_a_resident_model(tmp_path: Path, shape: str, resident: int) -> None:
+@pytest.mark.parametrize("num_gpu_layers", [0, 2])
+def test_answers_are_those_of_a_resident_model(tmp_path: Path, shape: str, num_gpu_layers: int) -> None:
     folder = checkpoint(tmp_path, shape)
-    model = load(folder, torch.device("cpu"), resident)
+    model = load(folder, torch.device("cpu"), num_gpu_layers)
     texts, codes, scores = answers(model)
     expected = answers(load(folder, torch.device("cpu")))
     assert texts == expected[0] and torch.equal(codes, expected[1])
@@ -94,12 +99,12 @@ def test_answers_are_those_of_a_resident_model(tmp_path: Path, shape: str, resid
 
 def test_bfloat16_is_converted_on_the_way(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "mixed")
-    streamed, resident = (load(folder, torch.device("cpu"), index) for index in (1, None))
-    for model in (streamed, resident):
+    offloaded, num_gpu_layers = (load(folder, torch.device("cpu"), index) for index in (1, None))
+    for model in (offloaded, num_gpu_layers):
         model.omni.to(torch.bfloat16)
-    found, expected = answers(streamed), answers(resident)
+    found, expected = answers(offloaded), answers(num_gpu_layers)
     assert found[0] == expected[0] and torch.equal(found[1], expected[1])
-    assert source_of(streamed).block(1).attention.qkv.dtype == torch.bfloat16
+    assert source_of(offloaded).block(1).attention.qkv.dtype == torch.bfloat16
 
 
 def test_host_memory_gives_what_the_files_give(tmp_path: Path) -> None:
@@ -161,13 +166,13 @@ def test_the_files_of_several_ranks_are_put_together(tmp_path: Path) -> None:
     cut_over_ranks(folder)
     whole = load(folder, torch.device("cpu"))
     assert answers(whole)[0] == expected[0], "torch reads them, too"
-    streamed = load(folder, torch.device("cpu"), 1)
-    texts, codes, scores = answers(streamed)
-    assert source_of(streamed).store is not None and texts == expected[0] and torch.equal(codes, expected[1])
+    offloaded = load(folder, torch.device("cpu"), 1)
+    texts, codes, scores = answers(offloaded)
+    assert source_of(offloaded).store is not None and texts == expected[0] and torch.equal(codes, expected[1])
     assert all(torch.equal(found, true) for found, true in zip(scores, expected[2], strict=True))
     catalogue = CheckpointReader(folder, "all")
     for name, tensor in named_tensors(whole.omni).items():
         assert torch.equal(catalogue.read(name), tensor)
     next(folder.glob("shard-00001-*")).unlink()
     with pytest.raises(CheckpointError, match="holds only parts of|lacks"):
-        place_offloaded(streamed.omni, folder, 1, torch.device("cpu"))
+        place_offloaded(offloaded.omni, folder, 1, torch.device("cpu"))

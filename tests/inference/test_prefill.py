@@ -40,7 +40,7 @@ def test_a_prompt_read_before_is_not_read_again(model: LoadedModel, prompts: lis
 
 
 def test_parts_read_one_by_one_are_as_if_read_at_once() -> None:
-    model = loaded(reading="parts")
+    model = loaded(prompt_attention="block")
     parts = (Part("text", "Look:"), Part("image", png("red", 40)), Part("text", " What is this?"))
     prompt = source_segments(parts, model.modalities)
     cache = model.omni.backbone.new_cache(2, 128)
@@ -55,7 +55,7 @@ def test_parts_read_one_by_one_are_as_if_read_at_once() -> None:
 
 
 def test_a_second_question_about_a_image_reads_its_own_tokens_alone() -> None:
-    model = loaded(reading="parts")
+    model = loaded(prompt_attention="block")
     image = Part("image", png("red", 40))
     first, second = (
         source_segments((image, Part("text", words)), model.modalities) for words in (" What?", " And why?")

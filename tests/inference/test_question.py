@@ -26,7 +26,7 @@ from tests.data.sample_images import png, wav
 from tests.small_model import loaded
 
 MODEL = loaded(
-    lessons=(
+    trained_tasks=(
         ("image_classification", "digits"),
         ("image_inpainting", "digits"),
         ("image_regression", "digits"),
@@ -40,8 +40,8 @@ MODEL = loaded(
 DEMO = read_recipe(recipe_path("demo"), [])[0]
 ASKED = sorted(
     {
-        lesson.task for lesson in DEMO.mixture
-        if len(TASKS[lesson.task].inputs) == 1 and TASKS[lesson.task].input_modality != "text"
+        trained_task.task for trained_task in DEMO.mixture
+        if len(TASKS[trained_task.task].inputs) == 1 and TASKS[trained_task.task].input_modality != "text"
     } - {"image_captioning", "image_categorization"}  # asked in the words of image_classification, which comes first
 )  # fmt: skip
 RECORD = {
@@ -73,16 +73,16 @@ def shown(question: Question) -> list[Any]:
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"want": "video", "text": "x"}, "'video' is not one of text, image, audio, numbers"),
-        ({"want": "text"}, "nothing is given"),
-        ({"want": "text", "text": ""}, "nothing is given"),
-        ({"want": "image", "text": "x", "hole": (0, 0, 1, 1)}, "--hole fills in an image"),
-        ({"want": "text", "image": Path("a"), "hole": (0, 0, 1, 1)}, "--hole fills in an image"),
-        ({"want": "audio", "text": "x", "gap": (0, 1)}, "--gap fills in an audio clip"),
-        ({"want": "image", "image": Path("a"), "hole": (0.5, 0, 0.5, 1)}, "each start below its end"),
-        ({"want": "image", "image": Path("a"), "hole": (0, 0, 1, 1.5)}, "between 0 and 1"),
-        ({"want": "audio", "audio": Path("a"), "gap": (-0.1, 0.5)}, "between 0 and 1"),
-        ({"want": "audio", "audio": Path("a"), "gap": (0.6, 0.5)}, "each start below its end"),
+        ({"output": "video", "text": "x"}, "'video' is not one of text, image, audio, numbers"),
+        ({"output": "text"}, "nothing is given"),
+        ({"output": "text", "text": ""}, "nothing is given"),
+        ({"output": "image", "text": "x", "mask_box": (0, 0, 1, 1)}, "--mask-box fills in an image"),
+        ({"output": "text", "image": Path("a"), "mask_box": (0, 0, 1, 1)}, "--mask-box fills in an image"),
+        ({"output": "audio", "text": "x", "mask_span": (0, 1)}, "--mask-span fills in an audio clip"),
+        ({"output": "image", "image": Path("a"), "mask_box": (0.5, 0, 0.5, 1)}, "each start below its end"),
+        ({"output": "image", "image": Path("a"), "mask_box": (0, 0, 1, 1.5)}, "between 0 and 1"),
+        ({"output": "audio", "audio": Path("a"), "mask_span": (-0.1, 0.5)}, "between 0 and 1"),
+        ({"output": "audio", "audio": Path("a"), "mask_span": (0.6, 0.5)}, "each start below its end"),
     ],
 )
 def test_what_does_not_fit_together_is_one_sentence(asked: dict[str, Any], sentence: str) -> None:
@@ -92,12 +92,12 @@ def test_what_does_not_fit_together_is_one_sentence(asked: dict[str, Any], sente
 
 
 def test_a_image_alone_is_asked_in_taught_words(image: Path) -> None:
-    assert shown(Question(want="text", image=image)) == ["image", " What is this?"]
+    assert shown(Question(output="text", image=image)) == ["image", " What is this?"]
 
 
 def test_a_persons_words_win(image: Path) -> None:
-    assert shown(Question(want="text", image=image, text="How many?")) == ["image", " How many?"]
-    assert shown(Question(want="image", text="draw the digit seven")) == ["draw the digit seven"]
+    assert shown(Question(output="text", image=image, text="How many?")) == ["image", " How many?"]
+    assert shown(Question(output="image", text="draw the digit seven")) == ["draw the digit seven"]
 
 
 def taught(task: Task, language: str) -> list[Any]:
@@ -118,8 +118,12 @@ def asked(task: Task, language: str, image: Path, recording: Path) -> Question:
     elif task.output_modality == "numbers":
         given |= {"column": "mass"}
     if task.is_inpainting:
-        given |= {"hole": (0.0, 0.0, 0.5, 0.5)} if task.input_modality == "image" else {"gap": (0.0, 0.5)}
-    return Question(want=task.output_modality, language=language, **given)
+        given |= (
+            {"mask_box": (0.0, 0.0, 0.5, 0.5)}
+            if task.input_modality == "image"
+            else {"mask_span": (0.0, 0.5)}
+        )
+    return Question(output=task.output_modality, language=language, **given)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -127,7 +131,7 @@ def asked(task: Task, language: str, image: Path, recording: Path) -> Question:
 def test_the_question_put_in_is_the_one_that_was_taught(
     name: str, language: str, image: Path, recording: Path
 ) -> None:
-    model = loaded(lessons=((name, "digits"),))
+    model = loaded(trained_tasks=((name, "digits"),))
     parts = prompt_parts(asked(TASKS[name], language, image, recording), model)
     found = [part.raw if part.modality == "text" else part.modality for part in parts]
     assert found == taught(TASKS[name], language)
@@ -142,35 +146,35 @@ def test_the_demo_asks_for_all_that_it_gives() -> None:
 
 @pytest.mark.parametrize(("language", "question"), [("en", " What is its mass?"), ("zh", " mass是多少？")])
 def test_a_text_that_tells_of_something_is_asked_for_the_number(language: str, question: str) -> None:
-    model = loaded(lessons=(("text_regression", "penguins"),))
-    told = Question(want="numbers", text="a stone", column="mass", language=language)
+    model = loaded(trained_tasks=(("text_regression", "penguins"),))
+    told = Question(output="numbers", text="a stone", column="mass", language=language)
     assert [part.raw for part in prompt_parts(told, model)] == ["a stone" + question]
-    own = Question(want="numbers", text="How much mass has a stone?", column="mass", language=language)
+    own = Question(output="numbers", text="How much mass has a stone?", column="mass", language=language)
     assert [part.raw for part in prompt_parts(own, model)] == ["How much mass has a stone?"]
 
 
 def test_a_hole_is_asked_for_as_in_training(image: Path) -> None:
-    hole = (0.25, 0.25, 0.75, 0.75)
-    parts = prompt_parts(Question(want="image", image=image, hole=hole), MODEL)
-    assert parts == [Part("image", png(), {"hole": hole}), Part("text", " Fill in.")]
+    mask_box = (0.25, 0.25, 0.75, 0.75)
+    parts = prompt_parts(Question(output="image", image=image, mask_box=mask_box), MODEL)
+    assert parts == [Part("image", png(), {"mask_box": mask_box}), Part("text", " Fill in.")]
 
 
 def test_a_gap_is_read_at_the_length_that_will_be_filled(recording: Path) -> None:
     """As in training: a share of the length must be the same stretch in what is read and what is wanted."""
-    parts = prompt_parts(Question(want="audio", audio=recording, gap=(0.2, 0.5)), MODEL)
-    assert parts[0].options == {"gap": (0.2, 0.5)}
+    parts = prompt_parts(Question(output="audio", audio=recording, mask_span=(0.2, 0.5)), MODEL)
+    assert parts[0].options == {"mask_span": (0.2, 0.5)}
     read = MODEL.audio.source(parts[0].raw, options=parts[0].options)
     assert len(read) * 0.08 == pytest.approx(MODEL.audio.seconds, abs=0.08)
     assert parts[1].raw == " Fill in."
 
 
 def test_a_number_is_asked_for_by_name(image: Path) -> None:
-    asked = Question(want="numbers", image=image, column="body_mass_g")
+    asked = Question(output="numbers", image=image, column="body_mass_g")
     assert shown(asked) == ["image", " What is the body mass g?"]
 
 
 def test_the_missing_number_is_the_wanted_one() -> None:
-    asked = Question(want="numbers", numbers={"bill_length_mm": 40.0, "body_mass_g": None})
+    asked = Question(output="numbers", numbers={"bill_length_mm": 40.0, "body_mass_g": None})
     assert asked.target_column() == "body_mass_g"
     parts = prompt_parts(asked, MODEL)
     assert parts[0] == Part("numbers", {"bill_length_mm": 40.0})
@@ -179,49 +183,49 @@ def test_the_missing_number_is_the_wanted_one() -> None:
 
 def test_a_target_column_is_never_an_input() -> None:
     numbers = {"bill_length_mm": 40.0, "body_mass_g": 4000.0}
-    parts = prompt_parts(Question(want="numbers", numbers=numbers, column="body_mass_g"), MODEL)
+    parts = prompt_parts(Question(output="numbers", numbers=numbers, column="body_mass_g"), MODEL)
     assert parts[0].raw == {"bill_length_mm": 40.0}
 
 
 @pytest.mark.parametrize("numbers", [{"a": 1.0}, {"a": None, "b": None}])
 def test_an_open_question_for_a_number_is_refused(numbers: dict[str, float | None]) -> None:
     with pytest.raises(ConfigError, match="the number to predict is not named: add --column"):
-        prompt_parts(Question(want="numbers", numbers=numbers), MODEL)
+        prompt_parts(Question(output="numbers", numbers=numbers), MODEL)
 
 
 def test_missing_numbers_are_told_as_missing_where_none_is_wanted() -> None:
-    parts = prompt_parts(Question(want="text", numbers={"mass": None, "length": 3.0}), MODEL)
+    parts = prompt_parts(Question(output="text", numbers={"mass": None, "length": 3.0}), MODEL)
     assert parts[0].raw == {"mass": None, "length": 3.0} and parts[1].raw == " What is this?"
 
 
 def test_a_series_is_asked_to_go_on() -> None:
     series = NumberSeries("temp_max", [1.0, None, 3.0])
-    assert shown(Question(want="numbers", series=series)) == ["numbers", " What comes next?"]
+    assert shown(Question(output="numbers", series=series)) == ["numbers", " What comes next?"]
 
 
 def test_what_was_never_taught_is_asked_without_words(recording: Path, image: Path) -> None:
-    assert shown(Question(want="image", audio=recording)) == ["audio"]
-    assert shown(Question(want="text", audio=recording, image=image)) == ["image", "audio"]
+    assert shown(Question(output="image", audio=recording)) == ["audio"]
+    assert shown(Question(output="text", audio=recording, image=image)) == ["image", "audio"]
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file at .*nowhere.png: check the path"):
-        prompt_parts(Question(want="text", image=tmp_path / "nowhere.png"), MODEL)
+        prompt_parts(Question(output="text", image=tmp_path / "nowhere.png"), MODEL)
     with pytest.raises(DataError, match="cannot be read"):
-        prompt_parts(Question(want="text", image=tmp_path), MODEL)
+        prompt_parts(Question(output="text", image=tmp_path), MODEL)
 
 
 def test_shares_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(ConfigError, match="between 0 and 1"):
-        Question(want="image", image=Path("a"), hole=(float("nan"), 0.0, 1.0, 1.0))
+        Question(output="image", image=Path("a"), mask_box=(float("nan"), 0.0, 1.0, 1.0))
 
 
 def test_a_path_may_be_a_string(image: Path) -> None:
-    asked = Question(want="text", image=str(image))
+    asked = Question(output="text", image=str(image))
     assert asked.image == image
-    assert prompt_parts(asked, MODEL) == prompt_parts(Question(want="text", image=image), MODEL)
+    assert prompt_parts(asked, MODEL) == prompt_parts(Question(output="text", image=image), MODEL)
     with pytest.raises(ConfigError, match="image must be the path of a file, not bytes"):
-        Question(want="text", image=png())  # type: ignore[arg-type]
+        Question(output="text", image=png())  # type: ignore[arg-type]
 
 
 def test_words_as_columns() -> None:
@@ -236,11 +240,11 @@ def test_columns_that_are_none(words: str) -> None:
 
 
 def test_words_as_shares() -> None:
-    assert parse_shares("0, 0.25,1,.5", 4, "--hole") == (0.0, 0.25, 1.0, 0.5)
-    assert parse_shares(None, 4, "--hole") is None
+    assert parse_shares("0, 0.25,1,.5", 4, "--mask-box") == (0.0, 0.25, 1.0, 0.5)
+    assert parse_shares(None, 4, "--mask-box") is None
     for words in ("", "0,1", "a,b,c,d", "0,0,1,1,1"):
         with pytest.raises(ConfigError, match="must be 4 numbers"):
-            parse_shares(words, 4, "--hole")
+            parse_shares(words, 4, "--mask-box")
 
 
 def test_words_as_a_series() -> None:

@@ -48,39 +48,39 @@ def ask(run: Path, *words: str) -> Result:
 
 
 def test_text(run: Path, files: Path) -> None:
-    shown = ask(run, "--image", "a.png", "--want", "text", "--out", "t.txt")
+    shown = ask(run, "--image", "a.png", "--output", "text", "--out", "t.txt")
     assert shown.exit_code == 0, shown.output
     assert (files / "t.txt").read_text(encoding="utf-8") == shown.stdout
 
 
 def test_a_image(run: Path, files: Path) -> None:
-    shown = ask(run, "--text", "draw the digit seven", "--want", "image")
+    shown = ask(run, "--text", "draw the digit seven", "--output", "image")
     assert shown.exit_code == 0 and "answer.png" in shown.stdout
     assert Image.open(files / "answer.png").size == (64, 64)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_images_of_several_formats(run: Path, files: Path, suffix: str) -> None:
-    assert ask(run, "--text", "draw", "--want", "image", "--out", f"x{suffix}").exit_code == 0
+    assert ask(run, "--text", "draw", "--output", "image", "--out", f"x{suffix}").exit_code == 0
     assert Image.open(files / f"x{suffix}").size == (64, 64)
 
 
 def test_a_hole_keeps_what_is_around_it(run: Path, files: Path) -> None:
-    words = ["--image", "a.png", "--hole", "0.25,0.25,0.75,0.75", "--want", "image", "--out", "x.png"]
+    words = ["--image", "a.png", "--mask-box", "0.25,0.25,0.75,0.75", "--output", "image", "--out", "x.png"]
     assert ask(run, *words).exit_code == 0
     filled = np.asarray(Image.open(files / "x.png")).astype(int)
     assert np.abs(filled[:4, :4] - (255, 0, 0)).mean() < 60, "the corner is red as it was"
 
 
-@pytest.mark.parametrize("words", [["--text", "say zero"], ["--audio", "a.wav", "--gap", "0.2,0.4"]])
+@pytest.mark.parametrize("words", [["--text", "say zero"], ["--audio", "a.wav", "--mask-span", "0.2,0.4"]])
 def test_a_audio(run: Path, files: Path, words: list[str]) -> None:
-    assert ask(run, *words, "--want", "audio", "--out", "x.wav").exit_code == 0
+    assert ask(run, *words, "--output", "audio", "--out", "x.wav").exit_code == 0
     samples, rate = soundfile.read(files / "x.wav")
     assert rate == 16_000 and len(samples) == 19_200 and np.isfinite(samples).all()
 
 
 def test_numbers(run: Path, files: Path) -> None:
-    shown = ask(run, "--numbers", "bill_length_mm=40,body_mass_g=", "--want", "numbers")
+    shown = ask(run, "--numbers", "bill_length_mm=40,body_mass_g=", "--output", "numbers")
     assert shown.exit_code == 0, shown.output
     (found,) = json.loads(shown.stdout).values()
     assert list(json.loads(shown.stdout)) == ["body_mass_g"]
@@ -89,7 +89,7 @@ def test_numbers(run: Path, files: Path) -> None:
 
 
 def test_a_forecast(run: Path, files: Path) -> None:
-    words = ["--series", "body_mass_g=4000,,4200", "--want", "numbers", "--ahead", "11"]
+    words = ["--series", "body_mass_g=4000,,4200", "--output", "numbers", "--ahead", "11"]
     shown = ask(run, *words)
     assert shown.exit_code == 0, shown.output
     assert len(json.loads(shown.stdout)["body_mass_g"]["median"]) == 11
@@ -98,41 +98,49 @@ def test_a_forecast(run: Path, files: Path) -> None:
 def test_the_same_seed_gives_the_same_answer(run: Path, files: Path) -> None:
     found = []
     for seed in ("1", "1", "2"):
-        assert ask(run, "--text", "draw", "--want", "image", "--out", "x.png", "--seed", seed).exit_code == 0
+        assert (
+            ask(run, "--text", "draw", "--output", "image", "--out", "x.png", "--seed", seed).exit_code == 0
+        )
         found.append((files / "x.png").read_bytes())
     assert found[0] == found[1] != found[2]
 
 
 BAD = {
-    "no image": ("--image nowhere.png --want text", "no file at nowhere.png: check the path"),
-    "no audio clip": ("--audio nowhere.wav --want text", "no file at nowhere.wav: check the path"),
-    "broken image": ("--image broken.png --want text", "broken.png: the image is broken"),
-    "broken audio": ("--audio broken.wav --want text", "broken.wav: the audio is broken"),
-    "text as image": ("--image text.txt --want text", "the image is broken or of an unknown format"),
-    "text as audio": ("--audio text.txt --want text", "the audio is broken or of an unknown format"),
-    "image as audio": ("--audio a.png --want text", "the audio is broken or of an unknown format"),
-    "a folder": ("--image folder.png --want text", "cannot be read"),
-    "unknown column": ("--numbers bill_lenght_mm=3 --want text", "did you mean 'bill_length_mm'"),
-    "unknown wanted column": ("--text x --want numbers --column mass", "has no column 'mass'"),
-    "unknown series": ("--series x=1,2 --want numbers", "has no column 'x'"),
-    "no column": ("--text x --want numbers", "the number to predict is not named"),
-    "hole without image": ("--text x --hole 0,0,1,1 --want image", "it needs --image"),
-    "hole of words": ("--image a.png --hole big --want image", "must be 4 numbers"),
-    "gap without audio": ("--text x --gap 0,1 --want audio", "it needs --audio"),
-    "suffix of an image": ("--text x --want image --out x.bmp", "must end in one of .png"),
-    "suffix of an audio clip": ("--text x --want audio --out x.mp3", "must end in one of .wav"),
-    "no such folder": ("--text x --want image --out no/x.png", "there is no folder"),
-    "out is a folder": ("--text x --want image --out folder.png", "is a folder: name a file in it"),
-    "decompression bomb": ("--image bomb.png --want text", "bomb.png: the image is over the bound of"),
-    "two hours": ("--audio long.wav --want text", "long.wav: the audio lasts 7200 s, over the bound of 30 s"),
-    "broken in a gap": ("--audio broken.wav --gap 0,.5 --want audio", "broken.wav: the audio is broken"),
-    "not a number": ("--numbers body_mass_g=nan --want text", "must look like name=3.5, a finite number"),
-    "series of infinity": ("--series body_mass_g=1,inf --want numbers", "must be a finite number"),
-    "unknown language": ("--image a.png --want text --language de", "'de' is not one of en, zh"),
-    "unknown want": ("--text x --want smell", "is not one of text, image, audio, numbers"),
-    "nothing given": ("--want text", "nothing is given"),
-    "bad setting": ("--text x --want text --set text.topp=1", "did you mean 'top_p'"),
-    "infinite": ("--numbers body_mass_g=inf --want text", "a finite number, or name= where it is missing"),
+    "no image": ("--image nowhere.png --output text", "no file at nowhere.png: check the path"),
+    "no audio clip": ("--audio nowhere.wav --output text", "no file at nowhere.wav: check the path"),
+    "broken image": ("--image broken.png --output text", "broken.png: the image is broken"),
+    "broken audio": ("--audio broken.wav --output text", "broken.wav: the audio is broken"),
+    "text as image": ("--image text.txt --output text", "the image is broken or of an unknown format"),
+    "text as audio": ("--audio text.txt --output text", "the audio is broken or of an unknown format"),
+    "image as audio": ("--audio a.png --output text", "the audio is broken or of an unknown format"),
+    "a folder": ("--image folder.png --output text", "cannot be read"),
+    "unknown column": ("--numbers bill_lenght_mm=3 --output text", "did you mean 'bill_length_mm'"),
+    "unknown wanted column": ("--text x --output numbers --column mass", "has no column 'mass'"),
+    "unknown series": ("--series x=1,2 --output numbers", "has no column 'x'"),
+    "no column": ("--text x --output numbers", "the number to predict is not named"),
+    "hole without image": ("--text x --mask-box 0,0,1,1 --output image", "it needs --image"),
+    "hole of words": ("--image a.png --mask-box big --output image", "must be 4 numbers"),
+    "gap without audio": ("--text x --mask-span 0,1 --output audio", "it needs --audio"),
+    "suffix of an image": ("--text x --output image --out x.bmp", "must end in one of .png"),
+    "suffix of an audio clip": ("--text x --output audio --out x.mp3", "must end in one of .wav"),
+    "no such folder": ("--text x --output image --out no/x.png", "there is no folder"),
+    "out is a folder": ("--text x --output image --out folder.png", "is a folder: name a file in it"),
+    "decompression bomb": ("--image bomb.png --output text", "bomb.png: the image is over the bound of"),
+    "two hours": (
+        "--audio long.wav --output text",
+        "long.wav: the audio lasts 7200 s, over the bound of 30 s",
+    ),
+    "broken in a gap": (
+        "--audio broken.wav --mask-span 0,.5 --output audio",
+        "broken.wav: the audio is broken",
+    ),
+    "not a number": ("--numbers body_mass_g=nan --output text", "must look like name=3.5, a finite number"),
+    "series of infinity": ("--series body_mass_g=1,inf --output numbers", "must be a finite number"),
+    "unknown language": ("--image a.png --output text --language de", "'de' is not one of en, zh"),
+    "unknown want": ("--text x --output smell", "is not one of text, image, audio, numbers"),
+    "nothing given": ("--output text", "nothing is given"),
+    "bad setting": ("--text x --output text --set text.topp=1", "did you mean 'top_p'"),
+    "infinite": ("--numbers body_mass_g=inf --output text", "a finite number, or name= where it is missing"),
 }
 
 
@@ -146,7 +154,7 @@ def test_a_bad_input_is_one_sentence(run: Path, files: Path, case: str) -> None:
 
 
 def test_a_model_that_is_not_there_is_one_sentence(files: Path) -> None:
-    shown = ask(files / "nowhere", "--text", "x", "--want", "text")
+    shown = ask(files / "nowhere", "--text", "x", "--output", "text")
     assert shown.exit_code == 1 and "there is no run or checkpoint at" in shown.stderr
 
 
@@ -157,5 +165,5 @@ def test_a_damaged_model_is_one_sentence(run: Path, tmp_path: Path, name: str, c
     for file in (run / "checkpoints" / "step-2").iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     (copy / name).write_text(content, encoding="utf-8")
-    shown = ask(copy, "--text", "x", "--want", "text")
+    shown = ask(copy, "--text", "x", "--output", "text")
     assert shown.exit_code == 1 and shown.stderr.count("\n") == 1 and name in shown.stderr

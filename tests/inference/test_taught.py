@@ -23,7 +23,7 @@ from tests.small_model import demo_sources, loaded
 
 
 def trained(*tasks: str) -> CheckpointConfig:
-    return loaded(lessons=tuple((task, "x") for task in tasks)).description
+    return loaded(trained_tasks=tuple((task, "x") for task in tasks)).description
 
 
 def text(words: str) -> Part:
@@ -111,17 +111,17 @@ def test_the_command_prints_a_note_beside_the_answer(
     monkeypatch.setattr(logging.getLogger("openm6"), "propagate", True)
     image, out = tmp_path / "a.png", tmp_path / "b.png"
     image.write_bytes(png())
-    model = loaded(lessons=(("image_classification", "digits"),))
-    assert "not taught" not in say(model, Question(want="text", image=image), caplog)
-    noted = say(model, Question(want="image", text="a cat"), caplog, out)
+    model = loaded(trained_tasks=(("image_classification", "digits"),))
+    assert "not taught" not in say(model, Question(output="text", image=image), caplog)
+    noted = say(model, Question(output="image", text="a cat"), caplog, out)
     assert "never trained to give image from text, only text from image" in noted and out.exists()
 
 
 def test_a_text_much_shorter_than_those_of_training() -> None:
     """A task without words of its own reads texts: a bare question is none of them, however sure the answer is."""
     description = trained("question_answering")
-    known = [lesson.model_copy(update={"words": (9, 20)}) for lesson in description.lessons]
-    description = description.model_copy(update={"lessons": known})
+    known = [trained_task.model_copy(update={"words": (9, 20)}) for trained_task in description.trained_tasks]
+    description = description.model_copy(update={"trained_tasks": known})
     found = assess([text("What is the capital of France?")], "text", description, 0.9)
     assert not found.taught and "has 6 words" in found.en and "9 to 20 words" in found.en
     read = text("The flag of Aruba. Capital: Oranjestad. Region: Caribbean. What is the capital?")

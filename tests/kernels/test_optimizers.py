@@ -14,7 +14,7 @@ import triton.language as tl  # noqa: E402
 from openm6.kernels import optimizers  # noqa: E402
 from openm6.kernels.optimizers import bits_at, round_bf16  # noqa: E402
 from openm6.optim.adamw import adamw_reference, coefficients  # noqa: E402
-from openm6.optim.config import OptimizerConfig  # noqa: E402
+from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig  # noqa: E402
 from openm6.optim.low_precision import BF16_LARGEST, matrix_keys, random_bits, round_to_bf16  # noqa: E402
 from openm6.optim.rules import UpdateArgs, update_rule  # noqa: E402
 
@@ -128,7 +128,7 @@ def test_rounding_agrees_with_its_reference_also_at_the_largest_values(device, p
 @pytest.mark.parametrize("shape", [(2, 40, 64), (33, 320)])
 @pytest.mark.parametrize("bytes_per_parameter", [2, 1])
 def test_adafactor_equals_its_reference(bytes_per_parameter, shape, device, monkeypatch):
-    rule = update_rule(OptimizerConfig(bytes_per_parameter=bytes_per_parameter))
+    rule = update_rule(OptimizerConfig(precision=PRECISION_OF_BYTES[bytes_per_parameter]))
     values = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     both = [
         {slot.name: torch.empty(slot.shape, dtype=slot.dtype, device=device) for slot in rule.slots(shape)}

@@ -40,7 +40,7 @@ class Found:
 
 def bench_soak(trained: Path, minutes: float = 10.0, json_path: Json = None) -> None:
     """Serves a model, loads it, and prints what was found; `passed` says whether all of it is as it should be."""
-    with served(trained, ("engine.waiting=4096",)) as address:
+    with served(trained, ("engine.max_queued_tokens=4096",)) as address:
         emit(soak(address, minutes * 60), json_path)
 
 
@@ -57,11 +57,11 @@ def soak(address: Address, seconds: float, clients: int | None = None) -> dict[s
     found = Found()
     end = time.monotonic() + seconds
     threads = [threading.Thread(target=_watch, args=(address, found, end))]
-    gap = 0.5 / rate  # twice the capacity
+    mask_span = 0.5 / rate  # twice the capacity
     began = time.monotonic()
     for thread in threads:
         thread.start()
-    asked = _ask_in_crowd(address, bodies, alone, found, gap, end, clients or 256)
+    asked = _ask_in_crowd(address, bodies, alone, found, mask_span, end, clients or 256)
     for thread in threads:
         thread.join()
     return _told(found, asked, rate, time.monotonic() - began, seconds)
@@ -72,11 +72,11 @@ def _ask_in_crowd(
     bodies: list[tuple[str, dict[str, Any]]],
     alone: list[str],
     found: Found,
-    gap: float,
+    mask_span: float,
     end: float,
     most: int,
 ) -> int:
-    """Sends one request every `gap` seconds, each from a thread of its own, `most` at once."""
+    """Sends one request every `mask_span` seconds, each from a thread of its own, `most` at once."""
     places = threading.Semaphore(most)
     threads: list[threading.Thread] = []
     number = 0
@@ -87,7 +87,7 @@ def _ask_in_crowd(
         thread.start()
         threads = [one for one in threads if one.is_alive()] + [thread]
         number += 1
-        time.sleep(gap)
+        time.sleep(mask_span)
     for thread in threads:
         thread.join()
     return number

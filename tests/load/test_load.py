@@ -20,7 +20,9 @@ from tests.small_model import loaded
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[Address]:
-    engine = Engine(loaded(3), EngineConfig(rows=4, room=256, canvases=3, waiting=600))
+    engine = Engine(
+        loaded(3), EngineConfig(max_num_seqs=4, max_model_len=256, max_num_media=3, max_queued_tokens=600)
+    )
     config = ServeConfig(limits=Limits(body_bytes=1_000_000))
     with running(create_app(engine, config)) as found:
         yield Address(int(found.rpartition(":")[2]), os.getpid())

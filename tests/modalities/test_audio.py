@@ -65,7 +65,7 @@ def test_two_hours_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) 
     def read(*words: object, **named: object) -> None:
         raise AssertionError("decoded, although the header tells the length")
 
-    monkeypatch.setattr(soundfile.AudioFile, "read", read)
+    monkeypatch.setattr(soundfile.SoundFile, "read", read)
     with pytest.raises(DataError, match="lasts 7200 s, over the bound of 30 s: cut it"):
         read_audio(raw)
 
@@ -128,11 +128,11 @@ def test_what_follows_a_short_audio_is_silence(audio: Audio) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gap", "touched"),
+    ("mask_span", "touched"),
     [(None, []), ((0.0, 1.0), [0, 1, 2, 3]), ((0.25, 0.5), [1]), ((0.3, 0.6), [1, 2]), ((0.9, 1.0), [3])],
 )
-def test_a_gap_takes_all_places_it_touches(gap: tuple[float, float] | None, touched: list[int]) -> None:
-    assert np.flatnonzero(span_mask(gap, 4)).tolist() == touched
+def test_a_gap_takes_all_places_it_touches(mask_span: tuple[float, float] | None, touched: list[int]) -> None:
+    assert np.flatnonzero(span_mask(mask_span, 4)).tolist() == touched
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -143,7 +143,7 @@ def test_a_random_gap_always_hides_something(seed: int) -> None:
 
 
 def test_a_gap_hides_from_the_source_and_alone_is_learned(audio: Audio) -> None:
-    options = {"gap": (0.25, 0.5), "seconds": 1.2}
+    options = {"mask_span": (0.25, 0.5), "seconds": 1.2}
     read, wanted = (method(sine(0.6), options=options) for method in (audio.source, audio.target))
     assert np.array_equal(read.arrays["is_masked"], span_mask((0.25, 0.5), len(read)))
     assert np.array_equal(wanted.learn, span_mask((0.25, 0.5), len(wanted)))
@@ -177,7 +177,7 @@ def test_a_file_heard_before_gives_the_same(audio: Audio) -> None:
     assert np.array_equal(first.arrays["patches"], audio.source(read_audio(raw)).arrays["patches"])
     assert np.array_equal(audio.encode(raw), audio.encode(read_audio(raw)))
     # A gap must not stick to what is remembered.
-    holed = audio.source(raw, options={"gap": (0.0, 0.5)})
+    holed = audio.source(raw, options={"mask_span": (0.0, 0.5)})
     assert holed.arrays["is_masked"].any() and not audio.source(raw).arrays["is_masked"].any()
 
 
@@ -211,6 +211,6 @@ def test_a_recording_longer_than_the_setting_is_cut_and_says_so() -> None:
     again = [modality.target(file_of(sine(2.0))) for _ in range(2)]
     assert all(tokens.truncated for tokens in again), "also when its codes are remembered"
     assert not modality.source(sine(2.0)).truncated, "what is only heard is heard whole"
-    assert modality.source(sine(2.0), options={"gap": (0.2, 0.4)}).truncated
+    assert modality.source(sine(2.0), options={"mask_span": (0.2, 0.4)}).truncated
     head = modality.encode(sine(0.4))
     assert np.array_equal(modality.encode(sine(2.0))[:-1], head[:-1]), "the beginning is kept"

@@ -127,8 +127,8 @@ def test_patches_are_the_pixels(image: Image) -> None:
 
 
 def test_codes_stand_where_the_patches_stand_whatever_lies_between(image: Image) -> None:
-    image = PIL.Image.new("RGB", (64, 64))
-    source, wanted = image.source(image), image.target(image)
+    raw = PIL.Image.new("RGB", (64, 64))
+    source, wanted = image.source(raw), image.target(raw)
     words = Segment("text", {}, line(7), 7, np.zeros(7, bool))
     laid = build_sequence([words, source, words, wanted])
     patches, codes = laid.positions[7 : 7 + len(source)], laid.positions[-len(wanted) :]
@@ -148,7 +148,7 @@ def test_pixels_lie_between_minus_one_and_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hole", "touched"),
+    ("mask_box", "touched"),
     [
         (None, []),
         ((0.0, 0.0, 1.0, 1.0), list(range(16))),
@@ -159,24 +159,24 @@ def test_pixels_lie_between_minus_one_and_one() -> None:
         ((0.0, 0.75, 1.0, 1.0), [12, 13, 14, 15]),
     ],
 )
-def test_a_hole_takes_all_places_it_touches(hole: tuple[float, ...] | None, touched: list[int]) -> None:
-    assert np.flatnonzero(box_mask(hole, 4, 4)).tolist() == touched  # type: ignore[arg-type]
+def test_a_hole_takes_all_places_it_touches(mask_box: tuple[float, ...] | None, touched: list[int]) -> None:
+    assert np.flatnonzero(box_mask(mask_box, 4, 4)).tolist() == touched  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_random_hole_is_the_same_box_at_every_raster(seed: int) -> None:
-    hole = random_box(np.random.default_rng(seed))
-    left, top, right, bottom = hole
+    mask_box = random_box(np.random.default_rng(seed))
+    left, top, right, bottom = mask_box
     assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
     share = (right - left) * (bottom - top)
     for side in (8, 16, 64):
-        assert box_mask(hole, side, side).mean() == pytest.approx(share)
+        assert box_mask(mask_box, side, side).mean() == pytest.approx(share)
 
 
 def test_a_hole_hides_from_the_source_and_alone_is_learned(image: Image) -> None:
     values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    options = {"hole": (0.25, 0.5, 0.75, 1.0)}
-    inside = box_mask(options["hole"], 8, 8)
+    options = {"mask_box": (0.25, 0.5, 0.75, 1.0)}
+    inside = box_mask(options["mask_box"], 8, 8)
     read, wanted = image.source(values, options=options), image.target(values, options=options)
     assert np.array_equal(read.arrays["is_masked"], inside) and np.array_equal(wanted.learn, inside)
     assert (read.arrays["patches"][inside] == 0).all()

@@ -74,7 +74,7 @@ def test_vectors_have_length_one_and_the_scale_a_bound() -> None:
 
 
 def test_what_pools_parts_sees_them_all() -> None:
-    segments = source_segments([Part("text", "draw"), Part("text", "seven")], modalities("parts"))
+    segments = source_segments([Part("text", "draw"), Part("text", "seven")], modalities("block"))
     order = build_sequence(pooled(segments)).attn_order
     assert order[-1] > order[-2] > order[0], "and no part sees what pools it"
     assert pooled([])[0].placement == "source"

@@ -13,26 +13,36 @@ from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.moe import RouterStats
 from openm6.ops.sequence import SequenceMeta, causal_meta, join, padding_meta
 
-SIZE: dict[str, Any] = {"width": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
-DENSE = {"hidden": 48}
-EXPERTS = {"hidden": 24, "num_experts": 4, "top_k": 2}
-PROTOTYPES = {"hidden": 24, "num_experts": 4, "num_prototypes": 2, "ffn": "gelu", "num_shared": 1}
+SIZE: dict[str, Any] = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+DENSE = {"intermediate_size": 48}
+EXPERTS = {"intermediate_size": 24, "num_experts": 4, "top_k": 2}
+PROTOTYPES = {
+    "intermediate_size": 24,
+    "num_experts": 4,
+    "num_prototypes": 2,
+    "hidden_act": "gelu",
+    "num_shared": 1,
+}
 
 CONFIGS = {
     "dense": {"dense": DENSE},
     "experts": {"experts": EXPERTS},
-    "every other": {"experts": PROTOTYPES, "dense": {"hidden": 40, "ffn": "gelu"}, "experts_every": 2},
+    "every other": {
+        "experts": PROTOTYPES,
+        "dense": {"intermediate_size": 40, "hidden_act": "gelu"},
+        "moe_layer_freq": 2,
+    },
     "first dense": {"experts": EXPERTS, "dense": DENSE, "dense_layers": (0,)},
     "shared": {"experts": EXPERTS, "sharing": "all"},
     "shared routers": {"experts": EXPERTS, "sharing": (0, 0, 1, 1), "share_routers": True},
-    "shared kinds": {"experts": EXPERTS, "dense": DENSE, "experts_every": 2, "sharing": "all"},
+    "shared kinds": {"experts": EXPERTS, "dense": DENSE, "moe_layer_freq": 2, "sharing": "all"},
     "plain heads": {"dense": DENSE, "qk_norm": False, "rope_sections": (8, 0, 0)},
 }
 
 
 def make(name: str, seed: int = 0) -> Backbone:
     torch.manual_seed(seed)
-    return Backbone(BackboneConfig(**SIZE, **CONFIGS[name], initial_deviation=0.2))
+    return Backbone(BackboneConfig(**SIZE, **CONFIGS[name], initializer_range=0.2))
 
 
 def example(sample: int, seed: int) -> SequenceMeta:
@@ -82,8 +92,8 @@ def test_a_masked_parallel_target_leaves_no_trace():
         cache = model.new_cache(1, 8)
         model(x[:, :8], meta.narrow(0, 8), cache.writer(0))
         for target in (other, x[:, 8:]):
-            judged, _ = model(target, meta.narrow(8, 12), cache.reader([0]))
-        torch.testing.assert_close(judged, model(x, meta)[0][:, 8:], rtol=1e-4, atol=1e-5)
+            output, _ = model(target, meta.narrow(8, 12), cache.reader([0]))
+        torch.testing.assert_close(output, model(x, meta)[0][:, 8:], rtol=1e-4, atol=1e-5)
 
 
 def test_later_tokens_do_not_see_a_private_image():
@@ -145,7 +155,9 @@ def test_meta_build_fills_as_a_direct_one():
 
 def test_first_weights_have_the_stated_spread():
     torch.manual_seed(0)
-    model = Backbone(BackboneConfig(**{**SIZE, "width": 128}, experts={**EXPERTS, "hidden": 128}))
+    model = Backbone(
+        BackboneConfig(**{**SIZE, "hidden_size": 128}, experts={**EXPERTS, "intermediate_size": 128})
+    )
     block = model.sets[0]
     assert block.feed_forward.up.std().item() == pytest.approx(0.64 / 128**0.5, rel=0.05)
     assert block.attention.output.std().item() == pytest.approx(0.64 / 128**0.5 / 8**0.5, rel=0.05)

@@ -10,28 +10,28 @@ from pydantic import ValidationError
 from openm6.models.config import BackboneConfig
 
 GOOD: dict[str, Any] = {
-    "width": 32,
+    "hidden_size": 32,
     "num_layers": 4,
     "num_heads": 4,
     "num_kv_heads": 2,
     "head_dim": 64,
-    "dense": {"hidden": 48},
+    "dense": {"intermediate_size": 48},
 }
-EXPERTS = {"hidden": 24, "num_experts": 4, "top_k": 2}
+EXPERTS = {"intermediate_size": 24, "num_experts": 4, "top_k": 2}
 
 
 @pytest.mark.parametrize(
     ("wrong", "mend"),
     [
         ({"dense": None}, "set experts"),
-        ({"experts": EXPERTS, "dense": None, "experts_every": 2}, "set the hidden size of dense"),
+        ({"experts": EXPERTS, "dense": None, "moe_layer_freq": 2}, "set the hidden size of dense"),
         ({"experts": EXPERTS, "dense_layers": (4,)}, "layers are 0 to 3"),
         ({"rope_sections": (8, 8, 8)}, "half of head_dim=64"),
         ({"num_kv_heads": 3}, "multiple of num_kv_heads=3"),
         ({"sharing": (0, 0, 0)}, "num_layers=4"),
         ({"sharing": (0, 0, 2, 2)}, "without a gap"),
         (
-            {"experts": EXPERTS, "experts_every": 2, "sharing": (0, 0, 0, 0)},
+            {"experts": EXPERTS, "moe_layer_freq": 2, "sharing": (0, 0, 0, 0)},
             "only one of them holds experts",
         ),
         ({"widht": 3}, "Extra inputs"),
@@ -48,13 +48,13 @@ def test_sections_share_the_frequencies():
 
 
 def test_experts_every_and_dense_layers():
-    config = BackboneConfig(**GOOD, experts=EXPERTS, experts_every=2, dense_layers=(3,))
+    config = BackboneConfig(**GOOD, experts=EXPERTS, moe_layer_freq=2, dense_layers=(3,))
     assert [config.has_experts(layer) for layer in range(4)] == [False, True, False, False]
     assert not BackboneConfig(**GOOD).has_experts(0)
 
 
 def test_sharing_all_gives_a_set_to_each_kind():
-    config = BackboneConfig(**GOOD, experts=EXPERTS, experts_every=2, sharing="all")
+    config = BackboneConfig(**GOOD, experts=EXPERTS, moe_layer_freq=2, sharing="all")
     assert config.weight_sets == (0, 1, 0, 1)
     assert config.num_sets == 2
     assert BackboneConfig(**GOOD, sharing="all").weight_sets == (0, 0, 0, 0)

@@ -161,8 +161,8 @@ def test_gradients_reach_every_adapter(sequences: list[PackedExample]) -> None:
     images = (image_target(seed) for seed in range(20))
     partly = next(tokens for tokens in images if not tokens.arrays["is_masked"].all())
     sequences = [build_sequence([partly]), *sequences]
-    judged, _ = model.compute_loss(collate([sequences[:4], sequences[4:7], sequences[7:]], 512))
-    sum(part.total for part in judged.values()).backward()
+    losses, _ = model.compute_loss(collate([sequences[:4], sequences[4:7], sequences[7:]], 512))
+    sum(part.total for part in losses.values()).backward()
     silent = [
         name for name, p in model.adapters.named_parameters() if p.grad is None or not p.grad.abs().sum()
     ]
@@ -202,19 +202,19 @@ def test_a_loss_makes_no_gpu_wait(sequences: list[PackedExample], monkeypatch: p
         patched.setattr(torch.Tensor, "tolist", no_list)
         embedded = model.embed(batch.groups, batch.meta.batch, batch.meta.length)
         patched.setattr(model, "forward", lambda groups, meta: (hidden + 0 * embedded, loads))
-        judged, _ = model.compute_loss(batch)
-        total = sum((part.total for part in judged.values()), start=embedded.new_zeros(()))
+        losses, _ = model.compute_loss(batch)
+        total = sum((part.total for part in losses.values()), start=embedded.new_zeros(()))
         total.backward()
-    assert reads.found == [] and len(judged) == 4
+    assert reads.found == [] and len(losses) == 4
 
 
 def test_the_tokens_judged_are_those_with_a_weight(model: Omni, sequences: list[PackedExample]) -> None:
     batch = collate([sequences[:4], sequences[4:7], sequences[7:]], 512)
-    judged, _ = model.compute_loss(batch)
+    losses, _ = model.compute_loss(batch)
     for name, kind in batch.groups.items():
         chosen = kind.weight != 0
-        if name in judged:
-            assert torch.equal(judged[name].weight, kind.weight[chosen])
-            assert torch.equal(judged[name].example, kind.example[chosen])
+        if name in losses:
+            assert torch.equal(losses[name].weight, kind.weight[chosen])
+            assert torch.equal(losses[name].example, kind.example[chosen])
         else:
             assert not chosen.any()

@@ -27,8 +27,8 @@ from openm6.ops.sequence import (
 def model() -> Backbone:
     """Four layers, every other one sparse, in bf16: the compiler's stand-in for grouped products knows no other."""
     config = BackboneConfig(
-        width=32, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=16, experts_every=2,
-        dense=DenseConfig(hidden=32), experts=ExpertsConfig(hidden=16, num_experts=4, top_k=2),
+        hidden_size=32, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=16, moe_layer_freq=2,
+        dense=DenseConfig(intermediate_size=32), experts=ExpertsConfig(intermediate_size=16, num_experts=4, top_k=2),
     )  # fmt: skip
     torch.manual_seed(0)
     return Backbone(config).bfloat16()

@@ -13,7 +13,7 @@ from openm6.nn.config import AttentionConfig
 from openm6.ops.pointwise import rotary_table, rotate_reference
 from openm6.ops.sequence import CausalMask, additive_mask, causal_meta, visible
 
-CONFIG = AttentionConfig(width=24, num_heads=4, num_kv_heads=2, head_dim=8, norm_eps=1e-5)
+CONFIG = AttentionConfig(hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=8, norm_eps=1e-5)
 
 
 def naive_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:

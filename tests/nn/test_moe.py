@@ -18,12 +18,12 @@ WIDTH = 16
 
 VARIANTS = {
     "top-2": {"top_k": 2},
-    "top-2 as they are": {"top_k": 2, "normalise_gates": False},
-    "top-1 gelu": {"top_k": 1, "ffn": "gelu", "normalise_gates": False},
+    "top-2 as they are": {"top_k": 2, "norm_topk_prob": False},
+    "top-1 gelu": {"top_k": 1, "hidden_act": "gelu", "norm_topk_prob": False},
     "prototypes": {"num_prototypes": 3},
     "shared": {"top_k": 2, "num_shared": 2},
-    "capacity": {"top_k": 2, "capacity": 0.6},
-    "prototypes with capacity": {"num_prototypes": 2, "capacity": 0.7, "ffn": "gelu"},
+    "capacity": {"top_k": 2, "capacity_factor": 0.6},
+    "prototypes with capacity": {"num_prototypes": 2, "capacity_factor": 0.7, "hidden_act": "gelu"},
 }
 
 
@@ -53,24 +53,26 @@ def naive(experts: Experts, routing: Routing, x: Tensor, valid: Tensor, capacity
             fits = capacity is None or (bool(valid[n]) and taken[expert] < capacity)
             taken[expert] += fits
             if fits:
-                total = total + gate * network(token, experts.up[expert], experts.down[expert], config.ffn)
+                total = total + gate * network(
+                    token, experts.up[expert], experts.down[expert], config.hidden_act
+                )
         if experts.shared is not None:
-            total = total + network(token, experts.shared.up.t(), experts.shared.down.t(), config.ffn)
+            total = total + network(token, experts.shared.up.t(), experts.shared.down.t(), config.hidden_act)
         answers.append(total)
     return torch.stack(answers)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_values_and_gradients_equal_the_loop(name):
-    config = ExpertsConfig(hidden=24, num_experts=6, **VARIANTS[name])
+    config = ExpertsConfig(intermediate_size=24, num_experts=6, **VARIANTS[name])
     experts, router = make(config)
     x = torch.randn(2, 9, WIDTH, requires_grad=True)
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[1, 6:] = False
     y, load = experts(x, router, valid, LocalDispatcher(), 5)
     capacity = None
-    if config.capacity is not None:
-        capacity = -int(-config.choices * 18 * config.capacity // 6)
+    if config.capacity_factor is not None:
+        capacity = -int(-config.experts_per_token * 18 * config.capacity_factor // 6)
         assert load.dropped > 0
     routing = router(x.flatten(0, 1), valid.flatten())
     twin = naive(experts, routing, x.flatten(0, 1), valid.flatten(), capacity).view_as(x)
@@ -91,7 +93,8 @@ def run_two_backends(
 ) -> list[list[Tensor]]:
     """Output and gradients of a layer by the general backend, then by another one."""
     experts, router = (
-        part.to(device, dtype) for part in make(ExpertsConfig(hidden=24, num_experts=6, **VARIANTS[name]))
+        part.to(device, dtype)
+        for part in make(ExpertsConfig(intermediate_size=24, num_experts=6, **VARIANTS[name]))
     )
     x = torch.randn(2, 9, WIDTH, device=device, dtype=dtype, requires_grad=True)
     valid, upstream = torch.ones(2, 9, dtype=torch.bool, device=device), torch.randn_like(x)
@@ -131,7 +134,7 @@ def test_one_expert_after_the_other_equals_the_general_backend(name, monkeypatch
 
 
 def test_report_counts_valid_tokens_and_drops():
-    config = ExpertsConfig(hidden=8, num_experts=4, top_k=2, capacity=0.5)
+    config = ExpertsConfig(intermediate_size=8, num_experts=4, top_k=2, capacity_factor=0.5)
     experts, router = make(config)
     valid = torch.zeros(2, 10, dtype=torch.bool)
     valid[0] = True
@@ -143,7 +146,14 @@ def test_report_counts_valid_tokens_and_drops():
 
 
 def test_side_loss_holds_both_losses_and_reaches_the_router():
-    config = ExpertsConfig(hidden=8, num_experts=4, top_k=2, balance="aux", aux_weight=0.3, z_weight=0.2)
+    config = ExpertsConfig(
+        intermediate_size=8,
+        num_experts=4,
+        top_k=2,
+        balance="aux",
+        router_aux_loss_coef=0.3,
+        router_z_loss_coef=0.2,
+    )
     experts, router = make(config)
     _, load = experts(
         torch.randn(1, 10, WIDTH), router, torch.ones(1, 10, dtype=torch.bool), LocalDispatcher(), 0
@@ -156,24 +166,24 @@ def test_side_loss_holds_both_losses_and_reaches_the_router():
 
 @pytest.mark.parametrize("choice", [{"top_k": 2}, {"num_prototypes": 2}])
 def test_bias_brings_a_crooked_router_into_balance(choice):
-    config = ExpertsConfig(hidden=8, num_experts=8, balance="bias", balance_rate=0.02, **choice)
+    config = ExpertsConfig(intermediate_size=8, num_experts=8, balance="bias", balance_rate=0.02, **choice)
     _, router = make(config, seed=4)
     x = torch.randn(512, WIDTH) + 0.5 * torch.randn(WIDTH)
     valid = torch.ones(512, dtype=torch.bool)
 
-    def c_v() -> float:
+    def expert_load_cv() -> float:
         load = router(x, valid).load
         return float(load.std(correction=0) / load.mean())
 
-    before = c_v()
+    before = expert_load_cv()
     for _ in range(200):
         router.update_balance(router(x, valid).load)
     assert before > 0.4
-    assert c_v() < 0.1
+    assert expert_load_cv() < 0.1
 
 
 def test_without_bias_balancing_there_is_no_bias():
-    config = ExpertsConfig(hidden=8, num_experts=4, top_k=1, balance="none")
+    config = ExpertsConfig(intermediate_size=8, num_experts=4, top_k=1, balance="none")
     _, router = make(config)
     assert dict(router.named_buffers()) == {}
     router.update_balance(torch.tensor([9.0, 0.0, 0.0, 0.0]))
@@ -190,7 +200,7 @@ def test_exchange_sees_sorted_rows_and_gates_stay_home():
         def collect(self, parcels: list[LocalChunk]) -> Tensor:
             return 2 * super().collect(parcels)
 
-    config = ExpertsConfig(hidden=8, num_experts=4, top_k=2)
+    config = ExpertsConfig(intermediate_size=8, num_experts=4, top_k=2)
     experts, router = make(config)
     x, valid = torch.randn(1, 10, WIDTH), torch.ones(1, 10, dtype=torch.bool)
     plain, _ = experts(x, router, valid, LocalDispatcher(), 0)
@@ -205,9 +215,9 @@ def test_exchange_sees_sorted_rows_and_gates_stay_home():
         ({"top_k": 1, "num_prototypes": 2}, "either top_k or num_prototypes"),
         ({"top_k": 9}, "lower top_k or raise num_experts"),
         ({"num_prototypes": 3}, "multiple of num_prototypes"),
-        ({"top_k": 1, "hidden": 12}, "multiple of 8"),
+        ({"top_k": 1, "intermediate_size": 12}, "multiple of 8"),
     ],
 )
 def test_config_names_the_mend(wrong, mend):
     with pytest.raises(ValidationError, match=mend):
-        ExpertsConfig(**{"hidden": 8, "num_experts": 8, **wrong})
+        ExpertsConfig(**{"intermediate_size": 8, "num_experts": 8, **wrong})

@@ -17,7 +17,7 @@ from openm6.models.config import BackboneConfig
 from openm6.offload.blocks import Step
 from openm6.offload.config import OffloadConfig
 from openm6.offload.streams import Streams
-from openm6.optim.config import OptimizerConfig
+from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.train.config import LoopConfig, Precision, StagesConfig, SwitchConfig
 from openm6.train.loop import train
 from openm6.train.offloaded import OffloadedTrainStep
@@ -29,10 +29,10 @@ PLAIN = words_backbone()
 SHARED = words_backbone(sharing=(0, 1, 0, 1))
 
 
-def config_of(bytes_per_parameter: int = 2, **streaming: Any) -> LoopConfig:
-    optimizer = OptimizerConfig(learning_rate=0.01, bytes_per_parameter=bytes_per_parameter)
+def config_of(bytes_per_parameter: int = 2, **offload: Any) -> LoopConfig:
+    optimizer = OptimizerConfig(learning_rate=0.01, precision=PRECISION_OF_BYTES[bytes_per_parameter])
     return words_config(
-        optimizer=optimizer, clip=None, streaming=OffloadConfig(**{"resident": 0, **streaming})
+        optimizer=optimizer, max_grad_norm=None, offload=OffloadConfig(**{"num_gpu_layers": 0, **offload})
     )
 
 
@@ -40,7 +40,7 @@ def steps_of(train_step: TrainStep, training: WordsTraining, count: int = 3) -> 
     return [train_step.update(training.batch(step), step, 10).loss for step in range(1, count + 1)]
 
 
-def streamed_run(
+def offloaded_run(
     backbone: BackboneConfig, config: LoopConfig, streams: Streams | None = None
 ) -> tuple[list[float], list[Tensor]]:
     """Losses of three steps, and all bytes of the sets and the edges after them."""
@@ -63,7 +63,7 @@ def test_with_sixteen_bytes_streaming_is_plain_training_to_the_bit(
     backbone: BackboneConfig, recompute_every: int, precision: Precision
 ) -> None:
     training, other = WordsTraining(backbone), WordsTraining(backbone)
-    plain = TrainStep(training, words_config(clip=None, precision=precision))
+    plain = TrainStep(training, words_config(max_grad_norm=None, precision=precision))
     config = config_of(16, recompute_every=recompute_every).model_copy(update={"precision": precision})
     offloaded = OffloadedTrainStep(other, config)
     assert steps_of(plain, training) == steps_of(offloaded, other)
@@ -80,12 +80,22 @@ def test_with_sixteen_bytes_streaming_is_plain_training_to_the_bit(
 @pytest.mark.parametrize("bytes_per_parameter", [16, 4, 2, 1])
 @pytest.mark.parametrize("backbone", [PLAIN, SHARED])
 def test_streamed_is_resident_to_the_bit(backbone: BackboneConfig, bytes_per_parameter: int) -> None:
-    resident = streamed_run(backbone, config_of(bytes_per_parameter, resident="auto"))
-    for changes in ({}, {"resident": 1}, {"buffers": 3}, {"resident": (1,), "recompute_every": 2}):
-        assert_same(resident, streamed_run(backbone, config_of(bytes_per_parameter, **changes)))
+    on_device = offloaded_run(backbone, config_of(bytes_per_parameter, num_gpu_layers="auto"))
+    for changes in (
+        {},
+        {"num_gpu_layers": 1},
+        {"buffers": 3},
+        {"num_gpu_layers": (1,), "recompute_every": 2},
+    ):
+        assert_same(on_device, offloaded_run(backbone, config_of(bytes_per_parameter, **changes)))
 
 
-LAYOUTS = [(PLAIN, {}), (SHARED, {}), (PLAIN, {"buffers": 3}), (PLAIN, {"resident": 1, "recompute_every": 2})]
+LAYOUTS = [
+    (PLAIN, {}),
+    (SHARED, {}),
+    (PLAIN, {"buffers": 3}),
+    (PLAIN, {"num_gpu_layers": 1, "recompute_every": 2}),
+]
 
 
 @pytest.mark.parametrize(("inward", "outward"), [(True, True), (True, False), (False, True)])
@@ -94,8 +104,8 @@ def test_copies_as_late_as_their_waits_allow_change_nothing(
     backbone: BackboneConfig, changes: dict[str, Any], inward: bool, outward: bool
 ) -> None:
     """Without a wait for arrival, for a free buffer, or for the way home, the same bytes come out wrong every time."""
-    expected = streamed_run(backbone, config_of(resident="auto"))
-    assert_same(expected, streamed_run(backbone, config_of(**changes), late_streams(inward, outward)))
+    expected = offloaded_run(backbone, config_of(num_gpu_layers="auto"))
+    assert_same(expected, offloaded_run(backbone, config_of(**changes), late_streams(inward, outward)))
 
 
 @pytest.mark.parametrize(("backbone", "changes"), LAYOUTS)
@@ -146,7 +156,9 @@ def breaks_off(*given: Any) -> None:
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:
-    whole, parts = (streamed_run(PLAIN, config_of(16, micro_batches=count)) for count in (1, 3))
+    whole, parts = (
+        offloaded_run(PLAIN, config_of(16, gradient_accumulation_steps=count)) for count in (1, 3)
+    )
     assert parts[0] == pytest.approx(whole[0], rel=1e-4)
 
 
@@ -154,7 +166,7 @@ def test_a_set_is_fetched_once_for_all_micro_batches_and_a_shared_one_once_a_pas
     moved = {}
     for name, backbone, micro in (("one", PLAIN, 1), ("many", PLAIN, 4), ("shared", SHARED, 1)):
         training = WordsTraining(backbone)
-        train_step = OffloadedTrainStep(training, config_of(micro_batches=micro))
+        train_step = OffloadedTrainStep(training, config_of(gradient_accumulation_steps=micro))
         steps_of(train_step, training, 1)
         moved[name] = train_step.store.moved_bytes
     assert moved["one"] == moved["many"]
@@ -197,8 +209,8 @@ class Killed(BaseException):
 
 
 def run_config(**changes: Any) -> LoopConfig:
-    values = {"steps": 10, "save_every": 4, "streaming": OffloadConfig(resident=1)}
-    optimizer = OptimizerConfig(learning_rate=0.01, bytes_per_parameter=changes.pop("bytes", 2))
+    values = {"steps": 10, "save_every": 4, "offload": OffloadConfig(num_gpu_layers=1)}
+    optimizer = OptimizerConfig(learning_rate=0.01, precision=PRECISION_OF_BYTES[changes.pop("bytes", 2)])
     return words_config(**{**values, "optimizer": optimizer, **changes})
 
 
@@ -259,7 +271,8 @@ def test_answers_are_the_same_at_the_switch() -> None:
 def test_a_checkpoint_of_another_tier_is_refused(tmp_path: Path) -> None:
     train(WordsTraining(PLAIN), run_config(steps=2), RunFolder.open(tmp_path))
     with pytest.raises(
-        CheckpointError, match="holds 2 bytes a parameter, this run wants 1: convert it with openm6"
+        CheckpointError,
+        match="holds weights of precision bf16-adafactor, this run trains int8-adafactor: convert it",
     ):
         train(WordsTraining(PLAIN), run_config(bytes=1), RunFolder(tmp_path), resume=True)
 
@@ -268,10 +281,10 @@ def test_what_cannot_be_streamed_is_refused() -> None:
     class Blockless(WordsTraining):
         backbone = None  # type: ignore[assignment]
 
-    with pytest.raises(ConfigError, match="no blocks to stream"):
+    with pytest.raises(ConfigError, match="no blocks to offload"):
         OffloadedTrainStep(Blockless(PLAIN), config_of())
     with pytest.raises(ConfigError, match="names set 9: there are only 0 to 3"):
-        OffloadedTrainStep(WordsTraining(PLAIN), config_of(resident=(9,)))
+        OffloadedTrainStep(WordsTraining(PLAIN), config_of(num_gpu_layers=(9,)))
 
 
 def test_weights_on_meta_get_first_values_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def test_pieces_hold_whole_runs() -> None:
 
 def test_a_record_is_dense_aligned_and_begins_with_what_is_read() -> None:
     layout = RecordLayout(
-        {"a": (4, 128), "b": (3, 8, 64)}, update_rule(OptimizerConfig(bytes_per_parameter=1))
+        {"a": (4, 128), "b": (3, 8, 64)}, update_rule(OptimizerConfig(precision="int8-adafactor"))
     )
     ends = sorted((entry.start, entry.start + entry.slot.num_bytes) for entry in layout.entries)
     assert all(first[1] <= second[0] for first, second in itertools.pairwise(ends))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openm6.optim.adafactor import Moments, advance, follow, normalized
-from openm6.optim.config import OptimizerConfig
+from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.optim.low_precision import block_length, fit_exponent, from_levels, refit, to_levels
 from openm6.optim.rules import Slots, UpdateArgs, UpdateRule, update_rule
 from openm6.optim.sharding import REPLICATED
@@ -18,7 +18,7 @@ TIERS = [16, 4, 2, 1]
 
 
 def rule_of(bytes_per_parameter: int) -> UpdateRule:
-    return update_rule(OptimizerConfig(bytes_per_parameter=bytes_per_parameter))
+    return update_rule(OptimizerConfig(precision=PRECISION_OF_BYTES[bytes_per_parameter]))
 
 
 def start(rule: UpdateRule, values: Tensor) -> Slots:

@@ -11,7 +11,7 @@ from openm6.optim.schedule import decay_start, lr_multiplier
 
 
 def test_warmup_stable_decay() -> None:
-    config = ScheduleConfig(warmup_steps=10, decay_share=0.2, decay="linear")
+    config = ScheduleConfig(warmup_steps=10, decay_fraction=0.2, decay="linear")
     factors = [lr_multiplier(step, 100, config) for step in range(1, 101)]
     assert factors[:10] == pytest.approx([step / 10 for step in range(1, 11)])
     assert factors[10:80] == [1.0] * 70
@@ -20,14 +20,14 @@ def test_warmup_stable_decay() -> None:
 
 def test_the_square_root_falls_faster_at_first() -> None:
     linear, root = (
-        ScheduleConfig(warmup_steps=0, decay_share=0.5, decay=kind) for kind in ("linear", "sqrt")
+        ScheduleConfig(warmup_steps=0, decay_fraction=0.5, decay=kind) for kind in ("linear", "sqrt")
     )
     for step in range(51, 100):
         assert lr_multiplier(step, 100, root) < lr_multiplier(step, 100, linear)
 
 
 def test_an_unknown_length_has_no_decay() -> None:
-    config = ScheduleConfig(warmup_steps=4, decay_share=1.0)
+    config = ScheduleConfig(warmup_steps=4, decay_fraction=1.0)
     assert [lr_multiplier(step, None, config) for step in (2, 4, 9999)] == [0.5, 1.0, 1.0]
 
 
@@ -41,7 +41,7 @@ def test_an_unknown_length_has_no_decay() -> None:
 def test_every_step_moves_and_none_exceeds_the_rate(
     total: int, warmup: int, share: float, floor: float, decay: str
 ) -> None:
-    config = ScheduleConfig(warmup_steps=warmup, decay_share=share, floor=floor, decay=decay)  # type: ignore[arg-type]
+    config = ScheduleConfig(warmup_steps=warmup, decay_fraction=share, min_lr_ratio=floor, decay=decay)  # type: ignore[arg-type]
     factors = [lr_multiplier(step, total, config) for step in range(1, total + 1)]
     assert all(0 < factor <= 1 for factor in factors)
     start = decay_start(total, config)

@@ -47,7 +47,7 @@ def run_steps(
     recipe: str, folder: str, axes: tuple[int, int, int], begin: int, fall_at: int | None
 ) -> tuple[Records, dict[int, float]]:
     """Goes on in a run's folder from step `begin`; gives this rank's records and the losses of all steps so far."""
-    names = ("data", "shard", "experts")
+    names = ("dp_replicate", "dp_shard", "ep")
     settings = [f"parallel.{name}={size}" for name, size in zip(names, axes, strict=True)]
     checked, _ = read_recipe(Path(recipe), settings)
     ranks = DistributedContext(torch.device("cpu"), 20) if dist.is_initialized() else ProcessGroupContext()

@@ -40,10 +40,10 @@ MESHES: list[Axes] = [(4, 1, 1), (1, 1, 4), (1, 2, 2), (1, 4, 1)]
 
 
 def recipe_file(folder: Path, axes: Axes, components: Any = COMPONENTS, **loop: Any) -> str:
-    recipe = tiny_recipe(steps=20, workers=1, **loop)
+    recipe = tiny_recipe(steps=20, num_processes=1, **loop)
     recipe["mixture"] = [{"source": source, "task": task} for source, task in components]
-    recipe["packing"] = {"rows": 4, "length": 160, "lanes": 4}
-    recipe["parallel"] = dict(zip(("data", "shard", "experts"), axes, strict=True))
+    recipe["packing"] = {"batch_size": 4, "seq_len": 160, "num_shards": 4}
+    recipe["parallel"] = dict(zip(("dp_replicate", "dp_shard", "ep"), axes, strict=True))
     recipe["model"] = MODEL
     return write_recipe(folder, recipe)
 
@@ -54,7 +54,7 @@ def rows_of(training: MultimodalTraining, number: int) -> Batch:
     source, task = COMPONENTS[number]
     mixture = MixtureSampler([Component(source=sources[source], task=task, weight=1.0)], 0)
     transform = ExampleTransform(mixture, training.modalities, 0, training.recipe.loss_weights)
-    packing = training.recipe.packing.model_copy(update={"rows": 1, "lanes": 1})
+    packing = training.recipe.packing.model_copy(update={"batch_size": 1, "num_shards": 1})
     return next(Packer(transform, packing, Quarantine(None, 0.5), 0, 1).batches())
 
 
@@ -72,7 +72,7 @@ def disjoint_steps(recipe: str, folder: str) -> tuple[list[StepReport], dict[str
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_four_ranks_of_four_modalities(offloaded: bool, tmp_path: Path, four: Fleet) -> None:
     """All meshes agree with one another: what each rank lacks is nothing, and not a wait."""
-    loop = {"streaming": {"resident": 0}} if offloaded else {}
+    loop = {"offload": {"num_gpu_layers": 0}} if offloaded else {}
     found = []
     for number, axes in enumerate(MESHES):
         recipe = recipe_file(tmp_path / str(number), axes, **loop)

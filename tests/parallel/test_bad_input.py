@@ -24,8 +24,8 @@ from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 
 def recipe_file(folder: Path) -> str:
-    recipe = tiny_recipe(steps=4, save_every=2, workers=1)
-    recipe["packing"] = {"rows": 3, "length": 160}
+    recipe = tiny_recipe(steps=4, save_every=2, num_processes=1)
+    recipe["packing"] = {"batch_size": 3, "seq_len": 160}
     return write_recipe(folder, recipe)
 
 
@@ -51,13 +51,13 @@ def reported(recipe: str, folder: str, settings: list[str], odd: str) -> str:
 @pytest.mark.parametrize(
     ("settings", "odd", "sentence"),
     [
-        (["parallel.data=3"], "", "data=3 × shard=1 × experts=1 is 3 ranks, but 2 run"),
-        (["parallel.experts=2", "model.overrides.experts.num_experts=5"], "", "cannot distribute 5 experts evenly"),
-        (["parallel.experts=2", "parallel.parts=3"], "", "parallel.parts=3 cannot divide the 2 experts of a rank"),
-        (["packing.rows=1"], "", "packing.rows=1 leaves some of 2 ranks without a row"),
-        (["parallel.shard=2", "loop.compile=true"], "", "cannot be compiled: leave compile at auto"),
-        (["parallel.experts=2", "model.overrides.experts.capacity=2.0"], "", "packing.rows to a multiple of 2"),
-        (["loop.streaming={resident: 0, micro_batches: 2}"], "", "micro_batches=2 are more than the rows of a rank"),
+        (["parallel.dp_replicate=3"], "", "dp_replicate=3 × dp_shard=1 × ep=1 is 3 ranks, but 2 run"),
+        (["parallel.ep=2", "model.overrides.experts.num_experts=5"], "", "cannot distribute 5 experts evenly"),
+        (["parallel.ep=2", "parallel.ep_overlap_chunks=3"], "", "chunks=3 cannot divide the 2 experts of a rank"),
+        (["packing.batch_size=1"], "", "packing.batch_size=1 leaves some of 2 ranks without a row"),
+        (["parallel.dp_shard=2", "loop.compile=true"], "", "cannot be compiled: leave compile at auto"),
+        (["parallel.ep=2", "model.overrides.experts.capacity_factor=2.0"], "", "packing.batch_size to a multiple of 2"),
+        (["loop.offload={num_gpu_layers: 0, gradient_accumulation_steps: 2}"], "", "more than the rows of a rank"),
         ([], "recipe", "rank 1 was started with another recipe than rank 0"),
         ([], "version", "rank 1 runs OpenM6 0.0.1"),
     ],
@@ -72,7 +72,7 @@ def test_every_rank_stops_with_the_same_sentence(
 
 def test_a_checkpoint_that_lacks_a_part_stops_every_rank(tmp_path: Path, two: Fleet) -> None:
     recipe, run = recipe_file(tmp_path), tmp_path / "run"
-    axes: dict[str, Any] = {"data": 1, "shard": 1, "experts": 2}
+    axes: dict[str, Any] = {"dp_replicate": 1, "dp_shard": 1, "ep": 2}
     two.run(run_steps, recipe, str(run), tuple(axes.values()), 1, 4)
     damaged = wait_for(run, 2)
     for other in damaged.parent.glob("step-[!2]"):

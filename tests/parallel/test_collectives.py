@@ -19,17 +19,17 @@ from tests.parallel.fleet import Fleet
 WIDTH, NUM_EXPERTS = 16, 8
 VARIANTS: dict[str, dict[str, Any]] = {
     "top_k": {"top_k": 3},
-    "prototypes": {"num_prototypes": 2, "ffn": "gelu"},
+    "prototypes": {"num_prototypes": 2, "hidden_act": "gelu"},
     "shared": {"top_k": 2, "num_shared": 1},
-    "aux": {"top_k": 2, "balance": "aux", "aux_weight": 0.5, "z_weight": 0.0},
-    "capacity": {"top_k": 2, "capacity": 8.0},
+    "aux": {"top_k": 2, "balance": "aux", "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.0},
+    "capacity": {"top_k": 2, "capacity_factor": 8.0},
 }
 PARTS = ((0, 3), (3, 4))  # pairs of each rank: unlike numbers
 
 
 def build(variant: str) -> tuple[Experts, Router]:
     torch.manual_seed(1)
-    config = ExpertsConfig(hidden=24, num_experts=NUM_EXPERTS, **VARIANTS[variant])
+    config = ExpertsConfig(intermediate_size=24, num_experts=NUM_EXPERTS, **VARIANTS[variant])
     experts, router = Experts(WIDTH, config), Router(WIDTH, config)
     experts.reset_parameters(0.3, 0.3)
     router.reset_parameters(0.5)

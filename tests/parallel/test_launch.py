@@ -20,7 +20,7 @@ def fail(way: str, folder: Path, capfd: pytest.CaptureFixture[str], restarts: in
 @pytest.mark.parametrize(
     ("way", "sentence"),
     [
-        ("memory", "error: rank 1 of 2: out of memory: lower packing.rows"),
+        ("memory", "error: rank 1 of 2: out of memory: lower packing.batch_size"),
         ("hang", "waited 10 s for another rank in vain"),
         ("end", "error: the report could not be written"),  # others wait for rank 0 as long as that takes
     ],

@@ -65,8 +65,8 @@ def test_a_rank_that_does_not_use_a_layer_takes_part(two: Fleet) -> None:
 
 def recipe_file(folder: Path, axes: tuple[int, int, int], **experts: Any) -> str:
     recipe = tiny_recipe(steps=20)
-    recipe["packing"] = {"rows": 4, "length": 160, "lanes": 4}
-    recipe["parallel"] = dict(zip(("data", "shard", "experts"), axes, strict=True))
+    recipe["packing"] = {"batch_size": 4, "seq_len": 160, "num_shards": 4}
+    recipe["parallel"] = dict(zip(("dp_replicate", "dp_shard", "ep"), axes, strict=True))
     recipe["model"] = {**MODEL, "overrides": {**MODEL["overrides"], **experts}}
     return write_recipe(folder, recipe)
 
@@ -118,7 +118,9 @@ def test_every_mesh_equals_one_process(
         other: StepReport = together[0][0][step]
         assert other.loss == pytest.approx(report.loss, rel=1e-5)
         assert other.grad_norm == pytest.approx(report.grad_norm, rel=1e-4)
-        assert other.tokens == report.tokens and other.c_v == pytest.approx(report.c_v, abs=1e-5)
+        assert other.tokens == report.tokens and other.expert_load_cv == pytest.approx(
+            report.expert_load_cv, abs=1e-5
+        )
         assert set(other.metrics) == set(report.metrics)
         for name, value in report.metrics.items():
             assert other.metrics[name] == pytest.approx(value, rel=1e-4), name

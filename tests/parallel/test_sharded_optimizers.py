@@ -37,9 +37,9 @@ STEPS = 4
 
 
 def recipe_file(folder: Path, axes: Axes, name: str) -> str:
-    recipe = tiny_recipe(steps=20, optimizer={"name": name, "learning_rate": 0.003}, workers=1)
-    recipe["packing"] = {"rows": 4, "length": 160, "lanes": 4}
-    recipe["parallel"] = dict(zip(("data", "shard", "experts"), axes, strict=True))
+    recipe = tiny_recipe(steps=20, optimizer={"name": name, "learning_rate": 0.003}, num_processes=1)
+    recipe["packing"] = {"batch_size": 4, "seq_len": 160, "num_shards": 4}
+    recipe["parallel"] = dict(zip(("dp_replicate", "dp_shard", "ep"), axes, strict=True))
     recipe["model"] = MODEL
     return write_recipe(folder, recipe)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from openm6 import kernels
 from openm6.offload.weight_store import RecordLayout
 from openm6.optim import rules
-from openm6.optim.config import OptimizerConfig
+from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.optim.rules import UpdateArgs, update_rule
 from openm6.parallel.config import MeshShape
 from openm6.parallel.process_group import LayerWeights
@@ -63,7 +63,7 @@ def test_parts_are_gathered_and_sums_are_cut(axes: tuple[int, int, int], four: F
 def moved(axes: tuple[int, int, int] | None, bytes_per_parameter: int, in_triton: bool) -> dict[str, Tensor]:
     """The weights after three updates, of the whole or of this rank's parts."""
     sets = LayerWeights([SHAPES]) if axes is None else sets_of(axes)
-    rule = update_rule(OptimizerConfig(bytes_per_parameter=bytes_per_parameter))
+    rule = update_rule(OptimizerConfig(precision=PRECISION_OF_BYTES[bytes_per_parameter]))
     layout = RecordLayout(sets.local_shapes(0), rule)
     views = layout.views(torch.zeros(layout.num_bytes, dtype=torch.uint8))
     for name, stored in views.items():
@@ -120,7 +120,7 @@ def moved_unevenly(rows: int, bytes_per_parameter: int, at_once: int) -> tuple[i
     """How often six matrices whose rows are cut unevenly ask the other rank, and whether they move as if whole."""
     group = CountingGroup(dist.group.WORLD)
     spec = WeightShard(1, rows, group)
-    rule = update_rule(OptimizerConfig(bytes_per_parameter=bytes_per_parameter))
+    rule = update_rule(OptimizerConfig(precision=PRECISION_OF_BYTES[bytes_per_parameter]))
     generator = torch.Generator().manual_seed(3)
     values, gradient = (torch.randn(6, rows, 16, generator=generator) for _ in range(2))
     read = []

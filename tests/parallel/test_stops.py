@@ -26,8 +26,8 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def recipe_file(folder: Path) -> str:
-    recipe = tiny_recipe(steps=STEPS, save_every=STEPS, workers=1)
-    recipe["packing"] = {"rows": 2, "length": 160, "lanes": 2}
+    recipe = tiny_recipe(steps=STEPS, save_every=STEPS, num_processes=1)
+    recipe["packing"] = {"batch_size": 2, "seq_len": 160, "num_shards": 2}
     return write_recipe(folder, recipe)
 
 

@@ -133,9 +133,10 @@ def test_a_trial_that_fails_reports_its_sentence() -> None:
 
 def test_a_trial_trains_saves_and_evaluates(tmp_path: Path) -> None:
     small = [
-        "model.overrides={width: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16}",
-        "mixture=[{source: penguins, task: tabular_classification}]", "modalities.text.vocabulary=320", "loop.workers=1",
-        "packing={rows: 2, length: 128}", "judge={records: 10, answers: 10, samples: 1, workers: 1}",
+        "model.overrides={hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16}",
+        "mixture=[{source: penguins, task: tabular_classification}]",
+        "modalities.text.vocab_size=320", "loop.num_processes=1",
+        "packing={batch_size: 2, seq_len: 128}", "eval={records: 10, answers: 10, samples: 1, num_processes: 1}",
         "loop.held_out={every: 100, batches: 1}",
     ]  # fmt: skip
     run_trial(tmp_path, "demo", small)

@@ -29,12 +29,12 @@ from openm6.plan.memory import (
 )
 
 CONFIG = BackboneConfig(
-    width=64,
+    hidden_size=64,
     num_layers=3,
     num_heads=2,
     num_kv_heads=1,
     head_dim=32,
-    dense=DenseConfig(hidden=256, ffn="gelu"),
+    dense=DenseConfig(intermediate_size=256, hidden_act="gelu"),
 )
 GIB = 2**30
 
@@ -99,7 +99,7 @@ def test_as_few_layers_are_computed_again_as_the_memory_asks_for() -> None:
 
 ELEMENT = 4  # bytes: what lies between products stays in fp32 on a processor
 ROWS, LENGTH, PIECE = 8, 512, 64  # and the tokens of one example; so many rows that filling them up is little
-SIZES = {"width": 128, "num_layers": 1, "num_kv_heads": 1, "head_dim": 64}
+SIZES = {"hidden_size": 128, "num_layers": 1, "num_kv_heads": 1, "head_dim": 64}
 
 
 def packed() -> Batch:
@@ -114,7 +114,7 @@ def packed() -> Batch:
 def block_of(config: BackboneConfig, batch: Batch) -> tuple[Block, LayerParts, Context]:
     """The only layer of a backbone, and what its forward pass needs of a batch."""
     backbone, meta = Backbone(config), batch.meta
-    x = torch.zeros(meta.batch, meta.length, config.width)
+    x = torch.zeros(meta.batch, meta.length, config.hidden_size)
     context = Context(
         rotary=rotary_table(meta.positions, config.rope_theta, config.sections),
         mask=choose_mask(meta, None, x),
@@ -140,7 +140,7 @@ def kept_elements(config: BackboneConfig) -> float:
             held[pointer] = tensor  # alive, so that no other tensor gets its place
         return tensor
 
-    x = torch.randn(ROWS, LENGTH, config.width, requires_grad=True)
+    x = torch.randn(ROWS, LENGTH, config.hidden_size, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(x * 1.0, parts, context, 0)
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values()) / ELEMENT / (ROWS * LENGTH)
@@ -149,13 +149,15 @@ def kept_elements(config: BackboneConfig) -> float:
 CONFIGS = pytest.mark.parametrize(
     "config",
     [
-        BackboneConfig(**SIZES, num_heads=2, dense=DenseConfig(hidden=256)),
-        BackboneConfig(**SIZES, num_heads=4, dense=DenseConfig(hidden=384, ffn="gelu")),
-        BackboneConfig(**SIZES, num_heads=2, experts=ExpertsConfig(hidden=256, num_experts=8, top_k=2)),
+        BackboneConfig(**SIZES, num_heads=2, dense=DenseConfig(intermediate_size=256)),
+        BackboneConfig(**SIZES, num_heads=4, dense=DenseConfig(intermediate_size=384, hidden_act="gelu")),
+        BackboneConfig(
+            **SIZES, num_heads=2, experts=ExpertsConfig(intermediate_size=256, num_experts=8, top_k=2)
+        ),
         BackboneConfig(
             **SIZES,
             num_heads=2,
-            experts=ExpertsConfig(hidden=128, num_experts=16, num_prototypes=4, ffn="gelu"),
+            experts=ExpertsConfig(intermediate_size=128, num_experts=16, num_prototypes=4, hidden_act="gelu"),
         ),
     ],
     ids=["swiglu", "gelu", "top-k", "prototypes"],

@@ -20,8 +20,8 @@ from openm6.plan.model_cost import (
 from tests.small_model import modalities
 
 SPARSE = BackboneConfig(
-    width=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32,
-    experts=ExpertsConfig(hidden=128, num_experts=4, top_k=2),
+    hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32,
+    experts=ExpertsConfig(intermediate_size=128, num_experts=4, top_k=2),
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ SPARSE = BackboneConfig(
 def test_totals_of_the_papers_presets(name: str, trillions: float) -> None:
     chosen = preset(name)
     # The rest is embedding, norms, routers and, where experts dominate, attention.
-    assert stored_parameters(chosen.backbone, chosen.vocabulary).total == pytest.approx(
+    assert stored_parameters(chosen.backbone, chosen.vocab_size).total == pytest.approx(
         trillions * 1e12, rel=0.08
     )
 
@@ -47,7 +47,7 @@ def test_ten_trillion_by_hand() -> None:
     chosen = preset("m6-10t")
     experts = 48 * 10_240 * 2 * 1024 * 9984
     others = 48 * (4 * 1024**2 + 10_240 * 1024 + 2 * 1024) + 1024 + 21_128 * 1024
-    stored = stored_parameters(chosen.backbone, chosen.vocabulary)
+    stored = stored_parameters(chosen.backbone, chosen.vocab_size)
     assert (stored.experts, stored.others) == (experts, others)
 
 
@@ -86,9 +86,12 @@ def test_weights_a_token_by_hand() -> None:
 
 def test_capacity_pads_and_dense_layers_count() -> None:
     config = BackboneConfig(
-        width=64, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=32, experts_every=2,
-        dense=DenseConfig(hidden=256, ffn="gelu"),
-        experts=ExpertsConfig(hidden=128, num_experts=4, num_prototypes=2, num_shared=1, ffn="gelu", capacity=1.25),
+        hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=32, moe_layer_freq=2,
+        dense=DenseConfig(intermediate_size=256, hidden_act="gelu"),
+        experts=ExpertsConfig(
+            intermediate_size=128, num_experts=4, num_prototypes=2, num_shared=1, hidden_act="gelu",
+            capacity_factor=1.25,
+        ),
     )  # fmt: skip
     weights = weights_per_token(config, 100)
     assert weights.experts == 1.25 * 2 * 2 * 64 * 128

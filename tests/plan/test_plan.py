@@ -109,7 +109,7 @@ def test_changes_that_would_make_it_fit() -> None:
 def test_a_recipe_and_its_overrides_are_planned() -> None:
     plan = the_plan("demo", "t4", ClusterOptions())
     assert plan.real.tokens == 2048 and plan.real.tier.bytes == 16 and plan.total > 4_000_000
-    request = read_request("recipes/demo.yaml", ["packing.rows=8", "loop.optimizer.name=adafactor"])
+    request = read_request("recipes/demo.yaml", ["packing.batch_size=8", "loop.optimizer.name=adafactor"])
     changed = make_plan(request, read_target("t4", None, ClusterOptions()).cluster())
     assert changed.real.tokens == 4096 and changed.real.tier.bytes == 8
 

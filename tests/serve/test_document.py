@@ -22,7 +22,9 @@ from tests.small_model import loaded
 
 EXAMPLES = 4  # in each run of the tests; `python -m tests.load.fuzz` does more
 APP = create_app(
-    Engine(loaded(3), EngineConfig(rows=2, room=128)), ServeConfig(limits=Limits(tokens=8, answers=2)), "tiny"
+    Engine(loaded(3), EngineConfig(max_num_seqs=2, max_model_len=128)),
+    ServeConfig(limits=Limits(tokens=8, answers=2)),
+    "tiny",
 )
 SCHEMA = schemathesis.openapi.from_dict(APP.openapi())
 CHECKS = [

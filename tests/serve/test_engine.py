@@ -55,11 +55,11 @@ def requests() -> list[Request]:
     return [
         TextRequest(parts=say("draw the digit seven"), sampling=Sampling(max_tokens=10), client="a"),
         TextRequest(parts=(Part("image", png("red", 40)), Part("text", " What?")), sampling=warm, client="b"),
-        CodesRequest(parts=say("draw"), want="image", sampling=MaskedSampling(steps=3, seed=1)),
-        CodesRequest(parts=say("say zero"), want="audio", sampling=MaskedSampling(steps=2, seed=2)),
+        CodesRequest(parts=say("draw"), modality="image", sampling=MaskedSampling(steps=3, seed=1)),
+        CodesRequest(parts=say("say zero"), modality="audio", sampling=MaskedSampling(steps=2, seed=2)),
         CodesRequest(
             parts=say("fill"),
-            want="image",
+            modality="image",
             source=png("red", 40),
             mask=(0.0, 0.0, 0.5, 0.5),
             sampling=MaskedSampling(steps=2),
@@ -79,7 +79,7 @@ def model() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def engine(model: LoadedModel) -> Iterator[Engine]:
-    with Engine(model, EngineConfig(rows=3, room=256, canvases=2)) as found:
+    with Engine(model, EngineConfig(max_num_seqs=3, max_model_len=256, max_num_media=2)) as found:
         yield found
 
 
@@ -103,13 +103,13 @@ def test_in_a_crowd_each_gets_the_answer_that_it_gets_alone(engine: Engine, mode
 
 
 def test_a_second_question_about_a_image_reads_only_its_own_tokens() -> None:
-    model = loaded(reading="parts")
+    model = loaded(prompt_attention="block")
 
     def ask(words: str) -> TextRequest:
         parts = (Part("image", png("red", 40)), Part("text", words))
         return TextRequest(parts=parts, sampling=Sampling(max_tokens=6), top=3)
 
-    config = EngineConfig(rows=2, room=256)
+    config = EngineConfig(max_num_seqs=2, max_model_len=256)
     with Engine(model, config) as engine:
         first, second = (engine.ask_and_wait(ask(words)) for words in (" What is this?", " Say more."))
     with Engine(model, config) as engine:
@@ -121,13 +121,13 @@ def test_a_second_question_about_a_image_reads_only_its_own_tokens() -> None:
 
 
 def test_a_query_is_read_once_for_candidates_and_for_later_requests() -> None:
-    model = loaded(reading="parts")
+    model = loaded(prompt_attention="block")
 
     def ask(words: str, *candidates: str) -> RankRequest:
         return RankRequest(parts=(Part("image", png("red", 40)), Part("text", words)), candidates=candidates)
 
     again, other = ask(" What?", "zero", "seven apples"), ask(" And why?", "zero")
-    with Engine(model, EngineConfig(rows=2, room=256)) as engine:
+    with Engine(model, EngineConfig(max_num_seqs=2, max_model_len=256)) as engine:
         first, second, third = map(engine.ask_and_wait, (again, again, other))
     assert (first.usage.cached, second.usage.cached) == (0, first.usage.prompt)
     assert third.usage.cached == third.usage.by_modality["image"] > 0
@@ -136,7 +136,7 @@ def test_a_query_is_read_once_for_candidates_and_for_later_requests() -> None:
 
 
 def test_not_deterministic_is_as_right(model: LoadedModel) -> None:
-    config = EngineConfig(rows=3, room=256, canvases=2, deterministic=False)
+    config = EngineConfig(max_num_seqs=3, max_model_len=256, max_num_media=2, batch_invariant=False)
     with Engine(model, config) as engine:
         handles = [engine.submit(prepare(request, model, 256)) for request in requests()[:5]]
         for request, handle in zip(requests(), handles, strict=False):
@@ -154,7 +154,7 @@ def test_of_prompts_read_together_only_the_broken_one_ends(
     asked.insert(1, TextRequest(parts=(Part("image", png("red", 40)), Part("text", " What?")), sampling=few))
     monkeypatch.setattr(model.omni.adapter("image_in"), "embed", embed)
     with open_meter() as meter:
-        worker = Worker(model, EngineConfig(rows=4, room=256, deterministic=False), meter)
+        worker = Worker(model, EngineConfig(max_num_seqs=4, max_model_len=256, batch_invariant=False), meter)
         handles = [RequestHandle(prepare(request, model, 256)) for request in asked]
         for handle in handles:
             worker.start(handle)
@@ -170,7 +170,7 @@ def test_of_prompts_read_together_only_the_broken_one_ends(
 
 
 def test_joules_add_up_to_what_the_meter_counted(model: LoadedModel) -> None:
-    with Engine(model, EngineConfig(rows=3, room=256)) as engine:
+    with Engine(model, EngineConfig(max_num_seqs=3, max_model_len=256)) as engine:
         before = engine.meter.joules(fresh=True).joules
         handles = [engine.submit(prepare(request, model, 256)) for request in requests()]
         total = sum(handle.wait(60).joules or 0 for handle in handles)
@@ -258,7 +258,7 @@ def test_a_deadline_that_passes_is_said(engine: Engine) -> None:
 
 
 def test_too_much_work_is_refused_with_a_time_to_come_back(model: LoadedModel) -> None:
-    with Engine(model, EngineConfig(rows=1, room=256, waiting=460)) as engine:
+    with Engine(model, EngineConfig(max_num_seqs=1, max_model_len=256, max_queued_tokens=460)) as engine:
         request = TextRequest(parts=say("a"), sampling=Sampling(max_tokens=150))
         handles = []
         with pytest.raises(QueueFullError) as caught:
@@ -293,8 +293,8 @@ def test_a_failure_ends_one_request_and_not_the_engine(
 
 
 def test_int8_and_layers_that_come_and_go_do_not_go_together() -> None:
-    with pytest.raises(ConfigError, match="leave out resident"):
-        read_serve_config(["engine.resident=1", "engine.weights=int8"])
+    with pytest.raises(ConfigError, match="leave out num_gpu_layers"):
+        read_serve_config(["engine.num_gpu_layers=1", "engine.weights=int8"])
 
 
 def test_in_bfloat16_the_router_chooses_as_it_was_balanced() -> None:
@@ -310,7 +310,7 @@ def test_in_bfloat16_the_router_chooses_as_it_was_balanced() -> None:
 
 
 def test_after_the_end_nothing_is_taken(model: LoadedModel) -> None:
-    engine = Engine(model, EngineConfig(rows=1, room=256)).start()
+    engine = Engine(model, EngineConfig(max_num_seqs=1, max_model_len=256)).start()
     engine.stop()
     assert not engine.ready
     with pytest.raises(EngineUnavailableError):

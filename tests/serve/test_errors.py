@@ -135,7 +135,7 @@ def test_what_is_not_known_has_a_sentence_too() -> None:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[Address]:
-    app = create_app(Engine(loaded(3), EngineConfig(rows=2, room=256)), ServeConfig(), "m")
+    app = create_app(Engine(loaded(3), EngineConfig(max_num_seqs=2, max_model_len=256)), ServeConfig(), "m")
     with running(app) as found:
         yield Address(int(found.rpartition(":")[2]), os.getpid())
 

@@ -170,7 +170,9 @@ def test_hosts_are_plain_names() -> None:
 
 @pytest.fixture
 def served() -> Iterator[Callable[[FakeWeb | None], Address]]:
-    app = create_app(Engine(loaded(3), EngineConfig(rows=1, room=256)), ServeConfig(hosts=(HOST,)), "tiny")
+    app = create_app(
+        Engine(loaded(3), EngineConfig(max_num_seqs=1, max_model_len=256)), ServeConfig(hosts=(HOST,)), "tiny"
+    )
     with running(app) as found:
 
         def behind(web: FakeWeb | None) -> Address:

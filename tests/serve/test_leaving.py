@@ -93,7 +93,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_who_leaves_while_it_is_written_frees_the_place(serve: Open, stream: bool) -> None:
-    server = serve(EngineConfig(rows=1, room=256))
+    server = serve(EngineConfig(max_num_seqs=1, max_model_len=256))
     line = server.begin(stream)
     until(lambda: server.live)
     handle = server.live[0]
@@ -107,7 +107,7 @@ def test_who_leaves_while_it_is_written_frees_the_place(serve: Open, stream: boo
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_who_leaves_while_waiting_is_taken_out_of_the_line(serve: Open, stream: bool) -> None:
-    server = serve(EngineConfig(rows=1, room=256))
+    server = serve(EngineConfig(max_num_seqs=1, max_model_len=256))
     first = server.begin()
     until(lambda: server.live)
     second = server.begin(stream)
@@ -119,7 +119,7 @@ def test_who_leaves_while_waiting_is_taken_out_of_the_line(serve: Open, stream: 
 
 
 def test_who_leaves_while_a_image_is_drawn_frees_the_place(serve: Open) -> None:
-    server = serve(EngineConfig(rows=1, room=256, canvases=1))
+    server = serve(EngineConfig(max_num_seqs=1, max_model_len=256, max_num_media=1))
     line = server.begin(stream=True, modalities=["image"], draw={"steps": 64})
     until(lambda: server.live)
     line.close()
@@ -128,7 +128,7 @@ def test_who_leaves_while_a_image_is_drawn_frees_the_place(serve: Open) -> None:
 
 
 def test_a_full_queue_says_when_to_come_back(serve: Open) -> None:
-    server = serve(EngineConfig(rows=1, room=256, waiting=260))
+    server = serve(EngineConfig(max_num_seqs=1, max_model_len=256, max_queued_tokens=260))
     lines = [server.begin()]
     until(lambda: server.live)
     lines.append(server.begin())
@@ -144,7 +144,7 @@ def test_a_full_queue_says_when_to_come_back(serve: Open) -> None:
 
 
 def test_a_deadline_is_kept_for_who_waits_and_for_who_is_written(serve: Open) -> None:
-    server = serve(EngineConfig(rows=1, room=256), Limits(seconds=0.5))
+    server = serve(EngineConfig(max_num_seqs=1, max_model_len=256), Limits(seconds=0.5))
     replies: list[Reply] = []
     askers = [Thread(target=lambda: replies.append(server.address.post(CHAT, body()))) for _ in range(2)]
     began = time.monotonic()
@@ -160,7 +160,7 @@ def test_a_deadline_is_kept_for_who_waits_and_for_who_is_written(serve: Open) ->
 
 
 def test_a_deadline_within_a_stream_is_told_as_an_event(serve: Open) -> None:
-    server = serve(EngineConfig(rows=1, room=256), Limits(seconds=0.5))
+    server = serve(EngineConfig(max_num_seqs=1, max_model_len=256), Limits(seconds=0.5))
     reply = server.address.post(CHAT, body(stream=True))
     events = [
         json.loads(event[6:]) for event in reply.body.decode().split("\n\n") if event.startswith("data: {")

@@ -38,7 +38,7 @@ FEW = Limits(
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(loaded(3), EngineConfig(rows=2, room=256))
+    return Engine(loaded(3), EngineConfig(max_num_seqs=2, max_model_len=256))
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,9 @@ CHAT = "/v1/chat/completions"
 def address() -> Iterator[Address]:
     limits = Limits(body_bytes=60_000, pixels=10_000, audio_seconds=1.0, characters=100, json_depth=8)
     config = ServeConfig(limits=limits)
-    with running(create_app(Engine(loaded(3), EngineConfig(rows=2, room=256)), config, "tiny")) as found:
+    with running(
+        create_app(Engine(loaded(3), EngineConfig(max_num_seqs=2, max_model_len=256)), config, "tiny")
+    ) as found:
         yield Address(int(found.rpartition(":")[2]), os.getpid())
 
 
@@ -150,7 +152,7 @@ def test_while_a_body_is_parsed_others_are_answered(
 
 def test_a_body_that_comes_too_slowly_is_given_up() -> None:
     config = ServeConfig(limits=Limits(body_seconds=0.2))
-    app = create_app(Engine(loaded(3), EngineConfig(rows=1, room=64)), config)
+    app = create_app(Engine(loaded(3), EngineConfig(max_num_seqs=1, max_model_len=64)), config)
     with (
         running(app) as found,
         socket.create_connection(("127.0.0.1", int(found.rpartition(":")[2])), timeout=30) as line,
@@ -182,7 +184,9 @@ def test_metrics_tell_what_happened(address: Address) -> None:
 
 
 def test_keys_are_asked_for_where_there_are_some() -> None:
-    app = create_app(Engine(loaded(3), EngineConfig(rows=1, room=64)), ServeConfig(keys=("one", "two")))
+    app = create_app(
+        Engine(loaded(3), EngineConfig(max_num_seqs=1, max_model_len=64)), ServeConfig(keys=("one", "two"))
+    )
     with running(app) as found:
         address = Address(int(found.rpartition(":")[2]), os.getpid())
         assert address.send("GET", "/health").status == 200
@@ -194,10 +198,10 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: p
     (tmp_path / "keys").write_text("one\n\ntwo\n", encoding="utf-8")
     assert read_serve_config([], tmp_path / "keys").keys == ("one", "two")
     monkeypatch.setenv("OPENM6_API_KEYS", "three, four")
-    assert read_serve_config(["engine.rows=3"]).keys == ("three", "four")
+    assert read_serve_config(["engine.max_num_seqs=3"]).keys == ("three", "four")
     (tmp_path / "keys").write_text("\n", encoding="utf-8")
     for bad in (tmp_path / "keys", tmp_path / "nowhere"):
         with pytest.raises(ConfigError):
             read_serve_config([], bad)
-    with pytest.raises(ConfigError, match="did you mean 'rows'"):
-        read_serve_config(["engine.row=3"])
+    with pytest.raises(ConfigError, match="did you mean 'max_num_seqs'"):
+        read_serve_config(["engine.max_num_seq=3"])

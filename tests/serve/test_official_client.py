@@ -32,7 +32,9 @@ NUMBERS = {"type": "numbers", "numbers": {"mass": 3.5, "length": 2.0}}
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with running(create_app(Engine(embedding_model(), EngineConfig(rows=4, room=512)), name="tiny")) as found:
+    with running(
+        create_app(Engine(embedding_model(), EngineConfig(max_num_seqs=4, max_model_len=512)), name="tiny")
+    ) as found:
         yield found
 
 

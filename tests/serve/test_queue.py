@@ -18,7 +18,7 @@ from openm6.serve.requests import CodesRequest, PreparedRequest, Request, TextRe
 def handle(client: str, work: int, drawn: bool = False) -> RequestHandle:
     request: Request = TextRequest(parts=(), client=client)
     if drawn:
-        request = CodesRequest(parts=(), client=client, want="image")
+        request = CodesRequest(parts=(), client=client, modality="image")
     return RequestHandle(cast(PreparedRequest, SimpleNamespace(request=request, work=work)))
 
 

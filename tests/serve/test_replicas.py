@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 def small_app() -> FastAPI:
     """An app that also tells which process it lives in."""
-    app = create_app(Engine(loaded(), EngineConfig(room=256)), name="tiny")
+    app = create_app(Engine(loaded(), EngineConfig(max_model_len=256)), name="tiny")
 
     @app.get("/process")
     async def process() -> int:
@@ -48,7 +48,9 @@ def client() -> Iterator[httpx.Client]:
     patience.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "90")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        run_replicas(small_app, ServeConfig(port=port), ReplicaConfig(least=2, most=2, cpus=0.5))
+        run_replicas(
+            small_app, ServeConfig(port=port), ReplicaConfig(min_replicas=2, max_replicas=2, cpus=0.5)
+        )
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as found:
             yield found
     finally:
@@ -97,11 +99,11 @@ def test_errors_keep_their_form(client: httpx.Client) -> None:
 
 
 def test_autoscaling_keeps_to_its_bounds() -> None:
-    made = deployment(small_app, ReplicaConfig(least=1, most=3, ongoing=4))
+    made = deployment(small_app, ReplicaConfig(min_replicas=1, max_replicas=3, target_ongoing_requests=4))
     scaling = made._bound_deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 4)
     with pytest.raises(ValidationError, match="must not exceed"):
-        ReplicaConfig(least=3, most=1)
+        ReplicaConfig(min_replicas=3, max_replicas=1)
 
 
 def test_a_replica_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

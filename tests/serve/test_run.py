@@ -64,7 +64,7 @@ def failing(error: Exception) -> Callable[[Worker], None]:
 
 
 def config(**more: object) -> ServeConfig:
-    return ServeConfig(port=0, engine=EngineConfig(rows=2, room=64), **more)  # type: ignore[arg-type]
+    return ServeConfig(port=0, engine=EngineConfig(max_num_seqs=2, max_model_len=64), **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("place", ["a step", "the thread"])
@@ -146,7 +146,9 @@ def test_the_address_of_the_playground_is_printed(
 @pytest.mark.parametrize("playground", [True, False])
 def test_the_bare_address_leads_on(playground: bool) -> None:
     """To the playground if there is one, else to links; no key is needed."""
-    app = create_app(Engine(loaded(3), EngineConfig(rows=1, room=64)), ServeConfig(keys=("k",)))
+    app = create_app(
+        Engine(loaded(3), EngineConfig(max_num_seqs=1, max_model_len=64)), ServeConfig(keys=("k",))
+    )
     with running(with_playground(app) if playground else app) as found:
         line = http.client.HTTPConnection("127.0.0.1", int(found.rpartition(":")[2]), timeout=30)
         line.request("GET", "/")

@@ -18,12 +18,14 @@ from tests.load.server import Address, Reply
 from tests.serve.running import running
 from tests.small_model import loaded
 
-LESSONS = (("image_classification", "digits"), ("text_to_image", "digits"))
+TRAINED_TASKS = (("image_classification", "digits"), ("text_to_image", "digits"))
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[Address]:
-    app = create_app(Engine(loaded(3, LESSONS), EngineConfig(rows=2, room=256)), ServeConfig(), "m")
+    app = create_app(
+        Engine(loaded(3, TRAINED_TASKS), EngineConfig(max_num_seqs=2, max_model_len=256)), ServeConfig(), "m"
+    )
     with running(app) as found:
         yield Address(int(found.rpartition(":")[2]), os.getpid())
 
@@ -56,7 +58,9 @@ def test_a_stream_says_so_in_the_event_with_the_joules(address: Address) -> None
 
 def test_a_classifier_that_is_to_draw_says_so() -> None:
     model = loaded(3, (("image_classification", "digits"),))
-    with running(create_app(Engine(model, EngineConfig(rows=1, room=128)), ServeConfig(), "m")) as found:
+    with running(
+        create_app(Engine(model, EngineConfig(max_num_seqs=1, max_model_len=128)), ServeConfig(), "m")
+    ) as found:
         reply = Address(int(found.rpartition(":")[2]), os.getpid()).post(
             "/v1/images/generations", {"prompt": "a cat", "steps": 1}
         )
@@ -68,7 +72,9 @@ def test_the_playground_shows_it_in_its_language(tmp_path) -> None:  # type: ign
     answers = importlib.import_module("openm6.serve.playground.answers")
     image = tmp_path / "a.png"
     image.write_bytes(png())
-    app = create_app(Engine(loaded(3, LESSONS), EngineConfig(rows=1, room=128)), ServeConfig(), "m")
+    app = create_app(
+        Engine(loaded(3, TRAINED_TASKS), EngineConfig(max_num_seqs=1, max_model_len=128)), ServeConfig(), "m"
+    )
     server = app.state.server
     with server.engine:
         for language, word in (("en", "never trained"), ("zh", "未学过")):

@@ -15,7 +15,12 @@ from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import read_recipe, recipe_path
 from tools.compare_routing import folder_data, main, read_cells, summarise, with_routing
 
-SMALL = ["packing.length=256", "packing.rows=1", "loop.workers=1", "loop.held_out={every: 1, batches: 1}"]
+SMALL = [
+    "packing.seq_len=256",
+    "packing.batch_size=1",
+    "loop.num_processes=1",
+    "loop.held_out={every: 1, batches: 1}",
+]
 
 
 def test_cells_differ_in_routing_balance_and_seed_alone() -> None:
@@ -23,7 +28,7 @@ def test_cells_differ_in_routing_balance_and_seed_alone() -> None:
     for cell in read_cells(""):
         recipe = build(MultimodalRecipe, with_routing(values, cell, 7), cell)
         experts = build_backbone(recipe.model).experts
-        assert experts is not None and experts.choices == 2
+        assert experts is not None and experts.experts_per_token == 2
         assert (experts.top_k is None) == cell.startswith("prototypes")
         assert cell.endswith(f"/{experts.balance}") and recipe.loop.seed == 7
     assert len(read_cells("")) == 6
@@ -63,7 +68,7 @@ def test_runs_see_the_same_tokens_and_are_taken_once(tmp_path: Path, capsys: pyt
     assert [first["cell"], second["cell"]] == ["top_k/bias", "prototypes/none"]
     assert first["tokens"] == second["tokens"] > 0
     assert first["held_out"][-1]["loss"] != second["held_out"][-1]["loss"]
-    assert len(second["c_v_at_end"]) == 3
+    assert len(second["expert_load_cv_at_end"]) == 3
     with pytest.raises(ConfigError, match="another recipe"):
         main(["--out", str(tmp_path), "--steps", "3", "--seeds", "1", *SMALL])
 
@@ -74,7 +79,7 @@ def test_differences_are_taken_within_a_seed() -> None:
             "cell": cell,
             "seed": seed,
             "held_out": [{"step": 1, "tokens": 2, "loss": loss}],
-            "c_v_at_end": [0.5],
+            "expert_load_cv_at_end": [0.5],
         }
 
     runs = [run("top_k/bias", 0, 1.0), run("top_k/bias", 1, 2.0), run("prototypes/aux", 1, 2.5)]

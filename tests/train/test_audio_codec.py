@@ -39,13 +39,13 @@ def clips(*files: bytes) -> list[torch.Tensor]:
     return [read_clip(data) for data in files]
 
 
-def lessons(batch: int = 6) -> AudioData:
+def batches(batch: int = 6) -> AudioData:
     config = AudioDataConfig(batch=batch, seconds=0.4)
     return AudioData(config, CODEC, {"a": clips(wav(0.3), wav(0.9, 300.0))}, CPU)
 
 
 def test_a_seed_gives_the_same_batch_within_range() -> None:
-    made = lessons()
+    made = batches()
     first = made.draw(1)
     assert first.shape == (6, 6400) and torch.isfinite(first).all() and first.abs().max() <= 1
     assert torch.equal(first, made.draw(1))
@@ -92,7 +92,7 @@ def test_colouring_changes_the_spectrum_and_not_the_length() -> None:
 
 
 def test_the_loss_is_zero_for_a_copy_and_orders_errors() -> None:
-    made = lessons()
+    made = batches()
     target = made.draw(5)
     static = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
     losses = [float(made.loss(target, target + size * static, False)) for size in (0.0, 0.001, 0.05)]
@@ -101,7 +101,7 @@ def test_the_loss_is_zero_for_a_copy_and_orders_errors() -> None:
 
 
 def test_a_tone_of_another_pitch_costs_more_than_one_of_another_phase() -> None:
-    made = lessons()
+    made = batches()
     time = torch.arange(6400) / 16000
     tone, late, high = (
         torch.sin(6.2832 * f * time + p)[None] * 0.3 for f, p in ((440, 0), (440, 1), (700, 0))
@@ -110,7 +110,7 @@ def test_a_tone_of_another_pitch_costs_more_than_one_of_another_phase() -> None:
 
 
 def test_the_loss_has_a_finite_gradient_at_silence() -> None:
-    made = lessons()
+    made = batches()
     output = torch.zeros(2, 6400, requires_grad=True)
     made.loss(torch.zeros(2, 6400), output, False).backward()
     assert output.grad is not None and torch.isfinite(output.grad).all()

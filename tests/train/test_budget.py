@@ -15,7 +15,7 @@ from openm6.core.errors import ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.offload.config import OffloadConfig, evenly_spaced
 from openm6.offload.weight_store import RecordLayout
-from openm6.optim.config import OptimizerConfig
+from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.optim.rules import update_rule
 from openm6.train import budget as module
 from openm6.train.budget import (
@@ -27,11 +27,11 @@ from openm6.train.budget import (
     free_disk_bytes,
     free_host_bytes,
     max_fit,
+    max_on_device,
     max_preset,
-    max_resident,
     needed_bytes,
+    on_device_sets,
     refusal,
-    resident_sets,
 )
 from openm6.train.config import StagesConfig, SwitchConfig
 from openm6.train.loop import train
@@ -39,35 +39,35 @@ from openm6.train.offloaded import OffloadedTrainStep
 from tests.train.words_training import WordsTraining, words_backbone, words_config
 
 CPU = torch.device("cpu")
-RULE = update_rule(OptimizerConfig(bytes_per_parameter=2))
+RULE = update_rule(OptimizerConfig(precision="bf16-adafactor"))
 
 
-def budget_of(size: int = 2, layers: int = 10, **streaming: Any) -> Budget:
+def budget_of(size: int = 2, layers: int = 10, **offload: Any) -> Budget:
     """Layers of a million weights each."""
-    rule = update_rule(OptimizerConfig(bytes_per_parameter=size))  # type: ignore[arg-type]
+    rule = update_rule(OptimizerConfig(precision=PRECISION_OF_BYTES[size]))  # type: ignore[arg-type]
     layouts = [RecordLayout({"w": (1024, 1024)}, rule)] * layers
-    config = words_backbone(num_layers=layers, experts_every=1, dense=None)
-    return Budget(config, layouts, 50_000, 1024, OffloadConfig(**streaming))
+    config = words_backbone(num_layers=layers, moe_layer_freq=1, dense=None)
+    return Budget(config, layouts, 50_000, 1024, OffloadConfig(**offload))
 
 
 def test_it_counts_what_a_run_allocates() -> None:
-    streaming = OffloadConfig(resident=1)
-    config = words_config(streaming=streaming, optimizer=OptimizerConfig(bytes_per_parameter=2))
+    offload = OffloadConfig(num_gpu_layers=1)
+    config = words_config(offload=offload, optimizer=OptimizerConfig(precision="bf16-adafactor"))
     train_step = OffloadedTrainStep(WordsTraining(words_backbone()), config)
     budget = train_step.budget(train_step.store.layouts)
     assert budget.parameters == sum(p.numel() for p in train_step.training.model.parameters())
     assert budget.value_bytes == 4 and budget.checkpoints == 0
-    lines = {line.what: line.num_bytes for line in budget.lines(tuple(train_step.store.resident))}
-    held = [train_step.store.storage[number].numel() for number in train_step.store.resident]
+    lines = {line.what: line.num_bytes for line in budget.lines(tuple(train_step.store.on_device))}
+    held = [train_step.store.storage[number].numel() for number in train_step.store.on_device]
     away = [
         stored.numel()
         for number, stored in enumerate(train_step.store.storage)
-        if number not in train_step.store.resident
+        if number not in train_step.store.on_device
     ]
-    assert lines["resident weights"] + lines["state of resident weights"] == sum(held)
+    assert lines["weights on the device"] + lines["optimizer state on the device"] == sum(held)
     assert lines["offloaded weights"] + lines["state of offloaded weights"] == sum(away)
     weights = 2 * sum(layout.num_parameters for layout in train_step.store.layouts)
-    assert lines["resident weights"] + lines["offloaded weights"] == pytest.approx(weights, rel=0.02)
+    assert lines["weights on the device"] + lines["offloaded weights"] == pytest.approx(weights, rel=0.02)
     assert lines["buffers for offloaded sets"] == 2 * max(away)
 
 
@@ -81,25 +81,25 @@ def test_auto_fills_the_device_to_the_last_whole_set() -> None:
     budget = budget_of()
     empty = budget.total("device", ())
     one = budget.layouts[0].num_bytes
-    assert max_resident(budget, empty + 3.5 * one) == 3
-    assert max_resident(budget, 0) == 0 and max_resident(budget, 100 * GIB) == 10
-    assert resident_sets(budget, {"host": 0.0}) == tuple(range(10))
+    assert max_on_device(budget, empty + 3.5 * one) == 3
+    assert max_on_device(budget, 0) == 0 and max_on_device(budget, 100 * GIB) == 10
+    assert on_device_sets(budget, {"host": 0.0}) == tuple(range(10))
     device = {"device": empty + 3.5 * one + 4 * GIB, "host": 0.0}
-    assert resident_sets(budget, device) == evenly_spaced(3, 10)
+    assert on_device_sets(budget, device) == evenly_spaced(3, 10)
     assert (
         evenly_spaced(3, 9) == (1, 4, 7) and evenly_spaced(0, 9) == () and evenly_spaced(12, 3) == (0, 1, 2)
     )
 
 
 def test_offloaded_inputs_move_to_the_host() -> None:
-    here, there = budget_of(), budget_of(boundaries="host")
+    here, there = budget_of(), budget_of(activation_storage="host")
     assert there.total("host", ()) - here.total("host", ()) == 2 * 1024 * 32 * 10
     assert here.total("device", ()) - there.total("device", ()) == 2 * 1024 * 32 * 10
     assert budget_of(recompute_every=5).total("device", ()) < here.total("device", ())
 
 
 def test_too_large_a_model_is_refused_with_the_number_of_layers_that_fit() -> None:
-    budget, free_bytes = budget_of(16, resident=0), {"host": 0.1 * GIB}
+    budget, free_bytes = budget_of(16, num_gpu_layers=0), {"host": 0.1 * GIB}
     with pytest.raises(ConfigError) as caught:
         check_budget(budget, free_bytes, RULE)
     sentence = str(caught.value)
@@ -108,27 +108,32 @@ def test_too_large_a_model_is_refused_with_the_number_of_layers_that_fit() -> No
     assert fits(budget.with_layers(layers), free_bytes) and not fits(
         budget.with_layers(layers + 1), free_bytes
     )
-    mildest = "and loop.optimizer.bytes_per_parameter=4 would do"
-    assert f"bytes_per_parameter=1 frees most, 132 MiB, {mildest}" in sentence and "\n" not in sentence
+    mildest = "and loop.optimizer.precision=bf16-adafactor-momentum would do"
+    assert f"precision=int8-adafactor frees most, 132 MiB, {mildest}" in sentence and "\n" not in sentence
     assert " would do" not in refusal(budget, "host", {"host": 0.01 * GIB}, RULE)
 
 
 def test_what_frees_most_is_tried_out() -> None:
     """Few weights and many tokens: fewer bytes a parameter hardly help, fewer inputs kept do."""
-    budget = replace(budget_of(2, resident=0), tokens=10**6)
+    budget = replace(budget_of(2, num_gpu_layers=0), tokens=10**6)
     free_bytes = {"device": 1e6, "host": 10.0 * GIB}
-    assert "loop.streaming.micro_batches=8 frees most" in refusal(budget, "device", free_bytes, RULE)
-    parts = budget.with_streaming("micro_batches", 64)
-    assert "loop.streaming.boundaries=host frees most" in refusal(parts, "device", free_bytes, RULE)
+    assert "loop.offload.gradient_accumulation_steps=8 frees most" in refusal(
+        budget, "device", free_bytes, RULE
+    )
+    parts = budget.with_offload("gradient_accumulation_steps", 64)
+    assert "loop.offload.activation_storage=host frees most" in refusal(parts, "device", free_bytes, RULE)
     free_bytes = {"device": 10.0 * GIB, "host": 0.3 * GIB}
-    offloaded = parts.with_streaming("boundaries", "host")
+    offloaded = parts.with_offload("activation_storage", "host")
     sentence = refusal(offloaded, "host", free_bytes, RULE)
-    assert "boundaries=device frees most" in sentence and "boundaries=device would do" in sentence
+    assert (
+        "activation_storage=device frees most" in sentence
+        and "activation_storage=device would do" in sentence
+    )
     assert needed_bytes(parts, "host", free_bytes) < needed_bytes(offloaded, "host", free_bytes)
 
 
 def test_where_no_layer_fits_a_preset_is_named() -> None:
-    wide = replace(budget_of(2, layers=2, resident=0), edges=10**9)
+    wide = replace(budget_of(2, layers=2, num_gpu_layers=0), edges=10**9)
     sentence = refusal(wide, "host", {"host": 1.0 * GIB}, RULE)
     assert "model.preset=tiny would fit" in sentence
     assert max_preset(wide, {"host": 1.0 * GIB}, RULE) == "tiny"
@@ -138,8 +143,8 @@ def test_where_no_layer_fits_a_preset_is_named() -> None:
 def test_the_disk_must_hold_the_kept_checkpoints_and_the_one_being_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optimizer = OptimizerConfig(learning_rate=0.01, bytes_per_parameter=1)
-    config = words_config(4, keep=3, streaming=OffloadConfig(), optimizer=optimizer)
+    optimizer = OptimizerConfig(learning_rate=0.01, precision="int8-adafactor")
+    config = words_config(4, keep_last=3, offload=OffloadConfig(), optimizer=optimizer)
     run = RunFolder.open(tmp_path)
     train(WordsTraining(words_backbone()), config, run)
     size = sum(path.stat().st_size for path in latest(run.path).iterdir())
@@ -150,31 +155,31 @@ def test_the_disk_must_hold_the_kept_checkpoints_and_the_one_being_written(
         == 3 * size
         == available(CPU, OffloadConfig(), run.checkpoints)["disk"]
     )
-    with pytest.raises(ConfigError, match=r"KiB of disk, and .* are free.*loop\.keep=1 frees most"):
+    with pytest.raises(ConfigError, match=r"KiB of disk, and .* are free.*loop\.keep_last=1 frees most"):
         train(WordsTraining(words_backbone()), config, run, resume=True)
-    train(WordsTraining(words_backbone()), config.model_copy(update={"keep": 1}), run, resume=True)
+    train(WordsTraining(words_backbone()), config.model_copy(update={"keep_last": 1}), run, resume=True)
 
 
 def test_a_run_that_may_not_have_the_memory_is_refused_before_it_starts() -> None:
-    config = words_config(streaming=OffloadConfig(host_gib=1e-5))
+    config = words_config(offload=OffloadConfig(host_gib=1e-5))
     with pytest.raises(ConfigError, match="of host memory, and 10.5 KiB are free"):
         OffloadedTrainStep(WordsTraining(words_backbone()), config)
 
 
 def test_the_real_stage_is_counted_before_the_pseudo_one_begins() -> None:
-    shared = words_backbone(sharing="all", experts_every=1, dense=None)
+    shared = words_backbone(sharing="all", moe_layer_freq=1, dense=None)
     needed = (
-        OffloadedTrainStep(WordsTraining(shared), words_config(streaming=OffloadConfig()))
+        OffloadedTrainStep(WordsTraining(shared), words_config(offload=OffloadConfig()))
         .store.layouts[0]
         .num_bytes
     )
     free_bytes = OffloadConfig(
         host_gib=5 * needed / GIB
     )  # one set, or two, but never four beside the shared one
-    OffloadedTrainStep(WordsTraining(shared), words_config(streaming=free_bytes))
+    OffloadedTrainStep(WordsTraining(shared), words_config(offload=free_bytes))
     stages = StagesConfig(switch=SwitchConfig(step=5))
     with pytest.raises(ConfigError, match="num_layers"):
-        OffloadedTrainStep(WordsTraining(shared), words_config(streaming=free_bytes, stages=stages))
+        OffloadedTrainStep(WordsTraining(shared), words_config(offload=free_bytes, stages=stages))
 
 
 def test_free_memory_is_read_from_the_system() -> None:

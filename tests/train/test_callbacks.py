@@ -43,7 +43,7 @@ class UnjudgedTraining(MultimodalTraining):
 
 def run_to(steps: int, folder: Path, resume: bool = False, **loop: Any) -> RunFolder:
     """Trains the tiny recipe in one process."""
-    recipe = build(MultimodalRecipe, tiny_recipe(6, workers=1, log_every=2, **loop), "tiny")
+    recipe = build(MultimodalRecipe, tiny_recipe(6, num_processes=1, log_every=2, **loop), "tiny")
     run, config = RunFolder.open(folder), recipe.loop.model_copy(update={"steps": steps})
     train(UnjudgedTraining(recipe, run, CPU), config, run, resume)
     return run
@@ -79,9 +79,9 @@ def test_it_changes_nothing_in_the_training(watched: RunFolder, tmp_path: Path) 
 
 
 def test_resumed_equals_unbroken(tmp_path: Path) -> None:
-    run_to(3, tmp_path, held_out=EVERY, schedule={"decay_share": 0.0})
-    resumed = run_to(6, tmp_path, resume=True, held_out=EVERY, schedule={"decay_share": 0.0})
-    whole = run_to(6, tmp_path / "whole", held_out=EVERY, schedule={"decay_share": 0.0})
+    run_to(3, tmp_path, held_out=EVERY, schedule={"decay_fraction": 0.0})
+    resumed = run_to(6, tmp_path, resume=True, held_out=EVERY, schedule={"decay_fraction": 0.0})
+    whole = run_to(6, tmp_path / "whole", held_out=EVERY, schedule={"decay_fraction": 0.0})
     assert weights(resumed) == weights(whole)
     assert held_out(resumed)[-1] == held_out(whole)[-1]
 
@@ -89,8 +89,8 @@ def test_resumed_equals_unbroken(tmp_path: Path) -> None:
 def test_several_processes_find_the_same(tmp_path: Path) -> None:
     found = []
     for workers in (1, 2):
-        values = tiny_recipe(2, workers=workers, log_every=2, held_out=EVERY)
-        recipe = build(MultimodalRecipe, {**values, "packing": {"rows": 2, "length": 256}}, "tiny")
+        values = tiny_recipe(2, num_processes=workers, log_every=2, held_out=EVERY)
+        recipe = build(MultimodalRecipe, {**values, "packing": {"batch_size": 2, "seq_len": 256}}, "tiny")
         run = RunFolder.open(tmp_path / str(workers))
         train(UnjudgedTraining(recipe, run, CPU), recipe.loop, run)
         found.append(held_out(run)[0])
@@ -233,7 +233,7 @@ def test_its_state_survives_json() -> None:
     [
         (
             torch.OutOfMemoryError("CUDA out of memory"),
-            "memory ran out in step 7: raise loop.streaming.micro",
+            "memory ran out in step 7: raise loop.offload.gradient_accumulation_steps",
         ),
         (
             torch.AcceleratorError("CUDA error: an illegal access\nmore"),
@@ -247,13 +247,13 @@ def test_a_failing_gpu_is_told_in_one_sentence(failure: Exception, sentence: str
     assert "\n" not in str(caught.value) and "--resume" in str(caught.value)
 
 
-@pytest.mark.parametrize("streaming", [None, OffloadConfig(resident=1)])
+@pytest.mark.parametrize("offload", [None, OffloadConfig(num_gpu_layers=1)])
 @pytest.mark.parametrize("moment", ["loss", "evaluate"])
 def test_a_gpu_lost_in_the_middle_leaves_a_run_to_go_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, streaming: OffloadConfig | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, offload: OffloadConfig | None
 ) -> None:
     """Whatever is under way; and closing fails as well then, since everything on the device does."""
-    config = words_config(8, save_every=2, evaluate_every=5, streaming=streaming)
+    config = words_config(8, save_every=2, evaluate_every=5, offload=offload)
     calls = iter(range(1, 99))
 
     def gone(*given: Any) -> Any:

@@ -35,7 +35,7 @@ def image_recipe(**changes: object) -> ImageCodecRecipe:
     values: dict[str, object] = {
         "sources": {"emoji": {"kind": "embedded", "name": "emoji", "limit": 24}},
         "codec": {"groups": 2, "widths": [16], "encoder_blocks": [1], "decoder_blocks": [1]},
-        "lessons": {"batch": 6, "sides": {32: 1.0}},
+        "data": {"batch": 6, "sides": {32: 1.0}},
         "held_out": 8,
         "loop": {"steps": 6, "save_every": 3, "evaluate_every": 2, "tensorboard": False, "log_every": 3},
     }
@@ -236,9 +236,9 @@ def _embedded_image() -> bytes:
 def test_mistakes_in_a_recipe_are_told_with_the_mend() -> None:
     for changes, message in (
         ({"loop": {"steps": "auto", "minutes": 1.0}}, "loop.steps must be a number"),
-        ({"lessons": {"sides": {30: 1.0}}}, "30 must be a multiple of 4"),
-        ({"lessons": {"shares": {"emojis": 1.0}}}, "did you mean 'emoji'"),
-        ({"lesson": {}}, "did you mean 'lessons'"),
+        ({"data": {"sides": {30: 1.0}}}, "30 must be a multiple of 4"),
+        ({"data": {"shares": {"emojis": 1.0}}}, "did you mean 'emoji'"),
+        ({"dat": {}}, "did you mean 'data'"),
     ):
         with pytest.raises(ConfigError, match=message):
             image_recipe(**changes)
@@ -252,7 +252,7 @@ def test_the_recipes_of_the_shipped_image_codecs_are_valid(name: str, stride: in
 
 def test_a_audio_codec_trains_and_is_written(tmp_path: Path) -> None:
     changes = [
-        "loop.steps=3", "loop.save_every=3", "loop.tensorboard=false", "lessons.batch=4", "lessons.seconds=0.24",
+        "loop.steps=3", "loop.save_every=3", "loop.tensorboard=false", "data.batch=4", "data.seconds=0.24",
         "codec.width=16", "codec.encoder_blocks=1", "codec.decoder_blocks=1", "sources.digits.limit=8", "held_out=4",
     ]  # fmt: skip
     recipe = read_config(AudioCodecRecipe, RECIPES / "codec-audio.yaml", changes)

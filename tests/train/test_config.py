@@ -16,11 +16,14 @@ from openm6.train.config import LoopConfig
     [
         ({"steps": 0}, "steps: must be at least 1, or auto"),
         ({"steps": "auto"}, "steps: auto needs minutes"),
-        ({"steps": "auto", "minutes": 3, "schedule": {"decay_share": 1.0}}, "decay_share to 0.9 or less"),
+        (
+            {"steps": "auto", "minutes": 3, "schedule": {"decay_fraction": 1.0}},
+            "decay_fraction to 0.9 or less",
+        ),
         ({"optimizer": {"name": "adamm"}}, "no optimizer 'adamm'; did you mean 'adamw'"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "betas must both be at least 0 and below 1"),
         ({"save_evry": 3}, "did you mean 'save_every'"),
-        ({"keep": 0}, "keep"),
+        ({"keep_last": 0}, "keep_last"),
     ],
 )
 def test_what_cannot_work_is_refused(values: dict[str, Any], sentence: str) -> None:

@@ -16,6 +16,7 @@ from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.modalities.registry import ModalitiesConfig
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig
+from openm6.optim.config import PRECISION_OF_BYTES
 from openm6.train.convert import convert
 from openm6.train.loop import train
 from tests.offload.test_blocks import PLAIN, SHARED, run_config
@@ -27,7 +28,7 @@ class DescribedTraining(WordsTraining):
 
     def files(self) -> dict[str, str]:
         description = CheckpointConfig(
-            backbone=self.words.backbone.config, modalities=ModalitiesConfig(), scales={}, lessons=[]
+            backbone=self.words.backbone.config, modalities=ModalitiesConfig(), scales={}, trained_tasks=[]
         )
         return {MODEL_FILE: description.to_json(), TOKENIZER_FILE: "{}"}
 
@@ -51,13 +52,16 @@ def answers(folder: Path, backbone: Any) -> torch.Tensor:
 @pytest.mark.parametrize(("size", "near"), [(4, 0.003), (2, 0.003), (1, 0.02)])
 def test_a_plain_run_goes_on_with_fewer_bytes(tmp_path: Path, size: int, near: float) -> None:
     plain = trained(tmp_path / "plain", PLAIN, words_config(4))
-    convert(plain, tmp_path / "small", bytes_per_parameter=size)
+    convert(plain, tmp_path / "small", precision=PRECISION_OF_BYTES[size])
     before, after = answers(plain, PLAIN), answers(tmp_path / "small", PLAIN)
     assert 0 < float((after - before).abs().mean()) < near
     kept, old = (CheckpointReader(latest(place), "optimizer") for place in (tmp_path / "small", plain))
     name = "backbone.sets.0.attention.qkv"
     torch.testing.assert_close(kept.read(f"{name}::row_var"), old.read(f"{name}::exp_avg_sq").mean(-1))
-    assert RunFolder(tmp_path / "small").read_config()["loop"]["optimizer"]["bytes_per_parameter"] == size
+    assert (
+        RunFolder(tmp_path / "small").read_config()["loop"]["optimizer"]["precision"]
+        == PRECISION_OF_BYTES[size]
+    )
     train(
         DescribedTraining(PLAIN), run_config(steps=6, bytes=size), RunFolder(tmp_path / "small"), resume=True
     )
@@ -65,7 +69,7 @@ def test_a_plain_run_goes_on_with_fewer_bytes(tmp_path: Path, size: int, near: f
 
 def test_a_small_run_goes_on_plainly(tmp_path: Path) -> None:
     small = trained(tmp_path / "small", PLAIN, run_config(steps=4))
-    convert(small, tmp_path / "plain", bytes_per_parameter=16)
+    convert(small, tmp_path / "plain", precision="fp32")
     assert torch.equal(answers(small, PLAIN), answers(tmp_path / "plain", PLAIN))
     train(DescribedTraining(PLAIN), words_config(6), RunFolder(tmp_path / "plain"), resume=True)
 
@@ -87,12 +91,12 @@ def test_a_pseudo_checkpoint_becomes_a_real_one(tmp_path: Path, share_routers: b
 
 def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     real = trained(tmp_path / "real", PLAIN, run_config(steps=1))
-    with pytest.raises(ConfigError, match="--bytes 3 must be one of 16, 4, 2, 1"):
-        convert(real, tmp_path / "out", bytes_per_parameter=3)
+    with pytest.raises(ConfigError, match="--precision int4 must be one of fp32, bf16-adafactor-momentum"):
+        convert(real, tmp_path / "out", precision="int4")
     with pytest.raises(ConfigError, match="cannot share weights again"):
         convert(real, tmp_path / "out", stage="pseudo")
     with pytest.raises(ConfigError, match="already holds a run"):
-        convert(real, real, bytes_per_parameter=1)
+        convert(real, real, precision="int8-adafactor")
     train(WordsTraining(SHARED), words_config(1), RunFolder.open(tmp_path / "bare"))
     with pytest.raises(CheckpointError, match=r"has no model\.json"):
         convert(tmp_path / "bare", tmp_path / "out")

@@ -21,7 +21,7 @@ from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe, train_recipe
 from tests.parallel.fleet import Fleet
-from tests.train.tiny_recipe import JUDGE, tiny_recipe, write_recipe
+from tests.train.tiny_recipe import EVAL, tiny_recipe, write_recipe
 
 CPU = torch.device("cpu")
 ONE_TEXT = {
@@ -61,14 +61,20 @@ def load_no_second(monkeypatch: pytest.MonkeyPatch, layers: bool) -> None:
     monkeypatch.setattr("openm6.train.multimodal.load", load_layers)
 
 
-STREAMED = {"streaming": {"resident": 1}, "optimizer": {"learning_rate": 0.002, "bytes_per_parameter": 2}}
+STREAMED = {
+    "offload": {"num_gpu_layers": 1},
+    "optimizer": {"learning_rate": 0.002, "precision": "bf16-adafactor"},
+}
 
 
 @pytest.mark.parametrize("loop", [{}, STREAMED], ids=["plain", "offloaded"])
 def test_no_second_model_is_loaded_whole_to_evaluate_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: dict[str, Any]
 ) -> None:
-    recipe = tiny_recipe(4, workers=1, **loop) | {"mixture": FEW_TASKS, "judge": {**JUDGE, "at_end": True}}
+    recipe = tiny_recipe(4, num_processes=1, **loop) | {
+        "mixture": FEW_TASKS,
+        "eval": {**EVAL, "at_end": True},
+    }
     with monkeypatch.context() as patched:
         load_no_second(patched, layers=bool(loop))
         train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
@@ -76,12 +82,12 @@ def test_no_second_model_is_loaded_whole_to_evaluate_a_run(
 
 
 @pytest.mark.parametrize(
-    ("judge", "loop"), [({"at_end": False}, {}), ({}, STREAMED)], ids=["turned off", "offloaded"]
+    ("changes", "loop"), [({"at_end": False}, {}), ({}, STREAMED)], ids=["turned off", "offloaded"]
 )
 def test_a_run_that_is_not_to_be_judged_is_not(
-    tmp_path: Path, judge: dict[str, Any], loop: dict[str, Any], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, changes: dict[str, Any], loop: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe = tiny_recipe(1, workers=1, **loop) | ONE_TEXT | {"judge": {**JUDGE, **judge}}
+    recipe = tiny_recipe(1, num_processes=1, **loop) | ONE_TEXT | {"eval": {**EVAL, **changes}}
     with caplog.at_level("INFO", logger="openm6"):
         train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
     assert f"openm6 evaluate {tmp_path / 'run'}" in caplog.text
@@ -96,7 +102,7 @@ def test_a_failure_after_training_says_that_nothing_is_lost_and_resuming_repeats
             f"{run}/report.html could not be written (No space left on device): free some space"
         )
 
-    path, run = write_recipe(tmp_path, tiny_recipe(2, workers=1) | ONE_TEXT), tmp_path / "run"
+    path, run = write_recipe(tmp_path, tiny_recipe(2, num_processes=1) | ONE_TEXT), tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr("openm6.train.multimodal.write_report", full)
         with pytest.raises(
@@ -120,7 +126,7 @@ def test_a_failure_after_training_says_that_nothing_is_lost_and_resuming_repeats
 
 def judged_on_ranks(recipe: str, folder: str, axes: tuple[int, int, int]) -> dict[str, Any] | None:
     """A run of this rank; what was reported is given by rank 0."""
-    names = ("data", "shard", "experts")
+    names = ("dp_replicate", "dp_shard", "ep")
     checked, _ = read_recipe(Path(recipe), [f"parallel.{n}={s}" for n, s in zip(names, axes, strict=True)])
     ranks, run = DistributedContext(CPU, 60), RunFolder.open(folder)
     training = MultimodalTraining(checked, run, CPU, ranks)
@@ -139,11 +145,11 @@ def judged_on_ranks(recipe: str, folder: str, axes: tuple[int, int, int]) -> dic
 def test_no_second_model_is_loaded_whole_to_evaluate_ranks(
     tmp_path: Path, two: Fleet, axes: tuple[int, int, int], loop: dict[str, Any]
 ) -> None:
-    recipe = tiny_recipe(2, workers=1, **loop) | {
+    recipe = tiny_recipe(2, num_processes=1, **loop) | {
         "mixture": FEW_TASKS,
-        "judge": {**JUDGE, "at_end": True, "workers": 1},
+        "eval": {**EVAL, "at_end": True, "num_processes": 1},
     }
-    path = write_recipe(tmp_path, recipe | {"packing": {"rows": 2, "length": 160, "lanes": 2}})
+    path = write_recipe(tmp_path, recipe | {"packing": {"batch_size": 2, "seq_len": 160, "num_shards": 2}})
     found = two.run(judged_on_ranks, path, str(tmp_path / "run"), axes)[0]
     expected = tasks_of(evaluate(tmp_path / "run"))
     assert set(found) == set(expected)

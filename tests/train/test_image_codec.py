@@ -67,11 +67,11 @@ def test_shares_weigh_sources_and_others_count_by_their_size() -> None:
 
 def test_a_seed_gives_the_same_batch_and_another_seed_another() -> None:
     config = ImageDataConfig(batch=8, sides={32: 0.5, 16: 0.5}, drawn=0.25)
-    lessons = ImageData(config, {"a": [plain(200, 30, 90), plain(9, 120, 60)]}, CPU)
-    batches = [lessons.draw(seed) for seed in range(12)]
+    batches = ImageData(config, {"a": [plain(200, 30, 90), plain(9, 120, 60)]}, CPU)
+    batches = [batches.draw(seed) for seed in range(12)]
     assert {batch.shape[-1] for batch in batches} == {32, 16}
     assert all(batch.shape[0] == 8 and batch.abs().max() <= 1 for batch in batches)
-    assert torch.equal(batches[3], lessons.draw(3))
+    assert torch.equal(batches[3], batches.draw(3))
     assert all(not torch.equal(batches[0], other) for other in batches[1:] if other.shape == batches[0].shape)
 
 
@@ -111,21 +111,21 @@ def test_drawn_images_have_edges_and_differ() -> None:
 
 
 def test_the_loss_is_zero_for_a_perfect_copy_and_grows_with_the_error() -> None:
-    lessons = ImageData(ImageDataConfig(batch=2, sides={16: 1.0}), {"a": [plain(1, 2, 3)]}, CPU)
+    batches = ImageData(ImageDataConfig(batch=2, sides={16: 1.0}), {"a": [plain(1, 2, 3)]}, CPU)
     target = smooth(4) * 2 - 1
     noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
-    assert lessons.loss(target, target, False) == 0
+    assert batches.loss(target, target, False) == 0
     for settling in (False, True):
-        losses = [float(lessons.loss(target, target + size * noise, settling)) for size in (0.0, 0.05, 0.2)]
+        losses = [float(batches.loss(target, target + size * noise, settling)) for size in (0.0, 0.05, 0.2)]
         assert losses == sorted(losses) and losses[0] < losses[2]
 
 
 def test_the_settling_loss_falls_as_the_mean_psnr_rises() -> None:
-    lessons = ImageData(ImageDataConfig(batch=2, sides={16: 1.0}), {"a": [plain(1, 2, 3)]}, CPU)
+    batches = ImageData(ImageDataConfig(batch=2, sides={16: 1.0}), {"a": [plain(1, 2, 3)]}, CPU)
     target, output = torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)
     output[0], output[1] = 0.5, 1.0
     squares = torch.tensor([0.25, 1.0])
-    assert float(lessons.loss(target, output, True)) == pytest.approx(
+    assert float(batches.loss(target, output, True)) == pytest.approx(
         float((squares + 1e-3).log().mean()), rel=1e-4
     )
 

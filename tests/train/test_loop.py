@@ -63,13 +63,13 @@ def assert_same_run(left: Path, right: Path) -> None:
     ours, theirs = RunFolder(left), RunFolder(right)
     first, second = latest(left), latest(right)
     assert first.name == second.name
-    for name in ("model.safetensors", "optimizer.safetensors", "job.safetensors"):
+    for name in ("model.safetensors", "optimizer.safetensors", "training.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     states = [read_state(folder) for folder in (first, second)]
     for state in states:
         state["progress"].pop("seconds")
         state["recorder"].pop("seconds")
-        state["hooks"].pop("meter")
+        state["callbacks"].pop("meter")
     assert states[0] == states[1]
     assert untimed(ours) == untimed(theirs)
 
@@ -88,7 +88,7 @@ def test_training_learns_and_tells(unbroken: Path) -> None:
     assert [line["step"] for line in steps] == [5, 10, 15, 20, 25, 30, 35, 40]
     assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
     assert steps[-1]["tokens"] == 40 * 16 and steps[0]["seen"] == 1.0
-    assert len(steps[0]["c_v"]) == 1 and steps[0]["dropped"] == [0.25]
+    assert len(steps[0]["expert_load_cv"]) == 1 and steps[0]["dropped"] == [0.25]
     assert [line["step"] for line in lines if "evaluation" in line] == [9, 18, 27, 36, 40]
     assert 0 < steps[-1]["learning_rate"] < 0.1 * steps[1]["learning_rate"]
 
@@ -228,7 +228,7 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path: Path) -> None
     spoilt, plain = ToyTraining(spoilt=(6,)), ToyTraining()
     train(spoilt, toy_config(steps=6, save_every=5), RunFolder.open(tmp_path / "spoilt"))
     folders = [tmp_path / "spoilt/checkpoints" / name for name in ("step-5", "step-6")]
-    for name in ("optimizer.safetensors", "job.safetensors"):
+    for name in ("optimizer.safetensors", "training.safetensors"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     train(plain, toy_config(steps=6), RunFolder.open(tmp_path / "plain"))
     assert not torch.equal(plain.model[0].weight, spoilt.model[0].weight)
@@ -292,8 +292,8 @@ def test_metrics_are_valid_json(unbroken: Path) -> None:
         json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 
-def auto(minutes: float, decay_share: float = 0.2) -> LoopConfig:
-    return LoopConfig(steps="auto", minutes=minutes, schedule=ScheduleConfig(decay_share=decay_share))
+def auto(minutes: float, decay_fraction: float = 0.2) -> LoopConfig:
+    return LoopConfig(steps="auto", minutes=minutes, schedule=ScheduleConfig(decay_fraction=decay_fraction))
 
 
 def run_clock(length: RunLength, seconds: list[float]) -> int:
@@ -342,9 +342,9 @@ def test_very_slow_steps_still_end(tmp_path: Path, seconds: float) -> None:
     assert known == 3 and length.steps is not None and known <= length.steps <= 5
 
 
-@pytest.mark.parametrize("decay_share", [0.0, 0.2, 0.5, 0.9])
-def test_no_decay_had_to_start_before_the_length_was_known(tmp_path: Path, decay_share: float) -> None:
-    config = auto(0.5, decay_share)
+@pytest.mark.parametrize("decay_fraction", [0.0, 0.2, 0.5, 0.9])
+def test_no_decay_had_to_start_before_the_length_was_known(tmp_path: Path, decay_fraction: float) -> None:
+    config = auto(0.5, decay_fraction)
     length = RunLength(config, RunFolder.open(tmp_path))
     known = run_clock(length, [5.0] * 50)
     assert length.steps is not None

@@ -84,7 +84,7 @@ def test_lines_and_checkpoints_tell_joules_and_a_resumed_run_carries_them_on(tmp
     lines = [line for line in read_metrics(run) if "joules" in line]
     assert len(lines) == 2 and 0 < lines[0]["joules"] <= lines[1]["joules"]
     assert lines[1]["energy_source"] and lines[1]["watts"] >= 0 and lines[1]["joules_per_token"] >= 0
-    ledger = EnergyTracker.from_json(read_state(latest(tmp_path))["hooks"]["meter"])
+    ledger = EnergyTracker.from_json(read_state(latest(tmp_path))["callbacks"]["meter"])
     assert ledger.joules >= lines[1]["joules"]
     assert ledger.joules == pytest.approx(ledger.in_steps + ledger.between + ledger.repeated)
     assert ledger.tokens == lines[1]["tokens"]
@@ -104,9 +104,9 @@ def test_steps_that_a_crash_lost_are_accounted_as_repeated(tmp_path: Path) -> No
     with pytest.raises(OSError, match="lights"):
         train(ToyTraining(pause=0.002), toy_config(steps=20), run, callbacks=[Failing()])
     reported = [line["joules"] for line in read_metrics(run) if "joules" in line][-1]
-    at_checkpoint = EnergyTracker.from_json(read_state(latest(tmp_path))["hooks"]["meter"])
+    at_checkpoint = EnergyTracker.from_json(read_state(latest(tmp_path))["callbacks"]["meter"])
     train(ToyTraining(), toy_config(steps=20), run, resume=True)
-    ledger = EnergyTracker.from_json(read_state(latest(tmp_path))["hooks"]["meter"])
+    ledger = EnergyTracker.from_json(read_state(latest(tmp_path))["callbacks"]["meter"])
     assert ledger.repeated == pytest.approx(reported - at_checkpoint.joules)
     assert ledger.joules > reported and ledger.tokens == 20 * 16
 

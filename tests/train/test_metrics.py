@@ -34,7 +34,7 @@ LINE = {
     "loss": 2.5,
     "loss/text": 2.25,
     "grad_norm": 1.0,
-    "c_v": [0.5, 0.7],
+    "expert_load_cv": [0.5, 0.7],
     "tokens_per_second": 6123.4,
 }
 LINE |= {"tokens": 1000, "non_finite": 0, "spikes": 0, "learning_rate": 0.001, "seconds": 3.0}
@@ -42,7 +42,9 @@ SCORES = {"step": 20, "evaluation": {"accuracy": 0.625}}
 
 
 def report(step: int, loss: float, applied: bool = True, **metrics: float) -> StepReport:
-    return StepReport(step, 10, loss, 1.0, 0.1, applied, metrics, c_v=[loss, 2.0], dropped=[0.0, 0.0])
+    return StepReport(
+        step, 10, loss, 1.0, 0.1, applied, metrics, expert_load_cv=[loss, 2.0], dropped=[0.0, 0.0]
+    )
 
 
 def test_means_are_over_the_steps_that_had_the_metric() -> None:
@@ -52,7 +54,7 @@ def test_means_are_over_the_steps_that_had_the_metric() -> None:
     averager.add(report(3, float("nan"), applied=False, audio=float("nan")), 1.0)
     line = averager.compute()
     assert (line["loss"], line["text"], line["audio"]) == (3.0, 2.0, 7.0)
-    assert line["c_v"] == [3.0, 2.0]
+    assert line["expert_load_cv"] == [3.0, 2.0]
     assert "dropped" not in line  # nothing was
     assert line["tokens_per_second"] == 15.0
 
@@ -138,7 +140,7 @@ def test_every_number_is_a_scalar(tmp_path: Path) -> None:
     run = RunFolder.open(tmp_path)
     events = open_tensorboard(run, 0)
     assert events is not None
-    events.log({"step": 5, "loss": 2.5, "c_v": [0.25, 0.5]})
+    events.log({"step": 5, "loss": 2.5, "expert_load_cv": [0.25, 0.5]})
     events.log({"step": 5, "evaluation": {"accuracy": 0.75}})
     events.close()
     found = accumulator.EventAccumulator(str(run.tensorboard)).Reload()
@@ -147,8 +149,8 @@ def test_every_number_is_a_scalar(tmp_path: Path) -> None:
     }
     assert values == {
         "loss": [(5, 2.5)],
-        "c_v/0": [(5, 0.25)],
-        "c_v/1": [(5, 0.5)],
+        "expert_load_cv/0": [(5, 0.25)],
+        "expert_load_cv/1": [(5, 0.5)],
         "evaluation/accuracy": [(5, 0.75)],
     }
 
@@ -157,14 +159,14 @@ def test_the_energy_of_a_line() -> None:
     few = {name: value for name, value in LINE.items() if name != "loss/text"}
     metered = few | {"joules": 12_340.0, "watts": 41.2, "joules_per_token": 0.01, "energy_source": "rapl"}
     words = describe(metered, 40, Pace(0))
-    assert "6,123 tokens/s  12.3 kJ at 41 W (rapl)  c_v" in words and "joules" not in words
+    assert "6,123 tokens/s  12.3 kJ at 41 W (rapl)  load CV" in words and "joules" not in words
 
 
 def test_a_line_in_words() -> None:
     pace = Pace(0)
     pace.observe(20)
     words = describe(LINE, 40, pace)
-    assert words.startswith("step 20/40  loss 2.5000  loss/text 2.2500  6,123 tokens/s  c_v 0.60  ")
+    assert words.startswith("step 20/40  loss 2.5000  loss/text 2.2500  6,123 tokens/s  load CV 0.60  ")
     assert words.endswith("s left")
     assert describe(SCORES, 40, pace) == "step 20/40  scores  accuracy 0.625"
     assert "measuring the speed" in describe(LINE, None, pace)

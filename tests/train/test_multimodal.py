@@ -100,7 +100,14 @@ def test_the_page_is_written_and_needs_nothing_else(unbroken: Path) -> None:
 
 def test_metrics_tell_of_every_modality(unbroken: Path) -> None:
     names = {name for line in losses(unbroken) for name in line}
-    assert {"loss/text", "loss/image_out", "loss/audio_out", "loss/numbers_out", "c_v", "fill"} <= names
+    assert {
+        "loss/text",
+        "loss/image_out",
+        "loss/audio_out",
+        "loss/numbers_out",
+        "expert_load_cv",
+        "packing_efficiency",
+    } <= names
     assert [line["step"] for line in losses(unbroken)] == list(range(1, STEPS + 1))
 
 
@@ -155,7 +162,7 @@ def test_a_finished_run_is_not_trained_over(recipe: str, unbroken: Path, tmp_pat
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("model.overrides.width=96", "has shape .* the model wants .* load it with the config"),
+        ("model.overrides.hidden_size=96", "has shape .* the model wants .* load it with the config"),
         ("loop.optimizer.name=muon", "was trained with adamw, not muon"),
         ("model.preset=nanoo", "no preset 'nanoo'"),
     ],
@@ -279,7 +286,7 @@ def test_broken_images_do_not_stop_the_judging_of_drawings(tmp_path: Path) -> No
     recipe = (
         tiny_recipe(2, save_every=2) | images(tmp_path / "data", broken=4, count=30) | {"max_broken": 0.5}
     )
-    recipe["judge"] = {**recipe["judge"], "records": 12}
+    recipe["eval"] = {**recipe["eval"], "records": 12}
     recipe["mixture"] = recipe["mixture"][1:]
     train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
     assert math.isfinite(report_of(tmp_path / "run")["tasks"]["text_to_image/images"]["baseline"])
@@ -314,24 +321,24 @@ def test_examples_that_fit_no_row_are_set_aside(tmp_path: Path) -> None:
         "sources": {"poems": {"kind": "embedded", "name": "poems_zh"}},
         "mixture": [{"source": "poems", "task": "text_generation"}],
     }
-    recipe = tiny_recipe(400) | poems | {"packing": {"rows": 1, "length": 16}}
-    with pytest.raises(TrainingError, match="do not fit a row of 16: raise packing.length"):
+    recipe = tiny_recipe(400) | poems | {"packing": {"batch_size": 1, "seq_len": 16}}
+    with pytest.raises(TrainingError, match="do not fit a row of 16: raise packing.seq_len"):
         train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
 
 
 REFUSED = {
     "task": (
-        ["mixture.0.task=name_pictur"],
-        "no task is called 'name_pictur'; did you mean 'image_classification'",
+        ["mixture.0.task=image_clasification"],
+        "no task is called 'image_clasification'; did you mean 'image_classification'",
     ),
     "preset": (["model.preset=nanoo"], "no preset 'nanoo'; did you mean 'nano'"),
     "key": (["loop.stepz=3"], "unknown key 'loop.stepz'; did you mean 'steps'"),
-    "deep key": (["judge.decoding.step=3"], "unknown key 'judge.decoding.step'; did you mean 'steps'"),
+    "deep key": (["eval.decoding.step=3"], "unknown key 'eval.decoding.step'; did you mean 'steps'"),
     "source": (["mixture.0.source=digit"], "names source 'digit', .*did you mean 'digits'"),
     "source kind": (["sources.digits.kind=embeded"], "embedded"),
     "source key": (["sources.digits.limits=3"], "did you mean 'limit'"),
     "data set": (["sources.digits.name=digit"], "did you mean 'digits'"),
-    "override": (["model.overrides.widht=64"], "did you mean 'width'"),
+    "override": (["model.overrides.hiden_size=64"], "did you mean 'hidden_size'"),
     "sizes": (["model.overrides.num_kv_heads=3"], "num_heads=2 must be a multiple"),
     "kind": (["kind=multimodel"], "did you mean 'multimodal'"),
     "codec": (["modalities.image.codec=image-65"], "did you mean 'image-64'"),
@@ -392,7 +399,7 @@ def test_a_weight_that_no_row_uses_adds_nothing_even_when_it_is_not_finite(tmp_p
 
 
 def test_the_parts_of_a_batch_add_up_to_its_loss_and_gradient(tmp_path: Path) -> None:
-    recipe = build(MultimodalRecipe, {**tiny_recipe(), "packing": {"rows": 4, "length": 160}}, "tiny")
+    recipe = build(MultimodalRecipe, {**tiny_recipe(), "packing": {"batch_size": 4, "seq_len": 160}}, "tiny")
     training = MultimodalTraining(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
     training.model.train()
     assert training.max_parts == 2

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openm6.checkpoint.folder import latest
 from openm6.core.run_folder import RunFolder
+from openm6.optim.config import PRECISION_OF_BYTES
 from openm6.parallel.processes import DistributedContext
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import OffloadedTrainStep
@@ -31,12 +32,18 @@ STEPS, SWITCH = 6, 3
 
 
 def recipe_file(folder: Path, bytes_per_parameter: int, offloaded: bool = True, **changes: Any) -> str:
-    optimizer = {"bytes_per_parameter": bytes_per_parameter, "learning_rate": 0.002}
-    loop = {"streaming": {"resident": 1, **changes.pop("streaming", {})}} if offloaded else {}
+    optimizer = {"precision": PRECISION_OF_BYTES[bytes_per_parameter], "learning_rate": 0.002}
+    loop = {"offload": {"num_gpu_layers": 1, **changes.pop("offload", {})}} if offloaded else {}
     recipe = tiny_recipe(
-        steps=STEPS, save_every=2, keep=9, workers=1, clip=None, optimizer=optimizer, **{**loop, **changes}
+        steps=STEPS,
+        save_every=2,
+        keep_last=9,
+        num_processes=1,
+        max_grad_norm=None,
+        optimizer=optimizer,
+        **{**loop, **changes},
     )
-    recipe["packing"] = {"rows": 4, "length": 160, "lanes": 4}
+    recipe["packing"] = {"batch_size": 4, "seq_len": 160, "num_shards": 4}
     if "stages" in changes:
         recipe["model"] = {**MODEL, "overrides": {**MODEL["overrides"], "sharing": "all"}}
     return write_recipe(folder, recipe)
@@ -113,7 +120,7 @@ def test_ranks_change_from_pseudo_to_real(tmp_path: Path, two: Fleet, four: Flee
 
 def gathers(recipe: str, folder: str) -> tuple[int, int]:
     """All-gathers and reduce-scatters of one step."""
-    checked, _ = read_recipe(Path(recipe), ["parallel.shard=2", "parallel.experts=1"])
+    checked, _ = read_recipe(Path(recipe), ["parallel.dp_shard=2", "parallel.ep=1"])
     training = MultimodalTraining(checked, RunFolder.open(folder), CPU, DistributedContext(CPU, 60))
     train_step = OffloadedTrainStep(training, checked.loop)
     counts = [0, 0]

@@ -34,12 +34,12 @@ STEPS, SWITCH = 6, 3
 
 def giant_recipe(switch: dict[str, Any], steps: int = STEPS, **model: Any) -> dict[str, Any]:
     loop = {
-        "streaming": {"resident": 0, "micro_batches": 2},
-        "optimizer": {"learning_rate": 0.002, "bytes_per_parameter": 2},
+        "offload": {"num_gpu_layers": 0, "gradient_accumulation_steps": 2},
+        "optimizer": {"learning_rate": 0.002, "precision": "bf16-adafactor"},
         "stages": {"switch": switch, "warmup_steps": 2},
     }
-    recipe = tiny_recipe(steps, **{**loop, "save_every": SWITCH, "keep": 9})
-    recipe["judge"] = {**recipe["judge"], "at_end": True}
+    recipe = tiny_recipe(steps, **{**loop, "save_every": SWITCH, "keep_last": 9})
+    recipe["eval"] = {**recipe["eval"], "at_end": True}
     return {**recipe, "model": {**MODEL, "overrides": {**MODEL["overrides"], "sharing": "all", **model}}}
 
 
@@ -84,14 +84,16 @@ def test_a_shared_set_is_moved_once_a_pass(tmp_path: Path) -> None:
 
 def test_stage_and_bytes_are_converted_and_the_run_goes_on(finished: Path, tmp_path: Path) -> None:
     pseudo = step_folder(finished / "checkpoints", SWITCH)
-    convert(pseudo, tmp_path / "real", bytes_per_parameter=1, stage="real")
+    convert(pseudo, tmp_path / "real", precision="int8-adafactor", stage="real")
     config = str(tmp_path / "real" / "config.yaml")
     state = read_state(latest(tmp_path / "real"))
-    assert (state["stage"], state["bytes_per_parameter"], state["step"]) == ("real", 1, SWITCH)
+    assert (state["stage"], state["precision"], state["step"]) == ("real", "int8-adafactor", SWITCH)
     result = train_recipe(config, resume=True, out=tmp_path / "real")
     assert result is not None and result.steps == STEPS
-    with pytest.raises(CheckpointError, match="holds 1 bytes a parameter, this run wants 2"):
-        train_recipe(config, ["loop.optimizer.bytes_per_parameter=2"], resume=True, out=tmp_path / "real")
+    with pytest.raises(
+        CheckpointError, match="holds weights of precision int8-adafactor, this run trains bf16-adafactor"
+    ):
+        train_recipe(config, ["loop.optimizer.precision=bf16-adafactor"], resume=True, out=tmp_path / "real")
 
 
 @pytest.mark.parametrize(
@@ -138,8 +140,8 @@ def test_a_streamed_run_broken_on_either_side_of_the_switch_resumes_as_if_unbrok
 @pytest.mark.skipif(process_memory("VmHWM") is None, reason="the system does not report a process's peak")
 def test_sets_are_saved_and_read_without_a_second_copy(tmp_path: Path) -> None:
     """64 sets of 1 MiB: the peak may rise by a few of them, not by all."""
-    experts = ExpertsConfig(hidden=192, num_experts=8, top_k=1)
-    backbone = words_backbone(width=192, num_layers=64, experts=experts, experts_every=1, dense=None)
+    experts = ExpertsConfig(intermediate_size=192, num_experts=8, top_k=1)
+    backbone = words_backbone(hidden_size=192, num_layers=64, experts=experts, moe_layer_freq=1, dense=None)
     train_step = OffloadedTrainStep(WordsTraining(backbone), run_config())
     held = sum(stored.numel() for stored in train_step.store.storage)
     shards = {"shards": train_step.shards(), "num_shards": train_step.num_shards}

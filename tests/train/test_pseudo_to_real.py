@@ -43,7 +43,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("sharing", ["all", 2, (0, 1, 2, 1)])
 @pytest.mark.parametrize("share_routers", [False, True])
 def test_answers_are_equal_just_before_and_just_after_the_switch(sharing: Any, share_routers: bool) -> None:
-    config = words_backbone(sharing=sharing, share_routers=share_routers, experts_every=1, dense=None)
+    config = words_backbone(sharing=sharing, share_routers=share_routers, moe_layer_freq=1, dense=None)
     training = WordsTraining(config)
     train_step = TrainStep(training, words_config())
     for step in (1, 2, 3):
@@ -152,7 +152,7 @@ def test_a_skipped_step_does_not_enter_the_plateau_and_the_run_saves(tmp_path: P
     training = WordsTraining(SHARED, spoilt=(4, 5))
     result = train(training, staged(5, switch=plateau), RunFolder.open(tmp_path))
     assert result.non_finite == 2
-    losses = read_state(latest(tmp_path))["hooks"]["stages"]["losses"]
+    losses = read_state(latest(tmp_path))["callbacks"]["stages"]["losses"]
     assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
 
 

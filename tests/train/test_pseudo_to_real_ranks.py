@@ -34,9 +34,9 @@ STEPS, SWITCH = 8, 4
 
 def recipe_file(folder: Path, axes: Axes = (1, 1, 1), noise: float = 0.0, **overrides: Any) -> str:
     stages = {"switch": {"step": SWITCH}, "warmup_steps": 2, "noise": noise}
-    recipe = tiny_recipe(steps=STEPS, save_every=3, keep=9, workers=1, stages=stages)
-    recipe["packing"] = {"rows": 4, "length": 160, "lanes": 4}
-    recipe["parallel"] = dict(zip(("data", "shard", "experts"), axes, strict=True))
+    recipe = tiny_recipe(steps=STEPS, save_every=3, keep_last=9, num_processes=1, stages=stages)
+    recipe["packing"] = {"batch_size": 4, "seq_len": 160, "num_shards": 4}
+    recipe["parallel"] = dict(zip(("dp_replicate", "dp_shard", "ep"), axes, strict=True))
     recipe["model"] = {**MODEL, "overrides": {**MODEL["overrides"], "sharing": "all", **overrides}}
     return write_recipe(folder, recipe)
 

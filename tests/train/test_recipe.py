@@ -62,9 +62,12 @@ def test_training_and_test_records_of_the_demo_are_not_the_same() -> None:
 def test_overrides_change_a_preset_field_by_field() -> None:
     choice = ModelConfig(preset="nano", overrides={"num_layers": 2, "experts": {"num_experts": 4}})
     found, plain = build_backbone(choice), preset("nano").backbone
-    assert found.num_layers == 2 and found.width == plain.width
+    assert found.num_layers == 2 and found.hidden_size == plain.hidden_size
     assert found.experts is not None and plain.experts is not None
-    assert (found.experts.num_experts, found.experts.hidden) == (4, plain.experts.hidden)
+    assert (found.experts.num_experts, found.experts.intermediate_size) == (
+        4,
+        plain.experts.intermediate_size,
+    )
     assert build_backbone(ModelConfig(preset="nano")) == plain
 
 
@@ -73,12 +76,12 @@ def test_overrides_change_a_preset_field_by_field() -> None:
 def test_a_plan_and_a_run_of_a_preset_have_one_backbone_and_one_vocabulary(
     name: str, named: int | None, tmp_path: Path
 ) -> None:
-    values = tiny_recipe() | {"model": {"preset": name}, "modalities": {"text": {"vocabulary": named}}}
+    values = tiny_recipe() | {"model": {"preset": name}, "modalities": {"text": {"vocab_size": named}}}
     trained = build(MultimodalRecipe, values, "recipe")
     planned = read_model(write_recipe(tmp_path, values))
     assert trained.vocabulary == planned.vocabulary == (named or read_model(name).vocabulary)
     assert build_backbone(trained.model) == planned.backbone == read_model(name).backbone
-    assert read_model(name).vocabulary == preset(name).vocabulary
+    assert read_model(name).vocabulary == preset(name).vocab_size
 
 
 @pytest.mark.parametrize(("named", "wanted"), [(None, 4096), (400, 400)])
@@ -92,8 +95,8 @@ def test_the_tokenizer_is_learned_at_that_size(
         return train_tokenizer(texts, 400)
 
     monkeypatch.setattr(multimodal_data, "train_tokenizer", learn)
-    values = tiny_recipe() | {"modalities": {"text": {"vocabulary": named}}}
+    values = tiny_recipe() | {"modalities": {"text": {"vocab_size": named}}}
     training = MultimodalTraining(
         build(MultimodalRecipe, values, "recipe"), RunFolder(tmp_path), torch.device("cpu")
     )
-    assert sizes == [wanted] and training.description.modalities.text.vocabulary == wanted
+    assert sizes == [wanted] and training.description.modalities.text.vocab_size == wanted

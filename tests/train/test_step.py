@@ -33,7 +33,7 @@ def test_seeding_covers_every_generator_and_depends_on_the_purpose() -> None:
 def test_clipping(clip: float | None) -> None:
     """The update sees the clipped gradient; the norm that is reported is the one before."""
     training = ToyTraining()
-    train_step = TrainStep(training, toy_config().model_copy(update={"clip": clip}))
+    train_step = TrainStep(training, toy_config().model_copy(update={"max_grad_norm": clip}))
     seen: list[float] = []
     train_step.optimizer.register_step_pre_hook(
         lambda *_: seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in train_step.parameters])))
@@ -76,8 +76,8 @@ def test_products_alone_in_half_are_for_processors() -> None:
     [
         ({}, "plain"),  # on a processor, `auto` compiles nothing and keeps everything
         ({"compile": True}, "compiled"),
-        ({"recompute": 2}, "recomputed"),
-        ({"compile": True, "recompute": 3}, "recomputed, compiled"),
+        ({"activation_checkpointing": 2}, "recomputed"),
+        ({"compile": True, "activation_checkpointing": 3}, "recomputed, compiled"),
     ],
 )
 def test_blocks_run_as_the_config_says(settings, expected):
@@ -86,7 +86,7 @@ def test_blocks_run_as_the_config_says(settings, expected):
     run = backbone.run_block
     words = []
     if isinstance(run, RecomputedBlocks):
-        assert run.num_layers == settings["recompute"]
+        assert run.num_layers == settings["activation_checkpointing"]
         words.append("recomputed")
         run = run.run
     words += ["compiled"] if isinstance(run, CompiledBlocks) else []
@@ -103,4 +103,4 @@ def test_a_choice_of_others_stands():
 
 def test_no_layers_below_zero():
     with pytest.raises(ValidationError, match="0 or more"):
-        LoopConfig(recompute=-1)
+        LoopConfig(activation_checkpointing=-1)

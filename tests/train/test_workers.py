@@ -38,7 +38,7 @@ def assert_same_end(left: Path, right: Path) -> None:
     """Weights, optimizer and metrics agree to the bit."""
     first, second = latest(left), latest(right)
     assert first.name == second.name
-    for name in ("model.safetensors", "optimizer.safetensors", "job.safetensors"):
+    for name in ("model.safetensors", "optimizer.safetensors", "training.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     assert lines_of(left) == lines_of(right)
 
@@ -52,14 +52,16 @@ def test_workers_train_as_one_process_does(tmp_path: Path, optimizer: str, worke
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
     assert torch.equal(alone.loads, together.loads)
     for one, other in zip(lines_of(tmp_path / "alone"), lines_of(tmp_path / "together"), strict=True):
-        assert one["tokens"] == other["tokens"] and one["c_v"] == pytest.approx(other["c_v"], rel=1e-5)
+        assert one["tokens"] == other["tokens"] and one["expert_load_cv"] == pytest.approx(
+            other["expert_load_cv"], rel=1e-5
+        )
         for name in ("loss", "grad_norm", "loss/toy"):
             assert one[name] == pytest.approx(other[name], rel=1e-3), name
 
 
 def test_a_run_resumed_equals_one_unbroken(tmp_path: Path) -> None:
     train(WorkersTraining(), workers_config(2), RunFolder.open(tmp_path / "whole"))
-    with pytest.raises(TrainingError, match=r"a worker process ended with code 7 .*loop\.workers=1"):
+    with pytest.raises(TrainingError, match=r"a worker process ended with code 7 .*loop\.num_processes=1"):
         train(WorkersTraining(dies=15), workers_config(2), RunFolder.open(tmp_path / "broken"))
     assert latest(tmp_path / "broken").name == "step-12"
     train(WorkersTraining(), workers_config(2), RunFolder.open(tmp_path / "broken"), resume=True)
@@ -153,9 +155,11 @@ def test_broken_data_is_told_in_its_own_words(tmp_path: Path) -> None:
 
 
 def test_too_many_workers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"loop\.workers=9 .* at most 4 parts: set loop\.workers to 4"):
+    with pytest.raises(
+        ConfigError, match=r"loop\.num_processes=9 .* at most 4 parts: set loop\.num_processes to 4"
+    ):
         train(WorkersTraining(), workers_config(9), RunFolder.open(tmp_path))
-    with pytest.raises(ConfigError, match=r"one process here: set loop\.workers to 1"):
+    with pytest.raises(ConfigError, match=r"one process here: set loop\.num_processes to 1"):
         train(ToyTraining(), workers_config(2), RunFolder.open(tmp_path / "toy"))
 
 
@@ -165,7 +169,7 @@ def test_auto_is_settled_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     assert number_of_workers(WorkersTraining(), toy_config(), run) == 3
     monkeypatch.setattr("openm6.train.workers.usable_cores", lambda: 16)
     assert number_of_workers(WorkersTraining(), toy_config(), run) == 3
-    assert run.read_config()["loop"]["workers"] == 3
+    assert run.read_config()["loop"]["num_processes"] == 3
     assert number_of_workers(ToyTraining(), toy_config(), RunFolder.open(tmp_path / "toy")) == 1
 
 

@@ -10,15 +10,15 @@ import yaml
 MODEL = {
     "preset": "nano",
     "overrides": {
-        "width": 64,
+        "hidden_size": 64,
         "num_layers": 2,
         "num_heads": 2,
         "num_kv_heads": 1,
         "head_dim": 32,
-        "experts": {"hidden": 64, "num_experts": 4},
+        "experts": {"intermediate_size": 64, "num_experts": 4},
     },
 }
-JUDGE = {"records": 4, "answers": 2, "drawn": 2, "samples": 1, "decoding": {"steps": 2}}
+EVAL = {"records": 4, "answers": 2, "drawn": 2, "samples": 1, "decoding": {"steps": 2}}
 
 
 def tiny_recipe(steps: int = 6, **loop: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def tiny_recipe(steps: int = 6, **loop: Any) -> dict[str, Any]:
     return {
         "kind": "multimodal",
         "model": MODEL,
-        "modalities": {"text": {"vocabulary": 400}},
+        "modalities": {"text": {"vocab_size": 400}},
         "sources": {
             "digits": {"kind": "embedded", "name": "digits", "limit": 30},
             "spoken": {"kind": "embedded", "name": "espeak_digits", "limit": 20},
@@ -42,7 +42,7 @@ def tiny_recipe(steps: int = 6, **loop: Any) -> dict[str, Any]:
             {"source": "spoken", "task": "text_to_speech"},
             {"source": "penguins", "task": "tabular_regression"},
         ],
-        "packing": {"rows": 2, "length": 160},
+        "packing": {"batch_size": 2, "seq_len": 160},
         "loop": {
             "steps": steps,
             "save_every": 2,
@@ -51,7 +51,7 @@ def tiny_recipe(steps: int = 6, **loop: Any) -> dict[str, Any]:
             "precision": "fp32",
             **loop,
         },
-        "judge": JUDGE,
+        "eval": EVAL,
     }
 
 

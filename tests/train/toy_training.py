@@ -109,7 +109,7 @@ def toy_config(optimizer: str = "adamw", steps: int = 40, save_every: int = 7) -
     return LoopConfig(
         steps=steps,
         optimizer=OptimizerConfig(name=optimizer, learning_rate=0.02),
-        schedule=ScheduleConfig(warmup_steps=4, decay_share=0.3),
+        schedule=ScheduleConfig(warmup_steps=4, decay_fraction=0.3),
         log_every=5,
         evaluate_every=9,
         save_every=save_every,

@@ -27,14 +27,14 @@ WORDS, LENGTH, ROWS, WIDTH = 32, 16, 4, 32
 def words_backbone(**changes: Any) -> BackboneConfig:
     """Four layers, every second one with experts, one of which sees every token."""
     values: dict[str, Any] = {
-        "width": WIDTH,
+        "hidden_size": WIDTH,
         "num_layers": 4,
         "num_heads": 2,
         "num_kv_heads": 1,
         "head_dim": 16,
-        "dense": DenseConfig(hidden=32),
-        "experts": ExpertsConfig(hidden=32, num_experts=4, top_k=2, num_shared=1),
-        "experts_every": 2,
+        "dense": DenseConfig(intermediate_size=32),
+        "experts": ExpertsConfig(intermediate_size=32, num_experts=4, top_k=2, num_shared=1),
+        "moe_layer_freq": 2,
     }
     return BackboneConfig(**{**values, **changes})
 
@@ -44,7 +44,7 @@ class WordModel(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(WORDS, config.width)
+        self.embedding = nn.Embedding(WORDS, config.hidden_size)
         nn.init.normal_(self.embedding.weight, std=0.05)
         self.backbone = Backbone(config)
 
@@ -121,10 +121,10 @@ def words_config(steps: int = 12, **changes: Any) -> LoopConfig:
     values: dict[str, Any] = {
         "steps": steps,
         "optimizer": OptimizerConfig(learning_rate=0.01),
-        "schedule": ScheduleConfig(warmup_steps=2, decay_share=0.3),
+        "schedule": ScheduleConfig(warmup_steps=2, decay_fraction=0.3),
         "log_every": 1,
         "save_every": 5,
-        "keep": 9,
+        "keep_last": 9,
         "tensorboard": False,
         "precision": "fp32",
     }

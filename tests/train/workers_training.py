@@ -96,7 +96,7 @@ class WorkersTraining(TrainingTask):
 
 
 def workers_config(workers: int, optimizer: str = "adamw", steps: int = 20) -> LoopConfig:
-    return toy_config(optimizer, steps, save_every=6).model_copy(update={"workers": workers})
+    return toy_config(optimizer, steps, save_every=6).model_copy(update={"num_processes": workers})
 
 
 if __name__ == "__main__":

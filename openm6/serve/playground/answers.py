@@ -56,7 +56,7 @@ async def answer_scenario(
     request = scenario_request(scenario, language, values, seed)
     series = scenario.kind_of("series")
     past = values[series]["values"] if series else ()
-    return await _answer(server, request, scenario.gives, language, past)
+    return await _answer(server, request, scenario.output, language, past)
 
 
 async def answer_freely(
@@ -85,9 +85,9 @@ async def answer_freely(
             parts=request.parts, sampling=request.sampling.model_copy(update={"seed": seed})
         )
     else:
-        request = CodesRequest(parts=tuple(parts), want="image" if output == "image" else "audio")
+        request = CodesRequest(parts=tuple(parts), modality="image" if output == "image" else "audio")
         sampling = request.sampling.model_copy(update={"seed": seed})
-        request = CodesRequest(parts=request.parts, want=request.want, sampling=sampling)
+        request = CodesRequest(parts=request.parts, modality=request.modality, sampling=sampling)
     return await _answer(server, request, output, language)
 
 

@@ -65,7 +65,7 @@ HINTS = {
     "series": Bilingual(en="name: 3.1, 3.4, 2.9", zh="名称: 3.1, 3.4, 2.9"),
     "candidates": Bilingual(en="one a line", zh="每行一个"),
     "box": Bilingual(en="left, top, right, bottom as fractions", zh="左, 上, 右, 下（占比）"),
-    "stretch": Bilingual(en="start, end as fractions", zh="起, 止（占比）"),
+    "span": Bilingual(en="start, end as fractions", zh="起, 止（占比）"),
 }
 
 
@@ -124,8 +124,8 @@ def slot_names(scenario: Scenario) -> list[str | None]:
     for kind, count in (("text", TEXTS), ("image", IMAGES), ("audio", AUDIOS)):
         found = [
             name
-            for name, given in scenario.inputs.items()
-            if kind == (given.kind if given.kind in ("image", "audio") else "text")
+            for name, declared in scenario.inputs.items()
+            if kind == (declared.kind if declared.kind in ("image", "audio") else "text")
         ]
         if len(found) > count:
             raise DataError(
@@ -143,11 +143,11 @@ def slot_updates(scenario: Scenario, language: Language, filled: bool = True) ->
         if name is None:
             updates.append(gradio.update(visible=False))
             continue
-        given = scenario.inputs[name]
-        label = given.label.text(language)
-        if given.kind in HINTS:
-            label = f"{label} ({HINTS[given.kind].text(language)})"
-        value = _shown(given.kind, example[name]) if filled else None
+        declared = scenario.inputs[name]
+        label = declared.label.text(language)
+        if declared.kind in HINTS:
+            label = f"{label} ({HINTS[declared.kind].text(language)})"
+        value = _shown(declared.kind, example[name]) if filled else None
         updates.append(gradio.update(visible=True, label=label, value=value))
     return updates
 
@@ -192,7 +192,7 @@ def read_typed(kind: InputKind, text: str) -> Any:
         return {"name": name.strip() or "value", "values": _numbers(values)}
     if kind == "candidates":
         return [line.strip() for line in text.splitlines() if line.strip()]
-    if kind in ("box", "stretch"):
+    if kind in ("box", "span"):
         return _numbers(text)
     return text
 
@@ -226,7 +226,7 @@ def write_typed(kind: InputKind, value: Any) -> str:
         return f"{value['name']}: {', '.join(map(_plain, value['values']))}"
     if kind == "candidates":
         return "\n".join(value)
-    if kind in ("box", "stretch"):
+    if kind in ("box", "span"):
         return ", ".join(map(_plain, value))
     return str(value)
 

@@ -139,7 +139,7 @@ class Page:
             self.text = gradio.Textbox(label=words.TEXT.en, lines=3, elem_id="free-text")
             self.image = image_input("free-image", words.IMAGE.en)
             self.audio = gradio.Audio(label=words.AUDIO.en, type="filepath", elem_id="free-audio")
-            self.output = gradio.Radio(_outputs("en"), value="text", label=words.OUTPUT.en, elem_id="want")
+            self.output = gradio.Radio(_outputs("en"), value="text", label=words.OUTPUT.en, elem_id="output")
             self.ask = gradio.Button(words.RUN.en, variant="primary", elem_id="ask")
         self.labels += [
             (tab, words.FREELY),

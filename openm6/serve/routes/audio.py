@@ -73,7 +73,7 @@ async def speak(body: SpeechBody, call: ThisCall) -> Response:
     check_limit("seconds", body.seconds or 0.0, server.limits.audio_seconds)
     seed = chosen_seed(body.seed)
     request = CodesRequest(
-        want="audio",
+        modality="audio",
         parts=text_prompt(server.loaded, "text_to_speech", body.input),
         duration=body.seconds,
         sampling=MaskedSampling(steps=body.steps, guidance=body.guidance, seed=seed),

@@ -97,7 +97,7 @@ def _requests(body: ChatBody, server: Server, seed: int) -> list[Request]:
     limits = server.limits
     check_limit("messages", len(body.messages), limits.messages, "messages")
     check_limit("n", body.n or 1, limits.answers)
-    apart = server.loaded.modalities.reading == "parts"  # an earlier turn can then be used again
+    apart = server.loaded.modalities.prompt_attention == "block"  # an earlier turn can then be used again
     parts = parts_of_messages(body.messages, limits, apart)
     if not parts:
         raise BadRequestError("the messages are empty: add a text", "messages")
@@ -116,7 +116,7 @@ def _request(output: Output, body: ChatBody, parts: tuple[Part, ...], seed: int,
     sampling = MaskedSampling(seed=seed)
     if body.draw is not None:
         sampling = MaskedSampling(seed=seed, steps=body.draw.steps, guidance=body.draw.guidance)
-    return CodesRequest(parts=parts, want="image" if output == "image" else "audio", sampling=sampling)
+    return CodesRequest(parts=parts, modality="image" if output == "image" else "audio", sampling=sampling)
 
 
 def _text_request(body: ChatBody, parts: tuple[Part, ...], seed: int, max_tokens: int) -> TextRequest:

@@ -93,7 +93,7 @@ async def generate(body: GenerationBody, call: ThisCall) -> Images:
     """Images from a text."""
     _check(call.server, body.model, body.size, body.n)
     request = CodesRequest(
-        want="image",
+        modality="image",
         parts=text_prompt(call.server.loaded, "text_to_image", body.prompt),
         sampling=MaskedSampling(steps=body.steps, guidance=body.guidance, seed=chosen_seed(body.seed)),
     )
@@ -123,11 +123,13 @@ async def edit(
     source = check_image(await image.read(), limits, "image")
     mask_file = check_image(await mask.read(), limits, "mask") if mask is not None else None
     region = await asyncio.to_thread(edit_mask, mask_file, source, limits.pixels)
-    parts: tuple[Part, ...] = (Part("image", source, {"hole": None}), Part("text", " " + prompt))
+    parts: tuple[Part, ...] = (Part("image", source, {"mask_box": None}), Part("text", " " + prompt))
     if region is not None:
-        parts = part_prompt("image_inpainting", Part("image", source, {"hole": region}), language_of(prompt))
+        parts = part_prompt(
+            "image_inpainting", Part("image", source, {"mask_box": region}), language_of(prompt)
+        )
     request = CodesRequest(
-        want="image",
+        modality="image",
         parts=parts,
         source=source,
         mask=WHOLE_IMAGE if region is None else region,

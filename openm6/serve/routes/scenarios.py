@@ -82,7 +82,7 @@ class ScenarioEntry(BaseModel):
     title: Titles
     summary: Titles
     inputs: list[ScenarioInput]
-    gives: str
+    output: str
     prompt: Titles
     tasks: list[str]
     recipe: str
@@ -104,7 +104,7 @@ class ScenarioList(BaseModel):
 
 class ScenarioBody(BaseModel):
     """`inputs` by name. Text is text; images and audio are data URLs or base64; numbers are values by column;
-    a series is {name, values}; candidates are a list of texts; boxes and stretches are lists of fractions."""
+    a series is {name, values}; candidates are a list of texts; boxes and spans are lists of fractions."""
 
     inputs: dict[str, Value] = Field(min_length=1, max_length=16)
     language: Language = "en"
@@ -112,14 +112,14 @@ class ScenarioBody(BaseModel):
 
 
 class ScenarioAnswer(Energy, Teaching):
-    """One of the fields after `gives` holds the answer: image is a data URL, audio base64 of a WAV file."""
+    """One of the fields after `output` holds the answer: image is a data URL, audio base64 of a WAV file."""
 
     object: Literal["scenario.answer"] = "scenario.answer"
     model: str
     scenario: str
     language: str
     seed: int
-    gives: str
+    output: str
     text: str | None = None
     image: str | None = None
     audio: str | None = None
@@ -157,7 +157,7 @@ async def answer(name: Name, body: ScenarioBody, call: ThisCall) -> ScenarioAnsw
         scenario=scenario.name,
         language=body.language,
         seed=seed,
-        gives=scenario.gives,
+        output=scenario.output,
     )
     await asyncio.to_thread(_set_answer, reply, request, answers[0], loaded)
     with_energy(reply, answers)
@@ -180,10 +180,10 @@ def _entry(server: Server, scenario: Scenario) -> dict[str, Any]:
         "title": _titles(scenario.title),
         "summary": _titles(scenario.summary),
         "inputs": [
-            ScenarioInput(name=name, kind=given.kind, title=_titles(given.label))
-            for name, given in scenario.inputs.items()
+            ScenarioInput(name=name, kind=declared.kind, title=_titles(declared.label))
+            for name, declared in scenario.inputs.items()
         ],
-        "gives": scenario.gives,
+        "output": scenario.output,
         "prompt": _titles(scenario.prompt),
         "tasks": scenario.tasks,
         "recipe": scenario.recipe,
@@ -242,11 +242,11 @@ def _check_size(value: Any, limits: Limits, param: str) -> None:
 def _set_answer(reply: ScenarioAnswer, request: Request, answer: Answer, loaded: LoadedModel) -> None:
     """Set the field of a response that holds the answer; images and audio are decoded here."""
     value = answer.value
-    if reply.gives == "text":
+    if reply.output == "text":
         reply.text = value
-    elif reply.gives == "image":
+    elif reply.output == "image":
         reply.image = image_data_url(drawn_image(request, value, loaded))
-    elif reply.gives == "audio":
+    elif reply.output == "audio":
         reply.audio = base64.b64encode(audio_file(loaded.audio.decode(value), "wav")).decode()
     elif isinstance(request, NumbersRequest):
         reply.numbers = {request.name: distribution_of(value, COVERAGE)}

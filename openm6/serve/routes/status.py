@@ -65,7 +65,7 @@ def _model(server: Server) -> Model:
         id=server.name,
         created=server.created,
         parameters=server.loaded.omni.count_parameters()[0],
-        tasks=sorted({lesson.task for lesson in server.loaded.description.lessons}),
+        tasks=sorted({trained_task.task for trained_task in server.loaded.description.trained_tasks}),
     )
 
 

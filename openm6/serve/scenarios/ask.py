@@ -35,33 +35,33 @@ def scenario_request(scenario: Scenario, language: Language, values: Values, see
     """Return the request of a scenario.
 
     values: by name of the input: str for text, bytes for image and audio, {column: value} for numbers, {name, values}
-        for series, a list of texts for candidates, fractions for box (4) and stretch (2)
+        for series, a list of texts for candidates, fractions for box (4) and span (2)
 
     Raises:
         DataError: an input is missing, unknown or not of its kind.
     """
     check_values(scenario, values)
     parts = scenario_parts(scenario, language, values)
-    if scenario.gives == "text":
+    if scenario.output == "text":
         return TextRequest(parts=parts, sampling=scenario.decoding.text.model_copy(update={"seed": seed}))
-    if scenario.gives == "numbers":
+    if scenario.output == "numbers":
         series = scenario.kind_of("series")
         if series is not None:
             return NumbersRequest(parts=parts, series=values[series]["name"], ahead=scenario.ahead)
         return NumbersRequest(parts=parts, columns=(str(scenario.column),))
-    if scenario.gives == "ranking":
+    if scenario.output == "ranking":
         return RankRequest(parts=parts, candidates=tuple(values[str(scenario.kind_of("candidates"))]))
-    if scenario.gives == "embedding":
+    if scenario.output == "embedding":
         return EmbedRequest(parts=parts)
-    box, stretch = scenario.kind_of("box"), scenario.kind_of("stretch")
-    source = scenario.kind_of("image") if box else scenario.kind_of("audio") if stretch else None
+    box, span = scenario.kind_of("box"), scenario.kind_of("span")
+    source = scenario.kind_of("image") if box else scenario.kind_of("audio") if span else None
     return CodesRequest(
         parts=parts,
-        want="image" if scenario.gives == "image" else "audio",
+        modality="image" if scenario.output == "image" else "audio",
         sampling=scenario.decoding.masked.model_copy(update={"seed": seed}),
         source=values[source] if source else None,
         mask=tuple(values[box]) if box else None,
-        span=tuple(values[stretch]) if stretch else None,
+        span=tuple(values[span]) if span else None,
     )
 
 
@@ -86,10 +86,10 @@ def _part(scenario: Scenario, name: str, values: Values) -> Part:
     kind, value = scenario.inputs[name].kind, values[name]
     if kind == "image":
         box = scenario.kind_of("box")
-        return Part("image", value, {"hole": tuple(values[box])} if box else {})
+        return Part("image", value, {"mask_box": tuple(values[box])} if box else {})
     if kind == "audio":
-        stretch = scenario.kind_of("stretch")
-        return Part("audio", value, {"gap": tuple(values[stretch])} if stretch else {})
+        span = scenario.kind_of("span")
+        return Part("audio", value, {"mask_span": tuple(values[span])} if span else {})
     if kind == "series":
         return Part("numbers", NumberSeries(value["name"], list(value["values"])))
     if kind == "numbers":
@@ -103,11 +103,11 @@ def check_values(scenario: Scenario, values: Values) -> None:
         if name not in scenario.inputs:
             hint = nearest(name, sorted(scenario.inputs))
             raise DataError(f"scenario {scenario.name} takes no input {name!r}; {hint}")
-    for name, given in scenario.inputs.items():
+    for name, declared in scenario.inputs.items():
         if values.get(name) in (None, "", b"", {}, []):
-            raise DataError(f"scenario {scenario.name} needs the input {name!r} ({given.kind}): give it")
-        if not _FITS[given.kind](values[name]):
-            raise DataError(f"input {name!r} of scenario {scenario.name} must be {_FORMS[given.kind]}")
+            raise DataError(f"scenario {scenario.name} needs the input {name!r} ({declared.kind}): give it")
+        if not _FITS[declared.kind](values[name]):
+            raise DataError(f"input {name!r} of scenario {scenario.name} must be {_FORMS[declared.kind]}")
 
 
 def _is_number(value: Any) -> bool:
@@ -142,7 +142,7 @@ _FITS = {
         isinstance(value, list) and all(isinstance(text, str) and text for text in value)
     ),
     "box": lambda value: _are_fractions(value, 4),
-    "stretch": lambda value: _are_fractions(value, 2),
+    "span": lambda value: _are_fractions(value, 2),
 }
 _FORMS = {
     "text": "a text",
@@ -152,7 +152,7 @@ _FORMS = {
     "series": "a name and values, as {'name': 'price', 'values': [3.5, 4]}",
     "candidates": "a list of texts",
     "box": "four fractions of the sides: left, top, right, bottom",
-    "stretch": "two fractions of the length: start, end",
+    "span": "two fractions of the length: start, end",
 }
 
 
@@ -179,9 +179,9 @@ def _no_other_source(name: str) -> Any:
 def example_values(scenario: Scenario, language: Language) -> dict[str, Any]:
     """Return the inputs of a scenario's example, images and audio as bytes of a file."""
     values = dict(scenario.examples[language])
-    for name, given in scenario.inputs.items():
-        if given.kind in RECORD_FIELDS:
-            values[name] = example_record(values[name])[RECORD_FIELDS[given.kind]]
+    for name, declared in scenario.inputs.items():
+        if declared.kind in RECORD_FIELDS:
+            values[name] = example_record(values[name])[RECORD_FIELDS[declared.kind]]
     return values
 
 
@@ -191,16 +191,24 @@ def example_fits(scenario: Scenario, language: Language, description: Checkpoint
     A checkpoint that does not say where its records came from passes.
     """
     example = scenario.examples[language]
-    known = _package_data(description, {lesson.source for lesson in description.lessons})
-    trained = {lesson.source for lesson in description.lessons if lesson.task in scenario.tasks}
-    for name, given in scenario.inputs.items():
+    known = _package_data(description, {trained_task.source for trained_task in description.trained_tasks})
+    trained = {
+        trained_task.source
+        for trained_task in description.trained_tasks
+        if trained_task.task in scenario.tasks
+    }
+    for name, declared in scenario.inputs.items():
         value = example[name]
         columns = (
-            list(value) if given.kind == "numbers" else [value["name"]] if given.kind == "series" else []
+            list(value)
+            if declared.kind == "numbers"
+            else [value["name"]]
+            if declared.kind == "series"
+            else []
         )
         if not set(columns) <= set(description.scales):
             return False
-        if description.sources and given.kind in RECORD_FIELDS and value.partition("#")[0] not in known:
+        if description.sources and declared.kind in RECORD_FIELDS and value.partition("#")[0] not in known:
             return False
     return not description.sources or bool(_package_data(description, trained))
 

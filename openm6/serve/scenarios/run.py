@@ -32,7 +32,7 @@ from openm6.serve.scenarios.scenario import (
 )
 
 MAX_ANSWER = 48  # characters in the table
-ONE_AT_A_TIME = EngineConfig(rows=1, canvases=1, room=4096, deterministic=False)
+ONE_AT_A_TIME = EngineConfig(max_num_seqs=1, max_num_media=1, max_model_len=4096, batch_invariant=False)
 
 
 def list_scenarios(trained: Path | None = None, language: Language = "en") -> Table:
@@ -44,14 +44,14 @@ def list_scenarios(trained: Path | None = None, language: Language = "en") -> Ta
     description, scores = _trained_on(trained)
     catalogue = read_catalogue()
     last = "state" if description is not None else "recipe"
-    table = Table("scenario", "domain", "takes", "gives", "what it does", last, box=None)
+    table = Table("scenario", "domain", "inputs", "output", "what it does", last, box=None)
     for name, scenario in catalogue.scenarios.items():
         domain = catalogue.domains[catalogue.domain_of(name)].title.text(language)
-        takes = ", ".join(dict.fromkeys(given.kind for given in scenario.inputs.values()))
+        takes = ", ".join(dict.fromkeys(declared.kind for declared in scenario.inputs.values()))
         state = scenario.recipe
         if description is not None:
             state = readiness(scenario, description, scores).text(language)
-        table.add_row(name, domain, takes, scenario.gives, scenario.summary.text(language), state)
+        table.add_row(name, domain, takes, scenario.output, scenario.summary.text(language), state)
     return table
 
 
@@ -131,12 +131,12 @@ def answer_text(scenario: Scenario, value: Any) -> str:
     if isinstance(value, Histogram):
         low, high = value.interval(0.8)
         return f"{value.median()[0]:.4g} [{low[0]:.4g}, {high[0]:.4g}]"
-    if scenario.gives == "ranking":
+    if scenario.output == "ranking":
         order = np.argsort([nats / length for nats, length in value])
         return " > ".join(str(index + 1) for index in order)
-    if scenario.gives == "embedding":
+    if scenario.output == "embedding":
         return f"{len(value)} numbers"
-    return f"{scenario.gives} of {len(value)} positions"
+    return f"{scenario.output} of {len(value)} positions"
 
 
 def results_json(results: list[ExampleResult]) -> str:

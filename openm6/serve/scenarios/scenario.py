@@ -22,14 +22,14 @@ from openm6.evaluate.metrics import metric_title
 from openm6.evaluate.metrics import score as score_text
 from openm6.inference.sampling import Decoding
 from openm6.models.description import CheckpointConfig
-from openm6.tasks.registry import TASKS
+from openm6.tasks.registry import TASKS, unknown_task
 
 LIBRARY = Path(__file__).parent / "library"
 REPORT = "report.json"
 
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
-InputKind = Literal["text", "image", "audio", "numbers", "series", "candidates", "box", "stretch"]
+InputKind = Literal["text", "image", "audio", "numbers", "series", "candidates", "box", "span"]
 Output = Literal["text", "image", "audio", "numbers", "ranking", "embedding"]
 # The others steer the answer.
 PROMPTED: tuple[InputKind, ...] = ("text", "image", "audio", "numbers", "series")
@@ -54,7 +54,7 @@ KINDS: dict[InputKind, Bilingual] = {
     "series": Bilingual(en="Series", zh="序列"),
     "candidates": Bilingual(en="Candidates", zh="候选"),
     "box": Bilingual(en="Box", zh="区域"),
-    "stretch": Bilingual(en="Span", zh="区间"),
+    "span": Bilingual(en="Span", zh="区间"),
 }
 
 
@@ -82,7 +82,7 @@ class Scenario(Config):
     title: Bilingual
     summary: Bilingual
     inputs: dict[str, Input] = Field(min_length=1)
-    gives: Output
+    output: Output
     prompt: Bilingual
     column: str | None = None
     ahead: int = Field(default=8, ge=1, le=64)
@@ -96,28 +96,28 @@ class Scenario(Config):
     def _known(cls, tasks: list[str]) -> list[str]:
         for task in tasks:
             if task not in TASKS:
-                raise ValueError(f"no task is called {task!r}; {nearest(task, sorted(TASKS))}")
+                raise ValueError(unknown_task(task))
         return tasks
 
     @model_validator(mode="after")
     def _complete(self) -> Scenario:
-        prompted = {name for name, given in self.inputs.items() if given.kind in PROMPTED}
+        prompted = {name for name, declared in self.inputs.items() if declared.kind in PROMPTED}
         for language in LANGUAGES:
             named = set(SLOT.findall(self.prompt.text(language))) - {"column"}
             if named != prompted:
                 raise ValueError(f"the {language} prompt must name {sorted(prompted)}, not {sorted(named)}")
             if set(self.examples.get(language, {})) != set(self.inputs):
                 raise ValueError(f"the {language} example must give {sorted(self.inputs)}")
-        kinds = {given.kind for given in self.inputs.values()}
-        if (self.gives == "numbers" and "series" not in kinds) != (self.column is not None):
+        kinds = {declared.kind for declared in self.inputs.values()}
+        if (self.output == "numbers" and "series" not in kinds) != (self.column is not None):
             raise ValueError("name the column that is predicted, if a number is, and only then")
-        if ("candidates" in kinds) != (self.gives == "ranking"):
+        if ("candidates" in kinds) != (self.output == "ranking"):
             raise ValueError("a ranking needs candidates, and nothing else does")
         return self
 
     def kind_of(self, kind: InputKind) -> str | None:
         """Return the name of the first input of a kind."""
-        return next((name for name, given in self.inputs.items() if given.kind == kind), None)
+        return next((name for name, declared in self.inputs.items() if declared.kind == kind), None)
 
 
 class Domain(Config):
@@ -205,7 +205,7 @@ def read_scores(checkpoint: Path) -> Scores:
 
 
 def _score(entry: Any) -> Score | None:
-    """None if the entry says too little to judge by; older reports do not say `beats_baseline`."""
+    """None if the entry says too little to decide; older reports do not say `beats_baseline`."""
     try:
         value, baseline = float(entry["value"]), float(entry["baseline"])
         better = entry.get("beats_baseline")
@@ -257,7 +257,7 @@ def readiness(scenario: Scenario, description: CheckpointConfig, scores: Scores 
 
     A task over several sources is good enough if it is on one of them; so is one that was not evaluated.
     """
-    learned = {lesson.task for lesson in description.lessons}
+    learned = {trained_task.task for trained_task in description.trained_tasks}
     missing = [task for task in scenario.tasks if task not in learned]
     if not missing and scenario.column is not None and scenario.column not in description.scales:
         missing = [f"the column {scenario.column}"]

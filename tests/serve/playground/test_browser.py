@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    app = add_playground(create_app(Engine(taught(), EngineConfig(room=512)), name="tiny"))
+    app = add_playground(create_app(Engine(taught(), EngineConfig(max_model_len=512)), name="tiny"))
     with running(app) as found:
         yield f"{found}/playground/"
 
@@ -70,13 +70,15 @@ def answered(page: playwright.Page) -> None:
 def test_a_image_is_filled_in_and_kept_in_the_gallery(page: playwright.Page) -> None:
     """On the way, a scenario that was not trained says so."""
     choose(page, "scenario", "Restyle")
-    playwright.expect(page.locator("#state")).to_contain_text("needs training on restyle", timeout=PATIENCE)
+    playwright.expect(page.locator("#state")).to_contain_text(
+        "needs training on style_transfer", timeout=PATIENCE
+    )
     page.click("#run")
     playwright.expect(page.locator("#note [role=alert]")).to_contain_text(
         "openm6 train design", timeout=PATIENCE
     )
     choose(page, "scenario", "Fill in a region")
-    playwright.expect(page.locator("#state")).to_contain_text("Paint anew", timeout=PATIENCE)
+    playwright.expect(page.locator("#state")).to_contain_text("Replace what lies in a box", timeout=PATIENCE)
     page.click("#run")
     answered(page)
     playwright.expect(page.locator("#answer-image img").first).to_be_visible(timeout=PATIENCE)
@@ -136,7 +138,7 @@ def test_a_phone_shows_it_in_chinese_without_scrolling_sideways(page: playwright
 def test_a_free_question_is_answered(page: playwright.Page) -> None:
     page.get_by_role("tab", name="Ask freely").click()
     page.fill("#free-text textarea", "draw the digit seven")
-    page.locator("#want label", has_text="Image").click()
+    page.locator("#output label", has_text="Image").click()
     page.click("#ask")
     answered(page)
     playwright.expect(page.locator("#answer-image img").first).to_be_visible(timeout=PATIENCE)
@@ -144,7 +146,7 @@ def test_a_free_question_is_answered(page: playwright.Page) -> None:
 
 def test_a_key_is_asked_for_where_there_are_keys(browser: playwright.Browser) -> None:
     config = ServeConfig(keys=("secret",))
-    app = add_playground(create_app(Engine(taught(), EngineConfig(room=512)), config, name="tiny"))
+    app = add_playground(create_app(Engine(taught(), EngineConfig(max_model_len=512)), config, name="tiny"))
     with running(app) as address:
         page = browser.new_page(viewport=DESK)
         page.set_default_timeout(PATIENCE)

@@ -102,7 +102,7 @@ def test_a_image_is_handed_on_unread_also_when_its_label_has_changed(tmp_path: P
         ("series", {"name": "price", "values": [3.5, None, 4.0]}),
         ("candidates", ["a cup", "一个杯子"]),
         ("box", [0.25, 0.0, 1.0, 0.5]),
-        ("stretch", [0.2, 0.5]),
+        ("span", [0.2, 0.5]),
     ],
 )
 def test_what_is_shown_reads_back(kind: Any, value: Any) -> None:

@@ -28,8 +28,8 @@ def values(updates: list[Any]) -> list[Any]:
 
 
 def test_it_opens_on_an_example_that_fits() -> None:
-    lessons = (("tabular_regression", "own"), ("image_captioning", "emoji"))
-    found = page(trained(lessons, {"own": OWN, "emoji": EMOJI}, price=1.0, body_mass_g=1.0))
+    trained_tasks = (("tabular_regression", "own"), ("image_captioning", "emoji"))
+    found = page(trained(trained_tasks, {"own": OWN, "emoji": EMOJI}, price=1.0, body_mass_g=1.0))
     first = found.first_scenario()
     assert first.tasks == ["image_captioning"] and found.opening_tab(first) == "scenarios"
     assert all(value is not None for value in values(found.choose_scenario(first.name, "en")))
@@ -43,9 +43,9 @@ def test_what_does_not_fit_is_shown_empty_with_a_word() -> None:
 
 
 def test_a_task_below_its_baseline_is_not_what_it_opens_with() -> None:
-    lessons = (("image_captioning", "emoji"), ("text_to_image", "emoji"))
+    trained_tasks = (("image_captioning", "emoji"), ("text_to_image", "emoji"))
     weak = {"image_captioning": [Score("exact_match", 0.021, 0.033, False)]}
-    found = page(trained(lessons, {"emoji": EMOJI}), weak)
+    found = page(trained(trained_tasks, {"emoji": EMOJI}), weak)
     assert found.first_scenario().tasks == ["text_to_image"]
     assert "not better than its baseline" in found.choose_scenario("caption", "en")[0]
 

@@ -39,13 +39,13 @@ TASKS = (
 def taught() -> LoadedModel:
     """The untrained model with a checkpoint that claims some lessons."""
     model = embedding_model()
-    lessons = [TrainedTask(task=name, source="x") for name in TASKS]
-    return replace(model, description=model.description.model_copy(update={"lessons": lessons}))
+    trained_tasks = [TrainedTask(task=name, source="x") for name in TASKS]
+    return replace(model, description=model.description.model_copy(update={"trained_tasks": trained_tasks}))
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    app = create_app(Engine(taught(), EngineConfig(room=512)), name="tiny")
+    app = create_app(Engine(taught(), EngineConfig(max_model_len=512)), name="tiny")
     with running(app) as address, httpx.Client(base_url=address, timeout=60) as found:
         yield found
 
@@ -66,7 +66,7 @@ def test_all_are_listed_with_what_they_need(client: httpx.Client) -> None:
     assert found["couplet"]["ready"] and found["couplet"]["needs"] == []
     restyle = found["restyle"]
     assert not restyle["ready"] and restyle["needs"] == ["style_transfer"] and restyle["recipe"] == "design"
-    assert "needs training on restyle" in restyle["state"]["en"]
+    assert "needs training on style_transfer" in restyle["state"]["en"]
     one = client.get("/v1/scenarios/restyle").json()
     assert {key: value for key, value in one.items() if key != "examples"} == restyle
 
@@ -82,14 +82,14 @@ def test_an_example_can_be_sent_as_it_is(client: httpx.Client, name: str) -> Non
 def test_one_that_was_not_taught_says_so(client: httpx.Client) -> None:
     refused = client.post("/v1/scenarios/restyle", json=body("restyle"))
     assert refused.status_code == 400
-    assert "needs training on restyle (openm6 train design)" in refused.json()["error"]["message"]
+    assert "needs training on style_transfer (openm6 train design)" in refused.json()["error"]["message"]
 
 
 def test_text_comes_back_and_repeats(client: httpx.Client) -> None:
     first, second = (
         client.post("/v1/scenarios/couplet", json=body("couplet", "zh")).json() for _ in range(2)
     )
-    assert first["gives"] == "text" and isinstance(first["text"], str) and first["seed"] == 3
+    assert first["output"] == "text" and isinstance(first["text"], str) and first["seed"] == 3
     assert first["text"] == second["text"] and first["image"] is None
 
 
@@ -132,8 +132,8 @@ def test_numbers_a_ranking_and_a_vector_come_back(client: httpx.Client) -> None:
         ("couplet", {"inputs": {}}, 400, "inputs"),
         ("couplet", {"inputs": {"lines": "x"}}, 400, "did you mean 'line'"),
         ("couplet", {"inputs": {"line": "x"}, "language": "fr"}, 400, "language"),
-        ("fill_region", {"inputs": {"image": "x", "hole": [0, 0, 1, 1]}}, 400, "base64"),
-        ("fill_region", {"inputs": {"image": "eHg=", "hole": [0, 0, 1, 1]}}, 400, "not a readable image"),
+        ("fill_region", {"inputs": {"image": "x", "mask_box": [0, 0, 1, 1]}}, 400, "base64"),
+        ("fill_region", {"inputs": {"image": "eHg=", "mask_box": [0, 0, 1, 1]}}, 400, "not a readable image"),
         ("missing_measurement", {"inputs": {"numbers": {"hmm": 1}}}, 400, "has no column"),
         ("couplet", {"inputs": {"line": "x" * 30_000}}, 400, "characters"),
     ],

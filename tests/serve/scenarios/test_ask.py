@@ -41,7 +41,7 @@ REQUESTS = {
 def test_every_example_becomes_a_request(scenario: Scenario) -> None:
     for language in LANGUAGES:
         request = scenario_request(scenario, language, example_values(scenario, language), seed=5)
-        assert isinstance(request, REQUESTS[scenario.gives]) and request.parts
+        assert isinstance(request, REQUESTS[scenario.output]) and request.parts
         kinds = [part.modality for part in request.parts]
         assert all(a != b or a != "text" for a, b in pairwise(kinds))
         if isinstance(request, TextRequest | CodesRequest):
@@ -68,11 +68,11 @@ def test_a_gap_in_a_audio_is_asked_as_it_was_taught() -> None:
     record = demo_sources()["spoken"][2]
     example = TASKS["audio_inpainting"].example(record, np.random.default_rng(1))
     audio = next(part for part in example.source if part.modality == "audio")
-    values = {"audio": record["audio"], "gap": audio.options["gap"]}
+    values = {"audio": record["audio"], "mask_span": audio.options["mask_span"]}
     request = scenario_request(CATALOGUE.named("repair_audio"), "en", values)
-    assert isinstance(request, CodesRequest) and request.span == audio.options["gap"]
+    assert isinstance(request, CodesRequest) and request.span == audio.options["mask_span"]
     asked = next(part for part in request.parts if part.modality == "audio")
-    assert asked.options == {"gap": audio.options["gap"]} and "seconds" not in audio.options
+    assert asked.options == {"mask_span": audio.options["mask_span"]} and "seconds" not in audio.options
     assert request.duration is None and request.source == record["audio"]
 
 
@@ -91,8 +91,8 @@ def test_the_number_wanted_is_not_read() -> None:
         ("couplet", {"lines": "x"}, "did you mean 'line'"),
         ("couplet", {"line": 3}, "must be a text"),
         ("caption", {"image": "x"}, "must be the bytes of an image"),
-        ("fill_region", {"image": b"x", "hole": [0.5, 0, 0.2, 1]}, "four fractions"),
-        ("repair_audio", {"audio": b"x", "gap": [0.1, 1.5]}, "two fractions"),
+        ("fill_region", {"image": b"x", "mask_box": [0.5, 0, 0.2, 1]}, "four fractions"),
+        ("repair_audio", {"audio": b"x", "mask_span": [0.1, 1.5]}, "two fractions"),
         ("weather_forecast", {"series": {"name": "x", "values": ["a"]}}, "a name and values"),
         ("machine_state", {"numbers": {"a": "b"}}, "values by column"),
         ("search_ranking", {"query": "x", "candidates": ["a", ""]}, "a list of texts"),
@@ -113,11 +113,11 @@ OWN = {"kind": "csv", "path": "shop.csv"}
 
 
 def trained(
-    lessons: tuple[tuple[str, str], ...], sources: dict[str, Any], **scales: float
+    trained_tasks: tuple[tuple[str, str], ...], sources: dict[str, Any], **scales: float
 ) -> CheckpointConfig:
     return loaded().description.model_copy(
         update={
-            "lessons": [TrainedTask(task=task, source=source) for task, source in lessons],
+            "trained_tasks": [TrainedTask(task=task, source=source) for task, source in trained_tasks],
             "sources": sources,
             "scales": dict.fromkeys(scales, (0.0, 1.0)),
         }
@@ -128,7 +128,7 @@ def trained(
 def test_each_example_fits_the_recipe_of_its_scenario(scenario: Scenario) -> None:
     recipe, values = read_recipe(recipe_path(scenario.recipe), [])
     assert recipe.kind == "multimodal"
-    lessons = tuple((component.task, component.source) for component in recipe.mixture)
+    trained_tasks = tuple((component.task, component.source) for component in recipe.mixture)
     columns = {
         column: 1.0
         for example in scenario.examples.values()
@@ -136,12 +136,12 @@ def test_each_example_fits_the_recipe_of_its_scenario(scenario: Scenario) -> Non
         if given.kind in ("numbers", "series")
         for column in ([example[name]["name"]] if given.kind == "series" else example[name])
     }
-    description = trained(lessons, values["sources"], **columns)
+    description = trained(trained_tasks, values["sources"], **columns)
     assert all(example_fits(scenario, language, description) for language in LANGUAGES)
 
 
 @pytest.mark.parametrize(
-    ("name", "lessons", "sources", "scales"),
+    ("name", "trained_tasks", "sources", "scales"),
     [
         ("missing_measurement", (("tabular_regression", "own"),), {"own": OWN}, {"price": 1.0}),
         ("weather_forecast", (("forecast", "own"),), {"own": OWN}, {"sales": 1.0}),
@@ -152,9 +152,9 @@ def test_each_example_fits_the_recipe_of_its_scenario(scenario: Scenario) -> Non
     ],
 )  # fmt: skip
 def test_data_of_ones_own_has_no_such_example(
-    name: str, lessons: tuple[tuple[str, str], ...], sources: dict[str, Any], scales: dict[str, float]
+    name: str, trained_tasks: tuple[tuple[str, str], ...], sources: dict[str, Any], scales: dict[str, float]
 ) -> None:
-    description = trained(lessons, sources, **scales)
+    description = trained(trained_tasks, sources, **scales)
     assert not example_fits(CATALOGUE.named(name), "en", description)
 
 

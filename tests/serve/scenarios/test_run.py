@@ -35,8 +35,8 @@ QUICK = (
 def all_knowing():  # type: ignore[no-untyped-def]
     """The untrained model with a checkpoint that claims every lesson."""
     model = embedding_model()
-    lessons = [TrainedTask(task=name, source="all") for name in TASKS]
-    return replace(model, description=model.description.model_copy(update={"lessons": lessons}))
+    trained_tasks = [TrainedTask(task=name, source="all") for name in TASKS]
+    return replace(model, description=model.description.model_copy(update={"trained_tasks": trained_tasks}))
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -48,7 +48,7 @@ def test_an_example_is_answered(name: str) -> None:
 
 
 def test_an_untaught_model_answers_nothing() -> None:
-    with Engine(loaded(lessons=()), ONE_AT_A_TIME) as engine:
+    with Engine(loaded(trained_tasks=()), ONE_AT_A_TIME) as engine:
         tried = run_examples(engine, CATALOGUE)
     assert len(tried) == 2 * len(CATALOGUE.scenarios)
     assert {one.state for one in tried} == {"untaught"}

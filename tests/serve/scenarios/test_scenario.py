@@ -39,7 +39,7 @@ NAMED_IN_THE_PLAN = {
 
 def test_there_are_forty_and_the_promised_ones_are_among_them() -> None:
     assert len(ALL) >= 40 and set(CATALOGUE.scenarios) >= NAMED_IN_THE_PLAN
-    assert {scenario.gives for scenario in ALL} == {
+    assert {scenario.output for scenario in ALL} == {
         "text",
         "image",
         "audio",
@@ -54,12 +54,12 @@ def test_it_asks_in_words_that_its_task_teaches(scenario: Scenario) -> None:
     for language in LANGUAGES:
         words = scenario.prompt.text(language)
         taught = [prompt for name in scenario.tasks for prompt in TASKS[name].prompts[language]]
-        if scenario.gives == "embedding":  # either side of a pair stands alone
+        if scenario.output == "embedding":  # either side of a pair stands alone
             assert words in ("{text}", "{image}", "{audio}")
         else:
             assert words in taught
             gives = {TASKS[name].output_modality for name in scenario.tasks}
-            assert gives == {"text" if scenario.gives == "ranking" else scenario.gives}
+            assert gives == {"text" if scenario.output == "ranking" else scenario.output}
 
 
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
@@ -93,7 +93,7 @@ def test_it_speaks_both_languages(scenario: Scenario) -> None:
 
 
 def test_a_model_that_lacks_a_task_is_told_what_would_teach_it() -> None:
-    description = loaded(lessons=(("text_to_image", "digits"),)).description
+    description = loaded(trained_tasks=(("text_to_image", "digits"),)).description
     assert readiness(CATALOGUE.named("illustration"), description).ready
     lacking = readiness(CATALOGUE.named("restyle"), description)
     assert not lacking.ready and lacking.missing == ("style_transfer",)
@@ -106,7 +106,7 @@ def test_a_model_that_lacks_a_task_is_told_what_would_teach_it() -> None:
 def test_a_column_that_was_never_seen_is_not_predicted() -> None:
     description = loaded().description.model_copy(update={"scales": {}})
     description = description.model_copy(
-        update={"lessons": [TrainedTask(task="price_prediction", source="shop")]}
+        update={"trained_tasks": [TrainedTask(task="price_prediction", source="shop")]}
     )
     assert readiness(CATALOGUE.named("price_prediction"), description).missing == ("the column price",)
 
@@ -130,10 +130,10 @@ def broken(change: dict[str, object], folder: Path) -> str:
     ("change", "said"),
     [
         ({"prompt": {"en": "A poem", "zh": "{title}"}}, "the en prompt must name"),
-        ({"tasks": ["write_poems"]}, "did you mean 'poem_generation'"),
+        ({"tasks": ["poem_generatio"]}, "did you mean 'poem_generation'"),
         ({"examples": {"en": {"title": "x"}}}, "the zh example must give"),
-        ({"gives": "numbers"}, "name the column that is predicted"),
-        ({"gives": "ranking"}, "a ranking needs candidates"),
+        ({"output": "numbers"}, "name the column that is predicted"),
+        ({"output": "ranking"}, "a ranking needs candidates"),
         ({"decoding": {"text": {"temprature": 1}}}, "temperature"),
         ({"colour": "red"}, "colour"),
     ],
@@ -146,7 +146,7 @@ def test_a_broken_file_is_one_sentence(change: dict[str, object], said: str, tmp
 def test_an_empty_folder_and_twins_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no scenarios"):
         read_catalogue(tmp_path)
-    text = (LIBRARY / "audio.yaml").read_text(encoding="utf-8")
+    text = (LIBRARY / "speech.yaml").read_text(encoding="utf-8")
     for name in ("one", "two"):
         (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match="two scenarios in"):
@@ -154,7 +154,7 @@ def test_an_empty_folder_and_twins_are_refused(tmp_path: Path) -> None:
 
 
 CAPTION = CATALOGUE.named("caption")
-KNOWS = loaded(lessons=(("image_captioning", "emoji"),)).description
+KNOWS = loaded(trained_tasks=(("image_captioning", "emoji"),)).description
 
 
 def entry(value: float | None, baseline: float | None, **more: Any) -> dict[str, Any]:
