@@ -1,4 +1,4 @@
-"""The runs behind docs/giant.md: bytes a parameter against fp32 Adam, and Pseudo-to-Real against training for real.
+"""The runs behind docs/offloading.md: bytes a parameter against fp32 Adam, and Pseudo-to-Real against training for real.
 
 Seconds are of the processor, not of the clock: they may be compared although other work shares the machine. A file
 of the same settings is gone on with; `--runs` says after how many more to stop.

@@ -19,8 +19,8 @@ def test_the_page_is_what_the_planner_gives() -> None:
     [
         f"= {48 * 10_240 * 2 * 1024 * 9984 / 1e12:.2f} trillion",
         f"= {512 * 240 * 300 * 1.1 / 1e6:.1f} MWh, {100 * 512 * 240 * 300 * 1.1 / 1e6 / 1287:.1f} % of",
-        f"{12.87e6 / (512 * 240):.0f} W for each card",
-        f"{1287e3 / 175e3:.1f} kWh for each million parameters",
+        f"{12.87e6 / (512 * 240):.0f} W per GPU",
+        f"{1287e3 / 175e3:.1f} kWh per million parameters",
         f"{512 * 240 * 700 * 1.1 / 1e6:.0f} MWh by rating",
     ],
 )
