@@ -1,4 +1,4 @@
-"""Writes docs/m6-10t.md, whose numbers are all the planner's, or checks that the page says what the planner says.
+"""Write docs/m6-10t.md from the results of the planner, or check that the page equals them.
 
 python tools/claim_page.py
 python tools/claim_page.py --check
@@ -29,12 +29,12 @@ CARDS = {
     "b200-180gb": "B200-180GB",
 }
 GPT3_PARAMETERS = 175e9
-TEMPLATE = Path(__file__).with_suffix(".md")  # the words, with a place for each number
+TEMPLATE = Path(__file__).with_suffix(".md")  # the text, with a field for each number
 
 
 @dataclass(frozen=True)
 class Plans:
-    """The plans that the page tells of: on 512 V100 with three networks, and on 512 H100."""
+    """The plans of the page: on 512 V100 with three networks, and on 512 H100."""
 
     assumed: Plan
     faster: Plan
@@ -105,11 +105,11 @@ def _smallest() -> str:
 def _speeds(plans: Plans) -> dict[str, float | str]:
     billions = [plan.tokens / 1e9 for plan in plans.columns]
     rows = {
-        f"a step of {plans.assumed.real.tokens / 1e6:.1f}M tokens": [
+        f"step of {plans.assumed.real.tokens / 1e6:.1f}M tokens": [
             f"{plan.real.time.seconds:.0f} s" for plan in plans.columns
         ],
         "bottleneck": [plan.real.time.bottleneck for plan in plans.columns],
-        "tokens a day": [f"{tokens / DAYS:.2f} billion" for tokens in billions],
+        "tokens per day": [f"{tokens / DAYS:.2f} billion" for tokens in billions],
         "tokens in ten days": [f"{tokens:.1f} billion" for tokens in billions],
     }
     return {
@@ -130,9 +130,9 @@ def _energy(plans: Plans) -> dict[str, float]:
     energy, free, hopper = plans.assumed.energy, plans.free.energy, plans.hopper.energy
     return {
         "rated": energy.mwh_rated,
-        "rated_share": 100 * energy.mwh_rated / GPT3_MWH,
-        "waiting": energy.mwh,
-        "computing": free.mwh,
+        "rated_fraction": 100 * energy.mwh_rated / GPT3_MWH,
+        "network_bound": energy.mwh,
+        "compute_bound": free.mwh,
         "tons_low": energy.kg_co2e / 1000,
         "tons_high": free.kg_co2e / 1000,
         "year": world.year,
@@ -165,7 +165,7 @@ def _percent(plans: Plans) -> dict[str, float]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Writes the page; with --check only compares, and gives 1 where it differs."""
+    """Write the page; with --check only compare, and return 1 if it differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     text = page()

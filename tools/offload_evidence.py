@@ -1,9 +1,9 @@
-"""The runs behind docs/offloading.md: bytes a parameter against fp32 Adam, and Pseudo-to-Real against training for real.
+"""The runs of docs/offloading.md: precision relative to fp32 AdamW, and Pseudo-to-Real relative to real training.
 
-Seconds are of the processor, not of the clock: they may be compared although other work shares the machine. A file
-of the same settings is gone on with; `--runs` says after how many more to stop.
+Seconds are CPU time, so they are comparable on a machine with other load. An existing file of the same settings is
+continued; `--runs` limits the number of further runs.
 
-python tools/giant_evidence.py tiers --seeds 3 --json tiers.json
+python tools/offload_evidence.py tiers --seeds 3 --json tiers.json
 """
 
 from __future__ import annotations
