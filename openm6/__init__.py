@@ -1,3 +1,3 @@
-"""OpenM6: one sparse-expert transformer that takes in and gives out text, images, audio and numbers."""
+"""OpenM6: a sparse mixture-of-experts transformer with text, images, audio and numbers as inputs and outputs."""
 
 __version__ = "0.1.0"

@@ -127,8 +127,8 @@ def test_every_package_has_a_layer() -> None:
 
 
 def test_every_package_is_in_the_table_with_its_layer() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d*) *\| `openm6/(\w+)` \| \w", readme, re.MULTILINE)
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d*) *\| `openm6/(\w+)` \| \w", page, re.MULTILINE)
     assert {name: int(layer) for layer, name in rows if layer} == LAYERS
     assert [name for layer, name in rows if not layer] == ["recipes"]
     assert [int(layer) for layer, _ in rows if layer] == sorted(LAYERS.values(), reverse=True)

@@ -20,10 +20,14 @@ from openm6.core.errors import ConfigError
 from openm6.tasks.registry import TASKS
 from openm6.train.run import read_recipe, recipe_path
 from tests.cli.lazy_imports import replace_calls
+from tests.small_model import loaded
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+FIRST_PAGES = ("README.md", "quickstart.md", "own-data.md")
+CODECS = (ROOT / "docs" / "codecs.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 READERS_OWN = ("my.yaml",)  # recipes that only the reader has
 HARMLESS = (
@@ -118,7 +122,7 @@ def test_an_unknown_task_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_enough_is_quoted_to_be_worth_the_test() -> None:
-    lines = [line for page, line in commands("openm6") if page == "README.md"]
+    lines = [line for page, line in commands("openm6") if page in FIRST_PAGES]
     wants = {word for line in lines for word in re.findall(r"--output (\w+)", line)}
     assert wants == {"text", "image", "audio", "numbers"}
     assert {line.split()[1] for line in lines} >= {"demo", "train", "evaluate", "generate", "data", "tasks"}
@@ -170,7 +174,7 @@ def headings(page: Path) -> set[str]:
 @pytest.mark.parametrize("name", shipped_codecs())
 def test_scores_of_the_codecs_are_those_that_were_measured(name: str) -> None:
     scores = json.loads((ROOT / f"openm6/codecs/weights/{name}.json").read_text())["test"]
-    row = re.search(rf"^\| `{name}` \| [^|]+ \| (.+) \|$", README, re.MULTILINE)
+    row = re.search(rf"^\| `{name}` \| [^|]+ \| (.+) \|$", CODECS, re.MULTILINE)
     assert row, f"no row for codec {name}"
     cells = [float(cell.split()[0]) for cell in row[1].split(" | ")]
     if name == "audio":
@@ -181,13 +185,35 @@ def test_scores_of_the_codecs_are_those_that_were_measured(name: str) -> None:
     assert cells == wanted
 
 
-def test_no_figure_is_left_open() -> None:
-    assert re.findall(r"@@\w*@@", README) == []
+def test_results_are_of_tasks_of_the_demo_and_equal_on_both_pages() -> None:
+    short, full = (
+        dict(re.findall(r"^\| `(\w+/\w+)` \| (.*\]) \|", text, re.MULTILINE)) for text in (README, QUICKSTART)
+    )
+    assert short and short.items() <= full.items()
+    assert set(full) <= {f"{component['task']}/{component['source']}" for component in demo_mixture()}
 
 
-def test_the_figures_shown_are_of_lessons_of_the_demo() -> None:
-    shown = set(re.findall(r"^\| `(\w+/\w+)` \|", README, re.MULTILINE))
-    assert shown and shown <= {f"{component['task']}/{component['source']}" for component in demo_mixture()}
+def test_the_readme_fits_on_two_screens() -> None:
+    assert README.count("\n") <= 90
+
+
+def test_the_python_example_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.setattr("openm6.inference.load.load", lambda path: loaded())
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert (tmp_path / "seven.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_shipped_recipe_is_in_the_table_of_the_quickstart() -> None:
+    shown = re.findall(r"^\| (`.*) \| .* \| .* ?\|$", section(QUICKSTART, "Shipped recipes"), re.MULTILINE)
+    names = {name for cell in shown for name in re.findall(r"`([\w-]+)`", cell.split(" | ")[0])}
+    assert names == {path.stem for path in (ROOT / "openm6" / "recipes").glob("*.yaml")}
+
+
+def section(text: str, heading: str) -> str:
+    """The text below a heading of the second level."""
+    return re.split(r"^## ", text.partition(f"## {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def test_a_missing_recipe_says_so() -> None:

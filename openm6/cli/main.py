@@ -46,7 +46,7 @@ def start(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
     ] = False,
 ) -> None:
-    """One sparse-expert transformer that takes in and gives out text, images, audio and numbers.
+    """A sparse mixture-of-experts transformer with text, images, audio and numbers as inputs and outputs.
 
     Start with: openm6 demo
     """

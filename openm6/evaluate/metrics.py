@@ -170,15 +170,14 @@ METRICS: dict[str, Metric] = {
         Metric(
             "bits_per_code",
             "bits per code",
-            "negative log-likelihood per code of the true image or audio, of the masked region in inpainting: lower is "
-            "better",
+            "negative log-likelihood per code of the true image or audio; in inpainting, of the masked region",
             "lower",
             lambda scored: scored.bits_per_code,
         ),
         Metric(
             "knn_accuracy",
             "kNN accuracy",
-            "generated images or audio to which a kNN classifier of real ones assigns the right label",
+            "generated images or audio that a kNN classifier of real ones assigns to the right label",
             "higher",
             _knn_accuracy,
             percent=True,
@@ -193,7 +192,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             "relative_crps",
             "relative CRPS",
-            "error of the whole predicted distribution (CRPS), relative to the baseline’s error",
+            "error of the predicted distribution (CRPS) relative to the baseline; below 100 % is better",
             "lower",
             relative_crps,
             percent=True,
@@ -208,14 +207,14 @@ METRICS: dict[str, Metric] = {
         Metric(
             "recall_at_1",
             "recall at 1",
-            "queries whose match is nearest of all test records, in both directions and languages",
+            "queries whose match is the nearest of all test records, in both directions and languages",
             "higher",
             percent=True,
         ),
         Metric(
             "recall_at_5",
             "recall at 5",
-            "queries whose match is among the nearest five",
+            "queries whose match is among the five nearest",
             "higher",
             percent=True,
         ),
@@ -229,7 +228,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             "coverage_80",
             "80 % coverage",
-            "truths inside the 80 % interval: right at 80 %; more means too wide, less too narrow",
+            "true values inside the 80 % interval; above 80 % the intervals are too wide, below it too narrow",
             "higher",
             _coverage_80,
             percent=True,

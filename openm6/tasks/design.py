@@ -143,14 +143,14 @@ OUTLINE = Outline("image", needs=IMAGE.present)
 TASKS = (
     Task(
         name="text_to_sketch",
-        summary="sketch what a text says in lines",
+        summary="generate a line drawing from a text",
         inputs={"text": TEXT},
         target=OUTLINE,
         prompts={"en": ("sketch {text}",), "zh": ("画{text}的草图",)},
     ),
     Task(
         name="sketch_to_image",
-        summary="colour a sketch in",
+        summary="generate an image from a line drawing and a text",
         inputs={"image": OUTLINE, "text": TEXT},
         target=IMAGE,
         prompts={"en": ("{image} Colour it in: {text}",), "zh": ("{image} 上色：{text}",)},
@@ -158,7 +158,7 @@ TASKS = (
     ),
     Task(
         name="style_transfer",
-        summary="redraw an image in the style of a reference",
+        summary="apply the style of a reference to an image",
         inputs={"image": IMAGE, "reference": Derived("image")},
         target=Derived("image", restyle),
         prompts={"en": ("{image} in the style of {reference}",), "zh": ("{image} 按照风格 {reference}",)},
@@ -166,7 +166,7 @@ TASKS = (
     ),
     Task(
         name="style_mixing",
-        summary="redraw an image in a mixture of two styles",
+        summary="apply a mixture of two styles to an image",
         inputs={"image": IMAGE, "reference": Derived("image"), "second": Derived("image")},
         target=Derived("image", style_mixing),
         prompts={
@@ -177,7 +177,7 @@ TASKS = (
     ),
     Task(
         name="background_replacement",
-        summary="put another background behind what an image shows",
+        summary="replace the background of an image",
         inputs={"image": IMAGE, "colour": Derived("text")},
         target=Derived("image", background_replacement),
         prompts={"en": ("{image} Background: {colour}",), "zh": ("{image} 背景：{colour}",)},

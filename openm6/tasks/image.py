@@ -9,7 +9,7 @@ from openm6.tasks.task import Task
 TASKS = (
     Task(
         name="image_classification",
-        summary="say in a word what an image shows",
+        summary="name the object in an image",
         inputs={"image": IMAGE},
         target=LABEL,
         prompts={
@@ -43,7 +43,7 @@ TASKS = (
     ),
     Task(
         name="image_text_matching",
-        summary="say whether a text fits an image",
+        summary="decide whether a text matches an image",
         inputs={"image": IMAGE, "text": TEXT},
         target=TEXT_MATCH,
         prompts={"en": ("{image} Is this {text}?",), "zh": ("{image} 这是{text}吗？",)},
@@ -51,7 +51,7 @@ TASKS = (
     ),
     Task(
         name="image_tagging",
-        summary="give the keywords of an image",
+        summary="list the keywords of an image",
         inputs={"image": IMAGE},
         target=Text("tags", max_tokens=48),
         prompts={"en": ("{image} Keywords:",), "zh": ("{image} 关键词：",)},
@@ -59,7 +59,7 @@ TASKS = (
     ),
     Task(
         name="text_to_image",
-        summary="draw what a text says",
+        summary="generate an image from a text",
         inputs={"text": TEXT},
         target=IMAGE,
         prompts={
@@ -69,7 +69,7 @@ TASKS = (
     ),
     Task(
         name="image_inpainting",
-        summary="fill in a hole in an image",
+        summary="generate the masked region of an image",
         inputs={"image": IMAGE},
         target=UNMASKED_IMAGE,
         prompts={"en": ("{image} Fill in.",), "zh": ("{image} 补全。",)},
@@ -78,21 +78,21 @@ TASKS = (
     ),
     Task(
         name="image_regression",
-        summary="predict a number of what an image shows",
+        summary="predict a number from an image",
         inputs={"image": IMAGE},
         target=NUMBER,
         prompts={"en": ("{image} What is the {column}?",), "zh": ("{image} {column}是多少？",)},
     ),
     Task(
         name="tabular_to_image",
-        summary="draw what numbers describe",
+        summary="generate an image from a row of numbers",
         inputs={"numbers": NUMBERS},
         target=IMAGE,
         prompts={"en": ("draw {numbers}", "{numbers} Draw it."), "zh": ("画{numbers}",)},
     ),
     Task(
         name="image_text_retrieval",
-        summary="embed an image like the text that describes it",
+        summary="align the embeddings of images and their texts",
         inputs={"text": TEXT},
         target=IMAGE,
         prompts={"en": ("{text}", "a picture of {text}"), "zh": ("{text}", "{text}的图片")},
@@ -100,7 +100,7 @@ TASKS = (
     ),
     Task(
         name="image_tag_retrieval",
-        summary="embed an image like its keywords",
+        summary="align the embeddings of images and their keywords",
         inputs={"tags": Text("tags")},
         target=IMAGE,
         prompts={"en": ("{tags}",), "zh": ("{tags}",)},

@@ -9,7 +9,7 @@ from openm6.tasks.task import Task
 TASKS = (
     Task(
         name="tabular_classification",
-        summary="name what a row of numbers describes",
+        summary="name the class of a row of numbers",
         inputs={"numbers": NUMBERS},
         target=LABEL,
         prompts={"en": ("{numbers} What is this?", "{numbers} Which kind?"), "zh": ("{numbers} 这是什么？",)},
@@ -23,7 +23,7 @@ TASKS = (
     ),
     Task(
         name="text_tabular_regression",
-        summary="predict one column from the text and the other columns",
+        summary="predict one column from a text and the other columns",
         inputs={"text": TEXT, "numbers": Numbers(min_columns=2)},
         target=NUMBER,
         prompts={
@@ -33,7 +33,7 @@ TASKS = (
     ),
     Task(
         name="time_series_forecasting",
-        summary="forecast a series",
+        summary="forecast the next steps of a series",
         inputs={"series": Derived("numbers")},
         target=FUTURE,
         prompts={"en": ("{series} What comes next?",), "zh": ("{series} 接下来呢？",)},
@@ -48,21 +48,21 @@ TASKS = (
     ),
     Task(
         name="table_to_text",
-        summary="report in words what numbers say",
+        summary="describe a row of numbers in words",
         inputs={"numbers": NUMBERS},
         target=Text("text", max_tokens=64),
         prompts={"en": ("{numbers} Report:",), "zh": ("{numbers} 报告：",)},
     ),
     Task(
         name="state_classification",
-        summary="name the state that readings tell of",
+        summary="name the state of a machine from its readings",
         inputs={"numbers": NUMBERS},
         target=LABEL,
         prompts={"en": ("{numbers} Which state?",), "zh": ("{numbers} 什么状态？",)},
     ),
     Task(
         name="maintenance_advice",
-        summary="say what to do about a machine",
+        summary="recommend maintenance from a report and readings",
         inputs={"text": TEXT, "numbers": NUMBERS},
         target=Text("advice", max_tokens=48),
         prompts={"en": ("{text} {numbers} What is to be done?",), "zh": ("{text} {numbers} 怎么处理？",)},
@@ -70,7 +70,7 @@ TASKS = (
     ),
     Task(
         name="anomaly_detection",
-        summary="find the step of a series that is out of line",
+        summary="find the anomalous step of a series",
         inputs={"series": Derived("numbers")},
         target=ANOMALY,
         prompts={"en": ("{series} Anomaly?",), "zh": ("{series} 异常？",)},

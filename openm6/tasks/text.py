@@ -9,7 +9,7 @@ from openm6.tasks.task import Task
 TASKS = (
     Task(
         name="keywords_to_text",
-        summary="write a text from its title or keywords",
+        summary="write a text from its keywords",
         inputs={"tags": Text("tags")},
         target=TEXT,
         prompts={"en": ("Write about {tags}.", "Write: {tags}"), "zh": ("写：{tags}", "以{tags}为题写作。")},
@@ -17,7 +17,7 @@ TASKS = (
     ),
     Task(
         name="text_generation",
-        summary="go on with a text",
+        summary="continue a text",
         inputs={"text": Derived("text")},
         target=REST_OF_TEXT,
         prompts={"en": ("{text}",), "zh": ("{text}",)},
@@ -25,7 +25,7 @@ TASKS = (
     ),
     Task(
         name="text_denoising",
-        summary="restore a text with a gap",
+        summary="restore the masked words of a text",
         inputs={"text": TEXT},
         target=UNMASKED_TEXT,
         prompts={"en": ("Restore: {text}",), "zh": ("还原：{text}",)},
@@ -33,7 +33,7 @@ TASKS = (
     ),
     Task(
         name="translation",
-        summary="say a text in the other language",
+        summary="translate a text between English and Chinese",
         inputs={"text": TEXT},
         target=Text("text", language="other"),
         prompts={"en": ("{text} In Chinese:",), "zh": ("{text} 用英语说：",)},
@@ -41,7 +41,7 @@ TASKS = (
     ),
     Task(
         name="word_translation",
-        summary="say a word in the other language",
+        summary="translate a word between English and Chinese",
         inputs={"label": Text("label")},
         target=Text("label", language="other"),
         prompts={"en": ("{label} in Chinese:",), "zh": ("{label}用英语说：",)},
@@ -49,7 +49,7 @@ TASKS = (
     ),
     Task(
         name="reverse_dictionary",
-        summary="find the word that a gloss defines",
+        summary="return the word for a definition",
         inputs={"text": Gloss("text")},
         target=LABEL,
         prompts={"en": ("{text} In a word:",), "zh": ("{text} 一言以蔽之：",)},
@@ -80,7 +80,7 @@ TASKS = (
     ),
     Task(
         name="text_regression",
-        summary="predict a number of what a text describes",
+        summary="predict a number from a text",
         inputs={"text": TEXT},
         target=NUMBER,
         prompts={"en": ("{text} What is its {column}?",), "zh": ("{text} {column}是多少？",)},
@@ -95,7 +95,7 @@ TASKS = (
     ),
     Task(
         name="couplet_completion",
-        summary="answer the first line of a couplet with its second",
+        summary="write the second line of a couplet",
         inputs={"line": Derived("text")},
         target=SECOND_LINE,
         prompts={"en": ("The line after: {line}\n",), "zh": ("对下联：{line}\n",)},
@@ -103,7 +103,7 @@ TASKS = (
     ),
     Task(
         name="authorship_attribution",
-        summary="say who wrote a poem",
+        summary="name the author of a poem",
         inputs={"poem": Body("text")},
         target=Text("label", max_tokens=16, language="any"),
         prompts={"en": ("{poem} Who wrote it?",), "zh": ("{poem} 谁写的？",)},

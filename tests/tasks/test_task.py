@@ -1,23 +1,19 @@
-"""What follows from a task's inputs and target, and the example of a new task in CONTRIBUTING.md."""
+"""What follows from a task's inputs and target."""
 
 from __future__ import annotations
 
-import re
-import textwrap
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from openm6.tasks import design, slots
+from openm6.tasks import design
 from openm6.tasks.builders import FUTURE, NUMBER
 from openm6.tasks.registry import TASKS
-from openm6.tasks.slots import AUDIO, IMAGE, LABEL, NUMBERS, TEXT, Context, Derived, Slot, Text
+from openm6.tasks.slots import AUDIO, IMAGE, LABEL, NUMBERS, TEXT, Context, Derived, Slot
 from openm6.tasks.task import RECALLS, Task
 from tests.small_model import demo_sources
 
-ROOT = Path(__file__).parents[2]
 NUMERIC = ("relative_crps", "mae", "coverage_80")
 
 
@@ -103,14 +99,3 @@ def test_a_task_without_random_decisions_leaves_the_generator_alone() -> None:
     built = TASKS["text_to_image"].build({"text_en": "a red cup", "image": b"x"}, Context("en", rng))
     assert built.inputs["text"].raw == "a red cup" and built.target.raw == b"x"
     assert rng.random() == np.random.default_rng(3).random()
-
-
-def test_the_example_of_a_new_task_in_contributing_works() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    (block,) = [found for found in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Task(" in found]
-    task = eval(textwrap.dedent(block), {"Task": Task, **vars(slots)})  # noqa: S307
-    assert isinstance(task, Task) and task.name not in TASKS
-    assert isinstance(task.target, Text) and (task.input_modality, task.output_modality) == ("text", "text")
-    record = demo_sources()["emoji"][3]
-    example = task.example(record, np.random.default_rng(0), language="en")
-    assert example.answer == record["label"] and record["tags_en"][0] in example.source[0].raw

@@ -49,7 +49,7 @@ def test_a_bar_in_a_prompt_does_not_split_a_cell() -> None:
 
 def test_every_row_of_a_table_has_the_cells_of_its_head() -> None:
     found = re.findall(r"(?:^\|.*\n)+(?:.+\n)*", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(found) == 3
+    assert len(found) == 5
     for lines in map(str.splitlines, found):
         assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {lines[0].count("|")}
 

@@ -24,7 +24,7 @@ Update = dict[str, Any]
 LANGUAGE_NAMES = (("English", "en"), ("中文", "zh"))
 TITLE = Bilingual(en="OpenM6 playground", zh="OpenM6 试验场")
 LEAD = Bilingual(
-    en="One model that takes in and gives out text, images, audio and numbers.",
+    en="One model with text, images, audio and numbers as inputs and outputs.",
     zh="一个模型，读写文本、图片、声音和数值。",
 )
 LANGUAGE = Bilingual(en="Language", zh="语言")
