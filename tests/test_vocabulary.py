@@ -91,7 +91,7 @@ PENDING = {
     "tools/claim_page.py",
     "tools/compare_routing.py",
     "tools/embedded_data",
-    "tools/giant_evidence.py",
+    "tools/offload_evidence.py",
     "tools/make_venv.py",
     "tools/playground_image.py",
     "tools/report_image.py",
