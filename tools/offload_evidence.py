@@ -35,7 +35,7 @@ from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import open_train_step
 from openm6.train.recipe import MultimodalRecipe
 
-HELD_OUT = 12  # batches of test records that the figure is a mean over
+HELD_OUT = 12  # batches of test records of the mean loss
 POINTS = 10  # of a run's curve
 Values = dict[str, Any]
 
@@ -43,8 +43,8 @@ CASES: dict[str, dict[str, Values]] = {
     "tiers": {f"{size} bytes": {"bytes": size} for size in (16, 4, 2, 1)},
     "stages": {
         "real from the start": {},
-        "real, three quarters of the steps": {"share": 0.75},
-        "real, half of the steps": {"share": 0.5},
+        "real, three quarters of the steps": {"fraction": 0.75},
+        "real, half of the steps": {"fraction": 0.5},
         "switch after 25 %": {"switch": 0.25},
         "switch after 50 %": {"switch": 0.5},
         "switch after 75 %": {"switch": 0.75},
@@ -56,19 +56,22 @@ CASES: dict[str, dict[str, Values]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a table have in common; the width is that of the nano preset's four layers."""
+    """Settings of all runs of a table; the hidden size is that of the nano preset's four layers."""
 
-    width: int
+    hidden_size: int
     steps: int
-    rate: float
-    rows: int
-    length: int
+    learning_rate: float
+    batch_size: int
+    seq_len: int
 
 
 def recipe_of(case: Values, seed: int, setting: Setting, tokenizer: str | None) -> MultimodalRecipe:
     """Four layers of eight experts on English definitions and Chinese verse."""
-    overrides: Values = {"hidden_size": setting.width, "experts": {"intermediate_size": setting.width}}
-    overrides |= {"num_heads": setting.width // 32, "num_kv_heads": 1, "head_dim": 32}
+    overrides: Values = {
+        "hidden_size": setting.hidden_size,
+        "experts": {"intermediate_size": setting.hidden_size},
+    }
+    overrides |= {"num_heads": setting.hidden_size // 32, "num_kv_heads": 1, "head_dim": 32}
     overrides |= {"sharing": "all"} if "switch" in case else {}
     steps = setting.steps
     values: Values = {
@@ -79,13 +82,13 @@ def recipe_of(case: Values, seed: int, setting: Setting, tokenizer: str | None) 
             {"source": "wordnet_en", "task": "reverse_dictionary", "weight": 2},
             {"source": "poems_zh", "task": "text_generation", "weight": 1},
         ],
-        "packing": {"batch_size": setting.rows, "seq_len": setting.length},
+        "packing": {"batch_size": setting.batch_size, "seq_len": setting.seq_len},
         "loop": {
             "steps": steps,
             "seed": seed,
             "offload": {},
             "optimizer": {
-                "learning_rate": setting.rate,
+                "learning_rate": setting.learning_rate,
                 "precision": PRECISION_OF_BYTES[case.get("bytes", 16)],
             },
             "schedule": {"warmup_steps": steps // 10, "decay_fraction": 0.4},
@@ -106,8 +109,8 @@ def held_out(training: MultimodalTraining, folder: RunFolder) -> Iterator[Batch]
 
 
 @torch.no_grad()
-def judge(training: MultimodalTraining, batches: list[Batch]) -> float:
-    """Nats a token on the held-out batches."""
+def mean_nll(training: MultimodalTraining, batches: list[Batch]) -> float:
+    """Nats per token on the held-out batches."""
     training.model.eval()
     parts = [part.nll for batch in batches for part in training.omni.compute_loss(batch)[0].values()]
     training.model.train()
@@ -115,10 +118,10 @@ def judge(training: MultimodalTraining, batches: list[Batch]) -> float:
 
 
 def run_case(case: Values, seed: int, setting: Setting, tokenizer: str | None = None) -> Values:
-    """One run: its loss at ten points, its processor seconds before and after the switch, and the bytes it kept."""
-    setting = replace(setting, steps=round(setting.steps * case.get("share", 1)))
-    with tempfile.TemporaryDirectory() as place:
-        folder = RunFolder.open(place)
+    """One run: its loss at ten points, its CPU seconds before and after the switch, and the bytes of its blocks."""
+    setting = replace(setting, steps=round(setting.steps * case.get("fraction", 1)))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = RunFolder.open(temporary)
         recipe = recipe_of(case, seed, setting, tokenizer)
         training = MultimodalTraining(recipe, folder, torch.device("cpu"))
         train_step = open_train_step(training, recipe.loop)
@@ -128,12 +131,12 @@ def run_case(case: Values, seed: int, setting: Setting, tokenizer: str | None = 
         for step in range(1, setting.steps + 1):
             run.step(next(batches), step)
             if step * POINTS % setting.steps < POINTS:
-                curve.append((step, sum(run.seconds), judge(training, test)))
+                curve.append((step, sum(run.seconds), mean_nll(training, test)))
         return {"loss": curve[-1][2], "seconds": run.seconds, "set_bytes": run.kept, "curve": curve}
 
 
 class Run:
-    """Steps of one case, with the switch where it is due and the processor's time of either stage."""
+    """Steps of one case, with the switch at its step and the CPU time of each stage."""
 
     def __init__(self, case: Values, train_step: Any, switch: int, steps: int) -> None:
         self._case, self._train_step, self._switch, self._steps = case, train_step, switch, steps
@@ -156,47 +159,47 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=sorted(CASES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--hidden-size", type=int, default=96)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rate", type=float, default=0.003)
-    parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--runs", type=int, default=None, help="at most so many now")
+    parser.add_argument("--learning-rate", type=float, default=0.003)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--runs", type=int, default=None, help="maximum number of runs in this call")
     parser.add_argument("--json", type=Path, required=True)
     words = parser.parse_args()
-    setting = Setting(words.width, words.steps, words.rate, words.rows, words.length)
+    setting = Setting(words.hidden_size, words.steps, words.learning_rate, words.batch_size, words.seq_len)
     found = earlier_runs(words.json, words.what, setting)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         first = MultimodalTraining(
-            recipe_of({}, 0, setting, None), RunFolder.open(place), torch.device("cpu")
+            recipe_of({}, 0, setting, None), RunFolder.open(temporary), torch.device("cpu")
         )
-        tokenizer = Path(place) / "words.json"
+        tokenizer = Path(temporary) / "words.json"
         tokenizer.write_text(first.tokenizer, encoding="utf-8")
         run_all(words, setting, str(tokenizer), found)
     return 0
 
 
 def earlier_runs(path: Path, what: str, setting: Setting) -> dict[str, list[Values]]:
-    """The runs of each case that a file holds; none where there is no file."""
+    """Return the runs of each case in a file; none if there is no file."""
     found: dict[str, list[Values]] = {name: [] for name in CASES[what]}
     if not path.exists():
         return found
     content = json.loads(path.read_text(encoding="utf-8"))
-    wanted = facts_of(setting)
-    if {name: content.get(name) for name in wanted} != wanted or set(content["runs"]) != set(found):
+    expected = facts_of(setting)
+    if {name: content.get(name) for name in expected} != expected or set(content["runs"]) != set(found):
         sys.exit(f"{path} is of other settings: name another file")
     return content["runs"]
 
 
 def facts_of(setting: Setting) -> Values:
-    """What must be the same for runs to be compared."""
+    """Return what must be equal for runs to be compared."""
     return {**asdict(setting), "threads": torch.get_num_threads()}
 
 
 def run_all(
     words: argparse.Namespace, setting: Setting, tokenizer: str, found: dict[str, list[Values]]
 ) -> None:
-    """Every case with every seed that is still missing; the file is written after each run."""
+    """Run every case with every seed that is missing; write the file after each run."""
     order = [(seed, name) for seed in range(words.seeds) for name in CASES[words.what]]
     missing = [(seed, name) for seed, name in order if len(found[name]) <= seed]
     for seed, name in missing[: words.runs]:
