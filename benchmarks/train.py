@@ -56,7 +56,7 @@ def _open_candidates(
     candidates["ours"].move(away if device.type == "cuda" else device)
     note = "left out, as asked" if baseline == "none" else missing_baseline()
     if note is None:
-        # On a processor its compiled form is the slower one: see docs/performance.md.
+        # On a processor its compiled form is the slower one: see docs/benchmarks.md.
         compiled = device.type == "cuda"
         candidates["baseline"] = baseline_candidate(sizes, device, compiled)
         candidates["baseline"].move(away if device.type == "cuda" else device)

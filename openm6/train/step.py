@@ -233,7 +233,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    # bf16 for everything between the products too is slower on a CPU: see docs/performance.md.
+    # bf16 for everything between the products too is slower on a CPU: see docs/benchmarks.md.
     return "bf16-products" if device.type == "cpu" and has_bf16() else "fp32"
 
 
@@ -254,7 +254,7 @@ def _block_runner(
     backbone: Backbone, config: LoopConfig, tokens: int, pending: int, sharded: bool
 ) -> RunBlock:
     device = backbone.final_norm.weight.device
-    # On a CPU compiling takes minutes and saves little: see docs/performance.md.
+    # On a CPU compiling takes minutes and saves little: see docs/benchmarks.md.
     compiles = device.type == "cuda" if config.compile == "auto" else config.compile
     run: RunBlock = CompiledBlocks() if compiles and not sharded else run_plainly
     again = config.activation_checkpointing
