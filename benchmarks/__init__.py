@@ -1,1 +1,1 @@
-"""Benchmarks: each prints one JSON object with the baseline beside; run from a checkout, not part of the package."""
+"""Benchmarks. Each prints one JSON object with its baseline. They run from a checkout and are not installed."""

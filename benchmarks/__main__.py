@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME …`: one command for each file, its function `bench_NAME`."""
+"""`python -m benchmarks NAME …`: one command per file, its function `bench_NAME`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BENCHMARKS = (
 
 
 class Benchmarks(PlainGroup):
-    """Import a benchmark when it is called: most need torch, some transformers."""
+    """Import a benchmark when it is called, because most need torch and some transformers."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(BENCHMARKS)
@@ -26,7 +26,7 @@ class Benchmarks(PlainGroup):
 
 
 def command(name: str) -> Any:
-    """The command of one benchmark, with the options of its function."""
+    """Return the command of one benchmark, with the options of its function."""
     module = name.replace("-", "_")
     one = typer.Typer(
         add_completion=False,
@@ -43,7 +43,7 @@ app = make_app(Benchmarks)
 
 @app.callback()
 def start() -> None:
-    """Each benchmark prints one JSON object with its baseline, within eight minutes, also if it is cut short."""
+    """Run a benchmark. It prints one JSON object with its baseline, within eight minutes, also if it is interrupted."""
 
 
 if __name__ == "__main__":

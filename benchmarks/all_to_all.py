@@ -1,4 +1,4 @@
-"""The benchmark all-to-all: experts distributed over ranks, compared with one process that holds them all."""
+"""Benchmark `all-to-all`: expert parallelism, compared with one process that holds all experts."""
 
 # Shapes: T tokens of a rank, D width
 
@@ -28,7 +28,7 @@ SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Found:
-    """Answers and gradients: of a rank's tokens, of its experts, of the router (a share of its sum)."""
+    """Outputs and gradients of a rank: its tokens, its experts, its part of the sum for the router."""
 
     answers: Array  # T D
     tokens: Array  # T D
@@ -39,10 +39,10 @@ class Found:
 
 def bench_all_to_all(
     ranks: Annotated[int, typer.Option("--ranks", min=2, help="Processes.")] = 8,
-    parts: Annotated[int, typer.Option("--parts", min=1, help="Chunks in which rows travel.")] = 2,
+    parts: Annotated[int, typer.Option("--parts", min=1, help="Chunks of the all-to-all.")] = 2,
     json_path: Json = None,
 ) -> None:
-    """Expert-parallel ranks with real numbers, compared with one process that has all experts.
+    """Compare expert-parallel ranks with one process that holds all experts.
 
     \b
     Example: python -m benchmarks all-to-all --ranks 16
@@ -59,7 +59,7 @@ def bench_all_to_all(
 
 
 def _differences(found: list[Found], alone: list[Found]) -> dict[str, float]:
-    """Of the ranks, each with its own experts, from one process that worked for each in turn and has them all."""
+    """Return the differences between the ranks and one process that computes all of them in turn."""
     return {
         "answers": _largest([(a.answers, b.answers) for a, b in zip(found, alone, strict=True)]),
         "token_gradients": _largest([(a.tokens, b.tokens) for a, b in zip(found, alone, strict=True)]),
@@ -74,7 +74,7 @@ def _differences(found: list[Found], alone: list[Found]) -> dict[str, float]:
 
 
 def work_of_rank(parts: int) -> Found:
-    """One rank's share, in its process."""
+    """Compute the part of one rank, in its process."""
     rank, size = dist.get_rank(), dist.get_world_size()
     experts, router = _layer(size)
     keep_experts([experts], rank, size)
@@ -82,14 +82,14 @@ def work_of_rank(parts: int) -> Found:
 
 
 def whole_group() -> dist.ProcessGroup:
-    """All ranks."""
+    """Return the results of all ranks."""
     group = dist.group.WORLD
     assert group is not None
     return group
 
 
 def _layer(ranks: int) -> tuple[Experts, Router]:
-    """Four experts for each rank, in as many prototypes as there are ranks."""
+    """Return a layer of four experts per rank, in as many prototypes as ranks."""
     torch.manual_seed(0)
     config = ExpertsConfig(
         intermediate_size=HIDDEN,
@@ -105,7 +105,7 @@ def _layer(ranks: int) -> tuple[Experts, Router]:
 
 
 def _tokens(rank: int) -> Tensor:
-    """Unlike numbers of tokens on each rank.  # 1 T D"""
+    """Return tokens, a different number on each rank.  # 1 T D"""
     generator = torch.Generator().manual_seed(rank)
     return torch.randn(1, 1 + (7 * rank) % TOKENS, WIDTH, generator=generator)
 
@@ -124,5 +124,5 @@ def _gradient(tensor: Tensor) -> Array:
 
 
 def _largest(pairs: list[tuple[Array, Array]]) -> float:
-    """The largest difference, relative to the largest value there is."""
+    """Return the largest difference, relative to the largest value."""
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""Requests that arrive whether or not the earlier ones are answered, on all routes at once."""
+"""Open-loop load: requests of all kinds that arrive independently of earlier answers."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Load:
     refused: int = 0
 
 
-def mixed_load(seconds: float, preset: str = "nano", share: float = 0.8) -> dict[str, Any]:
-    """Poisson arrivals at a share of the measured capacity, for so long: rates and latencies by kind."""
+def mixed_load(seconds: float, preset: str = "nano", fraction: float = 0.8) -> dict[str, Any]:
+    """Return rates and latencies by kind under Poisson arrivals at a fraction of the measured capacity."""
     loaded = untrained(preset)
     with Engine(loaded, EngineConfig(max_num_seqs=16, max_model_len=256, max_queued_tokens=10**9)) as engine:
         capacity = _capacity(engine)
-        rate = share * capacity
+        rate = fraction * capacity
         load = arrive(engine, rate, seconds, random.Random(1))
         for _, handle in load.handles:
             handle.wait(120)
@@ -53,7 +53,7 @@ def mixed_load(seconds: float, preset: str = "nano", share: float = 0.8) -> dict
 
 
 def untrained(preset: str) -> LoadedModel:
-    """A model of all modalities with random weights: latencies do not depend on them."""
+    """Return a model of all modalities with random weights, on which latencies do not depend."""
     modalities = build_modalities(ModalitiesConfig(), train_tokenizer(WORDS, 320), {"mass": (3.0, 1.0)})
     backbone = PRESETS[preset].backbone
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def untrained(preset: str) -> LoadedModel:
 
 
 def requests_of(index: int) -> tuple[str, Request]:
-    """The n-th request: two texts for each image, audio or number, each with a seed of its own."""
+    """Return the n-th request: two texts per image, audio or number, each with its own seed."""
     words = (Part("text", WORDS[index % len(WORDS)]),)
     client = f"client {index % 5}"
     sampling = Sampling(temperature=0.8, max_tokens=24, seed=index)
@@ -82,7 +82,7 @@ def requests_of(index: int) -> tuple[str, Request]:
 
 
 def _capacity(engine: Engine, count: int = 36) -> float:
-    """Requests a second when all are there at once."""
+    """Return requests per second when all are queued at once."""
     for index in range(6):
         _submit(engine, index)[1].wait(120)
     began = time.perf_counter()
@@ -97,7 +97,7 @@ def _submit(engine: Engine, index: int) -> tuple[str, RequestHandle]:
 
 
 def arrive(engine: Engine, rate: float, seconds: float, rng: random.Random) -> Load:
-    """Submits at random moments, `rate` a second on average, whatever has become of the earlier ones."""
+    """Submit at random moments, `rate` per second on average, independently of earlier answers."""
     load, index = Load(), 0
     moment = time.perf_counter()
     end = moment + seconds
@@ -114,7 +114,7 @@ def arrive(engine: Engine, rate: float, seconds: float, rng: random.Random) -> L
 
 
 def _summary(load: Load) -> dict[str, Any]:
-    """Median and tails of the whole answer for each kind, and of the first token of texts."""
+    """Return median and tails of the whole answer by kind, and of the first token of texts."""
     seconds: dict[str, list[float]] = {}
     first: list[float] = []
     joules = 0.0
@@ -134,7 +134,7 @@ def _summary(load: Load) -> dict[str, Any]:
 
 
 def tails(found: list[float]) -> dict[str, float]:
-    """Median, 95th and 99th percentile."""
+    """Return median, 95th and 99th percentile."""
     ordered = sorted(found) or [float("nan")]
     places = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
     return {name: ordered[min(len(ordered) - 1, int(share * len(ordered)))] for name, share in places.items()}

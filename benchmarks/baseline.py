@@ -1,4 +1,4 @@
-"""The baseline of the training benchmark: transformers' Qwen3-MoE of the same sizes, as fast as it offers to be."""
+"""Baseline of the training benchmarks: Qwen3-MoE of `transformers` with the same sizes, in its fastest setting."""
 
 # Shapes: B rows, S tokens of a row, D width
 
@@ -20,14 +20,14 @@ EXPERTS = "grouped_mm"  # the fastest of its ways on a GPU; on a CPU, too
 
 
 def missing_baseline() -> str | None:
-    """A sentence for the report where the baseline is not installed, else None."""
+    """Return a sentence for the report if the baseline is not installed, else None."""
     if importlib.util.find_spec("transformers") is None:
         return "transformers is not installed: pip install 'openm6[hf]' measures the baseline as well"
     return None
 
 
 def build_baseline(sizes: Sizes, device: torch.device) -> nn.Module:
-    """Qwen3MoeForCausalLM with random weights, in bf16 on a GPU and in fp32 on a CPU.
+    """Return a Qwen3MoeForCausalLM with random weights, in bf16 on a GPU and in fp32 on a CPU.
 
     Raises:
         ConfigError: this version of transformers has no grouped experts.
@@ -71,14 +71,14 @@ def build_baseline(sizes: Sizes, device: torch.device) -> nn.Module:
 
 
 def build_layer(sizes: Sizes, device: torch.device) -> Any:
-    """The baseline's sparse layer alone."""
+    """Return the sparse layer of the baseline."""
     one = sizes.model_copy(update={"num_layers": 1, "vocabulary": 8})
     model: Any = build_baseline(one, device)
     return model.model.layers[0].mlp
 
 
 def baseline_candidate(sizes: Sizes, device: torch.device, compiled: bool) -> Candidate:
-    """The baseline's model and one step of it, with torch's fused AdamW."""
+    """Return the model of the baseline and a step with torch's fused AdamW."""
     model = build_baseline(sizes, device)
     forward: Any = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
@@ -97,7 +97,7 @@ def baseline_candidate(sizes: Sizes, device: torch.device, compiled: bool) -> Ca
 def _parts(
     model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, compiled: bool
 ) -> Mapping[str, tuple[int, Part]]:
-    """Layer 0 piece by piece, compiled where the step is; the same division as ours."""
+    """Return the parts of layer 0, compiled if the step is; the same parts as those of OpenM6."""
     layer, count = model.model.layers[0], len(model.model.layers)
     x = torch.randn_like(model.model.embed_tokens(ids))
     rotary = model.model.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])

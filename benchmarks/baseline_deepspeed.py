@@ -1,6 +1,6 @@
-"""The baseline of offloading: the largest dense model that DeepSpeed ZeRO-3 trains here with everything offloaded.
+"""Baseline of offloading: the largest dense model that DeepSpeed ZeRO-3 trains here with everything offloaded.
 
-Each size runs in a process of its own, since one that is too large may be killed by the system:
+Each size runs in its own process, because the system may kill one that is too large:
 python -m benchmarks.baseline_deepspeed WIDTH LAYERS ROWS LENGTH
 """
 
@@ -26,7 +26,7 @@ LONGEST = 600.0  # seconds that one size may take
 
 
 def max_deepspeed_size(length: int, deadline: Deadline) -> tuple[dict[str, Any] | None, str]:
-    """Figures of the largest size that ran, and a sentence; sizes grow until one fails or time is up."""
+    """Return the results of the largest size that ran, and a note; sizes grow until one fails or the time is over."""
     if importlib.util.find_spec("deepspeed") is None or resolve_device().type == "cpu":
         return (
             None,
@@ -53,7 +53,7 @@ def _run(width: int, layers: int, length: int) -> dict[str, Any] | None:
 
 
 def train(width: int, layers: int, rows: int, length: int) -> dict[str, Any]:
-    """Four steps of a dense model under ZeRO-3, weights and optimizer in host memory."""
+    """Run four steps of a dense model under ZeRO-3, weights and optimizer in host memory."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     deepspeed, transformers = (importlib.import_module(name) for name in ("deepspeed", "transformers"))
     settings = _settings(rows)

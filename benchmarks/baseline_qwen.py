@@ -1,4 +1,4 @@
-"""Our weights as a Qwen3-MoE of `transformers`, and the ways in which that library answers many prompts."""
+"""Baseline of serving: the same weights as a Qwen3-MoE of `transformers`, by all methods of that library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL_PAGE = 32  # tokens
 def open_baseline(
     backbone: Backbone, embedding: Tensor, positions: int, device: torch.device, dtype: torch.dtype
 ) -> QwenBaseline | None:
-    """The baseline with the very weights of `backbone` and a tied embedding; None where it is not installed."""
+    """Return the baseline with the weights of `backbone` and a tied embedding; None if it is not installed."""
     try:
         import transformers  # noqa: PLC0415 - optional
     except ModuleNotFoundError:
@@ -57,7 +57,7 @@ def open_baseline(
 
 
 def _copy_weights(model: Any, backbone: Backbone, embedding: Tensor) -> None:
-    """Their random weights are read into our backbone, so both hold the same, by the tested way in."""
+    """Import the random weights of the baseline into the backbone, so that both have the same."""
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(embedding)
         imported = import_qwen(model.state_dict(), model.config.to_dict())
@@ -66,7 +66,7 @@ def _copy_weights(model: Any, backbone: Backbone, embedding: Tensor) -> None:
 
 @dataclass
 class Seen:
-    """Tokens given, and when the first and the last token of each request came, in seconds from the start."""
+    """Number of generated tokens, and times of the first and last token of each request, in seconds from the start."""
 
     tokens: int = 0
     first: dict[int, float] = field(default_factory=dict)
@@ -74,23 +74,23 @@ class Seen:
 
 
 class QwenBaseline:
-    """Each way answers all prompts greedily with a fixed number of tokens, and returns how many it wrote."""
+    """The methods of the baseline: each generates a fixed number of tokens per prompt, greedily."""
 
     def __init__(self, model: Any, transformers: Any) -> None:
         self.model, self.library = model, transformers
         self.version = f"transformers {transformers.__version__}"
 
-    def ways(self, prompts: list[list[int]], given: int) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Batched `generate`, and continuous batching as it comes and tuned."""
+    def ways(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
+        """Return the methods: batched `generate`, and continuous batching with default and with tuned settings."""
         found: dict[str, Callable[[], dict[str, Any]]] = {
-            "transformers generate, padded batches": lambda: self._padded(prompts, given)
+            "transformers generate, padded batches": lambda: self._padded(prompts, new_tokens)
         }
-        for name, settings in self.batching_settings(prompts, given).items():
-            found[name] = lambda way=settings: self._continuous(prompts, given, way)  # type: ignore[misc]
+        for name, settings in self.batching_settings(prompts, new_tokens).items():
+            found[name] = lambda way=settings: self._continuous(prompts, new_tokens, way)  # type: ignore[misc]
         return found
 
-    def _padded(self, prompts: list[list[int]], given: int, size: int = 32) -> dict[str, Any]:
-        """Prompts in order of length, so that little is padded; left padding, as `generate` wants it."""
+    def _padded(self, prompts: list[list[int]], new_tokens: int, size: int = 32) -> dict[str, Any]:
+        """Generate for prompts in order of length, which reduces padding; left padding, as `generate` requires."""
         began, tokens = time.perf_counter(), 0
         first: list[float] = []
         ordered = sorted(prompts, key=len)
@@ -101,8 +101,8 @@ class QwenBaseline:
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=(ids != PAD).long(),
-                max_new_tokens=given,
-                min_new_tokens=given,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=PAD,
             )
@@ -110,8 +110,8 @@ class QwenBaseline:
             first += [time.perf_counter() - began] * len(batch)  # a batch is seen when it is done
         return {"tokens": tokens, "first_token_seconds_median": statistics.median(first)}
 
-    def batching_settings(self, prompts: list[list[int]], given: int) -> dict[str, dict[str, Any]]:
-        """Continuous batching as it comes, and tuned for this device: name -> settings of its config."""
+    def batching_settings(self, prompts: list[list[int]], new_tokens: int) -> dict[str, dict[str, Any]]:
+        """Return the settings of continuous batching by name: default, and tuned for this device."""
         ways: dict[str, dict[str, Any]] = {"transformers continuous batching": {}}
         if getattr(self.library, "ContinuousBatchingConfig", None) is None:  # an older version
             return ways
@@ -123,8 +123,8 @@ class QwenBaseline:
                 "default_compile_level": 1,
             }
             return ways
-        # Its mask spans the whole pool, which by default is as large as the memory: set it to what the prompts need.
-        blocks = sum(-(-(len(prompt) + given) // SMALL_PAGE) + 1 for prompt in prompts)
+        # Its mask covers the whole pool, which by default is as large as the memory: set it to the size of the prompts.
+        blocks = sum(-(-(len(prompt) + new_tokens) // SMALL_PAGE) + 1 for prompt in prompts)
         ways["transformers continuous batching, small pool"] = {
             "page_size": SMALL_PAGE,
             "num_blocks": blocks,
@@ -133,12 +133,14 @@ class QwenBaseline:
         }
         return ways
 
-    def _continuous(self, prompts: list[list[int]], given: int, settings: dict[str, Any]) -> dict[str, Any]:
+    def _continuous(
+        self, prompts: list[list[int]], new_tokens: int, settings: dict[str, Any]
+    ) -> dict[str, Any]:
         began = time.perf_counter()
-        seen = self.under_load(prompts, given, [0.0] * len(prompts), settings)
+        seen = self.under_load(prompts, new_tokens, [0.0] * len(prompts), settings)
         if isinstance(seen, str):
             return {"error": seen}
-        # Counted from the call: making its pool is part of it, as a program that calls `generate_batch` sees it.
+        # Measured from the call, including the allocation of its pool, as for any caller of `generate_batch`.
         ready = time.perf_counter() - began - max(seen.last.values())
         return {
             "tokens": seen.tokens,
@@ -147,23 +149,27 @@ class QwenBaseline:
         }
 
     def under_load(
-        self, prompts: list[list[int]], given: int, moments: list[float], settings: dict[str, Any]
+        self, prompts: list[list[int]], new_tokens: int, moments: list[float], settings: dict[str, Any]
     ) -> Seen | str:
-        """Each prompt from its moment on; what goes wrong on its side, in words, is its result."""
+        """Generate for prompts that arrive at their moments; an error of the baseline is returned as text."""
         before = self.model.config._attn_implementation
         try:
             self.model.set_attn_implementation("paged|sdpa")
-            return self._arrive(prompts, given, moments, settings)
+            return self._arrive(prompts, new_tokens, moments, settings)
         except Exception as error:  # whatever it raises is its result, not ours
             return f"{type(error).__name__}: {str(error)[:200]}"
         finally:
             self.model.set_attn_implementation(before)
 
     def _arrive(
-        self, prompts: list[list[int]], given: int, moments: list[float], settings: dict[str, Any]
+        self, prompts: list[list[int]], new_tokens: int, moments: list[float], settings: dict[str, Any]
     ) -> Seen:
         greedy = self.library.GenerationConfig(
-            max_new_tokens=given, min_new_tokens=given, do_sample=False, eos_token_id=-1, pad_token_id=PAD
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=-1,
+            pad_token_id=PAD,
         )
         config = self.library.ContinuousBatchingConfig(**settings) if settings else None
         seen, numbers = Seen(), {}
@@ -173,7 +179,7 @@ class QwenBaseline:
             began = time.perf_counter()
             for number, prompt in enumerate(prompts):
                 time.sleep(max(0.0, began + moments[number] - time.perf_counter()))
-                name = manager.add_request(prompt, max_new_tokens=given, record_timestamps=True)
+                name = manager.add_request(prompt, max_new_tokens=new_tokens, record_timestamps=True)
                 numbers[name] = number
             while len(seen.last) < len(prompts):
                 found = manager.get_result(timeout=1)

@@ -1,4 +1,4 @@
-"""A model, its optimizer and a training step that take turns with another on one device, and parts of a step."""
+"""Candidates of the training benchmarks: model, optimizer and step, timed in turn on one device, and their parts."""
 
 # Shapes: E experts, D width, F hidden, P first product
 
@@ -21,7 +21,7 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Candidate:
     """A model, its optimizer, and one whole training step.
 
-    parts: pieces of a step to be timed alone (built when asked for), each with how often a step runs it
+    parts: parts of a step to be timed alone (built on demand), each with its number of runs per step
     """
 
     model: nn.Module
@@ -34,7 +34,7 @@ class Candidate:
     peak_bytes: int = 0
 
     def move(self, device: torch.device) -> None:
-        """Weights and optimizer state to the device or away from it; gradients are dropped."""
+        """Move weights and optimizer state to a device; gradients are dropped."""
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(device)
@@ -47,9 +47,9 @@ class Candidate:
 def take_turns(
     candidates: Mapping[str, Candidate], device: torch.device, turns: int, steps: int, deadline: Deadline
 ) -> None:
-    """Fills in each candidate's timing and peak memory: in each turn `steps` timed steps after three untimed ones.
+    """Measure time and peak memory of each candidate: per turn, three untimed steps and `steps` timed ones.
 
-    On a GPU the others are parked, so that each has the memory for itself and its peak is its own.
+    On a GPU the others are in host memory, so that peaks of memory are separate.
     """
     for turn in range(turns):
         if turn and deadline.passed:
@@ -71,14 +71,14 @@ def take_turns(
 
 
 def time_parts(candidate: Candidate, device: torch.device, deadline: Deadline) -> dict[str, float]:
-    """Milliseconds a step spends in each part, timed alone; `rest` is what the whole step has beyond their sum."""
+    """Return milliseconds per step of each part, timed alone; `rest` is the whole step minus their sum."""
     candidate.move(device)
     found: dict[str, float] = {}
     for name, (times, part) in candidate.parts().items():
         timing = alternate({name: part}, 5, 2, deadline, device)[name]
         found[name] = 1000 * times * timing.median
     candidate.optimizer.zero_grad(set_to_none=True)
-    # The sparse layer was timed whole, so routing is what it does beside its products.
+    # The sparse layer was timed whole, so routing is its time minus that of its products.
     found["routing"] = found.pop("sparse_layer") - found["expert_products"]
     found["rest"] = 1000 * candidate.timing.median - sum(found.values())
     if device.type == "cuda":
@@ -87,7 +87,7 @@ def time_parts(candidate: Candidate, device: torch.device, deadline: Deadline) -
 
 
 def backward_of(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.Parameter]) -> Part:
-    """A call that runs `forward(x)` and its backward pass through x and the parameters."""
+    """Return a call that runs `forward(x)` and its backward pass through x and the parameters."""
     leaf = x.detach().requires_grad_()
     upstream: list[Tensor] = []
 
@@ -101,9 +101,9 @@ def backward_of(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: list
 
 
 def products_of(up: Tensor, down: Tensor, num_rows: int, multiply: Product = grouped_mm) -> Part:
-    """The two grouped products of a sparse layer and their gradients, every expert with as many rows.
+    """Return a call of the two grouped products of a sparse layer and their gradients, with equal loads.
 
-    up is E D P and down E F D, in any strides; multiply: what makes a product of rows, weights and counts.
+    up is E D P and down E F D, in any strides; multiply: the product of rows, weights and counts.
     """
     counts = torch.full((len(up),), num_rows // len(up), device=up.device)
     counts[-1] += num_rows - int(counts.sum())
@@ -121,7 +121,7 @@ def products_of(up: Tensor, down: Tensor, num_rows: int, multiply: Product = gro
 
 
 def own_products_of(up: Tensor, down: Tensor, num_rows: int) -> Part:
-    """The same as our sparse layer makes them: on a processor expert after expert, with rows that fill pieces."""
+    """Return the same products as the sparse layer of OpenM6 computes them: on a CPU one expert after the other."""
     if not up.is_cpu:
         return products_of(up, down, num_rows)
     rows = pad_rows(-(-num_rows // len(up)), torch.float32)
@@ -142,7 +142,7 @@ def own_products_of(up: Tensor, down: Tensor, num_rows: int) -> Part:
 
 
 def update_of(optimizer: torch.optim.Optimizer) -> Part:
-    """One update of every parameter, with gradients that stay."""
+    """Return a call that updates every parameter with constant gradients."""
 
     def call() -> None:
         for group in optimizer.param_groups:

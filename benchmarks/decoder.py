@@ -1,4 +1,4 @@
-"""Our side of the training benchmarks: a decoder for text around the backbone, and one sparse layer."""
+"""OpenM6 in the training benchmarks: a text decoder with the backbone, and one sparse layer."""
 
 # Shapes: B rows, S tokens of a row, D width
 
@@ -26,7 +26,7 @@ from openm6.optim.registry import build_optimizer, default_groups
 
 
 class Decoder(nn.Module):
-    """Embedding, backbone and a head of its own, as the baseline has them."""
+    """Embedding, backbone and untied head, as in the baseline."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -37,19 +37,19 @@ class Decoder(nn.Module):
         nn.init.normal_(self.head, std=0.02)
 
     def forward(self, ids: Tensor, meta: SequenceMeta) -> Tensor:
-        """Mean loss of the next tokens of B S ids, with the routers' side losses."""
+        """Return the mean loss of the next tokens of B S ids, with the auxiliary losses of the routers."""
         hidden, loads = self.backbone(self.embedding(ids), meta)
         return self.loss(hidden, ids) + side_loss(loads)
 
     def loss(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """B S D, B S -> mean nats; the last token of a row has no next."""
+        """Return the mean loss in nats; the last token of a row has no target.  # B S D, B S"""
         flat, label = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()  # B·(S-1) D
         share = torch.full((len(label),), 1.0 / len(label), device=ids.device)
         return linear_cross_entropy(flat, self.head, label, share)[0]
 
 
 def our_candidate(sizes: Sizes, device: torch.device) -> Candidate:
-    """The decoder with random weights, and one step of it on random words, as a training run takes it."""
+    """Return the decoder with random weights, and a training step on random tokens."""
     torch.manual_seed(0)
     with torch.device(device):
         model = Decoder(sizes)
@@ -81,7 +81,7 @@ def our_candidate(sizes: Sizes, device: torch.device) -> Candidate:
 def _parts(
     model: Decoder, optimizer: torch.optim.Optimizer, ids: Tensor, meta: SequenceMeta
 ) -> Mapping[str, tuple[int, Part]]:
-    """Layer 0 piece by piece, as often as there are layers; then what a step does once."""
+    """Return the parts of layer 0, each run once per layer, and the parts that a step runs once."""
     config = model.backbone.config
     block, own = cast(Block, model.backbone.sets[0]), cast(LayerParts, model.backbone.layers[0])
     router, experts = cast(Router, own.router), cast(Experts, block.feed_forward)
@@ -118,7 +118,7 @@ def _as_it_is(function: Any) -> Any:
 
 
 def our_layer(config: ExpertsConfig, x: Tensor) -> tuple[Part, Part]:
-    """A forward and backward pass of a sparse layer on x (B S D), and of its bare products with even loads."""
+    """Return a forward and backward pass of a sparse layer on x (B S D), and of its products alone with equal loads."""
     width = x.shape[-1]
     with x.device:
         experts, router = Experts(width, config), Router(width, config)
@@ -137,7 +137,7 @@ def our_layer(config: ExpertsConfig, x: Tensor) -> tuple[Part, Part]:
 
 
 def as_trained(forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    """Compiled on a GPU, as training is."""
+    """Return the function, compiled on a GPU as in training."""
     compiled: Callable[[Tensor], Tensor] = torch.compile(forward) if x.is_cuda else forward
     return compiled
 
@@ -145,7 +145,7 @@ def as_trained(forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tens
 def layer_figures(
     timing: Timing, products: Timing, call: Part, sizes: Sizes, device: torch.device
 ) -> dict[str, Any]:
-    """The figures of one layer; routing is all that it does beside its products."""
+    """Return the results of one layer; routing is its time minus that of its products."""
     tflops, peak = sizes.expert_flops / timing.median / 1e12, peak_tflops(device)
     bare = 1000 * products.median
     return {
@@ -162,7 +162,7 @@ def layer_figures(
 
 
 def _peak_memory(call: Part, device: torch.device) -> float | None:
-    """GiB that a pass takes beyond what lies there before it."""
+    """Return the GiB that a pass allocates."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)

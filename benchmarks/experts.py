@@ -1,4 +1,4 @@
-"""The benchmark experts: one sparse layer, beside transformers', or one routing beside another."""
+"""Benchmark `experts`: one sparse layer, compared with that of `transformers`, or routing methods compared."""
 
 # Shapes: B rows, S tokens, D width, K experts that a token goes through
 
@@ -37,10 +37,10 @@ def bench_experts(
     json_path: Json = None,
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Top-k beside prototypes and shared experts, without the baseline."),
+        typer.Option("--compare", help="Compare top-k, prototypes and shared experts instead."),
     ] = False,
 ) -> dict[str, Any]:
-    """One sparse layer, forward and backward, and how much of it is matrix products.
+    """Measure one sparse layer, forward and backward, and the time of its matrix products.
 
     \b
     Example: python -m benchmarks experts --config fine --json experts.json
@@ -64,7 +64,7 @@ def bench_experts(
 
 
 def _input(sizes: Sizes, device: torch.device) -> Tensor:
-    """Random tokens of a step.  # B S D"""
+    """Return random tokens of a step.  # B S D"""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.randn(sizes.rows, sizes.length, sizes.width, device=device, dtype=dtype)
@@ -86,7 +86,7 @@ def _compare_with_baseline(report: Report, sizes: Sizes, baseline: str, x: Tenso
     config = sizes.backbone.experts
     assert config is not None
     candidates["ours"], candidates["ours products"] = our_layer(config, x)
-    note = "left out, as asked" if baseline == "none" else missing_baseline()
+    note = "disabled by --baseline none" if baseline == "none" else missing_baseline()
     if note is None:
         candidates["baseline"], candidates["baseline products"] = _baseline_layer(sizes, x)
         note = "Qwen3MoeSparseMoeBlock with grouped_mm experts"
@@ -95,7 +95,7 @@ def _compare_with_baseline(report: Report, sizes: Sizes, baseline: str, x: Tenso
 
 
 def _baseline_layer(sizes: Sizes, x: Tensor) -> tuple[Part, Part]:
-    """A pass of the baseline's layer, and of its bare products."""
+    """Return a pass of the baseline's layer, and of its products alone."""
     layer = build_layer(sizes, x.device)
     up, down = layer.experts.gate_up_proj.transpose(1, 2), layer.experts.down_proj.transpose(1, 2)
     config = sizes.backbone.experts
@@ -108,11 +108,11 @@ REFERENCE = "top_k"
 
 
 def routings(config: ExpertsConfig) -> dict[str, ExpertsConfig]:
-    """The ways, by name: K of all experts, one in each of K prototypes, both with half of the K shared by all tokens.
+    """Return the methods by name: top-K, one in each of K prototypes, and both with half of the K shared by all tokens.
 
-    Every token goes through K experts of the same size in each, so products and active weights are equal; what differs
-    is the choice, and how rows lie. Shared experts are one dense network of K/2 times the size; an odd K has one more
-    that is chosen. One prototype alone is top-1, and left out.
+    In each, a token goes through K experts of the same size, so products and active weights are equal; the routing and
+    the order of rows differ. Shared experts are one dense network of K/2 times the size; an odd K routes one more. One
+    prototype is top-1 and left out.
     """
     count, experts = config.experts_per_token, config.num_experts
     chosen, shared = count - count // 2, count // 2
@@ -132,7 +132,7 @@ def routings(config: ExpertsConfig) -> dict[str, ExpertsConfig]:
 
 
 def compare_routings(report: Report, sizes: Sizes, x: Tensor) -> None:
-    """Times a layer of each way in turn on x (B S D) and fills the report's `routings` and `over_top_k`."""
+    """Time a layer of each method in turn on x (B S D); set `routings` and `over_top_k` of the report."""
     timings: dict[str, Timing] = {}
     candidates: dict[str, Part] = {}
     config = sizes.backbone.experts
@@ -150,8 +150,8 @@ def compare_routings(report: Report, sizes: Sizes, x: Tensor) -> None:
     report.later("routings", figures)
     report.later("over_top_k", partial(_over_reference, report))
     report["note"] = (
-        "one layer, forward and backward; equal active weights; routing: all but the chosen experts' products, and so "
-        "with what shared experts take; over_top_k: tokens a second, where top_k is 1"
+        "one layer, forward and backward; equal active weights; routing: everything but the products of the routed "
+        "experts, shared experts included; over_top_k: tokens per second relative to top_k"
     )
     timings |= {f"{name}{part}": Timing() for name in ways for part in ("", " products")}
     for name, way in ways.items():

@@ -1,4 +1,4 @@
-"""The benchmark fp8: what 8-bit expert products cost in accuracy, and on a Hopper GPU what they gain in time."""
+"""Benchmark `fp8`: accuracy of 8-bit expert products, and their speed on a Hopper GPU."""
 
 # Shapes: B rows, S tokens of a row, R rows sent to experts, K and N widths, E experts
 
@@ -35,31 +35,31 @@ LARGEST = torch.finfo(EIGHT_BITS).max
 
 
 def on_hopper(device: torch.device) -> bool:
-    """Whether torch's scaled grouped product with a scale for each row runs here: on compute capability 9.0 alone."""
+    """Return whether torch's scaled grouped product with a scale per row runs here: compute capability 9.0 only."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """… K -> the same in eight bits, and … scales that they are to be multiplied with, one for each row."""
+    """Return the values in 8 bits, and one scale per row.  # … K -> … K, …"""
     scale = (x.abs().amax(-1).float() / LARGEST).clamp(min=1e-12)
     return (x.float() / scale.unsqueeze(-1)).to(EIGHT_BITS), scale
 
 
 @functools.cache
 def compiled_quantise() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """`quantise` as one kernel, for a GPU."""
+    """Return `quantise` compiled to one kernel, for a GPU."""
     return torch.compile(quantise)
 
 
 def rounded(x: Tensor, block: int | None = None) -> Tensor:
-    """What is left of x after eight bits with a scale for each row, or for each B numbers of one.  # … K -> … K"""
+    """Return x rounded to 8 bits, with a scale per row or per block of a row.  # … K -> … K"""
     parts = x if block is None else x.unflatten(-1, (-1, block))
     small, scale = quantise(parts)
     return (small.float() * scale.unsqueeze(-1)).to(x.dtype).view(x.shape)
 
 
 def scaled_product(rows: Tensor, weight: Tensor, counts: Tensor, block: int | None = None) -> Tensor:
-    """As `grouped_mm`, both operands in eight bits: R K, E K N, E -> R N."""
+    """Return `grouped_mm` with both operands in 8 bits.  # R K, E K N, E -> R N"""
     if block is None and on_hopper(rows.device):
         return _kernel(rows, weight, counts)
     return scaled_product_reference(rows, weight, counts, block)
@@ -68,7 +68,7 @@ def scaled_product(rows: Tensor, weight: Tensor, counts: Tensor, block: int | No
 def scaled_product_reference(
     rows: Tensor, weight: Tensor, counts: Tensor, block: int | None = None
 ) -> Tensor:
-    """The reference: both operands rounded to eight bits, then multiplied as they are."""
+    """Return the reference: both operands rounded to 8 bits, multiplied in their own dtype."""
     small = rounded(weight.mT.contiguous(), block).mT
     return grouped_mm_reference(rounded(rows, block), small, counts)
 
@@ -85,7 +85,7 @@ def _kernel(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """y = x·W and dx = dy·Wᵀ in eight bits; dW = xᵀ·dy as it is, since its sums are over few and uneven rows."""
+    """y = x·W and dx = dy·Wᵀ in 8 bits; dW = xᵀ·dy in bf16, because its sums are over few and uneven rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -102,13 +102,13 @@ class _Product(torch.autograd.Function):
 
 
 def eight_bit_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`scaled_product` with a gradient, for a layer that learns: R K, E K N, E -> R N."""
+    """Return `scaled_product` with a gradient, for training.  # R K, E K N, E -> R N"""
     product: Tensor = _Product.apply(rows, weight, counts)
     return product
 
 
 class EightBitExperts(Experts):
-    """A sparse layer whose two products run in eight bits, in one process and without a capacity."""
+    """A sparse layer with both products in 8 bits, in one process and without a capacity."""
 
     def forward(
         self, x: Tensor, router: Router, valid: Tensor, exchange: TokenDispatcher, layer: int
@@ -123,14 +123,14 @@ class EightBitExperts(Experts):
         return unpermute(rows, routing.gate, plan).view_as(x), self._report(routing, plan, valid, layer)
 
 
-WORTH = {"gain": 0.15, "loss_difference": 0.01}  # what it takes to become an option of training
+WORTH = {"gain": 0.15, "loss_difference": 0.01}  # required to become an option of training
 BLOCK = 128
 NO_HOPPER = (
-    "torch's grouped product of eight-bit numbers needs a GPU of the Hopper generation (compute capability 9.0), "
-    "which this machine lacks: only errors are measured, by the reference implementation"
+    "torch's grouped product of 8-bit numbers needs a Hopper GPU (compute capability 9.0): only errors are measured, "
+    "with the reference implementation"
 )
 LOSS_STEPS = {"cpu": 80, "cuda": 600}
-BYTES = 256  # the words of the loss runs: texts as bytes
+BYTES = 256  # vocabulary of the loss runs: texts as bytes
 LOSS_SIZES = {
     "cpu": Sizes(
         num_layers=2, width=128, num_heads=2, num_kv_heads=1, head_dim=64,
@@ -148,7 +148,7 @@ def bench_fp8(
     seconds: TimeLimit = None,
     json_path: Json = None,
 ) -> dict[str, Any]:
-    """Expert products in 8 bits: rounding errors and loss everywhere, and the time on a Hopper GPU.
+    """Measure expert products in 8 bits: rounding error and loss, and on a Hopper GPU the time.
 
     \b
     Example: python -m benchmarks fp8 --config a --json fp8.json
@@ -170,10 +170,10 @@ def bench_fp8(
 
 
 def product_errors(sizes: Sizes) -> dict[str, dict[str, float]]:
-    """Relative error (Frobenius) of the first product and of its input's gradient, by how scales are given.
+    """Return the relative error (Frobenius) of the first product and of its input gradient, by granularity of scales.
 
-    On few experts, at the widths of the sizes; inputs and weights are normal, a few columns of the input 20 times as
-    large, as they are in trained models.
+    Few experts at the given sizes; inputs and weights are normal, a few columns of the input 20 times as large, as in
+    trained models.
     """
     generator = torch.Generator().manual_seed(0)
     experts, rows = 2, 64
@@ -183,7 +183,7 @@ def product_errors(sizes: Sizes) -> dict[str, dict[str, float]]:
     upstream = torch.randn(experts * rows, 2 * sizes.hidden, generator=generator)  # R N
     counts = torch.full((experts,), rows)
     found = {}
-    for name, block in (("a scale for each row", None), (f"for each {BLOCK} numbers of a row", BLOCK)):
+    for name, block in (("a scale per row", None), (f"a scale per {BLOCK} numbers of a row", BLOCK)):
         if block and (sizes.width % block or 2 * sizes.hidden % block):
             continue
         found[name] = {
@@ -200,7 +200,7 @@ def _error(rows: Tensor, weight: Tensor, counts: Tensor, block: int | None) -> f
 
 
 def measure_speed(found: dict[str, Any], sizes: Sizes, device: torch.device, report: Report) -> None:
-    """Milliseconds of a layer's products both ways, with what quantising takes, and what a whole step would gain."""
+    """Measure a layer's products in bf16 and in 8 bits, quantization included; estimate the gain of a step."""
     layers = sizes.num_layers
     timings = _time_products(sizes, device, report)
     found["layer_ms"] = {name: round(1000 * timing.median, 3) for name, timing in timings.items()}
@@ -214,7 +214,7 @@ def measure_speed(found: dict[str, Any], sizes: Sizes, device: torch.device, rep
 
 
 def _time_products(sizes: Sizes, device: torch.device, report: Report) -> dict[str, Timing]:
-    """Products of one layer and their gradients in either way, and the quantising of its weights in both layouts."""
+    """Return products of one layer and their gradients in both precisions, and the quantization of its weights."""
     with device:
         up = torch.randn(sizes.num_experts, sizes.width, 2 * sizes.hidden, dtype=torch.bfloat16)
         down = torch.randn(sizes.num_experts, sizes.hidden, sizes.width, dtype=torch.bfloat16)
@@ -237,7 +237,7 @@ def _time_products(sizes: Sizes, device: torch.device, report: Report) -> dict[s
 
 
 def compare_losses(report: Report, device: torch.device) -> None:
-    """Trains one small decoder on the bytes of embedded texts twice, with and without eight bits, step by step."""
+    """Train one small decoder on the bytes of embedded texts with and without 8 bits, on the same batches."""
     sizes, steps = LOSS_SIZES[device.type], LOSS_STEPS[device.type]
     losses: dict[str, list[float]] = {"plain": [], "fp8": []}
     report.later("loss", partial(_loss_figures, losses))
@@ -281,7 +281,7 @@ def _decoder(sizes: Sizes, device: torch.device, eight_bits: bool) -> tuple[Deco
 
 
 def _loss_figures(losses: dict[str, list[float]]) -> dict[str, Any] | None:
-    """Means over the last quarter of the steps that both took, and their relative difference."""
+    """Return mean losses over the last quarter of the common steps, and their relative difference."""
     steps = min(len(taken) for taken in losses.values())
     if not steps:
         return None

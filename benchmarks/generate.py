@@ -1,4 +1,4 @@
-"""Masked-parallel against autoregressive decoding of the same image codes, by the same backbone."""
+"""Benchmark `generate`: masked parallel and autoregressive decoding of image codes by the same backbone."""
 
 # Shapes: B rows, N places, G codes a place, D width
 
@@ -29,7 +29,7 @@ SECONDS = 150.0
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared: a preset, a codec of 256 positions, steps of masked-parallel decoding, guidance in both."""
+    """Preset, codec of 256 positions, steps of masked parallel decoding, guidance of both methods."""
 
     preset: str = "nano"
     codec: str = "image-256"
@@ -39,10 +39,10 @@ class Setting:
 
 
 class Autoregressive:
-    """Position after position from cached keys and values, by the same fast step as text: one token a step.
+    """Autoregressive decoding with a key-value cache, one position per step, by the same step as text.
 
-    Each position's codes are drawn by the same head, given all earlier positions; with guidance, a second row
-    reads no prompt. What the codes look like is not judged: the work is that of a model trained to be decoded so.
+    The head predicts the codes of a position from all earlier positions; with guidance, a second row has no prompt. The
+    quality of the codes is not evaluated: the work is that of a model trained for this order.
     """
 
     def __init__(self, omni: Omni, text: Text, positions: int, room: int) -> None:
@@ -56,7 +56,7 @@ class Autoregressive:
 
     @torch.inference_mode()
     def draw(self, prompt: list[Any], like: dict[str, Tensor], guidance: float) -> Tensor:
-        """Codes of all positions.  # -> N G"""
+        """Return codes of all positions.  # -> N G"""
         position, _ = prefill(self.omni, prompt, self.cache, 0)
         rows = 2 if guidance > 0 else 1
         start = torch.tensor([position, 0][:rows], device=self.omni.device)
@@ -89,7 +89,7 @@ class Autoregressive:
 def bench_generate(
     json_path: Json = None,
 ) -> None:
-    """An image of 256 positions by masked-parallel decoding, and position after position.
+    """Decode an image of 256 positions by masked parallel and by autoregressive decoding.
 
     \b
     Example: python -m benchmarks generate --json generate.json
@@ -99,7 +99,7 @@ def bench_generate(
 
 
 def compare(setting: Setting, report: Report) -> None:
-    """Puts the figures of both ways of decoding into the report."""
+    """Add the results of both methods to the report."""
     device = resolve_device()
     omni, modalities = _model(setting, device)
     image, text = modalities["image"], modalities["text"]
@@ -147,7 +147,7 @@ def _ratio(timings: dict[str, Timing]) -> float | None:
 
 
 def _model(setting: Setting, device: torch.device) -> tuple[Omni, Any]:
-    """Untrained: time does not depend on the weights."""
+    """Return an untrained model: time does not depend on the weights."""
     preset = PRESETS[setting.preset]
     values = {"image": {"codec": setting.codec}}
     modalities = build_modalities(

@@ -1,4 +1,4 @@
-"""How benchmarks measure and report: interleaved timing, medians, one JSON object, also if they are cut short."""
+"""Measurement and report of benchmarks: interleaved timing, medians, one JSON object, also if interrupted."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ import typer
 
 from openm6.core.files import replace_text
 
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results there as well.")]
-Seconds = Annotated[float, typer.Option("--seconds", help="No new part begins after so long.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the results to this file.")
+]
+Seconds = Annotated[float, typer.Option("--seconds", help="Time after which no new part starts.")]
 TimeLimit = Annotated[
     float | None,
-    typer.Option("--seconds", min=1.0, help="No new part begins after so long; by default by device."),
+    typer.Option("--seconds", min=1.0, help="Time after which no new part starts; default by device."),
 ]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Timed steps.")]
-Baseline = Annotated[str, typer.Option("--baseline", metavar="transformers|none", help="The baseline.")]
+Baseline = Annotated[str, typer.Option("--baseline", metavar="transformers|none", help="Baseline.")]
 SizesName = Annotated[
     str | None,
-    typer.Option("--config", metavar="a|fine|cpu", help="Sizes: by default those that fit the device."),
+    typer.Option("--config", metavar="a|fine|cpu", help="Sizes; default by device."),
 ]
-LIMIT = 450.0  # seconds: with the start of Python and torch before it, a benchmark ends within eight minutes
-SPARE = 30.0  # seconds beyond the deadline for the part that is under way
-ENDINGS = {"SIGINT": "stopped by Ctrl-C", "SIGTERM": "stopped by SIGTERM", "SIGALRM": "the time was up"}
+LIMIT = 450.0  # seconds; with the start of Python and torch, a benchmark ends within eight minutes
+SPARE = 30.0  # seconds after the deadline for the part in progress
+ENDINGS = {"SIGINT": "stopped by Ctrl-C", "SIGTERM": "stopped by SIGTERM", "SIGALRM": "the time was over"}
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Timing:
         return statistics.median(self.seconds)
 
     def summary(self) -> dict[str, float | int]:
-        """Median, fastest, slowest and number of runs, for the JSON."""
+        """Return median, minimum, maximum and number of runs, for the JSON."""
         return {
             "median": self.median,
             "min": min(self.seconds),
@@ -58,7 +60,7 @@ class Timing:
 
 
 class Deadline:
-    """The moment by which a benchmark must have printed what it has."""
+    """The time after which a benchmark starts no new part."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -82,11 +84,11 @@ def alternate(
     device: torch.device | None = None,
     into: dict[str, Timing] | None = None,
 ) -> dict[str, Timing]:
-    """Times the candidates in turn, so that a machine that warms or throttles treats all alike.
+    """Time the candidates in turn, so that a machine that warms up or throttles affects all alike.
 
-    Each is called `warmup` times untimed, then up to `repeats` times; past the deadline it ends as soon as every
-    candidate has one timing. Seconds are of wall time, the device's queue drained before and after. Timings go `into`
-    the dict that is given, so that whoever is cut short still has those that were taken.
+    Each is called `warmup` times untimed, then up to `repeats` times; after the deadline the loop ends as soon as every
+    candidate has one timing. Seconds are wall time, with the device synchronized before and after. Timings are stored
+    in `into`, so that they remain after an interruption.
     """
     timings = into if into is not None else {}
     for name in candidates:
@@ -107,7 +109,7 @@ def alternate(
 
 
 def emit(result: Mapping[str, Any], path: Path | None) -> None:
-    """Prints the result as one JSON object on standard output, and writes it to `path` where one is given."""
+    """Print the result as one JSON object, and write it to `path` if there is one."""
     text = json.dumps(result, indent=2, ensure_ascii=False)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
@@ -116,14 +118,14 @@ def emit(result: Mapping[str, Any], path: Path | None) -> None:
 
 
 def speed_ratio(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None) -> float | None:
-    """Our tokens a second over theirs; None where either was not measured."""
+    """Return our tokens per second over theirs; None if either was not measured."""
     if ours is None or theirs is None:
         return None
     return round(float(ours["tokens_per_second"] / theirs["tokens_per_second"]), 3)
 
 
 def device_name(device: torch.device) -> str:
-    """What the figures were taken on, in words."""
+    """Return the name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
@@ -135,15 +137,15 @@ def _drain(device: torch.device | None) -> None:
 
 
 class CutShort(BaseException):
-    """Raised wherever the benchmark is when it has to end; no `except Exception` holds it up."""
+    """Raised in the benchmark when it must end; no `except Exception` catches it."""
 
 
 class Report:
-    """The JSON object of one benchmark; as a context it sees to it that what there is gets printed.
+    """The JSON object of one benchmark; as a context manager it prints the results at the end of the block.
 
-    Used as `with Report(path, seconds) as report:`; no part begins past its `deadline`. Past the limit, on Ctrl-C and
-    on SIGTERM, `CutShort` leaves the block, `cut_short` holds the reason, and the results so far are printed. Any other
-    error passes through and prints nothing. Threads other than the main one get no signals: only the deadline holds.
+    Use `with Report(path, seconds) as report:`; no part starts after its `deadline`. After the limit, on Ctrl-C and on
+    SIGTERM, `CutShort` leaves the block, `cut_short` holds the reason, and the results so far are printed. Any other
+    error propagates and prints nothing. Other threads than the main one get no signals: only the deadline applies.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class Report:
         limit: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """seconds: after these no new part begins; limit: after these what is there is printed."""
+        """seconds: no new part starts later; limit: seconds after which the results so far are printed."""
         self.deadline = Deadline(seconds, clock)
         self.found: dict[str, Any] = {}
         self._limit = limit if limit is not None else max(LIMIT, seconds + SPARE)
@@ -168,24 +170,24 @@ class Report:
         self.found[name] = value
 
     def update(self, found: Mapping[str, Any]) -> None:
-        """Several entries at once. Lists and dicts may go on growing afterwards: they are printed as they are then."""
+        """Add several entries. Lists and dicts may grow afterwards: they are printed in their final state."""
         self.found.update(found)
 
     def later(self, name: str, make: Callable[[], Any]) -> None:
-        """An entry that is worked out when the report is printed, from what was measured by then; its place is here."""
+        """Add an entry that is computed when the report is printed; it keeps its position."""
         self.found[name] = None
         self._late[name] = make
 
     def at_end(self, make: Callable[[], Mapping[str, Any]]) -> None:
-        """Several entries that are worked out when the report is printed."""
+        """Add several entries that are computed when the report is printed."""
         self._at_end.append(make)
 
     def __enter__(self) -> Report:
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        if threading.current_thread() is threading.main_thread():  # handlers can be set there only
             for number in signal.Signals:
                 if number.name in ENDINGS:
                     self._previous[number] = signal.signal(number, self._end)
-            if sys.platform != "win32":  # which has no alarm: there the deadline alone holds
+            if sys.platform != "win32":  # Windows has no alarm: only the deadline applies
                 signal.setitimer(signal.ITIMER_REAL, self._limit)
         return self
 
@@ -207,7 +209,7 @@ class Report:
         return True
 
     def _end(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a forked process inherits the handler: it ends as it would without
+        if os.getpid() != self._process:  # a forked process inherits the handler; it ends as without one
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return

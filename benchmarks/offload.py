@@ -1,4 +1,4 @@
-"""The benchmark offload: a few steps of an offloaded model on real tokens, split into computing and waiting."""
+"""Benchmark `offload`: steps of an offloaded model on real tokens, split into compute and transfers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BYTES, ROUNDS = 2**28, 16
 
 
 def link_ceiling(device: torch.device) -> float | None:
-    """Gigabytes a second, in and out together, from registered memory; None where there is no link."""
+    """Return gigabytes per second of pinned memory, both directions together; None without a GPU."""
     if device.type != "cuda":
         return None
     inside = [torch.empty(BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -63,7 +63,7 @@ PHASES = ("fetch", "update", "write_back")
 class OffloadSize:
     """A model and a step; the defaults are for two cores without a GPU.
 
-    tokens a step: rows · length; head_dim is 128 from a width of 1024 on, 32 below
+    tokens per step: rows · length; head_dim is 128 from a width of 1024 on, 32 below
     """
 
     width: int = 128
@@ -82,7 +82,7 @@ class OffloadSize:
     margin_gib: float = 4.0
 
     def recipe(self, num_gpu_layers: str | None = None) -> MultimodalRecipe:
-        """Training on the definitions and the verse that come with the package."""
+        """Return a recipe on the definitions and poems of the package."""
         head = 128 if self.width >= 1024 else 32
         heads = self.width // head
         names = ("wordnet_en", "poems_zh")
@@ -125,7 +125,7 @@ class OffloadSize:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """One step: all of it, by phase, tokens, and bytes over the link."""
+    """One step: seconds, seconds by phase, tokens, and bytes over the link."""
 
     seconds: float
     phases: dict[str, float]
@@ -137,32 +137,34 @@ def bench_offload(
     width: Whole = 128,
     layers: Whole = 6,
     experts: Whole = 8,
-    hidden: Annotated[int, typer.Option("--hidden", min=8, help="Width of one expert.")] = 128,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Experts a token.")] = 1,
+    hidden: Annotated[int, typer.Option("--hidden", min=8, help="Intermediate size of an expert.")] = 128,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Experts per token.")] = 1,
     rows: Whole = 4,
-    length: Annotated[int, typer.Option("--length", min=16, help="Tokens of a row.")] = 256,
+    length: Annotated[int, typer.Option("--length", min=16, help="Tokens per row.")] = 256,
     vocabulary: Whole = 2048,
-    size: Annotated[int, typer.Option("--bytes", metavar="16|4|2|1", help="Bytes a parameter.")] = 2,
+    size: Annotated[int, typer.Option("--bytes", metavar="16|4|2|1", help="Bytes per parameter.")] = 2,
     num_gpu_layers: Annotated[
-        str, typer.Option("--num-gpu-layers", help="Layers that stay on the device: a number, or auto.")
+        str, typer.Option("--num-gpu-layers", help="Layers that stay on the device: a number or auto.")
     ] = "0",
     gradient_accumulation_steps: Annotated[int, typer.Option("--gradient-accumulation-steps", min=1)] = 2,
     recompute_every: Annotated[int, typer.Option("--recompute-every", min=1)] = 1,
     boundaries: Annotated[
-        str, typer.Option("--boundaries", help="device or host: where inputs of layers wait.")
+        str, typer.Option("--boundaries", help="Storage of layer inputs: device or host.")
     ] = "device",
-    margin: Annotated[float, typer.Option("--margin", help="GiB that auto leaves free.")] = 4.0,
+    margin: Annotated[
+        float, typer.Option("--margin", help="GiB of device memory that auto leaves free.")
+    ] = 4.0,
     steps: Steps = 4,
     curve: Annotated[
-        bool, typer.Option("--curve", help="Also the time of a step by the share of layers offloaded.")
+        bool, typer.Option("--curve", help="Add the time of a step by fraction of offloaded layers.")
     ] = False,
     baseline: Annotated[
-        str | None, typer.Option("--baseline", help="deepspeed: the largest size that it trains.")
+        str | None, typer.Option("--baseline", help="deepspeed: find the largest size that it trains.")
     ] = None,
     seconds: Seconds = 420.0,
     json_path: Json = None,
 ) -> None:
-    """Train an offloaded model for a few steps and report where the time goes.
+    """Train an offloaded model for a few steps and report compute and transfer times.
 
     \b
     Example: python -m benchmarks offload --width 4096 --layers 51 --experts 32 --hidden 4096 --rows 32 --length 2048
@@ -184,7 +186,7 @@ def measure(
         ConfigError: the model does not fit this machine, or no such baseline.
     """
     if baseline not in (None, "deepspeed"):
-        raise ConfigError(f"--baseline {baseline} is unknown: deepspeed is the one there is")
+        raise ConfigError(f"--baseline {baseline} is unknown: use deepspeed")
     device = resolve_device()
     with Report(json_path, seconds) as report:
         report["device"] = device_name(device)
@@ -203,7 +205,7 @@ def measure(
 def measure_offload(
     report: Report, size: OffloadSize, steps: int, device: torch.device, meter: Meter
 ) -> None:
-    """Puts all figures of one size into the report; the first step warms up and is not counted."""
+    """Add the results of one size to the report; the first step is a warm-up."""
     times: list[StepTimes] = []
     with tempfile.TemporaryDirectory() as folder:
         training, train_step = _open(size, None, folder, device)
@@ -218,7 +220,7 @@ def measure_offload(
         with meter.span() as span:
             while len(times) < steps and not (times and report.deadline.passed):
                 times.append(_timed_step(training, train_step, next(batches), len(times) + 2))
-        # At once: what is measured next would count as this size's peak of memory.
+        # Immediately, because the next measurement would count as peak memory of this size.
         report.update(_figures(size, training, train_step, times, device))
         report.update(_energy(span.joules, span.source, sum(time.tokens for time in times)))
         settled = True
@@ -231,7 +233,7 @@ def measure_offload(
 def offload_curve(
     size: OffloadSize, device: torch.device, deadline: Deadline, found: list[dict[str, float]]
 ) -> None:
-    """Adds seconds a step against the share of layers that are offloaded, from none to all."""
+    """Add seconds per step by fraction of offloaded layers, from none to all."""
     for quarter in range(5):
         offloaded = round(size.layers * quarter / 4)
         with tempfile.TemporaryDirectory() as folder:
@@ -258,7 +260,7 @@ def _open(
 def _timed_step(
     training: MultimodalTraining, train_step: OffloadedTrainStep, batch: Any, step: int
 ) -> StepTimes:
-    """One step from its first fetch to its last set written back."""
+    """Time one step from its first fetch to its last write-back."""
     store, before = train_step.store, train_step.store.moved_bytes
     store.synchronize()
     store.timer.take()
@@ -301,7 +303,7 @@ def _figures(
         "tokens_per_step": tokens,
         "places_per_step": size.rows * size.length,
         "tokens_per_second": tokens / seconds,
-        # Forward and backward are 6 operations a parameter and token; running forward again makes 8 of them.
+        # Forward and backward take 6 operations per parameter and token; recomputation makes them 8.
         "tflops": 6 * active * tokens / seconds / 1e12,
         "tflops_with_recompute": 8 * active * tokens / seconds / 1e12,
         "link_gbps": moved / seconds / 1e9,

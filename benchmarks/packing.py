@@ -1,4 +1,4 @@
-"""The benchmark packing: packed examples of all modalities beside dense rows of text, trained on by the same model."""
+"""Benchmark `packing`: training on packed multimodal examples and on dense rows of text, with the same model."""
 
 # Shapes: R rows, S tokens of a row
 
@@ -33,7 +33,7 @@ from openm6.train.step import TrainStep
 
 RECIPE = "demo"  # its mixture of embedded data has all sixteen pairs of modalities
 GOAL = 0.9
-BATCHES = {"cpu": 8, "cuda": 16}  # different ones of each kind
+BATCHES = {"cpu": 8, "cuda": 16}  # distinct batches of each kind
 SIZES = {
     "cpu": ["packing.batch_size=2", "packing.seq_len=512"],
     "cuda": [
@@ -48,7 +48,7 @@ TEXTS = ("wordnet_en", "poems_zh")  # embedded data that dense rows are filled w
 
 @dataclass
 class Stream:
-    """Batches of one kind that are trained on in turn, and the real tokens of those that were timed."""
+    """Batches of one kind, and the real tokens of those that were timed."""
 
     batches: Sequence[Batch]
     timing: Timing = field(default_factory=Timing)
@@ -59,7 +59,7 @@ class Stream:
         self.tokens: list[int] = []
 
     def step(self, train_step: TrainStep, number: Iterator[int]) -> None:
-        """Forward, backward and update on the next batch."""
+        """Run forward, backward and update on the next batch."""
         batch = next(self._next)
         self.tokens.append(batch.tokens)
         train_step.update(batch, next(number), None)
@@ -72,7 +72,7 @@ def bench_packing(
         list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings of the recipe demo.")
     ] = None,
 ) -> dict[str, Any]:
-    """Packed examples of all modalities beside dense rows of text: tokens a second of one model, and padding.
+    """Compare training on packed multimodal examples and on dense rows of text: tokens per second and padding.
 
     \b
     Example: python -m benchmarks packing --json packing.json
@@ -92,7 +92,7 @@ def bench_packing(
 
 
 def measure(report: Report, training: MultimodalTraining, device: torch.device) -> None:
-    """Fills the report: both streams in turn, after two rounds that warm up."""
+    """Measure both streams in turn, after two warm-up rounds."""
     train_step, recipe = TrainStep(training, training.recipe.loop), training.recipe
     report["rows"], report["length"] = recipe.packing.batch_size, recipe.packing.seq_len
     report["parameters"], report["active_parameters"] = training.omni.count_parameters()
@@ -115,7 +115,7 @@ def measure(report: Report, training: MultimodalTraining, device: torch.device) 
 
 
 def _packed(training: MultimodalTraining, count: int) -> Stream:
-    """The first batches of the mixture, made as training makes them."""
+    """Return the first batches of the mixture, as in training."""
     batches, made, seconds = training.batches(), [], []
     for _ in range(count):
         began = time.perf_counter()
@@ -125,7 +125,7 @@ def _packed(training: MultimodalTraining, count: int) -> Stream:
 
 
 def dense_text(training: MultimodalTraining, count: int) -> list[Batch]:
-    """Batches whose rows are one text each, without padding, every token learned and causal."""
+    """Return batches of causal rows of text without padding, with a loss on every token."""
     rows, length = training.recipe.packing.batch_size, training.recipe.packing.seq_len
     text = training.modalities["text"]
     assert isinstance(text, Text)
@@ -139,7 +139,7 @@ def dense_text(training: MultimodalTraining, count: int) -> list[Batch]:
 
 
 def _words(sources: Iterable[Source]) -> list[str]:
-    """Every text of the sources, in their order."""
+    """Return all texts of the sources, in order."""
     return [
         text
         for source in sources
@@ -149,7 +149,7 @@ def _words(sources: Iterable[Source]) -> list[str]:
 
 
 def _figures(stream: Stream, places: int) -> dict[str, Any] | None:
-    """Real tokens a second, the median over steps, and what the rows hold."""
+    """Return real tokens per second (median over steps) and statistics of the rows."""
     seconds = stream.timing.seconds
     if not seconds:
         return None
@@ -178,7 +178,7 @@ def _quartiles(rates: list[float]) -> list[float]:
 
 
 def _compilations(training: MultimodalTraining) -> int:
-    """Graphs compiled so far for the blocks."""
+    """Return the number of graphs compiled for the blocks so far."""
     run = training.omni.backbone.run_block
     run = run.run if isinstance(run, RecomputedBlocks) else run
     return run.compilations if isinstance(run, CompiledBlocks) else 0

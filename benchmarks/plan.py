@@ -1,4 +1,4 @@
-"""The benchmark plan: what `openm6 plan` predicts of a run on this machine, beside the run itself."""
+"""Benchmark `plan`: predictions of `openm6 plan` on this machine, compared with the run itself."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CASES: dict[str, list[str]] = {
 
 
 def bench_plan(seconds: Seconds = 420.0, json_path: Json = None) -> None:
-    """Time, energy and memory of short runs of the demo as predicted from a few steps, and as measured.
+    """Compare predicted and measured time, energy and memory of short demo runs.
 
     \b
     Example: python -m benchmarks plan --json plan.json
@@ -46,7 +46,7 @@ def bench_plan(seconds: Seconds = 420.0, json_path: Json = None) -> None:
 
 
 def compare(recipe: str, overrides: list[str]) -> dict[str, Any]:
-    """Prediction, measurement and relative error of one run.
+    """Return prediction, measurement and relative error of one run.
 
     Raises:
         TrainingError: the run failed.
@@ -67,7 +67,7 @@ def compare(recipe: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def _train(recipe: str, overrides: list[str], run: RunFolder) -> dict[str, float]:
-    """Means of a whole run, from its own metrics and by the clock."""
+    """Return the means of a whole run from its metrics, and its wall time."""
     command = [sys.executable, "-m", "openm6", "train", recipe, *overrides, "--out", str(run.path)]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -85,6 +85,6 @@ def _train(recipe: str, overrides: list[str], run: RunFolder) -> dict[str, float
 
 
 def _within_goal(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """How many of the runs were predicted within the goal, by what was predicted."""
+    """Return the number of runs within the goal, by quantity."""
     names = [name for name in rows[0] if name != "name"] if rows else []
     return {name: f"{sum(abs(row[name]['error']) <= GOAL for row in rows)} of {len(rows)}" for name in names}

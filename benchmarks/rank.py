@@ -1,8 +1,8 @@
-"""The benchmark rank: the share of one rank of a large run, on this machine, at each share of layers offloaded.
+"""Benchmark `rank`: one rank of a large run on this machine, by fraction of offloaded layers.
 
-The rank's own experts, attention, norms and updates are real. The other ranks are played by an exchange of the same
-volume: each row is copied as often as an all-to-all would bring rows from elsewhere, and the answers are gathered.
-What is left out is the network itself and the router over all experts (below one percent of the arithmetic).
+Experts, attention, norms and updates of the rank are real. The other ranks are emulated by copies: each row is copied
+as often as an all-to-all would receive rows from other ranks, and the outputs are gathered. The network and the router
+over all experts (below one percent of the operations) are left out.
 """
 
 # Shapes: T tokens of a rank, E' experts of a rank, D width
@@ -38,7 +38,7 @@ OFFLOADED = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class PlayedDispatcher(LocalDispatcher):
-    """As many rows for each expert that lives here as all ranks together would send, copies of this rank's own."""
+    """Give each local expert as many rows as all ranks together would send, by copies of the rank's own rows."""
 
     def __init__(self, copies: int) -> None:
         self.copies = copies
@@ -58,7 +58,7 @@ class PlayedDispatcher(LocalDispatcher):
 
 @dataclass(frozen=True)
 class RankSize:
-    """A rank's share of a backbone, and its rows of a step."""
+    """The part of a backbone on one rank, and its rows per step."""
 
     whole: BackboneConfig
     ranks: int
@@ -74,13 +74,13 @@ class RankSize:
     def _experts(self) -> int:
         if self.whole.experts is None or self.whole.experts.num_experts % self.ranks:
             raise ConfigError(
-                f"--ranks {self.ranks} cannot share the model's experts evenly: choose a divisor of them"
+                f"--ranks {self.ranks} cannot hold equal numbers of experts: choose a divisor of their number"
             )
         return self.whole.experts.num_experts
 
     @property
     def copies(self) -> int:
-        """Rows that one expert gets for each token of a rank: choices · ranks / experts, with the capacity's slack."""
+        """Rows per expert and token of a rank: experts per token · ranks / experts · capacity factor."""
         experts = self.whole.experts
         assert experts is not None
         return max(
@@ -89,7 +89,7 @@ class RankSize:
         )
 
     def recipe(self, num_gpu_layers: int) -> MultimodalRecipe:
-        """Training on texts that come with the package, `num_gpu_layers` layers on the device, the others offloaded."""
+        """Return a recipe on texts of the package, with `num_gpu_layers` layers on the device, the others offloaded."""
         own = self.experts_per_rank
         experts = {"num_experts": own, "top_k": own, "num_prototypes": None, "capacity_factor": None}
         kept = self.whole.experts.model_dump() if self.whole.experts is not None else {}
@@ -112,7 +112,7 @@ class RankSize:
 
 
 def rank_size(name: str, ranks: int, on_gpu: bool) -> RankSize:
-    """The share of one of `ranks` ranks; without a GPU of a model of the same form that is some 1,000 times smaller."""
+    """Return the part of one of `ranks` ranks; without a GPU, of a model of the same form some 1,000 times smaller."""
     whole = preset(name).backbone
     if on_gpu:
         return RankSize(whole, ranks, rows=4, length=1024, gradient_accumulation_steps=4)
@@ -139,7 +139,7 @@ def bench_rank(
     seconds: Seconds = 420.0,
     json_path: Json = None,
 ) -> None:
-    """One rank's share of a large model, trained at each share of layers offloaded; small without a GPU.
+    """Train the part of one rank of a large model, by fraction of offloaded layers; a small model without a GPU.
 
     \b
     Example: python -m benchmarks rank --of m6-10t --ranks 512 --json rank.json
@@ -173,7 +173,7 @@ def bench_rank(
 def measure_share(
     size: RankSize, offloaded: float, steps: int, device: torch.device, meter: Meter
 ) -> tuple[dict[str, Any], int]:
-    """One point of the curve, and the parameters that the rank holds; the first step warms up."""
+    """Return one point of the curve and the parameters of the rank; the first step is a warm-up."""
     layers = size.whole.num_layers
     with tempfile.TemporaryDirectory() as folder:
         recipe = size.recipe(layers - round(layers * offloaded))

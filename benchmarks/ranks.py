@@ -1,4 +1,4 @@
-"""Processes joined by gloo for benchmarks of many ranks on one machine."""
+"""Several ranks on one machine, joined by gloo."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import typer
 
 from openm6.core.errors import ConfigError, OpenM6Error, TrainingError
 
-Of = Annotated[str, typer.Option("--of", metavar="PRESET", help="The model of which a rank has a share.")]
+Of = Annotated[str, typer.Option("--of", metavar="PRESET", help="Preset of the whole model.")]
 NumRanks = Annotated[int, typer.Option("--ranks", min=1, help="Ranks of the whole run.")]
-LOOK_EVERY = 0.5  # seconds between two looks for a process that has died
+LOOK_EVERY = 0.5  # seconds between checks for failed processes
 
 
 def parse_counts(words: str) -> tuple[int, ...]:
-    """`1,2,4` as numbers.
+    """Return `1,2,4` as integers.
 
     Raises:
         ConfigError: something else.
@@ -34,12 +34,12 @@ def parse_counts(words: str) -> tuple[int, ...]:
 
 
 def on_ranks(size: int, work: Callable[..., Any], *values: Any, seconds: float = 300.0) -> list[Any]:
-    """What `work(*values)` returns on each of `size` processes, each with one thread; `work` must be importable.
+    """Return the results of `work(*values)` on `size` processes of one thread each; `work` must be importable.
 
     Raises:
         TrainingError: a process failed, or did not answer in time.
     """
-    # Forked from one that has imported all this: a new import would take each process seconds.
+    # Forked from a process with all imports, which would otherwise take seconds in each.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, work.__module__])
     answers = context.Queue()

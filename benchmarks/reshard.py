@@ -1,4 +1,4 @@
-"""The benchmark reshard: a checkpoint written by some ranks and read by others, and how long training stands still."""
+"""Benchmark `reshard`: a checkpoint written by several ranks and read by others, and the pause of training."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank reports after saving."""
+    """Results of a rank after saving."""
 
     copied: float  # seconds of a plain copy of all its tensors on the host
     stood_still: float  # seconds until training could go on
@@ -64,7 +64,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Read:
-    """What a rank reports after loading."""
+    """Results of a rank after loading."""
 
     seconds: float
     peak: int
@@ -72,13 +72,13 @@ class Read:
 
 
 def bench_reshard(
-    size: Annotated[str, typer.Option("--size", metavar="1b|small", help="Parameters of the model.")] = "1b",
+    size: Annotated[str, typer.Option("--size", metavar="1b|small", help="Size of the model.")] = "1b",
     ranks: Annotated[int, typer.Option("--ranks", min=2, help="Processes that write.")] = 4,
     to: Annotated[str, typer.Option("--to", metavar="2,1", help="Processes that read, in turn.")] = "2,1",
     seconds: Seconds = 420.0,
     json_path: Json = None,
 ) -> None:
-    """A checkpoint written by several processes and read by others: seconds, memory, how long training waits.
+    """Write a checkpoint with several processes and read it with others: time, memory, pause of training.
 
     \b
     Example: python -m benchmarks reshard --ranks 4 --to 2,1 --json reshard.json
@@ -113,8 +113,8 @@ def bench_reshard(
             read.append(_reading(count, found, written))
 
 
-def _reached(read: list[dict[str, Any]], wanted: int) -> bool:
-    return len(read) == wanted and all(one["seconds"] <= GOAL_SECONDS for one in read)
+def _reached(read: list[dict[str, Any]], expected: int) -> bool:
+    return len(read) == expected and all(one["seconds"] <= GOAL_SECONDS for one in read)
 
 
 def _checked(size: str, ranks: int, to: tuple[int, ...]) -> BackboneConfig:
@@ -154,12 +154,12 @@ def _reading(count: int, found: list[Read], written: list[Written]) -> dict[str,
 
 
 def mesh_shape(ranks: int) -> MeshShape:
-    """Experts dealt out to half of the ranks and cut over two, where there are that many."""
+    """Return a mesh with experts distributed over half of the ranks and sharded over two, if possible."""
     return MeshShape(1, 1, ranks) if ranks < 4 or ranks % 2 else MeshShape(1, 2, ranks // 2)
 
 
 def write_part(size: str, folder: str) -> Written:
-    """One rank's share: fills its part of the model and saves it."""
+    """Fill the part of one rank and save it."""
     model, optimizer, layout = build_part(size)
     assert layout is not None
     for number, (name, tensor) in enumerate(_tensors(model, optimizer)):
@@ -182,7 +182,7 @@ def write_part(size: str, folder: str) -> Written:
 
 
 def read_part(size: str, folder: str) -> Read:
-    """One rank's share of loading, or all of it for one process."""
+    """Load the part of one rank, or the whole model in one process."""
     model, optimizer, layout = build_part(size)
     checkpoint = step_folder(Path(folder), STEP)
     dist.barrier()
@@ -195,7 +195,7 @@ def read_part(size: str, folder: str) -> Read:
 
 
 def build_part(size: str) -> tuple[Backbone, torch.optim.Optimizer, Layout | None]:
-    """This rank's part of a model, with memory for its values and moments; the whole never stands anywhere."""
+    """Return the part of this rank, with storage for values and moments; no process holds the whole model."""
     ranks = dist.get_world_size()
     layout = open_layout(mesh_shape(ranks), CPU) if ranks > 1 else None
     with torch.device("meta"):
@@ -217,7 +217,7 @@ def _tensors(model: Backbone, optimizer: torch.optim.Optimizer) -> Iterator[tupl
 
 
 def _checksum(model: Backbone, optimizer: torch.optim.Optimizer, layout: Layout | None) -> float:
-    """The sum of all numbers of all ranks; what all have alike counts once, what experts' ranks hold each."""
+    """Return the sum of all values of all ranks; replicated ones count once."""
     total = torch.zeros((), dtype=torch.float64)
     place = dist.get_rank()
     for _, tensor in _tensors(model, optimizer):
@@ -230,5 +230,5 @@ def _checksum(model: Backbone, optimizer: torch.optim.Optimizer, layout: Layout 
 
 
 def _peak() -> int:
-    """Bytes that this process held at most."""
+    """Return the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""The benchmark scaling: a step on 1, 2 and more processes of this machine, and a model of 1 to 512 GPUs."""
+"""Benchmark `scaling`: a step on 1, 2 and more processes of this machine, and a cost model of 1 to 512 GPUs."""
 
 from __future__ import annotations
 
@@ -35,17 +35,19 @@ SMALL = BackboneConfig(
 
 
 def bench_scaling(
-    processes: Annotated[str, typer.Option("--processes", metavar="1,2,4", help="How many.")] = "1,2,4",
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of a step, of all processes.")] = 8,
+    processes: Annotated[
+        str, typer.Option("--processes", metavar="1,2,4", help="Numbers of processes.")
+    ] = "1,2,4",
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows per step of all processes.")] = 8,
     steps: Steps = 8,
     of: Of = "m6-10t",
     gpu_kind: Annotated[
-        str, typer.Option("--gpu", metavar="KIND", help="Of the model's GPUs, as for plan.")
+        str, typer.Option("--gpu", metavar="KIND", help="GPU of the cost model, as in openm6 plan.")
     ] = "h100-80gb",
     seconds: Seconds = 150.0,
     json_path: Json = None,
 ) -> None:
-    """A step on 1, 2 and more processes here, measured, and on up to 512 GPUs, modelled.
+    """Measure a step on several processes here, and model one on up to 512 GPUs.
 
     \b
     Example: python -m benchmarks scaling --json scaling.json
@@ -55,7 +57,7 @@ def bench_scaling(
     num_experts = SMALL.experts.num_experts
     if wrong := [size for size in counts if rows % size or num_experts % size]:
         raise ConfigError(
-            f"{rows} rows and {num_experts} experts cannot be shared by {wrong[0]} processes: choose divisors of both"
+            f"{rows} rows and {num_experts} experts cannot be divided by {wrong[0]} processes: choose divisors of both"
         )
     measured: list[dict[str, Any]] = []
     with Report(json_path, seconds) as report:
@@ -73,7 +75,7 @@ def bench_scaling(
 
 
 def model_steps(of: str, kind: str) -> list[dict[str, Any]]:
-    """A step of a preset at two bytes a parameter on 1 to 512 GPUs, by the planner's rates; host memory is ignored.
+    """Return a modelled step of a preset at 2 bytes per parameter on 1 to 512 GPUs; host memory is ignored.
 
     Raises:
         ConfigError: no such preset or GPU.
@@ -100,7 +102,7 @@ def model_steps(of: str, kind: str) -> list[dict[str, Any]]:
 def _measured(
     processes: tuple[int, ...], rows: int, steps: int, deadline: Deadline
 ) -> Iterator[dict[str, Any]]:
-    """Each number of processes, copied and with experts dealt out, with as many rows in all and with as many each."""
+    """Yield results by number of processes, for data and expert parallelism, strong and weak scaling."""
     for size in processes:
         for way in ("data", "experts") if size > 1 else ("data",):
             for scaling, rows_each in (("strong", rows // size), ("weak", rows // processes[-1])):
@@ -118,7 +120,7 @@ def _measured(
 
 
 def time_steps(way: str, rows: int, steps: int) -> float:
-    """The median seconds of a forward, backward and update on this rank's rows."""
+    """Return the median seconds of forward, backward and update on the rows of this rank."""
     ranks = DistributedContext(torch.device("cpu"), 120)
     torch.manual_seed(0)
     model = Backbone(SMALL)

@@ -1,4 +1,4 @@
-"""The benchmark serve: text by continuous batching beside transformers on the same weights, then mixed requests."""
+"""Benchmark `serve`: text generation compared with `transformers` on the same weights, then a mixed load."""
 
 # Shapes: V vocabulary
 
@@ -34,12 +34,12 @@ from openm6.serve.config import EngineConfig
 
 @torch.inference_mode()
 def answer_prompts(
-    rows: DecodeBatch, prompts: list[list[int]], given: int, moments: list[float] | None = None
+    rows: DecodeBatch, prompts: list[list[int]], new_tokens: int, moments: list[float] | None = None
 ) -> Seen:
-    """All prompts through the rows, greedily, each from its moment on (None: all are there at once)."""
+    """Generate greedily for all prompts, each from its arrival on (None: all at once)."""
     moments = [0.0] * len(prompts) if moments is None else moments
     waiting, seen = list(enumerate(prompts)), Seen()
-    sampling = Sampling(max_tokens=given)
+    sampling = Sampling(max_tokens=new_tokens)
     began = time.perf_counter()
     while waiting or rows.rows:
         now = time.perf_counter() - began
@@ -67,7 +67,7 @@ def answer_prompts(
 
 
 def _fits(arrived: list[tuple[int, list[int]]], prompt: list[int]) -> bool:
-    """Whether one more prompt may be read in the same pass, as the engine's `prefill` has it."""
+    """Return whether one more prompt fits the pass, as with `max_num_batched_tokens` of the engine."""
     return (
         not arrived
         or sum(len(other) for _, other in arrived) + len(prompt) <= EngineConfig().max_num_batched_tokens
@@ -75,7 +75,7 @@ def _fits(arrived: list[tuple[int, list[int]]], prompt: list[int]) -> bool:
 
 
 def _read(rows: DecodeBatch, prompts: list[list[int]]) -> None:
-    """All but the last token of each, which the first step runs; several packed in one row."""
+    """Run all but the last token of each prompt, several packed in one row; the first step runs the last token."""
     text_head = rows.text_head
     device = text_head.embedding.device
     ids = torch.tensor([token for prompt in prompts for token in prompt[:-1]], device=device)
@@ -89,38 +89,41 @@ def _read(rows: DecodeBatch, prompts: list[list[int]]) -> None:
     text_head.backbone(embedded, meta, rows.cache.packed_writer(slots))
 
 
-SHARE = 0.7  # of what the baseline's best setting answers at once, so that it keeps up
+LOAD = 0.7  # of the throughput of the baseline's best setting, so that its queue stays bounded
 
 
 def compare_under_load(
     rows: DecodeBatch,
     baseline: QwenBaseline | None,
     prompts: list[list[int]],
-    given: int,
+    new_tokens: int,
     rates: dict[str, float],
 ) -> dict[str, Any]:
-    """The same prompts at the same random moments to each; `rates` are requests a second when all are there at once.
+    """Send the same prompts at the same random moments to each; `rates` are requests per second with all at once.
 
-    The baseline takes part as it comes and in its best setting, where that is one of continuous batching.
+    The baseline runs with its default and its best setting, if that is one of continuous batching.
     """
     others = [rate for name, rate in rates.items() if name != "openm6"]
-    rate = SHARE * max(others or list(rates.values()))
+    rate = LOAD * max(others or list(rates.values()))
     moments = arrival_moments(len(prompts), rate)
     found: dict[str, Any] = {"arrivals_per_second": rate}
     ways: dict[str, Callable[[], Seen | str]] = {
-        "openm6": lambda: answer_prompts(rows, prompts, given, moments)
+        "openm6": lambda: answer_prompts(rows, prompts, new_tokens, moments)
     }
     if baseline is not None:
-        settings = baseline.batching_settings(prompts, given)
-        ways |= {n: partial(baseline.under_load, prompts, given, moments, settings[n]) for n in wanted(rates)}
+        settings = baseline.batching_settings(prompts, new_tokens)
+        ways |= {
+            n: partial(baseline.under_load, prompts, new_tokens, moments, settings[n])
+            for n in compared_settings(rates)
+        }
     for name, call in ways.items():
         seen = call()
         found[name] = {"error": seen} if isinstance(seen, str) else summarize(seen, moments)
     return found
 
 
-def wanted(rates: dict[str, float]) -> list[str]:
-    """The baseline's continuous batching as it comes (the first that was measured) and its fastest setting."""
+def compared_settings(rates: dict[str, float]) -> list[str]:
+    """Return the names of the baseline's default (first) and fastest setting of continuous batching."""
     batching = [name for name in rates if "continuous" in name]
     return (
         list(dict.fromkeys([*batching[:1], max(batching, key=lambda name: rates[name])])) if batching else []
@@ -128,7 +131,7 @@ def wanted(rates: dict[str, float]) -> list[str]:
 
 
 def arrival_moments(count: int, rate: float) -> list[float]:
-    """Seconds after the start, with exponential gaps; the same on every machine but for the rate."""
+    """Return arrival times in seconds with exponential gaps; deterministic for a rate."""
     rng, moment, found = random.Random(1), 0.0, []
     for _ in range(count):
         moment += rng.expovariate(rate)
@@ -137,7 +140,7 @@ def arrival_moments(count: int, rate: float) -> list[float]:
 
 
 def summarize(seen: Seen, moments: list[float]) -> dict[str, Any]:
-    """Waiting times from each arrival to the first token and to the whole answer, and requests a second."""
+    """Return times from arrival to the first token and to the whole answer, and requests per second."""
     first = [seen.first[number] - moment for number, moment in enumerate(moments)]
     whole = [seen.last[number] - moment for number, moment in enumerate(moments)]
     return {
@@ -148,7 +151,7 @@ def summarize(seen: Seen, moments: list[float]) -> dict[str, Any]:
 
 
 class ServeSetting(Config):
-    """The model, the requests, and how many are worked on at once."""
+    """Model, requests and batch size."""
 
     width: int
     layers: int
@@ -161,7 +164,7 @@ class ServeSetting(Config):
     requests: int
     shortest: int
     longest: int
-    given: int
+    new_tokens: int
     rows: int
     seconds: float = 150.0
 
@@ -183,16 +186,16 @@ class ServeSetting(Config):
         )
 
 
-LONG = 5.0  # seconds of a run that is not repeated
+LONG = 5.0  # seconds from which a run is not repeated
 
-# 0.67B parameters; 128 prompts of 32 to 512 tokens, 144 tokens given to each.
+# 0.67B parameters; 128 prompts of 32 to 512 tokens, 144 generated tokens each.
 GPU_SETTING = ServeSetting(
     width=1024, layers=12, heads=16, kv_heads=4, head_dim=64, experts=32, hidden=512, vocabulary=32_768,
-    requests=128, shortest=32, longest=512, given=144, rows=128, seconds=400.0,
+    requests=128, shortest=32, longest=512, new_tokens=144, rows=128, seconds=400.0,
 )  # fmt: skip
 CPU_SETTING = ServeSetting(
     width=256, layers=4, heads=4, kv_heads=1, head_dim=64, experts=8, hidden=256, vocabulary=4096,
-    requests=16, shortest=16, longest=64, given=32, rows=16,
+    requests=16, shortest=16, longest=64, new_tokens=32, rows=16,
 )  # fmt: skip
 
 
@@ -200,7 +203,7 @@ def bench_serve(
     json_path: Json = None,
     load_seconds: Annotated[float, typer.Option("--seconds", min=1, help="Length of the mixed load.")] = 20.0,
 ) -> None:
-    """Text by continuous batching beside transformers on the same weights; then a mixed load.
+    """Measure text generation compared with transformers on the same weights, then a mixed load.
 
     \b
     Example: python -m benchmarks serve --json serve.json
@@ -213,16 +216,16 @@ def bench_serve(
 
 
 def compare(setting: ServeSetting, device: torch.device, report: Report) -> None:
-    """Offline throughput into the report: all requests there at once; each answers the same ones, greedily."""
+    """Measure offline throughput: all requests at once, greedy, the same for each method."""
     prompts = make_prompts(setting)
     ours, baseline = make_models(setting, device)
-    # Made once: captured graphs are part of a running server, not of its requests.
-    rows = open_batch(ours, setting.rows, -(-(setting.longest + setting.given + 1) // 64) * 64)
+    # Opened once, because captured graphs belong to the server and not to its requests.
+    rows = open_batch(ours, setting.rows, -(-(setting.longest + setting.new_tokens + 1) // 64) * 64)
     candidates: dict[str, Callable[[], dict[str, Any]]] = {
-        "openm6": lambda: ours_run(rows, prompts, setting.given)
+        "openm6": lambda: ours_run(rows, prompts, setting.new_tokens)
     }
     if baseline is not None:
-        candidates |= baseline.ways(prompts, setting.given)
+        candidates |= baseline.ways(prompts, setting.new_tokens)
     found: dict[str, Any] = {}
     left_out: list[str] = []
     report.update(
@@ -247,11 +250,11 @@ def compare(setting: ServeSetting, device: torch.device, report: Report) -> None
     requests = {
         name: row["requests_per_second"] for name, row in found.items() if "requests_per_second" in row
     }
-    report["text_under_load"] = compare_under_load(rows, baseline, prompts, setting.given, requests)
+    report["text_under_load"] = compare_under_load(rows, baseline, prompts, setting.new_tokens, requests)
 
 
 def _ratios(found: dict[str, Any]) -> dict[str, Any]:
-    """Our rate over that of each other way, and of the best."""
+    """Return our rate relative to each method of the baseline, and to the best."""
     rates = {name: row["tokens_per_second"] for name, row in found.items() if "tokens_per_second" in row}
     others = {name: rate for name, rate in rates.items() if name != "openm6"}
     if "openm6" not in rates:
@@ -265,7 +268,7 @@ def _ratios(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _median_run(call: Callable[[], dict[str, Any]], setting: ServeSetting) -> dict[str, Any]:
-    """The run of median rate of three; of one alone where it takes long or fails."""
+    """Return the median of three runs; a single run if it takes long or fails."""
     runs = [_measured(call, setting)]
     while len(runs) < 3 and runs[-1].get("seconds", LONG) < LONG:
         runs.append(_measured(call, setting))
@@ -275,7 +278,7 @@ def _median_run(call: Callable[[], dict[str, Any]], setting: ServeSetting) -> di
 
 
 def _measured(call: Callable[[], dict[str, Any]], setting: ServeSetting) -> dict[str, Any]:
-    """Tokens a second and joules a request of one run; an expected failure of a baseline is its result."""
+    """Return tokens per second and joules per request of one run; an expected failure of a baseline is its result."""
     with open_meter() as meter:
         began = time.perf_counter()
         with meter.span() as span:
@@ -296,25 +299,25 @@ def _measured(call: Callable[[], dict[str, Any]], setting: ServeSetting) -> dict
 
 
 def make_prompts(setting: ServeSetting) -> list[list[int]]:
-    """Random ids, lengths spread evenly; the same on every machine."""
+    """Return random ids of uniformly distributed lengths; the same on every machine."""
     rng = random.Random(0)
     lengths = [rng.randint(setting.shortest, setting.longest) for _ in range(setting.requests)]
     return [[rng.randrange(2, setting.vocabulary) for _ in range(length)] for length in lengths]
 
 
 def make_models(setting: ServeSetting, device: torch.device) -> tuple[TextHead, Any]:
-    """Our backbone with random weights, and the same weights as a Qwen3-MoE of `transformers` where installed."""
+    """Return the backbone with random weights, and the same weights as a Qwen3-MoE of `transformers` if installed."""
     torch.manual_seed(0)
     backbone = Backbone(setting.backbone).eval().requires_grad_(False)
     embedding = torch.randn(setting.vocabulary, setting.width) * 0.02
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    baseline = open_baseline(backbone, embedding, setting.longest + setting.given + 64, device, dtype)
+    baseline = open_baseline(backbone, embedding, setting.longest + setting.new_tokens + 64, device, dtype)
     backbone.to(device, dtype)
     weight = embedding.to(device, dtype)
     return TextHead(backbone, weight, weight, None, None), baseline
 
 
-def ours_run(rows: DecodeBatch, prompts: list[list[int]], given: int) -> dict[str, Any]:
-    """All prompts at once; each token drawn is counted, first-token times are from the start."""
-    seen = answer_prompts(rows, prompts, given)
+def ours_run(rows: DecodeBatch, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    """Generate for all prompts at once; count all tokens, and measure first tokens from the start."""
+    seen = answer_prompts(rows, prompts, new_tokens)
     return {"tokens": seen.tokens, "first_token_seconds_median": statistics.median(seen.first.values())}

@@ -1,8 +1,7 @@
-"""The benchmark simulate: one rank of many in one process: bytes that it holds and sends.
+"""Benchmark `simulate`: one rank of many in one process: bytes that it stores and sends.
 
-The process group is torch's fake one and the tensors have shapes but no contents, so a step of ten trillion parameters
-runs through the very code that trains: sharding, exchange, backward pass, update. Shapes, bytes and the list of
-collectives are true; values are not, and none is looked at.
+With torch's fake process group and tensors without contents, a step of ten trillion parameters runs through the code of
+training: sharding, all-to-all, backward pass, update. Shapes, bytes and collectives are exact; values are not used.
 """
 
 # Shapes: T tokens of a rank, D width
@@ -47,7 +46,7 @@ KINDS = {
 
 
 class CollectiveCount(TorchDispatchMode):
-    """Counts collectives by kind, and the bytes that this rank brings to each."""
+    """Count collectives by kind, and the bytes that this rank contributes to each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +67,7 @@ class CollectiveCount(TorchDispatchMode):
 
 
 class Stack(nn.Module):
-    """The blocks of a backbone under a plain causal mask: all of a step that depends on the index of ranks."""
+    """The blocks of a backbone under a causal mask: everything in a step that depends on the rank."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -86,16 +85,16 @@ class Stack(nn.Module):
 def bench_simulate(
     of: Of = "m6-10t",
     ranks: NumRanks = 512,
-    rank: Annotated[int, typer.Option("--rank", min=0, help="Which of them.")] = 0,
-    shards: Annotated[int, typer.Option("--shards", min=1, help="Ranks that cut the same experts.")] = 1,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Index of the rank.")] = 0,
+    shards: Annotated[int, typer.Option("--shards", min=1, help="Ranks over which experts are sharded.")] = 1,
     layers: Annotated[
-        int | None, typer.Option("--layers", min=1, help="Fewer layers, for a quick look.")
+        int | None, typer.Option("--layers", min=1, help="Number of layers, for a faster run.")
     ] = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of a rank.")] = 4,
-    length: Annotated[int, typer.Option("--length", min=16, help="Tokens of a row.")] = 1024,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows per rank.")] = 4,
+    length: Annotated[int, typer.Option("--length", min=16, help="Tokens per row.")] = 1024,
     json_path: Json = None,
 ) -> None:
-    """A step of one rank of many, simulated without memory: bytes held, collectives and their bytes.
+    """Simulate a step of one rank of many without its memory: stored bytes, collectives and their bytes.
 
     \b
     Example: python -m benchmarks simulate --of m6-10t --ranks 512 --json simulation.json
@@ -110,7 +109,7 @@ def bench_simulate(
 def simulate(
     config: BackboneConfig, ranks: int, rank: int, shards: int, rows: int, length: int
 ) -> dict[str, Any]:
-    """Bytes held and exchanged by rank `rank` of `ranks`, cut over `shards` × the rest as experts."""
+    """Return bytes stored and exchanged by rank `rank` of `ranks`, with `shards` × expert-parallel ranks."""
     experts = config.experts
     if experts is None or ranks % shards or experts.num_experts % (ranks // shards):
         raise ConfigError(
@@ -138,7 +137,7 @@ def simulate(
 
 
 def expected_exchange_bytes(config: BackboneConfig, columns: int, tokens: int) -> int:
-    """What a rank sends in a step by the formula: rows there and answers back, forwards and backwards."""
+    """Return the bytes that a rank sends per step by formula: dispatch and combine, forward and backward."""
     experts = config.experts
     assert experts is not None
     layers = sum(config.has_experts(layer) for layer in range(config.num_layers))
@@ -179,7 +178,7 @@ def _step(config: BackboneConfig, layout: Layout, rows: int, length: int) -> dic
 
 
 def _empty(model: nn.Module) -> None:
-    """Puts tensors without contents in place of those on `meta`, which FSDP could not exchange later."""
+    """Replace tensors on `meta`, which FSDP cannot communicate, by fake ones."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=DTYPE)))

@@ -1,4 +1,4 @@
-"""The sizes at which training speed is compared, and how many operations a step of them takes."""
+"""Model sizes of the training benchmarks, and the operations of a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from openm6.core.errors import ConfigError, nearest
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig
 
-# Dense bf16 TFLOP/s by the makers' data sheets; a name is matched from its start, the longest first.
+# Dense bf16 TFLOP/s from data sheets, by prefix of the device name, longest first.
 PEAK_TFLOPS = {
     "NVIDIA H100 PCIe": 756.0,
     "NVIDIA H100": 989.0,
@@ -21,7 +21,7 @@ PEAK_TFLOPS = {
 
 
 class Sizes(Config):
-    """A decoder for text whose every layer holds experts, and the batch that it trains on."""
+    """A text decoder with experts in every layer, and its batch."""
 
     num_layers: int = Field(gt=0)
     width: int = Field(gt=0)
@@ -37,12 +37,12 @@ class Sizes(Config):
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Tokens per step."""
         return self.rows * self.length
 
     @property
     def backbone(self) -> BackboneConfig:
-        """The same sizes as our config; balanced by an auxiliary loss, as the baseline is."""
+        """The same sizes as a config of the backbone, with an auxiliary balance loss as in the baseline."""
         experts = ExpertsConfig(
             intermediate_size=self.hidden,
             num_experts=self.num_experts,
@@ -62,14 +62,14 @@ class Sizes(Config):
 
     @property
     def expert_flops(self) -> float:
-        """Of one sparse layer in a step, forward and backward: 6 a weight that a token meets."""
+        """Operations of one sparse layer per step, forward and backward: 6 per active weight and token."""
         return 6.0 * 3 * self.width * self.hidden * self.top_k * self.tokens
 
     @property
     def flops(self) -> float:
-        """Of a step: 6 for each active weight and token, and attention over the half of each row that is seen.
+        """Model FLOPs of a step: 6 per active weight and token, plus causal attention over half of each row.
 
-        Embedding and router are left out, the head is counted: what the field calls model FLOPs.
+        The head is included; embedding and router are not.
         """
         query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         dense = self.num_layers * self.width * (2 * query + 2 * key) + self.vocabulary * self.width
@@ -89,7 +89,7 @@ SIZES: dict[str, Sizes] = {
         num_layers=8, width=2048, num_heads=16, num_kv_heads=4, head_dim=128,
         num_experts=128, top_k=8, hidden=768, vocabulary=32_768, rows=4, length=4096,
     ),
-    # 10M parameters: what a processor steps through in half a second.
+    # 9M parameters, for a CPU.
     "cpu": Sizes(
         num_layers=4, width=256, num_heads=4, num_kv_heads=2, head_dim=64,
         num_experts=8, top_k=2, hidden=256, vocabulary=4096, rows=4, length=256,
@@ -98,7 +98,7 @@ SIZES: dict[str, Sizes] = {
 
 
 def choose_sizes(name: str | None, device: torch.device) -> Sizes:
-    """The sizes of that name; None: "a" on a GPU, "cpu" elsewhere.
+    """Return the sizes of a name; None: "a" on a GPU, else "cpu".
 
     Raises:
         ConfigError: no such name.
@@ -116,12 +116,12 @@ def check_baseline(name: str) -> None:
 
 
 def default_name(device: torch.device) -> str:
-    """Which sizes fit the device."""
+    """Return the name of the default sizes of a device."""
     return "a" if device.type == "cuda" else "cpu"
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """What the data sheet promises for dense bf16 products; None where the device is not in the table."""
+    """Return the data sheet's dense bf16 rate; None if the device is not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""The benchmark train: tokens a second of a whole training step, beside transformers' Qwen3-MoE of the same sizes."""
+"""Benchmark `train`: tokens per second of a training step, compared with Qwen3-MoE of `transformers`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def bench_train(
     seconds: TimeLimit = None,
     json_path: Json = None,
 ) -> dict[str, Any]:
-    """Tokens a second of a whole training step, and where its time goes, beside transformers' Qwen3-MoE.
+    """Measure a whole training step and its parts, compared with Qwen3-MoE of `transformers`.
 
     \b
     Example: python -m benchmarks train --config a --json train.json
@@ -50,13 +50,13 @@ def bench_train(
 def _open_candidates(
     candidates: dict[str, Candidate], sizes: Sizes, device: torch.device, baseline: str
 ) -> str:
-    """Adds both models, parked where they do not fit side by side; returns a note on the baseline."""
+    """Add both models, on a GPU in host memory until their turn; return a note on the baseline."""
     away = torch.device("cpu")
     candidates["ours"] = our_candidate(sizes, device)
     candidates["ours"].move(away if device.type == "cuda" else device)
-    note = "left out, as asked" if baseline == "none" else missing_baseline()
+    note = "disabled by --baseline none" if baseline == "none" else missing_baseline()
     if note is None:
-        # On a processor its compiled form is the slower one: see docs/benchmarks.md.
+        # Uncompiled on a CPU: see docs/benchmarks.md.
         compiled = device.type == "cuda"
         candidates["baseline"] = baseline_candidate(sizes, device, compiled)
         candidates["baseline"].move(away if device.type == "cuda" else device)
@@ -71,7 +71,7 @@ def _figures(
     sizes: Sizes,
     device: torch.device,
 ) -> dict[str, Any] | None:
-    """The figures of one candidate under the names of the report; None where it was not timed."""
+    """Return the results of one candidate by their keys; None if it was not timed."""
     if who not in candidates or not candidates[who].timing.seconds:
         return None
     candidate = candidates[who]

@@ -1,4 +1,4 @@
-"""`openm6 energy`: what a run has cost, as tables and as a plot in characters."""
+"""`openm6 energy`: the energy account of a run, as tables and a plot in characters."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ BAR = 16  # of a row's joules
 def energy(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     country: Annotated[
-        str | None, typer.Option("--country", help="Country of the grid; by default the run's setting.")
+        str | None, typer.Option("--country", help="Country of the grid; default: the setting of the run.")
     ] = None,
     pue: Annotated[
-        float | None, typer.Option("--pue", help="Joules of the building per joule of the devices.")
+        float | None,
+        typer.Option("--pue", help="Power usage effectiveness; default: the setting of the run."),
     ] = None,
     json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the account there.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the account as JSON.")
     ] = None,
 ) -> None:
-    """Account for a run: joules and grams of CO2e by stage, modality and task, per token and per point of loss.
+    """Print the energy account of a run: joules and grams of CO2e by stage, modality and task.
 
     \b
     Example: openm6 energy runs/demo --country FRA
@@ -44,7 +45,7 @@ def energy(
 
 
 def print_energy(path: Path, country: str | None, pue: float | None, json_path: Path | None) -> None:
-    """Print what a run has cost; write it as JSON if a file is given.
+    """Print the energy account of a run; write it as JSON if a file is given.
 
     Raises:
         CheckpointError: there is no run, or it was not metered.
@@ -77,20 +78,21 @@ def _summary(account: EnergyAccount) -> str:
     ledger = account.ledger
     parts = ", ".join(f"{in_joules(joules)} by {source}" for source, joules in ledger.by_source.items())
     words = (
-        f"{in_joules(ledger.joules)} for {ledger.tokens:,} tokens: {account.joules_per_token:.3g} J a token ({parts}). "
-        f"{account.grams(ledger.joules):.3g} g CO2e with the current of {account.grid.name} "
+        f"{in_joules(ledger.joules)} for {ledger.tokens:,} tokens: "
+        f"{account.joules_per_token:.3g} J per token ({parts}). "
+        f"{account.grams(ledger.joules):.3g} g CO2e with the grid of {account.grid.name} "
         f"({account.grid.grams_per_kwh:g} g/kWh, {account.grid.year}) and a PUE of {account.pue:g}. "
-        f"{in_joules(ledger.between)} went between steps: waiting for data, evaluating, saving."
+        f"{in_joules(ledger.between)} between steps: waiting for data, evaluation, checkpoints."
     )
-    repeated = f" {in_joules(ledger.repeated)} went into steps that a crash lost." if ledger.repeated else ""
+    repeated = f" {in_joules(ledger.repeated)} in steps that a crash lost." if ledger.repeated else ""
     return words + repeated
 
 
 def _table(account: EnergyAccount, title: str, accounts: dict[str, EnergyUse]) -> Table:
     table = Table(box=None)
     table.add_column(title, no_wrap=True)
-    for name in ("joules", "g CO2e", "tokens", "J / 1,000 tokens", "J / point of loss"):
-        if title == "stage" or name != "J / point of loss":
+    for name in ("joules", "g CO2e", "tokens", "J / 1,000 tokens", "J / nat of loss"):
+        if title == "stage" or name != "J / nat of loss":
             table.add_column(name, justify="right")
     table.add_column("", no_wrap=True)
     most = max(one.joules for one in accounts.values()) or 1.0
@@ -131,4 +133,4 @@ def _plot(lines: list[dict[str, Any]]) -> str:
 def _comparison(account: EnergyAccount) -> str:
     ratio = account.of_gpt3
     words = f"{ratio:.3g} times" if ratio >= 1 else f"{ratio:.3%} of"
-    return f"A token took {words} what one of GPT-3's training took. {GPT3_CAVEAT}"
+    return f"Energy per token: {words} that of GPT-3's training. {GPT3_CAVEAT}"

@@ -15,15 +15,17 @@ from openm6.core.errors import ConfigError
 def evaluate(
     trained: Trained,
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="eval.KEY=VALUE", help="Settings, as eval.answers=300.")
+        list[str] | None, typer.Argument(metavar="eval.KEY=VALUE", help="Settings, such as eval.answers=300.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", metavar="A,B", help="Only these tasks.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="A,B", help="Tasks to evaluate; default: all.")
+    ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="PATH", help="Evaluate on the records of this table or folder."),
+        typer.Option("--data", metavar="PATH", help="Table or folder with other records."),
     ] = None,
     json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the scores there.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")
     ] = None,
     scenarios: Annotated[
         bool, typer.Option("--scenarios", help="Run the examples of all scenarios instead.")

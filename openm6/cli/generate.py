@@ -1,4 +1,4 @@
-"""`openm6 generate`: the options of a question become one call."""
+"""`openm6 generate`: one answer of a trained model from the options of the command line."""
 
 from __future__ import annotations
 
@@ -12,40 +12,46 @@ from openm6.cli.train import Trained
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 Span = tuple[float, float]  # start, end
-Output = Annotated[str, typer.Option("--output", help="text, image, audio or numbers.")]
+Output = Annotated[str, typer.Option("--output", help="Output modality: text, image, audio or numbers.")]
 Text = Annotated[str | None, typer.Option("--text", help="Text input.")]
-Image = Annotated[Path | None, typer.Option("--image", help="Image input.")]
-Recording = Annotated[Path | None, typer.Option("--audio", help="Audio input.")]
+Image = Annotated[Path | None, typer.Option("--image", help="Image input (file).")]
+Recording = Annotated[Path | None, typer.Option("--audio", help="Audio input (file).")]
 Numbers = Annotated[
     str | None,
-    typer.Option("--numbers", metavar="NAME=VALUE,...", help="Numbers as input; NAME= is missing."),
+    typer.Option("--numbers", metavar="NAME=VALUE,...", help="Input numbers; NAME= is a missing value."),
 ]
-Series = Annotated[str | None, typer.Option("--series", metavar="NAME=V,V,...", help="A series to forecast.")]
-Column = Annotated[str | None, typer.Option("--column", help="The number to predict.")]
+Series = Annotated[
+    str | None, typer.Option("--series", metavar="NAME=V,V,...", help="Time series to forecast.")
+]
+Column = Annotated[str | None, typer.Option("--column", help="Name of the number to predict.")]
 Ahead = Annotated[int, typer.Option("--ahead", min=1, max=64, help="Steps to forecast.")]
 MaskBox = Annotated[
     str | None,
-    typer.Option("--mask-box", metavar="L,T,R,B", help="Box of the image to fill in, as fractions."),
+    typer.Option(
+        "--mask-box", metavar="L,T,R,B", help="Box of the image to inpaint, as fractions of its sides."
+    ),
 ]
 MaskSpan = Annotated[
     str | None,
-    typer.Option("--mask-span", metavar="START,END", help="Span of the audio to fill in, as fractions."),
+    typer.Option(
+        "--mask-span", metavar="START,END", help="Span of the audio to inpaint, as fractions of its length."
+    ),
 ]
-Language = Annotated[str, typer.Option("--language", help="Without --text, the question is put in en or zh.")]
+Language = Annotated[str, typer.Option("--language", help="Language of the prompt without --text: en or zh.")]
 Decoding = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="text.temperature, text.top_p, masked.steps, masked.guidance…"
+        "--set",
+        metavar="KEY=VALUE",
+        help="Decoding: text.temperature, text.top_p, masked.steps, masked.guidance…",
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="File for the answer.")]
-Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same answer.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Output file.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the decoding.")]
 
 NumGpuLayers = Annotated[
     int | None,
-    typer.Option(
-        "--num-gpu-layers", min=0, help="Layers that stay on the device; the others are loaded when used."
-    ),
+    typer.Option("--num-gpu-layers", min=0, help="Layers that stay on the device; the others are offloaded."),
 ]
 
 
@@ -67,7 +73,7 @@ def generate(
     seed: Seed = 0,
     num_gpu_layers: NumGpuLayers = None,
 ) -> None:
-    """Ask a trained model for an answer.
+    """Generate text, an image, audio or numbers with a trained model.
 
     \b
     Example: openm6 generate runs/demo --text "draw the digit seven" --output image --out seven.png

@@ -1,4 +1,4 @@
-"""How a command ends: its result on standard output, or one sentence on standard error and an exit code."""
+"""The end of a command: its result on standard output, or one sentence on standard error and an exit code."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from openm6.core.log import start_log
 
 FAILED, INTERRUPTED = 1, 130
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
-# What the system may refuse at any moment, whatever was being written: no bug.
+# Errors of the system that are no bugs of the package.
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
-# Packages that come with an extra, so that a missing one is a sentence.
+# Packages of an extra, and the name of that extra.
 EXTRAS = {
     "fastapi": "serve",
     "starlette": "serve",

@@ -1,4 +1,4 @@
-"""`openm6 data inspect`: what was found in a person's data, what is broken, and the proposed recipe."""
+"""`openm6 data inspect`: the content of a data set, its broken rows, and a proposed recipe."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A folder, a table, or their address.")],
+    path: Annotated[str, typer.Argument(help="Folder or table, or its URL.")],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write the recipe there, such as my.yaml.")
+        Path | None, typer.Option("--out", metavar="FILE", help="File for the recipe, such as my.yaml.")
     ] = None,
 ) -> None:
-    """Report what is in your data and what is broken, and propose a recipe for it.
+    """Report columns, problems and tasks of your data, and propose a recipe.
 
     \b
     Example: openm6 data inspect ~/photos --out photos.yaml
@@ -63,15 +63,15 @@ def print_inspection(inspection: Inspection, out: Path | None) -> None:
 
 def _print_data_set(data_set: DataSet, console: Console) -> None:
     console.print(Text(f"{data_set.name} ({data_set.kind}, {data_set.path})", style="bold"))
-    sampled = f", {data_set.sampled:,} looked at" if data_set.sampled < data_set.rows else ""
-    validation = f", {data_set.validation:,} to validate on" if data_set.validation else ""
+    sampled = f", {data_set.sampled:,} sampled" if data_set.sampled < data_set.rows else ""
+    validation = f", {data_set.validation:,} for validation" if data_set.validation else ""
     console.print(
-        f"{data_set.rows:,} rows{sampled}; {data_set.train:,} to train on{validation}, {data_set.test:,} to test on"
+        f"{data_set.rows:,} rows{sampled}; {data_set.train:,} for training{validation}, {data_set.test:,} for testing"
     )
     if data_set.columns:
         console.print(_columns(data_set))
     if data_set.unused:
-        console.print(Text(f"no task reads: {', '.join(data_set.unused)}"))
+        console.print(Text(f"unused columns: {', '.join(data_set.unused)}"))
     _print_problems(data_set, console)
     console.print(Text(f"tasks: {', '.join(data_set.tasks) or 'none'}\n"))
 
@@ -90,7 +90,7 @@ def _print_problems(data_set: DataSet, console: Console) -> None:
 
 
 def _columns(data_set: DataSet) -> Table:
-    table = Table("column", "holds", "missing", "different", "such as", box=None)
+    table = Table("column", "type", "missing", "distinct", "examples", box=None)
     for column in data_set.columns:
         kind = f"{column.kind} ({column.language})" if column.language else column.kind
         # Text, not str: rich would read square brackets in a user's data as its own markup.

@@ -1,4 +1,4 @@
-"""`openm6 tasks`, `openm6 presets` and `openm6 scenarios`: what can be named."""
+"""`openm6 tasks`, `openm6 presets` and `openm6 scenarios`: the lists of the package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tasks() -> None:
     # torch takes seconds to import
     from openm6.tasks.registry import TASKS
 
-    table = Table("task", "inputs", "output", "what it asks", box=None)
+    table = Table("task", "inputs", "output", "description", box=None)
     for task in TASKS.values():
         table.add_row(task.name, task.input_modality, task.output_modality, task.summary)
     print_result(table)
@@ -40,7 +40,9 @@ def presets() -> None:
     # pydantic would slow down `openm6 --help`
     from openm6.models.presets import PRESETS
 
-    table = Table("preset", "parameters", "active per token", "layers", "width", "what it is", box=None)
+    table = Table(
+        "preset", "parameters", "active per token", "layers", "hidden size", "description", box=None
+    )
     for preset in PRESETS.values():
         total, active = in_short(preset.parameters.total), in_short(preset.parameters.active)
         layers, width = str(preset.backbone.num_layers), str(preset.backbone.hidden_size)
@@ -51,12 +53,12 @@ def presets() -> None:
 def scenarios(
     trained: Annotated[
         Path | None,
-        typer.Argument(metavar="[RUN|CHECKPOINT]", help="Report which of them this model can do."),
+        typer.Argument(metavar="[RUN|CHECKPOINT]", help="Report the readiness of each for this model."),
     ] = None,
     json_path: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Write all that is known; - prints it.")
+        str | None, typer.Option("--json", metavar="FILE", help="Write the list as JSON; -: standard output.")
     ] = None,
-    language: Annotated[str, typer.Option("--language", help="en or zh.")] = "en",
+    language: Annotated[str, typer.Option("--language", help="Language: en or zh.")] = "en",
 ) -> None:
     """List the scenarios: inputs, output, and the recipe that trains each.
 

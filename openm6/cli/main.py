@@ -19,7 +19,7 @@ from openm6.cli.serve import serve
 from openm6.cli.train import convert, demo, train
 
 app = make_app()
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at your own data.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect your own data.")
 app.add_typer(data_app, name="data")
 data_app.command()(inspect)
 for command in (demo, train, evaluate, generate, serve, scenarios, plan, energy, convert, tasks, presets):
@@ -28,8 +28,7 @@ for command in (demo, train, evaluate, generate, serve, scenarios, plan, energy,
 
 def main() -> None:
     """Entry point of the console script."""
-    # torch reads this when it is imported. Threads that spin while they wait take the cores from those that work, as
-    # soon as another program wants some of them, too.
+    # torch reads this when it is imported. Waiting threads that spin would slow down a machine with other load.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app(prog_name="openm6")
 
@@ -43,7 +42,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def start(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """A sparse mixture-of-experts transformer with text, images, audio and numbers as inputs and outputs.

@@ -1,4 +1,4 @@
-"""`openm6 plan`: what a run takes before it starts."""
+"""`openm6 plan`: time, memory, energy and cost of a run before it starts."""
 
 from __future__ import annotations
 
@@ -11,46 +11,49 @@ from openm6.core.errors import ConfigError
 
 PER_NODE = 8
 Model = Annotated[
-    str | None, typer.Argument(metavar="PRESET|RECIPE", help="A preset, a recipe, or a run's folder.")
+    str | None, typer.Argument(metavar="PRESET|RECIPE", help="Preset, recipe, or folder of a run.")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")
 ]
 Kind = Annotated[
-    str | None, typer.Option("--gpu", metavar="KIND", help="From the table; left out: measure here.")
+    str | None,
+    typer.Option("--gpu", metavar="KIND", help="GPU of the table; default: measure on this machine."),
 ]
-Gpus = Annotated[int, typer.Option("--gpus", min=1, help="How many.")]
-PerNode = Annotated[int, typer.Option("--per-node", min=1, help="GPUs in a node.")]
-GpuTable = Annotated[Path | None, typer.Option("--gpu-table", metavar="CSV", help="Further GPUs, one a row.")]
+Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs.")]
+PerNode = Annotated[int, typer.Option("--per-node", min=1, help="GPUs per node.")]
+GpuTable = Annotated[
+    Path | None, typer.Option("--gpu-table", metavar="CSV", help="Further GPUs, one per row.")
+]
 HostMemory = Annotated[
-    float | None, typer.Option("--host-memory", min=0, metavar="GIB", help="Memory of a node.")
+    float | None, typer.Option("--host-memory", min=0, metavar="GIB", help="Host memory of a node.")
 ]
-Link = Annotated[float | None, typer.Option("--link", metavar="GB/S", help="Host to GPU, each way.")]
-Network = Annotated[
-    float | None, typer.Option("--network", metavar="GB/S", help="Between nodes, for each GPU.")
-]
-Batch = Annotated[int | None, typer.Option("--batch", metavar="TOKENS", help="A step of one GPU.")]
-Tokens = Annotated[float | None, typer.Option("--tokens", help="Budget, as 3e11.")]
-Days = Annotated[float | None, typer.Option("--days", help="Time that there is.")]
+Link = Annotated[float | None, typer.Option("--link", metavar="GB/S", help="Host to GPU, each direction.")]
+Network = Annotated[float | None, typer.Option("--network", metavar="GB/S", help="Between nodes, per GPU.")]
+Batch = Annotated[int | None, typer.Option("--batch", metavar="TOKENS", help="Tokens per step of one GPU.")]
+Tokens = Annotated[float | None, typer.Option("--tokens", help="Tokens of the run, such as 3e11.")]
+Days = Annotated[float | None, typer.Option("--days", help="Days of the run.")]
 Bytes = Annotated[
     int | None,
-    typer.Option("--bytes", help="A parameter: 16, 12, 8, 4, 2 or 1; left out: the most that fit."),
+    typer.Option("--bytes", help="Bytes per parameter: 16, 12, 8, 4, 2 or 1; default: the most that fit."),
 ]
 PseudoShare = Annotated[
-    float, typer.Option("--pseudo-share", help="Part of the tokens while layers share weights.")
+    float, typer.Option("--pseudo-share", help="Fraction of the tokens in the pseudo stage.")
 ]
 RecomputeEvery = Annotated[
     int | None,
-    typer.Option("--recompute-every", metavar="BLOCKS", help="Of so many the first's input is kept."),
+    typer.Option("--recompute-every", metavar="BLOCKS", help="Blocks per stored input."),
 ]
-Country = Annotated[str, typer.Option("--country", help="Whose current it is.")]
-Pue = Annotated[float, typer.Option("--pue", help="Joules of the building for each of the devices.")]
-Price = Annotated[float | None, typer.Option("--price", metavar="USD", help="Of a GPU and hour.")]
-Sweep = Annotated[str | None, typer.Option("--sweep", metavar="gpus|bytes|batch", help="Plans side by side.")]
+Country = Annotated[str, typer.Option("--country", help="Country of the grid.")]
+Pue = Annotated[float, typer.Option("--pue", help="Power usage effectiveness.")]
+Price = Annotated[float | None, typer.Option("--price", metavar="USD", help="US dollars per GPU and hour.")]
+Sweep = Annotated[
+    str | None, typer.Option("--sweep", metavar="gpus|bytes|batch", help="Compare plans along this axis.")
+]
 Plot = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="Draw the sweep (SVG, PNG or PDF).")
+    Path | None, typer.Option("--plot", metavar="FILE", help="Plot of the sweep (SVG, PNG or PDF).")
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the plan there as JSON.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the plan as JSON.")]
 
 
 def plan(
@@ -76,10 +79,10 @@ def plan(
     plot: Plot = None,
     json_path: Json = None,
 ) -> None:
-    """Estimate what a run takes: bytes, seconds, joules, and whether it fits.
+    """Estimate time, memory, energy and cost of a run, and whether it fits.
 
-    With --gpu by arithmetic, for a preset or a recipe, at once. Without it by a few real steps of the recipe on this
-    machine, in about a minute.
+    With --gpu: an analytic plan for a preset or a recipe, immediately. Without it: a few real steps of the recipe on
+    this machine, in about a minute.
 
     \b
     Example: openm6 plan m6-10t --gpus 512 --gpu v100-32gb --days 10 --json plan.json

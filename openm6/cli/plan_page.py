@@ -1,4 +1,4 @@
-"""The pages behind `openm6 plan`: one plan, and a sweep of plans."""
+"""The output of `openm6 plan`: one plan, a sweep of plans, a trial run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH = 100  # characters of a sweep's table
 
 
 def show_plan(request: PlanRequest, target: PlanTarget, json_path: Path | None) -> None:
-    """Print a plan, and write its JSON where a file is given."""
+    """Print a plan; write its JSON if a file is given."""
     plan, content = plan_json(request, target)
     _write(content, json_path)
     console = Console()
@@ -41,7 +41,7 @@ def show_plan(request: PlanRequest, target: PlanTarget, json_path: Path | None) 
 def show_sweep(
     request: PlanRequest, target: PlanTarget, kind: str, plot: Path | None, json_path: Path | None
 ) -> None:
-    """Print plans side by side; write and draw them where files are given."""
+    """Print plans side by side; write and plot them if files are given."""
     rows = sweep_plans(request, target, kind)
     _write(sweep_json(rows, kind), json_path)
     table = Table(box=None)
@@ -49,8 +49,8 @@ def show_sweep(
         kind,
         "fits",
         "B/par.",
-        "on a GPU",
-        "in host",
+        "GPU memory",
+        "host",
         "step",
         "bottleneck",
         "tokens/day",
@@ -81,7 +81,7 @@ def show_measured(
     energy: dict[str, Any],
     json_path: Path | None,
 ) -> None:
-    """Measure a few steps of a recipe on this machine, and print what the whole run takes."""
+    """Measure a few steps of a recipe on this machine, and print the plan of the whole run."""
     if recipe is None:
         raise ConfigError("name a preset or a recipe to plan, as openm6 plan small --gpu h100-80gb")
     read_model(recipe, overrides)  # refuses what is no recipe, or no setting, before a process starts
@@ -105,7 +105,7 @@ def show_measured(
         ("memory", "not reported by this system" if peak is None else f"at most {in_bytes(peak)}"),
         (
             "energy",
-            f"{in_energy(spent['mwh'])}; {spent['joules_per_token']:.3g} J a token (source: {spent['source']})",
+            f"{in_energy(spent['mwh'])}; {spent['joules_per_token']:.3g} J per token (source: {spent['source']})",
         ),
         ("carbon", f"{in_figures(spent['kg_co2e'])} kg CO2e ({spent['grid']})"),
     ]
@@ -122,26 +122,26 @@ def _rows(plan: Plan, smallest: dict[str, Any]) -> list[tuple[str, str]]:
     real, energy, cluster = plan.real, plan.energy, plan.cluster
     budget = real.budget
     rows = [
-        ("parameters", f"{in_short(plan.total)}, {in_short(plan.active)} active a token"),
-        ("kept as", f"{real.tier.bytes} bytes a parameter: {real.tier.description}"),
+        ("parameters", f"{in_short(plan.total)}, {in_short(plan.active)} active per token"),
+        ("precision", f"{real.tier.bytes} bytes per parameter: {real.tier.description}"),
         (
-            "bytes of each",
+            "memory per GPU",
             f"{in_bytes(budget.device)} of {in_bytes(cluster.memory)}: states {in_bytes(budget.states)}, "
-            f"a step {in_bytes(budget.activations + budget.working)}, "
-            f"the rest {in_bytes(budget.context)}",
+            f"step {in_bytes(budget.activations + budget.working)}, "
+            f"context {in_bytes(budget.context)}",
         ),
     ]
     if budget.host:
-        rows.append(("in each host part", f"{in_bytes(budget.host)} of {in_bytes(cluster.host_memory)}"))
+        rows.append(("host memory per GPU", f"{in_bytes(budget.host)} of {in_bytes(cluster.host_memory)}"))
     rows += [(f"step, {name}", _step(stage)) for name, stage in plan.stages.items()]
     share = f", {plan.pseudo_share:.0%} of them in the pseudo stage" if plan.pseudo_share else ""
     rows += [
-        ("speed", f"{in_short(round(plan.tokens / plan.days))} tokens a day"),
-        ("length", f"{in_figures(plan.days)} days for {in_short(round(plan.tokens))} tokens{share}"),
+        ("speed", f"{in_short(round(plan.tokens / plan.days))} tokens per day"),
+        ("duration", f"{in_figures(plan.days)} days for {in_short(round(plan.tokens))} tokens{share}"),
         (
             "energy",
-            f"{in_energy(energy.mwh)}, at most {in_energy(energy.mwh_rated)} by rating; "
-            f"{energy.joules_per_token:.3g} J a token "
+            f"{in_energy(energy.mwh)} (GPUs at their rating: {in_energy(energy.mwh_rated)}); "
+            f"{energy.joules_per_token:.3g} J per token "
             f"(GPT-3: {GPT3_JOULES_PER_TOKEN:.1f} J, {GPT3_MWH:,.0f} MWh; this is {_share(energy.mwh / GPT3_MWH)})",
         ),
         ("carbon", f"{in_figures(energy.kg_co2e)} kg CO2e ({energy.grid})"),
@@ -150,12 +150,10 @@ def _rows(plan: Plan, smallest: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("cost", f"{plan.cost:,.0f} US dollars"))
     rows.append(("fits", "yes" if plan.fits else "no"))
     if smallest["gpus"]:
-        words = (
-            f"{smallest['gpus']:,} × {smallest['gpu']} at {smallest['bytes_per_parameter']} bytes a parameter"
-        )
-        rows.append(("smallest that holds it", words))
+        words = f"{smallest['gpus']:,} × {smallest['gpu']} at {smallest['bytes_per_parameter']} bytes per parameter"
+        rows.append(("smallest number of GPUs", words))
     if smallest["changes"]:
-        rows.append(("would fit with", "; or ".join(smallest["changes"])))
+        rows.append(("fits with", "; or ".join(smallest["changes"])))
     return rows
 
 

@@ -13,19 +13,20 @@ from openm6.core.errors import ConfigError
 
 Settings = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="engine.max_num_seqs=32, limits.pixels=…"),
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings: engine.max_num_seqs=32, limits.pixels=…"),
 ]
 Keys = Annotated[
-    Path | None, typer.Option("--keys", metavar="FILE", help="API keys, one per line; else OPENM6_API_KEYS.")
+    Path | None,
+    typer.Option("--keys", metavar="FILE", help="File of API keys, one per line; default: OPENM6_API_KEYS."),
 ]
 Hosts = Annotated[
     list[str] | None,
-    typer.Option("--allow-host", metavar="HOST", help="Images may be fetched from there, by https."),
+    typer.Option("--allow-host", metavar="HOST", help="Host of images to fetch by https; repeatable."),
 ]
 Replicas = Annotated[
     list[str] | None,
     typer.Option(
-        "--replicas", metavar="KEY=VALUE", help="With --ray: least=1 most=4 ongoing=8 cpus=1 gpus=1."
+        "--replicas", metavar="KEY=VALUE", help="With --ray: min_replicas, max_replicas, cpus, gpus, …"
     ),
 ]
 
@@ -34,19 +35,21 @@ def serve(
     trained: Trained,
     settings: Settings = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65_535)] = 8000,
-    name: Annotated[str | None, typer.Option("--name", help="What clients call the model.")] = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="Port; 0: any free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Model name in requests; default: the folder.")
+    ] = None,
     keys: Keys = None,
     allow_host: Hosts = None,
     playground: Annotated[
-        bool, typer.Option("--playground", help="A page to try it in the browser, at /playground.")
+        bool, typer.Option("--playground", help="Add a page for the browser at /playground.")
     ] = False,
     ray: Annotated[
-        bool, typer.Option("--ray", help="As replicas on Ray Serve; see --replicas. Needs the extra [ray].")
+        bool, typer.Option("--ray", help="Run replicas on Ray Serve; needs the extra [ray].")
     ] = False,
     replicas: Replicas = None,
 ) -> None:
-    """Serve a trained model: chat, images, speech, embeddings and numbers in OpenAI's formats.
+    """Serve a trained model over HTTP, with routes that follow the OpenAI API.
 
     \b
     Example: openm6 serve runs/demo --port 8000

@@ -1,4 +1,4 @@
-"""`openm6 demo`, `openm6 train`, `openm6 convert`: train a recipe, take a checkpoint to another stage or byte tier."""
+"""`openm6 demo`, `openm6 train`, `openm6 convert`: training, and conversion of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ from openm6.cli.group import print_result
 
 DEMO = "demo"  # the shipped recipe that `openm6 demo` trains
 
-Recipe = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
-]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run's latest checkpoint.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume from the latest checkpoint of the run.")]
 Processes = Annotated[
-    int, typer.Option("--nproc", min=1, help="Processes on this machine, with one GPU each if there are any.")
+    int, typer.Option("--nproc", min=1, help="Processes on this machine, one GPU each if there are GPUs.")
 ]
-Restarts = Annotated[
-    int, typer.Option("--max-restarts", min=0, help="How often to start again after a process has failed.")
-]
+Restarts = Annotated[int, typer.Option("--max-restarts", min=0, help="Restarts after a failed process.")]
 Out = Annotated[
-    Path | None, typer.Option("--out", help="Folder of the run; by default runs/NAME of the recipe.")
+    Path | None, typer.Option("--out", help="Folder of the run; default: runs/NAME of the recipe.")
 ]
 Trained = Annotated[
     Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")
@@ -41,7 +37,7 @@ class TargetStage(StrEnum):
 
 
 class Moments(StrEnum):
-    """What becomes of the optimizer state of shared weights."""
+    """Optimizer state of layers whose weights were shared."""
 
     independent = "independent"
     aligned = "aligned"
@@ -52,9 +48,9 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/demo"),
     resume: Resume = False,
 ) -> None:
-    """Train and evaluate the small model; about six minutes on two cores.
+    """Train and evaluate the demo model on the data in the package; about six minutes on two cores.
 
-    It learns from the data in the package and ends with a report.
+    The run ends with a report.
 
     \b
     Example: openm6 demo --out runs/demo
@@ -73,7 +69,7 @@ def train(
     nproc: Processes = 1,
     max_restarts: Restarts = 0,
 ) -> None:
-    """Train what a recipe describes.
+    """Train a recipe.
 
     \b
     Example: openm6 train recipes/demo.yaml loop.steps=2000 --out runs/longer
@@ -99,14 +95,14 @@ def convert(
         str | None,
         typer.Option(
             "--precision",
-            help="fp32, bf16-adafactor-momentum, bf16-adafactor or int8-adafactor (16, 4, 2, 1 bytes).",
+            help="fp32-adamw, bf16-adafactor-momentum, bf16-adafactor or int8-adafactor (16, 4, 2, 1 bytes).",
         ),
     ] = None,
     stage: Annotated[
-        TargetStage | None, typer.Option("--stage", help="real: each layer with weights of its own.")
+        TargetStage | None, typer.Option("--stage", help="real: separate weights for each layer.")
     ] = None,
     moments: Annotated[
-        Moments, typer.Option("--moments", help="What layers inherit of shared weights' moments.")
+        Moments, typer.Option("--moments", help="Optimizer moments of layers whose weights were shared.")
     ] = Moments.independent,
 ) -> None:
     """Convert a checkpoint to another stage or another precision.

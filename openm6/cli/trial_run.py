@@ -29,7 +29,7 @@ TRIAL = [
 
 
 class Clock(Callback):
-    """When the last step ended, and how long the loss on held-out records took."""
+    """Time of the last step, and seconds of the loss on held-out records."""
 
     name = "trial_clock"
 
@@ -52,12 +52,12 @@ class Clock(Callback):
 
 
 class TrialTraining(MultimodalTraining):
-    """The training task of the recipe; it remembers when its evaluation began."""
+    """The training task of the recipe, with the start time of its evaluation."""
 
     finish_began = 0.0
 
     def warm_caches(self, count: int) -> None:
-        """Make the first batches once: after the first epoch most codes of images and audio clips are cached."""
+        """Compute the first batches once: after the first epoch most codes of images and audio clips are cached."""
         start = self.packer.state()
         for _ in islice(self.batches(), count):
             pass
@@ -69,7 +69,7 @@ class TrialTraining(MultimodalTraining):
 
 
 def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
-    """Train a few steps of a recipe into `folder` and write what they took there.
+    """Train a few steps of a recipe into `folder`, and write their time, memory and energy there.
 
     Raises:
         ConfigError: the recipe is unusable, or trains a codec.
@@ -132,7 +132,7 @@ def _memory_peak(device: torch.device) -> int | None:
 
 
 def main(words: list[str]) -> None:
-    """`RECIPE OVERRIDES… FOLDER`; a foreseen failure is one sentence on standard error."""
+    """`RECIPE OVERRIDES… FOLDER`; an expected failure is one sentence on standard error."""
     recipe, *overrides, folder = words
     end_with_parent(Path(folder))
     try:

@@ -25,7 +25,7 @@ from openm6.inference.graphs import open_batch
 TUNED = QwenBaseline.batching_settings
 TINY = ServeSetting(
     width=32, layers=2, heads=2, kv_heads=1, head_dim=16, experts=4, hidden=16, vocabulary=96,
-    requests=4, shortest=3, longest=8, given=5, rows=3, seconds=30,
+    requests=4, shortest=3, longest=8, new_tokens=5, rows=3, seconds=30,
 )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def test_text_is_the_same_as_the_baselines() -> None:
     text_head, baseline = make_models(TINY, torch.device("cpu"))
     assert baseline is not None
     rows = open_batch(text_head, 3, 64)
-    assert ours_run(rows, prompts, TINY.given)["tokens"] == TINY.requests * TINY.given
+    assert ours_run(rows, prompts, TINY.new_tokens)["tokens"] == TINY.requests * TINY.new_tokens
     ids = torch.tensor([prompts[0]])
     theirs = baseline.model.generate(
         ids,
@@ -75,10 +75,10 @@ def test_the_tuned_pool_holds_all_prompts() -> None:
     _, baseline = make_models(TINY, torch.device("cpu"))
     assert isinstance(baseline, QwenBaseline)
     prompts = make_prompts(TINY)
-    ways = TUNED(baseline, prompts, TINY.given)
+    ways = TUNED(baseline, prompts, TINY.new_tokens)
     first, second = ways
     assert ways[first] == {} and ways[second]["num_blocks"] * ways[second]["page_size"] >= sum(
-        len(prompt) + TINY.given for prompt in prompts
+        len(prompt) + TINY.new_tokens for prompt in prompts
     )
 
 
@@ -118,7 +118,7 @@ def test_the_core_is_enough() -> None:
 def test_prompts_wait_for_their_moment() -> None:
     text_head, _ = make_models(TINY, torch.device("cpu"))
     moments = arrival_moments(TINY.requests, 50.0)
-    seen = answer_prompts(open_batch(text_head, 3, 64), make_prompts(TINY), TINY.given, moments)
+    seen = answer_prompts(open_batch(text_head, 3, 64), make_prompts(TINY), TINY.new_tokens, moments)
     assert all(seen.first[number] >= moment for number, moment in enumerate(moments))
     assert all(seen.last[number] >= seen.first[number] for number in seen.first) and seen.tokens == 20
 

@@ -89,11 +89,11 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_energy(run_of(tmp_path / "run").path, None, None, tmp_path / "energy.json")
     page = " ".join(capsys.readouterr().out.split())
     for words in (
-        "1 kJ for 5,000 tokens: 0.2 J a token",
+        "1 kJ for 5,000 tokens: 0.2 J per token",
         "France",
         "image_out",
         "loss over energy",
-        "15.4 J a token",
+        "15.4 J per token",
     ):
         assert words in page
     assert json.loads((tmp_path / "energy.json").read_text())["country"] == "FRA"
