@@ -77,7 +77,7 @@ class OffloadSize:
     bytes_per_parameter: int = 2
     num_gpu_layers: str = "0"
     gradient_accumulation_steps: int = 2
-    recompute_every: int = 1
+    activation_checkpointing_every: int = 1
     boundaries: str = "device"
     margin_gib: float = 4.0
 
@@ -92,7 +92,7 @@ class OffloadSize:
         offload = {
             "num_gpu_layers": where if where == "auto" else int(where),
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "recompute_every": self.recompute_every,
+            "activation_checkpointing_every": self.activation_checkpointing_every,
             "activation_storage": self.boundaries,
             "margin_gib": self.margin_gib,
         }
@@ -147,7 +147,7 @@ def bench_offload(
         str, typer.Option("--num-gpu-layers", help="Layers that stay on the device: a number or auto.")
     ] = "0",
     gradient_accumulation_steps: Annotated[int, typer.Option("--gradient-accumulation-steps", min=1)] = 2,
-    recompute_every: Annotated[int, typer.Option("--recompute-every", min=1)] = 1,
+    activation_checkpointing_every: Annotated[int, typer.Option("--recompute-every", min=1)] = 1,
     boundaries: Annotated[
         str, typer.Option("--boundaries", help="Storage of layer inputs: device or host.")
     ] = "device",
@@ -172,7 +172,7 @@ def bench_offload(
     """
     sizes = (
         width, layers, experts, hidden, top_k, rows, length, vocabulary, size, num_gpu_layers,
-        gradient_accumulation_steps, recompute_every, boundaries, margin,
+        gradient_accumulation_steps, activation_checkpointing_every, boundaries, margin,
     )  # fmt: skip
     measure(OffloadSize(*sizes), steps, baseline, curve, seconds, json_path)
 

@@ -37,12 +37,12 @@ Bytes = Annotated[
     int | None,
     typer.Option("--bytes", help="Bytes per parameter: 16, 12, 8, 4, 2 or 1; default: the most that fit."),
 ]
-PseudoShare = Annotated[
-    float, typer.Option("--pseudo-share", help="Fraction of the tokens in the pseudo stage.")
+PseudoFraction = Annotated[
+    float, typer.Option("--pseudo-fraction", help="Fraction of the tokens in the pseudo stage.")
 ]
-RecomputeEvery = Annotated[
+CheckpointingEvery = Annotated[
     int | None,
-    typer.Option("--recompute-every", metavar="BLOCKS", help="Blocks per stored input."),
+    typer.Option("--activation-checkpointing-every", metavar="BLOCKS", help="Blocks per stored input."),
 ]
 Country = Annotated[str, typer.Option("--country", help="Country of the grid.")]
 Pue = Annotated[float, typer.Option("--pue", help="Power usage effectiveness.")]
@@ -70,8 +70,8 @@ def plan(
     tokens: Tokens = None,
     days: Days = None,
     bytes_per_parameter: Bytes = None,
-    pseudo_share: PseudoShare = 0.0,
-    recompute_every: RecomputeEvery = None,
+    pseudo_fraction: PseudoFraction = 0.0,
+    activation_checkpointing_every: CheckpointingEvery = None,
     country: Country = "WLD",
     pue: Pue = 1.1,
     price: Price = None,
@@ -97,12 +97,12 @@ def plan(
         _refuse_gpu_options(
             [
                 gpus != 1, per_node != PER_NODE, gpu_table, host_memory, link, network, batch, bytes_per_parameter,
-                pseudo_share, recompute_every, price, sweep, plot,
+                pseudo_fraction, activation_checkpointing_every, price, sweep, plot,
             ]
         )  # fmt: skip
         show_measured(model, overrides or [], tokens, days, energy, json_path)
         return
-    lengths = (batch, tokens, days, bytes_per_parameter, pseudo_share, recompute_every)
+    lengths = (batch, tokens, days, bytes_per_parameter, pseudo_fraction, activation_checkpointing_every)
     request = read_request(model, overrides or [], *lengths, energy)
     target = read_target(gpu, gpu_table, ClusterOptions(gpus, per_node, host_memory, link, network, price))
     if sweep is not None:

@@ -134,7 +134,7 @@ def _rows(plan: Plan, smallest: dict[str, Any]) -> list[tuple[str, str]]:
     if budget.host:
         rows.append(("host memory per GPU", f"{in_bytes(budget.host)} of {in_bytes(cluster.host_memory)}"))
     rows += [(f"step, {name}", _step(stage)) for name, stage in plan.stages.items()]
-    share = f", {plan.pseudo_share:.0%} of them in the pseudo stage" if plan.pseudo_share else ""
+    share = f", {plan.pseudo_fraction:.0%} of them in the pseudo stage" if plan.pseudo_fraction else ""
     rows += [
         ("speed", f"{in_short(round(plan.tokens / plan.days))} tokens per day"),
         ("duration", f"{in_figures(plan.days)} days for {in_short(round(plan.tokens))} tokens{share}"),

@@ -42,6 +42,7 @@ KEYS: dict[str, dict[str, str]] = {
         "resident": "num_gpu_layers",
         "micro_batches": "gradient_accumulation_steps",
         "boundaries": "activation_storage",
+        "recompute_every": "activation_checkpointing_every",
     },
     "ParallelConfig": {
         "data": "dp_replicate",

@@ -18,9 +18,9 @@ GPT3_JOULES_PER_TOKEN = GPT3_MWH * 3.6e9 / GPT3_TOKENS  # 15.4
 
 GPT3_CAVEAT = (
     "GPT-3 took 15.4 J per token (1,287 MWh for 300B tokens, computed from rated hardware, arXiv 2104.10350). "
-    "The ratio says how much energy one token of training took here and there. It does not say that the models are "
-    "alike: energy per token grows with the parameters that work on it and falls with newer hardware, and a small model "
-    "is not made equal to a large one by being cheap."
+    "The ratio compares the energy of one token of training. It does not compare the models: energy per token grows "
+    "with the active parameters and falls with newer hardware, and a small model that is cheap is not equal to a large "
+    "one."
 )
 
 

@@ -103,7 +103,7 @@ class OffloadedBlocks:
         self._gradients: dict[int, dict[str, Tensor]] = {}
         self._squares = torch.zeros((), device=device)
         self._skipped = torch.zeros((), device=device)
-        size, layers = config.recompute_every, range(len(self.weight_sets))
+        size, layers = config.activation_checkpointing_every, range(len(self.weight_sets))
         self._groups = [tuple(layers[first : first + size]) for first in range(0, len(layers), size)]
 
     def begin_step(self, step: Step) -> None:

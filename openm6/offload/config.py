@@ -15,7 +15,7 @@ class OffloadConfig(Config):
     num_gpu_layers: how many sets, or which, stay on the device; auto: as many as fit, less `margin_gib`
     gradient_accumulation_steps: parts of a batch (along its rows) that go through a block one after the
         other, so that a set which has been fetched serves them all
-    recompute_every: of so many layers the first's input is kept, the others' are computed again
+    activation_checkpointing_every: of so many layers the first's input is kept, the others' are computed again
     activation_storage: where those inputs wait for the backward pass
     buffers: sets on the device at a time, besides those that stay there
     compile: whether blocks are compiled; off until a GPU has shown that compiled offloaded blocks are right
@@ -25,7 +25,7 @@ class OffloadConfig(Config):
 
     num_gpu_layers: int | tuple[int, ...] | Literal["auto"] = "auto"
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    recompute_every: int = Field(default=1, ge=1)
+    activation_checkpointing_every: int = Field(default=1, ge=1)
     activation_storage: Literal["device", "host"] = "device"
     buffers: int = Field(default=2, ge=2)
     compile: bool = False

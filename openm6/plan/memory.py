@@ -48,9 +48,9 @@ def max_activation_bytes(config: BackboneConfig, element: int) -> float:
     return element * max(activation_elements(config, layer) for layer in range(config.num_layers))
 
 
-def kept_inputs(layers: int, recompute_every: int) -> int:
+def kept_inputs(layers: int, activation_checkpointing_every: int) -> int:
     """Inputs of blocks that exist at once: of each group the first's, and of the group at work all."""
-    return -(-layers // recompute_every) + recompute_every - 1
+    return -(-layers // activation_checkpointing_every) + activation_checkpointing_every - 1
 
 
 def layers_to_recompute(config: BackboneConfig, tokens: int, element: int, free: float) -> int:
@@ -132,12 +132,12 @@ def device_budget(
     tokens: int,
     memory: float,
     learned_logits: float,
-    recompute_every: int = 1,
+    activation_checkpointing_every: int = 1,
 ) -> DeviceBudget:
     """Of one of several equal devices: its share of `parameters`, its share of the `largest` layer, T tokens a step.
 
-    memory: usable bytes of the device. learned_logits: bytes of the output layer's results. recompute_every: of so many
-    layers the first's input alone is kept, where blocks are computed again.
+    memory: usable bytes of the device. learned_logits: bytes of the output layer's results.
+    activation_checkpointing_every: of so many layers the first's input alone is kept, if blocks are recomputed.
     """
     if not tier.layerwise:
         # Gradients come as activations go: the larger of the two counts.
@@ -145,7 +145,12 @@ def device_budget(
         states = parameters * (tier.weights + tier.moments)
         return DeviceBudget(states, max(kept, parameters * tier.gradients), 0.0, CONTEXT, 0.0, tokens)
     states = parameters * tier.kept
-    inputs = float(HALF) * tokens * config.hidden_size * kept_inputs(config.num_layers, recompute_every)
+    inputs = (
+        float(HALF)
+        * tokens
+        * config.hidden_size
+        * kept_inputs(config.num_layers, activation_checkpointing_every)
+    )
     micro, row = tokens, max_activation_bytes(config, HALF)
     while micro > MIN_TOKENS and micro * row > WORKING_SHARE * memory:
         micro //= 2

@@ -62,7 +62,7 @@ class Plan:
     active: int
     operations: float  # of training on one token
     stages: Mapping[str, StagePlan]
-    pseudo_share: float
+    pseudo_fraction: float
     tokens: float
     days: float
     energy: Energy
@@ -98,7 +98,7 @@ class Plan:
             "step_tokens": real.tokens,
             "bottleneck": real.time.bottleneck,
             "stages": {name: _stage_json(stage) for name, stage in self.stages.items()},
-            "pseudo_share": self.pseudo_share,
+            "pseudo_fraction": self.pseudo_fraction,
             "tokens_per_day": self.tokens / self.days,
             "tokens": self.tokens,
             "days": self.days,
@@ -125,7 +125,7 @@ def make_plan(request: PlanRequest, cluster: Cluster) -> Plan:
     stages = {"real": real}
     if model.backbone.sharing is None and model.backbone.num_layers > 1:
         stages["pseudo"] = _first_fit(request, cluster, pseudo_config, "pseudo", allowed)
-    share = request.pseudo_share if "pseudo" in stages else 0.0
+    share = request.pseudo_fraction if "pseudo" in stages else 0.0
     parts = {"real": 1.0 - share, "pseudo": share}
     days_per_token = sum(parts[name] / stage.tokens_per_day for name, stage in stages.items())
     active = count_parameters(model.backbone).active + model.vocabulary * model.backbone.hidden_size
@@ -141,7 +141,7 @@ def make_plan(request: PlanRequest, cluster: Cluster) -> Plan:
         active=active,
         operations=operations_per_token(model.backbone, model.vocabulary, model.length / 2),
         stages=stages,
-        pseudo_share=share,
+        pseudo_fraction=share,
         tokens=tokens,
         days=days,
         energy=_energy(stages, seconds, tokens, cluster, request.energy),

@@ -44,8 +44,9 @@ class PlanRequest:
     """`tokens`: budget in tokens; `days`: time that there is; neither: 20 tokens for each active parameter.
 
     batch: tokens a step of one device; bytes_per_parameter: the tier, None for the most precise that fits;
-    pseudo_share: part of the tokens in the stage whose layers share their weights; recompute_every: of so many blocks
-    the first's input is kept, where they are computed again; None: as in the recipe, or 1.
+    pseudo_fraction: fraction of the tokens in the stage whose layers share their weights;
+    activation_checkpointing_every: of so many blocks the first's input is kept, if they are recomputed; None: as in the
+    recipe, or 1.
     """
 
     model: Model
@@ -53,20 +54,22 @@ class PlanRequest:
     tokens: float | None = None
     days: float | None = None
     bytes_per_parameter: int | None = None
-    pseudo_share: float = 0.0
-    recompute_every: int | None = None
+    pseudo_fraction: float = 0.0
+    activation_checkpointing_every: int | None = None
     energy: EnergyConfig = field(default_factory=EnergyConfig)
 
     @property
     def group(self) -> int:
         """Blocks of which the first's input is kept."""
         offload = self.model.offload
-        return self.recompute_every or (1 if offload is None else offload.recompute_every)
+        return self.activation_checkpointing_every or (
+            1 if offload is None else offload.activation_checkpointing_every
+        )
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.pseudo_share <= 1.0:
-            raise ConfigError(f"pseudo share {self.pseudo_share:g} must lie between 0 and 1")
-        for name in ("batch", "tokens", "days", "recompute_every"):
+        if not 0.0 <= self.pseudo_fraction <= 1.0:
+            raise ConfigError(f"pseudo fraction {self.pseudo_fraction:g} must lie between 0 and 1")
+        for name in ("batch", "tokens", "days", "activation_checkpointing_every"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}={value:g} must be above 0")
@@ -164,8 +167,8 @@ def read_request(
     tokens: float | None = None,
     days: float | None = None,
     bytes_per_parameter: int | None = None,
-    pseudo_share: float = 0.0,
-    recompute_every: int | None = None,
+    pseudo_fraction: float = 0.0,
+    activation_checkpointing_every: int | None = None,
     energy: dict[str, Any] | None = None,
 ) -> PlanRequest:
     """Return the request from the options of the command line.
@@ -182,8 +185,8 @@ def read_request(
         tokens=tokens,
         days=days,
         bytes_per_parameter=bytes_per_parameter,
-        pseudo_share=pseudo_share,
-        recompute_every=recompute_every,
+        pseudo_fraction=pseudo_fraction,
+        activation_checkpointing_every=activation_checkpointing_every,
         energy=build(EnergyConfig, energy or {}, "the options of energy"),
     )
 

@@ -53,10 +53,10 @@ def step_time(
     tokens: int,
     keys: float,
     cluster: Cluster,
-    recompute_every: int = 1,
+    activation_checkpointing_every: int = 1,
 ) -> StepTime:
     """One step of T tokens a device, of which each sees `keys` keys."""
-    passes = forward_passes(recompute_every) + 2.0 if tier.layerwise else 3.0
+    passes = forward_passes(activation_checkpointing_every) + 2.0 if tier.layerwise else 3.0
     weights = weights_per_token(config, vocabulary)
     dense = passes * (2.0 * (weights.all - weights.experts) + attention_operations(config, keys)) * tokens
     experts = passes * 2.0 * weights.experts * tokens
@@ -67,16 +67,16 @@ def step_time(
     moved += 2.0 * stored.total / cluster.devices * tier.kept
     # For the forward and for the backward pass, and once more where a group's inputs are computed again; written back
     # beside the last.
-    into_device = budget.host * (2 if recompute_every == 1 else 3)
+    into_device = budget.host * (2 if activation_checkpointing_every == 1 else 3)
     network = all_to_all(config, tokens, passes, cluster) + reduction(stored, cluster)
     return StepTime(compute, moved / cluster.memory_rate, into_device / cluster.host_link, network)
 
 
-def forward_passes(recompute_every: int) -> float:
+def forward_passes(activation_checkpointing_every: int) -> float:
     """How often a block runs forward where only the input of each so many is kept: once, again for its own backward
     pass, and for the input of the next of its group.
     """
-    return 2.0 + (recompute_every - 1) / recompute_every
+    return 2.0 + (activation_checkpointing_every - 1) / activation_checkpointing_every
 
 
 def all_to_all(config: BackboneConfig, tokens: int, passes: float, cluster: Cluster) -> float:

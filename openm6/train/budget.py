@@ -128,7 +128,7 @@ class Budget:
 
     @property
     def _boundaries(self) -> int:
-        inputs = kept_inputs(self.config.num_layers, self.offload.recompute_every)
+        inputs = kept_inputs(self.config.num_layers, self.offload.activation_checkpointing_every)
         return self.value_bytes * self.tokens * self.config.hidden_size * inputs
 
     @property
@@ -318,8 +318,11 @@ def _changes(budget: Budget) -> Iterator[tuple[str, Budget]]:
                 f"loop.offload.gradient_accumulation_steps={count}",
                 budget.with_offload("gradient_accumulation_steps", count),
             )
-        if count > offload.recompute_every:
-            yield f"loop.offload.recompute_every={count}", budget.with_offload("recompute_every", count)
+        if count > offload.activation_checkpointing_every:
+            yield (
+                f"loop.offload.activation_checkpointing_every={count}",
+                budget.with_offload("activation_checkpointing_every", count),
+            )
     for precision in PRECISIONS[1:]:
         rule = update_rule(OptimizerConfig(precision=precision))
         yield f"loop.optimizer.precision={precision}", budget.with_rule(rule)

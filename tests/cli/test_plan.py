@@ -44,7 +44,7 @@ def test_the_claim_on_the_command_line(tmp_path: Path) -> None:
                 ("--sweep", "gpus"),
                 ("--plot", "x.svg"),
                 ("--price", "2"),
-                ("--recompute-every", "2"),
+                ("--activation-checkpointing-every", "2"),
                 ("--per-node", "4"),
                 ("--gpu-table", "mine.csv"),
                 ("--batch", "64"),

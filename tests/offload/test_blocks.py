@@ -58,13 +58,17 @@ def assert_same(left: tuple[list[float], list[Tensor]], right: tuple[list[float]
 
 
 @pytest.mark.parametrize("backbone", [PLAIN, SHARED, words_backbone(sharing="all", share_routers=True)])
-@pytest.mark.parametrize(("recompute_every", "precision"), [(1, "fp32"), (3, "fp32"), (3, "bf16-products")])
+@pytest.mark.parametrize(
+    ("activation_checkpointing_every", "precision"), [(1, "fp32"), (3, "fp32"), (3, "bf16-products")]
+)
 def test_with_sixteen_bytes_streaming_is_plain_training_to_the_bit(
-    backbone: BackboneConfig, recompute_every: int, precision: Precision
+    backbone: BackboneConfig, activation_checkpointing_every: int, precision: Precision
 ) -> None:
     training, other = WordsTraining(backbone), WordsTraining(backbone)
     plain = TrainStep(training, words_config(max_grad_norm=None, precision=precision))
-    config = config_of(16, recompute_every=recompute_every).model_copy(update={"precision": precision})
+    config = config_of(16, activation_checkpointing_every=activation_checkpointing_every).model_copy(
+        update={"precision": precision}
+    )
     offloaded = OffloadedTrainStep(other, config)
     assert steps_of(plain, training) == steps_of(offloaded, other)
     named = dict(training.model.named_parameters())
@@ -85,7 +89,7 @@ def test_streamed_is_resident_to_the_bit(backbone: BackboneConfig, bytes_per_par
         {},
         {"num_gpu_layers": 1},
         {"buffers": 3},
-        {"num_gpu_layers": (1,), "recompute_every": 2},
+        {"num_gpu_layers": (1,), "activation_checkpointing_every": 2},
     ):
         assert_same(on_device, offloaded_run(backbone, config_of(bytes_per_parameter, **changes)))
 
@@ -94,7 +98,7 @@ LAYOUTS = [
     (PLAIN, {}),
     (SHARED, {}),
     (PLAIN, {"buffers": 3}),
-    (PLAIN, {"num_gpu_layers": 1, "recompute_every": 2}),
+    (PLAIN, {"num_gpu_layers": 1, "activation_checkpointing_every": 2}),
 ]
 
 

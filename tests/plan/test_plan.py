@@ -71,7 +71,12 @@ def test_fewer_kept_inputs_save_memory_and_cost_a_pass() -> None:
     options = ClusterOptions(devices=1, host_memory=256.0)
     kept, again = (
         the_plan(
-            "m6-100b", "h100-80gb", options, bytes_per_parameter=2, batch=65_536, recompute_every=every
+            "m6-100b",
+            "h100-80gb",
+            options,
+            bytes_per_parameter=2,
+            batch=65_536,
+            activation_checkpointing_every=every,
         ).real
         for every in (1, 4)
     )
@@ -123,8 +128,8 @@ def test_what_cannot_be_planned_is_told() -> None:
         read_request("m6-10x", [])
     with pytest.raises(ConfigError, match="no tier of 3 bytes a parameter: choose 1, 2, 4"):
         read_request("base", [], bytes_per_parameter=3)
-    with pytest.raises(ConfigError, match=r"pseudo share 1.5 must lie between 0 and 1"):
-        read_request("base", [], pseudo_share=1.5)
+    with pytest.raises(ConfigError, match=r"pseudo fraction 1.5 must lie between 0 and 1"):
+        read_request("base", [], pseudo_fraction=1.5)
 
 
 def test_a_gpu_of_one_s_own(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_offloaded_inputs_move_to_the_host() -> None:
     here, there = budget_of(), budget_of(activation_storage="host")
     assert there.total("host", ()) - here.total("host", ()) == 2 * 1024 * 32 * 10
     assert here.total("device", ()) - there.total("device", ()) == 2 * 1024 * 32 * 10
-    assert budget_of(recompute_every=5).total("device", ()) < here.total("device", ())
+    assert budget_of(activation_checkpointing_every=5).total("device", ()) < here.total("device", ())
 
 
 def test_too_large_a_model_is_refused_with_the_number_of_layers_that_fit() -> None:
