@@ -78,7 +78,7 @@ class OffloadSize:
     num_gpu_layers: str = "0"
     gradient_accumulation_steps: int = 2
     activation_checkpointing_every: int = 1
-    boundaries: str = "device"
+    activation_storage: str = "device"
     margin_gib: float = 4.0
 
     def recipe(self, num_gpu_layers: str | None = None) -> MultimodalRecipe:
@@ -93,7 +93,7 @@ class OffloadSize:
             "num_gpu_layers": where if where == "auto" else int(where),
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "activation_checkpointing_every": self.activation_checkpointing_every,
-            "activation_storage": self.boundaries,
+            "activation_storage": self.activation_storage,
             "margin_gib": self.margin_gib,
         }
         overrides = {
@@ -147,9 +147,11 @@ def bench_offload(
         str, typer.Option("--num-gpu-layers", help="Layers that stay on the device: a number or auto.")
     ] = "0",
     gradient_accumulation_steps: Annotated[int, typer.Option("--gradient-accumulation-steps", min=1)] = 2,
-    activation_checkpointing_every: Annotated[int, typer.Option("--recompute-every", min=1)] = 1,
-    boundaries: Annotated[
-        str, typer.Option("--boundaries", help="Storage of layer inputs: device or host.")
+    activation_checkpointing_every: Annotated[
+        int, typer.Option("--activation-checkpointing-every", min=1)
+    ] = 1,
+    activation_storage: Annotated[
+        str, typer.Option("--activation-storage", help="Storage of layer inputs: device or host.")
     ] = "device",
     margin: Annotated[
         float, typer.Option("--margin", help="GiB of device memory that auto leaves free.")
@@ -172,7 +174,7 @@ def bench_offload(
     """
     sizes = (
         width, layers, experts, hidden, top_k, rows, length, vocabulary, size, num_gpu_layers,
-        gradient_accumulation_steps, activation_checkpointing_every, boundaries, margin,
+        gradient_accumulation_steps, activation_checkpointing_every, activation_storage, margin,
     )  # fmt: skip
     measure(OffloadSize(*sizes), steps, baseline, curve, seconds, json_path)
 

@@ -23,7 +23,7 @@ def test_the_claim_on_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for said in (
         "10.05T",
-        "at most 40.6 MWh by rating",
+        "GPUs at their rating: 40.6 MWh",
         "bottleneck: network",
         "122,880 US dollars",
         "Assumed:",
