@@ -68,7 +68,7 @@ def test_a_layer_in_eight_bits_is_near_the_layer_it_was_made_of() -> None:
 def test_errors_are_those_of_three_bits_for_any_size() -> None:
     for way in product_errors(SIZES["cpu"]).values():
         assert all(0.005 < error < 0.06 for error in way.values())
-    assert list(product_errors(TINY)) == ["a scale for each row"]  # no block of 128 fits
+    assert list(product_errors(TINY)) == ["a scale per row"]  # no block of 128 fits
 
 
 def test_without_a_gpu_it_says_so_and_tells_errors_and_losses(

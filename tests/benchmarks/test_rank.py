@@ -40,7 +40,7 @@ def test_the_curve_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_ranks_must_divide_the_experts() -> None:
-    with pytest.raises(ConfigError, match="--ranks 7 cannot share the model's experts evenly"):
+    with pytest.raises(ConfigError, match="--ranks 7 cannot hold equal numbers of experts"):
         _ = rank_size("m6-10t", 7, on_gpu=True).experts_per_rank
     with pytest.raises(ConfigError, match="has no experts"):
         rank_size("m6-base", 4, on_gpu=False)

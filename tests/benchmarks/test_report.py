@@ -56,7 +56,7 @@ def test_past_the_limit_it_ends_well_with_what_there_is(capsys: pytest.CaptureFi
                 time.sleep(0.001)
         except Exception:
             pytest.fail("it was caught on the way")
-    assert printed(capsys) == {"ours": 1, "cut_short": "the time was up"}
+    assert printed(capsys) == {"ours": 1, "cut_short": "the time was over"}
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
@@ -67,7 +67,7 @@ def test_an_error_on_the_way_out_is_still_a_cut(capsys: pytest.CaptureFixture) -
             time.sleep(10)
         except BaseException:
             raise RuntimeError("a part was torn down") from None
-    assert printed(capsys)["cut_short"] == report.found["cut_short"] == "the time was up"
+    assert printed(capsys)["cut_short"] == report.found["cut_short"] == "the time was over"
 
 
 def test_an_error_of_its_own_passes_and_prints_nothing(capsys: pytest.CaptureFixture) -> None:

@@ -29,5 +29,5 @@ def test_processes_are_numbers() -> None:
     assert parse_counts("1, 2,4") == (1, 2, 4)
     with pytest.raises(ConfigError, match="must be numbers of processes"):
         parse_counts("1,two")
-    with pytest.raises(ConfigError, match="cannot be shared by 3 processes"):
+    with pytest.raises(ConfigError, match="cannot be divided by 3 processes"):
         bench_scaling(processes="3")

@@ -42,7 +42,7 @@ def test_the_baseline_can_be_left_out(monkeypatch, capsys):
     report = bench.bench_train("cpu", "none", 0.01, None)
     assert report["baseline"] is None
     assert report["ratio"] is None
-    assert report["baseline_note"] == "left out, as asked"
+    assert report["baseline_note"] == "disabled by --baseline none"
 
 
 def test_an_unknown_baseline_is_refused():
