@@ -136,5 +136,5 @@ def _summary(load: Load) -> dict[str, Any]:
 def tails(found: list[float]) -> dict[str, float]:
     """Return median, 95th and 99th percentile."""
     ordered = sorted(found) or [float("nan")]
-    places = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-    return {name: ordered[min(len(ordered) - 1, int(share * len(ordered)))] for name, share in places.items()}
+    quantiles = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+    return {name: ordered[min(len(ordered) - 1, int(q * len(ordered)))] for name, q in quantiles.items()}

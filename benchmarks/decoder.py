@@ -44,8 +44,8 @@ class Decoder(nn.Module):
     def loss(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Return the mean loss in nats; the last token of a row has no target.  # B S D, B S"""
         flat, label = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()  # B·(S-1) D
-        share = torch.full((len(label),), 1.0 / len(label), device=ids.device)
-        return linear_cross_entropy(flat, self.head, label, share)[0]
+        weight = torch.full((len(label),), 1.0 / len(label), device=ids.device)
+        return linear_cross_entropy(flat, self.head, label, weight)[0]
 
 
 def our_candidate(sizes: Sizes, device: torch.device) -> Candidate:

@@ -209,7 +209,7 @@ def measure_speed(found: dict[str, Any], sizes: Sizes, device: torch.device, rep
     step = alternate({"step": candidate.step}, 8, 3, report.deadline, device)["step"].median
     saved = layers * (timings["bf16"].median - timings["fp8"].median)
     found["step_ms"] = round(1000 * step, 3)
-    found["share_of_products"] = round(layers * timings["bf16"].median / step, 4)
+    found["fraction_of_products"] = round(layers * timings["bf16"].median / step, 4)
     found["estimated_gain"] = round(step / (step - saved) - 1, 4)
 
 

@@ -1,6 +1,6 @@
 """Benchmark `generate`: masked parallel and autoregressive decoding of image codes by the same backbone."""
 
-# Shapes: B rows, N places, G codes a place, D width
+# Shapes: B rows, N positions, G codes per position, D hidden size
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from openm6.modalities.text import Text, train_tokenizer
 from openm6.models.omni import Omni
 from openm6.models.presets import PRESETS
 
-WORDS = "draw a small red house with a green door under a blue sky"
+WORDS = "draw a small red boat with a green sail under a blue sky"
 SECONDS = 150.0
 
 
@@ -45,10 +45,10 @@ class Autoregressive:
     quality of the codes is not evaluated: the work is that of a model trained for this order.
     """
 
-    def __init__(self, omni: Omni, text: Text, positions: int, room: int) -> None:
+    def __init__(self, omni: Omni, text: Text, positions: int, capacity: int) -> None:
         self.omni, self.positions = omni, positions
         self.text_head = TextHead.of(omni, text)
-        self.cache = omni.backbone.new_cache(2, room)
+        self.cache = omni.backbone.new_cache(2, capacity)
         self.step = DecodeStep(self.text_head, self.cache)
         adapter = omni.adapter("image_out")
         assert isinstance(adapter, CodesAdapter)
@@ -106,8 +106,8 @@ def compare(setting: Setting, report: Report) -> None:
     assert isinstance(text, Text)
     prompt = source_segments([Part("text", WORDS)], modalities)
     blank = image.blank()
-    room = -(-(sum(map(len, prompt)) + len(blank) + 1) // 64) * 64
-    slots = omni.backbone.new_cache(1, room)
+    capacity = -(-(sum(map(len, prompt)) + len(blank) + 1) // 64) * 64
+    slots = omni.backbone.new_cache(1, capacity)
     sampling = MaskedSampling(steps=setting.steps, guidance=setting.guidance, temperature=0.0)
 
     def masked() -> Tensor:
@@ -117,7 +117,7 @@ def compare(setting: Setting, report: Report) -> None:
             pass
         return state.codes
 
-    way = Autoregressive(omni, text, len(blank), room)
+    way = Autoregressive(omni, text, len(blank), capacity)
     like = {"positions": torch.from_numpy(blank.arrays["positions"]).to(device)}
     candidates = {
         "masked_parallel": masked,

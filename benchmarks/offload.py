@@ -228,8 +228,8 @@ def measure_offload(
         settled = True
         train_step.close()
     ceiling = link_ceiling(device)
-    share = report.found["link_gbps"] / ceiling if ceiling else None
-    report.update({"link_ceiling_gbps": ceiling, "link_share": share})
+    fraction = report.found["link_gbps"] / ceiling if ceiling else None
+    report.update({"link_ceiling_gbps": ceiling, "link_fraction": fraction})
 
 
 def offload_curve(
@@ -303,7 +303,7 @@ def _figures(
         "seconds_per_step": seconds,
         "seconds": {**phases, "compute": seconds - sum(phases.values())},
         "tokens_per_step": tokens,
-        "places_per_step": size.rows * size.length,
+        "positions_per_step": size.rows * size.length,
         "tokens_per_second": tokens / seconds,
         # Forward and backward take 6 operations per parameter and token; recomputation makes them 8.
         "tflops": 6 * active * tokens / seconds / 1e12,
@@ -319,5 +319,5 @@ def _energy(joules: float, source: str, tokens: int) -> dict[str, Any]:
     return {
         "joules_per_token": each,
         "joules_source": source,
-        "share_of_gpt3_joules": each / GPT3_JOULES_A_TOKEN,
+        "fraction_of_gpt3_joules": each / GPT3_JOULES_A_TOKEN,
     }

@@ -134,7 +134,7 @@ def dense_text(training: MultimodalTraining, count: int) -> list[Batch]:
     made = []
     for _ in range(count):
         written = [text.written(list(itertools.islice(tokens, length - 1))) for _ in range(rows)]
-        made.append(collate([[build_sequence([piece])] for piece in written], length))
+        made.append(collate([[build_sequence([segment])] for segment in written], length))
     return made
 
 
@@ -148,7 +148,7 @@ def _words(sources: Iterable[Source]) -> list[str]:
     ]
 
 
-def _figures(stream: Stream, places: int) -> dict[str, Any] | None:
+def _figures(stream: Stream, positions: int) -> dict[str, Any] | None:
     """Return real tokens per second (median over steps) and statistics of the rows."""
     seconds = stream.timing.seconds
     if not seconds:
@@ -162,7 +162,7 @@ def _figures(stream: Stream, places: int) -> dict[str, Any] | None:
         "tokens_per_second": round(statistics.median(rates), 1),
         "quartiles": [round(rate, 1) for rate in _quartiles(rates)],
         "step_seconds": stream.timing.summary(),
-        "padding": round(1 - held / places, 4),
+        "padding": round(1 - held / positions, 4),
         "examples_per_row": round(statistics.mean(_examples_per_row(batch) for batch in stream.batches), 2),
         "learned": round(learned / sum(batch.tokens for batch in stream.batches), 3),
     }

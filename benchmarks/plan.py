@@ -23,7 +23,7 @@ CASES: dict[str, list[str]] = {
     "wide, one process": [
         "model.overrides={hidden_size: 384}", "loop.num_processes=1", "loop.steps=150", "loop.minutes=null"
     ],
-    "offloaded, 2 bytes a parameter": [
+    "offloaded, 2 bytes per parameter": [
         "loop.optimizer.precision=bf16-adafactor", "loop.offload={}", "loop.steps=150", "loop.minutes=null"
     ],
 }  # fmt: skip

@@ -163,14 +163,14 @@ def bench_rank(
                 "device": device_name(device),
             }
         )
-        for share in OFFLOADED:
-            point, report["parameters_per_rank"] = measure_share(size, share, steps, device, meter)
+        for fraction in OFFLOADED:
+            point, report["parameters_per_rank"] = measure_offloaded(size, fraction, steps, device, meter)
             curve.append(point)
             if report.deadline.passed:
                 break
 
 
-def measure_share(
+def measure_offloaded(
     size: RankSize, offloaded: float, steps: int, device: torch.device, meter: Meter
 ) -> tuple[dict[str, Any], int]:
     """Return one point of the curve and the parameters of the rank; the first step is a warm-up."""

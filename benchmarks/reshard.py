@@ -219,10 +219,10 @@ def _tensors(model: Backbone, optimizer: torch.optim.Optimizer) -> Iterator[tupl
 def _checksum(model: Backbone, optimizer: torch.optim.Optimizer, layout: Layout | None) -> float:
     """Return the sum of all values of all ranks; replicated ones count once."""
     total = torch.zeros((), dtype=torch.float64)
-    place = dist.get_rank()
+    rank = dist.get_rank()
     for _, tensor in _tensors(model, optimizer):
-        parted = isinstance(tensor, DTensor) or tensor.ndim == 3  # cut, or dealt out
-        if parted or place == 0:
+        parted = isinstance(tensor, DTensor) or tensor.ndim == 3  # sharded, or distributed experts
+        if parted or rank == 0:
             total += local(tensor).detach().sum(dtype=torch.float64)
     if layout is not None:
         dist.all_reduce(total)

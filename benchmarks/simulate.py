@@ -74,8 +74,7 @@ class Stack(nn.Module):
         self.backbone = backbone
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        sets = self.backbone.config.weight_sets
-        for layer, index in enumerate(sets):
+        for layer, index in enumerate(self.backbone.config.weight_sets):
             block, parts = self.backbone.sets[index], self.backbone.layers[layer]
             assert isinstance(block, Block) and isinstance(parts, LayerParts)
             x, _ = block(x, parts, context, layer)
@@ -142,10 +141,10 @@ def expected_exchange_bytes(config: BackboneConfig, columns: int, tokens: int) -
     assert experts is not None
     layers = sum(config.has_experts(layer) for layer in range(config.num_layers))
     rows = experts.experts_per_token * tokens
-    counts = experts.num_experts * 8  # how many rows, where that is not known beforehand
+    counts = experts.num_experts * 8  # numbers of rows, if they are not known beforehand
     if experts.capacity_factor is not None:
-        share = experts.experts_per_token * tokens / experts.num_experts * experts.capacity_factor
-        rows, counts = experts.num_experts * max(1, -int(-share // 1)), 0
+        per_expert = experts.experts_per_token * tokens / experts.num_experts * experts.capacity_factor
+        rows, counts = experts.num_experts * max(1, -int(-per_expert // 1)), 0
     return layers * (4 * rows * config.hidden_size * DTYPE.itemsize + counts)
 
 

@@ -75,16 +75,16 @@ def print_energy(path: Path, country: str | None, pue: float | None, json_path: 
 
 
 def _summary(account: EnergyAccount) -> str:
-    ledger = account.ledger
-    parts = ", ".join(f"{in_joules(joules)} by {source}" for source, joules in ledger.by_source.items())
+    tracker = account.ledger
+    parts = ", ".join(f"{in_joules(joules)} by {source}" for source, joules in tracker.by_source.items())
     words = (
-        f"{in_joules(ledger.joules)} for {ledger.tokens:,} tokens: "
+        f"{in_joules(tracker.joules)} for {tracker.tokens:,} tokens: "
         f"{account.joules_per_token:.3g} J per token ({parts}). "
-        f"{account.grams(ledger.joules):.3g} g CO2e with the grid of {account.grid.name} "
+        f"{account.grams(tracker.joules):.3g} g CO2e with the grid of {account.grid.name} "
         f"({account.grid.grams_per_kwh:g} g/kWh, {account.grid.year}) and a PUE of {account.pue:g}. "
-        f"{in_joules(ledger.between)} between steps: waiting for data, evaluation, checkpoints."
+        f"{in_joules(tracker.between)} between steps: waiting for data, evaluation, checkpoints."
     )
-    repeated = f" {in_joules(ledger.repeated)} in steps that a crash lost." if ledger.repeated else ""
+    repeated = f" {in_joules(tracker.repeated)} in steps that a crash lost." if tracker.repeated else ""
     return words + repeated
 
 
@@ -124,8 +124,8 @@ def _plot(lines: list[dict[str, Any]]) -> str:
         column = min(WIDTH - 1, int(joules / last * WIDTH)) if last > 0 else 0
         row = min(HEIGHT - 1, int((high - loss) / (high - low) * HEIGHT))
         rows[row][column] = "•"
-    edges = [f"{high:.3g}", *[""] * (HEIGHT - 2), f"{low:.3g}"]
-    drawn = [f"{edge:>8} │{''.join(row)}" for edge, row in zip(edges, rows, strict=True)]
+    labels = [f"{high:.3g}", *[""] * (HEIGHT - 2), f"{low:.3g}"]
+    drawn = [f"{label:>8} │{''.join(row)}" for label, row in zip(labels, rows, strict=True)]
     axis = f"{'':>8} └{'─' * WIDTH}\n{'':>10}0 J{in_joules(last):>{WIDTH - 3}}"
     return "\n".join(["loss over energy", *drawn, axis])
 

@@ -82,10 +82,10 @@ def _print_problems(data_set: DataSet, console: Console) -> None:
     for problem in data_set.problems:
         where = f"{problem.where}: " if problem.where else ""
         console.print(Text(f"  {where}{problem.reason}"), soft_wrap=True)
-    share = data_set.broken_share
-    if data_set.tasks and share > MAX_BROKEN:
-        advice = f"fix them, or let it pass with max_broken={min(1.0, share + MAX_BROKEN):.2f}"
-        warning = f"That is {share:.0%}, and training stops above {MAX_BROKEN:.0%}: {advice}"
+    fraction = data_set.broken_share
+    if data_set.tasks and fraction > MAX_BROKEN:
+        advice = f"fix them, or let it pass with max_broken={min(1.0, fraction + MAX_BROKEN):.2f}"
+        warning = f"That is {fraction:.0%}, and training stops above {MAX_BROKEN:.0%}: {advice}"
         console.print(Text(warning, style="red"), soft_wrap=True)
 
 

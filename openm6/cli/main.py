@@ -33,8 +33,8 @@ def main() -> None:
     app(prog_name="openm6")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(__version__)
         raise typer.Exit
 

@@ -134,15 +134,15 @@ def _rows(plan: Plan, smallest: dict[str, Any]) -> list[tuple[str, str]]:
     if budget.host:
         rows.append(("host memory per GPU", f"{in_bytes(budget.host)} of {in_bytes(cluster.host_memory)}"))
     rows += [(f"step, {name}", _step(stage)) for name, stage in plan.stages.items()]
-    share = f", {plan.pseudo_fraction:.0%} of them in the pseudo stage" if plan.pseudo_fraction else ""
+    pseudo = f", {plan.pseudo_fraction:.0%} of them in the pseudo stage" if plan.pseudo_fraction else ""
     rows += [
         ("speed", f"{in_short(round(plan.tokens / plan.days))} tokens per day"),
-        ("duration", f"{in_figures(plan.days)} days for {in_short(round(plan.tokens))} tokens{share}"),
+        ("duration", f"{in_figures(plan.days)} days for {in_short(round(plan.tokens))} tokens{pseudo}"),
         (
             "energy",
             f"{in_energy(energy.mwh)} (GPUs at their rating: {in_energy(energy.mwh_rated)}); "
             f"{energy.joules_per_token:.3g} J per token "
-            f"(GPT-3: {GPT3_JOULES_PER_TOKEN:.1f} J, {GPT3_MWH:,.0f} MWh; this is {_share(energy.mwh / GPT3_MWH)})",
+            f"(GPT-3: {GPT3_JOULES_PER_TOKEN:.1f} J, {GPT3_MWH:,.0f} MWh; this is {_percent(energy.mwh / GPT3_MWH)})",
         ),
         ("carbon", f"{in_figures(energy.kg_co2e)} kg CO2e ({energy.grid})"),
     ]
@@ -164,8 +164,8 @@ def _step(stage: StagePlan) -> str:
     return f"{in_time(time.seconds)} for {in_short(stage.tokens)} tokens; bottleneck: {time.bottleneck} ({words})"
 
 
-def _share(share: float) -> str:
-    return f"{share:.2%}" if share >= 1e-4 else "less than 0.01%"
+def _percent(fraction: float) -> str:
+    return f"{fraction:.2%}" if fraction >= 1e-4 else "less than 0.01%"
 
 
 def in_bytes(count: float) -> str:

@@ -1,4 +1,4 @@
-"""Broken images, audio clips and bodies for every route; the server must answer each with a 4xx, or well."""
+"""Fuzz test: broken images, audio clips and bodies for every route; each must be answered, or refused with a 4xx."""
 
 from __future__ import annotations
 

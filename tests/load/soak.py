@@ -1,4 +1,4 @@
-"""A mixed load at twice the capacity, watched from outside: right answers, refusals, memory, and `/health`."""
+"""Soak test: a mixed load at twice the capacity; answers, refusals, memory and `/health` are checked."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def soak(address: Address, seconds: float, clients: int | None = None) -> dict[s
     found = Found()
     end = time.monotonic() + seconds
     threads = [threading.Thread(target=_watch, args=(address, found, end))]
-    mask_span = 0.5 / rate  # twice the capacity
+    interval = 0.5 / rate  # twice the capacity
     began = time.monotonic()
     for thread in threads:
         thread.start()
-    asked = _ask_in_crowd(address, bodies, alone, found, mask_span, end, clients or 256)
+    asked = _ask_in_crowd(address, bodies, alone, found, interval, end, clients or 256)
     for thread in threads:
         thread.join()
     return _told(found, asked, rate, time.monotonic() - began, seconds)
@@ -72,11 +72,11 @@ def _ask_in_crowd(
     bodies: list[tuple[str, dict[str, Any]]],
     alone: list[str],
     found: Found,
-    mask_span: float,
+    interval: float,
     end: float,
     most: int,
 ) -> int:
-    """Sends one request every `mask_span` seconds, each from a thread of its own, `most` at once."""
+    """Send one request every `interval` seconds, each from its own thread, at most `most` at once."""
     places = threading.Semaphore(most)
     threads: list[threading.Thread] = []
     number = 0
@@ -87,7 +87,7 @@ def _ask_in_crowd(
         thread.start()
         threads = [one for one in threads if one.is_alive()] + [thread]
         number += 1
-        time.sleep(mask_span)
+        time.sleep(interval)
     for thread in threads:
         thread.join()
     return number
