@@ -21,8 +21,15 @@ from openm6.models.omni import Omni
 from openm6.models.presets import PRESETS
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
-from openm6.serve.queue import QueueFullError, RequestHandle
-from openm6.serve.requests import CodesRequest, NumbersRequest, Request, TextRequest, prepare
+from openm6.serve.requests import (
+    CodesRequest,
+    NumbersRequest,
+    QueueFullError,
+    Request,
+    TextRequest,
+    prepare,
+)
+from openm6.serve.worker import RequestHandle
 
 WORDS = ("draw the digit seven", "what is the mass of a small red apple", "say zero")
 
@@ -119,7 +126,7 @@ def _summary(load: Load) -> dict[str, Any]:
     first: list[float] = []
     joules = 0.0
     for kind, handle in load.handles:
-        answer = handle.result()
+        answer = handle.wait()
         seconds.setdefault(kind, []).append(answer.seconds)
         joules += answer.joules or 0.0
         if kind == "text":

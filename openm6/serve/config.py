@@ -29,11 +29,9 @@ class Limits(Config):
     characters: int = Field(default=20_000, ge=1)
     tokens: int = Field(default=512, ge=1)
     answers: int = Field(default=8, ge=1)
-    stops: int = Field(default=4, ge=1)
     columns: int = Field(default=128, ge=1)
     rows: int = Field(default=256, ge=1)
     candidates: int = Field(default=256, ge=1)
-    steps: int = Field(default=64, ge=1)
     seconds: float = Field(default=120.0, gt=0, description="until a request without an answer is dropped")
     fetch_bytes: int = Field(default=8 * 2**20, ge=1024, description="of an image that is fetched")
     fetch_seconds: float = Field(default=5.0, gt=0, description="for all images of a request to be fetched")
@@ -42,7 +40,7 @@ class Limits(Config):
 class EngineConfig(Config):
     """How much the engine computes at once.
 
-    max_num_seqs: texts decoded side by side; room: tokens of prompt and answer together, for each of them
+    max_num_seqs: texts decoded side by side; max_model_len: tokens of prompt and answer together, for each of them
     max_num_media: images and audio decoded side by side
     max_num_single_pass: requests answered in one pass each (numbers, ranks, embeddings) per tick
     batch_invariant: batch-invariant shapes, so that a request gets the same bits alone or among others

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -16,15 +16,17 @@ from openm6.energy.meter import Meter, open_meter
 from openm6.inference.load import LoadedModel
 from openm6.nn.moe import Router
 from openm6.serve.config import EngineConfig
-from openm6.serve.queue import (
+from openm6.serve.queue import FairQueue
+from openm6.serve.requests import (
+    Answer,
     DeadlineExceededError,
     EngineUnavailableError,
-    FairQueue,
+    PreparedRequest,
     QueueFullError,
-    RequestHandle,
+    Request,
+    prepare,
 )
-from openm6.serve.requests import Answer, PreparedRequest, Request, prepare
-from openm6.serve.worker import LOST, Worker
+from openm6.serve.worker import LOST, RequestHandle, Worker
 
 MAX_PREPARING = 64  # requests whose images and audio are being decoded or wait to be
 
@@ -42,7 +44,7 @@ class Engine:
         self._own_meter = meter is None
         self.queue = FairQueue(self.config.max_queued_tokens)
         self._changed = threading.Condition()
-        self._preparing = 0
+        self._preparing = threading.Semaphore(MAX_PREPARING)
         self._pool = ThreadPoolExecutor(2, "prepare")
         self._thread = threading.Thread()
         self._running = False
@@ -84,6 +86,21 @@ class Engine:
         """The error to answer with when it is not ready."""
         return EngineUnavailableError(self.failure or "the engine does not run: start the server again")
 
+    async def ask_all(self, requests: Iterable[Request], client: str, seconds: float) -> list[RequestHandle]:
+        """Queue all requests of a client, or none; each must be answered within `seconds`.
+
+        Raises:
+            OpenM6Error: one of them is broken, or refused.
+        """
+        handles: list[RequestHandle] = []
+        try:
+            for request in requests:
+                handles.append(await self.ask(replace(request, client=client, seconds=seconds)))
+        except BaseException:
+            cancel_all(handles)
+            raise
+        return handles
+
     async def ask(self, request: Request) -> RequestHandle:
         """Prepare a request in a thread of its own and queue it.
 
@@ -92,27 +109,18 @@ class Engine:
             QueueFullError: too much is waiting.
             EngineUnavailableError: the engine does not run.
         """
-        self._enter_preparation()
+        if not self._preparing.acquire(blocking=False):
+            raise QueueFullError("too many requests are being read: try again later", 1)
         try:
             loop = asyncio.get_running_loop()
             prepared = await loop.run_in_executor(self._pool, self._prepare, request)
         finally:
-            self._leave_preparation()
+            self._preparing.release()
         return self.submit(prepared)
 
     def ask_and_wait(self, request: Request) -> Answer:
         """Return the answer, for callers without an event loop; raise as `ask` and `RequestHandle.wait`."""
         return self.submit(self._prepare(request)).wait(request.seconds)
-
-    def _enter_preparation(self) -> None:
-        with self._changed:  # event loops of several threads share the count
-            if self._preparing >= MAX_PREPARING:
-                raise QueueFullError("too many requests are being read: try again later", 1)
-            self._preparing += 1
-
-    def _leave_preparation(self) -> None:
-        with self._changed:
-            self._preparing -= 1
 
     def _prepare(self, request: Request) -> PreparedRequest:
         return prepare(request, self.loaded, self.config.max_model_len)
@@ -171,12 +179,8 @@ class Engine:
         worker.energy.settle()
         now = time.monotonic()
         for handle, answer in worker.ended:
-            complete = replace(
-                answer,
-                joules=handle.joules,
-                energy_source=worker.energy.source,
-                seconds=now - handle.created_at,
-            )
+            seconds, source = now - handle.created_at, worker.energy.source
+            complete = replace(answer, joules=handle.joules, energy_source=source, seconds=seconds)
             worked = max(now - handle.started_at, 1e-3) / max(1, len(worker.active) + len(worker.ended))
             self._speed += 0.1 * (handle.prepared.work / worked - self._speed)
             handle.finish(complete)
@@ -188,8 +192,13 @@ class Engine:
             left = self.queue.drop(lambda handle: True)
         reason = LOST if self.failure else "the server is shutting down: ask again later"
         for handle in [*left, *worker.active, *(handle for handle, _ in worker.ended)]:
-            if not handle.done:
-                handle.fail(EngineUnavailableError(reason))
+            handle.fail(EngineUnavailableError(reason))
+
+
+def cancel_all(handles: Iterable[RequestHandle]) -> None:
+    """Cancel requests that nobody waits for any more."""
+    for handle in handles:
+        handle.cancel()
 
 
 def _in_precision(loaded: LoadedModel, config: EngineConfig) -> LoadedModel:

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from openm6.core.errors import ConfigError, DataError, OpenM6Error
 from openm6.core.log import get_log
-from openm6.serve.queue import DeadlineExceededError, EngineUnavailableError, QueueFullError
+from openm6.serve.requests import DeadlineExceededError, EngineUnavailableError, QueueFullError
 
 
 class ErrorDetail(BaseModel):

@@ -1,4 +1,4 @@
-"""Requests to the engine and its answers, as plain data without HTTP, and the tokens of a request.
+"""Requests to the engine, its answers and refusals, as plain data without HTTP, and the tokens of a request.
 
 `prepare` runs in threads of its own, before a request is queued: files are decoded and inputs are checked there.
 """
@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from openm6.core.errors import DataError
+from openm6.core.errors import DataError, OpenM6Error
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part, Segment
@@ -19,6 +19,22 @@ from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import source_segments
 
 MODALITY_OF = {"text": "text", "image_in": "image", "audio_in": "audio", "numbers_in": "numbers"}
+
+
+class QueueFullError(OpenM6Error):
+    """Too much is waiting; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceededError(OpenM6Error):
+    """The deadline passed before the answer was there, or the request was cancelled."""
+
+
+class EngineUnavailableError(OpenM6Error):
+    """The server is shutting down, or its engine failed."""
 
 
 @dataclass(frozen=True, kw_only=True)

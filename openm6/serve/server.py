@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends
@@ -13,13 +13,13 @@ from fastapi import Request as HTTPRequest
 
 from openm6.inference.load import LoadedModel
 from openm6.serve.config import Limits, ServeConfig
-from openm6.serve.engine import Engine
+from openm6.serve.engine import Engine, cancel_all
 from openm6.serve.errors import BadRequestError
 from openm6.serve.fetching import Fetcher
 from openm6.serve.metrics import Metrics
-from openm6.serve.queue import EngineUnavailableError, RequestHandle
-from openm6.serve.requests import Answer, Request
+from openm6.serve.requests import Answer, EngineUnavailableError, Request
 from openm6.serve.scenarios.scenario import Scores
+from openm6.serve.worker import RequestHandle
 
 POLL_SECONDS = 0.25  # between checks whether the client is still connected
 
@@ -49,28 +49,6 @@ class Server:
         if name not in (None, self.name, "default"):
             raise BadRequestError(f"no model is called {name!r} here: use {self.name!r}", "model")
 
-    async def submit(self, client: str, requests: Iterable[Request]) -> list[RequestHandle]:
-        """Queue all requests of a client, or none.
-
-        Raises:
-            OpenM6Error: one of them is broken, or refused.
-        """
-        handles: list[RequestHandle] = []
-        try:
-            for request in requests:
-                timed = replace(request, client=client, seconds=self.limits.seconds)
-                handles.append(await self.engine.ask(timed))
-        except BaseException:
-            cancel_all(handles)
-            raise
-        return handles
-
-
-def cancel_all(handles: Iterable[RequestHandle]) -> None:
-    """Cancel requests that nobody waits for any more."""
-    for handle in handles:
-        handle.cancel()
-
 
 @dataclass(frozen=True)
 class Call:
@@ -87,8 +65,8 @@ class Call:
         return key if isinstance(key, str) else address
 
     async def submit(self, requests: Iterable[Request]) -> list[RequestHandle]:
-        """Queue all requests, or none; raise as `Server.submit`."""
-        return await self.server.submit(self.client, requests)
+        """Queue all requests, or none; raise as `Engine.ask_all`."""
+        return await self.server.engine.ask_all(requests, self.client, self.server.limits.seconds)
 
     async def answer(self, kind: str, requests: Sequence[Request]) -> list[Answer]:
         """Return the answers to requests; all are cancelled if one fails or the client leaves.

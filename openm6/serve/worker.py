@@ -1,15 +1,20 @@
-"""One tick of the engine's thread: prompts are read, every text gets a token, images and audio a decoding step.
+"""The engine's thread: prompts are read, every text gets a token, images and audio a decoding step.
 
 Texts are rows of a decode batch; images and audio hold a KV slot each. Requests that take one pass (numbers, ranks,
-embeddings) are answered as they start, their prompts in a scratch slot. The energy that the meter counts is divided
-by the seconds spent on each request.
+embeddings) are answered as they start, their prompts in a scratch slot. Each `RequestHandle` carries its text so far,
+and in the end its answer, to whoever waits for it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -26,12 +31,14 @@ from openm6.inference.taught import confidence_of
 from openm6.inference.text import DecodeSequence
 from openm6.modalities.text import Text
 from openm6.serve.config import EngineConfig
-from openm6.serve.queue import DeadlineExceededError, EngineUnavailableError, RequestHandle
 from openm6.serve.requests import (
     Answer,
     CodesRequest,
+    DeadlineExceededError,
     EmbedRequest,
+    EngineUnavailableError,
     NumbersRequest,
+    PreparedRequest,
     RankRequest,
     ScoredToken,
     TextRequest,
@@ -41,9 +48,105 @@ from openm6.serve.requests import (
 EXPIRED = "the deadline passed before the answer was there: ask for less, or again later"
 FAILED = "the engine failed on this request: report it with the server's log"
 LOST = "the engine stopped: ask again when the server has been started again"
-# After these the device answers nothing any more.
-FATAL = (torch.AcceleratorError,)
 PARTIAL = "\N{REPLACEMENT CHARACTER}"  # shown by the tokenizer for a character whose bytes are incomplete
+
+
+@dataclass(eq=False)
+class RequestHandle:
+    """One request on its way: wait for the answer, read it as it grows, or cancel.
+
+    The engine's thread writes, any number of readers wait; nobody blocks the engine.
+    """
+
+    prepared: PreparedRequest
+    created_at: float = field(default_factory=time.monotonic)
+    text: str = ""  # of a text, what may be shown so far
+    tokens: list[ScoredToken] = field(default_factory=list)
+    cancelled: bool = False
+    cached: int = 0  # prompt tokens found in the prefix cache
+    started_at: float = 0.0
+    first_token_seconds: float = 0.0
+    joules: float = 0.0
+    readers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = field(default_factory=list)
+    _outcome: Future[Answer] = field(default_factory=Future)
+
+    @property
+    def client(self) -> str:
+        return self.prepared.request.client
+
+    @property
+    def expired(self) -> bool:
+        """Whether its deadline has passed."""
+        seconds = self.prepared.request.seconds
+        return seconds is not None and time.monotonic() - self.created_at > seconds
+
+    @property
+    def done(self) -> bool:
+        """Whether there is an answer or an error."""
+        return self._outcome.done()
+
+    def cancel(self) -> None:
+        """Give the request up; the engine drops it at its next tick."""
+        self.cancelled = True
+
+    def finish(self, answer: Answer) -> None:
+        """Set the answer, unless the request has failed; called by the engine alone."""
+        if not self.done:
+            self._outcome.set_result(answer)
+            self.notify()
+
+    def fail(self, error: OpenM6Error) -> None:
+        """Set the reason why there is no answer; called by the engine alone."""
+        if not self.done:
+            self._outcome.set_exception(error)
+            self.notify()
+
+    def notify(self) -> None:
+        """Wake the readers; those whose event loop is closed are skipped."""
+        for loop, changed in list(self.readers):
+            # The loop may close at any moment, so only the call itself shows whether it has.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(changed.set)
+
+    def wait(self, seconds: float | None = None) -> Answer:
+        """Block until the answer is there; not for use in an event loop.
+
+        Raises:
+            DeadlineExceededError: it took longer than `seconds`.
+            OpenM6Error: there will be none.
+        """
+        try:
+            return self._outcome.result(seconds)
+        except TimeoutError:
+            self.cancel()
+            sentence = f"no answer within {seconds:g} seconds: ask for less, or again later"
+            raise DeadlineExceededError(sentence) from None
+
+    async def answer(self) -> Answer:
+        """Wait for the answer; whoever stops waiting cancels the request. Raise OpenM6Error if there is none."""
+        async for _ in self.stream():
+            pass
+        return self.wait()
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Yield the text so far, each time there is more of it, until the request is done, with or without success."""
+        reader = (asyncio.get_running_loop(), asyncio.Event())
+        self.readers.append(reader)
+        shown = ""
+        try:
+            while True:
+                done = self.done  # read before the text: what is written last must not be missed
+                if len(self.text) > len(shown):
+                    shown = self.text
+                    yield shown
+                if done:
+                    return
+                await reader[1].wait()
+                reader[1].clear()
+        finally:
+            self.readers.remove(reader)
+            if not self.done:
+                self.cancel()
 
 
 class Worker:
@@ -61,13 +164,13 @@ class Worker:
         self.masked: deque[MaskedDecodeState] = deque()
         self.unread: list[RequestHandle] = []  # texts whose prompts this tick reads together
         self.prefix_cache = PrefixCache(config.prefix_cache_bytes)
-        self.energy = EnergyShares(meter)
+        self.energy = EnergyAttribution(meter)
         self.ended: list[tuple[RequestHandle, Answer]] = []
         self.passes = self.read_tokens = 0  # of this tick
 
     @property
     def busy(self) -> bool:
-        return bool(self.text.rows or self.masked or self.unread)
+        return bool(self.active)
 
     @property
     def active(self) -> list[RequestHandle]:
@@ -98,63 +201,53 @@ class Worker:
         """Start a request; one that takes a single pass is answered at once."""
         handle.started_at = time.monotonic()
         self.read_tokens += handle.prepared.prompt_length
-        self._run_one(handle, self._start)
-        self.energy.add([handle], time.monotonic() - handle.started_at)
+        self._run(partial(self._start, handle), [handle])
 
     def tick(self) -> None:
         """Run one step of everything in work."""
         if self.unread:
-            self._run_group(self._read_together, list(self.unread))
+            self._read_together()
         self.drop(lambda handle: handle.cancelled or handle.expired)
         if self.masked:
-            self._run_group(self._step_masked, [state.key for state in self._masked_group()])
+            group = self._masked_group()
+            self._run(partial(self._step_masked, group), [state.key for state in group])
         if self.text.rows:
-            self._run_group(self._step_text, [row.key for row in self.text.rows])
+            self._run(self._step_text, [row.key for row in self.text.rows])
         self.passes = self.read_tokens = 0
 
     def drop(self, gone: Callable[[RequestHandle], bool]) -> None:
         """End requests in work without an answer, and free their slots."""
-        for row in [row for row in self.text.rows if gone(row.key)]:
+        rows = [row for row in self.text.rows if gone(row.key)]
+        masked = [state for state in self.masked if gone(state.key)]
+        for row in rows:
             self.text.remove(row)
-            self._fail_dropped(row.key)
-        for state in [state for state in self.masked if gone(state.key)]:
+        for state in masked:
             self.masked.remove(state)
             self._free_slot(state)
-            self._fail_dropped(state.key)
-
-    def _fail_dropped(self, handle: RequestHandle) -> None:
-        if not handle.done:
+        for handle in [row.key for row in rows] + [state.key for state in masked]:
             reason = "the request was cancelled" if handle.cancelled else EXPIRED
             handle.fail(DeadlineExceededError(reason))
 
-    def _run_one(self, handle: RequestHandle, step: Callable[[RequestHandle], None]) -> None:
-        """Run a step of one request; a failure ends it with its own sentence, a fatal one is raised again."""
-        try:
-            step(handle)
-        except OpenM6Error as error:
-            handle.fail(error)
-        except FATAL:
-            handle.fail(EngineUnavailableError(LOST))
-            raise
-        except Exception:
-            get_log().exception("a request failed")
-            handle.fail(EngineUnavailableError(FAILED))
-
-    def _run_group(self, step: Callable[[], None], handles: list[RequestHandle]) -> None:
-        """Run a step of several requests; a failure ends these and no others, a fatal one is raised again."""
+    def _run(self, step: Callable[[], None], handles: list[RequestHandle]) -> None:
+        """Run a step of some requests; a failure ends these and no others, a lost device is raised again."""
         began = time.monotonic()
         try:
             step()
-        except FATAL:
-            for handle in handles:
-                handle.fail(EngineUnavailableError(LOST))
+        except torch.AcceleratorError:
+            # After this the device answers nothing any more.
+            self._fail(handles, EngineUnavailableError(LOST))
             raise
+        except OpenM6Error as error:
+            self._fail(handles, error)
         except Exception:
             get_log().exception("a step failed")
-            for handle in handles:
-                handle.fail(EngineUnavailableError(FAILED))
-            self.drop(lambda handle: handle.done)
+            self._fail(handles, EngineUnavailableError(FAILED))
         self.energy.add(handles, time.monotonic() - began)
+
+    def _fail(self, handles: list[RequestHandle], error: OpenM6Error) -> None:
+        for handle in handles:
+            handle.fail(error)
+        self.drop(lambda handle: handle.done)
 
     def _start(self, handle: RequestHandle) -> None:
         request = handle.prepared.request
@@ -175,12 +268,12 @@ class Worker:
         if isinstance(prepared.request, EmbedRequest):
             value = embed_tokens(self.loaded, [prepared.prompt])[0]
         else:
-            place, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
+            position, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
             if isinstance(prepared.request, RankRequest):
-                nats = score_candidates(omni, self.slots, slot, place, prepared.targets)
-                value = list(zip(nats, map(len, prepared.targets), strict=True))
+                nll = score_candidates(omni, self.slots, slot, position, prepared.targets)
+                value = list(zip(nll, map(len, prepared.targets), strict=True))
             else:
-                value = predict_numbers(omni, self.slots, [slot], [place], prepared.targets)[0]
+                value = predict_numbers(omni, self.slots, [slot], [position], prepared.targets)[0]
         self._end(handle, value, prepared.target_length)
 
     def _read_text(self, handle: RequestHandle) -> None:
@@ -190,26 +283,28 @@ class Worker:
 
     def _read_together(self) -> None:
         """Read prompts in one pass; if that fails, one after the other, so that only the broken one ends."""
-        handles, self.unread = self.unread, []
+        handles, began = list(self.unread), time.monotonic()
         prompts = [handle.prepared.prompt for handle in handles]
         slots = [self.text.next_slot + index for index in range(len(handles))]
         try:
             found = prefill_packed(self.loaded.omni, prompts, self.text.cache, slots, self.prefix_cache)
-        except FATAL:
+        except torch.AcceleratorError:
             raise
         except Exception:
             get_log().exception("prompts could not be read together")
             found = []
-        for handle, (place, cached) in zip(handles, found, strict=False):
-            self._add_row(handle, place, cached)
+        self.unread.clear()
+        for handle, (position, cached) in zip(handles, found, strict=False):
+            self._add_row(handle, position, cached)
+        self.energy.add(handles, time.monotonic() - began)
         for handle in handles[len(found) :]:
-            self._run_one(handle, self._read_text)
+            self._run(partial(self._read_text, handle), [handle])
 
-    def _add_row(self, handle: RequestHandle, place: int, cached: int) -> None:
+    def _add_row(self, handle: RequestHandle, position: int, cached: int) -> None:
         """Add a text whose prompt is in the next slot to the decode batch."""
         request, handle.cached = handle.prepared.request, cached
         assert isinstance(request, TextRequest)
-        self.text.add(handle, request.sampling, place, self.loaded.text.start, request.top)
+        self.text.add(handle, request.sampling, position, self.loaded.text.start, request.top)
 
     def _step_text(self) -> None:
         """Generate one token of every text."""
@@ -220,7 +315,7 @@ class Worker:
                 handle.first_token_seconds = time.monotonic() - handle.created_at
             request = handle.prepared.request
             assert isinstance(request, TextRequest)
-            if row in ended or request.stop or handle.has_readers:
+            if row in ended or request.stop or handle.readers:
                 self._update_text(row, handle, request, row in ended)
 
     def _update_text(
@@ -240,9 +335,10 @@ class Worker:
 
     def _start_masked(self, handle: RequestHandle, request: CodesRequest) -> None:
         prepared, slot, omni = handle.prepared, self.free_slots[-1], self.loaded.omni
-        place, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
+        position, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
         self.free_slots.pop()
-        state = MaskedDecodeState.of(handle, prepared.targets[0], request.sampling, slot, place, omni.device)
+        target = prepared.targets[0]
+        state = MaskedDecodeState.of(handle, target, request.sampling, slot, position, omni.device)
         if state.first_unknown:
             self.masked.append(state)
         else:  # a mask that covers no position
@@ -256,9 +352,8 @@ class Worker:
             return [first]
         return [state for state in self.masked if state.like == first.like]
 
-    def _step_masked(self) -> None:
+    def _step_masked(self, group: list[MaskedDecodeState]) -> None:
         """Run one decoding step of a group of images or audio."""
-        group = self._masked_group()
         done = masked_step(self.loaded.omni, self.slots, group)
         for state in group:
             self.masked.remove(state)
@@ -293,15 +388,13 @@ class Worker:
         self.ended.append((handle, answer))
 
 
-class EnergyShares:
+class EnergyAttribution:
     """Divides what the meter counts among requests by the seconds spent on each; idle energy belongs to none."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
         self.reading = meter.joules()
         self.seconds: dict[RequestHandle, float] = {}
-        self.idle = 0.0
-        self.shared = 0.0
 
     def add(self, handles: list[RequestHandle], seconds: float) -> None:
         """Add time that was spent on these requests together."""
@@ -313,12 +406,8 @@ class EnergyShares:
         reading = self.meter.joules(fresh=True)
         counted, self.reading = reading.joules - self.reading.joules, reading
         total = sum(self.seconds.values())
-        if not total:
-            self.idle += counted
-            return
         for handle, seconds in self.seconds.items():
             handle.joules += counted * seconds / total
-        self.shared += counted
         self.seconds.clear()
 
     @property

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, cast
@@ -22,24 +20,20 @@ from openm6.modalities.numbers import Histogram
 from openm6.nn.moe import Router
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
-from openm6.serve.queue import (
-    DeadlineExceededError,
-    EngineUnavailableError,
-    QueueFullError,
-    RequestHandle,
-    _Reader,
-)
 from openm6.serve.requests import (
     CodesRequest,
+    DeadlineExceededError,
     EmbedRequest,
+    EngineUnavailableError,
     NumbersRequest,
+    QueueFullError,
     RankRequest,
     Request,
     TextRequest,
     prepare,
 )
 from openm6.serve.run import read_serve_config
-from openm6.serve.worker import Worker
+from openm6.serve.worker import RequestHandle, Worker
 from tests.data.sample_images import png, wav
 from tests.serve.alone import answer_alone
 from tests.small_model import embedding_model, loaded
@@ -164,7 +158,7 @@ def test_of_prompts_read_together_only_the_broken_one_ends(
     broken = handles.pop(1)
     assert broken.done and set(found) == set(handles)
     with pytest.raises(DataError, match="fades away"):
-        broken.result()
+        broken.wait()
     for handle in handles:
         assert found[handle] == answer_alone(model, handle.prepared.request, 256)
 
@@ -190,7 +184,7 @@ def test_a_reader_sees_the_text_grow_and_never_shrink(engine: Engine) -> None:
             TextRequest(parts=say("a"), sampling=Sampling(temperature=1.0, max_tokens=40))
         )
         seen = [text async for text in handle.stream()]
-        return seen, handle.result().value
+        return seen, handle.wait().value
 
     seen, whole = asyncio.run(read())
     assert seen[-1] == whole
@@ -226,30 +220,18 @@ def test_a_loop_that_closes_does_not_stop_the_engine(engine: Engine) -> None:
     handle = RequestHandle(
         prepare(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=3)), engine.loaded, 256)
     )
-    handle._readers.append(_Reader(cast(asyncio.AbstractEventLoop, Closing()), asyncio.Event()))
+    handle.readers.append((cast(asyncio.AbstractEventLoop, Closing()), asyncio.Event()))
     handle.notify()
     assert not handle.done
 
 
-def test_requests_being_read_are_counted_exactly(engine: Engine) -> None:
-    """Event loops in several threads share the count."""
-
-    class Slow(int):
-        def __add__(self, other: int) -> Slow:
-            found = int(self) + other
-            time.sleep(0.001)
-            return Slow(found)
-
-    engine._preparing = Slow(0)
-    threads = [
-        threading.Thread(target=lambda: [engine._enter_preparation() for _ in range(5)]) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert engine._preparing == 20
-    engine._preparing = 0
+def test_too_many_requests_being_read_are_refused(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openm6.serve.engine.MAX_PREPARING", 0)
+    config = EngineConfig(max_num_seqs=1, max_model_len=256)
+    with Engine(model, config) as engine, pytest.raises(QueueFullError, match="are being read"):
+        asyncio.run(engine.ask(TextRequest(parts=say("a"))))
 
 
 def test_a_deadline_that_passes_is_said(engine: Engine) -> None:

@@ -16,8 +16,7 @@ import pytest
 from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, Limits, ServeConfig
 from openm6.serve.engine import Engine
-from openm6.serve.queue import RequestHandle
-from openm6.serve.worker import Worker
+from openm6.serve.worker import RequestHandle, Worker
 from tests.load.server import Address, Reply
 from tests.serve.running import running
 from tests.small_model import loaded

@@ -28,11 +28,9 @@ FEW = Limits(
     parts=3,
     tokens=8,
     answers=2,
-    stops=1,
     columns=2,
     rows=2,
     candidates=2,
-    steps=4,
 )
 
 

@@ -94,7 +94,7 @@ async def answer_freely(
 async def _answer(
     server: Server, request: Request, output: Output, language: Language, past: Any = ()
 ) -> Shown:
-    [handle] = await server.submit(CLIENT, [request])
+    [handle] = await server.engine.ask_all([request], CLIENT, server.limits.seconds)
     answer = await handle.answer()
     server.metrics.add(CLIENT, answer)
     loaded, value = server.loaded, answer.value

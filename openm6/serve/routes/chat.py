@@ -22,9 +22,9 @@ from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.serve.content import audio_file, image_data_url, images_of, parts_of_messages
+from openm6.serve.engine import cancel_all
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit, failure_of
 from openm6.serve.middleware import StrictRoute
-from openm6.serve.queue import RequestHandle
 from openm6.serve.requests import Answer, CodesRequest, NumbersRequest, Request, ScoredToken, TextRequest
 from openm6.serve.routes.chat_schemas import (
     UNSUPPORTED,
@@ -47,7 +47,8 @@ from openm6.serve.routes.chat_schemas import (
     TokenLogprob,
 )
 from openm6.serve.schemas import chosen_seed, distribution_of, seed_of, usage_of, with_energy, with_teaching
-from openm6.serve.server import Server, ThisCall, cancel_all
+from openm6.serve.server import Server, ThisCall
+from openm6.serve.worker import RequestHandle
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"], route_class=StrictRoute, responses=DOCUMENTED)
 
@@ -305,7 +306,7 @@ class _Events(StreamingResponse):
                 yield reply.chunk([DeltaChoice(index=index, delta=Delta(role="assistant", content=""))])
             async for choice in self._deltas():
                 yield reply.chunk([choice])
-            answers = [handle.result() for handle in self.handles]
+            answers = [await handle.answer() for handle in self.handles]
             for answer in answers:
                 reply.server.metrics.add("chat", answer)
             for choice in await asyncio.to_thread(reply.last_deltas, answers):
