@@ -53,7 +53,6 @@ def _copy(
                 target.copy_(source, non_blocking=True)
 
 
-Whole = Annotated[int, typer.Option(min=1)]
 GIB = 2**30
 GPT3_JOULES_A_TOKEN = 15.4  # 1,287 MWh for 300 billion tokens (2104.10350)
 PHASES = ("fetch", "update", "write_back")
@@ -134,21 +133,26 @@ class StepTimes:
 
 
 def bench_offload(
-    width: Whole = 128,
-    layers: Whole = 6,
-    experts: Whole = 8,
+    width: Annotated[int, typer.Option("--width", min=1, help="Hidden size.")] = 128,
+    layers: Annotated[int, typer.Option("--layers", min=1, help="Layers.")] = 6,
+    experts: Annotated[int, typer.Option("--experts", min=1, help="Experts per layer.")] = 8,
     hidden: Annotated[int, typer.Option("--hidden", min=8, help="Intermediate size of an expert.")] = 128,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Experts per token.")] = 1,
-    rows: Whole = 4,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows per step.")] = 4,
     length: Annotated[int, typer.Option("--length", min=16, help="Tokens per row.")] = 256,
-    vocabulary: Whole = 2048,
+    vocabulary: Annotated[int, typer.Option("--vocabulary", min=1, help="Vocabulary size.")] = 2048,
     size: Annotated[int, typer.Option("--bytes", metavar="16|4|2|1", help="Bytes per parameter.")] = 2,
     num_gpu_layers: Annotated[
         str, typer.Option("--num-gpu-layers", help="Layers that stay on the device: a number or auto.")
     ] = "0",
-    gradient_accumulation_steps: Annotated[int, typer.Option("--gradient-accumulation-steps", min=1)] = 2,
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option("--gradient-accumulation-steps", min=1, help="Micro-batches per step.")
+    ] = 2,
     activation_checkpointing_every: Annotated[
-        int, typer.Option("--activation-checkpointing-every", min=1)
+        int,
+        typer.Option(
+            "--activation-checkpointing-every", min=1, help="Store the input of every n-th layer only."
+        ),
     ] = 1,
     activation_storage: Annotated[
         str, typer.Option("--activation-storage", help="Storage of layer inputs: device or host.")

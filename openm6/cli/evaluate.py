@@ -34,7 +34,7 @@ def evaluate(
     """Evaluate a trained model on held-out records.
 
     \b
-    Example: openm6 evaluate runs/demo --tasks image_classification,draw --json scores.json
+    Example: openm6 evaluate runs/demo --tasks image_classification,text_to_image --json scores.json
     All records: openm6 evaluate runs/demo eval.records=1000 eval.answers=1000
     """
     if scenarios:

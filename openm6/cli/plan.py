@@ -42,7 +42,9 @@ PseudoFraction = Annotated[
 ]
 CheckpointingEvery = Annotated[
     int | None,
-    typer.Option("--activation-checkpointing-every", metavar="BLOCKS", help="Blocks per stored input."),
+    typer.Option(
+        "--activation-checkpointing-every", metavar="BLOCKS", help="Store the input of every n-th block only."
+    ),
 ]
 Country = Annotated[str, typer.Option("--country", help="Country of the grid.")]
 Pue = Annotated[float, typer.Option("--pue", help="Power usage effectiveness.")]

@@ -160,11 +160,11 @@ def gpu_cluster(gpu: Gpu, options: ClusterOptions) -> Cluster:
     host = options.host_memory
     if host is None:
         host = HOST_MEMORY * per_node
-        assumed.append(f"host memory of {host:.0f} GiB a node")
+        assumed.append(f"host memory of {host:.0f} GiB per node")
     network = (options.network or 0.0) * 1e9 or gpu.network
     if not network:
         network = NETWORK
-        assumed.append(f"a network of {network / 1e9:.2f} GB/s for each GPU")
+        assumed.append(f"a network of {network / 1e9:.2f} GB/s per GPU")
     best = gpu.measured or PRODUCTS * gpu.rate
     assumed += [
         f"{DENSE * best / 1e12:.0f} TFLOP/s reached in dense and {EXPERTS * best / 1e12:.0f} in expert layers "

@@ -276,17 +276,17 @@ def changes(
     found = []
     for bytes_ in (8, 4, 2, 1):
         if bytes_ < plan.real.tier.bytes and _with_bytes(request, plan.cluster, bytes_).fits:
-            found.append(f"{bytes_} bytes a parameter ({TIERS[bytes_].description})")
+            found.append(f"{bytes_} bytes per parameter ({TIERS[bytes_].description})")
             break
     batch = plan.real.tokens // plan.cluster.devices
     while batch > 256:
         batch //= 2
         if make_plan(replace(request, batch=batch), plan.cluster).fits:
-            found.append(f"{batch:,} tokens a step on each GPU")
+            found.append(f"{batch:,} tokens per step on each GPU")
             break
     host = _host_memory(request, plan)
     if host is not None:
-        found.append(f"{host:,.0f} GiB of host memory a node")
+        found.append(f"{host:,.0f} GiB of host memory per node")
     count = smallest_count(request, gpu, options)
     if count is not None:
         found.append(f"{count.cluster.devices:,} × {gpu.name}")

@@ -192,8 +192,8 @@ def read_request(
 
 
 def check_bytes(bytes_: int | None) -> None:
-    """Raises ConfigError for a number of bytes a parameter that no tier has."""
+    """Raises ConfigError for a number of bytes per parameter that no tier has."""
     if bytes_ is not None and bytes_ not in TIERS:
         raise ConfigError(
-            f"no tier of {bytes_} bytes a parameter: choose {', '.join(map(str, sorted(TIERS)))}"
+            f"no tier of {bytes_} bytes per parameter: choose {', '.join(map(str, sorted(TIERS)))}"
         )

@@ -12,7 +12,7 @@ from openm6.plan.plan import BATCH, Plan, make_plan
 from openm6.plan.request import PlanRequest, PlanTarget
 
 KINDS = ("gpus", "bytes", "batch")
-AXES = {"gpus": "GPUs", "bytes": "bytes a parameter", "batch": "tokens a step on each GPU"}
+AXES = {"gpus": "GPUs", "bytes": "bytes per parameter", "batch": "tokens per step on each GPU"}
 Row = tuple[int, Plan]
 
 

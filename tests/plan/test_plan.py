@@ -108,7 +108,7 @@ def test_changes_that_would_make_it_fit() -> None:
     changes = content["smallest"]["changes"]
     assert not plan.fits and changes
     assert any("GiB of host memory" in change for change in changes)
-    assert any("1 bytes a parameter" in change for change in changes)
+    assert any("1 bytes per parameter" in change for change in changes)
 
 
 def test_a_recipe_and_its_overrides_are_planned() -> None:
@@ -126,7 +126,7 @@ def test_what_cannot_be_planned_is_told() -> None:
         read_target("v100-23gb", None, M6)
     with pytest.raises(ConfigError, match="no preset and no recipe 'm6-10x'; did you mean 'm6-10"):
         read_request("m6-10x", [])
-    with pytest.raises(ConfigError, match="no tier of 3 bytes a parameter: choose 1, 2, 4"):
+    with pytest.raises(ConfigError, match="no tier of 3 bytes per parameter: choose 1, 2, 4"):
         read_request("base", [], bytes_per_parameter=3)
     with pytest.raises(ConfigError, match=r"pseudo fraction 1.5 must lie between 0 and 1"):
         read_request("base", [], pseudo_fraction=1.5)
