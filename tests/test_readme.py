@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 from typer.testing import CliRunner
@@ -15,9 +15,12 @@ from typer.testing import CliRunner
 from benchmarks import __main__ as benchmarks
 from openm6.cli.main import app
 from openm6.codecs.registry import shipped_codecs
+from openm6.core import renamed
 from openm6.core.config import apply_overrides
 from openm6.core.errors import ConfigError
+from openm6.serve.config import ServeConfig
 from openm6.tasks.registry import TASKS
+from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import read_recipe, recipe_path
 from tests.cli.lazy_imports import replace_calls
 from tests.small_model import loaded
@@ -29,6 +32,7 @@ QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
 FIRST_PAGES = ("README.md", "quickstart.md", "own-data.md")
 CODECS = (ROOT / "docs" / "codecs.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SECTIONS = ("model", "modalities", "packing", "loop", "parallel", "eval", "engine", "limits", "judge")
 READERS_OWN = ("my.yaml",)  # recipes that only the reader has
 HARMLESS = (
     "parse_numbers",
@@ -163,6 +167,37 @@ def test_relative_links_resolve(page: Path) -> None:
         found = (page.parent / path) if path else page
         assert found.exists(), f"{page.name} points at {target}"
         assert not heading or heading in headings(found), f"{page.name} points at {target}"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name
+)
+def test_quoted_keys_of_recipes_and_servers_exist(page: Path) -> None:
+    for word in quoted(re.sub(r"\w+\.(py|json|yaml)\b", "", page.read_text(encoding="utf-8"))):
+        for path in re.findall(rf"(?:^|\s)((?:{'|'.join(SECTIONS)})(?:\.\w+)+)(?![\w.*(/])", word):
+            classes: set[type] = {MultimodalRecipe, ServeConfig}
+            for part in path.split("."):
+                found = [
+                    one.model_fields[part] for one in classes if part in getattr(one, "model_fields", {})
+                ]
+                # Below a mapping, such as model.overrides, any key may follow.
+                assert found or not classes or dict in classes, f"{page.name} names {path}"
+                classes = {inner for one in found for inner in types_in(one.annotation)}
+
+
+def types_in(annotation: Any) -> set[type]:
+    """The classes that an annotation is made of."""
+    inner = {found for one in get_args(annotation) for found in types_in(one)}
+    return inner | {get_origin(annotation) or annotation} if annotation not in (Any, None) else inner
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name
+)
+def test_no_page_names_a_task_by_its_old_name(page: Path) -> None:
+    old = {name for name in renamed.TASKS if "_" in name}
+    old |= {name.replace("picture", "image").replace("sound", "audio") for name in old}
+    assert not old & set(re.findall(r"\b\w+\b", page.read_text(encoding="utf-8")))
 
 
 def headings(page: Path) -> set[str]:
