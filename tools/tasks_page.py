@@ -168,11 +168,11 @@ def main(words: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="compare with the page instead of writing it")
-    wanted = page(TASKS.values())
+    text = page(TASKS.values())
     if not parser.parse_args(words).check:
-        replace_text(PAGE, wanted)
+        replace_text(PAGE, text)
         return 0
-    same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == wanted
+    same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
     print("docs/tasks.md is up to date" if same else "docs/tasks.md differs: run python tools/tasks_page.py")
     return 0 if same else 1
 
