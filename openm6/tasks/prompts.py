@@ -17,6 +17,11 @@ def names_in(prompt: str) -> set[str]:
     return set(_NAME.findall(prompt))
 
 
+def literal_texts(prompt: str) -> list[str]:
+    """The texts of a prompt between its names."""
+    return [text for text in _NAME.split(prompt)[::2] if text]
+
+
 def fill_prompt(prompt: str, inputs: Mapping[str, Part], words: Mapping[str, str]) -> list[Part]:
     """The prompt with each `{name}` replaced by its input or words; neighbouring texts become one.
 

@@ -30,7 +30,7 @@ from openm6.models.description import (
     TrainedTask,
 )
 from openm6.parallel.process_group import ProcessGroupContext
-from openm6.tasks.prompts import word_count
+from openm6.tasks.prompts import literal_texts, word_count
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES, Task
 from openm6.train.recipe import MultimodalRecipe
@@ -73,8 +73,9 @@ def tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: Ru
 
 def _learned_tokenizer(recipe: MultimodalRecipe, sources: dict[str, Source]) -> str:
     prompts = [
-        prompt for component in recipe.mixture for language in LANGUAGES
+        text for component in recipe.mixture for language in LANGUAGES
         for prompt in TASKS[component.task].prompts.get(language, ())
+        for text in literal_texts(prompt)
     ]  # fmt: skip
     spread = {
         name: np.linspace(0, len(s) - 1, min(len(s), SCANNED)).astype(int) for name, s in sources.items()
