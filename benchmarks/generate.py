@@ -112,7 +112,7 @@ def compare(setting: Setting, report: Report) -> None:
 
     def masked() -> Tensor:
         position, _ = prefill(omni, prompt, slots, 0)
-        state = MaskedDecodeState.of(None, blank, sampling, 0, position, device)
+        state = MaskedDecodeState(None, blank, sampling, 0, position, device)
         while not masked_step(omni, slots, [state]):
             pass
         return state.codes

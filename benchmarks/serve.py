@@ -22,9 +22,8 @@ from openm6.core.config import Config
 from openm6.core.device import resolve_device
 from openm6.energy.meter import open_meter
 from openm6.inference.decode import TextHead
-from openm6.inference.graphs import open_batch
+from openm6.inference.decode_batch import DecodeBatch, open_batch
 from openm6.inference.sampling import Sampling
-from openm6.inference.text import DecodeBatch
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig

@@ -79,7 +79,7 @@ def generate(
     Example: openm6 generate runs/demo --text "draw the digit seven" --output image --out seven.png
     """
     # torch takes seconds to import
-    from openm6.inference.question import Question, parse_numbers, parse_series, parse_shares
+    from openm6.inference.question import Question, parse_fractions, parse_numbers, parse_series
     from openm6.inference.run import generate as generate_answer
     from openm6.inference.sampling import read_decoding
 
@@ -92,8 +92,8 @@ def generate(
         series=parse_series(series),
         column=column,
         ahead=ahead,
-        mask_box=cast(Box | None, parse_shares(mask_box, 4, "--mask-box")),
-        mask_span=cast(Span | None, parse_shares(mask_span, 2, "--mask-span")),
+        mask_box=cast(Box | None, parse_fractions(mask_box, 4, "--mask-box")),
+        mask_span=cast(Span | None, parse_fractions(mask_span, 2, "--mask-span")),
         language=language,
     )
     settings = read_decoding([f"text.seed={seed}", f"masked.seed={seed}", *(decoding or [])])

@@ -13,7 +13,7 @@ from openm6.core.errors import DataError
 from openm6.core.seeds import numpy_generator
 from openm6.data.source import Source
 from openm6.evaluate.results import TaskResult, bootstrap_interval
-from openm6.inference.engine import embed, taught_pool
+from openm6.inference.engine import embed
 from openm6.inference.load import LoadedModel
 from openm6.modalities.registry import source_segments
 from openm6.models.description import TrainedTask
@@ -110,7 +110,7 @@ def _result(
     for search in searches:
         metrics |= {f"{search.name}_recall_at_{k}": search.recall(k) for k in RANKS}
         metrics |= {f"{search.name}_chance_at_{k}": search.chance(k) for k in RANKS}
-    scale = float(taught_pool(loaded).scale.detach())
+    scale = float(loaded.pool.scale.detach())
     bits, hits, chance_hits = (
         np.concatenate(values)
         for values in zip(*((s.bits(scale), s.hits(1), s.chance_hits(1)) for s in searches), strict=True)

@@ -1,18 +1,20 @@
 """One decoder step: a new token of each of many sequences through all layers, its keys and values into the cache.
 
-The same function as `Backbone.forward` with a cache, which is the reference in the tests, for one token per sequence:
-nothing here sorts rows, waits for the device or allocates by what the rows hold, so that a CUDA graph can replay it;
-with the same number of rows, a row's bits do not depend on the others. Weights may be int8: decoding reads every
-weight for each token, and int8 has a quarter of the bytes of float32. The int8 copies stand beside the weights, which
-prompts, images and audio go on using.
+The same function as `Backbone.forward` with a cache, which is the reference in the tests, for one token per sequence.
+Nothing here waits for the device or allocates by what the rows hold, so that a CUDA graph can replay it; with the same
+number of rows, a row's bits do not depend on the others. Weights may be int8: decoding reads every weight for each
+token, and int8 has a quarter of the bytes of float32. The int8 copies lie beside the weights, which prompts, images
+and audio go on using.
 """
 
-# Shapes: B rows, T keys, D width, H query heads, G key-value heads, M = H/G, d size of a head, E experts, K choices,
-# F hidden, P first product, V vocabulary, C positions of a slot, O outputs, I inputs, R rows sorted by expert
+# Shapes: B rows, T keys, D hidden size, H query heads, G key-value heads, M = H/G, d size of a head, E experts,
+# K choices, F hidden, P first product, V vocabulary, C positions of a slot, O outputs, I inputs, R rows by expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -34,7 +36,7 @@ from openm6.ops.pointwise import rms_norm, rotary_table, rotate
 
 # Up to so many rows a GPU reads every expert's weights anyway, and multiplies all rows by all of them in less time.
 ALL_EXPERTS_ROWS = 170
-# On a CPU the multiplications count: if half of them are in vain it is a draw, if three of four twice as slow.
+# On a CPU the multiplications count: if half of them are wasted both ways take as long, if three of four twice as long.
 ALL_EXPERTS_WASTE = 2
 
 Precision = Literal["float32", "bfloat16", "int8"]
@@ -42,9 +44,9 @@ Precision = Literal["float32", "bfloat16", "int8"]
 
 @dataclass(frozen=True)
 class TextHead:
-    """What generates text: a backbone, its word embedding and its head (V D each), the ids that open and close a text.
+    """What generates text: a backbone, its token embedding and its head (V D each), the ids that open and close a text.
 
-    mute: V bool, ids that are never generated, or None
+    `suppress_tokens` (V bool) are ids that are never generated, or None.
     """
 
     backbone: Backbone
@@ -85,7 +87,7 @@ class DecodeStep:
         self.cosine, self.sine = cosine[0], sine[0]  # C+1 1 d/2
 
     def __call__(self, token: Tensor, position: Tensor, length: Tensor, longest: int) -> Tensor:
-        """Scores of the token after `token`, which stands at `position` and is the last of `length` + 1 in its slot.
+        """Logits of the token after `token`, which stands at `position` and is the last of `length` + 1 in its slot.
 
         `longest` bounds the keys to look at and must exceed every length.  # B, B, B -> B V
         """
@@ -98,8 +100,8 @@ class DecodeStep:
         """Hidden states after the final norm of one embedded token per row.  # B D, B, B -> B D"""
         rotary = self.cosine[position], self.sine[position]  # B 1 d/2
         index = torch.arange(len(x), device=x.device), length
-        seen = torch.arange(longest, device=x.device) <= length[:, None]  # B T
-        mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill_(~seen, float("-inf"))
+        hidden = torch.arange(longest, device=x.device) > length[:, None]  # B T
+        mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, float("-inf"))
         mask = mask[:, None, None, :]
         for layer_index in range(self.config.num_layers):
             layer = self._layer(layer_index)
@@ -118,19 +120,19 @@ class DecodeStep:
 
     def _new_layer(self, layer_index: int, block: Block) -> _Layer:
         parts, router = cast(LayerParts, self.backbone.layers[layer_index]), self.backbone.router(layer_index)
-        heads = self.config.num_heads, self.config.num_kv_heads
+        norms, precision = parts.head_norms, self.precision
         feed_forward: _Dense | _Sparse
         if isinstance(block.feed_forward, Experts):
             assert router is not None
-            feed_forward = _Sparse(block.feed_forward, router, self.precision, self.fixed)
+            feed_forward = _Sparse(block.feed_forward, router, precision, self.fixed)
         else:
-            feed_forward = _Dense(block.feed_forward, self.precision)
+            feed_forward = _Dense(block.feed_forward, precision)
         return _Layer(
-            parts=parts,
-            head_norms=None if parts.head_norms is None else parts.head_norms(*heads).detach(),
-            qkv=matrix_of(block.attention.qkv, self.precision),
-            output=matrix_of(block.attention.output, self.precision),
-            feed_forward=feed_forward,
+            parts,
+            None if norms is None else norms(self.config.num_heads, self.config.num_kv_heads).detach(),
+            matrix_of(block.attention.qkv, precision),
+            matrix_of(block.attention.output, precision),
+            feed_forward,
         )
 
     def _attend(
@@ -188,10 +190,11 @@ class _Sparse:
     def __init__(self, part: Experts, router: Router, precision: Precision, fixed: bool) -> None:
         self.config: ExpertsConfig = part.config
         self.router, self.bias = router.weight.detach().float(), router.bias  # E D in fp32, E
-        self.up, self.down = stack_of(part.up, precision), stack_of(part.down, precision)  # E D P, E F D
+        stack = QuantizedStack if precision == "int8" else PlainStack
+        self.up, self.down = stack(part.up.detach()), stack(part.down.detach())  # E D P, E F D
         self.shared = None if part.shared is None else _Dense(part.shared, precision)
         self.fixed = fixed
-        # Sorting can be recorded in a graph where it is one kernel, in bfloat16 alone.
+        # Sorting can be recorded in a graph if it is one kernel, in bfloat16 alone.
         self.captured = isinstance(self.up, PlainStack) and part.up.dtype == torch.bfloat16
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -232,16 +235,6 @@ def meets_all_experts(rows: int, on_gpu: bool, captured: bool, experts: int, cho
     if on_gpu:
         return not captured or rows <= ALL_EXPERTS_ROWS
     return experts <= ALL_EXPERTS_WASTE * choices
-
-
-class PlainMatrix:
-    """The weight as it is."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
 
 
 class QuantizedMatrix:
@@ -294,15 +287,9 @@ class QuantizedStack:
         )
 
 
-Matrix = PlainMatrix | QuantizedMatrix
-Stack = PlainStack | QuantizedStack
-
-
-def stack_of(weight: Tensor, precision: Precision) -> Stack:
-    """The matrices of all experts, E I O; int8 as in `matrix_of`."""
-    return QuantizedStack(weight.detach()) if precision == "int8" else PlainStack(weight.detach())
+Matrix = Callable[[Tensor], Tensor]
 
 
 def matrix_of(weight: Tensor, precision: Precision) -> Matrix:
     """Return x -> x · weightᵀ for a weight O I; int8 keeps a quantized copy, the other precisions the weight itself."""
-    return QuantizedMatrix(weight) if precision == "int8" else PlainMatrix(weight.detach())
+    return QuantizedMatrix(weight) if precision == "int8" else partial(F.linear, weight=weight.detach())

@@ -11,11 +11,12 @@ import torch
 from openm6.checkpoint.folder import latest
 from openm6.checkpoint.load import load_model
 from openm6.core.device import resolve_device
-from openm6.core.errors import CheckpointError
+from openm6.core.errors import CheckpointError, ConfigError
 from openm6.inference.offloaded import place_offloaded
 from openm6.modalities.audio import Audio
 from openm6.modalities.image import Image
 from openm6.modalities.numbers import Numbers
+from openm6.modalities.pool import PoolAdapter
 from openm6.modalities.registry import Modalities
 from openm6.modalities.text import Text
 from openm6.models.description import (
@@ -36,6 +37,16 @@ class LoadedModel:
     modalities: Modalities
     description: CheckpointConfig
     checkpoint: Path
+
+    @property
+    def pool(self) -> PoolAdapter:
+        """The adapter that makes embeddings; raise ConfigError if the model was not trained to embed."""
+        if self.omni.pool is None:
+            raise ConfigError(
+                "this model makes no embeddings: it needs training on image_text_retrieval or audio_text_retrieval, "
+                "as in recipes/embed.yaml"
+            )
+        return self.omni.pool
 
     @property
     def text(self) -> Text:
@@ -65,8 +76,17 @@ def check(path: Path) -> None:
 
 def _texts(folder: Path) -> tuple[CheckpointConfig, str]:
     """The description and the text of the tokenizer."""
-    texts = {name: _read(folder / name) for name in (MODEL_FILE, TOKENIZER_FILE)}
-    return read_description(texts[MODEL_FILE], str(folder / MODEL_FILE)), texts[TOKENIZER_FILE]
+    texts = []
+    for path in (folder / MODEL_FILE, folder / TOKENIZER_FILE):
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{folder} has no {path.name}: it is not a checkpoint of a multimodal model"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): use another checkpoint") from None
+    return read_description(texts[0], str(folder / MODEL_FILE)), texts[1]
 
 
 def load(
@@ -91,14 +111,3 @@ def load(
         omni.to(device)
     omni.eval().requires_grad_(False)
     return LoadedModel(omni, modalities, description, folder)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}: it is not a checkpoint of a multimodal model"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): use another checkpoint") from None

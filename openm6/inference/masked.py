@@ -6,12 +6,12 @@ stay as they are, so inpainting is the same loop.
 """
 
 # Shapes: B targets, R rows (B, and one more for each that is guided), N positions, G codes of a position, C codebook
-# size, D width
+# size, D hidden size
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,31 +28,25 @@ from openm6.nn.cache import SlotCache
 
 @dataclass(eq=False)
 class MaskedDecodeState:
-    """Codes being decoded. `slot` holds the prompt (None: there is none), `position` follows it."""
+    """Codes being decoded on a device. `slot` holds the prompt (None: there is none), `position` follows it."""
 
     key: Any
     target: Segment
     sampling: MaskedSampling
     slot: int | None
     position: int
-    codes: Tensor  # N G
-    unknown: Tensor  # N
-    first_unknown: int
+    device: InitVar[torch.device | str]
+    codes: Tensor = field(init=False)  # N G
+    unknown: Tensor = field(init=False)  # N
+    first_unknown: int = field(init=False)
     step: int = 0
     draws: int = 0
 
-    @classmethod
-    def of(
-        cls, key: Any, target: Segment, sampling: MaskedSampling, slot: int | None, position: int, device: Any
-    ) -> MaskedDecodeState:
-        """Return the state before the first step; the true codes of masked positions are not read."""
-        mask = torch.from_numpy(target.arrays["is_masked"]).to(device)
-        codes = torch.from_numpy(target.arrays["codes"]).to(device).masked_fill(mask[:, None], 0)
-        return cls(key, target, sampling, slot, position, codes, mask, int(mask.sum()))
-
-    @property
-    def guided(self) -> bool:
-        return self.sampling.guidance > 0
+    def __post_init__(self, device: torch.device | str) -> None:
+        self.unknown = torch.from_numpy(self.target.arrays["is_masked"]).to(device)
+        codes = torch.from_numpy(self.target.arrays["codes"]).to(device)
+        self.codes = codes.masked_fill(self.unknown[:, None], 0)
+        self.first_unknown = int(self.unknown.sum())
 
     @property
     def progress(self) -> float:
@@ -73,17 +67,10 @@ def decode_masked(
     All targets are of one kind and size. Row i draws from seed + i.
     """
     cache = omni.backbone.new_cache(len(prompts), max(map(prompt_length, prompts)))
-    states = [
-        MaskedDecodeState.of(
-            row,
-            targets[row],
-            sampling.model_copy(update={"seed": sampling.seed + row}),
-            row,
-            position,
-            omni.device,
-        )
-        for row, position in enumerate(prefill_all(omni, prompts, cache))
-    ]
+    states = []
+    for row, position in enumerate(prefill_all(omni, prompts, cache)):
+        own = sampling.model_copy(update={"seed": sampling.seed + row})
+        states.append(MaskedDecodeState(row, targets[row], own, row, position, omni.device))
     active = [state for state in states if state.first_unknown]
     while active:
         done = masked_step(omni, cache, active)
@@ -98,9 +85,10 @@ def masked_step(omni: Omni, cache: SlotCache, states: list[MaskedDecodeState]) -
         state.step += 1
     codes = torch.stack([state.codes for state in states])  # B N G
     unknown = torch.stack([state.unknown for state in states])  # B N
-    hidden = _hidden_states(omni, cache, states, codes, unknown)  # R N D
-    drawn, confidence = _drawn(omni, states, hidden, codes)
-    codes = torch.where(unknown[..., None], drawn, codes)
+    guided = [row for row, state in enumerate(states) if state.sampling.guidance > 0]
+    hidden = _hidden_states(omni, cache, states, guided, codes, unknown)  # R N D
+    sampled, confidence = _sample(omni, states, guided, hidden, codes)
+    codes = torch.where(unknown[..., None], sampled, codes)
     unknown = _still_unknown(states, confidence, unknown)
     left = unknown.any(1).tolist()
     for state, own, mask in zip(states, codes, unknown, strict=True):
@@ -109,88 +97,84 @@ def masked_step(omni: Omni, cache: SlotCache, states: list[MaskedDecodeState]) -
 
 
 def _hidden_states(
-    omni: Omni, cache: SlotCache, states: list[MaskedDecodeState], codes: Tensor, unknown: Tensor
+    omni: Omni,
+    cache: SlotCache,
+    states: list[MaskedDecodeState],
+    guided: list[int],
+    codes: Tensor,
+    unknown: Tensor,
 ) -> Tensor:
     """Hidden states of all positions with each prompt, then without it for those that are guided.  # -> R N D"""
-    guided = torch.tensor([row for row, state in enumerate(states) if state.guided], dtype=torch.int64)
-    rows = torch.cat([torch.arange(len(states)), guided]).to(codes.device)
+    rows = [*range(len(states)), *guided]
     slots = [state.slot for state in states] + [None] * len(guided)
     starts = [state.position for state in states] + [0] * len(guided)
-    like = states[0].target
     flat = codes[rows].flatten(0, 1)
     # States of one size have the same grid, but may differ in the embeddings of its cells.
-    positions = np.concatenate([states[row].target.arrays["positions"] for row in rows.tolist()])
+    positions = np.concatenate([states[row].target.arrays["positions"] for row in rows])
     arrays = {
         "shown": flat,
         "codes": flat,
         "is_masked": unknown[rows].flatten(),
         "positions": torch.from_numpy(positions).to(codes.device),
     }
-    return run_block(omni, cache, slots, starts, like, arrays)
+    return run_block(omni, cache, slots, starts, states[0].target, arrays)
 
 
-def _drawn(
-    omni: Omni, states: list[MaskedDecodeState], hidden: Tensor, codes: Tensor
+def _sample(
+    omni: Omni, states: list[MaskedDecodeState], guided: list[int], hidden: Tensor, codes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A code for each group of each position in turn, and the log-probability of what was drawn.  # -> B N G, B N"""
+    """A code for each group of each position in turn, and its log-probability.  # -> B N G, B N"""
     adapter = omni.adapter(states[0].target.kind)
     assert isinstance(adapter, CodesAdapter)
     batch, positions, groups = codes.shape
-    guided = torch.tensor([row for row, c in enumerate(states) if c.guided], device=codes.device)
-    rows = torch.cat([torch.arange(batch, device=codes.device), guided.long()])
-    scale = _column(states, [c.sampling.guidance * c.progress for c in states], codes)[guided.long()]
-    temperature = _column(states, [c.sampling.temperature for c in states], codes)
-    drawn = torch.zeros_like(codes)
+    index = torch.tensor(guided, dtype=torch.int64, device=codes.device)
+    rows = torch.cat([torch.arange(batch, device=codes.device), index])
+    scale = _column([states[row].sampling.guidance * states[row].progress for row in guided], codes)
+    temperature = _column([state.sampling.temperature for state in states], codes)
+    sampled = torch.zeros_like(codes)
     confidence = torch.zeros(batch, positions, device=codes.device)
     for group in range(groups):
-        logits = adapter.group_logits(hidden.flatten(0, 1), drawn[rows].flatten(0, 1), group)
+        logits = adapter.group_logits(hidden.flatten(0, 1), sampled[rows].flatten(0, 1), group)
         logits = logits.float().unflatten(0, (len(rows), positions))  # R N C
         own, without = logits[:batch], logits[batch:]
-        if len(guided):
-            own = own.index_copy(0, guided, own[guided] + scale * (own[guided] - without))
+        if guided:
+            own = own.index_copy(0, index, own[index] + scale * (own[index] - without))
         scores = own / torch.where(temperature > 0, temperature, 1.0)
         if any(state.sampling.temperature > 0 for state in states):
-            noise = gumbel(*_drawing(states, codes), positions, own.shape[-1])
+            noise = _noise(states, codes.device, positions, own.shape[-1])
             scores = torch.where(temperature > 0, scores + noise, own)
         for state in states:
             state.draws += state.sampling.temperature > 0
-        chosen = scores.argmax(-1)
-        drawn[..., group] = chosen
-        confidence += own.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
-    return drawn, confidence
+        sampled[..., group] = scores.argmax(-1)
+        confidence += own.log_softmax(-1).gather(-1, sampled[..., group, None])[..., 0]
+    return sampled, confidence
 
 
 def _still_unknown(states: list[MaskedDecodeState], confidence: Tensor, unknown: Tensor) -> Tensor:
     """Which positions stay masked after this step.  # B N, B N -> B N"""
-    noisy = gumbel(*_drawing(states, unknown), unknown.shape[1])
+    noise = _noise(states, unknown.device, unknown.shape[1])
     for state in states:
         state.draws += 1
-    noise = _column(states, [c.sampling.noise * (1 - c.progress) for c in states], confidence)[..., 0]
-    confident = confidence + noise * noisy
-    at_random = torch.tensor([c.sampling.order == "random" for c in states], device=unknown.device)
-    noisy = torch.where(at_random[:, None], noisy, confident)
+    scale = _column([state.sampling.noise * (1 - state.progress) for state in states], confidence)[..., 0]
+    at_random = torch.tensor([state.sampling.order == "random" for state in states], device=unknown.device)
+    order = torch.where(at_random[:, None], noise, confidence + scale * noise)
     left = [
-        math.floor(c.first_unknown * math.cos(math.pi / 2 * c.progress)) * (c.step < c.sampling.steps)
-        for c in states
+        math.floor(state.first_unknown * math.cos(math.pi / 2 * state.progress))
+        * (state.step < state.sampling.steps)
+        for state in states
     ]
-    return least_confident(noisy, unknown, torch.tensor(left, device=unknown.device))
+    # The positions of the lowest confidence stay masked; every step settles at least one.
+    rank = order.masked_fill(~unknown, float("inf")).argsort(-1).argsort(-1)
+    most = (unknown.sum(1) - 1).clamp(min=0)
+    return unknown & (rank < torch.minimum(torch.tensor(left, device=unknown.device), most)[:, None])
 
 
-def _drawing(states: list[MaskedDecodeState], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Seeds and numbers of the draws."""
-    seeds = torch.tensor([state.sampling.seed for state in states], device=like.device)
-    return seeds, torch.tensor([state.draws for state in states], device=like.device)
+def _noise(states: list[MaskedDecodeState], device: torch.device, *shape: int) -> Tensor:
+    """Gumbel noise of the next draw of each state.  # -> B *shape"""
+    seeds = torch.tensor([state.sampling.seed for state in states], device=device)
+    return gumbel(seeds, torch.tensor([state.draws for state in states], device=device), *shape)
 
 
-def _column(states: list[MaskedDecodeState], values: list[float], like: Tensor) -> Tensor:
-    """One value per state, broadcast over positions and codes.  # B 1 1"""
+def _column(values: list[float], like: Tensor) -> Tensor:
+    """One value per row, broadcast over positions and codes.  # B 1 1"""
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1)
-
-
-def least_confident(confidence: Tensor, unknown: Tensor, count: Tensor) -> Tensor:
-    """The `count` masked positions of each row with the lowest confidence.  # B N, B N, B -> B N"""
-    rank = confidence.masked_fill(~unknown, float("inf")).argsort(-1).argsort(-1)
-    still = torch.minimum(
-        count, (unknown.sum(1) - 1).clamp(min=0)
-    )  # every step settles at least one position
-    return unknown & (rank < still[:, None])

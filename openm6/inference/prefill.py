@@ -1,18 +1,18 @@
 """Prefill: prompts into slots of the key-value cache, each by itself or several packed in one row, and a prefix cache.
 
-What is computed in one pass and cached is a unit of a prompt: the whole of it if its tokens all see one another, else
-one part, which depends only on the parts before it.
+What is computed in one pass and cached is a unit of a prompt: all of it if its tokens attend to one another
+(`prompt_attention: bidirectional`), else one part, which depends only on the parts before it.
 """
 
-# Shapes: B rows, T tokens, D width, L layers, G key-value heads, d size of a head
+# Shapes: B rows, T tokens, D hidden size, L layers, G key-value heads, d size of a head
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,12 +20,15 @@ from torch import Tensor
 from openm6.modalities.batch import TokenGroup, build_sequence, collate
 from openm6.modalities.interface import Segment
 from openm6.models.omni import Omni
-from openm6.nn.cache import SlotCache
+from openm6.nn.cache import SlotCache, TokenCache
 from openm6.ops.sequence import SequenceMeta
 
+T = TypeVar("T")
 Prompt = list[Segment]
-PACKED_TOKENS = 2048  # tokens of one packed pass
-PREFIX_BYTES = 256 << 20  # prefixes kept by `prefill_all`
+# Tokens of one packed pass.
+PACKED_TOKENS = 2048
+# Size of the prefix cache of `prefill_all`.
+PREFIX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,10 @@ class PrefixCache:
         self.kept: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
 
     def get(self, key: bytes) -> tuple[Tensor, Tensor] | None:
-        """Return the keys and values of a unit, or None."""
-        self.touch(key)
-        return self.kept.get(key)
-
-    def touch(self, key: bytes) -> None:
-        """Mark a unit as used now."""
+        """Return the keys and values of a unit, which is marked as used now, or None."""
         if key in self.kept:
             self.kept.move_to_end(key)
+        return self.kept.get(key)
 
     def put(self, key: bytes, found: tuple[Tensor, Tensor]) -> None:
         """Keep them; drop the least recently used units beyond the bound."""
@@ -74,8 +73,8 @@ class PrefixCache:
             self.bytes -= sum(part.nbytes for part in old)
 
 
-def units(prompt: Prompt) -> list[Unit]:
-    """Split a prompt into what runs in one pass each: a part by itself, segments that see one another together.
+def units_of(prompt: Prompt) -> list[Unit]:
+    """Split a prompt into what runs in one pass each: a part by itself, segments that attend to one another together.
 
     A separate pass for each part makes its bits the same whether or not the parts before it came from the cache.
     """
@@ -104,10 +103,14 @@ def _digest(segments: list[Segment], before: bytes) -> bytes:
     return digest.digest()
 
 
-@contextmanager
-def _cleared_on_failure(cache: SlotCache, slots: list[int]) -> Iterator[None]:
+def _run_units(
+    omni: Omni, units: list[Unit], cache: SlotCache, slots: list[int], writer: TokenCache, position: int = 0
+) -> None:
+    """Run units, packed in one row, through the model; if that fails, their slots are left empty."""
+    sequences = [build_sequence(unit.segments, position=position) for unit in units]
+    batch = collate([sequences], sum(map(len, sequences))).to(omni.device)
     try:
-        yield
+        omni(batch.groups, batch.meta, writer)
     except BaseException:
         cache.clear(slots)
         raise
@@ -117,27 +120,24 @@ def _cleared_on_failure(cache: SlotCache, slots: list[int]) -> Iterator[None]:
 def prefill(
     omni: Omni, prompt: Prompt, cache: SlotCache, slot: int, prefix_cache: PrefixCache | None = None
 ) -> tuple[int, int]:
-    """Run a prompt into a slot; return the next position, and the number of tokens that came from the cache."""
-    position = start = known = 0
+    """Run a prompt into a slot; return the next position, and the number of tokens that came from the prefix cache."""
+    prefix_cache = prefix_cache or PrefixCache(0)
+    position = start = cached = 0
     cache.lengths[slot] = 0
-    found = [unit for unit in units(prompt) if len(unit)]
+    found = [unit for unit in units_of(prompt) if len(unit)]
     for unit in found:
-        kept = None if prefix_cache is None else prefix_cache.get(unit.key)
+        kept = prefix_cache.get(unit.key)
         if kept is not None:
             cache.put(slot, kept, start)
-            known += cache.lengths[slot] - start
+            cached += cache.lengths[slot] - start
         else:
-            sequence = build_sequence(unit.segments, position=position)
-            batch = collate([[sequence]], len(sequence)).to(omni.device)
-            with _cleared_on_failure(cache, [slot]):
-                omni(batch.groups, batch.meta, cache.writer(slot, start))
-            if prefix_cache is not None:
-                prefix_cache.put(unit.key, cache.take(slot, start))
+            _run_units(omni, [unit], cache, [slot], cache.writer(slot, start), position)
+            prefix_cache.put(unit.key, cache.take(slot, start))
         position, start = position + unit.span, cache.lengths[slot]
-    if prefix_cache is not None:  # prefixes serve more prompts than ends: they are dropped last
-        for unit in reversed(found):
-            prefix_cache.touch(unit.key)
-    return position, known
+    # Prefixes serve more prompts than ends: they are dropped last.
+    for unit in reversed(found):
+        prefix_cache.get(unit.key)
+    return position, cached
 
 
 @torch.inference_mode()
@@ -148,14 +148,18 @@ def prefill_packed(
 
     A prompt's keys then depend on the other prompts within rounding.
     """
-    firsts: dict[bytes, tuple[Unit, int]] = {}  # of equal prompts the first, and its slot
+    # Of equal prompts the first, and its slot.
+    firsts: dict[bytes, tuple[Unit, int]] = {}
     for prompt, slot in zip(prompts, slots, strict=True):
-        found = units(prompt)
+        found = units_of(prompt)
         if len(found) == 1 and len(found[0]) and found[0].key not in prefix_cache.kept:
             firsts.setdefault(found[0].key, (found[0], slot))
-    if len(firsts) > 1:
-        _prefill_single_units(omni, list(firsts.values()), cache, prefix_cache)
-    packed = {slot for _, slot in firsts.values()} if len(firsts) > 1 else set()
+    packed = [slot for _, slot in firsts.values()] if len(firsts) > 1 else []
+    if packed:
+        units = [unit for unit, _ in firsts.values()]
+        _run_units(omni, units, cache, packed, cache.packed_writer(packed))
+        for unit, slot in zip(units, packed, strict=True):
+            prefix_cache.put(unit.key, cache.take(slot))
     return [
         (sum(segment.span for segment in prompt), 0)
         if slot in packed
@@ -164,42 +168,26 @@ def prefill_packed(
     ]
 
 
-def _prefill_single_units(
-    omni: Omni, firsts: list[tuple[Unit, int]], cache: SlotCache, prefix_cache: PrefixCache
-) -> None:
-    sequences = [build_sequence(unit.segments) for unit, _ in firsts]
-    batch = collate([sequences], sum(map(len, sequences))).to(omni.device)
-    slots = [slot for _, slot in firsts]
-    with _cleared_on_failure(cache, slots):
-        omni(batch.groups, batch.meta, cache.packed_writer(slots))
-    for unit, slot in firsts:
-        prefix_cache.put(unit.key, cache.take(slot))
-
-
-def prefill_all(
-    omni: Omni,
-    prompts: list[Prompt],
-    cache: SlotCache,
-    first: int = 0,
-    prefix_cache: PrefixCache | None = None,
-) -> list[int]:
+def prefill_all(omni: Omni, prompts: list[Prompt], cache: SlotCache, first: int = 0) -> list[int]:
     """Run prompts into consecutive slots, packed in passes of bounded length; return the next position of each."""
-    prefix_cache = prefix_cache or PrefixCache(PREFIX_BYTES)
+    prefix_cache = PrefixCache(PREFIX_BYTES)
     positions: list[int] = []
-    for few in _passes(prompts):
+    for few in passes_of(prompts, list(map(prompt_length, prompts)), PACKED_TOKENS):
         slots = list(range(first + len(positions), first + len(positions) + len(few)))
         positions += [position for position, _ in prefill_packed(omni, few, cache, slots, prefix_cache)]
     return positions
 
 
-def _passes(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
-    """Split prompts, in order, into passes of up to `PACKED_TOKENS` tokens, unless one alone has more."""
-    few: list[Prompt] = []
-    for prompt in prompts:
-        if few and sum(map(prompt_length, [*few, prompt])) > PACKED_TOKENS:
+def passes_of(items: Sequence[T], lengths: list[int], limit: int) -> Iterator[list[T]]:
+    """Split items, in order, into passes of up to `limit` tokens, unless one alone has more."""
+    few: list[T] = []
+    tokens = 0
+    for item, length in zip(items, lengths, strict=True):
+        if few and tokens + length > limit:
             yield few
-            few = []
-        few.append(prompt)
+            few, tokens = [], 0
+        few.append(item)
+        tokens += length
     if few:
         yield few
 
@@ -219,15 +207,15 @@ def run_block(
 ) -> Tensor:
     """Hidden states of one private block of tokens per row, after the prompt in a slot, which stays as it is.
 
-    All blocks are of the kind and grid of `like`; `arrays` hold the tokens of all rows, `starts` are the positions
-    that follow the prompts.  # -> B T D
+    All blocks have the kind and grid of `like`; `arrays` hold the tokens of all rows, `starts` are the positions
+    after the prompts.  # -> B T D
     """
     device = omni.device
     start = torch.tensor(starts, device=device)[:, None, None]
-    along = torch.tensor(like.moves, device=device)
-    positions = torch.from_numpy(like.grid).to(device) + start * along  # B T 3
-    sample = torch.zeros(positions.shape[:2], dtype=torch.int32, device=device)
-    meta = SequenceMeta(sample, sample + 1, sample + 1, positions.to(torch.int32))
-    index = torch.arange(sample.numel(), device=device)
+    moves = torch.tensor(like.moves, device=device)
+    positions = torch.from_numpy(like.grid).to(device) + start * moves  # B T 3
+    zero = torch.zeros(positions.shape[:2], dtype=torch.int32, device=device)
+    meta = SequenceMeta(zero, zero + 1, zero + 1, positions.to(torch.int32))
+    index = torch.arange(zero.numel(), device=device)
     groups = {like.kind: TokenGroup(index, arrays, index, index.float(), index[:0])}
     return omni(groups, meta, cache.reader(slots))[0]

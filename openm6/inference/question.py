@@ -9,8 +9,8 @@ from pathlib import Path
 
 from openm6.core.errors import ConfigError, DataError
 from openm6.inference.load import LoadedModel
-from openm6.modalities.audio import read_audio
-from openm6.modalities.image import read_image
+from openm6.modalities.audio import Audio, read_audio
+from openm6.modalities.image import Image, read_image
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import MODALITIES
@@ -18,7 +18,8 @@ from openm6.modalities.truncation import join_texts
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES, Task
 
-MAX_FILE_BYTES = 256 << 20  # of an image or recording, far above their own bounds
+# Of an image or recording, far above their own bounds.
+MAX_FILE_BYTES = 256 << 20
 
 Box = tuple[float, float, float, float]
 
@@ -28,9 +29,9 @@ class Question:
     """Inputs and the modality of the answer.
 
     `numbers` maps columns to values (None: missing); `column` is the number to predict; `series` with `ahead` asks for
-    a forecast of so many steps. `language` is that of the words put in where `text` holds no question of its own.
-    `mask_box` (left, top, right, bottom as fractions of the sides) and `mask_span` (start, end as fractions of the
-    length) ask for inpainting: the image or audio is replaced there and kept elsewhere.
+    a forecast of so many steps. `language` is that of the prompt, if `text` is not one itself. `mask_box` (left, top,
+    right, bottom as fractions of the sides) and `mask_span` (start, end as fractions of the length) ask for
+    inpainting: the image or audio is generated there and kept elsewhere.
     """
 
     output: str
@@ -47,7 +48,13 @@ class Question:
 
     def __post_init__(self) -> None:
         for name in ("image", "audio"):
-            object.__setattr__(self, name, _path(name, getattr(self, name)))
+            path = getattr(self, name)
+            if path is not None and not isinstance(path, str | Path):
+                raise ConfigError(
+                    f"{name} must be the path of a file, not {type(path).__name__}: save it first"
+                )
+            # The dataclass is frozen for its users.
+            object.__setattr__(self, name, None if path is None else Path(path))
         if self.output not in MODALITIES:
             raise ConfigError(f"--output {self.output!r} is not one of {', '.join(MODALITIES)}")
         if self.language not in LANGUAGES:
@@ -58,19 +65,20 @@ class Question:
             raise ConfigError("--mask-box fills in an image: it needs --image and --output image")
         if self.mask_span is not None and (self.audio is None or self.output != "audio"):
             raise ConfigError("--mask-span fills in an audio clip: it needs --audio and --output audio")
-        for name, shares in (("--mask-box", self.mask_box), ("--mask-span", self.mask_span)):
-            half = len(shares or ()) // 2
-            if shares is not None and not all(
-                0 <= a < b <= 1 for a, b in zip(shares, shares[half:], strict=False)
-            ):
-                raise ConfigError(f"{name} must be shares between 0 and 1, each start below its end")
+        for name, mask in (("--mask-box", self.mask_box), ("--mask-span", self.mask_span)):
+            starts, ends = (mask[: len(mask) // 2], mask[len(mask) // 2 :]) if mask else ((), ())
+            if not all(0 <= start < end <= 1 for start, end in zip(starts, ends, strict=True)):
+                raise ConfigError(f"{name} must be fractions between 0 and 1, each start below its end")
 
     @property
-    def given(self) -> list[str]:
-        """Modalities that are given besides text."""
-        numbers = self.numbers is not None or self.series is not None
-        found = {"image": self.image is not None, "audio": self.audio is not None, "numbers": numbers}
-        return [name for name, there in found.items() if there]
+    def inputs(self) -> list[str]:
+        """Modalities of the inputs besides text."""
+        found = {"image": self.image, "audio": self.audio, "numbers": self.numbers or self.series}
+        return [name for name, value in found.items() if value is not None]
+
+    @property
+    def is_inpainting(self) -> bool:
+        return self.mask_box is not None or self.mask_span is not None
 
     def target_column(self) -> str:
         """Return the column to predict: the one named, or the one given as missing.
@@ -86,48 +94,29 @@ class Question:
         return self.column or missing[0]
 
 
-def _path(name: str, given: object) -> Path | None:
-    """The path of a file, which may be given as a string."""
-    if given is not None and not isinstance(given, str | Path):
-        raise ConfigError(f"{name} must be the path of a file, not {type(given).__name__}: save it first")
-    return None if given is None else Path(given)
-
-
-def read_image_file(path: Path | str, loaded: LoadedModel) -> bytes:
-    """Return the bytes of an image that can be opened.
+def read_media(modality: Image | Audio, path: Path) -> bytes:
+    """Return the bytes of an image or recording that can be opened.
 
     Raises:
         DataError: it is missing, broken, or over a bound; the sentence begins with its path.
     """
-    content = _read_file(Path(path))
-    try:
-        read_image(content, loaded.image.max_pixels)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    return content
-
-
-def read_recording(path: Path | str, loaded: LoadedModel) -> bytes:
-    """Return the bytes of a recording that can be opened; raise as `read_image_file` does."""
-    content = _read_file(Path(path))
-    try:
-        read_audio(content, loaded.audio.max_seconds)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    return content
-
-
-def _read_file(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise DataError(
-                f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB, the most allowed: shrink or cut it"
+                f"the file is larger than {MAX_FILE_BYTES >> 20} MiB, the most allowed: shrink or cut it"
             )
-        return path.read_bytes()
+        content = path.read_bytes()
+        if isinstance(modality, Image):
+            read_image(content, modality.max_pixels)
+        else:
+            read_audio(content, modality.max_seconds)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise DataError(f"no file at {path}: check the path") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): name a file that you may read") from None
+    return content
 
 
 def prompt_parts(question: Question, loaded: LoadedModel) -> list[Part]:
@@ -136,24 +125,26 @@ def prompt_parts(question: Question, loaded: LoadedModel) -> list[Part]:
     These are the text of the question if it has one. Without one, or if the text does not name the number to
     predict, they are the prompt of the first trained task with the same input and output.
     """
-    parts = _given_parts(question, loaded)
+    parts = _input_parts(question, loaded)
     if question.text is None:
-        before, after = _taught_words(question, loaded)
-    elif parts or not _needs_asking(question):
+        before, after = _trained_prompt(question, loaded)
+    elif parts or not _needs_prompt(question):
         before, after = "", (" " if parts else "") + question.text
     else:
-        first, last = (Part("text", words, {"cuttable": ()}) for words in _taught_words(question, loaded))
+        first, last = (Part("text", words, {"cuttable": ()}) for words in _trained_prompt(question, loaded))
         return [join_texts(join_texts(first, Part("text", question.text)), last)]
     return [*([Part("text", before)] if before else []), *parts, *([Part("text", after)] if after else [])]
 
 
-def _given_parts(question: Question, loaded: LoadedModel) -> list[Part]:
+def _input_parts(question: Question, loaded: LoadedModel) -> list[Part]:
     """Image, audio and numbers."""
     parts: list[Part] = []
     if question.image is not None:
-        parts.append(Part("image", read_image_file(question.image, loaded), {"mask_box": question.mask_box}))
+        content = read_media(loaded.image, Path(question.image))
+        parts.append(Part("image", content, {"mask_box": question.mask_box}))
     if question.audio is not None:
-        parts.append(Part("audio", read_recording(question.audio, loaded), {"mask_span": question.mask_span}))
+        content = read_media(loaded.audio, Path(question.audio))
+        parts.append(Part("audio", content, {"mask_span": question.mask_span}))
     if question.numbers is not None:
         target = question.target_column() if question.output == "numbers" else None
         rest = {name: value for name, value in question.numbers.items() if name != target}
@@ -163,7 +154,7 @@ def _given_parts(question: Question, loaded: LoadedModel) -> list[Part]:
     return parts
 
 
-def _needs_asking(question: Question) -> bool:
+def _needs_prompt(question: Question) -> bool:
     """Whether a number is asked for that the text does not name."""
     if question.output != "numbers":
         return False
@@ -171,10 +162,10 @@ def _needs_asking(question: Question) -> bool:
     return all(name not in (question.text or "") for name in (column, column.replace("_", " ")))
 
 
-def _taught_words(question: Question, loaded: LoadedModel) -> tuple[str, str]:
-    """The words before and after the slot in the first prompt of the first such trained task."""
-    for trained in loaded.description.trained_tasks:
-        task = TASKS.get(trained.task)
+def _trained_prompt(question: Question, loaded: LoadedModel) -> tuple[str, str]:
+    """The words before and after the input in the first prompt of the first trained task that fits."""
+    for component in loaded.description.trained_tasks:
+        task = TASKS.get(component.task)
         if task is not None and _fits(task, question):
             before, after = re.split(r"\{(?!column)\w+\}", task.prompts[question.language][0], maxsplit=1)
             column = question.target_column().replace("_", " ") if "{column}" in after else ""
@@ -184,17 +175,17 @@ def _taught_words(question: Question, loaded: LoadedModel) -> tuple[str, str]:
 
 def _fits(task: Task, question: Question) -> bool:
     return (
-        [task.input_modality] == (question.given or ["text"])
+        [task.input_modality] == (question.inputs or ["text"])
         and task.output_modality == question.output
         and len(task.inputs) == 1
         and not task.contrastive
         and question.language in task.prompts
-        and task.is_inpainting == (question.mask_box is not None or question.mask_span is not None)
+        and task.is_inpainting == question.is_inpainting
         and ("series" in task.inputs) == (question.series is not None)
     )
 
 
-def parse_shares(words: str | None, count: int, name: str) -> tuple[float, ...] | None:
+def parse_fractions(words: str | None, count: int, name: str) -> tuple[float, ...] | None:
     """Parse `0.25,0.25,0.75,0.75`.
 
     Raises:
@@ -203,12 +194,12 @@ def parse_shares(words: str | None, count: int, name: str) -> tuple[float, ...] 
     if words is None:
         return None
     try:
-        shares = tuple(float(word) for word in words.split(","))
+        fractions = tuple(float(word) for word in words.split(","))
     except ValueError:
-        shares = ()
-    if len(shares) != count:
+        fractions = ()
+    if len(fractions) != count:
         raise ConfigError(f"{name} {words!r} must be {count} numbers between 0 and 1, with commas between")
-    return shares
+    return fractions
 
 
 def parse_numbers(words: str | None) -> dict[str, float | None] | None:
@@ -221,14 +212,14 @@ def parse_numbers(words: str | None) -> dict[str, float | None] | None:
         return None
     numbers: dict[str, float | None] = {}
     for part in words.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
+        name, equals, value = (word.strip() for word in part.partition("="))
         if not equals or not name:
             raise ConfigError(f"--numbers has {part!r}, which must look like name=3.5")
         try:
             numbers[name] = _number(value)
         except ValueError:
             raise ConfigError(
-                f"--numbers has {part!r}, which must look like name=3.5, a finite number, or name= where it is missing"
+                f"--numbers has {part!r}, which must look like name=3.5, a finite number, or name= if it is missing"
             ) from None
     return numbers
 
@@ -248,7 +239,7 @@ def parse_series(words: str | None) -> NumberSeries | None:
             numbers.append(_number(value.strip()))
         except ValueError:
             raise ConfigError(
-                f"--series has {value!r} as value {step}, which must be a finite number, or nothing where it is missing"
+                f"--series has {value!r} as value {step}, which must be a finite number, or nothing if it is missing"
             ) from None
     if not equals or not name.strip():
         raise ConfigError(f"--series {words!r} must look like temp_max=12.8,10.6,11.7")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -15,16 +14,16 @@ import torch
 from openm6.core.errors import ConfigError
 from openm6.core.files import check_place, replace_bytes, replace_text
 from openm6.core.log import get_log
+from openm6.inference.coverage import assess
 from openm6.inference.engine import generate_scored, predict_distributions
 from openm6.inference.load import LoadedModel, load
 from openm6.inference.masked import decode_masked
-from openm6.inference.question import Question, prompt_parts, read_image_file, read_recording
-from openm6.inference.sampling import Decoding, MaskedSampling
-from openm6.inference.taught import assess
+from openm6.inference.question import Question, prompt_parts
+from openm6.inference.sampling import Decoding
 from openm6.modalities.audio import RATE, Audio
 from openm6.modalities.image import Image
 from openm6.modalities.interface import Segment
-from openm6.modalities.numbers import Histogram, NumberSeries
+from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import source_segments
 
 SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "audio": (".wav", ".flac", ".ogg")}
@@ -45,21 +44,17 @@ def generate(
         CheckpointError, ConfigError, DataError: the model, the question or its files cannot be used.
         OutputError: the answer cannot be written; what the file held is still there.
     """
-    out = _target(question.output, out)
-    return answer_question(load(path, num_gpu_layers=num_gpu_layers), question, decoding, out)
-
-
-def _target(output: str, out: Path | None) -> Path | None:
-    """The file for the answer, checked before any work is done."""
-    if output in SUFFIXES:
-        out = out or Path(f"answer{SUFFIXES[output][0]}")
-        if out.suffix.lower() not in SUFFIXES[output]:
+    # Checked before any work is done.
+    if question.output in SUFFIXES:
+        suffixes = SUFFIXES[question.output]
+        out = out or Path(f"answer{suffixes[0]}")
+        if out.suffix.lower() not in suffixes:
             raise ConfigError(
-                f"--out {out} must end in one of {', '.join(SUFFIXES[output])} for --output {output}"
+                f"--out {out} must end in one of {', '.join(suffixes)} for --output {question.output}"
             )
     if out is not None:
         check_place(out, "--out")
-    return out
+    return answer_question(load(path, num_gpu_layers=num_gpu_layers), question, decoding, out)
 
 
 def answer_question(loaded: LoadedModel, question: Question, decoding: Decoding, out: Path | None) -> str:
@@ -67,19 +62,25 @@ def answer_question(loaded: LoadedModel, question: Question, decoding: Decoding,
     parts = prompt_parts(question, loaded)
     prompt = source_segments(parts, loaded.modalities)
     confidence = None
-    if question.output == "text":
-        written, confidence = generate_scored(loaded, [prompt], decoding.text)[0]
-        answer = _kept(written, out)
-    elif question.output == "numbers":
-        answer = _kept(_numbers(loaded, question, prompt), out)
-    else:
+    if question.output in SUFFIXES:
         assert out is not None
         modality = loaded.image if question.output == "image" else loaded.audio
-        codes = _codes(loaded, modality, question, prompt, decoding.masked)
+        target = modality.blank()
+        if question.is_inpainting:
+            (masked,) = (part for part in parts if part.modality == question.output)
+            target = modality.target(masked.raw, options=masked.options)
+        codes = decode_masked(loaded.omni, [prompt], [target], decoding.masked)[0].cpu()
         replace_bytes(out, _file_content(modality, codes, out.suffix.lower()))
         answer = f"wrote {out}"
+    else:
+        if question.output == "text":
+            answer, confidence = generate_scored(loaded, [prompt], decoding.text)[0]
+        else:
+            answer = _numbers(loaded, question, prompt)
+        if out is not None:
+            replace_text(out, answer + "\n")
     found = assess(parts, question.output, loaded.description, confidence)
-    if not found.taught:
+    if not found.trained:
         get_log().warning(found.en)
     return answer
 
@@ -94,52 +95,16 @@ def _file_content(modality: Image | Audio, codes: torch.Tensor, suffix: str) -> 
     return buffer.getvalue()
 
 
-def _kept(answer: str, out: Path | None) -> str:
-    if out is not None:
-        replace_text(out, answer + "\n")
-    return answer
-
-
-def _codes(
-    loaded: LoadedModel,
-    modality: Image | Audio,
-    question: Question,
-    prompt: list[Segment],
-    sampling: MaskedSampling,
-) -> torch.Tensor:
-    """Codes of the image or recording; those outside the mask of an inpainting are the given ones.  # -> N G"""
-    if question.mask_box is not None and question.image is not None:
-        target = loaded.image.target(
-            read_image_file(question.image, loaded), options={"mask_box": question.mask_box}
-        )
-    elif question.mask_span is not None and question.audio is not None:
-        target = loaded.audio.target(
-            read_recording(question.audio, loaded), options={"mask_span": question.mask_span}
-        )
-    else:
-        target = modality.blank()
-    return decode_masked(loaded.omni, [prompt], [target], sampling)[0].cpu()
-
-
 def _numbers(loaded: LoadedModel, question: Question, prompt: list[Segment]) -> str:
     """Distributions of the target column or of the steps ahead, as JSON."""
-    raw: Any
-    if question.series is not None:
-        name = question.series.name
-        raw = NumberSeries(
-            name, [loaded.numbers.scale(name)[0]] * question.ahead
-        )  # any value: only asked for
-    else:
-        name = question.target_column()
-        raw = {name: loaded.numbers.scale(name)[0]}
+    name = question.target_column() if question.series is None else question.series.name
+    # A target needs values; these are only asked for.
+    value = loaded.numbers.scale(name)[0]
+    raw = {name: value} if question.series is None else NumberSeries(name, [value] * question.ahead)
     histogram = predict_distributions(loaded.omni, [prompt], [loaded.numbers.target(raw)])[0]
-    return json.dumps({name: _described(histogram)}, ensure_ascii=False)
-
-
-def _described(histogram: Histogram) -> dict[str, Any]:
     low, high = histogram.interval(0.8)
     found = {"mean": histogram.mean(), "median": histogram.median(), "low_80": low, "high_80": high}
-    return {name: _plain(values) for name, values in found.items()}
+    return json.dumps({name: {key: _plain(values) for key, values in found.items()}}, ensure_ascii=False)
 
 
 def _plain(values: np.ndarray) -> float | list[float]:

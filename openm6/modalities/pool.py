@@ -72,6 +72,11 @@ class PoolAdapter(Adapter):
         return F.normalize(self.project(hidden).float(), dim=-1)
 
     @property
+    def size(self) -> int:
+        """How many numbers an embedding has."""
+        return self.project.out_features
+
+    @property
     def scale(self) -> Tensor:
         """What similarities are multiplied with; learned, and bounded."""
         return self.log_scale.exp().clamp(max=MAX_SCALE)

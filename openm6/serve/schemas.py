@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from openm6.core.seeds import derive_seed
-from openm6.inference.taught import Taught, assess
+from openm6.inference.coverage import Coverage, assess
 from openm6.modalities.numbers import Histogram
 from openm6.models.description import CheckpointConfig
 from openm6.serve.requests import Answer, EmbedRequest, Request
@@ -98,10 +98,10 @@ def with_energy(reply: EnergyReply, answers: Sequence[Answer]) -> EnergyReply:
     return reply
 
 
-def verdict_on(request: Request, answer: Answer, description: CheckpointConfig) -> Taught:
+def verdict_on(request: Request, answer: Answer, description: CheckpointConfig) -> Coverage:
     """Return whether a request was trained for; embeddings are refused elsewhere if they were not."""
     if isinstance(request, EmbedRequest):
-        return Taught()
+        return Coverage()
     return assess(request.parts, request.output, description, answer.confidence)
 
 
@@ -115,8 +115,8 @@ def with_teaching(
     """Set `taught` and `note` of a response by its first request that was not trained for."""
     for request, answer in zip(requests, answers, strict=True):
         verdict = verdict_on(request, answer, description)
-        if not verdict.taught:
-            reply.taught, reply.note = False, verdict.said(language)
+        if not verdict.trained:
+            reply.taught, reply.note = False, verdict.message(language)
             break
     return reply
 

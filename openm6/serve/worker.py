@@ -21,14 +21,13 @@ import torch
 from openm6.core.errors import OpenM6Error
 from openm6.core.log import get_log
 from openm6.energy.meter import Meter
+from openm6.inference.coverage import confidence_of
 from openm6.inference.decode import TextHead
+from openm6.inference.decode_batch import DecodeSequence, open_batch
 from openm6.inference.engine import embed_tokens, predict_numbers, score_candidates
-from openm6.inference.graphs import open_batch
 from openm6.inference.load import LoadedModel
 from openm6.inference.masked import MaskedDecodeState, masked_step
 from openm6.inference.prefill import PrefixCache, prefill, prefill_packed
-from openm6.inference.taught import confidence_of
-from openm6.inference.text import DecodeSequence
 from openm6.modalities.text import Text
 from openm6.serve.config import EngineConfig
 from openm6.serve.requests import (
@@ -338,7 +337,7 @@ class Worker:
         position, handle.cached = prefill(omni, prepared.prompt, self.slots, slot, self.prefix_cache)
         self.free_slots.pop()
         target = prepared.targets[0]
-        state = MaskedDecodeState.of(handle, target, request.sampling, slot, position, omni.device)
+        state = MaskedDecodeState(handle, target, request.sampling, slot, position, omni.device)
         if state.first_unknown:
             self.masked.append(state)
         else:  # a mask that covers no position

@@ -20,7 +20,7 @@ from benchmarks.serve import (
     ours_run,
 )
 from benchmarks.serve import compare as compare_text
-from openm6.inference.graphs import open_batch
+from openm6.inference.decode_batch import open_batch
 
 TUNED = QwenBaseline.batching_settings
 TINY = ServeSetting(

@@ -11,7 +11,6 @@ from openm6.inference.decode import (
     QuantizedStack,
     TextHead,
     meets_all_experts,
-    stack_of,
 )
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
@@ -65,7 +64,7 @@ def test_int8_experts_stand_for_what_they_say() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(3, 32, 64), torch.randn(3, 5, 32)
     weight[1] *= 100  # one loud expert must not blur the others
-    stack, counts = stack_of(weight, "int8"), torch.tensor([2, 0, 3])
+    stack, counts = QuantizedStack(weight), torch.tensor([2, 0, 3])
     assert isinstance(stack, QuantizedStack)
     for expert, matrix in enumerate(stack.matrices):
         error = (matrix.plain().t() - weight[expert]).abs().amax(0)

@@ -13,7 +13,6 @@ from openm6.inference.engine import (
     MAX_ROWS,
     ROW_TOKENS,
     embed,
-    embedding_size,
     packed_rows,
     predict_distributions,
     score_candidates,
@@ -123,7 +122,7 @@ INPUTS = [
 def test_every_modality_has_a_vector_of_length_one() -> None:
     model = embedding_model()
     vectors = embed(model, INPUTS)
-    assert vectors.shape == (len(INPUTS), embedding_size(model))
+    assert vectors.shape == (len(INPUTS), model.pool.size)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(len(INPUTS)), abs=1e-5)
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
 

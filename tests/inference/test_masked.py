@@ -128,7 +128,7 @@ def test_each_of_a_batch_is_what_it_is_alone(
     waiting: list[MaskedDecodeState] = []
     for index, prompt in enumerate(prompts):
         position, _ = prefill(model.omni, prompt, cache, index)
-        waiting.append(MaskedDecodeState.of(index, segments[index], SETTINGS[index], index, position, "cpu"))
+        waiting.append(MaskedDecodeState(index, segments[index], SETTINGS[index], index, position, "cpu"))
     everyone, live = list(waiting), [waiting.pop(0)]
     while live:
         done = masked.masked_step(model.omni, cache, live)

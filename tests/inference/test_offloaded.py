@@ -15,13 +15,13 @@ from openm6.checkpoint.reader import OFFSETS, PLACES, CheckpointReader
 from openm6.checkpoint.save import Snapshot, named_tensors, save
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.inference.decode import TextHead
+from openm6.inference.decode_batch import DecodeBatch
 from openm6.inference.engine import generate_texts
 from openm6.inference.load import LoadedModel, load
 from openm6.inference.masked import decode_masked
 from openm6.inference.offloaded import BUFFERS, OffloadedSource, place_offloaded
 from openm6.inference.prefill import prefill
 from openm6.inference.sampling import MaskedSampling, Sampling
-from openm6.inference.text import DecodeBatch
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from openm6.models.config import BackboneConfig
@@ -73,7 +73,7 @@ def answers(model: LoadedModel) -> tuple[list[str], torch.Tensor, list[torch.Ten
     sampling = MaskedSampling(steps=2, seed=1)
     codes = decode_masked(model.omni, [prompt], [model.image.blank()], sampling)
     dtype = model.omni.backbone.final_norm.weight.dtype
-    rows = DecodeBatch(TextHead.of(model.omni, model.text), 2, 64, deterministic=dtype == torch.float32)
+    rows = DecodeBatch(TextHead.of(model.omni, model.text), 2, 64, batch_invariant=dtype == torch.float32)
     scores = []
     for index in range(2):
         place, _ = prefill(model.omni, prompt, rows.cache, rows.next_slot)

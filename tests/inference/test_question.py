@@ -11,9 +11,9 @@ import pytest
 from openm6.core.errors import ConfigError, DataError
 from openm6.inference.question import (
     Question,
+    parse_fractions,
     parse_numbers,
     parse_series,
-    parse_shares,
     prompt_parts,
 )
 from openm6.modalities.interface import Part
@@ -240,11 +240,11 @@ def test_columns_that_are_none(words: str) -> None:
 
 
 def test_words_as_shares() -> None:
-    assert parse_shares("0, 0.25,1,.5", 4, "--mask-box") == (0.0, 0.25, 1.0, 0.5)
-    assert parse_shares(None, 4, "--mask-box") is None
+    assert parse_fractions("0, 0.25,1,.5", 4, "--mask-box") == (0.0, 0.25, 1.0, 0.5)
+    assert parse_fractions(None, 4, "--mask-box") is None
     for words in ("", "0,1", "a,b,c,d", "0,0,1,1,1"):
         with pytest.raises(ConfigError, match="must be 4 numbers"):
-            parse_shares(words, 4, "--mask-box")
+            parse_fractions(words, 4, "--mask-box")
 
 
 def test_words_as_a_series() -> None:

@@ -140,7 +140,7 @@ BAD = {
     "unknown want": ("--text x --output smell", "is not one of text, image, audio, numbers"),
     "nothing given": ("--output text", "nothing is given"),
     "bad setting": ("--text x --output text --set text.topp=1", "did you mean 'top_p'"),
-    "infinite": ("--numbers body_mass_g=inf --output text", "a finite number, or name= where it is missing"),
+    "infinite": ("--numbers body_mass_g=inf --output text", "a finite number, or name= if it is missing"),
 }
 
 

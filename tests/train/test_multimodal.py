@@ -24,7 +24,6 @@ from openm6.core.config import build
 from openm6.core.errors import OpenM6Error, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.run import evaluate
-from openm6.inference.engine import embedding_size
 from openm6.inference.load import load
 from openm6.modalities.registry import MODALITIES
 from openm6.tasks.registry import TASKS
@@ -381,7 +380,7 @@ def test_embeddings_are_taught_beside_answers(tmp_path: Path) -> None:
     assert {"loss/pool", "loss/text"} <= names
     entry = report_of(tmp_path / "run")["tasks"]["image_text_retrieval/digits"]
     assert entry["metric"] == "recall_at_1" and entry["baseline_name"] == "chance"
-    assert embedding_size(load(tmp_path / "run")) == 128
+    assert load(tmp_path / "run").pool.size == 128
 
 
 def test_a_weight_that_no_row_uses_adds_nothing_even_when_it_is_not_finite(tmp_path: Path) -> None:

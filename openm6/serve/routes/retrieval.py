@@ -11,7 +11,6 @@ import numpy as np
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from openm6.inference.engine import embedding_size
 from openm6.serve.content import Content, ContentPart, images_of, parts_of_content
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.middleware import StrictRoute
@@ -81,7 +80,7 @@ async def embed(body: EmbeddingBody, call: ThisCall) -> Vectors:
     """Vectors whose scalar products are similarities."""
     server = call.server
     server.check_model(body.model)
-    size = embedding_size(server.loaded)
+    size = server.loaded.pool.size
     if body.dimensions not in (None, size):
         raise BadRequestError(f"dimensions={body.dimensions} is not offered: use {size}", "dimensions")
     items = body.input if isinstance(body.input, list) else [body.input]

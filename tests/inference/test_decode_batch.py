@@ -11,12 +11,11 @@ from torch.nn.attention import SDPBackend
 
 from openm6.inference import engine
 from openm6.inference.decode import TextHead
+from openm6.inference.decode_batch import ATTENTION, DecodeBatch, DecodeSequence, GraphedDecodeBatch
 from openm6.inference.engine import generate_scored, generate_texts
-from openm6.inference.graphs import ATTENTION, GraphedDecodeBatch
 from openm6.inference.load import LoadedModel
 from openm6.inference.prefill import Prompt, prefill
 from openm6.inference.sampling import Sampling
-from openm6.inference.text import DecodeBatch, DecodeSequence
 from openm6.modalities.interface import Part
 from openm6.modalities.registry import source_segments
 from openm6.modalities.text import HOLE, START
@@ -59,10 +58,10 @@ def ragged() -> list[Prompt]:
 
 
 def run_all(
-    model: LoadedModel, prompts: list[Prompt], slots: int, deterministic: bool
+    model: LoadedModel, prompts: list[Prompt], slots: int, batch_invariant: bool
 ) -> dict[int, DecodeSequence]:
     """All prompts through few slots, a new one every other step."""
-    rows = DecodeBatch(TextHead.of(model.omni, model.text), slots, 128, deterministic=deterministic)
+    rows = DecodeBatch(TextHead.of(model.omni, model.text), slots, 128, batch_invariant=batch_invariant)
     todo, done, steps = list(range(len(prompts))), {}, 0
     while todo or rows.rows:
         if todo and rows.free and steps % 2 == 0:
@@ -76,11 +75,11 @@ def run_all(
     return done
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("batch_invariant", [False, True])
 def test_a_row_in_a_crowd_writes_what_it_writes_alone(
-    model: LoadedModel, prompts: list[Prompt], deterministic: bool
+    model: LoadedModel, prompts: list[Prompt], batch_invariant: bool
 ) -> None:
-    done = run_all(model, prompts, 3, deterministic)
+    done = run_all(model, prompts, 3, batch_invariant)
     for index, row in done.items():
         assert len(row.tokens) <= SAMPLINGS[index].max_tokens
         tokens = [token for token in row.tokens if token != model.text.end]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from openm6.core.errors import DataError
+from openm6.inference.coverage import MIN_CONFIDENCE, Coverage, assess, inputs_of
 from openm6.inference.load import LoadedModel
 from openm6.inference.question import Question
 from openm6.inference.run import answer_question
 from openm6.inference.sampling import Decoding, Sampling
-from openm6.inference.taught import SURE, Taught, assess, inputs_of
 from openm6.modalities.interface import Part
 from openm6.models.description import CheckpointConfig
 from openm6.tasks.registry import TASKS
@@ -54,7 +54,7 @@ def test_what_was_trained_is_taught(name: str) -> None:
             seen += 1
             assert (
                 assess(example.source, task.output_modality, trained("word_translation", name), 0.9)
-                == Taught()
+                == Coverage()
             )
     assert seen or task.needs_negatives or task.name in ("text_tabular_regression",)
 
@@ -70,15 +70,15 @@ def test_what_was_trained_is_taught(name: str) -> None:
 )  # fmt: skip
 def test_a_pair_that_was_never_trained(parts: list[Part], target: str, said: str) -> None:
     found = assess(parts, target, CLASSIFIER)
-    assert not found.taught and said in found.said("en") and "\n" not in found.en
-    assert found.said("zh").startswith("未学过")
+    assert not found.trained and said in found.message("en") and "\n" not in found.en
+    assert found.message("zh").startswith("未学过")
 
 
 def test_words_that_are_like_no_prompt() -> None:
-    assert assess([IMAGE, text(" What is this?")], "text", CLASSIFIER).taught
-    assert assess([IMAGE, text(" 这是什么？")], "text", CLASSIFIER).taught
+    assert assess([IMAGE, text(" What is this?")], "text", CLASSIFIER).trained
+    assert assess([IMAGE, text(" 这是什么？")], "text", CLASSIFIER).trained
     found = assess([IMAGE, text(" Who painted it, and when?")], "text", CLASSIFIER)
-    assert not found.taught and "trained on '… What is this?'" in found.en
+    assert not found.trained and "trained on '… What is this?'" in found.en
 
 
 def test_an_answer_to_any_words_must_be_sure() -> None:
@@ -87,10 +87,10 @@ def test_an_answer_to_any_words_must_be_sure() -> None:
         trained("question_answering", "word_translation"),
         [text("What is the capital of France?")],
     )
-    assert assess(question, "text", free, SURE).taught and assess(question, "text", free).taught
+    assert assess(question, "text", free, MIN_CONFIDENCE).trained and assess(question, "text", free).trained
     found = assess(question, "text", free, 0.04)
-    assert not found.taught and "probably not taught" in found.en and "4%" in found.en
-    assert assess([text("zero in Chinese:")], "text", free, 0.04).taught, "its words were trained"
+    assert not found.trained and "probably not trained" in found.en and "4%" in found.en
+    assert assess([text("zero in Chinese:")], "text", free, 0.04).trained, "its words were trained"
 
 
 def test_a_model_of_embeddings_answers_nothing() -> None:
@@ -112,9 +112,9 @@ def test_the_command_prints_a_note_beside_the_answer(
     image, out = tmp_path / "a.png", tmp_path / "b.png"
     image.write_bytes(png())
     model = loaded(trained_tasks=(("image_classification", "digits"),))
-    assert "not taught" not in say(model, Question(output="text", image=image), caplog)
+    assert "not trained" not in say(model, Question(output="text", image=image), caplog)
     noted = say(model, Question(output="image", text="a cat"), caplog, out)
-    assert "never trained to give image from text, only text from image" in noted and out.exists()
+    assert "never trained to generate image from text, only text from image" in noted and out.exists()
 
 
 def test_a_text_much_shorter_than_those_of_training() -> None:
@@ -123,10 +123,10 @@ def test_a_text_much_shorter_than_those_of_training() -> None:
     known = [trained_task.model_copy(update={"words": (9, 20)}) for trained_task in description.trained_tasks]
     description = description.model_copy(update={"trained_tasks": known})
     found = assess([text("What is the capital of France?")], "text", description, 0.9)
-    assert not found.taught and "has 6 words" in found.en and "9 to 20 words" in found.en
+    assert not found.trained and "has 6 words" in found.en and "9 to 20 words" in found.en
     read = text("The flag of Aruba. Capital: Oranjestad. Region: Caribbean. What is the capital?")
-    assert assess([read], "text", description, 0.9).taught
-    assert assess([text("seven")], "text", trained("question_answering"), 0.9).taught, (
+    assert assess([read], "text", description, 0.9).trained
+    assert assess([text("seven")], "text", trained("question_answering"), 0.9).trained, (
         "lengths are unknown: nothing is said"
     )
 

@@ -1,0 +1,259 @@
+"""Continuous batching of text: sequences join and leave at any step, each with its own prompt, settings and seed.
+
+On a GPU the whole step, from embedding to sampled token, is a captured CUDA graph per size: a step of a small model is
+hundreds of launches of a few microseconds each, a replay is one.
+"""
+
+# Shapes: B rows of a pass, V vocabulary
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from openm6.inference.decode import DecodeStep, Precision, TextHead
+from openm6.inference.sampling import Sampling, filter_logits, gumbel
+
+SamplingMode = Literal["greedy", "unfiltered", "filtered"]
+# Rows of a pass from which on a product's bits do not depend on how many more there are (measured, MKL).
+PADDED_ROWS = 16
+# The keys of a pass are a multiple of this many.
+STRIDE = 64
+# Sizes of graphs. A padded row costs little as long as reading the weights takes most of the time.
+BATCHES = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+KEYS = (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+# Without cuDNN, which plans again for each shape; that takes longer than the step.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(eq=False)
+class DecodeSequence:
+    """A sequence being generated. `key` is the caller's own reference."""
+
+    key: Any
+    sampling: Sampling
+    # Of the next token.
+    position: int
+    # The last token, which is not in the cache yet.
+    token: int
+    # If set: scores of each token and of so many most likely ones are kept.
+    top: int | None = None
+    tokens: list[int] = field(default_factory=list)
+    scores: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    # Negative log-likelihood of the tokens.
+    nll: float = 0.0
+
+
+class DecodeBatch:
+    """A decode batch: slots 0 to n-1 of a cache are active; the last sequence moves into the slot of one that ends."""
+
+    def __init__(
+        self,
+        text_head: TextHead,
+        max_num_seqs: int,
+        max_model_len: int,
+        precision: Precision = "float32",
+        batch_invariant: bool = False,
+    ) -> None:
+        """`batch_invariant` pads every pass to whole multiples of 16 rows and runs all experts.
+
+        Padding rows write to slots that are not in use; their state is set again when a sequence takes the slot.
+        """
+        self.text_head = text_head
+        self.batch_invariant = batch_invariant
+        slots = -(-max_num_seqs // PADDED_ROWS) * PADDED_ROWS if batch_invariant else max_num_seqs
+        self.capacity = max_num_seqs
+        self.cache = text_head.backbone.new_cache(slots, max_model_len)
+        self.decode_step = DecodeStep(text_head, self.cache, precision, batch_invariant)
+        self.rows: list[DecodeSequence] = []
+        device = self.cache.keys.device
+        self.token, self.position, self.length, self.seed, self.draw, self.active, self.top_k = (
+            torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(7)
+        )
+        self.temperature, self.top_p = (torch.zeros(slots, device=device) for _ in range(2))
+
+    @property
+    def free(self) -> int:
+        """Number of sequences that may be added."""
+        return self.capacity - len(self.rows)
+
+    @property
+    def next_slot(self) -> int:
+        """The slot for the prompt of the next sequence."""
+        return len(self.rows)
+
+    def add(
+        self, key: Any, sampling: Sampling, position: int, token: int, top: int | None = None
+    ) -> DecodeSequence:
+        """Add a sequence whose prompt is in `next_slot`; `token` opens its text at `position`."""
+        row = DecodeSequence(key, sampling, position, token, top)
+        self._set(len(self.rows), row)
+        self.rows.append(row)
+        return row
+
+    def _set(self, slot: int, row: DecodeSequence) -> None:
+        sampling = row.sampling
+        vocabulary = len(self.text_head.head)
+        self.token[slot], self.position[slot] = row.token, row.position
+        self.length[slot], self.seed[slot] = self.cache.lengths[slot], sampling.seed
+        self.draw[slot], self.temperature[slot] = len(row.tokens), sampling.temperature
+        self.active[slot] = 1
+        self.top_k[slot] = min(sampling.top_k or vocabulary, vocabulary)
+        self.top_p[slot] = 1.0 if sampling.top_p is None else sampling.top_p
+
+    def remove(self, row: DecodeSequence) -> None:
+        """Remove a sequence, ended or not; the last one moves into its slot."""
+        slot, last = self.rows.index(row), len(self.rows) - 1
+        if slot != last:
+            self.cache.move(last, slot)
+            self._set(slot, self.rows[last])
+            self.rows[slot] = self.rows[last]
+        self.rows.pop()
+        for state in (self.length, self.position, self.active, self.temperature):
+            state[last] = 0
+
+    @torch.inference_mode()
+    def step(self) -> list[DecodeSequence]:
+        """Sample the next token of every sequence; return those that have ended or reached their bound."""
+        count = len(self.rows)
+        longest = max(self.cache.lengths[:count]) + 1
+        longest = min(-(-longest // STRIDE) * STRIDE, self.cache.room)
+        sampled, logits = self._run(self._padded(count), longest, self._mode())
+        logits, sampled = logits[:count], sampled[:count]
+        scores = logits.gather(1, sampled[:, None])[:, 0] - logits.logsumexp(-1)  # B
+        return self._update(sampled.tolist(), scores.tolist(), logits)
+
+    def _padded(self, count: int) -> int:
+        """Rows of a pass with `count` active ones."""
+        return -(-count // PADDED_ROWS) * PADDED_ROWS if self.batch_invariant else count
+
+    def _mode(self) -> SamplingMode:
+        """The simplest sampling that serves all rows of this pass."""
+        settings = [row.sampling for row in self.rows]
+        if all(sampling.temperature == 0 for sampling in settings):
+            return "greedy"
+        unfiltered = all(sampling.top_k is None and sampling.top_p is None for sampling in settings)
+        return "unfiltered" if unfiltered else "filtered"
+
+    def _run(self, batch: int, longest: int, mode: SamplingMode) -> tuple[Tensor, Tensor]:
+        """Sample, and advance the state of the rows, all of it on the device.  # -> B, B V"""
+        token, position, length = self.token[:batch], self.position[:batch], self.length[:batch]
+        logits = self.decode_step(token, position, length, longest)  # B V
+        sampled = self._sample(logits, mode)
+        token.copy_(sampled)
+        # Padding stays at its position, so that it does not leave its slot.
+        active = self.active[:batch]
+        for counter in (position, length, self.draw[:batch]):
+            counter += active
+        return sampled, logits
+
+    def _sample(self, logits: Tensor, mode: SamplingMode) -> Tensor:
+        """Sample every row by its own settings.  # B V -> B"""
+        if mode == "greedy":
+            return logits.argmax(-1)
+        batch = len(logits)
+        temperature = self.temperature[:batch, None]
+        scores = logits / torch.where(temperature > 0, temperature, 1.0)
+        if mode == "filtered":
+            scores = filter_logits(scores, self.top_k[:batch], self.top_p[:batch])
+        noise = gumbel(self.seed[:batch], self.draw[:batch], logits.shape[-1])
+        return torch.where(temperature > 0, scores + noise, logits).argmax(-1)
+
+    def _update(self, sampled: list[int], scores: list[float], logits: Tensor) -> list[DecodeSequence]:
+        ended = []
+        for slot, (row, token) in enumerate(zip(self.rows, sampled, strict=True)):
+            row.token = token
+            row.position += 1
+            self.cache.lengths[slot] += 1
+            row.tokens.append(token)
+            row.nll -= scores[slot]
+            if row.top is not None:
+                row.scores.append(_score(logits[slot], token, row.top))
+            full = self.cache.lengths[slot] + 1 >= self.cache.room
+            if token == self.text_head.end or len(row.tokens) >= row.sampling.max_tokens or full:
+                ended.append(row)
+        return ended
+
+
+def _score(logits: Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
+    """Log-probability of a token, and ids and log-probabilities of the `top` most likely.  # V"""
+    scores = logits.log_softmax(-1)
+    best = scores.topk(top)
+    return float(scores[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+class GraphedDecodeBatch(DecodeBatch):
+    """`DecodeBatch` whose passes are replayed; sizes are rounded up to a few, each captured when it first occurs.
+
+    A graph holds addresses: of the cache, of the state, of its own outputs, all of which stay where they are. Its
+    sizes are constants, so they are its key. The one wait of a step is the reading of the sampled tokens.
+    """
+
+    def __init__(
+        self,
+        text_head: TextHead,
+        max_num_seqs: int,
+        max_model_len: int,
+        precision: Precision = "bfloat16",
+        batch_invariant: bool = False,
+    ) -> None:
+        """`batch_invariant` uses the largest number of rows in every pass."""
+        slots = next(size for size in BATCHES if size >= max_num_seqs)
+        super().__init__(text_head, slots, max_model_len, precision)
+        self.capacity = max_num_seqs
+        self.largest_only = batch_invariant
+        self.graphs: dict[tuple[int, int, SamplingMode], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def _padded(self, count: int) -> int:
+        slots = self.cache.slots
+        return slots if self.largest_only else min(slots, next(size for size in BATCHES if size >= count))
+
+    def _run(self, batch: int, longest: int, mode: SamplingMode) -> tuple[Tensor, Tensor]:
+        longest = min(self.cache.room, next((size for size in KEYS if size >= longest), self.cache.room))
+        key = (batch, longest, mode)
+        if key not in self.graphs:
+            self.graphs[key] = self._captured(*key)
+        graph, sampled, logits = self.graphs[key]
+        graph.replay()
+        return sampled, logits
+
+    def _captured(
+        self, batch: int, longest: int, mode: SamplingMode
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """Run the pass a few times on a side stream, as libraries set themselves up when first called, then record it.
+
+        The state is restored each time; what the passes wrote into the cache is written again by the next one.
+        """
+        state = (self.token, self.position, self.length, self.draw)
+        before = [part.clone() for part in state]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), sdpa_kernel(ATTENTION):
+            for _ in range(3):
+                super()._run(batch, longest, mode)
+                for part, old in zip(state, before, strict=True):
+                    part.copy_(old)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        recording = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        with recording, sdpa_kernel(ATTENTION):
+            sampled, logits = super()._run(batch, longest, mode)
+        return graph, sampled, logits
+
+
+def open_batch(
+    text_head: TextHead,
+    max_num_seqs: int,
+    max_model_len: int,
+    precision: Precision = "float32",
+    batch_invariant: bool = False,
+) -> DecodeBatch:
+    """Return the fastest decode batch for the model's device; a graph cannot wait for offloaded layers."""
+    graphed = text_head.embedding.is_cuda and text_head.backbone.source is None
+    kind = GraphedDecodeBatch if graphed else DecodeBatch
+    return kind(text_head, max_num_seqs, max_model_len, precision, batch_invariant)
