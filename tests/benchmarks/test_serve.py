@@ -52,13 +52,13 @@ def test_text_is_the_same_as_the_baselines() -> None:
 
 def run_one(rows, prompt, found) -> None:
     """The tokens that our rows give to one prompt."""
-    original = rows._settle
+    original = rows._update
 
-    def noted(drawn, chosen, logits):
-        found.extend(drawn)
-        return original(drawn, chosen, logits)
+    def noted(sampled, scores, logits):
+        found.extend(sampled)
+        return original(sampled, scores, logits)
 
-    rows._settle = noted
+    rows._update = noted
     ours_run(rows, [prompt], 5)
 
 
