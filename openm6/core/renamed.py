@@ -5,8 +5,10 @@ from __future__ import annotations
 # Class of the config -> key -> new key.
 KEYS: dict[str, dict[str, str]] = {
     "MultimodalRecipe": {"judge": "eval"},
-    "ImageCodecRecipe": {"lessons": "data"},
-    "AudioCodecRecipe": {"lessons": "data"},
+    "ImageCodecRecipe": {"lessons": "data", "settle_share": "settle_fraction"},
+    "AudioCodecRecipe": {"lessons": "data", "settle_share": "settle_fraction"},
+    "ImageDataConfig": {"shares": "source_weights"},
+    "AudioDataConfig": {"shares": "source_weights"},
     "BackboneConfig": {
         "width": "hidden_size",
         "experts_every": "moe_layer_freq",

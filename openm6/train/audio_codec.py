@@ -1,4 +1,4 @@
-"""What an audio codec is trained on and by: clips kept and augmented on the device, spectral losses, the scores."""
+"""Audio clips for training a codec: kept and augmented on the device; spectral losses, and the scores."""
 
 # Dimensions: B batch, S samples, N clips, L samples of all clips, K harmonics, F formants, P points of a curve
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,12 +14,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from openm6.codecs.audio import AudioCodecConfig
+from openm6.codecs.audio import AudioCodec, AudioCodecConfig
 from openm6.codecs.base import Codec, bits_per_code
 from openm6.core.config import Config
 from openm6.modalities.audio import read_audio
 from openm6.ops.audio import FLOOR, log_mel, mel_filters, spectrum, unit_window
-from openm6.train.codec_data import DeviceRng
+from openm6.train.codec import CodecRecipe, DeviceRng, hold_out, read_records
 
 # Window -> mels (DAC, arXiv 2306.06546).
 MEL_SCALES = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}
@@ -28,15 +29,15 @@ NUM_FORMANTS = 5
 
 
 class AudioDataConfig(Config):
-    """How training clips are drawn, and what each part of the loss weighs.
+    """How training clips are drawn, and the weights of the loss terms.
 
-    `voices` is the share made by formula; of the rest, `mixed` are two clips at once. Of all, `coloured` come from
-    another room and `noisy` carry noise.
+    `voices` is the fraction made by formula; of the rest, `mixed` are two clips at once. Of all, `coloured` are
+    filtered as by another room and `noisy` carry noise.
     """
 
     batch: int = Field(default=32, ge=2)
     seconds: float = Field(default=1.0, gt=0.2)
-    shares: dict[str, float] = Field(default={})
+    source_weights: dict[str, float] = Field(default={})
     voices: float = Field(default=0.2, ge=0, lt=1)
     coloured: float = Field(default=0.6, ge=0, le=1)
     mixed: float = Field(default=0.25, ge=0, le=1)
@@ -45,6 +46,18 @@ class AudioDataConfig(Config):
     stft_weight: float = 0.5
     complex_weight: float = 0.1
     wave_weight: float = 0.1
+
+
+class AudioCodecRecipe(CodecRecipe):
+    """What `openm6 train` reads if `kind` is `codec-audio`."""
+
+    kind: Literal["codec-audio"] = "codec-audio"
+    codec: AudioCodecConfig = AudioCodecConfig()
+    data: AudioDataConfig = AudioDataConfig()
+
+    @property
+    def source_weights(self) -> dict[str, float]:
+        return self.data.source_weights
 
 
 @dataclass(frozen=True)
@@ -58,14 +71,14 @@ class AudioBank:
 
 
 def make_audio_bank(
-    clips: dict[str, list[Tensor]], shares: dict[str, float], device: torch.device
+    clips: dict[str, list[Tensor]], source_weights: dict[str, float], device: torch.device
 ) -> AudioBank:
-    """All clips of all sources; a source without a share counts by its seconds."""
+    """Return all clips of all sources; a source without a weight counts by its seconds."""
     every = [clip for part in clips.values() for clip in part]
     lengths = torch.tensor([len(clip) for clip in every], dtype=torch.float64)
     weights = torch.cat([
-        torch.full((len(part),), shares[name] * float(lengths.sum()) / len(part), dtype=torch.float64)
-        if name in shares
+        torch.full((len(part),), source_weights[name] * float(lengths.sum()) / len(part), dtype=torch.float64)
+        if name in source_weights
         else torch.tensor([len(clip) for clip in part], dtype=torch.float64)
         for name, part in clips.items()
     ])  # fmt: skip
@@ -75,7 +88,7 @@ def make_audio_bank(
 
 
 def read_clip(data: bytes) -> Tensor:
-    """An encoded audio file as mono samples at 16 kHz.
+    """Decode an audio file to mono samples at 16 kHz.
 
     Raises:
         DataError: it is broken, empty or too long.
@@ -83,27 +96,40 @@ def read_clip(data: bytes) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(read_audio(data), np.float32))
 
 
-class AudioData:
-    """Draws training clips on the device; measures how far a reconstruction is from them."""
+class AudioSubject:
+    """The subject of an audio codec's training: the `audio` field of its sources."""
 
-    def __init__(
-        self,
-        config: AudioDataConfig,
-        codec: AudioCodecConfig,
-        clips: dict[str, list[Tensor]],
-        device: torch.device,
-    ) -> None:
-        self.config = config
-        self.device = device
-        self.rate = codec.rate
-        place = codec.samples_per_position
-        self.length = max(1, round(config.seconds * codec.rate / place)) * place
-        self.bank = make_audio_bank(clips, config.shares, device)
+    def __init__(self, recipe: AudioCodecRecipe, device: torch.device) -> None:
+        self.recipe, self.config, self.device = recipe, recipe.data, device
+        self.rate = rate = recipe.codec.rate
+        step = recipe.codec.samples_per_position
+        self.length = max(1, round(self.config.seconds * rate / step)) * step
+        kept, self.held_out = hold_out(
+            read_records(recipe.sources, "train", "audio", read_clip), recipe.held_out
+        )
+        self.bank = make_audio_bank(kept, recipe.source_weights, device)
         self.windows = {size: unit_window(size).to(device) for size in MEL_SCALES}
-        self.filters = {size: mel_filters(n, size, codec.rate).to(device) for size, n in MEL_SCALES.items()}
+        self.filters = {size: mel_filters(n, size, rate).to(device) for size, n in MEL_SCALES.items()}
+
+    @property
+    def positions_per_batch(self) -> int:
+        return self.config.batch * self.length // self.recipe.codec.samples_per_position
+
+    def new_codec(self) -> Codec:
+        return AudioCodec(self.recipe.codec)
+
+    def held_out_scores(self, codec: Codec) -> dict[str, float]:
+        return audio_scores(codec, self.held_out)
+
+    def selection_score(self, scores: dict[str, float]) -> float:
+        return -scores["log_mel_l1"]
+
+    def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
+        clips = read_records(self.recipe.sources, "test", "audio", read_clip)
+        return {name: audio_scores(codec, part) for name, part in clips.items()}
 
     def draw(self, seed: int) -> Tensor:
-        """A batch of clips within [-1, 1]; the same for the same seed.  # -> B S"""
+        """Return a batch of clips within [-1, 1]; the same for the same seed.  # -> B S"""
         rng = DeviceRng(seed, self.device)
         config, length = self.config, self.length
         num_voices = round(config.voices * config.batch)
@@ -117,13 +143,12 @@ class AudioData:
         hiss = noise(len(waveforms), length, self.rate, rng) * level
         waveforms = waveforms + hiss * rng.bernoulli(config.noisy, len(waveforms), 1)
         peak = waveforms.abs().amax(1, keepdim=True).clamp(min=1e-3)
-        wanted = torch.exp(rng.uniform(len(waveforms), 1, low=-2.5, high=-0.05))
-        return waveforms * torch.where(
-            rng.bernoulli(0.5, len(waveforms), 1) | (peak > 1.0), wanted / peak, 1.0
-        )
+        target = torch.exp(rng.uniform(len(waveforms), 1, low=-2.5, high=-0.05))
+        scaled = rng.bernoulli(0.5, len(waveforms), 1) | (peak > 1.0)
+        return waveforms * torch.where(scaled, target / peak, 1.0)
 
     def _clips(self, count: int, rng: DeviceRng) -> Tensor:
-        """Clips at random speeds, begun at random times: half of them from within.  # -> B S"""
+        """Return clips at random speeds that begin at random times.  # -> B S"""
         bank = self.bank
         chosen = torch.multinomial(bank.weights, count, replacement=True, generator=rng.generator)
         start, end = bank.start[chosen], bank.end[chosen]
@@ -136,7 +161,7 @@ class AudioData:
         return play(bank.samples, start, end, speed, begin, self.length)
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor:
-        """Multi-scale log-mel L1, spectral convergence and log-magnitude, and a little complex and waveform L1.
+        """Return multi-scale log-mel L1, spectral convergence and log-magnitude, and a little complex and waveform L1.
 
         The last two alone pin the phase; the codes cannot carry it, so they must stay small.
         """
@@ -163,10 +188,10 @@ def magnitude_difference(target: Tensor, output: Tensor) -> Tensor:
 
 @torch.no_grad()
 def audio_scores(codec: Codec, clips: list[Tensor]) -> dict[str, float]:
-    """L1 in nats between the log-mels (80, window 1024) of whole clips before and after, and the bits used a place."""
+    """Return the L1 (natural log) between log-mels of whole clips before and after, and the bits per position."""
     device = next(codec.parameters()).device
     window, filters = unit_window(1024).to(device), mel_filters(80, 1024, 16000).to(device)
-    distances, places = [], []
+    distances, positions = [], []
     for clip in clips:
         raw = clip[None].to(device)
         codes = codec.encode(raw)
@@ -174,33 +199,33 @@ def audio_scores(codec: Codec, clips: list[Tensor]) -> dict[str, float]:
         raw = F.pad(raw, (0, output.shape[1] - raw.shape[1]))
         true, guess = (log_mel(spectrum(x, window, 160).abs(), filters) for x in (raw, output))
         distances.append((true - guess).abs().mean())
-        places.append(codes.flatten(0, -2))
+        positions.append(codes.flatten(0, -2))
     return {
         "log_mel_l1": torch.stack(distances).mean().item(),
-        "bits": bits_per_code(torch.cat(places), codec),
+        "bits": bits_per_code(torch.cat(positions), codec),
     }
 
 
 def curve(points: Tensor, length: int) -> Tensor:
-    """A straight-lined curve through evenly spaced points.  # B P -> B S"""
+    """Return a piecewise linear curve through evenly spaced points.  # B P -> B S"""
     return F.interpolate(points[:, None], length, mode="linear", align_corners=True)[:, 0]
 
 
 def play(bank: Tensor, start: Tensor, end: Tensor, speed: Tensor, begin: Tensor, length: int) -> Tensor:
-    """Clips of a bank at other speeds (which moves their pitch), each begun `begin` samples late; silence around.
+    """Return clips of a bank at other speeds (which moves their pitch), `begin` samples late, with silence around.
 
     `bank` holds all clips end to end; clip b is bank[start_b : end_b].  # L, B, B, B, B -> B S
     """
     time = torch.arange(length, device=bank.device)[None, :] - begin[:, None]
     # In double precision: a bank may have more samples than fp32 can count.
-    place = start[:, None] + time * speed[:, None]  # B S
-    inside = (time >= 0) & (place < end[:, None] - 1)
-    low = place.floor().long().clamp(0, len(bank) - 2)
-    return torch.lerp(bank[low], bank[low + 1], (place - low).float()) * inside
+    position = start[:, None] + time * speed[:, None]  # B S
+    inside = (time >= 0) & (position < end[:, None] - 1)
+    low = position.floor().long().clamp(0, len(bank) - 2)
+    return torch.lerp(bank[low], bank[low + 1], (position - low).float()) * inside
 
 
 def colour(waveforms: Tensor, rate: int, rng: DeviceRng) -> Tensor:
-    """Another microphone and room: a smooth random filter, an echo tail, sometimes only the band up to 4 kHz."""
+    """Filter as a microphone and a room do: a smooth random filter, an echo tail, sometimes no band above 4 kHz."""
     count, length = waveforms.shape
     size = 2 * length  # with space for the tail, or it would wrap around
     bins = size // 2 + 1
@@ -216,7 +241,7 @@ def colour(waveforms: Tensor, rate: int, rng: DeviceRng) -> Tensor:
 
 
 def noise(count: int, length: int, rate: int, rng: DeviceRng) -> Tensor:
-    """Noise of a random colour that swells and fades.  # -> B S, about unit power"""
+    """Return noise of a random colour that swells and fades.  # -> B S, about unit power"""
     values = torch.fft.rfft(rng.normal(count, length))
     frequency = torch.linspace(0.0, rate / 2, values.shape[1], device=rng.device)
     slope = (1.0 + frequency / 200.0) ** rng.uniform(count, 1, low=-1.2, high=0.2)
@@ -227,7 +252,7 @@ def noise(count: int, length: int, rate: int, rng: DeviceRng) -> Tensor:
 
 
 def voices(count: int, length: int, rate: int, rng: DeviceRng) -> Tensor:
-    """Babble by the source-filter model: harmonics of a gliding pitch under gliding formants, hisses in between.
+    """Return babble by the source-filter model: harmonics of a gliding pitch under gliding formants, hisses in between.
 
     The amplitude of harmonic k of pitch f is the sum over formants of 1 / (1 + ((k·f - F) / bandwidth)²).  # -> B S
     """
@@ -235,20 +260,19 @@ def voices(count: int, length: int, rate: int, rng: DeviceRng) -> Tensor:
     octaves = rng.uniform(count, 1, low=6.3, high=8.6)
     pitch = torch.exp2(octaves + 0.25 * curve(rng.normal(count, points), length))
     phase = 2.0 * math.pi * torch.cumsum(pitch.double() / rate, 1)  # B S
-    number = torch.arange(1, NUM_HARMONICS + 1, device=rng.device, dtype=torch.float64)
-    centres = torch.tensor([500.0, 1500.0, 2500.0, 3500.0, 5000.0], device=rng.device)
+    centers = torch.tensor([500.0, 1500.0, 2500.0, 3500.0, 5000.0], device=rng.device)
     stretch = torch.exp2(rng.uniform(count, 1, 1, low=-0.3, high=0.35))
     glide = torch.exp2(0.45 * rng.normal(count, NUM_FORMANTS, points).flatten(0, 1))
-    formants = centres[None, :, None] * stretch * curve(glide, length).view(count, NUM_FORMANTS, length)
+    formants = centers[None, :, None] * stretch * curve(glide, length).view(count, NUM_FORMANTS, length)
     width = rng.uniform(count, NUM_FORMANTS, 1, low=50.0, high=220.0)
     gain = torch.exp(-0.6 * torch.arange(NUM_FORMANTS, device=rng.device))[None, :, None]
     waveform = torch.zeros(count, length, device=rng.device)
-    for k in number.tolist():  # one harmonic at a time: all at once would take gigabytes
-        heard = k * pitch  # B S
-        level = (gain / (1.0 + ((heard[:, None] - formants) / width).square())).sum(1) / math.sqrt(k)
-        waveform = waveform + torch.sin((phase * k).remainder(2 * math.pi)).float() * level * (
-            heard < 0.48 * rate
-        )
+    # One harmonic at a time: all at once would take gigabytes.
+    for k in range(1, NUM_HARMONICS + 1):
+        harmonic = k * pitch  # B S
+        level = (gain / (1.0 + ((harmonic[:, None] - formants) / width).square())).sum(1) / math.sqrt(k)
+        audible = harmonic < 0.48 * rate
+        waveform = waveform + torch.sin((phase * k).remainder(2 * math.pi)).float() * level * audible
     waveform = waveform / waveform.abs().amax(1, keepdim=True).clamp(min=1e-5)
     voiced = curve(2.5 * rng.normal(count, points) + 1.0, length).clamp(0.0, 1.0)
     hissing = curve(2.5 * rng.normal(count, points) - 2.0, length).clamp(0.0, 1.0)

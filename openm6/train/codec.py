@@ -1,118 +1,80 @@
-"""Training of image and audio codecs: recipes, averaged weights, the best of them, and the checks of the latent."""
+"""Training of image and audio codecs: averaged weights, the best of them, and the checks of the latent."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from PIL.Image import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from openm6.codecs.audio import AudioCodec, AudioCodecConfig
 from openm6.codecs.base import Codec, QuantizerStats
-from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.codecs.registry import save_codec
 from openm6.core.config import Config
-from openm6.core.errors import TrainingError, nearest
+from openm6.core.errors import DataError, TrainingError, nearest
 from openm6.core.files import replace_text
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.core.seeds import derive_seed
-from openm6.data.source import Split
-from openm6.data.sources import AnySourceConfig
-from openm6.train.audio_codec import AudioData, AudioDataConfig, audio_scores, read_clip
-from openm6.train.codec_data import hold_out, read_records
+from openm6.data.source import Source, SourceConfig, Split
+from openm6.data.sources import AnySourceConfig, open_sources
 from openm6.train.config import LoopConfig
-from openm6.train.image_codec import (
-    ImageData,
-    ImageDataConfig,
-    image_scores,
-    read_small,
-    to_pixels,
-)
 from openm6.train.step import seed_everything
 from openm6.train.training_task import StepResult, TrainingTask
 
 CODEC_FILE = "codec.safetensors"
 SCORES_FILE = "scores.json"
 AVERAGED, BEST = "averaged.", "best."
+Raw = TypeVar("Raw")  # a decoded image or clip
 
 
 class CodecRecipe(Config):
     """Settings that image and audio codecs have in common.
 
-    One record in `held_out` of each source is never trained on and picks the best averaged weights. In the last
-    `settle_share` of the run the latent's statistics stay as they are. A run fails where, after `guard_from` steps,
-    more than `max_saturated` of the latent is beyond reach of the gradient, or a channel carries less than the share
-    `min_bits` of what it could.
+    One record in `held_out` of each source is never trained on and selects the best averaged weights. In the last
+    `settle_fraction` of the run the latent's statistics are frozen. A run fails if, after `guard_from` steps, more
+    than `max_saturated` of the latent is beyond reach of the gradient, or a channel carries less than `min_bits` of
+    its capacity.
     """
 
+    kind: str
     sources: dict[str, AnySourceConfig] = Field(min_length=1)
     loop: LoopConfig = LoopConfig()
     held_out: int = Field(default=20, ge=2)
-    settle_share: float = Field(default=0.2, ge=0, le=1)
+    settle_fraction: float = Field(default=0.2, ge=0, le=1)
     average: float = Field(default=0.999, ge=0, lt=1)
     guard_from: int = Field(default=200, ge=1)
     max_saturated: float = Field(default=0.1, gt=0, le=1)
     min_bits: float = Field(default=0.5, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _length_known(self) -> CodecRecipe:
+    def _consistent(self) -> CodecRecipe:
         if not isinstance(self.loop.steps, int):
             raise ValueError("a codec's loop.steps must be a number, since its loss changes near the end")
+        for name in self.source_weights:
+            if name not in self.sources:
+                hint = nearest(name, list(self.sources))
+                raise ValueError(f"data.source_weights names {name!r}, which is not a source; {hint}")
         return self
 
     @property
+    def source_weights(self) -> dict[str, float]:
+        """How often a source is drawn, as a fraction; the others count by their size."""
+        return {}
+
+    @property
     def settle_from(self) -> int:
-        """First step of the last phase."""
-        assert isinstance(self.loop.steps, int)
-        return round(self.loop.steps * (1.0 - self.settle_share))
-
-
-class ImageCodecRecipe(CodecRecipe):
-    """What `openm6 train` reads when `kind` is `codec-image`."""
-
-    kind: Literal["codec-image"] = "codec-image"
-    codec: ImageCodecConfig = ImageCodecConfig()
-    data: ImageDataConfig = ImageDataConfig()
-
-    @model_validator(mode="after")
-    def _fits(self) -> ImageCodecRecipe:
-        _check_shares(self.data.shares, self.sources)
-        for side in self.data.sides:
-            if side % self.codec.stride:
-                raise ValueError(f"data.sides: {side} must be a multiple of {self.codec.stride}, the stride")
-        return self
-
-
-class AudioCodecRecipe(CodecRecipe):
-    """What `openm6 train` reads when `kind` is `codec-audio`."""
-
-    kind: Literal["codec-audio"] = "codec-audio"
-    codec: AudioCodecConfig = AudioCodecConfig()
-    data: AudioDataConfig = AudioDataConfig()
-
-    @model_validator(mode="after")
-    def _fits(self) -> AudioCodecRecipe:
-        _check_shares(self.data.shares, self.sources)
-        return self
-
-
-def _check_shares(shares: dict[str, float], sources: dict[str, AnySourceConfig]) -> None:
-    for name in shares:
-        if name not in sources:
-            hint = nearest(name, list(sources))
-            raise ValueError(f"data.shares names {name!r}, which is not a source; {hint}")
+        """The last step before the latent's statistics are frozen."""
+        return round(int(self.loop.steps) * (1.0 - self.settle_fraction))
 
 
 @dataclass(frozen=True)
 class CodecBatch:
-    """One step's batch: only its number, from which the device makes the data."""
+    """One step's batch: only its index, from which the device makes the data."""
 
     step: int
     tokens: int
@@ -122,23 +84,36 @@ class CodecBatch:
         return {"step": self.step}
 
 
-class CodecData(Protocol):
-    """What differs between images and audio: data and loss."""
+class CodecSubject(Protocol):
+    """What differs between images and audio: the codec, its batches and loss, and the scores."""
+
+    @property
+    def positions_per_batch(self) -> int:
+        """Positions of the latent that a batch trains on: what counts as tokens here."""
+
+    def new_codec(self) -> Codec: ...
 
     def draw(self, seed: int) -> Tensor: ...
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor: ...
 
+    def held_out_scores(self, codec: Codec) -> dict[str, float]:
+        """Scores on training records that are never trained on."""
+
+    def selection_score(self, scores: dict[str, float]) -> float:
+        """One number, higher is better."""
+
+    def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
+        """Scores on each source's test records."""
+
 
 class CodecTraining(TrainingTask):
-    """Trains a codec, averages its weights, keeps the average that does best on held-out records, and writes it."""
+    """Train a codec, average its weights, keep the average that does best on held-out records, and write it."""
 
-    recipe: CodecRecipe
-    data: CodecData
-
-    def __init__(self, recipe: CodecRecipe, codec: Codec, device: torch.device) -> None:
-        self.recipe = recipe
-        self.device = device
+    def __init__(self, recipe: CodecRecipe, subject: CodecSubject, device: torch.device) -> None:
+        self.recipe, self.subject, self.device = recipe, subject, device
+        seed_everything(recipe.loop.seed, "weights")
+        codec = subject.new_codec()
         self.codec = self.model = codec.to(device)
         self.averaged = deepcopy(codec).requires_grad_(False).eval()
         self.best = deepcopy(self.averaged)
@@ -151,14 +126,10 @@ class CodecTraining(TrainingTask):
         step = self._begin
         while True:
             step += 1
-            yield CodecBatch(step, self.positions_per_batch())
+            yield CodecBatch(step, self.subject.positions_per_batch)
 
     def restore(self, cursor: dict[str, Any]) -> None:
         self._begin = int(cursor["step"])
-
-    def positions_per_batch(self) -> int:
-        """Places that a batch trains on: what counts as tokens here."""
-        raise NotImplementedError
 
     def loss(self, batch: CodecBatch) -> StepResult:
         settling = batch.step > self.recipe.settle_from
@@ -166,12 +137,18 @@ class CodecTraining(TrainingTask):
             norm.frozen = settling
         # Data, losses and rounding stay in fp32; the loop's autocast holds for the networks alone.
         with torch.autocast(self.device.type, enabled=False):
-            raw = self.data.draw(derive_seed(self.recipe.loop.seed, "batch", batch.step))
+            raw = self.subject.draw(derive_seed(self.recipe.loop.seed, "batch", batch.step))
         output, quantized = self.codec.reconstruct(raw)
         with torch.autocast(self.device.type, enabled=False):
-            loss = self.data.loss(raw, output, settling)
-        self.health = quantized.health
-        return StepResult(loss, health_metrics(self.health))
+            loss = self.subject.loss(raw, output, settling)
+        self.health = health = quantized.health
+        metrics: dict[str, float | Tensor] = {
+            "latent/mean_magnitude": health.mean_magnitude,
+            "latent/saturated": health.saturated,
+            "latent/bits": health.bits.sum(),
+            "latent/poorest_channel": (health.bits / health.capacity).min(),
+        }
+        return StepResult(loss, metrics)
 
     def after_step(self, result: StepResult) -> None:
         self.updates += 1
@@ -190,10 +167,9 @@ class CodecTraining(TrainingTask):
 
     def load_state(self, state: dict[str, Any]) -> None:
         for codec, prefix in ((self.averaged, AVERAGED), (self.best, BEST)):
-            tensors = {
-                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
-            }
-            codec.load_state_dict(tensors)
+            codec.load_state_dict(
+                {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            )
         self.updates = int(state["updates"])
         self.best_score = float("-inf") if state["best_score"] is None else float(state["best_score"])
 
@@ -201,110 +177,31 @@ class CodecTraining(TrainingTask):
         return {"codec.json": self.codec.config.model_dump_json(indent=2) + "\n"}
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Scores of the averaged weights on held-out records; the best so far are kept."""
+        """Return the scores of the averaged weights on held-out records; the best weights so far are kept."""
         if self.health is not None and step > self.recipe.guard_from:
             check_health(self.health, self.recipe)
         with torch.autocast(self.device.type, enabled=False):
-            scores = self.held_out_scores(self.averaged)
-        if self.selection_score(scores) > self.best_score:
-            self.best_score = self.selection_score(scores)
+            scores = self.subject.held_out_scores(self.averaged)
+        if self.subject.selection_score(scores) > self.best_score:
+            self.best_score = self.subject.selection_score(scores)
             self.best.load_state_dict(self.averaged.state_dict())
         return scores
 
-    def held_out_scores(self, codec: Codec) -> dict[str, float]:
-        """Scores on training records that are never trained on."""
-        raise NotImplementedError
-
-    def selection_score(self, scores: dict[str, float]) -> float:
-        """One number, higher is better."""
-        raise NotImplementedError
-
-    def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
-        """Scores on each source's test records."""
-        raise NotImplementedError
-
     def finish(self, run: RunFolder) -> None:
-        """Writes codec.safetensors and scores.json into the run's folder."""
+        """Write codec.safetensors and scores.json into the run's folder."""
         if self.best_score == float("-inf"):
             self.best.load_state_dict(self.averaged.state_dict())
         save_codec(self.best, run.path / CODEC_FILE)
-        scores = {"held_out": self.held_out_scores(self.best), "test": self.test_scores(self.best)}
+        scores = {
+            "held_out": self.subject.held_out_scores(self.best),
+            "test": self.subject.test_scores(self.best),
+        }
         replace_text(run.path / SCORES_FILE, json.dumps(scores, indent=2) + "\n")
         get_log().info(f"wrote {run.path / CODEC_FILE}: {json.dumps(scores['test'])}")
 
 
-class ImageCodecTraining(CodecTraining):
-    """Trains an image codec from the `image` field of its sources."""
-
-    recipe: ImageCodecRecipe
-
-    def __init__(self, recipe: ImageCodecRecipe, device: torch.device) -> None:
-        seed_everything(recipe.loop.seed, "weights")
-        super().__init__(recipe, ImageCodec(recipe.codec), device)
-        self.side = max(recipe.data.sides, key=lambda side: recipe.data.sides[side])
-        kept, held = hold_out(self._read("train"), recipe.held_out)
-        self.data = ImageData(recipe.data, kept, device)
-        self.held_out = to_pixels([image for part in held.values() for image in part], self.side)
-
-    def _read(self, split: Split) -> dict[str, list[Image]]:
-        largest = max(self.recipe.data.sides)
-        return read_records(self.recipe.sources, split, "image", lambda data: read_small(data, largest))
-
-    def positions_per_batch(self) -> int:
-        return self.recipe.data.batch * (self.side // self.recipe.codec.stride) ** 2
-
-    def held_out_scores(self, codec: Codec) -> dict[str, float]:
-        return image_scores(codec, self.held_out)
-
-    def selection_score(self, scores: dict[str, float]) -> float:
-        return scores["psnr"]
-
-    def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
-        return {
-            f"{name}_{side}": image_scores(codec, to_pixels(part, side))
-            for name, part in self._read("test").items()
-            for side in self.recipe.data.sides
-        }
-
-
-class AudioCodecTraining(CodecTraining):
-    """Trains an audio codec from the `audio` field of its sources."""
-
-    recipe: AudioCodecRecipe
-
-    def __init__(self, recipe: AudioCodecRecipe, device: torch.device) -> None:
-        seed_everything(recipe.loop.seed, "weights")
-        super().__init__(recipe, AudioCodec(recipe.codec), device)
-        kept, held = hold_out(read_records(recipe.sources, "train", "audio", read_clip), recipe.held_out)
-        self.data = self.audio = AudioData(recipe.data, recipe.codec, kept, device)
-        self.held_out = [clip for part in held.values() for clip in part]
-
-    def positions_per_batch(self) -> int:
-        return self.recipe.data.batch * self.audio.length // self.recipe.codec.samples_per_position
-
-    def held_out_scores(self, codec: Codec) -> dict[str, float]:
-        return audio_scores(codec, self.held_out)
-
-    def selection_score(self, scores: dict[str, float]) -> float:
-        return -scores["log_mel_l1"]
-
-    def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
-        clips = read_records(self.recipe.sources, "test", "audio", read_clip)
-        return {name: audio_scores(codec, part) for name, part in clips.items()}
-
-
-def health_metrics(health: QuantizerStats) -> dict[str, float | Tensor]:
-    """What the guards watch, for the run's metrics."""
-    return {
-        "latent/mean_magnitude": health.mean_magnitude,
-        "latent/saturated": health.saturated,
-        "latent/bits": health.bits.sum(),
-        "latent/poorest_channel": (health.bits / health.capacity).min(),
-    }
-
-
 def check_health(health: QuantizerStats, recipe: CodecRecipe) -> None:
-    """Stops a run whose latent has died, since longer training cannot revive it.
+    """Stop a run whose latent has collapsed, since longer training cannot recover it.
 
     Raises:
         TrainingError: too much of the latent is saturated, or a channel carries too few bits.
@@ -315,9 +212,72 @@ def check_health(health: QuantizerStats, recipe: CodecRecipe) -> None:
             f"{saturated:.0%} of the latent is saturated, over {recipe.max_saturated:.0%}:"
             " lower loop.optimizer.learning_rate"
         )
-    share = health.bits / health.capacity
-    if share.min() < recipe.min_bits:
+    used = health.bits / health.capacity
+    if used.min() < recipe.min_bits:
         raise TrainingError(
-            f"channel {int(share.argmin())} of the latent carries {share.min():.0%} of its bits, under"
+            f"channel {int(used.argmin())} of the latent carries {used.min():.0%} of its bits, under"
             f" {recipe.min_bits:.0%}: lower loop.optimizer.learning_rate or train on more varied data"
         )
+
+
+def read_records(
+    sources: Mapping[str, SourceConfig], split: Split, key: str, read: Callable[[bytes], Raw]
+) -> dict[str, list[Raw]]:
+    """Return the decoded images or audio of each source that has some in this split; broken ones are logged.
+
+    Raises:
+        DataError: a source of training records has none.
+    """
+    found: dict[str, list[Raw]] = {}
+    for name, source in open_sources(sources, split).items():
+        if records := list(_decoded(source, key, read)):
+            found[name] = records
+        elif split == "train":
+            raise DataError(
+                f"source {name!r} has no usable {key} in its records: map a column with fields, or drop it"
+            )
+    return found
+
+
+def _decoded(source: Source, key: str, read: Callable[[bytes], Raw]) -> Iterator[Raw]:
+    for index in range(len(source)):
+        try:
+            data = source[index].get(key)
+            if data is not None:
+                yield read(data)
+        except DataError as error:
+            get_log().warning(f"source {source.name!r}, record {index} is left out: {error}")
+
+
+def hold_out(records: dict[str, list[Raw]], every: int) -> tuple[dict[str, list[Raw]], list[Raw]]:
+    """Return each source's records without the second of every `every`, and those of all sources.
+
+    Raises:
+        DataError: no source has two records.
+    """
+    kept = {name: [raw for i, raw in enumerate(part) if i % every != 1] for name, part in records.items()}
+    held = [raw for part in records.values() for raw in part[1::every]]
+    if not held:
+        raise DataError("no source has two records, one to train on and one to evaluate on: add records")
+    return kept, held
+
+
+class DeviceRng:
+    """Random numbers from one generator on a device, so that the same seed makes the same batch."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=self.generator, device=self.device)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Integers from low to high - 1."""
+        return torch.randint(low, high, shape, generator=self.generator, device=self.device)
+
+    def bernoulli(self, probability: float, *shape: int) -> Tensor:
+        return self.uniform(*shape) < probability

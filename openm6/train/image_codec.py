@@ -1,4 +1,4 @@
-"""What an image codec is trained on and by: images kept, augmented and drawn on the device, the loss, the scores."""
+"""Images for training a codec: kept, augmented and drawn on the device; the loss, and the scores."""
 
 # Dimensions: B batch, N images, S side in pixels
 
@@ -8,37 +8,59 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from openm6.codecs.base import Codec, bits_per_code
+from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.core.config import Config
+from openm6.data.source import Split
 from openm6.modalities.image import read_image, to_square
-from openm6.train.codec_data import DeviceRng
+from openm6.train.codec import CodecRecipe, DeviceRng, hold_out, read_records
 
 ALMOST_EXACT = 1e-3  # squared error (of a range of 2) below which an image no longer pulls: 36 dB
 WHITE = 0.97  # channels above this count as background where they reach the border
 
 
 class ImageDataConfig(Config):
-    """How training images are drawn: batch size, sides in pixels with their shares, and how much is changed.
+    """How training images are drawn: batch size, sides in pixels with their weights, and how much is changed.
 
-    `drawn` is the share made of random shapes; of the rest, `warped` are turned and resized (others only moved by
-    whole pixels), `composed` get another backdrop, `recoloured` other colours. `shares` weighs the sources.
+    `drawn` is the fraction made of random shapes; of the rest, `warped` are turned and resized (others only moved by
+    whole pixels), `composed` get another backdrop, `recoloured` other colours.
     """
 
     batch: int = Field(default=256, ge=2)
     sides: dict[int, float] = Field(default={64: 0.85, 32: 0.15}, min_length=1)
-    shares: dict[str, float] = Field(default={})
+    source_weights: dict[str, float] = Field(default={})
     drawn: float = Field(default=0.2, ge=0, lt=1)
     warped: float = Field(default=0.5, ge=0, le=1)
     composed: float = Field(default=0.35, ge=0, le=1)
     recoloured: float = Field(default=0.35, ge=0, le=1)
+
+
+class ImageCodecRecipe(CodecRecipe):
+    """What `openm6 train` reads if `kind` is `codec-image`."""
+
+    kind: Literal["codec-image"] = "codec-image"
+    codec: ImageCodecConfig = ImageCodecConfig()
+    data: ImageDataConfig = ImageDataConfig()
+
+    @property
+    def source_weights(self) -> dict[str, float]:
+        return self.data.source_weights
+
+    @model_validator(mode="after")
+    def _sides_fit(self) -> ImageCodecRecipe:
+        for side in self.data.sides:
+            if side % self.codec.stride:
+                raise ValueError(f"data.sides: {side} must be a multiple of {self.codec.stride}, the stride")
+        return self
 
 
 @dataclass(frozen=True)
@@ -51,7 +73,7 @@ class Bank:
 
 
 def read_small(data: bytes, largest: int) -> Image:
-    """An encoded image, made smaller where a side is over `largest`, so that many fit into memory.
+    """Decode an image and shrink it if a side is over `largest`, so that many fit into memory.
 
     Raises:
         DataError: it is broken.
@@ -61,35 +83,62 @@ def read_small(data: bytes, largest: int) -> Image:
 
 
 def to_pixels(images: Iterable[Image], side: int) -> Tensor:
-    """Images within white squares of `side` pixels.  # -> N 3 S S uint8"""
+    """Return images within white squares of `side` pixels.  # -> N 3 S S uint8"""
     squares = [np.array(to_square(image, side)) for image in images]
     return torch.stack([torch.from_numpy(square).permute(2, 0, 1) for square in squares])
 
 
 def make_bank(
-    images: dict[str, list[Image]], side: int, shares: dict[str, float], device: torch.device
+    images: dict[str, list[Image]], side: int, source_weights: dict[str, float], device: torch.device
 ) -> Bank:
-    """All images of all sources; a source without a share counts as many images as it has."""
+    """Return all images of all sources; a source without a weight counts as many images as it has."""
     parts = [to_pixels(part, side) for part in images.values()]
     total = sum(len(part) for part in parts)
     weights = [
-        torch.full((len(part),), shares[name] * total / len(part) if name in shares else 1.0)
+        torch.full((len(part),), source_weights[name] * total / len(part) if name in source_weights else 1.0)
         for name, part in zip(images, parts, strict=True)
     ]
     pixels = torch.cat(parts).to(device)
     return Bank(pixels, background_mask(pixels.float() / 255.0) > 0, torch.cat(weights).to(device))
 
 
-class ImageData:
-    """Draws training images on the device; measures how far a reconstruction is from them."""
+class ImageSubject:
+    """The subject of an image codec's training: the `image` field of its sources."""
 
-    def __init__(self, config: ImageDataConfig, images: dict[str, list[Image]], device: torch.device) -> None:
-        self.config = config
-        self.device = device
-        self.banks = {side: make_bank(images, side, config.shares, device) for side in config.sides}
+    def __init__(self, recipe: ImageCodecRecipe, device: torch.device) -> None:
+        self.recipe, self.config, self.device = recipe, recipe.data, device
+        sides = self.config.sides
+        self.side = max(sides, key=lambda side: sides[side])
+        kept, held = hold_out(self._read("train"), recipe.held_out)
+        self.banks = {side: make_bank(kept, side, recipe.source_weights, device) for side in sides}
+        self.held_out = to_pixels(held, self.side)
+
+    def _read(self, split: Split) -> dict[str, list[Image]]:
+        largest = max(self.config.sides)
+        return read_records(self.recipe.sources, split, "image", lambda data: read_small(data, largest))
+
+    @property
+    def positions_per_batch(self) -> int:
+        return self.config.batch * (self.side // self.recipe.codec.stride) ** 2
+
+    def new_codec(self) -> Codec:
+        return ImageCodec(self.recipe.codec)
+
+    def held_out_scores(self, codec: Codec) -> dict[str, float]:
+        return image_scores(codec, self.held_out)
+
+    def selection_score(self, scores: dict[str, float]) -> float:
+        return scores["psnr"]
+
+    def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
+        return {
+            f"{name}_{side}": image_scores(codec, to_pixels(part, side))
+            for name, part in self._read("test").items()
+            for side in self.config.sides
+        }
 
     def draw(self, seed: int) -> Tensor:
-        """A batch of one side, in [-1, 1]; the same for the same seed.  # -> B 3 S S"""
+        """Return a batch of one side, in [-1, 1]; the same for the same seed.  # -> B 3 S S"""
         rng = DeviceRng(seed, self.device)
         config = self.config
         side = random.Random(seed).choices(list(config.sides), list(config.sides.values()))[0]
@@ -104,7 +153,7 @@ class ImageData:
         return torch.cat([front, drawn_images(num_drawn, side, rng)]) * 2.0 - 1.0
 
     def _moved(self, count: int, side: int, rng: DeviceRng) -> tuple[Tensor, Tensor]:
-        """Known images and where their background is, moved alike.  # -> B 3 S S, B 1 S S"""
+        """Return images of the bank and their background masks, moved alike.  # -> B 3 S S, B 1 S S"""
         bank = self.banks[side]
         chosen = torch.multinomial(bank.weights, count, replacement=True, generator=rng.generator)
         layers = torch.cat([bank.images[chosen].float() / 255.0, bank.masks[chosen].float()], 1)
@@ -112,7 +161,7 @@ class ImageData:
         return moved[:, :3], moved[:, 3:]
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor:
-        """L1, squares, edges and coarse L1 at first; while settling, the mean logarithm of the squared error.
+        """Return L1, squares, edges and coarse L1 at first; while settling, the mean logarithm of the squared error.
 
         The PSNR of a set is the mean of -10·log10(mse) over its images, so the last phase descends on just that.
         """
@@ -155,7 +204,7 @@ def ssim(target: Tensor, output: Tensor) -> Tensor:
 
 @torch.no_grad()
 def image_scores(codec: Codec, images: Tensor) -> dict[str, float]:
-    """PSNR, SSIM and used bits of images after a way through the codec.  # N 3 S S uint8"""
+    """Return PSNR, SSIM and used bits of images that were encoded and decoded.  # N 3 S S uint8"""
     device = next(codec.parameters()).device
     found: list[tuple[Tensor, Tensor]] = []
     cells = []
@@ -172,7 +221,7 @@ def image_scores(codec: Codec, images: Tensor) -> dict[str, float]:
 
 
 def background_mask(images: Tensor) -> Tensor:
-    """Where white pixels are joined to the border: what may be replaced by another backdrop.  # N 3 S S -> N 1 S S"""
+    """Return where white pixels are joined to the border: what another backdrop may replace.  # N 3 S S -> N 1 S S"""
     side = images.shape[-1]
     white = (images.amin(1, keepdim=True) >= WHITE).float()  # N 3 S S -> N 1 S S
     border = torch.zeros_like(white)
@@ -184,7 +233,7 @@ def background_mask(images: Tensor) -> Tensor:
 
 
 def warp(images: Tensor, warped: float, rng: DeviceRng) -> Tensor:
-    """Moves each image: a share by any turn, size and shift, the rest by whole pixels, so that they stay sharp."""
+    """Move a fraction `warped` by any turn, size and shift, the rest by whole pixels, so that they stay sharp."""
     count, side = images.shape[0], images.shape[-1]
     angle = rng.uniform(count, low=-0.6, high=0.6)
     # Over 1 shrinks the image: it scales where pixels come from.
@@ -205,8 +254,8 @@ def warp(images: Tensor, warped: float, rng: DeviceRng) -> Tensor:
     return moved.clamp(0.0, 1.0)
 
 
-def recolour(images: Tensor, share: float, rng: DeviceRng) -> Tensor:
-    """Mixes or swaps the colours of a share of the images, and changes their contrast."""
+def recolour(images: Tensor, fraction: float, rng: DeviceRng) -> Tensor:
+    """Mix or swap the colours of a fraction of the images, and change their contrast."""
     count = images.shape[0]
     order = rng.uniform(count, 3).argsort(1)
     swap = F.one_hot(order, 3).float()  # B 3 -> B 3 3
@@ -218,7 +267,7 @@ def recolour(images: Tensor, share: float, rng: DeviceRng) -> Tensor:
     level = rng.uniform(count, 3, 1, 1)
     changed = level + contrast * (changed - level)
     changed = torch.where(rng.bernoulli(0.1, count, 1, 1, 1), 1.0 - changed, changed)
-    return torch.where(rng.bernoulli(share, count, 1, 1, 1), changed, images).clamp(0.0, 1.0)
+    return torch.where(rng.bernoulli(fraction, count, 1, 1, 1), changed, images).clamp(0.0, 1.0)
 
 
 def backdrop(count: int, side: int, rng: DeviceRng) -> Tensor:

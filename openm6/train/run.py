@@ -20,13 +20,9 @@ from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.parallel.process_group import ProcessGroupContext, launched, restarted
 from openm6.tasks.registry import TASKS
-from openm6.train.codec import (
-    AudioCodecRecipe,
-    AudioCodecTraining,
-    CodecRecipe,
-    ImageCodecRecipe,
-    ImageCodecTraining,
-)
+from openm6.train.audio_codec import AudioCodecRecipe, AudioSubject
+from openm6.train.codec import CodecRecipe, CodecTraining
+from openm6.train.image_codec import ImageCodecRecipe, ImageSubject
 from openm6.train.loop import TrainResult, refuse_overwriting, train
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
@@ -37,8 +33,8 @@ Build = Callable[[Any, RunFolder, torch.device, ProcessGroupContext], TrainingTa
 
 TRAININGS: dict[str, tuple[type[Recipe], Build]] = {
     "multimodal": (MultimodalRecipe, MultimodalTraining),
-    "codec-image": (ImageCodecRecipe, lambda recipe, run, device, ranks: ImageCodecTraining(recipe, device)),
-    "codec-audio": (AudioCodecRecipe, lambda recipe, run, device, ranks: AudioCodecTraining(recipe, device)),
+    "codec-image": (ImageCodecRecipe, lambda r, run, d, ranks: CodecTraining(r, ImageSubject(r, d), d)),
+    "codec-audio": (AudioCodecRecipe, lambda r, run, d, ranks: CodecTraining(r, AudioSubject(r, d), d)),
 }
 SHIPPED = Path(__file__).parents[1] / "recipes"
 

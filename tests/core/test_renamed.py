@@ -13,7 +13,8 @@ from openm6.core.renamed import KEYS
 from openm6.core.renamed import TASKS as RENAMED_TASKS
 from openm6.serve import config as serve_config
 from openm6.tasks.registry import TASKS, task_named
-from openm6.train.codec import AudioCodecRecipe, ImageCodecRecipe
+from openm6.train.audio_codec import AudioCodecRecipe
+from openm6.train.image_codec import ImageCodecRecipe
 from openm6.train.recipe import MultimodalRecipe
 
 REPLICAS = "ReplicaConfig"  # in a module that needs Ray

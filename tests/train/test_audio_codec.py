@@ -11,8 +11,8 @@ import torch
 
 from openm6.codecs.audio import AudioCodec, AudioCodecConfig
 from openm6.train.audio_codec import (
-    AudioData,
-    AudioDataConfig,
+    AudioCodecRecipe,
+    AudioSubject,
     audio_scores,
     colour,
     curve,
@@ -22,7 +22,7 @@ from openm6.train.audio_codec import (
     read_clip,
     voices,
 )
-from openm6.train.codec_data import DeviceRng
+from openm6.train.codec import DeviceRng
 
 CPU = torch.device("cpu")
 CODEC = AudioCodecConfig(width=16, encoder_blocks=1, decoder_blocks=1, latent=6)
@@ -39,21 +39,24 @@ def clips(*files: bytes) -> list[torch.Tensor]:
     return [read_clip(data) for data in files]
 
 
-def batches(batch: int = 6) -> AudioData:
-    config = AudioDataConfig(batch=batch, seconds=0.4)
-    return AudioData(config, CODEC, {"a": clips(wav(0.3), wav(0.9, 300.0))}, CPU)
+@pytest.fixture(scope="module")
+def subject() -> AudioSubject:
+    recipe = AudioCodecRecipe.model_validate({
+        "sources": {"digits": {"kind": "embedded", "name": "espeak_digits", "limit": 8}},
+        "codec": CODEC, "data": {"batch": 6, "seconds": 0.4}, "held_out": 4,
+    })  # fmt: skip
+    return AudioSubject(recipe, CPU)
 
 
-def test_a_seed_gives_the_same_batch_within_range() -> None:
-    made = batches()
-    first = made.draw(1)
+def test_a_seed_gives_the_same_batch_within_range(subject: AudioSubject) -> None:
+    first = subject.draw(1)
     assert first.shape == (6, 6400) and torch.isfinite(first).all() and first.abs().max() <= 1
-    assert torch.equal(first, made.draw(1))
-    assert not torch.equal(first, made.draw(2))
+    assert torch.equal(first, subject.draw(1))
+    assert not torch.equal(first, subject.draw(2))
     assert (first.abs().amax(1) > 1e-3).all()
 
 
-def test_clips_count_by_their_seconds_unless_shares_say_otherwise() -> None:
+def test_clips_count_by_their_seconds_unless_their_source_has_a_weight() -> None:
     sources = {"a": clips(wav(0.2)), "b": clips(wav(0.6), wav(0.2))}
     plain = make_audio_bank(sources, {}, CPU)
     assert torch.allclose(plain.weights / plain.weights.sum(), torch.tensor([0.2, 0.6, 0.2]).double())
@@ -91,28 +94,25 @@ def test_colouring_changes_the_spectrum_and_not_the_length() -> None:
     assert not torch.allclose(changed, audio_clips, atol=1e-2)
 
 
-def test_the_loss_is_zero_for_a_copy_and_orders_errors() -> None:
-    made = batches()
-    target = made.draw(5)
+def test_the_loss_is_zero_for_a_copy_and_orders_errors(subject: AudioSubject) -> None:
+    target = subject.draw(5)
     static = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
-    losses = [float(made.loss(target, target + size * static, False)) for size in (0.0, 0.001, 0.05)]
+    losses = [float(subject.loss(target, target + size * static, False)) for size in (0.0, 0.001, 0.05)]
     assert losses[0] == pytest.approx(0.0, abs=1e-3)
     assert losses[0] < losses[1] < losses[2]
 
 
-def test_a_tone_of_another_pitch_costs_more_than_one_of_another_phase() -> None:
-    made = batches()
+def test_a_tone_of_another_pitch_costs_more_than_one_of_another_phase(subject: AudioSubject) -> None:
     time = torch.arange(6400) / 16000
     tone, late, high = (
         torch.sin(6.2832 * f * time + p)[None] * 0.3 for f, p in ((440, 0), (440, 1), (700, 0))
     )
-    assert made.loss(tone, late, False) < 0.5 * made.loss(tone, high, False)
+    assert subject.loss(tone, late, False) < 0.5 * subject.loss(tone, high, False)
 
 
-def test_the_loss_has_a_finite_gradient_at_silence() -> None:
-    made = batches()
+def test_the_loss_has_a_finite_gradient_at_silence(subject: AudioSubject) -> None:
     output = torch.zeros(2, 6400, requires_grad=True)
-    made.loss(torch.zeros(2, 6400), output, False).backward()
+    subject.loss(torch.zeros(2, 6400), output, False).backward()
     assert output.grad is not None and torch.isfinite(output.grad).all()
 
 

@@ -13,18 +13,9 @@ from openm6.codecs.registry import load_codec
 from openm6.core.config import build, read_config
 from openm6.core.errors import ConfigError, DataError, TrainingError
 from openm6.core.run_folder import RunFolder
-from openm6.train.codec import (
-    CODEC_FILE,
-    SCORES_FILE,
-    AudioCodecRecipe,
-    AudioCodecTraining,
-    CodecBatch,
-    CodecTraining,
-    ImageCodecRecipe,
-    ImageCodecTraining,
-    check_health,
-)
-from openm6.train.codec_data import hold_out
+from openm6.train.audio_codec import AudioCodecRecipe, AudioSubject
+from openm6.train.codec import CODEC_FILE, SCORES_FILE, CodecBatch, CodecTraining, check_health, hold_out
+from openm6.train.image_codec import ImageCodecRecipe, ImageSubject
 from openm6.train.loop import train
 
 RECIPES = Path(__file__).parents[2] / "openm6" / "recipes"
@@ -42,8 +33,9 @@ def image_recipe(**changes: object) -> ImageCodecRecipe:
     return build(ImageCodecRecipe, values | changes, "the test")
 
 
-def image_training(**changes: object) -> ImageCodecTraining:
-    return ImageCodecTraining(image_recipe(**changes), CPU)
+def image_training(**changes: object) -> CodecTraining:
+    recipe = image_recipe(**changes)
+    return CodecTraining(recipe, ImageSubject(recipe, CPU), CPU)
 
 
 def test_a_run_writes_a_codec_that_loads_and_its_scores(tmp_path: Path) -> None:
@@ -82,7 +74,7 @@ def _stop_after(training: CodecTraining, steps: int) -> None:
     training.loss = loss  # type: ignore[method-assign, assignment]
 
 
-def heat(training: ImageCodecTraining, steps: int) -> list[float]:
+def heat(training: CodecTraining, steps: int) -> list[float]:
     """Losses of plain steps at 0.016, twice the recipes' rule of 0.002 · 64 / width for a width of 16."""
     training.model.train()
     optimizer = torch.optim.AdamW(training.model.parameters(), lr=0.016, betas=(0.9, 0.99))
@@ -100,14 +92,13 @@ def heat(training: ImageCodecTraining, steps: int) -> list[float]:
 def test_the_latent_stays_alive_at_twice_the_rate_and_would_not_without_its_norm() -> None:
     codec = {"groups": 4, "widths": [16, 16], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]}
     training = image_training(codec=codec, loop={"steps": 1000})
-    losses = heat(training, 150)
+    losses = heat(training, 80)
     assert training.health is not None
     check_health(training.health, training.recipe)
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
-    bare = image_training(
-        codec=codec, loop={"steps": 1000}, settle_share=1.0
-    )  # statistics frozen as they begin
-    heat(bare, 60)
+    # Statistics frozen as they begin.
+    bare = image_training(codec=codec, loop={"steps": 1000}, settle_fraction=1.0)
+    heat(bare, 40)
     assert bare.health is not None
     assert bare.health.saturated > 2 * training.health.saturated
 
@@ -118,7 +109,7 @@ def health(saturated: float, bits: tuple[float, ...]) -> QuantizerStats:
     )
 
 
-def test_a_saturated_or_starved_latent_stops_the_run_with_the_mend() -> None:
+def test_a_saturated_or_starved_latent_stops_the_run_with_the_fix() -> None:
     recipe = image_recipe()
     check_health(health(0.05, (2.9, 1.9)), recipe)
     with pytest.raises(TrainingError, match=r"97% of the latent is saturated.*learning_rate"):
@@ -146,7 +137,7 @@ def test_health_goes_into_the_metrics() -> None:
 
 
 def test_statistics_freeze_in_the_last_part_only() -> None:
-    training = image_training(settle_share=0.5)
+    training = image_training(settle_fraction=0.5)
     norm = training.codec.latent_norms()[0]
     training.model.train()
     training.loss(CodecBatch(3, 1))
@@ -175,7 +166,7 @@ def test_the_average_follows_the_weights_by_the_stated_rule() -> None:
 def test_the_best_average_is_kept_when_later_ones_are_worse() -> None:
     training = image_training()
     scores = iter([{"psnr": 20.0}, {"psnr": 25.0}, {"psnr": 21.0}])
-    training.held_out_scores = lambda codec: next(scores)  # type: ignore[method-assign]
+    training.subject.held_out_scores = lambda codec: next(scores)  # type: ignore[method-assign]
     name = "decoder.0.bias"
     for step in range(3):
         training.averaged.state_dict()[name].fill_(float(step))
@@ -202,9 +193,9 @@ def test_state_survives_a_round_trip_before_and_after_the_first_score() -> None:
 def test_held_out_files_are_never_trained_on() -> None:
     files = {"a": [bytes([n]) for n in range(10)], "b": [b"x", b"y"]}
     kept, held = hold_out(files, 4)
-    assert held == {"a": [b"\x01", b"\x05", b"\x09"], "b": [b"y"]}
-    assert all(not set(kept[name]) & set(held[name]) for name in files)
-    assert sum(map(len, kept.values())) + sum(map(len, held.values())) == 12
+    assert held == [b"\x01", b"\x05", b"\x09", b"y"]
+    assert not set(held) & {raw for part in kept.values() for raw in part}
+    assert sum(map(len, kept.values())) + len(held) == 12
 
 
 def test_a_source_without_images_is_named() -> None:
@@ -214,7 +205,7 @@ def test_a_source_without_images_is_named() -> None:
 
 def test_a_single_record_is_not_enough() -> None:
     kept, held = hold_out({"a": [b"x"], "b": [b"y", b"z"]}, 4)
-    assert (kept, held) == ({"a": [b"x"], "b": [b"y"]}, {"a": [], "b": [b"z"]})
+    assert (kept, held) == ({"a": [b"x"], "b": [b"y"]}, [b"z"])
     with pytest.raises(DataError, match="no source has two records"):
         hold_out({"a": [b"x"]}, 4)
 
@@ -224,7 +215,9 @@ def test_broken_images_are_left_out_with_a_warning(tmp_path: Path, caplog: pytes
     for name in ("one.png", "two.png"):
         (tmp_path / name).write_bytes(_embedded_image())
     training = image_training(sources={"mine": {"kind": "folder", "path": str(tmp_path), "test_share": 0.0}})
-    assert len(training.held_out) == 1 and len(training.data.banks[32].images) == 1
+    subject = training.subject
+    assert isinstance(subject, ImageSubject)
+    assert len(subject.held_out) == 1 and len(subject.banks[32].images) == 1
     assert "source 'mine', record 0 is left out" in caplog.text
 
 
@@ -233,11 +226,11 @@ def _embedded_image() -> bytes:
     return source[0]["image"]
 
 
-def test_mistakes_in_a_recipe_are_told_with_the_mend() -> None:
+def test_mistakes_in_a_recipe_are_named_with_the_fix() -> None:
     for changes, message in (
         ({"loop": {"steps": "auto", "minutes": 1.0}}, "loop.steps must be a number"),
         ({"data": {"sides": {30: 1.0}}}, "30 must be a multiple of 4"),
-        ({"data": {"shares": {"emojis": 1.0}}}, "did you mean 'emoji'"),
+        ({"data": {"source_weights": {"emojis": 1.0}}}, "did you mean 'emoji'"),
         ({"dat": {}}, "did you mean 'data'"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -250,14 +243,13 @@ def test_the_recipes_of_the_shipped_image_codecs_are_valid(name: str, stride: in
     assert recipe.codec.stride == stride and recipe.codec.codebook_size == 1000
 
 
-def test_a_audio_codec_trains_and_is_written(tmp_path: Path) -> None:
+def test_an_audio_codec_trains_and_is_written(tmp_path: Path) -> None:
     changes = [
         "loop.steps=3", "loop.save_every=3", "loop.tensorboard=false", "data.batch=4", "data.seconds=0.24",
         "codec.width=16", "codec.encoder_blocks=1", "codec.decoder_blocks=1", "sources.digits.limit=8", "held_out=4",
     ]  # fmt: skip
     recipe = read_config(AudioCodecRecipe, RECIPES / "codec-audio.yaml", changes)
-    training = AudioCodecTraining(recipe, CPU)
-    train(training, recipe.loop, RunFolder.open(tmp_path))
+    train(CodecTraining(recipe, AudioSubject(recipe, CPU), CPU), recipe.loop, RunFolder.open(tmp_path))
     assert load_codec(tmp_path / CODEC_FILE).encode(torch.zeros(1, 16000)).shape == (1, 25, 4)
     assert json.loads((tmp_path / SCORES_FILE).read_text())["test"]["digits"]["log_mel_l1"] > 0
 
@@ -266,5 +258,6 @@ def test_a_audio_codec_trains_and_is_written(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_codec_trains_on_the_gpu_in_half_precision(tmp_path: Path) -> None:
     recipe = image_recipe()
-    train(ImageCodecTraining(recipe, torch.device("cuda")), recipe.loop, RunFolder.open(tmp_path))
+    device = torch.device("cuda")
+    train(CodecTraining(recipe, ImageSubject(recipe, device), device), recipe.loop, RunFolder.open(tmp_path))
     assert load_codec(tmp_path / CODEC_FILE).encode(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 8, 2)

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
-from openm6.train.codec_data import DeviceRng
+from openm6.train.codec import DeviceRng
 from openm6.train.image_codec import (
-    ImageData,
-    ImageDataConfig,
+    ImageSubject,
     background_mask,
     drawn_images,
     edge_difference,
@@ -27,6 +26,7 @@ from openm6.train.image_codec import (
     to_pixels,
     warp,
 )
+from tests.train.test_codec import image_recipe
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def test_large_images_are_shrunk_when_read_and_small_ones_kept() -> None:
     assert read_small(png((1, 2, 3), 32), 64).size == (32, 32)
 
 
-def test_shares_weigh_sources_and_others_count_by_their_size() -> None:
+def test_weights_are_per_source_and_others_count_by_their_size() -> None:
     files = {"few": [plain(255, 0, 0)], "many": [plain(0, 255, 0)] * 9}
     assert make_bank(files, 8, {}, CPU).weights.tolist() == [1.0] * 10
     weights = make_bank(files, 8, {"few": 0.5, "many": 0.5}, CPU).weights
@@ -66,12 +66,12 @@ def test_shares_weigh_sources_and_others_count_by_their_size() -> None:
 
 
 def test_a_seed_gives_the_same_batch_and_another_seed_another() -> None:
-    config = ImageDataConfig(batch=8, sides={32: 0.5, 16: 0.5}, drawn=0.25)
-    batches = ImageData(config, {"a": [plain(200, 30, 90), plain(9, 120, 60)]}, CPU)
-    batches = [batches.draw(seed) for seed in range(12)]
+    recipe = image_recipe(data={"batch": 8, "sides": {32: 0.5, 16: 0.5}, "drawn": 0.25})
+    subject = ImageSubject(recipe, CPU)
+    batches = [subject.draw(seed) for seed in range(12)]
     assert {batch.shape[-1] for batch in batches} == {32, 16}
     assert all(batch.shape[0] == 8 and batch.abs().max() <= 1 for batch in batches)
-    assert torch.equal(batches[3], batches.draw(3))
+    assert torch.equal(batches[3], subject.draw(3))
     assert all(not torch.equal(batches[0], other) for other in batches[1:] if other.shape == batches[0].shape)
 
 
@@ -111,21 +111,21 @@ def test_drawn_images_have_edges_and_differ() -> None:
 
 
 def test_the_loss_is_zero_for_a_perfect_copy_and_grows_with_the_error() -> None:
-    batches = ImageData(ImageDataConfig(batch=2, sides={16: 1.0}), {"a": [plain(1, 2, 3)]}, CPU)
+    subject = ImageSubject(image_recipe(), CPU)
     target = smooth(4) * 2 - 1
     noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
-    assert batches.loss(target, target, False) == 0
+    assert subject.loss(target, target, False) == 0
     for settling in (False, True):
-        losses = [float(batches.loss(target, target + size * noise, settling)) for size in (0.0, 0.05, 0.2)]
+        losses = [float(subject.loss(target, target + size * noise, settling)) for size in (0.0, 0.05, 0.2)]
         assert losses == sorted(losses) and losses[0] < losses[2]
 
 
 def test_the_settling_loss_falls_as_the_mean_psnr_rises() -> None:
-    batches = ImageData(ImageDataConfig(batch=2, sides={16: 1.0}), {"a": [plain(1, 2, 3)]}, CPU)
+    subject = ImageSubject(image_recipe(), CPU)
     target, output = torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)
     output[0], output[1] = 0.5, 1.0
     squares = torch.tensor([0.25, 1.0])
-    assert float(batches.loss(target, output, True)) == pytest.approx(
+    assert float(subject.loss(target, output, True)) == pytest.approx(
         float((squares + 1e-3).log().mean()), rel=1e-4
     )
 
