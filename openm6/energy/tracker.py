@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,18 +17,6 @@ class WorkShare:
 
 Work = Mapping[str, Mapping[str, WorkShare]]
 """`modality` or `task` -> its name -> its share of a step."""
-
-
-def sum_work(parts: Sequence[Work]) -> Work:
-    """The work of several parts of a step as that of the whole."""
-    total: dict[str, dict[str, WorkShare]] = {}
-    for part in parts:
-        for kind, shares in part.items():
-            known = total.setdefault(kind, {})
-            for name, share in shares.items():
-                before = known.get(name, WorkShare(0, 0.0))
-                known[name] = WorkShare(before.tokens + share.tokens, before.operations + share.operations)
-    return total
 
 
 @dataclass
@@ -80,12 +68,14 @@ class EnergyTracker:
         return sum(use.tokens for use in self.stages.values())
 
     def add_step(self, stage: str, joules: float, tokens: int, seconds: float, work: Work) -> None:
-        """Add one step."""
+        """Add one step; names of `work` without tokens are left out."""
         self.stages.setdefault(stage, EnergyUse()).add(joules, tokens, seconds)
         for kind, uses in (("modality", self.modalities), ("task", self.tasks)):
             shares = work.get(kind, {})
             total = sum(share.operations for share in shares.values())
             for name, share in shares.items():
+                if not share.tokens:
+                    continue
                 part = share.operations / total if total > 0 else 0.0
                 uses.setdefault(name, EnergyUse()).add(joules * part, share.tokens, seconds * part)
 

@@ -1,4 +1,4 @@
-"""Training of one model on many tasks over many sources, in packed rows."""
+"""Multimodal training: one model, many tasks over many sources, packed rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from openm6.checkpoint.folder import latest, read_state
 from openm6.codecs.registry import codec_scores
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
-from openm6.data.mixture import Component, MixtureSampler, epochs_seen
-from openm6.data.packing import Packer, merge_cursors
-from openm6.data.prepare import ExampleTransform
+from openm6.data.mixture import epochs_seen
+from openm6.data.packing import merge_cursors
 from openm6.data.quarantine import Quarantine
 from openm6.data.quarantine import summary as summary_of_records
 from openm6.data.source import Source
@@ -32,12 +31,7 @@ from openm6.inference.load import LoadedModel, load
 from openm6.modalities.batch import Batch, Counts, count, split
 from openm6.modalities.pool import POOL
 from openm6.models.backbone import Backbone, side_loss
-from openm6.models.description import (
-    MODEL_FILE,
-    TOKENIZER_FILE,
-    CheckpointConfig,
-    build_model,
-)
+from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model
 from openm6.models.presets import build_backbone
 from openm6.nn.moe import LocalDispatcher
 from openm6.parallel.collectives import open_gather
@@ -47,6 +41,7 @@ from openm6.train.metering import Attribution, gpus_of
 from openm6.train.multimodal_data import (
     check_sources,
     fit_scales,
+    open_packer,
     pack_held_out,
     tokenizer_text,
     trained_tasks,
@@ -68,42 +63,34 @@ class MultimodalTraining(TrainingTask):
         device: torch.device,
         ranks: ProcessGroupContext | None = None,
     ) -> None:
-        self.recipe = recipe
+        self.recipe, self.run = recipe, run
         self.ranks = ranks or ProcessGroupContext()
-        self.run = run
         mesh = self._mesh(device)  # first, as its checks need no data
         sources = open_sources(recipe.sources, "train")
         used = {component.source: sources[component.source] for component in recipe.mixture}
-        first = self.ranks.is_main_process
-        self.tokenizer = self.ranks.broadcast_object(tokenizer_text(recipe, used, run) if first else "")
+        text = tokenizer_text(recipe, used, run) if self.ranks.is_main_process else ""
+        self.tokenizer = self.ranks.broadcast_object(text)
         self.description = _describe(recipe, used)
         seed_everything(recipe.loop.seed, "weights")
         self.omni, self.modalities = build_model(
             self.description, self.tokenizer, "the tokenizer", recipe.loop.offloaded
         )
         self.model = self.omni
-        _to_device(self.omni, device)
+        # In place; tensors on `meta` stay there.
+        for tensor in (*self.omni.parameters(), *self.omni.buffers()):
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(device)
         if mesh is not None:
             self._shard(mesh)
         if self.omni.pool is not None:
             self.omni.pool.gather = open_gather()
-        self.attribution = Attribution(self.omni)
+        self.attribution = Attribution(self.omni, {component.task for component in recipe.mixture})
         check_sources(recipe, sources)
-        components = [
-            Component(source=sources[component.source], task=component.task, weight=component.weight)
-            for component in recipe.mixture
-        ]
-        seed = recipe.loop.seed
-        transform = ExampleTransform(
-            MixtureSampler(components, seed), self.modalities, seed, recipe.loss_weights
-        )
         quarantine = Quarantine(run.quarantine, recipe.max_broken)
-        self.packer = Packer(transform, recipe.packing, quarantine, self.ranks.rank, self.ranks.size)
+        self.packer = open_packer(recipe, sources, self.modalities, recipe.packing, quarantine, self.ranks)
         # Pooled tokens are compared with all others of their batch: those of another process would be missed.
         whole = self.omni.pool is not None or self.ranks.size > 1
-        self.max_parts = (
-            1 if whole else max(1, recipe.packing.batch_size * recipe.packing.seq_len // PART_TOKENS)
-        )
+        self.max_parts = 1 if whole else max(1, self.tokens_per_step // PART_TOKENS)
 
     def _mesh(self, device: torch.device) -> MeshShape | None:
         """Return the checked mesh of several ranks; None for a process alone."""
@@ -116,7 +103,7 @@ class MultimodalTraining(TrainingTask):
         return shape
 
     def _shard(self, shape: MeshShape) -> None:
-        """Divide the model among the ranks; offloaded weights are divided by their store."""
+        """Shard the model over the ranks; offloaded weights are sharded by their store."""
         if self.recipe.loop.offloaded:
             self.ranks.open_mesh(shape)
         else:
@@ -141,24 +128,23 @@ class MultimodalTraining(TrainingTask):
         On several ranks it is this rank's fraction of the global loss.
         """
         counts = self._count(batch)
-        work = self.attribution.shares(batch)
+        work = self.attribution.work(batch)
         batch = batch.to(self.omni.device)
         losses, loads = self.omni.compute_loss(batch)
-        total = sum(
-            (part.total for part in losses.values()),
-            start=torch.zeros((), device=self.omni.device),
-        )
+        zero = torch.zeros((), device=self.omni.device)
+        total = sum((part.total for part in losses.values()), start=zero)
         if self.omni.pool is not None and POOL not in losses:
             total = total + self.omni.pool.none()
-        none = torch.zeros((), device=self.omni.device)
-        nats = {kind: part.nll.detach().sum() for kind, part in losses.items()}
+        nll = {kind: part.nll.detach().sum() for kind, part in losses.items()}
         metrics: dict[str, float | Tensor] = {
-            f"loss/{kind}": nats.get(kind, none) / count for kind, count in counts.learned.items() if count
+            f"loss/{kind}": nll.get(kind, zero) / count for kind, count in counts.learned.items() if count
         }
         metrics["packing_efficiency"] = batch.tokens / counts.positions
-        share = batch.tokens / max(1.0, counts.tokens)  # the routers' own means are over this rank's tokens
-        loads = [replace(load, dropped=load.dropped * share) for load in loads]
-        loss = total / counts.examples + share * side_loss(loads) + self._idle()
+        fraction = batch.tokens / max(
+            1.0, counts.tokens
+        )  # the routers' own means are over this rank's tokens
+        loads = [replace(load, dropped=load.dropped * fraction) for load in loads]
+        loss = total / counts.examples + fraction * side_loss(loads) + self._zero_gradients()
         return StepResult(loss, metrics, loads, work)
 
     def held_out_batches(self, count: int) -> list[Batch]:
@@ -170,31 +156,29 @@ class MultimodalTraining(TrainingTask):
         The routers' side losses are left out.
         """
         kinds = list(self.omni.adapters)
-        nats, learned = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
+        nll, learned = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
         total, examples = 0.0, 0
         for batch in batches:
             losses, _ = self.omni.compute_loss(batch.to(self.omni.device), as_trained=True)
             if self.omni.pool is not None and POOL not in losses:
                 self.omni.pool.none()  # other ranks may have pairs, and gather
             for kind, part in losses.items():
-                nats[kind] += float(part.nll.sum())
+                nll[kind] += float(part.nll.sum())
                 learned[kind] += len(part.nll)
                 total += float(part.total)
             examples += batch.num_examples
-        summed = self.ranks.all_reduce([total, examples, *nats.values(), *learned.values()])
-        means = zip(kinds, summed[2 : 2 + len(kinds)], summed[2 + len(kinds) :], strict=True)
-        found = {kind: one / count for kind, one, count in means if count}
-        return {"loss": summed[0] / max(1.0, summed[1]), **found}
+        total, count, *sums = self.ranks.all_reduce([total, examples, *nll.values(), *learned.values()])
+        means = zip(kinds, sums[: len(kinds)], sums[len(kinds) :], strict=True)
+        return {"loss": total / max(1.0, count), **{kind: one / n for kind, one, n in means if n}}
 
-    def _idle(self) -> Tensor | float:
+    def _zero_gradients(self) -> Tensor | float:
         """Return zero with a gradient of zero for each weight of an adapter.
 
-        In a sharded model every rank needs a gradient for each weight, whatever of an adapter its rows use (an image
-        may be an input and none an output), or the others wait for it for ever.
+        In a sharded model every rank needs a gradient for each weight, whichever its rows use (an image may be an input
+        and none an output), or the others wait for it for ever.
         """
-        weights = self.optional_parameters()
-        # A sum of no numbers: 0 times a weight that is not finite would be NaN, and reads all of it.
-        return sum((weight.reshape(-1)[:0].sum() for weight in weights), start=0.0)
+        # A sum of no numbers: 0 times a weight that is not finite would be NaN, and would read all of it.
+        return sum((weight.reshape(-1)[:0].sum() for weight in self.optional_parameters()), start=0.0)
 
     def optional_parameters(self) -> list[nn.Parameter]:
         return list(self.omni.adapters.parameters()) if self.ranks.wrapped else []
@@ -204,10 +188,10 @@ class MultimodalTraining(TrainingTask):
         own = batch.whole or count(batch)
         kinds = list(self.omni.adapters)
         learned = [own.learned.get(kind, 0) for kind in kinds]
-        examples, tokens, places, *rest = self.ranks.all_reduce(
+        examples, tokens, positions, *rest = self.ranks.all_reduce(
             [own.examples, own.tokens, own.positions, *learned]
         )
-        return Counts(max(1.0, examples), tokens, places, dict(zip(kinds, rest, strict=True)))
+        return Counts(max(1.0, examples), tokens, positions, dict(zip(kinds, rest, strict=True)))
 
     def after_step(self, result: StepResult) -> None:
         self.omni.backbone.update_balance(list(result.loads))
@@ -328,13 +312,6 @@ class MultimodalTraining(TrainingTask):
 
     def files(self) -> dict[str, str]:
         return {MODEL_FILE: self.description.to_json(), TOKENIZER_FILE: self.tokenizer}
-
-
-def _to_device(module: nn.Module, device: torch.device) -> None:
-    """Move a module in place; tensors on `meta` stay there."""
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if not tensor.is_meta:
-            tensor.data = tensor.data.to(device)
 
 
 def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> CheckpointConfig:

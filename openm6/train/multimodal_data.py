@@ -14,7 +14,7 @@ from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.core.seeds import numpy_generator
 from openm6.data.mixture import Component, MixtureSampler
-from openm6.data.packing import Packer
+from openm6.data.packing import Packer, PackingConfig
 from openm6.data.prepare import ExampleTransform, with_negatives
 from openm6.data.propose import unused_columns
 from openm6.data.quarantine import Quarantine
@@ -25,10 +25,7 @@ from openm6.modalities.batch import Batch as PackedBatch
 from openm6.modalities.numbers import Scales, fit_scale
 from openm6.modalities.registry import Modalities
 from openm6.modalities.text import train_tokenizer
-from openm6.models.description import (
-    TOKENIZER_FILE,
-    TrainedTask,
-)
+from openm6.models.description import TOKENIZER_FILE, TrainedTask
 from openm6.parallel.process_group import ProcessGroupContext
 from openm6.tasks.prompts import literal_texts, word_count
 from openm6.tasks.registry import TASKS
@@ -37,16 +34,52 @@ from openm6.train.recipe import MultimodalRecipe
 
 TEXT_KEYS = ("text_en", "text_zh", "label", "label_zh", "question", "answer")
 SCANNED = 20_000  # records of a source that the tokenizer and the column scales are fitted to
-SAMPLED = 20  # records of a source in which its tasks look for what they need, evenly spread
+SAMPLED = 20  # records of a source in which each task looks for its fields
 SEARCHED = 2_000  # records in which a task looks that found nothing in those
-LOOKED_AT = 100  # records, spread over the source
+COUNTED = 100  # records of a source in which words are counted
 
 
-def _texts(source: Source, record_index: int) -> Iterator[str]:
+def _sampled(source: Source, limit: int) -> Iterator[tuple[int, Record | DataError]]:
+    """Yield up to `limit` evenly distributed records with their index; instead of a broken one, its error."""
+    for index in np.linspace(0, len(source) - 1, min(len(source), limit)).astype(int).tolist():
+        try:
+            yield index, source[index]
+        except DataError as error:
+            yield index, error
+
+
+def _readable(source: Source, limit: int) -> Iterator[Record]:
+    """Yield the readable ones of those records; the quarantine names the others when they are drawn."""
+    return (record for _, record in _sampled(source, limit) if not isinstance(record, DataError))
+
+
+def tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: RunFolder) -> str:
+    """Return tokenizer.json: the run's own from before, the configured one, or one trained on sources and prompts."""
+    kept = run.path / TOKENIZER_FILE
+    # Without a checkpoint the run never began: what lies there may be of another recipe.
+    begun = kept.is_file() and bool(list_checkpoints(run.checkpoints))
+    named = str(kept) if begun else recipe.modalities.text.tokenizer
+    if named is None:
+        replace_text(kept, _trained_tokenizer(recipe, sources))
+        named = str(kept)
     try:
-        record = source[record_index]
-    except DataError:  # the quarantine will name it when it is drawn
-        return
+        return Path(named).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"modalities.text.tokenizer={named!r} cannot be read: {error}") from None
+
+
+def _trained_tokenizer(recipe: MultimodalRecipe, sources: dict[str, Source]) -> str:
+    prompts = [
+        text for component in recipe.mixture for language in LANGUAGES
+        for prompt in TASKS[component.task].prompts.get(language, ())
+        for text in literal_texts(prompt)
+    ]  # fmt: skip
+    words = (text for s in sources.values() for record in _readable(s, SCANNED) for text in _texts(record))
+    get_log().info("learning a tokenizer from the sources")
+    return train_tokenizer([*prompts * 20, *words], recipe.vocabulary).to_str()
+
+
+def _texts(record: Record) -> Iterator[str]:
     for key in TEXT_KEYS:
         if isinstance(record.get(key), str):
             yield record[key]
@@ -56,48 +89,13 @@ def _texts(source: Source, record_index: int) -> Iterator[str]:
         yield " " + name.replace("_", " ")
 
 
-def tokenizer_text(recipe: MultimodalRecipe, sources: dict[str, Source], run: RunFolder) -> str:
-    """The tokenizer.json of the run: its own from before, the one named, or one learned from sources and prompts."""
-    kept = run.path / TOKENIZER_FILE
-    # Without a checkpoint the run never began: what lies there may be of another recipe.
-    begun = kept.is_file() and bool(list_checkpoints(run.checkpoints))
-    named = str(kept) if begun else recipe.modalities.text.tokenizer
-    if named is None:
-        replace_text(kept, _learned_tokenizer(recipe, sources))
-        named = str(kept)
-    try:
-        return Path(named).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"modalities.text.tokenizer={named!r} cannot be read: {error}") from None
-
-
-def _learned_tokenizer(recipe: MultimodalRecipe, sources: dict[str, Source]) -> str:
-    prompts = [
-        text for component in recipe.mixture for language in LANGUAGES
-        for prompt in TASKS[component.task].prompts.get(language, ())
-        for text in literal_texts(prompt)
-    ]  # fmt: skip
-    spread = {
-        name: np.linspace(0, len(s) - 1, min(len(s), SCANNED)).astype(int) for name, s in sources.items()
-    }
-    words = (text for name, s in sources.items() for index in spread[name] for text in _texts(s, int(index)))
-    get_log().info("learning a tokenizer from the sources")
-    return train_tokenizer([*prompts * 20, *words], recipe.vocabulary).to_str()
-
-
 def fit_scales(sources: Iterable[Source]) -> Scales:
     """Return location and scale of every number column, from training records alone."""
     columns: dict[str, list[float]] = {}
-    for source in sources:
-        for index in np.linspace(0, len(source) - 1, min(len(source), SCANNED)).astype(int):
-            try:
-                record = source[int(index)]
-            except DataError:
-                continue
-            for name, value in (record.get("numbers") or {}).items():
-                columns.setdefault(name, []).append(np.nan if value is None else float(value))
-            for name, values in (record.get("series") or {}).items():
-                columns.setdefault(name, []).extend(np.nan if v is None else float(v) for v in values)
+    for record in (record for source in sources for record in _readable(source, SCANNED)):
+        listed = {name: [value] for name, value in (record.get("numbers") or {}).items()}
+        for name, values in (*listed.items(), *(record.get("series") or {}).items()):
+            columns.setdefault(name, []).extend(np.nan if v is None else float(v) for v in values)
     return {name: fit_scale(np.asarray(values)) for name, values in sorted(columns.items())}
 
 
@@ -114,16 +112,16 @@ def check_sources(recipe: MultimodalRecipe, sources: Mapping[str, Source]) -> No
 
 
 def _check(name: str, source: Source, tasks: Sequence[Task]) -> None:
-    records, broken = _sample(source, SAMPLED)
+    records = list(_readable(source, SAMPLED))
     if not records:
+        broken = [record for _, record in _sampled(source, SAMPLED)]
         raise DataError(
             f"all of the {len(broken)} records looked at in source {name!r} are broken: {broken[0]}"
         )
     for task in tasks:
-        found = [record for record in records if task.languages(record)]
-        looked = len(records)
+        found, looked = [record for record in records if task.languages(record)], len(records)
         if not found:  # rare, but perhaps not absent
-            more, _ = _sample(source, SEARCHED)
+            more = list(_readable(source, SEARCHED))
             found, looked = [record for record in more if task.languages(record)], len(more)
             records += found[:1]
         if not found:
@@ -141,17 +139,6 @@ def _check(name: str, source: Source, tasks: Sequence[Task]) -> None:
         get_log().info(f"source {name}: no task reads the columns {', '.join(map(repr, unused))}")
 
 
-def _sample(source: Source, limit: int) -> tuple[list[Record], list[DataError]]:
-    """Up to `limit` records, evenly spread, and why those that are broken cannot be read."""
-    records, broken = [], []
-    for index in np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)):
-        try:
-            records.append(source[int(index)])
-        except DataError as error:
-            broken.append(error)
-    return records, broken
-
-
 def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[TrainedTask]:
     """Return the tasks of the mixture with the lengths of their texts: much shorter ones were not trained on."""
     return [
@@ -163,10 +150,11 @@ def trained_tasks(recipe: MultimodalRecipe, sources: dict[str, Source]) -> list[
 def words_read(task: Task, source: Source) -> tuple[int, int] | None:
     """Return the min and max of words of the task's inputs in some records; None if it can read none of them."""
     counts = []
-    for index in np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int):
-        rng = numpy_generator(0, "words", int(index))
+    for index, record in _sampled(source, COUNTED):
+        if isinstance(record, DataError):
+            continue
+        rng = numpy_generator(0, "words", index)
         try:
-            record = source[int(index)]
             record = with_negatives(record, source, rng) if task.needs_negatives else record
             counts.append(word_count(task.example(record, rng).source))
         except DataError:
@@ -174,13 +162,31 @@ def words_read(task: Task, source: Source) -> tuple[int, int] | None:
     return (min(counts), max(counts)) if counts else None
 
 
+def open_packer(
+    recipe: MultimodalRecipe,
+    sources: Mapping[str, Source],
+    modalities: Modalities,
+    packing: PackingConfig,
+    quarantine: Quarantine,
+    ranks: ProcessGroupContext,
+) -> Packer:
+    """Return what packs this rank's rows of the mixture."""
+    components = [
+        Component(source=sources[component.source], task=component.task, weight=component.weight)
+        for component in recipe.mixture
+    ]
+    seed = recipe.loop.seed
+    transform = ExampleTransform(MixtureSampler(components, seed), modalities, seed, recipe.loss_weights)
+    return Packer(transform, packing, quarantine, ranks.rank, ranks.size)
+
+
 def pack_held_out(
     recipe: MultimodalRecipe, modalities: Modalities, ranks: ProcessGroupContext, count: int
 ) -> list[PackedBatch]:
-    """The first batches of the recipe's mixture over its test records; each rank gets its own rows of them.
+    """Return this rank's rows of the first `count` batches of the mixture over its test records.
 
-    A source that has validation records supplies those instead. Each row is a data shard, so that rows do not
-    depend on how many ranks there are. Tasks whose source has neither are left out.
+    A source with validation records supplies those instead; tasks whose source has neither are left out. Each row is a
+    data shard, so that rows do not depend on the number of ranks.
 
     Raises:
         ConfigError: no source has validation or test records.
@@ -188,19 +194,14 @@ def pack_held_out(
     """
     validation, test = open_sources(recipe.sources, "validation"), open_sources(recipe.sources, "test")
     sources = {name: source if len(source) else test[name] for name, source in validation.items()}
-    components = [
-        Component(source=sources[component.source], task=component.task, weight=component.weight)
-        for component in recipe.mixture
-        if len(sources[component.source])
-    ]
-    if not components:
+    mixture = [component for component in recipe.mixture if len(sources[component.source])]
+    if not mixture:
         raise ConfigError(
             "loop.held_out needs validation or test records and no source of the mixture has any: raise test_share, or "
             "leave it out"
         )
-    seed = recipe.loop.seed
-    transform = ExampleTransform(MixtureSampler(components, seed), modalities, seed, recipe.loss_weights)
+    present = recipe.model_copy(update={"mixture": mixture})
     packing = recipe.packing.model_copy(update={"num_shards": recipe.packing.batch_size})
-    packer = Packer(transform, packing, Quarantine(None, recipe.max_broken), ranks.rank, ranks.size)
-    batches = packer.batches()
+    quarantine = Quarantine(None, recipe.max_broken)
+    batches = open_packer(present, sources, modalities, packing, quarantine, ranks).batches()
     return [next(batches) for _ in range(count)]

@@ -19,7 +19,7 @@ from openm6.checkpoint.save import Shard
 from openm6.core.errors import ConfigError, TrainingError
 from openm6.core.log import get_log
 from openm6.core.seeds import derive_seed
-from openm6.energy.tracker import Work, sum_work
+from openm6.energy.tracker import Work, WorkShare
 from openm6.models.backbone import Backbone
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, RunBlock, run_plainly
 from openm6.ops.matmul import HALF, bf16_matmul, has_bf16
@@ -34,7 +34,7 @@ from openm6.train.training_task import Batch, StepResult, TrainingTask
 
 @dataclass(frozen=True)
 class StepReport:
-    """The numbers of one step."""
+    """The metrics of one step."""
 
     step: int
     tokens: int
@@ -46,7 +46,7 @@ class StepReport:
     # Per sparse layer the load's σ/μ (M6-T, arXiv 2105.15082, section 3.1), where 0 is a perfect balance.
     expert_load_cv: list[float]
     dropped: list[float]  # per sparse layer, the fraction of expert assignments that were dropped
-    work: Work = field(default_factory=dict)  # what the step was used for
+    work: Work = field(default_factory=dict)  # operations by modality and by task
 
 
 def seed_everything(seed: int, *purpose: str | int) -> None:
@@ -61,8 +61,7 @@ class TrainStep:
     """Train a training task's model on one batch at a time."""
 
     def __init__(self, training: TrainingTask, config: LoopConfig) -> None:
-        self.training = training
-        self.config = config
+        self.training, self.config = training, config
         self.ranks = training.ranks  # or the workers that share the steps of this process
         self.lr_scale = 1.0  # a callback's factor on the learning rate
         self._build()
@@ -120,8 +119,18 @@ class TrainStep:
         """Return the context in which forward passes run."""
         return in_precision(self.config.precision, self.device)
 
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """While entered, the model is in evaluation mode, without gradients, in the precision of training."""
+        model = self.training.model
+        model.eval()
+        with torch.no_grad(), self.autocast():
+            yield
+        self.training.ranks.reshard(model)
+        model.train()
+
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
-        """Train on one batch as step number `step`, the first being 1."""
+        """Train on one batch as step `step`, the first being 1."""
         rate = self.config.optimizer.learning_rate * lr_multiplier(step, total, self.config.schedule)
         rate *= self.lr_scale
         set_lr(self.optimizer, rate)
@@ -146,7 +155,7 @@ class TrainStep:
         return report
 
     def _prepare(self, batch: Batch) -> None:
-        """Choose how blocks run, before the first step, when the size of a batch is known."""
+        """Choose how blocks run, before the first step, since the size of a batch must be known."""
         if not self._prepared:
             size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
             copies = 1 if self.optimizer.state else 3  # a gradient, and two moments if they are not there yet
@@ -162,55 +171,51 @@ class TrainStep:
 
 
 def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) -> tuple[StepResult, int]:
-    """Loss, metrics and router loads of all ranks together, and their tokens, in one exchange."""
+    """Return the sums over ranks of loss, metrics, router loads and work, and of the tokens, in one all-reduce."""
     if ranks.size == 1:
         return result, tokens
     device = result.loss.device
-    metrics = [torch.as_tensor(value, device=device).detach() for value in result.metrics.values()]
-    pieces = [result.loss.detach(), *metrics, torch.tensor(float(tokens), device=device)]
-    for report in result.loads:
-        pieces += [report.load, report.dropped]
-    # fp64, so that the number of tokens stays a whole number.
-    flat = ranks.all_reduce_tensor(torch.cat([piece.reshape(-1).double() for piece in pieces]))
-    summed = [
-        part.view_as(piece).to(piece.dtype)
-        for part, piece in zip(flat.split([piece.numel() for piece in pieces]), pieces, strict=True)
-    ]
-    named = dict(zip(result.metrics, summed[1 : 1 + len(metrics)], strict=True))
-    rest = summed[2 + len(metrics) :]
-    loads = [
-        replace(report, load=load, dropped=dropped)
-        for report, load, dropped in zip(result.loads, rest[::2], rest[1::2], strict=True)
-    ]
-    work = sum_work(ranks.gather(result.work)) if ranks.shares_memory else {}
-    return StepResult(summed[0], {**named}, loads, work), round(float(summed[1 + len(metrics)]))
+    metrics = {name: torch.as_tensor(value, device=device) for name, value in result.metrics.items()}
+    routed = [tensor for stats in result.loads for tensor in (stats.load, stats.dropped)]
+    counts = [float(tokens)]
+    for shares in result.work.values():
+        counts += [value for share in shares.values() for value in (share.tokens, share.operations)]
+    # fp64, so that numbers of tokens stay whole numbers.
+    numbers = torch.tensor(counts, dtype=torch.float64, device=device)
+    tensors = [tensor.detach() for tensor in (result.loss, *metrics.values(), *routed, numbers)]
+    flat = ranks.all_reduce_tensor(torch.cat([tensor.reshape(-1).double() for tensor in tensors]))
+    parts = zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
+    sums = (part.view_as(tensor).to(tensor.dtype) for part, tensor in parts)
+    loss, summed = next(sums), {name: next(sums) for name in metrics}
+    loads = [replace(stats, load=next(sums), dropped=next(sums)) for stats in result.loads]
+    total, *rest = next(sums).tolist()
+    left = iter(rest)
+    work = {
+        kind: {name: WorkShare(round(next(left)), next(left)) for name in shares}
+        for kind, shares in result.work.items()
+    }
+    return StepResult(loss, {**summed}, loads, work), round(total)
 
 
 def make_report(step: int, tokens: int, rate: float, result: StepResult, norm: Tensor) -> StepReport:
-    """The report of a step whose gradients have this norm; it is applied if its loss and norm are finite."""
-    measured = _measure(result, norm)
-    expert_load_cv, dropped = (_take_layers(measured, f"{name} ") for name in ("expert_load_cv", "dropped"))
-    loss, grad_norm = measured.pop("loss"), measured.pop("grad_norm")
-    applied = math.isfinite(loss) and math.isfinite(grad_norm)
-    return StepReport(
-        step, tokens, loss, grad_norm, rate, applied, measured, expert_load_cv, dropped, result.work
-    )
+    """Return the report of a step whose gradients have this norm; it is applied if its loss and norm are finite.
 
-
-def _measure(result: StepResult, norm: Tensor) -> dict[str, float]:
-    """Every scalar of a step as a float, fetched from the device in one transfer: each one costs a wait."""
-    scalars = {name: value.detach() for name, value in result.metrics.items() if isinstance(value, Tensor)}
-    for index, report in enumerate(result.loads):
-        scalars[f"expert_load_cv {index}"] = report.load_cv.detach()
-        scalars[f"dropped {index}"] = report.dropped.detach()
-    scalars |= {"loss": result.loss.detach(), "grad_norm": norm}
-    stacked = torch.stack([value.to(norm.device, torch.float32).reshape(()) for value in scalars.values()])
+    All scalars are fetched from the device in one transfer, since each transfer waits for the device.
+    """
     plain = {name: float(value) for name, value in result.metrics.items() if not isinstance(value, Tensor)}
-    return {**plain, **dict(zip(scalars, stacked.tolist(), strict=True))}
-
-
-def _take_layers(measured: dict[str, float], prefix: str) -> list[float]:
-    return [measured.pop(name) for name in list(measured) if name.startswith(prefix)]
+    tensors = {name: value for name, value in result.metrics.items() if isinstance(value, Tensor)}
+    balance = [*(stats.load_cv for stats in result.loads), *(stats.dropped for stats in result.loads)]
+    scalars = [result.loss, norm, *balance, *tensors.values()]
+    loss, grad_norm, *rest = torch.stack(
+        [value.detach().to(norm.device, torch.float32).reshape(()) for value in scalars]
+    ).tolist()
+    applied = math.isfinite(loss) and math.isfinite(grad_norm)
+    layers = len(result.loads)
+    metrics = {**plain, **dict(zip(tensors, rest[2 * layers :], strict=True))}
+    expert_load_cv, dropped = rest[:layers], rest[layers : 2 * layers]
+    return StepReport(
+        step, tokens, loss, grad_norm, rate, applied, metrics, expert_load_cv, dropped, result.work
+    )
 
 
 def in_precision(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
@@ -243,7 +248,7 @@ def choose_execution(
     """Set `run_block` of each backbone in the model that still runs plainly.
 
     tokens: of a step; pending: bytes that gradients and optimizer will take beside what is allocated now;
-    sharded: whether blocks gather weights or exchange rows with other ranks, which is not compiled.
+    sharded: whether blocks gather weights or exchange tokens with other ranks, which is not compiled.
     """
     for backbone in (module for module in model.modules() if isinstance(module, Backbone)):
         if backbone.run_block is run_plainly:
@@ -253,33 +258,29 @@ def choose_execution(
 def _block_runner(
     backbone: Backbone, config: LoopConfig, tokens: int, pending: int, sharded: bool
 ) -> RunBlock:
-    device = backbone.final_norm.weight.device
+    weight, recomputed = backbone.final_norm.weight, config.activation_checkpointing
+    on_gpu = weight.device.type == "cuda"
     # On a CPU compiling takes minutes and saves little: see docs/benchmarks.md.
-    compiles = device.type == "cuda" if config.compile == "auto" else config.compile
+    compiles = on_gpu if config.compile == "auto" else config.compile
     run: RunBlock = CompiledBlocks() if compiles and not sharded else run_plainly
-    again = config.activation_checkpointing
-    if again == "auto":
-        again = 0 if device.type != "cuda" else _by_memory(backbone, tokens, pending, device)
-    if again:
-        get_log().info(
-            f"{again} of {backbone.config.num_layers} layers are computed again in the backward pass"
-        )
-        run = RecomputedBlocks(run, again)
-    return run
-
-
-def _by_memory(backbone: Backbone, tokens: int, pending: int, device: torch.device) -> int:
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    half = torch.is_autocast_enabled("cuda") or backbone.final_norm.weight.dtype == torch.bfloat16
-    return layers_to_recompute(backbone.config, tokens, 2 if half else 4, free - pending)
+    if recomputed == "auto" and on_gpu:
+        free, _ = torch.cuda.mem_get_info(weight.device)
+        free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+        half = torch.is_autocast_enabled("cuda") or weight.dtype == torch.bfloat16
+        recomputed = layers_to_recompute(backbone.config, tokens, 2 if half else 4, free - pending)
+    if recomputed in ("auto", 0):
+        return run
+    get_log().info(
+        f"{recomputed} of {backbone.config.num_layers} layers are computed again in the backward pass"
+    )
+    return RecomputedBlocks(run, int(recomputed))
 
 
 @contextmanager
 def device_failures(step: Callable[[], int], offloaded: bool = True) -> Iterator[None]:
     """Turn a GPU's failures into one sentence; the run's checkpoints are complete in any case.
 
-    `step` returns the number of the step that is under way.
+    `step` returns the step that is under way.
 
     Raises:
         TrainingError: the GPU's memory ran out, or the GPU is gone.
@@ -287,9 +288,8 @@ def device_failures(step: Callable[[], int], offloaded: bool = True) -> Iterator
     try:
         yield
     except torch.OutOfMemoryError as error:
-        remedy = "raise loop.offload.gradient_accumulation_steps or margin_gib"
         remedy = (
-            remedy
+            "raise loop.offload.gradient_accumulation_steps or margin_gib"
             if offloaded
             else "raise loop.activation_checkpointing, make batches smaller, or add loop.offload"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from openm6.energy.tracker import EnergyTracker, EnergyUse, WorkShare, sum_work
+from openm6.energy.tracker import EnergyTracker, EnergyUse, WorkShare
 
 
 def test_a_step_is_charged_by_operations() -> None:
@@ -34,12 +34,3 @@ def test_work_without_operations_charges_nobody() -> None:
     tracker = EnergyTracker()
     tracker.add_step("real", 2.0, 8, 0.5, {"modality": {"text": WorkShare(8, 0.0)}})
     assert tracker.modalities["text"].joules == 0.0 and tracker.stages["real"].joules == pytest.approx(2.0)
-
-
-def test_parts_of_a_step_are_summed() -> None:
-    left = {"modality": {"text": WorkShare(8, 1.0)}, "task": {"text_to_image": WorkShare(8, 1.0)}}
-    right = {"modality": {"text": WorkShare(2, 0.5), "image": WorkShare(4, 4.0)}}
-    assert sum_work([left, right]) == {
-        "modality": {"text": WorkShare(10, 1.5), "image": WorkShare(4, 4.0)},
-        "task": {"text_to_image": WorkShare(8, 1.0)},
-    }

@@ -124,6 +124,13 @@ def test_every_mesh_equals_one_process(
         assert set(other.metrics) == set(report.metrics)
         for name, value in report.metrics.items():
             assert other.metrics[name] == pytest.approx(value, rel=1e-4), name
+        # What the step's joules are attributed to.
+        assert report.work["task"].keys() == other.work["task"].keys() and report.work.keys() == other.work.keys()
+        for kind, shares in report.work.items():
+            assert any(share.tokens for share in shares.values())
+            for name, share in shares.items():
+                assert other.work[kind][name].tokens == share.tokens
+                assert other.work[kind][name].operations == pytest.approx(share.operations)
         assert [record for _, _, seen in together for record in seen[step]] == records[step]
     for name, tensor in weights.items():
         torch.testing.assert_close(together[0][1][name], tensor, rtol=1e-3, atol=2e-4, msg=name)

@@ -10,7 +10,7 @@ import pytest
 
 from openm6.checkpoint.folder import latest, read_state
 from openm6.core.run_folder import RunFolder
-from openm6.energy.tracker import EnergyTracker
+from openm6.energy.tracker import EnergyTracker, WorkShare
 from openm6.modalities.batch import build_sequence, collate
 from openm6.models.config import count_parameters
 from openm6.models.omni import Omni
@@ -56,7 +56,7 @@ class Witness(Callback):
         self.calls.append("close")
 
 
-def test_hooks_are_called_in_order_and_their_state_is_kept(tmp_path: Path) -> None:
+def test_callbacks_are_called_in_order_and_their_state_is_kept(tmp_path: Path) -> None:
     run, first = RunFolder.open(tmp_path), Witness()
     train(ToyTraining(), toy_config(steps=5), run, callbacks=[first])
     assert first.calls[:3] == ["start 0", "before 1", "after 1"] and first.calls[-2:] == ["after 5", "close"]
@@ -67,7 +67,7 @@ def test_hooks_are_called_in_order_and_their_state_is_kept(tmp_path: Path) -> No
     assert second.calls[0] == "start 5" and second.seen == 8
 
 
-def test_a_hook_is_closed_when_the_run_fails(tmp_path: Path) -> None:
+def test_a_callback_is_closed_when_the_run_fails(tmp_path: Path) -> None:
     class Failing(Witness):
         def after_step(self, report: StepReport) -> dict[str, float]:
             raise OSError("the lights went out")
@@ -78,19 +78,19 @@ def test_a_hook_is_closed_when_the_run_fails(tmp_path: Path) -> None:
     assert callback.calls[-1] == "close"
 
 
-def test_lines_and_checkpoints_tell_joules_and_a_resumed_run_carries_them_on(tmp_path: Path) -> None:
+def test_lines_and_checkpoints_hold_joules_and_a_resumed_run_continues_them(tmp_path: Path) -> None:
     run = RunFolder.open(tmp_path)
     train(ToyTraining(), toy_config(steps=10), run)
     lines = [line for line in read_metrics(run) if "joules" in line]
     assert len(lines) == 2 and 0 < lines[0]["joules"] <= lines[1]["joules"]
     assert lines[1]["energy_source"] and lines[1]["watts"] >= 0 and lines[1]["joules_per_token"] >= 0
-    ledger = EnergyTracker.from_json(read_state(latest(tmp_path))["callbacks"]["meter"])
-    assert ledger.joules >= lines[1]["joules"]
-    assert ledger.joules == pytest.approx(ledger.in_steps + ledger.between + ledger.repeated)
-    assert ledger.tokens == lines[1]["tokens"]
+    tracker = EnergyTracker.from_json(read_state(latest(tmp_path))["callbacks"]["meter"])
+    assert tracker.joules >= lines[1]["joules"]
+    assert tracker.joules == pytest.approx(tracker.in_steps + tracker.between + tracker.repeated)
+    assert tracker.tokens == lines[1]["tokens"]
     train(ToyTraining(), toy_config(steps=15), run, resume=True)
     after = [line for line in read_metrics(run) if "joules" in line][-1]
-    assert after["step"] == 15 and after["joules"] >= ledger.joules
+    assert after["step"] == 15 and after["joules"] >= tracker.joules
 
 
 def test_steps_that_a_crash_lost_are_accounted_as_repeated(tmp_path: Path) -> None:
@@ -106,30 +106,32 @@ def test_steps_that_a_crash_lost_are_accounted_as_repeated(tmp_path: Path) -> No
     reported = [line["joules"] for line in read_metrics(run) if "joules" in line][-1]
     at_checkpoint = EnergyTracker.from_json(read_state(latest(tmp_path))["callbacks"]["meter"])
     train(ToyTraining(), toy_config(steps=20), run, resume=True)
-    ledger = EnergyTracker.from_json(read_state(latest(tmp_path))["callbacks"]["meter"])
-    assert ledger.repeated == pytest.approx(reported - at_checkpoint.joules)
-    assert ledger.joules > reported and ledger.tokens == 20 * 16
+    tracker = EnergyTracker.from_json(read_state(latest(tmp_path))["callbacks"]["meter"])
+    assert tracker.repeated == pytest.approx(reported - at_checkpoint.joules)
+    assert tracker.joules > reported and tracker.tokens == 20 * 16
 
 
 def test_operations_follow_tokens_and_what_their_adapters_multiply() -> None:
     omni = Omni(BACKBONE, modalities())
     text = modalities()["text"]
     read = text.source("seven red apples")
-    wanted = text.target("apples")
+    target = text.target("apples")
     rng = np.random.default_rng(0)
-    heard = modalities()["audio"].source(rng.normal(size=8000).astype(np.float32) * 0.1)
+    audio = modalities()["audio"].source(rng.normal(size=8000).astype(np.float32) * 0.1)
     batch = collate(
-        [[build_sequence([read, wanted], "echo"), build_sequence([heard, wanted], "speech_recognition")]], 256
+        [[build_sequence([read, target], "echo"), build_sequence([audio, target], "speech_recognition")]], 256
     )
-    shares = Attribution(omni).shares(batch)
-    kinds, tasks = shares["modality"], shares["task"]
+    work = Attribution(omni, ["echo", "speech_recognition", "translation"]).work(batch)
+    kinds, tasks = (
+        {name: share for name, share in work[kind].items() if share.tokens} for kind in ("modality", "task")
+    )
     assert set(tasks) == {"echo", "speech_recognition"} and set(kinds) == set(batch.groups)
+    assert set(work["modality"]) == set(omni.adapters) and work["task"]["translation"] == WorkShare(0, 0.0)
     assert sum(share.tokens for share in kinds.values()) == batch.tokens
     assert sum(share.tokens for share in tasks.values()) == batch.tokens
-    assert sum(share.operations for share in kinds.values()) == pytest.approx(
-        sum(share.operations for share in tasks.values())
-    )
+    operations = sum(share.operations for share in tasks.values())
+    assert sum(share.operations for share in kinds.values()) == pytest.approx(operations)
     backbone = PASSES * count_parameters(omni.config).active
     head = PASSES * omni.text.embedding.weight.numel()
-    learned = 2 * len(wanted)
+    learned = 2 * len(target)
     assert kinds["text"].operations == pytest.approx((len(read) + learned) * backbone + learned * head)

@@ -10,12 +10,16 @@ import torch
 from pydantic import ValidationError
 
 from openm6.core.errors import ConfigError
+from openm6.energy.tracker import WorkShare
 from openm6.models.backbone import Backbone
 from openm6.models.presets import preset
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly
+from openm6.nn.moe import RouterStats
 from openm6.ops.matmul import matmul_dtype
+from openm6.parallel.process_group import ProcessGroupContext
 from openm6.train.config import LoopConfig
-from openm6.train.step import TrainStep, choose_execution, resolve_precision, seed_everything
+from openm6.train.step import TrainStep, choose_execution, resolve_precision, seed_everything, sum_over_ranks
+from openm6.train.training_task import StepResult
 from tests.train.toy_training import ToyTraining, toy_config
 
 
@@ -41,6 +45,34 @@ def test_clipping(clip: float | None) -> None:
     report = train_step.update(next(training.batches()), 1, 10)
     assert report.grad_norm > 0.05
     assert seen[0] == pytest.approx(report.grad_norm if clip is None else clip, rel=1e-3)
+
+
+class TwoRanks(ProcessGroupContext):
+    """Stands in for two ranks with the same values."""
+
+    size = 2
+
+    def all_reduce_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.mul_(2)
+
+
+def test_everything_of_a_step_is_summed_over_ranks() -> None:
+    ones = torch.ones(())
+    stats = RouterStats(0, torch.tensor([1.0, 3.0]), ones, ones, ones * 0.25, ones)
+    work = {
+        "modality": {"text": WorkShare(2**24 + 1, 0.5), "image_out": WorkShare(0, 0.0)},
+        "task": {"translation": WorkShare(3, 7.0)},
+    }
+    result, tokens = sum_over_ranks(
+        StepResult(ones, {"loss/text": ones * 2, "plain": 3.0}, [stats], work), 2**24 + 1, TwoRanks()
+    )
+    assert tokens == 2 * (2**24 + 1) and float(result.loss) == 2.0
+    assert {name: float(value) for name, value in result.metrics.items()} == {"loss/text": 4.0, "plain": 6.0}
+    assert result.loads[0].load.tolist() == [2.0, 6.0] and float(result.loads[0].dropped) == 0.5
+    assert result.work == {
+        "modality": {"text": WorkShare(tokens, 1.0), "image_out": WorkShare(0, 0.0)},
+        "task": {"translation": WorkShare(6, 14.0)},
+    }
 
 
 def test_gradients_do_not_pile_up() -> None:
