@@ -298,9 +298,9 @@ def _figures(
         "active_parameters": active,
         "bytes_per_parameter": budget.bytes_per_parameter,
         "budget_gib": {
-            f"{line.place}: {line.what}": line.num_bytes / GIB
-            for line in budget.lines(tuple(train_step.store.on_device))
-            if line.num_bytes
+            f"{entry.tier}: {entry.what}": entry.num_bytes / GIB
+            for entry in budget.entries(tuple(train_step.store.on_device))
+            if entry.num_bytes
         },
         "sets_on_device": len(train_step.store.on_device),
         "sets": train_step.num_shards,

@@ -1,14 +1,14 @@
-"""Callbacks of the loop: each is one concern with a state of its own in the checkpoints; also spikes and signals."""
+"""Callbacks of the loop, each with its own state in the checkpoints; the spike detector, and signals to stop."""
 
 from __future__ import annotations
 
 import math
 import signal
-import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -20,12 +20,10 @@ from openm6.parallel.worker_pool import children, handled_stops
 from openm6.train.config import LOOP_SECTION, STAGES_SECTION, HeldOutConfig, LoopConfig, StagesConfig
 from openm6.train.pseudo_to_real import SwitchClock, lr_after_switch
 from openm6.train.step import StepReport, TrainStep, seed_everything
-from openm6.train.training_task import Batch, TrainingTask
+from openm6.train.training_task import TrainingTask
 
 PROCESSES = Path("/proc")
-RESET_PEAK = "5"  # resets the peak alone (proc(5))
 HELD_OUT_PREFIX = "held_out/"
-STATUS = Path("/proc/self/status")
 MIN_SWAPPED = 2**28  # bytes swapped out that are worth a warning
 SPIKE_DECAY = 0.98  # fraction of the running mean that is kept per step: about the last 50 steps
 SPIKE_WARMUP = 30  # steps before anything is called a spike
@@ -105,58 +103,45 @@ class MemoryCallback(Callback):
 
     name = "memory"
 
-    def __init__(self) -> None:
-        self._device = torch.device("cpu")
-        self._start: int | None = None
-        # Bytes that a forked process shares with this one until it writes there.
-        self._inherited = 0
-
     def start(self, run: RunState) -> None:
         self._device = run.train_step.device
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-            self._start = torch.cuda.memory_allocated(self._device)
-        else:
-            reset_peak()
-            self._start, self._inherited = process_memory("VmRSS"), process_memory("RssAnon") or 0
+            self._start: int | None = torch.cuda.memory_allocated(self._device)
+            return
+        reset_peak()
+        # A forked process shares the latter with this one until it writes there.
+        self._start, self._inherited = process_memory("VmRSS"), process_memory("RssAnon") or 0
 
     def totals(self) -> dict[str, Any]:
         if self._device.type == "cuda":
             peak: int | None = torch.cuda.max_memory_allocated(self._device)
-        else:
-            peak = process_memory("VmHWM")
-            if peak is not None:
-                peak += sum(self._private(str(process)) for process in children())
+        elif (peak := process_memory("VmHWM")) is not None:
+            peak += sum(self._private(str(process)) for process in children())
         return {} if peak is None else {"memory_start": self._start, "memory_peak": peak}
 
     def _private(self, process: str) -> int:
         """Return the peak of what a forked process does not share."""
-        try:
-            peak, shared, mapped = (
-                process_memory(key, process) or 0 for key in ("VmHWM", "RssShmem", "RssFile")
-            )
-        except OSError:  # it has just ended
-            return 0
+        keys = ("VmHWM", "RssShmem", "RssFile")
+        peak, shared, mapped = (process_memory(key, process) or 0 for key in keys)
         return max(0, peak - shared - mapped - self._inherited)
 
 
 def process_memory(key: str, process: str = "self") -> int | None:
-    """Return `VmRSS` (now) or `VmHWM` (the peak) of a process in bytes; None if the system does not report it."""
-    if sys.platform != "linux":
+    """Return `VmRSS` (now), `VmHWM` (the peak) or the like of a process in bytes; None if Linux does not report it."""
+    try:
+        lines = (PROCESSES / process / "status").read_text(encoding="utf-8").splitlines()
+    except OSError:  # another system, or the process has just ended
         return None
-    for line in (PROCESSES / process / "status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    return None
+    values = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
+    return int(values[0]) * 1024 if values else None
 
 
 def reset_peak() -> None:
-    """Reset the peak, so that loading the data does not count; without the permission it does."""
-    try:
-        (PROCESSES / "self/clear_refs").write_text(RESET_PEAK)
-    except OSError:
-        return
+    """Reset `VmHWM`, so that loading the data does not count; without the permission it does."""
+    with suppress(OSError):
+        # The 5 resets the peak alone (proc(5)).
+        (PROCESSES / "self/clear_refs").write_text("5")
 
 
 class HeldOutCallback(Callback):
@@ -170,7 +155,6 @@ class HeldOutCallback(Callback):
 
     def __init__(self, config: HeldOutConfig) -> None:
         self.config = config
-        self._batches: list[Batch] = []
 
     def start(self, run: RunState) -> None:
         """Make the batches, so that an error in them is raised before the first step."""
@@ -180,21 +164,17 @@ class HeldOutCallback(Callback):
     def after_step(self, report: StepReport) -> dict[str, float]:
         if report.step % self.config.every:
             return {}
-        run = self._run
-        seed_everything(run.config.seed, "held out")
-        run.training.model.eval()
-        with torch.no_grad(), run.train_step.autocast():
-            found = run.training.held_out_loss(self._batches)
-        run.training.ranks.reshard(run.training.model)
-        run.training.model.train()
+        seed_everything(self._run.config.seed, "held out")
+        with self._run.train_step.evaluation():
+            found = self._run.training.held_out_loss(self._batches)
         return {f"{HELD_OUT_PREFIX}{name}": value for name, value in found.items()}
 
 
 class StagesCallback(Callback):
-    """Save the shared model when the switch is due, copy the weights for each layer, and warm the rate up again.
+    """Save the shared model when the switch is due, copy the weights for each layer, and warm up the learning rate.
 
-    A switch that the clock decided is written into the run's config.yaml as a step, so that a run repeated or resumed
-    with that file switches at the same one.
+    A switch by time is written into the run's config.yaml as a step, so that a run repeated or resumed with that file
+    switches at the same one.
     """
 
     name = "stages"
@@ -259,12 +239,11 @@ class SwapCallback(Callback):
 
     name = "swap"
 
-    def __init__(self, status: Path = STATUS) -> None:
-        self._status = status
+    def __init__(self) -> None:
         self._warned = False
 
     def after_step(self, report: StepReport) -> dict[str, float]:
-        swapped = 0 if self._warned else swapped_bytes(self._status)
+        swapped = 0 if self._warned else process_memory("VmSwap") or 0
         if swapped > MIN_SWAPPED:
             self._warned = True
             get_log().warning(
@@ -272,16 +251,6 @@ class SwapCallback(Callback):
                 "be slow; end other programs, or lower loop.offload.host_gib and train fewer layers"
             )
         return {}
-
-
-def swapped_bytes(status: Path = STATUS) -> int:
-    """Return how many bytes of this process are swapped out; 0 if the system does not report it."""
-    try:
-        lines = status.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    found = next((line for line in lines if line.startswith("VmSwap:")), "VmSwap: 0")
-    return int(found.split()[1]) * 1024
 
 
 class SpikeDetector:
@@ -307,10 +276,10 @@ class SpikeDetector:
         return spike
 
     def state(self) -> dict[str, float]:
-        return {"mean": self.mean, "variance": self.variance, "seen": self.seen}
+        return dict(vars(self))
 
     def load_state(self, state: dict[str, float]) -> None:
-        self.mean, self.variance, self.seen = state["mean"], state["variance"], int(state["seen"])
+        vars(self).update(state)
 
 
 class Interrupt:
@@ -328,9 +297,7 @@ class Interrupt:
             self._previous = {number: signal.signal(number, self._handle) for number in handled_stops()}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -85,11 +85,10 @@ class CodecBatch:
 
 
 class CodecSubject(Protocol):
-    """What differs between images and audio: the codec, its batches and loss, and the scores."""
+    """What differs between images and audio. Positions are those of the latent; a higher selection score is better."""
 
     @property
-    def positions_per_batch(self) -> int:
-        """Positions of the latent that a batch trains on: what counts as tokens here."""
+    def positions_per_batch(self) -> int: ...
 
     def new_codec(self) -> Codec: ...
 
@@ -97,14 +96,11 @@ class CodecSubject(Protocol):
 
     def loss(self, target: Tensor, output: Tensor, settling: bool) -> Tensor: ...
 
-    def held_out_scores(self, codec: Codec) -> dict[str, float]:
-        """Scores on training records that are never trained on."""
+    def held_out_scores(self, codec: Codec) -> dict[str, float]: ...
 
-    def selection_score(self, scores: dict[str, float]) -> float:
-        """One number, higher is better."""
+    def selection_score(self, scores: dict[str, float]) -> float: ...
 
-    def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]:
-        """Scores on each source's test records."""
+    def test_scores(self, codec: Codec) -> dict[str, dict[str, float]]: ...
 
 
 class CodecTraining(TrainingTask):

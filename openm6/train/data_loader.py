@@ -1,4 +1,4 @@
-"""Batches made ahead of their use: in a thread, or in a process that serves several workers."""
+"""Batches prepared ahead of their use: in a thread, or in a process that serves several workers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import queue
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,6 +17,7 @@ from openm6.parallel.worker_pool import Failure
 from openm6.train.training_task import Batch, TrainingTask
 
 Item = TypeVar("Item")
+ENDED = "the data ended before the run did: batches() must go on for ever"
 
 
 class Prefetch(Generic[Item]):
@@ -36,9 +36,7 @@ class Prefetch(Generic[Item]):
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._stop.set()
         self._thread.join(timeout=5.0)  # a thread stuck in a slow read is left to end with the program
 
@@ -48,20 +46,18 @@ class Prefetch(Generic[Item]):
     def __next__(self) -> Item:
         item = self._ready.get()
         if isinstance(item, _End):
-            self._put(item)  # a later call gets the same answer
+            self._put(item)  # a later call raises it again
             raise item.error
         return item
 
     def _fill(self) -> None:
-        # For this thread alone: two pools of OpenMP threads on the same cores would wait for one another.
+        # For this thread alone: two pools of OpenMP threads on the same cores would wait for each other.
         torch.set_num_threads(1)
         try:
             for item in self._source:
                 if not self._put(item):
                     return
-            error: BaseException = TrainingError(
-                "the data ended before the run did: batches() must go on for ever"
-            )
+            error: BaseException = TrainingError(ENDED)
         except BaseException as failure:  # raised again where the batch is asked for
             error = failure
         self._put(_End(error))
@@ -85,7 +81,7 @@ class _End:
 class DataWorker:
     """A process that makes batches ahead and sends a part of each to `parts` readers; create it before they are forked.
 
-    A thread beside the training would take its interpreter lock and half of its core; a process takes neither.
+    A thread would compete with the training for its interpreter lock and its core.
     """
 
     def __init__(self, training: TrainingTask, parts: int, ahead: int) -> None:
@@ -113,7 +109,7 @@ class DataWorker:
         return batch
 
     def serve(self, pipe: Connection) -> None:
-        """Make batches until they are not read any more."""
+        """Make batches until nobody reads them."""
         self.keep(reader=None)
         queues: list[queue.Queue[Any]] = [queue.Queue(self.ahead) for _ in self.writers]
         for waiting, writer in zip(queues, self.writers, strict=True):
@@ -122,7 +118,7 @@ class DataWorker:
             for batch in self.training.batches():
                 for waiting, part in zip(queues, self.training.split(batch, len(queues)), strict=True):
                     waiting.put(part)
-            queues[0].put(TrainingError("the data ended before the run did: batches() must go on for ever"))
+            queues[0].put(TrainingError(ENDED))
         except OpenM6Error as error:
             queues[0].put(error)
         except Exception as error:  # reported by the first reader, who ends the run

@@ -1,8 +1,15 @@
 """The training loop: next batch, step, log, evaluate, save; every kind of training is a TrainingTask.
 
-A step passes through six files: loop.py (this one) takes the next batch and counts, step.py runs forward, backward and
-update, multimodal.py computes the loss with models/omni.py, and models/backbone.py runs the blocks of nn/block.py. With
-expert parallelism tokens go through parallel/collectives.py on their way to the experts.
+A step can be read in six files, in this order:
+
+1. `train/loop.py`: `_Run._train` takes the next batch and calls the train step.
+2. `train/step.py`: `TrainStep.update` runs forward, backward, clipping and the optimizer.
+3. `train/multimodal.py`: `MultimodalTraining.loss` counts tokens and adds up the losses.
+4. `models/omni.py`: `Omni.compute_loss` embeds the tokens, runs the backbone, and applies the heads.
+5. `models/backbone.py`: the layers and their masks.
+6. `nn/block.py`: attention, and a dense or sparse MLP.
+
+`train/workers.py` (processes of one machine), `parallel/` (ranks) and `train/offloaded.py` are optional variants.
 """
 
 from __future__ import annotations
@@ -41,15 +48,16 @@ from openm6.train.callbacks import (
 from openm6.train.config import LOOP_SECTION, LoopConfig
 from openm6.train.data_loader import Prefetch
 from openm6.train.metering import MeterCallback
-from openm6.train.metrics import Logger, MetricAverager, MetricsFile, open_display, open_tensorboard
+from openm6.train.metrics import Logger, MetricAverager, open_loggers
 from openm6.train.offloaded import open_train_step
 from openm6.train.step import StepReport, TrainStep, device_failures, seed_everything
 from openm6.train.training_task import Batch, TrainingTask
 from openm6.train.workers import Workers, number_of_workers
 
-SKIPPED = 2  # first steps, slow through caches, compilation and memory that is claimed
-MEASURED_SHARE = 0.4  # of the time: at first, caches of codes are still being filled and steps take longer
-MEASURED_LEAST = 5  # steps
+# How `steps: auto` is measured.
+SKIPPED = 2  # first steps, slow because of caches, compilation and memory that is claimed
+MEASURED_FRACTION = 0.4  # of the time: at first, caches of codes are still being filled and steps take longer
+MIN_MEASURED = 5  # steps
 TIME_FOR_STEPS = 0.96  # the rest is for evaluating and saving
 
 
@@ -63,7 +71,7 @@ class TrainResult:
     non_finite: int
     spikes: int
     checkpoint: Path
-    scores: dict[str, float]  # of the last evaluation; empty: there was none
+    scores: dict[str, float]  # of the last evaluation; empty if there was none
 
     def __str__(self) -> str:
         minutes = f"{self.seconds / 60:.1f} min" if self.seconds >= 100 else f"{self.seconds:.0f} s"
@@ -83,7 +91,7 @@ def train(
 ) -> TrainResult:
     """Train `training` into `run`, from the start or, with `resume`, from the latest complete checkpoint.
 
-    `callbacks` act at every step, after the meters of energy and memory, in their order. `settings` become the run's
+    `callbacks` act at every step, after those of the loop itself, in their order. `settings` become the run's
     config.yaml, but only once its checkpoint fits the training task: a wrong setting leaves the run as it was.
 
     A run killed at any step and resumed equals an unbroken one bit for bit on the CPU, since all randomness comes
@@ -119,20 +127,15 @@ class _Run:
     ) -> None:
         self.training, self.config, self.run = training, config, run
         self.train_step = open_train_step(training, config, run.checkpoints)
-        stages = [StagesCallback(config.stages)] if config.stages is not None else []
-        offload = [SwapCallback()] if config.offloaded else []
-        held_out = [HeldOutCallback(config.held_out)] if config.held_out is not None else []
-        self.callbacks: list[Callback] = [
-            MeterCallback(),
-            MemoryCallback(),
-            *stages,
-            *offload,
-            *held_out,
-            *callbacks,
-        ]
+        self.callbacks: list[Callback] = [MeterCallback(), MemoryCallback()]
+        self.callbacks += [StagesCallback(config.stages)] if config.stages is not None else []
+        self.callbacks += [SwapCallback()] if config.offloaded else []
+        self.callbacks += [HeldOutCallback(config.held_out)] if config.held_out is not None else []
+        self.callbacks += callbacks
         self.averager, self.spikes, self.progress = MetricAverager(), SpikeDetector(), Progress()
         self.workers: Workers | None = None
         self.saver = open_saver(training.ranks.layout)
+        self.loggers: list[Logger] = []
         self.saved: Path | None = None
         self.scores: dict[str, float] = {}
         refuse_overwriting(run, resume)
@@ -167,7 +170,10 @@ class _Run:
             for callback in self.callbacks:
                 stack.callback(callback.close)
                 callback.start(self)
-            loggers = self._open_loggers(stack)
+            if training.ranks.is_main_process:
+                self.loggers = open_loggers(self.run, progress.step, self.config.tensorboard)
+            for logger in self.loggers:
+                stack.callback(logger.close)
             batches, train_step = self._open_steps(stack)
             while not self.length.reached(progress.step):
                 began = time.perf_counter()
@@ -176,9 +182,9 @@ class _Run:
                     callback.before_step(progress.step + 1)
                 report = train_step.update(batch, progress.step + 1, self.length.steps)
                 self._account(report, batch, time.perf_counter() - began)
-                self._log(report, loggers)
+                self._log(report)
                 if self._due(self.config.evaluate_every):
-                    self._evaluate(loggers)
+                    self._evaluate()
                 stopping = self._signal(interrupt)
                 if self._due(self.config.save_every) or stopping:
                     self.save()
@@ -191,14 +197,14 @@ class _Run:
                     )
 
     def _signal(self, interrupt: Interrupt) -> int:
-        """Return the signal that any rank got, so that all stop after the same step; 0: none did."""
+        """Return the signal that any rank received, so that all stop after the same step; 0: none did."""
         ranks = self.training.ranks
         if not ranks.all_reduce([interrupt.requested])[0]:
             return 0
         return max(ranks.gather(interrupt.requested))
 
     def _open_steps(self, stack: ExitStack) -> tuple[Iterator[Batch], TrainStep | Workers]:
-        """Return the batches and what trains on them: this process alone, or workers that share each step."""
+        """Return the batches and the train step: of this process alone, or of workers that share each step."""
         workers = number_of_workers(self.training, self.config, self.run)
         keep_freed_memory()
         if workers > 1:
@@ -233,9 +239,9 @@ class _Run:
                 "lower loop.optimizer.learning_rate, or lengthen loop.schedule.warmup_steps"
             )
 
-    def _log(self, report: StepReport, loggers: list[Logger]) -> None:
+    def _log(self, report: StepReport) -> None:
         progress = self.progress
-        for logger in loggers:
+        for logger in self.loggers:
             logger.step(progress.step, self.length.steps)
         if progress.step % self.config.log_every and not self.length.reached(progress.step):
             return
@@ -244,7 +250,7 @@ class _Run:
         line = {"step": progress.step, **self.averager.compute(), **counts, **times}
         for callback in self.callbacks:
             line |= callback.totals()
-        for logger in loggers:
+        for logger in self.loggers:
             logger.log(line)
 
     def _due(self, every: int | None) -> bool:
@@ -253,26 +259,12 @@ class _Run:
             self.progress.step % every == 0 or self.length.reached(self.progress.step)
         )
 
-    def _evaluate(self, loggers: list[Logger]) -> None:
+    def _evaluate(self) -> None:
         seed_everything(self.config.seed, "evaluate", self.progress.step)
-        self.training.model.eval()
-        with torch.no_grad(), self.train_step.autocast():
+        with self.train_step.evaluation():
             self.scores = self.training.evaluate(self.progress.step)
-        self.training.ranks.reshard(self.training.model)
-        self.training.model.train()
-        for logger in loggers if self.scores else []:
+        for logger in self.loggers if self.scores else []:
             logger.log({"step": self.progress.step, "evaluation": self.scores})
-
-    def _open_loggers(self, stack: ExitStack) -> list[Logger]:
-        step = self.progress.step
-        if not self.training.ranks.is_main_process:
-            return []
-        loggers: list[Logger] = [MetricsFile(self.run, step), open_display(self.run.name, step)]
-        events = open_tensorboard(self.run, step) if self.config.tensorboard else None
-        loggers += [events] if events is not None else []
-        for logger in loggers:
-            stack.callback(logger.close)
-        return loggers
 
     def save(self) -> None:
         """Write a checkpoint of the run as it is now, unless there is one."""
@@ -294,8 +286,8 @@ class _Run:
             "optimizer": self.config.optimizer.name,
             "stage": self.training.stage,
             "precision": self.config.optimizer.precision,
-            "recorder": self.averager.state(),
-            "watch": self.spikes.state(),
+            "averager": self.averager.state(),
+            "spike_detector": self.spikes.state(),
             "scores": self.scores,
             "callbacks": {callback.name: callback.state() for callback in self.callbacks},
             "task": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
@@ -319,16 +311,25 @@ class _Run:
                 f"{folder} was trained with {state['optimizer']}, not {self.config.optimizer.name}: "
                 "set loop.optimizer.name back, or start a new run"
             )
-        kept = state.get("callbacks", {})
+        kept = state["callbacks"]
         for callback in self.callbacks:
             if callback.name in kept:
                 callback.before_load(self, kept[callback.name])
-        _check_stage(folder, state.get("stage", self.training.stage), self.training)
-        _check_precision(folder, state["precision"], self.config)
+        if state["stage"] != self.training.stage:
+            raise CheckpointError(
+                f"{folder} is of the {state['stage']} stage, this run is in the {self.training.stage} stage: "
+                f"convert it with openm6 convert, or set model.overrides.sharing and loop.stages back"
+            )
+        precision = self.config.optimizer.precision
+        if state["precision"] != precision:
+            raise CheckpointError(
+                f"{folder} holds weights of precision {state['precision']}, this run trains {precision}: "
+                f"convert it with openm6 convert, or set loop.optimizer.precision={state['precision']}"
+            )
         self.train_step.load(folder)
         self.training.load_state({**state["task"], **load_training_tensors(folder)})
-        self.averager.load_state(state["recorder"])
-        self.spikes.load_state(state["watch"])
+        self.averager.load_state(state["averager"])
+        self.spikes.load_state(state["spike_detector"])
         for callback in self.callbacks:
             if callback.name in kept:
                 callback.load_state(kept[callback.name])
@@ -337,54 +338,27 @@ class _Run:
         get_log().info(f"resumed from {folder}")
 
     def _result(self) -> TrainResult:
-        progress = self.progress
+        done = self.progress
         saved = self.saved if self.saved is not None else latest(self.run.path)
         return TrainResult(
-            progress.step,
-            progress.tokens,
-            progress.seconds,
-            progress.non_finite,
-            progress.spikes,
-            saved,
-            self.scores,
-        )
-
-
-def _check_precision(folder: Path, saved: str, config: LoopConfig) -> None:
-    """Raise CheckpointError if the weights were stored in another precision."""
-    precision = config.optimizer.precision
-    if saved != precision:
-        raise CheckpointError(
-            f"{folder} holds weights of precision {saved}, this run trains {precision}: "
-            f"convert it with openm6 convert, or set loop.optimizer.precision={saved}"
-        )
-
-
-def _check_stage(folder: Path, saved: str, training: TrainingTask) -> None:
-    """Raise CheckpointError if the checkpoint's layers share weights and the training task's do not, or the reverse."""
-    if saved != training.stage:
-        raise CheckpointError(
-            f"{folder} is of the {saved} stage, this run is in the {training.stage} stage: "
-            f"convert it with openm6 convert, or set model.overrides.sharing and loop.stages back"
+            done.step, done.tokens, done.seconds, done.non_finite, done.spikes, saved, self.scores
         )
 
 
 class RunLength:
     """The number of steps of a run; None until it is known.
 
-    A measured number goes into the run's config.yaml, and from then on stands like a given one: a run resumed or
+    A measured number goes into the run's config.yaml, and from then on counts as a configured one: a run resumed or
     repeated with that file takes exactly the same steps.
     """
 
     def __init__(self, config: LoopConfig, run: RunFolder, ranks: ProcessGroupContext | None = None) -> None:
-        self.steps: int | None = None if config.steps == "auto" else int(config.steps)
-        self._config = config
-        self._run = run
-        self._ranks = ranks or ProcessGroupContext()
-        self._spent: list[float] = []
-        if self.steps is None:
-            written = run.read_config().get(LOOP_SECTION, {}).get("steps")
-            self.steps = written if isinstance(written, int) else None
+        self._config, self._run, self._ranks = config, run, ranks or ProcessGroupContext()
+        self._spent: list[float] = []  # seconds of each step
+        known = (
+            config.steps if config.steps != "auto" else run.read_config().get(LOOP_SECTION, {}).get("steps")
+        )
+        self.steps: int | None = known if isinstance(known, int) else None
 
     def reached(self, step: int) -> bool:
         return self.steps is not None and step >= self.steps
@@ -395,15 +369,13 @@ class RunLength:
             return
         self._spent.append(self._ranks.broadcast_object(seconds))  # all ranks must come to the same number
         measured, spent, budget = self._spent[SKIPPED:], sum(self._spent), self._config.minutes * 60
-        believed = len(measured) >= MEASURED_LEAST and spent >= budget * MEASURED_SHARE
-        pressed = len(measured) >= 1 and spent >= budget / 2  # steps too slow to be measured well
-        if not (believed or pressed):
+        enough = len(measured) >= MIN_MEASURED and spent >= budget * MEASURED_FRACTION
+        slow = len(measured) >= 1 and spent >= budget / 2  # too slow to be measured well
+        if not (enough or slow):
             return
         recent = measured[len(measured) // 2 :]  # the first ones fill caches that the later ones find filled
         left = budget * TIME_FOR_STEPS - spent
-        self._fix(step, step + max(0, math.floor(left / (sum(recent) / len(recent)))))
-
-    def _fix(self, step: int, total: int) -> None:
+        total = step + max(0, math.floor(left / (sum(recent) / len(recent))))
         # The steps so far were taken at the full rate: the decay must not start before them, or a repeated run differs.
         while decay_start(total, self._config.schedule) < step:
             total += 1

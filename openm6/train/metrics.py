@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,33 +24,25 @@ from openm6.energy.carbon import in_joules
 from openm6.train.step import StepReport
 
 Line = dict[str, Any]
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 LINE_LENGTH = 100  # characters of a plain line
 LINE_SECONDS = 10.0  # seconds between two of them
-_NOT_SHOWN = {
-    "metering_seconds",
-    "seconds",
-    "tokens_per_second",
-    "learning_rate",
-    "grad_norm",
-    "joules",
-    "joules_per_token",
-    "watts",
-}  # numbers that are not the training task's own
+# Numbers of a line that are not the training task's own, and are shown otherwise or not at all.
+_NOT_SHOWN = {"metering_seconds", "seconds", "tokens_per_second", "learning_rate", "grad_norm"}
+_NOT_SHOWN |= {"joules", "joules_per_token", "watts"}
 
 
-class Logger(Protocol):
-    """Receives the metrics of a run; its methods must not change the run."""
+class Logger:
+    """Base class of what receives the metrics of a run; its methods must not change the run."""
 
     def step(self, step: int, steps: int | None) -> None:
-        """After every step."""
+        """Act after every step."""
 
     def log(self, line: Line) -> None:
         """Log averages over the last steps or, if there is the key `evaluation`, scores."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """At the end, also after a failure."""
+        """Act at the end, also after a failure."""
 
 
 class MetricAverager:
@@ -106,21 +99,18 @@ class MetricAverager:
         self._tokens, self._seconds = state["tokens"], state["seconds"]
 
 
-class MetricsFile:
+class MetricsFile(Logger):
     """Appends lines to metrics.jsonl, where numbers that are not finite become null."""
 
     def __init__(self, run: RunFolder, step: int) -> None:
+        """Open the file, without the lines of steps after `step`, which a resumed run will repeat."""
         self._path = run.metrics
-        _keep_until(run, step)
-
-    def step(self, step: int, steps: int | None) -> None:
-        pass
+        if self._path.exists():
+            kept = [line for line in read_metrics(run) if line.get("step", 0) <= step]
+            replace_text(self._path, "".join(to_json(line) + "\n" for line in kept))
 
     def log(self, line: Line) -> None:
         append_line(self._path, to_json(line))
-
-    def close(self) -> None:
-        pass
 
 
 def read_metrics(run: RunFolder) -> list[Line]:
@@ -136,96 +126,73 @@ def read_metrics(run: RunFolder) -> list[Line]:
     return lines
 
 
-def _keep_until(run: RunFolder, step: int) -> None:
-    """Drop the lines of steps that a resumed run will take again."""
-    if run.metrics.exists():
-        kept = [line for line in read_metrics(run) if line.get("step", 0) <= step]
-        replace_text(run.metrics, "".join(to_json(line) + "\n" for line in kept))
+class TensorBoardEvents(Logger):
+    """Writes every number of a line as a scalar; a thread writes, and its failure is raised by the next call."""
 
+    def __init__(self, folder: Path, step: int) -> None:
+        """Open the events from `step` on; later ones of an earlier process are hidden.
 
-class WriterErrors:
-    """Keeps a failure of the writer's thread off the screen, because its owner gets it with the next call.
+        Raises:
+            ImportError: the package is not installed.
+            OutputError: the disk is full or the folder cannot be written.
+        """
+        # An optional package.
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
-    Errors of other threads, and other errors than the system's, go where they went before.
-    """
-
-    def __init__(self) -> None:
-        self._before = threading.excepthook
-        self._hook = self._sift  # a method is a new object each time it is named
+        self._folder = folder
+        self._default_hook = threading.excepthook
+        self._hook = self._filter  # a method is a new object each time it is named
         threading.excepthook = self._hook
-
-    def close(self) -> None:
-        if threading.excepthook is self._hook:
-            threading.excepthook = self._before
-
-    def _sift(self, failure: threading.ExceptHookArgs) -> None:
-        writers = type(failure.thread).__module__.startswith("tensorboard.")
-        if not (writers and isinstance(failure.exc_value, OSError)):
-            self._before(failure)
-
-
-class TensorBoardEvents:
-    """Writes every number of a line as a scalar."""
-
-    def __init__(self, writer: SummaryWriter, folder: Path, errors: WriterErrors) -> None:
-        self._writer, self._folder, self._errors = writer, folder, errors
-
-    def step(self, step: int, steps: int | None) -> None:
-        pass
+        try:
+            with as_output_error(folder):
+                self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        except BaseException:
+            threading.excepthook = self._default_hook
+            raise
 
     def log(self, line: Line) -> None:
-        """Raises OutputError where an earlier line found the disk full: events are written by a thread."""
+        """Raise OutputError if an earlier line found the disk full."""
+        scores = {f"evaluation/{name}": value for name, value in line.get("evaluation", {}).items()}
         with as_output_error(self._folder):
-            self._add(line)
-
-    def _add(self, line: Line) -> None:
-        scores = line.get("evaluation")
-        numbers = (
-            {f"evaluation/{name}": value for name, value in scores.items()} if scores is not None else line
-        )
-        for name, value in numbers.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._writer.add_scalar(name, value, line["step"])
-        for name in ("expert_load_cv", "dropped"):
-            for layer, value in enumerate(line.get(name, [])):
-                self._writer.add_scalar(f"{name}/{layer}", value, line["step"])
+            for name, value in (scores or line).items():
+                if isinstance(value, list):
+                    for layer, one in enumerate(value):
+                        self._writer.add_scalar(f"{name}/{layer}", one, line["step"])
+                elif isinstance(value, (int, float)) and name != "step":
+                    self._writer.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
         try:
             with as_output_error(self._folder):
                 self._writer.close()
         finally:
-            self._errors.close()
+            if threading.excepthook is self._hook:
+                threading.excepthook = self._default_hook
+
+    def _filter(self, failure: threading.ExceptHookArgs) -> None:
+        """Keep system errors of the writer's thread off the screen; others go where they went before."""
+        from_writer = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (from_writer and isinstance(failure.exc_value, OSError)):
+            self._default_hook(failure)
 
 
-def open_tensorboard(run: RunFolder, step: int) -> TensorBoardEvents | None:
-    """Events from `step` on, hiding later ones of an earlier try; None where the package is not installed.
-
-    Raises:
-        OutputError: the disk is full or the folder cannot be written.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package
-    except ImportError:
-        return None
-    errors = WriterErrors()
-    try:
-        with as_output_error(run.tensorboard):
-            writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
-    except BaseException:
-        errors.close()
-        raise
-    return TensorBoardEvents(writer, run.tensorboard, errors)
+def open_loggers(run: RunFolder, step: int, tensorboard: bool) -> list[Logger]:
+    """Return the file, the display, and TensorBoard events if asked for and the package is installed."""
+    loggers: list[Logger] = [MetricsFile(run, step)]
+    if tensorboard:
+        with suppress(ImportError):
+            loggers.append(TensorBoardEvents(run.tensorboard, step))
+    return [*loggers, open_display(run.name, step)]
 
 
 def open_display(name: str, start: int) -> Logger:
-    """The display that suits standard error: live in a terminal, one line at a time in a file or a pipe."""
+    """Return the display for standard error: live in a terminal, else one line at a time."""
     console = Console(stderr=True)
     return LiveDisplay(name, start, console) if console.is_terminal else PlainDisplay(start)
 
 
-class PlainDisplay:
-    """A line of text for a line of metrics now and then, for all scores, and for the last step."""
+class PlainDisplay(Logger):
+    """Print a line of metrics now and then, all scores, and the last step."""
 
     def __init__(self, start: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._pace = Pace(start)
@@ -234,7 +201,6 @@ class PlainDisplay:
         self._next = clock()
 
     def step(self, step: int, steps: int | None) -> None:
-        self._pace.observe(step)
         self._steps = steps
 
     def log(self, line: Line) -> None:
@@ -244,24 +210,21 @@ class PlainDisplay:
         sys.stderr.write(describe(line, self._steps, self._pace) + "\n")
         sys.stderr.flush()
 
-    def close(self) -> None:
-        pass
 
-
-class LiveDisplay:
+class LiveDisplay(Logger):
     """A bar and a table that are redrawn in place."""
 
     def __init__(self, name: str, start: int, console: Console) -> None:
-        self._name = name
-        self._pace = Pace(start)
+        self._name, self._pace = name, Pace(start)
         self._last: Line = {}
         self._scores: Line = {}
         self._live = Live(console=console, refresh_per_second=4, transient=False)
         self._live.start()
 
     def step(self, step: int, steps: int | None) -> None:
-        self._pace.observe(step)
-        self._live.update(self._draw(step, steps))
+        head = f"{self._name}  step {step} of {steps if steps is not None else '…'}  "
+        bar = ProgressBar(total=steps or 1, completed=step if steps else 0, width=60)
+        self._live.update(Group(Text(head + self._pace.time_left(step, steps)), bar, self._table()))
 
     def log(self, line: Line) -> None:
         if "evaluation" in line:
@@ -272,39 +235,32 @@ class LiveDisplay:
     def close(self) -> None:
         self._live.stop()
 
-    def _draw(self, step: int, steps: int | None) -> Group:
-        head = Text(f"{self._name}  step {step} of {steps if steps is not None else '…'}  ")
-        head.append(self._pace.time_left(step, steps))
+    def _table(self) -> Table:
+        last, scores = self._last, self._scores
+        rows = {name: f"{value:.4f}" for name, value in losses(last).items()}
+        if last:
+            rows["tokens/s"] = f"{last['tokens_per_second']:,.0f}"
+        if "joules" in last:
+            rows["energy"] = energy(last)
+        if last.get("expert_load_cv"):
+            rows["expert load CV by layer"] = " ".join(f"{value:.2f}" for value in last["expert_load_cv"])
+        for name, value in scores.get("evaluation", {}).items():
+            rows[f"{name} (step {scores['step']})"] = f"{value:.4g}"
         table = Table(box=None, show_header=False, pad_edge=False)
-        for name, value in losses(self._last).items():
-            table.add_row(name, f"{value:.4f}")
-        if self._last:
-            table.add_row("tokens/s", f"{self._last['tokens_per_second']:,.0f}")
-        if "joules" in self._last:
-            table.add_row("energy", energy(self._last))
-        if self._last.get("expert_load_cv"):
-            table.add_row(
-                "expert load CV by layer", " ".join(f"{value:.2f}" for value in self._last["expert_load_cv"])
-            )
-        for name, value in self._scores.get("evaluation", {}).items():
-            table.add_row(f"{name} (step {self._scores['step']})", f"{value:.4g}")
-        return Group(head, ProgressBar(total=steps or 1, completed=step if steps else 0, width=60), table)
+        for row in rows.items():
+            table.add_row(*row)
+        return table
 
 
 class Pace:
-    """The speed of steps, to estimate the time that is left."""
+    """The mean time per step since step `start`, to estimate the time that is left."""
 
     def __init__(self, start: int) -> None:
-        self._start = start
-        self._began = time.monotonic()
-        self._step = start
-
-    def observe(self, step: int) -> None:
-        self._step = step
+        self._start, self._began = start, time.monotonic()
 
     def time_left(self, step: int, steps: int | None) -> str:
-        """In words, such as `3 min left`."""
-        done = self._step - self._start
+        """Return words such as `3 min left`."""
+        done = step - self._start
         if steps is None or done < 1:
             return "measuring the speed"
         seconds = (time.monotonic() - self._began) / done * (steps - step)
@@ -312,36 +268,33 @@ class Pace:
 
 
 def losses(line: Line) -> dict[str, float]:
-    """The losses and the training task's own metrics in a line."""
+    """Return the losses and the training task's own metrics in a line."""
     return {
         name: value for name, value in line.items() if name not in _NOT_SHOWN and isinstance(value, float)
     }
 
 
 def energy(line: Line) -> str:
-    """Joules so far and the draw of late, such as `12.3 kJ at 41 W (estimate)`."""
+    """Return the joules so far and the recent power, such as `12.3 kJ at 41 W (estimate)`."""
     return f"{in_joules(line['joules'])} at {line['watts']:.0f} W ({line['energy_source']})"
 
 
 def describe(line: Line, steps: int | None, pace: Pace) -> str:
-    """One plain sentence for a line of metrics or scores."""
-    place = f"step {line['step']}" + (f"/{steps}" if steps is not None else "")
+    """Return one plain line of text for a line of metrics or scores."""
+    position = f"step {line['step']}" + (f"/{steps}" if steps is not None else "")
     if "evaluation" in line:
-        return "  ".join(
-            [place, "scores", *(f"{name} {value:.4g}" for name, value in line["evaluation"].items())]
-        )
+        scores = [f"{name} {value:.4g}" for name, value in line["evaluation"].items()]
+        return "  ".join([position, "scores", *scores])
     named = [f"{name} {value:.4f}" for name, value in losses(line).items()]
-    first = [place, *named[:1]]
+    first = [position, *named[:1]]
     last = [f"{line['tokens_per_second']:,.0f} tokens/s", pace.time_left(line["step"], steps)]
     more = [energy(line)] if "joules" in line else []
     if line["expert_load_cv"]:
         more.append(f"load CV {sum(line['expert_load_cv']) / len(line['expert_load_cv']):.2f}")
     # The losses of modalities before energy and balance, as many as fit.
-    remaining = LINE_LENGTH - len("  ".join([*first, *last]))
-    fitting = []
+    fitting: list[str] = []
     for part in [*named[1:], *more]:
-        if len(part) + 2 <= remaining:
+        if len("  ".join([*first, *last, *fitting, part])) <= LINE_LENGTH:
             fitting.append(part)
-            remaining -= len(part) + 2
     fitting_losses = [part for part in fitting if part in named]
     return "  ".join([*first, *fitting_losses, last[0], *fitting[len(fitting_losses) :], last[1]])

@@ -54,7 +54,7 @@ PART_TOKENS = 256  # fewer are not worth a worker, because each part costs some 
 
 
 class MultimodalTraining(TrainingTask):
-    """Builds modalities and model from a recipe (or takes those of a checkpoint) and trains them on its mixture."""
+    """Build modalities and model from a recipe and train them on its mixture."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class MultimodalTraining(TrainingTask):
         return list(self.omni.adapters.parameters()) if self.ranks.wrapped else []
 
     def _count(self, batch: Batch) -> Counts:
-        """Return the counts of the whole batch that this is a part of, or of the batches of all ranks."""
+        """Return the counts of the whole batch of which this is a part, or of the batches of all ranks."""
         own = batch.whole or count(batch)
         kinds = list(self.omni.adapters)
         learned = [own.learned.get(kind, 0) for kind in kinds]
@@ -214,9 +214,9 @@ class MultimodalTraining(TrainingTask):
         return names
 
     def _delink_sharded(self) -> dict[str, str]:
-        """Build the model again with weights of its own for each layer, sharded as it was; outputs stay the same.
+        """Build the model again with separate weights for each layer, sharded as it was; outputs stay the same.
 
-        Never more than one block stands whole on a rank, and of its experts only those that the rank holds.
+        At most one block at a time is gathered on a rank, and of its experts only those that the rank holds.
         """
         # torch's distributed tensors take seconds to import: a process alone is spared them.
         from openm6.parallel.fsdp import BlockResharder, gather_parameters, shard_rest  # noqa: PLC0415
@@ -233,40 +233,38 @@ class MultimodalTraining(TrainingTask):
     def finish(self, run: RunFolder) -> None:
         """Evaluate the run on its test records and write report.html, report.json and README.md, the model card.
 
-        Rank 0 does it while the others wait, with the model in memory, because a second one might not fit, or layer by
-        layer from the checkpoint if the model is sharded or offloaded.
+        Rank 0 does it while the others wait.
         """
-        if self.ranks.is_main_process:
-            seen = epochs_seen(read_state(latest(run.path))["progress"]["cursor"]["mixture"])
-            listed = ", ".join(f"{name} {epochs:.3g}" for name, epochs in seen.items())
-            get_log().info(f"epochs of each source and task: {listed}")
         at_end = self.recipe.eval.at_end
+        if not self.ranks.is_main_process:
+            return
+        progress = read_state(latest(run.path))["progress"]
+        seen = epochs_seen(progress["cursor"]["mixture"])
+        listed = ", ".join(f"{name} {epochs:.3g}" for name, epochs in seen.items())
+        get_log().info(f"epochs of each source and task: {listed}")
         if not (at_end if at_end != "auto" else not self.recipe.loop.offloaded):
             get_log().info(f"not evaluated, as eval.at_end is false; openm6 evaluate {run.path} does it")
             return
-        checkpoint, reported = self.ranks.broadcast_object(
-            last_checkpoint(run) if self.ranks.is_main_process else (run.path, False)
-        )
+        checkpoint, reported = last_checkpoint(run)
         if reported:
             get_log().info(f"{run.path} is trained, evaluated and reported: nothing is left to do")
-            return
-        if not self.ranks.is_main_process:
             return
         kept = load_evaluation(run, str(checkpoint))
         report, joules = kept or self._evaluate(run, checkpoint)
         if kept is None:
             save_evaluation(run, report, joules)
-        self._report(run, report, joules)
+        self._report(run, progress, report, joules)
         drop_evaluation(run)
 
     def _evaluate(self, run: RunFolder, checkpoint: Path) -> tuple[EvalReport, float]:
         """Return the scores of the model, and the joules of the evaluation."""
         watts = self.recipe.loop.energy.cpu_watts
+        # A process that is part of a group is not forked.
+        settings = ["eval.num_processes=1"] if self.ranks.layout is not None else None
         with open_meter(gpus_of(self.omni.device), watts) as meter, meter.span() as span:
             report = evaluate(
                 run.path,
-                # A process that is part of a group is not forked.
-                settings=["eval.num_processes=1"] if self.ranks.layout is not None else None,
+                settings=settings,
                 on_result=lambda result: get_log().info(result_line(result)),
                 loaded=self._loaded(checkpoint),
             )
@@ -275,7 +273,7 @@ class MultimodalTraining(TrainingTask):
     def _loaded(self, checkpoint: Path) -> LoadedModel:
         """Return the model in memory or, if it is sharded or offloaded, the checkpoint, read layer by layer.
 
-        The model that was trained is still in memory then: a second one must never be whole beside it.
+        The trained model is still in memory then, and a second whole one might not fit beside it.
         """
         if self.ranks.layout is not None or self.recipe.loop.offloaded:
             return load(checkpoint, self.omni.device, num_gpu_layers=0, host_copy=False)
@@ -285,16 +283,12 @@ class MultimodalTraining(TrainingTask):
         omni.backbone.exchange = LocalDispatcher()
         return LoadedModel(omni.requires_grad_(False), self.modalities, self.description, checkpoint)
 
-    def _report(self, run: RunFolder, report: EvalReport, joules: float) -> None:
-        progress = read_state(latest(run.path))["progress"]
+    def _report(self, run: RunFolder, progress: dict[str, Any], report: EvalReport, joules: float) -> None:
         set_aside = summary_of_records(progress["cursor"]["quarantine"])
         if set_aside:
             get_log().info(f"{set_aside}; see {run.quarantine}" if run.quarantine.is_file() else set_aside)
         total, active = self.omni.count_parameters()
-        codecs = {
-            name: codec_scores(name)
-            for name in (self.recipe.modalities.image.codec, self.recipe.modalities.audio.codec)
-        }
+        modalities = self.recipe.modalities
         facts = RunFacts(
             name=run.name,
             preset=self.recipe.model.preset,
@@ -303,7 +297,7 @@ class MultimodalTraining(TrainingTask):
             tokens=int(progress["tokens"]),
             steps=int(progress["step"]),
             seconds=float(progress["seconds"]),
-            codecs=codecs,
+            codecs={name: codec_scores(name) for name in (modalities.image.codec, modalities.audio.codec)},
             energy=read_account(run, evaluation=joules),
         )
         write_report(run, report, facts)
@@ -315,13 +309,12 @@ class MultimodalTraining(TrainingTask):
 
 
 def _describe(recipe: MultimodalRecipe, sources: dict[str, Source]) -> CheckpointConfig:
-    """Return the description of the model for checkpoints; `sources` are those that the mixture draws from."""
+    """Return the description of the model for checkpoints; `sources` are those of the mixture."""
+    text = recipe.modalities.text.model_copy(update={"vocab_size": recipe.vocabulary})
     return CheckpointConfig(
         preset=recipe.model.preset,
         backbone=build_backbone(recipe.model),
-        modalities=recipe.modalities.model_copy(
-            update={"text": recipe.modalities.text.model_copy(update={"vocab_size": recipe.vocabulary})}
-        ),
+        modalities=recipe.modalities.model_copy(update={"text": text}),
         scales=fit_scales(sources.values()),
         embedding=recipe.pooling,
         trained_tasks=trained_tasks(recipe, sources),

@@ -1,4 +1,4 @@
-"""A recipe of multimodal training: model, tasks, sources, evaluation, and what of it several ranks cannot do."""
+"""A recipe of multimodal training: model, tasks, sources, evaluation; and the checks for several ranks."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class MultimodalRecipe(Config):
     modalities: ModalitiesConfig = ModalitiesConfig()
     sources: dict[str, AnySourceConfig]
     mixture: list[MixtureComponent] = Field(min_length=1)
-    embedding: PoolConfig | None = None  # where not given: the usual one if a task contrasts, else none
+    embedding: PoolConfig | None = None  # None: the default one if a task is contrastive, else none
     packing: PackingConfig = PackingConfig()
     loss_weights: dict[str, float] = {}
-    max_broken: float = Field(default=MAX_BROKEN, ge=0, le=1)  # share of records that may be quarantined
+    max_broken: float = Field(default=MAX_BROKEN, ge=0, le=1)  # fraction of records that may be quarantined
     loop: LoopConfig = LoopConfig()
     parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
@@ -71,58 +71,44 @@ class MultimodalRecipe(Config):
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that the tokenizer learns."""
+        """Return the size of the tokenizer's vocabulary."""
         return vocabulary_size(self.model, self.modalities.text.vocab_size)
 
     @property
     def pooling(self) -> PoolConfig | None:
-        """How the model makes embeddings, if any task of the mixture teaches it to."""
-        contrasts = any(TASKS[component.task].contrastive for component in self.mixture)
-        return self.embedding or (PoolConfig() if contrasts else None)
+        """Return how the model pools embeddings, if any task of the mixture trains it."""
+        contrastive = any(TASKS[component.task].contrastive for component in self.mixture)
+        return self.embedding or (PoolConfig() if contrastive else None)
 
 
 def check_mesh(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfig) -> None:
-    """Raises ConfigError where a recipe for a backbone of this config asks for what cannot be done on such a mesh."""
-    _check_rows(recipe, shape, config)
-    if shape.copies_only:
-        return
-    _check_compiling(recipe.loop)
-    _check_parts(recipe.parallel.ep_overlap_chunks, shape, config)
-
-
-def _check_rows(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfig) -> None:
-    rows, offload = recipe.packing.batch_size, recipe.loop.offload
+    """Raise ConfigError if a recipe with a backbone of this config asks for what such a mesh cannot do."""
+    rows, loop, chunks = recipe.packing.batch_size, recipe.loop, recipe.parallel.ep_overlap_chunks
+    experts = config.experts
     if rows < shape.size:
         raise ConfigError(
             f"packing.batch_size={rows} leaves some of {shape.size} ranks without a row: raise it"
         )
-    least = rows // shape.size
-    if offload is not None and offload.gradient_accumulation_steps > least:
+    steps, rows_per_rank = loop.offload.gradient_accumulation_steps if loop.offload else 1, rows // shape.size
+    if steps > rows_per_rank:
         raise ConfigError(
-            f"loop.offload.gradient_accumulation_steps={offload.gradient_accumulation_steps} are more than "
-            f"the rows of a rank, of which some have {least}: lower it, or raise packing.batch_size"
+            f"loop.offload.gradient_accumulation_steps={steps} are more than "
+            f"the rows of a rank, of which some have {rows_per_rank}: lower it, or raise packing.batch_size"
         )
-    capacity = None if config.experts is None else config.experts.capacity_factor
-    if capacity is not None and rows % shape.size and not shape.copies_only:
+    if shape.copies_only:
+        return
+    if experts is not None and experts.capacity_factor is not None and rows % shape.size:
         raise ConfigError(
             f"experts with a capacity_factor need as many rows on each rank: set packing.batch_size to a multiple "
             f"of {shape.size}"
         )
-
-
-def _check_compiling(loop: LoopConfig) -> None:
     if loop.compile is True or (loop.offload is not None and loop.offload.compile is True):
         raise ConfigError(
             "blocks that are sharded over ranks cannot be compiled: leave compile at auto, or set "
             "parallel.dp_shard and parallel.ep to 1"
         )
-
-
-def _check_parts(parts: int, shape: MeshShape, config: BackboneConfig) -> None:
-    if shape.ep == 1 or config.experts is None:
-        return
-    here = config.experts.num_experts // shape.ep
-    if here % parts:
+    if experts is not None and shape.ep > 1 and (experts.num_experts // shape.ep) % chunks:
         raise ConfigError(
-            f"parallel.ep_overlap_chunks={parts} cannot divide the {here} experts of a rank evenly: choose a divisor"
+            f"parallel.ep_overlap_chunks={chunks} cannot divide the {experts.num_experts // shape.ep} experts of a "
+            "rank evenly: choose a divisor"
         )

@@ -1,4 +1,4 @@
-"""`openm6 train`: a recipe file becomes a training task, a run folder and a finished training."""
+"""`openm6 train`: from a recipe file to a training task, a run folder and a trained model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from openm6.core.device import resolve_device
 from openm6.core.errors import ConfigError, OpenM6Error, nearest
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
+from openm6.parallel.config import ParallelConfig
 from openm6.parallel.process_group import ProcessGroupContext, launched, restarted
 from openm6.tasks.registry import TASKS
 from openm6.train.audio_codec import AudioCodecRecipe, AudioSubject
@@ -40,25 +41,25 @@ SHIPPED = Path(__file__).parents[1] / "recipes"
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe: a path, or the name of one that came with the package, as `demo` or `recipes/demo.yaml`.
+    """Return the file of a recipe: a path, or the name of a packaged one, such as `demo` or `recipes/demo.yaml`.
 
     Raises:
         ConfigError: neither exists.
     """
-    given = Path(name)
-    if given.is_file():
-        return given
-    shipped = SHIPPED / f"{given.stem}.yaml"
-    if shipped.is_file() and str(given.parent) in (".", "recipes"):
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{path.stem}.yaml"
+    if shipped.is_file() and str(path.parent) in (".", "recipes"):
         return shipped
-    known = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    known = sorted(recipe.stem for recipe in SHIPPED.glob("*.yaml"))
     raise ConfigError(
-        f"no recipe at {name!r}: check the path, or use a shipped one; {nearest(given.stem, known)}"
+        f"no recipe at {name!r}: check the path, or use a shipped one; {nearest(path.stem, known)}"
     )
 
 
 def read_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, dict[str, Any]]:
-    """A checked recipe and its plain values.
+    """Return a checked recipe and its plain values.
 
     Raises:
         ConfigError: an unknown kind, key or value; the sentence names it.
@@ -75,97 +76,92 @@ def read_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, dict[str, Any
 def train_recipe(
     recipe: str, overrides: list[str] | None = None, resume: bool = False, out: Path | None = None
 ) -> TrainResult | None:
-    """Trains by a recipe into `out` (default runs/NAME), as one of several ranks where torchrun started this process.
+    """Train by a recipe into `out` (default runs/NAME), as one of several ranks if torchrun started this process.
 
-    Only rank 0 writes, and only it returns a result. After a restart by the launcher the run is resumed.
-
-    Resuming reads the settings that the run began with from its own config.yaml; overrides come on top.
+    Only rank 0 writes, and only it returns a result. After a restart by the launcher the run is resumed. Resuming reads
+    the settings that the run began with from its own config.yaml; overrides come on top.
 
     Raises:
         ConfigError: the recipe is unusable, or `out` holds no run to resume.
         TrainingError, DataError, CheckpointError: as for `train`.
     """
     device = resolve_device()
-    plan = _plan(recipe, overrides or [], resume, out)
-    ranks = _open_ranks(device, plan.timeout_seconds)
+    # A failure is kept until the ranks are connected, so that all report it together.
+    try:
+        plan: _Plan | OpenM6Error = _plan(recipe, overrides or [], resume, out)
+    except OpenM6Error as failure:
+        plan = failure
+    ranks = _open_ranks(device, plan)
     if not ranks.is_main_process:
         get_log().setLevel(logging.ERROR)
     with ranks.guard():
-        if plan.failure is not None:
-            raise plan.failure
-        assert plan.recipe is not None
+        if isinstance(plan, OpenM6Error):
+            raise plan
         _check_alike(ranks, plan.values)
         run = RunFolder.open(plan.folder)
         settings = plan.values if ranks.is_main_process and (plan.path != run.config or overrides) else None
-        training = TRAININGS[plan.recipe.kind][1](plan.recipe, run, device, ranks)  # type: ignore[union-attr]
+        training = TRAININGS[plan.recipe.kind][1](plan.recipe, run, device, ranks)
         result = train(training, plan.recipe.loop, run, plan.resume, settings=settings)
         if isinstance(plan.recipe, MultimodalRecipe):
             get_log().info(_next_steps(plan.recipe, plan.folder))
     return result if ranks.is_main_process else None
 
 
-def _open_ranks(device: torch.device, timeout_seconds: float) -> ProcessGroupContext:
+@dataclass(frozen=True)
+class _Plan:
+    """What a process is to do."""
+
+    resume: bool
+    folder: Path
+    path: Path
+    recipe: Recipe
+    values: dict[str, Any]
+
+
+def _plan(recipe: str, overrides: list[str], resume: bool, out: Path | None) -> _Plan:
+    path = recipe_path(recipe)
+    folder = out or Path("runs") / path.stem
+    run = RunFolder(folder)
+    if resume and not run.begun:
+        raise ConfigError(
+            f"{folder} holds no run to go on with: name the run's folder with --out, or leave --resume out "
+            "to start one there"
+        )
+    resume = resume or restarted()
+    if resume and run.config.is_file():
+        path = run.config
+    checked, values = read_recipe(path, overrides)
+    refuse_overwriting(run, resume)
+    if launched() and not isinstance(checked, MultimodalRecipe):
+        raise ConfigError("a codec is trained by one process: leave --nproc out")
+    return _Plan(resume, folder, path, checked, values)
+
+
+def _open_ranks(device: torch.device, plan: _Plan | OpenM6Error) -> ProcessGroupContext:
     """Return the ranks of this run: this process alone, or those that the launcher started."""
     if not launched():
         return ProcessGroupContext()
     # torch's distributed tensors take seconds to import: a process alone is spared them.
     from openm6.parallel.processes import DistributedContext  # noqa: PLC0415
 
-    return DistributedContext(device, timeout_seconds)
+    recipe = plan.recipe if isinstance(plan, _Plan) else None
+    parallel = recipe.parallel if isinstance(recipe, MultimodalRecipe) else ParallelConfig()
+    return DistributedContext(device, parallel.timeout_seconds)
 
 
 def _next_steps(recipe: MultimodalRecipe, folder: Path) -> str:
-    """Commands for the model that was trained."""
-    wanted, run = TASKS[recipe.mixture[0].task].output_modality, shlex.quote(str(folder))
+    """Return commands for the model that was trained."""
+    output, run = TASKS[recipe.mixture[0].task].output_modality, shlex.quote(str(folder))
     return (
         "next:\n"
         f"  openm6 evaluate {run}\n"
-        f"  openm6 generate {run} --text 'your question' --output {wanted}\n"
+        f"  openm6 generate {run} --text 'your question' --output {output}\n"
         f"  openm6 serve {run} --playground"
     )
 
 
-@dataclass
-class _Plan:
-    """What one process is to do; a failure is kept, so that all ranks report it together."""
-
-    resume: bool
-    folder: Path = Path()
-    path: Path = Path()
-    recipe: Recipe | None = None
-    values: dict[str, Any] = field(default_factory=dict)
-    failure: OpenM6Error | None = None
-
-    @property
-    def timeout_seconds(self) -> float:
-        known = isinstance(self.recipe, MultimodalRecipe)
-        return self.recipe.parallel.timeout_seconds if known else 600.0  # type: ignore[union-attr]
-
-
-def _plan(recipe: str, overrides: list[str], resume: bool, out: Path | None) -> _Plan:
-    plan = _Plan(resume or restarted())
-    try:
-        plan.path = recipe_path(recipe)
-        plan.folder = out or Path("runs") / plan.path.stem
-        run = RunFolder(plan.folder)
-        if resume and not run.begun:
-            raise ConfigError(
-                f"{plan.folder} holds no run to go on with: name the run's folder with --out, or leave --resume out "
-                "to start one there"
-            )
-        if plan.resume and run.config.is_file():
-            plan.path = run.config
-        plan.recipe, plan.values = read_recipe(plan.path, overrides)
-        refuse_overwriting(run, plan.resume)
-        if launched() and not isinstance(plan.recipe, MultimodalRecipe):
-            raise ConfigError("a codec is trained by one process: leave --nproc out")
-    except OpenM6Error as failure:
-        plan.failure = failure
-    return plan
-
-
 def _check_alike(ranks: ProcessGroupContext, values: dict[str, Any]) -> None:
-    """Raises ConfigError where a rank was started with another recipe or another version than the rest."""
+    """Raise ConfigError if a rank was started with another recipe or another version than the rest."""
     versions = f"OpenM6 {__version__} with torch {torch.__version__}"
     described = ranks.gather((versions, json.dumps(values, sort_keys=True, default=str)))
     for rank, (other, recipe) in enumerate(described):

@@ -22,7 +22,7 @@ class Batch(Protocol):
 
     @property
     def tokens(self) -> int:
-        """How many tokens (or positions) it trains on, for the speed shown."""
+        """The number of tokens (or positions) it trains on."""
 
     @property
     def cursor(self) -> dict[str, Any]:
@@ -31,10 +31,11 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of one forward pass; on several ranks, or for parts of a batch, each a fraction of a sum.
+    """The result of one forward pass; on several ranks, or for parts of a batch, each a term of a sum.
 
     `metrics` are scalars such as `loss/text`; a tensor among them stays on its device until the loop reads them all
-    at once. `loads` has one entry per sparse layer. `work` attributes the step's joules.
+    at once. `loads` has one entry per sparse layer. The step's joules are attributed by `work`. All ranks have the same
+    names in them.
     """
 
     loss: Tensor
@@ -46,9 +47,9 @@ class StepResult:
 class TrainingTask:
     """Base class of every kind of training; `model`, `batches`, `restore` and `loss` must be supplied.
 
-    The loop seeds torch, numpy and random again from (seed, step) before each `loss`, so what is drawn there repeats
-    exactly. `batches` runs in another thread: it must draw from generators of its own (`base.seeds`), never from the
-    global ones, and must not touch the model.
+    The loop seeds torch, numpy and random again from (seed, step) before each `loss`, so random numbers there repeat
+    exactly. `batches` runs in another thread: it must use generators of its own (`core.seeds`), never the global
+    ones, and must not touch the model.
     """
 
     model: nn.Module
@@ -56,7 +57,7 @@ class TrainingTask:
     max_parts: int = 1  # into how many parts, each worth a process, a batch may be split
 
     def batches(self) -> Iterator[Batch]:
-        """An endless stream from where `restore` put it."""
+        """Yield batches without end, from where `restore` set the data."""
         raise NotImplementedError
 
     def restore(self, cursor: dict[str, Any]) -> None:
@@ -64,19 +65,19 @@ class TrainingTask:
         raise NotImplementedError
 
     def merge_cursors(self, cursors: list[dict[str, Any]]) -> dict[str, Any]:
-        """One cursor for all ranks from that of each, on any number of which `restore` can go on."""
+        """Return one cursor for all ranks, which any number of ranks can restore."""
         return cursors[0]
 
     def loss(self, batch: Any) -> StepResult:
-        """Forward pass of one batch, on the model's device, under the loop's autocast."""
+        """Run the forward pass of one batch, on the model's device, under the loop's autocast."""
         raise NotImplementedError
 
     def split(self, batch: Any, parts: int) -> list[Any]:
-        """The batch in so many parts, whose results add up to its own; the first keeps the cursor."""
+        """Return the batch in parts, whose results add up to its own; the first keeps the cursor."""
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups as `optim.registry.default_groups` describes them."""
+        """Return groups as `optim.registry.default_groups` describes them."""
         return default_groups(self.model)
 
     def optional_parameters(self) -> list[nn.Parameter]:
@@ -85,12 +86,12 @@ class TrainingTask:
 
     @property
     def backbone(self) -> Backbone | None:
-        """The stack whose blocks may be offloaded; None: this kind of training has none."""
+        """The backbone whose blocks may be offloaded, if there is one."""
         return None
 
     @property
     def tokens_per_step(self) -> int:
-        """The most tokens that a batch can hold; 0: not known."""
+        """The maximum number of tokens of a batch; 0 if it is unknown."""
         return 0
 
     @property
@@ -99,7 +100,7 @@ class TrainingTask:
         return "real"
 
     def delink(self) -> dict[str, str]:
-        """Copy the weights so that each layer has its own; new parameter name -> the name that it had or is a copy of.
+        """Copy the weights so that each layer has its own; return new parameter name -> the name that it is a copy of.
 
         Raises:
             ConfigError: this kind of training has no stages.
@@ -107,37 +108,37 @@ class TrainingTask:
         raise ConfigError("this kind of training has no stages: leave loop.stages out")
 
     def files(self) -> dict[str, str]:
-        """Text files to put beside the weights in each checkpoint: name → content."""
+        """Return text files to put beside the weights in each checkpoint: name -> content."""
         return {}
 
     def after_step(self, result: StepResult) -> None:
-        """After an applied update (not after a skipped one): balance biases, averaged weights."""
+        """Act after an applied update (not after a skipped one): balance biases, averaged weights."""
 
     def state(self) -> dict[str, Any]:
-        """What else must survive a restart: a flat mapping of names to tensors or JSON-able values."""
+        """Return what else must survive a restart: a flat mapping of names to tensors or JSON-able values."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Scores of the model as it is now, called in evaluation mode without gradients; empty: none."""
+        """Return scores of the model as it is now, called in evaluation mode without gradients; empty: none."""
         return {}
 
     def held_out_batches(self, count: int) -> list[Any]:
-        """So many batches of records that are never trained on, always the same ones.
+        """Return batches of records that are never trained on, always the same ones.
 
         Raises:
-            ConfigError: this way of training has none, or its data holds none.
+            ConfigError: this kind of training has none, or its data holds none.
         """
         raise ConfigError("this kind of training has no held-out loss: leave loop.held_out out")
 
     def held_out_loss(self, batches: Sequence[Any]) -> dict[str, float]:
-        """Mean losses over `held_out_batches`, called in evaluation mode without gradients."""
+        """Return mean losses over `held_out_batches`, called in evaluation mode without gradients."""
         raise NotImplementedError
 
     def finish(self, run: RunFolder) -> None:
-        """After the last step and its checkpoint, on all ranks: export, evaluate, report; only rank 0 writes.
+        """Export, evaluate, report: after the last step and its checkpoint, on all ranks; only rank 0 writes.
 
-        Called again where a finished run is resumed.
+        Called again if a finished run is resumed.
         """

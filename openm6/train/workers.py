@@ -1,8 +1,8 @@
 """Data-parallel workers on the cores of one machine: forked processes that share the weights and each step.
 
-A worker takes a part of the batch and runs the same train step as a process alone or a rank of several machines. What
-differs is the sum over ranks: gradients are summed in shared memory, each parameter by the worker that owns it, always
-in the same order, and the owner updates it.
+A worker takes a part of the batch and runs the same train step as a process alone or a distributed rank. Only the sum
+over ranks differs: gradients are summed in shared memory, each parameter's by the worker that owns it, always in the
+same order, and the owner updates it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
-from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
@@ -34,13 +33,13 @@ Value = TypeVar("Value")
 
 
 def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder) -> int:
-    """Return how many processes share a step; `auto` is resolved once and written into the run's config.yaml.
+    """Return the number of processes that share a step; `auto` is resolved once and written to the run's config.yaml.
 
     Raises:
         ConfigError: this machine or this kind of training cannot have as many as are set.
     """
     on_cpu = all(parameter.is_cpu for parameter in training.model.parameters())
-    # A stage replaces the weights, and offloading keeps them elsewhere, where other processes do not see them.
+    # A stage replaces the weights, and offloading keeps them where other processes have no access.
     alone = config.stages is not None or config.offloaded
     possible = training.max_parts if can_fork() and on_cpu and not alone else 1
     if config.num_processes == "auto":
@@ -52,18 +51,16 @@ def number_of_workers(training: TrainingTask, config: LoopConfig, run: RunFolder
             run.set_config(LOOP_SECTION, "num_processes", written)
         return written
     if config.num_processes > possible:
-        where = (
-            f"its batches make at most {possible} parts" if possible > 1 else "it runs in one process here"
-        )
+        why = f"its batches make at most {possible} parts" if possible > 1 else "it runs in one process here"
         raise ConfigError(
-            f"loop.num_processes={config.num_processes} is too many for this run, {where}: "
+            f"loop.num_processes={config.num_processes} is too many for this run, {why}: "
             f"set loop.num_processes to {possible}"
         )
     return config.num_processes
 
 
 class WorkerGroupContext(ProcessGroupContext):
-    """The workers as ranks of a train step: values go through pipes to the first and back, gradients through memory."""
+    """The workers as ranks of a train step: values pass through pipes to the first and back, gradients in memory."""
 
     shares_memory = True
 
@@ -74,12 +71,11 @@ class WorkerGroupContext(ProcessGroupContext):
         self._pool: WorkerPool | None = None
         self._pipe: Connection | None = None
 
-    def lead(self, pool: WorkerPool) -> None:
-        """Become the first rank."""
+    def become_first(self, pool: WorkerPool) -> None:
         self._pool = pool
 
-    def follow(self, rank: int, pipe: Connection) -> None:
-        """Become another rank, in a forked process."""
+    def become(self, rank: int, pipe: Connection) -> None:
+        """Become another rank than the first, in a forked process."""
         self.rank, self._pipe = rank, pipe
 
     def gather(self, value: Value) -> list[Value]:
@@ -96,16 +92,16 @@ class WorkerGroupContext(ProcessGroupContext):
         return tensor.copy_(torch.from_numpy(np.sum(self.gather(tensor.numpy()), axis=0)))
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sum the gradients of the parameters that this worker owns; the others have none after it."""
+        """Sum the gradients of the parameters that this worker owns, and drop those of the others."""
         present = [parameter.grad is not None for parameter in self.parameters]
-        mine, theirs = [], []
+        own, shared = [], []
         for parameter, owner, sent in zip(self.parameters, self.owner, self._sent[self.rank], strict=True):
             if owner != self.rank and parameter.grad is not None:
-                mine.append(parameter.grad)
-                theirs.append(sent)
+                own.append(parameter.grad)
+                shared.append(sent)
                 parameter.grad = None
-        if mine:
-            torch._foreach_copy_(theirs, mine)
+        if own:
+            torch._foreach_copy_(shared, own)
         everyone = self.gather(present)
         for index, parameter in enumerate(self.parameters):
             if self.owner[index] != self.rank:
@@ -131,7 +127,7 @@ class WorkerGroupContext(ProcessGroupContext):
 
 
 class Workers:
-    """Bring a loop its batches and take its steps, as `Prefetch` and `TrainStep` do, with several processes."""
+    """Batches and train steps of several processes, with the methods of `Prefetch` and `TrainStep`."""
 
     def __init__(
         self, training: TrainingTask, train_step: TrainStep, config: LoopConfig, workers: int
@@ -143,17 +139,15 @@ class Workers:
         self._data = DataWorker(training, workers, config.prefetch)
         works = [partial(self._work, rank) for rank in range(1, workers)]
         self._pool = WorkerPool([*works, self._data.serve], service=1)
-        self._ranks.lead(self._pool)
+        self._ranks.become_first(self._pool)
         self._data.keep(reader=0)
-        torch.set_num_threads(1)  # the other cores are taken
+        torch.set_num_threads(1)  # the other cores are in use
 
     def __enter__(self) -> Workers:
         self._train_step.ranks = self._ranks
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._train_step.ranks = ProcessGroupContext()
         torch.set_num_threads(self._threads)
         self._pool.close()
@@ -165,12 +159,12 @@ class Workers:
         return self._data.read(0)
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
-        """Train on the batch whose first part is `batch`, as step number `step`, the first being 1."""
+        """Train on the batch whose first part is `batch`, as step `step`, the first being 1."""
         self._pool.send((step, total))
         return self._train_step.update(batch, step, total)
 
     def collect(self) -> None:
-        """Bring the whole optimizer state into this process, where it is saved."""
+        """Copy the whole optimizer state to this process, which saves it."""
         self._pool.send(COLLECT)
         state = self._train_step.optimizer.state
         for parts in self._pool.gather():
@@ -180,8 +174,8 @@ class Workers:
                 )
 
     def _work(self, rank: int, pipe: Connection) -> None:
-        """Run another process of the step."""
-        self._ranks.follow(rank, pipe)
+        """Take part in every step, in a process of its own."""
+        self._ranks.become(rank, pipe)
         self._train_step.ranks = self._ranks
         self._data.keep(reader=rank)
         while True:

@@ -30,7 +30,7 @@ from openm6.train.budget import (
     max_on_device,
     max_preset,
     needed_bytes,
-    on_device_sets,
+    on_device_layers,
     refusal,
 )
 from openm6.train.config import StagesConfig, SwitchConfig
@@ -57,7 +57,7 @@ def test_it_counts_what_a_run_allocates() -> None:
     budget = train_step.budget(train_step.store.layouts)
     assert budget.parameters == sum(p.numel() for p in train_step.training.model.parameters())
     assert budget.value_bytes == 4 and budget.checkpoints == 0
-    lines = {line.what: line.num_bytes for line in budget.lines(tuple(train_step.store.on_device))}
+    lines = {entry.what: entry.num_bytes for entry in budget.entries(tuple(train_step.store.on_device))}
     held = [train_step.store.storage[number].numel() for number in train_step.store.on_device]
     away = [
         stored.numel()
@@ -72,7 +72,7 @@ def test_it_counts_what_a_run_allocates() -> None:
 
 
 @pytest.mark.parametrize("size", [16, 4, 2, 1])
-def test_bytes_a_parameter_are_those_that_stay(size: int) -> None:
+def test_bytes_per_parameter_are_those_that_stay(size: int) -> None:
     kept = {16: 12, 4: 4, 2: 2, 1: 1}[size]
     assert budget_of(size).bytes_per_parameter == pytest.approx(kept, rel=0.1)
 
@@ -83,9 +83,9 @@ def test_auto_fills_the_device_to_the_last_whole_set() -> None:
     one = budget.layouts[0].num_bytes
     assert max_on_device(budget, empty + 3.5 * one) == 3
     assert max_on_device(budget, 0) == 0 and max_on_device(budget, 100 * GIB) == 10
-    assert on_device_sets(budget, {"host": 0.0}) == tuple(range(10))
+    assert on_device_layers(budget, {"host": 0.0}) == tuple(range(10))
     device = {"device": empty + 3.5 * one + 4 * GIB, "host": 0.0}
-    assert on_device_sets(budget, device) == evenly_spaced(3, 10)
+    assert on_device_layers(budget, device) == evenly_spaced(3, 10)
     assert (
         evenly_spaced(3, 9) == (1, 4, 7) and evenly_spaced(0, 9) == () and evenly_spaced(12, 3) == (0, 1, 2)
     )
@@ -114,7 +114,7 @@ def test_too_large_a_model_is_refused_with_the_number_of_layers_that_fit() -> No
 
 
 def test_what_frees_most_is_tried_out() -> None:
-    """Few weights and many tokens: fewer bytes a parameter hardly help, fewer inputs kept do."""
+    """Few weights and many tokens: fewer bytes per parameter hardly help, fewer inputs kept do."""
     budget = replace(budget_of(2, num_gpu_layers=0), tokens=10**6)
     free_bytes = {"device": 1e6, "host": 10.0 * GIB}
     assert "loop.offload.gradient_accumulation_steps=8 frees most" in refusal(
@@ -133,7 +133,7 @@ def test_what_frees_most_is_tried_out() -> None:
 
 
 def test_where_no_layer_fits_a_preset_is_named() -> None:
-    wide = replace(budget_of(2, layers=2, num_gpu_layers=0), edges=10**9)
+    wide = replace(budget_of(2, layers=2, num_gpu_layers=0), non_block=10**9)
     sentence = refusal(wide, "host", {"host": 1.0 * GIB}, RULE)
     assert "model.preset=tiny would fit" in sentence
     assert max_preset(wide, {"host": 1.0 * GIB}, RULE) == "tiny"

@@ -18,7 +18,8 @@ from openm6.core.errors import ConfigError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.offload.config import OffloadConfig
 from openm6.parallel.process_group import ProcessGroupContext
-from openm6.train.callbacks import SpikeDetector, SwapCallback, swapped_bytes
+from openm6.train import callbacks
+from openm6.train.callbacks import SpikeDetector, SwapCallback
 from openm6.train.config import HeldOutConfig, LoopConfig
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
@@ -33,10 +34,13 @@ from tests.train.toy_training import ToyTraining, toy_config
 from tests.train.words_training import WordsTraining, words_backbone, words_config
 
 CPU = torch.device("cpu")
-EVERY = {"every": 2, "batches": 2}
+# Without a decay, a run does not depend on its length.
+EVERY: dict[str, Any] = {
+    "held_out": {"every": 2, "batches": 2}, "schedule": {"decay_fraction": 0.0},
+}  # fmt: skip
 
 
-class UnjudgedTraining(MultimodalTraining):
+class UnevaluatedTraining(MultimodalTraining):
     def finish(self, run: RunFolder) -> None:
         pass
 
@@ -45,7 +49,7 @@ def run_to(steps: int, folder: Path, resume: bool = False, **loop: Any) -> RunFo
     """Trains the tiny recipe in one process."""
     recipe = build(MultimodalRecipe, tiny_recipe(6, num_processes=1, log_every=2, **loop), "tiny")
     run, config = RunFolder.open(folder), recipe.loop.model_copy(update={"steps": steps})
-    train(UnjudgedTraining(recipe, run, CPU), config, run, resume)
+    train(UnevaluatedTraining(recipe, run, CPU), config, run, resume)
     return run
 
 
@@ -61,12 +65,12 @@ def held_out(run: RunFolder) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return run_to(6, tmp_path_factory.mktemp("watched"), held_out=EVERY)
+def observed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return run_to(6, tmp_path_factory.mktemp("observed"), **EVERY)
 
 
-def test_every_line_that_is_due_tells_it(watched: RunFolder) -> None:
-    lines = held_out(watched)
+def test_every_line_that_is_due_has_it(observed: RunFolder) -> None:
+    lines = held_out(observed)
     assert [line["step"] for line in lines] == [2, 4, 6]
     for line in lines:
         assert {"held_out/loss", "held_out/text", "held_out/image_out"} <= set(line)
@@ -74,25 +78,24 @@ def test_every_line_that_is_due_tells_it(watched: RunFolder) -> None:
     assert lines[-1]["held_out/loss"] < lines[0]["held_out/loss"]
 
 
-def test_it_changes_nothing_in_the_training(watched: RunFolder, tmp_path: Path) -> None:
-    assert weights(run_to(6, tmp_path)) == weights(watched)
+def test_it_changes_nothing_in_the_training(observed: RunFolder, tmp_path: Path) -> None:
+    assert weights(run_to(6, tmp_path, schedule=EVERY["schedule"])) == weights(observed)
 
 
-def test_resumed_equals_unbroken(tmp_path: Path) -> None:
-    run_to(3, tmp_path, held_out=EVERY, schedule={"decay_fraction": 0.0})
-    resumed = run_to(6, tmp_path, resume=True, held_out=EVERY, schedule={"decay_fraction": 0.0})
-    whole = run_to(6, tmp_path / "whole", held_out=EVERY, schedule={"decay_fraction": 0.0})
-    assert weights(resumed) == weights(whole)
-    assert held_out(resumed)[-1] == held_out(whole)[-1]
+def test_resumed_equals_unbroken(observed: RunFolder, tmp_path: Path) -> None:
+    run_to(3, tmp_path, **EVERY)
+    resumed = run_to(6, tmp_path, resume=True, **EVERY)
+    assert weights(resumed) == weights(observed)
+    assert held_out(resumed)[-1] == held_out(observed)[-1]
 
 
 def test_several_processes_find_the_same(tmp_path: Path) -> None:
     found = []
     for workers in (1, 2):
-        values = tiny_recipe(2, num_processes=workers, log_every=2, held_out=EVERY)
+        values = tiny_recipe(2, num_processes=workers, log_every=2, **EVERY)
         recipe = build(MultimodalRecipe, {**values, "packing": {"batch_size": 2, "seq_len": 256}}, "tiny")
         run = RunFolder.open(tmp_path / str(workers))
-        train(UnjudgedTraining(recipe, run, CPU), recipe.loop, run)
+        train(UnevaluatedTraining(recipe, run, CPU), recipe.loop, run)
         found.append(held_out(run)[0])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
@@ -129,7 +132,7 @@ def test_ranks_share_the_same_rows(tmp_path: Path) -> None:
 def test_data_without_test_records_is_refused_before_the_first_step(tmp_path: Path) -> None:
     table = tmp_path / "words.csv"
     table.write_text("text_en\n" + "\n".join(f"some words {number}" for number in range(30)) + "\n")
-    values = tiny_recipe(2, held_out=EVERY) | {
+    values = tiny_recipe(2, **EVERY) | {
         "sources": {"words": {"kind": "csv", "path": str(table), "test_share": 0.0}},
         "mixture": [{"source": "words", "task": "text_generation"}],
     }
@@ -139,14 +142,14 @@ def test_data_without_test_records_is_refused_before_the_first_step(tmp_path: Pa
     assert read_metrics(run) == []
 
 
-def test_a_way_of_training_without_it_says_so(tmp_path: Path) -> None:
+def test_a_kind_of_training_without_it_says_so(tmp_path: Path) -> None:
     config = LoopConfig(steps=2, held_out=HeldOutConfig(every=1), tensorboard=False)
     with pytest.raises(ConfigError, match=r"leave loop\.held_out out"):
         train(ToyTraining(), config, RunFolder.open(tmp_path))
 
 
 class StrayTraining(ToyTraining):
-    """The model is audio, yet its loss on other records and its scores are not finite."""
+    """The model is sound, yet its loss on other records and its scores are not finite."""
 
     def held_out_batches(self, count: int) -> list[Any]:
         return []
@@ -158,7 +161,7 @@ class StrayTraining(ToyTraining):
         return {"accuracy": float("inf")}
 
 
-def test_a_loss_that_is_not_finite_breaks_no_checkpoint_and_is_told_as_null(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_breaks_no_checkpoint_and_is_logged_as_null(tmp_path: Path) -> None:
     """The checkpoint after step 7 falls between two lines, so what was averaged so far is saved."""
     run = RunFolder.open(tmp_path)
     config = toy_config(steps=7).model_copy(update={"held_out": HeldOutConfig(every=6), "evaluate_every": 6})
@@ -197,22 +200,22 @@ def noisy_losses(count: int) -> list[float]:
 
 
 def test_noise_is_no_spike() -> None:
-    watch = SpikeDetector()
-    assert not any(watch.observe(loss) for loss in noisy_losses(2000))
+    detector = SpikeDetector()
+    assert not any(detector.observe(loss) for loss in noisy_losses(2000))
 
 
-def test_a_spike_is_told_and_the_next_ordinary_loss_is_not() -> None:
-    watch = SpikeDetector()
+def test_a_spike_is_reported_and_the_next_ordinary_loss_is_not() -> None:
+    detector = SpikeDetector()
     losses = noisy_losses(300)
     losses[200] += 5
-    assert [step for step, loss in enumerate(losses) if watch.observe(loss)] == [200]
+    assert [step for step, loss in enumerate(losses) if detector.observe(loss)] == [200]
 
 
 def test_the_first_losses_and_those_that_are_not_finite_are_no_spikes() -> None:
-    watch = SpikeDetector()
-    assert not watch.observe(2.0) and not watch.observe(50.0)
-    assert not watch.observe(float("nan")) and not watch.observe(float("inf"))
-    assert watch.seen == 2
+    detector = SpikeDetector()
+    assert not detector.observe(2.0) and not detector.observe(50.0)
+    assert not detector.observe(float("nan")) and not detector.observe(float("inf"))
+    assert detector.seen == 2
 
 
 def test_its_state_survives_json() -> None:
@@ -241,7 +244,7 @@ def test_its_state_survives_json() -> None:
         ),
     ],
 )
-def test_a_failing_gpu_is_told_in_one_sentence(failure: Exception, sentence: str) -> None:
+def test_a_failing_gpu_is_reported_in_one_sentence(failure: Exception, sentence: str) -> None:
     with pytest.raises(TrainingError, match=sentence) as caught, device_failures(lambda: 7):
         raise failure
     assert "\n" not in str(caught.value) and "--resume" in str(caught.value)
@@ -281,9 +284,12 @@ def test_other_errors_are_bugs_and_pass() -> None:
         raise RuntimeError("shapes differ")
 
 
-def test_swapping_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    status = tmp_path / "status"
-    callback = SwapCallback(status)
+def test_swapping_is_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "PROCESSES", tmp_path)
+    (tmp_path / "self").mkdir()
+    status, callback = tmp_path / "self/status", SwapCallback()
     report: Any = SimpleNamespace(step=3)
     with caplog.at_level(logging.WARNING, logger="openm6"):
         callback.after_step(report)
@@ -291,4 +297,4 @@ def test_swapping_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         callback.after_step(report)
         callback.after_step(report)
     reported = [record.message for record in caplog.records if "swapped out" in record.message]
-    assert len(reported) == 1 and "1.0 GiB" in reported[0] and swapped_bytes(tmp_path / "nothing") == 0
+    assert len(reported) == 1 and "1.0 GiB" in reported[0]

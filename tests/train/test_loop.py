@@ -9,33 +9,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from openm6.checkpoint.folder import latest, list_checkpoints, read_state
+from openm6.checkpoint.folder import latest, list_checkpoints
 from openm6.core.errors import CheckpointError, Interrupted, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.optim.config import ScheduleConfig
 from openm6.optim.schedule import decay_start
 from openm6.train.config import LoopConfig
 from openm6.train.loop import RunLength, TrainResult, train
-from openm6.train.metrics import Line, read_metrics
+from openm6.train.metrics import read_metrics
 from openm6.train.training_task import StepResult
-from tests.train.toy_training import ToyBatch, ToyTraining, toy_config
+from tests.train.toy_training import ToyBatch, ToyTraining, assert_same_run, toy_config
 
 ROOT = Path(__file__).parents[2]
-MEASURED = {
-    "seconds",
-    "tokens_per_second",
-    "joules",
-    "joules_per_token",
-    "watts",
-    "metering_seconds",
-    "memory_start",
-    "memory_peak",
-}
 
 
 class CrashingTraining(ToyTraining):
@@ -51,38 +43,25 @@ class CrashingTraining(ToyTraining):
         return super().loss(batch)
 
 
-def untimed(run: RunFolder) -> list[Line]:
-    """The metrics of a run without what the clock and the energy meter decide."""
-    return [
-        {name: value for name, value in line.items() if name not in MEASURED} for line in read_metrics(run)
-    ]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs of 40 steps that nothing disturbed, by optimizer."""
 
+    @cache
+    def run(optimizer: str) -> Path:
+        folder = tmp_path_factory.mktemp(optimizer)
+        train(ToyTraining(), toy_config(optimizer), RunFolder.open(folder))
+        return folder
 
-def assert_same_run(left: Path, right: Path) -> None:
-    """Weights, optimizer, averages and metrics agree to the bit."""
-    ours, theirs = RunFolder(left), RunFolder(right)
-    first, second = latest(left), latest(right)
-    assert first.name == second.name
-    for name in ("model.safetensors", "optimizer.safetensors", "training.safetensors"):
-        assert (first / name).read_bytes() == (second / name).read_bytes(), name
-    states = [read_state(folder) for folder in (first, second)]
-    for state in states:
-        state["progress"].pop("seconds")
-        state["recorder"].pop("seconds")
-        state["callbacks"].pop("meter")
-    assert states[0] == states[1]
-    assert untimed(ours) == untimed(theirs)
+    return run
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 40 steps that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    train(ToyTraining(), toy_config(), RunFolder.open(folder))
-    return folder
+def unbroken(whole: Callable[[str], Path]) -> Path:
+    return whole("adamw")
 
 
-def test_training_learns_and_tells(unbroken: Path) -> None:
+def test_training_learns_and_logs(unbroken: Path) -> None:
     lines = read_metrics(RunFolder(unbroken))
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [5, 10, 15, 20, 25, 30, 35, 40]
@@ -101,60 +80,33 @@ def test_the_last_checkpoints_are_kept(unbroken: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 @pytest.mark.parametrize("crash", [3, 22, 40])
-def test_resumed_equals_unbroken(tmp_path: Path, optimizer: str, crash: int) -> None:
-    config = toy_config(optimizer)
-    train(ToyTraining(), config, RunFolder.open(tmp_path / "whole"))
-    broken = RunFolder.open(tmp_path / "broken")
+def test_resumed_equals_unbroken(
+    tmp_path: Path, whole: Callable[[str], Path], optimizer: str, crash: int
+) -> None:
+    config, broken = toy_config(optimizer), RunFolder.open(tmp_path)
     with pytest.raises(OSError, match="lights"):
         train(CrashingTraining(crash), config, broken)
     train(ToyTraining(), config, broken, resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "broken")
-
-
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """The toy training in a process of its own, slow enough to be hit in the middle."""
-    command = [sys.executable, "-m", "tests.train.toy_training", str(folder), "--pause", "0.1", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
-    """Returns once the run's metrics hold `step` or a later one."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        lines = read_metrics(RunFolder(folder))
-        if lines and lines[-1]["step"] >= step:
-            return
-        time.sleep(0.01)
-    process.kill()
-    pytest.fail(f"the run ended or hung before step {step}: {process.communicate()[1]}")
+    assert_same_run(whole(optimizer), tmp_path)
 
 
 def test_killed_at_a_random_step_and_resumed_equals_unbroken(tmp_path: Path, unbroken: Path) -> None:
     """The kill falls at another moment in each run of the test; whichever it is, the end is the same."""
     rng = random.SystemRandom()  # the usual generator was seeded by the runs of other tests
-    process = start(tmp_path)
-    wait_for_step(process, tmp_path, rng.choice([5, 10, 15, 20]))
-    time.sleep(rng.random() * 0.3)
+    # Slow enough to be hit in the middle.
+    command = [sys.executable, "-m", "tests.train.toy_training", str(tmp_path), "--pause", "0.05"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    step, deadline = rng.choice([5, 10, 15, 20]), time.monotonic() + 60
+    while not any(line["step"] >= step for line in read_metrics(RunFolder(tmp_path))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(rng.random() * 0.2)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     # The kill may fall before the first checkpoint: then there is nothing to go on from, and the run begins again.
     assert not (tmp_path / "checkpoints" / "step-40").exists()
-    train(ToyTraining(), toy_config(), RunFolder(tmp_path), resume=True)
-    assert_same_run(unbroken, tmp_path)
-
-
-def test_ctrl_c_saves_and_says_so_in_one_sentence(tmp_path: Path, unbroken: Path) -> None:
-    process = start(tmp_path)
-    wait_for_step(process, tmp_path, 10)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    checkpoint = latest(tmp_path)
-    assert errors.splitlines()[-1].startswith(f"stopped at step {checkpoint.name[5:]}, saved as {checkpoint}")
-    assert 10 <= read_state(checkpoint)["step"] < 40
     train(ToyTraining(), toy_config(), RunFolder(tmp_path), resume=True)
     assert_same_run(unbroken, tmp_path)
 
@@ -173,7 +125,7 @@ class StoppedTraining(ToyTraining):
         return super().loss(batch)
 
 
-def test_a_polite_kill_saves_too(tmp_path: Path) -> None:
+def test_sigterm_saves_too(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match=r"stopped at step 12, saved as .*step-12: go on with --resume"):
         train(StoppedTraining(12, signal.SIGTERM), toy_config(), RunFolder.open(tmp_path))
@@ -182,7 +134,7 @@ def test_a_polite_kill_saves_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", [signal.SIGTERM, signal.SIGHUP])
-def test_a_second_polite_kill_changes_nothing(tmp_path: Path, word: signal.Signals) -> None:
+def test_a_second_sigterm_or_sighup_changes_nothing(tmp_path: Path, word: signal.Signals) -> None:
     """`timeout` sends its signal twice, once to the process and once to its group."""
     with pytest.raises(Interrupted, match="stopped at step 12") as stop:
         train(StoppedTraining(12, signal.SIGTERM, word), toy_config(), RunFolder.open(tmp_path))
@@ -279,7 +231,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path: Path, unbroken: Path) -> N
     assert_same_run(unbroken, tmp_path)
 
 
-def test_a_failure_while_making_batches_is_told_in_the_main_thread(tmp_path: Path) -> None:
+def test_a_failure_while_making_batches_is_raised_in_the_main_thread(tmp_path: Path) -> None:
     training = ToyTraining()
     stream = training.batches()
     training.batches = lambda: (next(stream) for _ in range(3))  # type: ignore[method-assign]

@@ -16,31 +16,12 @@ from openm6.checkpoint.folder import latest
 from openm6.core.errors import ConfigError, DataError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.train.loop import train
-from openm6.train.metrics import Line, read_metrics
 from openm6.train.workers import assign_owners, number_of_workers
-from tests.train.toy_training import ToyTraining, toy_config
+from tests.train.toy_training import ToyTraining, assert_same_run, toy_config, untimed
 from tests.train.workers_training import WorkersTraining, workers_config
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
 ROOT = Path(__file__).parents[2]
-CLOCK = {
-    "seconds", "tokens_per_second", "joules", "joules_per_token", "watts", "metering_seconds", "memory_start",
-    "memory_peak",
-}  # fmt: skip
-
-
-def lines_of(folder: Path) -> list[Line]:
-    lines = read_metrics(RunFolder(folder))
-    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
-
-
-def assert_same_end(left: Path, right: Path) -> None:
-    """Weights, optimizer and metrics agree to the bit."""
-    first, second = latest(left), latest(right)
-    assert first.name == second.name
-    for name in ("model.safetensors", "optimizer.safetensors", "training.safetensors"):
-        assert (first / name).read_bytes() == (second / name).read_bytes(), name
-    assert lines_of(left) == lines_of(right)
 
 
 @pytest.mark.parametrize(("optimizer", "workers"), [("adamw", 2), ("muon", 3)])
@@ -51,7 +32,7 @@ def test_workers_train_as_one_process_does(tmp_path: Path, optimizer: str, worke
     for (name, one), other in zip(alone.model.named_parameters(), together.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
     assert torch.equal(alone.loads, together.loads)
-    for one, other in zip(lines_of(tmp_path / "alone"), lines_of(tmp_path / "together"), strict=True):
+    for one, other in zip(untimed(tmp_path / "alone"), untimed(tmp_path / "together"), strict=True):
         assert one["tokens"] == other["tokens"] and one["expert_load_cv"] == pytest.approx(
             other["expert_load_cv"], rel=1e-5
         )
@@ -65,7 +46,7 @@ def test_a_run_resumed_equals_one_unbroken(tmp_path: Path) -> None:
         train(WorkersTraining(dies=15), workers_config(2), RunFolder.open(tmp_path / "broken"))
     assert latest(tmp_path / "broken").name == "step-12"
     train(WorkersTraining(), workers_config(2), RunFolder.open(tmp_path / "broken"), resume=True)
-    assert_same_end(tmp_path / "whole", tmp_path / "broken")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 def children_of(process: int) -> list[int]:
@@ -100,22 +81,22 @@ def start(folder: Path, workers: int) -> subprocess.Popen[str]:
         command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
-    while len(lines_of(folder)) < 2 and time.monotonic() < deadline:
+    while len(untimed(folder)) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     return process
 
 
-def test_a_killed_run_leaves_nobody_behind_and_resumes_exactly(
+def test_a_killed_run_leaves_no_process_behind_and_resumes_exactly(
     tmp_path: Path, whole: dict[int, Path]
 ) -> None:
     process = start(tmp_path, workers=2)
     others = children_of(process.pid)
-    assert len(others) == 2, "one worker and the maker of batches"
+    assert len(others) == 2, "one worker and the data worker"
     process.kill()
     process.communicate(timeout=60)
     assert wait_until_gone(others)
     train(WorkersTraining(), workers_config(2), RunFolder(tmp_path), resume=True)
-    assert_same_end(whole[2], tmp_path)
+    assert_same_run(whole[2], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +120,7 @@ def test_a_signal_to_the_whole_group_saves_and_resumes_exactly(
     )
     assert "Traceback" not in errors and errors.count("stopping after this step") == 1
     train(WorkersTraining(), workers_config(workers), RunFolder(tmp_path), resume=True)
-    assert_same_end(whole[workers], tmp_path)
+    assert_same_run(whole[workers], tmp_path)
 
 
 def test_a_step_that_is_not_finite_in_one_part_is_skipped_by_all(tmp_path: Path) -> None:
@@ -149,7 +130,7 @@ def test_a_step_that_is_not_finite_in_one_part_is_skipped_by_all(tmp_path: Path)
     assert training.loads.sum() == 5 * 11
 
 
-def test_broken_data_is_told_in_its_own_words(tmp_path: Path) -> None:
+def test_broken_data_is_reported_in_its_own_words(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the disk is gone: mount it again"):
         train(WorkersTraining(broken_at=4), workers_config(2), RunFolder.open(tmp_path))
 

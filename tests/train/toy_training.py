@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openm6.checkpoint.folder import latest, read_state
 from openm6.core.errors import Interrupted
 from openm6.core.run_folder import RunFolder
 from openm6.core.seeds import numpy_generator
@@ -22,6 +23,7 @@ from openm6.nn.moe import RouterStats
 from openm6.optim.config import OptimizerConfig, ScheduleConfig
 from openm6.train.config import LoopConfig
 from openm6.train.loop import train
+from openm6.train.metrics import Line, read_metrics
 from openm6.train.training_task import StepResult, TrainingTask
 
 
@@ -115,6 +117,28 @@ def toy_config(optimizer: str = "adamw", steps: int = 40, save_every: int = 7) -
         save_every=save_every,
         tensorboard=False,
     )
+
+
+def untimed(folder: Path) -> list[Line]:
+    """The metrics of a run without what the clock, the energy meter and the memory decide."""
+    measured = ("seconds", "tokens_per_second", "joules", "watts", "metering_seconds", "memory")
+    lines = read_metrics(RunFolder(folder))
+    return [{name: value for name, value in line.items() if not name.startswith(measured)} for line in lines]
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Weights, optimizer, averages and metrics agree to the bit."""
+    first, second = latest(left), latest(right)
+    assert first.name == second.name
+    for name in ("model.safetensors", "optimizer.safetensors", "training.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    states = [read_state(folder) for folder in (first, second)]
+    for state in states:
+        state["progress"].pop("seconds")
+        state["averager"].pop("seconds")
+        state["callbacks"].pop("meter")
+    assert states[0] == states[1]
+    assert untimed(left) == untimed(right)
 
 
 def main(words: list[str]) -> int:
