@@ -26,7 +26,7 @@ from openm6.plan.memory import HALF, kept_inputs, max_activation_bytes
 
 GIB = 2**30
 # Per parameter outside the blocks: weight, both moments, gradient, half-precision copy, at most four bytes each.
-NON_BLOCK_BYTES = 20
+OTHER_BYTES = 20
 FULL = 4  # bytes of an activation or a gradient in fp32
 LOGGED = 0.02  # fraction of a tier's bytes below which an entry is left out of the log
 HOST_FRACTION = 0.9  # of the free host memory; the rest is for other programs
@@ -48,15 +48,15 @@ class Entry:
 class Budget:
     """The memory that training a backbone needs, from its sizes alone.
 
-    non_block: parameters outside the sets; tokens: of one step
+    others: parameters outside the layers' matrices; tokens: of one step
     value_bytes: of an activation or a gradient; checkpoints: on the disk at a time
-    beside: bytes of host memory that the sets of the stage before take while layers get weights of their own
-    gathered: parameters of the largest set that is computed with, if the store holds only a shard of it
+    beside: bytes of host memory that the weights of the stage before take while layers get weights of their own
+    gathered: parameters of the largest group that is computed with, if the store holds only a shard of it
     """
 
     config: BackboneConfig
     layouts: Sequence[RecordLayout]
-    non_block: int
+    others: int
     tokens: int
     offload: OffloadConfig
     value_bytes: int = HALF
@@ -66,42 +66,51 @@ class Budget:
 
     @property
     def parameters(self) -> int:
-        return self.non_block + sum(layout.num_parameters for layout in self.layouts)
-
-    @property
-    def bytes_per_parameter(self) -> float:
-        """Return the bytes kept between steps."""
-        return self.checkpoint_bytes / max(1, self.parameters)
+        return self.others + sum(layout.num_parameters for layout in self.layouts)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Return the size of one checkpoint on the disk."""
-        return sum(layout.num_bytes for layout in self.layouts) + 12 * self.non_block
+        """Return the size of one checkpoint on the disk, which holds all that is kept between steps."""
+        return sum(layout.num_bytes for layout in self.layouts) + 12 * self.others
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        return self.checkpoint_bytes / max(1, self.parameters)
 
     def entries(self, on_device: Sequence[int]) -> list[Entry]:
-        """Return all entries, with these sets on the device."""
-        held = [layout for index, layout in enumerate(self.layouts) if index in set(on_device)]
-        offloaded = [layout for index, layout in enumerate(self.layouts) if index not in set(on_device)]
-        largest = max((layout.num_bytes for layout in offloaded), default=0)
-        inputs = "host" if self.offload.activation_storage == "host" else "device"
-        weights, state = (
-            [sum(layout.read_bytes for layout in layouts) for layouts in (held, offloaded)],
-            [
-                sum(layout.num_bytes - layout.read_bytes for layout in layouts)
-                for layouts in (held, offloaded)
-            ],
+        """Return all entries, with these groups of layers on the device."""
+        config, offload = self.config, self.offload
+        held, offloaded = (
+            [layout for index, layout in enumerate(self.layouts) if (index in on_device) == there]
+            for there in (True, False)
+        )
+        read, read_offloaded = (sum(layout.read_bytes for layout in part) for part in (held, offloaded))
+        kept, kept_offloaded = (sum(layout.num_bytes for layout in part) for part in (held, offloaded))
+        buffer = max((layout.num_bytes for layout in offloaded), default=0)
+        # Gradients of shared weights add up until their last use; the weights of one group are computed with.
+        shared = len(config.weight_sets) > len(set(config.weight_sets))
+        in_use = (config.num_sets if shared else 1) + 1
+        largest = max(self.gathered, *(layout.num_parameters for layout in self.layouts))
+        inputs = kept_inputs(config.num_layers, offload.activation_checkpointing_every)
+        # Of one micro-batch.
+        activations = max_activation_bytes(config, self.value_bytes) * (
+            -(-self.tokens // offload.gradient_accumulation_steps)
         )
         return [
-            Entry("device", "weights on the device", weights[0]),
-            Entry("device", "optimizer state on the device", state[0]),
-            Entry("device", "buffers for offloaded sets", self.offload.buffers * largest),
-            Entry("device", "embeddings, heads, norms, routers", NON_BLOCK_BYTES * self.non_block),
-            Entry("device", "gradient and weights of the set in use", self._in_use),
-            Entry("device", "activations of one layer", self._activations),
-            Entry(inputs, "inputs of layers, kept for the backward pass", self._block_inputs),
-            Entry("host", "offloaded weights", weights[1]),
-            Entry("host", "state of offloaded weights", state[1]),
-            Entry("host", "sets of the shared stage, at the switch", self.beside),
+            Entry("device", "weights on the device", read),
+            Entry("device", "optimizer state on the device", kept - read),
+            Entry("device", "buffers for offloaded layers", offload.buffers * buffer),
+            Entry("device", "embeddings, heads, norms, routers", OTHER_BYTES * self.others),
+            Entry("device", "gradient and weights of the layer in use", self.value_bytes * largest * in_use),
+            Entry("device", "activations of one layer", math.ceil(activations)),
+            Entry(
+                offload.activation_storage,
+                "inputs of layers, kept for the backward pass",
+                self.value_bytes * self.tokens * config.hidden_size * inputs,
+            ),
+            Entry("host", "offloaded weights", read_offloaded),
+            Entry("host", "state of offloaded weights", kept_offloaded - read_offloaded),
+            Entry("host", "weights of the shared stage, at the switch", self.beside),
             Entry("disk", "checkpoints", self.checkpoints * self.checkpoint_bytes),
         ]
 
@@ -111,58 +120,38 @@ class Budget:
 
     def with_layers(self, layers: int) -> Budget:
         """Return the budget of the first `layers` layers."""
-        sets = self.config.weight_sets[:layers]
-        config = self.config.model_copy(update={"num_layers": layers, "sharing": sets})
-        return replace(self, config=config, layouts=self.layouts[: len(set(sets))])
+        groups = self.config.weight_sets[:layers]
+        config = self.config.model_copy(update={"num_layers": layers, "sharing": groups})
+        return replace(self, config=config, layouts=self.layouts[: len(set(groups))])
 
     def with_offload(self, name: str, value: object) -> Budget:
         """Return the budget with another value of a setting in the section `loop.offload`."""
         return replace(self, offload=self.offload.model_copy(update={name: value}))
 
-    @property
-    def _in_use(self) -> int:
-        """Return the bytes of the largest set's gradients, and of its weights as they are computed with."""
-        largest = max(self.gathered, *(layout.num_parameters for layout in self.layouts))
-        shared = len(self.config.weight_sets) > len(set(self.config.weight_sets))
-        # Gradients of shared sets add up until their last use.
-        in_use = self.config.num_sets if shared else 1
-        return self.value_bytes * largest * (in_use + 1)
-
-    @property
-    def _block_inputs(self) -> int:
-        inputs = kept_inputs(self.config.num_layers, self.offload.activation_checkpointing_every)
-        return self.value_bytes * self.tokens * self.config.hidden_size * inputs
-
-    @property
-    def _activations(self) -> int:
-        """Return the bytes that one layer keeps for its own backward pass, for one micro-batch."""
-        tokens = -(-self.tokens // self.offload.gradient_accumulation_steps)
-        return math.ceil(tokens * max_activation_bytes(self.config, self.value_bytes))
-
 
 def max_on_device(budget: Budget, free: float) -> int:
-    """Return how many sets fit `free` bytes of a device beside everything else that must be there."""
-    num_sets = len(budget.layouts)
-    if budget.total("device", range(num_sets)) <= free:
-        return num_sets
+    """Return how many groups fit `free` bytes of a device beside everything else that must be there."""
+    num_groups = len(budget.layouts)
+    if budget.total("device", range(num_groups)) <= free:
+        return num_groups
     free_bytes = free - budget.total("device", ())
-    return max(0, min(num_sets - 1, int(free_bytes // max(layout.num_bytes for layout in budget.layouts))))
+    return max(0, min(num_groups - 1, int(free_bytes // max(layout.num_bytes for layout in budget.layouts))))
 
 
-def on_device_layers(budget: Budget, free_bytes: FreeBytes) -> tuple[int, ...]:
-    """Return the sets that stay on the device.
+def on_device_groups(budget: Budget, free_bytes: FreeBytes) -> tuple[int, ...]:
+    """Return the groups of layers that stay on the device.
 
     `auto` keeps all if there is no tier `device`, as on a CPU; else as many as fit beside the margin.
     """
-    num_sets, configured = len(budget.layouts), budget.offload.num_gpu_layers
+    num_groups, configured = len(budget.layouts), budget.offload.num_gpu_layers
     if isinstance(configured, tuple):
-        return tuple(index for index in configured if index < num_sets)
+        return tuple(index for index in configured if index < num_groups)
     if configured != "auto":
-        return evenly_spaced(configured, num_sets)
+        return evenly_spaced(configured, num_groups)
     if "device" not in free_bytes:
-        return tuple(range(num_sets))
+        return tuple(range(num_groups))
     free = free_bytes["device"] - budget.offload.margin_gib * GIB
-    return evenly_spaced(max_on_device(budget, free), num_sets)
+    return evenly_spaced(max_on_device(budget, free), num_groups)
 
 
 def needed_bytes(budget: Budget, tier: str, free_bytes: FreeBytes) -> int:
@@ -172,7 +161,7 @@ def needed_bytes(budget: Budget, tier: str, free_bytes: FreeBytes) -> int:
 
 def _entries(budget: Budget, tier: str, free_bytes: FreeBytes) -> list[Entry]:
     tiers = {tier, "device"} if tier == "host" and "device" not in free_bytes else {tier}
-    entries = budget.entries(on_device_layers(budget, free_bytes))
+    entries = budget.entries(on_device_groups(budget, free_bytes))
     return [entry for entry in entries if entry.tier in tiers]
 
 
@@ -185,13 +174,13 @@ def check_budget(budget: Budget, free_bytes: FreeBytes, rule: UpdateRule) -> Non
     """Log the budget, and refuse what does not fit.
 
     Raises:
-        ConfigError: a set is named that does not exist; or a tier is too small: the sentence names the largest number
+        ConfigError: a group is named that does not exist; or a tier is too small: the sentence names the largest number
             of layers that would fit, else the largest preset, and which setting frees most.
     """
-    configured, num_sets = budget.offload.num_gpu_layers, len(budget.layouts)
-    if isinstance(configured, tuple) and (wrong := [index for index in configured if index >= num_sets]):
+    configured, num_groups = budget.offload.num_gpu_layers, len(budget.layouts)
+    if isinstance(configured, tuple) and (wrong := [index for index in configured if index >= num_groups]):
         raise ConfigError(
-            f"loop.offload.num_gpu_layers names set {wrong[0]}: there are only 0 to {num_sets - 1}"
+            f"loop.offload.num_gpu_layers names layer group {wrong[0]}: there are only 0 to {num_groups - 1}"
         )
     for tier, limit in free_bytes.items():
         # `host: 1.2 GiB of 20.1 GiB; offloaded weights 921 MiB, …`
@@ -246,18 +235,18 @@ def max_preset(budget: Budget, free_bytes: FreeBytes, rule: UpdateRule) -> str |
     """Return the largest preset that would fit, trained in the same way."""
     for preset in sorted(PRESETS.values(), key=lambda preset: -preset.parameters.total):
         layouts = layouts_of(preset.backbone, rule)
-        non_block = preset.parameters.total - sum(layout.num_parameters for layout in layouts)
-        other = replace(budget, config=preset.backbone, layouts=layouts, non_block=non_block, beside=0)
+        others = preset.parameters.total - sum(layout.num_parameters for layout in layouts)
+        other = replace(budget, config=preset.backbone, layouts=layouts, others=others, beside=0)
         if fits(other, free_bytes):
             return preset.name
     return None
 
 
 def layouts_of(config: BackboneConfig, rule: UpdateRule) -> list[RecordLayout]:
-    """Return the record layouts of a backbone's weight sets, without allocating them."""
+    """Return the record layouts of a backbone's groups of layers, without allocating them."""
     with torch.device("meta"):
-        sets = Backbone(config).sets
-    return [RecordLayout(set_shapes(cast(Block, block)), rule) for block in sets]
+        blocks = Backbone(config).sets
+    return [RecordLayout(set_shapes(cast(Block, block)), rule) for block in blocks]
 
 
 def free_host_bytes() -> float:

@@ -32,7 +32,7 @@ from openm6.optim.registry import set_lr
 from openm6.optim.rules import WEIGHT, Slots, update_rule
 from openm6.optim.schedule import lr_multiplier
 from openm6.plan.memory import HALF
-from openm6.train.budget import FULL, Budget, available, check_budget, on_device_layers
+from openm6.train.budget import FULL, Budget, available, check_budget, on_device_groups
 from openm6.train.config import LoopConfig
 from openm6.train.pseudo_to_real import matrix_noise
 from openm6.train.step import (
@@ -207,7 +207,7 @@ class OffloadedTrainStep(TrainStep):
         if self.config.stages is not None and self.backbone.config.stage == "pseudo":
             check_budget(self._later(budget), free, self.rule)
         check_budget(budget, free, self.rule)
-        on_device = on_device_layers(budget, free)
+        on_device = on_device_groups(budget, free)
         self.store = WeightStore(
             layouts, on_device, device, self._streams, self.offload.buffers, self.offload.pin
         )

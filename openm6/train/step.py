@@ -80,11 +80,11 @@ class TrainStep:
 
     @property
     def num_shards(self) -> int:
-        """The number of weight sets that the model itself does not hold and that are saved one by one."""
+        """The number of offloaded groups of layers, which the model does not hold and which are saved one by one."""
         return 0
 
     def shards(self) -> Iterator[Shard]:
-        """Yield those sets one at a time."""
+        """Yield those groups one at a time."""
         return iter(())
 
     def load(self, folder: Path) -> None:
@@ -178,8 +178,8 @@ def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) 
     metrics = {name: torch.as_tensor(value, device=device) for name, value in result.metrics.items()}
     routed = [tensor for stats in result.loads for tensor in (stats.load, stats.dropped)]
     counts = [float(tokens)]
-    for shares in result.work.values():
-        counts += [value for share in shares.values() for value in (share.tokens, share.operations)]
+    for named in result.work.values():
+        counts += [value for one in named.values() for value in (one.tokens, one.operations)]
     # fp64, so that numbers of tokens stay whole numbers.
     numbers = torch.tensor(counts, dtype=torch.float64, device=device)
     tensors = [tensor.detach() for tensor in (result.loss, *metrics.values(), *routed, numbers)]
@@ -191,8 +191,8 @@ def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) 
     total, *rest = next(sums).tolist()
     left = iter(rest)
     work = {
-        kind: {name: WorkShare(round(next(left)), next(left)) for name in shares}
-        for kind, shares in result.work.items()
+        kind: {name: WorkShare(round(next(left)), next(left)) for name in named}
+        for kind, named in result.work.items()
     }
     return StepResult(loss, {**summed}, loads, work), round(total)
 

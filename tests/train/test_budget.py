@@ -30,7 +30,7 @@ from openm6.train.budget import (
     max_on_device,
     max_preset,
     needed_bytes,
-    on_device_layers,
+    on_device_groups,
     refusal,
 )
 from openm6.train.config import StagesConfig, SwitchConfig
@@ -68,7 +68,7 @@ def test_it_counts_what_a_run_allocates() -> None:
     assert lines["offloaded weights"] + lines["state of offloaded weights"] == sum(away)
     weights = 2 * sum(layout.num_parameters for layout in train_step.store.layouts)
     assert lines["weights on the device"] + lines["offloaded weights"] == pytest.approx(weights, rel=0.02)
-    assert lines["buffers for offloaded sets"] == 2 * max(away)
+    assert lines["buffers for offloaded layers"] == 2 * max(away)
 
 
 @pytest.mark.parametrize("size", [16, 4, 2, 1])
@@ -83,9 +83,9 @@ def test_auto_fills_the_device_to_the_last_whole_set() -> None:
     one = budget.layouts[0].num_bytes
     assert max_on_device(budget, empty + 3.5 * one) == 3
     assert max_on_device(budget, 0) == 0 and max_on_device(budget, 100 * GIB) == 10
-    assert on_device_layers(budget, {"host": 0.0}) == tuple(range(10))
+    assert on_device_groups(budget, {"host": 0.0}) == tuple(range(10))
     device = {"device": empty + 3.5 * one + 4 * GIB, "host": 0.0}
-    assert on_device_layers(budget, device) == evenly_spaced(3, 10)
+    assert on_device_groups(budget, device) == evenly_spaced(3, 10)
     assert (
         evenly_spaced(3, 9) == (1, 4, 7) and evenly_spaced(0, 9) == () and evenly_spaced(12, 3) == (0, 1, 2)
     )
@@ -133,7 +133,7 @@ def test_what_frees_most_is_tried_out() -> None:
 
 
 def test_where_no_layer_fits_a_preset_is_named() -> None:
-    wide = replace(budget_of(2, layers=2, num_gpu_layers=0), non_block=10**9)
+    wide = replace(budget_of(2, layers=2, num_gpu_layers=0), others=10**9)
     sentence = refusal(wide, "host", {"host": 1.0 * GIB}, RULE)
     assert "model.preset=tiny would fit" in sentence
     assert max_preset(wide, {"host": 1.0 * GIB}, RULE) == "tiny"
