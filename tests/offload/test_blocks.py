@@ -287,7 +287,7 @@ def test_what_cannot_be_streamed_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="no blocks to offload"):
         OffloadedTrainStep(Blockless(PLAIN), config_of())
-    with pytest.raises(ConfigError, match="names set 9: there are only 0 to 3"):
+    with pytest.raises(ConfigError, match="lists 9: there are only 0 to 3"):
         OffloadedTrainStep(WordsTraining(PLAIN), config_of(num_gpu_layers=(9,)))
 
 
