@@ -24,6 +24,7 @@ from openm6.checkpoint.load import load_model, load_optimizer
 from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.checkpoint.save import Snapshot
 from openm6.checkpoint.sharded import ShardedSaver
+from openm6.core.device import free_host_bytes
 from openm6.core.errors import ConfigError
 from openm6.core.seeds import derive_seed
 from openm6.models.backbone import Backbone
@@ -34,7 +35,6 @@ from openm6.parallel.config import MeshShape
 from openm6.parallel.fsdp import Layout, open_layout, shard
 from openm6.parallel.processes import apart
 from openm6.parallel.sharded_weights import local
-from openm6.train.budget import free_host_bytes
 
 CPU = torch.device("cpu")
 GIB, GOAL_SECONDS, STEP = 2**30, 60.0, 1

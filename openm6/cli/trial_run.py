@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from openm6.core.device import resolve_device
+from openm6.core.device import process_memory, resolve_device
 from openm6.core.errors import ConfigError, OpenM6Error
 from openm6.core.files import replace_text
 from openm6.core.run_folder import RunFolder
 from openm6.plan.measured import STEPS, WARMUP_STEPS, TrialRun, end_with_parent, trial_file
-from openm6.train.callbacks import Callback, RunState, process_memory
+from openm6.train.callbacks import Callback, RunState
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe

@@ -1,15 +1,19 @@
-"""The hardware of this process: its device, its cores, and the freed memory that it keeps."""
+"""The hardware of this process: its device, its cores, and its memory."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names of settings, from glibc's malloc.h
 KEPT = 64 * 2**20  # bytes of free memory on top of the heap that are not given back to the system
+PROCESSES = Path("/proc")
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 ON_HEAP = 32 * 2**20  # blocks up to this size come from the heap, the most that glibc allows
 
 
@@ -45,3 +49,37 @@ def keep_freed_memory() -> None:
         return
     mallopt(TRIM_THRESHOLD, KEPT)
     mallopt(MMAP_THRESHOLD, ON_HEAP)
+
+
+def process_memory(key: str, process: str = "self") -> int | None:
+    """Return `VmRSS` (now), `VmHWM` (the peak) or the like of a process in bytes; None if Linux does not report it."""
+    return _bytes_of(PROCESSES / process / "status", key)
+
+
+def reset_peak_memory() -> None:
+    """Reset the peak of this process, `VmHWM`, if that is permitted."""
+    with suppress(OSError):
+        # The 5 resets the peak alone (proc(5)).
+        (PROCESSES / "self/clear_refs").write_text("5")
+
+
+def free_host_bytes() -> float:
+    """Return what may still be allocated on the host: by the system's count, and by the limit of the control group."""
+    available = _bytes_of(PROCESSES / "meminfo", "MemAvailable")
+    limit, used = (_read(CONTROL_GROUP / f"memory.{name}").strip() for name in ("max", "current"))
+    left = float(limit) - float(used) if limit.isdigit() and used.isdigit() else float("inf")
+    return min(left, float("inf") if available is None else available)
+
+
+def _bytes_of(path: Path, key: str) -> int | None:
+    """Return the value of a line such as `VmRSS: 1024 kB`."""
+    values = [line.split()[1] for line in _read(path).splitlines() if line.startswith(f"{key}:")]
+    return int(values[0]) * 1024 if values else None
+
+
+def _read(path: Path) -> str:
+    """Return a file's text; empty on another system, or if the process has just ended."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

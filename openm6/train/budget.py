@@ -12,6 +12,7 @@ from typing import cast
 import torch
 
 from openm6.checkpoint.folder import list_checkpoints
+from openm6.core.device import free_host_bytes
 from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.models.backbone import Backbone
@@ -249,18 +250,6 @@ def layouts_of(config: BackboneConfig, rule: UpdateRule) -> list[RecordLayout]:
     return [RecordLayout(set_shapes(cast(Block, block)), rule) for block in blocks]
 
 
-def free_host_bytes() -> float:
-    """Return what may still be allocated on the host: by the system's count, and by the limit of the control group."""
-    found = [float("inf")]
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            found.append(float(line.split()[1]) * 1024)
-    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        found.append(float(limit) - float(used))
-    return min(found)
-
-
 def free_disk_bytes(checkpoints: Path) -> int:
     """Return what checkpoints in this folder may take: free space, and that of older ones, which are deleted."""
     there = next(folder for folder in (checkpoints, *checkpoints.absolute().parents) if folder.exists())
@@ -301,10 +290,3 @@ def _size(num_bytes: float) -> str:
     """Format a number of bytes."""
     unit, name = next((pair for pair in UNITS if num_bytes >= pair[0]), UNITS[-1])
     return f"{num_bytes / unit:.3g} {name}"
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError:
-        return ""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
+from openm6.core.device import process_memory, reset_peak_memory
 from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
@@ -22,7 +21,6 @@ from openm6.train.pseudo_to_real import SwitchClock, lr_after_switch
 from openm6.train.step import StepReport, TrainStep, seed_everything
 from openm6.train.training_task import TrainingTask
 
-PROCESSES = Path("/proc")
 HELD_OUT_PREFIX = "held_out/"
 MIN_SWAPPED = 2**28  # bytes swapped out that are worth a warning
 SPIKE_DECAY = 0.98  # fraction of the running mean that is kept per step: about the last 50 steps
@@ -109,7 +107,7 @@ class MemoryCallback(Callback):
             torch.cuda.reset_peak_memory_stats(self._device)
             self._start: int | None = torch.cuda.memory_allocated(self._device)
             return
-        reset_peak()
+        reset_peak_memory()  # so that loading the data does not count
         # A forked process shares the latter with this one until it writes there.
         self._start, self._inherited = process_memory("VmRSS"), process_memory("RssAnon") or 0
 
@@ -125,23 +123,6 @@ class MemoryCallback(Callback):
         keys = ("VmHWM", "RssShmem", "RssFile")
         peak, shared, mapped = (process_memory(key, process) or 0 for key in keys)
         return max(0, peak - shared - mapped - self._inherited)
-
-
-def process_memory(key: str, process: str = "self") -> int | None:
-    """Return `VmRSS` (now), `VmHWM` (the peak) or the like of a process in bytes; None if Linux does not report it."""
-    try:
-        lines = (PROCESSES / process / "status").read_text(encoding="utf-8").splitlines()
-    except OSError:  # another system, or the process has just ended
-        return None
-    values = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
-    return int(values[0]) * 1024 if values else None
-
-
-def reset_peak() -> None:
-    """Reset `VmHWM`, so that loading the data does not count; without the permission it does."""
-    with suppress(OSError):
-        # The 5 resets the peak alone (proc(5)).
-        (PROCESSES / "self/clear_refs").write_text("5")
 
 
 class HeldOutCallback(Callback):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from openm6.core.device import resolve_device
+from openm6.core import device
+from openm6.core.device import free_host_bytes, process_memory, resolve_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,3 +51,20 @@ def test_only_one_file_asks_for_the_device():
     }
     # The server's replicas only count the GPUs that each is to be given, without opening one.
     assert asking == {"openm6/core/device.py", "openm6/serve/replicas.py"}
+
+
+def test_memory_is_read_from_the_system(tmp_path, monkeypatch):
+    assert 0 < free_host_bytes() < 2**50
+    for folder in ("self", "group"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "self/status").write_text("Name:\tpython\nVmRSS:\t  2048 kB\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable: 800 kB\n")
+    (tmp_path / "group/memory.max").write_text("max\n")
+    (tmp_path / "group/memory.current").write_text("1000\n")
+    monkeypatch.setattr(device, "PROCESSES", tmp_path)
+    monkeypatch.setattr(device, "CONTROL_GROUP", tmp_path / "group")
+    assert process_memory("VmRSS") == 2**21
+    assert process_memory("VmHWM") is None and process_memory("VmRSS", "12") is None
+    assert free_host_bytes() == 800 * 1024
+    (tmp_path / "group/memory.max").write_text("5000\n")
+    assert free_host_bytes() == 4000

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from openm6.checkpoint.folder import latest, read_state
+from openm6.core import device
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.offload.config import OffloadConfig
 from openm6.parallel.process_group import ProcessGroupContext
-from openm6.train import callbacks
 from openm6.train.callbacks import SpikeDetector, SwapCallback
 from openm6.train.config import HeldOutConfig, LoopConfig
 from openm6.train.loop import train
@@ -287,7 +287,7 @@ def test_other_errors_are_bugs_and_pass() -> None:
 def test_swapping_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(callbacks, "PROCESSES", tmp_path)
+    monkeypatch.setattr(device, "PROCESSES", tmp_path)
     (tmp_path / "self").mkdir()
     status, callback = tmp_path / "self/status", SwapCallback()
     report: Any = SimpleNamespace(step=3)

@@ -1,4 +1,4 @@
-"""What follows the last step: the model is judged where it stands, and what fails then loses nothing."""
+"""After the last step: the model in memory is evaluated, and what fails then loses nothing."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def load_no_second(monkeypatch: pytest.MonkeyPatch, layers: bool) -> None:
     monkeypatch.setattr("openm6.train.multimodal.load", load_layers)
 
 
-STREAMED = {
+OFFLOADED = {
     "offload": {"num_gpu_layers": 1},
     "optimizer": {"learning_rate": 0.002, "precision": "bf16-adafactor"},
 }
 
 
-@pytest.mark.parametrize("loop", [{}, STREAMED], ids=["plain", "offloaded"])
+@pytest.mark.parametrize("loop", [{}, OFFLOADED], ids=["plain", "offloaded"])
 def test_no_second_model_is_loaded_whole_to_evaluate_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: dict[str, Any]
 ) -> None:
@@ -82,9 +82,9 @@ def test_no_second_model_is_loaded_whole_to_evaluate_a_run(
 
 
 @pytest.mark.parametrize(
-    ("changes", "loop"), [({"at_end": False}, {}), ({}, STREAMED)], ids=["turned off", "offloaded"]
+    ("changes", "loop"), [({"at_end": False}, {}), ({}, OFFLOADED)], ids=["turned off", "offloaded"]
 )
-def test_a_run_that_is_not_to_be_judged_is_not(
+def test_a_run_that_is_not_to_be_evaluated_is_not(
     tmp_path: Path, changes: dict[str, Any], loop: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = tiny_recipe(1, num_processes=1, **loop) | ONE_TEXT | {"eval": {**EVAL, **changes}}
@@ -112,7 +112,7 @@ def test_a_failure_after_training_says_that_nothing_is_lost_and_resuming_repeats
     assert "\n" not in str(failure.value) and "go on with --resume" in str(failure.value)
     lines = (run / "metrics.jsonl").read_text()
     # The evaluation is kept: only the report is missing.
-    monkeypatch.setattr("openm6.train.multimodal.evaluate", lambda *_, **__: pytest.fail("judged again"))
+    monkeypatch.setattr("openm6.train.multimodal.evaluate", lambda *_, **__: pytest.fail("evaluated again"))
     with caplog.at_level("INFO", logger="openm6"):
         assert train_recipe(path, resume=True, out=run).steps == 2
     assert "epochs of each source and task: digits/image_classification 1." in caplog.text
@@ -124,8 +124,8 @@ def test_a_failure_after_training_says_that_nothing_is_lost_and_resuming_repeats
     assert "nothing is left to do" in caplog.text
 
 
-def judged_on_ranks(recipe: str, folder: str, axes: tuple[int, int, int]) -> dict[str, Any] | None:
-    """A run of this rank; what was reported is given by rank 0."""
+def evaluated_on_ranks(recipe: str, folder: str, axes: tuple[int, int, int]) -> dict[str, Any] | None:
+    """Run on this rank; rank 0 returns what was reported."""
     names = ("dp_replicate", "dp_shard", "ep")
     checked, _ = read_recipe(Path(recipe), [f"parallel.{n}={s}" for n, s in zip(names, axes, strict=True)])
     ranks, run = DistributedContext(CPU, 60), RunFolder.open(folder)
@@ -140,7 +140,7 @@ def judged_on_ranks(recipe: str, folder: str, axes: tuple[int, int, int]) -> dic
 
 
 @pytest.mark.parametrize(("axes", "loop"), [
-    ((2, 1, 1), {}), ((1, 2, 1), {}), ((1, 1, 2), STREAMED),
+    ((2, 1, 1), {}), ((1, 2, 1), {}), ((1, 1, 2), OFFLOADED),
 ])  # fmt: skip
 def test_no_second_model_is_loaded_whole_to_evaluate_ranks(
     tmp_path: Path, two: Fleet, axes: tuple[int, int, int], loop: dict[str, Any]
@@ -150,7 +150,7 @@ def test_no_second_model_is_loaded_whole_to_evaluate_ranks(
         "eval": {**EVAL, "at_end": True, "num_processes": 1},
     }
     path = write_recipe(tmp_path, recipe | {"packing": {"batch_size": 2, "seq_len": 160, "num_shards": 2}})
-    found = two.run(judged_on_ranks, path, str(tmp_path / "run"), axes)[0]
+    found = two.run(evaluated_on_ranks, path, str(tmp_path / "run"), axes)[0]
     expected = tasks_of(evaluate(tmp_path / "run"))
     assert set(found) == set(expected)
     for name, entry in expected.items():

@@ -27,12 +27,12 @@ from openm6.evaluate.run import evaluate
 from openm6.inference.load import load
 from openm6.modalities.registry import MODALITIES
 from openm6.tasks.registry import TASKS
-from openm6.train.metrics import Line, read_metrics
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe
 from tests.data.sample_images import png
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
+from tests.train.toy_training import untimed
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -56,14 +56,6 @@ def unbroken(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "report.json").read_text(encoding="utf-8"))
-
-
-def losses(run: Path) -> list[Line]:
-    """The metrics without what the clock and the machine decide."""
-    other = ("seconds", "tokens_per_second", "joules", "watts", "energy", "memory", "metering")
-    return [
-        {k: v for k, v in line.items() if not k.startswith(other)} for line in read_metrics(RunFolder(run))
-    ]
 
 
 def test_the_report_has_its_documented_parts(unbroken: Path) -> None:
@@ -97,8 +89,8 @@ def test_the_page_is_written_and_needs_nothing_else(unbroken: Path) -> None:
     assert page.startswith("<!doctype html>") and "<script" not in page and 'src="http' not in page
 
 
-def test_metrics_tell_of_every_modality(unbroken: Path) -> None:
-    names = {name for line in losses(unbroken) for name in line}
+def test_metrics_cover_every_modality(unbroken: Path) -> None:
+    names = {name for line in untimed(unbroken) for name in line}
     assert {
         "loss/text",
         "loss/image_out",
@@ -107,15 +99,15 @@ def test_metrics_tell_of_every_modality(unbroken: Path) -> None:
         "expert_load_cv",
         "packing_efficiency",
     } <= names
-    assert [line["step"] for line in losses(unbroken)] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in untimed(unbroken)] == list(range(1, STEPS + 1))
 
 
-def test_a_checkpoint_is_enough_to_judge_again(unbroken: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_enough_to_evaluate_again(unbroken: Path, tmp_path: Path) -> None:
     scores = tmp_path / "scores.json"
-    judgement = evaluate(unbroken, json_path=scores)
+    report = evaluate(unbroken, json_path=scores)
     again = json.loads(scores.read_text(encoding="utf-8"))
     assert set(again) == {"checkpoint", "seconds", "tasks"} and again["tasks"] == report_of(unbroken)["tasks"]
-    assert all(len(result.samples) == 1 for result in judgement.results)
+    assert all(len(result.samples) == 1 for result in report.results)
     loaded = load(latest(unbroken))
     assert loaded.description.preset == "nano" and not loaded.omni.training
 
@@ -145,7 +137,7 @@ def test_killed_and_resumed_equals_unbroken(recipe: str, unbroken: Path, tmp_pat
     assert result.steps == STEPS and result.checkpoint.name == f"step-{STEPS}"
     for name in ("model.safetensors", "optimizer.safetensors", "model.json", "tokenizer.json"):
         assert (latest(folder) / name).read_bytes() == (latest(unbroken) / name).read_bytes(), name
-    assert losses(folder) == losses(unbroken)
+    assert untimed(folder) == untimed(unbroken)
     assert report_of(folder)["tasks"] == report_of(unbroken)["tasks"]
 
 
@@ -176,10 +168,10 @@ def test_a_mistaken_setting_leaves_a_run_as_it_was(unbroken: Path, setting: str,
 
 def test_a_disk_that_fills_up_leaves_the_run_to_go_on_with(recipe: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first = train_recipe(recipe, ["loop.steps=2"], out=run).checkpoint
+    first = train_recipe(recipe, ["loop.steps=2", "eval.at_end=false"], out=run).checkpoint
     whole = {path.name: path.read_bytes() for path in first.iterdir()}
     with (
-        a_disk_that_takes(200_000),
+        disk_limited_to(200_000),
         pytest.raises(OpenM6Error, match="step-4 could not be written .*free some space"),
     ):
         train_recipe(recipe, ["loop.steps=4", "loop.save_every=2"], resume=True, out=run)
@@ -188,7 +180,7 @@ def test_a_disk_that_fills_up_leaves_the_run_to_go_on_with(recipe: str, tmp_path
 
 
 @contextmanager
-def a_disk_that_takes(most: int) -> Iterator[None]:
+def disk_limited_to(most: int) -> Iterator[None]:
     """While entered, no file of this process may have more bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
@@ -281,7 +273,7 @@ def test_a_few_broken_records_are_set_aside_and_listed(
     )
 
 
-def test_broken_images_do_not_stop_the_judging_of_drawings(tmp_path: Path) -> None:
+def test_broken_images_do_not_stop_the_evaluation_of_drawn_ones(tmp_path: Path) -> None:
     recipe = (
         tiny_recipe(2, save_every=2) | images(tmp_path / "data", broken=4, count=30) | {"max_broken": 0.5}
     )
@@ -355,7 +347,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_recipe_cannot_say_is_one_sentence_with_a_hint(recipe: str, tmp_path: Path, case: str) -> None:
+def test_a_mistake_in_a_recipe_is_one_sentence_with_a_hint(recipe: str, tmp_path: Path, case: str) -> None:
     overrides, sentence = REFUSED[case]
     with pytest.raises(OpenM6Error, match=sentence) as caught:
         train_recipe(recipe, overrides, out=tmp_path / "run")
@@ -368,15 +360,15 @@ def test_a_recipe_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
         train_recipe("demoo", out=tmp_path)
 
 
-def test_embeddings_are_taught_beside_answers(tmp_path: Path) -> None:
-    """A mixture of both kinds of task has both losses; its checkpoint makes embeddings, its report tells recall."""
+def test_embeddings_are_trained_with_answers(tmp_path: Path) -> None:
+    """A mixture of both kinds of task has both losses; its checkpoint makes embeddings, its report has recall."""
     values = tiny_recipe(3)
     values["mixture"] = [
         {"source": "digits", "task": "image_text_retrieval", "weight": 3},
         {"source": "digits", "task": "image_classification"},
     ]
     train_recipe(write_recipe(tmp_path, values), out=tmp_path / "run")
-    names = {name for line in losses(tmp_path / "run") for name in line}
+    names = {name for line in untimed(tmp_path / "run") for name in line}
     assert {"loss/pool", "loss/text"} <= names
     entry = report_of(tmp_path / "run")["tasks"]["image_text_retrieval/digits"]
     assert entry["metric"] == "recall_at_1" and entry["baseline_name"] == "chance"
@@ -384,7 +376,7 @@ def test_embeddings_are_taught_beside_answers(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_no_row_uses_adds_nothing_even_when_it_is_not_finite(tmp_path: Path) -> None:
-    """Where weights are cut, each has a gradient of zeros for the others' sake."""
+    """In a sharded model each weight needs a gradient, if only of zeros."""
     recipe = build(MultimodalRecipe, tiny_recipe(1) | text_only(), "tiny")
     training = MultimodalTraining(recipe, RunFolder.open(tmp_path), torch.device("cpu"))
     unused = list(training.omni.adapter("image_in").parameters())
@@ -404,12 +396,12 @@ def test_the_parts_of_a_batch_add_up_to_its_loss_and_gradient(tmp_path: Path) ->
     assert training.max_parts == 2
     batch = next(training.batches())
     whole = training.loss(batch)
-    wanted = torch.autograd.grad(whole.loss, list(training.model.parameters()), allow_unused=True)
+    expected = torch.autograd.grad(whole.loss, list(training.model.parameters()), allow_unused=True)
     parts = [training.loss(part) for part in training.split(batch, 3)]
     total = torch.stack([part.loss for part in parts]).sum()
     assert total.item() == pytest.approx(whole.loss.item(), rel=1e-4)
     found = torch.autograd.grad(total, list(training.model.parameters()), allow_unused=True)
-    for (name, _), one, other in zip(training.model.named_parameters(), wanted, found, strict=True):
+    for (name, _), one, other in zip(training.model.named_parameters(), expected, found, strict=True):
         assert (one is None) == (other is None), name
         if one is not None:
             torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-5, msg=name)

@@ -12,11 +12,11 @@ import torch
 from openm6.checkpoint.folder import latest, read_state, step_folder
 from openm6.checkpoint.save import Snapshot, save
 from openm6.core.config import build
+from openm6.core.device import process_memory, reset_peak_memory
 from openm6.core.errors import CheckpointError
 from openm6.core.run_folder import RunFolder
 from openm6.inference.load import load
 from openm6.nn.config import ExpertsConfig
-from openm6.train.callbacks import process_memory, reset_peak
 from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 from openm6.train.convert import convert
 from openm6.train.loop import train
@@ -157,7 +157,7 @@ def test_sets_are_saved_and_read_without_a_second_copy(tmp_path: Path) -> None:
 
 def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:
     """What the work gives, and by how many bytes the process's memory rose meanwhile."""
-    reset_peak()
+    reset_peak_memory()
     before = process_memory("VmHWM") or 0
     if before > (process_memory("VmRSS") or 0) + 2**23:
         pytest.skip("the system does not let a process forget its peak")

@@ -84,9 +84,9 @@ def test_a_plan_and_a_run_of_a_preset_have_one_backbone_and_one_vocabulary(
     assert read_model(name).vocabulary == preset(name).vocab_size
 
 
-@pytest.mark.parametrize(("named", "wanted"), [(None, 4096), (400, 400)])
-def test_the_tokenizer_is_learned_at_that_size(
-    named: int | None, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("named", "expected"), [(None, 4096), (400, 400)])
+def test_the_tokenizer_is_trained_at_that_size(
+    named: int | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
 
@@ -99,4 +99,4 @@ def test_the_tokenizer_is_learned_at_that_size(
     training = MultimodalTraining(
         build(MultimodalRecipe, values, "recipe"), RunFolder(tmp_path), torch.device("cpu")
     )
-    assert sizes == [wanted] and training.description.modalities.text.vocab_size == wanted
+    assert sizes == [expected] and training.description.modalities.text.vocab_size == expected
