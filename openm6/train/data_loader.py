@@ -28,7 +28,7 @@ class Prefetch(Generic[Item]):
 
     def __init__(self, source: Iterator[Item], ahead: int) -> None:
         self._source = source
-        self._ready: queue.Queue[Item | _End] = queue.Queue(maxsize=ahead)
+        self._ready: queue.Queue[Item | BaseException] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="openm6-batches", daemon=True)
 
@@ -45,9 +45,9 @@ class Prefetch(Generic[Item]):
 
     def __next__(self) -> Item:
         item = self._ready.get()
-        if isinstance(item, _End):
+        if isinstance(item, BaseException):
             self._put(item)  # a later call raises it again
-            raise item.error
+            raise item
         return item
 
     def _fill(self) -> None:
@@ -60,9 +60,9 @@ class Prefetch(Generic[Item]):
             error: BaseException = TrainingError(ENDED)
         except BaseException as failure:  # raised again where the batch is asked for
             error = failure
-        self._put(_End(error))
+        self._put(error)
 
-    def _put(self, item: Item | _End) -> bool:
+    def _put(self, item: Item | BaseException) -> bool:
         """Return False if the reader has gone."""
         while not self._stop.is_set():
             try:
@@ -71,11 +71,6 @@ class Prefetch(Generic[Item]):
             except queue.Full:
                 continue
         return False
-
-
-class _End:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
 
 
 class DataWorker:
