@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class WorkShare:
-    """One kind's part in a step: its tokens, and the floating-point operations that they took."""
+class WorkCount(NamedTuple):
+    """The part of one modality or task in a step: its tokens, and the floating-point operations that they took."""
 
     tokens: int
     operations: float
 
 
-Work = Mapping[str, Mapping[str, WorkShare]]
-"""`modality` or `task` -> its name -> its share of a step."""
+Work = Mapping[str, Mapping[str, WorkCount]]
+"""`modality` or `task` -> its name -> its part of a step."""
 
 
 @dataclass
@@ -38,7 +37,7 @@ class EnergyTracker:
     """The energy use of a run.
 
     A step's joules go to its stage as a whole, and to modalities and tasks in proportion to the operations that their
-    tokens took in it (`WorkShare.operations`). `between`: joules while no step ran (waiting, evaluating, saving).
+    tokens took in it (`WorkCount.operations`). `between`: joules while no step ran (waiting, evaluating, saving).
     `repeated`: joules of steps that a crash lost and that were taken again. All add up to `joules`.
     """
 
@@ -71,13 +70,11 @@ class EnergyTracker:
         """Add one step; names of `work` without tokens are left out."""
         self.stages.setdefault(stage, EnergyUse()).add(joules, tokens, seconds)
         for kind, uses in (("modality", self.modalities), ("task", self.tasks)):
-            shares = work.get(kind, {})
-            total = sum(share.operations for share in shares.values())
-            for name, share in shares.items():
-                if not share.tokens:
-                    continue
-                part = share.operations / total if total > 0 else 0.0
-                uses.setdefault(name, EnergyUse()).add(joules * part, share.tokens, seconds * part)
+            counts = {name: count for name, count in work.get(kind, {}).items() if count.tokens}
+            total = sum(count.operations for count in counts.values())
+            for name, count in counts.items():
+                part = count.operations / total if total > 0 else 0.0
+                uses.setdefault(name, EnergyUse()).add(joules * part, count.tokens, seconds * part)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for `from_json`."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from openm6.energy.counter import SOURCES, EnergyReading
 from openm6.energy.meter import Meter, open_meter
-from openm6.energy.tracker import EnergyTracker, WorkShare
+from openm6.energy.tracker import EnergyTracker, WorkCount
 from openm6.modalities.batch import Batch
 from openm6.modalities.text import TextAdapter
 from openm6.models.config import count_parameters
@@ -159,20 +159,20 @@ class Attribution:
             if isinstance(adapter, TextAdapter):  # the embedding is the output layer as well
                 self._learned[name] += PASSES * adapter.embedding.weight.numel()
 
-    def work(self, batch: Batch) -> dict[str, dict[str, WorkShare]]:
+    def work(self, batch: Batch) -> dict[str, dict[str, WorkCount]]:
         """Return the batch's work by modality and by task; call it while the batch is still on the CPU."""
         tokens, operations = np.zeros(batch.num_examples), np.zeros(batch.num_examples)  # E
-        modalities = dict.fromkeys(self._input, WorkShare(0, 0.0))
+        modalities = dict.fromkeys(self._input, WorkCount(0, 0.0))
         for name, kind in batch.groups.items():
             learned = kind.weight.numpy() > 0  # n
             cost = self._backbone + np.where(learned, self._learned[name], self._input[name])
             example = kind.example.numpy()
             tokens += np.bincount(example, minlength=batch.num_examples)
             operations += np.bincount(example, weights=cost, minlength=batch.num_examples)
-            modalities[name] = WorkShare(len(learned), float(cost.sum()))
+            modalities[name] = WorkCount(len(learned), float(cost.sum()))
         of_task = {task: np.array([name == task for name in batch.tasks]) for task in self._tasks}
         tasks = {
-            task: WorkShare(int(tokens @ chosen), float(operations @ chosen))
+            task: WorkCount(int(tokens @ chosen), float(operations @ chosen))
             for task, chosen in of_task.items()
         }
         return {"modality": modalities, "task": tasks}

@@ -19,7 +19,7 @@ from openm6.checkpoint.save import Shard
 from openm6.core.errors import ConfigError, TrainingError
 from openm6.core.log import get_log
 from openm6.core.seeds import derive_seed
-from openm6.energy.tracker import Work, WorkShare
+from openm6.energy.tracker import Work, WorkCount
 from openm6.models.backbone import Backbone
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, RunBlock, run_plainly
 from openm6.ops.matmul import HALF, bf16_matmul, has_bf16
@@ -179,7 +179,7 @@ def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) 
     routed = [tensor for stats in result.loads for tensor in (stats.load, stats.dropped)]
     counts = [float(tokens)]
     for named in result.work.values():
-        counts += [value for one in named.values() for value in (one.tokens, one.operations)]
+        counts += [value for count in named.values() for value in count]
     # fp64, so that numbers of tokens stay whole numbers.
     numbers = torch.tensor(counts, dtype=torch.float64, device=device)
     tensors = [tensor.detach() for tensor in (result.loss, *metrics.values(), *routed, numbers)]
@@ -191,7 +191,7 @@ def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) 
     total, *rest = next(sums).tolist()
     left = iter(rest)
     work = {
-        kind: {name: WorkShare(round(next(left)), next(left)) for name in named}
+        kind: {name: WorkCount(round(next(left)), next(left)) for name in named}
         for kind, named in result.work.items()
     }
     return StepResult(loss, {**summed}, loads, work), round(total)

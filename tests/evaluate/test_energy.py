@@ -12,7 +12,7 @@ from openm6.cli.energy import print_energy
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.energy.carbon import grid
-from openm6.energy.tracker import EnergyTracker, WorkShare
+from openm6.energy.tracker import EnergyTracker, WorkCount
 from openm6.evaluate.energy import EnergyAccount, read_account
 from openm6.evaluate.report import report_html
 from openm6.evaluate.summary import card
@@ -23,8 +23,8 @@ def ledger() -> EnergyTracker:
     """1,000 J over 5,000 tokens: 900 in steps of two stages, 80 between, 20 repeated."""
     found = EnergyTracker(by_source={"nvml": 700.0, "estimate": 300.0}, between=80.0, repeated=20.0)
     work = {
-        "modality": {"text": WorkShare(4, 3.0), "image_out": WorkShare(1, 1.0)},
-        "task": {"text_to_image": WorkShare(5, 4.0)},
+        "modality": {"text": WorkCount(4, 3.0), "image_out": WorkCount(1, 1.0)},
+        "task": {"text_to_image": WorkCount(5, 4.0)},
     }
     found.add_step("pseudo", 400.0, 3000, 2.0, work)
     found.add_step("real", 500.0, 2000, 2.0, work)

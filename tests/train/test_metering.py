@@ -10,7 +10,7 @@ import pytest
 
 from openm6.checkpoint.folder import latest, read_state
 from openm6.core.run_folder import RunFolder
-from openm6.energy.tracker import EnergyTracker, WorkShare
+from openm6.energy.tracker import EnergyTracker, WorkCount
 from openm6.modalities.batch import build_sequence, collate
 from openm6.models.config import count_parameters
 from openm6.models.omni import Omni
@@ -126,7 +126,7 @@ def test_operations_follow_tokens_and_what_their_adapters_multiply() -> None:
         {name: share for name, share in work[kind].items() if share.tokens} for kind in ("modality", "task")
     )
     assert set(tasks) == {"echo", "speech_recognition"} and set(kinds) == set(batch.groups)
-    assert set(work["modality"]) == set(omni.adapters) and work["task"]["translation"] == WorkShare(0, 0.0)
+    assert set(work["modality"]) == set(omni.adapters) and work["task"]["translation"] == WorkCount(0, 0.0)
     assert sum(share.tokens for share in kinds.values()) == batch.tokens
     assert sum(share.tokens for share in tasks.values()) == batch.tokens
     operations = sum(share.operations for share in tasks.values())

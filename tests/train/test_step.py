@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from openm6.core.errors import ConfigError
-from openm6.energy.tracker import WorkShare
+from openm6.energy.tracker import WorkCount
 from openm6.models.backbone import Backbone
 from openm6.models.presets import preset
 from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly
@@ -60,8 +60,8 @@ def test_everything_of_a_step_is_summed_over_ranks() -> None:
     ones = torch.ones(())
     stats = RouterStats(0, torch.tensor([1.0, 3.0]), ones, ones, ones * 0.25, ones)
     work = {
-        "modality": {"text": WorkShare(2**24 + 1, 0.5), "image_out": WorkShare(0, 0.0)},
-        "task": {"translation": WorkShare(3, 7.0)},
+        "modality": {"text": WorkCount(2**24 + 1, 0.5), "image_out": WorkCount(0, 0.0)},
+        "task": {"translation": WorkCount(3, 7.0)},
     }
     result, tokens = sum_over_ranks(
         StepResult(ones, {"loss/text": ones * 2, "plain": 3.0}, [stats], work), 2**24 + 1, TwoRanks()
@@ -70,8 +70,8 @@ def test_everything_of_a_step_is_summed_over_ranks() -> None:
     assert {name: float(value) for name, value in result.metrics.items()} == {"loss/text": 4.0, "plain": 6.0}
     assert result.loads[0].load.tolist() == [2.0, 6.0] and float(result.loads[0].dropped) == 0.5
     assert result.work == {
-        "modality": {"text": WorkShare(tokens, 1.0), "image_out": WorkShare(0, 0.0)},
-        "task": {"translation": WorkShare(6, 14.0)},
+        "modality": {"text": WorkCount(tokens, 1.0), "image_out": WorkCount(0, 0.0)},
+        "task": {"translation": WorkCount(6, 14.0)},
     }
 
 
