@@ -79,6 +79,6 @@ def test_the_playground_shows_it_in_its_language(tmp_path) -> None:  # type: ign
     with server.engine:
         for language, word in (("en", "never trained"), ("zh", "未学过")):
             shown = asyncio.run(answers.answer_freely(server, language, "Hello <b>", None, None, "text", 0))  # type: ignore[arg-type]
-            assert word in shown.note and 'class="untaught"' in shown.note and " s" in shown.note
+            assert word in shown.note and 'class="untrained"' in shown.note and " s" in shown.note
         shown = asyncio.run(answers.answer_freely(server, "en", "What is this?", str(image), None, "text", 0))
-        assert "untaught" not in shown.note
+        assert "untrained" not in shown.note

@@ -100,8 +100,8 @@ async def _answer(
     loaded, value = server.loaded, answer.value
     note = energy_note(answer, language)
     verdict = verdict_on(request, answer, loaded.description)
-    if not verdict.trained:
-        note = f'<p class="untaught">{html.escape(verdict.message(language))}</p>' + note
+    if not verdict.taught:
+        note = f'<p class="untrained">{html.escape(verdict.said(language))}</p>' + note
     if output == "text":
         return Shown(text=value, note=note)
     if output == "image":

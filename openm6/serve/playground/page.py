@@ -16,12 +16,11 @@ from openm6.serve.playground.inputs import image_input, make_slots, slot_updates
 from openm6.serve.scenarios.ask import example_fits
 from openm6.serve.scenarios.scenario import (
     Bilingual,
-    Catalogue,
     Language,
     Output,
     Readiness,
     Scenario,
-    read_catalogue,
+    read_library,
     readiness,
 )
 from openm6.serve.server import Server
@@ -64,9 +63,9 @@ def add_playground(app: FastAPI) -> FastAPI:
 class Page:
     """Builds the page of one server and answers its events."""
 
-    def __init__(self, server: Server, catalogue: Catalogue | None = None) -> None:
+    def __init__(self, server: Server) -> None:
         self.server = server
-        self.catalogue = catalogue or read_catalogue()
+        self.library = read_library()
         # Components whose label changes with the language.
         self.labels: list[tuple[gradio.components.Component | gradio.Tab, Bilingual]] = []
 
@@ -95,7 +94,7 @@ class Page:
 
     def first_scenario(self) -> Scenario:
         """Return the scenario that the page opens with."""
-        return self._best(list(self.catalogue.scenarios.values()))
+        return self._best(list(self.library.scenarios.values()))
 
     def opening_tab(self, first: Scenario) -> str:
         """Return the tab that is shown: scenarios, unless the model can do none."""
@@ -120,7 +119,7 @@ class Page:
 
     def _scenario_tab(self, first: Scenario) -> None:
         with gradio.Tab(words.SCENARIOS.en, id="scenarios") as tab:
-            domain = self.catalogue.domain_of(first.name)
+            domain = self.library.domain_of[first.name]
             self.domain = gradio.Dropdown(
                 self._domains("en"), value=domain, label=words.DOMAIN.en, elem_id="domain"
             )
@@ -194,12 +193,12 @@ class Page:
 
     def choose_domain(self, domain: str, language: Language) -> Any:
         """Return the scenarios of a domain, the first that works chosen."""
-        first = self._best(self.catalogue.domains[domain].scenarios)
+        first = self._best(self.library.domains[domain].scenarios)
         return gradio.update(choices=self._choices(domain, language), value=first.name)
 
     def choose_scenario(self, name: str, language: Language) -> list[Any]:
         """Return what the scenario is and its inputs, filled with the example if it fits the model."""
-        scenario = self.catalogue.named(name)
+        scenario = self.library.named(name)
         filled = self._fits(scenario, language)
         return [self._about(scenario, language), *slot_updates(scenario, language, filled)]
 
@@ -221,7 +220,7 @@ class Page:
         self, language: Language, name: str, seed: float, drawn: Images, *slots: Any
     ) -> list[Any]:
         """Return a scenario's answer in the panel."""
-        scenario = self.catalogue.named(name)
+        scenario = self.library.named(name)
         able = self._readiness(scenario)
         if not able.trained:
             return _failed(able.text(language), language, drawn)
@@ -251,7 +250,7 @@ class Page:
         return _panel(shown, text[:40], drawn)
 
     def _domains(self, language: Language) -> list[tuple[str, str]]:
-        return [(domain.title.text(language), name) for name, domain in self.catalogue.domains.items()]
+        return [(domain.title.text(language), name) for name, domain in self.library.domains.items()]
 
     def _choices(self, domain: str, language: Language) -> list[tuple[str, str]]:
         """Titles, those that need training marked by a ring."""
@@ -260,7 +259,7 @@ class Page:
                 ("● " if self._readiness(scenario).ready else "○ ") + scenario.title.text(language),
                 scenario.name,
             )
-            for scenario in self.catalogue.domains[domain].scenarios
+            for scenario in self.library.domains[domain].scenarios
         ]
 
     def _about(self, scenario: Scenario, language: Language) -> str:

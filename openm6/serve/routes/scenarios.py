@@ -24,7 +24,7 @@ from openm6.serve.scenarios.scenario import (
     Bilingual,
     Language,
     Scenario,
-    read_catalogue,
+    read_library,
     readiness,
     require,
 )
@@ -42,7 +42,7 @@ from openm6.serve.schemas import (
 )
 from openm6.serve.server import Server, ThisCall, ThisServer
 
-CATALOGUE = read_catalogue()
+LIBRARY = read_library()
 COVERAGE = 0.8
 MISSING: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No scenario has this name."}
@@ -58,19 +58,12 @@ TextList = Annotated[list[str], Field(fail_fast=True)]
 Value = str | Series | dict[str, float | None] | NumberList | TextList
 
 
-class Titles(BaseModel):
-    """The same in English and Chinese."""
-
-    en: str
-    zh: str
-
-
 class ScenarioInput(BaseModel):
     """One input."""
 
     name: str
     kind: str
-    title: Titles
+    title: Bilingual
 
 
 class ScenarioEntry(BaseModel):
@@ -79,16 +72,16 @@ class ScenarioEntry(BaseModel):
     id: str
     object: Literal["scenario"] = "scenario"
     domain: str
-    title: Titles
-    summary: Titles
+    title: Bilingual
+    summary: Bilingual
     inputs: list[ScenarioInput]
     output: str
-    prompt: Titles
+    prompt: Bilingual
     tasks: list[str]
     recipe: str
     ready: bool
     needs: list[str]
-    state: Titles
+    state: Bilingual
 
 
 class OneScenario(ScenarioEntry):
@@ -131,7 +124,7 @@ class ScenarioAnswer(Energy, Teaching):
 @router.get("", responses={401: DOCUMENTED[401]})
 async def list_all(server: ThisServer) -> ScenarioList:
     """All scenarios, and which of them this model can do."""
-    data = [ScenarioEntry(**_entry(server, scenario)) for scenario in CATALOGUE.scenarios.values()]
+    data = [ScenarioEntry(**_entry(server, scenario)) for scenario in LIBRARY.scenarios.values()]
     return ScenarioList(data=data)
 
 
@@ -165,7 +158,7 @@ async def answer(name: Name, body: ScenarioBody, call: ThisCall) -> ScenarioAnsw
 
 
 def _named(name: str) -> Scenario:
-    found = CATALOGUE.scenarios.get(name)
+    found = LIBRARY.scenarios.get(name)
     if found is None:
         raise HTTPException(404, f"no scenario is called {name!r}: GET /v1/scenarios lists them")
     return found
@@ -174,27 +167,19 @@ def _named(name: str) -> Scenario:
 def _entry(server: Server, scenario: Scenario) -> dict[str, Any]:
     """The fields of a `ScenarioEntry`."""
     found = readiness(scenario, server.loaded.description, server.scores)
+    inputs = [
+        ScenarioInput(name=name, kind=declared.kind, title=declared.label)
+        for name, declared in scenario.inputs.items()
+    ]
     return {
+        **scenario.model_dump(include={"title", "summary", "output", "prompt", "tasks", "recipe"}),
         "id": scenario.name,
-        "domain": CATALOGUE.domain_of(scenario.name),
-        "title": _titles(scenario.title),
-        "summary": _titles(scenario.summary),
-        "inputs": [
-            ScenarioInput(name=name, kind=declared.kind, title=_titles(declared.label))
-            for name, declared in scenario.inputs.items()
-        ],
-        "output": scenario.output,
-        "prompt": _titles(scenario.prompt),
-        "tasks": scenario.tasks,
-        "recipe": scenario.recipe,
+        "domain": LIBRARY.domain_of[scenario.name],
+        "inputs": inputs,
         "ready": found.ready,
         "needs": list(found.missing),
-        "state": Titles(en=found.text("en"), zh=found.text("zh")),
+        "state": Bilingual(en=found.text("en"), zh=found.text("zh")),
     }
-
-
-def _titles(text: Bilingual) -> Titles:
-    return Titles(en=text.en, zh=text.zh)
 
 
 def _examples(server: Server, scenario: Scenario) -> dict[str, dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""Served uses of a model, as data: what goes in, what comes out, in what words, and what must have been learned."""
+"""Uses of a model as data: inputs, output, prompt and the tasks that must have been trained."""

@@ -28,7 +28,7 @@ from openm6.serve.scenarios.scenario import SLOT, InputKind, Language, Scenario
 
 Values = Mapping[str, Any]
 EMBEDDED = "embedded:"
-RECORD_FIELDS: dict[InputKind, str] = {"image": "image", "audio": "audio"}
+MEDIA = ("image", "audio")  # kinds of inputs, and the fields of records that hold them
 
 
 def scenario_request(scenario: Scenario, language: Language, values: Values, seed: int = 0) -> Request:
@@ -68,13 +68,14 @@ def scenario_request(scenario: Scenario, language: Language, values: Values, see
 def scenario_parts(scenario: Scenario, language: Language, values: Values) -> tuple[Part, ...]:
     """Return the prompt with every input in its slot; neighbouring texts become one."""
     parts: list[Part] = []
-    for index, piece in enumerate(SLOT.split(scenario.prompt.text(language))):
+    # The odd ones are names of slots.
+    for index, words in enumerate(SLOT.split(scenario.prompt.text(language))):
         if index % 2 == 0:
-            part = Part("text", piece, {"cuttable": ()})
-        elif piece == "column":
+            part = Part("text", words, {"cuttable": ()})
+        elif words == "column":
             part = Part("text", str(scenario.column).replace("_", " "), {"cuttable": ()})
         else:
-            part = _part(scenario, piece, values)
+            part = _part(scenario, words, values)
         if part.modality == "text" and parts and parts[-1].modality == "text":
             parts[-1] = join_texts(parts[-1], part)
         elif part.raw != "":
@@ -105,45 +106,36 @@ def check_values(scenario: Scenario, values: Values) -> None:
             raise DataError(f"scenario {scenario.name} takes no input {name!r}; {hint}")
     for name, declared in scenario.inputs.items():
         if values.get(name) in (None, "", b"", {}, []):
-            raise DataError(f"scenario {scenario.name} needs the input {name!r} ({declared.kind}): give it")
-        if not _FITS[declared.kind](values[name]):
+            raise DataError(f"scenario {scenario.name} needs the input {name!r} ({declared.kind}): add it")
+        if not _is_valid(declared.kind, values[name]):
             raise DataError(f"input {name!r} of scenario {scenario.name} must be {_FORMS[declared.kind]}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_valid(kind: InputKind, value: Any) -> bool:
+    match kind, value:
+        case ("text", str()) | ("image" | "audio", bytes()):
+            return True
+        case "numbers", dict():
+            return _are_numbers(value.values())
+        case "series", {"name": str(), "values": [_, *_] as values, **others}:
+            return not others and _are_numbers(values)
+        case "candidates", list():
+            return all(isinstance(text, str) and text for text in value)
+        case "box", [left, top, right, bottom]:
+            return _is_interval(left, right) and _is_interval(top, bottom)
+        case "span", [start, end]:
+            return _is_interval(start, end)
+    return False
 
 
-def _is_row(value: Any) -> bool:
-    return isinstance(value, dict) and all(x is None or _is_number(x) for x in value.values())
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(x is None or (isinstance(x, int | float) and not isinstance(x, bool)) for x in values)
 
 
-def _is_series(value: Any) -> bool:
-    if not isinstance(value, dict) or set(value) != {"name", "values"} or not isinstance(value["name"], str):
-        return False
-    values = value["values"]
-    return isinstance(values, list) and bool(values) and all(x is None or _is_number(x) for x in values)
+def _is_interval(low: Any, high: Any) -> bool:
+    return None not in (low, high) and _are_numbers((low, high)) and 0 <= low < high <= 1
 
 
-def _are_fractions(value: Any, count: int) -> bool:
-    if not isinstance(value, list | tuple) or len(value) != count or not all(map(_is_number, value)):
-        return False
-    half = count // 2
-    return all(0 <= value[i] < value[i + half] <= 1 for i in range(half))
-
-
-_FITS = {
-    "text": lambda value: isinstance(value, str),
-    "image": lambda value: isinstance(value, bytes),
-    "audio": lambda value: isinstance(value, bytes),
-    "numbers": _is_row,
-    "series": _is_series,
-    "candidates": lambda value: (
-        isinstance(value, list) and all(isinstance(text, str) and text for text in value)
-    ),
-    "box": lambda value: _are_fractions(value, 4),
-    "span": lambda value: _are_fractions(value, 2),
-}
 _FORMS = {
     "text": "a text",
     "image": "the bytes of an image file",
@@ -180,37 +172,27 @@ def example_values(scenario: Scenario, language: Language) -> dict[str, Any]:
     """Return the inputs of a scenario's example, images and audio as bytes of a file."""
     values = dict(scenario.examples[language])
     for name, declared in scenario.inputs.items():
-        if declared.kind in RECORD_FIELDS:
-            values[name] = example_record(values[name])[RECORD_FIELDS[declared.kind]]
+        if declared.kind in MEDIA:
+            values[name] = example_record(values[name])[declared.kind]
     return values
 
 
 def example_fits(scenario: Scenario, language: Language, description: CheckpointConfig) -> bool:
     """Whether a model was trained on such inputs as the example holds: its columns, and data of the package.
 
-    A checkpoint that does not say where its records came from passes.
+    A checkpoint that does not name its sources passes.
     """
-    example = scenario.examples[language]
-    known = _package_data(description, {trained_task.source for trained_task in description.trained_tasks})
-    trained = {
-        trained_task.source
-        for trained_task in description.trained_tasks
-        if trained_task.task in scenario.tasks
-    }
-    for name, declared in scenario.inputs.items():
-        value = example[name]
-        columns = (
-            list(value)
-            if declared.kind == "numbers"
-            else [value["name"]]
-            if declared.kind == "series"
-            else []
-        )
+    tasks = description.trained_tasks
+    known = _package_data(description, {trained_task.source for trained_task in tasks})
+    used = {trained_task.source for trained_task in tasks if trained_task.task in scenario.tasks}
+    for name, value in scenario.examples[language].items():
+        kind = scenario.inputs[name].kind
+        columns = value if kind == "numbers" else [value["name"]] if kind == "series" else ()
         if not set(columns) <= set(description.scales):
             return False
-        if description.sources and declared.kind in RECORD_FIELDS and value.partition("#")[0] not in known:
+        if description.sources and kind in MEDIA and value.partition("#")[0] not in known:
             return False
-    return not description.sources or bool(_package_data(description, trained))
+    return not description.sources or bool(_package_data(description, used))
 
 
 def _package_data(description: CheckpointConfig, names: Iterable[str]) -> set[str]:

@@ -22,11 +22,11 @@ from openm6.serve.engine import Engine
 from openm6.serve.scenarios.ask import example_values, scenario_request
 from openm6.serve.scenarios.scenario import (
     LANGUAGES,
-    Catalogue,
     Language,
     Scenario,
+    ScenarioLibrary,
     Scores,
-    read_catalogue,
+    read_library,
     read_scores,
     readiness,
 )
@@ -42,11 +42,11 @@ def list_scenarios(trained: Path | None = None, language: Language = "en") -> Ta
         CheckpointError: there is no model there.
     """
     description, scores = _trained_on(trained)
-    catalogue = read_catalogue()
+    library = read_library()
     last = "state" if description is not None else "recipe"
     table = Table("scenario", "domain", "inputs", "output", "what it does", last, box=None)
-    for name, scenario in catalogue.scenarios.items():
-        domain = catalogue.domains[catalogue.domain_of(name)].title.text(language)
+    for name, scenario in library.scenarios.items():
+        domain = library.domains[library.domain_of[name]].title.text(language)
         takes = ", ".join(dict.fromkeys(declared.kind for declared in scenario.inputs.values()))
         state = scenario.recipe
         if description is not None:
@@ -56,11 +56,11 @@ def list_scenarios(trained: Path | None = None, language: Language = "en") -> Ta
 
 
 def scenarios_json(trained: Path | None = None) -> str:
-    """Return all that is known of each scenario, as JSON; with a run, `ready` and `needs`."""
+    """Return every field of each scenario as JSON; with a run, also `ready`, `needs` and `state`."""
     description, scores = _trained_on(trained)
-    catalogue, found = read_catalogue(), []
-    for name, scenario in catalogue.scenarios.items():
-        entry = {"domain": catalogue.domain_of(name), **scenario.model_dump(mode="json")}
+    library, found = read_library(), []
+    for name, scenario in library.scenarios.items():
+        entry = {"domain": library.domain_of[name], **scenario.model_dump(mode="json")}
         if description is not None:
             able = readiness(scenario, description, scores)
             entry |= {"ready": able.ready, "needs": list(able.missing), "state": able.text()}
@@ -79,7 +79,7 @@ def _trained_on(trained: Path | None) -> tuple[CheckpointConfig | None, Scores]:
 
 @dataclass(frozen=True)
 class ExampleResult:
-    """One example of one scenario: `state` is answered, untaught or failed."""
+    """One example of one scenario: `state` is answered, untrained or failed."""
 
     scenario: str
     language: Language
@@ -95,17 +95,17 @@ def run_scenarios(trained: Path, json_path: Path | None = None) -> list[ExampleR
         CheckpointError: there is no model there.
     """
     with Engine(load(trained), ONE_AT_A_TIME) as engine:
-        results = run_examples(engine, read_catalogue())
+        results = run_examples(engine, read_library())
     if json_path is not None:
         replace_text(json_path, results_json(results))
     return results
 
 
-def run_examples(engine: Engine, catalogue: Catalogue) -> list[ExampleResult]:
-    """Run the examples of a catalogue on a model."""
+def run_examples(engine: Engine, library: ScenarioLibrary) -> list[ExampleResult]:
+    """Run the examples of a library on a model."""
     return [
         run_example(engine, scenario, language)
-        for scenario in catalogue.scenarios.values()
+        for scenario in library.scenarios.values()
         for language in LANGUAGES
     ]
 
@@ -114,7 +114,7 @@ def run_example(engine: Engine, scenario: Scenario, language: Language) -> Examp
     """Run one example; a scenario that the model was not trained for is not run."""
     able = readiness(scenario, engine.loaded.description)
     if not able.trained:
-        return ExampleResult(scenario.name, language, "untaught", able.text(), 0.0)
+        return ExampleResult(scenario.name, language, "untrained", able.text(), 0.0)
     began = time.perf_counter()
     try:
         request = scenario_request(scenario, language, example_values(scenario, language))
@@ -132,7 +132,7 @@ def answer_text(scenario: Scenario, value: Any) -> str:
         low, high = value.interval(0.8)
         return f"{value.median()[0]:.4g} [{low[0]:.4g}, {high[0]:.4g}]"
     if scenario.output == "ranking":
-        order = np.argsort([nats / length for nats, length in value])
+        order = np.argsort([nll / length for nll, length in value])
         return " > ".join(str(index + 1) for index in order)
     if scenario.output == "embedding":
         return f"{len(value)} numbers"
@@ -142,7 +142,7 @@ def answer_text(scenario: Scenario, value: Any) -> str:
 def results_json(results: list[ExampleResult]) -> str:
     """Return the JSON of `openm6 evaluate --scenarios --json`: counts by state, and each example."""
     states = [result.state for result in results]
-    counts = {state: states.count(state) for state in ("answered", "untaught", "failed")}
+    counts = {state: states.count(state) for state in ("answered", "untrained", "failed")}
     return json.dumps(
         {**counts, "examples": [asdict(result) for result in results]}, ensure_ascii=False, indent=1
     )

@@ -1,6 +1,6 @@
 """Scenarios: uses of a model with inputs, prompt, decoding settings, tasks and an example that runs.
 
-Here is their schema, the catalogue of those in the package, and what a model can do of them by its training and by
+Here are their schema, the library of those in the package, and what a model can do of them by its trained tasks and by
 the report of its run.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from openm6.inference.sampling import Decoding
 from openm6.models.description import CheckpointConfig
 from openm6.tasks.registry import TASKS, unknown_task
 
-LIBRARY = Path(__file__).parent / "library"
+FOLDER = Path(__file__).parent / "library"
 REPORT = "report.json"
 
 Language = Literal["en", "zh"]
@@ -127,16 +128,13 @@ class Domain(Config):
     scenarios: list[Scenario] = Field(min_length=1)
 
 
-@dataclass(frozen=True)
-class Catalogue:
-    """All scenarios, by domain."""
+class ScenarioLibrary:
+    """All scenarios by name, in the order of the files, and their domains."""
 
-    domains: dict[str, Domain]
-
-    @property
-    def scenarios(self) -> dict[str, Scenario]:
-        """Every scenario by its name, in the order of the files."""
-        return {scenario.name: scenario for domain in self.domains.values() for scenario in domain.scenarios}
+    def __init__(self, domains: dict[str, Domain]) -> None:
+        self.domains = domains
+        self.scenarios = {one.name: one for domain in domains.values() for one in domain.scenarios}
+        self.domain_of = {one.name: name for name, domain in domains.items() for one in domain.scenarios}
 
     def named(self, name: str) -> Scenario:
         """Return the scenario of this name.
@@ -144,17 +142,12 @@ class Catalogue:
         Raises:
             ConfigError: there is none; the sentence names the nearest.
         """
-        found = self.scenarios
-        if name not in found:
-            raise ConfigError(f"no scenario is called {name!r}; {nearest(name, sorted(found))}")
-        return found[name]
-
-    def domain_of(self, name: str) -> str:
-        """Return the domain that holds a scenario."""
-        return next(key for key, domain in self.domains.items() if name in {s.name for s in domain.scenarios})
+        if name not in self.scenarios:
+            raise ConfigError(f"no scenario is called {name!r}; {nearest(name, sorted(self.scenarios))}")
+        return self.scenarios[name]
 
 
-def read_catalogue(folder: Path = LIBRARY) -> Catalogue:
+def read_library(folder: Path = FOLDER) -> ScenarioLibrary:
     """Return the scenarios in the YAML files of a folder, one domain per file.
 
     Raises:
@@ -164,11 +157,11 @@ def read_catalogue(folder: Path = LIBRARY) -> Catalogue:
     if not paths:
         raise ConfigError(f"{folder} holds no scenarios: put YAML files there")
     domains = {path.stem: build(Domain, read_yaml(path), str(path)) for path in paths}
-    names = [scenario.name for domain in domains.values() for scenario in domain.scenarios]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"two scenarios in {folder} are called {twice!r}: rename one")
-    return Catalogue(domains)
+    counts = Counter(scenario.name for domain in domains.values() for scenario in domain.scenarios)
+    name, count = counts.most_common(1)[0]
+    if count > 1:
+        raise ConfigError(f"two scenarios in {folder} are called {name!r}: rename one")
+    return ScenarioLibrary(domains)
 
 
 @dataclass(frozen=True)
@@ -198,22 +191,13 @@ def read_scores(checkpoint: Path) -> Scores:
         return {}
     found: Scores = defaultdict(list)
     for name, entry in entries:
-        score = _score(entry)
-        if score is not None:
-            found[name.partition("/")[0]].append(score)
+        # An entry without finite numbers does not decide.
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            value, baseline = float(entry["value"]), float(entry["baseline"])
+            if math.isfinite(value):
+                score = Score(entry["metric"], value, baseline, bool(entry["beats_baseline"]))
+                found[name.partition("/")[0]].append(score)
     return dict(found)
-
-
-def _score(entry: Any) -> Score | None:
-    """None if the entry says too little to decide; older reports do not say `beats_baseline`."""
-    try:
-        value, baseline = float(entry["value"]), float(entry["baseline"])
-        better = entry.get("beats_baseline")
-        if better is None:
-            better = value > baseline if entry["better"] == "higher" else value < baseline
-        return Score(entry["metric"], value, baseline, bool(better)) if math.isfinite(value) else None
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -230,26 +214,29 @@ class Readiness:
 
     @property
     def trained(self) -> bool:
-        """Whether it can be asked at all."""
+        """Whether the scenario may be used at all."""
         return not self.missing
 
     @property
     def ready(self) -> bool:
-        """Whether its answers are worth asking for."""
+        """Whether it is trained and better than its baseline."""
         return self.trained and self.weak is None
 
     def text(self, language: Language = "en") -> str:
         """Return `ready`, what is needed, or the scores."""
-        if self.missing and language == "en":
-            return f"needs training on {', '.join(self.missing)} (openm6 train {self.recipe})"
+        found = Bilingual(en="ready", zh="可用")
         if self.missing:
-            return f"需要训练：{'、'.join(self.missing)}（openm6 train {self.recipe}）"
-        if self.weak is not None:
+            found = Bilingual(
+                en=f"needs training on {', '.join(self.missing)} (openm6 train {self.recipe})",
+                zh=f"需要训练：{'、'.join(self.missing)}（openm6 train {self.recipe}）",
+            )
+        elif self.weak is not None:
             value, baseline = self.weak.texts()
-            if language == "en":
-                return f"trained, but not better than its baseline: {value} against {baseline}"
-            return f"已训练，但不优于基线：{value}，基线 {baseline}"
-        return "ready" if language == "en" else "可用"
+            found = Bilingual(
+                en=f"trained, but not better than its baseline: {value} against {baseline}",
+                zh=f"已训练，但不优于基线：{value}，基线 {baseline}",
+            )
+        return found.text(language)
 
 
 def readiness(scenario: Scenario, description: CheckpointConfig, scores: Scores | None = None) -> Readiness:
@@ -257,8 +244,8 @@ def readiness(scenario: Scenario, description: CheckpointConfig, scores: Scores 
 
     A task over several sources is good enough if it is on one of them; so is one that was not evaluated.
     """
-    learned = {trained_task.task for trained_task in description.trained_tasks}
-    missing = [task for task in scenario.tasks if task not in learned]
+    trained = {trained_task.task for trained_task in description.trained_tasks}
+    missing = [task for task in scenario.tasks if task not in trained]
     if not missing and scenario.column is not None and scenario.column not in description.scales:
         missing = [f"the column {scenario.column}"]
     found = [(scores or {}).get(task, []) for task in scenario.tasks]

@@ -28,10 +28,10 @@ from openm6.serve.playground.inputs import (
     write_typed,
 )
 from openm6.serve.scenarios.ask import example_values
-from openm6.serve.scenarios.scenario import LANGUAGES, Scenario, read_catalogue
+from openm6.serve.scenarios.scenario import LANGUAGES, Scenario, read_library
 from tests.data.sample_images import png, wav
 
-ALL = read_catalogue().scenarios.values()
+ALL = read_library().scenarios.values()
 
 
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)

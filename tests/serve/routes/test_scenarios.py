@@ -20,7 +20,7 @@ from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig
 from openm6.serve.engine import Engine
 from openm6.serve.scenarios.ask import example_values
-from openm6.serve.scenarios.scenario import read_catalogue
+from openm6.serve.scenarios.scenario import read_library
 from tests.serve.running import running
 from tests.small_model import embedding_model
 
@@ -52,7 +52,7 @@ def client() -> Iterator[httpx.Client]:
 
 def body(name: str, language: str = "en") -> dict[str, object]:
     """A scenario's example as JSON."""
-    values = example_values(read_catalogue().named(name), language)  # type: ignore[arg-type]
+    values = example_values(read_library().named(name), language)  # type: ignore[arg-type]
     inputs = {
         key: base64.b64encode(value).decode() if isinstance(value, bytes) else value
         for key, value in values.items()
@@ -62,7 +62,7 @@ def body(name: str, language: str = "en") -> dict[str, object]:
 
 def test_all_are_listed_with_what_they_need(client: httpx.Client) -> None:
     found = {entry["id"]: entry for entry in client.get("/v1/scenarios").json()["data"]}
-    assert set(found) == set(read_catalogue().scenarios)
+    assert set(found) == set(read_library().scenarios)
     assert found["couplet"]["ready"] and found["couplet"]["needs"] == []
     restyle = found["restyle"]
     assert not restyle["ready"] and restyle["needs"] == ["style_transfer"] and restyle["recipe"] == "design"

@@ -20,13 +20,13 @@ from openm6.serve.scenarios.ask import (
     scenario_parts,
     scenario_request,
 )
-from openm6.serve.scenarios.scenario import LANGUAGES, Scenario, read_catalogue
+from openm6.serve.scenarios.scenario import LANGUAGES, Scenario, read_library
 from openm6.tasks.registry import TASKS
 from openm6.train.run import read_recipe, recipe_path
 from tests.small_model import demo_sources, loaded
 
-CATALOGUE = read_catalogue()
-ALL = CATALOGUE.scenarios.values()
+LIBRARY = read_library()
+ALL = LIBRARY.scenarios.values()
 REQUESTS = {
     "text": TextRequest,
     "image": CodesRequest,
@@ -59,7 +59,7 @@ def test_the_parts_are_those_of_training() -> None:
         "live_script": {"title": title, "selling_points": record["extra"]["selling_points_en"]},
         "price_prediction": {"image": record["image"], "title": title},
     }.items():
-        scenario = CATALOGUE.named(name)
+        scenario = LIBRARY.named(name)
         example = TASKS[scenario.tasks[0]].example(record, np.random.default_rng(1), language="en")
         assert list(scenario_parts(scenario, "en", values)) == example.source
 
@@ -69,7 +69,7 @@ def test_a_gap_in_a_audio_is_asked_as_it_was_taught() -> None:
     example = TASKS["audio_inpainting"].example(record, np.random.default_rng(1))
     audio = next(part for part in example.source if part.modality == "audio")
     values = {"audio": record["audio"], "mask_span": audio.options["mask_span"]}
-    request = scenario_request(CATALOGUE.named("repair_audio"), "en", values)
+    request = scenario_request(LIBRARY.named("repair_audio"), "en", values)
     assert isinstance(request, CodesRequest) and request.span == audio.options["mask_span"]
     asked = next(part for part in request.parts if part.modality == "audio")
     assert asked.options == {"mask_span": audio.options["mask_span"]} and "seconds" not in audio.options
@@ -77,7 +77,7 @@ def test_a_gap_in_a_audio_is_asked_as_it_was_taught() -> None:
 
 
 def test_the_number_wanted_is_not_read() -> None:
-    scenario = CATALOGUE.named("missing_measurement")
+    scenario = LIBRARY.named("missing_measurement")
     parts = scenario_parts(scenario, "en", {"numbers": {"bill_length_mm": 40.0, "body_mass_g": 4000.0}})
     assert Part("numbers", {"bill_length_mm": 40.0}) in parts
     assert parts[-1].raw == " What is its body mass g?"
@@ -100,7 +100,7 @@ def test_the_number_wanted_is_not_read() -> None:
 )
 def test_broken_inputs_are_one_sentence(name: str, values: dict[str, object], said: str) -> None:
     with pytest.raises(DataError, match=said):
-        scenario_request(CATALOGUE.named(name), "en", values)
+        scenario_request(LIBRARY.named(name), "en", values)
 
 
 def test_an_example_that_is_not_there_is_named() -> None:
@@ -124,7 +124,7 @@ def trained(
     )
 
 
-@pytest.mark.parametrize("scenario", CATALOGUE.scenarios.values(), ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("scenario", LIBRARY.scenarios.values(), ids=lambda scenario: scenario.name)
 def test_each_example_fits_the_recipe_of_its_scenario(scenario: Scenario) -> None:
     recipe, values = read_recipe(recipe_path(scenario.recipe), [])
     assert recipe.kind == "multimodal"
@@ -155,8 +155,8 @@ def test_data_of_ones_own_has_no_such_example(
     name: str, trained_tasks: tuple[tuple[str, str], ...], sources: dict[str, Any], scales: dict[str, float]
 ) -> None:
     description = trained(trained_tasks, sources, **scales)
-    assert not example_fits(CATALOGUE.named(name), "en", description)
+    assert not example_fits(LIBRARY.named(name), "en", description)
 
 
 def test_a_checkpoint_that_does_not_name_its_sources_is_not_doubted() -> None:
-    assert example_fits(CATALOGUE.named("illustration"), "en", loaded().description)
+    assert example_fits(LIBRARY.named("illustration"), "en", loaded().description)

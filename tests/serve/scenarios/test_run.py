@@ -17,11 +17,11 @@ from openm6.serve.scenarios.run import (
     run_example,
     run_examples,
 )
-from openm6.serve.scenarios.scenario import read_catalogue
+from openm6.serve.scenarios.scenario import read_library
 from openm6.tasks.registry import TASKS
 from tests.small_model import embedding_model, loaded
 
-CATALOGUE = read_catalogue()
+LIBRARY = read_library()
 QUICK = (
     "couplet",
     "caption",
@@ -42,23 +42,23 @@ def all_knowing():  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("name", QUICK)
 def test_an_example_is_answered(name: str) -> None:
     with Engine(all_knowing(), ONE_AT_A_TIME) as engine:
-        tried = run_example(engine, CATALOGUE.named(name), "en")
+        tried = run_example(engine, LIBRARY.named(name), "en")
     assert tried.state == "answered", tried.answer
     assert tried.seconds > 0
 
 
-def test_an_untaught_model_answers_nothing() -> None:
+def test_an_untrained_model_answers_nothing() -> None:
     with Engine(loaded(trained_tasks=()), ONE_AT_A_TIME) as engine:
-        tried = run_examples(engine, CATALOGUE)
-    assert len(tried) == 2 * len(CATALOGUE.scenarios)
-    assert {one.state for one in tried} == {"untaught"}
+        tried = run_examples(engine, LIBRARY)
+    assert len(tried) == 2 * len(LIBRARY.scenarios)
+    assert {one.state for one in tried} == {"untrained"}
     assert all("needs training on" in one.answer for one in tried)
 
 
 def test_a_column_that_the_model_does_not_know_fails_in_a_sentence() -> None:
     model = all_knowing()
     model = replace(model, modalities=loaded().modalities)
-    scenario = CATALOGUE.named("machine_state")
+    scenario = LIBRARY.named("machine_state")
     strange = scenario.model_copy(update={"examples": {"en": {"numbers": {"hmm": 1.0}}}})
     with Engine(model, ONE_AT_A_TIME) as engine:
         tried = run_example(engine, strange, "en")
@@ -68,9 +68,9 @@ def test_a_column_that_the_model_does_not_know_fails_in_a_sentence() -> None:
 def test_what_is_told() -> None:
     found = [
         ExampleResult("a", "en", "answered", "x" * 99, 0.5),
-        ExampleResult("b", "zh", "untaught", "needs", 0.0),
+        ExampleResult("b", "zh", "untrained", "needs", 0.0),
     ]
     told = json.loads(results_json(found))
-    assert (told["answered"], told["untaught"], told["failed"]) == (1, 1, 0)
+    assert (told["answered"], told["untrained"], told["failed"]) == (1, 1, 0)
     assert [entry["scenario"] for entry in told["examples"]] == ["a", "b"]
     assert results_table(found).row_count == 2

@@ -13,11 +13,11 @@ from openm6.core.errors import ConfigError
 from openm6.data.sources import open_sources
 from openm6.models.description import TrainedTask
 from openm6.serve.scenarios.scenario import (
+    FOLDER,
     LANGUAGES,
-    LIBRARY,
     PROMPTED,
     Scenario,
-    read_catalogue,
+    read_library,
     read_scores,
     readiness,
     require,
@@ -26,8 +26,8 @@ from openm6.tasks.registry import TASKS
 from openm6.train.run import read_recipe, recipe_path
 from tests.small_model import loaded
 
-CATALOGUE = read_catalogue()
-ALL = CATALOGUE.scenarios.values()
+LIBRARY = read_library()
+ALL = LIBRARY.scenarios.values()
 NAMED_IN_THE_PLAN = {
     "product_title", "selling_points", "live_script", "poem", "couplet", "caption", "alt_text", "visual_question",
     "product_matching", "attribute_extraction", "product_category", "review_sentiment", "review_summary",
@@ -38,7 +38,7 @@ NAMED_IN_THE_PLAN = {
 
 
 def test_there_are_forty_and_the_promised_ones_are_among_them() -> None:
-    assert len(ALL) >= 40 and set(CATALOGUE.scenarios) >= NAMED_IN_THE_PLAN
+    assert len(ALL) >= 40 and set(LIBRARY.scenarios) >= NAMED_IN_THE_PLAN
     assert {scenario.output for scenario in ALL} == {
         "text",
         "image",
@@ -94,13 +94,13 @@ def test_it_speaks_both_languages(scenario: Scenario) -> None:
 
 def test_a_model_that_lacks_a_task_is_told_what_would_teach_it() -> None:
     description = loaded(trained_tasks=(("text_to_image", "digits"),)).description
-    assert readiness(CATALOGUE.named("illustration"), description).ready
-    lacking = readiness(CATALOGUE.named("restyle"), description)
+    assert readiness(LIBRARY.named("illustration"), description).ready
+    lacking = readiness(LIBRARY.named("restyle"), description)
     assert not lacking.ready and lacking.missing == ("style_transfer",)
     assert lacking.text() == "needs training on style_transfer (openm6 train design)"
     assert "需要训练" in lacking.text("zh")
     with pytest.raises(ConfigError, match="scenario restyle needs training on style_transfer"):
-        require(CATALOGUE.named("restyle"), description)
+        require(LIBRARY.named("restyle"), description)
 
 
 def test_a_column_that_was_never_seen_is_not_predicted() -> None:
@@ -108,21 +108,21 @@ def test_a_column_that_was_never_seen_is_not_predicted() -> None:
     description = description.model_copy(
         update={"trained_tasks": [TrainedTask(task="price_prediction", source="shop")]}
     )
-    assert readiness(CATALOGUE.named("price_prediction"), description).missing == ("the column price",)
+    assert readiness(LIBRARY.named("price_prediction"), description).missing == ("the column price",)
 
 
 def test_an_unknown_name_gets_a_hint() -> None:
     with pytest.raises(ConfigError, match="did you mean 'couplet'"):
-        CATALOGUE.named("couplets")
+        LIBRARY.named("couplets")
 
 
 def broken(change: dict[str, object], folder: Path) -> str:
     """What is said of a scenario with one thing changed."""
-    values = yaml.safe_load((LIBRARY / "writing.yaml").read_text(encoding="utf-8"))
+    values = yaml.safe_load((FOLDER / "writing.yaml").read_text(encoding="utf-8"))
     values["scenarios"] = [{**values["scenarios"][0], **change}]
     (folder / "mine.yaml").write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
-        read_catalogue(folder)
+        read_library(folder)
     return str(caught.value)
 
 
@@ -145,20 +145,20 @@ def test_a_broken_file_is_one_sentence(change: dict[str, object], said: str, tmp
 
 def test_an_empty_folder_and_twins_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no scenarios"):
-        read_catalogue(tmp_path)
-    text = (LIBRARY / "speech.yaml").read_text(encoding="utf-8")
+        read_library(tmp_path)
+    text = (FOLDER / "speech.yaml").read_text(encoding="utf-8")
     for name in ("one", "two"):
         (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match="two scenarios in"):
-        read_catalogue(tmp_path)
+        read_library(tmp_path)
 
 
-CAPTION = CATALOGUE.named("caption")
+CAPTION = LIBRARY.named("caption")
 KNOWS = loaded(trained_tasks=(("image_captioning", "emoji"),)).description
 
 
-def entry(value: float | None, baseline: float | None, **more: Any) -> dict[str, Any]:
-    return {"metric": "exact_match", "value": value, "baseline": baseline, "better": "higher", **more}
+def entry(value: float | None, baseline: float, beats: bool = False) -> dict[str, Any]:
+    return {"metric": "exact_match", "value": value, "baseline": baseline, "beats_baseline": beats}
 
 
 def reported(folder: Path, tasks: Any) -> Path:
@@ -171,10 +171,9 @@ def reported(folder: Path, tasks: Any) -> Path:
     ("entries", "ready"),
     [
         ({"image_captioning/emoji": entry(0.021, 0.033)}, False),
-        ({"image_captioning/emoji": entry(0.5, 0.033)}, True),
-        ({"image_captioning/emoji": entry(0.5, 0.033, beats_baseline=False)}, False),  # not significant
-        ({"image_captioning/emoji": entry(0.5, 0.033, beats_baseline=True)}, True),
-        ({"image_captioning/a": entry(0.0, 0.1), "image_captioning/b": entry(0.5, 0.1)}, True),
+        ({"image_captioning/emoji": entry(0.5, 0.033)}, False),  # not significant
+        ({"image_captioning/emoji": entry(0.5, 0.033, beats=True)}, True),
+        ({"image_captioning/a": entry(0.0, 0.1), "image_captioning/b": entry(0.5, 0.1, beats=True)}, True),
         ({"text_to_image/emoji": entry(0.021, 0.033)}, True),
         ({"image_captioning/emoji": entry(None, 0.033)}, True),
         ({"image_captioning/emoji": {}}, True),
