@@ -1,16 +1,16 @@
-"""Fields that several responses share: usage, energy, distributions, rankings, whether a question was trained for."""
+"""Fields of several responses: usage, energy, distributions, rankings, whether the question was trained."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated, Self
 
 import numpy as np
 from pydantic import BaseModel, Field
 
 from openm6.core.seeds import derive_seed
-from openm6.inference.coverage import Coverage, assess
+from openm6.inference.taught import Taught, assess
 from openm6.modalities.numbers import Histogram
 from openm6.models.description import CheckpointConfig
 from openm6.serve.requests import Answer, EmbedRequest, Request
@@ -40,18 +40,47 @@ class TokenUsage(BaseModel):
     prompt_tokens_details: PromptDetails
 
 
-class Energy(BaseModel):
+class MediaUsage(BaseModel):
+    """Tokens as OpenAI counts those of images and transcriptions."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+
+
+class EnergyReply(BaseModel):
     """Joules of a response; `joules_source` is nvml, rapl or estimate. Null if nothing measures it."""
 
     joules: float | None = Field(default=None, description="energy of this response in joules")
     joules_source: str | None = None
 
+    def with_energy(self, answers: Sequence[Answer]) -> Self:
+        """Set the joules to those of the answers together."""
+        measured = [answer.joules for answer in answers if answer.joules is not None]
+        self.joules = sum(measured) if measured else None
+        self.joules_source = next((answer.energy_source for answer in answers if answer.energy_source), None)
+        return self
 
-class Teaching(BaseModel):
-    """Whether the model was trained for such a question; if not, `note` says what it was trained on."""
 
-    taught: bool = Field(default=True, description="false if the model was never trained for such a question")
+class CoveredReply(EnergyReply):
+    """Joules, and whether the model was trained on such questions; if not, `note` names what it was trained on."""
+
+    trained: bool = Field(default=True, description="false if the model was never trained on such a question")
     note: str | None = None
+
+    def with_coverage(
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[Answer],
+        description: CheckpointConfig,
+        language: str = "en",
+    ) -> Self:
+        """Set the joules, and `trained` and `note` by the first request that was not trained."""
+        for request, answer in zip(requests, answers, strict=True):
+            coverage = coverage_of(request, answer, description)
+            if self.trained and not coverage.taught:
+                self.trained, self.note = False, coverage.said(language)
+        return self.with_energy(answers)
 
 
 class Distribution(BaseModel):
@@ -73,10 +102,6 @@ class RankedCandidate(BaseModel):
     score: float
 
 
-EnergyReply = TypeVar("EnergyReply", bound=Energy)
-TeachingReply = TypeVar("TeachingReply", bound=Teaching)
-
-
 def usage_of(answers: list[Answer]) -> TokenUsage:
     """Return the usage of several answers to one prompt: it is read once, what is generated adds up."""
     usage = answers[0].usage
@@ -90,62 +115,29 @@ def usage_of(answers: list[Answer]) -> TokenUsage:
     )
 
 
-def with_energy(reply: EnergyReply, answers: Sequence[Answer]) -> EnergyReply:
-    """Set the joules of a response to those of its answers together."""
-    measured = [answer.joules for answer in answers if answer.joules is not None]
-    reply.joules = sum(measured) if measured else None
-    reply.joules_source = next((answer.energy_source for answer in answers if answer.energy_source), None)
-    return reply
-
-
-def verdict_on(request: Request, answer: Answer, description: CheckpointConfig) -> Coverage:
-    """Return whether a request was trained for; embeddings are refused elsewhere if they were not."""
+def coverage_of(request: Request, answer: Answer, description: CheckpointConfig) -> Taught:
+    """Return whether a request was trained; embeddings are refused elsewhere if they were not."""
     if isinstance(request, EmbedRequest):
-        return Coverage()
+        return Taught()
     return assess(request.parts, request.output, description, answer.confidence)
-
-
-def with_teaching(
-    reply: TeachingReply,
-    requests: Sequence[Request],
-    answers: Sequence[Answer],
-    description: CheckpointConfig,
-    language: str = "en",
-) -> TeachingReply:
-    """Set `taught` and `note` of a response by its first request that was not trained for."""
-    for request, answer in zip(requests, answers, strict=True):
-        verdict = verdict_on(request, answer, description)
-        if not verdict.trained:
-            reply.taught, reply.note = False, verdict.message(language)
-            break
-    return reply
 
 
 def distribution_of(histogram: Histogram, coverage: float) -> Distribution:
     """Return mean, median and central interval of one value, or of several."""
-    low, high = histogram.interval(coverage)
-    return Distribution(
-        mean=_rounded(histogram.mean()),
-        median=_rounded(histogram.median()),
-        low=_rounded(low),
-        high=_rounded(high),
-        coverage=coverage,
-    )
+    mean, median = _rounded(histogram.mean()), _rounded(histogram.median())
+    low, high = map(_rounded, histogram.interval(coverage))
+    return Distribution(mean=mean, median=median, low=low, high=high, coverage=coverage)
 
 
 def rank_candidates(
     texts: Sequence[str], value: list[tuple[float, int]], normalise: bool = True
 ) -> list[RankedCandidate]:
     """Return the candidates of a ranking, the best first; `value` holds nats and tokens of each."""
-    found = [
-        RankedCandidate(
-            index=index,
-            candidate=texts[index],
-            log_likelihood=-nats,
-            score=-nats / length if normalise else -nats,
-        )
-        for index, (nats, length) in enumerate(value)
-    ]
+    found = []
+    for index, (nll, length) in enumerate(value):
+        score = -nll / length if normalise else -nll
+        ranked = RankedCandidate(index=index, candidate=texts[index], log_likelihood=-nll, score=score)
+        found.append(ranked)
     return sorted(found, key=lambda ranked: (-ranked.score, ranked.index))
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -129,23 +129,34 @@ class RequestHandle:
 
     async def stream(self) -> AsyncIterator[str]:
         """Yield the text so far, each time there is more of it, until the request is done, with or without success."""
-        reader = (asyncio.get_running_loop(), asyncio.Event())
-        self.readers.append(reader)
         shown = ""
-        try:
-            while True:
-                done = self.done  # read before the text: what is written last must not be missed
+        async with aclosing(follow([self])) as changes:
+            async for _ in changes:
                 if len(self.text) > len(shown):
                     shown = self.text
                     yield shown
-                if done:
-                    return
+
+
+async def follow(handles: Sequence[RequestHandle]) -> AsyncGenerator[None]:
+    """Yield when requests have changed, until all are done; whoever stops following cancels those that are not."""
+    reader = (asyncio.get_running_loop(), asyncio.Event())
+    for handle in handles:
+        handle.readers.append(reader)
+    try:
+        done = False
+        while not done:
+            done = all(
+                handle.done for handle in handles
+            )  # before the yield: the last text must not be missed
+            yield
+            if not done:
                 await reader[1].wait()
                 reader[1].clear()
-        finally:
-            self.readers.remove(reader)
-            if not self.done:
-                self.cancel()
+    finally:
+        for handle in handles:
+            handle.readers.remove(reader)
+            if not handle.done:
+                handle.cancel()
 
 
 class Worker:

@@ -17,7 +17,7 @@ from openm6.serve.config import EngineConfig, ServeConfig
 from openm6.serve.engine import Engine
 from openm6.serve.errors import KINDS, SENTENCES, describe_invalid
 from openm6.serve.routes.audio import SpeechBody
-from openm6.serve.routes.chat_schemas import UNSUPPORTED, ChatBody
+from openm6.serve.routes.chat_request import UNSUPPORTED, ChatBody
 from openm6.serve.routes.images import GenerationBody
 from openm6.serve.routes.predict import PredictionBody
 from openm6.serve.routes.retrieval import EmbeddingBody, RankingBody

@@ -38,12 +38,12 @@ def ask(address: Address, words: str, **more: object) -> Reply:
 def test_a_chat_says_so(address: Address) -> None:
     found = json.loads(ask(address, "What is the capital of France?").body)
     assert (
-        found["taught"] is False and "text from text, only text from image; image from text" in found["note"]
+        found["trained"] is False and "text from text, only text from image; image from text" in found["note"]
     )
     drawn = json.loads(ask(address, "draw seven", modalities=["image"], draw={"steps": 1}).body)
-    assert drawn["taught"] is True and drawn["note"] is None
+    assert drawn["trained"] is True and drawn["note"] is None
     other = json.loads(ask(address, "a red cat", modalities=["image"], draw={"steps": 1}).body)
-    assert other["taught"] is False and "trained on 'draw …'" in other["note"]
+    assert other["trained"] is False and "trained on 'draw …'" in other["note"]
 
 
 def test_a_stream_says_so_in_the_event_with_the_joules(address: Address) -> None:
@@ -53,7 +53,7 @@ def test_a_stream_says_so_in_the_event_with_the_joules(address: Address) -> None
         if line.startswith("data: {")
     ]
     last = [event for event in events if "joules" in event]
-    assert len(last) == 1 and last[0]["taught"] is False and "never trained" in last[0]["note"]
+    assert len(last) == 1 and last[0]["trained"] is False and "never trained" in last[0]["note"]
 
 
 def test_a_classifier_that_is_to_draw_says_so() -> None:

@@ -22,9 +22,9 @@ from openm6.serve.scenarios.scenario import Language, Output, Scenario, require
 from openm6.serve.schemas import (
     Distribution,
     RankedCandidate,
+    coverage_of,
     distribution_of,
     rank_candidates,
-    verdict_on,
 )
 from openm6.serve.server import Server
 
@@ -99,9 +99,9 @@ async def _answer(
     server.metrics.add(CLIENT, answer)
     loaded, value = server.loaded, answer.value
     note = energy_note(answer, language)
-    verdict = verdict_on(request, answer, loaded.description)
-    if not verdict.taught:
-        note = f'<p class="untrained">{html.escape(verdict.said(language))}</p>' + note
+    coverage = coverage_of(request, answer, loaded.description)
+    if not coverage.taught:
+        note = f'<p class="untrained">{html.escape(coverage.said(language))}</p>' + note
     if output == "text":
         return Shown(text=value, note=note)
     if output == "image":

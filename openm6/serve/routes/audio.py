@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, File, Form, Response, UploadFile
+from fastapi import APIRouter, Form, Response, UploadFile
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
@@ -17,7 +17,7 @@ from openm6.serve.content import AUDIO_TYPES, AudioFormat, audio_file, part_prom
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import CodesRequest, TextRequest
-from openm6.serve.schemas import Energy, Guidance, Seed, Steps, chosen_seed, with_energy
+from openm6.serve.schemas import EnergyReply, Guidance, MediaUsage, Seed, Steps, chosen_seed
 from openm6.serve.server import ThisCall
 
 router = APIRouter(prefix="/v1/audio", tags=["audio"], route_class=StrictRoute, responses=DOCUMENTED)
@@ -41,16 +41,23 @@ class SpeechBody(BaseModel):
     guidance: Guidance = 2.0
 
 
-class TranscriptionUsage(BaseModel):
-    """Tokens as OpenAI counts those of transcriptions."""
+class TranscriptionBody(BaseModel):
+    """`prompt` replaces the words in which the model is asked."""
 
+    file: UploadFile = Field(description="WAV, FLAC, Ogg or MP3")
+    model: str | None = None
+    language: Literal["en", "zh"] = "en"
+    prompt: str | None = Field(default=None, max_length=20_000)
+    response_format: Literal["json", "text"] = "json"
+    temperature: float = Field(default=0.0, ge=0, le=2, allow_inf_nan=False)
+    stream: bool = False
+
+
+class TranscriptionUsage(MediaUsage):
     type: Literal["tokens"] = "tokens"
-    input_tokens: int
-    output_tokens: int
-    total_tokens: int
 
 
-class Transcription(Energy):
+class Transcription(EnergyReply):
     """What was said."""
 
     text: str
@@ -89,33 +96,26 @@ async def speak(body: SpeechBody, call: ThisCall) -> Response:
 
 @router.post("/transcriptions", response_model=Transcription, responses={200: {"content": TEXT}})
 async def transcribe(
-    call: ThisCall,
-    file: Annotated[UploadFile, File(description="WAV, FLAC, Ogg or MP3")],
-    model: Annotated[str | None, Form()] = None,
-    language: Annotated[Literal["en", "zh"], Form()] = "en",
-    prompt: Annotated[str | None, Form(max_length=20_000)] = None,
-    response_format: Annotated[Literal["json", "text"], Form()] = "json",
-    temperature: Annotated[float, Form(ge=0, le=2, allow_inf_nan=False)] = 0.0,
-    stream: Annotated[bool, Form()] = False,
+    body: Annotated[TranscriptionBody, Form(media_type="multipart/form-data")], call: ThisCall
 ) -> Transcription | Response:
-    """What is said in an audio file. `prompt` replaces the words in which the model is asked."""
-    call.server.check_model(model)
-    if stream:
+    """What is said in an audio file."""
+    call.server.check_model(body.model)
+    if body.stream:
         raise BadRequestError("stream is not offered for transcriptions: leave it out", "stream")
-    data = await file.read()
+    data = await body.file.read()
     try:
         samples = await asyncio.to_thread(read_audio, data, call.server.limits.audio_seconds)
     except DataError as error:
         raise BadRequestError(f"file: {error}", "file") from None
     part = Part("audio", samples)
-    parts = (
-        (part, Part("text", " " + prompt)) if prompt else part_prompt("speech_recognition", part, language)
-    )
-    sampling = Sampling(temperature=temperature, max_tokens=64)
+    parts = part_prompt("speech_recognition", part, body.language)
+    if body.prompt:
+        parts = (part, Part("text", " " + body.prompt))
+    sampling = Sampling(temperature=body.temperature, max_tokens=64)
     [answer] = await call.answer("transcriptions", [TextRequest(parts=parts, sampling=sampling)])
     text = answer.value.strip()
-    if response_format == "text":
+    if body.response_format == "text":
         return PlainTextResponse(text)
     read, generated = answer.usage.prompt, answer.usage.generated
     usage = TranscriptionUsage(input_tokens=read, output_tokens=generated, total_tokens=read + generated)
-    return with_energy(Transcription(text=text, usage=usage), [answer])
+    return Transcription(text=text, usage=usage).with_energy([answer])

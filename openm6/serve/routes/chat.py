@@ -10,51 +10,135 @@ import base64
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from itertools import chain
+from typing import Literal
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from openm6.core.errors import OpenM6Error
-from openm6.inference.sampling import MaskedSampling, Sampling
-from openm6.modalities.interface import Part
-from openm6.modalities.numbers import NumberSeries
-from openm6.serve.content import audio_file, image_data_url, images_of, parts_of_messages
+from openm6.serve.content import audio_file, image_data_url, images_of
 from openm6.serve.engine import cancel_all
-from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit, failure_of
+from openm6.serve.errors import DOCUMENTED, failure_of
 from openm6.serve.middleware import StrictRoute
-from openm6.serve.requests import Answer, CodesRequest, NumbersRequest, Request, ScoredToken, TextRequest
-from openm6.serve.routes.chat_schemas import (
-    UNSUPPORTED,
-    AnswerAudio,
-    AnswerImage,
-    AnswerMessage,
+from openm6.serve.requests import Answer, NumbersRequest, Request, ScoredToken
+from openm6.serve.routes.chat_request import (
     AudioSettings,
     ChatBody,
-    Choice,
-    Chunk,
-    Completion,
-    DataURL,
-    Delta,
-    DeltaChoice,
     ImageSettings,
-    Logprobs,
     NumbersSettings,
-    Output,
-    TokenAlternative,
-    TokenLogprob,
+    chat_requests,
+    refuse_unsupported,
 )
-from openm6.serve.schemas import chosen_seed, distribution_of, seed_of, usage_of, with_energy, with_teaching
+from openm6.serve.schemas import (
+    CoveredReply,
+    Distribution,
+    TokenUsage,
+    chosen_seed,
+    distribution_of,
+    usage_of,
+)
 from openm6.serve.server import Server, ThisCall
-from openm6.serve.worker import RequestHandle
+from openm6.serve.worker import RequestHandle, follow
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"], route_class=StrictRoute, responses=DOCUMENTED)
 
 EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
-DEFAULT_TOKENS = 64
 AUDIO_SECONDS = 3600  # until OpenAI deletes an audio answer; ours is in the response, and nothing is stored
+
+
+class AnswerAudio(BaseModel):
+    """Audio in the answer, base64."""
+
+    id: str
+    data: str
+    expires_at: int
+    transcript: str = ""
+
+
+class DataURL(BaseModel):
+    url: str
+
+
+class AnswerImage(BaseModel):
+    """An image in the answer, as a data URL."""
+
+    type: Literal["image_url"] = "image_url"
+    image_url: DataURL
+
+
+class Delta(BaseModel):
+    """What is new in a chunk of a streamed answer."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    audio: AnswerAudio | None = None
+    images: list[AnswerImage] | None = None
+    numbers: dict[str, Distribution] | None = None
+
+
+class AnswerMessage(Delta):
+    """The answer: text in `content`, the rest in fields of its own."""
+
+    role: Literal["assistant"] = "assistant"
+    refusal: str | None = None
+
+
+class TokenAlternative(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+
+class TokenLogprob(TokenAlternative):
+    top_logprobs: list[TokenAlternative] = []
+
+
+class Logprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: Logprobs | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class DeltaChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: Logprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Completion(CoveredReply):
+    """One answer for each choice; `seed` repeats it."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: TokenUsage
+    seed: int
+
+
+class Chunk(CoveredReply):
+    """A chunk of a streamed answer; the last one with choices holds `joules` and `trained`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[DeltaChoice]
+    usage: TokenUsage | None = None
+    seed: int | None = None
 
 
 @router.post("/completions", response_model=Completion, responses={200: {"content": EVENTS}})
@@ -66,106 +150,12 @@ async def complete(body: ChatBody, call: ThisCall) -> Completion | StreamingResp
     images = (images_of(turn.content, f"messages.{i}.content") for i, turn in enumerate(body.messages))
     await server.fetcher.fetch_all(chain.from_iterable(images))
     seed = chosen_seed(body.seed)
-    reply = _Reply(server, body, await asyncio.to_thread(_requests, body, server, seed), seed)
+    reply = _Reply(server, body, await asyncio.to_thread(chat_requests, body, server, seed), seed)
     if body.stream:
         # A refusal must come before the first byte of a stream.
         return _Events(reply, await call.submit(reply.requests))
     answers = await call.answer("chat", reply.requests)
     return await asyncio.to_thread(reply.completion, answers)
-
-
-def refuse_unsupported(body: ChatBody) -> None:
-    """Raise BadRequestError if a field asks for something that is known and not offered."""
-    for name, value in (body.model_extra or {}).items():
-        neutral = UNSUPPORTED.get(name)
-        if neutral is None or value is None or value in ([], {}, *neutral):
-            continue
-        instead = " 'text' alone is offered" if name == "response_format" else " leave it out"
-        raise BadRequestError(f"{name} is not supported:{instead}", name)
-
-
-def outputs_of(body: ChatBody) -> list[Output]:
-    """Return each output modality once, in the order asked for; text by default."""
-    return list(dict.fromkeys(body.modalities or ["text"]))
-
-
-def _requests(body: ChatBody, server: Server, seed: int) -> list[Request]:
-    """For each choice, one request for each output modality.
-
-    Raises:
-        BadRequestError: a field is out of bounds, or fields do not fit one another.
-    """
-    limits = server.limits
-    check_limit("messages", len(body.messages), limits.messages, "messages")
-    check_limit("n", body.n or 1, limits.answers)
-    apart = server.loaded.modalities.prompt_attention == "block"  # an earlier turn can then be used again
-    parts = parts_of_messages(body.messages, limits, apart)
-    if not parts:
-        raise BadRequestError("the messages are empty: add a text", "messages")
-    return [
-        _request(output, body, parts, seed_of(seed, index), limits.tokens)
-        for index in range(body.n or 1)
-        for output in outputs_of(body)
-    ]
-
-
-def _request(output: Output, body: ChatBody, parts: tuple[Part, ...], seed: int, max_tokens: int) -> Request:
-    if output == "text":
-        return _text_request(body, parts, seed, max_tokens)
-    if output == "numbers":
-        return _numbers_request(body.numbers or NumbersSettings(), parts)
-    sampling = MaskedSampling(seed=seed)
-    if body.draw is not None:
-        sampling = MaskedSampling(seed=seed, steps=body.draw.steps, guidance=body.draw.guidance)
-    return CodesRequest(parts=parts, modality="image" if output == "image" else "audio", sampling=sampling)
-
-
-def _text_request(body: ChatBody, parts: tuple[Part, ...], seed: int, max_tokens: int) -> TextRequest:
-    tokens = body.max_completion_tokens or body.max_tokens or min(DEFAULT_TOKENS, max_tokens)
-    check_limit("max_completion_tokens" if body.max_completion_tokens else "max_tokens", tokens, max_tokens)
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    check_limit("stop", len(stop), 4, "strings")
-    if body.top_logprobs is not None and not body.logprobs:
-        raise BadRequestError("top_logprobs needs logprobs: set it to true", "top_logprobs")
-    sampling = Sampling(
-        temperature=body.temperature or 0.0,
-        top_k=body.top_k,
-        top_p=body.top_p,
-        max_tokens=tokens,
-        seed=seed,
-    )
-    top = (body.top_logprobs or 0) if body.logprobs else None
-    return TextRequest(parts=parts, sampling=sampling, stop=tuple(stop), top=top)
-
-
-def _numbers_request(settings: NumbersSettings, parts: tuple[Part, ...]) -> NumbersRequest:
-    """A column that is asked for is taken out of the inputs: it must not be read."""
-    series = [part.raw.name for part in parts if isinstance(part.raw, NumberSeries)]
-    if settings.column is None and series:
-        return NumbersRequest(parts=parts, series=series[-1], ahead=settings.ahead)
-    column = settings.column or _missing_column(parts)
-    inputs = tuple(part for part in (_without(part, column) for part in parts) if part.raw not in (None, {}))
-    if not inputs:
-        raise BadRequestError(
-            "nothing is left to predict from: add inputs besides the column that is asked for", "messages"
-        )
-    return NumbersRequest(parts=inputs, columns=(column,))
-
-
-def _missing_column(parts: tuple[Part, ...]) -> str:
-    rows = [part.raw for part in parts if part.modality == "numbers" and isinstance(part.raw, dict)]
-    missing = [name for row in rows for name, value in row.items() if value is None]
-    if len(missing) != 1:
-        raise BadRequestError(
-            "the number to predict is not named: send numbers={'column': …}, or one value of null", "numbers"
-        )
-    return missing[0]
-
-
-def _without(part: Part, column: str) -> Part:
-    if part.modality != "numbers" or not isinstance(part.raw, dict):
-        return part
-    return replace(part, raw={name: value for name, value in part.raw.items() if name != column})
 
 
 @dataclass
@@ -180,28 +170,22 @@ class _Reply:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def outputs(self) -> list[Output]:
-        return outputs_of(self.body)
-
-    @property
-    def choices(self) -> int:
-        return len(self.requests) // len(self.outputs)
-
-    def of_choice(self, index: int, answers: Sequence[Answer]) -> Sequence[Answer]:
-        """Return the answers of one choice."""
-        count = len(self.outputs)
-        return answers[index * count : (index + 1) * count]
+    def by_choice(self) -> slice:
+        """Of each choice the request for text, or the first one if no text is asked for."""
+        outputs = self.body.outputs
+        return slice(outputs.index("text") if "text" in outputs else 0, None, len(outputs))
 
     def completion(self, answers: list[Answer]) -> Completion:
         """Return the whole response; images and audio are decoded here."""
-        choices = []
-        for index in range(self.choices):
-            own = self.of_choice(index, answers)
-            logprobs = logprobs_of(own[0].tokens) if self.body.logprobs else None
-            message = self.message(index, answers)
-            choices.append(
-                Choice(index=index, message=message, logprobs=logprobs, finish_reason=own[0].finish)
+        choices = [
+            Choice(
+                index=index,
+                message=self.message(index, answers),
+                logprobs=logprobs_of(main.tokens) if self.body.logprobs else None,
+                finish_reason=main.finish,
             )
+            for index, main in enumerate(answers[self.by_choice])
+        ]
         reply = Completion(
             id=self.id,
             created=self.created,
@@ -210,23 +194,21 @@ class _Reply:
             usage=usage_of(answers),
             seed=self.seed,
         )
-        with_energy(reply, answers)
-        return with_teaching(reply, self.requests, answers, self.server.loaded.description)
+        return reply.with_coverage(self.requests, answers, self.server.loaded.description)
 
     def message(self, index: int, answers: Sequence[Answer]) -> AnswerMessage:
         """Return the answers of one choice as one message."""
         message, loaded, body = AnswerMessage(), self.server.loaded, self.body
-        for output, request, answer in zip(
-            self.outputs, self.requests, self.of_choice(index, answers), strict=False
-        ):
+        start = index * len(body.outputs)
+        for number, output in enumerate(body.outputs, start):
+            request, value = self.requests[number], answers[number].value
             if output == "text":
-                message.content = answer.value
+                message.content = value
             elif output == "image":
-                form = (body.image or ImageSettings()).format
-                url = image_data_url(loaded.image.decode(answer.value), form)
+                url = image_data_url(loaded.image.decode(value), (body.image or ImageSettings()).format)
                 message.images = [AnswerImage(image_url=DataURL(url=url))]
             elif output == "audio":
-                data = audio_file(loaded.audio.decode(answer.value), (body.audio or AudioSettings()).format)
+                data = audio_file(loaded.audio.decode(value), (body.audio or AudioSettings()).format)
                 message.audio = AnswerAudio(
                     id=f"audio-{uuid.uuid4().hex}",
                     data=base64.b64encode(data).decode(),
@@ -235,8 +217,17 @@ class _Reply:
             else:
                 assert isinstance(request, NumbersRequest)
                 coverage = (body.numbers or NumbersSettings()).coverage
-                message.numbers = {request.name: distribution_of(answer.value, coverage)}
+                message.numbers = {request.name: distribution_of(value, coverage)}
         return message
+
+    def last_deltas(self, answers: list[Answer]) -> list[DeltaChoice]:
+        """Return the last delta of each choice: what is not text, and why it ended."""
+        found = []
+        for index, main in enumerate(answers[self.by_choice]):
+            message = self.message(index, answers)
+            delta = Delta(audio=message.audio, images=message.images, numbers=message.numbers)
+            found.append(DeltaChoice(index=index, delta=delta, finish_reason=main.finish))
+        return found
 
     def chunk(
         self, choices: list[DeltaChoice], answers: list[Answer] | None = None, usage: bool = False
@@ -251,19 +242,8 @@ class _Reply:
             seed=self.seed,
         )
         if answers:
-            with_energy(chunk, answers)
-            with_teaching(chunk, self.requests, answers, self.server.loaded.description)
+            chunk.with_coverage(self.requests, answers, self.server.loaded.description)
         return f"data: {chunk.model_dump_json(exclude_none=not usage)}\n\n"
-
-    def last_deltas(self, answers: list[Answer]) -> list[DeltaChoice]:
-        """Return the last delta of each choice: what is not text, and why it ended."""
-        found = []
-        for index in range(self.choices):
-            message = self.message(index, answers)
-            delta = Delta(audio=message.audio, images=message.images, numbers=message.numbers)
-            finish = self.of_choice(index, answers)[0].finish
-            found.append(DeltaChoice(index=index, delta=delta, finish_reason=finish))
-        return found
 
 
 def logprobs_of(tokens: Sequence[ScoredToken]) -> Logprobs:
@@ -301,16 +281,17 @@ class _Events(StreamingResponse):
     async def _events(self) -> AsyncIterator[str]:
         """Yield chunks, then `[DONE]`; a failure on the way is an event, too, as the status is sent already."""
         reply = self.reply
+        main_handles = self.handles[reply.by_choice]
         try:
-            for index in range(reply.choices):
+            for index in range(len(main_handles)):
                 yield reply.chunk([DeltaChoice(index=index, delta=Delta(role="assistant", content=""))])
-            async for choice in self._deltas():
+            async for choice in self._deltas(main_handles):
                 yield reply.chunk([choice])
             answers = [await handle.answer() for handle in self.handles]
             for answer in answers:
                 reply.server.metrics.add("chat", answer)
             for choice in await asyncio.to_thread(reply.last_deltas, answers):
-                last = choice.index == reply.choices - 1
+                last = choice.index == len(main_handles) - 1
                 yield reply.chunk([choice], answers if last else None)
             options = reply.body.stream_options
             if options is not None and options.include_usage:
@@ -320,38 +301,16 @@ class _Events(StreamingResponse):
             yield f"data: {failure.body(code=str(failure.status)).model_dump_json()}\n\n"
         yield "data: [DONE]\n\n"
 
-    async def _deltas(self) -> AsyncIterator[DeltaChoice]:
+    async def _deltas(self, main_handles: list[RequestHandle]) -> AsyncIterator[DeltaChoice]:
         """Yield what is new in the texts of all choices, as it is generated, until all requests are done."""
-        per_choice = len(self.reply.outputs)
-        if self.reply.outputs[0] != "text":
-            await asyncio.gather(*(handle.answer() for handle in self.handles))
-            return
-        news: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()
-
-        async def follow(index: int, handle: RequestHandle) -> None:
-            async for text in handle.stream():
-                if index % per_choice == 0:
-                    await news.put((index // per_choice, text))
-            await news.put(None)
-
-        tasks = [asyncio.create_task(follow(*pair)) for pair in enumerate(self.handles)]
-        sent = [0] * self.reply.choices  # characters
-        scored = [0] * self.reply.choices  # tokens
-        running = len(tasks)
-        try:
-            while running:
-                item = await news.get()
-                if item is None:
-                    running -= 1
-                    continue
-                index, text = item
-                logprobs = None
-                if self.reply.body.logprobs:
-                    tokens = self.handles[index * per_choice].tokens
-                    logprobs = logprobs_of(tokens[scored[index] :])
-                    scored[index] = len(tokens)
-                new, sent[index] = text[sent[index] :], len(text)
-                yield DeltaChoice(index=index, delta=Delta(content=new), logprobs=logprobs)
-        finally:
-            for task in tasks:
-                task.cancel()
+        sent = [0] * len(main_handles)  # characters
+        scored = [0] * len(main_handles)  # tokens
+        async with aclosing(follow(self.handles)) as changes:
+            async for _ in changes:
+                for index, handle in enumerate(main_handles):
+                    text, tokens = handle.text, handle.tokens
+                    if len(text) > sent[index]:
+                        logprobs = logprobs_of(tokens[scored[index] :]) if self.reply.body.logprobs else None
+                        delta = Delta(content=text[sent[index] :])
+                        sent[index], scored[index] = len(text), len(tokens)
+                        yield DeltaChoice(index=index, delta=delta, logprobs=logprobs)

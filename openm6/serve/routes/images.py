@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
-from fastapi import APIRouter, File, Form, UploadFile
+from fastapi import APIRouter, Form, UploadFile
 from pydantic import BaseModel, Field
 
 from openm6.inference.sampling import MaskedSampling
@@ -27,18 +27,7 @@ from openm6.serve.content import (
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import Answer, CodesRequest
-from openm6.serve.schemas import (
-    MAX_SEED,
-    Energy,
-    Guidance,
-    Seed,
-    Steps,
-    Teaching,
-    chosen_seed,
-    seed_of,
-    with_energy,
-    with_teaching,
-)
+from openm6.serve.schemas import CoveredReply, Guidance, MediaUsage, Seed, Steps, chosen_seed, seed_of
 from openm6.serve.server import Call, Server, ThisCall
 
 router = APIRouter(prefix="/v1/images", tags=["images"], route_class=StrictRoute, responses=DOCUMENTED)
@@ -59,6 +48,13 @@ class GenerationBody(BaseModel):
     guidance: Guidance = 2.0
 
 
+class EditBody(GenerationBody):
+    """What to draw where the mask is transparent; without a mask, everywhere."""
+
+    image: UploadFile
+    mask: UploadFile | None = None
+
+
 class ImageData(BaseModel):
     b64_json: str
 
@@ -68,16 +64,11 @@ class InputDetails(BaseModel):
     text_tokens: int
 
 
-class ImageUsage(BaseModel):
-    """Tokens as OpenAI counts those of images."""
-
-    input_tokens: int
-    output_tokens: int
-    total_tokens: int
+class ImageUsage(MediaUsage):
     input_tokens_details: InputDetails
 
 
-class Images(Energy, Teaching):
+class Images(CoveredReply):
     """Images in base64, and what they cost."""
 
     created: int
@@ -91,89 +82,65 @@ class Images(Energy, Teaching):
 @router.post("/generations")
 async def generate(body: GenerationBody, call: ThisCall) -> Images:
     """Images from a text."""
-    _check(call.server, body.model, body.size, body.n)
+    _check(call.server, body)
     request = CodesRequest(
-        modality="image",
-        parts=text_prompt(call.server.loaded, "text_to_image", body.prompt),
-        sampling=MaskedSampling(steps=body.steps, guidance=body.guidance, seed=chosen_seed(body.seed)),
+        modality="image", parts=text_prompt(call.server.loaded, "text_to_image", body.prompt)
     )
-    return await _answer(call, "images", request, body.n, body.output_format or "png")
+    return await _answer(call, "images", request, body)
 
 
 @router.post("/edits")
-async def edit(
-    call: ThisCall,
-    image: Annotated[UploadFile, File(description="the image")],
-    prompt: Annotated[str, Form(min_length=1, max_length=20_000)],
-    mask: Annotated[
-        UploadFile | None, File(description="transparent where the image may change; none: everywhere")
-    ] = None,
-    model: Annotated[str | None, Form()] = None,
-    n: Annotated[int, Form(ge=1, le=8)] = 1,
-    size: Annotated[str | None, Form()] = None,
-    response_format: Annotated[Literal["b64_json"] | None, Form()] = None,
-    output_format: Annotated[ImageFormat | None, Form()] = None,
-    seed: Annotated[int | None, Form(ge=0, le=MAX_SEED)] = None,
-    steps: Annotated[int, Form(ge=1, le=64)] = 8,
-    guidance: Annotated[float, Form(ge=0, le=20, allow_inf_nan=False)] = 2.0,
-) -> Images:
+async def edit(body: Annotated[EditBody, Form(media_type="multipart/form-data")], call: ThisCall) -> Images:
     """Fills an image in where the mask is transparent; the rest comes back as it was, pixel by pixel."""
-    _check(call.server, model, size, n)
+    _check(call.server, body)
     limits = call.server.limits
-    source = check_image(await image.read(), limits, "image")
-    mask_file = check_image(await mask.read(), limits, "mask") if mask is not None else None
+    source = check_image(await body.image.read(), limits, "image")
+    mask_file = check_image(await body.mask.read(), limits, "mask") if body.mask is not None else None
     region = await asyncio.to_thread(edit_mask, mask_file, source, limits.pixels)
-    parts: tuple[Part, ...] = (Part("image", source, {"mask_box": None}), Part("text", " " + prompt))
+    part = Part("image", source, {"mask_box": region})
+    parts: tuple[Part, ...] = (part, Part("text", " " + body.prompt))
     if region is not None:
-        parts = part_prompt(
-            "image_inpainting", Part("image", source, {"mask_box": region}), language_of(prompt)
-        )
-    request = CodesRequest(
-        modality="image",
-        parts=parts,
-        source=source,
-        mask=WHOLE_IMAGE if region is None else region,
-        sampling=MaskedSampling(steps=steps, guidance=guidance, seed=chosen_seed(seed)),
-    )
-    return await _answer(call, "edits", request, n, output_format or "png")
+        parts = part_prompt("image_inpainting", part, language_of(body.prompt))
+    mask = WHOLE_IMAGE if region is None else region
+    request = CodesRequest(modality="image", parts=parts, source=source, mask=mask)
+    return await _answer(call, "edits", request, body)
 
 
-def _check(server: Server, model: str | None, size: str | None, n: int) -> None:
-    server.check_model(model)
+def _check(server: Server, body: GenerationBody) -> None:
+    server.check_model(body.model)
     side = server.loaded.image.side
-    if size not in (None, "auto", f"{side}x{side}"):
-        raise BadRequestError(f"size {size[:20]!r} is not offered: use auto or {side}x{side}", "size")
-    check_limit("n", n, server.limits.answers)
+    if body.size not in (None, "auto", f"{side}x{side}"):
+        raise BadRequestError(f"size {body.size[:20]!r} is not offered: use auto or {side}x{side}", "size")
+    check_limit("n", body.n, server.limits.answers)
 
 
-async def _answer(call: Call, kind: str, request: CodesRequest, n: int, form: ImageFormat) -> Images:
+async def _answer(call: Call, kind: str, request: CodesRequest, body: GenerationBody) -> Images:
     """Ask for `n` images, each with a seed of its own."""
-    seeds = [seed_of(request.sampling.seed, index) for index in range(n)]
-    requests = [
-        replace(request, sampling=request.sampling.model_copy(update={"seed": seed})) for seed in seeds
+    form, seed = body.output_format or "png", chosen_seed(body.seed)
+    samplings = [
+        MaskedSampling(steps=body.steps, guidance=body.guidance, seed=seed_of(seed, index))
+        for index in range(body.n)
     ]
-    answers = await call.answer(kind, requests)
+    answers = await call.answer(kind, [replace(request, sampling=sampling) for sampling in samplings])
     files = await asyncio.to_thread(_files, call.server, request, answers, form)
     side, usage = call.server.loaded.image.side, answers[0].usage
     generated = sum(answer.usage.generated for answer in answers)
     image_tokens = usage.by_modality.get("image", 0)
+    details = InputDetails(image_tokens=image_tokens, text_tokens=usage.prompt - image_tokens)
     reply = Images(
         created=int(time.time()),
         data=[ImageData(b64_json=base64.b64encode(data).decode()) for data in files],
         output_format=form,
         size=f"{side}x{side}",
-        seed=request.sampling.seed,
+        seed=seed,
         usage=ImageUsage(
             input_tokens=usage.prompt,
             output_tokens=generated,
             total_tokens=usage.prompt + generated,
-            input_tokens_details=InputDetails(
-                image_tokens=image_tokens, text_tokens=usage.prompt - image_tokens
-            ),
+            input_tokens_details=details,
         ),
     )
-    with_energy(reply, answers)
-    return with_teaching(reply, [request], answers[:1], call.server.loaded.description)
+    return reply.with_coverage([request] * len(answers), answers, call.server.loaded.description)
 
 
 def _files(server: Server, request: CodesRequest, answers: list[Answer], form: ImageFormat) -> list[bytes]:

@@ -13,7 +13,7 @@ from openm6.serve.content import Series, part_prompt
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import NumbersRequest
-from openm6.serve.schemas import Distribution, Energy, TokenUsage, distribution_of, usage_of, with_energy
+from openm6.serve.schemas import Distribution, EnergyReply, TokenUsage, distribution_of, usage_of
 from openm6.serve.server import ThisCall
 
 router = APIRouter(prefix="/v1", tags=["numbers"], route_class=StrictRoute, responses=DOCUMENTED)
@@ -39,7 +39,7 @@ class PredictedRow(BaseModel):
     columns: dict[str, Distribution]
 
 
-class Predictions(Energy):
+class Predictions(EnergyReply):
     object: Literal["list"] = "list"
     model: str
     data: list[PredictedRow]
@@ -68,7 +68,7 @@ async def predict(body: PredictionBody, call: ThisCall) -> Predictions:
     for (index, request), answer in zip(asked, answers, strict=True):
         rows.setdefault(index, {})[request.name] = distribution_of(answer.value, body.coverage)
     data = [PredictedRow(index=index, columns=columns) for index, columns in rows.items()]
-    return with_energy(Predictions(model=server.name, data=data, usage=usage_of(answers)), answers)
+    return Predictions(model=server.name, data=data, usage=usage_of(answers)).with_energy(answers)
 
 
 def _forecast(series: Series, ahead: int) -> NumbersRequest:

@@ -15,7 +15,7 @@ from openm6.serve.content import Content, ContentPart, images_of, parts_of_conte
 from openm6.serve.errors import DOCUMENTED, BadRequestError, check_limit
 from openm6.serve.middleware import StrictRoute
 from openm6.serve.requests import Answer, EmbedRequest, RankRequest
-from openm6.serve.schemas import Energy, RankedCandidate, TokenUsage, rank_candidates, usage_of, with_energy
+from openm6.serve.schemas import EnergyReply, RankedCandidate, TokenUsage, rank_candidates, usage_of
 from openm6.serve.server import Server, ThisCall
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute, responses=DOCUMENTED)
@@ -47,7 +47,7 @@ class VectorUsage(BaseModel):
     total_tokens: int
 
 
-class Vectors(Energy):
+class Vectors(EnergyReply):
     """Vectors in the order of the inputs."""
 
     object: Literal["list"] = "list"
@@ -66,7 +66,7 @@ class RankingBody(BaseModel):
     top: int | None = Field(default=None, ge=1)
 
 
-class Ranking(Energy):
+class Ranking(EnergyReply):
     """The likeliest first."""
 
     object: Literal["list"] = "list"
@@ -98,7 +98,7 @@ async def embed(body: EmbeddingBody, call: ThisCall) -> Vectors:
         data=[_vector(index, answer, body.encoding_format) for index, answer in enumerate(answers)],
         usage=VectorUsage(prompt_tokens=tokens, total_tokens=tokens),
     )
-    return with_energy(reply, answers)
+    return reply.with_energy(answers)
 
 
 def _embed_requests(server: Server, contents: list[Content]) -> list[EmbedRequest]:
@@ -129,4 +129,4 @@ async def rank(body: RankingBody, call: ThisCall) -> Ranking:
     answers = await call.answer("rank", [RankRequest(parts=parts, candidates=tuple(body.candidates))])
     ranked = rank_candidates(body.candidates, answers[0].value, body.normalise)
     reply = Ranking(model=server.name, data=ranked[: body.top], usage=usage_of(answers))
-    return with_energy(reply, answers)
+    return reply.with_energy(answers)

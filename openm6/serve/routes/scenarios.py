@@ -29,16 +29,13 @@ from openm6.serve.scenarios.scenario import (
     require,
 )
 from openm6.serve.schemas import (
+    CoveredReply,
     Distribution,
-    Energy,
     RankedCandidate,
     Seed,
-    Teaching,
     chosen_seed,
     distribution_of,
     rank_candidates,
-    with_energy,
-    with_teaching,
 )
 from openm6.serve.server import Server, ThisCall, ThisServer
 
@@ -104,7 +101,7 @@ class ScenarioBody(BaseModel):
     seed: Seed = None
 
 
-class ScenarioAnswer(Energy, Teaching):
+class ScenarioAnswer(CoveredReply):
     """One of the fields after `output` holds the answer: image is a data URL, audio base64 of a WAV file."""
 
     object: Literal["scenario.answer"] = "scenario.answer"
@@ -153,8 +150,7 @@ async def answer(name: Name, body: ScenarioBody, call: ThisCall) -> ScenarioAnsw
         output=scenario.output,
     )
     await asyncio.to_thread(_set_answer, reply, request, answers[0], loaded)
-    with_energy(reply, answers)
-    return with_teaching(reply, [request], answers, loaded.description, body.language)
+    return reply.with_coverage([request], answers, loaded.description, body.language)
 
 
 def _named(name: str) -> Scenario:

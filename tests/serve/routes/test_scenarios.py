@@ -105,7 +105,7 @@ def test_a_filled_image_keeps_what_lies_outside(client: httpx.Client) -> None:
 
 def test_it_is_said_whether_the_words_were_trained(client: httpx.Client) -> None:
     found = client.post("/v1/scenarios/couplet", json=body("couplet", "zh")).json()
-    assert found["taught"] and found["note"] is None
+    assert found["trained"] and found["note"] is None
 
 
 def test_a_audio_comes_back(client: httpx.Client) -> None:
