@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image as Pillow
 
 from openm6.core.errors import DataError
+from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.audio import RATE
 from openm6.modalities.interface import Part
 from openm6.serve.content import join_texts, pcm
-from openm6.serve.playground.inputs import ESTIMATE, NOTHING, UNCOUNTED, uploaded
+from openm6.serve.playground.inputs import WORDS, uploaded
 from openm6.serve.requests import Answer, CodesRequest, NumbersRequest, RankRequest, Request, TextRequest
 from openm6.serve.routes.scenarios import COVERAGE, drawn_image
 from openm6.serve.scenarios.ask import scenario_request
@@ -35,7 +36,7 @@ BAND, LINE, NEGATIVE = "#f3c98b", "#b4571c", "#2c6e9b"
 
 @dataclass(frozen=True)
 class Shown:
-    """The content of the answer panel; None hides a part of it."""
+    """The content of the answer panel; what is None is hidden."""
 
     text: str | None = None
     image: Pillow.Image | None = None
@@ -68,7 +69,7 @@ async def answer_freely(
     output: Output,
     seed: int,
 ) -> Shown:
-    """Answer whatever is given; raise as `answer_scenario`."""
+    """Answer to any text, image and audio; raise as `answer_scenario`."""
     parts = [
         Part(kind, uploaded(kind, path, server.limits, language))
         for kind, path in (("image", image), ("audio", audio))
@@ -77,17 +78,11 @@ async def answer_freely(
     if text.strip():
         parts = join_texts([*parts, Part("text", text.strip())])
     if not parts:
-        raise DataError(NOTHING.text(language))
-    request: TextRequest | CodesRequest
-    if output == "text":
-        request = TextRequest(parts=tuple(parts))
-        request = TextRequest(
-            parts=request.parts, sampling=request.sampling.model_copy(update={"seed": seed})
-        )
-    else:
-        request = CodesRequest(parts=tuple(parts), modality="image" if output == "image" else "audio")
-        sampling = request.sampling.model_copy(update={"seed": seed})
-        request = CodesRequest(parts=request.parts, modality=request.modality, sampling=sampling)
+        raise DataError(WORDS["empty"].text(language))
+    request: Request = TextRequest(parts=tuple(parts), sampling=Sampling(seed=seed))
+    if output == "image" or output == "audio":
+        sampling = MaskedSampling(seed=seed)
+        request = CodesRequest(parts=tuple(parts), modality=output, sampling=sampling)
     return await _answer(server, request, output, language)
 
 
@@ -117,9 +112,11 @@ async def _answer(
 
 def energy_note(answer: Answer, language: Language) -> str:
     """Return the joules and the time of an answer."""
-    energy = UNCOUNTED.text(language)
+    energy = WORDS["unmeasured"].text(language)
     if answer.joules is not None:
-        source = ESTIMATE.text(language) if answer.energy_source == "estimate" else answer.energy_source
+        source = (
+            WORDS["estimate"].text(language) if answer.energy_source == "estimate" else answer.energy_source
+        )
         energy = f"{answer.joules:.3g} J ({source})"
     return f"{energy} · {answer.seconds:.2f} s"
 

@@ -1,4 +1,4 @@
-"""The page under /playground: choose a scenario or ask freely, see and hear the answer, its cost and earlier images."""
+"""The page under /playground: choose a scenario or ask freely, and see the answer, its cost and earlier images."""
 
 from __future__ import annotations
 
@@ -10,23 +10,15 @@ from fastapi import FastAPI
 
 from openm6.core.errors import OpenM6Error
 from openm6.serve.middleware import PLAYGROUND, match_key
-from openm6.serve.playground import inputs as words
 from openm6.serve.playground.answers import Shown, answer_freely, answer_scenario, failure_box
-from openm6.serve.playground.inputs import image_input, make_slots, slot_updates, values_in
+from openm6.serve.playground.inputs import WORDS, ImageInput, make_inputs, values_in
 from openm6.serve.scenarios.ask import example_fits
-from openm6.serve.scenarios.scenario import (
-    Bilingual,
-    Language,
-    Output,
-    Readiness,
-    Scenario,
-    read_library,
-    readiness,
-)
+from openm6.serve.scenarios.scenario import Language, Output, Readiness, Scenario, read_library, readiness
 from openm6.serve.server import Server
 
 STYLE = Path(__file__).with_name("page.css")
 MAX_GALLERY = 24
+LANGUAGES = (("English", "en"), ("中文", "zh"))
 OUTPUTS: tuple[Output, ...] = ("text", "image", "audio")
 Images = list[tuple[Any, str]]
 # On a phone the answer, or why there is none, comes below the screen; the page takes a moment to hold it.
@@ -66,91 +58,87 @@ class Page:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.library = read_library()
-        # Components whose label changes with the language.
-        self.labels: list[tuple[gradio.components.Component | gradio.Tab, Bilingual]] = []
+        # Components whose label changes with the language, each with the key of its words.
+        self.labels: list[tuple[gradio.components.Component | gradio.Tab, str]] = []
 
     def build(self) -> gradio.Blocks:
         """Return the page as Gradio's blocks."""
         with gradio.Blocks(title="OpenM6", analytics_enabled=False, fill_width=True) as blocks:
-            first = self.first_scenario()
+            first = self.best(list(self.library.scenarios.values()))
             with gradio.Row(elem_id="head"):
                 self.title = gradio.Markdown(_heading("en"), elem_id="title")
                 self.language = gradio.Radio(
-                    words.LANGUAGE_NAMES,
-                    value="en",
-                    label=words.LANGUAGE.en,
-                    elem_id="language",
-                    min_width=250,
+                    LANGUAGES, value="en", label=WORDS["language"].en, elem_id="language", min_width=250
                 )
-                self.labels.append((self.language, words.LANGUAGE))
             with gradio.Row():
                 with gradio.Column(min_width=320), gradio.Tabs(selected=self.opening_tab(first)):
                     self._scenario_tab(first)
                     self._free_tab()
                 with gradio.Column(min_width=320):
                     self._answer_panel()
-            self._connect(blocks)
+            self._connect()
         return blocks
-
-    def first_scenario(self) -> Scenario:
-        """Return the scenario that the page opens with."""
-        return self._best(list(self.library.scenarios.values()))
 
     def opening_tab(self, first: Scenario) -> str:
         """Return the tab that is shown: scenarios, unless the model can do none."""
         return "scenarios" if self._readiness(first).trained else "freely"
 
-    def _best(self, scenarios: list[Scenario]) -> Scenario:
+    def best(self, scenarios: list[Scenario]) -> Scenario:
         """The first that works at a click: ready, and with an example that fits the model; else the nearest to it."""
 
         def rank(scenario: Scenario) -> tuple[bool, bool, bool]:
             found = self._readiness(scenario)
-            return found.ready, found.trained, self._fits(scenario, "en")
+            return found.ready, found.trained, self.fits(scenario, "en")
 
         return max(scenarios, key=rank)
 
     def _readiness(self, scenario: Scenario) -> Readiness:
         return readiness(scenario, self.server.loaded.description, self.server.scores)
 
-    def _fits(self, scenario: Scenario, language: Language) -> bool:
+    def fits(self, scenario: Scenario, language: Language) -> bool:
         """Whether the example is shown."""
         trained = self._readiness(scenario).trained
         return not trained or example_fits(scenario, language, self.server.loaded.description)
 
     def _scenario_tab(self, first: Scenario) -> None:
-        with gradio.Tab(words.SCENARIOS.en, id="scenarios") as tab:
+        with gradio.Tab(WORDS["scenarios"].en, id="scenarios") as tab:
             domain = self.library.domain_of[first.name]
             self.domain = gradio.Dropdown(
-                self._domains("en"), value=domain, label=words.DOMAIN.en, elem_id="domain"
+                self._domains("en"), value=domain, label=WORDS["domain"].en, elem_id="domain"
             )
             self.scenario = gradio.Dropdown(
-                self._choices(domain, "en"), value=first.name, label=words.SCENARIO.en, elem_id="scenario"
+                self._choices(domain, "en"), value=first.name, label=WORDS["scenario"].en, elem_id="scenario"
             )
-            self.state = gradio.Markdown(self._about(first, "en"), elem_id="state")
-            self.slots = make_slots()
-            self.seed = gradio.Number(0, label=words.SEED.en, precision=0, minimum=0, maximum=2**31 - 1)
-            # Until the example has come, a click would ask with empty inputs.
-            self.run = gradio.Button(words.RUN.en, variant="primary", elem_id="run", interactive=False)
-        self.labels += [(tab, words.SCENARIOS), (self.seed, words.SEED)]
+            gradio.render([self.scenario, self.language])(self._show_scenario)
+            self.seed = gradio.Number(0, label=WORDS["seed"].en, precision=0, minimum=0, maximum=2**31 - 1)
+        self.labels += [(tab, "scenarios"), (self.seed, "seed")]
+
+    def _show_scenario(self, name: str, language: Language) -> None:
+        """Add what a scenario is, its inputs, filled with the example if it fits the model, and its button."""
+        scenario = self.library.named(name)
+        gradio.Markdown(self.about(scenario, language), elem_id="state")
+        inputs = make_inputs(scenario, language, self.fits(scenario, language))
+        run = gradio.Button(WORDS["run"].text(language), variant="primary", elem_id="run")
+        asked = [self.language, self.scenario, self.seed, self.drawn, *inputs]
+        run.click(self.on_run, asked, self.panel).then(None, js=SHOW)
 
     def _free_tab(self) -> None:
-        with gradio.Tab(words.FREELY.en, id="freely") as tab:
-            self.text = gradio.Textbox(label=words.TEXT.en, lines=3, elem_id="free-text")
-            self.image = image_input("free-image", words.IMAGE.en)
-            self.audio = gradio.Audio(label=words.AUDIO.en, type="filepath", elem_id="free-audio")
-            self.output = gradio.Radio(_outputs("en"), value="text", label=words.OUTPUT.en, elem_id="output")
-            self.ask = gradio.Button(words.RUN.en, variant="primary", elem_id="ask")
-        self.labels += [
-            (tab, words.FREELY),
-            (self.text, words.TEXT),
-            (self.image, words.IMAGE),
-            (self.audio, words.AUDIO),
-        ]
+        with gradio.Tab(WORDS["freely"].en, id="freely") as tab:
+            self.text = gradio.Textbox(label=WORDS["text"].en, lines=3, elem_id="free-text")
+            self.image = ImageInput(
+                type="filepath", format="png", height=200, label=WORDS["image"].en, elem_id="free-image"
+            )
+            self.audio = gradio.Audio(label=WORDS["audio"].en, type="filepath", elem_id="free-audio")
+            self.output = gradio.Radio(
+                _outputs("en"), value="text", label=WORDS["output"].en, elem_id="output"
+            )
+            self.ask = gradio.Button(WORDS["run"].en, variant="primary", elem_id="ask")
+        self.labels += [(tab, "freely"), (self.text, "text"), (self.image, "image"), (self.audio, "audio")]
 
     def _answer_panel(self) -> None:
-        out_text = gradio.Textbox(label=words.ANSWER.en, lines=3, elem_id="answer-text")
-        out_image = gradio.Image(
-            label=words.IMAGE.en,
+        text = gradio.Textbox(label=WORDS["answer"].en, lines=3, elem_id="answer-text")
+        image = gradio.Image(
+            label=WORDS["image"].en,
             visible=False,
             interactive=False,
             format="png",
@@ -158,66 +146,47 @@ class Page:
             buttons=["download", "fullscreen"],
             elem_id="answer-image",
         )
-        out_audio = gradio.Audio(
-            label=words.AUDIO.en, visible=False, interactive=False, elem_id="answer-audio"
+        audio = gradio.Audio(
+            label=WORDS["audio"].en, visible=False, interactive=False, elem_id="answer-audio"
         )
-        out_figure = gradio.HTML(visible=False, elem_id="answer-figure")
+        figure = gradio.HTML(visible=False, elem_id="answer-figure")
         note = gradio.HTML("", elem_id="note")
         gallery = gradio.Gallery(
-            label=words.GALLERY.en, columns=4, height=150, object_fit="contain", elem_id="gallery"
+            label=WORDS["gallery"].en, columns=4, height=150, object_fit="contain", elem_id="gallery"
         )
         self.drawn = gradio.State([])
-        self.panel = [out_text, out_image, out_audio, out_figure, note, gallery, self.drawn]
-        self.labels += [
-            (out_text, words.ANSWER),
-            (out_image, words.IMAGE),
-            (out_audio, words.AUDIO),
-            (gallery, words.GALLERY),
-        ]
+        self.panel = [text, image, audio, figure, note, gallery, self.drawn]
+        self.labels += [(text, "answer"), (image, "image"), (audio, "audio"), (gallery, "gallery")]
 
-    def _connect(self, blocks: gradio.Blocks) -> None:
+    def _connect(self) -> None:
         self.domain.change(self.choose_domain, [self.domain, self.language], [self.scenario])
-        shown = [self.state, *self.slots]
-        self.scenario.change(self.choose_scenario, [self.scenario, self.language], shown)
-        loaded = blocks.load(self.choose_scenario, [self.scenario, self.language], shown)
-        loaded.then(lambda: gradio.update(interactive=True), None, self.run)
-        worded: list[Any] = [self.title, self.domain, self.scenario, self.output, self.run, self.ask]
+        self.labels.append((self.language, "language"))
+        worded: list[Any] = [self.title, self.domain, self.scenario, self.output, self.ask]
         worded += [component for component, _ in self.labels]
-        self.language.change(
-            self.choose_language, [self.language, self.domain, self.scenario], worded + shown
-        )
-        asked = [self.language, self.scenario, self.seed, self.drawn, *self.slots]
-        self.run.click(self.on_run, asked, self.panel).then(None, js=SHOW)
+        self.language.change(self.choose_language, [self.language, self.domain, self.scenario], worded)
         free = [self.language, self.text, self.image, self.audio, self.output, self.seed, self.drawn]
         self.ask.click(self.on_ask, free, self.panel).then(None, js=SHOW)
 
     def choose_domain(self, domain: str, language: Language) -> Any:
         """Return the scenarios of a domain, the first that works chosen."""
-        first = self._best(self.library.domains[domain].scenarios)
+        first = self.best(self.library.domains[domain].scenarios)
         return gradio.update(choices=self._choices(domain, language), value=first.name)
 
-    def choose_scenario(self, name: str, language: Language) -> list[Any]:
-        """Return what the scenario is and its inputs, filled with the example if it fits the model."""
-        scenario = self.library.named(name)
-        filled = self._fits(scenario, language)
-        return [self._about(scenario, language), *slot_updates(scenario, language, filled)]
-
     def choose_language(self, language: Language, domain: str, name: str) -> list[Any]:
-        """Return the whole page in another language, in the order of `_connect`."""
+        """Return the fixed parts of the page in another language, in the order of `_connect`."""
+        words = {key: word.text(language) for key, word in WORDS.items()}
         choices = self._choices(domain, language)
         return [
             _heading(language),
-            gradio.update(label=words.DOMAIN.text(language), choices=self._domains(language), value=domain),
-            gradio.update(label=words.SCENARIO.text(language), choices=choices, value=name),
-            gradio.update(label=words.OUTPUT.text(language), choices=_outputs(language)),
-            # One for each component: Gradio takes an update apart when it is done with it.
-            *(gradio.update(value=words.RUN.text(language)) for _ in range(2)),
-            *(gradio.update(label=label.text(language)) for _, label in self.labels),
-            *self.choose_scenario(name, language),
+            gradio.update(label=words["domain"], choices=self._domains(language), value=domain),
+            gradio.update(label=words["scenario"], choices=choices, value=name),
+            gradio.update(label=words["output"], choices=_outputs(language)),
+            gradio.update(value=words["run"]),
+            *(gradio.update(label=words[key]) for _, key in self.labels),
         ]
 
     async def on_run(
-        self, language: Language, name: str, seed: float, drawn: Images, *slots: Any
+        self, language: Language, name: str, seed: float, drawn: Images, *contents: Any
     ) -> list[Any]:
         """Return a scenario's answer in the panel."""
         scenario = self.library.named(name)
@@ -225,7 +194,7 @@ class Page:
         if not able.trained:
             return _failed(able.text(language), language, drawn)
         try:
-            values = values_in(scenario, slots, self.server.limits, language)
+            values = values_in(scenario, contents, self.server.limits, language)
             shown = await answer_scenario(self.server, scenario, language, values, int(seed or 0))
         except OpenM6Error as error:
             return _failed(str(error), language, drawn)
@@ -254,45 +223,37 @@ class Page:
 
     def _choices(self, domain: str, language: Language) -> list[tuple[str, str]]:
         """Titles, those that need training marked by a ring."""
+        marks = {True: "●", False: "○"}
         return [
-            (
-                ("● " if self._readiness(scenario).ready else "○ ") + scenario.title.text(language),
-                scenario.name,
-            )
-            for scenario in self.library.domains[domain].scenarios
+            (f"{marks[self._readiness(one).ready]} {one.title.text(language)}", one.name)
+            for one in self.library.domains[domain].scenarios
         ]
 
-    def _about(self, scenario: Scenario, language: Language) -> str:
+    def about(self, scenario: Scenario, language: Language) -> str:
+        """Return what a scenario does, and whether the model can do it."""
         able = self._readiness(scenario)
-        state = words.READY.text(language) if able.ready else f"○ {able.text(language)}"
-        own = "" if self._fits(scenario, language) else f" {words.OWN.text(language)}"
+        state = WORDS["ready"].text(language) if able.ready else f"○ {able.text(language)}"
+        own = "" if self.fits(scenario, language) else f" {WORDS['own'].text(language)}"
         return f"{scenario.summary.text(language)} {state}{own}"
 
 
 def _heading(language: Language) -> str:
-    return f"# {words.TITLE.text(language)}\n{words.LEAD.text(language)}"
+    return f"# {WORDS['title'].text(language)}\n{WORDS['lead'].text(language)}"
 
 
 def _outputs(language: Language) -> list[tuple[str, str]]:
-    titles = (words.TEXT, words.IMAGE, words.AUDIO)
-    return [(title.text(language), output) for title, output in zip(titles, OUTPUTS, strict=True)]
+    return [(WORDS[output].text(language), output) for output in OUTPUTS]
 
 
 def _failed(sentence: str, language: Language, drawn: Images) -> list[Any]:
     """An answer panel with why there is no answer; a raised error would cover every part of it."""
-    return _panel(Shown(note=failure_box(words.WRONG.text(language), sentence)), "", drawn)
+    return _panel(Shown(note=failure_box(WORDS["failed"].text(language), sentence)), "", drawn)
 
 
 def _panel(shown: Shown, caption: str, drawn: Images) -> list[Any]:
     """The answer panel: parts without content are hidden; images go to the gallery."""
     if shown.image is not None:
         drawn = [(shown.image, caption), *drawn][:MAX_GALLERY]
-    return [
-        gradio.update(value=shown.text, visible=shown.text is not None),
-        gradio.update(value=shown.image, visible=shown.image is not None),
-        gradio.update(value=shown.audio, visible=shown.audio is not None),
-        gradio.update(value=shown.figure or "", visible=shown.figure is not None),
-        shown.note,
-        drawn,
-        drawn,
-    ]
+    parts = (shown.text, shown.image, shown.audio, shown.figure)
+    updates = [gradio.update(value=part, visible=part is not None) for part in parts]
+    return [*updates, shown.note, drawn, drawn]

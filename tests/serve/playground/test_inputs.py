@@ -1,4 +1,4 @@
-"""Every scenario finds room in the page's slots, filled with its example, and is read back as it was given."""
+"""Every scenario has its inputs on the page, filled with its example, and they are read back as they were."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ import io
 from pathlib import Path
 from typing import Any
 
-import soundfile
+import gradio
 from gradio.data_classes import ImageData
 
 from openm6.core.errors import DataError
 from openm6.serve.config import Limits
 from openm6.serve.playground.inputs import (
-    AUDIOS,
-    IMAGES,
-    TEXTS,
-    image_input,
+    ImageInput,
+    make_inputs,
     read_typed,
-    slot_names,
-    slot_updates,
     uploaded,
     values_in,
     write_typed,
@@ -35,26 +31,14 @@ ALL = read_library().scenarios.values()
 
 
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
-def test_the_example_goes_in_and_comes_back(scenario: Scenario, tmp_path: Path) -> None:
+def test_the_example_goes_in_and_comes_back(scenario: Scenario) -> None:
     for language in LANGUAGES:
-        updates = slot_updates(scenario, language)
-        names = slot_names(scenario)
-        assert len(updates) == len(names) == TEXTS + IMAGES + AUDIOS
-        assert {name for name in names if name} == set(scenario.inputs)
-        slots = []
-        for number, (name, update) in enumerate(zip(names, updates, strict=True)):
-            assert update["visible"] == (name is not None)
-            value = update.get("value")
-            kind = scenario.inputs[name].kind if name else "text"
-            if kind in ("image", "audio"):
-                path = tmp_path / f"{number}.png"
-                if kind == "image":
-                    value.save(path)
-                else:
-                    soundfile.write(path, value[1], value[0], format="WAV")
-                value = str(path)
-            slots.append(value)
-        found, given = values_in(scenario, tuple(slots), Limits()), example_values(scenario, language)
+        with gradio.Blocks():
+            components = make_inputs(scenario, language)
+            assert all(component.value is None for component in make_inputs(scenario, language, filled=False))
+        values = [component.value for component in components]
+        contents = tuple(value["path"] if isinstance(value, dict) else value for value in values)
+        found, given = values_in(scenario, contents, Limits()), example_values(scenario, language)
         assert set(found) == set(given)
         for name, value in given.items():
             if isinstance(value, bytes):
@@ -85,7 +69,7 @@ def test_what_was_uploaded_broken_or_too_large_is_one_sentence_in_the_pages_lang
 
 def test_a_image_is_handed_on_unread_also_when_its_label_has_changed(tmp_path: Path) -> None:
     """Gradio makes a component anew with every update; what it makes must not read the file either."""
-    first = image_input("free-image", "Image")
+    first = ImageInput(elem_id="free-image", label="Image")
     again = type(first)(**{**first.constructor_args, "label": "图片", "render": False})
     broken = tmp_path / "a.png"
     broken.write_bytes(b"no image")
