@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from openm6.core.seeds import derive_seed
-from openm6.inference.taught import Taught, assess
+from openm6.inference.coverage import Coverage, assess
 from openm6.modalities.numbers import Histogram
 from openm6.models.description import CheckpointConfig
 from openm6.serve.requests import Answer, EmbedRequest, Request
@@ -78,8 +78,8 @@ class CoveredReply(EnergyReply):
         """Set the joules, and `trained` and `note` by the first request that was not trained."""
         for request, answer in zip(requests, answers, strict=True):
             coverage = coverage_of(request, answer, description)
-            if self.trained and not coverage.taught:
-                self.trained, self.note = False, coverage.said(language)
+            if self.trained and not coverage.trained:
+                self.trained, self.note = False, coverage.message(language)
         return self.with_energy(answers)
 
 
@@ -115,10 +115,10 @@ def usage_of(answers: list[Answer]) -> TokenUsage:
     )
 
 
-def coverage_of(request: Request, answer: Answer, description: CheckpointConfig) -> Taught:
+def coverage_of(request: Request, answer: Answer, description: CheckpointConfig) -> Coverage:
     """Return whether a request was trained; embeddings are refused elsewhere if they were not."""
     if isinstance(request, EmbedRequest):
-        return Taught()
+        return Coverage()
     return assess(request.parts, request.output, description, answer.confidence)
 
 

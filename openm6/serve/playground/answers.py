@@ -95,8 +95,8 @@ async def _answer(
     loaded, value = server.loaded, answer.value
     note = energy_note(answer, language)
     coverage = coverage_of(request, answer, loaded.description)
-    if not coverage.taught:
-        note = f'<p class="untrained">{html.escape(coverage.said(language))}</p>' + note
+    if not coverage.trained:
+        note = f'<p class="untrained">{html.escape(coverage.message(language))}</p>' + note
     if output == "text":
         return Shown(text=value, note=note)
     if output == "image":
