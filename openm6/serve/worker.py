@@ -145,9 +145,8 @@ async def follow(handles: Sequence[RequestHandle]) -> AsyncGenerator[None]:
     try:
         done = False
         while not done:
-            done = all(
-                handle.done for handle in handles
-            )  # before the yield: the last text must not be missed
+            # Read before the yield: what is written last must not be missed.
+            done = all(handle.done for handle in handles)
             yield
             if not done:
                 await reader[1].wait()

@@ -64,7 +64,9 @@ def test_a_classifier_that_is_to_draw_says_so() -> None:
         reply = Address(int(found.rpartition(":")[2]), os.getpid()).post(
             "/v1/images/generations", {"prompt": "a cat", "steps": 1}
         )
-    assert reply.status == 200 and "never trained to generate image from text" in json.loads(reply.body)["note"]
+    assert (
+        reply.status == 200 and "never trained to generate image from text" in json.loads(reply.body)["note"]
+    )
 
 
 def test_the_playground_shows_it_in_its_language(tmp_path) -> None:  # type: ignore[no-untyped-def]
