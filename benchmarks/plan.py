@@ -16,7 +16,7 @@ from openm6.core.run_folder import RunFolder
 from openm6.plan.measured import plan_measured
 
 GOAL = 0.15  # relative error
-TEXT = "mixture=[{source: questions, task: answer}]"
+TEXT = "mixture=[{source: questions, task: question_answering}]"
 CASES: dict[str, list[str]] = {
     "all modalities": ["loop.steps=400", "loop.minutes=null"],
     "text": [TEXT, "packing.batch_size=8", "loop.steps=200", "loop.minutes=null"],

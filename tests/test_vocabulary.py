@@ -69,7 +69,6 @@ PENDING = {
     "openm6/ops",
     "openm6/optim",
     "openm6/parallel",
-    "openm6/plan",
     "openm6/serve",
     "openm6/tasks",
     "openm6/train",

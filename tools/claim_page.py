@@ -14,9 +14,9 @@ from pathlib import Path
 from openm6.core.files import replace_text
 from openm6.energy.carbon import GPT3_JOULES_PER_TOKEN, GPT3_MWH, GPT3_TOKENS, grid
 from openm6.energy.meter import EnergyConfig
-from openm6.plan.hardware import GIB, ClusterOptions, gpu
+from openm6.plan.hardware import GIB, ClusterOptions, gpu, gpu_cluster
 from openm6.plan.plan import Plan, make_plan, smallest_count
-from openm6.plan.request import PlanRequest, read_request, read_target
+from openm6.plan.request import PlanRequest, read_model
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "m6-10t.md"
 MODEL, DAYS, PUE = "m6-10t", 10.0, 1.1
@@ -59,11 +59,11 @@ def page() -> str:
 def plan_on(kind: str, bytes_: int | None = None, network: float | None = None) -> Plan:
     """Ten days of the model on 512 GPUs of a kind."""
     options = replace(CLUSTER, network=network)
-    return make_plan(_request(bytes_), read_target(kind, None, options).cluster())
+    return make_plan(_request(bytes_), gpu_cluster(gpu(kind), options))
 
 
 def _request(bytes_: int | None = None) -> PlanRequest:
-    return read_request(MODEL, [], days=DAYS, bytes_per_parameter=bytes_, energy={"pue": PUE})
+    return PlanRequest(read_model(MODEL), days=DAYS, bytes_per_parameter=bytes_, energy=EnergyConfig(pue=PUE))
 
 
 def _fit(plan: Plan) -> dict[str, float]:

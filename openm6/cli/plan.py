@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -91,32 +91,27 @@ def plan(
     """
     # pydantic would slow down `openm6 --help`
     from openm6.cli.plan_page import show_measured, show_plan, show_sweep
-    from openm6.plan.hardware import ClusterOptions
-    from openm6.plan.request import read_request, read_target
+    from openm6.core.config import build
+    from openm6.energy.meter import EnergyConfig
+    from openm6.plan import hardware
+    from openm6.plan.request import PlanRequest, read_model
 
     energy = {"country": country, "pue": pue}
+    options = hardware.ClusterOptions(gpus, per_node, host_memory, link, network, price)
+    lengths = (bytes_per_parameter, pseudo_fraction, activation_checkpointing_every)
     if gpu is None:
-        _refuse_gpu_options(
-            [
-                gpus != 1, per_node != PER_NODE, gpu_table, host_memory, link, network, batch, bytes_per_parameter,
-                pseudo_fraction, activation_checkpointing_every, price, sweep, plot,
-            ]
-        )  # fmt: skip
+        defaults = options == hardware.ClusterOptions(1, PER_NODE)
+        if not defaults or any((gpu_table, batch, *lengths, sweep, plot)):
+            raise ConfigError(
+                "without --gpu the recipe is measured on this machine: add --gpu KIND, or keep to --tokens, --days, "
+                "--country, --pue and --json"
+            )
         show_measured(model, overrides or [], tokens, days, energy, json_path)
         return
-    lengths = (batch, tokens, days, bytes_per_parameter, pseudo_fraction, activation_checkpointing_every)
-    request = read_request(model, overrides or [], *lengths, energy)
-    target = read_target(gpu, gpu_table, ClusterOptions(gpus, per_node, host_memory, link, network, price))
+    config = build(EnergyConfig, energy, "the options of energy")
+    request = PlanRequest(read_model(model, overrides), batch, tokens, days, *lengths, config)
+    card = hardware.gpu(gpu, gpu_table)
     if sweep is not None:
-        show_sweep(request, target, sweep, plot, json_path)
+        show_sweep(request, card, options, sweep, plot, json_path)
     else:
-        show_plan(request, target, json_path)
-
-
-def _refuse_gpu_options(given: list[Any]) -> None:
-    """Raise ConfigError if an option that only the plan for a GPU reads was given without one."""
-    if any(option not in (None, False, 0.0) for option in given):
-        raise ConfigError(
-            "without --gpu the recipe is measured on this machine: add --gpu KIND, or keep to --tokens, --days, "
-            "--country, --pue and --json"
-        )
+        show_plan(request, card, options, list(hardware.gpus(gpu_table).values()), json_path)

@@ -16,18 +16,21 @@ from openm6.core.errors import ConfigError
 from openm6.core.files import replace_text
 from openm6.energy.carbon import GPT3_JOULES_PER_TOKEN, GPT3_MWH
 from openm6.models.presets import PRESETS
+from openm6.plan.hardware import ClusterOptions, Gpu
 from openm6.plan.measured import plan_measured
 from openm6.plan.plan import Plan, StagePlan, plan_json
-from openm6.plan.request import PlanRequest, PlanTarget, read_model
-from openm6.plan.sweep import draw_sweep, sweep_json, sweep_plans
+from openm6.plan.request import PlanRequest, read_model
+from openm6.plan.sweep import draw_sweep, sweep_plans
 
 GIB = 2**30
 WIDTH = 100  # characters of a sweep's table
 
 
-def show_plan(request: PlanRequest, target: PlanTarget, json_path: Path | None) -> None:
+def show_plan(
+    request: PlanRequest, card: Gpu, options: ClusterOptions, known: list[Gpu], json_path: Path | None
+) -> None:
     """Print a plan; write its JSON if a file is given."""
-    plan, content = plan_json(request, target)
+    plan, content = plan_json(request, card, options, known)
     _write(content, json_path)
     console = Console()
     console.print(Text(f"{plan.model.name} on {plan.cluster.name}", style="bold"))
@@ -39,11 +42,16 @@ def show_plan(request: PlanRequest, target: PlanTarget, json_path: Path | None) 
 
 
 def show_sweep(
-    request: PlanRequest, target: PlanTarget, kind: str, plot: Path | None, json_path: Path | None
+    request: PlanRequest,
+    card: Gpu,
+    options: ClusterOptions,
+    kind: str,
+    plot: Path | None,
+    json_path: Path | None,
 ) -> None:
     """Print plans side by side; write and plot them if files are given."""
-    rows = sweep_plans(request, target, kind)
-    _write(sweep_json(rows, kind), json_path)
+    rows = sweep_plans(request, card, options, kind)
+    _write([{"sweep": kind, "value": value, **plan.to_json()} for value, plan in rows], json_path)
     table = Table(box=None)
     for name in (
         kind,
@@ -82,9 +90,8 @@ def show_measured(
     json_path: Path | None,
 ) -> None:
     """Measure a few steps of a recipe on this machine, and print the plan of the whole run."""
-    if recipe is None:
-        raise ConfigError("name a preset or a recipe to plan, as openm6 plan small --gpu h100-80gb")
-    read_model(recipe, overrides)  # refuses what is no recipe, or no setting, before a process starts
+    read_model(recipe, overrides)  # raises for what is no recipe, or no setting, before a process starts
+    assert recipe is not None
     if recipe in PRESETS:
         raise ConfigError(f"{recipe} is a preset: name a recipe to measure it here, or a GPU with --gpu")
     Console(stderr=True).print("measuring a few steps on this machine ...", style="dim")

@@ -13,6 +13,9 @@ from openm6.core.device import process_memory, resolve_device
 from openm6.core.errors import ConfigError, OpenM6Error
 from openm6.core.files import replace_text
 from openm6.core.run_folder import RunFolder
+from openm6.evaluate.evaluator import EvalConfig
+from openm6.evaluate.results import EvalReport
+from openm6.modalities.codes import ArrayCache
 from openm6.plan.measured import STEPS, WARMUP_STEPS, TrialRun, end_with_parent, trial_file
 from openm6.train.callbacks import Callback, RunState
 from openm6.train.loop import train
@@ -21,7 +24,9 @@ from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import read_recipe, recipe_path
 from openm6.train.step import StepReport
 
-EVALUATED = 5  # the trial evaluates one of so many records
+# The trial evaluates one of 20 and one of 4 records: two parts, since not all work of an evaluation grows with them.
+DIVISORS = (20, 4)
+MIN_ANSWERS = 20  # a smaller evaluation is run as a whole
 TRIAL = [
     f"loop.steps={STEPS}", "loop.minutes=null", "loop.log_every=1", "loop.save_every=1000000", "loop.keep_last=1",
     "loop.tensorboard=false", "loop.schedule.warmup_steps=2",
@@ -52,7 +57,7 @@ class Clock(Callback):
 
 
 class TrialTraining(MultimodalTraining):
-    """The training task of the recipe, with the start time of its evaluation."""
+    """The training task of the recipe, which evaluates parts of the test records and measures the seconds of each."""
 
     finish_began = 0.0
 
@@ -65,36 +70,65 @@ class TrialTraining(MultimodalTraining):
 
     def finish(self, run: RunFolder) -> None:
         self.finish_began = time.perf_counter()
+        self.evaluations: list[tuple[float, float]] = []
         super().finish(run)
+
+    def _evaluate(self, run: RunFolder, checkpoint: Path) -> tuple[EvalReport, float]:
+        whole = self.recipe.eval
+        for divisor in DIVISORS if whole.answers >= MIN_ANSWERS else (1,):
+            part = part_of(whole, divisor)
+            self.description = self.description.model_copy(update={"eval": part.model_dump(mode="json")})
+            self._clear_caches()
+            began = time.perf_counter()
+            result = super()._evaluate(run, checkpoint)
+            self.evaluations.append((part.answers / whole.answers, time.perf_counter() - began))
+        return result
+
+    def _clear_caches(self) -> None:
+        """Forget the codes of images and audio, or the second evaluation would find those of the first."""
+        for modality in self.modalities.values():
+            for name, cache in vars(modality).items():
+                if isinstance(cache, ArrayCache):
+                    setattr(modality, name, ArrayCache(cache.max_bytes))
+
+
+def part_of(config: EvalConfig, divisor: int) -> EvalConfig:
+    """An evaluation of one of `divisor` records."""
+    counts = {"records": config.records, "answers": config.answers, "drawn": config.drawn}
+    update = {name: -(-count // divisor) for name, count in counts.items()}
+    return config.model_copy(update={**update, "records": max(2, update["records"])})
 
 
 def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
     """Train a few steps of a recipe into `folder`, and write their time, memory and energy there.
 
     Raises:
-        ConfigError: the recipe is unusable, or trains a codec.
+        ConfigError: the recipe is invalid, or trains a codec.
     """
     began = time.perf_counter()
     path = recipe_path(recipe)
     whole, _ = read_recipe(path, overrides)
     if not isinstance(whole, MultimodalRecipe):
         raise ConfigError(f"{recipe} trains a codec: only multimodal recipes are planned")
-    checked, values = read_recipe(path, [*overrides, *_trial_settings(whole)])
+    loop = whole.loop
+    held_out = [f"loop.held_out.every={WARMUP_STEPS}"] if loop.held_out is not None else []
+    checked, values = read_recipe(path, [*overrides, *TRIAL, *held_out])
     assert isinstance(checked, MultimodalRecipe)
     run = RunFolder.open(folder)
     run.write_config(values)
     device = resolve_device()
+    on_gpu = device.type == "cuda"
     training = TrialTraining(checked, run, device)
-    loop = whole.loop
     total, active = training.omni.count_parameters()
     start_seconds = time.perf_counter() - began
     training.warm_caches(STEPS + checked.loop.prefetch + 1)
     clock = Clock()
     train(training, checked.loop, run, callbacks=[clock])
-    evaluated = (run.path / "report.json").is_file()
     trial = TrialRun(
         name=path.stem,
-        machine=_machine(device),
+        machine=torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"this processor, {torch.get_num_threads()} threads",
         step_tokens=training.tokens_per_step,
         parameters={"total": total, "active": active},
         steps=None if loop.steps == "auto" else int(loop.steps),
@@ -104,35 +138,15 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
         held_out_every=loop.held_out.every if loop.held_out is not None else None,
         held_out_seconds=clock.held_out_seconds,
         save_seconds=training.finish_began - clock.last_step,
-        evaluation_seconds=time.perf_counter() - training.finish_began if evaluated else 0.0,
-        evaluated_fraction=checked.eval.answers / whole.eval.answers,
-        memory_peak=_memory_peak(device),
+        evaluations=training.evaluations,
+        report_seconds=time.perf_counter() - training.finish_began - sum(x for _, x in training.evaluations),
+        memory_peak=torch.cuda.max_memory_allocated(device) if on_gpu else process_memory("VmHWM"),
     )
     replace_text(trial_file(run), trial.model_dump_json())
 
 
-def _trial_settings(recipe: MultimodalRecipe) -> list[str]:
-    """Overrides that make a recipe a trial: few steps, and a part of the evaluation."""
-    config = recipe.eval
-    words = [*TRIAL, f"eval.records={max(2, config.records // EVALUATED)}"]
-    words += [f"eval.{name}={max(1, getattr(config, name) // EVALUATED)}" for name in ("answers", "drawn")]
-    if recipe.loop.held_out is not None:
-        words.append(f"loop.held_out.every={WARMUP_STEPS}")
-    return words
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"this processor, {torch.get_num_threads()} threads"
-
-
-def _memory_peak(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory("VmHWM")
-
-
 def main(words: list[str]) -> None:
-    """`RECIPE OVERRIDES… FOLDER`; an expected failure is one sentence on standard error."""
+    """Run `RECIPE OVERRIDES… FOLDER`; an expected failure is one sentence on standard error."""
     recipe, *overrides, folder = words
     end_with_parent(Path(folder))
     try:

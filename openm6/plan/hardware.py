@@ -23,17 +23,16 @@ ALL_TO_ALL = 0.75  # of a link's rate, with the busiest rank in mind
 COMPUTING, MOVING, WAITING = 0.85, 0.6, 0.3
 OTHER_PARTS = 0.35
 
-HOST_MEMORY = 64.0  # GiB for each GPU
+HOST_MEMORY = 64.0  # GiB per GPU
 PER_NODE = 8
-NETWORK = 1.5625e9  # bytes a second for each GPU: 100 Gbit/s for a node of eight
+NETWORK = 1.5625e9  # bytes per second and GPU: 100 Gbit/s for a node of eight
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One row of the table: specified rates, each way where it is a link; dense operations, not the sparse double.
+    """One row of the table: specified rates, of links in each direction; dense operations, not the sparse double.
 
-    memory: usable bytes; rates in bytes or operations a second; measured: the best product anybody measured, 0 where
-    nobody did; price: lowest and highest US dollars an hour, 0 where unknown.
+    memory: usable bytes; rates in bytes or operations per second; measured: the best measured product, 0 if none was.
     """
 
     kind: str
@@ -42,17 +41,14 @@ class Gpu:
     memory_rate: float
     rate: float
     measured: float
-    half: str
     host_link: float
-    peer_link: float
+    p2p_link: float
     network: float
     watts: float
-    price: tuple[float, float]
-    source: str
 
 
 def gpus(table: Path | None = None) -> dict[str, Gpu]:
-    """All GPUs by kind; rows of `table`, a file of the same columns, come on top.
+    """All GPUs by kind, with the rows of `table`, a file of the same columns.
 
     Raises:
         ConfigError: the file cannot be read, or a row lacks a number that a plan needs.
@@ -72,13 +68,13 @@ def gpu(kind: str, table: Path | None = None) -> Gpu:
     Raises:
         ConfigError: it is not in the table; the sentence names the nearest, and how to add one.
     """
-    known = gpus(table)
-    if kind.lower() not in known:
+    known, kind = gpus(table), kind.lower()
+    if kind not in known:
         raise ConfigError(
-            f"no GPU {kind!r} in the table; {nearest(kind.lower(), list(known))}; to add one, pass --gpu-table a CSV "
+            f"no GPU {kind!r} in the table; {nearest(kind, list(known))}; to add one, pass --gpu-table a CSV "
             "with the columns id, name, memory_gib, memory_gb_s, half_tflops, host_link_gb_s, watts"
         )
-    return known[kind.lower()]
+    return known[kind]
 
 
 def _gpu(row: dict[str, str]) -> Gpu:
@@ -98,20 +94,18 @@ def _gpu(row: dict[str, str]) -> Gpu:
         memory_rate=number("memory_gb_s", needed=True) * 1e9,
         rate=number("half_tflops", needed=True) * 1e12,
         measured=number("matmul_measured_tflops") * 1e12,
-        half=row.get("half") or "bf16",
         host_link=number("host_link_gb_s", needed=True) * 1e9,
-        peer_link=number("peer_link_gb_s") * 1e9,
+        p2p_link=number("peer_link_gb_s") * 1e9,
         network=number("network_gb_s") * 1e9,
         watts=number("watts", needed=True),
-        price=(number("usd_hour_low"), number("usd_hour_high")),
-        source=row.get("source") or "",
     )
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """`devices` equal devices, `per_node` in a node. Memory and host memory in bytes, rates of one device in bytes or
-    operations a second, as they are reached; watts as rated; price in US dollars an hour, None where none was given.
+    """Equal devices. Memory and host memory of one in bytes, its reached rates in bytes or operations per second.
+
+    watts: as rated; price: US dollars per hour and device, None if unknown.
     """
 
     name: str
@@ -123,18 +117,14 @@ class Cluster:
     expert_rate: float
     memory_rate: float
     host_link: float
-    peer_link: float
+    p2p_link: float
     network: float
     watts: float
     price: float | None = None
     assumed: tuple[str, ...] = ()
 
-    @property
-    def nodes(self) -> int:
-        return -(-self.devices // self.per_node)
-
     def draw(self, computing: float, moving: float, waiting: float) -> float:
-        """Watts of one device and its part of the node; the three shares of the time sum to 1."""
+        """Watts of one device and its part of the node; the three fractions of the time sum to 1."""
         return self.watts * (COMPUTING * computing + MOVING * moving + WAITING * waiting + OTHER_PARTS)
 
 
@@ -142,7 +132,7 @@ class Cluster:
 class ClusterOptions:
     """Options of a cluster; None: from the table, or an assumption that is reported.
 
-    host_memory: GiB of a node; host_link, network: GB/s of one GPU each way; price: US dollars for a GPU and hour.
+    host_memory: GiB of a node; host_link, network: GB/s per GPU and direction; price: US dollars per GPU and hour.
     """
 
     devices: int = 1
@@ -183,7 +173,7 @@ def gpu_cluster(gpu: Gpu, options: ClusterOptions) -> Cluster:
         expert_rate=EXPERTS * best,
         memory_rate=STREAM * gpu.memory_rate,
         host_link=STREAM * link,
-        peer_link=ALL_TO_ALL * (gpu.peer_link or gpu.host_link / 2),
+        p2p_link=ALL_TO_ALL * (gpu.p2p_link or gpu.host_link / 2),
         network=ALL_TO_ALL * network,
         watts=gpu.watts,
         price=options.price,

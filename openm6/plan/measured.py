@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +18,21 @@ from openm6.core.errors import ConfigError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.energy.carbon import GPT3_MWH, JOULES_PER_KWH, grid
 from openm6.energy.meter import EnergyConfig
+from openm6.plan.plan import SECONDS_PER_DAY
 
 STEPS = 40  # that a trial run takes
-WARMUP_STEPS = 8  # of them, slower through caches, compilation and memory that is claimed for the first time
+WARMUP_STEPS = 8  # of them, slower because caches are cold, code is compiled and memory is allocated
 TIMEOUT = 600.0  # seconds that a trial run may take
 TIME_FOR_STEPS = 0.96  # of loop.minutes, as training itself divides them
-SECONDS_PER_DAY = 86_400.0
 STDIN = 0
 
 
 class TrialRun(Config):
     """What a trial run reports beside its metrics.
 
-    steps, minutes: of the whole run; save_every: its steps from checkpoint to checkpoint; held_out_seconds,
-    evaluation_seconds: 0 if the recipe does without; evaluated_fraction: part of the records that the trial evaluated.
+    steps, minutes: of the whole run; save_every: its steps from checkpoint to checkpoint; held_out_seconds: 0 if the
+    recipe does without; evaluations: fraction of the records and seconds of each, none if the recipe does without;
+    report_seconds: what follows the last step beside checkpoint and evaluation.
     """
 
     name: str
@@ -47,14 +46,14 @@ class TrialRun(Config):
     held_out_every: int | None
     held_out_seconds: float
     save_seconds: float
-    evaluation_seconds: float
-    evaluated_fraction: float
+    evaluations: list[tuple[float, float]]
+    report_seconds: float
     memory_peak: int | None
 
 
 @dataclass(frozen=True)
 class MeasuredSteps:
-    """Means over the steps after the warm-up, and the most bytes of memory so far."""
+    """Means over the steps after the warm-up, and the peak of memory in bytes."""
 
     count: int
     seconds: float
@@ -71,32 +70,27 @@ def plan_measured(
     tokens, days: length of the run, if not as its recipe has it; energy: country and PUE.
 
     Raises:
-        ConfigError: a number that cannot be.
+        ConfigError: an invalid number, or an unknown country.
         TrainingError: the child process failed, with its own sentence, or took too long.
     """
     for name, value in (("tokens", tokens), ("days", days)):
         if value is not None and value <= 0:
             raise ConfigError(f"{name}={value:g} must be above 0")
     config = build(EnergyConfig, energy, "the options of energy")
-    grid(config.country)  # refuses an unknown country before minutes are spent
     with tempfile.TemporaryDirectory(prefix="openm6-plan-") as folder:
         run = RunFolder(Path(folder))
-        _run_trial([*command, folder])
+        try:
+            done = run_child([*command, folder], TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise TrainingError(
+                f"{STEPS} steps took more than {TIMEOUT:g} s on this machine: plan for a GPU with --gpu, or take a "
+                "smaller model"
+            ) from None
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+            raise TrainingError(f"the trial run failed: {last.removeprefix('error: ')}")
         trial = TrialRun.model_validate_json(trial_file(run).read_text(encoding="utf-8"))
         return extrapolate(trial, measured_steps(run), tokens, days, config)
-
-
-def _run_trial(command: list[str]) -> None:
-    try:
-        done = run_child(command, TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise TrainingError(
-            f"{STEPS} steps took more than {TIMEOUT:g} s on this machine: plan for a GPU with --gpu, or take a smaller "
-            "model"
-        ) from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise TrainingError(f"the trial run failed: {last.removeprefix('error: ')}")
 
 
 def trial_file(run: RunFolder) -> Path:
@@ -107,18 +101,25 @@ def trial_file(run: RunFolder) -> Path:
 def measured_steps(run: RunFolder) -> MeasuredSteps:
     """Means of a run that wrote a line after every step."""
     lines = [json.loads(text) for text in run.metrics.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if "seconds" in line][WARMUP_STEPS:]
-
-    def mean(name: str) -> float:
-        return statistics.mean(after[name] - before[name] for before, after in pairwise(lines))
-
+    first, *_, last = lines = [line for line in lines if "seconds" in line][WARMUP_STEPS:]
+    count = len(lines) - 1
     return MeasuredSteps(
-        count=len(lines) - 1,
-        seconds=mean("seconds"),
-        joules=mean("joules"),  # the meter reads now and then: a single short step may show none
-        memory_peak=lines[-1].get("memory_peak"),
-        energy_source=str(lines[-1]["energy_source"]),
+        count=count,
+        seconds=(last["seconds"] - first["seconds"]) / count,
+        joules=(last["joules"] - first["joules"]) / count,
+        memory_peak=last.get("memory_peak"),
+        energy_source=str(last["energy_source"]),
     )
+
+
+def whole_evaluation(parts: Sequence[tuple[float, float]]) -> float:
+    """Seconds of evaluating all records, by the line through evaluations of parts: (fraction, seconds) of each.
+
+    Its intercept is the work that does not grow with the records, such as fitting baselines to the training data.
+    """
+    (small, first), (large, last) = parts[0], parts[-1]
+    rate = max(0.0, last - first) / (large - small) if large > small else 0.0
+    return last + (1.0 - large) * rate
 
 
 def extrapolate(
@@ -128,17 +129,17 @@ def extrapolate(
     count = _number_of_steps(trial, steps.seconds, tokens, days)
     saves = -(-count // trial.save_every)
     evaluations = count // trial.held_out_every if trial.held_out_every else 0
+    evaluation = whole_evaluation(trial.evaluations) if trial.evaluations else 0.0
     seconds = {
         "start": trial.start_seconds,
         "steps": count * steps.seconds,
         "held_out": evaluations * trial.held_out_seconds,
         "checkpoints": saves * trial.save_seconds,
-        "evaluation": trial.evaluation_seconds / trial.evaluated_fraction,
+        "evaluation": evaluation + trial.report_seconds,
     }
     total = sum(seconds.values())
-    joules = (
-        steps.joules / steps.seconds * (total - trial.start_seconds)
-    )  # every second costs as a step's does
+    # Every second costs as much as a second of a step.
+    joules = steps.joules / steps.seconds * (total - trial.start_seconds)
     current, trained = grid(energy.country), float(count * trial.step_tokens)
     mwh = joules * energy.pue / JOULES_PER_KWH / 1000
     peaks = [peak for peak in (steps.memory_peak, trial.memory_peak) if peak is not None]
@@ -175,15 +176,14 @@ def _number_of_steps(trial: TrialRun, seconds: float, tokens: float | None, days
         return max(1, int(days * SECONDS_PER_DAY / seconds))
     if trial.steps is not None:
         return trial.steps
-    assert trial.minutes is not None  # the recipe is checked: steps are given or follow from the minutes
+    assert trial.minutes is not None  # the recipe is checked: it has steps or minutes
     return max(1, int(TIME_FOR_STEPS * trial.minutes * 60 / seconds))
 
 
 def run_child(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
     """Run a command that calls `end_with_parent` at its start; return what it printed.
 
-    Its standard input is a pipe whose other end this process alone holds. The system closes it when this process is
-    gone, for whatever reason.
+    Its standard input is a pipe whose other end this process alone holds: the system closes it when this process ends.
 
     Raises:
         subprocess.TimeoutExpired: it took longer, and was killed.
@@ -199,14 +199,14 @@ def run_child(command: list[str], seconds: float) -> subprocess.CompletedProcess
 
 
 def end_with_parent(folder: Path | None = None) -> None:
-    """From now on this process ends when the one that started it by `run_child` does, and deletes `folder` before."""
-    threading.Thread(target=_end_after_input, args=(folder,), name="openm6-parent", daemon=True).start()
+    """End this process, and delete `folder`, as soon as the process that started it by `run_child` ends."""
 
+    def end_after_input() -> None:
+        # Not through sys.stdin: its lock would stay held in processes that are forked meanwhile.
+        while os.read(STDIN, 1):
+            pass
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
 
-def _end_after_input(folder: Path | None) -> None:
-    # Not through sys.stdin: its lock would be held for ever in processes that are forked meanwhile.
-    while os.read(STDIN, 1):
-        pass
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
+    threading.Thread(target=end_after_input, name="openm6-parent", daemon=True).start()

@@ -12,18 +12,17 @@ from openm6.nn.config import DenseConfig, matrices_of
 
 CONTEXT = 2.0 * 2**30  # bytes of a GPU that the driver, the libraries and the allocator's gaps take
 HALF = 2  # bytes of an element in bf16
-ROW_ELEMENTS = 10.0  # of each row of an expert: its index, gate and place
+ROW_ELEMENTS = 10.0  # of each row of an expert: its index, gate and position
 FRAGMENTATION = 1.25  # what the allocator's gaps and the buffers of products add to activations
 MIN_TOKENS = 128  # tokens of a micro-batch
-WORKING_SHARE = 0.25  # part of a device's memory that one micro-batch of one layer may take
+WORKING_FRACTION = 0.25  # of a device's memory that one micro-batch of one layer may take
 
 
-def activation_elements(config: BackboneConfig, layer: int, by_expert: bool = False) -> float:
+def activation_elements(config: BackboneConfig, layer: int) -> float:
     """Elements that a layer keeps of one token for its backward pass; a test compares them with what torch keeps.
 
     Attention keeps 2D + 5Q + 2·2G, a dense network 2D and its products, a mixture of experts 2D, 2E of the router and,
     for each of K rows, 10 + 2D and its products. The products are 3F of swiglu (gate, up, hidden) and 2F of gelu.
-    by_expert: dropless SwiGLU experts run one after the other, as on a processor, and keep 10 + D + 2F of each row.
     """
     part = config.feed_forward(layer)
     query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -32,19 +31,12 @@ def activation_elements(config: BackboneConfig, layer: int, by_expert: bool = Fa
     if isinstance(part, DenseConfig):
         return attention + 2 * config.hidden_size + products
     row = ROW_ELEMENTS + 2 * config.hidden_size + products
-    if by_expert and part.hidden_act == "swiglu" and part.capacity_factor is None:
-        row = ROW_ELEMENTS + config.hidden_size + 2 * part.intermediate_size
     routed = part.experts_per_token * (part.capacity_factor or 1.0) * row + 2 * part.num_experts
     return attention + 2 * config.hidden_size + routed + part.num_shared * products
 
 
-def activation_bytes(config: BackboneConfig, element: int) -> float:
-    """Bytes that all layers keep of one token, at `element` bytes an element."""
-    return element * sum(activation_elements(config, layer) for layer in range(config.num_layers))
-
-
 def max_activation_bytes(config: BackboneConfig, element: int) -> float:
-    """Bytes that the layer with the most keeps of one token."""
+    """Bytes that the layer with the most keeps of one token, at `element` bytes per element."""
     return element * max(activation_elements(config, layer) for layer in range(config.num_layers))
 
 
@@ -58,10 +50,8 @@ def layers_to_recompute(config: BackboneConfig, tokens: int, element: int, free:
 
     All of them if even that does not fit: the run then ends with the allocator's own sentence.
     """
-    needed = [
-        FRAGMENTATION * tokens * element * activation_elements(config, layer)
-        for layer in range(config.num_layers)
-    ]
+    size = FRAGMENTATION * tokens * element
+    needed = [size * activation_elements(config, layer) for layer in range(config.num_layers)]
     # One layer at a time is computed again in the backward pass and needs its memory then.
     saved = [own - tokens * element * config.hidden_size for own in needed]
     excess, layers = sum(needed) - free, 0
@@ -106,7 +96,7 @@ BY_OPTIMIZER = {"adamw": 16, "muon": 12, "adafactor": 8}
 
 @dataclass(frozen=True)
 class DeviceBudget:
-    """Bytes on one device and, for what does not fit there, in the host's memory beside it."""
+    """Bytes on one device and, if they do not fit there, in the host memory beside it."""
 
     states: float
     activations: float
@@ -119,10 +109,6 @@ class DeviceBudget:
     def device(self) -> float:
         return self.states + self.activations + self.working + self.context
 
-    @property
-    def offloaded(self) -> bool:
-        return self.host > 0
-
 
 def device_budget(
     config: BackboneConfig,
@@ -134,31 +120,28 @@ def device_budget(
     learned_logits: float,
     activation_checkpointing_every: int = 1,
 ) -> DeviceBudget:
-    """Of one of several equal devices: its share of `parameters`, its share of the `largest` layer, T tokens a step.
+    """Of one of several equal devices: `parameters` and those of the `largest` layer that it holds, T tokens per step.
 
     memory: usable bytes of the device. learned_logits: bytes of the output layer's results.
     activation_checkpointing_every: of so many layers the first's input alone is kept, if blocks are recomputed.
     """
     if not tier.layerwise:
-        # Gradients come as activations go: the larger of the two counts.
-        kept = tokens * activation_bytes(config, HALF) + learned_logits
+        # Gradients are allocated as activations are freed: the larger of the two counts.
+        elements = sum(activation_elements(config, layer) for layer in range(config.num_layers))
+        kept = tokens * HALF * elements + learned_logits
         states = parameters * (tier.weights + tier.moments)
         return DeviceBudget(states, max(kept, parameters * tier.gradients), 0.0, CONTEXT, 0.0, tokens)
     states = parameters * tier.kept
-    inputs = (
-        float(HALF)
-        * tokens
-        * config.hidden_size
-        * kept_inputs(config.num_layers, activation_checkpointing_every)
-    )
+    inputs = float(HALF) * tokens * config.hidden_size
+    inputs *= kept_inputs(config.num_layers, activation_checkpointing_every)
     micro, row = tokens, max_activation_bytes(config, HALF)
-    while micro > MIN_TOKENS and micro * row > WORKING_SHARE * memory:
+    while micro > MIN_TOKENS and micro * row > WORKING_FRACTION * memory:
         micro //= 2
     working, gradient = micro * row, float(HALF) * largest
     left_over = memory - CONTEXT - inputs - working - learned_logits - gradient
     if states <= left_over:
         return DeviceBudget(states, inputs + learned_logits, working + gradient, CONTEXT, 0.0, micro)
-    # Offloaded: a layer's weights while it is trained, and the next one on its way.
+    # Offloaded: a layer's weights while it is trained, and the next one in transfer.
     buffers = largest * (HALF + tier.weights)
     kept = max(0.0, min(states, left_over - buffers))
     working += gradient + buffers

@@ -1,6 +1,6 @@
 """How many operations and weights one token meets, by part of the model; a pure function of the config."""
 
-# Shapes: L layers, D width, F hidden, H·d attention width, E experts, K choices, V vocabulary, S keys a token sees
+# Shapes: L layers, D width, F hidden, H·d attention width, E experts, K choices, V vocabulary, S keys of a token
 
 from __future__ import annotations
 
@@ -14,39 +14,31 @@ PASSES = 3  # products of each weight: forward, backward for the input's gradien
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that one token is multiplied with in a forward pass, by part; norms and look-ups are left out.
+    """Weights in the experts, and everywhere else."""
 
-    projections: attention's matrices and routers; dense: feed-forward networks that every token meets; experts: the
-    chosen ones; head: the output layer.
-    """
-
-    projections: float
-    dense: float
     experts: float
-    head: float
+    others: float
 
     @property
-    def all(self) -> float:
-        return self.projections + self.dense + self.experts + self.head
+    def total(self) -> float:
+        return self.experts + self.others
 
 
-def weights_per_token(config: BackboneConfig, vocabulary: int, learned: float = 1.0) -> Weights:
-    """Of a model with this backbone; `learned` is the share of tokens that go through the output layer."""
-    projections = dense = experts = 0.0
+def weights_per_token(config: BackboneConfig, vocabulary: int) -> Weights:
+    """Weights that one token is multiplied with in a forward pass, the output layer included; no norms or look-ups."""
+    experts, others = 0.0, float(vocabulary * config.hidden_size)
     attention = config.hidden_size * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     for layer in range(config.num_layers):
         part = config.feed_forward(layer)
         network = matrices_of(part.hidden_act) * config.hidden_size * part.intermediate_size
-        projections += attention
+        others += attention
         if isinstance(part, DenseConfig):
-            dense += network
+            others += network
         else:
-            projections += config.hidden_size * part.num_experts
-            dense += part.num_shared * network
-            experts += (
-                part.experts_per_token * network * (part.capacity_factor or 1.0)
-            )  # padded places are multiplied, too
-    return Weights(projections, dense, experts, learned * vocabulary * config.hidden_size)
+            others += config.hidden_size * part.num_experts + part.num_shared * network
+            # The padding up to the capacity is multiplied, too.
+            experts += part.experts_per_token * network * (part.capacity_factor or 1.0)
+    return Weights(experts, others)
 
 
 def attention_operations(config: BackboneConfig, keys: float) -> float:
@@ -54,13 +46,10 @@ def attention_operations(config: BackboneConfig, keys: float) -> float:
     return 4.0 * keys * config.num_heads * config.head_dim * config.num_layers
 
 
-def operations_per_token(
-    config: BackboneConfig, vocabulary: int, keys: float, recompute: bool = False, learned: float = 1.0
-) -> float:
+def operations_per_token(config: BackboneConfig, vocabulary: int, keys: float) -> float:
     """Operations of training on one token: 2 for each weight it meets, forward once and backward twice."""
-    passes = PASSES + (1 if recompute else 0)
-    products = 2.0 * weights_per_token(config, vocabulary, learned).all
-    return passes * (products + attention_operations(config, keys))
+    products = 2.0 * weights_per_token(config, vocabulary).total
+    return PASSES * (products + attention_operations(config, keys))
 
 
 def adapter_parameters(width: int) -> int:
@@ -68,31 +57,18 @@ def adapter_parameters(width: int) -> int:
     return 4 * width**2 + 1937 * width + 520_880
 
 
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Parameters that exist: in the experts, and everywhere else."""
-
-    experts: int
-    others: int
-
-    @property
-    def total(self) -> int:
-        return self.experts + self.others
-
-
-def stored_parameters(config: BackboneConfig, vocabulary: int, adapters: bool = False) -> ParameterCounts:
+def stored_parameters(config: BackboneConfig, vocabulary: int, adapters: bool = False) -> Weights:
     """Backbone and embedding, which is the output layer as well; with `adapters`, those of the other modalities."""
     sets = config.weight_sets
     experts = 0
     for layer in range(config.num_layers):
         part = config.feed_forward(layer)
         if isinstance(part, ExpertsConfig) and sets.index(sets[layer]) == layer:
-            experts += (
-                part.num_experts * matrices_of(part.hidden_act) * config.hidden_size * part.intermediate_size
-            )
+            network = matrices_of(part.hidden_act) * config.hidden_size * part.intermediate_size
+            experts += part.num_experts * network
     total = count_parameters(config).total + vocabulary * config.hidden_size
     total += adapter_parameters(config.hidden_size) if adapters else 0
-    return ParameterCounts(experts, total - experts)
+    return Weights(experts, total - experts)
 
 
 def max_layer_parameters(config: BackboneConfig) -> int:

@@ -1,9 +1,9 @@
-"""The plan of a run: bytes, seconds, joules and money, whether it fits, and the smallest machine that would do."""
+"""The plan of a run: bytes, seconds, joules and money, whether it fits, and the smallest sufficient machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from openm6.energy.carbon import GPT3_MWH, JOULES_PER_KWH, grid
@@ -12,38 +12,50 @@ from openm6.models.config import BackboneConfig, count_parameters
 from openm6.plan.hardware import GIB, Cluster, ClusterOptions, Gpu, gpu_cluster
 from openm6.plan.memory import BY_OPTIMIZER, TIERS, DeviceBudget, Tier, device_budget
 from openm6.plan.model_cost import max_layer_parameters, operations_per_token, stored_parameters
-from openm6.plan.request import Model, PlanRequest, PlanTarget
+from openm6.plan.request import Model, PlanRequest
 from openm6.plan.step_time import StepTime, step_time
 
 SECONDS_PER_DAY = 86_400.0
-BATCH = 16_384  # tokens a step of one device, by default
 TOKENS_PER_PARAMETER = 20  # of the active ones, by default (arXiv 2203.15556)
 LOGITS_AT_ONCE = 2048  # tokens whose logits exist at the same time, with their gradient 8 bytes each
+MIN_BATCH = 256  # tokens per step of one device that a smaller batch is proposed down to
 MAX_NODES = 1 << 17
-# From the most precise to the smallest: a tier with whether the host may hold what the devices cannot.
-PREFERENCE = ((16, False), (4, False), (2, False), (2, True), (1, False), (1, True))
+Tiers = tuple[tuple[int, bool], ...]
+"""Bytes per parameter, with whether the host may hold what the devices cannot."""
+PREFERENCE: Tiers = ((16, False), (4, False), (2, False), (2, True), (1, False), (1, True))
 
 
 @dataclass(frozen=True)
 class StagePlan:
     """One stage: its parameters, where their bytes lie (of one device), and the time of a step."""
 
-    name: str
     parameters: int
     tier: Tier
     budget: DeviceBudget
     time: StepTime
-    tokens: int  # of a step, all devices together
+    tokens: int  # per step, all devices together
     fits: bool
 
     @property
     def tokens_per_day(self) -> float:
         return self.tokens / self.time.seconds * SECONDS_PER_DAY
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "parameters": self.parameters,
+            "step_seconds": self.time.seconds,
+            "seconds": asdict(self.time),
+            "bottleneck": self.time.bottleneck,
+            "tokens_per_day": self.tokens_per_day,
+            "host_bytes_per_gpu": self.budget.host,
+            "micro_batch": self.budget.micro_batch,
+            "fits": self.fits,
+        }
+
 
 @dataclass(frozen=True)
 class Energy:
-    """Joules of a run at the building's meter, expected and at most (devices at their rating all the time)."""
+    """Joules of a run with the building's PUE, expected and at most (devices at their rating all the time)."""
 
     joules_per_token: float
     mwh: float
@@ -54,13 +66,13 @@ class Energy:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run on one cluster."""
+    """The plan of a run on one cluster; `operations` are those of training on one token."""
 
     model: Model
     cluster: Cluster
     total: int
     active: int
-    operations: float  # of training on one token
+    operations: float
     stages: Mapping[str, StagePlan]
     pseudo_fraction: float
     tokens: float
@@ -84,8 +96,8 @@ class Plan:
         return {"gpu": budget.states * devices, "host": budget.host * devices, "step": added * devices}
 
     def to_json(self) -> dict[str, Any]:
-        """The documented schema, without `smallest`, which `smallest.answer` adds."""
-        real, energy = self.real, self.energy
+        """The documented schema, without `smallest`, which `plan_json` adds."""
+        real = self.real
         return {
             "model": self.model.name,
             "machine": self.cluster.name,
@@ -97,19 +109,12 @@ class Plan:
             "step_seconds": real.time.seconds,
             "step_tokens": real.tokens,
             "bottleneck": real.time.bottleneck,
-            "stages": {name: _stage_json(stage) for name, stage in self.stages.items()},
+            "stages": {name: stage.to_json() for name, stage in self.stages.items()},
             "pseudo_fraction": self.pseudo_fraction,
             "tokens_per_day": self.tokens / self.days,
             "tokens": self.tokens,
             "days": self.days,
-            "energy": {
-                "joules_per_token": energy.joules_per_token,
-                "mwh": energy.mwh,
-                "mwh_rated": energy.mwh_rated,
-                "kg_co2e": energy.kg_co2e,
-                "grid": energy.grid,
-                "of_gpt3": energy.mwh / GPT3_MWH,
-            },
+            "energy": {**asdict(self.energy), "of_gpt3": self.energy.mwh / GPT3_MWH},
             "cost_usd": self.cost,
             "fits": self.fits,
             "assumed": list(self.cluster.assumed),
@@ -117,214 +122,152 @@ class Plan:
 
 
 def make_plan(request: PlanRequest, cluster: Cluster) -> Plan:
-    """What the run of `request` takes on `cluster`, with the requested bytes per parameter or the most that fit."""
+    """The plan of a run on a cluster, with the requested bytes per parameter or the most that fit."""
     model = request.model
-    pseudo_config = model.backbone.model_copy(update={"sharing": "all"})
-    real = _choose(request, cluster, model.backbone)
-    allowed = ((real.tier.bytes, True),)
-    stages = {"real": real}
+    stages = {"real": _first_fit(request, cluster, model.backbone, _allowed_tiers(request))}
     if model.backbone.sharing is None and model.backbone.num_layers > 1:
-        stages["pseudo"] = _first_fit(request, cluster, pseudo_config, "pseudo", allowed)
-    share = request.pseudo_fraction if "pseudo" in stages else 0.0
-    parts = {"real": 1.0 - share, "pseudo": share}
-    days_per_token = sum(parts[name] / stage.tokens_per_day for name, stage in stages.items())
+        shared = model.backbone.model_copy(update={"sharing": "all"})
+        stages["pseudo"] = _first_fit(request, cluster, shared, ((stages["real"].tier.bytes, True),))
+    pseudo = request.pseudo_fraction if "pseudo" in stages else 0.0
+    fractions = {"real": 1.0 - pseudo, "pseudo": pseudo}
+    days_per_token = sum(fractions[name] / stage.tokens_per_day for name, stage in stages.items())
     active = count_parameters(model.backbone).active + model.vocabulary * model.backbone.hidden_size
-    tokens, days = _length(request, days_per_token, active)
-    seconds = {
-        name: tokens * parts[name] / stage.tokens_per_day * SECONDS_PER_DAY for name, stage in stages.items()
-    }
-    hours = days * 24 * cluster.devices
+    if request.tokens is None and request.days is not None:
+        tokens, days = request.days / days_per_token, request.days
+    else:
+        tokens = request.tokens or float(TOKENS_PER_PARAMETER * active)
+        days = tokens * days_per_token
+    seconds, joules = 0.0, 0.0
+    for name, stage in stages.items():
+        own = tokens * fractions[name] / stage.tokens_per_day * SECONDS_PER_DAY
+        seconds += own
+        joules += own * cluster.devices * cluster.draw(*stage.time.fractions)
     return Plan(
         model=model,
         cluster=cluster,
-        total=stored_parameters(model.backbone, model.vocabulary, model.adapters).total,
+        total=int(stored_parameters(model.backbone, model.vocabulary, model.adapters).total),
         active=active,
-        operations=operations_per_token(model.backbone, model.vocabulary, model.length / 2),
+        operations=operations_per_token(model.backbone, model.vocabulary, model.seq_len / 2),
         stages=stages,
-        pseudo_fraction=share,
+        pseudo_fraction=pseudo,
         tokens=tokens,
         days=days,
-        energy=_energy(stages, seconds, tokens, cluster, request.energy),
-        cost=None if cluster.price is None else cluster.price * hours,
+        energy=_energy(request.energy, joules, seconds * cluster.devices * cluster.watts, tokens),
+        cost=None if cluster.price is None else cluster.price * days * 24 * cluster.devices,
     )
 
 
-def _choose(request: PlanRequest, cluster: Cluster, config: BackboneConfig) -> StagePlan:
-    if request.bytes_per_parameter is not None:
-        allowed: tuple[tuple[int, bool], ...] = ((request.bytes_per_parameter, True),)
-    elif (request.model.bytes_per_parameter or 16) < 16:
-        allowed = ((request.model.bytes_per_parameter or 16, True),)
-    elif request.model.optimizer is not None:
-        allowed = ((BY_OPTIMIZER.get(request.model.optimizer, 16), False),)
-    else:
-        allowed = PREFERENCE
-    return _first_fit(request, cluster, config, "real", allowed)
+def _allowed_tiers(request: PlanRequest) -> Tiers:
+    """The tiers among which the first that fits is chosen."""
+    model = request.model
+    chosen = request.bytes_per_parameter or model.bytes_per_parameter
+    if chosen is not None:
+        return ((chosen, True),)
+    return PREFERENCE if model.optimizer is None else ((BY_OPTIMIZER.get(model.optimizer, 16), False),)
 
 
-def _first_fit(
-    request: PlanRequest,
-    cluster: Cluster,
-    config: BackboneConfig,
-    name: str,
-    allowed: tuple[tuple[int, bool], ...],
-) -> StagePlan:
-    """The first of the allowed tiers that fits, or the last."""
-    for bytes_, may_offload in allowed:
-        stage = plan_stage(request, cluster, config, name, TIERS[bytes_], may_offload)
+def _first_fit(request: PlanRequest, cluster: Cluster, config: BackboneConfig, tiers: Tiers) -> StagePlan:
+    """A stage at the first tier that fits, or the last."""
+    for bytes_, may_offload in tiers:
+        stage = _stage(request, cluster, config, TIERS[bytes_], may_offload)
         if stage.fits:
             break
     return stage
 
 
-def plan_stage(
-    request: PlanRequest, cluster: Cluster, config: BackboneConfig, name: str, tier: Tier, may_offload: bool
+def _stage(
+    request: PlanRequest, cluster: Cluster, config: BackboneConfig, tier: Tier, may_offload: bool
 ) -> StagePlan:
-    """One stage at one tier."""
     model, n = request.model, cluster.devices
+    every = request.activation_checkpointing_every or model.activation_checkpointing_every
     stored = stored_parameters(config, model.vocabulary, model.adapters)
-    tokens = request.batch or (model.rows * model.length if model.rows else BATCH)
+    tokens = request.batch or model.batch
     layer = max_layer_parameters(config)
     in_experts = layer * stored.experts / stored.total
     held = in_experts / n + layer - in_experts
     logits = 8.0 * min(tokens, LOGITS_AT_ONCE) * model.vocabulary
-    budget = device_budget(
-        config, stored.total / n, held, tier, tokens, cluster.memory, logits, request.group
-    )
-    keys = model.length / 2
-    time = step_time(config, model.vocabulary, stored, tier, budget, tokens, keys, cluster, request.group)
+    budget = device_budget(config, stored.total / n, held, tier, tokens, cluster.memory, logits, every)
+    keys = model.seq_len / 2
+    time = step_time(config, model.vocabulary, stored, tier, budget, tokens, keys, cluster, every)
     on_host = budget.host <= cluster.host_memory if may_offload else budget.host == 0
     fits = budget.device <= cluster.memory and on_host
-    return StagePlan(name, stored.total, tier, budget, time, tokens * n, fits)
+    return StagePlan(int(stored.total), tier, budget, time, tokens * n, fits)
 
 
-def _length(request: PlanRequest, days_per_token: float, active: int) -> tuple[float, float]:
-    if request.tokens is None and request.days is not None:
-        return request.days / days_per_token, request.days
-    tokens = request.tokens or float(TOKENS_PER_PARAMETER * active)
-    return tokens, tokens * days_per_token
-
-
-def _energy(
-    stages: Mapping[str, StagePlan],
-    seconds: Mapping[str, float],
-    tokens: float,
-    cluster: Cluster,
-    config: EnergyConfig,
-) -> Energy:
-    current = grid(config.country)
-    joules = sum(
-        seconds[name] * cluster.devices * cluster.draw(*stage.time.shares) for name, stage in stages.items()
-    )
-    rated = sum(seconds.values()) * cluster.devices * cluster.watts
-    mwh, mwh_rated = (joule * config.pue / JOULES_PER_KWH / 1000 for joule in (joules, rated))
+def _energy(config: EnergyConfig, joules: float, rated: float, tokens: float) -> Energy:
+    current, pue = grid(config.country), config.pue
+    mwh, mwh_rated = (joule * pue / JOULES_PER_KWH / 1000 for joule in (joules, rated))
     words = f"{current.name}, {current.grams_per_kwh:g} g/kWh ({current.year})"
-    return Energy(
-        joules * config.pue / tokens, mwh, mwh_rated, current.grams(joules, config.pue) / 1000, words
-    )
+    return Energy(joules * pue / tokens, mwh, mwh_rated, current.grams(joules, pue) / 1000, words)
 
 
-def _stage_json(stage: StagePlan) -> dict[str, Any]:
-    time = stage.time
-    return {
-        "parameters": stage.parameters,
-        "step_seconds": time.seconds,
-        "seconds": {
-            "compute": time.compute, "memory": time.memory, "link": time.link, "network": time.network
-        },
-        "bottleneck": time.bottleneck,
-        "tokens_per_day": stage.tokens_per_day,
-        "host_bytes_per_gpu": stage.budget.host,
-        "micro_batch": stage.budget.micro_batch,
-        "fits": stage.fits,
-    }  # fmt: skip
+def plan_json(
+    request: PlanRequest, card: Gpu, options: ClusterOptions, known: Iterable[Gpu] = ()
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan and its JSON, with the smallest number of GPUs and the changes that would make it fit.
+
+    known: GPUs that may be proposed instead.
+    """
+    plan, least = make_plan(request, gpu_cluster(card, options)), smallest_count(request, card, options)
+    smallest = {
+        "gpu": card.kind,
+        "gpus": least and least.cluster.devices,
+        "bytes_per_parameter": least and least.real.tier.bytes,
+        "changes": [] if plan.fits else _changes(request, plan, card, options, known, least),
+    }
+    return plan, {**plan.to_json(), "smallest": smallest}
 
 
-def plan_json(request: PlanRequest, target: PlanTarget) -> tuple[Plan, dict[str, Any]]:
-    """The plan and its JSON, with the smallest machine that would do."""
-    plan = make_plan(request, target.cluster())
-    content = plan.to_json()
-    content["smallest"] = answer(request, plan, target.gpu, target.options, list(target.known))
-    return plan, content
+def smallest_count(request: PlanRequest, card: Gpu, options: ClusterOptions) -> Plan | None:
+    """The plan on the minimum of GPUs of this kind that hold the model: fewer than a node's, or whole nodes."""
 
+    def on(count: int) -> Plan:
+        return make_plan(request, gpu_cluster(card, replace(options, devices=count)))
 
-def smallest_count(request: PlanRequest, gpu: Gpu, options: ClusterOptions) -> Plan | None:
-    """The plan on the fewest GPUs of this kind that hold the model: fewer than a node's, or whole nodes."""
     node = options.per_node
-    inside = [count for count in (1, 2, 4) if count < node]
-    for count in inside:
-        plan = _on(request, gpu, options, count)
-        if plan.fits:
+    for count in (1, 2, 4):
+        if count < node and (plan := on(count)).fits:
             return plan
-    low, high = 0, 1  # nodes that do not do, nodes that may
-    while not _on(request, gpu, options, high * node).fits:
+    low, high = 0, 1  # nodes that are too few, nodes that may suffice
+    while not on(high * node).fits:
         low, high = high, high * 2
         if high > MAX_NODES:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        if _on(request, gpu, options, middle * node).fits:
-            high = middle
-        else:
-            low = middle
-    return _on(request, gpu, options, high * node)
+        low, high = (low, middle) if on(middle * node).fits else (middle, high)
+    return on(high * node)
 
 
-def changes(
-    request: PlanRequest, plan: Plan, gpu: Gpu, options: ClusterOptions, known: list[Gpu]
+def _changes(
+    request: PlanRequest,
+    plan: Plan,
+    card: Gpu,
+    options: ClusterOptions,
+    known: Iterable[Gpu],
+    least: Plan | None,
 ) -> list[str]:
-    """One change each that would make a run fit that does not, from the easiest to the dearest."""
-    found = []
+    """One change each that would make a run fit that does not, from the easiest to the most expensive."""
+    found, cluster = [], plan.cluster
     for bytes_ in (8, 4, 2, 1):
-        if bytes_ < plan.real.tier.bytes and _with_bytes(request, plan.cluster, bytes_).fits:
+        smaller = replace(request, bytes_per_parameter=bytes_)
+        if bytes_ < plan.real.tier.bytes and make_plan(smaller, cluster).fits:
             found.append(f"{bytes_} bytes per parameter ({TIERS[bytes_].description})")
             break
-    batch = plan.real.tokens // plan.cluster.devices
-    while batch > 256:
+    batch = plan.real.tokens // cluster.devices
+    while batch > MIN_BATCH:
         batch //= 2
-        if make_plan(replace(request, batch=batch), plan.cluster).fits:
+        if make_plan(replace(request, batch=batch), cluster).fits:
             found.append(f"{batch:,} tokens per step on each GPU")
             break
-    host = _host_memory(request, plan)
-    if host is not None:
-        found.append(f"{host:,.0f} GiB of host memory per node")
-    count = smallest_count(request, gpu, options)
-    if count is not None:
-        found.append(f"{count.cluster.devices:,} × {gpu.name}")
-    larger = sorted((card for card in known if card.memory > gpu.memory), key=lambda card: card.memory)
-    for card in larger:
-        if make_plan(request, gpu_cluster(card, options)).fits:
-            found.append(f"{options.devices:,} × {card.name}")
+    if plan.real.tier.layerwise and plan.real.budget.host > cluster.host_memory:
+        gib = -(-plan.real.budget.host * cluster.per_node / GIB // 64) * 64  # of a node, rounded up to 64
+        if make_plan(request, replace(cluster, host_memory=gib * GIB / cluster.per_node)).fits:
+            found.append(f"{gib:,.0f} GiB of host memory per node")
+    if least is not None:
+        found.append(f"{least.cluster.devices:,} × {card.name}")
+    for larger in sorted((one for one in known if one.memory > card.memory), key=lambda one: one.memory):
+        if make_plan(request, gpu_cluster(larger, options)).fits:
+            found.append(f"{options.devices:,} × {larger.name}")
             break
     return found
-
-
-def answer(
-    request: PlanRequest, plan: Plan, gpu: Gpu, options: ClusterOptions, known: list[Gpu]
-) -> dict[str, Any]:
-    """The entry `smallest` of a plan's JSON: how few GPUs of the kind would do, and what would make a plan fit."""
-    count = smallest_count(request, gpu, options)
-    return {
-        "gpu": gpu.kind,
-        "gpus": None if count is None else count.cluster.devices,
-        "bytes_per_parameter": None if count is None else count.real.tier.bytes,
-        "changes": [] if plan.fits else changes(request, plan, gpu, options, known),
-    }
-
-
-def _on(request: PlanRequest, gpu: Gpu, options: ClusterOptions, count: int) -> Plan:
-    return make_plan(request, gpu_cluster(gpu, replace(options, devices=count)))
-
-
-def _with_bytes(request: PlanRequest, cluster: Cluster, bytes_: int) -> Plan:
-    return make_plan(replace(request, bytes_per_parameter=bytes_), cluster)
-
-
-def _host_memory(request: PlanRequest, plan: Plan) -> float | None:
-    """GiB of a node that would hold what the devices cannot, rounded up to 64; None where that does not help."""
-    budget, cluster = plan.real.budget, plan.cluster
-    if not plan.real.tier.layerwise or budget.host <= cluster.host_memory:
-        return None
-    needed = budget.host * cluster.per_node / GIB
-    rounded = -(-needed // 64) * 64
-    roomy = replace(cluster, host_memory=rounded * GIB / cluster.per_node)
-    return rounded if make_plan(request, roomy).fits else None

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from openm6.cli.trial_run import run_trial
+from openm6.cli.trial_run import part_of, run_trial
 from openm6.core.errors import ConfigError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.energy.meter import EnergyConfig
+from openm6.evaluate.evaluator import EvalConfig
 from openm6.plan.measured import (
     STEPS,
     WARMUP_STEPS,
@@ -28,6 +29,7 @@ from openm6.plan.measured import (
     plan_measured,
     run_child,
     trial_file,
+    whole_evaluation,
 )
 
 CHILD = (
@@ -80,7 +82,7 @@ def test_what_a_child_prints_and_its_status() -> None:
 TRIAL = TrialRun(
     name="mine", machine="here", step_tokens=1000, parameters={"total": 2, "active": 1}, steps=1000, minutes=None,
     save_every=400, start_seconds=5.0, held_out_every=100, held_out_seconds=2.0, save_seconds=3.0,
-    evaluation_seconds=4.0, evaluated_fraction=0.2, memory_peak=700,
+    evaluations=[(0.05, 5.0), (0.25, 7.0)], report_seconds=1.0, memory_peak=700,
 )  # fmt: skip
 MEASURED = MeasuredSteps(count=31, seconds=0.5, joules=10.0, memory_peak=600, energy_source="estimate")
 
@@ -88,11 +90,29 @@ MEASURED = MeasuredSteps(count=31, seconds=0.5, joules=10.0, memory_peak=600, en
 def test_a_whole_run_by_hand() -> None:
     plan = extrapolate(TRIAL, MEASURED, None, None, EnergyConfig(country="FRA", pue=1.0))
     assert plan["seconds"] == {
-        "start": 5.0, "steps": 500.0, "held_out": 20.0, "checkpoints": 9.0, "evaluation": 20.0, "total": 554.0
+        "start": 5.0, "steps": 500.0, "held_out": 20.0, "checkpoints": 9.0, "evaluation": 15.5, "total": 549.5
     }  # fmt: skip
-    assert plan["energy"]["joules"] == pytest.approx(20.0 * 549)
-    assert plan["energy"]["joules_per_token"] == pytest.approx(20.0 * 549 / 1e6)
+    assert plan["energy"]["joules"] == pytest.approx(20.0 * 544.5)
+    assert plan["energy"]["joules_per_token"] == pytest.approx(20.0 * 544.5 / 1e6)
     assert plan["memory_peak_bytes"] == 700 and plan["tokens"] == 1e6
+
+
+def test_an_evaluation_has_a_fixed_and_a_proportional_part() -> None:
+    def seconds(fraction: float) -> tuple[float, float]:
+        return fraction, 30.0 + 80.0 * fraction
+
+    assert whole_evaluation([seconds(0.05), seconds(0.25)]) == pytest.approx(110.0)
+    assert whole_evaluation([seconds(1.0)]) == 110.0
+    # Noise makes no evaluation of more records faster.
+    assert whole_evaluation([(0.05, 31.0), (0.25, 30.0)]) == 30.0
+    without = TRIAL.model_copy(update={"evaluations": []})
+    assert extrapolate(without, MEASURED, None, None, EnergyConfig())["seconds"]["evaluation"] == 1.0
+
+
+def test_parts_of_an_evaluation() -> None:
+    part = part_of(EvalConfig(records=160, answers=120, drawn=19), 4)
+    assert (part.records, part.answers, part.drawn) == (40, 30, 5)
+    assert part_of(EvalConfig(records=10, answers=20), 20).records == 2
 
 
 def test_the_length_of_a_run() -> None:
@@ -136,7 +156,7 @@ def test_a_trial_trains_saves_and_evaluates(tmp_path: Path) -> None:
         "model.overrides={hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16}",
         "mixture=[{source: penguins, task: tabular_classification}]",
         "modalities.text.vocab_size=320", "loop.num_processes=1",
-        "packing={batch_size: 2, seq_len: 128}", "eval={records: 10, answers: 10, samples: 1, num_processes: 1}",
+        "packing={batch_size: 2, seq_len: 128}", "eval={records: 20, answers: 20, samples: 1, num_processes: 1}",
         "loop.held_out={every: 100, batches: 1}",
     ]  # fmt: skip
     run_trial(tmp_path, "demo", small)
@@ -144,5 +164,7 @@ def test_a_trial_trains_saves_and_evaluates(tmp_path: Path) -> None:
     trial, steps = TrialRun.model_validate_json(trial_file(run).read_text()), measured_steps(run)
     assert steps.count == STEPS - WARMUP_STEPS - 1 and steps.seconds > 0
     assert trial.minutes == 5.6 and trial.steps is None and trial.step_tokens == 256
-    assert trial.save_seconds and trial.evaluation_seconds and trial.held_out_seconds
-    assert trial.evaluated_fraction == 0.2
+    assert trial.save_seconds and trial.held_out_seconds and trial.report_seconds > 0
+    assert [fraction for fraction, _ in trial.evaluations] == [0.05, 0.25]
+    assert all(seconds > 0 for _, seconds in trial.evaluations)
+    assert (tmp_path / "report.json").is_file()

@@ -78,10 +78,9 @@ def test_adapters_are_what_the_modalities_have(width: int) -> None:
 
 
 def test_weights_a_token_by_hand() -> None:
-    weights = weights_per_token(SPARSE, 100, learned=0.5)
+    weights = weights_per_token(SPARSE, 100)
     attention, router, network = 64 * 2 * (2 + 1) * 32, 64 * 4, 3 * 64 * 128
-    assert weights.projections == 2 * (attention + router)
-    assert weights.experts == 2 * 2 * network and weights.dense == 0 and weights.head == 0.5 * 100 * 64
+    assert weights.experts == 2 * 2 * network and weights.others == 2 * (attention + router) + 100 * 64
 
 
 def test_capacity_pads_and_dense_layers_count() -> None:
@@ -95,14 +94,14 @@ def test_capacity_pads_and_dense_layers_count() -> None:
     )  # fmt: skip
     weights = weights_per_token(config, 100)
     assert weights.experts == 1.25 * 2 * 2 * 64 * 128
-    assert weights.dense == 2 * 64 * 256 + 2 * 64 * 128
+    attention, router = 64 * 2 * (2 + 2) * 32, 64 * 4
+    assert weights.others == 2 * attention + router + 2 * 64 * 256 + 2 * 64 * 128 + 100 * 64
 
 
 def test_operations_are_six_for_each_weight_and_attention() -> None:
-    weights = weights_per_token(SPARSE, 100).all
+    weights = weights_per_token(SPARSE, 100).total
     assert attention_operations(SPARSE, 10) == 4 * 10 * 64 * 2
     assert operations_per_token(SPARSE, 100, 10) == 3 * (2 * weights + 4 * 10 * 64 * 2)
-    assert operations_per_token(SPARSE, 100, 10, recompute=True) == 4 * (2 * weights + 4 * 10 * 64 * 2)
 
 
 def test_the_largest_layer_is_the_sparse_one() -> None:
