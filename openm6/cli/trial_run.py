@@ -16,7 +16,7 @@ from openm6.core.run_folder import RunFolder
 from openm6.evaluate.evaluator import EvalConfig
 from openm6.evaluate.results import EvalReport
 from openm6.modalities.codes import ArrayCache
-from openm6.plan.measured import STEPS, WARMUP_STEPS, TrialRun, end_with_parent, trial_file
+from openm6.plan.measured import STEPS, TRIAL_FILE, WARMUP_STEPS, TrialRun, end_with_parent
 from openm6.train.callbacks import Callback, RunState
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
@@ -142,7 +142,7 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
         report_seconds=time.perf_counter() - training.finish_began - sum(x for _, x in training.evaluations),
         memory_peak=torch.cuda.max_memory_allocated(device) if on_gpu else process_memory("VmHWM"),
     )
-    replace_text(trial_file(run), trial.model_dump_json())
+    replace_text(run.path / TRIAL_FILE, trial.model_dump_json())
 
 
 def main(words: list[str]) -> None:

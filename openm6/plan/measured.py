@@ -25,6 +25,7 @@ WARMUP_STEPS = 8  # of them, slower because caches are cold, code is compiled an
 TIMEOUT = 600.0  # seconds that a trial run may take
 TIME_FOR_STEPS = 0.96  # of loop.minutes, as training itself divides them
 STDIN = 0
+TRIAL_FILE = "trial.json"  # of a trial run, in its folder
 
 
 class TrialRun(Config):
@@ -89,13 +90,8 @@ def plan_measured(
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
             raise TrainingError(f"the trial run failed: {last.removeprefix('error: ')}")
-        trial = TrialRun.model_validate_json(trial_file(run).read_text(encoding="utf-8"))
+        trial = TrialRun.model_validate_json((run.path / TRIAL_FILE).read_text(encoding="utf-8"))
         return extrapolate(trial, measured_steps(run), tokens, days, config)
-
-
-def trial_file(run: RunFolder) -> Path:
-    """Where a trial run writes its `TrialRun`."""
-    return run.path / "trial.json"
 
 
 def measured_steps(run: RunFolder) -> MeasuredSteps:

@@ -21,6 +21,7 @@ from openm6.energy.meter import EnergyConfig
 from openm6.evaluate.evaluator import EvalConfig
 from openm6.plan.measured import (
     STEPS,
+    TRIAL_FILE,
     WARMUP_STEPS,
     MeasuredSteps,
     TrialRun,
@@ -28,7 +29,6 @@ from openm6.plan.measured import (
     measured_steps,
     plan_measured,
     run_child,
-    trial_file,
     whole_evaluation,
 )
 
@@ -161,7 +161,7 @@ def test_a_trial_trains_saves_and_evaluates(tmp_path: Path) -> None:
     ]  # fmt: skip
     run_trial(tmp_path, "demo", small)
     run = RunFolder(tmp_path)
-    trial, steps = TrialRun.model_validate_json(trial_file(run).read_text()), measured_steps(run)
+    trial, steps = TrialRun.model_validate_json((run.path / TRIAL_FILE).read_text()), measured_steps(run)
     assert steps.count == STEPS - WARMUP_STEPS - 1 and steps.seconds > 0
     assert trial.minutes == 5.6 and trial.steps is None and trial.step_tokens == 256
     assert trial.save_seconds and trial.held_out_seconds and trial.report_seconds > 0
