@@ -46,13 +46,12 @@ from openm6.train.callbacks import (
     SwapCallback,
 )
 from openm6.train.config import LOOP_SECTION, LoopConfig
-from openm6.train.data_loader import Prefetch
 from openm6.train.metering import MeterCallback
 from openm6.train.metrics import Logger, MetricAverager, open_loggers
 from openm6.train.offloaded import open_train_step
 from openm6.train.step import StepReport, TrainStep, device_failures, seed_everything
 from openm6.train.training_task import Batch, TrainingTask
-from openm6.train.workers import Workers, number_of_workers
+from openm6.train.workers import Prefetch, Workers, number_of_workers
 
 # How `steps: auto` is measured.
 SKIPPED = 2  # first steps, slow because of caches, compilation and memory that is claimed
