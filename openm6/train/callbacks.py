@@ -1,4 +1,4 @@
-"""Callbacks of the loop, each with its own state in the checkpoints; the spike detector, and signals to stop."""
+"""Callbacks of the loop, each with its own state in the checkpoints; and signals to stop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ class Progress:
     seconds: float = 0.0
     non_finite: int = 0  # skipped steps
     non_finite_in_a_row: int = 0
-    spikes: int = 0
     cursor: dict[str, Any] = field(default_factory=dict)
 
 
@@ -234,13 +233,25 @@ class SwapCallback(Callback):
         return {}
 
 
-class SpikeDetector:
-    """Track the mean and variance of the loss; a loss far above both is a spike."""
+class SpikeCallback(Callback):
+    """Count and report `spikes`: losses far above their running mean."""
+
+    name = "spikes"
 
     def __init__(self) -> None:
-        self.mean = 0.0
-        self.variance = 0.0
-        self.seen = 0
+        self.count = 0
+        self.mean, self.variance, self.seen = 0.0, 0.0, 0
+
+    def after_step(self, report: StepReport) -> dict[str, float]:
+        if self.observe(report.loss):
+            self.count += 1
+            get_log().warning(
+                f"step {report.step}: loss spike, {report.loss:.3f} after a mean of {self.mean:.3f}"
+            )
+        return {}
+
+    def totals(self) -> dict[str, Any]:
+        return {"spikes": self.count}
 
     def observe(self, loss: float) -> bool:
         """Return whether `loss` is a spike; it moves the mean only as far as the bound, so a series is detected too."""
@@ -256,10 +267,10 @@ class SpikeDetector:
         self.variance = decay * (self.variance + (1 - decay) * difference * difference)
         return spike
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state(self, state: dict[str, float]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 

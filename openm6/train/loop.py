@@ -41,7 +41,7 @@ from openm6.train.callbacks import (
     Interrupt,
     MemoryCallback,
     Progress,
-    SpikeDetector,
+    SpikeCallback,
     StagesCallback,
     SwapCallback,
 )
@@ -68,7 +68,6 @@ class TrainResult:
     tokens: int
     seconds: float
     non_finite: int
-    spikes: int
     checkpoint: Path
     scores: dict[str, float]  # of the last evaluation; empty if there was none
 
@@ -126,12 +125,12 @@ class _Run:
     ) -> None:
         self.training, self.config, self.run = training, config, run
         self.train_step = open_train_step(training, config, run.checkpoints)
-        self.callbacks: list[Callback] = [MeterCallback(), MemoryCallback()]
+        self.callbacks: list[Callback] = [MeterCallback(), MemoryCallback(), SpikeCallback()]
         self.callbacks += [StagesCallback(config.stages)] if config.stages is not None else []
         self.callbacks += [SwapCallback()] if config.offloaded else []
         self.callbacks += [HeldOutCallback(config.held_out)] if config.held_out is not None else []
         self.callbacks += callbacks
-        self.averager, self.spikes, self.progress = MetricAverager(), SpikeDetector(), Progress()
+        self.averager, self.progress = MetricAverager(), Progress()
         self.workers: Workers | None = None
         self.saver = open_saver(training.ranks.layout)
         self.loggers: list[Logger] = []
@@ -154,12 +153,13 @@ class _Run:
             # Offloaded weights live in it, also during the evaluation.
             stack.callback(self.train_step.close)
             self._train()
-            result = self._result()
+            checkpoint = self.saved if self.saved is not None else latest(self.run.path)
             self.train_step.free_optimizer_state()
-            with failures_after_training(result.checkpoint), self.training.ranks.main_process_first():
+            with failures_after_training(checkpoint), self.training.ranks.main_process_first():
                 self.training.finish(self.run)
         self.training.ranks.close()
-        return result
+        done = self.progress
+        return TrainResult(done.step, done.tokens, done.seconds, done.non_finite, checkpoint, self.scores)
 
     def _train(self) -> None:
         training, progress = self.training, self.progress
@@ -213,7 +213,7 @@ class _Run:
 
     def _account(self, report: StepReport, batch: Batch, seconds: float) -> None:
         """Count the step, and raise if the loss stays non-finite."""
-        progress, log = self.progress, get_log()
+        progress = self.progress
         progress.step, progress.cursor = report.step, batch.cursor
         progress.tokens += report.tokens
         progress.seconds += seconds
@@ -224,13 +224,8 @@ class _Run:
         progress.non_finite_in_a_row = 0 if report.applied else progress.non_finite_in_a_row + 1
         if not report.applied:
             progress.non_finite += 1
-            log.warning(
+            get_log().warning(
                 f"step {report.step} skipped: loss {report.loss:g}, gradient norm {report.grad_norm:g}"
-            )
-        if self.spikes.observe(report.loss):
-            progress.spikes += 1
-            log.warning(
-                f"step {report.step}: loss spike, {report.loss:.3f} after a mean of {self.spikes.mean:.3f}"
             )
         if progress.non_finite_in_a_row > self.config.max_non_finite:
             raise TrainingError(
@@ -244,9 +239,13 @@ class _Run:
             logger.step(progress.step, self.length.steps)
         if progress.step % self.config.log_every and not self.length.reached(progress.step):
             return
-        counts = {"tokens": progress.tokens, "non_finite": progress.non_finite, "spikes": progress.spikes}
-        times = {"learning_rate": report.learning_rate, "seconds": progress.seconds}
-        line = {"step": progress.step, **self.averager.compute(), **counts, **times}
+        counts = {"tokens": progress.tokens, "non_finite": progress.non_finite, "seconds": progress.seconds}
+        line = {
+            "step": progress.step,
+            **self.averager.compute(),
+            **counts,
+            "learning_rate": report.learning_rate,
+        }
         for callback in self.callbacks:
             line |= callback.totals()
         for logger in self.loggers:
@@ -278,7 +277,7 @@ class _Run:
         self.saved = ranks.broadcast_object(self.saved)
 
     def _snapshot(self) -> Snapshot:
-        extra = self.training.state()
+        extra, model = self.training.state(), self.training.model
         tensors = {name: value for name, value in extra.items() if isinstance(value, Tensor)}
         state = {
             "progress": asdict(self.progress),
@@ -286,22 +285,17 @@ class _Run:
             "stage": self.training.stage,
             "precision": self.config.optimizer.precision,
             "averager": self.averager.state(),
-            "spike_detector": self.spikes.state(),
             "scores": self.scores,
             "callbacks": {callback.name: callback.state() for callback in self.callbacks},
             "task": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         }
-        moments = optimizer_state_dict(self.train_step.optimizer, self.training.model)
-        return Snapshot(
-            self.progress.step,
-            self.training.model,
-            moments,
-            state,
-            tensors,
-            self.training.files(),
+        moments = optimizer_state_dict(self.train_step.optimizer, model)
+        shards, num_shards, files = (
             self.train_step.shards(),
             self.train_step.num_shards,
+            self.training.files(),
         )
+        return Snapshot(self.progress.step, model, moments, state, tensors, files, shards, num_shards)
 
     def _restore(self, folder: Path) -> None:
         state = read_state(folder)
@@ -328,20 +322,12 @@ class _Run:
         self.train_step.load(folder)
         self.training.load_state({**state["task"], **load_training_tensors(folder)})
         self.averager.load_state(state["averager"])
-        self.spikes.load_state(state["spike_detector"])
         for callback in self.callbacks:
             if callback.name in kept:
                 callback.load_state(kept[callback.name])
         self.progress, self.scores, self.saved = Progress(**state["progress"]), state["scores"], folder
         self.training.restore(self.progress.cursor)
         get_log().info(f"resumed from {folder}")
-
-    def _result(self) -> TrainResult:
-        done = self.progress
-        saved = self.saved if self.saved is not None else latest(self.run.path)
-        return TrainResult(
-            done.step, done.tokens, done.seconds, done.non_finite, done.spikes, saved, self.scores
-        )
 
 
 class RunLength:
@@ -354,10 +340,10 @@ class RunLength:
     def __init__(self, config: LoopConfig, run: RunFolder, ranks: ProcessGroupContext | None = None) -> None:
         self._config, self._run, self._ranks = config, run, ranks or ProcessGroupContext()
         self._spent: list[float] = []  # seconds of each step
-        known = (
-            config.steps if config.steps != "auto" else run.read_config().get(LOOP_SECTION, {}).get("steps")
+        written = (
+            run.read_config().get(LOOP_SECTION, {}).get("steps") if config.steps == "auto" else config.steps
         )
-        self.steps: int | None = known if isinstance(known, int) else None
+        self.steps: int | None = written if isinstance(written, int) else None
 
     def reached(self, step: int) -> bool:
         return self.steps is not None and step >= self.steps

@@ -116,8 +116,11 @@ class TrainStep:
             break_symmetry(shared, noise, self.config.seed, self.training.ranks)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Return the context in which forward passes run."""
-        return in_precision(self.config.precision, self.device)
+        """Return the context in which forward passes run; the backward pass follows it."""
+        resolved = resolve_precision(self.config.precision, self.device)
+        if resolved == "bf16-products":
+            return bf16_matmul()
+        return torch.autocast(self.device.type, dtype=HALF, enabled=resolved == "bf16")
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -216,14 +219,6 @@ def make_report(step: int, tokens: int, rate: float, result: StepResult, norm: T
     return StepReport(
         step, tokens, loss, grad_norm, rate, applied, metrics, expert_load_cv, dropped, result.work
     )
-
-
-def in_precision(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
-    """Return the context of a forward pass on a device; the backward pass follows it."""
-    resolved = resolve_precision(precision, device)
-    if resolved == "bf16-products":
-        return bf16_matmul()
-    return torch.autocast(device.type, dtype=HALF, enabled=resolved == "bf16")
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:

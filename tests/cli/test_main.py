@@ -144,7 +144,7 @@ def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_how_a_training_ended_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = TrainResult(8, 1234, 3.0, 0, 0, Path("runs/x/checkpoints/step-8"), {})
+    ended = TrainResult(8, 1234, 3.0, 0, Path("runs/x/checkpoints/step-8"), {})
     replace_calls(monkeypatch, {"train_recipe": lambda *words: ended})
     shown = runner.invoke(app, ["train", "x.yaml"])
     assert shown.stdout == "8 steps, 1,234 tokens in 3 s, saved as runs/x/checkpoints/step-8\n"

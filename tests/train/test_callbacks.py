@@ -19,7 +19,7 @@ from openm6.core.errors import ConfigError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.offload.config import OffloadConfig
 from openm6.parallel.process_group import ProcessGroupContext
-from openm6.train.callbacks import SpikeDetector, SwapCallback
+from openm6.train.callbacks import SpikeCallback, SwapCallback
 from openm6.train.config import HeldOutConfig, LoopConfig
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
@@ -200,26 +200,26 @@ def noisy_losses(count: int) -> list[float]:
 
 
 def test_noise_is_no_spike() -> None:
-    detector = SpikeDetector()
+    detector = SpikeCallback()
     assert not any(detector.observe(loss) for loss in noisy_losses(2000))
 
 
 def test_a_spike_is_reported_and_the_next_ordinary_loss_is_not() -> None:
-    detector = SpikeDetector()
+    detector = SpikeCallback()
     losses = noisy_losses(300)
     losses[200] += 5
     assert [step for step, loss in enumerate(losses) if detector.observe(loss)] == [200]
 
 
 def test_the_first_losses_and_those_that_are_not_finite_are_no_spikes() -> None:
-    detector = SpikeDetector()
+    detector = SpikeCallback()
     assert not detector.observe(2.0) and not detector.observe(50.0)
     assert not detector.observe(float("nan")) and not detector.observe(float("inf"))
     assert detector.seen == 2
 
 
 def test_its_state_survives_json() -> None:
-    whole, first, second = SpikeDetector(), SpikeDetector(), SpikeDetector()
+    whole, first, second = SpikeCallback(), SpikeCallback(), SpikeCallback()
     losses = noisy_losses(100)
     for loss in losses:
         whole.observe(loss)
