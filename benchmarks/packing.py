@@ -133,7 +133,7 @@ def dense_text(training: MultimodalTraining, count: int) -> list[Batch]:
     tokens = itertools.chain.from_iterable(map(text.encode_plain, itertools.cycle(_words(sources.values()))))
     made = []
     for _ in range(count):
-        written = [text.written(list(itertools.islice(tokens, length - 1))) for _ in range(rows)]
+        written = [text.target_of(list(itertools.islice(tokens, length - 1))) for _ in range(rows)]
         made.append(collate([[build_sequence([segment])] for segment in written], length))
     return made
 

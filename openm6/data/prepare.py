@@ -16,7 +16,7 @@ from openm6.modalities.batch import PackedExample, build_pair, build_sequence
 from openm6.modalities.interface import Part
 from openm6.modalities.pool import pooled
 from openm6.modalities.registry import Modalities, source_segments, target_segment
-from openm6.modalities.text import GAP
+from openm6.modalities.text import MASK_CHARACTER
 from openm6.tasks.registry import task_named
 from openm6.tasks.task import Example
 
@@ -33,7 +33,7 @@ def null_example(example: Example, source_name: str) -> Example:
     The name keeps the null likelihood within one source. Tasks share prompts across sources, and which source a
     record comes from would otherwise count as information of its inputs. A target to inpaint loses its context.
     """
-    source = [Part("text", f"{GAP}{source_name} {example.prompt}")]
+    source = [Part("text", f"{MASK_CHARACTER}{source_name} {example.prompt}")]
     target = replace(example.target, options={**example.target.options, "mask_context": True})
     return replace(example, source=source, target=target)
 

@@ -42,7 +42,7 @@ from openm6.evaluate.summary import answered
 from openm6.modalities.audio import RATE
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram, NumberSeries
-from openm6.modalities.text import GAP
+from openm6.modalities.text import MASK_CHARACTER
 from openm6.tasks.registry import TASKS
 
 # Modalities in the order of the page, with their titles.
@@ -51,7 +51,7 @@ MAX_SAMPLES, MAX_PARTS, MAX_COLUMNS = 6, 8, 10
 MAX_CHARACTERS = 260
 # Bytes of all images and audio together; base64 makes them a third longer.
 MEDIA_BYTES = 9 * 2**20
-TEXT_GAP = "____"  # few fonts have a glyph for GAP
+TEXT_GAP = "____"  # few fonts have a glyph for MASK_CHARACTER
 CODEC_MEASURES = {"psnr": "PSNR", "ssim": "SSIM", "log_mel_l1": "log-mel L1", "bits": "bits per position"}
 # Fraction of a run, at its end, whose mean is reported as the final value.
 FINAL_FRACTION = 0.1
@@ -272,7 +272,7 @@ def _input(part: Part, media: MediaBudget) -> str | Media | NumberSeries | Colum
         shown = list(part.raw.items())[:MAX_COLUMNS]
         values = {str(name): "missing" if value is None else plain(float(value)) for name, value in shown}
         return Columns(values, len(part.raw) - len(shown))
-    return str(part.raw).strip().replace(GAP, TEXT_GAP)
+    return str(part.raw).strip().replace(MASK_CHARACTER, TEXT_GAP)
 
 
 def _input_media(part: Part, media: MediaBudget) -> Media:

@@ -60,8 +60,8 @@ class TextHead:
     def of(cls, omni: Omni, text: Text) -> TextHead:
         """Return the text side of a multimodal model."""
         weight = omni.text.embedding.weight
-        token = torch.arange(text.vocabulary_size, device=weight.device)
-        suppress_tokens = (token >= text.first_mark) & (token != text.end)
+        token = torch.arange(text.vocab_size, device=weight.device)
+        suppress_tokens = (token >= text.first_special) & (token != text.end)
         return cls(omni.backbone, weight, weight, text.start, text.end, suppress_tokens)
 
 

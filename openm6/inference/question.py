@@ -14,7 +14,7 @@ from openm6.modalities.image import Image, read_image
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
 from openm6.modalities.registry import MODALITIES
-from openm6.modalities.truncation import join_texts
+from openm6.modalities.text import join_texts
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES, Task
 

@@ -1,6 +1,6 @@
 """Segments of tokens as one example, examples packed into rows, and a batch split by examples."""
 
-# Letters: R rows, S tokens a row, n tokens of one kind in the batch
+# Letters: R rows, S tokens per row, n tokens of one kind in the batch
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openm6.modalities.interface import Segment
-from openm6.modalities.truncation import fit
+from openm6.modalities.interface import Arrays, Segment
+from openm6.modalities.text import fit
 from openm6.ops.matmul import ROWS
 from openm6.ops.sequence import PADDING, SequenceMeta
 
-MIN_TEXT_TOKENS = (
-    16  # tokens of a text that are left if it is cut to fit a row; less would hardly be an example
-)
-HEAD_COST = 0.5  # work of one learned token's head, in units of a token's way through the backbone
+# Tokens of a text that are left if it is cut to fit a row; less would hardly be an example.
+MIN_TEXT_TOKENS = 16
+# Cost of one learned token's head, in units of a token's cost in the backbone.
+HEAD_COST = 0.5
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class PackedExample:
     positions: np.ndarray  # N 3
     task: str = ""
     weight: float = 1.0
-    left: int = 0  # segments of the first side of a pair; 0: not a pair
+    # Segments of the first side of a pair; 0: not a pair.
+    left: int = 0
 
     def __len__(self) -> int:
         return len(self.attn_order)
@@ -52,24 +53,17 @@ def build_sequence(
     `position` is that of the first token, for segments that continue others.
     """
     orders, blocks, positions = [], [], []
-    order, block = 0, 0
+    order = block = 0
     for segment in segments:
         length = len(segment)
-        if segment.placement == "source":
-            orders.append(np.zeros(length, np.int32))
-            blocks.append(np.zeros(length, np.int32))
-        elif segment.placement == "causal":
+        if segment.placement == "causal":
             orders.append(np.arange(order + 1, order + 1 + length, dtype=np.int32))
-            blocks.append(np.zeros(length, np.int32))
             order += length
-        elif segment.placement == "part":
-            order += 1
-            orders.append(np.full(length, order, np.int32))
-            blocks.append(np.zeros(length, np.int32))
         else:
-            order, block = order + 1, block + 1
-            orders.append(np.full(length, order, np.int32))
-            blocks.append(np.full(length, block, np.int32))
+            order += segment.placement != "source"
+            orders.append(np.full(length, 0 if segment.placement == "source" else order, np.int32))
+        block += segment.placement == "block"
+        blocks.append(np.full(length, block if segment.placement == "block" else 0, np.int32))
         positions.append(segment.grid + position * np.asarray(segment.moves))
         position += segment.span
     join = np.concatenate
@@ -79,14 +73,11 @@ def build_sequence(
 def build_pair(
     left: list[Segment], right: list[Segment], task: str = "", weight: float = 1.0
 ) -> PackedExample:
-    """Two sides that never see each other, as if each stood alone: both of order 0, a block each, from position 0."""
+    """Two sides that never attend to each other: both of order 0, a block each, both from position 0."""
     first, second = build_sequence(left), build_sequence(right)
-    join = np.concatenate
-    block_id = join([np.full(len(first), 1, np.int32), np.full(len(second), 2, np.int32)])
-    attn_order, positions = (
-        join([first.attn_order, second.attn_order]),
-        join([first.positions, second.positions]),
-    )
+    block_id = np.repeat(np.asarray([1, 2], np.int32), [len(first), len(second)])
+    attn_order = np.concatenate([first.attn_order, second.attn_order])
+    positions = np.concatenate([first.positions, second.positions])
     return PackedExample([*left, *right], attn_order, block_id, positions, task, weight, len(left))
 
 
@@ -101,11 +92,11 @@ def shortened(sequence: PackedExample, length: int) -> PackedExample:
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """All tokens of one kind in a batch, whichever rows they lie in.
+    """All tokens of one kind in a batch, in whatever rows.
 
-    `index` n: index in the flattened rows; `arrays`: features; `example` n: number of the example in the batch;
-    `weight` n: share of the example's loss that the token carries (0 where nothing is learned); `learned` m: which of
-    the n tokens have such a share, listed here because a GPU would have to wait to count them.
+    `index` n: index in the flattened rows; `arrays`: features; `example` n: index of the example in the batch;
+    `weight` n: fraction of the example's loss that the token carries (0 if nothing is learned); `learned` m: which of
+    the n tokens have a weight, listed here because a GPU would have to wait to count them.
     """
 
     index: Tensor
@@ -116,21 +107,19 @@ class TokenGroup:
 
     def to(self, device: torch.device | str) -> TokenGroup:
         arrays = {name: array.to(device, non_blocking=True) for name, array in self.arrays.items()}
-        index, *rest = (part.to(device, non_blocking=True) for part in self._parts())
-        return TokenGroup(index, arrays, *rest)
-
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.index, self.example, self.weight, self.learned
+        rest = [part.to(device, non_blocking=True) for part in (self.example, self.weight, self.learned)]
+        return TokenGroup(self.index.to(device, non_blocking=True), arrays, *rest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Between processes as arrays: torch would open a file for each tensor.
         arrays = {name: array.numpy() for name, array in self.arrays.items()}
-        return _group_of_arrays, (arrays, *(part.numpy() for part in self._parts()))
+        rest = [part.numpy() for part in (self.example, self.weight, self.learned)]
+        return _group_of_arrays, (self.index.numpy(), arrays, *rest)
 
 
-def _group_of_arrays(arrays: dict[str, np.ndarray], index: np.ndarray, *parts: np.ndarray) -> TokenGroup:
+def _group_of_arrays(index: np.ndarray, arrays: Arrays, *rest: np.ndarray) -> TokenGroup:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return TokenGroup(torch.from_numpy(index), tensors, *(torch.from_numpy(part) for part in parts))
+    return TokenGroup(torch.from_numpy(index), tensors, *map(torch.from_numpy, rest))
 
 
 @dataclass(frozen=True)
@@ -174,47 +163,39 @@ def collate(rows: list[list[PackedExample]], length: int, cursor: dict[str, Any]
     example_id = np.full((len(rows), length), PADDING, np.int32)
     attn_order, block_id = np.zeros_like(example_id), np.zeros_like(example_id)
     positions = np.zeros((len(rows), length, 3), np.int32)
-    segments: dict[str, list[tuple[Segment, int, int, np.ndarray]]] = {}
+    # Of each kind: its segments, with the index of the first token, the example, and the weights of the tokens.
+    found: dict[str, list[tuple[Segment, int, int, np.ndarray]]] = {}
     tasks: list[str] = []
+    tokens = 0
     for row, sequences in enumerate(rows):
         start = 0
         for index, sequence in enumerate(sequences):
-            stop = start + len(sequence)
-            example_id[row, start:stop] = index
-            attn_order[row, start:stop], block_id[row, start:stop] = sequence.attn_order, sequence.block_id
-            positions[row, start:stop] = sequence.positions
-            _add_segments(segments, sequence, row * length + start, len(tasks))
+            here = slice(start, start + len(sequence))
+            example_id[row, here] = index
+            attn_order[row, here], block_id[row, here] = sequence.attn_order, sequence.block_id
+            positions[row, here] = sequence.positions
+            learned = max(1, sum(int(segment.learn.sum()) for segment in sequence.segments))
+            for segment in sequence.segments:
+                if len(segment):
+                    weight = segment.learn.astype(np.float32) * np.float32(sequence.weight / learned)
+                    first = row * length + start
+                    found.setdefault(segment.kind, []).append((segment, first, len(tasks), weight))
+                start += len(segment)
             tasks.append(sequence.task)
-            start = stop
-    meta = SequenceMeta(*(torch.from_numpy(part) for part in (example_id, attn_order, block_id, positions)))
-    groups = {kind: _gather(found) for kind, found in sorted(segments.items())}
-    return Batch(meta, groups, sum(len(s) for row in rows for s in row), tasks, cursor or {})
-
-
-def _add_segments(
-    segments: dict[str, list[tuple[Segment, int, int, np.ndarray]]],
-    sequence: PackedExample,
-    start: int,
-    example: int,
-) -> None:
-    learned = max(1, sum(int(segment.learn.sum()) for segment in sequence.segments))
-    for segment in sequence.segments:
-        if len(segment):
-            weight = segment.learn.astype(np.float32) * np.float32(sequence.weight / learned)
-            segments.setdefault(segment.kind, []).append((segment, start, example, weight))
-        start += len(segment)
+        tokens += start
+    meta = SequenceMeta(*map(torch.from_numpy, (example_id, attn_order, block_id, positions)))
+    groups = {kind: _gather(segments) for kind, segments in sorted(found.items())}
+    return Batch(meta, groups, tokens, tasks, cursor or {})
 
 
 def _gather(found: list[tuple[Segment, int, int, np.ndarray]]) -> TokenGroup:
     arrays = {
-        name: torch.from_numpy(np.concatenate([segment.arrays[name] for segment, *_ in found]))
-        for name in found[0][0].arrays
+        name: np.concatenate([segment.arrays[name] for segment, *_ in found]) for name in found[0][0].arrays
     }
     index = np.concatenate([np.arange(start, start + len(segment)) for segment, start, _, _ in found])
-    example = np.concatenate([np.full(len(segment), index) for segment, _, index, _ in found])
+    example = np.repeat([example for _, _, example, _ in found], [len(segment) for segment, *_ in found])
     weight = np.concatenate([weight for *_, weight in found])
-    parts = (example, weight, np.flatnonzero(weight))
-    return TokenGroup(torch.from_numpy(index), arrays, *(torch.from_numpy(part) for part in parts))
+    return _group_of_arrays(index, arrays, example, weight, np.flatnonzero(weight))
 
 
 def count(batch: Batch) -> Counts:
@@ -224,10 +205,10 @@ def count(batch: Batch) -> Counts:
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
-    """Whole examples divided into parts of about equal work, each one row; the first keeps the cursor.
+    """Whole examples divided into parts of about equal cost, each one row; the first keeps the cursor.
 
-    Examples see only themselves, so where they lie changes nothing but the order of sums. Rows end with less than
-    `ROWS` positions of padding, so that their lengths, and with them the shapes of products, come back.
+    Examples attend only to themselves, so their row changes nothing but the order of sums. Rows end with less than
+    `ROWS` positions of padding, so that their lengths, and with them the shapes of products, occur again.
     """
     example_of = torch.full((batch.meta.example_id.numel(),), -1)  # R*S -> example
     cost = torch.zeros(batch.num_examples)
@@ -242,7 +223,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 
 
 def _divide(cost: list[float], parts: int) -> list[int]:
-    """The part of each example: the most expensive first, each to the part with the least work so far."""
+    """The part of each example: the most expensive first, each to the part with the lowest cost so far."""
     load, owner = [0.0] * parts, [0] * len(cost)
     for index in sorted(range(len(cost)), key=lambda index: -cost[index]):
         owner[index] = load.index(min(load))
@@ -251,13 +232,13 @@ def _divide(cost: list[float], parts: int) -> list[int]:
 
 
 def _part_of(batch: Batch, tokens: Tensor, whole: Counts) -> Batch:
-    """The tokens with the indices `tokens` of the flattened rows as one row, with padding at its end."""
+    """The tokens with the indices `tokens` of the flattened rows as one row, padded to a multiple of `ROWS`."""
     rows = batch.meta
-    row_number = tokens // rows.length
+    padding = -len(tokens) % ROWS
+    flat = [part.flatten(0, 1)[tokens] for part in rows.parts()]
     # Examples are numbered within their row, so two rows use the same numbers.
-    example_id, attn_order, block_id, positions = (part.flatten(0, 1)[tokens][None] for part in rows.parts())
-    example_id = example_id * rows.batch + row_number.to(example_id.dtype)
-    meta = SequenceMeta(*(_lengthened(part) for part in (example_id, attn_order, block_id, positions)))
+    flat[0] = flat[0] * rows.batch + (tokens // rows.length).to(flat[0].dtype)
+    meta = SequenceMeta(*(torch.cat([part, part.new_zeros(padding, *part.shape[1:])])[None] for part in flat))
     meta.example_id[:, len(tokens) :] = PADDING
     moved = torch.full((rows.batch * rows.length,), -1)
     moved[tokens] = torch.arange(len(tokens))
@@ -266,12 +247,6 @@ def _part_of(batch: Batch, tokens: Tensor, whole: Counts) -> Batch:
         here = (moved[group.index] >= 0).nonzero()[:, 0]
         if len(here):
             arrays = {key: array[here] for key, array in group.arrays.items()}
-            index = moved[group.index[here]]
-            weight = group.weight[here]
+            index, weight = moved[group.index[here]], group.weight[here]
             groups[name] = TokenGroup(index, arrays, group.example[here], weight, weight.nonzero()[:, 0])
     return replace(batch, meta=meta, groups=groups, tokens=len(tokens), cursor={}, whole=whole)
-
-
-def _lengthened(part: Tensor) -> Tensor:
-    """1 S … -> 1 S' … with zeros at the end, S' being a multiple of `ROWS`."""
-    return torch.cat([part, part.new_zeros(1, -part.shape[1] % ROWS, *part.shape[2:])], dim=1)

@@ -1,36 +1,49 @@
-"""Images and audio as output: a grid of codec codes, partly masked, predicted in parallel.
+"""What images and audio share: patches as input; as output a grid of codec codes, masked and predicted in parallel.
 
 Training masks a random fraction of the positions (MaskGIT, arXiv 2202.04200, section 3.1); decoding predicts them in a
 few steps. A position holds G codes (groups or residual stages), which a small head predicts one after the other,
 p(c_1 … c_G | h) = Π_g p(c_g | h, c_<g), so that a position is drawn from one joint distribution.
 """
 
-# Dimensions: N tokens, H and W tokens down and across, D width, Q frequencies, G codes per position, C codebook size,
-# V numbers in the vector of one position, B bottleneck
+# Dimensions: N tokens, H and W tokens down and across, D hidden size, Q frequencies, F features of a patch, G codes per
+# position, C codebook size, V numbers in the vector of one position, B bottleneck
 
 from __future__ import annotations
 
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.modalities.interface import Adapter
+from openm6.codecs.base import Codec
+from openm6.core.seeds import content_key
+from openm6.modalities.interface import (
+    NO_OPTIONS,
+    OWN_ORIGIN,
+    Adapter,
+    Arrays,
+    Modality,
+    Options,
+    Segment,
+)
 from openm6.ops.losses import grouped_cross_entropy
 from openm6.ops.quantize import cell_values, unpack
 
-OCTAVES = (-2, -1, 0, 1, 2, 3)  # waves of 4 sides (or seconds) down to an eighth of one
+# Waves of 4 sides (or seconds) down to an eighth of one.
+OCTAVES = (-2, -1, 0, 1, 2, 3)
 # Of the training masks: random positions, all, and a rectangle; the rest masks everything but a rectangle. Half of the
 # targets are masked as a whole, since only there does the model depend on its inputs.
 RANDOM_FRACTION, ALL_FRACTION, INSIDE_FRACTION = 0.35, 0.5, 0.075
-SMOOTHING = (
-    0.1  # of the training labels, as MaskGIT does: generalizes better to unseen voices and handwriting
-)
-WRONG_FRACTION = 0.05  # of the visible codes is replaced by random ones, and learned, too: teaches to correct
+# Of the training labels, as in MaskGIT: generalizes better to unseen voices and handwriting.
+SMOOTHING = 0.1
+# Of the visible codes is replaced by random ones, and learned, too: the model learns to correct codes.
+WRONG_FRACTION = 0.05
 
 
 class ArrayCache:
@@ -46,16 +59,13 @@ class ArrayCache:
         self.arrays: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: bytes | None) -> np.ndarray | None:
-        """Return the array under `key`, or None."""
+    def get(self, key: bytes | None, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the array under `key`, or compute it, and keep it unless the key is None."""
         with self._lock:
-            if key is None or key not in self.arrays:
-                return None
-            self.arrays.move_to_end(key)
-            return self.arrays[key]
-
-    def put(self, key: bytes | None, array: np.ndarray) -> np.ndarray:
-        """Keep `array` (unless the key is None) and return it."""
+            if key is not None and key in self.arrays:
+                self.arrays.move_to_end(key)
+                return self.arrays[key]
+        array = compute()
         with self._lock:
             if key is not None and key not in self.arrays:
                 self.arrays[key] = array
@@ -65,32 +75,36 @@ class ArrayCache:
         return array
 
 
-def image_positions(down: int, across: int) -> np.ndarray:
-    """Return row and column of each token's center, as fractions of the sides.  # H*W 2"""
-    rows, columns = np.divmod(np.arange(down * across), across)
-    return np.stack([(rows + 0.5) / down, (columns + 0.5) / across], axis=1).astype(np.float32)
+def key_of(raw: Any, *settings: float | None) -> bytes | None:
+    """The key of a file and the settings that it is read with; None if it is not a file."""
+    return content_key(raw) + repr(settings).encode() if isinstance(raw, bytes) else None
 
 
-def audio_positions(count: int, seconds: float) -> np.ndarray:
-    """Return the time of each token's center, for tokens of `seconds` each; the second axis is not used.  # N 2"""
-    times = (np.arange(count) + 0.5) * seconds
-    return np.stack([times, np.zeros(count)], axis=1).astype(np.float32)
+class TokenGrid(NamedTuple):
+    """The positions of N tokens of an image or recording.
+
+    `cells` (N 3) for rotary embeddings, `positions` (N 2) for Fourier features, and the `span` to the next segment.
+    """
+
+    cells: np.ndarray
+    positions: np.ndarray
+    span: int
 
 
 class FourierPositionEmbedding(nn.Module):
     """Fourier features of a position in its own image or recording: rotary positions only encode distances.
 
-    Waves of several lengths along both axes are mixed into the model's width.  # N 2 -> N D
+    Waves of several lengths along both axes are mixed into the hidden size.  # N 2 -> N D
     """
 
     frequencies: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.register_buffer(
             "frequencies", torch.tensor([2.0**octave for octave in OCTAVES]), persistent=False
         )
-        self.mix = nn.Linear(4 * len(OCTAVES), width)
+        self.mix = nn.Linear(4 * len(OCTAVES), hidden_size)
 
     def forward(self, positions: Tensor) -> Tensor:
         angles = (2 * math.pi * positions[..., None] * self.frequencies).flatten(1)  # N 2 -> N 2Q
@@ -104,15 +118,14 @@ def sample_mask(height: int, width: int, rng: np.random.Generator | None) -> np.
         return np.ones(positions, bool)
     draw = rng.random()
     if draw < RANDOM_FRACTION:
-        mask = np.zeros(positions, bool)
         count = max(1, round(positions * math.cos(math.pi / 2 * rng.random())))
-        mask[rng.permutation(positions)[:count]] = True
-        return mask
+        return np.isin(np.arange(positions), rng.permutation(positions)[:count])
     if draw < RANDOM_FRACTION + ALL_FRACTION:
         return np.ones(positions, bool)
     inside = random_rectangle(height, width, rng)
     mask = inside if draw < RANDOM_FRACTION + ALL_FRACTION + INSIDE_FRACTION else ~inside
-    return mask if mask.any() else np.ones(positions, bool)  # a rectangle may fill a tiny grid
+    # A rectangle may fill a tiny grid.
+    return mask if mask.any() else np.ones(positions, bool)
 
 
 def random_rectangle(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
@@ -147,7 +160,7 @@ def masked_arrays(
     positions: np.ndarray,
     codebook_size: int,
     rng: np.random.Generator | None,
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+) -> tuple[Arrays, np.ndarray]:
     """Return the arrays of a masked target, and the positions that carry a loss.  # N G, N, N, N 2 -> {…}, N"""
     shown, learn = codes.copy(), learn.copy()
     if rng is not None:
@@ -163,6 +176,76 @@ def masked_arrays(
     return arrays, learn
 
 
+class CodesModality(Modality):
+    """Patches in, masked codes of a codec out: what images and audio share."""
+
+    codec: Codec
+    # Numbers in a patch.
+    patch_size: int
+
+    def _source(
+        self, patches: np.ndarray, is_masked: np.ndarray, grid: TokenGrid, truncated: bool = False
+    ) -> Segment:
+        """Patches as input tokens; masked ones are zero.  # N F, N"""
+        patches = np.where(is_masked[:, None], 0, patches).astype(np.float32)
+        arrays = {"patches": patches, "is_masked": is_masked, "positions": grid.positions}
+        learn = np.zeros(len(patches), bool)
+        return Segment(
+            f"{self.name}_in", arrays, grid.cells, grid.span, learn, moves=OWN_ORIGIN, truncated=truncated
+        )
+
+    def _target(
+        self,
+        codes: np.ndarray,
+        shape: tuple[int, int],
+        grid: TokenGrid,
+        region: np.ndarray | None = None,
+        options: Options = NO_OPTIONS,
+        rng: np.random.Generator | None = None,
+        truncated: bool = False,
+    ) -> Segment:
+        """Codes as target tokens, masked by the training pattern, or in `region` alone.  # N G
+
+        `mask_context` masks the codes around the region as well; without a generator only those in it carry a loss.
+        """
+        if region is None:
+            mask = learn = sample_mask(*shape, rng)
+        else:
+            mask, learn = inpainting_masks(region, bool(options.get("mask_context")), rng)
+        arrays, learn = masked_arrays(codes, mask, learn, grid.positions, self.codec.codebook_size, rng)
+        kind = f"{self.name}_out"
+        return Segment(kind, arrays, grid.cells, grid.span, learn, "block", OWN_ORIGIN, truncated)
+
+    def _blank(self, shape: tuple[int, int], grid: TokenGrid) -> Segment:
+        """A target of which every position is masked."""
+        return self._target(np.zeros((len(grid.cells), self.codec.groups), np.int64), shape, grid)
+
+    def adapters(self, hidden_size: int) -> dict[str, Adapter]:
+        position = FourierPositionEmbedding(hidden_size)
+        out = CodesAdapter(position, hidden_size, self.codec.quantizer_config.levels, self.codec.groups)
+        patches = PatchAdapter(position, self.patch_size, hidden_size)
+        return {f"{self.name}_in": patches, f"{self.name}_out": out}
+
+
+class PatchAdapter(Adapter):
+    """Flat patches of raw values to vectors; masked patches become one learned vector."""
+
+    def __init__(self, position: FourierPositionEmbedding, features: int, hidden_size: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(features, hidden_size)
+        self.outer = nn.Linear(hidden_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.gone = nn.Parameter(torch.empty(hidden_size))
+        self.place = position
+        nn.init.normal_(self.gone, std=0.02)
+
+    def embed(self, arrays: dict[str, Tensor]) -> Tensor:
+        hidden = F.gelu(self.inner(arrays["patches"].to(self.gone.dtype)))  # N F -> N D
+        vectors = self.norm(self.outer(hidden))
+        vectors = torch.where(arrays["is_masked"][:, None], self.gone.to(vectors.dtype), vectors)
+        return vectors + self.place(arrays["positions"])
+
+
 class CodesAdapter(Adapter):
     """Embed visible codes by their FSQ vectors (near codes stay near), and predict the codes of a position in turn."""
 
@@ -172,7 +255,7 @@ class CodesAdapter(Adapter):
     def __init__(
         self,
         position: FourierPositionEmbedding,
-        width: int,
+        hidden_size: int,
         levels: tuple[int, ...],
         groups: int,
         bottleneck: int = 64,
@@ -181,11 +264,11 @@ class CodesAdapter(Adapter):
         self.groups, self.bottleneck = groups, bottleneck
         self.codebook_size = math.prod(levels)
         dims = len(levels)
-        self.shown = nn.Linear(groups * dims, width)
-        self.mask = nn.Parameter(torch.empty(width))
+        self.shown = nn.Linear(groups * dims, hidden_size)
+        self.mask = nn.Parameter(torch.empty(hidden_size))
         # That of the patches, so that the model finds a masked region by its position in the source.
         self.place = position
-        self.hidden_to_groups = nn.Linear(width, groups * bottleneck)
+        self.hidden_to_groups = nn.Linear(hidden_size, groups * bottleneck)
         self.codes_to_groups = nn.Linear(groups * dims, groups * bottleneck, bias=False)
         self.to_codes = nn.Parameter(torch.empty(groups, bottleneck, self.codebook_size))
         # Row block g (bottleneck rows) may depend on column block j (dims columns) only if j < g.
@@ -202,9 +285,9 @@ class CodesAdapter(Adapter):
         return cell_values(cells, self.levels).flatten(-2)  # N G L -> N V
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
-        seen = self.shown(self.vectors(arrays["shown"]).to(self.shown.weight.dtype))  # N V -> N D
-        shown = torch.where(arrays["is_masked"][:, None], self.mask.to(seen.dtype), seen)
-        return shown + self.place(arrays["positions"])
+        vectors = self.shown(self.vectors(arrays["shown"]).to(self.shown.weight.dtype))  # N V -> N D
+        vectors = torch.where(arrays["is_masked"][:, None], self.mask.to(vectors.dtype), vectors)
+        return vectors + self.place(arrays["positions"])
 
     def group_states(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Return the head's state for each group, given the codes of the groups before it.  # N D, N G -> N G B"""

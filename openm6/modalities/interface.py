@@ -20,12 +20,11 @@ ALONG: Moves = (1, 1, 1)
 # The last two of an image or audio count from its own origin, in units that its patches and its codes share. So a
 # target at a position has the rotary position of the source patch there, whatever the length of the text between.
 OWN_ORIGIN: Moves = (1, 0, 0)
-SIDE_UNITS = 32  # along each side of an image
 
 
 @dataclass(frozen=True)
 class Cuttable:
-    """A stretch of a text, in characters or tokens, that loses its end (with `keep_end`: its start) if it must."""
+    """A span of a text, in characters or tokens, that may lose its end (with `keep_end`: its start)."""
 
     start: int
     stop: int
@@ -38,11 +37,11 @@ class Segment:
 
     `kind` names the adapter that embeds them. `arrays` holds one array per feature, each with leading length N.
     `grid` (N 3, int) is each token's offset in time, height and width; `moves` states for each axis whether it counts
-    from where the segment begins (1) or from its own origin wherever it stands (0); `span` is how far the next segment
-    moves on. `learn` (N, bool) marks the tokens that carry a loss. `placement` is `source`
-    (order 0), `part` (a source of the next order, which sees only itself and what stands before it), `causal` (one
-    order after the other) or `block` (one order for all, private). `truncated`: the raw input was longer
-    than what became tokens, `cuttable` which stretches of them may still be shortened.
+    from the start of the segment (1) or from its own origin (0); `span` is the number of positions to the next
+    segment. `learn` (N, bool) marks the tokens that carry a loss. `placement` is `source` (order 0), `part` (a source
+    of the next order, which attends to itself and to what precedes it), `causal` (one order after the other) or
+    `block` (one order for all, private). `truncated`: the raw input was longer than what became tokens; `cuttable`:
+    the spans of them that may still be shortened.
     """
 
     kind: str
@@ -73,25 +72,8 @@ def line(length: int) -> np.ndarray:
     return np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, axis=1)
 
 
-def rectangle(height: int, width: int) -> np.ndarray:
-    """The grid of an image of `height` × `width` tokens, row by row, at one moment: their middles.  # H*W 3"""
-    rows, columns = np.divmod(np.arange(height * width, dtype=np.int32), width)
-    middles = [
-        (2 * position + 1) * SIDE_UNITS // (2 * count)
-        for position, count in ((rows, height), (columns, width))
-    ]
-    return np.stack([np.zeros_like(rows), *middles], axis=1)
-
-
-def track(count: int, step: int) -> np.ndarray:
-    """The grid of an audio clip of `count` tokens of `step` units of time: number, then twice the middle.  # N 3"""
-    index = np.arange(count, dtype=np.int32)
-    middle = (2 * index + 1) * step // 2
-    return np.stack([index, middle, middle], axis=1)
-
-
 class Adapter(nn.Module, ABC):
-    """Embeds one kind of token in the backbone's width and, if it can be a target, computes its loss."""
+    """Embeds one kind of token in the backbone's hidden size and, if it can be a target, computes its loss."""
 
     @abstractmethod
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
@@ -102,7 +84,7 @@ class Adapter(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} is an input only, never a target")
 
     def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        """What training minimises; the likelihood itself unless a smoothed form teaches better.  # N D -> N"""
+        """What training minimizes: the likelihood itself unless a smoothed form generalizes better.  # N D -> N"""
         return self.nll(hidden, arrays)
 
     def weighted_loss(
@@ -122,7 +104,7 @@ class Modality(ABC):
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Tokens to read. A generator asks for augmentation; None means the plain, repeatable form.
+        """Input tokens. A generator asks for augmentation; None means the plain, repeatable form.
 
         Raises:
             DataError: the input is broken, empty or out of the stated bounds.
@@ -132,12 +114,12 @@ class Modality(ABC):
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """Tokens to produce. A generator draws the training mask; None masks everything that can be masked."""
+        """Target tokens. A generator draws the training mask; None masks everything that can be masked."""
 
     @abstractmethod
-    def adapters(self, width: int) -> dict[str, Adapter]:
-        """The adapters of this modality's kinds of token, by kind, for a backbone of this width."""
+    def adapters(self, hidden_size: int) -> dict[str, Adapter]:
+        """The adapters of this modality's kinds of token, by kind, for a backbone of this hidden size."""
 
     @abstractmethod
     def examples(self) -> list[Any]:
-        """A few raw inputs, made without files: what the contract test runs on."""
+        """A few raw inputs, made without files, for the contract test."""

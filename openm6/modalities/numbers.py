@@ -4,7 +4,7 @@ A value is scaled by its column's statistics and squashed, t = asinh((x - loc) /
 finite. Out comes a histogram over t: mean, median, intervals and samples follow from it.
 """
 
-# Letters: N tokens, P values in a token, K word ids of a name, D width, B bins, Q frequencies
+# Letters: N tokens, P values in a token, K word ids of a name, D hidden size, B bins, Q frequencies
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.core.errors import DataError, nearest
-from openm6.modalities.interface import NO_OPTIONS, Adapter, Modality, Options, Segment, line
+from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Segment, line
 from openm6.modalities.text import Text
 
 PATCH = 8
 BINS = 160
-LIMIT = 4.5  # in t: asinh(45), so 45 scales from the location before a value is clipped into the outer bin
+# In t: asinh(45), so 45 scales from the location before a value is clipped into the outer bin.
+LIMIT = 4.5
 FREQUENCIES = 16
-FREQUENCY_STD = 0.3  # small on purpose: large ones memorise (arXiv 2203.05556 and its authors' later advice)
-SMOOTHING = (
-    0.75  # of a bin: standard deviation of the soft target while training (HL-Gauss, arXiv 2403.03950)
-)
+# Small on purpose: large ones memorize (arXiv 2203.05556 and its authors' later advice).
+FREQUENCY_STD = 0.3
+# Of a bin: standard deviation of the soft target while training (HL-Gauss, arXiv 2403.03950).
+SMOOTHING = 0.75
 
 Scales = dict[str, tuple[float, float]]
 
@@ -78,35 +79,37 @@ class Numbers(Modality):
         learn = np.asarray(arrays["observed"].any(1))
         return Segment("numbers_out", arrays, line(length), length, learn, "block")
 
-    def _arrays(self, raw: Any) -> dict[str, np.ndarray]:
+    def _arrays(self, raw: Any) -> Arrays:
+        is_series = isinstance(raw, NumberSeries)
         if isinstance(raw, NumberSeries):
-            return self._columns([raw.name], [raw.values], patches=True)
-        if isinstance(raw, Mapping) and raw:
-            return self._columns(list(raw), [[value] for value in raw.values()], patches=False)
-        raise DataError("numbers were expected as {column: value} or a series, and at least one of them")
-
-    def _columns(
-        self, names: list[str], rows: list[list[float | None]], patches: bool
-    ) -> dict[str, np.ndarray]:
-        values, observed, scales, owners = [], [], [], []
-        for name, row in zip(names, rows, strict=True):
-            loc, scale = self.scale(name)
-            plain = np.asarray([math.nan if value is None else _number(name, value) for value in row])
-            count = -(-len(plain) // PATCH)
-            padded = np.full(count * PATCH, math.nan)
-            padded[: len(plain)] = plain
-            seen = np.isfinite(padded)
-            squashed = np.arcsinh((np.where(seen, padded, loc) - loc) / scale)
-            values.append(squashed.reshape(count, PATCH))
-            observed.append(seen.reshape(count, PATCH))
-            scales.extend([(loc, scale)] * count)
-            owners.extend([name] * count)
+            columns = {raw.name: raw.values}
+        elif isinstance(raw, Mapping) and raw:
+            columns = {name: [value] for name, value in raw.items()}
+        else:
+            raise DataError("numbers were expected as {column: value} or a series, and at least one of them")
+        scales = {name: self.scale(name) for name in columns}
+        tokens = [
+            (name, column[start : start + PATCH])
+            for name, column in columns.items()
+            for start in range(0, len(column), PATCH)
+        ]
+        values = np.full((len(tokens), PATCH), math.nan)
+        # Word ids of column names, eight at most, padded with -1.
+        name_ids = np.full((len(tokens), 8), -1, dtype=np.int64)
+        for row, (name, patch) in enumerate(tokens):
+            values[row, : len(patch)] = [math.nan if v is None else _number(name, v) for v in patch]
+            words = self.text.encode(" " + name.replace("_", " "))[:8]
+            name_ids[row, : len(words)] = words
+        scale = np.asarray([scales[name] for name, _ in tokens]).reshape(-1, 2)  # N 2
+        observed = np.isfinite(values)  # N P
+        loc = scale[:, :1]
+        squashed = np.arcsinh((np.where(observed, values, loc) - loc) / scale[:, 1:])
         return {
-            "values": np.clip(np.concatenate(values), -LIMIT, LIMIT).astype(np.float32),
-            "observed": np.concatenate(observed),
-            "scale": np.asarray(scales, dtype=np.float32),
-            "name_ids": self._name_ids(owners),
-            "is_series": np.full(len(owners), patches),
+            "values": np.clip(squashed, -LIMIT, LIMIT).astype(np.float32),
+            "observed": observed,
+            "scale": scale.astype(np.float32),
+            "name_ids": name_ids,
+            "is_series": np.full(len(tokens), is_series),
         }
 
     def scale(self, name: str) -> tuple[float, float]:
@@ -119,16 +122,8 @@ class Numbers(Modality):
             raise DataError(f"the model has no column {name!r}; {nearest(name, sorted(self.scales))}")
         return self.scales[name]
 
-    def _name_ids(self, names: list[str]) -> np.ndarray:
-        """Word ids of column names, eight at most, padded with -1.  # N -> N 8"""
-        ids = np.full((len(names), 8), -1, dtype=np.int64)
-        for row, name in enumerate(names):
-            words = self.text.encode(" " + name.replace("_", " "))[:8]
-            ids[row, : len(words)] = words
-        return ids
-
-    def adapters(self, width: int) -> dict[str, Adapter]:
-        return {"numbers_in": NumbersIn(width), "numbers_out": NumbersOut(width)}
+    def adapters(self, hidden_size: int) -> dict[str, Adapter]:
+        return {"numbers_in": NumbersIn(hidden_size), "numbers_out": NumbersOut(hidden_size)}
 
     def examples(self) -> list[Any]:
         first = next(iter(self.scales))
@@ -149,12 +144,12 @@ def _number(name: str, value: Any) -> float:
 class NumbersIn(Adapter):
     """Periodic and plain features of the values of a token; the model adds the name's words."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.frequencies = nn.Parameter(torch.empty(FREQUENCIES))
-        self.series = nn.Embedding(2, width)
-        self.inner = nn.Linear(PATCH * (2 + 2 * FREQUENCIES), width)
-        self.outer = nn.Linear(width, width)
+        self.series = nn.Embedding(2, hidden_size)
+        self.inner = nn.Linear(PATCH * (2 + 2 * FREQUENCIES), hidden_size)
+        self.outer = nn.Linear(hidden_size, hidden_size)
         nn.init.normal_(self.frequencies, std=FREQUENCY_STD)
         nn.init.normal_(self.series.weight, std=0.02)
 
@@ -170,12 +165,12 @@ class NumbersIn(Adapter):
 class NumbersOut(Adapter):
     """A query for up to PATCH values; the head predicts a histogram over t for each."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.query = nn.Embedding(2, width)
-        self.step = nn.Parameter(torch.empty(PATCH, width))
-        self.inner = nn.Linear(width, width)
-        self.bins = nn.Linear(width, BINS)
+        self.query = nn.Embedding(2, hidden_size)
+        self.step = nn.Parameter(torch.empty(PATCH, hidden_size))
+        self.inner = nn.Linear(hidden_size, hidden_size)
+        self.bins = nn.Linear(hidden_size, BINS)
         nn.init.normal_(self.query.weight, std=0.02)
         nn.init.normal_(self.step, std=0.02)
 
@@ -199,11 +194,6 @@ class NumbersOut(Adapter):
         return -((log_probability * target).sum(-1) * arrays["observed"]).sum(-1)
 
 
-def edges(device: torch.device | None = None) -> Tensor:
-    """Borders of the bins in t.  # B+1"""
-    return torch.linspace(-LIMIT, LIMIT, BINS + 1, device=device)
-
-
 def one_hot_bins(values: Tensor) -> Tensor:
     """The bin of each value as a distribution.  # N P -> N P B"""
     index = ((values.float() + LIMIT) * (BINS / (2 * LIMIT))).long().clamp(0, BINS - 1)
@@ -213,50 +203,46 @@ def one_hot_bins(values: Tensor) -> Tensor:
 def smooth_bins(values: Tensor) -> Tensor:
     """Mass of a narrow Gaussian around each value in every bin.  # N P -> N P B"""
     sigma = SMOOTHING * 2 * LIMIT / BINS
-    below = torch.special.ndtr((edges(values.device) - values.float()[..., None]) / sigma)  # N P B+1
+    borders = torch.linspace(-LIMIT, LIMIT, BINS + 1, device=values.device)
+    below = torch.special.ndtr((borders - values.float()[..., None]) / sigma)  # N P B+1
     mass = below.diff(dim=-1)
     return mass / mass.sum(-1, keepdim=True).clamp(min=1e-6)
 
 
 class Histogram:
-    """Predicted distributions of M values: everything one may ask of them, in the column's own units.
+    """Predicted distributions of M values and their statistics, in the column's own units.
 
     `probability` is M B over bins in t; `scale` M 2 holds loc and scale.
     """
 
     def __init__(self, probability: np.ndarray, scale: np.ndarray) -> None:
         self.probability = probability.astype(np.float64)
-        self.loc, self.scale = scale[:, 0].astype(np.float64), scale[:, 1].astype(np.float64)
-        self.edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
-
-    def _raw(self, squashed: np.ndarray) -> np.ndarray:
-        return self.loc + self.scale * np.sinh(squashed)
+        self.loc, self.scale = scale.astype(np.float64).T
+        self.borders = np.linspace(-LIMIT, LIMIT, BINS + 1)
 
     def mean(self) -> np.ndarray:
         """Expected value, bin by bin.  # M"""
-        middles = np.sinh((self.edges[:-1] + self.edges[1:]) / 2)
+        middles = np.sinh((self.borders[:-1] + self.borders[1:]) / 2)
         return self.loc + self.scale * (self.probability @ middles)
 
-    def quantile(self, share: float | np.ndarray) -> np.ndarray:
-        """Value below which `share` of the mass lies, linear in t within a bin.  # M"""
-        below = np.concatenate([np.zeros((len(self.probability), 1)), self.probability.cumsum(1)], axis=1)
+    def quantile(self, fraction: float) -> np.ndarray:
+        """Value below which `fraction` of the mass lies, linear in t within a bin.  # M"""
+        below = np.pad(self.probability.cumsum(1), ((0, 0), (1, 0)))
         below /= below[:, -1:]
-        fractions = np.broadcast_to(share, (len(below),))
-        return self._raw(
-            np.array([np.interp(f, b, self.edges) for f, b in zip(fractions, below, strict=True)])
-        )
+        return self.loc + self.scale * np.sinh([np.interp(fraction, row, self.borders) for row in below])
 
     def median(self) -> np.ndarray:
         """Half lies below.  # M"""
         return self.quantile(0.5)
 
     def interval(self, coverage: float = 0.8) -> tuple[np.ndarray, np.ndarray]:
-        """Central interval that should hold `coverage` of the truths.  # M, M"""
+        """Central interval that should hold `coverage` of the true values.  # M, M"""
         return self.quantile((1 - coverage) / 2), self.quantile((1 + coverage) / 2)
 
     def crps(self, truth: np.ndarray) -> np.ndarray:
         """Continuous ranked probability score in the column's units, by quantile losses at 1 … 99 %.  # M"""
-        shares = np.arange(0.01, 1.0, 0.02)
-        losses = [np.where(truth >= q, s * (truth - q), (1 - s) * (q - truth)) for s, q in
-                  ((s, self.quantile(s)) for s in shares)]  # fmt: skip
+        losses = []
+        for fraction in np.arange(0.01, 1.0, 0.02):
+            error = truth - self.quantile(fraction)
+            losses.append(np.where(error >= 0, fraction * error, (fraction - 1) * error))
         return 2 * np.mean(losses, axis=0)

@@ -1,12 +1,11 @@
 """One vector for a text, an image or an audio clip: a token that attends to the others, and its contrastive loss."""
 
-# Letters: n pool tokens, P = n/2 pairs, M pairs of all ranks, D width, E size of an embedding
+# Letters: n pool tokens, P = n/2 pairs, M pairs of all ranks, D hidden size, E size of an embedding
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,8 +22,10 @@ from openm6.ops.losses import info_nce
 # call it equally often, with or without rows.
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 
-POOL = "pool"  # the kind of token
-FIRST_SCALE, MAX_SCALE = 1 / 0.07, 100.0  # arXiv 2103.00020, section 2.5
+# The kind of token.
+POOL = "pool"
+# arXiv 2103.00020, section 2.5
+FIRST_SCALE, MAX_SCALE = 1 / 0.07, 100.0
 
 
 class PoolConfig(Config):
@@ -34,20 +35,14 @@ class PoolConfig(Config):
 
 
 def pooled(segments: list[Segment], key: str = "", space: str = "", learn: bool = False) -> list[Segment]:
-    """Source segments and the token that pools them, placed as they are."""
-    pool = pool_segment(key, space, learn)
-    return [*segments, replace(pool, placement=segments[-1].placement) if segments else pool]
+    """Source segments and the token that pools them, placed as they are.
 
-
-def pool_segment(key: str = "", space: str = "", learn: bool = False) -> Segment:
-    """The token that pools what stands before it; pairs compete within a `space`, equal keys never."""
-    arrays = {"key": np.asarray([_number(key)]), "space": np.asarray([_number(space)])}
-    return Segment(POOL, arrays, line(1), 1, np.asarray([learn]))
-
-
-def _number(word: str) -> int:
-    """63 bits that stand for a word."""
-    return text_hash(word) >> 1
+    Pairs compete within a `space`, those of equal keys never.
+    """
+    # 63 bits that stand for a word.
+    arrays = {name: np.asarray([text_hash(word) >> 1]) for name, word in (("key", key), ("space", space))}
+    placement = segments[-1].placement if segments else "source"
+    return [*segments, Segment(POOL, arrays, line(1), 1, np.asarray([learn]), placement)]
 
 
 class PoolAdapter(Adapter):
@@ -57,10 +52,10 @@ class PoolAdapter(Adapter):
     trains on several ranks; each rank then compares its own pairs with those of all ranks.
     """
 
-    def __init__(self, width: int, config: PoolConfig) -> None:
+    def __init__(self, hidden_size: int, config: PoolConfig) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.empty(width).normal_(std=0.02))
-        self.project = nn.Linear(width, config.size, bias=False)
+        self.query = nn.Parameter(torch.empty(hidden_size).normal_(std=0.02))
+        self.project = nn.Linear(hidden_size, config.size, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
         self.gather: Gather | None = None
 
@@ -96,7 +91,7 @@ class PoolAdapter(Adapter):
         return (x, 0) if self.gather is None else self.gather(x)
 
     def none(self) -> Tensor:
-        """The loss of no pairs, 0: a rank without pairs must take part in gathering all the same."""
+        """The loss of no pairs, 0: a rank without pairs must take part in gathering, too."""
         hidden = self.query.new_zeros(0, len(self.query))
         empty = torch.zeros(0, dtype=torch.int64, device=hidden.device)
         return self.nll(hidden, {"key": empty, "space": empty}).sum()

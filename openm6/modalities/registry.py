@@ -26,20 +26,20 @@ PromptAttention = Literal["bidirectional", "block"]
 
 
 class Modalities(dict[str, Modality]):
-    """The modalities of one model by name, and how its sources are read.
+    """The modalities of one model by name, and the attention within its prompts.
 
-    `bidirectional`: all tokens of a source see one another. `block`: a part (text, image, audio, numbers) sees itself
-    and the parts before it, so what it becomes does not depend on what follows, and can be used again.
+    `bidirectional`: all tokens of a prompt attend to one another. `block`: those of a part (text, image, audio,
+    numbers) attend to it and the parts before it, so its keys do not depend on what follows, and can be cached.
     """
 
     prompt_attention: PromptAttention = "bidirectional"
 
+    def __missing__(self, name: str) -> Modality:
+        raise ConfigError(f"no modality is called {name!r}; {nearest(name, sorted(self))}")
+
 
 class TextConfig(Config):
-    """`vocab_size` tokens are learned from the mixture, unless `tokenizer` names a tokenizer.json.
-
-    Without a number the model's preset sets it.
-    """
+    """`vocab_size` tokens (default: the preset's) are learned from the mixture, unless `tokenizer` names a file."""
 
     vocab_size: int | None = Field(default=None, ge=320, le=1_000_000)
     tokenizer: str | None = None
@@ -58,8 +58,7 @@ class ImageConfig(Config):
 class AudioConfig(Config):
     """`codec` is a shipped name or a file; a generated recording lasts `seconds`.
 
-    Recordings that are longer are cut when they are targets, shorter ones padded with silence; `max_seconds` bounds
-    what is read.
+    Targets that are longer are cut, shorter ones padded with silence; `max_seconds` bounds the inputs.
     """
 
     codec: str = "audio"
@@ -74,7 +73,8 @@ class ModalitiesConfig(Config):
     image: ImageConfig = ImageConfig()
     audio: AudioConfig = AudioConfig()
     prompt_attention: PromptAttention = Field(
-        default="bidirectional", description="block: each part of a source sees itself and those before it"
+        default="bidirectional",
+        description="block: each part of a prompt attends to itself and those before it",
     )
 
 
@@ -98,26 +98,15 @@ def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Sca
             f"modalities.image.side={config.image.side} must be a multiple of the codec's stride, "
             f"{image_codec.quantizer_config.stride}"
         )
-    text = Text(tokenizer, config.text.max_tokens)
+    text, image, audio = Text(tokenizer, config.text.max_tokens), config.image, config.audio
     modalities = Modalities(
         text=text,
-        image=Image(image_codec, config.image.side, config.image.max_patches, config.image.max_pixels),
-        audio=Audio(audio_codec, config.audio.seconds, config.audio.max_seconds),
+        image=Image(image_codec, image.side, image.max_patches, image.max_pixels),
+        audio=Audio(audio_codec, audio.seconds, audio.max_seconds),
         numbers=Numbers(text, scales),
     )
     modalities.prompt_attention = config.prompt_attention
     return modalities
-
-
-def modality_named(modalities: Modalities, name: str) -> Modality:
-    """The modality of this name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in modalities:
-        raise ConfigError(f"no modality is called {name!r}; {nearest(name, sorted(modalities))}")
-    return modalities[name]
 
 
 def source_segments(
@@ -126,11 +115,10 @@ def source_segments(
     """Raw parts as source tokens; a generator asks for augmentation.
 
     Raises:
+        ConfigError: no modality has the name of a part's.
         DataError: a part is broken or out of bounds.
     """
-    segments = [
-        modality_named(modalities, part.modality).source(part.raw, rng, part.options) for part in parts
-    ]
+    segments = [modalities[part.modality].source(part.raw, rng, part.options) for part in parts]
     if modalities.prompt_attention == "block":
         segments = [replace(segment, placement="part") for segment in segments]
     return segments
@@ -140,9 +128,10 @@ def target_segment(part: Part, modalities: Modalities, rng: np.random.Generator 
     """A raw part as target tokens; a generator draws the training mask.
 
     Raises:
+        ConfigError: no modality has the name of the part's.
         DataError: the part is broken, or there is nothing in it to learn.
     """
-    segment = modality_named(modalities, part.modality).target(part.raw, rng, part.options)
+    segment = modalities[part.modality].target(part.raw, rng, part.options)
     if not segment.learn.any():
         raise DataError(f"nothing of this {part.modality} is observed, so there is nothing to learn from it")
     return segment

@@ -1,8 +1,12 @@
-"""Text: byte-level BPE in and out; autoregressive as a target; there are no unknown tokens."""
+"""Text: byte-level BPE in and out; autoregressive as a target; there are no unknown tokens.
+
+A text that is too long is cut where it may be cut: long inputs lose tokens, the words of a prompt do not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,22 +25,19 @@ from openm6.modalities.interface import (
     Segment,
     line,
 )
-from openm6.modalities.truncation import cuttable_in, fit, select_tokens
 from openm6.ops.losses import linear_cross_entropy
 
-# Our own marks lie above the tokenizer's ids, so no text that a user writes can spell one.
-NUM_MARKS = 3
-START, END, HOLE = 0, 1, 2
-GAP = "\N{OBJECT REPLACEMENT CHARACTER}"  # how a gap is written in a text on its way to HOLE
+# The character of a text that becomes the mask token.
+MASK_CHARACTER = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer learned from `texts`: every byte is a token, so no text is unknown."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
+        vocab_size=vocab_size,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -52,112 +53,107 @@ def read_tokenizer(text: str, where: str) -> Tokenizer:
     """
     try:
         return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
+    # The library raises bare Exception.
+    except Exception as error:
         raise ConfigError(f"{where} is not a tokenizer.json: {error}") from None
 
 
 class Text(Modality):
-    """Reads and writes text through a tokenizer; START opens a target text, END closes it, HOLE stands for a gap."""
+    """Text through a tokenizer, and three special tokens: `start` opens a target text, `end` closes it, `mask` stands
+    for masked words. Their ids lie above the tokenizer's, so no text of a user contains one.
+    """
 
     name: ClassVar[str] = "text"
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int = 2048) -> None:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        # Not the number of entries: a tokenizer of another maker may leave ids unused.
-        self.first_mark = max(tokenizer.get_vocab().values(), default=-1) + 1
+        # Not the number of entries: another tokenizer may leave ids unused.
+        self.first_special = max(tokenizer.get_vocab().values(), default=-1) + 1
+        self.start, self.end, self.mask = (self.first_special + index for index in range(3))
         # A multiple of 64 keeps the rows of the embedding aligned for the matrix units.
-        self.vocabulary_size = -(-(self.first_mark + NUM_MARKS) // 64) * 64
+        self.vocab_size = -(-(self.mask + 1) // 64) * 64
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; each GAP becomes the HOLE mark."""
+        """Token ids of `text`; each MASK_CHARACTER becomes the mask token."""
         return self._encode_with_offsets(text)[0]
 
-    def _encode_with_offsets(self, text: str) -> tuple[list[int], list[int], list[int]]:
-        """Token ids of `text`, and where in it each one starts and stops."""
+    def _encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text`, and start and end of each one in it."""
         ids: list[int] = []
-        starts: list[int] = []
-        stops: list[int] = []
+        offsets: list[tuple[int, int]] = []
         position = 0
-        for index, segment in enumerate(text.split(GAP)):
+        for index, words in enumerate(text.split(MASK_CHARACTER)):
             if index:
-                ids.append(self.first_mark + HOLE)
-                starts.append(position)
+                ids.append(self.mask)
+                offsets.append((position, position + 1))
                 position += 1
-                stops.append(position)
-            encoding = self.tokenizer.encode(segment, add_special_tokens=False)
+            encoding = self.tokenizer.encode(words, add_special_tokens=False)
             ids.extend(encoding.ids)
-            starts.extend(position + start for start, _ in encoding.offsets)
-            stops.extend(position + stop for _, stop in encoding.offsets)
-            position += len(segment)
-        return ids, starts, stops
+            offsets.extend((position + start, position + stop) for start, stop in encoding.offsets)
+            position += len(words)
+        return ids, offsets
 
     def encode_plain(self, text: str) -> list[int]:
-        """Token ids of `text` to the letter: a GAP, too, is a character like any other."""
+        """Token ids of `text` as it is: MASK_CHARACTER is a character like any other."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; our marks and unused ids are left out."""
-        return self.tokenizer.decode([token for token in ids if token < self.first_mark])
-
-    @property
-    def end(self) -> int:
-        """The id that closes a target text."""
-        return self.first_mark + END
-
-    @property
-    def start(self) -> int:
-        """The id that opens a target text."""
-        return self.first_mark + START
+        """The text of token ids, without special tokens and unused ids."""
+        return self.tokenizer.decode([token for token in ids if token < self.first_special])
 
     def source(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
         """`raw` text as source tokens, at most `max_tokens`.
 
-        What is longer is cut within `cuttable` (stretches of characters; default: anywhere), the longest first.
+        What is longer is cut within `cuttable` (spans of characters; default: anywhere), the longest first.
         """
         part = Part("text", _checked(raw), dict(options))
-        found, starts, stops = self._encode_with_offsets(part.raw)
-        ids = np.asarray(found, dtype=np.int64)
-        cuttable = tuple(
-            _in_tokens(stretch, np.asarray(starts), np.asarray(stops)) for stretch in cuttable_in(part)
-        )
-        arrays = {"ids": ids, "labels": np.full_like(ids, -1)}
-        none = np.zeros(len(ids), bool)
-        tokens = Segment("text", arrays, line(len(ids)), len(ids), none, cuttable=cuttable)
-        (tokens,) = fit([tokens], self.max_tokens)
-        if len(tokens) > self.max_tokens:  # words that may not be cut are longer than all that may be read
-            tokens = select_tokens(tokens, np.arange(len(tokens)) < self.max_tokens)
-        return tokens
+        ids, offsets = self._encode_with_offsets(part.raw)
+        starts, stops = np.asarray(offsets).reshape(-1, 2).T
+        cuttable = []
+        # The tokens that lie wholly within each span.
+        for span in cuttable_in(part):
+            first = int(np.searchsorted(starts, span.start, "left"))
+            last = int(np.searchsorted(stops, span.stop, "right"))
+            cuttable.append(Cuttable(first, max(first, last), span.keep_end))
+        arrays = {"ids": np.asarray(ids, dtype=np.int64), "labels": np.full(len(ids), -1, np.int64)}
+        learn = np.zeros(len(ids), bool)
+        segment = Segment("text", arrays, line(len(ids)), len(ids), learn, cuttable=tuple(cuttable))
+        (segment,) = fit([segment], self.max_tokens)
+        # The words that may not be cut may be longer than that.
+        if len(segment) > self.max_tokens:
+            segment = select_tokens(segment, np.arange(len(segment)) < self.max_tokens)
+        return segment
 
     def target(
         self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
     ) -> Segment:
-        """START t1 … tn with the labels t1 … tn END: each token is asked for the next.
+        """`start` t1 … tn with the labels t1 … tn `end`: each token predicts the next.
 
-        A text of more than `max_tokens` is cut there and has no END, which would teach to stop amid a sentence.
+        A text of more than `max_tokens` is cut there and has no end token, which would train to stop within a sentence.
         """
         max_tokens = int(options.get("max_tokens", self.max_tokens))
-        tokens = self.written(self.encode_plain(_checked(raw)))
-        if len(tokens) <= max_tokens + 1:
-            return tokens
-        return select_tokens(tokens, np.arange(len(tokens)) < max_tokens, (Cuttable(0, max_tokens),))
+        segment = self.target_of(self.encode_plain(_checked(raw)))
+        if len(segment) <= max_tokens + 1:
+            return segment
+        return select_tokens(segment, np.arange(len(segment)) < max_tokens, (Cuttable(0, max_tokens),))
 
-    def written(self, ids: list[int]) -> Segment:
-        """A target text of these token ids, which END closes."""
+    def target_of(self, ids: list[int]) -> Segment:
+        """A target text of these token ids, which the end token closes."""
         arrays = {
             "ids": np.asarray([self.start, *ids], dtype=np.int64),
             "labels": np.asarray([*ids, self.end], dtype=np.int64),
         }
         length = len(ids) + 1
-        cuttable = (Cuttable(0, length),)  # its first tokens alone are the same text without an END
-        return Segment(
-            "text", arrays, line(length), length, np.ones(length, bool), "causal", cuttable=cuttable
-        )
+        learn = np.ones(length, bool)
+        # Its first tokens alone are the same text without the end token.
+        cuttable = (Cuttable(0, length),)
+        return Segment("text", arrays, line(length), length, learn, "causal", cuttable=cuttable)
 
-    def adapters(self, width: int) -> dict[str, Adapter]:
-        return {"text": TextAdapter(self.vocabulary_size, width)}
+    def adapters(self, hidden_size: int) -> dict[str, Adapter]:
+        return {"text": TextAdapter(self.vocab_size, hidden_size)}
 
     def examples(self) -> list[Any]:
         return ["seven red apples", "七个红苹果", "", "naïve 🙂 \u0000 <end>"]
@@ -168,31 +164,85 @@ def _checked(raw: Any) -> str:
         raise DataError(f"text was expected, not {type(raw).__name__}: map a text column to this field")
     try:
         raw.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON's \ud800 gives
+    except UnicodeEncodeError as error:
+        # Half of a surrogate pair, as in JSON's \ud800.
         raise DataError(f"the text is not Unicode at character {error.start}: fix or remove it") from None
     return raw
 
 
-def _in_tokens(stretch: Cuttable, starts: np.ndarray, stops: np.ndarray) -> Cuttable:
-    """The tokens that lie wholly within a stretch of characters.  # N, N"""
-    first = int(np.searchsorted(starts, stretch.start, "left"))
-    last = int(np.searchsorted(stops, stretch.stop, "right"))
-    return Cuttable(first, max(first, last), stretch.keep_end)
+def join_texts(first: Part, second: Part) -> Part:
+    """Two texts as one, which may be cut where each of them may be."""
+    shift = len(first.raw)
+    moved = (Cuttable(span.start + shift, span.stop + shift, span.keep_end) for span in cuttable_in(second))
+    return Part("text", first.raw + second.raw, {"cuttable": (*cuttable_in(first), *moved)})
+
+
+def cuttable_in(part: Part) -> tuple[Cuttable, ...]:
+    """Where a text may be cut, in characters: anywhere unless its options set it."""
+    whole = Cuttable(0, len(part.raw))
+    return tuple(part.options.get("cuttable", (whole,)))
+
+
+def fit(segments: Sequence[Segment], limit: int, shortest: int = 0) -> list[Segment]:
+    """The segments with at most `limit` tokens together; unchanged if less than `shortest` of a text would be left.
+
+    All texts are cut to one length, the largest that fits, so the longest lose first and short ones nothing.
+    """
+    lengths = [span.stop - span.start for segment in segments for span in segment.cuttable]
+    excess = sum(map(len, segments)) - limit
+    left = sum(lengths) - excess
+    if excess <= 0 or left < 0 or not lengths:
+        return list(segments)
+    # The largest c for which Σ min(length, c) is at most `left`.
+    for index, length in enumerate(sorted(lengths)):
+        longest = left // (len(lengths) - index)
+        if length > longest:
+            break
+        left -= length
+    return list(segments) if longest < shortest else [_cut(segment, longest) for segment in segments]
+
+
+def _cut(segment: Segment, longest: int) -> Segment:
+    """The segment with at most `longest` tokens of each span that may be cut."""
+    kept = np.ones(len(segment), bool)
+    left: list[Cuttable] = []
+    lost = 0
+    for span in segment.cuttable:
+        over = max(0, span.stop - span.start - longest)
+        gone = slice(span.start, span.start + over) if span.keep_end else slice(span.stop - over, span.stop)
+        kept[gone] = False
+        left.append(Cuttable(span.start - lost, span.stop - lost - over, span.keep_end))
+        lost += over
+    return select_tokens(segment, kept, tuple(left)) if lost else segment
+
+
+def select_tokens(segment: Segment, kept: np.ndarray, cuttable: tuple[Cuttable, ...] = ()) -> Segment:
+    """A text of those of its tokens that are kept, marked as truncated.  # N bool"""
+    count = int(kept.sum())
+    return replace(
+        segment,
+        arrays={name: array[kept] for name, array in segment.arrays.items()},
+        grid=line(count),
+        span=count,
+        learn=segment.learn[kept],
+        truncated=True,
+        cuttable=cuttable,
+    )
 
 
 class TextAdapter(Adapter):
     """Embedding and, tied to it, the output layer."""
 
-    def __init__(self, vocabulary_size: int, width: int) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary_size, width)
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def embed(self, arrays: dict[str, Tensor]) -> Tensor:
         return self.embedding(arrays["ids"])  # N -> N D
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token.  # N D -> N V"""
+        """Logits of the next token.  # N D -> N V"""
         return F.linear(hidden, self.embedding.weight)
 
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
@@ -201,7 +251,7 @@ class TextAdapter(Adapter):
     def weighted_loss(
         self, hidden: Tensor, arrays: dict[str, Tensor], weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # The logits of many words would be the largest tensor of a step: they are made and used up in chunks.
+        # The logits of many tokens would be the largest tensor of a step: they are computed in chunks.
         return linear_cross_entropy(hidden, self.embedding.weight, arrays["labels"], weight)
 
     def name_vectors(self, name_ids: Tensor) -> Tensor:

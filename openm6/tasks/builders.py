@@ -15,7 +15,7 @@ from openm6.modalities.audio import random_span, random_speed
 from openm6.modalities.image import random_box
 from openm6.modalities.interface import Cuttable, Part
 from openm6.modalities.numbers import NumberSeries, fit_scale
-from openm6.modalities.text import GAP
+from openm6.modalities.text import MASK_CHARACTER
 from openm6.tasks.slots import MAX_TOKENS, Built, Context, Derived, Record, as_text, localised, observed
 
 YES_NO = {"en": ("no", "yes"), "zh": ("否", "是")}
@@ -69,7 +69,7 @@ def mask_words(record: Record, context: Context) -> Built:
     kept: list[str] = []
     done = masked = 0
     for start, length in zip(starts, lengths, strict=True):
-        kept += [*words[done : start + masked], GAP]
+        kept += [*words[done : start + masked], MASK_CHARACTER]
         masked += length
         done = start + masked
     source = Part("text", joint.join([*kept, *words[done:]]))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from openm6.modalities.interface import Part
-from openm6.modalities.truncation import join_texts
+from openm6.modalities.text import join_texts
 
 _NAME = re.compile(r"\{(\w+)\}")
 _WORD = re.compile(r"[a-z0-9]+|[\u3400-\u9fff]")

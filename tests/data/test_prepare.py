@@ -17,7 +17,7 @@ from openm6.data.prepare import (
 )
 from openm6.modalities.batch import PackedExample
 from openm6.modalities.interface import Part
-from openm6.modalities.text import GAP, HOLE
+from openm6.modalities.text import MASK_CHARACTER
 from openm6.tasks.prompts import without_inputs
 from openm6.tasks.registry import TASKS
 from tests.data.lists import ListSource
@@ -70,7 +70,7 @@ def test_a_sequence_follows_from_seed_and_draw(task: str) -> None:
 
 def is_null(sequence: PackedExample) -> bool:
     first = sequence.segments[0]
-    return first.kind == "text" and int(first.arrays["ids"][0]) == modalities()["text"].first_mark + HOLE  # type: ignore[attr-defined]
+    return first.kind == "text" and int(first.arrays["ids"][0]) == modalities()["text"].mask  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_the_null_input_holds_the_prompt_and_nothing_of_the_record() -> None:
     null = null_example(example, "things")
     (part,) = null.source
     column = next(iter(example.answer)).replace("_", " ")
-    assert part.modality == "text" and part.raw.startswith(f"{GAP}things ") and column in part.raw
+    assert part.modality == "text" and part.raw.startswith(f"{MASK_CHARACTER}things ") and column in part.raw
     assert "40" not in part.raw and (null.target.raw, null.answer) == (example.target.raw, example.answer)
 
 

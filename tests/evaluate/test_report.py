@@ -31,7 +31,7 @@ from openm6.evaluate.report import (
 from openm6.evaluate.results import EvalReport, Sample
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import Histogram
-from openm6.modalities.text import GAP
+from openm6.modalities.text import MASK_CHARACTER
 from tests.evaluate import example_report as example
 
 VOID = {"meta", "img", "br", "hr"}
@@ -211,13 +211,13 @@ def test_a_value_outside_its_interval_is_called_so(tmp_path: Path) -> None:
 
 def test_a_gap_in_a_text_is_seen(tmp_path: Path) -> None:
     """Its own sign shows as nothing; nor does a truth that begins with a line break stand a line lower."""
-    sample = Sample([Part("text", f"Restore: a {GAP} cup")], "a red cup", "\na red cup", "r1")
+    sample = Sample([Part("text", f"Restore: a {MASK_CHARACTER} cup")], "a red cup", "\na red cup", "r1")
     result = dataclasses.replace(example.eval_report().results[0], samples=[sample])
     html = report_html(example.run_folder(tmp_path), EvalReport([result], 1.0, "x"), example.facts())
     assert (
         "Restore: a ____ cup" in html
         and ">a red cup<" in html
-        and GAP not in html
+        and MASK_CHARACTER not in html
         and ">\na red cup" not in html
     )
 

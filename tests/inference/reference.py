@@ -36,8 +36,8 @@ def noise(seed: int, draw: int, *shape: int) -> Tensor:
 def write_reference(model: LoadedModel, prompt: Prompt, sampling: Sampling) -> str:
     """A text, token by token."""
     text, ids = model.text, [model.text.start]
-    token = torch.arange(text.vocabulary_size)
-    suppressed = (token >= text.first_mark) & (token != text.end)
+    token = torch.arange(text.vocab_size)
+    suppressed = (token >= text.first_special) & (token != text.end)
     while len(ids) <= sampling.max_tokens and ids[-1] != text.end:
         arrays = {"ids": np.asarray(ids), "labels": np.asarray(ids)}
         target = Segment("text", arrays, line(len(ids)), len(ids), arrays["ids"] >= 0, "causal")

@@ -21,7 +21,7 @@ from openm6.inference.prefill import Prompt, prefill
 from openm6.modalities.batch import build_sequence
 from openm6.modalities.interface import Part, Segment
 from openm6.modalities.numbers import NumberSeries
-from openm6.modalities.pool import pool_segment
+from openm6.modalities.pool import pooled
 from openm6.modalities.registry import PromptAttention, source_segments
 from tests.data.sample_images import png, wav
 from tests.inference.reference import hidden_states
@@ -140,7 +140,7 @@ def test_nothing_in_gives_nothing_out() -> None:
 def test_inputs_keep_their_order_over_rows_and_passes() -> None:
     text = modalities()["text"]
     lengths = [200, 100, 300, 400, 10, ROW_TOKENS + 50, 1, 500, 500, 500]
-    sequences = [build_sequence([text.source("a" * length), pool_segment()]) for length in lengths]
+    sequences = [build_sequence(pooled([text.source("a" * length)])) for length in lengths]
     passes = packed_rows(sequences)
     assert [sequence for part in passes for row in part for sequence in row] == sequences
     assert all(len(part) <= MAX_ROWS for part in passes) and len(passes) > 1

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from openm6.modalities.batch import Batch, build_sequence, collate, count, split
-from openm6.modalities.interface import OWN_ORIGIN, Placement, Segment, line, rectangle
+from openm6.modalities.image import image_grid
+from openm6.modalities.interface import OWN_ORIGIN, Placement, Segment, line
 from openm6.ops.matmul import ROWS
 from openm6.ops.sequence import visible
 
@@ -23,7 +24,7 @@ def segment(
 
 
 def test_sources_causal_text_and_blocks() -> None:
-    grid, learned = rectangle(2, 2), np.ones(4, bool)
+    grid, learned = image_grid(2, 2).cells, np.ones(4, bool)
     square = Segment("c", {"number": np.arange(4)}, grid, 2, learned, "block", OWN_ORIGIN)
     found = build_sequence([segment(2), segment(1), segment(3, "causal"), square, segment(2, "block")])
     assert found.attn_order.tolist() == [0, 0, 0, 1, 2, 3, 4, 4, 4, 4, 5, 5]

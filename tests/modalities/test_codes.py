@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from openm6.codecs.registry import load_codec
+from openm6.modalities.audio import audio_grid
 from openm6.modalities.codes import (
     SMOOTHING,
     ArrayCache,
     CodesAdapter,
     FourierPositionEmbedding,
-    audio_positions,
-    image_positions,
     inpainting_masks,
     masked_arrays,
     random_rectangle,
     sample_mask,
 )
+from openm6.modalities.image import image_grid
 from openm6.ops.quantize import pack
 
 LEVELS, GROUPS, WIDTH = (4, 3), 3, 16
@@ -205,59 +205,51 @@ def test_hidden_codes_do_not_show(adapter: CodesAdapter, codes: Tensor) -> None:
 
 
 def test_positions_are_the_centers_of_tokens() -> None:
-    assert image_positions(2, 4)[[0, 3, 4]].tolist() == [[0.25, 0.125], [0.25, 0.875], [0.75, 0.125]]
-    assert np.allclose(audio_positions(3, 0.04)[:, 0], [0.02, 0.06, 0.10])
+    image, audio = image_grid(2, 4), audio_grid(3, 640)
+    assert image.positions[[0, 3, 4]].tolist() == [[0.25, 0.125], [0.25, 0.875], [0.75, 0.125]]
+    assert np.allclose(audio.positions[:, 0], [0.02, 0.06, 0.10])
+    assert audio.cells.tolist() == [[0, 1, 1], [1, 3, 3], [2, 5, 5]], (
+        "number, and twice the middle in units of 20 ms"
+    )
+    assert (image.span, audio.span) == (4, 3)
 
 
 def test_positions_have_different_embeddings() -> None:
     torch.manual_seed(0)
-    vectors = FourierPositionEmbedding(16).requires_grad_(False)(torch.from_numpy(image_positions(8, 8)))
+    vectors = FourierPositionEmbedding(16).requires_grad_(False)(torch.from_numpy(image_grid(8, 8).positions))
     distance = torch.cdist(vectors, vectors) + torch.eye(64) * 99
     assert vectors.shape == (64, 16) and float(distance.min()) > 1e-2
 
 
-def test_the_cache_returns_what_was_put() -> None:
-    cache, array = ArrayCache(), np.arange(5)
-    assert cache.get(b"a") is None
-    assert cache.put(b"a", array) is array
-    assert cache.get(b"a") is array and cache.bytes == array.nbytes
+def keep(cache: ArrayCache, key: bytes | None, size: int = 10) -> bool:
+    """Whether the cache had to compute the array."""
+    computed: list[np.ndarray] = []
+
+    def compute() -> np.ndarray:
+        computed.append(np.zeros(size))
+        return computed[-1]
+
+    array = cache.get(key, compute)
+    assert len(array) == size and cache.bytes == sum(kept.nbytes for kept in cache.arrays.values())
+    assert cache.bytes <= cache.max_bytes
+    return bool(computed)
 
 
-def test_the_least_recently_used_is_dropped_first() -> None:
+def test_the_cache_drops_the_least_recently_used_first() -> None:
     cache = ArrayCache(max_bytes=3 * 80)
-    for key in (b"a", b"b", b"c"):
-        cache.put(key, np.zeros(10))
-    cache.get(b"a")
-    cache.put(b"d", np.zeros(10))
-    assert cache.get(b"b") is None
-    assert all(cache.get(key) is not None for key in (b"a", b"c", b"d"))
-    assert cache.bytes == 240
+    assert all(keep(cache, key) for key in (b"a", b"b", b"c"))
+    assert not keep(cache, b"a") and keep(cache, b"d")
+    assert not any(keep(cache, key) for key in (b"a", b"c", b"d")) and keep(cache, b"b")
 
 
 def test_the_cache_stays_bounded() -> None:
     cache = ArrayCache(max_bytes=1000)
     for number in range(200):
-        cache.put(str(number).encode(), np.zeros(number % 7, np.float64))
-        assert cache.bytes == sum(array.nbytes for array in cache.arrays.values()) <= 1000
-
-
-def test_what_is_larger_than_the_cache_is_returned_and_dropped() -> None:
-    cache, large = ArrayCache(max_bytes=10), np.zeros(100)
-    assert cache.put(b"x", large) is large
-    assert cache.get(b"x") is None and cache.bytes == 0
-
-
-def test_without_a_key_nothing_is_kept() -> None:
-    cache = ArrayCache()
-    cache.put(None, np.zeros(3))
-    assert cache.get(None) is None and cache.bytes == 0
-
-
-def test_putting_twice_counts_once() -> None:
-    cache = ArrayCache()
-    cache.put(b"a", np.zeros(10))
-    cache.put(b"a", np.zeros(10))
-    assert cache.bytes == 80
+        keep(cache, str(number).encode(), number % 7)
+    assert keep(cache, b"large", 1000) and keep(cache, b"large", 1000), (
+        "larger than the cache: returned and dropped"
+    )
+    assert keep(cache, None) and keep(cache, None), "without a key nothing is kept"
 
 
 def test_threads_may_share_it() -> None:
@@ -269,9 +261,7 @@ def test_threads_may_share_it() -> None:
         rng = np.random.default_rng(seed)
         try:
             for number in rng.integers(0, 40, 20_000):
-                key = str(number).encode()
-                if cache.get(key) is None:
-                    cache.put(key, np.zeros(10))
+                cache.get(str(number).encode(), lambda: np.zeros(10))
         except Exception as error:
             errors.append(error)
 

@@ -11,11 +11,10 @@ import torch
 
 from openm6.core.errors import DataError
 from openm6.modalities.batch import build_sequence
-from openm6.modalities.codes import FourierPositionEmbedding
+from openm6.modalities.codes import FourierPositionEmbedding, PatchAdapter
 from openm6.modalities.image import (
     PATCH,
     Image,
-    PatchAdapter,
     box_mask,
     pixels,
     random_box,

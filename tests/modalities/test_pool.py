@@ -8,7 +8,7 @@ import torch
 
 from openm6.modalities.batch import build_pair, build_sequence, collate
 from openm6.modalities.interface import Part
-from openm6.modalities.pool import MAX_SCALE, POOL, PoolAdapter, PoolConfig, pool_segment, pooled
+from openm6.modalities.pool import MAX_SCALE, POOL, PoolAdapter, PoolConfig, pooled
 from openm6.modalities.registry import source_segments
 from openm6.ops.sequence import visible
 from tests.small_model import modalities
@@ -21,17 +21,18 @@ def adapter(width: int = 16, size: int = 8) -> PoolAdapter:
 
 def arrays(keys: list[str], space: str = "a") -> dict[str, torch.Tensor]:
     """What a batch of pairs with these keys holds: each key once a side."""
-    segments = [pool_segment(key, space, learn=True) for key in keys for _ in range(2)]
+    segments = [pooled([], key, space, learn=True)[0] for key in keys for _ in range(2)]
     return {
         name: torch.from_numpy(np.concatenate([segment.arrays[name] for segment in segments]))
         for name in ("key", "space")
     }
 
 
-def test_the_sides_of_a_pair_are_strangers() -> None:
+def test_the_sides_of_a_pair_do_not_attend_to_each_other() -> None:
     text = modalities()["text"]
-    left = [text.source("seven"), pool_segment("7", "s", learn=True)]
-    right = [text.source("draw the digit"), pool_segment("7", "s", learn=True)]
+    left, right = (
+        pooled([text.source(words)], "7", "s", learn=True) for words in ("seven", "draw the digit")
+    )
     pair, alone = build_pair(left, right), build_sequence(right)
     seen = visible(*[collate([[pair]], len(pair)).meta] * 2)[0, 0]
     half = sum(map(len, left))
@@ -73,15 +74,18 @@ def test_vectors_have_length_one_and_the_scale_a_bound() -> None:
     assert pool.scale.item() == MAX_SCALE
 
 
-def test_what_pools_parts_sees_them_all() -> None:
+def test_the_pool_token_attends_to_all_parts() -> None:
     segments = source_segments([Part("text", "draw"), Part("text", "seven")], modalities("block"))
     order = build_sequence(pooled(segments)).attn_order
-    assert order[-1] > order[-2] > order[0], "and no part sees what pools it"
+    assert order[-1] > order[-2] > order[0], "and no part attends to what pools it"
     assert pooled([])[0].placement == "source"
 
 
-def test_a_piece_is_one_token_of_its_own_kind() -> None:
-    segment = pool_segment("seven", "text image")
+def test_a_segment_is_one_token_of_its_own_kind() -> None:
+    (segment,), (same,), (other,) = (
+        pooled([], "seven", "text image"),
+        pooled([], "seven"),
+        pooled([], "eight"),
+    )
     assert segment.kind == POOL and len(segment) == 1 and segment.span == 1 and not segment.learn.any()
-    assert pool_segment("seven").arrays["key"] == segment.arrays["key"] >= 0
-    assert pool_segment("eight").arrays["key"] != segment.arrays["key"]
+    assert same.arrays["key"] == segment.arrays["key"] >= 0 and other.arrays["key"] != segment.arrays["key"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from openm6.core.errors import ConfigError, DataError
-from openm6.modalities.text import GAP, HOLE, START, Text, read_tokenizer, train_tokenizer
+from openm6.modalities.text import MASK_CHARACTER, Text, read_tokenizer, train_tokenizer
 
 LESSON = ["draw the digit seven", "画数字七", "what is this", "这是什么"] * 4
 
@@ -21,10 +21,10 @@ def text() -> Text:
 @settings(max_examples=200, deadline=None)
 @given(words=st.text(max_size=60))
 def test_any_text_comes_back(text: Text, words: str) -> None:
-    words = words.replace(GAP, "")
+    words = words.replace(MASK_CHARACTER, "")
     ids = text.encode(words)
     assert text.decode(ids) == words
-    assert all(0 <= token < text.first_mark for token in ids)
+    assert all(0 <= token < text.first_special for token in ids)
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,13 @@ def test_any_text_comes_back(text: Text, words: str) -> None:
 )
 def test_what_looks_like_a_mark_is_only_text(text: Text, words: str) -> None:
     ids = text.source(words).arrays["ids"]
-    assert (ids < text.first_mark).all()
+    assert (ids < text.first_special).all()
     assert text.decode(ids.tolist()) == words
 
 
 def test_marks_lie_above_every_id_of_the_tokenizer(text: Text) -> None:
     assert text.start > max(text.tokenizer.get_vocab().values())
-    assert text.first_mark + HOLE < text.vocabulary_size and text.vocabulary_size % 64 == 0
+    assert text.mask < text.vocab_size and text.vocab_size % 64 == 0
 
 
 def test_a_tokenizer_with_unused_ids_does_not_run_into_the_marks() -> None:
@@ -60,7 +60,7 @@ def test_a_tokenizer_with_unused_ids_does_not_run_into_the_marks() -> None:
     moved = Tokenizer.from_str(spec.replace(f'"{token}":{last}', f'"{token}":{last + 40}'))
     assert max(moved.get_vocab().values()) == last + 40, "the test did not move an id"
     text = Text(moved)
-    assert text.first_mark + START == last + 41 and text.vocabulary_size > last + 40
+    assert text.start == last + 41 and text.vocab_size > last + 40
 
 
 def test_training_is_repeatable() -> None:
@@ -68,11 +68,11 @@ def test_training_is_repeatable() -> None:
 
 
 def test_a_gap_is_a_hole_to_read_and_a_character_to_write(text: Text) -> None:
-    words = f"a {GAP} c"
+    words = f"a {MASK_CHARACTER} c"
     read = text.source(words).arrays["ids"]
-    assert (read == text.first_mark + HOLE).sum() == 1 and (read >= text.first_mark).sum() == 1
+    assert (read == text.mask).sum() == 1 and (read >= text.first_special).sum() == 1
     written = text.target(words).arrays["labels"]
-    assert (written[:-1] < text.first_mark).all() and text.decode(written.tolist()) == words
+    assert (written[:-1] < text.first_special).all() and text.decode(written.tolist()) == words
 
 
 def test_each_token_of_a_target_is_asked_for_the_next(text: Text) -> None:

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openm6.modalities.interface import Cuttable, Part, Segment, line
-from openm6.modalities.text import GAP, Text
-from openm6.modalities.truncation import cuttable_in, fit, join_texts
+from openm6.modalities.text import MASK_CHARACTER, Text, cuttable_in, fit, join_texts
 from openm6.tasks.registry import TASKS
 from tests.small_model import modalities
 
@@ -93,7 +92,7 @@ def test_a_short_text_is_not_truncated(text: Text) -> None:
     assert not text.target(example.target.raw, options=example.target.options).truncated
 
 
-@pytest.mark.parametrize("words", ["seven apples", "七个红苹果", "naïve 🙂", f"a {GAP} c", ""])
+@pytest.mark.parametrize("words", ["seven apples", "七个红苹果", "naïve 🙂", f"a {MASK_CHARACTER} c", ""])
 def test_stretches_of_characters_become_their_tokens(text: Text, words: str) -> None:
     joined = join_texts(
         join_texts(Part("text", "Before:\n", {"cuttable": ()}), Part("text", words)),
@@ -104,7 +103,7 @@ def test_stretches_of_characters_become_their_tokens(text: Text, words: str) -> 
     assert tokens.arrays["ids"].tolist() == text.encode(joined.raw)
     (one,) = tokens.cuttable
     inside = text.decode(tokens.arrays["ids"][one.start : one.stop].tolist())
-    assert inside.strip() == words.replace(GAP, "").strip()
+    assert inside.strip() == words.replace(MASK_CHARACTER, "").strip()
 
 
 def test_words_of_a_prompt_beyond_the_limit_are_cut_at_the_end(text: Text) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from openm6.modalities.numbers import fit_scale
-from openm6.modalities.text import GAP
+from openm6.modalities.text import MASK_CHARACTER
 from openm6.tasks.builders import couplets, mask_words
 from openm6.tasks.registry import TASKS
 from openm6.tasks.slots import Context
@@ -104,7 +104,7 @@ def test_a_text_with_holes_lacks_a_share_of_its_words_in_short_runs(language: st
     for seed in range(20):
         record = {f"text_{language}": joint.join(words)}
         built = mask_words(record, Context(language, np.random.default_rng(seed), train=True))
-        segments = built.inputs["text"].raw.split(GAP)
+        segments = built.inputs["text"].raw.split(MASK_CHARACTER)
         kept = [segment.split() if language == "en" else list(segment) for segment in segments]
         assert len(segments) - 1 == max(1, round(0.05 * count)), "runs of about three words"
         assert sum(map(len, kept)) == count - max(1, round(0.15 * count))

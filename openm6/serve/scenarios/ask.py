@@ -14,7 +14,7 @@ from openm6.data.parquet import EmbeddedConfig
 from openm6.data.records import Record
 from openm6.modalities.interface import Part
 from openm6.modalities.numbers import NumberSeries
-from openm6.modalities.truncation import join_texts
+from openm6.modalities.text import join_texts
 from openm6.models.description import CheckpointConfig
 from openm6.serve.requests import (
     CodesRequest,
