@@ -20,7 +20,8 @@ from benchmarks.decoder import Decoder, our_candidate
 from benchmarks.harness import Json, Report, SizesName, TimeLimit, Timing, alternate, device_name
 from benchmarks.sizes import Sizes, choose_sizes, default_name
 from openm6.core.device import resolve_device
-from openm6.data.parquet import embedded_path, read_parquet
+from openm6.data.media import load_table
+from openm6.data.parquet import embedded_path
 from openm6.nn.block import Block
 from openm6.nn.layers import activate
 from openm6.nn.moe import Experts, Router, RouterStats, TokenDispatcher
@@ -259,8 +260,8 @@ def compare_losses(report: Report, device: torch.device) -> None:
 
 
 def _bytes_of_texts() -> np.ndarray:
-    texts = read_parquet(embedded_path("wordnet_en-train"), lambda names: ["text_en"]).column("text_en")
-    joined = "\n".join(text.as_py() or "" for text in texts).encode()
+    texts = load_table(embedded_path("wordnet_en-train"), ["text_en"]).column("text_en")
+    joined = "\n".join(text or "" for text in texts).encode()
     return np.frombuffer(joined, np.uint8).astype(np.int64)
 
 

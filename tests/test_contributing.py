@@ -71,7 +71,7 @@ def test_metric(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_source(tmp_path: Path) -> None:
     names, _ = run_example("Source", {**vars(parquet), "feather": feather})
     config = names["FeatherConfig"](
-        path=str(tmp_path / "shop.feather"), fields={"text_en": "title"}, test_share=0.5
+        path=str(tmp_path / "shop.feather"), fields={"text_en": "title"}, test_fraction=0.5
     )
     table = pa.table({"title": [f"cup {number}" for number in range(20)], "other": [0] * 20})
     feather.write_feather(table, config.path)

@@ -15,7 +15,7 @@ from openm6.core.files import check_place, replace_text
 from openm6.data.quarantine import MAX_BROKEN
 
 if TYPE_CHECKING:
-    from openm6.data.inspect import DataSet, Inspection
+    from openm6.data.inspect import DatasetReport, Inspection
 
 
 def inspect(
@@ -43,7 +43,7 @@ def print_inspection(inspection: Inspection, out: Path | None) -> None:
         ConfigError, OutputError: `out` exists already, or cannot be written.
     """
     console = Console()
-    for data_set in inspection.data_sets:
+    for data_set in inspection.datasets:
         _print_data_set(data_set, console)
     recipe = inspection.usable_recipe()
     if out is None:
@@ -61,7 +61,7 @@ def print_inspection(inspection: Inspection, out: Path | None) -> None:
     )
 
 
-def _print_data_set(data_set: DataSet, console: Console) -> None:
+def _print_data_set(data_set: DatasetReport, console: Console) -> None:
     console.print(Text(f"{data_set.name} ({data_set.kind}, {data_set.path})", style="bold"))
     sampled = f", {data_set.sampled:,} sampled" if data_set.sampled < data_set.rows else ""
     validation = f", {data_set.validation:,} for validation" if data_set.validation else ""
@@ -76,20 +76,20 @@ def _print_data_set(data_set: DataSet, console: Console) -> None:
     console.print(Text(f"tasks: {', '.join(data_set.tasks) or 'none'}\n"))
 
 
-def _print_problems(data_set: DataSet, console: Console) -> None:
+def _print_problems(data_set: DatasetReport, console: Console) -> None:
     if data_set.unreadable + data_set.broken:
         console.print(Text(f"broken rows: {data_set.unreadable + data_set.broken:,}", style="red"))
     for problem in data_set.problems:
         where = f"{problem.where}: " if problem.where else ""
         console.print(Text(f"  {where}{problem.reason}"), soft_wrap=True)
-    fraction = data_set.broken_share
+    fraction = data_set.broken_fraction
     if data_set.tasks and fraction > MAX_BROKEN:
         advice = f"fix them, or let it pass with max_broken={min(1.0, fraction + MAX_BROKEN):.2f}"
         warning = f"That is {fraction:.0%}, and training stops above {MAX_BROKEN:.0%}: {advice}"
         console.print(Text(warning, style="red"), soft_wrap=True)
 
 
-def _columns(data_set: DataSet) -> Table:
+def _columns(data_set: DatasetReport) -> Table:
     table = Table("column", "type", "missing", "distinct", "examples", box=None)
     for column in data_set.columns:
         kind = f"{column.kind} ({column.language})" if column.language else column.kind

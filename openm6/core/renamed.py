@@ -52,6 +52,18 @@ KEYS: dict[str, dict[str, str]] = {
         "experts": "ep",
         "parts": "ep_overlap_chunks",
     },
+    **dict.fromkeys(
+        (
+            "CsvConfig",
+            "DatasetsConfig",
+            "FolderConfig",
+            "JsonlConfig",
+            "ParquetConfig",
+            "TarConfig",
+            "WindowsConfig",
+        ),
+        {"test_share": "test_fraction"},
+    ),
     "EvalConfig": {"workers": "num_processes"},
     "EngineConfig": {
         "rows": "max_num_seqs",

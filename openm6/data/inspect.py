@@ -1,11 +1,9 @@
-"""Looks at a user's data before a run: what there is, what its columns hold, what is broken, and a recipe to try."""
+"""Inspection of a user's data before a run: what there is, what its columns hold, what is broken, a recipe to try."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +48,8 @@ class Problem:
 
 
 @dataclass
-class DataSet:
-    """One table or folder: its size, columns, troubles, and the source and tasks proposed for it."""
+class DatasetReport:
+    """One table or folder: its size, columns, problems, and the source and tasks proposed for it."""
 
     name: str
     path: str
@@ -63,19 +61,19 @@ class DataSet:
     test: int = 0
     columns: list[Column] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
-    unreadable: int = 0  # rows of all that cannot be taken apart
+    unreadable: int = 0  # rows of all that cannot be parsed
     broken: int = 0  # of the sampled rows, the unreadable ones not among them
     problems: list[Problem] = field(default_factory=list)  # the first MAX_PROBLEMS
     tasks: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def broken_share(self) -> float:
+    def broken_fraction(self) -> float:
         """Of all rows, estimated from the sample."""
         return (self.unreadable / self.rows if self.rows else 0) + self.broken / max(1, self.sampled)
 
-    def report(self, where: str, reason: object) -> None:
-        """Notes something broken; the reason may name the place itself."""
+    def add_problem(self, where: str, reason: object) -> None:
+        """Note something broken; the reason may name the location itself."""
         problem = Problem("" if where in str(reason) else where, str(reason))
         if len(self.problems) < MAX_PROBLEMS and problem not in self.problems:
             self.problems.append(problem)
@@ -83,10 +81,10 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything found at a path; `recipe` is YAML, or None where nothing can be trained on."""
+    """Everything found at a path; `recipe` is YAML, or None if nothing can be trained on."""
 
     path: str
-    data_sets: list[DataSet]
+    datasets: list[DatasetReport]
     recipe: str | None
 
     def usable_recipe(self) -> str:
@@ -96,90 +94,83 @@ class Inspection:
             DataError: there is none; the sentence names the first thing that is broken.
         """
         if self.recipe is None:
-            problems = [problem for data_set in self.data_sets for problem in data_set.problems]
-            reason = problems[0].reason if problems else "no task of openm6 tasks suits its columns"
+            reasons = [problem.reason for report in self.datasets for problem in report.problems]
+            reason = reasons[0] if reasons else "no task of openm6 tasks suits its columns"
             raise DataError(f"nothing at {self.path} can be trained on as it is: {reason}")
         return self.recipe
 
 
 def inspect_path(path: str) -> Inspection:
-    """Looks at a table, a folder of tables, or a folder of images or audio clips.
+    """Inspect a table, a folder of tables, or a folder of images or audio clips.
 
     Raises:
         DataError: nothing at the path can be read.
     """
-    found = [data_set for look in _looks(path) for data_set in look()]
-    sources = {data_set.name: data_set.source for data_set in found if data_set.tasks}
-    tasks = {data_set.name: data_set.tasks for data_set in found if data_set.tasks}
-    return Inspection(path, found, recipe_text(sources, tasks) if sources else None)
+    reports = _inspect_all(path)
+    sources = {report.name: report.source for report in reports if report.tasks}
+    tasks = {report.name: report.tasks for report in reports if report.tasks}
+    return Inspection(path, reports, recipe_text(sources, tasks) if sources else None)
 
 
-def _looks(path: str) -> list[Callable[[], list[DataSet]]]:
-    """One look for each table or folder of media at a path."""
-    place = Path(path).expanduser()
-    if is_remote(path) or place.is_file() or "*" in path or "{" in path:
-        return [partial(look_at_table, path, None)]
-    if not place.is_dir():
+def _inspect_all(path: str) -> list[DatasetReport]:
+    here = Path(path).expanduser()
+    if is_remote(path) or here.is_file() or "*" in path or "{" in path:
+        return inspect_table(path, None)
+    if not here.is_dir():
         raise DataError(f"there is nothing at {path}: check the path")
-    tables = sorted(str(file) for file in place.iterdir() if file.name.lower().endswith(TABLE_ENDINGS))
+    entries = sorted(here.iterdir())
+    tables = [str(entry) for entry in entries if entry.name.lower().endswith(TABLE_ENDINGS)]
     if tables:
-        return [partial(look_at_table, table, test) for table, test in _with_tests(tables)]
-    if media_files(place):
-        return [partial(look_at_folder, path)]
-    for file in sorted(place.iterdir()):
-        if file.is_file():
-            refuse_foreign(str(file))
+        # `x-test.csv` holds the test rows of `x-train.csv`.
+        tests = {table: re.sub(r"train(\.\w+)$", r"test\1", table) for table in tables}
+        tests = {table: test for table, test in tests.items() if test != table and test in tables}
+        alone = [table for table in tables if table not in tests.values()]
+        return [report for table in alone for report in inspect_table(table, tests.get(table))]
+    if media_files(here):
+        return [inspect_folder(path)]
+    for entry in entries:
+        if entry.is_file():
+            refuse_foreign(str(entry))
     raise DataError(f"{path} holds no tables ({', '.join(TABLE_ENDINGS)}), images or audio clips")
 
 
-def _with_tests(tables: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Each table with the table of its test rows, where one is named like it (`x-train.csv` and `x-test.csv`)."""
-    pairs = []
-    for path in tables:
-        test = re.sub(r"train(\.\w+)$", r"test\1", path)
-        partner = test if test != path and test in tables else None
-        if not (re.search(r"test\.\w+$", path) and re.sub(r"test(\.\w+)$", r"train\1", path) in tables):
-            pairs.append((path, partner))
-    return pairs
-
-
-def look_at_table(path: str, test_path: str | None) -> list[DataSet]:
-    """A table as rows and, where it has dates and numbers, as series too."""
+def inspect_table(path: str, test_path: str | None) -> list[DatasetReport]:
+    """A table as rows and, if it has dates and numbers, as series too."""
     config = table_config(path)
-    data_set = DataSet(name_of(path), path, config.kind)
+    report = DatasetReport(name_of(path), path, config.kind)
     try:
         table = load_table(path)
     except DataError as error:
-        data_set.report(path, error)
-        return [data_set]
-    data_set.rows = len(table)
-    data_set.unreadable = len(table.unreadable)
+        report.add_problem(path, error)
+        return [report]
+    report.rows = len(table)
+    report.unreadable = len(table.unreadable)
     for reason in table.unreadable:
-        data_set.report(path, reason)
-    data_set.columns = _columns(table, data_set)
-    if all(column.kind == "empty" for column in data_set.columns):
-        data_set.report(path, "no cell holds anything that can be read")
-        return [data_set]
-    canonical = is_canonical(table.names)
-    fields = None if canonical else propose_fields(data_set.columns)
-    proposed = config.model_copy(update={"fields": fields, "test_path": test_path})
-    _try_source(data_set, proposed)
-    series = _series(data_set, path, table)
+        report.add_problem(path, reason)
+    report.columns = _columns(table, report)
+    if all(column.kind == "empty" for column in report.columns):
+        report.add_problem(path, "no cell holds anything that can be read")
+        return [report]
+    fields = None if is_canonical(table.names) else propose_fields(report.columns)
+    _try_source(report, config.model_copy(update={"fields": fields, "test_path": test_path}))
+    series = _series(report, table)
     if series is None:
-        return [data_set]
-    data_set.unused = [name for name in data_set.unused if name not in _columns_of(series)]
-    return [data_set, series]
+        return [report]
+    if series.tasks:
+        used = {*series.source["columns"], series.source["time"], series.source.get("group")}
+        report.unused = [name for name in report.unused if name not in used]
+    return [report, series]
 
 
-def look_at_folder(path: str) -> list[DataSet]:
+def inspect_folder(path: str) -> DatasetReport:
     """A folder of images or audio clips, labelled by subfolder."""
     config = FolderConfig(path=path)
-    data_set = DataSet(name_of(path), path, config.kind, rows=len(media_files(Path(path).expanduser())))
-    records = _try_source(data_set, config)
+    report = DatasetReport(name_of(path), path, config.kind, rows=len(media_files(Path(path).expanduser())))
+    records = _try_source(report, config)
     keys = dict.fromkeys(key for record in records for key in record)
     shown = [key for key in keys if key not in ("id", "image", "audio")]
-    data_set.columns = [column_of(key, [record.get(key) for record in records]) for key in shown]
-    return [data_set]
+    report.columns = [column_of(key, [record.get(key) for record in records]) for key in shown]
+    return report
 
 
 def name_of(path: str) -> str:
@@ -188,116 +179,112 @@ def name_of(path: str) -> str:
     return re.sub(r"\W+", "_", stem).strip("_").lower() or "data"
 
 
-def _columns(table: Table, data_set: DataSet) -> list[Column]:
-    """What the columns hold, by a sample of rows; where none can be read, nothing else would say why."""
+def _columns(table: Table, report: DatasetReport) -> list[Column]:
+    """What the columns hold, by a sample of rows; if none can be read, nothing else would say why."""
     rows, reasons = [], []
-    for number in _spread(len(table), SAMPLE):
+    for index in _evenly(len(table), SAMPLE):
         try:
-            rows.append(table.row(number, table.names))
+            rows.append(table.row(index, table.names))
         except UnreadableRowError:  # reported when the table was opened
             continue
-        except DataError as error:  # reported where it is read as a record, if any can
-            reasons.append(f"{table.place(number)}: {error}")
+        except DataError as error:  # reported when it is read as a record, if any can
+            reasons.append(f"{table.row_name(index)}: {error}")
     if not rows:
-        data_set.broken += len(reasons)
+        report.broken += len(reasons)
         for reason in reasons:
-            data_set.report("", reason)
+            report.add_problem("", reason)
     return [column_of(name, [row.get(name) for row in rows]) for name in table.names]
 
 
-def _try_source(data_set: DataSet, config: TableConfig | FolderConfig) -> list[Record]:
-    """Opens the proposed source as a run would, reads a sample of it, and proposes tasks for what came out."""
-    data_set.source = {"kind": config.kind, **config.model_dump(exclude_defaults=True, exclude_none=True)}
-    train, test = _open(data_set, config, "train"), _open(data_set, config, "test")
-    data_set.train, data_set.test = len(train or ()), len(test or ())
-    if any(column.kind == "split" for column in data_set.columns) or isinstance(config, FolderConfig):
-        data_set.validation = len(_open(data_set, config, "validation") or ())
-    records = [record for source in (train, test) if source is not None for record in _read(data_set, source)]
-    data_set.tasks = propose_tasks(records)
-    if train is not None:
-        data_set.unused = unused_columns(train, records, [TASKS[name] for name in data_set.tasks])
+def _try_source(report: DatasetReport, config: TableConfig | FolderConfig) -> list[Record]:
+    """Open the proposed source as a run would, read a sample of it, and propose tasks for what came out."""
+    report.source = {"kind": config.kind, **config.model_dump(exclude_defaults=True, exclude_none=True)}
+    sources = _open(report, config)
+    if any(column.kind == "split" for column in report.columns) or isinstance(config, FolderConfig):
+        report.validation = len(_open_split(report, config, "validation") or ())
+    records = [record for source in sources.values() for record in _read(report, source)]
+    report.tasks = propose_tasks(records)
+    if "train" in sources:
+        report.unused = unused_columns(sources["train"], records, [TASKS[name] for name in report.tasks])
     return records
 
 
-def _open(data_set: DataSet, config: SourceConfig, split: Split) -> Source | None:
+def _open(report: DatasetReport, config: SourceConfig) -> dict[str, Source]:
+    """The training and test records, as far as they open, with their numbers noted."""
+    opened = {split: _open_split(report, config, split) for split in ("train", "test")}
+    report.train, report.test = (len(source or ()) for source in opened.values())
+    return {split: source for split, source in opened.items() if source is not None}
+
+
+def _open_split(report: DatasetReport, config: SourceConfig, split: Split) -> Source | None:
+    def no_neighbour(name: str) -> Source:
+        raise DataError(f"there is no other source {name!r} here")
+
     try:
-        return config.open(data_set.name, split, _no_neighbour)
+        return config.open(report.name, split, no_neighbour)
     except DataError as error:
         if split == "train":
-            data_set.report(data_set.path, error)
+            report.add_problem(report.path, error)
         return None
 
 
-def _no_neighbour(name: str) -> Source:
-    raise DataError(f"there is no other source {name!r} here")
-
-
-def _read(data_set: DataSet, source: Source) -> list[Record]:
+def _read(report: DatasetReport, source: Source) -> list[Record]:
     """A sample of records; images and audio clips are opened as the modalities would."""
     records = []
     decoded = 0
-    for index in _spread(len(source), SAMPLE):
-        data_set.sampled += 1
+    for index in _evenly(len(source), SAMPLE):
+        report.sampled += 1
+        where = ""
         try:
             record = source[index]
+            where = str(record["id"])
+            if decoded < DECODED and ("image" in record or "audio" in record):
+                decoded += 1
+                if "image" in record:
+                    read_image(record["image"])
+                if "audio" in record:
+                    read_audio(record["audio"])
+            records.append(record)
         except UnreadableRowError:  # reported when the table was opened
             continue
         except DataError as error:
-            data_set.broken += 1
-            data_set.report("", error)
-            continue
-        if decoded < DECODED and ("image" in record or "audio" in record):
-            decoded += 1
-            if not _decodes(data_set, record):
-                continue
-        records.append(record)
+            report.broken += 1
+            report.add_problem(where, error)
     return records
 
 
-def _decodes(data_set: DataSet, record: Record) -> bool:
-    try:
-        if "image" in record:
-            read_image(record["image"])
-        if "audio" in record:
-            read_audio(record["audio"])
-    except DataError as error:
-        data_set.broken += 1
-        data_set.report(str(record["id"]), error)
-        return False
-    return True
-
-
-def _series(data_set: DataSet, path: str, table: Table) -> DataSet | None:
-    """The same table as windows over time, where it has a column of times, numbers, and enough rows a series."""
-    named = {column.name: column for column in data_set.columns}
-    time = next((name for name, column in named.items() if _may_be_time(column)), None)
-    numbers = [name for name, column in named.items() if column.kind == "number" and name != time]
+def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
+    """The same table as windows over time, if it has a column of times, numbers, and enough rows per series."""
+    time = next((column.name for column in rows.columns if _may_be_time(column)), None)
+    numbers = [column.name for column in rows.columns if column.kind == "number" and column.name != time]
     if time is None or not numbers:
         return None
     cells = table.column(time)
-    group = None
+    group, count = None, 1
     if len(set(cells)) < len(cells):
-        categories = [name for name, column in named.items() if column.kind in ("category", "identifier")]
-        group = next((name for name in categories if _tells_apart(table.column(name), cells)), None)
-        if group is None:
+        # In a column that separates the series, no time occurs twice in a group.
+        for column in rows.columns:
+            groups = table.column(column.name) if column.kind in ("category", "identifier") else []
+            if groups and len(set(zip(groups, cells, strict=True))) == len(cells):
+                group, count = column.name, len(set(groups))
+                break
+        else:
             return None
-    rows = len(cells) // (len(set(table.column(group))) if group else 1)
-    if rows < MIN_SERIES:
+    length = len(cells) // count
+    if length < MIN_SERIES:
         return None
-    horizon = min(HORIZON, rows // 20)
+    horizon = min(HORIZON, length // 20)
     config = WindowsConfig(
-        path=path,
+        path=rows.path,
         columns=numbers,
         time=time,
         group=group,
         context=CONTEXT * horizon // HORIZON,
         horizon=horizon,
     )
-    series = DataSet(f"{data_set.name}_series", path, config.kind, rows=data_set.rows, sampled=data_set.rows)
+    series = DatasetReport(f"{rows.name}_series", rows.path, config.kind, rows=rows.rows, sampled=rows.rows)
     series.source = {"kind": config.kind, **config.model_dump(exclude_none=True)}
-    train, test = _open(series, config, "train"), _open(series, config, "test")
-    series.train, series.test = len(train or ()), len(test or ())
-    series.tasks = ["time_series_forecasting"] if train is not None else []
+    series.tasks = ["time_series_forecasting"] if "train" in _open(series, config) else []
     return series
 
 
@@ -306,20 +293,8 @@ def _may_be_time(column: Column) -> bool:
     return (column.kind == "date" or counts) and not column.missing
 
 
-def _tells_apart(group: Sequence[Any], times: Sequence[Any]) -> bool:
-    """Whether no time occurs twice in a group."""
-    return len(set(zip(group, times, strict=True))) == len(times)
-
-
-def _columns_of(series: DataSet) -> set[str]:
-    source = series.source
-    return {*source["columns"], source["time"], source.get("group", "")} if series.tasks else set()
-
-
-def _spread(length: int, most: int) -> list[int]:
-    """At most `most` indices, evenly spread over `length`."""
-    return (
-        np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)).tolist()
-        if length
-        else []
-    )
+def _evenly(length: int, most: int) -> list[int]:
+    """At most `most` indices, evenly distributed over `length`."""
+    if not length:
+        return []
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)).tolist()

@@ -48,11 +48,11 @@ class Component:
 
 @dataclass
 class DataShard:
-    """One shard: the global index of its next sample, and the samples it took that wait for room in a row."""
+    """One shard: the global index of its next sample, and the samples drawn that did not fit a row yet."""
 
-    number: int
+    index: int
     next: int
-    waiting: list[SampleIndex] = field(default_factory=list)
+    buffer: list[SampleIndex] = field(default_factory=list)
 
 
 class MixtureSampler:
@@ -75,15 +75,15 @@ class MixtureSampler:
         self.set_shards(1, [0])
 
     def set_shards(self, count: int, own: Sequence[int]) -> None:
-        """Deal the sequence to `count` shards, of which this rank holds `own`, from their beginning."""
+        """Divide the sequence among `count` shards, of which this rank holds `own`, from their beginning."""
         self.num_shards = count
-        self.shards = [DataShard(number, number) for number in own]
+        self.shards = [DataShard(index, index) for index in own]
         self._ahead: deque[SampleIndex] = deque()  # samples of all shards from the slowest own one on
 
     def draw(self) -> SampleIndex:
         """The next sample of the whole sequence."""
         point = uniform(self.seed, self.global_index) * self._bounds[-1]
-        component = next(number for number, bound in enumerate(self._bounds) if point < bound)
+        component = next(index for index, bound in enumerate(self._bounds) if point < bound)
         epoch, offset = self._cursor[component]
         index = int(self._order(component, epoch)[offset])
         sample = SampleIndex(component, epoch, index, self.global_index)
@@ -110,19 +110,17 @@ class MixtureSampler:
     def state(self) -> Cursor:
         """JSON-able: the position of the sequence at the slowest own shard, and that of each own shard."""
         cursors = {}
-        for number, (component, (epoch, offset)) in enumerate(
-            zip(self.components, self._cursor, strict=True)
-        ):
-            length = len(component.source)
-            taken = epoch * length + offset - sum(sample.component == number for sample in self._ahead)
-            cursors[component.key] = {"epoch": taken // length, "offset": taken % length, "length": length}
-        serial = self.global_index - len(self._ahead)
+        for index, component in enumerate(self.components):
+            (epoch, offset), length = self._cursor[index], len(component.source)
+            drawn = epoch * length + offset - sum(sample.component == index for sample in self._ahead)
+            cursors[component.key] = {"epoch": drawn // length, "offset": drawn % length, "length": length}
+        global_index = self.global_index - len(self._ahead)
         shards = {
-            str(shard.number): {"next": shard.next, "waiting": [list(astuple(one)) for one in shard.waiting]}
+            str(shard.index): {"next": shard.next, "buffer": [list(astuple(one)) for one in shard.buffer]}
             for shard in self.shards
         }
-        mixture = {"seed": self.seed, "serial": serial, "components": cursors}
-        return {"mixture": mixture, "count": self.num_shards, "lanes": shards}
+        mixture = {"seed": self.seed, "global_index": global_index, "components": cursors}
+        return {"mixture": mixture, "num_shards": self.num_shards, "shards": shards}
 
     def restore(self, state: Cursor) -> None:
         """Continue from a position that `merge` put together; another number of shards is divided again.
@@ -132,15 +130,15 @@ class MixtureSampler:
         """
         self._ahead.clear()
         self._seek(state["mixture"])
-        if state["count"] == self.num_shards:
+        if state["num_shards"] == self.num_shards:
             for shard in self.shards:
-                found = state["lanes"][str(shard.number)]
-                shard.next, shard.waiting = found["next"], [SampleIndex(*one) for one in found["waiting"]]
+                found = state["shards"][str(shard.index)]
+                shard.next, shard.buffer = found["next"], [SampleIndex(*one) for one in found["buffer"]]
             slowest = min(shard.next for shard in self.shards)
             while self.global_index < slowest:
                 self.draw()
         else:
-            self._deal_again(state)
+            self._divide_again(state)
 
     def _seek(self, mixture: Mapping[str, Any]) -> None:
         cursors = mixture["components"]
@@ -156,12 +154,12 @@ class MixtureSampler:
                 )
         found = [cursors[component.key] for component in self.components]
         self._cursor = [(int(cursor["epoch"]), int(cursor["offset"])) for cursor in found]
-        self.global_index = int(mixture["serial"])
+        self.global_index = int(mixture["global_index"])
 
-    def _deal_again(self, state: Cursor) -> None:
-        """First all samples begun but not used go round the new shards, then the sequence goes on."""
-        shards, old = state["lanes"], state["count"]
-        begun = [SampleIndex(*one) for shard in shards.values() for one in shard["waiting"]]
+    def _divide_again(self, state: Cursor) -> None:
+        """Divide first the samples drawn but not used among the new shards, then the rest of the sequence."""
+        shards, old = state["shards"], state["num_shards"]
+        begun = [SampleIndex(*one) for shard in shards.values() for one in shard["buffer"]]
         end = max(shard["next"] for shard in shards.values())
         while self.global_index < end:
             sample = self.draw()
@@ -170,8 +168,8 @@ class MixtureSampler:
         begun.sort(key=lambda sample: sample.global_index)
         start = self.global_index
         for shard in self.shards:
-            shard.waiting = begun[shard.number :: self.num_shards]
-            shard.next = start + (shard.number - start) % self.num_shards
+            shard.buffer = begun[shard.index :: self.num_shards]
+            shard.next = start + (shard.index - start) % self.num_shards
 
     def _order(self, component: int, epoch: int) -> np.ndarray:
         known = self._orders.get(component)
@@ -205,9 +203,9 @@ def _check(components: Sequence[Component]) -> None:
 
 def merge(states: Sequence[Cursor]) -> Cursor:
     """The position of the whole run from those of its ranks."""
-    slowest = min(states, key=lambda state: state["mixture"]["serial"])
-    shards = {number: shard for state in states for number, shard in state["lanes"].items()}
-    return {**slowest, "lanes": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
+    slowest = min(states, key=lambda state: state["mixture"]["global_index"])
+    shards = {index: shard for state in states for index, shard in state["shards"].items()}
+    return {**slowest, "shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
 
 
 def own_shards(count: int, rank: int, size: int) -> range:

@@ -32,19 +32,30 @@ class PackingConfig(Config):
     num_shards: int | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
-    def _lanes_divide(self) -> PackingConfig:
+    def _shards_divide(self) -> PackingConfig:
         if isinstance(self.num_shards, int) and (self.num_shards < 1 or self.batch_size % self.num_shards):
             raise ValueError(
-                f"rows={self.batch_size} must be a multiple of lanes={self.num_shards}: change one of them"
+                f"batch_size={self.batch_size} must be a multiple of num_shards={self.num_shards}: change one of them"
             )
         return self
 
+    def shards_for(self, size: int) -> int:
+        """The number of data shards of a run on `size` ranks; ConfigError if some rank would have none."""
+        automatic = self.batch_size if size > 1 else 1
+        count = automatic if self.num_shards == "auto" else self.num_shards
+        if count < size:
+            raise ConfigError(
+                f"packing has {count} data shards for {size} ranks, so some would have nothing to do: "
+                f"raise packing.batch_size to a multiple of {size}"
+            )
+        return count
+
 
 class Packer:
-    """First fit: each drawn example goes into the first row with room; those that fit nowhere open the next batch.
+    """First fit: each example goes into the first row with enough space; those that fit none start the next batch.
 
-    A shard's rows are closed when `waiting` examples did not fit. They are kept as sample indices, not tokens, so the
-    cursor stays small and a resumed run makes the same rows. Of `size` ranks this is number `rank`, which packs the
+    A shard's rows are closed when `buffer_size` examples did not fit. They are kept as sample indices, not tokens, so
+    the cursor stays small and a resumed run builds the same rows. Of `size` ranks this is rank `rank`, which packs the
     rows of its own shards.
     """
 
@@ -60,13 +71,13 @@ class Packer:
         self.config = config
         self.quarantine = quarantine
         self.rank, self.size = rank, size
-        # By global index, of the samples that wait: what they become, kept to save time.
+        # Of the samples in the buffers, by global index: what they become, kept to save time.
         self._built: dict[int, PackedExample] = {}
         # By component: samples since the last that became an example.
         self._fruitless = [0] * len(transform.sampler.components)
-        self._begin(_num_shards(config, size))
+        self._set_shards(config.shards_for(size))
 
-    def _begin(self, count: int) -> None:
+    def _set_shards(self, count: int) -> None:
         self.sampler.set_shards(count, own_shards(count, self.rank, self.size))
 
     @property
@@ -75,23 +86,22 @@ class Packer:
         return self.transform.sampler
 
     @property
-    def waiting(self) -> list[SampleIndex]:
-        """The samples that found no room yet."""
-        return [sample for shard in self.sampler.shards for sample in shard.waiting]
+    def buffer(self) -> list[SampleIndex]:
+        """The samples that did not fit a row yet."""
+        return [sample for shard in self.sampler.shards for sample in shard.buffer]
 
     def state(self) -> dict[str, Any]:
-        """JSON-able: position in the mixture, samples waiting in this rank's shards, and the quarantine's counts."""
+        """JSON-able: position in the mixture, buffers of this rank's shards, and the quarantine's counts."""
         return {**self.sampler.state(), "quarantine": self.quarantine.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a position that `merge_cursors` put together; a number of shards that still fits is kept."""
         self._built.clear()
-        if state["count"] >= self.size and self.config.batch_size % state["count"] == 0:
-            self._begin(state["count"])
-        else:
-            self._begin(_num_shards(self.config, self.size))
+        count = state["num_shards"]
+        fits = count >= self.size and self.config.batch_size % count == 0
+        self._set_shards(count if fits else self.config.shards_for(self.size))
         self.sampler.restore(state)
-        if self.rank == 0:  # the counts of all ranks live on in one
+        if self.rank == 0:  # the counts of all ranks go on in one
             self.quarantine.restore(state["quarantine"])
 
     def batches(self) -> Iterator[Batch]:
@@ -105,24 +115,24 @@ class Packer:
     def _fill(self, shard: DataShard) -> list[list[tuple[SampleIndex, PackedExample]]]:
         count = self.config.batch_size // self.sampler.num_shards
         rows: list[list[tuple[SampleIndex, PackedExample]]] = [[] for _ in range(count)]
-        room = [self.config.seq_len] * count
-        earlier, shard.waiting = shard.waiting, []
-        while len(shard.waiting) < self.config.buffer_size and any(room):
+        free = [self.config.seq_len] * count
+        earlier, shard.buffer = shard.buffer, []
+        while len(shard.buffer) < self.config.buffer_size and any(free):
             sample = earlier.pop(0) if earlier else self.sampler.take(shard)
             example = self._built.pop(sample.global_index, None) or self._example(sample)
             if example is None:
                 continue
-            row = next((number for number, left in enumerate(room) if left >= len(example)), None)
+            row = next((row for row, left in enumerate(free) if left >= len(example)), None)
             if row is None:
-                shard.waiting.append(sample)  # counted only when it finds room
+                shard.buffer.append(sample)  # counted only when it is in a row
                 self._built[sample.global_index] = example
             else:
                 self.quarantine.accept()
                 if example.truncated:
                     self.quarantine.note_truncated(self.sampler.components[sample.component].source.name)
                 rows[row].append((sample, example))
-                room[row] -= len(example)
-        shard.waiting.extend(earlier)
+                free[row] -= len(example)
+        shard.buffer.extend(earlier)
         return rows
 
     def _example(self, sample: SampleIndex) -> PackedExample | None:
@@ -131,31 +141,29 @@ class Packer:
         Raises:
             TrainingError: no record of any component has become an example, each of them drawn for an epoch.
         """
+        length = self.config.seq_len
         try:
             example = self.transform(sample)
-        except MissingFieldError as error:
-            self.quarantine.skip(self.sampler.components[sample.component].key)
-            self._note_fruitless(sample, error)
-            return None
-        except DataError as error:
-            self.quarantine.add(*self.transform.name(sample), error)
-            self._note_fruitless(sample, error)
-            return None
-        if len(example) > self.config.seq_len:
-            example = shortened(example, self.config.seq_len)
-        if len(example) > self.config.seq_len:
-            reason = DataError(
-                f"{len(example)} tokens do not fit a row of {self.config.seq_len}: "
-                "raise packing.seq_len or shorten it"
+            if len(example) > length:
+                example = shortened(example, length)
+            if len(example) <= length:
+                self._fruitless[sample.component] = 0
+                return example
+            reason: Exception = DataError(
+                f"{len(example)} tokens do not fit a row of {length}: raise packing.seq_len or shorten it"
             )
             self.quarantine.add_too_long(*self.transform.name(sample), reason)
-            self._note_fruitless(sample, reason)
-            return None
-        self._fruitless[sample.component] = 0
-        return example
+        except MissingFieldError as error:
+            self.quarantine.skip(self.sampler.components[sample.component].key)
+            reason = error
+        except DataError as error:
+            self.quarantine.add(*self.transform.name(sample), error)
+            reason = error
+        self._note_fruitless(sample, reason)
+        return None
 
-    def _note_fruitless(self, sample: SampleIndex, reason: DataError) -> None:
-        """Or packing would search forever for the first record that can be used."""
+    def _note_fruitless(self, sample: SampleIndex, reason: Exception) -> None:
+        """Count it, or packing would search forever for the first record that can be used."""
         self._fruitless[sample.component] += 1
         components = self.sampler.components
         if all(
@@ -169,13 +177,3 @@ class Packer:
 def merge_cursors(states: list[dict[str, Any]]) -> dict[str, Any]:
     """The cursor of the whole run from those of its ranks' packers."""
     return {**merge(states), "quarantine": merge_counts([state["quarantine"] for state in states])}
-
-
-def _num_shards(config: PackingConfig, size: int) -> int:
-    lanes = config.num_shards if isinstance(config.num_shards, int) else config.batch_size if size > 1 else 1
-    if lanes < size:
-        raise ConfigError(
-            f"packing has {lanes} lanes for {size} ranks, so some would have nothing to do: "
-            f"raise packing.batch_size to a multiple of {size}"
-        )
-    return lanes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import fsspec
 import numpy as np
@@ -16,24 +16,10 @@ from openm6.core.errors import DataError, nearest
 from openm6.data.records import RowReader, check_columns
 from openm6.data.source import Neighbour, Source, SourceConfig, Split
 from openm6.data.storage import TableFolder, find_files, first_line, is_remote, refuse_not_parquet
-from openm6.data.table import ArrowTable, ChooseColumns, Table, TableConfig, TableSource
+from openm6.data.table import ArrowTable, Table, TableConfig, TableSource
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
-EMBEDDED = (
-    "emoji",
-    "countries",
-    "digits",
-    "espeak_digits",
-    "poems_zh",
-    "wordnet_en",
-    "penguins",
-    "iris",
-    "questions",
-    "shop",
-    "machines",
-    "audio_events",
-)
-EMBEDDED_TABLES = ("seattle_weather_daily",)
+EMBEDDED = tuple(sorted(path.stem.removesuffix("-train") for path in EMBEDDED_FOLDER.glob("*-train.parquet")))
 EMBEDDED_MARK = "embedded:"
 
 
@@ -50,46 +36,48 @@ def embedded_path(name: str) -> str:
     return str(path)
 
 
-def parquet_files(path: str) -> list[str]:
-    """The files of `path`: a file, a folder, a glob, an address, or `embedded:NAME`."""
-    if path.startswith(EMBEDDED_MARK):
-        return [embedded_path(path.removeprefix(EMBEDDED_MARK))]
-    return find_files(path, (".parquet",))
+class ParquetTable(ArrowTable):
+    """The files of a path: a file, a folder, a glob, an address, or `embedded:NAME`."""
 
+    def __init__(self, path: str, max_gib: float = 8.0) -> None:
+        self.where = path
+        self._max_gib = max_gib
+        embedded = path.startswith(EMBEDDED_MARK)
+        self._files = (
+            [embedded_path(path.removeprefix(EMBEDDED_MARK))]
+            if embedded
+            else find_files(path, ParquetConfig.endings)
+        )
+        with _open(self._files[0]) as file:
+            self.names = list(file.schema_arrow.names)
 
-def read_parquet(path: str, choose: ChooseColumns = list, max_gib: float = 8.0) -> pa.Table:
-    """The Parquet files at a path as one Arrow table in memory, with the columns that `choose` picks.
+    def read(self, columns: Sequence[str]) -> None:
+        """Read these columns into memory.
 
-    Raises:
-        DataError: not Parquet, files of unlike columns, or more than `max_gib` GiB when unpacked.
-    """
-    files = parquet_files(path)
-    with _open(files[0]) as file:
-        columns = list(choose(file.schema_arrow.names))
-    tables = []
-    room = int(max_gib * 2**30)
-    for file_path in files:
-        with _open(file_path) as file:
-            room -= _unpacked_bytes(file, columns)
-            if room < 0:
-                raise DataError(
-                    f"{path} takes more than {max_gib} GiB of memory: raise max_gib or use a tar source"
-                )
-            tables.append(_read(file, file_path, columns))
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise DataError(f"the files at {path} have columns of unlike kinds: {first_line(error)}") from None
-
-
-def _read(file: pq.ParquetFile, path: str, columns: Sequence[str]) -> pa.Table:
-    check_columns(
-        columns, file.schema_arrow.names, path
-    )  # a column that is not there would be left out silently
-    try:
-        return file.read(columns=list(columns))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {first_line(error)}") from None
+        Raises:
+            DataError: not Parquet, files of unlike columns, or more than `max_gib` GiB when unpacked.
+        """
+        tables = []
+        free = int(self._max_gib * 2**30)
+        for path in self._files:
+            with _open(path) as file:
+                free -= _unpacked_bytes(file, columns)
+                if free < 0:
+                    raise DataError(
+                        f"{self.where} takes more than {self._max_gib} GiB of memory: raise max_gib or use a tar source"
+                    )
+                # A column that is not there would be left out silently.
+                check_columns(columns, file.schema_arrow.names, path)
+                try:
+                    tables.append(file.read(columns=list(columns)))
+                except (pa.ArrowException, OSError) as error:
+                    raise DataError(f"{path} is damaged: {first_line(error)}") from None
+        try:
+            self.arrow = pa.concat_tables(tables, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise DataError(
+                f"the files at {self.where} have columns of unlike kinds: {first_line(error)}"
+            ) from None
 
 
 def _open(path: str) -> pq.ParquetFile:
@@ -101,25 +89,24 @@ def _open(path: str) -> pq.ParquetFile:
 
 
 def _unpacked_bytes(file: pq.ParquetFile, columns: Sequence[str]) -> int:
-    metadata = file.metadata
-    total = 0
-    for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            column = metadata.row_group(group).column(number)
-            if column.path_in_schema.split(".")[0] in columns:
-                total += column.total_uncompressed_size
-    return total
+    groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
+    chunks = (group.column(index) for group in groups for index in range(group.num_columns))
+    return sum(
+        chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns
+    )
 
 
 class ParquetConfig(TableConfig):
     """Parquet: a file, a folder of them, a glob, or an address; held in memory column by column."""
 
+    endings: ClassVar[tuple[str, ...]] = (".parquet",)
+
     kind: Literal["parquet"] = "parquet"
     max_gib: float = Field(default=8.0, gt=0)
 
-    def load(self, path: str, choose: ChooseColumns) -> ArrowTable:
-        """The chosen columns in Arrow memory."""
-        return ArrowTable(read_parquet(path, choose, self.max_gib), path)
+    def load(self, path: str) -> ParquetTable:
+        """The files at a path, of which the names of the columns are read."""
+        return ParquetTable(path, self.max_gib)
 
 
 class EmbeddedConfig(SourceConfig):
@@ -139,39 +126,29 @@ class EmbeddedConfig(SourceConfig):
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         """The records of one split; see SourceConfig.open."""
         path = embedded_path(f"{self.name}-{'train' if split == 'train' else 'test'}")
-        table = read_parquet(path)
-        reader = RowReader(table.column_names, None, TableFolder(path), path)
-        rows = np.arange(0 if split == "validation" else table.num_rows)[: self.limit]
-        return TableSource(name, ArrowTable(table, Path(path).name), reader, rows)
-
-
-class ColumnarDataset(Protocol):
-    """What is used of a `datasets.Dataset`."""
-
-    column_names: list[str]
-    features: Mapping[str, Any]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: Any) -> Any: ...
-
-    def cast_column(self, column: str, feature: Any) -> ColumnarDataset: ...
-
-    def select_columns(self, column_names: list[str]) -> ColumnarDataset: ...
+        table = ParquetTable(path)
+        table.read(table.names)
+        table.where = Path(path).name
+        reader = RowReader(table.names, None, TableFolder(path), path)
+        rows = np.arange(0 if split == "validation" else len(table))[: self.limit]
+        return TableSource(name, table, reader, rows)
 
 
 class DatasetsTable(Table):
     """A `datasets.Dataset` as a table: images and audio clips stay undecoded, class numbers become names."""
 
-    def __init__(self, dataset: ColumnarDataset, where: str) -> None:
+    def __init__(self, dataset: Any, where: str) -> None:
         self.where = where
         self.names = list(dataset.column_names)
-        self._dataset = _undecoded(dataset)
-        self._classes = {
-            name: list(feature.names)
-            for name, feature in dataset.features.items()
-            if type(feature).__name__ == "ClassLabel"
-        }
+        self._classes: dict[str, Sequence[str]] = {}
+        # Decoding is the modalities' task: cells become {bytes, path}. Types by name: the library is optional.
+        for name, feature in dataset.features.items():
+            kind = type(feature).__name__
+            if kind in ("Image", "Audio"):
+                dataset = dataset.cast_column(name, type(feature)(decode=False))
+            elif kind == "ClassLabel":
+                self._classes[name] = feature.names
+        self._dataset = dataset
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -190,9 +167,8 @@ class DatasetsTable(Table):
         return [self._named(column, cell) for cell in cells]
 
     def _named(self, column: str, cell: Any) -> Any:
-        names = self._classes.get(column)
-        known = names is not None and isinstance(cell, int) and 0 <= cell < len(names)
-        return names[cell] if names is not None and known else cell
+        names = self._classes.get(column, ())
+        return names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else cell
 
 
 class DatasetsConfig(TableConfig):
@@ -202,7 +178,7 @@ class DatasetsConfig(TableConfig):
     subset: str | None = None  # the configuration of the data set
     revision: str | None = None
     train_split: str = "train"
-    test_split: str | None = None  # the data set's own test split; a stable hash where not given
+    test_split: str | None = None  # the data set's own test split; a stable hash if not set
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         """The records of one split; see TableConfig.open."""
@@ -213,42 +189,26 @@ class DatasetsConfig(TableConfig):
         alone = self.model_copy(update={"train_split": own, "test_split": None, "test_path": self.path})
         return alone.open(name, split, neighbour)
 
-    def load(self, path: str, choose: ChooseColumns) -> DatasetsTable:
+    def load(self, path: str) -> DatasetsTable:
         """The split `train_split` of the data set."""
-        table = DatasetsTable(self._dataset(path), path)
-        choose(table.names)
-        return table
-
-    def _dataset(self, path: str) -> ColumnarDataset:
-        library = _library()
         try:
-            if Path(path).expanduser().is_dir() and _is_saved(Path(path).expanduser()):
-                found = library.load_from_disk(str(Path(path).expanduser()))
-                if isinstance(found, Mapping) and self.train_split not in found:
+            import datasets  # noqa: PLC0415 - optional
+        except ImportError:
+            raise DataError("sources of kind `datasets` need an extra: pip install 'openm6[hf]'") from None
+        folder = Path(path).expanduser()
+        saved = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+        try:
+            if not saved:
+                split = datasets.load_dataset(
+                    path, self.subset, split=self.train_split, revision=self.revision
+                )
+                return DatasetsTable(split, path)
+            found = datasets.load_from_disk(str(folder))
+            if isinstance(found, Mapping):
+                if self.train_split not in found:
                     known = nearest(self.train_split, [str(key) for key in found])
                     raise DataError(f"{path} has no split {self.train_split!r}; {known}")
-                return found[self.train_split] if isinstance(found, Mapping) else found
-            return library.load_dataset(path, self.subset, split=self.train_split, revision=self.revision)
+                found = found[self.train_split]
+            return DatasetsTable(found, path)
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"data set {path!r} cannot be loaded: {first_line(error)}") from None
-
-
-def _library() -> Any:
-    """The optional package, at its one door."""
-    try:
-        import datasets  # noqa: PLC0415 - optional
-    except ImportError:
-        raise DataError("sources of kind `datasets` need an extra: pip install 'openm6[hf]'") from None
-    return datasets
-
-
-def _is_saved(folder: Path) -> bool:
-    return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
-
-
-def _undecoded(dataset: ColumnarDataset) -> ColumnarDataset:
-    """The same data set giving `{bytes, path}` for images and audio clips: decoding is the modalities' task."""
-    for name, feature in dataset.features.items():
-        if type(feature).__name__ in ("Image", "Audio"):
-            dataset = dataset.cast_column(name, type(feature)(decode=False))
-    return dataset

@@ -16,12 +16,12 @@ from typing import Any
 from openm6.core.errors import TrainingError
 from openm6.core.files import append_line, as_output_error
 
-MAX_BROKEN = 0.05  # share of the records at which a run stops unless its recipe sets another limit
+MAX_BROKEN = 0.05  # fraction of the records at which a run stops unless its recipe sets another limit
 MAX_LISTED = 10_000
 MAX_REASON = 500
 # What is counted beside the records seen, and the words of the summary.
 COUNTS = {
-    "counts": "broken",
+    "broken": "broken",
     "too_long": "too long for a row",
     "truncated": "truncated to fit",
     "not_applicable": "skipped for want of a field",
@@ -31,7 +31,7 @@ COUNTS = {
 class Quarantine:
     """Counts records seen and set aside; writes each broken one once to `path` as a line of JSON.
 
-    Safe to share between threads. `limit` is the share of broken records at which the run stops, checked once
+    Safe to share between threads. `limit` is the fraction of broken records at which the run stops, checked once
     `minimum` records were seen.
     """
 
@@ -42,21 +42,17 @@ class Quarantine:
         self._lock = threading.Lock()
         self._listed = _listed_in(path)
         self.seen = 0
-        # By source, again each time a record is drawn.
-        self.counts: Counter[str] = Counter()  # broken
-        self.too_long: Counter[str] = Counter()
-        self.truncated: Counter[str] = Counter()
-        # By source/task: records skipped, neither seen nor broken.
-        self.not_applicable: Counter[str] = Counter()
+        # By name in COUNTS and source (`not_applicable`: source/task), once per draw of a record.
+        self.counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTS}
 
     @property
     def total(self) -> int:
         """Broken records met so far."""
-        return sum(self.counts.values())
+        return self.counts["broken"].total()
 
     @property
-    def share(self) -> float:
-        """Broken records as a share of those seen."""
+    def broken_fraction(self) -> float:
+        """Broken records as a fraction of those seen."""
         return self.total / self.seen if self.seen else 0.0
 
     def accept(self, count: int = 1) -> None:
@@ -65,60 +61,62 @@ class Quarantine:
             self.seen += count
 
     def note_truncated(self, source: str) -> None:
-        """Count a record of which a part was cut, beside its being accepted."""
+        """Count a record of which a part was cut; it is accepted, too."""
         with self._lock:
-            self.truncated[source] += 1
+            self.counts["truncated"][source] += 1
+
+    def skip(self, component: str) -> None:
+        """Count a record that lacks a field that the task of `component` needs: neither seen nor broken."""
+        with self._lock:
+            self.counts["not_applicable"][component] += 1
 
     def add_too_long(self, source: str, record_id: str, reason: object) -> None:
         """Set a record aside that does not fit a row even if its texts are cut; it counts as seen, not as broken."""
         with self._lock:
-            self.seen += 1
-            self.too_long[source] += 1
-            self._list("too long", source, record_id, str(reason)[:MAX_REASON])
-
-    def skip(self, component: str) -> None:
-        """Count a record that lacks a field that the task of `component` needs."""
-        with self._lock:
-            self.not_applicable[component] += 1
+            self._set_aside("too_long", source, record_id, reason)
 
     def add(self, source: str, record_id: str, reason: object) -> None:
-        """Set a record aside; it counts as seen.
+        """Set a broken record aside; it counts as seen.
 
         Raises:
-            TrainingError: the share of broken records is above the limit.
+            TrainingError: the fraction of broken records is above the limit.
         """
         with self._lock:
-            self.seen += 1
-            self.counts[source] += 1
-            self._list("broken", source, record_id, str(reason)[:MAX_REASON])
-            if self.seen >= self._minimum and self.share > self._limit:
-                worst, count = self.counts.most_common(1)[0]
+            self._set_aside("broken", source, record_id, reason)
+            if self.seen >= self._minimum and self.broken_fraction > self._limit:
+                worst, count = self.counts["broken"].most_common(1)[0]
                 where = f"; see {self._path}" if self._path else ""
                 raise TrainingError(
-                    f"{self.share:.1%} of the records are broken, most ({count}) in {worst!r}, such as {record_id}: "
-                    f"{str(reason)[:MAX_REASON]}{where}; fix the data or raise max_broken, the limit "
+                    f"{self.broken_fraction:.1%} of the records are broken, most ({count}) in {worst!r}, such as "
+                    f"{record_id}: {str(reason)[:MAX_REASON]}{where}; fix the data or raise max_broken, the limit "
                     f"of {self._limit:.0%}"
                 )
 
     def state(self) -> dict[str, Any]:
         """The counts, as JSON-able values."""
         with self._lock:
-            return {"seen": self.seen, **{name: dict(getattr(self, name)) for name in COUNTS}}
+            return {"seen": self.seen, **{name: dict(counts) for name, counts in self.counts.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes back to counts that `state` gave; the file keeps what it lists."""
+        """Restore the counts of a `state`; the file keeps what it lists."""
         with self._lock:
             self.seen = int(state["seen"])
-            for name in COUNTS:
-                setattr(self, name, Counter(state[name]))
+            self.counts = {name: Counter(state[name]) for name in COUNTS}
 
-    def _list(self, kind: str, source: str, record_id: str, reason: str) -> None:
+    def _set_aside(self, kind: str, source: str, record_id: str, reason: object) -> None:
+        self.seen += 1
+        self.counts[kind][source] += 1
         if self._path is None or (source, record_id) in self._listed or len(self._listed) >= MAX_LISTED:
             return
         self._listed.add((source, record_id))
         with as_output_error(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        line = {"kind": kind, "source": source, "id": record_id, "reason": reason}
+        line = {
+            "kind": kind.replace("_", " "),
+            "source": source,
+            "id": record_id,
+            "reason": str(reason)[:MAX_REASON],
+        }
         append_line(self._path, json.dumps(line, ensure_ascii=False))
 
 
@@ -134,7 +132,7 @@ def merge_counts(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summary(state: Mapping[str, Any]) -> str:
-    """What was set aside and cut, from a quarantine's state, in one line; empty where nothing was."""
+    """What was set aside and cut, from a quarantine's state, in one line; empty if nothing was."""
     parts = []
     for name, words in COUNTS.items():
         counts = Counter(state[name])

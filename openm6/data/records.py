@@ -133,28 +133,31 @@ def as_json(value: Any, column: str) -> Any:
         raise DataError(f"column {column!r} holds text that is not JSON") from None
 
 
+def as_mapping(value: Any, column: str, error: str = "must hold a mapping (or JSON text of one)") -> Any:
+    """A cell that holds a mapping or JSON text of one; None if it is missing."""
+    value = as_json(value, column)
+    if value is not None and not isinstance(value, Mapping):
+        raise DataError(f"column {column!r} {error}")
+    return value
+
+
 def as_numbers(value: Any, column: str) -> dict[str, float | None] | None:
     """A cell that maps names to numbers (a dict, or JSON text of one)."""
-    value = as_json(value, column)
-    if value is None:
+    found = as_mapping(value, column, "must map names to numbers, such as {'price': 3.5}")
+    if found is None:
         return None
-    if not isinstance(value, Mapping):
-        raise DataError(f"column {column!r} must map names to numbers, such as {{'price': 3.5}}")
-    return {str(name): as_number(number, f"{column}.{name}") for name, number in value.items()}
+    return {str(name): as_number(number, f"{column}.{name}") for name, number in found.items()}
 
 
 def as_series(value: Any, column: str) -> dict[str, list[float | None]] | None:
     """A cell that maps names to lists of numbers (a dict, or JSON text of one)."""
-    value = as_json(value, column)
-    if value is None:
+    error = "must map names to lists of numbers, such as {'price': [3.5, 4]}"
+    found = as_mapping(value, column, error)
+    if found is None:
         return None
-    if not isinstance(value, Mapping) or not all(isinstance(numbers, list) for numbers in value.values()):
-        raise DataError(
-            f"column {column!r} must map names to lists of numbers, such as {{'price': [3.5, 4]}}"
-        )
-    return {
-        str(k): [as_number(number, f"{column}.{k}") for number in numbers] for k, numbers in value.items()
-    }
+    if not all(isinstance(numbers, list) for numbers in found.values()):
+        raise DataError(f"column {column!r} {error}")
+    return {str(k): [as_number(one, f"{column}.{k}") for one in numbers] for k, numbers in found.items()}
 
 
 def as_bytes(value: Any, column: str, limit: int, open_file: OpenFile) -> bytes | None:
@@ -229,29 +232,20 @@ class RowReader:
     ) -> None:
         if fields is not None:
             check_columns(fields.columns(), columns, where)
-        self._single = self._single_columns(columns, fields, open_file)
+            named = ({"id": "id"} if "id" in columns else {}) | fields.single()
+        else:
+            named = {key: key for key in CANONICAL_KEYS if key in columns}
+        self._single = {key: (column, _converter(key, open_file)) for key, column in named.items()}
         self._numbers = list(fields.numbers or ()) if fields else []
         self._extra = list(fields.extra or ()) if fields else []
         self._paired = fields is None and all(name in columns for name in PAIRED_COLUMNS)
         paired = PAIRED_COLUMNS if self._paired else ()
-        read = [*(column for column, _ in self._single.values()), *self._numbers, *self._extra, *paired]
-        self.columns = list(dict.fromkeys(read))
-        if not set(self._single) - {"id", "source", "license"} and not self._numbers and not self._paired:
+        self.columns = list(dict.fromkeys([*named.values(), *self._numbers, *self._extra, *paired]))
+        if not set(named) - {"id", "source", "license"} and not self._numbers and not self._paired:
             listing = ", ".join(repr(str(column)) for column in list(columns)[:12])
             raise DataError(
                 f"{where}: no column fills a record: add `fields:`, such as text_en: … (columns: {listing})"
             )
-
-    @staticmethod
-    def _single_columns(
-        columns: Sequence[str], fields: Fields | None, open_file: OpenFile
-    ) -> dict[str, tuple[str, Convert]]:
-        if fields is None:
-            named = {key: key for key in CANONICAL_KEYS if key in columns}
-        else:
-            named = {"id": "id"} if "id" in columns else {}
-            named |= fields.single()
-        return {key: (column, _converter(key, open_file)) for key, column in named.items()}
 
     def keys_of(self, column: str) -> list[str]:
         """The keys that a column fills; a column of `extra` is known by its own name."""
@@ -297,27 +291,17 @@ def check_columns(names: Sequence[str], columns: Sequence[str], where: str) -> N
 
 
 def _converter(key: str, open_file: OpenFile) -> Convert:
-    if key in TEXT_KEYS:
-        return as_text
-    if key in LIST_KEYS:
-        return as_list
-    if key in IMAGE_KEYS:
-        return lambda value, column: as_bytes(value, column, MAX_IMAGE_BYTES, open_file)
-    if key in AUDIO_KEYS:
-        return lambda value, column: as_bytes(value, column, MAX_AUDIO_BYTES, open_file)
+    if key in IMAGE_KEYS or key in AUDIO_KEYS:
+        limit = MAX_IMAGE_BYTES if key in IMAGE_KEYS else MAX_AUDIO_BYTES
+        return lambda value, column: as_bytes(value, column, limit, open_file)
     others: dict[str, Convert] = {
+        **dict.fromkeys(TEXT_KEYS, as_text),
+        **dict.fromkeys(LIST_KEYS, as_list),
         "numbers": as_numbers,
         "series": as_series,
-        "extra": _as_extra,
+        "extra": lambda value, column: as_mapping(value, column) or None,
     }
     return others[key]
-
-
-def _as_extra(value: Any, column: str) -> dict[str, Any] | None:
-    value = as_json(value, column)
-    if value is None or isinstance(value, dict):
-        return value or None
-    raise DataError(f"column {column!r} must hold a mapping (or JSON text of one)")
 
 
 def _paired_numbers(names: list[str], values: list[float | None] | None) -> dict[str, float | None]:

@@ -17,16 +17,22 @@ from openm6.data.records import Record
 Split = Literal["train", "validation", "test"]
 """`validation` is for the loss that is watched while training; a source need not have any of it."""
 
+SPLIT_WORDS: dict[Split, frozenset[str]] = {
+    "train": frozenset({"train", "training"}),
+    "validation": frozenset({"validation", "valid", "val", "dev"}),
+    "test": frozenset({"test", "testing", "eval", "held-out"}),
+}
+
 
 class Source(ABC):
-    """Records by index; a record is made when asked for, so an open source is small.
+    """Records by index; a record is built when asked for, so an open source is small.
 
     Broken rows raise DataError when read, never when the source is opened.
     """
 
     name: str
     columns: Mapping[str, Sequence[str]] = MappingProxyType({})
-    """The columns of a user's table, each with the keys that it fills: none where it is not read."""
+    """The columns of a user's table, each with the keys that it fills: none if it is not read."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -39,7 +45,7 @@ class Source(ABC):
         return self[index]
 
     def values(self, key: str) -> list[Any]:
-        """The value of one key in every record, None where absent or broken; tables read only that column."""
+        """The value of one key in every record, None if absent or broken; tables read only that column."""
         return [_value_at(self, index, key) for index in range(len(self))]
 
 
@@ -69,66 +75,52 @@ class SourceConfig(Config):
 
 
 def check_index(index: int, length: int) -> int:
-    """A non-negative index, counting from the end where negative; IndexError outside."""
+    """A non-negative index, counted from the end if negative; IndexError outside."""
     if not -length <= index < length:
         raise IndexError(f"index {index} of {length} records")
     return index % length
 
 
-TRAIN_WORDS = frozenset({"train", "training"})
-VALIDATION_WORDS = frozenset({"validation", "valid", "val", "dev"})
-TEST_WORDS = frozenset({"test", "testing", "eval", "held-out"})
-SPLIT_WORDS: dict[Split, frozenset[str]] = {
-    "train": TRAIN_WORDS,
-    "validation": VALIDATION_WORDS,
-    "test": TEST_WORDS,
-}
-
-
-def stable_share(key: str) -> float:
+def hash_fraction(key: str) -> float:
     """A number in [0, 1) that depends on the text alone, the same on every machine and in every version."""
     return text_hash(key) / 2**64
 
 
-def rows_by_hash(keys: Sequence[Any], test_share: float, split: Split) -> np.ndarray:
-    """Row numbers of one split: equal keys fall on the same side, also when rows are added later.
+def rows_by_hash(keys: Sequence[Any], test_fraction: float, split: Split) -> np.ndarray:
+    """Row numbers of one split: equal keys are on the same side, also when rows are added later.
 
     A hash separates only training from testing; no row is for validation.
     """
     if split == "validation":
         return np.zeros(0, dtype=np.int64)
-    test = np.fromiter((stable_share(str(key)) < test_share for key in keys), dtype=bool, count=len(keys))
+    test = np.fromiter((hash_fraction(str(key)) < test_fraction for key in keys), dtype=bool, count=len(keys))
     return np.flatnonzero(test if split == "test" else ~test)
 
 
 def rows_by_word(words: Sequence[Any], split: Split, where: str) -> np.ndarray:
     """Row numbers of one split by the words of a column (`train`, `test`, `validation`, …).
 
-    Rows without a word train. Where no row is for testing, those for validation are.
+    Rows without a word train. If no row is for testing, those for validation are.
 
     Raises:
         DataError: a word that is none of them.
     """
-    side = {word: _side(word, where) for word in set(words)}
-    side_name = present_split(split, side.values())
-    return np.flatnonzero([side[word] == side_name for word in words])
+    sides: dict[Any, Split] = {}
+    for word in set(words):
+        text = word.decode("utf-8", "replace") if isinstance(word, bytes) else str(word)
+        side = "train" if word is None or text == "" else split_named(text)
+        if side is None:
+            raise DataError(f"{where}: the split column holds {text[:40]!r}; write train, validation or test")
+        sides[word] = side
+    chosen = present_split(split, sides.values())
+    return np.flatnonzero([sides[word] == chosen for word in words])
 
 
 def present_split(split: Split, present: Collection[Split | None]) -> Split:
-    """The split to take for one: that for validation stands in where a data set has no test split of its own."""
+    """The split to read for one: validation records stand in if a data set has no test split of its own."""
     return "validation" if split == "test" and "test" not in present else split
 
 
 def split_named(word: str) -> Split | None:
     """The split that a word stands for, if it does."""
     return next((split for split, words in SPLIT_WORDS.items() if word.strip().lower() in words), None)
-
-
-def _side(word: Any, where: str) -> Split:
-    if word is None or word == "":
-        return "train"
-    text = word.decode("utf-8", "replace") if isinstance(word, bytes) else str(word)
-    side = split_named(text)
-    if side is None:
-        raise DataError(f"{where}: the split column holds {text[:40]!r}; write train, validation or test")
-    return side

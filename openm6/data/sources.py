@@ -33,12 +33,12 @@ class PairSource(Source):
         self._config = config
         self._seed = text_hash(name)
         self._partners: dict[Any, list[int]] = defaultdict(list)
-        for number, value in enumerate(right.values(config.key)):
+        for index, value in enumerate(right.values(config.key)):
             if value is not None:
-                self._partners[value].append(number)
+                self._partners[value].append(index)
         keys = left.values(config.key)
-        self._rows = [number for number, value in enumerate(keys) if value in self._partners]
-        self._keys = [keys[number] for number in self._rows]
+        self._rows = [index for index, value in enumerate(keys) if value in self._partners]
+        self._keys = [keys[row] for row in self._rows]
         if not self._rows and len(left) and len(right):
             raise DataError(f"pairs {name!r}: no {config.key!r} of {left.name!r} is found in {right.name!r}")
 
@@ -57,7 +57,7 @@ class PairSource(Source):
         return self._join(left, self._right.at(chosen, epoch))
 
     def values(self, key: str) -> list[Any]:
-        """One key of every pair, without opening images or audio clips where the left side alone fills it."""
+        """One key of every pair, without opening images or audio clips if the left side alone fills it."""
         if key not in _JOINED and self._config.takes_left(key):
             values = self._left.values(key)
             found = [values[row] for row in self._rows]
@@ -73,27 +73,25 @@ class PairSource(Source):
             if both:
                 taken[key] = " + ".join(both)
         extra = {**right.get("extra", {}), **left.get("extra", {})}
-        if extra:
-            taken["extra"] = extra
-        return taken
+        return {**taken, "extra": extra} if extra else taken
 
 
 class PairsConfig(SourceConfig):
-    """Joins two sources of the recipe by a key; test pairs are made of test records only."""
+    """Joins two sources of the recipe by a key; test pairs consist of test records only."""
 
     kind: Literal["pairs"] = "pairs"
     left: str
     right: str
     key: str = "label"
-    left_keys: list[str] | None = Field(default=None)  # record keys taken from the left; all where not given
-    right_keys: list[str] | None = Field(default=None)
+    left_keys: list[str] | None = None  # record keys taken from the left; all if not set
+    right_keys: list[str] | None = None
 
     def takes_left(self, key: str) -> bool:
-        """Whether the left record has this key."""
+        """Whether the left record supplies this key."""
         return self.left_keys is None or key in self.left_keys
 
     def takes_right(self, key: str) -> bool:
-        """Whether the right record has this key and the left one does not."""
+        """Whether the right record supplies this key if the left one does not."""
         return self.right_keys is None or key in self.right_keys
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
@@ -138,31 +136,22 @@ def open_sources(configs: Mapping[str, SourceConfig], split: Split) -> dict[str,
             without records, or sources that refer to one another in a circle.
     """
     opened: dict[str, Source] = {}
-    for name in configs:
-        _open(name, configs, split, opened, ())
-    return {name: opened[name] for name in configs}
 
-
-def _open(
-    name: str,
-    configs: Mapping[str, SourceConfig],
-    split: Split,
-    opened: dict[str, Source],
-    path: tuple[str, ...],
-) -> Source:
-    if name in path:
-        raise DataError(f"sources refer to one another in a circle: {' → '.join((*path, name))}")
-    if name not in configs:
-        raise DataError(
-            f"source {path[-1]!r} refers to {name!r}, which is not a source; {nearest(name, list(configs))}"
-        )
-    if name not in opened:
-        source = configs[name].open(
-            name, split, lambda other: _open(other, configs, split, opened, (*path, name))
-        )
-        if split == "train" and len(source) == 0:
+    def open_one(name: str, path: tuple[str, ...]) -> Source:
+        """The source `name`, to which the sources in `path` have led."""
+        if name in path:
+            raise DataError(f"sources refer to one another in a circle: {' → '.join((*path, name))}")
+        if name not in configs:
             raise DataError(
-                f"source {name!r} has no training records: check its path, split column or test_share"
+                f"source {path[-1]!r} refers to {name!r}, which is not a source; {nearest(name, list(configs))}"
             )
-        opened[name] = source
-    return opened[name]
+        if name not in opened:
+            source = configs[name].open(name, split, lambda other: open_one(other, (*path, name)))
+            if split == "train" and len(source) == 0:
+                raise DataError(
+                    f"source {name!r} has no training records: check its path, split column or test_fraction"
+                )
+            opened[name] = source
+        return opened[name]
+
+    return {name: open_one(name, ()) for name in configs}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import glob
+import os
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -17,39 +17,41 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def find_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The files a path stands for, sorted: one file, a glob pattern, or a folder (its files with `suffixes`).
+def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
+    """The files a path stands for, sorted: one file, a glob pattern, or a folder (its files with `endings`).
 
     Raises:
         DataError: nothing is there.
     """
-    found = _find_remote(path, suffixes) if is_remote(path) else _find_local(path, suffixes)
-    if not found:
-        raise DataError(f"nothing to read at {path}: check the path (expected: {', '.join(suffixes)})")
-    return sorted(found)
-
-
-def _find_local(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    place = Path(path).expanduser()
-    if place.is_file():
-        return [str(place)]
-    if place.is_dir():
-        return [str(file) for file in place.iterdir() if file.is_file() and file.name.endswith(suffixes)]
-    return [file for file in glob.glob(str(place), recursive=True) if Path(file).is_file()]
-
-
-def _find_remote(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    remote = is_remote(path)
+    own = path if remote else os.path.expanduser(path)
     try:
-        system, inner = fsspec.core.url_to_fs(path)
-        if "*" in inner:
-            names = system.glob(inner)
-        elif system.isdir(inner):
-            names = [name for name in system.ls(inner, detail=False) if name.endswith(suffixes)]
+        system, inner = fsspec.core.url_to_fs(own)
+        if system.isfile(inner):
+            return [own]
+        if system.isdir(inner):
+            found = [about for about in system.ls(inner, detail=True) if about["name"].endswith(endings)]
         else:
-            names = [inner] if system.exists(inner) else []
+            found = list(system.glob(inner, detail=True).values())
     except (ImportError, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be reached: {error}") from None
-    return [system.unstrip_protocol(name) for name in names]
+    names = [about["name"] for about in found if about["type"] != "directory"]
+    if not names:
+        raise DataError(f"nothing to read at {path}: check the path (expected: {', '.join(endings)})")
+    return sorted(map(system.unstrip_protocol, names) if remote else names)
+
+
+def only_file(path: str, endings: tuple[str, ...], kind: str) -> str:
+    """The one file of text that a path stands for.
+
+    Raises:
+        DataError: nothing is there, there are several, or it is a file of another kind.
+    """
+    files = find_files(path, endings)
+    if len(files) > 1:
+        raise DataError(f"{path} stands for {len(files)} files: name one {kind} file for each source")
+    refuse_foreign(files[0])
+    return files[0]
 
 
 def open_binary(path: str) -> IO[bytes]:
@@ -113,64 +115,51 @@ class TableFolder:
 
 _IMAGE = "an image: put images into a folder and read it with kind: folder, or name them in a table"
 _AUDIO = "an audio file: put audio files into a folder and read it with kind: folder, or name them in a table"
-_SHEET = "a spreadsheet: export the sheet as CSV"
 _ARCHIVE = "an archive: unpack it and name the table or the folder in it"
-_GZIP = "compressed: unpack it first"
 _JSON = "JSON: write one object per line and call the file .jsonl"
-
-_MAGIC = {
-    b"\x89PNG": _IMAGE,
-    b"\xff\xd8\xff": _IMAGE,
-    b"GIF8": _IMAGE,
-    b"fLaC": _AUDIO,
-    b"OggS": _AUDIO,
-    b"ID3": _AUDIO,
-    b"%PDF": "a PDF: write its tables or texts into a CSV",
-    b"PK\x03\x04": _ARCHIVE,
-    b"\xd0\xcf\x11\xe0": _SHEET,  # the container of .xls
-    b"7z\xbc\xaf": _ARCHIVE,
-    b"Rar!": _ARCHIVE,
-    b"\x1f\x8b": _GZIP,
-    b"BZh": _GZIP,
-    b"\xfd7zXZ": _GZIP,
-    b"\x28\xb5\x2f\xfd": _GZIP,
-    b"SQLite format 3": "a database: export the table as CSV",
-    b"\x93NUMPY": "a NumPy array: write it as Parquet or CSV with named columns",
-    b"\x89HDF": "an HDF5 file: write its arrays as Parquet or CSV with named columns",
-}
-_ENDINGS = {
-    IMAGE_ENDINGS: _IMAGE,
-    AUDIO_ENDINGS: _AUDIO,
-    (".xlsx", ".xlsm", ".xls", ".ods", ".numbers"): _SHEET,
-    (".docx", ".odt", ".rtf", ".pptx"): "a document: write its tables or texts into a CSV",
-    (".zip", ".7z", ".rar"): _ARCHIVE,
-    (".gz", ".tgz", ".bz2", ".xz", ".zst"): _GZIP,
-    (".json", ".geojson"): _JSON,
+# What a file may be instead of a table: how it begins, how its name ends, and what to do.
+_FOREIGN: list[tuple[tuple[bytes, ...], tuple[str, ...], str]] = [
+    ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8"), IMAGE_ENDINGS, _IMAGE),
+    ((b"fLaC", b"OggS", b"ID3"), AUDIO_ENDINGS, _AUDIO),
+    ((b"%PDF",), (), "a PDF: write its tables or texts into a CSV"),
+    # The first bytes are those of the container of .xls.
     (
-        ".txt",
-        ".md",
-        ".html",
-        ".xml",
-        ".yaml",
-        ".yml",
-        ".log",
-    ): "a text: call it .csv if it is a table, or write its records as rows of a CSV",
+        (b"\xd0\xcf\x11\xe0",),
+        (".xlsx", ".xlsm", ".xls", ".ods", ".numbers"),
+        "a spreadsheet: export the sheet as CSV",
+    ),
+    ((), (".docx", ".odt", ".rtf", ".pptx"), "a document: write its tables or texts into a CSV"),
+    ((b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!"), (".zip", ".7z", ".rar"), _ARCHIVE),
     (
-        ".pkl",
-        ".pickle",
-        ".pt",
-        ".pth",
-    ): "a pickle, which may run any code and is never opened: write it as Parquet or CSV",
-}
+        (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"),
+        (".gz", ".tgz", ".bz2", ".xz", ".zst"),
+        "compressed: unpack it first",
+    ),
+    ((b"SQLite format 3",), (), "a database: export the table as CSV"),
+    ((b"\x93NUMPY",), (), "a NumPy array: write it as Parquet or CSV with named columns"),
+    ((b"\x89HDF",), (), "an HDF5 file: write its arrays as Parquet or CSV with named columns"),
+    ((), (".json", ".geojson"), _JSON),
+    (
+        (),
+        (".txt", ".md", ".html", ".xml", ".yaml", ".yml", ".log"),
+        "a text: call it .csv if it is a table, or write its records as rows of a CSV",
+    ),
+    (
+        (),
+        (".pkl", ".pickle", ".pt", ".pth"),
+        "a pickle, which may run any code and is never opened: write it as Parquet or CSV",
+    ),
+]
 
 
 def refuse_foreign(path: str) -> None:
     """Raise DataError, with what to do, if the first bytes of a file are those of something that is no table."""
     head = _head(path)
-    what = next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)
+    what = next((what for magic, _, what in _FOREIGN if magic and head.startswith(magic)), None)
     if head.startswith(b"RIFF"):
         what = _IMAGE if head[8:12] == b"WEBP" else _AUDIO
-    if what == _ARCHIVE:  # .xlsx is a ZIP archive, too
+    # .xlsx is a ZIP archive, too.
+    if what == _ARCHIVE:
         what = _by_ending(path) or what
     if what is not None:
         raise DataError(f"{path} is no table but {what}")
@@ -182,9 +171,8 @@ def refuse_not_parquet(path: str) -> None:
     if head.startswith(b"PAR1"):
         return
     refuse_foreign(path)
-    what = _by_ending(path) or (
-        _JSON if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith((b"[", b"{")) else None
-    )
+    is_json = head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith((b"[", b"{"))
+    what = _by_ending(path) or (_JSON if is_json else None)
     if what is not None:
         raise DataError(f"{path} is no table but {what}")
     raise DataError(
@@ -193,7 +181,7 @@ def refuse_not_parquet(path: str) -> None:
 
 
 def _by_ending(path: str) -> str | None:
-    return next((what for endings, what in _ENDINGS.items() if path.lower().endswith(endings)), None)
+    return next((what for _, endings, what in _FOREIGN if path.lower().endswith(endings)), None)
 
 
 def _head(path: str) -> bytes:

@@ -1,11 +1,11 @@
-"""Sources that are tables held as Arrow columns: one row becomes Python objects only when it is asked for."""
+"""Sources that are tables: one row becomes Python objects only when it is asked for."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +16,9 @@ from openm6.data.records import Fields, Record, RowReader, check_columns
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index, rows_by_hash, rows_by_word
 from openm6.data.storage import TableFolder
 
-ChooseColumns = Callable[[Sequence[str]], Sequence[str]]
-"""Picks, from the names of all columns, those to read; raises DataError where one is not there."""
-
 
 class UnreadableRowError(DataError):
-    """A row that could not be taken apart when the table was opened."""
+    """A row that could not be parsed when the table was opened."""
 
 
 class Table(ABC):
@@ -29,22 +26,32 @@ class Table(ABC):
 
     where: str
     names: list[str]
-    unreadable: Sequence[str] = ()  # why some rows cannot be taken apart, where that shows on opening
+    unreadable: Sequence[str] = ()  # why some rows cannot be parsed, if that shows on opening
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
-        """The cells of one row, the columns named at least; DataError where the row is broken."""
+        """The cells of one row, the columns named at least; DataError if the row is broken."""
 
-    @abstractmethod
+    def read(self, columns: Sequence[str]) -> None:
+        """Load these columns, of which rows are read later; DataError if one is not there."""
+        check_columns(columns, self.names, self.where)
+
     def column(self, column: str) -> list[Any]:
         """A whole column as Python values, None for rows that cannot be read."""
+        return [self._cell(row, column) for row in range(len(self))]
 
-    def place(self, row: int) -> str:
-        """Where a row is, for a person."""
+    def row_name(self, row: int) -> str:
+        """Which row it is, for a person."""
         return f"row {row}"
+
+    def _cell(self, row: int, column: str) -> Any:
+        try:
+            return self.row(row, (column,)).get(column)
+        except DataError:
+            return None
 
 
 class ArrowTable(Table):
@@ -54,15 +61,19 @@ class ArrowTable(Table):
         self.arrow = arrow
         self.where = where
         self.names = list(arrow.column_names)
-        self._columns = {name: arrow.column(name) for name in self.names}
 
     def __len__(self) -> int:
         return int(self.arrow.num_rows)
 
+    def read(self, columns: Sequence[str]) -> None:
+        """Keep these columns only."""
+        super().read(columns)
+        self.arrow = self.arrow.select(list(columns))
+
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
-        """The named cells of one row as Python values; DataError where a cell cannot become one."""
+        """The named cells of one row as Python values; DataError if a cell cannot become one."""
         try:
-            return {name: self._columns[name][row].as_py() for name in columns}
+            return {name: self.arrow.column(name)[row].as_py() for name in columns}
         except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond the calendar
             raise DataError(f"a cell cannot be read: {error}") from None
 
@@ -71,13 +82,7 @@ class ArrowTable(Table):
         try:
             return list(self.arrow.column(column).to_pylist())
         except (ValueError, OverflowError):
-            return [self._quiet(row, column) for row in range(len(self))]
-
-    def _quiet(self, row: int, column: str) -> Any:
-        try:
-            return self.row(row, (column,))[column]
-        except DataError:
-            return None
+            return super().column(column)
 
 
 class TableSource(Source):
@@ -105,9 +110,8 @@ class TableSource(Source):
         try:
             record = self._reader.read(self._table.row(row, self._reader.columns))
         except DataError as error:
-            raise type(error)(
-                f"{self.name}, {self._table.place(row)} of {self._table.where}: {error}"
-            ) from None
+            where = f"{self.name}, {self._table.row_name(row)} of {self._table.where}"
+            raise type(error)(f"{where}: {error}") from None
         record.setdefault("id", f"{self.name}/{row}")
         return record
 
@@ -129,16 +133,18 @@ class TableSource(Source):
 class TableConfig(SourceConfig):
     """Settings that every table shares: the columns, and how it is split."""
 
+    endings: ClassVar[tuple[str, ...]] = ()  # of the files of this kind
+
     path: str
     fields: Fields | None = None
-    split: str | None = None  # the column that holds train or test; `split` where the table has one
+    split: str | None = None  # the column that holds train or test; `split` if the table has one
     test_path: str | None = None  # a second table with the test rows; `path` is then all training
-    test_share: float = Field(default=0.1, ge=0.0, le=0.9)  # by a stable hash, where neither is given
+    test_fraction: float = Field(default=0.1, ge=0.0, le=0.9)  # by a stable hash, if neither is set
     test_by: str | None = None  # rows with equal values here stay on one side (a speaker, a patient)
     limit: int | None = Field(default=None, ge=1)  # at most so many records of a split, the first ones
 
-    def load(self, path: str, choose: ChooseColumns) -> Table:
-        """The table at a path; at least the columns that `choose` picks from its names can be read."""
+    def load(self, path: str) -> Table:
+        """The table at a path, of which only the columns passed to `Table.read` are needed."""
         raise NotImplementedError
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
@@ -147,7 +153,7 @@ class TableConfig(SourceConfig):
         return self._source(name, path, lambda table: self._rows(table, split)[: self.limit])
 
     def open_held_out(self, name: str) -> Source:
-        """The rows of `path` that a column marks as test, or all where none does.
+        """The rows of `path` that a column marks as test, or all if none does.
 
         Raises:
             DataError: as SourceConfig.open, or the column marks no row as test.
@@ -166,23 +172,14 @@ class TableConfig(SourceConfig):
         return rows
 
     def _source(self, name: str, path: str, choose_rows: Callable[[Table], np.ndarray]) -> Source:
-        names: list[str] = []
-
-        def choose(found: Sequence[str]) -> list[str]:
-            names.extend(found)
-            return self._needed(found, path)
-
-        table = self.load(path, choose)
+        table = self.load(path)
         reader = RowReader(table.names, self.fields, TableFolder(path), path)
-        splitting = {self._split_column(names), self.test_by}
-        columns = {column: reader.keys_of(column) for column in names if column not in splitting}
+        split_column = self._split_column(table.names)
+        needed = {*reader.columns, *filter(None, (split_column, self._hash_column(table.names)))}
+        table.read(sorted(needed))
+        splitting = (split_column, self.test_by)
+        columns = {column: reader.keys_of(column) for column in table.names if column not in splitting}
         return TableSource(name, table, reader, choose_rows(table), columns)
-
-    def _needed(self, names: Sequence[str], path: str) -> list[str]:
-        reader = RowReader(names, self.fields, TableFolder(path), path)
-        needed = {*reader.columns, *filter(None, (self._split_column(names), self._hash_column(names)))}
-        check_columns(sorted(needed), names, path)
-        return [column for column in names if column in needed]
 
     def _split_column(self, names: Sequence[str]) -> str | None:
         return self.split or ("split" if "split" in names else None)
@@ -199,6 +196,5 @@ class TableConfig(SourceConfig):
             return rows_by_word(table.column(split_column), split, table.where)
         column = self._hash_column(table.names)
         keys = [None] * len(table) if column is None else table.column(column)
-        return rows_by_hash(
-            [row if key is None else key for row, key in enumerate(keys)], self.test_share, split
-        )
+        keys = [row if key is None else key for row, key in enumerate(keys)]
+        return rows_by_hash(keys, self.test_fraction, split)

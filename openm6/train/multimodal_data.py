@@ -197,8 +197,8 @@ def pack_held_out(
     mixture = [component for component in recipe.mixture if len(sources[component.source])]
     if not mixture:
         raise ConfigError(
-            "loop.held_out needs validation or test records and no source of the mixture has any: raise test_share, or "
-            "leave it out"
+            "loop.held_out needs validation or test records and no source of the mixture has any: raise test_fraction, "
+            "or leave it out"
         )
     present = recipe.model_copy(update={"mixture": mixture})
     packing = recipe.packing.model_copy(update={"num_shards": recipe.packing.batch_size})

@@ -31,7 +31,7 @@ def recipe_of(inspection: Inspection) -> MultimodalRecipe:
 
 
 def tasks_of(inspection: Inspection, name: str) -> list[str]:
-    return next(found.tasks for found in inspection.data_sets if found.name == name)
+    return next(found.tasks for found in inspection.datasets if found.name == name)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def shop(tmp_path: Path) -> Path:
 
 def test_a_shop_with_troubles(shop):
     inspection = inspect_path(str(shop))
-    (found,) = inspection.data_sets
+    (found,) = inspection.datasets
     assert (found.name, found.kind, found.rows) == ("shop", "csv", 42)
     assert {column.name: column.kind for column in found.columns} == {
         "photo": "image",
@@ -95,7 +95,7 @@ def test_a_recipe_for_captions_of_which_a_third_is_missing_can_be_packed(tmp_pat
     rows = [f"a.png,{'' if n % 3 == 0 else f'a thing that has the number {n}'}" for n in range(90)]
     (tmp_path / "x.csv").write_text("photo,caption\n" + "\n".join(rows) + "\n")
     inspection = inspect_path(str(tmp_path / "x.csv"))
-    assert "image_captioning" in tasks_of(inspection, "x") and not inspection.data_sets[0].broken
+    assert "image_captioning" in tasks_of(inspection, "x") and not inspection.datasets[0].broken
     recipe = recipe_of(inspection)
     sources = open_sources(recipe.sources, "train")
     parts = [Component(source=sources[part.source], task=part.task) for part in recipe.mixture]
@@ -107,7 +107,7 @@ def test_a_recipe_for_captions_of_which_a_third_is_missing_can_be_packed(tmp_pat
     )
     while quarantine.seen < 60:
         next(packer.batches())
-    assert quarantine.not_applicable["x/image_captioning"] > 5 and quarantine.total == 0
+    assert quarantine.counts["not_applicable"]["x/image_captioning"] > 5 and quarantine.total == 0
 
 
 def test_a_folder_of_tables_with_test_parts(tmp_path):
@@ -118,7 +118,7 @@ def test_a_folder_of_tables_with_test_parts(tmp_path):
         }
         pq.write_table(pa.table(rows), tmp_path / f"notes-{part}.parquet")
     inspection = inspect_path(str(tmp_path))
-    (found,) = inspection.data_sets
+    (found,) = inspection.datasets
     assert (found.name, found.train, found.test, found.source["kind"]) == ("notes", 30, 10, "parquet")
     assert "fields" not in found.source  # the columns have canonical names already
     assert found.tasks == ["text_classification"]
@@ -132,7 +132,7 @@ def test_a_folder_of_images(tmp_path):
             (tmp_path / kind / f"{number}.png").write_bytes(png())
     (tmp_path / "dog" / "bad.png").write_bytes(b"no image")
     inspection = inspect_path(str(tmp_path))
-    (found,) = inspection.data_sets
+    (found,) = inspection.datasets
     assert (found.kind, found.rows, found.broken) == ("folder", 21, 1)
     assert found.tasks == ["image_categorization"]
     assert [column.summary for column in found.columns] == ["cat (10), dog (10)"]
@@ -181,13 +181,13 @@ def test_several_series_in_one_table_are_told_apart(tmp_path):
     inspection = inspect_path(str(tmp_path / "x.csv"))
     source = recipe_of(inspection).sources["x_series"]
     assert (source.columns, source.time, source.group, source.horizon) == (["sales"], "date", "store", 5)
-    assert inspection.data_sets[0].unused == []
+    assert inspection.datasets[0].unused == []
 
 
 def test_dates_of_which_some_rows_share_one_are_no_series(tmp_path):
     rows = [f"2024-01-{1 + n % 28:02d},{n}" for n in range(300)]
     (tmp_path / "x.csv").write_text("date,sales\n" + "\n".join(rows) + "\n")
-    assert [found.kind for found in inspect_path(str(tmp_path / "x.csv")).data_sets] == ["csv"]
+    assert [found.kind for found in inspect_path(str(tmp_path / "x.csv")).datasets] == ["csv"]
 
 
 def test_dates_of_two_readings_ask_for_a_format(tmp_path):
@@ -207,7 +207,7 @@ def test_a_text_that_tells_its_label_is_no_task(tmp_path):
 def test_a_file_without_anything_usable(tmp_path, content):
     (tmp_path / "x.csv").write_text(content)
     inspection = inspect_path(str(tmp_path / "x.csv"))
-    assert inspection.recipe is None and inspection.data_sets[0].problems
+    assert inspection.recipe is None and inspection.datasets[0].problems
 
 
 def test_nothing_there(tmp_path):

@@ -33,17 +33,17 @@ def pets(tmp_path):
 
 
 def test_label_and_caption(pets):
-    source = open_folder(pets, test_share=0.0)
+    source = open_folder(pets, test_fraction=0.0)
     assert len(source) == 60
     records = {record["id"]: record for record in (source[index] for index in range(60))}
     assert records["cat/3.png"] == {"id": "cat/3.png", "image": png(), "label": "cat", "text_en": "a red cat"}
     assert records["dog/3.png"] == {"id": "dog/3.png", "image": png(), "label": "dog"}
-    bare = open_folder(pets, test_share=0.0, labels=False, captions=False)
+    bare = open_folder(pets, test_fraction=0.0, labels=False, captions=False)
     assert set(bare[0]) == {"id", "image"}
 
 
 def test_split_by_hash_and_by_folder(pets, tmp_path):
-    train, test = open_folder(pets, test_share=0.2), open_folder(pets, "test", test_share=0.2)
+    train, test = open_folder(pets, test_fraction=0.2), open_folder(pets, "test", test_fraction=0.2)
     assert len(train) + len(test) == 60 and len(test) > 0
     for part in ("train", "val"):
         (tmp_path / "own" / part / "cat").mkdir(parents=True)
@@ -66,15 +66,16 @@ def test_broken_files_are_broken_alone(pets, tmp_path):
     outside = tmp_path.parent / "outside.png"
     outside.write_bytes(png())
     (pets / "cat" / "link.png").symlink_to(outside)
-    source = open_folder(pets, test_share=0.0)
+    source = open_folder(pets, test_fraction=0.0)
     reasons = {}
     for index in range(len(source)):
         try:
             source[index]
         except DataError as error:
-            reasons[source._files[index].name] = str(error)
-    assert set(reasons) == {"empty.png", "link.png"}
-    assert "is empty" in reasons["empty.png"] and "leads out" in reasons["link.png"]
+            reasons[str(error).split(" of ")[0]] = str(error)
+    assert set(reasons) == {"pets, file cat/empty.png", "pets, file cat/link.png"}
+    assert "empty file" in reasons["pets, file cat/empty.png"]
+    assert "leads out" in reasons["pets, file cat/link.png"]
 
 
 def test_nothing_there(tmp_path):
@@ -105,7 +106,7 @@ def sample(number: int) -> dict[str, bytes]:
 
 
 def open_tar(path: object, **settings: object) -> Source:
-    return open_sources({"x": TarConfig(path=str(path), test_share=0.0, **settings)}, "train")["x"]
+    return open_sources({"x": TarConfig(path=str(path), test_fraction=0.0, **settings)}, "train")["x"]
 
 
 def test_samples_of_several_shards(tmp_path):

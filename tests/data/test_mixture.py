@@ -132,9 +132,9 @@ def take_some(ranks: list[MixtureSampler], rng: random.Random) -> list[int]:
     used = []
     for rank in ranks:
         for shard in rank.shards:
-            ready = shard.waiting + [rank.take(shard) for _ in range(rng.randrange(6))]
+            ready = shard.buffer + [rank.take(shard) for _ in range(rng.randrange(6))]
             keep = rng.randrange(len(ready) + 1) if ready else 0
-            shard.waiting = ready[:keep]
+            shard.buffer = ready[:keep]
             used += [sample.global_index for sample in ready[keep:]]
     return used
 
@@ -154,7 +154,7 @@ def test_nothing_is_lost_or_met_twice(plan: list[tuple[int, int]]) -> None:
         ranks = fresh
         for _ in range(20):
             used += take_some(ranks, rng)
-    waiting = [sample.global_index for rank in ranks for shard in rank.shards for sample in shard.waiting]
+    waiting = [sample.global_index for rank in ranks for shard in rank.shards for sample in shard.buffer]
     everything = sorted(used + waiting)
     assert len(set(everything)) == len(everything)
     first_open = min(shard.next for rank in ranks for shard in rank.shards)
@@ -163,10 +163,10 @@ def test_nothing_is_lost_or_met_twice(plan: list[tuple[int, int]]) -> None:
 
 def test_a_shard_has_the_same_samples_whichever_rank_holds_it() -> None:
     alone, shared = open_shards(4, 1), open_shards(4, 2)
-    ours = {shard.number: [alone[0].take(shard) for _ in range(9)] for shard in alone[0].shards}
-    theirs = {shard.number: [rank.take(shard) for _ in range(9)] for rank in shared for shard in rank.shards}
+    ours = {shard.index: [alone[0].take(shard) for _ in range(9)] for shard in alone[0].shards}
+    theirs = {shard.index: [rank.take(shard) for _ in range(9)] for rank in shared for shard in rank.shards}
     assert ours == theirs
-    assert merge([rank.state() for rank in shared])["lanes"] == alone[0].state()["lanes"]
+    assert merge([rank.state() for rank in shared])["shards"] == alone[0].state()["shards"]
 
 
 def test_shards_are_shared_evenly() -> None:

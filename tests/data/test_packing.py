@@ -93,11 +93,11 @@ def test_no_example_is_lost_or_seen_twice() -> None:
     """Every draw up to the last batch is in a batch, waits, or was broken: each once."""
     made = packer(texts(17, broken=(3, 11)))
     seen = Counter(answer for batch in batches(made, 12) for answer in answers(batch))
-    drawn = made.sampler.state()["mixture"]["serial"]
+    drawn = made.sampler.state()["mixture"]["global_index"]
     plan = MixtureSampler(list(made.sampler.components), 5)
     wanted = Counter(f"{plan.draw().index}." for _ in range(drawn))
     del wanted["3."], wanted["11."]
-    waiting = Counter(f"{draw.index}." for draw in made.waiting)
+    waiting = Counter(f"{draw.index}." for draw in made.buffer)
     assert seen + waiting == wanted and sum(seen.values()) > 60
 
 
@@ -120,12 +120,12 @@ def test_what_is_broken_is_counted_once_for_each_draw(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path / "q.jsonl", limit=1.0)
     made = packer(texts(10, broken=(2, 7)), quarantine=quarantine)
     placed = sum(batch.num_examples for batch in batches(made, 10))
-    drawn = made.sampler.state()["mixture"]["serial"]
-    assert quarantine.total == drawn - placed - len(made.waiting)
+    drawn = made.sampler.state()["mixture"]["global_index"]
+    assert quarantine.total == drawn - placed - len(made.buffer)
     assert quarantine.seen == placed + quarantine.total, "an example that waits is counted when it is placed"
     listed = [json.loads(line)["id"] for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     assert sorted(listed) == ["row 2", "row 7"], "each is listed once"
-    assert quarantine.share == pytest.approx(0.2, abs=0.05)
+    assert quarantine.broken_fraction == pytest.approx(0.2, abs=0.05)
 
 
 def drawing(records: list[dict | None], length: int, quarantine: Quarantine, beside: bool = False) -> Packer:
@@ -144,13 +144,13 @@ def test_what_is_too_long_is_set_aside_with_advice_and_is_not_broken(tmp_path: P
     made = drawing(IMAGES, 48, quarantine, beside=True)
     found = batches(made, 20)
     assert all(batch.num_examples and "image_out" not in batch.groups for batch in found)
-    assert quarantine.total == 0 and quarantine.too_long["images"] > 10
+    assert quarantine.total == 0 and quarantine.counts["too_long"]["images"] > 10
     lines = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     assert sorted(line["id"] for line in lines) == ["i0", "i1", "i2", "i3"]
     assert all(line["kind"] == "too long" and "raise packing.seq_len" in line["reason"] for line in lines)
     fresh = drawing(IMAGES, 48, Quarantine(limit=0.0), beside=True)
     fresh.restore(json.loads(json.dumps(found[-1].cursor)))
-    assert fresh.quarantine.too_long == Counter(found[-1].cursor["quarantine"]["too_long"])
+    assert fresh.quarantine.counts["too_long"] == Counter(found[-1].cursor["quarantine"]["too_long"])
 
 
 def test_records_that_are_all_too_long_end_the_search() -> None:
@@ -167,10 +167,10 @@ def test_long_texts_are_cut_to_a_row_and_counted_apart(tmp_path: Path) -> None:
     records = [*texts(6), {"id": "long", "text_en": long, "question": "How many words?", "answer": "many"}]
     found = batches(packer(records, quarantine=quarantine), 12)
     number = sum("many" in answers(batch) for batch in found)
-    assert number > 1 and 0 < quarantine.truncated["first"] <= number, (
+    assert number > 1 and 0 < quarantine.counts["truncated"]["first"] <= number, (
         "an example without its input needs no cut"
     )
-    assert quarantine.total == 0 and not quarantine.too_long and not (tmp_path / "q.jsonl").exists()
+    assert quarantine.total == 0 and not quarantine.counts["too_long"] and not (tmp_path / "q.jsonl").exists()
     merged = merge_cursors([found[-1].cursor, found[-1].cursor])["quarantine"]
     assert merged["truncated"] == {"first": 2 * found[-1].cursor["quarantine"]["truncated"]["first"]}
 
@@ -223,13 +223,13 @@ def test_a_record_that_lacks_a_field_is_skipped_not_broken(tmp_path: Path) -> No
     made = packer(records, quarantine=quarantine)
     found = batches(made, 20)
     assert {answer for batch in found for answer in answers(batch)} == {f"{n}." for n in range(30) if n % 3}
-    skipped = quarantine.not_applicable["first/question_answering"]
+    skipped = quarantine.counts["not_applicable"]["first/question_answering"]
     assert quarantine.total == 0 and not (tmp_path / "q.jsonl").exists()
-    assert made.sampler.state()["mixture"]["serial"] == quarantine.seen + skipped + len(made.waiting)
+    assert made.sampler.state()["mixture"]["global_index"] == quarantine.seen + skipped + len(made.buffer)
     assert skipped == pytest.approx(quarantine.seen / 2, abs=8)
     fresh = packer(records)
     fresh.restore(json.loads(json.dumps(found[-1].cursor)))
-    assert fresh.quarantine.not_applicable == quarantine.not_applicable
+    assert fresh.quarantine.counts["not_applicable"] == quarantine.counts["not_applicable"]
 
 
 def test_counts_of_ranks_are_added_up() -> None:
@@ -239,7 +239,7 @@ def test_counts_of_ranks_are_added_up() -> None:
     merged = merge_cursors([one.state(), one.state()])["quarantine"]
     assert merged["not_applicable"] == {"first/question_answering": 2}
     assert (
-        merged["counts"] == {"first": 2 * one.quarantine.total} and merged["seen"] == 2 * one.quarantine.seen
+        merged["broken"] == {"first": 2 * one.quarantine.total} and merged["seen"] == 2 * one.quarantine.seen
     )
 
 
@@ -281,7 +281,7 @@ def test_one_that_waits_comes_first_in_the_next_batch_and_is_made_once() -> None
     watched = Watched(plain.transform, CONFIG, Quarantine(limit=1.0))
     watched.made = []
     for _ in itertools.islice(watched.batches(), 5):
-        waiting, before = list(watched.waiting), len(watched.made)
+        waiting, before = list(watched.buffer), len(watched.made)
         batch = next(iter(watched.batches()))
         assert batch.samples[0] == waiting[0], "the first fills the first row"
         assert not set(waiting) & set(watched.made[before:])
@@ -295,5 +295,5 @@ def test_those_still_waiting_when_the_rows_are_full_wait_on() -> None:
     made = packer(records, PackingConfig(batch_size=1, seq_len=length, buffer_size=3))
     seen = Counter(answer for batch in batches(made, 24) for answer in answers(batch))
     plan = MixtureSampler(list(made.sampler.components), 5)
-    drawn = Counter(f"{plan.draw().index}." for _ in range(made.sampler.state()["mixture"]["serial"]))
-    assert seen + Counter(f"{draw.index}." for draw in made.waiting) == drawn
+    drawn = Counter(f"{plan.draw().index}." for _ in range(made.sampler.state()["mixture"]["global_index"]))
+    assert seen + Counter(f"{draw.index}." for draw in made.buffer) == drawn

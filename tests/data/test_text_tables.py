@@ -9,6 +9,7 @@ import pytest
 
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, DataError
+from openm6.data.media import load_table
 from openm6.data.records import Fields
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
@@ -20,7 +21,7 @@ FIELDS = Fields(text_en="title", numbers=["price"])
 
 
 def open_csv(path: object, split: str = "train", **settings: object) -> Source:
-    values = {"fields": FIELDS, "test_share": 0.0, **settings}
+    values = {"fields": FIELDS, "test_fraction": 0.0, **settings}
     return open_sources({"shop": CsvConfig(path=str(path), **values)}, split)["shop"]
 
 
@@ -66,8 +67,8 @@ def test_rows_of_uneven_length_that_are_not_utf8(tmp_path, capfd):
 def test_separator_and_identical_rows_after_a_hash_split(tmp_path):
     path = tmp_path / "shop.csv"
     path.write_text("title;price\n" + "".join(f"thing {n};{n}\n" for n in range(300)))
-    train = open_csv(path, separator=";", test_share=0.2)
-    test = open_csv(path, "test", separator=";", test_share=0.2)
+    train = open_csv(path, separator=";", test_fraction=0.2)
+    test = open_csv(path, "test", separator=";", test_fraction=0.2)
     assert len(train) + len(test) == 300 and 30 < len(test) < 90
     assert not set(train.values("text_en")) & set(test.values("text_en"))
 
@@ -169,7 +170,7 @@ def test_a_decimal_comma_in_a_series_and_in_a_table_that_is_inspected(tmp_path):
     path.write_text("day;load;place\n" + "".join(f"{n};{n},5;in 1,5 rooms\n" for n in range(60)))
     config = WindowsConfig(path=str(path), columns=["load"], time="day", context=2, horizon=1)
     assert open_sources({"w": config}, "train")["w"][3]["series"] == {"load": [3.5, 4.5, 5.5]}
-    table = CsvConfig(path=str(path)).load(str(path), list)
+    table = load_table(str(path))
     assert table.row(3, ["load", "place"]) == {"load": "3.5", "place": "in 1,5 rooms"}
 
 
@@ -195,7 +196,7 @@ def test_columns_are_named_once():
 
 
 def open_jsonl(path: object, **settings: object) -> Source:
-    return open_sources({"x": JsonlConfig(path=str(path), test_share=0.0, **settings)}, "train")["x"]
+    return open_sources({"x": JsonlConfig(path=str(path), test_fraction=0.0, **settings)}, "train")["x"]
 
 
 def test_lines_as_records(tmp_path):

@@ -46,7 +46,9 @@ def test_a_window_in_order_of_time(table):
 
 
 def test_training_ends_before_what_is_forecast_in_testing_begins(table):
-    train, test = (open_windows(split, path=table, test_share=0.25, **SHAPE) for split in ("train", "test"))
+    train, test = (
+        open_windows(split, path=table, test_fraction=0.25, **SHAPE) for split in ("train", "test")
+    )
     last = max(value for index in range(len(train)) for value in train[index]["series"]["a"])
     forecast = [value for index in range(len(test)) for value in test[index]["series"]["a"][4:]]
     assert (last, min(forecast), max(forecast)) == (44, 45, 59)
@@ -55,7 +57,7 @@ def test_training_ends_before_what_is_forecast_in_testing_begins(table):
 
 
 def test_a_test_part_shorter_than_its_context_is_forecast(table):
-    settings = {**SHAPE, "context": 30, "test_share": 0.1}
+    settings = {**SHAPE, "context": 30, "test_fraction": 0.1}
     test = open_windows("test", path=table, **settings)
     assert len(test) == 6 - 2 + 1 and test[0]["series"]["a"][-2:] == [54, 55]
 
@@ -89,7 +91,7 @@ def test_several_series_in_one_table_are_not_mixed(tmp_path):
     path.write_text("day,shop,v\n" + "".join(f"{n // 2},{'ab'[n % 2]},{n}\n" for n in range(120)))
     settings = {"path": str(path), "columns": ["v"], "time": "day", "context": 4, "horizon": 2}
     with pytest.raises(
-        DataError, match="occur more than once: name the column that tells the series apart as `group`"
+        DataError, match="occur more than once: name the column that separates the series as `group`"
     ):
         open_windows(**settings)
     assert open_windows(**settings, group="shop")[0]["series"]["v"] == [0, 2, 4, 6, 8, 10]
@@ -103,7 +105,9 @@ def test_a_format_without_a_time_column_is_refused():
 def test_groups_are_not_mixed(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("who,v\n" + "".join(f"{'xy'[n % 2]},{n}\n" for n in range(40)))
-    windows = open_windows(path=str(path), columns=["v"], group="who", context=2, horizon=1, test_share=0.0)
+    windows = open_windows(
+        path=str(path), columns=["v"], group="who", context=2, horizon=1, test_fraction=0.0
+    )
     assert len(windows) == 2 * 18
     for index in range(len(windows)):
         record = windows[index]
@@ -113,7 +117,7 @@ def test_groups_are_not_mixed(tmp_path):
 def test_broken_and_missing_cells(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("v\n" + "\n".join(["1", "2", "oops", "4", "5", "6", "NA", "NA", "9"]) + "\n")
-    windows = open_windows(path=str(path), columns=["v"], context=1, horizon=2, test_share=0.0)
+    windows = open_windows(path=str(path), columns=["v"], context=1, horizon=2, test_fraction=0.0)
     assert len(windows) == 6  # the one whose horizon is all missing is left out
     with pytest.raises(DataError, match="row 2, column 'v'"):
         windows[0]
@@ -134,7 +138,7 @@ def test_windows_that_cannot_be(table, settings, reason):
 
 
 def test_a_short_test_part_is_empty(table):
-    assert len(open_windows("test", path=table, test_share=0.01, **SHAPE)) == 0
+    assert len(open_windows("test", path=table, test_fraction=0.01, **SHAPE)) == 0
 
 
 def test_columns_must_be_named_once():

@@ -133,7 +133,7 @@ def test_data_without_test_records_is_refused_before_the_first_step(tmp_path: Pa
     table = tmp_path / "words.csv"
     table.write_text("text_en\n" + "\n".join(f"some words {number}" for number in range(30)) + "\n")
     values = tiny_recipe(2, **EVERY) | {
-        "sources": {"words": {"kind": "csv", "path": str(table), "test_share": 0.0}},
+        "sources": {"words": {"kind": "csv", "path": str(table), "test_fraction": 0.0}},
         "mixture": [{"source": "words", "task": "text_generation"}],
     }
     recipe, run = build(MultimodalRecipe, values, "tiny"), RunFolder.open(tmp_path / "run")

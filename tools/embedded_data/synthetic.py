@@ -17,7 +17,7 @@ from embedded_data.shop import product_record
 from embedded_data.tables import SCHEMA, Row
 from openm6.core.seeds import numpy_generator
 from openm6.data.records import Record
-from openm6.data.source import stable_share
+from openm6.data.source import hash_fraction
 
 SYNTHETIC_SCHEMA = SCHEMA.append(pa.field("series", pa.string()))
 
@@ -153,7 +153,7 @@ def events(cache: Path) -> list[Row]:
 
 
 def _rows(
-    name: str, make: Callable[[np.random.Generator], Record], count: int, test_share: float
+    name: str, make: Callable[[np.random.Generator], Record], count: int, test_fraction: float
 ) -> list[Row]:
     """Record number n follows from the name and n alone, so more records would change none."""
     rows = []
@@ -164,7 +164,7 @@ def _rows(
         row: Row = {
             "id": key,
             "source": "synthetic",
-            "split": "test" if stable_share(key) < test_share else "train",
+            "split": "test" if hash_fraction(key) < test_fraction else "train",
         }
         row |= {"num_names": list(numbers) or None, "num_values": list(numbers.values()) or None}
         for column in ("series", "extra"):
