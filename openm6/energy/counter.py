@@ -1,16 +1,20 @@
-"""What every counter of joules offers: readings by source, and sums of a counter that wraps or is reset."""
+"""Counters of joules: readings by source, energy registers that wrap or are reset, and power over time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 Source = Literal["nvml", "rapl", "estimate"]
 SOURCES: tuple[Source, ...] = ("nvml", "rapl", "estimate")  # from the best to the least
 # The meter reads every few seconds (meter.POLL_SECONDS). A longer silence means that the machine slept or the process
 # was stopped; a counter may have wrapped unseen in it.
 SILENCE = 60.0
+
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -24,62 +28,80 @@ class EnergyReading:
     @classmethod
     def of(cls, by_source: Mapping[str, float]) -> EnergyReading:
         """The reading of parts, of which a source without a counter has none."""
-        known: dict[str, float] = {source: by_source[source] for source in SOURCES if source in by_source}
-        return cls(sum(known.values()), "+".join(known), known)
+        parts: dict[str, float] = {source: by_source[source] for source in SOURCES if source in by_source}
+        return cls(sum(parts.values()), "+".join(parts), parts)
 
     def since(self, earlier: EnergyReading) -> EnergyReading:
         """What was added after `earlier`."""
-        parts = {
-            source: joules - earlier.by_source.get(source, 0.0) for source, joules in self.by_source.items()
-        }
-        return EnergyReading.of(parts)
+        before = earlier.by_source
+        return EnergyReading.of({s: joules - before.get(s, 0.0) for s, joules in self.by_source.items()})
 
 
 class CounterLostError(Exception):
-    """A counter cannot be read any more; the meter stops counting its device and says so."""
+    """A counter cannot be read any more; the meter stops counting its device and reports it."""
 
 
-class Counter(Protocol):
-    """The energy of one device since the counter was opened."""
+class Counter(ABC):
+    """The energy of one device since the counter was opened.
 
-    name: str  # the device, in words
-    source: Source
+    name: the device, in words; read: a value of the device, which fails with one of `errors` when it does not answer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        read: Callable[[], float],
+        errors: tuple[type[Exception], ...] = (),
+        close: Callable[[], None] = lambda: None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.name, self.source = name, source
+        self._read, self._errors, self._clock = read, errors, clock
+        self.close = close
+        self._joules = 0.0
+        self._value, self._now = read(), clock()
 
     def joules(self) -> float:
-        """Never falls.
+        """All joules so far; the sum never falls.
 
         Raises:
             CounterLostError: the device does not answer any more.
         """
+        try:
+            value, now = self._read(), self._clock()
+        except self._errors as error:
+            raise CounterLostError(str(error)) from None
+        self._joules += self._added(value, now - self._now)
+        self._value, self._now = value, now
+        return self._joules
 
-    def close(self) -> None:
-        """Let go of the device."""
+    @abstractmethod
+    def _added(self, value: float, seconds: float) -> float:
+        """Joules since the value before, so many seconds ago."""
 
 
-class CounterDelta:
-    """Sums the increases of a counter; an interval that is not known is dropped, never guessed.
+class EnergyRegister(Counter):
+    """A register of joules; an interval that is not known is dropped, never guessed.
 
-    wrap: the value at which the counter starts from 0 again, None where it never does; max_watts: no device of its
-    kind draws more, so a larger rise is a reset; bridges_silence: whether the counter goes on while nobody reads.
+    wrap: the value at which the register starts from 0 again, None if it never does; max_watts: no device of its
+    kind draws more, so a larger rise is a reset; bridges_silence: whether it goes on while nobody reads.
     """
 
-    def __init__(
-        self, value: float, now: float, max_watts: float, wrap: float | None = None, *, bridges_silence: bool
-    ) -> None:
-        self.joules = 0.0
-        self.dropped_seconds = 0.0
-        self._value, self._now = value, now
-        self._max_watts, self._wrap, self._bridges = max_watts, wrap, bridges_silence
+    max_watts: float
+    wrap: float | None = None
+    bridges_silence = False
 
-    def observe(self, value: float, now: float) -> float:
-        """Add the counter's value, in joules, at the moment `now`, in seconds; return the sum."""
-        rise, seconds = value - self._value, now - self._now
-        self._value, self._now = value, now
-        if rise < 0 and self._wrap is not None:
-            rise += self._wrap
-        known = 0 <= rise <= self._max_watts * (seconds + 1.0) and (self._bridges or seconds <= SILENCE)
-        if known:
-            self.joules += rise
-        else:
-            self.dropped_seconds += seconds
-        return self.joules
+    def _added(self, value: float, seconds: float) -> float:
+        rise = value - self._value
+        if rise < 0 and self.wrap is not None:
+            rise += self.wrap
+        known = 0 <= rise <= self.max_watts * (seconds + 1.0) and (self.bridges_silence or seconds <= SILENCE)
+        return rise if known else 0.0
+
+
+class PowerOverTime(Counter):
+    """Watts read now and then, times the time between: an estimate, since the draw between two reads is unknown."""
+
+    def _added(self, value: float, seconds: float) -> float:
+        return (value + self._value) / 2 * seconds if seconds <= SILENCE else 0.0

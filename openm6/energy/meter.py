@@ -6,9 +6,8 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 
 from pydantic import Field, field_validator
 
@@ -20,17 +19,16 @@ from openm6.energy.counter import Counter, CounterLostError, EnergyReading
 from openm6.energy.nvml import open_gpus
 from openm6.energy.processor import (
     WATTS_PER_CORE,
-    MemoryEstimate,
     ProcessorEstimate,
     installed_gib,
+    memory_estimate,
     open_packages,
 )
 
 POLL_SECONDS = 10.0  # a counter of RAPL wraps in minutes, so somebody must look even in a long step
 MAX_REST = 1.0  # seconds
-MAX_TIME_FRACTION = (
-    0.002  # that reading may take: what is asked for more often is answered from the last reading
-)
+# Of the time, that reading may take: what is asked for more often is answered from the last reading.
+MAX_TIME_FRACTION = 0.002
 
 
 class EnergyConfig(Config):
@@ -62,7 +60,7 @@ class Span:
     by_source: dict[str, float] | None = None
 
 
-class Meter:
+class Meter(AbstractContextManager["Meter"]):
     """Sums its counters; cumulative since it was opened. `notes` says what is not counted, or counted oddly."""
 
     def __init__(self, counters: Sequence[Counter], notes: Sequence[str] = ()) -> None:
@@ -108,17 +106,12 @@ class Meter:
         self._thread.join()
         self.joules(fresh=True)
         with self._lock:
-            open_ones = [counter for index, counter in enumerate(self._counters) if index not in self._lost]
+            for index, counter in enumerate(self._counters):
+                if index not in self._lost:
+                    counter.close()
             self._lost.update(range(len(self._counters)))
-        for counter in open_ones:
-            counter.close()
 
-    def __enter__(self) -> Meter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _read_all(self) -> None:
@@ -146,10 +139,10 @@ def open_meter(
 ) -> Meter:
     """A meter of this machine's devices.
 
-    gpus: numbers as CUDA counts them, empty for none; by default all visible, or that of the process where several
-    share the machine. cpu_watts: rated power of all processors, for the estimate where RAPL cannot be read; by default
-    5 W per core. processor: whether to count processor and memory; by default only the first process of a machine does,
-    so that nothing is counted twice; the others add an estimate of their own load where there is no counter of all.
+    gpus: indices in CUDA, empty for none; by default all visible, or that of the process if several use the machine.
+    cpu_watts: rated power of all processors, for the estimate if RAPL cannot be read; by default 5 W per core.
+    processor: whether to count processor and memory; by default only the first process of a machine does, so that
+    nothing is counted twice; the others add an estimate of their own load if there is no counter of all.
     """
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     if gpus is None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
@@ -164,8 +157,8 @@ def open_meter(
         packages = [ProcessorEstimate(cpu_watts or WATTS_PER_CORE * cores, cores, idle=processor)]
     elif not processor:
         packages = []
-    if not processor:
-        return Meter([*boards, *packages], notes)
-    if not has_memory and installed_gib() > 0:
-        packages.append(MemoryEstimate(installed_gib()))
-    return Meter([*boards, *packages], [*notes, *why])
+    if processor:
+        notes += why
+        if not has_memory and installed_gib() > 0:
+            packages.append(memory_estimate(installed_gib()))
+    return Meter([*boards, *packages], notes)

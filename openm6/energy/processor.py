@@ -4,42 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from openm6.energy.counter import SILENCE, Counter, CounterDelta, CounterLostError, Source
+from openm6.energy.counter import SILENCE, Clock, Counter, EnergyRegister, PowerOverTime
 
 POWERCAP = Path("/sys/class/powercap")
-MAX_WATTS = 2000.0  # of one package or its memory
-IDLE_SHARE = 0.1  # of its rated power that a processor draws at no load, as codecarbon assumes
-WATTS_PER_CORE = 5.0  # rated power by core: 64 cores of a server share some 350 W, 8 of a laptop some 45 W
+IDLE_FRACTION = 0.1  # of its rated power that a processor draws at no load, as codecarbon assumes
+WATTS_PER_CORE = 5.0  # rated power by core: 64 cores of a server have some 350 W, 8 of a laptop some 45 W
 WATTS_PER_GIB = 0.375  # of memory: 3 W for 8 GB, as codecarbon assumed
 
-Clock = Callable[[], float]
 
+class RaplCounter(EnergyRegister):
+    """One zone of RAPL: a package or its memory. It wraps within minutes, so it must be read often."""
 
-class RaplCounter:
-    """One zone, in microjoules; it wraps within minutes, so it must be read often."""
-
-    source: Source = "rapl"
+    max_watts = 2000.0
 
     def __init__(self, zone: Path, name: str) -> None:
-        self.name = name
-        self._path = zone / "energy_uj"
-        wrap = int((zone / "max_energy_range_uj").read_text()) / 1e6
-        self._delta = CounterDelta(self._read(), time.monotonic(), MAX_WATTS, wrap, bridges_silence=False)
-
-    def joules(self) -> float:
-        try:
-            return self._delta.observe(self._read(), time.monotonic())
-        except (OSError, ValueError) as error:
-            raise CounterLostError(str(error)) from None
-
-    def close(self) -> None:
-        pass
-
-    def _read(self) -> float:
-        return int(self._path.read_text()) / 1e6
+        self.wrap = int((zone / "max_energy_range_uj").read_text()) / 1e6
+        path = zone / "energy_uj"
+        super().__init__(name, "rapl", lambda: int(path.read_text()) / 1e6, (OSError, ValueError))
 
 
 def open_packages(root: Path = POWERCAP) -> tuple[list[Counter], bool, list[str]]:
@@ -87,13 +70,11 @@ def _living_children() -> float:
         return 0.0
 
 
-class ProcessorEstimate:
-    """Rated watts × (0.1 of the time + 0.9 of the share of cores that this process kept busy).
+class ProcessorEstimate(Counter):
+    """Rated watts × (0.1 of the time + 0.9 of the fraction of cores that this process kept busy).
 
     Without `idle` only the load counts: another process of the machine counts the rest.
     """
-
-    source: Source = "estimate"
 
     def __init__(
         self,
@@ -103,47 +84,24 @@ class ProcessorEstimate:
         cpu_clock: Clock = own_cpu_seconds,
         idle: bool = True,
     ) -> None:
-        self._idle = IDLE_SHARE if idle else 0.0
-        self.name = f"processor, {rated_watts:g} W rated"
-        self._rated, self._cores, self._clock, self._cpu_clock = rated_watts, cores, clock, cpu_clock
-        self._joules, self._now, self._busy = 0.0, clock(), cpu_clock()
+        self._idle_watts = rated_watts * IDLE_FRACTION if idle else 0.0
+        self._busy_watts = rated_watts * (1 - IDLE_FRACTION) / cores
+        super().__init__(f"processor, {rated_watts:g} W rated", "estimate", cpu_clock, clock=clock)
 
-    def joules(self) -> float:
-        now, busy = self._clock(), self._cpu_clock()
-        share = max(0.0, busy - self._busy) / self._cores  # seconds at full load
-        seconds = now - self._now
-        awake = seconds if seconds <= SILENCE else 0.0  # a machine that slept counts only what was computed
-        self._joules += self._rated * (self._idle * awake + (1 - IDLE_SHARE) * share)
-        self._now, self._busy = now, busy
-        return self._joules
-
-    def close(self) -> None:
-        pass
+    def _added(self, value: float, seconds: float) -> float:
+        # A machine that slept counts only what was computed.
+        awake = seconds if seconds <= SILENCE else 0.0
+        return self._idle_watts * awake + self._busy_watts * max(0.0, value - self._value)
 
 
-class MemoryEstimate:
-    """Watts a GiB of installed memory, whatever is stored in it."""
-
-    source: Source = "estimate"
-
-    def __init__(self, gib: float, clock: Clock = time.monotonic) -> None:
-        self.name = f"memory, {gib:.0f} GiB at {WATTS_PER_GIB} W"
-        self._watts, self._clock = gib * WATTS_PER_GIB, clock
-        self._joules, self._now = 0.0, clock()
-
-    def joules(self) -> float:
-        now = self._clock()
-        if now - self._now <= SILENCE:
-            self._joules += self._watts * (now - self._now)
-        self._now = now
-        return self._joules
-
-    def close(self) -> None:
-        pass
+def memory_estimate(gib: float, clock: Clock = time.monotonic) -> Counter:
+    """Watts per GiB of installed memory, whatever is stored in it."""
+    name, watts = f"memory, {gib:.0f} GiB at {WATTS_PER_GIB} W", gib * WATTS_PER_GIB
+    return PowerOverTime(name, "estimate", lambda: watts, clock=clock)
 
 
 def installed_gib() -> float:
-    """Memory of the machine; 0 where the system does not tell."""
+    """Memory of the machine; 0 if the system does not report it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     except (ValueError, OSError, AttributeError):  # AttributeError: Windows has no sysconf

@@ -83,15 +83,8 @@ class EnergyTracker:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EnergyTracker:
         """Return the tracker of which `to_json` made the values."""
-
-        def uses(kind: str) -> dict[str, EnergyUse]:
-            return {name: EnergyUse(**use) for name, use in values.get(kind, {}).items()}
-
-        return cls(
-            by_source=dict(values.get("by_source", {})),
-            stages=uses("stages"),
-            modalities=uses("modalities"),
-            tasks=uses("tasks"),
-            between=float(values.get("between", 0.0)),
-            repeated=float(values.get("repeated", 0.0)),
-        )
+        uses = {
+            kind: {name: EnergyUse(**use) for name, use in values.get(kind, {}).items()}
+            for kind in ("stages", "modalities", "tasks")
+        }
+        return cls(**{**values, **uses})

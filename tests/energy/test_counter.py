@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-from openm6.energy.counter import CounterDelta
+from collections.abc import Callable
+
+import pytest
+
+from openm6.energy.counter import EnergyRegister
 
 
-def rises(wrap: float | None = None, bridges: bool = False) -> CounterDelta:
-    return CounterDelta(100.0, 0.0, max_watts=500.0, wrap=wrap, bridges_silence=bridges)
+def register(wrap: float | None = None, bridges: bool = False) -> Callable[[float, float], float]:
+    """What a register of at most 500 W, which shows 100 J at first, adds up to when it shows a value at a time."""
+    shown = [100.0, 0.0]
+    kind = type("Register", (EnergyRegister,), {"max_watts": 500.0, "wrap": wrap, "bridges_silence": bridges})
+    counter = kind("x", "rapl", lambda: shown[0], clock=lambda: shown[1])
+
+    def observe(value: float, now: float) -> float:
+        shown[:] = value, now
+        return counter.joules()
+
+    return observe
 
 
-def test_rises_are_summed() -> None:
-    sums = rises()
-    assert [sums.observe(150.0, 1.0), sums.observe(150.0, 2.0), sums.observe(400.0, 3.0)] == [
-        50.0,
-        50.0,
-        300.0,
-    ]
-    assert sums.dropped_seconds == 0.0
-
-
-def test_a_wrap_is_bridged() -> None:
-    sums = rises(wrap=65_700.0)
-    sums.observe(500.0, 1.0)
-    assert CounterDelta(65_600.0, 0.0, 500.0, 65_700.0, bridges_silence=False).observe(50.0, 1.0) == 150.0
-    assert sums.joules == 400.0
-
-
-def test_a_reset_is_dropped_not_taken_for_a_wrap() -> None:
-    sums = rises(wrap=65_700.0)
-    assert sums.observe(10.0, 1.0) == 0.0  # a wrap would mean 65,610 J in a second
-    assert sums.dropped_seconds == 1.0
-    assert sums.observe(60.0, 2.0) == 50.0
-
-
-def test_a_counter_that_starts_anew_without_a_wrap_drops_the_interval() -> None:
-    sums = rises()
-    assert sums.observe(5.0, 10.0) == 0.0 and sums.observe(15.0, 11.0) == 10.0
-
-
-def test_silence_is_dropped_unless_the_counter_bridges_it() -> None:
-    assert rises().observe(300.0, 3600.0) == 0.0
-    assert rises(bridges=True).observe(300.0, 3600.0) == 200.0
+@pytest.mark.parametrize(
+    ("wrap", "bridges", "seen"),
+    [
+        pytest.param(None, False, [(150, 1, 50), (150, 2, 50), (400, 3, 300)], id="rises are summed"),
+        pytest.param(600.0, False, [(500, 1, 400), (50, 2, 550)], id="a wrap is bridged"),
+        # A wrap would mean 65,610 J in a second.
+        pytest.param(65_700.0, False, [(10, 1, 0), (60, 2, 50)], id="a reset is not taken for a wrap"),
+        pytest.param(None, False, [(5, 10, 0), (15, 11, 10)], id="a restart without a wrap is dropped"),
+        pytest.param(None, False, [(300, 3600, 0)], id="silence is dropped"),
+        pytest.param(None, True, [(300, 3600, 200)], id="silence is bridged"),
+    ],
+)
+def test_sums(wrap: float | None, bridges: bool, seen: list[tuple[float, float, float]]) -> None:
+    observe = register(wrap, bridges)
+    assert [observe(value, now) for value, now, _ in seen] == [joules for *_, joules in seen]

@@ -11,7 +11,7 @@ import pytest
 
 from openm6.energy import processor
 from openm6.energy.counter import CounterLostError
-from openm6.energy.processor import MemoryEstimate, ProcessorEstimate, own_cpu_seconds
+from openm6.energy.processor import ProcessorEstimate, memory_estimate, own_cpu_seconds
 
 
 def zone(root: Path, folder: str, name: str, microjoules: int) -> Path:
@@ -91,7 +91,7 @@ def test_rated_power_by_load() -> None:
 
 def test_sleep_adds_nothing_but_what_was_computed() -> None:
     clock, cpu = Hand(), Hand()
-    processor, memory = ProcessorEstimate(100.0, 4, clock, cpu), MemoryEstimate(16.0, clock)
+    processor, memory = ProcessorEstimate(100.0, 4, clock, cpu), memory_estimate(16.0, clock)
     clock.now, cpu.now = 8 * 3600.0, 2.0
     assert processor.joules() == pytest.approx(100 * 0.9 * 2 / 4)
     assert memory.joules() == 0.0
