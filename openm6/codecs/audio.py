@@ -1,6 +1,6 @@
 """The audio codec: log-mels to residual FSQ codes, and back through a predicted spectrum (Vocos, 2306.00814)."""
 
-# Letters: B batch, S samples, T positions, N = stride·T frames, D width, M mels, K frequencies, C latent, G stages
+# Shapes: B batch, S samples, T positions, N = stride·T frames, D width, M mels, K frequencies, C latent, G stages
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from openm6.ops.audio import log_mel, mel_filters, overlap_add, spectrum, unit_w
 from openm6.ops.matmul import matmul
 
 LOUDEST = 3.0  # log of the largest magnitude of a frame: twice that of a full-scale sine in a unit window
-QUIET = -4.0  # where the log-magnitudes begin, or a fresh network would start as loud noise
+QUIET = -4.0  # where the log-magnitudes begin, or an untrained network would start as loud noise
 
 
 class AudioCodecConfig(QuantizerConfig):
@@ -48,7 +48,7 @@ class AudioCodecConfig(QuantizerConfig):
 
 
 class Linear(nn.Linear):
-    """The fast product where codes are made: audio clips of a run have one length, or few (see `product`)."""
+    """A faster product without gradients: audio clips of a run have one length, or few (see `matmul`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -100,13 +100,12 @@ class AudioCodec(Codec):
 
     kind: ClassVar[str] = "audio"
     config: AudioCodecConfig
-    quantizer_config: AudioCodecConfig
     filters: Tensor
     window: Tensor
 
     def __init__(self, config: AudioCodecConfig) -> None:
         super().__init__()
-        self.config = self.quantizer_config = config
+        self.config = config
         width, count = config.width, config.encoder_blocks + config.decoder_blocks
         blocks = [ConvNext(width, config.expansion, 1.0 / count) for _ in range(count)]
         self.first = nn.Conv1d(config.num_mels, width, 7, padding=3)
@@ -126,49 +125,30 @@ class AudioCodec(Codec):
         magnitudes = spectrum(samples.float(), self.window, self.config.hop).abs()
         return (log_mel(magnitudes, self.filters) + 4.0) / 3.0
 
-    def quantized(self, samples: Tensor) -> Quantized:
-        """The quantized latent of audio; the end is padded with silence to a whole position.  # B S -> B T C"""
-        _check_audio(samples)
-        samples = F.pad(samples, (0, -samples.shape[1] % self.config.samples_per_position))
-        with torch.autocast(samples.device.type, enabled=False):  # spectra and rounding want fp32
+    def quantized(self, raw: Tensor) -> Quantized:
+        """The quantized latent of audio; the end is padded with silence to a whole position.  # B S -> B T C
+
+        Raises:
+            DataError: not a batch of mono audio clips, or an empty one.
+        """
+        if raw.dim() != 2 or raw.shape[1] == 0:
+            raise DataError(
+                f"audio of shape {tuple(raw.shape)} does not fit the codec: it reads B samples, mono and not empty"
+            )
+        samples = F.pad(raw, (0, -raw.shape[1] % self.config.samples_per_position))
+        # Spectra and rounding need fp32.
+        with torch.autocast(samples.device.type, enabled=False):
             mels = self.mels(samples)
         hidden = self.encoder(self.first(mels.mT).mT)  # B N M -> B N D
         latent = self.fold(hidden)  # B N D -> B T C
         with torch.autocast(samples.device.type, enabled=False):
             return self.quantizer(latent)
 
-    def synthesise(self, latent: Tensor) -> Tensor:
-        """Audio of a quantized latent.  # B T C -> B S"""
+    def synthesize(self, latent: Tensor) -> Tensor:
+        """Audio of a quantized latent; that of the first stages alone is coarser.  # B T C -> B S"""
         hidden = self.decoder(self.unfold(latent))  # B T C -> B N D
         with torch.autocast(latent.device.type, enabled=False):
             values = F.linear(hidden.float(), self.head.weight, self.head.bias)
             level, phase = values.chunk(2, -1)  # B N 2K -> B N K
-            return overlap_add(
-                torch.polar(level.clamp(max=LOUDEST).exp(), phase), self.window, self.config.hop
-            )
-
-    def reconstruct(self, raw: Tensor) -> tuple[Tensor, Quantized]:
-        """# B S -> B S rounded up to whole positions"""
-        quantized = self.quantized(raw)
-        return self.synthesise(quantized.latent), quantized
-
-    @torch.no_grad()
-    def encode(self, raw: Tensor) -> Tensor:
-        """Codes of audio, one position per started `samples_per_position`.  # B S -> B T G
-
-        Raises:
-            DataError: not a batch of mono audio clips, or an empty one.
-        """
-        return self.quantized(raw).codes
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Audio of codes, within [-1, 1]; codes of the first stages alone give a coarser audio.  # B T G -> B S"""
-        return self.synthesise(self.quantizer.latent_of(codes)).clamp(-1.0, 1.0)
-
-
-def _check_audio(samples: Tensor) -> None:
-    if samples.dim() != 2 or samples.shape[1] == 0:
-        raise DataError(
-            f"audio of shape {tuple(samples.shape)} does not fit the codec: it reads B samples, mono and not empty"
-        )
+            spectra = torch.polar(level.clamp(max=LOUDEST).exp(), phase)
+            return overlap_add(spectra, self.window, self.config.hop)

@@ -1,6 +1,6 @@
 """What every codec offers, and the two ways to quantize its latent: groups side by side, or stage after stage."""
 
-# Letters: B batch, P positions (any number of axes), C numbers of a latent, G groups or stages, D numbers of one code
+# Shapes: B batch, P positions (any number of axes), C numbers of a latent, G groups or stages, D numbers of one code
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ class QuantizerConfig(Config):
 
     @property
     def vector_size(self) -> int:
+        """Numbers in one position's FSQ vector, over all groups."""
         return self.groups * len(self.levels)
 
 
@@ -77,9 +78,14 @@ class Quantized:
     levels: Tensor
 
     @property
+    @torch.no_grad()
     def health(self) -> QuantizerStats:
         """Computed on access, since it is not needed to encode."""
-        return _quantizer_stats(self.inputs, self.cells, self.levels)
+        size = self.inputs.abs()
+        levels = self.levels.repeat(self.cells.shape[-2])
+        bits = bits_per_channel(self.cells.flatten(0, -3).flatten(1), levels)
+        saturated = (size > SATURATION).float().mean()
+        return QuantizerStats(size.mean(), saturated, bits, levels.float().log2())
 
 
 class LatentNorm(nn.Module):
@@ -148,7 +154,7 @@ class ResidualQuantizer(nn.Module):
         self.register_buffer("levels", torch.tensor(config.levels), persistent=False)
 
     def forward(self, latent: Tensor) -> Quantized:
-        """# B P C -> latent B P C, codes B P G; while training, a share of the rows keeps only its first stages"""
+        """# B P C -> latent B P C, codes B P G; while training, some rows keep only their first stages"""
         rest = latent.float()
         used = self._stages_used(rest)
         total, inputs, cells = torch.zeros_like(rest), [], []
@@ -181,57 +187,57 @@ class ResidualQuantizer(nn.Module):
         return torch.stack([out(value) for out, value in stages]).sum(0)
 
 
-def _quantizer_stats(z: Tensor, cells: Tensor, levels: Tensor) -> QuantizerStats:
-    """# B P G D, B P G D -> four numbers or rows of G*D"""
-    with torch.no_grad():
-        size = z.detach().abs()
-        groups = cells.shape[-2]
-        bits = bits_per_channel(cells.flatten(0, -3).flatten(1), levels.repeat(groups))
-        capacity = levels.float().log2().repeat(groups)
-        return QuantizerStats(size.mean(), (size > SATURATION).float().mean(), bits, capacity)
-
-
 class Codec(nn.Module, ABC):
     """Turns raw images or audio into a grid of discrete codes and back."""
 
     kind: ClassVar[str]
     config: QuantizerConfig
-    quantizer_config: QuantizerConfig
+    quantizer: GroupedQuantizer | ResidualQuantizer
 
     @property
     def groups(self) -> int:
         """Codes at each position."""
-        return self.quantizer_config.groups
+        return self.config.groups
 
     @property
     def codebook_size(self) -> int:
         """Values a code can take."""
-        return self.quantizer_config.codebook_size
-
-    @property
-    def vector_size(self) -> int:
-        """Numbers in one position's FSQ vector, over all groups."""
-        return self.quantizer_config.vector_size
+        return self.config.codebook_size
 
     @abstractmethod
+    def quantized(self, raw: Tensor) -> Quantized:
+        """The quantized latent of raw input.  # B raw -> B positions C
+
+        Raises:
+            DataError: input of a shape that the codec cannot read.
+        """
+
+    @abstractmethod
+    def synthesize(self, latent: Tensor) -> Tensor:
+        """Raw output of a quantized latent.  # B positions C -> B raw"""
+
     def reconstruct(self, raw: Tensor) -> tuple[Tensor, Quantized]:
-        """`raw` after a way through the codes, with a gradient, and what the quantizer did."""
+        """`raw` through the codes and back, with a gradient, and what the quantizer did."""
+        quantized = self.quantized(raw)
+        return self.synthesize(quantized.latent), quantized
 
-    @abstractmethod
+    @torch.no_grad()
     def encode(self, raw: Tensor) -> Tensor:
-        """Codes of raw input; no gradient.  # B raw -> B positions G, int64"""
+        """Codes of raw input; no gradient; raises DataError as `quantized` does.  # B raw -> B positions G, int64"""
+        return self.quantized(raw).codes
 
-    @abstractmethod
+    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Raw output of codes; no gradient.  # B positions G -> B raw"""
+        """Raw output of codes, within [-1, 1]; no gradient.  # B positions G -> B raw"""
+        return self.synthesize(self.quantizer.latent_of(codes)).clamp(-1.0, 1.0)
 
     def vectors(self, codes: Tensor) -> Tensor:
         """FSQ coordinates in [-1, 1] of codes: near vectors mean like content.  # ... G -> ... vector_size"""
-        levels = torch.tensor(self.quantizer_config.levels, device=codes.device)
+        levels = torch.tensor(self.config.levels, device=codes.device)
         return cell_values(unpack(codes, levels), levels).flatten(-2)
 
     def latent_norms(self) -> list[LatentNorm]:
-        """The normalisers whose statistics can be frozen."""
+        """The normalizers whose statistics can be frozen."""
         return [module for module in self.modules() if isinstance(module, LatentNorm)]
 
 
@@ -240,6 +246,6 @@ def bits_per_code(codes: Tensor, codec: Codec) -> float:
     values = codec.vectors(codes)  # N G -> N C
     total = 0.0
     for channel in values.unbind(-1):
-        share = channel.unique(return_counts=True)[1].double() / len(channel)
-        total -= float((share * share.log2()).sum())
+        fractions = channel.unique(return_counts=True)[1].double() / len(channel)
+        total -= float((fractions * fractions.log2()).sum())
     return total

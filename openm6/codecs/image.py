@@ -1,6 +1,6 @@
 """The image codec: a small convolutional autoencoder whose latent is a grid of grouped FSQ codes."""
 
-# Letters: B batch, H W height and width in pixels, h w in positions, C channels of the latent, G groups
+# Shapes: B batch, H W height and width in pixels, h w in positions, C channels of the latent, G groups
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openm6.codecs.base import Codec, GroupedQuantizer, Quantized, QuantizerConf
 from openm6.core.errors import DataError
 from openm6.ops.matmul import matmul, use_onednn
 
-STEM = 4  # pixels folded into channels before the first convolution: what makes the codec quick on a CPU
+STEM = 4  # pixels folded into channels before the first convolution: which makes the codec fast on a CPU
 
 
 class ImageCodecConfig(QuantizerConfig):
@@ -41,16 +41,13 @@ class ImageCodecConfig(QuantizerConfig):
 
 
 class Convolution(nn.Conv2d):
-    """A product of each position's surroundings where one image is encoded: on a processor torch lays a convolution's
-    weights out again for every call, which is half of its time where an image is small.
+    """A matrix product over each position's neighbourhood if one image is encoded: on a CPU, torch arranges the weights
+    of a convolution again in each call, which is half of its time for a small image.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            torch.is_grad_enabled()
-            or len(x) > 1
-            or not use_onednn(x.flatten(2)[0].t(), self.weight.flatten(1))
-        ):
+        alone = len(x) == 1 and not torch.is_grad_enabled()
+        if not (alone and use_onednn(x.flatten(2)[0].t(), self.weight.flatten(1))):
             return super().forward(x)
         size, margin = self.kernel_size[0], self.kernel_size[0] // 2
         padded = F.pad(x[0].permute(1, 2, 0), (0, 0, margin, margin, margin, margin))  # h w C
@@ -76,10 +73,6 @@ class Residual(nn.Module):
         return x + self.second(F.silu(self.second_norm(inner)))  # B C h w -> B C h w
 
 
-def _blocks(width: int, count: int) -> list[nn.Module]:
-    return [Residual(width) for _ in range(count)]
-
-
 def _output(width: int, channels: int) -> list[nn.Module]:
     return [nn.GroupNorm(8, width), nn.SiLU(), Convolution(width, channels, 3, padding=1)]
 
@@ -91,72 +84,46 @@ def make_encoder(config: ImageCodecConfig) -> nn.Sequential:
     for scale, (width, count) in enumerate(zip(config.widths, config.encoder_blocks, strict=True)):
         if scale:
             layers += [nn.PixelUnshuffle(2), Convolution(4 * config.widths[scale - 1], width, 1)]
-        layers += _blocks(width, count)
+        layers += [Residual(width) for _ in range(count)]
     return nn.Sequential(*layers, *_output(config.widths[-1], config.vector_size))
 
 
 def make_decoder(config: ImageCodecConfig) -> nn.Sequential:
     """The latent to pixels.  # B C h w -> B 3 H W"""
     layers: list[nn.Module] = [Convolution(config.vector_size, config.widths[-1], 3, padding=1)]
-    for scale in reversed(range(len(config.widths))):
-        layers += _blocks(config.widths[scale], config.decoder_blocks[scale])
+    for scale, width in reversed(list(enumerate(config.widths))):
+        layers += [Residual(width) for _ in range(config.decoder_blocks[scale])]
         if scale:
-            layers += [Convolution(config.widths[scale], 4 * config.widths[scale - 1], 1), nn.PixelShuffle(2)]
+            layers += [Convolution(width, 4 * config.widths[scale - 1], 1), nn.PixelShuffle(2)]
     return nn.Sequential(*layers, *_output(config.widths[0], 3 * STEM**2), nn.PixelShuffle(STEM))
 
 
 class ImageCodec(Codec):
-    """Images in [-1, 1] of any size divisible by the stride, to codes and back."""
+    """Images in [-1, 1] of any size divisible by the stride, to codes and back: B 3 H W to B h w G."""
 
     kind: ClassVar[str] = "image"
     config: ImageCodecConfig
-    quantizer_config: ImageCodecConfig
 
     def __init__(self, config: ImageCodecConfig) -> None:
         super().__init__()
-        self.config = self.quantizer_config = config
+        self.config = config
         self.encoder = make_encoder(config)
         self.decoder = make_decoder(config)
         self.quantizer = GroupedQuantizer(config)
 
-    @property
-    def stride(self) -> int:
-        """Pixels per position, along each side."""
-        return self.config.stride
-
-    def quantized(self, images: Tensor) -> Quantized:
-        """The quantized latent of images.  # B 3 H W -> B h w C"""
-        _check_size(images, self.stride)
-        latent = self.encoder(images).movedim(1, -1)  # B C h w -> B h w C
+    def quantized(self, raw: Tensor) -> Quantized:
+        """The quantized latent of images; DataError unless their sides are multiples of the stride."""
+        sides, stride = raw.shape[2:], self.config.stride
+        if raw.dim() != 4 or raw.shape[1] != 3 or any(side % stride or side == 0 for side in sides):
+            raise DataError(
+                f"images of shape {tuple(raw.shape)} do not fit the codec: it reads B 3 H W with H and W"
+                f" multiples of {stride}; resize or pad them"
+            )
+        latent = self.encoder(raw).movedim(1, -1)  # B C h w -> B h w C
         # Rounding must not depend on the precision around it.
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(raw.device.type, enabled=False):
             return self.quantizer(latent)
 
-    def reconstruct(self, raw: Tensor) -> tuple[Tensor, Quantized]:
-        """# B 3 H W -> B 3 H W"""
-        quantized = self.quantized(raw)
-        return self.decoder(quantized.latent.movedim(-1, 1)).float(), quantized
-
-    @torch.no_grad()
-    def encode(self, raw: Tensor) -> Tensor:
-        """Codes of images.  # B 3 H W -> B h w G
-
-        Raises:
-            DataError: the images' sides are not multiples of the stride.
-        """
-        return self.quantized(raw).codes
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Images of codes, within [-1, 1].  # B h w G -> B 3 H W"""
-        latent = self.quantizer.latent_of(codes).movedim(-1, 1)  # B h w G -> B C h w
-        return self.decoder(latent).float().clamp(-1.0, 1.0)
-
-
-def _check_size(images: Tensor, stride: int) -> None:
-    sides = images.shape[2:]
-    if images.dim() != 4 or images.shape[1] != 3 or any(side % stride or side == 0 for side in sides):
-        raise DataError(
-            f"images of shape {tuple(images.shape)} do not fit the codec: it reads B 3 H W with H and W"
-            f" multiples of {stride}; resize or pad them"
-        )
+    def synthesize(self, latent: Tensor) -> Tensor:
+        """Images of a quantized latent.  # B h w C -> B 3 H W"""
+        return self.decoder(latent.movedim(-1, 1)).float()

@@ -10,12 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from openm6.codecs.audio import AudioCodec, AudioCodecConfig
-from openm6.codecs.base import Codec, QuantizerConfig
+from openm6.codecs.base import Codec
 from openm6.codecs.image import ImageCodec, ImageCodecConfig
 from openm6.core.config import Config, build
 from openm6.core.errors import CheckpointError, ConfigError, nearest
-
-__all__ = ["CODECS", "Codec", "QuantizerConfig", "load_codec", "save_codec", "shipped_codecs"]
 
 CODECS: dict[str, tuple[type[Config], type[Codec]]] = {
     "image": (ImageCodecConfig, ImageCodec),
@@ -31,9 +29,9 @@ def shipped_codecs() -> tuple[str, ...]:
 
 
 def save_codec(codec: Codec, path: Path | str, dtype: torch.dtype = torch.float16) -> None:
-    """Writes weights (matrices as `dtype`, the rest in fp32) and config to one safetensors file."""
+    """Write weights (matrices as `dtype`, the rest in fp32) and config to one safetensors file."""
     tensors = {
-        name: (tensor.to(dtype) if tensor.dim() > 1 else tensor.float()).contiguous().cpu()
+        name: tensor.to(dtype if tensor.dim() > 1 else torch.float32).contiguous().cpu()
         for name, tensor in codec.state_dict().items()
     }
     about = {"kind": codec.kind, "config": codec.config.model_dump(mode="json")}
@@ -71,9 +69,7 @@ def codec_scores(name: str) -> dict[str, float]:
     """Scores on test records that a shipped codec came with, as `source metric`; empty for one of your own."""
     path = SHIPPED / f"{name}.json"
     scores = json.loads(path.read_text(encoding="utf-8"))["test"] if path.is_file() else {}
-    return {
-        f"{source} {metric}": value for source, found in scores.items() for metric, value in found.items()
-    }
+    return {f"{source} {metric}": v for source, found in scores.items() for metric, v in found.items()}
 
 
 def _find(name: str) -> Path:

@@ -104,8 +104,8 @@ class Audio(CodesModality):
         self.codec = codec
         self.seconds = seconds
         self.max_seconds = max_seconds
-        self.hop = codec.quantizer_config.samples_per_position
-        self.num_mels = codec.quantizer_config.num_mels
+        self.hop = codec.config.samples_per_position
+        self.num_mels = codec.config.num_mels
         self.patch_size = FRAMES * self.num_mels
         self.code_cache, self.mel_cache = ArrayCache(), ArrayCache()
         self.duration_cache = ArrayCache(2**20)

@@ -222,7 +222,7 @@ class CodesModality(Modality):
 
     def adapters(self, hidden_size: int) -> dict[str, Adapter]:
         position = FourierPositionEmbedding(hidden_size)
-        out = CodesAdapter(position, hidden_size, self.codec.quantizer_config.levels, self.codec.groups)
+        out = CodesAdapter(position, hidden_size, self.codec.config.levels, self.codec.groups)
         patches = PatchAdapter(position, self.patch_size, hidden_size)
         return {f"{self.name}_in": patches, f"{self.name}_out": out}
 

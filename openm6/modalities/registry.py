@@ -93,10 +93,10 @@ def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Sca
         raise ConfigError(
             f"modalities.audio.codec={config.audio.codec!r} is no audio codec: name one, as audio"
         )
-    if config.image.side % image_codec.quantizer_config.stride:
+    if config.image.side % image_codec.config.stride:
         raise ConfigError(
             f"modalities.image.side={config.image.side} must be a multiple of the codec's stride, "
-            f"{image_codec.quantizer_config.stride}"
+            f"{image_codec.config.stride}"
         )
     text, image, audio = Text(tokenizer, config.text.max_tokens), config.image, config.audio
     modalities = Modalities(

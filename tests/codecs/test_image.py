@@ -88,7 +88,7 @@ def test_vectors_are_the_latent_the_decoder_reads() -> None:
     codec = make()
     codes = codec.encode(images(1, 16, 16))
     vectors = codec.vectors(codes)
-    assert vectors.shape == (1, 2, 2, codec.vector_size)
+    assert vectors.shape == (1, 2, 2, codec.config.vector_size)
     assert torch.allclose(vectors, codec.quantizer.latent_of(codes), atol=1e-6)
 
 
