@@ -55,10 +55,7 @@ WORDS = {
 PENDING = {
     "openm6",
     "openm6/checkpoint",
-    "openm6/codecs",
     "openm6/core",
-    "openm6/data",
-    "openm6/energy",
     "openm6/evaluate",
     "openm6/inference",
     "openm6/kernels",

@@ -80,8 +80,7 @@ def _print_problems(data_set: DatasetReport, console: Console) -> None:
     if data_set.unreadable + data_set.broken:
         console.print(Text(f"broken rows: {data_set.unreadable + data_set.broken:,}", style="red"))
     for problem in data_set.problems:
-        where = f"{problem.where}: " if problem.where else ""
-        console.print(Text(f"  {where}{problem.reason}"), soft_wrap=True)
+        console.print(Text(f"  {problem}"), soft_wrap=True)
     fraction = data_set.broken_fraction
     if data_set.tasks and fraction > MAX_BROKEN:
         advice = f"fix them, or let it pass with max_broken={min(1.0, fraction + MAX_BROKEN):.2f}"

@@ -17,7 +17,7 @@ from openm6.ops.audio import log_mel, mel_filters, overlap_add, spectrum, unit_w
 from openm6.ops.matmul import matmul
 
 LOUDEST = 3.0  # log of the largest magnitude of a frame: twice that of a full-scale sine in a unit window
-QUIET = -4.0  # where the log-magnitudes begin, or an untrained network would start as loud noise
+QUIET = -4.0  # initial log-magnitude, or an untrained network would start as loud noise
 
 
 class AudioCodecConfig(QuantizerConfig):

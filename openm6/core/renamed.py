@@ -52,18 +52,10 @@ KEYS: dict[str, dict[str, str]] = {
         "experts": "ep",
         "parts": "ep_overlap_chunks",
     },
-    **dict.fromkeys(
-        (
-            "CsvConfig",
-            "DatasetsConfig",
-            "FolderConfig",
-            "JsonlConfig",
-            "ParquetConfig",
-            "TarConfig",
-            "WindowsConfig",
-        ),
-        {"test_share": "test_fraction"},
-    ),
+    **{
+        f"{kind}Config": {"test_share": "test_fraction"}
+        for kind in ("Csv", "Datasets", "Folder", "Jsonl", "Parquet", "Tar", "Windows")
+    },
     "EvalConfig": {"workers": "num_processes"},
     "EngineConfig": {
         "rows": "max_num_seqs",

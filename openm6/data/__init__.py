@@ -1,4 +1,4 @@
-"""From a user's data to packed batches. The steps of the data path, in the order in which a record takes them:
+"""From a user's data to packed batches. The steps of the data path, in order:
 
 1. `sources` opens every source of a recipe by its `kind`; `source` defines a source and the split of its records.
 2. `table` reads rows of a table (`text_tables`: CSV, JSON Lines; `parquet`: Parquet, embedded data, `datasets`;

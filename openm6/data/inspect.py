@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from openm6.modalities.audio import read_audio
 from openm6.modalities.image import read_image
 from openm6.tasks.registry import TASKS
 
-SAMPLE = 500  # rows looked at, evenly spread
+SAMPLE = 500  # rows of the sample, at equal distances
 DECODED = 200  # images and audio clips opened
 MAX_PROBLEMS = 20
 CONTEXT, HORIZON = 32, 8
@@ -37,14 +38,6 @@ MIN_SERIES = 40  # rows from which a series is proposed
 TIME_NAMES = frozenset(
     {"time", "date", "datetime", "timestamp", "day", "week", "month", "quarter", "year", "hour", "t"}
 )
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something broken: where, and why."""
-
-    where: str
-    reason: str
 
 
 @dataclass
@@ -63,7 +56,7 @@ class DatasetReport:
     unused: list[str] = field(default_factory=list)
     unreadable: int = 0  # rows of all that cannot be parsed
     broken: int = 0  # of the sampled rows, the unreadable ones not among them
-    problems: list[Problem] = field(default_factory=list)  # the first MAX_PROBLEMS
+    problems: list[str] = field(default_factory=list)  # the first MAX_PROBLEMS
     tasks: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
 
@@ -74,7 +67,7 @@ class DatasetReport:
 
     def add_problem(self, where: str, reason: object) -> None:
         """Note something broken; the reason may name the location itself."""
-        problem = Problem("" if where in str(reason) else where, str(reason))
+        problem = str(reason) if where in str(reason) else f"{where}: {reason}"
         if len(self.problems) < MAX_PROBLEMS and problem not in self.problems:
             self.problems.append(problem)
 
@@ -94,8 +87,8 @@ class Inspection:
             DataError: there is none; the sentence names the first thing that is broken.
         """
         if self.recipe is None:
-            reasons = [problem.reason for report in self.datasets for problem in report.problems]
-            reason = reasons[0] if reasons else "no task of openm6 tasks suits its columns"
+            problems = [problem for report in self.datasets for problem in report.problems]
+            reason = problems[0] if problems else "no task of openm6 tasks suits its columns"
             raise DataError(f"nothing at {self.path} can be trained on as it is: {reason}")
         return self.recipe
 
@@ -199,33 +192,35 @@ def _columns(table: Table, report: DatasetReport) -> list[Column]:
 def _try_source(report: DatasetReport, config: TableConfig | FolderConfig) -> list[Record]:
     """Open the proposed source as a run would, read a sample of it, and propose tasks for what came out."""
     report.source = {"kind": config.kind, **config.model_dump(exclude_defaults=True, exclude_none=True)}
-    sources = _open(report, config)
-    if any(column.kind == "split" for column in report.columns) or isinstance(config, FolderConfig):
-        report.validation = len(_open_split(report, config, "validation") or ())
-    records = [record for source in sources.values() for record in _read(report, source)]
+    # A hash leaves nothing for validation.
+    named = isinstance(config, FolderConfig) or any(column.kind == "split" for column in report.columns)
+    sources = _open(report, config, get_args(Split) if named else ("train", "test"))
+    records = [
+        record for split in ("train", "test") if split in sources for record in _read(report, sources[split])
+    ]
     report.tasks = propose_tasks(records)
     if "train" in sources:
         report.unused = unused_columns(sources["train"], records, [TASKS[name] for name in report.tasks])
     return records
 
 
-def _open(report: DatasetReport, config: SourceConfig) -> dict[str, Source]:
-    """The training and test records, as far as they open, with their numbers noted."""
-    opened = {split: _open_split(report, config, split) for split in ("train", "test")}
-    report.train, report.test = (len(source or ()) for source in opened.values())
-    return {split: source for split, source in opened.items() if source is not None}
+def _open(report: DatasetReport, config: SourceConfig, splits: Sequence[Split]) -> dict[Split, Source]:
+    """The splits that open, with the number of their records noted."""
 
-
-def _open_split(report: DatasetReport, config: SourceConfig, split: Split) -> Source | None:
     def no_neighbour(name: str) -> Source:
         raise DataError(f"there is no other source {name!r} here")
 
-    try:
-        return config.open(report.name, split, no_neighbour)
-    except DataError as error:
-        if split == "train":
-            report.add_problem(report.path, error)
-        return None
+    opened = {}
+    for split in splits:
+        try:
+            opened[split] = config.open(report.name, split, no_neighbour)
+        except DataError as error:
+            if split == "train":
+                report.add_problem(report.path, error)
+    report.train, report.validation, report.test = (
+        len(opened.get(split, ())) for split in ("train", "validation", "test")
+    )
+    return opened
 
 
 def _read(report: DatasetReport, source: Source) -> list[Record]:
@@ -284,7 +279,7 @@ def _series(rows: DatasetReport, table: Table) -> DatasetReport | None:
     )
     series = DatasetReport(f"{rows.name}_series", rows.path, config.kind, rows=rows.rows, sampled=rows.rows)
     series.source = {"kind": config.kind, **config.model_dump(exclude_none=True)}
-    series.tasks = ["time_series_forecasting"] if "train" in _open(series, config) else []
+    series.tasks = ["time_series_forecasting"] if "train" in _open(series, config, ("train", "test")) else []
     return series
 
 

@@ -85,11 +85,6 @@ class Packer:
         """The sequence of samples that is packed."""
         return self.transform.sampler
 
-    @property
-    def buffer(self) -> list[SampleIndex]:
-        """The samples that did not fit a row yet."""
-        return [sample for shard in self.sampler.shards for sample in shard.buffer]
-
     def state(self) -> dict[str, Any]:
         """JSON-able: position in the mixture, buffers of this rank's shards, and the quarantine's counts."""
         return {**self.sampler.state(), "quarantine": self.quarantine.state()}
@@ -101,7 +96,7 @@ class Packer:
         fits = count >= self.size and self.config.batch_size % count == 0
         self._set_shards(count if fits else self.config.shards_for(self.size))
         self.sampler.restore(state)
-        if self.rank == 0:  # the counts of all ranks go on in one
+        if self.rank == 0:  # which holds the counts of all ranks from now on
             self.quarantine.restore(state["quarantine"])
 
     def batches(self) -> Iterator[Batch]:
@@ -129,7 +124,7 @@ class Packer:
             else:
                 self.quarantine.accept()
                 if example.truncated:
-                    self.quarantine.note_truncated(self.sampler.components[sample.component].source.name)
+                    self.quarantine.count("truncated", self.sampler.components[sample.component].source.name)
                 rows[row].append((sample, example))
                 free[row] -= len(example)
         shard.buffer.extend(earlier)
@@ -152,9 +147,9 @@ class Packer:
             reason: Exception = DataError(
                 f"{len(example)} tokens do not fit a row of {length}: raise packing.seq_len or shorten it"
             )
-            self.quarantine.add_too_long(*self.transform.name(sample), reason)
+            self.quarantine.add(*self.transform.name(sample), reason, "too_long")
         except MissingFieldError as error:
-            self.quarantine.skip(self.sampler.components[sample.component].key)
+            self.quarantine.count("not_applicable", self.sampler.components[sample.component].key)
             reason = error
         except DataError as error:
             self.quarantine.add(*self.transform.name(sample), error)

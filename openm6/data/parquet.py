@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
 from openm6.core.errors import DataError, nearest
-from openm6.data.records import RowReader, check_columns
+from openm6.data.records import check_columns
 from openm6.data.source import Neighbour, Source, SourceConfig, Split
-from openm6.data.storage import TableFolder, find_files, first_line, is_remote, refuse_not_parquet
-from openm6.data.table import ArrowTable, Table, TableConfig, TableSource
+from openm6.data.storage import find_files, first_line, is_remote, refuse_not_parquet
+from openm6.data.table import ArrowTable, Table, TableConfig
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 EMBEDDED = tuple(sorted(path.stem.removesuffix("-train") for path in EMBEDDED_FOLDER.glob("*-train.parquet")))
@@ -125,13 +124,11 @@ class EmbeddedConfig(SourceConfig):
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         """The records of one split; see SourceConfig.open."""
-        path = embedded_path(f"{self.name}-{'train' if split == 'train' else 'test'}")
-        table = ParquetTable(path)
-        table.read(table.names)
-        table.where = Path(path).name
-        reader = RowReader(table.names, None, TableFolder(path), path)
-        rows = np.arange(0 if split == "validation" else len(table))[: self.limit]
-        return TableSource(name, table, reader, rows)
+        train, test = (f"{EMBEDDED_MARK}{self.name}-{part}" for part in ("train", "test"))
+        source = ParquetConfig(path=train, test_path=test, limit=self.limit).open(name, split, neighbour)
+        # Warnings of columns that no task reads are for tables of a user.
+        source.columns = {}
+        return source
 
 
 class DatasetsTable(Table):

@@ -75,7 +75,7 @@ def with_negatives(record: Record, source: Source, rng: np.random.Generator) -> 
 
     Broken ones are passed over: the quarantine names a record when it is drawn itself, never for another's fault.
     """
-    drawn = (_unbroken(source, int(index)) for index in rng.integers(0, len(source), 4 * OTHERS))
+    drawn = (source.unbroken(int(index)) for index in rng.integers(0, len(source), 4 * OTHERS))
     chosen = islice((other for other in drawn if other is not None), OTHERS)
     others = [
         {"en": other.get("text_en"), "zh": other.get("text_zh")}
@@ -83,13 +83,6 @@ def with_negatives(record: Record, source: Source, rng: np.random.Generator) -> 
         for other in chosen
     ]
     return {**record, "others": others}
-
-
-def _unbroken(source: Source, index: int) -> Record | None:
-    try:
-        return source[index]
-    except DataError:
-        return None
 
 
 class ExampleTransform:

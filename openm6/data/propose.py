@@ -1,4 +1,4 @@
-"""What the columns of a user's table hold, and the fields, tasks and recipe that follow from it."""
+"""The content of the columns of a user's table, and the fields, tasks and recipe that follow from it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,6 @@ class Column:
     missing: int  # cells of the sample
     distinct: int
     summary: str  # one line for a person
-    odd: int  # cells of the sample that do not fit the kind
 
 
 def column_of(name: str, cells: Sequence[Any]) -> Column:
@@ -72,10 +71,9 @@ def column_of(name: str, cells: Sequence[Any]) -> Column:
     filled = [cell for cell in cells if not _is_absent(cell)]
     kind = _kind(name, filled)
     texts = [str(cell) for cell in filled if isinstance(cell, (str, int, float, bool))]
-    odd = sum(not _fits(kind, cell) for cell in filled)
     language = _language(texts) if kind in ("category", "free text") else None
     distinct = len(filled) if kind in _MEDIA else len({str(cell) for cell in filled})
-    return Column(name, kind, language, len(cells) - len(filled), distinct, _summary(kind, filled), odd)
+    return Column(name, kind, language, len(cells) - len(filled), distinct, _summary(kind, filled))
 
 
 def _is_absent(cell: Any) -> bool:
@@ -266,7 +264,7 @@ def recipe_text(sources: dict[str, dict[str, Any]], tasks: dict[str, list[str]])
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110)
 
 
-POSED = 3  # records that each task is posed on; every prompt of a task shows all that is given
+POSED = 3  # records that each task is posed on; every prompt of a task shows all inputs
 ALWAYS_READ = ("id", "source", "license", "spoken_language", "extra", "series")  # whatever the tasks are
 
 

@@ -47,7 +47,7 @@ class Quarantine:
 
     @property
     def total(self) -> int:
-        """Broken records met so far."""
+        """Broken records so far."""
         return self.counts["broken"].total()
 
     @property
@@ -60,36 +60,28 @@ class Quarantine:
         with self._lock:
             self.seen += count
 
-    def note_truncated(self, source: str) -> None:
-        """Count a record of which a part was cut; it is accepted, too."""
+    def count(self, name: str, source: str) -> None:
+        """Count a record that is not set aside: `truncated` (accepted, too) or `not_applicable` (neither seen)."""
         with self._lock:
-            self.counts["truncated"][source] += 1
+            self.counts[name][source] += 1
 
-    def skip(self, component: str) -> None:
-        """Count a record that lacks a field that the task of `component` needs: neither seen nor broken."""
-        with self._lock:
-            self.counts["not_applicable"][component] += 1
-
-    def add_too_long(self, source: str, record_id: str, reason: object) -> None:
-        """Set a record aside that does not fit a row even if its texts are cut; it counts as seen, not as broken."""
-        with self._lock:
-            self._set_aside("too_long", source, record_id, reason)
-
-    def add(self, source: str, record_id: str, reason: object) -> None:
-        """Set a broken record aside; it counts as seen.
+    def add(self, source: str, record_id: str, reason: object, name: str = "broken") -> None:
+        """Set a record aside, which counts as seen: a broken one, or one that is `too_long` even if its texts are cut.
 
         Raises:
             TrainingError: the fraction of broken records is above the limit.
         """
+        short = str(reason)[:MAX_REASON]
         with self._lock:
-            self._set_aside("broken", source, record_id, reason)
-            if self.seen >= self._minimum and self.broken_fraction > self._limit:
+            self.seen += 1
+            self.counts[name][source] += 1
+            self._list({"kind": name.replace("_", " "), "source": source, "id": record_id, "reason": short})
+            if name == "broken" and self.seen >= self._minimum and self.broken_fraction > self._limit:
                 worst, count = self.counts["broken"].most_common(1)[0]
                 where = f"; see {self._path}" if self._path else ""
                 raise TrainingError(
                     f"{self.broken_fraction:.1%} of the records are broken, most ({count}) in {worst!r}, such as "
-                    f"{record_id}: {str(reason)[:MAX_REASON]}{where}; fix the data or raise max_broken, the limit "
-                    f"of {self._limit:.0%}"
+                    f"{record_id}: {short}{where}; fix the data or raise max_broken, the limit of {self._limit:.0%}"
                 )
 
     def state(self) -> dict[str, Any]:
@@ -103,32 +95,20 @@ class Quarantine:
             self.seen = int(state["seen"])
             self.counts = {name: Counter(state[name]) for name in COUNTS}
 
-    def _set_aside(self, kind: str, source: str, record_id: str, reason: object) -> None:
-        self.seen += 1
-        self.counts[kind][source] += 1
-        if self._path is None or (source, record_id) in self._listed or len(self._listed) >= MAX_LISTED:
+    def _list(self, line: dict[str, str]) -> None:
+        known = (line["source"], line["id"])
+        if self._path is None or known in self._listed or len(self._listed) >= MAX_LISTED:
             return
-        self._listed.add((source, record_id))
+        self._listed.add(known)
         with as_output_error(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        line = {
-            "kind": kind.replace("_", " "),
-            "source": source,
-            "id": record_id,
-            "reason": str(reason)[:MAX_REASON],
-        }
         append_line(self._path, json.dumps(line, ensure_ascii=False))
 
 
 def merge_counts(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The sum of what the quarantines of several ranks count, as returned by `state`."""
-    merged: dict[str, Any] = {"seen": sum(state["seen"] for state in states)}
-    for name in COUNTS:
-        total: Counter[str] = Counter()
-        for state in states:
-            total.update(state[name])
-        merged[name] = dict(total)
-    return merged
+    sums = {name: sum((Counter(state[name]) for state in states), Counter()) for name in COUNTS}
+    return {"seen": sum(state["seen"] for state in states), **{name: dict(sums[name]) for name in COUNTS}}
 
 
 def summary(state: Mapping[str, Any]) -> str:

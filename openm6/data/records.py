@@ -26,9 +26,7 @@ Record = dict[str, Any]
 
 TEXT_KEYS = ("id", "source", "license", "text_en", "text_zh", "label", "label_zh", "question", "answer")
 LIST_KEYS = ("tags_en", "tags_zh")
-IMAGE_KEYS = ("image",)
-AUDIO_KEYS = ("audio",)
-COLUMN_KEYS = (*TEXT_KEYS, *LIST_KEYS, *IMAGE_KEYS, *AUDIO_KEYS)
+COLUMN_KEYS = (*TEXT_KEYS, *LIST_KEYS, "image", "audio")
 CANONICAL_KEYS = (*COLUMN_KEYS, "numbers", "series", "extra")
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -48,7 +46,7 @@ def is_missing(value: Any) -> bool:
 
 
 def as_text(value: Any, column: str) -> str | None:
-    """A cell as text; None where the cell is missing.
+    """A cell as text; None if the cell is missing.
 
     Raises:
         DataError: not UTF-8, longer than 1 MiB, or not a scalar.
@@ -69,17 +67,16 @@ def as_text(value: Any, column: str) -> str | None:
 
 
 def decode_utf8(value: bytes, column: str) -> str:
-    """The text of a cell's bytes; DataError where they are not UTF-8."""
+    """The text of a cell's bytes; DataError if they are not UTF-8."""
     try:
         return value.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"column {column!r} is not UTF-8 at byte {error.start}: save the file as UTF-8"
-        ) from None
+        where = f"column {column!r} is not UTF-8 at byte {error.start}"
+        raise DataError(f"{where}: save the file as UTF-8") from None
 
 
 def as_number(value: Any, column: str) -> float | None:
-    """A cell as a finite float; None where it is missing (None, NaN, empty, `NA`, `null`, …).
+    """A cell as a finite float; None if it is missing (None, NaN, empty, `NA`, `null`, …).
 
     Raises:
         DataError: text that is no number, or an infinite value.
@@ -224,7 +221,7 @@ class RowReader:
     """Turns one row (column → cell) into a record.
 
     Without `fields`, columns with canonical names are read (and `num_names` + `num_values` as numbers); with
-    `fields`, the columns named there, and `id` where the table has it.
+    `fields`, the columns named there, and `id` if the table has it.
     """
 
     def __init__(
@@ -235,7 +232,8 @@ class RowReader:
             named = ({"id": "id"} if "id" in columns else {}) | fields.single()
         else:
             named = {key: key for key in CANONICAL_KEYS if key in columns}
-        self._single = {key: (column, _converter(key, open_file)) for key, column in named.items()}
+        convert = _converters(open_file)
+        self._single = {key: (column, convert[key]) for key, column in named.items()}
         self._numbers = list(fields.numbers or ()) if fields else []
         self._extra = list(fields.extra or ()) if fields else []
         self._paired = fields is None and all(name in columns for name in PAIRED_COLUMNS)
@@ -248,7 +246,7 @@ class RowReader:
             )
 
     def keys_of(self, column: str) -> list[str]:
-        """The keys that a column fills; a column of `extra` is known by its own name."""
+        """The keys that a column fills; a column of `extra` fills a key of its own name."""
         keys = [key for key, (own, _) in self._single.items() if own == column]
         if column in self._numbers or (self._paired and column in PAIRED_COLUMNS):
             keys.append("numbers")
@@ -259,7 +257,7 @@ class RowReader:
         return self._single[key][0] if key in self._single else None
 
     def convert(self, key: str, cell: Any) -> Any:
-        """One cell as the value of `key`; None where it is missing."""
+        """One cell as the value of `key`; None if it is missing."""
         column, convert = self._single[key]
         return convert(cell, column)
 
@@ -290,18 +288,17 @@ def check_columns(names: Sequence[str], columns: Sequence[str], where: str) -> N
             raise DataError(f"{where} has no column {column!r}; {nearest(column, list(columns))}")
 
 
-def _converter(key: str, open_file: OpenFile) -> Convert:
-    if key in IMAGE_KEYS or key in AUDIO_KEYS:
-        limit = MAX_IMAGE_BYTES if key in IMAGE_KEYS else MAX_AUDIO_BYTES
-        return lambda value, column: as_bytes(value, column, limit, open_file)
-    others: dict[str, Convert] = {
+def _converters(open_file: OpenFile) -> dict[str, Convert]:
+    """How a cell becomes the value of each key."""
+    return {
         **dict.fromkeys(TEXT_KEYS, as_text),
         **dict.fromkeys(LIST_KEYS, as_list),
+        "image": lambda value, column: as_bytes(value, column, MAX_IMAGE_BYTES, open_file),
+        "audio": lambda value, column: as_bytes(value, column, MAX_AUDIO_BYTES, open_file),
         "numbers": as_numbers,
         "series": as_series,
         "extra": lambda value, column: as_mapping(value, column) or None,
     }
-    return others[key]
 
 
 def _paired_numbers(names: list[str], values: list[float | None] | None) -> dict[str, float | None]:

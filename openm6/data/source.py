@@ -46,14 +46,15 @@ class Source(ABC):
 
     def values(self, key: str) -> list[Any]:
         """The value of one key in every record, None if absent or broken; tables read only that column."""
-        return [_value_at(self, index, key) for index in range(len(self))]
+        records = (self.unbroken(index) for index in range(len(self)))
+        return [None if record is None else record.get(key) for record in records]
 
-
-def _value_at(source: Source, index: int, key: str) -> Any:
-    try:
-        return source[index].get(key)
-    except DataError:
-        return None
+    def unbroken(self, index: int) -> Record | None:
+        """The record of an index, or None if it is broken."""
+        try:
+            return self[index]
+        except DataError:
+            return None
 
 
 Neighbour = Callable[[str], Source]

@@ -58,7 +58,7 @@ class PairSource(Source):
 
     def values(self, key: str) -> list[Any]:
         """One key of every pair, without opening images or audio clips if the left side alone fills it."""
-        if key not in _JOINED and self._config.takes_left(key):
+        if key not in _JOINED and _taken(key, self._config.left_keys):
             values = self._left.values(key)
             found = [values[row] for row in self._rows]
             if None not in found:
@@ -66,14 +66,18 @@ class PairSource(Source):
         return super().values(key)
 
     def _join(self, left: Record, right: Record) -> Record:
-        taken = {key: value for key, value in right.items() if self._config.takes_right(key)}
-        taken |= {key: value for key, value in left.items() if self._config.takes_left(key)}
+        taken = {key: value for key, value in right.items() if _taken(key, self._config.right_keys)}
+        taken |= {key: value for key, value in left.items() if _taken(key, self._config.left_keys)}
         for key in _JOINED:
             both = dict.fromkeys(str(side[key]) for side in (left, right) if key in side)
             if both:
                 taken[key] = " + ".join(both)
         extra = {**right.get("extra", {}), **left.get("extra", {})}
         return {**taken, "extra": extra} if extra else taken
+
+
+def _taken(key: str, keys: list[str] | None) -> bool:
+    return keys is None or key in keys
 
 
 class PairsConfig(SourceConfig):
@@ -83,16 +87,8 @@ class PairsConfig(SourceConfig):
     left: str
     right: str
     key: str = "label"
-    left_keys: list[str] | None = None  # record keys taken from the left; all if not set
+    left_keys: list[str] | None = None  # record keys of the left source; all if not set
     right_keys: list[str] | None = None
-
-    def takes_left(self, key: str) -> bool:
-        """Whether the left record supplies this key."""
-        return self.left_keys is None or key in self.left_keys
-
-    def takes_right(self, key: str) -> bool:
-        """Whether the right record supplies this key if the left one does not."""
-        return self.right_keys is None or key in self.right_keys
 
     def open(self, name: str, split: Split, neighbour: Neighbour) -> Source:
         """The pairs of one split; see SourceConfig.open."""

@@ -55,7 +55,7 @@ def only_file(path: str, endings: tuple[str, ...], kind: str) -> str:
 
 
 def open_binary(path: str) -> IO[bytes]:
-    """An open file, local or remote, for reading bytes; DataError where that fails."""
+    """An open file, local or remote, for reading bytes; DataError if that fails."""
     try:
         return fsspec.open(path, "rb").open() if is_remote(path) else open(Path(path).expanduser(), "rb")
     except (ImportError, OSError, ValueError) as error:
@@ -63,7 +63,7 @@ def open_binary(path: str) -> IO[bytes]:
 
 
 def read_bounded(path: str, limit: int) -> bytes:
-    """The bytes of a file; DataError where it is larger than `limit` bytes or cannot be read."""
+    """The bytes of a file; DataError if it is larger than `limit` bytes or cannot be read."""
     try:
         with open_binary(path) as file:
             content = file.read(limit + 1)
@@ -105,7 +105,7 @@ class TableFolder:
                 raise DataError(f"file name {name!r} leads out of the table's folder {self.root}")
             return f"{self.root}/{inner}"
         root = Path(self.root).resolve()
-        path = (root / name).resolve()  # follows links, so that a link cannot lead out either
+        path = (root / name).resolve()  # follows links, so that a link cannot lead out, too
         if not path.is_relative_to(root):
             raise DataError(f"file name {name!r} leads out of the table's folder {self.root}")
         if not path.is_file():

@@ -11,7 +11,7 @@ JOULES_PER_KWH = 3.6e6
 _SIZES = ((1e12, "TJ"), (1e9, "GJ"), (1e6, "MJ"), (1e3, "kJ"))
 WORLD = "WLD"
 
-# What training GPT-3 took, as others worked it out.
+# Estimates of the energy of training GPT-3.
 GPT3_MWH = 1287.0  # arXiv 2104.10350: 10,000 V100 × 14.8 days × 330 W × PUE 1.10
 GPT3_TOKENS = 300e9
 GPT3_JOULES_PER_TOKEN = GPT3_MWH * 3.6e9 / GPT3_TOKENS  # 15.4

@@ -25,7 +25,7 @@ from openm6.energy.processor import (
     open_packages,
 )
 
-POLL_SECONDS = 10.0  # a counter of RAPL wraps in minutes, so somebody must look even in a long step
+POLL_SECONDS = 10.0  # a counter of RAPL wraps in minutes, so it must be read in a long step, too
 MAX_REST = 1.0  # seconds
 # Of the time, that reading may take: what is asked for more often is answered from the last reading.
 MAX_TIME_FRACTION = 0.002
@@ -61,7 +61,7 @@ class Span:
 
 
 class Meter(AbstractContextManager["Meter"]):
-    """Sums its counters; cumulative since it was opened. `notes` says what is not counted, or counted oddly."""
+    """Sums its counters; cumulative since it was opened. `notes` lists what is not counted, or only in part."""
 
     def __init__(self, counters: Sequence[Counter], notes: Sequence[str] = ()) -> None:
         self.notes = list(notes)

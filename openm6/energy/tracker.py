@@ -38,7 +38,7 @@ class EnergyTracker:
 
     A step's joules go to its stage as a whole, and to modalities and tasks in proportion to the operations that their
     tokens took in it (`WorkCount.operations`). `between`: joules while no step ran (waiting, evaluating, saving).
-    `repeated`: joules of steps that a crash lost and that were taken again. All add up to `joules`.
+    `repeated`: joules of steps that a crash lost and that were repeated. All add up to `joules`.
     """
 
     by_source: dict[str, float] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class EnergyTracker:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EnergyTracker:
-        """Return the tracker of which `to_json` made the values."""
+        """Return the tracker that `to_json` stored."""
         uses = {
             kind: {name: EnergyUse(**use) for name, use in values.get(kind, {}).items()}
             for kind in ("stages", "modalities", "tasks")

@@ -69,11 +69,11 @@ def test_a_shop_with_troubles(shop):
     }
     assert found.unused == ["seller"]
     assert (found.unreadable, found.broken) == (1, 4)
-    reasons = " | ".join(f"{problem.where} {problem.reason}" for problem in found.problems)
+    reasons = " | ".join(found.problems)
     for wanted in (
         "7 cells where the header has 6",
         "no file '6.png'",
-        "shop/5 the image",
+        "shop/5: the image",
         "'cheap'",
         "not UTF-8",
     ):

@@ -71,7 +71,7 @@ def test_the_recipe_is_trained_as_it_stands(recipe, tmp_path):
     small += [
         "modalities.text.vocab_size=400",
         "packing.batch_size=1",
-        "loop.steps=25",
+        "loop.steps=12",
         "loop.tensorboard=false",
     ]
     shown = CliRunner().invoke(app, [*words, *small])

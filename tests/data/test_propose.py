@@ -46,7 +46,7 @@ def test_kinds(name, cells, kind):
 
 def test_what_is_said_of_a_column():
     column = column_of("price", [1, 3, "", "cheap", 2] + [2] * 15)
-    assert (column.kind, column.missing, column.odd) == ("number", 1, 1)
+    assert (column.kind, column.missing) == ("number", 1)
     assert column.summary == "1 to 3, mean 2"
     assert column_of("colour", ["red"] * 3 + ["blue"] * 3).summary == "red (3), blue (3)"
     assert column_of("colour", ["red"] * 3 + ["blue"] * 3).distinct == 2

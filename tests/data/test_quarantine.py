@@ -71,9 +71,9 @@ def test_threads_lose_no_count():
 def test_what_is_too_long_or_truncated_never_stops_a_run(tmp_path):
     quarantine = Quarantine(tmp_path / "q.jsonl", limit=0.0, minimum=1)
     for number in range(300):
-        quarantine.add_too_long("poems", str(number), "900 tokens")
+        quarantine.add("poems", str(number), "900 tokens", "too_long")
         quarantine.accept()
-        quarantine.note_truncated("speech")
+        quarantine.count("truncated", "speech")
     assert (quarantine.seen, quarantine.total, quarantine.broken_fraction) == (600, 0, 0.0)
     with pytest.raises(TrainingError, match="max_broken"):
         quarantine.add("shop", "1", "broken")
@@ -87,9 +87,9 @@ def test_the_summary_tells_what_was_broken_too_long_and_truncated_apart():
     for source, count in (("shop", 3), ("pets", 1), ("a", 1), ("b", 1)):
         for number in range(count):
             quarantine.add(source, str(number), "broken")
-    quarantine.add_too_long("poems", "1", "900 tokens")
-    quarantine.note_truncated("speech")
-    quarantine.skip("shop/text_to_speech")
+    quarantine.add("poems", "1", "900 tokens", "too_long")
+    quarantine.count("truncated", "speech")
+    quarantine.count("not_applicable", "shop/text_to_speech")
     merged = merge_counts([quarantine.state(), Quarantine().state()])
     assert merged == quarantine.state()
     assert summary(merged) == (
