@@ -64,7 +64,7 @@ def is_date(cell: Any) -> bool:
     # Most texts are ruled out before any form is tried.
     if len(text) > LONGEST or not _YEAR.search(text):
         return False
-    return not _parses([text], _plain_number) and bool(_fitting([text]))
+    return not _parses([text], _plain_number) and any(_parses([text], parse) for parse in _FORMS.values())
 
 
 def _is_missing_word(cell: Any) -> bool:

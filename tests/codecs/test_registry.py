@@ -30,6 +30,20 @@ def example(kind: str) -> tuple[Codec, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", list(CODECS))
+def test_encode_and_decode_agree_with_reconstruct_and_a_gradient_reaches_every_parameter(kind: str) -> None:
+    codec, raw = example(kind)
+    # The last convolutions begin at zero: change them, or a wrong block would not show.
+    for parameter in codec.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    output, quantized = codec.reconstruct(raw)
+    assert torch.equal(codec.encode(raw), quantized.codes)
+    assert torch.allclose(codec.decode(quantized.codes), output.clamp(-1, 1), atol=1e-5)
+    output, _ = codec.train().reconstruct(torch.cat([raw] * 4))
+    output.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in codec.parameters())
+
+
+@pytest.mark.parametrize("kind", list(CODECS))
 def test_a_saved_codec_does_the_same(kind: str, tmp_path: Path) -> None:
     codec, raw = example(kind)
     codec.latent_norms()[0].mean.fill_(0.3)
