@@ -127,7 +127,7 @@ class Image(CodesModality):
         self.codec = codec
         self.side = side
         # Codes across, and down.
-        self.grid_side = side // codec.stride
+        self.grid_side = side // codec.config.stride
         self.max_patches = max_patches
         self.max_pixels = max_pixels
         self.code_cache = ArrayCache()
