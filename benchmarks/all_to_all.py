@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.harness import Json, Report
 from benchmarks.ranks import on_ranks
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.moe import Experts, LocalDispatcher, Router, TokenDispatcher
+from openm6.nn.moe import Experts, LocalDispatcher, MoE, Router, TokenDispatcher
 from openm6.parallel.collectives import AllToAllDispatcher
 from openm6.parallel.fsdp import keep_experts
 
@@ -110,9 +110,9 @@ def _tokens(rank: int) -> Tensor:
     return torch.randn(1, 1 + (7 * rank) % TOKENS, WIDTH, generator=generator)
 
 
-def _learn(experts: Experts, router: Router, exchange: TokenDispatcher[Any], rank: int) -> Found:
+def _learn(experts: Experts, router: Router, dispatcher: TokenDispatcher[Any], rank: int) -> Found:
     x = _tokens(rank).requires_grad_()
-    y, _ = experts(x, router, torch.ones(x.shape[:2], dtype=torch.bool), exchange, 0)
+    y, _ = MoE(router, experts, None)(x, torch.ones(x.shape[:2], dtype=torch.bool), dispatcher, 0)
     y.square().sum().backward()
     gradients = [_gradient(tensor) for tensor in (x, experts.up, experts.down, router.weight)]
     return Found(y.detach().numpy(), *gradients)

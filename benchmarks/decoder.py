@@ -14,10 +14,9 @@ from benchmarks.candidate import Candidate, Part, backward_of, own_products_of, 
 from benchmarks.harness import Timing
 from benchmarks.sizes import Sizes, peak_tflops
 from openm6.models.backbone import Backbone, choose_mask, side_loss
-from openm6.models.running import CompiledBlocks
-from openm6.nn.block import Block, LayerParts
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.moe import Experts, LocalDispatcher, Router
+from openm6.nn.executor import CompiledExecutor
+from openm6.nn.moe import Experts, LocalDispatcher, MoE, Router
 from openm6.ops.losses import linear_cross_entropy
 from openm6.ops.pointwise import rotary_table
 from openm6.ops.sequence import SequenceMeta, causal_meta
@@ -55,12 +54,12 @@ def our_candidate(sizes: Sizes, device: torch.device) -> Candidate:
         model = Decoder(sizes)
     if device.type == "cuda":
         model.to(torch.bfloat16)
-        model.backbone.run_block = CompiledBlocks()
+        model.backbone.executor = CompiledExecutor()
     optimizer = build_optimizer(default_groups(model), OptimizerConfig(name="adamw", learning_rate=1e-4))
     ids = torch.randint(0, sizes.vocabulary, (sizes.rows, sizes.length), device=device)
     meta = causal_meta(sizes.rows, sizes.length, device=device)
 
-    run = model.backbone.run_block
+    executor = model.backbone.executor
 
     def step() -> Tensor:
         loss = model(ids, meta)
@@ -74,7 +73,7 @@ def our_candidate(sizes: Sizes, device: torch.device) -> Candidate:
         optimizer,
         step,
         lambda: _parts(model, optimizer, ids, meta),
-        compilations=lambda: run.compilations if isinstance(run, CompiledBlocks) else 0,
+        compilations=lambda: executor.compilations if isinstance(executor, CompiledExecutor) else 0,
     )
 
 
@@ -83,8 +82,9 @@ def _parts(
 ) -> Mapping[str, tuple[int, Part]]:
     """Return the parts of layer 0, each run once per layer, and the parts that a step runs once."""
     config = model.backbone.config
-    block, own = cast(Block, model.backbone.sets[0]), cast(LayerParts, model.backbone.layers[0])
-    router, experts = cast(Router, own.router), cast(Experts, block.feed_forward)
+    block = model.backbone.blocks[0]
+    moe = cast(MoE, block.mlp)
+    router, experts = moe.router, moe.experts
     x = torch.randn_like(model.embedding(ids))
     rotary = rotary_table(meta.positions, config.rope_theta, config.sections)
     mask = choose_mask(meta, None, x)
@@ -93,12 +93,11 @@ def _parts(
 
     @ready
     def attention(leaf: Tensor) -> Tensor:
-        normal = own.attention_norm(leaf)
-        return block.attention(normal, own.head_norms, rotary, mask, None, 0)
+        return block.attention(block.attention_norm(leaf), block.qk_norm, rotary, mask, None, 0)
 
     @ready
     def sparse(leaf: Tensor) -> Tensor:
-        return experts(own.feed_forward_norm(leaf), router, meta.valid, LocalDispatcher(), 0)[0]
+        return moe(block.mlp_norm(leaf), meta.valid, LocalDispatcher(), 0)[0]
 
     rows = ids.numel() * experts.config.experts_per_token
     return {
@@ -124,11 +123,11 @@ def our_layer(config: ExpertsConfig, x: Tensor) -> tuple[Part, Part]:
         experts, router = Experts(width, config), Router(width, config)
     experts.reset_parameters(0.02, 0.02)
     router.reset_parameters(0.02)
-    experts, router = experts.to(x.dtype), router.to(x.dtype)
+    moe = MoE(router, experts, None).to(x.dtype)
     valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
     def forward(leaf: Tensor) -> Tensor:
-        return experts(leaf, router, valid, LocalDispatcher(), 0)[0]
+        return moe(leaf, valid, LocalDispatcher(), 0)[0]
 
     layer = backward_of(as_trained(forward, x), x, [*experts.parameters(), router.weight])
     return layer, own_products_of(

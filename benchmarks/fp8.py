@@ -22,9 +22,8 @@ from benchmarks.sizes import Sizes, choose_sizes, default_name
 from openm6.core.device import resolve_device
 from openm6.data.media import load_table
 from openm6.data.parquet import embedded_path
-from openm6.nn.block import Block
-from openm6.nn.layers import activate
-from openm6.nn.moe import Experts, Router, RouterStats, TokenDispatcher
+from openm6.nn.layers import MLP, activate
+from openm6.nn.moe import Experts, MoE, Routing, TokenDispatcher
 from openm6.ops.matmul import grouped_mm_reference
 from openm6.ops.moe import dropless_permutation, permute, unpermute
 from openm6.ops.sequence import causal_meta
@@ -112,16 +111,15 @@ class EightBitExperts(Experts):
     """A sparse layer with both products in 8 bits, in one process and without a capacity."""
 
     def forward(
-        self, x: Tensor, router: Router, valid: Tensor, exchange: TokenDispatcher, layer: int
-    ) -> tuple[Tensor, RouterStats]:
+        self, x: Tensor, routing: Routing, valid: Tensor, dispatcher: TokenDispatcher, shared: MLP | None
+    ) -> tuple[Tensor, Tensor | None]:
         flat = x.flatten(0, 1)
-        routing = router(flat, valid.flatten(), exchange)
         plan = dropless_permutation(routing.chosen, self.config.num_experts)
         hidden = activate(
             eight_bit_product(permute(flat, plan), self.up, plan.counts), self.config.hidden_act
         )
         rows = eight_bit_product(hidden, self.down, plan.counts)
-        return unpermute(rows, routing.gate, plan).view_as(x), self._report(routing, plan, valid, layer)
+        return unpermute(rows, routing.gate, plan).view_as(x), None
 
 
 WORTH = {"gain": 0.15, "loss_difference": 0.01}  # required to become an option of training
@@ -269,13 +267,11 @@ def _decoder(sizes: Sizes, device: torch.device, eight_bits: bool) -> tuple[Deco
     torch.manual_seed(0)
     model = Decoder(sizes)
     if eight_bits:
-        for block in model.backbone.sets:
-            assert isinstance(block, Block)
-            plain = block.feed_forward
-            assert isinstance(plain, Experts)
-            experts = EightBitExperts(sizes.width, plain.config)
-            experts.load_state_dict(plain.state_dict())
-            block.feed_forward = experts
+        for block in model.backbone.blocks:
+            assert isinstance(block.mlp, MoE)
+            experts = EightBitExperts(sizes.width, block.mlp.experts.config)
+            experts.load_state_dict(block.mlp.experts.state_dict())
+            block.mlp.experts = experts
     model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     settings = OptimizerConfig(name="adamw", learning_rate=2e-3)
     return model, build_optimizer(default_groups(model), settings)

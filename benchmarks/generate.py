@@ -62,7 +62,7 @@ class Autoregressive:
         start = torch.tensor([position, 0][:rows], device=self.omni.device)
         length = torch.tensor([self.cache.lengths[0], 0][:rows], device=self.omni.device)
         codes = torch.zeros(1, self.adapter.groups, dtype=torch.int64, device=self.omni.device)
-        longest = self.cache.room
+        longest = self.cache.capacity
         found = []
         for number in range(self.positions):
             arrays = {

@@ -25,7 +25,7 @@ from openm6.data.source import Source
 from openm6.data.sources import open_sources
 from openm6.modalities.batch import Batch, build_sequence, collate
 from openm6.modalities.text import Text
-from openm6.models.running import CompiledBlocks, RecomputedBlocks
+from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import read_recipe, recipe_path
@@ -179,6 +179,6 @@ def _quartiles(rates: list[float]) -> list[float]:
 
 def _compilations(training: MultimodalTraining) -> int:
     """Return the number of graphs compiled for the blocks so far."""
-    run = training.omni.backbone.run_block
-    run = run.run if isinstance(run, RecomputedBlocks) else run
-    return run.compilations if isinstance(run, CompiledBlocks) else 0
+    executor = training.omni.backbone.executor
+    executor = executor.inner if isinstance(executor, CheckpointedExecutor) else executor
+    return executor.compilations if isinstance(executor, CompiledExecutor) else 0

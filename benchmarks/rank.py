@@ -178,7 +178,7 @@ def measure_offloaded(
     with tempfile.TemporaryDirectory() as folder:
         recipe = size.recipe(layers - round(layers * offloaded))
         training = MultimodalTraining(recipe, RunFolder.open(folder), device)
-        training.omni.backbone.exchange = PlayedDispatcher(size.copies)
+        training.omni.backbone.executor.dispatcher = PlayedDispatcher(size.copies)
         train_step = OffloadedTrainStep(training, recipe.loop)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

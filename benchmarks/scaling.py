@@ -126,7 +126,7 @@ def time_steps(way: str, rows: int, steps: int) -> float:
     model = Backbone(SMALL)
     if way == "experts":
         ranks.shard(model, MeshShape(1, 1, ranks.size))
-    model.exchange = ranks.token_dispatcher(1)
+    model.executor.dispatcher = ranks.token_dispatcher(1)
     groups = ranks.groups([{"params": list(model.parameters())}])
     optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
     x, meta = torch.randn(rows, LENGTH, SMALL.hidden_size), causal_meta(rows, LENGTH)

@@ -26,7 +26,7 @@ from openm6.core.errors import ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.models.presets import preset
-from openm6.nn.block import Block, Context, LayerParts
+from openm6.nn.block import Context
 from openm6.parallel.collectives import AllToAllDispatcher
 from openm6.parallel.config import MeshShape
 from openm6.parallel.fsdp import Layout, expert_parameters, open_layout, shard
@@ -74,10 +74,8 @@ class Stack(nn.Module):
         self.backbone = backbone
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        for layer, index in enumerate(self.backbone.config.weight_sets):
-            block, parts = self.backbone.sets[index], self.backbone.layers[layer]
-            assert isinstance(block, Block) and isinstance(parts, LayerParts)
-            x, _ = block(x, parts, context, layer)
+        for layer, block in enumerate(self.backbone.blocks):
+            x, _ = block(x, context, layer)
         return self.backbone.final_norm(x)
 
 

@@ -54,18 +54,13 @@ WORDS = {
 # Not yet rewritten; empty in the end.
 PENDING = {
     "openm6",
-    "openm6/checkpoint",
     "openm6/core",
     "openm6/evaluate",
     "openm6/inference",
     "openm6/kernels",
     "openm6/modalities",
-    "openm6/models",
-    "openm6/nn",
-    "openm6/offload",
     "openm6/ops",
     "openm6/optim",
-    "openm6/parallel",
     "openm6/serve",
     "openm6/tasks",
     "openm6/train",

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,11 @@ from openm6.core.errors import ConfigError
 from openm6.modalities.text import Text
 from openm6.models.backbone import Backbone
 from openm6.models.omni import Omni
-from openm6.nn.block import Block, LayerParts
+from openm6.nn.block import TransformerBlock
 from openm6.nn.cache import SlotCache
 from openm6.nn.config import Activation, ExpertsConfig
-from openm6.nn.layers import FeedForward, activate
-from openm6.nn.moe import Experts, Router
+from openm6.nn.layers import MLP, activate
+from openm6.nn.moe import MoE
 from openm6.ops.matmul import grouped_mm
 from openm6.ops.moe import choose_prototypes, choose_top_k, dropless_permutation, permute, unpermute
 from openm6.ops.pointwise import rms_norm, rotary_table, rotate
@@ -76,13 +76,13 @@ class DecodeStep:
         self.backbone = text_head.backbone
         self.config = self.backbone.config
         self.precision, self.fixed = precision, fixed
-        if self.backbone.source is not None and precision == "int8":
+        if self.backbone.executor.offloaded and precision == "int8":
             raise ConfigError(
                 "int8 weights stay on the device: leave out num_gpu_layers, or take float32 or bfloat16"
             )
-        self._layers: dict[tuple[int, Block], _Layer] = {}
+        self._layers: dict[tuple[int, Tensor], _Layer] = {}
         self.head = matrix_of(text_head.head, precision)
-        position = torch.arange(cache.room + 1, device=cache.keys.device)[:, None].expand(-1, 3)
+        position = torch.arange(cache.capacity + 1, device=cache.keys.device)[:, None].expand(-1, 3)
         cosine, sine = rotary_table(position[None], self.config.rope_theta, self.config.sections)
         self.cosine, self.sine = cosine[0], sine[0]  # C+1 1 d/2
 
@@ -105,34 +105,28 @@ class DecodeStep:
         mask = mask[:, None, None, :]
         for layer_index in range(self.config.num_layers):
             layer = self._layer(layer_index)
-            normal = layer.parts.attention_norm(x)
+            normal = layer.block.attention_norm(x)
             x = x + self._attend(normal, layer, layer_index, rotary, mask, index)
-            x = x + layer.feed_forward(layer.parts.feed_forward_norm(x))
+            x = x + layer.mlp(layer.block.mlp_norm(x))
         states: Tensor = self.backbone.final_norm(x)
         return states
 
     def _layer(self, layer_index: int) -> _Layer:
-        """A layer on the weights that are on the device now; an offloaded block may use one of several buffers."""
+        """A layer on the weights that are on the device now; offloaded ones may be in one of several buffers."""
         block = self.backbone.block(layer_index)
-        if (layer_index, block) not in self._layers:
-            self._layers[layer_index, block] = self._new_layer(layer_index, block)
-        return self._layers[layer_index, block]
+        key = layer_index, block.attention.qkv
+        if key not in self._layers:
+            self._layers[key] = self._new_layer(block)
+        return self._layers[key]
 
-    def _new_layer(self, layer_index: int, block: Block) -> _Layer:
-        parts, router = cast(LayerParts, self.backbone.layers[layer_index]), self.backbone.router(layer_index)
-        norms, precision = parts.head_norms, self.precision
-        feed_forward: _Dense | _Sparse
-        if isinstance(block.feed_forward, Experts):
-            assert router is not None
-            feed_forward = _Sparse(block.feed_forward, router, precision, self.fixed)
-        else:
-            feed_forward = _Dense(block.feed_forward, precision)
+    def _new_layer(self, block: TransformerBlock) -> _Layer:
+        norms, mlp, precision = block.qk_norm, block.mlp, self.precision
         return _Layer(
-            parts,
+            block,
             None if norms is None else norms(self.config.num_heads, self.config.num_kv_heads).detach(),
             matrix_of(block.attention.qkv, precision),
             matrix_of(block.attention.output, precision),
-            feed_forward,
+            _Sparse(mlp, precision, self.fixed) if isinstance(mlp, MoE) else _Dense(mlp, precision),
         )
 
     def _attend(
@@ -147,8 +141,8 @@ class DecodeStep:
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         qkv = layer.qkv(x).unflatten(-1, (-1, self.config.head_dim))  # B D -> B H+2G d
         qk, value = qkv.split([heads + kv_heads, kv_heads], dim=1)
-        if layer.head_norms is not None:
-            qk = rms_norm(qk, layer.head_norms, self.config.norm_eps)
+        if layer.qk_norm is not None:
+            qk = rms_norm(qk, layer.qk_norm, self.config.norm_eps)
         query, key = rotate(qk, *rotary).split([heads, kv_heads], dim=1)
         keys, values = self.cache.keys[layer_index], self.cache.values[layer_index]  # S C G d
         keys.index_put_(index, key.to(keys.dtype))
@@ -166,17 +160,17 @@ class DecodeStep:
 class _Layer:
     """References to the weights of one layer, quantized if asked for."""
 
-    parts: LayerParts
-    head_norms: Tensor | None  # H+G d
+    block: TransformerBlock
+    qk_norm: Tensor | None  # H+G d
     qkv: Matrix
     output: Matrix
-    feed_forward: _Dense | _Sparse
+    mlp: _Dense | _Sparse
 
 
 class _Dense:
     """A dense feed-forward network, or the shared experts."""
 
-    def __init__(self, part: FeedForward, precision: Precision) -> None:
+    def __init__(self, part: MLP, precision: Precision) -> None:
         self.up, self.down = matrix_of(part.up, precision), matrix_of(part.down, precision)
         self.activation: Activation = part.config.hidden_act
 
@@ -187,15 +181,16 @@ class _Dense:
 class _Sparse:
     """A mixture of experts: every expert on every row, or rows sorted by expert."""
 
-    def __init__(self, part: Experts, router: Router, precision: Precision, fixed: bool) -> None:
-        self.config: ExpertsConfig = part.config
-        self.router, self.bias = router.weight.detach().float(), router.bias  # E D in fp32, E
+    def __init__(self, part: MoE, precision: Precision, fixed: bool) -> None:
+        experts, shared = part.experts, part.shared_experts
+        self.config: ExpertsConfig = experts.config
+        self.router, self.bias = part.router.weight.detach().float(), part.router.bias  # E D in fp32, E
         stack = QuantizedStack if precision == "int8" else PlainStack
-        self.up, self.down = stack(part.up.detach()), stack(part.down.detach())  # E D P, E F D
-        self.shared = None if part.shared is None else _Dense(part.shared, precision)
+        self.up, self.down = stack(experts.up.detach()), stack(experts.down.detach())  # E D P, E F D
+        self.shared = None if shared is None else _Dense(shared, precision)
         self.fixed = fixed
         # Sorting can be recorded in a graph if it is one kernel, in bfloat16 alone.
-        self.captured = isinstance(self.up, PlainStack) and part.up.dtype == torch.bfloat16
+        self.captured = isinstance(self.up, PlainStack) and experts.up.dtype == torch.bfloat16
 
     def __call__(self, x: Tensor) -> Tensor:
         config = self.config

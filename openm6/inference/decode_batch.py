@@ -121,7 +121,7 @@ class DecodeBatch:
         """Sample the next token of every sequence; return those that have ended or reached their bound."""
         count = len(self.rows)
         longest = max(self.cache.lengths[:count]) + 1
-        longest = min(-(-longest // STRIDE) * STRIDE, self.cache.room)
+        longest = min(-(-longest // STRIDE) * STRIDE, self.cache.capacity)
         sampled, logits = self._run(self._padded(count), longest, self._mode())
         logits, sampled = logits[:count], sampled[:count]
         scores = logits.gather(1, sampled[:, None])[:, 0] - logits.logsumexp(-1)  # B
@@ -173,7 +173,7 @@ class DecodeBatch:
             row.nll -= scores[slot]
             if row.top is not None:
                 row.scores.append(_score(logits[slot], token, row.top))
-            full = self.cache.lengths[slot] + 1 >= self.cache.room
+            full = self.cache.lengths[slot] + 1 >= self.cache.capacity
             if token == self.text_head.end or len(row.tokens) >= row.sampling.max_tokens or full:
                 ended.append(row)
         return ended
@@ -214,7 +214,9 @@ class GraphedDecodeBatch(DecodeBatch):
         return slots if self.largest_only else min(slots, next(size for size in BATCHES if size >= count))
 
     def _run(self, batch: int, longest: int, mode: SamplingMode) -> tuple[Tensor, Tensor]:
-        longest = min(self.cache.room, next((size for size in KEYS if size >= longest), self.cache.room))
+        longest = min(
+            self.cache.capacity, next((size for size in KEYS if size >= longest), self.cache.capacity)
+        )
         key = (batch, longest, mode)
         if key not in self.graphs:
             self.graphs[key] = self._captured(*key)
@@ -254,6 +256,6 @@ def open_batch(
     batch_invariant: bool = False,
 ) -> DecodeBatch:
     """Return the fastest decode batch for the model's device; a graph cannot wait for offloaded layers."""
-    graphed = text_head.embedding.is_cuda and text_head.backbone.source is None
+    graphed = text_head.embedding.is_cuda and not text_head.backbone.executor.offloaded
     kind = GraphedDecodeBatch if graphed else DecodeBatch
     return kind(text_head, max_num_seqs, max_model_len, precision, batch_invariant)

@@ -7,88 +7,89 @@ the files as on a CPU, which is slow and takes no memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from openm6.checkpoint.load import load_placed, read_weight
 from openm6.checkpoint.reader import CheckpointReader
 from openm6.models.backbone import Backbone
 from openm6.models.omni import Omni
-from openm6.nn.block import Block
-from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.nn.block import TransformerBlock
+from openm6.nn.executor import LayerExecutor
 from openm6.offload.streams import open_streams
-from openm6.offload.weight_store import RecordLayout, Use, WeightsOnly, WeightStore, set_shapes
+from openm6.offload.weight_store import RecordLayout, Use, WeightsOnly, WeightStore, matrix_shapes
 from openm6.optim.rules import WEIGHT, Slots
 
 BUFFERS = 2  # one in use, one on its way
 
 
-class OffloadedSource:
-    """A `BlockSource` of a backbone of which only some weight sets stay on the device; for one thread."""
+class OffloadedInference(LayerExecutor):
+    """Runs a backbone of which only some groups of layers have their weights on the device; for one thread."""
+
+    offloaded = True
 
     def __init__(
         self,
         backbone: Backbone,
-        catalogue: CheckpointReader,
-        kept: frozenset[int],
+        reader: CheckpointReader,
+        on_device: frozenset[int],
         device: torch.device,
         host_copy: bool = True,
     ) -> None:
-        """`kept` are the sets that the backbone itself holds; the others are on `meta` there."""
+        """`on_device` are the groups that the backbone itself holds; the matrices of others are on `meta` there."""
+        super().__init__()
         self.host_copy = host_copy and device.type == "cuda"
-        self.backbone, self.catalogue, self.kept, self.device = backbone, catalogue, kept, device
-        self.offloaded = [index for index in range(backbone.config.num_sets) if index not in kept]
+        self.config, self.final_norm = backbone.config, backbone.final_norm
+        self.reader, self.on_device, self.device = reader, on_device, device
+        self.records = [group for group in range(len(backbone.config.group_layers)) if group not in on_device]
         self.store: WeightStore | None = None  # made when first used: by then the model has its dtype
-        self._blocks: dict[
-            tuple[DenseConfig | ExpertsConfig, int], Block
-        ] = {}  # by form and address of the buffer
-        self._open: tuple[int, Block] | None = None
+        self._parameters: dict[
+            tuple[int, int], dict[str, nn.Parameter]
+        ] = {}  # by group and address of the buffer
+        self._open: int | None = None  # the group whose weights are in use
 
-    def block(self, layer: int) -> Block:
-        """As `BlockSource` requires; while the caller works with the block, the next one is fetched."""
-        index = self.backbone.config.weight_sets[layer]
-        if index in self.kept:
-            return cast(Block, self.backbone.sets[index])
+    def block(self, blocks: Sequence[TransformerBlock], layer: int) -> TransformerBlock:
+        """Return the block of a layer on the weights of its group; while it is used, the next ones are fetched."""
+        group = self.config.layer_groups[layer]
+        if group in self.on_device or group == self._open:
+            return blocks[layer]
         if self.store is None:
-            self.store = self._open_store()
-        if self._open is None or index != self._open[0]:
-            if self._open is not None:
-                self.store.close(self.offloaded.index(self._open[0]))
-            self._open = None  # also if reading fails
-            self.store.plan(self._uses(layer))
-            stored = self.store.open(self.offloaded.index(index))
-            self._open = index, self._block_of(index, layer, stored)
-        return self._open[1]
+            self.store = self._open_store(blocks)
+        if self._open is not None:
+            self.store.close(self.records.index(self._open))
+        self._open = None  # also if reading fails
+        self.store.plan(self._uses(layer))
+        _set_matrices(blocks[layer], self._parameters_of(group, self.store.open(self.records.index(group))))
+        self._open = group
+        return blocks[layer]
 
-    def _block_of(self, index: int, layer: int, stored: dict[str, Slots]) -> Block:
-        """Return the block of a buffer, always the same one for the same memory and form, with the set's router."""
-        original = cast(Block, self.backbone.sets[index])
-        key = self.backbone.config.feed_forward(layer), next(iter(stored.values()))[WEIGHT].data_ptr()
-        if key not in self._blocks:
-            self._blocks[key] = _empty_like(original)
-            for name, slots in stored.items():
-                _set_parameter(self._blocks[key], name, slots[WEIGHT])
-        self._blocks[key].router = original.router
-        return self._blocks[key]
+    def _parameters_of(self, group: int, stored: dict[str, Slots]) -> dict[str, nn.Parameter]:
+        """Return the group's weights in a buffer, always the same objects for the same memory."""
+        key = group, next(iter(stored.values()))[WEIGHT].data_ptr()
+        if key not in self._parameters:
+            self._parameters[key] = {
+                name: nn.Parameter(slots[WEIGHT], requires_grad=False) for name, slots in stored.items()
+            }
+        return self._parameters[key]
 
     def _uses(self, layer: int) -> list[Use]:
         """One round of uses from this layer on; after the last layer comes the first of the next pass."""
-        sets = self.backbone.config.weight_sets
+        groups = self.config.layer_groups
         return [
-            Use(self.offloaded.index(index), whole=False)
-            for index in (*sets[layer:], *sets[:layer])
-            if index not in self.kept
+            Use(self.records.index(group), whole=False)
+            for group in (*groups[layer:], *groups[:layer])
+            if group not in self.on_device
         ]
 
-    def _open_store(self) -> WeightStore:
+    def _open_store(self, blocks: Sequence[TransformerBlock]) -> WeightStore:
         """Open a store of the dtype that the rest of the backbone has."""
-        dtype = self.backbone.final_norm.weight.dtype
-        blocks = {index: cast(Block, self.backbone.sets[index]) for index in self.offloaded}
+        storage = WeightsOnly(self.final_norm.weight.dtype)
+        offloaded = [blocks[self.config.group_layers[group]] for group in self.records]
         store = WeightStore(
-            [RecordLayout(set_shapes(block), WeightsOnly(dtype)) for block in blocks.values()],
+            [RecordLayout(matrix_shapes(block), storage) for block in offloaded],
             on_device=(),
             device=self.device,
             streams=open_streams(self.device),
@@ -97,46 +98,39 @@ class OffloadedSource:
             read=None if self.host_copy else self._read,
         )
         if self.host_copy:
-            for record in range(len(self.offloaded)):
+            for record in range(len(self.records)):
                 self._read(record, store.stored(record))
         return store
 
     def _read(self, record: int, stored: dict[str, Slots]) -> None:
-        """Read the weights of a set from the checkpoint's files."""
+        """Read the weights of a group from the checkpoint's files."""
+        prefix = f"backbone.layers.{self.config.group_layers[self.records[record]]}"
         for name, slots in stored.items():
-            read_weight(self.catalogue, f"backbone.sets.{self.offloaded[record]}.{name}", slots[WEIGHT])
+            read_weight(self.reader, f"{prefix}.{name}", slots[WEIGHT])
 
 
-def _set_parameter(block: Block, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(block.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
-
-
-def _empty_like(block: Block) -> Block:
-    """Return a block of the same form on `meta`, for inference only."""
-    with torch.device("meta"):
-        copy = Block(block.attention.config, block.feed_forward.config, None)
-    return copy.eval().requires_grad_(False)
+def _set_matrices(block: TransformerBlock, parameters: dict[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(block.get_submodule(path), leaf, parameter)
 
 
 def place_offloaded(
     omni: Omni, folder: Path, num_gpu_layers: int, device: torch.device, host_copy: bool = True
 ) -> None:
-    """Put a model whose sets are on `meta` on a device, but not the sets that only layers from `num_gpu_layers` on use.
+    """Put a model with matrices on `meta` on a device, but not those that only layers from `num_gpu_layers` on use.
 
     Raises:
         CheckpointError: its weights are not in the folder.
     """
     backbone = omni.backbone
-    kept = frozenset(backbone.config.weight_sets[:num_gpu_layers])
-    blocks = [cast(Block, block) for block in backbone.sets]
-    for block in (blocks[index] for index in kept):
-        block.attention.to_empty(device="cpu")
-        block.feed_forward.to_empty(device="cpu")
-    catalogue = load_placed(folder, omni)
-    for part in (omni.adapters, backbone.layers, backbone.final_norm, *(blocks[index] for index in kept)):
-        part.to(device)
-    for block in blocks:
-        if block.router is not None:
-            block.router.to(device)
-    backbone.source = OffloadedSource(backbone, catalogue, kept, device, host_copy)
+    for block in backbone.blocks[:num_gpu_layers]:
+        for module in block.shareable().values():
+            if any(parameter.is_meta for parameter in module.parameters()):
+                module.to_empty(device="cpu")
+    reader = load_placed(folder, omni)
+    for tensor in [*omni.parameters(), *omni.buffers()]:
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
+    on_device = frozenset(backbone.config.layer_groups[:num_gpu_layers])
+    backbone.executor = OffloadedInference(backbone, reader, on_device, device, host_copy)

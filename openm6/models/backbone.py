@@ -1,71 +1,84 @@
 """The transformer between embedding and heads: a stack of blocks under the sequence rule."""
 
-# Letters: B rows, S new tokens, T tokens with those of the cache, D width, E experts
+# Dimensions: B rows, S new tokens, T tokens with those of the cache, D width, E experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from copy import deepcopy
+from itertools import product
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from openm6.models.config import BackboneConfig
-from openm6.models.running import RunBlock, run_plainly
 from openm6.nn.attention import Mask
-from openm6.nn.block import Block, BlockRunner, BlockSource, Context, LayerParts
+from openm6.nn.block import Context, TransformerBlock, build_block
 from openm6.nn.cache import SlotCache, TokenCache
-from openm6.nn.config import ExpertsConfig
+from openm6.nn.executor import LayerExecutor
 from openm6.nn.layers import RMSNorm
-from openm6.nn.moe import LocalDispatcher, Router, RouterStats, TokenDispatcher
+from openm6.nn.moe import Router, RouterStats
 from openm6.ops.attention import query_blocks
 from openm6.ops.pointwise import rotary_table
 from openm6.ops.sequence import BLOCK, CausalMask, SequenceMeta, additive_mask, block_mask, visible
 
-Refill = Callable[[Block, Block], None]  # fills a new block of the same form with an old one's weights
+Refill = Callable[
+    [nn.Module, nn.Module], None
+]  # fills a new module of the same form with an old one's weights
 
 
 class Backbone(nn.Module):
     """Turns embedded tokens into hidden states, from which heads predict.
 
-    `sets` holds the weight sets and `layers` what each layer keeps to itself; layer l uses sets[weight_sets[l]].
-    Built under `torch.device("meta")` it costs no memory; then `to_empty(device=...)` and `reset_parameters()`, or
-    load a checkpoint. With `empty_sets` only the matrices of the sets are on `meta`, for a model that does not fit
-    on one device: whoever sets `runner` or `source` then keeps their values.
+    Layers of a group share weights by holding the same modules, see `TransformerBlock`. Built under
+    `torch.device("meta")` it costs no memory; then `to_empty(device=...)` and `reset_parameters()`, or load a
+    checkpoint. With `meta_matrices` only the matrices that layers may share are on `meta`, for a model that does not
+    fit on one device: the `executor` then holds their values.
     """
 
-    def __init__(self, config: BackboneConfig, empty_sets: bool = False) -> None:
+    def __init__(self, config: BackboneConfig, meta_matrices: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.runner: BlockRunner | None = None
-        self.source: BlockSource | None = None  # replaced to offload weights in inference
-        self.sets = nn.ModuleList(
-            _block(config, config.weight_sets.index(index), empty_sets) for index in range(config.num_sets)
-        )
-        self.layers = nn.ModuleList(
-            LayerParts(config.attention, _router(config, layer, shared=False))
-            for layer in range(config.num_layers)
-        )
+        self.executor = LayerExecutor()  # replaced to compile, checkpoint or offload layers
+        self.layers = nn.ModuleList()
+        for layer, first in enumerate(config.shared_with):
+            shared = None if first == layer else self.blocks[first]
+            mlp = config.feed_forward(layer)
+            self.layers.append(
+                build_block(config.attention, mlp, shared, config.share_routers, meta_matrices)
+            )
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.run_block: RunBlock = run_plainly  # replaced to compile or recompute blocks
-        self.exchange: TokenDispatcher = LocalDispatcher()  # replaced for expert-parallel training
         self.reset_parameters()
 
+    @property
+    def blocks(self) -> list[TransformerBlock]:
+        """The layers."""
+        return [cast(TransformerBlock, block) for block in self.layers]
+
+    @property
+    def group_blocks(self) -> list[TransformerBlock]:
+        """The first layer of each group of layers that share weights."""
+        return [self.blocks[layer] for layer in self.config.group_layers]
+
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """First values: truncated normal, smaller if a part adds to the residual stream; follows torch's seed."""
-        with torch.no_grad():
-            for block in self.sets:
-                cast(Block, block).reset_parameters(self.config.deviation, self.config.output_deviation)
-            for parts in self.layers:
-                cast(LayerParts, parts).reset_parameters(self.config.deviation)
-            self.final_norm.reset_parameters()
+        """First values: truncated normal, smaller if a module adds to the residual stream; follows torch's seed."""
+        deviation, shared = self.config.deviation, self.config.share_routers
+        for block in self.group_blocks:
+            block.reset_matrices(deviation, self.config.output_deviation)
+            if shared and block.router is not None:
+                block.router.reset_parameters(deviation)
+        for block in self.blocks:
+            block.reset_norms()
+            if not shared and block.router is not None:
+                block.router.reset_parameters(deviation)
+        self.final_norm.reset_parameters()
 
     def forward(
         self, x: Tensor, meta: SequenceMeta, cache: TokenCache | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
-        """Embedded tokens B S D -> hidden states B S D after the final norm, and a report for each sparse layer.
+        """Embedded tokens B S D -> hidden states B S D after the final norm, and each sparse layer's statistics.
 
         With a cache, the S tokens are added to it and see all of it by the same rule.
 
@@ -83,83 +96,77 @@ class Backbone(nn.Module):
                 mask=choose_mask(meta, cache, x),
                 valid=meta.valid,
                 cache=cache,
-                exchange=self.exchange,
+                dispatcher=self.executor.dispatcher,
             )
 
-        if self.runner is not None:
-            parts = [cast(LayerParts, layer) for layer in self.layers]
-            x, loads = self.runner.run(x, meta, parts, make_context)
-        else:
-            x, loads = self._run(x, make_context(x, meta))
-        return self.final_norm(x), loads
+        x, stats = self.executor.run(self.blocks, x, meta, make_context)
+        return self.final_norm(x), stats
 
-    def _run(self, x: Tensor, context: Context) -> tuple[Tensor, list[RouterStats]]:
-        loads: list[RouterStats] = []
-        for layer in range(self.config.num_layers):
-            parts = cast(LayerParts, self.layers[layer])
-            x, load = self.run_block(self.block(layer), parts, x, context, layer)
-            loads += [] if load is None else [load]
-        return x, loads
+    def block(self, layer: int) -> TransformerBlock:
+        """A layer, ready on the device until another one is asked for."""
+        return self.executor.block(self.blocks, layer)
 
-    def new_cache(self, slots: int, room: int) -> SlotCache:
-        """Return an empty cache of `slots` sequences of up to `room` tokens, on the weights' device in their dtype."""
+    def new_cache(self, slots: int, capacity: int) -> SlotCache:
+        """Return an empty cache of `slots` sequences of up to `capacity` tokens, as the weights on device and dtype."""
         config, weight = self.config, self.final_norm.weight
         return SlotCache(
-            config.num_layers, slots, room, config.num_kv_heads, config.head_dim, weight.device, weight.dtype
+            config.num_layers,
+            slots,
+            capacity,
+            config.num_kv_heads,
+            config.head_dim,
+            weight.device,
+            weight.dtype,
         )
 
     @torch.no_grad()
     def delink(self, refill: Refill | None = None) -> dict[str, str]:
-        """Give every layer a weight set of its own, a copy of the one that it shared (M6-10T, 2110.03888, §3).
+        """Give every layer weights of its own, copies of those that it shared (M6-10T, 2110.03888, §3).
 
-        The first layer of a set keeps the very tensors, so that nothing is computed differently afterwards. Where
-        blocks cannot be copied, as those cut over ranks, every layer gets a new one, which `refill` fills from the old.
+        The first layer of a group keeps the very tensors, so that nothing is computed differently afterwards. If
+        modules cannot be copied, as those sharded over ranks, every layer gets new ones, which `refill` fills from
+        the old.
 
         Returns:
-            name of each parameter in a set -> the name that it had, or that it is a copy of.
+            name of each parameter that could be shared -> the name that it had, or that it is a copy of.
         """
-        numbers = self.config.weight_sets
-        shared = [cast(Block, block) for block in self.sets]
-        config = self.config.model_copy(update={"sharing": None})
-        self.sets = nn.ModuleList(
-            _copies(shared, numbers) if refill is None else _refilled(shared, numbers, config, refill)
-        )
-        self.config = config
-        return {
-            f"sets.{layer}.{name}": f"sets.{index}.{name}"
-            for layer, index in enumerate(numbers)
-            for name, _ in shared[index].named_parameters()
-        }
-
-    def block(self, layer: int) -> Block:
-        """The weight set of a layer, from the source if there is one."""
-        if self.source is not None:
-            return self.source.block(layer)
-        return cast(Block, self.sets[self.config.weight_sets[layer]])
-
-    def router(self, layer: int) -> Router | None:
-        """The router of a layer, None if it is dense."""
-        own = cast(LayerParts, self.layers[layer]).router
-        return own if own is not None else cast(Block, self.sets[self.config.weight_sets[layer]]).router
+        old, blocks = self.config, self.blocks
+        self.config = old.model_copy(update={"sharing": None})
+        names: dict[str, str] = {}
+        for first in old.group_layers:
+            modules: dict[str, nn.Module] = {**blocks[first].shareable()}
+            if old.share_routers and blocks[first].router is not None:
+                modules["mlp.router"] = cast(Router, blocks[first].router)
+            group = [layer for layer, other in enumerate(old.shared_with) if other == first]
+            for (name, module), layer in product(modules.items(), group):
+                parameters = [f"{name}.{inner}" for inner, _ in module.named_parameters()]
+                names |= {f"layers.{layer}.{inner}": f"layers.{first}.{inner}" for inner in parameters}
+                if refill is not None and not isinstance(module, Router):
+                    fresh = build_block(old.attention, old.feed_forward(layer), meta_matrices=True)
+                    refill(fresh.get_submodule(name), module)
+                    blocks[layer].set_submodule(name, fresh.get_submodule(name))
+                elif layer != first:
+                    blocks[layer].set_submodule(name, deepcopy(module))
+        return names
 
     @torch.no_grad()
-    def update_balance(self, loads: list[RouterStats]) -> None:
+    def update_balance(self, stats: list[RouterStats]) -> None:
         """Moves the routers' biases a step towards balance; call it once after each training step.
 
-        `loads` may hold several reports of a layer (micro-batches); they are summed, as those of a shared router are.
+        `stats` may hold several of a layer (micro-batches); they are summed, as those of a shared router are.
         """
         totals: dict[Router, Tensor] = {}
-        for load in loads:
-            router = self.router(load.layer)
+        for found in stats:
+            router = self.blocks[found.layer].router
             if router is not None:
-                totals[router] = totals[router] + load.load if router in totals else load.load
+                totals[router] = totals[router] + found.load if router in totals else found.load
         for router, total in totals.items():
             router.update_balance(total)
 
 
-def side_loss(loads: list[RouterStats]) -> Tensor | float:
+def side_loss(stats: list[RouterStats]) -> Tensor | float:
     """The weighted side losses of all routers, to be added to the training loss."""
-    return sum((load.side_loss for load in loads), start=0.0)
+    return sum((found.side_loss for found in stats), start=0.0)
 
 
 def choose_mask(meta: SequenceMeta, cache: TokenCache | None, x: Tensor) -> Mask:
@@ -173,32 +180,3 @@ def choose_mask(meta: SequenceMeta, cache: TokenCache | None, x: Tensor) -> Mask
         return block_mask(meta, meta)
     mask = visible(meta, keys)
     return additive_mask(mask, x.dtype) if x.is_cpu else mask
-
-
-def _block(config: BackboneConfig, layer: int, empty: bool) -> Block:
-    """The weight set that `layer` is the first to use."""
-    router = _router(config, layer, shared=True)
-    with torch.device("meta") if empty else nullcontext():
-        return Block(config.attention, config.feed_forward(layer), router)
-
-
-def _copies(shared: list[Block], numbers: Sequence[int]) -> Iterator[Block]:
-    for layer, index in enumerate(numbers):
-        yield shared[index] if numbers.index(index) == layer else deepcopy(shared[index])
-
-
-def _refilled(
-    shared: list[Block], numbers: Sequence[int], config: BackboneConfig, refill: Refill
-) -> Iterator[Block]:
-    for layer, index in enumerate(numbers):
-        fresh = _block(config, layer, empty=True)
-        refill(fresh, shared[index])
-        yield fresh
-
-
-def _router(config: BackboneConfig, layer: int, shared: bool) -> Router | None:
-    """A router for a sparse layer, if it belongs where the caller is building: with the set or with the layer."""
-    part = config.feed_forward(layer)
-    if not isinstance(part, ExpertsConfig) or shared != config.share_routers:
-        return None
-    return Router(config.hidden_size, part)

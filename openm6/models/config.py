@@ -18,8 +18,8 @@ class BackboneConfig(Config):
 
     moe_layer_freq: of `moe_layer_freq` layers the last holds experts, the others `dense`; `dense_layers` never do.
     rope_sections: frequencies (half of head_dim) driven by time, height and width; default 6 : 5 : 5.
-    sharing: layer -> number of its weight set; "all" gives one set to all layers of a kind, a number n one to every
-        n layers that follow one another; None shares nothing.
+    sharing: layer -> index of the group whose weights it shares; "all" makes one group of all layers of a kind, a
+        number n one of every n consecutive layers; None shares nothing.
     initializer_range: of the first weights; default 0.64/sqrt(width), which is 0.02 at a width of 1024.
     """
 
@@ -66,16 +66,16 @@ class BackboneConfig(Config):
 
     def _check_sharing(self) -> None:
         if isinstance(self.sharing, int) and self.sharing < 1:
-            raise ValueError(f"sharing={self.sharing} must be 1 or more layers that share one weight set")
-        sets = self.weight_sets
-        if len(sets) != self.num_layers:
-            raise ValueError(f"sharing names {len(sets)} layers, but num_layers={self.num_layers}")
-        if sorted(set(sets)) != list(range(len(set(sets)))):
-            raise ValueError("sharing must number its weight sets from 0 without a gap")
-        for layer, index in enumerate(sets):
-            if self.has_experts(layer) != self.has_experts(sets.index(index)):
+            raise ValueError(f"sharing={self.sharing} must be 1 or more layers that share their weights")
+        groups = self.layer_groups
+        if len(groups) != self.num_layers:
+            raise ValueError(f"sharing lists {len(groups)} layers, but num_layers={self.num_layers}")
+        if sorted(set(groups)) != list(range(len(set(groups)))):
+            raise ValueError("sharing must number its groups of layers from 0 without a gap")
+        for layer, first in enumerate(self.shared_with):
+            if self.has_experts(layer) != self.has_experts(first):
                 raise ValueError(
-                    f"layers {sets.index(index)} and {layer} share weight set {index}, "
+                    f"layers {first} and {layer} share weights (group {groups[layer]}), "
                     f"but only one of them holds experts"
                 )
 
@@ -92,8 +92,8 @@ class BackboneConfig(Config):
         return part
 
     @property
-    def weight_sets(self) -> tuple[int, ...]:
-        """layer -> number of its weight set."""
+    def layer_groups(self) -> tuple[int, ...]:
+        """layer -> index of the group of layers with which it shares weights."""
         if self.sharing is None:
             return tuple(range(self.num_layers))
         if isinstance(self.sharing, int):
@@ -104,13 +104,21 @@ class BackboneConfig(Config):
         return tuple(int(self.has_experts(layer) != first) for layer in range(self.num_layers))
 
     @property
-    def num_sets(self) -> int:
-        return len(set(self.weight_sets))
+    def group_layers(self) -> tuple[int, ...]:
+        """group -> its first layer, under whose name a checkpoint holds the shared weights."""
+        groups = self.layer_groups
+        return tuple(groups.index(group) for group in range(len(set(groups))))
+
+    @property
+    def shared_with(self) -> tuple[int, ...]:
+        """layer -> the first layer of its group."""
+        firsts = self.group_layers
+        return tuple(firsts[group] for group in self.layer_groups)
 
     @property
     def stage(self) -> Stage:
-        """Pseudo while layers share weight sets (M6-10T, 2110.03888), real once each has its own."""
-        return "pseudo" if self.num_sets < self.num_layers else "real"
+        """Pseudo while layers share weights (M6-10T, 2110.03888), real once each has its own."""
+        return "pseudo" if len(self.group_layers) < self.num_layers else "real"
 
     @property
     def sections(self) -> tuple[int, int, int]:
@@ -144,7 +152,7 @@ class BackboneConfig(Config):
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters that exist, and those that one token meets (a weight set counts once for each layer it serves)."""
+    """Parameters that exist, and those that one token meets (shared ones count once per layer)."""
 
     total: int
     active: int
@@ -152,15 +160,12 @@ class ParameterCount:
 
 def count_parameters(config: BackboneConfig) -> ParameterCount:
     """Parameters of a backbone (no embedding, no head), from its config alone."""
-    sets = config.weight_sets
     total = active = config.hidden_size  # the final norm
-    for layer in range(config.num_layers):
-        own = _count_own(config, layer)
-        matrices = _count_matrices(config, layer)
-        first_use = sets.index(sets[layer]) == layer
-        shared_router = config.share_routers and not first_use
-        total += own.total - (_count_router(config, layer) if shared_router else 0)
-        total += matrices.total if first_use else 0
+    for layer, first in enumerate(config.shared_with):
+        own, matrices = _count_own(config, layer), _count_matrices(config, layer)
+        total += own.total + (matrices.total if first == layer else 0)
+        if config.share_routers and first != layer:
+            total -= _count_router(config, layer)
         active += own.active + matrices.active
     return ParameterCount(total, active)
 

@@ -64,13 +64,13 @@ def read_description(text: str, where: str) -> CheckpointConfig:
 
 
 def build_model(
-    description: CheckpointConfig, tokenizer: str, where: str, empty_sets: bool = False
+    description: CheckpointConfig, tokenizer: str, where: str, meta_matrices: bool = False
 ) -> tuple[Omni, Modalities]:
     """A model with fresh weights and its modalities, from a description and the text of a tokenizer.json.
 
-    `empty_sets` as in `Backbone`.
+    `meta_matrices` as in `Backbone`.
     """
     modalities = build_modalities(
         description.modalities, read_tokenizer(tokenizer, where), description.scales
     )
-    return Omni(description.backbone, modalities, description.embedding, empty_sets), modalities
+    return Omni(description.backbone, modalities, description.embedding, meta_matrices), modalities

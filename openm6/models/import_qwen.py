@@ -149,16 +149,16 @@ def _tensor(state: State, name: str) -> Tensor:
 
 
 def _attention(state: State, layer: int) -> dict[str, Tensor]:
-    """Queries, keys and values become one matrix; the four norms of a layer keep to themselves."""
-    theirs, block, parts = f"model.layers.{layer}", f"sets.{layer}", f"layers.{layer}"
+    """Queries, keys and values become one matrix."""
+    theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
     projections = [_tensor(state, f"{theirs}.self_attn.{name}_proj.weight") for name in "qkv"]
     return {
-        f"{block}.attention.qkv": torch.cat(projections),
-        f"{block}.attention.output": _tensor(state, f"{theirs}.self_attn.o_proj.weight"),
-        f"{parts}.head_norms.query": _tensor(state, f"{theirs}.self_attn.q_norm.weight"),
-        f"{parts}.head_norms.key": _tensor(state, f"{theirs}.self_attn.k_norm.weight"),
-        f"{parts}.attention_norm.weight": _tensor(state, f"{theirs}.input_layernorm.weight"),
-        f"{parts}.feed_forward_norm.weight": _tensor(state, f"{theirs}.post_attention_layernorm.weight"),
+        f"{ours}.attention.qkv": torch.cat(projections),
+        f"{ours}.attention.output": _tensor(state, f"{theirs}.self_attn.o_proj.weight"),
+        f"{ours}.qk_norm.query": _tensor(state, f"{theirs}.self_attn.q_norm.weight"),
+        f"{ours}.qk_norm.key": _tensor(state, f"{theirs}.self_attn.k_norm.weight"),
+        f"{ours}.attention_norm.weight": _tensor(state, f"{theirs}.input_layernorm.weight"),
+        f"{ours}.mlp_norm.weight": _tensor(state, f"{theirs}.post_attention_layernorm.weight"),
     }
 
 
@@ -167,8 +167,8 @@ def _dense(state: State, layer: int) -> dict[str, Tensor]:
     theirs = f"model.layers.{layer}.mlp"
     gate_up = [_tensor(state, f"{theirs}.{name}_proj.weight") for name in ("gate", "up")]
     return {
-        f"sets.{layer}.feed_forward.up": torch.cat(gate_up),
-        f"sets.{layer}.feed_forward.down": _tensor(state, f"{theirs}.down_proj.weight"),
+        f"layers.{layer}.mlp.up": torch.cat(gate_up),
+        f"layers.{layer}.mlp.down": _tensor(state, f"{theirs}.down_proj.weight"),
     }
 
 
@@ -181,9 +181,9 @@ def _experts(state: State, layer: int, config: BackboneConfig) -> dict[str, Tens
     else:
         up, down = _stacked(state, theirs, config)
     return {
-        f"layers.{layer}.router.weight": _tensor(state, f"{theirs}.gate.weight"),
-        f"sets.{layer}.feed_forward.up": up.transpose(1, 2).contiguous(),
-        f"sets.{layer}.feed_forward.down": down.transpose(1, 2).contiguous(),
+        f"layers.{layer}.mlp.router.weight": _tensor(state, f"{theirs}.gate.weight"),
+        f"layers.{layer}.mlp.experts.up": up.transpose(1, 2).contiguous(),
+        f"layers.{layer}.mlp.experts.down": down.transpose(1, 2).contiguous(),
     }
 
 

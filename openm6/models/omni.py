@@ -1,6 +1,6 @@
 """The whole model: adapters embed every kind of token for one backbone and compute losses of its hidden states."""
 
-# Letters: R rows, S tokens a row, N = R*S, D width, n tokens of one kind, m of them learned
+# Dimensions: R rows, S tokens a row, N = R*S, D width, n tokens of one kind, m of them learned
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Omni(nn.Module):
         config: BackboneConfig,
         modalities: Modalities,
         embedding: PoolConfig | None = None,
-        empty_sets: bool = False,
+        meta_matrices: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        self.backbone = Backbone(config, empty_sets)
+        self.backbone = Backbone(config, meta_matrices)
         adapters: dict[str, Adapter] = {}
         for modality in modalities.values():
             adapters |= modality.adapters(config.hidden_size)

@@ -1,6 +1,6 @@
 """Grouped-query attention with one fused query-key-value product."""
 
-# Letters: B rows, S queries, T keys, D width, H query heads, G key-value heads, d size of a head
+# Dimensions: B rows, S queries, T keys, D width, H query heads, G key-value heads, d size of a head
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from openm6.ops.sequence import CausalMask
 Mask = Tensor | QueryBlocks | BlockMask | CausalMask
 
 
-class HeadNorms(nn.Module):
-    """The learnt weights that normalise each query and each key head; they stay with the layer, unshared."""
+class QKNorm(nn.Module):
+    """The learned weights of the RMSNorm of each query and each key head."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class HeadNorms(nn.Module):
 
 
 class Attention(nn.Module):
-    """Lets each token read the tokens that it may see."""
+    """Grouped-query attention; `qkv` is q_proj, k_proj and v_proj in one matrix, `output` is o_proj."""
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        head_norms: HeadNorms | None,
+        qk_norm: QKNorm | None,
         rotary: tuple[Tensor, Tensor],
         mask: Mask,
         cache: TokenCache | None,
@@ -69,8 +69,8 @@ class Attention(nn.Module):
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         qkv = linear(x, self.qkv).unflatten(-1, (-1, self.config.head_dim))  # B S D -> B S H+2G d
         qk, value = qkv.split([heads + kv_heads, kv_heads], dim=2)
-        if head_norms is not None:
-            qk = rms_norm(qk, head_norms(heads, kv_heads), self.config.norm_eps)
+        if qk_norm is not None:
+            qk = rms_norm(qk, qk_norm(heads, kv_heads), self.config.norm_eps)
         query, key = rotate(qk, *rotary).split([heads, kv_heads], dim=2)
         if cache is not None:
             key, value = (part.to(query.dtype) for part in cache.write(layer, key, value))  # B T G d
@@ -98,5 +98,5 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
 
 @functools.cache
 def _flex() -> Callable[..., Tensor]:
-    """FlexAttention is fast only when compiled; made on first use, as nothing works at import."""
+    """Return FlexAttention compiled, without which it is slow; on first use, because importing must cost nothing."""
     return torch.compile(flex_attention)

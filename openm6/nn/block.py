@@ -1,21 +1,22 @@
-"""One layer: attention and a feed-forward part, each behind a norm and added to the stream."""
+"""One layer of the transformer: attention and an MLP, each behind a norm and added to the residual stream."""
 
-# Letters: B rows, S tokens, D width
+# Dimensions: B rows, S tokens, D width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
-from openm6.nn.attention import Attention, HeadNorms, Mask
+from openm6.nn.attention import Attention, Mask, QKNorm
 from openm6.nn.cache import TokenCache
 from openm6.nn.config import AttentionConfig, DenseConfig, ExpertsConfig
-from openm6.nn.layers import FeedForward, RMSNorm
-from openm6.nn.moe import Experts, Router, RouterStats, TokenDispatcher
-from openm6.ops.sequence import SequenceMeta
+from openm6.nn.layers import MLP, RMSNorm
+from openm6.nn.moe import Experts, MoE, Router, RouterStats, TokenDispatcher
+
+BlockOutput = tuple[Tensor, RouterStats | None]
 
 
 @dataclass(frozen=True)
@@ -29,89 +30,95 @@ class Context:
     mask: Mask
     valid: Tensor
     cache: TokenCache | None
-    exchange: TokenDispatcher
+    dispatcher: TokenDispatcher
 
 
-class LayerParts(nn.Module):
-    """What a layer keeps to itself even if it shares its weight set: the norms, and its router if unshared."""
+class TransformerBlock(nn.Module):
+    """A layer: x + attention(attention_norm(x)), then x + mlp(mlp_norm(x)).
 
-    def __init__(self, attention: AttentionConfig, router: Router | None) -> None:
+    Layers that share weights hold the same `attention` and the same `mlp` (of a mixture of experts, the same experts);
+    norms are each layer's own, and so is its router unless the config shares it.
+    """
+
+    def __init__(self, attention: Attention, mlp: MLP | MoE) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(attention.hidden_size, attention.norm_eps)
-        self.head_norms = HeadNorms(attention.head_dim) if attention.qk_norm else None
-        self.feed_forward_norm = RMSNorm(attention.hidden_size, attention.norm_eps)
-        self.router = router
-
-    def reset_parameters(self, deviation: float) -> None:
-        self.attention_norm.reset_parameters()
-        self.feed_forward_norm.reset_parameters()
-        if self.head_norms is not None:
-            self.head_norms.reset_parameters()
-        if self.router is not None:
-            self.router.reset_parameters(deviation)
-
-
-class Block(nn.Module):
-    """A weight set: the matrices of one layer, or of several that share them."""
-
-    def __init__(
-        self, attention: AttentionConfig, feed_forward: DenseConfig | ExpertsConfig, router: Router | None
-    ) -> None:
-        super().__init__()
-        self.attention = Attention(attention)
-        self.feed_forward: FeedForward | Experts
-        if isinstance(feed_forward, ExpertsConfig):
-            self.feed_forward = Experts(attention.hidden_size, feed_forward)
-        else:
-            self.feed_forward = FeedForward(attention.hidden_size, feed_forward)
-        self.router = router
-
-    def reset_parameters(self, deviation: float, output_deviation: float) -> None:
-        self.attention.reset_parameters(deviation, output_deviation)
-        self.feed_forward.reset_parameters(deviation, output_deviation)
-        if self.router is not None:
-            self.router.reset_parameters(deviation)
+        config = attention.config
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.qk_norm = QKNorm(config.head_dim) if config.qk_norm else None
+        self.attention = attention
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = mlp
 
     @property
-    def sparse(self) -> bool:
-        """Whether its feed-forward part has experts."""
-        return isinstance(self.feed_forward, Experts)
+    def router(self) -> Router | None:
+        """The router; None if the MLP is dense."""
+        return self.mlp.router if isinstance(self.mlp, MoE) else None
 
-    def forward(
-        self, x: Tensor, parts: LayerParts, context: Context, layer: int
-    ) -> tuple[Tensor, RouterStats | None]:
-        """B S D -> B S D, and the router's report if the layer has experts."""
-        attended = self.attention(
-            parts.attention_norm(x), parts.head_norms, context.rotary, context.mask, context.cache, layer
-        )
-        x = x + attended
-        normal = parts.feed_forward_norm(x)
-        if isinstance(self.feed_forward, FeedForward):
-            return x + self.feed_forward(normal), None
-        router = parts.router if parts.router is not None else self.router
-        y, load = self.feed_forward(normal, router, context.valid, context.exchange, layer)
-        return x + y, load
+    def shareable(self) -> dict[str, Attention | MLP | Experts]:
+        """Return the modules with the matrices, which layers may share, by their name in the block."""
+        if isinstance(self.mlp, MLP):
+            return {"attention": self.attention, "mlp": self.mlp}
+        found: dict[str, Attention | MLP | Experts] = {
+            "attention": self.attention,
+            "mlp.experts": self.mlp.experts,
+        }
+        shared = self.mlp.shared_experts
+        return found if shared is None else {**found, "mlp.shared_experts": shared}
+
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the shareable modules, by their name in the block."""
+        return {
+            f"{prefix}.{name}": parameter
+            for prefix, module in self.shareable().items()
+            for name, parameter in module.named_parameters()
+        }
+
+    def reset_norms(self) -> None:
+        for norm in (self.attention_norm, self.qk_norm, self.mlp_norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+    def reset_matrices(self, deviation: float, output_deviation: float) -> None:
+        for module in self.shareable().values():
+            module.reset_parameters(deviation, output_deviation)
+
+    def forward(self, x: Tensor, context: Context, layer: int) -> BlockOutput:
+        """B S D -> B S D, and the router's statistics if the MLP has experts."""
+        normal = self.attention_norm(x)
+        x = x + self.attention(normal, self.qk_norm, context.rotary, context.mask, context.cache, layer)
+        normal = self.mlp_norm(x)
+        if isinstance(self.mlp, MLP):
+            return x + self.mlp(normal), None
+        y, stats = self.mlp(normal, context.valid, context.dispatcher, layer)
+        return x + y, stats
 
 
-MakeContext = Callable[[Tensor, SequenceMeta], Context]
+def build_block(
+    attention: AttentionConfig,
+    mlp: DenseConfig | ExpertsConfig,
+    first: TransformerBlock | None = None,
+    share_router: bool = False,
+    meta_matrices: bool = False,
+) -> TransformerBlock:
+    """Return a block with matrices of its own (on `meta` if so asked), or with those of `first`, and maybe its router.
 
-
-class BlockSource(Protocol):
-    """Return the block of each layer if not all of them are on the device at once."""
-
-    def block(self, layer: int) -> Block:
-        """The block, ready on the device until that of another layer is asked for."""
-        ...
-
-
-class BlockRunner(Protocol):
-    """Runs all layers on embedded tokens, in as many parts of the batch as it sees fit."""
-
-    def run(
-        self, x: Tensor, meta: SequenceMeta, layers: Sequence[LayerParts], make_context: MakeContext
-    ) -> tuple[Tensor, list[RouterStats]]:
-        """B S D -> B S D before the final norm, and a report for each sparse layer.
-
-        `make_context` returns the context of some of the rows.
-        """
-        ...
+    Its values are not yet filled in.
+    """
+    router = None
+    if isinstance(mlp, ExpertsConfig):
+        shared = first.router if first is not None and share_router else None
+        router = shared or Router(attention.hidden_size, mlp)
+    if first is not None:
+        if isinstance(first.mlp, MLP) or router is None:
+            return TransformerBlock(first.attention, first.mlp)
+        return TransformerBlock(first.attention, MoE(router, first.mlp.experts, first.mlp.shared_experts))
+    with torch.device("meta") if meta_matrices else nullcontext():
+        own = Attention(attention)
+        if isinstance(mlp, DenseConfig):
+            network: MLP | MoE = MLP(attention.hidden_size, mlp)
+        else:
+            assert router is not None
+            experts = Experts(attention.hidden_size, mlp)
+            shared_experts = None if mlp.shared is None else MLP(attention.hidden_size, mlp.shared)
+            network = MoE(router, experts, shared_experts)
+    return TransformerBlock(own, network)

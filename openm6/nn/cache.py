@@ -36,13 +36,13 @@ class SlotCache:
         self,
         num_layers: int,
         slots: int,
-        room: int,
+        capacity: int,
         num_kv_heads: int,
         head_dim: int,
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        shape = (num_layers, slots, room, num_kv_heads, head_dim)
+        shape = (num_layers, slots, capacity, num_kv_heads, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * slots
@@ -52,13 +52,13 @@ class SlotCache:
         return self.keys.shape[1]
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         return self.keys.shape[2]
 
-    def check_room(self, length: int) -> None:
+    def check_capacity(self, length: int) -> None:
         """Raise ConfigError if a slot has no room for `length` tokens."""
-        if length > self.room:
-            raise ConfigError(f"{length} tokens do not fit a slot of {self.room}: make slots larger")
+        if length > self.capacity:
+            raise ConfigError(f"{length} tokens do not fit a slot of {self.capacity}: make slots larger")
 
     def writer(self, slot: int, start: int = 0) -> SlotWriter:
         """Return a cache for one row that continues a slot after its first `start` tokens."""
@@ -95,7 +95,7 @@ class SlotCache:
         """Fill a slot, from `start` on, with what `take` returned; raise ConfigError if it does not fit."""
         keys, values = kept
         end = start + keys.shape[1]
-        self.check_room(end)
+        self.check_capacity(end)
         self.keys[:, slot, start:end] = keys
         self.values[:, slot, start:end] = values
         self.lengths[slot] = end
@@ -110,7 +110,7 @@ class SlotWriter:
     def extend(self, meta: SequenceMeta) -> SequenceMeta:
         """Raise ConfigError if the slot has too little room."""
         self.end = self.start + meta.length
-        self.cache.check_room(self.end)
+        self.cache.check_capacity(self.end)
         self.cache.lengths[self.slot] = self.end
         if not self.start:
             return meta
@@ -143,7 +143,7 @@ class PackedWriter:
         slots = torch.tensor(self.slots, device=sample.device)
         self.index = slots[sample], torch.arange(len(sample), device=sample.device) - starts[sample]
         for slot, length in zip(self.slots, lengths.tolist(), strict=True):
-            self.cache.check_room(length)
+            self.cache.check_capacity(length)
             self.cache.lengths[slot] = length
         return meta
 

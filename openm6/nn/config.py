@@ -63,6 +63,15 @@ class ExpertsConfig(Config):
         """Routed experts that one token goes through."""
         return self.top_k or self.num_prototypes or 0
 
+    @property
+    def shared(self) -> DenseConfig | None:
+        """The shared experts as one dense network."""
+        if not self.num_shared:
+            return None
+        return DenseConfig(
+            intermediate_size=self.intermediate_size * self.num_shared, hidden_act=self.hidden_act
+        )
+
 
 class AttentionConfig(Config):
     """Heads and positions of one attention layer."""

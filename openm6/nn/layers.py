@@ -1,6 +1,6 @@
-"""Layers without state: initial values, RMSNorm and the dense feed-forward network."""
+"""Layers without state: initial values, RMSNorm and the dense MLP."""
 
-# Letters: D width, F hidden, P products of the first matrix: 2F for swiglu (gate and up in one), F for gelu
+# Dimensions: D width, F hidden, P products of the first matrix: 2F for swiglu (gate and up in one), F for gelu
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def first_width(hidden: int, activation: Activation) -> int:
     return 2 * hidden if activation == "swiglu" else hidden
 
 
-class FeedForward(nn.Module):
-    """The dense feed-forward network: up (or gate and up), activation, down."""
+class MLP(nn.Module):
+    """The dense feed-forward network; with swiglu, `up` is gate_proj and up_proj in one matrix."""
 
     def __init__(self, width: int, config: DenseConfig) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Mixture-of-experts layer: router -> dispatch -> experts -> combine, and what the router reports."""
 
-# Letters: B rows, S tokens of a row, N = B·S, D width, F hidden, P first product, E experts, K choices, R rows sent
+# Dimensions: B rows, S tokens of a row, N = B·S, D width, F hidden, P first product, E experts, K choices, R rows sent
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.nn.config import DenseConfig, ExpertsConfig
-from openm6.nn.layers import FeedForward, activate, fill_normal, first_width
+from openm6.nn.config import ExpertsConfig
+from openm6.nn.layers import MLP, activate, fill_normal, first_width
 from openm6.ops.matmul import cast_alike, grouped_mm
 from openm6.ops.moe import (
-    TokenPermutation,
     balance_loss,
     balanced_bias,
     capacity_of,
@@ -148,10 +147,10 @@ class Router(nn.Module):
         if self.bias is not None:
             self.bias.zero_()
 
-    def forward(self, x: Tensor, valid: Tensor, exchange: TokenDispatcher | None = None) -> Routing:
+    def forward(self, x: Tensor, valid: Tensor, dispatcher: TokenDispatcher | None = None) -> Routing:
         """N D, N bool -> the routing of N tokens; tokens that are not valid are routed, but not counted.
 
-        The auxiliary loss compares this rank's probabilities with the load of all ranks of the exchange.
+        The auxiliary loss compares this rank's probabilities with the load of all ranks.
         """
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
@@ -166,7 +165,7 @@ class Router(nn.Module):
             none = logits.new_zeros(())
             aux = none
             if config.balance == "aux":
-                aux = balance_loss(probability, exchange.total(load) if exchange else load, valid)
+                aux = balance_loss(probability, dispatcher.total(load) if dispatcher else load, valid)
             z = z_loss(logits, valid, config.num_prototypes or 1) if config.router_z_loss_coef else none
         return Routing(gate, chosen, load, aux, z)
 
@@ -177,7 +176,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Send each token through its K of E small networks and sum their outputs by the gates."""
+    """The matrices of E small networks, and the backends that apply them to tokens that are routed."""
 
     def __init__(self, width: int, config: ExpertsConfig) -> None:
         super().__init__()
@@ -185,82 +184,77 @@ class Experts(nn.Module):
         experts, hidden = config.num_experts, config.intermediate_size
         self.up = nn.Parameter(torch.empty(experts, width, first_width(hidden, config.hidden_act)))  # E D P
         self.down = nn.Parameter(torch.empty(experts, hidden, width))  # E F D
-        shared = (
-            DenseConfig(intermediate_size=hidden * config.num_shared, hidden_act=config.hidden_act)
-            if config.num_shared
-            else None
-        )
-        self.shared = FeedForward(width, shared) if shared else None
 
     def reset_parameters(self, deviation: float, output_deviation: float) -> None:
         fill_normal(self.up, deviation)
         fill_normal(self.down, output_deviation)
-        if self.shared is not None:
-            self.shared.reset_parameters(deviation, output_deviation)
 
     def forward(
-        self, x: Tensor, router: Router, valid: Tensor, exchange: TokenDispatcher, layer: int
-    ) -> tuple[Tensor, RouterStats]:
-        """B S D, B S bool -> B S D and the report of the router."""
+        self, x: Tensor, routing: Routing, valid: Tensor, dispatcher: TokenDispatcher, shared: MLP | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """B S D, B S bool -> B S D with the output of `shared` added, and which assignments were kept; None: all."""
         config, flat = self.config, x.flatten(0, 1)  # N D
-        routing = router(flat, valid.flatten(), exchange)
-        simple = (
+        local = (
             config.hidden_act == "swiglu"
             and config.capacity_factor is None
-            and type(exchange) is LocalDispatcher
+            and type(dispatcher) is LocalDispatcher
         )
-        backend = choose_backend(flat, config.experts_per_token, config.num_experts, simple)
+        backend = choose_backend(flat, config.experts_per_token, config.num_experts, local)
         if backend == "permute":
-            return self._permuted(x, routing, valid, exchange, layer)
+            return self._permuted(x, routing, valid.flatten(), dispatcher, shared)
         if backend == "per_expert":
             y = moe_mlp_per_expert(flat, routing.gate, routing.chosen, self.up, self.down)
         else:
             rows, up = cast_alike(flat, self.up)
             y = moe_mlp_fused(rows, routing.gate, routing.chosen, up, cast_alike(rows, self.down)[1])
         y = y.view_as(x)
-        y = y if self.shared is None else y + self.shared(x)
-        return y, self._report(routing, None, valid, layer)
+        return y if shared is None else y + shared(x), None
 
     def _permuted(
-        self, x: Tensor, routing: Routing, valid: Tensor, exchange: TokenDispatcher, layer: int
-    ) -> tuple[Tensor, RouterStats]:
-        """The general way: permute, dispatch, two grouped products, collect, unpermute."""
-        flat = x.flatten(0, 1)  # N D
-        permutation = self._permutation(routing, valid.flatten())
-        chunks = exchange.dispatch(permute(flat, permutation), permutation.counts, self._capacity(len(flat)))
-        shared = self.shared(x) if self.shared is not None else None  # while the rows are sent
+        self, x: Tensor, routing: Routing, valid: Tensor, dispatcher: TokenDispatcher, shared: MLP | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The general backend: permute, dispatch, two grouped products, combine, unpermute."""
+        config, capacity = self.config, None
+        if config.capacity_factor is None:
+            permutation = dropless_permutation(routing.chosen, config.num_experts)
+        else:
+            capacity = capacity_of(
+                len(valid), config.experts_per_token, config.num_experts, config.capacity_factor
+            )
+            permutation = capacity_permutation(routing.chosen, valid, config.num_experts, capacity)
+        rows = permute(x.flatten(0, 1), permutation)  # N D -> R D
+        chunks = dispatcher.dispatch(rows, permutation.counts, capacity)
+        dense = shared(x) if shared is not None else None  # while the rows are sent
         ups, downs = (_divide(weight, len(chunks)) for weight in (self.up, self.down))
         for chunk, up, down in zip(chunks, ups, downs, strict=True):
-            hidden = activate(
-                grouped_mm(chunk.rows(), up, chunk.counts), self.config.hidden_act
-            )  # R D -> R F
-            exchange.reply(chunk, grouped_mm(hidden, down, chunk.counts))  # R F -> R D
-        y = unpermute(exchange.collect(chunks), routing.gate, permutation).view_as(x)
-        return y if shared is None else y + shared, self._report(routing, permutation, valid, layer)
+            hidden = activate(grouped_mm(chunk.rows(), up, chunk.counts), config.hidden_act)  # R D -> R F
+            dispatcher.reply(chunk, grouped_mm(hidden, down, chunk.counts))  # R F -> R D
+        y = unpermute(dispatcher.collect(chunks), routing.gate, permutation).view_as(x)
+        return y if dense is None else y + dense, permutation.kept
 
-    def _capacity(self, num_tokens: int) -> int | None:
-        """Rows that each expert takes of so many tokens; None if nothing is dropped."""
-        config = self.config
-        if config.capacity_factor is None:
-            return None
-        return capacity_of(num_tokens, config.experts_per_token, config.num_experts, config.capacity_factor)
 
-    def _permutation(self, routing: Routing, valid: Tensor) -> TokenPermutation:
-        capacity, num_experts = self._capacity(len(valid)), self.config.num_experts
-        if capacity is None:
-            return dropless_permutation(routing.chosen, num_experts)
-        return capacity_permutation(routing.chosen, valid, num_experts, capacity)
+class MoE(nn.Module):
+    """Send each token through its K of E small networks and sum their outputs by the gates.
 
-    def _report(
-        self, routing: Routing, permutation: TokenPermutation | None, valid: Tensor, layer: int
-    ) -> RouterStats:
-        config = self.config
+    Layers that share weights have the same `experts` and `shared_experts`, and if so configured the same `router`.
+    """
+
+    def __init__(self, router: Router, experts: Experts, shared_experts: MLP | None) -> None:
+        super().__init__()
+        self.router, self.experts, self.shared_experts = router, experts, shared_experts
+
+    def forward(
+        self, x: Tensor, valid: Tensor, dispatcher: TokenDispatcher, layer: int
+    ) -> tuple[Tensor, RouterStats]:
+        """B S D, B S bool -> B S D and the statistics of the router."""
+        config = self.router.config
+        routing = self.router(x.flatten(0, 1), valid.flatten(), dispatcher)
+        y, kept = self.experts(x, routing, valid, dispatcher, self.shared_experts)
         dropped = routing.load.new_zeros(())
-        if permutation is not None and permutation.kept is not None:
-            routed = valid.sum().clamp(min=1) * config.experts_per_token
-            dropped = 1 - permutation.kept.sum() / routed
+        if kept is not None:
+            dropped = 1 - kept.sum() / (valid.sum().clamp(min=1) * config.experts_per_token)
         side = config.router_aux_loss_coef * routing.aux_loss + config.router_z_loss_coef * routing.z_loss
-        return RouterStats(
+        return y, RouterStats(
             layer, routing.load, routing.aux_loss.detach(), routing.z_loss.detach(), dropped, side
         )
 

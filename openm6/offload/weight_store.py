@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from openm6.nn.block import Block
+from openm6.nn.block import TransformerBlock
 from openm6.offload.pinned_memory import PinnedArena
 from openm6.offload.streams import Event, PhaseTimer, Streams
 from openm6.optim.rules import WEIGHT, Shape, Slot, Slots
@@ -93,13 +93,9 @@ def _rounded(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def set_shapes(block: Block) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a block's matrices that are offloaded; a router that it holds stays on the device."""
-    return {
-        name: tuple(parameter.shape)
-        for name, parameter in block.named_parameters()
-        if not name.startswith("router.")
-    }
+def matrix_shapes(block: TransformerBlock) -> dict[str, Shape]:
+    """Return the shapes of a block's matrices, which are offloaded; its norms and router stay on the device."""
+    return {name: tuple(matrix.shape) for name, matrix in block.matrices().items()}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from openm6.core.errors import ConfigError
-from openm6.nn.block import Block
+from openm6.nn.block import TransformerBlock
 from openm6.nn.moe import Experts
 from openm6.parallel.config import MeshShape
 
@@ -71,25 +71,34 @@ def shard(model: nn.Module, layout: Layout) -> None:
     """
     layers = [module for module in model.modules() if isinstance(module, Experts)]
     keep_experts(layers, layout.mesh.get_local_rank("ep"), layout.shape.ep)
-    for block in [module for module in model.modules() if isinstance(module, Block)]:
-        shard_block(block, layout)
+    blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
+    # Modules that several layers share are one unit.
+    for module in dict.fromkeys(module for block in blocks for module in block.shareable().values()):
+        shard_unit(module, layout)
     shard_rest(model, layout)
 
 
-def shard_block(block: Block, layout: Layout) -> None:
-    """Shard a block that holds only the experts of this rank."""
-    dense, own = _dense_mesh(layout), _expert_mesh(layout)
-    if own is not None and isinstance(block.feed_forward, Experts):
-        _shard_experts(block.feed_forward, own, dense, layout.shape.dp_shard)
-    # A shared router's side loss leaves the block by another way than its output, which FSDP watches.
-    keep = block.router is not None
-    fully_shard(block, mesh=dense, ignored_params=_held([block]), reshard_after_forward=not keep)
-    _sum_only(block)
+def shard_unit(module: nn.Module, layout: Layout) -> None:
+    """Shard the matrices that layers may share; of `Experts`, which hold only those of this rank, along the width."""
+    if not isinstance(module, Experts):
+        fully_shard(module, mesh=_dense_mesh(layout))
+    elif layout.shape.dp_shard > 1:
+        for name, weight in module.named_parameters():
+            if weight.shape[1] % layout.shape.dp_shard:
+                raise ConfigError(
+                    f"parallel.dp_shard={layout.shape.dp_shard} cannot shard the experts' {name} matrices of "
+                    f"{weight.shape[1]} rows evenly: choose a divisor"
+                )
+        # Along dim 1, because dim 0, that of the experts, is distributed already.
+        fully_shard(module, mesh=_expert_mesh(layout), shard_placement_fn=lambda parameter: Shard(1))
+    _sum_only(module)
 
 
 def shard_rest(model: nn.Module, layout: Layout) -> None:
-    """Shard what is outside of the blocks, which are sharded; `model` is called before all that it holds."""
-    fully_shard(model, mesh=_dense_mesh(layout), ignored_params=_held(model.modules()))
+    """Shard norms, routers and all that is outside of the blocks; `model` is called before all that it holds."""
+    experts = (module for module in model.modules() if isinstance(module, Experts))
+    held = {weight for module in experts for weight in module.parameters()}
+    fully_shard(model, mesh=_dense_mesh(layout), ignored_params=held)
     # FSDP warns, in every step, of adding in place to what a layer returns, which does not happen here.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     _sum_only(model)
@@ -100,12 +109,6 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _held(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
-    """Return the weights of experts, which are sharded by themselves."""
-    inner = (module for outer in modules for module in outer.modules() if isinstance(module, Experts))
-    return {weight for experts in inner for weight in (experts.up, experts.down)}
 
 
 def _sum_only(module: nn.Module) -> None:
@@ -127,27 +130,11 @@ def keep_experts(layers: list[Experts], place: int, count: int) -> None:
             setattr(experts, name, nn.Parameter(part, requires_grad=whole.requires_grad))
 
 
-def _shard_experts(experts: Experts, own: DeviceMesh, dense: DeviceMesh, ranks: int) -> None:
-    for name, weight in (("up", experts.up), ("down", experts.down)):
-        if weight.shape[1] % ranks:
-            raise ConfigError(
-                f"parallel.dp_shard={ranks} cannot shard the experts' {name} matrices of {weight.shape[1]} rows "
-                "evenly: choose a divisor"
-            )
-    if experts.shared is not None:
-        fully_shard(experts.shared, mesh=dense)
-    # Along dim 1, because dim 0, that of the experts, is distributed already.
-    fully_shard(experts, mesh=own, shard_placement_fn=lambda parameter: Shard(1))
-
-
 def _dense_mesh(layout: Layout) -> DeviceMesh:
     return layout.dense if layout.shape.dp_replicate == 1 else layout.mesh["dp_replicate", "dense"]
 
 
-def _expert_mesh(layout: Layout) -> DeviceMesh | None:
-    """None where each rank of a copy holds experts of its own, uncut."""
-    if layout.shape.dp_shard == 1:
-        return None
+def _expert_mesh(layout: Layout) -> DeviceMesh:
     return (
         layout.mesh["dp_shard"] if layout.shape.dp_replicate == 1 else layout.mesh["dp_replicate", "dp_shard"]
     )
@@ -187,39 +174,35 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.down", module.down
 
 
-class BlockResharder:
-    """Fill new blocks with the weights of sharded ones and shard them; all ranks do so in the same order.
+class UnitResharder:
+    """Fills new modules with the weights of sharded ones and shards them; all ranks do so in the same order.
 
     FSDP2 can neither unwrap nor copy a module. So a sharded model that takes another form is built again from the
-    old one's tensors and wrapped in turn, one block at a time.
+    old one's tensors and wrapped in turn, one module at a time.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._last: tuple[Block, dict[str, Tensor]] | None = None
+        self._last: tuple[nn.Module, dict[str, Tensor]] | None = None
 
     @torch.no_grad()
-    def refill(self, fresh: Block, old: Block) -> None:
+    def refill(self, fresh: nn.Module, old: nn.Module) -> None:
         """Fill `fresh`, which has the form of `old` before it was sharded; each rank keeps its experts."""
-        for name, weight in self._gathered(old).items():
-            _put(fresh, name, nn.Parameter(weight.clone()))
-        for name, buffer in old.named_buffers():
-            _module_of(fresh, name).register_buffer(name.rpartition(".")[2], buffer.clone())
-        fresh.train(old.training)
-        shard_block(fresh, self.layout)
-
-    def _gathered(self, old: Block) -> dict[str, Tensor]:
-        """Return all weights, of the experts those of this rank; layers that share a block come one after another."""
-        if self._last is None or self._last[0] is not old:
+        if self._last is None or self._last[0] is not old:  # layers that shared it come one after another
             self._last = old, {name: _full_tensor(weight) for name, weight in old.named_parameters()}
-        return self._last[1]
+        for name, weight in self._last[1].items():
+            setattr(fresh, name, nn.Parameter(weight.clone()))
+        fresh.train(old.training)
+        shard_unit(fresh, self.layout)
 
 
 @torch.no_grad()
-def gather_parameters(modules: list[nn.Module]) -> None:
-    """Replace parameters that a wrapped parent has sharded by whole ones, within modules that are not wrapped."""
+def gather_parameters(modules: Iterable[nn.Module]) -> None:
+    """Replace parameters that a wrapped parent has sharded by whole ones; wrapped modules keep theirs."""
     wholes: dict[int, nn.Parameter] = {}
     for module in (inner for outer in modules for inner in outer.modules()):
+        if isinstance(module, FSDPModule):
+            continue
         for name, weight in list(module.named_parameters(recurse=False)):
             if id(weight) not in wholes:
                 wholes[id(weight)] = nn.Parameter(_full_tensor(weight), requires_grad=weight.requires_grad)
@@ -228,11 +211,3 @@ def gather_parameters(modules: list[nn.Module]) -> None:
 
 def _full_tensor(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
-
-
-def _module_of(module: nn.Module, name: str) -> nn.Module:
-    return module.get_submodule(name.rpartition(".")[0])
-
-
-def _put(module: nn.Module, name: str, weight: nn.Parameter) -> None:
-    setattr(_module_of(module, name), name.rpartition(".")[2], weight)

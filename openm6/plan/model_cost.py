@@ -59,11 +59,10 @@ def adapter_parameters(width: int) -> int:
 
 def stored_parameters(config: BackboneConfig, vocabulary: int, adapters: bool = False) -> Weights:
     """Backbone and embedding, which is the output layer as well; with `adapters`, those of the other modalities."""
-    first_user = [config.weight_sets.index(one) for one in config.weight_sets]  # of each layer's weights
     experts = 0
-    for layer in range(config.num_layers):
+    for layer, first in enumerate(config.shared_with):
         part = config.feed_forward(layer)
-        if isinstance(part, ExpertsConfig) and first_user[layer] == layer:
+        if isinstance(part, ExpertsConfig) and first == layer:
             network = matrices_of(part.hidden_act) * config.hidden_size * part.intermediate_size
             experts += part.num_experts * network
     total = count_parameters(config).total + vocabulary * config.hidden_size

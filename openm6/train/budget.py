@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -18,9 +17,8 @@ from openm6.core.log import get_log
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import PRESETS
-from openm6.nn.block import Block
 from openm6.offload.config import OffloadConfig, evenly_spaced
-from openm6.offload.weight_store import RecordLayout, set_shapes
+from openm6.offload.weight_store import RecordLayout, matrix_shapes
 from openm6.optim.config import PRECISIONS, OptimizerConfig
 from openm6.optim.rules import UpdateRule, update_rule
 from openm6.plan.memory import HALF, kept_inputs, max_activation_bytes
@@ -89,8 +87,7 @@ class Budget:
         kept, kept_offloaded = (sum(layout.num_bytes for layout in part) for part in (held, offloaded))
         buffer = max((layout.num_bytes for layout in offloaded), default=0)
         # Gradients of shared weights add up until their last use; the weights of one group are computed with.
-        shared = len(config.weight_sets) > len(set(config.weight_sets))
-        in_use = (config.num_sets if shared else 1) + 1
+        in_use = (len(config.group_layers) if config.stage == "pseudo" else 1) + 1
         largest = max(self.gathered, *(layout.num_parameters for layout in self.layouts))
         inputs = kept_inputs(config.num_layers, offload.activation_checkpointing_every)
         # Of one micro-batch.
@@ -121,7 +118,7 @@ class Budget:
 
     def with_layers(self, layers: int) -> Budget:
         """Return the budget of the first `layers` layers."""
-        groups = self.config.weight_sets[:layers]
+        groups = self.config.layer_groups[:layers]
         config = self.config.model_copy(update={"num_layers": layers, "sharing": groups})
         return replace(self, config=config, layouts=self.layouts[: len(set(groups))])
 
@@ -246,8 +243,8 @@ def max_preset(budget: Budget, free_bytes: FreeBytes, rule: UpdateRule) -> str |
 def layouts_of(config: BackboneConfig, rule: UpdateRule) -> list[RecordLayout]:
     """Return the record layouts of a backbone's groups of layers, without allocating them."""
     with torch.device("meta"):
-        blocks = Backbone(config).sets
-    return [RecordLayout(set_shapes(cast(Block, block)), rule) for block in blocks]
+        blocks = Backbone(config).group_blocks
+    return [RecordLayout(matrix_shapes(block), rule) for block in blocks]
 
 
 def free_disk_bytes(checkpoints: Path) -> int:

@@ -23,8 +23,7 @@ from openm6.core.seeds import derive_seed
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, Stage
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, read_description
-from openm6.nn.block import Block
-from openm6.offload.weight_store import RecordLayout, set_shapes
+from openm6.offload.weight_store import RecordLayout, matrix_shapes
 from openm6.optim.config import PRECISIONS, OptimizerConfig, WeightPrecision
 from openm6.optim.rules import OptimizerState, Slots, UpdateRule, update_rule
 from openm6.train.offloaded import full_name
@@ -34,7 +33,7 @@ WRITTEN_AGAIN = ("format", "openm6", "step", "files")  # of state.json
 
 @dataclass(frozen=True)
 class Conversion:
-    """From what to what: rules, and the layers of the sets."""
+    """From what to what: rules, and the groups of layers."""
 
     description: CheckpointConfig
     old_precision: WeightPrecision
@@ -50,9 +49,9 @@ class Conversion:
 
     @property
     def sources(self) -> list[int]:
-        """New set -> the old one that it comes from."""
+        """New group of layers -> the old one that it comes from."""
         old = self.description.backbone
-        return list(old.weight_sets) if self.delinked else list(range(old.num_sets))
+        return list(old.layer_groups) if self.delinked else list(range(len(old.group_layers)))
 
 
 def convert(
@@ -62,7 +61,7 @@ def convert(
     stage: Stage | None = None,
     moments: Moments = "independent",
 ) -> str:
-    """Writes the newest checkpoint of `trained` into a new run at `out`, set by set; `openm6 train --resume` goes on.
+    """Write the newest checkpoint of `trained` into a new run at `out`, which `openm6 train --resume` continues.
 
     Weights of a lower precision are rounded stochastically. The optimizer's moments are kept as far as the new rule
     stores them.
@@ -84,12 +83,12 @@ def convert(
     snapshot = Snapshot(
         step=int(state["step"]),
         model=nn.Module(),
-        weights=dict(_edges(weights, conversion, scaled=False)),
-        optimizer=dict(_edges(kept, conversion, scaled=True)),
+        weights=dict(_others(weights, conversion, scaled=False)),
+        optimizer=dict(_others(kept, conversion, scaled=True)),
         state=_new_state(state, conversion),
         training=load_training_tensors(folder),
         files=texts,
-        shards=_sets(weights, kept, conversion),
+        shards=_groups(weights, kept, conversion),
         num_shards=len(conversion.sources),
     )
     saved = save(snapshot, run.checkpoints, keep=1)
@@ -98,7 +97,7 @@ def convert(
 
 
 def plan_conversion(
-    folder: Path, state: dict[str, Any], wanted: str | None, stage: Stage | None, moments: Moments
+    folder: Path, state: dict[str, Any], precision: str | None, stage: Stage | None, moments: Moments
 ) -> Conversion:
     """What is to be done, checked.
 
@@ -107,7 +106,7 @@ def plan_conversion(
     """
     description = read_description(_text(folder / MODEL_FILE), str(folder / MODEL_FILE))
     old = state["precision"]
-    new = wanted or old
+    new = precision or old
     if new not in PRECISIONS:
         raise ConfigError(f"--precision {new} must be one of {', '.join(PRECISIONS)}")
     if state.get("optimizer", "adamw") != "adamw" and new != "fp32":
@@ -118,45 +117,47 @@ def plan_conversion(
     now = description.backbone.stage
     if stage == "pseudo" and now == "real":
         raise ConfigError(
-            f"{folder} is of the real stage: layers that have gone apart cannot share weights again"
+            f"{folder} is of the real stage: layers with weights of their own cannot share weights again"
         )
     return Conversion(
         description, old, cast(WeightPrecision, new), stage == "real" and now == "pseudo", moments
     )
 
 
-def _sets(weights: CheckpointReader, kept: CheckpointReader, conversion: Conversion) -> Iterator[Shard]:
-    """The new weight sets, one in memory at a time."""
+def _groups(weights: CheckpointReader, kept: CheckpointReader, conversion: Conversion) -> Iterator[Shard]:
+    """The new groups of layers, one in memory at a time."""
     old_rule, new_rule = (
         update_rule(OptimizerConfig(precision=precision))
         for precision in (conversion.old_precision, conversion.new_precision)
     )
+    old_layers, new_layers = (c.group_layers for c in (conversion.description.backbone, conversion.backbone))
     with torch.device("meta"):
-        blocks = Backbone(conversion.description.backbone).sets
+        blocks = Backbone(conversion.description.backbone).group_blocks
     uses = Counter(conversion.sources)
-    for index, source in enumerate(conversion.sources):
-        shapes = set_shapes(cast(Block, blocks[source]))
-        old = _read_set(RecordLayout(shapes, old_rule), old_rule, weights, kept, f"backbone.sets.{source}.")
+    for group, source in enumerate(conversion.sources):
+        shapes = matrix_shapes(blocks[source])
+        prefix = f"backbone.layers.{old_layers[source]}"
+        old = _read_group(RecordLayout(shapes, old_rule), old_rule, weights, kept, prefix)
         new = RecordLayout(shapes, new_rule)
         views = new.views(torch.zeros(new.num_bytes, dtype=torch.uint8))
         shard = Shard({}, {})
         for name, stored in views.items():
             state = _inherited(old_rule.export_state(old[name]), uses[source], conversion.moments)
-            new_rule.import_state(stored, state, derive_seed(0, "convert", index, name))
+            new_rule.import_state(stored, state, derive_seed(0, "convert", group, name))
             for slot, tensor in stored.items():
-                full = full_name(f"backbone.sets.{index}.{name}", slot)
+                full = full_name(f"backbone.layers.{new_layers[group]}.{name}", slot)
                 (shard.model if slot in new_rule.read_slots else shard.optimizer)[full] = tensor
         yield shard
 
 
-def _read_set(
+def _read_group(
     layout: RecordLayout, rule: UpdateRule, weights: CheckpointReader, kept: CheckpointReader, prefix: str
 ) -> dict[str, Slots]:
-    """One set as it was saved; what the optimizer had not kept yet is zero."""
+    """One group as it was saved; what the optimizer had not kept yet is zero."""
     views = layout.views(torch.zeros(layout.num_bytes, dtype=torch.uint8))
     for name, stored in views.items():
         for slot, tensor in stored.items():
-            full = full_name(prefix + name, slot)
+            full = full_name(f"{prefix}.{name}", slot)
             if slot in rule.read_slots:
                 weights.read_into(full, tensor)
             elif full in kept:
@@ -165,7 +166,7 @@ def _read_set(
 
 
 def _inherited(state: OptimizerState, uses: int, moments: Moments) -> OptimizerState:
-    """A layer's part of the state of a set of `uses` layers."""
+    """A layer's part of the state that `uses` layers shared."""
     if uses == 1:
         return state
     if moments == "reset":
@@ -177,25 +178,32 @@ def _inherited(state: OptimizerState, uses: int, moments: Moments) -> OptimizerS
     return OptimizerState(state.values, first, second, state.count)
 
 
-def _edges(catalogue: CheckpointReader, conversion: Conversion, scaled: bool) -> Iterator[tuple[str, Tensor]]:
-    """All tensors outside the sets' matrices, routers of delinked sets once for each layer."""
-    uses = Counter(conversion.sources)
-    for full in catalogue.names:
-        name, _, key = full.partition(SEPARATOR)
-        if ".sets." not in name:
-            yield full, catalogue.read(full)
+def _others(reader: CheckpointReader, conversion: Conversion, scaled: bool) -> Iterator[tuple[str, Tensor]]:
+    """All tensors but the matrices of layers; routers that layers no longer share once for each."""
+    old = conversion.description.backbone
+    with torch.device("meta"):
+        blocks = Backbone(old).group_blocks
+    prefixes = [f"backbone.layers.{layer}." for layer in old.group_layers]
+    matrices = {
+        prefix + name for prefix, block in zip(prefixes, blocks, strict=True) for name in block.matrices()
+    }
+    routers = {f"{prefix}mlp.router.": group for group, prefix in enumerate(prefixes) if old.share_routers}
+    for full in reader.names:
+        name, separator, key = full.partition(SEPARATOR)
+        start, router, leaf = name.rpartition("mlp.router.")
+        group = routers.get(start + router) if conversion.delinked else None
+        if name in matrices:
             continue
-        start, _, rest = name.partition(".sets.")
-        index, _, inner = rest.partition(".")
-        if not inner.startswith("router."):
+        if group is None:
+            yield full, reader.read(full)
             continue
-        if scaled and conversion.moments == "reset" and uses[int(index)] > 1:
+        uses = conversion.sources.count(group)
+        if scaled and conversion.moments == "reset" and uses > 1:
             continue
-        factor = moment_factor(key, uses[int(index)], conversion.moments) if scaled else 1.0
-        ending = f"{SEPARATOR}{key}" if key else ""
-        for new, source in enumerate(conversion.sources):
-            if source == int(index):
-                yield f"{start}.sets.{new}.{inner}{ending}", catalogue.read(full) * factor
+        factor = moment_factor(key, uses, conversion.moments) if scaled else 1.0
+        for layer, source in enumerate(conversion.sources):
+            if source == group:
+                yield f"backbone.layers.{layer}.mlp.router.{leaf}{separator}{key}", reader.read(full) * factor
 
 
 def _new_state(state: dict[str, Any], conversion: Conversion) -> dict[str, Any]:

@@ -108,7 +108,9 @@ class MultimodalTraining(TrainingTask):
             self.ranks.open_mesh(shape)
         else:
             self.ranks.shard(self.omni, shape)
-        self.omni.backbone.exchange = self.ranks.token_dispatcher(self.recipe.parallel.ep_overlap_chunks)
+        self.omni.backbone.executor.dispatcher = self.ranks.token_dispatcher(
+            self.recipe.parallel.ep_overlap_chunks
+        )
 
     def batches(self) -> Iterator[Batch]:
         return self.packer.batches()
@@ -219,13 +221,12 @@ class MultimodalTraining(TrainingTask):
         At most one block at a time is gathered on a rank, and of its experts only those that the rank holds.
         """
         # torch's distributed tensors take seconds to import: a process alone is spared them.
-        from openm6.parallel.fsdp import BlockResharder, gather_parameters, shard_rest  # noqa: PLC0415
+        from openm6.parallel.fsdp import UnitResharder, gather_parameters, shard_rest  # noqa: PLC0415
 
         old, layout = self.omni, self.ranks.layout
         with torch.no_grad():
-            names = old.delink(BlockResharder(layout).refill)
-            parts: list[nn.Module] = [old.adapters, old.backbone.layers, old.backbone.final_norm]
-            gather_parameters(parts)
+            gather_parameters([old.adapters, old.backbone.layers, old.backbone.final_norm])
+            names = old.delink(UnitResharder(layout).refill)
             self.omni = self.model = old.unwrapped()
             shard_rest(self.omni, layout)
         return names
@@ -280,7 +281,7 @@ class MultimodalTraining(TrainingTask):
         omni = self.omni.eval()
         if omni.pool is not None:
             omni.pool.gather = None
-        omni.backbone.exchange = LocalDispatcher()
+        omni.backbone.executor.dispatcher = LocalDispatcher()
         return LoadedModel(omni.requires_grad_(False), self.modalities, self.description, checkpoint)
 
     def _report(self, run: RunFolder, progress: dict[str, Any], report: EvalReport, joules: float) -> None:

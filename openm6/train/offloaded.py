@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openm6.checkpoint.folder import SEPARATOR
 from openm6.checkpoint.load import check_known, is_sharded, load_optimizer, load_parts, open_reader
@@ -21,13 +20,14 @@ from openm6.core.log import get_log
 from openm6.core.seeds import derive_seed
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
-from openm6.nn.block import Block
-from openm6.nn.config import DenseConfig, ExpertsConfig
-from openm6.nn.moe import Experts
-from openm6.offload.blocks import OffloadedBlocks, Step
+from openm6.nn.block import build_block
+from openm6.nn.config import ExpertsConfig
+from openm6.nn.executor import LayerExecutor
+from openm6.nn.moe import MoE
 from openm6.offload.config import OffloadConfig
+from openm6.offload.executor import OffloadedExecutor, Step
 from openm6.offload.streams import Streams, open_streams
-from openm6.offload.weight_store import RecordLayout, WeightStore, set_shapes
+from openm6.offload.weight_store import RecordLayout, WeightStore, matrix_shapes
 from openm6.optim.registry import set_lr
 from openm6.optim.rules import WEIGHT, Slots, update_rule
 from openm6.optim.schedule import lr_multiplier
@@ -55,11 +55,11 @@ def open_train_step(training: TrainingTask, config: LoopConfig, checkpoints: Pat
 
 
 class OffloadedTrainStep(TrainStep):
-    """Update weight sets layer by layer during the backward pass, and everything else (the edges) after it.
+    """Update the matrices of each group of layers during the backward pass, and all other parameters after it.
 
-    The edges are embeddings, heads, norms and routers: they stay on the device in fp32 under AdamW, whatever
-    `bytes_per_parameter` states, since they are few and sensitive. `clip` bounds their gradient's norm alone; sets are
-    clipped by their rule, because the norm of all gradients is not known while they are used up.
+    The others are embeddings, heads, norms and routers: they stay on the device in fp32 under AdamW, whatever
+    `precision` states, since they are few and sensitive. `max_grad_norm` bounds the norm of their gradient alone;
+    matrices are clipped by their rule, because the norm of all gradients is not yet there when they are updated.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class OffloadedTrainStep(TrainStep):
         if training.backbone is None:
             raise ConfigError(
                 "this kind of training has no blocks to offload: leave loop.offload and "
-                "loop.optimizer.bytes_per_parameter out"
+                "loop.optimizer.precision out"
             )
         self.training, self.config, self.ranks = training, config, training.ranks
         self.backbone: Backbone = training.backbone
@@ -96,12 +96,12 @@ class OffloadedTrainStep(TrainStep):
         rate = optimizer.learning_rate * lr_multiplier(step, total, self.config.schedule) * self.lr_scale
         set_lr(self.optimizer, rate)
         seed_everything(self.config.seed, "step", step)
-        self.blocks.begin_step(Step(step, rate, optimizer.weight_decay, self.config.seed))
+        self.executor.begin_step(Step(step, rate, optimizer.weight_decay, self.config.seed))
         with device_failures(lambda: step):
             with self.autocast():
                 result = self.training.loss(batch)
             result.loss.backward()
-            facts = self.blocks.end_step()
+            facts = self.executor.end_step()
         self.training.ranks.sum_gradients(self.parameters)
         norm = torch.hypot(self._clip(), facts.grad_norm)
         result, tokens = sum_over_ranks(result, batch.tokens, self.training.ranks)
@@ -116,16 +116,16 @@ class OffloadedTrainStep(TrainStep):
         return report
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
-        numbers, before = self.backbone.config.weight_sets, self.store
+        groups, before = self.backbone.config.layer_groups, self.store
         before.synchronize()
         super().delink(moments)
         self._open_store(self.device)
-        uses = Counter(numbers)
-        for layer, index in enumerate(numbers):
-            self.store.storage[layer].copy_(before.storage[index])
-            if uses[index] > 1:
+        uses = Counter(groups)
+        for layer, group in enumerate(groups):
+            self.store.storage[layer].copy_(before.storage[group])
+            if uses[group] > 1:
                 for name, stored in self.store.stored(layer).items():
-                    self._inherit(stored, moments, uses[index])
+                    self._inherit(stored, moments, uses[group])
                     if noise:
                         self._add_noise(layer, name, stored, noise)
         before.free()
@@ -136,13 +136,11 @@ class OffloadedTrainStep(TrainStep):
 
     def shards(self) -> Iterator[Shard]:
         self.store.synchronize()
-        for index in range(self.num_shards):
+        for group in range(self.num_shards):
             shard = Shard({}, {})
-            for name, stored in self.store.stored(index).items():
-                for slot, tensor in stored.items():
-                    own = full_name(self._prefix(index) + name, slot)
-                    part = self.sets.to_global(index, name, slot, tensor)
-                    (shard.model if slot in self.rule.read_slots else shard.optimizer)[own] = part
+            for own, name, slot, tensor in self._stored(group):
+                part = self.weights.to_global(group, name, slot, tensor)
+                (shard.model if slot in self.rule.read_slots else shard.optimizer)[own] = part
             yield shard
 
     @torch.no_grad()
@@ -159,49 +157,42 @@ class OffloadedTrainStep(TrainStep):
                 f"{folder} has {min(unknown)!r}, unknown to this model: "
                 "convert it with openm6 convert, or load it with the config that it was saved with"
             )
-        self._load_edges(weights, kept)
-        for index in range(self.num_shards):
-            for name, stored in self.store.stored(index).items():
-                for slot, tensor in stored.items():
-                    source = weights if slot in self.rule.read_slots else kept
-                    source.read_into(full_name(self._prefix(index) + name, slot), tensor)
+        others = self._on_device_tensors()
+        for name, tensor in others.items():
+            weights.read_into(name, tensor)
+        pairs = ((name, kept.read(name)) for name in kept.names if name.partition(SEPARATOR)[0] in others)
+        load_optimizer_state(pairs, self.optimizer, self.training.model, str(kept.folder))
+        for group in range(self.num_shards):
+            for own, _, slot, tensor in self._stored(group):
+                (weights if slot in self.rule.read_slots else kept).read_into(own, tensor)
         self.store.invalidate()
 
     def _load_parts(self, folder: Path) -> None:
         """From the files of any number of ranks, what this one keeps."""
-        edges = {
-            name: tensor for name, tensor in named_tensors(self.training.model).items() if not tensor.is_meta
-        }
-        known = {name for name, _ in self.training.model.named_parameters()} | set(edges)
+        others = self._on_device_tensors()
+        known = {name for name, _ in self.training.model.named_parameters()} | set(others)
         reader = CheckpointReader(folder, "all")
         check_known(reader, known)
-        load_parts(reader, edges)
+        load_parts(reader, others)
         load_optimizer(folder, self.optimizer, self.training.model, self.training.ranks.layout)
-        for index, shard in enumerate(self.shards()):
+        for group, shard in enumerate(self.shards()):
             targets = {**shard.model, **shard.optimizer}
             load_parts(reader, targets)
-            self._to_device(index, targets)
-        self.store.invalidate()
-
-    def _to_device(self, index: int, read: dict[str, Tensor]) -> None:
-        """Parts that were read on the host, for a set that stays on a GPU; others were read where they are stored."""
-        for name, stored in self.store.stored(index).items():
-            for slot, tensor in stored.items():
+            # A shard on the host was read where it is stored, a copy of one on a GPU was not.
+            for own, _, _, tensor in self._stored(group):
                 if not tensor.is_cpu:
-                    tensor.copy_(self.sets.to_local(read[full_name(self._prefix(index) + name, slot)]))
+                    tensor.copy_(self.weights.to_local(targets[own]))
+        self.store.invalidate()
 
     def close(self) -> None:
         self.store.free()
-        self.backbone.runner = None
+        self.backbone.executor = LayerExecutor(self.executor.dispatcher)
 
     def _open_store(self, device: torch.device) -> None:
-        """Open the store of all weight sets, and the runner that uses them."""
-        self.sets = self.training.ranks.layer_weights(
-            [set_shapes(cast(Block, block)) for block in self.backbone.sets]
-        )
-        layouts = [
-            RecordLayout(self.sets.local_shapes(index), self.rule) for index in range(len(self.backbone.sets))
-        ]
+        """Open the store of all groups of layers, and the executor that uses it."""
+        shapes = [matrix_shapes(block) for block in self.backbone.group_blocks]
+        self.weights = self.training.ranks.layer_weights(shapes)
+        layouts = [RecordLayout(self.weights.local_shapes(group), self.rule) for group in range(len(shapes))]
         budget = self.budget(layouts)
         free = available(device, self.offload, self._checkpoints)
         if self.config.stages is not None and self.backbone.config.stage == "pseudo":
@@ -211,150 +202,123 @@ class OffloadedTrainStep(TrainStep):
         self.store = WeightStore(
             layouts, on_device, device, self._streams, self.offload.buffers, self.offload.pin
         )
-        self.blocks = OffloadedBlocks(
-            [cast(Block, block) for block in self.backbone.sets],
-            self.backbone.config.weight_sets,
+        self.executor = self.backbone.executor = OffloadedExecutor(
+            self.backbone.blocks,
+            self.backbone.config.layer_groups,
             self.store,
             self.rule,
             self.offload,
-            self.sets,
+            self.weights,
+            self.backbone.executor.dispatcher,
         )
-        self.backbone.runner = self.blocks
 
     def budget(self, layouts: list[RecordLayout]) -> Budget:
-        """What the run will take, by place."""
-        edges = sum(parameter.numel() for parameter in self.training.model.parameters())
-        edges -= sum(torch.Size(shape).numel() for one in self.sets.shapes for shape in one.values())
+        """What the run will take on the device, in host memory and on the disk."""
+        others = sum(parameter.numel() for parameter in self.training.model.parameters())
+        others -= sum(torch.Size(shape).numel() for one in self.weights.shapes for shape in one.values())
         half = resolve_precision(self.config.precision, self.device) == "bf16"
         return Budget(
             self.backbone.config,
             layouts,
-            edges,
+            others,
             -(-self.training.tokens_per_step // self.training.ranks.size),
             self.offload,
             value_bytes=HALF if half else FULL,
             checkpoints=0 if self._checkpoints is None else self.config.keep_last + 1,
-            gathered=max(self.sets.gathered(index) for index in range(len(layouts))),
+            gathered=max(self.weights.gathered(group) for group in range(len(layouts))),
         )
 
     def _later(self, budget: Budget) -> Budget:
-        """Of the real stage, while layers get their copies of the shared sets."""
-        layouts = [budget.layouts[index] for index in self.backbone.config.weight_sets]
+        """Of the real stage, while layers get their copies of the shared weights."""
+        layouts = [budget.layouts[group] for group in self.backbone.config.layer_groups]
         real = self.backbone.config.model_copy(update={"sharing": None})
         beside = sum(layout.num_bytes for layout in budget.layouts)
         return replace(budget, config=real, layouts=layouts, beside=beside)
 
     def _fill(self) -> None:
-        """The model's weights into the store, or first values drawn set by set; the model keeps their shapes."""
-        config = self.backbone.config
-        for index, layout in enumerate(self.store.layouts):
-            block = cast(Block, self.backbone.sets[index])
-            values = {name: block.get_parameter(name).detach() for name in layout.shapes}
+        """The model's weights into the store, or first values drawn group by group; the model keeps their shapes."""
+        config, seed = self.backbone.config, self.config.seed
+        for group, block in enumerate(self.backbone.group_blocks):
+            values = {name: matrix.detach() for name, matrix in block.matrices().items()}
             own = None
             if any(value.is_meta for value in values.values()):
-                own = self._own_experts(index)
-                values = first_values(config, index, self.config.seed, self.store.device, own)
-            for name, stored in self.store.stored(index).items():
-                seed = self.config.seed
-                part = self.sets.part(index, name, values[name], local_experts=own is not None)
-                key = derive_seed(seed, "fill", index, name)
-                self.rule.fill(stored, part.float(), key, self.sets.shard_spec(index, name))
-                _empty_out(block, name)
+                own = self._own_experts(group)
+                values = first_values(config, group, seed, self.store.device, own)
+            for name, stored in self.store.stored(group).items():
+                part = self.weights.part(group, name, values[name], local_experts=own is not None)
+                key = derive_seed(seed, "fill", group, name)
+                self.rule.fill(stored, part.float(), key, self.weights.shard_spec(group, name))
+            for module in block.shareable().values():
+                module.to("meta").requires_grad_(False)
         self.store.invalidate()
 
-    def _own_experts(self, index: int) -> range:
-        """The numbers of the experts of a set that this rank holds."""
-        shape = self.sets.local_shapes(index).get("feed_forward.up", ())
-        if len(shape) < 3:
+    def _own_experts(self, group: int) -> range:
+        """The indices of the experts of a group that this rank holds."""
+        shape = self.weights.local_shapes(group).get("mlp.experts.up")
+        if shape is None:
             return range(0)
-        first = self.sets.shard_spec(index, "feed_forward.up").first
+        first = self.weights.shard_spec(group, "mlp.experts.up").first
         return range(first, first + shape[0])
 
     def _inherit(self, stored: Slots, moments: Moments, uses: int) -> None:
-        """What a layer gets of a shared set's memory."""
+        """Divide the optimizer state that layers shared among them."""
         for slot, tensor in stored.items():
             if slot not in self.rule.read_slots:
                 tensor.zero_() if moments == "reset" else tensor.mul_(moment_factor(slot, uses, moments))
 
     def _add_noise(self, layer: int, name: str, stored: Slots, noise: float) -> None:
-        spec, seed = self.sets.shard_spec(layer, name), self.config.seed
+        spec, seed = self.weights.shard_spec(layer, name), self.config.seed
         values = self.rule.read(stored, torch.float32)
         draw = matrix_noise(values, noise, derive_seed(seed, "delink", f"{layer}.{name}"), spec, spec.first)
         self.rule.write(stored, values + draw, derive_seed(seed, "delink round", layer, name), spec)
 
-    def _load_edges(self, weights: CheckpointReader, kept: CheckpointReader) -> None:
-        tensors = self.training.model.state_dict(keep_vars=True)
-        edges = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
-        for name, tensor in edges.items():
-            if name in weights or not _is_alias(name, tensor, edges):
-                weights.read_into(name, tensor.detach())
-        names = {name for name, tensor in edges.items() if isinstance(tensor, nn.Parameter)}
-        pairs = ((name, kept.read(name)) for name in kept.names if name.partition(SEPARATOR)[0] in names)
-        load_optimizer_state(pairs, self.optimizer, self.training.model, str(kept.folder))
+    def _on_device_tensors(self) -> dict[str, Tensor]:
+        """The parameters and buffers that are not offloaded."""
+        named = named_tensors(self.training.model)
+        return {name: tensor for name, tensor in named.items() if not tensor.is_meta}
 
-    def _prefix(self, index: int) -> str:
-        """The name of a set within the whole model, up to its parameters."""
-        block = self.backbone.sets[index]
-        return next(f"{name}." for name, module in self.training.model.named_modules() if module is block)
+    def _stored(self, group: int) -> Iterator[tuple[str, str, str, Tensor]]:
+        """Each tensor in the store: its name in a checkpoint, that of its matrix in the block, its slot, and itself."""
+        block = self.backbone.group_blocks[group]
+        prefix = next(name for name, module in self.training.model.named_modules() if module is block)
+        for name, stored in self.store.stored(group).items():
+            for slot, tensor in stored.items():
+                yield full_name(f"{prefix}.{name}", slot), name, slot, tensor
 
     def _warn_skipped(self, step: int, skipped: int) -> None:
         moved = self.num_shards - skipped
         if moved:
             get_log().warning(
-                f"step {step}: {skipped} weight sets had no finite gradient and stayed; {moved} had moved"
+                f"step {step}: the weights of {skipped} layers had no finite gradient and stayed; {moved} were updated"
             )
 
 
 @torch.no_grad()
 def first_values(
-    config: BackboneConfig, index: int, seed: int, device: torch.device, own: range
+    config: BackboneConfig, group: int, seed: int, device: torch.device, own: range
 ) -> dict[str, Tensor]:
-    """First weights of one set, of its experts those numbered `own`.
+    """First weights of one group of layers, of its experts those with an index in `own`.
 
-    From (seed, set) alone, and for an expert (seed, set, expert): no two sets, and on several ranks no whole set, need
-    to stand in memory.
+    They depend on (seed, group) alone, those of an expert on (seed, group, expert): no two groups, and on several
+    ranks no whole group, need to be in memory.
     """
-    part = config.feed_forward(config.weight_sets.index(index))
-    seed_everything(seed, "weight set", index)
+    mlp = config.feed_forward(config.group_layers[group])
+    single = mlp.model_copy(update={"num_experts": 1} if isinstance(mlp, ExpertsConfig) else {})
+    seed_everything(seed, "weight set", group)
     with torch.device(device):
-        block = Block(config.attention, _with_one_expert(part), None)
-    block.reset_parameters(config.deviation, config.output_deviation)
-    values = {name: parameter.detach() for name, parameter in block.named_parameters()}
-    if isinstance(part, ExpertsConfig):
-        drawn = [
-            _first_expert(config, part, (seed, "weight set", index, "expert", one), device) for one in own
-        ]
-        values["feed_forward.up"] = torch.cat([up for up, _ in drawn])
-        values["feed_forward.down"] = torch.cat([down for _, down in drawn])
+        block = build_block(config.attention, single)
+    block.reset_matrices(config.deviation, config.output_deviation)
+    values = {name: matrix.detach() for name, matrix in block.matrices().items()}
+    if isinstance(block.mlp, MoE):
+        expert = block.mlp.experts
+        ups, downs = [], []
+        for index in own:
+            seed_everything(seed, "weight set", group, "expert", index)
+            expert.reset_parameters(config.deviation, config.output_deviation)
+            ups.append(expert.up.detach().clone())
+            downs.append(expert.down.detach().clone())
+        values |= {"mlp.experts.up": torch.cat(ups), "mlp.experts.down": torch.cat(downs)}
     return values
-
-
-def _first_expert(
-    config: BackboneConfig, part: ExpertsConfig, words: tuple[Any, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    seed_everything(*words)
-    alone = part.model_copy(update={"num_experts": 1, "top_k": 1, "num_prototypes": None, "num_shared": 0})
-    with torch.device(device):
-        expert = Experts(config.hidden_size, alone)
-    expert.reset_parameters(config.deviation, config.output_deviation)
-    return expert.up.detach(), expert.down.detach()
-
-
-def _with_one_expert(part: DenseConfig | ExpertsConfig) -> DenseConfig | ExpertsConfig:
-    return part if isinstance(part, DenseConfig) else part.model_copy(update={"num_experts": 1})
-
-
-def _empty_out(block: Block, name: str) -> None:
-    """Leaves the shape of a parameter and lets go of its memory."""
-    path, _, leaf = name.rpartition(".")
-    shape = block.get_parameter(name).shape
-    empty = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
-    setattr(block.get_submodule(path), leaf, empty)
-
-
-def _is_alias(name: str, tensor: Tensor, edges: dict[str, Tensor]) -> bool:
-    """Whether a shared tensor was saved under an earlier name."""
-    return next(first for first, other in edges.items() if other is tensor) != name
 
 
 def full_name(parameter: str, slot: str) -> str:

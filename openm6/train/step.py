@@ -21,7 +21,7 @@ from openm6.core.log import get_log
 from openm6.core.seeds import derive_seed
 from openm6.energy.tracker import Work, WorkCount
 from openm6.models.backbone import Backbone
-from openm6.models.running import CompiledBlocks, RecomputedBlocks, RunBlock, run_plainly
+from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor, LayerExecutor
 from openm6.ops.matmul import HALF, bf16_matmul, has_bf16
 from openm6.optim.registry import build_optimizer, set_lr
 from openm6.optim.schedule import lr_multiplier
@@ -240,35 +240,37 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
 def choose_execution(
     model: nn.Module, config: LoopConfig, tokens: int, pending: int, sharded: bool = False
 ) -> None:
-    """Set `run_block` of each backbone in the model that still runs plainly.
+    """Set the executor of each backbone in the model that still runs its blocks as they are.
 
     tokens: of a step; pending: bytes that gradients and optimizer will take beside what is allocated now;
     sharded: whether blocks gather weights or exchange tokens with other ranks, which is not compiled.
     """
     for backbone in (module for module in model.modules() if isinstance(module, Backbone)):
-        if backbone.run_block is run_plainly:
-            backbone.run_block = _block_runner(backbone, config, tokens, pending, sharded)
+        if type(backbone.executor) is LayerExecutor:
+            backbone.executor = _executor(backbone, config, tokens, pending, sharded)
 
 
-def _block_runner(
+def _executor(
     backbone: Backbone, config: LoopConfig, tokens: int, pending: int, sharded: bool
-) -> RunBlock:
+) -> LayerExecutor:
     weight, recomputed = backbone.final_norm.weight, config.activation_checkpointing
     on_gpu = weight.device.type == "cuda"
     # On a CPU compiling takes minutes and saves little: see docs/benchmarks.md.
     compiles = on_gpu if config.compile == "auto" else config.compile
-    run: RunBlock = CompiledBlocks() if compiles and not sharded else run_plainly
+    executor = backbone.executor
+    if compiles and not sharded:
+        executor = CompiledExecutor(executor.dispatcher)
     if recomputed == "auto" and on_gpu:
         free, _ = torch.cuda.mem_get_info(weight.device)
         free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
         half = torch.is_autocast_enabled("cuda") or weight.dtype == torch.bfloat16
         recomputed = layers_to_recompute(backbone.config, tokens, 2 if half else 4, free - pending)
     if recomputed in ("auto", 0):
-        return run
+        return executor
     get_log().info(
         f"{recomputed} of {backbone.config.num_layers} layers are computed again in the backward pass"
     )
-    return RecomputedBlocks(run, int(recomputed))
+    return CheckpointedExecutor(executor, int(recomputed))
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def test_it_prints_the_documented_figures(tmp_path: Path, capsys: pytest.Capture
     assert printed == written and set(written) >= KEYS
     assert written["baseline"] is None and "deepspeed" in written["baseline_note"]
     assert 0 < written["active_parameters"] < written["parameters"]
-    assert 2 < written["bytes_per_parameter"] < 12  # a small model is mostly edges
+    assert 2 < written["bytes_per_parameter"] < 12  # a small model is mostly embeddings
     assert written["tokens_per_second"] * written["seconds_per_step"] == pytest.approx(
         written["tokens_per_step"]
     )

@@ -118,9 +118,9 @@ def assert_streamed(checkpoint: Path, weights: dict[str, Tensor]) -> None:
     """Layers that stay in the ranks' files have these weights when they are used."""
     assert is_sharded(checkpoint)
     backbone = load(checkpoint, torch.device("cpu"), num_gpu_layers=0).omni.backbone
-    for layer, number in enumerate(backbone.config.weight_sets):
+    for layer in range(backbone.config.num_layers):
         for name, tensor in backbone.block(layer).named_parameters():
-            assert torch.equal(tensor, weights[f"backbone.sets.{number}.{name}"]), name
+            assert torch.equal(tensor, weights[f"backbone.layers.{layer}.{name}"]), name
 
 
 def test_a_missing_part_makes_a_checkpoint_incomplete(tmp_path: Path, two: Fleet) -> None:

@@ -19,7 +19,7 @@ from openm6.inference.decode_batch import DecodeBatch
 from openm6.inference.engine import generate_texts
 from openm6.inference.load import LoadedModel, load
 from openm6.inference.masked import decode_masked
-from openm6.inference.offloaded import BUFFERS, OffloadedSource, place_offloaded
+from openm6.inference.offloaded import BUFFERS, OffloadedInference, place_offloaded
 from openm6.inference.prefill import prefill
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.interface import Part
@@ -60,9 +60,9 @@ def checkpoint(folder: Path, shape: str) -> Path:
     return save(Snapshot(1, omni, {}, {}, files=files), folder, keep=1)
 
 
-def source_of(model: LoadedModel) -> OffloadedSource:
-    source = model.omni.backbone.source
-    assert isinstance(source, OffloadedSource)
+def source_of(model: LoadedModel) -> OffloadedInference:
+    source = model.omni.backbone.executor
+    assert isinstance(source, OffloadedInference)
     return source
 
 
@@ -104,7 +104,7 @@ def test_bfloat16_is_converted_on_the_way(tmp_path: Path) -> None:
         model.omni.to(torch.bfloat16)
     found, expected = answers(offloaded), answers(num_gpu_layers)
     assert found[0] == expected[0] and torch.equal(found[1], expected[1])
-    assert source_of(offloaded).block(1).attention.qkv.dtype == torch.bfloat16
+    assert offloaded.omni.backbone.block(1).attention.qkv.dtype == torch.bfloat16
 
 
 def test_host_memory_gives_what_the_files_give(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_host_memory_gives_what_the_files_give(tmp_path: Path) -> None:
 
 def test_as_many_layers_as_there_are_is_the_usual_way(tmp_path: Path) -> None:
     model = load(checkpoint(tmp_path, "sparse"), torch.device("cpu"), 5)
-    assert model.omni.backbone.source is None
+    assert not model.omni.backbone.executor.offloaded
 
 
 def test_what_cannot_be_streamed_is_one_sentence(tmp_path: Path) -> None:

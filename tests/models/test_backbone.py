@@ -128,15 +128,10 @@ def test_active_parameters_follow_the_choices():
     assert count_parameters(shared).active == count_parameters(make("experts").config).active
 
 
-def test_delinked_copies_answer_as_the_shared_set():
-    """Copying each set into its layers changes the names of tensors and nothing else."""
+def test_copies_of_shared_weights_answer_as_they_do():
     shared = make("shared")
     plain = Backbone(BackboneConfig(**SIZE, **CONFIGS["experts"]))
-    state = {name: value for name, value in shared.state_dict().items() if not name.startswith("sets.")}
-    for layer, number in enumerate(shared.config.weight_sets):
-        for name, value in shared.sets[number].state_dict().items():
-            state[f"sets.{layer}.{name}"] = value
-    plain.load_state_dict(state)
+    plain.load_state_dict(shared.state_dict())  # which holds shared weights under the name of each layer
     x, meta = torch.randn(1, 9, 32), causal_meta(1, 9)
     assert torch.equal(shared(x, meta)[0], plain(x, meta)[0])
 
@@ -158,8 +153,8 @@ def test_first_weights_have_the_stated_spread():
     model = Backbone(
         BackboneConfig(**{**SIZE, "hidden_size": 128}, experts={**EXPERTS, "intermediate_size": 128})
     )
-    block = model.sets[0]
-    assert block.feed_forward.up.std().item() == pytest.approx(0.64 / 128**0.5, rel=0.05)
+    block = model.blocks[0]
+    assert block.mlp.experts.up.std().item() == pytest.approx(0.64 / 128**0.5, rel=0.05)
     assert block.attention.output.std().item() == pytest.approx(0.64 / 128**0.5 / 8**0.5, rel=0.05)
 
 
@@ -169,7 +164,7 @@ def report(layer: int, load: list[float]) -> RouterStats:
 
 
 def biases(model: Backbone) -> list[Tensor]:
-    routers = [model.router(layer) for layer in range(4)]
+    routers = [block.router for block in model.blocks]
     return [router.bias for router in routers if router is not None and router.bias is not None]
 
 

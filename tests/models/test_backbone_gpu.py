@@ -8,7 +8,7 @@ from torch import Tensor
 
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.presets import preset
-from openm6.models.running import CompiledBlocks
+from openm6.nn.executor import CompiledExecutor
 from openm6.ops.sequence import SequenceMeta, causal_meta, join, padding_meta
 
 pytestmark = [
@@ -66,8 +66,8 @@ def test_compiled_blocks_with_kernels_agree_with_the_cpu():
     model, where = Backbone(preset("nano").backbone), meta()
     x, upstream = torch.randn(2, 512, 192), torch.randn(2, 512, 192)
     here = gradients(model, x, where, upstream)
-    run = CompiledBlocks()
-    model.run_block = run
+    run = CompiledExecutor()
+    model.executor = run
     with torch.autocast("cuda", dtype=torch.bfloat16):
         there = gradients(model.cuda(), x.cuda(), where.to("cuda"), upstream.cuda())
     for ours, theirs in zip(there, here, strict=True):

@@ -55,6 +55,6 @@ def test_experts_every_and_dense_layers():
 
 def test_sharing_all_gives_a_set_to_each_kind():
     config = BackboneConfig(**GOOD, experts=EXPERTS, moe_layer_freq=2, sharing="all")
-    assert config.weight_sets == (0, 1, 0, 1)
-    assert config.num_sets == 2
-    assert BackboneConfig(**GOOD, sharing="all").weight_sets == (0, 0, 0, 0)
+    assert config.layer_groups == (0, 1, 0, 1)
+    assert config.group_layers == (0, 1)
+    assert BackboneConfig(**GOOD, sharing="all").shared_with == (0, 0, 0, 0)

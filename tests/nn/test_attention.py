@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openm6.nn.attention import Attention, HeadNorms, attend
+from openm6.nn.attention import Attention, QKNorm, attend
 from openm6.nn.config import AttentionConfig
 from openm6.ops.pointwise import rotary_table, rotate_reference
 from openm6.ops.sequence import CausalMask, additive_mask, causal_meta, visible
@@ -38,7 +38,7 @@ def test_attend_equals_softmax_written_out(additive):
 
 def test_layer_equals_its_parts():
     torch.manual_seed(1)
-    layer, norms = Attention(CONFIG), HeadNorms(8)
+    layer, norms = Attention(CONFIG), QKNorm(8)
     layer.reset_parameters(0.3, 0.3)
     with torch.no_grad():
         norms.query.uniform_(0.5, 2)
@@ -58,13 +58,13 @@ def test_layer_equals_its_parts():
     torch.testing.assert_close(layer(x, norms, table, mask, None, 0), answer.flatten(2) @ layer.output.t())
 
 
-def test_without_head_norms_queries_keep_their_length():
+def test_without_qk_norm_queries_keep_their_length():
     torch.manual_seed(2)
     layer = Attention(CONFIG)
     layer.reset_parameters(0.3, 0.3)
     meta = causal_meta(1, 6)
     table = rotary_table(meta.positions, 100.0, (2, 1, 1))
-    x, mask, norms = torch.randn(1, 6, 24), visible(meta, meta), HeadNorms(8)
+    x, mask, norms = torch.randn(1, 6, 24), visible(meta, meta), QKNorm(8)
     norms.reset_parameters()
     assert not torch.allclose(layer(x, None, table, mask, None, 0), layer(x, norms, table, mask, None, 0))
 

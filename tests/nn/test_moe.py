@@ -11,7 +11,8 @@ from torch import Tensor
 from openm6 import kernels
 from openm6.nn import moe as module
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.moe import Experts, LocalChunk, LocalDispatcher, Router, Routing
+from openm6.nn.layers import MLP
+from openm6.nn.moe import Experts, LocalChunk, LocalDispatcher, MoE, Router, Routing
 from tests.triton_interpreter import need_interpreter
 
 WIDTH = 16
@@ -27,12 +28,15 @@ VARIANTS = {
 }
 
 
-def make(config: ExpertsConfig, seed: int = 0) -> tuple[Experts, Router]:
+def make(config: ExpertsConfig, seed: int = 0) -> MoE:
     torch.manual_seed(seed)
-    experts, router = Experts(WIDTH, config), Router(WIDTH, config)
-    experts.reset_parameters(0.3, 0.3)
-    router.reset_parameters(0.5)
-    return experts, router
+    shared = None if config.shared is None else MLP(WIDTH, config.shared)
+    moe = MoE(Router(WIDTH, config), Experts(WIDTH, config), shared)
+    moe.experts.reset_parameters(0.3, 0.3)
+    if shared is not None:
+        shared.reset_parameters(0.3, 0.3)
+    moe.router.reset_parameters(0.5)
+    return moe
 
 
 def network(x: Tensor, up: Tensor, down: Tensor, ffn: str) -> Tensor:
@@ -43,9 +47,10 @@ def network(x: Tensor, up: Tensor, down: Tensor, ffn: str) -> Tensor:
     return (F.silu(gate) * value) @ down
 
 
-def naive(experts: Experts, routing: Routing, x: Tensor, valid: Tensor, capacity: int | None) -> Tensor:
+def naive(moe: MoE, routing: Routing, x: Tensor, valid: Tensor, capacity: int | None) -> Tensor:
     """Each token through each of its experts, one at a time, in the order of the batch."""
-    config, taken = experts.config, [0] * experts.config.num_experts
+    experts, shared, config = moe.experts, moe.shared_experts, moe.experts.config
+    taken = [0] * config.num_experts
     answers = []
     for n, token in enumerate(x):
         total = torch.zeros(WIDTH)
@@ -56,8 +61,8 @@ def naive(experts: Experts, routing: Routing, x: Tensor, valid: Tensor, capacity
                 total = total + gate * network(
                     token, experts.up[expert], experts.down[expert], config.hidden_act
                 )
-        if experts.shared is not None:
-            total = total + network(token, experts.shared.up.t(), experts.shared.down.t(), config.hidden_act)
+        if shared is not None:
+            total = total + network(token, shared.up.t(), shared.down.t(), config.hidden_act)
         answers.append(total)
     return torch.stack(answers)
 
@@ -65,22 +70,22 @@ def naive(experts: Experts, routing: Routing, x: Tensor, valid: Tensor, capacity
 @pytest.mark.parametrize("name", VARIANTS)
 def test_values_and_gradients_equal_the_loop(name):
     config = ExpertsConfig(intermediate_size=24, num_experts=6, **VARIANTS[name])
-    experts, router = make(config)
+    moe = make(config)
     x = torch.randn(2, 9, WIDTH, requires_grad=True)
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[1, 6:] = False
-    y, load = experts(x, router, valid, LocalDispatcher(), 5)
+    y, load = moe(x, valid, LocalDispatcher(), 5)
     capacity = None
     if config.capacity_factor is not None:
         capacity = -int(-config.experts_per_token * 18 * config.capacity_factor // 6)
         assert load.dropped > 0
-    routing = router(x.flatten(0, 1), valid.flatten())
-    twin = naive(experts, routing, x.flatten(0, 1), valid.flatten(), capacity).view_as(x)
-    torch.testing.assert_close(y, twin)
-    leaves = [x, *experts.parameters(), router.weight]
+    routing = moe.router(x.flatten(0, 1), valid.flatten())
+    reference = naive(moe, routing, x.flatten(0, 1), valid.flatten(), capacity).view_as(x)
+    torch.testing.assert_close(y, reference)
+    leaves = [x, *moe.parameters()]
     upstream = torch.randn_like(y)
     ours = torch.autograd.grad(y, leaves, upstream, materialize_grads=True)
-    theirs = torch.autograd.grad(twin, leaves, upstream, materialize_grads=True)
+    theirs = torch.autograd.grad(reference, leaves, upstream, materialize_grads=True)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
@@ -92,16 +97,13 @@ def run_two_backends(
     name: str, other: str, monkeypatch, device: torch.device, dtype: torch.dtype
 ) -> list[list[Tensor]]:
     """Output and gradients of a layer by the general backend, then by another one."""
-    experts, router = (
-        part.to(device, dtype)
-        for part in make(ExpertsConfig(intermediate_size=24, num_experts=6, **VARIANTS[name]))
-    )
+    moe = make(ExpertsConfig(intermediate_size=24, num_experts=6, **VARIANTS[name])).to(device, dtype)
     x = torch.randn(2, 9, WIDTH, device=device, dtype=dtype, requires_grad=True)
     valid, upstream = torch.ones(2, 9, dtype=torch.bool, device=device), torch.randn_like(x)
-    leaves, results = [x, *experts.parameters(), router.weight], []
+    leaves, results = [x, *moe.parameters()], []
     for backend in ("permute", other):
         monkeypatch.setattr(module, "choose_backend", lambda *_, choice=backend: choice)
-        y, _ = experts(x, router, valid, LocalDispatcher(), 0)
+        y, _ = moe(x, valid, LocalDispatcher(), 0)
         results.append([y, *torch.autograd.grad(y, leaves, upstream)])
     return results
 
@@ -135,10 +137,10 @@ def test_one_expert_after_the_other_equals_the_general_backend(name, monkeypatch
 
 def test_report_counts_valid_tokens_and_drops():
     config = ExpertsConfig(intermediate_size=8, num_experts=4, top_k=2, capacity_factor=0.5)
-    experts, router = make(config)
+    moe = make(config)
     valid = torch.zeros(2, 10, dtype=torch.bool)
     valid[0] = True
-    _, load = experts(torch.randn(2, 10, WIDTH), router, valid, LocalDispatcher(), 3)
+    _, load = moe(torch.randn(2, 10, WIDTH), valid, LocalDispatcher(), 3)
     assert load.layer == 3
     assert load.load.sum() == 20
     kept = load.load.clamp(max=5).sum()  # capacity: 0.5 · 2 · 20 / 4
@@ -154,20 +156,18 @@ def test_side_loss_holds_both_losses_and_reaches_the_router():
         router_aux_loss_coef=0.3,
         router_z_loss_coef=0.2,
     )
-    experts, router = make(config)
-    _, load = experts(
-        torch.randn(1, 10, WIDTH), router, torch.ones(1, 10, dtype=torch.bool), LocalDispatcher(), 0
-    )
+    moe = make(config)
+    _, load = moe(torch.randn(1, 10, WIDTH), torch.ones(1, 10, dtype=torch.bool), LocalDispatcher(), 0)
     torch.testing.assert_close(load.side_loss, 0.3 * load.aux_loss + 0.2 * load.z_loss)
     load.side_loss.backward()
-    assert router.weight.grad is not None
-    assert router.weight.grad.abs().sum() > 0
+    assert moe.router.weight.grad is not None
+    assert moe.router.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("choice", [{"top_k": 2}, {"num_prototypes": 2}])
 def test_bias_brings_a_crooked_router_into_balance(choice):
     config = ExpertsConfig(intermediate_size=8, num_experts=8, balance="bias", balance_rate=0.02, **choice)
-    _, router = make(config, seed=4)
+    router = make(config, seed=4).router
     x = torch.randn(512, WIDTH) + 0.5 * torch.randn(WIDTH)
     valid = torch.ones(512, dtype=torch.bool)
 
@@ -184,12 +184,12 @@ def test_bias_brings_a_crooked_router_into_balance(choice):
 
 def test_without_bias_balancing_there_is_no_bias():
     config = ExpertsConfig(intermediate_size=8, num_experts=4, top_k=1, balance="none")
-    _, router = make(config)
+    router = make(config).router
     assert dict(router.named_buffers()) == {}
     router.update_balance(torch.tensor([9.0, 0.0, 0.0, 0.0]))
 
 
-def test_exchange_sees_sorted_rows_and_gates_stay_home():
+def test_a_dispatcher_gets_sorted_rows_without_gates():
     """A stand-in for other devices: it doubles the answers, and so must the layer's output."""
 
     class Doubling(LocalDispatcher):
@@ -197,19 +197,19 @@ def test_exchange_sees_sorted_rows_and_gates_stay_home():
             assert len(rows) == counts.sum() == 2 * 10 and capacity is None
             return super().dispatch(rows, counts, capacity)
 
-        def collect(self, parcels: list[LocalChunk]) -> Tensor:
-            return 2 * super().collect(parcels)
+        def collect(self, chunks: list[LocalChunk]) -> Tensor:
+            return 2 * super().collect(chunks)
 
     config = ExpertsConfig(intermediate_size=8, num_experts=4, top_k=2)
-    experts, router = make(config)
+    moe = make(config)
     x, valid = torch.randn(1, 10, WIDTH), torch.ones(1, 10, dtype=torch.bool)
-    plain, _ = experts(x, router, valid, LocalDispatcher(), 0)
-    doubled, _ = experts(x, router, valid, Doubling(), 0)
+    plain, _ = moe(x, valid, LocalDispatcher(), 0)
+    doubled, _ = moe(x, valid, Doubling(), 0)
     torch.testing.assert_close(doubled, 2 * plain)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "mend"),
+    ("wrong", "fix"),
     [
         ({}, "either top_k or num_prototypes"),
         ({"top_k": 1, "num_prototypes": 2}, "either top_k or num_prototypes"),
@@ -218,6 +218,6 @@ def test_exchange_sees_sorted_rows_and_gates_stay_home():
         ({"top_k": 1, "intermediate_size": 12}, "multiple of 8"),
     ],
 )
-def test_config_names_the_mend(wrong, mend):
-    with pytest.raises(ValidationError, match=mend):
+def test_config_names_the_fix(wrong, fix):
+    with pytest.raises(ValidationError, match=fix):
         ExpertsConfig(**{"intermediate_size": 8, "num_experts": 8, **wrong})

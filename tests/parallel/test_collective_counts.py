@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from openm6.nn.block import Block
 from openm6.nn.config import ExpertsConfig
 from openm6.parallel.config import MeshShape
 from openm6.parallel.processes import DistributedContext
@@ -58,12 +57,11 @@ def one_step(axes: Axes, capacity: float | None, parts: int) -> tuple[dict[str, 
     training = SharedWords(words_backbone(experts=experts, moe_layer_freq=1))
     training.ranks = DistributedContext(CPU, 60)
     training.ranks.shard(training.model, MeshShape(*axes))
-    training.words.backbone.exchange = training.ranks.token_dispatcher(parts)
+    training.words.backbone.executor.dispatcher = training.ranks.token_dispatcher(parts)
     batch, exchanges = training.batch(1), Exchanges()
-    for block in training.words.backbone.sets:
-        assert isinstance(block, Block)
-        block.feed_forward.register_forward_pre_hook(exchanges.enter)
-        block.feed_forward.register_forward_hook(exchanges.leave)
+    for block in training.words.backbone.blocks:
+        block.mlp.register_forward_pre_hook(exchanges.enter)
+        block.mlp.register_forward_hook(exchanges.leave)
     with exchanges:
         training.loss(batch).loss.backward()
     dist.barrier()

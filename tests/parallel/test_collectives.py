@@ -11,12 +11,13 @@ from torch import Tensor
 
 from openm6.modalities.pool import PoolAdapter, PoolConfig
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.moe import Experts, LocalDispatcher, Router
+from openm6.nn.moe import LocalDispatcher, MoE
 from openm6.parallel.collectives import AllToAllDispatcher, CopiesDispatcher, RankGather, open_gather
 from openm6.parallel.fsdp import keep_experts
+from tests.nn.test_moe import WIDTH, make
 from tests.parallel.fleet import Fleet
 
-WIDTH, NUM_EXPERTS = 16, 8
+NUM_EXPERTS = 8
 VARIANTS: dict[str, dict[str, Any]] = {
     "top_k": {"top_k": 3},
     "prototypes": {"num_prototypes": 2, "hidden_act": "gelu"},
@@ -27,13 +28,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 PARTS = ((0, 3), (3, 4))  # pairs of each rank: unlike numbers
 
 
-def build(variant: str) -> tuple[Experts, Router]:
-    torch.manual_seed(1)
-    config = ExpertsConfig(intermediate_size=24, num_experts=NUM_EXPERTS, **VARIANTS[variant])
-    experts, router = Experts(WIDTH, config), Router(WIDTH, config)
-    experts.reset_parameters(0.3, 0.3)
-    router.reset_parameters(0.5)
-    return experts, router
+def build(variant: str) -> MoE:
+    return make(ExpertsConfig(intermediate_size=24, num_experts=NUM_EXPERTS, **VARIANTS[variant]), seed=1)
 
 
 def tokens_of(rank: int, variant: str) -> tuple[Tensor, Tensor]:
@@ -46,25 +42,27 @@ def tokens_of(rank: int, variant: str) -> tuple[Tensor, Tensor]:
     return x.clone(), torch.ones(1, length, dtype=torch.bool)
 
 
-def learn(experts: Experts, router: Router, exchange: Any, variant: str, rank: int) -> list[Tensor]:
+def learn(moe: MoE, dispatcher: Any, variant: str, rank: int) -> list[Tensor]:
     x, valid = tokens_of(rank, variant)
     x.requires_grad_()
-    y, load = experts(x, router, valid, exchange, 0)
+    y, load = moe(x, valid, dispatcher, 0)
     everyone = sum(tokens_of(other, variant)[0].shape[1] for other in range(4))
     ((y * y).sum() + load.side_loss * valid.sum() / everyone).backward()
     return [y.detach(), x.grad]
 
 
-def one_rank(variant: str, parcels: int) -> tuple[list[Tensor], list[Tensor | None]]:
-    experts, router = build(variant)
+def one_rank(variant: str, chunks: int) -> tuple[list[Tensor], list[Tensor | None]]:
+    moe = build(variant)
     rank, size = dist.get_rank(), dist.get_world_size()
-    keep_experts([experts], rank, size)
-    found = learn(experts, router, AllToAllDispatcher(dist.group.WORLD, parcels), variant, rank)
-    return found, [experts.up.grad, experts.down.grad, router.weight.grad, *shared_gradients(experts)]
+    keep_experts([moe.experts], rank, size)
+    found = learn(moe, AllToAllDispatcher(dist.group.WORLD, chunks), variant, rank)
+    return found, [moe.experts.up.grad, moe.experts.down.grad, *other_gradients(moe)]
 
 
-def shared_gradients(experts: Experts) -> list[Tensor | None]:
-    return [] if experts.shared is None else [parameter.grad for parameter in experts.shared.parameters()]
+def other_gradients(moe: MoE) -> list[Tensor | None]:
+    """Those of what every rank has: the router and the shared experts."""
+    shared = [] if moe.shared_experts is None else [*moe.shared_experts.parameters()]
+    return [parameter.grad for parameter in (moe.router.weight, *shared)]
 
 
 class Totals(LocalDispatcher):
@@ -78,26 +76,26 @@ class Totals(LocalDispatcher):
 
 
 def whole_load(variant: str) -> Tensor:
-    experts, router = build(variant)
-    loads = [experts(x, router, valid, LocalDispatcher(), 0)[1].load for x, valid in
+    moe = build(variant)
+    loads = [moe(x, valid, LocalDispatcher(), 0)[1].load for x, valid in
              (tokens_of(rank, variant) for rank in range(4))]  # fmt: skip
     return torch.stack(loads).sum(0)
 
 
-@pytest.mark.parametrize("parcels", [1, 2])
+@pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_dealt_out_equals_one_process(variant: str, parcels: int, four: Fleet) -> None:
-    experts, router = build(variant)
-    exchange = Totals(whole_load(variant))
-    alone = [learn(experts, router, exchange, variant, rank) for rank in range(4)]
-    answers = four.run(one_rank, variant, parcels)
+def test_dealt_out_equals_one_process(variant: str, chunks: int, four: Fleet) -> None:
+    moe = build(variant)
+    dispatcher = Totals(whole_load(variant))
+    alone = [learn(moe, dispatcher, variant, rank) for rank in range(4)]
+    answers = four.run(one_rank, variant, chunks)
     for (found, _), expected in zip(answers, alone, strict=True):
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    for number, whole in enumerate((experts.up.grad, experts.down.grad)):
+    for number, whole in enumerate((moe.experts.up.grad, moe.experts.down.grad)):
         joined = torch.cat([gradients[number] for _, gradients in answers])
         torch.testing.assert_close(joined, whole, rtol=1e-4, atol=1e-5)
-    for number, whole in enumerate([router.weight.grad, *shared_gradients(experts)], start=2):
+    for number, whole in enumerate(other_gradients(moe), start=2):
         added = sum(gradients[number] for _, gradients in answers)
         torch.testing.assert_close(added, whole, rtol=1e-4, atol=1e-5)
 
@@ -124,11 +122,11 @@ def count_collectives() -> tuple[int, int]:
 
     dist.all_to_all_single = counting
     try:
-        experts, router = build("top_k")
-        keep_experts([experts], dist.get_rank(), dist.get_world_size())
+        moe = build("top_k")
+        keep_experts([moe.experts], dist.get_rank(), dist.get_world_size())
         x, valid = tokens_of(dist.get_rank(), "top_k")
         x.requires_grad_()
-        y, _ = experts(x, router, valid, AllToAllDispatcher(dist.group.WORLD), 0)
+        y, _ = moe(x, valid, AllToAllDispatcher(dist.group.WORLD), 0)
         forward = len(calls)
         y.sum().backward()
     finally:

@@ -22,7 +22,7 @@ from tests.parallel.fleet import Fleet
 from tests.parallel.test_process_group import CPU
 from tests.triton_interpreter import need_interpreter
 
-SHAPES = {"qkv": (7, 64), "narrow": (3, 128), "feed_forward.up": (4, 8, 64)}
+SHAPES = {"qkv": (7, 64), "narrow": (3, 128), "mlp.experts.up": (4, 8, 64)}
 
 
 def values(seed: int) -> dict[str, Tensor]:
@@ -42,14 +42,14 @@ def there_and_back(axes: tuple[int, int, int]) -> list[bool]:
     parts = {name: sets.part(0, name, tensor) for name, tensor in whole.items()}
     assert {name: tuple(part.shape) for name, part in parts.items()} == sets.local_shapes(0)
     found = sets.gather(0, {name: part for name, part in parts.items() if sets.is_sharded(0, name)})
-    first = sets.shard_spec(0, "feed_forward.up").first
-    experts = whole["feed_forward.up"][first : first + 4 // axes[2]]
-    expected = {**whole, "feed_forward.up": experts}
+    first = sets.shard_spec(0, "mlp.experts.up").first
+    experts = whole["mlp.experts.up"][first : first + 4 // axes[2]]
+    expected = {**whole, "mlp.experts.up": experts}
     same = [torch.equal(tensor, expected[name]) for name, tensor in found.items()]
     summed = sets.reduce(0, {name: tensor.clone() for name, tensor in expected.items()})
     for name, part in summed.items():
         # An expert's gradient already holds the rows of all ranks among which experts are dealt out.
-        times = axes[0] * axes[1] * (1 if name == "feed_forward.up" else axes[2])
+        times = axes[0] * axes[1] * (1 if name == "mlp.experts.up" else axes[2])
         same.append(torch.allclose(part, times * parts[name]))
     return same
 
@@ -70,7 +70,7 @@ def moved(axes: tuple[int, int, int] | None, bytes_per_parameter: int, in_triton
         rule.fill(stored, sets.part(0, name, values(1)[name]), 5, sets.shard_spec(0, name))
     for step in range(3):
         gradients = values(2 + step)
-        gradients["feed_forward.up"][2] = 0.0  # an expert without a token
+        gradients["mlp.experts.up"][2] = 0.0  # an expert without a token
         for name, stored in views.items():
             args = UpdateArgs(0.05, 0.1, 11 + step, torch.tensor(True), sets.shard_spec(0, name))
             with mock.patch.object(kernels, "available", lambda device: in_triton):

@@ -62,7 +62,7 @@ def steps_on(axes: Axes) -> list[tuple[float, dict[str, np.ndarray]]]:
     if dist.is_initialized():
         training.ranks = DistributedContext(CPU, 60)
         training.ranks.shard(training.model, MeshShape(*axes))
-        training.words.backbone.exchange = training.ranks.token_dispatcher(1)
+        training.words.backbone.executor.dispatcher = training.ranks.token_dispatcher(1)
     # AdamW divides by a gradient's size: where that is no more than rounding, its default epsilon makes steps of noise.
     optimizer = OptimizerConfig(learning_rate=0.003, epsilon=1e-3)
     train_step = Watched(training, words_config(STEPS, optimizer=optimizer))

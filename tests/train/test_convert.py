@@ -19,7 +19,7 @@ from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConf
 from openm6.optim.config import PRECISION_OF_BYTES
 from openm6.train.convert import convert
 from openm6.train.loop import train
-from tests.offload.test_blocks import PLAIN, SHARED, run_config
+from tests.offload.test_executor import PLAIN, SHARED, run_config
 from tests.train.words_training import WordsTraining, words_backbone, words_config
 
 
@@ -56,7 +56,7 @@ def test_a_plain_run_goes_on_with_fewer_bytes(tmp_path: Path, size: int, near: f
     before, after = answers(plain, PLAIN), answers(tmp_path / "small", PLAIN)
     assert 0 < float((after - before).abs().mean()) < near
     kept, old = (CheckpointReader(latest(place), "optimizer") for place in (tmp_path / "small", plain))
-    name = "backbone.sets.0.attention.qkv"
+    name = "backbone.layers.0.attention.qkv"
     torch.testing.assert_close(kept.read(f"{name}::row_var"), old.read(f"{name}::exp_avg_sq").mean(-1))
     assert (
         RunFolder(tmp_path / "small").read_config()["loop"]["optimizer"]["precision"]

@@ -15,7 +15,7 @@ from openm6.core.run_folder import RunFolder
 from openm6.evaluate.results import EvalReport
 from openm6.evaluate.run import evaluate, scores_json
 from openm6.inference.load import LoadedModel, load
-from openm6.inference.offloaded import OffloadedSource
+from openm6.inference.offloaded import OffloadedInference
 from openm6.parallel.processes import DistributedContext
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
@@ -51,10 +51,10 @@ def load_no_second(monkeypatch: pytest.MonkeyPatch, layers: bool) -> None:
     def load_layers(*words: Any, **named: Any) -> LoadedModel:
         assert layers, "a second model was loaded"
         found = load(*words, **named)
-        weights = [p for block in found.omni.backbone.sets for p in block.attention.parameters()]
+        weights = [p for block in found.omni.backbone.blocks for p in block.attention.parameters()]
         assert weights and all(weight.is_meta for weight in weights)
-        source = found.omni.backbone.source
-        assert isinstance(source, OffloadedSource) and not source.host_copy
+        source = found.omni.backbone.executor
+        assert isinstance(source, OffloadedInference) and not source.host_copy
         return found
 
     monkeypatch.setattr("openm6.evaluate.run.load", lambda *_: pytest.fail("a second model was loaded"))

@@ -51,7 +51,7 @@ def recipe_file(folder: Path, bytes_per_parameter: int, offloaded: bool = True, 
 
 @cache
 def alone(bytes_per_parameter: int) -> tuple[dict[int, float], dict[str, Tensor]]:
-    """Losses and last weights of one process, which tests/offload/test_blocks.py holds to plain training."""
+    """Losses and last weights of one process, which tests/offload/test_executor.py holds to plain training."""
     with TemporaryDirectory() as name:
         recipe = recipe_file(Path(name), bytes_per_parameter)
         _, losses = run_steps(recipe, name, (1, 1, 1), 1, None)

@@ -25,7 +25,7 @@ from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
 from openm6.train.run import train_recipe
-from tests.offload.test_blocks import SHARED, bytes_of, run_config
+from tests.offload.test_executor import SHARED, bytes_of, run_config
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 from tests.train.words_training import WordsTraining, words_backbone
 
@@ -59,7 +59,7 @@ def test_it_is_trained_judged_and_told_apart(finished: Path) -> None:
     for step in (SWITCH, STEPS):
         folder = step_folder(finished / "checkpoints", step)
         backbone = load(folder).omni.backbone
-        sets[read_state(folder)["stage"]] = (backbone.config.stage, len(backbone.sets))
+        sets[read_state(folder)["stage"]] = (backbone.config.stage, len(backbone.config.group_layers))
     assert sets == {"pseudo": ("pseudo", 1), "real": ("real", 2)}
 
 

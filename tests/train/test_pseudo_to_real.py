@@ -53,10 +53,10 @@ def test_answers_are_equal_just_before_and_just_after_the_switch(sharing: Any, s
         before = training.words(words)[0]
         train_step.delink("independent")
         after = training.words(words)[0]
-    assert training.stage == "real" and len(training.words.backbone.sets) == 4
+    assert training.stage == "real" and training.words.backbone.config.group_layers == (0, 1, 2, 3)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
     train_step.update(training.batch(4), 4, 10)
-    first, second = (next(training.words.backbone.sets[layer].parameters()) for layer in (1, 3))
+    first, second = (training.words.backbone.blocks[layer].attention.qkv for layer in (1, 3))
     assert not torch.equal(first, second)  # each layer goes its own way from here on
 
 
@@ -72,9 +72,9 @@ def test_every_delinked_parameter_is_trained_and_remembered() -> None:
     assert {id(parameter) for parameter in train_step.parameters} == {
         id(p) for p in training.model.parameters()
     }
-    second = shared["backbone.sets.1.attention.qkv::exp_avg_sq"]
+    second = shared["backbone.layers.1.attention.qkv::exp_avg_sq"]
     for layer in (1, 3):  # the layers with experts
-        torch.testing.assert_close(kept[f"backbone.sets.{layer}.attention.qkv::exp_avg_sq"], second / 4)
+        torch.testing.assert_close(kept[f"backbone.layers.{layer}.attention.qkv::exp_avg_sq"], second / 4)
 
 
 def test_noise_breaks_the_symmetry_and_repeats() -> None:
@@ -82,7 +82,7 @@ def test_noise_breaks_the_symmetry_and_repeats() -> None:
     for _ in range(2):
         training = WordsTraining(SHARED)
         TrainStep(training, words_config()).delink("reset", noise=0.1)
-        weights.append([block.attention.qkv for block in training.words.backbone.sets])  # type: ignore[union-attr]
+        weights.append([block.attention.qkv for block in training.words.backbone.blocks])
     assert not torch.equal(weights[0][0], weights[0][2])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     moved = float((weights[0][0] - weights[0][2]).std() / weights[0][0].std())

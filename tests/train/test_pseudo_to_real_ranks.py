@@ -58,8 +58,8 @@ def around_the_switch(recipe: str, folder: str) -> tuple[list[float], list[float
         ranks.reshard(training.model)
         if turn == 0:
             train_step.delink("independent")
-    assert training.stage == "real" and len(training.omni.backbone.sets) == 2
-    first = [next(block.parameters()) for block in training.omni.backbone.sets]
+    assert training.stage == "real" and training.omni.backbone.config.group_layers == (0, 1)
+    first = [block.attention.qkv for block in training.omni.backbone.blocks]
     train_step.update(next(batches), 2, 20)
     train_step.update(next(batches), 3, 20)
     parts = [ranks.shard_spec(weight).local(weight) for weight in first]

@@ -13,7 +13,7 @@ from openm6.core.errors import ConfigError
 from openm6.energy.tracker import WorkCount
 from openm6.models.backbone import Backbone
 from openm6.models.presets import preset
-from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly
+from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor, LayerExecutor
 from openm6.nn.moe import RouterStats
 from openm6.ops.matmul import matmul_dtype
 from openm6.parallel.process_group import ProcessGroupContext
@@ -115,22 +115,22 @@ def test_products_alone_in_half_are_for_processors() -> None:
 def test_blocks_run_as_the_config_says(settings, expected):
     backbone = Backbone(preset("nano").backbone)
     choose_execution(backbone, LoopConfig(**settings), 1024, 0)
-    run = backbone.run_block
+    run = backbone.executor
     words = []
-    if isinstance(run, RecomputedBlocks):
+    if isinstance(run, CheckpointedExecutor):
         assert run.num_layers == settings["activation_checkpointing"]
         words.append("recomputed")
-        run = run.run
-    words += ["compiled"] if isinstance(run, CompiledBlocks) else []
+        run = run.inner
+    words += ["compiled"] if isinstance(run, CompiledExecutor) else []
     assert (", ".join(words) or "plain") == expected
 
 
 def test_a_choice_of_others_stands():
     backbone = Backbone(preset("nano").backbone)
-    own = RecomputedBlocks(run_plainly, 1)
-    backbone.run_block = own
+    own = CheckpointedExecutor(LayerExecutor(), 1)
+    backbone.executor = own
     choose_execution(backbone, LoopConfig(compile=True), 1024, 0)
-    assert backbone.run_block is own
+    assert backbone.executor is own
 
 
 def test_no_layers_below_zero():

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openm6.checkpoint.folder import latest, step_folder
 from openm6.checkpoint.load import load_model
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.models.config import BackboneConfig
-from openm6.offload.blocks import Step
 from openm6.offload.config import OffloadConfig
+from openm6.offload.executor import Step
 from openm6.offload.streams import Streams
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.train.config import LoopConfig, Precision, StagesConfig, SwitchConfig
@@ -73,8 +73,9 @@ def test_with_sixteen_bytes_streaming_is_plain_training_to_the_bit(
     assert steps_of(plain, training) == steps_of(offloaded, other)
     named = dict(training.model.named_parameters())
     for index in range(offloaded.num_shards):
+        layer = backbone.group_layers[index]
         for name, stored in offloaded.store.stored(index).items():
-            assert torch.equal(stored["weight"], named[f"backbone.sets.{index}.{name}"]), name
+            assert torch.equal(stored["weight"], named[f"backbone.layers.{layer}.{name}"]), name
     resting = {name: one for name, one in other.model.named_parameters() if not one.is_meta}
     assert len(resting) > 3
     for name, parameter in resting.items():
@@ -138,7 +139,7 @@ def test_a_pass_that_breaks_off_leaves_sets_as_they_were(
     words = training.batch(7).words
     steps_of(train_step, training, 1)
     with monkeypatch.context() as broken:
-        target: Any = train_step.blocks if where == "use" else train_step.rule
+        target: Any = train_step.executor if where == "use" else train_step.rule
         broken.setattr(target, "_run_block" if where == "use" else "update", breaks_off)
         with pytest.raises(InterruptedError):
             steps_of(train_step, training, 1)
@@ -192,10 +193,10 @@ def test_two_backward_passes_of_one_step_are_refused() -> None:
     train_step = OffloadedTrainStep(training, config_of())
     with pytest.raises(RuntimeError, match="begin_step"):
         training.loss(training.batch(0))
-    train_step.blocks.begin_step(Step(1, 0.01, 0.0, 0))
+    train_step.executor.begin_step(Step(1, 0.01, 0.0, 0))
     loss = training.loss(training.batch(0)).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="was updated in this step"):
+    with pytest.raises(RuntimeError, match="were updated in this step"):
         loss.backward()
 
 
@@ -293,12 +294,9 @@ def test_what_cannot_be_streamed_is_refused() -> None:
 
 def test_weights_on_meta_get_first_values_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     training = WordsTraining(PLAIN)
-    for block in training.words.backbone.sets:
-        for name, parameter in list(block.named_parameters()):
-            if not name.startswith("router."):
-                path, _, leaf = name.rpartition(".")
-                empty = nn.Parameter(torch.empty_like(parameter, device="meta"))
-                setattr(block.get_submodule(path), leaf, empty)
+    for block in training.words.backbone.blocks:
+        for module in block.shareable().values():
+            module.to("meta")
     train_step = OffloadedTrainStep(training, config_of(16))
     first, third = (train_step.store.stored(index)["attention.qkv"]["weight"] for index in (0, 2))
     assert float(first.std()) == pytest.approx(PLAIN.deviation, rel=0.1) and not torch.equal(first, third)

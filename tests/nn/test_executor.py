@@ -10,8 +10,8 @@ import torch
 from openm6.core.log import get_log
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
-from openm6.models.running import CompiledBlocks, RecomputedBlocks, run_plainly
 from openm6.nn.config import DenseConfig, ExpertsConfig
+from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor, LayerExecutor
 from openm6.ops.matmul import bf16_matmul
 from openm6.ops.sequence import (
     SequenceMeta,
@@ -66,11 +66,11 @@ def dense_mask(monkeypatch):
 
 def test_compiled_once_for_all_layers_and_packings(dense_mask):
     backbone = model()
-    run = CompiledBlocks(backend="aot_eager")
+    run = CompiledExecutor(backend="aot_eager")
     for meta in packings():
-        backbone.run_block = run_plainly
+        backbone.executor = LayerExecutor()
         plain = gradients(backbone, meta)
-        backbone.run_block = run
+        backbone.executor = run
         compiled = gradients(backbone, meta)
         for ours, theirs in zip(compiled, plain, strict=True):
             assert (ours - theirs).float().norm() <= 0.02 * theirs.float().norm()
@@ -80,8 +80,8 @@ def test_compiled_once_for_all_layers_and_packings(dense_mask):
 def test_block_masks_of_other_packings_compile_nothing_anew(monkeypatch):
     """As on a GPU; forward alone, for FlexAttention has no backward pass on a CPU."""
     monkeypatch.setattr("openm6.models.backbone.choose_mask", lambda meta, cache, x: block_mask(meta, meta))
-    backbone, run = model(), CompiledBlocks(backend="aot_eager")
-    backbone.run_block = run
+    backbone, run = model(), CompiledExecutor(backend="aot_eager")
+    backbone.executor = run
     metas = [
         causal_meta(1, 256),
         join([causal_meta(1, 200), padding_meta(1, 56)]),
@@ -94,16 +94,16 @@ def test_block_masks_of_other_packings_compile_nothing_anew(monkeypatch):
             mask = additive_mask(visible(meta, meta), x.dtype)
             with monkeypatch.context() as patch:
                 patch.setattr("openm6.models.backbone.choose_mask", lambda *_, mask=mask: mask)
-                backbone.run_block = run_plainly
+                backbone.executor = LayerExecutor()
                 theirs, _ = backbone(x, meta)
-                backbone.run_block = run
+                backbone.executor = run
             torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
     assert run.compilations == 2
 
 
 def test_decoding_is_not_compiled(dense_mask):
-    backbone, run = model(), CompiledBlocks(backend="aot_eager")
-    backbone.run_block = run
+    backbone, run = model(), CompiledExecutor(backend="aot_eager")
+    backbone.executor = run
     with torch.no_grad():
         backbone.eval()(torch.randn(2, 32, 32).bfloat16(), packings()[0])
     assert run.compilations == 0
@@ -112,26 +112,26 @@ def test_decoding_is_not_compiled(dense_mask):
 def test_experts_in_fp32_are_not_compiled(dense_mask):
     """Their product asks the device for counts, which no graph can hold."""
     backbone = model().float()
-    run = CompiledBlocks(backend="aot_eager")
+    run = CompiledExecutor(backend="aot_eager")
     results = []
-    for backbone.run_block in (run_plainly, run):
+    for backbone.executor in (LayerExecutor(), run):
         hidden, _ = backbone(torch.ones(2, 32, 32, requires_grad=True), packings()[0])
         results.append(hidden)
     torch.testing.assert_close(results[1], results[0])
     assert run.compilations == 1 and not run.broken  # the dense layer's graph
 
 
-def test_a_compiler_that_fails_is_named_once_and_blocks_run_plainly(dense_mask, monkeypatch, caplog):
+def test_a_compiler_that_fails_is_named_once_and_blocks_run_uncompiled(dense_mask, monkeypatch, caplog):
     tried = []
 
     def failing(self, graph, inputs):
         tried.append(graph)
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
-    monkeypatch.setattr(CompiledBlocks, "_compile", failing)
+    monkeypatch.setattr(CompiledExecutor, "_compile", failing)
     backbone = model()
     plain = gradients(backbone, packings()[0])
-    backbone.run_block = CompiledBlocks()
+    backbone.executor = CompiledExecutor()
     with caplog.at_level(logging.WARNING, logger=get_log().name):
         again, *_ = (gradients(backbone, meta) for meta in packings())
     for ours, theirs in zip(again, plain, strict=True):
@@ -148,12 +148,12 @@ def test_recomputed_layers_give_the_same_gradients(num_layers, half):
     backbone = model().float()
     x, meta = torch.randn(2, 32, 32, requires_grad=True), packings()[1]
     results = []
-    for run in (run_plainly, RecomputedBlocks(run_plainly, num_layers)):
-        backbone.run_block = run
+    for run in (LayerExecutor(), CheckpointedExecutor(LayerExecutor(), num_layers)):
+        backbone.executor = run
         with bf16_matmul(half):
             hidden, _ = backbone(x, meta)
-        results.append(
-            [hidden, *torch.autograd.grad(hidden.sum(), [x, *backbone.sets.parameters()], allow_unused=True)]
-        )
+        matrices = [matrix for block in backbone.blocks for matrix in block.matrices().values()]
+        found = torch.autograd.grad(hidden.sum(), [x, *matrices], allow_unused=True)
+        results.append([hidden, *found])
     for plain, again in zip(*results, strict=True):
         torch.testing.assert_close(again, plain)

@@ -1,0 +1,133 @@
+"""How a backbone runs its layers: as they are, compiled, or with activations computed again in the backward pass."""
+
+# Dimensions: B rows, S tokens, D width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from openm6.core.log import get_log
+from openm6.nn.block import BlockOutput, Context, TransformerBlock
+from openm6.nn.moe import LocalDispatcher, MoE, RouterStats, TokenDispatcher
+from openm6.ops.matmul import capture_precision
+from openm6.ops.sequence import SequenceMeta
+
+MakeContext = Callable[[Tensor, SequenceMeta], Context]
+
+
+class LayerExecutor:
+    """Runs the layers of a backbone one after the other, as they are; base class of all other ways.
+
+    `dispatcher` sends tokens to experts on other ranks.
+    """
+
+    offloaded = False  # whether some blocks are on the device only while they are used
+
+    def __init__(self, dispatcher: TokenDispatcher[Any] | None = None) -> None:
+        self.dispatcher: TokenDispatcher[Any] = dispatcher or LocalDispatcher()
+
+    def block(self, blocks: Sequence[TransformerBlock], layer: int) -> TransformerBlock:
+        """Return the block of a layer, ready on the device until another one is asked for."""
+        return blocks[layer]
+
+    def run_block(self, block: TransformerBlock, x: Tensor, context: Context, layer: int) -> BlockOutput:
+        """Run one block for one layer: B S D -> B S D and its router's statistics."""
+        output: BlockOutput = block(x, context, layer)
+        return output
+
+    def run(
+        self, blocks: Sequence[TransformerBlock], x: Tensor, meta: SequenceMeta, make_context: MakeContext
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """Embedded tokens B S D -> B S D before the final norm, and the statistics of each sparse layer.
+
+        `make_context` returns the context of some of the rows.
+        """
+        context = make_context(x, meta)
+        found: list[RouterStats] = []
+        for layer in range(len(blocks)):
+            x, stats = self.run_block(self.block(blocks, layer), x, context, layer)
+            found += [] if stats is None else [stats]
+        return x, found
+
+
+class CompiledExecutor(LayerExecutor):
+    """One compiled graph for all layers of a kind; what is not training (decoding, evaluation) runs uncompiled.
+
+    The graph takes a layer's weights and the masks of a batch as inputs, so neither another layer nor another
+    packing compiles again; `compilations` counts, so that tests can check this. Experts are compiled in bf16 alone, and
+    if the compiler fails, all blocks run uncompiled from then on: `broken`.
+    """
+
+    def __init__(self, dispatcher: TokenDispatcher[Any] | None = None, backend: str = "inductor") -> None:
+        super().__init__(dispatcher)
+        self.backend = backend
+        self.compilations = 0
+        self.broken = False
+        self._run = torch.compile(_first_layer, backend=self._compile, fullgraph=True, dynamic=False)
+
+    def run_block(self, block: TransformerBlock, x: Tensor, context: Context, layer: int) -> BlockOutput:
+        if self.broken or not block.training or context.cache is not None or not _compilable(block, x):
+            return super().run_block(block, x, context, layer)
+        try:
+            y, stats = self._run(block, x, context)
+        except _compiler_failures() as error:
+            self.broken = True
+            cause = getattr(error, "inner_exception", error)
+            reason = str(cause).strip().partition("\n")[0]
+            get_log().warning(
+                f"the compiler failed ({type(cause).__name__}: {reason}), so the blocks run uncompiled and slower; "
+                f"loop.compile=false does not try"
+            )
+            return super().run_block(block, x, context, layer)
+        # The layer's index stays outside: as an input it would be compiled in, once per layer.
+        return y, None if stats is None else replace(stats, layer=layer)
+
+    def _compile(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        self.compilations += 1
+        compiled: Callable[..., Any] = torch._dynamo.lookup_backend(self.backend)(graph, inputs)
+        return compiled
+
+
+def _first_layer(block: TransformerBlock, x: Tensor, context: Context) -> BlockOutput:
+    output: BlockOutput = block(x, context, 0)
+    return output
+
+
+def _compiler_failures() -> tuple[type[Exception], ...]:
+    """What torch raises if it cannot compile; what the backend raises comes wrapped in the first."""
+    exc = torch._dynamo.exc
+    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
+
+
+def _compilable(block: TransformerBlock, x: Tensor) -> bool:
+    """Dense blocks always. With experts in bf16: in any other dtype the grouped product asks for counts on the host."""
+    if not isinstance(block.mlp, MoE):
+        return True
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return dtype == torch.bfloat16
+
+
+class CheckpointedExecutor(LayerExecutor):
+    """Activation checkpointing: the first `num_layers` layers keep only their input, and run again backwards."""
+
+    def __init__(self, inner: LayerExecutor, num_layers: int) -> None:
+        super().__init__(inner.dispatcher)
+        self.inner, self.num_layers = inner, num_layers
+
+    def run_block(self, block: TransformerBlock, x: Tensor, context: Context, layer: int) -> BlockOutput:
+        if layer >= self.num_layers or not torch.is_grad_enabled():
+            return self.inner.run_block(block, x, context, layer)
+        again = capture_precision(x.device.type)
+        output: BlockOutput = checkpoint(
+            self.inner.run_block, block, x, context, layer,
+            use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), again()),
+        )  # fmt: skip
+        return output

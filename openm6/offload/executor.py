@@ -1,0 +1,375 @@
+"""A backbone's layers with weights that are fetched for each use, forwards and backwards, and updated as soon as their
+gradient is known."""
+
+# Dimensions: B rows, S tokens, D width, M micro-batches (parts of the rows), L layers of a span
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from openm6.core.seeds import derive_seed
+from openm6.nn.block import BlockOutput, Context, TransformerBlock
+from openm6.nn.executor import LayerExecutor, MakeContext
+from openm6.nn.moe import RouterStats, TokenDispatcher
+from openm6.offload.config import OffloadConfig
+from openm6.offload.weight_store import Use, WeightStore
+from openm6.ops.matmul import capture_precision
+from openm6.ops.sequence import SequenceMeta
+from openm6.optim.rules import UpdateArgs, UpdateRule
+from openm6.parallel.process_group import LayerWeights
+
+Key = TypeVar("Key", str, int)
+Run = Callable[[TransformerBlock, dict[str, Tensor], Tensor, Context, int], BlockOutput]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an update needs during the backward pass."""
+
+    number: int
+    lr: float
+    weight_decay: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class BackwardFacts:
+    """Of a backward pass: the norm of all gradients, and how many groups were skipped as theirs was not finite."""
+
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+class ActivationCheckpoint:
+    """The input of a span of layers, kept from the forward pass to the backward one, on the device."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x.detach()
+
+    def restore(self) -> Tensor:
+        """Return the tensor on its device, for the last time."""
+        return self._x
+
+
+class HostCheckpoint(ActivationCheckpoint):
+    """One that waits in pinned host memory.
+
+    Both copies go through the current stream: the way out is paid by the forward pass, which has time while weights
+    arrive, and the tensor's memory on the GPU is free for the next layer at once.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._device = x.device
+        self._x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._x.copy_(x.detach(), non_blocking=True)
+
+    def restore(self) -> Tensor:
+        return self._x.to(self._device, non_blocking=True)
+
+
+def save_input(x: Tensor, where: Literal["device", "host"]) -> ActivationCheckpoint:
+    """Keep `x` on the device, or in host memory if the device is a GPU."""
+    return HostCheckpoint(x) if where == "host" and x.is_cuda else ActivationCheckpoint(x)
+
+
+class OffloadedExecutor(LayerExecutor):
+    """Fetches the weights of each layer once for all micro-batches, and updates them at their last use.
+
+    Layers that share weights are one group; index `group` is that of its record in the store.
+    """
+
+    offloaded = True
+
+    def __init__(
+        self,
+        blocks: Sequence[TransformerBlock],
+        layer_groups: Sequence[int],
+        store: WeightStore,
+        rule: UpdateRule,
+        config: OffloadConfig,
+        weights: LayerWeights,
+        dispatcher: TokenDispatcher[Any],
+    ) -> None:
+        """`blocks` contribute all but their matrices, of which `weights` is this rank's shard."""
+        super().__init__(dispatcher)
+        self.blocks, self.layer_groups = list(blocks), tuple(layer_groups)
+        self.store, self.rule, self.config, self.weights = store, rule, config, weights
+        self._gathered: tuple[int, dict[str, Tensor]] | None = None  # the group that was gathered last
+        device = store.device
+        compiled = config.compile and not weights.sharded  # a compiler does not trace collectives
+        self._run_block: Run = _compiled_run() if compiled else run_block
+        self._step: Step | None = None
+        self._updated: set[int] = set()
+        self._gradients: dict[int, dict[str, Tensor]] = {}
+        self._squares = torch.zeros((), device=device)
+        self._skipped = torch.zeros((), device=device)
+        size, layers = config.activation_checkpointing_every, range(len(self.blocks))
+        self._spans = [tuple(layers[first : first + size]) for first in range(0, len(layers), size)]
+
+    def begin_step(self, step: Step) -> None:
+        """Call it before the forward pass of a training step, whose backward pass will update the weights."""
+        self._step, self._updated, self._gradients = step, set(), {}
+        self._squares, self._skipped = torch.zeros_like(self._squares), torch.zeros_like(self._skipped)
+
+    def end_step(self) -> BackwardFacts:
+        """Call it after the backward pass."""
+        self._step = None
+        return BackwardFacts(self._squares.sqrt(), self._skipped)
+
+    def run(
+        self, blocks: Sequence[TransformerBlock], x: Tensor, meta: SequenceMeta, make_context: MakeContext
+    ) -> tuple[Tensor, list[RouterStats]]:
+        learning = torch.is_grad_enabled()
+        parts = _row_parts(meta, x, self.config.gradient_accumulation_steps if learning else 1)
+        contexts = [make_context(x[rows], part) for rows, part in parts]
+        batch = _Batch(contexts, [rows for rows, _ in parts], _fractions(contexts))
+        if learning and self._step is None:
+            raise RuntimeError("begin_step must be called before a forward pass that is to learn")
+        self._gathered = None
+        self.store.plan(self.uses(learning))
+        # Without an argument that wants a gradient, autograd would keep no trace of the first span.
+        anchor = torch.zeros((), device=x.device, requires_grad=learning)
+        found: list[RouterStats] = []
+        for span in self._spans:
+            own = {id(one): one for layer in span for one in self._own_parameters(layer)}
+            x, *stats = _Span.apply(self, batch, span, anchor, x, *own.values())
+            found += _stats(stats, [layer for layer in span if self._is_sparse(layer)])
+        return x, found
+
+    def uses(self, learning: bool) -> list[Use]:
+        """The groups that a pass will open, in order; the backward pass goes over each span forward once more."""
+        groups = self.layer_groups
+        found = [Use(group, whole=False) for group in groups]
+        if learning:
+            for span in reversed(self._spans):
+                found += [Use(groups[layer], whole=False) for layer in span[:-1]]
+                found += [Use(groups[layer], self._is_last_use(layer)) for layer in reversed(span)]
+        return found
+
+    def forward_span(self, batch: _Batch, span: Sequence[int], x: Tensor) -> tuple[Tensor, list[RouterStats]]:
+        """B S D -> B S D and the statistics of the span's sparse layers, without a graph."""
+        found: list[RouterStats] = []
+        for layer in span:
+            x, stats = self._forward_layer(batch, layer, x)
+            found += [] if stats is None else [stats]
+        return x, found
+
+    def backward_span(
+        self, batch: _Batch, span: Sequence[int], x: Tensor, gradient: Tensor, sides: list[Tensor | None]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return gradients of the span's input and, by identity, of its layers' own parameters.
+
+        Groups whose last use this was are updated.
+        """
+        inputs = [x]
+        for layer in span[:-1]:
+            inputs.append(self._forward_layer(batch, layer, inputs[-1])[0])
+        own: dict[int, Tensor] = {}
+        for layer in reversed(span):
+            side = sides.pop() if self._is_sparse(layer) else None
+            gradient = self._backward_layer(batch, layer, inputs.pop(), gradient, side, own)
+        return gradient, own
+
+    def _forward_layer(self, batch: _Batch, layer: int, x: Tensor) -> BlockOutput:
+        group = self.layer_groups[layer]
+        block, weights = self.blocks[layer], self._open(group, x)
+        outputs = [
+            # Only a cache needs the layer's index; otherwise it is 0, so that one compiled block serves all layers.
+            self._run_block(block, weights, x[rows], context, 0 if context.cache is None else layer)
+            for rows, context in zip(batch.rows, batch.contexts, strict=True)
+        ]
+        self.store.close(group)
+        stats = [one for _, one in outputs if one is not None]
+        y = outputs[0][0] if len(outputs) == 1 else torch.cat([output for output, _ in outputs])
+        return y, _blend(stats, batch.fractions, layer) if stats else None
+
+    def _backward_layer(
+        self,
+        batch: _Batch,
+        layer: int,
+        x: Tensor,
+        gradient: Tensor,
+        side: Tensor | None,
+        own_gradients: dict[int, Tensor],
+    ) -> Tensor:
+        """Run the layer again with a graph, part by part, and add up gradients of weights and own parameters."""
+        group = self.layer_groups[layer]
+        if group in self._updated or self._step is None:
+            raise RuntimeError(
+                f"the weights of layer {layer} were updated in this step: run backward once for each forward"
+            )
+        weights = {name: weight.detach().requires_grad_() for name, weight in self._open(group, x).items()}
+        own = self._own_parameters(layer)
+        gradients: list[Tensor] = []
+        for rows, context, fraction in zip(batch.rows, batch.contexts, batch.fractions, strict=True):
+            part = x[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                y, stats = self._run_block(self.blocks[layer], weights, part, context, 0)
+            results, slopes = [y], [gradient[rows].to(y.dtype)]
+            if stats is not None and side is not None and stats.side_loss.requires_grad:
+                results, slopes = [y, stats.side_loss], [*slopes, side * fraction]
+            found = torch.autograd.grad(results, [part, *weights.values(), *own], slopes, allow_unused=True)
+            gradients.append(found[0])
+            _add(self._gradients.setdefault(group, {}), weights, found[1 : 1 + len(weights)])
+            _add(own_gradients, map(id, own), found[1 + len(weights) :])
+        changed = self._is_last_use(layer)
+        if changed:
+            self._update(group)
+        self.store.close(group, changed)
+        return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+
+    def _open(self, group: int, x: Tensor) -> dict[str, Tensor]:
+        """The group's weights in the dtype of computation."""
+        kind = x.device.type
+        half = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if half else torch.float32
+        self._opened = self.store.open(group)
+        sharded = {n: stored for n, stored in self._opened.items() if self.weights.is_sharded(group, n)}
+        if self._gathered is None or self._gathered[0] != group:  # layers that share weights gather them once
+            self._gathered = None  # free it before the next one is gathered
+            parts = {name: self.rule.read(stored, dtype) for name, stored in sharded.items()}
+            self._gathered = group, self.weights.gather(group, parts) if parts else {}
+        gathered = self._gathered[1]
+        return {
+            name: gathered[name] if name in gathered else self.rule.read(stored, dtype)
+            for name, stored in self._opened.items()
+        }
+
+    def _update(self, group: int) -> None:
+        """Update the group that is open, unless its gradient is not finite."""
+        step, gradients = self._step, self._gradients.pop(group)
+        assert step is not None
+        self._gathered = None
+        with self.store.timer.span("update"):
+            gradients = self.weights.reduce(group, gradients)
+            norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients.values()]
+            square = self.weights.all_reduce(torch.stack(norms).square().sum())
+            allowed = torch.isfinite(square)
+            for name, gradient in gradients.items():
+                key = derive_seed(step.seed, "round", step.number, group, name)
+                spec = self.weights.shard_spec(group, name)
+                args = UpdateArgs(step.lr, step.weight_decay, key, allowed, spec)
+                self.rule.update(self._opened[name], gradient, args)
+        self._squares += square
+        self._skipped += ~allowed
+        self._updated.add(group)
+
+    def _is_last_use(self, layer: int) -> bool:
+        """Whether the backward pass, from the last layer to the first, needs the layer's weights no more after it."""
+        return self.layer_groups.index(self.layer_groups[layer]) == layer
+
+    def _is_sparse(self, layer: int) -> bool:
+        return self.blocks[layer].router is not None
+
+    def _own_parameters(self, layer: int) -> list[nn.Parameter]:
+        """What a layer uses besides its group's matrices: norms and the router, which stay on the device."""
+        matrices = {id(one) for one in self.blocks[layer].matrices().values()}
+        own = [one for one in self.blocks[layer].parameters() if id(one) not in matrices]
+        return [one for one in own if one.requires_grad]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The parts of a batch: the context of each, its rows, and its fraction of the valid tokens."""
+
+    contexts: list[Context]
+    rows: list[slice]
+    fractions: list[Tensor]
+
+
+class _Span(torch.autograd.Function):
+    """A few layers; forward keeps only their input, backward runs them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        executor: OffloadedExecutor,
+        batch: _Batch,
+        span: Sequence[int],
+        anchor: Tensor,
+        x: Tensor,
+        *own: Tensor,
+    ) -> tuple[Tensor, ...]:
+        y, stats = executor.forward_span(batch, span, x)
+        if ctx.needs_input_grad[3]:
+            ctx.checkpoint = save_input(x, executor.config.activation_storage)
+            ctx.arguments = (executor, batch, span, [id(one) for one in own])
+            ctx.precision = capture_precision(x.device.type)
+        flat = [part for one in stats for part in _tensors_of(one)]
+        ctx.mark_non_differentiable(*(part for index, part in enumerate(flat) if index % 5 != 4))
+        ctx.set_materialize_grads(False)
+        return (y, *flat)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *of_stats: Tensor | None) -> tuple[Tensor | None, ...]:
+        executor, batch, span, own = ctx.arguments
+        checkpoint: ActivationCheckpoint = ctx.checkpoint
+        x = checkpoint.restore()
+        with ctx.precision():
+            found, gradients = executor.backward_span(batch, span, x, gradient, list(of_stats[4::5]))
+        return (None, None, None, None, found, *(gradients.get(one) for one in own))
+
+
+def run_block(
+    block: TransformerBlock, weights: dict[str, Tensor], x: Tensor, context: Context, layer: int
+) -> BlockOutput:
+    """One layer with these weights in place of its own."""
+    return functional_call(block, weights, (x, context, layer))
+
+
+@functools.cache
+def _compiled_run() -> Run:
+    """Compile a function of (weights, tokens): buffers that change places do not recompile it."""
+    return torch.compile(run_block)
+
+
+def _row_parts(meta: SequenceMeta, x: Tensor, parts: int) -> list[tuple[slice, SequenceMeta]]:
+    """Up to `parts` parts of the rows, as even as can be."""
+    count = max(1, min(parts, meta.batch))
+    if count == 1:
+        return [(slice(None), meta)]
+    borders = [round(part * meta.batch / count) for part in range(count + 1)]
+    rows = [slice(first, last) for first, last in itertools.pairwise(borders)]
+    return [(one, SequenceMeta(*(part[one] for part in meta.parts()), causal=meta.causal)) for one in rows]
+
+
+def _fractions(contexts: list[Context]) -> list[Tensor]:
+    """Each part's fraction of the valid tokens; exactly 1 for a single part."""
+    if len(contexts) == 1:
+        return [torch.ones((), device=contexts[0].valid.device)]
+    counts = torch.stack([context.valid.sum() for context in contexts]).float()
+    return list((counts / counts.sum().clamp(min=1)).unbind())
+
+
+def _blend(stats: list[RouterStats], fractions: list[Tensor], layer: int) -> RouterStats:
+    """The statistics of all parts together: loads add up, the rest is a mean by valid tokens."""
+    if len(stats) == 1:
+        return replace(stats[0], layer=layer)
+    columns = list(zip(*(_tensors_of(one) for one in stats), strict=True))
+    means = [sum(part * one for part, one in zip(column, fractions, strict=True)) for column in columns[1:]]
+    return RouterStats(layer, torch.stack(columns[0]).sum(0), *means)
+
+
+def _tensors_of(stats: RouterStats) -> tuple[Tensor, ...]:
+    """Return the tensors of a router's statistics, the one with a gradient last."""
+    return stats.load, stats.aux_loss, stats.z_loss, stats.dropped, stats.side_loss
+
+
+def _stats(flat: list[Tensor], layers: list[int]) -> list[RouterStats]:
+    return [RouterStats(layer, *flat[5 * index : 5 * index + 5]) for index, layer in enumerate(layers)]
+
+
+def _add(total: dict[Key, Tensor], keys: Iterable[Key], found: Sequence[Tensor | None]) -> None:
+    """Add gradients to those of the same key, in place."""
+    for key, gradient in zip(keys, found, strict=True):
+        if gradient is not None:
+            total[key] = gradient if key not in total else total[key].add_(gradient)
