@@ -188,7 +188,7 @@ def _context(config: BackboneConfig, layout: Layout, rows: int, length: int) -> 
     mask = torch.zeros(1, 1, length, length, dtype=DTYPE)
     valid = torch.ones(rows, length, dtype=torch.bool)
     exchange = AllToAllDispatcher(layout.expert_group())
-    return Context(rotary=(angle, angle), mask=mask, valid=valid, cache=None, exchange=exchange)
+    return Context(rotary=(angle, angle), mask=mask, valid=valid, cache=None, dispatcher=exchange)
 
 
 def _tensors(value: Any) -> list[Tensor]:

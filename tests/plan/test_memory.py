@@ -9,7 +9,7 @@ from torch import Tensor
 from openm6.modalities.batch import Batch
 from openm6.models.backbone import Backbone, choose_mask
 from openm6.models.config import BackboneConfig
-from openm6.nn.block import Block, Context, LayerParts
+from openm6.nn.block import Context, TransformerBlock
 from openm6.nn.config import DenseConfig, ExpertsConfig
 from openm6.nn.moe import LocalDispatcher
 from openm6.ops.matmul import bf16_matmul
@@ -110,7 +110,7 @@ def packed() -> Batch:
     return Batch(SequenceMeta(example, order, torch.zeros_like(example), positions), {}, ROWS * LENGTH, [])
 
 
-def block_of(config: BackboneConfig, batch: Batch) -> tuple[Block, LayerParts, Context]:
+def block_of(config: BackboneConfig, batch: Batch) -> tuple[TransformerBlock, Context]:
     """The only layer of a backbone, and what its forward pass needs of a batch."""
     backbone, meta = Backbone(config), batch.meta
     x = torch.zeros(meta.batch, meta.length, config.hidden_size)
@@ -119,17 +119,15 @@ def block_of(config: BackboneConfig, batch: Batch) -> tuple[Block, LayerParts, C
         mask=choose_mask(meta, None, x),
         valid=meta.valid,
         cache=None,
-        exchange=LocalDispatcher(),
+        dispatcher=LocalDispatcher(),
     )
-    block, parts = backbone.sets[0], backbone.layers[0]
-    assert isinstance(block, Block) and isinstance(parts, LayerParts)
-    return block, parts, context
+    return backbone.blocks[0], context
 
 
 def kept_elements(config: BackboneConfig) -> float:
     """Elements that one layer keeps of a token between its forward and its backward pass, weights left out."""
-    block, parts, context = block_of(config, packed())
-    own = {weight.untyped_storage().data_ptr() for weight in [*block.parameters(), *parts.parameters()]}
+    block, context = block_of(config, packed())
+    own = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
     own |= {table.untyped_storage().data_ptr() for table in context.rotary}
     held: dict[int, Tensor] = {}
 
@@ -141,7 +139,7 @@ def kept_elements(config: BackboneConfig) -> float:
 
     x = torch.randn(ROWS, LENGTH, config.hidden_size, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        block(x * 1.0, parts, context, 0)
+        block(x * 1.0, context, 0)
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values()) / ELEMENT / (ROWS * LENGTH)
 
 
