@@ -48,11 +48,11 @@ class PlayedDispatcher(LocalDispatcher):
         arrived = groups.repeat(1, self.copies, 1).flatten(0, 1)
         return [LocalChunk(arrived, counts * self.copies)]
 
-    def reply(self, chunk: LocalChunk, answers: Tensor) -> None:
+    def send_back(self, chunk: LocalChunk, answers: Tensor) -> None:
         groups = answers.view(len(chunk.counts), self.copies, -1, answers.shape[-1])
         chunk.held = groups.mean(1).flatten(0, 1)
 
-    def collect(self, chunks: Sequence[LocalChunk]) -> Tensor:
+    def combine(self, chunks: Sequence[LocalChunk]) -> Tensor:
         return chunks[0].held
 
 

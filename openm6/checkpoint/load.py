@@ -29,7 +29,7 @@ def open_reader(folder: Path, kind: str = "model") -> CheckpointReader:
 
 
 def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
-    """Fill a placed model (not on `meta`) with the weights of a checkpoint folder.
+    """Fill a model (not on `meta`) with the weights of a checkpoint folder.
 
     `layout` is that of parallel/fsdp.py if the model is sharded over ranks, all of which call this.
 
@@ -38,7 +38,9 @@ def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
     """
     targets = named_tensors(model)
     if meta := [name for name, target in targets.items() if target.is_meta]:
-        raise ValueError(f"{meta[0]} is on the meta device; place the model before loading into it")
+        raise ValueError(
+            f"{meta[0]} is on the meta device; move the model to a device before loading into it"
+        )
     reader = open_reader(folder)
     _check_names(reader, set(targets))
     if layout is not None:
@@ -118,9 +120,8 @@ def _moments(reader: CheckpointReader, model: nn.Module, mixed: bool) -> Iterato
     placed = {name for name, tensor in model.named_parameters() if not tensor.is_meta}
     for name in reader.names:
         owner, separator, _ = name.partition(SEPARATOR)
-        if not mixed or (
-            separator and owner in placed
-        ):  # a mixed file holds weights, too, and those of offloaded sets
+        # A mixed file also holds weights, and the state of offloaded layers.
+        if not mixed or (separator and owner in placed):
             yield name, reader.read(name)
 
 

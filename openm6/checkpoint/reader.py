@@ -22,7 +22,7 @@ from torch import Tensor
 from openm6.checkpoint.folder import MODEL_FILE, OPTIMIZER_FILE, TRAINING_FILE
 from openm6.core.errors import CheckpointError
 
-PLACES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in the header of a file with shards, by torch
+SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in the header of a file with shards, by torch
 TYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8",
     torch.int32: "I32", torch.int64: "I64", torch.float64: "F64", torch.bool: "BOOL",
@@ -142,7 +142,7 @@ class CheckpointReader:
         expected = tuple(target.shape if shape is None else shape)
         if (found := self.shape(name)) != expected:
             raise CheckpointError(
-                f"{self.folder}: {name!r} has shape {list(found)}, the model wants {list(expected)}: "
+                f"{self.folder}: {name!r} has shape {list(found)}, the model expects {list(expected)}: "
                 "load it with the config that it was saved with"
             )
         at = (0,) * len(expected) if offsets is None else tuple(offsets)
@@ -168,7 +168,7 @@ def _parts_of(path: Path) -> list[_Part]:
     """All that a file holds, from its header alone."""
     try:
         with safe_open(str(path), framework="pt") as file:  # checks that the file is whole
-            places = json.loads((file.metadata() or {}).get(PLACES, "{}"))
+            sharding = json.loads((file.metadata() or {}).get(SHARDING, "{}"))
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
@@ -177,7 +177,7 @@ def _parts_of(path: Path) -> list[_Part]:
             _Part(
                 path,
                 name,
-                tuple(places[name][OFFSETS]) if name in places else (0,) * len(entry["shape"]),
+                tuple(sharding[name][OFFSETS]) if name in sharding else (0,) * len(entry["shape"]),
                 tuple(entry["shape"]),
                 DTYPES[entry["dtype"]],
                 8 + length + entry["data_offsets"][0],

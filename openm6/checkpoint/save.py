@@ -54,7 +54,7 @@ class Snapshot:
         default_factory=dict
     )  # tensors of the training task, such as averaged weights
     files: dict[str, str] = field(default_factory=dict)  # text files beside the weights
-    shards: Iterable[Shard] = ()  # weight sets that the model itself does not hold, made one at a time
+    shards: Iterable[Shard] = ()  # offloaded layers, which the model does not hold, made one at a time
     num_shards: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)  # more of them, which no module holds
 
@@ -106,8 +106,8 @@ def _write_tensors_of(snapshot: Snapshot, folder: Path) -> None:
     named = {**named_tensors(snapshot.model), **snapshot.weights}
     tensors = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
     if snapshot.num_shards:
-        edges = Shard(tensors, snapshot.optimizer)
-        write_shards(folder, edges, snapshot.shards, snapshot.num_shards)
+        first = Shard(tensors, snapshot.optimizer)
+        write_shards(folder, first, snapshot.shards, snapshot.num_shards)
         return
     write_tensors(folder / MODEL_FILE, tensors)
     if snapshot.optimizer:

@@ -24,7 +24,7 @@ from openm6.checkpoint.reader import CheckpointReader, Shape
 from openm6.checkpoint.save import Saver, Snapshot, as_checkpoint_error, commit, named_tensors
 from openm6.core.errors import CheckpointError
 from openm6.optim.sharding import is_sharded_along
-from openm6.parallel.fsdp import Layout, expert_parameters, with_places
+from openm6.parallel.fsdp import Layout, expert_parameters, with_offsets
 from openm6.parallel.sharded_weights import local, shard_spec_of
 
 FILE_BYTES = 2**28  # of a rank's file, unless one tensor is larger
@@ -57,7 +57,7 @@ class ShardedSaver(Saver):
         dist.barrier(group=self.group)
         named = {**named_tensors(snapshot.model), **snapshot.optimizer}
         named = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
-        parts = with_places(snapshot.model, named, self.layout)
+        parts = with_offsets(snapshot.model, named, self.layout)
         copies = {name: self._copy(tensor) for name, tensor in parts.items()}
         for shard in snapshot.shards:
             copies |= {**shard.model, **shard.optimizer}
@@ -120,7 +120,7 @@ def load_shards(
     reader: CheckpointReader, model: nn.Module, targets: dict[str, Tensor], layout: Layout
 ) -> None:
     """Fill a sharded model, each rank its shards; see `load_model`."""
-    for name, target in with_places(model, targets, layout).items():
+    for name, target in with_offsets(model, targets, layout).items():
         read_shard(reader, name, target)
 
 
@@ -147,16 +147,16 @@ def optimizer_shards(
             slot = _empty_slot(
                 key, parameters[owner], reader.shape(name), reader.dtype(name), owner in experts
             )
-            read_shard(reader, name, with_places(model, {name: slot}, layout)[name])
+            read_shard(reader, name, with_offsets(model, {name: slot}, layout)[name])
             yield name, slot
 
 
-def _empty_slot(key: str, parameter: Tensor, size: Shape, dtype: torch.dtype, dealt: bool) -> Tensor:
+def _empty_slot(key: str, parameter: Tensor, size: Shape, dtype: torch.dtype, distributed: bool) -> Tensor:
     """Memory for this rank's part of a tensor kept for a parameter, whose experts are on several ranks or not."""
     shape = list(size)
     if len(shape) != parameter.dim() or not shape:
         return torch.zeros(shape, dtype=dtype)
-    if dealt:
+    if distributed:
         shape[0] = parameter.shape[0]
     if not isinstance(parameter, DTensor):
         return torch.zeros(shape, dtype=dtype, device=parameter.device)

@@ -1,6 +1,6 @@
 """Published Qwen3 and Qwen3-MoE weights as a backbone, a word embedding and a text head."""
 
-# Letters: D width, F hidden, E experts, V vocabulary
+# Dimensions: D width, F hidden, E experts, V vocabulary
 
 from __future__ import annotations
 

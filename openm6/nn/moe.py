@@ -51,23 +51,23 @@ AnyChunk = TypeVar("AnyChunk", bound=TokenChunk)
 class TokenDispatcher(Protocol[AnyChunk]):
     """Sends rows, sorted by expert, to the ranks of their experts, and the answers back in the same order.
 
-    Only rows are sent: gates stay with their tokens and multiply after `collect`. Rows may come in several chunks, so
-    that one is sent while another is computed; `reply` starts to send the answers of a chunk back.
+    Only rows are sent: gates stay with their tokens and multiply after `combine`. Rows may come in several chunks, so
+    that one is sent while another is computed; `send_back` starts to send the answers of a chunk back.
     """
 
     def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> Sequence[AnyChunk]:
         """R D and E -> chunks of rows for this rank's experts; `capacity`, if given, equals all counts."""
         ...
 
-    def reply(self, chunk: AnyChunk, answers: Tensor) -> None:
+    def send_back(self, chunk: AnyChunk, answers: Tensor) -> None:
         """Start to send back what the experts of a chunk answered."""
         ...
 
-    def collect(self, chunks: Sequence[AnyChunk]) -> Tensor:
+    def combine(self, chunks: Sequence[AnyChunk]) -> Tensor:
         """All answers -> R D, in the order in which the rows were sent."""
         ...
 
-    def total(self, load: Tensor) -> Tensor:
+    def all_reduce(self, load: Tensor) -> Tensor:
         """A count of this rank's tokens, summed over all ranks of the run."""
         ...
 
@@ -89,13 +89,13 @@ class LocalDispatcher:
     def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[LocalChunk]:
         return [LocalChunk(rows, counts)]
 
-    def reply(self, chunk: LocalChunk, answers: Tensor) -> None:
+    def send_back(self, chunk: LocalChunk, answers: Tensor) -> None:
         chunk.held = answers
 
-    def collect(self, chunks: Sequence[LocalChunk]) -> Tensor:
+    def combine(self, chunks: Sequence[LocalChunk]) -> Tensor:
         return chunks[0].held
 
-    def total(self, load: Tensor) -> Tensor:
+    def all_reduce(self, load: Tensor) -> Tensor:
         return load
 
 
@@ -165,7 +165,7 @@ class Router(nn.Module):
             none = logits.new_zeros(())
             aux = none
             if config.balance == "aux":
-                aux = balance_loss(probability, dispatcher.total(load) if dispatcher else load, valid)
+                aux = balance_loss(probability, dispatcher.all_reduce(load) if dispatcher else load, valid)
             z = z_loss(logits, valid, config.num_prototypes or 1) if config.router_z_loss_coef else none
         return Routing(gate, chosen, load, aux, z)
 
@@ -228,8 +228,8 @@ class Experts(nn.Module):
         ups, downs = (_divide(weight, len(chunks)) for weight in (self.up, self.down))
         for chunk, up, down in zip(chunks, ups, downs, strict=True):
             hidden = activate(grouped_mm(chunk.rows(), up, chunk.counts), config.hidden_act)  # R D -> R F
-            dispatcher.reply(chunk, grouped_mm(hidden, down, chunk.counts))  # R F -> R D
-        y = unpermute(dispatcher.collect(chunks), routing.gate, permutation).view_as(x)
+            dispatcher.send_back(chunk, grouped_mm(hidden, down, chunk.counts))  # R F -> R D
+        y = unpermute(dispatcher.combine(chunks), routing.gate, permutation).view_as(x)
         return y if dense is None else y + dense, permutation.kept
 
 

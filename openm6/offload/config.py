@@ -10,14 +10,16 @@ from openm6.core.config import Config
 
 
 class OffloadConfig(Config):
-    """Weight sets stay on the device, or in host memory, from where they are copied for each use.
+    """Weights stay on the device, or in host memory, from which they are copied for each use.
 
-    num_gpu_layers: how many sets, or which, stay on the device; auto: as many as fit, less `margin_gib`
+    Layers that share their weights count as one.
+
+    num_gpu_layers: how many layers, or which, stay on the device; auto: as many as fit, less `margin_gib`
     gradient_accumulation_steps: parts of a batch (along its rows) that go through a block one after the
-        other, so that a set which has been fetched serves them all
+        other, so that weights are fetched once for all of them
     activation_checkpointing_every: of so many layers the first's input is kept, the others' are computed again
     activation_storage: where those inputs wait for the backward pass
-    buffers: sets on the device at a time, besides those that stay there
+    buffers: offloaded layers that are on the device at a time
     compile: whether blocks are compiled; off until a GPU has shown that compiled offloaded blocks are right
     host_gib: most host memory that weights may take; None: what is free, less a tenth
     pin: register host memory with the GPU, without which copies are slow and wait for one another
@@ -38,11 +40,11 @@ class OffloadConfig(Config):
     def _not_negative(cls, on_device: int | tuple[int, ...] | str) -> int | tuple[int, ...] | str:
         numbers = on_device if isinstance(on_device, tuple) else () if on_device == "auto" else (on_device,)
         if any(int(number) < 0 for number in numbers):
-            raise ValueError("counts and numbers of weight sets start at 0")
+            raise ValueError("counts and indices of layers start at 0")
         return on_device
 
 
-def evenly_spaced(count: int, num_sets: int) -> tuple[int, ...]:
-    """`count` sets that stay on the device, evenly between offloaded ones, so that they hide the others' transfers."""
-    count = min(count, num_sets)
-    return tuple(int((place + 0.5) * num_sets / count) for place in range(count)) if count else ()
+def evenly_spaced(count: int, num_groups: int) -> tuple[int, ...]:
+    """Return `count` groups of layers that stay on the device, evenly between others, whose transfers they hide."""
+    count = min(count, num_groups)
+    return tuple(int((index + 0.5) * num_groups / count) for index in range(count)) if count else ()

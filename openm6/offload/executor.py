@@ -135,12 +135,12 @@ class OffloadedExecutor(LayerExecutor):
             raise RuntimeError("begin_step must be called before a forward pass that is to learn")
         self._gathered = None
         self.store.plan(self.uses(learning))
-        # Without an argument that wants a gradient, autograd would keep no trace of the first span.
-        anchor = torch.zeros((), device=x.device, requires_grad=learning)
+        # Without an argument that requires a gradient, autograd would keep no trace of the first span.
+        requires_graph = torch.zeros((), device=x.device, requires_grad=learning)
         found: list[RouterStats] = []
         for span in self._spans:
             own = {id(one): one for layer in span for one in self._own_parameters(layer)}
-            x, *stats = _Span.apply(self, batch, span, anchor, x, *own.values())
+            x, *stats = _Span.apply(self, batch, span, requires_graph, x, *own.values())
             found += _stats(stats, [layer for layer in span if self._is_sparse(layer)])
         return x, found
 
@@ -294,7 +294,7 @@ class _Span(torch.autograd.Function):
         executor: OffloadedExecutor,
         batch: _Batch,
         span: Sequence[int],
-        anchor: Tensor,
+        requires_graph: Tensor,
         x: Tensor,
         *own: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -328,7 +328,7 @@ def run_block(
 
 @functools.cache
 def _compiled_run() -> Run:
-    """Compile a function of (weights, tokens): buffers that change places do not recompile it."""
+    """Compile a function of (weights, tokens): weights in another buffer do not recompile it."""
     return torch.compile(run_block)
 
 

@@ -42,10 +42,10 @@ class PinnedArena:
         if pin and sizes:
             self._register(segments(sizes, SEGMENT))
 
-    def _register(self, wanted: list[tuple[int, int]]) -> None:
+    def _register(self, parts: list[tuple[int, int]]) -> None:
         runtime = torch.cuda.cudart()
         self._unpin = weakref.finalize(self, _unregister, runtime, self._registered)  # also if the run fails
-        for start, size in wanted:
+        for start, size in parts:
             # The first touch claims the pages; an untouched mapping is pinned far more slowly.
             self._bytes[start : start + size : mmap.PAGESIZE].zero_()
             address = self._bytes.data_ptr() + start

@@ -1,7 +1,7 @@
 """Weights of layers on the device or in host memory, and the few device buffers through which the latter pass.
 
-Training and inference use the same store. All tensors that are kept for a layer's matrices lie in one flat record, so
-that one copy fetches them, and a shorter one the weights alone.
+Training and inference use the same store. All tensors that are kept for the matrices of a group of layers (which share
+them) lie in one flat record, so that one copy fetches them, and a shorter one the weights alone.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class RecordLayout:
         read = [pair for pair in slots if pair[1].name in storage.read_slots]
         rest = [pair for pair in slots if pair[1].name not in storage.read_slots]
         self.entries: list[Entry] = []
-        self.read_bytes = self._place(read, 0)
-        self.num_bytes = _rounded(self._place(rest, self.read_bytes), PAGE)
+        self.read_bytes = self._add(read, 0)
+        self.num_bytes = _rounded(self._add(rest, self.read_bytes), PAGE)
 
     @property
     def num_parameters(self) -> int:
@@ -82,7 +82,7 @@ class RecordLayout:
             found[entry.parameter][entry.slot.name] = entry.view(record)
         return found
 
-    def _place(self, slots: list[tuple[str, Slot]], start: int) -> int:
+    def _add(self, slots: list[tuple[str, Slot]], start: int) -> int:
         for parameter, slot in slots:
             self.entries.append(Entry(parameter, slot, start))
             start = _rounded(start + slot.num_bytes, ALIGNMENT)
@@ -100,31 +100,31 @@ def matrix_shapes(block: TransformerBlock) -> dict[str, Shape]:
 
 @dataclass(frozen=True)
 class Use:
-    """A set of weights that will be needed: with the state that its update needs if `whole`, else the weights alone."""
+    """A record that will be needed: with the state that its update needs if `whole`, else the weights alone."""
 
     index: int
     whole: bool
 
 
 class _Buffer:
-    """Device memory for one set."""
+    """Device memory for one record."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.record = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self.index: int | None = None  # the set that it holds
+        self.index: int | None = None  # of the record that it holds
         self.whole = False
         self.open = False
-        self.ready: Event = None  # the set has arrived
+        self.ready: Event = None  # the record has arrived
         self.free: Event = None  # the compute stream reads or writes it no more
         self.left: Event = None  # the last write-back from it is done
 
 
 class WeightStore:
-    """Fetch sets in the order of a plan, the next ones while one is in use, and write changed ones back.
+    """Fetch records in the order of a plan, the next ones while one is in use, and write changed ones back.
 
-    Four things are waited for: a set's arrival before it is used; the end of a buffer's use before it is filled
-    again; the end of the write-back that began in a buffer, however often the set was used since, before that buffer is
-    filled or changed again; and a set's write-back before it is fetched (or saved) the next time.
+    Four things are waited for: a record's arrival before it is used; the end of a buffer's use before it is filled
+    again; the end of the write-back that began in a buffer, however often the record was used since, before that
+    buffer is filled or changed again; and a record's write-back before it is fetched (or saved) the next time.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class WeightStore:
         pin: bool,
         read: Callable[[int, dict[str, Slots]], None] | None = None,
     ) -> None:
-        """With `read`, which fills the views of a set, sets are read for each use and not kept in host memory."""
+        """With `read`, which fills the views of a record, records are read for each use and not kept in host memory."""
         self.layouts, self.device, self.streams = list(layouts), device, streams
         self.on_device = frozenset(on_device)
         self.timer = PhaseTimer(device)
@@ -164,7 +164,7 @@ class WeightStore:
             streams.to_host.record_stream(buffer.record)
 
     def stored(self, index: int) -> dict[str, Slots]:
-        """Return a set in its storage; call `synchronize` first if it may be on its way."""
+        """Return a record in its storage; call `synchronize` first if it may be on its way."""
         return self.layouts[index].views(self.storage[index])
 
     def plan(self, uses: Sequence[Use]) -> None:
@@ -176,14 +176,14 @@ class WeightStore:
         self._fetch_ahead()
 
     def open(self, index: int) -> dict[str, Slots]:
-        """Return the next set of the plan, on the device, where it stays until `close`."""
+        """Return the next record of the plan, on the device, where it stays until `close`."""
         if not self._uses or self._uses[0].index != index:
-            raise RuntimeError(f"weight set {index} was not planned to be used now")
+            raise RuntimeError(f"record {index} was not planned to be used now")
         whole = self._uses.popleft().whole
         if index in self.on_device:
             return self.stored(index)
         buffer = self._holding(index)
-        assert buffer is not None, "the plan fetches every set before its use"
+        assert buffer is not None, "the plan fetches every record before its use"
         with self.timer.span("fetch"):
             self.streams.compute.wait_event(buffer.ready)
         if whole:
@@ -194,7 +194,7 @@ class WeightStore:
         return self.layouts[index].views(buffer.record)
 
     def close(self, index: int, changed: bool = False) -> None:
-        """End the use of a set by the work enqueued so far; write it back if that changed it."""
+        """End the use of a record by the work enqueued so far; write it back if that changed it."""
         buffer = self._holding(index)
         if index in self.on_device or buffer is None:
             return
@@ -205,7 +205,7 @@ class WeightStore:
         self._fetch_ahead()
 
     def synchronize(self) -> None:
-        """Return when every set is written back."""
+        """Return when every record is written back."""
         for stream in (self.streams.compute, self.streams.to_device, self.streams.to_host):
             stream.synchronize()
 
@@ -222,7 +222,7 @@ class WeightStore:
         self._arena.close()
 
     def _fetch_ahead(self) -> None:
-        """Fill free buffers with the sets that come next."""
+        """Fill free buffers with the records that come next."""
         taken = [buffer for buffer in self._buffers if buffer.open]
         for use in self._uses:
             if len(taken) == len(self._buffers):

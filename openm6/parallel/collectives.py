@@ -54,32 +54,32 @@ def _exchange(
     return arrived, dist.all_to_all_single(arrived, rows, received, sent, group=group, async_op=True)
 
 
-# Two functions for one exchange: what is computed between them runs while the rows travel, in both directions.
+# Two functions for one all-to-all: what is computed between them overlaps with it, forwards and backwards.
 class _StartAllToAll(torch.autograd.Function):
-    """Start the exchange; backwards, wait for the gradients."""
+    """Start the all-to-all; backwards, wait for the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: AsyncAllToAll) -> Tensor:
-        ctx.flight = flight
-        return flight.start(rows)
+    def forward(ctx: Any, rows: Tensor, transfer: AsyncAllToAll) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.start(rows)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.end_back(), None  # the incoming gradient has the shape of what was sent
+        return ctx.transfer.end_back(), None  # the incoming gradient has the shape of what was sent
 
 
 class _WaitAllToAll(torch.autograd.Function):
-    """Wait for the rows; backwards, start the exchange of their gradients."""
+    """Wait for the rows; backwards, start the all-to-all of their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: AsyncAllToAll) -> Tensor:
-        flight.work.wait()
-        ctx.flight = flight
+    def forward(ctx: Any, rows: Tensor, transfer: AsyncAllToAll) -> Tensor:
+        transfer.work.wait()
+        ctx.transfer = transfer
         return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.start_back(gradient)
+        ctx.transfer.start_back(gradient)
         return gradient, None
 
 
@@ -100,16 +100,16 @@ class _Reorder(torch.autograd.Function):
 class TokenChunk:
     """Rows from all ranks for a slice of the experts of this one."""
 
-    def __init__(self, counts: Tensor, flight: AsyncAllToAll, flying: Tensor) -> None:
+    def __init__(self, counts: Tensor, transfer: AsyncAllToAll, sending: Tensor) -> None:
         """`counts` P E'/Q: rows of each expert of the slice from each rank."""
         self.counts = counts.sum(0)
-        self.flight = flight
-        self.flying = flying  # rows, then outputs
-        self.order, self.inverse = _expert_order(counts, sum(flight.received))
+        self.transfer = transfer
+        self.sending = sending  # rows, then outputs
+        self.order, self.inverse = _expert_order(counts, sum(transfer.received))
 
     def rows(self) -> Tensor:
         # They are sorted by (rank, expert); the grouped product needs the rows of one expert together.
-        return _Reorder.apply(_WaitAllToAll.apply(self.flying, self.flight), self.order, self.inverse)
+        return _Reorder.apply(_WaitAllToAll.apply(self.sending, self.transfer), self.order, self.inverse)
 
 
 class AllToAllDispatcher:
@@ -117,8 +117,8 @@ class AllToAllDispatcher:
 
     Every rank takes part in every exchange, with no rows if need be, so no rank waits for one that has nothing to send.
     Numbers of rows are exchanged first and read by the host, once a layer; with a capacity they are known. `chunks`
-    divides the experts of a rank, and with them the rows, into so many exchanges, of which one travels while another is
-    computed.
+    divides the experts of a rank, and with them the rows, into so many all-to-alls, of which one overlaps with the
+    computation of another.
     """
 
     def __init__(self, group: dist.ProcessGroup, chunks: int = 1) -> None:
@@ -127,43 +127,43 @@ class AllToAllDispatcher:
         self.chunks = chunks
 
     def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[TokenChunk]:
-        """R D and E -> the chunks, all of them already under way.
+        """R D and E -> the chunks, all of which are being sent.
 
         Raises:
             ValueError: the experts cannot be distributed over the ranks and chunks evenly.
         """
-        pieces = self.size * self.chunks
-        if len(counts) % pieces:
+        if len(counts) % (self.size * self.chunks):
             raise ValueError(
                 f"{len(counts)} experts cannot be distributed over {self.size} ranks in {self.chunks} chunks"
             )
         ours = counts.view(self.size, -1)  # P E'
         theirs = self._exchange_counts(ours) if capacity is None else ours
         sent, received = self._splits(ours, theirs, capacity)  # P Q each
-        cut = rows.split([number for by_rank in sent for number in by_rank])
+        by_chunk = rows.split([number for by_rank in sent for number in by_rank])
         sliced = theirs.view(self.size, self.chunks, -1)  # P Q E'/Q
         chunks = []
         for part in range(self.chunks):
-            flight = AsyncAllToAll(self.group, [row[part] for row in sent], [row[part] for row in received])
-            leaving = torch.cat(cut[part :: self.chunks]) if self.chunks > 1 else rows
-            flying = _StartAllToAll.apply(leaving, flight)
-            chunks.append(TokenChunk(sliced[:, part], flight, flying))
+            transfer = AsyncAllToAll(self.group, [row[part] for row in sent], [row[part] for row in received])
+            outgoing = torch.cat(by_chunk[part :: self.chunks]) if self.chunks > 1 else rows
+            sending = _StartAllToAll.apply(outgoing, transfer)
+            chunks.append(TokenChunk(sliced[:, part], transfer, sending))
         return chunks
 
-    def reply(self, chunk: TokenChunk, outputs: Tensor) -> None:
+    def send_back(self, chunk: TokenChunk, outputs: Tensor) -> None:
         """Send the outputs of a chunk's experts back."""
-        back = AsyncAllToAll(self.group, chunk.flight.received, chunk.flight.sent)
+        back = AsyncAllToAll(self.group, chunk.transfer.received, chunk.transfer.sent)
         outputs = _Reorder.apply(outputs, chunk.inverse, chunk.order)
-        chunk.flying, chunk.flight = _StartAllToAll.apply(outputs, back), back
+        chunk.sending, chunk.transfer = _StartAllToAll.apply(outputs, back), back
 
-    def collect(self, chunks: Sequence[TokenChunk]) -> Tensor:
+    def combine(self, chunks: Sequence[TokenChunk]) -> Tensor:
         """R D: all outputs in the order of the rows that were sent."""
         arrived = [
-            _WaitAllToAll.apply(chunk.flying, chunk.flight).split(chunk.flight.received) for chunk in chunks
+            _WaitAllToAll.apply(chunk.sending, chunk.transfer).split(chunk.transfer.received)
+            for chunk in chunks
         ]
-        return torch.cat([piece for by_rank in zip(*arrived, strict=True) for piece in by_rank])
+        return torch.cat([rows for by_rank in zip(*arrived, strict=True) for rows in by_rank])
 
-    def total(self, load: Tensor) -> Tensor:
+    def all_reduce(self, load: Tensor) -> Tensor:
         """The sum over all ranks of the run, not only those that share the experts."""
         return sum_copy(load)
 
@@ -185,9 +185,9 @@ class AllToAllDispatcher:
 
 
 class CopiesDispatcher(LocalDispatcher):
-    """All experts live on every rank; only counts are summed."""
+    """All experts are on every rank; only counts are summed."""
 
-    def total(self, load: Tensor) -> Tensor:
+    def all_reduce(self, load: Tensor) -> Tensor:
         return sum_copy(load)
 
 

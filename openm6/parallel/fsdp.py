@@ -121,12 +121,12 @@ def _sum_only(module: nn.Module) -> None:
             one.set_force_sum_reduction_for_comms(True)
 
 
-def keep_experts(layers: list[Experts], place: int, count: int) -> None:
-    """Keep of each layer's experts part `place` of `count`, as parameters of their own."""
+def keep_experts(layers: list[Experts], index: int, count: int) -> None:
+    """Keep of each layer's experts part `index` of `count`, as parameters of their own."""
     for experts in layers:
         for name in ("up", "down"):
             whole = getattr(experts, name)
-            part = whole.detach().chunk(count)[place].clone()
+            part = whole.detach().chunk(count)[index].clone()
             setattr(experts, name, nn.Parameter(part, requires_grad=whole.requires_grad))
 
 
@@ -140,8 +140,8 @@ def _expert_mesh(layout: Layout) -> DeviceMesh:
     )
 
 
-def with_places(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Return tensors named after parameters (a slot of the optimizer's behind `::`) with their place in the whole.
+def with_offsets(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Return tensors named after parameters (a slot of the optimizer's behind `::`) with their offset in the whole.
 
     Experts' weights are plain tensors or DTensors of FSDP's shards alone: without their offset among all experts, a
     checkpoint would take one rank's experts for all of them.
@@ -157,11 +157,11 @@ def with_places(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) ->
 
 def _whole(tensor: Tensor, layout: Layout) -> Tensor:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    cut = isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
+    sharded = isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
     # What lacks the sharded axis is equal on the ranks that share an expert. A DTensor's width is that of the whole.
     shape = torch.Size([local.shape[0] * layout.shape.ep, *tensor.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()
-    placements = [Shard(1) if cut else Replicate(), Shard(0)]
+    placements = [Shard(1) if sharded else Replicate(), Shard(0)]
     mesh = layout.mesh["dp_shard", "ep"]
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 

@@ -53,7 +53,7 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
     try:
         elastic_launch(config, sys.executable)("-m", module, *words)
     except ChildFailedError as error:
-        raise _told(error, processes) from None
+        raise _as_openm6_error(error, processes) from None
     except SignalException as error:
         raise Interrupted("stopped: go on with --resume", error.sigval) from None
     finally:
@@ -80,7 +80,7 @@ class _Stop:
                 os.kill(rank, number)
 
 
-def _told(error: ChildFailedError, processes: int) -> BaseException:
+def _as_openm6_error(error: ChildFailedError, processes: int) -> BaseException:
     failures = {rank: failure.exitcode for rank, failure in error.failures.items()}
     rank, code = next(iter(failures.items()))
     stopped = next((number for number in STOPS if 128 + number in failures.values()), None)

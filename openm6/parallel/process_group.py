@@ -20,18 +20,18 @@ Value = TypeVar("Value")
 
 
 class LayerWeights:
-    """The shard of each offloaded weight set that this rank holds: all of it, in one process; base class for ranks.
+    """This rank's shard of the weights of offloaded layers: all of them, in one process; base class for ranks.
 
-    `index` is that of a set, `name` that of one of its matrices.
+    `index` is that of a group of layers that share weights, `name` that of one of its matrices.
     """
 
     def __init__(self, shapes: Sequence[Mapping[str, Shape]]) -> None:
-        """`shapes` are those of whole sets."""
+        """`shapes` are those of whole matrices."""
         self.shapes = shapes
 
     @property
     def sharded(self) -> bool:
-        """Return whether ranks hold different shards, so that using a set needs collectives."""
+        """Return whether ranks hold different shards, so that using a group needs collectives."""
         return False
 
     def is_sharded(self, index: int, name: str) -> bool:
@@ -47,7 +47,7 @@ class LayerWeights:
         return whole
 
     def local_shapes(self, index: int) -> dict[str, Shape]:
-        """Return the shapes of the shards here of a set."""
+        """Return the shapes of the shards here of a group."""
         return dict(self.shapes[index])
 
     def gather(self, index: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ class LayerWeights:
         return parts
 
     def gathered(self, index: int) -> int:
-        """Return the number of parameters of a set when it is gathered here."""
+        """Return the number of parameters of a group when it is gathered here."""
         return sum(math.prod(shape) for shape in self.local_shapes(index).values())
 
     def reduce(self, index: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -63,11 +63,11 @@ class LayerWeights:
         return gradients
 
     def all_reduce(self, square: Tensor) -> Tensor:
-        """Sum a value of the shards here over all of a set, in place."""
+        """Sum a value of the shards here over all shards of a group, in place."""
         return square
 
     def to_global(self, index: int, name: str, slot: str, part: Tensor) -> Tensor:
-        """Return a tensor that is kept for a matrix with its place in the whole, for a checkpoint.
+        """Return a tensor that is kept for a matrix with its offset in the whole, for a checkpoint.
 
         On the host, and without a copy if it is there already.
         """
@@ -108,10 +108,10 @@ class ProcessGroupContext:
         """Shard a model, the same on all ranks."""
 
     def open_mesh(self, shape: MeshShape) -> None:
-        """Open the mesh alone, for a model whose weight sets are offloaded and sharded by their store."""
+        """Open the mesh alone, for a model whose layers are offloaded and sharded by their store."""
 
     def layer_weights(self, shapes: Sequence[Mapping[str, Shape]]) -> LayerWeights:
-        """Return the shards of offloaded weight sets of these shapes."""
+        """Return the shards of offloaded layers of these shapes."""
         return LayerWeights(shapes)
 
     @property

@@ -98,8 +98,8 @@ class DistributedContext(ProcessGroupContext):
             forget_unused(parameters, self._layout.inner_group())
 
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
-        cut = self._layout is not None and self._wrapped
-        return total_norm(parameters, self._layout.inner_group() if cut and self._layout else None)
+        sharded = self._layout is not None and self._wrapped
+        return total_norm(parameters, self._layout.inner_group() if sharded and self._layout else None)
 
     def clip(self, parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
         clip(parameters, bound, norm)
@@ -169,8 +169,8 @@ def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None 
     for bucket in _buckets([parameter.grad for parameter in chosen if parameter.grad is not None]):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         dist.all_reduce(flat, group=group)
-        pieces = flat.split([gradient.numel() for gradient in bucket])
-        torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(pieces, bucket, strict=True)])
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(one) for part, one in zip(parts, bucket, strict=True)])
 
 
 def forget_unused(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:

@@ -1,4 +1,4 @@
-"""Parts of weights that ranks hold: of tensors that FSDP2 has sharded, and of weight sets that are offloaded."""
+"""Shards of weights that ranks hold: of tensors that FSDP2 has sharded, and of layers that are offloaded."""
 
 # Dimensions: P ranks of a group, R rows of the whole, r most rows of any rank, C columns, E' experts here
 
@@ -21,9 +21,8 @@ from openm6.optim.sharding import COLUMN_MEANS, REPLICATED, ShardSpec, is_sharde
 from openm6.parallel.fsdp import Layout
 from openm6.parallel.process_group import LayerWeights
 
-WITHOUT_ROWS = frozenset(
-    {COLUMN_MEANS, "count", "step"}
-)  # slots that are equal on all ranks that share a matrix
+# Slots that are equal on all ranks that share a matrix.
+WITHOUT_ROWS = frozenset({COLUMN_MEANS, "count", "step"})
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -57,14 +56,14 @@ def rank_group(group: dist.ProcessGroup) -> RankGroup:
 class DTensorShardSpec(ShardSpec):
     """A parameter that FSDP2 has sharded along one axis."""
 
-    def __init__(self, parameter: DTensor, place: int) -> None:
-        """`place` is the index of the mesh axis over which it is sharded."""
-        self._mesh, self._placements, self._place = parameter.device_mesh, parameter.placements, place
-        placement = parameter.placements[place]
+    def __init__(self, parameter: DTensor, dim: int) -> None:
+        """`dim` is the mesh dimension over which it is sharded."""
+        self._mesh, self._placements = parameter.device_mesh, parameter.placements
+        placement = parameter.placements[dim]
         assert isinstance(placement, Shard)
         self._dimensions = parameter.ndim
         self.axis = placement.dim % parameter.ndim
-        self.group = rank_group(self._mesh.get_group(place))
+        self.group = rank_group(self._mesh.get_group(dim))
         self.lengths = shard_lengths(parameter.shape[self.axis], self.group.size)
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -89,13 +88,13 @@ def shard_spec_of(parameter: Tensor) -> ShardSpec:
     """Return how a parameter of a model that `fsdp.shard` has sharded is divided."""
     if not isinstance(parameter, DTensor):
         return REPLICATED
-    places = [place for place, one in enumerate(parameter.placements) if isinstance(one, Shard)]
-    assert len(places) == 1, "FSDP2 cuts a parameter along one axis"
-    return DTensorShardSpec(parameter, places[0])
+    dims = [dim for dim, one in enumerate(parameter.placements) if isinstance(one, Shard)]
+    assert len(dims) == 1, "FSDP2 shards a parameter along one axis"
+    return DTensorShardSpec(parameter, dims[0])
 
 
 class ReplicatedWeights(LayerWeights):
-    """Every rank keeps all sets, and updates them by the same gradients."""
+    """Every rank keeps all weights, and updates them by the same gradients."""
 
     def reduce(self, index: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         return _summed(gradients, None)
@@ -112,19 +111,18 @@ class WeightShard(ShardSpec):
 
     def shard_of(self, whole: Tensor) -> Tensor:
         """Return the shard here of a tensor."""
-        place = self.group.rank if self.group else 0
-        return whole.split(self.lengths, self.axis)[place]
+        return whole.split(self.lengths, self.axis)[self.group.rank if self.group else 0]
 
 
 class ShardedWeights(LayerWeights):
     """Experts are distributed, and rows of dense matrices and of experts sharded, as `fsdp.shard` does.
 
-    A set is gathered where it is used, in the type of computation: one exchange for what is dense and, where experts
+    A group is gathered where it is used, in the type of computation: one exchange for what is dense and, where experts
     are sharded, one for them. Gradients are summed and sharded in one exchange each, in fp32.
     """
 
     def __init__(self, layout: Layout, shapes: Sequence[Mapping[str, Shape]]) -> None:
-        """`shapes` are those of whole sets.
+        """`shapes` are those of whole matrices.
 
         Raises:
             ConfigError: the experts' rows cannot be sharded evenly.
@@ -136,9 +134,9 @@ class ShardedWeights(LayerWeights):
         self._own = rank_group(layout.mesh["dp_shard"].get_group()) if layout.shape.dp_shard > 1 else None
         self._data = layout.mesh["dp_replicate"].get_group() if layout.shape.dp_replicate > 1 else None
         self.host = layout.on_host()  # for checkpoints
-        self._specs = [{name: self._place(name, shape) for name, shape in one.items()} for one in shapes]
+        self._specs = [{name: self._spec(name, shape) for name, shape in one.items()} for one in shapes]
 
-    def _place(self, name: str, shape: Shape) -> WeightShard:
+    def _spec(self, name: str, shape: Shape) -> WeightShard:
         if len(shape) == 2:
             return WeightShard(0, shape[0], self._dense)
         axes = self.layout.shape

@@ -186,7 +186,7 @@ def shared_like(tensors: Sequence[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def share_model(model: nn.Module) -> None:
     """Move all parameters and buffers of a model on the CPU into shared memory; they stay the same objects."""
-    # A set, as a weight used in two places must move once; `data` keeps what optimizers and modules refer to.
+    # By identity, as a tied weight must move once; `data` keeps what optimizers and modules refer to.
     tensors = list({id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values())
     for tensor, shared in zip(tensors, shared_like([tensor.data for tensor in tensors]), strict=True):
         shared.copy_(tensor.data)

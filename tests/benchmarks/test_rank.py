@@ -26,8 +26,8 @@ def test_rows_come_in_copies_and_answers_go_home() -> None:
     (chunk,) = exchange.dispatch(rows, counts, None)
     assert torch.equal(chunk.counts, torch.tensor([12, 12])) and chunk.rows().shape == (24, 4)
     assert torch.equal(chunk.rows()[4:8], rows[:4]) and torch.equal(chunk.rows()[12:16], rows[4:])
-    exchange.reply(chunk, 2 * chunk.rows())
-    torch.testing.assert_close(exchange.collect([chunk]), 2 * rows)
+    exchange.send_back(chunk, 2 * chunk.rows())
+    torch.testing.assert_close(exchange.combine([chunk]), 2 * rows)
 
 
 def test_the_curve_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from openm6.checkpoint.folder import INDEX_FILE
-from openm6.checkpoint.reader import OFFSETS, PLACES, CheckpointReader
+from openm6.checkpoint.reader import OFFSETS, SHARDING, CheckpointReader
 from openm6.checkpoint.save import Shard, write_shards, write_tensors
 from openm6.core.errors import CheckpointError
 
@@ -91,7 +91,7 @@ def test_any_region_is_read_from_any_shards(tmp_path: Path) -> None:
     """Shards of 2 and 3 rows, regions that lie in one, in both, or in none of one."""
     whole = torch.arange(20.0).view(5, 4)
     for rank, (first, last) in enumerate(((0, 2), (2, 5))):
-        place = {PLACES: json.dumps({"w": {OFFSETS: [first, 0]}})}
+        place = {SHARDING: json.dumps({"w": {OFFSETS: [first, 0]}})}
         save_file({"w": whole[first:last].contiguous()}, tmp_path / f"shard-{rank}.safetensors", place)
     reader = CheckpointReader(tmp_path, "all")
     assert torch.equal(reader.read("w"), whole)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from openm6.checkpoint.folder import STATE_FILE
-from openm6.checkpoint.reader import OFFSETS, PLACES, CheckpointReader
+from openm6.checkpoint.reader import OFFSETS, SHARDING, CheckpointReader
 from openm6.checkpoint.save import Snapshot, named_tensors, save
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.inference.decode import TextHead
@@ -153,7 +153,7 @@ def cut_over_ranks(folder: Path) -> None:
     files[4][alike], places[4][alike] = files[0][alike], places[0][alike]
     for rank, (tensors, place) in enumerate(zip(files, places, strict=True)):
         path = folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
-        save_file(tensors, path, {PLACES: json.dumps(place)})
+        save_file(tensors, path, {SHARDING: json.dumps(place)})
     (folder / "model.safetensors").unlink()
     state = json.loads((folder / STATE_FILE).read_text())
     state["files"] = {path.name: path.stat().st_size for path in folder.glob("shard-*")}

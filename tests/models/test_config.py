@@ -53,7 +53,7 @@ def test_experts_every_and_dense_layers():
     assert not BackboneConfig(**GOOD).has_experts(0)
 
 
-def test_sharing_all_gives_a_set_to_each_kind():
+def test_sharing_all_makes_a_group_of_each_kind():
     config = BackboneConfig(**GOOD, experts=EXPERTS, moe_layer_freq=2, sharing="all")
     assert config.layer_groups == (0, 1, 0, 1)
     assert config.group_layers == (0, 1)

@@ -197,8 +197,8 @@ def test_a_dispatcher_gets_sorted_rows_without_gates():
             assert len(rows) == counts.sum() == 2 * 10 and capacity is None
             return super().dispatch(rows, counts, capacity)
 
-        def collect(self, chunks: list[LocalChunk]) -> Tensor:
-            return 2 * super().collect(chunks)
+        def combine(self, chunks: list[LocalChunk]) -> Tensor:
+            return 2 * super().combine(chunks)
 
     config = ExpertsConfig(intermediate_size=8, num_experts=4, top_k=2)
     moe = make(config)

@@ -43,13 +43,13 @@ def steps_of(train_step: TrainStep, training: WordsTraining, count: int = 3) -> 
 def offloaded_run(
     backbone: BackboneConfig, config: LoopConfig, streams: Streams | None = None
 ) -> tuple[list[float], list[Tensor]]:
-    """Losses of three steps, and all bytes of the sets and the edges after them."""
+    """Losses of three steps, and all bytes of the store and the other parameters after them."""
     training = WordsTraining(backbone)
     train_step = OffloadedTrainStep(training, config, streams)
     losses = steps_of(train_step, training)
     train_step.store.synchronize()
-    sets = [stored.clone() for stored in train_step.store.storage]
-    return losses, [*sets, *(p.detach().clone() for p in training.model.parameters() if not p.is_meta)]
+    records = [stored.clone() for stored in train_step.store.storage]
+    return losses, [*records, *(p.detach().clone() for p in training.model.parameters() if not p.is_meta)]
 
 
 def assert_same(left: tuple[list[float], list[Tensor]], right: tuple[list[float], list[Tensor]]) -> None:

@@ -71,7 +71,7 @@ class Totals(LocalDispatcher):
     def __init__(self, load: Tensor) -> None:
         self.load = load
 
-    def total(self, load: Tensor) -> Tensor:
+    def all_reduce(self, load: Tensor) -> Tensor:
         return self.load
 
 
@@ -102,7 +102,7 @@ def test_dealt_out_equals_one_process(variant: str, chunks: int, four: Fleet) ->
 
 def copies_total() -> Tensor:
     load = torch.tensor([1.0, float(dist.get_rank())])
-    total = CopiesDispatcher().total(load)
+    total = CopiesDispatcher().all_reduce(load)
     assert load[0] == 1.0  # the rank's own count is left as it was
     return total
 

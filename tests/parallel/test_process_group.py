@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from openm6.core.run_folder import RunFolder
 from openm6.modalities.batch import Batch
-from openm6.parallel.fsdp import with_places
+from openm6.parallel.fsdp import with_offsets
 from openm6.parallel.process_group import ProcessGroupContext
 from openm6.parallel.processes import DistributedContext
 from openm6.train.multimodal import MultimodalTraining
@@ -90,7 +90,7 @@ def whole_weights(training: MultimodalTraining) -> dict[str, Tensor]:
     """The weights of the whole model, wherever their parts lie."""
     weights = {name: tensor.detach() for name, tensor in training.model.state_dict().items()}
     if training.ranks.layout is not None:
-        weights = with_places(training.model, weights, training.ranks.layout)
+        weights = with_offsets(training.model, weights, training.ranks.layout)
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in weights.items()}
 
 

@@ -21,7 +21,7 @@ from openm6.checkpoint.save import Snapshot
 from openm6.checkpoint.sharded import ShardedSaver
 from openm6.core.run_folder import RunFolder
 from openm6.optim.muon import Muon
-from openm6.parallel.fsdp import with_places
+from openm6.parallel.fsdp import with_offsets
 from openm6.parallel.process_group import ProcessGroupContext
 from openm6.parallel.processes import DistributedContext
 from openm6.parallel.sharded_weights import shard_spec_of
@@ -124,7 +124,7 @@ def load_moments(recipe: str, folder: str, checkpoint: str) -> dict[str, Tensor]
 def whole_moments(training: MultimodalTraining, train_step: TrainStep) -> dict[str, Tensor]:
     tensors = optimizer_state_dict(train_step.optimizer, training.model)
     if training.ranks.layout is not None:
-        tensors = with_places(training.model, tensors, training.ranks.layout)
+        tensors = with_offsets(training.model, tensors, training.ranks.layout)
     # Copies, for a rank's tensors go with it.
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from openm6.models.backbone import side_loss
 from openm6.optim.config import OptimizerConfig
 from openm6.parallel.config import MeshShape
-from openm6.parallel.fsdp import with_places
+from openm6.parallel.fsdp import with_offsets
 from openm6.parallel.process_group import ProcessGroupContext
 from openm6.parallel.processes import DistributedContext
 from openm6.train.step import TrainStep
@@ -51,7 +51,7 @@ class Watched(TrainStep):
         model, layout = self.training.model, self.training.ranks.layout
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         if layout is not None:
-            found = with_places(model, found, layout)
+            found = with_offsets(model, found, layout)
         whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
         self.seen: dict[str, Any] = {name: gradient.clone().numpy() for name, gradient in whole.items()}
         return super()._clip()
