@@ -31,7 +31,7 @@ def open_reader(folder: Path, kind: str = "model") -> CheckpointReader:
 def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
     """Fill a model (not on `meta`) with the weights of a checkpoint folder.
 
-    `layout` is that of parallel/fsdp.py if the model is sharded over ranks, all of which call this.
+    `layout` is that of fsdp.py if the model is sharded over ranks, all of which call this.
 
     Raises:
         CheckpointError: names or shapes differ, or the file is missing or unreadable.

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -74,22 +73,18 @@ def delink_moments(
         sources: new parameter name -> old one; what it does not name keeps its tensors.
         moments: which of the two to assume; with "reset" the delinked parameters start without any.
     """
-    uses = Counter(sources.values())
-    kept: dict[str, dict[str, Tensor]] = {}
+    copies: dict[str, list[str]] = {}
+    for new, old in sources.items():
+        copies.setdefault(old, []).append(new)
+    result: dict[str, Tensor] = {}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.partition(SEPARATOR)
-        kept.setdefault(name, {})[key] = tensor
-    result = {
-        f"{name}{SEPARATOR}{key}": tensor
-        for name, state in kept.items() if name not in uses
-        for key, tensor in state.items()
-    }  # fmt: skip
-    for new, old in sources.items():
-        # What only one layer used is still its own.
-        if moments == "reset" and uses[old] > 1:
-            continue
-        for key, tensor in kept.get(old, {}).items():
-            result[f"{new}{SEPARATOR}{key}"] = tensor * moment_factor(key, uses[old], moments)
+        names = copies.get(name)
+        if names is None:
+            result[full_name] = tensor
+        elif moments != "reset" or len(names) == 1:  # what only one layer used is still its own
+            factor = moment_factor(key, len(names), moments)
+            result |= {f"{new}{SEPARATOR}{key}": tensor * factor for new in names}
     return result
 
 

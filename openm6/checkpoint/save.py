@@ -52,7 +52,7 @@ class Snapshot:
     state: dict[str, Any]  # JSON-able; numbers that are not finite become null
     training: dict[str, Tensor] = field(
         default_factory=dict
-    )  # tensors of the training task, such as averaged weights
+    )  # of the training task, such as averaged weights
     files: dict[str, str] = field(default_factory=dict)  # text files beside the weights
     shards: Iterable[Shard] = ()  # offloaded layers, which the model does not hold, made one at a time
     num_shards: int = 0

@@ -161,20 +161,13 @@ class ParameterCount:
 def count_parameters(config: BackboneConfig) -> ParameterCount:
     """Parameters of a backbone (no embedding, no head), from its config alone."""
     total = active = config.hidden_size  # the final norm
-    for layer, first in enumerate(config.shared_with):
-        own, matrices = _count_own(config, layer), _count_matrices(config, layer)
-        total += own.total + (matrices.total if first == layer else 0)
-        if config.share_routers and first != layer:
-            total -= _count_router(config, layer)
-        active += own.active + matrices.active
-    return ParameterCount(total, active)
-
-
-def _count_own(config: BackboneConfig, layer: int) -> ParameterCount:
-    """Norms and router."""
     norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
-    count = norms + _count_router(config, layer)
-    return ParameterCount(count, count)
+    for layer, first in enumerate(config.shared_with):
+        router, matrices = _count_router(config, layer), _count_matrices(config, layer)
+        active += norms + router + matrices.active
+        total += norms + (0 if config.share_routers and first != layer else router)
+        total += matrices.total if first == layer else 0
+    return ParameterCount(total, active)
 
 
 def _count_router(config: BackboneConfig, layer: int) -> int:

@@ -69,8 +69,10 @@ def import_qwen(state: State, settings: Mapping[str, Any]) -> ImportedModel:
     backbone = {"final_norm.weight": _tensor(state, "model.norm.weight")}
     for layer in range(config.num_layers):
         backbone.update(_attention(state, layer))
-        sparse = config.has_experts(layer)
-        backbone.update(_experts(state, layer, config) if sparse else _dense(state, layer))
+        if config.experts is not None and config.has_experts(layer):
+            backbone.update(_experts(state, layer, config.experts.num_experts))
+        else:
+            backbone.update(_dense(state, layer))
     embedding = _tensor(state, "model.embed_tokens.weight")
     head = embedding if settings.get("tie_word_embeddings") else _tensor(state, "lm_head.weight")
     return ImportedModel(config, backbone, embedding, head)
@@ -172,31 +174,23 @@ def _dense(state: State, layer: int) -> dict[str, Tensor]:
     }
 
 
-def _experts(state: State, layer: int, config: BackboneConfig) -> dict[str, Tensor]:
+def _experts(state: State, layer: int, num_experts: int) -> dict[str, Tensor]:
     """Experts become two stacks, E D 2F and E F D; published files hold them singly, transformers 5 in stacks."""
     theirs = f"model.layers.{layer}.mlp"
     if f"{theirs}.experts.gate_up_proj" in state:
         up = state[f"{theirs}.experts.gate_up_proj"]  # E 2F D
         down = _tensor(state, f"{theirs}.experts.down_proj")  # E D F
     else:
-        up, down = _stacked(state, theirs, config)
+        experts = [f"{theirs}.experts.{index}" for index in range(num_experts)]
+        up = torch.stack(
+            [
+                torch.cat([_tensor(state, f"{name}.{part}_proj.weight") for part in ("gate", "up")])
+                for name in experts
+            ]
+        )
+        down = torch.stack([_tensor(state, f"{name}.down_proj.weight") for name in experts])
     return {
         f"layers.{layer}.mlp.router.weight": _tensor(state, f"{theirs}.gate.weight"),
         f"layers.{layer}.mlp.experts.up": up.transpose(1, 2).contiguous(),
         f"layers.{layer}.mlp.experts.down": down.transpose(1, 2).contiguous(),
     }
-
-
-def _stacked(state: State, theirs: str, config: BackboneConfig) -> tuple[Tensor, Tensor]:
-    """E 2F D and E D F from the single matrices of each expert."""
-    experts = [f"{theirs}.experts.{index}" for index in range(_num_experts(config))]
-    up = [
-        torch.cat([_tensor(state, f"{name}.{part}_proj.weight") for part in ("gate", "up")])
-        for name in experts
-    ]
-    down = [_tensor(state, f"{name}.down_proj.weight") for name in experts]
-    return torch.stack(up), torch.stack(down)
-
-
-def _num_experts(config: BackboneConfig) -> int:
-    return config.experts.num_experts if config.experts else 0

@@ -1,6 +1,6 @@
 """The key-value cache: sequences of different lengths, each in a slot of its own."""
 
-# Shapes: L layers, B slots, C capacity of a slot, S new tokens, T tokens so far, G key-value heads, d size of a head
+# Dimensions: L layers, B slots, C capacity of a slot, S new tokens, T tokens so far, G key-value heads, d size of a head
 
 from __future__ import annotations
 
@@ -128,12 +128,10 @@ class SlotWriter:
 class PackedWriter:
     """One packed row whose examples stay in a slot each, and see nothing that was there before."""
 
+    index: tuple[Tensor, Tensor]  # slot and position of each token
+
     def __init__(self, cache: SlotCache, slots: list[int]) -> None:
         self.cache, self.slots = cache, slots
-        self.index: tuple[Tensor, Tensor] = (
-            torch.empty(0),
-            torch.empty(0),
-        )  # slot and position of each token
 
     def extend(self, meta: SequenceMeta) -> SequenceMeta:
         """Raise ConfigError if a slot has too little room."""

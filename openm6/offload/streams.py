@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from torch import Tensor
 Event = Any  # None on a CPU, torch.cuda.Event on a GPU
 
 
-class Stream(Protocol):
-    """Work that is done in the order in which it was enqueued; the methods of `torch.cuda.Stream`, and a copy."""
+class Stream:
+    """Work that is done in the order in which it was enqueued; on a CPU at once, so that an event is always reached."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Enqueue a copy."""
+        target.copy_(source)
 
     def record_event(self) -> Event:
         """Return the event that is reached when everything enqueued so far is done."""
@@ -34,26 +35,7 @@ class Stream(Protocol):
         """Return when everything is done."""
 
 
-class CpuStream:
-    """Runs everything at once; an event is always reached."""
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source)
-
-    def record_event(self) -> Event:
-        return None
-
-    def wait_event(self, event: Event) -> None:
-        pass
-
-    def record_stream(self, tensor: Tensor) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-
-class CudaStream:
+class CudaStream(Stream):
     """A stream of a GPU; None stands for whichever stream is current."""
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
@@ -95,7 +77,7 @@ class Streams:
 def open_streams(device: torch.device) -> Streams:
     """Streams of a device."""
     if device.type != "cuda":
-        return Streams(CpuStream(), CpuStream(), CpuStream())
+        return Streams(Stream(), Stream(), Stream())
     return Streams(
         CudaStream(device, None),
         CudaStream(device, torch.cuda.Stream(device)),

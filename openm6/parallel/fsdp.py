@@ -81,7 +81,7 @@ def shard(model: nn.Module, layout: Layout) -> None:
 def shard_unit(module: nn.Module, layout: Layout) -> None:
     """Shard the matrices that layers may share; of `Experts`, which hold only those of this rank, along the width."""
     if not isinstance(module, Experts):
-        fully_shard(module, mesh=_dense_mesh(layout))
+        fully_shard(module, mesh=_mesh(layout, "dense"))
     elif layout.shape.dp_shard > 1:
         for name, weight in module.named_parameters():
             if weight.shape[1] % layout.shape.dp_shard:
@@ -90,7 +90,7 @@ def shard_unit(module: nn.Module, layout: Layout) -> None:
                     f"{weight.shape[1]} rows evenly: choose a divisor"
                 )
         # Along dim 1, because dim 0, that of the experts, is distributed already.
-        fully_shard(module, mesh=_expert_mesh(layout), shard_placement_fn=lambda parameter: Shard(1))
+        fully_shard(module, mesh=_mesh(layout, "dp_shard"), shard_placement_fn=lambda parameter: Shard(1))
     _sum_only(module)
 
 
@@ -98,7 +98,7 @@ def shard_rest(model: nn.Module, layout: Layout) -> None:
     """Shard norms, routers and all that is outside of the blocks; `model` is called before all that it holds."""
     experts = (module for module in model.modules() if isinstance(module, Experts))
     held = {weight for module in experts for weight in module.parameters()}
-    fully_shard(model, mesh=_dense_mesh(layout), ignored_params=held)
+    fully_shard(model, mesh=_mesh(layout, "dense"), ignored_params=held)
     # FSDP warns, in every step, of adding in place to what a layer returns, which does not happen here.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     _sum_only(model)
@@ -130,14 +130,9 @@ def keep_experts(layers: list[Experts], index: int, count: int) -> None:
             setattr(experts, name, nn.Parameter(part, requires_grad=whole.requires_grad))
 
 
-def _dense_mesh(layout: Layout) -> DeviceMesh:
-    return layout.dense if layout.shape.dp_replicate == 1 else layout.mesh["dp_replicate", "dense"]
-
-
-def _expert_mesh(layout: Layout) -> DeviceMesh:
-    return (
-        layout.mesh["dp_shard"] if layout.shape.dp_replicate == 1 else layout.mesh["dp_replicate", "dp_shard"]
-    )
+def _mesh(layout: Layout, axis: str) -> DeviceMesh:
+    """The mesh over which weights are sharded along an axis, and replicated if there are replicas."""
+    return layout.find((axis,)) if layout.shape.dp_replicate == 1 else layout.mesh["dp_replicate", axis]
 
 
 def with_offsets(model: nn.Module, tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:

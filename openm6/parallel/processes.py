@@ -94,15 +94,27 @@ class DistributedContext(ProcessGroupContext):
             sum_gradients(plain, self._layout.mesh["dp_replicate"].get_group())
 
     def forget_unused(self, parameters: Sequence[Tensor]) -> None:
-        if self._layout is not None and parameters:
-            forget_unused(parameters, self._layout.inner_group())
+        if self._layout is None or not parameters:
+            return
+        parts = _local_gradients(parameters)
+        used = torch.stack([part.any() for part in parts]).to(torch.uint8)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self._layout.inner_group())
+        found = iter(used.tolist())
+        for parameter in parameters:
+            if parameter.grad is not None and not next(found):
+                parameter.grad = None
 
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
-        sharded = self._layout is not None and self._wrapped
-        return total_norm(parameters, self._layout.inner_group() if sharded and self._layout else None)
+        norm = torch.nn.utils.get_total_norm(_local_gradients(parameters))
+        if self._layout is None or not self._wrapped:
+            return norm
+        square = norm.to(local(parameters[0]).device, torch.float32).square()
+        dist.all_reduce(square, group=self._layout.inner_group())
+        return square.sqrt()
 
     def clip(self, parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
-        clip(parameters, bound, norm)
+        if parts := _local_gradients(parameters):
+            torch._foreach_mul_(parts, (bound / (norm + 1e-6)).clamp(max=1.0))
 
     def shard_spec(self, parameter: Tensor) -> ShardSpec:
         return shard_spec_of(parameter)
@@ -173,36 +185,6 @@ def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None 
         torch._foreach_copy_(bucket, [part.view_as(one) for part, one in zip(parts, bucket, strict=True)])
 
 
-def forget_unused(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Remove gradients whose shards are zero on all ranks of `group`."""
-    parts = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    used = torch.stack([part.any() for part in parts]).to(torch.uint8)
-    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
-    found = iter(used.tolist())
-    for parameter in parameters:
-        if parameter.grad is not None and not next(found):
-            parameter.grad = None
-
-
-def total_norm(parameters: Sequence[Tensor], group: dist.ProcessGroup | None) -> Tensor:
-    """Return the norm of all gradients, sharded over the ranks of `group`; None: this rank holds all."""
-    parts = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(parts)
-    if group is None:
-        return norm
-    device = local(parameters[0]).device
-    square = norm.to(device, torch.float32).square()
-    dist.all_reduce(square, group=group)
-    return square.sqrt()
-
-
-def clip(parameters: Sequence[Tensor], bound: float, norm: Tensor) -> None:
-    """Scale gradients so that their norm, known to be `norm`, becomes `bound` at most."""
-    parts = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    if parts:
-        torch._foreach_mul_(parts, (bound / (norm + 1e-6)).clamp(max=1.0))
-
-
 def apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Separate plain parameters from sharded ones within groups, because fused updates refuse a mixture."""
     return [
@@ -211,6 +193,10 @@ def apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for kind in (False, True)
         if (chosen := [p for p in group["params"] if isinstance(p, DTensor) is kind])
     ]
+
+
+def _local_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

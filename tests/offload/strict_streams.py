@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from openm6.offload.streams import CpuStream, Streams
+from openm6.offload.streams import Stream, Streams
 from openm6.offload.weight_store import WeightStore
 
 
-class LateStream(CpuStream):
+class LateStream(Stream):
     """Holds its work back until somebody waits for it; one that is not `late` does it at once, as its waits allow."""
 
     def __init__(self, late: bool) -> None:
@@ -44,7 +44,7 @@ class LateStream(CpuStream):
             self._work.popleft()()
 
 
-class HostStream(CpuStream):
+class HostStream(Stream):
     """The processor that computes: what it is given is done, and it stops to wait for others."""
 
     def record_event(self) -> Callable[[], None]:
@@ -76,7 +76,7 @@ class Access:
         return meet and self.stream != other.stream and (self.writes or other.writes)
 
 
-class WatchedStream(CpuStream):
+class WatchedStream(Stream):
     """Works at once, and keeps a vector clock: how far it knows each stream to have come."""
 
     def __init__(self, name: str, seen: list[Access], clashes: list[tuple[Access, Access]]) -> None:
