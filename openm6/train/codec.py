@@ -20,7 +20,7 @@ from openm6.core.files import replace_text
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.core.seeds import derive_seed
-from openm6.data.source import Source, SourceConfig, Split
+from openm6.data.source import SourceConfig, Split
 from openm6.data.sources import AnySourceConfig, open_sources
 from openm6.train.config import LoopConfig
 from openm6.train.step import seed_everything
@@ -65,11 +65,6 @@ class CodecRecipe(Config):
     def source_weights(self) -> dict[str, float]:
         """How often a source is drawn, as a fraction; the others count by their size."""
         return {}
-
-    @property
-    def settle_from(self) -> int:
-        """The last step before the latent's statistics are frozen."""
-        return round(int(self.loop.steps) * (1.0 - self.settle_fraction))
 
 
 @dataclass(frozen=True)
@@ -117,6 +112,8 @@ class CodecTraining(TrainingTask):
         self.updates = 0
         self.health: QuantizerStats | None = None
         self._begin = 0
+        # The last step before the latent's statistics are frozen.
+        self._settle_from = round(int(recipe.loop.steps) * (1.0 - recipe.settle_fraction))
 
     def batches(self) -> Iterator[CodecBatch]:
         step = self._begin
@@ -128,7 +125,7 @@ class CodecTraining(TrainingTask):
         self._begin = int(cursor["step"])
 
     def loss(self, batch: CodecBatch) -> StepResult:
-        settling = batch.step > self.recipe.settle_from
+        settling = batch.step > self._settle_from
         for norm in self.codec.latent_norms():
             norm.frozen = settling
         # Data, losses and rounding stay in fp32; the loop's autocast holds for the networks alone.
@@ -226,23 +223,21 @@ def read_records(
     """
     found: dict[str, list[Raw]] = {}
     for name, source in open_sources(sources, split).items():
-        if records := list(_decoded(source, key, read)):
+        records = []
+        for index in range(len(source)):
+            try:
+                data = source[index].get(key)
+                if data is not None:
+                    records.append(read(data))
+            except DataError as error:
+                get_log().warning(f"source {name!r}, record {index} is left out: {error}")
+        if records:
             found[name] = records
         elif split == "train":
             raise DataError(
                 f"source {name!r} has no usable {key} in its records: map a column with fields, or drop it"
             )
     return found
-
-
-def _decoded(source: Source, key: str, read: Callable[[bytes], Raw]) -> Iterator[Raw]:
-    for index in range(len(source)):
-        try:
-            data = source[index].get(key)
-            if data is not None:
-                yield read(data)
-        except DataError as error:
-            get_log().warning(f"source {source.name!r}, record {index} is left out: {error}")
 
 
 def hold_out(records: dict[str, list[Raw]], every: int) -> tuple[dict[str, list[Raw]], list[Raw]]:
