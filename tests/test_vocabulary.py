@@ -61,7 +61,6 @@ PENDING = {
     "openm6/modalities",
     "openm6/ops",
     "openm6/optim",
-    "openm6/serve",
     "openm6/tasks",
     "openm6/train",
     "tools/compare_routing.py",

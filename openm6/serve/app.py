@@ -2,14 +2,13 @@
 
 A request takes this way:
 
-1. `MetricsMiddleware` (metrics.py) counts it; `GuardMiddleware` (middleware.py) checks size, speed and API key;
-   `StrictRequest` parses the JSON in a thread.
-2. A route (routes/) checks the body by its schema and turns it into plain `Request` objects (requests.py): messages
-   and media by content.py, named uses by scenarios/.
-3. `Call.answer` (server.py) gives them to `Engine.ask` (engine.py), which prepares the tokens in threads of its own and
-   pushes a `RequestHandle` into the `FairQueue` (queue.py).
-4. The engine's thread pops what fits and lets the `Worker` (worker.py) run one tick after the other: prompts are read,
-   every text gets a token, images and audio a decoding step. The decoding itself is openm6/inference.
+1. `HTTPMiddleware` (middleware.py) counts it and checks size, speed and API key; `StrictRequest` parses the JSON.
+2. A route (routes/) checks the body by its schema, turns it into plain `Request` objects (requests.py; messages and
+   media by content.py, named uses by scenarios/), and passes them to the engine through its `Call` (server.py).
+3. `Engine.ask_all` (engine.py) prepares the tokens in threads of its own and queues a `RequestHandle` in a
+   `FairQueue`. The engine's thread pops what fits and runs one tick after the other.
+4. In a tick the `Worker` (worker.py) reads prompts, generates one token of every text, and runs one decoding step of
+   images and audio, by the functions of openm6/inference. It writes what is new into the handle.
 5. The handle wakes the route, which builds the response from the `Answer` (schemas.py), its joules included. Any
    `OpenM6Error` on the way becomes a status and one sentence in errors.py.
 """
@@ -18,20 +17,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import APIRouter, FastAPI
 
 from openm6 import __version__
 from openm6.serve.config import ServeConfig
 from openm6.serve.engine import Engine
-from openm6.serve.errors import add_error_handlers
+from openm6.serve.errors import ErrorBody, add_error_handlers
 from openm6.serve.fetching import Fetcher
-from openm6.serve.metrics import Metrics, MetricsMiddleware
-from openm6.serve.middleware import GuardMiddleware
+from openm6.serve.middleware import HTTPMiddleware
 from openm6.serve.routes import audio, chat, images, predict, retrieval, scenarios, status
 from openm6.serve.scenarios.scenario import read_scores
-from openm6.serve.server import Server
+from openm6.serve.server import Metrics, Server
 
 # A new route is a file in openm6/serve/routes and an entry here.
 ROUTERS: tuple[APIRouter, ...] = (
@@ -59,6 +56,8 @@ def create_app(engine: Engine, config: ServeConfig | None = None, name: str = "o
         version=__version__,
         description="Text, images, audio and numbers in and out of one model, in OpenAI's forms.",
         lifespan=lifespan,
+        # Also keeps FastAPI's own form of errors (422) out of the document.
+        responses={"4XX": {"model": ErrorBody, "description": "An error in OpenAI's form."}},
     )
     limits = config.limits
     app.state.server = Server(
@@ -72,26 +71,5 @@ def create_app(engine: Engine, config: ServeConfig | None = None, name: str = "o
     for router in ROUTERS:
         app.include_router(router)
     add_error_handlers(app)
-    # The last added is the outermost: what the guard refuses is counted, too.
-    app.add_middleware(GuardMiddleware, keys=config.keys, limits=limits)
-    app.add_middleware(MetricsMiddleware, metrics=metrics)
-    _document_errors(app)
+    app.add_middleware(HTTPMiddleware, keys=config.keys, limits=limits, metrics=metrics)
     return app
-
-
-def _document_errors(app: FastAPI) -> None:
-    """Take FastAPI's own form of errors (422) out of the OpenAPI document: ours answers 400."""
-    original = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = original()
-            for path in document["paths"].values():
-                for operation in path.values():
-                    operation["responses"].pop("422", None)
-            for name in ("HTTPValidationError", "ValidationError"):
-                document["components"]["schemas"].pop(name, None)
-            app.openapi_schema = document
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Inputs of requests as parts for the model, and files of answers: the only place where media is read and written.
+"""Inputs of requests as parts for the model, and files of answers.
 
 Messages in OpenAI's form become parts of our modalities. Images and audio are strict base64 or data URLs; only their
 headers are read here. Routes that name a task put the input into the task's own prompt.
@@ -10,7 +10,6 @@ import base64
 import binascii
 import io
 import re
-from itertools import chain
 from typing import Annotated, Literal
 
 import numpy as np
@@ -61,7 +60,7 @@ class ImagePart(BaseModel):
 
 
 class InputAudio(BaseModel):
-    """`data` is base64 of a file; its own header says what it is."""
+    """`data` is base64 of a file; its own header decides what it is."""
 
     data: str
     format: Literal["wav", "mp3", "flac", "ogg", "opus"] | None = None
@@ -109,8 +108,9 @@ def parts_of_messages(messages: list[Message], limits: Limits, apart: bool = Fal
         parts = _content_parts(message.content or "", limits, f"messages.{index}.content")
         if parts:
             turns.append([Part("text", "\n"), *parts] if turns else parts)
-    groups = turns if apart else [list(chain.from_iterable(turns))]
-    return _within_limits([part for group in groups for part in join_texts(group)], limits, "messages")
+    if not apart:
+        turns = [[part for turn in turns for part in turn]]
+    return _within_limits([part for turn in turns for part in join_texts(turn)], limits, "messages")
 
 
 def parts_of_content(content: Content, limits: Limits, param: str) -> tuple[Part, ...]:
@@ -173,11 +173,7 @@ def _within_limits(parts: list[Part], limits: Limits, param: str) -> tuple[Part,
 
 
 def decode_base64(text: str, param: str) -> bytes:
-    """Return the bytes in base64, which must be flawless.
-
-    Raises:
-        BadRequestError: it is not, or empty.
-    """
+    """Return the bytes in base64; raise BadRequestError if it has a flaw or is empty."""
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -188,11 +184,7 @@ def decode_base64(text: str, param: str) -> bytes:
 
 
 def decode_data_url(url: str, param: str) -> bytes:
-    """Return the bytes in `data:image/png;base64,…`.
-
-    Raises:
-        BadRequestError: it is a URL of another kind, or broken.
-    """
+    """Return the bytes in `data:image/png;base64,…`; raise BadRequestError if it is of another kind, or broken."""
     head, comma, body = url.partition(",")
     if not head.startswith("data:") or not comma or not head.endswith(";base64"):
         raise BadRequestError(
@@ -204,21 +196,25 @@ def decode_data_url(url: str, param: str) -> bytes:
 def decode_file(text: str, kind: str, limits: Limits, param: str) -> bytes:
     """Return the bytes of an image or audio file (`audio`) in base64 or a data URL, checked as below."""
     data = decode_data_url(text, param) if text.startswith("data:") else decode_base64(text, param)
+    return check_file(kind, data, limits, param)
+
+
+def check_file(kind: str, data: bytes, limits: Limits, param: str) -> bytes:
+    """Return the bytes of an image or audio file, checked."""
     return check_image(data, limits, param) if kind == "image" else check_audio(data, limits, param)
 
 
 def check_image(data: bytes, limits: Limits, param: str) -> bytes:
     """Return the bytes of an image whose header is that of an allowed format and size; nothing is decompressed.
 
-    Raises:
-        BadRequestError: it is none, or too large.
+    Raise BadRequestError if it is none, or too large.
     """
     try:
         with Pillow.open(io.BytesIO(data), formats=READABLE) as image:
             width, height = image.size
     except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError):
-        known = ", ".join(READABLE)
-        raise BadRequestError(f"{param} is not a readable image: send one of {known}", param) from None
+        formats = ", ".join(READABLE)
+        raise BadRequestError(f"{param} is not a readable image: send one of {formats}", param) from None
     check_limit(param, width * height, limits.pixels, f"pixels ({width} x {height})")
     return data
 
@@ -226,8 +222,7 @@ def check_image(data: bytes, limits: Limits, param: str) -> bytes:
 def check_audio(data: bytes, limits: Limits, param: str) -> bytes:
     """Return the bytes of an audio file whose header can be read and claims no more seconds than allowed.
 
-    Raises:
-        BadRequestError: it is none, or too long.
+    Raise BadRequestError if it is none, or too long.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -255,10 +250,8 @@ def audio_file(samples: np.ndarray, form: AudioFormat) -> bytes:
     if form == "pcm":
         return pcm(samples).tobytes()
     out = io.BytesIO()
-    if form == "opus":
-        soundfile.write(out, samples, RATE, format="OGG", subtype="OPUS")
-    else:
-        soundfile.write(out, samples, RATE, format=form.upper())
+    container, subtype = ("OGG", "OPUS") if form == "opus" else (form.upper(), None)
+    soundfile.write(out, samples, RATE, format=container, subtype=subtype)
     return out.getvalue()
 
 
@@ -270,7 +263,7 @@ def pcm(samples: np.ndarray) -> np.ndarray:
 def edit_mask(mask: bytes | None, source: bytes, pixels: int) -> np.ndarray | None:
     """Return which pixels may change: those transparent in the mask, or in the image itself without one.  # H W bool
 
-    None if nothing says: all of them may change.
+    None without a mask and transparency: all of them may change.
 
     Raises:
         BadRequestError: the mask has no transparency, or is of another size than the image.
@@ -279,22 +272,20 @@ def edit_mask(mask: bytes | None, source: bytes, pixels: int) -> np.ndarray | No
     size = read_image(source, pixels).size
     if mask is None:
         own = _transparent(source)
-        return own if own is not None and own.any() else None
+        return own if own.any() else None
     mask_size = read_image(mask, pixels).size
     if mask_size != size:
         raise BadRequestError(f"mask is {mask_size}, but image is {size}: make them equal in size", "mask")
     found = _transparent(mask)
-    if found is None or not found.any():
+    if not found.any():
         raise BadRequestError("mask is transparent nowhere: make transparent what may change", "mask")
     return found
 
 
-def _transparent(data: bytes) -> np.ndarray | None:
-    """Pixels of an image, known to be valid, that are not fully opaque."""
+def _transparent(data: bytes) -> np.ndarray:
+    """Pixels of a valid image that are not fully opaque.  # H W bool"""
     with Pillow.open(io.BytesIO(data)) as opened:
         image = ImageOps.exif_transpose(opened)
-    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        return None
     return np.asarray(image.convert("RGBA").getchannel("A")) < 255
 
 

@@ -1,13 +1,20 @@
-"""The engine: requests enter from any thread or event loop, and one thread of its own answers them."""
+"""The engine: requests enter from any thread or event loop, and one thread of its own answers them in a fair order.
+
+As in the virtual token counter (arXiv 2401.00588), each client has a counter of the work that was admitted for it.
+The next request is the oldest of the client with the lowest counter; a client that comes back after a pause is lifted
+to the lowest counter of those that wait, so that none saves up credit. Clients that always want more thus differ by
+one request's work at most.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -16,7 +23,6 @@ from openm6.energy.meter import Meter, open_meter
 from openm6.inference.load import LoadedModel
 from openm6.nn.moe import Router
 from openm6.serve.config import EngineConfig
-from openm6.serve.queue import FairQueue
 from openm6.serve.requests import (
     Answer,
     DeadlineExceededError,
@@ -29,6 +35,79 @@ from openm6.serve.requests import (
 from openm6.serve.worker import LOST, RequestHandle, Worker
 
 MAX_PREPARING = 64  # requests whose images and audio are being decoded or wait to be
+MAX_COUNTERS = 4096  # counters kept of clients that do not wait
+
+
+@dataclass
+class _Line:
+    """The waiting requests of a client, the oldest first, and the work that was admitted for it."""
+
+    counter: int
+    handles: dict[RequestHandle, None] = field(default_factory=dict)
+
+
+class FairQueue:
+    """Waiting requests of many clients, bounded by their work; not safe for threads by itself."""
+
+    def __init__(self, bound: int) -> None:
+        self.bound = bound
+        self.work = 0
+        self.waiting: dict[str, _Line] = {}
+        self.counters: OrderedDict[str, int] = OrderedDict()  # of clients that do not wait, the latest last
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def push(self, handle: RequestHandle, seconds_of_work: float) -> None:
+        """Add a request at the end of its client's line.
+
+        Raises:
+            QueueFullError: it would have to wait behind more than `bound` tokens of work.
+        """
+        if self.work and self.work + handle.prepared.work > self.bound:
+            retry_after = max(1, round(seconds_of_work))
+            raise QueueFullError("too many requests are waiting: try again later", retry_after)
+        if handle.client not in self.waiting:
+            lowest = min((line.counter for line in self.waiting.values()), default=0)
+            counter = max(lowest, self.counters.pop(handle.client, 0))
+            self.waiting[handle.client] = _Line(counter)
+        self.waiting[handle.client].handles[handle] = None
+        self.work += handle.prepared.work
+        self._size += 1
+
+    def pop(
+        self, fits: Callable[[RequestHandle], bool], kinds: Collection[type] | None = None
+    ) -> RequestHandle | None:
+        """Remove and return the next request that fits: by counters, and within a client by age.
+
+        `kinds` are those requests for which there may be a free slot; the others are not examined.
+        """
+        for line in sorted(self.waiting.values(), key=lambda line: line.counter):
+            for handle in line.handles:
+                if (kinds is None or type(handle.prepared.request) in kinds) and fits(handle):
+                    line.counter += handle.prepared.work
+                    self._remove(handle)
+                    return handle
+        return None
+
+    def drop(self, gone: Callable[[RequestHandle], bool]) -> list[RequestHandle]:
+        """Remove and return, without charge, all requests that are `gone`."""
+        found = [handle for line in self.waiting.values() for handle in line.handles if gone(handle)]
+        for handle in found:
+            self._remove(handle)
+        return found
+
+    def _remove(self, handle: RequestHandle) -> None:
+        line = self.waiting[handle.client]
+        del line.handles[handle]
+        self.work -= handle.prepared.work
+        self._size -= 1
+        if not line.handles:
+            del self.waiting[handle.client]
+            self.counters[handle.client] = line.counter
+            if len(self.counters) > MAX_COUNTERS:
+                self.counters.popitem(last=False)
 
 
 class Engine:
@@ -154,7 +233,7 @@ class Engine:
     def _admit(self, worker: Worker) -> bool:
         """Wait until there is work and start what fits; return False when it is time to end."""
         with self._changed:
-            if not worker.busy and not len(self.queue):
+            if not worker.active and not len(self.queue):
                 worker.energy.settle()
                 self._changed.wait_for(lambda: not self._running or len(self.queue))
                 worker.energy.settle()  # the energy of idle time belongs to no request
@@ -179,7 +258,7 @@ class Engine:
         worker.energy.settle()
         now = time.monotonic()
         for handle, answer in worker.ended:
-            seconds, source = now - handle.created_at, worker.energy.source
+            seconds, source = now - handle.created_at, worker.energy.reading.source
             complete = replace(answer, joules=handle.joules, energy_source=source, seconds=seconds)
             worked = max(now - handle.started_at, 1e-3) / max(1, len(worker.active) + len(worker.ended))
             self._speed += 0.1 * (handle.prepared.work / worked - self._speed)
@@ -196,7 +275,7 @@ class Engine:
 
 
 def cancel_all(handles: Iterable[RequestHandle]) -> None:
-    """Cancel requests that nobody waits for any more."""
+    """Cancel requests whose answers are not needed any more."""
     for handle in handles:
         handle.cancel()
 

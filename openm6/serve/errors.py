@@ -1,6 +1,6 @@
 """Errors in OpenAI's form, {"error": {message, type, param, code}}: one sentence, never a traceback.
 
-An expected failure is an `OpenM6Error`; `failure_of` is the only place where it gets a status. A body that does not
+An expected failure is an `OpenM6Error`; `failure_of` alone maps it to a status. A body that does not
 fit its schema is described by `describe_invalid`, in one sentence: which field, what is wrong, what to do.
 """
 
@@ -38,7 +38,7 @@ class ErrorBody(BaseModel):
 
 
 class BadRequestError(OpenM6Error):
-    """A field that cannot be used as given."""
+    """A field that cannot be used as it is."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -67,11 +67,11 @@ TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": meaning}
     for status, meaning in (
-        (400, "The request is broken or asks for something that is not offered."),
+        (400, "The request is broken or needs something that is not supported."),
         (401, "The API key is missing or wrong."),
         (408, "The body did not arrive in time."),
         (413, "The request is too large."),
-        (429, "Too much is waiting; Retry-After says when to try again."),
+        (429, "Too much is waiting; Retry-After holds the seconds until the next try."),
         (503, "The deadline passed, or the server is shutting down."),
     )
 }
@@ -145,30 +145,25 @@ def add_error_handlers(app: FastAPI) -> None:
 
 PydanticError = Mapping[str, Any]  # type, loc, ctx
 
-# What a value must be, by the type of pydantic's error; several of them are joined by "or".
+# What a value must be, by the beginning of the type of pydantic's error; several of them are joined by "or".
 KINDS = {
-    "string_type": "a string",
-    "int_type": "an integer",
-    "int_parsing": "an integer",
-    "int_parsing_size": "a smaller integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "list_type": "a list",
-    "dict_type": "an object",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
-    "bytes_type": "a file",
-    "none_required": "null",
-    "finite_number": "a finite number",
-    "string_unicode": "valid Unicode",
+    "string": "a string",
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list",
+    "dict": "an object",
+    "model": "an object",
+    "bytes": "a file",
+    "none": "null",
+    "finite": "a finite number",
 }
 # What else is wrong, and what to do.
 SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "missing": lambda _: "is missing: add it",
-    "extra_forbidden": lambda _: "is not known: leave it out",
+    "int_parsing_size": lambda _: "must be a smaller integer",
+    "string_unicode": lambda _: "must be valid Unicode",
+    "extra_forbidden": lambda _: "is unknown: leave it out",
     "too_short": lambda ctx: f"holds too little: at least {_count(ctx['min_length'], 'item')}",
     "too_long": lambda ctx: f"holds too much: at most {_count(ctx['max_length'], 'item')}",
     "string_too_short": lambda ctx: f"is too short: at least {_count(ctx['min_length'], 'character')}",
@@ -184,7 +179,7 @@ SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "union_tag_not_found": lambda _: "has no type: add it",
     "value_error": lambda ctx: str(ctx["error"]),
 }
-OTHER = "cannot be used as given: see /docs"
+OTHER = "cannot be used as it is: see /docs"
 
 
 def describe_invalid(errors: Sequence[PydanticError], body: Any) -> tuple[str, str | None]:
@@ -204,21 +199,20 @@ def _sentence(errors: list[PydanticError]) -> str:
     for error in errors:
         if error["type"] in SENTENCES:
             return SENTENCES[error["type"]](error.get("ctx", {}))
-    kinds = list(dict.fromkeys(KINDS[error["type"]] for error in errors if error["type"] in KINDS))
+    names = [str(error["type"]).partition("_")[0] for error in errors]
+    kinds = dict.fromkeys(KINDS[name] for name in names if name in KINDS)
     return f"must be {' or '.join(kinds)}" if kinds else OTHER
 
 
 def _path(error: PydanticError, body: Any) -> tuple[str | int, ...]:
     """Where in the body: pydantic's path without the names of its own classes, which no body holds."""
-    path = list(error["loc"][1:])
     found: list[str | int] = []
-    node = body
-    for index, step in enumerate(path):
-        last = index == len(path) - 1
-        known = isinstance(node, Mapping) and step in node
-        if known or (isinstance(node, list) and isinstance(step, int) and step < len(node)):
+    node, path = body, error["loc"][1:]
+    for index, step in enumerate(path, 1):
+        exists = isinstance(node, Mapping) and step in node
+        if exists or (isinstance(node, list) and isinstance(step, int) and step < len(node)):
             node = node[step]
-        elif not (last and error["type"] == "missing") and isinstance(body, (Mapping, list)):
+        elif isinstance(body, (Mapping, list)) and (index < len(path) or error["type"] != "missing"):
             continue
         found.append(step)
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -227,9 +221,9 @@ def _path(error: PydanticError, body: Any) -> tuple[str | int, ...]:
 
 
 def _listed(words: str) -> str:
-    """pydantic lists as 'a', 'b' or 'c', or with commas alone; so do we, without quotes."""
-    names = [word.strip().strip("'") for word in words.replace(" or ", ", ").split(",")]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+    """'a', 'b' or 'c', as pydantic lists them, or with commas alone -> the same without quotes."""
+    *others, last = [word.strip().strip("'") for word in words.replace(" or ", ", ").split(",")]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _count(amount: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""Images from a few hosts that the operator of the server has named: by https, at public addresses, small and soon.
+"""Images from a few hosts that the operator of the server has named: by https, from public addresses, within limits.
 
 A request could otherwise make the server ask machines that only it can reach (server-side request forgery). So a name
 is resolved once, every address that it has must be a public one, the connection goes to the address that was checked,
@@ -32,6 +32,33 @@ Resolve = Callable[[str], list[str]]  # a host's addresses
 Dial = Callable[[str, str, float], socket.socket]  # address, host, seconds -> a connection for http
 
 
+def is_public(address: str) -> bool:
+    """Whether an address is a public one, also in the forms of IPv6 that stand for IPv4."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
+        if found in NAT64:
+            inner = ipaddress.IPv4Address(int(found) & 0xFFFF_FFFF)
+        if inner is not None and not is_public(str(inner)):
+            return False
+    return found.is_global and not found.is_multicast and not found.is_reserved
+
+
+def resolve_by_system(host: str) -> list[str]:
+    """Return all addresses of a host."""
+    return [str(found[4][0]) for found in socket.getaddrinfo(host, PORT, type=socket.SOCK_STREAM)]
+
+
+def dial_by_tls(address: str, host: str, seconds: float) -> socket.socket:
+    """Return a connection to this address whose certificate is that of the host."""
+    plain = socket.create_connection((address, PORT), timeout=seconds)
+    try:
+        return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+    except BaseException:
+        plain.close()
+        raise
+
+
 class Fetcher:
     """Fetches the images that chats, embeddings and rankings name by `image_url`."""
 
@@ -40,13 +67,13 @@ class Fetcher:
         hosts: Iterable[str],
         max_bytes: int,
         seconds: float,
-        resolve: Resolve | None = None,
-        dial: Dial | None = None,
+        resolve: Resolve = resolve_by_system,
+        dial: Dial = dial_by_tls,
     ) -> None:
         """`seconds` are for all images of a request together."""
         self.hosts = frozenset(hosts)
         self.max_bytes, self.seconds = max_bytes, seconds
-        self._resolve, self._dial = resolve or resolve_by_system, dial or dial_by_tls
+        self._resolve, self._dial = resolve, dial
         self._pool = ThreadPoolExecutor(MAX_FETCHES, "fetch") if self.hosts else None
 
     async def fetch_all(self, images: Iterable[tuple[str, ImageURL]]) -> None:
@@ -111,7 +138,7 @@ class Fetcher:
 
     def _read(self, line: socket.socket, parts: SplitResult, param: str) -> bytes:
         connection = http.client.HTTPConnection(parts.hostname or "")
-        connection.sock = line  # to the address that was checked, whatever the name says by now
+        connection.sock = line  # to the address that was checked, whatever the name resolves to now
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         headers = {"Accept": "image/*", "User-Agent": "openm6", "Connection": "close"}
         connection.request("GET", target, headers=headers)
@@ -132,33 +159,6 @@ class Fetcher:
         return BadRequestError(
             f"{param} did not come within {self.seconds:g} s: send the image as a data URL", param
         )
-
-
-def is_public(address: str) -> bool:
-    """Whether an address is a public one, also in the forms of IPv6 that stand for IPv4."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
-        inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
-        if found in NAT64:
-            inner = ipaddress.IPv4Address(int(found) & 0xFFFF_FFFF)
-        if inner is not None and not is_public(str(inner)):
-            return False
-    return found.is_global and not found.is_multicast and not found.is_reserved
-
-
-def resolve_by_system(host: str) -> list[str]:
-    """Return all addresses of a host."""
-    return [str(found[4][0]) for found in socket.getaddrinfo(host, PORT, type=socket.SOCK_STREAM)]
-
-
-def dial_by_tls(address: str, host: str, seconds: float) -> socket.socket:
-    """Return a connection to this address whose certificate is that of the host."""
-    plain = socket.create_connection((address, PORT), timeout=seconds)
-    try:
-        return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-    except BaseException:
-        plain.close()
-        raise
 
 
 def _shut(line: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""Checks before every route: size and speed of the body, API keys, a request id, and strict JSON."""
+"""Around every route: counts, size and speed of the body, API keys, a request id, and strict JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hmac
 import json
 import uuid
 from collections.abc import Callable, Coroutine
+from itertools import chain
 from typing import Any
 
 from fastapi import Request, Response
@@ -16,23 +17,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from openm6.serve.config import Limits
 from openm6.serve.errors import BadRequestError, BodyTimeoutError, BodyTooLargeError, Failure, failure_of
-from openm6.serve.server import server_of
+from openm6.serve.server import Metrics, server_of
 
-OPEN = ("/", "/health", "/ready")  # asked by a browser or a load balancer, without a key
-PLAYGROUND = "/playground"  # asks for a key by itself: a browser cannot send one in a header
+OPEN = ("/", "/health", "/ready")  # requested by a browser or a load balancer, without a key
+PLAYGROUND = "/playground"  # has a login of its own: a browser cannot send a key in a header
 
 
-def match_key(given: str, keys: tuple[str, ...]) -> int | None:
+def match_key(candidate: str, keys: tuple[str, ...]) -> int | None:
     """Return the index of an API key; all are compared, so that the time does not depend on which came close."""
-    matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
+    matches = [hmac.compare_digest(candidate.encode(), key.encode()) for key in keys]
     return matches.index(True) if any(matches) else None
 
 
-class GuardMiddleware:
-    """Pure ASGI: a middleware that wraps responses would hide from routes that their client has disconnected."""
+class HTTPMiddleware:
+    """Counts and checks requests. Pure ASGI, so that routes notice when their client has disconnected."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...], limits: Limits) -> None:
-        self.app, self.keys, self.limits = app, keys, limits
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...], limits: Limits, metrics: Metrics) -> None:
+        self.app, self.keys, self.limits, self.metrics = app, keys, limits, metrics
         self._too_large = f"the body exceeds {limits.body_bytes:,} bytes: send less"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,6 +47,9 @@ class GuardMiddleware:
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message["headers"], (b"x-request-id", uuid.uuid4().hex.encode())]
+                # Paths that do not exist share a label: a scan would fill the memory with labels.
+                route = getattr(scope.get("route"), "path", "unknown")
+                self.metrics.requests.labels(route, str(message["status"])).inc()
             await send(message)
 
         failure = self._check(scope)
@@ -132,21 +136,16 @@ def read_json(body: bytes, max_depth: int, max_values: int) -> Any:
         raise BadRequestError(f"the JSON holds over {max_values:,} commas and brackets: send fewer values")
     try:
         value = json.loads(body, parse_constant=_not_finite)
+        _check_values(value, max_depth)
+        return value
     except RecursionError:
-        raise _too_deep(max_depth) from None
-    except ValueError as error:  # UnicodeDecodeError among them
-        place = (
-            f"{error.msg} at character {error.pos}"
-            if isinstance(error, json.JSONDecodeError)
-            else "not UTF-8"
-        )
-        raise BadRequestError(f"the body is not valid JSON: {place}") from None
-    _check_values(value, max_depth)
-    return value
-
-
-def _too_deep(max_depth: int) -> BadRequestError:
-    return BadRequestError(f"the JSON is nested deeper than {max_depth} levels: flatten it")
+        sentence = f"the JSON is nested deeper than {max_depth} levels: flatten it"
+        raise BadRequestError(sentence) from None
+    except json.JSONDecodeError as error:
+        sentence = f"the body is not valid JSON: {error.msg} at character {error.pos}"
+        raise BadRequestError(sentence) from None
+    except ValueError:
+        raise BadRequestError("the body is not valid JSON: not UTF-8, or an integer too long") from None
 
 
 def _not_finite(name: str) -> float:
@@ -154,24 +153,16 @@ def _not_finite(name: str) -> float:
 
 
 def _check_values(value: Any, max_depth: int) -> None:
-    """Check all values, one level of nesting after the other."""
+    """Check the depth, one level of nesting after the other, and that the value can be written as JSON again."""
     level = [value]
     for _ in range(max_depth + 1):
-        texts = [item for item in level if isinstance(item, str)]
-        texts += [key for item in level if isinstance(item, dict) for key in item]
-        for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise BadRequestError("the JSON holds half of a surrogate pair: fix the text") from None
-        if any(isinstance(item, float) and item in (float("inf"), float("-inf")) for item in level):
-            raise BadRequestError("the JSON holds a number too large: send a smaller one")
-        level = [
-            inner
-            for item in level
-            if isinstance(item, (dict, list))
-            for inner in (item.values() if isinstance(item, dict) else item)
-        ]
-        if not level:
-            return
-    raise _too_deep(max_depth)
+        inner = [list(x.values()) if isinstance(x, dict) else x for x in level if isinstance(x, (dict, list))]
+        level = list(chain.from_iterable(inner))
+    if level:
+        raise RecursionError
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise BadRequestError("the JSON holds half of a surrogate pair: fix the text") from None
+    except ValueError:
+        raise BadRequestError("the JSON holds a number too large: send a smaller one") from None

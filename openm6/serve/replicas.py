@@ -28,7 +28,7 @@ class ReplicaConfig(Config):
     """How many replicas, and the resources of each.
 
     min_replicas, max_replicas: the range of autoscaling; equal numbers switch it off
-    target_ongoing_requests: per replica, which takes twice as many before Ray queues more
+    target_ongoing_requests: per replica; Ray queues requests above twice as many
     max_queued_requests: requests that may wait in Ray before more are answered with 503
     cpus, gpus: what one replica occupies; by default a whole GPU if there is one
     """
@@ -54,17 +54,12 @@ def deployment(build: Callable[[], FastAPI], replicas: ReplicaConfig) -> ray_ser
 
     Whole requests and streams go to one replica's engine: no token takes a hop of its own.
     """
-    scaling = None
-    if replicas.min_replicas != replicas.max_replicas:
-        scaling = {
-            "min_replicas": replicas.min_replicas,
-            "max_replicas": replicas.max_replicas,
-            "target_ongoing_requests": replicas.target_ongoing_requests,
-        }
+    scaling = replicas.model_dump(include={"min_replicas", "max_replicas", "target_ongoing_requests"})
+    is_fixed = replicas.min_replicas == replicas.max_replicas
     replicated = ray_serve.deployment(
         name="model",
-        num_replicas=None if scaling else replicas.min_replicas,
-        autoscaling_config=scaling,
+        num_replicas=replicas.min_replicas if is_fixed else None,
+        autoscaling_config=None if is_fixed else scaling,
         max_ongoing_requests=max(1, round(2 * replicas.target_ongoing_requests)),
         max_queued_requests=replicas.max_queued_requests,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, ClassVar, Literal
 
 from openm6.core.errors import DataError, OpenM6Error
 from openm6.inference.load import LoadedModel
@@ -39,21 +40,17 @@ class EngineUnavailableError(OpenM6Error):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Inputs, in order. `client` is who asks, for fairness; `seconds` is how long the answer may take."""
+    """Inputs, in order. `client` identifies the sender, for fairness; `seconds` is the time until the deadline."""
 
+    output: ClassVar[str] = "text"  # the modality of the answer
     parts: tuple[Part, ...]
     client: str = ""
     seconds: float | None = None
 
-    @property
-    def output(self) -> str:
-        """The modality of the answer."""
-        return "text"
-
 
 @dataclass(frozen=True, kw_only=True)
 class TextRequest(Request):
-    """Asks for text. `stop` strings end it and are left out; `top` is how many alternatives of each token to score."""
+    """Text as output. `stop` strings end it and are left out; `top` is how many alternatives of each token to score."""
 
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
@@ -62,10 +59,10 @@ class TextRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class CodesRequest(Request):
-    """Asks for an image or audio, decoded in parallel.
+    """An image or audio as output, decoded in parallel.
 
     source: bytes of a file of which everything but the mask (or the span) is kept
-    mask: a box in fractions of the sides, or an array (H W bool, true where it is to be filled in)
+    mask: a box in fractions of the sides, or an array (H W bool, true where it is generated)
     span: start and end in fractions of the length
     """
 
@@ -77,21 +74,18 @@ class CodesRequest(Request):
     duration: float | None = None
 
     @property
-    def output(self) -> str:
+    def output(self) -> str:  # type: ignore[override]
         return self.modality
 
 
 @dataclass(frozen=True, kw_only=True)
 class NumbersRequest(Request):
-    """Asks for distributions: of `columns`, or of `ahead` steps of the column `series`."""
+    """Distributions as output: of `columns`, or of `ahead` steps of the column `series`."""
 
+    output: ClassVar[str] = "numbers"
     columns: tuple[str, ...] = ()
     series: str | None = None
     ahead: int = 8
-
-    @property
-    def output(self) -> str:
-        return "numbers"
 
     @property
     def name(self) -> str:
@@ -101,14 +95,14 @@ class NumbersRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class RankRequest(Request):
-    """Asks for the likelihood of each candidate text as the answer."""
+    """The likelihood of each candidate text as output."""
 
     candidates: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedRequest(Request):
-    """Asks for one vector of unit length for all parts together."""
+    """One vector of unit length for all parts together as output."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +132,11 @@ class ScoredToken:
 class Answer:
     """The result of a request.
 
-    value: a text (str), codes (Tensor N G), distributions (one `Histogram` for each column, in order), nats of each
-        candidate with its number of tokens (list of pairs), or a vector (array D), as the request asked
+    value: a text (str), codes (Tensor N G), distributions (one `Histogram` for each column, in order), the negative
+        log-likelihood of each candidate with its number of tokens (list of pairs), or a vector (array D)
     finish: `stop` if the answer ended by itself, `length` if it was cut
     confidence: geometric mean probability of the tokens of a text, None for anything else
-    joules: its share of the energy that was measured while it was computed, None if nothing measures it
+    joules: its part of the energy that was measured while it was computed, None if nothing measures it
     energy_source: what measured the energy
     """
 
@@ -153,7 +147,6 @@ class Answer:
     confidence: float | None = None
     joules: float | None = None
     energy_source: str | None = None
-    queue_seconds: float = 0.0
     first_token_seconds: float = 0.0
     seconds: float = 0.0
 
@@ -166,7 +159,7 @@ class PreparedRequest:
     prompt: list[Segment]
     targets: list[Segment]
 
-    @property
+    @cached_property
     def by_modality(self) -> dict[str, int]:
         """Tokens of the prompt by modality."""
         found: Counter[str] = Counter()
@@ -174,17 +167,17 @@ class PreparedRequest:
             found[MODALITY_OF[segment.kind]] += len(segment)
         return dict(found)
 
-    @property
+    @cached_property
     def prompt_length(self) -> int:
         """Tokens of the prompt."""
         return sum(map(len, self.prompt))
 
-    @property
+    @cached_property
     def target_length(self) -> int:
         """Tokens of all targets."""
         return sum(map(len, self.targets))
 
-    @property
+    @cached_property
     def work(self) -> int:
         """Tokens that the answer will run through the model, at most: the unit of the queue and of fairness."""
         generated = self.target_length
@@ -218,30 +211,26 @@ def prepare(request: Request, loaded: LoadedModel, max_length: int) -> PreparedR
 
 
 def _targets(request: Request, loaded: LoadedModel) -> list[Segment]:
-    if isinstance(request, CodesRequest):
-        return [_masked_target(request, loaded)]
-    if isinstance(request, NumbersRequest):
-        return [loaded.numbers.target(_queries(request, loaded))]
-    if isinstance(request, RankRequest):
-        return [loaded.text.target(candidate) for candidate in request.candidates]
+    """What is to be decoded: all codes or those of the masked region, numbers, or each candidate."""
+    match request:
+        case CodesRequest(modality="image", source=None):
+            return [loaded.image.blank()]
+        case CodesRequest(modality="image"):
+            return [loaded.image.target(request.source, options={"mask_box": request.mask})]
+        case CodesRequest(source=None):
+            return [loaded.audio.blank(request.duration)]
+        case CodesRequest():
+            options = {"mask_span": request.span, "seconds": request.duration}
+            return [loaded.audio.target(request.source, options=options)]
+        case NumbersRequest():
+            return [loaded.numbers.target(_queries(request, loaded))]
+        case RankRequest():
+            return [loaded.text.target(candidate) for candidate in request.candidates]
     return []
 
 
-def _masked_target(request: CodesRequest, loaded: LoadedModel) -> Segment:
-    """Codes to decode: all, or those of the masked region of the source."""
-    if request.modality == "image":
-        if request.source is None:
-            return loaded.image.blank()
-        return loaded.image.target(request.source, options={"mask_box": request.mask})
-    if request.source is None:
-        return loaded.audio.blank(request.duration)
-    return loaded.audio.target(
-        request.source, options={"mask_span": request.span, "seconds": request.duration}
-    )
-
-
 def _queries(request: NumbersRequest, loaded: LoadedModel) -> NumberSeries | dict[str, float]:
-    """What is asked for, marked by any value that is not missing."""
+    """The columns or steps to predict, marked by any value that is not missing."""
     if request.series is not None:
         return NumberSeries(request.series, [loaded.numbers.scale(request.series)[0]] * request.ahead)
     return {name: loaded.numbers.scale(name)[0] for name in request.columns}

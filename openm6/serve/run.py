@@ -88,24 +88,18 @@ def bind(host: str, port: int) -> socket.socket:
         ConfigError: the address is taken, not of this machine, or not allowed.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        found = socket.socket(family, kind, protocol)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise ConfigError(
-            f"--host {host} cannot be used ({error.strerror}): name an address of this machine"
-        ) from None
+        sentence = f"--host {host} cannot be used ({error.strerror}): name an address of this machine"
+        raise ConfigError(sentence) from None
+    family, *_, address = found[0]
     try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(BACKLOG)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
-        found.close()
+        reason = os.strerror(error.errno or 0)
         raise ConfigError(
-            f"{host}:{port} cannot be used ({error.strerror}): stop what uses it, or choose another --port"
+            f"{host}:{port} cannot be used ({reason}): stop what uses it, or choose another --port"
         ) from None
-    return found
 
 
 def address_of(listener: socket.socket) -> str:

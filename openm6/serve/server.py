@@ -1,4 +1,4 @@
-"""What every route gets: the server, and the HTTP request whose answers it waits for."""
+"""What every route gets: the server with its counters, and the HTTP request whose answers it waits for."""
 
 from __future__ import annotations
 
@@ -10,18 +10,59 @@ from typing import Annotated
 
 from fastapi import Depends
 from fastapi import Request as HTTPRequest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from openm6.inference.load import LoadedModel
 from openm6.serve.config import Limits, ServeConfig
 from openm6.serve.engine import Engine, cancel_all
 from openm6.serve.errors import BadRequestError
 from openm6.serve.fetching import Fetcher
-from openm6.serve.metrics import Metrics
 from openm6.serve.requests import Answer, EngineUnavailableError, Request
 from openm6.serve.scenarios.scenario import Scores
 from openm6.serve.worker import RequestHandle
 
 POLL_SECONDS = 0.25  # between checks whether the client is still connected
+# Buckets of histograms.
+SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+JOULES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
+
+
+class Metrics:
+    """Counters for Prometheus in a registry of their own: responses, latencies, tokens, joules, and the queue."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._counter("openm6_requests", "Requests by kind and HTTP status", "kind", "status")
+        self.tokens = self._counter("openm6_tokens", "Prompt tokens and generated tokens", "direction")
+        self.seconds = self._histogram("openm6_request_seconds", "Time to the whole answer", SECONDS, "kind")
+        self.first_token = self._histogram(
+            "openm6_first_token_seconds", "Time to the first token of a text", SECONDS
+        )
+        self.joules = self._histogram("openm6_request_joules", "Energy of a request", JOULES, "kind")
+        waiting = Gauge("openm6_queue_requests", "Requests that wait", registry=self.registry)
+        waiting.set_function(lambda: len(engine.queue))
+        work = Gauge("openm6_queue_tokens", "Tokens of work that wait", registry=self.registry)
+        work.set_function(lambda: engine.queue.work)
+
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        return Counter(name, about, labels, registry=self.registry)
+
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, about, labels, buckets=buckets, registry=self.registry)
+
+    def add(self, kind: str, answer: Answer) -> None:
+        """Count one answer."""
+        self.seconds.labels(kind).observe(answer.seconds)
+        if answer.first_token_seconds:
+            self.first_token.observe(answer.first_token_seconds)
+        self.tokens.labels("prompt").inc(answer.usage.prompt)
+        self.tokens.labels("generated").inc(answer.usage.generated)
+        if answer.joules is not None:
+            self.joules.labels(kind).observe(answer.joules)
+
+    def page(self) -> bytes:
+        """Return the text that Prometheus reads."""
+        return generate_latest(self.registry)
 
 
 @dataclass(frozen=True)
@@ -59,7 +100,7 @@ class Call:
 
     @property
     def client(self) -> str:
-        """The index of the API key if keys are asked for, else the address."""
+        """The index of the API key if the server has keys, else the address."""
         key = self.http.scope.get("openm6.client")
         address = self.http.client.host if self.http.client else ""
         return key if isinstance(key, str) else address
@@ -75,24 +116,19 @@ class Call:
             OpenM6Error: one of them is refused or fails.
         """
         handles = await self.submit(requests)
+        waiting = asyncio.gather(*(handle.answer() for handle in handles))
         try:
-            answers = await self._while_connected(handles)
+            while not (await asyncio.wait([waiting], timeout=POLL_SECONDS))[0]:
+                if await self.http.is_disconnected():
+                    raise EngineUnavailableError("the client has disconnected")
+            answers = waiting.result()
         except BaseException:
+            waiting.cancel()
             cancel_all(handles)
             raise
         for answer in answers:
             self.server.metrics.add(kind, answer)
         return answers
-
-    async def _while_connected(self, handles: list[RequestHandle]) -> list[Answer]:
-        waiting = asyncio.gather(*(handle.answer() for handle in handles))
-        while True:
-            done, _ = await asyncio.wait([waiting], timeout=POLL_SECONDS)
-            if done:
-                return waiting.result()
-            if await self.http.is_disconnected():
-                waiting.cancel()
-                raise EngineUnavailableError("the client has disconnected")
 
 
 def server_of(http: HTTPRequest) -> Server:

@@ -54,7 +54,7 @@ PARTIAL = "\N{REPLACEMENT CHARACTER}"  # shown by the tokenizer for a character 
 class RequestHandle:
     """One request on its way: wait for the answer, read it as it grows, or cancel.
 
-    The engine's thread writes, any number of readers wait; nobody blocks the engine.
+    The engine's thread writes, any number of readers wait, and none blocks the engine.
     """
 
     prepared: PreparedRequest
@@ -122,7 +122,7 @@ class RequestHandle:
             raise DeadlineExceededError(sentence) from None
 
     async def answer(self) -> Answer:
-        """Wait for the answer; whoever stops waiting cancels the request. Raise OpenM6Error if there is none."""
+        """Wait for the answer; a caller that stops waiting cancels it. Raise OpenM6Error if there is none."""
         async for _ in self.stream():
             pass
         return self.wait()
@@ -138,7 +138,7 @@ class RequestHandle:
 
 
 async def follow(handles: Sequence[RequestHandle]) -> AsyncGenerator[None]:
-    """Yield when requests have changed, until all are done; whoever stops following cancels those that are not."""
+    """Yield when requests have changed, until all are done; a caller that stops cancels those that are not."""
     reader = (asyncio.get_running_loop(), asyncio.Event())
     for handle in handles:
         handle.readers.append(reader)
@@ -176,10 +176,6 @@ class Worker:
         self.energy = EnergyAttribution(meter)
         self.ended: list[tuple[RequestHandle, Answer]] = []
         self.passes = self.read_tokens = 0  # of this tick
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.active)
 
     @property
     def active(self) -> list[RequestHandle]:
@@ -286,9 +282,9 @@ class Worker:
         self._end(handle, value, prepared.target_length)
 
     def _read_text(self, handle: RequestHandle) -> None:
-        slot, cache = self.text.next_slot, self.text.cache
-        prompt = handle.prepared.prompt
-        self._add_row(handle, *prefill(self.loaded.omni, prompt, cache, slot, self.prefix_cache))
+        batch, prompt = self.text, handle.prepared.prompt
+        found = prefill(self.loaded.omni, prompt, batch.cache, batch.next_slot, self.prefix_cache)
+        self._add_row(handle, *found)
 
     def _read_together(self) -> None:
         """Read prompts in one pass; if that fails, one after the other, so that only the broken one ends."""
@@ -316,31 +312,25 @@ class Worker:
         self.text.add(handle, request.sampling, position, self.loaded.text.start, request.top)
 
     def _step_text(self) -> None:
-        """Generate one token of every text."""
-        ended = self.text.step()
+        """Generate one token of every text; decode those that end, have stop strings or are being read."""
+        ended, text = self.text.step(), self.loaded.text
         for row in list(self.text.rows):
             handle: RequestHandle = row.key
-            if len(row.tokens) == 1:
-                handle.first_token_seconds = time.monotonic() - handle.created_at
             request = handle.prepared.request
             assert isinstance(request, TextRequest)
-            if row in ended or request.stop or handle.readers:
-                self._update_text(row, handle, request, row in ended)
-
-    def _update_text(
-        self, row: DecodeSequence, handle: RequestHandle, request: TextRequest, ended: bool
-    ) -> None:
-        text = self.loaded.text
-        handle.text, stopped = visible_text(text, row, request.stop, ended)
-        if request.top is not None:
-            handle.tokens = scored_tokens(text, row)
-        if ended or stopped:
-            self.text.remove(row)
-            cut = not stopped and row.tokens[-1] != text.end
-            confidence = confidence_of(row.nll, len(row.tokens))
-            self._end(handle, handle.text, len(row.tokens), cut, confidence)
-        else:
-            handle.notify()
+            if len(row.tokens) == 1:
+                handle.first_token_seconds = time.monotonic() - handle.created_at
+            if not (row in ended or request.stop or handle.readers):
+                continue
+            handle.text, stopped = visible_text(text, row, request.stop, row in ended)
+            if request.top is not None:
+                handle.tokens = scored_tokens(text, row)
+            if row in ended or stopped:
+                self.text.remove(row)
+                cut = not stopped and row.tokens[-1] != text.end
+                self._end(handle, handle.text, len(row.tokens), cut, confidence_of(row.nll, len(row.tokens)))
+            else:
+                handle.notify()
 
     def _start_masked(self, handle: RequestHandle, request: CodesRequest) -> None:
         prepared, slot, omni = handle.prepared, self.free_slots[-1], self.loaded.omni
@@ -391,7 +381,6 @@ class Worker:
             finish="length" if cut else "stop",
             tokens=tuple(handle.tokens),
             confidence=confidence,
-            queue_seconds=handle.started_at - handle.created_at,
             first_token_seconds=handle.first_token_seconds,
         )
         self.ended.append((handle, answer))
@@ -418,11 +407,6 @@ class EnergyAttribution:
         for handle, seconds in self.seconds.items():
             handle.joules += counted * seconds / total
         self.seconds.clear()
-
-    @property
-    def source(self) -> str:
-        """What kind of counter it is."""
-        return self.reading.source
 
 
 def visible_text(text: Text, row: DecodeSequence, stop: tuple[str, ...], ended: bool) -> tuple[str, bool]:

@@ -50,7 +50,7 @@ def soak(address: Address, seconds: float, clients: int | None = None) -> dict[s
     `clients` ask without a pause; by default as many as give twice what the server answers in a second.
     """
     replies = [(one, address.post(*one)) for one in requests()]
-    # A model that was not taught to embed says so: what it does not offer is not part of its load.
+    # A model without embeddings refuses them: what it does not offer is not part of its load.
     bodies = [one for one, reply in replies if reply.status == 200]
     alone = [_kept(reply.body) for _, reply in replies if reply.status == 200]
     rate = _capacity(address, bodies)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 
@@ -14,7 +13,7 @@ from openm6.serve.engine import Engine
 from tests.load.fuzz import fuzz, mutated
 from tests.load.server import Address
 from tests.load.soak import soak
-from tests.serve.running import running
+from tests.serve.running import answering
 from tests.small_model import loaded
 
 
@@ -24,12 +23,12 @@ def address() -> Iterator[Address]:
         loaded(3), EngineConfig(max_num_seqs=4, max_model_len=256, max_num_media=3, max_queued_tokens=600)
     )
     config = ServeConfig(limits=Limits(body_bytes=1_000_000))
-    with running(create_app(engine, config)) as found:
-        yield Address(int(found.rpartition(":")[2]), os.getpid())
+    with answering(create_app(engine, config)) as found:
+        yield found
 
 
 def test_a_short_soak_finds_no_wrong_answer(address: Address) -> None:
-    found = soak(address, 2.0)
+    found = soak(address, 1.0)
     assert not found["wrong"] and not found["other_statuses"], found
     assert found["answered"] + found["refused"] == found["asked"] and found["answered"] > 0
 

@@ -11,9 +11,9 @@ from openm6.inference.prefill import prefill
 from openm6.serve.requests import CodesRequest, EmbedRequest, NumbersRequest, Request, TextRequest, prepare
 
 
-def answer_alone(loaded: LoadedModel, request: Request, room: int = 4096) -> Any:
+def answer_alone(loaded: LoadedModel, request: Request, max_length: int = 4096) -> Any:
     """The value of a request's answer, as in `openm6.serve.requests.Answer`; stop strings are not looked for."""
-    prepared, omni = prepare(request, loaded, room), loaded.omni
+    prepared, omni = prepare(request, loaded, max_length), loaded.omni
     if isinstance(request, TextRequest):
         return generate_texts(loaded, [prepared.prompt], request.sampling)[0]
     if isinstance(request, CodesRequest):
@@ -23,6 +23,6 @@ def answer_alone(loaded: LoadedModel, request: Request, room: int = 4096) -> Any
     if isinstance(request, EmbedRequest):
         return embed_tokens(loaded, [prepared.prompt])[0]
     cache = omni.backbone.new_cache(1, prepared.prompt_length)
-    place, _ = prefill(omni, prepared.prompt, cache, 0)
-    nats = score_candidates(omni, cache, 0, place, prepared.targets)
-    return list(zip(nats, map(len, prepared.targets), strict=True))
+    position, _ = prefill(omni, prepared.prompt, cache, 0)
+    nll = score_candidates(omni, cache, 0, position, prepared.targets)
+    return list(zip(nll, map(len, prepared.targets), strict=True))

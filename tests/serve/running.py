@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,12 @@ from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
+
+from openm6.serve.app import create_app
+from openm6.serve.config import EngineConfig, Limits, ServeConfig
+from openm6.serve.engine import Engine
+from tests.load.server import Address
+from tests.small_model import loaded
 
 
 @contextmanager
@@ -27,3 +34,18 @@ def running(app: FastAPI) -> Iterator[str]:
         server.should_exit = True
         thread.join(10)
         assert not thread.is_alive()
+
+
+@contextmanager
+def answering(app: FastAPI) -> Iterator[Address]:
+    """As `running`, for a plain client."""
+    with running(app) as url:
+        yield Address(int(url.rpartition(":")[2]), os.getpid())
+
+
+def small_app(
+    name: str = "tiny", limits: Limits | None = None, keys: tuple[str, ...] = (), hosts: tuple[str, ...] = ()
+) -> FastAPI:
+    """An app of the untrained model."""
+    engine = Engine(loaded(3), EngineConfig(max_num_seqs=2, max_model_len=256))
+    return create_app(engine, ServeConfig(limits=limits or Limits(), keys=keys, hosts=hosts), name)

@@ -54,14 +54,14 @@ def test_every_route_does_as_the_document_says(case: schemathesis.Case, address:
 
 def test_every_route_is_described() -> None:
     paths = APP.openapi()["paths"]
-    wanted = {
+    expected = {
         "/v1/models", "/v1/chat/completions", "/v1/images/generations", "/v1/images/edits", "/v1/audio/speech",
         "/v1/audio/transcriptions", "/v1/embeddings", "/v1/predict", "/v1/rank", "/v1/models/{model}",
         "/v1/scenarios", "/v1/scenarios/{name}", "/health", "/ready", "/metrics",
     }  # fmt: skip
-    assert wanted == set(paths)
+    assert expected == set(paths)
     for path, operations in paths.items():
         for method, operation in operations.items():
             assert operation["summary"] and "422" not in operation["responses"]
-            told = {"400", "401", "413", "429", "503"} if method == "post" else {"401"}
-            assert told <= set(operation["responses"]) or path in ("/health", "/ready")
+            documented = {"400", "401", "413", "429", "503"} if method == "post" else {"401"}
+            assert documented <= set(operation["responses"]) or path in ("/health", "/ready")

@@ -96,7 +96,7 @@ def test_in_a_crowd_each_gets_the_answer_that_it_gets_alone(engine: Engine, mode
     assert any(handle.cached for handle in handles), "the second of two equal prompts is not read again"
 
 
-def test_a_second_question_about_a_image_reads_only_its_own_tokens() -> None:
+def test_a_second_question_about_an_image_reads_only_its_own_tokens() -> None:
     model = loaded(prompt_attention="block")
 
     def ask(words: str) -> TextRequest:
@@ -152,7 +152,7 @@ def test_of_prompts_read_together_only_the_broken_one_ends(
         handles = [RequestHandle(prepare(request, model, 256)) for request in asked]
         for handle in handles:
             worker.start(handle)
-        while worker.busy:
+        while worker.active:
             worker.tick()
     found = {handle: answer.value for handle, answer in worker.ended}
     broken = handles.pop(1)
@@ -191,7 +191,7 @@ def test_a_reader_sees_the_text_grow_and_never_shrink(engine: Engine) -> None:
     assert all(later.startswith(earlier) for earlier, later in pairwise(seen))
 
 
-def test_who_stops_reading_frees_the_place(engine: Engine) -> None:
+def test_who_stops_reading_frees_the_slot(engine: Engine) -> None:
     async def leave() -> RequestHandle:
         handle = await engine.ask(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=200)))
         async for _ in handle.stream():

@@ -1,4 +1,4 @@
-"""Over HTTP: who leaves frees the place, a full queue says when to come back, a deadline is kept."""
+"""Over HTTP: a client that leaves frees its slot, a full queue says when to come back, a deadline is kept."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_who_leaves_while_it_is_written_frees_the_place(serve: Open, stream: bool) -> None:
+def test_who_leaves_while_it_is_written_frees_the_slot(serve: Open, stream: bool) -> None:
     server = serve(EngineConfig(max_num_seqs=1, max_model_len=256))
     line = server.begin(stream)
     until(lambda: server.live)
@@ -101,7 +101,7 @@ def test_who_leaves_while_it_is_written_frees_the_place(serve: Open, stream: boo
     line.close()
     until(lambda: not server.live, 2.0)
     assert handle.cancelled and handle.done
-    assert server.address.post(CHAT, body(2)).status == 200, "the only place is free again"
+    assert server.address.post(CHAT, body(2)).status == 200, "the only slot is free again"
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -117,7 +117,7 @@ def test_who_leaves_while_waiting_is_taken_out_of_the_line(serve: Open, stream: 
     first.close()
 
 
-def test_who_leaves_while_a_image_is_drawn_frees_the_place(serve: Open) -> None:
+def test_who_leaves_while_an_image_is_generated_frees_the_slot(serve: Open) -> None:
     server = serve(EngineConfig(max_num_seqs=1, max_model_len=256, max_num_media=1))
     line = server.begin(stream=True, modalities=["image"], draw={"steps": 64})
     until(lambda: server.live)
@@ -158,7 +158,7 @@ def test_a_deadline_is_kept_for_who_waits_and_for_who_is_written(serve: Open) ->
     until(lambda: not server.live and not len(server.engine.queue), 1.0)
 
 
-def test_a_deadline_within_a_stream_is_told_as_an_event(serve: Open) -> None:
+def test_a_deadline_within_a_stream_is_an_event(serve: Open) -> None:
     server = serve(EngineConfig(max_num_seqs=1, max_model_len=256), Limits(seconds=0.5))
     reply = server.address.post(CHAT, body(stream=True))
     events = [

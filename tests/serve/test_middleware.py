@@ -1,46 +1,62 @@
-"""Keys, limits, strict JSON, and errors in one form, over HTTP."""
+"""Keys, strict JSON, and each limit of a request, over HTTP: what is refused names its field in one sentence."""
 
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
-import os
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from PIL import Image
 
 from openm6.core.errors import ConfigError
-from openm6.serve.app import create_app
-from openm6.serve.config import EngineConfig, Limits, ServeConfig
-from openm6.serve.engine import Engine
+from openm6.serve.config import Limits
 from openm6.serve.errors import BadRequestError
 from openm6.serve.middleware import read_json
 from openm6.serve.run import read_serve_config
 from tests.data.sample_images import png, wav
 from tests.load.server import Address, Reply, form
-from tests.serve.running import running
-from tests.small_model import loaded
+from tests.serve.running import answering, small_app
 
 CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[Address]:
-    limits = Limits(body_bytes=60_000, pixels=10_000, audio_seconds=1.0, characters=100, json_depth=8)
-    config = ServeConfig(limits=limits)
-    with running(
-        create_app(Engine(loaded(3), EngineConfig(max_num_seqs=2, max_model_len=256)), config, "tiny")
-    ) as found:
-        yield Address(int(found.rpartition(":")[2]), os.getpid())
+def app() -> FastAPI:
+    limits = Limits(
+        body_bytes=50_000,
+        pixels=10_000,
+        audio_seconds=1.0,
+        characters=100,
+        json_depth=8,
+        messages=2,
+        parts=3,
+        tokens=8,
+        answers=2,
+        columns=2,
+        rows=2,
+        candidates=2,
+    )
+    return small_app(limits=limits)
 
 
-def chat(content: object, **more: object) -> dict[str, object]:
-    return {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 2, **more}
+@pytest.fixture(scope="module")
+def address(app: FastAPI) -> Iterator[Address]:
+    with answering(app) as found:
+        yield found
+
+
+def chat(content: Any = "a", turns: int = 1, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": content}] * turns
+    return {"model": "tiny", "messages": messages, "max_tokens": 2, **more}
 
 
 def image(url: str) -> list[dict[str, object]]:
@@ -53,9 +69,15 @@ def of_size(width: int, height: int) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def long_audio() -> list[dict[str, object]]:
-    data = base64.b64encode(wav(seconds=1.4)).decode()
-    return [{"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}]
+def audio(data: bytes) -> list[dict[str, Any]]:
+    content = {"data": base64.b64encode(data).decode(), "format": "wav"}
+    return [{"type": "input_audio", "input_audio": content}]
+
+
+def wav_that_claims(size: int) -> bytes:
+    """A header of a WAV file that promises `size` bytes, and none of them."""
+    layout = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, 16_000, 32_000, 2, 16)
+    return struct.pack("<4sI4s", b"RIFF", size, b"WAVE") + layout + struct.pack("<4sI", b"data", size)
 
 
 BAD = {
@@ -68,7 +90,7 @@ BAD = {
         chat(image(of_size(200, 200))),
         "40,000 pixels (200 x 200), over the limit of 10,000",
     ),
-    "too long an audio clip": (chat(long_audio()), "1.4 seconds, over the limit of 1.0"),
+    "too long an audio clip": (chat(audio(wav(seconds=1.1))), "1.1 seconds, over the limit of 1.0"),
     "too long a text": (chat("a" * 101), "101 characters, over the limit of 100"),
     "nothing": (chat(""), "the messages are empty"),
     "no messages": ({"model": "tiny", "messages": []}, "messages"),
@@ -79,15 +101,37 @@ BAD = {
     ),
     "no column": (chat("a", modalities=["numbers"]), "the number to predict is not named"),
     "too deep": (json.loads("[" * 30 + "]" * 30), "nested deeper than 8"),
+    "too many messages": (chat(turns=3), "messages"),
+    "too many parts": (chat(image(of_size(8, 8)) * 4), "parts"),
+    "too many tokens": (chat(max_tokens=9), "max_tokens=9"),
+    "too many answers": (chat(n=3), "n"),
+    "too many stop strings": (chat(stop=["a", "b", "c", "d", "e"]), "stop"),
+    "too many columns": (
+        chat([{"type": "numbers", "numbers": dict.fromkeys(("mass", "length", "x"), 1.0)}]),
+        "columns",
+    ),
+    "an audio clip that lies": (chat(audio(wav_that_claims(4_000_000_000))), "the audio is empty"),
+    "an audio clip of nothing": (chat(audio(wav_that_claims(0))), "audio"),
 }
 
 
-@pytest.mark.parametrize(("body", "sentence"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_sentence(address: Address, body: dict[str, object], sentence: str) -> None:
-    reply = address.post(CHAT, body)
+OTHER_ROUTES = {
+    "too many rows": ("/v1/predict", {"rows": [{"mass": None, "length": 1.0}] * 3}, "rows"),
+    "too many candidates": ("/v1/rank", {"query": "a", "candidates": ["a", "b", "c"]}, "candidates"),
+    "too many images": ("/v1/images/generations", {"prompt": "a", "n": 3}, "n=3"),
+}
+REFUSED = {name: (CHAT, *found) for name, found in BAD.items()} | OTHER_ROUTES
+
+
+@pytest.mark.parametrize(("path", "body", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_one_sentence_before_any_work(
+    app: FastAPI, address: Address, path: str, body: dict[str, object], sentence: str
+) -> None:
+    reply = address.post(path, body)
     error = json.loads(reply.body)["error"]
     assert reply.status == 400 and sentence in error["message"] and "\n" not in error["message"]
     assert error["type"] == "invalid_request_error" and reply.headers["x-request-id"]
+    assert len(app.state.server.engine.queue) == 0
 
 
 def test_a_body_that_is_too_large(address: Address) -> None:
@@ -151,11 +195,9 @@ def test_while_a_body_is_parsed_others_are_answered(
 
 
 def test_a_body_that_comes_too_slowly_is_given_up() -> None:
-    config = ServeConfig(limits=Limits(body_seconds=0.2))
-    app = create_app(Engine(loaded(3), EngineConfig(max_num_seqs=1, max_model_len=64)), config)
     with (
-        running(app) as found,
-        socket.create_connection(("127.0.0.1", int(found.rpartition(":")[2])), timeout=30) as line,
+        answering(small_app(limits=Limits(body_seconds=0.2))) as slow,
+        socket.create_connection(("127.0.0.1", slow.port), timeout=30) as line,
     ):
         line.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n{{".encode())
         answer = b"".join(iter(lambda: line.recv(4096), b""))  # to the end: the connection is closed
@@ -175,7 +217,7 @@ def test_a_mask_must_fit(address: Address) -> None:
         assert reply.status == 400 and sentence in json.loads(reply.body)["error"]["message"]
 
 
-def test_metrics_tell_what_happened(address: Address) -> None:
+def test_metrics_count_what_happened(address: Address) -> None:
     assert address.post(CHAT, chat("a")).status == 200
     page = address.send("GET", "/metrics").body.decode()
     assert f'openm6_requests_total{{kind="{CHAT}",status="200"}}' in page
@@ -184,11 +226,7 @@ def test_metrics_tell_what_happened(address: Address) -> None:
 
 
 def test_keys_are_asked_for_where_there_are_some() -> None:
-    app = create_app(
-        Engine(loaded(3), EngineConfig(max_num_seqs=1, max_model_len=64)), ServeConfig(keys=("one", "two"))
-    )
-    with running(app) as found:
-        address = Address(int(found.rpartition(":")[2]), os.getpid())
+    with answering(small_app(keys=("one", "two"))) as address:
         assert address.send("GET", "/health").status == 200
         refused = address.send("GET", "/v1/models")
         assert refused.status == 401 and json.loads(refused.body)["error"]["type"] == "authentication_error"
@@ -205,3 +243,29 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: p
             read_serve_config([], bad)
     with pytest.raises(ConfigError, match="did you mean 'max_num_seqs'"):
         read_serve_config(["engine.max_num_seq=3"])
+
+
+def test_a_body_without_a_length_is_counted_as_it_comes(address: Address) -> None:
+    line = http.client.HTTPConnection("127.0.0.1", address.port, timeout=30)
+    line.putrequest("POST", CHAT)
+    line.putheader("content-type", "application/json")
+    line.putheader("transfer-encoding", "chunked")
+    line.endheaders()
+    # Nothing is sent after the block that exceeds the limit: the server would close the connection on it.
+    for _ in range(6):
+        line.send(b"2710\r\n" + b"x" * 10_000 + b"\r\n")
+    reply = line.getresponse()
+    assert reply.status == 413 and b"exceeds 50,000 bytes" in reply.read()
+    line.close()
+
+
+def test_a_name_of_an_upload_reaches_no_file(address: Address) -> None:
+    for name in ("../../../etc/passwd", "/etc/passwd", "\\\\host\\share", "a\x00b"):
+        body, kind = form({"prompt": "x", "steps": "1"}, {"image": (name, png("red", 40))})
+        reply = address.send("POST", "/v1/images/edits", body, kind)
+        assert reply.status in (200, 400) and b"root:" not in reply.body and b"passwd" not in reply.body
+
+
+def test_by_default_nobody_else_can_reach_it() -> None:
+    config = read_serve_config([])
+    assert (config.host, config.hosts) == ("127.0.0.1", ())

@@ -74,7 +74,7 @@ def test_chat_reads_every_modality(client: openai.OpenAI, content: object) -> No
     assert found.choices[0].finish_reason in ("stop", "length")
 
 
-def test_chat_gives_every_modality(client: openai.OpenAI) -> None:
+def test_chat_outputs_every_modality(client: openai.OpenAI) -> None:
     more = {"numbers": {"column": "mass"}, "draw": {"steps": 2}, "seed": 4}
     found = ask(
         client, "a small apple", extra_body={**more, "modalities": ["text", "image", "audio", "numbers"]}
@@ -164,8 +164,8 @@ def test_predict_and_rank(client: openai.OpenAI) -> None:
     body = {"query": "What is this?", "candidates": ["an apple", "seven", "an apple"]}
     ranked = client.post("/rank", body=body, cast_to=object)["data"]
     assert ranked[0]["score"] >= ranked[1]["score"] >= ranked[2]["score"]
-    twins = [one["log_likelihood"] for one in ranked if one["candidate"] == "an apple"]
-    assert twins[0] == pytest.approx(twins[1], rel=1e-5)
+    equal = [one["log_likelihood"] for one in ranked if one["candidate"] == "an apple"]
+    assert equal[0] == pytest.approx(equal[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(

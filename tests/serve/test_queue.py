@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openm6.serve.queue import MAX_COUNTERS, FairQueue
+from openm6.serve.engine import MAX_COUNTERS, FairQueue
 from openm6.serve.requests import CodesRequest, PreparedRequest, QueueFullError, Request, TextRequest
 from openm6.serve.worker import RequestHandle
 
@@ -21,7 +21,7 @@ def handle(client: str, work: int, drawn: bool = False) -> RequestHandle:
     return RequestHandle(cast(PreparedRequest, SimpleNamespace(request=request, work=work)))
 
 
-def test_a_kind_without_a_place_is_not_looked_at() -> None:
+def test_a_kind_without_a_free_slot_is_not_examined() -> None:
     queue = FairQueue(10**9)
     for number in range(50):
         queue.push(handle(f"client {number}", 5), 1.0)

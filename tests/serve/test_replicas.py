@@ -95,7 +95,7 @@ def test_a_stream_passes(client: httpx.Client) -> None:
 def test_errors_keep_their_form(client: httpx.Client) -> None:
     refused = client.post("/v1/scenarios/restyle", json={"inputs": {"image": "x"}})
     assert refused.status_code == 400
-    assert "needs training on restyle" in refused.json()["error"]["message"]
+    assert "needs training on style_transfer" in refused.json()["error"]["message"]
 
 
 def test_autoscaling_keeps_to_its_bounds() -> None:

@@ -57,7 +57,7 @@ class Asker(threading.Thread):
 
 def failing(error: Exception) -> Callable[[Worker], None]:
     def tick(worker: Worker) -> None:
-        if worker.busy:
+        if worker.active:
             raise error
 
     return tick
@@ -197,7 +197,7 @@ def test_a_header_that_does_not_come_closes_the_connection(
             writer.write(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n" + begun)
             found = await asyncio.wait_for(reader.read(), 20)
             writer.close()
-            server.should_exit = True
+            server.should_exit = server.force_exit = True
             await running
             return found
 

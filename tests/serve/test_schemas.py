@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +14,7 @@ from openm6.serve.config import EngineConfig, ServeConfig
 from openm6.serve.engine import Engine
 from tests.data.sample_images import png
 from tests.load.server import Address, Reply
-from tests.serve.running import running
+from tests.serve.running import answering
 from tests.small_model import loaded
 
 TRAINED_TASKS = (("image_classification", "digits"), ("text_to_image", "digits"))
@@ -26,8 +25,8 @@ def address() -> Iterator[Address]:
     app = create_app(
         Engine(loaded(3, TRAINED_TASKS), EngineConfig(max_num_seqs=2, max_model_len=256)), ServeConfig(), "m"
     )
-    with running(app) as found:
-        yield Address(int(found.rpartition(":")[2]), os.getpid())
+    with answering(app) as found:
+        yield found
 
 
 def ask(address: Address, words: str, **more: object) -> Reply:
@@ -58,12 +57,10 @@ def test_a_stream_says_so_in_the_event_with_the_joules(address: Address) -> None
 
 def test_a_classifier_that_is_to_draw_says_so() -> None:
     model = loaded(3, (("image_classification", "digits"),))
-    with running(
+    with answering(
         create_app(Engine(model, EngineConfig(max_num_seqs=1, max_model_len=128)), ServeConfig(), "m")
     ) as found:
-        reply = Address(int(found.rpartition(":")[2]), os.getpid()).post(
-            "/v1/images/generations", {"prompt": "a cat", "steps": 1}
-        )
+        reply = found.post("/v1/images/generations", {"prompt": "a cat", "steps": 1})
     assert (
         reply.status == 200 and "never trained to generate image from text" in json.loads(reply.body)["note"]
     )

@@ -27,7 +27,7 @@ TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
 class SpeechBody(BaseModel):
-    """What to say. The model has one voice of its own: `voice` is accepted and changes nothing."""
+    """Text to speech. The model has one voice of its own: `voice` is accepted and changes nothing."""
 
     input: str = Field(min_length=1, max_length=4096)
     model: str | None = None
@@ -42,7 +42,7 @@ class SpeechBody(BaseModel):
 
 
 class TranscriptionBody(BaseModel):
-    """`prompt` replaces the words in which the model is asked."""
+    """`prompt` replaces the prompt of the task."""
 
     file: UploadFile = Field(description="WAV, FLAC, Ogg or MP3")
     model: str | None = None
@@ -58,7 +58,7 @@ class TranscriptionUsage(MediaUsage):
 
 
 class Transcription(EnergyReply):
-    """What was said."""
+    """The text of an audio file."""
 
     text: str
     usage: TranscriptionUsage
@@ -98,7 +98,7 @@ async def speak(body: SpeechBody, call: ThisCall) -> Response:
 async def transcribe(
     body: Annotated[TranscriptionBody, Form(media_type="multipart/form-data")], call: ThisCall
 ) -> Transcription | Response:
-    """What is said in an audio file."""
+    """Text of speech in an audio file."""
     call.server.check_model(body.model)
     if body.stream:
         raise BadRequestError("stream is not offered for transcriptions: leave it out", "stream")

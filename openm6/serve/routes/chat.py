@@ -11,9 +11,8 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
@@ -117,28 +116,29 @@ class DeltaChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None = None
 
 
-class Completion(CoveredReply):
-    """One answer for each choice; `seed` repeats it."""
+class ChatReply(CoveredReply):
+    """What whole and streamed responses have in common; `seed` repeats the answer."""
 
     id: str
-    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    choices: list[Choice]
-    usage: TokenUsage
     seed: int
 
 
-class Chunk(CoveredReply):
+class Completion(ChatReply):
+    """One answer for each choice."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[Choice]
+    usage: TokenUsage
+
+
+class Chunk(ChatReply):
     """A chunk of a streamed answer; the last one with choices holds `joules` and `trained`."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[DeltaChoice]
     usage: TokenUsage | None = None
-    seed: int | None = None
 
 
 @router.post("/completions", response_model=Completion, responses={200: {"content": EVENTS}})
@@ -158,20 +158,22 @@ async def complete(body: ChatBody, call: ThisCall) -> Completion | StreamingResp
     return await asyncio.to_thread(reply.completion, answers)
 
 
-@dataclass
 class _Reply:
     """The response to one body: `requests` are those of the first choice, then those of the second, and so on."""
 
-    server: Server
-    body: ChatBody
-    requests: list[Request]
-    seed: int
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
+    def __init__(self, server: Server, body: ChatBody, requests: list[Request], seed: int) -> None:
+        self.server, self.body, self.requests = server, body, requests
+        # As in every chunk of a stream.
+        self.head: Any = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": server.name,
+            "seed": seed,
+        }
 
     @property
     def by_choice(self) -> slice:
-        """Of each choice the request for text, or the first one if no text is asked for."""
+        """Of each choice the request for text, or the first one without text."""
         outputs = self.body.outputs
         return slice(outputs.index("text") if "text" in outputs else 0, None, len(outputs))
 
@@ -186,14 +188,7 @@ class _Reply:
             )
             for index, main in enumerate(answers[self.by_choice])
         ]
-        reply = Completion(
-            id=self.id,
-            created=self.created,
-            model=self.server.name,
-            choices=choices,
-            usage=usage_of(answers),
-            seed=self.seed,
-        )
+        reply = Completion(**self.head, choices=choices, usage=usage_of(answers))
         return reply.with_coverage(self.requests, answers, self.server.loaded.description)
 
     def message(self, index: int, answers: Sequence[Answer]) -> AnswerMessage:
@@ -233,14 +228,7 @@ class _Reply:
         self, choices: list[DeltaChoice], answers: list[Answer] | None = None, usage: bool = False
     ) -> str:
         """Return an event of a stream; `answers` are those whose energy it reports."""
-        chunk = Chunk(
-            id=self.id,
-            created=self.created,
-            model=self.server.name,
-            choices=choices,
-            usage=usage_of(answers) if usage and answers else None,
-            seed=self.seed,
-        )
+        chunk = Chunk(**self.head, choices=choices, usage=usage_of(answers) if usage and answers else None)
         if answers:
             chunk.with_coverage(self.requests, answers, self.server.loaded.description)
         return f"data: {chunk.model_dump_json(exclude_none=not usage)}\n\n"

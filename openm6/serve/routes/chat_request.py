@@ -16,7 +16,7 @@ from openm6.serve.requests import CodesRequest, NumbersRequest, Request, TextReq
 from openm6.serve.schemas import Guidance, Seed, Steps, seed_of
 from openm6.serve.server import Server
 
-# Fields of OpenAI's that would change the answer: the values that ask for nothing, besides null and empty ones.
+# Fields of OpenAI's that would change the answer: the values that change nothing, besides null and empty ones.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": (),
     "tool_choice": ("none", "auto"),
@@ -49,7 +49,7 @@ class AudioSettings(BaseModel):
 
 
 class NumbersSettings(BaseModel):
-    """What to predict: a `column`, or, if a series is given, how many steps `ahead`."""
+    """What to predict: a `column`, or, if the messages hold a series, how many steps `ahead`."""
 
     column: str | None = None
     ahead: int = Field(default=8, ge=1, le=64)
@@ -100,12 +100,12 @@ class ChatBody(BaseModel):
 
     @property
     def outputs(self) -> list[Output]:
-        """Each output modality once, in the order asked for; text by default."""
+        """Each output modality once, in the order of the body; text by default."""
         return list(dict.fromkeys(self.modalities or ["text"]))
 
 
 def refuse_unsupported(body: ChatBody) -> None:
-    """Raise BadRequestError if a field asks for something that is known and not offered."""
+    """Raise BadRequestError if a field needs something that is known and not supported."""
     for name, value in (body.model_extra or {}).items():
         neutral = UNSUPPORTED.get(name)
         if neutral is None or value is None or value in ([], {}, *neutral):
@@ -150,18 +150,14 @@ def _text_request(body: ChatBody, parts: tuple[Part, ...], seed: int, max_tokens
     if body.top_logprobs is not None and not body.logprobs:
         raise BadRequestError("top_logprobs needs logprobs: set it to true", "top_logprobs")
     sampling = Sampling(
-        temperature=body.temperature or 0.0,
-        top_k=body.top_k,
-        top_p=body.top_p,
-        max_tokens=tokens,
-        seed=seed,
+        temperature=body.temperature or 0.0, top_k=body.top_k, top_p=body.top_p, max_tokens=tokens, seed=seed
     )
     top = (body.top_logprobs or 0) if body.logprobs else None
     return TextRequest(parts=parts, sampling=sampling, stop=tuple(stop), top=top)
 
 
 def _numbers_request(settings: NumbersSettings, parts: tuple[Part, ...]) -> NumbersRequest:
-    """A column that is asked for is taken out of the inputs: it must not be read."""
+    """The predicted column is removed from the inputs."""
     series = [part.raw.name for part in parts if isinstance(part.raw, NumberSeries)]
     if settings.column is None and series:
         return NumbersRequest(parts=parts, series=series[-1], ahead=settings.ahead)

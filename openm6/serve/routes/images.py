@@ -1,4 +1,4 @@
-"""`/v1/images/generations` and `/v1/images/edits`: images from text, and images filled in within a mask."""
+"""`/v1/images/generations` and `/v1/images/edits`: images from text, and inpainting within a mask."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ async def generate(body: GenerationBody, call: ThisCall) -> Images:
 
 @router.post("/edits")
 async def edit(body: Annotated[EditBody, Form(media_type="multipart/form-data")], call: ThisCall) -> Images:
-    """Fills an image in where the mask is transparent; the rest comes back as it was, pixel by pixel."""
+    """Generates what the mask leaves transparent; the rest is returned unchanged, pixel by pixel."""
     _check(call.server, body)
     limits = call.server.limits
     source = check_image(await body.image.read(), limits, "image")

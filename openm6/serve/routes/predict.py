@@ -54,26 +54,23 @@ async def predict(body: PredictionBody, call: ThisCall) -> Predictions:
     if (body.rows is None) == (body.series is None):
         raise BadRequestError("give either rows or series", "rows")
     if body.series is not None:
-        asked = [(0, _forecast(body.series, body.ahead))]
+        series = NumberSeries(body.series.name, body.series.values)
+        parts = part_prompt("time_series_forecasting", Part("numbers", series))
+        requests = [(0, NumbersRequest(parts=parts, series=series.name, ahead=body.ahead))]
     else:
         limit = server.limits.columns
-        asked = [
+        requests = [
             (index, request)
             for index, row in enumerate(body.rows or [])
             for request in _row_requests(f"rows.{index}", row, body.columns, limit)
         ]
-    check_limit("rows", len(asked), server.limits.rows, "predictions")
-    answers = await call.answer("predict", [request for _, request in asked])
+    check_limit("rows", len(requests), server.limits.rows, "predictions")
+    answers = await call.answer("predict", [request for _, request in requests])
     rows: dict[int, dict[str, Distribution]] = {}
-    for (index, request), answer in zip(asked, answers, strict=True):
+    for (index, request), answer in zip(requests, answers, strict=True):
         rows.setdefault(index, {})[request.name] = distribution_of(answer.value, body.coverage)
     data = [PredictedRow(index=index, columns=columns) for index, columns in rows.items()]
     return Predictions(model=server.name, data=data, usage=usage_of(answers)).with_energy(answers)
-
-
-def _forecast(series: Series, ahead: int) -> NumbersRequest:
-    parts = part_prompt("time_series_forecasting", Part("numbers", NumberSeries(series.name, series.values)))
-    return NumbersRequest(parts=parts, series=series.name, ahead=ahead)
 
 
 def _row_requests(param: str, row: Row, columns: list[str] | None, limit: int) -> list[NumbersRequest]:

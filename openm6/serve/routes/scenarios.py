@@ -17,7 +17,7 @@ from openm6.serve.config import Limits
 from openm6.serve.content import Series, audio_file, decode_file, image_data_url, restore_outside
 from openm6.serve.errors import DOCUMENTED, ErrorBody, check_limit
 from openm6.serve.middleware import StrictRoute
-from openm6.serve.requests import Answer, CodesRequest, NumbersRequest, RankRequest, Request
+from openm6.serve.requests import Answer, CodesRequest, EmbedRequest, NumbersRequest, RankRequest, Request
 from openm6.serve.scenarios.ask import example_fits, example_values, scenario_request
 from openm6.serve.scenarios.scenario import (
     LANGUAGES,
@@ -64,7 +64,7 @@ class ScenarioInput(BaseModel):
 
 
 class ScenarioEntry(BaseModel):
-    """A scenario; if it is not `ready`, `state` says why, `needs` what the model lacks, `recipe` what trains it."""
+    """A scenario; if it is not `ready`, `state` is the reason, `needs` what it lacks, and `recipe` trains it."""
 
     id: str
     object: Literal["scenario"] = "scenario"
@@ -135,21 +135,26 @@ async def one(name: Name, server: ThisServer) -> OneScenario:
 
 @router.post("/{name}", responses={**DOCUMENTED, **MISSING})
 async def answer(name: Name, body: ScenarioBody, call: ThisCall) -> ScenarioAnswer:
-    """Answers by a scenario; one whose tasks the model lacks answers 400 and says what would train it."""
+    """Answers by a scenario; one whose tasks the model lacks returns 400 and names the recipe that trains them."""
     scenario, loaded = _named(name), call.server.loaded
     require(scenario, loaded.description)
     seed = chosen_seed(body.seed)
     values = await asyncio.to_thread(input_values, scenario, body.inputs, call.server.limits)
     request = scenario_request(scenario, body.language, values, seed)
     answers = await call.answer("scenarios", [request])
+    found = await asyncio.to_thread(decoded, request, answers[0], loaded)
+    if "image" in found:
+        found["image"] = await asyncio.to_thread(image_data_url, found["image"])
+    if "audio" in found:
+        found["audio"] = base64.b64encode(await asyncio.to_thread(audio_file, found["audio"], "wav")).decode()
     reply = ScenarioAnswer(
         model=call.server.name,
         scenario=scenario.name,
         language=body.language,
         seed=seed,
         output=scenario.output,
+        **found,
     )
-    await asyncio.to_thread(_set_answer, reply, request, answers[0], loaded)
     return reply.with_coverage([request], answers, loaded.description, body.language)
 
 
@@ -220,27 +225,27 @@ def _check_size(value: Any, limits: Limits, param: str) -> None:
         check_limit(param, sum(len(str(item)) for item in value), limits.characters, "characters")
 
 
-def _set_answer(reply: ScenarioAnswer, request: Request, answer: Answer, loaded: LoadedModel) -> None:
-    """Set the field of a response that holds the answer; images and audio are decoded here."""
+def decoded(request: Request, answer: Answer, loaded: LoadedModel) -> dict[str, Any]:
+    """Return an answer under the name of its field in `ScenarioAnswer`, images and audio as pixels and samples."""
     value = answer.value
-    if reply.output == "text":
-        reply.text = value
-    elif reply.output == "image":
-        reply.image = image_data_url(drawn_image(request, value, loaded))
-    elif reply.output == "audio":
-        reply.audio = base64.b64encode(audio_file(loaded.audio.decode(value), "wav")).decode()
-    elif isinstance(request, NumbersRequest):
-        reply.numbers = {request.name: distribution_of(value, COVERAGE)}
-    elif isinstance(request, RankRequest):
-        reply.ranking = rank_candidates(request.candidates, value)
-    else:
-        reply.embedding = np.asarray(value).tolist()
+    match request:
+        case CodesRequest(modality="image"):
+            return {"image": drawn_image(request, value, loaded)}
+        case CodesRequest():
+            return {"audio": loaded.audio.decode(value)}
+        case NumbersRequest():
+            return {"numbers": {request.name: distribution_of(value, COVERAGE)}}
+        case RankRequest():
+            return {"ranking": rank_candidates(request.candidates, value)}
+        case EmbedRequest():
+            return {"embedding": np.asarray(value).tolist()}
+    return {"text": value}
 
 
-def drawn_image(request: Request, codes: Any, loaded: LoadedModel) -> Any:
-    """Return the drawn image; if only a box was filled in, the source around it, pixel by pixel."""
+def drawn_image(request: CodesRequest, codes: Any, loaded: LoadedModel) -> Any:
+    """Return the drawn image; if only a box was generated, the source around it, pixel by pixel."""
     drawn = loaded.image.decode(codes)
-    if not isinstance(request, CodesRequest) or request.source is None or request.mask is None:
+    if request.source is None or request.mask is None:
         return drawn
     width, height = read_image(request.source).size
     mask = box_mask(request.mask, height, width).reshape(height, width)

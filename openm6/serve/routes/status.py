@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from openm6.serve.errors import DOCUMENTED, ErrorBody
 from openm6.serve.middleware import PLAYGROUND
-from openm6.serve.server import Server, ThisServer
+from openm6.serve.server import ThisServer
 
 router = APIRouter()
 
@@ -45,7 +45,7 @@ class Health(BaseModel):
 @router.get("/v1/models", tags=["models"], responses=KEYED)
 async def list_models(server: ThisServer) -> ModelList:
     """All models: one."""
-    return ModelList(data=[_model(server)])
+    return ModelList(data=[await one_model(server, server.name)])
 
 
 @router.get(
@@ -57,10 +57,6 @@ async def one_model(server: ThisServer, model: str) -> Model:
     """The model of this name."""
     if model != server.name:
         raise HTTPException(404, f"no model is called {model!r} here: use {server.name!r}")
-    return _model(server)
-
-
-def _model(server: Server) -> Model:
     return Model(
         id=server.name,
         created=server.created,

@@ -69,7 +69,7 @@ def scenarios_json(trained: Path | None = None) -> str:
 
 
 def _trained_on(trained: Path | None) -> tuple[CheckpointConfig | None, Scores]:
-    """The description in a run's checkpoint and the scores in its report, if a run is given."""
+    """The description in a run's checkpoint and the scores in its report, if a run is named."""
     if trained is None:
         return None, {}
     folder = latest(trained)

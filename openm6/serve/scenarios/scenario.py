@@ -151,7 +151,7 @@ def read_library(folder: Path = FOLDER) -> ScenarioLibrary:
     """Return the scenarios in the YAML files of a folder, one domain per file.
 
     Raises:
-        ConfigError: a file is not as `Domain` says, or two scenarios share a name.
+        ConfigError: a file does not have the fields of `Domain`, or two scenarios have one name.
     """
     paths = sorted(folder.glob("*.yaml"))
     if not paths:

@@ -16,7 +16,7 @@ from openm6.serve.app import create_app
 from openm6.serve.config import EngineConfig, ServeConfig
 from openm6.serve.engine import Engine
 from openm6.serve.playground.page import add_playground
-from tests.serve.routes.test_scenarios import taught
+from tests.serve.routes.test_scenarios import trained_model
 from tests.serve.running import running
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    app = add_playground(create_app(Engine(taught(), EngineConfig(max_model_len=512)), name="tiny"))
+    app = add_playground(create_app(Engine(trained_model(), EngineConfig(max_model_len=512)), name="tiny"))
     with running(app) as found:
         yield f"{found}/playground/"
 
@@ -65,7 +65,7 @@ def answered(page: playwright.Page) -> None:
     playwright.expect(page.locator("#note")).to_contain_text(" s", timeout=PATIENCE)
 
 
-def test_a_image_is_filled_in_and_kept_in_the_gallery(page: playwright.Page) -> None:
+def test_an_image_is_inpainted_and_kept_in_the_gallery(page: playwright.Page) -> None:
     """On the way, a scenario that was not trained says so."""
     choose(page, "scenario", "Restyle")
     playwright.expect(page.locator("#state")).to_contain_text(
@@ -83,7 +83,7 @@ def test_a_image_is_filled_in_and_kept_in_the_gallery(page: playwright.Page) -> 
     playwright.expect(page.locator("#gallery img").first).to_be_visible(timeout=PATIENCE)
 
 
-def test_a_audio_is_spoken(page: playwright.Page) -> None:
+def test_audio_is_generated(page: playwright.Page) -> None:
     choose(page, "domain", "Speech and audio")
     choose(page, "scenario", "Read aloud")
     playwright.expect(page.locator("#input-text textarea")).to_have_value("seven", timeout=PATIENCE)
@@ -144,7 +144,9 @@ def test_a_free_question_is_answered(page: playwright.Page) -> None:
 
 def test_a_key_is_asked_for_where_there_are_keys(browser: playwright.Browser) -> None:
     config = ServeConfig(keys=("secret",))
-    app = add_playground(create_app(Engine(taught(), EngineConfig(max_model_len=512)), config, name="tiny"))
+    app = add_playground(
+        create_app(Engine(trained_model(), EngineConfig(max_model_len=512)), config, name="tiny")
+    )
     with running(app) as address:
         page = browser.new_page(viewport=DESK)
         page.set_default_timeout(PATIENCE)

@@ -67,8 +67,8 @@ def test_what_was_uploaded_broken_or_too_large_is_one_sentence_in_the_pages_lang
     assert uploaded("image", str(path), limits, "en") == png("red", 20)
 
 
-def test_a_image_is_handed_on_unread_also_when_its_label_has_changed(tmp_path: Path) -> None:
-    """Gradio makes a component anew with every update; what it makes must not read the file either."""
+def test_an_image_is_passed_on_unread_also_when_its_label_has_changed(tmp_path: Path) -> None:
+    """Gradio creates a component again with every update; what it makes must not read the file either."""
     first = ImageInput(elem_id="free-image", label="Image")
     again = type(first)(**{**first.constructor_args, "label": "图片", "render": False})
     broken = tmp_path / "a.png"

@@ -36,8 +36,8 @@ TASKS = (
 )
 
 
-def taught() -> LoadedModel:
-    """The untrained model with a checkpoint that claims some lessons."""
+def trained_model() -> LoadedModel:
+    """The untrained model with a checkpoint that names some trained tasks."""
     model = embedding_model()
     trained_tasks = [TrainedTask(task=name, source="x") for name in TASKS]
     return replace(model, description=model.description.model_copy(update={"trained_tasks": trained_tasks}))
@@ -45,7 +45,7 @@ def taught() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    app = create_app(Engine(taught(), EngineConfig(max_model_len=512)), name="tiny")
+    app = create_app(Engine(trained_model(), EngineConfig(max_model_len=512)), name="tiny")
     with running(app) as address, httpx.Client(base_url=address, timeout=60) as found:
         yield found
 
@@ -79,7 +79,7 @@ def test_an_example_can_be_sent_as_it_is(client: httpx.Client, name: str) -> Non
     assert client.post(f"/v1/scenarios/{name}", json=sent).status_code == 200
 
 
-def test_one_that_was_not_taught_says_so(client: httpx.Client) -> None:
+def test_an_untrained_scenario_is_refused_with_its_recipe(client: httpx.Client) -> None:
     refused = client.post("/v1/scenarios/restyle", json=body("restyle"))
     assert refused.status_code == 400
     assert "needs training on style_transfer (openm6 train design)" in refused.json()["error"]["message"]
@@ -108,7 +108,7 @@ def test_it_is_said_whether_the_words_were_trained(client: httpx.Client) -> None
     assert found["trained"] and found["note"] is None
 
 
-def test_a_audio_comes_back(client: httpx.Client) -> None:
+def test_audio_comes_back(client: httpx.Client) -> None:
     found = client.post("/v1/scenarios/read_aloud", json=body("read_aloud")).json()
     samples, rate = soundfile.read(io.BytesIO(base64.b64decode(found["audio"])))
     assert rate == 16_000 and len(samples) == pytest.approx(1.2 * rate, abs=640)

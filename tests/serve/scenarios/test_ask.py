@@ -64,7 +64,7 @@ def test_the_parts_are_those_of_training() -> None:
         assert list(scenario_parts(scenario, "en", values)) == example.source
 
 
-def test_a_gap_in_a_audio_is_asked_as_it_was_taught() -> None:
+def test_a_masked_span_of_audio_has_the_form_of_training() -> None:
     record = demo_sources()["spoken"][2]
     example = TASKS["audio_inpainting"].example(record, np.random.default_rng(1))
     audio = next(part for part in example.source if part.modality == "audio")

@@ -32,8 +32,8 @@ QUICK = (
 )
 
 
-def all_knowing():  # type: ignore[no-untyped-def]
-    """The untrained model with a checkpoint that claims every lesson."""
+def trained_on_everything():  # type: ignore[no-untyped-def]
+    """The untrained model with a checkpoint that names every task."""
     model = embedding_model()
     trained_tasks = [TrainedTask(task=name, source="all") for name in TASKS]
     return replace(model, description=model.description.model_copy(update={"trained_tasks": trained_tasks}))
@@ -41,7 +41,7 @@ def all_knowing():  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("name", QUICK)
 def test_an_example_is_answered(name: str) -> None:
-    with Engine(all_knowing(), ONE_AT_A_TIME) as engine:
+    with Engine(trained_on_everything(), ONE_AT_A_TIME) as engine:
         tried = run_example(engine, LIBRARY.named(name), "en")
     assert tried.state == "answered", tried.answer
     assert tried.seconds > 0
@@ -56,7 +56,7 @@ def test_an_untrained_model_answers_nothing() -> None:
 
 
 def test_a_column_that_the_model_does_not_know_fails_in_a_sentence() -> None:
-    model = all_knowing()
+    model = trained_on_everything()
     model = replace(model, modalities=loaded().modalities)
     scenario = LIBRARY.named("machine_state")
     strange = scenario.model_copy(update={"examples": {"en": {"numbers": {"hmm": 1.0}}}})
@@ -65,12 +65,12 @@ def test_a_column_that_the_model_does_not_know_fails_in_a_sentence() -> None:
     assert tried.state == "failed" and "has no column 'hmm'" in tried.answer
 
 
-def test_what_is_told() -> None:
+def test_the_results_as_json_and_table() -> None:
     found = [
         ExampleResult("a", "en", "answered", "x" * 99, 0.5),
         ExampleResult("b", "zh", "untrained", "needs", 0.0),
     ]
-    told = json.loads(results_json(found))
-    assert (told["answered"], told["untrained"], told["failed"]) == (1, 1, 0)
-    assert [entry["scenario"] for entry in told["examples"]] == ["a", "b"]
+    found_json = json.loads(results_json(found))
+    assert (found_json["answered"], found_json["untrained"], found_json["failed"]) == (1, 1, 0)
+    assert [entry["scenario"] for entry in found_json["examples"]] == ["a", "b"]
     assert results_table(found).row_count == 2

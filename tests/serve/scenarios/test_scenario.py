@@ -1,4 +1,4 @@
-"""The catalogue: forty scenarios and more, complete in both languages, taught in the very words that they ask in."""
+"""The library: forty scenarios and more, complete in both languages, with the prompts of their tasks."""
 
 from __future__ import annotations
 
@@ -50,27 +50,27 @@ def test_there_are_forty_and_the_promised_ones_are_among_them() -> None:
 
 
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
-def test_it_asks_in_words_that_its_task_teaches(scenario: Scenario) -> None:
+def test_its_prompt_is_one_of_its_task(scenario: Scenario) -> None:
     for language in LANGUAGES:
         words = scenario.prompt.text(language)
-        taught = [prompt for name in scenario.tasks for prompt in TASKS[name].prompts[language]]
+        trained = [prompt for name in scenario.tasks for prompt in TASKS[name].prompts[language]]
         if scenario.output == "embedding":  # either side of a pair stands alone
             assert words in ("{text}", "{image}", "{audio}")
         else:
-            assert words in taught
-            gives = {TASKS[name].output_modality for name in scenario.tasks}
-            assert gives == {"text" if scenario.output == "ranking" else scenario.output}
+            assert words in trained
+            outputs = {TASKS[name].output_modality for name in scenario.tasks}
+            assert outputs == {"text" if scenario.output == "ranking" else scenario.output}
 
 
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
-def test_its_recipe_teaches_its_tasks(scenario: Scenario) -> None:
+def test_its_recipe_trains_its_tasks(scenario: Scenario) -> None:
     recipe, _ = read_recipe(recipe_path(scenario.recipe), [])
     assert recipe.kind == "multimodal"
     assert set(scenario.tasks) <= {component.task for component in recipe.mixture}
 
 
 @pytest.mark.parametrize("name", sorted({scenario.recipe for scenario in ALL}))
-def test_every_lesson_of_a_recipe_finds_what_it_needs(name: str) -> None:
+def test_every_component_of_a_recipe_finds_what_it_needs(name: str) -> None:
     recipe, _ = read_recipe(recipe_path(name), [])
     assert recipe.kind == "multimodal"
     sources = open_sources(recipe.sources, "train")
@@ -92,7 +92,7 @@ def test_it_speaks_both_languages(scenario: Scenario) -> None:
     assert any(given.kind in PROMPTED for given in scenario.inputs.values())
 
 
-def test_a_model_that_lacks_a_task_is_told_what_would_teach_it() -> None:
+def test_a_model_that_lacks_a_task_names_the_recipe_that_trains_it() -> None:
     description = loaded(trained_tasks=(("text_to_image", "digits"),)).description
     assert readiness(LIBRARY.named("illustration"), description).ready
     lacking = readiness(LIBRARY.named("restyle"), description)
@@ -143,7 +143,7 @@ def test_a_broken_file_is_one_sentence(change: dict[str, object], said: str, tmp
     assert said in words and "mine.yaml" in words and "\n" not in words
 
 
-def test_an_empty_folder_and_twins_are_refused(tmp_path: Path) -> None:
+def test_an_empty_folder_and_equal_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no scenarios"):
         read_library(tmp_path)
     text = (FOLDER / "speech.yaml").read_text(encoding="utf-8")
@@ -154,7 +154,7 @@ def test_an_empty_folder_and_twins_are_refused(tmp_path: Path) -> None:
 
 
 CAPTION = LIBRARY.named("caption")
-KNOWS = loaded(trained_tasks=(("image_captioning", "emoji"),)).description
+DESCRIPTION = loaded(trained_tasks=(("image_captioning", "emoji"),)).description
 
 
 def entry(value: float | None, baseline: float, beats: bool = False) -> dict[str, Any]:
@@ -183,17 +183,17 @@ def reported(folder: Path, tasks: Any) -> Path:
     ],
 )
 def test_ready_is_what_beats_its_baseline(entries: Any, ready: bool, tmp_path: Path) -> None:
-    found = readiness(CAPTION, KNOWS, read_scores(reported(tmp_path, entries)))
+    found = readiness(CAPTION, DESCRIPTION, read_scores(reported(tmp_path, entries)))
     assert found.ready is ready and found.trained
 
 
-def test_the_figures_are_said_in_both_languages(tmp_path: Path) -> None:
+def test_the_scores_are_in_the_sentence_in_both_languages(tmp_path: Path) -> None:
     scores = read_scores(reported(tmp_path, {"image_captioning/emoji": entry(0.021, 0.033)}))
-    found = readiness(CAPTION, KNOWS, scores)
+    found = readiness(CAPTION, DESCRIPTION, scores)
     said = found.text().replace("\u00a0", " ")
     assert said == "trained, but not better than its baseline: 2.1 % exact match against 3.3 %"
     assert "不优于基线" in found.text("zh")
-    require(CAPTION, KNOWS)  # it may be asked all the same
+    require(CAPTION, DESCRIPTION)  # it may be asked all the same
 
 
 def test_without_a_report_nothing_is_doubted(tmp_path: Path) -> None:
