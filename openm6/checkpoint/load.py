@@ -44,7 +44,7 @@ def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
     reader = open_reader(folder)
     _check_names(reader, set(targets))
     if layout is not None:
-        _sharded().load_shards(reader, model, targets, layout)
+        load_parts(reader, _sharded().with_offsets(model, targets, layout))
         return
     for name, target in targets.items():  # before anything is copied
         if reader.shape(name) != tuple(target.shape):

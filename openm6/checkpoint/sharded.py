@@ -116,14 +116,6 @@ def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
     return indices
 
 
-def load_shards(
-    reader: CheckpointReader, model: nn.Module, targets: dict[str, Tensor], layout: Layout
-) -> None:
-    """Fill a sharded model, each rank its shards; see `load_model`."""
-    for name, target in with_offsets(model, targets, layout).items():
-        read_shard(reader, name, target)
-
-
 @torch.no_grad()
 def read_shard(reader: CheckpointReader, name: str, target: Tensor) -> None:
     """Read what this rank holds of a tensor, of a plain one all; raises as `CheckpointReader.read_into`."""

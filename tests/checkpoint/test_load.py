@@ -69,7 +69,7 @@ def test_bfloat16_and_strided_tensors_survive(tmp_path: Path) -> None:
     [
         (
             Tied(words=7),
-            r"'table.weight' has shape \[6, 4\], the model wants \[7, 4\]: load it with the config",
+            r"'table.weight' has shape \[6, 4\], the model expects \[7, 4\]: load it with the config",
         ),
         (nn.Linear(2, 2), r"lacks 'bias' and 1 more: load it with the config"),
         (nn.Sequential(), r"has 'kept' and 3 more, unknown to this model: load it with the config"),
@@ -93,7 +93,7 @@ def test_a_missing_or_foreign_file_is_told(tmp_path: Path) -> None:
 
 def test_a_model_on_meta_is_not_filled_in_silence(tmp_path: Path) -> None:
     folder = saved(nn.Linear(2, 2), tmp_path)
-    with pytest.raises(ValueError, match="place the model"):
+    with pytest.raises(ValueError, match="move the model"):
         load_model(folder, nn.Linear(2, 2, device="meta"))
 
 

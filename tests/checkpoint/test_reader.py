@@ -109,7 +109,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     reader = CheckpointReader(tmp_path, "model")
     with pytest.raises(CheckpointError, match="lacks 'c'.*openm6 convert"):
         reader.read_into("c", torch.zeros(1))
-    with pytest.raises(CheckpointError, match=r"has shape \[3, 5\], the model wants \[5, 3\]"):
+    with pytest.raises(CheckpointError, match=r"has shape \[3, 5\], the model expects \[5, 3\]"):
         reader.read_into("b", torch.zeros(5, 3))
     (tmp_path / "model-2.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="not a readable safetensors"):
