@@ -19,12 +19,11 @@ from openm6.data.records import (
     AUDIO_ENDINGS,
     CANONICAL_KEYS,
     IMAGE_ENDINGS,
-    MISSING_WORDS,
     PAIRED_COLUMNS,
     Fields,
     Record,
     as_number,
-    is_missing,
+    is_blank,
 )
 from openm6.data.source import Source, split_named
 from openm6.data.windows import is_date
@@ -68,16 +67,12 @@ class Column:
 
 def column_of(name: str, cells: Sequence[Any]) -> Column:
     """The column type that fits a sample of its cells."""
-    filled = [cell for cell in cells if not _is_absent(cell)]
+    filled = [cell for cell in cells if not is_blank(cell)]
     kind = _kind(name, filled)
     texts = [str(cell) for cell in filled if isinstance(cell, (str, int, float, bool))]
     language = _language(texts) if kind in ("category", "free text") else None
     distinct = len(filled) if kind in _MEDIA else len({str(cell) for cell in filled})
     return Column(name, kind, language, len(cells) - len(filled), distinct, _summary(kind, filled))
-
-
-def _is_absent(cell: Any) -> bool:
-    return is_missing(cell) or (isinstance(cell, str) and cell.strip().lower() in MISSING_WORDS)
 
 
 def _kind(name: str, cells: Sequence[Any]) -> Kind:

@@ -45,6 +45,11 @@ def is_missing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
+def is_blank(value: Any) -> bool:
+    """Whether a cell holds nothing, or a word for it (`NA`, `null`, …)."""
+    return is_missing(value) or (isinstance(value, str) and value.strip().lower() in MISSING_WORDS)
+
+
 def as_text(value: Any, column: str) -> str | None:
     """A cell as text; None if the cell is missing.
 
@@ -83,11 +88,7 @@ def as_number(value: Any, column: str) -> float | None:
     """
     if isinstance(value, bytes):
         value = decode_utf8(value, column)
-    if isinstance(value, str):
-        value = value.strip()
-        if value.lower() in MISSING_WORDS:
-            return None
-    if is_missing(value):
+    if is_blank(value):
         return None
     # float() would read "1_000" as 1000, which no table means.
     if not isinstance(value, (str, bool, int, float, Decimal)) or (isinstance(value, str) and "_" in value):

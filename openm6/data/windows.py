@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from openm6.core.errors import DataError
 from openm6.data.media import table_config
-from openm6.data.records import MISSING_WORDS, Record, as_number, is_missing
+from openm6.data.records import Record, as_number, is_blank
 from openm6.data.source import Neighbour, Source, SourceConfig, Split, check_index
 from openm6.data.table import Table
 
@@ -41,7 +41,7 @@ def parse_times(cells: Sequence[Any], column: str, where: str, time_format: str 
         DataError: an empty cell, a cell that is no time, or dates that can be read in two ways.
     """
     where = f"{where}: the time column {column!r}"
-    if any(is_missing(cell) or _is_missing_word(cell) for cell in cells):
+    if any(is_blank(cell) for cell in cells):
         raise DataError(f"{where} has empty cells: fill or drop those rows")
     if all(isinstance(cell, str) for cell in cells):
         times = _parse_texts([cell.strip() for cell in cells], where, time_format)
@@ -65,10 +65,6 @@ def is_date(cell: Any) -> bool:
     if len(text) > LONGEST or not _YEAR.search(text):
         return False
     return not _parses([text], _plain_number) and any(_parses([text], parse) for parse in _FORMS.values())
-
-
-def _is_missing_word(cell: Any) -> bool:
-    return isinstance(cell, str) and cell.strip().lower() in MISSING_WORDS
 
 
 def _parse_texts(texts: list[str], where: str, time_format: str | None) -> list[float]:

@@ -67,7 +67,7 @@ class Meter(AbstractContextManager["Meter"]):
         self.notes = list(notes)
         self._counters = list(counters)
         self._read = [0.0 for _ in counters]
-        self._lost: set[int] = set()
+        self._open = dict(enumerate(counters))  # those that can be read
         self._lock = threading.Lock()
         self._rest_until = 0.0
         self._stop = threading.Event()
@@ -106,23 +106,20 @@ class Meter(AbstractContextManager["Meter"]):
         self._thread.join()
         self.joules(fresh=True)
         with self._lock:
-            for index, counter in enumerate(self._counters):
-                if index not in self._lost:
-                    counter.close()
-            self._lost.update(range(len(self._counters)))
+            for counter in self._open.values():
+                counter.close()
+            self._open.clear()
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     def _read_all(self) -> None:
         began = time.perf_counter()
-        for index, counter in enumerate(self._counters):
-            if index in self._lost:
-                continue
+        for index, counter in list(self._open.items()):
             try:
                 self._read[index] = counter.joules()
             except CounterLostError as reason:
-                self._lost.add(index)
+                del self._open[index]
                 self.notes.append(f"{counter.name} is counted only in part: {reason}")
                 get_log().warning(self.notes[-1])
         ended = time.perf_counter()
