@@ -53,7 +53,6 @@ WORDS = {
 }  # fmt: skip
 # Not yet rewritten; empty in the end.
 PENDING = {
-    "openm6",
     "openm6/core",
     "openm6/evaluate",
     "openm6/inference",
