@@ -15,10 +15,10 @@ from torch import Tensor
 
 from benchmarks.harness import Json, Report
 from benchmarks.ranks import on_ranks
+from openm6.distributed.collectives import AllToAllDispatcher
+from openm6.distributed.fsdp import keep_experts
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.moe import Experts, LocalDispatcher, MoE, Router, TokenDispatcher
-from openm6.parallel.collectives import AllToAllDispatcher
-from openm6.parallel.fsdp import keep_experts
 
 Array = np.ndarray[Any, Any]
 WIDTH, HIDDEN, TOKENS = 64, 96, 24

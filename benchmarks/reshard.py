@@ -27,14 +27,14 @@ from openm6.checkpoint.sharded import ShardedSaver
 from openm6.core.device import free_host_bytes
 from openm6.core.errors import ConfigError
 from openm6.core.seeds import derive_seed
+from openm6.distributed.config import MeshShape
+from openm6.distributed.fsdp import Layout, open_layout, shard
+from openm6.distributed.processes import apart
+from openm6.distributed.sharded_weights import local
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.config import ExpertsConfig
 from openm6.optim.adamw import AdamW
-from openm6.parallel.config import MeshShape
-from openm6.parallel.fsdp import Layout, open_layout, shard
-from openm6.parallel.processes import apart
-from openm6.parallel.sharded_weights import local
 
 CPU = torch.device("cpu")
 GIB, GOAL_SECONDS, STEP = 2**30, 60.0, 1

@@ -15,12 +15,12 @@ import typer
 from benchmarks.harness import Deadline, Json, Report, Seconds, Steps, device_name
 from benchmarks.ranks import Of, on_ranks, parse_counts
 from openm6.core.errors import ConfigError
+from openm6.distributed.config import MeshShape
+from openm6.distributed.processes import DistributedContext
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig
 from openm6.nn.config import ExpertsConfig
 from openm6.ops.sequence import causal_meta
-from openm6.parallel.config import MeshShape
-from openm6.parallel.processes import DistributedContext
 from openm6.plan.hardware import ClusterOptions, gpu, gpu_cluster
 from openm6.plan.plan import make_plan
 from openm6.plan.request import PlanRequest, read_model

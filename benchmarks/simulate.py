@@ -23,15 +23,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.harness import Json, Report
 from benchmarks.ranks import NumRanks, Of
 from openm6.core.errors import ConfigError
+from openm6.distributed.collectives import AllToAllDispatcher
+from openm6.distributed.config import MeshShape
+from openm6.distributed.fsdp import Layout, expert_parameters, open_layout, shard
+from openm6.distributed.processes import apart
+from openm6.distributed.sharded_weights import local
 from openm6.models.backbone import Backbone
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.models.presets import preset
 from openm6.nn.block import Context
-from openm6.parallel.collectives import AllToAllDispatcher
-from openm6.parallel.config import MeshShape
-from openm6.parallel.fsdp import Layout, expert_parameters, open_layout, shard
-from openm6.parallel.processes import apart
-from openm6.parallel.sharded_weights import local
 
 SECONDS = 420.0
 CPU = torch.device("cpu")

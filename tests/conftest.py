@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, by whomever
 
 from openm6.core.device import resolve_device
-from tests.parallel.fleet import Fleet
+from tests.distributed.fleet import Fleet
 from tests.triton_interpreter import need_triton
 
 

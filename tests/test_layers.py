@@ -22,7 +22,7 @@ LAYERS = {
     "nn": 30,
     "codecs": 35,
     "modalities": 40,
-    "parallel": 40,
+    "distributed": 40,
     "offload": 45,
     "models": 50,
     "checkpoint": 50,

@@ -49,7 +49,9 @@ def image_report(codec: ImageCodec) -> Scores:
     for name in IMAGES:
         records = records_of(EmbeddedConfig(name=name), "test")
         pixels = to_pixels([read_small(record["image"], SIDE) for record in records], SIDE)
-        report[name] = image_scores(codec, pixels) | {"psnr_of_shrinking": shrunk(pixels, codec.config.stride)}
+        report[name] = image_scores(codec, pixels) | {
+            "psnr_of_shrinking": shrunk(pixels, codec.config.stride)
+        }
     one = torch.zeros(1, 3, SIDE, SIDE)
     codes = codec.encode(one)
     report["milliseconds"] = {

@@ -23,9 +23,9 @@ from openm6.checkpoint.folder import SEPARATOR, clear_partial, partial_folder, s
 from openm6.checkpoint.reader import CheckpointReader, Shape
 from openm6.checkpoint.save import Saver, Snapshot, as_checkpoint_error, commit, named_tensors
 from openm6.core.errors import CheckpointError
+from openm6.distributed.fsdp import Layout, expert_parameters, with_offsets
+from openm6.distributed.sharded_weights import local, shard_spec_of
 from openm6.optim.sharding import is_sharded_along
-from openm6.parallel.fsdp import Layout, expert_parameters, with_offsets
-from openm6.parallel.sharded_weights import local, shard_spec_of
 
 FILE_BYTES = 2**28  # of a rank's file, unless one tensor is larger
 

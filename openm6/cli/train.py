@@ -77,7 +77,7 @@ def train(
     """
     if nproc > 1 or max_restarts:
         # torch takes seconds to import
-        from openm6.parallel.launch import launch
+        from openm6.distributed.launch import launch
 
         words = ["train", recipe, *(overrides or []), *(["--resume"] if resume else [])]
         launch([*words, *(["--out", str(out)] if out else [])], nproc, max_restarts)

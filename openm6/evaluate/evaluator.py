@@ -20,6 +20,7 @@ from openm6.core.log import get_log
 from openm6.core.seeds import numpy_generator
 from openm6.data.prepare import example_sequence, with_negatives
 from openm6.data.source import Source
+from openm6.distributed.worker_pool import WorkerPool, can_fork
 from openm6.evaluate.answers import answer
 from openm6.evaluate.baselines import (
     Reference,
@@ -40,7 +41,6 @@ from openm6.inference.sampling import MaskedSampling
 from openm6.modalities.batch import PackedExample
 from openm6.modalities.registry import Modalities
 from openm6.models.description import TrainedTask
-from openm6.parallel.worker_pool import WorkerPool, can_fork
 from openm6.tasks.registry import task_named
 from openm6.tasks.task import Example, Task
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from openm6.core.seeds import derive_seed
+from openm6.distributed.process_group import LayerWeights
 from openm6.nn.block import BlockOutput, Context, TransformerBlock
 from openm6.nn.executor import LayerExecutor, MakeContext
 from openm6.nn.moe import RouterStats, TokenDispatcher
@@ -24,7 +25,6 @@ from openm6.offload.weight_store import Use, WeightStore
 from openm6.ops.matmul import capture_precision
 from openm6.ops.sequence import SequenceMeta
 from openm6.optim.rules import UpdateArgs, UpdateRule
-from openm6.parallel.process_group import LayerWeights
 
 Key = TypeVar("Key", str, int)
 Run = Callable[[TransformerBlock, dict[str, Tensor], Tensor, Context, int], BlockOutput]

@@ -15,7 +15,7 @@ from openm6.core.device import process_memory, reset_peak_memory
 from openm6.core.errors import ConfigError
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
-from openm6.parallel.worker_pool import children, handled_stops
+from openm6.distributed.worker_pool import children, handled_stops
 from openm6.train.config import LOOP_SECTION, STAGES_SECTION, HeldOutConfig, LoopConfig, StagesConfig
 from openm6.train.pseudo_to_real import SwitchClock, lr_after_switch
 from openm6.train.step import StepReport, TrainStep, seed_everything

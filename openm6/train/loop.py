@@ -9,7 +9,7 @@ A step can be read in six files, in this order:
 5. `models/backbone.py`: the layers and their masks.
 6. `nn/block.py`: attention, and a dense or sparse MLP.
 
-`train/workers.py` (processes of one machine), `parallel/` (ranks) and `train/offloaded.py` are optional variants.
+`train/workers.py` (processes of one machine), `distributed/` (ranks) and `train/offloaded.py` are optional variants.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from openm6.core.device import keep_freed_memory
 from openm6.core.errors import CheckpointError, Interrupted, OpenM6Error, TrainingError
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
+from openm6.distributed.process_group import ProcessGroupContext
 from openm6.optim.schedule import decay_start
-from openm6.parallel.process_group import ProcessGroupContext
 from openm6.train.callbacks import (
     Callback,
     HeldOutCallback,

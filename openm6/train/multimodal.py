@@ -20,6 +20,9 @@ from openm6.data.quarantine import Quarantine
 from openm6.data.quarantine import summary as summary_of_records
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
+from openm6.distributed.collectives import open_gather
+from openm6.distributed.config import MeshShape
+from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.meter import open_meter
 from openm6.evaluate.energy import read_account
 from openm6.evaluate.report import write_report
@@ -34,9 +37,6 @@ from openm6.models.backbone import Backbone, side_loss
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model
 from openm6.models.presets import build_backbone
 from openm6.nn.moe import LocalDispatcher
-from openm6.parallel.collectives import open_gather
-from openm6.parallel.config import MeshShape
-from openm6.parallel.process_group import ProcessGroupContext
 from openm6.train.metering import Attribution, gpus_of
 from openm6.train.multimodal_data import (
     check_sources,
@@ -221,7 +221,7 @@ class MultimodalTraining(TrainingTask):
         At most one block at a time is gathered on a rank, and of its experts only those that the rank holds.
         """
         # torch's distributed tensors take seconds to import: a process alone is spared them.
-        from openm6.parallel.fsdp import UnitResharder, gather_parameters, shard_rest  # noqa: PLC0415
+        from openm6.distributed.fsdp import UnitResharder, gather_parameters, shard_rest  # noqa: PLC0415
 
         old, layout = self.omni, self.ranks.layout
         with torch.no_grad():

@@ -21,12 +21,12 @@ from openm6.data.quarantine import Quarantine
 from openm6.data.records import Record
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
+from openm6.distributed.process_group import ProcessGroupContext
 from openm6.modalities.batch import Batch as PackedBatch
 from openm6.modalities.numbers import Scales, fit_scale
 from openm6.modalities.registry import Modalities
 from openm6.modalities.text import train_tokenizer
 from openm6.models.description import TOKENIZER_FILE, TrainedTask
-from openm6.parallel.process_group import ProcessGroupContext
 from openm6.tasks.prompts import literal_texts, word_count
 from openm6.tasks.registry import TASKS
 from openm6.tasks.task import LANGUAGES, Task

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from openm6.core.seeds import derive_seed
+from openm6.distributed.process_group import ProcessGroupContext
 from openm6.optim.sharding import REPLICATED, ShardSpec
-from openm6.parallel.process_group import ProcessGroupContext
 from openm6.train.config import PlateauConfig, StagesConfig, SwitchConfig
 
 

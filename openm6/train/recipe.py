@@ -11,12 +11,12 @@ from openm6.core.errors import ConfigError, nearest
 from openm6.data.packing import PackingConfig
 from openm6.data.quarantine import MAX_BROKEN
 from openm6.data.sources import AnySourceConfig
+from openm6.distributed.config import MeshShape, ParallelConfig
 from openm6.evaluate.evaluator import EvalConfig
 from openm6.modalities.pool import PoolConfig
 from openm6.modalities.registry import MODALITIES, ModalitiesConfig
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import ModelConfig, vocabulary_size
-from openm6.parallel.config import MeshShape, ParallelConfig
 from openm6.tasks.registry import TASKS, unknown_task
 from openm6.train.config import LoopConfig
 

@@ -18,8 +18,8 @@ from openm6.core.device import resolve_device
 from openm6.core.errors import ConfigError, OpenM6Error, nearest
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
-from openm6.parallel.config import ParallelConfig
-from openm6.parallel.process_group import ProcessGroupContext, launched, restarted
+from openm6.distributed.config import ParallelConfig
+from openm6.distributed.process_group import ProcessGroupContext, launched, restarted
 from openm6.tasks.registry import TASKS
 from openm6.train.audio_codec import AudioCodecRecipe, AudioSubject
 from openm6.train.codec import CodecRecipe, CodecTraining
@@ -142,7 +142,7 @@ def _open_ranks(device: torch.device, plan: _Plan | OpenM6Error) -> ProcessGroup
     if not launched():
         return ProcessGroupContext()
     # torch's distributed tensors take seconds to import: a process alone is spared them.
-    from openm6.parallel.processes import DistributedContext  # noqa: PLC0415
+    from openm6.distributed.processes import DistributedContext  # noqa: PLC0415
 
     recipe = plan.recipe if isinstance(plan, _Plan) else None
     parallel = recipe.parallel if isinstance(recipe, MultimodalRecipe) else ParallelConfig()

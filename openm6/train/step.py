@@ -19,13 +19,13 @@ from openm6.checkpoint.save import Shard
 from openm6.core.errors import ConfigError, TrainingError
 from openm6.core.log import get_log
 from openm6.core.seeds import derive_seed
+from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.tracker import Work, WorkCount
 from openm6.models.backbone import Backbone
 from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor, LayerExecutor
 from openm6.ops.matmul import HALF, bf16_matmul, has_bf16
 from openm6.optim.registry import build_optimizer, set_lr
 from openm6.optim.schedule import lr_multiplier
-from openm6.parallel.process_group import ProcessGroupContext
 from openm6.plan.memory import layers_to_recompute
 from openm6.train.config import LoopConfig, Precision
 from openm6.train.pseudo_to_real import break_symmetry, shared_matrices

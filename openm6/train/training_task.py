@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from openm6.core.errors import ConfigError
 from openm6.core.run_folder import RunFolder
+from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.tracker import Work
 from openm6.models.backbone import Backbone
 from openm6.nn.moe import RouterStats
 from openm6.optim.registry import default_groups
-from openm6.parallel.process_group import ProcessGroupContext
 
 
 class Batch(Protocol):

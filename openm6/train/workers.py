@@ -24,8 +24,8 @@ from torch import Tensor
 from openm6.core.device import usable_cores
 from openm6.core.errors import ConfigError, OpenM6Error, TrainingError
 from openm6.core.run_folder import RunFolder
-from openm6.parallel.process_group import ProcessGroupContext
-from openm6.parallel.worker_pool import Failure, WorkerPool, can_fork, share_model, shared_like
+from openm6.distributed.process_group import ProcessGroupContext
+from openm6.distributed.worker_pool import Failure, WorkerPool, can_fork, share_model, shared_like
 from openm6.train.config import LOOP_SECTION, LoopConfig
 from openm6.train.step import StepReport, TrainStep
 from openm6.train.training_task import Batch, TrainingTask

@@ -20,8 +20,8 @@ from openm6.core.run_folder import RunFolder
 from openm6.inference.load import load
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
-from tests.parallel.fleet import Fleet
-from tests.parallel.recording_training import Records, run_steps
+from tests.distributed.fleet import Fleet
+from tests.distributed.recording_training import Records, run_steps
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 Axes = tuple[int, int, int]

@@ -26,7 +26,10 @@ SHAPES = {
     },
     "shared": {"experts": ExpertsConfig(intermediate_size=32, num_experts=4, top_k=1, num_shared=1)},
     "dense": {"dense": DenseConfig(intermediate_size=64), "qk_norm": False},
-    "shared layers": {"experts": ExpertsConfig(intermediate_size=32, num_experts=4, top_k=2), "sharing": "all"},
+    "shared layers": {
+        "experts": ExpertsConfig(intermediate_size=32, num_experts=4, top_k=2),
+        "sharing": "all",
+    },
 }
 
 

@@ -173,9 +173,7 @@ def test_the_probabilities_of_all_codes_of_a_place_sum_to_one() -> None:
 @pytest.mark.parametrize("name", ["image-64", "image-256", "audio"])
 def test_vectors_are_those_of_the_codec(name: str) -> None:
     codec = load_codec(name)
-    adapter = CodesAdapter(
-        FourierPositionEmbedding(WIDTH), WIDTH, codec.config.levels, codec.groups
-    )
+    adapter = CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, codec.config.levels, codec.groups)
     codes = torch.randint(
         0, codec.codebook_size, (50, codec.groups), generator=torch.Generator().manual_seed(0)
     )

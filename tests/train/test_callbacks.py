@@ -17,8 +17,8 @@ from openm6.core import device
 from openm6.core.config import build
 from openm6.core.errors import ConfigError, TrainingError
 from openm6.core.run_folder import RunFolder
+from openm6.distributed.process_group import ProcessGroupContext
 from openm6.offload.config import OffloadConfig
-from openm6.parallel.process_group import ProcessGroupContext
 from openm6.train.callbacks import SpikeCallback, SwapCallback
 from openm6.train.config import HeldOutConfig, LoopConfig
 from openm6.train.loop import train

@@ -214,7 +214,9 @@ def test_broken_images_are_left_out_with_a_warning(tmp_path: Path, caplog: pytes
     (tmp_path / "broken.png").write_bytes(b"not an image")
     for name in ("one.png", "two.png"):
         (tmp_path / name).write_bytes(_embedded_image())
-    training = image_training(sources={"mine": {"kind": "folder", "path": str(tmp_path), "test_fraction": 0.0}})
+    training = image_training(
+        sources={"mine": {"kind": "folder", "path": str(tmp_path), "test_fraction": 0.0}}
+    )
     subject = training.subject
     assert isinstance(subject, ImageSubject)
     assert len(subject.held_out) == 1 and len(subject.banks[32].images) == 1

@@ -12,15 +12,15 @@ import torch.distributed as dist
 
 from openm6.core.errors import OutputError, TrainingError
 from openm6.core.run_folder import RunFolder
+from openm6.distributed.processes import DistributedContext
 from openm6.evaluate.results import EvalReport
 from openm6.evaluate.run import evaluate, scores_json
 from openm6.inference.load import LoadedModel, load
 from openm6.inference.offloaded import OffloadedInference
-from openm6.parallel.processes import DistributedContext
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe, train_recipe
-from tests.parallel.fleet import Fleet
+from tests.distributed.fleet import Fleet
 from tests.train.tiny_recipe import EVAL, tiny_recipe, write_recipe
 
 CPU = torch.device("cpu")

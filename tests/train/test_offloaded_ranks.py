@@ -15,15 +15,15 @@ from torch import Tensor
 
 from openm6.checkpoint.folder import latest
 from openm6.core.run_folder import RunFolder
+from openm6.distributed.processes import DistributedContext
 from openm6.optim.config import PRECISION_OF_BYTES
-from openm6.parallel.processes import DistributedContext
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.run import read_recipe
 from tests.checkpoint.test_sharded import together, wait_for, weights
-from tests.parallel.fleet import Fleet
-from tests.parallel.recording_training import Records, run_steps
-from tests.parallel.test_process_group import CPU
+from tests.distributed.fleet import Fleet
+from tests.distributed.recording_training import Records, run_steps
+from tests.distributed.test_process_group import CPU
 from tests.train.test_pseudo_to_real_ranks import real_weights
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 

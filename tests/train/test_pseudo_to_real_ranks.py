@@ -16,16 +16,16 @@ from torch import Tensor
 from openm6.checkpoint.folder import latest, read_state, step_folder
 from openm6.checkpoint.load import load_model
 from openm6.core.run_folder import RunFolder
-from openm6.parallel.process_group import ProcessGroupContext
-from openm6.parallel.processes import DistributedContext
+from openm6.distributed.process_group import ProcessGroupContext
+from openm6.distributed.processes import DistributedContext
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.pseudo_to_real import matrix_noise
 from openm6.train.run import read_recipe
 from openm6.train.step import TrainStep
 from tests.checkpoint.test_sharded import together, wait_for
-from tests.parallel.fleet import Fleet
-from tests.parallel.recording_training import Records, run_steps
-from tests.parallel.test_process_group import CPU
+from tests.distributed.fleet import Fleet
+from tests.distributed.recording_training import Records, run_steps
+from tests.distributed.test_process_group import CPU
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
 Axes = tuple[int, int, int]

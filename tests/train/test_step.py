@@ -10,13 +10,13 @@ import torch
 from pydantic import ValidationError
 
 from openm6.core.errors import ConfigError
+from openm6.distributed.process_group import ProcessGroupContext
 from openm6.energy.tracker import WorkCount
 from openm6.models.backbone import Backbone
 from openm6.models.presets import preset
 from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor, LayerExecutor
 from openm6.nn.moe import RouterStats
 from openm6.ops.matmul import matmul_dtype
-from openm6.parallel.process_group import ProcessGroupContext
 from openm6.train.config import LoopConfig
 from openm6.train.step import TrainStep, choose_execution, resolve_precision, seed_everything, sum_over_ranks
 from openm6.train.training_task import StepResult

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import pytest
 
 from openm6.core.errors import DataError, TrainingError
-from openm6.parallel.worker_pool import WorkerPool, can_fork
+from openm6.distributed.worker_pool import WorkerPool, can_fork
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes are forked on Linux only")
 

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from openm6.distributed.config import MeshShape
+from openm6.distributed.fsdp import with_offsets
+from openm6.distributed.process_group import ProcessGroupContext
+from openm6.distributed.processes import DistributedContext
 from openm6.models.backbone import side_loss
 from openm6.optim.config import OptimizerConfig
-from openm6.parallel.config import MeshShape
-from openm6.parallel.fsdp import with_offsets
-from openm6.parallel.process_group import ProcessGroupContext
-from openm6.parallel.processes import DistributedContext
 from openm6.train.step import TrainStep
 from openm6.train.training_task import StepResult
-from tests.parallel.fleet import Fleet
-from tests.parallel.test_process_group import CPU
+from tests.distributed.fleet import Fleet
+from tests.distributed.test_process_group import CPU
 from tests.train.words_training import ROWS, WordBatch, WordsTraining, words_backbone, words_config
 
 Axes = tuple[int, int, int]

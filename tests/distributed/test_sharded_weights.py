@@ -10,16 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from openm6 import kernels
+from openm6.distributed.config import MeshShape
+from openm6.distributed.process_group import LayerWeights
+from openm6.distributed.processes import DistributedContext
+from openm6.distributed.sharded_weights import RankGroup, WeightShard
 from openm6.offload.weight_store import RecordLayout
 from openm6.optim import rules
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.optim.rules import UpdateArgs, update_rule
-from openm6.parallel.config import MeshShape
-from openm6.parallel.process_group import LayerWeights
-from openm6.parallel.processes import DistributedContext
-from openm6.parallel.sharded_weights import RankGroup, WeightShard
-from tests.parallel.fleet import Fleet
-from tests.parallel.test_process_group import CPU
+from tests.distributed.fleet import Fleet
+from tests.distributed.test_process_group import CPU
 from tests.triton_interpreter import need_interpreter
 
 SHAPES = {"qkv": (7, 64), "narrow": (3, 128), "mlp.experts.up": (4, 8, 64)}

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from openm6.core.errors import OpenM6Error, TrainingError
-from openm6.parallel.processes import DistributedContext
+from openm6.distributed.processes import DistributedContext
 
 # Seconds that a collective waits. The ranks must also have started within that time, on a busy machine, too.
 PATIENCE = 10.0

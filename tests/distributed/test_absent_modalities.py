@@ -17,15 +17,15 @@ from openm6.data.packing import Packer
 from openm6.data.prepare import ExampleTransform
 from openm6.data.quarantine import Quarantine
 from openm6.data.sources import open_sources
+from openm6.distributed.process_group import ProcessGroupContext
+from openm6.distributed.processes import DistributedContext
 from openm6.modalities.batch import Batch
-from openm6.parallel.process_group import ProcessGroupContext
-from openm6.parallel.processes import DistributedContext
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import open_train_step
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport
-from tests.parallel.fleet import Fleet
-from tests.parallel.test_process_group import CPU, few_steps, whole_weights
+from tests.distributed.fleet import Fleet
+from tests.distributed.test_process_group import CPU, few_steps, whole_weights
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
 Axes = tuple[int, int, int]

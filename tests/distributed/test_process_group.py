@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from openm6.core.run_folder import RunFolder
+from openm6.distributed.fsdp import with_offsets
+from openm6.distributed.process_group import ProcessGroupContext
+from openm6.distributed.processes import DistributedContext
 from openm6.modalities.batch import Batch
-from openm6.parallel.fsdp import with_offsets
-from openm6.parallel.process_group import ProcessGroupContext
-from openm6.parallel.processes import DistributedContext
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport, TrainStep
-from tests.parallel.fleet import Fleet
+from tests.distributed.fleet import Fleet
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
 CPU = torch.device("cpu")
@@ -125,7 +125,10 @@ def test_every_mesh_equals_one_process(
         for name, value in report.metrics.items():
             assert other.metrics[name] == pytest.approx(value, rel=1e-4), name
         # What the step's joules are attributed to.
-        assert report.work["task"].keys() == other.work["task"].keys() and report.work.keys() == other.work.keys()
+        assert (
+            report.work["task"].keys() == other.work["task"].keys()
+            and report.work.keys() == other.work.keys()
+        )
         for kind, shares in report.work.items():
             assert any(share.tokens for share in shares.values())
             for name, share in shares.items():

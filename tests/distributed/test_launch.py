@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from openm6.core.errors import TrainingError
-from openm6.parallel.launch import launch
+from openm6.distributed.launch import launch
 
 
 def fail(way: str, folder: Path, capfd: pytest.CaptureFixture[str], restarts: int = 0) -> list[str]:
     """The lines on standard error of a run that fails."""
     with pytest.raises(TrainingError):
-        launch([way, str(folder)], 2, restarts, module="tests.parallel.failing_run")
+        launch([way, str(folder)], 2, restarts, module="tests.distributed.failing_run")
     return [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
 
 
@@ -34,5 +34,5 @@ def test_rank_0_tells_the_cause_once(
 
 
 def test_a_killed_rank_restarts_all(tmp_path: Path) -> None:
-    launch(["killed", str(tmp_path)], 2, max_restarts=1, module="tests.parallel.failing_run")
+    launch(["killed", str(tmp_path)], 2, max_restarts=1, module="tests.distributed.failing_run")
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["1", "1"]

@@ -13,10 +13,10 @@ import torch
 
 from openm6.checkpoint import save as saving
 from openm6.checkpoint.folder import list_checkpoints, step_of
+from openm6.distributed.processes import DistributedContext
 from openm6.modalities.batch import Batch
-from openm6.parallel.processes import DistributedContext
 from openm6.train.training_task import StepResult
-from tests.parallel import recording_training
+from tests.distributed import recording_training
 
 ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from openm6.distributed.config import MeshShape
+from openm6.distributed.processes import DistributedContext
 from openm6.nn.config import ExpertsConfig
-from openm6.parallel.config import MeshShape
-from openm6.parallel.processes import DistributedContext
-from tests.parallel.fleet import Fleet
-from tests.parallel.test_process_group import CPU
-from tests.parallel.test_twenty_steps import MESHES, Axes, SharedWords
+from tests.distributed.fleet import Fleet
+from tests.distributed.test_process_group import CPU
+from tests.distributed.test_twenty_steps import MESHES, Axes, SharedWords
 from tests.train.words_training import words_backbone
 
 WAITS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")

@@ -20,16 +20,16 @@ from openm6.checkpoint.optimizer import optimizer_state_dict
 from openm6.checkpoint.save import Snapshot
 from openm6.checkpoint.sharded import ShardedSaver
 from openm6.core.run_folder import RunFolder
+from openm6.distributed.fsdp import with_offsets
+from openm6.distributed.process_group import ProcessGroupContext
+from openm6.distributed.processes import DistributedContext
+from openm6.distributed.sharded_weights import shard_spec_of
 from openm6.optim.muon import Muon
-from openm6.parallel.fsdp import with_offsets
-from openm6.parallel.process_group import ProcessGroupContext
-from openm6.parallel.processes import DistributedContext
-from openm6.parallel.sharded_weights import shard_spec_of
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
 from openm6.train.step import StepReport, TrainStep
-from tests.parallel.fleet import Fleet
-from tests.parallel.test_process_group import CPU, few_steps
+from tests.distributed.fleet import Fleet
+from tests.distributed.test_process_group import CPU, few_steps
 from tests.train.tiny_recipe import MODEL, tiny_recipe, write_recipe
 
 Axes = tuple[int, int, int]

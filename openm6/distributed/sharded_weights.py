@@ -16,10 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from openm6.core.errors import ConfigError
+from openm6.distributed.fsdp import Layout
+from openm6.distributed.process_group import LayerWeights
 from openm6.optim.rules import Shape
 from openm6.optim.sharding import COLUMN_MEANS, REPLICATED, ShardSpec, is_sharded_along, shard_lengths
-from openm6.parallel.fsdp import Layout
-from openm6.parallel.process_group import LayerWeights
 
 # Slots that are equal on all ranks that share a matrix.
 WITHOUT_ROWS = frozenset({COLUMN_MEANS, "count", "step"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from openm6.core.errors import ConfigError
-from openm6.parallel.config import MeshShape, ParallelConfig
+from openm6.distributed.config import MeshShape, ParallelConfig
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,15 @@ import torch.distributed as dist
 
 from openm6.core.errors import OpenM6Error
 from openm6.core.run_folder import RunFolder
-from openm6.parallel.processes import DistributedContext
+from openm6.distributed.processes import DistributedContext
 from openm6.train import run as running
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.run import read_recipe
 from tests.checkpoint.test_sharded import wait_for
-from tests.parallel.fleet import Fleet
-from tests.parallel.recording_training import run_steps
-from tests.parallel.test_process_group import CPU
+from tests.distributed.fleet import Fleet
+from tests.distributed.recording_training import run_steps
+from tests.distributed.test_process_group import CPU
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 

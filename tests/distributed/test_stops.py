@@ -14,7 +14,7 @@ import pytest
 from openm6.checkpoint.folder import latest, step_of
 from openm6.core.run_folder import RunFolder
 from openm6.train.metrics import read_metrics
-from tests.parallel.recording_training import run_steps
+from tests.distributed.recording_training import run_steps
 from tests.train.tiny_recipe import tiny_recipe, write_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -22,9 +22,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from openm6.core.errors import ConfigError
+from openm6.distributed.config import MeshShape
 from openm6.nn.block import TransformerBlock
 from openm6.nn.moe import Experts
-from openm6.parallel.config import MeshShape
 
 AXES = ("dp_replicate", "dp_shard", "ep")
 SLOT = "::"  # between a parameter's name and that of one of its optimizer's tensors

@@ -19,15 +19,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from openm6.distributed.collectives import AllToAllDispatcher, CopiesDispatcher
+from openm6.distributed.config import MeshShape
+from openm6.distributed.failure import DONE, FailureWatchdog, open_store, wait_for
+from openm6.distributed.fsdp import Layout, open_layout, reshard, shard
+from openm6.distributed.process_group import LayerWeights, ProcessGroupContext
+from openm6.distributed.sharded_weights import ReplicatedWeights, ShardedWeights, local, shard_spec_of
 from openm6.nn.moe import TokenDispatcher
 from openm6.optim.rules import Shape
 from openm6.optim.sharding import ShardSpec
-from openm6.parallel.collectives import AllToAllDispatcher, CopiesDispatcher
-from openm6.parallel.config import MeshShape
-from openm6.parallel.failure import DONE, FailureWatchdog, open_store, wait_for
-from openm6.parallel.fsdp import Layout, open_layout, reshard, shard
-from openm6.parallel.process_group import LayerWeights, ProcessGroupContext
-from openm6.parallel.sharded_weights import ReplicatedWeights, ShardedWeights, local, shard_spec_of
 
 Value = TypeVar("Value")
 BUCKET_BYTES = 25 * 2**20

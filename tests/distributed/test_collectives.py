@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from openm6.distributed.collectives import AllToAllDispatcher, CopiesDispatcher, RankGather, open_gather
+from openm6.distributed.fsdp import keep_experts
 from openm6.modalities.pool import PoolAdapter, PoolConfig
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.moe import LocalDispatcher, MoE
-from openm6.parallel.collectives import AllToAllDispatcher, CopiesDispatcher, RankGather, open_gather
-from openm6.parallel.fsdp import keep_experts
+from tests.distributed.fleet import Fleet
 from tests.nn.test_moe import WIDTH, make
-from tests.parallel.fleet import Fleet
 
 NUM_EXPERTS = 8
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from openm6.core.errors import Interrupted, TrainingError
-from openm6.parallel.worker_pool import STOPS, children, handled_stops
+from openm6.distributed.worker_pool import STOPS, children, handled_stops
 
 SAVING_SECONDS = "600"  # that stopped ranks have to save before they are killed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openm6.parallel.failure import LOOK_EVERY, LOOK_LATER, PATIENCE, pause_before
+from openm6.distributed.failure import LOOK_EVERY, LOOK_LATER, PATIENCE, pause_before
 
 
 def test_looks_become_rarer_and_never_stop() -> None:

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from openm6.core.run_folder import RunFolder
+from openm6.distributed.process_group import ProcessGroupContext
+from openm6.distributed.processes import DistributedContext
 from openm6.modalities.batch import Batch
-from openm6.parallel.process_group import ProcessGroupContext
-from openm6.parallel.processes import DistributedContext
 from openm6.train.loop import train
 from openm6.train.metrics import read_metrics
 from openm6.train.multimodal import MultimodalTraining

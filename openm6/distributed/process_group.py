@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from openm6.distributed.config import MeshShape
 from openm6.nn.moe import LocalDispatcher, TokenDispatcher
 from openm6.optim.rules import Shape
 from openm6.optim.sharding import REPLICATED, ShardSpec, replicated
-from openm6.parallel.config import MeshShape
 
 Value = TypeVar("Value")
 
