@@ -44,7 +44,7 @@ def main(trained: Path, target: Path) -> None:
 def draw(page: Page) -> None:
     """Draws what each of the words says, by the first scenario."""
     for number, words in enumerate(WORDS, start=1):
-        page.fill("#text-0 textarea", words)
+        page.locator("[id^=input-] textarea").first.fill(words)
         page.click("#run")
         expect(page.locator("#gallery .grid-container img")).to_have_count(number, timeout=PATIENCE)
     page.mouse.move(0, 0)
