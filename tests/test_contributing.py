@@ -46,8 +46,9 @@ def run_example(heading: str, names: dict[str, Any]) -> tuple[dict[str, Any], An
 
 
 def test_task() -> None:
-    _, task = run_example("Task", vars(text))
-    assert isinstance(task, Task) and task.name not in TASKS
+    names, _ = run_example("Task", {**vars(text), "TASKS": {}})
+    ((name, task),) = names["TASKS"].items()
+    assert isinstance(task, Task) and name not in TASKS
     assert isinstance(task.target, Text) and (task.input_modality, task.output_modality) == ("text", "text")
     record = demo_sources()["emoji"][3]
     example = task.example(record, np.random.default_rng(0), language="en")

@@ -40,10 +40,6 @@ def _text(record: Record, language: str) -> str:
     return as_text(localised(record, "text", language) or "")
 
 
-def _is_long(record: Record, language: str) -> bool:
-    return len(_text(record, language)) >= MIN_CHARACTERS
-
-
 def split_text(record: Record, context: Context) -> Built:
     """The beginning of a text and the rest, cut in the middle half, at a space if there is one."""
     text = _text(record, context.language)
@@ -51,13 +47,13 @@ def split_text(record: Record, context: Context) -> Built:
     cut = int(context.rng.integers(quarter, max(quarter + 1, 3 * len(text) // 4)))
     space = text.find(" ", cut)
     cut = space if 0 <= space < len(text) - 1 else cut
-    # If the beginning is too long, what stands right before the cut is kept.
+    # If the beginning is too long, its end is kept.
     beginning = Part("text", text[:cut], {"cuttable": (Cuttable(0, cut, keep_end=True),)})
     return Built({"text": beginning}, Part("text", text[cut:], {"max_tokens": MAX_TOKENS}), text)
 
 
 def mask_words(record: Record, context: Context) -> Built:
-    """A text with a mark for each masked run of words, and the text (T5, arXiv 1910.10683, section 3.3.4)."""
+    """A text with a mask for each masked run of words, and the text (T5, arXiv 1910.10683, section 3.3.4)."""
     text = _text(record, context.language)
     joint = "" if context.language == "zh" else " "
     words = text.split(" ") if joint else list(text)
@@ -86,20 +82,11 @@ def couplets(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def _has_couplet(record: Record, language: str) -> bool:
-    return bool(couplets(_text(record, language)))
-
-
 def draw_couplet(record: Record, context: Context) -> Built:
     """The two lines of one couplet of a text."""
     found = couplets(_text(record, context.language))
     first, second = found[int(context.rng.integers(len(found)))]
     return Built({"line": Part("text", first)}, Part("text", second, {"max_tokens": COUPLET_TOKENS}), second)
-
-
-def _has_number(record: Record, language: str) -> bool:
-    """Whether a column has a value."""
-    return bool(observed(record))
 
 
 def hold_out_column(record: Record, context: Context) -> Built:
@@ -118,11 +105,6 @@ def hold_out(record: Record, column: str) -> Built:
         key=f"{column}={value}",
         words={"column": column.replace("_", " ")},
     )
-
-
-def _has_series(record: Record, language: str) -> bool:
-    """Whether the record is a window over series."""
-    return bool(record.get("series"))
 
 
 def split_series(record: Record, context: Context) -> Built:
@@ -152,10 +134,6 @@ def _long_series(record: Record) -> dict[str, list[float | None]]:
     return {name: values for name, values in series.items() if len(values) >= MIN_STEPS}
 
 
-def _has_long_series(record: Record, language: str) -> bool:
-    return bool(_long_series(record))
-
-
 def insert_anomaly(record: Record, context: Context) -> Built:
     """A series, half of the time with one step moved, and that step, counted from 1, or none."""
     rng, found = context.rng, _long_series(record)
@@ -173,24 +151,23 @@ def insert_anomaly(record: Record, context: Context) -> Built:
     return Built({"series": series}, Part("text", answer), key=str(step))
 
 
-def draw_match(name: str, own: Part, others: Sequence[Any], context: Context) -> Built:
-    """The record's own part or, half of the time, one of others, and whether it is the record's own."""
-    fits = not others or bool(context.rng.random() < 0.5)
-    shown = own if fits else Part(own.modality, others[int(context.rng.integers(len(others)))])
+def draw_match(own: Part, negatives: Sequence[Any], context: Context) -> Built:
+    """The record's own part or, half of the time, a negative, and which of them it is."""
+    fits = not negatives or bool(context.rng.random() < 0.5)
+    shown = own if fits else Part(own.modality, negatives[int(context.rng.integers(len(negatives)))])
     answer = Part("text", YES_NO[context.language][int(fits)])
-    return Built({name: shown}, answer, key=str(fits))
+    return Built({own.modality: shown}, answer, key=str(fits))
 
 
 def match_text(record: Record, context: Context) -> Built:
     """A text, and whether it is the record's."""
     own = _text(record, context.language)
     texts = [other.get(context.language) for other in record.get("others", ())]
-    others = [text for text in texts if text not in (None, own)]
-    return draw_match("text", Part("text", own), others, context)
+    return draw_match(Part("text", own), [text for text in texts if text not in (None, own)], context)
 
 
 def mask_box(record: Record, context: Context) -> Built:
-    """An image with a random box masked, to read and to predict."""
+    """An image with a random box masked, as input and target."""
     mask_box = random_box(context.rng)
     # The second draw is unused; without it all later draws of the example would change.
     random_box(context.rng)
@@ -200,39 +177,32 @@ def mask_box(record: Record, context: Context) -> Built:
 
 def match_audio(record: Record, context: Context) -> Built:
     """A recording, and whether it is the record's; others have another label."""
-    others = [
-        other["audio"]
-        for other in record.get("others", ())
-        if other.get("audio") and other.get("label") != record.get("label")
-    ]
-    return draw_match("audio", Part("audio", record["audio"]), others, context)
+    others = [other for other in record.get("others", ()) if other.get("label") != record.get("label")]
+    negatives = [other["audio"] for other in others if other.get("audio")]
+    return draw_match(Part("audio", record["audio"]), negatives, context)
 
 
 def mask_span(record: Record, context: Context) -> Built:
-    """A recording with a random span masked, to read and to predict, both at one speed."""
+    """A recording with a random span masked, as input and target, both at one speed."""
     mask_span = random_span(context.rng)
     speed = random_speed(context.rng) if context.train else 1.0
     audio = Part("audio", record["audio"], {"mask_span": mask_span, "speed": speed})
     return Built({"audio": audio}, audio)
 
 
-def _has_price(record: Record, language: str) -> bool:
-    return "price" in observed(record)
-
-
-def hold_out_price(record: Record, context: Context) -> Built:
-    """The price, and all other columns."""
-    return hold_out(record, "price")
-
-
-REST_OF_TEXT = Derived("text", split_text, _is_long)
+REST_OF_TEXT = Derived(
+    "text", split_text, lambda record, language: len(_text(record, language)) >= MIN_CHARACTERS
+)
 UNMASKED_TEXT = Derived("text", mask_words)
-SECOND_LINE = Derived("text", draw_couplet, _has_couplet)
-NUMBER = Derived("numbers", hold_out_column, _has_number)
-PRICE = Derived("numbers", hold_out_price, _has_price)
-FUTURE = Derived("numbers", split_series, _has_series)
-COLUMN_ANSWER = Derived("text", ask_column, _has_number)
-ANOMALY = Derived("text", insert_anomaly, _has_long_series)
+SECOND_LINE = Derived("text", draw_couplet, lambda record, language: couplets(_text(record, language)))
+NUMBER = Derived("numbers", hold_out_column, lambda record, _: observed(record))
+# The price, from all other columns.
+PRICE = Derived(
+    "numbers", lambda record, _: hold_out(record, "price"), lambda record, _: "price" in observed(record)
+)
+FUTURE = Derived("numbers", split_series, lambda record, _: record.get("series"))
+COLUMN_ANSWER = Derived("text", ask_column, lambda record, _: observed(record))
+ANOMALY = Derived("text", insert_anomaly, lambda record, _: _long_series(record))
 TEXT_MATCH = Derived("text", match_text)
 AUDIO_MATCH = Derived("text", match_audio)
 UNMASKED_IMAGE = Derived("image", mask_box)

@@ -1,4 +1,4 @@
-"""Tasks of image editing, their targets computed from one image: sketch, colour in, restyle, mix, change background."""
+"""Tasks of image editing, their targets computed from one image: sketches, styles, backgrounds."""
 
 # Letters: H and W pixels down and across
 
@@ -50,9 +50,9 @@ STYLES: dict[str, Style] = {
 
 def outline(image: Image.Image) -> Image.Image:
     """Dark lines on white along the edges of an image."""
-    edges = ImageOps.grayscale(image).filter(ImageFilter.FIND_EDGES)
+    lines = ImageOps.grayscale(image).filter(ImageFilter.FIND_EDGES)
     # The filter takes the border for an edge.
-    framed = ImageOps.expand(ImageOps.crop(edges, 1), 1, 0)
+    framed = ImageOps.expand(ImageOps.crop(lines, 1), 1, 0)
     return ImageOps.invert(ImageOps.autocontrast(framed)).convert("RGB")
 
 
@@ -100,32 +100,29 @@ class Outline(Derived):
         return _part(outline(_read(record["image"])))
 
 
-def _two_styles(context: Context) -> tuple[Style, Style]:
+def _style_images(record: Record, context: Context, count: int) -> tuple[list[Style], list[Part]]:
+    """Two random styles, and images of other records (or of this one) in the first `count` of them."""
     names = sorted(STYLES)
-    first, second = context.rng.permutation(len(names))[:2]
-    return STYLES[names[int(first)]], STYLES[names[int(second)]]
-
-
-def _reference(record: Record, index: int, style: Style) -> Part:
-    """The image of another record in a style, or the record's own if no other has one."""
-    found = [other["image"] for other in record.get("others", ()) if other.get("image")]
-    return _part(style(_read(found[index % len(found)] if found else record["image"])))
+    styles = [STYLES[names[int(index)]] for index in context.rng.permutation(len(names))[:2]]
+    images = [other["image"] for other in record.get("others", ()) if other.get("image")] or [record["image"]]
+    references = [
+        _part(style(_read(images[index % len(images)]))) for index, style in enumerate(styles[:count])
+    ]
+    return styles, references
 
 
 def restyle(record: Record, context: Context) -> Built:
     """A reference in a random style, and the record's image in that style."""
-    style, _ = _two_styles(context)
-    target = _part(style(_read(record["image"])))
-    return Built({"reference": _reference(record, 0, style)}, target)
+    styles, references = _style_images(record, context, 1)
+    return Built({"reference": references[0]}, _part(styles[0](_read(record["image"]))))
 
 
 def style_mixing(record: Record, context: Context) -> Built:
     """Two references in two styles, and the record's image half in each."""
-    first, second = _two_styles(context)
+    styles, references = _style_images(record, context, 2)
     image = _read(record["image"])
-    target = _part(Image.blend(first(image), second(image), 0.5))
-    references = {"reference": _reference(record, 0, first), "second": _reference(record, 1, second)}
-    return Built(references, target)
+    target = _part(Image.blend(styles[0](image), styles[1](image), 0.5))
+    return Built({"reference": references[0], "second": references[1]}, target)
 
 
 def background_replacement(record: Record, context: Context) -> Built:
@@ -140,33 +137,29 @@ def background_replacement(record: Record, context: Context) -> Built:
 
 OUTLINE = Outline("image", needs=IMAGE.present)
 
-TASKS = (
-    Task(
-        name="text_to_sketch",
-        summary="generate a line drawing from a text",
+TASKS = {
+    "text_to_sketch": Task(
+        summary="Generate a line drawing from a text",
         inputs={"text": TEXT},
         target=OUTLINE,
         prompts={"en": ("sketch {text}",), "zh": ("画{text}的草图",)},
     ),
-    Task(
-        name="sketch_to_image",
-        summary="generate an image from a line drawing and a text",
+    "sketch_to_image": Task(
+        summary="Generate an image from a line drawing and a text",
         inputs={"image": OUTLINE, "text": TEXT},
         target=IMAGE,
         prompts={"en": ("{image} Colour it in: {text}",), "zh": ("{image} 上色：{text}",)},
         metrics=("bits_per_code",),
     ),
-    Task(
-        name="style_transfer",
-        summary="apply the style of a reference to an image",
+    "style_transfer": Task(
+        summary="Apply the style of a reference to an image",
         inputs={"image": IMAGE, "reference": Derived("image")},
         target=Derived("image", restyle),
         prompts={"en": ("{image} in the style of {reference}",), "zh": ("{image} 按照风格 {reference}",)},
         needs_negatives=True,
     ),
-    Task(
-        name="style_mixing",
-        summary="apply a mixture of two styles to an image",
+    "style_mixing": Task(
+        summary="Apply a mixture of two styles to an image",
         inputs={"image": IMAGE, "reference": Derived("image"), "second": Derived("image")},
         target=Derived("image", style_mixing),
         prompts={
@@ -175,11 +168,10 @@ TASKS = (
         },
         needs_negatives=True,
     ),
-    Task(
-        name="background_replacement",
-        summary="replace the background of an image",
+    "background_replacement": Task(
+        summary="Replace the background of an image",
         inputs={"image": IMAGE, "colour": Derived("text")},
         target=Derived("image", background_replacement),
         prompts={"en": ("{image} Background: {colour}",), "zh": ("{image} 背景：{colour}",)},
     ),
-)
+}

@@ -1,6 +1,8 @@
-"""The built-in tasks by name. Adding one is an entry in the file of its subject."""
+"""The built-in tasks by name. A new one is an entry in the file of its subject."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from openm6.core.errors import ConfigError, nearest
 from openm6.core.renamed import TASKS as RENAMED
@@ -8,7 +10,7 @@ from openm6.tasks import audio, design, image, shop, tables, text
 from openm6.tasks.task import Task
 
 SUBJECTS = (text, image, design, audio, tables, shop)
-TASKS: dict[str, Task] = {task.name: task for subject in SUBJECTS for task in subject.TASKS}
+TASKS = {name: replace(task, name=name) for subject in SUBJECTS for name, task in subject.TASKS.items()}
 
 
 def unknown_task(name: str) -> str:

@@ -10,88 +10,76 @@ from openm6.tasks.builders import FUTURE, PRICE, TEXT_MATCH
 from openm6.tasks.slots import IMAGE, LABEL, TEXT, Derived, Text
 from openm6.tasks.task import Task
 
-TASKS = (
-    Task(
-        name="product_title_generation",
-        summary="write a product title from image and keywords",
+TASKS = {
+    "product_title_generation": Task(
+        summary="Write a product title from image and keywords",
         inputs={"image": IMAGE, "tags": Text("tags")},
         target=Text("text", max_tokens=48),
         prompts={"en": ("{image} {tags} Title:",), "zh": ("{image} {tags} 标题：",)},
     ),
-    Task(
-        name="selling_point_generation",
-        summary="write the selling points of a product",
+    "selling_point_generation": Task(
+        summary="Write the selling points of a product",
         inputs={"title": TEXT, "tags": Text("tags")},
         target=Text("selling_points", max_tokens=96),
         prompts={"en": ("{title} {tags} Selling points:",), "zh": ("{title} {tags} 卖点：",)},
     ),
-    Task(
-        name="script_generation",
-        summary="write the script of a host for a live stream",
+    "script_generation": Task(
+        summary="Write the script of a host for a live stream",
         inputs={"title": TEXT, "selling_points": Text("selling_points")},
         target=Text("script", max_tokens=160),
         prompts={"en": ("{title} {selling_points} Live:",), "zh": ("{title} {selling_points} 直播：",)},
     ),
-    Task(
-        name="attribute_extraction",
-        summary="extract the attributes of a product from image and title",
+    "attribute_extraction": Task(
+        summary="Extract the attributes of a product from image and title",
         inputs={"image": IMAGE, "title": TEXT},
         target=Text("attributes", max_tokens=48),
         prompts={"en": ("{image} {title} Attributes:",), "zh": ("{image} {title} 属性：",)},
     ),
-    Task(
-        name="product_classification",
-        summary="name the category of a product from image and title",
+    "product_classification": Task(
+        summary="Name the category of a product from image and title",
         inputs={"image": IMAGE, "title": TEXT},
         target=LABEL,
         prompts={"en": ("{image} {title} Category:",), "zh": ("{image} {title} 类目：",)},
     ),
-    Task(
-        name="product_matching",
-        summary="decide whether a title matches the image of a product",
+    "product_matching": Task(
+        summary="Decide whether a title matches the image of a product",
         inputs={"image": IMAGE, "text": TEXT},
         target=TEXT_MATCH,
         prompts={"en": ("{image} {text} The same product?",), "zh": ("{image} {text} 是同款吗？",)},
         needs_negatives=True,
     ),
-    Task(
-        name="sentiment_analysis",
-        summary="classify a review as positive or negative",
+    "sentiment_analysis": Task(
+        summary="Classify a review as positive or negative",
         inputs={"review": Text("review")},
         target=Text("sentiment", max_tokens=8),
         prompts={"en": ("{review} Positive or negative?",), "zh": ("{review} 好评还是差评？",)},
     ),
-    Task(
-        name="review_summarization",
-        summary="summarize reviews",
+    "review_summarization": Task(
+        summary="Summarize reviews",
         inputs={"review": Text("review")},
         target=Text("review_summary", max_tokens=48),
         prompts={"en": ("{review} In short:",), "zh": ("{review} 总结：",)},
     ),
-    Task(
-        name="product_search",
-        summary="return the product for a query",
+    "product_search": Task(
+        summary="Return the product for a query",
         inputs={"query": Text("query")},
         target=Text("text", max_tokens=48),
         prompts={"en": ("search {query}:",), "zh": ("搜索{query}：",)},
     ),
-    Task(
-        name="product_recommendation",
-        summary="recommend a product from past purchases, with a reason",
+    "product_recommendation": Task(
+        summary="Recommend a product from past purchases, with a reason",
         inputs={"history": Text("history")},
         target=Text("recommendation", max_tokens=96),
         prompts={"en": ("Bought: {history} Next:",), "zh": ("买过：{history} 推荐：",)},
     ),
-    Task(
-        name="product_question_answering",
-        summary="answer a buyer's question about a product",
+    "product_question_answering": Task(
+        summary="Answer a buyer's question about a product",
         inputs={"title": TEXT, "attributes": Text("attributes"), "question": Text("buyer_question")},
         target=Text("buyer_answer", max_tokens=32),
         prompts={"en": ("{title} {attributes} {question}",), "zh": ("{title} {attributes} {question}",)},
     ),
-    Task(
-        name="price_prediction",
-        summary="predict the price of a product from image and title",
+    "price_prediction": Task(
+        summary="Predict the price of a product from image and title",
         inputs={"image": IMAGE, "title": TEXT},
         target=PRICE,
         prompts={
@@ -99,12 +87,11 @@ TASKS = (
             "zh": ("{image} {title} {column}是多少？",),
         },
     ),
-    Task(
-        name="demand_forecasting",
-        summary="forecast the sales of a product",
+    "demand_forecasting": Task(
+        summary="Forecast the sales of a product",
         inputs={"series": Derived("numbers")},
         target=FUTURE,
         prompts={"en": ("{series} Sales to come?",), "zh": ("{series} 未来销量？",)},
         baseline="last_value",
     ),
-)
+}

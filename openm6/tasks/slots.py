@@ -22,16 +22,10 @@ METRICS: dict[str, tuple[str, ...]] = {
     "audio": ("bits_per_code",),
     "numbers": ("relative_crps", "mae", "coverage_80"),
 }
-BASELINES = {
-    "text": "frequent_answer",
-    "image": "position_frequencies",
-    "audio": "position_frequencies",
-    "numbers": "column_median",
-}
 
 
 class Slot(ABC):
-    """One part of a record. As a target it brings the metrics and the baseline of its task."""
+    """One part of a record. As a target it determines the metrics of its task."""
 
     modality: str
 
@@ -41,19 +35,15 @@ class Slot(ABC):
 
     @abstractmethod
     def part(self, record: Record, language: str) -> Part:
-        """The part to read or to predict."""
+        """The part as input or target."""
 
     def key(self, record: Record, language: str) -> str:
-        """What two equal answers share: the label if there is one, else the record."""
+        """Equal answers have equal keys: the label if there is one, else the id of the record."""
         return str(record.get("label") or record.get("id"))
 
     def metrics(self) -> tuple[str, ...]:
         """The metrics of a task with this target."""
         return METRICS[self.modality]
-
-    def baseline(self) -> str:
-        """The baseline of a task with this target."""
-        return BASELINES[self.modality]
 
 
 def localised(record: Record, name: str, language: str) -> Any:
@@ -210,15 +200,15 @@ class Built:
 class Derived(Slot):
     """A part that no field holds. As a target it has the function that builds it, together with derived inputs.
 
-    `needs` returns whether the record holds what the part is built from.
+    `needs` returns what the part is built from, or whether the record has it.
     """
 
     modality: str
     build: Callable[[Record, Context], Built] | None = None
-    needs: Callable[[Record, str], bool] = lambda record, language: True
+    needs: Callable[[Record, str], object] = lambda record, language: True
 
     def present(self, record: Record, language: str) -> bool:
-        return self.needs(record, language)
+        return bool(self.needs(record, language))
 
     def part(self, record: Record, language: str) -> Part:
         raise NotImplementedError("a derived input comes from the `build` function of its task's target")

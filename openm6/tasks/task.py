@@ -17,6 +17,13 @@ from openm6.tasks.slots import Built, Context, Derived, Record, Slot
 
 LANGUAGES = ("en", "zh")
 RECALLS = ("recall_at_1", "recall_at_5")
+# By the modality of the target.
+BASELINES = {
+    "text": "frequent_answer",
+    "image": "position_frequencies",
+    "audio": "position_frequencies",
+    "numbers": "column_median",
+}
 
 
 @dataclass(frozen=True)
@@ -40,19 +47,20 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One thing to learn: inputs by their names in the prompts, a target, and prompts by language.
+    """Inputs by their names in the prompts, a target, and prompts by language.
 
     A target that depends on the same random decision as some inputs is `Derived` and builds both. Metrics and baseline
     are those of the target unless they are set.
     """
 
-    name: str
     summary: str
     inputs: dict[str, Slot]
     target: Slot
     prompts: dict[str, tuple[str, ...]]
     metrics: tuple[str, ...] = ()
     baseline: str = ""
+    # Its key in the registry.
+    name: str = ""
     # The record must come with `others`, fields of other records.
     needs_negatives: bool = False
     # Nothing is answered: the embeddings of inputs and target are aligned (InfoNCE).
@@ -68,15 +76,13 @@ class Task:
             for prompt in prompts:
                 unknown = names_in(prompt) - set(self.inputs) - {"column"}
                 if language not in LANGUAGES or unknown:
-                    raise ConfigError(
-                        f"task {self.name}: prompt {prompt!r} names {unknown or language}, not given"
-                    )
+                    raise ConfigError(f"prompt {prompt!r} names {unknown or language}, not given")
         modalities = [slot.modality for slot in self.inputs.values() if slot.modality != "text"]
         derived = {
             "input_modality": modalities[0] if modalities else "text",
             "output_modality": self.target.modality,
             "metrics": self.metrics or (RECALLS if self.contrastive else self.target.metrics()),
-            "baseline": self.baseline or ("chance" if self.contrastive else self.target.baseline()),
+            "baseline": self.baseline or ("chance" if self.contrastive else BASELINES[self.target.modality]),
         }
         for name, value in derived.items():
             # The dataclass is frozen for its users.

@@ -63,7 +63,7 @@ def plain_texts(example: Example) -> str:
 
 
 def test_names_are_unique_and_their_own() -> None:
-    listed = [task for subject in SUBJECTS for task in subject.TASKS]
+    listed = [name for subject in SUBJECTS for name in subject.TASKS]
     assert len(listed) == len(TASKS), "two tasks share a name"
     assert all(task_named(name).name == name for name in TASKS)
 
@@ -217,4 +217,4 @@ def test_a_gap_stands_where_words_are_missing() -> None:
 
 def test_a_prompt_that_names_a_slot_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="names"):
-        Task(name="x", summary="", inputs={"image": IMAGE}, target=IMAGE, prompts={"en": ("{photo}",)})
+        Task(summary="", inputs={"image": IMAGE}, target=IMAGE, prompts={"en": ("{photo}",)})

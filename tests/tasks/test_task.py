@@ -50,7 +50,7 @@ def test_modalities_metrics_and_baseline_follow_from_the_slots(
     metrics: tuple[str, ...],
     baseline: str,
 ) -> None:
-    task = Task(name="x", summary="", inputs=inputs, target=target, prompts={"en": ("{a}",)})
+    task = Task(summary="", inputs=inputs, target=target, prompts={"en": ("{a}",)})
     assert (task.input_modality, task.output_modality) == (reads, gives)
     assert (task.metrics, task.baseline) == (metrics, baseline)
 
@@ -58,7 +58,6 @@ def test_modalities_metrics_and_baseline_follow_from_the_slots(
 def test_what_is_set_wins_and_contrastive_tasks_are_retrieval() -> None:
     prompts = {"en": ("{a}",)}
     task = Task(
-        name="x",
         summary="",
         inputs={"a": Derived("numbers")},
         target=FUTURE,
@@ -67,7 +66,7 @@ def test_what_is_set_wins_and_contrastive_tasks_are_retrieval() -> None:
         baseline="last_value",
     )
     assert (task.metrics, task.baseline) == (("mae",), "last_value")
-    pair = Task(name="x", summary="", inputs={"a": TEXT}, target=IMAGE, prompts=prompts, contrastive=True)
+    pair = Task(summary="", inputs={"a": TEXT}, target=IMAGE, prompts=prompts, contrastive=True)
     assert (pair.metrics, pair.baseline) == (RECALLS, "chance")
 
 
