@@ -51,16 +51,18 @@ WORDS = {
     r"(a|the|each) giants?": "large model", r"houses?|parlours?": "package", r"taught|untaught": "trained",
     r"knows?|hears?|sees itself": "has, depends on",
 }  # fmt: skip
+# Attributes whose names are those of parameters in checkpoints.
+PARAMETERS = {"codes.py": {"place"}}
+# Prompts of tasks, `{image} Name it.`: a trained model depends on their words.
+PROMPT = re.compile(r'"[^"]*\{\w+\}')
 # Not yet rewritten; empty in the end.
 PENDING = {
     "openm6/core",
     "openm6/evaluate",
     "openm6/inference",
     "openm6/kernels",
-    "openm6/modalities",
     "openm6/ops",
     "openm6/optim",
-    "openm6/tasks",
     "tools/compare_routing.py",
     "tools/embedded_data",
     "tools/make_venv.py",
@@ -108,7 +110,7 @@ def old_names(path: Path) -> list[str]:
         (line, name, word)
         for line, name in names(ast.parse(path.read_text(encoding="utf-8")))
         for word in words_of(name)
-        if is_old(name, word)
+        if is_old(name, word) and name not in PARAMETERS.get(path.name, ())
     }
     return [f"{path.name}:{line}: {name}: say {NAMES[word]}" for line, name, word in sorted(found)]
 
@@ -123,7 +125,9 @@ def old_words(path: Path) -> list[str]:
         f"{path.name}:{line}: {found[0]!r}: say {better}"
         for line, part in lines
         for pattern, better in WORDS.items()
-        if (found := re.search(rf"\b({pattern})\b", part, re.IGNORECASE)) and "prompt" not in part
+        if (found := re.search(rf"\b({pattern})\b", part, re.IGNORECASE))
+        and "prompt" not in part
+        and not PROMPT.match(part)
     ]
 
 

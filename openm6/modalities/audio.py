@@ -15,7 +15,7 @@ from torch import Tensor
 from openm6.codecs.audio import AudioCodec
 from openm6.core.errors import DataError
 from openm6.modalities.codes import ArrayCache, CodesModality, TokenGrid, key_of
-from openm6.modalities.interface import NO_OPTIONS, Options, Segment
+from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 from openm6.ops.audio import resample
 
 RATE = 16_000
@@ -44,10 +44,7 @@ def read_audio(raw: Any, max_seconds: float = MAX_SECONDS) -> np.ndarray:
         samples, rate = _decode(raw, max_seconds)
     if samples.ndim != 1 or not len(samples):
         raise DataError("the audio is empty: record it again")
-    if len(samples) > max_seconds * rate:
-        raise DataError(
-            f"the audio lasts {len(samples) / rate:.0f} s, over the bound of {max_seconds:g} s: cut it"
-        )
+    _check_duration(len(samples) / rate, max_seconds)
     if not np.isfinite(samples).all():
         raise DataError("the audio holds values that are not finite: export it again")
     return np.clip(resample(torch.from_numpy(samples), rate, RATE).numpy(), -1, 1)
@@ -61,6 +58,11 @@ def duration(raw: Any) -> float:
         return float(file.frames / file.samplerate)
 
 
+def _check_duration(seconds: float, max_seconds: float) -> None:
+    if seconds > max_seconds:
+        raise DataError(f"the audio lasts {seconds:.0f} s, over the bound of {max_seconds:g} s: cut it")
+
+
 def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(io.BytesIO(raw)) as file:
@@ -69,12 +71,8 @@ def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
                     f"the audio has {file.samplerate:,} samples a second, outside {MIN_RATE:,} to "
                     f"{MAX_RATE:,}: export it again at 16,000"
                 )
-            seconds = file.frames / file.samplerate
-            if seconds > max_seconds:
-                raise DataError(
-                    f"the audio lasts {seconds:.0f} s, over the bound of {max_seconds:g} s: cut it"
-                )
-            # A header may lie about the length: never decode more than the bound.
+            _check_duration(file.frames / file.samplerate, max_seconds)
+            # A header may state a wrong length: never decode more than the bound.
             samples = file.read(int(max_seconds * file.samplerate) + 1, dtype="float32", always_2d=True)
             return samples.mean(1), file.samplerate
     except (soundfile.LibsndfileError, TypeError, ZeroDivisionError, RuntimeError) as error:
@@ -110,9 +108,7 @@ class Audio(CodesModality):
         self.code_cache, self.mel_cache = ArrayCache(), ArrayCache()
         self.duration_cache = ArrayCache(2**20)
 
-    def source(
-        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Segment:
+    def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Log-mel patches of all of it, or, with `mask_span`, of as much as a target holds.
 
         A span is given as fractions of the length, so source and target must be equally long.
@@ -160,9 +156,7 @@ class Audio(CodesModality):
         known = self.duration_cache.get(key_of(raw), lambda: np.asarray(duration(raw)))
         return float(known) >= (self.length(seconds) + 1) * self.hop / RATE
 
-    def target(
-        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Segment:
+    def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Codes of `seconds` of audio, masked by the training pattern, or, with `mask_span`, in the span alone.
 
         A longer recording is cut at its end, a shorter one is followed by silence.

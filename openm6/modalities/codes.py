@@ -30,6 +30,7 @@ from openm6.modalities.interface import (
     Arrays,
     Modality,
     Options,
+    Rng,
     Segment,
 )
 from openm6.ops.losses import grouped_cross_entropy
@@ -111,17 +112,15 @@ class FourierPositionEmbedding(nn.Module):
         return self.mix(torch.cat((angles.sin(), angles.cos()), -1).to(self.mix.weight.dtype))
 
 
-def sample_mask(height: int, width: int, rng: np.random.Generator | None) -> np.ndarray:
+def sample_mask(height: int, width: int, rng: Rng) -> np.ndarray:
     """Return which positions of a grid are masked for one training example; without a generator, all.  # H*W bool"""
     positions = height * width
-    if rng is None:
+    draw = RANDOM_FRACTION if rng is None else rng.random()
+    if rng is None or RANDOM_FRACTION <= draw < RANDOM_FRACTION + ALL_FRACTION:
         return np.ones(positions, bool)
-    draw = rng.random()
     if draw < RANDOM_FRACTION:
         count = max(1, round(positions * math.cos(math.pi / 2 * rng.random())))
         return np.isin(np.arange(positions), rng.permutation(positions)[:count])
-    if draw < RANDOM_FRACTION + ALL_FRACTION:
-        return np.ones(positions, bool)
     inside = random_rectangle(height, width, rng)
     mask = inside if draw < RANDOM_FRACTION + ALL_FRACTION + INSIDE_FRACTION else ~inside
     # A rectangle may fill a tiny grid.
@@ -139,9 +138,7 @@ def random_rectangle(height: int, width: int, rng: np.random.Generator) -> np.nd
     return inside.reshape(-1)
 
 
-def inpainting_masks(
-    region: np.ndarray, mask_context: bool, rng: np.random.Generator | None
-) -> tuple[np.ndarray, np.ndarray]:
+def inpainting_masks(region: np.ndarray, mask_context: bool, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions whose codes are masked, and those that carry a loss, to inpaint `region`.  # N -> N, N
 
     Without a generator the loss covers the region alone. Training masks the context of half the examples, so that the
@@ -159,7 +156,7 @@ def masked_arrays(
     learn: np.ndarray,
     positions: np.ndarray,
     codebook_size: int,
-    rng: np.random.Generator | None,
+    rng: Rng,
 ) -> tuple[Arrays, np.ndarray]:
     """Return the arrays of a masked target, and the positions that carry a loss.  # N G, N, N, N 2 -> {…}, N"""
     shown, learn = codes.copy(), learn.copy()
@@ -201,7 +198,7 @@ class CodesModality(Modality):
         grid: TokenGrid,
         region: np.ndarray | None = None,
         options: Options = NO_OPTIONS,
-        rng: np.random.Generator | None = None,
+        rng: Rng = None,
         truncated: bool = False,
     ) -> Segment:
         """Codes as target tokens, masked by the training pattern, or in `region` alone.  # N G
@@ -303,11 +300,8 @@ class CodesAdapter(Adapter):
             state = state + F.linear(earlier, self.codes_to_groups.weight[rows, : earlier.shape[-1]])
         return F.gelu(state) @ self.to_codes[group]  # N B -> N C
 
-    def group_nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+    def group_nll(self, hidden: Tensor, arrays: dict[str, Tensor], smoothing: float = 0.0) -> Tensor:
         """Return the negative log-likelihood of each code of each position, in nats.  # N D -> N G"""
-        return self._cross_entropy(hidden, arrays, 0.0)
-
-    def _cross_entropy(self, hidden: Tensor, arrays: dict[str, Tensor], smoothing: float) -> Tensor:
         states = self.group_states(hidden, arrays["codes"])  # N G B
         return grouped_cross_entropy(states, self.to_codes, arrays["codes"], smoothing)
 
@@ -316,4 +310,4 @@ class CodesAdapter(Adapter):
 
     def training_loss(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         # The mean over groups gives a position the weight of a text token.
-        return self._cross_entropy(hidden, arrays, SMOOTHING).mean(-1)
+        return self.group_nll(hidden, arrays, SMOOTHING).mean(-1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from openm6.codecs.image import ImageCodec
 from openm6.core.errors import DataError
 from openm6.modalities.codes import ArrayCache, CodesModality, TokenGrid, key_of, random_rectangle
-from openm6.modalities.interface import NO_OPTIONS, Options, Segment
+from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 
 PATCH = 8
 # Units of rotary positions along each side of an image.
@@ -132,9 +132,7 @@ class Image(CodesModality):
         self.max_pixels = max_pixels
         self.code_cache = ArrayCache()
 
-    def source(
-        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Segment:
+    def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Patches of the image; `mask_box` (left, top, right, bottom as fractions of the sides) masks patches."""
         mask_box = options.get("mask_box")
         values = pixels(self._fit(read_image(raw, self.max_pixels, self.max_patches * PATCH**2)))
@@ -155,9 +153,7 @@ class Image(CodesModality):
         size = (columns * PATCH, rows * PATCH)
         return image if image.size == size else image.resize(size, PIL.Image.Resampling.BICUBIC)
 
-    def target(
-        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Segment:
+    def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Codes of the image, masked by the training pattern, or, with `mask_box`, in the box alone."""
         mask_box, side = options.get("mask_box"), self.grid_side
         region = None if mask_box is None else box_mask(_squared(mask_box), side, side)

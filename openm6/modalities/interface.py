@@ -15,6 +15,7 @@ Placement = Literal["source", "part", "causal", "block"]
 Arrays = dict[str, np.ndarray]
 Options = Mapping[str, Any]
 NO_OPTIONS: Options = MappingProxyType({})
+Rng = np.random.Generator | None
 Moves = tuple[int, int, int]
 ALONG: Moves = (1, 1, 1)
 # The last two of an image or audio count from its own origin, in units that its patches and its codes share. So a
@@ -101,9 +102,7 @@ class Modality(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def source(
-        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Segment:
+    def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Input tokens. A generator asks for augmentation; None means the plain, repeatable form.
 
         Raises:
@@ -111,9 +110,7 @@ class Modality(ABC):
         """
 
     @abstractmethod
-    def target(
-        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Segment:
+    def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Target tokens. A generator draws the training mask; None masks everything that can be masked."""
 
     @abstractmethod

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.core.errors import DataError, nearest
-from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Segment, line
+from openm6.modalities.interface import NO_OPTIONS, Adapter, Arrays, Modality, Options, Rng, Segment, line
 from openm6.modalities.text import Text
 
 PATCH = 8
@@ -62,17 +62,13 @@ class Numbers(Modality):
         self.text = text
         self.scales = scales
 
-    def source(
-        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Segment:
+    def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Tokens of a mapping of columns (missing values allowed: None or NaN) or of a NumberSeries."""
         arrays = self._arrays(raw)
         length = len(arrays["values"])
         return Segment("numbers_in", arrays, line(length), length, np.zeros(length, bool))
 
-    def target(
-        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Segment:
+    def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Queries for a mapping of columns or a series; unobserved values are not learned."""
         arrays = self._arrays(raw)
         length = len(arrays["values"])

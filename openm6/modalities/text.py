@@ -22,6 +22,7 @@ from openm6.modalities.interface import (
     Modality,
     Options,
     Part,
+    Rng,
     Segment,
     line,
 )
@@ -102,9 +103,7 @@ class Text(Modality):
         """The text of token ids, without special tokens and unused ids."""
         return self.tokenizer.decode([token for token in ids if token < self.first_special])
 
-    def source(
-        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Segment:
+    def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """`raw` text as source tokens, at most `max_tokens`.
 
         What is longer is cut within `cuttable` (spans of characters; default: anywhere), the longest first.
@@ -127,9 +126,7 @@ class Text(Modality):
             segment = select_tokens(segment, np.arange(len(segment)) < self.max_tokens)
         return segment
 
-    def target(
-        self, raw: Any, rng: np.random.Generator | None = None, options: Options = NO_OPTIONS
-    ) -> Segment:
+    def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """`start` t1 … tn with the labels t1 … tn `end`: each token predicts the next.
 
         A text of more than `max_tokens` is cut there and has no end token, which would train to stop within a sentence.
