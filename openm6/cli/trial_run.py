@@ -12,10 +12,10 @@ import torch
 from openm6.core.device import process_memory, resolve_device
 from openm6.core.errors import ConfigError, OpenM6Error
 from openm6.core.files import replace_text
+from openm6.core.lru_cache import LRUCache
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.evaluator import EvalConfig
 from openm6.evaluate.results import EvalReport
-from openm6.modalities.codes import ArrayCache
 from openm6.plan.measured import STEPS, TRIAL_FILE, WARMUP_STEPS, TrialRun, end_with_parent
 from openm6.train.callbacks import Callback, RunState
 from openm6.train.loop import train
@@ -88,8 +88,8 @@ class TrialTraining(MultimodalTraining):
         """Forget the codes of images and audio, or the second evaluation would find those of the first."""
         for modality in self.modalities.values():
             for name, cache in vars(modality).items():
-                if isinstance(cache, ArrayCache):
-                    setattr(modality, name, ArrayCache(cache.max_bytes))
+                if isinstance(cache, LRUCache):
+                    setattr(modality, name, LRUCache(cache.max_bytes))
 
 
 def part_of(config: EvalConfig, divisor: int) -> EvalConfig:

@@ -9,7 +9,6 @@ What is computed in one pass and cached is a unit of a prompt: all of it if its 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from openm6.core.lru_cache import LRUCache
 from openm6.modalities.batch import TokenGroup, build_sequence, collate
 from openm6.modalities.interface import Segment
 from openm6.models.omni import Omni
@@ -25,6 +25,8 @@ from openm6.ops.sequence import SequenceMeta
 
 T = TypeVar("T")
 Prompt = list[Segment]
+# Keys and values of units.
+PrefixCache = LRUCache[tuple[Tensor, Tensor]]
 # Tokens of one packed pass.
 PACKED_TOKENS = 2048
 # Size of the prefix cache of `prefill_all`.
@@ -45,32 +47,6 @@ class Unit:
     def span(self) -> int:
         """Positions from this unit to the next."""
         return sum(segment.span for segment in self.segments)
-
-
-class PrefixCache:
-    """LRU cache of the keys and values of units, up to a number of bytes."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.bytes = 0
-        self.kept: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
-
-    def get(self, key: bytes) -> tuple[Tensor, Tensor] | None:
-        """Return the keys and values of a unit, which is marked as used now, or None."""
-        if key in self.kept:
-            self.kept.move_to_end(key)
-        return self.kept.get(key)
-
-    def put(self, key: bytes, found: tuple[Tensor, Tensor]) -> None:
-        """Keep them; drop the least recently used units beyond the bound."""
-        size = sum(part.nbytes for part in found)
-        if key in self.kept or size > self.max_bytes:
-            return
-        self.kept[key] = found
-        self.bytes += size
-        while self.bytes > self.max_bytes:
-            _, old = self.kept.popitem(last=False)
-            self.bytes -= sum(part.nbytes for part in old)
 
 
 def units_of(prompt: Prompt) -> list[Unit]:
@@ -121,7 +97,7 @@ def prefill(
     omni: Omni, prompt: Prompt, cache: SlotCache, slot: int, prefix_cache: PrefixCache | None = None
 ) -> tuple[int, int]:
     """Run a prompt into a slot; return the next position, and the number of tokens that came from the prefix cache."""
-    prefix_cache = prefix_cache or PrefixCache(0)
+    prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
     position = start = cached = 0
     cache.lengths[slot] = 0
     found = [unit for unit in units_of(prompt) if len(unit)]
@@ -152,7 +128,7 @@ def prefill_packed(
     firsts: dict[bytes, tuple[Unit, int]] = {}
     for prompt, slot in zip(prompts, slots, strict=True):
         found = units_of(prompt)
-        if len(found) == 1 and len(found[0]) and found[0].key not in prefix_cache.kept:
+        if len(found) == 1 and len(found[0]) and found[0].key not in prefix_cache.entries:
             firsts.setdefault(found[0].key, (found[0], slot))
     packed = [slot for _, slot in firsts.values()] if len(firsts) > 1 else []
     if packed:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from openm6.codecs.audio import AudioCodec
 from openm6.core.errors import DataError
-from openm6.modalities.codes import ArrayCache, CodesModality, TokenGrid, key_of
+from openm6.core.lru_cache import LRUCache
+from openm6.modalities.codes import CACHE_BYTES, CodesModality, TokenGrid, key_of
 from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 from openm6.ops.audio import resample
 
@@ -105,8 +106,9 @@ class Audio(CodesModality):
         self.hop = codec.config.samples_per_position
         self.num_mels = codec.config.num_mels
         self.patch_size = FRAMES * self.num_mels
-        self.code_cache, self.mel_cache = ArrayCache(), ArrayCache()
-        self.duration_cache = ArrayCache(2**20)
+        self.code_cache, self.mel_cache = (LRUCache[np.ndarray](CACHE_BYTES) for _ in range(2))
+        # Entries of a few bytes: a bound on their number.
+        self.duration_cache = LRUCache[np.ndarray](2**20)
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Log-mel patches of all of it, or, with `mask_span`, of as much as a target holds.
@@ -136,7 +138,7 @@ class Audio(CodesModality):
             whole = np.pad(samples, (0, -len(samples) % (self.hop // 4)))
             return self.codec.mels(torch.from_numpy(whole)[None])[0].numpy()
 
-        return self.mel_cache.get(key_of(raw, seconds, speed), compute)
+        return self.mel_cache.get_or_compute(key_of(raw, seconds, speed), compute)
 
     def _samples(self, raw: Any, seconds: float | None, speed: float) -> np.ndarray:
         samples = read_audio(raw, self.max_seconds)
@@ -153,7 +155,7 @@ class Audio(CodesModality):
 
     def is_longer(self, raw: Any, seconds: float | None = None) -> bool:
         """Whether a recording, at its own speed, has a position of 40 ms or more beyond `seconds`: it is lost."""
-        known = self.duration_cache.get(key_of(raw), lambda: np.asarray(duration(raw)))
+        known = self.duration_cache.get_or_compute(key_of(raw), lambda: np.asarray(duration(raw)))
         return float(known) >= (self.length(seconds) + 1) * self.hop / RATE
 
     def target(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
@@ -184,7 +186,7 @@ class Audio(CodesModality):
             codes = self.codec.encode(torch.from_numpy(self._samples(raw, seconds, speed))[None])[0]
             return codes.numpy().astype(np.int16)
 
-        return self.code_cache.get(key_of(raw, seconds, speed), compute)
+        return self.code_cache.get_or_compute(key_of(raw, seconds, speed), compute)
 
     def decode(self, codes: Tensor) -> np.ndarray:
         """Samples at 16 kHz of one sequence of codes.  # T G -> S"""

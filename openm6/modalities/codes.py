@@ -11,9 +11,6 @@ p(c_1 … c_G | h) = Π_g p(c_g | h, c_<g), so that a position is drawn from one
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,35 +42,8 @@ RANDOM_FRACTION, ALL_FRACTION, INSIDE_FRACTION = 0.35, 0.5, 0.075
 SMOOTHING = 0.1
 # Of the visible codes is replaced by random ones, and learned, too: the model learns to correct codes.
 WRONG_FRACTION = 0.05
-
-
-class ArrayCache:
-    """LRU cache of arrays by content, up to a number of bytes; what is dropped costs time, and changes no result.
-
-    So an image that is used in every epoch goes through the codec once. Thread-safe: a server prepares requests in
-    several threads.
-    """
-
-    def __init__(self, max_bytes: int = 64 * 2**20) -> None:
-        self.max_bytes = max_bytes
-        self.bytes = 0
-        self.arrays: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: bytes | None, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return the array under `key`, or compute it, and keep it unless the key is None."""
-        with self._lock:
-            if key is not None and key in self.arrays:
-                self.arrays.move_to_end(key)
-                return self.arrays[key]
-        array = compute()
-        with self._lock:
-            if key is not None and key not in self.arrays:
-                self.arrays[key] = array
-                self.bytes += array.nbytes
-                while self.bytes > self.max_bytes:
-                    self.bytes -= self.arrays.popitem(last=False)[1].nbytes
-        return array
+# Of the codes and of the mels of files, so that an image that is used in every epoch goes through the codec once.
+CACHE_BYTES = 64 * 2**20
 
 
 def key_of(raw: Any, *settings: float | None) -> bytes | None:

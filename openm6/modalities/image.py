@@ -17,7 +17,8 @@ from torch import Tensor
 
 from openm6.codecs.image import ImageCodec
 from openm6.core.errors import DataError
-from openm6.modalities.codes import ArrayCache, CodesModality, TokenGrid, key_of, random_rectangle
+from openm6.core.lru_cache import LRUCache
+from openm6.modalities.codes import CACHE_BYTES, CodesModality, TokenGrid, key_of, random_rectangle
 from openm6.modalities.interface import NO_OPTIONS, Options, Rng, Segment
 
 PATCH = 8
@@ -130,7 +131,7 @@ class Image(CodesModality):
         self.grid_side = side // codec.config.stride
         self.max_patches = max_patches
         self.max_pixels = max_pixels
-        self.code_cache = ArrayCache()
+        self.code_cache = LRUCache[np.ndarray](CACHE_BYTES)
 
     def source(self, raw: Any, rng: Rng = None, options: Options = NO_OPTIONS) -> Segment:
         """Patches of the image; `mask_box` (left, top, right, bottom as fractions of the sides) masks patches."""
@@ -174,7 +175,7 @@ class Image(CodesModality):
             )  # 1 3 H W -> 1 h w G
             return codes[0].flatten(0, 1).numpy().astype(np.int16)
 
-        return self.code_cache.get(key_of(raw), compute)
+        return self.code_cache.get_or_compute(key_of(raw), compute)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> PIL.Image.Image:

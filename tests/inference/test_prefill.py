@@ -73,16 +73,6 @@ def test_a_second_question_about_a_image_reads_its_own_tokens_alone() -> None:
     assert prefill(model.omni, other, cache, 0, memory)[1] == 0, "the same words after another image"
 
 
-def test_the_memory_forgets_what_was_not_used_for_longest() -> None:
-    memory = PrefixCache(100)
-    parts = {name: (torch.zeros(5), torch.zeros(5)) for name in (b"a", b"b", b"c")}  # 40 bytes each
-    memory.put(b"a", parts[b"a"])
-    memory.put(b"b", parts[b"b"])
-    assert memory.get(b"a") is not None
-    memory.put(b"c", parts[b"c"])
-    assert memory.get(b"b") is None and memory.get(b"a") is not None and memory.bytes == 80
-
-
 def test_prompts_read_together_are_as_if_read_alone(model: LoadedModel, prompts: list[Prompt]) -> None:
     asked = [prompts[0], prompts[1], prompts[0], prompts[2]]
     cache, alone = (model.omni.backbone.new_cache(6, 64) for _ in range(2))
@@ -126,7 +116,7 @@ def test_a_reading_that_fails_half_way_leaves_empty_slots(
             prefill_packed(model.omni, prompts[:2], cache, [0, 1], memory)
         else:
             prefill(model.omni, prompts[0], cache, 0, memory)
-    assert cache.lengths[:2] == [0, 0] and len(memory.kept) == 1
+    assert cache.lengths[:2] == [0, 0] and len(memory.entries) == 1
     assert not cache.keys[:, :2].any() and not cache.values[:, :2].any(), "nothing, not even NaN"
     assert all(torch.equal(part, again) for part, again in zip(kept, cache.take(2), strict=True))
 

@@ -1,10 +1,8 @@
-"""Grids of codes as a target: masks, losses and the head that predicts a position's codes; positions; the cache."""
+"""Grids of codes as a target: masks, losses and the head that predicts a position's codes; positions."""
 
 from __future__ import annotations
 
 import math
-import sys
-import threading
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from openm6.codecs.registry import load_codec
 from openm6.modalities.audio import audio_grid
 from openm6.modalities.codes import (
     SMOOTHING,
-    ArrayCache,
     CodesAdapter,
     FourierPositionEmbedding,
     inpainting_masks,
@@ -217,61 +214,3 @@ def test_positions_have_different_embeddings() -> None:
     vectors = FourierPositionEmbedding(16).requires_grad_(False)(torch.from_numpy(image_grid(8, 8).positions))
     distance = torch.cdist(vectors, vectors) + torch.eye(64) * 99
     assert vectors.shape == (64, 16) and float(distance.min()) > 1e-2
-
-
-def keep(cache: ArrayCache, key: bytes | None, size: int = 10) -> bool:
-    """Whether the cache had to compute the array."""
-    computed: list[np.ndarray] = []
-
-    def compute() -> np.ndarray:
-        computed.append(np.zeros(size))
-        return computed[-1]
-
-    array = cache.get(key, compute)
-    assert len(array) == size and cache.bytes == sum(kept.nbytes for kept in cache.arrays.values())
-    assert cache.bytes <= cache.max_bytes
-    return bool(computed)
-
-
-def test_the_cache_drops_the_least_recently_used_first() -> None:
-    cache = ArrayCache(max_bytes=3 * 80)
-    assert all(keep(cache, key) for key in (b"a", b"b", b"c"))
-    assert not keep(cache, b"a") and keep(cache, b"d")
-    assert not any(keep(cache, key) for key in (b"a", b"c", b"d")) and keep(cache, b"b")
-
-
-def test_the_cache_stays_bounded() -> None:
-    cache = ArrayCache(max_bytes=1000)
-    for number in range(200):
-        keep(cache, str(number).encode(), number % 7)
-    assert keep(cache, b"large", 1000) and keep(cache, b"large", 1000), (
-        "larger than the cache: returned and dropped"
-    )
-    assert keep(cache, None) and keep(cache, None), "without a key nothing is kept"
-
-
-def test_threads_may_share_it() -> None:
-    """More keys than fit, requested by several threads: nothing is lost between a look-up and its use."""
-    cache = ArrayCache(max_bytes=20 * 80)
-    errors: list[Exception] = []
-
-    def work(seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        try:
-            for number in rng.integers(0, 40, 20_000):
-                cache.get(str(number).encode(), lambda: np.zeros(10))
-        except Exception as error:
-            errors.append(error)
-
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
-    assert not errors
-    assert cache.bytes == sum(array.nbytes for array in cache.arrays.values()) <= cache.max_bytes
