@@ -22,7 +22,7 @@ from openm6.modalities.registry import source_segments
 from tests.inference.reference import decode_masked_reference
 from tests.small_model import demo_sources, loaded, modalities
 
-HOLES = ((0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.25, 1.0), (0.0, 0.0, 1.0, 1.0), (0.5, 0.5, 0.625, 0.625))
+BOXES = ((0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.25, 1.0), (0.0, 0.0, 1.0, 1.0), (0.5, 0.5, 0.625, 0.625))
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,10 @@ def prompts() -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def targets(model: LoadedModel) -> list[Segment]:
-    """Images with holes of several sizes."""
+    """Images with masks of several sizes."""
     return [
         model.image.target(demo_sources()["digits"][row]["image"], options={"mask_box": mask_box})
-        for row, mask_box in enumerate(HOLES)
+        for row, mask_box in enumerate(BOXES)
     ]
 
 
@@ -66,7 +66,7 @@ class Watch:
 
 
 @pytest.mark.parametrize("order", ["confidence", "random"])
-@pytest.mark.parametrize("steps", [1, 2, 5, 8])
+@pytest.mark.parametrize("steps", [1, 2, 6])
 def test_given_codes_stay_and_all_is_settled_in_time(
     model: LoadedModel,
     prompts: list[Prompt],
@@ -94,7 +94,7 @@ def test_given_codes_stay_and_all_is_settled_in_time(
             assert not bool((after & ~before).any()), "what is settled stays settled"
 
 
-def test_the_true_codes_of_a_hole_are_never_read(
+def test_the_true_codes_of_a_mask_are_never_used(
     model: LoadedModel, prompts: list[Prompt], targets: list[Segment]
 ) -> None:
     other = [
