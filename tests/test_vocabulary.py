@@ -59,7 +59,6 @@ PROMPT = re.compile(r'"[^"]*\{\w+\}')
 PENDING = {
     "openm6/core",
     "openm6/evaluate",
-    "openm6/inference",
     "openm6/kernels",
     "openm6/ops",
     "openm6/optim",
