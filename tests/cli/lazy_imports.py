@@ -49,8 +49,9 @@ def replace_calls(
 
     `keep` names functions that stay; classes and tables stay as well.
     """
-    for module, name in [*lazy_imports(), *OWN_PAGES]:
-        real = import_name(module, name)
+    # All imports first: a module may call at import what is replaced below.
+    reals = {(module, name): import_name(module, name) for module, name in [*lazy_imports(), *OWN_PAGES]}
+    for (module, name), real in reals.items():
         call = instead.get(name, lambda *words, **named: None)
         if real is None:
             missing = ModuleType(module)
