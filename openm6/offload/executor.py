@@ -40,44 +40,19 @@ class Step:
     seed: int
 
 
-@dataclass(frozen=True)
-class BackwardFacts:
-    """Of a backward pass: the norm of all gradients, and how many groups were skipped as theirs was not finite."""
-
-    grad_norm: Tensor
-    skipped: Tensor
-
-
-class ActivationCheckpoint:
-    """The input of a span of layers, kept from the forward pass to the backward one, on the device."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._x = x.detach()
-
-    def restore(self) -> Tensor:
-        """Return the tensor on its device, for the last time."""
-        return self._x
-
-
-class HostCheckpoint(ActivationCheckpoint):
-    """One that waits in pinned host memory.
+def save_input(x: Tensor, where: Literal["device", "host"]) -> Callable[[], Tensor]:
+    """Keep the input of a span for its backward pass, on the device or in pinned host memory; return what restores it.
 
     Both copies go through the current stream: the way out is paid by the forward pass, which has time while weights
     arrive, and the tensor's memory on the GPU is free for the next layer at once.
     """
-
-    def __init__(self, x: Tensor) -> None:
-        self._device = x.device
-        self._x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        self._x.copy_(x.detach(), non_blocking=True)
-
-    def restore(self) -> Tensor:
-        return self._x.to(self._device, non_blocking=True)
-
-
-def save_input(x: Tensor, where: Literal["device", "host"]) -> ActivationCheckpoint:
-    """Keep `x` on the device, or in host memory if the device is a GPU."""
-    return HostCheckpoint(x) if where == "host" and x.is_cuda else ActivationCheckpoint(x)
+    device = x.device
+    if where == "device" or device.type != "cuda":
+        kept = x.detach()
+        return lambda: kept
+    saved = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    saved.copy_(x.detach(), non_blocking=True)
+    return lambda: saved.to(device, non_blocking=True)
 
 
 class OffloadedExecutor(LayerExecutor):
@@ -119,10 +94,10 @@ class OffloadedExecutor(LayerExecutor):
         self._step, self._updated, self._gradients = step, set(), {}
         self._squares, self._skipped = torch.zeros_like(self._squares), torch.zeros_like(self._skipped)
 
-    def end_step(self) -> BackwardFacts:
-        """Call it after the backward pass."""
+    def end_step(self) -> tuple[Tensor, Tensor]:
+        """Call it after the backward pass: the norm of all gradients, and how many groups had none that was finite."""
         self._step = None
-        return BackwardFacts(self._squares.sqrt(), self._skipped)
+        return self._squares.sqrt(), self._skipped
 
     def run(
         self, blocks: Sequence[TransformerBlock], x: Tensor, meta: SequenceMeta, make_context: MakeContext
@@ -300,7 +275,7 @@ class _Span(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         y, stats = executor.forward_span(batch, span, x)
         if ctx.needs_input_grad[3]:
-            ctx.checkpoint = save_input(x, executor.config.activation_storage)
+            ctx.restore = save_input(x, executor.config.activation_storage)
             ctx.arguments = (executor, batch, span, [id(one) for one in own])
             ctx.precision = capture_precision(x.device.type)
         flat = [part for one in stats for part in _tensors_of(one)]
@@ -312,10 +287,10 @@ class _Span(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor, *of_stats: Tensor | None) -> tuple[Tensor | None, ...]:
         executor, batch, span, own = ctx.arguments
-        checkpoint: ActivationCheckpoint = ctx.checkpoint
-        x = checkpoint.restore()
         with ctx.precision():
-            found, gradients = executor.backward_span(batch, span, x, gradient, list(of_stats[4::5]))
+            found, gradients = executor.backward_span(
+                batch, span, ctx.restore(), gradient, list(of_stats[4::5])
+            )
         return (None, None, None, None, found, *(gradients.get(one) for one in own))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,21 +16,10 @@ from torch import Tensor
 from openm6.nn.block import TransformerBlock
 from openm6.offload.pinned_memory import PinnedArena
 from openm6.offload.streams import Event, PhaseTimer, Streams
-from openm6.optim.rules import WEIGHT, Shape, Slot, Slots
+from openm6.optim.rules import WEIGHT, Shape, Slot, Slots, UpdateRule
 
 ALIGNMENT = 256  # of each tensor, for the matrix units
 PAGE = 4096  # of each record, for the host
-
-
-class StorageFormat(Protocol):
-    """Which tensors are kept for a parameter: an `UpdateRule` of training, or `WeightsOnly`."""
-
-    @property
-    def read_slots(self) -> tuple[str, ...]:
-        """Those that the forward pass reads."""
-
-    def slots(self, shape: Shape) -> list[Slot]:
-        """All of them, `read_slots` first."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +31,10 @@ class WeightsOnly:
 
     def slots(self, shape: Shape) -> list[Slot]:
         return [Slot(WEIGHT, shape, self.dtype)]
+
+
+# Which slots are kept for a parameter: first the `read_slots` of the forward pass, then what only updates need.
+StorageFormat = UpdateRule | WeightsOnly
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,9 @@ class OffloadedTrainStep(TrainStep):
             with self.autocast():
                 result = self.training.loss(batch)
             result.loss.backward()
-            facts = self.executor.end_step()
+            grad_norm, skipped = self.executor.end_step()
         self.training.ranks.sum_gradients(self.parameters)
-        norm = torch.hypot(self._clip(), facts.grad_norm)
+        norm = torch.hypot(self._clip(), grad_norm)
         result, tokens = sum_over_ranks(result, batch.tokens, self.training.ranks)
         report = make_report(step, tokens, rate, result, norm)
         if report.applied:
@@ -112,7 +112,7 @@ class OffloadedTrainStep(TrainStep):
         if report.applied:
             self.training.after_step(result)
         else:
-            self._warn_skipped(step, int(facts.skipped))
+            self._warn_skipped(step, int(skipped))
         return report
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:

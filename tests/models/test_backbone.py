@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from openm6.checkpoint.save import named_tensors
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.moe import RouterStats
@@ -134,6 +135,42 @@ def test_copies_of_shared_weights_answer_as_they_do():
     plain.load_state_dict(shared.state_dict())  # which holds shared weights under the name of each layer
     x, meta = torch.randn(1, 9, 32), causal_meta(1, 9)
     assert torch.equal(shared(x, meta)[0], plain(x, meta)[0])
+
+
+def test_layers_of_a_group_hold_the_same_modules_and_are_stored_once():
+    model = make("shared routers")  # layers 0 and 1, 2 and 3
+    blocks = model.blocks
+    assert blocks[2].attention is blocks[3].attention and blocks[2].mlp.experts is blocks[3].mlp.experts
+    assert blocks[2].router is blocks[3].router and blocks[1].attention is not blocks[2].attention
+    assert blocks[2].mlp_norm is not blocks[3].mlp_norm
+    stored = named_tensors(model)
+    assert {name for name in stored if name.startswith("layers.2.")} == {
+        f"layers.2.{name}"
+        for name in (
+            "attention_norm.weight", "qk_norm.query", "qk_norm.key", "attention.qkv", "attention.output",
+            "mlp_norm.weight", "mlp.router.weight", "mlp.router.bias", "mlp.experts.up", "mlp.experts.down",
+        )
+    }  # fmt: skip
+    own = {name for name in stored if name.startswith("layers.3.")}
+    assert own == {
+        f"layers.3.{name}"
+        for name in ("attention_norm.weight", "qk_norm.query", "qk_norm.key", "mlp_norm.weight")
+    }
+    assert make("shared").blocks[0].router is not make("shared").blocks[1].router
+
+
+def test_delinked_layers_have_modules_of_their_own():
+    model = make("shared routers")
+    first = model.blocks[2].attention.qkv
+    names = model.delink()
+    assert (
+        names["layers.3.mlp.router.weight"]
+        == names["layers.2.mlp.router.weight"]
+        == "layers.2.mlp.router.weight"
+    )
+    assert model.blocks[2].attention.qkv is first and model.blocks[3].attention.qkv is not first
+    assert torch.equal(model.blocks[3].attention.qkv, first)
+    assert count_parameters(model.config).total == sum(p.numel() for p in model.parameters())
 
 
 def test_meta_build_fills_as_a_direct_one():
