@@ -131,13 +131,13 @@ def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         "numbers": "parse_numbers is done",
         "series": "parse_series is done",
         "ahead": 8,
-        "mask_box": "parse_shares is done",
-        "mask_span": "parse_shares is done",
+        "mask_box": "parse_fractions is done",
+        "mask_span": "parse_fractions is done",
         "language": "en",
     }
     assert calls["read_decoding"][0] == (["text.seed=4", "masked.seed=4", "masked.steps=2"],)
     assert calls["parse_numbers"][0] == ("mass=3.5,length=",)
-    assert ("parse_shares", ("0,0,1,.5", 4, "--mask-box"), {}) in called.calls
+    assert ("parse_fractions", ("0,0,1,.5", 4, "--mask-box"), {}) in called.calls
     given = (Path("runs/x"), "question is done", "read_decoding is done", Path("o.png"))
     assert calls["generate"] == ((*given, 2), {})
     assert shown.stdout == "generate is done\n"
