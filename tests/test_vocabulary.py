@@ -58,7 +58,6 @@ PROMPT = re.compile(r'"[^"]*\{\w+\}')
 # Not yet rewritten; empty in the end.
 PENDING = {
     "openm6/core",
-    "openm6/evaluate",
     "openm6/kernels",
     "openm6/ops",
     "openm6/optim",

@@ -64,9 +64,9 @@ def print_energy(path: Path, country: str | None, pue: float | None, json_path: 
     console = Console()
     console.print(Text(_summary(account)))
     for title, accounts in (
-        ("stage", account.ledger.stages),
-        ("modality", account.ledger.modalities),
-        ("task", account.ledger.tasks),
+        ("stage", account.tracker.stages),
+        ("modality", account.tracker.modalities),
+        ("task", account.tracker.tasks),
     ):
         if accounts:
             console.print(_table(account, title, accounts))
@@ -75,7 +75,7 @@ def print_energy(path: Path, country: str | None, pue: float | None, json_path: 
 
 
 def _summary(account: EnergyAccount) -> str:
-    tracker = account.ledger
+    tracker = account.tracker
     parts = ", ".join(f"{in_joules(joules)} by {source}" for source, joules in tracker.by_source.items())
     words = (
         f"{in_joules(tracker.joules)} for {tracker.tokens:,} tokens: "

@@ -1,4 +1,4 @@
-"""The energy account of a run, from the ledger in its last checkpoint and the lines of its metrics.jsonl."""
+"""The energy account of a run, from the tracker in its last checkpoint and the lines of its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openm6.energy.meter import EnergyConfig
 from openm6.energy.tracker import EnergyTracker, EnergyUse
 
 Lines = list[dict[str, Any]]
-METER = "meter"  # the hook in a checkpoint's state that keeps the ledger
+METER = "meter"  # the callback in a checkpoint's state that keeps the tracker
 # Fraction of a stage's lines whose mean is its first, or its final, loss.
 END_FRACTION = 0.1
 
@@ -38,12 +38,12 @@ def read_lines(run: RunFolder) -> Lines:
 
 @dataclass(frozen=True)
 class EnergyAccount:
-    """A ledger with the grid and the PUE that its joules came through, and the losses of its stages.
+    """A tracker with the grid and the PUE that its joules came through, and the losses of its stages.
 
     losses: stage -> mean loss at its beginning and at its end; evaluation: joules of evaluating the finished run.
     """
 
-    ledger: EnergyTracker
+    tracker: EnergyTracker
     grid: Grid
     pue: float
     losses: dict[str, tuple[float, float]]
@@ -52,7 +52,7 @@ class EnergyAccount:
     @property
     def joules_per_token(self) -> float:
         """Of the whole training, including the time between steps."""
-        return self.ledger.joules / max(1, self.ledger.tokens)
+        return self.tracker.joules / max(1, self.tracker.tokens)
 
     @property
     def of_gpt3(self) -> float:
@@ -66,20 +66,20 @@ class EnergyAccount:
     def joules_per_point(self, stage: str) -> float | None:
         """Joules of a stage per nat by which its loss fell; None if it did not fall."""
         first, last = self.losses.get(stage, (0.0, 0.0))
-        account = self.ledger.stages.get(stage)
+        account = self.tracker.stages.get(stage)
         return account.joules / (first - last) if account is not None and first > last else None
 
     def to_json(self) -> dict[str, Any]:
         """The entry `energy` of report.json, and what `openm6 energy --json` writes."""
-        ledger = self.ledger
+        tracker = self.tracker
         return {
-            "joules": ledger.joules,
-            "source": ledger.source,
-            "by_source": ledger.by_source,
-            "tokens": ledger.tokens,
+            "joules": tracker.joules,
+            "source": tracker.source,
+            "by_source": tracker.by_source,
+            "tokens": tracker.tokens,
             "joules_per_token": self.joules_per_token,
-            "kwh": ledger.joules * self.pue / JOULES_PER_KWH,
-            "g_co2e": self.grams(ledger.joules),
+            "kwh": tracker.joules * self.pue / JOULES_PER_KWH,
+            "g_co2e": self.grams(tracker.joules),
             "country": self.grid.code,
             "g_co2e_per_kwh": self.grid.grams_per_kwh,
             "grid_year": self.grid.year,
@@ -87,12 +87,12 @@ class EnergyAccount:
             "of_gpt3_per_token": self.of_gpt3,
             "stages": {
                 name: {**self._entry(account), "joules_per_point_of_loss": self.joules_per_point(name)}
-                for name, account in ledger.stages.items()
+                for name, account in tracker.stages.items()
             },
-            "modalities": {name: self._entry(account) for name, account in ledger.modalities.items()},
-            "tasks": {name: self._entry(account) for name, account in ledger.tasks.items()},
-            "between_steps_joules": ledger.between,
-            "repeated_joules": ledger.repeated,
+            "modalities": {name: self._entry(account) for name, account in tracker.modalities.items()},
+            "tasks": {name: self._entry(account) for name, account in tracker.tasks.items()},
+            "between_steps_joules": tracker.between,
+            "repeated_joules": tracker.repeated,
             "evaluation_joules": self.evaluation,
         }
 
@@ -121,16 +121,16 @@ def read_account(
     own = (run.read_config().get("loop") or {}).get("energy") or {}
     given = {name: value for name, value in (("country", country), ("pue", pue)) if value is not None}
     config = build(EnergyConfig, {**own, **given}, "the settings of energy")
-    ledger = EnergyTracker.from_json(state)
-    return EnergyAccount(ledger, grid(config.country), config.pue, _losses(run, ledger), evaluation)
+    tracker = EnergyTracker.from_json(state)
+    return EnergyAccount(tracker, grid(config.country), config.pue, _losses(run, tracker), evaluation)
 
 
-def _losses(run: RunFolder, ledger: EnergyTracker) -> dict[str, tuple[float, float]]:
+def _losses(run: RunFolder, tracker: EnergyTracker) -> dict[str, tuple[float, float]]:
     """Mean loss over the first and over the last END_FRACTION of each stage's lines."""
     lines = read_lines(run)
-    only = next(iter(ledger.stages)) if len(ledger.stages) == 1 else None
+    only = next(iter(tracker.stages)) if len(tracker.stages) == 1 else None
     found = {}
-    for stage in ledger.stages:
+    for stage in tracker.stages:
         values = [
             line["loss"]
             for line in lines

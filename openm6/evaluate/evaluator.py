@@ -246,7 +246,7 @@ def _score_numbers(
     scale = scales(scored.examples, loaded)
     against = {x.name: replace(scored, scale=scale, reference=x.predictions) for x in references}
     best = min(against, key=lambda name: against[name].reference_errors().mean())
-    names = {x.name: f"crps_share_{x.name.split(',')[0].replace(' ', '_')}" for x in references[1:]}
+    names = {x.name: f"relative_crps_{x.name.split(',')[0].replace(' ', '_')}" for x in references[1:]}
     return against[best], best, {key: relative_crps(against[name]) for name, key in names.items()}
 
 

@@ -70,15 +70,15 @@ def sequence_nll(omni: Omni, sequences: list[PackedExample]) -> np.ndarray:
     for sequence in sequences:
         if sum(map(len, rows[-1])) + len(sequence) > length:
             if len(rows) == BATCH_ROWS:
-                found.extend(_nats(omni, rows, length))
+                found.extend(_nll(omni, rows, length))
                 rows = []
             rows.append([])
         rows[-1].append(sequence)
-    found.extend(_nats(omni, rows, length))
+    found.extend(_nll(omni, rows, length))
     return np.asarray(found)
 
 
-def _nats(omni: Omni, rows: list[list[PackedExample]], length: int) -> list[float]:
+def _nll(omni: Omni, rows: list[list[PackedExample]], length: int) -> list[float]:
     batch = collate(rows, length).to(omni.device)
     total = torch.zeros(batch.num_examples, device=omni.device)
     losses, _ = omni.compute_loss(batch)

@@ -219,7 +219,7 @@ METRICS: dict[str, Metric] = {
             percent=True,
         ),
         Metric(
-            "crps_share_seasonal_naive",
+            "relative_crps_seasonal_naive",
             "relative CRPS, seasonal naive",
             "the same relative to the error of repeating the last season of the series",
             "lower",

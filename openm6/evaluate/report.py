@@ -161,7 +161,7 @@ def _entries(results: list[TaskResult]) -> dict[tuple[str, str], list[dict[str, 
         entry = {
             "result": result,
             "significance": significance(result.information_interval),
-            "anchor": f"task-{index}" if result.samples else None,
+            "link": f"task-{index}" if result.samples else None,
             "bar": bar(result.value, result.baseline, whole) if drawn else None,
         }
         found.setdefault((result.input_modality, result.output_modality), []).append(entry)
@@ -180,7 +180,7 @@ def _sample_sections(results: list[TaskResult]) -> dict[str, list[dict[str, Any]
             media = MediaBudget(left // waiting)
             card = {
                 "result": result,
-                "anchor": f"task-{index}",
+                "link": f"task-{index}",
                 "summary": TASKS[result.task].summary if result.task in TASKS else "",
                 "metrics": {result.metric: result.value} | result.metrics,
                 "significance": significance(result.information_interval),

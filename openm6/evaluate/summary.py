@@ -128,10 +128,10 @@ def card(report: EvalReport, facts: RunFacts) -> str:
 def _energy(account: EnergyAccount | None) -> str:
     if account is None:
         return "The energy of its training was not metered."
-    ledger = account.ledger
+    tracker = account.tracker
     return (
-        f"{in_joules(ledger.joules)} ({account.joules_per_token:.3g} J per token; read by {ledger.source}), "
-        f"{account.grams(ledger.joules):.3g} g CO2e with the electricity of {account.grid.name} "
+        f"{in_joules(tracker.joules)} ({account.joules_per_token:.3g} J per token; read by {tracker.source}), "
+        f"{account.grams(tracker.joules):.3g} g CO2e with the electricity of {account.grid.name} "
         f"({account.grid.grams_per_kwh:g} g/kWh, {account.grid.year}) and a PUE of {account.pue:g}. "
         f"The energy per token is {account.of_gpt3:.3%} of that of GPT-3's training. {GPT3_CAVEAT}"
     )

@@ -19,7 +19,7 @@ from openm6.evaluate.summary import card
 from tests.evaluate.example_report import eval_report, facts, run_folder
 
 
-def ledger() -> EnergyTracker:
+def tracker() -> EnergyTracker:
     """1,000 J over 5,000 tokens: 900 in steps of two stages, 80 between, 20 repeated."""
     found = EnergyTracker(by_source={"nvml": 700.0, "estimate": 300.0}, between=80.0, repeated=20.0)
     work = {
@@ -33,17 +33,17 @@ def ledger() -> EnergyTracker:
 
 def account(pue: float = 1.0) -> EnergyAccount:
     return EnergyAccount(
-        ledger(), grid("WLD"), pue, {"pseudo": (5.0, 3.0), "real": (3.0, 3.5)}, evaluation=10.0
+        tracker(), grid("WLD"), pue, {"pseudo": (5.0, 3.0), "real": (3.0, 3.5)}, evaluation=10.0
     )
 
 
 def run_of(path: Path) -> RunFolder:
-    """A run with one checkpoint that holds the ledger, and a few lines."""
+    """A run with one checkpoint that holds the tracker, and a few lines."""
     run = RunFolder.open(path)
     run.write_config({"loop": {"energy": {"country": "FRA", "pue": 1.2}}})
     folder = run.checkpoints / "step-5"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"files": {}, "callbacks": {"meter": ledger().to_json()}}))
+    (folder / "state.json").write_text(json.dumps({"files": {}, "callbacks": {"meter": tracker().to_json()}}))
     lines = [
         {"step": 1, "loss": 5.0, "joules": 200.0, "stage": "pseudo"},
         {"step": 2, "loss": 3.0, "joules": 400.0, "stage": "pseudo"},

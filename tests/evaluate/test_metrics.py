@@ -128,7 +128,7 @@ def test_every_metric_has_a_case_and_is_used() -> None:
     assert set(CASES) == {name for name, metric in METRICS.items() if metric.values is not None}
     # The CRPS against a second baseline has no task of its own.
     assert {name for task in TASKS.values() for name in task.metrics} == set(METRICS) - {
-        "crps_share_seasonal_naive"
+        "relative_crps_seasonal_naive"
     }
 
 
