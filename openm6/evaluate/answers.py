@@ -1,7 +1,16 @@
-"""Test examples answered by the model, whatever their target: text, an image, audio or numbers."""
+"""Records of a source as examples of a task, and the model's answers, whatever their target."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+
+from openm6.core.errors import DataError
+from openm6.core.seeds import numpy_generator
+from openm6.data.prepare import with_negatives
+from openm6.data.source import Source
 from openm6.evaluate.results import Answer
 from openm6.inference.engine import generate_texts, predict_distributions
 from openm6.inference.load import LoadedModel
@@ -9,13 +18,42 @@ from openm6.inference.masked import decode_masked
 from openm6.inference.prefill import Prompt
 from openm6.inference.sampling import MaskedSampling, Sampling
 from openm6.modalities.registry import source_segments, target_segment
-from openm6.tasks.task import Example
+from openm6.tasks.task import Example, Task
 
 BATCH = 32  # images, audio or rows of numbers decoded side by side
+Converted = TypeVar("Converted")
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """At most `count` indices of a total, from the first to the last."""
+    return [int(index) for index in np.linspace(0, max(0, total - 1), min(total, count))]
+
+
+def build_examples(
+    task: Task,
+    source: Source,
+    count: int,
+    seed: tuple[int, str],
+    convert: Callable[[Example], Converted],
+    language: str | None = None,
+) -> tuple[list[Example], list[Converted], list[DataError]]:
+    """Up to `count` records, evenly spaced, as examples with what `convert` makes of each, and the errors of others."""
+    examples, converted, errors = [], [], []
+    for index in evenly_spaced(len(source), count):
+        rng = numpy_generator(*seed, index)
+        try:
+            record = source[index]
+            record = with_negatives(record, source, rng) if task.needs_negatives else record
+            example = task.example(record, rng, language=language)
+            converted.append(convert(example))
+            examples.append(example)
+        except DataError as error:
+            errors.append(error)
+    return examples, converted, errors
 
 
 def answer(loaded: LoadedModel, examples: list[Example], sampling: MaskedSampling) -> list[Answer]:
-    """One answer per example; all must have targets of the same modality. Inpainting keeps what is given.
+    """One answer per example; all must have targets of the same modality. Inpainting keeps what is visible.
 
     The prompts of a batch are packed in one row, so an answer depends on its neighbours within rounding.
     """

@@ -8,16 +8,13 @@ The priors p(y) serve twice: as baselines of text and codes, and as a null predi
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 
 import numpy as np
 
-from openm6.core.errors import DataError
-from openm6.core.seeds import numpy_generator
-from openm6.data.prepare import with_negatives
 from openm6.data.source import Source
+from openm6.evaluate.answers import build_examples
+from openm6.evaluate.formatting import words
 from openm6.evaluate.metrics import METRICS, Scored, truths
 from openm6.inference.load import LoadedModel
 from openm6.modalities.audio import Audio
@@ -35,25 +32,18 @@ HELD_OUT = 4
 PSEUDO_COUNT = 0.5
 
 
-class TargetPrior(ABC):
-    """p(y) from the targets of the training split."""
+class TargetPrior:
+    """p(y) from the targets of the training split; in this class, without any, no target has a probability."""
 
-    @abstractmethod
     def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
         """-log2 p(y) of each target in bits; infinite for a target without probability.  # N"""
-
-
-class NoPrior(TargetPrior):
-    """The prior without training records: no target has a probability."""
-
-    def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
         return np.full(len(examples), np.inf)
 
 
 class AnswerFrequencies(TargetPrior):
     """Text: how often each answer occurs in the language of the prompt, add-half smoothed."""
 
-    def __init__(self, examples: list[Example], targets: list[Segment]) -> None:
+    def __init__(self, examples: list[Example]) -> None:
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
         for example in examples:
             self.counts[example.language][example.answer] += 1
@@ -101,7 +91,7 @@ class CodeFrequencies(TargetPrior):
     best.
     """
 
-    def __init__(self, examples: list[Example], targets: list[Segment], codebook_size: int) -> None:
+    def __init__(self, targets: list[Segment], codebook_size: int) -> None:
         codes = np.stack([target.arrays["codes"] for target in targets])  # M P G
         held_out = np.arange(len(codes)) % HELD_OUT == HELD_OUT - 1
         weight = 0.0
@@ -147,18 +137,11 @@ def training_examples(
     task: Task, source: Source, seed: int, modalities: Modalities
 ) -> tuple[list[Example], list[Segment]]:
     """Some training records of a source as examples of a task, with their targets; broken ones are left out."""
-    examples, targets = [], []
-    for index in np.linspace(0, len(source) - 1, min(len(source), MAX_TRAINING_EXAMPLES)).astype(int):
-        rng = numpy_generator(seed, "baseline", int(index))
-        try:
-            record = source[int(index)]
-            record = with_negatives(record, source, rng) if task.needs_negatives else record
-            example = task.example(record, rng)
-            targets.append(target_segment(example.target, modalities))
-            examples.append(example)
-        except DataError:
-            continue
-    return examples, targets
+
+    def target(example: Example) -> Segment:
+        return target_segment(example.target, modalities)
+
+    return build_examples(task, source, MAX_TRAINING_EXAMPLES, (seed, "baseline"), target)[:2]
 
 
 def fit_prior(
@@ -166,14 +149,14 @@ def fit_prior(
 ) -> TargetPrior:
     """The input-free predictor of a task's targets, from training examples."""
     if not examples:
-        return NoPrior()
+        return TargetPrior()
     if task.output_modality == "text":
-        return AnswerFrequencies(examples, targets)
+        return AnswerFrequencies(examples)
     if task.output_modality == "numbers":
         return ValueFrequencies(examples, targets)
     modality = loaded.modalities[task.output_modality]
     assert isinstance(modality, Image | Audio)
-    return CodeFrequencies(examples, targets, modality.codec.codebook_size)
+    return CodeFrequencies(targets, modality.codec.codebook_size)
 
 
 def baseline_values(metric: str, scored: Scored, prior: TargetPrior) -> np.ndarray | None:
@@ -194,30 +177,27 @@ def baseline_values(metric: str, scored: Scored, prior: TargetPrior) -> np.ndarr
     return None
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Point predictions of a naive rule for each example's observed truths, and its name."""
-
-    name: str
-    predictions: list[np.ndarray]
-
-
-def numbers_reference(
+def numbers_references(
     task: Task, examples: list[Example], train: list[Example], loaded: LoadedModel
-) -> list[Reference]:
-    """Baselines of a numbers task: the column's median; for a forecast, the last value and a seasonal naive rule."""
+) -> dict[str, list[np.ndarray]]:
+    """Point predictions of naive rules for the observed truths of each example, by the rule's name.
+
+    The column's median; for a forecast, the last value and a seasonal naive rule.
+    """
     if task.baseline != "last_value":
-        medians = [
-            np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[0])
-            for example in examples
-        ]
-        return [Reference(task.baseline.replace("_", " "), medians)]
-    season = find_season(train)
-    references = [Reference("last value", [_repeated(example, 1) for example in examples])]
-    if season > 1:
-        seasonal = [_repeated(example, season) for example in examples]
-        references.append(Reference(f"seasonal naive, period {season}", seasonal))
+        return {words(task.baseline): _of_columns(examples, loaded, 0)}
+    references = {"last value": [_repeated(example, 1) for example in examples]}
+    if (season := find_season(train)) > 1:
+        references[f"seasonal naive, period {season}"] = [_repeated(example, season) for example in examples]
     return references
+
+
+def _of_columns(examples: list[Example], loaded: LoadedModel, index: int) -> list[np.ndarray]:
+    """Location (0) or scale (1) of the column of each observed truth."""
+    return [
+        np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[index])
+        for example in examples
+    ]
 
 
 def find_season(train: list[Example]) -> int:
@@ -242,15 +222,12 @@ def _repeated(example: Example, period: int) -> np.ndarray:
         past = np.zeros(1)
     seen = np.maximum.accumulate(np.where(np.isfinite(past), np.arange(len(past)), -1))
     past = past[np.where(seen >= 0, seen, np.flatnonzero(np.isfinite(past))[0])]
-    values = list(example.answer.values)
-    steps = np.asarray(
-        [step for step, value in enumerate(values) if value is not None and np.isfinite(value)]
-    )
-    return past[len(past) - min(period, len(past)) + steps % min(period, len(past))]
+    values = example.answer.values
+    steps = np.asarray([i for i, value in enumerate(values) if value is not None and np.isfinite(value)])
+    period = min(period, len(past))
+    return past[len(past) - period + steps % period]
 
 
 def scales(examples: list[Example], loaded: LoadedModel) -> list[np.ndarray]:
     """The scale of the column of each observed truth: the unit in which errors of different columns are averaged."""
-    return [
-        np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[1]) for example in examples
-    ]
+    return _of_columns(examples, loaded, 1)

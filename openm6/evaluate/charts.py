@@ -25,8 +25,26 @@ Ticks = Sequence[tuple[float, str]]
 
 
 @dataclass(frozen=True)
+class Shape:
+    """An SVG path and the CSS class that styles it."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Shapes in drawing order and labels in percent of the box; `description` is for screen readers."""
+
+    description: str
+    shapes: list[Shape]
+    x: Ticks
+    y: Ticks
+
+
+@dataclass(frozen=True)
 class Frame:
-    """The part of the data plane that a chart shows; `x` and `y` map data into the box, whose y axis points down."""
+    """The part of the data plane that a chart shows, and its shapes; the y axis of the box points down."""
 
     left: float
     right: float
@@ -35,18 +53,47 @@ class Frame:
 
     @classmethod
     def around(cls, xs: np.ndarray, ys: np.ndarray, from_zero: bool = False) -> Frame:
-        """The frame that holds all finite points, with a margin above and below."""
+        """The frame that contains all finite points, with a margin above and below."""
         left, right = _extent(xs)
         bottom, top = _extent(ys)
         margin = 0.06 * (top - bottom)
-        bottom = min(0.0, bottom) if from_zero else bottom - margin
-        return cls(left, right, bottom, top + margin)
+        return cls(left, right, min(0.0, bottom) if from_zero else bottom - margin, top + margin)
 
-    def x(self, values: np.ndarray) -> np.ndarray:
+    def x(self, values: np.ndarray | float) -> np.ndarray:
+        """Positions in the box, in percent."""
         return 100 * (np.asarray(values, float) - self.left) / (self.right - self.left)
 
-    def y(self, values: np.ndarray) -> np.ndarray:
+    def y(self, values: np.ndarray | float) -> np.ndarray:
         return 100 * (self.top - np.asarray(values, float)) / (self.top - self.bottom)
+
+    def line(self, xs: np.ndarray, ys: np.ndarray, name: str) -> Shape:
+        """A line through the points, interrupted at points that are not finite."""
+        commands, drawing = [], False
+        for x, y in zip(self.x(xs), self.y(ys), strict=True):
+            if math.isfinite(x) and math.isfinite(y):
+                # `h0` draws an isolated point as a segment of length 0, which round line caps turn into a dot.
+                commands.append(f"L{x:.2f} {y:.2f}" if drawing else f"M{x:.2f} {y:.2f}h0")
+            drawing = math.isfinite(x) and math.isfinite(y)
+        return Shape(name, "".join(commands))
+
+    def area(self, xs: np.ndarray, low: np.ndarray, high: np.ndarray, name: str) -> Shape:
+        """The area between two lines, over the points at which both are finite."""
+        finite = np.isfinite(low) & np.isfinite(high) & np.isfinite(xs)
+        around = self.x(np.concatenate([xs[finite], xs[finite][::-1]]))
+        corners = zip(around, self.y(np.concatenate([low[finite], high[finite][::-1]])), strict=True)
+        path = "L".join(f"{x:.2f} {y:.2f}" for x, y in corners)
+        return Shape(name, f"M{path}Z" if path else "")
+
+    def vertical(self, x: float, name: str, top: float = 0.0) -> Shape:
+        """A vertical line at `x`, from the bottom of the box to `top`."""
+        return Shape(name, f"M{self.x(x):.2f} 100.00V{top:.2f}" if math.isfinite(x) else "")
+
+    def chart(self, shapes: Iterable[Shape], description: str, x: Ticks = (), y: Ticks = ()) -> Chart:
+        """A chart with a grid line at each tick of the y axis; ticks are in units of the data."""
+        columns = [(float(self.x(value)), text) for value, text in x]
+        rows = [(float(self.y(value)), text) for value, text in y]
+        grid = [Shape("grid", f"M0 {position:.2f}H100") for position, _ in rows]
+        return Chart(description, [*grid, *shapes], columns, rows)
 
 
 def _extent(values: np.ndarray) -> tuple[float, float]:
@@ -69,58 +116,6 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(multiple * step, 12) for multiple in range(first, last + 1)]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """An SVG path and the CSS class that styles it."""
-
-    name: str
-    path: str
-
-
-def line(frame: Frame, xs: np.ndarray, ys: np.ndarray, name: str) -> Shape:
-    """A line through the points, interrupted at points that are not finite."""
-    commands, drawing = [], False
-    for x, y in zip(frame.x(xs), frame.y(ys), strict=True):
-        if math.isfinite(x) and math.isfinite(y):
-            # `h0` draws an isolated point as a segment of length 0, which round line caps turn into a dot.
-            commands.append(f"L{x:.2f} {y:.2f}" if drawing else f"M{x:.2f} {y:.2f}h0")
-        drawing = math.isfinite(x) and math.isfinite(y)
-    return Shape(name, "".join(commands))
-
-
-def area(frame: Frame, xs: np.ndarray, low: np.ndarray, high: np.ndarray, name: str) -> Shape:
-    """The area between two lines, over the points at which both are finite."""
-    finite = np.isfinite(low) & np.isfinite(high) & np.isfinite(xs)
-    xs = frame.x(np.concatenate([xs[finite], xs[finite][::-1]]))
-    ys = frame.y(np.concatenate([low[finite], high[finite][::-1]]))
-    corners = "L".join(f"{x:.2f} {y:.2f}" for x, y in zip(xs, ys, strict=True))
-    return Shape(name, f"M{corners}Z" if corners else "")
-
-
-def vertical(frame: Frame, x: float, name: str, top: float = 0.0) -> Shape:
-    """A vertical line at `x`, from the bottom of the box to `top`."""
-    position = float(frame.x(np.array(x)))
-    return Shape(name, f"M{position:.2f} 100.00V{top:.2f}" if math.isfinite(position) else "")
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Shapes in drawing order and labels in percent of the box; `description` is read out by screen readers."""
-
-    description: str
-    shapes: list[Shape]
-    x: Ticks
-    y: Ticks
-
-
-def chart(frame: Frame, shapes: Iterable[Shape], description: str, x: Ticks = (), y: Ticks = ()) -> Chart:
-    """A chart with a grid line at each tick of the y axis; ticks are in units of the data."""
-    columns = [(float(frame.x(np.array(value))), text) for value, text in x]
-    rows = [(float(frame.y(np.array(value))), text) for value, text in y]
-    grid = [Shape("grid", f"M0 {position:.2f}H100") for position, _ in rows]
-    return Chart(description, [*grid, *shapes], columns, rows)
-
-
 def thin(values: np.ndarray, count: int = MAX_POINTS) -> list[np.ndarray]:
     """The values in at most `count` groups of neighbours: a long run is drawn no finer than a screen can show."""
     return np.array_split(values, min(count, len(values)))
@@ -139,13 +134,12 @@ def history(steps: np.ndarray, lines: np.ndarray, description: str, from_zero: b
     low, high = _deciles(lines[0]) if len(lines) == 1 else (means, means)
     frame = Frame.around(xs, np.stack([low, high]), from_zero)
     if len(lines) == 1:
-        shapes = [area(frame, xs, low, high, "spread")]
+        shapes = [frame.area(xs, low, high, "spread")]
     else:
-        shapes = [line(frame, xs, values, "fine") for values in means]
-    shapes.append(line(frame, xs, np.array([finite_mean(column) for column in means.T]), "line"))
+        shapes = [frame.line(xs, values, "fine") for values in means]
+    shapes.append(frame.line(xs, np.array([finite_mean(column) for column in means.T]), "line"))
     whole = [value for value in ticks(frame.left, frame.right) if value == round(value)]
-    return chart(
-        frame,
+    return frame.chart(
         shapes,
         description,
         x=[(value, short_count(value)) for value in whole],
@@ -203,11 +197,8 @@ def value_charts(answer: Histogram, truth: Any) -> list[ValueChart]:
     count = len(answer.probability)
     if len(values) != count:
         # The decoder predicts the observed values only.
-        observed = np.isfinite(values)
-        names, values = (
-            [name for name, kept in zip(names, observed, strict=True) if kept],
-            values[observed],
-        )
+        names = [name for name, value in zip(names, values, strict=True) if np.isfinite(value)]
+        values = values[np.isfinite(values)]
     if len(values) != count:
         # A truth of another length cannot be matched to the distributions.
         names, values = [""] * count, np.full(count, math.nan)
@@ -217,29 +208,23 @@ def value_charts(answer: Histogram, truth: Any) -> list[ValueChart]:
 def _value_chart(answer: Histogram, index: int, name: str, truth: float) -> ValueChart:
     quantiles = np.array([answer.quantile(level)[index] for level in LEVELS])  # rising
     low, median, high = (float(np.interp(level, LEVELS, quantiles)) for level in (0.1, 0.5, 0.9))
-    known = [truth] if math.isfinite(truth) else []
-    xs = np.array([quantiles[0], quantiles[-1], *known])
+    xs = np.array([quantiles[0], quantiles[-1], truth])
     frame = Frame.around(xs, np.array([0.0, 1.0]), from_zero=True)
-    shapes = [
-        _density(frame, quantiles),
-        line(frame, np.array([low, high]), np.zeros(2), "interval"),
-        vertical(frame, median, "median", top=30),
-        *[vertical(frame, truth, "truth") for truth in known],
-    ]
-    description = f"median {plain(median)}, 80 % between {plain(low)} and {plain(high)}, truth {plain(truth)}"
-    x = [(value, plain(value)) for value in ticks(frame.left, frame.right, 5)]
-    return ValueChart(chart(frame, shapes, description, x), name, low, median, high, truth)
-
-
-def _density(frame: Frame, quantiles: np.ndarray) -> Shape:
-    """The density between neighbouring quantiles, as an area scaled to the height of the chart."""
     width = np.maximum(np.diff(quantiles), 1e-9 * (frame.right - frame.left))
     density = np.diff(LEVELS) / width
     # Steps much narrower than a pixel make needles that would flatten the rest of the shape.
     density = np.minimum(density, 4 * np.median(density)) / min(density.max(), 4 * np.median(density))
-    xs = np.concatenate([quantiles[:1], (quantiles[:-1] + quantiles[1:]) / 2, quantiles[-1:]])
+    centers = np.concatenate([quantiles[:1], (quantiles[:-1] + quantiles[1:]) / 2, quantiles[-1:]])
     heights = np.concatenate([[0], density, [0]])
-    return area(frame, xs, np.zeros(len(heights)), heights * 0.96, "shape")
+    shapes = [
+        frame.area(centers, np.zeros(len(heights)), heights * 0.96, "shape"),
+        frame.line(np.array([low, high]), np.zeros(2), "interval"),
+        frame.vertical(median, "median", top=30),
+        *([frame.vertical(truth, "truth")] if math.isfinite(truth) else []),
+    ]
+    description = f"median {plain(median)}, 80 % between {plain(low)} and {plain(high)}, truth {plain(truth)}"
+    x = [(value, plain(value)) for value in ticks(frame.left, frame.right, 5)]
+    return ValueChart(frame.chart(shapes, description, x), name, low, median, high, truth)
 
 
 @dataclass(frozen=True)
@@ -264,16 +249,15 @@ def forecast_chart(past: NumberSeries, answer: Histogram, truth: Any) -> Forecas
     xs = np.array([1 - len(before), len(future)])
     frame = Frame.around(xs, np.concatenate([before, future, quantiles[0.1], quantiles[0.9]]))
     shapes = [
-        area(frame, steps[observed], quantiles[0.1], quantiles[0.9], "fan"),
-        area(frame, steps[observed], quantiles[0.25], quantiles[0.75], "fan"),
-        vertical(frame, 0, "now"),
-        line(frame, np.arange(1 - len(before), 1), before, "past"),
-        line(frame, np.concatenate([[0], steps]), np.concatenate([before[-1:], future]), "truth"),
-        line(frame, steps[observed], quantiles[0.5], "line"),
+        frame.area(steps[observed], quantiles[0.1], quantiles[0.9], "fan"),
+        frame.area(steps[observed], quantiles[0.25], quantiles[0.75], "fan"),
+        frame.vertical(0, "now"),
+        frame.line(np.arange(1 - len(before), 1), before, "past"),
+        frame.line(np.concatenate([[0], steps]), np.concatenate([before[-1:], future]), "truth"),
+        frame.line(steps[observed], quantiles[0.5], "line"),
     ]
     predicted, true = (" ".join(plain(value) for value in v[:12]) for v in (quantiles[0.5], future))
-    drawing = chart(
-        frame,
+    drawing = frame.chart(
         shapes,
         f"{words(past.name)}: predicted {predicted}; truth {true}",
         x=[(frame.left, f"{plain(frame.left - 1)} steps"), (0, "now"), (len(future), f"+{len(future)}")],

@@ -38,7 +38,7 @@ def read_lines(run: RunFolder) -> Lines:
 
 @dataclass(frozen=True)
 class EnergyAccount:
-    """A tracker with the grid and the PUE that its joules came through, and the losses of its stages.
+    """The joules of a run with the grid and the PUE behind them, and the losses of its stages.
 
     losses: stage -> mean loss at its beginning and at its end; evaluation: joules of evaluating the finished run.
     """
@@ -86,23 +86,20 @@ class EnergyAccount:
             "pue": self.pue,
             "of_gpt3_per_token": self.of_gpt3,
             "stages": {
-                name: {**self._entry(account), "joules_per_point_of_loss": self.joules_per_point(name)}
-                for name, account in tracker.stages.items()
+                name: {**self._entry(use), "joules_per_point_of_loss": self.joules_per_point(name)}
+                for name, use in tracker.stages.items()
             },
-            "modalities": {name: self._entry(account) for name, account in tracker.modalities.items()},
-            "tasks": {name: self._entry(account) for name, account in tracker.tasks.items()},
+            "modalities": {name: self._entry(use) for name, use in tracker.modalities.items()},
+            "tasks": {name: self._entry(use) for name, use in tracker.tasks.items()},
             "between_steps_joules": tracker.between,
             "repeated_joules": tracker.repeated,
             "evaluation_joules": self.evaluation,
         }
 
-    def _entry(self, account: EnergyUse) -> dict[str, float]:
-        return {
-            "joules": account.joules,
-            "g_co2e": self.grams(account.joules),
-            "tokens": account.tokens,
-            "joules_per_1000_tokens": 1000 * account.joules / max(1, account.tokens),
-        }
+    def _entry(self, use: EnergyUse) -> dict[str, float]:
+        per_1000 = 1000 * use.joules / max(1, use.tokens)
+        entry = {"joules": use.joules, "g_co2e": self.grams(use.joules), "tokens": use.tokens}
+        return {**entry, "joules_per_1000_tokens": per_1000}
 
 
 def read_account(

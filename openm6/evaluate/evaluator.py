@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,26 +15,26 @@ from pydantic import Field, PositiveInt
 
 from openm6.core.config import Config
 from openm6.core.device import usable_cores
-from openm6.core.errors import DataError, MissingFieldError
+from openm6.core.errors import MissingFieldError
 from openm6.core.log import get_log
 from openm6.core.seeds import numpy_generator
-from openm6.data.prepare import example_sequence, with_negatives
+from openm6.data.prepare import example_sequence
 from openm6.data.source import Source
 from openm6.distributed.worker_pool import WorkerPool, can_fork
-from openm6.evaluate.answers import answer
+from openm6.evaluate.answers import answer, build_examples, evenly_spaced
 from openm6.evaluate.baselines import (
-    Reference,
     TargetPrior,
     baseline_values,
     fit_prior,
-    numbers_reference,
+    numbers_references,
     scales,
     training_examples,
 )
+from openm6.evaluate.formatting import words
 from openm6.evaluate.knn import fit_knn
 from openm6.evaluate.likelihood import answer_entropy, likelihoods
 from openm6.evaluate.metrics import METRICS, Scored, all_metrics, relative_crps
-from openm6.evaluate.results import UNKNOWN, EvalReport, Sample, TaskResult, bootstrap_interval
+from openm6.evaluate.results import UNKNOWN, EvalReport, Interval, Sample, TaskResult, bootstrap_interval
 from openm6.evaluate.retrieval import evaluate_retrieval
 from openm6.inference.load import LoadedModel
 from openm6.inference.sampling import MaskedSampling
@@ -93,9 +93,8 @@ def evaluate_tasks(
     results: dict[int, TaskResult] = {}
     for index, result in parallel_map(evaluated, _slowest_first(trained_tasks), workers):
         if result is None:
-            get_log().info(
-                f"{trained_tasks[index].task}/{trained_tasks[index].source}: no test records, not evaluated"
-            )
+            one = trained_tasks[index]
+            get_log().info(f"{one.task}/{one.source}: no test records, not evaluated")
             continue
         results[index] = result
         on_result(result)
@@ -105,9 +104,7 @@ def evaluate_tasks(
 
 def _slowest_first(trained_tasks: list[TrainedTask]) -> list[int]:
     """Indices of the trained tasks, those that generate images or audio first, so that all processes end together."""
-    fast = [
-        task_named(trained_task.task).output_modality in ("text", "numbers") for trained_task in trained_tasks
-    ]
+    fast = [task_named(one.task).output_modality in ("text", "numbers") for one in trained_tasks]
     return sorted(range(len(trained_tasks)), key=fast.__getitem__)
 
 
@@ -147,24 +144,19 @@ def select_examples(
     task: Task, source: Source, config: EvalConfig, modalities: Modalities
 ) -> tuple[list[Example], list[PackedExample]]:
     """Up to `records` test records, evenly spaced, as examples of the task and as tokens, without broken ones."""
-    examples: list[Example] = []
-    sequences: list[PackedExample] = []
-    skipped = 0
-    indices = np.linspace(0, max(0, len(source) - 1), min(len(source), config.records)).astype(int)
-    for index in indices:
-        rng = numpy_generator(config.seed, task.name, int(index))
-        try:
-            record = source[int(index)]
-            record = with_negatives(record, source, rng) if task.needs_negatives else record
-            example = task.example(record, rng)
-            sequences.append(example_sequence(example, modalities))
-            examples.append(example)
-        except MissingFieldError:
-            skipped += 1
-        except DataError as error:
+
+    def convert(example: Example) -> PackedExample:
+        return example_sequence(example, modalities)
+
+    seed = (config.seed, task.name)
+    examples, sequences, errors = build_examples(task, source, config.records, seed, convert)
+    lacking = sum(isinstance(error, MissingFieldError) for error in errors)
+    for error in errors:
+        if not isinstance(error, MissingFieldError):
             get_log().info(f"{task.name}: a test record is left out: {error}")
-    if skipped:
-        get_log().info(f"{task.name}: {skipped} of {len(indices)} test records lack a field that it needs")
+    if lacking:
+        total = len(examples) + len(errors)
+        get_log().info(f"{task.name}: {lacking} of {total} test records lack a field that it needs")
     return examples, sequences
 
 
@@ -182,31 +174,44 @@ def evaluate_task(
     prior = fit_prior(task, train_examples, train_targets, loaded)
     found = likelihoods(loaded, examples, sequences, trained_task.source, prior)
 
-    limit = config.drawn if task.output_modality in ("image", "audio") else config.answers
-    chosen = np.linspace(0, len(examples) - 1, min(len(examples), limit)).astype(int)
+    has_codes = task.output_modality in ("image", "audio")
+    chosen = evenly_spaced(len(examples), config.drawn if has_codes else config.answers)
     answered = [examples[row] for row in chosen]
     scored = Scored(answered, answer(loaded, answered, config.decoding))
-    baseline_name = task.baseline.replace("_", " ")
+    baseline_name = words(task.baseline)
     against_others: dict[str, np.ndarray] = {}
     if task.output_modality == "numbers":
-        references = numbers_reference(task, answered, train_examples, loaded)
+        references = numbers_references(task, answered, train_examples, loaded)
         scored, baseline_name, against_others = _score_numbers(scored, references, loaded)
-    elif task.output_modality in ("image", "audio"):
+    elif has_codes:
         chosen_sequences = [sequences[row] for row in chosen]
         scored = _score_codes(scored, task, found.bits[chosen], chosen_sequences, prior, loaded, train)
     values = all_metrics(task.metrics, scored) | against_others
-    blocks = [example.block for example in examples]
+    metric = task.metrics[0]
+    better = METRICS[metric].better
+    baseline = baseline_values(metric, scored, prior)
+
+    def interval(of_each: np.ndarray, records: list[Example]) -> Interval:
+        return bootstrap_interval(of_each, config.seed, [example.block for example in records])
+
+    advantage = UNKNOWN
+    if baseline is not None:
+        sign = 1 if better == "higher" else -1
+        advantage = interval(sign * (values[metric] - baseline), answered)
     return TaskResult(
         task=task.name,
         source=trained_task.source,
         input_modality=task.input_modality,
         output_modality=task.output_modality,
-        **_comparison(
-            task.metrics[0], values, baseline_values(task.metrics[0], scored, prior), answered, config
-        ),
+        metric=metric,
+        value=float(values[metric].mean()),
+        value_interval=interval(values[metric], answered),
+        baseline=float("nan") if baseline is None else float(baseline.mean()),
+        better=better,
+        advantage_interval=advantage,
         baseline_name=baseline_name,
         information_gain=float(found.gain.mean()),
-        information_interval=bootstrap_interval(found.gain, config.seed, blocks),
+        information_interval=interval(found.gain, examples),
         null_predictor=found.null_predictor,
         answer_entropy=answer_entropy(examples, prior),
         records=len(examples),
@@ -216,38 +221,15 @@ def evaluate_task(
     )
 
 
-def _comparison(
-    metric: str,
-    values: dict[str, np.ndarray],
-    baseline: np.ndarray | None,
-    answered: list[Example],
-    config: EvalConfig,
-) -> dict[str, Any]:
-    """The first metric and its baseline, as fields of a TaskResult."""
-    blocks = [example.block for example in answered]
-    advantage = UNKNOWN
-    if baseline is not None:
-        sign = 1 if METRICS[metric].better == "higher" else -1
-        advantage = bootstrap_interval(sign * (values[metric] - baseline), config.seed, blocks)
-    return {
-        "metric": metric,
-        "value": float(values[metric].mean()),
-        "value_interval": bootstrap_interval(values[metric], config.seed, blocks),
-        "baseline": float("nan") if baseline is None else float(baseline.mean()),
-        "better": METRICS[metric].better,
-        "advantage_interval": advantage,
-    }
-
-
 def _score_numbers(
-    scored: Scored, references: list[Reference], loaded: LoadedModel
+    scored: Scored, references: dict[str, list[np.ndarray]], loaded: LoadedModel
 ) -> tuple[Scored, str, dict[str, np.ndarray]]:
     """Scored against the baseline with the smallest error, its name, and the error relative to the other baselines."""
     scale = scales(scored.examples, loaded)
-    against = {x.name: replace(scored, scale=scale, reference=x.predictions) for x in references}
+    against = {name: replace(scored, scale=scale, reference=found) for name, found in references.items()}
     best = min(against, key=lambda name: against[name].reference_errors().mean())
-    names = {x.name: f"relative_crps_{x.name.split(',')[0].replace(' ', '_')}" for x in references[1:]}
-    return against[best], best, {key: relative_crps(against[name]) for name, key in names.items()}
+    keys = {name: f"relative_crps_{name.split(',')[0].replace(' ', '_')}" for name in list(references)[1:]}
+    return against[best], best, {key: relative_crps(against[name]) for name, key in keys.items()}
 
 
 def _score_codes(
@@ -275,6 +257,4 @@ def _samples(scored: Scored, config: EvalConfig) -> list[Sample]:
     """A few answered records in random order, since neighbours in a table are often alike."""
     rows = numpy_generator(config.seed, "samples").permutation(len(scored.examples))[: config.samples]
     pairs = [(scored.examples[int(row)], scored.answers[int(row)]) for row in rows]
-    return [
-        Sample(example.source, answered, example.answer, example.record_id) for example, answered in pairs
-    ]
+    return [Sample(one.source, answered, one.answer, one.record_id) for one, answered in pairs]

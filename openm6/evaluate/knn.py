@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from openm6.core.errors import DataError
 from openm6.data.source import Source
+from openm6.evaluate.answers import evenly_spaced
 from openm6.evaluate.results import Answer
 from openm6.inference.load import LoadedModel
 from openm6.modalities.audio import read_audio
@@ -23,13 +25,13 @@ NEIGHBOURS = 3
 MAX_LABELS, MIN_RECORDS_PER_LABEL, MAX_RECORDS = 50, 5, 2000
 
 
+@dataclass(frozen=True)
 class KNNClassifier:
-    """Labels an answer by its nearest training records."""
+    """Labels an answer by its nearest training records.  # N F, N"""
 
-    def __init__(
-        self, features: np.ndarray, labels: list[str], extract: Callable[[object], np.ndarray]
-    ) -> None:
-        self.features, self.labels, self.extract = features, labels, extract
+    features: np.ndarray
+    labels: list[str]
+    extract: Callable[[object], np.ndarray]
 
     def predict(self, answers: list[Answer]) -> list[str]:
         """The most frequent label among the nearest records of each answer."""
@@ -46,14 +48,13 @@ def fit_knn(loaded: LoadedModel, source: Source, modality: str) -> KNNClassifier
     counts = Counter(label for label in source.values("label") if label is not None)
     if not 2 <= len(counts) <= MAX_LABELS or min(counts.values()) < MIN_RECORDS_PER_LABEL:
         return None
-    key = {"image": "image", "audio": "audio"}[modality]
     extract = image_features if modality == "image" else _audio_features(loaded)
     features, labels = [], []
-    for index in np.linspace(0, len(source) - 1, min(len(source), MAX_RECORDS)).astype(int):
+    for index in evenly_spaced(len(source), MAX_RECORDS):
         try:
-            record = source[int(index)]
-            if record.get(key) and record.get("label"):
-                features.append(extract(record[key]))
+            record = source[index]
+            if record.get(modality) and record.get("label"):
+                features.append(extract(record[modality]))
                 labels.append(record["label"])
         except DataError:
             continue

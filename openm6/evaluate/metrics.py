@@ -25,9 +25,8 @@ from openm6.tasks.task import Example
 class Scored:
     """The input of metrics: examples with answers, and statistics of the training split.
 
-    `bits_per_code` are those of each example for the model, `prior_bits_per_code` those of the training frequencies
-    (image and audio targets only); `scale` is the scale of the column of each true value and
-    `reference` the baseline's point predictions (numbers only).
+    Images and audio: `bits_per_code` of each example for the model, `prior_bits_per_code` for the training frequencies.
+    Numbers: `scale` of the column of each true value, and the baseline's point predictions as `reference`.
     """
 
     examples: list[Example]
@@ -96,16 +95,15 @@ def bigram_f1(answer: str, truth: str) -> float:
     """F1 of character bigrams, or of characters if either text has one only; needs no word boundaries."""
     size = 2 if min(len(answer), len(truth)) > 1 else 1
     first, second = (Counter(t[i : i + size] for i in range(len(t) - size + 1)) for t in (answer, truth))
-    shared = sum((first & second).values())
-    total = sum(first.values()) + sum(second.values())
-    return 2 * shared / total if total else float(answer == truth)
+    total = first.total() + second.total()
+    return 2 * (first & second).total() / total if total else float(answer == truth)
 
 
 def _exact_match(scored: Scored) -> np.ndarray:
     return np.asarray([same_text(answer, truth) for answer, truth in scored.texts()], float)
 
 
-def _character_f1(scored: Scored) -> np.ndarray:
+def _char_bigram_f1(scored: Scored) -> np.ndarray:
     return np.asarray([bigram_f1(answer, truth) for answer, truth in scored.texts()])
 
 
@@ -121,11 +119,8 @@ def _mae(scored: Scored) -> np.ndarray:
 
 
 def _coverage_80(scored: Scored) -> np.ndarray:
-    inside = []
-    for histogram, truth in scored.histograms():
-        low, high = histogram.interval(0.8)
-        inside.append(((truth >= low) & (truth <= high)).mean())
-    return np.asarray(inside)
+    pairs = [(histogram.interval(0.8), truth) for histogram, truth in scored.histograms()]
+    return np.asarray([((truth >= low) & (truth <= high)).mean() for (low, high), truth in pairs])
 
 
 def _knn_accuracy(scored: Scored) -> np.ndarray | None:
@@ -151,91 +146,35 @@ def masked_psnr(answer: Image.Image, example: Example) -> float:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(
-            "exact_match",
-            "exact match",
-            "answers equal to the truth, except for case and full stops",
-            "higher",
-            _exact_match,
-            percent=True,
-        ),
-        Metric(
-            "char_bigram_f1",
-            "character bigram F1",
-            "overlap of character bigrams with the truth; 100 % is equal",
-            "higher",
-            _character_f1,
-            percent=True,
-        ),
-        Metric(
-            "bits_per_code",
-            "bits per code",
-            "negative log-likelihood per code of the true image or audio; in inpainting, of the masked region",
-            "lower",
-            lambda scored: scored.bits_per_code,
-        ),
-        Metric(
-            "knn_accuracy",
-            "kNN accuracy",
-            "generated images or audio that a kNN classifier of real ones assigns to the right label",
-            "higher",
-            _knn_accuracy,
-            percent=True,
-        ),
-        Metric(
-            "masked_psnr",
-            "PSNR of the masked region",
-            "similarity of the inpainted region to the truth, in decibels",
-            "higher",
-            _masked_psnr,
-        ),
-        Metric(
-            "relative_crps",
-            "relative CRPS",
-            "error of the predicted distribution (CRPS) relative to the baseline; below 100 % is better",
-            "lower",
-            relative_crps,
-            percent=True,
-        ),
-        Metric(
-            "mae",
-            "MAE of the median",
-            "mean absolute error of the predicted median, in scales of the column",
-            "lower",
-            _mae,
-        ),
-        Metric(
-            "recall_at_1",
-            "recall at 1",
-            "queries whose match is the nearest of all test records, in both directions and languages",
-            "higher",
-            percent=True,
-        ),
-        Metric(
-            "recall_at_5",
-            "recall at 5",
-            "queries whose match is among the five nearest",
-            "higher",
-            percent=True,
-        ),
-        Metric(
-            "relative_crps_seasonal_naive",
-            "relative CRPS, seasonal naive",
-            "the same relative to the error of repeating the last season of the series",
-            "lower",
-            percent=True,
-        ),
-        Metric(
-            "coverage_80",
-            "80 % coverage",
-            "true values inside the 80 % interval; above 80 % the intervals are too wide, below it too narrow",
-            "higher",
-            _coverage_80,
-            percent=True,
-            goal=0.8,
-        ),
+        Metric("exact_match", "exact match", "answers equal to the truth, except for case and full stops",
+               "higher", _exact_match, percent=True),
+        Metric("char_bigram_f1", "character bigram F1", "overlap of character bigrams with the truth; 100 % is equal",
+               "higher", _char_bigram_f1, percent=True),
+        Metric("bits_per_code", "bits per code",
+               "negative log-likelihood per code of the true image or audio; in inpainting, of the masked region",
+               "lower", lambda scored: scored.bits_per_code),
+        Metric("knn_accuracy", "kNN accuracy",
+               "generated images or audio that a kNN classifier of real ones assigns to the right label",
+               "higher", _knn_accuracy, percent=True),
+        Metric("masked_psnr", "PSNR of the masked region",
+               "similarity of the inpainted region to the truth, in decibels", "higher", _masked_psnr),
+        Metric("relative_crps", "relative CRPS",
+               "error of the predicted distribution (CRPS) relative to the baseline; below 100 % is better",
+               "lower", relative_crps, percent=True),
+        Metric("mae", "MAE of the median", "mean absolute error of the predicted median, in scales of the column",
+               "lower", _mae),
+        Metric("recall_at_1", "recall at 1",
+               "queries whose match is the nearest of all test records, in both directions and languages",
+               "higher", percent=True),
+        Metric("recall_at_5", "recall at 5", "queries whose match is among the five nearest",
+               "higher", percent=True),
+        Metric("relative_crps_seasonal_naive", "relative CRPS, seasonal naive",
+               "the same relative to the error of repeating the last season of the series", "lower", percent=True),
+        Metric("coverage_80", "80 % coverage",
+               "true values inside the 80 % interval; above 80 % the intervals are too wide, below it too narrow",
+               "higher", _coverage_80, percent=True, goal=0.8),
     )
-}
+}  # fmt: skip
 
 
 def all_metrics(names: tuple[str, ...], scored: Scored) -> dict[str, np.ndarray]:
@@ -251,9 +190,7 @@ def all_metrics(names: tuple[str, ...], scored: Scored) -> dict[str, np.ndarray]
 
 def is_percent(metric: str) -> bool:
     """Whether a metric is reported in per cent."""
-    if metric in METRICS:
-        return METRICS[metric].percent
-    return "recall_at_" in metric or "chance_at_" in metric
+    return METRICS[metric].percent if metric in METRICS else "recall_at_" in metric or "chance_at_" in metric
 
 
 def metric_title(metric: str) -> str:

@@ -107,9 +107,8 @@ def report_environment() -> jinja2.Environment:
 
 def _printable(value: Any) -> Any:
     """Text without the characters that no page may contain; called on each value before it is escaped."""
-    return (
-        _CONTROL.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
-    )
+    is_text = isinstance(value, str) and not isinstance(value, Markup)
+    return _CONTROL.sub("\ufffd", value) if is_text else value
 
 
 def _is_chinese(text: str) -> bool:
@@ -176,7 +175,7 @@ def _sample_sections(results: list[TaskResult]) -> dict[str, list[dict[str, Any]
         for index, result in enumerate(results):
             if not result.samples or result.output_modality != kind:
                 continue
-            # An equal share of the bytes that are left: what one task saves, the next may use.
+            # An equal part of the bytes that are left: what one task saves, the next may use.
             media = MediaBudget(left // waiting)
             card = {
                 "result": result,
@@ -241,13 +240,10 @@ def sample_data(sample: Sample, media: MediaBudget) -> SampleData:
     if isinstance(answer, np.ndarray):
         seconds = len(answer) / RATE
         truth = _cut_truth(truth, seconds)
-        # A masked span is given in fractions of the length of the answer.
-        parts = [
-            part
-            if part.options.get("mask_span") is None
-            else replace(part, options={**part.options, "seconds": seconds})
-            for part in parts
-        ]
+        for index, part in enumerate(parts):
+            # A masked span is in fractions of the length of the answer.
+            if part.options.get("mask_span") is not None:
+                parts[index] = replace(part, options={**part.options, "seconds": seconds})
     rest = [_input(part, media) for part in parts if part.modality not in ("image", "audio")]
     row = [_input_media(part, media) for part in parts if part.modality in ("image", "audio")]
     show = media.image if isinstance(answer, Image.Image) else media.audio
@@ -285,52 +281,43 @@ def _input_media(part: Part, media: MediaBudget) -> Media:
         return Media("input", missing=str(error))
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A chart of the training: its title, the reading beside it, its colour and a note below."""
-
-    title: str
-    reading: str
-    chart: Chart
-    tone: str = "plain"
-    note: str = ""
+def _curve(title: str, reading: str, chart: Chart, tone: str = "plain", note: str = "") -> dict[str, Any]:
+    """A chart of the training with its title, the reading beside it, its colour and a note below."""
+    return {"title": title, "reading": reading, "chart": chart, "tone": tone, "note": note}
 
 
 def _training(lines: Lines, facts: RunFacts) -> dict[str, Any]:
     last = lines[-1] if lines else {}
-    data: dict[str, Any] = {
+    steps, drawn = np.array([line["step"] for line in lines], float), len(lines) >= 2
+    return {
         "speed": facts.tokens / facts.seconds if facts.seconds > 0 else math.nan,
         "skipped": last.get("non_finite", 0),
         "spikes": last.get("spikes", 0),
-        "losses": [],
-        "curves": [],
+        "losses": _loss_curves(steps, lines) if drawn else [],
+        "curves": [*_load_curve(steps, lines), _speed_curve(steps, lines)] if drawn else [],
     }
-    if len(lines) >= 2:
-        steps = np.array([line["step"] for line in lines], float)
-        data["losses"] = [_loss_curve(name, steps, lines) for name in loss_names(lines)]
-        data["curves"] = [*_load_curve(steps, lines), _speed_curve(steps, lines)]
-    return data
 
 
-def loss_names(lines: Lines) -> list[str]:
-    """Keys of losses by modality, in the order of MODALITIES; the total if there are none."""
-    names = sorted({key for line in lines for key in line if key.startswith("loss/")})
-    order = list(MODALITIES)
-    return sorted(names, key=lambda n: order.index(_kind(n)) if _kind(n) in order else len(order)) or ["loss"]
+def _loss_curves(steps: np.ndarray, lines: Lines) -> list[dict[str, Any]]:
+    """The losses by modality, in the order of MODALITIES; the total if there are none."""
+    names = {
+        key.removeprefix("loss/").removesuffix("_out"): key
+        for line in lines
+        for key in line
+        if key.startswith("loss/")
+    }
+    order = [*(kind for kind in MODALITIES if kind in names), *sorted(names.keys() - MODALITIES)]
+    curves = []
+    for kind in order or ["loss"]:
+        values = _column(lines, names.get(kind, kind))
+        first, last = _ends(values)
+        drawing = history(steps, values[None], f"loss {kind} over steps")
+        reading = f"{plain(first, 3)} → {plain(last, 3)}"
+        curves.append(_curve(MODALITIES.get(kind, kind), reading, drawing, kind))
+    return curves
 
 
-def _kind(name: str) -> str:
-    return name.removeprefix("loss/").removesuffix("_out")
-
-
-def _loss_curve(name: str, steps: np.ndarray, lines: Lines) -> Curve:
-    kind, values = _kind(name), _column(lines, name)
-    first, last = _ends(values)
-    drawing = history(steps, values[None], f"loss {kind} over steps")
-    return Curve(MODALITIES.get(kind, kind), f"{plain(first, 3)} → {plain(last, 3)}", drawing, kind)
-
-
-def _load_curve(steps: np.ndarray, lines: Lines) -> list[Curve]:
+def _load_curve(steps: np.ndarray, lines: Lines) -> list[dict[str, Any]]:
     """The coefficient of variation of the experts' load; none for a dense model."""
     rows = [line.get("expert_load_cv") or [] for line in lines]
     depth = max(len(row) for row in rows)
@@ -342,16 +329,15 @@ def _load_curve(steps: np.ndarray, lines: Lines) -> list[Curve]:
     drawing = history(steps, layers, "coefficient of variation of expert load over steps", from_zero=True)
     _, last = _ends(np.array([finite_mean(column) for column in layers.T]))
     note = "σ/μ of the tokens per expert, by layer (fine) and on average: 0 is a perfect balance."
-    return [Curve("expert load CV", plain(last, 3), drawing, note=note)]
+    return [_curve("expert load CV", plain(last, 3), drawing, note=note)]
 
 
-def _speed_curve(steps: np.ndarray, lines: Lines) -> Curve:
+def _speed_curve(steps: np.ndarray, lines: Lines) -> dict[str, Any]:
     values = _column(lines, "tokens_per_second")
     median = float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
     drawing = history(steps, values[None], "tokens per second over steps", from_zero=True)
-    return Curve(
-        "tokens per second", plain(median), drawing, note="Packed input and target tokens; median above."
-    )
+    note = "Packed input and target tokens; median above."
+    return _curve("tokens per second", plain(median), drawing, note=note)
 
 
 def _column(lines: Lines, name: str) -> np.ndarray:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from openm6.core.errors import DataError
-from openm6.core.seeds import numpy_generator
 from openm6.data.source import Source
+from openm6.evaluate.answers import build_examples
 from openm6.evaluate.results import TaskResult, bootstrap_interval
 from openm6.inference.engine import embed
 from openm6.inference.load import LoadedModel
+from openm6.modalities.interface import Segment
 from openm6.modalities.registry import source_segments
 from openm6.models.description import TrainedTask
 from openm6.tasks.registry import task_named
@@ -44,12 +44,10 @@ class Search:
         misses = [math.comb(size - int(count), k) / math.comb(size, k) for count in self.matches.sum(1)]
         return 1 - np.asarray(misses)
 
-    def recall(self, k: int) -> float:
-        return float(self.hits(k).mean())
-
-    def chance(self, k: int) -> float:
-        """The recall of a gallery in random order."""
-        return float(self.chance_hits(k).mean())
+    def recalls(self) -> dict[str, float]:
+        """Mean recall at each rank, and that of a gallery in random order."""
+        recall = {f"recall_at_{k}": float(self.hits(k).mean()) for k in RANKS}
+        return recall | {f"chance_at_{k}": float(self.chance_hits(k).mean()) for k in RANKS}
 
     def bits(self, scale: float) -> np.ndarray:
         """log2 of the softmax probability of the matches, relative to a uniform one.  # Q"""
@@ -73,17 +71,12 @@ def evaluate_retrieval(
 
 
 def examples_in(task: Task, source: Source, language: str, seed: int, loaded: LoadedModel) -> list[Example]:
-    """Test records that can be posed in a language and decoded."""
-    found = []
-    for index in np.linspace(0, len(source) - 1, min(len(source), MAX_GALLERY)).astype(int):
-        rng = numpy_generator(seed, task.name, int(index))
-        try:
-            example = task.example(source[int(index)], rng, language=language)
-            source_segments([example.target], loaded.modalities)
-            found.append(example)
-        except DataError:
-            continue
-    return found
+    """Test records that have a prompt in a language and can be decoded."""
+
+    def decode(example: Example) -> list[Segment]:
+        return source_segments([example.target], loaded.modalities)
+
+    return build_examples(task, source, MAX_GALLERY, (seed, task.name), decode, language)[0]
 
 
 def both_directions(loaded: LoadedModel, task: Task, examples: list[Example], language: str) -> list[Search]:
@@ -93,10 +86,8 @@ def both_directions(loaded: LoadedModel, task: Task, examples: list[Example], la
     targets = embed(loaded, [[example.target] for example in examples])
     similarity = inputs @ targets.T  # Q E, G E -> Q G
     matches = np.asarray([[x.key == y.key for y in examples] for x in unique])
-    forward, backward = (
-        f"{task.input_modality}_to_{task.output_modality}_{language}",
-        f"{task.output_modality}_to_{task.input_modality}_{language}",
-    )
+    forward = f"{task.input_modality}_to_{task.output_modality}_{language}"
+    backward = f"{task.output_modality}_to_{task.input_modality}_{language}"
     return [Search(forward, similarity, matches), Search(backward, similarity.T, matches.T)]
 
 
@@ -105,11 +96,10 @@ def _result(
 ) -> TaskResult:
     """One result: the mean over directions and languages, and each of them among the metrics."""
     task = task_named(trained_task.task)
-    metrics = {f"recall_at_{k}": float(np.mean([s.recall(k) for s in searches])) for k in RANKS}
-    metrics |= {f"chance_at_{k}": float(np.mean([s.chance(k) for s in searches])) for k in RANKS}
-    for search in searches:
-        metrics |= {f"{search.name}_recall_at_{k}": search.recall(k) for k in RANKS}
-        metrics |= {f"{search.name}_chance_at_{k}": search.chance(k) for k in RANKS}
+    recalls = {search.name: search.recalls() for search in searches}
+    keys = next(iter(recalls.values()))
+    metrics = {key: float(np.mean([each[key] for each in recalls.values()])) for key in keys}
+    metrics |= {f"{name}_{key}": value for name, each in recalls.items() for key, value in each.items()}
     scale = float(loaded.pool.scale.detach())
     bits, hits, chance_hits = (
         np.concatenate(values)

@@ -44,18 +44,14 @@ def chosen_tasks(description: CheckpointConfig, tasks: list[str] | None) -> list
     Raises:
         ConfigError: a name that the model was not trained on.
     """
-    trained_tasks = list(description.trained_tasks)
     if tasks is None:
-        return trained_tasks
-    known = {
-        name
-        for trained_task in trained_tasks
-        for name in (trained_task.task, f"{trained_task.task}/{trained_task.source}")
-    }
+        return list(description.trained_tasks)
+    names = [{one.task, f"{one.task}/{one.source}"} for one in description.trained_tasks]
+    known = sorted(set().union(*names))
     for name in tasks:
         if name not in known:
-            raise ConfigError(f"this model was not trained on task {name!r}; {nearest(name, sorted(known))}")
-    return [x for x in trained_tasks if x.task in tasks or f"{x.task}/{x.source}" in tasks]
+            raise ConfigError(f"this model was not trained on task {name!r}; {nearest(name, known)}")
+    return [one for one, own in zip(description.trained_tasks, names, strict=True) if own & set(tasks)]
 
 
 def evaluate(
@@ -86,9 +82,9 @@ def evaluate(
     config = _eval_config(description, settings or [])
     configs = source_configs(description.sources, str(loaded.checkpoint))
     if data is not None:
-        used = {trained_task.source for trained_task in trained_tasks}
+        used = {one.source for one in trained_tasks}
         train = test = open_own_data(str(data), {name: configs[name] for name in configs if name in used})
-        trained_tasks = [trained_task for trained_task in trained_tasks if trained_task.source in test]
+        trained_tasks = [one for one in trained_tasks if one.source in test]
     else:
         train, test = open_sources(configs, "train"), open_sources(configs, "test")
     report = evaluate_tasks(loaded, trained_tasks, train, test, config, on_result)

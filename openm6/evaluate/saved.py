@@ -76,12 +76,11 @@ def _encode(value: Any) -> Any:
     if isinstance(value, bytes):
         return {_TAG: "bytes", "base64": base64.b64encode(value).decode()}
     if isinstance(value, Image.Image):
-        stream = io.BytesIO()
-        value.save(stream, "PNG")
-        return {_TAG: "image", "base64": base64.b64encode(stream.getvalue()).decode()}
+        return {_TAG: "image", "pixels": _encode(np.asarray(value.convert("RGB")))}
     if isinstance(value, np.ndarray):
-        text = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
-        return {_TAG: "array", "base64": text, "dtype": value.dtype.str, "shape": list(value.shape)}
+        stream = io.BytesIO()
+        np.save(stream, value, allow_pickle=False)
+        return {_TAG: "array", "npy": base64.b64encode(stream.getvalue()).decode()}
     if isinstance(value, Histogram):
         scale = np.stack([value.loc, value.scale], axis=1)
         return {_TAG: "histogram", "probability": _encode(value.probability), "scale": _encode(scale)}
@@ -106,10 +105,8 @@ def _decode(value: Any) -> Any:
 
 _DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "bytes": lambda found: base64.b64decode(found["base64"]),
-    "image": lambda found: Image.open(io.BytesIO(base64.b64decode(found["base64"]))).convert("RGB"),
-    "array": lambda found: np.frombuffer(base64.b64decode(found["base64"]), found["dtype"]).reshape(
-        found["shape"]
-    ),
+    "image": lambda found: Image.fromarray(_decode(found["pixels"])),
+    "array": lambda found: np.load(io.BytesIO(base64.b64decode(found["npy"])), allow_pickle=False),
     "histogram": lambda found: Histogram(_decode(found["probability"]), _decode(found["scale"])),
     "float": lambda found: float(found["text"]),
     "dict": lambda found: {key: _decode(inner) for key, inner in found["items"]},

@@ -41,11 +41,11 @@ def audio_bytes(seconds: float = 0.5) -> bytes:
     return stream.getvalue()
 
 
-def histogram(count: int = 1, centre: float = 10.0, spread: float = 2.0) -> Histogram:
-    """A normal distribution around `centre`, in units of `spread`, `count` times."""
+def histogram(count: int = 1, loc: float = 10.0, scale: float = 2.0) -> Histogram:
+    """A normal distribution around `loc`, in units of `scale`, `count` times."""
     middles = np.linspace(-LIMIT, LIMIT, BINS + 1)[:-1] + LIMIT / BINS
     shape = np.exp(-0.5 * np.square(np.sinh(middles))) * np.cosh(middles)
-    return Histogram(np.tile(shape / shape.sum(), (count, 1)), np.tile([[centre, spread]], (count, 1)))
+    return Histogram(np.tile(shape / shape.sum(), (count, 1)), np.tile([[loc, scale]], (count, 1)))
 
 
 def result(

@@ -10,12 +10,12 @@ import pytest
 from openm6.evaluate.baselines import (
     AnswerFrequencies,
     CodeFrequencies,
-    NoPrior,
+    TargetPrior,
     ValueFrequencies,
     baseline_values,
     find_season,
     fit_prior,
-    numbers_reference,
+    numbers_references,
     scales,
     training_examples,
 )
@@ -29,6 +29,8 @@ from openm6.tasks.task import Example
 from tests.data.lists import ListSource
 from tests.data.sample_images import png
 from tests.small_model import SCALES, loaded
+
+FORECAST = TASKS["time_series_forecasting"]
 
 
 @pytest.fixture(scope="module")
@@ -53,26 +55,26 @@ def window(past: list[float | None], future: list[float | None]) -> Example:
 def test_the_most_frequent_answer_of_the_language() -> None:
     train = [text("cat")] * 3 + [text("dog")] * 2 + [text("猫", "zh")] * 5
     scored = Scored([text("cat"), text("dog"), text("猫", "zh"), text("狗", "zh")], ["?"] * 4)
-    found = baseline_values("exact_match", scored, AnswerFrequencies(train, []))
+    found = baseline_values("exact_match", scored, AnswerFrequencies(train))
     assert found is not None and found.tolist() == [1.0, 0.0, 1.0, 0.0]
-    assert baseline_values("exact_match", scored, NoPrior()) is None
+    assert baseline_values("exact_match", scored, TargetPrior()) is None
 
 
 def test_a_column_is_guessed_by_its_median(model: LoadedModel) -> None:
     examples = [number({"mass": 3.0}), number({"length": 5.0})]
-    (found,) = numbers_reference(TASKS["tabular_regression"], examples, [], model)
-    assert found.name == "column median"
-    assert [float(v[0]) for v in found.predictions] == [SCALES["mass"][0], SCALES["length"][0]]
+    found = numbers_references(TASKS["tabular_regression"], examples, [], model)
+    assert list(found) == ["column median"]
+    assert [float(v[0]) for v in found["column median"]] == [SCALES["mass"][0], SCALES["length"][0]]
     assert [float(v[0]) for v in scales(examples, model)] == [SCALES["mass"][1], SCALES["length"][1]]
 
 
 def test_a_series_is_guessed_by_its_last_value(model: LoadedModel) -> None:
     example = window([5.0, 7.0, None], [8.0, None, 9.0])
-    (found,) = numbers_reference(TASKS["time_series_forecasting"], [example], [], model)
-    assert found.name == "last value"
-    assert found.predictions[0].tolist() == [7.0, 7.0], "one prediction for each truth that is there"
-    (spread,) = scales([example], model)
-    assert spread.tolist() == [SCALES["temp_max"][1]] * 2
+    ((name, predictions),) = numbers_references(FORECAST, [example], [], model).items()
+    assert name == "last value"
+    assert predictions[0].tolist() == [7.0, 7.0], "one prediction per observed truth"
+    (scale,) = scales([example], model)
+    assert scale.tolist() == [SCALES["temp_max"][1]] * 2
 
 
 def test_a_series_with_a_season_is_also_guessed_by_its_last_season(model: LoadedModel) -> None:
@@ -81,17 +83,17 @@ def test_a_series_with_a_season_is_also_guessed_by_its_last_season(model: Loaded
     train = [window(list(series[n : n + 21]), list(series[n + 21 : n + 29])) for n in range(20)]
     assert find_season(train) in (7, 14), "a multiple of the period is as good"
     example = window([1.0, None, 2.0, 9.0, 4.0, 7.0, 3.0] * 3, list(range(8)))
-    last, seasonal = numbers_reference(TASKS["time_series_forecasting"], [example], train, model)
-    assert (last.name, seasonal.name[:23]) == ("last value", "seasonal naive, period ")
-    assert last.predictions[0].tolist() == [3.0] * 8
-    assert seasonal.predictions[0].tolist() == [1.0, 1.0, 2.0, 9.0, 4.0, 7.0, 3.0, 1.0], (
-        "a gap takes the value before"
-    )
+    found = numbers_references(FORECAST, [example], train, model)
+    (last, last_values), (seasonal, season_values) = found.items()
+    assert (last, seasonal[:23]) == ("last value", "seasonal naive, period ")
+    assert last_values[0].tolist() == [3.0] * 8
+    filled = [1.0, 1.0, 2.0, 9.0, 4.0, 7.0, 3.0, 1.0]
+    assert season_values[0].tolist() == filled, "a gap takes the value before"
 
 
 def test_a_series_that_was_never_observed_is_guessed_at_zero(model: LoadedModel) -> None:
-    (found,) = numbers_reference(TASKS["time_series_forecasting"], [window([None, None], [1.0])], [], model)
-    assert found.predictions[0].tolist() == [0.0]
+    found = numbers_references(FORECAST, [window([None, None], [1.0])], [], model)
+    assert found["last value"][0].tolist() == [0.0]
 
 
 def test_numbers_are_measured_in_units_of_their_baseline() -> None:
@@ -101,7 +103,7 @@ def test_numbers_are_measured_in_units_of_their_baseline() -> None:
         scale=[np.ones(1)] * 2,
         reference=[np.full(1, 4.0)] * 2,
     )
-    found = baseline_values("relative_crps", scored, NoPrior())
+    found = baseline_values("relative_crps", scored, TargetPrior())
     assert found is not None and found == pytest.approx([1 / 3, 5 / 3]) and found.mean() == pytest.approx(1.0)
 
 
@@ -113,10 +115,10 @@ def test_broken_training_records_are_left_out(model: LoadedModel) -> None:
 
 
 def test_a_baseline_that_does_not_exist_is_none() -> None:
-    assert baseline_values("knn_accuracy", Scored([], []), NoPrior()) is None
+    assert baseline_values("knn_accuracy", Scored([], []), TargetPrior()) is None
 
 
-SIZE = 6
+SIZE = 6  # of the codebook
 
 
 def codes(values: np.ndarray, learn: np.ndarray | None = None) -> Segment:
@@ -125,7 +127,7 @@ def codes(values: np.ndarray, learn: np.ndarray | None = None) -> Segment:
 
 
 def test_answers_by_language() -> None:
-    prior = AnswerFrequencies([text("cat")] * 3 + [text("dog")] + [text("猫", "zh")] * 4, [])
+    prior = AnswerFrequencies([text("cat")] * 3 + [text("dog")] + [text("猫", "zh")] * 4)
     bits = prior.bits([text("cat"), text("dog"), text("猫", "zh"), text("cow"), text("cat", "zh")], [])
     # Add-half over the answers seen and one that was not.
     assert bits[:3] == pytest.approx(-np.log2([3.5 / 5.5, 1.5 / 5.5, 4.5 / 5.0]))
@@ -138,7 +140,7 @@ def test_codes_are_predicted_by_position() -> None:
     """Every image shows the code of its position: pooled frequencies cost log2(6) bits, those by position few."""
     own = np.tile(np.arange(SIZE)[:, None], (1, 2))
     train = [codes(own)] * 40
-    prior = CodeFrequencies([], train, SIZE)
+    prior = CodeFrequencies(train, SIZE)
     per_code = prior.bits([None], [codes(own)])[0] / own.size  # type: ignore[list-item]
     assert per_code < 0.3 < np.log2(SIZE)
 
@@ -150,14 +152,14 @@ def test_codes_without_a_habit_of_position_are_pooled() -> None:
     counts = np.stack([np.bincount(group, minlength=SIZE) for group in seen.T]) + 0.5
     share = counts / counts.sum(1, keepdims=True)
     test = rng.integers(0, SIZE, (9, 2))
-    found = CodeFrequencies([], train, SIZE).bits([None], [codes(test)])[0]  # type: ignore[list-item]
+    found = CodeFrequencies(train, SIZE).bits([None], [codes(test)])[0]  # type: ignore[list-item]
     pooled = -np.log2([share[g, code] for row in test for g, code in enumerate(row)]).sum()
     assert found == pytest.approx(pooled, rel=0.35)
 
 
 def test_only_codes_that_carry_a_loss_count() -> None:
     train = [codes(np.arange(4)[:, None] % 3)] * 8
-    prior = CodeFrequencies([], train, 3)
+    prior = CodeFrequencies(train, 3)
     test = np.array([[2], [1], [2], [0]])
     whole = prior.bits([None], [codes(test)])[0]  # type: ignore[list-item]
     parts = [
@@ -180,7 +182,7 @@ def test_values_are_counted_by_column() -> None:
 
 def test_nothing_is_known_without_training_records(model: LoadedModel) -> None:
     prior = fit_prior(TASKS["text_to_image"], [], [], model)
-    assert isinstance(prior, NoPrior) and np.isinf(prior.bits([number({"mass": 1.0})], [])).all()
+    assert isinstance(prior, TargetPrior) and np.isinf(prior.bits([number({"mass": 1.0})], [])).all()
 
 
 def test_images_alike_cost_few_bits(model: LoadedModel) -> None:

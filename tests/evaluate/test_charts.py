@@ -11,15 +11,11 @@ from openm6.evaluate.charts import (
     MAX_POINTS,
     MAX_VALUES,
     Frame,
-    area,
     bar,
-    chart,
     forecast_chart,
     history,
-    line,
     ticks,
     value_charts,
-    vertical,
 )
 from openm6.modalities.numbers import NumberSeries
 from tests.evaluate.example_report import histogram
@@ -31,27 +27,27 @@ def positions(path: str) -> list[tuple[float, float]]:
 
 def test_a_line_goes_from_corner_to_corner_with_y_up() -> None:
     frame = Frame(left=0, right=10, bottom=-1, top=1)
-    drawn = line(frame, np.array([0.0, 10.0]), np.array([-1.0, 1.0]), "line")
+    drawn = frame.line(np.array([0.0, 10.0]), np.array([-1.0, 1.0]), "line")
     assert drawn.name == "line" and positions(drawn.path) == [(0, 100), (100, 0)]
 
 
 def test_a_missing_point_interrupts_a_line_and_an_isolated_point_is_a_dot() -> None:
     frame = Frame(0, 4, 0, 1)
-    drawn = line(frame, np.arange(5.0), np.array([0, 1, np.nan, 1, np.nan]), "line").path
+    drawn = frame.line(np.arange(5.0), np.array([0, 1, np.nan, 1, np.nan]), "line").path
     assert drawn.count("M") == 2 and drawn.count("L") == 1
     assert "M75.00 0.00h0" in drawn
 
 
 def test_an_area_leaves_out_what_is_not_finite() -> None:
     frame = Frame(0, 2, 0, 1)
-    drawn = area(frame, np.arange(3.0), np.array([0, np.nan, 0.0]), np.ones(3), "fan")
+    drawn = frame.area(np.arange(3.0), np.array([0, np.nan, 0.0]), np.ones(3), "fan")
     assert positions(drawn.path) == [(0, 100), (100, 100), (100, 0), (0, 0)]
-    assert area(frame, np.arange(3.0), np.full(3, np.nan), np.ones(3), "fan").path == ""
-    assert vertical(frame, float("nan"), "truth").path == ""
+    assert frame.area(np.arange(3.0), np.full(3, np.nan), np.ones(3), "fan").path == ""
+    assert frame.vertical(float("nan"), "truth").path == ""
 
 
 def test_ticks_are_placed_in_percent_with_a_grid_line_each() -> None:
-    drawn = chart(Frame(0, 10, 0, 1), [], "c", x=[(5, "five")], y=[(0.25, "low"), (1, "high")])
+    drawn = Frame(0, 10, 0, 1).chart([], "c", x=[(5, "five")], y=[(0.25, "low"), (1, "high")])
     assert (drawn.x, drawn.y) == ([(50.0, "five")], [(75.0, "low"), (0.0, "high")])
     assert [shape.path for shape in drawn.shapes] == ["M0 75.00H100", "M0 0.00H100"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from openm6.data.prepare import example_sequence, null_example
 from openm6.evaluate import likelihood
-from openm6.evaluate.baselines import AnswerFrequencies, NoPrior
+from openm6.evaluate.baselines import AnswerFrequencies, TargetPrior
 from openm6.evaluate.likelihood import answer_entropy, likelihoods, sequence_nll
 from openm6.inference.load import LoadedModel
 from openm6.modalities.batch import PackedExample
@@ -45,7 +45,7 @@ def tokens(model: LoadedModel, examples: list[Example]) -> list[PackedExample]:
 )
 def test_likelihoods_against_direct_computation(model: LoadedModel, task: str, source: str) -> None:
     examples = real(task, source, 5)
-    found = likelihoods(model, examples, tokens(model, examples), source, NoPrior())
+    found = likelihoods(model, examples, tokens(model, examples), source, TargetPrior())
     assert found.null_predictor == "model without inputs"
     for row, example in enumerate(examples):
         own = sequence_nll(model.omni, tokens(model, [example]))[0] / np.log(2)
@@ -59,7 +59,7 @@ def test_inputs_that_say_nothing_gain_nothing(model: LoadedModel) -> None:
     """An example that consists of its null input only."""
     examples = [null_example(example, "digits") for example in real("image_classification", "digits", 6)]
     twice = [replace(example, prompt=example.source[0].raw.partition(" ")[2]) for example in examples]
-    found = likelihoods(model, twice, tokens(model, twice), "digits", NoPrior())
+    found = likelihoods(model, twice, tokens(model, twice), "digits", TargetPrior())
     assert np.abs(found.gain).max() < 1e-3
 
 
@@ -76,7 +76,7 @@ def test_an_overconfident_model_gains_no_more_than_the_answers_hold(
 ) -> None:
     """A model that is right with its inputs and absurdly wrong without them once "gained" 14.9 bits for ten digits."""
     examples = real(task, source, min(100, len(demo_sources("test")[source])))
-    prior = AnswerFrequencies(real(task, source, min(400, len(demo_sources()[source])), "train"), [])
+    prior = AnswerFrequencies(real(task, source, min(400, len(demo_sources()[source])), "train"))
     entropy = answer_entropy(examples, prior)
     assert entropy is not None and 1 < entropy < 3.5
 
@@ -95,11 +95,11 @@ def test_only_a_closed_set_of_answers_has_an_entropy() -> None:
         return Example("t", language, [], Part("text", answer), answer, answer)
 
     known = [said(answer) for answer in "abef"] + [said("c", "zh"), said("d", "zh")]
-    prior = AnswerFrequencies(known, [])
+    prior = AnswerFrequencies(known)
     many = [said("a"), said("b")] * 50
     assert answer_entropy(many, prior) == pytest.approx(1 + 1 / (200 * np.log(2)))
     both = many + [said("c", "zh"), said("d", "zh")] * 50
     assert answer_entropy(both, prior) == pytest.approx(1.0, abs=0.01), "the prompt tells the language"
     assert answer_entropy(both[-2:], prior) == 1.0, "two records of two answers hold one bit at most"
     assert answer_entropy([said("a"), said("new")], prior) is None
-    assert answer_entropy([said("a")], NoPrior()) is None
+    assert answer_entropy([said("a")], TargetPrior()) is None

@@ -18,7 +18,8 @@ RIGHT = np.asarray([[True, False, False], [False, False, True]])
 
 def test_recall_counts_queries_with_something_right_on_top() -> None:
     search = Search("x", SIMILAR, RIGHT)
-    assert [search.recall(k) for k in (1, 2, 3)] == [0.5, 0.5, 1.0]
+    assert [search.hits(k).mean() for k in (1, 2, 3)] == [0.5, 0.5, 1.0]
+    assert search.recalls()["recall_at_1"] == 0.5 and search.recalls()["chance_at_5"] == 1.0
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
@@ -26,7 +27,7 @@ def test_chance_is_the_mean_over_all_orders(rank: int) -> None:
     right = np.asarray([[True, False, True, False], [False, False, False, True]])
     orders = list(itertools.permutations(range(4)))
     hits = np.mean([right[:, list(order[:rank])].any(1).mean() for order in orders])
-    assert Search("x", np.zeros((2, 4)), right).chance(rank) == pytest.approx(hits)
+    assert Search("x", np.zeros((2, 4)), right).chance_hits(rank).mean() == pytest.approx(hits)
 
 
 def test_bits_are_none_by_chance_and_log_of_the_size_at_best() -> None:
