@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from openm6.cli.group import write_json
 from openm6.core.errors import CheckpointError
-from openm6.core.files import replace_text
 from openm6.energy.carbon import GPT3_CAVEAT, in_joules
 
 if TYPE_CHECKING:
@@ -45,11 +44,7 @@ def energy(
 
 
 def print_energy(path: Path, country: str | None, pue: float | None, json_path: Path | None) -> None:
-    """Print the energy account of a run; write it as JSON if a file is given.
-
-    Raises:
-        CheckpointError: there is no run, or it was not metered.
-    """
+    """Print the energy account of a run; raises CheckpointError without a metered run."""
     # torch takes seconds to import
     from openm6.core.run_folder import RunFolder
     from openm6.evaluate.energy import read_account, read_lines
@@ -58,18 +53,13 @@ def print_energy(path: Path, country: str | None, pue: float | None, json_path: 
         raise CheckpointError(f"there is no run at {path}: check the path")
     run = RunFolder(path)
     account = read_account(run, country, pue)
-    if json_path is not None:
-        content = json.dumps(account.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        replace_text(json_path, content + "\n")
-    console = Console()
+    write_json(account.to_json(), json_path)
+    console, tracker = Console(), account.tracker
     console.print(Text(_summary(account)))
-    for title, accounts in (
-        ("stage", account.tracker.stages),
-        ("modality", account.tracker.modalities),
-        ("task", account.tracker.tasks),
-    ):
-        if accounts:
-            console.print(_table(account, title, accounts))
+    uses = {"stage": tracker.stages, "modality": tracker.modalities, "task": tracker.tasks}
+    for title, by_name in uses.items():
+        if by_name:
+            console.print(_table(account, title, by_name))
     console.print(Text(_plot(read_lines(run))))
     console.print(Text(_comparison(account)))
 
@@ -88,23 +78,25 @@ def _summary(account: EnergyAccount) -> str:
     return words + repeated
 
 
-def _table(account: EnergyAccount, title: str, accounts: dict[str, EnergyUse]) -> Table:
+def _table(account: EnergyAccount, title: str, uses: dict[str, EnergyUse]) -> Table:
     table = Table(box=None)
     table.add_column(title, no_wrap=True)
-    for name in ("joules", "g CO2e", "tokens", "J / 1,000 tokens", "J / nat of loss"):
-        if title == "stage" or name != "J / nat of loss":
-            table.add_column(name, justify="right")
+    last = ["J / nat of loss"] if title == "stage" else []
+    for name in ("joules", "g CO2e", "tokens", "J / 1,000 tokens", *last):
+        table.add_column(name, justify="right")
     table.add_column("", no_wrap=True)
-    most = max(one.joules for one in accounts.values()) or 1.0
-    for name, one in sorted(accounts.items(), key=lambda item: -item[1].joules):
+    most = max(use.joules for use in uses.values()) or 1.0
+    for name, use in sorted(uses.items(), key=lambda item: -item[1].joules):
+        per_1000, point = 1000 * use.joules / max(1, use.tokens), account.joules_per_point(name)
         cells = [
-            name, in_joules(one.joules), f"{account.grams(one.joules):.3g}", f"{one.tokens:,}",
-            f"{1000 * one.joules / max(1, one.tokens):.3g}",
-        ]  # fmt: skip
-        if title == "stage":
-            point = account.joules_per_point(name)
-            cells.append("-" if point is None else in_joules(point))
-        table.add_row(*(Text(cell) for cell in [*cells, "█" * round(BAR * one.joules / most)]))
+            name,
+            in_joules(use.joules),
+            f"{account.grams(use.joules):.3g}",
+            f"{use.tokens:,}",
+            f"{per_1000:.3g}",
+        ]
+        cells += ["-" if point is None else in_joules(point)] if last else []
+        table.add_row(*(Text(cell) for cell in [*cells, "█" * round(BAR * use.joules / most)]))
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -12,7 +13,7 @@ from rich.protocol import is_renderable
 from typer.core import TyperGroup
 
 from openm6.core.errors import Interrupted, OpenM6Error
-from openm6.core.files import advice_for
+from openm6.core.files import advice_for, replace_text, to_json
 from openm6.core.log import start_log
 
 FAILED, INTERRUPTED = 1, 130
@@ -20,13 +21,8 @@ HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 # Errors of the system that are no bugs of the package.
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 # Packages of an extra, and the name of that extra.
-EXTRAS = {
-    "fastapi": "serve",
-    "starlette": "serve",
-    "uvicorn": "serve",
-    "prometheus_client": "serve",
-    "gradio": "serve",
-    "ray": "ray",
+EXTRAS = dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client", "gradio"), "serve") | {
+    "ray": "ray"
 }
 
 
@@ -72,6 +68,12 @@ def refusal(error: OSError) -> str:
     """Return what the system refused, in one sentence."""
     what = error.filename if error.filename is not None else "a file"
     return f"{what} cannot be read or written ({error.strerror}): {advice_for(error)}"
+
+
+def write_json(content: Any, path: Path | None) -> None:
+    """Write plain data as JSON, if a file is given."""
+    if path is not None:
+        replace_text(path, to_json(content, indent=2) + "\n")
 
 
 def print_result(result: Any) -> None:

@@ -94,7 +94,9 @@ def plan(
     from openm6.core.config import build
     from openm6.energy.meter import EnergyConfig
     from openm6.plan import hardware
+    from openm6.plan.plan import plan_json
     from openm6.plan.request import PlanRequest, read_model
+    from openm6.plan.sweep import sweep_plans
 
     energy = {"country": country, "pue": pue}
     options = hardware.ClusterOptions(gpus, per_node, host_memory, link, network, price)
@@ -112,6 +114,7 @@ def plan(
     request = PlanRequest(read_model(model, overrides), batch, tokens, days, *lengths, config)
     card = hardware.gpu(gpu, gpu_table)
     if sweep is not None:
-        show_sweep(request, card, options, sweep, plot, json_path)
+        show_sweep(sweep_plans(request, card, options, sweep), sweep, plot, json_path)
     else:
-        show_plan(request, card, options, list(hardware.gpus(gpu_table).values()), json_path)
+        known = hardware.gpus(gpu_table).values()
+        show_plan(*plan_json(request, card, options, known), json_path)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,50 +11,34 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from openm6.cli.group import write_json
 from openm6.cli.listings import in_short
 from openm6.core.errors import ConfigError
-from openm6.core.files import replace_text
 from openm6.energy.carbon import GPT3_JOULES_PER_TOKEN, GPT3_MWH
 from openm6.models.presets import PRESETS
-from openm6.plan.hardware import ClusterOptions, Gpu
 from openm6.plan.measured import plan_measured
-from openm6.plan.plan import Plan, StagePlan, plan_json
-from openm6.plan.request import PlanRequest, read_model
-from openm6.plan.sweep import draw_sweep, sweep_plans
+from openm6.plan.plan import Plan, StagePlan
+from openm6.plan.request import read_model
+from openm6.plan.sweep import Row, draw_sweep
 
-GIB = 2**30
+UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
 WIDTH = 100  # characters of a sweep's table
 
 
-def show_plan(
-    request: PlanRequest, card: Gpu, options: ClusterOptions, known: list[Gpu], json_path: Path | None
-) -> None:
+def show_plan(plan: Plan, content: dict[str, Any], json_path: Path | None) -> None:
     """Print a plan; write its JSON if a file is given."""
-    plan, content = plan_json(request, card, options, known)
-    _write(content, json_path)
-    console = Console()
-    console.print(Text(f"{plan.model.name} on {plan.cluster.name}", style="bold"))
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, words in _rows(plan, content["smallest"]):
-        table.add_row(name, words)
-    console.print(table)
-    console.print(Text("Assumed: " + "; ".join(plan.cluster.assumed) + ".", style="dim"))
+    write_json(content, json_path)
+    rows = _rows(plan, content["smallest"])
+    _print_page(
+        f"{plan.model.name} on {plan.cluster.name}", rows, f"Assumed: {'; '.join(plan.cluster.assumed)}."
+    )
 
 
-def show_sweep(
-    request: PlanRequest,
-    card: Gpu,
-    options: ClusterOptions,
-    kind: str,
-    plot: Path | None,
-    json_path: Path | None,
-) -> None:
+def show_sweep(rows: list[Row], kind: str, plot: Path | None, json_path: Path | None) -> None:
     """Print plans side by side; write and plot them if files are given."""
-    rows = sweep_plans(request, card, options, kind)
-    _write([{"sweep": kind, "value": value, **plan.to_json()} for value, plan in rows], json_path)
+    write_json([{"sweep": kind, "value": value, **plan.to_json()} for value, plan in rows], json_path)
     table = Table(box=None)
-    for name in (
-        kind,
+    measures = (
         "fits",
         "B/par.",
         "GPU memory",
@@ -65,7 +49,8 @@ def show_sweep(
         "days",
         "J/token",
         "MWh",
-    ):
+    )
+    for name in (kind, *measures):
         table.add_column(name, no_wrap=True)
     for value, plan in rows:
         real = plan.real
@@ -97,78 +82,65 @@ def show_measured(
     Console(stderr=True).print("measuring a few steps on this machine ...", style="dim")
     command = [sys.executable, "-m", "openm6.cli.trial_run", recipe, *overrides]
     content = plan_measured(command, tokens, days, energy)
-    _write(content, json_path)
+    write_json(content, json_path)
     seconds, spent = content["seconds"], content["energy"]
-    parts = ", ".join(
-        f"{name.replace('_', ' ')} {in_time(part)}" for name, part in seconds.items() if part >= 0.5
-    )
-    peak = content["memory_peak_bytes"]
-    rows = [
-        (
-            "step",
-            f"{in_time(content['step_seconds'])} for {content['step_tokens']:,} tokens, {content['step_joules']:.3g} J",
-        ),
-        ("run", f"{content['steps']:,} steps, {in_short(round(content['tokens']))} tokens: {parts}"),
-        ("memory", "not reported by this system" if peak is None else f"at most {in_bytes(peak)}"),
-        (
-            "energy",
-            f"{in_energy(spent['mwh'])}; {spent['joules_per_token']:.3g} J per token (source: {spent['source']})",
-        ),
-        ("carbon", f"{in_figures(spent['kg_co2e'])} kg CO2e ({spent['grid']})"),
-    ]
+    parts = [f"{name.replace('_', ' ')} {in_time(part)}" for name, part in seconds.items() if part >= 0.5]
+    peak, step = content["memory_peak_bytes"], in_time(content["step_seconds"])
+    rows = {
+        "step": f"{step} for {content['step_tokens']:,} tokens, {content['step_joules']:.3g} J",
+        "run": f"{content['steps']:,} steps, {in_short(round(content['tokens']))} tokens: {', '.join(parts)}",
+        "memory": "not reported by this system" if peak is None else f"at most {in_bytes(peak)}",
+        "energy": f"{in_energy(spent['mwh'])}; {spent['joules_per_token']:.3g} J per token (source: {spent['source']})",
+        "carbon": f"{in_figures(spent['kg_co2e'])} kg CO2e ({spent['grid']})",
+    }
+    note = f"Extrapolated from {content['measured_steps']} measured steps."
+    _print_page(f"{content['model']} on {content['machine']}", rows, note)
+
+
+def _print_page(title: str, rows: dict[str, str], note: str) -> None:
     console = Console()
-    console.print(Text(f"{content['model']} on {content['machine']}", style="bold"))
+    console.print(Text(title, style="bold"))
     table = Table(box=None, show_header=False, pad_edge=False)
-    for row in rows:
+    for row in rows.items():
         table.add_row(*row)
     console.print(table)
-    console.print(Text(f"Extrapolated from {content['measured_steps']} measured steps.", style="dim"))
+    console.print(Text(note, style="dim"))
 
 
-def _rows(plan: Plan, smallest: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(plan: Plan, smallest: dict[str, Any]) -> dict[str, str]:
     real, energy, cluster = plan.real, plan.energy, plan.cluster
-    budget = real.budget
-    rows = [
-        ("parameters", f"{in_short(plan.total)}, {in_short(plan.active)} active per token"),
-        ("precision", f"{real.tier.bytes} bytes per parameter: {real.tier.description}"),
-        (
-            "memory per GPU",
-            f"{in_bytes(budget.device)} of {in_bytes(cluster.memory)}: states {in_bytes(budget.states)}, "
-            f"step {in_bytes(budget.activations + budget.working)}, "
-            f"context {in_bytes(budget.context)}",
-        ),
-    ]
-    if budget.host:
-        rows.append(("host memory per GPU", f"{in_bytes(budget.host)} of {in_bytes(cluster.host_memory)}"))
-    rows += [(f"step, {name}", _step(stage)) for name, stage in plan.stages.items()]
+    budget, tokens = real.budget, in_short(round(plan.tokens))
     pseudo = f", {plan.pseudo_fraction:.0%} of them in the pseudo stage" if plan.pseudo_fraction else ""
-    rows += [
-        ("speed", f"{in_short(round(plan.tokens / plan.days))} tokens per day"),
-        ("duration", f"{in_figures(plan.days)} days for {in_short(round(plan.tokens))} tokens{pseudo}"),
-        (
-            "energy",
-            f"{in_energy(energy.mwh)} (GPUs at their rating: {in_energy(energy.mwh_rated)}); "
-            f"{energy.joules_per_token:.3g} J per token "
-            f"(GPT-3: {GPT3_JOULES_PER_TOKEN:.1f} J, {GPT3_MWH:,.0f} MWh; this is {_percent(energy.mwh / GPT3_MWH)})",
-        ),
-        ("carbon", f"{in_figures(energy.kg_co2e)} kg CO2e ({energy.grid})"),
-    ]
-    if plan.cost is not None:
-        rows.append(("cost", f"{plan.cost:,.0f} US dollars"))
-    rows.append(("fits", "yes" if plan.fits else "no"))
+    rows = {
+        "parameters": f"{in_short(plan.total)}, {in_short(plan.active)} active per token",
+        "precision": f"{real.tier.bytes} bytes per parameter: {real.tier.description}",
+        "memory per GPU": f"{in_bytes(budget.device)} of {in_bytes(cluster.memory)}: states {in_bytes(budget.states)}, "
+        f"step {in_bytes(budget.activations + budget.working)}, context {in_bytes(budget.context)}",
+        "host memory per GPU": f"{in_bytes(budget.host)} of {in_bytes(cluster.host_memory)}"
+        if budget.host
+        else "",
+        **{f"step, {name}": _step(stage) for name, stage in plan.stages.items()},
+        "speed": f"{in_short(round(plan.tokens / plan.days))} tokens per day",
+        "duration": f"{in_figures(plan.days)} days for {tokens} tokens{pseudo}",
+        "energy": f"{in_energy(energy.mwh)} (GPUs at their rating: {in_energy(energy.mwh_rated)}); "
+        f"{energy.joules_per_token:.3g} J per token "
+        f"(GPT-3: {GPT3_JOULES_PER_TOKEN:.1f} J, {GPT3_MWH:,.0f} MWh; this is {_percent(energy.mwh / GPT3_MWH)})",
+        "carbon": f"{in_figures(energy.kg_co2e)} kg CO2e ({energy.grid})",
+        "cost": "" if plan.cost is None else f"{plan.cost:,.0f} US dollars",
+        "fits": "yes" if plan.fits else "no",
+        "smallest number of GPUs": "",
+        "fits with": "; or ".join(smallest["changes"]),
+    }
     if smallest["gpus"]:
-        words = f"{smallest['gpus']:,} × {smallest['gpu']} at {smallest['bytes_per_parameter']} bytes per parameter"
-        rows.append(("smallest number of GPUs", words))
-    if smallest["changes"]:
-        rows.append(("fits with", "; or ".join(smallest["changes"])))
-    return rows
+        count, size = smallest["gpus"], smallest["bytes_per_parameter"]
+        rows["smallest number of GPUs"] = f"{count:,} × {smallest['gpu']} at {size} bytes per parameter"
+    return {name: words for name, words in rows.items() if words}
 
 
 def _step(stage: StagePlan) -> str:
-    time = stage.time
-    parts = {"compute": time.compute, "memory": time.memory, "link": time.link, "network": time.network}
-    words = ", ".join(f"{name} {in_time(seconds)}" for name, seconds in parts.items() if seconds > 0)
-    return f"{in_time(time.seconds)} for {in_short(stage.tokens)} tokens; bottleneck: {time.bottleneck} ({words})"
+    parts = [f"{name} {in_time(part)}" for name, part in asdict(stage.time).items() if part > 0]
+    bottleneck = f"bottleneck: {stage.time.bottleneck} ({', '.join(parts)})"
+    return f"{in_time(stage.time.seconds)} for {in_short(stage.tokens)} tokens; {bottleneck}"
 
 
 def _percent(fraction: float) -> str:
@@ -177,10 +149,8 @@ def _percent(fraction: float) -> str:
 
 def in_bytes(count: float) -> str:
     """Such as `12.3 GiB`."""
-    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1024:.3g} KiB"
+    size, unit = next(((s, u) for s, u in UNITS if count >= s), (1024, "KiB"))
+    return f"{count / size:.3g} {unit}"
 
 
 def in_figures(number: float) -> str:
@@ -196,8 +166,3 @@ def in_energy(mwh: float) -> str:
 def in_time(seconds: float) -> str:
     """Such as `12.3 ms`."""
     return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-
-
-def _write(content: Any, path: Path | None) -> None:
-    if path is not None:
-        replace_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -192,15 +192,6 @@ def _sample_sections(results: list[TaskResult]) -> dict[str, list[dict[str, Any]
 
 
 @dataclass(frozen=True)
-class TextAnswer:
-    """A text beside the truth."""
-
-    answer: str
-    truth: str
-    correct: bool
-
-
-@dataclass(frozen=True)
 class Columns:
     """Named values of a row; `left_out` counts those beyond MAX_COLUMNS."""
 
@@ -217,7 +208,7 @@ class SampleData:
 
     inputs: list[Any]
     media: list[Media]
-    text: TextAnswer | None = None
+    text: dict[str, Any] | None = None
     values: list[ValueChart] | None = None
     values_left_out: int = 0
     forecast: ForecastChart | None = None
@@ -227,7 +218,8 @@ def sample_data(sample: Sample, media: MediaBudget) -> SampleData:
     """A sample as the template shows it."""
     parts, answer, truth = sample.inputs[:MAX_PARTS], sample.answer, sample.truth
     if isinstance(answer, str):
-        text = TextAnswer(answer.strip(), str(truth).strip(), same_text(answer, str(truth)))
+        correct = same_text(answer, str(truth))
+        text = {"answer": answer.strip(), "truth": str(truth).strip(), "correct": correct}
         return SampleData([_input(part, media) for part in parts], [], text)
     if isinstance(answer, Histogram):
         inputs = [_input(part, media) for part in parts]
