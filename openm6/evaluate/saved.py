@@ -20,7 +20,7 @@ from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.results import EvalReport, Sample, TaskResult
 from openm6.evaluate.summary import CARD_FILE
-from openm6.modalities.interface import Part
+from openm6.modalities.interface import Cuttable, Part
 from openm6.modalities.numbers import Histogram, NumberSeries
 
 FILE = "evaluation.json"
@@ -66,7 +66,7 @@ def drop_evaluation(run: RunFolder) -> None:
     (run.path / FILE).unlink(missing_ok=True)
 
 
-_CLASSES = {found.__name__: found for found in (EvalReport, TaskResult, Sample, Part, NumberSeries)}
+_CLASSES = {found.__name__: found for found in (EvalReport, TaskResult, Sample, Part, Cuttable, NumberSeries)}
 
 
 def _encode(value: Any) -> Any:

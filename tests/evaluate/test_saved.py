@@ -10,6 +10,7 @@ import pytest
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.report import report_html, report_json
 from openm6.evaluate.saved import FILE, drop_evaluation, load_evaluation, save_evaluation
+from openm6.modalities.interface import Cuttable, Part
 from tests.evaluate import example_report as example
 
 
@@ -17,12 +18,14 @@ def test_the_report_is_the_same_from_what_was_kept(tmp_path: Path) -> None:
     """Texts, images, audio, numbers and missing values: all that a report shows."""
     run = example.run_folder(tmp_path)
     unknown = dataclasses.replace(example.results()[0], task="other", baseline=float("nan"))
-    report = dataclasses.replace(
-        example.eval_report(), results=[*example.results(), unknown], checkpoint="runs/x/step-9"
-    )
+    cut = Part("text", "a beginning", {"cuttable": (Cuttable(0, 11, keep_end=True),)})
+    continued = dataclasses.replace(unknown, samples=[example.sample([cut], "end", "end")])
+    results = [*example.results(), unknown, continued]
+    report = dataclasses.replace(example.eval_report(), results=results, checkpoint="runs/x/step-9")
     save_evaluation(run, report, 12.5)
     found = load_evaluation(run, "runs/x/step-9")
     assert found is not None and found[1] == 12.5
+    assert found[0].results[-1].samples == continued.samples
     assert report_html(run, found[0], example.facts()) == report_html(run, report, example.facts())
     assert report_json(found[0], example.facts()) == report_json(report, example.facts())
     drop_evaluation(run)
