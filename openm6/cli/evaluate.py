@@ -1,15 +1,26 @@
-"""`openm6 evaluate`: a trained model on held-out records, or on the examples of all scenarios."""
+"""`openm6 evaluate` and `openm6 energy`: the scores of a trained model, and the joules of its training."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from openm6.cli.group import write_json
 from openm6.cli.train import Trained
-from openm6.core.errors import ConfigError
+from openm6.core.errors import CheckpointError, ConfigError
+from openm6.energy.carbon import GPT3_CAVEAT, in_joules
+
+if TYPE_CHECKING:
+    from openm6.energy.tracker import EnergyUse
+    from openm6.evaluate.energy import EnergyAccount
+
+WIDTH, HEIGHT = 60, 10  # of the plot, in characters
+BAR = 16  # of a row's joules
 
 
 def evaluate(
@@ -40,7 +51,10 @@ def evaluate(
     if scenarios:
         if tasks is not None or data is not None or settings:
             raise ConfigError("--scenarios runs examples of its own: leave --tasks, --data and settings out")
-        _run_scenarios(trained, json_path)
+        # torch takes seconds to import
+        from openm6.serve.scenarios.run import results_table, run_scenarios
+
+        Console().print(results_table(run_scenarios(trained, json_path)))
         return
     # torch takes seconds to import
     from openm6.evaluate.run import evaluate as evaluate_model
@@ -51,8 +65,107 @@ def evaluate(
     print_table(report, Console())
 
 
-def _run_scenarios(trained: Path, json_path: Path | None) -> None:
-    # torch takes seconds to import
-    from openm6.serve.scenarios.run import results_table, run_scenarios
+def energy(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    country: Annotated[
+        str | None, typer.Option("--country", help="Country of the grid; default: the setting of the run.")
+    ] = None,
+    pue: Annotated[
+        float | None,
+        typer.Option("--pue", help="Power usage effectiveness; default: the setting of the run."),
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the account as JSON.")
+    ] = None,
+) -> None:
+    """Print the energy account of a run: joules and grams of CO2e by stage, modality and task.
 
-    Console().print(results_table(run_scenarios(trained, json_path)))
+    \b
+    Example: openm6 energy runs/demo --country FRA
+    """
+    print_energy(run, country, pue, json_path)
+
+
+def print_energy(path: Path, country: str | None, pue: float | None, json_path: Path | None) -> None:
+    """Print the energy account of a run; raises CheckpointError without a metered run."""
+    # torch takes seconds to import
+    from openm6.core.run_folder import RunFolder
+    from openm6.evaluate.energy import read_account, read_lines
+
+    if not path.is_dir():
+        raise CheckpointError(f"there is no run at {path}: check the path")
+    run = RunFolder(path)
+    account = read_account(run, country, pue)
+    write_json(account.to_json(), json_path)
+    console, tracker = Console(), account.tracker
+    console.print(Text(_summary(account)))
+    uses = {"stage": tracker.stages, "modality": tracker.modalities, "task": tracker.tasks}
+    for title, by_name in uses.items():
+        if by_name:
+            console.print(_table(account, title, by_name))
+    console.print(Text(_plot(read_lines(run))))
+    console.print(Text(_comparison(account)))
+
+
+def _summary(account: EnergyAccount) -> str:
+    tracker = account.tracker
+    parts = ", ".join(f"{in_joules(joules)} by {source}" for source, joules in tracker.by_source.items())
+    words = (
+        f"{in_joules(tracker.joules)} for {tracker.tokens:,} tokens: "
+        f"{account.joules_per_token:.3g} J per token ({parts}). "
+        f"{account.grams(tracker.joules):.3g} g CO2e with the grid of {account.grid.name} "
+        f"({account.grid.grams_per_kwh:g} g/kWh, {account.grid.year}) and a PUE of {account.pue:g}. "
+        f"{in_joules(tracker.between)} between steps: waiting for data, evaluation, checkpoints."
+    )
+    repeated = f" {in_joules(tracker.repeated)} in steps that a crash lost." if tracker.repeated else ""
+    return words + repeated
+
+
+def _table(account: EnergyAccount, title: str, uses: dict[str, EnergyUse]) -> Table:
+    table = Table(box=None)
+    table.add_column(title, no_wrap=True)
+    last = ["J / nat of loss"] if title == "stage" else []
+    for name in ("joules", "g CO2e", "tokens", "J / 1,000 tokens", *last):
+        table.add_column(name, justify="right")
+    table.add_column("", no_wrap=True)
+    most = max(use.joules for use in uses.values()) or 1.0
+    for name, use in sorted(uses.items(), key=lambda item: -item[1].joules):
+        per_1000, point = 1000 * use.joules / max(1, use.tokens), account.joules_per_point(name)
+        cells = [
+            name,
+            in_joules(use.joules),
+            f"{account.grams(use.joules):.3g}",
+            f"{use.tokens:,}",
+            f"{per_1000:.3g}",
+        ]
+        cells += ["-" if point is None else in_joules(point)] if last else []
+        table.add_row(*(Text(cell) for cell in [*cells, "█" * round(BAR * use.joules / most)]))
+    return table
+
+
+def _plot(lines: list[dict[str, Any]]) -> str:
+    """Loss over the joules that had been spent when it was reached."""
+    points = [
+        (line["joules"], line["loss"])
+        for line in lines
+        if isinstance(line.get("joules"), float) and isinstance(line.get("loss"), float)
+    ]
+    if len(points) < 2:
+        return "No plot: fewer than two lines of metrics hold joules and loss."
+    last, low = points[-1][0], min(loss for _, loss in points)
+    high = max(max(loss for _, loss in points), low + 1e-9)
+    rows = [[" "] * WIDTH for _ in range(HEIGHT)]
+    for joules, loss in points:
+        column = min(WIDTH - 1, int(joules / last * WIDTH)) if last > 0 else 0
+        row = min(HEIGHT - 1, int((high - loss) / (high - low) * HEIGHT))
+        rows[row][column] = "•"
+    labels = [f"{high:.3g}", *[""] * (HEIGHT - 2), f"{low:.3g}"]
+    drawn = [f"{label:>8} │{''.join(row)}" for label, row in zip(labels, rows, strict=True)]
+    axis = f"{'':>8} └{'─' * WIDTH}\n{'':>10}0 J{in_joules(last):>{WIDTH - 3}}"
+    return "\n".join(["loss over energy", *drawn, axis])
+
+
+def _comparison(account: EnergyAccount) -> str:
+    ratio = account.of_gpt3
+    words = f"{ratio:.3g} times" if ratio >= 1 else f"{ratio:.3%} of"
+    return f"Energy per token: {words} that of GPT-3's training. {GPT3_CAVEAT}"

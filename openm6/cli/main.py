@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from openm6 import __version__
-from openm6.cli.energy import energy
-from openm6.cli.evaluate import evaluate
+from openm6.cli.evaluate import energy, evaluate
 from openm6.cli.generate import generate
 from openm6.cli.group import make_app
 from openm6.cli.inspect import inspect

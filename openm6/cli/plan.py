@@ -7,14 +7,13 @@ from typing import Annotated
 
 import typer
 
+from openm6.cli.train import Overrides
 from openm6.core.errors import ConfigError
+from openm6.plan import hardware
+from openm6.plan.hardware import PER_NODE
 
-PER_NODE = 8
 Model = Annotated[
     str | None, typer.Argument(metavar="PRESET|RECIPE", help="Preset, recipe, or folder of a run.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")
 ]
 Kind = Annotated[
     str | None,
@@ -93,7 +92,6 @@ def plan(
     from openm6.cli.plan_page import show_measured, show_plan, show_sweep
     from openm6.core.config import build
     from openm6.energy.meter import EnergyConfig
-    from openm6.plan import hardware
     from openm6.plan.plan import plan_json
     from openm6.plan.request import PlanRequest, read_model
     from openm6.plan.sweep import sweep_plans

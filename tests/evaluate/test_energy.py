@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from openm6.cli.energy import print_energy
+from openm6.cli.evaluate import print_energy
 from openm6.core.errors import CheckpointError, ConfigError
 from openm6.core.run_folder import RunFolder
 from openm6.energy.carbon import grid
