@@ -173,7 +173,7 @@ def test_what_an_evaluation_found_is_shown(monkeypatch: pytest.MonkeyPatch) -> N
         (KeyboardInterrupt(), 130, "stopped\n"),
     ],
 )
-def test_foreseen_failures_are_one_sentence(
+def test_expected_failures_are_one_sentence(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, sentence: str
 ) -> None:
     Called(monkeypatch, error)
