@@ -115,4 +115,4 @@ def plan(
         show_sweep(sweep_plans(request, card, options, sweep), sweep, plot, json_path)
     else:
         known = hardware.gpus(gpu_table).values()
-        show_plan(*plan_json(request, card, options, known), json_path)
+        show_plan(plan_json(request, card, options, known), json_path)

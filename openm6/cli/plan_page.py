@@ -25,8 +25,9 @@ UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
 WIDTH = 100  # characters of a sweep's table
 
 
-def show_plan(plan: Plan, content: dict[str, Any], json_path: Path | None) -> None:
+def show_plan(planned: tuple[Plan, dict[str, Any]], json_path: Path | None) -> None:
     """Print a plan; write its JSON if a file is given."""
+    plan, content = planned
     write_json(content, json_path)
     rows = _rows(plan, content["smallest"])
     _print_page(
