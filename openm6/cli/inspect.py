@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openm6.core.errors import ConfigError
-from openm6.core.files import check_place, replace_text
+from openm6.core.files import check_writable, replace_text
 from openm6.data.quarantine import MAX_BROKEN
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def print_inspection(inspection: Inspection, out: Path | None) -> None:
     # It may hold hours of a person's work
     if out.exists():
         raise ConfigError(f"--out {out} exists already: name another file, or remove it")
-    check_place(out, "--out")
+    check_writable(out, "--out")
     replace_text(out, recipe)
     console.print(
         f"wrote {out}; train it with: openm6 train {out}", markup=False, highlight=False, soft_wrap=True

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from openm6.core.errors import ConfigError, nearest
-from openm6.core.renamed import KEYS
+from openm6.core.files import renamed
 
 
 class Config(BaseModel):
@@ -23,7 +23,7 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Return the mapping in a YAML file.
 
     Raises:
         ConfigError: no such file, not UTF-8, not YAML, or not a mapping.
@@ -37,8 +37,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        where = f" at line {place.line + 1}" if place is not None else ""
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{path} is not valid YAML{where}: fix its indentation or quotes there") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, as the files in recipes/ do")
@@ -46,7 +46,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A copy of `values` with each `key.path=value` set; a value is read as YAML; a number in the path indexes a list.
+    """Return a copy of `values` with each `key.path=value` set; a value is read as YAML; a number in the path indexes a list.
 
     Raises:
         ConfigError: an override without `=`, or a path that runs through something that is not a mapping or list.
@@ -82,7 +82,7 @@ def _set(node: Any, path: list[str], value: Any, override: str) -> None:
 
 
 def build(config_class: type[AnyConfig], values: dict[str, Any], where: str) -> AnyConfig:
-    """`config_class` from plain values; `where` names the file or object in the error sentence.
+    """Return `config_class` from plain values; `where` names the file or object in the error sentence.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a missing one, or a value of the wrong kind.
@@ -99,7 +99,7 @@ def _sentence(config_class: type[Config], error: ValidationError) -> str:
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         found, key = _class_at(config_class, [str(part) for part in first["loc"][:-1]]), str(first["loc"][-1])
-        if new := KEYS.get(found.__name__, {}).get(key):
+        if new := renamed(found.__name__).get(key):
             return f"the key {path!r} was renamed to {new!r}"
         return f"unknown key {path!r}; {nearest(key, list(found.model_fields))}"
     if first["type"] == "union_tag_invalid":
@@ -115,7 +115,7 @@ def _sentence(config_class: type[Config], error: ValidationError) -> str:
 
 
 def _class_at(config_class: type[Config], path: list[str]) -> type[BaseModel]:
-    """The config class at `path`: through fields, list positions, keys of mappings and the kinds of a union."""
+    """Return the config class at `path`: through fields, list positions, keys of mappings and the kinds of a union."""
     candidates: list[type[BaseModel]] = [config_class]
     for part in path:
         inner = [
@@ -134,14 +134,14 @@ def _class_at(config_class: type[Config], path: list[str]) -> type[BaseModel]:
 
 
 def _config_classes(annotation: Any) -> list[type[BaseModel]]:
-    """The config classes mentioned in a type annotation such as `list[X] | None`."""
+    """Return the config classes mentioned in a type annotation such as `list[X] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for part in getattr(annotation, "__args__", ()) for found in _config_classes(part)]
 
 
 def read_config(config_class: type[AnyConfig], path: Path, overrides: list[str] | None = None) -> AnyConfig:
-    """A validated config from a YAML file and command-line overrides.
+    """Return a validated config from a YAML file and command-line overrides.
 
     Raises:
         ConfigError: the file or an override is unusable; the sentence names the key.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names of settings, from glibc's malloc.h
-KEPT = 64 * 2**20  # bytes of free memory on top of the heap that are not given back to the system
+KEPT = 64 * 2**20  # bytes of free memory on top of the heap that are not returned to the system
 PROCESSES = Path("/proc")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 ON_HEAP = 32 * 2**20  # blocks up to this size come from the heap, the most that glibc allows
@@ -38,8 +38,8 @@ def usable_cores() -> int:
 def keep_freed_memory() -> None:
     """Keep freed memory in this process and its forks; does nothing if the C library is not glibc.
 
-    A training step on a processor frees and takes the same megabytes thousands of times, and each page that went
-    back to the system in between is a fault and a page to be cleared: 5 ms of 130 in a step of the demo.
+    A training step on a CPU frees and allocates the same megabytes thousands of times. Each page that went back to
+    the system in between costs a fault and a clearing: 5 ms of 130 in a step of the demo.
     """
     if sys.platform != "linux":
         return

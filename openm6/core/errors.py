@@ -1,4 +1,4 @@
-"""The errors that a person is meant to read: one sentence that says what is wrong and how to fix it."""
+"""Errors for users: one sentence on what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class OutputError(OpenM6Error):
 
 
 class TrainingError(OpenM6Error):
-    """A run that cannot go on: too many broken records or too many non-finite steps."""
+    """A run that cannot continue: too many broken records or too many non-finite steps."""
 
 
 class EngineError(OpenM6Error):
-    """The engine of a server that stopped by itself and cannot go on."""
+    """The engine of a server that failed and cannot continue."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal stopped a run, which saved itself first; the message says how to go on.
+    """A signal stopped a run, which saved itself first; the message says how to resume.
 
     The exit code is the shell's for a process that ended by this signal: 130 for Ctrl-C, 143 for SIGTERM.
     """

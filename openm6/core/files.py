@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import json
 import math
 import os
@@ -49,7 +50,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Put `content` in place of the file's in one step; on failure the old content stays.
+    """Replace the file's content in one step; on failure the old content stays.
 
     Raises:
         OutputError: the disk is full or the path cannot be written.
@@ -94,10 +95,10 @@ def as_output_error(path: Path) -> Iterator[None]:
 def advice_for(error: OSError) -> str:
     """Return what a person may do about a failure to write."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return "free some space or choose another place" if full else "check its rights or choose another place"
+    return "free some space or choose another path" if full else "check its rights or choose another path"
 
 
-def check_place(path: Path, option: str) -> None:
+def check_writable(path: Path, option: str) -> None:
     """Raise ConfigError if no file can be written to `path`, before any work is done.
 
     Raises:
@@ -132,3 +133,9 @@ def read_table(name: str) -> list[dict[str, str]]:
     """Return the rows of `core/facts/NAME.csv`, every cell as text; an empty cell means that the fact is not known."""
     text = resources.files("openm6.core").joinpath("facts", f"{name}.csv").read_text(encoding="utf-8")
     return list(csv.DictReader(StringIO(text)))
+
+
+@functools.cache
+def renamed(kind: str) -> dict[str, str]:
+    """Return names of version 0.1 with those of now: keys of a config class, or of tasks if `kind` is "task"."""
+    return {row["old"]: row["new"] for row in read_table("renamed") if row["kind"] == kind}

@@ -15,7 +15,7 @@ class _CurrentStandardError(logging.Handler):
 
 
 def get_log() -> logging.Logger:
-    """The program's logger; silent in a library user's program until that program sets logging up."""
+    """Return the program's logger; silent in a library user's program until that program sets logging up."""
     return logging.getLogger("openm6")
 
 

@@ -1,4 +1,4 @@
-"""The folder of one run: where its settings, metrics, checkpoints and reports lie."""
+"""The folder of one run: paths of its settings, metrics, checkpoints and reports."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from openm6.core.files import as_output_error, replace_text
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names the places inside a run's folder; `RunFolder.open` makes the folder."""
+    """Paths inside a run's folder; `RunFolder.open` makes the folder."""
 
     path: Path
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
-        """The run at `path`, with its folder made if it is not there yet.
+        """Return the run at `path`, with its folder made if it does not exist yet.
 
         Raises:
-            OutputError: it cannot be made, perhaps because a file of that name is in its place.
+            OutputError: it cannot be made, perhaps because a file has its name.
         """
         folder = Path(path)
         with as_output_error(folder):
@@ -35,8 +35,8 @@ class RunFolder:
         return self.path.resolve().name
 
     @property
-    def begun(self) -> bool:
-        """Whether a training has begun here: its settings are there, or its checkpoints."""
+    def started(self) -> bool:
+        """Whether a training has started here: there are settings or checkpoints."""
         return self.config.is_file() or self.checkpoints.is_dir()
 
     @property
@@ -60,11 +60,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     def read_config(self) -> dict[str, Any]:
-        """The settings the run was started with; empty where none were written yet."""
+        """Return the settings the run was started with; empty if none were written yet."""
         return read_yaml(self.config) if self.config.exists() else {}
 
     def write_config(self, values: dict[str, Any]) -> None:
-        """Keep the run's settings, in the order given."""
+        """Write the run's settings in their order."""
         replace_text(self.config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def set_config(self, section: str, key: str, value: Any) -> None:

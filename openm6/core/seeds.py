@@ -1,7 +1,6 @@
-"""Random seeds as a pure function of what they are for, so that nothing random needs to be carried along.
+"""Random seeds as a pure function of their purpose, so that no generator state needs to be saved.
 
-The one hash of texts and contents and the mixer of the order of records (64 bits) are here; `ops.random_bits` mixes
-counters in tensors, for rounding and sampling.
+Hashes of texts and contents, and the 64-bit mixer of the order of records; `ops.random_bits` mixes counters in tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ _MASK = (1 << 64) - 1
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed from the run's seed and what it is for, e.g. `derive_seed(7, "step", 120)`.
+    """Return a 63-bit seed from the run's seed and its purpose, e.g. `derive_seed(7, "step", 120)`.
 
     Equal on every machine and Python version, unlike `hash()`.
     """
@@ -23,22 +22,22 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 
 
 def text_hash(text: str) -> int:
-    """A 64-bit number that stands for a text; the same on every machine and in every version."""
+    """Return a 64-bit hash of a text; the same on every machine and in every version."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
 
 def content_key(content: bytes) -> bytes:
-    """16 bytes that stand for a file's content, as the key of a cache."""
+    """Return a 16-byte hash of a file's content, as the key of a cache."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def numpy_generator(seed: int, *purpose: str | int) -> np.random.Generator:
-    """A fresh numpy generator for one purpose; data threads use this, never the global generator."""
+    """Return a new numpy generator for one purpose; data threads use this, never the global generator."""
     return np.random.default_rng(derive_seed(seed, *purpose))
 
 
 def mix(*parts: int) -> int:
-    """64 well-mixed bits of a few integers (the finaliser of SplitMix64, once per part).
+    """Return 64 well-mixed bits of a few integers (the finaliser of SplitMix64, once per part).
 
     NumPy does not promise the streams of its generators from version to version; a run resumed with another NumPy
     must still see its data in the same order.
@@ -53,12 +52,12 @@ def mix(*parts: int) -> int:
 
 
 def uniform(*parts: int) -> float:
-    """A number in [0, 1) of a few integers."""
+    """Return a number in [0, 1) of a few integers."""
     return (mix(*parts) >> 11) / 2**53
 
 
 def permutation(length: int, *parts: int) -> np.ndarray:
-    """A shuffled 0 … length-1 that depends on the parts alone; int64, 8 bytes a record."""
+    """Return a shuffled 0 … length-1 that depends on the parts alone; int64, 8 bytes per record."""
     keys = np.arange(length, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(mix(*parts))
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -8,7 +8,7 @@ from typing import Any
 
 from openm6.core.config import Config, apply_overrides, build
 from openm6.core.errors import ConfigError, DataError, nearest
-from openm6.core.files import check_place, replace_text, to_json
+from openm6.core.files import check_writable, replace_text, to_json
 from openm6.core.log import get_log
 from openm6.data.media import FolderConfig, data_config
 from openm6.data.source import Source, SourceConfig
@@ -75,7 +75,7 @@ def evaluate(
         DataError: the sources are missing.
     """
     if json_path is not None:
-        check_place(json_path, "--json")
+        check_writable(json_path, "--json")
     loaded = loaded or load(path)
     description = loaded.description
     trained_tasks = chosen_tasks(description, tasks)

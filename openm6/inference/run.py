@@ -12,7 +12,7 @@ import soundfile
 import torch
 
 from openm6.core.errors import ConfigError
-from openm6.core.files import check_place, replace_bytes, replace_text
+from openm6.core.files import check_writable, replace_bytes, replace_text
 from openm6.core.log import get_log
 from openm6.inference.coverage import assess
 from openm6.inference.engine import generate_scored, predict_distributions
@@ -53,7 +53,7 @@ def generate(
                 f"--out {out} must end in one of {', '.join(suffixes)} for --output {question.output}"
             )
     if out is not None:
-        check_place(out, "--out")
+        check_writable(out, "--out")
     return answer_question(load(path, num_gpu_layers=num_gpu_layers), question, decoding, out)
 
 

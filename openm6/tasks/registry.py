@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from openm6.core.errors import ConfigError, nearest
-from openm6.core.renamed import TASKS as RENAMED
+from openm6.core.files import renamed
 from openm6.tasks import audio, design, image, shop, tables, text
 from openm6.tasks.task import Task
 
@@ -15,8 +15,8 @@ TASKS = {name: replace(task, name=name) for subject in SUBJECTS for name, task i
 
 def unknown_task(name: str) -> str:
     """The sentence about a name that no task has: its new name, or the nearest."""
-    if name in RENAMED:
-        return f"the task {name!r} was renamed to {RENAMED[name]!r}"
+    if new := renamed("task").get(name):
+        return f"the task {name!r} was renamed to {new!r}"
     return f"no task is called {name!r}; {nearest(name, sorted(TASKS))}"
 
 

@@ -122,7 +122,7 @@ def _plan(recipe: str, overrides: list[str], resume: bool, out: Path | None) -> 
     path = recipe_path(recipe)
     folder = out or Path("runs") / path.stem
     run = RunFolder(folder)
-    if resume and not run.begun:
+    if resume and not run.started:
         raise ConfigError(
             f"{folder} holds no run to go on with: name the run's folder with --out, or leave --resume out "
             "to start one there"

@@ -199,7 +199,7 @@ def test_what_the_system_refuses_is_one_sentence(
     Called(monkeypatch, error)
     shown = runner.invoke(app, ["train", "x.yaml"])
     assert shown.exit_code == 1 and shown.stdout == ""
-    assert shown.stderr == f"error: {sentence} another place\n"
+    assert shown.stderr == f"error: {sentence} another path\n"
 
 
 def test_another_failure_of_the_system_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from openm6.core.config import Config
 from openm6.core.errors import ConfigError, OutputError
-from openm6.core.files import append_line, check_place, plain_data, replace_text, to_json
+from openm6.core.files import append_line, check_writable, plain_data, replace_text, to_json
 from openm6.core.run_folder import RunFolder
 
 
@@ -41,11 +41,11 @@ def test_a_line_that_does_not_fit_is_one_sentence() -> None:
 
 
 def test_where_nothing_can_be_written_is_said_beforehand(tmp_path: Path) -> None:
-    check_place(tmp_path / "new.json", "--json")
+    check_writable(tmp_path / "new.json", "--json")
     with pytest.raises(ConfigError, match="--json .*: there is no folder .*no; make it first"):
-        check_place(tmp_path / "no/x.json", "--json")
+        check_writable(tmp_path / "no/x.json", "--json")
     with pytest.raises(ConfigError, match="is a folder: name a file in it"):
-        check_place(tmp_path, "--json")
+        check_writable(tmp_path, "--json")
 
 
 def test_a_file_in_the_place_of_a_run_is_one_sentence(tmp_path: Path) -> None:
