@@ -16,8 +16,8 @@ from benchmarks import __main__ as benchmarks
 from openm6.cli.main import app
 from openm6.codecs.registry import shipped_codecs
 from openm6.core.config import apply_overrides
-from openm6.core.files import renamed
 from openm6.core.errors import ConfigError
+from openm6.core.files import renamed
 from openm6.serve.config import ServeConfig
 from openm6.tasks.registry import TASKS
 from openm6.train.recipe import MultimodalRecipe

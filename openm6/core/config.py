@@ -46,7 +46,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Return a copy of `values` with each `key.path=value` set; a value is read as YAML; a number in the path indexes a list.
+    """Return a copy of `values` with each `key.path=value` set; values are YAML, numbers in a path list indices.
 
     Raises:
         ConfigError: an override without `=`, or a path that runs through something that is not a mapping or list.

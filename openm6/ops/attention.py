@@ -1,7 +1,7 @@
-"""Attention for packed rows on a CPU: blocks of queries meet only the keys that one of them can see."""
+"""Attention for packed rows on a CPU: each block of queries is multiplied with its visible keys only."""
 
-# Letters: B rows, S tokens of a row, N = B·S, H query heads, G key-value heads, M = H/G, d size of a head,
-# Q queries and K keys of a block
+# Shapes: B rows, S tokens of a row, N = B·S, H query heads, G key-value heads, M = H/G, d head size, Q queries and
+# K keys of a block
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from openm6.ops.sequence import SequenceMeta, additive_mask, visible
 
-# Queries of a block at most: more waste work above the diagonal, fewer waste it on small products.
+# Larger blocks waste work above the diagonal, smaller ones on small products.
 BLOCK_QUERIES = 128
 
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """Queries `start` to `stop` of the flattened rows, and the keys from `first` to `last` that hold all they see.
+    """Queries `start` to `stop` of the flattened rows, and keys `first` to `last`, which include all visible ones.
 
-    bias: Q K, 0 if a query sees a key, else -inf
+    bias: Q K, 0 if a key is visible to a query, else -inf
     """
 
     start: int
@@ -33,13 +33,13 @@ class QueryBlock:
 
 @dataclass(frozen=True)
 class QueryBlocks:
-    """The sequence rule as the blocks, in order, in which it is not wholly -inf."""
+    """An attention mask as its blocks, in order, that are not wholly -inf."""
 
     blocks: tuple[QueryBlock, ...]
 
 
 def query_blocks(meta: SequenceMeta, dtype: torch.dtype) -> QueryBlocks:
-    """Cut rows at the borders of examples, and after each 128 tokens."""
+    """Cut rows at the boundaries of examples, and after each 128 tokens."""
     mask = visible(meta, meta)[:, 0]  # B S S
     blocks = []
     for row, example in enumerate(meta.example_id):
@@ -62,44 +62,44 @@ def attend_query_blocks(query: Tensor, key: Tensor, value: Tensor, mask: QueryBl
 
 
 class _AttendQueryBlocks(torch.autograd.Function):
-    """Keeps each block's weights, which are few if rows hold several examples.
+    """Keep each block's attention weights, which are few if rows hold several examples.
 
-    The M query heads that share a key head are one taller matrix: its rows are (query, head) pairs. Blocks are many
-    and small, so each takes as few calls as can be: three forwards, five backwards.
+    The M query heads of one key head are one taller matrix: its rows are (query, head) pairs. Blocks are many and
+    small, so each takes as few calls as possible: three forwards, five backwards.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: QueryBlocks) -> Tensor:
-        share, scale = query.shape[2] // key.shape[2], query.shape[-1] ** -0.5
-        biases = [block.bias.to(query.dtype).repeat_interleave(share, 0) for block in mask.blocks]  # Q·M K
-        answer = torch.empty_like(query, memory_format=torch.contiguous_format)
-        queries, keys, values = _by_head(query, share), _by_head(key, 1), _by_head(value, 1)
-        answers = answer.view(-1, len(keys), share, query.shape[-1])  # N G M d
+        group, scale = query.shape[2] // key.shape[2], query.shape[-1] ** -0.5
+        biases = [block.bias.to(query.dtype).repeat_interleave(group, 0) for block in mask.blocks]  # Q·M K
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        queries, keys, values = _by_head(query, group), _by_head(key, 1), _by_head(value, 1)
+        outputs = output.view(-1, len(keys), group, query.shape[-1])  # N G M d
         kept = []
         for head, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
             for block, bias in zip(mask.blocks, biases, strict=True):
                 seen = slice(block.first, block.last)
-                rows = q[block.start * share : block.stop * share]
+                rows = q[block.start * group : block.stop * group]
                 logits = torch.addmm(bias, rows, k[seen].t(), alpha=scale)
                 weight = logits.softmax(-1).to(v.dtype)
-                answers[block.start : block.stop, head] = (weight @ v[seen]).view(-1, share, q.shape[-1])
+                outputs[block.start : block.stop, head] = (weight @ v[seen]).view(-1, group, q.shape[-1])
                 kept.append(weight)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.mask = mask
-        return answer
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, *kept = ctx.saved_tensors
-        share, scale = query.shape[2] // key.shape[2], query.shape[-1] ** -0.5
-        queries, keys, values = _by_head(query, share), _by_head(key, 1), _by_head(value, 1)
+        group, scale = query.shape[2] // key.shape[2], query.shape[-1] ** -0.5
+        queries, keys, values = _by_head(query, group), _by_head(key, 1), _by_head(value, 1)
         d_query, d_key, d_value = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         weights = iter(kept)
         for q, k, v, g, dq, dk, dv in zip(
-            queries, keys, values, _by_head(gradient, share), d_query, d_key, d_value, strict=True
+            queries, keys, values, _by_head(gradient, group), d_query, d_key, d_value, strict=True
         ):
             for block in ctx.mask.blocks:
-                seen, rows = slice(block.first, block.last), slice(block.start * share, block.stop * share)
+                seen, rows = slice(block.first, block.last), slice(block.start * group, block.stop * group)
                 weight, upstream = next(weights), g[rows]
                 dv[seen].addmm_(weight.t(), upstream)
                 # softmax: d_logit = weight · (d_weight − Σ weight · d_weight)
@@ -112,10 +112,10 @@ class _AttendQueryBlocks(torch.autograd.Function):
         return _by_token(d_query, query), _by_token(d_key, key), _by_token(d_value, value), None
 
 
-def _by_head(x: Tensor, share: int) -> Tensor:
-    """B S G·M d -> G N·M d, for each key head the rows of the query heads that read it."""
-    grouped = x.reshape(-1, x.shape[2] // share, share, x.shape[3])  # N G M d
-    return grouped.transpose(0, 1).reshape(x.shape[2] // share, -1, x.shape[3])
+def _by_head(x: Tensor, group: int) -> Tensor:
+    """B S G·M d -> G N·M d, for each key head the rows of its M = `group` query heads."""
+    grouped = x.reshape(-1, x.shape[2] // group, group, x.shape[3])  # N G M d
+    return grouped.transpose(0, 1).reshape(x.shape[2] // group, -1, x.shape[3])
 
 
 def _by_token(x: Tensor, like: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Audio signals: short-time spectra and their inverse, mel filters, resampling by cutting or padding a spectrum."""
 
-# Letters: B batch, S samples, W window, H hop (W a multiple of H), N = S / H frames, K = W/2 + 1 frequencies, M mels
+# Shapes: B batch, S samples, W window, H hop (W a multiple of H), N = S / H frames, K = W/2 + 1 frequencies, M mels
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLOOR = 1e-4  # noise 80 dB below full scale, with unit windows; what is softer is silence to the logarithm
+FLOOR = (
+    1e-4  # noise 80 dB below full scale, with unit windows; lower magnitudes are clamped before the logarithm
+)
 
 
 def unit_window(size: int) -> Tensor:
@@ -74,7 +76,7 @@ def log_mel(magnitudes: Tensor, filters: Tensor) -> Tensor:
 
 
 def resample(samples: Tensor, old_rate: int, new_rate: int) -> Tensor:
-    """The audio at `new_rate`.  # S -> S·new/old, rounded up
+    """Return the audio at `new_rate`.  # S -> S·new/old, rounded up
 
     The signal is padded with silence at its end, so that the spectrum's wrap-around falls there.
     """
@@ -94,7 +96,7 @@ def resample(samples: Tensor, old_rate: int, new_rate: int) -> Tensor:
 
 
 def smooth(number: int) -> int:
-    """The least product of 2, 3 and 5 that is not below a number: a transform of such a length is quick."""
+    """Return the least product of 2, 3 and 5 that is not below a number: a transform of this length is fast."""
     best = 1 << max(0, number - 1).bit_length()
     five = 1
     while five < best:

@@ -1,22 +1,22 @@
-"""Matrix products: their precision, the faster CPU library, and one product per expert.
+"""Matrix products: their precision, the faster CPU library, and grouped products of experts.
 
 **Precision.** On a GPU autocast decides. torch's CPU autocast puts every product and all between them into bf16, and
-most of that becomes slower. `bf16_matmul` keeps all else in fp32: inputs are rounded to bf16, sums run in fp32 within
-the processor's own instruction, and the product is rounded once. It covers `linear`, the experts and the losses.
+most of that becomes slower. `bf16_matmul` keeps the rest in fp32: inputs are rounded to bf16, sums run in fp32 within
+the CPU's own instruction, and the product is rounded once. It covers `linear`, the experts and the losses.
 
-**CPU library.** torch hands fp32 products to MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which
-torch carries as well, takes AVX-512 and is twice as fast; bf16 goes to it in any case. It compiles a kernel for each
+**CPU library.** torch passes fp32 products to MKL, which uses AVX2 only on CPUs that are not Intel's. oneDNN, which is
+part of torch as well, uses AVX-512 and is twice as fast; bf16 goes to it in any case. It compiles a kernel for each
 new shape (0.2 ms), so it pays only if shapes repeat: `pad_rows` rounds the number of rows.
 """
 
-# Letters: M rows, K numbers summed over, N numbers out; of experts: R rows, D width in, F width out, E experts
+# Shapes: M rows, K summed over, N outputs; of experts: R rows, D inputs, F outputs, E experts
 
 from __future__ import annotations
 
 import functools
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -28,76 +28,66 @@ from torch import Tensor
 from openm6.core.errors import ConfigError
 
 HALF = torch.bfloat16
-_asked: ContextVar[bool] = ContextVar("bf16_matmul", default=False)
+_enabled: ContextVar[bool] = ContextVar("bf16_matmul", default=False)
 ROWS = 32  # fewer waste less on padding; more make fewer shapes, whose kernels take memory
-MIN_PRODUCT = 2**20  # multiplications: below, the longer way into oneDNN costs more than it saves
+MIN_PRODUCT = 2**20  # multiplications: below, the overhead of oneDNN exceeds its gain
 MAX_EXPERTS = 1023  # of one `F.grouped_mm` on a GPU
 
 
 @contextmanager
-def bf16_matmul(asked: bool = True) -> Iterator[None]:
-    """Within it, large products of fp32 on a processor run in bf16; backward passes follow their forward pass."""
-    before = _asked.set(asked)
+def bf16_matmul(enabled: bool = True) -> Iterator[None]:
+    """Within it, large fp32 products on a CPU run in bf16; backward passes follow their forward pass."""
+    before = _enabled.set(enabled)
     try:
         yield
     finally:
-        _asked.reset(before)
+        _enabled.reset(before)
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that factors of x's products are to be rounded to: bf16 if that was asked for, else x's own."""
-    return HALF if _asked.get() and x.is_cpu and x.dtype == torch.float32 else x.dtype
+    """Return the dtype that factors of x's products are rounded to: bf16 within `bf16_matmul`, else x's own."""
+    return HALF if _enabled.get() and x.is_cpu and x.dtype == torch.float32 else x.dtype
 
 
 @functools.cache
 def has_bf16() -> bool:
-    """Whether this processor multiplies bf16 by its own instructions (AVX512-BF16 or AMX)."""
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in asked)
+    """Whether this CPU multiplies bf16 by its own instructions (AVX512-BF16 or AMX)."""
+    return any(
+        getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
 
 
 def capture_precision(kind: str) -> Callable[[], AbstractContextManager[None]]:
-    """Return a function that restores the current precision on a kind of device, for what runs again."""
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    half = _asked.get()
+    """Return a function that restores the current precision on a kind of device, for recomputation."""
+    autocast, dtype, half = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), _enabled.get()
 
     @contextmanager
-    def again() -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
-            stack.enter_context(bf16_matmul(half))
+    def restored() -> Iterator[None]:
+        with torch.autocast(kind, dtype=dtype, enabled=autocast), bf16_matmul(half):
             yield
 
-    return again
+    return restored
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ as `F.linear` computes it: ... K, N K -> ... N."""
-    # Not by whether a gradient is needed: a layer that is computed again must come out as it did before.
-    again = (x.numel() // x.shape[-1]) % ROWS == 0 and not torch.compiler.is_compiling()
-    if again and _plain(x) and (matmul_dtype(x) == HALF or onednn_is_faster()):
+    # Not by whether a gradient is needed: a recomputed layer must have the same result.
+    repeats = (x.numel() // x.shape[-1]) % ROWS == 0 and not torch.compiler.is_compiling()
+    if repeats and _plain(x) and (matmul_dtype(x) == HALF or onednn_is_faster()):
         return _Linear.apply(x, weight)
     return F.linear(x, weight)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias without a gradient, for shapes that come back: M K, N K, N -> M N, of any strides."""
+    """x · weightᵀ + bias without a gradient, for shapes that repeat: M K, N K, N -> M N, of any strides."""
     if not use_onednn(x, weight):
         return F.linear(x, weight, bias)
-    answer: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return answer
-
-
-def matmul_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Writes x · weightᵀ into `out`, M N, in out's dtype."""
-    if use_onednn(x, weight) or x.dtype != out.dtype:
-        out.copy_(matmul(x, weight))
-    else:
-        torch.mm(x, weight.t(), out=out)
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return output
 
 
 def matmul_add(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Adds x · weightᵀ to `out`, M N, in out's dtype."""
+    """Add x · weightᵀ to `out`, M N, in out's dtype."""
     if use_onednn(x, weight) or x.dtype != out.dtype:
         out.add_(matmul(x, weight))
     else:
@@ -105,17 +95,17 @@ def matmul_add(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 def use_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` takes the other way for rows and a matrix of these sizes; bf16 goes to oneDNN by itself."""
+    """Whether `matmul` calls oneDNN for rows and a matrix of these sizes; torch itself does so for bf16."""
     large = x.shape[0] * weight.numel() >= MIN_PRODUCT
-    # With gaps between a matrix's rows and between its columns oneDNN takes a path a thousand times as slow.
+    # With gaps between a matrix's rows and between its columns oneDNN is a thousand times as slow.
     dense = weight.is_contiguous() or weight.t().is_contiguous()
     return large and dense and _plain(x) and onednn_is_faster()
 
 
 def pad_rows(rows: int, dtype: torch.dtype) -> int:
-    """The number that rows of a dtype should be padded to, so that few shapes occur; no padding if it saves nothing.
+    """Return how many rows to pad to, so that few shapes occur; the same number if that saves nothing.
 
-    Whole multiples of `ROWS`, and of more if rows are many: from 16 multiples on eight lengths per octave.
+    Multiples of `ROWS`, and of more if there are many rows: from 16 multiples on eight lengths per octave.
     """
     if dtype != HALF and not onednn_is_faster():
         return rows
@@ -127,13 +117,13 @@ def pad_rows(rows: int, dtype: torch.dtype) -> int:
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether this processor has AVX-512 that MKL leaves unused, and torch the way around it."""
+    """Whether this CPU has AVX-512 that MKL leaves unused, and torch has oneDNN."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return wide and has_onednn() and torch.backends.mkl.is_available() and not _of_intel()
 
 
 def has_onednn() -> bool:
-    """Whether this torch can hand a product to oneDNN."""
+    """Whether this torch can run a product in oneDNN."""
     try:
         return torch.backends.mkldnn.is_available() and callable(torch.ops.mkldnn._linear_pointwise)
     except AttributeError:
@@ -175,11 +165,11 @@ class _Linear(torch.autograd.Function):
 def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """The first counts[0] rows times weight[0], the next counts[1] times weight[1], and so on: R D -> R F.
 
-    weight is E D F; counts is E, its sum is R. D and F must be multiples of 16 bytes. Under autocast the product
-    runs in autocast's dtype, as `F.linear` would.
+    weight is E D F; counts is E, its sum is R. D and F must be multiples of 16 bytes. Under autocast the product has
+    autocast's dtype, as `F.linear`'s.
     """
     rows, weight = cast_alike(rows, weight)
-    # On a GPU the kernel supports bf16 only; other dtypes occur there in tests, which may be slow.
+    # On a GPU the kernel supports bf16 only; other dtypes are slow.
     if rows.is_cuda and rows.dtype != torch.bfloat16:
         return grouped_mm_reference(rows, weight, counts)
     ends = counts.cumsum(0).to(torch.int32)
@@ -191,16 +181,12 @@ def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def grouped_mm_reference(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """The reference of `grouped_mm`: a product for each expert."""
-    parts = rows.split(counts.tolist())
-    return torch.cat([part @ matrix for part, matrix in zip(parts, weight.unbind(), strict=True)])
+    groups = rows.split(counts.tolist())
+    return torch.cat([group @ matrix for group, matrix in zip(groups, weight.unbind(), strict=True)])
 
 
 def check_experts(count: int, device: torch.device) -> None:
-    """Refuse more experts in one product than the kernel of a GPU takes.
-
-    Raises:
-        ConfigError: too many.
-    """
+    """Raise ConfigError for more experts in one product than a GPU's kernel supports."""
     if device.type == "cuda" and count > MAX_EXPERTS:
         raise ConfigError(
             f"a layer has {count} experts on one GPU, whose grouped product takes {MAX_EXPERTS}: "
@@ -209,9 +195,9 @@ def check_experts(count: int, device: torch.device) -> None:
 
 
 def idle(counts: Tensor) -> Tensor:
-    """Which of E experts have no rows: E 1 1, for the gradient of their weights.
+    """Return which of E experts have no rows: E 1 1, for the gradient of their weights.
 
-    There `F.grouped_mm` leaves what the memory held before, on compute capability 10.0 (pytorch issue 172439).
+    `F.grouped_mm` leaves it uninitialized on compute capability 10.0 (pytorch issue 172439).
     """
     return (counts == 0)[:, None, None]
 
@@ -231,7 +217,7 @@ class _IdleWithoutGradient(torch.autograd.Function):
 
 
 def cast_alike(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the weight's dtype, or under autocast in its own."""
+    """Return both in the weight's dtype, or under autocast in autocast's."""
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     return rows.to(dtype), weight.to(dtype)

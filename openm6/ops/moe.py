@@ -1,17 +1,17 @@
-"""Mixture of experts: choice of experts, permutation of rows, and the experts' networks, each with its adjoint.
+"""Mixture of experts: choice of experts, permutation of rows, and the experts' MLPs, each with its adjoint.
 
-The networks have three implementations, of which `choose_backend` takes one:
+The MLPs have three implementations, of which `choose_backend` selects one:
 
 - `permute`, grouped products, `unpermute`: any activation, capacity, and experts on other ranks; the reference.
 - `moe_mlp_fused`: one step of Triton kernels and grouped products, on a GPU.
 - `moe_mlp_per_expert`: one expert after the other, on a CPU, with its rows in the cache from end to end.
 
-The latter two multiply by the router's gate between the products (it is linear there as well), so the answers of the
-second product need not be kept for its gradient, and both adjoints of the permutation are plain gathers.
+The latter two multiply by the router's gate between the products (the rest is linear), so the outputs of the second
+product need not be kept for its gradient, and both adjoints of the permutation are plain gathers.
 """
 
-# Letters: N tokens, D width, F hidden, E experts, K choices per token, Z prototypes, R rows sent to experts (N·K if
-# nothing is dropped), P ≥ R rows with padding
+# Shapes: N tokens, D hidden size, F intermediate size, E experts, K choices per token, Z prototypes, R rows sent to
+# experts (N·K if nothing is dropped), P ≥ R rows with padding
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Backend = Literal["permute", "fused", "per_expert"]
 
 
 def choose_backend(x: Tensor, num_choices: int, num_experts: int, simple: bool) -> Backend:
-    """The implementation for N tokens x; `simple`: SwiGLU experts, all on this device, that drop nothing.
+    """Return the implementation for N tokens x; `simple`: SwiGLU experts, all on this device, that drop nothing.
 
     On a GPU the fused one needs bf16. On a CPU one expert at a time needs fp32, and so many rows that padding them
     costs little.
@@ -49,7 +49,7 @@ def choose_backend(x: Tensor, num_choices: int, num_experts: int, simple: bool) 
 def choose_top_k(
     logits: Tensor, bias: Tensor | None, top_k: int, normalise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The K experts with the highest logit (plus `bias`, which steers the choice but not the gates).
+    """Choose the K experts with the highest logit (plus `bias`, which affects the choice but not the gates).
 
     Returns gates N K and experts N K, and the probabilities N E; normalised gates sum to one.
     """
@@ -64,24 +64,21 @@ def choose_top_k(
 def choose_prototypes(
     logits: Tensor, bias: Tensor | None, num_prototypes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One expert in each of Z groups, weighted by the softmax within its group: "k top-1" (M6-T, 2105.15082, §3.2).
+    """Choose one expert in each of Z groups, weighted by the softmax within it: "k top-1" (M6-T, 2105.15082, §3.2).
 
-    Returns gates N Z and experts N Z (numbers 0 to E - 1), and the probabilities N E, which sum to Z.
+    Returns gates N Z and experts N Z (indices 0 to E - 1), and the probabilities N E, which sum to Z.
     """
     groups = logits.unflatten(-1, (num_prototypes, -1))  # N E -> N Z E/Z
     probability = groups.softmax(-1)
-    steered = groups if bias is None else groups + bias.view(num_prototypes, -1)
-    winner = steered.argmax(-1, keepdim=True)  # N Z 1
+    biased = groups if bias is None else groups + bias.view(num_prototypes, -1)
+    winner = biased.argmax(-1, keepdim=True)  # N Z 1
     gate = probability.gather(-1, winner).squeeze(-1)
     first = torch.arange(num_prototypes, device=logits.device) * groups.shape[-1]
     return gate, winner.squeeze(-1) + first, probability.flatten(-2)
 
 
 def tokens_per_expert(chosen: Tensor, valid: Tensor, num_experts: int) -> Tensor:
-    """How many choices of valid tokens fell on each expert: N K, N -> E, fp32.
-
-    No `bincount`: that makes a GPU wait for the host.
-    """
+    """Count the choices of valid tokens for each expert: N K, N -> E, fp32; `bincount` would make a GPU wait."""
     weight = valid.unsqueeze(-1).expand_as(chosen).to(torch.float32)
     load = torch.zeros(num_experts, device=chosen.device)
     return load.scatter_add_(0, chosen.reshape(-1), weight.reshape(-1))
@@ -89,19 +86,18 @@ def tokens_per_expert(chosen: Tensor, valid: Tensor, num_experts: int) -> Tensor
 
 def load_cv(load: Tensor) -> Tensor:
     """Coefficient of variation σ/μ of the tokens per expert: 0 is perfect balance (M6-T, §3.1)."""
-    mean = load.mean()
-    return load.std(correction=0) / mean.clamp(min=1e-9)
+    return load.std(correction=0) / load.mean().clamp(min=1e-9)
 
 
 def balance_loss(probability: Tensor, load: Tensor, valid: Tensor) -> Tensor:
     """E · Σ_e f_e · P_e of the Switch transformer (2101.03961, eq. 4): 1 if balanced, at most E.
 
-    f_e is the share of choices that fell on expert e, P_e its mean share of probability.
+    f_e is the fraction of choices for expert e, P_e its fraction of the mean probability.
     """
     weight = valid.to(probability.dtype)
     mean = (probability * weight.unsqueeze(-1)).sum(0) / weight.sum().clamp(min=1)
-    share = load / load.sum().clamp(min=1)
-    return probability.shape[-1] * (share * mean / mean.sum().clamp(min=1e-9)).sum()
+    fraction = load / load.sum().clamp(min=1)
+    return probability.shape[-1] * (fraction * mean / mean.sum().clamp(min=1e-9)).sum()
 
 
 def z_loss(logits: Tensor, valid: Tensor, num_groups: int = 1) -> Tensor:
@@ -118,12 +114,12 @@ def balanced_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenPermutation:
-    """Which row of which expert carries each choice of each token.
+    """Which row of which expert holds each choice of each token.
 
     source: R, the token that row r is a copy of
-    slot:   N K, the row that carries choice k of token n
+    slot:   N K, the row of choice k of token n
     kept:   N K bool, or None if nothing is dropped
-    counts: E, rows of each expert; rows of one expert lie together, in the order of their tokens
+    counts: E, rows of each expert; rows of one expert are adjacent, in the order of their tokens
     """
 
     source: Tensor
@@ -140,26 +136,22 @@ def dropless_permutation(chosen: Tensor, num_experts: int) -> TokenPermutation:
 
 
 def capacity_permutation(chosen: Tensor, valid: Tensor, num_experts: int, capacity: int) -> TokenPermutation:
-    """Each expert takes its first `capacity` valid choices and drops the rest: R = E·capacity, known beforehand.
+    """Each expert takes its first `capacity` valid choices and drops the rest: R = E·capacity, a fixed shape.
 
-    Unused rows copy token 0; their answers are not read, so they cost time and change nothing.
+    Unused rows copy token 0; their outputs are not read, so they cost time and change nothing.
     """
     # Padding is sorted behind all experts, so that it never takes a row.
-    flat = torch.where(valid.unsqueeze(-1), chosen, num_experts).reshape(-1)
-    order = flat.argsort(stable=True)
-    total = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
-    total.scatter_add_(0, flat, torch.ones_like(flat))
-    first = total.cumsum(0) - total  # E + 1
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - first[flat[order]]
-    kept = (rank < capacity) & (flat < num_experts)
-    slot = torch.where(kept, flat * capacity + rank, 0)
-    token = torch.arange(len(flat), device=flat.device).div(chosen.shape[-1], rounding_mode="floor")
+    chosen = torch.where(valid.unsqueeze(-1), chosen, num_experts)
+    _, slot, total = _sorted_by_expert(chosen, num_experts + 1)
+    rank = slot - (total.cumsum(0) - total)[chosen]  # N K
+    kept = (rank < capacity) & (chosen < num_experts)
+    slot = torch.where(kept, chosen * capacity + rank, 0)
     rows = num_experts * capacity
-    source = torch.zeros(rows + 1, dtype=torch.int64, device=flat.device)
-    source[torch.where(kept, slot, rows)] = token  # the spare last element takes what is dropped
-    counts = torch.full((num_experts,), capacity, dtype=torch.int64, device=flat.device)
-    return TokenPermutation(source[:rows], slot.view_as(chosen), kept.view_as(chosen), counts)
+    source = torch.zeros(rows + 1, dtype=torch.int64, device=chosen.device)
+    # The spare last element takes what is dropped.
+    source[torch.where(kept, slot, rows)] = torch.arange(len(chosen), device=chosen.device).unsqueeze(-1)
+    counts = torch.full((num_experts,), capacity, dtype=torch.int64, device=chosen.device)
+    return TokenPermutation(source[:rows], slot, kept, counts)
 
 
 def capacity_of(num_tokens: int, choices: int, num_experts: int, factor: float) -> int:
@@ -184,7 +176,7 @@ def permute(x: Tensor, permutation: TokenPermutation) -> Tensor:
 
 
 def unpermute(rows: Tensor, gate: Tensor, permutation: TokenPermutation) -> Tensor:
-    """Each token's K answers, weighted by their gates and summed: R D, N K -> N D. Dropped choices add nothing."""
+    """Each token's K outputs, weighted by their gates and summed: R D, N K -> N D. Dropped choices add nothing."""
     gate = gate if permutation.kept is None else gate * permutation.kept
     return _Unpermute.apply(rows, gate.to(rows.dtype), permutation.source, permutation.slot)
 
@@ -223,7 +215,10 @@ class _Unpermute(torch.autograd.Function):
         return sent.mul_(row_gate.unsqueeze(-1)), d_gate, None, None
 
 
-def _triton() -> Any:
+def _kernels(device: torch.device) -> Any:
+    """Return the module of Triton kernels, or None if they do not run on this device: then plain torch is used."""
+    if not kernels.available(device):
+        return None
     # Triton is optional.
     from openm6.kernels import moe  # noqa: PLC0415
 
@@ -232,14 +227,15 @@ def _triton() -> Any:
 
 @torch.library.custom_op("openm6::sort_by_expert", mutates_args=())
 def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each choice goes: N K -> choice R, slot N K, ends E.
+    """Sort choices by expert, stably: N K -> choice R, slot N K, ends E.
 
-    choice: the flat number n·K + k of the choice that row r carries; slot: its inverse; ends: last row of each expert,
-    plus one, int32. Rows of one expert lie together, in the order of their tokens.
+    choice: the flat index n·K + k of the choice in row r; slot: its inverse; ends: last row of each expert, plus one,
+    int32.
     """
-    if kernels.available(chosen.device):
-        return _triton().sort_by_expert(chosen, num_experts)
-    return sort_by_expert_reference(chosen, num_experts)
+    if triton := _kernels(chosen.device):
+        return triton.sort_by_expert(chosen, num_experts)
+    choice, slot, counts = _sorted_by_expert(chosen, num_experts)
+    return choice, slot, counts.cumsum(0, dtype=torch.int32)
 
 
 @sort_by_expert.register_fake
@@ -249,18 +245,11 @@ def _(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return choice, slot, chosen.new_empty(num_experts, dtype=torch.int32)
 
 
-def sort_by_expert_reference(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference of `sort_by_expert`."""
-    choice, slot, counts = _sorted_by_expert(chosen, num_experts)
-    return choice, slot, counts.cumsum(0, dtype=torch.int32)
-
-
 @torch.library.custom_op("openm6::gather_rows", mutates_args=())
 def gather_rows(x: Tensor, source: Tensor) -> Tensor:
     """x[source]: N D, R -> R D."""
-    if kernels.available(x.device):
-        return _triton().gather_rows(x, source)
-    return x.index_select(0, source)
+    triton = _kernels(x.device)
+    return triton.gather_rows(x, source) if triton else x.index_select(0, source)
 
 
 @gather_rows.register_fake
@@ -271,9 +260,8 @@ def _(x: Tensor, source: Tensor) -> Tensor:
 @torch.library.custom_op("openm6::sum_rows", mutates_args=())
 def sum_rows(rows: Tensor, slot: Tensor) -> Tensor:
     """Σ_k rows[slot[n, k]], in fp32: R D, N K -> N D."""
-    if kernels.available(rows.device):
-        return _triton().sum_rows(rows, slot)
-    return sum_rows_reference(rows, slot)
+    triton = _kernels(rows.device)
+    return triton.sum_rows(rows, slot) if triton else sum_rows_reference(rows, slot)
 
 
 @sum_rows.register_fake
@@ -295,9 +283,11 @@ def sum_rows_reference(rows: Tensor, slot: Tensor, weight: Tensor | None = None)
 @torch.library.custom_op("openm6::swiglu_gate", mutates_args=())
 def swiglu_gate(product: Tensor, gate: Tensor) -> Tensor:
     """silu(a) · b · gate of product = [a | b]: R 2F, R -> R F."""
-    if kernels.available(product.device):
-        return _triton().swiglu_gate(product, gate)
-    return swiglu_gate_reference(product, gate)
+    if triton := _kernels(product.device):
+        return triton.swiglu_gate(product, gate)
+    wide = torch.promote_types(product.dtype, torch.float32)
+    first, second = product.to(wide).chunk(2, dim=-1)
+    return (F.silu(first) * second * gate.to(wide).unsqueeze(-1)).to(product.dtype)
 
 
 @swiglu_gate.register_fake
@@ -305,29 +295,11 @@ def _(product: Tensor, gate: Tensor) -> Tensor:
     return product.new_empty(product.shape[0], product.shape[1] // 2)
 
 
-def swiglu_gate_reference(product: Tensor, gate: Tensor) -> Tensor:
-    """The reference of `swiglu_gate`."""
-    wide = torch.promote_types(product.dtype, torch.float32)
-    first, second = product.to(wide).chunk(2, dim=-1)
-    return (F.silu(first) * second * gate.to(wide).unsqueeze(-1)).to(product.dtype)
-
-
 @torch.library.custom_op("openm6::swiglu_gate_backward", mutates_args=())
 def swiglu_gate_backward(product: Tensor, gate: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `swiglu_gate`: R 2F, R, R F -> R 2F, and R in fp32 or wider."""
-    if kernels.available(product.device):
-        return _triton().swiglu_gate_backward(product, gate, gradient)
-    return swiglu_gate_backward_reference(product, gate, gradient)
-
-
-@swiglu_gate_backward.register_fake
-def _(product: Tensor, gate: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(product.dtype, torch.float32)
-    return torch.empty_like(product), product.new_empty(product.shape[0], dtype=wide)
-
-
-def swiglu_gate_backward_reference(product: Tensor, gate: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference of `swiglu_gate_backward`."""
+    if triton := _kernels(product.device):
+        return triton.swiglu_gate_backward(product, gate, gradient)
     wide = torch.promote_types(product.dtype, torch.float32)
     first, second = product.to(wide).chunk(2, dim=-1)
     upstream, scale = gradient.to(wide), gate.to(wide).unsqueeze(-1)
@@ -336,6 +308,12 @@ def swiglu_gate_backward_reference(product: Tensor, gate: Tensor, gradient: Tens
     d_first = upstream * scale * second * sigmoid * (1 + first * (1 - sigmoid))
     d_second = upstream * scale * first * sigmoid
     return torch.cat([d_first, d_second], dim=-1).to(product.dtype), d_gate
+
+
+@swiglu_gate_backward.register_fake
+def _(product: Tensor, gate: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(product.dtype, torch.float32)
+    return torch.empty_like(product), product.new_empty(product.shape[0], dtype=wide)
 
 
 def moe_mlp_fused(x: Tensor, gate: Tensor, chosen: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -361,18 +339,18 @@ class _FusedMlp(torch.autograd.Function):
         row_gate = gate.reshape(-1).index_select(0, choice)  # N K -> R
         product = F.grouped_mm(rows, up, offs=ends)  # R D -> R 2F
         hidden = swiglu_gate(product, row_gate)  # R 2F -> R F
-        answers = F.grouped_mm(hidden, down, offs=ends)  # R F -> R D
+        outputs = F.grouped_mm(hidden, down, offs=ends)  # R F -> R D
         ctx.save_for_backward(rows, hidden, product, row_gate, up, down, source, slot, ends)
         ctx.gate_dtype = gate.dtype
-        return sum_rows(answers, slot)  # R D -> N D
+        return sum_rows(outputs, slot)  # R D -> N D
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, hidden, product, row_gate, up, down, source, slot, ends = ctx.saved_tensors
         without_rows = idle(ends.diff(prepend=ends.new_zeros(1)))
-        d_answers = gather_rows(gradient.contiguous(), source)  # N D -> R D
-        d_hidden = F.grouped_mm(d_answers, down.transpose(1, 2), offs=ends)  # R D -> R F
-        d_down = F.grouped_mm(hidden.t(), d_answers, offs=ends).masked_fill_(without_rows, 0.0)  # E F D
+        d_outputs = gather_rows(gradient.contiguous(), source)  # N D -> R D
+        d_hidden = F.grouped_mm(d_outputs, down.transpose(1, 2), offs=ends)  # R D -> R F
+        d_down = F.grouped_mm(hidden.t(), d_outputs, offs=ends).masked_fill_(without_rows, 0.0)  # E F D
         d_product, d_row_gate = swiglu_gate_backward(product, row_gate, d_hidden)
         d_rows = F.grouped_mm(d_product, up.transpose(1, 2), offs=ends)  # R 2F -> R D
         d_up = F.grouped_mm(rows.t(), d_product, offs=ends).masked_fill_(without_rows, 0.0)  # E D 2F
@@ -383,70 +361,58 @@ class _FusedMlp(torch.autograd.Function):
 def moe_mlp_per_expert(x: Tensor, gate: Tensor, chosen: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Σ_k gate[n, k] · E_chosen[n, k](x[n]) for SwiGLU experts that drop nothing: N D, N K, N K -> N D.
 
-    up is E D 2F ([gate | up]) and down E F D, all in fp32. Each expert's rows are padded to a few lengths that repeat
-    (see `pad_rows`); padding repeats token 0 with a gate of 0, so it adds nothing to any sum.
+    up is E D 2F ([gate | up]) and down E F D, all in fp32. Each expert's rows are padded to one of a few lengths (see
+    `pad_rows`); padding repeats token 0 with a gate of 0, so it adds nothing to any sum.
     """
-    return _PerExpertMlp.apply(x, gate, up, down, _padded_permutation(chosen, up.shape[0], matmul_dtype(x)))
+    return _PerExpertMlp.apply(x, gate, up, down, *_padded_permutation(chosen, up.shape[0], matmul_dtype(x)))
 
 
-@dataclass(frozen=True)
-class _PaddedPermutation:
-    """source: P, the token of each row; slot: N K, the row of each choice; rows: for each expert, its rows"""
-
-    source: Tensor
-    slot: Tensor
-    rows: list[slice]
-
-
-def _padded_permutation(chosen: Tensor, num_experts: int, dtype: torch.dtype) -> _PaddedPermutation:
-    choice, slot, counts = _sorted_by_expert(chosen, num_experts)
-    begins = [0, *accumulate(counts.tolist())]  # without padding
-    sizes = [pad_rows(stop - start, dtype) for start, stop in pairwise(begins)]
-    edges = [0, *accumulate(sizes)]
-    moved = torch.tensor([edge - begin for edge, begin in zip(edges, begins, strict=True)])
-    expert = chosen.reshape(-1)
-    slot = slot + moved[expert].view_as(slot)  # padding before moves a row on
-    source = choice.new_zeros(edges[-1])
-    source[slot.reshape(-1)] = torch.arange(len(expert)).div(chosen.shape[1], rounding_mode="floor")
-    return _PaddedPermutation(source, slot, [slice(*ends) for ends in pairwise(edges)])
+def _padded_permutation(
+    chosen: Tensor, num_experts: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[slice]]:
+    """N K -> source P (the token of each row), slot N K (the row of each choice), and the rows of each expert."""
+    _, slot, counts = _sorted_by_expert(chosen, num_experts)
+    padded = [pad_rows(count, dtype) for count in counts.tolist()]
+    padding = torch.tensor(padded) - counts
+    slot = slot + (padding.cumsum(0) - padding)[chosen]  # rows move by the padding of the experts before
+    source = slot.new_zeros(sum(padded))
+    source[slot] = torch.arange(len(chosen)).unsqueeze(-1)
+    return source, slot, [slice(*ends) for ends in pairwise([0, *accumulate(padded)])]
 
 
 class _PerExpertMlp(torch.autograd.Function):
-    """As `_FusedMlp` in another order of work; the gate is multiplied between the products.
-
-    Factors of products are in `matmul_dtype`; all between them is in fp32.
-    """
+    """As `_FusedMlp` in another order of work. Factors of products are in `matmul_dtype`; the rest is in fp32."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, permutation: _PaddedPermutation
-    ) -> Tensor:
+        ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor,
+        source: Tensor, slot: Tensor, rows_of: list[slice],
+    ) -> Tensor:  # fmt: skip
         dtype = matmul_dtype(x)
         up, down = up.to(dtype), down.to(dtype)
-        rows = x.to(dtype).index_select(0, permutation.source)  # N D -> P D
+        rows = x.to(dtype).index_select(0, source)  # N D -> P D
         row_gate = x.new_zeros(len(rows), 1)
-        row_gate[permutation.slot.reshape(-1), 0] = gate.reshape(-1)
-        answers, products = [], []
-        for own, first, second in zip(permutation.rows, up.unbind(), down.unbind(), strict=True):
+        row_gate[slot, 0] = gate
+        outputs, products = [], []
+        for own, first, second in zip(rows_of, up.unbind(), down.unbind(), strict=True):
             both = matmul(rows[own], first.t()).to(x.dtype)  # P_e D -> P_e 2F
             a, b = both.chunk(2, dim=-1)
             hidden = F.silu(a).mul_(b).mul_(row_gate[own])
-            answers.append(matmul(hidden.to(dtype), second.t()))  # P_e F -> P_e D
+            outputs.append(matmul(hidden.to(dtype), second.t()))  # P_e F -> P_e D
             products.append(both)
-        ctx.save_for_backward(rows, row_gate, up, down, *products)
-        ctx.permutation = permutation
-        return sum_rows_reference(torch.cat(answers).to(x.dtype), permutation.slot)  # P D -> N D
+        ctx.save_for_backward(rows, row_gate, up, down, source, slot, *products)
+        ctx.rows_of = rows_of
+        return sum_rows_reference(torch.cat(outputs).to(x.dtype), slot)  # P D -> N D
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, row_gate, up, down, *products = ctx.saved_tensors
-        permutation: _PaddedPermutation = ctx.permutation
+        rows, row_gate, up, down, source, slot, *products = ctx.saved_tensors
         dtype, full = rows.dtype, gradient.dtype
-        sent = gradient.to(dtype).index_select(0, permutation.source)  # N D -> P D
+        sent = gradient.to(dtype).index_select(0, source)  # N D -> P D
         d_up, d_down = torch.empty_like(up, dtype=full), torch.empty_like(down, dtype=full)
         d_gate = torch.empty_like(row_gate[:, 0])
         d_rows = []
-        for e, (own, both) in enumerate(zip(permutation.rows, products, strict=True)):
+        for e, (own, both) in enumerate(zip(ctx.rows_of, products, strict=True)):
             a, b = both.chunk(2, dim=-1)
             silu = F.silu(a)
             d_hidden = matmul(sent[own], down[e]).to(full)  # P_e D -> P_e F
@@ -462,5 +428,5 @@ class _PerExpertMlp(torch.autograd.Function):
             d_both = d_both.to(dtype)
             d_up[e] = matmul(rows[own].t(), d_both.t())  # D 2F
             d_rows.append(matmul(d_both, up[e]))  # P_e 2F -> P_e D
-        d_x = sum_rows_reference(torch.cat(d_rows).to(full), permutation.slot)
-        return d_x, d_gate[permutation.slot], d_up, d_down, None
+        d_x = sum_rows_reference(torch.cat(d_rows).to(full), slot)
+        return d_x, d_gate[slot], d_up, d_down, None, None, None

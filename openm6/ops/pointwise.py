@@ -1,10 +1,10 @@
 """SwiGLU, RMSNorm and the rotary embedding, with hand-written adjoints that write each result once.
 
 The rotary embedding has three axes (time, height, width); with equal positions on all axes it is the common 1-D one.
-A compiler fuses the plain forms well, and cannot read writes into halves, so it gets those.
+Under torch.compile the plain forms are used: it fuses them, and does not support writes into halves.
 """
 
-# Letters: B rows, S tokens, H heads, d size of a head, D width, F hidden width
+# Shapes: B rows, S tokens, H heads, d head size, D hidden size, F intermediate size
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from torch import Tensor
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up: ... 2F -> ... F."""
-    if torch.compiler.is_compiling():  # which fuses the plain form, and cannot read writes into halves
-        return swiglu_reference(gate_up)
-    return _SwiGlu.apply(gate_up)
+    return swiglu_reference(gate_up) if torch.compiler.is_compiling() else _SwiGlu.apply(gate_up)
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -28,13 +26,8 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def gelu(x: Tensor) -> Tensor:
-    """x · Φ(x), exactly (the error function, not its tanh approximation)."""
-    return F.gelu(x)
-
-
 class _SwiGlu(torch.autograd.Function):
-    """Keeps the product's output only, and writes both gradients into one buffer instead of joining two."""
+    """Keep the product's output only, and write both gradients into one buffer."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -54,17 +47,14 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis, computed in fp32, returned in x's dtype.
-
-    `weight` is D, or H D if each head has its own: ... H D -> ... H D.
-    """
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, in fp32, returned in x's dtype; weight: D, or H D."""
     if x.is_cpu and not torch.compiler.is_compiling():
         return _RmsNorm.apply(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The reference of `rms_norm`; a compiler fuses it well."""
+    """The reference of `rms_norm`."""
     normal = F.rms_norm(x.float(), (x.shape[-1],), eps=eps)
     return (normal * weight.float()).to(x.dtype)
 
@@ -95,15 +85,8 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def axis_of_frequency(sections: tuple[int, int, int]) -> list[int]:
-    """Which axis drives each of the d/2 frequencies: taken in turn, so that each axis has fast and slow ones."""
-    left = list(sections)
-    axes: list[int] = []
-    while any(left):
-        for axis in range(3):
-            if left[axis]:
-                axes.append(axis)
-                left[axis] -= 1
-    return axes
+    """Return the axis of each of the d/2 frequencies: taken in turn, so that each axis has fast and slow ones."""
+    return [axis for turn in range(max(sections)) for axis in range(3) if turn < sections[axis]]
 
 
 def rotary_table(positions: Tensor, theta: float, sections: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -111,44 +94,42 @@ def rotary_table(positions: Tensor, theta: float, sections: tuple[int, int, int]
     half = sum(sections)
     exponent = torch.arange(half, dtype=torch.float32, device=positions.device) / half
     frequency = 1.0 / theta**exponent  # d/2
-    # Stacking views, for an index made on the host would make a GPU wait.
+    # Stacked views, because an index from the host would make a GPU wait.
     along = positions.to(torch.float32).unbind(-1)
     angle = torch.stack([along[axis] for axis in axis_of_frequency(sections)], dim=-1) * frequency  # B S d/2
     return angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turns the pairs (x[i], x[i + d/2]) by their angles: B S H d -> B S H d, in x's dtype."""
-    if torch.compiler.is_compiling():  # which fuses the plain form, and cannot read writes into halves
-        first, second = x.float().chunk(2, dim=-1)
-        turned = (first * cosine - second * sine, second * cosine + first * sine)
-        return torch.cat(turned, dim=-1).to(x.dtype)
-    return _Rotate.apply(x, cosine, sine)
+    """Rotate the pairs (x[i], x[i + d/2]) by their angles: B S H d -> B S H d, in x's dtype."""
+    return (
+        rotate_reference(x, cosine, sine) if torch.compiler.is_compiling() else _Rotate.apply(x, cosine, sine)
+    )
 
 
 def rotate_reference(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """The reference of `rotate`: a product of complex numbers."""
-    first, second = x.double().chunk(2, dim=-1)
-    turned = torch.complex(first, second) * torch.complex(cosine.double(), sine.double())
-    return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
+    """The reference of `rotate`."""
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = (first * cosine - second * sine, second * cosine + first * sine)
+    return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation's adjoint is the rotation back: nothing but the table needs to be kept."""
+    """The adjoint of a rotation is the rotation back: only the table needs to be kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine, sine)
-        return _turn(x, cosine, sine, 1.0)
+        return _rotated(x, cosine, sine, 1.0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _turn(gradient, cosine, sine, -1.0), None, None
+        return _rotated(gradient, cosine, sine, -1.0), None, None
 
 
-def _turn(x: Tensor, cosine: Tensor, sine: Tensor, sign: float) -> Tensor:
-    """Writes both halves into one buffer: no concatenation, four passes in all."""
+def _rotated(x: Tensor, cosine: Tensor, sine: Tensor, sign: float) -> Tensor:
+    """Write both halves into one buffer: no concatenation, four passes in all."""
     first, second = x.float().chunk(2, dim=-1)
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     out_first, out_second = out.chunk(2, dim=-1)

@@ -1,13 +1,13 @@
-"""Finite scalar quantization (FSQ, arXiv 2309.15505): each number of a latent is rounded to one of a few levels."""
+"""Finite scalar quantization (FSQ, arXiv 2309.15505): each channel of a latent is rounded to one of a few levels."""
 
-# Letters: D numbers of one latent; level l has L_l values; a code packs D cells, the first one varying fastest
+# Shapes: D channels of one latent; channel d has L_d levels; a code packs D cells, the first one varying fastest
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SATURATION = 2.5  # beyond this |z| the slope of `squash` is under 8 % of its peak: hardly anything is learned
+SATURATION = 2.5  # beyond this |z| the slope of `squash` is under 8 % of its peak: the gradient vanishes
 
 
 def squash(z: Tensor) -> Tensor:
@@ -16,20 +16,20 @@ def squash(z: Tensor) -> Tensor:
 
 
 def cells_of(y: Tensor, levels: Tensor) -> Tensor:
-    """Index of the equal-width cell of (-1, 1) of each number.  # ... D -> ... D, int64"""
+    """Return the index of the equal-width cell of (-1, 1) of each value.  # ... D -> ... D, int64"""
     cells = torch.floor((y + 1.0) * 0.5 * levels).long()
     return torch.minimum(cells.clamp(min=0), levels - 1)
 
 
 def cell_values(cells: Tensor, levels: Tensor) -> Tensor:
-    """Coordinates of cells on an even grid from -1 to 1, for odd and even numbers of levels alike.  # ... D -> ... D"""
+    """Return coordinates of cells on an even grid from -1 to 1, for odd and even numbers of levels.  # ... D -> ... D"""
     return cells * (2.0 / (levels - 1)) - 1.0
 
 
 def quantize(z: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantized coordinates with a straight-through gradient, and their cells.  # ... D -> ... D, ... D
+    """Return quantized coordinates with a straight-through gradient, and their cells.  # ... D -> ... D, ... D
 
-    `z` is unbounded and should have about unit variance; it is handled in fp32, since rounding in bf16 moves cells.
+    `z` is unbounded and should have about unit variance; it is computed in fp32, since rounding in bf16 moves cells.
     """
     y = squash(z.float())
     cells = cells_of(y, levels)
@@ -51,6 +51,6 @@ def _strides(levels: Tensor) -> Tensor:
 
 
 def bits_per_channel(cells: Tensor, levels: Tensor) -> Tensor:
-    """Entropy in bits of each channel's cells, out of log2(levels).  # N D -> D"""
-    seen = torch.nn.functional.one_hot(cells, int(levels.max())).float().mean(0)  # N D -> D L
-    return -(seen * seen.clamp(min=1e-9).log2()).sum(-1)
+    """Return the entropy in bits of each channel's cells, out of log2(levels).  # N D -> D"""
+    frequency = torch.nn.functional.one_hot(cells, int(levels.max())).float().mean(0)  # N D -> D L
+    return -(frequency * frequency.clamp(min=1e-9).log2()).sum(-1)

@@ -1,4 +1,4 @@
-"""Counter-based random bits: a pure function of a key and a counter, so nothing is carried along.
+"""Counter-based random bits: a pure function of a key and a counter, without state.
 
 The same key and counter yield the same bits on every device, alone or in a batch, in a captured graph, and in a run
 that is resumed or resharded. Two mixers, both permutations of their words without visible order: 32 bits wide for
@@ -33,7 +33,7 @@ def mix_64(word: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, draw: Tensor, count: int) -> Tensor:
-    """Return `count` numbers in (0, 1) for each (seed, number of the draw): B int64, B int64 -> B N fp32.
+    """Return `count` numbers in (0, 1) for each (seed, index of the draw): B int64, B int64 -> B N fp32.
 
     Both ends are excluded, so that a logarithm of the numbers is finite.
     """

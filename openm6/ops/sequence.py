@@ -1,6 +1,6 @@
-"""The sequence rule: who sees whom in a packed row, written once for boolean masks and for FlexAttention."""
+"""Attention masks of packed rows: one rule of visibility, for boolean masks and for FlexAttention."""
 
-# Letters: B rows, S tokens of a row, Q queries, K keys, n blocks of 128 tokens
+# Shapes: B rows, S tokens of a row, Q queries, K keys, n blocks of 128 tokens
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class CausalMask:
-    """The rule where every row is one example read from left to right: kernels support it without a table."""
+    """Marks plain causal attention (one example per row, no padding), so that SDPA needs no mask."""
 
 
 @dataclass(frozen=True)
 class SequenceMeta:
-    """Which example each token of a packed row belongs to, what it may attend to, and its position.
+    """Example, visibility and position of each token of packed rows.
 
-    example_id: B S int32, the example within the row; padding has -1 and sees only padding, so no row is empty
-    attn_order: B S int32, 0 for a bidirectional source; a token sees what has its own order or a lower one
-    block_id:   B S int32, 0, or the index of a block that no token outside it may see
+    example_id: B S int32, the example within the row; -1 for padding, which attends to padding only
+    attn_order: B S int32, 0 for a bidirectional source; a token attends to its own order and lower ones
+    block_id:   B S int32, 0, or the index of a block that is not visible outside
     positions:  B S 3, time, height and width for the rotary embedding (equal on all three for text)
-    causal:     every row is one example without padding, read strictly from left to right; no mask need be built
+    causal:     every row is one example without padding and strictly causal; no mask need be built
     """
 
     example_id: Tensor
@@ -42,16 +42,11 @@ class SequenceMeta:
     causal: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        shape = self.example_id.shape
-        if (
-            self.attn_order.shape != shape
-            or self.block_id.shape != shape
-            or self.positions.shape != (*shape, 3)
-        ):
+        shape, *others = (tuple(part.shape) for part in self.parts())
+        if others != [shape, shape, (*shape, 3)]:
             raise ValueError(
                 f"example_id, attn_order and block_id must have one shape B S and positions B S 3, not "
-                f"{tuple(shape)}, {tuple(self.attn_order.shape)}, {tuple(self.block_id.shape)} and "
-                f"{tuple(self.positions.shape)}"
+                f"{shape}, {others[0]}, {others[1]} and {others[2]}"
             )
 
     @property
@@ -68,15 +63,15 @@ class SequenceMeta:
         return self.example_id >= 0
 
     def to(self, device: torch.device | str) -> SequenceMeta:
-        """The same metadata on another device."""
+        """Return the same metadata on another device."""
         return SequenceMeta(*(part.to(device) for part in self.parts()), causal=self.causal)
 
     def narrow(self, start: int, stop: int) -> SequenceMeta:
-        """Tokens start to stop - 1 of each row, as views."""
+        """Return tokens start to stop - 1 of each row, as views."""
         return SequenceMeta(*(part[:, start:stop] for part in self.parts()))
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """example_id, attn_order, block_id, positions."""
+        """Return example_id, attn_order, block_id, positions."""
         return self.example_id, self.attn_order, self.block_id, self.positions
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -91,9 +86,9 @@ def _meta_of_arrays(causal: bool, *arrays: np.ndarray) -> SequenceMeta:
 def causal_meta(
     batch: int, length: int, start: int = 0, device: torch.device | str | None = None
 ) -> SequenceMeta:
-    """Rows of one example each, read strictly from left to right, whose first token stands at `start`."""
+    """Return rows of one example each, strictly causal, whose first token has position `start`."""
     order = torch.arange(start, start + length, dtype=torch.int32, device=device).expand(batch, length)
-    # A tensor of its own for each part: a compiler that saw two of them be one would compile again where they differ.
+    # A tensor for each part: torch.compile would specialize on two of them being one.
     example_id, block_id = torch.zeros_like(order), torch.zeros_like(order)
     return SequenceMeta(
         example_id, order, block_id, order.unsqueeze(-1).expand(batch, length, 3), causal=True
@@ -101,7 +96,7 @@ def causal_meta(
 
 
 def padding_meta(batch: int, length: int, device: torch.device | str | None = None) -> SequenceMeta:
-    """Tokens that belong to no example: they see, and are seen by, other padding only."""
+    """Return tokens that belong to no example: visible to other padding only."""
     zero = torch.zeros(batch, length, dtype=torch.int32, device=device)
     return SequenceMeta(
         torch.full_like(zero, PADDING), zero, zero.clone(), zero.unsqueeze(-1).expand(batch, length, 3)
@@ -109,50 +104,50 @@ def padding_meta(batch: int, length: int, device: torch.device | str | None = No
 
 
 def join(metas: list[SequenceMeta]) -> SequenceMeta:
-    """Several sequences one after the other along the row."""
+    """Concatenate sequences along the row."""
     columns = zip(*(meta.parts() for meta in metas), strict=True)
     return SequenceMeta(*(torch.cat(column, dim=1) for column in columns))
 
 
-def _sees(
+def _is_visible(
     example_q: Tensor, order_q: Tensor, block_q: Tensor, example_k: Tensor, order_k: Tensor, block_k: Tensor
 ) -> Tensor:
-    """The rule itself, on anything that broadcasts."""
+    """The rule of visibility, on anything that broadcasts."""
     open_to_query = (block_k == 0) | (block_k == block_q)
     return (example_k == example_q) & (order_k <= order_q) & open_to_query
 
 
 def visible(query: SequenceMeta, key: SequenceMeta) -> Tensor:
-    """True where a query sees a key: same example, order not later, and not within another block.
+    """Return B 1 Q K, whether a key is visible to a query: same example, order not later, not within another block.
 
-    Every token sees itself, hence no row of the mask is empty. Returns B 1 Q K, bool.
+    Every token attends to itself, hence no row of the mask is empty.
     """
     queries = (part[:, None, :, None] for part in query.parts()[:3])  # B 1 Q 1
     keys = (part[:, None, None, :] for part in key.parts()[:3])  # B 1 1 K
-    return _sees(*queries, *keys)
+    return _is_visible(*queries, *keys)
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible and -inf elsewhere: SDPA on a CPU would convert a boolean mask again in every layer."""
+    """Return 0 if visible, else -inf: SDPA on a CPU would convert a boolean mask again in every layer."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 def mask_mod(query: SequenceMeta, key: SequenceMeta) -> MaskMod:
-    """The same rule in the form that FlexAttention asks for: (batch, head, query index, key index) -> bool."""
+    """Return the rule in FlexAttention's form: (batch, head, query index, key index) -> bool."""
     example_q, order_q, block_q, _ = query.parts()
     example_k, order_k, block_k, _ = key.parts()
 
-    def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return _sees(
+    def mask(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return _is_visible(
             example_q[batch, q], order_q[batch, q], block_q[batch, q],
             example_k[batch, k], order_k[batch, k], block_k[batch, k],
         )  # fmt: skip
 
-    return sees
+    return mask
 
 
 def block_mask(query: SequenceMeta, key: SequenceMeta, block: int = BLOCK) -> BlockMask:
-    """FlexAttention's mask from per-block summaries: empty blocks are skipped, whole ones need no rule.
+    """Return FlexAttention's mask from per-block summaries: empty blocks are skipped, full ones need no rule.
 
     `create_block_mask` would evaluate the rule on all Q·K pairs; this reads each token once.
 
@@ -179,7 +174,7 @@ def block_mask(query: SequenceMeta, key: SequenceMeta, block: int = BLOCK) -> Bl
 def block_kinds(query: SequenceMeta, key: SequenceMeta, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """For each pair of blocks, whether anything may be visible, and whether all is: B n n bool each.
 
-    Careful rather than sharp: an unclear pair counts as visible in part, where the rule decides.
+    Conservative: a pair that may be partly visible is marked partial, and mask_mod decides per element.
     """
     low_q, high_q, low_order_q, high_order_q, _ = (part[:, :, None] for part in _summary(query, block))
     low_k, high_k, low_order_k, high_order_k, block_k = (part[:, None, :] for part in _summary(key, block))

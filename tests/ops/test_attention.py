@@ -11,7 +11,7 @@ from openm6.ops.attention import BLOCK_QUERIES, attend_query_blocks, query_block
 from openm6.ops.sequence import SequenceMeta, causal_meta, join, padding_meta, visible
 
 
-def of_sample(meta: SequenceMeta, number: int) -> SequenceMeta:
+def of_example(meta: SequenceMeta, number: int) -> SequenceMeta:
     return SequenceMeta(
         torch.full_like(meta.example_id, number), meta.attn_order, meta.block_id, meta.positions
     )
@@ -24,7 +24,7 @@ def packed(seed: int) -> SequenceMeta:
     private = torch.tensor([[0] * 11 + [2] * 5], dtype=torch.int32).expand(2, -1)
     short = SequenceMeta(torch.ones_like(order), order, private, torch.zeros(2, 16, 3))
     long = int(torch.randint(1, 2 * BLOCK_QUERIES, (1,), generator=generator))
-    return join([causal_meta(2, long), short, padding_meta(2, 3), of_sample(causal_meta(2, 30), 2)])
+    return join([causal_meta(2, long), short, padding_meta(2, 3), of_example(causal_meta(2, 30), 2)])
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, meta: SequenceMeta) -> Tensor:
@@ -41,17 +41,17 @@ def test_values_and_gradients_equal_the_whole_mask(heads: tuple[int, int]) -> No
     key, value = (torch.randn(2, meta.length, heads[1], 8, requires_grad=True) for _ in range(2))
     upstream = torch.randn_like(query)
     ours = attend_query_blocks(query, key, value, query_blocks(meta, torch.float32))
-    twin = reference(query, key, value, meta)
-    torch.testing.assert_close(ours, twin)
-    for mine, theirs in zip(
+    theirs = reference(query, key, value, meta)
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(
         torch.autograd.grad(ours, (query, key, value), upstream),
-        torch.autograd.grad(twin, (query, key, value), upstream),
+        torch.autograd.grad(theirs, (query, key, value), upstream),
         strict=True,
     ):
-        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(mine, other)
 
 
-def test_pieces_cover_each_query_once_in_order_and_hold_all_it_sees() -> None:
+def test_blocks_cover_each_query_once_in_order_with_all_visible_keys() -> None:
     meta = packed(seed=5)
     blocks = query_blocks(meta, torch.float32).blocks
     assert [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])]

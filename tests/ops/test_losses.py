@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openm6.ops.losses import (
@@ -13,9 +14,16 @@ from openm6.ops.losses import (
     grouped_cross_entropy_reference,
     info_nce,
     linear_cross_entropy,
-    linear_cross_entropy_reference,
 )
 from openm6.ops.matmul import ROWS
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, label: Tensor, token_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` with all logits at once."""
+    nll = F.cross_entropy(F.linear(hidden, weight).float(), label, reduction="none")
+    return (nll * token_weight).sum(), nll.detach()
 
 
 def inputs(tokens: int = 13) -> tuple[torch.Tensor, ...]:
@@ -39,7 +47,7 @@ def test_it_equals_the_plain_loss(tokens, chunks):
         torch.testing.assert_close(mine, other)
 
 
-def test_the_nats_alone_need_no_gradient():
+def test_the_nll_alone_needs_no_gradient():
     hidden, weight, label, token_weight = inputs()
     with torch.no_grad():
         total, nll = linear_cross_entropy(hidden, weight, label, token_weight)
@@ -47,7 +55,7 @@ def test_the_nats_alone_need_no_gradient():
     assert not linear_cross_entropy(hidden, weight, label, token_weight)[1].requires_grad
 
 
-def test_under_autocast_the_head_works_in_half_and_learns_in_full():
+def test_under_autocast_the_head_is_in_half_and_its_gradient_in_full():
     hidden, weight, label, token_weight = inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         total, _ = linear_cross_entropy(hidden, weight, label, token_weight)
@@ -60,7 +68,7 @@ def test_under_autocast_the_head_works_in_half_and_learns_in_full():
 
 def test_no_tensor_of_all_logits_is_made():
     """The largest tensor that any operation returns is a chunk's."""
-    hidden, weight, label, token_weight = inputs(ROWS)  # none is filled up
+    hidden, weight, label, token_weight = inputs(ROWS)  # no padding
     largest = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -76,19 +84,19 @@ def test_no_tensor_of_all_logits_is_made():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("size", [(7, 4, 8, 30), (1, 1, 3, 2), (0, 2, 4, 5)])
-def test_values_and_gradients_equal_the_twin(size: tuple[int, int, int, int], smoothing: float) -> None:
-    places, groups, width, classes = size
-    torch.manual_seed(places)
-    states = torch.randn(places, groups, width, requires_grad=True)
+def test_values_and_gradients_equal_the_reference(size: tuple[int, int, int, int], smoothing: float) -> None:
+    positions, groups, width, classes = size
+    torch.manual_seed(positions)
+    states = torch.randn(positions, groups, width, requires_grad=True)
     weight = torch.randn(groups, width, classes, requires_grad=True)
-    wanted = torch.randint(classes, (places, groups))
-    upstream = torch.randn(places, groups)
-    ours = grouped_cross_entropy(states, weight, wanted, smoothing)
-    twin = grouped_cross_entropy_reference(states, weight, wanted, smoothing)
-    torch.testing.assert_close(ours, twin)
+    target = torch.randint(classes, (positions, groups))
+    upstream = torch.randn(positions, groups)
+    ours = grouped_cross_entropy(states, weight, target, smoothing)
+    reference = grouped_cross_entropy_reference(states, weight, target, smoothing)
+    torch.testing.assert_close(ours, reference)
     for mine, theirs in zip(
         torch.autograd.grad(ours, (states, weight), upstream),
-        torch.autograd.grad(twin, (states, weight), upstream),
+        torch.autograd.grad(reference, (states, weight), upstream),
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
@@ -124,10 +132,10 @@ def test_it_is_what_the_formula_says(shift: int) -> None:
     assert nll.tolist() == pytest.approx(naive(query, gallery, same, partner, 1.5), rel=1e-5)
 
 
-def test_twins_are_no_wrong_answers() -> None:
+def test_equal_records_are_no_negatives() -> None:
     query = torch.eye(2)
-    twins = torch.ones(2, 2, dtype=torch.bool)
-    assert info_nce(query, query, twins, torch.arange(2), 10.0).tolist() == [0.0, 0.0]
+    equal = torch.ones(2, 2, dtype=torch.bool)
+    assert info_nce(query, query, equal, torch.arange(2), 10.0).tolist() == [0.0, 0.0]
 
 
 def test_no_pairs_give_no_losses() -> None:

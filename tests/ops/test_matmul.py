@@ -16,7 +16,6 @@ from openm6.ops.losses import (
     grouped_cross_entropy,
     grouped_cross_entropy_reference,
     linear_cross_entropy,
-    linear_cross_entropy_reference,
 )
 from openm6.ops.matmul import (
     HALF,
@@ -32,6 +31,7 @@ from openm6.ops.matmul import (
     matmul_dtype,
 )
 from openm6.ops.moe import moe_mlp_fused, moe_mlp_per_expert
+from tests.ops.test_losses import linear_cross_entropy_reference
 
 
 @pytest.fixture(params=["oneDNN", "MKL"], autouse=True)
@@ -58,7 +58,7 @@ def test_linear_equals_torchs(shape):
     same_gradients(ops.linear(x, weight), F.linear(x, weight), [x, weight])
 
 
-def test_rows_that_do_not_come_back_stay_with_torch(library):
+def test_shapes_that_do_not_repeat_stay_with_torch(library):
     weight = torch.randn(8, 24, requires_grad=True)
 
     def taken(rows: int) -> bool:
@@ -68,17 +68,15 @@ def test_rows_that_do_not_come_back_stay_with_torch(library):
     assert not taken(3 * ops.ROWS - 1)
 
 
-def test_products_of_any_strides_and_into_what_is_there():
+def test_products_of_any_strides_and_added():
     x, weight, bias = torch.randn(24, 16).t(), torch.randn(24, 40).t(), torch.randn(40)
     torch.testing.assert_close(ops.matmul(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
     gaps = torch.randn(40, 48)[:, ::2]
     torch.testing.assert_close(ops.matmul(x, gaps), F.linear(x, gaps), rtol=1e-5, atol=1e-5)
     assert not ops.use_onednn(x, gaps)
-    out = torch.zeros(16, 40)
-    ops.matmul_into(out, x, weight)
-    torch.testing.assert_close(out, x @ weight.t(), rtol=1e-5, atol=1e-5)
+    out = torch.ones(16, 40)
     ops.matmul_add(out, x, weight)
-    torch.testing.assert_close(out, 2 * (x @ weight.t()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, 1 + x @ weight.t(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [11, 64])
@@ -97,7 +95,7 @@ def test_expert_after_expert_equals_all_at_once(tokens, choices):
         same_gradients(ours, moe_mlp_fused(x, gate, chosen, up, down), leaves)
 
 
-def test_the_losses_take_no_notice_of_the_rows_that_fill_up():
+def test_padded_rows_do_not_change_the_losses():
     hidden, weight = torch.randn(13, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     label, token_weight = torch.randint(0, 20, (13,)), torch.rand(13)
     ours, nll = linear_cross_entropy(hidden, weight, label, token_weight)
@@ -105,12 +103,12 @@ def test_the_losses_take_no_notice_of_the_rows_that_fill_up():
     torch.testing.assert_close(nll, plain, rtol=1e-5, atol=1e-5)
     same_gradients(ours, theirs, [hidden, weight])
     states, heads = torch.randn(7, 3, 8, requires_grad=True), torch.randn(3, 8, 12, requires_grad=True)
-    wanted = torch.randint(0, 12, (7, 3))
-    ours = grouped_cross_entropy(states, heads, wanted, 0.1)
-    same_gradients(ours, grouped_cross_entropy_reference(states, heads, wanted, 0.1), [states, heads])
+    target = torch.randint(0, 12, (7, 3))
+    ours = grouped_cross_entropy(states, heads, target, 0.1)
+    same_gradients(ours, grouped_cross_entropy_reference(states, heads, target, 0.1), [states, heads])
 
 
-def test_many_rows_come_to_few_lengths(library):
+def test_many_row_counts_are_padded_to_few(library):
     lengths = {ops.pad_rows(rows, torch.float32) for rows in range(1, 4 * 16 * ops.ROWS + 1)}
     if library == "MKL":
         assert len(lengths) == 4 * 16 * ops.ROWS
@@ -143,14 +141,14 @@ def experts() -> tuple[Callable[[], Tensor], Leaves]:
 
 def head() -> tuple[Callable[[], Tensor], Leaves]:
     hidden, weight = leaves((50, 32), (70, 32))
-    label, share = torch.randint(0, 70, (50,)), torch.rand(50)
-    return lambda: linear_cross_entropy(hidden, weight, label, share)[0], [hidden, weight]
+    label, token_weight = torch.randint(0, 70, (50,)), torch.rand(50)
+    return lambda: linear_cross_entropy(hidden, weight, label, token_weight)[0], [hidden, weight]
 
 
 def classifiers() -> tuple[Callable[[], Tensor], Leaves]:
     states, weight = leaves((37, 3, 32), (3, 32, 60))
-    wanted = torch.randint(0, 60, (37, 3))
-    return lambda: grouped_cross_entropy(states, weight, wanted, 0.1), [states, weight]
+    target = torch.randint(0, 60, (37, 3))
+    return lambda: grouped_cross_entropy(states, weight, target, 0.1), [states, weight]
 
 
 @pytest.mark.parametrize("case", [one_linear, experts, head, classifiers])
@@ -158,11 +156,11 @@ def test_values_and_gradients_are_near_those_in_fp32_and_in_fp32_themselves(case
     call, inputs = case()
     exact = call()
     slope = torch.randn_like(exact)
-    wanted = [exact, *torch.autograd.grad(exact, inputs, slope)]
+    expected = [exact, *torch.autograd.grad(exact, inputs, slope)]
     with bf16_matmul():
         rounded = call()
     found = [rounded, *torch.autograd.grad(rounded, inputs, slope)]  # outside: it follows its forward pass
-    for half, full in zip(found, wanted, strict=True):
+    for half, full in zip(found, expected, strict=True):
         error = float(((half - full).norm() / full.norm()).detach())
         assert half.dtype == torch.float32 and error < 0.02
         assert error > 1e-6  # it was rounded
@@ -191,7 +189,7 @@ def test_what_runs_again_runs_in_the_precision_it_had():
     assert (x @ x).dtype == torch.float32
 
 
-def test_this_processor_is_asked(monkeypatch):
+def test_bf16_support_is_that_of_the_cpu(monkeypatch):
     for answer in (True, False):
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer, raising=False)
@@ -201,17 +199,17 @@ def test_this_processor_is_asked(monkeypatch):
 
 
 @pytest.mark.parametrize("counts", [[5, 3, 4, 8], [0, 20, 0, 0], [7, 0, 13, 0], [20, 0, 0, 0]])
-def test_values_and_gradients_equal_the_twin(counts):
+def test_values_and_gradients_equal_the_reference(counts):
     torch.manual_seed(0)
     rows = torch.randn(20, 16, requires_grad=True)
     weight = torch.randn(4, 16, 24, requires_grad=True)
     upstream = torch.randn(20, 24)
     ours = grouped_mm(rows, weight, torch.tensor(counts))
-    twin = grouped_mm_reference(rows, weight, torch.tensor(counts))
-    torch.testing.assert_close(ours, twin)
+    reference = grouped_mm_reference(rows, weight, torch.tensor(counts))
+    torch.testing.assert_close(ours, reference)
     for mine, theirs in zip(
         torch.autograd.grad(ours, (rows, weight), upstream),
-        torch.autograd.grad(twin, (rows, weight), upstream),
+        torch.autograd.grad(reference, (rows, weight), upstream),
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)

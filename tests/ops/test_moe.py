@@ -37,8 +37,8 @@ def test_top_k_equals_a_loop(normalise):
     for n in range(9):
         ranked = sorted(range(6), key=lambda e: -logits[n, e].item())[:2]
         assert chosen[n].tolist() == ranked
-        share = logits[n].exp() / logits[n].exp().sum()
-        expected = share[ranked] / (share[ranked].sum() if normalise else 1)
+        softmax = logits[n].exp() / logits[n].exp().sum()
+        expected = softmax[ranked] / (softmax[ranked].sum() if normalise else 1)
         torch.testing.assert_close(gate[n], expected)
     torch.testing.assert_close(probability.sum(-1), torch.ones(9))
 
@@ -132,11 +132,11 @@ def check_there_and_back(plan: TokenPermutation, chosen: torch.Tensor, seed: int
     owner = torch.repeat_interleave(torch.arange(len(plan.counts)), plan.counts)
     y = unpermute(permute(x, plan) * (owner + 1).unsqueeze(-1), gate, plan)
     kept = torch.ones(chosen.shape) if plan.kept is None else plan.kept
-    twin = naive_combine(x, gate * (chosen + 1), kept)
-    torch.testing.assert_close(y, twin)
+    expected = naive_combine(x, gate * (chosen + 1), kept)
+    torch.testing.assert_close(y, expected)
     for mine, theirs in zip(
         torch.autograd.grad(y, (x, gate), upstream),
-        torch.autograd.grad(twin, (x, gate), upstream),
+        torch.autograd.grad(expected, (x, gate), upstream),
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
@@ -193,17 +193,17 @@ def inputs(choices: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     return x, gate, chosen, up, down
 
 
-def piece_by_piece(x, gate, chosen, up, down):
+def step_by_step(x, gate, chosen, up, down):
     plan = dropless_permutation(chosen, EXPERTS)
     hidden = swiglu(grouped_mm(permute(x, plan), up, plan.counts))
     return unpermute(grouped_mm(hidden, down, plan.counts), gate, plan)
 
 
 @pytest.mark.parametrize("choices", [1, 2, 3])
-def test_one_step_equals_the_pieces(choices):
+def test_the_fused_mlp_equals_its_steps(choices):
     x, gate, chosen, up, down = inputs(choices, choices)
     ours = ops.moe_mlp_fused(x, gate, chosen, up, down)
-    theirs = piece_by_piece(x, gate, chosen, up, down)
+    theirs = step_by_step(x, gate, chosen, up, down)
     torch.testing.assert_close(ours, theirs)
     upstream, leaves = torch.randn_like(ours), (x, gate, up, down)
     for mine, other in zip(
@@ -218,7 +218,7 @@ def test_all_tokens_may_go_to_one_expert():
     x, gate, _, up, down = inputs(1)
     chosen = torch.full((TOKENS, 1), 2)
     ours = ops.moe_mlp_fused(x, gate, chosen, up, down)
-    torch.testing.assert_close(ours, piece_by_piece(x, gate, chosen, up, down))
+    torch.testing.assert_close(ours, step_by_step(x, gate, chosen, up, down))
     (d_up,) = torch.autograd.grad(ours, [up], torch.ones_like(ours))
     assert d_up[2].abs().sum() > 0
     assert d_up[[0, 1, 3]].abs().sum() == 0
@@ -230,11 +230,8 @@ def test_experts_without_tokens_have_no_gradient_whatever_the_kernel_leaves_ther
     def leaving_garbage(a, b, offs):
         """As on a GPU that does not write what has no rows."""
         product = plain(a, b, offs=offs)
-        return (
-            product + torch.where(offs.diff(prepend=offs.new_zeros(1)) == 0, 7.0, 0.0)[:, None, None]
-            if (product.ndim == 3)
-            else product
-        )
+        idle = offs.diff(prepend=offs.new_zeros(1)) == 0
+        return product + 7.0 * idle[:, None, None] if product.ndim == 3 else product
 
     monkeypatch.setattr(ops.F, "grouped_mm", leaving_garbage)
     x, gate, _, up, down = inputs(1)
@@ -253,18 +250,21 @@ def test_the_plan_is_that_of_the_sort():
     assert torch.equal(ends, plan.counts.cumsum(0).int())
 
 
-def test_the_adjoint_of_the_gated_activation_by_differences():
+def test_gated_swiglu_and_its_adjoint_equal_autograd():
     product = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     gate = torch.rand(5, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(5, 3, dtype=torch.float64)
-    theirs = torch.autograd.grad(ops.swiglu_gate_reference(product, gate), (product, gate), upstream)
+    first, second = product.chunk(2, dim=-1)
+    hidden = torch.nn.functional.silu(first) * second * gate.unsqueeze(-1)
+    torch.testing.assert_close(ops.swiglu_gate(product.detach(), gate.detach()), hidden.detach())
+    theirs = torch.autograd.grad(hidden, (product, gate), upstream)
     ours = ops.swiglu_gate_backward(product.detach(), gate.detach(), upstream)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
 
 
-def test_registered_operations_keep_their_word():
-    """Shapes and strides told to the compiler equal the real ones; nothing is changed in secret."""
+def test_registered_operations_match_their_fakes():
+    """Shapes and strides reported to the compiler equal the real ones; nothing is mutated."""
     x, gate, chosen, _, _ = (tensor.detach() for tensor in inputs(2))
     choice, slot, _ = ops.sort_by_expert(chosen, EXPERTS)
     product, row_gate = torch.randn(22, 2 * HIDDEN), gate.flatten()[choice]
@@ -279,7 +279,7 @@ def test_registered_operations_keep_their_word():
 
 
 def test_it_is_one_graph_for_the_compiler():
-    # The compiler's stand-in for the grouped product knows bf16 alone.
+    # The fake of the grouped product supports bf16 only.
     x, gate, chosen, up, down = (
         t.detach().bfloat16().requires_grad_() if t.is_floating_point() else t for t in inputs(2)
     )
