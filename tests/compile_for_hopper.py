@@ -67,19 +67,15 @@ KERNELS: dict[str, tuple[Any, list[Any], int]] = {
     "swiglu": (moe.swiglu_gate_kernel, [HALF, WIDE, HALF, NUMBER, 1024], 4),
     "swiglu backward": (moe.swiglu_gate_backward_kernel, [HALF, WIDE, HALF, HALF, WIDE, NUMBER, 1024], 4),
     "count": (moe.count_kernel, [LONG, INT, NUMBER, NUMBER, 128, 256], 4),
-    "place": (moe.place_kernel, [LONG, INT, LONG, LONG, NUMBER, NUMBER, 128], 4),
+    "slot": (moe.slot_kernel, [LONG, INT, LONG, LONG, NUMBER, NUMBER, 128], 4),
     "nll": (cross_entropy.nll_kernel, [HALF, LONG, WIDE, WIDE, NUMBER, 4096], 8),
-    "adamw": (optimizers.adamw_kernel, [HALF] * 4 + [WIDE, WIDE, LONG, NUMBER, *["fp32"] * 3, 2048, 0], 8),
+    "adamw": (optimizers.adamw_kernel, [HALF] * 4 + [WIDE, LONG, NUMBER, *["fp32"] * 3, 2048, 0], 8),
     "adamw, stochastic": (
         optimizers.adamw_kernel,
-        [HALF] * 4 + [WIDE, WIDE, LONG, NUMBER, *["fp32"] * 3, 2048, 1],
+        [HALF] * 4 + [WIDE, LONG, NUMBER, *["fp32"] * 3, 2048, 1],
         8,
     ),
-    "adamw fp32": (
-        optimizers.adamw_kernel,
-        [WIDE] * 4 + [WIDE, WIDE, LONG, NUMBER, *["fp32"] * 3, 2048, 0],
-        8,
-    ),
+    "adamw fp32": (optimizers.adamw_kernel, [WIDE] * 4 + [WIDE, LONG, NUMBER, *["fp32"] * 3, 2048, 0], 8),
     **adafactor_cases(NUMBER),
     **adafactor_cases(UNEVEN),
 }

@@ -1,6 +1,6 @@
-"""All Triton kernels, by subject, and the one rule that says where they run.
+"""All Triton kernels, by subject, and the rule that decides where they run.
 
-The modules import Triton, which is optional: import them inside a function that has asked `available`.
+The modules import Triton, which is optional: import them inside a function that has called `available`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ INSTALLED = importlib.util.find_spec("triton") is not None  # searches for the p
 
 
 def available(device: torch.device) -> bool:
-    """Whether kernels run on tensors of this device; if not, the reference in plain torch does the work.
+    """Whether kernels run on tensors of this device; if not, plain torch is used.
 
     Tests replace this function to run kernels on the CPU in Triton's interpreter.
     """

@@ -1,6 +1,6 @@
-"""Cross-entropy of rows of logits, which are overwritten by their own gradient."""
+"""Cross-entropy of rows of logits, which are overwritten by their gradient."""
 
-# Letters: C rows, V vocabulary
+# Shapes: C rows, V vocabulary
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def nll_kernel(logits, label, weight, nll, size, BLOCK: tl.constexpr) -> None:
     """nll = log Σ exp(x) − x[label]; then x becomes weight · (softmax(x) − one at the label)"""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * size
-    wanted = tl.load(label + row)
+    target = tl.load(label + row)
     scale = tl.load(weight + row).to(tl.float32)
-    at_label = tl.load(line + wanted).to(tl.float32)
+    at_label = tl.load(line + target).to(tl.float32)
     highest = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     for start in range(0, size, BLOCK):
@@ -33,7 +33,7 @@ def nll_kernel(logits, label, weight, nll, size, BLOCK: tl.constexpr) -> None:
     for start in range(0, size, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(line + column, mask=column < size, other=float("-inf")).to(tl.float32)
-        gradient = (tl.exp(x - highest) / total - tl.where(column == wanted, 1.0, 0.0)) * scale
+        gradient = (tl.exp(x - highest) / total - tl.where(column == target, 1.0, 0.0)) * scale
         tl.store(line + column, gradient.to(logits.dtype.element_ty), mask=column < size)
 
 

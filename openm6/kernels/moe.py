@@ -1,6 +1,6 @@
 """Triton kernels of the mixture of experts: the permutation of rows, their gather and sum, gated SwiGLU."""
 
-# Letters: N tokens, D width, K choices per token, R = N·K rows, E experts, F hidden width, P blocks of choices
+# Shapes: N tokens, D hidden size, F intermediate size, E experts, K choices per token, R = N·K rows, P blocks of them
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ BLOCK_F = 1024
 
 @triton.jit
 def count_kernel(chosen, counts, num_rows, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr) -> None:
-    """counts[p, e]: how many choices of block p fell on expert e"""
+    """counts[p, e]: how many choices of block p are expert e"""
     block = tl.program_id(0)
     choice = block * BLOCK + tl.arange(0, BLOCK)
-    # What lies beyond the end falls into a bin of its own, which is not written.
+    # What is beyond the end is counted in an extra bin, which is not written.
     expert = tl.load(chosen + choice, mask=choice < num_rows, other=num_experts).to(tl.int32)
     found = tl.histogram(expert, BINS)
-    number = tl.arange(0, BINS)
-    tl.store(counts + block * num_experts + number, found, mask=number < num_experts)
+    index = tl.arange(0, BINS)
+    tl.store(counts + block * num_experts + index, found, mask=index < num_experts)
 
 
 @triton.jit
-def place_kernel(chosen, first, slot, choices, num_rows, num_experts, BLOCK: tl.constexpr) -> None:
-    """slot[c] = first[p, e] + the choices before c in its block that fell on the same expert; choices inverts it"""
+def slot_kernel(chosen, first, slot, choices, num_rows, num_experts, BLOCK: tl.constexpr) -> None:
+    """slot[c] = first[p, e] + the choices before c in its block of the same expert; choices is its inverse"""
     block = tl.program_id(0)
     local = tl.arange(0, BLOCK)
     choice = block * BLOCK + local
@@ -42,7 +42,7 @@ def place_kernel(chosen, first, slot, choices, num_rows, num_experts, BLOCK: tl.
 
 
 def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """N K -> choice R (flat number of the choice in each row), slot N K, ends E (int32); stable, nothing waits."""
+    """N K -> choice R (flat index of the choice in each row), slot N K, ends E (int32); stable, nothing waits."""
     flat, device = chosen.reshape(-1), chosen.device
     num_rows = flat.shape[0]
     blocks = triton.cdiv(num_rows, BLOCK_CHOICES)
@@ -54,7 +54,7 @@ def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     first = through - counts + (ends - through[-1])  # P E
     slot = torch.empty(chosen.shape, dtype=torch.int64, device=device)
     choices = torch.empty(num_rows, dtype=torch.int64, device=device)
-    place_kernel[(blocks,)](flat, first, slot, choices, num_rows, num_experts, BLOCK=BLOCK_CHOICES)
+    slot_kernel[(blocks,)](flat, first, slot, choices, num_rows, num_experts, BLOCK=BLOCK_CHOICES)
     return choices, slot, ends
 
 

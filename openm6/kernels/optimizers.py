@@ -1,14 +1,12 @@
 """Triton kernels of the optimizers: stochastic rounding, AdamW in one pass, Adafactor in three.
 
 AdamW reads and writes each parameter, gradient and moment once, whatever its dtype. Adafactor reads the gradient three
-times and writes nothing else of its size. `openm6.optim` holds the references.
+times and writes nothing else of its size. `openm6.optim` has the references.
 """
 
-# Letters: E matrices, R rows, C columns, b weights of an int8 block; Adafactor's programs are (matrix, ROWS rows)
+# Shapes: E matrices, R rows, C columns, b weights of an int8 block; Adafactor's programs are (matrix, ROWS rows)
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -31,15 +29,15 @@ def mix(x) -> tl.tensor:
 
 
 @triton.jit
-def bits_at(place, key) -> tl.tensor:
-    """`low_precision.random_bits` for these places of a matrix (any integer type) and its key (uint32)."""
-    return mix(place.to(tl.uint32) * 0x9E3779B9 + key)
+def bits_at(position, key) -> tl.tensor:
+    """`low_precision.random_bits` for these positions in a matrix (any integer type) and its key (uint32)."""
+    return mix(position.to(tl.uint32) * 0x9E3779B9 + key)
 
 
 @triton.jit
 def round_bf16(value, bits) -> tl.tensor:
-    """`low_precision.round_to_bf16`: fp32 -> bf16, up with the probability of what is cut off; finite stays finite."""
-    # bf16 is the upper half of fp32: 16 random bits added below it carry into it as often as they should.
+    """`low_precision.round_to_bf16`: stochastic rounding of fp32 to bf16; finite stays finite."""
+    # bf16 is the upper half of fp32: 16 random bits added below it carry into it with the right probability.
     raised = (value.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)) & 0xFFFF0000
     largest = 3.3895313892515355e38
     rounded = tl.minimum(tl.maximum(raised.to(tl.float32, bitcast=True), -largest), largest)
@@ -58,65 +56,40 @@ def round_to(value, bits, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr) -> tl.t
 
 
 @triton.jit
-def adamw_values(p, g, m, v, numbers, beta1, beta2, epsilon) -> tl.tensor:
-    """The rule in fp32; `numbers`: rate, rate · decay, 1/(1 − β1ᵗ), 1/sqrt(1 − β2ᵗ)."""
+def adamw_kernel(
+    parameter, gradient, first, second, numbers, seed, count, beta1, beta2, epsilon,
+    BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
+) -> None:  # fmt: skip
+    """One block of elements, in fp32; `numbers`: rate, rate · decay, 1/(1 − β1ᵗ), 1/sqrt(1 − β2ᵗ)."""
     rate, decay = tl.load(numbers), tl.load(numbers + 1)
     first_scale, second_scale = tl.load(numbers + 2), tl.load(numbers + 3)
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < count
+    p = tl.load(parameter + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    g = tl.load(gradient + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    m = tl.load(first + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    v = tl.load(second + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     m = m + (1 - beta1) * (g - m)
     v = v + (1 - beta2) * (g * g - v)
     p = p - decay * p
     p = p - rate * (m * first_scale) / (tl.sqrt(v) * second_scale + epsilon)
-    return p, m, v
-
-
-@triton.jit
-def adamw_kernel(
-    parameter,
-    gradient,
-    first,
-    second,
-    numbers,
-    scale,
-    seed,
-    count,
-    beta1,
-    beta2,
-    epsilon,
-    BLOCK: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-) -> None:
-    """One block of elements; a scale of NaN leaves everything as it is."""
-    factor = tl.load(scale)
-    if factor == factor:
-        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = offset < count
-        p = tl.load(parameter + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        g = tl.load(gradient + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        m = tl.load(first + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        v = tl.load(second + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        p, m, v = adamw_values(p, g * factor, m, v, numbers, beta1, beta2, epsilon)
-        key = mix(tl.load(seed).to(tl.uint32))
-        bits = bits_at(offset, key)
-        p_kept = round_to(p, bits, parameter.dtype.element_ty, STOCHASTIC)
-        v_kept = round_to(v, bits >> 16, second.dtype.element_ty, STOCHASTIC)
-        tl.store(parameter + offset, p_kept, mask=inside)
-        tl.store(first + offset, m.to(first.dtype.element_ty), mask=inside)
-        tl.store(second + offset, v_kept, mask=inside)
+    bits = bits_at(offset, mix(tl.load(seed).to(tl.uint32)))
+    tl.store(parameter + offset, round_to(p, bits, parameter.dtype.element_ty, STOCHASTIC), mask=inside)
+    tl.store(first + offset, m.to(first.dtype.element_ty), mask=inside)
+    tl.store(second + offset, round_to(v, bits >> 16, second.dtype.element_ty, STOCHASTIC), mask=inside)
 
 
 def adamw_update(
-    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor,
-    numbers: Tensor, scale: Tensor, seed: Tensor,
+    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, numbers: Tensor, seed: Tensor,
     betas: tuple[float, float], epsilon: float, stochastic: bool,
 ) -> None:  # fmt: skip
-    """Updates parameter and moments in place; all four contiguous and of one shape.
+    """Update parameter and moments in place; all four contiguous and of one shape.
 
-    numbers: 4 in fp32, as `adamw_values` reads them; scale: 1, a factor on the gradient; seed: 1, int64. The three
-    are on the device, so that nothing waits for them.
+    numbers: 4 in fp32, as `adamw_kernel` reads them; seed: 1, int64. Both are on the device, so that nothing waits.
     """
     count = parameter.numel()
     adamw_kernel[(triton.cdiv(count, BLOCK_ELEMENTS),)](
-        parameter, gradient, first, second, numbers, scale, seed, count, *betas, epsilon,
+        parameter, gradient, first, second, numbers, seed, count, *betas, epsilon,
         BLOCK=BLOCK_ELEMENTS, STOCHASTIC=stochastic, num_warps=8,
     )  # fmt: skip
     increment_version((parameter, first, second))  # autograd does not see what a kernel writes
@@ -153,8 +126,8 @@ def sums_kernel(
         square = values * values
         total += tl.sum(square, 1)
         largest = tl.maximum(largest, tl.max(tl.abs(values), 1))
-        place = column_sums + (matrix * tl.num_programs(1) + block) * num_columns + columns
-        tl.store(place, tl.sum(square, 0), mask=columns < num_columns)
+        target = column_sums + (matrix * tl.num_programs(1) + block) * num_columns + columns
+        tl.store(target, tl.sum(square, 0), mask=columns < num_columns)
     tl.store(row_sum + matrix * num_rows + rows, total, mask=rows < num_rows)
     tl.store(row_largest + matrix * num_rows + rows, largest, mask=rows < num_rows)
 
@@ -188,24 +161,24 @@ def squares_kernel(
 
 @triton.jit
 def adafactor_bf16_kernel(
-    weight, gradient, allowed, inverse_row, inverse_column, rates, kept, keys, first_row, num_rows, num_columns,
+    weight, gradient, allowed, inverse_row, inverse_column, rates, decay, keys, first_row, num_rows, num_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """weight · kept - rate · g / √v, with stochastic rounding."""
+    """weight · decay - rate · g / √v, with stochastic rounding."""
     matrix, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = block * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     offsets, inside, values = _tile(gradient, allowed, matrix, rows, columns, num_rows, num_columns)
     update = _scaled(values, inverse_row, inverse_column, matrix, rows, columns, num_rows, num_columns)
     old = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
-    new = old * tl.load(kept + matrix) - update * tl.load(rates + matrix)
+    new = old * tl.load(decay + matrix) - update * tl.load(rates + matrix)
     bits = _random_bits(first_row + rows, columns, num_columns, tl.load(keys + matrix))
     tl.store(weight + offsets, round_bf16(new, bits), mask=inside)
 
 
 @triton.jit
 def adafactor_int8_kernel(
-    weight, exponent, gradient, allowed, inverse_row, inverse_column, rates, kept, keys, first_row, num_rows,
+    weight, exponent, gradient, allowed, inverse_row, inverse_column, rates, decay, keys, first_row, num_rows,
     num_columns,
     BLOCK: tl.constexpr, LEVELS: tl.constexpr, SPARSE: tl.constexpr, STEPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -218,12 +191,12 @@ def adafactor_int8_kernel(
     update = _scaled(values, inverse_row, inverse_column, matrix, rows, columns, num_rows, num_columns)
     groups = tl.program_id(2) * (COLUMNS // BLOCK) + tl.arange(0, COLUMNS // BLOCK)
     num_groups = num_columns // BLOCK
-    places = (matrix * num_rows + rows)[:, None] * num_groups + groups[None, :]
+    positions = (matrix * num_rows + rows)[:, None] * num_groups + groups[None, :]
     present = (rows < num_rows)[:, None] & (groups < num_groups)[None, :]
-    power = tl.load(exponent + places, mask=present, other=0).to(tl.float32)  # rows, groups
+    power = tl.load(exponent + positions, mask=present, other=0).to(tl.float32)  # rows, groups
     scale = tl.exp2(power / STEPS)[:, :, None]
     old = tl.load(weight + offsets, mask=inside, other=0).to(tl.float32)
-    levels = tl.reshape(old * tl.load(kept + matrix), (ROWS, COLUMNS // BLOCK, BLOCK))
+    levels = tl.reshape(old * tl.load(decay + matrix), (ROWS, COLUMNS // BLOCK, BLOCK))
     levels -= tl.reshape(update * tl.load(rates + matrix), (ROWS, COLUMNS // BLOCK, BLOCK)) / scale
     largest = tl.max(tl.abs(levels), 2)
     growth = tl.ceil(STEPS * tl.log2(tl.maximum(largest, 1e-30) / (LEVELS - 1)))
@@ -231,18 +204,18 @@ def adafactor_int8_kernel(
     change = tl.where(largest > 0, change, 0.0)
     raised = tl.minimum(tl.maximum(power + change, -127.0), 127.0)
     levels *= tl.exp2((power - raised) / STEPS)[:, :, None]
-    tl.store(exponent + places, raised.to(tl.int8), mask=present)
+    tl.store(exponent + positions, raised.to(tl.int8), mask=present)
     flat = tl.reshape(levels, (ROWS, COLUMNS))
     bits = _random_bits(first_row + rows, columns, num_columns, tl.load(keys + matrix))
-    share = (bits >> 8).to(tl.float32) * 5.9604644775390625e-08
+    threshold = (bits >> 8).to(tl.float32) * 5.9604644775390625e-08
     low = tl.floor(flat)
-    rounded = low + (flat - low > share).to(tl.float32)
+    rounded = low + (flat - low > threshold).to(tl.float32)
     rounded = tl.minimum(tl.maximum(rounded, -1.0 * LEVELS), 1.0 * LEVELS)
     tl.store(weight + offsets, rounded.to(tl.int8), mask=inside)
 
 
 def adafactor_sums(gradient: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ g² of rows E R and of columns E C, and max |g| E, of a gradient E R C."""
+    """Return Σ g² of rows E R and of columns E C, and max |g| E, of a gradient E R C."""
     matrices, num_rows, num_columns = gradient.shape
     blocks = triton.cdiv(num_rows, ROWS)
     row_sum, row_largest = (_empty(gradient, matrices, num_rows) for _ in range(2))
@@ -256,7 +229,7 @@ def adafactor_sums(gradient: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, T
 def adafactor_squares(
     gradient: Tensor, allowed: Tensor, inverse_row: Tensor, inverse_column: Tensor
 ) -> Tensor:
-    """Σ (g / √v)² of each matrix: E."""
+    """Return Σ (g / √v)² of each matrix: E."""
     matrices, num_rows, num_columns = gradient.shape
     blocks = triton.cdiv(num_rows, ROWS)
     sums = _empty(gradient, matrices, blocks)
@@ -266,39 +239,28 @@ def adafactor_squares(
     return sums.sum(1)
 
 
-def adafactor_update_bf16(
-    weight: Tensor, gradient: Tensor, numbers: tuple[Tensor, ...], first_row: int = 0
-) -> None:
-    """`adafactor_bf16_kernel` on all tiles; numbers: allowed, inverse_row, inverse_column, rates, kept, keys.
-
-    `first_row` is the place of the first row here within the whole matrix, which random bits follow.
-    """
-    adafactor_bf16_kernel[_grid(gradient)](
-        weight, gradient, *numbers, first_row, *gradient.shape[1:], **TILE
-    )  # fmt: skip
-    increment_version(weight)  # autograd does not see what a kernel writes
-
-
-def adafactor_update_int8(
+def adafactor_update(
     weight: Tensor,
-    exponent: Tensor,
+    exponent: Tensor | None,
     gradient: Tensor,
     numbers: tuple[Tensor, ...],
     blocks: tuple[int, int, int, int],
     first_row: int = 0,
 ) -> None:
-    """`adafactor_int8_kernel` on all tiles; blocks: length, LEVELS, SPARSE, STEPS of `optim.low_precision`."""
-    length, levels, sparse, steps = blocks
-    adafactor_int8_kernel[_grid(gradient)](
-        weight, exponent, gradient, *numbers, first_row, *gradient.shape[1:],
-        BLOCK=length, LEVELS=levels, SPARSE=sparse, STEPS=steps, **TILE,
-    )  # fmt: skip
-    increment_version((weight, exponent))
+    """Update bf16 weights, or int8 weights with their exponents, in place.
 
-
-def _grid(gradient: Tensor) -> tuple[Any, ...]:
+    numbers: allowed, inverse_row, inverse_column, rates, decay, keys; blocks: length, LEVELS, SPARSE, STEPS of
+    `optim.low_precision`; first_row: the index of the first row here within the whole matrix, for the random bits.
+    """
     matrices, num_rows, num_columns = gradient.shape
-    return matrices, triton.cdiv(num_rows, ROWS), triton.cdiv(num_columns, COLUMNS)
+    grid = (matrices, triton.cdiv(num_rows, ROWS), triton.cdiv(num_columns, COLUMNS))
+    sizes = (first_row, num_rows, num_columns)
+    if exponent is None:
+        adafactor_bf16_kernel[grid](weight, gradient, *numbers, *sizes, **TILE)
+    else:
+        adafactor_int8_kernel[grid](weight, exponent, gradient, *numbers, *sizes, *blocks, **TILE)
+        increment_version(exponent)
+    increment_version(weight)  # autograd does not see what a kernel writes
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:

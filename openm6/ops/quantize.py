@@ -22,7 +22,7 @@ def cells_of(y: Tensor, levels: Tensor) -> Tensor:
 
 
 def cell_values(cells: Tensor, levels: Tensor) -> Tensor:
-    """Return coordinates of cells on an even grid from -1 to 1, for odd and even numbers of levels.  # ... D -> ... D"""
+    """Return coordinates of cells on an even grid from -1 to 1, for odd and even numbers of them.  # ... D -> ... D"""
     return cells * (2.0 / (levels - 1)) - 1.0
 
 

@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101), its moments in any dtype, with stochastic rounding of bf16 weights on request."""
+"""AdamW (arXiv 1711.05101), its moments in any dtype, with optional stochastic rounding of bf16 weights."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class AdamW(torch.optim.Optimizer):
         spec_of: ShardSpecOf = replicated,
     ) -> None:
         """`state_dtype` None: each moment has its parameter's dtype. `stochastic`: bf16 results are rounded by random
-        bits, other ones for each shard of a parameter. `spec_of` returns how a parameter is sharded.
+        bits, which differ between shards of a parameter. `spec_of` returns how a parameter is sharded.
 
-        Steps are counted on the host; checkpoints hold the same names as torch's AdamW.
+        Steps are counted on the host; checkpoints have the same names as torch's AdamW.
         """
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.state_dtype, self.stochastic, self.seed = state_dtype, stochastic, seed
@@ -51,19 +51,19 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; `closure` may recompute the loss first."""
-        loss = recompute(closure)
+        loss = loss_of(closure)
         in_kernel: list[tuple[Tensor, State]] = []
         for group in self.param_groups:
             plain: list[Tensor] = []
             for parameter in self.trained(group):
                 state = self._state(parameter)
-                if self._uses_kernel(parameter):
+                part = self.spec_of(parameter).local(parameter)
+                if kernels.available(part.device) and part.is_contiguous():
                     state["step"] += 1
                     in_kernel.append((parameter, group))
                 elif self.stochastic or self.state_dtype is not None:
                     state["step"] += 1
-                    weight, gradient, here = self._local(parameter)
-                    adamw_reference(weight, gradient, here, group, self.stochastic, self._seed(parameter))
+                    adamw_reference(*self._local(parameter), group, self.stochastic, self._seed(parameter))
                 else:
                     plain.append(parameter)
             if plain:
@@ -77,12 +77,8 @@ class AdamW(torch.optim.Optimizer):
         """Return the parameters of a group that this rule updates."""
         return [parameter for parameter in group["params"] if parameter.grad is not None]
 
-    def _uses_kernel(self, parameter: Tensor) -> bool:
-        part = self.spec_of(parameter).local(parameter)
-        return kernels.available(part.device) and part.is_contiguous()
-
     def _local(self, parameter: Tensor) -> tuple[Tensor, Tensor, State]:
-        """Return what this rank holds of weight, gradient and moments."""
+        """Return this rank's part of weight, gradient and moments."""
         local = self.spec_of(parameter).local
         assert parameter.grad is not None
         state = {key: local(value) for key, value in self.state[parameter].items()}
@@ -91,10 +87,9 @@ class AdamW(torch.optim.Optimizer):
     def _state(self, parameter: Tensor) -> State:
         state = self.state[parameter]
         if not state:
-            dtype = self.state_dtype or parameter.dtype
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(parameter, dtype=self.state_dtype or parameter.dtype)
         return state
 
     def _seed(self, parameter: Tensor) -> int:
@@ -110,19 +105,16 @@ class AdamW(torch.optim.Optimizer):
         # Triton is optional.
         from openm6.kernels import optimizers  # noqa: PLC0415
 
-        device = updated[0][0].device
-        steps = [float(self.state[parameter]["step"]) for parameter, _ in updated]
-        rows = [coefficients(group, step) for (_, group), step in zip(updated, steps, strict=True)]
-        numbers = torch.tensor(rows).to(device, non_blocking=True)
-        seeds = torch.tensor([self._seed(parameter) for parameter, _ in updated]).to(
-            device, non_blocking=True
+        rows = [coefficients(group, float(self.state[parameter]["step"])) for parameter, group in updated]
+        seeds = [self._seed(parameter) for parameter, _ in updated]
+        numbers, seed_of = (
+            torch.tensor(one).to(updated[0][0].device, non_blocking=True) for one in (rows, seeds)
         )
-        scale = torch.ones((), device=device)
         for index, (parameter, group) in enumerate(updated):
             weight, gradient, state = self._local(parameter)
             optimizers.adamw_update(
                 weight, gradient.contiguous(), state["exp_avg"], state["exp_avg_sq"],
-                numbers[index], scale, seeds[index], group["betas"], group["eps"], self.stochastic,
+                numbers[index], seed_of[index], group["betas"], group["eps"], self.stochastic,
             )  # fmt: skip
 
 
@@ -138,30 +130,20 @@ def adamw_update(
     group: `lr`, `betas`, `eps`, `weight_decay`. If `found_inf` is 1, nothing changes; on a GPU, where the fused
     kernel counts on the device, it needs steps that are there.
     """
-    steps = [state["step"] for state in states]
+    first, second, steps = (
+        [state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")
+    )  # fmt: skip
     fused = steps[0].device == weights[0].device
+    beta1, beta2 = group["betas"]
     adamw(
-        weights,
-        gradients,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [],
-        steps,
-        fused=fused,
-        foreach=not fused,
-        found_inf=found_inf,
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
+        weights, gradients, first, second, [], steps,
+        fused=fused, foreach=not fused, found_inf=found_inf, amsgrad=False, beta1=beta1, beta2=beta2,
+        lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+    )  # fmt: skip
 
 
 def coefficients(group: dict[str, Any], step: float) -> tuple[float, float, float, float]:
-    """Return what step t needs beside the tensors: lr, lr · weight decay, 1/(1 − β1ᵗ), 1/sqrt(1 − β2ᵗ)."""
+    """Return the scalars of step t: lr, lr · weight decay, 1/(1 − β1ᵗ), 1/sqrt(1 − β2ᵗ)."""
     first, second = (1 - beta**step for beta in group["betas"])
     return group["lr"], group["lr"] * group["weight_decay"], 1 / first, 1 / math.sqrt(second)
 
@@ -185,7 +167,7 @@ def adamw_reference(
     state["exp_avg"].copy_(m)
 
 
-def recompute(closure: Callable[[], Any] | None) -> Any:
+def loss_of(closure: Callable[[], Any] | None) -> Any:
     """Return the loss of an optimizer's closure, if there is one."""
     if closure is None:
         return None

@@ -1,7 +1,8 @@
-"""Settings of the update rule and of the learning rate over time."""
+"""Settings of the update rule, and the learning rate over time: a pure function of the step."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 from pydantic import Field, model_validator
@@ -21,11 +22,34 @@ class ScheduleConfig(Config):
     warmup_steps: int = Field(default=50, ge=0)
     decay_fraction: float = Field(default=0.2, ge=0.0, le=1.0)
     decay: Literal["sqrt", "linear"] = "sqrt"
-    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)  # share of the full rate that is left at the end
+    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)  # of the full rate, at the end
+
+
+def decay_start(total: int, config: ScheduleConfig) -> int:
+    """Return the last step at the full learning rate, out of `total` steps."""
+    return total - math.floor(total * config.decay_fraction)
+
+
+def lr_multiplier(step: int, total: int | None, config: ScheduleConfig) -> float:
+    """Return the factor on the learning rate in step `step` (the first is 1) of `total` (None: not known, no decay).
+
+    The decay `1 - sqrt(x)` ends lower than a linear one at equal length (Hägele et al. 2024, arXiv 2405.18392,
+    section 3.2).
+    """
+    warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    if total is None:
+        return warmup
+    start = decay_start(total, config)
+    if step <= start:
+        return warmup
+    # Below 1 in the last step, so that it still has an effect.
+    done = min(1.0, (step - start) / (total - start + 1))
+    left = 1.0 - (math.sqrt(done) if config.decay == "sqrt" else done)
+    return warmup * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)
 
 
 class OptimizerConfig(Config):
-    """Which update rule, and its numbers; a rule ignores the numbers that it has no use for.
+    """Which update rule, and its hyperparameters; a rule ignores those of other rules.
 
     precision: of the blocks' weights and of their optimizer state. `fp32` is the rule that `name` names, 16 bytes per
         parameter with the gradient. The others are Adafactor's rule (optim/rules.py) with weights and momentum in

@@ -1,6 +1,6 @@
 """Weights in bf16 and int8: stochastic rounding by counter-based random bits, and int8 blocks that share a scale."""
 
-# Dimensions: E matrices of one tensor (experts; 1 for a plain matrix), n values of each, C columns, b values of a block
+# Shapes: E matrices of one tensor (experts; 1 for a plain matrix), n values of each, C columns, b values of a block
 
 from __future__ import annotations
 
@@ -14,22 +14,18 @@ BF16_LARGEST = torch.finfo(torch.bfloat16).max
 LEVELS = 127  # int8 weights are integers of -127 to 127 times their block's scale
 STEPS = 4  # scales per doubling: a scale is 2^(exponent/4), so that one byte spans 2^±32
 FILLED = 110  # level of a block's largest value at first: a margin to grow before the scale must
-SPARSE = 56  # if a whole block is below this level, its scale is halved, which loses nothing
+SPARSE = 56  # if a whole block is below this level, its scale is halved, which is exact
 BLOCKS = (64, 32, 16, 8, 4, 2, 1)
 
 
 def random_bits(
-    num_matrices: int,
-    values: int,
-    key: int,
-    first: int = 0,
-    device: torch.device | str | None = None,
-    start: int = 0,
-) -> Tensor:
+    num_matrices: int, values: int, key: int, first: int = 0,
+    device: torch.device | str | None = None, start: int = 0,
+) -> Tensor:  # fmt: skip
     """Return 32 random bits for `values` values from index `start` of matrices from index `first`: E n, int32.
 
     A pure function of (key, matrix, position): the same on every device and, for one expert, whichever of its
-    neighbours are present, so that a resumed or resharded run rounds alike.
+    neighbours are present, so that a resumed or resharded run is rounded in the same way.
     """
     keys = matrix_keys(num_matrices, key, first, device)
     positions = torch.arange(start, start + values, dtype=torch.int64, device=device).to(torch.int32)  # n
@@ -43,7 +39,7 @@ def matrix_keys(num_matrices: int, key: int, first: int, device: torch.device | 
 
 
 def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
-    """Round fp32 to bf16, up with the probability of the part that is cut off: E[result] = x.
+    """Stochastic rounding of fp32 to bf16, up with the probability of the part that is cut off: E[result] = x.
 
     NaN and infinities are kept, since adding bits to a NaN may make it a number; finite values stay finite.
     """
@@ -53,7 +49,7 @@ def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def round_to_integer(x: Tensor, bits: Tensor) -> Tensor:
-    """Round fp32 to integers in fp32, up with the probability of the fraction; an integer is kept."""
+    """Stochastic rounding of fp32 to integers in fp32, up with the probability of the fraction; integers are kept."""
     threshold = ((bits >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24  # [0, 1)
     low = x.floor()
     return low + (x - low > threshold)

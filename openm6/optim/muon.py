@@ -12,23 +12,15 @@ from torch import Tensor
 from openm6.optim.adamw import AdamW
 from openm6.optim.sharding import ShardSpec, ShardSpecOf, on_whole_matrices, replicated
 
-NEWTON_SCHULZ_COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # quintic with the steepest slope at zero (Jordan 2024)
+# Of a quintic with the steepest slope at zero (Jordan 2024).
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
-    """Return the nearest matrix with (nearly) equal singular values, by Newton–Schulz: X ← aX + (bA + cA²)X, A = XXᵀ.
+    """Orthogonalize matrices, in `dtype`, by Newton–Schulz: X ← aX + (bA + cA²)X, A = XXᵀ.
 
-    Args:
-        matrices: `R C`, or `E R C` for a stack of expert matrices, each orthogonalized by itself.
-        dtype: in which to iterate; bfloat16 is exact enough, but a CPU without units for it is slower in it.
-        steps: iterations; five bring all but the tiniest singular values into about 0.7 to 1.2.
-
-    Returns:
-        The same shape in `dtype`.
+    matrices: R C, or E R C, each by itself; dtype: bfloat16 is exact enough, but slow on a CPU without support for it;
+    steps: five bring all but the tiniest singular values into about 0.7 to 1.2.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     stack = matrices.to(dtype).reshape(-1, *matrices.shape[-2:])  # E R C
@@ -59,8 +51,7 @@ class Muon(AdamW):
         dtype: torch.dtype | None = None,
         spec_of: ShardSpecOf = replicated,
     ) -> None:
-        """`dtype` is that of the orthogonalization (None: bfloat16 on a GPU, float32 elsewhere); `spec_of` returns how
-        a parameter is sharded."""
+        """`dtype`: of the orthogonalization (None: bfloat16 on a GPU, else float32); `spec_of`: how it is sharded."""
         groups = [{"muon": False, "momentum": momentum, **group} for group in params]
         for parameter in (parameter for group in groups if group["muon"] for parameter in group["params"]):
             if parameter.ndim not in (2, 3):

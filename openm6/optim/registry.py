@@ -1,4 +1,4 @@
-"""The list of optimizers, and the groups of parameters that they treat alike; adding one is a function and one line."""
+"""The list of optimizers and their parameter groups; adding one is a function and one line."""
 
 from __future__ import annotations
 
@@ -23,33 +23,23 @@ Build = Callable[[Groups, OptimizerConfig, ShardSpecOf], torch.optim.Optimizer]
 def build_adamw(groups: Groups, config: OptimizerConfig, spec_of: ShardSpecOf) -> torch.optim.Optimizer:
     """Return AdamW (arXiv 1711.05101)."""
     return AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
+        groups, config.learning_rate, config.betas, config.epsilon, config.weight_decay,
         state_dtype=torch.bfloat16 if config.moments == "bf16" else None,
-        stochastic=config.rounding == "stochastic",
-        spec_of=spec_of,
-    )
+        stochastic=config.rounding == "stochastic", spec_of=spec_of,
+    )  # fmt: skip
 
 
 def build_adafactor(groups: Groups, config: OptimizerConfig, spec_of: ShardSpecOf) -> torch.optim.Optimizer:
     """Return Adafactor (arXiv 1804.04235): a factored second moment and no first one, so next to no memory."""
-    return Adafactor(groups, lr=config.learning_rate, weight_decay=config.weight_decay, spec_of=spec_of)
+    return Adafactor(groups, config.learning_rate, config.weight_decay, spec_of)
 
 
 def build_muon(groups: Groups, config: OptimizerConfig, spec_of: ShardSpecOf) -> torch.optim.Optimizer:
     """Return Muon for hidden matrices and stacks of expert matrices, with AdamW for the rest."""
     return Muon(
-        groups,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        betas=config.betas,
-        eps=config.epsilon,
+        groups, config.learning_rate, config.weight_decay, config.momentum, config.betas, config.epsilon,
         spec_of=spec_of,
-    )
+    )  # fmt: skip
 
 
 OPTIMIZERS: dict[str, Build] = {"adamw": build_adamw, "adafactor": build_adafactor, "muon": build_muon}
@@ -64,9 +54,7 @@ def check_optimizer_name(name: str) -> None:
 def build_optimizer(
     groups: Groups, config: OptimizerConfig, spec_of: ShardSpecOf = replicated
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that `config` names, over groups as `default_groups` makes them.
-
-    `spec_of` returns how a parameter is sharded.
+    """Return the optimizer that `config` names; groups: see `default_groups`; `spec_of`: how a parameter is sharded.
 
     Raises:
         ConfigError: no optimizer of that name.
@@ -88,12 +76,8 @@ def default_groups(model: nn.Module, embeddings: Sequence[str] = ()) -> Groups:
     """Return three groups: matrices, tables and kernels, and vectors (norms, biases), which are not decayed.
 
     Keys of a group: `params`; `muon` (True if Muon may orthogonalize the update); optional `weight_decay`, which
-    replaces the config's; optional `lr_scale`, a factor on the learning rate.
-
-    Args:
-        model: only its parameters that require gradients are taken, each once.
-        embeddings: prefixes of parameter names that are tables, not maps, such as an output head: Muon's premise,
-            a linear map between hidden states, does not hold for them.
+    replaces the config's; optional `lr_scale`, a factor on the learning rate. `embeddings` are prefixes of parameter
+    names that count as tables, such as an output head: Muon assumes a linear map between hidden states.
     """
     tables = {
         id(parameter)

@@ -1,6 +1,6 @@
-"""Update rules of offloaded training, by the bytes per parameter of a weight and all that is kept with it: 16 to 1."""
+"""Update rules of offloaded training: how a weight and its optimizer state are stored, read and updated."""
 
-# Dimensions: E matrices (experts; 1 for a plain matrix), R rows, C columns
+# Shapes: E matrices (experts; 1 for a plain matrix), R rows, C columns
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from openm6 import kernels
-from openm6.optim.adafactor import TINY, Moments, advance, follow, follow_means, inverse_roots, normalized
+from openm6.optim.adafactor import (
+    TINY,
+    Moments,
+    RankSums,
+    advance,
+    inverse_roots,
+    normalized,
+    update_means,
+    update_moments,
+)
 from openm6.optim.adamw import adamw_update
 from openm6.optim.config import OptimizerConfig
 from openm6.optim.low_precision import (
@@ -57,7 +66,7 @@ class UpdateArgs:
     """Arguments of one update: learning rate, weight decay, the key of its random bits, and whether to apply it.
 
     `allowed` is a bool on the device, so that the host need not wait for it; if it is False nothing changes. `spec`
-    is the sharding: statistics are those of whole matrices, and random bits follow the position in them.
+    is the sharding: statistics are those of whole matrices, and random bits depend on the position in them.
     """
 
     lr: float
@@ -69,7 +78,7 @@ class UpdateArgs:
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """A parameter and its optimizer state, in fp32 and in full, as conversions between rules see it."""
+    """A parameter and its optimizer state in fp32, for conversions between rules."""
 
     values: Tensor
     first: Tensor | None  # running mean of the gradient
@@ -78,18 +87,21 @@ class OptimizerState:
 
 
 class UpdateRule(ABC):
-    """How one parameter is stored, read and updated."""
+    """How one parameter is stored, read and updated. A `key` seeds the rounding to fewer bits than fp32."""
 
-    bytes_per_parameter: int
     read_slots: tuple[str, ...] = (WEIGHT,)  # those that `read` needs
 
     @abstractmethod
     def slots(self, shape: Shape) -> list[Slot]:
         """Return what is kept for a parameter, `read_slots` first."""
 
-    @abstractmethod
     def read(self, stored: Slots, dtype: torch.dtype) -> Tensor:
         """Return the weights to compute with; the stored tensor itself if it has that dtype."""
+        return stored[WEIGHT].to(dtype)
+
+    @abstractmethod
+    def write(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
+        """Replace the weights and keep the rest."""
 
     @abstractmethod
     def update(self, stored: Slots, gradient: Tensor, args: UpdateArgs) -> None:
@@ -101,11 +113,7 @@ class UpdateRule(ABC):
 
     @abstractmethod
     def import_state(self, stored: Slots, state: OptimizerState, key: int) -> None:
-        """Fill the slots; `key` seeds the rounding to fewer bits than fp32."""
-
-    @abstractmethod
-    def write(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
-        """Replace the weights and keep the rest; `key` seeds the rounding, as in `import_state`."""
+        """Fill the slots."""
 
     def fill(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
         """Store first values, and zeros for the rest."""
@@ -114,24 +122,19 @@ class UpdateRule(ABC):
             if name not in self.read_slots:
                 tensor.zero_()
 
-    def num_bytes(self, shape: Shape) -> int:
-        return sum(slot.num_bytes for slot in self.slots(shape))
-
 
 class AdamRule(UpdateRule):
     """16 bytes: weights and both moments in fp32 (and the gradient, while there is one), by AdamW."""
-
-    bytes_per_parameter = 16
 
     def __init__(self, config: OptimizerConfig) -> None:
         self.group = {"betas": config.betas, "eps": config.epsilon}
 
     def slots(self, shape: Shape) -> list[Slot]:
-        moments = [Slot(name, shape, torch.float32) for name in (WEIGHT, "exp_avg", "exp_avg_sq")]
-        return [*moments, Slot("step", (), torch.float32)]
+        values = [Slot(name, shape, torch.float32) for name in (WEIGHT, "exp_avg", "exp_avg_sq")]
+        return [*values, Slot("step", (), torch.float32)]
 
-    def read(self, stored: Slots, dtype: torch.dtype) -> Tensor:
-        return stored[WEIGHT].to(dtype)
+    def write(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
+        stored[WEIGHT].copy_(values)
 
     def update(self, stored: Slots, gradient: Tensor, args: UpdateArgs) -> None:
         group = {**self.group, "lr": args.lr, "weight_decay": args.weight_decay}
@@ -140,9 +143,6 @@ class AdamRule(UpdateRule):
 
     def export_state(self, stored: Slots) -> OptimizerState:
         return OptimizerState(stored[WEIGHT], stored["exp_avg"], stored["exp_avg_sq"], stored["step"])
-
-    def write(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
-        stored[WEIGHT].copy_(values)
 
     def import_state(self, stored: Slots, state: OptimizerState, key: int) -> None:
         self.write(stored, state.values, key)
@@ -154,32 +154,42 @@ class AdamRule(UpdateRule):
 class FactoredRule(UpdateRule):
     """2 bytes: bf16 weights, updated by Adafactor for each expert by itself, with stochastic rounding."""
 
-    bytes_per_parameter = 2
-
     def slots(self, shape: Shape) -> list[Slot]:
-        moments = [
+        return [
+            *self.weight_slots(shape),
             Slot(ROW_MEANS, shape[:-1], torch.float32),
             Slot(COLUMN_MEANS, (*shape[:-2], shape[-1]), torch.float32),
             Slot(COUNT, shape[:-2], torch.float32),
         ]
-        return [*self.weight_slots(shape), *moments]
 
     def weight_slots(self, shape: Shape) -> list[Slot]:
         """Return the weight, and what else `read` needs."""
         return [Slot(WEIGHT, shape, torch.bfloat16)]
 
-    def read(self, stored: Slots, dtype: torch.dtype) -> Tensor:
-        return stored[WEIGHT].to(dtype)
+    def encode(self, stored: Slots, values: Tensor, bits: Tensor) -> None:
+        """Store fp32 matrices E R C as weights, rounded by `bits`."""
+        stored[WEIGHT].copy_(round_to_bf16(values, bits))
+
+    def subtract(self, stored: Slots, decay: Tensor, update: Tensor, bits: Tensor) -> None:
+        """Store weight · decay - update, rounded by `bits`."""
+        self.encode(stored, stored[WEIGHT].float() * decay - update, bits)
+
+    def write(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
+        weights = {name: _as_matrices(stored[name], name) for name in self.read_slots}
+        values = _as_matrices(values, WEIGHT)
+        for first, last in _chunks(values):
+            part = {name: tensor[first:last] for name, tensor in weights.items()}
+            self.encode(part, values[first:last].float(), _bits(values[first:last], key, first, spec))
 
     def update(self, stored: Slots, gradient: Tensor, args: UpdateArgs) -> None:
         views = {name: _as_matrices(tensor, name) for name, tensor in stored.items()}
-        matrices = _as_matrices(gradient, WEIGHT).contiguous()  # E R C; the kernels know no strides
+        matrices = _as_matrices(gradient, WEIGHT).contiguous()  # E R C; the kernels support no strides
         if self.uses_kernels(matrices, args.spec):
-            self.update_in_kernels(views, matrices, args)
+            advance([self._update_in_kernels(views, matrices, args)], args.spec)
             return
         for first, last in _chunks(matrices, args.spec):
             part = {name: view[first:last] for name, view in views.items()}
-            self.update_part(part, matrices[first:last], args, first)
+            advance([self._update_part(part, matrices[first:last], args, first)], args.spec)
 
     def uses_kernels(self, gradient: Tensor, spec: ShardSpec) -> bool:
         """Return whether Triton kernels, which keep nothing of the gradient's size, update this tensor.
@@ -191,8 +201,8 @@ class FactoredRule(UpdateRule):
             return False
         return kernels.available(gradient.device)
 
-    def update_in_kernels(self, stored: Slots, gradient: Tensor, args: UpdateArgs) -> None:
-        """`update_part` of all matrices E R C at once."""
+    def _update_in_kernels(self, stored: Slots, gradient: Tensor, args: UpdateArgs) -> RankSums[None]:
+        """`_update_part` of all matrices E R C at once."""
         # Triton is optional.
         from openm6.kernels import optimizers  # noqa: PLC0415
 
@@ -201,43 +211,37 @@ class FactoredRule(UpdateRule):
         first_row, num_rows = spec.rows(rows)
         row_sum, column_sum, largest = optimizers.adafactor_sums(gradient, usable)
         active = (largest > 0).float()
-        spec.all_reduce(column_sum)
-        active = spec.all_reduce(active) > 0
-        follow_means(moments, row_sum / columns + TINY, column_sum / num_rows + TINY, active)
-        ((inverse_row, inverse_column),) = advance([inverse_roots(moments, spec)], spec)
-        squares = spec.all_reduce(optimizers.adafactor_squares(gradient, usable, inverse_row, inverse_column))
+        yield [column_sum, active]
+        active = active > 0
+        update_means(moments, row_sum / columns + TINY, column_sum / num_rows + TINY, active)
+        inverse_row, inverse_column = yield from inverse_roots(moments, spec)
+        squares = optimizers.adafactor_squares(gradient, usable, inverse_row, inverse_column)
+        yield [squares]
         size = (squares / (num_rows * columns)).sqrt().clamp(min=1.0)
         rates = torch.where(active, args.lr / size, 0.0)
-        kept = torch.where(active, 1 - args.lr * args.weight_decay, 1.0)
+        decay = torch.where(active, 1 - args.lr * args.weight_decay, 1.0)
         keys = matrix_keys(matrices, args.key, spec.first, gradient.device)
-        numbers = (usable, inverse_row, inverse_column, rates, kept, keys)
-        if EXPONENT in stored:
-            blocks = block_length(columns), LEVELS, SPARSE, STEPS
-            optimizers.adafactor_update_int8(
-                stored[WEIGHT], stored[EXPONENT], gradient, numbers, blocks, first_row
-            )
-        else:
-            optimizers.adafactor_update_bf16(stored[WEIGHT], gradient, numbers, first_row)
+        numbers = (usable, inverse_row, inverse_column, rates, decay, keys)
+        blocks = (block_length(columns), LEVELS, SPARSE, STEPS)
+        optimizers.adafactor_update(
+            stored[WEIGHT], stored.get(EXPONENT), gradient, numbers, blocks, first_row
+        )  # fmt: skip
 
-    def update_part(self, stored: Slots, gradient: Tensor, args: UpdateArgs, first: int) -> None:
+    def _update_part(self, stored: Slots, gradient: Tensor, args: UpdateArgs, first: int) -> RankSums[None]:
         """Update matrices E R C, which have index `first` and following in the parameter."""
         usable = torch.where(args.allowed, gradient.float(), 0.0)
-        (active,) = advance([follow(_moments(stored), usable, args.spec)], args.spec)
-        direction = self.direction(stored, usable, active, args, first)
-        (update,) = advance([normalized(direction, _moments(stored), args.spec)], args.spec)
+        active = yield from update_moments(_moments(stored), usable, args.spec)
+        direction = self.direction(stored, usable, active[:, None, None], args, first)
+        update = yield from normalized(direction, _moments(stored), args.spec)
         update = torch.where(active[:, None, None], args.lr * update, 0.0)
-        kept = torch.where(active, 1 - args.lr * args.weight_decay, 1.0)[:, None, None]
-        self.store(stored, kept, update, _bits(gradient, args.key, first, args.spec))
+        decay = torch.where(active, 1 - args.lr * args.weight_decay, 1.0)[:, None, None]
+        self.subtract(stored, decay, update, _bits(gradient, args.key, first, args.spec))
 
     def direction(
         self, stored: Slots, gradient: Tensor, active: Tensor, args: UpdateArgs, first: int
     ) -> Tensor:
-        """Return what the weights are to move against, before it is normalized."""
+        """Return the direction of descent, before it is normalized; `active` is E 1 1."""
         return gradient
-
-    def store(self, stored: Slots, kept: Tensor, update: Tensor, bits: Tensor) -> None:
-        """Store weight · kept - update, rounded by `bits`."""
-        stored[WEIGHT].copy_(round_to_bf16(stored[WEIGHT].float() * kept - update, bits))
 
     def export_state(self, stored: Slots) -> OptimizerState:
         row, column = stored[ROW_MEANS], stored[COLUMN_MEANS]
@@ -245,13 +249,6 @@ class FactoredRule(UpdateRule):
         second = (row / mean).unsqueeze(-1) * column.unsqueeze(-2)
         first = stored[MOMENTUM].float() if MOMENTUM in stored else None
         return OptimizerState(self.read(stored, torch.float32), first, second, stored[COUNT])
-
-    def write(self, stored: Slots, values: Tensor, key: int, spec: ShardSpec = REPLICATED) -> None:
-        weights = {name: _as_matrices(stored[name], name) for name in self.read_slots}
-        values = _as_matrices(values, WEIGHT)
-        for first, last in _chunks(values):
-            part = {name: tensor[first:last] for name, tensor in weights.items()}
-            self.encode(part, values[first:last].float(), _bits(values[first:last], key, first, spec))
 
     def import_state(self, stored: Slots, state: OptimizerState, key: int) -> None:
         self.write(stored, state.values, key)
@@ -262,15 +259,9 @@ class FactoredRule(UpdateRule):
         if MOMENTUM in stored:
             _copy_or_zero(stored[MOMENTUM], state.first)
 
-    def encode(self, stored: Slots, values: Tensor, bits: Tensor) -> None:
-        """Store fp32 matrices E R C as weights, rounded by `bits`."""
-        stored[WEIGHT].copy_(round_to_bf16(values.contiguous(), bits))
-
 
 class MomentumRule(FactoredRule):
     """4 bytes: the same with a first moment in bf16, also with stochastic rounding."""
-
-    bytes_per_parameter = 4
 
     def __init__(self, config: OptimizerConfig) -> None:
         self.beta = config.betas[0]
@@ -285,7 +276,7 @@ class MomentumRule(FactoredRule):
         self, stored: Slots, gradient: Tensor, active: Tensor, args: UpdateArgs, first: int
     ) -> Tensor:
         before = stored[MOMENTUM].float()
-        mean = torch.where(active[:, None, None], before.lerp(gradient, 1 - self.beta), before)
+        mean = torch.where(active, before.lerp(gradient, 1 - self.beta), before)
         bits = _bits(gradient, args.key ^ MOMENTUM_KEY, first, args.spec)
         stored[MOMENTUM].copy_(round_to_bf16(mean, bits))
         correction = 1 - self.beta ** stored[COUNT].clamp(min=1)
@@ -295,7 +286,6 @@ class MomentumRule(FactoredRule):
 class BlockRule(FactoredRule):
     """1 byte: int8 weights in blocks of 64 with a scale (one more byte per block), updated like those of 2 bytes."""
 
-    bytes_per_parameter = 1
     read_slots = (WEIGHT, EXPONENT)
 
     def weight_slots(self, shape: Shape) -> list[Slot]:
@@ -305,20 +295,21 @@ class BlockRule(FactoredRule):
     def read(self, stored: Slots, dtype: torch.dtype) -> Tensor:
         levels, exponent = (_as_matrices(stored[name], name) for name in self.read_slots)
         weights = torch.empty(levels.shape, dtype=dtype, device=levels.device)
-        for first, last in _chunks(levels):  # in parts, as the products are in fp32 before they are rounded
+        for first, last in _chunks(levels):  # because products are in fp32 before they are rounded
             weights[first:last] = from_levels(levels[first:last], exponent[first:last], dtype)
         return weights.view(stored[WEIGHT].shape)
 
-    def store(self, stored: Slots, kept: Tensor, update: Tensor, bits: Tensor) -> None:
-        # In units of the scale, so that a weight that is not to move is exactly on its level.
-        levels = stored[WEIGHT].float() * kept - to_levels(update, stored[EXPONENT])
-        levels, exponent = refit(levels, stored[EXPONENT])
-        stored[WEIGHT].copy_(round_to_integer(levels, bits).clamp(-LEVELS, LEVELS))
-        stored[EXPONENT].copy_(exponent)
-
     def encode(self, stored: Slots, values: Tensor, bits: Tensor) -> None:
         exponent = fit_exponent(values)
-        stored[WEIGHT].copy_(round_to_integer(to_levels(values, exponent), bits).clamp(-LEVELS, LEVELS))
+        self._round(stored, to_levels(values, exponent), exponent, bits)
+
+    def subtract(self, stored: Slots, decay: Tensor, update: Tensor, bits: Tensor) -> None:
+        # In units of the scale, so that a weight without an update is exactly on its level.
+        levels = stored[WEIGHT].float() * decay - to_levels(update, stored[EXPONENT])
+        self._round(stored, *refit(levels, stored[EXPONENT]), bits)
+
+    def _round(self, stored: Slots, levels: Tensor, exponent: Tensor, bits: Tensor) -> None:
+        stored[WEIGHT].copy_(round_to_integer(levels, bits).clamp(-LEVELS, LEVELS))
         stored[EXPONENT].copy_(exponent)
 
 
@@ -340,16 +331,16 @@ def _moments(stored: Slots) -> Moments:
 
 
 def _as_matrices(tensor: Tensor, slot: str) -> Tensor:
-    """A slot with a leading axis for the experts, which a plain matrix lacks: E, E n (rows, columns) or E R C."""
+    """Return a slot with a leading axis for the experts, which a plain matrix lacks: E, E n or E R C."""
     own = {COUNT: 0, ROW_MEANS: 1, COLUMN_MEANS: 1}.get(slot, 2)
     outer, inner = tensor.shape[: tensor.ndim - own], tensor.shape[tensor.ndim - own :]
     return tensor.reshape(math.prod(outer), *inner)  # not -1: a shard may be empty
 
 
 def _chunks(matrices: Tensor, spec: ShardSpec = REPLICATED) -> Iterator[tuple[int, int]]:
-    """Ranges of matrices that hold about AT_ONCE values on each rank.
+    """Return ranges of matrices that hold about AT_ONCE values on each rank.
 
-    By the rows of whole matrices, since all ranks of a spec must exchange their sums equally often, however many rows
+    By the rows of whole matrices, because all ranks of a spec must exchange sums equally often, however many rows
     each has.
     """
     _, rows = spec.rows(matrices.shape[1])
@@ -360,7 +351,7 @@ def _chunks(matrices: Tensor, spec: ShardSpec = REPLICATED) -> Iterator[tuple[in
 
 
 def _bits(matrices: Tensor, key: int, first: int, spec: ShardSpec) -> Tensor:
-    """Random bits of matrices E R C, with index `first` and following of those on this rank."""
+    """Return random bits of matrices E R C, with index `first` and following of those on this rank."""
     _, rows, columns = matrices.shape
     start = spec.rows(rows)[0] * columns
     bits = random_bits(len(matrices), rows * columns, key, spec.first + first, matrices.device, start)

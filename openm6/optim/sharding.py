@@ -1,24 +1,19 @@
-"""Sharded parameters: how an update rule sees the part that a rank holds, and work on matrices cut over ranks."""
+"""Sharded parameters: how an update rule sees this rank's shard, and work on matrices whose rows are sharded."""
 
-# Dimensions: E matrices of a stack, R rows of a whole matrix, R' of them on this rank, C columns, n values
+# Shapes: E matrices of a stack, R rows of a whole matrix, R' of them on this rank, C columns, n values
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-ROW_MEANS, COLUMN_MEANS, COUNT = (
-    "row_var",
-    "col_var",
-    "count",
-)  # factored second moments, and their updates so far
-AT_ONCE = (
-    2**26
-)  # values of this rank that travel together: what exists twice for a while stays under a gigabyte
+# Factored second moments, and the number of their updates.
+ROW_MEANS, COLUMN_MEANS, COUNT = "row_var", "col_var", "count"
+AT_ONCE = 2**26  # values per rank of one exchange: temporary copies stay under a gigabyte
 
 
 class ShardGroup(Protocol):
@@ -115,33 +110,28 @@ def on_whole_matrices(
     Each `parts[i]` is E R' C or R' C, rows of matrices that `specs[i]` shards over one group, the same for all and in
     the same order on all ranks of it. Each matrix is sent to one rank and back; they are assigned evenly by size.
     """
+    stacks = [part if part.ndim > 2 else part.unsqueeze(0) for part in parts]  # E R' C
+    # The largest shard of any rank: all ranks must find the same batches.
+    sizes = [
+        len(stack) * max(spec.lengths) * stack.shape[-1] for stack, spec in zip(stacks, specs, strict=True)
+    ]
     found: list[Tensor] = []
-    for first, last in _batches(parts, specs):
-        found += _exchange_and_apply(parts[first:last], specs[first:last], work)
-    return found
-
-
-def _batches(parts: Sequence[Tensor], specs: Sequence[ShardSpec]) -> Iterator[tuple[int, int]]:
-    """Ranges of parts, by the most that any rank holds: all ranks must come to the same ranges."""
     first = held = 0
-    for index, (part, spec) in enumerate(zip(parts, specs, strict=True)):
-        stack = part.shape[0] if part.ndim > 2 else 1
-        size = stack * max(spec.lengths) * part.shape[-1]
+    for index, size in enumerate(sizes):
         if index > first and held + size > AT_ONCE:
-            yield first, index
+            found += _exchange_and_apply(stacks[first:index], specs[first:index], work)
             first, held = index, 0
         held += size
-    if len(parts) > first:
-        yield first, len(parts)
+    found += _exchange_and_apply(stacks[first:], specs[first:], work)
+    return [result.view(part.shape) for result, part in zip(found, parts, strict=True)]
 
 
 def _exchange_and_apply(
-    parts: Sequence[Tensor], specs: Sequence[ShardSpec], work: Callable[[Tensor], Tensor]
+    stacks: Sequence[Tensor], specs: Sequence[ShardSpec], work: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """One exchange there and one back."""
+    """One exchange there and one back, of stacks E R' C."""
     group = specs[0].group
-    assert group is not None, "a whole matrix need not travel"
-    stacks = [part if part.ndim > 2 else part.unsqueeze(0) for part in parts]  # E R' C
+    assert group is not None, "a whole matrix need not be sent"
     assigned = _assign(stacks, specs, group.size)
     mine, ranks = assigned[group.rank], range(group.size)
     rows_here = [[stacks[stack][index] for stack, index in matrices] for matrices in assigned]
@@ -151,23 +141,21 @@ def _exchange_and_apply(
     received = _exchange(group, rows_here, sizes, stacks[0])
     results: dict[tuple[int, int], Tensor] = {}
     for stack in sorted({stack for stack, _ in mine}):  # matrices of one stack together, which is faster
-        columns = stacks[stack].shape[-1]
-        together = [(place, one) for place, one in enumerate(mine) if one[0] == stack]
-        wholes = [
-            torch.cat([received[rank][place].view(-1, columns) for rank in ranks]) for place, _ in together
-        ]
-        results |= zip([one for _, one in together], work(torch.stack(wholes)), strict=True)
+        shape = (-1, stacks[stack].shape[-1])
+        own = [position for position, one in enumerate(mine) if one[0] == stack]
+        wholes = [torch.cat([received[rank][position].view(shape) for rank in ranks]) for position in own]
+        results |= zip([mine[position] for position in own], work(torch.stack(wholes)), strict=True)
     rows_back = [[results[one].split(specs[one[0]].lengths)[rank] for one in mine] for rank in ranks]
     returned = _exchange(group, rows_back, sizes_here, stacks[0])
 
     found = [torch.empty_like(stack) for stack in stacks]
     for (stack, index), rows in zip(chain(*assigned), chain(*returned), strict=True):
         found[stack][index] = rows.view_as(found[stack][index])
-    return [result.view(part.shape) for result, part in zip(found, parts, strict=True)]
+    return found
 
 
-def _assign(stacks: list[Tensor], specs: Sequence[ShardSpec], ranks: int) -> list[list[tuple[int, int]]]:
-    """For each rank the matrices (stack, index) that it works on: the largest first, to the rank with the least."""
+def _assign(stacks: Sequence[Tensor], specs: Sequence[ShardSpec], ranks: int) -> list[list[tuple[int, int]]]:
+    """Return for each rank its matrices (stack, index): the largest first, to the rank with the least work."""
     sizes = [sum(spec.lengths) * stack.shape[-1] for stack, spec in zip(stacks, specs, strict=True)]
     matrices = [(stack, index) for stack, part in enumerate(stacks) for index in range(len(part))]
     load = [0] * ranks
@@ -182,7 +170,7 @@ def _assign(stacks: list[Tensor], specs: Sequence[ShardSpec], ranks: int) -> lis
 def _exchange(
     group: ShardGroup, sent: list[list[Tensor]], sizes: list[list[int]], like: Tensor
 ) -> list[list[Tensor]]:
-    """Send each rank a list of tensors; return, flat, what came: `sizes[r]` are those of rank r's tensors."""
+    """Send each rank a list of tensors; return, flat, those received: `sizes[r]` are those of rank r's tensors."""
     flat = [tensor.reshape(-1) for tensors in sent for tensor in tensors]
     joined = torch.cat(flat) if flat else like.new_empty(0)
     to = [sum(tensor.numel() for tensor in tensors) for tensors in sent]

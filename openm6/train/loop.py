@@ -34,7 +34,7 @@ from openm6.core.errors import CheckpointError, Interrupted, OpenM6Error, Traini
 from openm6.core.log import get_log
 from openm6.core.run_folder import RunFolder
 from openm6.distributed.process_group import ProcessGroupContext
-from openm6.optim.schedule import decay_start
+from openm6.optim.config import decay_start
 from openm6.train.callbacks import (
     Callback,
     HeldOutCallback,

@@ -28,9 +28,9 @@ from openm6.offload.config import OffloadConfig
 from openm6.offload.executor import OffloadedExecutor, Step
 from openm6.offload.streams import Streams, open_streams
 from openm6.offload.weight_store import RecordLayout, WeightStore, matrix_shapes
+from openm6.optim.config import lr_multiplier
 from openm6.optim.registry import set_lr
 from openm6.optim.rules import WEIGHT, Slots, update_rule
-from openm6.optim.schedule import lr_multiplier
 from openm6.plan.memory import HALF
 from openm6.train.budget import FULL, Budget, available, check_budget, on_device_groups
 from openm6.train.config import LoopConfig

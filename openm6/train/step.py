@@ -24,8 +24,8 @@ from openm6.energy.tracker import Work, WorkCount
 from openm6.models.backbone import Backbone
 from openm6.nn.executor import CheckpointedExecutor, CompiledExecutor, LayerExecutor
 from openm6.ops.matmul import HALF, bf16_matmul, has_bf16
+from openm6.optim.config import lr_multiplier
 from openm6.optim.registry import build_optimizer, set_lr
-from openm6.optim.schedule import lr_multiplier
 from openm6.plan.memory import layers_to_recompute
 from openm6.train.config import LoopConfig, Precision
 from openm6.train.pseudo_to_real import break_symmetry, shared_matrices

@@ -1,4 +1,4 @@
-"""Our AdamW against torch's, and stochastic rounding, which moves a weight by less than it can show."""
+"""AdamW against torch's, and stochastic rounding, which accumulates steps below the spacing of bf16."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(optimizer, moved, steps=5):
         optimizer.step()
 
 
-def test_it_is_torchs_own_to_the_bit():
+def test_it_equals_torchs_to_the_bit():
     ours, theirs = parameters(), parameters()
     run(AdamW(ours, lr=0.01), ours)
     run(torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, fused=True), theirs)
@@ -39,7 +39,7 @@ def test_half_moments_stay_near_torchs():
 
 
 @pytest.mark.parametrize(("stochastic", "moves"), [(False, False), (True, True)])
-def test_steps_below_half_an_ulp_add_up_only_by_chance(stochastic, moves):
+def test_steps_below_half_an_ulp_add_up_only_with_stochastic_rounding(stochastic, moves):
     parameter = torch.nn.Parameter(torch.ones(512, dtype=torch.bfloat16))
     optimizer = AdamW(
         [parameter], lr=1e-4, weight_decay=0.0, state_dtype=torch.bfloat16, stochastic=stochastic

@@ -1,4 +1,4 @@
-"""What every optimizer in the list must do."""
+"""The contract of every optimizer in the list."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TestContract:
         take_steps(model, build_optimizer(groups_of(model), config_of(name)), 60)
         assert loss_of(model).item() < 0.3 * before
 
-    def test_moves_what_has_a_gradient_and_nothing_else(self, name: str) -> None:
+    def test_updates_what_has_a_gradient_and_nothing_else(self, name: str) -> None:
         model = mixed()
         before = {key: parameter.clone() for key, parameter in model.named_parameters()}
         take_steps(model, build_optimizer(groups_of(model), config_of(name)), 1)
@@ -81,7 +81,7 @@ class TestContract:
         for left, right in zip(first.parameters(), second.parameters(), strict=True):
             assert torch.equal(left, right)
 
-    def test_a_rate_of_zero_moves_nothing(self, name: str) -> None:
+    def test_a_learning_rate_of_zero_changes_nothing(self, name: str) -> None:
         model = mixed()
         before = [parameter.clone() for parameter in model.parameters()]
         optimizer = build_optimizer(groups_of(model), config_of(name))
@@ -89,7 +89,7 @@ class TestContract:
         take_steps(model, optimizer, 2)
         assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
-    def test_decay_pulls_matrices_to_zero_and_leaves_vectors(self, name: str) -> None:
+    def test_weight_decay_is_for_matrices_and_not_for_vectors(self, name: str) -> None:
         """With gradients of zero only the decay acts."""
         model = mixed()
         before = {key: parameter.clone() for key, parameter in model.named_parameters()}
@@ -130,6 +130,6 @@ def test_a_shared_parameter_is_in_one_group_once() -> None:
     assert taken.count(id(model.table.weight)) == 1
 
 
-def test_an_unknown_name_is_told() -> None:
+def test_an_unknown_name_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no optimizer 'adam'; did you mean 'adamw'"):
         build_optimizer(default_groups(mixed()), OptimizerConfig(name="adam"))

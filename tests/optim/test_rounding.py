@@ -1,16 +1,11 @@
-"""Rounding by chance: right on average, harmless to NaN and infinities, and a function of counters alone."""
+"""Stochastic rounding: unbiased, with NaN and infinities kept, and a function of counters alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from openm6.optim.low_precision import (
-    BF16_LARGEST,
-    random_bits,
-    round_to_bf16,
-    round_to_integer,
-)
+from openm6.optim.low_precision import BF16_LARGEST, random_bits, round_to_bf16, round_to_integer
 
 
 def random_bits_reference(num_matrices: int, values: int, key: int) -> list[list[int]]:
@@ -35,7 +30,7 @@ def test_bits_equal_their_reference(key: int) -> None:
 
 
 def test_bits_do_not_depend_on_neighbours() -> None:
-    """One expert alone, or a shard of experts, draws what it draws among all."""
+    """One expert alone, or a shard of experts, gets the bits it gets among all."""
     whole = random_bits(6, 40, 11)
     assert torch.equal(whole[2:5], random_bits(3, 40, 11, first=2))
     assert torch.equal(whole[:, :8], random_bits(6, 8, 11))
@@ -43,8 +38,8 @@ def test_bits_do_not_depend_on_neighbours() -> None:
 
 def test_bits_are_even_and_differ_by_key_and_matrix() -> None:
     bits = random_bits(2, 200_000, 5)
-    shares = [((bits >> place) & 1).float().mean().item() for place in range(32)]
-    assert shares == pytest.approx([0.5] * 32, abs=0.005)
+    means = [((bits >> position) & 1).float().mean().item() for position in range(32)]
+    assert means == pytest.approx([0.5] * 32, abs=0.005)
     other = random_bits(2, 200_000, 6)
     assert (bits == other).sum() < 10 and (bits[0] == bits[1]).sum() < 10
     stacked = torch.stack([bits[0], bits[1], other[0]]).double()
@@ -64,7 +59,7 @@ def test_what_bf16_can_hold_stays_and_what_is_not_finite_passes() -> None:
     exact = torch.randn(1, 1000).to(torch.bfloat16)
     assert torch.equal(round_to_bf16(exact.float(), random_bits(1, 1000, 1)), exact)
     odd = torch.tensor([[float("nan"), float("inf"), -float("inf"), 3.4028235e38, -3.4028235e38]])
-    rounded = round_to_bf16(odd, torch.full((1, 5), -1, dtype=torch.int32))  # all bits set: the hardest push
+    rounded = round_to_bf16(odd, torch.full((1, 5), -1, dtype=torch.int32))  # all bits set: the worst case
     assert rounded[0, 0].isnan() and rounded[0, 1:3].tolist() == [float("inf"), -float("inf")]
     assert rounded[0, 3:].tolist() == [BF16_LARGEST, -BF16_LARGEST]
     nan = torch.tensor([[0x7FFFFFFF]], dtype=torch.int32).view(torch.float32)  # a NaN of all ones

@@ -1,4 +1,4 @@
-"""Update rules of 16, 4, 2 and 1 bytes: unbiased, fair to idle experts, still where nothing pushes."""
+"""Update rules of 16, 4, 2 and 1 bytes: unbiased, no update of idle experts and without a gradient."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openm6.optim.adafactor import Moments, advance, follow, normalized
+from openm6.optim.adafactor import Moments, advance, normalized, update_moments
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig
 from openm6.optim.low_precision import block_length, fit_exponent, from_levels, refit, to_levels
 from openm6.optim.rules import Slots, UpdateArgs, UpdateRule, update_rule
@@ -29,7 +29,7 @@ def start(rule: UpdateRule, values: Tensor) -> Slots:
     return stored
 
 
-def push(
+def apply_gradient(
     rule: UpdateRule, stored: Slots, gradient: Tensor, step: int, rate: float = 1e-3, **changes: Any
 ) -> None:
     values = {"lr": rate, "weight_decay": 0.0, "key": 1000 + step, "allowed": torch.tensor(True), **changes}
@@ -41,22 +41,22 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_a_weight_takes_the_bytes_that_its_tier_promises(tier: int) -> None:
+def test_the_bytes_per_parameter_are_those_of_the_tier(tier: int) -> None:
     shape = (8, 1024, 1024)
-    kept = rule_of(tier).num_bytes(shape) / (8 * 1024 * 1024)
-    # Of the 16 bytes 4 are the gradient's, which is there for one layer at a time only.
+    kept = sum(slot.num_bytes for slot in rule_of(tier).slots(shape)) / (8 * 1024 * 1024)
+    # Of the 16 bytes 4 are the gradient's, which exists for one layer at a time only.
     assert kept == pytest.approx(12 if tier == 16 else tier, rel=0.03)
 
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_tiny_steps_are_not_lost(tier: int) -> None:
-    """Steps far below the spacing of the stored values move the mean by what they should: rounding is unbiased."""
+    """Steps far below the spacing of the stored values change the mean as they should: rounding is unbiased."""
     rule, values = rule_of(tier), 0.1 + 0.001 * normal(64, 128)
     stored = start(rule, values)
     before = rule.read(stored, torch.float32).mean()
     gradient, steps, rate = torch.ones(64, 128), 100, 1e-5
     for step in range(steps):
-        push(rule, stored, gradient, step, rate)
+        apply_gradient(rule, stored, gradient, step, rate)
     moved = float(before - rule.read(stored, torch.float32).mean())
     assert moved == pytest.approx(steps * rate, rel=0.05)
 
@@ -80,25 +80,25 @@ def test_experts_in_one_tensor_are_experts_on_their_own(tier: int) -> None:
     for step in range(4):
         gradient = normal(3, 16, 32, seed=step) * torch.tensor([1.0, 50.0, 0.01])[:, None, None]
         gradient[step % 3] = 0  # one expert gets no token
-        push(rule, together, gradient, step)
+        apply_gradient(rule, together, gradient, step)
         for expert in range(3):
             other = gradient.clone()
-            other[[number for number in range(3) if number != expert]] = 0
-            push(rule, alone, other, step)
+            other[[index for index in range(3) if index != expert]] = 0
+            apply_gradient(rule, alone, other, step)
     for name, tensor in together.items():
         assert torch.equal(tensor, alone[name]), name
 
 
 @pytest.mark.parametrize("tier", [4, 2, 1])
-def test_an_expert_without_tokens_rests(tier: int) -> None:
+def test_an_expert_without_tokens_is_not_updated(tier: int) -> None:
     rule = rule_of(tier)
     stored = start(rule, 0.02 * normal(2, 16, 32))
-    push(rule, stored, normal(2, 16, 32, seed=1), 0)
+    apply_gradient(rule, stored, normal(2, 16, 32, seed=1), 0)
     kept = {name: tensor[1].clone() for name, tensor in stored.items()}
     gradient = normal(2, 16, 32, seed=2)
     gradient[1] = 0
     for step in range(1, 30):
-        push(rule, stored, gradient, step, weight_decay=0.5)
+        apply_gradient(rule, stored, gradient, step, weight_decay=0.5)
     for name, tensor in stored.items():
         assert torch.equal(tensor[1], kept[name]), name
     assert stored["count"].tolist() == [30.0, 1.0]
@@ -108,22 +108,22 @@ def test_an_expert_without_tokens_rests(tier: int) -> None:
 def test_a_gradient_that_may_not_be_used_changes_nothing(tier: int) -> None:
     rule = rule_of(tier)
     stored = start(rule, 0.02 * normal(16, 32))
-    push(rule, stored, normal(16, 32), 0)
+    apply_gradient(rule, stored, normal(16, 32), 0)
     kept = {name: tensor.clone() for name, tensor in stored.items()}
-    push(rule, stored, torch.full((16, 32), float("nan")), 1, allowed=torch.tensor(False))
+    apply_gradient(rule, stored, torch.full((16, 32), float("nan")), 1, allowed=torch.tensor(False))
     for name, tensor in stored.items():
         assert torch.equal(tensor, kept[name]), name
 
 
-def test_bytes_that_are_not_pushed_stay_for_500_steps() -> None:
-    """Scales that stick: with scales fitted again in each step, every weight of a block would wander."""
+def test_int8_weights_without_a_gradient_stay_for_500_steps() -> None:
+    """Scales are sticky: fitted again in each step, they would move every weight of a block."""
     rule = rule_of(1)
     stored = start(rule, 0.02 * normal(8, 64))
     gradient = torch.zeros(8, 64)
-    gradient[:, ::16] = normal(8, 4, seed=3)  # four weights of each block are pushed about
+    gradient[:, ::16] = normal(8, 4, seed=3)  # four weights of each block have a gradient
     before = rule.read(stored, torch.float32)
     for step in range(500):
-        push(rule, stored, gradient * (1 if step % 2 else -1), step, rate=1e-4)
+        apply_gradient(rule, stored, gradient * (1 if step % 2 else -1), step, rate=1e-4)
     after = rule.read(stored, torch.float32)
     still = gradient == 0
     assert torch.equal(after[still], before[still]) and not torch.equal(after[~still], before[~still])
@@ -151,7 +151,7 @@ def test_the_factored_moment_is_that_of_the_paper() -> None:
     mean_row, mean_column = torch.zeros(4), torch.zeros(6)
     for step in (1, 2, 3):
         gradient = normal(1, 4, 6, seed=step)
-        advance([follow(moments, gradient)], REPLICATED)
+        advance([update_moments(moments, gradient)], REPLICATED)
         decay = 1 - step**-0.8
         mean_row = decay * mean_row + (1 - decay) * (gradient[0] ** 2 + 1e-30).mean(1)
         mean_column = decay * mean_column + (1 - decay) * (gradient[0] ** 2 + 1e-30).mean(0)
@@ -162,11 +162,11 @@ def test_the_factored_moment_is_that_of_the_paper() -> None:
         torch.testing.assert_close(update[0], expected)
 
 
-def test_moments_survive_the_way_through_another_rule() -> None:
+def test_moments_survive_a_conversion_to_another_rule() -> None:
     adam, factored = rule_of(16), rule_of(2)
     stored = start(adam, 0.02 * normal(16, 32))
     for step in range(3):
-        push(adam, stored, normal(16, 32, seed=step), step)
+        apply_gradient(adam, stored, normal(16, 32, seed=step), step)
     state = adam.export_state(stored)
     assert state.second is not None
     other = start(factored, state.values)

@@ -19,8 +19,7 @@ import torch
 from openm6.checkpoint.folder import latest, list_checkpoints
 from openm6.core.errors import CheckpointError, Interrupted, TrainingError
 from openm6.core.run_folder import RunFolder
-from openm6.optim.config import ScheduleConfig
-from openm6.optim.schedule import decay_start
+from openm6.optim.config import ScheduleConfig, decay_start
 from openm6.train.config import LoopConfig
 from openm6.train.loop import RunLength, TrainResult, train
 from openm6.train.metrics import read_metrics

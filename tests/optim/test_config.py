@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openm6.optim.config import ScheduleConfig
-from openm6.optim.schedule import decay_start, lr_multiplier
+from openm6.optim.config import ScheduleConfig, decay_start, lr_multiplier
 
 
 def test_warmup_stable_decay() -> None:
@@ -34,14 +33,14 @@ def test_an_unknown_length_has_no_decay() -> None:
 @given(
     total=st.integers(1, 500),
     warmup=st.integers(0, 600),
-    share=st.floats(0, 1),
-    floor=st.floats(0, 1),
+    fraction=st.floats(0, 1),
+    min_ratio=st.floats(0, 1),
     decay=st.sampled_from(["sqrt", "linear"]),
 )
-def test_every_step_moves_and_none_exceeds_the_rate(
-    total: int, warmup: int, share: float, floor: float, decay: str
+def test_every_factor_is_above_0_and_at_most_1(
+    total: int, warmup: int, fraction: float, min_ratio: float, decay: str
 ) -> None:
-    config = ScheduleConfig(warmup_steps=warmup, decay_fraction=share, min_lr_ratio=floor, decay=decay)  # type: ignore[arg-type]
+    config = ScheduleConfig(warmup_steps=warmup, decay_fraction=fraction, min_lr_ratio=min_ratio, decay=decay)  # type: ignore[arg-type]
     factors = [lr_multiplier(step, total, config) for step in range(1, total + 1)]
     assert all(0 < factor <= 1 for factor in factors)
     start = decay_start(total, config)
