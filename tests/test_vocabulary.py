@@ -55,19 +55,6 @@ WORDS = {
 PARAMETERS = {"codes.py": {"place"}}
 # Prompts of tasks, `{image} Name it.`: a trained model depends on their words.
 PROMPT = re.compile(r'"[^"]*\{\w+\}')
-# Not yet rewritten; empty in the end.
-PENDING = {
-    "openm6/core",
-    "openm6/kernels",
-    "openm6/ops",
-    "openm6/optim",
-    "tools/compare_routing.py",
-    "tools/embedded_data",
-    "tools/make_venv.py",
-    "tools/playground_image.py",
-    "tools/report_image.py",
-    "tools/score_codecs.py",
-}
 
 
 def words_of(name: str) -> list[str]:
@@ -129,24 +116,16 @@ def old_words(path: Path) -> list[str]:
     ]
 
 
-def package_of(path: Path) -> str:
-    return (
-        "/".join(path.relative_to(ROOT).parts[:2])
-        if path.suffix == ".py"
-        else path.relative_to(ROOT).parts[0]
-    )
-
-
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_names_are_those_of_the_field(path: Path) -> None:
-    if path in EXEMPT or package_of(path) in PENDING:
+    if path in EXEMPT:
         return
     assert not old_names(path)
 
 
 @pytest.mark.parametrize("path", [*CODE, *TEXT], ids=lambda path: str(path.relative_to(ROOT)))
 def test_sentences_use_the_words_of_the_field(path: Path) -> None:
-    if path in EXEMPT or package_of(path) in PENDING:
+    if path in EXEMPT:
         return
     assert not old_words(path)
 

@@ -48,7 +48,7 @@ ENDING = 0.2  # part of a run whose loads are averaged
 
 
 class ComparedTraining(MultimodalTraining):
-    """Is not judged at its end: its held-out loss is all that is asked for."""
+    """A training without an evaluation at its end, because only its held-out loss is needed."""
 
     def finish(self, run: RunFolder) -> None:
         pass
@@ -148,9 +148,9 @@ def summarise(runs: Sequence[Values]) -> Values:
         kinds = [key for key in own[0]["held_out"][-1] if key not in ("step", "tokens")]
         found[cell] = {
             "seeds": [run["seed"] for run in own],
-            "held_out": {kind: _spread([run["held_out"][-1][kind] for run in own]) for kind in kinds},
+            "held_out": {kind: _summary([run["held_out"][-1][kind] for run in own]) for kind in kinds},
             f"minus_{REFERENCE}": {
-                kind: _spread([run["held_out"][-1][kind] - reference[run["seed"]][kind] for run in paired])
+                kind: _summary([run["held_out"][-1][kind] - reference[run["seed"]][kind] for run in paired])
                 for kind in kinds
                 if paired
             },
@@ -162,7 +162,7 @@ def summarise(runs: Sequence[Values]) -> Values:
     return found
 
 
-def _spread(numbers: Sequence[float]) -> Values:
+def _summary(numbers: Sequence[float]) -> Values:
     deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
     return {
         "mean": round(statistics.mean(numbers), 4),

@@ -120,9 +120,9 @@ def read_pip_settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_configured(environment: Mapping[str, str]) -> bool:
-    """True if pip was told where packages come from."""
-    places = {"index-url", "extra-index-url", "find-links", "no-index"}
-    return bool(places & set(read_pip_settings(environment)))
+    """True if pip's settings name an index."""
+    options = {"index-url", "extra-index-url", "find-links", "no-index"}
+    return bool(options & set(read_pip_settings(environment)))
 
 
 class _Links(html.parser.HTMLParser):

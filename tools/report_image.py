@@ -1,4 +1,4 @@
-"""Takes docs/images/demo.png anew: five tasks of a run's report, in a browser without a window.
+"""Takes docs/images/demo.png again: five tasks of a run's report, in a headless browser.
 
     python tools/report_image.py runs/demo docs/images/demo.png
 
@@ -24,10 +24,10 @@ TASKS = (
 )
 SIZE = {"width": 1152, "height": 800}
 # Those tasks alone, in this order, each in a copy of its section, from which it has its colours.
-KEEP = """wanted => {
+KEEP = """names => {
     const tasks = [...document.querySelectorAll("article.task")];
     const name = task => [...task.querySelector("h3").childNodes].map(node => node.textContent.trim()).join("/");
-    const chosen = wanted.map(words => tasks.find(task => name(task) === words));
+    const chosen = names.map(words => tasks.find(task => name(task) === words));
     document.body.replaceChildren(...chosen.map(task => {
         const section = task.closest("section").cloneNode(false);
         Object.assign(section.style, {padding: 0, margin: "0 0 20px"});

@@ -99,7 +99,7 @@ def features(clip: Tensor) -> np.ndarray:
 
 
 def vocoded(clip: Tensor, rounds: int = 32) -> Tensor:
-    """The clip from its log-mels alone by Griffin-Lim, uncoded: what 80 mels a frame are worth without a network."""
+    """The clip from its log-mels alone by Griffin-Lim, without a codec: the limit of 80 mels per frame."""
     window, filters = unit_window(WINDOW), mel_filters(80, WINDOW, 16000)
     padded = F.pad(clip, (0, -len(clip) % HOP))[None]
     mels = log_mel(spectrum(padded, window, HOP).abs(), filters).exp()
@@ -112,11 +112,11 @@ def vocoded(clip: Tensor, rounds: int = 32) -> Tensor:
 
 
 def audio_report(codec: AudioCodec, sources: dict[str, AnySourceConfig]) -> Scores:
-    """Per source: log-mel L1, and how often an SVM trained on originals is right about originals and copies."""
+    """Per source: log-mel L1, and the accuracy of an SVM trained on originals, on originals and reconstructions."""
     report: Scores = {}
     for name, config in sources.items():
         clips, words = digits(config, "train")
-        judge = SVC(C=10).fit(np.stack([features(clip) for clip in clips]), words)
+        classifier = SVC(C=10).fit(np.stack([features(clip) for clip in clips]), words)
         clips, words = digits(config, "test")
         copies = [codec.decode(codec.encode(clip[None]))[0, : len(clip)] for clip in clips]
         report[name] = audio_scores(codec, clips)
@@ -125,7 +125,7 @@ def audio_report(codec: AudioCodec, sources: dict[str, AnySourceConfig]) -> Scor
             ("codec", copies),
             ("griffin_lim", map(vocoded, clips)),
         ):
-            accuracy = judge.score(np.stack([features(audio) for audio in audio_clips]), words)
+            accuracy = classifier.score(np.stack([features(audio) for audio in audio_clips]), words)
             report[name][f"digits_right_{what}"] = float(accuracy)
     second = torch.zeros(1, 16000)
     codes = codec.encode(second)

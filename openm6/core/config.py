@@ -23,11 +23,7 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Raises:
-        ConfigError: no such file, not UTF-8, not YAML, or not a mapping.
-    """
+    """Return the mapping in a YAML file; raise ConfigError if there is no such file, or it is no such YAML in UTF-8."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -46,11 +42,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Return a copy of `values` with each `key.path=value` set; values are YAML, numbers in a path list indices.
-
-    Raises:
-        ConfigError: an override without `=`, or a path that runs through something that is not a mapping or list.
-    """
+    """Return a copy of `values` with each `key.path=value` set; values are YAML, numbers in a path list indices."""
     result = yaml.safe_load(yaml.safe_dump(values))  # a deep copy of plain data
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -66,19 +58,16 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
 
 def _set(node: Any, path: list[str], value: Any, override: str) -> None:
     for depth, key in enumerate(path):
-        last = depth == len(path) - 1
         if isinstance(node, list) and key.isdigit() and int(key) < len(node):
             index: Any = int(key)
         elif isinstance(node, dict):
             index = key
         else:
             raise ConfigError(f"override {override!r}: {'.'.join(path[: depth + 1])} does not lead anywhere")
-        if last:
+        if depth == len(path) - 1:
             node[index] = value
         else:
-            if isinstance(node, dict):
-                node.setdefault(index, {})
-            node = node[index]
+            node = node.setdefault(index, {}) if isinstance(node, dict) else node[index]
 
 
 def build(config_class: type[AnyConfig], values: dict[str, Any], where: str) -> AnyConfig:
@@ -138,12 +127,3 @@ def _config_classes(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for part in getattr(annotation, "__args__", ()) for found in _config_classes(part)]
-
-
-def read_config(config_class: type[AnyConfig], path: Path, overrides: list[str] | None = None) -> AnyConfig:
-    """Return a validated config from a YAML file and command-line overrides.
-
-    Raises:
-        ConfigError: the file or an override is unusable; the sentence names the key.
-    """
-    return build(config_class, apply_overrides(read_yaml(path), overrides or []), str(path))

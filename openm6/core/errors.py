@@ -30,7 +30,7 @@ class CheckpointError(OpenM6Error):
 
 
 class OutputError(OpenM6Error):
-    """A file that could not be written: a full disk, missing permission, something else in its place."""
+    """A file that could not be written: a full disk, missing permission, a folder of that name."""
 
 
 class TrainingError(OpenM6Error):

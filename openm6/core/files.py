@@ -38,11 +38,7 @@ def sync_folder(path: Path) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write `content` and wait until it is on the disk.
-
-    Raises:
-        OSError: the disk is full or the path cannot be written.
-    """
+    """Write `content` and wait until it is on the disk."""
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
@@ -50,11 +46,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Replace the file's content in one step; on failure the old content stays.
-
-    Raises:
-        OutputError: the disk is full or the path cannot be written.
-    """
+    """Replace the file's content in one step, or raise OutputError and leave the old content."""
     partial = path.with_name(f".{path.name}.partial")
     with as_output_error(path):
         try:
@@ -72,11 +64,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line of UTF-8 to a file.
-
-    Raises:
-        OutputError: the disk is full or the path cannot be written.
-    """
+    """Add a line of UTF-8 to a file, or raise OutputError."""
     with as_output_error(path), path.open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")
 
@@ -99,11 +87,7 @@ def advice_for(error: OSError) -> str:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Raise ConfigError if no file can be written to `path`, before any work is done.
-
-    Raises:
-        ConfigError: its folder is not there, or the path is a folder itself; `option` names the setting to change.
-    """
+    """Raise ConfigError if no file can be written to `path`, the value of a setting `option`."""
     folder = path.resolve().parent
     if not folder.is_dir():
         raise ConfigError(f"{option} {path}: there is no folder {folder}; make it first")

@@ -97,13 +97,6 @@ def resample(samples: Tensor, old_rate: int, new_rate: int) -> Tensor:
 
 def smooth(number: int) -> int:
     """Return the least product of 2, 3 and 5 that is not below a number: a transform of this length is fast."""
-    best = 1 << max(0, number - 1).bit_length()
-    five = 1
-    while five < best:
-        three = five
-        while three < best:
-            least = -(-number // three)
-            best = min(best, three << max(0, least - 1).bit_length())
-            three *= 3
-        five *= 5
-    return best
+    exponents = range(number.bit_length() + 1)
+    odd = (3**three * 5**five for three in exponents for five in exponents)
+    return min(one << max(0, -(-number // one) - 1).bit_length() for one in odd)

@@ -48,11 +48,6 @@ def cross_entropy_with_gradient(logits: Tensor, label: Tensor, weight: Tensor) -
         from openm6.kernels import cross_entropy  # noqa: PLC0415
 
         return cross_entropy.cross_entropy_with_gradient(logits, label, weight)
-    return cross_entropy_with_gradient_reference(logits, label, weight)
-
-
-def cross_entropy_with_gradient_reference(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """The reference of `cross_entropy_with_gradient`."""
     log_probability = logits.float().log_softmax(-1)
     nll = -log_probability.gather(-1, label.unsqueeze(-1)).squeeze(-1)
     gradient = log_probability.exp_()
@@ -111,7 +106,7 @@ def grouped_cross_entropy_reference(
 
 
 class _GroupedCrossEntropy(torch.autograd.Function):
-    """Keeps Q = P − (1 − ε)·[target] in place of the logits. With g the gradient of the nll, U = ε/C everywhere:
+    """Keep Q = P − (1 − ε)·[target] in place of the logits. With g the gradient of the nll, U = ε/C everywhere:
 
     dstates = g · (Q − U) Wᵀ and dW = (g · states)ᵀ (Q − U), where products with U are means. One classifier after the
     other, with padded positions (see `pad_rows`), which have no gradient. Factors of products are in `matmul_dtype`,

@@ -108,7 +108,7 @@ def z_loss(logits: Tensor, valid: Tensor, num_groups: int = 1) -> Tensor:
 
 
 def balanced_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
-    """A step of loss-free balancing (2408.15664): up by `rate` if too few tokens came, down if too many."""
+    """A step of loss-free balancing (2408.15664): up by `rate` for too few tokens, down for too many."""
     return bias + rate * torch.sign(load.mean() - load)
 
 
@@ -238,11 +238,13 @@ def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     return choice, slot, counts.cumsum(0, dtype=torch.int32)
 
 
-@sort_by_expert.register_fake
-def _(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    choice = chosen.new_empty(chosen.numel(), dtype=torch.int64)
-    slot = chosen.new_empty(chosen.shape, dtype=torch.int64)
-    return choice, slot, chosen.new_empty(num_experts, dtype=torch.int32)
+sort_by_expert.register_fake(
+    lambda chosen, num_experts: (
+        chosen.new_empty(chosen.numel(), dtype=torch.int64),
+        chosen.new_empty(chosen.shape, dtype=torch.int64),
+        chosen.new_empty(num_experts, dtype=torch.int32),
+    )
+)
 
 
 @torch.library.custom_op("openm6::gather_rows", mutates_args=())
@@ -252,9 +254,7 @@ def gather_rows(x: Tensor, source: Tensor) -> Tensor:
     return triton.gather_rows(x, source) if triton else x.index_select(0, source)
 
 
-@gather_rows.register_fake
-def _(x: Tensor, source: Tensor) -> Tensor:
-    return x.new_empty(source.shape[0], x.shape[1])
+gather_rows.register_fake(lambda x, source: x.new_empty(source.shape[0], x.shape[1]))
 
 
 @torch.library.custom_op("openm6::sum_rows", mutates_args=())
@@ -264,9 +264,7 @@ def sum_rows(rows: Tensor, slot: Tensor) -> Tensor:
     return triton.sum_rows(rows, slot) if triton else sum_rows_reference(rows, slot)
 
 
-@sum_rows.register_fake
-def _(rows: Tensor, slot: Tensor) -> Tensor:
-    return rows.new_empty(slot.shape[0], rows.shape[1])
+sum_rows.register_fake(lambda rows, slot: rows.new_empty(slot.shape[0], rows.shape[1]))
 
 
 def sum_rows_reference(rows: Tensor, slot: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -290,9 +288,7 @@ def swiglu_gate(product: Tensor, gate: Tensor) -> Tensor:
     return (F.silu(first) * second * gate.to(wide).unsqueeze(-1)).to(product.dtype)
 
 
-@swiglu_gate.register_fake
-def _(product: Tensor, gate: Tensor) -> Tensor:
-    return product.new_empty(product.shape[0], product.shape[1] // 2)
+swiglu_gate.register_fake(lambda product, gate: product.new_empty(product.shape[0], product.shape[1] // 2))
 
 
 @torch.library.custom_op("openm6::swiglu_gate_backward", mutates_args=())

@@ -149,26 +149,16 @@ def mask_mod(query: SequenceMeta, key: SequenceMeta) -> MaskMod:
 def block_mask(query: SequenceMeta, key: SequenceMeta, block: int = BLOCK) -> BlockMask:
     """Return FlexAttention's mask from per-block summaries: empty blocks are skipped, full ones need no rule.
 
-    `create_block_mask` would evaluate the rule on all Q·K pairs; this reads each token once.
-
-    Raises:
-        ValueError: a length that is no multiple of the block.
+    `create_block_mask` would evaluate the rule on all Q·K pairs; this reads each token once. Lengths must be multiples
+    of the block.
     """
     if query.length % block or key.length % block:
         raise ValueError(f"lengths {query.length} and {key.length} must be multiples of the block of {block}")
-    some, whole = block_kinds(query, key, block)  # B n n each
-    partial = some & ~whole
-    num_partial, partial_index = _listed(partial)
-    num_whole, whole_index = _listed(whole)
+    some, full = block_kinds(query, key, block)  # B n n each
     return BlockMask.from_kv_blocks(
-        num_partial,
-        partial_index,
-        num_whole,
-        whole_index,
-        BLOCK_SIZE=block,
-        mask_mod=mask_mod(query, key),
-        seq_lengths=(query.length, key.length),
-    )
+        *_listed(some & ~full), *_listed(full),
+        BLOCK_SIZE=block, mask_mod=mask_mod(query, key), seq_lengths=(query.length, key.length),
+    )  # fmt: skip
 
 
 def block_kinds(query: SequenceMeta, key: SequenceMeta, block: int = BLOCK) -> tuple[Tensor, Tensor]:
@@ -181,8 +171,8 @@ def block_kinds(query: SequenceMeta, key: SequenceMeta, block: int = BLOCK) -> t
     apart = (high_q < low_k) | (high_k < low_q)
     one_example = (low_q == high_q) & (low_k == high_k) & (low_q == low_k)
     later = low_order_k > high_order_q
-    whole = one_example & (high_order_k <= low_order_q) & (block_k == 0)
-    return ~(apart | later), whole
+    full = one_example & (high_order_k <= low_order_q) & (block_k == 0)
+    return ~(apart | later), full
 
 
 def _summary(meta: SequenceMeta, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -34,6 +34,7 @@ Group = dict[str, Any]
 TINY = 1e-30  # added to squares, as in the paper
 # Minimum of √v and of the mean of the row means in `torch.optim.Adafactor`.
 TORCH_MIN = torch.finfo(torch.float32).eps
+MIN_SIZE = 1e-3  # of the weights to step in proportion to
 AT_ONCE = 2**25  # values per rank whose updates wait together for the sums of other ranks
 
 
@@ -130,16 +131,11 @@ class Adafactor(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        weight_decay: float = 0.0,
-        spec_of: ShardSpecOf = replicated,
-        min_scale: float = 1e-3,
+        self, params: Iterable[Any], lr: float, weight_decay: float = 0.0, spec_of: ShardSpecOf = replicated
     ) -> None:
-        """`spec_of` returns how a parameter is sharded; `min_scale` is the least size of weights to step by."""
+        """`spec_of` returns how a parameter is sharded."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.spec_of, self.min_scale = spec_of, min_scale
+        self.spec_of = spec_of
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -185,7 +181,7 @@ class Adafactor(torch.optim.Optimizer):
         scale = (row.unsqueeze(-1) * column.unsqueeze(-2)).clamp_(max=1 / TORCH_MIN)  # 1/√v, E R' C
         update = scale.mul_(gradient)
         clip = (yield from root_mean_square(update, spec, pooled)).clamp(min=1.0)
-        rate = size.clamp(min=self.min_scale) * moments.updates.rsqrt().clamp(max=lr).view(-1, 1, 1) / clip
+        rate = size.clamp(min=MIN_SIZE) * moments.updates.rsqrt().clamp(max=lr).view(-1, 1, 1) / clip
         weight.mul_(1 - lr * group["weight_decay"])
         weight.sub_((update * rate).to(weight.dtype))
 

@@ -34,7 +34,6 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         state_dtype: torch.dtype | None = None,
         stochastic: bool = False,
-        seed: int = 0,
         spec_of: ShardSpecOf = replicated,
     ) -> None:
         """`state_dtype` None: each moment has its parameter's dtype. `stochastic`: bf16 results are rounded by random
@@ -43,8 +42,7 @@ class AdamW(torch.optim.Optimizer):
         Steps are counted on the host; checkpoints have the same names as torch's AdamW.
         """
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.state_dtype, self.stochastic, self.seed = state_dtype, stochastic, seed
-        self.spec_of = spec_of
+        self.state_dtype, self.stochastic, self.spec_of = state_dtype, stochastic, spec_of
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
 
@@ -98,7 +96,7 @@ class AdamW(torch.optim.Optimizer):
         step, index = int(self.state[parameter]["step"]), self._index[id(parameter)]
         group = self.spec_of(parameter).group
         shard = () if group is None else (group.rank,)
-        return derive_seed(self.seed, "rounding", step, index, *shard) % 2**31
+        return derive_seed(0, "rounding", step, index, *shard) % 2**31
 
     def _run_kernels(self, updated: list[tuple[Tensor, dict[str, Any]]]) -> None:
         """One kernel per tensor; coefficients and seeds of all are copied to the device at once, and nothing waits."""

@@ -11,7 +11,7 @@ from openm6.core.config import Config
 
 WeightPrecision = Literal["fp32", "bf16-adafactor-momentum", "bf16-adafactor", "int8-adafactor"]
 PRECISIONS: tuple[WeightPrecision, ...] = get_args(WeightPrecision)
-# What a parameter takes with its gradient and the optimizer's state.
+# With its gradient and the optimizer's state.
 BYTES_PER_PARAMETER: dict[WeightPrecision, int] = dict(zip(PRECISIONS, (16, 4, 2, 1), strict=True))
 PRECISION_OF_BYTES: dict[int, WeightPrecision] = {size: name for name, size in BYTES_PER_PARAMETER.items()}
 

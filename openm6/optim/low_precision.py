@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ LEVELS = 127  # int8 weights are integers of -127 to 127 times their block's sca
 STEPS = 4  # scales per doubling: a scale is 2^(exponent/4), so that one byte spans 2^±32
 FILLED = 110  # level of a block's largest value at first: a margin to grow before the scale must
 SPARSE = 56  # if a whole block is below this level, its scale is halved, which is exact
-BLOCKS = (64, 32, 16, 8, 4, 2, 1)
+BLOCK = 64
 
 
 def random_bits(
@@ -57,7 +59,7 @@ def round_to_integer(x: Tensor, bits: Tensor) -> Tensor:
 
 def block_length(columns: int) -> int:
     """Return b, the longest block that divides a row; 64 costs 1/64 byte per weight for its scale."""
-    return next(length for length in BLOCKS if columns % length == 0)
+    return math.gcd(columns, BLOCK)
 
 
 def scale_of(exponent: Tensor) -> Tensor:
@@ -95,6 +97,24 @@ def refit(levels: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     raised = (exponent.to(torch.float32) + change).clamp(-127, 127)
     change = raised - exponent.to(torch.float32)
     return (_blocked(levels) * torch.exp2(-change / STEPS).unsqueeze(-1)).flatten(-2), raised.to(torch.int8)
+
+
+def to_int8(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return fp32 values as int8 levels, rounded by `bits`, and exponents."""
+    exponent = fit_exponent(values)
+    return _rounded(to_levels(values, exponent), bits), exponent
+
+
+def subtract_int8(
+    levels: Tensor, exponent: Tensor, decay: Tensor, update: Tensor, bits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return weight · decay - update as `to_int8`, in units of the scale: without an update a level stays exact."""
+    moved, exponent = refit(levels.float() * decay - to_levels(update, exponent), exponent)
+    return _rounded(moved, bits), exponent
+
+
+def _rounded(levels: Tensor, bits: Tensor) -> Tensor:
+    return round_to_integer(levels, bits).clamp(-LEVELS, LEVELS).to(torch.int8)
 
 
 def _blocked(values: Tensor) -> Tensor:

@@ -12,22 +12,22 @@ from torch import Tensor
 from openm6.optim.adamw import AdamW
 from openm6.optim.sharding import ShardSpec, ShardSpecOf, on_whole_matrices, replicated
 
+STEPS = 5  # bring all but the tiniest singular values into about 0.7 to 1.2
 # Of a quintic with the steepest slope at zero (Jordan 2024).
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def newton_schulz(matrices: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
+def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Orthogonalize matrices, in `dtype`, by Newton–Schulz: X ← aX + (bA + cA²)X, A = XXᵀ.
 
-    matrices: R C, or E R C, each by itself; dtype: bfloat16 is exact enough, but slow on a CPU without support for it;
-    steps: five bring all but the tiniest singular values into about 0.7 to 1.2.
+    matrices: R C, or E R C, each by itself; dtype: bfloat16 is exact enough, but slow on a CPU without support for it.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     stack = matrices.to(dtype).reshape(-1, *matrices.shape[-2:])  # E R C
     tall = stack.shape[-2] > stack.shape[-1]
     x = stack.mT if tall else stack  # the product A is smaller on the short side
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(matrices.shape)

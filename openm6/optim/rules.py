@@ -13,32 +13,11 @@ import torch
 from torch import Tensor
 
 from openm6 import kernels
-from openm6.optim.adafactor import (
-    TINY,
-    Moments,
-    RankSums,
-    advance,
-    inverse_roots,
-    normalized,
-    update_means,
-    update_moments,
-)
+from openm6.optim import adafactor, low_precision
+from openm6.optim.adafactor import TINY, Moments, RankSums, advance
 from openm6.optim.adamw import adamw_update
 from openm6.optim.config import OptimizerConfig
-from openm6.optim.low_precision import (
-    LEVELS,
-    SPARSE,
-    STEPS,
-    block_length,
-    fit_exponent,
-    from_levels,
-    matrix_keys,
-    random_bits,
-    refit,
-    round_to_bf16,
-    round_to_integer,
-    to_levels,
-)
+from openm6.optim.low_precision import block_length, matrix_keys, random_bits, round_to_bf16
 from openm6.optim.sharding import COLUMN_MEANS, COUNT, REPLICATED, ROW_MEANS, ShardSpec
 
 Shape = tuple[int, ...]
@@ -213,8 +192,8 @@ class FactoredRule(UpdateRule):
         active = (largest > 0).float()
         yield [column_sum, active]
         active = active > 0
-        update_means(moments, row_sum / columns + TINY, column_sum / num_rows + TINY, active)
-        inverse_row, inverse_column = yield from inverse_roots(moments, spec)
+        adafactor.update_means(moments, row_sum / columns + TINY, column_sum / num_rows + TINY, active)
+        inverse_row, inverse_column = yield from adafactor.inverse_roots(moments, spec)
         squares = optimizers.adafactor_squares(gradient, usable, inverse_row, inverse_column)
         yield [squares]
         size = (squares / (num_rows * columns)).sqrt().clamp(min=1.0)
@@ -222,7 +201,7 @@ class FactoredRule(UpdateRule):
         decay = torch.where(active, 1 - args.lr * args.weight_decay, 1.0)
         keys = matrix_keys(matrices, args.key, spec.first, gradient.device)
         numbers = (usable, inverse_row, inverse_column, rates, decay, keys)
-        blocks = (block_length(columns), LEVELS, SPARSE, STEPS)
+        blocks = (block_length(columns), low_precision.LEVELS, low_precision.SPARSE, low_precision.STEPS)
         optimizers.adafactor_update(
             stored[WEIGHT], stored.get(EXPONENT), gradient, numbers, blocks, first_row
         )  # fmt: skip
@@ -230,9 +209,9 @@ class FactoredRule(UpdateRule):
     def _update_part(self, stored: Slots, gradient: Tensor, args: UpdateArgs, first: int) -> RankSums[None]:
         """Update matrices E R C, which have index `first` and following in the parameter."""
         usable = torch.where(args.allowed, gradient.float(), 0.0)
-        active = yield from update_moments(_moments(stored), usable, args.spec)
+        active = yield from adafactor.update_moments(_moments(stored), usable, args.spec)
         direction = self.direction(stored, usable, active[:, None, None], args, first)
-        update = yield from normalized(direction, _moments(stored), args.spec)
+        update = yield from adafactor.normalized(direction, _moments(stored), args.spec)
         update = torch.where(active[:, None, None], args.lr * update, 0.0)
         decay = torch.where(active, 1 - args.lr * args.weight_decay, 1.0)[:, None, None]
         self.subtract(stored, decay, update, _bits(gradient, args.key, first, args.spec))
@@ -296,21 +275,17 @@ class BlockRule(FactoredRule):
         levels, exponent = (_as_matrices(stored[name], name) for name in self.read_slots)
         weights = torch.empty(levels.shape, dtype=dtype, device=levels.device)
         for first, last in _chunks(levels):  # because products are in fp32 before they are rounded
-            weights[first:last] = from_levels(levels[first:last], exponent[first:last], dtype)
+            weights[first:last] = low_precision.from_levels(levels[first:last], exponent[first:last], dtype)
         return weights.view(stored[WEIGHT].shape)
 
     def encode(self, stored: Slots, values: Tensor, bits: Tensor) -> None:
-        exponent = fit_exponent(values)
-        self._round(stored, to_levels(values, exponent), exponent, bits)
+        for name, encoded in zip(self.read_slots, low_precision.to_int8(values, bits), strict=True):
+            stored[name].copy_(encoded)
 
     def subtract(self, stored: Slots, decay: Tensor, update: Tensor, bits: Tensor) -> None:
-        # In units of the scale, so that a weight without an update is exactly on its level.
-        levels = stored[WEIGHT].float() * decay - to_levels(update, stored[EXPONENT])
-        self._round(stored, *refit(levels, stored[EXPONENT]), bits)
-
-    def _round(self, stored: Slots, levels: Tensor, exponent: Tensor, bits: Tensor) -> None:
-        stored[WEIGHT].copy_(round_to_integer(levels, bits).clamp(-LEVELS, LEVELS))
-        stored[EXPONENT].copy_(exponent)
+        encoded = low_precision.subtract_int8(stored[WEIGHT], stored[EXPONENT], decay, update, bits)
+        for name, one in zip(self.read_slots, encoded, strict=True):
+            stored[name].copy_(one)
 
 
 def update_rule(config: OptimizerConfig) -> UpdateRule:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, groupby, islice
 from typing import Protocol
 
 import torch
@@ -111,13 +111,11 @@ def on_whole_matrices(
     the same order on all ranks of it. Each matrix is sent to one rank and back; they are assigned evenly by size.
     """
     stacks = [part if part.ndim > 2 else part.unsqueeze(0) for part in parts]  # E R' C
-    # The largest shard of any rank: all ranks must find the same batches.
-    sizes = [
-        len(stack) * max(spec.lengths) * stack.shape[-1] for stack, spec in zip(stacks, specs, strict=True)
-    ]
     found: list[Tensor] = []
     first = held = 0
-    for index, size in enumerate(sizes):
+    for index, (stack, spec) in enumerate(zip(stacks, specs, strict=True)):
+        # The largest shard of any rank, so that all ranks find the same batches.
+        size = len(stack) * max(spec.lengths) * stack.shape[-1]
         if index > first and held + size > AT_ONCE:
             found += _exchange_and_apply(stacks[first:index], specs[first:index], work)
             first, held = index, 0
@@ -129,51 +127,54 @@ def on_whole_matrices(
 def _exchange_and_apply(
     stacks: Sequence[Tensor], specs: Sequence[ShardSpec], work: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """One exchange there and one back, of stacks E R' C."""
+    """One exchange there and one back, of stacks E R' C. Matrices are counted over all stacks."""
     group = specs[0].group
     assert group is not None, "a whole matrix need not be sent"
-    assigned = _assign(stacks, specs, group.size)
-    mine, ranks = assigned[group.rank], range(group.size)
-    rows_here = [[stacks[stack][index] for stack, index in matrices] for matrices in assigned]
-    sizes_here = [[rows.numel() for rows in matrices] for matrices in rows_here]
-    sizes = [[specs[stack].lengths[rank] * stacks[stack].shape[-1] for stack, _ in mine] for rank in ranks]
+    parts = [part for stack in stacks for part in stack]  # R' C
+    stack_of = [index for index, stack in enumerate(stacks) for _ in stack]
+    lengths = [specs[index].lengths for index in stack_of]
+    sizes = [sum(rows) * part.shape[-1] for rows, part in zip(lengths, parts, strict=True)]
+    assigned, ranks = _assign(sizes, group.size), range(group.size)
+    mine = assigned[group.rank]
 
-    received = _exchange(group, rows_here, sizes, stacks[0])
-    results: dict[tuple[int, int], Tensor] = {}
-    for stack in sorted({stack for stack, _ in mine}):  # matrices of one stack together, which is faster
-        shape = (-1, stacks[stack].shape[-1])
-        own = [position for position, one in enumerate(mine) if one[0] == stack]
-        wholes = [torch.cat([received[rank][position].view(shape) for rank in ranks]) for position in own]
-        results |= zip([mine[position] for position in own], work(torch.stack(wholes)), strict=True)
-    rows_back = [[results[one].split(specs[one[0]].lengths)[rank] for one in mine] for rank in ranks]
-    returned = _exchange(group, rows_back, sizes_here, stacks[0])
+    sent = [[parts[matrix] for matrix in one] for one in assigned]
+    expected = [[lengths[matrix][rank] * parts[matrix].shape[-1] for matrix in mine] for rank in ranks]
+    received = zip(*_exchange(group, sent, expected, parts[0]), strict=True)  # by matrix, then by rank
+    wholes = {
+        matrix: torch.cat([rows.view(-1, parts[matrix].shape[-1]) for rows in shards])
+        for matrix, shards in zip(mine, received, strict=True)
+    }
+    results: dict[int, Tensor] = {}
+    for _, own in groupby(mine, key=stack_of.__getitem__):  # matrices of one stack together, which is faster
+        together = list(own)
+        stacked = torch.stack([wholes[matrix] for matrix in together])
+        results |= zip(together, work(stacked), strict=True)
 
-    found = [torch.empty_like(stack) for stack in stacks]
-    for (stack, index), rows in zip(chain(*assigned), chain(*returned), strict=True):
-        found[stack][index] = rows.view_as(found[stack][index])
-    return found
+    sent = [[results[matrix].split(lengths[matrix])[rank] for matrix in mine] for rank in ranks]
+    expected = [[parts[matrix].numel() for matrix in one] for one in assigned]
+    returned = _exchange(group, sent, expected, parts[0])
+    found = dict(zip(chain(*assigned), chain(*returned), strict=True))
+    in_order = (found[matrix].view_as(part) for matrix, part in enumerate(parts))
+    return [torch.stack(list(islice(in_order, len(stack)))) for stack in stacks]
 
 
-def _assign(stacks: Sequence[Tensor], specs: Sequence[ShardSpec], ranks: int) -> list[list[tuple[int, int]]]:
-    """Return for each rank its matrices (stack, index): the largest first, to the rank with the least work."""
-    sizes = [sum(spec.lengths) * stack.shape[-1] for stack, spec in zip(stacks, specs, strict=True)]
-    matrices = [(stack, index) for stack, part in enumerate(stacks) for index in range(len(part))]
+def _assign(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Return the matrices of each rank: the largest first, to the rank with the least work."""
     load = [0] * ranks
-    assigned: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
-    for stack, index in sorted(matrices, key=lambda matrix: -sizes[matrix[0]]):
+    assigned: list[list[int]] = [[] for _ in range(ranks)]
+    for matrix in sorted(range(len(sizes)), key=lambda matrix: -sizes[matrix]):
         rank = load.index(min(load))
-        load[rank] += sizes[stack]
-        assigned[rank].append((stack, index))
+        load[rank] += sizes[matrix]
+        assigned[rank].append(matrix)
     return [sorted(one) for one in assigned]
 
 
 def _exchange(
-    group: ShardGroup, sent: list[list[Tensor]], sizes: list[list[int]], like: Tensor
+    group: ShardGroup, sent: list[list[Tensor]], expected: list[list[int]], like: Tensor
 ) -> list[list[Tensor]]:
-    """Send each rank a list of tensors; return, flat, those received: `sizes[r]` are those of rank r's tensors."""
-    flat = [tensor.reshape(-1) for tensors in sent for tensor in tensors]
-    joined = torch.cat(flat) if flat else like.new_empty(0)
+    """Send each rank a list of tensors; return, flat, those received: `expected[r]` are the sizes of rank r's."""
+    joined = torch.cat([like.new_empty(0), *(tensor.reshape(-1) for tensors in sent for tensor in tensors)])
     to = [sum(tensor.numel() for tensor in tensors) for tensors in sent]
-    received = [sum(one) for one in sizes]
+    received = [sum(sizes) for sizes in expected]
     arrived = group.all_to_all(joined, to, received).split(received)
-    return [list(part.split(one)) for part, one in zip(arrived, sizes, strict=True)]
+    return [list(part.split(sizes)) for part, sizes in zip(arrived, expected, strict=True)]

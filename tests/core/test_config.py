@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, ValidationError
 
-from openm6.core.config import Config, apply_overrides, build, read_config
+from openm6.core.config import Config, apply_overrides, build, read_yaml
 from openm6.core.errors import ConfigError, nearest
 
 
@@ -77,15 +77,15 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="recipe.yaml"):
-        read_config(Toy, path)
+        read_yaml(path)
     with pytest.raises(ConfigError, match="no recipe at .*missing.yaml: check the path"):
-        read_config(Toy, tmp_path / "missing.yaml")
+        read_yaml(tmp_path / "missing.yaml")
 
 
 def test_a_file_with_overrides(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("steps: 4\nsources:\n  mine: {kind: csv, path: a.csv}\n")
-    config = read_config(Toy, path, ["sources.mine.path=b.csv"])
+    config = build(Toy, apply_overrides(read_yaml(path), ["sources.mine.path=b.csv"]), "recipe.yaml")
     assert config == Toy(steps=4, sources={"mine": Csv(path="b.csv")})
 
 

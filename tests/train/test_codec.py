@@ -10,7 +10,7 @@ import torch
 
 from openm6.codecs.base import QuantizerStats
 from openm6.codecs.registry import load_codec
-from openm6.core.config import build, read_config
+from openm6.core.config import apply_overrides, build, read_yaml
 from openm6.core.errors import ConfigError, DataError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.train.audio_codec import AudioCodecRecipe, AudioSubject
@@ -241,7 +241,7 @@ def test_mistakes_in_a_recipe_are_named_with_the_fix() -> None:
 
 @pytest.mark.parametrize(("name", "stride"), [("codec-image-64", 8), ("codec-image-256", 4)])
 def test_the_recipes_of_the_shipped_image_codecs_are_valid(name: str, stride: int) -> None:
-    recipe = read_config(ImageCodecRecipe, RECIPES / f"{name}.yaml")
+    recipe = build(ImageCodecRecipe, read_yaml(RECIPES / f"{name}.yaml"), name)
     assert recipe.codec.stride == stride and recipe.codec.codebook_size == 1000
 
 
@@ -250,7 +250,8 @@ def test_an_audio_codec_trains_and_is_written(tmp_path: Path) -> None:
         "loop.steps=3", "loop.save_every=3", "loop.tensorboard=false", "data.batch=4", "data.seconds=0.24",
         "codec.width=16", "codec.encoder_blocks=1", "codec.decoder_blocks=1", "sources.digits.limit=8", "held_out=4",
     ]  # fmt: skip
-    recipe = read_config(AudioCodecRecipe, RECIPES / "codec-audio.yaml", changes)
+    values = apply_overrides(read_yaml(RECIPES / "codec-audio.yaml"), changes)
+    recipe = build(AudioCodecRecipe, values, "codec-audio")
     train(CodecTraining(recipe, AudioSubject(recipe, CPU), CPU), recipe.loop, RunFolder.open(tmp_path))
     assert load_codec(tmp_path / CODEC_FILE).encode(torch.zeros(1, 16000)).shape == (1, 25, 4)
     assert json.loads((tmp_path / SCORES_FILE).read_text())["test"]["digits"]["log_mel_l1"] > 0

@@ -95,7 +95,7 @@ def _country(country: dict[str, Any], image: Path) -> Row:
 
 
 def digits(cache: Path) -> list[Row]:
-    """Handwritten digits of scikit-learn, 8×8 grey levels enlarged to 32×32, white on black; a tenth of each tests."""
+    """Handwritten digits of scikit-learn, 8×8 grey levels enlarged to 32×32, white on black; a tenth for tests."""
     data = load_digits()
     rows = [
         _digit(number, grey, int(digit))
@@ -103,8 +103,8 @@ def digits(cache: Path) -> list[Row]:
     ]
     for digit in range(10):
         alike = sorted((row for row in rows if row["label_id"] == digit), key=lambda row: _hash(row["id"]))
-        for place, row in enumerate(alike):
-            row["split"] = "test" if place < round(len(alike) * 0.1) else "train"
+        for index, row in enumerate(alike):
+            row["split"] = "test" if index < round(len(alike) * 0.1) else "train"
     return rows
 
 

@@ -24,7 +24,7 @@ QUESTIONS = {
 
 
 def questions(cache: Path) -> list[Row]:
-    """One record per text about a country or a penguin and thing that it tells; no text stands in both splits."""
+    """One record per fact in a text about a country or a penguin; no text is in both splits."""
     # Penguins alike in sex, species and island have one text, so it is the text that decides the split.
     texts = {row["text_en"]: {**row, "split": split_of(row["text_en"])} for row in penguins(cache)}
     return [

@@ -103,9 +103,9 @@ BUYERS = (Word("What colour is it?", "什么颜色？"), Word("What is it made o
 def emoji_images() -> dict[str, bytes]:
     """The emoji of each kind of product."""
     emoji = EmbeddedConfig(name="emoji").open("emoji", "train", lambda name: NotImplemented)
-    wanted = {product.emoji for product in PRODUCTS}
+    used = {product.emoji for product in PRODUCTS}
     names = emoji.values("text_en")
-    return {name: emoji[row]["image"] for row, name in enumerate(names) if name in wanted}
+    return {name: emoji[row]["image"] for row, name in enumerate(names) if name in used}
 
 
 def product_record(rng: np.random.Generator) -> Record:

@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
         ("extra", pa.string()),
     ]
 )
-NOISE = 0.2  # of the root mean square: one of the voices breathes, and its breath is drawn anew each time
+NOISE = 0.2  # of the root mean square: one of the voices breathes, and its breath is random
 
 
 def split_of(key: str, tenths: int = 1) -> str:

@@ -39,13 +39,13 @@ def poems_zh(cache: Path) -> list[Row]:
 
 
 def wordnet_en(cache: Path) -> list[Row]:
-    """Nouns with their glosses: those whose synset offsets stand in `wordnet_nouns.txt`, a random sample."""
-    wanted = set(NOUNS.read_text().split())
+    """Nouns with their glosses: those whose synset offsets are in `wordnet_nouns.txt`, a random sample."""
+    chosen = set(NOUNS.read_text().split())
     nouns = debian_package("wordnet-base", cache) / "usr" / "share" / "wordnet" / "data.noun"
     lines = (
         line.split(" | ", 1) for line in nouns.read_text(encoding="latin-1").splitlines() if line[:2] != "  "
     )
-    return [_synset(head.split(), gloss.strip()) for head, gloss in lines if head[:8] in wanted]
+    return [_synset(head.split(), gloss.strip()) for head, gloss in lines if head[:8] in chosen]
 
 
 def _synset(head: list[str], gloss: str) -> Row:
