@@ -28,8 +28,6 @@ from openm6.offload.config import OffloadConfig
 from openm6.offload.executor import OffloadedExecutor, Step
 from openm6.offload.streams import Streams, open_streams
 from openm6.offload.weight_store import RecordLayout, WeightStore, matrix_shapes
-from openm6.optim.config import lr_multiplier
-from openm6.optim.registry import set_lr
 from openm6.optim.rules import WEIGHT, Slots, update_rule
 from openm6.plan.memory import HALF
 from openm6.train.budget import FULL, Budget, available, check_budget, on_device_groups
@@ -39,12 +37,10 @@ from openm6.train.step import (
     StepReport,
     TrainStep,
     device_failures,
-    make_report,
     resolve_precision,
     seed_everything,
-    sum_over_ranks,
 )
-from openm6.train.training_task import Batch, TrainingTask
+from openm6.train.training_task import Batch, StepResult, TrainingTask
 
 
 def open_train_step(training: TrainingTask, config: LoopConfig, checkpoints: Path | None = None) -> TrainStep:
@@ -92,28 +88,24 @@ class OffloadedTrainStep(TrainStep):
         super().__init__(training, config)
 
     def update(self, batch: Batch, step: int, total: int | None) -> StepReport:
-        optimizer = self.config.optimizer
-        rate = optimizer.learning_rate * lr_multiplier(step, total, self.config.schedule) * self.lr_scale
-        set_lr(self.optimizer, rate)
-        seed_everything(self.config.seed, "step", step)
-        self.executor.begin_step(Step(step, rate, optimizer.weight_decay, self.config.seed))
+        report = super().update(batch, step, total)
+        moved = self.num_shards - int(self._skipped) if not report.applied else 0
+        if moved:
+            get_log().warning(
+                f"step {step}: the weights of {self.num_shards - moved} layers had no finite gradient and stayed; "
+                f"{moved} were updated"
+            )
+        return report
+
+    def _backward(self, batch: Batch, step: int, rate: float) -> tuple[StepResult, Tensor]:
+        self.executor.begin_step(Step(step, rate, self.config.optimizer.weight_decay, self.config.seed))
         with device_failures(lambda: step):
             with self.autocast():
                 result = self.training.loss(batch)
             result.loss.backward()
-            grad_norm, skipped = self.executor.end_step()
-        self.training.ranks.sum_gradients(self.parameters)
-        norm = torch.hypot(self._clip(), grad_norm)
-        result, tokens = sum_over_ranks(result, batch.tokens, self.training.ranks)
-        report = make_report(step, tokens, rate, result, norm)
-        if report.applied:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if report.applied:
-            self.training.after_step(result)
-        else:
-            self._warn_skipped(step, int(skipped))
-        return report
+            grad_norm, self._skipped = self.executor.end_step()
+        self.ranks.sum_gradients(self.parameters)
+        return result, torch.hypot(self._clip(), grad_norm)
 
     def delink(self, moments: Moments, noise: float = 0.0) -> None:
         groups, before = self.backbone.config.layer_groups, self.store
@@ -284,13 +276,6 @@ class OffloadedTrainStep(TrainStep):
         for name, stored in self.store.stored(group).items():
             for slot, tensor in stored.items():
                 yield full_name(f"{prefix}.{name}", slot), name, slot, tensor
-
-    def _warn_skipped(self, step: int, skipped: int) -> None:
-        moved = self.num_shards - skipped
-        if moved:
-            get_log().warning(
-                f"step {step}: the weights of {skipped} layers had no finite gradient and stayed; {moved} were updated"
-            )
 
 
 @torch.no_grad()

@@ -140,13 +140,7 @@ class TrainStep:
         ranks = self.ranks
         own = (ranks.rank,) if ranks.shares_memory and ranks.rank else ()
         seed_everything(self.config.seed, "step", step, *own)
-        with self.autocast():
-            self._prepare(batch)
-            result = self.training.loss(batch)
-        result.loss.backward()
-        ranks.sum_gradients(self.parameters)
-        ranks.forget_unused(self.training.optional_parameters())
-        norm = self._clip()
+        result, norm = self._backward(batch, step, rate)
         result, tokens = sum_over_ranks(result, batch.tokens, ranks)
         report = make_report(step, tokens, rate, result, norm)
         if report.applied:
@@ -156,6 +150,16 @@ class TrainStep:
         if report.applied and (ranks.is_main_process or not ranks.shares_memory):
             self.training.after_step(result)
         return report
+
+    def _backward(self, batch: Batch, step: int, rate: float) -> tuple[StepResult, Tensor]:
+        """Run the forward and the backward pass and clip; return the result, and the gradient norm before clipping."""
+        with self.autocast():
+            self._prepare(batch)
+            result = self.training.loss(batch)
+        result.loss.backward()
+        self.ranks.sum_gradients(self.parameters)
+        self.ranks.forget_unused(self.training.optional_parameters())
+        return result, self._clip()
 
     def _prepare(self, batch: Batch) -> None:
         """Choose how blocks run, before the first step, since the size of a batch must be known."""
