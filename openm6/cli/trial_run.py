@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from openm6.core.lru_cache import LRUCache
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.evaluator import EvalConfig
 from openm6.evaluate.results import EvalReport
+from openm6.modalities.batch import Batch
 from openm6.plan.measured import STEPS, TRIAL_FILE, WARMUP_STEPS, TrialRun, end_with_parent
-from openm6.train.callbacks import Callback, RunState
+from openm6.train.callbacks import Callback
 from openm6.train.loop import train
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.recipe import MultimodalRecipe
@@ -34,25 +36,13 @@ TRIAL = [
 
 
 class Clock(Callback):
-    """Time of the last step, and seconds of the loss on held-out records."""
+    """Time of the last step."""
 
     name = "trial_clock"
-
-    def __init__(self) -> None:
-        self.last_step = 0.0
-        self.held_out_seconds = 0.0
-
-    def start(self, run: RunState) -> None:
-        self._run = run
-
-    def before_step(self, step: int) -> None:
-        self._began, self._trained = time.perf_counter(), self._run.progress.seconds
+    last_step = 0.0
 
     def after_step(self, report: StepReport) -> dict[str, float]:
         self.last_step = time.perf_counter()
-        if report.step == WARMUP_STEPS and self._run.config.held_out is not None:
-            step_seconds = self._run.progress.seconds - self._trained
-            self.held_out_seconds = max(0.0, self.last_step - self._began - step_seconds)
         return {}
 
 
@@ -60,6 +50,13 @@ class TrialTraining(MultimodalTraining):
     """The training task of the recipe, which evaluates parts of the test records and measures the seconds of each."""
 
     finish_began = 0.0
+    held_out_seconds = 0.0  # of the last loss on held-out records
+
+    def held_out_loss(self, batches: Sequence[Batch]) -> dict[str, float]:
+        began = time.perf_counter()
+        found = super().held_out_loss(batches)
+        self.held_out_seconds = time.perf_counter() - began
+        return found
 
     def warm_caches(self, count: int) -> None:
         """Compute the first batches once: after the first epoch most codes of images and audio clips are cached."""
@@ -136,7 +133,7 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
         save_every=loop.save_every,
         start_seconds=start_seconds,
         held_out_every=loop.held_out.every if loop.held_out is not None else None,
-        held_out_seconds=clock.held_out_seconds,
+        held_out_seconds=training.held_out_seconds,
         save_seconds=training.finish_began - clock.last_step,
         evaluations=training.evaluations,
         report_seconds=time.perf_counter() - training.finish_began - sum(x for _, x in training.evaluations),

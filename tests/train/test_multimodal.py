@@ -153,7 +153,7 @@ def test_a_finished_run_is_not_trained_over(recipe: str, unbroken: Path, tmp_pat
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("model.overrides.hidden_size=96", "has shape .* the model wants .* load it with the config"),
+        ("model.overrides.hidden_size=96", "has shape .* the model expects .* load it with the config"),
         ("loop.optimizer.name=muon", "was trained with adamw, not muon"),
         ("model.preset=nanoo", "no preset 'nanoo'"),
     ],
