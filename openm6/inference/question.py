@@ -56,7 +56,8 @@ class Question:
             # The dataclass is frozen for its users.
             object.__setattr__(self, name, None if path is None else Path(path))
         if self.output not in MODALITIES:
-            raise ConfigError(f"--output {self.output!r} is not one of {', '.join(MODALITIES)}")
+            hint = ": --out names the file" if "." in self.output else ""
+            raise ConfigError(f"--output {self.output!r} is not one of {', '.join(MODALITIES)}{hint}")
         if self.language not in LANGUAGES:
             raise ConfigError(f"--language {self.language!r} is not one of {', '.join(LANGUAGES)}")
         if not any((self.text, self.image, self.audio, self.numbers, self.series)):

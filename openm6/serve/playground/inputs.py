@@ -50,14 +50,21 @@ def make_inputs(
         if hint is not None:
             label = f"{label} ({hint.text(language)})"
         value = _shown(kind, example[name]) if filled else None
+        # Without `interactive`, Gradio disables a component with a value that is made while the page is rendered.
         if kind == "image":
             component = ImageInput(
-                value, type="filepath", format="png", height=200, label=label, elem_id=elem_id
+                value,
+                type="filepath",
+                format="png",
+                height=200,
+                label=label,
+                elem_id=elem_id,
+                interactive=True,
             )
         elif kind == "audio":
-            component = gradio.Audio(value, type="filepath", label=label, elem_id=elem_id)
+            component = gradio.Audio(value, type="filepath", label=label, elem_id=elem_id, interactive=True)
         else:
-            component = gradio.Textbox(value, lines=2, label=label, elem_id=elem_id)
+            component = gradio.Textbox(value, lines=2, label=label, elem_id=elem_id, interactive=True)
         found.append(component)
     return found
 

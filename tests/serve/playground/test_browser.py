@@ -87,6 +87,7 @@ def test_audio_is_generated(page: playwright.Page) -> None:
     choose(page, "domain", "Speech and audio")
     choose(page, "scenario", "Read aloud")
     playwright.expect(page.locator("#input-text textarea")).to_have_value("seven", timeout=PATIENCE)
+    page.locator("[id^=input-] textarea").first.fill("eight")  # an example can be changed
     page.click("#run")
     answered(page)
     playwright.expect(page.locator("#answer-audio")).to_be_visible(timeout=PATIENCE)
