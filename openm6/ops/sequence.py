@@ -66,10 +66,6 @@ class SequenceMeta:
         """Return the same metadata on another device."""
         return SequenceMeta(*(part.to(device) for part in self.parts()), causal=self.causal)
 
-    def narrow(self, start: int, stop: int) -> SequenceMeta:
-        """Return tokens start to stop - 1 of each row, as views."""
-        return SequenceMeta(*(part[:, start:stop] for part in self.parts()))
-
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return example_id, attn_order, block_id, positions."""
         return self.example_id, self.attn_order, self.block_id, self.positions
@@ -92,14 +88,6 @@ def causal_meta(
     example_id, block_id = torch.zeros_like(order), torch.zeros_like(order)
     return SequenceMeta(
         example_id, order, block_id, order.unsqueeze(-1).expand(batch, length, 3), causal=True
-    )
-
-
-def padding_meta(batch: int, length: int, device: torch.device | str | None = None) -> SequenceMeta:
-    """Return tokens that belong to no example: visible to other padding only."""
-    zero = torch.zeros(batch, length, dtype=torch.int32, device=device)
-    return SequenceMeta(
-        torch.full_like(zero, PADDING), zero, zero.clone(), zero.unsqueeze(-1).expand(batch, length, 3)
     )
 
 

@@ -12,7 +12,8 @@ from openm6.checkpoint.save import named_tensors
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.config import BackboneConfig, count_parameters
 from openm6.nn.moe import RouterStats
-from openm6.ops.sequence import SequenceMeta, causal_meta, join, padding_meta
+from openm6.ops.sequence import SequenceMeta, causal_meta, join
+from tests.sequences import narrow, padding_meta
 
 SIZE: dict[str, Any] = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 DENSE = {"intermediate_size": 48}
@@ -76,7 +77,7 @@ def test_cached_steps_equal_one_pass(name):
             parts = [
                 model(
                     x[row : row + 1, start:stop],
-                    causal_meta(1, 20).narrow(start, stop),
+                    narrow(causal_meta(1, 20), start, stop),
                     cache.writer(slot, start),
                 )[0]
                 for start, stop in ((0, 9), (9, 10), (10, 11), (11, 20))
@@ -91,9 +92,9 @@ def test_a_masked_parallel_target_leaves_no_trace():
     x, other = torch.randn(1, 12, 32), torch.randn(1, 4, 32)
     with torch.no_grad():
         cache = model.new_cache(1, 8)
-        model(x[:, :8], meta.narrow(0, 8), cache.writer(0))
+        model(x[:, :8], narrow(meta, 0, 8), cache.writer(0))
         for target in (other, x[:, 8:]):
-            output, _ = model(target, meta.narrow(8, 12), cache.reader([0]))
+            output, _ = model(target, narrow(meta, 8, 12), cache.reader([0]))
         torch.testing.assert_close(output, model(x, meta)[0][:, 8:], rtol=1e-4, atol=1e-5)
 
 

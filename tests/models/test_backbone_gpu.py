@@ -9,7 +9,8 @@ from torch import Tensor
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.presets import preset
 from openm6.nn.executor import CompiledExecutor
-from openm6.ops.sequence import SequenceMeta, causal_meta, join, padding_meta
+from openm6.ops.sequence import SequenceMeta, causal_meta, join
+from tests.sequences import padding_meta
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,6 +14,7 @@ from openm6.core.errors import CheckpointError, ConfigError
 from openm6.models.backbone import Backbone
 from openm6.models.import_qwen import ImportedModel, import_qwen, qwen_config, read_qwen
 from openm6.ops.sequence import causal_meta
+from tests.sequences import narrow
 
 transformers = pytest.importorskip("transformers")
 
@@ -99,7 +100,7 @@ def test_cached_decoding_equals_theirs(name):
             expected = reference(step, past_key_values=past, use_cache=True)
             past = expected.past_key_values
             for row in range(2):
-                embedded, new = imported.embedding[step[row : row + 1]], meta.narrow(start, stop)
+                embedded, new = imported.embedding[step[row : row + 1]], narrow(meta, start, stop)
                 hidden, _ = model(embedded, new, cache.writer(row, start))
                 logits = hidden[0] @ imported.head.t()
                 torch.testing.assert_close(logits, expected.logits[row], rtol=0, atol=1e-5)

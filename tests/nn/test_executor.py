@@ -19,9 +19,9 @@ from openm6.ops.sequence import (
     block_mask,
     causal_meta,
     join,
-    padding_meta,
     visible,
 )
+from tests.sequences import padding_meta
 
 
 def model() -> Backbone:

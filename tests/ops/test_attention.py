@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openm6.ops.attention import BLOCK_QUERIES, attend_query_blocks, query_blocks
-from openm6.ops.sequence import SequenceMeta, causal_meta, join, padding_meta, visible
+from openm6.ops.sequence import SequenceMeta, causal_meta, join, visible
+from tests.sequences import padding_meta
 
 
 def of_example(meta: SequenceMeta, number: int) -> SequenceMeta:
