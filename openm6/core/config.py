@@ -23,7 +23,11 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; raise ConfigError if there is no such file, or it is no such YAML in UTF-8."""
+    """Return the mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, not UTF-8, not YAML, or not a mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -42,7 +46,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Return a copy of `values` with each `key.path=value` set; values are YAML, numbers in a path list indices."""
+    """Return a copy of `values` with each `key.path=value` set; values are YAML, numbers in a path are list indices.
+
+    Raises:
+        ConfigError: an override without `=` or with invalid YAML, or a path through neither a mapping nor a list.
+    """
     result = yaml.safe_load(yaml.safe_dump(values))  # a deep copy of plain data
     for override in overrides:
         path, equals, text = override.partition("=")

@@ -38,7 +38,11 @@ def sync_folder(path: Path) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write `content` and wait until it is on the disk."""
+    """Write `content` and wait until it is on the disk.
+
+    Raises:
+        OSError: the disk is full or the path cannot be written.
+    """
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
@@ -46,7 +50,11 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Replace the file's content in one step, or raise OutputError and leave the old content."""
+    """Replace the file's content in one step; on failure the old content stays.
+
+    Raises:
+        OutputError: the disk is full or the path cannot be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
     with as_output_error(path):
         try:
@@ -64,7 +72,11 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line of UTF-8 to a file, or raise OutputError."""
+    """Add a line of UTF-8 to a file.
+
+    Raises:
+        OutputError: the disk is full or the path cannot be written.
+    """
     with as_output_error(path), path.open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")
 
@@ -87,7 +99,11 @@ def advice_for(error: OSError) -> str:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Raise ConfigError if no file can be written to `path`, the value of a setting `option`."""
+    """Raise ConfigError if no file can be written to `path`, before any work is done.
+
+    Raises:
+        ConfigError: there is no such folder, or the path is a folder; `option` names the setting to change.
+    """
     folder = path.resolve().parent
     if not folder.is_dir():
         raise ConfigError(f"{option} {path}: there is no folder {folder}; make it first")

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLOOR = (
-    1e-4  # noise 80 dB below full scale, with unit windows; lower magnitudes are clamped before the logarithm
-)
+# Noise 80 dB below full scale, with unit windows; lower magnitudes are clamped before the logarithm.
+FLOOR = 1e-4
 
 
 def unit_window(size: int) -> Tensor:

@@ -186,7 +186,11 @@ def grouped_mm_reference(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor
 
 
 def check_experts(count: int, device: torch.device) -> None:
-    """Raise ConfigError for more experts in one product than a GPU's kernel supports."""
+    """Check that one product has no more experts than a GPU's kernel supports.
+
+    Raises:
+        ConfigError: it has more.
+    """
     if device.type == "cuda" and count > MAX_EXPERTS:
         raise ConfigError(
             f"a layer has {count} experts on one GPU, whose grouped product takes {MAX_EXPERTS}: "

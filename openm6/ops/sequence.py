@@ -137,8 +137,10 @@ def mask_mod(query: SequenceMeta, key: SequenceMeta) -> MaskMod:
 def block_mask(query: SequenceMeta, key: SequenceMeta, block: int = BLOCK) -> BlockMask:
     """Return FlexAttention's mask from per-block summaries: empty blocks are skipped, full ones need no rule.
 
-    `create_block_mask` would evaluate the rule on all Q·K pairs; this reads each token once. Lengths must be multiples
-    of the block.
+    `create_block_mask` would evaluate the rule on all Q·K pairs; this reads each token once.
+
+    Raises:
+        ValueError: a length that is no multiple of the block.
     """
     if query.length % block or key.length % block:
         raise ValueError(f"lengths {query.length} and {key.length} must be multiples of the block of {block}")

@@ -94,7 +94,7 @@ def normalized(gradient: Tensor, moments: Moments, spec: ShardSpec = REPLICATED)
 
 
 def root_mean_square(matrices: Tensor, spec: ShardSpec, pooled: int = 0) -> RankSums[Tensor]:
-    """Return that of each matrix, E 1 1, or of all values together if `pooled` is their number in the whole."""
+    """Return the root mean square of each matrix, E 1 1, or of all values, whose number is then `pooled`."""
     squares = matrices.square().sum((-2, -1), keepdim=True)
     if pooled:
         squares = squares.sum(0, keepdim=True)
