@@ -81,10 +81,16 @@ class OffloadSize:
     margin_gib: float = 4.0
 
     def recipe(self, num_gpu_layers: str | None = None) -> MultimodalRecipe:
-        """Return a recipe on the definitions and poems of the package."""
+        """Return a recipe on the definitions and poems of the package.
+
+        Raises:
+            ConfigError: bytes per parameter without a precision, or layers on the device that are no number.
+        """
         head = 128 if self.width >= 1024 else 32
         heads = self.width // head
         names = ("wordnet_en", "poems_zh")
+        if self.bytes_per_parameter not in PRECISION_OF_BYTES:
+            raise ConfigError(f"--bytes {self.bytes_per_parameter} must be 16, 4, 2 or 1")
         where = self.num_gpu_layers if num_gpu_layers is None else num_gpu_layers
         if where != "auto" and not where.isdigit():
             raise ConfigError(f"--num-gpu-layers {where} must be a number of layers, or auto")

@@ -51,3 +51,5 @@ def test_what_it_does_not_know_is_refused() -> None:
         measure(SMALL, 4, "megatron", False, 420.0, None)
     with pytest.raises(ConfigError, match="--num-gpu-layers most must be"):
         OffloadSize(num_gpu_layers="most").recipe()
+    with pytest.raises(ConfigError, match="--bytes 3 must be 16, 4, 2 or 1"):
+        OffloadSize(bytes_per_parameter=3).recipe()
