@@ -13,7 +13,7 @@ import triton.language as tl  # noqa: E402
 
 from openm6.kernels import optimizers  # noqa: E402
 from openm6.kernels.optimizers import bits_at, round_bf16  # noqa: E402
-from openm6.optim.adamw import adamw_reference, coefficients  # noqa: E402
+from openm6.optim.adamw import AdamW, adamw_reference, coefficients  # noqa: E402
 from openm6.optim.config import PRECISION_OF_BYTES, OptimizerConfig  # noqa: E402
 from openm6.optim.low_precision import BF16_LARGEST, matrix_keys, random_bits, round_to_bf16  # noqa: E402
 from openm6.optim.rules import UpdateArgs, update_rule  # noqa: E402
@@ -50,6 +50,32 @@ def test_adamw_equals_its_reference(device, monkeypatch, dtypes, stochastic, blo
         torch.testing.assert_close(ours, theirs, rtol=close, atol=1e-6)
         if stochastic and ours.dtype == torch.bfloat16 and ours is not m:
             assert (ours == theirs).float().mean() > 0.95  # the same random bits
+
+
+@pytest.mark.parametrize(("dtype", "stochastic"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_an_adamw_step_in_kernels_equals_one_in_torch(device, monkeypatch, dtype, stochastic):
+    """Several parameters in two groups: each kernel must get the numbers and the seed of its own parameter."""
+    runs = []
+    for in_kernel in (True, False):
+        monkeypatch.setattr(kernels, "available", lambda device, choice=in_kernel: choice)
+        torch.manual_seed(0)
+        parameters = [
+            torch.randn(shape).to(device, dtype).requires_grad_() for shape in ((5, 33), (7,), (64, 3))
+        ]
+        groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.1, "weight_decay": 0.0}]
+        optimizer = AdamW(groups, lr=0.01, state_dtype=torch.float32, stochastic=stochastic)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape).to(device, dtype)
+            optimizer.step()
+        runs.append((parameters, [optimizer.state[parameter] for parameter in parameters]))
+    close = 1e-5 if dtype == torch.float32 else 2**-7  # at most one step of bf16 apart
+    for ours, theirs in zip(*(parameters for parameters, _ in runs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=close, atol=1e-6)
+        assert not stochastic or (ours == theirs).float().mean() > 0.95  # the same random bits
+    for ours, theirs in zip(*(states for _, states in runs), strict=True):
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-5, atol=1e-6)
 
 
 def test_rounding_up_the_largest_weight_stays_finite(device):
