@@ -82,7 +82,7 @@ def work_of_rank(parts: int) -> Found:
 
 
 def whole_group() -> dist.ProcessGroup:
-    """Return the results of all ranks."""
+    """Return the process group of all ranks."""
     group = dist.group.WORLD
     assert group is not None
     return group
@@ -120,7 +120,7 @@ def _learn(experts: Experts, router: Router, dispatcher: TokenDispatcher[Any], r
 
 def _gradient(tensor: Tensor) -> Array:
     assert tensor.grad is not None
-    return tensor.grad.clone().numpy()  # no tensor: those would travel by a file of the process that ends
+    return tensor.grad.clone().numpy()  # an array, because a tensor would be sent by a file of the process that ends
 
 
 def _largest(pairs: list[tuple[Array, Array]]) -> float:

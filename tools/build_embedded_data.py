@@ -1,4 +1,4 @@
-"""Builds the data that comes with the package from npm, PyPI and Debian packages, or checks that it is what they give.
+"""Build the data of the package from npm, PyPI and Debian packages, or check that it is equal to theirs.
 
 pip install scikit-learn opencc-python-reimplemented    # once; npm and apt-get must be there too
 python tools/build_embedded_data.py --check

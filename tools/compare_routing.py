@@ -1,13 +1,13 @@
-"""Trains one small model with top-k experts and with prototypes, under three kinds of balancing, and compares them.
+"""Compare top-k experts and prototypes under three kinds of balancing, by training a small model with each.
 
 python tools/compare_routing.py --out runs/routing
 python tools/compare_routing.py --out runs/routing --data my/data --steps 400 --seeds 3 loop.num_processes=1
 
-All runs of a seed begin with the same draws and see the same tokens in the same order. Results are written to
-OUT/routing.json after every run; called again, it goes on where it stopped.
+All runs of a seed have the same initial weights and the same tokens in the same order. Results are written to
+OUT/routing.json after every run; a second call continues where the first stopped.
 """
 
-# Letters: L layers
+# Shapes: L layers
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def with_routing(values: Values, cell: str, seed: int) -> Values:
 
 
 def run_cell(values: Values, folder: Path) -> Values:
-    """Trains, or goes on with, one run; gives its curves."""
+    """Train or resume one run, and return its curves."""
     recipe = build(MultimodalRecipe, values, "the recipe")
     run = RunFolder.open(folder)
     run.write_config(values)

@@ -1,4 +1,4 @@
-"""Takes docs/images/demo.png again: five tasks of a run's report, in a headless browser.
+"""Make the screenshot docs/images/demo.png: five tasks of a run's report, in a headless browser.
 
     python tools/report_image.py runs/demo docs/images/demo.png
 
@@ -39,7 +39,7 @@ KEEP = """names => {
 
 
 def main(run: Path, target: Path) -> None:
-    """Opens the report and writes the image.
+    """Open the report and write the screenshot.
 
     Raises:
         ConfigError: there is no Chromium, or no report.

@@ -1,10 +1,10 @@
-"""Measures codecs on test records: image quality, audio distance, spoken digits still understood, speed; as JSON.
+"""Measure codecs on test records: image quality, audio distance, recognition of spoken digits, speed; as JSON.
 
 python tools/score_codecs.py image-64 image-256
 python tools/score_codecs.py audio --digits my_digits-train.parquet my_digits-test.parquet
 """
 
-# Letters: N records, S side in pixels, M mel bands, F frames
+# Shapes: N records, S side in pixels, M mel bands, F frames
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def records_of(config: AnySourceConfig, split: Split) -> list[Record]:
 
 
 def image_report(codec: ImageCodec) -> Scores:
-    """Scores of each embedded set of images, with the PSNR of as many plain colours as the codec has places."""
+    """Scores of each embedded set of images, with the PSNR of as many pixels as the codec has positions."""
     report = {}
     for name in IMAGES:
         records = records_of(EmbeddedConfig(name=name), "test")
@@ -87,7 +87,7 @@ def digits(config: AnySourceConfig, split: Split) -> tuple[list[Tensor], list[st
 
 
 def features(clip: Tensor) -> np.ndarray:
-    """Log-mels of the audioing part, brought to one loudness and to 24 frames.  # S -> M·F"""
+    """Log-mels of the part that is not silent, scaled to one loudness and to 24 frames.  # S -> M·F"""
     loud = (clip.abs() > 0.02 * clip.abs().max()).nonzero()[:, 0]
     heard = clip[loud[0] : loud[-1] + 1] if len(loud) else clip
     heard = heard * (0.1 / heard.square().mean().sqrt().clamp(min=1e-5))

@@ -57,17 +57,21 @@ class Watched(TrainStep):
         return super()._clip()
 
 
-def steps_on(axes: Axes) -> list[tuple[float, dict[str, np.ndarray]]]:
-    training = SharedWords(words_backbone())
+def steps_on(
+    axes: Axes, steps: int = STEPS, changes: dict[str, Any] | None = None, recomputed: int = 0
+) -> list[tuple[float, dict[str, np.ndarray]]]:
+    """Losses and gradients of a backbone with `changes`, whose first `recomputed` layers run again backwards."""
+    training = SharedWords(words_backbone(**(changes or {})))
     if dist.is_initialized():
         training.ranks = DistributedContext(CPU, 60)
         training.ranks.shard(training.model, MeshShape(*axes))
         training.words.backbone.executor.dispatcher = training.ranks.token_dispatcher(1)
     # AdamW divides by a gradient's size: where that is no more than rounding, its default epsilon makes steps of noise.
     optimizer = OptimizerConfig(learning_rate=0.003, epsilon=1e-3)
-    train_step = Watched(training, words_config(STEPS, optimizer=optimizer))
+    config = words_config(STEPS, optimizer=optimizer, activation_checkpointing=recomputed)
+    train_step = Watched(training, config)
     found = []
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         report = train_step.update(training.batch(step), step, STEPS)
         found.append((report.loss, train_step.seen))
     return found if training.ranks.is_main_process else []
@@ -79,15 +83,28 @@ def alone() -> list[tuple[float, dict[str, np.ndarray]]]:
     return steps_on((1, 1, 1))
 
 
+def assert_equal(
+    found: list[tuple[float, dict[str, np.ndarray]]], expected: list[tuple[float, dict[str, np.ndarray]]]
+) -> None:
+    for (loss, gradients), (other, references) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(other, rel=1e-5)
+        assert gradients.keys() == references.keys()
+        apart = {name: float(np.linalg.norm(gradients[name] - one)) for name, one in references.items()}
+        wrong = [name for name, one in references.items() if apart[name] > 1e-5 * np.linalg.norm(one)]
+        assert not wrong
+
+
 @pytest.mark.parametrize("axes", MESHES)
 def test_losses_and_gradients_equal_one_process(axes: Axes, request: pytest.FixtureRequest) -> None:
     fleet: Fleet = request.getfixturevalue({2: "two", 4: "four"}[math.prod(axes)])
     found = fleet.run(steps_on, axes)[0]
     assert len(found) == STEPS
     assert alone()[-1][0] < 0.97 * alone()[0][0], "it learns: there is something to compare"
-    for (loss, gradients), (expected, references) in zip(found, alone(), strict=True):
-        assert loss == pytest.approx(expected, rel=1e-5)
-        assert gradients.keys() == references.keys()
-        apart = {name: float(np.linalg.norm(gradients[name] - one)) for name, one in references.items()}
-        wrong = [name for name, one in references.items() if apart[name] > 1e-5 * np.linalg.norm(one)]
-        assert not wrong
+    assert_equal(found, alone())
+
+
+@pytest.mark.parametrize("changes", [{}, {"sharing": "all"}, {"sharing": "all", "share_routers": True}])
+def test_layers_that_run_again_backwards_equal_one_process(changes: dict[str, Any], four: Fleet) -> None:
+    """Activation checkpointing over sharded modules, which on a GPU is chosen by the memory."""
+    found = four.run(steps_on, (1, 2, 2), 3, changes, 3)[0]
+    assert_equal(found, steps_on((1, 1, 1), 3, changes))

@@ -21,9 +21,9 @@ def builders(monkeypatch):
     }
 
 
-@pytest.mark.parametrize("name, room", [("digits", "images"), ("iris", "numbers")])
-def test_what_comes_from_pypi_is_rebuilt_exactly(builders, name, room, tmp_path):
-    rows = getattr(builders[room], name)(tmp_path)
+@pytest.mark.parametrize("name, module", [("digits", "images"), ("iris", "numbers")])
+def test_what_comes_from_pypi_is_rebuilt_exactly(builders, name, module, tmp_path):
+    rows = getattr(builders[module], name)(tmp_path)
     for split in ("train", "test"):
         known = pq.read_table(EMBEDDED / f"{name}-{split}.parquet")
         made = [
