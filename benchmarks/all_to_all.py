@@ -120,7 +120,8 @@ def _learn(experts: Experts, router: Router, dispatcher: TokenDispatcher[Any], r
 
 def _gradient(tensor: Tensor) -> Array:
     assert tensor.grad is not None
-    return tensor.grad.clone().numpy()  # an array, because a tensor would be sent by a file of the process that ends
+    # An array, because a tensor would be sent by a file of the process that ends.
+    return tensor.grad.clone().numpy()
 
 
 def _largest(pairs: list[tuple[Array, Array]]) -> float:

@@ -43,7 +43,7 @@ def build(name: str, cache: Path) -> dict[str, pa.Table]:
 
 
 def main() -> int:
-    """Builds or checks; returns the number of differences found, at most 1."""
+    """Build or check; return the number of differences found, at most 1."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
