@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_report_is_written(folder: Path) -> None:
     report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
     assert report["steps"] == 8 and len(report["tasks"]) >= 16
-    pairs = {(task["source"], task["target"]) for task in report["tasks"].values()}
+    pairs = {(task["input_modality"], task["output_modality"]) for task in report["tasks"].values()}
     assert len(pairs) == 16, "all pairs of modalities"
     closed = {name: task for name, task in report["tasks"].items() if task["answer_entropy"] is not None}
     assert {
@@ -75,7 +75,7 @@ def test_a_report_is_written(folder: Path) -> None:
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
 
 
-def test_a_image_is_drawn(folder: Path) -> None:
+def test_an_image_is_drawn(folder: Path) -> None:
     done = openm6(
         folder, "generate", "run", "--text", "draw the digit seven", "--output", "image", "--out", "7.png"
     )
@@ -84,7 +84,7 @@ def test_a_image_is_drawn(folder: Path) -> None:
     assert (image.format, image.size, image.mode) == ("PNG", (32, 32), "RGB")
 
 
-def test_a_audio_is_spoken(folder: Path) -> None:
+def test_audio_is_spoken(folder: Path) -> None:
     done = openm6(folder, "generate", "run", "--image", "a.png", "--output", "audio", "--out", "x.wav")
     assert done.returncode == 0, done.stderr
     samples, rate = soundfile.read(folder / "x.wav")

@@ -62,9 +62,9 @@ class TaskResult:
     """Scores of one task over one source's test records; every interval is a 95 % bootstrap interval.
 
     `value` is the task's first metric and `baseline` the same metric for the stated baseline; `advantage_interval`
-    is of their difference over the same records, positive where the model is better. `information_gain` is the mean
+    is of their difference over the same records, positive if the model is better. `information_gain` is the mean
     over records of log2 p(y | x) - log2 p(y | null input) in bits; `null_predictor` names what predicts the latter.
-    `answer_entropy` is the entropy of the test answers given the language, where they come from a closed set: no gain
+    `answer_entropy` is the entropy of the test answers given the language, if they come from a closed set: no gain
     can exceed it by more than sampling error.
     """
 
@@ -105,8 +105,8 @@ class TaskResult:
     def to_json(self) -> dict[str, Any]:
         """The entry of this task in report.json."""
         return {
-            "source": self.input_modality,
-            "target": self.output_modality,
+            "input_modality": self.input_modality,
+            "output_modality": self.output_modality,
             "metric": self.metric,
             "value": self.value,
             "value_ci": self.value_interval,
