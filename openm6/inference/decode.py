@@ -89,7 +89,7 @@ class DecodeStep:
     def __call__(self, token: Tensor, position: Tensor, length: Tensor, longest: int) -> Tensor:
         """Logits of the token after `token`, which stands at `position` and is the last of `length` + 1 in its slot.
 
-        `longest` bounds the keys to look at and must exceed every length.  # B, B, B -> B V
+        `longest` bounds the keys of a row and must exceed every length.  # B, B, B -> B V
         """
         x = F.embedding(token, self.text_head.embedding)  # B D
         logits = self.head(self.states(x, position, length, longest)).float()

@@ -56,7 +56,7 @@ def read_decoding(settings: list[str]) -> Decoding:
 
 
 def gumbel(seed: Tensor, draw: Tensor, *shape: int) -> Tensor:
-    """Standard Gumbel noise that is a function of (seed, number of the draw, position).  # B, B -> B *shape
+    """Standard Gumbel noise that is a function of (seed, index of the draw, position).  # B, B -> B *shape
 
     So a row draws the same alone or in a batch, on a CPU or a GPU, and within a captured graph.
     """

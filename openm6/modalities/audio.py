@@ -69,7 +69,7 @@ def _decode(raw: Any, max_seconds: float) -> tuple[np.ndarray, int]:
         with soundfile.SoundFile(io.BytesIO(raw)) as file:
             if not MIN_RATE <= file.samplerate <= MAX_RATE:
                 raise DataError(
-                    f"the audio has {file.samplerate:,} samples a second, outside {MIN_RATE:,} to "
+                    f"the audio has {file.samplerate:,} samples per second, outside {MIN_RATE:,} to "
                     f"{MAX_RATE:,}: export it again at 16,000"
                 )
             _check_duration(file.frames / file.samplerate, max_seconds)

@@ -18,7 +18,7 @@ NO_OPTIONS: Options = MappingProxyType({})
 Rng = np.random.Generator | None
 Moves = tuple[int, int, int]
 ALONG: Moves = (1, 1, 1)
-# The last two of an image or audio count from its own origin, in units that its patches and its codes share. So a
+# The last two of an image or a recording count from its own origin, in units that its patches and its codes share. So a
 # target at a position has the rotary position of the source patch there, whatever the length of the text between.
 OWN_ORIGIN: Moves = (1, 0, 0)
 

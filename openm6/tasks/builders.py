@@ -168,10 +168,10 @@ def match_text(record: Record, context: Context) -> Built:
 
 def mask_box(record: Record, context: Context) -> Built:
     """An image with a random box masked, as input and target."""
-    mask_box = random_box(context.rng)
+    box = random_box(context.rng)
     # The second draw is unused; without it all later draws of the example would change.
     random_box(context.rng)
-    image = Part("image", record["image"], {"mask_box": mask_box})
+    image = Part("image", record["image"], {"mask_box": box})
     return Built({"image": image}, image)
 
 
@@ -184,9 +184,9 @@ def match_audio(record: Record, context: Context) -> Built:
 
 def mask_span(record: Record, context: Context) -> Built:
     """A recording with a random span masked, as input and target, both at one speed."""
-    mask_span = random_span(context.rng)
+    span = random_span(context.rng)
     speed = random_speed(context.rng) if context.train else 1.0
-    audio = Part("audio", record["audio"], {"mask_span": mask_span, "speed": speed})
+    audio = Part("audio", record["audio"], {"mask_span": span, "speed": speed})
     return Built({"audio": audio}, audio)
 
 

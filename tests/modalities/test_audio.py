@@ -83,7 +83,7 @@ def test_a_rate_that_nobody_records_at_is_refused(rate: int) -> None:
     """A prime rate in the header of a short file would else ask for gigabytes."""
     header = bytearray(file_of(np.zeros(10, np.float32)))
     header[24:28] = rate.to_bytes(4, "little")
-    with pytest.raises(DataError, match="samples a second, outside 1,000 to 768,000"):
+    with pytest.raises(DataError, match="samples per second, outside 1,000 to 768,000"):
         read_audio(bytes(header))
 
 
@@ -119,7 +119,7 @@ def test_a_target_is_as_long_as_wanted(audio: Audio, seconds: float) -> None:
     assert len(audio.blank(seconds)) == len(tokens)
 
 
-def test_what_follows_a_short_audio_is_silence(audio: Audio) -> None:
+def test_what_follows_a_short_audio_clip_is_silence(audio: Audio) -> None:
     short = audio.encode(sine(0.4), 1.2)
     padded = audio.encode(np.pad(sine(0.4), (0, RATE)), 1.2)
     assert np.array_equal(short, padded)
