@@ -73,6 +73,8 @@ def test_keys_and_values_count_together() -> None:
     cache = LRUCache[tuple[torch.Tensor, torch.Tensor]](100)
     parts = {name: (torch.zeros(5), torch.zeros(5)) for name in (b"a", b"b", b"c")}  # 40 bytes each
     assert cache.put(b"a", parts[b"a"]) is parts[b"a"]
+    cache.put(b"a", parts[b"a"])
+    assert cache.bytes == 40, "a second time under the same key"
     cache.put(b"b", parts[b"b"])
     assert cache.get(b"a") is parts[b"a"]
     cache.put(b"c", parts[b"c"])

@@ -50,6 +50,6 @@ def test_a_filled_image_keeps_what_was_given() -> None:
         assert inside > 3 * np.abs(filled - true)[down].mean() or inside == 0
 
 
-def test_a_audio_is_as_long_as_wanted() -> None:
+def test_audio_is_as_long_as_wanted() -> None:
     asked = examples("text_to_speech", "spoken", 2)
     assert [len(found) for found in answer(MODEL, asked, FAST)] == [19_200, 19_200]

@@ -21,7 +21,6 @@ from openm6.modalities.registry import source_segments
 from tests.inference.reference import write_reference
 from tests.small_model import demo_sources, loaded, modalities
 
-WORDS = ("draw the digit seven", "a", "an image of something long", "x", "What is this?")
 SAMPLINGS = (
     Sampling(max_tokens=12),
     Sampling(temperature=1.0, max_tokens=5, seed=2),
@@ -30,16 +29,6 @@ SAMPLINGS = (
     Sampling(temperature=0.7, top_k=30, top_p=0.9, max_tokens=14, seed=5),
 )
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return loaded(5)
-
-
-@pytest.fixture(scope="module")
-def prompts(model: LoadedModel) -> list[Prompt]:
-    return [source_segments([Part("text", words)], model.modalities) for words in WORDS]
 
 
 @pytest.fixture(scope="module")

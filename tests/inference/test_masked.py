@@ -66,7 +66,7 @@ class Watch:
 
 
 @pytest.mark.parametrize("order", ["confidence", "random"])
-@pytest.mark.parametrize("steps", [1, 2, 6])
+@pytest.mark.parametrize("steps", [1, 2, 5, 12])
 def test_given_codes_stay_and_all_is_settled_in_time(
     model: LoadedModel,
     prompts: list[Prompt],

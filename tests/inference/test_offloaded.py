@@ -85,7 +85,7 @@ def answers(model: LoadedModel) -> tuple[list[str], torch.Tensor, list[torch.Ten
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_gpu_layers", [0, 2])
-def test_answers_are_those_of_a_resident_model(tmp_path: Path, shape: str, num_gpu_layers: int) -> None:
+def test_answers_are_those_of_a_model_on_the_device(tmp_path: Path, shape: str, num_gpu_layers: int) -> None:
     folder = checkpoint(tmp_path, shape)
     model = load(folder, torch.device("cpu"), num_gpu_layers)
     texts, codes, scores = answers(model)
@@ -99,10 +99,10 @@ def test_answers_are_those_of_a_resident_model(tmp_path: Path, shape: str, num_g
 
 def test_bfloat16_is_converted_on_the_way(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "mixed")
-    offloaded, num_gpu_layers = (load(folder, torch.device("cpu"), index) for index in (1, None))
-    for model in (offloaded, num_gpu_layers):
+    offloaded, on_device = (load(folder, torch.device("cpu"), index) for index in (1, None))
+    for model in (offloaded, on_device):
         model.omni.to(torch.bfloat16)
-    found, expected = answers(offloaded), answers(num_gpu_layers)
+    found, expected = answers(offloaded), answers(on_device)
     assert found[0] == expected[0] and torch.equal(found[1], expected[1])
     assert offloaded.omni.backbone.block(1).attention.qkv.dtype == torch.bfloat16
 

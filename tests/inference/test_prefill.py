@@ -15,18 +15,6 @@ from openm6.nn.cache import PackedWriter, SlotWriter
 from tests.data.sample_images import png
 from tests.small_model import loaded
 
-WORDS = ("draw the digit seven", "a", "an image of something long", "x", "What is this?")
-
-
-@pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return loaded(5)
-
-
-@pytest.fixture(scope="module")
-def prompts(model: LoadedModel) -> list[Prompt]:
-    return [source_segments([Part("text", words)], model.modalities) for words in WORDS]
-
 
 def test_a_prompt_read_before_is_not_read_again(model: LoadedModel, prompts: list[Prompt]) -> None:
     cache = model.omni.backbone.new_cache(2, 64)
@@ -54,7 +42,7 @@ def test_parts_read_one_by_one_are_as_if_read_at_once() -> None:
         torch.testing.assert_close(whole[:, 0], whole[:, 1], rtol=1e-4, atol=1e-4)
 
 
-def test_a_second_question_about_a_image_reads_its_own_tokens_alone() -> None:
+def test_a_second_question_about_an_image_reads_its_own_tokens_alone() -> None:
     model = loaded(prompt_attention="block")
     image = Part("image", png("red", 40))
     first, second = (

@@ -91,7 +91,7 @@ def test_what_does_not_fit_together_is_one_sentence(asked: dict[str, Any], sente
     assert "\n" not in str(caught.value)
 
 
-def test_a_image_alone_is_asked_in_taught_words(image: Path) -> None:
+def test_an_image_alone_is_asked_in_taught_words(image: Path) -> None:
     assert shown(Question(output="text", image=image)) == ["image", " What is this?"]
 
 

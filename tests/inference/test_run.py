@@ -63,7 +63,7 @@ def test_text(run: Path, files: Path) -> None:
     assert (files / "t.txt").read_text(encoding="utf-8") == shown.stdout
 
 
-def test_a_image(run: Path, files: Path) -> None:
+def test_an_image(run: Path, files: Path) -> None:
     shown = ask(run, "--text", "draw the digit seven", "--output", "image")
     assert shown.exit_code == 0 and "answer.png" in shown.stdout
     assert Image.open(files / "answer.png").size == (64, 64)
@@ -83,7 +83,7 @@ def test_a_hole_keeps_what_is_around_it(run: Path, files: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["--text", "say zero"], ["--audio", "a.wav", "--mask-span", "0.2,0.4"]])
-def test_a_audio(run: Path, files: Path, words: list[str]) -> None:
+def test_audio(run: Path, files: Path, words: list[str]) -> None:
     assert ask(run, *words, "--output", "audio", "--out", "x.wav").exit_code == 0
     samples, rate = soundfile.read(files / "x.wav")
     assert rate == 16_000 and len(samples) == 19_200 and np.isfinite(samples).all()

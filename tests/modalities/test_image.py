@@ -210,7 +210,7 @@ def test_a_file_seen_before_gives_the_same_codes(image: Image) -> None:
     assert np.array_equal(image.encode(read_image(raw)), first), "remembered or not must be the same"
 
 
-def test_a_image_survives_the_codec_roughly(image: Image) -> None:
+def test_an_image_survives_the_codec_roughly(image: Image) -> None:
     red = image.decode(torch.from_numpy(image.encode(png("red", 64)).astype(np.int64)))
     assert np.abs(np.asarray(red).astype(int) - (255, 0, 0)).mean() < 30
 

@@ -33,13 +33,13 @@ def test_a_background_reaches_the_border_and_leaves_white_inside() -> None:
     assert (values[15, 15] == 255).all() and (values[9, 9] == (20, 40, 160)).all()
 
 
-def test_a_image_without_white_keeps_its_background() -> None:
+def test_an_image_without_white_keeps_its_background() -> None:
     grey = Image.new("RGB", (8, 8), (90, 90, 90))
     assert np.array_equal(np.asarray(on_background(grey, (1, 2, 3))), np.asarray(grey))
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_each_style_changes_a_image_and_keeps_its_size(name: str) -> None:
+def test_each_style_changes_an_image_and_keeps_its_size(name: str) -> None:
     image = read_image(demo_sources()["emoji"][0]["image"])
     styled = STYLES[name](image)
     assert styled.size == image.size and styled.mode == "RGB"
