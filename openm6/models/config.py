@@ -59,7 +59,7 @@ class BackboneConfig(Config):
         if any(kinds) and self.experts is None:
             raise ValueError("set experts, or dense alone with moe_layer_freq left out")
         if not all(kinds) and self.dense is None:
-            raise ValueError("some layers hold no experts: set the hidden size of dense, too")
+            raise ValueError("some layers hold no experts: set dense.intermediate_size, too")
         wrong = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
         if wrong:
             raise ValueError(f"dense_layers {wrong} do not exist: layers are 0 to {self.num_layers - 1}")

@@ -24,7 +24,7 @@ EXPERTS = {"intermediate_size": 24, "num_experts": 4, "top_k": 2}
     ("wrong", "mend"),
     [
         ({"dense": None}, "set experts"),
-        ({"experts": EXPERTS, "dense": None, "moe_layer_freq": 2}, "set the hidden size of dense"),
+        ({"experts": EXPERTS, "dense": None, "moe_layer_freq": 2}, r"set dense\.intermediate_size"),
         ({"experts": EXPERTS, "dense_layers": (4,)}, "layers are 0 to 3"),
         ({"rope_sections": (8, 8, 8)}, "half of head_dim=64"),
         ({"num_kv_heads": 3}, "multiple of num_kv_heads=3"),
