@@ -1,7 +1,7 @@
 """Failures of a rank: rank 0 reports the first one in one sentence, and no rank goes on waiting.
 
-A rank that fails leaves its sentence in the launcher's key-value store. A thread of every rank looks there: where its
-main thread is stuck in an exchange with the one that failed, it ends the process.
+A rank that fails leaves its sentence in the launcher's key-value store. A thread of every rank polls it: if its main
+thread is stuck in a collective with the rank that failed, it ends the process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The mesh of a run, and models on it: experts distributed over ranks, dense weights sharded by FSDP2, replicas.
 
-The mesh has the axes (data, shard, experts), experts innermost, so that their exchange stays within a machine. All
-ranks train on rows of their own. Dense weights are sharded over shard × experts and replicated over data. Of each
-expert matrix a rank holds the experts of its position on the last axis, sharded over shard along the width and
-replicated over data. Losses are fractions of a global sum, so every gradient is a plain sum over ranks.
+The mesh has the axes (dp_replicate, dp_shard, ep), ep innermost, so that the exchange between experts stays within a
+machine. All ranks train on rows of their own. Dense weights are sharded over dp_shard × ep and replicated over
+dp_replicate. Of each expert matrix a rank holds the experts of its position on ep, sharded over dp_shard along the
+width and replicated over dp_replicate. Losses are fractions of a global sum, so every gradient is a plain sum over
+ranks.
 """
 
 # Dimensions: E experts, D width, F hidden, P columns of the first product
@@ -37,7 +38,7 @@ class Layout:
     shape: MeshShape
     mesh: DeviceMesh
 
-    dense: DeviceMesh  # shard and experts as one axis
+    dense: DeviceMesh  # dp_shard and ep as one axis
 
     def inner_group(self) -> dist.ProcessGroup:
         """Return the ranks that hold one replica of the model among them."""

@@ -117,8 +117,8 @@ class WeightShard(ShardSpec):
 class ShardedWeights(LayerWeights):
     """Experts are distributed, and rows of dense matrices and of experts sharded, as `fsdp.shard` does.
 
-    A group is gathered where it is used, in the type of computation: one exchange for what is dense and, where experts
-    are sharded, one for them. Gradients are summed and sharded in one exchange each, in fp32.
+    A group is gathered for each use, in the dtype of computation: one exchange for what is dense and, if experts are
+    sharded, one for them. Gradients are summed and sharded in one exchange each, in fp32.
     """
 
     def __init__(self, layout: Layout, shapes: Sequence[Mapping[str, Shape]]) -> None:

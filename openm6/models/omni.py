@@ -126,9 +126,9 @@ class Omni(nn.Module):
     def compute_loss(
         self, batch: Batch, as_trained: bool = False
     ) -> tuple[dict[str, TokenLosses], list[RouterStats]]:
-        """Losses of every learned token of a batch, by kind: the likelihood, or the training loss.
+        """Losses of every learned token of a batch, by kind, and what each sparse layer routed.
 
-        The latter is given while the model trains, and if it is asked for.
+        While the model trains, or with `as_trained`, it is the training loss, else the negative log-likelihood.
         """
         hidden, loads = self(batch.groups, batch.meta)
         flat = hidden.flatten(0, 1)  # R S D -> N D

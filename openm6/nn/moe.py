@@ -103,8 +103,8 @@ class LocalDispatcher:
 class RouterStats:
     """What one layer's router did with the valid tokens of a step.
 
-    load: E, tokens per expert, before any were dropped; dropped: share of choices dropped (0 without a capacity)
-    aux_loss, z_loss: as defined in ops/routing.py, for the log; side_loss: their weighted sum, to be added to the loss
+    load: E, tokens per expert, before any were dropped; dropped: fraction of choices dropped (0 without a capacity)
+    aux_loss, z_loss: as defined in ops/moe.py, for the log; side_loss: their weighted sum, to be added to the loss
     """
 
     layer: int

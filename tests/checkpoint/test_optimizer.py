@@ -7,12 +7,12 @@ import torch
 
 from openm6.checkpoint.optimizer import Moments, delink_moments
 
-SOURCES = {"sets.0.w": "sets.0.w", "sets.1.w": "sets.0.w", "sets.2.w": "sets.1.w"}
+SOURCES = {"layers.0.w": "layers.0.w", "layers.1.w": "layers.0.w", "layers.2.w": "layers.2.w"}
 TENSORS = {
-    "sets.0.w::exp_avg": torch.tensor([2.0, 4.0]),
-    "sets.0.w::exp_avg_sq": torch.tensor([8.0, 16.0]),
-    "sets.0.w::step": torch.tensor(5.0),
-    "sets.1.w::exp_avg": torch.tensor([3.0]),
+    "layers.0.w::exp_avg": torch.tensor([2.0, 4.0]),
+    "layers.0.w::exp_avg_sq": torch.tensor([8.0, 16.0]),
+    "layers.0.w::step": torch.tensor(5.0),
+    "layers.2.w::exp_avg": torch.tensor([3.0]),
     "norm::exp_avg_sq": torch.tensor([7.0]),
 }
 
@@ -21,17 +21,17 @@ TENSORS = {
 def test_moments_are_shared_out(moments: Moments, second: list[float]) -> None:
     new = delink_moments(TENSORS, SOURCES, moments)
     for layer in (0, 1):
-        assert new[f"sets.{layer}.w::exp_avg"].tolist() == [1.0, 2.0]
-        assert new[f"sets.{layer}.w::exp_avg_sq"].tolist() == second
-        assert new[f"sets.{layer}.w::step"].item() == 5.0
+        assert new[f"layers.{layer}.w::exp_avg"].tolist() == [1.0, 2.0]
+        assert new[f"layers.{layer}.w::exp_avg_sq"].tolist() == second
+        assert new[f"layers.{layer}.w::step"].item() == 5.0
     # what one layer had for itself, and what was never shared, stays as it was
-    assert new["sets.2.w::exp_avg"].tolist() == [3.0] and new["norm::exp_avg_sq"].tolist() == [7.0]
-    assert new["sets.0.w::exp_avg"] is not new["sets.1.w::exp_avg"]
+    assert new["layers.2.w::exp_avg"].tolist() == [3.0] and new["norm::exp_avg_sq"].tolist() == [7.0]
+    assert new["layers.0.w::exp_avg"] is not new["layers.1.w::exp_avg"]
 
 
 def test_reset_forgets_only_what_was_shared() -> None:
     new = delink_moments(TENSORS, SOURCES, "reset")
-    assert sorted(new) == ["norm::exp_avg_sq", "sets.2.w::exp_avg"]
+    assert sorted(new) == ["layers.2.w::exp_avg", "norm::exp_avg_sq"]
 
 
 def test_the_assumptions_hold_for_gradients_like_them() -> None:
