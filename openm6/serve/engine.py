@@ -11,10 +11,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import OrderedDict
+from bisect import bisect_left, insort
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from heapq import merge
+from itertools import count, groupby
+from operator import itemgetter
 
 import torch
 
@@ -38,22 +42,37 @@ MAX_PREPARING = 64  # requests whose images and audio are being decoded or wait 
 MAX_COUNTERS = 4096  # counters kept of clients that do not wait
 
 
+_Rank = tuple[int, int, str]  # counter of a client, turn in which it came, its name
+
+
 @dataclass
 class _Line:
-    """The waiting requests of a client, the oldest first, and the work that was admitted for it."""
+    """The waiting requests of a client by kind, each with its age, and the work that was admitted for it."""
 
+    client: str
+    turn: int
     counter: int
-    handles: dict[RequestHandle, None] = field(default_factory=dict)
+    handles: dict[type, dict[RequestHandle, int]] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> _Rank:
+        return self.counter, self.turn, self.client
 
 
 class FairQueue:
-    """Waiting requests of many clients, bounded by their work; not safe for threads by itself."""
+    """Waiting requests of many clients, bounded by their work; not safe for threads by itself.
+
+    The ranks of the clients that wait are kept sorted for each kind of request, so that the next client is found
+    without a search, and a kind without a free slot costs nothing, however many wait for it.
+    """
 
     def __init__(self, bound: int) -> None:
         self.bound = bound
         self.work = 0
         self.waiting: dict[str, _Line] = {}
         self.counters: OrderedDict[str, int] = OrderedDict()  # of clients that do not wait, the latest last
+        self._ranks: defaultdict[type, list[_Rank]] = defaultdict(list)
+        self._ages = count()
         self._size = 0
 
     def __len__(self) -> int:
@@ -68,11 +87,16 @@ class FairQueue:
         if self.work and self.work + handle.prepared.work > self.bound:
             retry_after = max(1, round(seconds_of_work))
             raise QueueFullError("too many requests are waiting: try again later", retry_after)
-        if handle.client not in self.waiting:
-            lowest = min((line.counter for line in self.waiting.values()), default=0)
-            counter = max(lowest, self.counters.pop(handle.client, 0))
-            self.waiting[handle.client] = _Line(counter)
-        self.waiting[handle.client].handles[handle] = None
+        client, kind = handle.client, type(handle.prepared.request)
+        if client not in self.waiting:
+            lowest = min((ranks[0][0] for ranks in self._ranks.values() if ranks), default=0)
+            counter = max(lowest, self.counters.pop(client, 0))
+            self.waiting[client] = _Line(client, next(self._ages), counter)
+        line = self.waiting[client]
+        if kind not in line.handles:
+            line.handles[kind] = {}
+            insort(self._ranks[kind], line.rank)
+        line.handles[kind][handle] = next(self._ages)
         self.work += handle.prepared.work
         self._size += 1
 
@@ -83,24 +107,36 @@ class FairQueue:
 
         `kinds` are those requests for which there may be a free slot; the others are not examined.
         """
-        for line in sorted(self.waiting.values(), key=lambda line: line.counter):
-            for handle in line.handles:
-                if (kinds is None or type(handle.prepared.request) in kinds) and fits(handle):
-                    line.counter += handle.prepared.work
-                    self._remove(handle)
+        open_kinds = [kind for kind in self._ranks if kinds is None or kind in kinds]
+        # A client that waits for several kinds has the same rank in each.
+        for (_, _, client), _ in groupby(merge(*(self._ranks[kind] for kind in open_kinds))):
+            handles = self.waiting[client].handles
+            lines = (handles[kind].items() for kind in open_kinds if kind in handles)
+            for handle, _ in merge(*lines, key=itemgetter(1)):
+                if fits(handle):
+                    self._remove(handle, charge=handle.prepared.work)
                     return handle
         return None
 
     def drop(self, gone: Callable[[RequestHandle], bool]) -> list[RequestHandle]:
         """Remove and return, without charge, all requests that are `gone`."""
-        found = [handle for line in self.waiting.values() for handle in line.handles if gone(handle)]
+        lines = [handles for line in self.waiting.values() for handles in line.handles.values()]
+        found = [handle for handles in lines for handle in handles if gone(handle)]
         for handle in found:
-            self._remove(handle)
+            self._remove(handle, charge=0)
         return found
 
-    def _remove(self, handle: RequestHandle) -> None:
-        line = self.waiting[handle.client]
-        del line.handles[handle]
+    def _remove(self, handle: RequestHandle, charge: int) -> None:
+        """Remove a request and add `charge` to its client's counter."""
+        line, kind = self.waiting[handle.client], type(handle.prepared.request)
+        for ranks in (self._ranks[other] for other in line.handles):
+            del ranks[bisect_left(ranks, line.rank)]
+        del line.handles[kind][handle]
+        if not line.handles[kind]:
+            del line.handles[kind]
+        line.counter += charge
+        for other in line.handles:
+            insort(self._ranks[other], line.rank)
         self.work -= handle.prepared.work
         self._size -= 1
         if not line.handles:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
@@ -19,6 +21,73 @@ def handle(client: str, work: int, drawn: bool = False) -> RequestHandle:
     if drawn:
         request = CodesRequest(parts=(), client=client, modality="image")
     return RequestHandle(cast(PreparedRequest, SimpleNamespace(request=request, work=work)))
+
+
+class PlainQueue:
+    """The rule of the queue: sort all clients, look through all lines."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, deque[RequestHandle]] = {}
+        self.counters: OrderedDict[str, int] = OrderedDict()
+
+    def push(self, handle: RequestHandle) -> None:
+        client = handle.client
+        if client not in self.waiting:
+            lowest = min((self.counters.get(name, 0) for name in self.waiting), default=0)
+            self.counters[client] = max(lowest, self.counters.get(client, 0))
+            self.waiting[client] = deque()
+        self.waiting[client].append(handle)
+
+    def pop(self, fits: Callable[[RequestHandle], bool]) -> RequestHandle | None:
+        for client in sorted(self.waiting, key=lambda name: self.counters.get(name, 0)):
+            for handle in self.waiting[client]:
+                if fits(handle):
+                    self.counters[client] += handle.prepared.work
+                    self.remove(handle)
+                    return handle
+        return None
+
+    def remove(self, handle: RequestHandle) -> None:
+        self.waiting[handle.client].remove(handle)
+        if not self.waiting[handle.client]:
+            del self.waiting[handle.client]
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("push"), st.sampled_from("abcd"), st.integers(1, 50), st.booleans()),
+        st.tuples(st.just("pop"), st.sampled_from("tcb"), st.integers(1, 50)),
+        st.tuples(st.just("drop"), st.integers(0, 5)),
+    ),
+    max_size=80,
+)
+
+
+@given(STEPS)
+def test_the_order_is_that_of_the_plain_rule(steps: list[tuple[object, ...]]) -> None:
+    queue, plain, left = FairQueue(10**9), PlainQueue(), list[RequestHandle]()
+    for step in steps:
+        if step[0] == "push":
+            one = handle(str(step[1]), cast(int, step[2]), bool(step[3]))
+            queue.push(one, 1.0)
+            plain.push(one)
+            left.append(one)
+        elif step[0] == "pop":
+            kinds = {"t": {TextRequest}, "c": {CodesRequest}, "b": {TextRequest, CodesRequest}}[str(step[1])]
+            most = cast(int, step[2])
+            found = queue.pop(lambda one, most=most: one.prepared.work <= most, kinds)  # type: ignore[misc]
+            assert found is plain.pop(
+                lambda one, most=most, kinds=kinds: (  # type: ignore[misc]
+                    one.prepared.work <= most and type(one.prepared.request) in kinds
+                )
+            )
+            left = [one for one in left if one is not found]
+        elif left:
+            gone = left.pop(cast(int, step[1]) % len(left))
+            assert queue.drop(lambda one, gone=gone: one is gone) == [gone]  # type: ignore[misc]
+            plain.remove(gone)
+        assert len(queue) == len(left) and queue.work == sum(one.prepared.work for one in left)
+        assert set(queue.waiting) == set(plain.waiting)
 
 
 def test_a_kind_without_a_free_slot_is_not_examined() -> None:
@@ -41,7 +110,16 @@ def test_counters_of_clients_that_left_do_not_fill_the_memory() -> None:
     assert len(queue.counters) == MAX_COUNTERS and not queue.waiting
 
 
-ARRIVALS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 50)), max_size=30)
+def test_a_client_that_comes_and_goes_does_not_fill_the_memory() -> None:
+    queue = FairQueue(10**9)
+    queue.push(handle("busy", 5), 1.0)
+    for _ in range(2000):
+        queue.push(handle("restless", 5), 1.0)
+        queue.drop(lambda one: one.client == "restless")
+    assert sum(map(len, queue._ranks.values())) == len(queue.waiting) == len(queue.counters) == 1
+
+
+ARRIVALS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 50)), max_size=60)
 
 
 @given(ARRIVALS)
@@ -60,8 +138,8 @@ def test_nothing_is_lost_and_each_client_keeps_its_order(arrivals: list[tuple[st
 
 
 @given(
-    st.lists(st.integers(1, 50), min_size=12, max_size=12),
-    st.lists(st.integers(1, 50), min_size=12, max_size=12),
+    st.lists(st.integers(1, 50), min_size=30, max_size=30),
+    st.lists(st.integers(1, 50), min_size=30, max_size=30),
 )
 def test_two_who_always_want_more_differ_by_one_request(first: list[int], second: list[int]) -> None:
     queue = FairQueue(10**9)
