@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,9 @@ class Page:
         gradio.Markdown(self.about(scenario, language), elem_id="state")
         inputs = make_inputs(scenario, language, self.fits(scenario, language))
         run = gradio.Button(WORDS["run"].text(language), variant="primary", elem_id="run")
-        asked = [self.language, self.scenario, self.seed, self.drawn, *inputs]
-        run.click(self.on_run, asked, self.panel).then(None, js=SHOW)
+        # Not by the name in the dropdown: these inputs are of this scenario, and text must not be read as a path.
+        asked = [self.language, self.seed, self.drawn, *inputs]
+        run.click(partial(self.on_run, scenario), asked, self.panel).then(None, js=SHOW)
 
     def _free_tab(self) -> None:
         with gradio.Tab(WORDS["freely"].en, id="freely") as tab:
@@ -186,10 +188,9 @@ class Page:
         ]
 
     async def on_run(
-        self, language: Language, name: str, seed: float, drawn: Images, *contents: Any
+        self, scenario: Scenario, language: Language, seed: float, drawn: Images, *contents: Any
     ) -> list[Any]:
         """Return a scenario's answer in the panel."""
-        scenario = self.library.named(name)
         able = self._readiness(scenario)
         if not able.trained:
             return _failed(able.text(language), language, drawn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import cast
 
@@ -53,3 +54,13 @@ def test_a_task_below_its_baseline_is_not_what_it_opens_with() -> None:
 def test_a_model_without_any_scenario_opens_on_free_questions() -> None:
     found = page(trained((("count", "own"),), {"own": OWN}))
     assert found.opening_tab(best(found)) == "freely"
+
+
+def test_inputs_are_read_as_those_of_the_scenario_that_they_were_made_for() -> None:
+    """If the browser named the scenario, the content of a text box could be read as the path of a file."""
+    found = page(trained((("image_captioning", "emoji"),), {"emoji": EMOJI}))
+    with found.build() as blocks:
+        found._show_scenario("caption", "en")
+    runs = [one for one in blocks.fns.values() if isinstance(one.fn, partial)]
+    assert [one.fn.args for one in runs] == [(found.library.named("caption"),)]
+    assert found.scenario not in runs[0].inputs
