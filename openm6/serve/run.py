@@ -94,7 +94,9 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(sentence) from None
     family, *_, address = found[0]
     try:
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        # At :: it answers IPv4, too.
+        dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=dual)
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise ConfigError(

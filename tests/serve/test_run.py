@@ -176,6 +176,12 @@ def test_an_address_of_another_machine_is_one_sentence() -> None:
         bind("no.such.host.invalid", 0)
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_the_address_of_all_machines_in_ipv6_answers_ipv4_too() -> None:
+    with bind("::", 0) as listener:
+        socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=5).close()
+
+
 def test_who_may_reach_it() -> None:
     for host, public in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)):
         with bind(host, 0) as listener:
