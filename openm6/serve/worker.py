@@ -211,7 +211,7 @@ class Worker:
     def tick(self) -> None:
         """Run one step of everything in work."""
         if self.unread:
-            self._read_together()
+            self._run(self._read_together, list(self.unread))
         self.drop(lambda handle: handle.cancelled or handle.expired)
         if self.masked:
             group = self._masked_group()
@@ -288,7 +288,7 @@ class Worker:
 
     def _read_together(self) -> None:
         """Read prompts in one pass; if that fails, one after the other, so that only the broken one ends."""
-        handles, began = list(self.unread), time.monotonic()
+        handles, self.unread = self.unread, []
         prompts = [handle.prepared.prompt for handle in handles]
         slots = [self.text.next_slot + index for index in range(len(handles))]
         try:
@@ -298,10 +298,8 @@ class Worker:
         except Exception:
             get_log().exception("prompts could not be read together")
             found = []
-        self.unread.clear()
         for handle, (position, cached) in zip(handles, found, strict=False):
             self._add_row(handle, position, cached)
-        self.energy.add(handles, time.monotonic() - began)
         for handle in handles[len(found) :]:
             self._run(partial(self._read_text, handle), [handle])
 
@@ -403,7 +401,8 @@ class EnergyAttribution:
         """Divide what was counted since the last call, to the last joule."""
         reading = self.meter.joules(fresh=True)
         counted, self.reading = reading.joules - self.reading.joules, reading
-        total = sum(self.seconds.values())
+        # A coarse clock may count no time at all.
+        total = sum(self.seconds.values()) or 1.0
         for handle, seconds in self.seconds.items():
             handle.joules += counted * seconds / total
         self.seconds.clear()

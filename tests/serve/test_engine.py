@@ -33,7 +33,7 @@ from openm6.serve.requests import (
     prepare,
 )
 from openm6.serve.run import read_serve_config
-from openm6.serve.worker import RequestHandle, Worker
+from openm6.serve.worker import EnergyAttribution, RequestHandle, Worker
 from tests.data.sample_images import png, wav
 from tests.serve.alone import answer_alone
 from tests.small_model import embedding_model, loaded
@@ -163,6 +163,35 @@ def test_of_prompts_read_together_only_the_broken_one_ends(
         assert found[handle] == answer_alone(model, handle.prepared.request, 256)
 
 
+def test_a_failure_between_reading_and_decoding_ends_those_prompts_alone(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with open_meter() as meter:
+        worker = Worker(model, EngineConfig(max_num_seqs=2, max_model_len=256, batch_invariant=False), meter)
+        handles = [RequestHandle(prepare(TextRequest(parts=say("draw")), model, 256)) for _ in range(2)]
+        for handle in handles:
+            worker.start(handle)
+        monkeypatch.setattr(worker.text, "add", fail)
+        worker.tick()
+    assert not worker.active and worker.text.free == 2
+    for handle in handles:
+        with pytest.raises(EngineUnavailableError, match="failed on this request"):
+            handle.wait(0)
+
+
+def test_requests_without_measured_time_do_not_stop_the_attribution(model: LoadedModel) -> None:
+    """A clock may be too coarse to show any."""
+    with open_meter() as meter:
+        energy = EnergyAttribution(meter)
+        handle = RequestHandle(prepare(TextRequest(parts=say("draw")), model, 256))
+        energy.add([handle], 0.0)
+        energy.settle()
+    assert handle.joules == 0 and not energy.seconds
+
+
 def test_joules_add_up_to_what_the_meter_counted(model: LoadedModel) -> None:
     with Engine(model, EngineConfig(max_num_seqs=3, max_model_len=256)) as engine:
         before = engine.meter.joules(fresh=True).joules
@@ -232,6 +261,19 @@ def test_too_many_requests_being_read_are_refused(
     config = EngineConfig(max_num_seqs=1, max_model_len=256)
     with Engine(model, config) as engine, pytest.raises(QueueFullError, match="are being read"):
         asyncio.run(engine.ask(TextRequest(parts=say("a"))))
+
+
+def test_requests_that_have_been_read_make_way_for_others(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that are broken."""
+    monkeypatch.setattr("openm6.serve.engine.MAX_PREPARING", 1)
+    with Engine(model, EngineConfig(max_num_seqs=1, max_model_len=256)) as engine:
+        for _ in range(2):
+            with pytest.raises(DataError):
+                asyncio.run(engine.ask(TextRequest(parts=())))
+        for _ in range(2):
+            asyncio.run(engine.ask(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=1))))
 
 
 def test_a_deadline_that_passes_is_said(engine: Engine) -> None:
