@@ -71,8 +71,11 @@ def test_the_report_has_its_documented_parts(unbroken: Path) -> None:
 def test_each_task_in_the_report_is_complete(unbroken: Path) -> None:
     for name, entry in report_of(unbroken)["tasks"].items():
         task = TASKS[name.split("/")[0]]
-        assert (entry["source"], entry["target"]) == (task.input_modality, task.output_modality)
-        assert {entry["source"], entry["target"]} <= set(MODALITIES)
+        assert (entry["input_modality"], entry["output_modality"]) == (
+            task.input_modality,
+            task.output_modality,
+        )
+        assert {entry["input_modality"], entry["output_modality"]} <= set(MODALITIES)
         assert entry["metric"] == task.metrics[0] and entry["better"] in ("higher", "lower")
         assert math.isfinite(entry["value"]) and entry["baseline_name"]
         low, high = entry["information_ci"]
