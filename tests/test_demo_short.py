@@ -84,7 +84,7 @@ def test_an_image_is_drawn(folder: Path) -> None:
     assert (image.format, image.size, image.mode) == ("PNG", (32, 32), "RGB")
 
 
-def test_audio_is_spoken(folder: Path) -> None:
+def test_speech_is_generated(folder: Path) -> None:
     done = openm6(folder, "generate", "run", "--image", "a.png", "--output", "audio", "--out", "x.wav")
     assert done.returncode == 0, done.stderr
     samples, rate = soundfile.read(folder / "x.wav")

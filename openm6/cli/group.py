@@ -13,10 +13,10 @@ from rich.protocol import is_renderable
 from typer.core import TyperGroup
 
 from openm6.core.errors import Interrupted, OpenM6Error
-from openm6.core.files import advice_for, replace_text, to_json
+from openm6.core.files import advice_for, renamed, replace_text, to_json
 from openm6.core.log import start_log
 
-FAILED, INTERRUPTED = 1, 130
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 # Errors of the system that are no bugs of the package.
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
@@ -48,6 +48,13 @@ class PlainGroup(TyperGroup):
         except KeyboardInterrupt as stop:
             sentence = str(stop) or "stopped"
             code = stop.exit_code if isinstance(stop, Interrupted) else INTERRUPTED
+        # The error of an unknown option, too, is in another module in each release of typer.
+        except Exception as error:
+            old = getattr(error, "option_name", None)
+            new = None if old is None else renamed("option").get(old)
+            if new is None:
+                raise
+            sentence, code = f"error: the option {old!r} was renamed to {new!r}", MISUSED
         sys.stderr.write(sentence + "\n")
         ctx.exit(code)
 

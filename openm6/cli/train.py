@@ -95,7 +95,7 @@ def convert(
         str | None,
         typer.Option(
             "--precision",
-            help="fp32-adamw, bf16-adafactor-momentum, bf16-adafactor or int8-adafactor (16, 4, 2, 1 bytes).",
+            help="fp32, bf16-adafactor-momentum, bf16-adafactor or int8-adafactor (16, 4, 2, 1 bytes).",
         ),
     ] = None,
     stage: Annotated[

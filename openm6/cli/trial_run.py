@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from openm6.core.lru_cache import LRUCache
 from openm6.core.run_folder import RunFolder
 from openm6.evaluate.evaluator import EvalConfig
 from openm6.evaluate.results import EvalReport
+from openm6.inference.load import LoadedModel
 from openm6.modalities.batch import Batch
 from openm6.plan.measured import STEPS, TRIAL_FILE, WARMUP_STEPS, TrialRun, end_with_parent
 from openm6.train.callbacks import Callback
@@ -80,6 +82,10 @@ class TrialTraining(MultimodalTraining):
             result = super()._evaluate(run, checkpoint)
             self.evaluations.append((part.answers / whole.answers, time.perf_counter() - began))
         return result
+
+    def _loaded(self, checkpoint: Path) -> LoadedModel:
+        # The checkpoint of an offloaded model holds the settings of the whole evaluation.
+        return replace(super()._loaded(checkpoint), description=self.description)
 
     def _clear_caches(self) -> None:
         """Forget the codes of images and audio, or the second evaluation would find those of the first."""

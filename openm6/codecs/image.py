@@ -15,7 +15,7 @@ from openm6.codecs.base import Codec, GroupedQuantizer, Quantized, QuantizerConf
 from openm6.core.errors import DataError
 from openm6.ops.matmul import matmul, use_onednn
 
-STEM = 4  # pixels folded into channels before the first convolution: which makes the codec fast on a CPU
+STEM = 4  # pixels folded into channels before the first convolution, which makes the codec fast on a CPU
 
 
 class ImageCodecConfig(QuantizerConfig):

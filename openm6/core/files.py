@@ -137,5 +137,5 @@ def read_table(name: str) -> list[dict[str, str]]:
 
 @functools.cache
 def renamed(kind: str) -> dict[str, str]:
-    """Return names of version 0.1 with those of now: keys of a config class, or of tasks if `kind` is "task"."""
+    """Return names of version 0.1 with those of now: keys of a config class, or of kind "task" or "option"."""
     return {row["old"]: row["new"] for row in read_table("renamed") if row["kind"] == kind}

@@ -36,9 +36,8 @@ Kind = Literal[
 ]  # fmt: skip
 Language = Literal["en", "zh"]
 
-MIN_AGREEING = (
-    0.9  # of the cells must agree before a column is called a kind; the others are reported as broken
-)
+# Fraction of the cells that must agree before a column is called a kind; the others are reported as broken.
+MIN_AGREEING = 0.9
 MAX_CATEGORIES = 50
 MAX_CATEGORY_LETTERS = 40
 IDENTIFIER_NAMES = frozenset({"id", "key", "uuid", "guid", "index", "idx", "row"})

@@ -61,7 +61,7 @@ class Quarantine:
             self.seen += count
 
     def count(self, name: str, source: str) -> None:
-        """Count a record that is not set aside: `truncated` (accepted, too) or `not_applicable` (neither seen)."""
+        """Count a record that is not set aside: `truncated` (also accepted) or `not_applicable` (not even seen)."""
         with self._lock:
             self.counts[name][source] += 1
 

@@ -105,7 +105,7 @@ class TableFolder:
                 raise DataError(f"file name {name!r} leads out of the table's folder {self.root}")
             return f"{self.root}/{inner}"
         root = Path(self.root).resolve()
-        path = (root / name).resolve()  # follows links, so that a link cannot lead out, too
+        path = (root / name).resolve()  # follows links, so that none can lead out
         if not path.is_relative_to(root):
             raise DataError(f"file name {name!r} leads out of the table's folder {self.root}")
         if not path.is_file():

@@ -9,7 +9,7 @@ import json
 import mmap
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
@@ -24,9 +24,9 @@ from openm6.data.storage import first_line, is_remote, only_file, open_binary
 from openm6.data.table import ArrowTable, Table, TableConfig, UnreadableRowError
 
 SEPARATORS = (",", ";", "\t", "|")  # the first of those that fit equally well is used
-SAMPLE_BYTES = 1 << 20  # must hold the header
+SAMPLE_BYTES = 1 << 20  # from which the separator is detected
 SAMPLE_ROWS = 50
-BLOCK_BYTES = 16 << 20  # the longest row that can be read
+BLOCK_BYTES = 16 << 20  # the longest row that can be read, the header included
 UTF8, LATIN = "utf-8", "latin-1"
 
 # By decimal mark: numbers with decimals, and whole numbers in groups of three that the other mark separates.
@@ -40,17 +40,20 @@ _GROUPED = {
 }
 
 
-def sample_rows(path: str, separator: str) -> list[list[str]]:
+def sample_rows(path: str, separator: str) -> Iterator[list[str]]:
     """The first rows of a CSV, the header among them, with each byte as one letter (Latin-1)."""
     with open_binary(path) as file:
         sample = file.read(SAMPLE_BYTES)
+        # A header of very many columns.
+        if b"\n" not in sample and b"\r" not in sample:
+            sample += file.read(BLOCK_BYTES - SAMPLE_BYTES)
     text = sample.decode(LATIN).removeprefix("\xef\xbb\xbf")
-    if len(sample) == SAMPLE_BYTES:
+    if len(sample) >= SAMPLE_BYTES:
         text = text[: text.rfind("\n") + 1] or text
     try:
-        return list(islice(csv.reader(io.StringIO(text, newline=""), delimiter=separator), SAMPLE_ROWS + 1))
-    except csv.Error:  # a cell beyond the reader's limit
-        return []
+        yield from islice(csv.reader(io.StringIO(text, newline=""), delimiter=separator), SAMPLE_ROWS + 1)
+    except csv.Error:  # a cell beyond the reader's limit: the rows before it are enough
+        return
 
 
 def sniff_separator(path: str) -> str:
@@ -61,7 +64,7 @@ def sniff_separator(path: str) -> str:
     return max(SEPARATORS, key=lambda separator: _fit(sample_rows(path, separator)))
 
 
-def _fit(rows: list[list[str]]) -> tuple[float, int]:
+def _fit(rows: Iterable[list[str]]) -> tuple[float, int]:
     """How well a separator fits: the fraction of rows as wide as the header, then the width; zero for one column."""
     header, *others = [row for row in rows if row] or [[]]
     if len(header) < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from functools import partial
@@ -256,10 +256,12 @@ class WindowsConfig(SourceConfig):
         needed = list(dict.fromkeys([*self.columns, *filter(None, (self.time, self.group))]))
         table.read(needed)
         values = np.stack([_numbers(table, column) for column in self.columns], axis=1)  # R C
+        named = {"start": self.time, "group": self.group}
+        described = {key: table.column(column) for key, column in named.items() if column is not None}
         windows = [
             window
             for rows in self._groups(table)
-            for window in self._windows(table, values, rows, split, test_fraction)
+            for window in self._windows(described, values, rows, split, test_fraction)
         ]
         if not windows and split == "train":
             length = self.context + self.horizon
@@ -285,7 +287,12 @@ class WindowsConfig(SourceConfig):
         return [np.array(sorted(rows, key=times.__getitem__)) for rows in groups.values()]
 
     def _windows(
-        self, table: Table, values: np.ndarray, rows: np.ndarray, split: Split, test_fraction: float
+        self,
+        described: Mapping[str, Sequence[Any]],
+        values: np.ndarray,
+        rows: np.ndarray,
+        split: Split,
+        test_fraction: float,
     ) -> Iterator[_Window]:
         length = self.context + self.horizon
         border = len(rows) - round(len(rows) * test_fraction)
@@ -300,9 +307,7 @@ class WindowsConfig(SourceConfig):
             # Without a value there is nothing to forecast.
             if np.isnan(values[covered[self.context :]]).all():
                 continue
-            named = {key: column for key, column in (("start", self.time), ("group", self.group)) if column}
-            cells = table.row(int(covered[0]), list(named.values()))
-            about = {key: str(cells[column]) for key, column in named.items()}
+            about = {key: str(cells[covered[0]]) for key, cells in described.items()}
             # Targets of windows that start within one horizon overlap: they are no independent evidence.
             about["block"] = f"{about.get('group', '')}/{begin // self.horizon}"
             yield _Window(covered, about)

@@ -27,7 +27,7 @@ from openm6.energy.processor import (
 
 POLL_SECONDS = 10.0  # a counter of RAPL wraps in minutes, so it must be read in a long step, too
 MAX_REST = 1.0  # seconds
-# Of the time, that reading may take: what is asked for more often is answered from the last reading.
+# Fraction of the time that reading may take: what is asked for more often is answered from the last reading.
 MAX_TIME_FRACTION = 0.002
 
 

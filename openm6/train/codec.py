@@ -130,7 +130,8 @@ class CodecTraining(TrainingTask):
             norm.frozen = settling
         # Data, losses and rounding stay in fp32; the loop's autocast holds for the networks alone.
         with torch.autocast(self.device.type, enabled=False):
-            raw = self.subject.draw(derive_seed(self.recipe.loop.seed, "batch", batch.step))
+            # This word is part of the seed: with another one, the batches would not be those of the shipped codecs.
+            raw = self.subject.draw(derive_seed(self.recipe.loop.seed, "lesson", batch.step))
         output, quantized = self.codec.reconstruct(raw)
         with torch.autocast(self.device.type, enabled=False):
             loss = self.subject.loss(raw, output, settling)

@@ -142,9 +142,8 @@ class MultimodalTraining(TrainingTask):
             f"loss/{kind}": nll.get(kind, zero) / count for kind, count in counts.learned.items() if count
         }
         metrics["packing_efficiency"] = batch.tokens / counts.positions
-        fraction = batch.tokens / max(
-            1.0, counts.tokens
-        )  # the routers' own means are over this rank's tokens
+        # The routers' own means are over this rank's tokens.
+        fraction = batch.tokens / max(1.0, counts.tokens)
         loads = [replace(load, dropped=load.dropped * fraction) for load in loads]
         loss = total / counts.examples + fraction * side_loss(loads) + self._zero_gradients()
         return StepResult(loss, metrics, loads, work)

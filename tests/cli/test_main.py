@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 
 from openm6.cli.main import app
 from openm6.core.errors import DataError, Interrupted
+from openm6.core.files import renamed
+from openm6.optim.config import PRECISIONS
 from openm6.train.loop import TrainResult
 from tests.cli.lazy_imports import import_name, lazy_imports, replace_calls
 
@@ -215,6 +217,36 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_command_or_option_is_an_error() -> None:
     assert runner.invoke(app, ["trian"]).exit_code == 2
     assert runner.invoke(app, ["train", "x.yaml", "--reusme"]).exit_code == 2
+
+
+OLD_OPTIONS = {
+    "generate": ["--want", "--sound", "--hole", "--gap", "--resident"],
+    "plan": ["--pseudo-share", "--recompute-every"],
+    "convert": ["--bytes"],
+}
+
+
+def test_every_old_option_is_tried() -> None:
+    assert sorted(renamed("option")) == sorted(old for options in OLD_OPTIONS.values() for old in options)
+
+
+@pytest.mark.parametrize(
+    ("command", "old"), [(command, old) for command, options in OLD_OPTIONS.items() for old in options]
+)
+@pytest.mark.parametrize("form", ["{} 2", "{}=2"])
+def test_an_old_option_is_refused_with_a_new_one_of_the_same_command(
+    command: str, old: str, form: str
+) -> None:
+    new = renamed("option")[old]
+    shown = runner.invoke(app, [command, "runs/x", *form.format(old).split()])
+    sentence = f"error: the option '{old}' was renamed to '{new}'\n"
+    assert (shown.exit_code, shown.stderr, shown.stdout) == (2, sentence, "")
+    assert f"{new} " in runner.invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+
+
+def test_the_help_of_convert_lists_the_precisions() -> None:
+    shown = runner.invoke(app, ["convert", "--help"], env={"COLUMNS": "200"}).stdout
+    assert f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}" in " ".join(shown.split())
 
 
 def test_the_module_runs_as_a_program_in_a_terminal() -> None:

@@ -80,9 +80,10 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         load_codec(path)
 
 
-def test_another_safetensors_file_is_no_codec(tmp_path: Path) -> None:
+@pytest.mark.parametrize("about", [{"kind": "video", "config": {}}, {"kind": "image"}, {}])
+def test_another_safetensors_file_is_no_codec(tmp_path: Path, about: dict[str, object]) -> None:
     path = tmp_path / "model.safetensors"
-    save_file({"a": torch.zeros(2)}, str(path), {METADATA_KEY: json.dumps({"kind": "image"})})
+    save_file({"a": torch.zeros(2)}, str(path), {METADATA_KEY: json.dumps(about)})
     with pytest.raises(CheckpointError, match="holds no codec"):
         load_codec(path)
 

@@ -16,7 +16,7 @@ from openm6.train.audio_codec import AudioCodecRecipe
 from openm6.train.image_codec import ImageCodecRecipe
 from openm6.train.recipe import MultimodalRecipe
 
-KINDS = {row["kind"] for row in read_table("renamed")} - {"task"}
+KINDS = {row["kind"] for row in read_table("renamed")} - {"task", "option"}
 REPLICAS = "ReplicaConfig"  # in a module that needs Ray
 
 

@@ -253,7 +253,7 @@ def test_records_of_which_none_can_be_used_end_the_search(record: dict | None) -
     made = packer([record] * 3, quarantine=Quarantine(limit=1.0), second=[record])
     with pytest.raises(
         TrainingError,
-        match="no record of first/question_answering, second/question_answering can be used",
+        match="no record of first/question_answering, second/question_answering can be used; the last one: ",
     ):
         batches(made, 1)
 

@@ -13,7 +13,7 @@ from openm6.data.media import load_table
 from openm6.data.records import Fields
 from openm6.data.source import Source
 from openm6.data.sources import open_sources
-from openm6.data.text_tables import CsvConfig, JsonlConfig, sniff_separator
+from openm6.data.text_tables import SAMPLE_BYTES, CsvConfig, JsonlConfig, sniff_separator
 from openm6.data.windows import WindowsConfig
 from tests.data.sample_images import png
 
@@ -193,6 +193,24 @@ def test_a_file_without_a_header_is_refused_until_its_columns_are_named(tmp_path
 def test_columns_are_named_once():
     with pytest.raises(ConfigError, match="each column once"):
         build(CsvConfig, {"path": "x", "columns": ["a", "a"]}, "r.yaml")
+
+
+@pytest.mark.parametrize("separator", [None, ";"])
+def test_a_long_cell_in_the_first_rows_hides_no_header(tmp_path, separator):
+    path = tmp_path / "long.csv"
+    path.write_text(f'title;price\na;1\n"{"word " * 40_000}";2\nb;3\n')
+    source = open_csv(path, separator=separator)
+    assert [len(text) for text in source.values("text_en")] == [1, 200_000, 1]
+    assert source[2]["numbers"] == {"price": 3.0}
+
+
+def test_a_header_longer_than_the_sample(tmp_path):
+    path = tmp_path / "wide.csv"
+    names = [f"a column with a long name, number {number:05}" for number in range(25_000)]
+    path.write_text("title\tprice\t" + "\t".join(names) + "\n" + ("a\t1" + "\t2" * len(names) + "\n") * 2)
+    assert path.stat().st_size > SAMPLE_BYTES and sniff_separator(str(path)) == "\t"
+    source = open_csv(path)
+    assert len(source) == 2 and source[1]["numbers"] == {"price": 1.0}
 
 
 def open_jsonl(path: object, **settings: object) -> Source:

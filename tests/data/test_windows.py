@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from typing import Any
@@ -122,6 +123,22 @@ def test_broken_and_missing_cells(tmp_path):
     with pytest.raises(DataError, match="row 2, column 'v'"):
         windows[0]
     assert windows[3]["series"]["v"] == [4, 5, 6]
+
+
+@pytest.mark.parametrize("group", [None, "who"])
+def test_a_broken_line_or_one_without_its_group_breaks_no_other(tmp_path, group):
+    path = tmp_path / "t.jsonl"
+    lines = [json.dumps({"v": n, "who": "x"}) for n in range(20)]
+    lines[4:8] = ['{"v": ', '{"v": 5}', '{"v": 6}', '{"v": 7}']
+    path.write_text("\n".join(lines) + "\n")
+    windows = open_windows(
+        path=str(path), columns=["v"], group=group, context=1, horizon=1, test_fraction=0.0
+    )
+    found = [windows[index] for index in range(len(windows))]
+    # Where the broken line is all that is to be forecast, there is no window.
+    assert len(found) == (18 if group is None else 3 + 15)
+    assert [None, 5.0] in [record["series"]["v"] for record in found]
+    assert {record["extra"].get("group") for record in found} == ({None} if group is None else {"x", "None"})
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,9 @@ from openm6.core.errors import ConfigError, TrainingError
 from openm6.core.run_folder import RunFolder
 from openm6.energy.meter import EnergyConfig
 from openm6.evaluate.evaluator import EvalConfig
+from openm6.evaluate.results import EvalReport
+from openm6.evaluate.run import evaluate
+from openm6.inference.load import LoadedModel
 from openm6.plan.measured import (
     STEPS,
     TRIAL_FILE,
@@ -151,7 +155,17 @@ def test_a_trial_that_fails_reports_its_sentence() -> None:
         plan_measured(failing, -1.0, None, {})
 
 
-def test_a_trial_trains_saves_and_evaluates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [[], ["loop.offload={num_gpu_layers: 0}", "eval.at_end=true"]])
+def test_a_trial_trains_saves_and_evaluates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str]
+) -> None:
+    answers: list[int] = []
+
+    def evaluate_part(*words: Any, loaded: LoadedModel, **named: Any) -> EvalReport:
+        answers.append(loaded.description.eval["answers"])
+        return evaluate(*words, loaded=loaded, **named)
+
+    monkeypatch.setattr("openm6.train.multimodal.evaluate", evaluate_part)
     small = [
         "model.overrides={hidden_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16}",
         "mixture=[{source: penguins, task: tabular_classification}]",
@@ -159,12 +173,13 @@ def test_a_trial_trains_saves_and_evaluates(tmp_path: Path) -> None:
         "packing={batch_size: 2, seq_len: 128}", "eval={records: 20, answers: 20, samples: 1, num_processes: 1}",
         "loop.held_out={every: 100, batches: 1}",
     ]  # fmt: skip
-    run_trial(tmp_path, "demo", small)
+    run_trial(tmp_path, "demo", [*small, *changes])
     run = RunFolder(tmp_path)
     trial, steps = TrialRun.model_validate_json((run.path / TRIAL_FILE).read_text()), measured_steps(run)
     assert steps.count == STEPS - WARMUP_STEPS - 1 and steps.seconds > 0
     assert trial.minutes == 5.6 and trial.steps is None and trial.step_tokens == 256
     assert trial.save_seconds and trial.held_out_seconds and trial.report_seconds > 0
     assert [fraction for fraction, _ in trial.evaluations] == [0.05, 0.25]
+    assert answers == [1, 5]
     assert all(seconds > 0 for _, seconds in trial.evaluations)
     assert (tmp_path / "report.json").is_file()

@@ -17,7 +17,8 @@ def builders(monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     return {
-        name: importlib.import_module(f"embedded_data.{name}") for name in ("images", "numbers", "tables")
+        name: importlib.import_module(f"embedded_data.{name}")
+        for name in ("images", "numbers", "synthetic", "tables")
     }
 
 
@@ -34,6 +35,16 @@ def test_what_comes_from_pypi_is_rebuilt_exactly(builders, name, module, tmp_pat
         path = tmp_path / f"{name}-{split}.parquet"
         builders["tables"].write(blank, path)
         assert builders["tables"].differences(builders["tables"].table_of(made), path) == []
+
+
+@pytest.mark.parametrize("name, function", [("audio_events", "events"), ("machines", "machines")])
+def test_synthetic_records_are_rebuilt_exactly(builders, name, function, tmp_path):
+    synthetic, tables = builders["synthetic"], builders["tables"]
+    rows = getattr(synthetic, function)(tmp_path)
+    for split in ("train", "test"):
+        made = [row for row in rows if row["split"] == split]
+        built = tables.table_of(made, synthetic.SYNTHETIC_SCHEMA)
+        assert tables.differences(built, EMBEDDED / f"{name}-{split}.parquet") == []
 
 
 def test_a_difference_is_found(builders, tmp_path):

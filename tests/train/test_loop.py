@@ -77,9 +77,8 @@ def test_the_last_checkpoints_are_kept(unbroken: Path) -> None:
     assert (checkpoints[-1] / "model.json").read_text() == '{"kind": "toy"}\n'
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "crash"), [("adamw", 3), ("adamw", 22), ("adamw", 40), ("adafactor", 22), ("muon", 22)]
-)
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("crash", [3, 22, 40])
 def test_resumed_equals_unbroken(
     tmp_path: Path, whole: Callable[[str], Path], optimizer: str, crash: int
 ) -> None:
