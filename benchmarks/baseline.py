@@ -58,13 +58,9 @@ def build_baseline(sizes: Sizes, device: torch.device) -> nn.Module:
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
         with device:
-            model = Qwen3MoeForCausalLM._from_config(
-                config, attn_implementation="sdpa", experts_implementation=EXPERTS
-            )
+            model = Qwen3MoeForCausalLM._from_config(config, attn_implementation="sdpa", experts_implementation=EXPERTS)
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"this transformers has no {EXPERTS} experts: install 5.0 or newer ({error})"
-        ) from None
+        raise ConfigError(f"this transformers has no {EXPERTS} experts: install 5.0 or newer ({error})") from None
     finally:
         torch.set_default_dtype(usual)
     return model.train()
@@ -94,9 +90,7 @@ def baseline_candidate(sizes: Sizes, device: torch.device, compiled: bool) -> Ca
     return Candidate(model, optimizer, step, lambda: _parts(model, optimizer, ids, compiled))
 
 
-def _parts(
-    model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, compiled: bool
-) -> Mapping[str, tuple[int, Part]]:
+def _parts(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, compiled: bool) -> Mapping[str, tuple[int, Part]]:
     """Return the parts of layer 0, compiled if the step is; the same parts as those of OpenM6."""
     layer, count = model.model.layers[0], len(model.model.layers)
     x = torch.randn_like(model.model.embed_tokens(ids))

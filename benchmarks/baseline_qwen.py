@@ -133,9 +133,7 @@ class QwenBaseline:
         }
         return ways
 
-    def _continuous(
-        self, prompts: list[list[int]], new_tokens: int, settings: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _continuous(self, prompts: list[list[int]], new_tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         seen = self.under_load(prompts, new_tokens, [0.0] * len(prompts), settings)
         if isinstance(seen, str):

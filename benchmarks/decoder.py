@@ -130,9 +130,7 @@ def our_layer(config: ExpertsConfig, x: Tensor) -> tuple[Part, Part]:
         return moe(leaf, valid, LocalDispatcher(), 0)[0]
 
     layer = backward_of(as_trained(forward, x), x, [*experts.parameters(), router.weight])
-    return layer, own_products_of(
-        experts.up, experts.down, x.shape[0] * x.shape[1] * config.experts_per_token
-    )
+    return layer, own_products_of(experts.up, experts.down, x.shape[0] * x.shape[1] * config.experts_per_token)
 
 
 def as_trained(forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -141,9 +139,7 @@ def as_trained(forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tens
     return compiled
 
 
-def layer_figures(
-    timing: Timing, products: Timing, call: Part, sizes: Sizes, device: torch.device
-) -> dict[str, Any]:
+def layer_figures(timing: Timing, products: Timing, call: Part, sizes: Sizes, device: torch.device) -> dict[str, Any]:
     """Return the results of one layer; routing is its time minus that of its products."""
     tflops, peak = sizes.expert_flops / timing.median / 1e12, peak_tflops(device)
     bare = 1000 * products.median

@@ -65,9 +65,7 @@ def scaled_product(rows: Tensor, weight: Tensor, counts: Tensor, block: int | No
     return scaled_product_reference(rows, weight, counts, block)
 
 
-def scaled_product_reference(
-    rows: Tensor, weight: Tensor, counts: Tensor, block: int | None = None
-) -> Tensor:
+def scaled_product_reference(rows: Tensor, weight: Tensor, counts: Tensor, block: int | None = None) -> Tensor:
     """Return the reference: both operands rounded to 8 bits, multiplied in their own dtype."""
     small = rounded(weight.mT.contiguous(), block).mT
     return grouped_mm_reference(rounded(rows, block), small, counts)
@@ -115,9 +113,7 @@ class EightBitExperts(Experts):
     ) -> tuple[Tensor, Tensor | None]:
         flat = x.flatten(0, 1)
         plan = dropless_permutation(routing.chosen, self.config.num_experts)
-        hidden = activate(
-            eight_bit_product(permute(flat, plan), self.up, plan.counts), self.config.hidden_act
-        )
+        hidden = activate(eight_bit_product(permute(flat, plan), self.up, plan.counts), self.config.hidden_act)
         rows = eight_bit_product(hidden, self.down, plan.counts)
         return unpermute(rows, routing.gate, plan).view_as(x), None
 
@@ -282,9 +278,7 @@ def _loss_figures(losses: dict[str, list[float]]) -> dict[str, Any] | None:
     steps = min(len(taken) for taken in losses.values())
     if not steps:
         return None
-    last = {
-        name: statistics.mean(taken[steps - max(1, steps // 4) : steps]) for name, taken in losses.items()
-    }
+    last = {name: statistics.mean(taken[steps - max(1, steps // 4) : steps]) for name, taken in losses.items()}
     return {
         "steps": steps,
         **{name: round(value, 5) for name, value in last.items()},

@@ -20,9 +20,7 @@ import typer
 
 from openm6.core.files import replace_text
 
-Json = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write the results to this file.")
-]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results to this file.")]
 Seconds = Annotated[float, typer.Option("--seconds", help="Time after which no new part starts.")]
 TimeLimit = Annotated[
     float | None,

@@ -44,9 +44,7 @@ def link_ceiling(device: torch.device) -> float | None:
     return 2 * ROUNDS * BYTES / (time.perf_counter() - began) / 1e9
 
 
-def _copy(
-    pairs: list[tuple[torch.Tensor, torch.Tensor]], streams: list[torch.cuda.Stream], rounds: int
-) -> None:
+def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]], streams: list[torch.cuda.Stream], rounds: int) -> None:
     for _ in range(rounds):
         for (target, source), stream in zip(pairs, streams, strict=True):
             with torch.cuda.stream(stream):
@@ -156,16 +154,12 @@ def bench_offload(
     ] = 2,
     activation_checkpointing_every: Annotated[
         int,
-        typer.Option(
-            "--activation-checkpointing-every", min=1, help="Store the input of every n-th layer only."
-        ),
+        typer.Option("--activation-checkpointing-every", min=1, help="Store the input of every n-th layer only."),
     ] = 1,
     activation_storage: Annotated[
         str, typer.Option("--activation-storage", help="Storage of layer inputs: device or host.")
     ] = "device",
-    margin: Annotated[
-        float, typer.Option("--margin", help="GiB of device memory that auto leaves free.")
-    ] = 4.0,
+    margin: Annotated[float, typer.Option("--margin", help="GiB of device memory that auto leaves free.")] = 4.0,
     steps: Steps = 4,
     curve: Annotated[
         bool, typer.Option("--curve", help="Add the time of a step by fraction of offloaded layers.")
@@ -214,9 +208,7 @@ def measure(
                 report["times_the_baseline"] = report.found["parameters"] / found["parameters"]
 
 
-def measure_offload(
-    report: Report, size: OffloadSize, steps: int, device: torch.device, meter: Meter
-) -> None:
+def measure_offload(report: Report, size: OffloadSize, steps: int, device: torch.device, meter: Meter) -> None:
     """Add the results of one size to the report; the first step is a warm-up."""
     times: list[StepTimes] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -225,9 +217,7 @@ def measure_offload(
             torch.cuda.reset_peak_memory_stats(device)
         batches = training.batches()
         _timed_step(training, train_step, next(batches), 1)
-        report.at_end(
-            lambda: {} if settled or not times else _figures(size, training, train_step, times, device)
-        )
+        report.at_end(lambda: {} if settled or not times else _figures(size, training, train_step, times, device))
         settled = False
         with meter.span() as span:
             while len(times) < steps and not (times and report.deadline.passed):
@@ -242,9 +232,7 @@ def measure_offload(
     report.update({"link_ceiling_gbps": ceiling, "link_fraction": fraction})
 
 
-def offload_curve(
-    size: OffloadSize, device: torch.device, deadline: Deadline, found: list[dict[str, float]]
-) -> None:
+def offload_curve(size: OffloadSize, device: torch.device, deadline: Deadline, found: list[dict[str, float]]) -> None:
     """Add seconds per step by fraction of offloaded layers, from none to all."""
     for quarter in range(5):
         offloaded = round(size.layers * quarter / 4)
@@ -269,9 +257,7 @@ def _open(
     return training, train_step
 
 
-def _timed_step(
-    training: MultimodalTraining, train_step: OffloadedTrainStep, batch: Any, step: int
-) -> StepTimes:
+def _timed_step(training: MultimodalTraining, train_step: OffloadedTrainStep, batch: Any, step: int) -> StepTimes:
     """Time one step from its first fetch to its last write-back."""
     store, before = train_step.store, train_step.store.moved_bytes
     store.synchronize()

@@ -155,9 +155,7 @@ def _figures(stream: Stream, positions: int) -> dict[str, Any] | None:
         return None
     rates = [tokens / one for tokens, one in zip(stream.tokens, seconds, strict=False)]
     held = statistics.mean(batch.tokens for batch in stream.batches)
-    learned = sum(
-        float((kind.weight > 0).sum()) for batch in stream.batches for kind in batch.groups.values()
-    )
+    learned = sum(float((kind.weight > 0).sum()) for batch in stream.batches for kind in batch.groups.values())
     found = {
         "tokens_per_second": round(statistics.median(rates), 1),
         "quartiles": [round(rate, 1) for rate in _quartiles(rates)],

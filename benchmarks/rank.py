@@ -117,9 +117,7 @@ def rank_size(name: str, ranks: int, on_gpu: bool) -> RankSize:
     if on_gpu:
         return RankSize(whole, ranks, rows=4, length=1024, gradient_accumulation_steps=4)
     if whole.experts is None:
-        raise ConfigError(
-            f"preset {name} has no experts to share among ranks: choose a sparse one, as m6-10t"
-        )
+        raise ConfigError(f"preset {name} has no experts to share among ranks: choose a sparse one, as m6-10t")
     narrow = {"intermediate_size": 64, "num_experts": 4 * ranks}
     if whole.experts.num_prototypes is not None:
         narrow["num_prototypes"] = 4

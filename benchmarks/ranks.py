@@ -46,9 +46,7 @@ def on_ranks(size: int, work: Callable[..., Any], *values: Any, seconds: float =
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
         processes = [
-            context.Process(
-                target=_serve, args=(rank, size, meeting, answers, work, values, seconds), daemon=True
-            )
+            context.Process(target=_serve, args=(rank, size, meeting, answers, work, values, seconds), daemon=True)
             for rank in range(size)
         ]
         for process in processes:
@@ -85,9 +83,7 @@ def _serve(
 ) -> None:
     torch.set_num_threads(1)
     patience = timedelta(seconds=seconds)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=patience
-    )
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=patience)
     try:
         answer = work(*values)
         dist.barrier()  # nobody may leave while another still listens to it

@@ -35,9 +35,7 @@ SMALL = BackboneConfig(
 
 
 def bench_scaling(
-    processes: Annotated[
-        str, typer.Option("--processes", metavar="1,2,4", help="Numbers of processes.")
-    ] = "1,2,4",
+    processes: Annotated[str, typer.Option("--processes", metavar="1,2,4", help="Numbers of processes.")] = "1,2,4",
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows per step of all processes.")] = 8,
     steps: Steps = 8,
     of: Of = "m6-10t",
@@ -99,9 +97,7 @@ def model_steps(of: str, kind: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _measured(
-    processes: tuple[int, ...], rows: int, steps: int, deadline: Deadline
-) -> Iterator[dict[str, Any]]:
+def _measured(processes: tuple[int, ...], rows: int, steps: int, deadline: Deadline) -> Iterator[dict[str, Any]]:
     """Yield results by number of processes, for data and expert parallelism, strong and weak scaling."""
     for size in processes:
         for way in ("data", "experts") if size > 1 else ("data",):

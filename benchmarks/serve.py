@@ -67,10 +67,7 @@ def answer_prompts(
 
 def _fits(arrived: list[tuple[int, list[int]]], prompt: list[int]) -> bool:
     """Return whether one more prompt fits the pass, as with `max_num_batched_tokens` of the engine."""
-    return (
-        not arrived
-        or sum(len(other) for _, other in arrived) + len(prompt) <= EngineConfig().max_num_batched_tokens
-    )
+    return not arrived or sum(len(other) for _, other in arrived) + len(prompt) <= EngineConfig().max_num_batched_tokens
 
 
 def _read(rows: DecodeBatch, prompts: list[list[int]]) -> None:
@@ -106,14 +103,11 @@ def compare_under_load(
     rate = LOAD * max(others or list(rates.values()))
     moments = arrival_moments(len(prompts), rate)
     found: dict[str, Any] = {"arrivals_per_second": rate}
-    ways: dict[str, Callable[[], Seen | str]] = {
-        "openm6": lambda: answer_prompts(rows, prompts, new_tokens, moments)
-    }
+    ways: dict[str, Callable[[], Seen | str]] = {"openm6": lambda: answer_prompts(rows, prompts, new_tokens, moments)}
     if baseline is not None:
         settings = baseline.batching_settings(prompts, new_tokens)
         ways |= {
-            n: partial(baseline.under_load, prompts, new_tokens, moments, settings[n])
-            for n in compared_settings(rates)
+            n: partial(baseline.under_load, prompts, new_tokens, moments, settings[n]) for n in compared_settings(rates)
         }
     for name, call in ways.items():
         seen = call()
@@ -124,9 +118,7 @@ def compare_under_load(
 def compared_settings(rates: dict[str, float]) -> list[str]:
     """Return the names of the baseline's default (first) and fastest setting of continuous batching."""
     batching = [name for name in rates if "continuous" in name]
-    return (
-        list(dict.fromkeys([*batching[:1], max(batching, key=lambda name: rates[name])])) if batching else []
-    )
+    return list(dict.fromkeys([*batching[:1], max(batching, key=lambda name: rates[name])])) if batching else []
 
 
 def arrival_moments(count: int, rate: float) -> list[float]:
@@ -246,9 +238,7 @@ def compare(setting: ServeSetting, device: torch.device, report: Report) -> None
             continue
         call()  # warm up: graphs, kernels, caches
         found[name] = _median_run(call, setting)
-    requests = {
-        name: row["requests_per_second"] for name, row in found.items() if "requests_per_second" in row
-    }
+    requests = {name: row["requests_per_second"] for name, row in found.items() if "requests_per_second" in row}
     report["text_under_load"] = compare_under_load(rows, baseline, prompts, setting.new_tokens, requests)
 
 

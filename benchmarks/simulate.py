@@ -84,9 +84,7 @@ def bench_simulate(
     ranks: NumRanks = 512,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Index of the rank.")] = 0,
     shards: Annotated[int, typer.Option("--shards", min=1, help="Ranks over which experts are sharded.")] = 1,
-    layers: Annotated[
-        int | None, typer.Option("--layers", min=1, help="Number of layers, for a faster run.")
-    ] = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Number of layers, for a faster run.")] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows per rank.")] = 4,
     length: Annotated[int, typer.Option("--length", min=16, help="Tokens per row.")] = 1024,
     json_path: Json = None,
@@ -103,9 +101,7 @@ def bench_simulate(
         report.update(simulate(config, ranks, rank, shards, rows, length))
 
 
-def simulate(
-    config: BackboneConfig, ranks: int, rank: int, shards: int, rows: int, length: int
-) -> dict[str, Any]:
+def simulate(config: BackboneConfig, ranks: int, rank: int, shards: int, rows: int, length: int) -> dict[str, Any]:
     """Return bytes stored and exchanged by rank `rank` of `ranks`, with `shards` × expert-parallel ranks."""
     experts = config.experts
     if experts is None or ranks % shards or experts.num_experts % (ranks // shards):
@@ -168,8 +164,7 @@ def _step(config: BackboneConfig, layout: Layout, rows: int, length: int) -> dic
         "expert_parameters_per_rank": dealt,
         "bytes_per_rank": {"weights": DTYPE.itemsize * held, "gradients": gradients, "moments": slots},
         "collectives": {
-            kind: {"calls": calls, "bytes": counter.bytes[kind]}
-            for kind, calls in sorted(counter.calls.items())
+            kind: {"calls": calls, "bytes": counter.bytes[kind]} for kind, calls in sorted(counter.calls.items())
         },
     }
 

@@ -47,9 +47,7 @@ def bench_train(
     return report.found
 
 
-def _open_candidates(
-    candidates: dict[str, Candidate], sizes: Sizes, device: torch.device, baseline: str
-) -> str:
+def _open_candidates(candidates: dict[str, Candidate], sizes: Sizes, device: torch.device, baseline: str) -> str:
     """Add both models, on a GPU in host memory until their turn; return a note on the baseline."""
     away = torch.device("cpu")
     candidates["ours"] = our_candidate(sizes, device)

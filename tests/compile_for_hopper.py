@@ -30,9 +30,7 @@ PACKAGE = Path(__file__).parent.parent / "openm6"
 HOPPER = GPUTarget("cuda", 90, 32)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HALF, WIDE, LONG, INT, BYTE, NUMBER = "*bf16", "*fp32", "*i64", "*i32", "*i8", "i32"
-UNEVEN = (
-    "i32 "  # a number that need not be a multiple of 16: a width of 24 makes the compiler take another way
-)
+UNEVEN = "i32 "  # a number that need not be a multiple of 16: a width of 24 makes the compiler take another way
 
 TILE = [optimizers.ROWS, optimizers.COLUMNS]
 
@@ -109,8 +107,7 @@ def compile_kernel(kernel: Any, types: list[Any], warps: int) -> dict[str, Any]:
     """Shared bytes, registers a thread, spilled bytes, and whether loads are 16 bytes wide and products on wgmma."""
     names = kernel.arg_names
     signature = {
-        name: kind.strip() if isinstance(kind, str) else "constexpr"
-        for name, kind in zip(names, types, strict=True)
+        name: kind.strip() if isinstance(kind, str) else "constexpr" for name, kind in zip(names, types, strict=True)
     }
     constants = {(place,): kind for place, kind in enumerate(types) if not isinstance(kind, str)}
     aligned = {
@@ -121,10 +118,7 @@ def compile_kernel(kernel: Any, types: list[Any], warps: int) -> dict[str, Any]:
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=HOPPER, options={"num_warps": warps})
     ptx = compiled.asm["ptx"]
-    wide = (
-        bool(re.search(r"(ld\.global|cp\.async)\S*(\.v4\.b32|\.v2\.b64|\.cg\.shared)|v8\.b32", ptx))
-        or "0x10" in ptx
-    )
+    wide = bool(re.search(r"(ld\.global|cp\.async)\S*(\.v4\.b32|\.v2\.b64|\.cg\.shared)|v8\.b32", ptx)) or "0x10" in ptx
     return {
         "shared": compiled.metadata.shared,
         "wide": wide,
@@ -138,9 +132,7 @@ def registers(binary: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        said = subprocess.run(
-            [BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
+        said = subprocess.run([BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
     assert found is not None, said.stdout
     return {"registers": int(found[1]), "stack": int(found[2])}

@@ -10,9 +10,7 @@ from openm6.ops.sequence import PADDING, SequenceMeta
 def padding_meta(batch: int, length: int) -> SequenceMeta:
     """Return tokens that belong to no example: visible to other padding only."""
     zero = torch.zeros(batch, length, dtype=torch.int32)
-    return SequenceMeta(
-        torch.full_like(zero, PADDING), zero, zero.clone(), zero.unsqueeze(-1).expand(batch, length, 3)
-    )
+    return SequenceMeta(torch.full_like(zero, PADDING), zero, zero.clone(), zero.unsqueeze(-1).expand(batch, length, 3))
 
 
 def narrow(meta: SequenceMeta, start: int, stop: int) -> SequenceMeta:

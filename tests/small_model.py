@@ -68,9 +68,7 @@ TRAINED_TASKS = (
 @cache
 def modalities(prompt_attention: PromptAttention = "bidirectional") -> Modalities:
     """The four modalities with the shipped codecs; made once a process, since nothing in them learns."""
-    return build_modalities(
-        ModalitiesConfig(prompt_attention=prompt_attention), train_tokenizer(WORDS, 320), SCALES
-    )
+    return build_modalities(ModalitiesConfig(prompt_attention=prompt_attention), train_tokenizer(WORDS, 320), SCALES)
 
 
 def omni(seed: int = 0, embedding: PoolConfig | None = None) -> Omni:
@@ -96,9 +94,7 @@ def loaded(
         scales=SCALES,
         trained_tasks=[TrainedTask(task=task, source=source) for task, source in trained_tasks],
     )
-    return LoadedModel(
-        omni(seed), modalities(prompt_attention), description, Path("nowhere/checkpoints/step-1")
-    )
+    return LoadedModel(omni(seed), modalities(prompt_attention), description, Path("nowhere/checkpoints/step-1"))
 
 
 @cache
@@ -128,8 +124,6 @@ def demo_sources(split: str = "train") -> dict[str, Source]:
     """All embedded data as the demo uses it, pairs and windows among it, and questions asked about flags."""
     asked = {"kind": "pairs", "left": "countries", "right": "questions", "key": "text_en"}
     more = {"asked": asked, "countries": {"kind": "embedded", "name": "countries"}}
-    more |= {
-        name: {"kind": "embedded", "name": name, "limit": 60} for name in ("shop", "machines", "audio_events")
-    }
+    more |= {name: {"kind": "embedded", "name": name, "limit": 60} for name in ("shop", "machines", "audio_events")}
     configs = {**demo_configs(), **source_configs(more, "more")}
     return open_sources(configs, "train" if split == "train" else "test")

@@ -60,9 +60,7 @@ def test_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     assert metric.name not in metrics.METRICS
     monkeypatch.setitem(metrics.METRICS, metric.name, metric)
     task = TASKS["question_answering"]
-    records = [
-        {"text_en": "A cat sat.", "question": "Who sat?", "answer": "a cat", "id": str(i)} for i in (1, 2)
-    ]
+    records = [{"text_en": "A cat sat.", "question": "Who sat?", "answer": "a cat", "id": str(i)} for i in (1, 2)]
     examples = [task.example(record, np.random.default_rng(0), language="en") for record in records]
     found = metrics.all_metrics((metric.name,), metrics.Scored(examples, ["A cat, of course", "a dog"]))
     assert found[metric.name].tolist() == [1.0, 0.0]
@@ -71,9 +69,7 @@ def test_metric(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_source(tmp_path: Path) -> None:
     names, _ = run_example("Source", {**vars(parquet), "feather": feather})
-    config = names["FeatherConfig"](
-        path=str(tmp_path / "shop.feather"), fields={"text_en": "title"}, test_fraction=0.5
-    )
+    config = names["FeatherConfig"](path=str(tmp_path / "shop.feather"), fields={"text_en": "title"}, test_fraction=0.5)
     table = pa.table({"title": [f"cup {number}" for number in range(20)], "other": [0] * 20})
     feather.write_feather(table, config.path)
     train, test = (config.open("shop", split, lambda name: pytest.fail(name)) for split in ("train", "test"))

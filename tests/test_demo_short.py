@@ -76,9 +76,7 @@ def test_a_report_is_written(folder: Path) -> None:
 
 
 def test_an_image_is_drawn(folder: Path) -> None:
-    done = openm6(
-        folder, "generate", "run", "--text", "draw the digit seven", "--output", "image", "--out", "7.png"
-    )
+    done = openm6(folder, "generate", "run", "--text", "draw the digit seven", "--output", "image", "--out", "7.png")
     assert done.returncode == 0, done.stderr
     image = Image.open(folder / "7.png")
     assert (image.format, image.size, image.mode) == ("PNG", (32, 32), "RGB")
@@ -111,10 +109,7 @@ def test_it_is_judged_again(folder: Path) -> None:
     report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["tasks"]
     assert list(scores) == ["image_classification/digits"]
-    assert (
-        scores["image_classification/digits"]["value"]
-        == report["tasks"]["image_classification/digits"]["value"]
-    )
+    assert scores["image_classification/digits"]["value"] == report["tasks"]["image_classification/digits"]["value"]
     assert scores["image_classification/digits"]["information_gain"] == pytest.approx(
         report["tasks"]["image_classification/digits"]["information_gain"], rel=1e-4
     )

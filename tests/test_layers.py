@@ -80,9 +80,7 @@ def called(node: ast.Call) -> str:
 def computes_names(source: str) -> bool:
     """Whether a file imports a module whose name is not a string in the call."""
     calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
-    return any(
-        not isinstance(call.args[0], ast.Constant) for call in calls if called(call) in IMPORTERS if call.args
-    )
+    return any(not isinstance(call.args[0], ast.Constant) for call in calls if called(call) in IMPORTERS if call.args)
 
 
 def imports_by_string(source: str) -> list[str]:
@@ -173,9 +171,7 @@ def test_lower_layers_may_be_imported(source: str) -> None:
 
 
 def test_only_listed_files_import_names_that_they_compute() -> None:
-    found = {
-        os.path.relpath(path, ROOT) for path in ALL_FILES if computes_names(path.read_text(encoding="utf-8"))
-    }
+    found = {os.path.relpath(path, ROOT) for path in ALL_FILES if computes_names(path.read_text(encoding="utf-8"))}
     assert found == set(COMPUTED_NAMES)
 
 
@@ -200,9 +196,7 @@ def test_an_import_by_string_is_found(source: str) -> None:
     assert imports_by_string(source)
 
 
-@pytest.mark.parametrize(
-    "source", ["import_module('json')", "from openm6.core import files", "KEY = 'openm6.core'"]
-)
+@pytest.mark.parametrize("source", ["import_module('json')", "from openm6.core import files", "KEY = 'openm6.core'"])
 def test_other_strings_are_free(source: str) -> None:
     assert imports_by_string(source) == []
 

@@ -135,9 +135,7 @@ def test_enough_is_quoted_to_be_worth_the_test() -> None:
 @pytest.mark.parametrize(("page", "line"), commands("make"))
 def test_quoted_targets_of_make_exist(page: str, line: str) -> None:
     target = shlex.split(line, comments=True)[1]
-    assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), (
-        f"{page}: {line}"
-    )
+    assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"{page}: {line}"
 
 
 @pytest.mark.parametrize(("page", "line"), commands("python"))
@@ -169,9 +167,7 @@ def test_relative_links_resolve(page: Path) -> None:
         assert not heading or heading in headings(found), f"{page.name} points at {target}"
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_quoted_keys_of_recipes_and_servers_exist(page: Path) -> None:
     for word in quoted(re.sub(r"\w+\.(py|json|yaml)\b", "", page.read_text(encoding="utf-8"))):
         for path in re.findall(rf"(?:^|\s)((?:{'|'.join(SECTIONS)})(?:\.\w+)+)(?![\w.*(/])", word):
@@ -179,9 +175,7 @@ def test_quoted_keys_of_recipes_and_servers_exist(page: Path) -> None:
                 continue
             classes: set[type] = {MultimodalRecipe, ServeConfig}
             for part in path.split("."):
-                found = [
-                    one.model_fields[part] for one in classes if part in getattr(one, "model_fields", {})
-                ]
+                found = [one.model_fields[part] for one in classes if part in getattr(one, "model_fields", {})]
                 # Below a mapping, such as model.overrides, any key may follow.
                 assert found or not classes or dict in classes, f"{page.name} names {path}"
                 classes = {inner for one in found for inner in types_in(one.annotation)}
@@ -193,9 +187,7 @@ def types_in(annotation: Any) -> set[type]:
     return inner | {get_origin(annotation) or annotation} if annotation not in (Any, None) else inner
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_no_page_names_a_task_by_its_old_name(page: Path) -> None:
     old = {name for name in renamed("task") if "_" in name}
     old |= {name.replace("picture", "image").replace("sound", "audio") for name in old}

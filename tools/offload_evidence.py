@@ -170,9 +170,7 @@ def main() -> int:
     setting = Setting(words.hidden_size, words.steps, words.learning_rate, words.batch_size, words.seq_len)
     found = earlier_runs(words.json, words.what, setting)
     with tempfile.TemporaryDirectory() as temporary:
-        first = MultimodalTraining(
-            recipe_of({}, 0, setting, None), RunFolder.open(temporary), torch.device("cpu")
-        )
+        first = MultimodalTraining(recipe_of({}, 0, setting, None), RunFolder.open(temporary), torch.device("cpu"))
         tokenizer = Path(temporary) / "words.json"
         tokenizer.write_text(first.tokenizer, encoding="utf-8")
         run_all(words, setting, str(tokenizer), found)
@@ -196,9 +194,7 @@ def facts_of(setting: Setting) -> Values:
     return {**asdict(setting), "threads": torch.get_num_threads()}
 
 
-def run_all(
-    words: argparse.Namespace, setting: Setting, tokenizer: str, found: dict[str, list[Values]]
-) -> None:
+def run_all(words: argparse.Namespace, setting: Setting, tokenizer: str, found: dict[str, list[Values]]) -> None:
     """Run every case with every seed that is missing; write the file after each run."""
     order = [(seed, name) for seed in range(words.seeds) for name in CASES[words.what]]
     missing = [(seed, name) for seed, name in order if len(found[name]) <= seed]
@@ -206,9 +202,7 @@ def run_all(
         found[name].append(run_case(CASES[words.what][name], seed, setting, tokenizer))
         losses = [run["loss"] for run in found[name]]
         spent = sum(found[name][-1]["seconds"])
-        sys.stdout.write(
-            f"{name} seed {seed}: {losses[-1]:.4f} in {spent:.0f} s, mean {statistics.mean(losses):.4f}\n"
-        )
+        sys.stdout.write(f"{name} seed {seed}: {losses[-1]:.4f} in {spent:.0f} s, mean {statistics.mean(losses):.4f}\n")
         sys.stdout.flush()
         words.json.write_text(json.dumps({**facts_of(setting), "runs": found}, indent=1), encoding="utf-8")
 

@@ -49,9 +49,7 @@ def image_report(codec: ImageCodec) -> Scores:
     for name in IMAGES:
         records = records_of(EmbeddedConfig(name=name), "test")
         pixels = to_pixels([read_small(record["image"], SIDE) for record in records], SIDE)
-        report[name] = image_scores(codec, pixels) | {
-            "psnr_of_shrinking": shrunk(pixels, codec.config.stride)
-        }
+        report[name] = image_scores(codec, pixels) | {"psnr_of_shrinking": shrunk(pixels, codec.config.stride)}
     one = torch.zeros(1, 3, SIDE, SIDE)
     codes = codec.encode(one)
     report["milliseconds"] = {
@@ -137,15 +135,11 @@ def audio_report(codec: AudioCodec, sources: dict[str, AnySourceConfig]) -> Scor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "codecs", nargs="*", default=list(shipped_codecs()), help="names or files; default: all shipped"
     )
-    parser.add_argument(
-        "--digits", nargs=2, metavar=("TRAIN", "TEST"), help="two Parquet files of spoken digits"
-    )
+    parser.add_argument("--digits", nargs=2, metavar=("TRAIN", "TEST"), help="two Parquet files of spoken digits")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     sources: dict[str, AnySourceConfig] = {"espeak_digits": EmbeddedConfig(name="espeak_digits")}

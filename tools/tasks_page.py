@@ -105,9 +105,7 @@ A gain that is not significant can mean that there is no effect, or that there a
 def page(tasks: Iterable[Task]) -> str:
     """Return the whole page in Markdown."""
     order = list(MODALITIES)
-    ordered = sorted(
-        tasks, key=lambda task: (order.index(task.input_modality), order.index(task.output_modality))
-    )
+    ordered = sorted(tasks, key=lambda task: (order.index(task.input_modality), order.index(task.output_modality)))
     parts = [
         OPENING,
         table(HEAD, [row(task) for task in ordered]),
@@ -164,9 +162,7 @@ def _baselines(tasks: list[Task]) -> list[str]:
 
 def main(words: list[str] | None = None) -> int:
     """Write the page, or with --check return 1 if it differs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the page instead of writing it")
     text = page(TASKS.values())
     if not parser.parse_args(words).check:

@@ -52,9 +52,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} holds no {STATE_FILE}, so it is incomplete: use an earlier step-N"
-        ) from None
+        raise CheckpointError(f"{folder} holds no {STATE_FILE}, so it is incomplete: use an earlier step-N") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): use an earlier step-N") from None
     sizes = state.get("files") if isinstance(state, dict) else None
@@ -63,9 +61,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     for name, size in sizes.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
-            raise CheckpointError(
-                f"{file} is missing or cut short (expected {size} bytes): use an earlier step-N"
-            )
+            raise CheckpointError(f"{file} is missing or cut short (expected {size} bytes): use an earlier step-N")
     return state
 
 
@@ -108,9 +104,7 @@ def latest(path: Path | str) -> Path:
     inner = given / "checkpoints"
     found = list_checkpoints(inner if inner.is_dir() else given)
     if not found:
-        raise CheckpointError(
-            f"{given} holds no complete checkpoint yet: train it first, or name another run"
-        )
+        raise CheckpointError(f"{given} holds no complete checkpoint yet: train it first, or name another run")
     return found[-1]
 
 

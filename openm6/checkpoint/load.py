@@ -38,9 +38,7 @@ def load_model(folder: Path, model: nn.Module, layout: Any = None) -> None:
     """
     targets = named_tensors(model)
     if meta := [name for name, target in targets.items() if target.is_meta]:
-        raise ValueError(
-            f"{meta[0]} is on the meta device; move the model to a device before loading into it"
-        )
+        raise ValueError(f"{meta[0]} is on the meta device; move the model to a device before loading into it")
     reader = open_reader(folder)
     _check_names(reader, set(targets))
     if layout is not None:
@@ -99,9 +97,7 @@ def load_training_tensors(folder: Path) -> dict[str, Tensor]:
     return read_file(path) if path.exists() else {}
 
 
-def load_optimizer(
-    folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module, layout: Any = None
-) -> None:
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module, layout: Any = None) -> None:
     """Put the saved tensors in place of the optimizer's state; learning rates are left as they are.
 
     Raises:
@@ -130,9 +126,7 @@ def open_saver(layout: Any = None) -> Saver:
     return Saver() if layout is None else _sharded().ShardedSaver(layout)
 
 
-def _check_names(
-    reader: CheckpointReader, names: set[str], later: frozenset[str] | set[str] = frozenset()
-) -> None:
+def _check_names(reader: CheckpointReader, names: set[str], later: frozenset[str] | set[str] = frozenset()) -> None:
     """Raise CheckpointError for a name that only one side has; those in `later` are read when they are needed."""
     saved = {name for name in reader.names if SEPARATOR not in name}
     fix = "load it with the config that it was saved with"

@@ -60,9 +60,7 @@ def load_optimizer_state(
         optimizer.state[parameter][key] = tensor.to("cpu" if key == "step" else parameter.device)
 
 
-def delink_moments(
-    tensors: Mapping[str, Tensor], sources: Mapping[str, str], moments: Moments
-) -> dict[str, Tensor]:
+def delink_moments(tensors: Mapping[str, Tensor], sources: Mapping[str, str], moments: Moments) -> dict[str, Tensor]:
     """Return an optimizer's tensors, each under `parameter::tensor`, for layers that no longer share weights.
 
     Shared moments are those of G. A layer's own first moment is 1/L of it. Its second moment is 1/L of E[G²] if the

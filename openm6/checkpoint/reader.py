@@ -49,9 +49,7 @@ class _Part:
     def copy_to(self, target: Tensor, offsets: Shape) -> None:
         """Copy to `target`, which is at `offsets` in the whole, what both have in common."""
         limits = [start + size for start, size in zip(offsets, target.shape, strict=True)]
-        common = [
-            (max(a, b), min(c, d)) for a, b, c, d in zip(offsets, self.offsets, limits, self.end, strict=True)
-        ]
+        common = [(max(a, b), min(c, d)) for a, b, c, d in zip(offsets, self.offsets, limits, self.end, strict=True)]
         if any(start >= stop for start, stop in common):
             return
         here = target[tuple(slice(a - own, b - own) for (a, b), own in zip(common, offsets, strict=True))]
@@ -185,6 +183,4 @@ def _parts_of(path: Path) -> list[_Part]:
             for name, entry in header.items()
         ]
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file ({error}): use another checkpoint"
-        ) from None
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}): use another checkpoint") from None

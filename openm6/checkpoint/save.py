@@ -50,9 +50,7 @@ class Snapshot:
     model: nn.Module
     optimizer: dict[str, Tensor]  # as `optimizer_state_dict` returns it; empty: no such file
     state: dict[str, Any]  # JSON-able; numbers that are not finite become null
-    training: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # of the training task, such as averaged weights
+    training: dict[str, Tensor] = field(default_factory=dict)  # of the training task, such as averaged weights
     files: dict[str, str] = field(default_factory=dict)  # text files beside the weights
     shards: Iterable[Shard] = ()  # offloaded layers, which the model does not hold, made one at a time
     num_shards: int = 0

@@ -127,18 +127,14 @@ def read_shard(reader: CheckpointReader, name: str, target: Tensor) -> None:
     reader.read_into(name, target.to_local(), offsets, target.shape)
 
 
-def optimizer_shards(
-    reader: CheckpointReader, model: nn.Module, layout: Layout
-) -> Iterator[tuple[str, Tensor]]:
+def optimizer_shards(reader: CheckpointReader, model: nn.Module, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Read what this rank holds of an optimizer's tensors; see `load_optimizer`."""
     parameters = {name: tensor for name, tensor in model.named_parameters() if not tensor.is_meta}
     experts = {name for name, _ in expert_parameters(model)}
     for name in reader.names:
         owner, _, key = name.partition(SEPARATOR)
         if key and owner in parameters:
-            slot = _empty_slot(
-                key, parameters[owner], reader.shape(name), reader.dtype(name), owner in experts
-            )
+            slot = _empty_slot(key, parameters[owner], reader.shape(name), reader.dtype(name), owner in experts)
             read_shard(reader, name, with_offsets(model, {name: slot}, layout)[name])
             yield name, slot
 

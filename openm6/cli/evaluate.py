@@ -35,12 +35,8 @@ def evaluate(
         str | None,
         typer.Option("--data", metavar="PATH", help="Table or folder with other records."),
     ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")
-    ] = None,
-    scenarios: Annotated[
-        bool, typer.Option("--scenarios", help="Run the examples of all scenarios instead.")
-    ] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores as JSON.")] = None,
+    scenarios: Annotated[bool, typer.Option("--scenarios", help="Run the examples of all scenarios instead.")] = False,
 ) -> None:
     """Evaluate a trained model on held-out records.
 
@@ -74,9 +70,7 @@ def energy(
         float | None,
         typer.Option("--pue", help="Power usage effectiveness; default: the setting of the run."),
     ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the account as JSON.")
-    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the account as JSON.")] = None,
 ) -> None:
     """Print the energy account of a run: joules and grams of CO2e by stage, modality and task.
 

@@ -20,22 +20,16 @@ Numbers = Annotated[
     str | None,
     typer.Option("--numbers", metavar="NAME=VALUE,...", help="Input numbers; NAME= is a missing value."),
 ]
-Series = Annotated[
-    str | None, typer.Option("--series", metavar="NAME=V,V,...", help="Time series to forecast.")
-]
+Series = Annotated[str | None, typer.Option("--series", metavar="NAME=V,V,...", help="Time series to forecast.")]
 Column = Annotated[str | None, typer.Option("--column", help="Name of the number to predict.")]
 Ahead = Annotated[int, typer.Option("--ahead", min=1, max=64, help="Steps to forecast.")]
 MaskBox = Annotated[
     str | None,
-    typer.Option(
-        "--mask-box", metavar="L,T,R,B", help="Box of the image to inpaint, as fractions of its sides."
-    ),
+    typer.Option("--mask-box", metavar="L,T,R,B", help="Box of the image to inpaint, as fractions of its sides."),
 ]
 MaskSpan = Annotated[
     str | None,
-    typer.Option(
-        "--mask-span", metavar="START,END", help="Span of the audio to inpaint, as fractions of its length."
-    ),
+    typer.Option("--mask-span", metavar="START,END", help="Span of the audio to inpaint, as fractions of its length."),
 ]
 Language = Annotated[str, typer.Option("--language", help="Language of the prompt without --text: en or zh.")]
 Decoding = Annotated[

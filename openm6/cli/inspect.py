@@ -56,9 +56,7 @@ def print_inspection(inspection: Inspection, out: Path | None) -> None:
         raise ConfigError(f"--out {out} exists already: name another file, or remove it")
     check_writable(out, "--out")
     replace_text(out, recipe)
-    console.print(
-        f"wrote {out}; train it with: openm6 train {out}", markup=False, highlight=False, soft_wrap=True
-    )
+    console.print(f"wrote {out}; train it with: openm6 train {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_data_set(data_set: DatasetReport, console: Console) -> None:

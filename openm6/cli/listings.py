@@ -40,9 +40,7 @@ def presets() -> None:
     # pydantic would slow down `openm6 --help`
     from openm6.models.presets import PRESETS
 
-    table = Table(
-        "preset", "parameters", "active per token", "layers", "hidden size", "description", box=None
-    )
+    table = Table("preset", "parameters", "active per token", "layers", "hidden size", "description", box=None)
     for preset in PRESETS.values():
         total, active = in_short(preset.parameters.total), in_short(preset.parameters.active)
         layers, width = str(preset.backbone.num_layers), str(preset.backbone.hidden_size)

@@ -12,21 +12,15 @@ from openm6.core.errors import ConfigError
 from openm6.plan import hardware
 from openm6.plan.hardware import PER_NODE
 
-Model = Annotated[
-    str | None, typer.Argument(metavar="PRESET|RECIPE", help="Preset, recipe, or folder of a run.")
-]
+Model = Annotated[str | None, typer.Argument(metavar="PRESET|RECIPE", help="Preset, recipe, or folder of a run.")]
 Kind = Annotated[
     str | None,
     typer.Option("--gpu", metavar="KIND", help="GPU of the table; default: measure on this machine."),
 ]
 Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs.")]
 PerNode = Annotated[int, typer.Option("--per-node", min=1, help="GPUs per node.")]
-GpuTable = Annotated[
-    Path | None, typer.Option("--gpu-table", metavar="CSV", help="Further GPUs, one per row.")
-]
-HostMemory = Annotated[
-    float | None, typer.Option("--host-memory", min=0, metavar="GIB", help="Host memory of a node.")
-]
+GpuTable = Annotated[Path | None, typer.Option("--gpu-table", metavar="CSV", help="Further GPUs, one per row.")]
+HostMemory = Annotated[float | None, typer.Option("--host-memory", min=0, metavar="GIB", help="Host memory of a node.")]
 Link = Annotated[float | None, typer.Option("--link", metavar="GB/S", help="Host to GPU, each direction.")]
 Network = Annotated[float | None, typer.Option("--network", metavar="GB/S", help="Between nodes, per GPU.")]
 Batch = Annotated[int | None, typer.Option("--batch", metavar="TOKENS", help="Tokens per step of one GPU.")]
@@ -36,9 +30,7 @@ Bytes = Annotated[
     int | None,
     typer.Option("--bytes", help="Bytes per parameter: 16, 12, 8, 4, 2 or 1; default: the most that fit."),
 ]
-PseudoFraction = Annotated[
-    float, typer.Option("--pseudo-fraction", help="Fraction of the tokens in the pseudo stage.")
-]
+PseudoFraction = Annotated[float, typer.Option("--pseudo-fraction", help="Fraction of the tokens in the pseudo stage.")]
 CheckpointingEvery = Annotated[
     int | None,
     typer.Option(
@@ -51,9 +43,7 @@ Price = Annotated[float | None, typer.Option("--price", metavar="USD", help="US 
 Sweep = Annotated[
     str | None, typer.Option("--sweep", metavar="gpus|bytes|batch", help="Compare plans along this axis.")
 ]
-Plot = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="Plot of the sweep (SVG, PNG or PDF).")
-]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Plot of the sweep (SVG, PNG or PDF).")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the plan as JSON.")]
 
 

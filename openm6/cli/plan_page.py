@@ -30,9 +30,7 @@ def show_plan(planned: tuple[Plan, dict[str, Any]], json_path: Path | None) -> N
     plan, content = planned
     write_json(content, json_path)
     rows = _rows(plan, content["smallest"])
-    _print_page(
-        f"{plan.model.name} on {plan.cluster.name}", rows, f"Assumed: {'; '.join(plan.cluster.assumed)}."
-    )
+    _print_page(f"{plan.model.name} on {plan.cluster.name}", rows, f"Assumed: {'; '.join(plan.cluster.assumed)}.")
 
 
 def show_sweep(rows: list[Row], kind: str, plot: Path | None, json_path: Path | None) -> None:
@@ -117,9 +115,7 @@ def _rows(plan: Plan, smallest: dict[str, Any]) -> dict[str, str]:
         "precision": f"{real.tier.bytes} bytes per parameter: {real.tier.description}",
         "memory per GPU": f"{in_bytes(budget.device)} of {in_bytes(cluster.memory)}: states {in_bytes(budget.states)}, "
         f"step {in_bytes(budget.activations + budget.working)}, context {in_bytes(budget.context)}",
-        "host memory per GPU": f"{in_bytes(budget.host)} of {in_bytes(cluster.host_memory)}"
-        if budget.host
-        else "",
+        "host memory per GPU": f"{in_bytes(budget.host)} of {in_bytes(cluster.host_memory)}" if budget.host else "",
         **{f"step, {name}": _step(stage) for name, stage in plan.stages.items()},
         "speed": f"{in_short(round(plan.tokens / plan.days))} tokens per day",
         "duration": f"{in_figures(plan.days)} days for {tokens} tokens{pseudo}",

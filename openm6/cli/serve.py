@@ -25,9 +25,7 @@ Hosts = Annotated[
 ]
 Replicas = Annotated[
     list[str] | None,
-    typer.Option(
-        "--replicas", metavar="KEY=VALUE", help="With --ray: min_replicas, max_replicas, cpus, gpus, …"
-    ),
+    typer.Option("--replicas", metavar="KEY=VALUE", help="With --ray: min_replicas, max_replicas, cpus, gpus, …"),
 ]
 
 
@@ -36,17 +34,13 @@ def serve(
     settings: Settings = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="Port; 0: any free one.")] = 8000,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Model name in requests; default: the folder.")
-    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Model name in requests; default: the folder.")] = None,
     keys: Keys = None,
     allow_host: Hosts = None,
     playground: Annotated[
         bool, typer.Option("--playground", help="Add a page for the browser at /playground.")
     ] = False,
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Run replicas on Ray Serve; needs the extra [ray].")
-    ] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Run replicas on Ray Serve; needs the extra [ray].")] = False,
     replicas: Replicas = None,
 ) -> None:
     """Serve a trained model over HTTP, with routes that follow the OpenAI API.

@@ -13,20 +13,14 @@ from openm6.cli.group import print_result
 DEMO = "demo"  # the shipped recipe that `openm6 demo` trains
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or name of a shipped recipe.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the latest checkpoint of the run.")]
 Processes = Annotated[
     int, typer.Option("--nproc", min=1, help="Processes on this machine, one GPU each if there are GPUs.")
 ]
 Restarts = Annotated[int, typer.Option("--max-restarts", min=0, help="Restarts after a failed process.")]
-Out = Annotated[
-    Path | None, typer.Option("--out", help="Folder of the run; default: runs/NAME of the recipe.")
-]
-Trained = Annotated[
-    Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")
-]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/NAME of the recipe.")]
+Trained = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Folder of a run or of one checkpoint.")]
 
 
 class TargetStage(StrEnum):
@@ -98,9 +92,7 @@ def convert(
             help="fp32, bf16-adafactor-momentum, bf16-adafactor or int8-adafactor (16, 4, 2, 1 bytes).",
         ),
     ] = None,
-    stage: Annotated[
-        TargetStage | None, typer.Option("--stage", help="real: separate weights for each layer.")
-    ] = None,
+    stage: Annotated[TargetStage | None, typer.Option("--stage", help="real: separate weights for each layer.")] = None,
     moments: Annotated[
         Moments, typer.Option("--moments", help="Optimizer moments of layers whose weights were shared.")
     ] = Moments.independent,

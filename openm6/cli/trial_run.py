@@ -129,9 +129,7 @@ def run_trial(folder: Path, recipe: str, overrides: list[str]) -> None:
     train(training, checked.loop, run, callbacks=[clock])
     trial = TrialRun(
         name=path.stem,
-        machine=torch.cuda.get_device_name(device)
-        if on_gpu
-        else f"this processor, {torch.get_num_threads()} threads",
+        machine=torch.cuda.get_device_name(device) if on_gpu else f"this processor, {torch.get_num_threads()} threads",
         step_tokens=training.tokens_per_step,
         parameters={"total": total, "active": active},
         steps=None if loop.steps == "auto" else int(loop.steps),

@@ -29,9 +29,7 @@ class QuantizerConfig(Config):
     @classmethod
     def _small_enough(cls, levels: tuple[int, ...]) -> tuple[int, ...]:
         if not levels or min(levels) < 2 or math.prod(levels) > MAX_CODEBOOK:
-            raise ValueError(
-                f"levels must be at least 2 and multiply to at most {MAX_CODEBOOK}, as [8, 5, 5, 5]"
-            )
+            raise ValueError(f"levels must be at least 2 and multiply to at most {MAX_CODEBOOK}, as [8, 5, 5, 5]")
         return levels
 
     @field_validator("groups")

@@ -121,11 +121,7 @@ def _class_at(config_class: type[Config], path: list[str]) -> type[BaseModel]:
             if part in one.model_fields
             for found in _config_classes(one.model_fields[part].annotation)
         ]
-        of_kind = [
-            one
-            for one in candidates
-            if "kind" in one.model_fields and one.model_fields["kind"].default == part
-        ]
+        of_kind = [one for one in candidates if "kind" in one.model_fields and one.model_fields["kind"].default == part]
         candidates = inner or of_kind or candidates  # else a list position or a key of a mapping
     return candidates[0]
 

@@ -87,9 +87,7 @@ def as_output_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"{path} could not be written ({error.strerror or error}): {advice_for(error)}"
-        ) from error
+        raise OutputError(f"{path} could not be written ({error.strerror or error}): {advice_for(error)}") from error
 
 
 def advice_for(error: OSError) -> str:

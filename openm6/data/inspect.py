@@ -195,9 +195,7 @@ def _try_source(report: DatasetReport, config: TableConfig | FolderConfig) -> li
     # A hash leaves nothing for validation.
     named = isinstance(config, FolderConfig) or any(column.kind == "split" for column in report.columns)
     sources = _open(report, config, get_args(Split) if named else ("train", "test"))
-    records = [
-        record for split in ("train", "test") if split in sources for record in _read(report, sources[split])
-    ]
+    records = [record for split in ("train", "test") if split in sources for record in _read(report, sources[split])]
     report.tasks = propose_tasks(records)
     if "train" in sources:
         report.unused = unused_columns(sources["train"], records, [TASKS[name] for name in report.tasks])

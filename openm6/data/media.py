@@ -58,9 +58,7 @@ def media_files(root: Path) -> list[Path]:
     for folder, inner, names in os.walk(root):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         shown = [name for name in names if not name.startswith(".")]
-        found += [
-            Path(folder, name).relative_to(root) for name in shown if name.lower().endswith(tuple(MAX_BYTES))
-        ]
+        found += [Path(folder, name).relative_to(root) for name in shown if name.lower().endswith(tuple(MAX_BYTES))]
     return sorted(found)
 
 

@@ -143,9 +143,7 @@ class MixtureSampler:
     def _seek(self, mixture: Mapping[str, Any]) -> None:
         cursors = mixture["components"]
         if mixture["seed"] != self.seed or set(cursors) != {component.key for component in self.components}:
-            raise DataError(
-                "the data of this run has changed (seed or sources): resume with the recipe it began with"
-            )
+            raise DataError("the data of this run has changed (seed or sources): resume with the recipe it began with")
         for component in self.components:
             was, now = cursors[component.key]["length"], len(component.source)
             if was != now:
@@ -194,9 +192,7 @@ def _check(components: Sequence[Component]) -> None:
         if len(component.source) == 0:
             raise DataError(f"{component.key} has no records to draw: check its path and split")
         if not component.weight > 0 or component.weight == float("inf"):
-            raise DataError(
-                f"{component.key} has weight {component.weight}: set a number above 0 or leave it out"
-            )
+            raise DataError(f"{component.key} has weight {component.weight}: set a number above 0 or leave it out")
         if keys.count(component.key) > 1:
             raise DataError(f"the mixture holds {component.key} twice: add up the weights")
 

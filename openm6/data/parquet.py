@@ -43,9 +43,7 @@ class ParquetTable(ArrowTable):
         self._max_gib = max_gib
         embedded = path.startswith(EMBEDDED_MARK)
         self._files = (
-            [embedded_path(path.removeprefix(EMBEDDED_MARK))]
-            if embedded
-            else find_files(path, ParquetConfig.endings)
+            [embedded_path(path.removeprefix(EMBEDDED_MARK))] if embedded else find_files(path, ParquetConfig.endings)
         )
         with _open(self._files[0]) as file:
             self.names = list(file.schema_arrow.names)
@@ -74,9 +72,7 @@ class ParquetTable(ArrowTable):
         try:
             self.arrow = pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:
-            raise DataError(
-                f"the files at {self.where} have columns of unlike kinds: {first_line(error)}"
-            ) from None
+            raise DataError(f"the files at {self.where} have columns of unlike kinds: {first_line(error)}") from None
 
 
 def _open(path: str) -> pq.ParquetFile:
@@ -90,9 +86,7 @@ def _open(path: str) -> pq.ParquetFile:
 def _unpacked_bytes(file: pq.ParquetFile, columns: Sequence[str]) -> int:
     groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
     chunks = (group.column(index) for group in groups for index in range(group.num_columns))
-    return sum(
-        chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns
-    )
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
 
 
 class ParquetConfig(TableConfig):
@@ -196,9 +190,7 @@ class DatasetsConfig(TableConfig):
         saved = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
         try:
             if not saved:
-                split = datasets.load_dataset(
-                    path, self.subset, split=self.train_split, revision=self.revision
-                )
+                split = datasets.load_dataset(path, self.subset, split=self.train_split, revision=self.revision)
                 return DatasetsTable(split, path)
             found = datasets.load_from_disk(str(folder))
             if isinstance(found, Mapping):

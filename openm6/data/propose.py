@@ -164,9 +164,7 @@ def _short(text: str) -> str:
 
 
 CANONICAL_COLUMNS = frozenset(CANONICAL_KEYS) | frozenset(PAIRED_COLUMNS)
-DESCRIBING_COLUMNS = frozenset(
-    {"split", "kind", "image_w", "image_h", "audio_sr", "audio_sec", "label_id", "choices"}
-)
+DESCRIBING_COLUMNS = frozenset({"split", "kind", "image_w", "image_h", "audio_sr", "audio_sec", "label_id", "choices"})
 TEXT_NAMES = ("text", "caption", "title", "description", "sentence", "name", "summary", "body", "content")
 NAMED_KEYS = {"question": "question", "answer": "answer", "tags": "tags_en", "keywords": "tags_en"}
 TEXT_AND_LABEL = {"en": ("text_en", "label"), "zh": ("text_zh", "label_zh")}

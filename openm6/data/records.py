@@ -171,9 +171,7 @@ def as_bytes(value: Any, column: str, limit: int, open_file: OpenFile) -> bytes 
     if isinstance(value, str):
         value = open_file(value, limit)
     if not isinstance(value, (bytes, bytearray, memoryview)):
-        raise DataError(
-            f"column {column!r} holds a {type(value).__name__} where a file's bytes or name is expected"
-        )
+        raise DataError(f"column {column!r} holds a {type(value).__name__} where a file's bytes or name is expected")
     if len(value) > limit:
         raise DataError(
             f"column {column!r} holds a file of {len(value):,} bytes; the most allowed is {limit:,}: shrink or cut it"
@@ -225,9 +223,7 @@ class RowReader:
     `fields`, the columns named there, and `id` if the table has it.
     """
 
-    def __init__(
-        self, columns: Sequence[str], fields: Fields | None, open_file: OpenFile, where: str
-    ) -> None:
+    def __init__(self, columns: Sequence[str], fields: Fields | None, open_file: OpenFile, where: str) -> None:
         if fields is not None:
             check_columns(fields.columns(), columns, where)
             named = ({"id": "id"} if "id" in columns else {}) | fields.single()

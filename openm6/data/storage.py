@@ -84,9 +84,7 @@ class TableFolder:
 
     def __init__(self, table_path: str) -> None:
         self.remote = is_remote(table_path)
-        self.root = (
-            table_path.rpartition("/")[0] if self.remote else str(Path(table_path).expanduser().parent)
-        )
+        self.root = table_path.rpartition("/")[0] if self.remote else str(Path(table_path).expanduser().parent)
 
     def __call__(self, name: str, limit: int) -> bytes:
         """The bytes of the file `name`.

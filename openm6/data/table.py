@@ -166,9 +166,7 @@ class TableConfig(SourceConfig):
             return np.arange(len(table))
         rows = rows_by_word(table.column(column), "test", table.where)
         if not len(rows):
-            raise DataError(
-                f"column {column!r} of {table.where} marks no row as test: mark some, or drop the column"
-            )
+            raise DataError(f"column {column!r} of {table.where} marks no row as test: mark some, or drop the column")
         return rows
 
     def _source(self, name: str, path: str, choose_rows: Callable[[Table], np.ndarray]) -> Source:

@@ -32,12 +32,9 @@ UTF8, LATIN = "utf-8", "latin-1"
 # By decimal mark: numbers with decimals, and whole numbers in groups of three that the other mark separates.
 _OTHER_MARK = {".": ",", ",": "."}
 _DECIMAL = {
-    mark: re.compile(rf"[+-]?(\d+|\d{{1,3}}(\{other}\d{{3}})+)\{mark}\d+")
-    for mark, other in _OTHER_MARK.items()
+    mark: re.compile(rf"[+-]?(\d+|\d{{1,3}}(\{other}\d{{3}})+)\{mark}\d+") for mark, other in _OTHER_MARK.items()
 }
-_GROUPED = {
-    mark: re.compile(rf"[+-]?[1-9]\d{{0,2}}(\{other}\d{{3}})+") for mark, other in _OTHER_MARK.items()
-}
+_GROUPED = {mark: re.compile(rf"[+-]?[1-9]\d{{0,2}}(\{other}\d{{3}})+") for mark, other in _OTHER_MARK.items()}
 
 
 def sample_rows(path: str, separator: str) -> Iterator[list[str]]:
@@ -143,18 +140,14 @@ class CsvTable(ArrowTable):
             delimiter=self._separator, newlines_in_values=True, invalid_row_handler=self._set_aside
         )
         types = dict.fromkeys(self.names, pa.binary())
-        convert = pa_csv.ConvertOptions(
-            column_types=types, include_columns=list(columns), strings_can_be_null=False
-        )
+        convert = pa_csv.ConvertOptions(column_types=types, include_columns=list(columns), strings_can_be_null=False)
         try:
             with open_binary(self.where) as file:
                 self.arrow = pa_csv.read_csv(file, reading, parsing, convert)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self.where} cannot be read as CSV: {first_line(error)}") from None
         if self.unreadable and not self.arrow.num_rows:
-            raise DataError(
-                f"no row of {self.where} fits: {self.unreadable[0]}; check the header and `separator`"
-            )
+            raise DataError(f"no row of {self.where} fits: {self.unreadable[0]}; check the header and `separator`")
         self._find_decimals(columns)
 
     def row(self, row: int, columns: Sequence[str]) -> Mapping[str, Any]:
@@ -194,19 +187,14 @@ class CsvTable(ArrowTable):
 
     def _set_aside(self, row: pa_csv.InvalidRow) -> str:
         source = "`columns` names" if self._config.columns else "the header has"
-        self.unreadable.append(
-            f"line {row.number} has {row.actual_columns} cells where {source} {len(self.names)}"
-        )
+        self.unreadable.append(f"line {row.number} has {row.actual_columns} cells where {source} {len(self.names)}")
         return "skip"
 
     def _find_decimals(self, columns: Sequence[str]) -> None:
         """The decimal marks of the columns that are read as numbers; without `fields`, of those that may be."""
         config = self._config
         for name in columns if config.fields is None else config.fields.numbers or ():
-            if (
-                config.decimal != ","
-                and not pc.any(pc.match_substring(self.arrow.column(name), b",")).as_py()
-            ):
+            if config.decimal != "," and not pc.any(pc.match_substring(self.arrow.column(name), b",")).as_py():
                 continue
             cells = self.column(name)
             if config.fields is not None or is_numeric(cells):

@@ -46,9 +46,7 @@ def parse_times(cells: Sequence[Any], column: str, where: str, time_format: str 
     if all(isinstance(cell, str) for cell in cells):
         times = _parse_texts([cell.strip() for cell in cells], where, time_format)
     elif time_format is not None:
-        raise DataError(
-            f"{where} holds {type(cells[0]).__name__} values, which need no time_format: leave it out"
-        )
+        raise DataError(f"{where} holds {type(cells[0]).__name__} values, which need no time_format: leave it out")
     else:
         times = [_time_number(cell, where) for cell in cells]
     if len({_has_zone(cell) for cell in cells}) > 1:
@@ -154,9 +152,7 @@ def _time_number(cell: Any, where: str) -> float:
         return cell.hour * 3600 + cell.minute * 60 + cell.second + cell.microsecond / 1e6
     if isinstance(cell, (int, float, Decimal)):
         return cell  # type: ignore[return-value]  # a whole number stays exact
-    raise DataError(
-        f"{where} holds a {type(cell).__name__} where a number or date is expected: choose another column"
-    )
+    raise DataError(f"{where} holds a {type(cell).__name__} where a number or date is expected: choose another column")
 
 
 def _has_zone(cell: Any) -> bool:
@@ -265,9 +261,7 @@ class WindowsConfig(SourceConfig):
         ]
         if not windows and split == "train":
             length = self.context + self.horizon
-            raise DataError(
-                f"{name}: {self.path} has fewer than {length} rows to train on: lower context or horizon"
-            )
+            raise DataError(f"{name}: {self.path} has fewer than {length} rows to train on: lower context or horizon")
         return WindowSource(name, self, values, windows)
 
     def _groups(self, table: Table) -> list[np.ndarray]:

@@ -46,9 +46,7 @@ class AsyncAllToAll:
         return returned
 
 
-def _exchange(
-    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> tuple[Tensor, Any]:
+def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> tuple[Tensor, Any]:
     rows = rows.contiguous()
     arrived = rows.new_empty(sum(received), *rows.shape[1:])
     return arrived, dist.all_to_all_single(arrived, rows, received, sent, group=group, async_op=True)
@@ -158,8 +156,7 @@ class AllToAllDispatcher:
     def combine(self, chunks: Sequence[TokenChunk]) -> Tensor:
         """R D: all outputs in the order of the rows that were sent."""
         arrived = [
-            _WaitAllToAll.apply(chunk.sending, chunk.transfer).split(chunk.transfer.received)
-            for chunk in chunks
+            _WaitAllToAll.apply(chunk.sending, chunk.transfer).split(chunk.transfer.received) for chunk in chunks
         ]
         return torch.cat([rows for by_rank in zip(*arrived, strict=True) for rows in by_rank])
 
@@ -172,9 +169,7 @@ class AllToAllDispatcher:
         dist.all_to_all_single(theirs, ours.contiguous(), group=self.group)
         return theirs
 
-    def _splits(
-        self, ours: Tensor, theirs: Tensor, capacity: int | None
-    ) -> tuple[list[list[int]], list[list[int]]]:
+    def _splits(self, ours: Tensor, theirs: Tensor, capacity: int | None) -> tuple[list[list[int]], list[list[int]]]:
         """Rows to and from each rank in each chunk, on the host: P Q."""
         if capacity is not None:
             even = [[capacity * ours.shape[1] // self.chunks] * self.chunks] * self.size

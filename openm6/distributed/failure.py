@@ -99,8 +99,7 @@ class FailureWatchdog:
         words = str(error).strip().splitlines() or [type(error).__name__]
         if _out_of_memory(error):
             return (
-                "out of memory: lower packing.batch_size or packing.seq_len, or raise parallel.dp_shard or "
-                "parallel.ep"
+                "out of memory: lower packing.batch_size or packing.seq_len, or raise parallel.dp_shard or parallel.ep"
             )
         if _is_external(error):
             if "timed out" in str(error).lower():

@@ -47,9 +47,7 @@ def launch(words: list[str], processes: int, max_restarts: int = 0, module: str 
     )
     stop = _Stop()
     before = {number: signal.signal(number, stop) for number in handled_stops()}
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # a failure is reported below, once
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failure is reported below, once
     try:
         elastic_launch(config, sys.executable)("-m", module, *words)
     except ChildFailedError as error:
@@ -89,6 +87,4 @@ def _as_openm6_error(error: ChildFailedError, processes: int) -> BaseException:
     if code < 0:
         name = signal.Signals(-code).name
         return TrainingError(f"rank {rank} of {processes} was killed ({name}): go on with --resume")
-    return TrainingError(
-        f"rank {rank} of {processes} failed with exit code {code}, for the reason given above"
-    )
+    return TrainingError(f"rank {rank} of {processes} failed with exit code {code}, for the reason given above")

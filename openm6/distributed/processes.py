@@ -150,9 +150,7 @@ class DistributedContext(ProcessGroupContext):
         dist.barrier()  # rank 0 may keep the store that the others still look at
 
     def guard(self) -> AbstractContextManager[Any]:
-        return FailureWatchdog(
-            self.rank, self.size, self.timeout_seconds, self.broadcast_object(uuid.uuid4().hex)
-        )
+        return FailureWatchdog(self.rank, self.size, self.timeout_seconds, self.broadcast_object(uuid.uuid4().hex))
 
     def close(self) -> None:
         if self._opened:

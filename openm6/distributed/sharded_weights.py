@@ -180,9 +180,7 @@ class ShardedWeights(LayerWeights):
     def gathered(self, index: int) -> int:
         sizes = {name: math.prod(shape) for name, shape in self.shapes[index].items()}
         of_experts = (name for name, shape in self.shapes[index].items() if len(shape) == 3)
-        return sum(sizes.values()) - sum(
-            sizes[name] - sizes[name] // self.layout.shape.ep for name in of_experts
-        )
+        return sum(sizes.values()) - sum(sizes[name] - sizes[name] // self.layout.shape.ep for name in of_experts)
 
     def reduce(self, index: int, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -217,10 +215,7 @@ class ShardedWeights(LayerWeights):
     def _groups(self, index: int) -> list[tuple[RankGroup | None, list[str]]]:
         specs = self._specs[index]
         groups = {id(spec.group): spec.group for spec in specs.values()}
-        return [
-            (group, [name for name, spec in specs.items() if spec.group is group])
-            for group in groups.values()
-        ]
+        return [(group, [name for name, spec in specs.items() if spec.group is group]) for group in groups.values()]
 
 
 def _summed(gradients: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
@@ -236,10 +231,7 @@ def _summed(gradients: dict[str, Tensor], group: dist.ProcessGroup | None) -> di
 
 def _gathered(parts: list[Tensor], specs: list[WeightShard], group: RankGroup) -> list[Tensor]:
     """Gather whole matrices, or whole experts, from their rows on all ranks; in one exchange."""
-    padded = [
-        F.pad(part, (0, 0, 0, spec.lengths[0] - part.shape[-2]))
-        for part, spec in zip(parts, specs, strict=True)
-    ]
+    padded = [F.pad(part, (0, 0, 0, spec.lengths[0] - part.shape[-2])) for part, spec in zip(parts, specs, strict=True)]
     flat = torch.cat([part.reshape(-1) for part in padded])
     joined = flat.new_empty(group.size * len(flat))
     dist.all_gather_into_tensor(joined, flat, group=group.group)
@@ -253,8 +245,7 @@ def _gathered(parts: list[Tensor], specs: list[WeightShard], group: RankGroup) -
 def _scattered(gradients: list[Tensor], specs: list[WeightShard], group: RankGroup) -> list[Tensor]:
     """Return the rows of this rank of the sums over ranks; in one exchange."""
     apart = [
-        _rows_apart(gradient, group.size, spec.lengths[0])
-        for gradient, spec in zip(gradients, specs, strict=True)
+        _rows_apart(gradient, group.size, spec.lengths[0]) for gradient, spec in zip(gradients, specs, strict=True)
     ]
     flat = torch.cat([rows.reshape(group.size, -1) for rows in apart], dim=1)
     own = flat.new_empty(flat.shape[1])

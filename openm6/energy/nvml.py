@@ -63,9 +63,7 @@ def _open(handle: Any, index: int) -> tuple[Counter | None, str]:
         # NVML counts how often it was started.
         pynvml.nvmlInit()
         try:
-            shared = (
-                f"{name}: MIG is on: the whole card is counted, not its slice" if _has_mig(handle) else ""
-            )
+            shared = f"{name}: MIG is on: the whole card is counted, not its slice" if _has_mig(handle) else ""
             return open_one(), shared
         except pynvml.NVMLError:
             pynvml.nvmlShutdown()

@@ -101,9 +101,7 @@ class CodeFrequencies(TargetPrior):
         self.table = _code_bits(codes, codebook_size, weight)  # P G C
 
     def bits(self, examples: list[Example], targets: list[Segment]) -> np.ndarray:
-        return np.asarray(
-            [_lookup(self.table, target.arrays["codes"])[target.learn].sum() for target in targets]
-        )
+        return np.asarray([_lookup(self.table, target.arrays["codes"])[target.learn].sum() for target in targets])
 
 
 def _code_bits(codes: np.ndarray, codebook_size: int, weight: float) -> np.ndarray:
@@ -144,9 +142,7 @@ def training_examples(
     return build_examples(task, source, MAX_TRAINING_EXAMPLES, (seed, "baseline"), target)[:2]
 
 
-def fit_prior(
-    task: Task, examples: list[Example], targets: list[Segment], loaded: LoadedModel
-) -> TargetPrior:
+def fit_prior(task: Task, examples: list[Example], targets: list[Segment], loaded: LoadedModel) -> TargetPrior:
     """The input-free predictor of a task's targets, from training examples."""
     if not examples:
         return TargetPrior()
@@ -194,10 +190,7 @@ def numbers_references(
 
 def _of_columns(examples: list[Example], loaded: LoadedModel, index: int) -> list[np.ndarray]:
     """Location (0) or scale (1) of the column of each observed truth."""
-    return [
-        np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[index])
-        for example in examples
-    ]
+    return [np.full(len(truths(example)), loaded.numbers.scale(target_column(example))[index]) for example in examples]
 
 
 def find_season(train: list[Example]) -> int:

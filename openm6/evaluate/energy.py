@@ -129,9 +129,7 @@ def _losses(run: RunFolder, tracker: EnergyTracker) -> dict[str, tuple[float, fl
     found = {}
     for stage in tracker.stages:
         values = [
-            line["loss"]
-            for line in lines
-            if line.get("stage", only) == stage and isinstance(line.get("loss"), float)
+            line["loss"] for line in lines if line.get("stage", only) == stage and isinstance(line.get("loss"), float)
         ]
         size = max(1, round(len(values) * END_FRACTION))
         if len(values) >= 2:

@@ -26,9 +26,7 @@ MAX_SIDE = 320  # pixels kept of a larger image
 SHOWN_SIDE = 128
 MAX_SECONDS = 8.0
 WINDOW, BANDS, FRAMES = 512, 48, 120  # of a spectrogram
-_COLOURS = np.array(
-    [[17, 18, 33], [48, 44, 107], [28, 103, 133], [56, 166, 137], [197, 205, 104], [255, 246, 214]]
-)
+_COLOURS = np.array([[17, 18, 33], [48, 44, 107], [28, 103, 133], [56, 166, 137], [197, 205, 104], [255, 246, 214]])
 
 
 @dataclass(frozen=True)

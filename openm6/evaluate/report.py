@@ -293,10 +293,7 @@ def _training(lines: Lines, facts: RunFacts) -> dict[str, Any]:
 def _loss_curves(steps: np.ndarray, lines: Lines) -> list[dict[str, Any]]:
     """The losses by modality, in the order of MODALITIES; the total if there are none."""
     names = {
-        key.removeprefix("loss/").removesuffix("_out"): key
-        for line in lines
-        for key in line
-        if key.startswith("loss/")
+        key.removeprefix("loss/").removesuffix("_out"): key for line in lines for key in line if key.startswith("loss/")
     }
     order = [*(kind for kind in MODALITIES if kind in names), *sorted(names.keys() - MODALITIES)]
     curves = []
@@ -315,9 +312,7 @@ def _load_curve(steps: np.ndarray, lines: Lines) -> list[dict[str, Any]]:
     depth = max(len(row) for row in rows)
     if not depth:
         return []
-    layers = np.array(
-        [[_number(row[i] if i < len(row) else None) for row in rows] for i in range(depth)]
-    )  # L P
+    layers = np.array([[_number(row[i] if i < len(row) else None) for row in rows] for i in range(depth)])  # L P
     drawing = history(steps, layers, "coefficient of variation of expert load over steps", from_zero=True)
     _, last = _ends(np.array([finite_mean(column) for column in layers.T]))
     note = "σ/μ of the tokens per expert, by layer (fine) and on average: 0 is a perfect balance."

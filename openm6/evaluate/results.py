@@ -24,9 +24,7 @@ Interval = tuple[float, float]
 UNKNOWN: Interval = (float("nan"), float("nan"))
 
 
-def bootstrap_interval(
-    values: np.ndarray, seed: int, blocks: Sequence[str] = (), coverage: float = 0.95
-) -> Interval:
+def bootstrap_interval(values: np.ndarray, seed: int, blocks: Sequence[str] = (), coverage: float = 0.95) -> Interval:
     """Percentile bootstrap interval of the mean; both ends are NaN without records.  # N -> low, high
 
     Records of one block are resampled together, since they depend on each other; "" marks an independent record.
@@ -35,9 +33,7 @@ def bootstrap_interval(
         return UNKNOWN
     blocks = blocks or [""] * len(values)
     indices: dict[str | int, int] = {}
-    index = np.asarray(
-        [indices.setdefault(name or row, len(indices)) for row, name in enumerate(blocks)]
-    )  # N
+    index = np.asarray([indices.setdefault(name or row, len(indices)) for row, name in enumerate(blocks)])  # N
     sums = np.bincount(index, weights=values)  # B
     counts = np.bincount(index).astype(float)  # B
     rng = np.random.default_rng(seed)

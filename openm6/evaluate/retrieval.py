@@ -56,9 +56,7 @@ class Search:
         return np.log2(np.maximum(probability, 1e-12)) - np.log2(self.matches.mean(1))
 
 
-def evaluate_retrieval(
-    loaded: LoadedModel, trained_task: TrainedTask, test: Source, seed: int
-) -> TaskResult | None:
+def evaluate_retrieval(loaded: LoadedModel, trained_task: TrainedTask, test: Source, seed: int) -> TaskResult | None:
     """Recall of a contrastive task in both directions and both languages; None if no test record fits."""
     task = task_named(trained_task.task)
     searches, records = [], 0

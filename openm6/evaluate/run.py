@@ -101,9 +101,7 @@ def evaluate(
 def _eval_config(description: CheckpointConfig, settings: list[str]) -> EvalConfig:
     values = apply_overrides({"eval": description.eval}, settings)
     if set(values) != {"eval"}:
-        raise ConfigError(
-            f"evaluate takes settings of the section eval only, as eval.answers=300, not {settings}"
-        )
+        raise ConfigError(f"evaluate takes settings of the section eval only, as eval.answers=300, not {settings}")
     return build(EvalConfig, values["eval"], "eval")
 
 

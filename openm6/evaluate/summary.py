@@ -25,9 +25,7 @@ _STYLES = {"positive": "green", "none": "yellow", "negative": "red"}
 
 def answered(result: TaskResult) -> str:
     """How many of the test records were answered: `60 of 372`, or `60` if all were."""
-    return (
-        str(result.records) if result.answered == result.records else f"{result.answered} of {result.records}"
-    )
+    return str(result.records) if result.answered == result.records else f"{result.answered} of {result.records}"
 
 
 def result_line(result: TaskResult) -> str:

@@ -101,9 +101,7 @@ def _fixed_words(task: Task) -> list[set[str]]:
 
 
 def _other_modalities(given: Collection[str], target: str, trained: list[Task]) -> Coverage:
-    pairs = list(
-        dict.fromkeys((tuple(sorted(inputs_of(task))) or ("text",), task.output_modality) for task in trained)
-    )
+    pairs = list(dict.fromkeys((tuple(sorted(inputs_of(task))) or ("text",), task.output_modality) for task in trained))
     inputs = sorted(given) or ["text"]
     en = "; ".join(f"{output} from {' and '.join(names)}" for names, output in pairs[:MAX_LISTED])
     zh = "；".join(f"{_zh(names)}→{CHINESE[output]}" for names, output in pairs[:MAX_LISTED])
@@ -120,9 +118,7 @@ def _other_words(fitting: list[Task]) -> Coverage:
     for language in ("en", "zh"):
         prompts = [task.prompts[language][0] for task in fitting if language in task.prompts]
         shown = dict.fromkeys(prompts or [task.prompts["en"][0] for task in fitting])
-        listed[language] = ", ".join(
-            repr(_SLOT.sub("…", prompt).strip()) for prompt in list(shown)[:MAX_LISTED]
-        )
+        listed[language] = ", ".join(repr(_SLOT.sub("…", prompt).strip()) for prompt in list(shown)[:MAX_LISTED])
     return Coverage(
         f"not trained: no prompt of this model has such words; it was trained on {listed['en']}",
         f"未学过：该模型从未见过这样的问法，训练时的问法是 {listed['zh']}",

@@ -77,9 +77,7 @@ class DecodeStep:
         self.config = self.backbone.config
         self.precision, self.fixed = precision, fixed
         if self.backbone.executor.offloaded and precision == "int8":
-            raise ConfigError(
-                "int8 weights stay on the device: leave out num_gpu_layers, or take float32 or bfloat16"
-            )
+            raise ConfigError("int8 weights stay on the device: leave out num_gpu_layers, or take float32 or bfloat16")
         self._layers: dict[tuple[int, Tensor], _Layer] = {}
         self.head = matrix_of(text_head.head, precision)
         position = torch.arange(cache.capacity + 1, device=cache.keys.device)[:, None].expand(-1, 3)
@@ -277,9 +275,7 @@ class QuantizedStack:
     def grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Consecutive groups of rows, each times the matrix of its own expert.  # R I, E -> R O"""
         parts = rows.split(counts.tolist())
-        return torch.cat(
-            [matrix(part) for matrix, part in zip(self.matrices, parts, strict=True) if len(part)]
-        )
+        return torch.cat([matrix(part) for matrix, part in zip(self.matrices, parts, strict=True) if len(part)])
 
 
 Matrix = Callable[[Tensor], Tensor]

@@ -86,9 +86,7 @@ class DecodeBatch:
         """The slot for the prompt of the next sequence."""
         return len(self.rows)
 
-    def add(
-        self, key: Any, sampling: Sampling, position: int, token: int, top: int | None = None
-    ) -> DecodeSequence:
+    def add(self, key: Any, sampling: Sampling, position: int, token: int, top: int | None = None) -> DecodeSequence:
         """Add a sequence whose prompt is in `next_slot`; `token` opens its text at `position`."""
         row = DecodeSequence(key, sampling, position, token, top)
         self._set(len(self.rows), row)
@@ -214,9 +212,7 @@ class GraphedDecodeBatch(DecodeBatch):
         return slots if self.largest_only else min(slots, next(size for size in BATCHES if size >= count))
 
     def _run(self, batch: int, longest: int, mode: SamplingMode) -> tuple[Tensor, Tensor]:
-        longest = min(
-            self.cache.capacity, next((size for size in KEYS if size >= longest), self.cache.capacity)
-        )
+        longest = min(self.cache.capacity, next((size for size in KEYS if size >= longest), self.cache.capacity))
         key = (batch, longest, mode)
         if key not in self.graphs:
             self.graphs[key] = self._captured(*key)
@@ -224,9 +220,7 @@ class GraphedDecodeBatch(DecodeBatch):
         graph.replay()
         return sampled, logits
 
-    def _captured(
-        self, batch: int, longest: int, mode: SamplingMode
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _captured(self, batch: int, longest: int, mode: SamplingMode) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         """Run the pass a few times on a side stream, as libraries set themselves up when first called, then record it.
 
         The state is restored each time; what the passes wrote into the cache is written again by the next one.

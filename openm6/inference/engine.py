@@ -123,9 +123,7 @@ def predict_numbers(
 
 
 @torch.inference_mode()
-def score_candidates(
-    omni: Omni, cache: SlotCache, slot: int, position: int, candidates: list[Segment]
-) -> list[float]:
+def score_candidates(omni: Omni, cache: SlotCache, slot: int, position: int, candidates: list[Segment]) -> list[float]:
     """Return the negative log-likelihood, in nats, of each text after the prompt in a slot, which stays as it is.  # N
 
     Candidates are private blocks of one row, so that none attends to another. `position` is the one after the prompt.
@@ -136,9 +134,7 @@ def score_candidates(
         batch = collate([sequences], sum(map(len, few))).to(omni.device)
         example_id = batch.meta.example_id
         # All belong to the example of the prompt, each to its own block.
-        meta = SequenceMeta(
-            torch.zeros_like(example_id), batch.meta.attn_order, example_id + 1, batch.meta.positions
-        )
+        meta = SequenceMeta(torch.zeros_like(example_id), batch.meta.attn_order, example_id + 1, batch.meta.positions)
         hidden, _ = omni(batch.groups, meta, cache.reader([slot]))  # 1 S D
         group = batch.groups["text"]
         nll = omni.text.nll(hidden[0, group.index], group.arrays).float()

@@ -103,9 +103,7 @@ def load(
     folder, device = latest(path), device or resolve_device()
     description, tokenizer = _texts(folder)
     offloaded = num_gpu_layers is not None and num_gpu_layers < description.backbone.num_layers
-    omni, modalities = build_model(
-        description, tokenizer, str(folder / TOKENIZER_FILE), meta_matrices=offloaded
-    )
+    omni, modalities = build_model(description, tokenizer, str(folder / TOKENIZER_FILE), meta_matrices=offloaded)
     if offloaded and num_gpu_layers is not None:
         place_offloaded(omni, folder, num_gpu_layers, device, host_copy)
     else:

@@ -59,9 +59,7 @@ class MaskedDecodeState:
         return self.target.kind, len(self.target)
 
 
-def decode_masked(
-    omni: Omni, prompts: list[Prompt], targets: list[Segment], sampling: MaskedSampling
-) -> Tensor:
+def decode_masked(omni: Omni, prompts: list[Prompt], targets: list[Segment], sampling: MaskedSampling) -> Tensor:
     """Codes of target tokens, the masked ones drawn in answer to each prompt.  # -> B N G
 
     All targets are of one kind and size. Row i draws from seed + i.
@@ -159,8 +157,7 @@ def _still_unknown(states: list[MaskedDecodeState], confidence: Tensor, unknown:
     at_random = torch.tensor([state.sampling.order == "random" for state in states], device=unknown.device)
     order = torch.where(at_random[:, None], noise, confidence + scale * noise)
     left = [
-        math.floor(state.first_unknown * math.cos(math.pi / 2 * state.progress))
-        * (state.step < state.sampling.steps)
+        math.floor(state.first_unknown * math.cos(math.pi / 2 * state.progress)) * (state.step < state.sampling.steps)
         for state in states
     ]
     # The positions of the lowest confidence stay masked; every step settles at least one.

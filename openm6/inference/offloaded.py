@@ -46,9 +46,7 @@ class OffloadedInference(LayerExecutor):
         self.reader, self.on_device, self.device = reader, on_device, device
         self.records = [group for group in range(len(backbone.config.group_layers)) if group not in on_device]
         self.store: WeightStore | None = None  # made when first used: by then the model has its dtype
-        self._parameters: dict[
-            tuple[int, int], dict[str, nn.Parameter]
-        ] = {}  # by group and address of the buffer
+        self._parameters: dict[tuple[int, int], dict[str, nn.Parameter]] = {}  # by group and address of the buffer
         self._open: int | None = None  # the group whose weights are in use
 
     def block(self, blocks: Sequence[TransformerBlock], layer: int) -> TransformerBlock:

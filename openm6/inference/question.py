@@ -50,9 +50,7 @@ class Question:
         for name in ("image", "audio"):
             path = getattr(self, name)
             if path is not None and not isinstance(path, str | Path):
-                raise ConfigError(
-                    f"{name} must be the path of a file, not {type(path).__name__}: save it first"
-                )
+                raise ConfigError(f"{name} must be the path of a file, not {type(path).__name__}: save it first")
             # The dataclass is frozen for its users.
             object.__setattr__(self, name, None if path is None else Path(path))
         if self.output not in MODALITIES:
@@ -89,9 +87,7 @@ class Question:
         """
         missing = [name for name, value in (self.numbers or {}).items() if value is None]
         if self.column is None and len(missing) != 1:
-            raise ConfigError(
-                "the number to predict is not named: add --column NAME, or leave its value out, as NAME="
-            )
+            raise ConfigError("the number to predict is not named: add --column NAME, or leave its value out, as NAME=")
         return self.column or missing[0]
 
 
@@ -103,9 +99,7 @@ def read_media(modality: Image | Audio, path: Path) -> bytes:
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(
-                f"the file is larger than {MAX_FILE_BYTES >> 20} MiB, the most allowed: shrink or cut it"
-            )
+            raise DataError(f"the file is larger than {MAX_FILE_BYTES >> 20} MiB, the most allowed: shrink or cut it")
         content = path.read_bytes()
         if isinstance(modality, Image):
             read_image(content, modality.max_pixels)

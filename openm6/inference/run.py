@@ -49,9 +49,7 @@ def generate(
         suffixes = SUFFIXES[question.output]
         out = out or Path(f"answer{suffixes[0]}")
         if out.suffix.lower() not in suffixes:
-            raise ConfigError(
-                f"--out {out} must end in one of {', '.join(suffixes)} for --output {question.output}"
-            )
+            raise ConfigError(f"--out {out} must end in one of {', '.join(suffixes)} for --output {question.output}")
     if out is not None:
         check_writable(out, "--out")
     return answer_question(load(path, num_gpu_layers=num_gpu_layers), question, decoding, out)

@@ -118,9 +118,7 @@ def swiglu_gate_kernel(product, gate, hidden, width, BLOCK: tl.constexpr) -> Non
 
 
 @triton.jit
-def swiglu_gate_backward_kernel(
-    product, gate, upstream, d_product, d_gate, width, BLOCK: tl.constexpr
-) -> None:
+def swiglu_gate_backward_kernel(product, gate, upstream, d_product, d_gate, width, BLOCK: tl.constexpr) -> None:
     """With s = σ(a): da = d·gate·b·s·(1 + a·(1 − s)), db = d·gate·a·s, dgate = Σ d·a·s·b"""
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(gate + row).to(tl.float32)

@@ -136,9 +136,7 @@ def sums_kernel(
 def _scaled(values, inverse_row, inverse_column, matrix, rows, columns, num_rows, num_columns):
     """The tile's update before its clip: g / √v."""
     by_row = tl.load(inverse_row + matrix * num_rows + rows, mask=rows < num_rows, other=0.0)
-    by_column = tl.load(
-        inverse_column + matrix * num_columns + columns, mask=columns < num_columns, other=0.0
-    )
+    by_column = tl.load(inverse_column + matrix * num_columns + columns, mask=columns < num_columns, other=0.0)
     return values * by_row[:, None] * by_column[None, :]
 
 
@@ -226,9 +224,7 @@ def adafactor_sums(gradient: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, T
     return row_sum, column_sums.sum(1), row_largest.amax(-1)
 
 
-def adafactor_squares(
-    gradient: Tensor, allowed: Tensor, inverse_row: Tensor, inverse_column: Tensor
-) -> Tensor:
+def adafactor_squares(gradient: Tensor, allowed: Tensor, inverse_row: Tensor, inverse_column: Tensor) -> Tensor:
     """Return Σ (g / √v)² of each matrix: E."""
     matrices, num_rows, num_columns = gradient.shape
     blocks = triton.cdiv(num_rows, ROWS)

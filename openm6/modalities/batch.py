@@ -45,9 +45,7 @@ class PackedExample:
         return any(segment.truncated for segment in self.segments)
 
 
-def build_sequence(
-    segments: list[Segment], task: str = "", weight: float = 1.0, position: int = 0
-) -> PackedExample:
+def build_sequence(segments: list[Segment], task: str = "", weight: float = 1.0, position: int = 0) -> PackedExample:
     """Sources first (order 0, or one order per part), then targets: causal ones count up, blocks are hidden.
 
     `position` is that of the first token, for segments that continue others.
@@ -70,9 +68,7 @@ def build_sequence(
     return PackedExample(segments, join(orders), join(blocks), join(positions).astype(np.int32), task, weight)
 
 
-def build_pair(
-    left: list[Segment], right: list[Segment], task: str = "", weight: float = 1.0
-) -> PackedExample:
+def build_pair(left: list[Segment], right: list[Segment], task: str = "", weight: float = 1.0) -> PackedExample:
     """Two sides that never attend to each other: both of order 0, a block each, both from position 0."""
     first, second = build_sequence(left), build_sequence(right)
     block_id = np.repeat(np.asarray([1, 2], np.int32), [len(first), len(second)])
@@ -189,9 +185,7 @@ def collate(rows: list[list[PackedExample]], length: int, cursor: dict[str, Any]
 
 
 def _gather(found: list[tuple[Segment, int, int, np.ndarray]]) -> TokenGroup:
-    arrays = {
-        name: np.concatenate([segment.arrays[name] for segment, *_ in found]) for name in found[0][0].arrays
-    }
+    arrays = {name: np.concatenate([segment.arrays[name] for segment, *_ in found]) for name in found[0][0].arrays}
     index = np.concatenate([np.arange(start, start + len(segment)) for segment, start, _, _ in found])
     example = np.repeat([example for _, _, example, _ in found], [len(segment) for segment, *_ in found])
     weight = np.concatenate([weight for *_, weight in found])

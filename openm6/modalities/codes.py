@@ -72,9 +72,7 @@ class FourierPositionEmbedding(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.register_buffer(
-            "frequencies", torch.tensor([2.0**octave for octave in OCTAVES]), persistent=False
-        )
+        self.register_buffer("frequencies", torch.tensor([2.0**octave for octave in OCTAVES]), persistent=False)
         self.mix = nn.Linear(4 * len(OCTAVES), hidden_size)
 
     def forward(self, positions: Tensor) -> Tensor:
@@ -150,16 +148,12 @@ class CodesModality(Modality):
     # Numbers in a patch.
     patch_size: int
 
-    def _source(
-        self, patches: np.ndarray, is_masked: np.ndarray, grid: TokenGrid, truncated: bool = False
-    ) -> Segment:
+    def _source(self, patches: np.ndarray, is_masked: np.ndarray, grid: TokenGrid, truncated: bool = False) -> Segment:
         """Patches as input tokens; masked ones are zero.  # N F, N"""
         patches = np.where(is_masked[:, None], 0, patches).astype(np.float32)
         arrays = {"patches": patches, "is_masked": is_masked, "positions": grid.positions}
         learn = np.zeros(len(patches), bool)
-        return Segment(
-            f"{self.name}_in", arrays, grid.cells, grid.span, learn, moves=OWN_ORIGIN, truncated=truncated
-        )
+        return Segment(f"{self.name}_in", arrays, grid.cells, grid.span, learn, moves=OWN_ORIGIN, truncated=truncated)
 
     def _target(
         self,

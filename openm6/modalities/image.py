@@ -46,8 +46,7 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
             image = raw if isinstance(raw, PIL.Image.Image) else PIL.Image.open(io.BytesIO(raw))
         if image.width * image.height > max_pixels:
             raise DataError(
-                f"the image has {image.width} x {image.height} pixels, "
-                f"over the bound of {max_pixels:,}: shrink it"
+                f"the image has {image.width} x {image.height} pixels, over the bound of {max_pixels:,}: shrink it"
             )
         if target_pixels is not None and not isinstance(raw, PIL.Image.Image):
             image = _decoded_small(image, OVERSAMPLING * target_pixels)
@@ -60,9 +59,7 @@ def read_image(raw: Any, max_pixels: int = MAX_PIXELS, target_pixels: int | None
     except (OSError, ValueError, SyntaxError, TypeError) as error:
         # Pillow's own sentence about an unknown format names an object in memory.
         reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-        raise DataError(
-            f"the image is broken or of an unknown format{reason}: save it again as PNG or JPEG"
-        ) from None
+        raise DataError(f"the image is broken or of an unknown format{reason}: save it again as PNG or JPEG") from None
 
 
 def _decoded_small(image: PIL.Image.Image, min_pixels: int) -> PIL.Image.Image:
@@ -109,9 +106,7 @@ def pixels(image: PIL.Image.Image) -> np.ndarray:
 def image_grid(down: int, across: int) -> TokenGrid:
     """The grid of `down` × `across` tokens, row by row, at one moment: middles, also as fractions of the sides."""
     rows, columns = np.divmod(np.arange(down * across, dtype=np.int32), across)
-    middles = [
-        (2 * index + 1) * SIDE_UNITS // (2 * count) for index, count in ((rows, down), (columns, across))
-    ]
+    middles = [(2 * index + 1) * SIDE_UNITS // (2 * count) for index, count in ((rows, down), (columns, across))]
     positions = np.stack([(rows + 0.5) / down, (columns + 0.5) / across], axis=1).astype(np.float32)
     return TokenGrid(np.stack([np.zeros_like(rows), *middles], axis=1), positions, max(down, across))
 
@@ -122,9 +117,7 @@ class Image(CodesModality):
     name: ClassVar[str] = "image"
     patch_size = PATCH * PATCH * 3
 
-    def __init__(
-        self, codec: ImageCodec, side: int = 64, max_patches: int = 64, max_pixels: int = MAX_PIXELS
-    ) -> None:
+    def __init__(self, codec: ImageCodec, side: int = 64, max_patches: int = 64, max_pixels: int = MAX_PIXELS) -> None:
         self.codec = codec
         self.side = side
         # Codes across, and down.
@@ -170,9 +163,7 @@ class Image(CodesModality):
         @torch.no_grad()
         def compute() -> np.ndarray:
             square = to_square(read_image(raw, self.max_pixels, self.side**2), self.side)
-            codes = self.codec.encode(
-                torch.from_numpy(pixels(square)).permute(2, 0, 1)[None]
-            )  # 1 3 H W -> 1 h w G
+            codes = self.codec.encode(torch.from_numpy(pixels(square)).permute(2, 0, 1)[None])  # 1 3 H W -> 1 h w G
             return codes[0].flatten(0, 1).numpy().astype(np.int16)
 
         return self.code_cache.get_or_compute(key_of(raw), compute)

@@ -88,9 +88,7 @@ class Adapter(nn.Module, ABC):
         """What training minimizes: the likelihood itself unless a smoothed form generalizes better.  # N D -> N"""
         return self.nll(hidden, arrays)
 
-    def weighted_loss(
-        self, hidden: Tensor, arrays: dict[str, Tensor], weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def weighted_loss(self, hidden: Tensor, arrays: dict[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
         """Σ weight · loss, with a gradient, and the loss of each token, without.  # N D, N -> (), N"""
         nll = self.training_loss(hidden, arrays).float()
         return (nll * weight).sum(), nll.detach()

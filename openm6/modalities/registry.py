@@ -86,13 +86,9 @@ def build_modalities(config: ModalitiesConfig, tokenizer: Tokenizer, scales: Sca
     """
     image_codec, audio_codec = load_codec(config.image.codec), load_codec(config.audio.codec)
     if not isinstance(image_codec, ImageCodec):
-        raise ConfigError(
-            f"modalities.image.codec={config.image.codec!r} is no image codec: name one, as image-64"
-        )
+        raise ConfigError(f"modalities.image.codec={config.image.codec!r} is no image codec: name one, as image-64")
     if not isinstance(audio_codec, AudioCodec):
-        raise ConfigError(
-            f"modalities.audio.codec={config.audio.codec!r} is no audio codec: name one, as audio"
-        )
+        raise ConfigError(f"modalities.audio.codec={config.audio.codec!r} is no audio codec: name one, as audio")
     if config.image.side % image_codec.config.stride:
         raise ConfigError(
             f"modalities.image.side={config.image.side} must be a multiple of the codec's stride, "

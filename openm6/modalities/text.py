@@ -245,9 +245,7 @@ class TextAdapter(Adapter):
     def nll(self, hidden: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(self.logits(hidden).float(), arrays["labels"], reduction="none")
 
-    def weighted_loss(
-        self, hidden: Tensor, arrays: dict[str, Tensor], weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def weighted_loss(self, hidden: Tensor, arrays: dict[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
         # The logits of many tokens would be the largest tensor of a step: they are computed in chunks.
         return linear_cross_entropy(hidden, self.embedding.weight, arrays["labels"], weight)
 

@@ -23,9 +23,7 @@ from openm6.ops.attention import query_blocks
 from openm6.ops.pointwise import rotary_table
 from openm6.ops.sequence import BLOCK, CausalMask, SequenceMeta, additive_mask, block_mask, visible
 
-Refill = Callable[
-    [nn.Module, nn.Module], None
-]  # fills a new module of the same form with an old one's weights
+Refill = Callable[[nn.Module, nn.Module], None]  # fills a new module of the same form with an old one's weights
 
 
 class Backbone(nn.Module):
@@ -45,9 +43,7 @@ class Backbone(nn.Module):
         for layer, first in enumerate(config.shared_with):
             shared = None if first == layer else self.blocks[first]
             mlp = config.feed_forward(layer)
-            self.layers.append(
-                build_block(config.attention, mlp, shared, config.share_routers, meta_matrices)
-            )
+            self.layers.append(build_block(config.attention, mlp, shared, config.share_routers, meta_matrices))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.reset_parameters()
 

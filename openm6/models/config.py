@@ -44,13 +44,9 @@ class BackboneConfig(Config):
     def _parts_fit(self) -> BackboneConfig:
         self._check_kinds()
         if sum(self.sections) != self.head_dim // 2 or min(self.sections) < 0:
-            raise ValueError(
-                f"rope_sections {list(self.sections)} must sum to half of head_dim={self.head_dim}"
-            )
+            raise ValueError(f"rope_sections {list(self.sections)} must sum to half of head_dim={self.head_dim}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
-            )
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         self._check_sharing()
         return self
 

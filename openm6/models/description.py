@@ -57,9 +57,7 @@ def read_description(text: str, where: str) -> CheckpointConfig:
     except ValueError:
         raise CheckpointError(f"{where} is damaged: use another checkpoint") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{where} is not a model description of format {FORMAT}: it is from another version"
-        )
+        raise CheckpointError(f"{where} is not a model description of format {FORMAT}: it is from another version")
     return build(CheckpointConfig, values, where)
 
 
@@ -70,7 +68,5 @@ def build_model(
 
     `meta_matrices` as in `Backbone`.
     """
-    modalities = build_modalities(
-        description.modalities, read_tokenizer(tokenizer, where), description.scales
-    )
+    modalities = build_modalities(description.modalities, read_tokenizer(tokenizer, where), description.scales)
     return Omni(description.backbone, modalities, description.embedding, meta_matrices), modalities

@@ -44,9 +44,7 @@ def read_qwen(folder: Path) -> ImportedModel:
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} holds no readable config.json: download the whole model ({error})"
-        ) from None
+        raise CheckpointError(f"{folder} holds no readable config.json: download the whole model ({error})") from None
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} holds no *.safetensors file: download the whole model")
@@ -125,9 +123,7 @@ def _refuse_what_we_lack(settings: Mapping[str, Any]) -> None:
     }
     found = [name for name, present in lacking.items() if present]
     if found:
-        raise ConfigError(
-            f"this {kind} model uses {', '.join(found)}, which the backbone lacks: choose another"
-        )
+        raise ConfigError(f"this {kind} model uses {', '.join(found)}, which the backbone lacks: choose another")
 
 
 def _experts_config(settings: Mapping[str, Any]) -> ExpertsConfig:
@@ -183,10 +179,7 @@ def _experts(state: State, layer: int, num_experts: int) -> dict[str, Tensor]:
     else:
         experts = [f"{theirs}.experts.{index}" for index in range(num_experts)]
         up = torch.stack(
-            [
-                torch.cat([_tensor(state, f"{name}.{part}_proj.weight") for part in ("gate", "up")])
-                for name in experts
-            ]
+            [torch.cat([_tensor(state, f"{name}.{part}_proj.weight") for part in ("gate", "up")]) for name in experts]
         )
         down = torch.stack([_tensor(state, f"{name}.down_proj.weight") for name in experts])
     return {

@@ -102,11 +102,7 @@ class Omni(nn.Module):
         """All tokens of a batch at their positions; padding is zero.  # -> R S D"""
         vectors = [self._embed_kind(name, group) for name, group in groups.items()]
         index = torch.cat([group.index for group in groups.values()])
-        dtype = (
-            torch.get_autocast_dtype(self.device.type)
-            if torch.is_autocast_enabled(self.device.type)
-            else None
-        )
+        dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
         joined = torch.cat([v.to(dtype or v.dtype) for v in vectors])
         empty = joined.new_zeros(rows * length, self.config.hidden_size)
         return empty.index_copy(0, index, joined).view(rows, length, -1)
@@ -123,9 +119,7 @@ class Omni(nn.Module):
         """Hidden states after the final norm, and what each sparse layer routed.  # -> R S D"""
         return self.backbone(self.embed(groups, meta.batch, meta.length), meta, cache)
 
-    def compute_loss(
-        self, batch: Batch, as_trained: bool = False
-    ) -> tuple[dict[str, TokenLosses], list[RouterStats]]:
+    def compute_loss(self, batch: Batch, as_trained: bool = False) -> tuple[dict[str, TokenLosses], list[RouterStats]]:
         """Losses of every learned token of a batch, by kind, and what each sparse layer routed.
 
         While the model trains, or with `as_trained`, it is the training loss, else the negative log-likelihood.

@@ -48,9 +48,7 @@ class Attention(nn.Module):
         self.config = config
         heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv = nn.Parameter(torch.empty(heads * config.head_dim, config.hidden_size))  # (H+2G)·d D
-        self.output = nn.Parameter(
-            torch.empty(config.hidden_size, config.num_heads * config.head_dim)
-        )  # D H·d
+        self.output = nn.Parameter(torch.empty(config.hidden_size, config.num_heads * config.head_dim))  # D H·d
 
     def reset_parameters(self, deviation: float, output_deviation: float) -> None:
         fill_normal(self.qkv, deviation)

@@ -68,9 +68,7 @@ class ExpertsConfig(Config):
         """The shared experts as one dense network."""
         if not self.num_shared:
             return None
-        return DenseConfig(
-            intermediate_size=self.intermediate_size * self.num_shared, hidden_act=self.hidden_act
-        )
+        return DenseConfig(intermediate_size=self.intermediate_size * self.num_shared, hidden_act=self.hidden_act)
 
 
 class AttentionConfig(Config):
@@ -86,7 +84,5 @@ class AttentionConfig(Config):
     @model_validator(mode="after")
     def _heads_divide(self) -> AttentionConfig:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
-            )
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         return self

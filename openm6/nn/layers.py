@@ -50,9 +50,7 @@ class MLP(nn.Module):
     def __init__(self, width: int, config: DenseConfig) -> None:
         super().__init__()
         self.config = config
-        self.up = nn.Parameter(
-            torch.empty(first_width(config.intermediate_size, config.hidden_act), width)
-        )  # P D
+        self.up = nn.Parameter(torch.empty(first_width(config.intermediate_size, config.hidden_act), width))  # P D
         self.down = nn.Parameter(torch.empty(width, config.intermediate_size))  # D F
 
     def reset_parameters(self, deviation: float, output_deviation: float) -> None:

@@ -194,11 +194,7 @@ class Experts(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """B S D, B S bool -> B S D with the output of `shared` added, and which assignments were kept; None: all."""
         config, flat = self.config, x.flatten(0, 1)  # N D
-        local = (
-            config.hidden_act == "swiglu"
-            and config.capacity_factor is None
-            and type(dispatcher) is LocalDispatcher
-        )
+        local = config.hidden_act == "swiglu" and config.capacity_factor is None and type(dispatcher) is LocalDispatcher
         backend = choose_backend(flat, config.experts_per_token, config.num_experts, local)
         if backend == "permute":
             return self._permuted(x, routing, valid.flatten(), dispatcher, shared)
@@ -218,9 +214,7 @@ class Experts(nn.Module):
         if config.capacity_factor is None:
             permutation = dropless_permutation(routing.chosen, config.num_experts)
         else:
-            capacity = capacity_of(
-                len(valid), config.experts_per_token, config.num_experts, config.capacity_factor
-            )
+            capacity = capacity_of(len(valid), config.experts_per_token, config.num_experts, config.capacity_factor)
             permutation = capacity_permutation(routing.chosen, valid, config.num_experts, capacity)
         rows = permute(x.flatten(0, 1), permutation)  # N D -> R D
         chunks = dispatcher.dispatch(rows, permutation.counts, capacity)
@@ -243,9 +237,7 @@ class MoE(nn.Module):
         super().__init__()
         self.router, self.experts, self.shared_experts = router, experts, shared_experts
 
-    def forward(
-        self, x: Tensor, valid: Tensor, dispatcher: TokenDispatcher, layer: int
-    ) -> tuple[Tensor, RouterStats]:
+    def forward(self, x: Tensor, valid: Tensor, dispatcher: TokenDispatcher, layer: int) -> tuple[Tensor, RouterStats]:
         """B S D, B S bool -> B S D and the statistics of the router."""
         config = self.router.config
         routing = self.router(x.flatten(0, 1), valid.flatten(), dispatcher)
@@ -254,9 +246,7 @@ class MoE(nn.Module):
         if kept is not None:
             dropped = 1 - kept.sum() / (valid.sum().clamp(min=1) * config.experts_per_token)
         side = config.router_aux_loss_coef * routing.aux_loss + config.router_z_loss_coef * routing.z_loss
-        return y, RouterStats(
-            layer, routing.load, routing.aux_loss.detach(), routing.z_loss.detach(), dropped, side
-        )
+        return y, RouterStats(layer, routing.load, routing.aux_loss.detach(), routing.z_loss.detach(), dropped, side)
 
 
 def _divide(weight: Tensor, parts: int) -> tuple[Tensor, ...]:

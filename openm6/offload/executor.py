@@ -288,9 +288,7 @@ class _Span(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *of_stats: Tensor | None) -> tuple[Tensor | None, ...]:
         executor, batch, span, own = ctx.arguments
         with ctx.precision():
-            found, gradients = executor.backward_span(
-                batch, span, ctx.restore(), gradient, list(of_stats[4::5])
-            )
+            found, gradients = executor.backward_span(batch, span, ctx.restore(), gradient, list(of_stats[4::5]))
         return (None, None, None, None, found, *(gradients.get(one) for one in own))
 
 

@@ -96,9 +96,7 @@ def grouped_cross_entropy(states: Tensor, weight: Tensor, target: Tensor, smooth
     return grouped_cross_entropy_reference(states, weight, target, smoothing)
 
 
-def grouped_cross_entropy_reference(
-    states: Tensor, weight: Tensor, target: Tensor, smoothing: float
-) -> Tensor:
+def grouped_cross_entropy_reference(states: Tensor, weight: Tensor, target: Tensor, smoothing: float) -> Tensor:
     """The reference of `grouped_cross_entropy`."""
     logits = torch.einsum("ngb,gbc->ngc", states, weight).float().flatten(0, 1)  # N·G C
     nll = F.cross_entropy(logits, target.flatten(), reduction="none", label_smoothing=smoothing)

@@ -52,9 +52,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 @functools.cache
 def has_bf16() -> bool:
     """Whether this CPU multiplies bf16 by its own instructions (AVX512-BF16 or AMX)."""
-    return any(
-        getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def capture_precision(kind: str) -> Callable[[], AbstractContextManager[None]]:

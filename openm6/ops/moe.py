@@ -46,9 +46,7 @@ def choose_backend(x: Tensor, num_choices: int, num_experts: int, simple: bool) 
     return "fused" if x.is_cuda and (half or x.dtype == torch.bfloat16) else "permute"
 
 
-def choose_top_k(
-    logits: Tensor, bias: Tensor | None, top_k: int, normalise: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def choose_top_k(logits: Tensor, bias: Tensor | None, top_k: int, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the K experts with the highest logit (plus `bias`, which affects the choice but not the gates).
 
     Returns gates N K and experts N K, and the probabilities N E; normalised gates sum to one.
@@ -61,9 +59,7 @@ def choose_top_k(
     return gate, chosen, probability
 
 
-def choose_prototypes(
-    logits: Tensor, bias: Tensor | None, num_prototypes: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def choose_prototypes(logits: Tensor, bias: Tensor | None, num_prototypes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Choose one expert in each of Z groups, weighted by the softmax within it: "k top-1" (M6-T, 2105.15082, §3.2).
 
     Returns gates N Z and experts N Z (indices 0 to E - 1), and the probabilities N E, which sum to Z.
@@ -363,9 +359,7 @@ def moe_mlp_per_expert(x: Tensor, gate: Tensor, chosen: Tensor, up: Tensor, down
     return _PerExpertMlp.apply(x, gate, up, down, *_padded_permutation(chosen, up.shape[0], matmul_dtype(x)))
 
 
-def _padded_permutation(
-    chosen: Tensor, num_experts: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, list[slice]]:
+def _padded_permutation(chosen: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[slice]]:
     """N K -> source P (the token of each row), slot N K (the row of each choice), and the rows of each expert."""
     _, slot, counts = _sorted_by_expert(chosen, num_experts)
     padded = [pad_rows(count, dtype) for count in counts.tolist()]

@@ -102,9 +102,7 @@ def rotary_table(positions: Tensor, theta: float, sections: tuple[int, int, int]
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotate the pairs (x[i], x[i + d/2]) by their angles: B S H d -> B S H d, in x's dtype."""
-    return (
-        rotate_reference(x, cosine, sine) if torch.compiler.is_compiling() else _Rotate.apply(x, cosine, sine)
-    )
+    return rotate_reference(x, cosine, sine) if torch.compiler.is_compiling() else _Rotate.apply(x, cosine, sine)
 
 
 def rotate_reference(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

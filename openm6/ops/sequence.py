@@ -79,16 +79,12 @@ def _meta_of_arrays(causal: bool, *arrays: np.ndarray) -> SequenceMeta:
     return SequenceMeta(*(torch.from_numpy(array) for array in arrays), causal=causal)
 
 
-def causal_meta(
-    batch: int, length: int, start: int = 0, device: torch.device | str | None = None
-) -> SequenceMeta:
+def causal_meta(batch: int, length: int, start: int = 0, device: torch.device | str | None = None) -> SequenceMeta:
     """Return rows of one example each, strictly causal, whose first token has position `start`."""
     order = torch.arange(start, start + length, dtype=torch.int32, device=device).expand(batch, length)
     # A tensor for each part: torch.compile would specialize on two of them being one.
     example_id, block_id = torch.zeros_like(order), torch.zeros_like(order)
-    return SequenceMeta(
-        example_id, order, block_id, order.unsqueeze(-1).expand(batch, length, 3), causal=True
-    )
+    return SequenceMeta(example_id, order, block_id, order.unsqueeze(-1).expand(batch, length, 3), causal=True)
 
 
 def join(metas: list[SequenceMeta]) -> SequenceMeta:

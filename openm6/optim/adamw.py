@@ -105,9 +105,7 @@ class AdamW(torch.optim.Optimizer):
 
         rows = [coefficients(group, float(self.state[parameter]["step"])) for parameter, group in updated]
         seeds = [self._seed(parameter) for parameter, _ in updated]
-        numbers, seed_of = (
-            torch.tensor(one).to(updated[0][0].device, non_blocking=True) for one in (rows, seeds)
-        )
+        numbers, seed_of = (torch.tensor(one).to(updated[0][0].device, non_blocking=True) for one in (rows, seeds))
         for index, (parameter, group) in enumerate(updated):
             weight, gradient, state = self._local(parameter)
             optimizers.adamw_update(

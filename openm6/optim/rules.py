@@ -216,9 +216,7 @@ class FactoredRule(UpdateRule):
         decay = torch.where(active, 1 - args.lr * args.weight_decay, 1.0)[:, None, None]
         self.subtract(stored, decay, update, _bits(gradient, args.key, first, args.spec))
 
-    def direction(
-        self, stored: Slots, gradient: Tensor, active: Tensor, args: UpdateArgs, first: int
-    ) -> Tensor:
+    def direction(self, stored: Slots, gradient: Tensor, active: Tensor, args: UpdateArgs, first: int) -> Tensor:
         """Return the direction of descent, before it is normalized; `active` is E 1 1."""
         return gradient
 
@@ -251,9 +249,7 @@ class MomentumRule(FactoredRule):
     def uses_kernels(self, gradient: Tensor, spec: ShardSpec) -> bool:
         return False
 
-    def direction(
-        self, stored: Slots, gradient: Tensor, active: Tensor, args: UpdateArgs, first: int
-    ) -> Tensor:
+    def direction(self, stored: Slots, gradient: Tensor, active: Tensor, args: UpdateArgs, first: int) -> Tensor:
         before = stored[MOMENTUM].float()
         mean = torch.where(active, before.lerp(gradient, 1 - self.beta), before)
         bits = _bits(gradient, args.key ^ MOMENTUM_KEY, first, args.spec)

@@ -186,9 +186,7 @@ def run_child(command: list[str], seconds: float) -> subprocess.CompletedProcess
     """
     reader, writer = os.pipe()
     try:
-        return subprocess.run(
-            command, stdin=reader, capture_output=True, text=True, check=False, timeout=seconds
-        )
+        return subprocess.run(command, stdin=reader, capture_output=True, text=True, check=False, timeout=seconds)
     finally:
         os.close(reader)
         os.close(writer)

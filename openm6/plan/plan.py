@@ -175,9 +175,7 @@ def _first_fit(request: PlanRequest, cluster: Cluster, config: BackboneConfig, t
     return stage
 
 
-def _stage(
-    request: PlanRequest, cluster: Cluster, config: BackboneConfig, tier: Tier, may_offload: bool
-) -> StagePlan:
+def _stage(request: PlanRequest, cluster: Cluster, config: BackboneConfig, tier: Tier, may_offload: bool) -> StagePlan:
     model, n = request.model, cluster.devices
     every = request.activation_checkpointing_every or model.activation_checkpointing_every
     stored = stored_parameters(config, model.vocabulary, model.adapters)

@@ -96,9 +96,7 @@ def _model_of_recipe(name: str, path: Path, overrides: list[str] | None) -> Mode
     values = apply_overrides(read_yaml(path), overrides or [])
     kind = values.get("kind", "multimodal")
     if kind != "multimodal":
-        raise ConfigError(
-            f"{name} is a recipe of kind {kind!r}: only multimodal recipes and presets are planned"
-        )
+        raise ConfigError(f"{name} is a recipe of kind {kind!r}: only multimodal recipes and presets are planned")
     packing, loop = values.get("packing") or {}, values.get("loop") or {}
     text = (values.get("modalities") or {}).get("text") or {}
     optimizer = loop.get("optimizer") or {}

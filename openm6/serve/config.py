@@ -65,9 +65,7 @@ class EngineConfig(Config):
     @model_validator(mode="after")
     def _weights_can_move(self) -> EngineConfig:
         if self.num_gpu_layers is not None and self.weights == "int8":
-            raise ValueError(
-                "weights=int8 keeps its copies on the device: leave out num_gpu_layers, or take bfloat16"
-            )
+            raise ValueError("weights=int8 keeps its copies on the device: leave out num_gpu_layers, or take bfloat16")
         return self
 
 

@@ -187,9 +187,7 @@ def decode_data_url(url: str, param: str) -> bytes:
     """Return the bytes in `data:image/png;base64,…`; raise BadRequestError if it is of another kind, or broken."""
     head, comma, body = url.partition(",")
     if not head.startswith("data:") or not comma or not head.endswith(";base64"):
-        raise BadRequestError(
-            f"{param} must be a data URL (data:image/png;base64,…): send the bytes along", param
-        )
+        raise BadRequestError(f"{param} must be a data URL (data:image/png;base64,…): send the bytes along", param)
     return decode_base64(body, param)
 
 

@@ -100,9 +100,7 @@ class FairQueue:
         self.work += handle.prepared.work
         self._size += 1
 
-    def pop(
-        self, fits: Callable[[RequestHandle], bool], kinds: Collection[type] | None = None
-    ) -> RequestHandle | None:
+    def pop(self, fits: Callable[[RequestHandle], bool], kinds: Collection[type] | None = None) -> RequestHandle | None:
         """Remove and return the next request that fits: by counters, and within a client by age.
 
         `kinds` are those requests for which there may be a free slot; the others are not examined.
@@ -149,9 +147,7 @@ class FairQueue:
 class Engine:
     """Answers requests in a fair order. Use it as a context, or call `start` and `stop`."""
 
-    def __init__(
-        self, loaded: LoadedModel, config: EngineConfig | None = None, meter: Meter | None = None
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None, meter: Meter | None = None) -> None:
         """Without a meter it opens one of its own."""
         self.config = config or EngineConfig()
         self.loaded = _in_precision(loaded, self.config)
@@ -258,9 +254,7 @@ class Engine:
         except BaseException as error:
             get_log().exception("the engine stopped")
             first_line = (str(error).splitlines() or [""])[0]
-            self.failure = (
-                f"the engine stopped ({type(error).__name__}: {first_line}): start the server again"
-            )
+            self.failure = f"the engine stopped ({type(error).__name__}: {first_line}): start the server again"
         finally:
             self._close(worker)
             if self.failure is not None:
@@ -277,9 +271,7 @@ class Engine:
                 return False
             gone = self.queue.drop(lambda handle: handle.cancelled or handle.expired)
         for handle in gone:
-            handle.fail(
-                DeadlineExceededError("the deadline passed before the request's turn: ask again later")
-            )
+            handle.fail(DeadlineExceededError("the deadline passed before the request's turn: ask again later"))
         while True:
             with self._changed:
                 found = self.queue.pop(worker.fits, worker.open_kinds)

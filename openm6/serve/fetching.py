@@ -156,9 +156,7 @@ class Fetcher:
         return bytes(data)
 
     def _timeout(self, param: str) -> BadRequestError:
-        return BadRequestError(
-            f"{param} did not come within {self.seconds:g} s: send the image as a data URL", param
-        )
+        return BadRequestError(f"{param} did not come within {self.seconds:g} s: send the image as a data URL", param)
 
 
 def _shut(line: socket.socket) -> None:

@@ -43,9 +43,7 @@ class ReplicaConfig(Config):
     @model_validator(mode="after")
     def _in_order(self) -> ReplicaConfig:
         if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"min_replicas={self.min_replicas} must not exceed max_replicas={self.max_replicas}"
-            )
+            raise ValueError(f"min_replicas={self.min_replicas} must not exceed max_replicas={self.max_replicas}")
         return self
 
 

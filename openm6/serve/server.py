@@ -35,9 +35,7 @@ class Metrics:
         self.requests = self._counter("openm6_requests", "Requests by kind and HTTP status", "kind", "status")
         self.tokens = self._counter("openm6_tokens", "Prompt tokens and generated tokens", "direction")
         self.seconds = self._histogram("openm6_request_seconds", "Time to the whole answer", SECONDS, "kind")
-        self.first_token = self._histogram(
-            "openm6_first_token_seconds", "Time to the first token of a text", SECONDS
-        )
+        self.first_token = self._histogram("openm6_first_token_seconds", "Time to the first token of a text", SECONDS)
         self.joules = self._histogram("openm6_request_joules", "Energy of a request", JOULES, "kind")
         waiting = Gauge("openm6_queue_requests", "Requests that wait", registry=self.registry)
         waiting.set_function(lambda: len(engine.queue))

@@ -190,16 +190,12 @@ def mask_span(record: Record, context: Context) -> Built:
     return Built({"audio": audio}, audio)
 
 
-REST_OF_TEXT = Derived(
-    "text", split_text, lambda record, language: len(_text(record, language)) >= MIN_CHARACTERS
-)
+REST_OF_TEXT = Derived("text", split_text, lambda record, language: len(_text(record, language)) >= MIN_CHARACTERS)
 UNMASKED_TEXT = Derived("text", mask_words)
 SECOND_LINE = Derived("text", draw_couplet, lambda record, language: couplets(_text(record, language)))
 NUMBER = Derived("numbers", hold_out_column, lambda record, _: observed(record))
 # The price, from all other columns.
-PRICE = Derived(
-    "numbers", lambda record, _: hold_out(record, "price"), lambda record, _: "price" in observed(record)
-)
+PRICE = Derived("numbers", lambda record, _: hold_out(record, "price"), lambda record, _: "price" in observed(record))
 FUTURE = Derived("numbers", split_series, lambda record, _: record.get("series"))
 COLUMN_ANSWER = Derived("text", ask_column, lambda record, _: observed(record))
 ANOMALY = Derived("text", insert_anomaly, lambda record, _: _long_series(record))

@@ -105,9 +105,7 @@ def _style_images(record: Record, context: Context, count: int) -> tuple[list[St
     names = sorted(STYLES)
     styles = [STYLES[names[int(index)]] for index in context.rng.permutation(len(names))[:2]]
     images = [other["image"] for other in record.get("others", ()) if other.get("image")] or [record["image"]]
-    references = [
-        _part(style(_read(images[index % len(images)]))) for index, style in enumerate(styles[:count])
-    ]
+    references = [_part(style(_read(images[index % len(images)]))) for index, style in enumerate(styles[:count])]
     return styles, references
 
 

@@ -104,9 +104,7 @@ class AudioSubject:
         self.rate = rate = recipe.codec.rate
         step = recipe.codec.samples_per_position
         self.length = max(1, round(self.config.seconds * rate / step)) * step
-        kept, self.held_out = hold_out(
-            read_records(recipe.sources, "train", "audio", read_clip), recipe.held_out
-        )
+        kept, self.held_out = hold_out(read_records(recipe.sources, "train", "audio", read_clip), recipe.held_out)
         self.bank = make_audio_bank(kept, recipe.source_weights, device)
         self.windows = {size: unit_window(size).to(device) for size in MEL_SCALES}
         self.filters = {size: mel_filters(n, size, rate).to(device) for size, n in MEL_SCALES.items()}

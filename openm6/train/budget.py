@@ -177,9 +177,7 @@ def check_budget(budget: Budget, free_bytes: FreeBytes, rule: UpdateRule) -> Non
     """
     configured, num_groups = budget.offload.num_gpu_layers, len(budget.layouts)
     if isinstance(configured, tuple) and (wrong := [index for index in configured if index >= num_groups]):
-        raise ConfigError(
-            f"loop.offload.num_gpu_layers lists {wrong[0]}: there are only 0 to {num_groups - 1}"
-        )
+        raise ConfigError(f"loop.offload.num_gpu_layers lists {wrong[0]}: there are only 0 to {num_groups - 1}")
     for tier, limit in free_bytes.items():
         # `host: 1.2 GiB of 20.1 GiB; offloaded weights 921 MiB, …`
         needed = needed_bytes(budget, tier, free_bytes)

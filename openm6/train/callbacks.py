@@ -172,8 +172,7 @@ class StagesCallback(Callback):
         self._run = run
         if self.switched_at is None and run.training.stage != "pseudo":
             raise ConfigError(
-                "loop.stages is given, but no layers of the model share weights: "
-                "add sharing: all to model.overrides"
+                "loop.stages is given, but no layers of the model share weights: add sharing: all to model.overrides"
             )
 
     def before_step(self, step: int) -> None:
@@ -245,9 +244,7 @@ class SpikeCallback(Callback):
     def after_step(self, report: StepReport) -> dict[str, float]:
         if self.observe(report.loss):
             self.count += 1
-            get_log().warning(
-                f"step {report.step}: loss spike, {report.loss:.3f} after a mean of {self.mean:.3f}"
-            )
+            get_log().warning(f"step {report.step}: loss spike, {report.loss:.3f} after a mean of {self.mean:.3f}")
         return {}
 
     def totals(self) -> dict[str, Any]:

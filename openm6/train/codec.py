@@ -235,9 +235,7 @@ def read_records(
         if records:
             found[name] = records
         elif split == "train":
-            raise DataError(
-                f"source {name!r} has no usable {key} in its records: map a column with fields, or drop it"
-            )
+            raise DataError(f"source {name!r} has no usable {key} in its records: map a column with fields, or drop it")
     return found
 
 

@@ -111,17 +111,12 @@ def plan_conversion(
         raise ConfigError(f"--precision {new} must be one of {', '.join(PRECISIONS)}")
     if state.get("optimizer", "adamw") != "adamw" and new != "fp32":
         raise ConfigError(
-            f"{folder} was trained with {state['optimizer']}, whose state Adafactor cannot use: "
-            "convert a run of adamw"
+            f"{folder} was trained with {state['optimizer']}, whose state Adafactor cannot use: convert a run of adamw"
         )
     now = description.backbone.stage
     if stage == "pseudo" and now == "real":
-        raise ConfigError(
-            f"{folder} is of the real stage: layers with weights of their own cannot share weights again"
-        )
-    return Conversion(
-        description, old, cast(WeightPrecision, new), stage == "real" and now == "pseudo", moments
-    )
+        raise ConfigError(f"{folder} is of the real stage: layers with weights of their own cannot share weights again")
+    return Conversion(description, old, cast(WeightPrecision, new), stage == "real" and now == "pseudo", moments)
 
 
 def _groups(weights: CheckpointReader, kept: CheckpointReader, conversion: Conversion) -> Iterator[Shard]:
@@ -184,9 +179,7 @@ def _others(reader: CheckpointReader, conversion: Conversion, scaled: bool) -> I
     with torch.device("meta"):
         blocks = Backbone(old).group_blocks
     prefixes = [f"backbone.layers.{layer}." for layer in old.group_layers]
-    matrices = {
-        prefix + name for prefix, block in zip(prefixes, blocks, strict=True) for name in block.matrices()
-    }
+    matrices = {prefix + name for prefix, block in zip(prefixes, blocks, strict=True) for name in block.matrices()}
     routers = {f"{prefix}mlp.router.": group for group, prefix in enumerate(prefixes) if old.share_routers}
     for full in reader.names:
         name, separator, key = full.partition(SEPARATOR)
@@ -209,9 +202,7 @@ def _others(reader: CheckpointReader, conversion: Conversion, scaled: bool) -> I
 def _new_state(state: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
     kept = {name: value for name, value in state.items() if name not in WRITTEN_AGAIN}
     if conversion.delinked:
-        kept["callbacks"] = {
-            name: value for name, value in kept.get("callbacks", {}).items() if name != "stages"
-        }
+        kept["callbacks"] = {name: value for name, value in kept.get("callbacks", {}).items() if name != "stages"}
     return {**kept, "stage": conversion.backbone.stage, "precision": conversion.new_precision}
 
 

@@ -74,9 +74,7 @@ class TrainResult:
     def __str__(self) -> str:
         minutes = f"{self.seconds / 60:.1f} min" if self.seconds >= 100 else f"{self.seconds:.0f} s"
         skipped = f", {self.non_finite} skipped" if self.non_finite else ""
-        return (
-            f"{self.steps:,} steps{skipped}, {self.tokens:,} tokens in {minutes}, saved as {self.checkpoint}"
-        )
+        return f"{self.steps:,} steps{skipped}, {self.tokens:,} tokens in {minutes}, saved as {self.checkpoint}"
 
 
 def train(
@@ -106,9 +104,7 @@ def train(
 def refuse_overwriting(run: RunFolder, resume: bool) -> None:
     """Raise TrainingError if the folder holds a run that is not to be resumed; call it before writing there."""
     if not resume and list_checkpoints(run.checkpoints):
-        raise TrainingError(
-            f"{run.path} already holds a run: add --resume to go on, or choose another folder"
-        )
+        raise TrainingError(f"{run.path} already holds a run: add --resume to go on, or choose another folder")
 
 
 class _Run:
@@ -224,9 +220,7 @@ class _Run:
         progress.non_finite_in_a_row = 0 if report.applied else progress.non_finite_in_a_row + 1
         if not report.applied:
             progress.non_finite += 1
-            get_log().warning(
-                f"step {report.step} skipped: loss {report.loss:g}, gradient norm {report.grad_norm:g}"
-            )
+            get_log().warning(f"step {report.step} skipped: loss {report.loss:g}, gradient norm {report.grad_norm:g}")
         if progress.non_finite_in_a_row > self.config.max_non_finite:
             raise TrainingError(
                 f"no finite loss in {progress.non_finite_in_a_row} steps up to step {report.step}: "
@@ -253,9 +247,7 @@ class _Run:
 
     def _due(self, every: int | None) -> bool:
         """Return True every so many steps and at the end; never for None."""
-        return every is not None and (
-            self.progress.step % every == 0 or self.length.reached(self.progress.step)
-        )
+        return every is not None and (self.progress.step % every == 0 or self.length.reached(self.progress.step))
 
     def _evaluate(self) -> None:
         seed_everything(self.config.seed, "evaluate", self.progress.step)
@@ -340,9 +332,7 @@ class RunLength:
     def __init__(self, config: LoopConfig, run: RunFolder, ranks: ProcessGroupContext | None = None) -> None:
         self._config, self._run, self._ranks = config, run, ranks or ProcessGroupContext()
         self._spent: list[float] = []  # seconds of each step
-        written = (
-            run.read_config().get(LOOP_SECTION, {}).get("steps") if config.steps == "auto" else config.steps
-        )
+        written = run.read_config().get(LOOP_SECTION, {}).get("steps") if config.steps == "auto" else config.steps
         self.steps: int | None = written if isinstance(written, int) else None
 
     def reached(self, step: int) -> bool:
@@ -367,9 +357,7 @@ class RunLength:
         self.steps = total
         if self._ranks.is_main_process:
             self._run.set_config(LOOP_SECTION, "steps", total)
-        get_log().info(
-            f"{total} steps fit into {self._config.minutes:g} minutes; written to {self._run.config}"
-        )
+        get_log().info(f"{total} steps fit into {self._config.minutes:g} minutes; written to {self._run.config}")
 
 
 @contextmanager

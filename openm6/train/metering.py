@@ -171,10 +171,7 @@ class Attribution:
             operations += np.bincount(example, weights=cost, minlength=batch.num_examples)
             modalities[name] = WorkCount(len(learned), float(cost.sum()))
         of_task = {task: np.array([name == task for name in batch.tasks]) for task in self._tasks}
-        tasks = {
-            task: WorkCount(int(tokens @ chosen), float(operations @ chosen))
-            for task, chosen in of_task.items()
-        }
+        tasks = {task: WorkCount(int(tokens @ chosen), float(operations @ chosen)) for task, chosen in of_task.items()}
         return {"modality": modalities, "task": tasks}
 
 

@@ -93,8 +93,7 @@ class MetricAverager:
     def load_state(self, state: dict[str, Any]) -> None:
         # A sum that was not finite was saved as null.
         self._sums = {
-            name: [math.nan if total is None else total, count]
-            for name, (total, count) in state["sums"].items()
+            name: [math.nan if total is None else total, count] for name, (total, count) in state["sums"].items()
         }
         self._tokens, self._seconds = state["tokens"], state["seconds"]
 
@@ -269,9 +268,7 @@ class Pace:
 
 def losses(line: Line) -> dict[str, float]:
     """Return the losses and the training task's own metrics in a line."""
-    return {
-        name: value for name, value in line.items() if name not in _NOT_SHOWN and isinstance(value, float)
-    }
+    return {name: value for name, value in line.items() if name not in _NOT_SHOWN and isinstance(value, float)}
 
 
 def energy(line: Line) -> str:

@@ -108,9 +108,7 @@ class MultimodalTraining(TrainingTask):
             self.ranks.open_mesh(shape)
         else:
             self.ranks.shard(self.omni, shape)
-        self.omni.backbone.executor.dispatcher = self.ranks.token_dispatcher(
-            self.recipe.parallel.ep_overlap_chunks
-        )
+        self.omni.backbone.executor.dispatcher = self.ranks.token_dispatcher(self.recipe.parallel.ep_overlap_chunks)
 
     def batches(self) -> Iterator[Batch]:
         return self.packer.batches()
@@ -189,9 +187,7 @@ class MultimodalTraining(TrainingTask):
         own = batch.whole or count(batch)
         kinds = list(self.omni.adapters)
         learned = [own.learned.get(kind, 0) for kind in kinds]
-        examples, tokens, positions, *rest = self.ranks.all_reduce(
-            [own.examples, own.tokens, own.positions, *learned]
-        )
+        examples, tokens, positions, *rest = self.ranks.all_reduce([own.examples, own.tokens, own.positions, *learned])
         return Counts(max(1.0, examples), tokens, positions, dict(zip(kinds, rest, strict=True)))
 
     def after_step(self, result: StepResult) -> None:

@@ -115,9 +115,7 @@ def _check(name: str, source: Source, tasks: Sequence[Task]) -> None:
     records = list(_readable(source, SAMPLED))
     if not records:
         broken = [record for _, record in _sampled(source, SAMPLED)]
-        raise DataError(
-            f"all of the {len(broken)} records looked at in source {name!r} are broken: {broken[0]}"
-        )
+        raise DataError(f"all of the {len(broken)} records looked at in source {name!r} are broken: {broken[0]}")
     for task in tasks:
         found, looked = [record for record in records if task.languages(record)], len(records)
         if not found:  # rare, but perhaps not absent

@@ -72,8 +72,7 @@ class OffloadedTrainStep(TrainStep):
         """
         if training.backbone is None:
             raise ConfigError(
-                "this kind of training has no blocks to offload: leave loop.offload and "
-                "loop.optimizer.precision out"
+                "this kind of training has no blocks to offload: leave loop.offload and loop.optimizer.precision out"
             )
         self.training, self.config, self.ranks = training, config, training.ranks
         self.backbone: Backbone = training.backbone
@@ -191,9 +190,7 @@ class OffloadedTrainStep(TrainStep):
             check_budget(self._later(budget), free, self.rule)
         check_budget(budget, free, self.rule)
         on_device = on_device_groups(budget, free)
-        self.store = WeightStore(
-            layouts, on_device, device, self._streams, self.offload.buffers, self.offload.pin
-        )
+        self.store = WeightStore(layouts, on_device, device, self._streams, self.offload.buffers, self.offload.pin)
         self.executor = self.backbone.executor = OffloadedExecutor(
             self.backbone.blocks,
             self.backbone.config.layer_groups,
@@ -279,9 +276,7 @@ class OffloadedTrainStep(TrainStep):
 
 
 @torch.no_grad()
-def first_values(
-    config: BackboneConfig, group: int, seed: int, device: torch.device, own: range
-) -> dict[str, Tensor]:
+def first_values(config: BackboneConfig, group: int, seed: int, device: torch.device, own: range) -> dict[str, Tensor]:
     """First weights of one group of layers, of its experts those with an index in `own`.
 
     They depend on (seed, group) alone, those of an expert on (seed, group, expert): no two groups, and on several

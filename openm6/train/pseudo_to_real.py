@@ -58,9 +58,7 @@ def shared_matrices(sources: Mapping[str, str], model: nn.Module) -> dict[str, n
 
 
 @torch.no_grad()
-def break_symmetry(
-    parameters: dict[str, nn.Parameter], noise: float, seed: int, ranks: ProcessGroupContext
-) -> None:
+def break_symmetry(parameters: dict[str, nn.Parameter], noise: float, seed: int, ranks: ProcessGroupContext) -> None:
     """Add noise to layers that are alike; see `matrix_noise`. All ranks call it."""
     for name, parameter in sorted(parameters.items()):
         spec = ranks.shard_spec(parameter)
@@ -69,9 +67,7 @@ def break_symmetry(
         values.add_(matrix_noise(values, noise, derive_seed(seed, "delink", name), spec, first))
 
 
-def matrix_noise(
-    values: Tensor, noise: float, seed: int, spec: ShardSpec = REPLICATED, first: int = 0
-) -> Tensor:
+def matrix_noise(values: Tensor, noise: float, seed: int, spec: ShardSpec = REPLICATED, first: int = 0) -> Tensor:
     """Normal noise of `noise` times the deviation of each matrix; R' C, or E R' C for a stack, as `values`.
 
     The matrices of a stack have index `first` and following. Each is drawn from the seed and its index, on the

@@ -57,9 +57,7 @@ class MultimodalRecipe(Config):
         for component in self.mixture:
             if component.source not in self.sources:
                 hint = nearest(component.source, sorted(self.sources))
-                raise ValueError(
-                    f"the mixture names source {component.source!r}, which sources does not hold; {hint}"
-                )
+                raise ValueError(f"the mixture names source {component.source!r}, which sources does not hold; {hint}")
         for name in self.loss_weights:
             if name not in MODALITIES:
                 raise ValueError(f"loss_weights names {name!r}; {nearest(name, sorted(MODALITIES))}")
@@ -86,9 +84,7 @@ def check_mesh(recipe: MultimodalRecipe, shape: MeshShape, config: BackboneConfi
     rows, loop, chunks = recipe.packing.batch_size, recipe.loop, recipe.parallel.ep_overlap_chunks
     experts = config.experts
     if rows < shape.size:
-        raise ConfigError(
-            f"packing.batch_size={rows} leaves some of {shape.size} ranks without a row: raise it"
-        )
+        raise ConfigError(f"packing.batch_size={rows} leaves some of {shape.size} ranks without a row: raise it")
     steps, rows_per_rank = loop.offload.gradient_accumulation_steps if loop.offload else 1, rows // shape.size
     if steps > rows_per_rank:
         raise ConfigError(

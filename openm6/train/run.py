@@ -53,9 +53,7 @@ def recipe_path(name: str) -> Path:
     if shipped.is_file() and str(path.parent) in (".", "recipes"):
         return shipped
     known = sorted(recipe.stem for recipe in SHIPPED.glob("*.yaml"))
-    raise ConfigError(
-        f"no recipe at {name!r}: check the path, or use a shipped one; {nearest(path.stem, known)}"
-    )
+    raise ConfigError(f"no recipe at {name!r}: check the path, or use a shipped one; {nearest(path.stem, known)}")
 
 
 def read_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, dict[str, Any]]:
@@ -67,9 +65,7 @@ def read_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, dict[str, Any
     values = apply_overrides(read_yaml(path), overrides)
     kind = str(values.get("kind", "multimodal"))
     if kind not in TRAININGS:
-        raise ConfigError(
-            f"{path}: no kind of training is called {kind!r}; {nearest(kind, sorted(TRAININGS))}"
-        )
+        raise ConfigError(f"{path}: no kind of training is called {kind!r}; {nearest(kind, sorted(TRAININGS))}")
     return build(TRAININGS[kind][0], values, str(path)), values
 
 
@@ -166,10 +162,6 @@ def _check_alike(ranks: ProcessGroupContext, values: dict[str, Any]) -> None:
     described = ranks.gather((versions, json.dumps(values, sort_keys=True, default=str)))
     for rank, (other, recipe) in enumerate(described):
         if other != described[0][0]:
-            raise ConfigError(
-                f"rank {rank} runs {other}, rank 0 {described[0][0]}: install the same on all machines"
-            )
+            raise ConfigError(f"rank {rank} runs {other}, rank 0 {described[0][0]}: install the same on all machines")
         if recipe != described[0][1]:
-            raise ConfigError(
-                f"rank {rank} was started with another recipe than rank 0: start all with the same one"
-            )
+            raise ConfigError(f"rank {rank} was started with another recipe than rank 0: start all with the same one")

@@ -73,9 +73,7 @@ class TrainStep:
     def _build(self) -> None:
         groups = self.training.ranks.groups(self.training.parameter_groups())
         self.optimizer = build_optimizer(groups, self.config.optimizer, self.training.ranks.shard_spec)
-        self.parameters = [
-            parameter for group in self.optimizer.param_groups for parameter in group["params"]
-        ]
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self._prepared = False
 
     @property
@@ -198,8 +196,7 @@ def sum_over_ranks(result: StepResult, tokens: int, ranks: ProcessGroupContext) 
     total, *rest = next(sums).tolist()
     left = iter(rest)
     work = {
-        kind: {name: WorkCount(round(next(left)), next(left)) for name in named}
-        for kind, named in result.work.items()
+        kind: {name: WorkCount(round(next(left)), next(left)) for name in named} for kind, named in result.work.items()
     }
     return StepResult(loss, {**summed}, loads, work), round(total)
 
@@ -220,9 +217,7 @@ def make_report(step: int, tokens: int, rate: float, result: StepResult, norm: T
     layers = len(result.loads)
     metrics = {**plain, **dict(zip(tensors, rest[2 * layers :], strict=True))}
     expert_load_cv, dropped = rest[:layers], rest[layers : 2 * layers]
-    return StepReport(
-        step, tokens, loss, grad_norm, rate, applied, metrics, expert_load_cv, dropped, result.work
-    )
+    return StepReport(step, tokens, loss, grad_norm, rate, applied, metrics, expert_load_cv, dropped, result.work)
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
@@ -241,9 +236,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     return "bf16-products" if device.type == "cpu" and has_bf16() else "fp32"
 
 
-def choose_execution(
-    model: nn.Module, config: LoopConfig, tokens: int, pending: int, sharded: bool = False
-) -> None:
+def choose_execution(model: nn.Module, config: LoopConfig, tokens: int, pending: int, sharded: bool = False) -> None:
     """Set the executor of each backbone in the model that still runs its blocks as they are.
 
     tokens: of a step; pending: bytes that gradients and optimizer will take beside what is allocated now;
@@ -254,9 +247,7 @@ def choose_execution(
             backbone.executor = _executor(backbone, config, tokens, pending, sharded)
 
 
-def _executor(
-    backbone: Backbone, config: LoopConfig, tokens: int, pending: int, sharded: bool
-) -> LayerExecutor:
+def _executor(backbone: Backbone, config: LoopConfig, tokens: int, pending: int, sharded: bool) -> LayerExecutor:
     weight, recomputed = backbone.final_norm.weight, config.activation_checkpointing
     on_gpu = weight.device.type == "cuda"
     # On a CPU compiling takes minutes and saves little: see docs/benchmarks.md.
@@ -271,9 +262,7 @@ def _executor(
         recomputed = layers_to_recompute(backbone.config, tokens, 2 if half else 4, free - pending)
     if recomputed in ("auto", 0):
         return executor
-    get_log().info(
-        f"{recomputed} of {backbone.config.num_layers} layers are computed again in the backward pass"
-    )
+    get_log().info(f"{recomputed} of {backbone.config.num_layers} layers are computed again in the backward pass")
     return CheckpointedExecutor(executor, int(recomputed))
 
 
@@ -294,9 +283,7 @@ def device_failures(step: Callable[[], int], offloaded: bool = True) -> Iterator
             if offloaded
             else "raise loop.activation_checkpointing, make batches smaller, or add loop.offload"
         )
-        raise TrainingError(
-            f"the GPU's memory ran out in step {step()}: {remedy}, then go on with --resume"
-        ) from error
+        raise TrainingError(f"the GPU's memory ran out in step {step()}: {remedy}, then go on with --resume") from error
     except torch.AcceleratorError as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(

@@ -242,9 +242,7 @@ def _send(waiting: queue.Queue[Any], writer: Connection) -> None:
 class Workers:
     """Batches and train steps of several processes, with the methods of `Prefetch` and `TrainStep`."""
 
-    def __init__(
-        self, training: TrainingTask, train_step: TrainStep, config: LoopConfig, workers: int
-    ) -> None:
+    def __init__(self, training: TrainingTask, train_step: TrainStep, config: LoopConfig, workers: int) -> None:
         share_model(training.model)
         self._train_step = train_step
         self._ranks = WorkerGroupContext(train_step.parameters, workers)

@@ -44,9 +44,7 @@ def test_routings_have_the_same_active_weights():
 def test_the_comparison_of_routings_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SIZES, "cpu", TINY)
     report = bench_experts("cpu", "transformers", 0.01, tmp_path / "routings.json", compare=True)
-    assert (
-        json.loads(capsys.readouterr().out) == json.loads((tmp_path / "routings.json").read_text()) == report
-    )
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "routings.json").read_text()) == report
     rows = report["routings"]
     for name, share in report["over_top_k"].items():
         expected = rows[name]["tokens_per_second"] / rows["top_k"]["tokens_per_second"]

@@ -21,6 +21,4 @@ def test_past_the_deadline_everyone_still_has_one_timing():
 def test_the_result_is_printed_and_written(tmp_path, capsys):
     emit({"ours": {"tokens_per_second": 1.5}}, tmp_path / "figures.json")
     printed = json.loads(capsys.readouterr().out)
-    assert (
-        printed == json.loads((tmp_path / "figures.json").read_text()) == {"ours": {"tokens_per_second": 1.5}}
-    )
+    assert printed == json.loads((tmp_path / "figures.json").read_text()) == {"ours": {"tokens_per_second": 1.5}}

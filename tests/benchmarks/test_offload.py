@@ -34,13 +34,9 @@ def test_it_prints_the_documented_figures(tmp_path: Path, capsys: pytest.Capture
     assert written["baseline"] is None and "deepspeed" in written["baseline_note"]
     assert 0 < written["active_parameters"] < written["parameters"]
     assert 2 < written["bytes_per_parameter"] < 12  # a small model is mostly embeddings
-    assert written["tokens_per_second"] * written["seconds_per_step"] == pytest.approx(
-        written["tokens_per_step"]
-    )
+    assert written["tokens_per_second"] * written["seconds_per_step"] == pytest.approx(written["tokens_per_step"])
     assert sum(written["seconds"].values()) == pytest.approx(written["seconds_per_step"])
-    assert (
-        min(written["seconds"].values()) > 0 and written["link_gbps"] > 0 and written["sets_on_device"] == 0
-    )
+    assert min(written["seconds"].values()) > 0 and written["link_gbps"] > 0 and written["sets_on_device"] == 0
     offloaded = written["budget_gib"]["host: offloaded weights"]
     assert 0 < offloaded < sum(written["budget_gib"].values()) < written["peak_host_gib"]
     assert written["curve"][0]["offloaded"] == 0.0

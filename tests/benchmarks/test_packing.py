@@ -47,14 +47,8 @@ def test_both_are_told_beside_each_other(tmp_path: Path, capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "packing.json").read_text()) == found
     packed, dense = found["packed"], found["dense_text"]
     assert dense["padding"] == 0 and dense["examples_per_row"] == 1 and dense["learned"] == 1
-    assert (
-        0 < packed["padding"] < 0.5
-        and packed["examples_per_row"] > 1
-        and packed["seconds_to_make_a_batch"] > 0
-    )
-    assert found["ratio"] == pytest.approx(
-        packed["tokens_per_second"] / dense["tokens_per_second"], abs=0.001
-    )
+    assert 0 < packed["padding"] < 0.5 and packed["examples_per_row"] > 1 and packed["seconds_to_make_a_batch"] > 0
+    assert found["ratio"] == pytest.approx(packed["tokens_per_second"] / dense["tokens_per_second"], abs=0.001)
     assert found["recompilations"] == 0
 
 

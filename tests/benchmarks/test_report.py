@@ -42,9 +42,7 @@ def test_a_stop_prints_what_was_found_by_then(number: signal.Signals, capsys: py
     assert ended.value.code == 128 + number
     assert printed(capsys) == report.found
     assert report.found["rows"] == ["first"] and report.found["count"] == 1
-    assert number.name.removeprefix("SIG").lower()[:4] in report.found["cut_short"].lower().replace(
-        "ctrl-c", "int"
-    )
+    assert number.name.removeprefix("SIG").lower()[:4] in report.found["cut_short"].lower().replace("ctrl-c", "int")
     assert signal.getsignal(number) is before
 
 

@@ -98,11 +98,7 @@ def test_without_the_baseline_ours_is_reported(monkeypatch: pytest.MonkeyPatch) 
     with Report(None, 60) as report:
         compare_text(TINY, torch.device("cpu"), report)
     found = report.found
-    assert (
-        found["baseline"] is None
-        and "pip install" in found["baseline_note"]
-        and set(found["text"]) == {"openm6"}
-    )
+    assert found["baseline"] is None and "pip install" in found["baseline_note"] and set(found["text"]) == {"openm6"}
     assert found["text_under_load"]["openm6"]["requests_per_second"] > 0
 
 

@@ -28,9 +28,7 @@ def test_the_report_compares_both(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == report
     for side in (report["ours"], report["baseline"]):
         assert set(side["breakdown_ms"]) == PARTS
-        assert sum(side["breakdown_ms"].values()) == pytest.approx(
-            1000 * side["step_seconds"]["median"], rel=0.01
-        )
+        assert sum(side["breakdown_ms"].values()) == pytest.approx(1000 * side["step_seconds"]["median"], rel=0.01)
         assert side["tflops"] == pytest.approx(TINY.flops / side["step_seconds"]["median"] / 1e12, abs=1e-4)
     ratio = report["ours"]["tokens_per_second"] / report["baseline"]["tokens_per_second"]
     assert report["ratio"] == pytest.approx(ratio, rel=0.01)

@@ -142,8 +142,6 @@ def test_a_parameter_outside_the_model_is_a_mistake() -> None:
 
 def test_the_training_tensors(tmp_path: Path) -> None:
     average = torch.rand(2, 3)
-    folder = save(
-        Snapshot(1, nn.Linear(1, 1), {}, {}, training={"average": average}), tmp_path / "with", keep=1
-    )
+    folder = save(Snapshot(1, nn.Linear(1, 1), {}, {}, training={"average": average}), tmp_path / "with", keep=1)
     assert torch.equal(load_training_tensors(folder)["average"], average)
     assert load_training_tensors(saved(nn.Linear(1, 1), tmp_path / "without")) == {}

@@ -26,10 +26,7 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
     write_tensors(tmp_path / "x.safetensors", TENSORS)
     read = load_file(str(tmp_path / "x.safetensors"))
     assert sorted(read) == sorted(TENSORS)
-    assert all(
-        torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
-        for name, tensor in TENSORS.items()
-    )
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
 
 
 def test_the_order_of_tensors_does_not_change_the_file(tmp_path: Path) -> None:
@@ -41,17 +38,12 @@ def test_the_order_of_tensors_does_not_change_the_file(tmp_path: Path) -> None:
 def test_shards_are_made_one_at_a_time_and_listed(tmp_path: Path) -> None:
     def others():
         for number in (1, 2):
-            assert (
-                tmp_path / f"model-0000{number}-of-00003.safetensors"
-            ).exists()  # the one before is written
+            assert (tmp_path / f"model-0000{number}-of-00003.safetensors").exists()  # the one before is written
             yield Shard({f"w{number}": torch.full((2,), float(number))}, {f"w{number}::row": torch.ones(1)})
 
     write_shards(tmp_path, Shard({"edge": torch.zeros(1)}), others(), 2)
     index = json.loads((tmp_path / INDEX_FILE).read_text())
-    assert (
-        index["weight_map"]["w2"] == "model-00003-of-00003.safetensors"
-        and index["metadata"]["total_size"] == 20
-    )
+    assert index["weight_map"]["w2"] == "model-00003-of-00003.safetensors" and index["metadata"]["total_size"] == 20
     weights, kept = CheckpointReader(tmp_path, "model"), CheckpointReader(tmp_path, "optimizer")
     assert sorted(weights.names) == ["edge", "w1", "w2"] and sorted(kept.names) == ["w1::row", "w2::row"]
 

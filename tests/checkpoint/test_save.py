@@ -26,9 +26,7 @@ def network(width: int = 64, seed: int = 0) -> nn.Module:
 
 def snapshot(step: int, width: int = 64) -> Snapshot:
     model = network(width, seed=step)
-    return Snapshot(
-        step, model, {"weight::momentum": torch.ones(3)}, {"note": "étape"}, files={"model.json": "{}"}
-    )
+    return Snapshot(step, model, {"weight::momentum": torch.ones(3)}, {"note": "étape"}, files={"model.json": "{}"})
 
 
 @contextmanager
@@ -99,9 +97,7 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tiny_disk: Path) -> No
     save(snapshot(1), tiny_disk, keep=3)
     save(snapshot(2), tiny_disk, keep=3)
     before = everything_in(tiny_disk)
-    with pytest.raises(
-        CheckpointError, match=r"step-3 could not be written .*No space left.*free some space"
-    ):
+    with pytest.raises(CheckpointError, match=r"step-3 could not be written .*No space left.*free some space"):
         save(snapshot(3, width=100), tiny_disk, keep=3)
     assert everything_in(tiny_disk) == before
     assert latest(tiny_disk).name == "step-2"

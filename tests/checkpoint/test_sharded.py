@@ -86,9 +86,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         begin = 1 + 3 * turn
         fall_at = None if turn == 2 else begin + 5
         words: tuple[Any, ...] = (recipe, str(tmp_path), axes, begin, fall_at)
-        answers = (
-            [run_steps(*words)] if fleet == "one" else request.getfixturevalue(fleet).run(run_steps, *words)
-        )
+        answers = [run_steps(*words)] if fleet == "one" else request.getfixturevalue(fleet).run(run_steps, *words)
         records |= together([seen for seen, _ in answers])
         losses |= answers[0][1]
         checkpoint = wait_for(tmp_path, begin + 2)

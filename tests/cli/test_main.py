@@ -121,9 +121,7 @@ def test_a_question_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     called = Called(monkeypatch)
     monkeypatch.setattr("openm6.inference.question.Question", partial(called.call, "question"))
     words = "generate runs/x --text hello --numbers mass=3.5,length= --output image --mask-box 0,0,1,.5 --out o.png"
-    shown = runner.invoke(
-        app, [*words.split(), "--seed", "4", "--num-gpu-layers", "2", "--set", "masked.steps=2"]
-    )
+    shown = runner.invoke(app, [*words.split(), "--seed", "4", "--num-gpu-layers", "2", "--set", "masked.steps=2"])
     assert shown.exit_code == 0, shown.output
     calls = {name: (words, named) for name, words, named in called.calls}
     asked = {name: value for name, value in calls["question"][1].items() if value is not None}
@@ -193,9 +191,7 @@ def test_expected_failures_are_one_sentence(
         (errno.EACCES, "/full/x cannot be read or written (Permission denied): check its rights or choose"),
     ],
 )
-def test_what_the_system_refuses_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, number: int, sentence: str
-) -> None:
+def test_what_the_system_refuses_is_one_sentence(monkeypatch: pytest.MonkeyPatch, number: int, sentence: str) -> None:
     """Wherever it happens: no file is written without its own sentence, but libraries write, too."""
     error = OSError(number, os.strerror(number), "/full/x")
     Called(monkeypatch, error)
@@ -234,9 +230,7 @@ def test_every_old_option_is_tried() -> None:
     ("command", "old"), [(command, old) for command, options in OLD_OPTIONS.items() for old in options]
 )
 @pytest.mark.parametrize("form", ["{} 2", "{}=2"])
-def test_an_old_option_is_refused_with_a_new_one_of_the_same_command(
-    command: str, old: str, form: str
-) -> None:
+def test_an_old_option_is_refused_with_a_new_one_of_the_same_command(command: str, old: str, form: str) -> None:
     new = renamed("option")[old]
     shown = runner.invoke(app, [command, "runs/x", *form.format(old).split()])
     sentence = f"error: the option '{old}' was renamed to '{new}'\n"

@@ -10,9 +10,7 @@ from openm6.codecs.image import Convolution, ImageCodec, ImageCodecConfig
 from openm6.core.errors import DataError
 from openm6.ops import matmul
 
-TINY = ImageCodecConfig(
-    groups=2, levels=(8, 5), widths=(16, 24), encoder_blocks=(1, 1), decoder_blocks=(1, 1)
-)
+TINY = ImageCodecConfig(groups=2, levels=(8, 5), widths=(16, 24), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
 
 
 def make(config: ImageCodecConfig = TINY) -> ImageCodec:

@@ -19,13 +19,9 @@ from openm6.core.errors import CheckpointError, ConfigError
 def example(kind: str) -> tuple[Codec, torch.Tensor]:
     torch.manual_seed(0)
     if kind == "image":
-        config = ImageCodecConfig(
-            groups=2, levels=(8, 5), widths=(16,), encoder_blocks=(1,), decoder_blocks=(1,)
-        )
+        config = ImageCodecConfig(groups=2, levels=(8, 5), widths=(16,), encoder_blocks=(1,), decoder_blocks=(1,))
         return ImageCodec(config).eval(), torch.rand(2, 3, 16, 16) * 2 - 1
-    small = AudioCodecConfig(
-        groups=2, window=64, hop=16, num_mels=8, width=16, encoder_blocks=1, decoder_blocks=1
-    )
+    small = AudioCodecConfig(groups=2, window=64, hop=16, num_mels=8, width=16, encoder_blocks=1, decoder_blocks=1)
     return AudioCodec(small).eval(), 0.1 * torch.randn(2, 640)
 
 
@@ -60,9 +56,7 @@ def test_half_precision_halves_the_file_and_keeps_nearly_all_codes(kind: str, tm
     codec, raw = example(kind)
     save_codec(codec, tmp_path / "half.safetensors")
     save_codec(codec, tmp_path / "full.safetensors", dtype=torch.float32)
-    assert (tmp_path / "half.safetensors").stat().st_size < 0.65 * (
-        tmp_path / "full.safetensors"
-    ).stat().st_size
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.65 * (tmp_path / "full.safetensors").stat().st_size
     loaded = load_codec(str(tmp_path / "half.safetensors"))
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
     assert (loaded.encode(raw) == codec.encode(raw)).float().mean() > 0.97

@@ -23,9 +23,7 @@ def test_three_codecs_are_shipped_each_a_few_megabytes_with_its_scores() -> None
         assert set(json.loads((SHIPPED / f"{name}.json").read_text())) >= {"held_out", "test"}
 
 
-@pytest.mark.parametrize(
-    ("name", "grid", "groups", "decibels"), [("image-64", 8, 4, 27.5), ("image-256", 16, 2, 30.5)]
-)
+@pytest.mark.parametrize(("name", "grid", "groups", "decibels"), [("image-64", 8, 4, 27.5), ("image-256", 16, 2, 30.5)])
 def test_unseen_emoji_survive(name: str, grid: int, groups: int, decibels: float) -> None:
     codec = load_codec(name)
     assert isinstance(codec, ImageCodec) and codec.groups == groups and codec.codebook_size == 1000

@@ -44,9 +44,7 @@ def records_of(task: Task) -> list[Record]:
     found = []
     for source in sources_of(task):
         record = next(source[i] for i in range(LOOKED_AT) if task.languages(source[i]))
-        found.append(
-            with_negatives(record, source, np.random.default_rng(0)) if task.needs_negatives else record
-        )
+        found.append(with_negatives(record, source, np.random.default_rng(0)) if task.needs_negatives else record)
     return found
 
 

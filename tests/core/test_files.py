@@ -21,9 +21,7 @@ def test_the_old_content_stays_where_the_new_does_not_fit(tmp_path: Path) -> Non
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        with pytest.raises(
-            OutputError, match=r"notes.txt could not be written \(File too large\): free some space"
-        ):
+        with pytest.raises(OutputError, match=r"notes.txt could not be written \(File too large\): free some space"):
             replace_text(path, "new" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -34,9 +32,7 @@ def test_the_old_content_stays_where_the_new_does_not_fit(tmp_path: Path) -> Non
 
 
 def test_a_line_that_does_not_fit_is_one_sentence() -> None:
-    with pytest.raises(
-        OutputError, match=r"^/dev/full could not be written \(No space left on device\): free"
-    ):
+    with pytest.raises(OutputError, match=r"^/dev/full could not be written \(No space left on device\): free"):
         append_line(Path("/dev/full"), "x")
 
 
@@ -50,9 +46,7 @@ def test_where_nothing_can_be_written_is_said_beforehand(tmp_path: Path) -> None
 
 def test_a_file_in_the_place_of_a_run_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(
-        OutputError, match=r"run could not be written \(File exists\): check its rights or choose"
-    ):
+    with pytest.raises(OutputError, match=r"run could not be written \(File exists\): check its rights or choose"):
         RunFolder.open(tmp_path / "run")
 
 

@@ -23,9 +23,7 @@ LOADED = "import sys; print([name for name in ('pydantic', 'torch', 'transformer
     ],
 )
 def test_imports_stay_light(statement: str, heavy: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", f"{statement}; {LOADED}"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", f"{statement}; {LOADED}"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(heavy)
 
 

@@ -36,9 +36,7 @@ def test_the_cache_stays_bounded() -> None:
     cache = LRUCache[np.ndarray](max_bytes=1000)
     for number in range(200):
         keep(cache, str(number).encode(), number % 7)
-    assert keep(cache, b"large", 1000) and keep(cache, b"large", 1000), (
-        "larger than the cache: returned and dropped"
-    )
+    assert keep(cache, b"large", 1000) and keep(cache, b"large", 1000), "larger than the cache: returned and dropped"
     assert keep(cache, None) and keep(cache, None), "without a key nothing is kept"
 
 

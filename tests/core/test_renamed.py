@@ -22,9 +22,7 @@ REPLICAS = "ReplicaConfig"  # in a module that needs Ray
 
 def config_classes(parent: type[Config] = Config) -> dict[str, type[Config]]:
     found = {child.__name__: child for child in parent.__subclasses__()}
-    return found | {
-        name: one for child in parent.__subclasses__() for name, one in config_classes(child).items()
-    }
+    return found | {name: one for child in parent.__subclasses__() for name, one in config_classes(child).items()}
 
 
 @pytest.mark.parametrize("name", sorted(KINDS - {REPLICAS}))

@@ -162,9 +162,7 @@ def test_a_series_of_months(tmp_path):
     rows = [f"{1949 + n // 12}-{1 + n % 12:02d},{100 + n}" for n in range(144)]
     (tmp_path / "air.csv").write_text("Month,Passengers\n" + "\n".join(rows) + "\n")
     inspection = inspect_path(str(tmp_path / "air.csv"))
-    assert tasks_of(inspection, "air") == [] and tasks_of(inspection, "air_series") == [
-        "time_series_forecasting"
-    ]
+    assert tasks_of(inspection, "air") == [] and tasks_of(inspection, "air_series") == ["time_series_forecasting"]
     source = recipe_of(inspection).sources["air_series"]
     assert (source.columns, source.time, source.context, source.horizon) == (["Passengers"], "Month", 28, 7)
 

@@ -16,9 +16,7 @@ from tests.data.lists import ListSource
 
 
 def components(lengths: list[int], weights: list[float] | None = None) -> list[Component]:
-    sources = [
-        ListSource(f"s{n}", [{"id": f"{n}/{i}"} for i in range(length)]) for n, length in enumerate(lengths)
-    ]
+    sources = [ListSource(f"s{n}", [{"id": f"{n}/{i}"} for i in range(length)]) for n, length in enumerate(lengths)]
     return [
         Component(source=source, task="t", weight=weight)
         for source, weight in zip(sources, weights or [1.0] * len(lengths), strict=True)
@@ -57,9 +55,7 @@ def test_each_epoch_holds_each_record_once(lengths, seed):
 
 
 def test_weights_are_kept():
-    counts = Counter(
-        draw.component for draw in draws(MixtureSampler(components([5, 5, 5], [1.0, 2.0, 5.0]), 3), 8000)
-    )
+    counts = Counter(draw.component for draw in draws(MixtureSampler(components([5, 5, 5], [1.0, 2.0, 5.0]), 3), 8000))
     assert [counts[n] / 8000 for n in range(3)] == pytest.approx([0.125, 0.25, 0.625], abs=0.02)
 
 
@@ -71,9 +67,7 @@ def test_epochs_are_shuffled_anew_and_seeds_differ():
 
 def test_an_unrelated_component_does_not_reorder_the_others():
     alone = [draw.index for draw in draws(MixtureSampler(components([20]), 5), 20)]
-    together = [
-        draw.index for draw in draws(MixtureSampler(components([20, 7]), 5), 80) if draw.component == 0
-    ]
+    together = [draw.index for draw in draws(MixtureSampler(components([20, 7]), 5), 80) if draw.component == 0]
     assert together[:20] == alone
 
 
@@ -139,9 +133,7 @@ def take_some(ranks: list[MixtureSampler], rng: random.Random) -> list[int]:
     return used
 
 
-@pytest.mark.parametrize(
-    "plan", [[(1, 1), (4, 2), (1, 1)], [(4, 4), (4, 2), (4, 4)], [(3, 3), (4, 4), (2, 1)]]
-)
+@pytest.mark.parametrize("plan", [[(1, 1), (4, 2), (1, 1)], [(4, 4), (4, 2), (4, 4)], [(3, 3), (4, 4), (2, 1)]])
 def test_nothing_is_lost_or_met_twice(plan: list[tuple[int, int]]) -> None:
     rng = random.Random(5)
     used: list[int] = []

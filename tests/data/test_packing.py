@@ -182,9 +182,7 @@ def test_long_texts_are_cut_to_a_row_and_counted_apart(tmp_path: Path) -> None:
 
 def test_a_shortened_example_is_laid_out_as_one_of_that_text(tmp_path: Path) -> None:
     long, short = ("word " * count for count in (200, 30))
-    made = [
-        example_of({"id": "1", "text_en": words, "question": "?", "answer": "7"}) for words in (long, short)
-    ]
+    made = [example_of({"id": "1", "text_en": words, "question": "?", "answer": "7"}) for words in (long, short)]
     cut = shortened(made[0], 64)
     assert len(cut) == 64 and cut.truncated and not made[1].truncated
     text = modalities()["text"]
@@ -201,11 +199,7 @@ def test_both_sides_of_a_pair_are_cut() -> None:
     whole = example_of(record, "image_text_retrieval")
     cut = shortened(whole, 100)
     assert whole.left and len(whole) > 200 and len(cut) == 100
-    assert (
-        cut.left == whole.left
-        and set(cut.attn_order.tolist()) == {0}
-        and set(cut.block_id.tolist()) == {1, 2}
-    )
+    assert cut.left == whole.left and set(cut.attn_order.tolist()) == {0} and set(cut.block_id.tolist()) == {1, 2}
 
 
 def example_of(record: dict, task: str = "question_answering") -> PackedExample:
@@ -243,9 +237,7 @@ def test_counts_of_ranks_are_added_up() -> None:
     one.quarantine.count("not_applicable", "first/question_answering")
     merged = merge_cursors([one.state(), one.state()])["quarantine"]
     assert merged["not_applicable"] == {"first/question_answering": 2}
-    assert (
-        merged["broken"] == {"first": 2 * one.quarantine.total} and merged["seen"] == 2 * one.quarantine.seen
-    )
+    assert merged["broken"] == {"first": 2 * one.quarantine.total} and merged["seen"] == 2 * one.quarantine.seen
 
 
 @pytest.mark.parametrize("record", [None, {"id": "r", "text_en": "no question"}], ids=["broken", "lacking"])

@@ -75,9 +75,7 @@ def test_digits_of_the_test_split_are_a_tenth_of_each():
 
 
 def test_embedded_tables_and_names():
-    assert all(
-        pq.ParquetFile(embedded_path(name)).metadata.num_rows > 0 for name in ("seattle_weather_daily",)
-    )
+    assert all(pq.ParquetFile(embedded_path(name)).metadata.num_rows > 0 for name in ("seattle_weather_daily",))
     with pytest.raises(ConfigError, match="did you mean 'emoji'"):
         build(EmbeddedConfig, {"name": "emojy"}, "r.yaml")
     with pytest.raises(DataError, match="no embedded table"):
@@ -100,9 +98,7 @@ FIELDS = Fields(image="photo", text_en="title", numbers=["price"])
 
 
 def test_rows_and_broken_rows(shop):
-    source = open_sources({"shop": ParquetConfig(path=str(shop), fields=FIELDS, test_fraction=0.0)}, "train")[
-        "shop"
-    ]
+    source = open_sources({"shop": ParquetConfig(path=str(shop), fields=FIELDS, test_fraction=0.0)}, "train")["shop"]
     assert source[0] == {"id": "shop/0", "image": png(), "text_en": "thing 0", "numbers": {"price": 1.5}}
     assert source[3] == {"id": "shop/3", "text_en": "thing 3", "numbers": {"price": None}}
     with pytest.raises(DataError, match=r"shop, row 1 of .*no file '2\.png'"):
@@ -146,9 +142,7 @@ def test_not_parquet_and_cut_off(tmp_path, shop):
 def test_text_that_is_not_utf8_breaks_its_row_only(tmp_path):
     column = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).view(pa.utf8())
     pq.write_table(pa.table({"text_en": column}), tmp_path / "t.parquet")
-    source = open_sources({"t": ParquetConfig(path=str(tmp_path / "t.parquet"), test_fraction=0.0)}, "train")[
-        "t"
-    ]
+    source = open_sources({"t": ParquetConfig(path=str(tmp_path / "t.parquet"), test_fraction=0.0)}, "train")["t"]
     assert source[0]["text_en"] == "good" and source[2]["text_en"] == "fine"
     with pytest.raises(DataError, match="row 1"):
         source[1]
@@ -163,9 +157,7 @@ def test_split_by_column_by_file_and_by_group(tmp_path):
     fields = Fields(text_en="text_en")
 
     def texts(side: str, **settings: object) -> list[str]:
-        return open_sources({"t": ParquetConfig(path=path, fields=fields, **settings)}, side)["t"].values(
-            "text_en"
-        )
+        return open_sources({"t": ParquetConfig(path=path, fields=fields, **settings)}, side)["t"].values("text_en")
 
     assert texts("test", split="part") == rows["text_en"][1::2]
     assert texts("train", test_path=path) == texts("test", test_path=path) == rows["text_en"]
@@ -175,12 +167,8 @@ def test_split_by_column_by_file_and_by_group(tmp_path):
 
 
 def test_extra_survives_as_json(tmp_path):
-    pq.write_table(
-        pa.table({"text_en": ["a"], "extra": [json.dumps({"voice": "x"})]}), tmp_path / "t.parquet"
-    )
-    source = open_sources({"t": ParquetConfig(path=str(tmp_path / "t.parquet"), test_fraction=0.0)}, "train")[
-        "t"
-    ]
+    pq.write_table(pa.table({"text_en": ["a"], "extra": [json.dumps({"voice": "x"})]}), tmp_path / "t.parquet")
+    source = open_sources({"t": ParquetConfig(path=str(tmp_path / "t.parquet"), test_fraction=0.0)}, "train")["t"]
     assert source[0]["extra"] == {"voice": "x"}
 
 
@@ -251,9 +239,7 @@ def saved(tmp_path):
         "title": [f"t{n}" for n in range(40)],
     }
     whole = datasets.Dataset.from_dict(rows, features=features)
-    datasets.DatasetDict({"train": whole, "validation": whole.select(range(5))}).save_to_disk(
-        str(tmp_path / "pets")
-    )
+    datasets.DatasetDict({"train": whole, "validation": whole.select(range(5))}).save_to_disk(str(tmp_path / "pets"))
     return str(tmp_path / "pets")
 
 
@@ -267,6 +253,4 @@ def test_a_saved_data_set(saved):
     config = DatasetsConfig(path=saved, fields=DATASETS_LIBRARY_FIELDS, test_split="validation")
     assert [len(open_sources({"x": config}, split)["x"]) for split in ("train", "test")] == [40, 5]
     with pytest.raises(DataError, match="did you mean 'train'"):
-        open_sources(
-            {"x": DatasetsConfig(path=saved, fields=DATASETS_LIBRARY_FIELDS, train_split="trian")}, "train"
-        )
+        open_sources({"x": DatasetsConfig(path=saved, fields=DATASETS_LIBRARY_FIELDS, train_split="trian")}, "train")

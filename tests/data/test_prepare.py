@@ -39,9 +39,7 @@ def transform(
     task: str, records: list | None = None, weights: dict[str, float] | None = None, seed: int = 0
 ) -> ExampleTransform:
     source = ListSource("things", RECORDS if records is None else records)
-    return ExampleTransform(
-        MixtureSampler([Component(source=source, task=task)], 0), modalities(), seed, weights or {}
-    )
+    return ExampleTransform(MixtureSampler([Component(source=source, task=task)], 0), modalities(), seed, weights or {})
 
 
 def alike(first: PackedExample, second: PackedExample) -> bool:
@@ -154,9 +152,7 @@ def test_a_broken_record_is_a_data_error_with_a_name(record: dict | None, reason
 
 
 def test_nothing_to_learn_is_a_data_error() -> None:
-    example = TASKS["tabular_to_image"].example(
-        {**RECORDS[0], "numbers": {"mass": 1.0}}, np.random.default_rng(0)
-    )
+    example = TASKS["tabular_to_image"].example({**RECORDS[0], "numbers": {"mass": 1.0}}, np.random.default_rng(0))
     wanted = Part("numbers", {"mass": None})
     with pytest.raises(DataError, match="nothing of this numbers is observed"):
         example_sequence(type(example)(**{**vars(example), "target": wanted}), modalities())

@@ -63,9 +63,7 @@ def test_years_of_eight_digits_are_numbers_and_half_broken_columns_are_text():
     assert column_of("n", ["1", "2", "x y z", "long words here", "5"]).kind == "free text"
 
 
-FIELDS = Fields(
-    text_en="title", tags_en="tags", label="kind", numbers=["price"], extra=["selling_points", "shelf"]
-)
+FIELDS = Fields(text_en="title", tags_en="tags", label="kind", numbers=["price"], extra=["selling_points", "shelf"])
 HEADER = "title,tags,kind,price,selling_points,shelf,seller,split"
 
 

@@ -118,9 +118,7 @@ def reader(fields: Fields | None, columns: list[str] = COLUMNS) -> RowReader:
 
 
 def test_a_row_through_named_columns():
-    fields = Fields(
-        image="photo", text_en="title", numbers=["price", "rating"], label="category", extra=["seller"]
-    )
+    fields = Fields(image="photo", text_en="title", numbers=["price", "rating"], label="category", extra=["seller"])
     row = {
         "photo": "a.png",
         "title": "cup",

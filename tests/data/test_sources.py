@@ -31,9 +31,7 @@ def settings(kind: str, folder: Path) -> dict[str, dict[str, object]]:
     """A source called `x` of each kind, with whatever it needs."""
     path = str(folder / "x")
     if kind == "csv":
-        Path(path).write_text(
-            "id,text_en,label\n" + "".join(f"{r['id']},{r['text_en']},{r['label']}\n" for r in ROWS)
-        )
+        Path(path).write_text("id,text_en,label\n" + "".join(f"{r['id']},{r['text_en']},{r['label']}\n" for r in ROWS))
     if kind == "jsonl":
         Path(path).write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     if kind == "parquet":
@@ -154,9 +152,7 @@ def test_a_written_digit_meets_a_spoken_one():
         written, spoken = record["id"].split(" + ")
         assert written.startswith("digits/") and float(spoken.rsplit("_", 1)[1]) == record["numbers"]["digit"]
         assert record["extra"]["spoken_language"] in ("en", "zh")
-        assert (
-            "Debian" not in record["license"] and "CC-BY" in record["license"] and "CC0" in record["license"]
-        )
+        assert "Debian" not in record["license"] and "CC-BY" in record["license"] and "CC0" in record["license"]
 
 
 def test_partners_change_with_the_epoch_and_nothing_else():

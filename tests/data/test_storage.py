@@ -42,9 +42,7 @@ def test_no_name_leads_out_of_the_folder(folder, name):
         TableFolder(str(folder / "table.csv"))(name, 100)
 
 
-@pytest.mark.parametrize(
-    "name, reason", [("b.png", "no file"), ("sub", "no file"), ("a\x00b", "not a file name")]
-)
+@pytest.mark.parametrize("name, reason", [("b.png", "no file"), ("sub", "no file"), ("a\x00b", "not a file name")])
 def test_names_of_nothing(folder, name, reason):
     with pytest.raises(DataError, match=reason):
         TableFolder(str(folder / "table.csv"))(name, 100)

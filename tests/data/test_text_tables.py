@@ -142,21 +142,15 @@ def test_a_decimal_comma_is_read(tmp_path):
         source[4]
 
 
-@pytest.mark.parametrize(
-    "prices", [("1,234", "2,500"), ("3,5", "3.5"), ("1,234", "999"), ("1,234,567", "3.5")]
-)
+@pytest.mark.parametrize("prices", [("1,234", "2,500"), ("3,5", "3.5"), ("1,234", "999"), ("1,234,567", "3.5")])
 def test_numbers_of_two_readings_are_refused_until_told(tmp_path, prices):
     path = tmp_path / "shop.csv"
     path.write_text("title;price\n" + "".join(f"x;{price}\n" for price in prices))
-    with pytest.raises(
-        DataError, match="shop.csv: numbers of column 'price' can be read in two ways .*add decimal"
-    ):
+    with pytest.raises(DataError, match="shop.csv: numbers of column 'price' can be read in two ways .*add decimal"):
         open_csv(path)
 
 
-@pytest.mark.parametrize(
-    ("decimal", "values"), [(",", [1.234, 1234.0, 3.5, 12.0]), (".", [1234.0, 1.234, 3.5, 12.0])]
-)
+@pytest.mark.parametrize(("decimal", "values"), [(",", [1.234, 1234.0, 3.5, 12.0]), (".", [1234.0, 1.234, 3.5, 12.0])])
 def test_a_decimal_mark_that_is_told(tmp_path, decimal, values):
     path = tmp_path / "shop.csv"
     half = f"3{decimal}5"
@@ -233,9 +227,7 @@ def test_lines_as_records(tmp_path):
 def test_broken_lines_are_broken_alone(tmp_path):
     path = tmp_path / "x.jsonl"
     deep = b"[" * 100_000
-    path.write_bytes(
-        b'{"text_en": "a"}\n{"text_en": \n[1]\n{"text_en": "\xff"}\n' + deep + b'\n\n{"text_en": "b"}\n'
-    )
+    path.write_bytes(b'{"text_en": "a"}\n{"text_en": \n[1]\n{"text_en": "\xff"}\n' + deep + b'\n\n{"text_en": "b"}\n')
     source = open_jsonl(path)
     assert len(source) == 6
     for index, reason in (
@@ -257,9 +249,7 @@ def test_columns_come_from_the_first_lines(tmp_path):
         open_jsonl(path, fields=Fields(numbers=["prize"]))
 
 
-@pytest.mark.parametrize(
-    "content, reason", [("", "is empty"), ("\n \n", "is empty"), ("hello\n", "none of the first")]
-)
+@pytest.mark.parametrize("content, reason", [("", "is empty"), ("\n \n", "is empty"), ("hello\n", "none of the first")])
 def test_not_json_lines(tmp_path, content, reason):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(DataError, match=reason):

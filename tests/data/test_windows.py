@@ -24,10 +24,7 @@ def open_windows(split: str = "train", **settings: object) -> Source:
 @pytest.fixture
 def table(tmp_path):
     path = tmp_path / "t.csv"
-    days = [
-        f"2024-{1 + day // 28:02d}-{1 + day % 28:02d},{day},{'' if day == 3 else day * 10}"
-        for day in range(60)
-    ]
+    days = [f"2024-{1 + day // 28:02d}-{1 + day % 28:02d},{day},{'' if day == 3 else day * 10}" for day in range(60)]
     path.write_text("day,a,b\n" + "\n".join(reversed(days)) + "\n")  # not in order of time
     return str(path)
 
@@ -47,9 +44,7 @@ def test_a_window_in_order_of_time(table):
 
 
 def test_training_ends_before_what_is_forecast_in_testing_begins(table):
-    train, test = (
-        open_windows(split, path=table, test_fraction=0.25, **SHAPE) for split in ("train", "test")
-    )
+    train, test = (open_windows(split, path=table, test_fraction=0.25, **SHAPE) for split in ("train", "test"))
     last = max(value for index in range(len(train)) for value in train[index]["series"]["a"])
     forecast = [value for index in range(len(test)) for value in test[index]["series"]["a"][4:]]
     assert (last, min(forecast), max(forecast)) == (44, 45, 59)
@@ -79,9 +74,7 @@ def test_dates_that_can_be_read_in_two_ways_need_a_format(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("t,v\n" + "".join(f"{1 + n % 12:02d}/{1 + n // 12:02d}/2024,{n}\n" for n in range(120)))
     settings = {"path": str(path), "columns": ["v"], "time": "t", "context": 4, "horizon": 2}
-    with pytest.raises(
-        DataError, match='t.csv: the time column .* two ways.* time_format: "%m/%d/%Y" to the source'
-    ):
+    with pytest.raises(DataError, match='t.csv: the time column .* two ways.* time_format: "%m/%d/%Y" to the source'):
         open_windows(**settings)
     assert open_windows(**settings, time_format="%d/%m/%Y")[0]["series"]["v"] == [0, 1, 2, 3, 4, 5]
     assert open_windows(**settings, time_format="%m/%d/%Y")[0]["series"]["v"] == [0, 12, 24, 36, 48, 60]
@@ -91,9 +84,7 @@ def test_several_series_in_one_table_are_not_mixed(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("day,shop,v\n" + "".join(f"{n // 2},{'ab'[n % 2]},{n}\n" for n in range(120)))
     settings = {"path": str(path), "columns": ["v"], "time": "day", "context": 4, "horizon": 2}
-    with pytest.raises(
-        DataError, match="occur more than once: name the column that separates the series as `group`"
-    ):
+    with pytest.raises(DataError, match="occur more than once: name the column that separates the series as `group`"):
         open_windows(**settings)
     assert open_windows(**settings, group="shop")[0]["series"]["v"] == [0, 2, 4, 6, 8, 10]
 
@@ -106,9 +97,7 @@ def test_a_format_without_a_time_column_is_refused():
 def test_groups_are_not_mixed(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("who,v\n" + "".join(f"{'xy'[n % 2]},{n}\n" for n in range(40)))
-    windows = open_windows(
-        path=str(path), columns=["v"], group="who", context=2, horizon=1, test_fraction=0.0
-    )
+    windows = open_windows(path=str(path), columns=["v"], group="who", context=2, horizon=1, test_fraction=0.0)
     assert len(windows) == 2 * 18
     for index in range(len(windows)):
         record = windows[index]
@@ -131,9 +120,7 @@ def test_a_broken_line_or_one_without_its_group_breaks_no_other(tmp_path, group)
     lines = [json.dumps({"v": n, "who": "x"}) for n in range(20)]
     lines[4:8] = ['{"v": ', '{"v": 5}', '{"v": 6}', '{"v": 7}']
     path.write_text("\n".join(lines) + "\n")
-    windows = open_windows(
-        path=str(path), columns=["v"], group=group, context=1, horizon=1, test_fraction=0.0
-    )
+    windows = open_windows(path=str(path), columns=["v"], group=group, context=1, horizon=1, test_fraction=0.0)
     found = [windows[index] for index in range(len(windows))]
     # Where the broken line is all that is to be forecast, there is no window.
     assert len(found) == (18 if group is None else 3 + 15)

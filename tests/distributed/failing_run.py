@@ -18,9 +18,7 @@ PATIENCE = 10.0
 
 
 def main(way: str, folder: Path) -> None:
-    ranks = DistributedContext(
-        torch.device("cpu"), timeout_seconds=PATIENCE if way in ("hang", "end") else 60.0
-    )
+    ranks = DistributedContext(torch.device("cpu"), timeout_seconds=PATIENCE if way in ("hang", "end") else 60.0)
     with ranks.guard():
         ranks.all_reduce([1])
         if ranks.rank == 1:

@@ -51,9 +51,7 @@ class Exchanges(TorchDispatchMode):
 
 def one_step(axes: Axes, capacity: float | None, parts: int) -> tuple[dict[str, int], int]:
     """All-to-alls of a forward and a backward pass, and how often the layers read a tensor on the host."""
-    experts = ExpertsConfig(
-        intermediate_size=32, num_experts=8, top_k=2, num_shared=1, capacity_factor=capacity
-    )
+    experts = ExpertsConfig(intermediate_size=32, num_experts=8, top_k=2, num_shared=1, capacity_factor=capacity)
     training = SharedWords(words_backbone(experts=experts, moe_layer_freq=1))
     training.ranks = DistributedContext(CPU, 60)
     training.ranks.shard(training.model, MeshShape(*axes))

@@ -27,9 +27,7 @@ def test_automatic_axes_take_what_is_left(
 
 
 def test_axes_must_multiply_out_to_the_ranks() -> None:
-    with pytest.raises(
-        ConfigError, match=r"dp_replicate=2 × dp_shard=1 × ep=1 is 2 ranks, but 4 run: change an axis"
-    ):
+    with pytest.raises(ConfigError, match=r"dp_replicate=2 × dp_shard=1 × ep=1 is 2 ranks, but 4 run: change an axis"):
         ParallelConfig(dp_replicate=2, dp_shard=1, ep=1).resolve(4, 8, False)
     with pytest.raises(ConfigError, match="is 3 ranks, but 4 run"):
         ParallelConfig(dp_shard=3).resolve(4, 8, False)

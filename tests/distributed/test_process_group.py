@@ -118,17 +118,12 @@ def test_every_mesh_equals_one_process(
         other: StepReport = together[0][0][step]
         assert other.loss == pytest.approx(report.loss, rel=1e-5)
         assert other.grad_norm == pytest.approx(report.grad_norm, rel=1e-4)
-        assert other.tokens == report.tokens and other.expert_load_cv == pytest.approx(
-            report.expert_load_cv, abs=1e-5
-        )
+        assert other.tokens == report.tokens and other.expert_load_cv == pytest.approx(report.expert_load_cv, abs=1e-5)
         assert set(other.metrics) == set(report.metrics)
         for name, value in report.metrics.items():
             assert other.metrics[name] == pytest.approx(value, rel=1e-4), name
         # What the step's joules are attributed to.
-        assert (
-            report.work["task"].keys() == other.work["task"].keys()
-            and report.work.keys() == other.work.keys()
-        )
+        assert report.work["task"].keys() == other.work["task"].keys() and report.work.keys() == other.work.keys()
         for kind, shares in report.work.items():
             assert any(share.tokens for share in shares.values())
             for name, share in shares.items():

@@ -52,9 +52,7 @@ def alone(name: str) -> tuple[list[StepReport], dict[str, Tensor], list[Any]]:
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 @pytest.mark.parametrize("axes", [(1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (1, 4, 1)])
-def test_every_cut_equals_one_process(
-    name: str, axes: Axes, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_every_cut_equals_one_process(name: str, axes: Axes, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     fleet: Fleet = request.getfixturevalue({2: "two", 4: "four"}[math.prod(axes)])
     reports, weights, _ = alone(name)
     found = fleet.run(few_steps, recipe_file(tmp_path, axes, name), str(tmp_path / "run"), STEPS)

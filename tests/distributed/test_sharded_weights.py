@@ -93,9 +93,7 @@ def moved_parts(axes: tuple[int, int, int], bytes_per_parameter: int, in_triton:
     ("bytes_per_parameter", "in_triton"),
     [(16, False), (4, False), (2, False), (1, False), (2, True), (1, True)],
 )
-def test_rules_move_parts_as_they_move_the_whole(
-    bytes_per_parameter: int, in_triton: bool, four: Fleet
-) -> None:
+def test_rules_move_parts_as_they_move_the_whole(bytes_per_parameter: int, in_triton: bool, four: Fleet) -> None:
     """Sums in another order may turn a rounding over, here and there."""
     if in_triton:
         need_interpreter()
@@ -134,9 +132,7 @@ def moved_unevenly(rows: int, bytes_per_parameter: int, at_once: int) -> tuple[i
             rule.fill(stored, one.shard_of(values), 5, one)
             rule.update(stored, one.shard_of(gradient), UpdateArgs(0.05, 0.1, 11, torch.tensor(True), one))
             read.append(rule.read(stored, torch.float32))
-    same = (
-        torch.isclose(read[0], spec.shard_of(read[1]), rtol=1e-5).float().mean() if read[0].numel() else 1.0
-    )
+    same = torch.isclose(read[0], spec.shard_of(read[1]), rtol=1e-5).float().mean() if read[0].numel() else 1.0
     return group.exchanges, float(same) > 0.99
 
 

@@ -26,9 +26,7 @@ def test_every_row_has_a_plausible_intensity_and_a_source() -> None:
 
 
 def test_an_unknown_country_is_told_the_nearest() -> None:
-    with pytest.raises(
-        ConfigError, match=r"no grid of country 'Frence' in the table; did you mean 'France'\?"
-    ):
+    with pytest.raises(ConfigError, match=r"no grid of country 'Frence' in the table; did you mean 'France'\?"):
         grid("Frence")
     with pytest.raises(ConfigError, match="pue"):
         build(EnergyConfig, {"pue": 0.5}, "loop.energy")

@@ -108,9 +108,7 @@ def results() -> list[TaskResult]:
             [sample([draw], image(32), image_bytes())],
             (-1.0, 2.0),
         ),
-        result(
-            "image_inpainting", ("image", "image"), "bits_per_code", [sample([holed], image(), image_bytes())]
-        ),
+        result("image_inpainting", ("image", "image"), "bits_per_code", [sample([holed], image(), image_bytes())]),
         result(
             "text_to_speech",
             ("text", "audio"),
@@ -144,9 +142,7 @@ def eval_report() -> EvalReport:
 
 
 def facts() -> RunFacts:
-    return RunFacts(
-        f"demo {EVIL}", "nano", 5_123_456, 2_034_567, 3_512_000, 2140, 391.0, {EVIL: {"psnr": 23.5}}
-    )
+    return RunFacts(f"demo {EVIL}", "nano", 5_123_456, 2_034_567, 3_512_000, 2140, 391.0, {EVIL: {"psnr": 23.5}})
 
 
 def run_folder(path: Path, steps: int = 400) -> RunFolder:

@@ -18,14 +18,10 @@ FAST = MaskedSampling(steps=2, guidance=0.0)
 
 
 def examples(task: str, source: str, count: int) -> list[Example]:
-    return [
-        TASKS[task].example(demo_sources("test")[source][n], np.random.default_rng(n)) for n in range(count)
-    ]
+    return [TASKS[task].example(demo_sources("test")[source][n], np.random.default_rng(n)) for n in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("task", "source"), [("image_classification", "digits"), ("tabular_regression", "penguins")]
-)
+@pytest.mark.parametrize(("task", "source"), [("image_classification", "digits"), ("tabular_regression", "penguins")])
 def test_batches_change_nothing(task: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = examples(task, source, 5)
     together = answer(MODEL, asked, FAST)

@@ -187,13 +187,8 @@ def test_nothing_is_known_without_training_records(model: LoadedModel) -> None:
 
 def test_images_alike_cost_few_bits(model: LoadedModel) -> None:
     records = [{"id": f"{n}", "label": "x", "text_en": "x", "image": png("red", 64)} for n in range(20)]
-    examples, targets = training_examples(
-        TASKS["text_to_image"], ListSource("s", records), 0, model.modalities
-    )
+    examples, targets = training_examples(TASKS["text_to_image"], ListSource("s", records), 0, model.modalities)
     prior = fit_prior(TASKS["text_to_image"], examples, targets, model)
     noise = Part("image", np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    near, far = (
-        prior.bits([], [targets[0], target_segment(noise, model.modalities)])
-        / targets[0].arrays["codes"].size
-    )
+    near, far = prior.bits([], [targets[0], target_segment(noise, model.modalities)]) / targets[0].arrays["codes"].size
     assert near < 2 < 6 < far

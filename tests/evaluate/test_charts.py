@@ -82,9 +82,7 @@ def test_many_points_are_thinned_without_losing_a_level() -> None:
 
 
 def test_layers_are_drawn_with_their_mean() -> None:
-    drawn = history(
-        np.array([1.0, 2.0]), np.array([[0.0, 0.0], [2.0, 2.0]]), "expert_load_cv", from_zero=True
-    )
+    drawn = history(np.array([1.0, 2.0]), np.array([[0.0, 0.0], [2.0, 2.0]]), "expert_load_cv", from_zero=True)
     assert [shape.name for shape in drawn.shapes].count("fine") == 2
     assert drawn.shapes[-1].name == "line"
     assert [round(y) for _, y in positions(drawn.shapes[-1].path)] == [

@@ -32,9 +32,7 @@ def tracker() -> EnergyTracker:
 
 
 def account(pue: float = 1.0) -> EnergyAccount:
-    return EnergyAccount(
-        tracker(), grid("WLD"), pue, {"pseudo": (5.0, 3.0), "real": (3.0, 3.5)}, evaluation=10.0
-    )
+    return EnergyAccount(tracker(), grid("WLD"), pue, {"pseudo": (5.0, 3.0), "real": (3.0, 3.5)}, evaluation=10.0)
 
 
 def run_of(path: Path) -> RunFolder:

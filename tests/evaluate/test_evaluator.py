@@ -69,8 +69,7 @@ def test_several_processes_find_what_one_finds() -> None:
     torch.set_num_threads(1)  # as in the processes: how a sum is divided among threads decides its last bits
     try:
         alone, shared = (
-            evaluated(CONFIG.model_copy(update={"num_processes": workers}), trained_tasks)
-            for workers in (1, 3)
+            evaluated(CONFIG.model_copy(update={"num_processes": workers}), trained_tasks) for workers in (1, 3)
         )
     finally:
         torch.set_num_threads(threads)
@@ -147,12 +146,8 @@ def test_a_baseline_is_beaten_only_if_score_and_information_agree(report: EvalRe
 def test_inpainting_is_scored_on_the_masked_region_only() -> None:
     """Codes outside of the mask may be anything: the score stays the same."""
     model, trained_task = loaded(4), TrainedTask(task="image_inpainting", source="digits")
-    examples, _ = select_examples(
-        TASKS["image_inpainting"], demo_sources("test")["digits"], CONFIG, model.modalities
-    )
-    shown = [
-        replace(e, target=replace(e.target, options={"mask_box": (0.0, 0.0, 0.5, 0.5)})) for e in examples
-    ]
+    examples, _ = select_examples(TASKS["image_inpainting"], demo_sources("test")["digits"], CONFIG, model.modalities)
+    shown = [replace(e, target=replace(e.target, options={"mask_box": (0.0, 0.0, 0.5, 0.5)})) for e in examples]
     sequences = [example_sequence(example, model.modalities) for example in shown]
     found = evaluate_task(model, trained_task, shown, sequences, demo_sources()["digits"], CONFIG)
     sequence = sequences[0]

@@ -21,9 +21,7 @@ def test_written_digits_are_classified() -> None:
     assert knn is not None
     test = demo_sources("test")["digits"]
     answers = [read_image(test[n]["image"]) for n in range(0, 179, 3)]
-    right = [
-        found == test[n]["label"] for found, n in zip(knn.predict(answers), range(0, 179, 3), strict=True)
-    ]
+    right = [found == test[n]["label"] for found, n in zip(knn.predict(answers), range(0, 179, 3), strict=True)]
     assert np.mean(right) > 0.9
     blank = knn.predict([Image.new("RGB", (64, 64), "white")])
     assert blank[0] in set(demo_sources()["digits"].values("label"))

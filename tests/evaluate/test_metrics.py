@@ -48,9 +48,7 @@ def around(value: float, width: float) -> Histogram:
 def numbers(answers: list[Histogram], wanted: list[float], baseline: float = 0.0) -> Scored:
     examples = [example({"x": value}) for value in wanted]
     count = len(wanted)
-    return Scored(
-        examples, list(answers), scale=[np.ones(1)] * count, reference=[np.full(1, baseline)] * count
-    )
+    return Scored(examples, list(answers), scale=[np.ones(1)] * count, reference=[np.full(1, baseline)] * count)
 
 
 def images(colours: list[str], wanted: list[str]) -> Scored:
@@ -127,9 +125,7 @@ def test_shares_lie_between_zero_and_one(name: str) -> None:
 def test_every_metric_has_a_case_and_is_used() -> None:
     assert set(CASES) == {name for name, metric in METRICS.items() if metric.values is not None}
     # The CRPS against a second baseline has no task of its own.
-    assert {name for task in TASKS.values() for name in task.metrics} == set(METRICS) - {
-        "relative_crps_seasonal_naive"
-    }
+    assert {name for task in TASKS.values() for name in task.metrics} == set(METRICS) - {"relative_crps_seasonal_naive"}
 
 
 @pytest.mark.parametrize(

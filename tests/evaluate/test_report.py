@@ -103,18 +103,11 @@ def test_long_text_is_shortened() -> None:
 
 def test_nothing_is_fetched(page: Page) -> None:
     addresses = [
-        value
-        for _, attributes in page.elements
-        for key, value in attributes.items()
-        if key in ("src", "href")
+        value for _, attributes in page.elements for key, value in attributes.items() if key in ("src", "href")
     ]
     assert addresses
-    assert all(
-        re.match(r"data:(image/png|audio/wav);base64,|#[a-z0-9-]+$", value or "") for value in addresses
-    )
-    policies = [
-        meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"
-    ]
+    assert all(re.match(r"data:(image/png|audio/wav);base64,|#[a-z0-9-]+$", value or "") for value in addresses)
+    policies = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
     assert policies and "default-src 'none'" in (policies[0] or "")
 
 
@@ -147,9 +140,7 @@ def test_summary_tells_size_tokens_and_time(page: Page) -> None:
 
 
 def test_pairs_are_coloured_by_their_interval(page: Page) -> None:
-    entries = [
-        attributes["class"] for attributes in page.all("div") if "entry" in (attributes.get("class") or "")
-    ]
+    entries = [attributes["class"] for attributes in page.all("div") if "entry" in (attributes.get("class") or "")]
     assert sorted(entries) == ["entry negative", "entry none"] + ["entry positive"] * 6
     text = "".join(page.text)
     assert "+1.00 bits [+0.50, +1.50]" in text
@@ -223,11 +214,7 @@ def test_a_gap_in_a_text_is_seen(tmp_path: Path) -> None:
 
 
 def test_training_curves_by_modality(page: Page) -> None:
-    charts = [
-        attributes["class"] or ""
-        for attributes in page.all("figure")
-        if "chart" in (attributes["class"] or "")
-    ]
+    charts = [attributes["class"] or "" for attributes in page.all("figure") if "chart" in (attributes["class"] or "")]
     assert charts[0] == "chart tone-text" and charts[1] == "chart tone-numbers"  # the report's order
     text = "".join(page.text)
     assert "expert load CV" in text and "tokens per second" in text
@@ -255,9 +242,7 @@ def test_a_run_without_metrics_still_has_a_report(tmp_path: Path) -> None:
 )
 def test_broken_data_never_stops_the_report(tmp_path: Path, part: Part, answer) -> None:
     truth = {"x": None} if isinstance(answer, Histogram) else b"broken"
-    task = example.result(
-        "text_to_image", ("text", "image"), "bits_per_code", [Sample([part], answer, truth, "1")]
-    )
+    task = example.result("text_to_image", ("text", "image"), "bits_per_code", [Sample([part], answer, truth, "1")])
     page = page_of(tmp_path, EvalReport([task], 1.0, "x"))
     drawn = "".join(str(attributes.get("d", "")) for attributes in page.all("path"))
     assert "nan" not in drawn and "sample" in page.classes()
@@ -299,9 +284,7 @@ def test_json_holds_what_its_schema_says(tmp_path: Path) -> None:
 
 
 def test_json_says_null_for_what_is_not_finite() -> None:
-    task = dataclasses.replace(
-        example.results()[0], baseline=float("nan"), information_interval=(float("-inf"), 1.0)
-    )
+    task = dataclasses.replace(example.results()[0], baseline=float("nan"), information_interval=(float("-inf"), 1.0))
     content = json.loads(report_json(EvalReport([task], 1.0, "x"), example.facts()))
     entry = content["tasks"]["image_classification/things"]
     assert entry["baseline"] is None and entry["information_ci"] == [None, 1.0]

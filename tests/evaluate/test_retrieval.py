@@ -53,9 +53,7 @@ def test_a_lesson_is_judged_both_ways_in_both_languages() -> None:
     trained_task = TrainedTask(task="audio_text_retrieval", source="spoken")
     result = evaluate_retrieval(loaded, trained_task, demo_sources("test")["spoken"], 0)
     assert result is not None and result.metric == "recall_at_1" and result.baseline == pytest.approx(0.1)
-    directions = {
-        name.removesuffix("_recall_at_1") for name in result.metrics if name.endswith("_recall_at_1")
-    }
+    directions = {name.removesuffix("_recall_at_1") for name in result.metrics if name.endswith("_recall_at_1")}
     assert directions == {f"{x}_{y}" for x in ("text_to_audio", "audio_to_text") for y in ("en", "zh")}
     assert np.isfinite(list(result.metrics.values())).all()
 

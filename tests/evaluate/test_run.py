@@ -60,9 +60,7 @@ def test_only_the_tasks_named(run: Path) -> None:
 
 
 def test_a_task_that_was_not_learned_gets_a_hint(run: Path) -> None:
-    with pytest.raises(
-        ConfigError, match="was not trained on task 'text_to_imag'; did you mean 'text_to_image'"
-    ):
+    with pytest.raises(ConfigError, match="was not trained on task 'text_to_imag'; did you mean 'text_to_image'"):
         evaluate(run, ["text_to_imag"])
 
 
@@ -147,9 +145,7 @@ def test_a_checkpoint_without_its_description(run: Path, tmp_path: Path) -> None
     del state["files"]["model.json"]
     (copy / "state.json").write_text(json.dumps(state), encoding="utf-8")
     (copy / "model.json").unlink()
-    with pytest.raises(
-        CheckpointError, match="has no model.json: it is not a checkpoint of a multimodal model"
-    ):
+    with pytest.raises(CheckpointError, match="has no model.json: it is not a checkpoint of a multimodal model"):
         evaluate(copy)
 
 
@@ -212,9 +208,7 @@ def test_training_rows_alone_are_refused(tmp_path: Path) -> None:
 
 
 def test_settings_of_the_trained_source_are_kept(tmp_path: Path) -> None:
-    trained = SHOP.model_copy(
-        update={"columns": ["title", "kind", "price"], "limit": 3, "test_path": "gone.csv"}
-    )
+    trained = SHOP.model_copy(update={"columns": ["title", "kind", "price"], "limit": 3, "test_path": "gone.csv"})
     path = tmp_path / "mine.csv"
     path.write_text("".join(f"{row['title']},{row['kind']},{row['price']}\n" for row in ROWS))
     assert len(open_own_data(str(path), {"shop": trained})["shop"]) == 12

@@ -55,8 +55,6 @@ def test_square_brackets_in_names_are_no_markup() -> None:
 def test_a_narrow_terminal_cuts_no_name_and_no_number() -> None:
     task = dataclasses.replace(example.results()[0], task="image_regression", source="spoken_digits")
     text = printed(EvalReport([task], 2.0, "x"), width=80)
-    first, second = next(
-        two for two in zip(text.splitlines(), text.splitlines()[1:], strict=False) if "62.5" in two[0]
-    )
+    first, second = next(two for two in zip(text.splitlines(), text.splitlines()[1:], strict=False) if "62.5" in two[0])
     assert first.split()[0] + second.split()[0] == "image_regression/spoken_digits"
     assert "25.0" in first and first.rstrip().endswith("+0.50 … +1.50")

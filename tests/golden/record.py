@@ -121,9 +121,7 @@ def machine() -> dict[str, str]:
     """What decides the order of floating-point sums."""
     info = Path("/proc/cpuinfo")
     flags = re.search(r"^flags\s*:(.*)$", info.read_text(), re.M) if info.exists() else None
-    vectors = sorted(
-        word for word in (flags[1].split() if flags else []) if word.startswith(("avx", "amx", "fma"))
-    )
+    vectors = sorted(word for word in (flags[1].split() if flags else []) if word.startswith(("avx", "amx", "fma")))
     return {"torch": torch.__version__, "vectors": " ".join(vectors)}
 
 
@@ -152,9 +150,9 @@ def losses(folder: Path, name: str) -> list[float]:
 def media(folder: Path) -> None:
     """An image and a recording to ask about."""
     grid = np.linspace(0, 255, 40)
-    Image.fromarray(
-        np.stack([np.add.outer(grid, grid * k) % 256 for k in (1, 2, 3)], -1).astype(np.uint8)
-    ).save(folder / "7.png")
+    Image.fromarray(np.stack([np.add.outer(grid, grid * k) % 256 for k in (1, 2, 3)], -1).astype(np.uint8)).save(
+        folder / "7.png"
+    )
     wave = 0.3 * np.sin(2 * np.pi * 440 * np.arange(8000) / 16_000)
     soundfile.write(folder / "a.wav", wave, 16_000)
 
@@ -207,8 +205,7 @@ def served(folder: Path) -> dict[str, str]:
             "text-of-image": {"messages": [{"role": "user", "content": seen}], "temperature": 0},
         }
         bodies: dict[str, tuple[str, dict[str, Any]]] = {
-            name: ("chat/completions", {"model": "default", "max_tokens": 16, **body})
-            for name, body in chats.items()
+            name: ("chat/completions", {"model": "default", "max_tokens": 16, **body}) for name, body in chats.items()
         }
         bodies["image"] = ("images/generations", {"prompt": "draw the digit seven", "seed": 3})
         bodies["audio"] = ("audio/speech", {"input": "seven", "seed": 3, "response_format": "wav"})

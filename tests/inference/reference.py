@@ -53,9 +53,7 @@ def write_reference(model: LoadedModel, prompt: Prompt, sampling: Sampling) -> s
 
 
 @torch.inference_mode()
-def decode_masked_reference(
-    model: LoadedModel, prompt: Prompt, target: Segment, sampling: MaskedSampling
-) -> Tensor:
+def decode_masked_reference(model: LoadedModel, prompt: Prompt, target: Segment, sampling: MaskedSampling) -> Tensor:
     """Codes of one image or recording, step by step.  # -> N G"""
     adapter = model.omni.adapter(target.kind)
     assert isinstance(adapter, CodesAdapter)
@@ -70,9 +68,7 @@ def decode_masked_reference(
             "codes": codes.numpy(),
             "is_masked": unknown.numpy(),
         }
-        target = Segment(
-            target.kind, arrays, target.grid, target.span, unknown.numpy(), "block", target.moves
-        )
+        target = Segment(target.kind, arrays, target.grid, target.span, unknown.numpy(), "block", target.moves)
         states = [hidden_states(model, found, target) for found in (prompt, [])]
         drawn, confidence = torch.zeros_like(codes), torch.zeros(len(codes))
         for group in range(codes.shape[1]):

@@ -52,10 +52,7 @@ def test_what_was_trained_is_taught(name: str) -> None:
             except (DataError, KeyError):
                 continue
             seen += 1
-            assert (
-                assess(example.source, task.output_modality, trained("word_translation", name), 0.9)
-                == Coverage()
-            )
+            assert assess(example.source, task.output_modality, trained("word_translation", name), 0.9) == Coverage()
     assert seen or task.needs_negatives or task.name in ("text_tabular_regression",)
 
 
@@ -97,9 +94,7 @@ def test_a_model_of_embeddings_answers_nothing() -> None:
     assert "only embeddings" in assess([text("a")], "text", trained("image_text_retrieval")).en
 
 
-def say(
-    model: LoadedModel, question: Question, log: pytest.LogCaptureFixture, out: Path | None = None
-) -> str:
+def say(model: LoadedModel, question: Question, log: pytest.LogCaptureFixture, out: Path | None = None) -> str:
     log.clear()
     answer_question(model, question, Decoding(text=Sampling(max_tokens=3)), out)
     return log.text

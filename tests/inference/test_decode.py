@@ -21,9 +21,7 @@ from openm6.ops.sequence import causal_meta
 SHAPES = {
     "experts": {"experts": ExpertsConfig(intermediate_size=32, num_experts=4, top_k=2)},
     "many experts": {"experts": ExpertsConfig(intermediate_size=32, num_experts=16, top_k=2)},
-    "prototypes": {
-        "experts": ExpertsConfig(intermediate_size=32, num_experts=8, num_prototypes=2, hidden_act="gelu")
-    },
+    "prototypes": {"experts": ExpertsConfig(intermediate_size=32, num_experts=8, num_prototypes=2, hidden_act="gelu")},
     "shared": {"experts": ExpertsConfig(intermediate_size=32, num_experts=4, top_k=1, num_shared=1)},
     "dense": {"dense": DenseConfig(intermediate_size=64), "qk_norm": False},
     "shared layers": {
@@ -84,9 +82,7 @@ def test_int8_decoding_reads_no_expert_in_full(experts: int) -> None:
     """The answer of int8 weights is close to that of the weights, and the experts are among them."""
     shape = {"experts": ExpertsConfig(intermediate_size=32, num_experts=experts, top_k=2)}
     torch.manual_seed(1)
-    backbone = Backbone(
-        BackboneConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, **shape)
-    )
+    backbone = Backbone(BackboneConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, **shape))
     embedding = torch.randn(50, 32)
     text_head = TextHead(backbone.eval(), embedding, embedding, 0, 1)
     arguments = (

@@ -45,9 +45,7 @@ def ragged() -> list[Prompt]:
     return [source_segments(found, modalities()) for found in parts]
 
 
-def run_all(
-    model: LoadedModel, prompts: list[Prompt], slots: int, batch_invariant: bool
-) -> dict[int, DecodeSequence]:
+def run_all(model: LoadedModel, prompts: list[Prompt], slots: int, batch_invariant: bool) -> dict[int, DecodeSequence]:
     """All prompts through few slots, a new one every other step."""
     rows = DecodeBatch(TextHead.of(model.omni, model.text), slots, 128, batch_invariant=batch_invariant)
     todo, done, steps = list(range(len(prompts))), {}, 0
@@ -74,9 +72,7 @@ def test_a_row_in_a_crowd_writes_what_it_writes_alone(
         assert model.text.decode(tokens) == generate_texts(model, [prompts[index]], SAMPLINGS[index])[0]
 
 
-def test_scores_are_those_of_the_model_alone_to_the_last_bit(
-    model: LoadedModel, prompts: list[Prompt]
-) -> None:
+def test_scores_are_those_of_the_model_alone_to_the_last_bit(model: LoadedModel, prompts: list[Prompt]) -> None:
     crowd = run_all(model, prompts, 5, True)
     for index in (0, 3):
         alone = run_all(model, [prompts[index]], 5, True) if index == 0 else None
@@ -109,9 +105,7 @@ def test_a_text_alone_equals_the_text_in_a_batch(
 
 def test_seeds_matter_only_if_something_is_drawn(model: LoadedModel, prompts: list[Prompt]) -> None:
     def answers(temperature: float, seed: int) -> list[str]:
-        return generate_texts(
-            model, prompts[:1], Sampling(max_tokens=STEPS, temperature=temperature, seed=seed)
-        )
+        return generate_texts(model, prompts[:1], Sampling(max_tokens=STEPS, temperature=temperature, seed=seed))
 
     assert answers(0.0, 1) == answers(0.0, 2)
     assert answers(1.0, 1) == answers(1.0, 1)
@@ -137,9 +131,7 @@ def test_marks_are_never_generated(prompts: list[Prompt], mark: str) -> None:
     assert found[0] == found[1] == found[2]
 
 
-def test_graphs_leave_the_settings_of_the_process_alone(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graphs_leave_the_settings_of_the_process_alone(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     torch.backends.cuda.enable_cudnn_sdp(True)
     GraphedDecodeBatch(TextHead.of(model.omni, model.text), 2, 32, "float32")

@@ -63,9 +63,7 @@ def test_only_what_is_asked_for_is_answered() -> None:
         9,
         1,
     ]
-    np.testing.assert_allclose(
-        predict_distributions(MODEL.omni, PROMPTS, WANTED)[2].probability.sum(1), 1, rtol=1e-5
-    )
+    np.testing.assert_allclose(predict_distributions(MODEL.omni, PROMPTS, WANTED)[2].probability.sum(1), 1, rtol=1e-5)
 
 
 def uncached(prompt: Prompt, segment: Segment) -> np.ndarray:

@@ -78,9 +78,7 @@ def test_given_codes_stay_and_all_is_settled_in_time(
     watch = Watch(monkeypatch)
     found = decode_masked(model.omni, prompts, targets, MaskedSampling(steps=steps, order=order))
     size = model.image.codec.codebook_size
-    assert (
-        found.shape == (4, 64, model.image.codec.groups) and 0 <= int(found.min()) <= int(found.max()) < size
-    )
+    assert found.shape == (4, 64, model.image.codec.groups) and 0 <= int(found.min()) <= int(found.max()) < size
     for row, tokens in enumerate(targets):
         hidden = tokens.arrays["is_masked"]
         assert np.array_equal(found[row].numpy()[~hidden], tokens.arrays["codes"][~hidden])
@@ -98,9 +96,7 @@ def test_the_true_codes_of_a_mask_are_never_used(
     model: LoadedModel, prompts: list[Prompt], targets: list[Segment]
 ) -> None:
     other = [
-        replace(
-            t, arrays={**t.arrays, "codes": np.where(t.arrays["is_masked"][:, None], 7, t.arrays["codes"])}
-        )
+        replace(t, arrays={**t.arrays, "codes": np.where(t.arrays["is_masked"][:, None], 7, t.arrays["codes"])})
         for t in targets
     ]
     settings = MaskedSampling(steps=3)
@@ -140,9 +136,7 @@ def test_each_of_a_batch_is_what_it_is_alone(
         assert torch.equal(state.codes, decode_masked_reference(model, prompt, segment, sampling))
 
 
-def test_row_i_draws_from_seed_plus_i(
-    model: LoadedModel, prompts: list[Prompt], targets: list[Segment]
-) -> None:
+def test_row_i_draws_from_seed_plus_i(model: LoadedModel, prompts: list[Prompt], targets: list[Segment]) -> None:
     settings = MaskedSampling(steps=4, seed=11)
     batch = decode_masked(model.omni, prompts, targets, settings)
     for row in range(len(prompts)):
@@ -165,8 +159,7 @@ def test_guidance_towards_an_empty_prompt_changes_nothing(model: LoadedModel) ->
     """With the empty prompt on both sides, s + g (s - s) = s."""
     blank = [model.image.blank()]
     without, guided = (
-        decode_masked(model.omni, [[]], blank, MaskedSampling(steps=3, guidance=guidance))
-        for guidance in (0.0, 3.0)
+        decode_masked(model.omni, [[]], blank, MaskedSampling(steps=3, guidance=guidance)) for guidance in (0.0, 3.0)
     )
     assert torch.equal(without, guided)
 
@@ -202,9 +195,7 @@ def test_temperature_zero_and_no_noise_need_no_seed(model: LoadedModel, prompts:
     assert torch.equal(found[0], found[1])
 
 
-@pytest.mark.parametrize(
-    "words", ["masked.steps=0", "masked.step=3", "text.top_p=2", "masked.order=best", "masked"]
-)
+@pytest.mark.parametrize("words", ["masked.steps=0", "masked.step=3", "text.top_p=2", "masked.order=best", "masked"])
 def test_settings_that_cannot_be_are_one_sentence(words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_decoding([words])

@@ -72,9 +72,7 @@ def test_prompts_read_together_are_as_if_read_alone(model: LoadedModel, prompts:
         length = alone.lengths[slot]
         assert cache.lengths[slot] == length and known == (length if slot in (3, 4) else 0)
         for packed, single in ((cache.keys, alone.keys), (cache.values, alone.values)):
-            torch.testing.assert_close(
-                packed[:, slot, :length], single[:, slot, :length], rtol=1e-4, atol=1e-5
-            )
+            torch.testing.assert_close(packed[:, slot, :length], single[:, slot, :length], rtol=1e-4, atol=1e-5)
     assert torch.equal(cache.keys[:, 3], cache.keys[:, 1])
 
 
@@ -131,6 +129,4 @@ def test_all_prompts_are_read_in_bounded_passes(
         length = alone.lengths[slot]
         assert cache.lengths[slot] == length == sum(map(len, prompt))
         for packed, single in ((cache.keys, alone.keys), (cache.values, alone.values)):
-            torch.testing.assert_close(
-                packed[:, slot, :length], single[:, slot, :length], rtol=1e-4, atol=1e-5
-            )
+            torch.testing.assert_close(packed[:, slot, :length], single[:, slot, :length], rtol=1e-4, atol=1e-5)

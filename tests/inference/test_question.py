@@ -118,19 +118,13 @@ def asked(task: Task, language: str, image: Path, recording: Path) -> Question:
     elif task.output_modality == "numbers":
         given |= {"column": "mass"}
     if task.is_inpainting:
-        given |= (
-            {"mask_box": (0.0, 0.0, 0.5, 0.5)}
-            if task.input_modality == "image"
-            else {"mask_span": (0.0, 0.5)}
-        )
+        given |= {"mask_box": (0.0, 0.0, 0.5, 0.5)} if task.input_modality == "image" else {"mask_span": (0.0, 0.5)}
     return Question(output=task.output_modality, language=language, **given)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("name", ASKED)
-def test_the_question_put_in_is_the_one_that_was_taught(
-    name: str, language: str, image: Path, recording: Path
-) -> None:
+def test_the_question_put_in_is_the_one_that_was_taught(name: str, language: str, image: Path, recording: Path) -> None:
     model = loaded(trained_tasks=((name, "digits"),))
     parts = prompt_parts(asked(TASKS[name], language, image, recording), model)
     found = [part.raw if part.modality == "text" else part.modality for part in parts]
@@ -259,7 +253,5 @@ def test_words_as_a_series() -> None:
 
 @pytest.mark.parametrize("value", ["nan", "inf", "1e999"])
 def test_a_series_holds_finite_numbers(value: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"--series has '{value}' as value 2, which must be a finite number"
-    ):
+    with pytest.raises(ConfigError, match=f"--series has '{value}' as value 2, which must be a finite number"):
         parse_series(f"t=1,{value}")

@@ -108,9 +108,7 @@ def test_a_forecast(run: Path, files: Path) -> None:
 def test_the_same_seed_gives_the_same_answer(run: Path, files: Path) -> None:
     found = []
     for seed in ("1", "1", "2"):
-        assert (
-            ask(run, "--text", "draw", "--output", "image", "--out", "x.png", "--seed", seed).exit_code == 0
-        )
+        assert ask(run, "--text", "draw", "--output", "image", "--out", "x.png", "--seed", seed).exit_code == 0
         found.append((files / "x.png").read_bytes())
     assert found[0] == found[1] != found[2]
 

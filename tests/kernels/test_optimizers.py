@@ -59,9 +59,7 @@ def test_an_adamw_step_in_kernels_equals_one_in_torch(device, monkeypatch, dtype
     for in_kernel in (True, False):
         monkeypatch.setattr(kernels, "available", lambda device, choice=in_kernel: choice)
         torch.manual_seed(0)
-        parameters = [
-            torch.randn(shape).to(device, dtype).requires_grad_() for shape in ((5, 33), (7,), (64, 3))
-        ]
+        parameters = [torch.randn(shape).to(device, dtype).requires_grad_() for shape in ((5, 33), (7,), (64, 3))]
         groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.1, "weight_decay": 0.0}]
         optimizer = AdamW(groups, lr=0.01, state_dtype=torch.float32, stochastic=stochastic)
         for _ in range(3):
@@ -148,15 +146,11 @@ def test_adafactor_equals_its_reference(bytes_per_parameter, shape, device, monk
         rule.fill(stored, values, 1)
         monkeypatch.setattr(kernels, "available", lambda device, choice=in_kernel: choice)
         for step in range(3):
-            gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step)).to(
-                device, torch.bfloat16
-            )
+            gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step)).to(device, torch.bfloat16)
             if step == 1 and len(shape) == 3:
                 gradient[1] = 0
             before = stored["weight"]._version
-            rule.update(
-                stored, gradient, UpdateArgs(0.003, 0.1, 77 + step, torch.tensor(step < 2, device=device))
-            )
+            rule.update(stored, gradient, UpdateArgs(0.003, 0.1, 77 + step, torch.tensor(step < 2, device=device)))
             assert stored["weight"]._version > before  # so that autograd notices
     for name, ours in both[0].items():
         expected = both[1][name]

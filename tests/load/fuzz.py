@@ -63,9 +63,7 @@ def fuzz(address: Address, uploads: int, seed: int = 0) -> dict[str, Any]:
         reply = way(address, dice, files)
         statuses[reply.status] += 1
         if reply.status >= 500 or not _well_formed(reply):
-            failures.append(
-                {"number": number, "status": reply.status, "body": reply.body[:200].decode("latin-1")}
-            )
+            failures.append({"number": number, "status": reply.status, "body": reply.body[:200].decode("latin-1")})
     alive = address.send("GET", "/ready").status == 200
     return {
         "benchmark": "fuzz",

@@ -19,9 +19,7 @@ from tests.small_model import loaded
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[Address]:
-    engine = Engine(
-        loaded(3), EngineConfig(max_num_seqs=4, max_model_len=256, max_num_media=3, max_queued_tokens=600)
-    )
+    engine = Engine(loaded(3), EngineConfig(max_num_seqs=4, max_model_len=256, max_num_media=3, max_queued_tokens=600))
     config = ServeConfig(limits=Limits(body_bytes=1_000_000))
     with answering(create_app(engine, config)) as found:
         yield found

@@ -98,9 +98,7 @@ def test_what_is_no_audio_is_one_sentence(raw: object) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "samples", [np.zeros(0, np.float32), np.full(20, np.nan, np.float32), np.zeros((3, 2))]
-)
+@pytest.mark.parametrize("samples", [np.zeros(0, np.float32), np.full(20, np.nan, np.float32), np.zeros((3, 2))])
 def test_samples_that_are_none(samples: np.ndarray) -> None:
     with pytest.raises(DataError, match="empty|not finite"):
         read_audio(samples)
@@ -147,9 +145,7 @@ def test_a_gap_hides_from_the_source_and_alone_is_learned(audio: Audio) -> None:
     read, wanted = (method(sine(0.6), options=options) for method in (audio.source, audio.target))
     assert np.array_equal(read.arrays["is_masked"], span_mask((0.25, 0.5), len(read)))
     assert np.array_equal(wanted.learn, span_mask((0.25, 0.5), len(wanted)))
-    assert (read.arrays["patches"][read.arrays["is_masked"]] == 0).all() and 0 < wanted.learn.sum() < len(
-        wanted
-    )
+    assert (read.arrays["patches"][read.arrays["is_masked"]] == 0).all() and 0 < wanted.learn.sum() < len(wanted)
 
 
 def test_augmentation_stays_finite_and_differs(audio: Audio) -> None:
@@ -204,9 +200,7 @@ def test_the_setting_decides_how_long_every_task_speaks(task: str, seconds: floa
 
 def test_a_recording_longer_than_the_setting_is_cut_and_says_so() -> None:
     modality = audio_of(0.4)
-    cut = {
-        seconds: modality.target(file_of(sine(seconds))).truncated for seconds in (0.1, 0.4, 0.43, 0.45, 2.0)
-    }
+    cut = {seconds: modality.target(file_of(sine(seconds))).truncated for seconds in (0.1, 0.4, 0.43, 0.45, 2.0)}
     assert cut == {0.1: False, 0.4: False, 0.43: False, 0.45: True, 2.0: True}
     again = [modality.target(file_of(sine(2.0))) for _ in range(2)]
     assert all(tokens.truncated for tokens in again), "also when its codes are remembered"

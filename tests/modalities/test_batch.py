@@ -15,9 +15,7 @@ from openm6.ops.matmul import ROWS
 from openm6.ops.sequence import visible
 
 
-def segment(
-    length: int, placement: Placement = "source", kind: str = "a", learn: list[int] | None = None
-) -> Segment:
+def segment(length: int, placement: Placement = "source", kind: str = "a", learn: list[int] | None = None) -> Segment:
     learned = np.zeros(length, bool)
     learned[[] if learn is None else learn] = True
     return Segment(kind, {"number": np.arange(length)}, line(length), length, learned, placement)

@@ -111,9 +111,7 @@ def test_inpainting_masks() -> None:
     assert 8 < sum(hidden.all() for hidden, _ in found) < 32
 
 
-def test_all_groups_at_once_equal_one_after_the_other(
-    adapter: CodesAdapter, codes: Tensor, hidden: Tensor
-) -> None:
+def test_all_groups_at_once_equal_one_after_the_other(adapter: CodesAdapter, codes: Tensor, hidden: Tensor) -> None:
     together = all_logits(adapter, hidden, codes)
     known = torch.zeros_like(codes)
     for group in range(GROUPS):
@@ -171,9 +169,7 @@ def test_the_probabilities_of_all_codes_of_a_place_sum_to_one() -> None:
 def test_vectors_are_those_of_the_codec(name: str) -> None:
     codec = load_codec(name)
     adapter = CodesAdapter(FourierPositionEmbedding(WIDTH), WIDTH, codec.config.levels, codec.groups)
-    codes = torch.randint(
-        0, codec.codebook_size, (50, codec.groups), generator=torch.Generator().manual_seed(0)
-    )
+    codes = torch.randint(0, codec.codebook_size, (50, codec.groups), generator=torch.Generator().manual_seed(0))
     assert torch.equal(adapter.vectors(codes), codec.vectors(codes))
     assert adapter.codebook_size == codec.codebook_size
 
@@ -191,8 +187,7 @@ def test_hidden_codes_do_not_show(adapter: CodesAdapter, codes: Tensor) -> None:
     other = torch.where(hidden[:, None], (codes + 1) % 12, codes)
     grid_cells = torch.rand(20, 2)
     first, second = (
-        adapter.embed({"shown": shown, "is_masked": hidden, "positions": grid_cells})
-        for shown in (codes, other)
+        adapter.embed({"shown": shown, "is_masked": hidden, "positions": grid_cells}) for shown in (codes, other)
     )
     assert torch.equal(first, second)
     visible = adapter.embed({"shown": (codes + 1) % 12, "is_masked": hidden, "positions": grid_cells})
@@ -203,9 +198,7 @@ def test_positions_are_the_centers_of_tokens() -> None:
     image, audio = image_grid(2, 4), audio_grid(3, 640)
     assert image.positions[[0, 3, 4]].tolist() == [[0.25, 0.125], [0.25, 0.875], [0.75, 0.125]]
     assert np.allclose(audio.positions[:, 0], [0.02, 0.06, 0.10])
-    assert audio.cells.tolist() == [[0, 1, 1], [1, 3, 3], [2, 5, 5]], (
-        "number, and twice the middle in units of 20 ms"
-    )
+    assert audio.cells.tolist() == [[0, 1, 1], [1, 3, 3], [2, 5, 5]], "number, and twice the middle in units of 20 ms"
     assert (image.span, audio.span) == (4, 3)
 
 

@@ -101,9 +101,7 @@ def test_damaged_files_never_raise_anything_else() -> None:
     assert read > 20 and refused > 20, "the test must meet both"
 
 
-@pytest.mark.parametrize(
-    "size", [(64, 64), (8, 8), (3, 3), (1000, 10), (1, 1000), (2000, 1500), (20, 50), (640, 64)]
-)
+@pytest.mark.parametrize("size", [(64, 64), (8, 8), (3, 3), (1000, 10), (1, 1000), (2000, 1500), (20, 50), (640, 64)])
 def test_patches_keep_within_the_budget_and_near_the_aspect(image: Image, size: tuple[int, int]) -> None:
     tokens = image.source(PIL.Image.new("RGB", size))
     down, across = (len(np.unique(tokens.arrays["positions"][:, axis])) for axis in (0, 1))

@@ -37,9 +37,7 @@ def as_tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("missing", [None, math.nan, float("nan")])
-def test_missing_values_are_seen_as_missing_and_never_learned(
-    numbers: Numbers, missing: float | None
-) -> None:
+def test_missing_values_are_seen_as_missing_and_never_learned(numbers: Numbers, missing: float | None) -> None:
     tokens = numbers.target({"body_mass": missing, "length": 41.0})
     assert tokens.learn.tolist() == [False, True]
     assert tokens.arrays["observed"][:, 0].tolist() == [False, True]
@@ -125,12 +123,8 @@ def test_smooth_bins_are_distributions_around_the_value() -> None:
 
 def test_one_hot_bins_at_the_edges() -> None:
     width = 2 * LIMIT / BINS
-    values = torch.tensor(
-        [[-LIMIT, -LIMIT + width / 2, -LIMIT + 1.5 * width, -1e-6, 1e-6, LIMIT - 1e-4, LIMIT]]
-    )
-    assert one_hot_bins(values).argmax(-1).tolist() == [
-        [0, 0, 1, BINS // 2 - 1, BINS // 2, BINS - 1, BINS - 1]
-    ]
+    values = torch.tensor([[-LIMIT, -LIMIT + width / 2, -LIMIT + 1.5 * width, -1e-6, 1e-6, LIMIT - 1e-4, LIMIT]])
+    assert one_hot_bins(values).argmax(-1).tolist() == [[0, 0, 1, BINS // 2 - 1, BINS // 2, BINS - 1, BINS - 1]]
     assert torch.equal(one_hot_bins(values).sum(-1), torch.ones(1, 7))
 
 

@@ -30,9 +30,7 @@ def arrays(keys: list[str], space: str = "a") -> dict[str, torch.Tensor]:
 
 def test_the_sides_of_a_pair_do_not_attend_to_each_other() -> None:
     text = modalities()["text"]
-    left, right = (
-        pooled([text.source(words)], "7", "s", learn=True) for words in ("seven", "draw the digit")
-    )
+    left, right = (pooled([text.source(words)], "7", "s", learn=True) for words in ("seven", "draw the digit"))
     pair, alone = build_pair(left, right), build_sequence(right)
     seen = visible(*[collate([[pair]], len(pair)).meta] * 2)[0, 0]
     half = sum(map(len, left))
@@ -53,9 +51,7 @@ def test_the_loss_is_the_mean_of_both_directions() -> None:
 def test_equal_keys_and_other_spaces_do_not_compete() -> None:
     pool, hidden = adapter(), torch.randn(4, 16)
     assert pool.nll(hidden, arrays(["a", "a"])).abs().max() < 1e-6
-    apart = {
-        name: torch.cat([arrays(["a"], "x")[name], arrays(["b"], "y")[name]]) for name in ("key", "space")
-    }
+    apart = {name: torch.cat([arrays(["a"], "x")[name], arrays(["b"], "y")[name]]) for name in ("key", "space")}
     assert pool.nll(hidden, apart).abs().max() < 1e-6
     assert pool.nll(hidden, arrays(["a", "b"])).max() > 1e-3
 

@@ -30,9 +30,7 @@ def segment(lengths: list[int], between: int, keep_end: bool = False) -> Segment
         cuttable.append(Cuttable(position, position + length, keep_end))
         position += length + between
     ids = np.arange(position)
-    return Segment(
-        "text", {"ids": ids}, line(position), position, np.zeros(position, bool), cuttable=tuple(cuttable)
-    )
+    return Segment("text", {"ids": ids}, line(position), position, np.zeros(position, bool), cuttable=tuple(cuttable))
 
 
 @settings(max_examples=200, deadline=None)

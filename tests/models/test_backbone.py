@@ -154,8 +154,7 @@ def test_layers_of_a_group_hold_the_same_modules_and_are_stored_once():
     }  # fmt: skip
     own = {name for name in stored if name.startswith("layers.3.")}
     assert own == {
-        f"layers.3.{name}"
-        for name in ("attention_norm.weight", "qk_norm.query", "qk_norm.key", "mlp_norm.weight")
+        f"layers.3.{name}" for name in ("attention_norm.weight", "qk_norm.query", "qk_norm.key", "mlp_norm.weight")
     }
     first, second, *_ = make("shared").blocks
     assert first.mlp.experts is second.mlp.experts and first.router is not second.router
@@ -165,11 +164,7 @@ def test_delinked_layers_have_modules_of_their_own():
     model = make("shared routers")
     first = model.blocks[2].attention.qkv
     names = model.delink()
-    assert (
-        names["layers.3.mlp.router.weight"]
-        == names["layers.2.mlp.router.weight"]
-        == "layers.2.mlp.router.weight"
-    )
+    assert names["layers.3.mlp.router.weight"] == names["layers.2.mlp.router.weight"] == "layers.2.mlp.router.weight"
     assert model.blocks[2].attention.qkv is first and model.blocks[3].attention.qkv is not first
     assert torch.equal(model.blocks[3].attention.qkv, first)
     assert count_parameters(model.config).total == sum(p.numel() for p in model.parameters())
@@ -189,9 +184,7 @@ def test_meta_build_fills_as_a_direct_one():
 
 def test_first_weights_have_the_stated_spread():
     torch.manual_seed(0)
-    model = Backbone(
-        BackboneConfig(**{**SIZE, "hidden_size": 128}, experts={**EXPERTS, "intermediate_size": 128})
-    )
+    model = Backbone(BackboneConfig(**{**SIZE, "hidden_size": 128}, experts={**EXPERTS, "intermediate_size": 128}))
     block = model.blocks[0]
     assert block.mlp.experts.up.std().item() == pytest.approx(0.64 / 128**0.5, rel=0.05)
     assert block.attention.output.std().item() == pytest.approx(0.64 / 128**0.5 / 8**0.5, rel=0.05)

@@ -151,9 +151,7 @@ def test_training_minimises_the_training_loss_and_judging_the_likelihood(
     model.train()
     trained = model.compute_loss(batch)[0]["image_out"].nll
     groups = modalities()["image"].codec.groups  # type: ignore[attr-defined]
-    assert float(trained.mean()) < float(likelihood.mean()) / (groups - 1), (
-        "a mean over groups, not their sum"
-    )
+    assert float(trained.mean()) < float(likelihood.mean()) / (groups - 1), "a mean over groups, not their sum"
 
 
 def test_gradients_reach_every_adapter(sequences: list[PackedExample]) -> None:
@@ -163,9 +161,7 @@ def test_gradients_reach_every_adapter(sequences: list[PackedExample]) -> None:
     sequences = [build_sequence([partly]), *sequences]
     losses, _ = model.compute_loss(collate([sequences[:4], sequences[4:7], sequences[7:]], 512))
     sum(part.total for part in losses.values()).backward()
-    silent = [
-        name for name, p in model.adapters.named_parameters() if p.grad is None or not p.grad.abs().sum()
-    ]
+    silent = [name for name, p in model.adapters.named_parameters() if p.grad is None or not p.grad.abs().sum()]
     assert silent == []
 
 
@@ -182,9 +178,7 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         masks = args[1] if name == "aten.index.Tensor" else []
-        if any(word in name for word in HOST_READS) or any(
-            m is not None and m.dtype == torch.bool for m in masks
-        ):
+        if any(word in name for word in HOST_READS) or any(m is not None and m.dtype == torch.bool for m in masks):
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 

@@ -41,11 +41,7 @@ def test_active_experts_of_the_largest():
     config = preset("m6-10t").backbone
     assert config.experts is not None
     assert (
-        2
-        * config.num_layers
-        * config.experts.experts_per_token
-        * config.hidden_size
-        * config.experts.intermediate_size
+        2 * config.num_layers * config.experts.experts_per_token * config.hidden_size * config.experts.intermediate_size
         == 78_517_370_880
     )
 

@@ -58,9 +58,7 @@ def naive(moe: MoE, routing: Routing, x: Tensor, valid: Tensor, capacity: int | 
             fits = capacity is None or (bool(valid[n]) and taken[expert] < capacity)
             taken[expert] += fits
             if fits:
-                total = total + gate * network(
-                    token, experts.up[expert], experts.down[expert], config.hidden_act
-                )
+                total = total + gate * network(token, experts.up[expert], experts.down[expert], config.hidden_act)
         if shared is not None:
             total = total + network(token, shared.up.t(), shared.down.t(), config.hidden_act)
         answers.append(total)

@@ -114,9 +114,7 @@ class WatchedStreams(Streams):
     def __init__(self) -> None:
         seen: list[Access] = []
         clashes: list[tuple[Access, Access]] = []
-        super().__init__(
-            *(WatchedStream(name, seen, clashes) for name in ("compute", "to_device", "to_host"))
-        )
+        super().__init__(*(WatchedStream(name, seen, clashes) for name in ("compute", "to_device", "to_host")))
         object.__setattr__(self, "clashes", clashes)
 
     def watch(self, store: WeightStore, readable: Iterable[str]) -> None:

@@ -114,9 +114,7 @@ def test_copies_as_late_as_their_waits_allow_change_nothing(
 
 
 @pytest.mark.parametrize(("backbone", "changes"), LAYOUTS)
-def test_streams_never_touch_the_same_bytes_without_an_order(
-    backbone: BackboneConfig, changes: dict[str, Any]
-) -> None:
+def test_streams_never_touch_the_same_bytes_without_an_order(backbone: BackboneConfig, changes: dict[str, Any]) -> None:
     training, streams = WordsTraining(backbone), WatchedStreams()
     train_step = OffloadedTrainStep(training, config_of(**changes), streams)
     streams.watch(train_step.store, train_step.rule.read_slots)
@@ -161,9 +159,7 @@ def breaks_off(*given: Any) -> None:
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:
-    whole, parts = (
-        offloaded_run(PLAIN, config_of(16, gradient_accumulation_steps=count)) for count in (1, 3)
-    )
+    whole, parts = (offloaded_run(PLAIN, config_of(16, gradient_accumulation_steps=count)) for count in (1, 3))
     assert parts[0] == pytest.approx(whole[0], rel=1e-4)
 
 

@@ -21,10 +21,7 @@ def test_buffers_lie_next_to_each_other_and_keep_what_is_written() -> None:
     for number, run in enumerate(arena.buffers):
         run.fill_(number + 1)
     assert [int(run.sum()) for run in arena.buffers] == [PAGE, 6 * PAGE, 3 * PAGE]
-    assert (
-        arena.buffers[1].data_ptr() - arena.buffers[0].data_ptr() == PAGE
-        and arena.buffers[0].data_ptr() % PAGE == 0
-    )
+    assert arena.buffers[1].data_ptr() - arena.buffers[0].data_ptr() == PAGE and arena.buffers[0].data_ptr() % PAGE == 0
     arena.close()
 
 
@@ -80,9 +77,7 @@ def test_pieces_hold_whole_runs() -> None:
 
 
 def test_a_record_is_dense_aligned_and_begins_with_what_is_read() -> None:
-    layout = RecordLayout(
-        {"a": (4, 128), "b": (3, 8, 64)}, update_rule(OptimizerConfig(precision="int8-adafactor"))
-    )
+    layout = RecordLayout({"a": (4, 128), "b": (3, 8, 64)}, update_rule(OptimizerConfig(precision="int8-adafactor")))
     ends = sorted((entry.start, entry.start + entry.slot.num_bytes) for entry in layout.entries)
     assert all(first[1] <= second[0] for first, second in itertools.pairwise(ends))
     assert all(entry.start % 256 == 0 for entry in layout.entries) and layout.num_bytes % PAGE == 0

@@ -13,9 +13,7 @@ from tests.sequences import padding_meta
 
 
 def of_example(meta: SequenceMeta, number: int) -> SequenceMeta:
-    return SequenceMeta(
-        torch.full_like(meta.example_id, number), meta.attn_order, meta.block_id, meta.positions
-    )
+    return SequenceMeta(torch.full_like(meta.example_id, number), meta.attn_order, meta.block_id, meta.positions)
 
 
 def packed(seed: int) -> SequenceMeta:

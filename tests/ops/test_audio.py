@@ -67,9 +67,7 @@ def sine(rate: int, pitch: float, seconds: float = 0.5) -> torch.Tensor:
     return torch.sin(2 * math.pi * pitch * torch.arange(round(rate * seconds)) / rate)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [(8000, 16_000), (44_100, 16_000), (48_000, 16_000), (16_000, 22_050)]
-)
+@pytest.mark.parametrize(("old", "new"), [(8000, 16_000), (44_100, 16_000), (48_000, 16_000), (16_000, 22_050)])
 @pytest.mark.parametrize("pitch", [100.0, 440.0, 3000.0])
 def test_a_sine_stays_the_same_sine(old: int, new: int, pitch: float) -> None:
     found, wanted = resample(sine(old, pitch), old, new), sine(new, pitch)

@@ -35,9 +35,7 @@ def inputs(tokens: int = 13) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize(("tokens", "chunks"), [(13, 4), (3, 4), (1, 1), (8, 2)])
 def test_it_equals_the_plain_loss(tokens, chunks):
     hidden, weight, label, token_weight = inputs(tokens)
-    total, nll = linear_cross_entropy(
-        hidden, weight, label, token_weight, max_logits=20 * -(-tokens // chunks)
-    )
+    total, nll = linear_cross_entropy(hidden, weight, label, token_weight, max_logits=20 * -(-tokens // chunks))
     plain, plain_nll = linear_cross_entropy_reference(hidden, weight, label, token_weight)
     torch.testing.assert_close(total, plain)
     torch.testing.assert_close(nll, plain_nll)
@@ -114,9 +112,7 @@ def naive(query: Tensor, gallery: Tensor, same: Tensor, partner: Tensor, scale: 
     found = []
     for q, own in enumerate(partner.tolist()):
         scores = {
-            g: math.exp(scale * float(query[q] @ gallery[g]))
-            for g in range(len(gallery))
-            if g == own or not same[q, g]
+            g: math.exp(scale * float(query[q] @ gallery[g])) for g in range(len(gallery)) if g == own or not same[q, g]
         }
         found.append(-math.log(scores[own] / sum(scores.values())))
     return found

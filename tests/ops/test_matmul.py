@@ -235,9 +235,7 @@ def test_idle_experts_get_no_gradient_whatever_the_kernel_leaves_there():
 def test_more_experts_than_a_gpu_takes_are_refused():
     check_experts(1024, torch.device("cpu"))
     check_experts(1023, torch.device("cuda"))
-    with pytest.raises(
-        ConfigError, match=r"1024 experts on one GPU, .* takes 1023: lower experts.num_experts"
-    ):
+    with pytest.raises(ConfigError, match=r"1024 experts on one GPU, .* takes 1023: lower experts.num_experts"):
         check_experts(1024, torch.device("cuda"))
 
 

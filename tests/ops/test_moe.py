@@ -92,9 +92,7 @@ def test_losses_ignore_padding():
     torch.testing.assert_close(z_loss(logits, valid), z_loss(logits[:4], all_valid))
     load = torch.tensor([1.0, 2.0, 1.0, 0.0])
     probability = logits.softmax(-1)
-    torch.testing.assert_close(
-        balance_loss(probability, load, valid), balance_loss(probability[:4], load, all_valid)
-    )
+    torch.testing.assert_close(balance_loss(probability, load, valid), balance_loss(probability[:4], load, all_valid))
 
 
 def test_z_loss_per_prototype():
@@ -273,9 +271,7 @@ def test_registered_operations_match_their_fakes():
     torch.library.opcheck(ops.gather_rows, (x, choice // 2), test_utils=checks)
     torch.library.opcheck(ops.sum_rows, (torch.randn(22, 5), slot), test_utils=checks)
     torch.library.opcheck(ops.swiglu_gate, (product, row_gate), test_utils=checks)
-    torch.library.opcheck(
-        ops.swiglu_gate_backward, (product, row_gate, torch.randn(22, HIDDEN)), test_utils=checks
-    )
+    torch.library.opcheck(ops.swiglu_gate_backward, (product, row_gate, torch.randn(22, HIDDEN)), test_utils=checks)
 
 
 def test_it_is_one_graph_for_the_compiler():

@@ -46,9 +46,7 @@ def test_values_and_gradients_equal_the_reference(weight_shape):
 def test_slices_need_no_copies():
     torch.manual_seed(1)
     x = torch.randn(2, 4, 6, 16)
-    torch.testing.assert_close(
-        rms_norm(x[:, :, 1:3], torch.ones(16), 0.0), rms_norm(x, torch.ones(16), 0.0)[:, :, 1:3]
-    )
+    torch.testing.assert_close(rms_norm(x[:, :, 1:3], torch.ones(16), 0.0), rms_norm(x, torch.ones(16), 0.0)[:, :, 1:3])
 
 
 def test_output_has_unit_mean_square_in_any_dtype():

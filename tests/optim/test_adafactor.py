@@ -37,6 +37,4 @@ def test_each_expert_of_a_stack_is_updated_by_itself() -> None:
     stack = nn.Parameter(torch.randn(3, 8, 6) * torch.tensor([0.01, 1.0, 10.0]).view(3, 1, 1))
     apart = [nn.Parameter(matrix.detach().clone()) for matrix in stack]
     update_both(stack, apart, muon=True)
-    torch.testing.assert_close(
-        stack.detach(), torch.stack([one.detach() for one in apart]), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(stack.detach(), torch.stack([one.detach() for one in apart]), rtol=1e-5, atol=1e-6)

@@ -41,9 +41,7 @@ def test_half_moments_stay_near_torchs():
 @pytest.mark.parametrize(("stochastic", "moves"), [(False, False), (True, True)])
 def test_steps_below_half_an_ulp_add_up_only_with_stochastic_rounding(stochastic, moves):
     parameter = torch.nn.Parameter(torch.ones(512, dtype=torch.bfloat16))
-    optimizer = AdamW(
-        [parameter], lr=1e-4, weight_decay=0.0, state_dtype=torch.bfloat16, stochastic=stochastic
-    )
+    optimizer = AdamW([parameter], lr=1e-4, weight_decay=0.0, state_dtype=torch.bfloat16, stochastic=stochastic)
     for _ in range(50):  # 50 steps of 1e-4, and half an ulp below one is 2e-3
         parameter.grad = torch.ones_like(parameter)
         optimizer.step()

@@ -18,9 +18,7 @@ def test_warmup_stable_decay() -> None:
 
 
 def test_the_square_root_falls_faster_at_first() -> None:
-    linear, root = (
-        ScheduleConfig(warmup_steps=0, decay_fraction=0.5, decay=kind) for kind in ("linear", "sqrt")
-    )
+    linear, root = (ScheduleConfig(warmup_steps=0, decay_fraction=0.5, decay=kind) for kind in ("linear", "sqrt"))
     for step in range(51, 100):
         assert lr_multiplier(step, 100, root) < lr_multiplier(step, 100, linear)
 

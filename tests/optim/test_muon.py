@@ -16,9 +16,7 @@ def test_equals_torch_on_matrices(shape: tuple[int, int]) -> None:
     theirs = nn.Parameter(ours.detach().clone())
     groups = [{"params": [ours], "muon": True}]
     mine = Muon(groups, lr=0.02, weight_decay=0.1, momentum=0.9, dtype=torch.bfloat16)
-    reference = torch.optim.Muon(
-        [theirs], lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
-    )
+    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         ours.grad = torch.randn(shape)
         theirs.grad = ours.grad.clone()

@@ -22,9 +22,7 @@ def rule_of(bytes_per_parameter: int) -> UpdateRule:
 
 
 def start(rule: UpdateRule, values: Tensor) -> Slots:
-    stored = {
-        slot.name: torch.empty(slot.shape, dtype=slot.dtype) for slot in rule.slots(tuple(values.shape))
-    }
+    stored = {slot.name: torch.empty(slot.shape, dtype=slot.dtype) for slot in rule.slots(tuple(values.shape))}
     rule.fill(stored, values, key=1)
     return stored
 

@@ -81,10 +81,7 @@ def test_of_a_group_the_first_input_is_kept_and_of_the_group_at_work_all() -> No
     sizes = (1e9, 1e8, TIERS[2], 1024, 80 * GIB)
     each, third = (device_budget(CONFIG, *sizes, 0.0, every) for every in (1, 3))
     assert each.activations - third.activations == 0  # three layers: all of them are at work
-    assert (
-        device_budget(CONFIG.model_copy(update={"num_layers": 12}), *sizes, 0.0, 3).activations
-        == 2 * 1024 * 64 * 6
-    )
+    assert device_budget(CONFIG.model_copy(update={"num_layers": 12}), *sizes, 0.0, 3).activations == 2 * 1024 * 64 * 6
 
 
 def test_as_few_layers_are_computed_again_as_the_memory_asks_for() -> None:
@@ -148,9 +145,7 @@ CONFIGS = pytest.mark.parametrize(
     [
         BackboneConfig(**SIZES, num_heads=2, dense=DenseConfig(intermediate_size=256)),
         BackboneConfig(**SIZES, num_heads=4, dense=DenseConfig(intermediate_size=384, hidden_act="gelu")),
-        BackboneConfig(
-            **SIZES, num_heads=2, experts=ExpertsConfig(intermediate_size=256, num_experts=8, top_k=2)
-        ),
+        BackboneConfig(**SIZES, num_heads=2, experts=ExpertsConfig(intermediate_size=256, num_experts=8, top_k=2)),
         BackboneConfig(
             **SIZES,
             num_heads=2,

@@ -38,9 +38,7 @@ SPARSE = BackboneConfig(
 def test_totals_of_the_papers_presets(name: str, trillions: float) -> None:
     chosen = preset(name)
     # The rest is embedding, norms, routers and, where experts dominate, attention.
-    assert stored_parameters(chosen.backbone, chosen.vocab_size).total == pytest.approx(
-        trillions * 1e12, rel=0.08
-    )
+    assert stored_parameters(chosen.backbone, chosen.vocab_size).total == pytest.approx(trillions * 1e12, rel=0.08)
 
 
 def test_ten_trillion_by_hand() -> None:
@@ -106,6 +104,4 @@ def test_operations_are_six_for_each_weight_and_attention() -> None:
 
 def test_the_largest_layer_is_the_sparse_one() -> None:
     config = preset("m6-100b").backbone
-    assert max_layer_parameters(config) == pytest.approx(
-        1024 * 2 * 1024 * 4096 + 4 * 1024**2 + 1024 * 1024, rel=1e-4
-    )
+    assert max_layer_parameters(config) == pytest.approx(1024 * 2 * 1024 * 4096 + 4 * 1024**2 + 1024 * 1024, rel=1e-4)

@@ -126,9 +126,7 @@ def test_a_recipe_and_its_overrides_are_planned() -> None:
 
 
 def test_an_invalid_request_is_one_sentence() -> None:
-    with pytest.raises(
-        ConfigError, match=r"no GPU 'v100-23gb' in the table; did you mean 'v100-32gb'.*--gpu-table"
-    ):
+    with pytest.raises(ConfigError, match=r"no GPU 'v100-23gb' in the table; did you mean 'v100-32gb'.*--gpu-table"):
         gpu("v100-23gb")
     with pytest.raises(ConfigError, match="loop.optimizer.precision=fp8 is not known"):
         request_of("demo", "loop.optimizer.precision=fp8")
@@ -144,9 +142,7 @@ def test_an_invalid_request_is_one_sentence() -> None:
 
 def test_a_gpu_of_one_s_own(tmp_path: Path) -> None:
     table = tmp_path / "mine.csv"
-    table.write_text(
-        "id,name,memory_gib,memory_gb_s,half_tflops,host_link_gb_s,watts\nx1,X 1,10,500,50,16,200\n"
-    )
+    table.write_text("id,name,memory_gib,memory_gb_s,half_tflops,host_link_gb_s,watts\nx1,X 1,10,500,50,16,200\n")
     cluster = gpu_cluster(gpu("x1", table), ClusterOptions())
     assert cluster.memory == 10 * 2**30 and cluster.watts == 200
     table.write_text("id,memory_gib\nx1,ten\n")

@@ -137,9 +137,7 @@ def test_not_deterministic_is_as_right(model: LoadedModel) -> None:
             assert same(handle.wait(60).value, answer_alone(model, request, 256))
 
 
-def test_of_prompts_read_together_only_the_broken_one_ends(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_prompts_read_together_only_the_broken_one_ends(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def embed(arrays: dict[str, torch.Tensor]) -> torch.Tensor:
         raise DataError("the image fades away")
 
@@ -209,9 +207,7 @@ def test_a_stop_string_ends_the_text_and_is_left_out(engine: Engine) -> None:
 
 def test_a_reader_sees_the_text_grow_and_never_shrink(engine: Engine) -> None:
     async def read() -> tuple[list[str], str]:
-        handle = await engine.ask(
-            TextRequest(parts=say("a"), sampling=Sampling(temperature=1.0, max_tokens=40))
-        )
+        handle = await engine.ask(TextRequest(parts=say("a"), sampling=Sampling(temperature=1.0, max_tokens=40)))
         seen = [text async for text in handle.stream()]
         return seen, handle.wait().value
 
@@ -231,9 +227,7 @@ def test_who_stops_reading_frees_the_slot(engine: Engine) -> None:
     handle = asyncio.run(leave())
     with pytest.raises(DeadlineExceededError, match="cancelled"):
         handle.wait(30)
-    assert (
-        engine.ask_and_wait(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=2))).usage.generated == 2
-    )
+    assert engine.ask_and_wait(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=2))).usage.generated == 2
 
 
 def test_a_loop_that_closes_does_not_stop_the_engine(engine: Engine) -> None:
@@ -246,26 +240,20 @@ def test_a_loop_that_closes_does_not_stop_the_engine(engine: Engine) -> None:
         def call_soon_threadsafe(self, *_: object) -> None:
             raise RuntimeError("Event loop is closed")
 
-    handle = RequestHandle(
-        prepare(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=3)), engine.loaded, 256)
-    )
+    handle = RequestHandle(prepare(TextRequest(parts=say("a"), sampling=Sampling(max_tokens=3)), engine.loaded, 256))
     handle.readers.append((cast(asyncio.AbstractEventLoop, Closing()), asyncio.Event()))
     handle.notify()
     assert not handle.done
 
 
-def test_too_many_requests_being_read_are_refused(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_requests_being_read_are_refused(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openm6.serve.engine.MAX_PREPARING", 0)
     config = EngineConfig(max_num_seqs=1, max_model_len=256)
     with Engine(model, config) as engine, pytest.raises(QueueFullError, match="are being read"):
         asyncio.run(engine.ask(TextRequest(parts=say("a"))))
 
 
-def test_requests_that_have_been_read_make_way_for_others(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_that_have_been_read_make_way_for_others(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those that are broken."""
     monkeypatch.setattr("openm6.serve.engine.MAX_PREPARING", 1)
     with Engine(model, EngineConfig(max_num_seqs=1, max_model_len=256)) as engine:
@@ -303,9 +291,7 @@ def test_what_does_not_fit_is_one_sentence(engine: Engine) -> None:
             engine.ask_and_wait(request)
 
 
-def test_a_failure_ends_one_request_and_not_the_engine(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_ends_one_request_and_not_the_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of luck")
 

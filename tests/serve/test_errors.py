@@ -122,9 +122,7 @@ def test_any_field_of_any_wrong_kind_gets_a_sentence() -> None:
 
 
 def test_what_is_not_known_has_a_sentence_too() -> None:
-    message, path = describe_invalid(
-        [{"type": "brand_new", "loc": ("body", "a"), "msg": "Input should be"}], {"a": 1}
-    )
+    message, path = describe_invalid([{"type": "brand_new", "loc": ("body", "a"), "msg": "Input should be"}], {"a": 1})
     assert (message, path) == ("a cannot be used as it is: see /docs", "a")
 
 
@@ -170,9 +168,7 @@ def test_what_is_not_offered_is_refused_unless_it_asks_for_nothing(address: Addr
 
 def test_over_http_the_sentence_and_the_field_arrive(address: Address) -> None:
     error = error_of(address.post(CHAT, of_parts({"type": "video_url"})))
-    assert (
-        error["param"] == "messages.0.content.0.type" and "'video_url' is not supported" in error["message"]
-    )
+    assert error["param"] == "messages.0.content.0.type" and "'video_url' is not supported" in error["message"]
     body, kind = form({"n": "many", "prompt": "x"}, {"image": ("a.png", b"x")})
     reply = address.send("POST", "/v1/images/edits", body, kind)
     assert reply.status == 400 and error_of(reply)["message"] == "n must be an integer"

@@ -92,9 +92,7 @@ def test_an_image_comes_from_the_address_that_was_checked() -> None:
 )
 def test_other_urls_are_refused_before_anybody_is_called(url: str) -> None:
     web = FakeWeb(GOOD)
-    with pytest.raises(
-        BadRequestError, match=r"must be a data URL, or https:// and one of images\.example\.org"
-    ):
+    with pytest.raises(BadRequestError, match=r"must be a data URL, or https:// and one of images\.example\.org"):
         fetched(web, url)
     assert not web.called
 

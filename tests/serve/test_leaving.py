@@ -41,9 +41,7 @@ class Served:
     def begin(self, stream: bool = False, **more: object) -> http.client.HTTPConnection:
         """Sends a request that takes seconds, and waits for nothing."""
         line = http.client.HTTPConnection("127.0.0.1", self.address.port, timeout=30)
-        line.request(
-            "POST", CHAT, json.dumps(body(stream=stream, **more)), {"content-type": "application/json"}
-        )
+        line.request("POST", CHAT, json.dumps(body(stream=stream, **more)), {"content-type": "application/json"})
         return line
 
 
@@ -161,7 +159,5 @@ def test_a_deadline_is_kept_for_who_waits_and_for_who_is_written(serve: Open) ->
 def test_a_deadline_within_a_stream_is_an_event(serve: Open) -> None:
     server = serve(EngineConfig(max_num_seqs=1, max_model_len=256), Limits(seconds=0.5))
     reply = server.address.post(CHAT, body(stream=True))
-    events = [
-        json.loads(event[6:]) for event in reply.body.decode().split("\n\n") if event.startswith("data: {")
-    ]
+    events = [json.loads(event[6:]) for event in reply.body.decode().split("\n\n") if event.startswith("data: {")]
     assert reply.status == 200 and events[-1]["error"]["code"] == "503"

@@ -171,9 +171,7 @@ def test_too_many_values_are_refused_before_they_are_parsed(monkeypatch: pytest.
         read_json(b"[" + b"[]," * 100 + b"[]]", 32, 100)
 
 
-def test_while_a_body_is_parsed_others_are_answered(
-    address: Address, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_while_a_body_is_parsed_others_are_answered(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
     parsing, go_on = threading.Event(), threading.Event()
 
     def slow(body: bytes, depth: int, most: int) -> object:

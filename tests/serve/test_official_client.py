@@ -76,18 +76,14 @@ def test_chat_reads_every_modality(client: openai.OpenAI, content: object) -> No
 
 def test_chat_outputs_every_modality(client: openai.OpenAI) -> None:
     more = {"numbers": {"column": "mass"}, "draw": {"steps": 2}, "seed": 4}
-    found = ask(
-        client, "a small apple", extra_body={**more, "modalities": ["text", "image", "audio", "numbers"]}
-    )
+    found = ask(client, "a small apple", extra_body={**more, "modalities": ["text", "image", "audio", "numbers"]})
     message = found.choices[0].message
     head, _, body = message.images[0]["image_url"]["url"].partition(",")
     assert head == "data:image/png;base64"
     assert Image.open(io.BytesIO(base64.b64decode(body))).size == (64, 64)
     samples, rate = soundfile.read(io.BytesIO(base64.b64decode(message.audio.data)))
     assert rate == 16_000 and len(samples) == 19_200
-    assert (
-        message.numbers["mass"]["low"] < message.numbers["mass"]["median"] < message.numbers["mass"]["high"]
-    )
+    assert message.numbers["mass"]["low"] < message.numbers["mass"]["median"] < message.numbers["mass"]["high"]
 
 
 def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI) -> None:
@@ -124,9 +120,7 @@ def test_an_edit_keeps_what_the_mask_keeps(client: openai.OpenAI) -> None:
     )
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(found.data[0].b64_json))).convert("RGB"))
     given = np.asarray(Image.open(io.BytesIO(png("red", 40))).convert("RGB").resize((64, 64), 3))
-    assert np.array_equal(pixels[:12], given[:12]) and not np.array_equal(
-        pixels[20:44, 20:44], given[20:44, 20:44]
-    )
+    assert np.array_equal(pixels[:12], given[:12]) and not np.array_equal(pixels[20:44, 20:44], given[20:44, 20:44])
 
 
 @pytest.mark.parametrize("form", ["wav", "flac", "mp3", "opus"])

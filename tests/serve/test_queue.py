@@ -132,9 +132,7 @@ def test_nothing_is_lost_and_each_client_keeps_its_order(arrivals: list[tuple[st
     served = [queue.pop(lambda _: True) for _ in sent]
     assert queue.pop(lambda _: True) is None and queue.work == 0
     for client in "abcd":
-        assert [one for one in served if one and one.client == client] == [
-            one for one in sent if one.client == client
-        ]
+        assert [one for one in served if one and one.client == client] == [one for one in sent if one.client == client]
 
 
 @given(

@@ -48,9 +48,7 @@ def client() -> Iterator[httpx.Client]:
     patience.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "90")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        run_replicas(
-            small_app, ServeConfig(port=port), ReplicaConfig(min_replicas=2, max_replicas=2, cpus=0.5)
-        )
+        run_replicas(small_app, ServeConfig(port=port), ReplicaConfig(min_replicas=2, max_replicas=2, cpus=0.5))
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as found:
             yield found
     finally:

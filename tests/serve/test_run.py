@@ -146,9 +146,7 @@ def test_the_address_of_the_playground_is_printed(
 @pytest.mark.parametrize("playground", [True, False])
 def test_the_bare_address_leads_on(playground: bool) -> None:
     """To the playground if there is one, else to links; no key is needed."""
-    app = create_app(
-        Engine(loaded(3), EngineConfig(max_num_seqs=1, max_model_len=64)), ServeConfig(keys=("k",))
-    )
+    app = create_app(Engine(loaded(3), EngineConfig(max_num_seqs=1, max_model_len=64)), ServeConfig(keys=("k",)))
     with running(with_playground(app) if playground else app) as found:
         line = http.client.HTTPConnection("127.0.0.1", int(found.rpartition(":")[2]), timeout=30)
         line.request("GET", "/")
@@ -189,9 +187,7 @@ def test_who_may_reach_it() -> None:
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET /x HTTP/1.1\r\nhost: "])
-def test_a_header_that_does_not_come_closes_the_connection(
-    begun: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_header_that_does_not_come_closes_the_connection(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HeaderTimeoutProtocol, "header_seconds", 0.05)
 
     async def send() -> bytes:

@@ -36,9 +36,7 @@ def ask(address: Address, words: str, **more: object) -> Reply:
 
 def test_a_chat_says_so(address: Address) -> None:
     found = json.loads(ask(address, "What is the capital of France?").body)
-    assert (
-        found["trained"] is False and "text from text, only text from image; image from text" in found["note"]
-    )
+    assert found["trained"] is False and "text from text, only text from image; image from text" in found["note"]
     drawn = json.loads(ask(address, "draw seven", modalities=["image"], draw={"steps": 1}).body)
     assert drawn["trained"] is True and drawn["note"] is None
     other = json.loads(ask(address, "a red cat", modalities=["image"], draw={"steps": 1}).body)
@@ -61,9 +59,7 @@ def test_a_classifier_that_is_to_draw_says_so() -> None:
         create_app(Engine(model, EngineConfig(max_num_seqs=1, max_model_len=128)), ServeConfig(), "m")
     ) as found:
         reply = found.post("/v1/images/generations", {"prompt": "a cat", "steps": 1})
-    assert (
-        reply.status == 200 and "never trained to generate image from text" in json.loads(reply.body)["note"]
-    )
+    assert reply.status == 200 and "never trained to generate image from text" in json.loads(reply.body)["note"]
 
 
 def test_the_playground_shows_it_in_its_language(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -18,9 +18,7 @@ POEM = "《江雪》 柳宗元\n千山鸟飞绝，万径人踪灭。\n孤舟蓑�
 def test_the_answer_says_which_side_of_the_bound_the_value_lies() -> None:
     record, seen = demo_sources()["penguins"][7], set()
     for seed in range(40):
-        example = TASKS["table_question_answering"].example(
-            record, np.random.default_rng(seed), language="en"
-        )
+        example = TASKS["table_question_answering"].example(record, np.random.default_rng(seed), language="en")
         words = example.source[-1].raw.strip()
         column, bound = words.removeprefix("Is the ").removesuffix("?").split(" above ")
         value = record["numbers"][column.replace(" ", "_")]
@@ -86,9 +84,7 @@ def test_a_spoken_word_fits_the_image_exactly_where_the_answer_says_so() -> None
     others = [{"audio": b"twin", "label": "one"}, {"audio": b"other", "label": "two"}]
     seen = set()
     for seed in range(30):
-        example = TASKS["image_audio_matching"].example(
-            {**record, "others": others}, np.random.default_rng(seed)
-        )
+        example = TASKS["image_audio_matching"].example({**record, "others": others}, np.random.default_rng(seed))
         audio = next(part.raw for part in example.source if part.modality == "audio")
         assert audio == (b"own" if example.answer in ("yes", "是") else b"other")
         seen.add(example.answer)

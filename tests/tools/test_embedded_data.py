@@ -17,8 +17,7 @@ def builders(monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     return {
-        name: importlib.import_module(f"embedded_data.{name}")
-        for name in ("images", "numbers", "synthetic", "tables")
+        name: importlib.import_module(f"embedded_data.{name}") for name in ("images", "numbers", "synthetic", "tables")
     }
 
 
@@ -27,9 +26,7 @@ def test_what_comes_from_pypi_is_rebuilt_exactly(builders, name, module, tmp_pat
     rows = getattr(builders[module], name)(tmp_path)
     for split in ("train", "test"):
         known = pq.read_table(EMBEDDED / f"{name}-{split}.parquet")
-        made = [
-            {**row, "source": ""} for row in rows if row["split"] == split
-        ]  # it names the version installed
+        made = [{**row, "source": ""} for row in rows if row["split"] == split]  # it names the version installed
         column = known.column_names.index("source")
         blank = known.set_column(column, "source", [[""] * known.num_rows])
         path = tmp_path / f"{name}-{split}.parquet"

@@ -65,13 +65,9 @@ def test_without_ensurepip_pip_comes_from_the_index(
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", index[0])
     python = make_venv.make(tmp_path / "venv")
-    shown = subprocess.run(
-        [python, "-m", "pip", "--version"], capture_output=True, text=True, check=True
-    ).stdout
+    shown = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, text=True, check=True).stdout
     assert shown.startswith("pip 99.1") and str(tmp_path / "venv") in shown
-    monkeypatch.setenv(
-        "PIP_INDEX_URL", "http://127.0.0.1:1"
-    )  # nobody there: what is made is kept, not fetched again
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1")  # nobody there: what is made is kept, not fetched again
     assert make_venv.make(tmp_path / "venv") == python
 
 

@@ -19,9 +19,7 @@ def test_the_page_is_what_the_list_gives() -> None:
 
 
 def test_every_task_has_one_row_with_its_pair_and_prompt() -> None:
-    rows = re.findall(
-        r"^\| `(\w+)` \| (\w+) \| (\w+) \|.*\| `([^`]+)` \|$", page(TASKS.values()), re.MULTILINE
-    )
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \|.*\| `([^`]+)` \|$", page(TASKS.values()), re.MULTILINE)
     assert sorted(rows) == sorted(
         (task.name, task.input_modality, task.output_modality, task.prompts["en"][0].replace("\n", "\\n"))
         for task in TASKS.values()

@@ -104,9 +104,7 @@ def test_the_loss_is_zero_for_a_copy_and_orders_errors(subject: AudioSubject) ->
 
 def test_a_tone_of_another_pitch_costs_more_than_one_of_another_phase(subject: AudioSubject) -> None:
     time = torch.arange(6400) / 16000
-    tone, late, high = (
-        torch.sin(6.2832 * f * time + p)[None] * 0.3 for f, p in ((440, 0), (440, 1), (700, 0))
-    )
+    tone, late, high = (torch.sin(6.2832 * f * time + p)[None] * 0.3 for f, p in ((440, 0), (440, 1), (700, 0)))
     assert subject.loss(tone, late, False) < 0.5 * subject.loss(tone, high, False)
 
 

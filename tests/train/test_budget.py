@@ -85,9 +85,7 @@ def test_auto_fills_the_device_to_the_last_whole_set() -> None:
     assert on_device_groups(budget, {"host": 0.0}) == tuple(range(10))
     device = {"device": empty + 3.5 * one + 4 * GIB, "host": 0.0}
     assert on_device_groups(budget, device) == evenly_spaced(3, 10)
-    assert (
-        evenly_spaced(3, 9) == (1, 4, 7) and evenly_spaced(0, 9) == () and evenly_spaced(12, 3) == (0, 1, 2)
-    )
+    assert evenly_spaced(3, 9) == (1, 4, 7) and evenly_spaced(0, 9) == () and evenly_spaced(12, 3) == (0, 1, 2)
 
 
 def test_offloaded_inputs_move_to_the_host() -> None:
@@ -104,9 +102,7 @@ def test_too_large_a_model_is_refused_with_the_number_of_layers_that_fit() -> No
     sentence = str(caught.value)
     layers = max_fit(budget, free_bytes)
     assert 0 < layers < 10 and f"model.overrides.num_layers={layers} would fit" in sentence
-    assert fits(budget.with_layers(layers), free_bytes) and not fits(
-        budget.with_layers(layers + 1), free_bytes
-    )
+    assert fits(budget.with_layers(layers), free_bytes) and not fits(budget.with_layers(layers + 1), free_bytes)
     mildest = "and loop.optimizer.precision=bf16-adafactor-momentum would do"
     assert f"precision=int8-adafactor frees most, 132 MiB, {mildest}" in sentence and "\n" not in sentence
     assert " would do" not in refusal(budget, "host", {"host": 0.01 * GIB}, RULE)
@@ -116,18 +112,13 @@ def test_what_frees_most_is_tried_out() -> None:
     """Few weights and many tokens: fewer bytes per parameter hardly help, fewer inputs kept do."""
     budget = replace(budget_of(2, num_gpu_layers=0), tokens=10**6)
     free_bytes = {"device": 1e6, "host": 10.0 * GIB}
-    assert "loop.offload.gradient_accumulation_steps=8 frees most" in refusal(
-        budget, "device", free_bytes, RULE
-    )
+    assert "loop.offload.gradient_accumulation_steps=8 frees most" in refusal(budget, "device", free_bytes, RULE)
     parts = budget.with_offload("gradient_accumulation_steps", 64)
     assert "loop.offload.activation_storage=host frees most" in refusal(parts, "device", free_bytes, RULE)
     free_bytes = {"device": 10.0 * GIB, "host": 0.3 * GIB}
     offloaded = parts.with_offload("activation_storage", "host")
     sentence = refusal(offloaded, "host", free_bytes, RULE)
-    assert (
-        "activation_storage=device frees most" in sentence
-        and "activation_storage=device would do" in sentence
-    )
+    assert "activation_storage=device frees most" in sentence and "activation_storage=device would do" in sentence
     assert needed_bytes(parts, "host", free_bytes) < needed_bytes(offloaded, "host", free_bytes)
 
 
@@ -149,11 +140,7 @@ def test_the_disk_must_hold_the_kept_checkpoints_and_the_one_being_written(
     size = sum(path.stat().st_size for path in latest(run.path).iterdir())
     disk = shutil._ntuple_diskusage(10**9, 0, 2 * size)  # type: ignore[attr-defined]
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: disk)
-    assert (
-        free_disk_bytes(run.checkpoints)
-        == 3 * size
-        == available(CPU, OffloadConfig(), run.checkpoints)["disk"]
-    )
+    assert free_disk_bytes(run.checkpoints) == 3 * size == available(CPU, OffloadConfig(), run.checkpoints)["disk"]
     with pytest.raises(ConfigError, match=r"KiB of disk, and .* are free.*loop\.keep_last=1 frees most"):
         train(WordsTraining(words_backbone()), config, run, resume=True)
     train(WordsTraining(words_backbone()), config.model_copy(update={"keep_last": 1}), run, resume=True)
@@ -167,14 +154,8 @@ def test_a_run_that_may_not_have_the_memory_is_refused_before_it_starts() -> Non
 
 def test_the_real_stage_is_counted_before_the_pseudo_one_begins() -> None:
     shared = words_backbone(sharing="all", moe_layer_freq=1, dense=None)
-    needed = (
-        OffloadedTrainStep(WordsTraining(shared), words_config(offload=OffloadConfig()))
-        .store.layouts[0]
-        .num_bytes
-    )
-    free_bytes = OffloadConfig(
-        host_gib=5 * needed / GIB
-    )  # one set, or two, but never four beside the shared one
+    needed = OffloadedTrainStep(WordsTraining(shared), words_config(offload=OffloadConfig())).store.layouts[0].num_bytes
+    free_bytes = OffloadConfig(host_gib=5 * needed / GIB)  # one set, or two, but never four beside the shared one
     OffloadedTrainStep(WordsTraining(shared), words_config(offload=free_bytes))
     stages = StagesConfig(switch=SwitchConfig(step=5))
     with pytest.raises(ConfigError, match="num_layers"):

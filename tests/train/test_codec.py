@@ -104,9 +104,7 @@ def test_the_latent_stays_alive_at_twice_the_rate_and_would_not_without_its_norm
 
 
 def health(saturated: float, bits: tuple[float, ...]) -> QuantizerStats:
-    return QuantizerStats(
-        torch.tensor(1.0), torch.tensor(saturated), torch.tensor(bits), torch.tensor([3.0, 2.0])
-    )
+    return QuantizerStats(torch.tensor(1.0), torch.tensor(saturated), torch.tensor(bits), torch.tensor([3.0, 2.0]))
 
 
 def test_a_saturated_or_starved_latent_stops_the_run_with_the_fix() -> None:
@@ -214,9 +212,7 @@ def test_broken_images_are_left_out_with_a_warning(tmp_path: Path, caplog: pytes
     (tmp_path / "broken.png").write_bytes(b"not an image")
     for name in ("one.png", "two.png"):
         (tmp_path / name).write_bytes(_embedded_image())
-    training = image_training(
-        sources={"mine": {"kind": "folder", "path": str(tmp_path), "test_fraction": 0.0}}
-    )
+    training = image_training(sources={"mine": {"kind": "folder", "path": str(tmp_path), "test_fraction": 0.0}})
     subject = training.subject
     assert isinstance(subject, ImageSubject)
     assert len(subject.held_out) == 1 and len(subject.banks[32].images) == 1

@@ -35,9 +35,7 @@ class DescribedTraining(WordsTraining):
 
 def trained(folder: Path, backbone: Any, config: Any) -> Path:
     run = RunFolder.open(folder)
-    run.write_config(
-        {"model": {"overrides": {"sharing": "all"}}, "loop": {"steps": 4, "stages": {"moments": "reset"}}}
-    )
+    run.write_config({"model": {"overrides": {"sharing": "all"}}, "loop": {"steps": 4, "stages": {"moments": "reset"}}})
     train(DescribedTraining(backbone), config, run)
     return folder
 
@@ -58,13 +56,8 @@ def test_a_plain_run_goes_on_with_fewer_bytes(tmp_path: Path, size: int, near: f
     kept, old = (CheckpointReader(latest(place), "optimizer") for place in (tmp_path / "small", plain))
     name = "backbone.layers.0.attention.qkv"
     torch.testing.assert_close(kept.read(f"{name}::row_var"), old.read(f"{name}::exp_avg_sq").mean(-1))
-    assert (
-        RunFolder(tmp_path / "small").read_config()["loop"]["optimizer"]["precision"]
-        == PRECISION_OF_BYTES[size]
-    )
-    train(
-        DescribedTraining(PLAIN), run_config(steps=6, bytes=size), RunFolder(tmp_path / "small"), resume=True
-    )
+    assert RunFolder(tmp_path / "small").read_config()["loop"]["optimizer"]["precision"] == PRECISION_OF_BYTES[size]
+    train(DescribedTraining(PLAIN), run_config(steps=6, bytes=size), RunFolder(tmp_path / "small"), resume=True)
 
 
 def test_a_small_run_goes_on_plainly(tmp_path: Path) -> None:

@@ -98,16 +98,12 @@ def test_a_failure_after_training_says_that_nothing_is_lost_and_resuming_repeats
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: Any) -> None:
-        raise OutputError(
-            f"{run}/report.html could not be written (No space left on device): free some space"
-        )
+        raise OutputError(f"{run}/report.html could not be written (No space left on device): free some space")
 
     path, run = write_recipe(tmp_path, tiny_recipe(2, num_processes=1) | ONE_TEXT), tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr("openm6.train.multimodal.write_report", full)
-        with pytest.raises(
-            TrainingError, match=r"trained and saved as .*step-2, but .*No space left"
-        ) as failure:
+        with pytest.raises(TrainingError, match=r"trained and saved as .*step-2, but .*No space left") as failure:
             train_recipe(path, out=run)
     assert "\n" not in str(failure.value) and "go on with --resume" in str(failure.value)
     lines = (run / "metrics.jsonl").read_text()

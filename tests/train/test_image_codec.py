@@ -125,9 +125,7 @@ def test_the_settling_loss_falls_as_the_mean_psnr_rises() -> None:
     target, output = torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)
     output[0], output[1] = 0.5, 1.0
     squares = torch.tensor([0.25, 1.0])
-    assert float(subject.loss(target, output, True)) == pytest.approx(
-        float((squares + 1e-3).log().mean()), rel=1e-4
-    )
+    assert float(subject.loss(target, output, True)) == pytest.approx(float((squares + 1e-3).log().mean()), rel=1e-4)
 
 
 def test_edges_are_judged_apart_from_levels() -> None:
@@ -155,9 +153,7 @@ def test_ssim_agrees_with_a_slow_reference() -> None:
                 mx, my = (kernel * x).sum(), (kernel * y).sum()
                 vx, vy = (kernel * x * x).sum() - mx**2, (kernel * y * y).sum() - my**2
                 cov = (kernel * x * y).sum() - mx * my
-                values.append(
-                    (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
-                )
+                values.append((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4)))
     assert float(ssim(first * 2 - 1, second * 2 - 1)) == pytest.approx(np.mean(values), abs=1e-3)
     assert float(ssim(first * 2 - 1, first * 2 - 1)) == pytest.approx(1.0, abs=1e-4)
 

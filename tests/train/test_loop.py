@@ -79,9 +79,7 @@ def test_the_last_checkpoints_are_kept(unbroken: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 @pytest.mark.parametrize("crash", [3, 22, 40])
-def test_resumed_equals_unbroken(
-    tmp_path: Path, whole: Callable[[str], Path], optimizer: str, crash: int
-) -> None:
+def test_resumed_equals_unbroken(tmp_path: Path, whole: Callable[[str], Path], optimizer: str, crash: int) -> None:
     config, broken = toy_config(optimizer), RunFolder.open(tmp_path)
     with pytest.raises(OSError, match="lights"):
         train(CrashingTraining(crash), config, broken)
@@ -213,9 +211,7 @@ def test_resuming_a_finished_run_finishes_again(tmp_path: Path) -> None:
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     train(ToyTraining(), toy_config(steps=6), RunFolder.open(tmp_path))
-    with pytest.raises(
-        CheckpointError, match=r"trained with adamw, not muon: set loop\.optimizer\.name back"
-    ):
+    with pytest.raises(CheckpointError, match=r"trained with adamw, not muon: set loop\.optimizer\.name back"):
         train(ToyTraining(), toy_config("muon"), RunFolder(tmp_path), resume=True)
 
 
@@ -268,9 +264,7 @@ def test_the_number_that_fits_is_measured_and_written_down(tmp_path: Path) -> No
     run.write_config({"kind": "toy", "loop": {"steps": "auto", "minutes": 2.0, "seed": 7}})
     length = RunLength(auto(2.0), run)
     assert length.steps is None and not length.reached(1_000_000)
-    known = run_clock(
-        length, [4.0, 3.0] + [0.5] * 100
-    )  # the first two are slow and must not count for the speed
+    known = run_clock(length, [4.0, 3.0] + [0.5] * 100)  # the first two are slow and must not count for the speed
     assert known == 84, "two fifths of the time must have passed"
     # 120 s, 96 % of it for steps, 48 s gone in 84 steps, 0.5 s each from here.
     assert length.steps == 84 + int((115.2 - 48) / 0.5)
@@ -314,8 +308,6 @@ def test_a_measured_run_repeats_exactly_as_a_given_one(tmp_path: Path) -> None:
     measured = train(ToyTraining(), config, RunFolder.open(tmp_path / "measured"))
     steps = RunFolder(tmp_path / "measured").read_config()["loop"]["steps"]
     assert measured.steps == steps >= 5
-    given = train(
-        ToyTraining(), config.model_copy(update={"steps": steps}), RunFolder.open(tmp_path / "given")
-    )
+    given = train(ToyTraining(), config.model_copy(update={"steps": steps}), RunFolder.open(tmp_path / "given"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (measured.checkpoint / name).read_bytes() == (given.checkpoint / name).read_bytes()

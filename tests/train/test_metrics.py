@@ -42,9 +42,7 @@ SCORES = {"step": 20, "evaluation": {"accuracy": 0.625}}
 
 
 def report(step: int, loss: float, applied: bool = True, **metrics: float) -> StepReport:
-    return StepReport(
-        step, 10, loss, 1.0, 0.1, applied, metrics, expert_load_cv=[loss, 2.0], dropped=[0.0, 0.0]
-    )
+    return StepReport(step, 10, loss, 1.0, 0.1, applied, metrics, expert_load_cv=[loss, 2.0], dropped=[0.0, 0.0])
 
 
 def test_means_are_over_the_steps_that_had_the_metric_since_the_last_call() -> None:
@@ -136,9 +134,7 @@ def test_every_number_is_a_scalar(tmp_path: Path) -> None:
     events.log({"step": 5, "evaluation": {"accuracy": 0.75}})
     events.close()
     found = accumulator.EventAccumulator(str(run.tensorboard)).Reload()
-    values = {
-        name: [(event.step, event.value) for event in found.Scalars(name)] for name in found.Tags()["scalars"]
-    }
+    values = {name: [(event.step, event.value) for event in found.Scalars(name)] for name in found.Tags()["scalars"]}
     assert values == {
         "loss": [(5, 2.5)],
         "expert_load_cv/0": [(5, 0.25)],
@@ -174,11 +170,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
 
 def test_plain_lines_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     kinds = {f"loss/{kind}": 12.3456 for kind in ("text", "image_out", "audio_out", "numbers_out", "pool")}
-    line = (
-        LINE
-        | kinds
-        | {"joules": 12_340.0, "watts": 41.2, "energy_source": "nvml+rapl", "metering_seconds": 0.1}
-    )
+    line = LINE | kinds | {"joules": 12_340.0, "watts": 41.2, "energy_source": "nvml+rapl", "metering_seconds": 0.1}
     words = describe(line | {"step": 123_456}, 200_000, Pace(0))
     assert len(words) <= 100 and words.startswith("step 123456/200000  loss 2.5000  loss/text 12.3456")
     assert "6,123 tokens/s" in words and "metering" not in words

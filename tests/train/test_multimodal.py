@@ -202,9 +202,7 @@ def test_resuming_a_finished_run_trains_no_more(recipe: str, unbroken: Path) -> 
 def test_resuming_where_no_run_is_is_refused(recipe: str, tmp_path: Path) -> None:
     """A mistyped folder must not begin from the first step without a word."""
     run = tmp_path / "new"
-    with pytest.raises(
-        OpenM6Error, match=rf"{run} holds no run to go on with: name .* --out, or leave --resume out"
-    ):
+    with pytest.raises(OpenM6Error, match=rf"{run} holds no run to go on with: name .* --out, or leave --resume out"):
         train_recipe(recipe, resume=True, out=run)
     assert not run.exists()
 
@@ -257,29 +255,21 @@ def images(folder: Path, broken: int, count: int = 60) -> dict[str, Any]:
     }
 
 
-def test_a_few_broken_records_are_set_aside_and_listed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_few_broken_records_are_set_aside_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = tiny_recipe(10) | images(tmp_path / "data", broken=2)
     recipe["mixture"] = recipe["mixture"][:1]
     run = tmp_path / "run"
     with caplog.at_level("INFO", logger="openm6"):
         train_recipe(write_recipe(tmp_path, recipe), out=run)
     assert re.search(r"\d+ records drawn; \d+ broken \(images \d+\); see .*quarantine.jsonl", caplog.text)
-    listed = [
-        json.loads(line) for line in (run / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    listed = [json.loads(line) for line in (run / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {entry["id"] for entry in listed} == {"p0", "p1"}
     assert all(e["source"] == "images" and "broken or of an unknown format" in e["reason"] for e in listed)
-    assert report_of(run)["tasks"]["image_classification/images"]["n"] > 0, (
-        "a broken test record must not stop it"
-    )
+    assert report_of(run)["tasks"]["image_classification/images"]["n"] > 0, "a broken test record must not stop it"
 
 
 def test_broken_images_do_not_stop_the_evaluation_of_drawn_ones(tmp_path: Path) -> None:
-    recipe = (
-        tiny_recipe(2, save_every=2) | images(tmp_path / "data", broken=4, count=30) | {"max_broken": 0.5}
-    )
+    recipe = tiny_recipe(2, save_every=2) | images(tmp_path / "data", broken=4, count=30) | {"max_broken": 0.5}
     recipe["eval"] = {**recipe["eval"], "records": 12}
     recipe["mixture"] = recipe["mixture"][1:]
     train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
@@ -288,9 +278,7 @@ def test_broken_images_do_not_stop_the_evaluation_of_drawn_ones(tmp_path: Path) 
 
 def test_too_many_broken_records_stop_the_run(tmp_path: Path) -> None:
     recipe = tiny_recipe(400, save_every=400) | images(tmp_path / "data", broken=15)
-    with pytest.raises(
-        TrainingError, match=r"of the records are broken, most \(\d+\) in 'images'.*limit of 5%"
-    ):
+    with pytest.raises(TrainingError, match=r"of the records are broken, most \(\d+\) in 'images'.*limit of 5%"):
         train_recipe(write_recipe(tmp_path, recipe), out=tmp_path / "run")
     assert (tmp_path / "run" / "quarantine.jsonl").is_file()
 

@@ -36,9 +36,7 @@ def bare(number: int) -> dict[str, Any]:
 
 def test_a_field_that_some_records_lack_is_said_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        check(
-            [full(n) if n % 2 else bare(n) for n in range(SAMPLED)], "text_classification", "text_denoising"
-        )
+        check([full(n) if n % 2 else bare(n) for n in range(SAMPLED)], "text_classification", "text_denoising")
     assert "text_classification/mine: 10 of 20 records looked at lack a field" in caplog.text
     assert "text_denoising" not in caplog.text
 
@@ -57,9 +55,7 @@ def test_a_field_that_no_record_has_is_an_error() -> None:
 
 
 def test_a_source_of_broken_records_says_why() -> None:
-    with pytest.raises(
-        DataError, match="all of the 3 records looked at in source 'mine' are broken: mine, row 0"
-    ):
+    with pytest.raises(DataError, match="all of the 3 records looked at in source 'mine' are broken: mine, row 0"):
         check([None, None, None], "text_classification")
 
 

@@ -58,12 +58,8 @@ def alone(bytes_per_parameter: int) -> tuple[dict[int, float], dict[str, Tensor]
         return losses, weights(recipe_file(Path(name), 16, offloaded=False), latest(name))
 
 
-@pytest.mark.parametrize(
-    "axes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 1, 4)]
-)
-def test_streamed_on_ranks_equals_one_process(
-    axes: Axes, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 1, 4)])
+def test_streamed_on_ranks_equals_one_process(axes: Axes, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     fleet: Fleet = request.getfixturevalue({2: "two", 4: "four"}[math.prod(axes)])
     losses, last = alone(16)
     recipe = recipe_file(tmp_path, 16)
@@ -111,9 +107,7 @@ def test_ranks_change_from_pseudo_to_real(tmp_path: Path, two: Fleet, four: Flee
     assert records == expected
     assert losses == pytest.approx(expected_losses, rel=2e-3)
     plain = recipe_file(tmp_path / "recipe", 16, offloaded=False, stages=stages)
-    ours, theirs = (
-        real_weights(plain, latest(tmp_path / name), str(tmp_path / name)) for name in ("run", "whole")
-    )
+    ours, theirs = (real_weights(plain, latest(tmp_path / name), str(tmp_path / name)) for name in ("run", "whole"))
     for name, tensor in theirs.items():
         assert (ours[name] - tensor).norm() <= 0.03 * tensor.norm() + 1e-6, name
 

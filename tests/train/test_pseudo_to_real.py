@@ -69,9 +69,7 @@ def test_every_delinked_parameter_is_trained_and_remembered() -> None:
     kept = optimizer_state_dict(train_step.optimizer, training.model)
     names = {name for name, _ in training.model.named_parameters()}
     assert {name.partition("::")[0] for name in kept} == names
-    assert {id(parameter) for parameter in train_step.parameters} == {
-        id(p) for p in training.model.parameters()
-    }
+    assert {id(parameter) for parameter in train_step.parameters} == {id(p) for p in training.model.parameters()}
     second = shared["backbone.layers.1.attention.qkv::exp_avg_sq"]
     for layer in (1, 3):  # the layers with experts
         torch.testing.assert_close(kept[f"backbone.layers.{layer}.attention.qkv::exp_avg_sq"], second / 4)
@@ -158,17 +156,14 @@ def test_a_skipped_step_does_not_enter_the_plateau_and_the_run_saves(tmp_path: P
 
 def test_the_rate_climbs_back() -> None:
     rates = [
-        lr_after_switch(step, 10, StagesConfig(switch=SwitchConfig(step=10), warmup_steps=4))
-        for step in (11, 14, 20)
+        lr_after_switch(step, 10, StagesConfig(switch=SwitchConfig(step=10), warmup_steps=4)) for step in (11, 14, 20)
     ]
     assert rates == [0.25, 1.0, 1.0]
     assert lr_after_switch(3, None, STAGES) == 1.0
 
 
 def test_a_checkpoint_of_another_stage_is_refused(unbroken: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match="is of the real stage, this run is in the pseudo stage.*convert"
-    ):
+    with pytest.raises(CheckpointError, match="is of the real stage, this run is in the pseudo stage.*convert"):
         train(WordsTraining(SHARED), words_config(), RunFolder(unbroken), resume=True)
 
 

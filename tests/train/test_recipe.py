@@ -96,7 +96,5 @@ def test_the_tokenizer_is_trained_at_that_size(
 
     monkeypatch.setattr(multimodal_data, "train_tokenizer", learn)
     values = tiny_recipe() | {"modalities": {"text": {"vocab_size": named}}}
-    training = MultimodalTraining(
-        build(MultimodalRecipe, values, "recipe"), RunFolder(tmp_path), torch.device("cpu")
-    )
+    training = MultimodalTraining(build(MultimodalRecipe, values, "recipe"), RunFolder(tmp_path), torch.device("cpu"))
     assert sizes == [expected] and training.description.modalities.text.vocab_size == expected

@@ -88,9 +88,7 @@ def start(folder: Path, workers: int) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_killed_run_leaves_no_process_behind_and_resumes_exactly(
-    tmp_path: Path, whole: dict[int, Path]
-) -> None:
+def test_a_killed_run_leaves_no_process_behind_and_resumes_exactly(tmp_path: Path, whole: dict[int, Path]) -> None:
     process = start(tmp_path, workers=2)
     others = children_of(process.pid)
     assert len(others) == 2, "one worker and the data worker"
@@ -118,9 +116,7 @@ def test_a_signal_to_the_whole_group_saves_and_resumes_exactly(
     assert process.returncode == code, errors
     assert wait_until_gone(others)
     saved = latest(tmp_path)
-    assert errors.splitlines()[-1] == (
-        f"stopped at step {saved.name[5:]}, saved as {saved}: go on with --resume"
-    )
+    assert errors.splitlines()[-1] == (f"stopped at step {saved.name[5:]}, saved as {saved}: go on with --resume")
     assert "Traceback" not in errors and errors.count("stopping after this step") == 1
     train(WorkersTraining(), workers_config(workers), RunFolder(tmp_path), resume=True)
     assert_same_run(whole[workers], tmp_path)
@@ -139,9 +135,7 @@ def test_broken_data_is_reported_in_its_own_words(tmp_path: Path) -> None:
 
 
 def test_too_many_workers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"loop\.num_processes=9 .* at most 4 parts: set loop\.num_processes to 4"
-    ):
+    with pytest.raises(ConfigError, match=r"loop\.num_processes=9 .* at most 4 parts: set loop\.num_processes to 4"):
         train(WorkersTraining(), workers_config(9), RunFolder.open(tmp_path))
     with pytest.raises(ConfigError, match=r"one process here: set loop\.num_processes to 1"):
         train(ToyTraining(), workers_config(2), RunFolder.open(tmp_path / "toy"))

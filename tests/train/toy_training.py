@@ -48,9 +48,7 @@ class ToyTraining(TrainingTask):
     def __init__(self, spoilt: tuple[int, ...] = (), pause: float = 0.0) -> None:
         torch.manual_seed(5)
         first = nn.Linear(8, 8)
-        self.model = nn.Sequential(
-            first, nn.Tanh(), nn.BatchNorm1d(8), nn.Dropout(0.2), first, nn.Linear(8, 4)
-        )
+        self.model = nn.Sequential(first, nn.Tanh(), nn.BatchNorm1d(8), nn.Dropout(0.2), first, nn.Linear(8, 4))
         self.average = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
         self.spoilt, self.pause = spoilt, pause
         self.applied, self.first = 0, 0
@@ -75,9 +73,7 @@ class ToyTraining(TrainingTask):
         if batch.index + 1 in self.spoilt:
             loss = loss * float("nan")
         zero = torch.zeros(())
-        load = RouterStats(
-            0, torch.bincount(batch.corners, minlength=4).float(), zero, zero, zero + 0.25, zero
-        )
+        load = RouterStats(0, torch.bincount(batch.corners, minlength=4).float(), zero, zero, zero + 0.25, zero)
         return StepResult(loss, {"loss/toy": loss, "seen": 1.0}, [load])
 
     def after_step(self, result: StepResult) -> None:

@@ -42,9 +42,7 @@ class WorkersTraining(TrainingTask):
 
     def __init__(self, pause: float = 0.0, broken_at: int = -1, dies: int = -1, spoilt: int = -1) -> None:
         torch.manual_seed(5)
-        self.model = nn.ModuleDict(
-            {"first": nn.Linear(8, 16), "last": nn.Linear(16, 4), "second": nn.Linear(8, 4)}
-        )
+        self.model = nn.ModuleDict({"first": nn.Linear(8, 16), "last": nn.Linear(16, 4), "second": nn.Linear(8, 4)})
         self.pause, self.broken_at, self.dies, self.spoilt = pause, broken_at, dies, spoilt
         self.index, self.loads = 0, torch.zeros(4)
         self.first_process = os.getpid()

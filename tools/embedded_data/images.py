@@ -33,9 +33,7 @@ def emoji(cache: Path) -> list[Row]:
     chinese = {entry["hexcode"]: entry for entry in _json(words / "zh" / "data.json")}
     headings = _json(words / "en" / "messages.json")
     groups = {group["order"]: group["key"] for group in headings["groups"]}
-    flags = {
-        part["order"] for part in headings["subgroups"] if part["key"] in ("country-flag", "subdivision-flag")
-    }
+    flags = {part["order"] for part in headings["subgroups"] if part["key"] in ("country-flag", "subdivision-flag")}
     rows = []
     for entry in sorted(_json(words / "en" / "data.json"), key=lambda entry: entry.get("order", 0)):
         code = entry["hexcode"]

@@ -75,9 +75,7 @@ def iris(cache: Path) -> list[Row]:
 
 def seattle_weather_daily(cache: Path) -> pa.Table:
     """Four years of daily weather, as a plain table."""
-    with (npm_package(*VEGA, cache) / "data" / "seattle-weather.csv").open(
-        encoding="utf-8", newline=""
-    ) as file:
+    with (npm_package(*VEGA, cache) / "data" / "seattle-weather.csv").open(encoding="utf-8", newline="") as file:
         days = list(csv.DictReader(file))
     columns = {
         "date": pa.array([day["date"] for day in days], pa.large_string()),

@@ -9,9 +9,7 @@ from embedded_data.images import countries
 from embedded_data.numbers import penguins
 from embedded_data.tables import Row, split_of
 
-_COUNTRY = re.compile(
-    r"The flag of (?P<country>.+?)\. Capital: (?P<capital>.+?)\. Region: (?P<region>.+?)\.$"
-)
+_COUNTRY = re.compile(r"The flag of (?P<country>.+?)\. Capital: (?P<capital>.+?)\. Region: (?P<region>.+?)\.$")
 _PENGUIN = re.compile(r"A (?P<sex>\w+) (?P<species>\w+) penguin on (?P<island>\w+) island\.$")
 QUESTIONS = {
     "country": "Which country?",

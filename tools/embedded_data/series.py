@@ -17,9 +17,7 @@ def pick(rng: np.random.Generator, items: Sequence[Item]) -> Item:
     return items[int(rng.integers(len(items)))]
 
 
-def seasonal_series(
-    rng: np.random.Generator, level: float, period: float, noise: float
-) -> list[float | None]:
+def seasonal_series(rng: np.random.Generator, level: float, period: float, noise: float) -> list[float | None]:
     """A series with a season, a trend and noise, all in shares of its level."""
     time = np.arange(STEPS)
     season = 0.3 * np.sin(2 * math.pi * (time / period + rng.random()))

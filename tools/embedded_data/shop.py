@@ -152,9 +152,7 @@ class Article:
     def texts(self, side: int) -> dict[str, str]:
         """All texts in one language: 0 English, 1 Chinese."""
         colour, stuff, name, grade = self.keywords(side)
-        first, second = (
-            views[chosen][side] for views, chosen in zip(OPINIONS[self.opinion], self.views, strict=True)
-        )
+        first, second = (views[chosen][side] for views, chosen in zip(OPINIONS[self.opinion], self.views, strict=True))
         values = {
             "name": name,
             "colour": colour,

@@ -21,11 +21,7 @@ TEST_VOICE = "+f4"  # never heard in training
 MANNERS = ((130, 40), (160, 55), (190, 70))  # words a minute, pitch
 # A voice never heard needs many to learn from, each a little: more voices help where more takes of three do not.
 MORE_VOICES = (
-    *(
-        f"{tongue}+{voice}"
-        for tongue in ("en-us", "cmn")
-        for voice in ("m2", "m4", "m5", "m7", "f1", "f3", "f5")
-    ),
+    *(f"{tongue}+{voice}" for tongue in ("en-us", "cmn") for voice in ("m2", "m4", "m5", "m7", "f1", "f3", "f5")),
     *("en-gb+m3", "en-gb+f3"),
 )
 MORE_MANNERS = ((145, 35), (175, 65))
@@ -49,9 +45,7 @@ def _program(cache: Path) -> tuple[str, dict[str, str]]:
     """The synthesiser out of its Debian packages, without installing it."""
     trees = [debian_package(name, cache) for name in DEBIAN]
     libraries = [library.parent for tree in trees for library in tree.rglob("*.so.*")]
-    voices = next(
-        found for tree in trees for found in tree.rglob("espeak-ng-data") if (found / "phondata").is_file()
-    )
+    voices = next(found for tree in trees for found in tree.rglob("espeak-ng-data") if (found / "phondata").is_file())
     paths = {"LD_LIBRARY_PATH": ":".join(map(str, dict.fromkeys(libraries))), "ESPEAK_DATA_PATH": str(voices)}
     return str(trees[0] / "usr" / "bin" / "espeak-ng"), {**os.environ, **paths}
 

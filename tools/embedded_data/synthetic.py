@@ -125,9 +125,7 @@ def audio_record(rng: np.random.Generator) -> Record:
     time = np.arange(int(RATE * SECONDS)) / RATE
     samples = make(time, rng) * rng.uniform(0.2, 0.6) + rng.normal(0, 0.005, len(time))
     stream = io.BytesIO()
-    soundfile.write(
-        stream, np.clip(samples, -1, 1), RATE, format="OGG", subtype="OPUS", compression_level=0.9
-    )
+    soundfile.write(stream, np.clip(samples, -1, 1), RATE, format="OGG", subtype="OPUS", compression_level=0.9)
     return {
         "text_en": name,
         "text_zh": chinese,

@@ -42,9 +42,7 @@ def wordnet_en(cache: Path) -> list[Row]:
     """Nouns with their glosses: those whose synset offsets are in `wordnet_nouns.txt`, a random sample."""
     chosen = set(NOUNS.read_text().split())
     nouns = debian_package("wordnet-base", cache) / "usr" / "share" / "wordnet" / "data.noun"
-    lines = (
-        line.split(" | ", 1) for line in nouns.read_text(encoding="latin-1").splitlines() if line[:2] != "  "
-    )
+    lines = (line.split(" | ", 1) for line in nouns.read_text(encoding="latin-1").splitlines() if line[:2] != "  ")
     return [_synset(head.split(), gloss.strip()) for head, gloss in lines if head[:8] in chosen]
 
 

@@ -161,8 +161,5 @@ def vector_strip(vector: Sequence[float]) -> str:
     """Return an embedding as a strip of coloured bars."""
     largest = max((abs(value) for value in vector), default=0.0) or 1.0
     width = WIDTH / max(1, len(vector))
-    bars = [
-        (round(index * width, 2), value > 0, round(abs(value) / largest, 2))
-        for index, value in enumerate(vector)
-    ]
+    bars = [(round(index * width, 2), value > 0, round(abs(value) / largest, 2)) for index, value in enumerate(vector)]
     return str(FIGURES.vector(bars, round(width, 2)))

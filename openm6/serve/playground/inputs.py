@@ -38,9 +38,7 @@ ImageInput: Any = ABCMeta.__new__(
 )
 
 
-def make_inputs(
-    scenario: Scenario, language: Language, filled: bool = True
-) -> list[gradio.components.Component]:
+def make_inputs(scenario: Scenario, language: Language, filled: bool = True) -> list[gradio.components.Component]:
     """Return a component for each input of a scenario, with its example or empty."""
     example = example_values(scenario, language) if filled else {}
     found = []

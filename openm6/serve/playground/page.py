@@ -46,9 +46,7 @@ def add_playground(app: FastAPI) -> FastAPI:
         footer_links=[],
         max_file_size=server.limits.body_bytes,
         ssr_mode=False,
-        theme=gradio.themes.Default(
-            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-        ),
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css_paths=[STYLE],
     )
 
@@ -104,9 +102,7 @@ class Page:
     def _scenario_tab(self, first: Scenario) -> None:
         with gradio.Tab(WORDS["scenarios"].en, id="scenarios") as tab:
             domain = self.library.domain_of[first.name]
-            self.domain = gradio.Dropdown(
-                self._domains("en"), value=domain, label=WORDS["domain"].en, elem_id="domain"
-            )
+            self.domain = gradio.Dropdown(self._domains("en"), value=domain, label=WORDS["domain"].en, elem_id="domain")
             self.scenario = gradio.Dropdown(
                 self._choices(domain, "en"), value=first.name, label=WORDS["scenario"].en, elem_id="scenario"
             )
@@ -131,9 +127,7 @@ class Page:
                 type="filepath", format="png", height=200, label=WORDS["image"].en, elem_id="free-image"
             )
             self.audio = gradio.Audio(label=WORDS["audio"].en, type="filepath", elem_id="free-audio")
-            self.output = gradio.Radio(
-                _outputs("en"), value="text", label=WORDS["output"].en, elem_id="output"
-            )
+            self.output = gradio.Radio(_outputs("en"), value="text", label=WORDS["output"].en, elem_id="output")
             self.ask = gradio.Button(WORDS["run"].en, variant="primary", elem_id="ask")
         self.labels += [(tab, "freely"), (self.text, "text"), (self.image, "image"), (self.audio, "audio")]
 
@@ -148,9 +142,7 @@ class Page:
             buttons=["download", "fullscreen"],
             elem_id="answer-image",
         )
-        audio = gradio.Audio(
-            label=WORDS["audio"].en, visible=False, interactive=False, elem_id="answer-audio"
-        )
+        audio = gradio.Audio(label=WORDS["audio"].en, visible=False, interactive=False, elem_id="answer-audio")
         figure = gradio.HTML(visible=False, elem_id="answer-figure")
         note = gradio.HTML("", elem_id="note")
         gallery = gradio.Gallery(

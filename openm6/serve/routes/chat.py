@@ -224,9 +224,7 @@ class _Reply:
             found.append(DeltaChoice(index=index, delta=delta, finish_reason=main.finish))
         return found
 
-    def chunk(
-        self, choices: list[DeltaChoice], answers: list[Answer] | None = None, usage: bool = False
-    ) -> str:
+    def chunk(self, choices: list[DeltaChoice], answers: list[Answer] | None = None, usage: bool = False) -> str:
         """Return an event of a stream; `answers` are those whose energy it reports."""
         chunk = Chunk(**self.head, choices=choices, usage=usage_of(answers) if usage and answers else None)
         if answers:

@@ -83,9 +83,7 @@ class Images(CoveredReply):
 async def generate(body: GenerationBody, call: ThisCall) -> Images:
     """Images from a text."""
     _check(call.server, body)
-    request = CodesRequest(
-        modality="image", parts=text_prompt(call.server.loaded, "text_to_image", body.prompt)
-    )
+    request = CodesRequest(modality="image", parts=text_prompt(call.server.loaded, "text_to_image", body.prompt))
     return await _answer(call, "images", request, body)
 
 
@@ -118,8 +116,7 @@ async def _answer(call: Call, kind: str, request: CodesRequest, body: Generation
     """Ask for `n` images, each with a seed of its own."""
     form, seed = body.output_format or "png", chosen_seed(body.seed)
     samplings = [
-        MaskedSampling(steps=body.steps, guidance=body.guidance, seed=seed_of(seed, index))
-        for index in range(body.n)
+        MaskedSampling(steps=body.steps, guidance=body.guidance, seed=seed_of(seed, index)) for index in range(body.n)
     ]
     answers = await call.answer(kind, [replace(request, sampling=sampling) for sampling in samplings])
     files = await asyncio.to_thread(_files, call.server, request, answers, form)

@@ -80,9 +80,7 @@ def _row_requests(param: str, row: Row, columns: list[str] | None, limit: int) -
     check_limit(param, len(row), limit, "columns")
     targets = columns or [name for name, value in row.items() if value is None]
     if not targets:
-        raise BadRequestError(
-            f"{param} lacks nothing: set what is to be predicted to null, or name columns", "columns"
-        )
+        raise BadRequestError(f"{param} lacks nothing: set what is to be predicted to null, or name columns", "columns")
     inputs = {name: value for name, value in row.items() if name not in targets}
     if not inputs:
         raise BadRequestError(f"{param} holds no value to predict from: add one", param)

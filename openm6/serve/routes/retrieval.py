@@ -87,9 +87,7 @@ async def embed(body: EmbeddingBody, call: ThisCall) -> Vectors:
     if not 1 <= len(items) <= MAX_ITEMS:
         raise BadRequestError(f"input must hold 1 to {MAX_ITEMS} items", "input")
     contents: list[Content] = [item if isinstance(item, str) else [item] for item in items]
-    await server.fetcher.fetch_all(
-        chain.from_iterable(images_of(c, f"input.{i}") for i, c in enumerate(contents))
-    )
+    await server.fetcher.fetch_all(chain.from_iterable(images_of(c, f"input.{i}") for i, c in enumerate(contents)))
     requests = await asyncio.to_thread(_embed_requests, server, contents)
     answers = await call.answer("embeddings", requests)
     tokens = sum(answer.usage.prompt for answer in answers)

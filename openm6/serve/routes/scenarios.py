@@ -41,9 +41,7 @@ from openm6.serve.server import Server, ThisCall, ThisServer
 
 LIBRARY = read_library()
 COVERAGE = 0.8
-MISSING: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorBody, "description": "No scenario has this name."}
-}
+MISSING: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "No scenario has this name."}}
 
 router = APIRouter(prefix="/v1/scenarios", tags=["scenarios"], route_class=StrictRoute)
 
@@ -169,8 +167,7 @@ def _entry(server: Server, scenario: Scenario) -> dict[str, Any]:
     """The fields of a `ScenarioEntry`."""
     found = readiness(scenario, server.loaded.description, server.scores)
     inputs = [
-        ScenarioInput(name=name, kind=declared.kind, title=declared.label)
-        for name, declared in scenario.inputs.items()
+        ScenarioInput(name=name, kind=declared.kind, title=declared.label) for name, declared in scenario.inputs.items()
     ]
     return {
         **scenario.model_dump(include={"title", "summary", "output", "prompt", "tasks", "recipe"}),

@@ -104,9 +104,7 @@ def run_scenarios(trained: Path, json_path: Path | None = None) -> list[ExampleR
 def run_examples(engine: Engine, library: ScenarioLibrary) -> list[ExampleResult]:
     """Run the examples of a library on a model."""
     return [
-        run_example(engine, scenario, language)
-        for scenario in library.scenarios.values()
-        for language in LANGUAGES
+        run_example(engine, scenario, language) for scenario in library.scenarios.values() for language in LANGUAGES
     ]
 
 
@@ -143,9 +141,7 @@ def results_json(results: list[ExampleResult]) -> str:
     """Return the JSON of `openm6 evaluate --scenarios --json`: counts by state, and each example."""
     states = [result.state for result in results]
     counts = {state: states.count(state) for state in ("answered", "untrained", "failed")}
-    return json.dumps(
-        {**counts, "examples": [asdict(result) for result in results]}, ensure_ascii=False, indent=1
-    )
+    return json.dumps({**counts, "examples": [asdict(result) for result in results]}, ensure_ascii=False, indent=1)
 
 
 def results_table(results: list[ExampleResult]) -> Table:

@@ -68,13 +68,9 @@ def answered(page: playwright.Page) -> None:
 def test_an_image_is_inpainted_and_kept_in_the_gallery(page: playwright.Page) -> None:
     """On the way, a scenario that was not trained says so."""
     choose(page, "scenario", "Restyle")
-    playwright.expect(page.locator("#state")).to_contain_text(
-        "needs training on style_transfer", timeout=PATIENCE
-    )
+    playwright.expect(page.locator("#state")).to_contain_text("needs training on style_transfer", timeout=PATIENCE)
     page.click("#run")
-    playwright.expect(page.locator("#note [role=alert]")).to_contain_text(
-        "openm6 train design", timeout=PATIENCE
-    )
+    playwright.expect(page.locator("#note [role=alert]")).to_contain_text("openm6 train design", timeout=PATIENCE)
     choose(page, "scenario", "Fill in a region")
     playwright.expect(page.locator("#state")).to_contain_text("Replace what lies in a box", timeout=PATIENCE)
     page.click("#run")
@@ -145,9 +141,7 @@ def test_a_free_question_is_answered(page: playwright.Page) -> None:
 
 def test_a_key_is_asked_for_where_there_are_keys(browser: playwright.Browser) -> None:
     config = ServeConfig(keys=("secret",))
-    app = add_playground(
-        create_app(Engine(trained_model(), EngineConfig(max_model_len=512)), config, name="tiny")
-    )
+    app = add_playground(create_app(Engine(trained_model(), EngineConfig(max_model_len=512)), config, name="tiny"))
     with running(app) as address:
         page = browser.new_page(viewport=DESK)
         page.set_default_timeout(PATIENCE)

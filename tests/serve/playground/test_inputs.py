@@ -106,9 +106,7 @@ def test_it_is_read_as_people_write(kind: Any, text: str, value: Any) -> None:
     assert read_typed(kind, text) == value
 
 
-@pytest.mark.parametrize(
-    ("kind", "text"), [("numbers", "mass"), ("numbers", "mass = x"), ("series", "p: 1, b")]
-)
+@pytest.mark.parametrize(("kind", "text"), [("numbers", "mass"), ("numbers", "mass = x"), ("series", "p: 1, b")])
 def test_what_cannot_be_read_is_one_sentence(kind: Any, text: str) -> None:
     with pytest.raises(DataError) as caught:
         read_typed(kind, text)

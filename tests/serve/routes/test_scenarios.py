@@ -54,8 +54,7 @@ def body(name: str, language: str = "en") -> dict[str, object]:
     """A scenario's example as JSON."""
     values = example_values(read_library().named(name), language)  # type: ignore[arg-type]
     inputs = {
-        key: base64.b64encode(value).decode() if isinstance(value, bytes) else value
-        for key, value in values.items()
+        key: base64.b64encode(value).decode() if isinstance(value, bytes) else value for key, value in values.items()
     }
     return {"inputs": inputs, "language": language, "seed": 3}
 
@@ -86,9 +85,7 @@ def test_an_untrained_scenario_is_refused_with_its_recipe(client: httpx.Client) 
 
 
 def test_text_comes_back_and_repeats(client: httpx.Client) -> None:
-    first, second = (
-        client.post("/v1/scenarios/couplet", json=body("couplet", "zh")).json() for _ in range(2)
-    )
+    first, second = (client.post("/v1/scenarios/couplet", json=body("couplet", "zh")).json() for _ in range(2))
     assert first["output"] == "text" and isinstance(first["text"], str) and first["seed"] == 3
     assert first["text"] == second["text"] and first["image"] is None
 

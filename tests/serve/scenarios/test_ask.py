@@ -112,9 +112,7 @@ EMOJI = {"kind": "embedded", "name": "emoji"}
 OWN = {"kind": "csv", "path": "shop.csv"}
 
 
-def trained(
-    trained_tasks: tuple[tuple[str, str], ...], sources: dict[str, Any], **scales: float
-) -> CheckpointConfig:
+def trained(trained_tasks: tuple[tuple[str, str], ...], sources: dict[str, Any], **scales: float) -> CheckpointConfig:
     return loaded().description.model_copy(
         update={
             "trained_tasks": [TrainedTask(task=task, source=source) for task, source in trained_tasks],
