@@ -18,7 +18,7 @@ from benchmarks.ranks import on_ranks
 from openm6.distributed.collectives import AllToAllDispatcher
 from openm6.distributed.fsdp import keep_experts
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.moe import Experts, LocalDispatcher, MoE, Router, TokenDispatcher
+from openm6.nn.moe import Experts, MoE, Router, TokenDispatcher
 
 Array = np.ndarray[Any, Any]
 WIDTH, HIDDEN, TOKENS = 64, 96, 24
@@ -52,7 +52,7 @@ def bench_all_to_all(
         report["tokens_of_ranks"] = [_tokens(rank).shape[1] for rank in range(ranks)]
         found = on_ranks(ranks, work_of_rank, parts)
         experts, router = _layer(ranks)
-        alone = [_learn(experts, router, LocalDispatcher(), rank) for rank in range(ranks)]
+        alone = [_learn(experts, router, TokenDispatcher(), rank) for rank in range(ranks)]
         differences = _differences(found, alone)
         report["max_relative_difference"] = differences
         report["equal"] = all(value <= TOLERANCE for value in differences.values())
@@ -110,7 +110,7 @@ def _tokens(rank: int) -> Tensor:
     return torch.randn(1, 1 + (7 * rank) % TOKENS, WIDTH, generator=generator)
 
 
-def _learn(experts: Experts, router: Router, dispatcher: TokenDispatcher[Any], rank: int) -> Found:
+def _learn(experts: Experts, router: Router, dispatcher: TokenDispatcher, rank: int) -> Found:
     x = _tokens(rank).requires_grad_()
     y, _ = MoE(router, experts, None)(x, torch.ones(x.shape[:2], dtype=torch.bool), dispatcher, 0)
     y.square().sum().backward()

@@ -16,7 +16,7 @@ from benchmarks.sizes import Sizes, peak_tflops
 from openm6.models.backbone import Backbone, choose_mask, side_loss
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.executor import CompiledExecutor
-from openm6.nn.moe import Experts, LocalDispatcher, MoE, Router
+from openm6.nn.moe import Experts, MoE, Router, TokenDispatcher
 from openm6.ops.losses import linear_cross_entropy
 from openm6.ops.pointwise import rotary_table
 from openm6.ops.sequence import SequenceMeta, causal_meta
@@ -97,7 +97,7 @@ def _parts(
 
     @ready
     def sparse(leaf: Tensor) -> Tensor:
-        return moe(block.mlp_norm(leaf), meta.valid, LocalDispatcher(), 0)[0]
+        return moe(block.mlp_norm(leaf), meta.valid, TokenDispatcher(), 0)[0]
 
     rows = ids.numel() * experts.config.experts_per_token
     return {
@@ -127,7 +127,7 @@ def our_layer(config: ExpertsConfig, x: Tensor) -> tuple[Part, Part]:
     valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
     def forward(leaf: Tensor) -> Tensor:
-        return moe(leaf, valid, LocalDispatcher(), 0)[0]
+        return moe(leaf, valid, TokenDispatcher(), 0)[0]
 
     layer = backward_of(as_trained(forward, x), x, [*experts.parameters(), router.weight])
     return layer, own_products_of(experts.up, experts.down, x.shape[0] * x.shape[1] * config.experts_per_token)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ from openm6.core.run_folder import RunFolder
 from openm6.energy.meter import Meter, open_meter
 from openm6.models.config import BackboneConfig
 from openm6.models.presets import preset
-from openm6.nn.moe import LocalChunk, LocalDispatcher
+from openm6.nn.moe import ChunkOfExperts, Meanwhile, TokenDispatcher
 from openm6.train.multimodal import MultimodalTraining
 from openm6.train.offloaded import OffloadedTrainStep
 from openm6.train.recipe import MultimodalRecipe
@@ -37,23 +36,20 @@ GIB = 2**30
 OFFLOADED = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-class PlayedDispatcher(LocalDispatcher):
+class PlayedDispatcher(TokenDispatcher):
     """Give each local expert as many rows as all ranks together would send, by copies of the rank's own rows."""
 
     def __init__(self, copies: int) -> None:
         self.copies = copies
 
-    def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[LocalChunk]:
+    def exchange(
+        self, rows: Tensor, counts: Tensor, capacity: int | None, experts: ChunkOfExperts, meanwhile: Meanwhile
+    ) -> tuple[Tensor, Tensor | None]:
+        result = meanwhile()
         groups = rows.view(len(counts), -1, rows.shape[-1])  # E' T D: each token goes to every expert here
         arrived = groups.repeat(1, self.copies, 1).flatten(0, 1)
-        return [LocalChunk(arrived, counts * self.copies)]
-
-    def send_back(self, chunk: LocalChunk, answers: Tensor) -> None:
-        groups = answers.view(len(chunk.counts), self.copies, -1, answers.shape[-1])
-        chunk.held = groups.mean(1).flatten(0, 1)
-
-    def combine(self, chunks: Sequence[LocalChunk]) -> Tensor:
-        return chunks[0].held
+        outputs = experts(0, arrived, counts * self.copies)
+        return outputs.view(len(counts), self.copies, -1, outputs.shape[-1]).mean(1).flatten(0, 1), result
 
 
 @dataclass(frozen=True)

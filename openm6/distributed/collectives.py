@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from openm6.nn.moe import LocalDispatcher
+from openm6.nn.moe import ChunkOfExperts, Meanwhile, TokenDispatcher
 
 
 @dataclass
@@ -95,22 +94,7 @@ class _Reorder(torch.autograd.Function):
         return gradient.index_select(0, inverse), None, None
 
 
-class TokenChunk:
-    """Rows from all ranks for a slice of the experts of this one."""
-
-    def __init__(self, counts: Tensor, transfer: AsyncAllToAll, sending: Tensor) -> None:
-        """`counts` P E'/Q: rows of each expert of the slice from each rank."""
-        self.counts = counts.sum(0)
-        self.transfer = transfer
-        self.sending = sending  # rows, then outputs
-        self.order, self.inverse = _expert_order(counts, sum(transfer.received))
-
-    def rows(self) -> Tensor:
-        # They are sorted by (rank, expert); the grouped product needs the rows of one expert together.
-        return _Reorder.apply(_WaitAllToAll.apply(self.sending, self.transfer), self.order, self.inverse)
-
-
-class AllToAllDispatcher:
+class AllToAllDispatcher(TokenDispatcher):
     """Rank p of the group holds the experts p·E' to (p+1)·E' - 1 of each layer.
 
     Every rank takes part in every exchange, with no rows if need be, so no rank waits for one that has nothing to send.
@@ -124,8 +108,10 @@ class AllToAllDispatcher:
         self.size = dist.get_world_size(group)
         self.chunks = chunks
 
-    def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[TokenChunk]:
-        """R D and E -> the chunks, all of which are being sent.
+    def exchange(
+        self, rows: Tensor, counts: Tensor, capacity: int | None, experts: ChunkOfExperts, meanwhile: Meanwhile
+    ) -> tuple[Tensor, Tensor | None]:
+        """R D and E -> R D in the order of the rows; all chunks are being sent before the first is computed.
 
         Raises:
             ValueError: the experts cannot be distributed over the ranks and chunks evenly.
@@ -138,27 +124,24 @@ class AllToAllDispatcher:
         theirs = self._exchange_counts(ours) if capacity is None else ours
         sent, received = self._splits(ours, theirs, capacity)  # P Q each
         by_chunk = rows.split([number for by_rank in sent for number in by_rank])
-        sliced = theirs.view(self.size, self.chunks, -1)  # P Q E'/Q
-        chunks = []
-        for part in range(self.chunks):
-            transfer = AsyncAllToAll(self.group, [row[part] for row in sent], [row[part] for row in received])
-            outgoing = torch.cat(by_chunk[part :: self.chunks]) if self.chunks > 1 else rows
-            sending = _StartAllToAll.apply(outgoing, transfer)
-            chunks.append(TokenChunk(sliced[:, part], transfer, sending))
-        return chunks
-
-    def send_back(self, chunk: TokenChunk, outputs: Tensor) -> None:
-        """Send the outputs of a chunk's experts back."""
-        back = AsyncAllToAll(self.group, chunk.transfer.received, chunk.transfer.sent)
-        outputs = _Reorder.apply(outputs, chunk.inverse, chunk.order)
-        chunk.sending, chunk.transfer = _StartAllToAll.apply(outputs, back), back
-
-    def combine(self, chunks: Sequence[TokenChunk]) -> Tensor:
-        """R D: all outputs in the order of the rows that were sent."""
-        arrived = [
-            _WaitAllToAll.apply(chunk.sending, chunk.transfer).split(chunk.transfer.received) for chunk in chunks
-        ]
-        return torch.cat([rows for by_rank in zip(*arrived, strict=True) for rows in by_rank])
+        sending = []
+        for chunk in range(self.chunks):
+            transfer = AsyncAllToAll(self.group, [row[chunk] for row in sent], [row[chunk] for row in received])
+            outgoing = torch.cat(by_chunk[chunk :: self.chunks]) if self.chunks > 1 else rows
+            sending.append((_StartAllToAll.apply(outgoing, transfer), transfer))
+        result = meanwhile()
+        returning = []
+        for chunk, (arriving, transfer) in enumerate(sending):
+            by_rank = theirs.view(self.size, self.chunks, -1)[:, chunk]  # P E'/Q
+            order, inverse = _expert_order(by_rank, sum(transfer.received))
+            # They are sorted by (rank, expert); the grouped product needs the rows of one expert together.
+            arrived = _Reorder.apply(_WaitAllToAll.apply(arriving, transfer), order, inverse)
+            outputs = _Reorder.apply(experts(chunk, arrived, by_rank.sum(0)), inverse, order)
+            back = AsyncAllToAll(self.group, transfer.received, transfer.sent)
+            returning.append((_StartAllToAll.apply(outputs, back), back))
+        # P parts of each chunk
+        parts = [_WaitAllToAll.apply(arriving, back).split(back.received) for arriving, back in returning]
+        return torch.cat([part for of_rank in zip(*parts, strict=True) for part in of_rank]), result
 
     def all_reduce(self, load: Tensor) -> Tensor:
         """The sum over all ranks of the run, not only those that share the experts."""
@@ -179,7 +162,7 @@ class AllToAllDispatcher:
         return sent, received
 
 
-class CopiesDispatcher(LocalDispatcher):
+class CopiesDispatcher(TokenDispatcher):
     """All experts are on every rank; only counts are summed."""
 
     def all_reduce(self, load: Tensor) -> Tensor:

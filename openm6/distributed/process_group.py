@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from openm6.distributed.config import MeshShape
-from openm6.nn.moe import LocalDispatcher, TokenDispatcher
+from openm6.nn.moe import TokenDispatcher
 from openm6.optim.rules import Shape
 from openm6.optim.sharding import REPLICATED, ShardSpec, replicated
 
@@ -144,7 +144,7 @@ class ProcessGroupContext:
 
     def token_dispatcher(self, chunks: int) -> TokenDispatcher:
         """Return the exchange of rows with their experts, in so many chunks."""
-        return LocalDispatcher()
+        return TokenDispatcher()
 
     @property
     def layout(self) -> Any:

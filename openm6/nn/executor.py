@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openm6.core.log import get_log
 from openm6.nn.block import BlockOutput, Context, TransformerBlock
-from openm6.nn.moe import LocalDispatcher, MoE, RouterStats, TokenDispatcher
+from openm6.nn.moe import MoE, RouterStats, TokenDispatcher
 from openm6.ops.matmul import capture_precision
 from openm6.ops.sequence import SequenceMeta
 
@@ -30,8 +30,8 @@ class LayerExecutor:
 
     offloaded = False  # whether some blocks are on the device only while they are used
 
-    def __init__(self, dispatcher: TokenDispatcher[Any] | None = None) -> None:
-        self.dispatcher: TokenDispatcher[Any] = dispatcher or LocalDispatcher()
+    def __init__(self, dispatcher: TokenDispatcher | None = None) -> None:
+        self.dispatcher: TokenDispatcher = dispatcher or TokenDispatcher()
 
     def block(self, blocks: Sequence[TransformerBlock], layer: int) -> TransformerBlock:
         """Return the block of a layer, ready on the device until another one is asked for."""
@@ -65,7 +65,7 @@ class CompiledExecutor(LayerExecutor):
     if the compiler fails, all blocks run uncompiled from then on: `broken`.
     """
 
-    def __init__(self, dispatcher: TokenDispatcher[Any] | None = None, backend: str = "inductor") -> None:
+    def __init__(self, dispatcher: TokenDispatcher | None = None, backend: str = "inductor") -> None:
         super().__init__(dispatcher)
         self.backend = backend
         self.compilations = 0

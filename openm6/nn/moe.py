@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,69 +32,31 @@ from openm6.ops.moe import (
     z_loss,
 )
 
-
-class TokenChunk(Protocol):
-    """Rows for some of this rank's experts; the chunks of a layer divide those evenly, in order."""
-
-    @property
-    def counts(self) -> Tensor:
-        """Rows of each expert."""
-
-    def rows(self) -> Tensor:
-        """The rows, sorted by expert; waits for those from other ranks."""
+ChunkOfExperts = Callable[[int, Tensor, Tensor], Tensor]  # chunk, R D, rows of each of its experts -> R D
+Meanwhile = Callable[[], Tensor | None]
 
 
-AnyChunk = TypeVar("AnyChunk", bound=TokenChunk)
+class TokenDispatcher:
+    """Passes rows, sorted by expert, to their experts, all of them on this device; subclasses send rows to other ranks.
 
-
-class TokenDispatcher(Protocol[AnyChunk]):
-    """Sends rows, sorted by expert, to the ranks of their experts, and the answers back in the same order.
-
-    Only rows are sent: gates stay with their tokens and multiply after `combine`. Rows may come in several chunks, so
-    that one is sent while another is computed; `send_back` starts to send the answers of a chunk back.
+    Only rows are sent: gates stay with their tokens and multiply afterwards. A subclass may divide the experts of a
+    rank, in order, into `chunks` of equal size, so that the rows of one are sent while another is computed.
     """
 
-    def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> Sequence[AnyChunk]:
-        """R D and E -> chunks of rows for this rank's experts; `capacity`, if given, equals all counts."""
-        ...
+    chunks = 1
 
-    def send_back(self, chunk: AnyChunk, answers: Tensor) -> None:
-        """Start to send back what the experts of a chunk answered."""
-        ...
+    def exchange(
+        self, rows: Tensor, counts: Tensor, capacity: int | None, experts: ChunkOfExperts, meanwhile: Meanwhile
+    ) -> tuple[Tensor, Tensor | None]:
+        """R D and E -> outputs of the experts R D, and what `meanwhile` returns, which is called while rows are sent.
 
-    def combine(self, chunks: Sequence[AnyChunk]) -> Tensor:
-        """All answers -> R D, in the order in which the rows were sent."""
-        ...
-
-    def all_reduce(self, load: Tensor) -> Tensor:
-        """A count of this rank's tokens, summed over all ranks of the run."""
-        ...
-
-
-class LocalChunk:
-    """All rows at once, for all experts."""
-
-    def __init__(self, rows: Tensor, counts: Tensor) -> None:
-        self.counts = counts
-        self.held = rows
-
-    def rows(self) -> Tensor:
-        return self.held
-
-
-class LocalDispatcher:
-    """All experts are on this device."""
-
-    def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[LocalChunk]:
-        return [LocalChunk(rows, counts)]
-
-    def send_back(self, chunk: LocalChunk, answers: Tensor) -> None:
-        chunk.held = answers
-
-    def combine(self, chunks: Sequence[LocalChunk]) -> Tensor:
-        return chunks[0].held
+        `experts(chunk, rows, counts)` computes sorted rows; `capacity`, if given, equals all counts.
+        """
+        result = meanwhile()
+        return experts(0, rows, counts), result
 
     def all_reduce(self, load: Tensor) -> Tensor:
+        """Return a count of this rank's tokens, summed over all ranks of the run."""
         return load
 
 
@@ -194,7 +155,7 @@ class Experts(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """B S D, B S bool -> B S D with the output of `shared` added, and which assignments were kept; None: all."""
         config, flat = self.config, x.flatten(0, 1)  # N D
-        local = config.hidden_act == "swiglu" and config.capacity_factor is None and type(dispatcher) is LocalDispatcher
+        local = config.hidden_act == "swiglu" and config.capacity_factor is None and type(dispatcher) is TokenDispatcher
         backend = choose_backend(flat, config.experts_per_token, config.num_experts, local)
         if backend == "permute":
             return self._permuted(x, routing, valid.flatten(), dispatcher, shared)
@@ -217,13 +178,19 @@ class Experts(nn.Module):
             capacity = capacity_of(len(valid), config.experts_per_token, config.num_experts, config.capacity_factor)
             permutation = capacity_permutation(routing.chosen, valid, config.num_experts, capacity)
         rows = permute(x.flatten(0, 1), permutation)  # N D -> R D
-        chunks = dispatcher.dispatch(rows, permutation.counts, capacity)
-        dense = shared(x) if shared is not None else None  # while the rows are sent
-        ups, downs = (_divide(weight, len(chunks)) for weight in (self.up, self.down))
-        for chunk, up, down in zip(chunks, ups, downs, strict=True):
-            hidden = activate(grouped_mm(chunk.rows(), up, chunk.counts), config.hidden_act)  # R D -> R F
-            dispatcher.send_back(chunk, grouped_mm(hidden, down, chunk.counts))  # R F -> R D
-        y = unpermute(dispatcher.combine(chunks), routing.gate, permutation).view_as(x)
+        # The whole weight as it is, since a view would copy its gradient.
+        ups, downs = (
+            [weight] if dispatcher.chunks == 1 else weight.chunk(dispatcher.chunks) for weight in (self.up, self.down)
+        )
+
+        def experts(chunk: int, rows: Tensor, counts: Tensor) -> Tensor:
+            hidden = activate(grouped_mm(rows, ups[chunk], counts), config.hidden_act)  # R D -> R F
+            return grouped_mm(hidden, downs[chunk], counts)  # R F -> R D
+
+        outputs, dense = dispatcher.exchange(
+            rows, permutation.counts, capacity, experts, lambda: None if shared is None else shared(x)
+        )
+        y = unpermute(outputs, routing.gate, permutation).view_as(x)
         return y if dense is None else y + dense, permutation.kept
 
 
@@ -247,8 +214,3 @@ class MoE(nn.Module):
             dropped = 1 - kept.sum() / (valid.sum().clamp(min=1) * config.experts_per_token)
         side = config.router_aux_loss_coef * routing.aux_loss + config.router_z_loss_coef * routing.z_loss
         return y, RouterStats(layer, routing.load, routing.aux_loss.detach(), routing.z_loss.detach(), dropped, side)
-
-
-def _divide(weight: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """E … -> equal parts of the experts; the whole as it is, since a view would copy its gradient."""
-    return (weight,) if parts == 1 else weight.chunk(parts)

@@ -71,7 +71,7 @@ class OffloadedExecutor(LayerExecutor):
         rule: UpdateRule,
         config: OffloadConfig,
         weights: LayerWeights,
-        dispatcher: TokenDispatcher[Any],
+        dispatcher: TokenDispatcher,
     ) -> None:
         """`blocks` contribute all but their matrices, of which `weights` is this rank's shard."""
         super().__init__(dispatcher)

@@ -36,7 +36,7 @@ from openm6.modalities.pool import POOL
 from openm6.models.backbone import Backbone, side_loss
 from openm6.models.description import MODEL_FILE, TOKENIZER_FILE, CheckpointConfig, build_model
 from openm6.models.presets import build_backbone
-from openm6.nn.moe import LocalDispatcher
+from openm6.nn.moe import TokenDispatcher
 from openm6.train.metering import Attribution, gpus_of
 from openm6.train.multimodal_data import (
     check_sources,
@@ -276,7 +276,7 @@ class MultimodalTraining(TrainingTask):
         omni = self.omni.eval()
         if omni.pool is not None:
             omni.pool.gather = None
-        omni.backbone.executor.dispatcher = LocalDispatcher()
+        omni.backbone.executor.dispatcher = TokenDispatcher()
         return LoadedModel(omni.requires_grad_(False), self.modalities, self.description, checkpoint)
 
     def _report(self, run: RunFolder, progress: dict[str, Any], report: EvalReport, joules: float) -> None:

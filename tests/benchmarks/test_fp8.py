@@ -20,7 +20,7 @@ from benchmarks.fp8 import (
 )
 from benchmarks.sizes import SIZES, Sizes
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.moe import Experts, LocalDispatcher, MoE, Router
+from openm6.nn.moe import Experts, MoE, Router, TokenDispatcher
 from openm6.ops.matmul import grouped_mm
 from tests.benchmarks.test_sizes import TINY
 
@@ -60,7 +60,7 @@ def test_a_layer_in_eight_bits_is_near_the_layer_it_was_made_of() -> None:
     eight.load_state_dict(plain.state_dict())
     x, valid = torch.randn(2, 8, 32), torch.ones(2, 8, dtype=torch.bool)
     (expected, stats), (found, own) = (
-        MoE(router, experts, None)(x, valid, LocalDispatcher(), 0) for experts in (plain, eight)
+        MoE(router, experts, None)(x, valid, TokenDispatcher(), 0) for experts in (plain, eight)
     )
     assert 0.001 < (found - expected).norm() / expected.norm() < 0.1
     assert torch.equal(own.load, stats.load)

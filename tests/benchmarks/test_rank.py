@@ -23,11 +23,15 @@ def test_the_real_share_of_m6_10t() -> None:
 def test_rows_come_in_copies_and_answers_go_home() -> None:
     exchange = PlayedDispatcher(3)
     rows, counts = torch.randn(8, 4), torch.tensor([4, 4])
-    (chunk,) = exchange.dispatch(rows, counts, None)
-    assert torch.equal(chunk.counts, torch.tensor([12, 12])) and chunk.rows().shape == (24, 4)
-    assert torch.equal(chunk.rows()[4:8], rows[:4]) and torch.equal(chunk.rows()[12:16], rows[4:])
-    exchange.send_back(chunk, 2 * chunk.rows())
-    torch.testing.assert_close(exchange.combine([chunk]), 2 * rows)
+
+    def experts(chunk: int, arrived: torch.Tensor, arrived_counts: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(arrived_counts, torch.tensor([12, 12])) and arrived.shape == (24, 4)
+        assert torch.equal(arrived[4:8], rows[:4]) and torch.equal(arrived[12:16], rows[4:])
+        return 2 * arrived
+
+    outputs, meanwhile = exchange.exchange(rows, counts, None, experts, lambda: rows)
+    torch.testing.assert_close(outputs, 2 * rows)
+    assert meanwhile is rows
 
 
 def test_the_curve_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from openm6.distributed.collectives import AllToAllDispatcher, CopiesDispatcher,
 from openm6.distributed.fsdp import keep_experts
 from openm6.modalities.pool import PoolAdapter, PoolConfig
 from openm6.nn.config import ExpertsConfig
-from openm6.nn.moe import LocalDispatcher, MoE
+from openm6.nn.moe import MoE, TokenDispatcher
 from tests.distributed.fleet import Fleet
 from tests.nn.test_moe import WIDTH, make
 
@@ -65,7 +65,7 @@ def other_gradients(moe: MoE) -> list[Tensor | None]:
     return [parameter.grad for parameter in (moe.router.weight, *shared)]
 
 
-class Totals(LocalDispatcher):
+class Totals(TokenDispatcher):
     """Stands for all four ranks in one process."""
 
     def __init__(self, load: Tensor) -> None:
@@ -77,7 +77,7 @@ class Totals(LocalDispatcher):
 
 def whole_load(variant: str) -> Tensor:
     moe = build(variant)
-    loads = [moe(x, valid, LocalDispatcher(), 0)[1].load for x, valid in
+    loads = [moe(x, valid, TokenDispatcher(), 0)[1].load for x, valid in
              (tokens_of(rank, variant) for rank in range(4))]  # fmt: skip
     return torch.stack(loads).sum(0)
 

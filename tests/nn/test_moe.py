@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from openm6 import kernels
 from openm6.nn import moe as module
 from openm6.nn.config import ExpertsConfig
 from openm6.nn.layers import MLP
-from openm6.nn.moe import Experts, LocalChunk, LocalDispatcher, MoE, Router, Routing
+from openm6.nn.moe import Experts, MoE, Router, Routing, TokenDispatcher
 from tests.triton_interpreter import need_interpreter
 
 WIDTH = 16
@@ -72,7 +74,7 @@ def test_values_and_gradients_equal_the_loop(name):
     x = torch.randn(2, 9, WIDTH, requires_grad=True)
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[1, 6:] = False
-    y, load = moe(x, valid, LocalDispatcher(), 5)
+    y, load = moe(x, valid, TokenDispatcher(), 5)
     capacity = None
     if config.capacity_factor is not None:
         capacity = -int(-config.experts_per_token * 18 * config.capacity_factor // 6)
@@ -101,7 +103,7 @@ def run_two_backends(
     leaves, results = [x, *moe.parameters()], []
     for backend in ("permute", other):
         monkeypatch.setattr(module, "choose_backend", lambda *_, choice=backend: choice)
-        y, _ = moe(x, valid, LocalDispatcher(), 0)
+        y, _ = moe(x, valid, TokenDispatcher(), 0)
         results.append([y, *torch.autograd.grad(y, leaves, upstream)])
     return results
 
@@ -138,7 +140,7 @@ def test_report_counts_valid_tokens_and_drops():
     moe = make(config)
     valid = torch.zeros(2, 10, dtype=torch.bool)
     valid[0] = True
-    _, load = moe(torch.randn(2, 10, WIDTH), valid, LocalDispatcher(), 3)
+    _, load = moe(torch.randn(2, 10, WIDTH), valid, TokenDispatcher(), 3)
     assert load.layer == 3
     assert load.load.sum() == 20
     kept = load.load.clamp(max=5).sum()  # capacity: 0.5 · 2 · 20 / 4
@@ -155,7 +157,7 @@ def test_side_loss_holds_both_losses_and_reaches_the_router():
         router_z_loss_coef=0.2,
     )
     moe = make(config)
-    _, load = moe(torch.randn(1, 10, WIDTH), torch.ones(1, 10, dtype=torch.bool), LocalDispatcher(), 0)
+    _, load = moe(torch.randn(1, 10, WIDTH), torch.ones(1, 10, dtype=torch.bool), TokenDispatcher(), 0)
     torch.testing.assert_close(load.side_loss, 0.3 * load.aux_loss + 0.2 * load.z_loss)
     load.side_loss.backward()
     assert moe.router.weight.grad is not None
@@ -190,18 +192,16 @@ def test_without_bias_balancing_there_is_no_bias():
 def test_a_dispatcher_gets_sorted_rows_without_gates():
     """A stand-in for other devices: it doubles the answers, and so must the layer's output."""
 
-    class Doubling(LocalDispatcher):
-        def dispatch(self, rows: Tensor, counts: Tensor, capacity: int | None) -> list[LocalChunk]:
+    class Doubling(TokenDispatcher):
+        def exchange(self, rows: Tensor, counts: Tensor, capacity: int | None, *computed: Any) -> Any:
             assert len(rows) == counts.sum() == 2 * 10 and capacity is None
-            return super().dispatch(rows, counts, capacity)
-
-        def combine(self, chunks: list[LocalChunk]) -> Tensor:
-            return 2 * super().combine(chunks)
+            outputs, result = super().exchange(rows, counts, capacity, *computed)
+            return 2 * outputs, result
 
     config = ExpertsConfig(intermediate_size=8, num_experts=4, top_k=2)
     moe = make(config)
     x, valid = torch.randn(1, 10, WIDTH), torch.ones(1, 10, dtype=torch.bool)
-    plain, _ = moe(x, valid, LocalDispatcher(), 0)
+    plain, _ = moe(x, valid, TokenDispatcher(), 0)
     doubled, _ = moe(x, valid, Doubling(), 0)
     torch.testing.assert_close(doubled, 2 * plain)
 

@@ -11,7 +11,7 @@ from openm6.models.backbone import Backbone, choose_mask
 from openm6.models.config import BackboneConfig
 from openm6.nn.block import Context, TransformerBlock
 from openm6.nn.config import DenseConfig, ExpertsConfig
-from openm6.nn.moe import LocalDispatcher
+from openm6.nn.moe import TokenDispatcher
 from openm6.ops.matmul import bf16_matmul
 from openm6.ops.pointwise import rotary_table
 from openm6.ops.sequence import SequenceMeta
@@ -116,7 +116,7 @@ def block_of(config: BackboneConfig, batch: Batch) -> tuple[TransformerBlock, Co
         mask=choose_mask(meta, None, x),
         valid=meta.valid,
         cache=None,
-        dispatcher=LocalDispatcher(),
+        dispatcher=TokenDispatcher(),
     )
     return backbone.blocks[0], context
 
